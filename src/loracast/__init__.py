@@ -1,0 +1,38 @@
+"""loracast casts a document or a task description into a LoRA for a frozen language model, in one forward pass.
+
+The names below load on first use, so that `import loracast` itself costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from loracast.errors import LoracastError
+
+if TYPE_CHECKING:
+    from loracast.adapter import Adapter
+    from loracast.base import load_base
+    from loracast.documents import Document, read_document
+    from loracast.lora import LoRA
+    from loracast.model import Model, load
+
+__version__ = "0.1.0"
+__all__ = ["Adapter", "Document", "LoRA", "LoracastError", "Model", "load", "load_base", "read_document"]
+
+_HOMES = {
+    "Adapter": "loracast.adapter",
+    "Document": "loracast.documents",
+    "LoRA": "loracast.lora",
+    "Model": "loracast.model",
+    "load": "loracast.model",
+    "load_base": "loracast.base",
+    "read_document": "loracast.documents",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loracast' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

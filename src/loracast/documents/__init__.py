@@ -1,0 +1,7 @@
+"""Files to text (`read_document`), text to chunks (`split_text`). Knows no model: the tokenizer is handed in."""
+
+from loracast.documents.chunks import Chunk, split_text
+from loracast.documents.document import Document, Limits
+from loracast.documents.read import read_document
+
+__all__ = ["Chunk", "Document", "Limits", "read_document", "split_text"]

@@ -1,0 +1,229 @@
+"""DOCX to markdown-like text: headings, paragraphs, lists, tables, text boxes, and the footnotes at the end.
+
+python-docx opens the package and knows the styles; the body is walked here, since its own paragraph lists leave out
+content controls, text boxes and tracked insertions, and a fact left out without a word is the worst failure.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import docx
+from docx.opc.constants import RELATIONSHIP_TYPE
+from docx.oxml import parse_xml
+from docx.oxml.ns import qn
+
+from loracast.documents.clean import normalise, sensible_title
+from loracast.documents.document import Limits, Parsed
+from loracast.documents.kind import READABLE
+from loracast.documents.tables import rows_to_lines
+from loracast.errors import DocumentError
+
+_MAX_PARTS = 10_000
+_SMALL_PART = 1_000_000  # bytes; below it a ratio says nothing, since a page of blanks packs a hundredfold
+_FALLBACK = "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback"
+# Deleted or moved away; the duplicate of a text box for old readers; not of this paragraph but of the box inside it.
+_SKIPPED = {qn("w:del"), qn("w:moveFrom"), _FALLBACK, qn("w:txbxContent"), qn("w:pPr"), qn("w:rPr")}
+_BREAKS = {qn("w:br"): "\n", qn("w:cr"): "\n", qn("w:tab"): " ", qn("w:noBreakHyphen"): "-"}
+
+
+def parse(data: bytes, label: str, limits: Limits) -> Parsed:
+    """The text of a Word file, and the title in its properties or its Title paragraph."""
+    check_package(data, label, limits)
+    try:
+        document = docx.Document(io.BytesIO(data))
+        walker = _Walker(*_styles(document))
+        blocks = [block for child in document.element.body for block in walker.blocks(child)]
+        for kind in (RELATIONSHIP_TYPE.FOOTNOTES, RELATIONSHIP_TYPE.ENDNOTES):
+            blocks += [block for note in _notes(document, kind) for block in walker.blocks(note)]
+        title = sensible_title(document.core_properties.title)
+    except (MemoryError, RecursionError, DocumentError):
+        raise
+    except ValueError as error:
+        if "macroEnabled" in str(error) or "template" in str(error):
+            raise DocumentError(f"{label} is a Word file with macros or a template: save it as .docx") from None
+        raise DocumentError(_say_damaged(label, error)) from None
+    except Exception as error:  # whatever a damaged package makes python-docx or lxml raise
+        raise DocumentError(_say_damaged(label, error)) from None
+    text = normalise(_join(blocks))
+    if not text.strip():
+        raise DocumentError(f"{label} holds no text: if its pages are pictures, save it as PDF and run `ocrmypdf`")
+    first_heading = next((block.lstrip("# ") for block in blocks if block.startswith("#")), "")
+    return Parsed(text, title or first_heading)
+
+
+def check_package(data: bytes, label: str, limits: Limits) -> None:
+    """Raises DocumentError unless `data` is a whole zip archive of a Word file that unfolds to a reasonable size."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as package:
+            parts = package.infolist()
+            names = {part.filename for part in parts}
+            if "word/document.xml" not in names:
+                raise DocumentError(f"{label} is {_say_zip(names)}")
+            unpacked = sum(part.file_size for part in parts)
+            is_bomb = unpacked > limits.max_unpacked_bytes or len(parts) > _MAX_PARTS
+            if is_bomb or any(_ratio(part) > limits.max_ratio for part in parts if part.file_size > _SMALL_PART):
+                raise DocumentError(
+                    f"{label} unpacks to {unpacked / 1e6:,.0f} MB from {len(data) / 1e6:,.1f} MB, as a zip bomb does: "
+                    "remove its pictures and empty tables and save it again"
+                )
+            for part in parts:
+                if part.filename.endswith((".xml", ".rels")) and b"<!DOCTYPE" in package.read(part):
+                    raise DocumentError(
+                        f"{label} declares XML entities in {part.filename}, which no Word processor writes and which "
+                        "can reach for other files: save its text in a new file"
+                    )
+    except (MemoryError, DocumentError):
+        raise
+    except Exception as error:  # BadZipFile, but also what zlib, seek and struct raise on damaged numbers
+        raise DocumentError(
+            f"{label} is a damaged or truncated Word file ({_brief(error)}): copy or download it again"
+        ) from None
+
+
+def _ratio(part: zipfile.ZipInfo) -> float:
+    return part.file_size / max(part.compress_size, 1)
+
+
+def _say_zip(names: set[str]) -> str:
+    if any(name.startswith("xl/") for name in names):
+        return "an Excel file: save each sheet as CSV"
+    if any(name.startswith("ppt/") for name in names):
+        return "a PowerPoint file: export it as PDF"
+    if "META-INF/container.xml" in names:
+        return "an EPUB book: convert it with `pandoc -t markdown` or `ebook-convert`"
+    if "content.xml" in names:
+        return "an OpenDocument file: convert it with `soffice --headless --convert-to docx`"
+    return f"a zip archive: unpack it and name the files in it ({READABLE})"
+
+
+def _say_damaged(label: str, error: Exception) -> str:
+    return f"{label} is a damaged Word file ({_brief(error)}): open it in Word and save it again"
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def _styles(document: Any) -> tuple[dict[str, int], set[str]]:
+    """Style id -> heading level; style ids of list items. Built-in names are English in the files of every Word."""
+    levels: dict[str, int] = {}
+    items: set[str] = set()
+    parents: dict[str, str] = {}
+    for style in document.styles.element.iter(qn("w:style")):
+        style_id = style.get(qn("w:styleId")) or ""
+        name = (_value(style.find(qn("w:name"))) or "").lower()
+        outline = _value(style.find(f"{qn('w:pPr')}/{qn('w:outlineLvl')}"))
+        if found := re.fullmatch(r"heading (\d)", name):
+            levels[style_id] = int(found[1])
+        elif name == "title":
+            levels[style_id] = 1
+        elif outline is not None and outline.isdigit() and int(outline) < 9:
+            levels[style_id] = int(outline) + 1
+        elif name.startswith(("list bullet", "list number")):
+            items.add(style_id)
+        parents[style_id] = _value(style.find(qn("w:basedOn"))) or ""
+    for style_id in parents:
+        ancestor, steps = style_id, 0
+        while ancestor and ancestor not in levels and steps < 20:  # a cycle of styles is possible in a broken file
+            ancestor, steps = parents.get(ancestor, ""), steps + 1
+        if ancestor in levels:
+            levels.setdefault(style_id, levels[ancestor])
+    return levels, items
+
+
+def _value(element: Any) -> str | None:
+    return None if element is None else element.get(qn("w:val"))
+
+
+def _notes(document: Any, kind: str) -> Iterator[Any]:
+    for relation in document.part.rels.values():
+        if relation.reltype == kind and not relation.is_external:
+            # The separators that Word draws above the notes have a type; notes have none.
+            yield from (note for note in parse_xml(relation.target_part.blob) if note.get(qn("w:type")) is None)
+
+
+class _Walker:
+    """Elements of a body to blocks of text."""
+
+    def __init__(self, levels: dict[str, int], items: set[str]) -> None:
+        self.levels, self.items = levels, items
+
+    def blocks(self, element: Any) -> Iterator[str]:
+        if element.tag == qn("w:p"):
+            yield self._paragraph(element)
+            for box in element.iter(qn("w:txbxContent")):
+                is_copy = any(ancestor.tag == _FALLBACK for ancestor in box.iterancestors())
+                if not is_copy and next(box.iterancestors(qn("w:p"))) is element:  # boxes in boxes come by themselves
+                    yield from self._children(box)
+        elif element.tag == qn("w:tbl"):
+            yield "\n".join(rows_to_lines(*self._table(element)))
+        elif element.tag not in _SKIPPED:  # content controls, custom XML, tracked insertions of whole paragraphs
+            yield from self._children(element)
+
+    def _children(self, element: Any) -> Iterator[str]:
+        for child in element:
+            yield from self.blocks(child)
+
+    def _paragraph(self, paragraph: Any) -> str:
+        text = "\n".join(filter(None, (" ".join(line.split()) for line in "".join(_runs(paragraph)).split("\n"))))
+        properties = paragraph.find(qn("w:pPr"))
+        if not text or properties is None:
+            return text
+        style = _value(properties.find(qn("w:pStyle"))) or ""
+        outline = _value(properties.find(qn("w:outlineLvl"))) or ""
+        level = int(outline) + 1 if outline in set("012345") else self.levels.get(style, 0)
+        if level:
+            return "#" * min(level, 6) + " " + " ".join(text.split())
+        is_item = properties.find(qn("w:numPr")) is not None or style in self.items
+        return f"- {text}" if is_item else text
+
+    def _table(self, table: Any) -> tuple[list[list[str]], bool | None]:
+        rows: list[list[str]] = []
+        has_header = None
+        for row in table.iterchildren(qn("w:tr")):
+            if not rows and row.find(f"{qn('w:trPr')}/{qn('w:tblHeader')}") is not None:
+                has_header = True
+            cells: list[str] = []
+            for cell in row.iter(qn("w:tc")):
+                if next(cell.iterancestors(qn("w:tbl"))) is not table:
+                    continue  # of a table inside this one's cell, whose text is taken with the cell
+                merge = cell.find(f"{qn('w:tcPr')}/{qn('w:vMerge')}")
+                if merge is not None and _value(merge) != "restart" and rows and len(cells) < len(rows[-1]):
+                    cells.append(rows[-1][len(cells)])  # merged with the cell above: it holds for this row as well
+                else:
+                    cells.append(" ".join("\n".join(self._children(cell)).split()))
+                span = _value(cell.find(f"{qn('w:tcPr')}/{qn('w:gridSpan')}")) or "1"
+                cells += [""] * (min(int(span), 100) - 1 if span.isdigit() else 0)
+            rows.append(cells)
+        return rows, has_header
+
+
+def _runs(element: Any) -> Iterator[str]:
+    for child in element:
+        if child.tag in _SKIPPED:
+            continue
+        if child.tag == qn("w:r"):
+            vanish = child.find(f"{qn('w:rPr')}/{qn('w:vanish')}")
+            if vanish is not None and _value(vanish) not in ("0", "false", "off"):
+                continue  # hidden text
+        if child.tag == qn("w:t"):
+            yield child.text or ""
+        elif child.tag in _BREAKS:
+            yield _BREAKS[child.tag]
+        else:
+            yield from _runs(child)
+
+
+def _join(blocks: list[str]) -> str:
+    parts: list[str] = []
+    previous = ""
+    for block in filter(None, blocks):
+        is_next_item = block.startswith("- ") and previous.startswith("- ")
+        parts += ["\n" if is_next_item else "\n\n", block]
+        previous = block
+    return "".join(parts)

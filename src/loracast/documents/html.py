@@ -1,0 +1,176 @@
+"""HTML to markdown-like text: headings, lists, tables, paragraphs. No link, image, style or frame is ever followed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lxml import etree
+
+from loracast.documents.clean import decode, normalise
+from loracast.documents.document import Limits, Parsed
+from loracast.documents.tables import rows_to_lines
+from loracast.errors import DocumentError
+
+# A declared encoding is believed only if it is a plain character set: "utf-7" and the like are tricks.
+_CHARSET = re.compile(rb"""<(?:meta|\?xml)\b[^>]*?\b(?:charset|encoding)\s*=\s*["']?\s*([\w-]+)""", re.I)
+_KNOWN_CHARSETS = re.compile(
+    r"(windows-12\d\d|iso-8859-\d+|latin-?\d|us-ascii|koi8-[ru]|shift_jis|euc-(jp|kr)|gb(k|2312|18030)|big5|macintosh)$",
+    re.I,
+)
+_UNSEEN = {
+    "script",
+    "style",
+    "template",
+    "noscript",
+    "svg",
+    "annotation",
+    "iframe",
+    "object",
+    "canvas",
+    "select",
+    "textarea",
+}
+_INVISIBLE_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
+_INLINE = re.compile(
+    "a|abbr|acronym|b|bdi|bdo|big|cite|code|data|del|dfn|em|font|i|img|input|ins|kbd|label|mark|math|mi|mn|mo|mrow|ms|"
+    "mtext|nobr|q|rp|rt|ruby|s|samp|small|span|strike|strong|sub|sup|time|tt|u|var|wbr|"  # no tag: a comment
+)
+_HEADINGS = {f"h{level}": level for level in range(1, 7)}
+
+
+def parse(data: bytes, label: str, limits: Limits) -> Parsed:
+    """The visible text of a page, and the content of its <title>."""
+    declared = _CHARSET.search(data[:4096])
+    charset = declared[1].decode() if declared else None
+    source = decode(data, label, charset if charset and _KNOWN_CHARSETS.match(charset) else None)
+    parser = etree.HTMLParser(encoding="utf-8", no_network=True, remove_comments=True, remove_pis=True, huge_tree=True)
+    try:
+        root = etree.fromstring(source.replace("\0", "").encode(), parser)
+    except etree.XMLSyntaxError as error:  # the parser forgives every fault of a page but these two
+        if "empty" not in str(error):
+            raise MemoryError from None
+        root = None
+    if any(entry.level_name == "FATAL" for entry in parser.error_log):  # it stopped, and would have lost the rest
+        raise RecursionError
+    if root is None:
+        raise DocumentError(_say_nothing(label))
+    title = root.findtext(".//title") or root.findtext(".//h1") or ""
+    writer = _Writer()
+    writer.walk(root)
+    text = normalise(writer.text())
+    if not text.strip():
+        raise DocumentError(_say_nothing(label))
+    return Parsed(text, title)
+
+
+def _say_nothing(label: str) -> str:
+    return f"{label} holds no visible text: save the page from a browser after its scripts have run"
+
+
+class _Writer:
+    """Collects blocks. The walk is a loop, not a recursion: pages nested 10,000 deep exist."""
+
+    def __init__(self) -> None:
+        self.blocks: list[str] = []
+        self.line: list[str] = []
+        self.prefix = ""
+        self.n_pre = 0
+
+    def text(self) -> str:
+        # Items of one list stay together; everything else is a paragraph of its own.
+        parts: list[str] = []
+        for block in self.blocks:
+            is_item = bool(parts) and block.startswith("- ") and parts[-1].startswith("- ")
+            parts += ["\n" if is_item else "\n\n", block] if parts else [block]
+        return "".join(parts)
+
+    def flush(self) -> None:
+        """Ends a block: what was collected becomes one paragraph."""
+        joined = "".join(self.line)
+        if not self.n_pre:
+            lines = (" ".join(line.split()) for line in joined.split("\n"))
+            joined = "\n".join(filter(None, lines))
+        if joined.strip():
+            self.blocks.append(self.prefix + (joined if self.n_pre else joined.strip()))
+            self.prefix = ""
+        self.line = []
+
+    def add(self, text: str | None) -> None:
+        if text:  # in running text a newline is a space; only <br> breaks a line
+            self.line.append(text if self.n_pre else re.sub(r"\s+", " ", text))
+
+    def walk(self, root: Any) -> None:
+        events = etree.iterwalk(root, events=("start", "end"))
+        for event, element in events:
+            tag = element.tag if isinstance(element.tag, str) else ""
+            if event == "start":
+                if tag == "head" or _is_unseen(element, tag) or (tag == "table" and self._write_table(element)):
+                    events.skip_subtree()
+                    continue
+                self._open(element, tag)
+                self.add(element.text)
+            else:
+                self._close(element, tag)
+                self.add(element.tail)
+        self.flush()
+
+    def _open(self, element: Any, tag: str) -> None:
+        if tag == "br":
+            self.line.append("\n")
+        elif not _INLINE.fullmatch(tag):
+            self.flush()
+            self.n_pre += tag == "pre"
+            if tag in _HEADINGS:
+                self.prefix = "#" * _HEADINGS[tag] + " "
+            elif tag == "li":
+                self.prefix = "- "
+
+    def _close(self, element: Any, tag: str) -> None:
+        # The end of a skipped element comes by here as well, with nothing collected.
+        if _INLINE.fullmatch(tag) or tag in ("br", "head") or _is_unseen(element, tag):
+            return
+        if tag in _HEADINGS:
+            self.line = [" ".join("".join(self.line).split())]
+        self.flush()
+        self.prefix = ""
+        self.n_pre -= tag == "pre"
+
+    def _write_table(self, table: Any) -> bool:
+        """Writes a table of data; False for one that lays a page out, whose cells are blocks of their own."""
+        if any(element is not table for element in table.iter("table", "h1", "h2", "h3", "p", "ul", "ol", "pre")):
+            return False
+        self.flush()
+        rows, heads = [], []
+        for row in table.iter("tr"):
+            cells = [cell for cell in row if cell.tag in ("td", "th")]
+            rows.append([_cell_text(cell) for cell in cells])
+            heads.append(bool(cells) and all(cell.tag == "th" for cell in cells))
+        caption = table.find(".//caption")
+        if caption is not None:
+            self.blocks.append(_cell_text(caption))
+        lines = rows_to_lines(rows, True if heads and heads[0] else None)
+        if lines:
+            self.blocks.append("\n".join(lines))
+        return True
+
+
+def _is_unseen(element: Any, tag: str) -> bool:
+    if tag in _UNSEEN or element.get("hidden") is not None:
+        return True
+    return bool(_INVISIBLE_STYLE.search(element.get("style") or ""))
+
+
+def _cell_text(cell: Any) -> str:
+    parts: list[str] = []
+    events = etree.iterwalk(cell, events=("start", "end"))
+    for event, element in events:
+        tag = element.tag if isinstance(element.tag, str) else ""
+        if event == "start":
+            if _is_unseen(element, tag):
+                events.skip_subtree()
+                continue
+            parts += ["" if _INLINE.fullmatch(tag) else " ", element.text or ""]
+        elif element is not cell:
+            parts.append(element.tail or "")
+    return " ".join("".join(parts).split())

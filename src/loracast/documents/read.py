@@ -1,0 +1,98 @@
+"""A file, a stream or standard input to a Document. The one door through which text enters loracast.
+
+Text formats are read here; PDF, DOCX and HTML are parsed by a child process with limits (sandbox.py). Nothing is ever
+fetched from a network. Whatever is wrong with a file raises one DocumentError that says what, and what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+from loracast.documents.clean import bare_name, decode, normalise, readable_stem, sensible_title
+from loracast.documents.csv import parse_csv
+from loracast.documents.document import Document, Limits, Parsed
+from loracast.documents.headings import markdown_title
+from loracast.documents.kind import MEDIA_TYPES, sniff
+from loracast.documents.sandbox import parse_in_child
+from loracast.errors import DocumentError
+
+
+def read_document(
+    source: str | Path | BinaryIO, *, file_name: str | None = None, limits: Limits | None = None
+) -> Document:
+    """Reads `source`, a path, an open binary stream, or "-" for standard input.
+
+    `file_name` stands in for the name of a stream, or of a path that is a temporary file: its extension decides where
+    the content does not (md, csv, html without a doctype), and its stem is the title where the document has none.
+    """
+    limits = limits or Limits()
+    if source == "-":
+        label = _printable(file_name or "standard input")
+        data = _read_stream(sys.stdin.buffer, label, limits)
+    elif isinstance(source, str | Path):
+        label = _printable(file_name or str(source))
+        data = _read_path(Path(source), label, limits)
+        file_name = file_name or Path(source).name
+    else:
+        label = _printable(file_name or "the stream")
+        data = _read_stream(source, label, limits)
+    file_name = bare_name(file_name)
+
+    kind = sniff(data, file_name, label)
+    if kind in ("pdf", "docx", "html"):
+        parsed = parse_in_child(kind, data, label, limits)
+    else:
+        text = normalise(decode(data, label))
+        if not text.strip():
+            raise DocumentError(f"{label} holds only white space: there is nothing to learn from it")
+        if kind == "csv":
+            is_tsv = (file_name or "").lower().endswith(".tsv")
+            parsed = parse_csv(text, label, "\t" if is_tsv else None)
+        else:
+            parsed = Parsed(text, markdown_title(text))
+    if len(parsed.text) > limits.max_text_bytes or len(parsed.text.encode()) > limits.max_text_bytes:
+        raise DocumentError(f"{label} holds more than {_mega(limits.max_text_bytes)} of text: split it into parts")
+    return Document(
+        title=sensible_title(parsed.title) or readable_stem(file_name),
+        text=parsed.text,
+        file_name=file_name,
+        media_type=MEDIA_TYPES[kind],
+        sha256=hashlib.sha256(data).hexdigest(),
+        n_bytes=len(data),
+        n_pages=parsed.n_pages,
+        warnings=parsed.warnings,
+    )
+
+
+def _printable(label: str) -> str:
+    # A name may come from an upload and end up in a log or a terminal.
+    return "".join(c if c.isprintable() else "?" for c in label[:300])
+
+
+def _read_path(path: Path, label: str, limits: Limits) -> bytes:
+    try:
+        if path.is_dir():
+            raise DocumentError(f"{label} is a directory: name a file in it, or each of them")
+        with path.open("rb") as stream:
+            return _read_stream(stream, label, limits)
+    except FileNotFoundError:
+        raise DocumentError(f"{label} does not exist: check the path (relative ones start at {Path.cwd()})") from None
+    except PermissionError:
+        raise DocumentError(f"{label} may not be read by this user: change its permissions") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise DocumentError(f"{label} cannot be read ({error}): check the path and the disk") from None
+
+
+def _read_stream(stream: BinaryIO, label: str, limits: Limits) -> bytes:
+    # No trust in the reported size: a pipe has none, and a device such as /dev/zero never ends.
+    data = stream.read(limits.max_bytes + 1)
+    if len(data) > limits.max_bytes:
+        raise DocumentError(f"{label} is larger than {_mega(limits.max_bytes)}: split it, or raise Limits.max_bytes")
+    return data
+
+
+def _mega(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.0f} MB" if n_bytes >= 1e6 else f"{n_bytes:,} bytes"

@@ -1,0 +1,141 @@
+"""Where a text may be cut, and how much each cut hurts.
+
+A seam is an offset and a cost. The costs are in chunks: one more chunk costs 1 (chunks.py). So two sections are torn
+(0.8 for a sentence's end) where that saves a chunk, a sentence (10) only where none ends within reach, and a word (100)
+only where it fills a whole chunk.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from loracast.documents.headings import find_headings
+
+HEADING, PARAGRAPH, LINE, SENTENCE = 0.0, 0.1, 0.3, 0.8
+CLAUSE, WORD, IDEOGRAPH, INSIDE = 8.0, 10.0, 12.0, 100.0
+DANGLING = 11.0  # between a heading and what it heads
+
+_PARAGRAPH = re.compile(r"\n[ \t]*\n")
+_SENTENCE = re.compile(r"""([.!?…]+)["'”’»)\]]*(?=\s)|[。！？]+[」』”’]*(?=\S)""")
+_CLAUSE = re.compile(r"[;:,–—](?=\s)")
+_SPACE = re.compile(r"\s")
+_WORD_BEFORE = re.compile(r"[\w.]*$")
+_NEXT_LETTER = re.compile(r"\w")
+_ITEM = re.compile(r"[ \t]*([-*+•|>#]|\(?(\d{1,3}|[a-zA-Z])[.)][ \t])")
+_LABEL = re.compile(r"[^:;.\n]{1,60}: ")
+_SHORT_LINE = 45  # characters; running text is wrapped at more than that
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Chinese and Japanese.
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uff00-\uffef]{2}")
+
+_ABBREVIATION = re.compile(
+    r"(mrs?|ms|dr|prof|rev|hon|gen|col|lt|sgt|capt|st|mt|[sj]r|messrs|vs|e\.?g|i\.?e|cf|viz|approx|ca|incl|excl|resp|"
+    r"dept|est|inc|ltd|co|corp|univ|assn|bros|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|tel|ext|"
+    r"z\.b|d\.h|u\.a|s\.o|bzw|ggf|evtl|inkl|zzgl|hr|fr|vgl|p\.ex)",
+    re.I,
+)
+_BEFORE_NUMBER = re.compile(r"(nos?|nr|figs?|abb|pp?|s|vol|bd|ch|chap|kap|sect?|art|eqs?|tab|ref|max|min)", re.I)
+
+
+class Seam(NamedTuple):
+    offset: int  # of the white space at the seam, or of the next character where there is none
+    cost: float
+
+
+class SeamFinder:
+    """Finds the best seam in a stretch of one text. Each call looks at its stretch only, so a pass is linear."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.headings = find_headings(text)
+        self.heading_starts = [heading.start for heading in self.headings]
+        self.heading_ends = {heading.end for heading in self.headings}
+        # A heading right below another one (chapter, section) is no place to cut: the first would end a chunk.
+        self.section_starts = self.heading_starts[:1] + [
+            below.start for above, below in pairwise(self.headings) if text[above.end : below.start].strip()
+        ]
+
+    def best(self, low: int, high: int, fallbacks: Sequence[int] = ()) -> Seam | None:
+        """The cheapest seam with low < offset <= high, the last of equals; `fallbacks` are offsets of token starts."""
+        text, found = self.text, None
+        i = bisect_right(self.section_starts, high) - 1
+        if i >= 0 and self.section_starts[i] > low:
+            return Seam(self.section_starts[i], HEADING)
+
+        def offer(offset: int, cost: float) -> None:
+            nonlocal found
+            if low < offset <= high and (found is None or cost <= found.cost):
+                found = Seam(offset, cost)
+
+        for match in _PARAGRAPH.finditer(text, low, high + 2):
+            offer(match.start(), DANGLING if match.start() in self.heading_ends else PARAGRAPH)
+        if found is not None and found.cost <= PARAGRAPH:
+            return found
+        newline = text.find("\n", low, high + 1)
+        while newline >= 0:
+            offer(newline, self._line_cost(newline))
+            newline = text.find("\n", newline + 1, high + 1)
+        if found is not None and found.cost <= LINE:
+            return found
+        for match in _SENTENCE.finditer(text, low, high + 1):
+            if match[1] is None or ends_sentence(text, match.start(1), match.end()):
+                offer(match.end(), SENTENCE)
+        if found is not None and found.cost <= SENTENCE:
+            return found
+        for match in _CLAUSE.finditer(text, low, high + 1):
+            offer(match.end(), CLAUSE)
+        if found is None or found.cost > WORD:
+            for space in (text.rfind(" ", low, high + 1), text.rfind("\n", low, high + 1)):
+                offer(space, WORD)
+        if found is None and (space_like := _SPACE.search(text, low + 1, high + 1)):  # a tab, a space of Unicode's
+            offer(space_like.start(), WORD)
+        if found is None:
+            for offset in fallbacks:
+                offer(*self._inside(offset))
+        return found
+
+    def _line_cost(self, newline: int) -> float:
+        """What a single newline is worth: the end of an item or a row, or merely the wrapping of a sentence."""
+        text = self.text
+        if newline in self.heading_ends:
+            return DANGLING
+        line = text[text.rfind("\n", max(0, newline - 2000), newline) + 1 : newline].rstrip()
+        below = text[newline + 1 : newline + 80]
+        if _ITEM.match(below) or line.endswith((".", "!", "?", ":", ";", "|", "…")):
+            return LINE
+        label = _LABEL.match(below)
+        if label and (not below[0].islower() or line.startswith(label[0])):
+            return LINE  # "Weight: 3 kg", and the rows of a table
+        is_wrapped = not line or len(line) > _SHORT_LINE or below[:1].islower()
+        return CLAUSE if is_wrapped else LINE
+
+    def _inside(self, offset: int) -> tuple[int, float]:
+        text = self.text
+        while 0 < offset < len(text) and (
+            unicodedata.combining(text[offset]) or text[offset] in "\u200d\ufe0f" or text[offset - 1] == "\u200d"
+        ):
+            offset += 1  # a letter keeps its accents
+        return offset, IDEOGRAPH if _UNSPACED.match(text, max(0, offset - 1)) else INSIDE
+
+
+def ends_sentence(text: str, dot: int, end: int) -> bool:
+    """Whether the marks at `dot`, which white space follows at `end`, end a sentence rather than an abbreviation."""
+    after = _NEXT_LETTER.search(text, end, end + 20)
+    if after and after[0].islower():
+        return False
+    if text[dot] != "." or text[dot : dot + 2] == "..":
+        return True
+    before = _WORD_BEFORE.search(text[max(0, dot - 20) : dot])
+    word = before[0] if before else ""
+    if _ABBREVIATION.fullmatch(word) or (len(word) == 1 and word.isupper()):
+        return False  # "Dr.", "e.g.", the initial in "J. Smith"
+    if re.fullmatch(r"[A-Za-z](\.[A-Za-z])+", word):
+        return False  # "U.S."
+    if _BEFORE_NUMBER.fullmatch(word) and after and after[0].isdigit():
+        return False  # "No. 5"
+    is_first = text[max(0, dot - len(word) - 1) : dot - len(word)] in ("", "\n")
+    return not (word.isdigit() and is_first)  # "1." opens an item

@@ -1,0 +1,40 @@
+"""Rows to lines that keep their meaning alone: a chunk may hold any one of them without the header."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+def rows_to_lines(rows: Sequence[Sequence[str]], has_header: bool | None = None) -> list[str]:
+    """One line a row: "header: value; header: value", empty cells left out.
+
+    `has_header` None lets the cells decide. Two columns without a known header are names and values: "name: value".
+    """
+    cells = [[" ".join(cell.split()) for cell in row] for row in rows]
+    cells = [row for row in cells if any(row)]
+    if not cells:
+        return []
+    width = max(map(len, cells))
+    if has_header is None:
+        has_header = width > 2 and len(cells) > 1 and looks_like_header(cells[0])
+    if has_header and len(cells) > 1:
+        return [named_row(cells[0], row) for row in cells[1:]]
+    if width == 2:
+        return [": ".join(filter(None, row)) for row in cells]
+    return [" | ".join(filter(None, row)) for row in cells]
+
+
+def looks_like_header(row: Sequence[str]) -> bool:
+    """Distinct names, none of which is a number or a date."""
+    names = [cell for cell in row if cell]
+    return (
+        bool(names) and len(set(names)) == len(names) and not any(re.match(r"[-+€$£]?[\d.,]", name) for name in names)
+    )
+
+
+def named_row(header: Sequence[str], row: Sequence[str]) -> str:
+    """The row's cells with their column's name; a column without one is called "column 3"."""
+    names = [name or f"column {i + 1}" for i, name in enumerate(header)]
+    names += [f"column {i + 1}" for i in range(len(names), len(row))]
+    return "; ".join(f"{name}: {cell}" for name, cell in zip(names, row, strict=False) if cell)

@@ -1,0 +1,31 @@
+"""The errors a caller may want to catch. Every message says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class LoracastError(Exception):
+    """Anything loracast refuses to do; `str(error)` names the cause and the remedy."""
+
+
+class DocumentError(LoracastError):
+    """A file that cannot become text: encrypted, empty, scanned-only, truncated, of an unknown kind."""
+
+
+class BaseModelError(LoracastError):
+    """A base that cannot be fetched, verified, loaded or targeted."""
+
+
+class AdapterError(LoracastError):
+    """An adapter file that is damaged, foreign or does not fit the base in use."""
+
+
+class HypernetworkError(LoracastError):
+    """A hypernetwork checkpoint that is damaged or belongs to another base."""
+
+
+class ConfigError(LoracastError):
+    """Settings that contradict each other or a key nobody knows."""
+
+
+class TrainingError(LoracastError):
+    """Training that cannot start, go on or be resumed."""

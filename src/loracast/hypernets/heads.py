@@ -1,0 +1,69 @@
+"""From rank latents to the two factors of each target module. One head for each module kind."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class LatentMLP(nn.Module):
+    """A residual MLP on the rank latents with weights of its own in each layer: x + LN(W2 silu(W1 LN(x)))."""
+
+    def __init__(self, n_layers: int, width: int):
+        super().__init__()
+        self.norm_in = nn.LayerNorm(width)
+        self.w1 = nn.Parameter(torch.randn(n_layers, width, 4 * width) / width**0.5)
+        self.b1 = nn.Parameter(torch.zeros(n_layers, 1, 4 * width))
+        self.w2 = nn.Parameter(torch.randn(n_layers, 4 * width, width) / (4 * width) ** 0.5)
+        self.b2 = nn.Parameter(torch.zeros(n_layers, 1, width))
+        self.norm_out = nn.LayerNorm(width)
+
+    def forward(self, latents: Tensor) -> Tensor:  # [n, layers, q, w] -> [n, layers, q, w]
+        inner = functional.silu(self.norm_in(latents) @ self.w1 + self.b1)
+        return latents + self.norm_out(inner @ self.w2 + self.b2)
+
+
+class FactorHead(nn.Module):
+    """Unit rank latents [n, layers, r, w] -> A rows [n, layers, r, in] and B rows [n, layers, r, out].
+
+    Every layer has a linear map of its own, since the layers' activations live in different spaces. With `shared_rank` k all
+    layers share one map and each adds a correction of rank k: a large base stays affordable.
+    """
+
+    def __init__(
+        self, n_layers: int, width: int, rank: int, d_in: int, d_out: int, shared_rank: int | None, whitened: bool
+    ):
+        super().__init__()
+        self.d_in, self.d_out = d_in, d_out
+        d = d_in + d_out
+        # Published initialisation (arXiv 2602.15902); with whitening, unit latents give factors of unit response instead.
+        std = 0.5 / (width + d * rank) ** 0.5
+        columns = torch.cat([torch.full((d_in,), d_in**-0.5), torch.full((d_out,), d_out**-0.5)]) if whitened else std
+        if shared_rank is None:
+            self.weight = nn.Parameter(torch.randn(n_layers, width, d) * columns)
+        else:
+            self.shared = nn.Parameter(torch.randn(width, d) * columns)
+            self.down = nn.Parameter(torch.randn(n_layers, width, shared_rank) / shared_rank**0.5)
+            self.up = nn.Parameter(torch.randn(n_layers, shared_rank, d) * columns)
+        self.scaler_a = nn.Parameter(torch.ones(n_layers, rank, 1))
+        self.scaler_b = nn.Parameter(torch.zeros(n_layers, rank, 1))  # zero: the start is an exact no-op
+        self.register_buffer("in_scale", torch.ones(n_layers, 1, d_in))
+        self.register_buffer("out_scale", torch.ones(n_layers, 1, d_out))
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        if hasattr(self, "weight"):
+            rows = latents @ self.weight  # [n, layers, r, in + out]
+        else:
+            rows = latents @ self.shared + (latents @ self.down) @ self.up
+        a, b = rows.split([self.d_in, self.d_out], dim=-1)
+        return a * (self.scaler_a * self.in_scale), b * (self.scaler_b * self.out_scale)
+
+
+class SharedLoRA(nn.Module):
+    """The document-independent LoRA of one module kind, appended once to every document's factors. B starts at zero."""
+
+    def __init__(self, n_layers: int, rank: int, d_in: int, d_out: int):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(n_layers, rank, d_in) * 0.2 / (d_in * rank) ** 0.5)
+        self.b = nn.Parameter(torch.zeros(n_layers, rank, d_out))

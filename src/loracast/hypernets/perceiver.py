@@ -1,0 +1,101 @@
+"""The Perceiver that turns a chunk's features into rank latents. Knows nothing of LoRAs or bases.
+
+Learned latents read the features through cross-attention blocks; the block is the one of Doc-to-LoRA (arXiv 2602.15902,
+appendix on the architecture): grouped-query attention without positions, a SiLU-gated MLP, and RMSNorm on latents, on the
+context, after the attention, and before and after the MLP.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases."""
+
+    def __init__(self, d_in: int, d_inner: int, d_out: int):
+        super().__init__()
+        self.gate = nn.Linear(d_in, d_inner, bias=False)
+        self.up = nn.Linear(d_in, d_inner, bias=False)
+        self.down = nn.Linear(d_inner, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., d_in] -> [..., d_out]
+        return self.down(functional.silu(self.gate(x)) * self.up(x))
+
+
+class CrossAttention(nn.Module):
+    """Latents attend to a context; `n_kv_heads` may be fewer than `n_heads` (grouped queries)."""
+
+    def __init__(self, width: int, n_heads: int, n_kv_heads: int, head_dim: int):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
+        self.q = nn.Linear(width, n_heads * head_dim, bias=False)
+        self.k = nn.Linear(width, n_kv_heads * head_dim, bias=False)
+        self.v = nn.Linear(width, n_kv_heads * head_dim, bias=False)
+        self.o = nn.Linear(n_heads * head_dim, width, bias=False)
+
+    def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """latents [n, q, w], context [n, t, w], mask [n, t] true where real (None: all real) -> [n, q, w]."""
+        n, n_latents, _ = latents.shape
+        q = self.q(latents).view(n, n_latents, self.n_heads, self.head_dim).transpose(1, 2)
+        k = self.k(context).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v(context).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        attn_mask = None if mask is None else mask[:, None, None, :]
+        out = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, enable_gqa=self.n_kv_heads != self.n_heads
+        )  # [n, heads, q, head_dim]
+        return self.o(out.transpose(1, 2).reshape(n, n_latents, -1))
+
+
+class CrossBlock(nn.Module):
+    """One cross-attention block with its sandwich of norms."""
+
+    def __init__(self, width: int, n_heads: int, n_kv_heads: int, head_dim: int, eps: float):
+        super().__init__()
+        self.norm_latents = nn.RMSNorm(width, eps=eps)
+        self.norm_context = nn.RMSNorm(width, eps=eps)
+        self.attention = CrossAttention(width, n_heads, n_kv_heads, head_dim)
+        self.norm_attended = nn.RMSNorm(width, eps=eps)
+        self.norm_before_mlp = nn.RMSNorm(width, eps=eps)
+        self.mlp = GatedMLP(width, 4 * width, width)
+        self.norm_after_mlp = nn.RMSNorm(width, eps=eps)
+
+    def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        attended = self.attention(self.norm_latents(latents), self.norm_context(context), mask)
+        latents = latents + self.norm_attended(attended)
+        return latents + self.norm_after_mlp(self.mlp(self.norm_before_mlp(latents)))
+
+
+class Perceiver(nn.Module):
+    """A stack of cross-attention blocks: latents [n, q, w] and context [n, t, w] -> latents [n, q, w]."""
+
+    def __init__(self, n_blocks: int, width: int, n_heads: int, n_kv_heads: int, head_dim: int, eps: float):
+        super().__init__()
+        self.blocks = nn.ModuleList(CrossBlock(width, n_heads, n_kv_heads, head_dim, eps) for _ in range(n_blocks))
+        self.norm = nn.RMSNorm(width, eps=eps)
+
+    def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            latents = block(latents, context, mask)
+        return self.norm(latents)
+
+
+class Queries(nn.Module):
+    """Learned latents for `groups` x `per_group` positions: free, or the sum of a group and a position embedding.
+
+    The sum ties together what the ranks of one layer and the same rank of all layers have in common; it learns faster.
+    """
+
+    def __init__(self, groups: int, per_group: int, width: int, factorised: bool):
+        super().__init__()
+        self.factorised = factorised
+        if factorised:
+            self.group = nn.Parameter(torch.randn(groups, 1, width))
+            self.position = nn.Parameter(torch.randn(1, per_group, width))
+        else:
+            self.free = nn.Parameter(torch.randn(groups * per_group, width))
+
+    def forward(self) -> Tensor:  # [groups * per_group, width]
+        return (self.group + self.position).flatten(0, 1) if self.factorised else self.free

@@ -1,0 +1,142 @@
+"""Hypernetworks on disk, the Hugging Face way: a folder (or hub repository) with config.json and model.safetensors.
+
+Strict on both sides: unknown keys, missing tensors and other shapes are refused, all of them in one message. The file names the base that it
+was trained for by its fingerprints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loracast.errors import ConfigError, HypernetworkError
+from loracast.files import write_atomically
+from loracast.fingerprint import Fingerprint
+from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+
+FORMAT = 1
+STORAGE = ("float32", "bfloat16", "int8")
+_INT8_MIN_NUMEL = 100_000  # smaller tensors gain nothing and are the more delicate ones
+
+
+def save_pretrained(
+    hypernet: DocToLoRA,
+    folder: Path,
+    made_for: Fingerprint,
+    *,
+    storage: str = "bfloat16",
+    provenance: dict[str, Any] | None = None,
+) -> None:
+    """Write a hypernetwork.
+
+    Args:
+        folder: created if need be; config.json is written last, so that a half-written folder is never taken for a whole one.
+        made_for: the base it was trained on.
+        storage: "float32", "bfloat16", or "int8" for the large matrices (one scale for each output column) and bf16 for the rest.
+        provenance: how it was made (command, seed, data), kept in config.json.
+    """
+    from safetensors.torch import save
+
+    if storage not in STORAGE:
+        raise ConfigError(f"unknown storage {storage!r}; one of {', '.join(STORAGE)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for name, value in hypernet.state_dict().items():
+        value = value.detach().cpu()
+        if storage == "int8" and value.ndim >= 2 and value.numel() >= _INT8_MIN_NUMEL:
+            scale = value.abs().amax(dim=-2, keepdim=True).clamp_min(1e-12) / 127  # [..., 1, columns]
+            tensors[name] = (value / scale).round().to(torch.int8).contiguous()
+            tensors[f"{name}.int8_scale"] = scale.to(torch.bfloat16).contiguous()
+        else:
+            tensors[name] = value.to(torch.float32 if storage == "float32" else torch.bfloat16).contiguous()
+    config = {
+        "format": FORMAT,
+        "architecture": type(hypernet).__name__,
+        "made_for": made_for.to_dict(),
+        "config": dataclasses.asdict(hypernet.config),
+        "provenance": provenance or {},
+    }
+    write_atomically(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
+
+
+def from_pretrained(source: str | Path) -> tuple[DocToLoRA, Fingerprint]:
+    """Read a hypernetwork from a folder or a hub repository.
+
+    Returns:
+        the hypernetwork in fp32, in evaluation mode, and the fingerprint of the base that it was made for.
+
+    Raises:
+        HypernetworkError: not there, damaged, or of a newer format; the message lists every fault.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _download(str(source))
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise HypernetworkError(
+            f"{folder} is not a hypernetwork: it needs a config.json and a whole model.safetensors ({error})"
+        ) from error
+    if stored.get("format") != FORMAT or stored.get("architecture") != "DocToLoRA":
+        raise HypernetworkError(
+            f"{folder} holds {stored.get('architecture')!r} in format {stored.get('format')!r}; this version of loracast reads "
+            f"DocToLoRA in format {FORMAT}: update loracast"
+        )
+    hypernet = DocToLoRA(read_config(stored["config"]))
+    hypernet.load_state_dict(_checked(hypernet, tensors, folder))
+    return hypernet.eval().requires_grad_(False), Fingerprint(**stored["made_for"])
+
+
+def read_config(values: dict[str, Any]) -> DocToLoRAConfig:
+    """A config from its JSON form. Raises ConfigError for a key that nobody knows."""
+    known = {field.name for field in dataclasses.fields(DocToLoRAConfig)}
+    if unknown := sorted(values.keys() - known):
+        raise ConfigError(f"unknown keys in a DocToLoRA config: {', '.join(unknown)}")
+    values = dict(values)
+    values["modules"] = tuple(tuple(module) for module in values["modules"])
+    values["reader_layers"] = tuple(values["reader_layers"])
+    return DocToLoRAConfig(**values)
+
+
+def _checked(hypernet: DocToLoRA, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The stored tensors in fp32, after every key, shape and number has been looked at."""
+    scales = {name: value for name, value in tensors.items() if name.endswith(".int8_scale")}
+    weights: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name not in scales:
+            scale = scales.get(f"{name}.int8_scale")
+            weights[name] = value.float() if scale is None else value.float() * scale.float()
+    wanted = hypernet.state_dict()
+    problems = [f"missing tensor {name}" for name in sorted(wanted.keys() - weights.keys())]
+    problems += [f"unknown tensor {name}" for name in sorted(weights.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & weights.keys()):
+        if weights[name].shape != wanted[name].shape:
+            problems.append(f"{name} is {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}")
+        elif not torch.isfinite(weights[name]).all():
+            problems.append(f"{name} holds numbers that are not finite")
+    if problems:
+        raise HypernetworkError(f"{folder} is not a hypernetwork that fits its config: " + "; ".join(problems))
+    return weights
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["config.json", "model.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise HypernetworkError(
+            f"no hypernetwork at {repository!r}: give a folder with config.json and model.safetensors, or a hub repository that this "
+            f"machine can reach ({str(error).splitlines()[0]})"
+        ) from error

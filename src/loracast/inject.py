@@ -1,0 +1,87 @@
+"""One batched forward of the base in which every row may carry another LoRA, or none.
+
+A forward hook on each target module adds `(x A') B'` to the module's output: two small matmuls for each LoRA and row, no copy of a
+factor per token, the base's weights untouched. Works under autograd and under generation with a KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from loracast.errors import AdapterError
+from loracast.lora import Factors, LoRA, LoRABatch, stack
+
+
+@contextmanager
+def inject(model: nn.Module, loras: LoRA | LoRABatch | Sequence[LoRA | None] | None) -> Iterator[nn.Module]:
+    """Let `model` answer with LoRAs while the context lasts.
+
+    Args:
+        model: the base, a module whose submodules the LoRAs name.
+        loras: one LoRA for all rows, a list with one LoRA or None for each row of the batch, or a ready LoRABatch.
+
+    Raises:
+        AdapterError: a LoRA names a module that the base lacks, or has other shapes; all of them in one message.
+        In the forward: a batch with another number of rows than there are LoRAs.
+    """
+    batch = loras if isinstance(loras, LoRABatch) else stack(loras if isinstance(loras, Sequence) else [loras])
+    modules = _modules_for(model, batch)
+    handles = []
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_hook(_hook(batch.n, batch.factors.get(name), batch.dense.get(name))))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _modules_for(model: nn.Module, batch: LoRABatch) -> dict[str, nn.Linear]:
+    """The modules that a batch touches, after checking that they exist and fit."""
+    modules: dict[str, nn.Linear] = {}
+    problems = []
+    available = dict(model.named_modules())
+    shapes = {name: (b.shape[1], a.shape[2]) for name, (a, b) in batch.factors.items()}
+    for name, (d_out, d_in) in {**shapes, **{name: tuple(d.shape[1:]) for name, d in batch.dense.items()}}.items():
+        module = available.get(name)
+        if not isinstance(module, nn.Linear):
+            problems.append(f"{name}: the base has no such linear module")
+        elif (module.out_features, module.in_features) != (d_out, d_in):
+            problems.append(
+                f"{name}: the LoRA is for [{d_out}, {d_in}], the base has [{module.out_features}, {module.in_features}]"
+            )
+        else:
+            modules[name] = module
+    if problems:
+        raise AdapterError("this LoRA does not fit this base: " + "; ".join(problems))
+    return modules
+
+
+def _hook(
+    n: int, factors: Factors | None, dense: Tensor | None
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def add_delta(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0]  # [rows, tokens, in]
+        if n not in (1, x.shape[0]):
+            raise AdapterError(
+                f"{n} LoRAs were given for a batch of {x.shape[0]} rows; give one for each row, or one for all"
+            )
+        if factors is not None:
+            output = output + _matmul(_matmul(x, factors.a), factors.b)  # [rows, tokens, r] -> [rows, tokens, out]
+        if dense is not None:
+            output = output + _matmul(x, dense)
+        return output
+
+    return add_delta
+
+
+def _matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x [rows, tokens, d] times the transpose of weight [n, e, d], n being rows or 1 -> [rows, tokens, e]."""
+    weight = weight.to(x.dtype)
+    if weight.shape[0] == 1:
+        return nn.functional.linear(x, weight[0])
+    return torch.bmm(x, weight.transpose(1, 2))

@@ -1,0 +1,114 @@
+"""A document becomes an adapter: text, chunks, features, factors, disk. Memory stays flat in the document's length."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from loracast.adapter import Adapter, AdapterWriter, Manifest
+from loracast.base import Base
+from loracast.batching import pad_right
+from loracast.chat import encode_text, encode_with_offsets
+from loracast.documents import Chunk, Document, split_text
+from loracast.encoders.context import ContextEncoder
+from loracast.errors import DocumentError
+
+if TYPE_CHECKING:
+    from loracast.hypernets.doc_to_lora import DocToLoRA
+
+TOKENS_PER_BATCH = 4096
+"""Tokens encoded at once: enough to keep the cores busy, little enough to need no memory to speak of."""
+
+Progress = Callable[[int, int], None]
+"""(chunks done, chunks in all)"""
+
+
+def split_document(base: Base, document: Document, max_tokens: int) -> list[Chunk]:
+    """The chunks of a document as this base's tokenizer counts them."""
+    chunks = split_text(
+        document.text,
+        lambda text: encode_with_offsets(base.tokenizer, text),
+        max_tokens=max_tokens,
+        title=document.title,
+    )
+    if not chunks:
+        raise DocumentError(f"{document.file_name or 'the document'} holds no text")
+    return chunks
+
+
+@torch.inference_mode()
+def expand_chunks(
+    base: Base, hypernet: DocToLoRA, encoder: ContextEncoder, prompts: Sequence[str]
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """The factors of chunks, batch by batch and in order, as the hypernetwork's `expand` gives them."""
+    device = base.device
+    autocast = torch.autocast(device.type, torch.bfloat16) if base.model.dtype == torch.bfloat16 else nullcontext()
+    batch: list[list[int]] = []
+    for i, prompt in enumerate(prompts):
+        batch.append(encode_text(base.tokenizer, prompt))
+        is_full = max(len(ids) for ids in batch) * (len(batch) + 1) > TOKENS_PER_BATCH
+        if is_full or i == len(prompts) - 1:
+            ids, mask = pad_right(batch, base.pad_id)
+            features = encoder(ids.to(device)).float()
+            with autocast:
+                yield hypernet.expand(hypernet.latents(features, mask.to(device)))
+            batch = []
+
+
+def learn_document(
+    base: Base,
+    hypernet: DocToLoRA,
+    hypernet_hash: str,
+    encoder: ContextEncoder,
+    document: Document,
+    library: Path,
+    name: str,
+    *,
+    max_chunk_tokens: int = 256,
+    replace: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Adapter:
+    """Cast a document into an adapter and keep it under `name`.
+
+    Nothing is left behind if it fails or is killed: the adapter appears in the library when it is whole.
+    """
+    started = time.perf_counter()
+    chunks = split_document(base, document, max_chunk_tokens)
+    config = hypernet.config
+    shared = {
+        f"{kind}.shared.{side}": getattr(lora, side).detach()
+        for kind, lora in hypernet.document_independent.items()
+        for side in ("a", "b")
+    }
+    with AdapterWriter(library, name, config.target, config.rank, chunks) as writer:
+        writer.open_factors(shared)
+        done = 0
+        progress(done, len(chunks))
+        for expanded in expand_chunks(base, hypernet, encoder, [chunk.prompt for chunk in chunks]):
+            writer.add(expanded)
+            done += next(iter(expanded.values()))[0].shape[0]
+            progress(done, len(chunks))
+        manifest = Manifest(
+            name=name,
+            title=document.title,
+            source=document.file_name,
+            source_sha256=document.sha256,
+            made_for=base.fingerprint,
+            hypernetwork=hypernet_hash,
+            modules=config.modules,
+            rank=config.rank,
+            n_chunks=len(chunks),
+            n_tokens=sum(chunk.n_tokens for chunk in chunks),
+            max_chunk_tokens=max_chunk_tokens,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            learn_s=round(time.perf_counter() - started, 3),
+            warnings=document.warnings,
+        )
+        return writer.finish(manifest, replace=replace)

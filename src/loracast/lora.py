@@ -1,0 +1,191 @@
+"""The one in-memory LoRA and its algebra. Knows torch only: no base, no file, no hypernetwork.
+
+A LoRA adds `delta = B @ A` to a module's weight [out, in], with A [r, in] and B [out, r]; the scale is folded into B the
+moment a LoRA is born, so that nothing after this needs to know it. Where many chunks have been merged, the factors can
+outweigh the dense delta they stand for (past rank in*out/(in+out)); such a module keeps the exact dense sum instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loracast.errors import AdapterError
+
+
+class Factors(NamedTuple):
+    """The two factors of one module."""
+
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-2]
+
+    def delta(self) -> Tensor:
+        return self.b @ self.a  # [out, in]
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """One LoRA: for each module its factors or, where that is smaller, its dense delta [out, in]."""
+
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = [f"{name}: both factors and a dense delta" for name in self.factors.keys() & self.dense.keys()]
+        for name, (a, b) in self.factors.items():
+            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+                problems.append(f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not share a rank")
+        problems += [
+            f"{name}: dense delta of {delta.ndim} dimensions" for name, delta in self.dense.items() if delta.ndim != 2
+        ]
+        if problems:
+            raise AdapterError("not a LoRA: " + "; ".join(sorted(problems)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.factors, *self.dense)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module (0 for an empty LoRA; a dense delta counts as its smaller side)."""
+        ranks = [f.rank for f in self.factors.values()] + [min(delta.shape) for delta in self.dense.values()]
+        return max(ranks, default=0)
+
+    @property
+    def n_bytes(self) -> int:
+        tensors = [t for f in self.factors.values() for t in f] + list(self.dense.values())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def delta(self, name: str) -> Tensor:
+        """The dense update [out, in] of one module. Raises KeyError for a module that this LoRA does not touch."""
+        return self.dense[name] if name in self.dense else self.factors[name].delta()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LoRA:
+        def move(t: Tensor) -> Tensor:
+            return t.to(device=device, dtype=dtype)
+
+        return LoRA(
+            {name: Factors(move(a), move(b)) for name, (a, b) in self.factors.items()},
+            {name: move(delta) for name, delta in self.dense.items()},
+        )
+
+    def scale(self, strength: float) -> LoRA:
+        """The same LoRA with its delta multiplied by `strength` (0 switches it off, a negative one subtracts it)."""
+        return LoRA(
+            {name: Factors(a, b * strength) for name, (a, b) in self.factors.items()},
+            {name: delta * strength for name, delta in self.dense.items()},
+        )
+
+    def norms(self) -> dict[str, float]:
+        """Frobenius norm of each module's delta; of factors by the Gram identity |BA|^2 = <B'B, AA'>, never dense."""
+        norms = {name: delta.double().norm().item() for name, delta in self.dense.items()}
+        for name, (a, b) in self.factors.items():
+            a, b = a.double(), b.double()
+            norms[name] = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt().item()
+        return norms
+
+
+def concat(loras: Sequence[LoRA], dense_past_break_even: bool = True) -> LoRA:
+    """The sum of LoRAs, exact: factors are concatenated along the rank, and past the break-even rank kept dense.
+
+    Doc-to-LoRA merges the chunks of a document like this (arXiv 2602.15902, section on long documents), without a 1/K scale.
+    """
+    parts: dict[str, list[Factors]] = {}
+    dense: dict[str, Tensor] = {}
+    for lora in loras:
+        for name, factors in lora.factors.items():
+            parts.setdefault(name, []).append(factors)
+        for name, delta in lora.dense.items():
+            dense[name] = dense[name] + delta if name in dense else delta
+    joined: dict[str, Factors] = {}
+    for name, pieces in parts.items():
+        a = torch.cat([piece.a for piece in pieces], dim=0)  # [sum r, in]
+        b = torch.cat([piece.b for piece in pieces], dim=1)  # [out, sum r]
+        d_in, d_out = a.shape[1], b.shape[0]
+        if name in dense:
+            dense[name] = dense[name] + b @ a
+        elif dense_past_break_even and a.shape[0] > d_in * d_out // (d_in + d_out):
+            dense[name] = b @ a
+        else:
+            joined[name] = Factors(a, b)
+    return LoRA(joined, dense)
+
+
+def compress(lora: LoRA, rank: int) -> tuple[LoRA, float]:
+    """The best LoRA of at most `rank` (Eckart-Young, module by module) and its relative error.
+
+    Factors are reduced by QR of both sides and an SVD of the small r x r core, so the dense product is never formed; a dense
+    delta needs its own SVD. The two halves of the kept singular values are shared between A and B.
+
+    Returns:
+        the compressed LoRA, and |delta - compressed|_F / |delta|_F over all modules together (0 for a zero LoRA).
+    """
+    if rank < 1:
+        raise AdapterError(f"a rank budget must be at least 1, not {rank}")
+    kept: dict[str, Factors] = {}
+    lost_energy, energy = 0.0, 0.0
+    for name in lora.names:
+        if name in lora.dense:
+            delta = lora.dense[name]
+            dtype = delta.dtype
+            u, s, vh = torch.linalg.svd(delta.float(), full_matrices=False)
+        else:
+            a, b = lora.factors[name]
+            dtype = a.dtype
+            q_b, r_b = torch.linalg.qr(b.float())  # [out, m] [m, r]
+            q_a, r_a = torch.linalg.qr(a.float().T)  # [in, n] [n, r]
+            u_core, s, vh_core = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+            u, vh = q_b @ u_core, vh_core @ q_a.T
+        squares = s.double().square()
+        energy += squares.sum().item()
+        lost_energy += squares[rank:].sum().item()
+        root = s[:rank].sqrt()
+        kept[name] = Factors((root[:, None] * vh[:rank]).to(dtype), (u[:, :rank] * root).to(dtype))
+    return LoRA(kept), (lost_energy / energy) ** 0.5 if energy > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class LoRABatch:
+    """LoRAs for the rows of one batch, stacked: the form in which a forward pass uses them.
+
+    `n` is the number of rows, or 1 when all rows share the same LoRA. Ranks are zero-padded to the longest.
+    """
+
+    n: int
+    factors: Mapping[str, Factors]  # A [n, r, in], B [n, out, r]
+    dense: Mapping[str, Tensor]  # [n, out, in]
+
+
+def stack(loras: Sequence[LoRA | None]) -> LoRABatch:
+    """One LoRABatch for rows that each carry another LoRA, or none (None)."""
+    distinct = {id(lora): lora for lora in loras}
+    rows = [next(iter(distinct.values()))] if len(distinct) == 1 else list(loras)
+    factor_names = dict.fromkeys(name for lora in rows if lora for name in lora.factors)
+    dense_names = dict.fromkeys(name for lora in rows if lora for name in lora.dense)
+    factors: dict[str, Factors] = {}
+    for name in factor_names:
+        per_row = [lora.factors.get(name) if lora else None for lora in rows]
+        present = [f for f in per_row if f is not None]
+        rank = max(f.rank for f in present)
+        a = present[0].a.new_zeros(len(rows), rank, present[0].a.shape[1])
+        b = present[0].b.new_zeros(len(rows), present[0].b.shape[0], rank)
+        for i, f in enumerate(per_row):
+            if f is not None:
+                a[i, : f.rank] = f.a
+                b[i, :, : f.rank] = f.b
+        factors[name] = Factors(a, b)
+    dense: dict[str, Tensor] = {}
+    for name in dense_names:
+        like = next(lora.dense[name] for lora in rows if lora and name in lora.dense)
+        dense[name] = torch.stack(
+            [lora.dense[name] if lora and name in lora.dense else torch.zeros_like(like) for lora in rows]
+        )
+    return LoRABatch(len(rows), factors, dense)

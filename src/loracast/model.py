@@ -1,0 +1,164 @@
+"""The Python face: a base with its hypernetwork, which learns documents and answers with them.
+
+model = loracast.load()
+manual = model.learn("manual.pdf")
+print(model.ask("How long is the warranty?", manual))
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import BinaryIO
+
+from loracast.adapter import Adapter, name_from, open_adapter
+from loracast.base import DEFAULT_BASE, Base, load_base
+from loracast.chat import Message
+from loracast.documents import Document, read_document
+from loracast.encoders.context import ContextEncoder
+from loracast.errors import HypernetworkError
+from loracast.fingerprint import check
+from loracast.generate import Answer, Sampling, answer
+from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.store import from_pretrained
+from loracast.learn import Progress, learn_document
+from loracast.lora import LoRA, concat
+from loracast.paths import library_dir
+from loracast.routing import DEFAULT_ROUTE, Route, route
+
+SHIPPED = {DEFAULT_BASE: "doc-smollm2-135m"}
+"""Hypernetworks inside this package, by the embedded base that they were trained for."""
+
+ASK_SYSTEM_TURN = ""
+"""The system turn of a question, as in most of the training: the template's own costs 25 tokens of prefill and helps nothing."""
+
+
+def shipped_hypernetwork(base: str) -> Path:
+    """The folder of the hypernetwork shipped for an embedded base. Raises HypernetworkError if there is none."""
+    if base not in SHIPPED:
+        raise HypernetworkError(
+            f"no hypernetwork is shipped for the base {base!r}: train one (`loracast train doc --base {base}`) and give it with "
+            "--hypernetwork FOLDER"
+        )
+    return Path(str(files("loracast") / "pretrained" / SHIPPED[base]))
+
+
+class Model:
+    """A base that learns documents."""
+
+    def __init__(self, base: Base, hypernet: DocToLoRA, hypernet_hash: str, library: Path):
+        self.base, self.hypernet, self.hypernet_hash, self.library = base, hypernet, hypernet_hash, library
+        self.encoder = ContextEncoder(base.model, hypernet.config.reader_layers)
+
+    def learn(
+        self,
+        source: str | Path | BinaryIO | Document,
+        name: str | None = None,
+        *,
+        max_chunk_tokens: int = 256,
+        replace: bool = False,
+        progress: Progress = lambda done, total: None,
+    ) -> Adapter:
+        """Cast a document (a path, "-" for standard input, a binary stream, a Document) into an adapter and keep it.
+
+        Args:
+            name: of the adapter; made from the file's name, or else from the document's title, if None.
+            max_chunk_tokens: longest chunk; the shipped hypernetwork was trained for up to 256.
+            replace: an adapter of that name gives way to the new one.
+
+        Raises:
+            DocumentError: the file cannot be read; AdapterError: the name is taken or not allowed.
+        """
+        document = source if isinstance(source, Document) else read_document(source)
+        name = name or name_from(Path(document.file_name).stem if document.file_name else document.title)
+        return learn_document(
+            self.base,
+            self.hypernet,
+            self.hypernet_hash,
+            self.encoder,
+            document,
+            self.library,
+            name,
+            max_chunk_tokens=max_chunk_tokens,
+            replace=replace,
+            progress=progress,
+        )
+
+    def adapter(self, name: str) -> Adapter:
+        """An adapter of the library, checked against this base."""
+        found = open_adapter(self.library, name)
+        check(found.manifest.made_for, self.base.fingerprint, f"the adapter {name!r}")
+        return found
+
+    def ask(self, question: str, adapter: Adapter | str | Sequence[Adapter | str] = (), **options) -> str:
+        """Answer a question with one adapter, several, or none (the plain base). Options as in `answer`."""
+        return self.answer(question, adapter, **options).text
+
+    def answer(
+        self,
+        question: str,
+        adapter: Adapter | str | Sequence[Adapter | str] = (),
+        *,
+        route: int | None = DEFAULT_ROUTE,
+        system: str | None = ASK_SYSTEM_TURN,
+        sampling: Sampling = Sampling(),
+        on_text: Callable[[str], None] = lambda text: None,
+    ) -> Answer:
+        """Like `ask`, with what the answer cost.
+
+        Args:
+            route: how many chunks of each document a question is given; None merges them all.
+            system: the system turn, "" for an empty one, None for the template's own.
+            on_text: told each piece of the answer as it comes.
+        """
+        messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": question})
+        lora, _ = self.lora_for(question, adapter, route)
+        return answer(self.base, self.base.chat.conversation(messages), lora, sampling, on_text)
+
+    def lora_for(
+        self, question: str, adapter: Adapter | str | Sequence[Adapter | str], k: int | None = DEFAULT_ROUTE
+    ) -> tuple[LoRA | None, dict[str, Route]]:
+        """The LoRA that a question is answered with, and which chunks it came from, by the adapters' names."""
+        chosen = [adapter] if isinstance(adapter, (Adapter, str)) else list(adapter)
+        opened = [self.adapter(a) if isinstance(a, str) else a for a in chosen]
+        routes = {a.name: route(a, question, k) for a in opened}
+        loras = [a.lora(routes[a.name].chunks) for a in opened]
+        if not loras:
+            return None, routes
+        return (loras[0] if len(loras) == 1 else concat(loras)), routes
+
+
+def load(
+    base: str | Path | None = None,
+    hypernetwork: str | Path | None = None,
+    *,
+    library: str | Path | None = None,
+    device: str | None = None,
+) -> Model:
+    """Load a base and its hypernetwork.
+
+    Args:
+        base: an embedded base (the default), a local folder or a hub id.
+        hypernetwork: a folder or hub repository; the shipped one if None.
+        library: where adapters are kept; the user's own library if None.
+        device: "cpu" or "cuda"; the fastest there is if None.
+    """
+    folder = Path(hypernetwork) if hypernetwork is not None else shipped_hypernetwork(str(base or DEFAULT_BASE))
+    hypernet, made_for = from_pretrained(folder)
+    loaded = load_base(base, device=device)
+    check(made_for, loaded.fingerprint, f"the hypernetwork {folder.name!r}")
+    return Model(
+        loaded, hypernet.to(loaded.device), weights_hash(hypernet), Path(library) if library else library_dir()
+    )
+
+
+def weights_hash(hypernet: DocToLoRA) -> str:
+    """A short hash of a hypernetwork's weights: an adapter says with it what made it."""
+    digest = hashlib.sha256()
+    for name, value in sorted(hypernet.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,20 @@
+"""Where loracast keeps what it fetches and what it learns. `LORACAST_HOME` moves both."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+
+def bases_dir() -> Path:
+    """Converted bases; may be deleted at any time and is fetched again."""
+    home = os.environ.get("LORACAST_HOME")
+    return (Path(home) if home else Path(platformdirs.user_cache_dir("loracast", appauthor=False))) / "bases"
+
+
+def library_dir() -> Path:
+    """The adapters on this machine: what the user made, not a cache."""
+    home = os.environ.get("LORACAST_HOME")
+    return (Path(home) if home else Path(platformdirs.user_data_dir("loracast", appauthor=False))) / "adapters"

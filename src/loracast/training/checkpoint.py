@@ -1,0 +1,91 @@
+"""The state of a training run on disk, so that a later run goes on exactly: weights, optimizers, random state, position.
+
+safetensors and JSON only. A state is a folder `state-<step>`; the file `state.json` names the current one and is replaced last, so a run killed at any
+moment leaves the previous state in force.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loracast.errors import TrainingError
+from loracast.files import write_atomically
+
+
+def save_state(
+    out_dir: Path,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    step: int,
+    elapsed_s: float,
+    settings: dict[str, Any],
+) -> None:
+    """Write the state of a run after `step` steps, then drop the states before it."""
+    from safetensors.torch import save_file
+
+    tensors = {f"model.{name}": value.detach().contiguous() for name, value in model.state_dict().items()}
+    tensors["random.torch"] = torch.get_rng_state()
+    numbers: dict[str, float] = {}
+    for i, optimizer in enumerate(optimizers):
+        for parameter, values in optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                key = f"optimizer.{i}.{parameter}.{name}"
+                if isinstance(value, Tensor):
+                    tensors[key] = value.detach().contiguous()
+                else:
+                    numbers[key] = value
+    folder = out_dir / f"state-{step}"
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "state.safetensors.part")
+    os.replace(folder / "state.safetensors.part", folder / "state.safetensors")
+    state = {"step": step, "elapsed_s": elapsed_s, "folder": folder.name, "numbers": numbers, "settings": settings}
+    write_atomically(out_dir / "state.json", json.dumps(state, indent=1).encode())
+    for other in out_dir.glob("state-*"):
+        if other.name != folder.name:
+            shutil.rmtree(other)
+
+
+def load_state(
+    out_dir: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], settings: dict[str, Any]
+) -> tuple[int, float]:
+    """Restore the state in `out_dir`, if there is one.
+
+    Returns:
+        (steps done, seconds spent), (0, 0) for a fresh folder.
+
+    Raises:
+        TrainingError: the state was made with other settings.
+    """
+    from safetensors.torch import load_file
+
+    path = out_dir / "state.json"
+    if not path.is_file():
+        return 0, 0.0
+    state = json.loads(path.read_text())
+    differing = sorted(
+        k for k in settings.keys() | state["settings"].keys() if settings.get(k) != state["settings"].get(k)
+    )
+    if differing:
+        raise TrainingError(
+            f"{out_dir} holds a run with other settings ({', '.join(differing)}); give the same ones to resume it, "
+            "another --out for a new run, or --init-from to start from its weights"
+        )
+    tensors = load_file(out_dir / state["folder"] / "state.safetensors")
+    model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
+    torch.set_rng_state(tensors["random.torch"])
+    for i, optimizer in enumerate(optimizers):
+        restored: dict[int, dict[str, Any]] = {}
+        for key, value in [*tensors.items(), *state["numbers"].items()]:
+            if key.startswith(f"optimizer.{i}."):
+                _, _, parameter, name = key.split(".", 3)
+                restored.setdefault(int(parameter), {})[name] = value
+        optimizer.load_state_dict({"state": restored, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state["step"], state["elapsed_s"]

@@ -1,0 +1,154 @@
+"""Endless sources of training episodes. The episodes of a step depend on the seed and the step's number alone, so the position in the data is
+that number: training resumes exactly, on any machine, at any step.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loracast.chat import ChatFormat, encode_text
+from loracast.errors import ConfigError, TrainingError
+from loracast.training.episodes import Episode, Question
+from loracast.training.facts import Split, make_sheet
+from loracast.training.needle import hide, make_needles, sentences
+
+SYSTEM_TURNS = ("", "", "", "Answer briefly.", "You answer questions.", None)
+"""System turns met in training: mostly empty, since the template's own costs more tokens than a question; None is the template's."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the documents and questions of a training run look like."""
+
+    seed: int = 0
+    """Seed of the data."""
+    questions_per_step: int = 96
+    """Distinct questions in one step, over all its documents."""
+    needle_share: float = 0.5
+    """Share of steps that hide needles in prose; the others learn fact sheets."""
+    max_needles: int = 8
+    """Most needles in one document."""
+    min_facts: int = 1
+    """Fewest facts on one sheet."""
+    max_facts: int = 5
+    """Most facts on one sheet."""
+    min_chunk_tokens: int = 32
+    """Shortest chunk of a needle document."""
+    max_chunk_tokens: int = 256
+    """Longest chunk."""
+    max_chunks: int = 1
+    """Most chunks of a document."""
+    texts: tuple[str, ...] = ()
+    """Files with the prose around needles: JSONL (optionally gzipped) with a `document` or `text` field, or plain text."""
+    text_sources: tuple[str, ...] = field(default=())
+    """Of JSONL rows with a `source` field, take only these sources (for their licence)."""
+
+    def __post_init__(self) -> None:
+        if self.needle_share > 0 and not self.texts:
+            raise ConfigError("needles need prose to hide in: give at least one file of texts (--texts FILE)")
+
+
+class Prose:
+    """Sentences of natural text, token counts known, from which spans of a wanted length are cut."""
+
+    def __init__(self, texts: Sequence[str], tokenizer: Any):
+        self._documents: list[list[tuple[str, int]]] = []
+        for text in texts:
+            pieces = sentences(text)
+            if len(pieces) >= 3:
+                lengths = [len(ids) for ids in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]]
+                self._documents.append(list(zip(pieces, lengths, strict=True)))
+        if not self._documents:
+            raise TrainingError("the given texts hold no prose (no document of three sentences)")
+
+    def span(self, rng: random.Random, n_tokens: int) -> list[str]:
+        """Successive sentences of about `n_tokens` tokens; further documents follow where one is too short."""
+        chosen: list[str] = []
+        while n_tokens > 0:
+            document = rng.choice(self._documents)
+            start = rng.randrange(len(document))
+            for sentence, length in document[start:]:
+                if length > n_tokens + 15:
+                    n_tokens = min(n_tokens, 0) if chosen else n_tokens
+                    break
+                chosen.append(sentence)
+                n_tokens -= length
+                if n_tokens <= 0:
+                    break
+        return chosen
+
+
+def read_texts(paths: Sequence[str], sources: Sequence[str] = ()) -> list[str]:
+    """The documents of text files: JSONL rows' `document` or `text`, or a whole plain file."""
+    texts: list[str] = []
+    for name in paths:
+        path = Path(name)
+        if not path.is_file():
+            raise TrainingError(f"no such file of texts: {path}")
+        if ".jsonl" not in path.name:
+            texts.append(path.read_text(encoding="utf-8"))
+            continue
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                if not sources or row.get("source") in sources:
+                    texts.append(row.get("document") or row["text"])
+    return texts
+
+
+class EpisodeSource:
+    """Draws the episodes of a step: needles or fact sheets, one number of chunks for the whole step."""
+
+    def __init__(self, config: DataConfig, tokenizer: Any, chat: ChatFormat, split: Split = "train"):
+        self.config, self.tokenizer, self.chat, self.split = config, tokenizer, chat, split
+        self.prose = (
+            Prose(read_texts(config.texts, config.text_sources), tokenizer) if config.needle_share > 0 else None
+        )
+
+    def step(self, number: int, worker: int = 0) -> list[Episode]:
+        """The episodes of step `number` on one of several workers."""
+        rng = random.Random(f"{self.config.seed}/{worker}/{number}")
+        c = self.config
+        n_chunks = rng.choice([1, *range(1, c.max_chunks + 1)])
+        if rng.random() < c.needle_share:
+            n_questions = rng.choice([n for n in (1, 1, 1, 2, 4, 8) if n <= c.max_needles])
+            n_tokens = rng.randint(c.min_chunk_tokens, c.max_chunk_tokens) if n_questions < 8 else c.max_chunk_tokens
+            return [
+                self.needle_episode(rng, n_questions, n_tokens, n_chunks)
+                for _ in range(max(1, c.questions_per_step // n_questions))
+            ]
+        n_facts = rng.randint(c.min_facts, c.max_facts)
+        return [self.fact_episode(rng, n_facts) for _ in range(max(1, c.questions_per_step // n_facts))]
+
+    def needle_episode(
+        self, rng: random.Random, n_needles: int, n_tokens: int, n_chunks: int = 1, kind: str | None = None
+    ) -> Episode:
+        assert self.prose is not None
+        needles = make_needles(rng, n_needles, split=self.split, kind=kind)
+        room = max(8, n_tokens - 16 * n_needles)
+        homes = [rng.randrange(n_chunks) for _ in needles]
+        chunks = []
+        for chunk in range(n_chunks):
+            here = [needle.statement for needle, home in zip(needles, homes, strict=True) if home == chunk]
+            text = " ".join(hide(here, self.prose.span(rng, room), [rng.random() for _ in here]))
+            chunks.append(self._chunk(text))
+        return Episode(tuple(chunks), self._questions(rng, [(n.question, n.answer) for n in needles]))
+
+    def fact_episode(self, rng: random.Random, n_facts: int) -> Episode:
+        sheet = make_sheet(rng, n_facts, split=self.split)
+        chunk = self._chunk(f"{sheet.title}\n{sheet.text}")
+        return Episode((chunk,), self._questions(rng, [(f.question, f.answer) for f in sheet.facts]))
+
+    def _chunk(self, text: str) -> tuple[int, ...]:
+        return tuple(encode_text(self.tokenizer, text))
+
+    def _questions(self, rng: random.Random, pairs: Sequence[tuple[str, str]]) -> tuple[Question, ...]:
+        system = rng.choice(SYSTEM_TURNS)
+        return tuple(Question(tuple(self.chat.prompt(q, system)), tuple(self.chat.answer(a))) for q, a in pairs)

@@ -1,0 +1,501 @@
+"""Files to text: every kind, every refusal, and the fence around the parsers. files/make_files.py made the files."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import socket
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import docx
+import pypdf
+import pytest
+
+from loracast.documents import Document, Limits, read_document
+from loracast.documents.clean import normalise, readable_stem, sensible_title
+from loracast.documents.headings import find_headings
+from loracast.documents.paragraphs import Line, join_lines
+from loracast.documents.sandbox import parse_in_child
+from loracast.errors import DocumentError
+
+FILES = Path(__file__).parent / "files"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def read_bytes(data: bytes | str, name: str | None = None, limits: Limits | None = None) -> Document:
+    return read_document(io.BytesIO(data.encode() if isinstance(data, str) else data), file_name=name, limits=limits)
+
+
+def refusal(source: Path | io.BytesIO | str, **options) -> str:
+    """The message with which `source` is refused."""
+    with pytest.raises(DocumentError) as caught:
+        read_document(source, **options)
+    return str(caught.value)
+
+
+# --- what each kind becomes ---
+
+
+def test_text_file() -> None:
+    document = read_document(FILES / "notes.txt")
+    data = (FILES / "notes.txt").read_bytes()
+    assert document == Document(
+        title="notes",
+        text="The Halden kiln reaches 1,140 degrees.\nIts door is made of grog.\n\nDr. Ostrom fires it every 9 days.",
+        file_name="notes.txt",
+        media_type="text/plain",
+        sha256=hashlib.sha256(data).hexdigest(),
+        n_bytes=len(data),
+    )
+
+
+def test_a_path_may_be_a_string_and_a_stream_may_be_named() -> None:
+    by_path = read_document(str(FILES / "notes.txt"))
+    with (FILES / "notes.txt").open("rb") as stream:
+        by_stream = read_document(stream, file_name="../uploads\\notes.txt")
+    assert by_path == by_stream
+    assert read_document(FILES / "guide.md", file_name="other.txt").media_type == "text/plain"
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stdin:
+        buffer = io.BytesIO(b"# Piped\n\nThe lamp is green.\n")
+
+    monkeypatch.setattr(sys, "stdin", Stdin)
+    document = read_document("-")
+    assert (document.title, document.file_name, document.text) == ("Piped", None, "# Piped\n\nThe lamp is green.")
+    Stdin.buffer = io.BytesIO(b" \n")
+    assert refusal("-").startswith("standard input holds only white space")
+
+
+def test_markdown_stays_as_it_is() -> None:
+    document = read_document(FILES / "guide.md")
+    assert document.text == (FILES / "guide.md").read_text().rstrip("\n")
+    assert (document.title, document.media_type) == ("Halden Kiln", "text/markdown")
+    assert read_bytes("---\ntitle: 'From the front'\n---\n# Later\n", "x.md").title == "From the front"
+
+
+def test_html() -> None:
+    document = read_document(FILES / "page.html")
+    assert document.text == (
+        "# Kilns\n\nThe kiln stands in Halden. It has three legs.\n\n## Parts\n\n- a door\n- a shelf\n\n"
+        "Part: Handle; Weight: 13 g\nPart: Shelf\n\nFirst line\nsecond line\n\na  b\nc"
+    )
+    assert (document.title, document.media_type) == ("Halden & Sons", "text/html")
+    unnamed = read_bytes("<!DOCTYPE html><p>By its content")
+    assert (unnamed.media_type, unnamed.text) == ("text/html", "By its content")
+
+
+def test_html_that_is_nested_deeply_or_lays_out_by_tables() -> None:
+    assert read_bytes("<html>" + "<div>" * 1500 + "deep<p>end", "x.html").text == "deep\n\nend"
+    assert "nested too deeply" in refusal(io.BytesIO(b"<html>" + b"<div>" * 5000 + b"deep<p>end"), file_name="x.html")
+    layout = (
+        "<table><tr><td><h1>Head</h1><p>One</p></td><td><table><tr><td>a</td><td>b</td></tr></table></td></tr></table>"
+    )
+    assert read_bytes(layout, "x.html").text == "# Head\n\nOne\n\na: b"
+    assert read_bytes("<table><tr><td><p>One</p></td><td>Two</td></tr></table>", "x.html").text == "One\n\nTwo"
+
+
+def test_html_in_the_encoding_that_it_declares() -> None:
+    page = "<html><meta charset='windows-1252'><p>Grønvik – 3 €".encode("cp1252")
+    assert read_bytes(page, "x.html").text == "Grønvik – 3 €"
+    assert "not UTF-8" in refusal(io.BytesIO(page.replace(b"windows-1252", b"utf-7")), file_name="x.html")
+
+
+def test_pdf() -> None:
+    document = read_document(FILES / "report.pdf")
+    assert document.text == (
+        "# Kiln Report\n\n"
+        "The kiln in Halden was built of fireclay bricks by the Ostrom company and has a remarkable door. "
+        "The well-known smith Ada Lund forged its hinges of well-known steel.\n\n"
+        "The chimney of the kiln is 7.5 metres tall and the flue is 31 centimetres wide."
+    )
+    assert (document.title, document.n_pages, document.warnings) == ("Kiln Report", 2, ())
+    assert document.media_type == "application/pdf"
+
+
+def test_pdf_that_anyone_may_open_is_read_although_it_is_encrypted() -> None:
+    assert read_document(FILES / "owner_locked.pdf").text == read_document(FILES / "report.pdf").text
+
+
+def test_pdf_with_a_scanned_page_says_which() -> None:
+    document = read_document(FILES / "half_scanned.pdf")
+    assert "chimney" in document.text
+    assert document.warnings == ("only pictures on 1 of 3 pages (3): `ocrmypdf --skip-text` reads scans",)
+
+
+def test_an_empty_page_is_no_scan() -> None:
+    writer = pypdf.PdfWriter(clone_from=FILES / "report.pdf")
+    writer.add_blank_page()
+    stream = io.BytesIO()
+    writer.write(stream)
+    document = read_bytes(stream.getvalue())
+    assert (document.n_pages, document.warnings) == (3, ())
+
+
+def test_the_example_manual_comes_back_as_it_was_written() -> None:
+    written, read = (read_document(EXAMPLES / f"manual.{suffix}") for suffix in ("md", "pdf"))
+    assert read.text == written.text
+    assert read.title == written.title
+    assert 700 <= len(read.text.split()) <= 1200
+
+
+def test_docx() -> None:
+    document = read_document(FILES / "letter.docx")
+    assert document.text == (
+        "# Delivery\n\nThe kiln leaves Halden on 3 May.\n\n- one door\n- two shelves\n\n## Prices\n\n"
+        "Part: Handle; Weight: 13 g; Price: 4.50\nPart: Shelf; Price: 19.00\n\nHeight: 2 m\nFuse: 13 A\n\n"
+        "Kept. Inserted.\n\nIn a content control.\n\nIn a text box.\n\nIn a footnote."
+    )
+    assert document.title == "Kiln Letter"
+    assert document.media_type.endswith("wordprocessingml.document")
+
+
+def rewritten(part: str, old: bytes, new: bytes) -> io.BytesIO:
+    """letter.docx with a change in one of its parts."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(FILES / "letter.docx") as source, zipfile.ZipFile(target, "w") as package:
+        for entry in source.infolist():
+            content = source.read(entry)
+            assert entry.filename != part or old in content
+            package.writestr(entry.filename, content.replace(old, new) if entry.filename == part else content)
+    target.seek(0)
+    return target
+
+
+def test_docx_tables_with_merged_cells_and_a_repeated_header() -> None:
+    document = docx.Document()
+    table = document.add_table(rows=4, cols=2)
+    for cells, texts in zip(
+        table.rows, (("Year", "2021"), ("Model", "Gauge"), ("K-1", "3 mm"), ("", "4 mm")), strict=True
+    ):
+        for cell, text in zip(cells.cells, texts, strict=True):
+            cell.text = text
+    table.cell(2, 0).merge(table.cell(3, 0))
+    stream = io.BytesIO()
+    document.save(stream)
+    assert read_bytes(stream.getvalue()).text == "Year: 2021\nModel: Gauge\nK-1: 3 mm\nK-1: 4 mm"
+    row = table.rows[0]._tr
+    row.get_or_add_trPr().append(docx.oxml.parse_xml(f"<w:tblHeader {docx.oxml.ns.nsdecls('w')}/>"))
+    stream = io.BytesIO()
+    document.save(stream)
+    assert read_bytes(stream.getvalue()).text.endswith("Year: K-1; 2021: 3 mm\nYear: K-1; 2021: 4 mm")
+
+
+def test_docx_whose_inside_is_broken_or_has_macros() -> None:
+    assert "damaged Word file" in refusal(rewritten("word/document.xml", b"</w:body>", b""))
+    assert "damaged Word file" in refusal(rewritten("_rels/.rels", b"officeDocument", b"nothing"))
+    main = b"wordprocessingml.document.main+xml"
+    macros = rewritten(
+        "[Content_Types].xml",
+        b"vnd.openxmlformats-officedocument." + main,
+        b"vnd.ms-word.document.macroEnabled.main+xml",
+    )
+    assert "macros or a template" in refusal(macros)
+
+
+def test_csv_rows_keep_their_meaning_alone() -> None:
+    document = read_document(FILES / "parts.csv")
+    assert document.text == "Part: Handle; Weight: 13 g; Price, net: 4.50\nPart: Shelf, upper; Price, net: 19.00"
+    assert document.media_type == "text/csv"
+    assert read_bytes("name;age\nAda;36\n\nBo;\n", "x.csv").text == "name: Ada; age: 36\nname: Bo"
+    assert read_bytes("a\tb, c\n1\t2, 3\n", "x.tsv").text == "a: 1; b, c: 2, 3"
+    assert read_bytes("1,2\n3,4,5\n", "x.csv").text == "column 1: 1; column 2: 2\ncolumn 1: 3; column 2: 4; column 3: 5"
+    assert read_bytes('a,b\n"two\nlines",x\n', "x.csv").text == "a: two lines; b: x"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_encodings(encoding: str) -> None:
+    assert read_bytes("Grønvik, 3 €, 日本\r\n".encode(encoding), "x.txt").text == "Grønvik, 3 €, 日本"
+
+
+def test_utf16_file_from_windows() -> None:
+    assert read_document(FILES / "utf16.txt").text == "Der Ofen heißt Grønvik.\nEr wiegt 212 kg."
+
+
+def test_content_goes_before_the_name() -> None:
+    pdf, docx = (FILES / "report.pdf").read_bytes(), (FILES / "letter.docx").read_bytes()
+    assert read_bytes(pdf, "report.txt").media_type == "application/pdf"
+    assert read_bytes(pdf, "report.docx").media_type == "application/pdf"
+    assert read_bytes(docx, "letter.pdf").title == "Kiln Letter"
+    assert "error page of a failed download" in refusal(io.BytesIO(b"<html><p>404"), file_name="manual.pdf")
+    assert "named .docx but" in refusal(io.BytesIO(b"just text"), file_name="letter.docx")
+
+
+# --- normalisation ---
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("e\u0301", "é"),
+        ("a\r\nb\rc\u2028d", "a\nb\nc\nd"),
+        ("a\n \n\t\n\nb  \n", "a\n\nb"),
+        ("a\0b\x07c", "abc"),
+        ("Was\u00adser\u200bkraft\ufeff\u2060", "Wasserkraft"),
+        ("a\u200db", "ab"),
+        ("👨\u200d👩", "👨\u200d👩"),
+        ("می\u200cخواهم", "می\u200cخواهم"),
+        ("evil\u202etxt\u2066", "eviltxt"),
+        ("x\U000e0041\U000e0042", "x"),
+        ("3\u00a0km", "3 km"),
+        ("page\x0cpage", "page\n\npage"),
+        ("<|im_end|>", "<|im_end|>"),
+        ("    code\n        more", "    code\n        more"),
+    ],
+)
+def test_normalise(raw: str, clean: str) -> None:
+    assert normalise(raw) == clean
+    assert normalise(clean) == clean
+
+
+def test_special_tokens_are_plain_text_in_every_kind() -> None:
+    assert read_bytes("say <|im_end|> aloud", "x.txt").text == "say <|im_end|> aloud"
+    assert read_bytes("<html><p>say &lt;|im_end|&gt; aloud", "x.html").text == "say <|im_end|> aloud"
+
+
+def test_one_long_line_and_long_blanks_take_linear_time() -> None:
+    assert len(read_bytes("x" * 3_000_000 + " " * 3_000_000 + "y", "x.txt").text) == 6_000_001
+
+
+@pytest.mark.parametrize(
+    ("raw", "title"),
+    [
+        ("Microsoft Word - draft.docx", ""),
+        ("untitled", ""),
+        ("thesis.tex", ""),
+        ("123", ""),
+        (None, ""),
+        ("  Owner's\nManual ", "Owner's Manual"),
+    ],
+)
+def test_sensible_title(raw: object, title: str) -> None:
+    assert sensible_title(raw) == title
+
+
+def test_readable_stem() -> None:
+    assert readable_stem("user_guide-v2 D-27.pdf") == "user guide v2 D-27"
+    assert readable_stem(None) == ""
+
+
+def test_headings() -> None:
+    text = "Title\n=====\n\n## Sub ##\n\ntext\n---\n\n```\n# code\n```\n#no\n- item\n---\nlong\ntext\n---\n#### *Deep*"
+    found = find_headings(text)
+    assert [(h.level, h.title) for h in found] == [(1, "Title"), (2, "Sub"), (2, "text"), (4, "Deep")]
+    assert [text[h.start : h.end] for h in found] == ["Title\n=====", "## Sub ##", "text\n---", "#### *Deep*"]
+
+
+def test_paragraphs_without_any_geometry() -> None:
+    lines = [
+        "The pump was moved to the cellar of the",
+        "house in June.",
+        "Weight 3 kg",
+        "- a first",
+        "- a second and",
+        "long one",
+    ]
+    text = join_lines([Line(line, 0.0, None, 1) for line in lines])
+    assert text.startswith("The pump was moved to the cellar of the house in June.\n")
+    assert text.endswith("\n\n- a first\n- a second and long one")
+    assert join_lines([Line("•", 9.0, 50.0, 1), Line("alone", 9.0, 50.0, 1)]) == "- alone"
+
+
+def test_running_headers_page_numbers_and_suspended_hyphens() -> None:
+    lines = []
+    for page, colour in enumerate(("Red", "Blue", "Green", "White"), 1):
+        lines.append(Line("Annual Report", 10.0, 800.0, page))
+        lines.append(Line(f"{colour} ink marks the odd-", 10.0, 700.0, page))
+        lines.append(Line("and even-numbered rows.", 10.0, 688.0, page))
+        lines.append(Line(f"The {colour.lower()} ones end here.", 10.0, 676.0, page))
+        lines.append(Line(f"- {page} -", 10.0, 30.0, page))
+    text = join_lines(lines)
+    assert text.count("Annual Report") == 1
+    assert text.count("ink marks the odd- and even-numbered rows. The") == 4
+    assert "- 2 -" not in text
+    assert join_lines([Line("1999", 10.0, 700.0, 1)]) == "1999"
+
+
+# --- refusals: each names the cause and the remedy ---
+
+
+@pytest.mark.parametrize(
+    ("name", "cause", "remedy"),
+    [
+        ("nowhere.txt", "does not exist", "check the path"),
+        (".", "is a directory", "name a file"),
+        ("encrypted.pdf", "is encrypted", "qpdf --password=... --decrypt"),
+        ("encrypted_aes.pdf", "is encrypted", "qpdf --password=... --decrypt"),
+        ("scan.pdf", "no text layer", "ocrmypdf"),
+        ("truncated.pdf", "truncated PDF", "download it again"),
+        ("damaged.pdf", "damaged PDF", "qpdf"),
+        ("cyclic.pdf", "damaged PDF", "qpdf"),
+        ("bomb.pdf", "safety limit", "if you trust it"),
+        ("truncated.docx", "damaged or truncated Word file", "download it again"),
+        ("bomb.docx", "zip bomb", "save it again"),
+        ("entity.docx", "declares XML entities", "new file"),
+        ("empty.docx", "holds no text", "ocrmypdf"),
+        ("locked.docx", "locked with a password", "remove the password"),
+        ("legacy.doc", "old .doc format", "soffice --headless --convert-to docx"),
+        ("book.xlsx", "Excel file", "save each sheet as CSV"),
+        ("latin1.txt", "not UTF-8 (byte 0xDF at offset 12)", "iconv -f WINDOWS-1252"),
+    ],
+)
+def test_refused_files(name: str, cause: str, remedy: str) -> None:
+    message = refusal(FILES / name)
+    assert str(FILES / name) in message
+    assert cause in message
+    assert remedy in message.split(cause)[1]
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "cause"),
+    [
+        (b"", "x.txt", "empty (0 bytes)"),
+        (b"", "x.pdf", "an empty PDF (0 bytes)"),
+        (b" \n\t\xc2\xa0\xe2\x80\x8b", "x.txt", "only white space"),
+        (b"\xef\xbb\xbf", "x.md", "only white space"),
+        (b"<html><script>x()</script>", "x.html", "no visible text"),
+        (b"<html>", "x.html", "no visible text"),
+        (b"a,b\n", "x.csv", "no row below it"),
+        (b'a,b\n"1,2\n3,4\n', "x.csv", "quotation mark never closed"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "x.txt", "a PNG image"),
+        (b"\x1f\x8b\x08" + bytes(50), "x", "gzip"),
+        (b"{\\rtf1 hello}", "x.txt", "an RTF file"),
+        (bytes(range(256)) * 4, "x.bin", "binary file of an unknown kind"),
+        (b"\x01\x02\x03\x04" * 100, "x.bin", "binary file of an unknown kind"),
+        ("Text".encode("utf-16-le") * 9, "x.txt", "without a byte order mark"),
+        ("Text".encode("utf-16") + b"\x00", "x.txt", "breaks off"),
+        (b"PK\x03\x04" + bytes(100), "x.docx", "damaged or truncated Word file"),
+        (b"%PDF-1.7\n", "x.pdf", "truncated PDF"),
+        (b"%PDF-1.7\n%%EOF\n", "x.pdf", "damaged PDF"),
+    ],
+)
+def test_refused_bytes(data: bytes, name: str, cause: str) -> None:
+    assert cause in refusal(io.BytesIO(data), file_name=name)
+
+
+def test_a_name_cannot_forge_a_line_in_a_log() -> None:
+    message = refusal(io.BytesIO(b""), file_name="a\n\x1b[31mERROR.txt" + "x" * 5000)
+    assert message.isprintable()
+    assert len(message) < 500
+
+
+def test_limits_on_bytes_pages_and_text() -> None:
+    assert "larger than 10 bytes" in refusal(FILES / "notes.txt", limits=Limits(max_bytes=10))
+    assert "2 pages, more than 1" in refusal(FILES / "report.pdf", limits=Limits(max_pages=1))
+    assert "more than 50 bytes of text" in refusal(FILES / "notes.txt", limits=Limits(max_text_bytes=50))
+    assert "more than 50 bytes of text" in refusal(FILES / "letter.docx", limits=Limits(max_text_bytes=50))
+    assert "zip bomb" in refusal(FILES / "letter.docx", limits=Limits(max_unpacked_bytes=1000))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs /dev/zero")
+def test_a_device_without_end_is_refused() -> None:
+    assert "larger than" in refusal("/dev/zero", limits=Limits(max_bytes=1000))
+
+
+# --- the child process ---
+
+
+def slow_pdf(n_operators: int) -> bytes:
+    """A small file whose one page takes long: the same letter drawn again and again."""
+    content = zlib.compress(b"BT /F 9 Tf 1 0 0 1 9 9 Tm (x) Tj ET\n" * n_operators, 9)
+    return (
+        b"%%PDF-1.4\n1 0 obj <</Type/Catalog/Pages 2 0 R>> endobj\n2 0 obj <</Type/Pages/Count 1/Kids[3 0 R]>> endobj\n"
+        b"3 0 obj <</Type/Page/Parent 2 0 R/MediaBox[0 0 9 9]/Contents 4 0 R/Resources<</Font<</F 5 0 R>>>>>> endobj\n"
+        b"4 0 obj <</Length %d/Filter/FlateDecode>> stream\n%s\nendstream endobj\n"
+        b"5 0 obj <</Type/Font/Subtype/Type1/BaseFont/Helvetica>> endobj\n"
+        b"trailer <</Root 1 0 R/Size 6>>\nstartxref\n0\n%%%%EOF\n" % (len(content), content)
+    )
+
+
+def test_wall_time_is_limited() -> None:
+    message = refusal(io.BytesIO(slow_pdf(90_000)), file_name="slow.pdf", limits=Limits(timeout_s=0.5))
+    assert "took more than 0.5 s to parse" in message
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="rlimits are enforced on Linux")
+def test_processor_time_and_memory_are_limited() -> None:
+    message = refusal(io.BytesIO(slow_pdf(90_000)), file_name="slow.pdf", limits=Limits(max_cpu_s=1))
+    assert "took more than 1 s of processor time" in message
+    many = "<html>" + "<p>x" * 400_000
+    message = refusal(io.BytesIO(many.encode()), file_name="x.html", limits=Limits(max_memory_bytes=120 << 20))
+    assert "needs more than 120 MB of memory" in message
+
+
+def test_a_parser_that_dies_is_reported() -> None:
+    with pytest.raises(DocumentError, match=r"x made its parser fail \(exit code 1; ModuleNotFoundError"):
+        parse_in_child("no_such_parser", b"", "x", Limits())
+
+
+def test_nothing_is_fetched() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/x"
+        page = (
+            f'<!DOCTYPE html SYSTEM "{url}"><html><head><base href="{url}"><link rel="stylesheet" href="{url}">'
+            f'<meta http-equiv="refresh" content="0; url={url}"></head><body><img src="{url}"><iframe src="{url}">'
+            f'</iframe><object data="{url}"></object><script src="{url}"></script>Seen &x;</body></html>'
+        )
+        assert read_bytes(page, "x.html").text == "Seen &x;"
+        assert "XML entities" in refusal(FILES / "entity.docx")
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+def run_child(code: str) -> str:
+    source = str(Path(__file__).parent.parent / "src")
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {source!r})\n{code}"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_child_imports_nothing_heavy() -> None:
+    imports = "from loracast.documents import worker, pdf, docx, html"
+    code = f"{imports}; print({{'torch', 'transformers', 'numpy'}} & {{*sys.modules}})"
+    assert run_child(code) == "set()"
+
+
+def test_the_child_can_neither_connect_nor_run_nor_write(tmp_path: Path) -> None:
+    target = tmp_path / "written"
+    code = f"""
+import os, socket, subprocess
+from loracast.documents.worker import forbid_side_effects
+forbid_side_effects()
+for action in (lambda: socket.create_connection(("127.0.0.1", 9)), lambda: subprocess.run(["true"]),
+               lambda: os.system("true"), lambda: open({str(target)!r}, "w")):
+    try:
+        action()
+    except PermissionError:
+        print("refused")
+open({str(__file__)!r}).close()
+"""
+    assert run_child(code).split() == ["refused"] * 4
+    assert not target.exists()
+
+
+def test_the_child_gets_no_secrets_and_no_code_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pypdf.py").write_text("raise SystemExit('hijacked')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    seen: list[dict[str, str]] = []
+    run = subprocess.run
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs["env"])
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "run", spy)
+    assert read_document(FILES / "report.pdf").n_pages == 2
+    assert "HF_TOKEN" not in seen[0]
