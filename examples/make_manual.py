@@ -14,7 +14,7 @@ from pathlib import Path
 from fpdf import FPDF
 
 FOLDER = Path(__file__).resolve().parent
-BODY_PT, HEADING_PT, TITLE_PT = 10.5, 14, 20
+BODY_PT, HEADING_PT, TITLE_PT = 11.5, 15, 20
 
 
 class Manual(FPDF):
@@ -49,7 +49,7 @@ def make_manual(markdown: str) -> FPDF:
             pdf.ln(1)
         else:
             pdf.set_font("Helvetica", size=BODY_PT)
-            pdf.multi_cell(0, 5.4, block, align="L", new_x="LMARGIN", new_y="NEXT")
+            pdf.multi_cell(0, 6.2, block, align="L", new_x="LMARGIN", new_y="NEXT")
             pdf.ln(2.5)
     return pdf
 

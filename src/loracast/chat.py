@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import chain, pairwise
 from typing import Any
 
 from loracast.errors import BaseModelError
@@ -14,7 +15,8 @@ Message = dict[str, str]
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text in which a string such as `<|im_end|>` is text, not a control token."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return ids if control_ids(tokenizer).isdisjoint(ids) else encode_with_offsets(tokenizer, text)[0]
 
 
 def encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -22,7 +24,29 @@ def encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tupl
     encoded = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
     )
-    return encoded["input_ids"], encoded["offset_mapping"]
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    control = control_ids(tokenizer)
+    # The tokenizer splits its special tokens, but not other markers of the template: those are cut in two here.
+    cuts = [start + 1 for i, (start, end) in zip(ids, offsets, strict=True) if i in control and end - start > 1]
+    if not cuts:
+        return ids, offsets
+    ids, offsets = [], []
+    for low, high in pairwise([0, *cuts, len(text)]):
+        part, places = encode_with_offsets(tokenizer, text[low:high])
+        ids += part
+        offsets += [(low + start, low + end) for start, end in places]
+    return ids, offsets
+
+
+@lru_cache(maxsize=4)
+def control_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids that steer a base: the tokenizer's special tokens, and those that its chat template writes (`<think>`)."""
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    added = tokenizer.added_tokens_decoder.items()
+    control = frozenset(i for i, t in added if t.special or (t.content.strip() and t.content in template))
+    # The token for unknown characters is no control token where ordinary text has it.
+    unknown = tokenizer("\U000f1234", add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return control.difference(unknown)
 
 
 class ChatFormat:
@@ -44,8 +68,14 @@ class ChatFormat:
             raise BaseModelError(
                 "this base's chat template does not close the assistant's turn; loracast cannot use it"
             )
-        self.end_of_turn: int = after_answer[0]
+        self.end_of_turn: int = next((i for i in after_answer if i in control_ids(tokenizer)), after_answer[0])
         """The token that ends an answer."""
+        try:
+            self._pieces(("system", "user"), True)
+            self.has_system_turn = True
+        except BaseModelError:
+            self.has_system_turn = False
+        """Whether the template knows system turns (Gemma's does not)."""
 
     def prompt(self, question: str, system: str | None = None) -> list[int]:
         """Token ids of a first question. `system` None leaves the system turn to the template, "" makes it empty."""
@@ -53,12 +83,27 @@ class ChatFormat:
         return self.conversation([*messages, {"role": "user", "content": question}])
 
     def conversation(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, ending where the assistant's answer begins."""
+        """Token ids of a conversation, ending where the assistant's answer begins.
+
+        Where the template refuses a system turn, its text begins the user's first turn.
+        """
+        if not self.has_system_turn and len(messages) > 1 and messages[0]["role"] == "system":
+            system, user, *others = messages
+            joined = "\n\n".join(text for text in (system["content"], user["content"]) if text)
+            messages = [{"role": user["role"], "content": joined}, *others]
         pieces = self._pieces(tuple(m["role"] for m in messages), True)
-        ids = _encode_template(self.tokenizer, pieces[0])
-        for message, piece in zip(messages, pieces[1:], strict=True):
-            ids = ids + encode_text(self.tokenizer, message["content"]) + _encode_template(self.tokenizer, piece)
-        return ids
+        frame = [_encode_template(self.tokenizer, piece) for piece in pieces]
+        contents = [m["content"] for m in messages]
+        # In one go, as the base was trained: tokens may reach over the border of a content. But not if a content steers.
+        text = pieces[0] + "".join(c + piece for c, piece in zip(contents, pieces[1:], strict=True))
+        ids = _encode_template(self.tokenizer, text)
+        if self._control(ids) == self._control(chain(*frame)):
+            return ids
+        encoded = (encode_text(self.tokenizer, content) for content in contents)
+        return [*frame[0], *chain(*(ids + after for ids, after in zip(encoded, frame[1:], strict=True)))]
+
+    def _control(self, ids: Iterable[int]) -> list[int]:
+        return [i for i in ids if i in control_ids(self.tokenizer)]
 
     def answer(self, text: str) -> list[int]:
         """Token ids of an answer, its end of turn included: what training asks the base to say."""
@@ -78,8 +123,10 @@ class ChatFormat:
         pieces = []
         for mark in marks:
             before, found, rendered = rendered.partition(mark)
-            if not found:
-                raise BaseModelError("the base's chat template drops or reorders messages; loracast cannot use it")
+            if not found or mark in rendered:
+                raise BaseModelError(
+                    "the base's chat template drops, reorders or repeats messages; loracast cannot use it"
+                )
             pieces.append(before)
         return [*pieces, rendered]
 

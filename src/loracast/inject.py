@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from loracast.errors import AdapterError
-from loracast.lora import Factors, LoRA, LoRABatch, stack
+from loracast.lora import LoRA, LoRABatch, stack
 
 
 @contextmanager
@@ -29,11 +29,16 @@ def inject(model: nn.Module, loras: LoRA | LoRABatch | Sequence[LoRA | None] | N
         In the forward: a batch with another number of rows than there are LoRAs.
     """
     batch = loras if isinstance(loras, LoRABatch) else stack(loras if isinstance(loras, Sequence) else [loras])
+    # A list holds one for each row, also where all of them are the same and were stacked once.
+    n_rows = len(loras) if isinstance(loras, Sequence) else batch.n if batch.n > 1 else None
     modules = _modules_for(model, batch)
     handles = []
     try:
         for name, module in modules.items():
-            handles.append(module.register_forward_hook(_hook(batch.n, batch.factors.get(name), batch.dense.get(name))))
+            chains: list[Sequence[Tensor]] = [batch.factors[name]] if name in batch.factors else []
+            chains += [[batch.dense[name]]] if name in batch.dense else []
+            chains = [[_like(module.weight, matrix) for matrix in chain] for chain in chains]
+            handles.append(module.register_forward_hook(_hook(n_rows, chains)))
         yield model
     finally:
         for handle in handles:
@@ -45,8 +50,9 @@ def _modules_for(model: nn.Module, batch: LoRABatch) -> dict[str, nn.Linear]:
     modules: dict[str, nn.Linear] = {}
     problems = []
     available = dict(model.named_modules())
-    shapes = {name: (b.shape[1], a.shape[2]) for name, (a, b) in batch.factors.items()}
-    for name, (d_out, d_in) in {**shapes, **{name: tuple(d.shape[1:]) for name, d in batch.dense.items()}}.items():
+    shapes = [(name, b.shape[1], a.shape[2]) for name, (a, b) in batch.factors.items()]
+    shapes += [(name, delta.shape[1], delta.shape[2]) for name, delta in batch.dense.items()]
+    for name, d_out, d_in in shapes:
         module = available.get(name)
         if not isinstance(module, nn.Linear):
             problems.append(f"{name}: the base has no such linear module")
@@ -61,19 +67,27 @@ def _modules_for(model: nn.Module, batch: LoRABatch) -> dict[str, nn.Linear]:
     return modules
 
 
+def _like(weight: Tensor, value: Tensor) -> Tensor:
+    """On the weight's device and, unless that is quantised, in its type: converted once here, not for every token."""
+    return value.to(weight.device, weight.dtype if weight.is_floating_point() else None)
+
+
 def _hook(
-    n: int, factors: Factors | None, dense: Tensor | None
+    n_rows: int | None, chains: Sequence[Sequence[Tensor]]
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """Adds what each chain of matrices (A then B, or a dense delta) makes of the input. `n_rows` None fits any batch."""
+
     def add_delta(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]  # [rows, tokens, in]
-        if n not in (1, x.shape[0]):
+        if n_rows not in (None, x.shape[0]):
             raise AdapterError(
-                f"{n} LoRAs were given for a batch of {x.shape[0]} rows; give one for each row, or one for all"
+                f"{n_rows} LoRAs were given for a batch of {x.shape[0]} rows; give one for each row, or one for all"
             )
-        if factors is not None:
-            output = output + _matmul(_matmul(x, factors.a), factors.b)  # [rows, tokens, r] -> [rows, tokens, out]
-        if dense is not None:
-            output = output + _matmul(x, dense)
+        for chain in chains:
+            y = x
+            for matrix in chain:  # [rows, tokens, in] -> [rows, tokens, r] -> [rows, tokens, out]
+                y = _matmul(y, matrix)
+            output = output + y
         return output
 
     return add_delta

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from loracast.adapter import Adapter, AdapterWriter, Manifest
+from loracast.adapter import Adapter, AdapterWriter, Manifest, check_free
 from loracast.base import Base
 from loracast.batching import pad_right
 from loracast.chat import encode_text, encode_with_offsets
@@ -43,23 +43,44 @@ def split_document(base: Base, document: Document, max_tokens: int) -> list[Chun
     return chunks
 
 
-@torch.inference_mode()
 def expand_chunks(
     base: Base, hypernet: DocToLoRA, encoder: ContextEncoder, prompts: Sequence[str]
 ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """The factors of chunks, batch by batch and in order, as the hypernetwork's `expand` gives them."""
-    device = base.device
-    autocast = torch.autocast(device.type, torch.bfloat16) if base.model.dtype == torch.bfloat16 else nullcontext()
+    for ids, mask in prompt_batches(base, prompts):
+        yield expand_batch(base, hypernet, encoder, ids, mask)
+
+
+@torch.inference_mode()
+def expand_batch(
+    base: Base, hypernet: DocToLoRA, encoder: ContextEncoder, ids: Tensor, mask: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors of one batch of chunks, as token ids [n, t] with their mask [n, t]."""
+    autocast = torch.autocast(ids.device.type, torch.bfloat16) if base.model.dtype == torch.bfloat16 else nullcontext()
+    features = encoder(ids).float()
+    with autocast:
+        return hypernet.expand(hypernet.latents(features, mask))
+
+
+def prompt_batches(base: Base, prompts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks as token ids [n, t] with their mask [n, t], in order, at most TOKENS_PER_BATCH at a time."""
     batch: list[list[int]] = []
     for i, prompt in enumerate(prompts):
         batch.append(encode_text(base.tokenizer, prompt))
         is_full = max(len(ids) for ids in batch) * (len(batch) + 1) > TOKENS_PER_BATCH
         if is_full or i == len(prompts) - 1:
             ids, mask = pad_right(batch, base.pad_id)
-            features = encoder(ids.to(device)).float()
-            with autocast:
-                yield hypernet.expand(hypernet.latents(features, mask.to(device)))
+            yield ids.to(base.device), mask.to(base.device)
             batch = []
+
+
+def shared_factors(hypernet: DocToLoRA) -> dict[str, Tensor]:
+    """The document-independent factors, named as in an adapter's file; none where the hypernetwork has none."""
+    factors: dict[str, Tensor] = {}
+    for kind in hypernet.config.kinds:
+        if shared := hypernet.shared(kind):
+            factors |= {f"{kind}.shared.a": shared.a.detach(), f"{kind}.shared.b": shared.b.detach()}
+    return factors
 
 
 def learn_document(
@@ -80,15 +101,12 @@ def learn_document(
     Nothing is left behind if it fails or is killed: the adapter appears in the library when it is whole.
     """
     started = time.perf_counter()
+    if not replace:
+        check_free(library, name)  # now, not after the work
     chunks = split_document(base, document, max_chunk_tokens)
     config = hypernet.config
-    shared = {
-        f"{kind}.shared.{side}": getattr(lora, side).detach()
-        for kind, lora in hypernet.document_independent.items()
-        for side in ("a", "b")
-    }
     with AdapterWriter(library, name, config.target, config.rank, chunks) as writer:
-        writer.open_factors(shared)
+        writer.open_factors(shared_factors(hypernet))
         done = 0
         progress(done, len(chunks))
         for expanded in expand_chunks(base, hypernet, encoder, [chunk.prompt for chunk in chunks]):

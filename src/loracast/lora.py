@@ -64,6 +64,12 @@ class LoRA:
         tensors = [t for f in self.factors.values() for t in f] + list(self.dense.values())
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """`module -> (out, in)`."""
+        shapes = {name: (f.b.shape[0], f.a.shape[1]) for name, f in self.factors.items()}
+        return shapes | {name: (delta.shape[0], delta.shape[1]) for name, delta in self.dense.items()}
+
     def delta(self, name: str) -> Tensor:
         """The dense update [out, in] of one module. Raises KeyError for a module that this LoRA does not touch."""
         return self.dense[name] if name in self.dense else self.factors[name].delta()
@@ -93,11 +99,26 @@ class LoRA:
         return norms
 
 
+def _check_same_shapes(loras: Sequence[LoRA]) -> None:
+    """Refuse LoRAs that see one module differently: they were made for different bases."""
+    seen: dict[str, set[tuple[int, int]]] = {}
+    for lora in loras:
+        for name, shape in lora.shapes.items():
+            seen.setdefault(name, set()).add(shape)
+    problems = [f"{name} is {' and '.join(map(str, sorted(s)))}" for name, s in sorted(seen.items()) if len(s) > 1]
+    if problems:
+        raise AdapterError("these LoRAs are for different bases, (out, in) of " + "; ".join(problems))
+
+
 def concat(loras: Sequence[LoRA], dense_past_break_even: bool = True) -> LoRA:
     """The sum of LoRAs, exact: factors are concatenated along the rank, and past the break-even rank kept dense.
 
     Doc-to-LoRA merges the chunks of a document like this (arXiv 2602.15902, section on long documents), without a 1/K scale.
+
+    Raises:
+        AdapterError: the LoRAs have other shapes for the same module.
     """
+    _check_same_shapes(loras)
     parts: dict[str, list[Factors]] = {}
     dense: dict[str, Tensor] = {}
     for lora in loras:
@@ -165,7 +186,12 @@ class LoRABatch:
 
 
 def stack(loras: Sequence[LoRA | None]) -> LoRABatch:
-    """One LoRABatch for rows that each carry another LoRA, or none (None)."""
+    """One LoRABatch for rows that each carry another LoRA, or none (None).
+
+    Raises:
+        AdapterError: the LoRAs have other shapes for the same module.
+    """
+    _check_same_shapes([lora for lora in loras if lora])
     distinct = {id(lora): lora for lora in loras}
     rows = [next(iter(distinct.values()))] if len(distinct) == 1 else list(loras)
     factor_names = dict.fromkeys(name for lora in rows if lora for name in lora.factors)

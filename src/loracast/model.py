@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import BinaryIO
 
-from loracast.adapter import Adapter, name_from, open_adapter
+from loracast.adapter import Adapter, name_for, open_adapter
 from loracast.base import DEFAULT_BASE, Base, load_base
 from loracast.chat import Message
 from loracast.documents import Document, read_document
@@ -45,46 +45,11 @@ def shipped_hypernetwork(base: str) -> Path:
     return Path(str(files("loracast") / "pretrained" / SHIPPED[base]))
 
 
-class Model:
-    """A base that learns documents."""
+class Answerer:
+    """A base that answers with the adapters of a library. It needs no hypernetwork: adapters hold all that asking takes."""
 
-    def __init__(self, base: Base, hypernet: DocToLoRA, hypernet_hash: str, library: Path):
-        self.base, self.hypernet, self.hypernet_hash, self.library = base, hypernet, hypernet_hash, library
-        self.encoder = ContextEncoder(base.model, hypernet.config.reader_layers)
-
-    def learn(
-        self,
-        source: str | Path | BinaryIO | Document,
-        name: str | None = None,
-        *,
-        max_chunk_tokens: int = 256,
-        replace: bool = False,
-        progress: Progress = lambda done, total: None,
-    ) -> Adapter:
-        """Cast a document (a path, "-" for standard input, a binary stream, a Document) into an adapter and keep it.
-
-        Args:
-            name: of the adapter; made from the file's name, or else from the document's title, if None.
-            max_chunk_tokens: longest chunk; the shipped hypernetwork was trained for up to 256.
-            replace: an adapter of that name gives way to the new one.
-
-        Raises:
-            DocumentError: the file cannot be read; AdapterError: the name is taken or not allowed.
-        """
-        document = source if isinstance(source, Document) else read_document(source)
-        name = name or name_from(Path(document.file_name).stem if document.file_name else document.title)
-        return learn_document(
-            self.base,
-            self.hypernet,
-            self.hypernet_hash,
-            self.encoder,
-            document,
-            self.library,
-            name,
-            max_chunk_tokens=max_chunk_tokens,
-            replace=replace,
-            progress=progress,
-        )
+    def __init__(self, base: Base, library: Path):
+        self.base, self.library = base, library
 
     def adapter(self, name: str) -> Adapter:
         """An adapter of the library, checked against this base."""
@@ -128,7 +93,49 @@ class Model:
         loras = [a.lora(routes[a.name].chunks) for a in opened]
         if not loras:
             return None, routes
-        return (loras[0] if len(loras) == 1 else concat(loras)), routes
+        return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device), routes
+
+
+class Model(Answerer):
+    """A base that learns documents."""
+
+    def __init__(self, base: Base, hypernet: DocToLoRA, hypernet_hash: str, library: Path):
+        super().__init__(base, library)
+        self.hypernet, self.hypernet_hash = hypernet, hypernet_hash
+        self.encoder = ContextEncoder(base.model, hypernet.config.reader_layers)
+
+    def learn(
+        self,
+        source: str | Path | BinaryIO | Document,
+        name: str | None = None,
+        *,
+        max_chunk_tokens: int = 256,
+        replace: bool = False,
+        progress: Progress = lambda done, total: None,
+    ) -> Adapter:
+        """Cast a document (a path, "-" for standard input, a binary stream, a Document) into an adapter and keep it.
+
+        Args:
+            name: of the adapter; made from the file's name, or else from the document's title, if None.
+            max_chunk_tokens: longest chunk; the shipped hypernetwork was trained for up to 256.
+            replace: an adapter of that name gives way to the new one.
+
+        Raises:
+            DocumentError: the file cannot be read; AdapterError: the name is taken or not allowed.
+        """
+        document = source if isinstance(source, Document) else read_document(source)
+        return learn_document(
+            self.base,
+            self.hypernet,
+            self.hypernet_hash,
+            self.encoder,
+            document,
+            self.library,
+            name or name_for(document),
+            max_chunk_tokens=max_chunk_tokens,
+            replace=replace,
+            progress=progress,
+        )
 
 
 def load(
@@ -137,6 +144,7 @@ def load(
     *,
     library: str | Path | None = None,
     device: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Model:
     """Load a base and its hypernetwork.
 
@@ -145,14 +153,26 @@ def load(
         hypernetwork: a folder or hub repository; the shipped one if None.
         library: where adapters are kept; the user's own library if None.
         device: "cpu" or "cuda"; the fastest there is if None.
+        say: told what is being done where an embedded base has to be fetched first.
     """
     folder = Path(hypernetwork) if hypernetwork is not None else shipped_hypernetwork(str(base or DEFAULT_BASE))
     hypernet, made_for = from_pretrained(folder)
-    loaded = load_base(base, device=device)
+    loaded = load_base(base, device=device, say=say)
     check(made_for, loaded.fingerprint, f"the hypernetwork {folder.name!r}")
     return Model(
         loaded, hypernet.to(loaded.device), weights_hash(hypernet), Path(library) if library else library_dir()
     )
+
+
+def load_answerer(
+    base: str | Path | None = None,
+    *,
+    library: str | Path | None = None,
+    device: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Answerer:
+    """Load a base that answers but does not learn; arguments as in `load`."""
+    return Answerer(load_base(base, device=device, say=say), Path(library) if library else library_dir())
 
 
 def weights_hash(hypernet: DocToLoRA) -> str:

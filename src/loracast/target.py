@@ -90,7 +90,7 @@ def target_from_config(
     config: Any,
     kinds: Iterable[str] = ("down_proj",),
     layers: Sequence[int] | None = None,
-    prefix: str = "model.layers",
+    prefix: str | None = None,
 ) -> Target:
     """The target of a base.
 
@@ -98,14 +98,17 @@ def target_from_config(
         config: a transformers config (attributes as in LlamaConfig).
         kinds: which of `KINDS`; their order does not matter, the result always follows `KINDS`.
         layers: which layers, all of them if None.
-        prefix: where the base keeps its decoder layers.
+        prefix: where the base keeps its decoder layers; None for transformers' own place, which is deeper in a multimodal base.
 
     Raises:
         ConfigError: an unknown kind or a layer that the base does not have.
         BaseModelError: a base whose layers loracast cannot target.
     """
     wanted = set(kinds)
-    n_layers = text_config(config).num_hidden_layers
+    text = text_config(config)
+    n_layers = text.num_hidden_layers
+    if prefix is None:
+        prefix = "model.layers" if text is config else "model.language_model.layers"
     chosen = list(range(n_layers)) if layers is None else sorted(set(layers))
     problems = [f"unknown module kind {kind!r}" for kind in sorted(wanted - set(KINDS))]
     problems += [f"layer {layer} is outside 0..{n_layers - 1}" for layer in chosen if not 0 <= layer < n_layers]

@@ -1,0 +1,108 @@
+"""The command line: `loracast COMMAND`. Each command is a thin file here; the work is done elsewhere.
+
+Exit codes: 0 done; 1 loracast refused or failed (one line on standard error); 2 wrong usage; 130 stopped by Ctrl-C. Nothing heavy is
+imported before a command needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, TextIO
+
+import typer
+from typer.core import TyperGroup
+
+from loracast import LoracastError, __version__
+from loracast.cli import ask, chat, demo, eval, learn, list, pull, rm, show, train
+from loracast.cli.output import printable
+
+
+class Commands(TyperGroup):
+    """The group of all commands, where what goes wrong becomes a line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        is_debug = bool(ctx.params.get("verbose"))
+        try:
+            with _own_warnings_only(is_debug):
+                return super().invoke(ctx)
+        except (KeyboardInterrupt, typer.Abort):  # Abort: at a question
+            raise typer.Exit(130) from None
+        except (LoracastError, OSError) as error:
+            if is_debug or isinstance(error, BrokenPipeError):
+                raise
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+
+@contextmanager
+def _own_warnings_only(is_debug: bool) -> Iterator[None]:
+    """loracast's warnings as lines on standard error; those of its dependencies are for developers."""
+
+    def show_warning(message: Warning | str, *where: object) -> None:
+        print(f"warning: {printable(str(message))}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        if not is_debug:
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", category=UserWarning, module=r"loracast\b")
+            warnings.showwarning = show_warning  # type: ignore[assignment]
+        yield
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Cast documents into LoRAs for a frozen language model, and ask them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # a traceback with local variables would show the documents
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"loracast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", envvar="LORACAST_DEBUG", help="Show tracebacks and all warnings.")
+    ] = False,
+) -> None:
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers and of the hub
+
+
+app.command()(learn.learn)
+app.command()(ask.ask)
+app.command()(chat.chat)
+app.command("list")(list.list_)
+app.command()(show.show)
+app.command()(rm.rm)
+app.command()(pull.pull)
+app.command()(demo.demo)
+app.add_typer(train.app, name="train")
+app.add_typer(eval.app, name="eval")
+
+
+def main() -> None:
+    """The entry point of the `loracast` program."""
+    for stream in (sys.stdout, sys.stderr):
+        _never_fail_on_a_letter(stream)
+    app(prog_name="loracast")
+
+
+def _never_fail_on_a_letter(stream: TextIO) -> None:
+    """An answer may hold letters that the terminal's encoding lacks."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")

@@ -26,10 +26,10 @@ _PAGE_NUMBER = re.compile(
 )
 _ENDS_IN_NUMBER = re.compile(r"^\d{1,4}\s|\s\d{1,4}$")  # as a header of every other page or of a chapter does
 _LEADER = re.compile(r"(\s?\.){4,}")  # the dots of a table of contents
-_BULLETS = r"[\x7f\uf0b7\uf0a7\uf0d8\uf0fc\uf076•‣▪●○◦■□–*·-]"  # \x7f and \uf0..: those of symbol fonts
-_BULLET = re.compile(rf"{_BULLETS}\s*(?=\S)")
-_ITEM = re.compile(r"\(?(\d{1,3}|[a-zA-Z])[.)]\s+\S")
-_MARK = re.compile(rf"{_BULLETS}|\(?(\d{{1,3}}|[a-zA-Z])[.)]")
+_BULLETS = r"[\x7f\uf0b7\uf0a7\uf0d8\uf0fc\uf076•‣▪●○◦■□]"  # \x7f and \uf0..: those of symbol fonts
+_BULLET = re.compile(rf"({_BULLETS}|[–*·-](?=\s))\s*(?=\S)")  # "-5" is a number
+_ITEM = re.compile(r"\(?(\d{1,3}[.)]|[a-z][.)]|[A-Z]\))\s+\S")  # "J. Smith" is a name
+_MARK = re.compile(rf"{_BULLETS}|[–*·-]|\(?(\d{{1,3}}|[a-zA-Z])[.)]")
 _CJK = re.compile("[\u3000-\u9fff\uff00-\uffef]")
 _END = (".", "!", "?", ":", ";", "。", "！", "？", "”", '"')
 _SUSPENDED = {"and", "or", "to", "und", "oder", "bis", "et", "ou", "y", "o"}  # "odd- and even-numbered"
@@ -45,11 +45,9 @@ def join_lines(lines: Sequence[Line]) -> str:
     lines = _with_their_bullets(lines)
     if not lines:
         return ""
-    weights: Counter[float] = Counter()
-    for line in lines:
-        weights[line.size] += len(line.text)
-    body = weights.most_common(1)[0][0]
-    bold_share = sum(len(line.text) for line in lines if line.is_bold) / sum(weights.values())
+    body = _body_size(lines)
+    n_letters = sum(len(line.text) for line in lines)
+    bold_share = sum(len(line.text) for line in lines if line.is_bold) / n_letters
     levels = _heading_levels(lines, body, may_be_bold=bold_share < 0.3)
     width = sorted(len(line.text) for line in lines)[int(0.9 * (len(lines) - 1))]
     usual_gap = _usual_gap(lines)
@@ -65,17 +63,23 @@ def join_lines(lines: Sequence[Line]) -> str:
             out.append("#" * level + " " + text if level else text)
         elif level or previous_level:
             if level == previous_level and not _is_gap(previous, line, usual_gap * 1.5):
-                out[-1] = _join(out[-1], text, words)  # a heading of two lines
+                _extend(out, text, words)  # a heading of two lines
             else:
                 out += ["\n\n", "#" * level + " " + text if level else text]
+        elif separator := _separator(previous, line, usual_gap, width):
+            out += [separator, text]
         else:
-            separator = _separator(previous, line, usual_gap, width)
-            if separator:
-                out += [separator, text]
-            else:
-                out[-1] = _join(out[-1], text, words)
+            _extend(out, text, words)
         previous, previous_level = line, level
     return "".join(out)
+
+
+def _body_size(lines: Sequence[Line]) -> float:
+    """The size in which most letters are set."""
+    weights: Counter[float] = Counter()
+    for line in lines:
+        weights[line.size] += len(line.text)
+    return weights.most_common(1)[0][0] if weights else 0.0
 
 
 def drop_running_lines(lines: Sequence[Line]) -> list[Line]:
@@ -87,6 +91,7 @@ def drop_running_lines(lines: Sequence[Line]) -> list[Line]:
     pages: dict[int, list[Line]] = {}
     for line in lines:
         pages.setdefault(line.page, []).append(line)
+    body = _body_size(lines)
     dropped: set[int] = set()  # ids, since equal lines stand on many pages
     for go_down in (True, False):
         orders = [_by_height(own, go_down) for own in pages.values()]
@@ -99,7 +104,8 @@ def drop_running_lines(lines: Sequence[Line]) -> list[Line]:
                 if len(order) <= depth:
                     continue
                 line = order[depth]
-                kind = _runs(line, seen[_key(line.text)], len(pages))
+                is_large = line.size >= _HEADING_SCALE * body > 0
+                kind = "" if is_large else _runs(line, seen[_key(line.text)], len(pages))
                 if kind:
                     orders_left.append(order)
                 if kind == "number" or (kind == "text" and _key(line.text) in done):
@@ -207,17 +213,17 @@ def _separator(above: Line, below: Line, usual_gap: float, width: int) -> str:
     return "\n" if is_short and not goes_on else ""
 
 
-def _join(above: str, below: str, words: Counter[str]) -> str:
-    if found := re.search(r"(\w+)-$", above):
-        tail = re.match(r"\w+", below)
-        if tail and below[0].islower() and found[1][-1].isalpha():
-            if tail[0] in _SUSPENDED:
-                return f"{above} {below}"
-            # A hyphen that only the line end called for goes; one that the word has elsewhere as well stays.
-            halves = found[1].lower(), tail[0].lower()
-            stays = words["-".join(halves)] > words["".join(halves)]
-            return above + below if stays else above[:-1] + below
-        return above + below
-    if _CJK.match(above[-1]) and _CJK.match(below[0]):
-        return above + below
-    return f"{above} {below}"
+def _extend(out: list[str], below: str, words: Counter[str]) -> None:
+    """Adds a line to the paragraph that `out` ends in."""
+    above = out[-1]
+    hyphenated = re.search(r"(\w+)-$", above[-80:])
+    tail = re.match(r"\w+", below)
+    separator = "" if _CJK.match(above[-1]) and _CJK.match(below[0]) else " "
+    if hyphenated and tail and tail[0] not in _SUSPENDED:
+        separator = ""
+        # A hyphen that only the line end called for goes; one that the word has elsewhere as well stays.
+        halves = hyphenated[1].lower(), tail[0].lower()
+        is_part = words["-".join(halves)] > words["".join(halves)]
+        if below[0].islower() and hyphenated[1][-1].isalpha() and not is_part:
+            out[-1] = above[:-1]
+    out += [separator, below]

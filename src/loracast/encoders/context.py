@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 class ContextEncoder:
     """Reads the base's hidden states. Shares the base's weights: building one costs nothing."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[int]):
+    def __init__(self, model: Any, layers: Sequence[int]):
         """`model` is the base (a causal LM); `layers` says after which blocks to read, 0 meaning the embeddings."""
         self.layers = tuple(layers)
         decoder = model.get_decoder()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn import functional
 from loracast.errors import ConfigError
 from loracast.hypernets.heads import FactorHead, LatentMLP, SharedLoRA
 from loracast.hypernets.perceiver import GatedMLP, Perceiver, Queries
-from loracast.lora import Factors, LoRA, LoRABatch
+from loracast.lora import Factors, LoRABatch
 from loracast.target import KINDS, Target, TargetModule
 
 
@@ -70,12 +71,20 @@ class DocToLoRAConfig:
             problems.append("no target modules")
         if len({kind for _, _, kind, _, _ in self.modules}) * len(self.layers) != len(self.modules):
             problems.append("every targeted layer must target the same kinds")
+        if unknown := sorted({kind for _, _, kind, _, _ in self.modules} - set(KINDS)):
+            problems.append(f"unknown module kinds: {', '.join(unknown)}")
+        elif list(self.modules) != sorted(self.modules, key=lambda module: (module[1], KINDS.index(module[2]))):
+            problems.append("the modules are not in the target's order: by layer, then by kind")
+        if len({(kind, d_in, d_out) for _, _, kind, d_in, d_out in self.modules}) != len(self.kinds):
+            problems.append("the modules of one kind must have the same shape in every layer")
         if len(self.reader_layers) not in (1, len(self.layers)):
             problems.append(f"reader_layers must be one, or one for each of the {len(self.layers)} targeted layers")
         if (self.n_encoder_blocks > 0) != (self.n_latents > 0):
             problems.append("n_encoder_blocks and n_latents must both be zero or both be positive")
-        if self.n_decoder_blocks < 1 or self.rank < 1 or self.n_heads % self.n_kv_heads:
-            problems.append("n_decoder_blocks and rank must be at least 1 and n_heads a multiple of n_kv_heads")
+        if min(self.n_decoder_blocks, self.rank, self.n_kv_heads) < 1 or self.n_heads % self.n_kv_heads:
+            problems.append(
+                "n_decoder_blocks, rank and n_kv_heads must be at least 1 and n_heads a multiple of n_kv_heads"
+            )
         if problems:
             raise ConfigError("bad DocToLoRAConfig: " + "; ".join(problems))
 
@@ -104,6 +113,9 @@ class DocToLoRAConfig:
 
 class DocToLoRA(nn.Module):
     """The hypernetwork. Its start is an exact no-op, because every B scaler starts at zero."""
+
+    feature_mean: Tensor
+    feature_std: Tensor
 
     def __init__(self, config: DocToLoRAConfig):
         super().__init__()
@@ -135,23 +147,18 @@ class DocToLoRA(nn.Module):
         self.register_buffer("feature_std", torch.ones(c.d_features))
 
     @torch.no_grad()
-    def calibrate(
-        self, features: Tensor, in_rms: dict[str, Tensor] | None = None, out_rms: dict[str, Tensor] | None = None
-    ) -> None:
-        """Measure once, before training, the units of the base's activations.
-
-        Args:
-            features: real tokens' features [tokens, d_features]; their mean and deviation standardise the reader's input.
-            in_rms: by kind, the root mean square of each module's input [layers, d_in], out_rms of its output [layers, d_out].
-                Only for a whitened head.
-        """
+    def standardise(self, features: Tensor) -> None:
+        """Take the units of the reader's input from real tokens' features [tokens, d_features]: their mean and deviation."""
         self.feature_mean.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0).clamp_min(1e-3))
-        for kind, head in self.heads.items():
-            if in_rms is not None:
-                head.in_scale.copy_(1 / in_rms[kind].clamp_min(in_rms[kind].mean() * 0.05)[:, None])
-            if out_rms is not None:
-                head.out_scale.copy_(out_rms[kind].mean(-1)[:, None, None].expand_as(head.out_scale))
+
+    def head(self, kind: str) -> FactorHead:
+        """The head of a module kind."""
+        return cast(FactorHead, self.heads[kind])
+
+    def shared(self, kind: str) -> SharedLoRA | None:
+        """The document-independent LoRA of a module kind, if there is one."""
+        return cast(SharedLoRA, self.document_independent[kind]) if kind in self.document_independent else None
 
     def latents(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Unit rank latents of chunks.
@@ -183,17 +190,26 @@ class DocToLoRA(nn.Module):
         """Rank latents -> by kind, A [n, layers, r, in] and B [n, layers, r, out] (B's rows are the columns of the factor)."""
         c = self.config
         by_kind = latents.unflatten(2, (len(c.kinds), c.rank)).unbind(2)
-        pairs = {kind: self.heads[kind](part) for kind, part in zip(c.kinds, by_kind, strict=True)}
+        pairs = {kind: self.head(kind)(part) for kind, part in zip(c.kinds, by_kind, strict=True)}
         return {kind: (a, b * c.scale) for kind, (a, b) in pairs.items()}
 
     def forward(self, features: Tensor, mask: Tensor | None = None, chunks_per_document: int = 1) -> LoRABatch:
         """Chunks -> one LoRA for each document, differentiable.
 
         Args:
-            features, mask: as in `latents`; the chunks of a document are neighbours.
+            features, mask: as in `latents`; the chunks of a document are neighbours. A chunk without any real token fills up
+                a document that has fewer chunks than others: its LoRA is zero.
             chunks_per_document: K; the factors of K neighbours are joined along the rank.
         """
-        return self.merge(self.expand(self.latents(features, mask)), chunks_per_document)
+        if mask is None:
+            return self.merge(self.expand(self.latents(features)), chunks_per_document)
+        is_real = mask.bool().any(-1)  # [n]
+        expanded = self.expand(
+            self.latents(features, mask.bool() | ~is_real[:, None])
+        )  # nothing to look at would be NaN
+        if not is_real.all():
+            expanded = {kind: (a, b * is_real[:, None, None, None]) for kind, (a, b) in expanded.items()}
+        return self.merge(expanded, chunks_per_document)
 
     def merge(self, expanded: dict[str, tuple[Tensor, Tensor]], chunks_per_document: int) -> LoRABatch:
         """Factors of chunks, as `expand` gives them -> one LoRA of rank K * r (+ the document-independent one) each."""
@@ -219,23 +235,8 @@ class DocToLoRA(nn.Module):
             joined = (
                 rows.view(n // k, k, n_layers, rank, d).permute(2, 0, 1, 3, 4).reshape(n_layers, n // k, k * rank, d)
             )
-            if kind in self.document_independent:
-                shared = getattr(self.document_independent[kind], name)  # [layers, shared rank, d]
-                joined = torch.cat([joined, shared[:, None].expand(-1, n // k, -1, -1).to(joined.dtype)], dim=2)
+            if shared := self.shared(kind):
+                same = shared.a if name == "a" else shared.b  # [layers, shared rank, d]
+                joined = torch.cat([joined, same[:, None].expand(-1, n // k, -1, -1).to(joined.dtype)], dim=2)
             sides.append(joined.unbind(0))
         return sides[0], sides[1]
-
-    def document_independent_lora(self) -> LoRA | None:
-        """The learned LoRA that every document shares, or None."""
-        c = self.config
-        if not self.document_independent:
-            return None
-        return LoRA(
-            {
-                m.name: Factors(
-                    self.document_independent[m.kind].a[c.layers.index(m.layer)].detach(),
-                    self.document_independent[m.kind].b[c.layers.index(m.layer)].detach().T,
-                )
-                for m in c.target.modules
-            }
-        )

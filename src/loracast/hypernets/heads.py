@@ -31,6 +31,9 @@ class FactorHead(nn.Module):
     layers share one map and each adds a correction of rank k: a large base stays affordable.
     """
 
+    in_scale: Tensor
+    out_scale: Tensor
+
     def __init__(
         self, n_layers: int, width: int, rank: int, d_in: int, d_out: int, shared_rank: int | None, whitened: bool
     ):
@@ -58,6 +61,15 @@ class FactorHead(nn.Module):
             rows = latents @ self.shared + (latents @ self.down) @ self.up
         a, b = rows.split([self.d_in, self.d_out], dim=-1)
         return a * (self.scaler_a * self.in_scale), b * (self.scaler_b * self.out_scale)
+
+    @torch.no_grad()
+    def set_units(self, in_rms: Tensor, out_rms: Tensor) -> None:
+        """Express A in units of the modules' inputs [layers, d_in] and B in units of their outputs [layers, d_out].
+
+        Inputs that hardly ever move are not blown up without bound; outputs are scaled by layer, not by element.
+        """
+        self.in_scale.copy_(1 / in_rms.clamp_min(in_rms.mean() * 0.05)[:, None])
+        self.out_scale.copy_(out_rms.mean(-1)[:, None, None].expand_as(self.out_scale))
 
 
 class SharedLoRA(nn.Module):

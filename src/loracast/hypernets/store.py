@@ -21,6 +21,7 @@ from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 
 FORMAT = 1
 STORAGE = ("float32", "bfloat16", "int8")
+_SCALE = ".int8_scale"
 _INT8_MIN_NUMEL = 100_000  # smaller tensors gain nothing and are the more delicate ones
 
 
@@ -49,9 +50,10 @@ def save_pretrained(
     for name, value in hypernet.state_dict().items():
         value = value.detach().cpu()
         if storage == "int8" and value.ndim >= 2 and value.numel() >= _INT8_MIN_NUMEL:
-            scale = value.abs().amax(dim=-2, keepdim=True).clamp_min(1e-12) / 127  # [..., 1, columns]
-            tensors[name] = (value / scale).round().to(torch.int8).contiguous()
-            tensors[f"{name}.int8_scale"] = scale.to(torch.bfloat16).contiguous()
+            # Rounded before it is used, so that what is read back is what was divided by.
+            scale = (value.abs().amax(dim=-2, keepdim=True).clamp_min(1e-12) / 127).bfloat16()  # [..., 1, columns]
+            tensors[name] = (value / scale.float()).round().clamp(-127, 127).to(torch.int8).contiguous()
+            tensors[f"{name}{_SCALE}"] = scale.contiguous()
         else:
             tensors[name] = value.to(torch.float32 if storage == "float32" else torch.bfloat16).contiguous()
     config = {
@@ -80,21 +82,35 @@ def from_pretrained(source: str | Path) -> tuple[DocToLoRA, Fingerprint]:
     folder = Path(source)
     if not folder.is_dir():
         folder = _download(str(source))
+    needs = f"{folder} is not a hypernetwork: it needs a config.json and a whole model.safetensors"
     try:
-        stored = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        written_as = stored.get("format"), stored.get("architecture")
+    except (OSError, ValueError, AttributeError) as error:
+        raise HypernetworkError(f"{needs} ({error})") from error
+    if written_as != (FORMAT, "DocToLoRA"):
         raise HypernetworkError(
-            f"{folder} is not a hypernetwork: it needs a config.json and a whole model.safetensors ({error})"
-        ) from error
-    if stored.get("format") != FORMAT or stored.get("architecture") != "DocToLoRA":
-        raise HypernetworkError(
-            f"{folder} holds {stored.get('architecture')!r} in format {stored.get('format')!r}; this version of loracast reads "
+            f"{folder} holds {written_as[1]!r} in format {written_as[0]!r}; this version of loracast reads "
             f"DocToLoRA in format {FORMAT}: update loracast"
         )
-    hypernet = DocToLoRA(read_config(stored["config"]))
-    hypernet.load_state_dict(_checked(hypernet, tensors, folder))
-    return hypernet.eval().requires_grad_(False), Fingerprint(**stored["made_for"])
+    try:
+        made_for = Fingerprint(**stored["made_for"])
+        with torch.device(
+            "meta"
+        ):  # shapes only: what the config asks for is allocated once the file has shown that it is there
+            hypernet = DocToLoRA(read_config(stored["config"]))
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise HypernetworkError(f"{needs} ({error})") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise HypernetworkError(f"the config.json of {folder} is damaged ({type(error).__name__}: {error})") from error
+    hypernet.load_state_dict(_checked(hypernet, tensors, folder), assign=True)
+    return hypernet.eval().requires_grad_(False), made_for
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """How the hypernetwork in a folder was made, as `save_pretrained` was told."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("provenance", {})
 
 
 def read_config(values: dict[str, Any]) -> DocToLoRAConfig:
@@ -110,19 +126,27 @@ def read_config(values: dict[str, Any]) -> DocToLoRAConfig:
 
 def _checked(hypernet: DocToLoRA, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """The stored tensors in fp32, after every key, shape and number has been looked at."""
-    scales = {name: value for name, value in tensors.items() if name.endswith(".int8_scale")}
-    weights: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        if name not in scales:
-            scale = scales.get(f"{name}.int8_scale")
-            weights[name] = value.float() if scale is None else value.float() * scale.float()
     wanted = hypernet.state_dict()
-    problems = [f"missing tensor {name}" for name in sorted(wanted.keys() - weights.keys())]
-    problems += [f"unknown tensor {name}" for name in sorted(weights.keys() - wanted.keys())]
-    for name in sorted(wanted.keys() & weights.keys()):
-        if weights[name].shape != wanted[name].shape:
-            problems.append(f"{name} is {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}")
-        elif not torch.isfinite(weights[name]).all():
+    packed = {name for name in wanted if name in tensors and tensors[name].dtype == torch.int8}
+    known = wanted.keys() | {f"{name}{_SCALE}" for name in packed}
+    problems = [f"missing tensor {name}" for name in sorted(wanted.keys() - tensors.keys())]
+    problems += [f"unknown tensor {name}" for name in sorted(tensors.keys() - known)]
+    weights: dict[str, Tensor] = {}
+    for name in sorted(wanted.keys() & tensors.keys()):
+        value, scale, shape = tensors[name], tensors.get(f"{name}{_SCALE}"), wanted[name].shape
+        if value.shape != shape:
+            problems.append(f"{name} is {tuple(value.shape)}, not {tuple(shape)}")
+            continue
+        if name in packed:
+            if scale is None or scale.shape != (*shape[:-2], 1, shape[-1]):
+                problems.append(f"{name} is int8 without a scale that fits")
+                continue
+            value = value.float() * scale.float()
+        elif not value.is_floating_point():
+            problems.append(f"{name} is of type {value.dtype}")
+            continue
+        weights[name] = value.float()
+        if not torch.isfinite(weights[name]).all():
             problems.append(f"{name} holds numbers that are not finite")
     if problems:
         raise HypernetworkError(f"{folder} is not a hypernetwork that fits its config: " + "; ".join(problems))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from loracast.hypernets.doc_to_lora import DocToLoRA
 
 
 @torch.no_grad()
-def calibrate(hypernet: DocToLoRA, model: nn.Module, encoder: ContextEncoder, rows: Sequence[Tensor]) -> None:
+def calibrate(hypernet: DocToLoRA, model: Any, encoder: ContextEncoder, rows: Sequence[Tensor]) -> None:
     """Set the units of `hypernet` from `rows` of real text's token ids, each [1, t].
 
     The first token of a row is left out: its activations are an attention sink, hundreds of times larger than any other's.
@@ -46,5 +47,8 @@ def calibrate(hypernet: DocToLoRA, model: nn.Module, encoder: ContextEncoder, ro
             for kind in target.kinds
         }
 
-    whitened = hypernet.config.whitened
-    hypernet.calibrate(features, by_kind(squares_in) if whitened else None, by_kind(squares_out) if whitened else None)
+    hypernet.standardise(features)
+    if hypernet.config.whitened:
+        inputs, outputs = by_kind(squares_in), by_kind(squares_out)
+        for kind in target.kinds:
+            hypernet.head(kind).set_units(inputs[kind], outputs[kind])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loracast.errors import TrainingError
-from loracast.files import write_atomically
+from loracast.files import sync_folder, write_atomically
 
 
 def save_state(
@@ -44,8 +44,12 @@ def save_state(
                     numbers[key] = value
     folder = out_dir / f"state-{step}"
     folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "state.safetensors.part")
-    os.replace(folder / "state.safetensors.part", folder / "state.safetensors")
+    part = folder / "state.safetensors.part"
+    save_file(tensors, part)
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, folder / "state.safetensors")
+    sync_folder(folder)
     state = {"step": step, "elapsed_s": elapsed_s, "folder": folder.name, "numbers": numbers, "settings": settings}
     write_atomically(out_dir / "state.json", json.dumps(state, indent=1).encode())
     for other in out_dir.glob("state-*"):
@@ -62,23 +66,25 @@ def load_state(
         (steps done, seconds spent), (0, 0) for a fresh folder.
 
     Raises:
-        TrainingError: the state was made with other settings.
+        TrainingError: the state was made with other settings, or is damaged.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = out_dir / "state.json"
     if not path.is_file():
         return 0, 0.0
-    state = json.loads(path.read_text())
-    differing = sorted(
-        k for k in settings.keys() | state["settings"].keys() if settings.get(k) != state["settings"].get(k)
-    )
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        tensors = load_file(out_dir / state["folder"] / "state.safetensors")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise TrainingError(f"the state of the run in {out_dir} cannot be read ({error}); start a new run") from error
+    differing = _differences(settings, state["settings"])
     if differing:
         raise TrainingError(
             f"{out_dir} holds a run with other settings ({', '.join(differing)}); give the same ones to resume it, "
             "another --out for a new run, or --init-from to start from its weights"
         )
-    tensors = load_file(out_dir / state["folder"] / "state.safetensors")
     model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
     torch.set_rng_state(tensors["random.torch"])
     for i, optimizer in enumerate(optimizers):
@@ -89,3 +95,15 @@ def load_state(
                 restored.setdefault(int(parameter), {})[name] = value
         optimizer.load_state_dict({"state": restored, "param_groups": optimizer.state_dict()["param_groups"]})
     return state["step"], state["elapsed_s"]
+
+
+def _differences(wanted: dict[str, Any], found: dict[str, Any], prefix: str = "") -> list[str]:
+    """The keys, dotted, in which two nested settings differ."""
+    keys: list[str] = []
+    for key in sorted(wanted.keys() | found.keys()):
+        a, b = wanted.get(key), found.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            keys.append(f"{prefix}{key}")
+    return keys

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,9 +59,7 @@ class Batch:
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {
-            name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.__dict__.items()
-        }
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
         return Batch(**moved)
 
 
@@ -75,16 +74,14 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
-    """Episodes with the same number of chunks -> one Batch."""
-    k = len(episodes[0].chunks)
-    if any(len(episode.chunks) != k for episode in episodes):
-        raise ValueError("the episodes of a batch must have the same number of chunks")
-    chunk_ids, chunk_mask = pad_right([chunk for episode in episodes for chunk in episode.chunks], pad_id)
-    rows, positions, branches = (
-        [],
-        [],
-        [],
-    )  # per document: token ids, position ids, branch of each token (0: the beginning)
+    """Episodes -> one Batch. Where documents differ in their number of chunks, chunks without a real token fill up."""
+    k = max(len(episode.chunks) for episode in episodes)
+    empty: tuple[tuple[int, ...], ...] = ((),)
+    filled = [chunk for episode in episodes for chunk in episode.chunks + empty * (k - len(episode.chunks))]
+    chunk_ids, chunk_mask = pad_right(filled, pad_id)
+    rows: list[list[int]] = []
+    positions: list[list[int]] = []
+    branches: list[list[int]] = []  # of each token: 0 is the beginning, then the questions from 1 on
     answers: list[tuple[int, int, int, int]] = []  # row, position, token, question
     n_questions = 0
     for row, episode in enumerate(episodes):

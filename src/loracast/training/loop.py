@@ -10,7 +10,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from loracast.errors import ConfigError, TrainingError
+from loracast.files import write_atomically
 from loracast.training.checkpoint import load_state, save_state
+from loracast.training.runtime import Workers
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class TrainConfig:
         return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
+_DIVERGED = "start a new run from the last checkpoint's weights (--init-from) with a lower learning rate (training.lr)"
+
 Objective = Callable[[int, int], tuple[Tensor, dict[str, float]]]
 """(step, micro-batch) -> loss, and figures to log."""
 
@@ -113,7 +117,9 @@ class Stop:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _request(self, *_: object) -> None:
+    def _request(self, number: int, _: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: no waiting for the step, the last checkpoint stays
         self.requested = True
 
 
@@ -124,36 +130,40 @@ def train(
     out_dir: Path,
     *,
     save_model: Callable[[Path], None],
+    settings: Mapping[str, Any] | None = None,
     on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
-    evaluate: Callable[[], dict[str, float]] | None = None,
-    evaluate_every: int = 0,
+    workers: Workers | None = None,
 ) -> dict[str, float]:
     """Train `model` on `objective`; go on where `out_dir` holds the state of an earlier run with the same settings.
 
-    Writes `metrics.jsonl` and `state/` into `out_dir`, and the model through `save_model(out_dir)` beside every state.
+    Writes `metrics.jsonl`, `state.json` and `state-<step>/` into `out_dir`, and the model through `save_model(out_dir)` beside every state.
 
     Returns:
         the last metrics.
 
     Raises:
-        TrainingError: a state of other settings, or a loss that is not finite (the last good state stays).
+        TrainingError: a state of other settings, or a loss or gradient that is not finite (the last good state stays).
     """
+    workers = workers or Workers.join(next(model.parameters()).device.type)
     out_dir.mkdir(parents=True, exist_ok=True)
     optimizers = make_optimizers(model, config)
-    step, elapsed_before_s = load_state(out_dir, model, optimizers, settings=resumable_settings(config))
+    fixed = resumable_settings(config, settings)
+    step, elapsed_before_s = load_state(out_dir, model, optimizers, settings=fixed)
     started_s = last_save_s = time.monotonic()
     totals: dict[str, float] = {}
     n_logged = 0
-    last: dict[str, float] = {}
+    last = _resume_metrics(out_dir / "metrics.jsonl", step) if workers.is_first else {}
 
     def save() -> None:
-        elapsed_s = elapsed_before_s + time.monotonic() - started_s
-        save_model(out_dir)
-        save_state(out_dir, model, optimizers, step, elapsed_s, settings=resumable_settings(config))
+        if workers.is_first:
+            save_model(out_dir)
+            elapsed_s = elapsed_before_s + time.monotonic() - started_s
+            save_state(out_dir, model, optimizers, step, elapsed_s, settings=fixed)
 
     with Stop() as stop, open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as log:
-        while step < config.steps and not stop.requested:
-            if config.budget_s is not None and time.monotonic() - started_s > config.budget_s:
+        while step < config.steps:
+            is_over = config.budget_s is not None and time.monotonic() - started_s > config.budget_s
+            if workers.any(stop.requested or is_over):
                 break
             figures = _optimizer_step(model, objective, optimizers, config, step)
             step += 1
@@ -164,11 +174,10 @@ def train(
                 elapsed_s = elapsed_before_s + time.monotonic() - started_s
                 last = {"step": step, "elapsed_s": round(elapsed_s, 1)}
                 last |= {name: value / n_logged for name, value in totals.items()}
-                if evaluate and evaluate_every and step % evaluate_every == 0:
-                    last |= evaluate()
-                log.write(json.dumps(last) + "\n")
-                log.flush()
-                on_metrics(last)
+                if workers.is_first:
+                    log.write(json.dumps(last) + "\n")
+                    log.flush()
+                    on_metrics(last)
                 totals, n_logged = {}, 0
             if time.monotonic() - last_save_s > config.save_every_s:
                 save()
@@ -185,11 +194,13 @@ def _optimizer_step(
     for micro in range(config.accumulate):
         loss, seen = objective(step, micro)
         if not torch.isfinite(loss):
-            raise TrainingError(f"the loss of step {step} is {loss.item()}; lower the learning rate (--lr) and resume")
+            raise TrainingError(f"the loss of step {step} is {loss.item()}; {_DIVERGED}")
         (loss / config.accumulate).backward()
         for name, value in {"loss": loss.item(), **seen}.items():
             figures[name] = figures.get(name, 0.0) + value / config.accumulate
     figures["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm).item()
+    if not math.isfinite(figures["grad_norm"]):  # an update would ruin the weights, and the next checkpoint with them
+        raise TrainingError(f"the gradient of step {step} is not finite; {_DIVERGED}")
     for optimizer in optimizers:
         peak = config.muon_lr if isinstance(optimizer, torch.optim.Muon) else config.lr
         for group in optimizer.param_groups:
@@ -199,7 +210,24 @@ def _optimizer_step(
     return figures
 
 
-def resumable_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that a resumed run must share; how long to run and how often to save may change."""
+def _resume_metrics(path: Path, step: int) -> dict[str, float]:
+    """Drop what a killed run logged after its last checkpoint, half a line included. Returns the last metrics kept."""
+    if not path.is_file():
+        return {}
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= step:
+            kept.append(row)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    return kept[-1] if kept else {}
+
+
+def resumable_settings(config: TrainConfig, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The settings that a resumed run must share, in JSON's types; how long to run and how often to save may change."""
     free = {"budget_s", "save_every_s", "log_every"}
-    return {name: value for name, value in json.loads(json.dumps(asdict(config))).items() if name not in free}
+    training = {name: value for name, value in asdict(config).items() if name not in free}
+    return json.loads(json.dumps({"training": training, **(others or {})}))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from loracast.encoders.context import ContextEncoder
-from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.inject import inject
+from loracast.lora import LoRABatch
 from loracast.training.episodes import Batch
 
 
@@ -23,21 +26,38 @@ class Outcome:
     token_accuracy: float  # share of answer tokens that are the likeliest
 
 
-def answer_questions(model: nn.Module, encoder: ContextEncoder, hypernet: DocToLoRA, batch: Batch) -> Outcome:
+def answer_questions(model: Any, encoder: ContextEncoder, hypernet: Callable[..., LoRABatch], batch: Batch) -> Outcome:
     """Documents -> features -> LoRAs -> the loss on their questions' answers."""
     features = encoder(batch.chunk_ids)
     loras = hypernet(features.float(), batch.chunk_mask, batch.chunks_per_document)
-    with inject(model, loras):
-        hidden = model.get_decoder()(
+    decoder = model.get_decoder()
+    with inject(model, loras), _attention_for_training(decoder.config, model.device):
+        mask = batch.attention_mask
+        if decoder.config._attn_implementation == "eager":  # which adds its mask to the scores
+            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+        hidden = decoder(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
+            attention_mask=mask,
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state  # [d, t, hidden]
     # Contiguous before the head: a strided slice made the product seconds slower on a CPU.
     at_answers = hidden[batch.answer_rows, batch.answer_positions].contiguous()  # [n, hidden]
     logits = model.get_output_embeddings()(at_answers).float()  # [n, vocabulary]
+    if cap := getattr(decoder.config, "final_logit_softcapping", None):  # Gemma 2, after its head
+        logits = cap * torch.tanh(logits / cap)
     return outcome(logits, batch)
+
+
+@contextmanager
+def _attention_for_training(config: Any, device: torch.device) -> Iterator[None]:
+    """On a CPU, attention spelled out: the fused kernel's backward takes four times as long on rows as short as these."""
+    usual = config._attn_implementation
+    config._attn_implementation = "eager" if device.type == "cpu" else usual
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
 
 
 def outcome(logits: Tensor, batch: Batch) -> Outcome:

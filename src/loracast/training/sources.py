@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loracast.chat import ChatFormat, encode_text
+from loracast.chat import ChatFormat, encode_text, encode_with_offsets
+from loracast.documents import split_text
 from loracast.errors import ConfigError, TrainingError
 from loracast.training.episodes import Episode, Question
 from loracast.training.facts import Split, make_sheet
@@ -30,10 +31,14 @@ class DataConfig:
     """Seed of the data."""
     questions_per_step: int = 96
     """Distinct questions in one step, over all its documents."""
+    context_tokens_per_step: int = 24_000
+    """Most tokens of documents in one step of needles: long documents come with fewer questions."""
     needle_share: float = 0.5
     """Share of steps that hide needles in prose; the others learn fact sheets."""
     max_needles: int = 8
     """Most needles in one document."""
+    needle_kinds: tuple[str, ...] = ()
+    """Kinds of value that needles have (as in content/needle.toml); all if empty."""
     min_facts: int = 1
     """Fewest facts on one sheet."""
     max_facts: int = 5
@@ -116,22 +121,28 @@ class EpisodeSource:
         """The episodes of step `number` on one of several workers."""
         rng = random.Random(f"{self.config.seed}/{worker}/{number}")
         c = self.config
-        n_chunks = rng.choice([1, *range(1, c.max_chunks + 1)])
         if rng.random() < c.needle_share:
+            n_chunks = rng.choice([1, *range(1, c.max_chunks + 1)])
             n_questions = rng.choice([n for n in (1, 1, 1, 2, 4, 8) if n <= c.max_needles])
             n_tokens = rng.randint(c.min_chunk_tokens, c.max_chunk_tokens) if n_questions < 8 else c.max_chunk_tokens
-            return [
-                self.needle_episode(rng, n_questions, n_tokens, n_chunks)
-                for _ in range(max(1, c.questions_per_step // n_questions))
-            ]
+            n_documents = max(1, c.questions_per_step // n_questions)
+            n_documents = max(1, min(n_documents, c.context_tokens_per_step // (n_tokens * n_chunks)))
+            return [self.needle_episode(rng, n_questions, n_tokens, n_chunks) for _ in range(n_documents)]
         n_facts = rng.randint(c.min_facts, c.max_facts)
-        return [self.fact_episode(rng, n_facts) for _ in range(max(1, c.questions_per_step // n_facts))]
+        shortest = max(c.min_chunk_tokens, 48) if c.max_chunks > 1 else c.max_chunk_tokens
+        n_tokens = rng.choice([c.max_chunk_tokens, rng.randint(shortest, c.max_chunk_tokens)])
+        return [self.fact_episode(rng, n_facts, n_tokens) for _ in range(max(1, c.questions_per_step // n_facts))]
 
-    def needle_episode(
-        self, rng: random.Random, n_needles: int, n_tokens: int, n_chunks: int = 1, kind: str | None = None
-    ) -> Episode:
+    def sample_text(self, rng: random.Random, n_tokens: int) -> str:
+        """Text such as the documents are made of, to measure a base's activations on."""
+        if self.prose is not None:
+            return " ".join(self.prose.span(rng, n_tokens))
+        return make_sheet(rng, max(4, n_tokens // 16), split=self.split).text
+
+    def needle_episode(self, rng: random.Random, n_needles: int, n_tokens: int, n_chunks: int = 1) -> Episode:
         assert self.prose is not None
-        needles = make_needles(rng, n_needles, split=self.split, kind=kind)
+        kinds = self.config.needle_kinds
+        needles = make_needles(rng, n_needles, split=self.split, kind=rng.choice(kinds) if kinds else None)
         room = max(8, n_tokens - 16 * n_needles)
         homes = [rng.randrange(n_chunks) for _ in needles]
         chunks = []
@@ -141,10 +152,16 @@ class EpisodeSource:
             chunks.append(self._chunk(text))
         return Episode(tuple(chunks), self._questions(rng, [(n.question, n.answer) for n in needles]))
 
-    def fact_episode(self, rng: random.Random, n_facts: int) -> Episode:
+    def fact_episode(self, rng: random.Random, n_facts: int, max_chunk_tokens: int) -> Episode:
         sheet = make_sheet(rng, n_facts, split=self.split)
-        chunk = self._chunk(f"{sheet.title}\n{sheet.text}")
-        return Episode((chunk,), self._questions(rng, [(f.question, f.answer) for f in sheet.facts]))
+        chunks = split_text(
+            sheet.text,
+            lambda text: encode_with_offsets(self.tokenizer, text),
+            max_tokens=max_chunk_tokens,
+            title=sheet.title,
+        )
+        ids = tuple(self._chunk(chunk.prompt) for chunk in chunks)
+        return Episode(ids, self._questions(rng, [(f.question, f.answer) for f in sheet.facts]))
 
     def _chunk(self, text: str) -> tuple[int, ...]:
         return tuple(encode_text(self.tokenizer, text))

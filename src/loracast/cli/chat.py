@@ -1,0 +1,174 @@
+"""`loracast chat`: a conversation with learned documents, on a terminal or through a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from loracast.chat import ChatFormat, Message
+from loracast.cli import options
+from loracast.cli.output import Stream, printable, say
+from loracast.cli.session import open_answerer
+from loracast.errors import LoracastError
+from loracast.routing import DEFAULT_ROUTE
+
+if TYPE_CHECKING:
+    from loracast.adapter import Adapter
+    from loracast.generate import Sampling
+    from loracast.model import Answerer
+
+HELP = """\
+/use NAME    answer with this adapter too
+/drop NAME   answer without it
+/list        the adapters there are; * marks those in use
+/clear       forget the conversation
+/help        this list
+/quit        leave (as Ctrl-D does); Ctrl-C stops an answer"""
+
+_STANDS_ALONE = 7
+"""A question of fewer words is looked up together with the turns before it ("And in winter?")."""
+
+
+def chat(
+    adapters: options.Adapters = None,
+    route: options.Route = DEFAULT_ROUTE,
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = None,
+    system: options.System = None,
+    base: options.Base = None,
+    library: options.Library = None,
+    device: options.Device = None,
+) -> None:
+    """Talk with learned documents, or with the plain base."""
+    from loracast.adapter import open_adapter
+    from loracast.paths import library_dir
+
+    for name in adapters or []:
+        open_adapter(library or library_dir(), name)  # a wrong name is told before a model is loaded
+    answerer = open_answerer(base, library, device)
+
+    from loracast.generate import Sampling
+    from loracast.model import ASK_SYSTEM_TURN
+
+    sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    talk = Talk(answerer, ASK_SYSTEM_TURN if system is None else system, route, sampling)
+    for name in adapters or []:
+        talk.use(name)
+    if sys.stdin.isatty():
+        say(f"{' + '.join(talk.used) or 'no adapter'} on {answerer.base.name}; /help lists the commands, Ctrl-D leaves")
+    for line in _lines():
+        if line in ("/quit", "/exit"):
+            break
+        try:
+            if line.startswith("/"):
+                talk.obey(line)
+            else:
+                talk.reply(line)
+        except LoracastError as error:
+            say(f"error: {error}")
+
+
+def _lines() -> Iterator[str]:
+    """What the user says, line by line, until the end of input."""
+    if not sys.stdin.isatty():
+        yield from filter(None, map(str.strip, sys.stdin))
+        return
+    import contextlib
+
+    with contextlib.suppress(ImportError):  # not on Windows; it gives input() a history
+        import readline  # noqa: F401
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            say("")
+            return
+        except KeyboardInterrupt:
+            say("\n(/quit or Ctrl-D leaves)")
+            continue
+        if line:
+            yield line
+
+
+class Talk:
+    """A conversation and the adapters that it uses."""
+
+    def __init__(self, answerer: Answerer, system: str, route: int | None, sampling: Sampling):
+        self.answerer, self.route, self.sampling = answerer, route, sampling
+        self.system: Message = {"role": "system", "content": system}
+        self.turns: list[Message] = []
+        self.used: dict[str, Adapter] = {}
+
+    def use(self, name: str) -> None:
+        self.used[name] = self.answerer.adapter(name)
+
+    def obey(self, line: str) -> None:
+        """Carry out a command."""
+        command, _, name = line.partition(" ")
+        name = name.strip()
+        if command == "/use" and name:
+            self.use(name)
+            say(f"(using {' + '.join(self.used)})")
+        elif command == "/drop" and name:
+            if self.used.pop(name, None) is None:
+                say(f"({printable(name)} is not in use)")
+            else:
+                say(f"(using {' + '.join(self.used) or 'no adapter'})")
+        elif command == "/list":
+            from loracast.adapter import adapter_names
+
+            for there in adapter_names(self.answerer.library):
+                print(f"{'*' if there in self.used else ' '} {there}", flush=True)
+        elif command == "/clear":
+            self.turns = []
+            say("(the conversation is forgotten)")
+        elif command == "/help":
+            print(HELP, flush=True)
+        else:
+            say(f"({printable(line)}: no such command; /help lists them)")
+
+    def reply(self, question: str) -> None:
+        """Answer, and remember both; after Ctrl-C what has been said so far."""
+        from loracast.generate import answer
+
+        base = self.answerer.base
+        lora, _ = self.answerer.lora_for(search_query(question, self.turns), list(self.used.values()), self.route)
+        turns = [*self.turns, {"role": "user", "content": question}]
+        turns, n_dropped = fit_window(base.chat, self.system, turns, base.window - self.sampling.max_new_tokens)
+        if n_dropped:
+            say(f"(the oldest {n_dropped} question(s) no longer fit into the window and are forgotten)")
+        stream = Stream()
+        try:
+            given = answer(base, base.chat.conversation([self.system, *turns]), lora, self.sampling, stream)
+            said = given.text
+            cut = "" if given.finished else f"(cut after {given.n_tokens} tokens; --max-tokens allows more)"
+        except KeyboardInterrupt:
+            said, cut = stream.text, "(stopped)"
+        if stream.text:
+            stream.end()
+        if cut:
+            say(cut)
+        self.turns = [*turns, {"role": "assistant", "content": said}]
+
+
+def search_query(question: str, turns: Sequence[Message]) -> str:
+    """What routing looks for: the question, after the last two questions where it is too short to stand alone."""
+    if len(question.split()) >= _STANDS_ALONE:
+        return question
+    before = [turn["content"] for turn in turns if turn["role"] == "user"][-2:]
+    return " ".join([*before, question])
+
+
+def fit_window(chat: ChatFormat, system: Message, turns: Sequence[Message], room: int) -> tuple[list[Message], int]:
+    """Forget the oldest questions with their answers until the prompt has at most `room` tokens; the last one stays.
+
+    Returns:
+        the turns that are left, and how many questions were forgotten.
+    """
+    kept = list(turns)
+    while len(kept) > 2 and len(chat.conversation([system, *kept])) > room:
+        kept = kept[2:]
+    return kept, (len(turns) - len(kept)) // 2

@@ -1,0 +1,211 @@
+"""`loracast eval`: measure, with the rivals in the same run. Every command writes results.json and table.md into --out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from loracast.routing import DEFAULT_ROUTE
+
+if TYPE_CHECKING:
+    from loracast.evaluation.report import Report
+    from loracast.model import Model
+
+Number = TypeVar("Number", int, float)
+
+app = typer.Typer(
+    help="Measure adapters beside their rivals: needles, fact sheets, latency, memory.", no_args_is_help=True
+)
+
+Out = Annotated[Path, typer.Option(help="Folder for results.json, table.md and pictures.")]
+Texts = Annotated[
+    list[str] | None, typer.Option(help="Prose that no training has seen: JSONL(.gz) or plain text. Repeatable.")
+]
+Hypernetwork = Annotated[str | None, typer.Option(help="Folder or hub repository; the shipped one by default.")]
+BaseName = Annotated[str | None, typer.Option(help="Embedded base, folder or hub id.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; the fastest there is by default.")]
+Systems = Annotated[
+    str, typer.Option(help="Rivals to run, with commas: merged, routed, none, other, window, bm25, bm25k; or all.")
+]
+Route = Annotated[int, typer.Option(help="Chunks that a question is given when routed.", min=1)]
+ChunkTokens = Annotated[int, typer.Option(help="Longest chunk, in tokens.", min=16)]
+Seed = Annotated[int, typer.Option(help="Seed of documents and questions.")]
+Budget = Annotated[float | None, typer.Option("--budget-s", help="Stop drawing documents after this many seconds.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print results.json in place of the table.")]
+
+
+@app.callback()
+def main() -> None:
+    """Measure adapters beside their rivals."""
+
+
+@app.command()
+def needle(
+    out: Out,
+    texts: Texts = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of a document, with commas.")] = "256,1024,4096,8192,32768",
+    samples: Annotated[int, typer.Option(help="Documents of each length.", min=1)] = 400,
+    samples_long: Annotated[int, typer.Option(help="The same, past 8192 tokens.", min=1)] = 100,
+    samples_window: Annotated[int, typer.Option(help="Of them, put into the window from 4096 tokens on.", min=1)] = 50,
+    depths: Annotated[str, typer.Option(help="uniform, or depths from 0 to 1 with commas.")] = "uniform",
+    kind: Annotated[str, typer.Option(help="Kind of value (number4, word, person ...), or any.")] = "number4",
+    route: Route = DEFAULT_ROUTE,
+    chunk_tokens: ChunkTokens = 256,
+    systems: Systems = "all",
+    seed: Seed = 0,
+    hypernetwork: Hypernetwork = None,
+    base: BaseName = None,
+    device: Device = None,
+    budget_s: Budget = None,
+    as_json: AsJson = False,
+) -> None:
+    """A sentence with a value, hidden at any depth of a document, asked for in wordings that no training has seen."""
+    from loracast.evaluation.needle import NeedleConfig, evaluate_needle
+
+    config = NeedleConfig(
+        texts=tuple(texts or ()),
+        lengths=_numbers(lengths, int),
+        samples=samples,
+        samples_long=samples_long,
+        samples_window=samples_window,
+        depths=() if depths == "uniform" else _numbers(depths, float),
+        kind=None if kind == "any" else kind,
+        route=route,
+        chunk_tokens=chunk_tokens,
+        systems=_systems(systems),
+        seed=seed,
+        budget_s=budget_s,
+    )
+    model = _load(base, hypernetwork, device)
+    with _progress("documents") as progress:
+        report = evaluate_needle(model, config, out, progress)
+    _show(report, out, as_json)
+
+
+@app.command()
+def facts(
+    out: Out,
+    facts: Annotated[str, typer.Option(help="Facts on a sheet, with commas.")] = "5,20",
+    sheets: Annotated[int, typer.Option(help="Sheets of each size; all their questions are asked.", min=1)] = 50,
+    route: Route = DEFAULT_ROUTE,
+    chunk_tokens: ChunkTokens = 256,
+    systems: Systems = "all",
+    seed: Seed = 0,
+    hypernetwork: Hypernetwork = None,
+    base: BaseName = None,
+    device: Device = None,
+    budget_s: Budget = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sheets of facts about invented entities, every fact asked for in wordings that no training has seen."""
+    from loracast.evaluation.facts import FactsConfig, evaluate_facts
+
+    config = FactsConfig(
+        facts=_numbers(facts, int),
+        sheets=sheets,
+        route=route,
+        chunk_tokens=chunk_tokens,
+        systems=_systems(systems),
+        seed=seed,
+        budget_s=budget_s,
+    )
+    model = _load(base, hypernetwork, device)
+    with _progress("sheets") as progress:
+        report = evaluate_facts(model, config, out, progress)
+    _show(report, out, as_json)
+
+
+@app.command()
+def latency(
+    out: Out,
+    texts: Texts = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the document.", min=64)] = 8192,
+    repetitions: Annotated[int, typer.Option(help="Questions, each asked of every rival in turn.", min=1)] = 20,
+    route: Route = DEFAULT_ROUTE,
+    seed: Seed = 0,
+    hypernetwork: Hypernetwork = None,
+    base: BaseName = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time to the first token: the bare base, an adapter, and the same document in the window."""
+    from loracast.evaluation.cost import LatencyConfig, evaluate_latency
+
+    config = LatencyConfig(tuple(texts or ()), tokens, repetitions, route, seed)
+    model = _load(base, hypernetwork, device)
+    with _progress("questions") as progress:
+        report = evaluate_latency(model, config, out, progress)
+    _show(report, out, as_json)
+
+
+@app.command()
+def memory(
+    out: Out,
+    texts: Texts = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of a document, with commas.")] = "8192,32768,131072",
+    chunk_tokens: ChunkTokens = 256,
+    seed: Seed = 0,
+    hypernetwork: Hypernetwork = None,
+    base: BaseName = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Memory and time of learning a document, beside the encoder's own time; a fresh process for each length."""
+    from loracast.evaluation.cost import MemoryConfig, evaluate_memory
+
+    config = MemoryConfig(tuple(texts or ()), _numbers(lengths, int), chunk_tokens, seed)
+    model = _load(base, hypernetwork, device)
+    with _progress("documents") as progress:
+        report = evaluate_memory(model, base, hypernetwork, config, out, progress)
+    _show(report, out, as_json)
+
+
+def _numbers(text: str, kind: type[Number]) -> tuple[Number, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers with commas between them") from None
+
+
+def _systems(text: str) -> tuple[str, ...]:
+    from loracast.evaluation.systems import SYSTEMS, check_systems
+
+    return tuple(SYSTEMS) if text == "all" else check_systems([name.strip() for name in text.split(",")])
+
+
+def _load(base: str | None, hypernetwork: str | None, device: str | None) -> Model:
+    import loracast
+
+    return loracast.load(base, hypernetwork, device=device, say=lambda line: typer.echo(line, err=True))
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(unit, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _show(report: Report, out: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report.to_dict(), ensure_ascii=False))
+        return
+    report.show()
+    typer.echo(f"written to {out}", err=True)

@@ -1,0 +1,75 @@
+"""`loracast learn`: a document becomes an adapter in the library."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loracast.cli import options
+from loracast.cli.output import print_json, printable, size
+from loracast.cli.session import learn_visibly, open_model
+
+if TYPE_CHECKING:
+    from loracast.adapter import Adapter
+
+
+def learn(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="PDF, DOCX, HTML, Markdown, CSV or text; - for standard input.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Name of the adapter; made from the file's by default.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Let an adapter of that name give way.")] = False,
+    chunk_tokens: Annotated[int, typer.Option(min=16, help="Longest chunk.")] = 256,
+    base: options.Base = None,
+    hypernetwork: options.Hypernetwork = None,
+    library: options.Library = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Learn a document.
+
+    It is cast into an adapter in one pass, without training.
+    """
+    from loracast.adapter import check_free, check_name, name_for
+    from loracast.documents import read_document
+    from loracast.paths import library_dir
+
+    started = time.perf_counter()
+    document = read_document(file)
+    name = check_name(name or name_for(document))
+    if not replace:
+        check_free(library or library_dir(), name)  # before a model is loaded for nothing
+    model = open_model(base, hypernetwork, library, device)
+    adapter = learn_visibly(model, document, name, max_chunk_tokens=chunk_tokens, replace=replace)
+    if as_json:
+        print_json({**report(adapter), "total_s": round(time.perf_counter() - started, 3)})
+    else:
+        print_learned(adapter)
+
+
+def report(adapter: Adapter) -> dict[str, Any]:
+    manifest = adapter.manifest
+    return {
+        "name": adapter.name,
+        "title": manifest.title,
+        "n_tokens": manifest.n_tokens,
+        "n_chunks": manifest.n_chunks,
+        "rank": manifest.rank,
+        "n_bytes": adapter.n_bytes,
+        "learn_s": manifest.learn_s,
+        "warnings": list(manifest.warnings),
+        "folder": str(adapter.folder),
+    }
+
+
+def print_learned(adapter: Adapter) -> None:
+    manifest = adapter.manifest
+    title = f" ({printable(manifest.title)})" if manifest.title else ""
+    chunks = f"{manifest.n_chunks:,} chunk{'s' * (manifest.n_chunks != 1)}"
+    print(f"learned {adapter.name}{title}")
+    print(
+        f"{manifest.n_tokens:,} tokens in {chunks}, rank {manifest.rank} each, {size(adapter.n_bytes)}, {manifest.learn_s:.1f} s"
+    )
+    print(f'ask it: loracast ask "..." -a {adapter.name}')

@@ -1,0 +1,39 @@
+"""`loracast rm`: delete adapters."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from loracast.cli import options
+
+
+def rm(
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Adapters to delete.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    library: options.Library = None,
+) -> None:
+    """Delete adapters from the library."""
+    from loracast.adapter import adapter_names, open_adapter, remove_adapter
+    from loracast.paths import library_dir
+
+    folder = library or library_dir()
+    names = options.distinct(names)
+    there = adapter_names(folder)
+    for name in names:
+        if name not in there:
+            open_adapter(folder, name)  # says what there is
+    if not yes:
+        if not is_terminal():
+            raise typer.BadParameter("standard input is no terminal, so nobody can be asked", param_hint="--yes")
+        if not typer.confirm(f"Delete {', '.join(names)}?", err=True):
+            raise typer.Exit(1)
+    for name in names:
+        remove_adapter(folder, name)
+        print(f"removed {name}")
+
+
+def is_terminal() -> bool:
+    return sys.stdin.isatty()

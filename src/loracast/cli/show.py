@@ -1,0 +1,99 @@
+"""`loracast show`: all that is known of an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loracast.cli import options
+from loracast.cli.output import print_json, printable, size, stdout
+
+if TYPE_CHECKING:
+    from loracast.adapter import Adapter
+
+_MOST_CHUNKS = 64
+"""Chunks whose norms are looked at: enough for a summary of a book."""
+
+
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter.")],
+    chunks: Annotated[bool, typer.Option("--chunks", help="List the chunks with their headings and places.")] = False,
+    library: options.Library = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show an adapter.
+
+    Where it comes from, its size, chunks and norms; its factors are verified against their hash.
+    """
+    from loracast.adapter import open_adapter
+    from loracast.paths import library_dir
+    from loracast.routing import Place, chunk_places
+
+    adapter = open_adapter(library or library_dir(), name)
+    adapter.verify()
+    manifest = adapter.manifest
+    places: list[Place] = chunk_places(adapter.folder / "chunks.sqlite") if chunks else []
+    norms = chunk_norms(adapter)
+    if as_json:
+        report: dict[str, Any] = {
+            "manifest": asdict(manifest),
+            "folder": str(adapter.folder),
+            "n_bytes": adapter.n_bytes,
+            "norms": norms,
+        }
+        if chunks:
+            report["chunks"] = [asdict(place) for place in places]
+        print_json(report)
+        return
+    layers = sorted({module.layer for module in manifest.target.modules})
+    facts = {
+        "name": adapter.name,
+        "title": manifest.title or "-",
+        "source": f"{manifest.source or 'standard input'}, sha256 {manifest.source_sha256[:16]}",
+        "learned": f"{manifest.created}, in {manifest.learn_s:.1f} s",
+        "document": f"{manifest.n_tokens:,} tokens in {manifest.n_chunks:,} chunks of at most {manifest.max_chunk_tokens}",
+        "factors": f"rank {manifest.rank} for each chunk, layers {layers[0]} to {layers[-1]}, {', '.join(manifest.target.kinds)}",
+        "base": f"{manifest.made_for.base}, weights {manifest.made_for.norms}",
+        "hypernetwork": manifest.hypernetwork,
+        "size": f"{size(adapter.n_bytes)} in {adapter.folder}",
+    }
+    for kind, norm in norms.items():
+        facts[f"norm {kind}"] = (
+            f"{norm['mean']:.3g} on average, {norm['min']:.3g} to {norm['max']:.3g} (a chunk, a layer)"
+        )
+    for i, warning in enumerate(manifest.warnings, 1):
+        facts[f"warning {i}"] = warning
+
+    from rich.table import Table
+    from rich.text import Text
+
+    console = stdout()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in facts.items():
+        table.add_row(Text(key, style="bold"), Text(printable(value)))
+    console.print(table)
+    if chunks:
+        listing = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("chunk", "start", "end", "tokens"):
+            listing.add_column(column, justify="right", no_wrap=True)
+        listing.add_column("heading")
+        for i, place in enumerate(places):
+            numbers = (f"{n:,}" for n in (i, place.start, place.end, place.n_tokens))
+            listing.add_row(*numbers, Text(printable(place.heading)))
+        console.print()
+        console.print(listing)
+
+
+def chunk_norms(adapter: Adapter) -> dict[str, dict[str, float]]:
+    """For each module kind the smallest, mean and largest Frobenius norm of one chunk's delta in one layer."""
+    n_chunks = adapter.manifest.n_chunks
+    kind_of = {module.name: module.kind for module in adapter.manifest.target.modules}
+    found: dict[str, list[float]] = {}
+    for chunk in range(0, n_chunks, -(-n_chunks // _MOST_CHUNKS)):
+        for module, norm in adapter.lora([chunk]).norms().items():
+            found.setdefault(kind_of[module], []).append(norm)
+    return {
+        kind: {"min": min(norms), "mean": sum(norms) / len(norms), "max": max(norms)} for kind, norms in found.items()
+    }

@@ -1,0 +1,98 @@
+"""`loracast train`: train a hypernetwork from a recipe."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Train hypernetworks.", no_args_is_help=True)
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def seconds(text: str) -> float:
+    """A duration such as 90, 45m or 2.5h, in seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if not match:
+        raise typer.BadParameter("write a duration as 90, 90s, 45m or 2.5h")
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+@app.callback()
+def main() -> None:
+    """Train hypernetworks."""
+
+
+@app.command()
+def doc(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and metrics; a run found there goes on.")],
+    recipe: Annotated[Path | None, typer.Argument(help="TOML file: tables hypernetwork, data, training.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a key: training.lr=2e-4. Repeatable.")
+    ] = None,
+    texts: Annotated[
+        list[str] | None, typer.Option(help="Prose that needles hide in: JSONL(.gz) or text. Repeatable.")
+    ] = None,
+    init_from: Annotated[Path | None, typer.Option(help="Start from this hypernetwork's weights.")] = None,
+    base: Annotated[str | None, typer.Option(help="Embedded base, folder or hub id.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Stop after this wall-clock time: 90s, 45m, 2h.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the fastest there is by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the last metrics as JSON.")] = False,
+) -> None:
+    """Train Doc-to-LoRA on needles and fact sheets.
+
+    Saves every few minutes, stops cleanly on Ctrl-C and SIGTERM; the same command goes on from there. The same command runs
+    under `torchrun` and `accelerate launch`.
+    """
+    from loracast.base import load_base
+    from loracast.training.doc import read_recipe, train_doc
+    from loracast.training.plots import plot_metrics
+    from loracast.training.progress import ProgressLine
+    from loracast.training.runtime import Workers, keep_freed_memory
+
+    keep_freed_memory()
+    overrides = list(change or [])
+    if texts:
+        overrides.append(f"data.texts={json.dumps(texts)}")
+    if budget:
+        overrides.append(f"training.budget_s={seconds(budget)}")
+    settings = read_recipe(recipe, overrides)
+    workers = Workers.join(device)
+    loaded = load_base(base, device=str(workers.device))
+    with ProgressLine(settings.training, enabled=workers.is_first) as line:
+        last = train_doc(
+            loaded, settings, out, init_from=init_from, command=shlex.join(["loracast", *sys.argv[1:]]), workers=workers,
+            on_metrics=line.show,
+        )  # fmt: skip
+    if workers.is_first:
+        plot_metrics(out / "metrics.jsonl", out / "curve.png")
+        if as_json:
+            print(json.dumps({"out": str(out), **last}))
+        else:
+            typer.echo(f"hypernetwork, metrics.jsonl and curve.png are in {out}", err=True)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a training run, or any hypernetwork.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    storage: Annotated[str, typer.Option(help="float32, bfloat16, or int8 for the large matrices.")] = "int8",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write a trained hypernetwork in a compact form, to ship or share it."""
+    from loracast.hypernets.store import from_pretrained, read_provenance, save_pretrained
+
+    hypernet, made_for = from_pretrained(run)
+    save_pretrained(hypernet, out, made_for, storage=storage, provenance=read_provenance(run))
+    n_bytes = (out / "model.safetensors").stat().st_size
+    n_parameters = sum(parameter.numel() for parameter in hypernet.parameters())
+    if as_json:
+        print(json.dumps({"out": str(out), "bytes": n_bytes, "parameters": n_parameters, "storage": storage}))
+    else:
+        typer.echo(f"{n_parameters / 1e6:.1f}M parameters, {n_bytes / 1e6:.1f} MB as {storage} in {out}")

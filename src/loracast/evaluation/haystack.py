@@ -1,0 +1,138 @@
+"""Documents for the needle task: a given number of tokens of natural prose, with sentences hidden at given depths.
+
+The prose is cut from texts that no training has seen. Knows a tokenizer (handed in), no model.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, cycle
+from pathlib import Path
+
+from loracast.documents.chunks import Encode
+from loracast.errors import ConfigError
+from loracast.training.needle import Needle, sentences
+
+_SPARE = 4  # tokens that a document stays below the length asked for, so that a chunk of that length holds it
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A document with needles in it."""
+
+    text: str
+    needles: tuple[Needle, ...]
+    depths: tuple[float, ...]
+    """The depth asked for each needle: 0 the beginning, 1 the end."""
+    places: tuple[int, ...]
+    """The character at which each needle's sentence starts."""
+
+    @cached_property
+    def answer_places(self) -> tuple[int, ...]:
+        """The character at which each needle's value starts."""
+        return tuple(self.text.index(n.answer, place) for n, place in zip(self.needles, self.places, strict=True))
+
+
+class Haystack:
+    """Prose by the token: runs of successive sentences from texts in random order."""
+
+    def __init__(self, texts: Sequence[str], encode: Encode):
+        """`encode` gives a string's token ids, without special tokens, and the (start, end) characters of each."""
+        self._texts = [pieces for text in texts if len(pieces := sentences(text)) >= 3]
+        if not self._texts:
+            raise ConfigError("the given texts hold no prose (no text of three sentences); give others with --texts")
+        self._encode = encode
+        self._lengths: dict[int, list[int]] = {}  # by text, the tokens of each sentence, counted when first needed
+
+    def sample(self, rng: random.Random, n_tokens: int, needles: Sequence[Needle], depths: Sequence[float]) -> Sample:
+        """A document of about `n_tokens` tokens (a few less, never more), each needle at the sentence's end next to its depth."""
+        room = n_tokens - _SPARE - sum(self._count(needle.statement) for needle in needles)
+        if room < 0:
+            raise ConfigError(f"{len(needles)} needle(s) do not fit into {n_tokens} tokens; ask for longer documents")
+        prose, lengths = self._span(rng, room)
+        seams = [0, *accumulate(lengths)]  # tokens before each place where a needle may go
+        slots = [_nearest(seams, depth * seams[-1]) for depth in depths]
+        mixed: list[tuple[str, int | None]] = [(piece, None) for piece in prose]
+        for slot, number in sorted(zip(slots, range(len(needles)), strict=True), reverse=True):
+            mixed.insert(slot, (needles[number].statement, number))  # from the back: earlier places stay where they are
+        places = [0] * len(needles)
+        offset = 0
+        for piece, i in mixed:
+            if i is not None:
+                places[i] = offset
+            offset += len(piece) + 1
+        return Sample(" ".join(piece for piece, _ in mixed), tuple(needles), tuple(depths), tuple(places))
+
+    def _span(self, rng: random.Random, n_tokens: int) -> tuple[list[str], list[int]]:
+        """Sentences of `n_tokens` tokens, the last one cut at a word's end, and their token counts."""
+        pieces: list[str] = []
+        lengths: list[int] = []
+        room = n_tokens
+        order = rng.sample(range(len(self._texts)), len(self._texts))
+        start = rng.randrange(len(self._texts[order[0]]))
+        for i in cycle(order):
+            counts = self._counts(i)
+            for sentence, length in zip(self._texts[i][start:], counts[start:], strict=True):
+                if length > room:
+                    if head := self._head(sentence, room):
+                        pieces.append(head)
+                        lengths.append(self._count(head))
+                    return pieces, lengths
+                pieces.append(sentence)
+                lengths.append(length)
+                room -= length
+            start = 0
+        raise AssertionError("a cycle does not end")
+
+    def _counts(self, i: int) -> list[int]:
+        if i not in self._lengths:
+            self._lengths[i] = [self._count(sentence) for sentence in self._texts[i]]
+        return self._lengths[i]
+
+    def _count(self, sentence: str) -> int:
+        return len(self._encode(f" {sentence}")[0])  # as it is in the middle of a text
+
+    def _head(self, sentence: str, n_tokens: int) -> str:
+        """The beginning of a sentence, at most `n_tokens` tokens, ending with a word."""
+        offsets = self._encode(sentence)[1]
+        if n_tokens < 1 or len(offsets) <= n_tokens:
+            return ""
+        end = offsets[n_tokens - 1][0]
+        is_between_words = end > 0 and (sentence[end].isspace() or sentence[end - 1].isspace())
+        head = sentence[:end]
+        return (head if is_between_words else head.rpartition(" ")[0]).strip()
+
+
+def _nearest(values: Sequence[int], wanted: float) -> int:
+    """The index of the value closest to `wanted`; `values` ascend."""
+    right = min(bisect_left(values, wanted), len(values) - 1)
+    left = max(0, right - 1)
+    return left if wanted - values[left] <= values[right] - wanted else right
+
+
+def read_texts(paths: Sequence[str]) -> list[str]:
+    """The texts of files: `text` or `document` of JSONL rows (gzipped or not), or a whole plain file."""
+    if not paths:
+        raise ConfigError(
+            "needles need prose to hide in that no training has seen: give at least one file (--texts FILE)"
+        )
+    return [text for path in paths for text in _read(Path(path))]
+
+
+def _read(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        raise ConfigError(f"no such file of texts: {path}; give a JSONL or plain text file with --texts")
+    if ".jsonl" not in path.name:
+        yield path.read_text(encoding="utf-8")
+        return
+    opener: Callable = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            yield row["text"] if "text" in row else row["document"]

@@ -1,0 +1,92 @@
+"""Documents learned without a disk: what an adapter holds, in memory, many of them cast in one batch.
+
+The chunks, the index and the factors are made by the same code as an adapter's (learn.py, routing.py, adapter.py), in the same
+precision (bf16); only where they lie differs, which a test compares.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from loracast.adapter import join_chunks
+from loracast.documents import Document
+from loracast.learn import expand_chunks, shared_factors, split_document
+from loracast.lora import LoRA
+from loracast.model import Model
+from loracast.routing import Route, pick, write_index
+
+
+class InMemoryAdapter:
+    """A document's chunks with their index; the factors of a chunk come with `cast`."""
+
+    def __init__(self, model: Model, text: str, title: str = "", max_chunk_tokens: int = 256):
+        self.document = Document(title, text, None, "text/plain", sha256="", n_bytes=len(text.encode()))
+        self.chunks = split_document(model.base, self.document, max_chunk_tokens)
+        self._index = sqlite3.connect(":memory:")
+        write_index(self._index, self.chunks)
+        self._target = model.hypernet.config.target
+        self._shared = {name: value.bfloat16() for name, value in shared_factors(model.hypernet).items()}
+        self._factors: dict[str, Tensor] = {}  # "down_proj.a" [chunks, layers, r, in], rows filled by `put`
+        self._is_cast = [False] * len(self.chunks)
+
+    @property
+    def full_text(self) -> str:
+        """The document as a reader gets it."""
+        title, text = self.document.title, self.document.text
+        return f"{title}\n\n{text}" if title else text
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(chunk.n_tokens for chunk in self.chunks)
+
+    def chunk_at(self, offset: int) -> int:
+        """The number of the chunk in which a character of the text lies."""
+        return max(0, bisect_right(self.chunks, offset, key=lambda chunk: chunk.start) - 1)
+
+    def route(self, question: str, k: int | None) -> Route:
+        return pick(self._index, len(self.chunks), question, k)
+
+    def needs(self, chunk: int) -> bool:
+        """Whether a chunk's factors have yet to be cast."""
+        return not self._is_cast[chunk]
+
+    def put(self, chunk: int, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Keep one chunk's factors, by kind A [layers, r, in] and B [layers, r, out]."""
+        for kind, pair in factors.items():
+            for side, rows in zip(("a", "b"), pair, strict=True):
+                name = f"{kind}.{side}"
+                if name not in self._factors:
+                    shape = (len(self.chunks), *rows.shape)
+                    self._factors[name] = torch.empty(shape, dtype=torch.bfloat16, device=rows.device)
+                self._factors[name][chunk].copy_(rows)
+        self._is_cast[chunk] = True
+
+    def lora(self, chunks: Sequence[int] | None = None) -> LoRA:
+        """The LoRA of some chunks, or of all (None), merged along the rank."""
+        if chunks is None or len(chunks) == len(self.chunks):
+            return join_chunks(self._target, self._factors | self._shared)
+        picked = torch.tensor(sorted(set(chunks)))
+        rows = {name: value.index_select(0, picked.to(value.device)) for name, value in self._factors.items()}
+        return join_chunks(self._target, rows | self._shared)
+
+    def close(self) -> None:
+        self._index.close()
+        self._factors.clear()
+
+
+def cast(model: Model, wanted: Iterable[tuple[InMemoryAdapter, Sequence[int]]]) -> None:
+    """Cast chunks of several documents, full batches across documents; those that were cast before are left alone."""
+    todo = [(document, i) for document, chunks in wanted for i in chunks if document.needs(i)]
+    todo = list(dict.fromkeys(todo))
+    places = iter(todo)
+    prompts = [document.chunks[i].prompt for document, i in todo]
+    for expanded in expand_chunks(model.base, model.hypernet, model.encoder, prompts):
+        n = next(iter(expanded.values()))[0].shape[0]
+        for row, (document, i) in enumerate(islice(places, n)):
+            document.put(i, {kind: (a[row], b[row]) for kind, (a, b) in expanded.items()})

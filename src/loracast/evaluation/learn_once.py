@@ -1,0 +1,101 @@
+"""A process that learns one document and tells what it took, as one line of JSON: `python -m loracast.evaluation.learn_once ORDER`.
+
+Its own process, so that neither an earlier document nor the parent's memory counts. Started by cost.py only.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import loracast
+from loracast.documents import Document
+from loracast.learn import expand_batch, prompt_batches, split_document
+from loracast.model import Model
+
+_MIB = 2**20
+
+
+def main(order: dict[str, Any]) -> dict[str, Any]:
+    """Load, warm up, learn, then time casting against the encoder alone, batch by batch."""
+    model = loracast.load(order["base"], order["hypernetwork"], library=order["library"], device=order["device"])
+    text = Path(order["text"]).read_text(encoding="utf-8")
+    document = Document("", text, None, "text/plain", sha256="", n_bytes=len(text.encode()))
+    with torch.inference_mode():  # reads all the weights: before their first use they may not be in memory at all
+        ids = next(prompt_batches(model.base, ["Warm up."]))[0]
+        model.base.model(ids)
+        expand_batch(model.base, model.hypernet, model.encoder, ids, torch.ones_like(ids, dtype=torch.bool))
+    base_bytes = _reset_peak()
+    started = time.perf_counter()
+    adapter = model.learn(document, Path(order["text"]).stem, max_chunk_tokens=order["chunk_tokens"])
+    learn_s = time.perf_counter() - started
+    peak_bytes = _peak()
+    cast_s, encode_s = _cast_times(model, document, order["chunk_tokens"])
+    return {
+        "n_tokens": adapter.manifest.n_tokens,
+        "n_chunks": adapter.manifest.n_chunks,
+        "base_mib": base_bytes / _MIB,
+        "above_base_mib": (peak_bytes - base_bytes) / _MIB,
+        "learn_s": learn_s,
+        "cast_s": cast_s,
+        "encode_s": encode_s,
+        "ratio": cast_s / encode_s,
+        "adapter_mib": adapter.n_bytes / _MIB,
+    }
+
+
+@torch.inference_mode()
+def _cast_times(model: Model, document: Document, chunk_tokens: int) -> tuple[float, float]:
+    """Seconds to encode and cast all chunks, and to encode them only (to the layer that is read).
+
+    Both run on each batch in turn, so that whatever else the machine does meets both alike.
+    """
+    prompts = [chunk.prompt for chunk in split_document(model.base, document, chunk_tokens)]
+    cast_s = encode_s = 0.0
+    for ids, mask in prompt_batches(model.base, prompts):
+        started = _now(model)
+        model.encoder(ids)
+        between = _now(model)
+        expand_batch(model.base, model.hypernet, model.encoder, ids, mask)
+        encode_s += between - started
+        cast_s += _now(model) - between
+    return cast_s, encode_s
+
+
+def _now(model: Model) -> float:
+    if model.base.device.type == "cuda":
+        torch.cuda.synchronize(model.base.device)
+    return time.perf_counter()
+
+
+def _reset_peak() -> int:
+    """Resident bytes now; the kernel's high-water mark starts again from here where it can be reset (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return _status("VmRSS")
+    except OSError:
+        return _peak()
+
+
+def _peak() -> int:
+    """The most bytes that were resident: since the reset, or of the whole process where there is none."""
+    try:
+        return _status("VmHWM")
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

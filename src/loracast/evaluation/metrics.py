@@ -1,0 +1,62 @@
+"""When an answer counts, and how sure a share of right answers is. Knows text and numbers only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from math import sqrt
+
+import numpy as np
+
+_WRAPPING = " \t\r\n\"'`“”‘’«»()[]{}*_"
+_SENTENCE_MARKS = ".,;:!?…"
+_ARTICLE = re.compile(r"(?:the|an|a)\s+(?=\S)")
+
+
+def normalise(text: str) -> str:
+    """What is compared: lower case, single spaces, without quotes, brackets, emphasis, a leading article and final marks.
+
+    Only the ends are cleaned and no sign or unit is touched: "4,711", "-4711" and "4711 g" are not "4711".
+    """
+    text = " ".join(text.lower().split())
+    text = text.lstrip(_WRAPPING).rstrip(_WRAPPING + _SENTENCE_MARKS)
+    article = _ARTICLE.match(text)
+    return text[article.end() :].lstrip(_WRAPPING) if article else text
+
+
+def is_exact(answer: str, value: str) -> bool:
+    """Whether the answer is the value and nothing else."""
+    return normalise(answer) == normalise(value)
+
+
+def has_value(answer: str, value: str) -> bool:
+    """Whether the value stands in the answer as whole words, a number as a whole number."""
+    wanted = re.escape(normalise(value))
+    inside = rf"(?<!\w)(?<!\d[.,]){wanted}(?!\w)(?![.,]\d)"
+    return re.search(inside, " ".join(answer.lower().split())) is not None
+
+
+def wilson(n_hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share, 95 % by default: honest for few samples and for shares near 0 and 1."""
+    if n == 0:
+        return 0.0, 1.0
+    share = n_hits / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def cluster_bootstrap(
+    clusters: Sequence[Sequence[bool]], *, n_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of a share when whole clusters are drawn: the questions of one document stand or fall together.
+
+    Args:
+        clusters: for each document, which of its questions were answered right.
+    """
+    hits = np.array([sum(cluster) for cluster in clusters], dtype=float)  # [clusters]
+    sizes = np.array([len(cluster) for cluster in clusters], dtype=float)
+    drawn = np.random.default_rng(seed).integers(len(hits), size=(n_resamples, len(hits)))
+    shares = hits[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)  # [n_resamples]
+    low, high = np.percentile(shares, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,82 @@
+"""Pictures of an evaluation. matplotlib is an extra, loaded when something is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from loracast.errors import LoracastError
+
+Row = Mapping[str, Any]
+
+
+def require_matplotlib() -> None:
+    """Raise LoracastError where pictures cannot be drawn: before the work, not after it."""
+    if find_spec("matplotlib") is None:
+        raise LoracastError("the pictures need matplotlib: pip install 'loracast[eval]'")
+
+
+def heat_map(path: Path, rows: Sequence[Row], systems: Sequence[str]) -> None:
+    """Exact match by length (across) and depth (down), a panel for each system; `rows` as needle.py makes them."""
+    plt = _pyplot()
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
+    size = (1.6 + (1.0 * len(lengths) + 1.2) * len(systems), 4.2)
+    figure, axes = plt.subplots(1, len(systems), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, system in zip(axes[0], systems, strict=True):
+        mine = {row["length"]: row for row in rows if row["system"] == system}
+        bins = next(iter(mine.values()))["depths"]
+        cells = [[_percent(mine[length]["depths"][i]["exact"]) for length in lengths] for i in range(len(bins))]
+        image = axis.imshow(cells, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+        for i, line in enumerate(cells):
+            for j, cell in enumerate(line):
+                axis.text(j, i, "-" if cell != cell else f"{cell:.0f}", ha="center", va="center", fontsize=11)
+        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right")
+        axis.set_yticks(range(len(bins)), [f"{100 * b['low']:.0f} - {100 * b['high']:.0f}" for b in bins])
+        axis.set_title(next(iter(mine.values()))["label"], fontsize=11)
+        axis.set_xlabel("document, tokens")
+    axes[0][0].set_ylabel("depth of the needle, %")
+    figure.colorbar(image, ax=axes[0], label="exact match, %", fraction=0.05)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def by_length(path: Path, rows: Sequence[Row]) -> None:
+    """Exact match of every system over the documents' lengths, with its 95 % interval."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+    for system in dict.fromkeys(row["system"] for row in rows):
+        mine = [row for row in rows if row["system"] == system]
+        exact = [100 * row["exact"] for row in mine]
+        errors = [
+            [max(0.0, 100 * (row["exact"] - row["exact_low"])) for row in mine],
+            [max(0.0, 100 * (row["exact_high"] - row["exact"])) for row in mine],
+        ]
+        axis.errorbar([row["length"] for row in mine], exact, errors, marker="o", capsize=3, label=mine[0]["label"])
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axis.minorticks_off()
+    axis.set_ylim(-4, 104)
+    axis.set_xlabel("document, tokens")
+    axis.set_ylabel("exact match, %")
+    axis.set_title("Needle in a haystack")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _percent(share: float | None) -> float:
+    return float("nan") if share is None else 100 * share
+
+
+def _pyplot() -> Any:
+    require_matplotlib()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

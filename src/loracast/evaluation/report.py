@@ -1,0 +1,156 @@
+"""What an evaluation leaves behind: a table on the terminal, `table.md`, `results.json` and `answers.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import loracast
+from loracast.evaluation.run import Outcome
+from loracast.files import write_atomically
+from loracast.model import Model
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table, made from a row of results."""
+
+    header: str
+    form: Callable[[Row], str]
+
+
+def number(key: str, header: str, digits: int = 0) -> Column:
+    """A figure with so many digits behind the point; a dash where a row has none."""
+    return Column(header, lambda row: "-" if row.get(key) is None else f"{row[key]:,.{digits}f}")
+
+
+def percent(key: str, header: str) -> Column:
+    return Column(header, lambda row: "-" if row.get(key) is None else f"{100 * row[key]:.1f}")
+
+
+def text(key: str, header: str) -> Column:
+    return Column(header, lambda row: str(row.get(key, "-")))
+
+
+def interval(low: str, high: str, header: str) -> Column:
+    return Column(header, lambda row: f"{100 * row[low]:.1f} - {100 * row[high]:.1f}")
+
+
+ANSWER_COLUMNS = (
+    text("label", "what answers"),
+    number("n", "n"),
+    percent("exact", "exact %"),
+    interval("exact_low", "exact_high", "95 %"),
+    percent("has_value", "in answer %"),
+    percent("recall", "picked %"),
+    number("prompt_tokens", "prompt tokens"),
+    number("first_token_s", "first token s", 3),
+    number("answer_s", "answer s", 3),
+)
+"""The columns that every evaluation by questions shares."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of one evaluation."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    is_complete: bool = True
+    """False while the run goes on, and for good where it was killed."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "evaluation": self.title,
+            "is_complete": self.is_complete,
+            "seed": self.settings.get("seed"),
+            "settings": dict(self.settings),
+            **self.environment,
+            "rows": [dict(row) for row in self.rows],
+        }
+
+    def cells(self) -> list[list[str]]:
+        return [[column.form(row) for column in self.columns] for row in self.rows]
+
+    def markdown(self) -> str:
+        lines = [[column.header for column in self.columns], ["---"] * len(self.columns), *self.cells()]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+    def write(self, out: Path) -> None:
+        """Write results.json and table.md, each of them whole or not at all."""
+        out.mkdir(parents=True, exist_ok=True)
+        encoded = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        write_atomically(out / "results.json", encoded.encode())
+        write_atomically(out / "table.md", f"{self.title}\n\n{self.markdown()}".encode())
+
+    def show(self) -> None:
+        """Print the table."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=self.title, title_justify="left")
+        for column in self.columns:
+            table.add_column(column.header, justify="left" if column.header == "what answers" else "right")
+        for cells in self.cells():
+            table.add_row(*cells)
+        Console().print(table)
+
+
+def write_answers(out: Path, outcomes: Sequence[Outcome], **common: object) -> None:
+    """Append every answer to answers.jsonl, to look at what went wrong."""
+    with open(out / "answers.jsonl", "a", encoding="utf-8") as file:
+        for o in outcomes:
+            row = {
+                **common, "system": o.system, "depth": o.case.depth, "question": o.case.question, "value": o.case.value,
+                "answer": o.text, "exact": o.is_exact, "picked": o.found,
+            }  # fmt: skip
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def environment(model: Model) -> dict[str, Any]:
+    """Where and with what the figures came about."""
+    import torch
+    import transformers
+
+    device = model.base.device
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "base": asdict(model.base.fingerprint),
+        "hypernetwork": model.hypernet_hash,
+        "versions": {
+            "python": platform.python_version(),
+            "loracast": loracast.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "machine": {
+            "cpu": cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        },
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name, as well as this system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

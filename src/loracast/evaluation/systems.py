@@ -1,0 +1,150 @@
+"""The rivals: what each of them gives the base to answer one question with. One function a rival.
+
+A rival is a prompt and, for adapters, the chunks whose LoRA goes with it. Nothing is computed here but a BM25 look-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from loracast.chat import encode_text, encode_with_offsets
+from loracast.errors import ConfigError
+from loracast.evaluation.in_memory import InMemoryAdapter
+from loracast.model import ASK_SYSTEM_TURN, Model
+from loracast.routing import DEFAULT_ROUTE
+
+MAX_NEW_TOKENS = 24
+"""Longest answer; values have at most about ten tokens, a sentence around one fits too."""
+
+WINDOW_PROMPT = "{document}\n\n{question}"
+"""The user turn of a document in the window."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all rivals share."""
+
+    model: Model
+    route: int = DEFAULT_ROUTE
+    """Chunks that a question is given."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question about one document."""
+
+    document: InMemoryAdapter
+    other: InMemoryAdapter
+    """Another document of the same kind, which does not hold the answer."""
+    question: str
+    value: str
+    chunk: int
+    """The document's chunk that holds the answer."""
+    depth: float | None = None
+    """Where in the document that is, from 0 to 1, if it was put there."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and the LoRA it is answered with: that of some chunks of a document, or none."""
+
+    prompt: tuple[int, ...]
+    source: InMemoryAdapter | None = None
+    chunks: tuple[int, ...] = ()
+    found: bool | None = None
+    """Whether the chunk with the answer was among those picked; None where nothing is picked."""
+
+
+def merged(setup: Setup, case: Case) -> Request:
+    """The sum of all chunks' LoRAs."""
+    return Request(_plain(setup, case), case.document, tuple(range(len(case.document.chunks))))
+
+
+def routed(setup: Setup, case: Case) -> Request:
+    """The LoRAs of the chunks that BM25 picks for the question, as `loracast ask` does."""
+    chunks = _picked(case.document, case.question, setup.route)
+    return Request(_plain(setup, case), case.document, chunks, case.chunk in chunks)
+
+
+def no_document(setup: Setup, case: Case) -> Request:
+    """The plain base: what it knows or guesses."""
+    return Request(_plain(setup, case))
+
+
+def other_document(setup: Setup, case: Case) -> Request:
+    """Another document's adapter, routed: what any adapter does to an answer."""
+    return Request(_plain(setup, case), case.other, _picked(case.other, case.question, setup.route))
+
+
+def in_window(setup: Setup, case: Case) -> Request:
+    """The whole document in the prompt, cut in the middle where the window is too small."""
+    return Request(_with_text(setup, case.question, case.document.full_text))
+
+
+def passage(setup: Setup, case: Case) -> Request:
+    """The best chunk's text in the prompt."""
+    return _with_passages(setup, case, 1)
+
+
+def passages(setup: Setup, case: Case) -> Request:
+    """The texts of as many chunks in the prompt as a route takes, in the document's order."""
+    return _with_passages(setup, case, setup.route)
+
+
+@dataclass(frozen=True)
+class System:
+    """A rival's name in tables and what it does."""
+
+    label: str
+    request: Callable[[Setup, Case], Request]
+
+
+SYSTEMS = {
+    "merged": System("adapter, one LoRA of all chunks (merged)", merged),
+    "routed": System("adapter, routed {route}", routed),
+    "none": System("no document", no_document),
+    "other": System("another document's adapter", other_document),
+    "window": System("in the window", in_window),
+    "bm25": System("BM25 passage in the window", passage),
+    "bm25k": System("BM25 {route} passages in the window", passages),
+}
+
+
+def check_systems(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, without repeats, in the tables' order. Raises ConfigError for one that nobody knows."""
+    if unknown := sorted(set(names) - SYSTEMS.keys()):
+        raise ConfigError(f"unknown systems: {', '.join(unknown)}; choose from {', '.join(SYSTEMS)}")
+    if not names:
+        raise ConfigError(f"no system is chosen; choose from {', '.join(SYSTEMS)}")
+    return tuple(name for name in SYSTEMS if name in names)
+
+
+def _plain(setup: Setup, case: Case) -> tuple[int, ...]:
+    return tuple(setup.model.base.chat.prompt(case.question, ASK_SYSTEM_TURN))
+
+
+def _picked(document: InMemoryAdapter, question: str, k: int) -> tuple[int, ...]:
+    chunks = document.route(question, k).chunks
+    return tuple(range(len(document.chunks))) if chunks is None else tuple(sorted(chunks))
+
+
+def _with_passages(setup: Setup, case: Case, k: int) -> Request:
+    chunks = _picked(case.document, case.question, k)
+    text = "\n\n".join(case.document.chunks[i].prompt for i in chunks)
+    return Request(_with_text(setup, case.question, text), found=case.chunk in chunks)
+
+
+def _with_text(setup: Setup, question: str, text: str) -> tuple[int, ...]:
+    """The prompt with a text before the question; the text's middle gives way where the window is too small."""
+    base = setup.model.base
+
+    def prompt(document: str) -> list[int]:
+        return base.chat.prompt(WINDOW_PROMPT.format(document=document, question=question), ASK_SYSTEM_TURN)
+
+    room = base.window - MAX_NEW_TOKENS - len(prompt("")) - 8  # joints may be encoded otherwise than inside the text
+    if len(encode_text(base.tokenizer, text)) > room:
+        offsets = encode_with_offsets(base.tokenizer, text)[1]
+        head, tail = offsets[room // 2][0], offsets[-(room - room // 2)][0]
+        text = f"{text[:head].rstrip()}\n{text[tail:].lstrip()}"
+    return tuple(prompt(text))

@@ -1,0 +1,177 @@
+"""Train Doc-to-LoRA: puts the base, the hypernetwork, the data and the loop together, from one recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loracast.base import Base
+from loracast.chat import encode_text
+from loracast.encoders.context import ContextEncoder
+from loracast.errors import ConfigError
+from loracast.fingerprint import check
+from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+from loracast.hypernets.store import from_pretrained, save_pretrained
+from loracast.target import target_from_config
+from loracast.training.calibrate import calibrate
+from loracast.training.episodes import pack
+from loracast.training.loop import TrainConfig, train
+from loracast.training.objective import answer_questions
+from loracast.training.runtime import Workers
+from loracast.training.sources import DataConfig, EpisodeSource
+
+CALIBRATION_ROWS = 12
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run, as a TOML file with the tables `[hypernetwork]`, `[data]` and `[training]` says it."""
+
+    kinds: tuple[str, ...] = ("down_proj",)
+    """Module kinds that receive a LoRA."""
+    layers: tuple[int, ...] | None = None
+    """Layers that receive a LoRA; all if None."""
+    hypernetwork: Mapping[str, Any] = field(default_factory=dict)
+    """Options of DocToLoRAConfig other than the target."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(needle_share=0.0))
+    training: TrainConfig = field(default_factory=TrainConfig)
+
+
+def read_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a TOML file, changed by overrides such as `training.lr=2e-4`.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds a table or key that nobody knows (all of them in one message).
+    """
+    tables: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"cannot read the recipe {path}: {error}") from error
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        table, dot, name = key.strip().partition(".")
+        if not separator or not dot:
+            raise ConfigError(f"{override!r} is not an override; write table.key=value, such as training.lr=2e-4")
+        tables.setdefault(table, {})[name] = _value(value.strip())
+    problems = [f"unknown table [{table}]" for table in tables.keys() - {"hypernetwork", "data", "training"}]
+    options = dict(tables.get("hypernetwork", {}))
+    target = {name: tuple(options.pop(name)) for name in ("kinds", "layers") if name in options}
+    allowed = {f.name for f in dataclasses.fields(DocToLoRAConfig)} - {"modules", "d_features"}
+    problems += [f"unknown key hypernetwork.{name}" for name in sorted(options.keys() - allowed)]
+    for table, config in (("data", DataConfig), ("training", TrainConfig)):
+        known = {f.name for f in dataclasses.fields(config)}
+        problems += [f"unknown key {table}.{name}" for name in sorted(tables.get(table, {}).keys() - known)]
+    if problems:
+        raise ConfigError("bad recipe: " + "; ".join(problems))
+    return Recipe(
+        **target,
+        hypernetwork=_tuples(options),
+        data=DataConfig(**_tuples({"needle_share": 0.0, **tables.get("data", {})})),
+        training=TrainConfig(**_tuples(tables.get("training", {}))),
+    )
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def build_hypernet(base: Base, recipe: Recipe, source: EpisodeSource) -> DocToLoRA:
+    """A fresh hypernetwork for a base, its units measured on the data's own text."""
+    torch.manual_seed(recipe.training.seed)
+    target = target_from_config(base.model.config, recipe.kinds, recipe.layers)
+    d_features = base.model.config.get_text_config().hidden_size
+    hypernet = DocToLoRA(DocToLoRAConfig.for_target(target, d_features, **recipe.hypernetwork))
+    encoder = ContextEncoder(base.model, hypernet.config.reader_layers)
+    rng = random.Random(recipe.data.seed)
+    texts = [source.sample_text(rng, 256) for _ in range(CALIBRATION_ROWS)]
+    calibrate(hypernet, base.model, encoder, [torch.tensor([encode_text(base.tokenizer, text)]) for text in texts])
+    return hypernet
+
+
+def train_doc(
+    base: Base,
+    recipe: Recipe,
+    out_dir: Path,
+    *,
+    init_from: Path | None = None,
+    command: str = "",
+    workers: Workers | None = None,
+    on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
+) -> dict[str, float]:
+    """Train a hypernetwork for `base`, or go on where `out_dir` has a run with the same settings.
+
+    Args:
+        init_from: a hypernetwork folder whose weights a fresh run starts from (its config is used, and the recipe's
+            `[hypernetwork]` table must be empty).
+        command: kept in the checkpoint's provenance.
+
+    Returns:
+        the last metrics. The hypernetwork lies in `out_dir` (fp32), the metrics in `metrics.jsonl`.
+    """
+    workers = workers or Workers.join(base.device.type)
+    source = EpisodeSource(recipe.data, base.tokenizer, base.chat)
+    if init_from is not None:
+        if recipe.hypernetwork or recipe.layers:
+            raise ConfigError(
+                "--init-from takes the architecture from the checkpoint; leave [hypernetwork] out of the recipe"
+            )
+        hypernet, made_for = from_pretrained(init_from)
+        check(made_for, base.fingerprint, f"the hypernetwork in {init_from}")
+        hypernet.requires_grad_(True)
+    else:
+        hypernet = build_hypernet(base, recipe, source)
+    hypernet.to(workers.device).train()
+    encoder = ContextEncoder(base.model, hypernet.config.reader_layers)
+    wrapped = workers.wrap(hypernet)
+    n_micro = recipe.training.accumulate
+
+    def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
+        batch = pack(source.step(step * n_micro + micro, workers.rank), base.pad_id).to(workers.device)
+        autocast = torch.autocast(workers.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
+        with autocast:
+            seen = answer_questions(base.model, encoder, wrapped, batch)
+        return seen.loss, {
+            "exact": seen.exact,
+            "token_accuracy": seen.token_accuracy,
+            "questions": batch.n_questions,
+            "tokens": batch.n_tokens,
+            "context_tokens": batch.chunk_ids.numel(),
+        }
+
+    provenance = {
+        "command": command,
+        "init_from": str(init_from) if init_from else None,
+        "data": dataclasses.asdict(recipe.data),
+        "training": dataclasses.asdict(recipe.training),
+    }
+
+    def save_model(folder: Path) -> None:
+        save_pretrained(hypernet, folder, base.fingerprint, storage="float32", provenance=provenance)
+
+    settings = {
+        "data": dataclasses.asdict(recipe.data),
+        "hypernetwork": dataclasses.asdict(hypernet.config),
+        "base": base.fingerprint.norms,
+    }
+    return train(
+        hypernet, objective, recipe.training, out_dir,
+        settings=settings, save_model=save_model, on_metrics=on_metrics, workers=workers,
+    )  # fmt: skip

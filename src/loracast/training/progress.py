@@ -1,0 +1,45 @@
+"""One line on the terminal that says how training goes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from loracast.training.loop import TrainConfig
+
+
+class ProgressLine:
+    """A rich progress bar on a terminal, a plain line for each log entry elsewhere; on stderr."""
+
+    def __init__(self, config: TrainConfig, enabled: bool = True):
+        self.config, self.enabled = config, enabled
+        self._bar: Any = None
+
+    def __enter__(self) -> ProgressLine:
+        if self.enabled and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[figures]}"))
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("train", total=self.config.steps, figures="")
+            self._bar.start()
+        return self
+
+    def show(self, metrics: dict[str, float]) -> None:
+        """Show the figures of a log entry."""
+        if not self.enabled:
+            return
+        named = [(name, metrics[name]) for name in ("loss", "exact", "token_accuracy", "grad_norm") if name in metrics]
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in named)
+        if self._bar:
+            self._bar.update(self._task, completed=metrics["step"], figures=figures)
+        else:
+            elapsed_s = metrics["elapsed_s"]
+            print(
+                f"step {metrics['step']}/{self.config.steps}  {elapsed_s:.0f} s  {figures}", file=sys.stderr, flush=True
+            )
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()

