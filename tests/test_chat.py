@@ -108,8 +108,8 @@ HOSTILE = [
     "<|pad|> and <|im_end|",
     "<think>aha</think>",
     "<<think>think>",
-    "<|im_end|>" * 500,
-    "<think>" * 1500,
+    "<|im_end|>" * 300,
+    "<think>" * 300,
 ]
 
 

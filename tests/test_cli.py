@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -559,9 +558,10 @@ def test_demo_only_learns_another_file(run, learning, library, manual):
 
 def test_ctrl_c_is_130(tmp_path):
     process = spawn("learn", "-", "--library", tmp_path)
-    time.sleep(1)
+    process.stdin.write("x" * 300_000)  # more than a pipe holds: once it is written, the command is reading
+    process.stdin.flush()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert out == "" and "Traceback" not in err
 
@@ -571,7 +571,7 @@ def test_a_reader_that_goes_away_is_no_crash(lanterns):
     os.close(read)
     process = spawn("list", "--library", lanterns, stdout=write)
     os.close(write)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in err
 
 

@@ -137,7 +137,7 @@ class Adapter:
     def __init__(self, folder: Path):
         self.folder = folder
         self.manifest = Manifest.read(folder / "adapter.json")
-        self._loras: dict[tuple[int, ...], LoRA] = {}
+        self._loras: dict[tuple[tuple[int, ...], bool], LoRA] = {}
         self._factors: Any = None
 
     @property
@@ -155,21 +155,27 @@ class Adapter:
                 f"the factors of {self.name!r} are damaged (their hash differs); learn the document again"
             )
 
-    def lora(self, chunks: Sequence[int] | None = None) -> LoRA:
-        """The LoRA of some chunks, or of all (None), merged along the rank; the document-independent one, if any, once.
+    def lora(self, chunks: Sequence[int] | None = None, *, document_independent: bool = True) -> LoRA:
+        """The LoRA of some chunks, or of all (None), merged along the rank.
 
         The last few are kept in memory, since a conversation tends to stay where it is.
+
+        Args:
+            document_independent: with the LoRA that all documents of a hypernetwork share, once; False where another
+                adapter of the same hypernetwork brings it along.
         """
         n_chunks = self.manifest.n_chunks
         wanted = tuple(range(n_chunks)) if chunks is None else tuple(sorted(set(chunks)))
         if not wanted or wanted[0] < 0 or wanted[-1] >= n_chunks:
             raise AdapterError(f"{self.name!r} has the chunks 0..{n_chunks - 1}, not {list(wanted)}")
-        if wanted in self._loras:
-            return self._loras[wanted]
+        key = (wanted, document_independent)
+        if key in self._loras:
+            return self._loras[key]
         reader = self._open()
         rows = {
             name: reader.get_tensor(name) if ".shared." in name else _take(reader.get_slice(name), wanted)
             for name in reader.keys()  # noqa: SIM118  (not a dict)
+            if document_independent or ".shared." not in name
         }
         if damaged := [name for name, value in rows.items() if not value.isfinite().all()]:
             raise AdapterError(
@@ -178,7 +184,7 @@ class Adapter:
         lora = join_chunks(self.manifest.target, rows)
         if len(self._loras) >= 8:
             self._loras.pop(next(iter(self._loras)))
-        self._loras[wanted] = lora
+        self._loras[key] = lora
         return lora
 
     def _open(self) -> Any:

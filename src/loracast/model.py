@@ -90,9 +90,16 @@ class Answerer:
         chosen = [adapter] if isinstance(adapter, (Adapter, str)) else list(adapter)
         opened = [self.adapter(a) if isinstance(a, str) else a for a in chosen]
         routes = {a.name: route(a, question, k) for a in opened}
-        loras = [a.lora(routes[a.name].chunks) for a in opened]
-        if not loras:
+        if not opened:
             return None, routes
+        loras: list[LoRA] = []
+        met: set[str] = (
+            set()
+        )  # the document-independent LoRA of a hypernetwork is taken once, however many adapters hold it
+        for a in opened:
+            made_by = a.manifest.hypernetwork
+            loras.append(a.lora(routes[a.name].chunks, document_independent=made_by not in met))
+            met.add(made_by)
         return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device), routes
 
 

@@ -11,7 +11,7 @@ Two small notations keep the content short:
   an integer, `{000-990/10}` an integer in steps of ten, padded to the width of the lower bound;
 - alternatives in a wording: `{s} [costs|sells for] {v}.` is one wording with two variants.
 
-Train and test share values, never wordings nor entities: a wording is listed for one of them, an entity belongs to the
+Train, dev and test share values, never wordings nor entities: a wording is listed for one of them, an entity belongs to the
 one that the hash of its invented name picks. The same rng state gives the same sheet in every process.
 """
 
@@ -27,7 +27,7 @@ from importlib.resources import files
 from math import ceil
 from typing import Any, Literal
 
-Split = Literal["train", "test"]
+Split = Literal["train", "dev", "test"]
 Variants = tuple[str, ...]  # one wording with its alternatives spelled out
 
 MAX_SUBJECTS = 12
@@ -136,13 +136,16 @@ def _read_domain(table: dict[str, Any]) -> Domain:
 
 
 def _read_wordings(table: dict[str, Any]) -> dict[Split, Wordings]:
-    def read(split: Split) -> Wordings:
-        return Wordings(
-            state=tuple(variants(wording) for wording in table[f"state_{split}"]),
-            ask=tuple(variants(wording) for wording in table[f"ask_{split}"]),
-        )
+    """The last train wording of a list is kept back for the dev split: to choose between settings without the test split."""
 
-    return {"train": read("train"), "test": read("test")}
+    def read(state: Sequence[str], ask: Sequence[str]) -> Wordings:
+        return Wordings(tuple(map(variants, state)), tuple(map(variants, ask)))
+
+    return {
+        "train": read(table["state_train"][:-1], table["ask_train"][:-1]),
+        "dev": read(table["state_train"][-1:], table["ask_train"][-1:]),
+        "test": read(table["state_test"], table["ask_test"]),
+    }
 
 
 def expand(rng: random.Random, pattern: str) -> str:
@@ -158,9 +161,10 @@ def expand(rng: random.Random, pattern: str) -> str:
     return _SLOT.sub(draw, pattern) if "{" in pattern else pattern
 
 
-def is_test_entity(name: str) -> bool:
-    """One invented name in ten is kept for the test split, whatever it names."""
-    return int.from_bytes(hashlib.sha256(name.lower().encode()).digest()[:8], "big") % 10 == 0
+def entity_split(name: str) -> Split:
+    """One invented name in ten is kept for the test split and one for the dev split, whatever it names."""
+    share = int.from_bytes(hashlib.sha256(name.lower().encode()).digest()[:8], "big") % 10
+    return "test" if share == 0 else "dev" if share == 1 else "train"
 
 
 def make_entity(rng: random.Random, pattern: str, split: Split) -> str:
@@ -170,14 +174,12 @@ def make_entity(rng: random.Random, pattern: str, split: Split) -> str:
     while True:
         drawn = [expand(rng, slot) for slot in slots]
         invented = [text for slot, text in zip(slots, drawn, strict=True) if slot in INVENTED] or drawn
-        if is_test_entity(" ".join(invented)) == (split == "test"):
+        if entity_split(" ".join(invented)) == split:
             pieces[1::2] = drawn
             return "".join(pieces)
 
 
-def make_sheet(
-    rng: random.Random, n_facts: int, *, split: Literal["train", "test"], n_subjects: int | None = None
-) -> FactSheet:
+def make_sheet(rng: random.Random, n_facts: int, *, split: Split, n_subjects: int | None = None) -> FactSheet:
     """Draw a sheet of `n_facts` facts about `n_subjects` subjects (at most 12; any feasible number when None).
 
     Raises ValueError when that many subjects cannot carry that many facts.

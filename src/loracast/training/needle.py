@@ -48,15 +48,22 @@ def make_needles(rng: random.Random, n_needles: int, *, split: Split, kind: str 
     while len(needles) < n_needles:
         name = kind or rng.choice([*kinds, "number4", "number4", "number4"])
         table = content["kinds"][name]
-        label, value = rng.choice(table[split]), expand(rng, rng.choice(table["values"]))
+        label, value = rng.choice(_of_split(table, "", split)), expand(rng, rng.choice(table["values"]))
         key = expand(rng, rng.choice(content["keys"]["things"]))
         slots = {"label": label, "key": key, "v": value}
-        state = fill(rng.choice(frames[f"state_{split}"]), slots)
-        question = fill(rng.choice(frames[f"ask_{split}"]), slots)
+        state = fill(rng.choice(_of_split(frames, "state_", split)), slots)
+        question = fill(rng.choice(_of_split(frames, "ask_", split)), slots)
         taken = any(key == other.key or value == other.answer for other in needles)
         if not taken and value.lower() not in question.lower():
             needles.append(Needle(state, question, value, key))
     return needles
+
+
+def _of_split(table: dict[str, list[str]], prefix: str, split: Split) -> list[str]:
+    """The wordings of a split; dev has the last two of the train list, which train then lacks."""
+    if split == "test":
+        return table[f"{prefix}test"]
+    return table[f"{prefix}train"][-2:] if split == "dev" else table[f"{prefix}train"][:-2]
 
 
 def fill(frame: str, slots: dict[str, str]) -> str:

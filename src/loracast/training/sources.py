@@ -43,6 +43,8 @@ class DataConfig:
     """Fewest facts on one sheet."""
     max_facts: int = 5
     """Most facts on one sheet."""
+    diluted_share: float = 0.0
+    """Share of fact sheets whose statements stand scattered in prose, as they do in a real manual."""
     min_chunk_tokens: int = 32
     """Shortest chunk of a needle document."""
     max_chunk_tokens: int = 256
@@ -55,8 +57,8 @@ class DataConfig:
     """Of JSONL rows with a `source` field, take only these sources (for their licence)."""
 
     def __post_init__(self) -> None:
-        if self.needle_share > 0 and not self.texts:
-            raise ConfigError("needles need prose to hide in: give at least one file of texts (--texts FILE)")
+        if (self.needle_share > 0 or self.diluted_share > 0) and not self.texts:
+            raise ConfigError("needles and diluted sheets need prose around them: give a file of texts (--texts FILE)")
 
 
 class Prose:
@@ -113,9 +115,7 @@ class EpisodeSource:
 
     def __init__(self, config: DataConfig, tokenizer: Any, chat: ChatFormat, split: Split = "train"):
         self.config, self.tokenizer, self.chat, self.split = config, tokenizer, chat, split
-        self.prose = (
-            Prose(read_texts(config.texts, config.text_sources), tokenizer) if config.needle_share > 0 else None
-        )
+        self.prose = Prose(read_texts(config.texts, config.text_sources), tokenizer) if config.texts else None
 
     def step(self, number: int, worker: int = 0) -> list[Episode]:
         """The episodes of step `number` on one of several workers."""
@@ -123,7 +123,8 @@ class EpisodeSource:
         c = self.config
         if rng.random() < c.needle_share:
             n_chunks = rng.choice([1, *range(1, c.max_chunks + 1)])
-            n_questions = rng.choice([n for n in (1, 1, 1, 2, 4, 8) if n <= c.max_needles])
+            counts = (1, 1, 1, 2, 4, 8) if n_chunks == 1 else (2, 4, 8)
+            n_questions = rng.choice([n for n in counts if n <= c.max_needles] or [1])
             n_tokens = rng.randint(c.min_chunk_tokens, c.max_chunk_tokens) if n_questions < 8 else c.max_chunk_tokens
             n_documents = max(1, c.questions_per_step // n_questions)
             n_documents = max(1, min(n_documents, c.context_tokens_per_step // (n_tokens * n_chunks)))
@@ -154,8 +155,12 @@ class EpisodeSource:
 
     def fact_episode(self, rng: random.Random, n_facts: int, max_chunk_tokens: int) -> Episode:
         sheet = make_sheet(rng, n_facts, split=self.split)
+        text = sheet.text
+        if self.prose is not None and rng.random() < self.config.diluted_share:
+            prose = self.prose.span(rng, rng.randint(1, 2) * max_chunk_tokens // 2)
+            text = " ".join(hide([fact.statement for fact in sheet.facts], prose, [rng.random() for _ in sheet.facts]))
         chunks = split_text(
-            sheet.text,
+            text,
             lambda text: encode_with_offsets(self.tokenizer, text),
             max_tokens=max_chunk_tokens,
             title=sheet.title,

@@ -1,0 +1,189 @@
+"""Packed rows of many questions, against each question in a row of its own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from conftest import make_model
+from loracast.encoders.context import ContextEncoder
+from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+from loracast.inject import inject
+from loracast.lora import Factors, LoRA
+from loracast.target import target_from_config
+from loracast.training.episodes import Episode, Question, common_prefix, pack
+from loracast.training.objective import answer_questions
+
+MODEL = make_model()
+PAD = 0
+
+tokens = st.lists(st.integers(3, 599), min_size=1, max_size=5).map(tuple)
+
+
+@st.composite
+def episodes(draw) -> list[Episode]:
+    """Episodes of one to three chunks; the prompts of one share a beginning, sometimes the whole shorter prompt."""
+    made = []
+    for _ in range(draw(st.integers(1, 3))):
+        beginning = draw(tokens)
+        prompts = [beginning + draw(st.just(()) | tokens) for _ in range(draw(st.integers(1, 4)))]
+        questions = tuple(Question(prompt, draw(tokens)) for prompt in prompts)
+        made.append(Episode(tuple(draw(st.lists(tokens, min_size=1, max_size=3))), questions))
+    return made
+
+
+def make_hypernet(model) -> DocToLoRA:
+    """A hypernetwork strong enough to change every answer."""
+    torch.manual_seed(1)
+    target = target_from_config(model.config, ("v_proj", "down_proj"))
+    config = DocToLoRAConfig.for_target(
+        target, model.config.hidden_size, reader_layers=(2,), rank=2, width=16, n_heads=2, n_kv_heads=2, head_dim=8,
+        n_decoder_blocks=1,
+    )  # fmt: skip
+    hypernet = DocToLoRA(config)
+    for kind in config.kinds:
+        hypernet.head(kind).scaler_b.data.fill_(0.3)
+    return hypernet
+
+
+def documents_lora(encoder, hypernet, episode: Episode) -> LoRA:
+    """A document's LoRA, its chunks expanded one by one."""
+    parts = [hypernet(encoder(torch.tensor([chunk]))).factors for chunk in episode.chunks]
+    return LoRA(
+        {
+            name: Factors(torch.cat([p[name].a[0] for p in parts]), torch.cat([p[name].b[0] for p in parts], dim=1))
+            for name in parts[0]
+        }
+    )
+
+
+def merged(model, lora: LoRA):
+    """A copy of the model with the delta in its weights."""
+    model = copy.deepcopy(model)
+    for name, (a, b) in lora.factors.items():
+        model.get_submodule(name).weight.data += b @ a
+    return model
+
+
+def alone(model, question: Question) -> torch.Tensor:
+    """Logits [answer, vocabulary] from which the answer's tokens are predicted, by transformers' own forward of one row."""
+    ids = torch.tensor([[*question.prompt, *question.answer[:-1]]])
+    return model(input_ids=ids).logits[0, len(question.prompt) - 1 :]
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(episodes())
+@torch.no_grad()
+def test_every_branch_computes_what_its_own_row_would(made):
+    batch = pack(made, PAD)
+    encoder, hypernet = ContextEncoder(MODEL, (2,)), make_hypernet(MODEL)
+    loras = hypernet(encoder(batch.chunk_ids), batch.chunk_mask, batch.chunks_per_document)
+    own = [documents_lora(encoder, hypernet, episode) for episode in made]
+    with inject(MODEL, loras):
+        logits = MODEL(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).logits
+    found = logits[batch.answer_rows, batch.answer_positions]
+    expected = [
+        alone(merged(MODEL, loras.factors, d), question)
+        for d, episode in enumerate(made)
+        for question in episode.questions
+    ]
+    torch.testing.assert_close(found, torch.cat(expected), atol=2e-3, rtol=1e-3)
+    assert batch.answer_ids.tolist() == [i for e in made for q in e.questions for i in q.answer]
+    assert batch.n_questions == sum(len(e.questions) for e in made)
+
+
+def test_the_common_beginning_is_packed_once():
+    prompt = tuple(range(10, 30))
+    questions = tuple(Question((*prompt, 40 + i, 5), (7, 8, 2)) for i in range(4))
+    batch = pack([Episode(((3, 4),), questions)], PAD)
+    assert batch.n_tokens == 20 + 4 * (2 + 2)  # the last answer token is only predicted
+    assert batch.position_ids.max() == 20 + 2 + 2 - 1
+
+
+def test_common_prefix():
+    assert common_prefix([(1, 2, 3)]) == 2  # a branch keeps the token from which its answer is predicted
+    assert common_prefix([(1, 2, 3), (1, 2, 3)]) == 2
+    assert common_prefix([(1, 2), (1, 2, 3)]) == 1
+    assert common_prefix([(1, 2, 3, 4), (1, 2, 9, 4)]) == 2
+    assert common_prefix([(5,), (5, 6)]) == 0
+
+
+EPISODES = [
+    Episode(((9, 8, 7, 6), (5, 4)), (Question((11, 12, 13, 14), (21, 22, 2)), Question((11, 12, 15), (23, 2)))),
+    Episode(((31, 32, 33),), (Question((11, 12, 16, 17, 18), (24, 2)),)),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"])
+def test_the_loss_is_that_of_separate_rows(family):
+    """Gemma 2 adds its mask to eager attention's scores and caps its logits: neither may get lost."""
+    model = make_model(family)
+    encoder, hypernet = ContextEncoder(model, (2,)), make_hypernet(model)
+    batch = pack(EPISODES, PAD)
+    outcome = answer_questions(model, encoder, hypernet, batch)
+    outcome.loss.backward()
+    grads = {name: p.grad.clone() for name, p in hypernet.named_parameters()}
+    with torch.no_grad():
+        own = [documents_lora(encoder, hypernet, episode) for episode in EPISODES]
+        logits = [alone(merged(model, lora), q) for lora, e in zip(own, EPISODES, strict=True) for q in e.questions]
+    answers = [torch.tensor(q.answer) for e in EPISODES for q in e.questions]
+    losses = [functional.cross_entropy(rows, ids) for rows, ids in zip(logits, answers, strict=True)]
+    assert outcome.loss.item() == pytest.approx(sum(losses).item() / 3, rel=1e-3)
+    right = [(rows.argmax(-1) == ids).float() for rows, ids in zip(logits, answers, strict=True)]
+    assert outcome.exact == pytest.approx(sum(r.min().item() for r in right) / 3)
+    assert outcome.token_accuracy == pytest.approx(torch.cat(right).mean().item())
+
+    hypernet.zero_grad()
+    total = 0.0
+    for episode in EPISODES:
+        lora = documents_lora(encoder, hypernet, episode)
+        for question in episode.questions:
+            with inject(model, lora):
+                total = total + functional.cross_entropy(alone(model, question), torch.tensor(question.answer)) / 3
+    total.backward()
+    for name, p in hypernet.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, atol=2e-3 * max(1.0, p.grad.abs().max().item()), rtol=1e-2)
+
+
+def test_a_batch_moves_whole():
+    batch = pack(EPISODES, PAD).to("cpu")
+    assert batch.chunks_per_document == 2 and torch.equal(batch.input_ids, pack(EPISODES, PAD).input_ids)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"])
+def test_the_encoder_reads_the_bases_own_hidden_states(family):
+    model = make_model(family)
+    ids = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(0))
+    states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    for layers in ((0, 1, 2, 3), (3, 1), (2,), (0,)):
+        features = ContextEncoder(model, layers)(ids)
+        expected = states[layers[0]] if len(layers) == 1 else torch.stack([states[n] for n in layers], dim=1)
+        torch.testing.assert_close(features, expected)
+        assert not features.requires_grad
+    padded = torch.cat([ids, torch.zeros(2, 4, dtype=torch.long)], dim=1)
+    torch.testing.assert_close(ContextEncoder(model, (2,))(padded)[:, :9], states[2], atol=1e-4, rtol=1e-4)
+    again = model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert len(again) == len(states) and torch.equal(again[-1], states[-1])  # the base is as it was
+
+
+def test_the_encoder_stops_at_the_deepest_layer_it_reads():
+    ran = []
+    handles = [
+        layer.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, layer in enumerate(MODEL.get_decoder().layers)
+    ]
+    try:
+        ContextEncoder(MODEL, (1, 2))(torch.tensor([[5, 6]]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert ran == [0, 1]
