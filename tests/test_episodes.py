@@ -93,8 +93,8 @@ def test_every_branch_computes_what_its_own_row_would(made):
         ).logits
     found = logits[batch.answer_rows, batch.answer_positions]
     expected = [
-        alone(merged(MODEL, loras.factors, d), question)
-        for d, episode in enumerate(made)
+        alone(merged(MODEL, lora), question)
+        for lora, episode in zip(own, made, strict=True)
         for question in episode.questions
     ]
     torch.testing.assert_close(found, torch.cat(expected), atol=2e-3, rtol=1e-3)

@@ -89,11 +89,10 @@ class Manifest:
             stored["modules"] = tuple(tuple(module) for module in stored["modules"])
             stored["warnings"] = tuple(stored["warnings"])
             manifest = cls(**stored)
-            check_name(manifest.name)
-            if (
-                not manifest.modules
-                or min(manifest.rank, manifest.n_chunks, *(min(m[3:]) for m in manifest.modules)) < 1
-            ):
+            if not _NAME.fullmatch(manifest.name):
+                raise ValueError(f"{manifest.name[:80]!r} is no adapter's name")
+            sizes = [manifest.rank, manifest.n_chunks, *(d for m in manifest.modules for d in m[3:])]
+            if not manifest.modules or min(sizes) < 1:
                 raise ValueError("it targets nothing, or a size in it is not positive")
             if unknown := set(manifest.target.kinds) ^ {module.kind for module in manifest.target.modules}:
                 raise ValueError(f"unknown module kinds {sorted(unknown)}")

@@ -17,8 +17,17 @@ from loracast.routing import DEFAULT_ROUTE
 MAX_NEW_TOKENS = 24
 """Longest answer; values have at most about ten tokens, a sentence around one fits too."""
 
-WINDOW_PROMPT = "{document}\n\n{question}"
-"""The user turn of a document in the window."""
+WINDOW_PROMPT = "Question: {question}\n\n{document}\n\nQuestion: {question}\nShort answer:"
+"""The user turn of a document in the window. The question comes first too, so that the base knows what to read for."""
+
+WINDOW_EXAMPLE = (
+    "The museum opens at nine. For the record, the door code of the north wing is 9158. It closes at five.",
+    "What is the door code of the north wing?",
+    "9158",
+)
+"""A document, question and answer that stand before the real ones: without them the base never answers with the bare value.
+
+Of some twenty prompts tried on SmolLM2-135M this one was the best for needles and for fact sheets (docs/evaluation.md)."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,15 @@ def _with_text(setup: Setup, question: str, text: str) -> tuple[int, ...]:
     base = setup.model.base
 
     def prompt(document: str) -> list[int]:
-        return base.chat.prompt(WINDOW_PROMPT.format(document=document, question=question), ASK_SYSTEM_TURN)
+        example, example_question, example_answer = WINDOW_EXAMPLE
+        return base.chat.conversation(
+            [
+                {"role": "system", "content": ASK_SYSTEM_TURN},
+                {"role": "user", "content": WINDOW_PROMPT.format(document=example, question=example_question)},
+                {"role": "assistant", "content": example_answer},
+                {"role": "user", "content": WINDOW_PROMPT.format(document=document, question=question)},
+            ]
+        )
 
     room = base.window - MAX_NEW_TOKENS - len(prompt("")) - 8  # joints may be encoded otherwise than inside the text
     if len(encode_text(base.tokenizer, text)) > room:

@@ -1,0 +1,610 @@
+"""Adapters on disk: what comes back, what is refused, and what a crash leaves."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import PROSE, make_hypernet, make_model
+from loracast import adapter as adapter_module
+from loracast.adapter import (
+    Adapter,
+    AdapterWriter,
+    Manifest,
+    adapter_names,
+    adapters,
+    check_name,
+    name_from,
+    open_adapter,
+    remove_adapter,
+    tidy,
+)
+from loracast.documents import Chunk
+from loracast.errors import AdapterError, BaseModelError
+from loracast.fingerprint import Fingerprint, check, config_fingerprint, fingerprint
+from loracast.learn import expand_chunks, split_document
+from loracast.lora import LoRA, concat
+from loracast.routing import chunk_places, chunk_texts
+from loracast.target import target_from_config
+
+TARGET = target_from_config(make_model().config, ("q_proj", "down_proj"), layers=[1, 3])
+MADE_FOR = Fingerprint("tiny", "c" * 16, "n" * 16, "m" * 16)
+Expanded = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process."""
+
+
+def random_factors(n: int, seed: int = 0, rank: int = 2) -> Expanded:
+    """Factors of n chunks, as a hypernetwork's `expand` gives them."""
+    g = torch.Generator().manual_seed(seed)
+    found = {}
+    for kind in TARGET.kinds:
+        m = TARGET.of_kind(kind)[0]
+        found[kind] = tuple(torch.randn(n, 2, rank, d, generator=g) for d in (m.d_in, m.d_out))
+    return found
+
+
+def some_chunks(n: int) -> list[Chunk]:
+    return [Chunk(f"word{i} in chunk {i}", 10 * i, 10 * i + 9, f"Manual / Part {i}", 5) for i in range(n)]
+
+
+def some_manifest(n: int, **changes) -> Manifest:
+    values = {
+        "name": "doc", "title": "A manual", "source": "manual.pdf", "source_sha256": "s" * 64, "made_for": MADE_FOR,
+        "hypernetwork": "h" * 16, "modules": tuple((m.name, m.layer, m.kind, m.d_in, m.d_out) for m in TARGET.modules),
+        "rank": 2, "n_chunks": n, "n_tokens": 5 * n, "max_chunk_tokens": 256, "created": "2026-01-01T00:00:00+00:00",
+        "learn_s": 0.5, "warnings": ("page 3 has no text",),
+    }  # fmt: skip
+    return Manifest(**{**values, **changes})
+
+
+def write(library: Path, n: int = 3, *, seed: int = 0, shared: dict | None = None, replace: bool = False) -> Adapter:
+    """An adapter with random factors, added in two batches."""
+    factors = random_factors(n, seed)
+    with AdapterWriter(library, "doc", TARGET, 2, some_chunks(n)) as writer:
+        writer.open_factors(shared or {})
+        for part in (slice(0, 1), slice(1, n)):
+            if n > part.start:
+                writer.add({kind: (a[part], b[part]) for kind, (a, b) in factors.items()})
+        return writer.finish(some_manifest(n), replace=replace)
+
+
+def deltas(factors: Expanded, chunks: list[int]) -> dict[str, torch.Tensor]:
+    """The delta of each module in fp32, by hand."""
+    found = {}
+    for kind, (a, b) in factors.items():
+        a, b = a.bfloat16().float(), b.bfloat16().float()
+        for layer, module in enumerate(TARGET.of_kind(kind)):
+            found[module.name] = sum(b[i, layer].T @ a[i, layer] for i in chunks)
+    return found
+
+
+def assert_close(lora: LoRA, expected: dict[str, torch.Tensor]) -> None:
+    assert set(lora.names) == set(expected)
+    lora = lora.to(dtype=torch.float32)
+    for name, delta in expected.items():
+        torch.testing.assert_close(lora.delta(name), delta, atol=0.02 * delta.abs().max().item(), rtol=0.01)
+
+
+# ---- what comes back
+
+
+def test_learned_factors_are_the_hypernetworks_own(model, tmp_path):
+    path = tmp_path / "Amber Lantern.txt"
+    path.write_text(PROSE * 6)
+    steps = []
+    adapter = model.learn(path, max_chunk_tokens=64, progress=lambda done, total: steps.append((done, total)))
+    n = adapter.manifest.n_chunks
+    assert n >= 3 and steps[0] == (0, n) and steps[-1] == (n, n)
+    texts = chunk_texts(adapter.folder / "chunks.sqlite")
+    headings = [place.heading for place in chunk_places(adapter.folder / "chunks.sqlite")]
+    prompts = [f"{h}\n{t}" if h else t for h, t in zip(headings, texts, strict=True)]
+    expected = list(expand_chunks(model.base, model.hypernet, model.encoder, prompts))
+    stored = load_file(adapter.folder / "factors.safetensors")
+    for i, side in enumerate("ab"):
+        rows = torch.cat([batch["down_proj"][i] for batch in expected])
+        assert torch.equal(stored[f"down_proj.{side}"], rows.bfloat16())
+    lora = adapter.lora([1])
+    for layer, module in enumerate(model.hypernet.config.target.modules):
+        assert torch.equal(lora.factors[module.name].a, stored["down_proj.a"][1, layer])
+        assert torch.equal(lora.factors[module.name].b, stored["down_proj.b"][1, layer].T)
+    assert all(lora.norms().values())
+
+
+def test_learned_factors_are_those_of_a_plain_forward(base, tmp_path):
+    """Batches, padding and files out of the way: chunk by chunk, in fp32."""
+    from loracast.documents import read_document
+    from loracast.encoders.context import ContextEncoder
+    from loracast.learn import learn_document
+
+    hypernet = make_hypernet(base, kinds=("v_proj", "down_proj"), document_independent_rank=2)
+    for kind in hypernet.config.kinds:
+        torch.nn.init.normal_(hypernet.shared(kind).b)
+    path = tmp_path / "text.txt"
+    path.write_text(PROSE * 4)
+    document, encoder = read_document(path), ContextEncoder(base.model, (2,))
+    adapter = learn_document(base, hypernet, "h", encoder, document, tmp_path / "library", "text", max_chunk_tokens=50)
+    chunks = split_document(base, document, 50)
+    assert adapter.manifest.n_chunks == len(chunks) > 2
+    for i in (0, len(chunks) - 1):
+        ids = torch.tensor([base.tokenizer(chunks[i].prompt, add_special_tokens=False)["input_ids"]])
+        features = base.model(input_ids=ids, output_hidden_states=True).hidden_states[2]
+        with torch.no_grad():
+            batch = hypernet(features)  # the document-independent LoRA comes with it, once
+        expected = {name: f.b[0] @ f.a[0] for name, f in batch.factors.items()}
+        assert_close(adapter.lora([i]), expected)
+    name, shared = "model.layers.0.mlp.down_proj", hypernet.shared("down_proj")
+    parts = [adapter.lora([i], document_independent=False).factors[name] for i in range(len(chunks))]
+    expected = sum(b.float() @ a.float() for a, b in parts) + (shared.b[0].T @ shared.a[0]).detach()
+    found = adapter.lora().to(dtype=torch.float32).delta(name)
+    torch.testing.assert_close(found, expected, atol=0.02 * expected.abs().max().item(), rtol=0.01)
+
+
+def test_any_chunks_are_the_sum_of_theirs(tmp_path):
+    written = write(tmp_path, 5)
+    factors = random_factors(5)
+    for adapter in (written, Adapter(tmp_path / "doc")):
+        for chunks in ([0], [4], [1, 3], [3, 1, 3], [0, 1, 2, 3, 4], None):
+            lora = adapter.lora(chunks)
+            assert_close(lora, deltas(factors, sorted(set(chunks if chunks is not None else range(5)))))
+        single = concat([adapter.lora([i]) for i in range(5)]).to(dtype=torch.float32)
+        assert_close(single, deltas(factors, list(range(5))))
+        assert adapter.lora([1, 3]) is adapter.lora([3, 1])
+
+
+def test_many_chunks_become_dense_and_stay_right(tmp_path):
+    n = 40  # rank 80, past the break-even rank of both kinds
+    adapter = write(tmp_path, n)
+    lora = adapter.lora()
+    assert set(lora.dense) == set(TARGET.names) and not lora.factors
+    assert lora.n_bytes == sum(2 * m.d_in * m.d_out for m in TARGET.modules)
+    assert_close(lora, deltas(random_factors(n), list(range(n))))
+
+
+@pytest.mark.parametrize("chunks", [[], [3], [-1], [0, 99]])
+def test_chunks_that_are_not_there_are_refused(chunks, tmp_path):
+    with pytest.raises(AdapterError, match=r"0\.\.2"):
+        write(tmp_path).lora(chunks)
+
+
+def test_the_manifest_comes_back(tmp_path):
+    adapter = write(tmp_path)
+    again = Adapter(tmp_path / "doc").manifest
+    assert again == adapter.manifest
+    assert dataclasses.replace(again, factors_sha256="") == some_manifest(3)
+    assert again.target == TARGET and adapter.name == "doc"
+    assert adapter.n_bytes == sum(path.stat().st_size for path in (tmp_path / "doc").iterdir())
+    adapter.verify()
+    assert {path.name for path in (tmp_path / "doc").iterdir()} == {
+        "factors.safetensors",
+        "chunks.sqlite",
+        "adapter.json",
+    }
+
+
+# ---- what is refused
+
+
+def change_factors(folder: Path, change) -> None:
+    tensors = load_file(folder / "factors.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "factors.safetensors")
+
+
+def test_every_fault_of_the_factors_is_in_one_error(tmp_path):
+    shared = {f"q_proj.shared.{side}": torch.randn(2, 3, d) for side, d in (("a", 48), ("b", 64))}
+    adapter = write(tmp_path, shared=shared)
+
+    def damage(tensors):
+        tensors["q_proj.a"], tensors["q_proj.b"] = tensors["q_proj.b"], tensors["q_proj.a"]
+        tensors["down_proj.a"] = tensors["down_proj.a"].float()
+        del tensors["down_proj.b"]
+        del tensors["q_proj.shared.b"]
+        tensors["up_proj.a"] = torch.zeros(1)
+
+    change_factors(adapter.folder, damage)
+    with pytest.raises(AdapterError) as caught:
+        Adapter(adapter.folder).lora()
+    for part in (
+        "q_proj.a is [3, 2, 2, 64], not [3, 2, 2, 48]", "q_proj.b is", "down_proj.a is of type F32",
+        "down_proj.b is missing", "q_proj.shared.b is missing", "up_proj.a is unknown",
+    ):  # fmt: skip
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_on_both_sides(bad, tmp_path):
+    adapter = write(tmp_path)
+    change_factors(adapter.folder, lambda tensors: tensors["down_proj.b"][1, 0, 0].fill_(bad))
+    opened = Adapter(adapter.folder)
+    assert opened.lora([0]).rank == 2
+    with pytest.raises(AdapterError, match=r"not finite in down_proj\.b"):
+        opened.lora([0, 1])
+    factors = random_factors(3)
+    factors["q_proj"][0][2, 1, 0, 0] = bad
+    with (
+        pytest.raises(AdapterError, match="not finite"),
+        AdapterWriter(tmp_path, "other", TARGET, 2, some_chunks(3)) as w,
+    ):
+        w.open_factors({})
+        w.add(factors)
+    assert adapter_names(tmp_path) == ["doc"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "pickle", "header", "missing", "directory"])
+def test_damaged_factors_are_refused(damage, tmp_path):
+    adapter = write(tmp_path)
+    path = adapter.folder / "factors.safetensors"
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "directory":
+        path.mkdir()
+    elif damage != "missing":
+        header = (2**40).to_bytes(8, "little") + whole[8:]
+        content = {"truncated": whole[:-7], "empty": b"", "pickle": pickle.dumps([1]), "header": header}
+        path.write_bytes(content[damage])
+    with pytest.raises(AdapterError, match="cannot be read"):
+        Adapter(adapter.folder).lora()
+
+
+def test_a_flipped_bit_is_found_by_its_hash(tmp_path):
+    adapter = write(tmp_path)
+    path = adapter.folder / "factors.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(AdapterError, match="hash differs"):
+        Adapter(adapter.folder).verify()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format=2), "update loracast"),
+        (lambda m: m.pop("format"), "update loracast"),
+        (lambda m: m.pop("rank"), "damaged"),
+        (lambda m: m.update(secret=1), "damaged"),
+        (lambda m: m.update(modules=7), "damaged"),
+        (lambda m: m.update(modules=[]), "damaged"),
+        (lambda m: m["modules"].append(["x", 0]), "damaged"),
+        (lambda m: m["modules"].append(["x", 0, "c_fc", 2, 2]), "damaged.*c_fc"),
+        (lambda m: m.update(rank=0), "damaged"),
+        (lambda m: m.update(n_chunks=-1), "damaged"),
+        (lambda m: m.update(rank="two"), "damaged"),
+        (lambda m: m.update(name="../x"), "damaged"),
+        (lambda m: m.update(made_for={"base": "x"}), "damaged"),
+    ],
+)
+def test_damaged_manifests_are_refused(change, message, tmp_path):
+    path = write(tmp_path).folder / "adapter.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(AdapterError, match=message):
+        open_adapter(tmp_path, "doc")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe\x00", b"3"])
+def test_what_is_no_manifest_is_refused_but_can_be_removed(content, tmp_path):
+    (write(tmp_path).folder / "adapter.json").write_bytes(content)
+    with pytest.raises(AdapterError):
+        open_adapter(tmp_path, "doc")
+    assert adapter_names(tmp_path) == ["doc"]
+    remove_adapter(tmp_path, "doc")
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD_NAMES = [
+    "",
+    ".",
+    "..",
+    "../x",
+    "a/b",
+    "/etc",
+    "%2e%2e",
+    "A",
+    "-x",
+    ".x",
+    "x\n",
+    "x\0",
+    "é",
+    "🙂",
+    "x" * 65,
+    "x" * 10_240,
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_bad_names_are_refused_everywhere(name, tmp_path):
+    library = tmp_path / "library"
+    for use in (
+        check_name,
+        lambda n: open_adapter(library, n),
+        lambda n: remove_adapter(library, n),
+        lambda n: AdapterWriter(library, n, TARGET, 2, []),
+    ):
+        with pytest.raises(AdapterError) as caught:
+            use(name)
+        assert len(str(caught.value)) < 400
+    assert not library.exists()
+
+
+def test_names_made_from_titles_are_allowed():
+    for title in (
+        "The Manual (2nd ed.).pdf",
+        "../../etc/passwd",
+        "🙂",
+        "",
+        "x" * 500,
+        "ÄÖ Überblick",
+        "-.-",
+        "a" * 63 + "--b",
+    ):
+        assert check_name(name_from(title)) == name_from(title)
+    assert name_from("The Manual (2nd ed.)") == "the-manual-2nd-ed"
+
+
+# ---- list, replace, remove, crash
+
+
+def test_list_open_replace_and_remove(tmp_path):
+    assert adapter_names(tmp_path / "nothing") == [] == list(adapters(tmp_path / "nothing"))
+    write(tmp_path, seed=1)
+    with pytest.raises(AdapterError, match="--replace"):
+        write(tmp_path, seed=2)
+    assert_close(open_adapter(tmp_path, "doc").lora([0]), deltas(random_factors(3, 1), [0]))
+    old = open_adapter(tmp_path, "doc")
+    write(tmp_path, 2, seed=2, replace=True)
+    new = open_adapter(tmp_path, "doc")
+    assert new.manifest.n_chunks == 2
+    assert_close(new.lora([0]), deltas(random_factors(2, 2), [0]))
+    assert old.manifest.n_chunks == 3
+    assert [a.name for a in adapters(tmp_path)] == ["doc"]
+    with pytest.raises(AdapterError, match="there are: doc"):
+        open_adapter(tmp_path, "other")
+    remove_adapter(tmp_path, "doc")
+    assert list(tmp_path.iterdir()) == []
+    for gone in (open_adapter, remove_adapter):
+        with pytest.raises(AdapterError, match="none yet"):
+            gone(tmp_path, "doc")
+
+
+def test_an_adapter_in_use_survives_its_replacement_and_removal(tmp_path):
+    write(tmp_path, seed=1)
+    using = open_adapter(tmp_path, "doc")
+    using.lora([0])
+    write(tmp_path, seed=2, replace=True)
+    assert_close(using.lora([1]), deltas(random_factors(3, 1), [1]))
+    remove_adapter(tmp_path, "doc")
+    assert_close(using.lora([2]), deltas(random_factors(3, 1), [2]))
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    with pytest.raises(Killed), AdapterWriter(tmp_path, "doc", TARGET, 2, some_chunks(3)) as writer:
+        writer.open_factors({})
+        writer.add(random_factors(2))
+        assert len(list(tmp_path.iterdir())) == 1 and adapter_names(tmp_path) == []
+        raise Killed
+    assert list(tmp_path.iterdir()) == []
+    with (
+        pytest.raises(AdapterError, match="2 of 3 chunks"),
+        AdapterWriter(tmp_path, "doc", TARGET, 2, some_chunks(3)) as w,
+    ):
+        w.open_factors({})
+        w.add(random_factors(2))
+        w.finish(some_manifest(3), replace=False)
+    assert list(tmp_path.iterdir()) == []
+
+    def full(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("loracast.routing.write_index", full)
+        with pytest.raises(OSError, match="disk full"):
+            write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path, seed=1)
+    for step in ("_file_sha256", "write_atomically", "sync_folder"):
+        with monkeypatch.context() as patch:
+            patch.setattr(adapter_module, step, full)
+            with pytest.raises(OSError, match="disk full"):
+                write(tmp_path, seed=2, replace=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["doc"]
+        assert_close(open_adapter(tmp_path, "doc").lora([0]), deltas(random_factors(3, 1), [0]))
+
+
+def test_a_replacement_that_fails_puts_the_old_one_back(tmp_path, monkeypatch):
+    write(tmp_path, seed=1)
+    real = os.replace
+
+    def replace(source, target):
+        if Path(source).name.startswith(".loracast-new-"):
+            raise OSError("no")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_module.os, "replace", replace)
+        with pytest.raises(OSError, match="no"):
+            write(tmp_path, seed=2, replace=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["doc"]
+    assert_close(open_adapter(tmp_path, "doc").lora([0]), deltas(random_factors(3, 1), [0]))
+
+
+def test_two_writers_of_one_name(tmp_path):
+    factors = random_factors(3)
+    with (
+        AdapterWriter(tmp_path, "doc", TARGET, 2, some_chunks(3)) as one,
+        AdapterWriter(tmp_path, "doc", TARGET, 2, some_chunks(3)) as other,
+    ):
+        for writer in (one, other):
+            writer.open_factors({})
+            writer.add(factors)
+        one.finish(some_manifest(3), replace=False)
+        with pytest.raises(AdapterError, match="already"):
+            other.finish(some_manifest(3), replace=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["doc"]
+
+
+def in_child(target, *args, kill_after_s: float | None = None) -> int:
+    """Run a function in a forked process; the exit code."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=args)
+    process.start()
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        os.kill(process.pid, signal.SIGKILL)
+    process.join(30)
+    return process.exitcode
+
+
+def die_while_writing(library: Path) -> None:
+    writer = AdapterWriter(library, "doc", TARGET, 2, some_chunks(3)).__enter__()
+    writer.open_factors({})
+    writer.add(random_factors(1))
+    os._exit(9)
+
+
+def die_while_replacing(library: Path) -> None:
+    real = os.replace
+
+    def replace(source, target):
+        if Path(target) == library / "doc":
+            os._exit(9)
+        real(source, target)
+
+    adapter_module.os.replace = replace
+    write(library, seed=2, replace=True)
+
+
+def die_while_removing(library: Path) -> None:
+    adapter_module.shutil.rmtree = lambda *_, **__: os._exit(9)
+    remove_adapter(library, "doc")
+
+
+def test_the_next_run_clears_up_after_a_killed_one(tmp_path, monkeypatch):
+    assert in_child(die_while_writing, tmp_path) == 9
+    (left,) = tmp_path.iterdir()
+    assert adapter_names(tmp_path) == []
+    tidy(tmp_path)
+    assert left.exists()  # so new that its writer may not have locked it yet
+    monkeypatch.setattr(adapter_module, "_GRACE_S", 0.0)
+    with AdapterWriter(tmp_path, "other", TARGET, 2, some_chunks(1)):
+        assert not left.exists()
+        (living,) = tmp_path.iterdir()
+        tidy(tmp_path)
+        assert living.exists()  # another process is writing it: not ours to delete
+    write(tmp_path, seed=1)
+    assert in_child(die_while_removing, tmp_path) == 9
+    tidy(tmp_path)
+    assert list(tmp_path.iterdir()) == []  # what was removed does not come back
+
+
+def test_a_replacement_cut_short_is_undone(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter_module, "_GRACE_S", 0.0)
+    write(tmp_path, seed=1)
+    assert in_child(die_while_replacing, tmp_path) == 9
+    assert adapter_names(tmp_path) == []
+    tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["doc"]
+    assert_close(open_adapter(tmp_path, "doc").lora([0]), deltas(random_factors(3, 1), [0]))
+
+
+def test_tidying_touches_nothing_of_the_users(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter_module, "_GRACE_S", 0.0)
+    write(tmp_path)
+    for name in (".vscode", ".config.d", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".loracast-old-file").write_text("not a folder")
+    before = {path.name for path in tmp_path.iterdir()}
+    tidy(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def replace_for_ever(library: Path) -> None:
+    torch.set_num_threads(1)
+    for seed in range(10**6):
+        write(library, 2, seed=seed, replace=True)
+
+
+def test_sigkill_in_a_loop_never_leaves_half_an_adapter(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter_module, "_GRACE_S", 0.0)
+    write(tmp_path, 2)
+    for i in range(8):
+        in_child(replace_for_ever, tmp_path, kill_after_s=0.05 + 0.017 * i)
+        for name in adapter_names(tmp_path):  # also before anything is tidied
+            open_adapter(tmp_path, name).verify()
+        tidy(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["doc"]
+        adapter = open_adapter(tmp_path, "doc")
+        adapter.verify()
+        assert adapter.lora().rank == 4 and len(chunk_texts(adapter.folder / "chunks.sqlite")) == 2
+
+
+# ---- the base it belongs to
+
+
+def changed(model, change) -> Fingerprint:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            change(name, weight)
+    return fingerprint(other, "other")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_fingerprints_tell_models_from_quantisations(family):
+    model = make_model(family)
+    own = fingerprint(model, "own")
+    assert own == fingerprint(make_model(family), "own")
+    assert own == fingerprint(make_model(family).bfloat16(), "own")  # the type it is loaded in does not matter
+
+    def quantise(name, weight):
+        if weight.ndim == 2:
+            step = weight.abs().amax() / 7
+            weight.copy_((weight / step).round() * step)
+
+    def train(name, weight):
+        weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(own, dataclasses.replace(own, base="the same under another name"), "the adapter 'x'")
+    with pytest.warns(UserWarning, match="'x' was made for another quantisation"):
+        check(own, changed(model, quantise), "the adapter 'x'")
+    with pytest.raises(BaseModelError, match=r"'x' was made for the base 'own'.*weights differ"):
+        check(own, changed(model, train), "the adapter 'x'")
+    config = copy.deepcopy(model.config)
+    config.intermediate_size *= 2
+    assert config_fingerprint(config) != own.config == config_fingerprint(model.config)
+    with pytest.raises(BaseModelError, match="shapes differ"):
+        check(own, dataclasses.replace(own, config=config_fingerprint(config)), "the adapter 'x'")
+
+
+def test_an_adapter_of_another_base_is_refused_when_it_is_used(model, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(PROSE)
+    model.learn(path, "text")
+    assert isinstance(model.ask("What is the code?", "text"), str)
+    stored = model.library / "text" / "adapter.json"
+    manifest = json.loads(stored.read_text())
+    manifest["made_for"]["matrices"] = "0" * 16
+    stored.write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match="another quantisation"):
+        model.adapter("text")
+    manifest["made_for"] |= {"norms": "0" * 16, "base": "a-bigger-one"}
+    stored.write_text(json.dumps(manifest))
+    with pytest.raises(BaseModelError, match="a-bigger-one"):
+        model.ask("What is the code?", "text")

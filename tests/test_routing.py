@@ -1,0 +1,152 @@
+"""Which chunks a question is given, against BM25 by its formula."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loracast.documents import Chunk
+from loracast.errors import AdapterError
+from loracast.routing import chunk_places, chunk_texts, pick, search, write_index
+
+TEXTS = [
+    "The warranty of the kettle is 24 months and starts on the day of purchase.",
+    "To descale the kettle, boil vinegar and rinse it twice.",
+    "The amber lantern opens with the code 4711.",
+    "The museum opens at nine on Tuesday mornings.",
+    "Naïve café owners in Köln wired the lamps; their e-mail is info@example.org.",
+]
+
+
+def chunks_of(texts: list[str], headings: list[str] | None = None) -> list[Chunk]:
+    headings = headings or [""] * len(texts)
+    return [Chunk(t, 100 * i, 100 * i + len(t), h, 7) for i, (t, h) in enumerate(zip(texts, headings, strict=True))]
+
+
+@pytest.fixture
+def index(tmp_path) -> Path:
+    write_index(tmp_path / "chunks.sqlite", chunks_of(TEXTS))
+    return tmp_path / "chunks.sqlite"
+
+
+@pytest.mark.parametrize(
+    ("question", "chunk"),
+    [
+        ("How long is the warranty?", 0),
+        ("How do I descale it?", 1),
+        ("What is the code of the amber lantern?", 2),
+        ("When does the MUSEUM open on Tuesdays?", 3),
+        ("who wired the lamp in koln", 4),
+        ("descaling", 1),
+        ("What is 4711?", 2),
+        ("info@example.org", 4),
+    ],
+)
+def test_the_right_chunk_comes_first(index, question, chunk):
+    route = pick(index, 5, question, 2)
+    assert route.chunks[0] == chunk and len(route.chunks) <= 2
+    assert len(route.scores) == len(route.chunks) and list(route.scores) == sorted(route.scores, reverse=True)
+    assert "BM25" in route.reason
+
+
+words = st.sampled_from(["zork", "blib", "quax", "frob", "wug"])
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.lists(words, max_size=2), st.lists(words, min_size=1, max_size=9)), min_size=2, max_size=8),
+    st.sets(words, min_size=1, max_size=3),
+    st.integers(1, 8),
+)
+def test_scores_are_bm25_by_its_formula(documents, question, k):
+    """k1 = 1.2, b = 0.75; a word in the heading counts half; lengths are of heading and text together."""
+    chunks = chunks_of([" ".join(text) for _, text in documents], [" ".join(heading) for heading, _ in documents])
+    with sqlite3.connect(":memory:") as database:
+        write_index(database, chunks)
+        found = search(database, " ".join(sorted(question)), k)
+    n = len(documents)
+    mean = sum(len(h) + len(t) for h, t in documents) / n
+    expected = []
+    for i, (heading, text) in enumerate(documents):
+        score = 0.0
+        for word in question:
+            n_with = sum(word in h or word in t for h, t in documents)
+            idf = max(math.log((n - n_with + 0.5) / (n_with + 0.5)), 1e-6) if n_with else 0.0
+            f = 0.5 * heading.count(word) + text.count(word)
+            score += idf * f * 2.2 / (f + 1.2 * (0.25 + 0.75 * (len(heading) + len(text)) / mean))
+        if any(word in heading or word in text for word in question):
+            expected.append((score, i))
+    expected.sort(key=lambda pair: (-pair[0], pair[1]))
+    assert [score for _, score in found] == pytest.approx([score for score, _ in expected[:k]], rel=1e-9, abs=1e-12)
+    if len({round(score, 9) for score, _ in expected}) == len(expected):
+        assert [i for i, _ in found] == [i for _, i in expected[:k]]
+
+
+@pytest.mark.parametrize("question", ["What is it about?", "", "   ", "?!", "who and when and why", "\ud800 \x00"])
+def test_a_question_without_a_word_to_go_by_gets_everything(index, question):
+    route = pick(index, 5, question, 2)
+    assert route.chunks is None and "all chunks" in route.reason
+
+
+def test_so_does_one_whose_words_do_not_occur(index):
+    assert pick(index, 5, "zygote xylophone", 2).chunks is None
+
+
+def test_k(index):
+    assert pick(index, 5, "kettle", None).chunks is None
+    for k in (5, 6, 1000):
+        assert pick(index, 5, "kettle", k).chunks is None  # all there are
+    assert pick(index, 5, "kettle", 1).chunks in ((0,), (1,))
+    assert set(pick(index, 5, "kettle opens", 4).chunks) == {0, 1, 2, 3}
+    for k in (0, -1):
+        with pytest.raises(AdapterError, match=f"not {k}"):
+            pick(index, 5, "kettle", k)
+
+
+@pytest.mark.parametrize(
+    "question",
+    ['"kettle', "kettle OR", "NEAR(kettle, 2", "heading: kettle", "kettle*", "-kettle", "(kettle", "^kettle", "'; DROP TABLE chunks; --kettle"],
+)  # fmt: skip
+def test_query_syntax_in_a_question_is_text(index, question):
+    assert 0 in [i for i, _ in search(index, question, 5)]
+
+
+def test_a_question_as_long_as_a_book(index):
+    assert search(index, " ".join(f"word{i}" for i in range(10_000)) + " museum", 3)[0][0] == 3
+
+
+def test_words_of_the_heading_find_their_chunk(tmp_path):
+    chunks = chunks_of(["It is 24 months.", "It is blue.", "It is heavy."], ["Warranty", "Colour", "Weight"])
+    write_index(tmp_path / "i.sqlite", chunks)
+    assert pick(tmp_path / "i.sqlite", 3, "How long is the warranty?", 1).chunks == (0,)
+
+
+def test_texts_and_places_come_back(index):
+    assert chunk_texts(index) == TEXTS
+    assert chunk_texts(index, [3, 0]) == [TEXTS[3], TEXTS[0]]
+    places = chunk_places(index)
+    assert [(p.start, p.end, p.n_tokens, p.heading) for p in places] == [
+        (100 * i, 100 * i + len(t), 7, "") for i, t in enumerate(TEXTS)
+    ]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a database" * 200])
+def test_a_missing_or_damaged_index_is_an_error_that_says_so(tmp_path, content):
+    path = tmp_path / "chunks.sqlite"
+    if content is not None:
+        path.write_bytes(content)
+    for use in (lambda: search(path, "kettle", 1), lambda: chunk_texts(path), lambda: pick(path, 9, "kettle", 1)):
+        with pytest.raises(AdapterError, match="learn the document again"):
+            use()
+
+
+def test_reading_an_index_leaves_no_file_behind(index):
+    search(index, "kettle", 1)
+    assert [path.name for path in index.parent.iterdir()] == ["chunks.sqlite"]
+    index.chmod(0o444)
+    assert search(index, "kettle", 1)

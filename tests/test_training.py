@@ -1,0 +1,379 @@
+"""The training loop: resumed exactly, killed at any moment, stopped by a signal."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from loracast.errors import ConfigError, TrainingError
+from loracast.hypernets.store import from_pretrained
+from loracast.training import checkpoint
+from loracast.training.doc import Recipe, train_doc
+from loracast.training.loop import TrainConfig, make_optimizers, train
+from loracast.training.sources import DataConfig
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process."""
+
+
+class Toy(nn.Module):
+    """A matrix, a stack of matrices, a vector and embeddings: one parameter of each sort that the optimizers tell apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(6, 6)
+        self.heads = nn.Parameter(torch.randn(2, 6, 4) * 0.3)
+        self.latents = nn.Parameter(torch.randn(3, 6))
+        self.register_buffer("units", torch.ones(6))
+
+    def forward(self, step: int) -> torch.Tensor:
+        """How far it is from a fixed answer; the noise makes the random state matter."""
+        g = torch.Generator().manual_seed(step % 2)
+        x = torch.randn(5, 6, generator=g)
+        x = self.inner(x * self.units + self.latents.mean(0)) @ self.heads.sum(0)
+        noise = 0.01 * torch.randn(5, 4)
+        return (x + noise - torch.linspace(-1, 1, 4)).square().mean()
+
+
+def run(model: Toy, out: Path, config: TrainConfig, stop_after: int | None = None, **options) -> dict[str, float]:
+    """Train; with `stop_after`, SIGTERM comes after that many steps."""
+
+    def on_metrics(metrics: dict[str, float]) -> None:
+        if metrics["step"] == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return train(
+        model,
+        lambda step, micro: (model(step * config.accumulate + micro), {"seen": 1.0}),
+        config,
+        out,
+        save_model=lambda folder: (folder / "saved").write_text("model"),
+        on_metrics=on_metrics,
+        **options,
+    )
+
+
+def config(**options: Any) -> TrainConfig:
+    return TrainConfig(**{"steps": 8, "warmup_steps": 3, "log_every": 1, "lr": 0.02, "muon_lr": 0.02, **options})
+
+
+def state_of(out: Path) -> dict[str, torch.Tensor]:
+    state = json.loads((out / "state.json").read_text())
+    return load_file(out / state["folder"] / "state.safetensors")
+
+
+def metrics_of(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "muon"}, {"accumulate": 3, "weight_decay": 0.1}])
+def test_resumed_training_equals_uninterrupted_training(options, tmp_path):
+    torch.manual_seed(5)
+    whole = Toy()
+    run(whole, tmp_path / "whole", config(**options))
+    torch.manual_seed(5)
+    last = run(Toy(), tmp_path / "parts", config(**options), stop_after=4)
+    assert last["step"] == 4 and json.loads((tmp_path / "parts" / "state.json").read_text())["step"] == 4
+    torch.manual_seed(99)  # another process, another random state
+    resumed = Toy()
+    nn.init.zeros_(resumed.inner.weight)
+    last = run(resumed, tmp_path / "parts", config(**options))
+    assert last["step"] == 8
+    assert same(whole.state_dict(), resumed.state_dict())
+    assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))  # optimizers and random state too
+    rows = [metrics_of(tmp_path / out) for out in ("whole", "parts")]
+    assert [r["step"] for r in rows[1]] == list(range(1, 9))
+    assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_doc_to_lora_equals_uninterrupted(optimizer, base, tmp_path):
+    """The whole chain on the tiny base: data, encoder, hypernetwork, injection, optimizer."""
+    recipe = Recipe(
+        hypernetwork={
+            "reader_layers": (2,), "rank": 2, "width": 16, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8,
+            "n_decoder_blocks": 1,
+        },
+        data=DataConfig(needle_share=0.0, questions_per_step=4, max_facts=2, max_chunk_tokens=128),
+        training=TrainConfig(steps=8, log_every=1, warmup_steps=2, optimizer=optimizer, bf16=False),
+    )  # fmt: skip
+
+    def stop(metrics: dict[str, float]) -> None:
+        if metrics["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train_doc(base, recipe, tmp_path / "whole")
+    train_doc(base, recipe, tmp_path / "parts", on_metrics=stop)
+    torch.manual_seed(7)
+    train_doc(base, recipe, tmp_path / "parts")
+    assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+    one, other = (from_pretrained(tmp_path / out)[0].state_dict() for out in ("whole", "parts"))
+    assert same(one, other)
+    assert [r["loss"] for r in metrics_of(tmp_path / "whole")] == [r["loss"] for r in metrics_of(tmp_path / "parts")]
+    assert one["heads.down_proj.scaler_b"].abs().max() > 0  # it has learned something
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_loss_falls_on_something_that_can_be_memorised(optimizer, tmp_path):
+    run(Toy(), tmp_path, config(steps=80, optimizer=optimizer))
+    losses = [row["loss"] for row in metrics_of(tmp_path)]
+    assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
+
+
+def test_muon_takes_the_matrices_and_leaves_embeddings_and_stacks():
+    model = Toy()
+    adamw, muon = make_optimizers(model, config(optimizer="muon"))
+    of = {id(p): name for name, p in model.named_parameters()}
+    assert {of[id(p)] for p in muon.param_groups[0]["params"]} == {"inner.weight"}
+    assert {of[id(p)] for p in adamw.param_groups[0]["params"]} == {"inner.bias", "heads", "latents"}
+    assert len(make_optimizers(model, config())) == 1
+
+
+def test_an_update_is_adamws_own(tmp_path):
+    """One step against torch's AdamW used by hand: clipping, warm-up, accumulation."""
+    settings = config(steps=1, accumulate=2, clip_norm=0.01, weight_decay=0.1, warmup_steps=4)
+    torch.manual_seed(5)
+    model = Toy()
+    run(model, tmp_path, settings)
+    torch.manual_seed(5)
+    hand = Toy()
+    optimizer = torch.optim.AdamW(hand.parameters(), lr=settings.lr / 4, betas=settings.betas, weight_decay=0.1)
+    ((hand(0) + hand(1)) / 2).backward()
+    torch.nn.utils.clip_grad_norm_(hand.parameters(), 0.01)
+    optimizer.step()
+    for name, value in hand.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)
+
+
+def test_the_schedule():
+    cosine = config(steps=100, warmup_steps=10)
+    factors = [cosine.lr_factor(step) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert factors[10] == 1 and factors[55] == pytest.approx(0.55) and factors[99] == pytest.approx(0.1, abs=1e-2)
+    assert sorted(factors[10:], reverse=True) == factors[10:]
+    flat = config(steps=100, warmup_steps=0, schedule="constant")
+    assert {flat.lr_factor(step) for step in range(200)} == {1.0}
+    for bad in ({"steps": 0}, {"accumulate": 0}, {"log_every": 0}):
+        with pytest.raises(ConfigError):
+            config(**bad)
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    run(Toy(), tmp_path, config(steps=2), settings={"data": {"seed": 0, "max_facts": 5}})
+    before = state_of(tmp_path)
+    with pytest.raises(TrainingError) as caught:
+        run(Toy(), tmp_path, config(steps=2, lr=0.5), settings={"data": {"seed": 1, "max_facts": 5}})
+    assert "training.lr" in str(caught.value) and "data.seed" in str(caught.value)
+    assert "max_facts" not in str(caught.value)
+    free = config(steps=2, budget_s=100.0, save_every_s=1.0, log_every=5)
+    assert run(Toy(), tmp_path, free, settings={"data": {"seed": 0, "max_facts": 5}})["step"] == 2
+    assert same(before, state_of(tmp_path))
+
+
+def test_a_budget_ends_a_run_and_the_next_goes_on(tmp_path):
+    def slow(step: int, micro: int):
+        time.sleep(0.02)
+        return model(step), {}
+
+    model = Toy()
+    quiet = {"save_model": lambda folder: None}
+    done = train(model, slow, config(steps=1000, budget_s=0.1), tmp_path, **quiet)["step"]
+    assert 1 <= done < 20
+    again = train(model, slow, config(steps=1000, budget_s=0.1), tmp_path, **quiet)["step"]
+    assert done < again < 40
+    assert metrics_of(tmp_path)[-1]["elapsed_s"] >= 0.2
+
+
+def test_signals_stop_after_the_step_and_are_handed_back(tmp_path):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        out = tmp_path / str(number)
+        model = Toy()
+
+        def objective(step: int, micro: int, model=model, number=number):
+            if step == 2:
+                os.kill(os.getpid(), number)
+            return model(step), {}
+
+        last = train(model, objective, config(steps=50), out, save_model=lambda folder: None)
+        assert last["step"] == 3 and json.loads((out / "state.json").read_text())["step"] == 3
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_asked_twice_it_does_not_wait_for_the_step(tmp_path):
+    def stuck(step: int, micro: int):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Toy(), stuck, config(), tmp_path, save_model=lambda folder: None)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_it_trains_in_a_thread_too(tmp_path):
+    found: list[dict[str, float]] = []
+    thread = threading.Thread(target=lambda: found.append(run(Toy(), tmp_path, config(steps=2))))
+    thread.start()
+    thread.join()
+    assert found[0]["step"] == 2
+
+
+@pytest.mark.parametrize("sick", ["loss", "gradient"])
+def test_what_is_not_finite_ends_the_run_and_leaves_the_last_good_state(sick, tmp_path):
+    model = Toy()
+
+    def objective(step: int, micro: int):
+        loss = model(step)
+        if step == 5:
+            zero = (model.latents * 0).sum()
+            loss = loss * float("nan") if sick == "loss" else loss + zero.sqrt()  # a finite loss, an infinite slope
+        return loss, {}
+
+    with pytest.raises(TrainingError, match=f"the {sick} of step 5 .*--init-from"):
+        train(model, objective, config(save_every_s=0.0), tmp_path, save_model=lambda folder: None)
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 5
+    assert all(value.isfinite().all() for name, value in state_of(tmp_path).items() if name.startswith("model."))
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_metrics_are_json_lines_each_step_once_however_often_it_is_killed(tmp_path):
+    def until(n: int):
+        def on_metrics(metrics: dict[str, float]) -> None:
+            if metrics["step"] == n:
+                raise Killed
+
+        return on_metrics
+
+    model = Toy()
+    objective = lambda step, micro: (model(step), {"exact": 0.5})  # noqa: E731
+    every_step = config(steps=6, save_every_s=0.0)
+    for n in (1, 3, 5):  # before the first checkpoint, and twice after one
+        with pytest.raises(Killed):
+            train(model, objective, every_step, tmp_path, save_model=lambda folder: None, on_metrics=until(n))
+        with open(tmp_path / "metrics.jsonl", "a") as log:
+            log.write('{"step": 4, "lo')  # killed in the middle of a line
+    train(model, objective, every_step, tmp_path, save_model=lambda folder: None)
+    rows = metrics_of(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(set(row) == {"step", "elapsed_s", "loss", "exact", "grad_norm"} for row in rows)
+
+
+def test_metrics_are_means_over_the_steps_between_two_lines(tmp_path):
+    model = Toy()
+    steps = config(steps=7, log_every=3)
+    train(model, lambda step, micro: (model(step), {"x": float(step)}), steps, tmp_path, save_model=lambda folder: None)
+    assert [(row["step"], row["x"]) for row in metrics_of(tmp_path)] == [(3, 1.0), (6, 4.0), (7, 6.0)]
+
+
+# ---- killed while saving
+
+TOUCHES = [
+    (safetensors.torch, "save_file"), (checkpoint.os, "replace"), (checkpoint.os, "fsync"),
+    (checkpoint, "write_atomically"), (checkpoint.shutil, "rmtree"),
+]  # fmt: skip
+
+
+def trained(step: int) -> tuple[Toy, list[torch.optim.Optimizer]]:
+    """A model whose weights tell after how many steps they were saved."""
+    model = Toy()
+    optimizers = make_optimizers(model, config(optimizer="muon"))
+    for _ in range(2):
+        model(step).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    nn.init.constant_(model.inner.bias, step)
+    return model, optimizers
+
+
+def test_a_kill_at_any_touch_of_the_disk_leaves_a_usable_state(tmp_path, monkeypatch):
+    n_touches, outcomes = 0, []
+    for kill_at in range(1, 30):
+        out = tmp_path / str(kill_at)
+        out.mkdir()
+        checkpoint.save_state(out, *trained(4), 4, 1.0, {"s": 1})
+        n_touches = 0
+        with monkeypatch.context() as patch:
+            for owner, name in TOUCHES:
+
+                def touch(*args, real=getattr(owner, name), kill_at=kill_at, **kwargs):
+                    nonlocal n_touches
+                    n_touches += 1
+                    if n_touches == kill_at:
+                        if real is safetensors.torch.save_file:
+                            args[1].write_bytes(b"half of a file")
+                        raise Killed
+                    return real(*args, **kwargs)
+
+                patch.setattr(owner, name, touch)
+            try:
+                checkpoint.save_state(out, *trained(5), 5, 2.0, {"s": 1})
+            except Killed:
+                was_killed = True
+            else:
+                was_killed = False
+        model = Toy()
+        step, elapsed_s = checkpoint.load_state(out, model, make_optimizers(model, config(optimizer="muon")), {"s": 1})
+        assert step in (4, 5) and elapsed_s == step - 3.0
+        assert model.inner.bias.tolist() == [step] * 6
+        outcomes.append(step)
+        checkpoint.save_state(out, *trained(6), 6, 3.0, {"s": 1})  # and the next save goes through
+        assert [path.name for path in out.glob("state-*")] == ["state-6"]
+        if not was_killed:
+            break
+    assert kill_at > 5 and outcomes[0] == 4 and outcomes[-1] == 5
+
+
+def save_for_ever(out: Path) -> None:
+    torch.set_num_threads(1)
+    for step in range(1, 10**6):
+        model, optimizers = trained(0)
+        nn.init.constant_(model.inner.bias, step)
+        checkpoint.save_state(out, model, optimizers, step, 0.0, {})
+
+
+def test_sigkill_in_a_loop_leaves_a_usable_state(tmp_path):
+    context = multiprocessing.get_context("fork")
+    checkpoint.save_state(tmp_path, *trained(1), 1, 0.0, {})
+    for i in range(6):
+        process = context.Process(target=save_for_ever, args=(tmp_path,))
+        process.start()
+        time.sleep(0.03 + 0.013 * i)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        model = Toy()
+        step, _ = checkpoint.load_state(tmp_path, model, make_optimizers(model, config(optimizer="muon")), {})
+        assert step >= 1 and model.inner.bias.tolist() == [step] * 6
+
+
+@pytest.mark.parametrize("damage", ["json", "tensors", "folder"])
+def test_a_damaged_state_is_refused_and_not_taken_for_a_fresh_start(damage, tmp_path):
+    run(Toy(), tmp_path, config(steps=2))
+    if damage == "json":
+        (tmp_path / "state.json").write_text("{")
+    elif damage == "tensors":
+        path = tmp_path / "state-2" / "state.safetensors"
+        path.write_bytes(path.read_bytes()[:-5])
+    else:
+        shutil.rmtree(tmp_path / "state-2")
+    with pytest.raises(TrainingError, match="cannot be read"):
+        run(Toy(), tmp_path, config(steps=2))
