@@ -34,6 +34,11 @@ VARIANTS = {
     "each layer, encoder": {"reader_layers": (0, 1, 2, 3), "n_encoder_blocks": 1, "n_latents": 3},
     "shared head": {"head_shared_rank": 2, "whitened": True},
     "kinds": {"kinds": ("q_proj", "v_proj", "down_proj"), "layers": (1, 3), "document_independent_rank": 3},
+    "values": {"d_values": 48},
+    "values, each layer": {
+        "d_values": 48, "kinds": ("q_proj", "o_proj", "down_proj"), "reader_layers": (0, 1, 2, 3), "n_encoder_blocks": 1,
+        "n_latents": 3,
+    },
     "everything": {
         "kinds": ("k_proj", "o_proj", "up_proj"), "reader_layers": (0, 1, 2, 3), "n_encoder_blocks": 1, "n_latents": 4,
         "n_latent_mlps": 1, "head_shared_rank": 3, "document_independent_rank": 1, "gated_projection": True,
@@ -50,7 +55,9 @@ def make(variant: str = "default", *, fresh: bool = False, **options) -> DocToLo
     }  # fmt: skip
     target = target_from_config(MODEL.config, settings.pop("kinds", ("down_proj",)), settings.pop("layers", None))
     torch.manual_seed(0)
-    hypernet = DocToLoRA(DocToLoRAConfig.for_target(target, MODEL.config.hidden_size, **settings))
+    hypernet = DocToLoRA(
+        DocToLoRAConfig.for_target(target, MODEL.config.hidden_size + settings.get("d_values", 0), **settings)
+    )
     if not fresh:
         for name, value in hypernet.named_parameters():
             if "scaler" in name or name.endswith((".b", ".b1", ".b2")):
@@ -395,3 +402,20 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
     with pytest.raises(pickle.UnpicklingError, match="no business"):
         read_checkpoint(tmp_path / "bomb.bin")
     assert not (tmp_path / "exploded").exists()
+
+
+def test_b_rows_copy_the_values_that_the_latents_point_to():
+    hypernet = make("values")
+    head, pointer = hypernet.head("down_proj"), hypernet.pointer("down_proj")
+    features = make_features(hypernet, n=2, t=5)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    head.scaler_b.data.zero_()  # nothing but the copy
+    b = hypernet.expand(hypernet.latents(features, mask))["down_proj"][1] / hypernet.config.scale  # [2, layers, r, 48]
+    weights = b / pointer.scaler @ torch.linalg.pinv(features[..., -48:])[:, None]  # [2, layers, r, 5]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 2), atol=1e-3, rtol=1e-3)
+    assert (weights > -1e-3).all() and weights[0, ..., 3:].abs().max() < 1e-3
+
+
+def test_values_need_a_module_that_writes_them():
+    with pytest.raises(ConfigError, match="48 numbers"):
+        make(d_values=48, kinds=("up_proj",))

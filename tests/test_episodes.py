@@ -187,3 +187,14 @@ def test_the_encoder_stops_at_the_deepest_layer_it_reads():
         for handle in handles:
             handle.remove()
     assert ran == [0, 1]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_a_value_written_into_the_last_hidden_state_makes_the_base_say_its_token(family):
+    model = make_model(family)
+    ids = torch.arange(3, 103)[None]
+    features = ContextEncoder(model, (2,), with_values=True)(ids)
+    values = features[0, :, -model.config.hidden_size :]
+    torch.testing.assert_close(values.norm(dim=-1), torch.ones(100))
+    said = model.get_output_embeddings()(model.get_decoder().norm(values)).argmax(-1)
+    assert (said == ids[0]).float().mean() > 0.95  # tokens with nearly the same embedding aside

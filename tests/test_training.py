@@ -55,7 +55,7 @@ def run(model: Toy, out: Path, config: TrainConfig, stop_after: int | None = Non
 
     def on_metrics(metrics: dict[str, float]) -> None:
         if metrics["step"] == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     return train(
         model,
@@ -119,7 +119,7 @@ def test_resumed_doc_to_lora_equals_uninterrupted(optimizer, base, tmp_path):
 
     def stop(metrics: dict[str, float]) -> None:
         if metrics["step"] == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     train_doc(base, recipe, tmp_path / "whole")
     train_doc(base, recipe, tmp_path / "parts", on_metrics=stop)
@@ -211,7 +211,7 @@ def test_signals_stop_after_the_step_and_are_handed_back(tmp_path):
 
         def objective(step: int, micro: int, model=model, number=number):
             if step == 2:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
             return model(step), {}
 
         last = train(model, objective, config(steps=50), out, save_model=lambda folder: None)
@@ -221,8 +221,8 @@ def test_signals_stop_after_the_step_and_are_handed_back(tmp_path):
 
 def test_asked_twice_it_does_not_wait_for_the_step(tmp_path):
     def stuck(step: int, micro: int):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         raise AssertionError("went on")
 
     with pytest.raises(KeyboardInterrupt):

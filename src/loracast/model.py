@@ -109,7 +109,9 @@ class Model(Answerer):
     def __init__(self, base: Base, hypernet: DocToLoRA, hypernet_hash: str, library: Path):
         super().__init__(base, library)
         self.hypernet, self.hypernet_hash = hypernet, hypernet_hash
-        self.encoder = ContextEncoder(base.model, hypernet.config.reader_layers)
+        self.encoder = ContextEncoder(
+            base.model, hypernet.config.reader_layers, with_values=hypernet.config.d_values > 0
+        )
 
     def learn(
         self,

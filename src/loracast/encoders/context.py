@@ -13,10 +13,21 @@ from torch import Tensor, nn
 class ContextEncoder:
     """Reads the base's hidden states. Shares the base's weights: building one costs nothing."""
 
-    def __init__(self, model: Any, layers: Sequence[int]):
-        """`model` is the base (a causal LM); `layers` says after which blocks to read, 0 meaning the embeddings."""
+    def __init__(self, model: Any, layers: Sequence[int], with_values: bool = False):
+        """
+        Args:
+            model: the base (a causal LM).
+            layers: after which blocks to read, 0 meaning the embeddings.
+            with_values: append to each token's features the unit vector that, written into the last hidden state, makes
+                the base say that token: its output embedding, centred, weighted as the final norm does.
+        """
         self.layers = tuple(layers)
+        self._embeddings = model.get_output_embeddings() if with_values else None
         decoder = model.get_decoder()
+        if with_values:
+            weight = model.get_output_embeddings().weight
+            self._mean = weight.float().mean(0)
+            self._gain = decoder.norm(torch.ones(1, 1, weight.shape[1], device=weight.device)).float()[0, 0]
         # A second decoder around the same blocks, cut after the deepest one that is read.
         self._decoder = copy.copy(decoder)
         self._decoder._modules = dict(decoder._modules)
@@ -27,7 +38,8 @@ class ContextEncoder:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """input_ids [n, t], padded on the right -> features [n, t, d], or [n, layers, t, d] if several layers are read.
+        """input_ids [n, t], padded on the right -> features [n, t, d], or [n, layers, t, d] if several layers are read;
+        d is the base's width, twice that with values.
 
         Attention is causal, so padding on the right changes nothing before it and needs no mask here.
         """
@@ -47,6 +59,15 @@ class ContextEncoder:
         finally:
             for handle in handles:
                 handle.remove()
-        if len(self.layers) == 1:
-            return states[self.layers[0]]
-        return torch.stack([states[n] for n in self.layers], dim=1)
+        features = torch.stack([states[n] for n in self.layers], dim=1)  # [n, layers, t, d]
+        if self._embeddings is not None:
+            values = self.values(input_ids).to(features.dtype)[:, None].expand_as(features)
+            features = torch.cat([features, values], dim=-1)
+        return features[:, 0] if len(self.layers) == 1 else features
+
+    @torch.no_grad()
+    def values(self, input_ids: Tensor) -> Tensor:
+        """input_ids [n, t] -> for each token the unit vector [n, t, d] that makes the base say it."""
+        assert self._embeddings is not None
+        embedded = self._embeddings.weight[input_ids].float() - self._mean
+        return torch.nn.functional.normalize(embedded * self._gain, dim=-1)

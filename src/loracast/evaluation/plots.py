@@ -22,16 +22,17 @@ def heat_map(path: Path, rows: Sequence[Row], systems: Sequence[str]) -> None:
     """Exact match by length (across) and depth (down), a panel for each system; `rows` as needle.py makes them."""
     plt = _pyplot()
     lengths = list(dict.fromkeys(row["length"] for row in rows))
-    size = (1.6 + (1.0 * len(lengths) + 1.2) * len(systems), 4.2)
+    size = (1.8 + max(3.6, 0.9 * len(lengths) + 0.6) * len(systems), 4.2)
     figure, axes = plt.subplots(1, len(systems), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis, system in zip(axes[0], systems, strict=True):
         mine = {row["length"]: row for row in rows if row["system"] == system}
         bins = next(iter(mine.values()))["depths"]
         cells = [[_percent(mine[length]["depths"][i]["exact"]) for length in lengths] for i in range(len(bins))]
-        image = axis.imshow(cells, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+        image = axis.imshow(cells, cmap="viridis", vmin=0, vmax=100, aspect="auto")
         for i, line in enumerate(cells):
             for j, cell in enumerate(line):
-                axis.text(j, i, "-" if cell != cell else f"{cell:.0f}", ha="center", va="center", fontsize=11)
+                label, colour = ("-", "black") if cell != cell else (f"{cell:.0f}", "white" if cell < 70 else "black")
+                axis.text(j, i, label, ha="center", va="center", fontsize=11, color=colour)
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right")
         axis.set_yticks(range(len(bins)), [f"{100 * b['low']:.0f} - {100 * b['high']:.0f}" for b in bins])
         axis.set_title(next(iter(mine.values()))["label"], fontsize=11)
@@ -46,14 +47,18 @@ def by_length(path: Path, rows: Sequence[Row]) -> None:
     """Exact match of every system over the documents' lengths, with its 95 % interval."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
-    for system in dict.fromkeys(row["system"] for row in rows):
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    for i, system in enumerate(systems):
         mine = [row for row in rows if row["system"] == system]
         exact = [100 * row["exact"] for row in mine]
         errors = [
             [max(0.0, 100 * (row["exact"] - row["exact_low"])) for row in mine],
             [max(0.0, 100 * (row["exact_high"] - row["exact"])) for row in mine],
         ]
-        axis.errorbar([row["length"] for row in mine], exact, errors, marker="o", capsize=3, label=mine[0]["label"])
+        places = [
+            row["length"] * 2 ** (0.07 * (i - len(systems) / 2)) for row in mine
+        ]  # side by side, not on each other
+        axis.errorbar(places, exact, errors, marker="o", capsize=3, label=mine[0]["label"])
     lengths = list(dict.fromkeys(row["length"] for row in rows))
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{length:,}" for length in lengths])

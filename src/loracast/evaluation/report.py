@@ -127,7 +127,7 @@ def environment(model: Model) -> dict[str, Any]:
 
     device = model.base.device
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["loracast", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": asdict(model.base.fingerprint),
         "hypernetwork": model.hypernet_hash,

@@ -1,6 +1,7 @@
 """Doc-to-LoRA: a chunk's features become the factors of a LoRA in one forward pass (arXiv 2602.15902).
 
     features [n, t, d] -> projection -> Perceiver encoder (optional) -> Perceiver decoder -> rank latents [n, layers, r, w]
+    features -> where each rank latent points -> values that its B row copies (optional)
     rank latents -> residual MLPs (optional) -> unit length -> a head for each module kind -> A [n, layers, r, in], B [n, layers, r, out]
 
 The chunks of a document are merged by joining their factors along the rank. Knows shapes, never a base's weights.
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.errors import ConfigError
-from loracast.hypernets.heads import FactorHead, LatentMLP, SharedLoRA
+from loracast.hypernets.heads import FactorHead, LatentMLP, SharedLoRA, ValuePointer
 from loracast.hypernets.perceiver import GatedMLP, Perceiver, Queries
 from loracast.lora import Factors, LoRABatch
 from loracast.target import KINDS, Target, TargetModule
@@ -28,7 +29,7 @@ class DocToLoRAConfig:
     """Everything that fixes the architecture; the shapes of the base are in `modules`."""
 
     d_features: int
-    """Width of the encoder's features."""
+    """Width of the encoder's features, values included."""
     modules: tuple[tuple[str, int, str, int, int], ...]
     """The target, one (name, layer, kind, d_in, d_out) for each module, in the target's order."""
     reader_layers: tuple[int, ...] = (8,)
@@ -63,6 +64,8 @@ class DocToLoRAConfig:
     """Factor on every delta, folded into B (published: 2 * rank ** 1.5, not divided by the rank)."""
     whitened: bool = False
     """Express factors in units of the base's own activations, measured by `calibrate`."""
+    d_values: int = 0
+    """The last columns of the features are values that B rows may copy: what the base must be told to say a token. 0 for none."""
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -84,6 +87,10 @@ class DocToLoRAConfig:
         if min(self.n_decoder_blocks, self.rank, self.n_kv_heads) < 1 or self.n_heads % self.n_kv_heads:
             problems.append(
                 "n_decoder_blocks, rank and n_kv_heads must be at least 1 and n_heads a multiple of n_kv_heads"
+            )
+        if self.d_values and self.d_values not in {d_out for _, _, _, _, d_out in self.modules}:
+            problems.append(
+                f"no target module writes outputs of {self.d_values} numbers for the values to be copied to"
             )
         if problems:
             raise ConfigError("bad DocToLoRAConfig: " + "; ".join(problems))
@@ -138,6 +145,8 @@ class DocToLoRA(nn.Module):
         self.heads = nn.ModuleDict(
             {k: FactorHead(n_layers, c.width, c.rank, *shapes[k], c.head_shared_rank, c.whitened) for k in c.kinds}
         )
+        copying = [k for k in c.kinds if c.d_values and shapes[k][1] == c.d_values]
+        self.pointers = nn.ModuleDict({k: ValuePointer(n_layers, c.d_features, c.width, c.rank) for k in copying})
         self.document_independent = nn.ModuleDict(
             {k: SharedLoRA(n_layers, c.document_independent_rank, *shapes[k]) for k in c.kinds}
             if c.document_independent_rank
@@ -156,42 +165,70 @@ class DocToLoRA(nn.Module):
         """The head of a module kind."""
         return cast(FactorHead, self.heads[kind])
 
+    def pointer(self, kind: str) -> ValuePointer:
+        """The pointer to values of a module kind."""
+        return cast(ValuePointer, self.pointers[kind])
+
     def shared(self, kind: str) -> SharedLoRA | None:
         """The document-independent LoRA of a module kind, if there is one."""
         return cast(SharedLoRA, self.document_independent[kind]) if kind in self.document_independent else None
 
     def latents(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Unit rank latents of chunks.
+        """The rank codes of chunks: with the heads they are all that a chunk's LoRA needs.
 
         Args:
             features: [n, t, d], or [n, layers, t, d] when each layer reads features of its own.
             mask: [n, t], true where a token is real.
 
         Returns:
-            [n, layers, kinds * rank, width], each of length 1. With the heads they are all that a chunk's LoRA needs.
+            [n, layers, kinds * rank, width (+ d_values)]: rank latents of length 1 and, with values, those they point to.
         """
         c = self.config
         n, n_layers = features.shape[0], len(c.layers)
         if c.reads_each_layer:
             features = features.flatten(0, 1)  # [n * layers, t, d]
             mask = None if mask is None else mask.repeat_interleave(n_layers, dim=0)
-        context = self.project((features - self.feature_mean) / self.feature_std)
-        mask = None if mask is None else mask.bool()
+        standard = (features - self.feature_mean) / self.feature_std
+        context = self.project(standard)
+        mask = token_mask = None if mask is None else mask.bool()
         if c.n_encoder_blocks:
             start = self.encoder_latents().expand(context.shape[0], -1, -1)
             context, mask = self.encoder(start, context, mask), None
         latents = self.decoder(self.rank_latents().expand(context.shape[0], -1, -1), context, mask)
+        pointed = self._pointed(latents, standard, features, token_mask)
         latents = latents.view(n, n_layers, len(c.kinds) * c.rank, c.width)
         for mlp in self.latent_mlps:
             latents = mlp(latents)
-        return functional.normalize(latents.float(), dim=-1)
+        latents = functional.normalize(latents.float(), dim=-1)
+        return latents if pointed is None else torch.cat([latents, pointed.view(*latents.shape[:3], -1)], dim=-1)
 
-    def expand(self, latents: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Rank latents -> by kind, A [n, layers, r, in] and B [n, layers, r, out] (B's rows are the columns of the factor)."""
+    def _pointed(self, latents: Tensor, standard: Tensor, features: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The values [n, q, d_values] that each rank latent [n, q, w] points to; zero for kinds that copy nothing."""
         c = self.config
-        by_kind = latents.unflatten(2, (len(c.kinds), c.rank)).unbind(2)
-        pairs = {kind: self.head(kind)(part) for kind, part in zip(c.kinds, by_kind, strict=True)}
-        return {kind: (a, b * c.scale) for kind, (a, b) in pairs.items()}
+        if not self.pointers:
+            return None
+        by_kind = latents.unflatten(1, (-1, len(c.kinds), c.rank)).unbind(2)  # [n, layers, r, w] each
+        values = features[..., -c.d_values :].float()  # [n, t, d_values]
+        pooled = []
+        for kind, part in zip(c.kinds, by_kind, strict=True):
+            if kind in self.pointers:
+                weights = self.pointer(kind).weights(part.flatten(1, 2), standard, mask)  # [n, layers * r, t]
+                pooled.append((weights @ values).view(*part.shape[:3], -1))
+            else:
+                pooled.append(values.new_zeros(*part.shape[:3], c.d_values))
+        return torch.stack(pooled, dim=2).flatten(1, 3)
+
+    def expand(self, codes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Rank codes -> by kind, A [n, layers, r, in] and B [n, layers, r, out] (B's rows are the columns of the factor)."""
+        c = self.config
+        by_kind = codes.unflatten(2, (len(c.kinds), c.rank)).unbind(2)
+        pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        for kind, part in zip(c.kinds, by_kind, strict=True):
+            a, b = self.head(kind)(part[..., : c.width])
+            if kind in self.pointers:
+                b = b + part[..., c.width :] * self.pointer(kind).scaler
+            pairs[kind] = (a, b * c.scale)
+        return pairs
 
     def forward(self, features: Tensor, mask: Tensor | None = None, chunks_per_document: int = 1) -> LoRABatch:
         """Chunks -> one LoRA for each document, differentiable.

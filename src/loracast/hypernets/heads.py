@@ -72,6 +72,26 @@ class FactorHead(nn.Module):
         self.out_scale.copy_(out_rms.mean(-1)[:, None, None].expand_as(self.out_scale))
 
 
+class ValuePointer(nn.Module):
+    """Where in a chunk each rank latent points, so that its B row can copy what the base must be told to say that token.
+
+    Without it, a head has to learn each token of the vocabulary by itself, through the narrow latents. The copy starts at zero.
+    """
+
+    def __init__(self, n_layers: int, d_features: int, width: int, rank: int):
+        super().__init__()
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(d_features, width, bias=False)
+        self.scaler = nn.Parameter(torch.zeros(n_layers, rank, 1))
+
+    def weights(self, latents: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
+        """latents [n, q, w], standardised features [n, t, d], mask [n, t] -> a distribution over the tokens [n, q, t]."""
+        scores = self.query(latents) @ self.key(features).transpose(1, 2) / latents.shape[-1] ** 0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], float("-inf"))
+        return scores.float().softmax(-1)
+
+
 class SharedLoRA(nn.Module):
     """The document-independent LoRA of one module kind, appended once to every document's factors. B starts at zero."""
 

@@ -97,9 +97,9 @@ def build_hypernet(base: Base, recipe: Recipe, source: EpisodeSource) -> DocToLo
     """A fresh hypernetwork for a base, its units measured on the data's own text."""
     torch.manual_seed(recipe.training.seed)
     target = target_from_config(base.model.config, recipe.kinds, recipe.layers)
-    d_features = base.model.config.get_text_config().hidden_size
+    d_features = base.model.config.get_text_config().hidden_size + recipe.hypernetwork.get("d_values", 0)
     hypernet = DocToLoRA(DocToLoRAConfig.for_target(target, d_features, **recipe.hypernetwork))
-    encoder = ContextEncoder(base.model, hypernet.config.reader_layers)
+    encoder = ContextEncoder(base.model, hypernet.config.reader_layers, with_values=hypernet.config.d_values > 0)
     rng = random.Random(recipe.data.seed)
     texts = [source.sample_text(rng, 256) for _ in range(CALIBRATION_ROWS)]
     calibrate(hypernet, base.model, encoder, [torch.tensor([encode_text(base.tokenizer, text)]) for text in texts])
@@ -139,7 +139,7 @@ def train_doc(
     else:
         hypernet = build_hypernet(base, recipe, source)
     hypernet.to(workers.device).train()
-    encoder = ContextEncoder(base.model, hypernet.config.reader_layers)
+    encoder = ContextEncoder(base.model, hypernet.config.reader_layers, with_values=hypernet.config.d_values > 0)
     wrapped = workers.wrap(hypernet)
     n_micro = recipe.training.accumulate
 
