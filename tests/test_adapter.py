@@ -18,24 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import PROSE, make_hypernet, make_model
-from loracast import adapter as adapter_module
-from loracast.adapter import (
-    Adapter,
-    AdapterWriter,
-    Manifest,
-    adapter_names,
-    adapters,
-    check_name,
-    name_from,
-    open_adapter,
-    remove_adapter,
-    tidy,
-)
+from loracast import library as library_module
+from loracast.adapter import Adapter
 from loracast.documents import Chunk
 from loracast.errors import AdapterError, BaseModelError
 from loracast.fingerprint import Fingerprint, check, config_fingerprint, fingerprint
 from loracast.learn import expand_chunks, split_document
+from loracast.library import AdapterWriter, adapter_names, adapters, open_adapter, remove_adapter, tidy
 from loracast.lora import LoRA, concat
+from loracast.manifest import Manifest, check_name, name_from
 from loracast.routing import chunk_places, chunk_texts
 from loracast.target import target_from_config
 
@@ -418,9 +409,9 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
             write(tmp_path)
     assert list(tmp_path.iterdir()) == []
     write(tmp_path, seed=1)
-    for step in ("_file_sha256", "write_atomically", "sync_folder"):
+    for step in ("file_sha256", "sync_folder"):
         with monkeypatch.context() as patch:
-            patch.setattr(adapter_module, step, full)
+            patch.setattr(library_module, step, full)
             with pytest.raises(OSError, match="disk full"):
                 write(tmp_path, seed=2, replace=True)
         assert [path.name for path in tmp_path.iterdir()] == ["doc"]
@@ -437,7 +428,7 @@ def test_a_replacement_that_fails_puts_the_old_one_back(tmp_path, monkeypatch):
         real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapter_module.os, "replace", replace)
+        patch.setattr(library_module.os, "replace", replace)
         with pytest.raises(OSError, match="no"):
             write(tmp_path, seed=2, replace=True)
     assert [path.name for path in tmp_path.iterdir()] == ["doc"]
@@ -485,12 +476,12 @@ def die_while_replacing(library: Path) -> None:
             os._exit(9)
         real(source, target)
 
-    adapter_module.os.replace = replace
+    library_module.os.replace = replace
     write(library, seed=2, replace=True)
 
 
 def die_while_removing(library: Path) -> None:
-    adapter_module.shutil.rmtree = lambda *_, **__: os._exit(9)
+    library_module.shutil.rmtree = lambda *_, **__: os._exit(9)
     remove_adapter(library, "doc")
 
 
@@ -500,7 +491,7 @@ def test_the_next_run_clears_up_after_a_killed_one(tmp_path, monkeypatch):
     assert adapter_names(tmp_path) == []
     tidy(tmp_path)
     assert left.exists()  # so new that its writer may not have locked it yet
-    monkeypatch.setattr(adapter_module, "_GRACE_S", 0.0)
+    monkeypatch.setattr(library_module, "_GRACE_S", 0.0)
     with AdapterWriter(tmp_path, "other", TARGET, 2, some_chunks(1)):
         assert not left.exists()
         (living,) = tmp_path.iterdir()
@@ -513,7 +504,7 @@ def test_the_next_run_clears_up_after_a_killed_one(tmp_path, monkeypatch):
 
 
 def test_a_replacement_cut_short_is_undone(tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter_module, "_GRACE_S", 0.0)
+    monkeypatch.setattr(library_module, "_GRACE_S", 0.0)
     write(tmp_path, seed=1)
     assert in_child(die_while_replacing, tmp_path) == 9
     assert adapter_names(tmp_path) == []
@@ -523,7 +514,7 @@ def test_a_replacement_cut_short_is_undone(tmp_path, monkeypatch):
 
 
 def test_tidying_touches_nothing_of_the_users(tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter_module, "_GRACE_S", 0.0)
+    monkeypatch.setattr(library_module, "_GRACE_S", 0.0)
     write(tmp_path)
     for name in (".vscode", ".config.d", "notes"):
         (tmp_path / name).mkdir()
@@ -540,7 +531,7 @@ def replace_for_ever(library: Path) -> None:
 
 
 def test_sigkill_in_a_loop_never_leaves_half_an_adapter(tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter_module, "_GRACE_S", 0.0)
+    monkeypatch.setattr(library_module, "_GRACE_S", 0.0)
     write(tmp_path, 2)
     for i in range(8):
         in_child(replace_for_ever, tmp_path, kill_after_s=0.05 + 0.017 * i)

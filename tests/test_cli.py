@@ -19,8 +19,8 @@ import typer
 from typer.testing import CliRunner
 
 import loracast
-from loracast.adapter import adapter_names
 from loracast.cli import app
+from loracast.library import adapter_names
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = (sys.executable, "-c", "from loracast.cli import main; main()")
@@ -206,7 +206,7 @@ def test_a_full_disk_is_one_line(run, learning, manual, monkeypatch):
     def full(*ignored):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("loracast.adapter.AdapterWriter.add", full)
+    monkeypatch.setattr("loracast.library.AdapterWriter.add", full)
     result = run("learn", manual, *learning)
     assert result.exit_code == 1 and result.stderr == "error: [Errno 28] No space left on device\n"
 
@@ -267,7 +267,7 @@ def test_ctrl_c_while_learning_leaves_nothing(run, learning, manual, library, mo
     def stop(*ignored):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loracast.adapter.AdapterWriter.add", stop)
+    monkeypatch.setattr("loracast.library.AdapterWriter.add", stop)
     result = run("learn", manual, *learning)
     assert result.exit_code == 130
     assert list(library.iterdir()) == []
@@ -580,7 +580,7 @@ import json, os, signal, sys
 from pathlib import Path
 import rich.progress, rich.status, typer.main
 import loracast.model
-from loracast.adapter import adapters
+from loracast.library import adapters
 from loracast.cli import app
 
 library, base, hypernet, *arguments = sys.argv[1:]

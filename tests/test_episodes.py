@@ -198,3 +198,14 @@ def test_a_value_written_into_the_last_hidden_state_makes_the_base_say_its_token
     torch.testing.assert_close(values.norm(dim=-1), torch.ones(100))
     said = model.get_output_embeddings()(model.get_decoder().norm(values)).argmax(-1)
     assert (said == ids[0]).float().mean() > 0.95  # tokens with nearly the same embedding aside
+
+
+def test_a_lead_in_is_read_before_the_text_and_dropped():
+    ids = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(0))
+    together = torch.cat([torch.tensor([[7, 8]]).expand(2, -1), ids], dim=1)
+    states = MODEL(input_ids=together, output_hidden_states=True).hidden_states
+    features = ContextEncoder(MODEL, (0, 2), with_values=True, lead_in=(7, 8))(ids)
+    hidden = MODEL.config.hidden_size
+    torch.testing.assert_close(features[..., :hidden], torch.stack([states[0], states[2]], dim=1)[:, :, 2:])
+    without = ContextEncoder(MODEL, (0, 2), with_values=True)(ids)
+    assert torch.equal(features[..., hidden:], without[..., hidden:])

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,18 +190,20 @@ def test_other_settings_are_refused_by_name(tmp_path):
     assert same(before, state_of(tmp_path))
 
 
-def test_a_budget_ends_a_run_and_the_next_goes_on(tmp_path):
+def test_a_budget_ends_a_run_and_the_next_goes_on(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now_s=50.0, monotonic=lambda: clock.now_s)
+    monkeypatch.setattr("loracast.training.loop.time", clock)
+    model = Toy()
+
     def slow(step: int, micro: int):
-        time.sleep(0.02)
+        clock.now_s += 2.0
         return model(step), {}
 
-    model = Toy()
-    quiet = {"save_model": lambda folder: None}
-    done = train(model, slow, config(steps=1000, budget_s=0.1), tmp_path, **quiet)["step"]
-    assert 1 <= done < 20
-    again = train(model, slow, config(steps=1000, budget_s=0.1), tmp_path, **quiet)["step"]
-    assert done < again < 40
-    assert metrics_of(tmp_path)[-1]["elapsed_s"] >= 0.2
+    for done in (6, 12):  # the step that crosses the budget is finished
+        last = train(model, slow, config(steps=1000, budget_s=10.0), tmp_path, save_model=lambda folder: None)
+        assert last["step"] == done
+        clock.now_s += 99  # between two runs no time is counted
+    assert [row["elapsed_s"] for row in metrics_of(tmp_path)] == [2.0 * n for n in range(1, 13)]
 
 
 def test_signals_stop_after_the_step_and_are_handed_back(tmp_path):

@@ -83,6 +83,13 @@ class Base:
         """Tokens that fit into the base's window."""
         return self.model.config.get_text_config().max_position_embeddings
 
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: the template's end of turn first, then whatever else the base was trained to stop at."""
+        others = self.model.generation_config.eos_token_id
+        others = others if isinstance(others, list) else [] if others is None else [others]
+        return tuple(dict.fromkeys([self.chat.end_of_turn, *others]))
+
     @property
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 
@@ -56,7 +57,7 @@ class _Streamer:
             self._is_prompt = False
             return
         self.first_token_at = self.first_token_at or time.perf_counter()
-        self.ids += [i for i in ids.flatten().tolist() if i != self.base.chat.end_of_turn]
+        self.ids += [i for i in ids.flatten().tolist() if i not in self.base.end_ids]
         text = self.base.tokenizer.decode(self.ids, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # a character whose bytes are still incomplete waits for the next token
             self.on_text(text[len(self.shown) :])
@@ -78,8 +79,8 @@ def answer(
     started = time.perf_counter()
     ids = _generate(base, [prompt], [lora], sampling, streamer)[0]
     ended = time.perf_counter()
-    finished = base.chat.end_of_turn in ids
-    ids = _until(ids, base.chat.end_of_turn)
+    finished = any(i in base.end_ids for i in ids)
+    ids = _until(ids, base.end_ids)
     text = base.tokenizer.decode(ids, skip_special_tokens=True)
     first_token_s = (streamer.first_token_at or ended) - started
     return Answer(text.strip(), len(prompt), len(ids), first_token_s, ended - started, finished)
@@ -90,11 +91,12 @@ def answer_batch(
 ) -> list[str]:
     """Answer several prompts in one batch, each with a LoRA of its own or none."""
     rows = _generate(base, prompts, loras, sampling, None)
-    return [base.tokenizer.decode(_until(row, base.chat.end_of_turn), skip_special_tokens=True).strip() for row in rows]
+    return [base.tokenizer.decode(_until(row, base.end_ids), skip_special_tokens=True).strip() for row in rows]
 
 
-def _until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
+def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """The ids before the first that ends an answer."""
+    return list(takewhile(lambda i: i not in ends, ids))
 
 
 @torch.no_grad()
@@ -127,7 +129,7 @@ def _generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=base.chat.end_of_turn,
+            eos_token_id=list(base.end_ids),
             pad_token_id=base.pad_id,
             streamer=streamer,
             **options,

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from loracast.adapter import Adapter, AdapterWriter, Manifest, check_free
+from loracast.adapter import Adapter
 from loracast.base import Base
 from loracast.batching import pad_right
 from loracast.chat import encode_text, encode_with_offsets
 from loracast.documents import Chunk, Document, split_text
 from loracast.encoders.context import ContextEncoder
 from loracast.errors import DocumentError
+from loracast.library import AdapterWriter, check_free
+from loracast.manifest import Manifest
 
 if TYPE_CHECKING:
     from loracast.hypernets.doc_to_lora import DocToLoRA

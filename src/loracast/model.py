@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import BinaryIO
 
-from loracast.adapter import Adapter, name_for, open_adapter
+from loracast.adapter import Adapter
 from loracast.base import DEFAULT_BASE, Base, load_base
 from loracast.chat import Message
 from loracast.documents import Document, read_document
@@ -24,7 +24,9 @@ from loracast.generate import Answer, Sampling, answer
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained
 from loracast.learn import Progress, learn_document
+from loracast.library import open_adapter
 from loracast.lora import LoRA, concat
+from loracast.manifest import name_for
 from loracast.paths import library_dir
 from loracast.routing import DEFAULT_ROUTE, Route, route
 
@@ -109,9 +111,7 @@ class Model(Answerer):
     def __init__(self, base: Base, hypernet: DocToLoRA, hypernet_hash: str, library: Path):
         super().__init__(base, library)
         self.hypernet, self.hypernet_hash = hypernet, hypernet_hash
-        self.encoder = ContextEncoder(
-            base.model, hypernet.config.reader_layers, with_values=hypernet.config.d_values > 0
-        )
+        self.encoder = ContextEncoder.for_hypernet(base.model, hypernet.config)
 
     def learn(
         self,

@@ -31,7 +31,7 @@ def ask(
 
     Without an adapter the plain base answers.
     """
-    from loracast.adapter import open_adapter
+    from loracast.library import open_adapter
     from loracast.paths import library_dir
 
     if not question.strip():

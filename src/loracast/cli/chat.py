@@ -43,7 +43,7 @@ def chat(
     device: options.Device = None,
 ) -> None:
     """Talk with learned documents, or with the plain base."""
-    from loracast.adapter import open_adapter
+    from loracast.library import open_adapter
     from loracast.paths import library_dir
 
     for name in adapters or []:
@@ -118,7 +118,7 @@ class Talk:
             else:
                 say(f"(using {' + '.join(self.used) or 'no adapter'})")
         elif command == "/list":
-            from loracast.adapter import adapter_names
+            from loracast.library import adapter_names
 
             for there in adapter_names(self.answerer.library):
                 print(f"{'*' if there in self.used else ' '} {there}", flush=True)

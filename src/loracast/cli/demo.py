@@ -28,8 +28,9 @@ def demo(
 
     Five questions, beside the plain base. The adapter stays in the library as "manual".
     """
-    from loracast.adapter import check_free, name_for
     from loracast.documents import read_document
+    from loracast.library import check_free
+    from loracast.manifest import name_for
     from loracast.paths import library_dir
 
     document = read_document(file)

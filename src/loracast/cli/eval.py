@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
+from loracast.cli import options
+from loracast.cli.output import print_json, say, stderr, stdout
+from loracast.cli.session import open_model
 from loracast.routing import DEFAULT_ROUTE
 
 if TYPE_CHECKING:
     from loracast.evaluation.report import Report
-    from loracast.model import Model
 
 Number = TypeVar("Number", int, float)
 
@@ -26,9 +28,6 @@ Out = Annotated[Path, typer.Option(help="Folder for results.json, table.md and p
 Texts = Annotated[
     list[str] | None, typer.Option(help="Prose that no training has seen: JSONL(.gz) or plain text. Repeatable.")
 ]
-Hypernetwork = Annotated[str | None, typer.Option(help="Folder or hub repository; the shipped one by default.")]
-BaseName = Annotated[str | None, typer.Option(help="Embedded base, folder or hub id.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; the fastest there is by default.")]
 Systems = Annotated[
     str, typer.Option(help="Rivals to run, with commas: merged, routed, none, other, window, bm25, bm25k; or all.")
 ]
@@ -36,7 +35,7 @@ Route = Annotated[int, typer.Option(help="Chunks that a question is given when r
 ChunkTokens = Annotated[int, typer.Option(help="Longest chunk, in tokens.", min=16)]
 Seed = Annotated[int, typer.Option(help="Seed of documents and questions.")]
 Budget = Annotated[float | None, typer.Option("--budget-s", help="Stop drawing documents after this many seconds.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print results.json in place of the table.")]
+Split = Annotated[str, typer.Option(help="Wordings and entities: dev to choose between settings, test to report.")]
 
 
 @app.callback()
@@ -57,12 +56,13 @@ def needle(
     route: Route = DEFAULT_ROUTE,
     chunk_tokens: ChunkTokens = 256,
     systems: Systems = "all",
+    split: Split = "test",
     seed: Seed = 0,
-    hypernetwork: Hypernetwork = None,
-    base: BaseName = None,
-    device: Device = None,
+    hypernetwork: options.Hypernetwork = None,
+    base: options.Base = None,
+    device: options.Device = None,
     budget_s: Budget = None,
-    as_json: AsJson = False,
+    as_json: options.Json = False,
 ) -> None:
     """A sentence with a value, hidden at any depth of a document, asked for in wordings that no training has seen."""
     from loracast.evaluation.needle import NeedleConfig, evaluate_needle
@@ -78,10 +78,11 @@ def needle(
         route=route,
         chunk_tokens=chunk_tokens,
         systems=_systems(systems),
+        split=_split(split),
         seed=seed,
         budget_s=budget_s,
     )
-    model = _load(base, hypernetwork, device)
+    model = open_model(base, hypernetwork, None, device)
     with _progress("documents") as progress:
         report = evaluate_needle(model, config, out, progress)
     _show(report, out, as_json)
@@ -95,12 +96,13 @@ def facts(
     route: Route = DEFAULT_ROUTE,
     chunk_tokens: ChunkTokens = 256,
     systems: Systems = "all",
+    split: Split = "test",
     seed: Seed = 0,
-    hypernetwork: Hypernetwork = None,
-    base: BaseName = None,
-    device: Device = None,
+    hypernetwork: options.Hypernetwork = None,
+    base: options.Base = None,
+    device: options.Device = None,
     budget_s: Budget = None,
-    as_json: AsJson = False,
+    as_json: options.Json = False,
 ) -> None:
     """Sheets of facts about invented entities, every fact asked for in wordings that no training has seen."""
     from loracast.evaluation.facts import FactsConfig, evaluate_facts
@@ -111,10 +113,11 @@ def facts(
         route=route,
         chunk_tokens=chunk_tokens,
         systems=_systems(systems),
+        split=_split(split),
         seed=seed,
         budget_s=budget_s,
     )
-    model = _load(base, hypernetwork, device)
+    model = open_model(base, hypernetwork, None, device)
     with _progress("sheets") as progress:
         report = evaluate_facts(model, config, out, progress)
     _show(report, out, as_json)
@@ -128,16 +131,16 @@ def latency(
     repetitions: Annotated[int, typer.Option(help="Questions, each asked of every rival in turn.", min=1)] = 20,
     route: Route = DEFAULT_ROUTE,
     seed: Seed = 0,
-    hypernetwork: Hypernetwork = None,
-    base: BaseName = None,
-    device: Device = None,
-    as_json: AsJson = False,
+    hypernetwork: options.Hypernetwork = None,
+    base: options.Base = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
 ) -> None:
     """Time to the first token: the bare base, an adapter, and the same document in the window."""
     from loracast.evaluation.cost import LatencyConfig, evaluate_latency
 
     config = LatencyConfig(tuple(texts or ()), tokens, repetitions, route, seed)
-    model = _load(base, hypernetwork, device)
+    model = open_model(base, hypernetwork, None, device)
     with _progress("questions") as progress:
         report = evaluate_latency(model, config, out, progress)
     _show(report, out, as_json)
@@ -150,16 +153,16 @@ def memory(
     lengths: Annotated[str, typer.Option(help="Tokens of a document, with commas.")] = "8192,32768,131072",
     chunk_tokens: ChunkTokens = 256,
     seed: Seed = 0,
-    hypernetwork: Hypernetwork = None,
-    base: BaseName = None,
-    device: Device = None,
-    as_json: AsJson = False,
+    hypernetwork: options.Hypernetwork = None,
+    base: options.Base = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
 ) -> None:
     """Memory and time of learning a document, beside the encoder's own time; a fresh process for each length."""
     from loracast.evaluation.cost import MemoryConfig, evaluate_memory
 
     config = MemoryConfig(tuple(texts or ()), _numbers(lengths, int), chunk_tokens, seed)
-    model = _load(base, hypernetwork, device)
+    model = open_model(base, hypernetwork, None, device)
     with _progress("documents") as progress:
         report = evaluate_memory(model, base, hypernetwork, config, out, progress)
     _show(report, out, as_json)
@@ -178,16 +181,15 @@ def _systems(text: str) -> tuple[str, ...]:
     return tuple(SYSTEMS) if text == "all" else check_systems([name.strip() for name in text.split(",")])
 
 
-def _load(base: str | None, hypernetwork: str | None, device: str | None) -> Model:
-    import loracast
-
-    return loracast.load(base, hypernetwork, device=device, say=lambda line: typer.echo(line, err=True))
+def _split(text: str) -> Literal["dev", "test"]:
+    if text not in ("dev", "test"):
+        raise typer.BadParameter("give dev or test; what was trained on tells nothing")
+    return "dev" if text == "dev" else "test"
 
 
 @contextmanager
 def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -198,14 +200,14 @@ def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
     )
 
     columns = (TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=stderr(), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(unit, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _show(report: Report, out: Path, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False))
-        return
-    report.show()
-    typer.echo(f"written to {out}", err=True)
+        print_json(report.to_dict())
+    else:
+        report.show(stdout())
+        say(f"written to {out}")

@@ -32,8 +32,9 @@ def learn(
 
     It is cast into an adapter in one pass, without training.
     """
-    from loracast.adapter import check_free, check_name, name_for
     from loracast.documents import read_document
+    from loracast.library import check_free
+    from loracast.manifest import check_name, name_for
     from loracast.paths import library_dir
 
     started = time.perf_counter()

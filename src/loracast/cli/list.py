@@ -8,8 +8,9 @@ from loracast.cli.output import print_json, printable, say, size, stdout, warn
 
 def list_(library: options.Library = None, as_json: options.Json = False) -> None:
     """List the adapters of the library."""
-    from loracast.adapter import Adapter, adapter_names
+    from loracast.adapter import Adapter
     from loracast.errors import AdapterError
+    from loracast.library import adapter_names
     from loracast.paths import library_dir
 
     folder = library or library_dir()

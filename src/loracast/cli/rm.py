@@ -16,7 +16,7 @@ def rm(
     library: options.Library = None,
 ) -> None:
     """Delete adapters from the library."""
-    from loracast.adapter import adapter_names, open_adapter, remove_adapter
+    from loracast.library import adapter_names, open_adapter, remove_adapter
     from loracast.paths import library_dir
 
     folder = library or library_dir()

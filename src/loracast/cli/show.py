@@ -27,7 +27,7 @@ def show(
 
     Where it comes from, its size, chunks and norms; its factors are verified against their hash.
     """
-    from loracast.adapter import open_adapter
+    from loracast.library import open_adapter
     from loracast.paths import library_dir
     from loracast.routing import Place, chunk_places
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +21,13 @@ def seconds(text: str) -> float:
     if not match:
         raise typer.BadParameter("write a duration as 90, 90s, 45m or 2.5h")
     return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def _command(recipe: Path | None, change: list[str] | None, init_from: Path | None) -> str:
+    """The command for a checkpoint's provenance, with the names of files but not where they lie on this machine."""
+    parts = ["loracast", "train", "doc", *([recipe.name] if recipe else [])]
+    parts += [part for override in change or [] for part in ("--set", override)]
+    return shlex.join([*parts, *(["--init-from", init_from.name] if init_from else [])])
 
 
 @app.callback()
@@ -67,9 +73,14 @@ def doc(
     loaded = load_base(base, device=str(workers.device))
     with ProgressLine(settings.training, enabled=workers.is_first) as line:
         last = train_doc(
-            loaded, settings, out, init_from=init_from, command=shlex.join(["loracast", *sys.argv[1:]]), workers=workers,
+            loaded,
+            settings,
+            out,
+            init_from=init_from,
+            command=_command(recipe, change, init_from),
+            workers=workers,
             on_metrics=line.show,
-        )  # fmt: skip
+        )
     if workers.is_first:
         plot_metrics(out / "metrics.jsonl", out / "curve.png")
         if as_json:

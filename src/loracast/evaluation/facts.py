@@ -20,7 +20,7 @@ from loracast.evaluation.run import N_TIMED, Outcome, ask_all, groups, summary, 
 from loracast.evaluation.systems import SYSTEMS, Case, Setup, check_systems
 from loracast.model import Model
 from loracast.routing import DEFAULT_ROUTE
-from loracast.training.facts import FactSheet, make_sheet
+from loracast.training.facts import FactSheet, Split, make_sheet
 
 _SHEETS_PER_GROUP = 8  # whose questions are answered together
 
@@ -51,6 +51,8 @@ class FactsConfig:
     """Longest chunk."""
     systems: tuple[str, ...] = tuple(SYSTEMS)
     """Rivals to run."""
+    split: Split = "test"
+    """Whose wordings and entities: `dev` to choose between settings, `test` for the figures that are reported."""
     seed: int = 0
     """Seed of sheets and questions."""
     budget_s: float | None = None
@@ -95,7 +97,7 @@ def _ask(
     """Sheets done so far and the outcomes of the last few."""
 
     def make(i: int) -> tuple[FactSheet, InMemoryAdapter]:
-        sheet = make_sheet(random.Random(f"{config.seed}/{n_facts}/{i}"), n_facts, split="test")
+        sheet = make_sheet(random.Random(f"{config.seed}/{n_facts}/{i}"), n_facts, split=config.split)
         return sheet, InMemoryAdapter(setup.model, sheet.text, sheet.title, config.chunk_tokens)
 
     for first, documents in groups(config.sheets, _SHEETS_PER_GROUP, make, budget_s):

@@ -22,6 +22,7 @@ from loracast.evaluation.run import N_TIMED, Outcome, ask_all, groups, summary, 
 from loracast.evaluation.systems import SYSTEMS, Case, Setup, check_systems
 from loracast.model import Model
 from loracast.routing import DEFAULT_ROUTE
+from loracast.training.facts import Split
 from loracast.training.needle import load_content, make_needles
 
 LONG = 8192
@@ -62,6 +63,8 @@ class NeedleConfig:
     """Longest chunk."""
     systems: tuple[str, ...] = tuple(SYSTEMS)
     """Rivals to run."""
+    split: Split = "test"
+    """Whose wordings: `dev` to choose between settings, `test` for the figures that are reported."""
     seed: int = 0
     """Seed of documents, needles and questions."""
     budget_s: float | None = None
@@ -125,7 +128,7 @@ def evaluate_needle(
 def make_sample(config: NeedleConfig, haystack: Haystack, length: int, i: int) -> Sample:
     """The i-th document of a length. Seed, length and i decide it: a longer run begins with the documents of a shorter one."""
     rng = random.Random(f"{config.seed}/{length}/{i}")
-    return haystack.sample(rng, length, make_needles(rng, 1, split="test", kind=config.kind), [config.depth(i)])
+    return haystack.sample(rng, length, make_needles(rng, 1, split=config.split, kind=config.kind), [config.depth(i)])
 
 
 def _ask(

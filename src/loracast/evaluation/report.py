@@ -11,12 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import loracast
 from loracast.evaluation.run import Outcome
 from loracast.files import write_atomically
 from loracast.model import Model
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Row = Mapping[str, Any]
 
@@ -96,9 +99,8 @@ class Report:
         write_atomically(out / "results.json", encoded.encode())
         write_atomically(out / "table.md", f"{self.title}\n\n{self.markdown()}".encode())
 
-    def show(self) -> None:
+    def show(self, console: Console) -> None:
         """Print the table."""
-        from rich.console import Console
         from rich.table import Table
 
         table = Table(title=self.title, title_justify="left")
@@ -106,7 +108,7 @@ class Report:
             table.add_column(column.header, justify="left" if column.header == "what answers" else "right")
         for cells in self.cells():
             table.add_row(*cells)
-        Console().print(table)
+        console.print(table)
 
 
 def write_answers(out: Path, outcomes: Sequence[Outcome], **common: object) -> None:

@@ -34,6 +34,8 @@ class DocToLoRAConfig:
     """The target, one (name, layer, kind, d_in, d_out) for each module, in the target's order."""
     reader_layers: tuple[int, ...] = (8,)
     """After which blocks of the base its hidden states are read; one for all layers, or one for each targeted layer."""
+    lead_in: tuple[int, ...] = ()
+    """Token ids read before each chunk and then dropped: the first token of a text is an attention sink and says nothing of itself."""
     rank: int = 8
     """Rank of one chunk's LoRA."""
     width: int = 256

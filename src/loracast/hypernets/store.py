@@ -120,7 +120,8 @@ def read_config(values: dict[str, Any]) -> DocToLoRAConfig:
         raise ConfigError(f"unknown keys in a DocToLoRA config: {', '.join(unknown)}")
     values = dict(values)
     values["modules"] = tuple(tuple(module) for module in values["modules"])
-    values["reader_layers"] = tuple(values["reader_layers"])
+    for name in ("reader_layers", "lead_in"):
+        values[name] = tuple(values.get(name, ()))
     return DocToLoRAConfig(**values)
 
 

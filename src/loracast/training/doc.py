@@ -20,7 +20,7 @@ from loracast.encoders.context import ContextEncoder
 from loracast.errors import ConfigError
 from loracast.fingerprint import check
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
-from loracast.hypernets.store import from_pretrained, save_pretrained
+from loracast.hypernets.store import from_pretrained, read_provenance, save_pretrained
 from loracast.target import target_from_config
 from loracast.training.calibrate import calibrate
 from loracast.training.episodes import pack
@@ -98,8 +98,9 @@ def build_hypernet(base: Base, recipe: Recipe, source: EpisodeSource) -> DocToLo
     torch.manual_seed(recipe.training.seed)
     target = target_from_config(base.model.config, recipe.kinds, recipe.layers)
     d_features = base.model.config.get_text_config().hidden_size + recipe.hypernetwork.get("d_values", 0)
-    hypernet = DocToLoRA(DocToLoRAConfig.for_target(target, d_features, **recipe.hypernetwork))
-    encoder = ContextEncoder(base.model, hypernet.config.reader_layers, with_values=hypernet.config.d_values > 0)
+    options = {"lead_in": tuple(encode_text(base.tokenizer, "\n"))[:1], **recipe.hypernetwork}
+    hypernet = DocToLoRA(DocToLoRAConfig.for_target(target, d_features, **options))
+    encoder = ContextEncoder.for_hypernet(base.model, hypernet.config)
     rng = random.Random(recipe.data.seed)
     texts = [source.sample_text(rng, 256) for _ in range(CALIBRATION_ROWS)]
     calibrate(hypernet, base.model, encoder, [torch.tensor([encode_text(base.tokenizer, text)]) for text in texts])
@@ -139,29 +140,33 @@ def train_doc(
     else:
         hypernet = build_hypernet(base, recipe, source)
     hypernet.to(workers.device).train()
-    encoder = ContextEncoder(base.model, hypernet.config.reader_layers, with_values=hypernet.config.d_values > 0)
+    encoder = ContextEncoder.for_hypernet(base.model, hypernet.config)
     wrapped = workers.wrap(hypernet)
     n_micro = recipe.training.accumulate
 
     def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
-        batch = pack(source.step(step * n_micro + micro, workers.rank), base.pad_id).to(workers.device)
+        episodes = source.step(step * n_micro + micro, workers.rank)
+        batch = pack(episodes, base.pad_id).to(workers.device)
         autocast = torch.autocast(workers.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
         with autocast:
             seen = answer_questions(base.model, encoder, wrapped, batch)
         return seen.loss, {
             "exact": seen.exact,
+            f"exact_{episodes[0].task}": seen.exact,
             "token_accuracy": seen.token_accuracy,
             "questions": batch.n_questions,
             "tokens": batch.n_tokens,
             "context_tokens": batch.chunk_ids.numel(),
         }
 
-    provenance = {
+    before = read_provenance(init_from).get("history", []) if init_from is not None else []
+    texts = [Path(name).name for name in recipe.data.texts]
+    run = {
         "command": command,
-        "init_from": str(init_from) if init_from else None,
-        "data": dataclasses.asdict(recipe.data),
+        "data": {**dataclasses.asdict(recipe.data), "texts": texts},
         "training": dataclasses.asdict(recipe.training),
     }
+    provenance = {"history": [*before, run]}
 
     def save_model(folder: Path) -> None:
         save_pretrained(hypernet, folder, base.fingerprint, storage="float32", provenance=provenance)

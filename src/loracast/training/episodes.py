@@ -32,6 +32,8 @@ class Episode:
 
     chunks: tuple[tuple[int, ...], ...]
     questions: tuple[Question, ...]
+    task: str = ""
+    """What the document is for, such as "needle": figures are logged by it."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,9 @@ class TrainConfig:
         return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
-_DIVERGED = "start a new run from the last checkpoint's weights (--init-from) with a lower learning rate (training.lr)"
+_DIVERGED = (
+    "start a new run from the last checkpoint (--init-from, another --out) with a lower rate (--set training.lr=...)"
+)
 
 Objective = Callable[[int, int], tuple[Tensor, dict[str, float]]]
 """(step, micro-batch) -> loss, and figures to log."""
@@ -150,8 +152,7 @@ def train(
     fixed = resumable_settings(config, settings)
     step, elapsed_before_s = load_state(out_dir, model, optimizers, settings=fixed)
     started_s = last_save_s = time.monotonic()
-    totals: dict[str, float] = {}
-    n_logged = 0
+    seen: dict[str, list[float]] = {}
     last = _resume_metrics(out_dir / "metrics.jsonl", step) if workers.is_first else {}
 
     def save() -> None:
@@ -168,17 +169,16 @@ def train(
             figures = _optimizer_step(model, objective, optimizers, config, step)
             step += 1
             for name, value in figures.items():
-                totals[name] = totals.get(name, 0.0) + value
-            n_logged += 1
+                seen.setdefault(name, []).append(value)
             if step % config.log_every == 0 or step == config.steps:
                 elapsed_s = elapsed_before_s + time.monotonic() - started_s
                 last = {"step": step, "elapsed_s": round(elapsed_s, 1)}
-                last |= {name: value / n_logged for name, value in totals.items()}
+                last |= _means(seen)
                 if workers.is_first:
                     log.write(json.dumps(last) + "\n")
                     log.flush()
                     on_metrics(last)
-                totals, n_logged = {}, 0
+                seen = {}
             if time.monotonic() - last_save_s > config.save_every_s:
                 save()
                 last_save_s = time.monotonic()
@@ -190,14 +190,15 @@ def _optimizer_step(
     model: nn.Module, objective: Objective, optimizers: Iterable[torch.optim.Optimizer], config: TrainConfig, step: int
 ) -> dict[str, float]:
     """One update from `accumulate` batches; the learning rates follow the schedule."""
-    figures: dict[str, float] = {}
+    seen: dict[str, list[float]] = {}
     for micro in range(config.accumulate):
-        loss, seen = objective(step, micro)
+        loss, others = objective(step, micro)
         if not torch.isfinite(loss):
             raise TrainingError(f"the loss of step {step} is {loss.item()}; {_DIVERGED}")
         (loss / config.accumulate).backward()
-        for name, value in {"loss": loss.item(), **seen}.items():
-            figures[name] = figures.get(name, 0.0) + value / config.accumulate
+        for name, value in {"loss": loss.item(), **others}.items():
+            seen.setdefault(name, []).append(value)
+    figures = _means(seen)
     figures["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm).item()
     if not math.isfinite(figures["grad_norm"]):  # an update would ruin the weights, and the next checkpoint with them
         raise TrainingError(f"the gradient of step {step} is not finite; {_DIVERGED}")
@@ -226,8 +227,15 @@ def _resume_metrics(path: Path, step: int) -> dict[str, float]:
     return kept[-1] if kept else {}
 
 
+def _means(seen: dict[str, list[float]]) -> dict[str, float]:
+    """The mean of each figure over the batches that had it."""
+    return {name: sum(values) / len(values) for name, values in seen.items()}
+
+
 def resumable_settings(config: TrainConfig, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings that a resumed run must share, in JSON's types; how long to run and how often to save may change."""
     free = {"budget_s", "save_every_s", "log_every"}
+    if config.schedule == "constant":
+        free.add("steps")  # nothing depends on where it ends
     training = {name: value for name, value in asdict(config).items() if name not in free}
     return json.loads(json.dumps({"training": training, **(others or {})}))

@@ -24,8 +24,10 @@ def plot_metrics(metrics: Path, picture: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     left.plot(steps, [row["loss"] for row in rows], color="tab:blue")
     left.set(xlabel="step", ylabel="cross-entropy of the answers", title="loss", yscale="log")
-    for name, colour in (("exact", "tab:green"), ("token_accuracy", "tab:gray")):
-        right.plot(steps, [row[name] for row in rows], color=colour, label=name.replace("_", " "))
+    names = [*sorted({name for row in rows for name in row if name.startswith("exact")}), "token_accuracy"]
+    for name in names:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        right.plot(*zip(*points, strict=True), label=name.replace("_", " "))
     right.set(xlabel="step", ylim=(0, 1), title="training answers, teacher-forced")
     right.legend(loc="upper left")
     hours = rows[-1]["elapsed_s"] / 3600

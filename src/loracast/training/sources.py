@@ -75,19 +75,24 @@ class Prose:
             raise TrainingError("the given texts hold no prose (no document of three sentences)")
 
     def span(self, rng: random.Random, n_tokens: int) -> list[str]:
-        """Successive sentences of about `n_tokens` tokens; further documents follow where one is too short."""
+        """Successive sentences of about `n_tokens` tokens; where a document ends or a sentence would be far too long, others follow."""
         chosen: list[str] = []
-        while n_tokens > 0:
+        room = n_tokens
+        for _ in range(100):  # more than enough, unless there are only long sentences
             document = rng.choice(self._documents)
-            start = rng.randrange(len(document))
-            for sentence, length in document[start:]:
-                if length > n_tokens + 15:
-                    n_tokens = min(n_tokens, 0) if chosen else n_tokens
+            for sentence, length in document[rng.randrange(len(document)) :]:
+                if length > room + 15:
                     break
                 chosen.append(sentence)
-                n_tokens -= length
-                if n_tokens <= 0:
-                    break
+                room -= length
+                if room <= 0:
+                    return chosen
+            if chosen and room < n_tokens / 2:
+                break
+        if not chosen:
+            raise TrainingError(
+                f"the texts hold no sentence of at most {n_tokens + 15} tokens; give others, or longer chunks"
+            )
         return chosen
 
 
@@ -151,7 +156,7 @@ class EpisodeSource:
             here = [needle.statement for needle, home in zip(needles, homes, strict=True) if home == chunk]
             text = " ".join(hide(here, self.prose.span(rng, room), [rng.random() for _ in here]))
             chunks.append(self._chunk(text))
-        return Episode(tuple(chunks), self._questions(rng, [(n.question, n.answer) for n in needles]))
+        return Episode(tuple(chunks), self._questions(rng, [(n.question, n.answer) for n in needles]), "needle")
 
     def fact_episode(self, rng: random.Random, n_facts: int, max_chunk_tokens: int) -> Episode:
         sheet = make_sheet(rng, n_facts, split=self.split)
@@ -166,7 +171,7 @@ class EpisodeSource:
             title=sheet.title,
         )
         ids = tuple(self._chunk(chunk.prompt) for chunk in chunks)
-        return Episode(ids, self._questions(rng, [(f.question, f.answer) for f in sheet.facts]))
+        return Episode(ids, self._questions(rng, [(f.question, f.answer) for f in sheet.facts]), "facts")
 
     def _chunk(self, text: str) -> tuple[int, ...]:
         return tuple(encode_text(self.tokenizer, text))

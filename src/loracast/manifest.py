@@ -1,0 +1,101 @@
+"""adapter.json: what an adapter says of itself, and the names that adapters may have."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loracast.errors import AdapterError
+from loracast.files import write_atomically
+from loracast.fingerprint import Fingerprint
+from loracast.target import Target, TargetModule
+
+if TYPE_CHECKING:
+    from loracast.documents import Document
+
+FORMAT = 1
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """adapter.json: all that is known of an adapter without opening its factors."""
+
+    name: str
+    title: str
+    source: str | None
+    """The document's file name, without its folders."""
+    source_sha256: str
+    made_for: Fingerprint
+    hypernetwork: str
+    """Hash of the hypernetwork's weights."""
+    modules: tuple[tuple[str, int, str, int, int], ...]
+    """The target, as in the hypernetwork's config."""
+    rank: int
+    """Of one chunk."""
+    n_chunks: int
+    n_tokens: int
+    max_chunk_tokens: int
+    created: str
+    """UTC, ISO 8601."""
+    learn_s: float
+    """Seconds it took."""
+    factors_sha256: str = ""
+    format: int = FORMAT
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def target(self) -> Target:
+        return Target(tuple(TargetModule(*module) for module in self.modules))
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise AdapterError(f"{path.parent} is not an adapter: its adapter.json cannot be read ({error})") from error
+        if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+            raise AdapterError(
+                f"{path} is not of format {FORMAT}; this version of loracast cannot read it: update loracast"
+            )
+        try:
+            stored["made_for"] = Fingerprint(**stored["made_for"])
+            stored["modules"] = tuple(tuple(module) for module in stored["modules"])
+            stored["warnings"] = tuple(stored["warnings"])
+            manifest = cls(**stored)
+            if not _NAME.fullmatch(manifest.name):
+                raise ValueError(f"{manifest.name[:80]!r} is no adapter's name")
+            sizes = [manifest.rank, manifest.n_chunks, *(d for m in manifest.modules for d in m[3:])]
+            if not manifest.modules or min(sizes) < 1:
+                raise ValueError("it targets nothing, or a size in it is not positive")
+            if unknown := set(manifest.target.kinds) ^ {module.kind for module in manifest.target.modules}:
+                raise ValueError(f"unknown module kinds {sorted(unknown)}")
+            return manifest
+        except (KeyError, TypeError, ValueError) as error:
+            raise AdapterError(f"{path} is damaged: {error}; learn the document again") from error
+
+    def write(self, path: Path) -> None:
+        write_atomically(path, json.dumps(asdict(self), indent=1, ensure_ascii=False).encode())
+
+
+def check_name(name: str) -> str:
+    """A name that is safe as a folder's: lower-case letters, digits, `.`, `_`, `-`. Raises AdapterError."""
+    if not _NAME.fullmatch(name):
+        raise AdapterError(
+            f"{name[:80]!r} cannot name an adapter: use 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
+        )
+    return name
+
+
+def name_from(text: str) -> str:
+    """A name made from a title or file name."""
+    slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:64].strip("-")
+    return slug or "document"
+
+
+def name_for(document: Document) -> str:
+    """The name of a document's adapter where the user gives none: made from the file's name, or else the title."""
+    return name_from(Path(document.file_name).stem if document.file_name else document.title)
