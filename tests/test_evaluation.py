@@ -50,7 +50,8 @@ def texts(tmp_path_factory):
 @pytest.fixture
 def haystack(base, texts):
     from loracast.chat import encode_with_offsets
-    from loracast.evaluation.haystack import Haystack, read_texts
+    from loracast.evaluation.haystack import Haystack
+    from loracast.texts import read_texts
 
     return Haystack(read_texts(texts), lambda text: encode_with_offsets(base.tokenizer, text))
 
@@ -145,7 +146,7 @@ def test_a_haystack_of_a_chunks_length_is_one_chunk(model, haystack):
 
 
 def test_haystack_refuses_what_cannot_be(haystack):
-    from loracast.evaluation.haystack import read_texts
+    from loracast.texts import read_texts
     from loracast.training.needle import make_needles
 
     with pytest.raises(ConfigError, match="--texts"):

@@ -17,7 +17,7 @@ from typing import Any
 from loracast.adapter import Adapter
 from loracast.chat import encode_with_offsets
 from loracast.errors import ConfigError, LoracastError
-from loracast.evaluation.haystack import Haystack, Sample, read_texts
+from loracast.evaluation.haystack import Haystack, Sample
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.report import Column, Report, environment, number, text
 from loracast.evaluation.run import warm_up
@@ -26,6 +26,7 @@ from loracast.generate import Sampling, answer
 from loracast.learn import learn_document
 from loracast.model import ASK_SYSTEM_TURN, Model
 from loracast.routing import DEFAULT_ROUTE
+from loracast.texts import read_texts
 from loracast.training.needle import make_needles
 
 _FIRST_TOKEN = Sampling(max_new_tokens=1)

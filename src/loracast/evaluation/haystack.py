@@ -5,15 +5,12 @@ The prose is cut from texts that no training has seen. Knows a tokenizer (handed
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, cycle
-from pathlib import Path
 
 from loracast.documents.chunks import Encode
 from loracast.errors import ConfigError
@@ -114,25 +111,3 @@ def _nearest(values: Sequence[int], wanted: float) -> int:
     right = min(bisect_left(values, wanted), len(values) - 1)
     left = max(0, right - 1)
     return left if wanted - values[left] <= values[right] - wanted else right
-
-
-def read_texts(paths: Sequence[str]) -> list[str]:
-    """The texts of files: `text` or `document` of JSONL rows (gzipped or not), or a whole plain file."""
-    if not paths:
-        raise ConfigError(
-            "needles need prose to hide in that no training has seen: give at least one file (--texts FILE)"
-        )
-    return [text for path in paths for text in _read(Path(path))]
-
-
-def _read(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        raise ConfigError(f"no such file of texts: {path}; give a JSONL or plain text file with --texts")
-    if ".jsonl" not in path.name:
-        yield path.read_text(encoding="utf-8")
-        return
-    opener: Callable = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            yield row["text"] if "text" in row else row["document"]

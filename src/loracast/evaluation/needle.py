@@ -15,13 +15,14 @@ from typing import Any
 from loracast.chat import encode_with_offsets
 from loracast.errors import ConfigError
 from loracast.evaluation import plots
-from loracast.evaluation.haystack import Haystack, Sample, read_texts
+from loracast.evaluation.haystack import Haystack, Sample
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.report import ANSWER_COLUMNS, Report, environment, number, write_answers
 from loracast.evaluation.run import N_TIMED, Outcome, ask_all, groups, summary, warm_up
 from loracast.evaluation.systems import SYSTEMS, Case, Setup, check_systems
 from loracast.model import Model
 from loracast.routing import DEFAULT_ROUTE
+from loracast.texts import read_texts
 from loracast.training.facts import Split
 from loracast.training.needle import load_content, make_needles
 

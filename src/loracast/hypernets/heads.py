@@ -7,6 +7,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+def per_layer(x: Tensor, weight: Tensor) -> Tensor:
+    """x [n, layers, q, w] times each layer's own weight [layers, w, d] -> [n, layers, q, d], as one matmul a layer.
+
+    Left to broadcasting, the weights are copied for each of the n chunks: five times slower, backward included.
+    """
+    n, _, q, _ = x.shape
+    y = x.transpose(0, 1).flatten(1, 2) @ weight  # [layers, n * q, d]
+    return y.unflatten(1, (n, q)).transpose(0, 1)
+
+
 class LatentMLP(nn.Module):
     """A residual MLP on the rank latents with weights of its own in each layer: x + LN(W2 silu(W1 LN(x)))."""
 
@@ -20,8 +30,8 @@ class LatentMLP(nn.Module):
         self.norm_out = nn.LayerNorm(width)
 
     def forward(self, latents: Tensor) -> Tensor:  # [n, layers, q, w] -> [n, layers, q, w]
-        inner = functional.silu(self.norm_in(latents) @ self.w1 + self.b1)
-        return latents + self.norm_out(inner @ self.w2 + self.b2)
+        inner = functional.silu(per_layer(self.norm_in(latents), self.w1) + self.b1)
+        return latents + self.norm_out(per_layer(inner, self.w2) + self.b2)
 
 
 class FactorHead(nn.Module):
@@ -56,9 +66,9 @@ class FactorHead(nn.Module):
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         if hasattr(self, "weight"):
-            rows = latents @ self.weight  # [n, layers, r, in + out]
+            rows = per_layer(latents, self.weight)  # [n, layers, r, in + out]
         else:
-            rows = latents @ self.shared + (latents @ self.down) @ self.up
+            rows = latents @ self.shared + per_layer(per_layer(latents, self.down), self.up)
         a, b = rows.split([self.d_in, self.d_out], dim=-1)
         return a * (self.scaler_a * self.in_scale), b * (self.scaler_b * self.out_scale)
 

@@ -4,17 +4,15 @@ that number: training resumes exactly, on any machine, at any step.
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from loracast.chat import ChatFormat, encode_text, encode_with_offsets
 from loracast.documents import split_text
 from loracast.errors import ConfigError, TrainingError
+from loracast.texts import read_texts
 from loracast.training.episodes import Episode, Question
 from loracast.training.facts import Split, make_sheet
 from loracast.training.needle import hide, make_needles, sentences
@@ -94,25 +92,6 @@ class Prose:
                 f"the texts hold no sentence of at most {n_tokens + 15} tokens; give others, or longer chunks"
             )
         return chosen
-
-
-def read_texts(paths: Sequence[str], sources: Sequence[str] = ()) -> list[str]:
-    """The documents of text files: JSONL rows' `document` or `text`, or a whole plain file."""
-    texts: list[str] = []
-    for name in paths:
-        path = Path(name)
-        if not path.is_file():
-            raise TrainingError(f"no such file of texts: {path}")
-        if ".jsonl" not in path.name:
-            texts.append(path.read_text(encoding="utf-8"))
-            continue
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                if not sources or row.get("source") in sources:
-                    texts.append(row.get("document") or row["text"])
-    return texts
 
 
 class EpisodeSource:
