@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loracast.documents import Chunk
 
 _WORD = re.compile(r"\w+")
-DEFAULT_ROUTE = 4
+DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/experiments.md)."""
 
 # Words that nearly every question has and that say nothing about where its answer is.
