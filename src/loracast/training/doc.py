@@ -42,7 +42,7 @@ class Recipe:
     """Layers that receive a LoRA; all if None."""
     hypernetwork: Mapping[str, Any] = field(default_factory=dict)
     """Options of DocToLoRAConfig other than the target."""
-    data: DataConfig = field(default_factory=lambda: DataConfig(needle_share=0.0))
+    data: DataConfig = field(default_factory=DataConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -77,7 +77,7 @@ def read_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     return Recipe(
         **target,
         hypernetwork=_tuples(options),
-        data=DataConfig(**_tuples({"needle_share": 0.0, **tables.get("data", {})})),
+        data=DataConfig(**_tuples(tables.get("data", {}))),
         training=TrainConfig(**_tuples(tables.get("training", {}))),
     )
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from loracast.chat import ChatFormat, encode_text, encode_with_offsets
@@ -31,7 +31,7 @@ class DataConfig:
     """Distinct questions in one step, over all its documents."""
     context_tokens_per_step: int = 24_000
     """Most tokens of documents in one step of needles: long documents come with fewer questions."""
-    needle_share: float = 0.5
+    needle_share: float = 0.0
     """Share of steps that hide needles in prose; the others learn fact sheets."""
     max_needles: int = 8
     """Most needles in one document."""
@@ -51,7 +51,7 @@ class DataConfig:
     """Most chunks of a document."""
     texts: tuple[str, ...] = ()
     """Files with the prose around needles: JSONL (optionally gzipped) with a `document` or `text` field, or plain text."""
-    text_sources: tuple[str, ...] = field(default=())
+    text_sources: tuple[str, ...] = ()
     """Of JSONL rows with a `source` field, take only these sources (for their licence)."""
 
     def __post_init__(self) -> None:
