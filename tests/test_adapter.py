@@ -31,6 +31,7 @@ from loracast.routing import chunk_places, chunk_texts
 from loracast.target import target_from_config
 
 TARGET = target_from_config(make_model().config, ("q_proj", "down_proj"), layers=[1, 3])
+RANKS = dict.fromkeys(TARGET.kinds, 2)
 MADE_FOR = Fingerprint("tiny", "c" * 16, "n" * 16, "m" * 16)
 Expanded = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -40,7 +41,7 @@ class Killed(BaseException):
 
 
 def random_factors(n: int, seed: int = 0, rank: int = 2) -> Expanded:
-    """Factors of n chunks, as a hypernetwork's `expand` gives them."""
+    """Factors of n chunks, as a hypernetwork casts them."""
     g = torch.Generator().manual_seed(seed)
     found = {}
     for kind in TARGET.kinds:
@@ -57,7 +58,7 @@ def some_manifest(n: int, **changes) -> Manifest:
     values = {
         "name": "doc", "title": "A manual", "source": "manual.pdf", "source_sha256": "s" * 64, "made_for": MADE_FOR,
         "hypernetwork": "h" * 16, "modules": tuple((m.name, m.layer, m.kind, m.d_in, m.d_out) for m in TARGET.modules),
-        "rank": 2, "n_chunks": n, "n_tokens": 5 * n, "max_chunk_tokens": 256, "created": "2026-01-01T00:00:00+00:00",
+        "ranks": RANKS, "n_chunks": n, "n_tokens": 5 * n, "max_chunk_tokens": 256, "created": "2026-01-01T00:00:00+00:00",
         "learn_s": 0.5, "warnings": ("page 3 has no text",),
     }  # fmt: skip
     return Manifest(**{**values, **changes})
@@ -66,7 +67,7 @@ def some_manifest(n: int, **changes) -> Manifest:
 def write(library: Path, n: int = 3, *, seed: int = 0, shared: dict | None = None, replace: bool = False) -> Adapter:
     """An adapter with random factors, added in two batches."""
     factors = random_factors(n, seed)
-    with AdapterWriter(library, "doc", TARGET, 2, some_chunks(n)) as writer:
+    with AdapterWriter(library, "doc", TARGET, RANKS, some_chunks(n)) as writer:
         writer.open_factors(shared or {})
         for part in (slice(0, 1), slice(1, n)):
             if n > part.start:
@@ -120,6 +121,7 @@ def test_learned_factors_are_those_of_a_plain_forward(base, tmp_path):
     """Batches, padding and files out of the way: chunk by chunk, in fp32."""
     from loracast.documents import read_document
     from loracast.encoders.context import ContextEncoder
+    from loracast.encoders.features import Features
     from loracast.learn import learn_document
 
     hypernet = make_hypernet(base, kinds=("v_proj", "down_proj"), document_independent_rank=2)
@@ -135,7 +137,7 @@ def test_learned_factors_are_those_of_a_plain_forward(base, tmp_path):
         ids = torch.tensor([base.tokenizer(chunks[i].prompt, add_special_tokens=False)["input_ids"]])
         features = base.model(input_ids=ids, output_hidden_states=True).hidden_states[2]
         with torch.no_grad():
-            batch = hypernet(features)  # the document-independent LoRA comes with it, once
+            batch, _ = hypernet(Features(features))  # the document-independent LoRA comes with it, once
         expected = {name: f.b[0] @ f.a[0] for name, f in batch.factors.items()}
         assert_close(adapter.lora([i]), expected)
     name, shared = "model.layers.0.mlp.down_proj", hypernet.shared("down_proj")
@@ -229,7 +231,7 @@ def test_numbers_that_are_not_finite_are_refused_on_both_sides(bad, tmp_path):
     factors["q_proj"][0][2, 1, 0, 0] = bad
     with (
         pytest.raises(AdapterError, match="not finite"),
-        AdapterWriter(tmp_path, "other", TARGET, 2, some_chunks(3)) as w,
+        AdapterWriter(tmp_path, "other", TARGET, RANKS, some_chunks(3)) as w,
     ):
         w.open_factors({})
         w.add(factors)
@@ -267,15 +269,17 @@ def test_a_flipped_bit_is_found_by_its_hash(tmp_path):
     [
         (lambda m: m.update(format=2), "update loracast"),
         (lambda m: m.pop("format"), "update loracast"),
-        (lambda m: m.pop("rank"), "damaged"),
+        (lambda m: m.pop("ranks"), "damaged"),
         (lambda m: m.update(secret=1), "damaged"),
         (lambda m: m.update(modules=7), "damaged"),
         (lambda m: m.update(modules=[]), "damaged"),
         (lambda m: m["modules"].append(["x", 0]), "damaged"),
         (lambda m: m["modules"].append(["x", 0, "c_fc", 2, 2]), "damaged.*c_fc"),
-        (lambda m: m.update(rank=0), "damaged"),
+        (lambda m: m.update(ranks={"down_proj": 0}), "damaged"),
         (lambda m: m.update(n_chunks=-1), "damaged"),
-        (lambda m: m.update(rank="two"), "damaged"),
+        (lambda m: m.update(ranks={"down_proj": "two"}), "damaged"),
+        (lambda m: m.update(ranks={}), "damaged"),
+        (lambda m: m.update(ranks=2), "damaged"),
         (lambda m: m.update(name="../x"), "damaged"),
         (lambda m: m.update(made_for={"base": "x"}), "damaged"),
     ],
@@ -326,7 +330,7 @@ def test_bad_names_are_refused_everywhere(name, tmp_path):
         check_name,
         lambda n: open_adapter(library, n),
         lambda n: remove_adapter(library, n),
-        lambda n: AdapterWriter(library, n, TARGET, 2, []),
+        lambda n: AdapterWriter(library, n, TARGET, RANKS, []),
     ):
         with pytest.raises(AdapterError) as caught:
             use(name)
@@ -385,7 +389,7 @@ def test_an_adapter_in_use_survives_its_replacement_and_removal(tmp_path):
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    with pytest.raises(Killed), AdapterWriter(tmp_path, "doc", TARGET, 2, some_chunks(3)) as writer:
+    with pytest.raises(Killed), AdapterWriter(tmp_path, "doc", TARGET, RANKS, some_chunks(3)) as writer:
         writer.open_factors({})
         writer.add(random_factors(2))
         assert len(list(tmp_path.iterdir())) == 1 and adapter_names(tmp_path) == []
@@ -393,7 +397,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     with (
         pytest.raises(AdapterError, match="2 of 3 chunks"),
-        AdapterWriter(tmp_path, "doc", TARGET, 2, some_chunks(3)) as w,
+        AdapterWriter(tmp_path, "doc", TARGET, RANKS, some_chunks(3)) as w,
     ):
         w.open_factors({})
         w.add(random_factors(2))
@@ -438,8 +442,8 @@ def test_a_replacement_that_fails_puts_the_old_one_back(tmp_path, monkeypatch):
 def test_two_writers_of_one_name(tmp_path):
     factors = random_factors(3)
     with (
-        AdapterWriter(tmp_path, "doc", TARGET, 2, some_chunks(3)) as one,
-        AdapterWriter(tmp_path, "doc", TARGET, 2, some_chunks(3)) as other,
+        AdapterWriter(tmp_path, "doc", TARGET, RANKS, some_chunks(3)) as one,
+        AdapterWriter(tmp_path, "doc", TARGET, RANKS, some_chunks(3)) as other,
     ):
         for writer in (one, other):
             writer.open_factors({})
@@ -462,7 +466,7 @@ def in_child(target, *args, kill_after_s: float | None = None) -> int:
 
 
 def die_while_writing(library: Path) -> None:
-    writer = AdapterWriter(library, "doc", TARGET, 2, some_chunks(3)).__enter__()
+    writer = AdapterWriter(library, "doc", TARGET, RANKS, some_chunks(3)).__enter__()
     writer.open_factors({})
     writer.add(random_factors(1))
     os._exit(9)
@@ -492,7 +496,7 @@ def test_the_next_run_clears_up_after_a_killed_one(tmp_path, monkeypatch):
     tidy(tmp_path)
     assert left.exists()  # so new that its writer may not have locked it yet
     monkeypatch.setattr(library_module, "_GRACE_S", 0.0)
-    with AdapterWriter(tmp_path, "other", TARGET, 2, some_chunks(1)):
+    with AdapterWriter(tmp_path, "other", TARGET, RANKS, some_chunks(1)):
         assert not left.exists()
         (living,) = tmp_path.iterdir()
         tidy(tmp_path)

@@ -218,7 +218,7 @@ def test_learn_tells_what_it_made(run, learning, manual, library):
     result = run("learn", manual, *learning)
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("learned lanterns (Part 0)\n") and "-a lanterns" in result.stdout
-    assert re.search(r"^[\d,]+ tokens in \d+ chunks, rank 2 each, .* kB, .* s$", result.stdout, re.MULTILINE)
+    assert re.search(r"^[\d,]+ tokens in \d+ chunks, rank 2 in down_proj, .* kB, .* s$", result.stdout, re.MULTILINE)
     assert result.stderr == ""
     assert adapter_names(library) == ["lanterns"]
 
@@ -226,7 +226,7 @@ def test_learn_tells_what_it_made(run, learning, manual, library):
 def test_learn_from_standard_input_as_json(run, learning, library):
     result = run("learn", "-", "--name", "piped", "--json", *learning, input=MANUAL)
     report = only_json(result)
-    assert report["name"] == "piped" and report["n_chunks"] > 1 and report["rank"] == 2
+    assert report["name"] == "piped" and report["n_chunks"] > 1 and report["ranks"] == {"down_proj": 2}
     assert report["learn_s"] <= report["total_s"]
     assert Path(report["folder"]) == library / "piped"
 

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import make_model
+from loracast.encoders.features import Features
 from loracast.errors import ConfigError, HypernetworkError
 from loracast.fingerprint import Fingerprint
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.inject import inject
-from loracast.lora import LoRA, concat
+from loracast.lora import LoRA, LoRABatch, concat
 from loracast.target import target_from_config
 from published import DOC_TO_LORA, doc_to_lora, read_checkpoint
 
@@ -44,6 +45,12 @@ VARIANTS = {
         "n_latent_mlps": 1, "head_shared_rank": 3, "document_independent_rank": 1, "gated_projection": True,
     },
 }  # fmt: skip
+MEMORY = tuple(
+    (m.name, m.layer, m.kind, m.d_in, m.d_out) for m in target_from_config(MODEL.config, ("o_proj",), (1, 3)).modules
+)
+VARIANTS["memory"] = {
+    "d_values": 48, "memory_modules": MEMORY, "memory_rank": 4, "memory_blocks": 1, "document_independent_rank": 1,
+}  # fmt: skip
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -60,14 +67,31 @@ def make(variant: str = "default", *, fresh: bool = False, **options) -> DocToLo
     )
     if not fresh:
         for name, value in hypernet.named_parameters():
-            if "scaler" in name or name.endswith((".b", ".b1", ".b2")):
+            if "scaler" in name or name.endswith(
+                (".b", ".b1", ".b2", ".o.weight", "mlp.down.weight", ".scale", "strength.weight")
+            ):
                 value.data = torch.randn(value.shape)
     return hypernet.eval().requires_grad_(False)
 
 
-def make_features(hypernet: DocToLoRA, n: int = 3, t: int = 6) -> torch.Tensor:
-    each = (len(hypernet.config.layers),) if hypernet.config.reads_each_layer else ()
-    return torch.randn(n, *each, t, hypernet.config.d_features, generator=FREE)
+def make_features(hypernet: DocToLoRA, n: int = 3, t: int = 6) -> Features:
+    c = hypernet.config
+    each = (len(c.layers),) if c.reads_each_layer else ()
+    states = torch.randn(n, *each, t, c.d_features, generator=FREE)
+    if not c.memory_modules:
+        return Features(states)
+    keys = torch.randn(n, len(c.memory_modules), t, c.memory_modules[0][3], generator=FREE)
+    return Features(states, torch.randn(n, t, c.d_values, generator=FREE), keys)
+
+
+def each(change, *features: Features) -> Features:
+    """The same change to all tensors of features."""
+    sides = [[getattr(f, name) for f in features] for name in ("states", "starts", "keys")]
+    return Features(*(None if side[0] is None else change(*side) for side in sides))
+
+
+def loras(hypernet: DocToLoRA, features: Features, mask: torch.Tensor | None = None, k: int = 1) -> LoRABatch:
+    return hypernet(features, mask, k)[0]
 
 
 def row(batch, i: int) -> LoRA:
@@ -84,7 +108,7 @@ def deltas(lora: LoRA) -> torch.Tensor:
 @variants
 def test_the_start_is_an_exact_no_op(variant):
     hypernet = make(variant, fresh=True, document_independent_rank=2)
-    batch = hypernet(make_features(hypernet))
+    batch = loras(hypernet, make_features(hypernet))
     assert set(batch.factors) == set(hypernet.config.target.names)
     for factors in batch.factors.values():
         assert torch.count_nonzero(factors.b @ factors.a) == 0
@@ -99,10 +123,10 @@ def test_the_start_is_an_exact_no_op(variant):
 def test_shapes_fit_the_target(variant):
     hypernet = make(variant)
     c = hypernet.config
-    batch = hypernet(make_features(hypernet, 4), None, 2)
+    batch = loras(hypernet, make_features(hypernet, 4), None, 2)
     assert batch.n == 2 and tuple(batch.factors) == c.target.names
     for module in c.target.modules:
-        rank = 2 * c.rank + c.document_independent_rank
+        rank = 2 * c.ranks[module.kind] + (c.document_independent_rank if module.kind in c.kinds else 0)
         assert batch.factors[module.name].a.shape == (2, rank, module.d_in)
         assert batch.factors[module.name].b.shape == (2, module.d_out, rank)
     assert len({deltas(row(batch, i)).norm().item() for i in range(2)}) == 2  # another document, another LoRA
@@ -112,10 +136,10 @@ def test_shapes_fit_the_target(variant):
 def test_padding_changes_nothing(variant):
     hypernet = make(variant)
     features = make_features(hypernet, 2, 4)
-    noise = torch.randn(*features.shape[:-2], 5, features.shape[-1], generator=FREE) * 100
+    noise = each(lambda side: side * 100, make_features(hypernet, 2, 5))
     mask = torch.tensor([[1] * 4 + [0] * 5] * 2)
-    padded = hypernet(torch.cat([features, noise], dim=-2), mask)
-    for name, factors in hypernet(features).factors.items():
+    padded = loras(hypernet, each(lambda *sides: torch.cat(sides, dim=-2), features, noise), mask)
+    for name, factors in loras(hypernet, features).factors.items():
         torch.testing.assert_close(padded.factors[name].a, factors.a, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(padded.factors[name].b, factors.b, atol=1e-4, rtol=1e-5)
 
@@ -124,10 +148,10 @@ def test_padding_changes_nothing(variant):
 def test_the_order_and_company_of_a_batch_change_nothing(variant):
     hypernet = make(variant)
     features = make_features(hypernet, 3)
-    together = hypernet(features)
-    reverse = hypernet(features.flip(0))
+    together = loras(hypernet, features)
+    reverse = loras(hypernet, each(lambda side: side.flip(0), features))
     for i in range(3):
-        alone = deltas(row(hypernet(features[i : i + 1]), 0))
+        alone = deltas(row(loras(hypernet, each(lambda side, i=i: side[i : i + 1], features)), 0))
         torch.testing.assert_close(deltas(row(together, i)), alone, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(deltas(row(reverse, 2 - i)), alone, atol=1e-4, rtol=1e-4)
 
@@ -137,32 +161,31 @@ def test_merging_chunks_is_the_sum_of_their_loras(variant):
     """And the document-independent LoRA comes once, not once a chunk."""
     hypernet = make(variant)
     features = make_features(hypernet, 6)
-    merged = hypernet(features, None, 3)
-    expanded = hypernet.expand(hypernet.latents(features))
-    layers = hypernet.config.layers
+    merged = loras(hypernet, features, None, 3)
+    expanded, _ = hypernet.cast(features)
+    target = hypernet.config.target
     for document in range(2):
         lora = row(merged, document)
         for module in hypernet.config.target.modules:
-            a, b = (side[:, layers.index(module.layer)] for side in expanded[module.kind])
+            at = target.of_kind(module.kind).index(module)
+            a, b = (side[:, at] for side in expanded[module.kind])
             expected = sum(b[i].T @ a[i] for i in range(3 * document, 3 * document + 3))
-            if hypernet.config.document_independent_rank:
-                shared = hypernet.document_independent[module.kind]
-                at = layers.index(module.layer)
+            if shared := hypernet.shared(module.kind):
                 expected = expected + shared.b[at].T @ shared.a[at]
             torch.testing.assert_close(lora.delta(module.name), expected, atol=1e-4, rtol=1e-4)
     if not hypernet.config.document_independent_rank:
-        parts = [row(hypernet(features[i : i + 1]), 0) for i in range(3)]
+        parts = [row(loras(hypernet, each(lambda side, i=i: side[i : i + 1], features)), 0) for i in range(3)]
         torch.testing.assert_close(deltas(row(merged, 0)), deltas(concat(parts)), atol=1e-4, rtol=1e-4)
 
 
 def test_rank_latents_have_length_one_and_the_scale_multiplies_b_alone():
     hypernet = make()
     features = make_features(hypernet)
-    latents = hypernet.latents(features)
+    latents = hypernet.latents(features.states)
     torch.testing.assert_close(latents.norm(dim=-1), torch.ones(3, 4, 2))
     doubled = DocToLoRA(dataclasses.replace(hypernet.config, scale=2 * hypernet.config.scale))
     doubled.load_state_dict(hypernet.state_dict())
-    one, two = hypernet(features), doubled(features)
+    one, two = loras(hypernet, features), loras(doubled, features)
     for name in one.factors:
         assert torch.equal(one.factors[name].a, two.factors[name].a)
         torch.testing.assert_close(2 * one.factors[name].b, two.factors[name].b)
@@ -171,7 +194,7 @@ def test_rank_latents_have_length_one_and_the_scale_multiplies_b_alone():
 def test_gradients_reach_every_parameter_once_the_scalers_have_moved():
     for variant in VARIANTS:
         hypernet = make(variant).requires_grad_(True)
-        batch = hypernet(make_features(hypernet))
+        batch = loras(hypernet, make_features(hypernet))
         sum((f.b @ f.a).square().sum() for f in batch.factors.values()).backward()
         without = [n for n, p in hypernet.named_parameters() if p.grad is None or not p.grad.abs().sum()]
         assert not without, f"{variant}: {without}"
@@ -189,6 +212,11 @@ def test_gradients_reach_every_parameter_once_the_scalers_have_moved():
         ({"modules": (("b", 1, "down_proj", 4, 4), ("a", 0, "down_proj", 4, 4))}, "order"),
         ({"modules": (("a", 0, "down_proj", 4, 4), ("b", 1, "down_proj", 8, 4))}, "same shape"),
         ({"modules": (("a", 0, "q_proj", 4, 4), ("b", 1, "down_proj", 8, 4))}, "same kinds"),
+        ({"memory_modules": MEMORY}, "values as wide"),
+        ({"d_values": 48, "memory_modules": MEMORY[::-1]}, "order of their layers"),
+        ({"d_values": 48, "memory_modules": make("memory").config.modules}, "leaves alone"),
+        ({"d_values": 48, "memory_modules": (MEMORY[0], ("b", 3, "v_proj", 64, 32))}, "one kind"),
+        ({"d_values": 48, "memory_modules": MEMORY, "memory_rank": 0}, "memory_rank"),
     ],
 )
 def test_bad_configs_are_refused(changes, message):
@@ -219,7 +247,7 @@ def test_round_trip_is_exact_to_the_type(variant, storage, tmp_path):
         assert torch.equal(read.state_dict()[name], value.to(getattr(torch, storage)).float()), name
     features = make_features(hypernet)
     if storage == "float32":
-        assert torch.equal(deltas(row(read(features), 0)), deltas(row(hypernet(features), 0)))
+        assert torch.equal(deltas(row(loras(read, features), 0)), deltas(row(loras(hypernet, features), 0)))
     assert json.loads((tmp_path / "config.json").read_text())["provenance"] == {"seed": 3}
 
 
@@ -234,7 +262,7 @@ def test_int8_is_close_and_small(tmp_path):
     read, _ = from_pretrained(tmp_path / "i")
     error = largest_error(hypernet, read)
     features = make_features(hypernet)
-    expected, found = deltas(row(hypernet(features), 0)), deltas(row(read(features), 0))
+    expected, found = deltas(row(loras(hypernet, features), 0)), deltas(row(loras(read, features), 0))
     print(f"int8: {error:.2%} on the weights, {(found - expected).norm() / expected.norm():.2%} on the deltas")
     assert 1e-4 < error < 0.01
     assert (found - expected).norm() < 0.02 * expected.norm()
@@ -375,7 +403,7 @@ def test_published_checkpoints_are_reproduced(name):
     a, b = hypernet.expand(hypernet.latents(features, mask))["down_proj"]
     torch.testing.assert_close(a, expected["chunks.down_proj.A"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(b / scale, expected["chunks.down_proj.B"], atol=1e-5, rtol=1e-5)
-    batch = hypernet(features, mask, chunks_per_document=3)
+    batch = loras(hypernet, Features(features), mask, 3)
     assert batch.n == 1
     for layer, factors in enumerate(batch.factors.values()):
         torch.testing.assert_close(factors.a[0], expected["combined.down_proj.A"][0, layer], atol=1e-5, rtol=1e-5)
@@ -410,8 +438,10 @@ def test_b_rows_copy_the_values_that_the_latents_point_to():
     features = make_features(hypernet, n=2, t=5)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
     head.scaler_b.data.zero_()  # nothing but the copy
-    b = hypernet.expand(hypernet.latents(features, mask))["down_proj"][1] / hypernet.config.scale  # [2, layers, r, 48]
-    weights = b / pointer.scaler @ torch.linalg.pinv(features[..., -48:])[:, None]  # [2, layers, r, 5]
+    b = (
+        hypernet.expand(hypernet.latents(features.states, mask))["down_proj"][1] / hypernet.config.scale
+    )  # [2, layers, r, 48]
+    weights = b / pointer.scaler @ torch.linalg.pinv(features.states[..., -48:])[:, None]  # [2, layers, r, 5]
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 2), atol=1e-3, rtol=1e-3)
     assert (weights > -1e-3).all() and weights[0, ..., 3:].abs().max() < 1e-3
 
@@ -419,3 +449,44 @@ def test_b_rows_copy_the_values_that_the_latents_point_to():
 def test_values_need_a_module_that_writes_them():
     with pytest.raises(ConfigError, match="48 numbers"):
         make(d_values=48, kinds=("up_proj",))
+
+
+def test_a_memory_answers_a_token_with_what_stood_behind_it():
+    """What enters after token t of the chunk is met again: the memory adds the value of token t + 1, times gate and strength."""
+    hypernet = make("memory", fresh=True, memory_rank=6)
+    memory = hypernet.memory
+    memory.scale.data.fill_(1 / 400)
+    memory.strength_bias.data.copy_(
+        torch.tensor([0.05, -0.05, -0.05]).expand(2, 3)
+    )  # 0.5 + 10 * it: only the token before
+    memory.gate.weight.data.zero_()
+    memory.gate.bias.data.copy_(torch.tensor([20.0, -20.0, -20.0]))  # say every token
+    features = make_features(hypernet, n=1)
+    factors, writes = hypernet.cast(features)
+    a, b = factors["o_proj"]  # [1, modules, 6, in], [1, modules, 6, out]
+    assert writes.gate_logits.shape == (1, 6, 3) and writes.owner_scores.shape == (1, 2, 6, 6)
+    torch.testing.assert_close(b, features.states[:, None, :, -48:].expand_as(b), atol=1e-5, rtol=1e-5)
+    keys = features.keys / features.keys.norm(dim=-1, keepdim=True) / 64**0.5
+    torch.testing.assert_close(a[:, :, 1:], keys[:, :, :-1], atol=1e-5, rtol=1e-5)
+    assert not a[:, :, 0].any()  # nothing stands before the first
+    response = b.transpose(2, 3) @ a @ features.keys[:, :, 2, :, None]  # what the module adds where token 2's key comes in
+    best = (response.squeeze(-1) @ features.states[0, :, -48:].T).argmax(-1)
+    assert (best == 3).all()
+
+
+def test_a_memory_keeps_the_tokens_whose_gates_are_most_open():
+    hypernet = make("memory")
+    features = make_features(hypernet)
+    factors, writes = hypernet.cast(features)
+    open_most = writes.gate_logits.sigmoid().sum(-1).topk(4).indices.sort().values  # [3, 4]
+    whole = DocToLoRA(dataclasses.replace(hypernet.config, memory_rank=6))
+    whole.load_state_dict(hypernet.state_dict())
+    for side, all_tokens in zip(factors["o_proj"], whole.cast(features)[0]["o_proj"], strict=True):
+        for chunk in range(3):
+            torch.testing.assert_close(side[chunk], all_tokens[chunk][:, open_most[chunk]])
+
+
+def test_a_memory_needs_keys():
+    hypernet = make("memory")
+    with pytest.raises(ValueError, match="keys and starts"):
+        hypernet.cast(Features(make_features(hypernet).states))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from conftest import make_model
+from loracast.chat import encode_text
 from loracast.encoders.context import ContextEncoder
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.inject import inject
@@ -53,7 +54,7 @@ def make_hypernet(model) -> DocToLoRA:
 
 def documents_lora(encoder, hypernet, episode: Episode) -> LoRA:
     """A document's LoRA, its chunks expanded one by one."""
-    parts = [hypernet(encoder(torch.tensor([chunk]))).factors for chunk in episode.chunks]
+    parts = [hypernet(encoder(torch.tensor([chunk])))[0].factors for chunk in episode.chunks]
     return LoRA(
         {
             name: Factors(torch.cat([p[name].a[0] for p in parts]), torch.cat([p[name].b[0] for p in parts], dim=1))
@@ -82,7 +83,7 @@ def alone(model, question: Question) -> torch.Tensor:
 def test_every_branch_computes_what_its_own_row_would(made):
     batch = pack(made, PAD)
     encoder, hypernet = ContextEncoder(MODEL, (2,)), make_hypernet(MODEL)
-    loras = hypernet(encoder(batch.chunk_ids), batch.chunk_mask, batch.chunks_per_document)
+    loras, _ = hypernet(encoder(batch.chunk_ids), batch.chunk_mask, batch.chunks_per_document)
     own = [documents_lora(encoder, hypernet, episode) for episode in made]
     with inject(MODEL, loras):
         logits = MODEL(
@@ -130,7 +131,7 @@ def test_the_loss_is_that_of_separate_rows(family):
     model = make_model(family)
     encoder, hypernet = ContextEncoder(model, (2,)), make_hypernet(model)
     batch = pack(EPISODES, PAD)
-    outcome = answer_questions(model, encoder, hypernet, batch)
+    outcome, _ = answer_questions(model, encoder, hypernet, batch)
     outcome.loss.backward()
     grads = {name: p.grad.clone() for name, p in hypernet.named_parameters()}
     with torch.no_grad():
@@ -166,12 +167,12 @@ def test_the_encoder_reads_the_bases_own_hidden_states(family):
     ids = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(0))
     states = model(input_ids=ids, output_hidden_states=True).hidden_states
     for layers in ((0, 1, 2, 3), (3, 1), (2,), (0,)):
-        features = ContextEncoder(model, layers)(ids)
+        features = ContextEncoder(model, layers)(ids).states
         expected = states[layers[0]] if len(layers) == 1 else torch.stack([states[n] for n in layers], dim=1)
         torch.testing.assert_close(features, expected)
         assert not features.requires_grad
     padded = torch.cat([ids, torch.zeros(2, 4, dtype=torch.long)], dim=1)
-    torch.testing.assert_close(ContextEncoder(model, (2,))(padded)[:, :9], states[2], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ContextEncoder(model, (2,))(padded).states[:, :9], states[2], atol=1e-4, rtol=1e-4)
     again = model(input_ids=ids, output_hidden_states=True).hidden_states
     assert len(again) == len(states) and torch.equal(again[-1], states[-1])  # the base is as it was
 
@@ -193,7 +194,7 @@ def test_the_encoder_stops_at_the_deepest_layer_it_reads():
 def test_a_value_written_into_the_last_hidden_state_makes_the_base_say_its_token(family):
     model = make_model(family)
     ids = torch.arange(3, 103)[None]
-    features = ContextEncoder(model, (2,), with_values=True)(ids)
+    features = ContextEncoder(model, (2,), with_values=True)(ids).states
     values = features[0, :, -model.config.hidden_size :]
     torch.testing.assert_close(values.norm(dim=-1), torch.ones(100))
     said = model.get_output_embeddings()(model.get_decoder().norm(values)).argmax(-1)
@@ -204,8 +205,48 @@ def test_a_lead_in_is_read_before_the_text_and_dropped():
     ids = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(0))
     together = torch.cat([torch.tensor([[7, 8]]).expand(2, -1), ids], dim=1)
     states = MODEL(input_ids=together, output_hidden_states=True).hidden_states
-    features = ContextEncoder(MODEL, (0, 2), with_values=True, lead_in=(7, 8))(ids)
+    features = ContextEncoder(MODEL, (0, 2), with_values=True, lead_in=(7, 8))(ids).states
     hidden = MODEL.config.hidden_size
     torch.testing.assert_close(features[..., :hidden], torch.stack([states[0], states[2]], dim=1)[:, :, 2:])
-    without = ContextEncoder(MODEL, (0, 2), with_values=True)(ids)
+    without = ContextEncoder(MODEL, (0, 2), with_values=True)(ids).states
     assert torch.equal(features[..., hidden:], without[..., hidden:])
+
+
+def test_keys_are_what_enters_the_modules_of_a_memory_and_reading_goes_as_deep(base):
+    ids = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(0))
+    names = ["model.layers.0.self_attn.o_proj", "model.layers.2.self_attn.o_proj"]
+    ran, seen = [], {}
+    handles = [
+        layer.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, layer in enumerate(base.model.model.layers)
+    ]
+    encoder = ContextEncoder(
+        base.model, (1,), with_values=True, lead_in=(7,), key_modules=names[::-1], tokenizer=base.tokenizer
+    )
+    try:
+        features = encoder(ids)
+        assert ran == [0, 1, 2]
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in names:
+        base.model.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.__setitem__(name, inputs[0])
+        )
+    base.model(torch.cat([torch.full((2, 1), 7), ids], dim=1))
+    for i, name in enumerate(names):  # by layer, whatever order they were named in
+        torch.testing.assert_close(features.keys[:, i], seen[name][:, 1:])
+        base.model.get_submodule(name)._forward_pre_hooks.clear()
+
+
+def test_starts_are_the_values_of_how_an_answer_begins(base):
+    ids = torch.tensor([encode_text(base.tokenizer, "the machine weighs 12 kg")])
+    encoder = ContextEncoder(
+        base.model, (1,), True, key_modules=["model.layers.0.self_attn.o_proj"], tokenizer=base.tokenizer
+    )
+    features = encoder(ids)
+    for i, token in enumerate(ids[0].tolist()):
+        text = base.tokenizer.decode([token]).strip()
+        first = encode_text(base.tokenizer, text)[0] if text else token
+        torch.testing.assert_close(features.starts[0, i], encoder.values(torch.tensor([first]))[0])
+    texts = [base.tokenizer.decode([token]) for token in ids[0].tolist()]
+    assert any(text.startswith(" ") and text.strip() for text in texts)  # else this compares nothing

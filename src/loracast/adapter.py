@@ -2,7 +2,7 @@
 
 An adapter is a folder of three files (docs/adapter-format.md):
 
-    factors.safetensors   A [chunks, layers, r, in] and B [chunks, layers, r, out] for each module kind, bf16; chunk after chunk
+    factors.safetensors   A [chunks, modules, r, in] and B [chunks, modules, r, out] for each module kind, bf16; chunk after chunk
     chunks.sqlite         the chunks' text and offsets, with a full-text index (FTS5) that routing asks
     adapter.json          name, hashes, base, hypernetwork, target, options; written last
 
@@ -117,7 +117,7 @@ def _shapes(m: Manifest, stored: Mapping[str, Sequence[int]]) -> dict[str, list[
         modules = m.target.of_kind(kind)
         shared = [stored[name] for side in "ab" if (name := f"{kind}.shared.{side}") in stored]
         for side, d in (("a", modules[0].d_in), ("b", modules[0].d_out)):
-            shapes[f"{kind}.{side}"] = [m.n_chunks, len(modules), m.rank, d]
+            shapes[f"{kind}.{side}"] = [m.n_chunks, len(modules), m.ranks[kind], d]
             if shared:
                 shapes[f"{kind}.shared.{side}"] = [len(modules), *shared[0][1:2], d]
     return shapes

@@ -48,7 +48,7 @@ def split_document(base: Base, document: Document, max_tokens: int) -> list[Chun
 def expand_chunks(
     base: Base, hypernet: DocToLoRA, encoder: ContextEncoder, prompts: Sequence[str]
 ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """The factors of chunks, batch by batch and in order, as the hypernetwork's `expand` gives them."""
+    """The factors of chunks, batch by batch and in order, as the hypernetwork casts them."""
     for ids, mask in prompt_batches(base, prompts):
         yield expand_batch(base, hypernet, encoder, ids, mask)
 
@@ -59,9 +59,8 @@ def expand_batch(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The factors of one batch of chunks, as token ids [n, t] with their mask [n, t]."""
     autocast = torch.autocast(ids.device.type, torch.bfloat16) if base.model.dtype == torch.bfloat16 else nullcontext()
-    features = encoder(ids).float()
     with autocast:
-        return hypernet.expand(hypernet.latents(features, mask))
+        return hypernet.cast(encoder(ids), mask)[0]
 
 
 def prompt_batches(base: Base, prompts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -107,7 +106,7 @@ def learn_document(
         check_free(library, name)  # now, not after the work
     chunks = split_document(base, document, max_chunk_tokens)
     config = hypernet.config
-    with AdapterWriter(library, name, config.target, config.rank, chunks) as writer:
+    with AdapterWriter(library, name, config.target, config.ranks, chunks) as writer:
         writer.open_factors(shared_factors(hypernet))
         done = 0
         progress(done, len(chunks))
@@ -122,8 +121,8 @@ def learn_document(
             source_sha256=document.sha256,
             made_for=base.fingerprint,
             hypernetwork=hypernet_hash,
-            modules=config.modules,
-            rank=config.rank,
+            modules=tuple((m.name, m.layer, m.kind, m.d_in, m.d_out) for m in config.target.modules),
+            ranks=config.ranks,
             n_chunks=len(chunks),
             n_tokens=sum(chunk.n_tokens for chunk in chunks),
             max_chunk_tokens=max_chunk_tokens,

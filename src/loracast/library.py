@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace as with_changes
 from pathlib import Path
@@ -124,9 +124,9 @@ class AdapterWriter:
     Use as a context manager: `add` the factors batch by batch, then `finish`.
     """
 
-    def __init__(self, library: Path, name: str, target: Target, rank: int, chunks: Sequence[Chunk]):
+    def __init__(self, library: Path, name: str, target: Target, ranks: Mapping[str, int], chunks: Sequence[Chunk]):
         self.library, self.name = library, check_name(name)
-        self.target, self.rank, self.chunks = target, rank, chunks
+        self.target, self.ranks, self.chunks = target, ranks, chunks
         self._n_added = 0
         self._file: BufferedRandom | None = None
 
@@ -142,8 +142,8 @@ class AdapterWriter:
         shapes = {}
         for kind in self.target.kinds:
             modules = self.target.of_kind(kind)
-            shapes[f"{kind}.a"] = (len(self.chunks), len(modules), self.rank, modules[0].d_in)
-            shapes[f"{kind}.b"] = (len(self.chunks), len(modules), self.rank, modules[0].d_out)
+            shapes[f"{kind}.a"] = (len(self.chunks), len(modules), self.ranks[kind], modules[0].d_in)
+            shapes[f"{kind}.b"] = (len(self.chunks), len(modules), self.ranks[kind], modules[0].d_out)
         self._shapes = shapes
         return self
 
@@ -176,7 +176,7 @@ class AdapterWriter:
             self._write(name, 0, value)
 
     def add(self, expanded: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Append the factors of the next chunks, as the hypernetwork's `expand` gives them."""
+        """Append the factors of the next chunks, as the hypernetwork casts them."""
         n = 0
         for kind, (a, b) in expanded.items():
             if not (a.isfinite().all() and b.isfinite().all()):

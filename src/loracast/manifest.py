@@ -34,8 +34,8 @@ class Manifest:
     """Hash of the hypernetwork's weights."""
     modules: tuple[tuple[str, int, str, int, int], ...]
     """The target, as in the hypernetwork's config."""
-    rank: int
-    """Of one chunk."""
+    ranks: dict[str, int]
+    """Of one chunk, by module kind."""
     n_chunks: int
     n_tokens: int
     max_chunk_tokens: int
@@ -50,6 +50,11 @@ class Manifest:
     @property
     def target(self) -> Target:
         return Target(tuple(TargetModule(*module) for module in self.modules))
+
+    @property
+    def rank_text(self) -> str:
+        """The ranks in words."""
+        return ", ".join(f"{rank} in {kind}" for kind, rank in self.ranks.items())
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -68,11 +73,13 @@ class Manifest:
             manifest = cls(**stored)
             if not _NAME.fullmatch(manifest.name):
                 raise ValueError(f"{manifest.name[:80]!r} is no adapter's name")
-            sizes = [manifest.rank, manifest.n_chunks, *(d for m in manifest.modules for d in m[3:])]
+            sizes = [*dict(manifest.ranks).values(), manifest.n_chunks, *(d for m in manifest.modules for d in m[3:])]
             if not manifest.modules or min(sizes) < 1:
                 raise ValueError("it targets nothing, or a size in it is not positive")
             if unknown := set(manifest.target.kinds) ^ {module.kind for module in manifest.target.modules}:
                 raise ValueError(f"unknown module kinds {sorted(unknown)}")
+            if manifest.ranks.keys() != set(manifest.target.kinds):
+                raise ValueError("its ranks are not those of its module kinds")
             return manifest
         except (KeyError, TypeError, ValueError) as error:
             raise AdapterError(f"{path} is damaged: {error}; learn the document again") from error

@@ -111,7 +111,7 @@ class Model(Answerer):
     def __init__(self, base: Base, hypernet: DocToLoRA, hypernet_hash: str, library: Path):
         super().__init__(base, library)
         self.hypernet, self.hypernet_hash = hypernet, hypernet_hash
-        self.encoder = ContextEncoder.for_hypernet(base.model, hypernet.config)
+        self.encoder = ContextEncoder.for_hypernet(base, hypernet.config)
 
     def learn(
         self,

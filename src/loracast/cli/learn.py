@@ -57,7 +57,7 @@ def report(adapter: Adapter) -> dict[str, Any]:
         "title": manifest.title,
         "n_tokens": manifest.n_tokens,
         "n_chunks": manifest.n_chunks,
-        "rank": manifest.rank,
+        "ranks": manifest.ranks,
         "n_bytes": adapter.n_bytes,
         "learn_s": manifest.learn_s,
         "warnings": list(manifest.warnings),
@@ -71,6 +71,6 @@ def print_learned(adapter: Adapter) -> None:
     chunks = f"{manifest.n_chunks:,} chunk{'s' * (manifest.n_chunks != 1)}"
     print(f"learned {adapter.name}{title}")
     print(
-        f"{manifest.n_tokens:,} tokens in {chunks}, rank {manifest.rank} each, {size(adapter.n_bytes)}, {manifest.learn_s:.1f} s"
+        f"{manifest.n_tokens:,} tokens in {chunks}, rank {manifest.rank_text}, {size(adapter.n_bytes)}, {manifest.learn_s:.1f} s"
     )
     print(f'ask it: loracast ask "..." -a {adapter.name}')

@@ -31,7 +31,7 @@ def list_(library: options.Library = None, as_json: options.Json = False) -> Non
                 "base": adapter.manifest.made_for.base,
                 "n_tokens": adapter.manifest.n_tokens,
                 "n_chunks": adapter.manifest.n_chunks,
-                "rank": adapter.manifest.rank,
+                "ranks": adapter.manifest.ranks,
                 "n_bytes": adapter.n_bytes,
                 "created": adapter.manifest.created,
             }

@@ -54,7 +54,7 @@ def show(
         "source": f"{manifest.source or 'standard input'}, sha256 {manifest.source_sha256[:16]}",
         "learned": f"{manifest.created}, in {manifest.learn_s:.1f} s",
         "document": f"{manifest.n_tokens:,} tokens in {manifest.n_chunks:,} chunks of at most {manifest.max_chunk_tokens}",
-        "factors": f"rank {manifest.rank} for each chunk, layers {layers[0]} to {layers[-1]}, {', '.join(manifest.target.kinds)}",
+        "factors": f"rank {manifest.rank_text} for each chunk, layers {layers[0]} to {layers[-1]}",
         "base": f"{manifest.made_for.base}, weights {manifest.made_for.norms}",
         "hypernetwork": manifest.hypernetwork,
         "size": f"{size(adapter.n_bytes)} in {adapter.folder}",

@@ -9,14 +9,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from loracast.chat import encode_text
+from loracast.encoders.features import Features
+
 if TYPE_CHECKING:
+    from loracast.base import Base
     from loracast.hypernets.doc_to_lora import DocToLoRAConfig
 
 
 class ContextEncoder:
     """Reads the base's hidden states. Shares the base's weights: building one costs nothing."""
 
-    def __init__(self, model: Any, layers: Sequence[int], with_values: bool = False, lead_in: Sequence[int] = ()):
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[int],
+        with_values: bool = False,
+        lead_in: Sequence[int] = (),
+        key_modules: Sequence[str] = (),
+        tokenizer: Any = None,
+    ):
         """
         Args:
             model: the base (a causal LM).
@@ -25,61 +37,96 @@ class ContextEncoder:
                 the base say that token: its output embedding, centred, weighted as the final norm does.
             lead_in: token ids read before each row and then dropped. The first token of a text is an attention sink: its
                 state is huge and nearly the same whatever the token is.
+            key_modules: names of modules whose inputs are read as well, in the order of their layers; needs `with_values` and
+                the tokenizer, which says how an answer begins with a token.
         """
-        self.layers, self.lead_in = tuple(layers), tuple(lead_in)
+        self.layers, self.lead_in, self.key_modules = tuple(layers), tuple(lead_in), tuple(key_modules)
+        self._tokenizer = tokenizer
+        self._starts: dict[int, int] = {}
         self._embeddings = model.get_output_embeddings() if with_values else None
         decoder = model.get_decoder()
         if with_values:
             weight = model.get_output_embeddings().weight
             self._mean = weight.float().mean(0)
             self._gain = decoder.norm(torch.ones(1, 1, weight.shape[1], device=weight.device)).float()[0, 0]
+        depth = max(self.layers)
+        self._keyed: list[nn.Module] = []
+        for layer, block in enumerate(decoder.layers):
+            inside = {id(module) for module in block.modules()}
+            found = [m for name in self.key_modules if id(m := model.get_submodule(name)) in inside]
+            self._keyed += found
+            depth = max(depth, layer + 1) if found else depth
         # A second decoder around the same blocks, cut after the deepest one that is read.
         self._decoder = copy.copy(decoder)
         self._decoder._modules = dict(decoder._modules)
-        self._decoder.layers = decoder.layers[: max(self.layers)]
+        self._decoder.layers = decoder.layers[:depth]
         self._decoder.config = copy.copy(decoder.config)
-        self._decoder.config.num_hidden_layers = max(self.layers)
+        self._decoder.config.num_hidden_layers = depth
         self._decoder.norm = nn.Identity()
 
     @classmethod
-    def for_hypernet(cls, model: Any, config: DocToLoRAConfig) -> ContextEncoder:
+    def for_hypernet(cls, base: Base, config: DocToLoRAConfig) -> ContextEncoder:
         """The encoder that a hypernetwork was trained to read with."""
-        return cls(model, config.reader_layers, with_values=config.d_values > 0, lead_in=config.lead_in)
+        return cls(
+            base.model,
+            config.reader_layers,
+            with_values=config.d_values > 0,
+            lead_in=config.lead_in,
+            key_modules=[name for name, *_ in config.memory_modules],
+            tokenizer=base.tokenizer,
+        )
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor) -> Tensor:
-        """input_ids [n, t], padded on the right -> features [n, t, d], or [n, layers, t, d] if several layers are read;
-        d is the base's width, twice that with values.
+    def __call__(self, input_ids: Tensor) -> Features:
+        """input_ids [n, t], padded on the right -> their features: states of the base's width, twice that with values.
 
         Attention is causal, so padding on the right changes nothing before it and needs no mask here.
         """
+        n_lead = len(self.lead_in)
         states: dict[int, Tensor] = {}
+        keys: dict[nn.Module, Tensor] = {}
 
-        def keep(layer: int):
+        def keep_state(layer: int):
             def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
-                states[layer] = output if isinstance(output, Tensor) else output[0]
+                states[layer] = (output if isinstance(output, Tensor) else output[0])[:, n_lead:]
 
             return hook
 
-        handles = [self._decoder.layers[n - 1].register_forward_hook(keep(n)) for n in set(self.layers) if n > 0]
+        def keep_key(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            keys[module] = inputs[0][:, n_lead:]
+
+        handles = [self._decoder.layers[n - 1].register_forward_hook(keep_state(n)) for n in set(self.layers) if n > 0]
+        handles += [module.register_forward_pre_hook(keep_key) for module in self._keyed]
         try:
             lead_in = torch.tensor(self.lead_in, dtype=input_ids.dtype, device=input_ids.device)
             read = torch.cat([lead_in.expand(input_ids.shape[0], -1), input_ids], dim=1)
             embedded = self._decoder.get_input_embeddings()(read)
-            states[0] = embedded
+            states[0] = embedded[:, n_lead:]
             self._decoder(inputs_embeds=embedded, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        features = torch.stack([states[n][:, len(self.lead_in) :] for n in self.layers], dim=1)  # [n, layers, t, d]
+        features = torch.stack([states[n] for n in self.layers], dim=1)  # [n, layers, t, d]
         if self._embeddings is not None:
             values = self.values(input_ids).to(features.dtype)[:, None].expand_as(features)
             features = torch.cat([features, values], dim=-1)
-        return features[:, 0] if len(self.layers) == 1 else features
+        features = features[:, 0] if len(self.layers) == 1 else features
+        if not self._keyed:
+            return Features(features)
+        starts = self.values(self._start_ids(input_ids)).to(features.dtype)
+        return Features(features, starts, torch.stack([keys[module] for module in self._keyed], dim=1))
 
     @torch.no_grad()
     def values(self, input_ids: Tensor) -> Tensor:
-        """input_ids [n, t] -> for each token the unit vector [n, t, d] that makes the base say it."""
+        """input_ids [...] -> for each token the unit vector [..., d] that makes the base say it."""
         assert self._embeddings is not None
         embedded = self._embeddings.weight[input_ids].float() - self._mean
         return torch.nn.functional.normalize(embedded * self._gain, dim=-1)
+
+    def _start_ids(self, input_ids: Tensor) -> Tensor:
+        """input_ids [n, t] -> the token with which an answer begins that begins with this token's text: its space is gone."""
+        for i in set(input_ids.flatten().tolist()) - self._starts.keys():
+            text = self._tokenizer.decode([i]).strip()
+            self._starts[i] = (encode_text(self._tokenizer, text) or [i])[0] if text else i
+        starts = [[self._starts[i] for i in row] for row in input_ids.tolist()]
+        return torch.tensor(starts, dtype=input_ids.dtype, device=input_ids.device)

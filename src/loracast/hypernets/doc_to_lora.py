@@ -1,8 +1,9 @@
 """Doc-to-LoRA: a chunk's features become the factors of a LoRA in one forward pass (arXiv 2602.15902).
 
-    features [n, t, d] -> projection -> Perceiver encoder (optional) -> Perceiver decoder -> rank latents [n, layers, r, w]
+    states [n, t, d] -> projection -> Perceiver encoder (optional) -> Perceiver decoder -> rank latents [n, layers, r, w]
     features -> where each rank latent points -> values that its B row copies (optional)
     rank latents -> residual MLPs (optional) -> unit length -> a head for each module kind -> A [n, layers, r, in], B [n, layers, r, out]
+    features -> an associative memory in modules of another kind (optional; memory.py) -> A, B of these modules
 
 The chunks of a document are merged by joining their factors along the rank. Knows shapes, never a base's weights.
 """
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loracast.encoders.features import Features
 from loracast.errors import ConfigError
 from loracast.hypernets.heads import FactorHead, LatentMLP, SharedLoRA, ValuePointer
+from loracast.hypernets.memory import AssociativeMemory, Writes
 from loracast.hypernets.perceiver import GatedMLP, Perceiver, Queries
 from loracast.lora import Factors, LoRABatch
 from loracast.target import KINDS, Target, TargetModule
@@ -68,6 +71,14 @@ class DocToLoRAConfig:
     """Express factors in units of the base's own activations, measured by `calibrate`."""
     d_values: int = 0
     """The last columns of the features are values that B rows may copy: what the base must be told to say a token. 0 for none."""
+    memory_modules: tuple[tuple[str, int, str, int, int], ...] = ()
+    """Modules in which an associative memory lies: all of one kind, none of `modules`. Empty for none."""
+    memory_rank: int = 64
+    """Most tokens of a chunk that the memory stores."""
+    memory_heads: int = 2
+    """Ways in which a token attends to others for its keys, beside the token before it."""
+    memory_blocks: int = 2
+    """Blocks of self-attention among a chunk's tokens, in which the memory reads them."""
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -94,6 +105,18 @@ class DocToLoRAConfig:
             problems.append(
                 f"no target module writes outputs of {self.d_values} numbers for the values to be copied to"
             )
+        if self.memory_modules:
+            memory_kinds = {kind for _, _, kind, _, _ in self.memory_modules}
+            if len({module[2:] for module in self.memory_modules}) != 1 or not memory_kinds <= set(KINDS):
+                problems.append("the memory's modules must be of one kind and one shape")
+            if memory_kinds & {kind for _, _, kind, _, _ in self.modules}:
+                problems.append("the memory's modules must be of a kind that `modules` leaves alone")
+            if self.d_values != self.memory_modules[0][4] or self.reads_each_layer:
+                problems.append("a memory needs values as wide as its modules' outputs, and one layer that is read")
+            if list(self.memory_modules) != sorted(self.memory_modules, key=lambda module: module[1]):
+                problems.append("the memory's modules are not in the order of their layers")
+            if min(self.memory_rank, self.memory_heads) < 1:
+                problems.append("memory_rank and memory_heads must be at least 1")
         if problems:
             raise ConfigError("bad DocToLoRAConfig: " + "; ".join(problems))
 
@@ -104,7 +127,15 @@ class DocToLoRAConfig:
 
     @property
     def target(self) -> Target:
-        return Target(tuple(TargetModule(*module) for module in self.modules))
+        """All modules that receive factors, the memory's included."""
+        both = sorted((*self.modules, *self.memory_modules), key=lambda module: (module[1], KINDS.index(module[2])))
+        return Target(tuple(TargetModule(*module) for module in both))
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of one chunk's LoRA, by kind."""
+        memory = {kind: self.memory_rank for _, _, kind, _, _ in self.memory_modules}
+        return {kind: memory.get(kind, self.rank) for kind in self.target.kinds}
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -118,6 +149,10 @@ class DocToLoRAConfig:
     @property
     def reads_each_layer(self) -> bool:
         return len(self.reader_layers) > 1
+
+
+ChunkFactors = dict[str, tuple[Tensor, Tensor]]
+"""By module kind, A [n, modules, r, in] and B rows [n, modules, r, out] of n chunks."""
 
 
 class DocToLoRA(nn.Module):
@@ -143,7 +178,7 @@ class DocToLoRA(nn.Module):
         self.rank_latents = Queries(groups, n_kinds * c.rank, c.width, c.factorised_queries and groups > 1)
         self.decoder = Perceiver(c.n_decoder_blocks, *block)
         self.latent_mlps = nn.ModuleList(LatentMLP(n_layers, c.width) for _ in range(c.n_latent_mlps))
-        shapes = {m.kind: (m.d_in, m.d_out) for m in c.target.modules}
+        shapes = {kind: (d_in, d_out) for _, _, kind, d_in, d_out in c.modules}
         self.heads = nn.ModuleDict(
             {k: FactorHead(n_layers, c.width, c.rank, *shapes[k], c.head_shared_rank, c.whitened) for k in c.kinds}
         )
@@ -154,6 +189,7 @@ class DocToLoRA(nn.Module):
             if c.document_independent_rank
             else {}
         )
+        self.memory = AssociativeMemory(c) if c.memory_modules else None
         self.register_buffer("feature_mean", torch.zeros(c.d_features))
         self.register_buffer("feature_std", torch.ones(c.d_features))
 
@@ -176,10 +212,10 @@ class DocToLoRA(nn.Module):
         return cast(SharedLoRA, self.document_independent[kind]) if kind in self.document_independent else None
 
     def latents(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The rank codes of chunks: with the heads they are all that a chunk's LoRA needs.
+        """The rank codes of chunks: with the heads they are all that a chunk's LoRA needs, but for the memory.
 
         Args:
-            features: [n, t, d], or [n, layers, t, d] when each layer reads features of its own.
+            features: the states [n, t, d], or [n, layers, t, d] when each layer reads features of its own.
             mask: [n, t], true where a token is real.
 
         Returns:
@@ -220,11 +256,11 @@ class DocToLoRA(nn.Module):
                 pooled.append(values.new_zeros(*part.shape[:3], c.d_values))
         return torch.stack(pooled, dim=2).flatten(1, 3)
 
-    def expand(self, codes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def expand(self, codes: Tensor) -> ChunkFactors:
         """Rank codes -> by kind, A [n, layers, r, in] and B [n, layers, r, out] (B's rows are the columns of the factor)."""
         c = self.config
         by_kind = codes.unflatten(2, (len(c.kinds), c.rank)).unbind(2)
-        pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        pairs: ChunkFactors = {}
         for kind, part in zip(c.kinds, by_kind, strict=True):
             a, b = self.head(kind)(part[..., : c.width])
             if kind in self.pointers:
@@ -232,41 +268,52 @@ class DocToLoRA(nn.Module):
             pairs[kind] = (a, b * c.scale)
         return pairs
 
-    def forward(self, features: Tensor, mask: Tensor | None = None, chunks_per_document: int = 1) -> LoRABatch:
-        """Chunks -> one LoRA for each document, differentiable.
+    def cast(self, features: Features, mask: Tensor | None = None) -> tuple[ChunkFactors, Writes | None]:
+        """Chunks -> by kind their factors A [n, modules, r, in] and B rows [n, modules, r, out], and what the memory wrote.
 
         Args:
-            features, mask: as in `latents`; the chunks of a document are neighbours. A chunk without any real token fills up
-                a document that has fewer chunks than others: its LoRA is zero.
+            features: of n chunks.
+            mask: [n, t], true where a token is real. A chunk without any gets a LoRA of zero.
+        """
+        n, t = features.n_chunks, features.states.shape[-2]
+        mask = torch.ones(n, t, dtype=torch.bool, device=features.states.device) if mask is None else mask.bool()
+        is_real = mask.any(-1)  # [n]
+        mask = mask | ~is_real[:, None]  # nothing to look at would be NaN
+        states = features.states.float()
+        factors, writes = self.expand(self.latents(states, mask)), None
+        if self.memory is not None:
+            a, b, writes = self.memory((states - self.feature_mean) / self.feature_std, features, mask)
+            factors[self.config.memory_modules[0][2]] = (a, b)
+        if not is_real.all():
+            factors = {kind: (a, b * is_real[:, None, None, None]) for kind, (a, b) in factors.items()}
+        return factors, writes
+
+    def forward(
+        self, features: Features, mask: Tensor | None = None, chunks_per_document: int = 1
+    ) -> tuple[LoRABatch, Writes | None]:
+        """Chunks -> one LoRA for each document, differentiable, and what the memory wrote.
+
+        Args:
+            features, mask: as in `cast`; the chunks of a document are neighbours.
             chunks_per_document: K; the factors of K neighbours are joined along the rank.
         """
-        if mask is None:
-            return self.merge(self.expand(self.latents(features)), chunks_per_document)
-        is_real = mask.bool().any(-1)  # [n]
-        expanded = self.expand(
-            self.latents(features, mask.bool() | ~is_real[:, None])
-        )  # nothing to look at would be NaN
-        if not is_real.all():
-            expanded = {kind: (a, b * is_real[:, None, None, None]) for kind, (a, b) in expanded.items()}
-        return self.merge(expanded, chunks_per_document)
+        factors, writes = self.cast(features, mask)
+        return self.merge(factors, chunks_per_document), writes
 
-    def merge(self, expanded: dict[str, tuple[Tensor, Tensor]], chunks_per_document: int) -> LoRABatch:
-        """Factors of chunks, as `expand` gives them -> one LoRA of rank K * r (+ the document-independent one) each."""
-        c = self.config
-        factors: dict[str, Factors] = {}
-        n_documents = 0
-        by_kind = {kind: self._joined(kind, a, b, chunks_per_document) for kind, (a, b) in expanded.items()}
-        for module in c.target.modules:
-            a, b = by_kind[module.kind]
-            layer = c.layers.index(module.layer)
-            n_documents = a[layer].shape[0]
-            factors[module.name] = Factors(a[layer], b[layer].transpose(1, 2))
-        return LoRABatch(n_documents, factors, {})
+    def merge(self, factors: ChunkFactors, chunks_per_document: int) -> LoRABatch:
+        """Factors of chunks -> one LoRA of rank K * r (+ the document-independent one) each."""
+        merged: dict[str, Factors] = {}
+        n_documents = next(iter(factors.values()))[0].shape[0] // chunks_per_document
+        for kind, (a, b) in factors.items():
+            sides = self._joined(kind, a, b, chunks_per_document)
+            for module, a_rows, b_rows in zip(self.config.target.of_kind(kind), *sides, strict=True):
+                merged[module.name] = Factors(a_rows, b_rows.transpose(1, 2))
+        return LoRABatch(n_documents, {name: merged[name] for name in self.config.target.names}, {})
 
     def _joined(self, kind: str, a: Tensor, b: Tensor, k: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """By layer, A [documents, K*r (+ shared), in] and B rows [documents, K*r (+ shared), out].
+        """By module, A [documents, K*r (+ shared), in] and B rows [documents, K*r (+ shared), out].
 
-        The layers are unbound once: slicing a stacked tensor inside each hook would build a full zero gradient for each layer.
+        The modules are unbound once: slicing a stacked tensor inside each hook would build a full zero gradient for each.
         """
         sides = []
         for name, rows in (("a", a), ("b", b)):

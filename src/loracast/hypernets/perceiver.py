@@ -68,6 +68,46 @@ class CrossBlock(nn.Module):
         return latents + self.norm_after_mlp(self.mlp(self.norm_before_mlp(latents)))
 
 
+class ReaderBlock(nn.Module):
+    """Self-attention among a chunk's tokens, both ways, with rotary positions, then a gated MLP; an exact no-op at the start.
+
+    What binds a value to the subject of its own sentence: the base's own states are causal and say little of that at the value.
+    """
+
+    def __init__(self, width: int, n_heads: int, eps: float):
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm = nn.RMSNorm(width, eps=eps)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.o = nn.Linear(width, width, bias=False)
+        self.norm_before_mlp = nn.RMSNorm(width, eps=eps)
+        self.mlp = GatedMLP(width, 4 * width, width)
+        nn.init.zeros_(self.o.weight)
+        nn.init.zeros_(self.mlp.down.weight)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x [n, t, w], mask [n, t] true where real (None: all real) -> [n, t, w]."""
+        n, t, width = x.shape
+        q, k, v = (
+            self.qkv(self.norm(x)).view(n, t, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        )  # [n, heads, t, w / heads]
+        q, k = rotate(q), rotate(k)
+        attn_mask = None if mask is None else mask[:, None, None, :]
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        x = x + self.o(out.transpose(1, 2).reshape(n, t, width))
+        return x + self.mlp(self.norm_before_mlp(x))
+
+
+def rotate(x: Tensor, base: float = 1000.0) -> Tensor:
+    """Rotary positions on x [..., t, d] (RoFormer, arXiv 2104.09864): token i's pairs are turned by i times their frequency."""
+    t, d = x.shape[-2:]
+    frequencies = base ** (-torch.arange(d // 2, device=x.device, dtype=torch.float32) * 2 / d)
+    angles = torch.arange(t, device=x.device, dtype=torch.float32)[:, None] * frequencies  # [t, d / 2]
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
 class Perceiver(nn.Module):
     """A stack of cross-attention blocks: latents [n, q, w] and context [n, t, w] -> latents [n, q, w]."""
 

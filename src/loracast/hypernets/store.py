@@ -119,7 +119,8 @@ def read_config(values: dict[str, Any]) -> DocToLoRAConfig:
     if unknown := sorted(values.keys() - known):
         raise ConfigError(f"unknown keys in a DocToLoRA config: {', '.join(unknown)}")
     values = dict(values)
-    values["modules"] = tuple(tuple(module) for module in values["modules"])
+    for name in ("modules", "memory_modules"):
+        values[name] = tuple(tuple(module) for module in values.get(name, ()))
     for name in ("reader_layers", "lead_in"):
         values[name] = tuple(values.get(name, ()))
     return DocToLoRAConfig(**values)

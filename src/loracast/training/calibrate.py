@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loracast.base import Base
 from loracast.encoders.context import ContextEncoder
 from loracast.hypernets.doc_to_lora import DocToLoRA
 
 
 @torch.no_grad()
-def calibrate(hypernet: DocToLoRA, model: Any, encoder: ContextEncoder, rows: Sequence[Tensor]) -> None:
+def calibrate(hypernet: DocToLoRA, base: Base, encoder: ContextEncoder, rows: Sequence[Tensor]) -> None:
     """Set the units of `hypernet` from `rows` of real text's token ids, each [1, t].
 
     The first token of a row is left out: its activations are an attention sink, hundreds of times larger than any other's.
@@ -31,24 +31,28 @@ def calibrate(hypernet: DocToLoRA, model: Any, encoder: ContextEncoder, rows: Se
 
         return hook
 
-    modules = dict(model.named_modules())
+    modules = dict(base.model.named_modules())
     handles = [modules[module.name].register_forward_hook(measure(module.name)) for module in target.modules]
     try:
         for row in rows:
-            model.get_decoder()(input_ids=row, use_cache=False)
+            base.model.get_decoder()(input_ids=row, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    features = torch.cat([encoder(row)[..., 1:, :].float().flatten(0, -2) for row in rows])
+    features = [encoder(row) for row in rows]
 
     def by_kind(squares: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
             kind: torch.stack([(squares[m.name] / n_tokens).sqrt() for m in target.of_kind(kind)])
-            for kind in target.kinds
+            for kind in hypernet.config.kinds
         }
 
-    hypernet.standardise(features)
+    hypernet.standardise(torch.cat([f.states[..., 1:, :].float().flatten(0, -2) for f in features]))
+    if hypernet.memory is not None:
+        keys = torch.cat([f.keys[0, :, 1:] for f in features if f.keys is not None], dim=1).float()  # [modules, t, in]
+        stop = torch.tensor([base.chat.end_of_turn], device=base.device)
+        hypernet.memory.set_units(keys.mean(1), keys.std(1), encoder.values(stop)[0])
     if hypernet.config.whitened:
         inputs, outputs = by_kind(squares_in), by_kind(squares_out)
-        for kind in target.kinds:
+        for kind in hypernet.config.kinds:
             hypernet.head(kind).set_units(inputs[kind], outputs[kind])

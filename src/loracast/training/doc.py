@@ -42,6 +42,10 @@ class Recipe:
     """Layers that receive a LoRA; all if None."""
     hypernetwork: Mapping[str, Any] = field(default_factory=dict)
     """Options of DocToLoRAConfig other than the target."""
+    memory_layers: tuple[int, ...] = ()
+    """Layers whose attention output (`o_proj`) holds an associative memory."""
+    marks_weight: float = 0.3
+    """Weight of the loss on what the memory writes."""
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
 
@@ -64,10 +68,14 @@ def read_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
         if not separator or not dot:
             raise ConfigError(f"{override!r} is not an override; write table.key=value, such as training.lr=2e-4")
         tables.setdefault(table, {})[name] = _value(value.strip())
-    problems = [f"unknown table [{table}]" for table in tables.keys() - {"hypernetwork", "data", "training"}]
+    problems = [
+        f"unknown table [{table}]" for table in tables.keys() - {"hypernetwork", "objective", "data", "training"}
+    ]
     options = dict(tables.get("hypernetwork", {}))
-    target = {name: tuple(options.pop(name)) for name in ("kinds", "layers") if name in options}
-    allowed = {f.name for f in dataclasses.fields(DocToLoRAConfig)} - {"modules", "d_features"}
+    target = {name: tuple(options.pop(name)) for name in ("kinds", "layers", "memory_layers") if name in options}
+    objective = tables.get("objective", {})
+    allowed = {f.name for f in dataclasses.fields(DocToLoRAConfig)} - {"modules", "memory_modules", "d_features"}
+    problems += [f"unknown key objective.{name}" for name in sorted(objective.keys() - {"marks_weight"})]
     problems += [f"unknown key hypernetwork.{name}" for name in sorted(options.keys() - allowed)]
     for table, config in (("data", DataConfig), ("training", TrainConfig)):
         known = {f.name for f in dataclasses.fields(config)}
@@ -76,6 +84,7 @@ def read_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError("bad recipe: " + "; ".join(problems))
     return Recipe(
         **target,
+        marks_weight=float(objective.get("marks_weight", Recipe.marks_weight)),
         hypernetwork=_tuples(options),
         data=DataConfig(**_tuples(tables.get("data", {}))),
         training=TrainConfig(**_tuples(tables.get("training", {}))),
@@ -99,12 +108,39 @@ def build_hypernet(base: Base, recipe: Recipe, source: EpisodeSource) -> DocToLo
     target = target_from_config(base.model.config, recipe.kinds, recipe.layers)
     d_features = base.model.config.get_text_config().hidden_size + recipe.hypernetwork.get("d_values", 0)
     options = {"lead_in": tuple(encode_text(base.tokenizer, "\n"))[:1], **recipe.hypernetwork}
+    if recipe.memory_layers:
+        options["memory_modules"] = memory_modules(base, recipe.memory_layers)
     hypernet = DocToLoRA(DocToLoRAConfig.for_target(target, d_features, **options))
-    encoder = ContextEncoder.for_hypernet(base.model, hypernet.config)
-    rng = random.Random(recipe.data.seed)
-    texts = [source.sample_text(rng, 256) for _ in range(CALIBRATION_ROWS)]
-    calibrate(hypernet, base.model, encoder, [torch.tensor([encode_text(base.tokenizer, text)]) for text in texts])
+    encoder = ContextEncoder.for_hypernet(base, hypernet.config)
+    calibrate(hypernet, base, encoder, calibration_rows(base, recipe, source))
     return hypernet
+
+
+def with_memory(hypernet: DocToLoRA, base: Base, recipe: Recipe, source: EpisodeSource) -> DocToLoRA:
+    """The same hypernetwork with a fresh associative memory, which does nothing yet."""
+    if hypernet.memory is not None:
+        raise ConfigError("the checkpoint has a memory already; leave memory_layers out of the recipe")
+    modules = memory_modules(base, recipe.memory_layers)
+    torch.manual_seed(recipe.training.seed)
+    grown = DocToLoRA(dataclasses.replace(hypernet.config, memory_modules=modules))
+    encoder = ContextEncoder.for_hypernet(base, grown.config)
+    calibrate(grown, base, encoder, calibration_rows(base, recipe, source))
+    grown.load_state_dict(hypernet.state_dict(), strict=False)
+    return grown
+
+
+def memory_modules(base: Base, layers: Sequence[int]) -> tuple[tuple[str, int, str, int, int], ...]:
+    """The modules of an associative memory in these layers."""
+    target = target_from_config(base.model.config, ("o_proj",), layers)
+    return tuple((m.name, m.layer, m.kind, m.d_in, m.d_out) for m in target.modules)
+
+
+def calibration_rows(base: Base, recipe: Recipe, source: EpisodeSource) -> list[Tensor]:
+    """Token ids [1, t] of text such as the documents are made of, then of questions with their answers."""
+    rng = random.Random(recipe.data.seed)
+    texts = [encode_text(base.tokenizer, source.sample_text(rng, 256)) for _ in range(CALIBRATION_ROWS)]
+    asked = [question for step in range(3) for episode in source.step(step) for question in episode.questions[:1]]
+    return [torch.tensor([row]) for row in (*texts, *([*q.prompt, *q.answer] for q in asked))]
 
 
 def train_doc(
@@ -132,15 +168,17 @@ def train_doc(
     if init_from is not None:
         if recipe.hypernetwork or recipe.layers:
             raise ConfigError(
-                "--init-from takes the architecture from the checkpoint; leave [hypernetwork] out of the recipe"
+                "--init-from takes the architecture from the checkpoint; leave all but memory_layers out of [hypernetwork]"
             )
         hypernet, made_for = from_pretrained(init_from)
         check(made_for, base.fingerprint, f"the hypernetwork in {init_from}")
+        if recipe.memory_layers:
+            hypernet = with_memory(hypernet, base, recipe, source)
         hypernet.requires_grad_(True)
     else:
         hypernet = build_hypernet(base, recipe, source)
     hypernet.to(workers.device).train()
-    encoder = ContextEncoder.for_hypernet(base.model, hypernet.config)
+    encoder = ContextEncoder.for_hypernet(base, hypernet.config)
     wrapped = workers.wrap(hypernet)
     n_micro = recipe.training.accumulate
 
@@ -149,8 +187,11 @@ def train_doc(
         batch = pack(episodes, base.pad_id).to(workers.device)
         autocast = torch.autocast(workers.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
         with autocast:
-            seen = answer_questions(base.model, encoder, wrapped, batch)
-        return seen.loss, {
+            seen, written = answer_questions(base.model, encoder, wrapped, batch)
+        loss = seen.loss if written.loss is None else seen.loss + recipe.marks_weight * written.loss
+        return loss, {
+            "answer_loss": seen.loss.item(),
+            **written.figures,
             "exact": seen.exact,
             f"exact_{episodes[0].task}": seen.exact,
             "token_accuracy": seen.token_accuracy,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from loracast.batching import pad_right
+from loracast.training.marks import Mark
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Episode:
     questions: tuple[Question, ...]
     task: str = ""
     """What the document is for, such as "needle": figures are logged by it."""
+    marks: tuple[Mark, ...] = ()
+    """The tokens that matter, where that is known."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Batch:
     answer_positions: Tensor  # [n]
     answer_ids: Tensor  # [n] the token to predict there
     answer_question: Tensor  # [n] the number of the question it belongs to, counted over the batch
+    marks: Tensor  # [m, 4] the row of chunk_ids, then the token, the gate and the owner of each mark
 
     @property
     def n_questions(self) -> int:
@@ -111,7 +115,8 @@ def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
     causal = torch.ones(t, t, dtype=torch.bool).tril()
     attention_mask = ((same | beginning) & causal)[:, None]
     answer_rows, answer_positions, answer_ids, answer_question = torch.tensor(answers).unbind(1)
+    marks = [(row * k + chunk, *rest) for row, episode in enumerate(episodes) for chunk, *rest in episode.marks]
     return Batch(
         chunk_ids, chunk_mask, k, input_ids, position_ids, attention_mask,
-        answer_rows, answer_positions, answer_ids, answer_question,
+        answer_rows, answer_positions, answer_ids, answer_question, torch.tensor(marks, dtype=torch.long).view(-1, 4),
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loracast.encoders.context import ContextEncoder
+from loracast.hypernets.memory import Writes
 from loracast.inject import inject
 from loracast.lora import LoRABatch
 from loracast.training.episodes import Batch
@@ -26,10 +27,22 @@ class Outcome:
     token_accuracy: float  # share of answer tokens that are the likeliest
 
 
-def answer_questions(model: Any, encoder: ContextEncoder, hypernet: Callable[..., LoRABatch], batch: Batch) -> Outcome:
-    """Documents -> features -> LoRAs -> the loss on their questions' answers."""
-    features = encoder(batch.chunk_ids)
-    loras = hypernet(features.float(), batch.chunk_mask, batch.chunks_per_document)
+@dataclass(frozen=True)
+class WritingOutcome:
+    """How well a memory chose what to write, against the marks of a batch."""
+
+    loss: Tensor | None = None  # gates and owners; None without a memory or marks
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def answer_questions(
+    model: Any,
+    encoder: ContextEncoder,
+    hypernet: Callable[..., tuple[LoRABatch, Writes | None]],
+    batch: Batch,
+) -> tuple[Outcome, WritingOutcome]:
+    """Documents -> features -> LoRAs -> the loss on their questions' answers, and on what the memory wrote."""
+    loras, writes = hypernet(encoder(batch.chunk_ids), batch.chunk_mask, batch.chunks_per_document)
     decoder = model.get_decoder()
     with inject(model, loras), _attention_for_training(decoder.config, model.device):
         mask = batch.attention_mask
@@ -46,7 +59,7 @@ def answer_questions(model: Any, encoder: ContextEncoder, hypernet: Callable[...
     logits = model.get_output_embeddings()(at_answers).float()  # [n, vocabulary]
     if cap := getattr(decoder.config, "final_logit_softcapping", None):  # Gemma 2, after its head
         logits = cap * torch.tanh(logits / cap)
-    return outcome(logits, batch)
+    return outcome(logits, batch), WritingOutcome() if writes is None else writing_outcome(writes, batch)
 
 
 @contextmanager
@@ -70,3 +83,27 @@ def outcome(logits: Tensor, batch: Batch) -> Outcome:
     )
     hits = torch.zeros_like(per_question).index_add(0, batch.answer_question, right)
     return Outcome(per_question.mean(), (hits == lengths).float().mean().item(), right.mean().item())
+
+
+def writing_outcome(writes: Writes, batch: Batch) -> WritingOutcome:
+    """Cross-entropy of a memory's gates over all tokens and of its first head's owners, against the marks."""
+    if not len(batch.marks):
+        return WritingOutcome()
+    rows, tokens, gates, owners = batch.marks.unbind(1)
+    wanted = torch.zeros_like(writes.gate_logits)
+    wanted[rows, tokens, gates] = 1
+    real = batch.chunk_mask.bool()
+    logits, wanted = writes.gate_logits[real], wanted[real]  # [tokens, gates]
+    loss = functional.binary_cross_entropy_with_logits(logits, wanted)
+    opened = logits > 0
+    hits = (opened & (wanted > 0)).sum().item()
+    figures = {
+        "gate_recall": hits / max(1, int(wanted.sum())),
+        "gate_precision": hits / max(1, int(opened.sum())),
+    }
+    owned = owners >= 0
+    if owned.any():
+        scores = writes.owner_scores[rows[owned], 0, tokens[owned]]  # [m, t]
+        loss = loss + functional.cross_entropy(scores, owners[owned])
+        figures["owner_accuracy"] = (scores.argmax(-1) == owners[owned]).float().mean().item()
+    return WritingOutcome(loss, figures)

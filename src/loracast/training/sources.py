@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loracast.chat import ChatFormat, encode_text, encode_with_offsets
+from loracast.chat import ChatFormat, encode_with_offsets
 from loracast.documents import split_text
 from loracast.errors import ConfigError, TrainingError
 from loracast.texts import read_texts
 from loracast.training.episodes import Episode, Question
 from loracast.training.facts import Split, make_sheet
+from loracast.training.marks import Mark, Stated, find_marks
 from loracast.training.needle import hide, make_needles, sentences
 
 SYSTEM_TURNS = ("", "", "", "Answer briefly.", "You answer questions.", None)
@@ -130,12 +131,13 @@ class EpisodeSource:
         needles = make_needles(rng, n_needles, split=self.split, kind=rng.choice(kinds) if kinds else None)
         room = max(8, n_tokens - 16 * n_needles)
         homes = [rng.randrange(n_chunks) for _ in needles]
-        chunks = []
+        texts = []
         for chunk in range(n_chunks):
             here = [needle.statement for needle, home in zip(needles, homes, strict=True) if home == chunk]
-            text = " ".join(hide(here, self.prose.span(rng, room), [rng.random() for _ in here]))
-            chunks.append(self._chunk(text))
-        return Episode(tuple(chunks), self._questions(rng, [(n.question, n.answer) for n in needles]), "needle")
+            texts.append(" ".join(hide(here, self.prose.span(rng, room), [rng.random() for _ in here])))
+        stated = [Stated(n.statement, n.key if n.key in n.statement else "", n.answer) for n in needles]
+        questions = self._questions(rng, [(n.question, n.answer) for n in needles])
+        return self._episode(texts, questions, "needle", stated)
 
     def fact_episode(self, rng: random.Random, n_facts: int, max_chunk_tokens: int) -> Episode:
         sheet = make_sheet(rng, n_facts, split=self.split)
@@ -149,11 +151,21 @@ class EpisodeSource:
             max_tokens=max_chunk_tokens,
             title=sheet.title,
         )
-        ids = tuple(self._chunk(chunk.prompt) for chunk in chunks)
-        return Episode(ids, self._questions(rng, [(f.question, f.answer) for f in sheet.facts]), "facts")
+        stated = [Stated(fact.statement, fact.subject, fact.answer) for fact in sheet.facts]
+        questions = self._questions(rng, [(fact.question, fact.answer) for fact in sheet.facts])
+        return self._episode([chunk.prompt for chunk in chunks], questions, "facts", stated)
 
-    def _chunk(self, text: str) -> tuple[int, ...]:
-        return tuple(encode_text(self.tokenizer, text))
+    def _episode(
+        self, texts: Sequence[str], questions: tuple[Question, ...], task: str, stated: Sequence[Stated]
+    ) -> Episode:
+        """A document from its chunks' texts, with marks for what is stated in them."""
+        chunks: list[tuple[int, ...]] = []
+        marks: list[Mark] = []
+        for i, text in enumerate(texts):
+            ids, offsets = encode_with_offsets(self.tokenizer, text)
+            chunks.append(tuple(ids))
+            marks += find_marks(i, text, offsets, stated)
+        return Episode(tuple(chunks), questions, task, tuple(marks))
 
     def _questions(self, rng: random.Random, pairs: Sequence[tuple[str, str]]) -> tuple[Question, ...]:
         system = rng.choice(SYSTEM_TURNS)

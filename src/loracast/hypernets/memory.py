@@ -1,0 +1,136 @@
+"""An associative memory written into a few modules: every token of a chunk can store "where this key comes in, say me".
+
+A linear map that adds value_t <key_t, x> over the tokens t is a LoRA with A rows key_t and B columns value_t (fast weights:
+Schlag et al., arXiv 2102.11174). Keys are what entered the same module when the chunk was read. Two kinds of them find a
+token again:
+
+- what entered at the token before it, so that an answer goes on as the chunk did;
+- what entered at tokens that it attends to, such as its sentence's subject: some heads of the base carry the subject of
+  a question to the position of the answer, where it looks much as it did in the chunk.
+
+Keys of different subjects are nearly orthogonal, so many facts, and many chunks, fit side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loracast.encoders.features import Features
+from loracast.hypernets.perceiver import ReaderBlock, rotate
+
+if TYPE_CHECKING:
+    from loracast.hypernets.doc_to_lora import DocToLoRAConfig
+
+_GATES = ("say it", "begin with it", "stop")
+_HEAD_DIM = 32
+_START_GATE = -2.0
+# Adam moves every number by about the learning rate: what must grow by tens or by halves is stored smaller by these factors.
+_SCALE_RATE = 400.0
+_STRENGTH_RATE = 10.0
+
+
+@dataclass(frozen=True)
+class Writes:
+    """What a memory decided for the tokens of n chunks: for an objective that knows better."""
+
+    owner_scores: Tensor
+    """[n, heads, t, t]: where each token looks for its keys, before the softmax."""
+    gate_logits: Tensor
+    """[n, t, 3]: whether a token is said, begins an answer, ends one."""
+
+
+class AssociativeMemory(nn.Module):
+    """Features -> for each module of the memory A [n, modules, r, in] and B rows [n, modules, r, out]: r tokens' worth.
+
+    The r tokens whose gates are most open are written. Its start is an exact no-op, because `scale` starts at zero.
+    """
+
+    key_std: Tensor
+
+    def __init__(self, c: DocToLoRAConfig):
+        super().__init__()
+        n_modules, d_in = len(c.memory_modules), c.memory_modules[0][3]
+        self.rank, self.n_heads, self.d_values, width = c.memory_rank, c.memory_heads, c.d_values, c.width
+        self.project = nn.Linear(c.d_features, width, bias=False)
+        self.reader = nn.ModuleList(ReaderBlock(width, c.n_heads, c.norm_eps) for _ in range(c.memory_blocks))
+        self.norm = nn.RMSNorm(width, eps=c.norm_eps)
+        self.query = nn.Linear(width, self.n_heads * _HEAD_DIM, bias=False)
+        self.key = nn.Linear(width, self.n_heads * _HEAD_DIM, bias=False)
+        self.gate = nn.Linear(width, len(_GATES))
+        self.strength = nn.Linear(width, n_modules * (1 + self.n_heads), bias=False)
+        self.strength_bias = nn.Parameter(torch.zeros(n_modules, 1 + self.n_heads))
+        self.scale = nn.Parameter(torch.zeros(n_modules))
+        self.stop_value = nn.Parameter(torch.zeros(c.d_values))
+        self.key_mean = nn.Parameter(torch.zeros(n_modules, d_in))
+        self.register_buffer("key_std", torch.ones(n_modules, d_in))
+        nn.init.zeros_(self.strength.weight)
+        nn.init.constant_(self.gate.bias, _START_GATE)
+
+    @torch.no_grad()
+    def set_units(self, mean: Tensor, std: Tensor, stop_value: Tensor) -> None:
+        """Take the units of the keys, both [modules, in], from real text, and what makes the base end its turn [d_values]."""
+        self.key_mean.copy_(mean)
+        self.key_std.copy_(std.clamp_min(std.mean() * 1e-2))
+        self.stop_value.copy_(stop_value)
+
+    def read(self, standard: Tensor, mask: Tensor) -> tuple[Tensor, Writes]:
+        """Standardised features [n, t, d], mask [n, t] -> tokens that know their sentence [n, t, w], and what to write."""
+        x = self.project(standard)
+        for block in self.reader:
+            x = block(x, mask)
+        x = self.norm(x).float()
+        with torch.autocast(x.device.type, enabled=False):  # choosing among tokens takes more than bf16's two digits
+            n, t, _ = x.shape
+            q, k = (rotate(side(x).view(n, t, self.n_heads, -1).transpose(1, 2)) for side in (self.query, self.key))
+            scores = q @ k.transpose(2, 3) / _HEAD_DIM**0.5  # [n, heads, t, t]
+            scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+            gates = self.gate(x).masked_fill(~mask[..., None], torch.finfo(x.dtype).min)
+        return x, Writes(scores, gates)
+
+    def forward(self, standard: Tensor, features: Features, mask: Tensor) -> tuple[Tensor, Tensor, Writes]:
+        """
+        Args:
+            standard: the features' states in the hypernetwork's units [n, t, d].
+            features: with `starts` and `keys`.
+            mask: [n, t], true where a token is real.
+        """
+        if features.keys is None or features.starts is None:
+            raise ValueError("an associative memory needs features with keys and starts")
+        x, writes = self.read(standard, mask)
+        n, t, _ = x.shape
+        rank = min(self.rank, t)
+        gates = writes.gate_logits.sigmoid()
+        chosen = gates.sum(-1).topk(rank, dim=1).indices.sort(dim=1).values  # [n, r], as they stand in the chunk
+
+        def pick(rows: Tensor) -> Tensor:  # [n, t, d] -> [n, r, d]
+            return rows.gather(1, chosen[..., None].expand(-1, -1, rows.shape[-1]))
+
+        say, begin, stop = pick(gates).unbind(-1)  # [n, r]
+        values = features.states[..., -self.d_values :]
+        stop_value = functional.normalize(self.stop_value, dim=0)
+        b = say[..., None] * pick(values) + begin[..., None] * pick(features.starts) + stop[..., None] * stop_value
+        places = torch.arange(t, device=x.device)
+        before = (places == (chosen[..., None] - 1)).float()  # [n, r, t]: zero for the first token
+        owners = writes.owner_scores.softmax(-1)  # [n, heads, t, t]
+        owners = owners.gather(2, chosen[:, None, :, None].expand(-1, self.n_heads, -1, t))
+        looks = torch.cat([before[:, None], owners], dim=1)  # [n, 1 + heads, r, t]
+        strength = self.strength(pick(x)).view(n, rank, -1, 1 + self.n_heads).float()
+        strength = 0.5 + _STRENGTH_RATE * self.strength_bias + strength  # [n, r, modules, 1 + heads]
+        keys = (features.keys - self.key_mean[:, None]) / self.key_std[:, None]  # [n, modules, t, in]
+        common = functional.normalize(self.key_mean / self.key_std, dim=-1)[
+            :, None
+        ]  # what all inputs share opens nothing
+        keys = keys - (keys * common).sum(-1, keepdim=True) * common
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(x.device.type) else torch.float32
+        pooled = looks.to(dtype).flatten(1, 2)[:, None] @ keys.to(dtype)  # [n, modules, (1 + heads) * r, in]
+        pooled = functional.normalize(pooled.float(), dim=-1).unflatten(2, (1 + self.n_heads, rank))
+        a = (pooled * strength.permute(0, 2, 3, 1)[..., None]).sum(2)  # [n, modules, r, in]
+        a = a / (self.key_std[:, None] * keys.shape[-1] ** 0.5)
+        if rank < self.rank:
+            a, b = (functional.pad(side, (0, 0, 0, self.rank - rank)) for side in (a, b))
+        return a, b[:, None] * (_SCALE_RATE * self.scale)[:, None, None], writes
