@@ -457,7 +457,7 @@ def test_a_memory_answers_a_token_with_what_stood_behind_it():
     memory = hypernet.memory
     memory.scale.data.fill_(1 / 400)
     memory.strength_bias.data.copy_(
-        torch.tensor([0.05, -0.05, -0.05]).expand(2, 3)
+        torch.tensor([0.05, -0.05, -0.05, -0.05]).expand(2, 4)
     )  # 0.5 + 10 * it: only the token before
     memory.gate.weight.data.zero_()
     memory.gate.bias.data.copy_(torch.tensor([20.0, -20.0, -20.0]))  # say every token
@@ -469,7 +469,9 @@ def test_a_memory_answers_a_token_with_what_stood_behind_it():
     keys = features.keys / features.keys.norm(dim=-1, keepdim=True) / 64**0.5
     torch.testing.assert_close(a[:, :, 1:], keys[:, :, :-1], atol=1e-5, rtol=1e-5)
     assert not a[:, :, 0].any()  # nothing stands before the first
-    response = b.transpose(2, 3) @ a @ features.keys[:, :, 2, :, None]  # what the module adds where token 2's key comes in
+    response = (
+        b.transpose(2, 3) @ a @ features.keys[:, :, 2, :, None]
+    )  # what the module adds where token 2's key comes in
     best = (response.squeeze(-1) @ features.states[0, :, -48:].T).argmax(-1)
     assert (best == 3).all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from loracast.encoders.context import ContextEncoder
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.store import from_pretrained
 from loracast.training import checkpoint
@@ -106,14 +108,18 @@ def test_resumed_training_equals_uninterrupted_training(options, tmp_path):
     assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
 
 
+TINY = {
+    "reader_layers": (2,), "rank": 2, "width": 16, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8, "n_decoder_blocks": 1,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resumed_doc_to_lora_equals_uninterrupted(optimizer, base, tmp_path):
+@pytest.mark.parametrize("memory_layers", [(), (1, 3)])
+def test_resumed_doc_to_lora_equals_uninterrupted(optimizer, memory_layers, base, tmp_path):
     """The whole chain on the tiny base: data, encoder, hypernetwork, injection, optimizer."""
     recipe = Recipe(
-        hypernetwork={
-            "reader_layers": (2,), "rank": 2, "width": 16, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8,
-            "n_decoder_blocks": 1,
-        },
+        hypernetwork={**TINY, "d_values": 48} if memory_layers else TINY,
+        memory_layers=memory_layers,
         data=DataConfig(needle_share=0.0, questions_per_step=4, max_facts=2, max_chunk_tokens=128),
         training=TrainConfig(steps=8, log_every=1, warmup_steps=2, optimizer=optimizer, bf16=False),
     )  # fmt: skip
@@ -131,6 +137,35 @@ def test_resumed_doc_to_lora_equals_uninterrupted(optimizer, base, tmp_path):
     assert same(one, other)
     assert [r["loss"] for r in metrics_of(tmp_path / "whole")] == [r["loss"] for r in metrics_of(tmp_path / "parts")]
     assert one["heads.down_proj.scaler_b"].abs().max() > 0  # it has learned something
+    if memory_layers:
+        assert one["memory.scale"].abs().max() > 0
+        assert metrics_of(tmp_path / "whole")[0]["owner_accuracy"] >= 0  # the marks were looked at
+
+
+def test_a_memory_is_added_to_a_checkpoint_that_has_none(base, tmp_path):
+    """And changes nothing before it is trained."""
+    data = DataConfig(questions_per_step=4, max_facts=4, max_chunk_tokens=128)
+    settings = TrainConfig(steps=1, warmup_steps=1, lr=1e-12, bf16=False)
+    first = Recipe(hypernetwork={**TINY, "d_values": 48}, data=data, training=dataclasses.replace(settings, lr=1e-2))
+    train_doc(base, first, tmp_path / "first")
+    train_doc(
+        base, Recipe(memory_layers=(3,), data=data, training=settings), tmp_path / "grown", init_from=tmp_path / "first"
+    )
+    (old, _), (grown, _) = (from_pretrained(tmp_path / name) for name in ("first", "grown"))
+    assert old.config.memory_modules == () and [m[0] for m in grown.config.memory_modules] == [
+        "model.layers.3.self_attn.o_proj"
+    ]
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        before, _ = old.cast(ContextEncoder.for_hypernet(base, old.config)(ids))
+        after, _ = grown.cast(ContextEncoder.for_hypernet(base, grown.config)(ids))
+    for side, other in zip(before["down_proj"], after["down_proj"], strict=True):
+        torch.testing.assert_close(side, other)
+    assert after["o_proj"][0].any() and after["o_proj"][1].abs().max() < 1e-6
+    assert grown.memory.key_std.std() > 0  # its units were measured
+    again = Recipe(memory_layers=(3,), data=data, training=settings)
+    with pytest.raises(ConfigError, match="has a memory already"):
+        train_doc(base, again, tmp_path / "again", init_from=tmp_path / "grown")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

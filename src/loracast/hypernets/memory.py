@@ -1,12 +1,12 @@
 """An associative memory written into a few modules: every token of a chunk can store "where this key comes in, say me".
 
 A linear map that adds value_t <key_t, x> over the tokens t is a LoRA with A rows key_t and B columns value_t (fast weights:
-Schlag et al., arXiv 2102.11174). Keys are what entered the same module when the chunk was read. Two kinds of them find a
-token again:
+Schlag et al., arXiv 2102.11174). Three kinds of keys find a token again, and add up:
 
-- what entered at the token before it, so that an answer goes on as the chunk did;
+- what entered the same module at the token before it, so that an answer goes on as the chunk did;
 - what entered at tokens that it attends to, such as its sentence's subject: some heads of the base carry the subject of
-  a question to the position of the answer, where it looks much as it did in the chunk.
+  a question to the position of the answer, where it looks much as it did in the chunk;
+- what enters, whatever the document, at the first, second, third token of an answer: the token's place in its value.
 
 Keys of different subjects are nearly orthogonal, so many facts, and many chunks, fit side by side.
 """
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from loracast.hypernets.doc_to_lora import DocToLoRAConfig
 
 _GATES = ("say it", "begin with it", "stop")
+N_PLACES = 8
+"""Places in an answer that are told apart; the last one stands for all after it."""
 _HEAD_DIM = 32
 _START_GATE = -2.0
 # Adam moves every number by about the learning rate: what must grow by tens or by halves is stored smaller by these factors.
@@ -42,6 +44,8 @@ class Writes:
     """[n, heads, t, t]: where each token looks for its keys, before the softmax."""
     gate_logits: Tensor
     """[n, t, 3]: whether a token is said, begins an answer, ends one."""
+    place_logits: Tensor
+    """[n, t, N_PLACES]: which place in an answer a token takes."""
 
 
 class AssociativeMemory(nn.Module):
@@ -62,8 +66,11 @@ class AssociativeMemory(nn.Module):
         self.query = nn.Linear(width, self.n_heads * _HEAD_DIM, bias=False)
         self.key = nn.Linear(width, self.n_heads * _HEAD_DIM, bias=False)
         self.gate = nn.Linear(width, len(_GATES))
-        self.strength = nn.Linear(width, n_modules * (1 + self.n_heads), bias=False)
-        self.strength_bias = nn.Parameter(torch.zeros(n_modules, 1 + self.n_heads))
+        self.place = nn.Linear(width, N_PLACES)
+        self.place_keys = nn.Parameter(torch.randn(n_modules, N_PLACES, d_in) / d_in**0.5)
+        self.n_keys = 2 + self.n_heads  # the token before, those attended to, the place
+        self.strength = nn.Linear(width, n_modules * self.n_keys, bias=False)
+        self.strength_bias = nn.Parameter(torch.zeros(n_modules, self.n_keys))
         self.scale = nn.Parameter(torch.zeros(n_modules))
         self.stop_value = nn.Parameter(torch.zeros(c.d_values))
         self.key_mean = nn.Parameter(torch.zeros(n_modules, d_in))
@@ -72,10 +79,18 @@ class AssociativeMemory(nn.Module):
         nn.init.constant_(self.gate.bias, _START_GATE)
 
     @torch.no_grad()
-    def set_units(self, mean: Tensor, std: Tensor, stop_value: Tensor) -> None:
-        """Take the units of the keys, both [modules, in], from real text, and what makes the base end its turn [d_values]."""
+    def set_units(self, mean: Tensor, std: Tensor, at_places: Tensor, stop_value: Tensor) -> None:
+        """Take the units of the keys from real text.
+
+        Args:
+            mean, std: of what enters the modules [modules, in].
+            at_places: its mean at each place of an answer [modules, N_PLACES, in].
+            stop_value: what makes the base end its turn [d_values].
+        """
         self.key_mean.copy_(mean)
         self.key_std.copy_(std.clamp_min(std.mean() * 1e-2))
+        standard = (at_places - at_places.mean(1, keepdim=True)) / self.key_std[:, None]
+        self.place_keys.copy_(functional.normalize(standard, dim=-1))
         self.stop_value.copy_(stop_value)
 
     def read(self, standard: Tensor, mask: Tensor) -> tuple[Tensor, Writes]:
@@ -90,7 +105,8 @@ class AssociativeMemory(nn.Module):
             scores = q @ k.transpose(2, 3) / _HEAD_DIM**0.5  # [n, heads, t, t]
             scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
             gates = self.gate(x).masked_fill(~mask[..., None], torch.finfo(x.dtype).min)
-        return x, Writes(scores, gates)
+            places = self.place(x)
+        return x, Writes(scores, gates, places)
 
     def forward(self, standard: Tensor, features: Features, mask: Tensor) -> tuple[Tensor, Tensor, Writes]:
         """
@@ -114,13 +130,13 @@ class AssociativeMemory(nn.Module):
         values = features.states[..., -self.d_values :]
         stop_value = functional.normalize(self.stop_value, dim=0)
         b = say[..., None] * pick(values) + begin[..., None] * pick(features.starts) + stop[..., None] * stop_value
-        places = torch.arange(t, device=x.device)
-        before = (places == (chosen[..., None] - 1)).float()  # [n, r, t]: zero for the first token
+        tokens = torch.arange(t, device=x.device)
+        before = (tokens == (chosen[..., None] - 1)).float()  # [n, r, t]: zero for the first token
         owners = writes.owner_scores.softmax(-1)  # [n, heads, t, t]
         owners = owners.gather(2, chosen[:, None, :, None].expand(-1, self.n_heads, -1, t))
         looks = torch.cat([before[:, None], owners], dim=1)  # [n, 1 + heads, r, t]
-        strength = self.strength(pick(x)).view(n, rank, -1, 1 + self.n_heads).float()
-        strength = 0.5 + _STRENGTH_RATE * self.strength_bias + strength  # [n, r, modules, 1 + heads]
+        strength = self.strength(pick(x)).view(n, rank, -1, self.n_keys).float()
+        strength = 0.5 + _STRENGTH_RATE * self.strength_bias + strength  # [n, r, modules, keys]
         keys = (features.keys - self.key_mean[:, None]) / self.key_std[:, None]  # [n, modules, t, in]
         common = functional.normalize(self.key_mean / self.key_std, dim=-1)[
             :, None
@@ -129,7 +145,10 @@ class AssociativeMemory(nn.Module):
         dtype = torch.bfloat16 if torch.is_autocast_enabled(x.device.type) else torch.float32
         pooled = looks.to(dtype).flatten(1, 2)[:, None] @ keys.to(dtype)  # [n, modules, (1 + heads) * r, in]
         pooled = functional.normalize(pooled.float(), dim=-1).unflatten(2, (1 + self.n_heads, rank))
-        a = (pooled * strength.permute(0, 2, 3, 1)[..., None]).sum(2)  # [n, modules, r, in]
+        in_place = pick(writes.place_logits).softmax(-1)  # [n, r, places]
+        in_place = in_place[:, None] @ functional.normalize(self.place_keys, dim=-1)  # [n, modules, r, in]
+        found = torch.cat([pooled, in_place[:, :, None]], dim=2)  # [n, modules, keys, r, in]
+        a = (found * strength.permute(0, 2, 3, 1)[..., None]).sum(2)  # [n, modules, r, in]
         a = a / (self.key_std[:, None] * keys.shape[-1] ** 0.5)
         if rank < self.rank:
             a, b = (functional.pad(side, (0, 0, 0, self.rank - rank)) for side in (a, b))

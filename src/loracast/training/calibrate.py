@@ -9,12 +9,17 @@ from torch import Tensor, nn
 
 from loracast.base import Base
 from loracast.encoders.context import ContextEncoder
+from loracast.errors import TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.memory import N_PLACES, AssociativeMemory
+from loracast.training.episodes import Question
 
 
 @torch.no_grad()
-def calibrate(hypernet: DocToLoRA, base: Base, encoder: ContextEncoder, rows: Sequence[Tensor]) -> None:
-    """Set the units of `hypernet` from `rows` of real text's token ids, each [1, t].
+def calibrate(
+    hypernet: DocToLoRA, base: Base, encoder: ContextEncoder, rows: Sequence[Tensor], asked: Sequence[Question]
+) -> None:
+    """Set the units of `hypernet` from `rows` of real text's token ids, each [1, t], and from questions with their answers.
 
     The first token of a row is left out: its activations are an attention sink, hundreds of times larger than any other's.
     """
@@ -48,11 +53,35 @@ def calibrate(hypernet: DocToLoRA, base: Base, encoder: ContextEncoder, rows: Se
         }
 
     hypernet.standardise(torch.cat([f.states[..., 1:, :].float().flatten(0, -2) for f in features]))
-    if hypernet.memory is not None:
-        keys = torch.cat([f.keys[0, :, 1:] for f in features if f.keys is not None], dim=1).float()  # [modules, t, in]
-        stop = torch.tensor([base.chat.end_of_turn], device=base.device)
-        hypernet.memory.set_units(keys.mean(1), keys.std(1), encoder.values(stop)[0])
     if hypernet.config.whitened:
         inputs, outputs = by_kind(squares_in), by_kind(squares_out)
         for kind in hypernet.config.kinds:
             hypernet.head(kind).set_units(inputs[kind], outputs[kind])
+    if hypernet.memory is not None:
+        set_memory_units(hypernet.memory, base, encoder, rows, asked)
+
+
+@torch.no_grad()
+def set_memory_units(
+    memory: AssociativeMemory, base: Base, encoder: ContextEncoder, rows: Sequence[Tensor], asked: Sequence[Question]
+) -> None:
+    """Set the units of a memory: its keys' over rows and questions, and at each place of the answers."""
+
+    def keys_of(row: Tensor) -> Tensor:  # [1, t] -> [modules, t, in]
+        keys = encoder(row).keys
+        assert keys is not None, "the encoder of a memory reads keys"
+        return keys[0].float()
+
+    seen = [keys_of(row)[:, 1:] for row in rows]
+    at_places: list[list[Tensor]] = [[] for _ in range(N_PLACES)]
+    for question in asked:
+        keys = keys_of(torch.tensor([[*question.prompt, *question.answer]], device=base.device))
+        seen.append(keys[:, 1:])
+        for place in range(len(question.answer)):  # where the answer's tokens are predicted from
+            at_places[min(place, N_PLACES - 1)].append(keys[:, len(question.prompt) - 1 + place])
+    if not all(at_places):
+        raise TrainingError(f"no answer among those to calibrate on has {N_PLACES} tokens; give more varied data")
+    everything = torch.cat(seen, dim=1)  # [modules, t, in]
+    means = torch.stack([torch.stack(keys).mean(0) for keys in at_places], dim=1)  # [modules, places, in]
+    stop = torch.tensor([base.chat.end_of_turn], device=base.device)
+    memory.set_units(everything.mean(1), everything.std(1), means, encoder.values(stop)[0])

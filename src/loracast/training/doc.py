@@ -23,7 +23,7 @@ from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.store import from_pretrained, read_provenance, save_pretrained
 from loracast.target import target_from_config
 from loracast.training.calibrate import calibrate
-from loracast.training.episodes import pack
+from loracast.training.episodes import Question, pack
 from loracast.training.loop import TrainConfig, train
 from loracast.training.objective import answer_questions
 from loracast.training.runtime import Workers
@@ -112,7 +112,7 @@ def build_hypernet(base: Base, recipe: Recipe, source: EpisodeSource) -> DocToLo
         options["memory_modules"] = memory_modules(base, recipe.memory_layers)
     hypernet = DocToLoRA(DocToLoRAConfig.for_target(target, d_features, **options))
     encoder = ContextEncoder.for_hypernet(base, hypernet.config)
-    calibrate(hypernet, base, encoder, calibration_rows(base, recipe, source))
+    calibrate(hypernet, base, encoder, *calibration_data(base, recipe, source))
     return hypernet
 
 
@@ -124,7 +124,7 @@ def with_memory(hypernet: DocToLoRA, base: Base, recipe: Recipe, source: Episode
     torch.manual_seed(recipe.training.seed)
     grown = DocToLoRA(dataclasses.replace(hypernet.config, memory_modules=modules))
     encoder = ContextEncoder.for_hypernet(base, grown.config)
-    calibrate(grown, base, encoder, calibration_rows(base, recipe, source))
+    calibrate(grown, base, encoder, *calibration_data(base, recipe, source))
     grown.load_state_dict(hypernet.state_dict(), strict=False)
     return grown
 
@@ -135,12 +135,12 @@ def memory_modules(base: Base, layers: Sequence[int]) -> tuple[tuple[str, int, s
     return tuple((m.name, m.layer, m.kind, m.d_in, m.d_out) for m in target.modules)
 
 
-def calibration_rows(base: Base, recipe: Recipe, source: EpisodeSource) -> list[Tensor]:
-    """Token ids [1, t] of text such as the documents are made of, then of questions with their answers."""
+def calibration_data(base: Base, recipe: Recipe, source: EpisodeSource) -> tuple[list[Tensor], list[Question]]:
+    """Text such as the documents are made of, as token ids [1, t], and questions with their answers."""
     rng = random.Random(recipe.data.seed)
     texts = [encode_text(base.tokenizer, source.sample_text(rng, 256)) for _ in range(CALIBRATION_ROWS)]
-    asked = [question for step in range(3) for episode in source.step(step) for question in episode.questions[:1]]
-    return [torch.tensor([row]) for row in (*texts, *([*q.prompt, *q.answer] for q in asked))]
+    asked = [q for step in range(4) for episode in source.step(step) for q in episode.questions[:3]]
+    return [torch.tensor([text]) for text in texts], asked
 
 
 def train_doc(

@@ -53,7 +53,7 @@ class Batch:
     answer_positions: Tensor  # [n]
     answer_ids: Tensor  # [n] the token to predict there
     answer_question: Tensor  # [n] the number of the question it belongs to, counted over the batch
-    marks: Tensor  # [m, 4] the row of chunk_ids, then the token, the gate and the owner of each mark
+    marks: Tensor  # [m, 5] the row of chunk_ids, then the token, the gate, the owner and the place of each mark
 
     @property
     def n_questions(self) -> int:
@@ -118,5 +118,5 @@ def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
     marks = [(row * k + chunk, *rest) for row, episode in enumerate(episodes) for chunk, *rest in episode.marks]
     return Batch(
         chunk_ids, chunk_mask, k, input_ids, position_ids, attention_mask,
-        answer_rows, answer_positions, answer_ids, answer_question, torch.tensor(marks, dtype=torch.long).view(-1, 4),
+        answer_rows, answer_positions, answer_ids, answer_question, torch.tensor(marks, dtype=torch.long).view(-1, 5),
     )  # fmt: skip

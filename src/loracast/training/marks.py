@@ -29,6 +29,8 @@ class Mark(NamedTuple):
     gate: int
     owner: int
     """The token that ends the name of what the value belongs to; -1 if there is none."""
+    place: int
+    """Which token of the answer it is."""
 
 
 def find_marks(chunk: int, text: str, offsets: Sequence[tuple[int, int]], stated: Iterable[Stated]) -> list[Mark]:
@@ -49,9 +51,9 @@ def find_marks(chunk: int, text: str, offsets: Sequence[tuple[int, int]], stated
         owner_token = owner_tokens[-1] if owner_tokens else -1
         value_tokens = _tokens(offsets, start + value_at, start + value_at + len(value))
         for place, token in enumerate(value_tokens):
-            marks.append(Mark(chunk, token, SAY if place else BEGIN, owner_token))
+            marks.append(Mark(chunk, token, SAY if place else BEGIN, owner_token, place))
         if value_tokens and value_tokens[-1] + 1 < len(offsets):
-            marks.append(Mark(chunk, value_tokens[-1] + 1, STOP, -1))
+            marks.append(Mark(chunk, value_tokens[-1] + 1, STOP, -1, len(value_tokens)))
     return marks
 
 

@@ -86,10 +86,10 @@ def outcome(logits: Tensor, batch: Batch) -> Outcome:
 
 
 def writing_outcome(writes: Writes, batch: Batch) -> WritingOutcome:
-    """Cross-entropy of a memory's gates over all tokens and of its first head's owners, against the marks."""
+    """Cross-entropy of a memory's gates over all tokens, and of its places and its first head's owners, against the marks."""
     if not len(batch.marks):
         return WritingOutcome()
-    rows, tokens, gates, owners = batch.marks.unbind(1)
+    rows, tokens, gates, owners, places = batch.marks.unbind(1)
     wanted = torch.zeros_like(writes.gate_logits)
     wanted[rows, tokens, gates] = 1
     real = batch.chunk_mask.bool()
@@ -97,6 +97,8 @@ def writing_outcome(writes: Writes, batch: Batch) -> WritingOutcome:
     loss = functional.binary_cross_entropy_with_logits(logits, wanted)
     opened = logits > 0
     hits = (opened & (wanted > 0)).sum().item()
+    at_places = writes.place_logits[rows, tokens]  # [m, places]
+    loss = loss + functional.cross_entropy(at_places, places.clamp_max(at_places.shape[1] - 1))
     figures = {
         "gate_recall": hits / max(1, int(wanted.sum())),
         "gate_precision": hits / max(1, int(opened.sum())),

@@ -1,0 +1,123 @@
+"""Marks: where a made document says its values, and the loss on what a memory writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+
+import pytest
+import torch
+
+from conftest import PROSE
+from loracast.chat import encode_with_offsets
+from loracast.hypernets.memory import N_PLACES, Writes
+from loracast.training.episodes import Episode, pack
+from loracast.training.facts import make_sheet
+from loracast.training.marks import BEGIN, SAY, STOP, Mark, Stated, find_marks, find_owner
+from loracast.training.objective import writing_outcome
+from loracast.training.sources import DataConfig, EpisodeSource
+
+
+def marks_of(base, text: str, *stated: Stated) -> tuple[list[str], list[Mark]]:
+    _, offsets = encode_with_offsets(base.tokenizer, text)
+    return [text[a:b] for a, b in offsets], find_marks(0, text, offsets, stated)
+
+
+def test_a_value_its_owner_and_its_end_are_marked(base):
+    statement = "The weight of the Velmo kettle is 45 kg."
+    tokens, marks = marks_of(
+        base, f"A title\nNothing. {statement} More.", Stated(statement, "the Velmo kettle", "45 kg")
+    )
+    said = [m for m in marks if m.gate != STOP]
+    assert "".join(tokens[m.token] for m in said).strip() == "45 kg"
+    assert [m.gate for m in said] == [BEGIN] + [SAY] * (len(said) - 1)
+    assert [m.place for m in marks] == list(range(len(marks)))
+    assert {tokens[m.owner] for m in said} == {tokens[said[0].owner]} and "kettle".endswith(
+        tokens[said[0].owner].strip()
+    )
+    assert marks[-1].gate == STOP and marks[-1].token == said[-1].token + 1 and marks[-1].owner == -1
+
+
+@pytest.mark.parametrize(
+    ("statement", "owner", "value", "at"),
+    [
+        ("Line 24 takes 24 minutes.", "Line 24", "24 minutes", 14),
+        ("12 people live in House 12.", "House 12", "12", 0),  # the last "12" is the house's
+        ("Nobody owns 7 boats.", "", "7", 12),
+    ],
+)
+def test_a_value_is_not_found_in_its_owners_name(base, statement, owner, value, at):
+    _, offsets = encode_with_offsets(base.tokenizer, statement)
+    marks = find_marks(0, statement, offsets, [Stated(statement, owner, value)])
+    said = [m for m in marks if m.gate != STOP]
+    assert offsets[said[0].token][1] > at and offsets[said[0].token][0] <= at
+    assert offsets[said[-1].token][1] == at + len(value)
+    assert all((m.owner >= 0) == bool(owner) for m in said)
+
+
+def test_an_owner_is_found_whatever_its_first_letters_case():
+    assert find_owner("The Velmo kettle is red.", "the Velmo kettle") == (0, 16)
+    assert find_owner("Red is every Velmo kettle.", "the Velmo kettle") == (13, 25)
+    assert find_owner("Something else.", "the Velmo kettle") is None
+
+
+def test_a_statement_that_is_not_whole_in_the_chunk_has_no_marks(base):
+    assert marks_of(base, "The weight is 4", Stated("The weight is 45 kg.", "", "45 kg"))[1] == []
+
+
+def test_the_marks_of_sheets_and_needles_spell_their_answers(base, tmp_path):
+    (tmp_path / "prose.txt").write_text(PROSE)
+    config = DataConfig(texts=(str(tmp_path / "prose.txt"),), diluted_share=0.5, max_chunk_tokens=200, max_chunks=2)
+    source = EpisodeSource(config, base.tokenizer, base.chat)
+    rng = random.Random(1)
+    n_owned = 0
+    for episode in [source.fact_episode(rng, 4, 200) for _ in range(8)] + [
+        source.needle_episode(rng, 3, 120, 2) for _ in range(8)
+    ]:
+        answers = {base.tokenizer.decode(q.answer[:-1]).strip() for q in episode.questions}
+        values: list[list[Mark]] = []
+        for mark in episode.marks:
+            if mark.gate == BEGIN:
+                values.append([])
+            if mark.gate != STOP:
+                values[-1].append(mark)
+                n_owned += mark.owner >= 0
+        spelled = {base.tokenizer.decode([episode.chunks[m.chunk][m.token] for m in value]).strip() for value in values}
+        assert len(values) >= len(episode.questions) - 1  # a sheet may be cut inside a statement
+        assert sum(any(answer in text for text in spelled) for answer in answers) >= len(answers) - 1
+    assert n_owned > 50
+
+
+def test_sheets_are_marked_in_the_chunk_that_states_them(base):
+    sheet = make_sheet(random.Random(2), 12, split="train")
+    source = EpisodeSource(DataConfig(), base.tokenizer, base.chat)
+    episode = source.fact_episode(random.Random(2), 12, 96)
+    assert len(episode.chunks) > 1 and {m.chunk for m in episode.marks} == set(range(len(episode.chunks)))
+    assert len(sheet.facts) == sum(m.gate == BEGIN for m in episode.marks)
+
+
+def writes_for(episode: Episode, right: bool) -> tuple[Writes, object]:
+    """What a memory would have to say to be wholly right (or undecided) about an episode."""
+    batch = pack([episode, dataclasses.replace(episode, chunks=episode.chunks[:1], marks=())], 0)
+    n, t = batch.chunk_ids.shape
+    writes = Writes(torch.zeros(n, 2, t, t), torch.full((n, t, 3), -30.0 * right), torch.zeros(n, t, N_PLACES))
+    for row, token, gate, owner, place in batch.marks.tolist() if right else []:
+        writes.gate_logits[row, token, gate] = 30
+        writes.place_logits[row, token, min(place, N_PLACES - 1)] = 60
+        if owner >= 0:
+            writes.owner_scores[row, 0, token, owner] = 60
+    return writes, batch
+
+
+def test_the_loss_on_writing_against_formulas(base):
+    source = EpisodeSource(DataConfig(), base.tokenizer, base.chat)
+    episode = source.fact_episode(random.Random(3), 8, 96)
+    right = writing_outcome(*writes_for(episode, right=True))
+    assert right.loss.item() == pytest.approx(0, abs=1e-6)
+    assert set(right.figures.values()) == {1.0} and len(right.figures) == 3
+    undecided = writing_outcome(*writes_for(episode, right=False))
+    t = max(len(chunk) for chunk in episode.chunks)
+    assert undecided.loss.item() == pytest.approx(math.log(2) + math.log(N_PLACES) + math.log(t), rel=1e-5)
+    unmarked, batch = writes_for(dataclasses.replace(episode, marks=()), right=False)
+    assert writing_outcome(unmarked, batch).loss is None
