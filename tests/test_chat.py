@@ -97,7 +97,16 @@ def test_prompt_and_answer():
     assert chat.prompt("Hello") == templated(TOKENIZER, [("user", "Hello")])
     assert chat.prompt("Hello", system="") == templated(TOKENIZER, [("system", ""), ("user", "Hello")])
     answer = chat.answer("It is 4711.")
-    assert TOKENIZER.decode(answer) == "It is 4711.<|im_end|>" and answer[-1] == TOKENIZER.eos_token_id
+    assert TOKENIZER.decode(answer).lstrip() == "It is 4711.<|im_end|>" and answer[-1] == TOKENIZER.eos_token_id
+
+
+@pytest.mark.parametrize("value", ["machine", "12 kg", "$4.50", "A7", "B"])
+def test_an_answer_has_the_tokens_that_it_has_in_a_document(value):
+    """Else it could not be copied: a word has other tokens at the beginning of a text."""
+    document = encode_text(TOKENIZER, f"The answer is {value} here")
+    answer = ChatFormat(TOKENIZER).answer(value)[:-1]
+    assert any(document[i : i + len(answer)] == answer for i in range(len(document)))
+    assert TOKENIZER.decode(answer).strip() == value
 
 
 HOSTILE = [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from conftest import make_model
-from loracast.chat import encode_text
+from loracast.chat import encode_inside, encode_text
 from loracast.encoders.context import ContextEncoder
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.inject import inject
@@ -246,7 +246,7 @@ def test_starts_are_the_values_of_how_an_answer_begins(base):
     features = encoder(ids)
     for i, token in enumerate(ids[0].tolist()):
         text = base.tokenizer.decode([token]).strip()
-        first = encode_text(base.tokenizer, text)[0] if text else token
+        first = encode_inside(base.tokenizer, text)[0] if text else token
         torch.testing.assert_close(features.starts[0, i], encoder.values(torch.tensor([first]))[0])
     texts = [base.tokenizer.decode([token]) for token in ids[0].tolist()]
     assert any(text.startswith(" ") and text.strip() for text in texts)  # else this compares nothing

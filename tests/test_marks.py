@@ -36,7 +36,7 @@ def test_a_value_its_owner_and_its_end_are_marked(base):
     assert {tokens[m.owner] for m in said} == {tokens[said[0].owner]} and "kettle".endswith(
         tokens[said[0].owner].strip()
     )
-    assert marks[-1].gate == STOP and marks[-1].token == said[-1].token + 1 and marks[-1].owner == -1
+    assert marks[-1].gate == STOP and marks[-1].token == said[-1].token + 1 and marks[-1].owner == said[0].owner
 
 
 @pytest.mark.parametrize(

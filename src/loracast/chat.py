@@ -19,6 +19,15 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return ids if control_ids(tokenizer).isdisjoint(ids) else encode_with_offsets(tokenizer, text)[0]
 
 
+def encode_inside(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text as it stands inside a sentence, after a space: most words have other tokens there than at a beginning.
+
+    A token that is nothing but the space is dropped.
+    """
+    ids = encode_text(tokenizer, f" {text.strip()}")
+    return ids[1:] if len(ids) > 1 and not tokenizer.decode(ids[:1]).strip() else ids
+
+
 def encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """The same, with the character offsets of each token."""
     encoded = tokenizer(
@@ -106,8 +115,11 @@ class ChatFormat:
         return [i for i in ids if i in control_ids(self.tokenizer)]
 
     def answer(self, text: str) -> list[int]:
-        """Token ids of an answer, its end of turn included: what training asks the base to say."""
-        return [*encode_text(self.tokenizer, text), self.end_of_turn]
+        """Token ids of an answer, its end of turn included: what training asks the base to say.
+
+        They are the tokens that the answer has in a document, so that it can be copied; its first may begin with a space.
+        """
+        return [*encode_inside(self.tokenizer, text), self.end_of_turn]
 
     @lru_cache(maxsize=256)  # noqa: B019  (a ChatFormat lives as long as its base)
     def _pieces(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list[str]:

@@ -58,7 +58,7 @@ class _Streamer:
             return
         self.first_token_at = self.first_token_at or time.perf_counter()
         self.ids += [i for i in ids.flatten().tolist() if i not in self.base.end_ids]
-        text = self.base.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = self.base.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
         if not text.endswith("\ufffd"):  # a character whose bytes are still incomplete waits for the next token
             self.on_text(text[len(self.shown) :])
             self.shown = text

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from loracast.chat import encode_text
+from loracast.chat import encode_inside
 from loracast.encoders.features import Features
 
 if TYPE_CHECKING:
@@ -124,9 +124,9 @@ class ContextEncoder:
         return torch.nn.functional.normalize(embedded * self._gain, dim=-1)
 
     def _start_ids(self, input_ids: Tensor) -> Tensor:
-        """input_ids [n, t] -> the token with which an answer begins that begins with this token's text: its space is gone."""
+        """input_ids [n, t] -> the token with which an answer begins that begins with this token's text."""
         for i in set(input_ids.flatten().tolist()) - self._starts.keys():
             text = self._tokenizer.decode([i]).strip()
-            self._starts[i] = (encode_text(self._tokenizer, text) or [i])[0] if text else i
+            self._starts[i] = (encode_inside(self._tokenizer, text) or [i])[0] if text else i
         starts = [[self._starts[i] for i in row] for row in input_ids.tolist()]
         return torch.tensor(starts, dtype=input_ids.dtype, device=input_ids.device)

@@ -53,7 +53,7 @@ def find_marks(chunk: int, text: str, offsets: Sequence[tuple[int, int]], stated
         for place, token in enumerate(value_tokens):
             marks.append(Mark(chunk, token, SAY if place else BEGIN, owner_token, place))
         if value_tokens and value_tokens[-1] + 1 < len(offsets):
-            marks.append(Mark(chunk, value_tokens[-1] + 1, STOP, -1, len(value_tokens)))
+            marks.append(Mark(chunk, value_tokens[-1] + 1, STOP, owner_token, len(value_tokens)))
     return marks
 
 
