@@ -8,7 +8,8 @@ Schlag et al., arXiv 2102.11174). Three kinds of keys find a token again, and ad
   a question to the position of the answer, where it looks much as it did in the chunk;
 - what enters, whatever the document, at the first, second, third token of an answer: the token's place in its value.
 
-Keys of different subjects are nearly orthogonal, so many facts, and many chunks, fit side by side.
+A learned metric, at first the whitening of what enters the module, makes keys of different subjects nearly orthogonal, so
+that many facts, and many chunks, fit side by side.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ N_PLACES = 8
 """Places in an answer that are told apart; the last one stands for all after it."""
 _HEAD_DIM = 32
 _START_GATE = -2.0
+_RIDGE = 0.3  # of the whitening, in units of the variance of one number that enters
 # Adam moves every number by about the learning rate: what must grow by tens or by halves is stored smaller by these factors.
 _SCALE_RATE = 400.0
 _STRENGTH_RATE = 10.0
@@ -74,23 +76,28 @@ class AssociativeMemory(nn.Module):
         self.scale = nn.Parameter(torch.zeros(n_modules))
         self.stop_value = nn.Parameter(torch.zeros(c.d_values))
         self.key_mean = nn.Parameter(torch.zeros(n_modules, d_in))
+        self.key_metric = nn.Parameter(torch.eye(d_in).repeat(n_modules, 1, 1))
         self.register_buffer("key_std", torch.ones(n_modules, d_in))
         nn.init.zeros_(self.strength.weight)
         nn.init.constant_(self.gate.bias, _START_GATE)
 
     @torch.no_grad()
-    def set_units(self, mean: Tensor, std: Tensor, at_places: Tensor, stop_value: Tensor) -> None:
+    def set_units(self, entering: Tensor, at_places: Tensor, stop_value: Tensor) -> None:
         """Take the units of the keys from real text.
 
         Args:
-            mean, std: of what enters the modules [modules, in].
+            entering: what enters the modules [modules, tokens, in].
             at_places: its mean at each place of an answer [modules, N_PLACES, in].
             stop_value: what makes the base end its turn [d_values].
         """
-        self.key_mean.copy_(mean)
+        std = entering.std(1)
+        self.key_mean.copy_(entering.mean(1))
         self.key_std.copy_(std.clamp_min(std.mean() * 1e-2))
-        standard = (at_places - at_places.mean(1, keepdim=True)) / self.key_std[:, None]
-        self.place_keys.copy_(functional.normalize(standard, dim=-1))
+        standard = (entering - self.key_mean[:, None]) / self.key_std[:, None]
+        variances, axes = torch.linalg.eigh(standard.transpose(1, 2) @ standard / standard.shape[1])
+        self.key_metric.copy_((axes / (variances + _RIDGE)[:, None]) @ axes.transpose(1, 2))
+        places = (at_places - at_places.mean(1, keepdim=True)) / self.key_std[:, None]
+        self.place_keys.copy_(functional.normalize(places @ self.key_metric, dim=-1))
         self.stop_value.copy_(stop_value)
 
     def read(self, standard: Tensor, mask: Tensor) -> tuple[Tensor, Writes]:
@@ -138,11 +145,10 @@ class AssociativeMemory(nn.Module):
         strength = self.strength(pick(x)).view(n, rank, -1, self.n_keys).float()
         strength = 0.5 + _STRENGTH_RATE * self.strength_bias + strength  # [n, r, modules, keys]
         keys = (features.keys - self.key_mean[:, None]) / self.key_std[:, None]  # [n, modules, t, in]
-        common = functional.normalize(self.key_mean / self.key_std, dim=-1)[
-            :, None
-        ]  # what all inputs share opens nothing
-        keys = keys - (keys * common).sum(-1, keepdim=True) * common
         dtype = torch.bfloat16 if torch.is_autocast_enabled(x.device.type) else torch.float32
+        keys = (keys.to(dtype) @ self.key_metric.to(dtype)).float()
+        common = functional.normalize(self.key_mean / self.key_std, dim=-1)[:, None]
+        keys = keys - (keys * common).sum(-1, keepdim=True) * common  # what all inputs share opens nothing
         pooled = looks.to(dtype).flatten(1, 2)[:, None] @ keys.to(dtype)  # [n, modules, (1 + heads) * r, in]
         pooled = functional.normalize(pooled.float(), dim=-1).unflatten(2, (1 + self.n_heads, rank))
         in_place = pick(writes.place_logits).softmax(-1)  # [n, r, places]

@@ -84,4 +84,4 @@ def set_memory_units(
     everything = torch.cat(seen, dim=1)  # [modules, t, in]
     means = torch.stack([torch.stack(keys).mean(0) for keys in at_places], dim=1)  # [modules, places, in]
     stop = torch.tensor([base.chat.end_of_turn], device=base.device)
-    memory.set_units(everything.mean(1), everything.std(1), means, encoder.values(stop)[0])
+    memory.set_units(everything, means, encoder.values(stop)[0])
