@@ -49,11 +49,13 @@ def _modules_for(model: nn.Module, batch: LoRABatch) -> dict[str, nn.Linear]:
     """The modules that a batch touches, after checking that they exist and fit."""
     modules: dict[str, nn.Linear] = {}
     problems = []
-    available = dict(model.named_modules())
     shapes = [(name, b.shape[1], a.shape[2]) for name, (a, b) in batch.factors.items()]
     shapes += [(name, delta.shape[1], delta.shape[2]) for name, delta in batch.dense.items()]
     for name, d_out, d_in in shapes:
-        module = available.get(name)
+        try:
+            module: nn.Module | None = model.get_submodule(name)
+        except AttributeError:
+            module = None
         if not isinstance(module, nn.Linear):
             problems.append(f"{name}: the base has no such linear module")
         elif (module.out_features, module.in_features) != (d_out, d_in):

@@ -128,8 +128,10 @@ def concat(loras: Sequence[LoRA], dense_past_break_even: bool = True) -> LoRA:
             dense[name] = dense[name] + delta if name in dense else delta
     joined: dict[str, Factors] = {}
     for name, pieces in parts.items():
-        a = torch.cat([piece.a for piece in pieces], dim=0)  # [sum r, in]
-        b = torch.cat([piece.b for piece in pieces], dim=1)  # [out, sum r]
+        a, b = pieces[0]  # one alone needs no copy
+        if len(pieces) > 1:
+            a = torch.cat([piece.a for piece in pieces], dim=0)  # [sum r, in]
+            b = torch.cat([piece.b for piece in pieces], dim=1)  # [out, sum r]
         d_in, d_out = a.shape[1], b.shape[0]
         if name in dense:
             dense[name] = dense[name] + b @ a
@@ -193,7 +195,13 @@ def stack(loras: Sequence[LoRA | None]) -> LoRABatch:
     """
     _check_same_shapes([lora for lora in loras if lora])
     distinct = {id(lora): lora for lora in loras}
-    rows = [next(iter(distinct.values()))] if len(distinct) == 1 else list(loras)
+    if len(distinct) == 1:  # the same for all rows: nothing to pad, nothing to copy
+        lora = loras[0]
+        if lora is None:
+            return LoRABatch(1, {}, {})
+        alone = {name: Factors(a[None], b[None]) for name, (a, b) in lora.factors.items()}
+        return LoRABatch(1, alone, {name: delta[None] for name, delta in lora.dense.items()})
+    rows = list(loras)
     factor_names = dict.fromkeys(name for lora in rows if lora for name in lora.factors)
     dense_names = dict.fromkeys(name for lora in rows if lora for name in lora.dense)
     factors: dict[str, Factors] = {}
