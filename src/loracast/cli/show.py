@@ -53,7 +53,7 @@ def show(
         "title": manifest.title or "-",
         "source": f"{manifest.source or 'standard input'}, sha256 {manifest.source_sha256[:16]}",
         "learned": f"{manifest.created}, in {manifest.learn_s:.1f} s",
-        "document": f"{manifest.n_tokens:,} tokens in {manifest.n_chunks:,} chunks of at most {manifest.max_chunk_tokens}",
+        "document": f"{manifest.n_tokens:,} tokens in {manifest.n_chunks:,} chunk{'s' * (manifest.n_chunks != 1)} of at most {manifest.max_chunk_tokens}",
         "factors": f"rank {manifest.rank_text} for each chunk, layers {layers[0]} to {layers[-1]}",
         "base": f"{manifest.made_for.base}, weights {manifest.made_for.norms}",
         "hypernetwork": manifest.hypernetwork,
