@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.encoders.features import Features
+from loracast.hypernets.heads import per_layer
 from loracast.hypernets.perceiver import ReaderBlock, rotate
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class AssociativeMemory(nn.Module):
         strength = 0.5 + _STRENGTH_RATE * self.strength_bias + strength  # [n, r, modules, keys]
         keys = (features.keys - self.key_mean[:, None]) / self.key_std[:, None]  # [n, modules, t, in]
         dtype = torch.bfloat16 if torch.is_autocast_enabled(x.device.type) else torch.float32
-        keys = (keys.to(dtype) @ self.key_metric.to(dtype)).float()
+        keys = per_layer(keys.to(dtype), self.key_metric.to(dtype)).float()
         common = functional.normalize(self.key_mean / self.key_std, dim=-1)[:, None]
         keys = keys - (keys * common).sum(-1, keepdim=True) * common  # what all inputs share opens nothing
         pooled = looks.to(dtype).flatten(1, 2)[:, None] @ keys.to(dtype)  # [n, modules, (1 + heads) * r, in]
