@@ -121,7 +121,7 @@ def learn_document(
             source_sha256=document.sha256,
             made_for=base.fingerprint,
             hypernetwork=hypernet_hash,
-            modules=tuple((m.name, m.layer, m.kind, m.d_in, m.d_out) for m in config.target.modules),
+            modules=config.target.rows,
             ranks=config.ranks,
             n_chunks=len(chunks),
             n_tokens=sum(chunk.n_tokens for chunk in chunks),

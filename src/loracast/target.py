@@ -53,6 +53,11 @@ class Target:
     def names(self) -> tuple[str, ...]:
         return tuple(module.name for module in self.modules)
 
+    @property
+    def rows(self) -> tuple[tuple[str, int, str, int, int], ...]:
+        """The modules as configs and files have them: (name, layer, kind, d_in, d_out)."""
+        return tuple((m.name, m.layer, m.kind, m.d_in, m.d_out) for m in self.modules)
+
     def of_kind(self, kind: str) -> tuple[TargetModule, ...]:
         return tuple(module for module in self.modules if module.kind == kind)
 

@@ -122,8 +122,7 @@ class DocToLoRAConfig:
 
     @classmethod
     def for_target(cls, target: Target, d_features: int, **options) -> DocToLoRAConfig:
-        modules = tuple((m.name, m.layer, m.kind, m.d_in, m.d_out) for m in target.modules)
-        return cls(d_features=d_features, modules=modules, **options)
+        return cls(d_features=d_features, modules=target.rows, **options)
 
     @property
     def target(self) -> Target:
@@ -199,6 +198,9 @@ class DocToLoRA(nn.Module):
         self.feature_mean.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0).clamp_min(1e-3))
 
+    def _standard(self, states: Tensor) -> Tensor:
+        return (states - self.feature_mean) / self.feature_std
+
     def head(self, kind: str) -> FactorHead:
         """The head of a module kind."""
         return cast(FactorHead, self.heads[kind])
@@ -226,7 +228,7 @@ class DocToLoRA(nn.Module):
         if c.reads_each_layer:
             features = features.flatten(0, 1)  # [n * layers, t, d]
             mask = None if mask is None else mask.repeat_interleave(n_layers, dim=0)
-        standard = (features - self.feature_mean) / self.feature_std
+        standard = self._standard(features)
         context = self.project(standard)
         mask = token_mask = None if mask is None else mask.bool()
         if c.n_encoder_blocks:
@@ -282,7 +284,7 @@ class DocToLoRA(nn.Module):
         states = features.states.float()
         factors, writes = self.expand(self.latents(states, mask)), None
         if self.memory is not None:
-            a, b, writes = self.memory((states - self.feature_mean) / self.feature_std, features, mask)
+            a, b, writes = self.memory(self._standard(states), features, mask)
             factors[self.config.memory_modules[0][2]] = (a, b)
         if not is_real.all():
             factors = {kind: (a, b * is_real[:, None, None, None]) for kind, (a, b) in factors.items()}

@@ -131,8 +131,7 @@ def with_memory(hypernet: DocToLoRA, base: Base, recipe: Recipe, source: Episode
 
 def memory_modules(base: Base, layers: Sequence[int]) -> tuple[tuple[str, int, str, int, int], ...]:
     """The modules of an associative memory in these layers."""
-    target = target_from_config(base.model.config, ("o_proj",), layers)
-    return tuple((m.name, m.layer, m.kind, m.d_in, m.d_out) for m in target.modules)
+    return target_from_config(base.model.config, ("o_proj",), layers).rows
 
 
 def calibration_data(base: Base, recipe: Recipe, source: EpisodeSource) -> tuple[list[Tensor], list[Question]]:

@@ -31,7 +31,7 @@ class Outcome:
 class WritingOutcome:
     """How well a memory chose what to write, against the marks of a batch."""
 
-    loss: Tensor | None = None  # gates and owners; None without a memory or marks
+    loss: Tensor | None = None  # gates, places and owners; None without a memory or marks
     figures: dict[str, float] = field(default_factory=dict)
 
 
