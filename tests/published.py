@@ -1,4 +1,4 @@
-"""Reads the checkpoints that SakanaAI/doc-to-lora publishes, into this project's own hypernetwork.
+"""Reads the checkpoints that SakanaAI/doc-to-lora and SakanaAI/text-to-lora publish, into this project's own hypernetworks.
 
 They are pickles. Nothing of a pickle is executed here: tensors are rebuilt from their raw bytes, the few classes that occur become empty
 stand-ins, and any other name is refused.
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
-from loracast.target import target_from_config
+from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
+from loracast.target import KINDS, target_from_config
 
 FIXTURES = Path(os.environ.get("LORACAST_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
 DOC_TO_LORA = FIXTURES / "published" / "doc-to-lora"
+TEXT_TO_LORA = FIXTURES / "published" / "text-to-lora"
 
 _DTYPES = {
     "FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16,
@@ -148,3 +150,60 @@ def doc_to_lora(checkpoint: dict[str, Any], base_config: Any, reader_layers: tup
         state[f"document_independent.{kind}.b"] = checkpoint[f"bias_B.{kind}"] * config.scale
     hypernet.load_state_dict(state, strict=True)
     return hypernet.eval()
+
+
+_TEXT_PARTS = {
+    "task.0": "task_encoder.mlp.0", "task.1": "task_encoder.mlp.1", "layer.1": "layer_depth_encoder.1",
+    "kind.1": "layer_type_encoder.1", "mixer.0": "mixer.1", "mixer.3": "mixer.4", "last.0": "mlp3.0", "last.1.0": "mlp3.1",
+    "last.1.3": "mlp3.4",
+}  # fmt: skip
+for _block, _theirs in ((0, "mlp1"), (1, "mlp2")):
+    _TEXT_PARTS |= {
+        f"blocks.{_block}.0": f"{_theirs}.mlp.0", f"blocks.{_block}.1.0": f"{_theirs}.mlp.1",
+        f"blocks.{_block}.1.3": f"{_theirs}.mlp.4",
+    }  # fmt: skip
+
+
+def text_to_lora(checkpoint: dict[str, Any], variant: str, module_order: tuple[str, ...]) -> TextToLoRA:
+    """A published text-to-LoRA checkpoint (L or M) on a base of Llama's shape, as it writes its factors: the scale not yet folded in.
+
+    Args:
+        module_order: the module kinds in the order of the checkpoint's type embeddings.
+    """
+    layers, rank, _ = checkpoint[f"AB_offset.A.{module_order[0]}"].shape
+    kinds = tuple(kind for kind in KINDS if kind in module_order)
+    shapes = {
+        kind: (checkpoint[f"AB_offset.A.{kind}"].shape[2], checkpoint[f"AB_offset.B.{kind}"].shape[1]) for kind in kinds
+    }
+    modules = tuple(
+        (f"model.layers.{layer}.self_attn.{kind}", layer, kind, *shapes[kind])
+        for layer in range(layers)
+        for kind in kinds
+    )
+    config = TextToLoRAConfig(
+        d_text=checkpoint["task_encoder.mlp.0.weight"].shape[1],
+        modules=modules,
+        variant=variant,
+        rank=rank,
+        width=checkpoint["mixer.1.weight"].shape[1],
+        head_width=checkpoint["mlp3.4.weight"].shape[0],
+        scale=1.0,
+    )
+    parts = _TEXT_PARTS | {f"heads.{kind}.linear": f"heads.{kind}" for kind in kinds}
+    parts |= {"asked_norm": "out_emb_norm"} if variant == "M" else {}
+    state = {
+        f"{ours}.{end}": checkpoint[f"{theirs}.{end}"] for ours, theirs in parts.items() for end in ("weight", "bias")
+    }
+    state["layer.0.weight"] = checkpoint["layer_depth_encoder.0.weight"]
+    state["kind.0.weight"] = checkpoint["layer_type_encoder.0.weight"][[module_order.index(kind) for kind in kinds]]
+    for kind in kinds:
+        state[f"heads.{kind}.shared_a"] = checkpoint[f"AB_offset.A.{kind}"]
+        state[f"heads.{kind}.shared_b"] = checkpoint[f"AB_offset.B.{kind}"].transpose(1, 2)
+        state[f"heads.{kind}.scaler_b"] = torch.ones(layers, rank, 1)
+    if variant == "M":
+        asked = [torch.stack([checkpoint[f"out_emb.{kind}.{side}"] for side in "AB"]) for kind in kinds]
+        state["asked"] = torch.stack(asked)[:, :, None]  # [kinds, 2, 1, width]
+    hypernet = TextToLoRA(config)
+    state["known"] = hypernet.known
+    hypernet.load_state_dict(state, strict=True)
+    return hypernet.eval().requires_grad_(False)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pickle
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -217,6 +219,7 @@ def test_gradients_reach_every_parameter_once_the_scalers_have_moved():
         ({"d_values": 48, "memory_modules": make("memory").config.modules}, "leaves alone"),
         ({"d_values": 48, "memory_modules": (MEMORY[0], ("b", 3, "v_proj", 64, 32))}, "one kind"),
         ({"d_values": 48, "memory_modules": MEMORY, "memory_rank": 0}, "memory_rank"),
+        ({"d_values": 48, "memory_modules": MEMORY, "memory_heads": 1}, "memory_heads at least 2"),
     ],
 )
 def test_bad_configs_are_refused(changes, message):
@@ -241,7 +244,7 @@ def largest_error(original: DocToLoRA, read: DocToLoRA) -> float:
 def test_round_trip_is_exact_to_the_type(variant, storage, tmp_path):
     hypernet = make(variant)
     save_pretrained(hypernet, tmp_path, MADE_FOR, storage=storage, provenance={"seed": 3})
-    read, made_for = from_pretrained(tmp_path)
+    read, made_for = from_pretrained(tmp_path, DocToLoRA)
     assert made_for == MADE_FOR and read.config == hypernet.config and not read.training
     for name, value in hypernet.state_dict().items():
         assert torch.equal(read.state_dict()[name], value.to(getattr(torch, storage)).float()), name
@@ -259,7 +262,7 @@ def test_int8_is_close_and_small(tmp_path):
     assert stored["heads.down_proj.weight"].dtype == torch.int8
     sizes = [(tmp_path / folder / "model.safetensors").stat().st_size for folder in "fi"]
     assert sizes[1] < 0.35 * sizes[0]
-    read, _ = from_pretrained(tmp_path / "i")
+    read, _ = from_pretrained(tmp_path / "i", DocToLoRA)
     error = largest_error(hypernet, read)
     features = make_features(hypernet)
     expected, found = deltas(row(loras(hypernet, features), 0)), deltas(row(loras(read, features), 0))
@@ -299,7 +302,7 @@ def test_every_fault_of_the_tensors_is_in_one_error(tmp_path):
 
     change_tensors(folder, damage)
     with pytest.raises(HypernetworkError) as caught:
-        from_pretrained(folder)
+        from_pretrained(folder, DocToLoRA)
     for part in (
         "missing tensor decoder.norm.weight", "unknown tensor heads.up_proj.weight", "project.weight is (3, 3), not",
         "scaler_a holds numbers that are not finite", "scaler_b is of type torch.int64",
@@ -312,16 +315,16 @@ def test_an_unknown_config_key_is_refused(tmp_path):
     folder = saved(tmp_path)
     change_config(folder, lambda config: config["config"].update(flash=True, speed=9))
     with pytest.raises(ConfigError, match="flash, speed"):
-        from_pretrained(folder)
+        from_pretrained(folder, DocToLoRA)
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"format": None}, {"architecture": "TextToLoRA"}])
+@pytest.mark.parametrize("change", [{"format": 2}, {"format": None}, {"architecture": "ImageToLoRA"}])
 def test_another_format_is_refused_before_its_tensors_are_looked_at(change, tmp_path):
     folder = saved(tmp_path)
     change_config(folder, lambda config: config.update(change))
     (folder / "model.safetensors").unlink()
     with pytest.raises(HypernetworkError, match="update loracast"):
-        from_pretrained(folder)
+        from_pretrained(folder, DocToLoRA)
 
 
 @pytest.mark.parametrize(
@@ -341,14 +344,14 @@ def test_a_damaged_config_is_one_readable_error(change, tmp_path):
     folder = saved(tmp_path)
     change_config(folder, change)
     with pytest.raises((HypernetworkError, ConfigError), match=r"damaged|bad DocToLoRAConfig"):
-        from_pretrained(folder)
+        from_pretrained(folder, DocToLoRA)
 
 
 def test_a_config_that_asks_for_a_terabyte_allocates_nothing(tmp_path):
     folder = saved(tmp_path)
     change_config(folder, lambda config: config["config"].update(width=10_000_000))
     with pytest.raises(HypernetworkError, match="not \\("):
-        from_pretrained(folder)
+        from_pretrained(folder, DocToLoRA)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"null"])
@@ -356,7 +359,7 @@ def test_what_is_no_config_is_refused(content, tmp_path):
     folder = saved(tmp_path)
     (folder / "config.json").write_bytes(content)
     with pytest.raises(HypernetworkError):
-        from_pretrained(folder)
+        from_pretrained(folder, DocToLoRA)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "pickle", "missing"])
@@ -367,7 +370,7 @@ def test_a_damaged_tensor_file_is_refused(damage, tmp_path):
     if damage != "missing":
         path.write_bytes({"truncated": whole[:-9], "empty": b"", "pickle": pickle.dumps({"a": 1})}[damage])
     with pytest.raises(HypernetworkError, match=r"whole model\.safetensors"):
-        from_pretrained(path.parent)
+        from_pretrained(path.parent, DocToLoRA)
 
 
 def test_an_unknown_storage_is_refused(tmp_path):
@@ -415,7 +418,7 @@ def test_published_checkpoints_are_reproduced(name):
 def test_a_published_checkpoint_survives_our_own_file(tmp_path):
     hypernet, inputs, expected = published_hypernet("one-layer-reader")
     save_pretrained(hypernet, tmp_path, MADE_FOR, storage="float32")
-    read, _ = from_pretrained(tmp_path)
+    read, _ = from_pretrained(tmp_path, DocToLoRA)
     a, _ = read.expand(read.latents(inputs["features"], inputs["attention_mask"]))["down_proj"]
     torch.testing.assert_close(a, expected["chunks.down_proj.A"], atol=1e-5, rtol=1e-5)
 
@@ -456,15 +459,16 @@ def test_a_memory_answers_a_token_with_what_stood_behind_it():
     hypernet = make("memory", fresh=True, memory_rank=6)
     memory = hypernet.memory
     memory.scale.data.fill_(1 / 400)
+    memory.log_ridge.data.fill_(1.6)  # so high that every key stays as it is
     memory.strength_bias.data.copy_(
-        torch.tensor([0.05, -0.05, -0.05, -0.05]).expand(2, 4)
+        torch.tensor([0.05, -0.05, -0.05, -0.05, -0.05]).expand(2, 5)
     )  # 0.5 + 10 * it: only the token before
     memory.gate.weight.data.zero_()
     memory.gate.bias.data.copy_(torch.tensor([20.0, -20.0, -20.0]))  # say every token
     features = make_features(hypernet, n=1)
     factors, writes = hypernet.cast(features)
     a, b = factors["o_proj"]  # [1, modules, 6, in], [1, modules, 6, out]
-    assert writes.gate_logits.shape == (1, 6, 3) and writes.owner_scores.shape == (1, 2, 6, 6)
+    assert writes.gate_logits.shape == (1, 6, 3) and writes.look_scores.shape == (1, 3, 6, 6)
     torch.testing.assert_close(b, features.states[:, None, :, -48:].expand_as(b), atol=1e-5, rtol=1e-5)
     keys = features.keys / features.keys.norm(dim=-1, keepdim=True) / 64**0.5
     torch.testing.assert_close(a[:, :, 1:], keys[:, :, :-1], atol=1e-5, rtol=1e-5)
@@ -476,6 +480,30 @@ def test_a_memory_answers_a_token_with_what_stood_behind_it():
     assert (best == 3).all()
 
 
+def test_a_memory_maps_the_end_of_a_sentence_to_its_question():
+    """Where every token looks alike at all of its chunk, its key is the mapped mean of the chunk, of length 1."""
+    hypernet = make("memory", fresh=True, memory_rank=6)
+    memory = hypernet.memory
+    memory.strength_bias.data.copy_(torch.tensor([-0.05, -0.05, -0.05, 0.05, -0.05]).expand(2, 5))
+    memory.query.weight.data.zero_()
+    memory.log_ridge.data.fill_(1.6)
+    things = torch.randn(2, 500, 8, generator=FREE)  # what sentences and their questions say, in 8 of 64 directions
+    sides = torch.randn(2, 2, 8, 64, generator=FREE)
+    ends, answers = (things @ side for side in sides)
+    places = torch.randn(2, 8, 64, generator=FREE)
+    memory.set_question_map(ends[:, :400], answers[:, :400], places)
+    features = dataclasses.replace(make_features(hypernet, n=1), keys=ends[None, :, 400:406])
+    a = hypernet.cast(features)[0]["o_proj"][0]  # [1, modules, 6, in]
+    centred = features.keys.mean(2) - ends[:, :400].mean(1)
+    expected = (centred[:, :, None] @ memory.from_end @ memory.to_question).squeeze(2)
+    expected = torch.nn.functional.normalize(expected, dim=-1) / 64**0.5
+    torch.testing.assert_close(a, expected[:, :, None].expand_as(a), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(a @ places.mT, torch.zeros(1, 2, 6, 8), atol=1e-5, rtol=0)  # blind to the places
+    mapped = (ends[:, 400:] - ends[:, :400].mean(1, keepdim=True)) @ memory.from_end @ memory.to_question
+    scores = torch.nn.functional.normalize(mapped, dim=-1) @ answers[:, 400:].mT  # [modules, 100, 100]
+    assert (scores.argmax(1) == torch.arange(100)).float().mean() > 0.9  # of unseen things, each question finds its own
+
+
 def test_a_memory_keeps_the_tokens_whose_gates_are_most_open():
     hypernet = make("memory")
     features = make_features(hypernet)
@@ -483,9 +511,32 @@ def test_a_memory_keeps_the_tokens_whose_gates_are_most_open():
     open_most = writes.gate_logits.sigmoid().sum(-1).topk(4).indices.sort().values  # [3, 4]
     whole = DocToLoRA(dataclasses.replace(hypernet.config, memory_rank=6))
     whole.load_state_dict(hypernet.state_dict())
+    for h in (hypernet, whole):  # keys know of one another: of all of them, or of the four
+        h.memory.log_ridge.data.fill_(1.6)
+    factors, _ = hypernet.cast(features)
     for side, all_tokens in zip(factors["o_proj"], whole.cast(features)[0]["o_proj"], strict=True):
         for chunk in range(3):
             torch.testing.assert_close(side[chunk], all_tokens[chunk][:, open_most[chunk]])
+
+
+def test_least_squares_keeps_keys_apart():
+    """With hardly a ridge, a key answers to itself as before, and to no other that is written; whatever their lengths."""
+    memory = make("memory").memory
+    memory.log_ridge.data.fill_(-2.0)
+    common = torch.randn(64, generator=FREE)
+    units = torch.nn.functional.normalize(common + torch.randn(1, 2, 5, 64, generator=FREE), dim=-1)
+    assert (units @ units.mT).sub(torch.eye(5)).abs().max() > 0.3
+    lengths = torch.rand(1, 2, 5, 1, generator=FREE) + 0.5
+    keys = lengths * units
+    apart = memory._apart(keys, torch.ones(1, 5))
+    torch.testing.assert_close(apart @ units.mT, torch.diag_embed(lengths.squeeze(-1)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(memory._apart(keys[:, :, :1], torch.ones(1, 1)), keys[:, :, :1])
+    torch.testing.assert_close(memory._apart(keys, torch.zeros(1, 5)), keys)
+    memory.log_ridge.data.fill_(0.1)  # e^1, against numpy
+    gram = (units @ units.mT)[0, 1].double().numpy()
+    expected = np.linalg.inv(gram + math.e * np.eye(5)) @ units[0, 1].double().numpy() * (1 + math.e)
+    expected = torch.from_numpy(expected).float() * lengths[0, 1]
+    torch.testing.assert_close(memory._apart(keys, torch.ones(1, 5))[0, 1], expected)
 
 
 def test_a_memory_needs_keys():

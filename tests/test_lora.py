@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loracast.errors import AdapterError
-from loracast.lora import Factors, LoRA, compress, concat, stack
+from loracast.lora import Factors, LoRA, LoRABatch, compress, concat, stack
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 sizes = st.integers(1, 12)
@@ -185,3 +185,21 @@ def test_a_stacked_batch_holds_each_rows_delta(rows):
         if "m" in batch.dense:
             delta = delta + batch.dense["m"][i]
         assert close(delta, dense(loras[i], "m") if loras[i] else torch.zeros(5, 4))
+
+
+def test_the_rows_of_a_batch_and_their_norms():
+    free = torch.Generator().manual_seed(3)
+    factors = {
+        name: Factors(torch.randn(4, 2, d_in, generator=free), torch.randn(4, d_out, 2, generator=free))
+        for name, d_in, d_out in (("one", 7, 5), ("two", 3, 9))
+    }
+    batch = LoRABatch(4, factors, {"three": torch.randn(4, 6, 6, generator=free)})
+    some = batch.rows(1, 3)
+    assert some.n == 2
+    for i, squared in enumerate(batch.squared_norms()):
+        row = batch.row(i)
+        assert squared.item() == pytest.approx(
+            sum(row.delta(name).square().sum().item() for name in row.names), rel=1e-5
+        )
+        if 1 <= i < 3:
+            assert all(torch.equal(some.row(i - 1).delta(name), row.delta(name)) for name in row.names)

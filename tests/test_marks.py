@@ -11,11 +11,11 @@ import torch
 
 from conftest import PROSE
 from loracast.chat import encode_with_offsets
-from loracast.hypernets.memory import N_PLACES, Writes
+from loracast.hypernets.memory import END, N_PLACES, OWNER, Writes
 from loracast.training.episodes import Episode, pack
 from loracast.training.facts import make_sheet
 from loracast.training.marks import BEGIN, SAY, STOP, Mark, Stated, find_marks, find_owner
-from loracast.training.objective import writing_outcome
+from loracast.training.objective import finding_outcome, writing_outcome
 from loracast.training.sources import DataConfig, EpisodeSource
 
 
@@ -37,6 +37,7 @@ def test_a_value_its_owner_and_its_end_are_marked(base):
         tokens[said[0].owner].strip()
     )
     assert marks[-1].gate == STOP and marks[-1].token == said[-1].token + 1 and marks[-1].owner == said[0].owner
+    assert {tokens[m.end] for m in marks} == {"."} and {m.end for m in marks} == {tokens.index(".", said[-1].token)}
 
 
 @pytest.mark.parametrize(
@@ -92,21 +93,26 @@ def test_the_marks_of_sheets_and_needles_spell_their_answers(base, tmp_path):
 def test_sheets_are_marked_in_the_chunk_that_states_them(base):
     sheet = make_sheet(random.Random(2), 12, split="train")
     source = EpisodeSource(DataConfig(), base.tokenizer, base.chat)
-    episode = source.fact_episode(random.Random(2), 12, 96)
+    episode = source.fact_episode(random.Random(2), 12, 240)
     assert len(episode.chunks) > 1 and {m.chunk for m in episode.marks} == set(range(len(episode.chunks)))
     assert len(sheet.facts) == sum(m.gate == BEGIN for m in episode.marks)
+    for mark in episode.marks:
+        if mark.gate == BEGIN:  # a mark's statement is the question's of the same number
+            answer = base.tokenizer.decode(episode.questions[mark.statement].answer[:-1]).strip()
+            assert answer.startswith(base.tokenizer.decode([episode.chunks[mark.chunk][mark.token]]).strip())
 
 
 def writes_for(episode: Episode, right: bool) -> tuple[Writes, object]:
     """What a memory would have to say to be wholly right (or undecided) about an episode."""
     batch = pack([episode, dataclasses.replace(episode, chunks=episode.chunks[:1], marks=())], 0)
     n, t = batch.chunk_ids.shape
-    writes = Writes(torch.zeros(n, 2, t, t), torch.full((n, t, 3), -30.0 * right), torch.zeros(n, t, N_PLACES))
-    for row, token, gate, owner, place in batch.marks.tolist() if right else []:
+    writes = Writes(torch.zeros(n, 3, t, t), torch.full((n, t, 3), -30.0 * right), torch.zeros(n, t, N_PLACES))
+    for row, token, gate, owner, place, end, _ in batch.marks.tolist() if right else []:
         writes.gate_logits[row, token, gate] = 30
         writes.place_logits[row, token, min(place, N_PLACES - 1)] = 60
+        writes.look_scores[row, END, token, end] = 60
         if owner >= 0:
-            writes.owner_scores[row, 0, token, owner] = 60
+            writes.look_scores[row, OWNER, token, owner] = 60
     return writes, batch
 
 
@@ -115,9 +121,45 @@ def test_the_loss_on_writing_against_formulas(base):
     episode = source.fact_episode(random.Random(3), 8, 96)
     right = writing_outcome(*writes_for(episode, right=True))
     assert right.loss.item() == pytest.approx(0, abs=1e-6)
-    assert set(right.figures.values()) == {1.0} and len(right.figures) == 3
+    assert set(right.figures.values()) == {1.0} and len(right.figures) == 4
     undecided = writing_outcome(*writes_for(episode, right=False))
     t = max(len(chunk) for chunk in episode.chunks)
-    assert undecided.loss.item() == pytest.approx(math.log(2) + math.log(N_PLACES) + math.log(t), rel=1e-5)
+    assert undecided.loss.item() == pytest.approx(math.log(2) + math.log(N_PLACES) + 2 * math.log(t), rel=1e-5)
     unmarked, batch = writes_for(dataclasses.replace(episode, marks=()), right=False)
     assert writing_outcome(unmarked, batch).loss is None
+
+
+def test_the_loss_on_finding_against_a_formula(base):
+    """Every token of the chunks is written. Undecided, each answer token is sought among those of its document that say something else."""
+    source = EpisodeSource(DataConfig(), base.tokenizer, base.chat)
+    episodes = [source.fact_episode(random.Random(seed), 8, 96) for seed in (3, 4)]
+    batch = pack(episodes, 0)
+    k, (n, t) = batch.chunks_per_document, batch.chunk_ids.shape
+    assert k > 1
+    tokens = torch.arange(t).expand(n, t).masked_fill(~batch.chunk_mask, -1)
+    blank = Writes(
+        torch.zeros(n, 3, t, t), torch.zeros(n, t, 3), torch.zeros(n, t, N_PLACES), tokens, torch.ones(2) / 2
+    )
+    # Right keys: of each token its own axis; at each answer token comes in what its mark's token was stored under.
+    keys = torch.eye(k * t).expand(2, -1, -1)
+    entering = torch.zeros(len(batch.answer_ids), k * t)
+    losses: dict[bool, list[float]] = {True: [], False: []}  # of first tokens, of others
+    starts, first = batch.answer_question.diff(prepend=torch.tensor([-1])).nonzero().squeeze(1), 0
+    for episode in episodes:
+        for mark in episode.marks:
+            question = first + mark.statement
+            answer = int(starts[question]) + mark.place
+            if mark.place >= int((batch.answer_question == question).sum()):
+                continue
+            entering[answer, mark.chunk * t + mark.token] = 1
+            said = [i for chunk in episode.chunks for i in chunk]
+            others = sum(i != episode.chunks[mark.chunk][mark.token] for i in said)
+            losses[mark.place == 0].append(math.log(1 + others))
+        first += len(episode.questions)
+    right = finding_outcome({"one": (keys, 5 * entering), "two": (keys, 5 * entering)}, blank, batch)
+    assert right[1] == 1.0 and right[0].item() == pytest.approx(0, abs=1e-6)
+    none = torch.zeros_like(entering)
+    undecided = finding_outcome({"one": (keys, none), "two": (keys, none)}, blank, batch)
+    assert undecided[0].item() == pytest.approx(sum(sum(some) / len(some) / 2 for some in losses.values()), rel=1e-5)
+    silent = pack([dataclasses.replace(episode, marks=()) for episode in episodes], 0)
+    assert finding_outcome({"one": (keys, none), "two": (keys, none)}, blank, silent) is None

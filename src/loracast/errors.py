@@ -15,6 +15,14 @@ class BaseModelError(LoracastError):
     """A base that cannot be fetched, verified, loaded or targeted."""
 
 
+class PackageError(LoracastError):
+    """A packaged model that cannot be fetched or is not the pinned one."""
+
+
+class EncoderError(LoracastError):
+    """A text encoder that cannot be fetched, verified, loaded or used."""
+
+
 class AdapterError(LoracastError):
     """An adapter file that is damaged, foreign or does not fit the base in use."""
 

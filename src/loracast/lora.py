@@ -186,6 +186,22 @@ class LoRABatch:
     factors: Mapping[str, Factors]  # A [n, r, in], B [n, out, r]
     dense: Mapping[str, Tensor]  # [n, out, in]
 
+    def rows(self, first: int, end: int) -> LoRABatch:
+        """Some neighbouring rows as a batch of their own, views and not copies."""
+        factors = {name: Factors(a[first:end], b[first:end]) for name, (a, b) in self.factors.items()}
+        return LoRABatch(end - first, factors, {name: delta[first:end] for name, delta in self.dense.items()})
+
+    def squared_norms(self) -> Tensor:
+        """The squared Frobenius norm of each row's delta, over all modules [n], differentiable; of factors by the Gram identity."""
+        squares = [((b.mT @ b).float() * (a @ a.mT).float()).sum((1, 2)) for a, b in self.factors.values()]
+        squares += [delta.float().square().sum((1, 2)) for delta in self.dense.values()]
+        return torch.stack(squares).sum(0)
+
+    def row(self, i: int) -> LoRA:
+        """One row as a LoRA, views and not copies."""
+        factors = {name: Factors(a[i], b[i]) for name, (a, b) in self.factors.items()}
+        return LoRA(factors, {name: delta[i] for name, delta in self.dense.items()})
+
 
 def stack(loras: Sequence[LoRA | None]) -> LoRABatch:
     """One LoRABatch for rows that each carry another LoRA, or none (None).

@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from loracast.errors import AdapterError
 from loracast.files import write_atomically
@@ -46,6 +46,10 @@ class Manifest:
     factors_sha256: str = ""
     format: int = FORMAT
     warnings: tuple[str, ...] = field(default=())
+    kind: Literal["document", "task"] = "document"
+    """What it was made from: a document, or the description of a task (its title)."""
+    strength: float = 1.0
+    """Factor on every delta, folded in already; of a task."""
 
     @property
     def target(self) -> Target:
@@ -78,6 +82,8 @@ class Manifest:
                 raise ValueError("it targets nothing, or a size in it is not positive")
             if unknown := set(manifest.target.kinds) ^ {module.kind for module in manifest.target.modules}:
                 raise ValueError(f"unknown module kinds {sorted(unknown)}")
+            if manifest.kind not in ("document", "task"):
+                raise ValueError(f"unknown kind {manifest.kind!r}")
             if manifest.ranks.keys() != set(manifest.target.kinds):
                 raise ValueError("its ranks are not those of its module kinds")
             return manifest

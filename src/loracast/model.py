@@ -7,8 +7,8 @@ print(model.ask("How long is the warranty?", manual))
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import BinaryIO
@@ -16,13 +16,14 @@ from typing import BinaryIO
 from loracast.adapter import Adapter
 from loracast.base import DEFAULT_BASE, Base, load_base
 from loracast.chat import Message
+from loracast.describe import TaskCaster, load_caster
 from loracast.documents import Document, read_document
 from loracast.encoders.context import ContextEncoder
 from loracast.errors import HypernetworkError
 from loracast.fingerprint import check
 from loracast.generate import Answer, Sampling, answer
 from loracast.hypernets.doc_to_lora import DocToLoRA
-from loracast.hypernets.store import from_pretrained
+from loracast.hypernets.store import from_pretrained, weights_hash
 from loracast.learn import Progress, learn_document
 from loracast.library import open_adapter
 from loracast.lora import LoRA, concat
@@ -108,10 +109,18 @@ class Answerer:
 class Model(Answerer):
     """A base that learns documents."""
 
-    def __init__(self, base: Base, hypernet: DocToLoRA, hypernet_hash: str, library: Path):
+    def __init__(
+        self,
+        base: Base,
+        hypernet: DocToLoRA,
+        hypernet_hash: str,
+        library: Path,
+        task_hypernetwork: str | Path | None = None,
+    ):
         super().__init__(base, library)
         self.hypernet, self.hypernet_hash = hypernet, hypernet_hash
         self.encoder = ContextEncoder.for_hypernet(base, hypernet.config)
+        self._task_hypernetwork = task_hypernetwork
 
     def learn(
         self,
@@ -146,11 +155,30 @@ class Model(Answerer):
             progress=progress,
         )
 
+    @cached_property
+    def caster(self) -> TaskCaster:
+        """What casts descriptions of tasks. Raises HypernetworkError where no hypernetwork for tasks was given."""
+        if self._task_hypernetwork is None:
+            raise HypernetworkError(
+                "no hypernetwork for tasks is at hand: train one (`loracast train text`) and give it to "
+                "load(task_hypernetwork=FOLDER)"
+            )
+        return load_caster(self._task_hypernetwork, base=self.base, library=self.library)
+
+    def task(self, description: str, name: str | None = None, **options) -> Adapter:
+        """Cast the description of a task into an adapter and keep it; options as in `TaskCaster.task`."""
+        return self.caster.task(description, name, **options)
+
+    def tasks(self, descriptions: Sequence[str], names: Sequence[str] | None = None, **options) -> list[Adapter]:
+        """Cast descriptions into adapters, in one pass, and keep them; options as in `TaskCaster.tasks`."""
+        return self.caster.tasks(descriptions, names, **options)
+
 
 def load(
     base: str | Path | None = None,
     hypernetwork: str | Path | None = None,
     *,
+    task_hypernetwork: str | Path | None = None,
     library: str | Path | None = None,
     device: str | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -160,17 +188,17 @@ def load(
     Args:
         base: an embedded base (the default), a local folder or a hub id.
         hypernetwork: a folder or hub repository; the shipped one if None.
+        task_hypernetwork: a folder or hub repository of one that casts descriptions of tasks, for `Model.task`.
         library: where adapters are kept; the user's own library if None.
         device: "cpu" or "cuda"; the fastest there is if None.
         say: told what is being done where an embedded base has to be fetched first.
     """
     folder = Path(hypernetwork) if hypernetwork is not None else shipped_hypernetwork(str(base or DEFAULT_BASE))
-    hypernet, made_for = from_pretrained(folder)
+    hypernet, made_for = from_pretrained(folder, DocToLoRA)
     loaded = load_base(base, device=device, say=say)
     check(made_for, loaded.fingerprint, f"the hypernetwork {folder.name!r}")
-    return Model(
-        loaded, hypernet.to(loaded.device), weights_hash(hypernet), Path(library) if library else library_dir()
-    )
+    where = Path(library) if library else library_dir()
+    return Model(loaded, hypernet.to(loaded.device), weights_hash(hypernet), where, task_hypernetwork)
 
 
 def load_answerer(
@@ -182,12 +210,3 @@ def load_answerer(
 ) -> Answerer:
     """Load a base that answers but does not learn; arguments as in `load`."""
     return Answerer(load_base(base, device=device, say=say), Path(library) if library else library_dir())
-
-
-def weights_hash(hypernet: DocToLoRA) -> str:
-    """A short hash of a hypernetwork's weights: an adapter says with it what made it."""
-    digest = hashlib.sha256()
-    for name, value in sorted(hypernet.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()[:16]

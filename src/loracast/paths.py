@@ -10,8 +10,17 @@ import platformdirs
 
 def bases_dir() -> Path:
     """Converted bases; may be deleted at any time and is fetched again."""
+    return _cache_dir() / "bases"
+
+
+def encoders_dir() -> Path:
+    """Text encoders; may be deleted at any time and is fetched again."""
+    return _cache_dir() / "encoders"
+
+
+def _cache_dir() -> Path:
     home = os.environ.get("LORACAST_HOME")
-    return (Path(home) if home else Path(platformdirs.user_cache_dir("loracast", appauthor=False))) / "bases"
+    return Path(home) if home else Path(platformdirs.user_cache_dir("loracast", appauthor=False))
 
 
 def library_dir() -> Path:

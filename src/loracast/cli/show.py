@@ -48,20 +48,24 @@ def show(
         print_json(report)
         return
     layers = sorted({module.layer for module in manifest.target.modules})
-    facts = {
-        "name": adapter.name,
-        "title": manifest.title or "-",
-        "source": f"{manifest.source or 'standard input'}, sha256 {manifest.source_sha256[:16]}",
-        "learned": f"{manifest.created}, in {manifest.learn_s:.1f} s",
-        "document": f"{manifest.n_tokens:,} tokens in {manifest.n_chunks:,} chunk{'s' * (manifest.n_chunks != 1)} of at most {manifest.max_chunk_tokens}",
-        "factors": f"rank {manifest.rank_text} for each chunk, layers {layers[0]} to {layers[-1]}",
+    facts = {"name": adapter.name, "title": manifest.title or "-"}
+    if manifest.kind == "task":
+        facts["cast"] = f"{manifest.created}, in {1000 * manifest.learn_s:.0f} ms, strength {manifest.strength:g}"
+    else:
+        facts["source"] = f"{manifest.source or 'standard input'}, sha256 {manifest.source_sha256[:16]}"
+        facts["learned"] = f"{manifest.created}, in {manifest.learn_s:.1f} s"
+        chunks_text = f"{manifest.n_chunks:,} chunk{'s' * (manifest.n_chunks != 1)}"
+        facts["document"] = f"{manifest.n_tokens:,} tokens in {chunks_text} of at most {manifest.max_chunk_tokens}"
+    each = " for each chunk" * (manifest.kind == "document")
+    facts |= {
+        "factors": f"rank {manifest.rank_text}{each}, layers {layers[0]} to {layers[-1]}",
         "base": f"{manifest.made_for.base}, weights {manifest.made_for.norms}",
         "hypernetwork": manifest.hypernetwork,
         "size": f"{size(adapter.n_bytes)} in {adapter.folder}",
     }
     for kind, norm in norms.items():
         facts[f"norm {kind}"] = (
-            f"{norm['mean']:.3g} on average, {norm['min']:.3g} to {norm['max']:.3g} (a chunk, a layer)"
+            f"{norm['mean']:.3g} on average, {norm['min']:.3g} to {norm['max']:.3g} ({'a chunk, ' * (manifest.kind == 'document')}a layer)"
         )
     for i, warning in enumerate(manifest.warnings, 1):
         facts[f"warning {i}"] = warning

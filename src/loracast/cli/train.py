@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from loracast.training.loop import TrainConfig
 
 app = typer.Typer(help="Train hypernetworks.", no_args_is_help=True)
 
@@ -23,11 +27,14 @@ def seconds(text: str) -> float:
     return float(match[1]) * _UNITS[match[2] or "s"]
 
 
-def _command(recipe: Path | None, change: list[str] | None, init_from: Path | None) -> str:
-    """The command for a checkpoint's provenance, with the names of files but not where they lie on this machine."""
-    parts = ["loracast", "train", "doc", *([recipe.name] if recipe else [])]
-    parts += [part for override in change or [] for part in ("--set", override)]
-    return shlex.join([*parts, *(["--init-from", init_from.name] if init_from else [])])
+Out = Annotated[Path, typer.Option(help="Folder for checkpoints and metrics; a run found there goes on.")]
+Recipe = Annotated[Path | None, typer.Argument(help="TOML file: tables hypernetwork, objective, data, training.")]
+Change = Annotated[list[str] | None, typer.Option("--set", help="Change a key: training.lr=2e-4. Repeatable.")]
+InitFrom = Annotated[Path | None, typer.Option(help="Start from this hypernetwork's weights.")]
+Base = Annotated[str | None, typer.Option(help="Embedded base, folder or hub id.")]
+Budget = Annotated[str | None, typer.Option(help="Stop after this wall-clock time: 90s, 45m, 2h.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; the fastest there is by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the last metrics as JSON.")]
 
 
 @app.callback()
@@ -37,50 +44,98 @@ def main() -> None:
 
 @app.command()
 def doc(
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints and metrics; a run found there goes on.")],
-    recipe: Annotated[Path | None, typer.Argument(help="TOML file: tables hypernetwork, data, training.")] = None,
-    change: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a key: training.lr=2e-4. Repeatable.")
-    ] = None,
+    out: Out,
+    recipe: Recipe = None,
+    change: Change = None,
     texts: Annotated[
         list[str] | None, typer.Option(help="Prose that needles hide in: JSONL(.gz) or text. Repeatable.")
     ] = None,
-    init_from: Annotated[Path | None, typer.Option(help="Start from this hypernetwork's weights.")] = None,
-    base: Annotated[str | None, typer.Option(help="Embedded base, folder or hub id.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Stop after this wall-clock time: 90s, 45m, 2h.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; the fastest there is by default.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the last metrics as JSON.")] = False,
+    init_from: InitFrom = None,
+    base: Base = None,
+    budget: Budget = None,
+    device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train Doc-to-LoRA on needles and fact sheets.
 
     Saves every few minutes, stops cleanly on Ctrl-C and SIGTERM; the same command goes on from there. The same command runs
     under `torchrun` and `accelerate launch`.
     """
-    from loracast.base import load_base
     from loracast.training.doc import read_recipe, train_doc
+
+    overrides = _overrides(change, budget) + ([f"data.texts={json.dumps(texts)}"] if texts else [])
+    settings = read_recipe(recipe, overrides)
+    command = _command("doc", recipe, change, init_from)
+
+    def run(loaded, workers, on_metrics):
+        return train_doc(
+            loaded, settings, out, init_from=init_from, command=command, workers=workers, on_metrics=on_metrics
+        )
+
+    _train(run, settings.training, out, base, device, as_json)
+
+
+@app.command()
+def text(
+    out: Out,
+    tasks: Annotated[Path, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")],
+    recipe: Recipe = None,
+    change: Change = None,
+    init_from: InitFrom = None,
+    base: Base = None,
+    budget: Budget = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train Text-to-LoRA on the tasks that are not held out.
+
+    Saves every few minutes, stops cleanly on Ctrl-C and SIGTERM; the same command goes on from there.
+    """
+    from loracast.tasks import read_tasks
+    from loracast.training.text import read_text_recipe, train_text
+
+    settings = read_text_recipe(recipe, _overrides(change, budget))
+    found = read_tasks(tasks)
+    command = _command("text", recipe, change, init_from)
+
+    def run(loaded, workers, on_metrics):
+        return train_text(
+            loaded, settings, found, out, init_from=init_from, command=command, workers=workers, on_metrics=on_metrics
+        )
+
+    _train(run, settings.training, out, base, device, as_json)
+
+
+def _overrides(change: list[str] | None, budget: str | None) -> list[str]:
+    return [*(change or []), *([f"training.budget_s={seconds(budget)}"] if budget else [])]
+
+
+def _command(what: str, recipe: Path | None, change: list[str] | None, init_from: Path | None) -> str:
+    """The command for a checkpoint's provenance, with the names of files but not where they lie on this machine."""
+    parts = ["loracast", "train", what, *([recipe.name] if recipe else [])]
+    parts += [part for override in change or [] for part in ("--set", override)]
+    return shlex.join([*parts, *(["--init-from", init_from.name] if init_from else [])])
+
+
+def _train(
+    run: Callable[[Any, Any, Any], dict[str, float]],
+    config: TrainConfig,
+    out: Path,
+    base: str | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Load the base, run a training (of base, workers and what is told of its metrics), draw its curve and say where it lies."""
+    from loracast.base import load_base
     from loracast.training.plots import plot_metrics
     from loracast.training.progress import ProgressLine
     from loracast.training.runtime import Workers, keep_freed_memory
 
     keep_freed_memory()
-    overrides = list(change or [])
-    if texts:
-        overrides.append(f"data.texts={json.dumps(texts)}")
-    if budget:
-        overrides.append(f"training.budget_s={seconds(budget)}")
-    settings = read_recipe(recipe, overrides)
     workers = Workers.join(device)
     loaded = load_base(base, device=str(workers.device))
-    with ProgressLine(settings.training, enabled=workers.is_first) as line:
-        last = train_doc(
-            loaded,
-            settings,
-            out,
-            init_from=init_from,
-            command=_command(recipe, change, init_from),
-            workers=workers,
-            on_metrics=line.show,
-        )
+    with ProgressLine(config, enabled=workers.is_first) as line:
+        last = run(loaded, workers, line.show)
     if workers.is_first:
         plot_metrics(out / "metrics.jsonl", out / "curve.png")
         if as_json:
@@ -97,9 +152,9 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write a trained hypernetwork in a compact form, to ship or share it."""
-    from loracast.hypernets.store import from_pretrained, read_provenance, save_pretrained
+    from loracast.hypernets.store import architecture_of, from_pretrained, read_provenance, save_pretrained
 
-    hypernet, made_for = from_pretrained(run)
+    hypernet, made_for = from_pretrained(run, architecture_of(run))
     save_pretrained(hypernet, out, made_for, storage=storage, provenance=read_provenance(run))
     n_bytes = (out / "model.safetensors").stat().st_size
     n_parameters = sum(parameter.numel() for parameter in hypernet.parameters())

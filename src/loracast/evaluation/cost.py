@@ -131,7 +131,7 @@ def evaluate_latency(
         }
         for name, seconds in times.items()
     ]
-    report = Report("latency", LATENCY_COLUMNS, rows, asdict(config), environment(model))
+    report = Report("latency", LATENCY_COLUMNS, rows, asdict(config), environment(model.base, model.hypernet_hash))
     report.write(out)
     return report
 
@@ -149,7 +149,7 @@ def evaluate_memory(
     Raises:
         LoracastError: such a process failed; the message ends with its last line.
     """
-    about = environment(model)
+    about = environment(model.base, model.hypernet_hash)
     rows = []
     with tempfile.TemporaryDirectory(prefix="loracast-eval-") as scratch:
         for i, length in enumerate(config.lengths):

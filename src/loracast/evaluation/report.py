@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import loracast
+from loracast.base import Base
 from loracast.evaluation.run import Outcome
 from loracast.files import write_atomically
-from loracast.model import Model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,17 +122,17 @@ def write_answers(out: Path, outcomes: Sequence[Outcome], **common: object) -> N
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def environment(model: Model) -> dict[str, Any]:
-    """Where and with what the figures came about."""
+def environment(base: Base, hypernetwork: str | None) -> dict[str, Any]:
+    """Where and with what the figures came about: a base, and the hash of a hypernetwork, if one is used."""
     import torch
     import transformers
 
-    device = model.base.device
+    device = base.device
     return {
         "command": shlex.join(["loracast", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base": asdict(model.base.fingerprint),
-        "hypernetwork": model.hypernet_hash,
+        "base": asdict(base.fingerprint),
+        "hypernetwork": hypernetwork,
         "versions": {
             "python": platform.python_version(),
             "loracast": loracast.__version__,

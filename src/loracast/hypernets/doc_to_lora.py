@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from loracast.hypernets.heads import FactorHead, LatentMLP, SharedLoRA, ValuePoi
 from loracast.hypernets.memory import AssociativeMemory, Writes
 from loracast.hypernets.perceiver import GatedMLP, Perceiver, Queries
 from loracast.lora import Factors, LoRABatch
-from loracast.target import KINDS, Target, TargetModule
+from loracast.target import KINDS, Target, TargetModule, problems_of
 
 
 @dataclass(frozen=True)
@@ -75,24 +75,16 @@ class DocToLoRAConfig:
     """Modules in which an associative memory lies: all of one kind, none of `modules`. Empty for none."""
     memory_rank: int = 64
     """Most tokens of a chunk that the memory stores."""
-    memory_heads: int = 2
-    """Ways in which a token attends to others for its keys, beside the token before it."""
+    memory_heads: int = 3
+    """Ways in which a token looks at others for its keys, beside the token before it: at its owner, at its sentence's end, and freely."""
+    memory_question_rank: int = 96
+    """Rank of the map from the end of a sentence to its question."""
     memory_blocks: int = 2
     """Blocks of self-attention among a chunk's tokens, in which the memory reads them."""
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        problems = []
-        if not self.modules:
-            problems.append("no target modules")
-        if len({kind for _, _, kind, _, _ in self.modules}) * len(self.layers) != len(self.modules):
-            problems.append("every targeted layer must target the same kinds")
-        if unknown := sorted({kind for _, _, kind, _, _ in self.modules} - set(KINDS)):
-            problems.append(f"unknown module kinds: {', '.join(unknown)}")
-        elif list(self.modules) != sorted(self.modules, key=lambda module: (module[1], KINDS.index(module[2]))):
-            problems.append("the modules are not in the target's order: by layer, then by kind")
-        if len({(kind, d_in, d_out) for _, _, kind, d_in, d_out in self.modules}) != len(self.kinds):
-            problems.append("the modules of one kind must have the same shape in every layer")
+        problems = problems_of(self.modules)
         if len(self.reader_layers) not in (1, len(self.layers)):
             problems.append(f"reader_layers must be one, or one for each of the {len(self.layers)} targeted layers")
         if (self.n_encoder_blocks > 0) != (self.n_latents > 0):
@@ -115,8 +107,8 @@ class DocToLoRAConfig:
                 problems.append("a memory needs values as wide as its modules' outputs, and one layer that is read")
             if list(self.memory_modules) != sorted(self.memory_modules, key=lambda module: module[1]):
                 problems.append("the memory's modules are not in the order of their layers")
-            if min(self.memory_rank, self.memory_heads) < 1:
-                problems.append("memory_rank and memory_heads must be at least 1")
+            if min(self.memory_rank, self.memory_question_rank, self.memory_heads - 1) < 1:
+                problems.append("memory_rank and memory_question_rank must be at least 1, memory_heads at least 2")
         if problems:
             raise ConfigError("bad DocToLoRAConfig: " + "; ".join(problems))
 
@@ -157,6 +149,7 @@ ChunkFactors = dict[str, tuple[Tensor, Tensor]]
 class DocToLoRA(nn.Module):
     """The hypernetwork. Its start is an exact no-op, because every B scaler starts at zero."""
 
+    config_class: ClassVar = DocToLoRAConfig
     feature_mean: Tensor
     feature_std: Tensor
 

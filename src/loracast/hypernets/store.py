@@ -7,9 +7,10 @@ was trained for by its fingerprints.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,12 @@ from loracast.errors import ConfigError, HypernetworkError
 from loracast.files import write_atomically
 from loracast.fingerprint import Fingerprint
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 
+Hypernetwork = DocToLoRA | TextToLoRA
+H = TypeVar("H", DocToLoRA, TextToLoRA)
+C = TypeVar("C", DocToLoRAConfig, TextToLoRAConfig)
+_ARCHITECTURES: dict[str, type[Hypernetwork]] = {"DocToLoRA": DocToLoRA, "TextToLoRA": TextToLoRA}
 FORMAT = 1
 STORAGE = ("float32", "bfloat16", "int8")
 _SCALE = ".int8_scale"
@@ -26,7 +32,7 @@ _INT8_MIN_NUMEL = 100_000  # smaller tensors gain nothing and are the more delic
 
 
 def save_pretrained(
-    hypernet: DocToLoRA,
+    hypernet: Hypernetwork,
     folder: Path,
     made_for: Fingerprint,
     *,
@@ -67,45 +73,54 @@ def save_pretrained(
     write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
 
 
-def from_pretrained(source: str | Path) -> tuple[DocToLoRA, Fingerprint]:
+def from_pretrained(source: str | Path, architecture: type[H]) -> tuple[H, Fingerprint]:
     """Read a hypernetwork from a folder or a hub repository.
+
+    Args:
+        architecture: DocToLoRA or TextToLoRA, whichever is wanted.
 
     Returns:
         the hypernetwork in fp32, in evaluation mode, and the fingerprint of the base that it was made for.
 
     Raises:
-        HypernetworkError: not there, damaged, or of a newer format; the message lists every fault.
+        HypernetworkError: not there, damaged, of the other architecture or of a newer format; the message lists every fault.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _download(str(source))
-    needs = f"{folder} is not a hypernetwork: it needs a config.json and a whole model.safetensors"
-    try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        written_as = stored.get("format"), stored.get("architecture")
-    except (OSError, ValueError, AttributeError) as error:
-        raise HypernetworkError(f"{needs} ({error})") from error
-    if written_as != (FORMAT, "DocToLoRA"):
-        raise HypernetworkError(
-            f"{folder} holds {written_as[1]!r} in format {written_as[0]!r}; this version of loracast reads "
-            f"DocToLoRA in format {FORMAT}: update loracast"
-        )
+    folder = _folder_of(source)
+    stored = _stored(folder)
+    found = _architecture(stored, folder)
+    if found != architecture.__name__:
+        raise HypernetworkError(f"{folder} holds a {found}; this takes a {architecture.__name__}")
     try:
         made_for = Fingerprint(**stored["made_for"])
         with torch.device(
             "meta"
         ):  # shapes only: what the config asks for is allocated once the file has shown that it is there
-            hypernet = DocToLoRA(read_config(stored["config"]))
+            hypernet = architecture(read_config(stored["config"], architecture.config_class))
         tensors = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
-        raise HypernetworkError(f"{needs} ({error})") from error
+        raise HypernetworkError(_not_whole(folder, error)) from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise HypernetworkError(f"the config.json of {folder} is damaged ({type(error).__name__}: {error})") from error
     hypernet.load_state_dict(_checked(hypernet, tensors, folder), assign=True)
     return hypernet.eval().requires_grad_(False), made_for
+
+
+def weights_hash(hypernet: Hypernetwork) -> str:
+    """A short hash of a hypernetwork's weights: an adapter says with it what made it."""
+    digest = hashlib.sha256()
+    for name, value in sorted(hypernet.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def architecture_of(source: str | Path) -> type[Any]:
+    """DocToLoRA or TextToLoRA, whichever lies there. Raises HypernetworkError if neither does."""
+    stored = _stored(_folder_of(source))
+    return _ARCHITECTURES[_architecture(stored, source)]
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -113,20 +128,19 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("provenance", {})
 
 
-def read_config(values: dict[str, Any]) -> DocToLoRAConfig:
+def read_config(values: dict[str, Any], config: type[C]) -> C:
     """A config from its JSON form. Raises ConfigError for a key that nobody knows."""
-    known = {field.name for field in dataclasses.fields(DocToLoRAConfig)}
+    known = {field.name for field in dataclasses.fields(config)}
     if unknown := sorted(values.keys() - known):
-        raise ConfigError(f"unknown keys in a DocToLoRA config: {', '.join(unknown)}")
-    values = dict(values)
+        raise ConfigError(f"unknown keys in a {config.__name__}: {', '.join(unknown)}")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     for name in ("modules", "memory_modules"):
-        values[name] = tuple(tuple(module) for module in values.get(name, ()))
-    for name in ("reader_layers", "lead_in"):
-        values[name] = tuple(values.get(name, ()))
-    return DocToLoRAConfig(**values)
+        if name in values:
+            values[name] = tuple(tuple(module) for module in values[name])
+    return config(**values)
 
 
-def _checked(hypernet: DocToLoRA, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _checked(hypernet: Hypernetwork, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """The stored tensors in fp32, after every key, shape and number has been looked at."""
     wanted = hypernet.state_dict()
     packed = {name for name in wanted if name in tensors and tensors[name].dtype == torch.int8}
@@ -153,6 +167,36 @@ def _checked(hypernet: DocToLoRA, tensors: dict[str, Tensor], folder: Path) -> d
     if problems:
         raise HypernetworkError(f"{folder} is not a hypernetwork that fits its config: " + "; ".join(problems))
     return weights
+
+
+def _folder_of(source: str | Path) -> Path:
+    return Path(source) if Path(source).is_dir() else _download(str(source))
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """config.json of a hypernetwork's folder."""
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("it is no object")
+        return stored
+    except (OSError, ValueError) as error:
+        raise HypernetworkError(_not_whole(folder, error)) from error
+
+
+def _architecture(stored: dict[str, Any], source: str | Path) -> str:
+    """The name of the architecture, refused where this version cannot read it."""
+    name, written_as = stored.get("architecture"), stored.get("format")
+    if written_as != FORMAT or name not in _ARCHITECTURES:
+        raise HypernetworkError(
+            f"{source} holds {name!r} in format {written_as!r}; this version of loracast reads {' and '.join(_ARCHITECTURES)} "
+            f"in format {FORMAT}: update loracast"
+        )
+    return str(name)
+
+
+def _not_whole(folder: Path, error: Exception) -> str:
+    return f"{folder} is not a hypernetwork: it needs a config.json and a whole model.safetensors ({error})"
 
 
 def _download(repository: str) -> Path:

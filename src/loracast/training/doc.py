@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,14 +18,14 @@ from loracast.base import Base
 from loracast.chat import encode_text
 from loracast.encoders.context import ContextEncoder
 from loracast.errors import ConfigError
-from loracast.fingerprint import check
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
-from loracast.hypernets.store import from_pretrained, read_provenance, save_pretrained
 from loracast.target import target_from_config
 from loracast.training.calibrate import calibrate
-from loracast.training.episodes import Question, pack
-from loracast.training.loop import TrainConfig, train
+from loracast.training.episodes import Episode, pack
+from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_questions
+from loracast.training.recipe import keys_of, read_tables
+from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
 from loracast.training.sources import DataConfig, EpisodeSource
 
@@ -44,10 +44,18 @@ class Recipe:
     """Options of DocToLoRAConfig other than the target."""
     memory_layers: tuple[int, ...] = ()
     """Layers whose attention output (`o_proj`) holds an associative memory."""
+    calibration_questions: int = 3000
+    """Questions from which a new memory learns, before training, how a statement and its question look to the base."""
     marks_weight: float = 0.3
-    """Weight of the loss on what the memory writes."""
+    """Weight of the loss on what the memory writes, and on finding it."""
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
+    asked: frozenset[str] = frozenset()
+    """Keys of the table `[hypernetwork]` that were given: those that `--init-from` leaves no room for are refused with it."""
+
+
+_ADDED = {"memory_layers", "calibration_questions"}  # may be asked for with --init-from: they add what is missing
+_OURS = ("kinds", "layers", "memory_layers", "calibration_questions")  # of the table [hypernetwork]
 
 
 def read_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -56,50 +64,25 @@ def read_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: the file cannot be read, or holds a table or key that nobody knows (all of them in one message).
     """
-    tables: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"cannot read the recipe {path}: {error}") from error
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        table, dot, name = key.strip().partition(".")
-        if not separator or not dot:
-            raise ConfigError(f"{override!r} is not an override; write table.key=value, such as training.lr=2e-4")
-        tables.setdefault(table, {})[name] = _value(value.strip())
-    problems = [
-        f"unknown table [{table}]" for table in tables.keys() - {"hypernetwork", "objective", "data", "training"}
-    ]
-    options = dict(tables.get("hypernetwork", {}))
-    target = {name: tuple(options.pop(name)) for name in ("kinds", "layers", "memory_layers") if name in options}
-    objective = tables.get("objective", {})
-    allowed = {f.name for f in dataclasses.fields(DocToLoRAConfig)} - {"modules", "memory_modules", "d_features"}
-    problems += [f"unknown key objective.{name}" for name in sorted(objective.keys() - {"marks_weight"})]
-    problems += [f"unknown key hypernetwork.{name}" for name in sorted(options.keys() - allowed)]
-    for table, config in (("data", DataConfig), ("training", TrainConfig)):
-        known = {f.name for f in dataclasses.fields(config)}
-        problems += [f"unknown key {table}.{name}" for name in sorted(tables.get(table, {}).keys() - known)]
-    if problems:
-        raise ConfigError("bad recipe: " + "; ".join(problems))
+    architecture = keys_of(DocToLoRAConfig) - {"modules", "memory_modules", "d_features"}
+    known = {
+        "hypernetwork": architecture | set(_OURS),
+        "objective": {"marks_weight"},
+        "data": keys_of(DataConfig),
+        "training": keys_of(TrainConfig),
+    }
+    tables = read_tables(path, overrides, known)
+    options = tables["hypernetwork"]
+    asked = frozenset(options)
+    ours = {name: options.pop(name) for name in _OURS if name in options}
     return Recipe(
-        **target,
-        marks_weight=float(objective.get("marks_weight", Recipe.marks_weight)),
-        hypernetwork=_tuples(options),
-        data=DataConfig(**_tuples(tables.get("data", {}))),
-        training=TrainConfig(**_tuples(tables.get("training", {}))),
+        **ours,
+        **tables["objective"],
+        hypernetwork=options,
+        data=DataConfig(**tables["data"]),
+        training=TrainConfig(**tables["training"]),
+        asked=asked,
     )
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text  # a bare word is a string
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def build_hypernet(base: Base, recipe: Recipe, source: EpisodeSource) -> DocToLoRA:
@@ -134,12 +117,18 @@ def memory_modules(base: Base, layers: Sequence[int]) -> tuple[tuple[str, int, s
     return target_from_config(base.model.config, ("o_proj",), layers).rows
 
 
-def calibration_data(base: Base, recipe: Recipe, source: EpisodeSource) -> tuple[list[Tensor], list[Question]]:
-    """Text such as the documents are made of, as token ids [1, t], and questions with their answers."""
+def calibration_data(base: Base, recipe: Recipe, source: EpisodeSource) -> tuple[list[Tensor], list[Episode]]:
+    """Text such as the documents are made of, as token ids [1, t], and documents with their questions."""
     rng = random.Random(recipe.data.seed)
     texts = [encode_text(base.tokenizer, source.sample_text(rng, 256)) for _ in range(CALIBRATION_ROWS)]
-    asked = [q for step in range(4) for episode in source.step(step) for q in episode.questions[:3]]
-    return [torch.tensor([text]) for text in texts], asked
+    episodes: list[Episode] = []
+    n_questions = 0
+    for step in itertools.count():
+        if n_questions >= (recipe.calibration_questions if recipe.memory_layers else 1):
+            break
+        episodes += source.step(step)
+        n_questions = sum(len(episode.questions) for episode in episodes)
+    return [torch.tensor([text]) for text in texts], episodes
 
 
 def train_doc(
@@ -165,15 +154,9 @@ def train_doc(
     workers = workers or Workers.join(base.device.type)
     source = EpisodeSource(recipe.data, base.tokenizer, base.chat)
     if init_from is not None:
-        if recipe.hypernetwork or recipe.layers:
-            raise ConfigError(
-                "--init-from takes the architecture from the checkpoint; leave all but memory_layers out of [hypernetwork]"
-            )
-        hypernet, made_for = from_pretrained(init_from)
-        check(made_for, base.fingerprint, f"the hypernetwork in {init_from}")
+        hypernet = start_from(init_from, DocToLoRA, base, (recipe.asked | recipe.hypernetwork.keys()) - _ADDED)
         if recipe.memory_layers:
             hypernet = with_memory(hypernet, base, recipe, source)
-        hypernet.requires_grad_(True)
     else:
         hypernet = build_hypernet(base, recipe, source)
     hypernet.to(workers.device).train()
@@ -199,24 +182,9 @@ def train_doc(
             "context_tokens": batch.chunk_ids.numel(),
         }
 
-    before = read_provenance(init_from).get("history", []) if init_from is not None else []
-    texts = [Path(name).name for name in recipe.data.texts]
-    run = {
-        "command": command,
-        "data": {**dataclasses.asdict(recipe.data), "texts": texts},
-        "training": dataclasses.asdict(recipe.training),
-    }
-    provenance = {"history": [*before, run]}
-
-    def save_model(folder: Path) -> None:
-        save_pretrained(hypernet, folder, base.fingerprint, storage="float32", provenance=provenance)
-
-    settings = {
-        "data": dataclasses.asdict(recipe.data),
-        "hypernetwork": dataclasses.asdict(hypernet.config),
-        "base": base.fingerprint.norms,
-    }
-    return train(
+    # Of the texts their names, not where they lie on this machine.
+    data = {**dataclasses.asdict(recipe.data), "texts": [Path(name).name for name in recipe.data.texts]}
+    return train_hypernet(
         hypernet, objective, recipe.training, out_dir,
-        settings=settings, save_model=save_model, on_metrics=on_metrics, workers=workers,
+        base=base, init_from=init_from, about={"data": data}, command=command, workers=workers, on_metrics=on_metrics,
     )  # fmt: skip

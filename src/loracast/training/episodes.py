@@ -29,7 +29,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Episode:
-    """One document, in chunks of token ids, with questions about it."""
+    """One document, in chunks of token ids, with questions about it; or questions of one task, without a document."""
 
     chunks: tuple[tuple[int, ...], ...]
     questions: tuple[Question, ...]
@@ -53,7 +53,7 @@ class Batch:
     answer_positions: Tensor  # [n]
     answer_ids: Tensor  # [n] the token to predict there
     answer_question: Tensor  # [n] the number of the question it belongs to, counted over the batch
-    marks: Tensor  # [m, 5] the row of chunk_ids, then the token, the gate, the owner and the place of each mark
+    marks: Tensor  # [m, 7] a Mark in each row, but that its chunk is the row of chunk_ids
 
     @property
     def n_questions(self) -> int:
@@ -81,7 +81,7 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
     """Episodes -> one Batch. Where documents differ in their number of chunks, chunks without a real token fill up."""
-    k = max(len(episode.chunks) for episode in episodes)
+    k = max(1, *(len(episode.chunks) for episode in episodes))
     empty: tuple[tuple[int, ...], ...] = ((),)
     filled = [chunk for episode in episodes for chunk in episode.chunks + empty * (k - len(episode.chunks))]
     chunk_ids, chunk_mask = pad_right(filled, pad_id)
@@ -118,5 +118,5 @@ def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
     marks = [(row * k + chunk, *rest) for row, episode in enumerate(episodes) for chunk, *rest in episode.marks]
     return Batch(
         chunk_ids, chunk_mask, k, input_ids, position_ids, attention_mask,
-        answer_rows, answer_positions, answer_ids, answer_question, torch.tensor(marks, dtype=torch.long).view(-1, 5),
+        answer_rows, answer_positions, answer_ids, answer_question, torch.tensor(marks, dtype=torch.long).view(-1, len(Mark._fields)),
     )  # fmt: skip

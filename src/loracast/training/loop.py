@@ -84,7 +84,12 @@ Objective = Callable[[int, int], tuple[Tensor, dict[str, float]]]
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW on everything, or Muon on the matrices inside the network and AdamW on embeddings, norms, scalers and stacked heads."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trainable if config.optimizer == "muon" and p.ndim == 2 and not _is_embedding(name)]
+    tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    matrices = [
+        p
+        for name, p in trainable
+        if config.optimizer == "muon" and p.ndim == 2 and "latents" not in name and id(p) not in tables
+    ]
     others = [p for _, p in trainable if not any(p is matrix for matrix in matrices)]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(others, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
@@ -94,10 +99,6 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
             torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original")
         )
     return optimizers
-
-
-def _is_embedding(name: str) -> bool:
-    return "latents" in name
 
 
 class Stop:

@@ -31,6 +31,10 @@ class Mark(NamedTuple):
     """The token that ends the name of what the value belongs to; -1 if there is none."""
     place: int
     """Which token of the answer it is."""
+    end: int
+    """The token that ends the statement."""
+    statement: int
+    """Which of the document's statements it belongs to."""
 
 
 def find_marks(chunk: int, text: str, offsets: Sequence[tuple[int, int]], stated: Iterable[Stated]) -> list[Mark]:
@@ -39,7 +43,7 @@ def find_marks(chunk: int, text: str, offsets: Sequence[tuple[int, int]], stated
     The first token of a value begins the answer, the others are said after it, and the token after the last one ends it.
     """
     marks: list[Mark] = []
-    for statement, owner, value in stated:
+    for number, (statement, owner, value) in enumerate(stated):
         start = text.find(statement)
         if start < 0:
             continue
@@ -50,10 +54,13 @@ def find_marks(chunk: int, text: str, offsets: Sequence[tuple[int, int]], stated
         owner_tokens = [] if owner_at is None else _tokens(offsets, start + owner_at[0], start + owner_at[1])
         owner_token = owner_tokens[-1] if owner_tokens else -1
         value_tokens = _tokens(offsets, start + value_at, start + value_at + len(value))
+        end = _tokens(offsets, start, start + len(statement))[-1]
         for place, token in enumerate(value_tokens):
-            marks.append(Mark(chunk, token, SAY if place else BEGIN, owner_token, place))
+            marks.append(Mark(chunk, token, SAY if place else BEGIN, owner_token, place, end, number))
         if value_tokens and value_tokens[-1] + 1 < len(offsets):
-            marks.append(Mark(chunk, value_tokens[-1] + 1, STOP, owner_token, len(value_tokens)))
+            marks.append(
+                Mark(chunk, value_tokens[-1] + 1, STOP, owner_token, len(value_tokens), end, number),
+            )
     return marks
 
 

@@ -1,21 +1,23 @@
-"""The objective of Doc-to-LoRA: the base, with a document's LoRA and without the document, answers the document's questions."""
+"""The objectives: the base answers with a generated LoRA, without the document or the description that the LoRA was made from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.encoders.context import ContextEncoder
-from loracast.hypernets.memory import Writes
+from loracast.hypernets.memory import END, OWNER, Writes
 from loracast.inject import inject
 from loracast.lora import LoRABatch
 from loracast.training.episodes import Batch
+
+_SHARPNESS = 10.0  # of finding: what a key's response, of about 1 a module, is worth in nats
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class WritingOutcome:
-    """How well a memory chose what to write, against the marks of a batch."""
+    """How well a memory chose what to write, and its keys find it, against the marks of a batch."""
 
-    loss: Tensor | None = None  # gates, places and owners; None without a memory or marks
+    loss: Tensor | None = None  # gates, places, looks and finding; None without a memory or marks
     figures: dict[str, float] = field(default_factory=dict)
 
 
@@ -43,8 +45,30 @@ def answer_questions(
 ) -> tuple[Outcome, WritingOutcome]:
     """Documents -> features -> LoRAs -> the loss on their questions' answers, and on what the memory wrote."""
     loras, writes = hypernet(encoder(batch.chunk_ids), batch.chunk_mask, batch.chunks_per_document)
+    seen, entering = answer_with(model, loras, batch, watched=encoder.key_modules)
+    if writes is None:
+        return seen, WritingOutcome()
+    keys = {name: (loras.factors[name].a, x) for name, x in entering.items()}  # A [d, k * r, in], x [n, in]
+    written, found = writing_outcome(writes, batch), finding_outcome(keys, writes, batch)
+    if written.loss is None or found is None:
+        return seen, written
+    return seen, WritingOutcome(written.loss + found[0], {**written.figures, "finding_accuracy": found[1]})
+
+
+def answer_with(
+    model: Any, loras: LoRABatch, batch: Batch, watched: Sequence[str] = ()
+) -> tuple[Outcome, dict[str, Tensor]]:
+    """The base answers a batch's questions, each row with a LoRA of its own.
+
+    Returns:
+        the outcome, and by name what entered the watched modules where the answers are predicted [n, in].
+    """
     decoder = model.get_decoder()
-    with inject(model, loras), _attention_for_training(decoder.config, model.device):
+    with (
+        inject(model, loras),
+        _attention_for_training(decoder.config, model.device),
+        _entering(model, watched) as entering,
+    ):
         mask = batch.attention_mask
         if decoder.config._attn_implementation == "eager":  # which adds its mask to the scores
             mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
@@ -55,11 +79,27 @@ def answer_questions(
             use_cache=False,
         ).last_hidden_state  # [d, t, hidden]
     # Contiguous before the head: a strided slice made the product seconds slower on a CPU.
-    at_answers = hidden[batch.answer_rows, batch.answer_positions].contiguous()  # [n, hidden]
-    logits = model.get_output_embeddings()(at_answers).float()  # [n, vocabulary]
+    at = batch.answer_rows, batch.answer_positions
+    logits = model.get_output_embeddings()(hidden[at].contiguous()).float()  # [n, vocabulary]
     if cap := getattr(decoder.config, "final_logit_softcapping", None):  # Gemma 2, after its head
         logits = cap * torch.tanh(logits / cap)
-    return outcome(logits, batch), WritingOutcome() if writes is None else writing_outcome(writes, batch)
+    return outcome(logits, batch), {name: x[at] for name, x in entering.items()}
+
+
+@contextmanager
+def _entering(model: Any, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """What enters some modules in the next forward, by their names."""
+    entering: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, inputs: entering.update({name: inputs[0]})
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    try:
+        yield entering
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -86,10 +126,10 @@ def outcome(logits: Tensor, batch: Batch) -> Outcome:
 
 
 def writing_outcome(writes: Writes, batch: Batch) -> WritingOutcome:
-    """Cross-entropy of a memory's gates over all tokens, and of its places and its first head's owners, against the marks."""
+    """Cross-entropy of a memory's gates over all tokens, and of its places and of where two heads look, against the marks."""
     if not len(batch.marks):
         return WritingOutcome()
-    rows, tokens, gates, owners, places = batch.marks.unbind(1)
+    rows, tokens, gates, owners, places, ends, _ = batch.marks.unbind(1)
     wanted = torch.zeros_like(writes.gate_logits)
     wanted[rows, tokens, gates] = 1
     real = batch.chunk_mask.bool()
@@ -103,9 +143,63 @@ def writing_outcome(writes: Writes, batch: Batch) -> WritingOutcome:
         "gate_recall": hits / max(1, int(wanted.sum())),
         "gate_precision": hits / max(1, int(opened.sum())),
     }
-    owned = owners >= 0
-    if owned.any():
-        scores = writes.owner_scores[rows[owned], 0, tokens[owned]]  # [m, t]
-        loss = loss + functional.cross_entropy(scores, owners[owned])
-        figures["owner_accuracy"] = (scores.argmax(-1) == owners[owned]).float().mean().item()
+    for name, head, looked_for in (("owner", OWNER, owners), ("end", END, ends)):
+        known = looked_for >= 0
+        if known.any():
+            scores = writes.look_scores[rows[known], head, tokens[known]]  # [m, t]
+            loss = loss + functional.cross_entropy(scores, looked_for[known])
+            figures[f"{name}_accuracy"] = (scores.argmax(-1) == looked_for[known]).float().mean().item()
     return WritingOutcome(loss, figures)
+
+
+def finding_outcome(
+    keys: Mapping[str, tuple[Tensor, Tensor]], writes: Writes, batch: Batch
+) -> tuple[Tensor, float] | None:
+    """Cross-entropy of finding, at each token of an answer, the token of the document that it repeats among all that were written.
+
+    The answers' own loss asks for the same by way of all that the base does with what it finds; this asks the keys alone. The
+    first tokens, which decide whose answer it is, have half of the weight.
+
+    Args:
+        keys: by module the keys that were written, A [d, k * r, in], and what enters where the answers are predicted [n, in].
+
+    Returns:
+        the loss, and the share of tokens that are found; None where no mark says what an answer repeats.
+    """
+    assert writes.tokens is not None and writes.weights is not None
+    k, rank = batch.chunks_per_document, next(iter(keys.values()))[0].shape[1] // batch.chunks_per_document
+    n_padding = rank - writes.tokens.shape[1]  # chunks shorter than the rank write zeros
+    tokens = functional.pad(writes.tokens, (0, n_padding), value=-1).view(-1, k * rank)  # [d, k * r]
+    chunk = torch.arange(k, device=tokens.device).repeat_interleave(rank)  # [k * r]
+    is_first = torch.ones_like(batch.answer_question, dtype=torch.bool)
+    is_first[1:] = batch.answer_question[1:] != batch.answer_question[:-1]
+    starts = is_first.nonzero().squeeze(1)  # [questions] the first answer token of each
+    first_question = torch.searchsorted(batch.answer_rows[starts], torch.arange(len(tokens), device=tokens.device))
+    lengths = torch.bincount(batch.answer_question)
+    rows, marked, _, _, places, _, statements = batch.marks.unbind(1)
+    documents = rows // k
+    questions = first_question[documents] + statements
+    answers = starts[questions] + places  # [marks] the answer token that repeats the mark's
+    written = (tokens[documents] == marked[:, None]) & (chunk == (rows % k)[:, None])  # [marks, k * r]
+    is_asked = written.any(1) & (places < lengths[questions])
+    if not is_asked.any():
+        return None
+    documents, answers, written = documents[is_asked], answers[is_asked], written[is_asked]
+    scores = torch.zeros(written.shape, device=tokens.device)
+    for weight, (a, x) in zip(writes.weights, keys.values(), strict=True):
+        of_all = (x[answers] @ a.to(x.dtype).flatten(0, 1).T).unflatten(1, (-1, k * rank))  # [marks, d, k * r]
+        scores = scores + weight * of_all[torch.arange(len(answers), device=tokens.device), documents].float()
+    # What says the same is no mistake.
+    row = documents[:, None] * k + chunk
+    said = batch.chunk_ids[row, tokens[documents].clamp_min(0)]  # [marks, k * r] the ids of the tokens written
+    wanted = written.int().argmax(1)
+    same = (said == said.gather(1, wanted[:, None])) & ~written
+    scores = (_SHARPNESS * len(keys) * scores).masked_fill(
+        same | (tokens[documents] < 0), torch.finfo(scores.dtype).min
+    )
+    losses = functional.cross_entropy(scores, wanted, reduction="none")
+    is_first_token = places[is_asked] == 0
+    weights = torch.where(
+        is_first_token, 1 / is_first_token.sum().clamp_min(1), 1 / (~is_first_token).sum().clamp_min(1)
+    )
+    return (weights * losses).sum() / weights.sum(), (scores.argmax(1) == wanted).float().mean().item()

@@ -1,0 +1,198 @@
+"""Descriptions become LoRAs, and adapters: Text-to-LoRA at work.
+
+It takes the hypernetwork and its text encoder; the base is needed only where it is the text encoder itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from loracast.adapter import Adapter
+from loracast.base import Base
+from loracast.documents import Chunk
+from loracast.encoders.text import OF_THE_BASE, TextEncoder, load_text_encoder
+from loracast.errors import AdapterError, HypernetworkError
+from loracast.fingerprint import Fingerprint, check
+from loracast.hypernets.store import from_pretrained, weights_hash
+from loracast.hypernets.text_to_lora import TextToLoRA
+from loracast.library import AdapterWriter, check_free
+from loracast.lora import LoRA
+from loracast.manifest import Manifest, check_name, name_from
+from loracast.paths import library_dir
+
+
+class TaskCaster:
+    """Casts descriptions of tasks into LoRAs for the base that its hypernetwork was made for."""
+
+    def __init__(self, hypernet: TextToLoRA, made_for: Fingerprint, encoder: TextEncoder, library: Path):
+        if encoder.d_text != hypernet.config.d_text:
+            raise HypernetworkError(
+                f"the hypernetwork reads embeddings of {hypernet.config.d_text} numbers, the text encoder {encoder.name!r} gives "
+                f"{encoder.d_text}: give the encoder that it was trained with ({hypernet.config.encoder!r})"
+            )
+        self.hypernet, self.made_for, self.encoder, self.library = hypernet.eval(), made_for, encoder, library
+        self.hypernet_hash = weights_hash(hypernet)
+        self.usual_distance = hypernet.usual_distance()
+
+    @torch.inference_mode()
+    def loras(self, descriptions: Sequence[str], strength: float = 1.0) -> list[LoRA]:
+        """The LoRAs of some descriptions, all in one pass.
+
+        Args:
+            strength: factor on every delta; 0 is no adapter, 1 what the hypernetwork was trained for.
+        """
+        return self._loras(self._embeddings(descriptions), strength)
+
+    @torch.inference_mode()
+    def constant_lora(self) -> LoRA:
+        """The LoRA of an embedding of ones, which describes nothing: to measure by."""
+        return self._loras(torch.ones(1, self.hypernet.config.d_text), 1.0)[0]
+
+    @torch.inference_mode()
+    def distances(self, descriptions: Sequence[str]) -> list[float | None]:
+        """How far each description is from the nearest one seen in training: 1 - cosine of their embeddings; None where none is known."""
+        return self._distances(self._embeddings(descriptions))
+
+    def task(
+        self, description: str, name: str | None = None, *, strength: float = 1.0, replace: bool = False
+    ) -> Adapter:
+        """Cast one description into an adapter and keep it, as `tasks` does."""
+        return self.tasks([description], None if name is None else [name], strength=strength, replace=replace)[0]
+
+    @torch.inference_mode()
+    def tasks(
+        self,
+        descriptions: Sequence[str],
+        names: Sequence[str] | None = None,
+        *,
+        strength: float = 1.0,
+        replace: bool = False,
+    ) -> list[Adapter]:
+        """Cast descriptions into adapters, in one pass, and keep them.
+
+        A description that is further from all that training has seen than those are from one another is cast all the same; the adapter's
+        manifest holds a warning then.
+
+        Args:
+            names: of the adapters; made from the descriptions if None.
+
+        Raises:
+            AdapterError: a description is empty, or a name is taken or not allowed; nothing is kept then.
+        """
+        descriptions = [text.strip() for text in descriptions]
+        names = [name_from(text) for text in descriptions] if names is None else list(names)
+        if len(names) != len(descriptions) or len(set(names)) != len(names):
+            raise AdapterError("give each description a name of its own")
+        for name in names:
+            check_name(name)
+            if not replace:
+                check_free(self.library, name)
+        started = time.perf_counter()
+        embeddings = self._embeddings(descriptions)
+        loras = self._loras(embeddings, strength)
+        distances = self._distances(embeddings)
+        seconds = (time.perf_counter() - started) / max(1, len(loras))
+        if not all(factor.isfinite().all() for lora in loras for pair in lora.factors.values() for factor in pair):
+            raise AdapterError(
+                "the hypernetwork gave numbers that are not finite for these descriptions; nothing is kept"
+            )
+        return [
+            self._keep(name, description, lora, strength, seconds, self._warnings(description, distance), replace)
+            for name, description, lora, distance in zip(names, descriptions, loras, distances, strict=True)
+        ]
+
+    def _embeddings(self, descriptions: Sequence[str]) -> torch.Tensor:
+        """[n, d_text]"""
+        if not all(text.strip() for text in descriptions):
+            raise AdapterError("the description of a task is empty; say in a sentence what the model shall do")
+        return self.encoder([text.strip() for text in descriptions])
+
+    def _loras(self, embeddings: torch.Tensor, strength: float) -> list[LoRA]:
+        batch = self.hypernet(embeddings)
+        return [batch.row(i).scale(strength) for i in range(batch.n)]
+
+    def _distances(self, embeddings: torch.Tensor) -> list[float | None]:
+        if not self.hypernet.config.n_known:
+            return [None] * len(embeddings)
+        return list(self.hypernet.distances(embeddings).tolist())
+
+    def _warnings(self, description: str, distance: float | None) -> tuple[str, ...]:
+        if distance is None or self.usual_distance is None or distance <= self.usual_distance:
+            return ()
+        return (
+            f"{description!r} is far from every description seen in training (distance {distance:.2f}, usual are up to "
+            f"{self.usual_distance:.2f}): try the adapter before you rely on it, or say it in other words",
+        )
+
+    def _keep(
+        self,
+        name: str,
+        description: str,
+        lora: LoRA,
+        strength: float,
+        seconds: float,
+        notes: tuple[str, ...],
+        replace: bool,
+    ) -> Adapter:
+        target = self.hypernet.config.target
+        ranks = dict.fromkeys(target.kinds, self.hypernet.config.rank)
+        only = Chunk(text=description, start=0, end=len(description), heading="", n_tokens=0)
+        with AdapterWriter(self.library, name, target, ranks, [only]) as writer:
+            writer.open_factors({})
+            pairs = {}
+            for kind in target.kinds:
+                factors = [lora.factors[module.name] for module in target.of_kind(kind)]
+                pairs[kind] = (torch.stack([f.a for f in factors])[None], torch.stack([f.b.T for f in factors])[None])
+            writer.add(pairs)
+            manifest = Manifest(
+                name=name,
+                kind="task",
+                title=description,
+                source=None,
+                source_sha256=hashlib.sha256(description.encode()).hexdigest(),
+                made_for=self.made_for,
+                hypernetwork=self.hypernet_hash,
+                modules=target.rows,
+                ranks=ranks,
+                n_chunks=1,
+                n_tokens=0,
+                max_chunk_tokens=0,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                learn_s=round(seconds, 4),
+                strength=strength,
+                warnings=notes,
+            )
+            return writer.finish(manifest, replace=replace)
+
+
+def load_caster(
+    hypernetwork: str | Path,
+    *,
+    base: Base | Callable[[], Base] | None = None,
+    encoder: str | None = None,
+    library: str | Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> TaskCaster:
+    """Load a text-to-LoRA hypernetwork with its text encoder.
+
+    Args:
+        hypernetwork: a folder or hub repository.
+        base: checked against the hypernetwork, and needed where its text encoder is the base; a function is called only then.
+        encoder: where the text encoder lies now, if not where it lay in training.
+        library: where adapters are kept; the user's own library if None.
+        say: told what is being done where the encoder has to be fetched first.
+    """
+    hypernet, made_for = from_pretrained(hypernetwork, TextToLoRA)
+    name = encoder or hypernet.config.encoder
+    if callable(base):
+        base = base() if name == OF_THE_BASE else None
+    if base is not None:
+        check(made_for, base.fingerprint, f"the hypernetwork {str(hypernetwork)!r}")
+    where = Path(library) if library else library_dir()
+    return TaskCaster(hypernet, made_for, load_text_encoder(name, base, say), where)

