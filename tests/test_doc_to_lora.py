@@ -180,6 +180,25 @@ def test_merging_chunks_is_the_sum_of_their_loras(variant):
         torch.testing.assert_close(deltas(row(merged, 0)), deltas(concat(parts)), atol=1e-4, rtol=1e-4)
 
 
+def test_beyond_the_limit_the_perceivers_factors_are_averaged_and_the_memorys_add_up():
+    features = make_features(make("memory"), 6)
+    free, limited = (row(loras(make("memory", most_summed_chunks=most), features, None, 6), 0) for most in (None, 2))
+    shared = make("memory").shared("down_proj")
+    for name in free.names:
+        if "o_proj" in name:
+            torch.testing.assert_close(limited.delta(name), free.delta(name))
+        else:
+            layer = int(name.split(".")[2])
+            once = shared.b[layer].T @ shared.a[layer]  # never scaled
+            expected = (free.delta(name) - once) / 3 + once
+            torch.testing.assert_close(limited.delta(name), expected, atol=1e-4, rtol=1e-4)
+    two = each(lambda side: side[:2], features)
+    few = [row(loras(make("memory", most_summed_chunks=most), two, None, 2), 0) for most in (None, 2)]
+    torch.testing.assert_close(deltas(few[0]), deltas(few[1]))
+    with pytest.raises(ConfigError, match="most_summed_chunks must be at least 1"):
+        make(most_summed_chunks=0)
+
+
 def test_rank_latents_have_length_one_and_the_scale_multiplies_b_alone():
     hypernet = make()
     features = make_features(hypernet)

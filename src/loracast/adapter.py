@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from loracast.errors import AdapterError
 from loracast.manifest import Manifest
-from loracast.target import Target
+from loracast.target import Target, share_of_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +77,7 @@ class Adapter:
             raise AdapterError(
                 f"the factors of {self.name!r} are damaged: numbers that are not finite in {', '.join(damaged)}"
             )
-        lora = join_chunks(self.manifest.target, rows)
+        lora = join_chunks(self.manifest.target, rows, self.manifest.most_summed)
         if len(self._loras) >= 8:
             self._loras.pop(next(iter(self._loras)))
         self._loras[key] = lora
@@ -124,8 +124,10 @@ def _shapes(m: Manifest, stored: Mapping[str, Sequence[int]]) -> dict[str, list[
     return shapes
 
 
-def join_chunks(target: Target, rows: Mapping[str, Tensor]) -> LoRA:
+def join_chunks(target: Target, rows: Mapping[str, Tensor], most_summed: Mapping[str, int]) -> LoRA:
     """The LoRA of chunks: their factors merged along the rank, the document-independent ones, if any, once.
+
+    Of kinds with a limit the chunks beyond it do not add up (`Manifest.most_summed`).
 
     `rows` are named as in factors.safetensors: "down_proj.a" [chunks, layers, r, in], "down_proj.shared.a" [layers, r, in].
     """
@@ -136,8 +138,11 @@ def join_chunks(target: Target, rows: Mapping[str, Tensor]) -> LoRA:
     joined: dict[str, Factors] = {}
     for kind in target.kinds:
         sides = []
+        share = share_of_sum(most_summed, kind, rows[f"{kind}.b"].shape[0])
         for side in ("a", "b"):
             merged = rows[f"{kind}.{side}"].transpose(0, 1).flatten(1, 2)  # [layers, chunks * r, d]
+            if side == "b" and share < 1:
+                merged = merged * share
             shared = rows.get(f"{kind}.shared.{side}")
             sides.append(merged if shared is None else torch.cat([merged, shared], dim=1))
         for layer, module in enumerate(target.of_kind(kind)):

@@ -123,6 +123,7 @@ def learn_document(
             hypernetwork=hypernet_hash,
             modules=config.target.rows,
             ranks=config.ranks,
+            most_summed=config.most_summed,
             n_chunks=len(chunks),
             n_tokens=sum(chunk.n_tokens for chunk in chunks),
             max_chunk_tokens=max_chunk_tokens,

@@ -48,6 +48,8 @@ class Manifest:
     warnings: tuple[str, ...] = field(default=())
     kind: Literal["document", "task"] = "document"
     """What it was made from: a document, or the description of a task (its title)."""
+    most_summed: dict[str, int] = field(default_factory=dict)
+    """By module kind, chunks up to which factors add up when merged; those of K more count this / K each."""
     strength: float = 1.0
     """Factor on every delta, folded in already; of a task."""
 
@@ -77,7 +79,12 @@ class Manifest:
             manifest = cls(**stored)
             if not _NAME.fullmatch(manifest.name):
                 raise ValueError(f"{manifest.name[:80]!r} is no adapter's name")
-            sizes = [*dict(manifest.ranks).values(), manifest.n_chunks, *(d for m in manifest.modules for d in m[3:])]
+            sizes = [
+                *dict(manifest.most_summed).values(),
+                *dict(manifest.ranks).values(),
+                manifest.n_chunks,
+                *(d for m in manifest.modules for d in m[3:]),
+            ]
             if not manifest.modules or min(sizes) < 1:
                 raise ValueError("it targets nothing, or a size in it is not positive")
             if unknown := set(manifest.target.kinds) ^ {module.kind for module in manifest.target.modules}:

@@ -30,7 +30,7 @@ class InMemoryAdapter:
         self.chunks = split_document(model.base, self.document, max_chunk_tokens)
         self._index = sqlite3.connect(":memory:")
         write_index(self._index, self.chunks)
-        self._target = model.hypernet.config.target
+        self._target, self._most_summed = model.hypernet.config.target, model.hypernet.config.most_summed
         self._shared = {name: value.bfloat16() for name, value in shared_factors(model.hypernet).items()}
         self._factors: dict[str, Tensor] = {}  # "down_proj.a" [chunks, layers, r, in], rows filled by `put`
         self._is_cast = [False] * len(self.chunks)
@@ -70,10 +70,10 @@ class InMemoryAdapter:
     def lora(self, chunks: Sequence[int] | None = None) -> LoRA:
         """The LoRA of some chunks, or of all (None), merged along the rank."""
         if chunks is None or len(chunks) == len(self.chunks):
-            return join_chunks(self._target, self._factors | self._shared)
+            return join_chunks(self._target, self._factors | self._shared, self._most_summed)
         picked = torch.tensor(sorted(set(chunks)))
         rows = {name: value.index_select(0, picked.to(value.device)) for name, value in self._factors.items()}
-        return join_chunks(self._target, rows | self._shared)
+        return join_chunks(self._target, rows | self._shared, self._most_summed)
 
     def close(self) -> None:
         self._index.close()

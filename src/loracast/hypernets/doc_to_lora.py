@@ -24,7 +24,7 @@ from loracast.hypernets.heads import FactorHead, LatentMLP, SharedLoRA, ValuePoi
 from loracast.hypernets.memory import AssociativeMemory, Writes
 from loracast.hypernets.perceiver import GatedMLP, Perceiver, Queries
 from loracast.lora import Factors, LoRABatch
-from loracast.target import KINDS, Target, TargetModule, problems_of
+from loracast.target import KINDS, Target, TargetModule, problems_of, share_of_sum
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,10 @@ class DocToLoRAConfig:
     """Rank of the map from the end of a sentence to its question."""
     memory_blocks: int = 2
     """Blocks of self-attention among a chunk's tokens, in which the memory reads them."""
+    most_summed_chunks: int | None = None
+    """Chunks of one document up to which the Perceiver's factors add up; those of K more count this / K each. None for no limit.
+
+    What all of them have in common would grow with the document and drown what the memory, which is never scaled, has found."""
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -109,6 +113,8 @@ class DocToLoRAConfig:
                 problems.append("the memory's modules are not in the order of their layers")
             if min(self.memory_rank, self.memory_question_rank, self.memory_heads - 1) < 1:
                 problems.append("memory_rank and memory_question_rank must be at least 1, memory_heads at least 2")
+        if self.most_summed_chunks is not None and self.most_summed_chunks < 1:
+            problems.append("most_summed_chunks must be at least 1")
         if problems:
             raise ConfigError("bad DocToLoRAConfig: " + "; ".join(problems))
 
@@ -127,6 +133,11 @@ class DocToLoRAConfig:
         """Rank of one chunk's LoRA, by kind."""
         memory = {kind: self.memory_rank for _, _, kind, _, _ in self.memory_modules}
         return {kind: memory.get(kind, self.rank) for kind in self.target.kinds}
+
+    @property
+    def most_summed(self) -> dict[str, int]:
+        """`most_summed_chunks` by the kinds that it is for."""
+        return {} if self.most_summed_chunks is None else dict.fromkeys(self.kinds, self.most_summed_chunks)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -311,7 +322,7 @@ class DocToLoRA(nn.Module):
         The modules are unbound once: slicing a stacked tensor inside each hook would build a full zero gradient for each.
         """
         sides = []
-        for name, rows in (("a", a), ("b", b)):
+        for name, rows in (("a", a), ("b", b * share_of_sum(self.config.most_summed, kind, k))):
             n, n_layers, rank, d = rows.shape
             joined = (
                 rows.view(n // k, k, n_layers, rank, d).permute(2, 0, 1, 3, 4).reshape(n_layers, n // k, k * rank, d)
