@@ -24,7 +24,7 @@ from loracast.training.calibrate import calibrate
 from loracast.training.episodes import Episode, pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_questions
-from loracast.training.recipe import keys_of, read_tables
+from loracast.training.recipe import keys_of, read_recipe_as
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
 from loracast.training.sources import DataConfig, EpisodeSource
@@ -64,24 +64,14 @@ def read_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: the file cannot be read, or holds a table or key that nobody knows (all of them in one message).
     """
-    architecture = keys_of(DocToLoRAConfig) - {"modules", "memory_modules", "d_features"}
-    known = {
-        "hypernetwork": architecture | set(_OURS),
-        "objective": {"marks_weight"},
-        "data": keys_of(DataConfig),
-        "training": keys_of(TrainConfig),
-    }
-    tables = read_tables(path, overrides, known)
-    options = tables["hypernetwork"]
-    asked = frozenset(options)
-    ours = {name: options.pop(name) for name in _OURS if name in options}
-    return Recipe(
-        **ours,
-        **tables["objective"],
-        hypernetwork=options,
-        data=DataConfig(**tables["data"]),
-        training=TrainConfig(**tables["training"]),
-        asked=asked,
+    return read_recipe_as(
+        Recipe,
+        path,
+        overrides,
+        architecture=keys_of(DocToLoRAConfig) - {"modules", "memory_modules", "d_features"},
+        ours=_OURS,
+        objective={"marks_weight"},
+        data=DataConfig,
     )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loracast.errors import ConfigError
+from loracast.training.loop import TrainConfig
+
+R = TypeVar("R")
 
 Tables = dict[str, dict[str, Any]]
 """The tables of a recipe; lists have become tuples, as frozen configs have them."""
@@ -44,6 +47,45 @@ def read_tables(path: Path | None, overrides: Sequence[str], known: Mapping[str,
     return {
         table: {k: tuple(v) if isinstance(v, list) else v for k, v in tables.get(table, {}).items()} for table in known
     }
+
+
+def read_recipe_as(
+    recipe: Callable[..., R],
+    path: Path | None,
+    overrides: Sequence[str],
+    *,
+    architecture: Collection[str],
+    ours: Collection[str],
+    objective: Collection[str],
+    data: type,
+) -> R:
+    """A recipe of one of the trainings, from the four tables that they all have.
+
+    Args:
+        architecture: keys of `[hypernetwork]` that are the hypernetwork's own options.
+        ours: its other keys, which are fields of the recipe.
+        objective: keys of `[objective]`, fields of the recipe too.
+        data: the dataclass of `[data]`.
+
+    Raises:
+        ConfigError: as `read_tables`.
+    """
+    known = {
+        "hypernetwork": {*architecture, *ours},
+        "objective": objective,
+        "data": keys_of(data),
+        "training": keys_of(TrainConfig),
+    }
+    tables = read_tables(path, overrides, known)
+    options = tables["hypernetwork"]
+    return recipe(
+        **{name: value for name, value in options.items() if name in ours},
+        **tables["objective"],
+        hypernetwork={name: value for name, value in options.items() if name not in ours},
+        data=data(**tables["data"]),
+        training=TrainConfig(**tables["training"]),
+        asked=frozenset(options),
+    )
 
 
 def keys_of(config: type) -> set[str]:

@@ -29,7 +29,7 @@ from loracast.tasks import Example, Task
 from loracast.training.episodes import Episode, Question, pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_with
-from loracast.training.recipe import keys_of, read_tables
+from loracast.training.recipe import keys_of, read_recipe_as
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
 from loracast.training.sources import SYSTEM_TURNS
@@ -83,23 +83,14 @@ _OURS = ("kinds", "layers", "encoder")  # of the table [hypernetwork]
 
 def read_text_recipe(path: Path | None, overrides: Sequence[str] = ()) -> TextRecipe:
     """A recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables` does."""
-    known = {
-        "hypernetwork": (keys_of(TextToLoRAConfig) - {"modules", "d_text", "n_known"}) | set(_OURS),
-        "objective": {"size_weight", "calm_weight"},
-        "data": keys_of(TaskDataConfig),
-        "training": keys_of(TrainConfig),
-    }
-    tables = read_tables(path, overrides, known)
-    options = tables["hypernetwork"]
-    asked = frozenset(options)
-    ours = {name: options.pop(name) for name in _OURS if name in options}
-    return TextRecipe(
-        **ours,
-        **tables["objective"],
-        hypernetwork=options,
-        data=TaskDataConfig(**tables["data"]),
-        training=TrainConfig(**tables["training"]),
-        asked=asked,
+    return read_recipe_as(
+        TextRecipe,
+        path,
+        overrides,
+        architecture=keys_of(TextToLoRAConfig) - {"modules", "d_text", "n_known"},
+        ours=_OURS,
+        objective={"size_weight", "calm_weight"},
+        data=TaskDataConfig,
     )
 
 
