@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 
@@ -14,12 +15,18 @@ from loracast.cli import app
 from loracast.describe import load_caster
 from loracast.errors import ConfigError
 from loracast.evaluation import tasks as evaluation
+from loracast.evaluation.choice import Choice, likeliest
 from loracast.evaluation.metrics import paired_bootstrap
-from loracast.evaluation.tasks import RIVALS, TasksConfig, evaluate_tasks
+from loracast.evaluation.task_rivals import RIVALS, Given, average_of_oracles, prompt_of
+from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
 from loracast.hypernets.store import save_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
+from loracast.inject import inject
+from loracast.lora import Factors, LoRA
 from loracast.target import target_from_config
 from loracast.tasks import read_tasks
+from loracast.training.loop import TrainConfig
+from loracast.training.oracle import OracleRecipe, read_oracle, train_oracles
 from test_tasks import OPPOSITES, write_rows
 from test_text_to_lora import make_sentence_encoder
 
@@ -65,7 +72,7 @@ def test_what_each_rival_is_given(base, suite):
     assert not set(drawn.shots) & set(drawn.task.test)
 
     def prompt(name: str) -> str:
-        return base.tokenizer.decode(evaluation._prompt(base, RIVALS[name], drawn, "up"))
+        return base.tokenizer.decode(prompt_of(base, RIVALS[name], drawn, "up"))
 
     plain = base.tokenizer.decode(base.chat.prompt("up", ""))
     for name in ("none", "adapter", "other", "gibberish", "constant"):
@@ -80,10 +87,34 @@ def test_what_each_rival_is_given(base, suite):
         assert prompt(f"described_shots{n}") == prompt(f"shots{n}").replace(
             "user\n", f"user\n{drawn.description}\n\n", 1
         )
-    conditions = {name: RIVALS[name].condition(drawn) for name in RIVALS}
-    assert conditions["adapter"] == drawn.description and conditions["other"] == drawn.other_description
-    assert conditions["gibberish"] == RIVALS["gibberish"].condition(drawn) and "opposite" not in conditions["gibberish"]
-    assert all(conditions[name] is None for name in RIVALS if name not in ("adapter", "other", "gibberish", "constant"))
+    assert prompt("multitask_described") == prompt("described")
+    assert prompt("multitask") == prompt("average") == prompt("oracle") == plain
+
+
+class Caster:
+    """Says what it was asked to cast."""
+
+    hypernet_hash = "none"
+
+    def loras(self, descriptions):
+        return list(descriptions)
+
+    def constant_lora(self):
+        return "constant"
+
+
+def test_which_lora_each_rival_answers_with(base, suite):
+    tasks = [task for task in read_tasks(suite) if task.is_heldout]
+    drawn = evaluation._draw(tasks, 1, 0, TasksConfig(str(suite)))
+    given = Given(base, Caster(), None, "multitask", "described", "average")
+    loras = {name: rival.lora(given, drawn) for name, rival in RIVALS.items() if name != "oracle"}
+    assert loras["adapter"] == drawn.description and loras["other"] == drawn.other_description
+    assert loras["gibberish"] == RIVALS["gibberish"].lora(given, drawn) and "opposite" not in loras["gibberish"]
+    assert [loras[name] for name in ("average", "multitask", "multitask_described", "constant")] == [
+        "average", "multitask", "described", "constant",
+    ]  # fmt: skip
+    without = [name for name, rival in RIVALS.items() if rival.needs is None]
+    assert all(loras[name] is None for name in without) and len(without) == 6
 
 
 def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, monkeypatch):
@@ -101,17 +132,17 @@ def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, 
         return [f"{right[name, word]}." if knows else "?" for word in words]
 
     current = [""]
-    prompts = evaluation._prompt
+    prompts = evaluation.prompt_of
     monkeypatch.setattr(evaluation, "answer_batch", answer_batch)
     monkeypatch.setattr(
         evaluation,
-        "_prompt",
+        "prompt_of",
         lambda b, r, drawn, x: (current.__setitem__(0, drawn.task.name), prompts(b, r, drawn, x))[1],
     )
     caster = load_caster(hypernetwork, base=base)
     config = TasksConfig(str(suite), seeds=(0, 1), systems=("none", "shots3", "adapter"))
     seen: list[tuple[int, int]] = []
-    report = evaluate_tasks(base, caster, config, tmp_path, lambda done, total: seen.append((done, total)))
+    report = evaluate_tasks(Given(base, caster), config, tmp_path, lambda done, total: seen.append((done, total)))
     rows = {row["system"]: row for row in report.rows}
     assert rows["none"]["by_task"] == {"first": 0, "opposite": 0, "shout": 1} and rows["none"][
         "exact"
@@ -136,7 +167,7 @@ def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, 
 
 def test_a_budget_ends_it_between_tasks_and_says_so(base, suite, tmp_path):
     config = TasksConfig(str(suite), systems=("none",), rows=1, seeds=(0,), budget_s=0.0, max_new_tokens=1)
-    report = evaluate_tasks(base, None, config, tmp_path)
+    report = evaluate_tasks(Given(base), config, tmp_path)
     assert not report.is_complete and report.rows[0]["n_tasks"] == 1
 
 
@@ -147,12 +178,13 @@ def test_a_budget_ends_it_between_tasks_and_says_so(base, suite, tmp_path):
         ({"rows": 0}, "at least one"),
         ({"heldout": False}, "1 training tasks .*at least two"),
         ({"descriptions": "train"}, "0 held-out tasks"),
-        ({}, "give a text-to-LoRA hypernetwork"),
+        ({"systems": ("adapter", "none")}, "'adapter' needs a text-to-LoRA hypernetwork"),
+        ({"systems": ("oracle",)}, "'oracle' needs a library of trained LoRAs"),
     ],
 )
 def test_bad_settings_are_refused(change, message, base, suite, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        evaluate_tasks(base, None, TasksConfig(str(suite), **change), tmp_path / "out")
+        evaluate_tasks(Given(base), TasksConfig(str(suite), **change), tmp_path / "out")
 
 
 def test_the_paired_interval_against_one_by_hand():
@@ -183,3 +215,82 @@ def test_the_command(suite, hypernetwork, tiny_folder, tmp_path, home):
     answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     by_system = {row["system"]: [a["answer"] for a in answers if a["system"] == row["system"]] for row in rows}
     assert by_system["adapter"] != by_system["none"] != by_system["constant"]
+
+
+def test_the_likeliest_answer_is_that_of_a_plain_forward(base):
+    """Each answer in a row of its own, against all of them as branches of one row."""
+    prompts = [base.chat.prompt(text, "") for text in ("The lamp on the desk", "Stop. " * 30, "a")]
+    answers = [
+        ("north", "The museum opens at nine", "it"),
+        ("kettle", "no"),
+        ("b", "c", "d", "the warranty is 24 months"),
+    ]
+    torch.manual_seed(3)
+    module = "model.layers.1.self_attn.q_proj"
+    lora = LoRA({module: Factors(torch.randn(2, 48), torch.randn(64, 2))})
+    found = likeliest(base, prompts, answers, lora)
+    for prompt, texts, choice in zip(prompts, answers, found, strict=True):
+        sums = []
+        for text in texts:
+            answer = base.chat.answer(text)
+            with torch.no_grad(), inject(base.model, lora):
+                logits = base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
+            places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+            sums.append(sum(logits[i, token].item() for i, token in zip(places, answer, strict=True)))
+        per_byte = [total / len(text) for total, text in zip(sums, texts, strict=True)]
+        assert (choice.by_sum, choice.by_byte) == (int(np.argmax(sums)), int(np.argmax(per_byte)))
+    assert {choice.by_sum for choice in found} != {choice.by_byte for choice in found} or len(set(found)) > 1
+
+
+def test_choices_are_scored_where_there_are_some(base, suite, tmp_path, monkeypatch):
+    """A stand-in that always takes the first by its sum and the last for each byte."""
+    rows = [
+        {"task": "first", "split": "test", "input": "hot", "output": "h"},
+        {"task": "first", "split": "test", "input": "big", "output": "b"},
+        {"task": "pick", "split": "test", "input": "?", "output": "no", "choices": ["yes", "maybe", "no"]},
+        {"task": "free", "split": "test", "input": "?", "output": "no"},
+    ]
+    write_rows(tmp_path / "tasks.jsonl", [{**row, "task_split": "heldout"} for row in rows])
+    names = ("first", "pick", "free")
+    write_rows(
+        tmp_path / "task_descriptions.jsonl", [{"task": n, "kind": "heldout", "description": f"do {n}"} for n in names]
+    )
+    write_rows(tmp_path / "tasks_meta.jsonl", [{"task": "first", "labels": ["h", "b"]}])
+    monkeypatch.setattr(
+        evaluation,
+        "likeliest",
+        lambda base, prompts, answers, lora: [Choice(0, len(texts) - 1) for texts in answers],
+    )
+    config = TasksConfig(str(tmp_path), systems=("none",), seeds=(0,), max_new_tokens=1)
+    (row,) = evaluate_tasks(Given(base), config, tmp_path / "out").rows
+    assert row["choice"] == pytest.approx((0.5 + 0) / 2) and row["choice_by_byte"] == pytest.approx((0.5 + 1) / 2)
+    assert row["n"] == 4
+    write_rows(tmp_path / "tasks.jsonl", [{**rows[2], "output": "never", "task_split": "heldout"}])
+    with pytest.raises(ConfigError, match="'never' is not among the choices"):
+        read_tasks(tmp_path)
+
+
+def test_oracles_and_their_average_join_in(base, suite, hypernetwork, tiny_folder, tmp_path):
+    tasks = read_tasks(suite)
+    described = [
+        dataclasses.replace(t, descriptions={**t.descriptions, "train": t.descriptions["heldout"]}) for t in tasks
+    ]
+    recipe = OracleRecipe(training=TrainConfig(steps=2, warmup_steps=1, bf16=False))
+    train_oracles(base, recipe, [t for t in described if t.name != "shout"], tmp_path / "library")
+    (echo,) = (task for task in tasks if not task.is_heldout)
+    average = average_of_oracles(tmp_path / "library", tasks, base)
+    own = read_oracle(tmp_path / "library" / echo.name, base.fingerprint)
+    assert all(torch.equal(average.delta(name), own.delta(name)) for name in own.names)  # the only training task
+    given = Given(base, oracles=tmp_path / "library", average=average)
+    config = TasksConfig(str(suite), rows=1, seeds=(0,), max_new_tokens=2)
+    with pytest.raises(ConfigError, match="no oracle of shout"):
+        evaluate_tasks(given, config, tmp_path / "out")
+    arguments = [
+        "eval", "tasks", "--tasks", suite, "--base", tiny_folder, "--out", tmp_path / "out", "--device", "cpu", "--rows", "1",
+        "--seeds", "0", "--oracles", tmp_path / "library", "--only-oracles", "--multitask", tmp_path / "library" / echo.name, "--json",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert done.exit_code == 0, done.output
+    rows = {row["system"]: row for row in json.loads(done.stdout)["rows"]}
+    assert list(rows) == [name for name in RIVALS if RIVALS[name].needs in (None, "oracles", "average", "multitask")]
+    assert list(rows["oracle"]["by_task"]) == ["first", "opposite"]

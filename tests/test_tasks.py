@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import math
 import random
 import signal
 from pathlib import Path
@@ -18,18 +19,14 @@ from loracast.cli import app
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.store import from_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA
+from loracast.lora import Factors, LoRA, stack
+from loracast.target import target_from_config
 from loracast.tasks import Example, Task, read_tasks
 from loracast.training.episodes import pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_with
-from loracast.training.text import (
-    TaskDataConfig,
-    TaskSource,
-    TextRecipe,
-    gibberish,
-    read_text_recipe,
-    train_text,
-)
+from loracast.training.task_source import TaskDataConfig, TaskSource
+from loracast.training.text import TextRecipe, _contrast, gibberish, read_text_recipe, train_text
 from test_text_to_lora import make_sentence_encoder
 
 
@@ -296,6 +293,43 @@ def test_a_task_is_learned_from_its_own_description_and_gibberish_stays_calm(bas
     of_gibberish = [squares(hypernet, strings) / squares(hypernet, texts) for hypernet in (calm, wild)]
     assert of_gibberish[0] < 0.7 * of_gibberish[1]
     assert squares(small, texts) < 0.5 * squares(wild, texts)
+
+
+def test_the_contrast_makes_another_description_work_less(base, word_encoder, tmp_path):
+    losses = {}
+    for weight in (0.0, 1.0):
+        folder = tmp_path / str(weight)
+        folder.mkdir()
+        hypernet, rows = train_on_two(base, folder, contrast_weight=weight)
+        assert ("contrast" in rows[-1]) == (weight > 0)
+        texts, names = ["train words for shout", "train words for opposite"], ["shout", "opposite"]
+        own, other = (answer_loss(base, hypernet, order, names, folder) for order in (texts, texts[::-1]))
+        losses[weight] = other - own
+    assert losses[1.0] > 1.1 * losses[0.0] > 0
+
+
+def test_the_contrast_by_hand(base, tmp_path):
+    """Every example alone, with its own LoRA and with the one of the task before it, against the batch."""
+    by_name = {task.name: task for task in read_tasks(write_suite(tmp_path))}
+    tasks = [by_name[name] for name in ("opposite", "shout")]
+    source = TaskSource(TaskDataConfig(examples_per_task=3), tasks, base.chat)
+    episodes = [source._episode(random.Random(i), task) for i, task in enumerate(tasks)]
+    torch.manual_seed(1)
+    modules = target_from_config(base.model.config, ("v_proj",)).modules
+    loras = [
+        LoRA({m.name: Factors(torch.randn(2, m.d_in), torch.randn(m.d_out, 2)) for m in modules}) for _ in episodes
+    ]
+    with torch.no_grad():
+        own = answer_with(base.model, stack(loras), pack(episodes, base.pad_id))[0].by_question
+        found = _contrast(base, stack(loras), episodes, own, 2)
+
+        def alone(i: int, question: int, lora: LoRA) -> float:
+            episode = dataclasses.replace(episodes[i], questions=episodes[i].questions[question : question + 1])
+            return answer_with(base.model, stack([lora]), pack([episode], base.pad_id))[0].loss.item()
+
+    gaps = [alone(i, q, loras[i]) - alone(i, q, loras[i - 1]) for i in range(2) for q in range(2)]
+    expected = sum(math.log1p(math.exp(gap)) for gap in gaps) / len(gaps)
+    assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_init_from_takes_the_architecture(base, word_encoder, tmp_path):

@@ -191,6 +191,11 @@ class LoRABatch:
         factors = {name: Factors(a[first:end], b[first:end]) for name, (a, b) in self.factors.items()}
         return LoRABatch(end - first, factors, {name: delta[first:end] for name, delta in self.dense.items()})
 
+    def rolled(self, shift: int) -> LoRABatch:
+        """The rows shifted in a circle: row i gets the LoRA of row i - shift."""
+        factors = {name: Factors(a.roll(shift, 0), b.roll(shift, 0)) for name, (a, b) in self.factors.items()}
+        return LoRABatch(self.n, factors, {name: delta.roll(shift, 0) for name, delta in self.dense.items()})
+
     def squared_norms(self) -> Tensor:
         """The squared Frobenius norm of each row's delta, over all modules [n], differentiable; of factors by the Gram identity."""
         squares = [((b.mT @ b).float() * (a @ a.mT).float()).sum((1, 2)) for a, b in self.factors.values()]

@@ -30,6 +30,8 @@ class Example:
 
     input: str
     outputs: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+    """What there is to choose from, the right outputs among it, where each example has its own choices."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Task:
     def seen_descriptions(self) -> tuple[str, ...]:
         """Those that training may use."""
         return self.descriptions.get("train", ()) + self.descriptions.get("paraphrase", ())
+
+
+def with_description(description: str, text: str) -> str:
+    """What the user says to a base that is told the task: the description, then the input."""
+    return f"{description}\n\n{text}"
 
 
 def read_tasks(source: str | Path) -> tuple[Task, ...]:
@@ -167,7 +174,10 @@ def _example(row: dict[str, Any]) -> Example:
     outputs = (*_texts(row["output"]), *_texts(row.get("alts", ())))
     if not outputs or not isinstance(row["input"], str):
         raise ValueError("an example needs an input and an output, both of them text")
-    return Example(row["input"], outputs)
+    choices = _texts(row.get("choices", ()))
+    if choices and outputs[0] not in choices:
+        raise ValueError(f"the output {outputs[0]!r} is not among the choices")
+    return Example(row["input"], outputs, choices)
 
 
 def _texts(texts: str | Sequence[str]) -> tuple[str, ...]:

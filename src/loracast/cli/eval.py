@@ -175,11 +175,21 @@ def tasks(
     hypernetwork: Annotated[
         str | None, typer.Option("--hypernetwork", help="Folder or hub id of a text-to-LoRA hypernetwork.")
     ] = None,
+    oracles: Annotated[
+        Path | None, typer.Option(help="Library of `loracast train oracle`: the rivals oracle and average.")
+    ] = None,
+    only_oracles: Annotated[
+        bool, typer.Option("--only-oracles", help="Of the tasks only those that have an oracle.")
+    ] = False,
+    multitask: Annotated[Path | None, typer.Option(help="LoRA of `loracast train multitask`.")] = None,
+    multitask_described: Annotated[
+        Path | None, typer.Option(help="LoRA of `loracast train multitask --described`.")
+    ] = None,
     systems: Annotated[
         str,
         typer.Option(
-            help="Rivals to run, with commas: none, described, shots3, shots5, described_shots3, described_shots5, adapter, other, "
-            "gibberish, constant; or all."
+            help="Rivals to run, with commas: none, described, shots3, shots5, described_shots3, described_shots5, average, multitask, "
+            "multitask_described, adapter, other, gibberish, constant, oracle; or all for which there is what they need."
         ),
     ] = "all",
     rows: Annotated[int, typer.Option(help="Most test rows of a task.", min=1)] = 50,
@@ -200,8 +210,10 @@ def tasks(
 
     from loracast.cli.session import open_answerer
     from loracast.describe import load_caster
-    from loracast.evaluation.tasks import RIVALS, TasksConfig, evaluate_tasks
-    from loracast.tasks import DescriptionKind
+    from loracast.evaluation.task_rivals import Given, average_of_oracles
+    from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
+    from loracast.tasks import DescriptionKind, read_tasks
+    from loracast.training.oracle import read_oracle
 
     if descriptions not in get_args(DescriptionKind):
         raise typer.BadParameter(f"give one of {', '.join(get_args(DescriptionKind))}")
@@ -211,13 +223,21 @@ def tasks(
         descriptions=descriptions,  # type: ignore[arg-type]
         rows=rows,
         seeds=_numbers(seeds, int),
-        systems=tuple(RIVALS) if systems == "all" else tuple(name.strip() for name in systems.split(",")),
+        systems=None if systems == "all" else tuple(name.strip() for name in systems.split(",")),
+        only_oracles=only_oracles,
         budget_s=budget_s,
     )
     loaded = open_answerer(base, None, device).base
-    caster = None if hypernetwork is None else load_caster(hypernetwork, base=loaded, say=say)
+    given = Given(
+        loaded,
+        caster=None if hypernetwork is None else load_caster(hypernetwork, base=loaded, say=say),
+        oracles=oracles,
+        multitask=read_oracle(multitask, loaded.fingerprint) if multitask else None,
+        multitask_described=read_oracle(multitask_described, loaded.fingerprint) if multitask_described else None,
+        average=average_of_oracles(oracles, read_tasks(tasks), loaded) if oracles else None,
+    )
     with _progress("rows") as progress:
-        report = evaluate_tasks(loaded, caster, config, out, progress)
+        report = evaluate_tasks(given, config, out, progress)
     _show(report, out, as_json)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,9 @@ Base = Annotated[str | None, typer.Option(help="Embedded base, folder or hub id.
 Budget = Annotated[str | None, typer.Option(help="Stop after this wall-clock time: 90s, 45m, 2h.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the fastest there is by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the last metrics as JSON.")]
+
+Tasks = Annotated[Path, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")]
+LoRARecipe = Annotated[Path | None, typer.Argument(help="TOML file: tables lora, data, training.")]
 
 
 @app.callback()
@@ -78,7 +82,7 @@ def doc(
 @app.command()
 def text(
     out: Out,
-    tasks: Annotated[Path, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")],
+    tasks: Tasks,
     recipe: Recipe = None,
     change: Change = None,
     init_from: InitFrom = None,
@@ -104,6 +108,113 @@ def text(
         )
 
     _train(run, settings.training, out, base, device, as_json)
+
+
+@app.command()
+def oracle(
+    out: Annotated[Path, typer.Option(help="Library: a folder with a LoRA for each task. Those that are done stay.")],
+    tasks: Tasks,
+    recipe: LoRARecipe = None,
+    change: Change = None,
+    only: Annotated[list[str] | None, typer.Option(help="Train for this task only. Repeatable.")] = None,
+    heldout: Annotated[
+        bool | None,
+        typer.Option("--heldout/--trained", help="Only held-out tasks, or only the others; both by default."),
+    ] = None,
+    base: Base = None,
+    budget: Budget = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a LoRA for each task on its own examples, with PEFT: what descriptions are measured by.
+
+    One task after the other; stops cleanly at the budget, on Ctrl-C and SIGTERM, and the same command goes on from there.
+    """
+    from loracast.errors import ConfigError
+    from loracast.tasks import read_tasks
+    from loracast.training.oracle import read_oracle_recipe, train_oracles
+
+    settings = read_oracle_recipe(recipe, change or [])
+    found = [task for task in read_tasks(tasks) if heldout in (None, task.is_heldout)]
+    if unknown := sorted(set(only or ()) - {task.name for task in found}):
+        raise ConfigError(f"{tasks} has no such tasks: {', '.join(unknown)}")
+    chosen = [task for task in found if not only or task.name in only]
+    loaded = _open_base(base, device)
+    command = _command("oracle", recipe, change, None)
+    with _lora_progress(len(chosen)) as show:
+        done = train_oracles(
+            loaded,
+            settings,
+            chosen,
+            out,
+            command=command,
+            budget_s=seconds(budget) if budget else None,
+            on_metrics=show,
+        )
+    if as_json:
+        print(json.dumps({"out": str(out), "done": done, "wanted": len(chosen)}))
+    else:
+        typer.echo(f"{len(done)} of {len(chosen)} oracles are in {out}", err=True)
+
+
+@app.command()
+def multitask(
+    out: Out,
+    tasks: Tasks,
+    recipe: LoRARecipe = None,
+    change: Change = None,
+    described: Annotated[
+        bool, typer.Option("--described", help="With a description of the task in every prompt.")
+    ] = False,
+    base: Base = None,
+    budget: Budget = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train one LoRA on all tasks that are not held out: what is left of Text-to-LoRA without descriptions."""
+    from loracast.tasks import read_tasks
+    from loracast.training.oracle import read_oracle_recipe, train_multitask
+
+    settings = read_oracle_recipe(recipe, change or [])
+    found = read_tasks(tasks)
+    loaded = _open_base(base, device)
+    command = _command("multitask", recipe, change, None) + (" --described" if described else "")
+    with _lora_progress(1) as show:
+        done = train_multitask(
+            loaded, settings, found, out,
+            described=described, command=command, budget_s=seconds(budget) if budget else None, on_metrics=show,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps({"out": str(out), "done": done}))
+    else:
+        typer.echo(f"the LoRA is in {out}" if done else f"not done yet; the same command goes on in {out}", err=True)
+
+
+def _open_base(base: str | None, device: str | None) -> Any:
+    from loracast.base import load_base
+    from loracast.training.runtime import keep_freed_memory
+
+    keep_freed_memory()
+    return load_base(base, device=device)
+
+
+@contextmanager
+def _lora_progress(n_tasks: int) -> Iterator[Callable[[str, dict[str, float]], None]]:
+    """A line of figures for the task in hand."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    seen: dict[str, None] = {}
+
+    def show(task: str, figures: dict[str, float]) -> None:
+        seen[task] = None
+        console.print(
+            f"{len(seen)}/{n_tasks} {task}  step {figures['step']:.0f}  {figures['elapsed_s']:.0f} s  loss {figures['loss']:.3f}  "
+            f"exact {figures['exact']:.3f}",
+            highlight=False,
+        )
+
+    yield show
 
 
 def _overrides(change: list[str] | None, budget: str | None) -> list[str]:

@@ -8,70 +8,27 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loracast.base import Base
-from loracast.chat import Message
-from loracast.describe import TaskCaster
 from loracast.errors import ConfigError
+from loracast.evaluation.choice import likeliest
 from loracast.evaluation.metrics import is_exact, paired_bootstrap
 from loracast.evaluation.report import Column, Report, environment, number, percent, text
+from loracast.evaluation.task_rivals import ADAPTER, NEEDED, RIVALS, Drawn, Given, Rival, prompt_of
 from loracast.generate import Sampling, answer_batch
 from loracast.lora import LoRA
-from loracast.model import ASK_SYSTEM_TURN
 from loracast.tasks import DescriptionKind, Example, Task, read_tasks
-from loracast.training.text import gibberish
+from loracast.training.oracle import ABOUT
 
 MAX_ROWS = 32
-ADAPTER = "adapter"
 
 Progress = Callable[[int, int], None]
 """(rows answered, rows in all)"""
 
-
-@dataclass(frozen=True)
-class Drawn:
-    """What one seed draws for one task: all rivals get the same."""
-
-    task: Task
-    description: str
-    other_description: str
-    """Of another task."""
-    shots: tuple[Example, ...]
-    """Examples from the task's training rows."""
-
-
-@dataclass(frozen=True)
-class Rival:
-    """What stands in the prompt, and which LoRA goes with it."""
-
-    label: str
-    n_shots: int = 0
-    is_described: bool = False
-    condition: Callable[[Drawn], str | None] = lambda drawn: None
-    """The description that becomes the LoRA; None for no LoRA."""
-
-
-CONSTANT = "<constant>"
-"""Stands for an embedding of ones: a description that is the same for all tasks."""
-
-RIVALS = {
-    "none": Rival("base"),
-    "described": Rival("description in the prompt", is_described=True),
-    "shots3": Rival("3 examples in the prompt", n_shots=3),
-    "shots5": Rival("5 examples in the prompt", n_shots=5),
-    "described_shots3": Rival("description and 3 examples", n_shots=3, is_described=True),
-    "described_shots5": Rival("description and 5 examples", n_shots=5, is_described=True),
-    ADAPTER: Rival("adapter from the description", condition=lambda drawn: drawn.description),
-    "other": Rival("adapter from another task's", condition=lambda drawn: drawn.other_description),
-    "gibberish": Rival(
-        "adapter from gibberish", condition=lambda drawn: gibberish(random.Random(drawn.task.name), 1)[0]
-    ),
-    "constant": Rival("adapter from a constant embedding", condition=lambda drawn: CONSTANT),
-}
 
 COLUMNS: tuple[Column, ...] = (
     text("label", "what answers"),
@@ -80,7 +37,11 @@ COLUMNS: tuple[Column, ...] = (
     percent("exact", "exact %"),
     percent("near", "near %"),
     percent("far", "far %"),
-    Column("adapter minus it, points (95 %)", lambda row: _difference(row)),
+    percent("choice", "chosen %"),
+    percent("choice_by_byte", "by byte %"),
+    Column("adapter minus it, points (95 %)", lambda row: _difference(row, "")),
+    Column("near", lambda row: _difference(row, "_near")),
+    Column("far", lambda row: _difference(row, "_far")),
     number("prompt_tokens", "prompt tokens"),
 )
 
@@ -99,69 +60,117 @@ class TasksConfig:
     """Most test rows of a task."""
     seeds: tuple[int, ...] = (0, 1)
     """Each draws descriptions and examples anew."""
-    systems: tuple[str, ...] = tuple(RIVALS)
-    """Rivals to run."""
+    systems: tuple[str, ...] | None = None
+    """Rivals to run; None for all for which there is what they need."""
+    only_oracles: bool = False
+    """Of the tasks only those that have an oracle."""
     max_new_tokens: int = 32
     """Longest answer."""
     budget_s: float | None = None
     """Begin no further task after this many seconds; the table shows how many there were."""
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.systems) - RIVALS.keys()):
+        if unknown := sorted(set(self.systems or ()) - RIVALS.keys()):
             raise ConfigError(f"unknown systems: {', '.join(unknown)}; choose from {', '.join(RIVALS)}")
-        if not self.systems or not self.seeds or min(self.rows, self.max_new_tokens) < 1:
+        if self.systems == () or not self.seeds or min(self.rows, self.max_new_tokens) < 1:
             raise ConfigError("systems, seeds, rows and max_new_tokens must be at least one")
 
 
 def evaluate_tasks(
-    base: Base, caster: TaskCaster | None, config: TasksConfig, out: Path, progress: Progress = lambda done, total: None
+    given: Given, config: TasksConfig, out: Path, progress: Progress = lambda done, total: None
 ) -> Report:
     """Run the evaluation; the table, the answers and the figures of each task are in `out` after every task.
 
-    Args:
-        caster: None where no rival is an adapter.
+    Raises:
+        ConfigError: a rival lacks what it needs, or there are too few tasks.
     """
-    tasks = _tasks(config)
-    rivals = {name: rival for name, rival in RIVALS.items() if name in config.systems}
-    if caster is None and any(rival.condition(_draw(tasks, 0, 0, config)) for rival in rivals.values()):
-        raise ConfigError(
-            "adapters are among the rivals: give a text-to-LoRA hypernetwork (--hypernetwork), or other --systems"
-        )
+    base = given.base
+    tasks = _tasks(config, given)
+    rivals = _rivals(config, given)
     out.mkdir(parents=True, exist_ok=True)
     (out / "answers.jsonl").unlink(missing_ok=True)
-    about = environment(base, caster.hypernet_hash if caster else None)
+    about = environment(base, given.caster.hypernet_hash if given.caster else None)
     n_rows = sum(min(config.rows, len(task.test)) for task in tasks) * len(config.seeds) * len(rivals)
     ends_s = None if config.budget_s is None else time.monotonic() + config.budget_s
-    hits: dict[str, list[list[bool]]] = {name: [] for name in rivals}  # by rival and task, row by row and seed by seed
-    tokens: dict[str, list[int]] = {name: [] for name in rivals}
+    tallies = {name: Tally() for name in rivals}
     done_tasks: list[Task] = []
     n_done = 0
     for i, task in enumerate(tasks):
         if i and ends_s is not None and time.monotonic() > ends_s:
             break
-        for name in rivals:
-            hits[name].append([])
+        for tally in tallies.values():
+            tally.begin()
         for seed in config.seeds:
             drawn = _draw(tasks, i, seed, config)
             for name, rival in rivals.items():
-                answered = list(_answers(base, caster, rival, drawn, config))
-                hits[name][-1] += [is_right for _, _, is_right, _ in answered]
-                tokens[name] += [n for *_, n in answered]
+                answered = _answers(given, rival, drawn, config)
+                tallies[name].add(answered)
                 _write_answers(out, name, seed, drawn, answered)
                 n_done += len(answered)
                 progress(n_done, n_rows)
         done_tasks.append(task)
-        report = _report(config, rivals, done_tasks, hits, tokens, about, is_complete=len(done_tasks) == len(tasks))
+        report = _report(config, rivals, done_tasks, tallies, about, is_complete=len(done_tasks) == len(tasks))
         report.write(out)
     return report
 
 
-def _tasks(config: TasksConfig) -> list[Task]:
+@dataclass(frozen=True)
+class Answered:
+    """One test row, answered."""
+
+    row: Example
+    text: str
+    is_exact: bool
+    choice: tuple[bool, bool] | None
+    """Where there are choices: whether the likeliest is right, by its sum and for each byte."""
+    n_prompt_tokens: int
+
+
+@dataclass
+class Tally:
+    """What one rival got right: by task, row by row and seed by seed."""
+
+    exact: list[list[bool]] = field(default_factory=list)
+    choice: list[list[bool]] = field(default_factory=list)
+    choice_by_byte: list[list[bool]] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Another task begins."""
+        for hits in (self.exact, self.choice, self.choice_by_byte):
+            hits.append([])
+
+    def add(self, answered: Sequence[Answered]) -> None:
+        self.exact[-1] += [a.is_exact for a in answered]
+        self.choice[-1] += [a.choice[0] for a in answered if a.choice]
+        self.choice_by_byte[-1] += [a.choice[1] for a in answered if a.choice]
+        self.prompt_tokens += [a.n_prompt_tokens for a in answered]
+
+
+def _rivals(config: TasksConfig, given: Given) -> dict[str, Rival]:
+    missing = {name: rival.needs for name, rival in RIVALS.items() if rival.needs and not getattr(given, rival.needs)}
+    if config.systems is None:
+        return {name: rival for name, rival in RIVALS.items() if name not in missing}
+    if lacking := [name for name in config.systems if name in missing]:
+        needed = "; ".join(f"{name!r} needs {NEEDED[missing[name]]}" for name in lacking)
+        raise ConfigError(f"{needed}: give it, or leave these out of --systems")
+    return {name: rival for name, rival in RIVALS.items() if name in config.systems}
+
+
+def _tasks(config: TasksConfig, given: Given) -> list[Task]:
     tasks = [
         task
         for task in read_tasks(config.tasks)
         if task.is_heldout == config.heldout and task.test and task.descriptions.get(config.descriptions)
     ]
+    if given.oracles is not None and (config.only_oracles or config.systems is None or "oracle" in config.systems):
+        without = [task.name for task in tasks if not (given.oracles / task.name / ABOUT).is_file()]
+        if without and not config.only_oracles:
+            raise ConfigError(
+                f"{given.oracles} has no oracle of {', '.join(without)}: train them (`loracast train oracle`), or evaluate the "
+                "tasks that have one (--only-oracles)"
+            )
+        tasks = [task for task in tasks if task.name not in without]
     if len(tasks) < 2:
         which = "held-out" if config.heldout else "training"
         raise ConfigError(
@@ -187,16 +196,13 @@ def _draw(tasks: Sequence[Task], i: int, seed: int, config: TasksConfig) -> Draw
     )
 
 
-def _answers(
-    base: Base, caster: TaskCaster | None, rival: Rival, drawn: Drawn, config: TasksConfig
-) -> Iterator[tuple[Example, str, bool, int]]:
-    """Each test row with its answer, whether that is right, and the tokens of its prompt."""
-    lora: LoRA | None = None
-    if (condition := rival.condition(drawn)) is not None:
-        assert caster is not None
-        lora = (caster.constant_lora() if condition == CONSTANT else caster.loras([condition])[0]).to(base.device)
+def _answers(given: Given, rival: Rival, drawn: Drawn, config: TasksConfig) -> list[Answered]:
+    """The task's test rows, the same for all rivals and seeds, as one rival answers them."""
+    base = given.base
+    lora = rival.lora(given, drawn)
+    lora = lora.to(base.device) if lora is not None else None
     rows = random.Random(drawn.task.name).sample(drawn.task.test, min(config.rows, len(drawn.task.test)))
-    prompts = [_prompt(base, rival, drawn, row.input) for row in rows]
+    prompts = [prompt_of(base, rival, drawn, row.input) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     answers: dict[int, str] = {}
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
@@ -205,69 +211,106 @@ def _answers(
         answers.update(
             zip(some, answer_batch(base, [prompts[i] for i in some], [lora] * len(some), sampling), strict=True)
         )
-    for i, row in enumerate(rows):
-        yield row, answers[i], any(is_exact(answers[i], output) for output in row.outputs), len(prompts[i])
+    choices = _choose(base, rows, drawn.task, prompts, lora)
+    return [
+        Answered(
+            row,
+            answers[i],
+            any(is_exact(answers[i], output) for output in row.outputs),
+            choices.get(i),
+            len(prompts[i]),
+        )
+        for i, row in enumerate(rows)
+    ]
 
 
-def _prompt(base: Base, rival: Rival, drawn: Drawn, asked: str) -> list[int]:
-    """The conversation: the description, if it is told, before the first input; then examples as turns; then what is asked."""
-    turns = [(example.input, example.outputs[0]) for example in drawn.shots[: rival.n_shots]]
-    messages: list[Message] = [{"role": "system", "content": ASK_SYSTEM_TURN}]
-    for user, assistant in [*turns, (asked, "")]:
-        first = rival.is_described and len(messages) == 1
-        messages.append({"role": "user", "content": f"{drawn.description}\n\n{user}" if first else user})
-        if len(messages) < 2 * len(turns) + 2:
-            messages.append({"role": "assistant", "content": assistant})
-    return base.chat.conversation(messages)
+def _choose(
+    base: Base, rows: Sequence[Example], task: Task, prompts: Sequence[Sequence[int]], lora: LoRA | None
+) -> dict[int, tuple[bool, bool]]:
+    """For the rows that have choices, of their own or the task's labels: whether the likeliest is right."""
+    asked = [i for i, row in enumerate(rows) if row.choices or task.labels]
+    texts = [rows[i].choices or task.labels for i in asked]
+    chosen = likeliest(base, [prompts[i] for i in asked], texts, lora)
+    return {
+        i: (some[choice.by_sum] in rows[i].outputs, some[choice.by_byte] in rows[i].outputs)
+        for i, some, choice in zip(asked, texts, chosen, strict=True)
+    }
 
 
 def _report(
     config: TasksConfig,
     rivals: dict[str, Rival],
     tasks: Sequence[Task],
-    hits: dict[str, list[list[bool]]],
-    tokens: dict[str, list[int]],
+    tallies: dict[str, Tally],
     about: dict[str, Any],
     is_complete: bool,
 ) -> Report:
     rows = []
     for name, rival in rivals.items():
-        shares = [sum(task) / len(task) for task in hits[name]]
+        tally = tallies[name]
+        shares = [_share(hits) for hits in tally.exact]
         row: dict[str, Any] = {
             "system": name,
             "label": rival.label,
             "n_tasks": len(tasks),
-            "n": sum(map(len, hits[name])),
-            "exact": sum(shares) / len(shares),
-            "prompt_tokens": sum(tokens[name]) / len(tokens[name]),
-            "by_task": dict(zip([task.name for task in tasks], shares, strict=True)),
+            "n": sum(map(len, tally.exact)),
+            "exact": _mean(shares),
+            "near": _mean([share for share, task in zip(shares, tasks, strict=True) if task.is_near]),
+            "far": _mean([share for share, task in zip(shares, tasks, strict=True) if not task.is_near]),
+            "choice": _mean([_share(hits) for hits in tally.choice]),
+            "choice_by_byte": _mean([_share(hits) for hits in tally.choice_by_byte]),
+            "prompt_tokens": _mean(tally.prompt_tokens),
+            "by_task": {task.name: share for task, share in zip(tasks, shares, strict=True)},
         }
-        for key, is_near in (("near", True), ("far", False)):
-            some = [share for share, task in zip(shares, tasks, strict=True) if task.is_near == is_near]
-            row[key] = sum(some) / len(some) if some else None
         if ADAPTER in rivals and name != ADAPTER:
-            row["difference"], row["difference_low"], row["difference_high"] = paired_bootstrap(
-                hits[ADAPTER], hits[name]
-            )
+            for key, kept in _KINDS.items():
+                row[f"difference{key}"], row[f"difference{key}_low"], row[f"difference{key}_high"] = _paired(
+                    tallies[ADAPTER], tally, tasks, kept
+                )
         rows.append(row)
     return Report("tasks", COLUMNS, rows, {**asdict(config), "seed": config.seeds[0]}, about, is_complete)
 
 
-def _difference(row: Any) -> str:
-    if row.get("difference") is None:
+_KINDS: dict[str, Callable[[Task], bool]] = {
+    "": lambda task: True,
+    "_near": lambda task: task.is_near,
+    "_far": lambda task: not task.is_near,
+}
+
+
+def _paired(
+    one: Tally, other: Tally, tasks: Sequence[Task], kept: Callable[[Task], bool]
+) -> tuple[float | None, float | None, float | None]:
+    """The mean of the paired differences over some tasks, and its 95 % interval."""
+    some = [i for i, task in enumerate(tasks) if kept(task)]
+    if not some:
+        return None, None, None
+    return paired_bootstrap([one.exact[i] for i in some], [other.exact[i] for i in some])
+
+
+def _share(hits: Sequence[bool]) -> float | None:
+    return sum(hits) / len(hits) if hits else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that there are."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _difference(row: Any, which: str) -> str:
+    if row.get(f"difference{which}") is None:
         return "-"
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(
-        *(100 * row[k] for k in ("difference", "difference_low", "difference_high"))
+        *(100 * row[f"difference{which}{end}"] for end in ("", "_low", "_high"))
     )
 
 
-def _write_answers(
-    out: Path, name: str, seed: int, drawn: Drawn, answered: Sequence[tuple[Example, str, bool, int]]
-) -> None:
+def _write_answers(out: Path, name: str, seed: int, drawn: Drawn, answered: Sequence[Answered]) -> None:
     with open(out / "answers.jsonl", "a", encoding="utf-8") as file:
-        for row, answer, is_right, _ in answered:
+        for a in answered:
             line = {
-                "system": name, "seed": seed, "task": drawn.task.name, "description": drawn.description, "input": row.input,
-                "outputs": row.outputs, "answer": answer, "exact": is_right,
+                "system": name, "seed": seed, "task": drawn.task.name, "description": drawn.description, "input": a.row.input,
+                "outputs": a.row.outputs, "answer": a.text, "exact": a.is_exact, "chosen": a.choice,
             }  # fmt: skip
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -24,9 +24,14 @@ _SHARPNESS = 10.0  # of finding: what a key's response, of about 1 a module, is 
 class Outcome:
     """What one batch gave."""
 
-    loss: Tensor  # mean over questions of the mean cross-entropy of their answer tokens
+    by_question: Tensor  # [questions] mean cross-entropy of the answer tokens of each
     exact: float  # share of questions whose answer tokens are all the likeliest, given the true ones before them
     token_accuracy: float  # share of answer tokens that are the likeliest
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean over questions, long answers and short ones alike."""
+        return self.by_question.mean()
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def outcome(logits: Tensor, batch: Batch) -> Outcome:
         torch.zeros(batch.n_questions, device=losses.device).index_add(0, batch.answer_question, losses) / lengths
     )
     hits = torch.zeros_like(per_question).index_add(0, batch.answer_question, right)
-    return Outcome(per_question.mean(), (hits == lengths).float().mean().item(), right.mean().item())
+    return Outcome(per_question, (hits == lengths).float().mean().item(), right.mean().item())
 
 
 def writing_outcome(writes: Writes, batch: Batch) -> WritingOutcome:

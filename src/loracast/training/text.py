@@ -1,13 +1,15 @@
 """Train Text-to-LoRA on tasks (arXiv 2506.06105, section 3.2): descriptions become LoRAs with which the base does the tasks' examples.
 
-Beside the answers' cross-entropy, two terms: generated weights stay small, and what describes nothing (gibberish, random vectors)
-becomes hardly any LoRA, so that a description has to mean something to work.
+Beside the answers' cross-entropy, three terms: generated weights stay small; what describes nothing (gibberish, random vectors) becomes
+hardly any LoRA; and with another task's description the answers are to be less likely than with their own. The last two are what makes
+a description matter: without them part of what is learned is one LoRA for all tasks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import random
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -18,42 +20,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from loracast.base import Base
-from loracast.chat import ChatFormat
 from loracast.encoders.text import DEFAULT_ENCODER, TextEncoder, load_text_encoder
-from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
+from loracast.lora import LoRABatch
 from loracast.target import target_from_config
-from loracast.tasks import Example, Task
-from loracast.training.episodes import Episode, Question, pack
+from loracast.tasks import Task
+from loracast.training.episodes import Episode, pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_with
 from loracast.training.recipe import keys_of, read_recipe_as
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
-from loracast.training.sources import SYSTEM_TURNS
+from loracast.training.task_source import TaskDataConfig, TaskSource
 
 N_GIBBERISH = 256
 """Strings without meaning, drawn once."""
-
-
-@dataclass(frozen=True)
-class TaskDataConfig:
-    """What one step of training on tasks looks like."""
-
-    seed: int = 0
-    """Seed of the data."""
-    tasks_per_step: int = 8
-    """Tasks in one step, all different, each with one of its descriptions."""
-    examples_per_task: int = 8
-    """Examples of each, all different."""
-    max_tokens: int = 256
-    """Longest example, in tokens with its answer; longer ones are left out."""
-
-    def __post_init__(self) -> None:
-        if min(self.tasks_per_step, self.examples_per_task, self.max_tokens) < 1:
-            raise ConfigError("tasks_per_step, examples_per_task and max_tokens must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -72,6 +56,10 @@ class TextRecipe:
     """Weight of the mean square of the generated numbers (published: 1e-3)."""
     calm_weight: float = 0.1
     """Weight of how large the deltas of meaningless conditions are, beside those of descriptions."""
+    contrast_weight: float = 0.0
+    """Weight of how much likelier the answers must be with their own description than with another task's."""
+    contrast_examples: int = 2
+    """Examples of each task that are answered with another task's description as well."""
     data: TaskDataConfig = field(default_factory=TaskDataConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
     asked: frozenset[str] = frozenset()
@@ -79,6 +67,7 @@ class TextRecipe:
 
 
 _OURS = ("kinds", "layers", "encoder")  # of the table [hypernetwork]
+_WEIGHTS = {"size_weight", "calm_weight", "contrast_weight", "contrast_examples"}  # the table [objective]
 
 
 def read_text_recipe(path: Path | None, overrides: Sequence[str] = ()) -> TextRecipe:
@@ -89,64 +78,9 @@ def read_text_recipe(path: Path | None, overrides: Sequence[str] = ()) -> TextRe
         overrides,
         architecture=keys_of(TextToLoRAConfig) - {"modules", "d_text", "n_known"},
         ours=_OURS,
-        objective={"size_weight", "calm_weight"},
+        objective=_WEIGHTS,
         data=TaskDataConfig,
     )
-
-
-@dataclass(frozen=True)
-class TaskStep:
-    """The tasks of one step: a description of each, and examples to do with its LoRA."""
-
-    descriptions: tuple[str, ...]
-    episodes: tuple[Episode, ...]
-
-
-class TaskSource:
-    """Endless steps of training tasks: which tasks, which of their descriptions, which examples. Depends on the seed and the step alone."""
-
-    def __init__(self, config: TaskDataConfig, tasks: Sequence[Task], chat: ChatFormat):
-        self.config, self.chat = config, chat
-        self.tasks = [task for task in tasks if not task.is_heldout and task.seen_descriptions() and task.train]
-        if not self.tasks:
-            raise TrainingError("no task is there to train on: all are held out, or lack descriptions or examples")
-        self._questions = {task.name: self._short_enough(task) for task in self.tasks}
-
-    @property
-    def descriptions(self) -> tuple[str, ...]:
-        """All that training may see."""
-        return tuple(dict.fromkeys(text for task in self.tasks for text in task.seen_descriptions()))
-
-    def step(self, number: int, worker: int = 0) -> TaskStep:
-        """The tasks of step `number` on one of several workers."""
-        c = self.config
-        rng = random.Random(f"{c.seed}/{worker}/{number}")
-        chosen = rng.sample(self.tasks, min(c.tasks_per_step, len(self.tasks)))
-        descriptions = tuple(rng.choice(task.seen_descriptions()) for task in chosen)
-        return TaskStep(descriptions, tuple(self._episode(rng, task) for task in chosen))
-
-    def _episode(self, rng: random.Random, task: Task) -> Episode:
-        """Some examples of a task, under one system turn; the description is nowhere in the prompt."""
-        system = rng.choice(SYSTEM_TURNS)
-        examples = self._questions[task.name]
-        chosen = rng.sample(examples, min(self.config.examples_per_task, len(examples)))
-        return Episode((), tuple(self._question(example, system) for example in chosen), "tasks")
-
-    def _question(self, example: Example, system: str | None) -> Question:
-        return Question(tuple(self.chat.prompt(example.input, system)), tuple(self.chat.answer(example.outputs[0])))
-
-    def _short_enough(self, task: Task) -> list[Example]:
-        """The training examples that fit into `max_tokens` under the longest system turn."""
-        chosen = []
-        for example in task.train:
-            question = self._question(example, None)
-            if len(question.prompt) + len(question.answer) <= self.config.max_tokens:
-                chosen.append(example)
-        if not chosen:
-            raise TrainingError(
-                f"every example of {task.name} is longer than {self.config.max_tokens} tokens; raise data.max_tokens"
-            )
-        return chosen
 
 
 def gibberish(rng: random.Random, n: int) -> list[str]:
@@ -224,12 +158,19 @@ def train_text(
             [a.float().square().mean() + b.float().square().mean() for a, b in loras.factors.values()]
         ).mean()
         loss = seen.loss + recipe.size_weight * size + recipe.calm_weight * calm
+        contrasts: dict[str, float] = {}
+        if recipe.contrast_weight > 0 and len(conditions) > 1:
+            with autocast:
+                contrast = _contrast(base, loras, drawn.episodes, seen.by_question, recipe.contrast_examples)
+            loss = loss + recipe.contrast_weight * contrast
+            contrasts["contrast"] = contrast.item()
         return loss, {
             "answer_loss": seen.loss.item(),
             "exact": seen.exact,
             "token_accuracy": seen.token_accuracy,
             "delta_norm": described.mean().sqrt().item(),
             "calm": calm.item(),
+            **contrasts,
             "questions": batch.n_questions,
             "tokens": batch.n_tokens,
         }
@@ -237,7 +178,7 @@ def train_text(
     about = {
         "tasks": [task.name for task in source.tasks],
         "tasks_sha256": hashlib.sha256(repr(source.tasks).encode()).hexdigest(),
-        "objective": {"size_weight": recipe.size_weight, "calm_weight": recipe.calm_weight},
+        "objective": {name: getattr(recipe, name) for name in sorted(_WEIGHTS)},
         "data": dataclasses.asdict(recipe.data),
     }
     return train_hypernet(
@@ -246,10 +187,26 @@ def train_text(
     )  # fmt: skip
 
 
+def _contrast(base: Base, loras: LoRABatch, episodes: Sequence[Episode], own: Tensor, n_examples: int) -> Tensor:
+    """How little likelier the answers are with their own LoRA than with the next task's: softplus of the difference in nats a token.
+
+    It goes to zero as the difference grows, so that the other task's LoRA is not driven further than it needs to be.
+
+    Args:
+        own: the mean cross-entropy of each answer with its own LoRA [questions].
+    """
+    some = [dataclasses.replace(episode, questions=episode.questions[:n_examples]) for episode in episodes]
+    batch = pack(some, base.pad_id).to(own.device)
+    other = answer_with(base.model, loras.rolled(1), batch)[0].by_question
+    starts = itertools.accumulate((len(episode.questions) for episode in episodes[:-1]), initial=0)
+    kept = [start + i for start, episode in zip(starts, some, strict=True) for i in range(len(episode.questions))]
+    return functional.softplus(own[kept] - other).mean()
+
+
 def _meaningless(nonsense: Tensor, n: int, rng: random.Random) -> Tensor:
     """Conditions [n, d] that describe nothing: half of them gibberish as the encoder sees it, half random directions."""
     of_strings = nonsense[rng.choices(range(len(nonsense)), k=n - n // 2)]
     free = torch.Generator().manual_seed(rng.randrange(2**31))
     random_ones = torch.randn(n // 2, nonsense.shape[1], generator=free).to(nonsense)
-    random_ones = torch.nn.functional.normalize(random_ones, dim=-1) * nonsense.shape[1] ** 0.5
+    random_ones = functional.normalize(random_ones, dim=-1) * nonsense.shape[1] ** 0.5
     return torch.cat([of_strings, random_ones])

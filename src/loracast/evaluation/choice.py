@@ -1,0 +1,58 @@
+"""Multiple choice by log-likelihood: which of a few answers a base finds likeliest, whatever it would have written itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loracast.base import Base
+from loracast.lora import LoRA, stack
+from loracast.training.episodes import Episode, Question, pack
+from loracast.training.objective import answer_with
+
+_MAX_TOKENS = 4000
+"""Tokens of one batch."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The likeliest of some answers, by their place."""
+
+    by_sum: int
+    """By the log-probability of all of its tokens, the end of the turn included."""
+    by_byte: int
+    """By the same for each byte of it, which is fair to long answers (`acc_norm` of lm-evaluation-harness)."""
+
+
+@torch.no_grad()
+def likeliest(
+    base: Base, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[str]], lora: LoRA | None
+) -> list[Choice]:
+    """For each prompt, the likeliest of its answers. The answers of a prompt are branches of one row: it is read once.
+
+    Args:
+        prompts: token ids.
+        answers: for each prompt the texts to choose from.
+    """
+    episodes = [
+        Episode((), tuple(Question(tuple(prompt), tuple(base.chat.answer(text))) for text in texts))
+        for prompt, texts in zip(prompts, answers, strict=True)
+    ]
+    sizes = [len(e.questions[0].prompt) + sum(len(q.answer) for q in e.questions) for e in episodes]
+    batches: list[list[int]] = []  # of the rows' places, the longest first
+    for i in sorted(range(len(episodes)), key=lambda i: -sizes[i]):
+        if batches and (len(batches[-1]) + 1) * sizes[batches[-1][0]] <= _MAX_TOKENS:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    chosen: dict[int, Choice] = {}
+    for rows in batches:
+        batch = pack([episodes[i] for i in rows], base.pad_id).to(base.device)
+        losses = answer_with(base.model, stack([lora]), batch)[0].by_question  # mean over each answer's tokens
+        sums = losses * torch.bincount(batch.answer_question)
+        for i, of_prompt in zip(rows, sums.split([len(answers[i]) for i in rows]), strict=True):
+            lengths = torch.tensor([max(1, len(text.encode())) for text in answers[i]], device=of_prompt.device)
+            chosen[i] = Choice(int(of_prompt.argmin()), int((of_prompt / lengths).argmin()))
+    return [chosen[i] for i in range(len(episodes))]

@@ -1,0 +1,107 @@
+"""What trainings on tasks draw at each step: which tasks, which of their descriptions, which examples.
+
+Text-to-LoRA, the oracles and the multi-task LoRA all draw from here, so that with one seed they see the same rows in the same steps.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loracast.chat import ChatFormat
+from loracast.errors import ConfigError, TrainingError
+from loracast.tasks import Example, Task, with_description
+from loracast.training.episodes import Episode, Question
+from loracast.training.sources import SYSTEM_TURNS
+
+
+@dataclass(frozen=True)
+class TaskDataConfig:
+    """What one step of training on tasks looks like."""
+
+    seed: int = 0
+    """Seed of the data."""
+    tasks_per_step: int = 8
+    """Tasks in one step, all different, each with one of its descriptions."""
+    examples_per_task: int = 8
+    """Examples of each, all different."""
+    max_tokens: int = 256
+    """Longest example, in tokens with its answer; longer ones are left out."""
+
+    def __post_init__(self) -> None:
+        if min(self.tasks_per_step, self.examples_per_task, self.max_tokens) < 1:
+            raise ConfigError("tasks_per_step, examples_per_task and max_tokens must be at least 1")
+
+
+@dataclass(frozen=True)
+class TaskStep:
+    """The tasks of one step: a description of each, and examples to do with its LoRA."""
+
+    descriptions: tuple[str, ...]
+    episodes: tuple[Episode, ...]
+
+
+class TaskSource:
+    """Endless steps of training tasks: which tasks, which of their descriptions, which examples. Depends on the seed and the step alone.
+
+    Args:
+        heldout_too: held-out tasks as well, of which otherwise nothing is ever drawn: for their oracles.
+        described: each prompt carries the description that was drawn, as a rival without an adapter would be told it.
+    """
+
+    def __init__(
+        self,
+        config: TaskDataConfig,
+        tasks: Sequence[Task],
+        chat: ChatFormat,
+        *,
+        heldout_too: bool = False,
+        described: bool = False,
+    ):
+        self.config, self.chat, self.described = config, chat, described
+        self.tasks = [
+            task for task in tasks if (heldout_too or not task.is_heldout) and task.seen_descriptions() and task.train
+        ]
+        if not self.tasks:
+            raise TrainingError("no task is there to train on: all are held out, or lack descriptions or examples")
+        self._questions = {task.name: self._short_enough(task) for task in self.tasks}
+
+    @property
+    def descriptions(self) -> tuple[str, ...]:
+        """All that training may see."""
+        return tuple(dict.fromkeys(text for task in self.tasks for text in task.seen_descriptions()))
+
+    def step(self, number: int, worker: int = 0) -> TaskStep:
+        """The tasks of step `number` on one of several workers."""
+        c = self.config
+        rng = random.Random(f"{c.seed}/{worker}/{number}")
+        chosen = rng.sample(self.tasks, min(c.tasks_per_step, len(self.tasks)))
+        descriptions = tuple(rng.choice(task.seen_descriptions()) for task in chosen)
+        told = descriptions if self.described else [None] * len(chosen)
+        episodes = [self._episode(rng, task, text) for task, text in zip(chosen, told, strict=True)]
+        return TaskStep(descriptions, tuple(episodes))
+
+    def _episode(self, rng: random.Random, task: Task, description: str | None = None) -> Episode:
+        """Some examples of a task, under one system turn; the description is in their prompts only where it is given."""
+        system = rng.choice(SYSTEM_TURNS)
+        examples = self._questions[task.name]
+        chosen = rng.sample(examples, min(self.config.examples_per_task, len(examples)))
+        return Episode((), tuple(self._question(example, system, description) for example in chosen), "tasks")
+
+    def _question(self, example: Example, system: str | None, description: str | None = None) -> Question:
+        asked = example.input if description is None else with_description(description, example.input)
+        return Question(tuple(self.chat.prompt(asked, system)), tuple(self.chat.answer(example.outputs[0])))
+
+    def _short_enough(self, task: Task) -> list[Example]:
+        """The training examples that fit into `max_tokens` under the longest system turn."""
+        chosen = []
+        for example in task.train:
+            question = self._question(example, None)
+            if len(question.prompt) + len(question.answer) <= self.config.max_tokens:
+                chosen.append(example)
+        if not chosen:
+            raise TrainingError(
+                f"every example of {task.name} is longer than {self.config.max_tokens} tokens; raise data.max_tokens"
+            )
+        return chosen
