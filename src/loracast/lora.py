@@ -191,16 +191,43 @@ class LoRABatch:
         factors = {name: Factors(a[first:end], b[first:end]) for name, (a, b) in self.factors.items()}
         return LoRABatch(end - first, factors, {name: delta[first:end] for name, delta in self.dense.items()})
 
-    def rolled(self, shift: int) -> LoRABatch:
-        """The rows shifted in a circle: row i gets the LoRA of row i - shift."""
-        factors = {name: Factors(a.roll(shift, 0), b.roll(shift, 0)) for name, (a, b) in self.factors.items()}
-        return LoRABatch(self.n, factors, {name: delta.roll(shift, 0) for name, delta in self.dense.items()})
+    def to(self, device: torch.device | str) -> LoRABatch:
+        factors = {name: Factors(a.to(device), b.to(device)) for name, (a, b) in self.factors.items()}
+        return LoRABatch(self.n, factors, {name: delta.to(device) for name, delta in self.dense.items()})
+
+    def take(self, rows: Sequence[int]) -> LoRABatch:
+        """Some rows, in this order, as a batch of their own."""
+        order = list(rows)
+        factors = {name: Factors(a[order], b[order]) for name, (a, b) in self.factors.items()}
+        return LoRABatch(len(order), factors, {name: delta[order] for name, delta in self.dense.items()})
 
     def squared_norms(self) -> Tensor:
-        """The squared Frobenius norm of each row's delta, over all modules [n], differentiable; of factors by the Gram identity."""
-        squares = [((b.mT @ b).float() * (a @ a.mT).float()).sum((1, 2)) for a, b in self.factors.values()]
-        squares += [delta.float().square().sum((1, 2)) for delta in self.dense.values()]
-        return torch.stack(squares).sum(0)
+        """The squared Frobenius norm of each row's delta, over all modules [n], differentiable."""
+        return self.inner(self)
+
+    def inner(self, other: LoRABatch) -> Tensor:
+        """The Frobenius inner product of each row's delta with the other batch's, over all modules [n], differentiable.
+
+        Of factors by the Gram identity <B A, D C> = <B' D, A C'>, never dense; ranks may differ. Modules that one of them lacks count nothing.
+        """
+        products = [
+            ((b.mT @ other.factors[name].b).float() * (a @ other.factors[name].a.mT).float()).sum((1, 2))
+            for name, (a, b) in self.factors.items()
+            if name in other.factors
+        ]
+        products += [
+            (delta.float() * other.dense[name].float()).sum((1, 2))
+            for name, delta in self.dense.items()
+            if name in other.dense
+        ]
+        mixed = [
+            (one, two, name) for one, two in ((self, other), (other, self)) for name in one.dense if name in two.factors
+        ]
+        products += [
+            ((one.dense[name].float() @ two.factors[name].a.float().mT) * two.factors[name].b.float()).sum((1, 2))
+            for one, two, name in mixed
+        ]
+        return torch.stack(products).sum(0) if products else torch.zeros(self.n)
 
     def row(self, i: int) -> LoRA:
         """One row as a LoRA, views and not copies."""

@@ -85,6 +85,12 @@ def text(
     tasks: Tasks,
     recipe: Recipe = None,
     change: Change = None,
+    oracles: Annotated[
+        Path | None,
+        typer.Option(
+            help="Library of `loracast train oracle`: learn to give its LoRAs, in place of doing the tasks' examples."
+        ),
+    ] = None,
     init_from: InitFrom = None,
     base: Base = None,
     budget: Budget = None,
@@ -100,12 +106,13 @@ def text(
 
     settings = read_text_recipe(recipe, _overrides(change, budget))
     found = read_tasks(tasks)
-    command = _command("text", recipe, change, init_from)
+    command = _command("text", recipe, change, init_from) + (f" --oracles {oracles.name}" if oracles else "")
 
     def run(loaded, workers, on_metrics):
         return train_text(
-            loaded, settings, found, out, init_from=init_from, command=command, workers=workers, on_metrics=on_metrics
-        )
+            loaded, settings, found, out,
+            oracles=oracles, init_from=init_from, command=command, workers=workers, on_metrics=on_metrics,
+        )  # fmt: skip
 
     _train(run, settings.training, out, base, device, as_json)
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from loracast.errors import LoracastError
 
+_SHARES = ("token_accuracy", "relative_error")
+
 
 def plot_metrics(metrics: Path, picture: Path) -> None:
-    """Draw loss and exact match over the steps, with a second axis of hours. Needs the extra `train`."""
+    """Draw the loss, and what lies between 0 and 1, over the steps. Needs the extra `train`."""
     try:
         import matplotlib
     except ImportError as error:
@@ -23,13 +25,14 @@ def plot_metrics(metrics: Path, picture: Path) -> None:
     steps = [row["step"] for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     left.plot(steps, [row["loss"] for row in rows], color="tab:blue")
-    left.set(xlabel="step", ylabel="cross-entropy of the answers", title="loss", yscale="log")
-    names = [*sorted({name for row in rows for name in row if name.startswith("exact")}), "token_accuracy"]
-    for name in names:
+    left.set(xlabel="step", title="loss", yscale="log")
+    figures = sorted({name for row in rows for name in row if name.startswith("exact") or name in _SHARES})
+    for name in figures:
         points = [(row["step"], row[name]) for row in rows if name in row]
         right.plot(*zip(*points, strict=True), label=name.replace("_", " "))
-    right.set(xlabel="step", ylim=(0, 1), title="training answers, teacher-forced")
-    right.legend(loc="upper left")
+    right.set(xlabel="step", ylim=(0, 1), title="training, teacher-forced")
+    if figures:
+        right.legend(loc="upper left")
     hours = rows[-1]["elapsed_s"] / 3600
     figure.suptitle(f"{rows[-1]['step']} steps in {hours:.1f} h")
     figure.savefig(picture, dpi=120)

@@ -30,7 +30,11 @@ class ProgressLine:
         """Show the figures of a log entry."""
         if not self.enabled:
             return
-        named = [(name, metrics[name]) for name in ("loss", "exact", "token_accuracy", "grad_norm") if name in metrics]
+        named = [
+            (name, metrics[name])
+            for name in ("loss", "exact", "token_accuracy", "relative_error", "grad_norm")
+            if name in metrics
+        ]
         figures = "  ".join(f"{name} {value:.3f}" for name, value in named)
         if self._bar:
             self._bar.update(self._task, completed=metrics["step"], figures=figures)

@@ -36,8 +36,9 @@ class TaskDataConfig:
 
 @dataclass(frozen=True)
 class TaskStep:
-    """The tasks of one step: a description of each, and examples to do with its LoRA."""
+    """The tasks of one step: their names, a description of each, and examples to do with its LoRA."""
 
+    tasks: tuple[str, ...]
     descriptions: tuple[str, ...]
     episodes: tuple[Episode, ...]
 
@@ -80,7 +81,7 @@ class TaskSource:
         descriptions = tuple(rng.choice(task.seen_descriptions()) for task in chosen)
         told = descriptions if self.described else [None] * len(chosen)
         episodes = [self._episode(rng, task, text) for task, text in zip(chosen, told, strict=True)]
-        return TaskStep(descriptions, tuple(episodes))
+        return TaskStep(tuple(task.name for task in chosen), descriptions, tuple(episodes))
 
     def _episode(self, rng: random.Random, task: Task, description: str | None = None) -> Episode:
         """Some examples of a task, under one system turn; the description is in their prompts only where it is given."""

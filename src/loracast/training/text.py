@@ -1,4 +1,5 @@
-"""Train Text-to-LoRA on tasks (arXiv 2506.06105, section 3.2): descriptions become LoRAs with which the base does the tasks' examples.
+"""Train Text-to-LoRA on tasks (arXiv 2506.06105, section 3.2): descriptions become LoRAs with which the base does the tasks' examples; or by
+reconstruction (section 3.1, `reconstruction.py`).
 
 Beside the answers' cross-entropy, three terms: generated weights stay small; what describes nothing (gibberish, random vectors) becomes
 hardly any LoRA; and with another task's description the answers are to be less likely than with their own. The last two are what makes
@@ -16,14 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.base import Base
 from loracast.encoders.text import DEFAULT_ENCODER, TextEncoder, load_text_encoder
+from loracast.errors import ConfigError
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora import LoRABatch
 from loracast.target import target_from_config
@@ -32,9 +34,10 @@ from loracast.training.episodes import Episode, pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_with
 from loracast.training.recipe import keys_of, read_recipe_as
+from loracast.training.reconstruction import Match, matching, read_library, relative_error, tasks_with_oracles
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
-from loracast.training.task_source import TaskDataConfig, TaskSource
+from loracast.training.task_source import TaskDataConfig, TaskSource, TaskStep
 
 N_GIBBERISH = 256
 """Strings without meaning, drawn once."""
@@ -60,14 +63,20 @@ class TextRecipe:
     """Weight of how much likelier the answers must be with their own description than with another task's."""
     contrast_examples: int = 2
     """Examples of each task that are answered with another task's description as well."""
+    match: Match = "product"
+    """Of reconstruction: what of a LoRA must match the oracle."""
     data: TaskDataConfig = field(default_factory=TaskDataConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
     asked: frozenset[str] = frozenset()
     """Keys of the table `[hypernetwork]` that were given: `--init-from` leaves no room for any."""
 
+    def __post_init__(self) -> None:
+        if self.match not in get_args(Match):
+            raise ConfigError(f"unknown match {self.match!r}; one of {', '.join(get_args(Match))}")
+
 
 _OURS = ("kinds", "layers", "encoder")  # of the table [hypernetwork]
-_WEIGHTS = {"size_weight", "calm_weight", "contrast_weight", "contrast_examples"}  # the table [objective]
+_OBJECTIVE = {"size_weight", "calm_weight", "contrast_weight", "contrast_examples", "match"}  # the table [objective]
 
 
 def read_text_recipe(path: Path | None, overrides: Sequence[str] = ()) -> TextRecipe:
@@ -78,7 +87,7 @@ def read_text_recipe(path: Path | None, overrides: Sequence[str] = ()) -> TextRe
         overrides,
         architecture=keys_of(TextToLoRAConfig) - {"modules", "d_text", "n_known"},
         ours=_OURS,
-        objective=_WEIGHTS,
+        objective=_OBJECTIVE,
         data=TaskDataConfig,
     )
 
@@ -108,6 +117,7 @@ def train_text(
     tasks: Sequence[Task],
     out_dir: Path,
     *,
+    oracles: Path | None = None,
     init_from: Path | None = None,
     command: str = "",
     workers: Workers | None = None,
@@ -116,6 +126,8 @@ def train_text(
     """Train a hypernetwork for `base` on the tasks that are not held out, or go on where `out_dir` has a run with the same settings.
 
     Args:
+        oracles: a library of LoRAs trained on tasks (`training/oracle.py`); the hypernetwork learns to give these to their tasks' descriptions
+            (reconstruction), in place of what makes the base do the tasks' examples.
         init_from: a hypernetwork folder whose weights a fresh run starts from (its config is used, and the recipe's
             `[hypernetwork]` table must be empty).
         command: kept in the checkpoint's provenance.
@@ -124,31 +136,61 @@ def train_text(
         the last metrics. The hypernetwork lies in `out_dir` (fp32), the metrics in `metrics.jsonl`.
     """
     workers = workers or Workers.join(base.device.type)
-    source = TaskSource(recipe.data, tasks, base.chat)
+    source = TaskSource(recipe.data, tasks if oracles is None else tasks_with_oracles(tasks, oracles), base.chat)
     if init_from is not None:
         hypernet = start_from(init_from, TextToLoRA, base, recipe.asked | recipe.hypernetwork.keys())
         encoder = load_text_encoder(hypernet.config.encoder, base)
     else:
         encoder = load_text_encoder(recipe.encoder, base)
         hypernet = build_text_hypernet(base, recipe, encoder)
-    known = encoder(source.descriptions).to(workers.device)  # [descriptions, d_text]
-    hypernet.know(known)
-    row_of = {text: i for i, text in enumerate(source.descriptions)}
-    nonsense = encoder(gibberish(random.Random(recipe.data.seed), N_GIBBERISH)).to(workers.device)
+    hypernet.know(encoder(source.descriptions).to(workers.device))
     hypernet.to(workers.device).train()
     wrapped = workers.wrap(hypernet)
-    n_micro = recipe.training.accumulate
+    if oracles is None:
+        nonsense = encoder(gibberish(random.Random(recipe.data.seed), N_GIBBERISH)).to(workers.device)
+        of_step = _by_examples(base, recipe, wrapped, nonsense)
+    else:
+        library = read_library(source.tasks, oracles, base.fingerprint, hypernet.config, recipe.match)
+        of_step = _by_oracles(wrapped, library.to(workers.device), recipe.match, source)
+    row_of = {text: i for i, text in enumerate(source.descriptions)}
 
     def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
-        number = step * n_micro + micro
+        number = step * recipe.training.accumulate + micro
         drawn = source.step(number, workers.rank)
-        batch = pack(drawn.episodes, base.pad_id).to(workers.device)
-        conditions = known[[row_of[text] for text in drawn.descriptions]]
         torch.manual_seed(number)  # dropout depends on the step alone: resumed training is the same, on any device
+        return of_step(number, drawn, hypernet.known[[row_of[text] for text in drawn.descriptions]])
+
+    about = {
+        "tasks": [task.name for task in source.tasks],
+        "tasks_sha256": hashlib.sha256(repr(source.tasks).encode()).hexdigest(),
+        "objective": {name: getattr(recipe, name) for name in sorted(_OBJECTIVE)},
+        "data": dataclasses.asdict(recipe.data),
+    }
+    if oracles is not None:
+        about["oracles"] = oracles.name
+    return train_hypernet(
+        hypernet, objective, recipe.training, out_dir,
+        base=base, init_from=init_from, about=about, command=command, workers=workers, on_metrics=on_metrics,
+    )  # fmt: skip
+
+
+OfStep = Callable[[int, TaskStep, Tensor], tuple[Tensor, dict[str, float]]]
+"""(number of the step, what was drawn, embeddings of its descriptions [n, d_text]) -> loss, and figures to log."""
+
+
+def _by_examples(base: Base, recipe: TextRecipe, hypernet: nn.Module, nonsense: Tensor) -> OfStep:
+    """The base does the tasks' examples, with a LoRA made from each task's description.
+
+    Args:
+        nonsense: embeddings of gibberish [m, d_text].
+    """
+
+    def of_step(number: int, drawn: TaskStep, conditions: Tensor) -> tuple[Tensor, dict[str, float]]:
+        batch = pack(drawn.episodes, base.pad_id).to(conditions.device)
         meaningless = _meaningless(nonsense, len(conditions), random.Random(f"{recipe.data.seed}/calm/{number}"))
-        autocast = torch.autocast(workers.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
+        autocast = torch.autocast(conditions.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
         with autocast:
-            both = wrapped(torch.cat([conditions, meaningless]))
+            both = hypernet(torch.cat([conditions, meaningless]))
             loras = both.rows(0, len(conditions))
             seen, _ = answer_with(base.model, loras, batch)
         squares = both.squared_norms()
@@ -175,20 +217,26 @@ def train_text(
             "tokens": batch.n_tokens,
         }
 
-    about = {
-        "tasks": [task.name for task in source.tasks],
-        "tasks_sha256": hashlib.sha256(repr(source.tasks).encode()).hexdigest(),
-        "objective": {name: getattr(recipe, name) for name in sorted(_WEIGHTS)},
-        "data": dataclasses.asdict(recipe.data),
-    }
-    return train_hypernet(
-        hypernet, objective, recipe.training, out_dir,
-        base=base, init_from=init_from, about=about, command=command, workers=workers, on_metrics=on_metrics,
-    )  # fmt: skip
+    return of_step
+
+
+def _by_oracles(hypernet: nn.Module, library: LoRABatch, match: Match, source: TaskSource) -> OfStep:
+    """What the descriptions become matches the LoRAs that were trained on their tasks; the base is not asked."""
+    row_of = {task.name: i for i, task in enumerate(source.tasks)}
+    loss_of = matching(library, match)
+
+    def of_step(number: int, drawn: TaskStep, conditions: Tensor) -> tuple[Tensor, dict[str, float]]:
+        rows = [row_of[name] for name in drawn.tasks]
+        made = hypernet(conditions)
+        with torch.no_grad():
+            error = relative_error(made, library.take(rows)).mean().sqrt().item()
+        return loss_of(made, rows), {"relative_error": error, "tasks": len(rows)}
+
+    return of_step
 
 
 def _contrast(base: Base, loras: LoRABatch, episodes: Sequence[Episode], own: Tensor, n_examples: int) -> Tensor:
-    """How little likelier the answers are with their own LoRA than with the next task's: softplus of the difference in nats a token.
+    """How little likelier the answers are with their own LoRA than with that of the task before it: softplus of the difference in nats a token.
 
     It goes to zero as the difference grows, so that the other task's LoRA is not driven further than it needs to be.
 
@@ -197,7 +245,7 @@ def _contrast(base: Base, loras: LoRABatch, episodes: Sequence[Episode], own: Te
     """
     some = [dataclasses.replace(episode, questions=episode.questions[:n_examples]) for episode in episodes]
     batch = pack(some, base.pad_id).to(own.device)
-    other = answer_with(base.model, loras.rolled(1), batch)[0].by_question
+    other = answer_with(base.model, loras.take([i - 1 for i in range(len(episodes))]), batch)[0].by_question
     starts = itertools.accumulate((len(episode.questions) for episode in episodes[:-1]), initial=0)
     kept = [start + i for start, episode in zip(starts, some, strict=True) for i in range(len(episode.questions))]
     return functional.softplus(own[kept] - other).mean()

@@ -1,0 +1,129 @@
+"""Reconstruction: the losses against dense products, and a hypernetwork that gives back the LoRAs of a library."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from loracast.errors import ConfigError
+from loracast.hypernets.store import from_pretrained
+from loracast.hypernets.text_to_lora import TextToLoRA
+from loracast.lora import Factors, LoRA, LoRABatch, stack
+from loracast.tasks import read_tasks
+from loracast.training.loop import TrainConfig
+from loracast.training.oracle import OracleConfig, OracleRecipe, read_oracle, train_oracles
+from loracast.training.plots import plot_metrics
+from loracast.training.reconstruction import canonical, matching, relative_error
+from loracast.training.task_source import TaskDataConfig
+from loracast.training.text import TextRecipe, train_text
+from test_tasks import WordCounts, answer_loss, word_encoder, write_suite  # noqa: F401
+
+
+def random_lora(rank: int, seed: int) -> LoRA:
+    free = torch.Generator().manual_seed(seed)
+    shapes = {"q": (10, 6), "v": (4, 6)}
+    return LoRA(
+        {
+            name: Factors(torch.randn(rank, d_in, generator=free), torch.randn(d_out, rank, generator=free))
+            for name, (d_out, d_in) in shapes.items()
+        }
+    )
+
+
+def dense(lora: LoRA) -> torch.Tensor:
+    return torch.cat([lora.delta(name).flatten() for name in sorted(lora.names)])
+
+
+def test_inner_products_and_errors_are_those_of_the_dense_deltas():
+    ones, others = ([random_lora(rank, 10 * rank + i) for i in range(3)] for rank in (2, 3))
+    batches = [stack(loras) for loras in (ones, others)]
+    expected = torch.stack([dense(one) @ dense(other) for one, other in zip(ones, others, strict=True)])
+    torch.testing.assert_close(batches[0].inner(batches[1]), expected, rtol=1e-4, atol=1e-4)
+    expected = torch.stack(
+        [(dense(a) - dense(b)).norm() ** 2 / dense(b).norm() ** 2 for a, b in zip(ones, others, strict=True)]
+    )
+    torch.testing.assert_close(relative_error(*batches), expected, rtol=1e-4, atol=1e-4)
+    as_dense = stack([LoRA(dense={name: lora.delta(name) for name in lora.names}) for lora in others])
+    torch.testing.assert_close(batches[0].inner(as_dense), batches[0].inner(batches[1]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(as_dense.inner(batches[0]), batches[0].inner(batches[1]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(as_dense.inner(as_dense), batches[1].squared_norms(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_canonical_form_is_the_same_for_all_factors_of_one_product():
+    lora = random_lora(3, 1)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(5)))[0] @ torch.diag(
+        torch.tensor([2.0, -0.5, 1.0])
+    )
+    turned = LoRA({name: Factors(torch.linalg.inv(turn) @ a, b @ turn) for name, (a, b) in lora.factors.items()})
+    for name, (a, b) in canonical(lora).factors.items():
+        torch.testing.assert_close(b @ a, lora.delta(name), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(canonical(turned).factors[name].a, a, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(canonical(turned).factors[name].b, b, atol=1e-4, rtol=1e-3)
+
+
+def test_factors_are_compared_in_units_of_how_much_they_differ():
+    """Against numpy-like arithmetic on one module; the product's loss does not see a turn of the factors, the factors' loss does."""
+    loras = [random_lora(2, i) for i in range(4)]
+    library = stack(loras)
+    made = stack([random_lora(2, 9), loras[2]])
+    errors = []
+    for name in ("q", "v"):
+        for side in (0, 1):
+            factor = library.factors[name][side]
+            deviation = ((factor - factor.mean(0)) ** 2).mean(0).sqrt()
+            unit = deviation + 0.1 * deviation.mean() + 1e-8
+            errors.append(((made.factors[name][side] - factor[[1, 2]]).abs() / unit).mean())
+    torch.testing.assert_close(matching(library, "factors")(made, [1, 2]), torch.stack(errors).mean())
+    turned = LoRABatch(4, {n: Factors(-a, -b) for n, (a, b) in library.factors.items()}, {})
+    rows = [0, 1, 2, 3]
+    assert matching(library, "product")(turned, rows).abs() < 1e-5 < 0.5 < matching(library, "factors")(turned, rows)
+
+
+@pytest.mark.parametrize(("match", "error"), [("product", 0.2), ("factors", 0.65), ("canonical_factors", 0.65)])
+def test_descriptions_give_back_the_oracles(match, error, base, word_encoder, tmp_path):  # noqa: F811
+    tasks = read_tasks(write_suite(tmp_path))
+    recipe = OracleRecipe(
+        OracleConfig(("q_proj", "v_proj", "down_proj"), rank=2),
+        TaskDataConfig(examples_per_task=5),
+        TrainConfig(steps=40, lr=5e-3, warmup_steps=4, bf16=False),
+    )
+    train_oracles(base, recipe, tasks, tmp_path / "library")
+    text = TextRecipe(
+        kinds=("q_proj", "v_proj", "down_proj"),
+        hypernetwork={"rank": 2, "width": 16, "head_width": 16, "dropout": 0.0},
+        match=match,
+        data=TaskDataConfig(tasks_per_step=2),
+        training=TrainConfig(steps=200, lr=1e-2, warmup_steps=10, log_every=10, bf16=False),
+    )
+    rows: list[dict[str, float]] = []
+    train_text(base, text, tasks, tmp_path / "run", oracles=tmp_path / "library", on_metrics=rows.append)
+    assert rows[0]["relative_error"] > 0.6 and rows[-1]["relative_error"] < error and rows[-1]["tasks"] == 2
+    hypernet, _ = from_pretrained(tmp_path / "run", TextToLoRA)
+    descriptions = [f"train words for {name}" for name in ("opposite", "shout")]
+    made = answer_loss(base, hypernet, descriptions, ["opposite", "shout"], tmp_path)
+    swapped = answer_loss(base, hypernet, descriptions[::-1], ["opposite", "shout"], tmp_path)
+    assert made < 0.7 * swapped
+    plot_metrics(tmp_path / "run" / "metrics.jsonl", tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+    with torch.no_grad():
+        lora = hypernet(WordCounts()(descriptions)).row(0)
+    own = read_oracle(tmp_path / "library" / "opposite", base.fingerprint)
+    assert (dense(lora) - dense(own)).norm() < error * dense(own).norm()
+    for change, message in (
+        ({"kinds": ("q_proj",)}, "other modules"),
+        ({"hypernetwork": {**text.hypernetwork, "rank": 1}}, "rank 2, the hypernetwork 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train_text(
+                base, dataclasses.replace(text, **change), tasks, tmp_path / "other", oracles=tmp_path / "library"
+            )
+
+
+def test_a_library_without_training_tasks_and_an_unknown_match_are_refused(base, word_encoder, tmp_path):  # noqa: F811
+    tasks = read_tasks(write_suite(tmp_path))
+    with pytest.raises(ConfigError, match="has no oracle of a training task"):
+        train_text(base, TextRecipe(), tasks, tmp_path / "run", oracles=tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="unknown match 'weights'"):
+        TextRecipe(match="weights")  # type: ignore[arg-type]
