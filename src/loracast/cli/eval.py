@@ -35,6 +35,7 @@ Route = Annotated[int, typer.Option(help="Chunks that a question is given when r
 ChunkTokens = Annotated[int, typer.Option(help="Longest chunk, in tokens.", min=16)]
 Seed = Annotated[int, typer.Option(help="Seed of documents and questions.")]
 Budget = Annotated[float | None, typer.Option("--budget-s", help="Stop drawing documents after this many seconds.")]
+Tasks = Annotated[Path, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")]
 Split = Annotated[str, typer.Option(help="Wordings and entities: dev to choose between settings, test to report.")]
 
 
@@ -171,7 +172,7 @@ def memory(
 @app.command()
 def tasks(
     out: Out,
-    tasks: Annotated[Path, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")],
+    tasks: Tasks,
     hypernetwork: Annotated[
         str | None, typer.Option("--hypernetwork", help="Folder or hub id of a text-to-LoRA hypernetwork.")
     ] = None,
@@ -238,6 +239,21 @@ def tasks(
     )
     with _progress("rows") as progress:
         report = evaluate_tasks(given, config, out, progress)
+    _show(report, out, as_json)
+
+
+@app.command()
+def overlap(
+    out: Out,
+    tasks: Tasks,
+    near: Annotated[float, typer.Option(help="Share of common words from which two inputs are nearly the same.")] = 0.8,
+    as_json: options.Json = False,
+) -> None:
+    """What held-out tasks share with those of the training: the same rows, nearly the same inputs, descriptions that say the same."""
+    from loracast.evaluation.overlap import OverlapConfig, evaluate_overlap
+
+    with _progress("tasks") as progress:
+        report = evaluate_overlap(OverlapConfig(str(tasks), near), out, progress)
     _show(report, out, as_json)
 
 

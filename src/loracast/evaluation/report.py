@@ -122,16 +122,16 @@ def write_answers(out: Path, outcomes: Sequence[Outcome], **common: object) -> N
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def environment(base: Base, hypernetwork: str | None) -> dict[str, Any]:
-    """Where and with what the figures came about: a base, and the hash of a hypernetwork, if one is used."""
+def environment(base: Base | None, hypernetwork: str | None = None) -> dict[str, Any]:
+    """Where and with what the figures came about: a base and the hash of a hypernetwork, if they are used."""
     import torch
     import transformers
 
-    device = base.device
+    device = base.device if base else torch.device("cpu")
     return {
         "command": shlex.join(["loracast", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base": asdict(base.fingerprint),
+        "base": asdict(base.fingerprint) if base else None,
         "hypernetwork": hypernetwork,
         "versions": {
             "python": platform.python_version(),

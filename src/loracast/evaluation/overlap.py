@@ -1,0 +1,128 @@
+"""What held-out tasks share with training tasks: rows that are the same or nearly so, and descriptions that say the same.
+
+A figure on held-out tasks is worth what these tables leave of it. Texts are compared as sets of words (lower case, punctuation apart) by
+their Jaccard index, each held-out test row with every row of every training task.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from loracast.errors import ConfigError
+from loracast.evaluation.metrics import normalise
+from loracast.evaluation.report import Column, Report, environment, number, percent, text
+from loracast.tasks import Example, read_tasks
+
+Progress = Callable[[int, int], None]
+
+COLUMNS: tuple[Column, ...] = (
+    text("task", "held-out task"),
+    number("n", "test rows"),
+    percent("same", "same row %"),
+    percent("same_input", "same input %"),
+    percent("near_input", "near input %"),
+    text("near_task", "most of them in"),
+    number("description", "nearest description", 2),
+    text("description_task", "which is of"),
+)
+
+
+@dataclass(frozen=True)
+class OverlapConfig:
+    """What `loracast eval overlap` compares."""
+
+    tasks: str
+    """A folder of task files, or a file of examples."""
+    near: float = 0.8
+    """Jaccard index of their words from which two inputs are nearly the same."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.near <= 1:
+            raise ConfigError("near must lie above 0 and be at most 1")
+
+
+def evaluate_overlap(config: OverlapConfig, out: Path, progress: Progress = lambda done, total: None) -> Report:
+    """Compare every held-out task with all training tasks.
+
+    Raises:
+        ConfigError: there are no held-out tasks, or no others.
+    """
+    tasks = read_tasks(config.tasks)
+    heldout = [task for task in tasks if task.is_heldout and task.test]
+    training = [task for task in tasks if not task.is_heldout]
+    if not heldout or not training:
+        raise ConfigError(f"{config.tasks} needs held-out tasks with test rows, and others, to compare them")
+    rows_of_training = [(task.name, row) for task in training for row in task.train + task.test]
+    inputs = WordIndex([row.input for _, row in rows_of_training])
+    input_texts = {normalise(row.input) for _, row in rows_of_training}
+    pairs = {pair for _, row in rows_of_training for pair in _pairs(row)}
+    described = [(task.name, words) for task in training for words in task.seen_descriptions()]
+    descriptions = WordIndex([words for _, words in described])
+    rows = []
+    for i, task in enumerate(heldout):
+        similar = [inputs.similarities(row.input) for row in task.test]  # each [rows of training]
+        same = [normalise(row.input) in input_texts for row in task.test]
+        near = [is_same or row.max(initial=0.0) >= config.near for is_same, row in zip(same, similar, strict=True)]
+        homes = [rows_of_training[j][0] for row in similar for j in np.flatnonzero(row >= config.near)]
+        told = [text for texts in task.descriptions.values() for text in texts]
+        closeness = [descriptions.similarities(text) for text in told]
+        best = max(range(len(told)), key=lambda k: closeness[k].max(initial=0.0)) if told else None
+        rows.append(
+            {
+                "task": task.name,
+                "is_near": task.is_near,
+                "n": len(task.test),
+                "same": _share(not pairs.isdisjoint(_pairs(row)) for row in task.test),
+                "same_input": _share(same),
+                "near_input": _share(near),
+                "near_task": max(sorted(set(homes)), key=homes.count) if homes else "-",
+                "description": float(closeness[best].max(initial=0.0)) if best is not None else None,
+                "description_task": described[int(closeness[best].argmax())][0]
+                if best is not None and described
+                else "-",
+            }
+        )
+        progress(i + 1, len(heldout))
+    report = Report("overlap", COLUMNS, rows, asdict(config), environment(None))
+    report.write(out)
+    return report
+
+
+class WordIndex:
+    """Texts as sets of words, to be asked how much each of them has in common with another text."""
+
+    def __init__(self, texts: Sequence[str]):
+        sets = [_words(text) for text in texts]
+        self._sizes = np.array([len(words) for words in sets])
+        found: dict[str, list[int]] = {}
+        for i, words in enumerate(sets):
+            for word in words:
+                found.setdefault(word, []).append(i)
+        self._rows = {word: np.array(rows) for word, rows in found.items()}
+
+    def similarities(self, text: str) -> np.ndarray:
+        """The Jaccard index of its words with those of each text [texts]."""
+        words = _words(text)
+        shared = np.zeros(len(self._sizes))
+        for word in words:
+            if word in self._rows:
+                shared[self._rows[word]] += 1
+        return shared / np.maximum(1, self._sizes + len(words) - shared)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def _pairs(row: Example) -> set[tuple[str, str]]:
+    return {(normalise(row.input), normalise(output)) for output in row.outputs}
+
+
+def _share(flags: Iterable[bool]) -> float:
+    known = list(flags)
+    return sum(known) / len(known)

@@ -1,0 +1,64 @@
+"""The decontamination report, against sets counted by hand and the figures that the data set's own README gives."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from conftest import DATA
+from loracast.cli import app
+from loracast.evaluation.overlap import OverlapConfig, WordIndex, evaluate_overlap
+from test_tasks import write_rows, write_suite
+
+
+def test_similarities_are_jaccard_indices():
+    texts = ["The red lamp, the lamp", "a red lamp", "", "nothing else"]
+    words = [{"the", "red", "lamp"}, {"a", "red", "lamp"}, set(), {"nothing", "else"}]
+    for asked in ("Red LAMP!", "a red lamp", "", "new"):
+        own = {word.strip("!").lower() for word in asked.split()}
+        expected = [len(own & other) / max(1, len(own | other)) for other in words]
+        np.testing.assert_allclose(WordIndex(texts).similarities(asked), expected)
+
+
+def test_what_is_the_same_and_what_is_nearly_so(tmp_path):
+    held = [
+        ("Seven green bottles stand on the wall.", "seven"),  # the same row, but for case and a mark
+        ("seven green bottles stand on the wall", "7"),  # the same input
+        ("seven green bottles stand on the tall wall", "tall"),  # nearly
+        ("something else altogether", "x"),
+    ]
+    rows = [{"task": "h", "task_split": "heldout", "split": "test", "input": i, "output": o} for i, o in held]
+    rows += [{"task": "t", "split": "train", "input": "seven green bottles stand on the wall", "output": "SEVEN"}]
+    rows += [{"task": "u", "split": "test", "input": "who knows", "output": "x"}]
+    write_rows(tmp_path / "tasks.jsonl", rows)
+    described = [("h", "heldout", "Count the bottles."), ("t", "train", "Count bottles"), ("u", "train", "Guess.")]
+    write_rows(
+        tmp_path / "task_descriptions.jsonl", [{"task": t, "kind": k, "description": d} for t, k, d in described]
+    )
+    (row,) = evaluate_overlap(OverlapConfig(str(tmp_path)), tmp_path / "out").rows
+    assert (row["n"], row["same"], row["same_input"], row["near_input"]) == (4, 0.25, 0.5, 0.75)
+    assert (row["near_task"], row["description_task"]) == ("t", "t") and row["description"] == pytest.approx(2 / 3)
+
+
+def test_the_command_and_its_refusals(tmp_path):
+    suite = write_suite(tmp_path)
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["eval", "overlap", "--tasks", str(suite), "--out", str(out), "--json"])
+    assert done.exit_code == 0, done.output
+    assert [row["task"] for row in json.loads(done.stdout)["rows"]] == ["first"]
+    assert "held-out task" in (out / "table.md").read_text()
+    suite.write_text(suite.read_text().replace("heldout", "train"))
+    refused = CliRunner().invoke(app, ["eval", "overlap", "--tasks", str(suite), "--out", "x"])
+    assert refused.exit_code != 0 and "needs held-out tasks" in refused.output
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the data sets in {DATA}")
+def test_the_data_set_s_own_figures(tmp_path):
+    """Its README: identical pairs below 1 % except count_vowels 10, italian_english 6, alphabetically_first 5 %."""
+    rows = {r["task"]: r for r in evaluate_overlap(OverlapConfig(str(DATA / "tasks.jsonl.gz")), tmp_path).rows}
+    assert len(rows) == 24
+    most = sorted(rows, key=lambda name: -rows[name]["same"])[:3]
+    assert {"count_vowels", "italian_english"} <= set(most)
