@@ -11,12 +11,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from conftest import DATA
 from loracast.cli import app
 from loracast.describe import load_caster
 from loracast.errors import ConfigError
 from loracast.evaluation import tasks as evaluation
+from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import Choice, likeliest
-from loracast.evaluation.metrics import paired_bootstrap
+from loracast.evaluation.metrics import is_right, last_number, paired_bootstrap
 from loracast.evaluation.task_rivals import RIVALS, Given, average_of_oracles, prompt_of
 from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
 from loracast.hypernets.store import save_pretrained
@@ -176,8 +178,9 @@ def test_a_budget_ends_it_between_tasks_and_says_so(base, suite, tmp_path):
     [
         ({"systems": ("none", "magic")}, "unknown systems: magic"),
         ({"rows": 0}, "at least one"),
-        ({"heldout": False}, "1 training tasks .*at least two"),
-        ({"descriptions": "train"}, "0 held-out tasks"),
+        ({"heldout": False, "systems": ("other",)}, "'other' needs at least two tasks"),
+        ({"descriptions": "train"}, "no held-out task"),
+        ({"benchmarks": ("x",)}, "either tasks"),
         ({"systems": ("adapter", "none")}, "'adapter' needs a text-to-LoRA hypernetwork"),
         ({"systems": ("oracle",)}, "'oracle' needs a library of trained LoRAs"),
     ],
@@ -294,3 +297,54 @@ def test_oracles_and_their_average_join_in(base, suite, hypernetwork, tiny_folde
     rows = {row["system"]: row for row in json.loads(done.stdout)["rows"]}
     assert list(rows) == [name for name in RIVALS if RIVALS[name].needs in (None, "oracles", "average", "multitask")]
     assert list(rows["oracle"]["by_task"]) == ["first", "opposite"]
+
+
+def test_benchmarks_are_tasks(base, tmp_path, monkeypatch):
+    """Choices are listed and scored by likelihood; the examples for the prompt come from the training file."""
+    asked = [{"question": f"Which is {i}?", "choices": ["no", str(i), "maybe"], "answer": 1} for i in range(4)]
+    write_rows(tmp_path / "bench_arc_easy_test.jsonl.gz", asked)
+    write_rows(tmp_path / "bench_arc_easy_train.jsonl.gz", [{**row, "question": "Shown"} for row in asked[:3]])
+    sums = [{"question": f"{i} + 1?", "rationale": "one more", "answer": f"{i + 1}"} for i in range(110)]
+    write_rows(tmp_path / "bench_gsm8k_sample.jsonl", sums)
+    arc = read_benchmark(tmp_path / "bench_arc_easy_test.jsonl.gz")
+    assert (arc.name, arc.metric, len(arc.train), len(arc.test)) == ("arc_easy", "exact", 3, 4)
+    assert arc.test[2].input == "Which is 2?\n- no\n- 2\n- maybe" and arc.test[2].outputs == ("2",)
+    gsm = read_benchmark(tmp_path / "bench_gsm8k_sample.jsonl")
+    assert (gsm.name, gsm.metric, len(gsm.train), len(gsm.test)) == ("gsm8k", "number", 100, 10)
+    assert gsm.test[0].outputs == ("one more\n101",)
+    monkeypatch.setattr(
+        evaluation, "answer_batch", lambda base, prompts, *rest: ["so it is 1,01 or 105."] * len(prompts)
+    )
+    config = TasksConfig(benchmarks=(str(tmp_path / "bench_gsm8k_sample.jsonl"),), seeds=(0,))
+    rows = {row["system"]: row for row in evaluate_tasks(Given(base), config, tmp_path / "out").rows}
+    assert rows["none"]["exact"] == 0.1 and rows["none"]["choice"] is None and "other" not in rows
+    config = dataclasses.replace(config, benchmarks=(str(tmp_path / "bench_arc_easy_test.jsonl.gz"),))
+    rows = evaluate_tasks(Given(base), config, tmp_path / "out").rows
+    assert all(row["n"] == 4 and row["exact"] == 0 and row["choice"] is not None for row in rows)
+    with pytest.raises(ConfigError, match=r"nothing is known of a benchmark 'mmlu'.*Known: arc_challenge"):
+        read_benchmark(tmp_path / "bench_mmlu_test.jsonl")
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the data sets in {DATA}")
+@pytest.mark.parametrize("path", sorted(DATA.glob("bench_*.jsonl.gz")), ids=lambda path: path.name)
+def test_every_benchmark_of_the_data_is_read(path):
+    task = read_benchmark(path)
+    assert len(task.test) >= 100 and len(task.train) >= 5 and len(task.descriptions["heldout"]) == 3
+    assert not set(task.train[:5]) & set(task.test)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 1,200", 1200), ("It is $18.", 18), ("3,4 or 5", 5), ("-4", -4), ("10-4", 4), ("3.50 dollars", 3.5),
+        ("1,234,567.25", 1234567.25), ("none", None), ("a1", None), ("12 apples and 1,2000", 2000),
+    ],
+)  # fmt: skip
+def test_the_last_number(text, number):
+    assert last_number(text) == number
+
+
+def test_a_number_counts_whatever_is_said_before_it():
+    assert is_right("First 3, then 1,200.", ("because\n1200",), "number") and is_right("1200.0", ("1,200",), "number")
+    assert not is_right("200", ("1,200",), "number") and not is_right("many", ("12",), "number")
+    assert is_right("Cold.", ("warm", "cold"), "exact") and not is_right("so cold", ("cold",), "exact")

@@ -21,7 +21,9 @@ from loracast.errors import ConfigError
 
 DescriptionKind = Literal["train", "paraphrase", "heldout"]
 """Seen in training, both of the first two; never seen."""
-_KEYS = {"name", "descriptions", "examples", "labels", "group", "heldout"}  # of a task's own file
+Metric = Literal["exact", "number"]
+"""How an answer is scored: the same text as one of the outputs (but for case, quotes and final marks), or the same last number."""
+_KEYS = {"name", "descriptions", "examples", "labels", "group", "heldout", "metric"}  # of a task's own file
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Task:
     """No training may see it."""
     is_near: bool = False
     """A held-out task with a sister kind of task in training."""
+    metric: Metric = "exact"
+    """How answers are scored."""
 
     def seen_descriptions(self) -> tuple[str, ...]:
         """Those that training may use."""
@@ -110,6 +114,7 @@ def _from_file(path: Path) -> Task:
             labels=tuple(stored.get("labels", ())),
             group=stored.get("group", ""),
             is_heldout=bool(stored.get("heldout", False)),
+            metric=_one_of(stored.get("metric", "exact"), Metric),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a task file: {type(error).__name__}: {error}") from error
@@ -132,12 +137,13 @@ def _from_rows(path: Path) -> list[Task]:
         descriptions.setdefault(row["task"], {}).setdefault(kind, []).extend(_texts([row["description"]]))
 
     def take_about(row: dict[str, Any]) -> None:
+        _one_of(row.get("metric", "exact"), Metric)
         about[row["task"]] = row
 
-    _each_row(path, take_example)
-    _each_row(_beside(path, "task_descriptions"), take_description)
+    each_row(path, take_example)
+    each_row(_beside(path, "task_descriptions"), take_description)
     if (meta := _find_beside(path, "tasks_meta")) is not None:
-        _each_row(meta, take_about)
+        each_row(meta, take_about)
     if unknown := sorted((descriptions.keys() | about.keys()) - examples.keys()):
         raise ConfigError(f"{path} has no examples of tasks that are described beside it: {', '.join(unknown)}")
     tasks = []
@@ -154,6 +160,7 @@ def _from_rows(path: Path) -> list[Task]:
                 group=known.get("group", ""),
                 is_heldout=name in heldout,
                 is_near=known.get("heldout_kind") == "near",
+                metric=known.get("metric", "exact"),
             )
         )
     return tasks
@@ -204,8 +211,12 @@ def _beside(path: Path, stem: str) -> Path:
     return found
 
 
-def _each_row(path: Path, take: Callable[[dict[str, Any]], None]) -> None:
-    """Hand every row of a file to `take`; a row that it cannot take is named by its line."""
+def each_row(path: Path, take: Callable[[dict[str, Any]], None]) -> None:
+    """Hand every row of a JSONL file, gzipped or not, to `take`.
+
+    Raises:
+        ConfigError: the file cannot be read, or `take` cannot take a row, which is named by its line.
+    """
     opener: Callable = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
@@ -213,5 +224,5 @@ def _each_row(path: Path, take: Callable[[dict[str, Any]], None]) -> None:
             for line in lines:
                 number += 1
                 take(json.loads(line))
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}, line {number}: {type(error).__name__}: {error}") from error

@@ -172,7 +172,13 @@ def memory(
 @app.command()
 def tasks(
     out: Out,
-    tasks: Tasks,
+    tasks: Annotated[
+        Path | None, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")
+    ] = None,
+    benchmark: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of a benchmark (bench_NAME_test.jsonl.gz), in place of --tasks. Repeatable."),
+    ] = None,
     hypernetwork: Annotated[
         str | None, typer.Option("--hypernetwork", help="Folder or hub id of a text-to-LoRA hypernetwork.")
     ] = None,
@@ -199,6 +205,7 @@ def tasks(
         bool, typer.Option("--trained", help="The tasks of the training, in place of those held out.")
     ] = False,
     descriptions: Annotated[str, typer.Option(help="Kind of description: heldout, train or paraphrase.")] = "heldout",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
     base: options.Base = None,
     device: options.Device = None,
     budget_s: Annotated[
@@ -219,13 +226,15 @@ def tasks(
     if descriptions not in get_args(DescriptionKind):
         raise typer.BadParameter(f"give one of {', '.join(get_args(DescriptionKind))}")
     config = TasksConfig(
-        tasks=str(tasks),
+        tasks=str(tasks) if tasks else None,
+        benchmarks=tuple(map(str, benchmark or ())),
         heldout=not trained,
         descriptions=descriptions,  # type: ignore[arg-type]
         rows=rows,
         seeds=_numbers(seeds, int),
         systems=None if systems == "all" else tuple(name.strip() for name in systems.split(",")),
         only_oracles=only_oracles,
+        max_new_tokens=max_new_tokens,
         budget_s=budget_s,
     )
     loaded = open_answerer(base, None, device).base
@@ -235,7 +244,7 @@ def tasks(
         oracles=oracles,
         multitask=read_oracle(multitask, loaded.fingerprint) if multitask else None,
         multitask_described=read_oracle(multitask_described, loaded.fingerprint) if multitask_described else None,
-        average=average_of_oracles(oracles, read_tasks(tasks), loaded) if oracles else None,
+        average=average_of_oracles(oracles, read_tasks(tasks), loaded) if oracles and tasks else None,
     )
     with _progress("rows") as progress:
         report = evaluate_tasks(given, config, out, progress)

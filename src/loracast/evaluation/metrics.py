@@ -29,6 +29,19 @@ def is_exact(answer: str, value: str) -> bool:
     return normalise(answer) == normalise(value)
 
 
+def last_number(text: str) -> float | None:
+    """The last number in a text; commas between groups of three digits are no part of it ("1,200" is 1200). None where there is none."""
+    found = re.findall(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\d)", text.replace("$", " "))
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def is_right(answer: str, outputs: Sequence[str], metric: str) -> bool:
+    """Whether an answer is right by a task's metric: "exact", one of the outputs; "number", its last number is that of the first output."""
+    if metric == "number":
+        return last_number(answer) is not None and last_number(answer) == last_number(outputs[0])
+    return any(is_exact(answer, output) for output in outputs)
+
+
 def has_value(answer: str, value: str) -> bool:
     """Whether the value stands in the answer as whole words, a number as a whole number."""
     wanted = re.escape(normalise(value))

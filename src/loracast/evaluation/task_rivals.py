@@ -23,8 +23,8 @@ class Drawn:
 
     task: Task
     description: str
-    other_description: str
-    """Of another task."""
+    other_description: str | None
+    """Of another task; None where there is only one."""
     shots: tuple[Example, ...]
     """Examples from the task's training rows."""
 
@@ -90,7 +90,9 @@ RIVALS = {
         "adapter from the description", needs="caster", lora=lambda given, drawn: given.cast(drawn.description)
     ),
     "other": Rival(
-        "adapter from another task's", needs="caster", lora=lambda given, drawn: given.cast(drawn.other_description)
+        "adapter from another task's",
+        needs="caster",
+        lora=lambda given, drawn: given.cast(drawn.other_description or ""),
     ),
     "gibberish": Rival(
         "adapter from gibberish",
@@ -101,6 +103,7 @@ RIVALS = {
     "oracle": Rival("oracle", needs="oracles", lora=lambda given, drawn: given.oracle(drawn.task)),
 }
 NEEDED = {
+    "tasks": "at least two tasks",
     "caster": "a text-to-LoRA hypernetwork (--hypernetwork)",
     "oracles": "a library of trained LoRAs (--oracles)",
     "average": "a library of trained LoRAs, those of training tasks among them (--oracles)",

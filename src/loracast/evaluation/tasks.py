@@ -15,8 +15,9 @@ from typing import Any
 
 from loracast.base import Base
 from loracast.errors import ConfigError
+from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import likeliest
-from loracast.evaluation.metrics import is_exact, paired_bootstrap
+from loracast.evaluation.metrics import is_right, paired_bootstrap
 from loracast.evaluation.report import Column, Report, environment, number, percent, text
 from loracast.evaluation.task_rivals import ADAPTER, NEEDED, RIVALS, Drawn, Given, Rival, prompt_of
 from loracast.generate import Sampling, answer_batch
@@ -50,8 +51,10 @@ COLUMNS: tuple[Column, ...] = (
 class TasksConfig:
     """What `loracast eval tasks` measures."""
 
-    tasks: str
+    tasks: str | None = None
     """A folder of task files, or a file of examples."""
+    benchmarks: tuple[str, ...] = ()
+    """Files of benchmarks, in place of tasks."""
     heldout: bool = True
     """Tasks that no training has seen; or else those of the training."""
     descriptions: DescriptionKind = "heldout"
@@ -70,6 +73,8 @@ class TasksConfig:
     """Begin no further task after this many seconds; the table shows how many there were."""
 
     def __post_init__(self) -> None:
+        if (self.tasks is None) == (not self.benchmarks):
+            raise ConfigError("give either tasks (--tasks) or benchmarks (--benchmark)")
         if unknown := sorted(set(self.systems or ()) - RIVALS.keys()):
             raise ConfigError(f"unknown systems: {', '.join(unknown)}; choose from {', '.join(RIVALS)}")
         if self.systems == () or not self.seeds or min(self.rows, self.max_new_tokens) < 1:
@@ -86,7 +91,7 @@ def evaluate_tasks(
     """
     base = given.base
     tasks = _tasks(config, given)
-    rivals = _rivals(config, given)
+    rivals = _rivals(config, given, tasks)
     out.mkdir(parents=True, exist_ok=True)
     (out / "answers.jsonl").unlink(missing_ok=True)
     about = environment(base, given.caster.hypernet_hash if given.caster else None)
@@ -147,8 +152,10 @@ class Tally:
         self.prompt_tokens += [a.n_prompt_tokens for a in answered]
 
 
-def _rivals(config: TasksConfig, given: Given) -> dict[str, Rival]:
+def _rivals(config: TasksConfig, given: Given, tasks: Sequence[Task]) -> dict[str, Rival]:
     missing = {name: rival.needs for name, rival in RIVALS.items() if rival.needs and not getattr(given, rival.needs)}
+    if len(tasks) < 2:
+        missing["other"] = "tasks"
     if config.systems is None:
         return {name: rival for name, rival in RIVALS.items() if name not in missing}
     if lacking := [name for name in config.systems if name in missing]:
@@ -158,9 +165,10 @@ def _rivals(config: TasksConfig, given: Given) -> dict[str, Rival]:
 
 
 def _tasks(config: TasksConfig, given: Given) -> list[Task]:
+    known = read_tasks(config.tasks) if config.tasks else [read_benchmark(Path(file)) for file in config.benchmarks]
     tasks = [
         task
-        for task in read_tasks(config.tasks)
+        for task in known
         if task.is_heldout == config.heldout and task.test and task.descriptions.get(config.descriptions)
     ]
     if given.oracles is not None and (config.only_oracles or config.systems is None or "oracle" in config.systems):
@@ -171,11 +179,10 @@ def _tasks(config: TasksConfig, given: Given) -> list[Task]:
                 "tasks that have one (--only-oracles)"
             )
         tasks = [task for task in tasks if task.name not in without]
-    if len(tasks) < 2:
+    if not tasks:
         which = "held-out" if config.heldout else "training"
         raise ConfigError(
-            f"{config.tasks} has {len(tasks)} {which} tasks with test rows and descriptions of the kind {config.descriptions!r}; "
-            "at least two are needed, since each is also given the other's description"
+            f"{config.tasks} has no {which} task with test rows and descriptions of the kind {config.descriptions!r}"
         )
     return tasks
 
@@ -183,15 +190,14 @@ def _tasks(config: TasksConfig, given: Given) -> list[Task]:
 def _draw(tasks: Sequence[Task], i: int, seed: int, config: TasksConfig) -> Drawn:
     task = tasks[i]
     rng = random.Random(f"{seed}/{task.name}")
-    other = rng.choice(
-        [t for t in tasks if t.name != task.name and (not t.group or t.group != task.group)]
-        or [t for t in tasks if t is not task]
-    )
+    strangers = [t for t in tasks if t is not task and (not t.group or t.group != task.group)]
+    others = strangers or [t for t in tasks if t is not task]
+    other = rng.choice(others) if others else None
     shots = rng.sample(task.train, min(5, len(task.train)))
     return Drawn(
         task,
         rng.choice(task.descriptions[config.descriptions]),
-        rng.choice(other.descriptions[config.descriptions]),
+        rng.choice(other.descriptions[config.descriptions]) if other else None,
         tuple(shots),
     )
 
@@ -216,7 +222,7 @@ def _answers(given: Given, rival: Rival, drawn: Drawn, config: TasksConfig) -> l
         Answered(
             row,
             answers[i],
-            any(is_exact(answers[i], output) for output in row.outputs),
+            is_right(answers[i], row.outputs, drawn.task.metric),
             choices.get(i),
             len(prompts[i]),
         )

@@ -1,0 +1,68 @@
+"""Benchmarks as tasks: files of questions with choices, or with a number as the answer, and descriptions of what they ask for.
+
+A row is `{"question": ..., "choices": [...], "answer": index}`, or `{"question": ..., "rationale": ..., "answer": number}`. A file `NAME_test.jsonl.gz`
+has its examples for the prompt in `NAME_train.jsonl.gz` beside it; where there is no such file, its first rows are those.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from loracast.errors import ConfigError
+from loracast.tasks import Example, Task, each_row
+
+_N_SHOWN = 100
+"""Of a file without one for training: rows to show as examples, never asked."""
+
+
+def read_benchmark(path: Path) -> Task:
+    """A benchmark's file as a held-out task.
+
+    Raises:
+        ConfigError: the file cannot be read, or nobody has described the benchmark (`content/benchmarks.toml`).
+    """
+    stem = re.sub(r"\.jsonl(\.gz)?$", "", path.name)
+    name = re.sub(r"^bench_|_(test|train|sample)$", "", stem)
+    name = re.sub(r"_(test|train|sample)$", "", name)
+    if (about := _descriptions().get(name)) is None:
+        raise ConfigError(
+            f"nothing is known of a benchmark {name!r}; write it as a task file (docs/tasks.md). Known: {', '.join(sorted(_descriptions()))}"
+        )
+    rows = _examples(path)
+    beside = path.with_name(path.name.replace("_test.", "_train."))
+    shown = _examples(beside) if beside != path and beside.is_file() else rows[:_N_SHOWN]
+    asked = rows if beside != path and beside.is_file() else rows[_N_SHOWN:]
+    return Task(
+        name=name,
+        descriptions={"heldout": tuple(about["descriptions"])},
+        train=tuple(shown),
+        test=tuple(asked),
+        is_heldout=True,
+        metric=about.get("metric", "exact"),
+    )
+
+
+def _examples(path: Path) -> list[Example]:
+    found: list[Example] = []
+
+    def take(row: dict[str, Any]) -> None:
+        if "choices" in row:
+            choices = tuple(row["choices"])
+            listed = "\n".join(f"- {choice}" for choice in choices)
+            found.append(Example(f"{row['question']}\n{listed}", (choices[row["answer"]],), choices))
+        else:
+            found.append(Example(row["question"], (f"{row['rationale']}\n{row['answer']}",)))
+
+    each_row(path, take)
+    return found
+
+
+@cache
+def _descriptions() -> dict[str, dict[str, Any]]:
+    source = files("loracast.evaluation") / "content" / "benchmarks.toml"
+    return tomllib.loads(source.read_text(encoding="utf-8"))
