@@ -68,8 +68,8 @@ def hypernetwork(base, tmp_path_factory):
 def test_what_each_rival_is_given(base, suite):
     tasks = [task for task in read_tasks(suite) if task.is_heldout]
     config = TasksConfig(str(suite))
-    drawn = evaluation._draw(tasks, 1, 0, config)
-    assert drawn == evaluation._draw(tasks, 1, 0, config) and drawn.task.name == "opposite"
+    drawn = evaluation.draw(tasks, 1, 0, config)
+    assert drawn == evaluation.draw(tasks, 1, 0, config) and drawn.task.name == "opposite"
     assert drawn.description in drawn.task.descriptions["heldout"] and "opposite" not in drawn.other_description
     assert not set(drawn.shots) & set(drawn.task.test)
 
@@ -107,7 +107,7 @@ class Caster:
 
 def test_which_lora_each_rival_answers_with(base, suite):
     tasks = [task for task in read_tasks(suite) if task.is_heldout]
-    drawn = evaluation._draw(tasks, 1, 0, TasksConfig(str(suite)))
+    drawn = evaluation.draw(tasks, 1, 0, TasksConfig(str(suite)))
     given = Given(base, Caster(), None, "multitask", "described", "average")
     loras = {name: rival.lora(given, drawn) for name, rival in RIVALS.items() if name != "oracle"}
     assert loras["adapter"] == drawn.description and loras["other"] == drawn.other_description

@@ -21,6 +21,8 @@ class Sampling:
 
     max_new_tokens: int = 128
     """Most tokens of an answer."""
+    min_new_tokens: int = 0
+    """Fewest tokens of an answer: until then it cannot end."""
     temperature: float = 0.0
     """0 takes the likeliest token; above it, tokens are drawn."""
     top_p: float = 1.0
@@ -129,6 +131,7 @@ def _generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=sampling.max_new_tokens,
+            min_new_tokens=sampling.min_new_tokens or None,
             eos_token_id=list(base.end_ids),
             pad_token_id=base.pad_id,
             streamer=streamer,

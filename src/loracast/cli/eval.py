@@ -36,6 +36,14 @@ ChunkTokens = Annotated[int, typer.Option(help="Longest chunk, in tokens.", min=
 Seed = Annotated[int, typer.Option(help="Seed of documents and questions.")]
 Budget = Annotated[float | None, typer.Option("--budget-s", help="Stop drawing documents after this many seconds.")]
 Tasks = Annotated[Path, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")]
+OptionalTasks = Annotated[
+    Path | None, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")
+]
+Benchmarks = Annotated[
+    list[Path] | None,
+    typer.Option(help="File of a benchmark (bench_NAME_test.jsonl.gz), in place of --tasks. Repeatable."),
+]
+Trained = Annotated[bool, typer.Option("--trained", help="The tasks of the training, in place of those held out.")]
 Split = Annotated[str, typer.Option(help="Wordings and entities: dev to choose between settings, test to report.")]
 
 
@@ -172,13 +180,8 @@ def memory(
 @app.command()
 def tasks(
     out: Out,
-    tasks: Annotated[
-        Path | None, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")
-    ] = None,
-    benchmark: Annotated[
-        list[Path] | None,
-        typer.Option(help="File of a benchmark (bench_NAME_test.jsonl.gz), in place of --tasks. Repeatable."),
-    ] = None,
+    tasks: OptionalTasks = None,
+    benchmark: Benchmarks = None,
     hypernetwork: Annotated[
         str | None, typer.Option("--hypernetwork", help="Folder or hub id of a text-to-LoRA hypernetwork.")
     ] = None,
@@ -201,9 +204,7 @@ def tasks(
     ] = "all",
     rows: Annotated[int, typer.Option(help="Most test rows of a task.", min=1)] = 50,
     seeds: Annotated[str, typer.Option(help="Seeds of descriptions and examples, with commas.")] = "0,1",
-    trained: Annotated[
-        bool, typer.Option("--trained", help="The tasks of the training, in place of those held out.")
-    ] = False,
+    trained: Trained = False,
     descriptions: Annotated[str, typer.Option(help="Kind of description: heldout, train or paraphrase.")] = "heldout",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
     base: options.Base = None,
@@ -248,6 +249,49 @@ def tasks(
     )
     with _progress("rows") as progress:
         report = evaluate_tasks(given, config, out, progress)
+    _show(report, out, as_json)
+
+
+@app.command()
+def cost(
+    out: Out,
+    hypernetwork: Annotated[
+        str, typer.Option("--hypernetwork", help="Folder or hub id of a text-to-LoRA hypernetwork.")
+    ],
+    tasks: OptionalTasks = None,
+    benchmark: Benchmarks = None,
+    texts: Annotated[
+        list[str] | None, typer.Option(help="Prose for a document in the window: JSONL(.gz) or plain text. Repeatable.")
+    ] = None,
+    document_tokens: Annotated[int, typer.Option(help="Tokens of that document.", min=1)] = 4096,
+    queries: Annotated[int, typer.Option(help="Queries of each task, asked of every rival in turn.", min=1)] = 4,
+    watts: Annotated[float, typer.Option(help="Power that the machine is taken to draw.")] = 15.0,
+    trained: Trained = False,
+    seed: Seed = 0,
+    base: options.Base = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """What a query costs with an adapter, and with a description, examples or a document in the prompt: tokens, operations, seconds."""
+    from loracast.cli.session import open_answerer
+    from loracast.describe import load_caster
+    from loracast.evaluation.query_cost import CostConfig, evaluate_cost
+    from loracast.evaluation.task_rivals import Given
+
+    config = CostConfig(
+        tasks=str(tasks) if tasks else None,
+        benchmarks=tuple(map(str, benchmark or ())),
+        heldout=not trained,
+        queries=queries,
+        texts=tuple(texts or ()),
+        document_tokens=document_tokens,
+        watts=watts,
+        seed=seed,
+    )
+    loaded = open_answerer(base, None, device).base
+    given = Given(loaded, caster=load_caster(hypernetwork, base=loaded, say=say))
+    with _progress("tasks") as progress:
+        report = evaluate_cost(given, config, out, progress)
     _show(report, out, as_json)
 
 

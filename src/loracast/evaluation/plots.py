@@ -73,6 +73,26 @@ def by_length(path: Path, rows: Sequence[Row]) -> None:
     plt.close(figure)
 
 
+def costs(path: Path, rows: Sequence[Row], baseline: str) -> None:
+    """Operations of every system's queries, times those of the baseline: a point for each task, a bar at the mean."""
+    plt = _pyplot()
+    systems = [name for name in dict.fromkeys(row["system"] for row in rows) if name != baseline]
+    figure, axis = plt.subplots(figsize=(8.5, 1.2 + 0.6 * len(systems)), layout="constrained")
+    for place, system in enumerate(systems):
+        ratios = [row["flops_ratio"] for row in rows if row["system"] == system]
+        axis.plot(ratios, [place] * len(ratios), "o", alpha=0.4, color="tab:blue")
+        axis.plot(sum(ratios) / len(ratios), place, "|", markersize=22, markeredgewidth=2, color="black")
+    axis.axvline(1, color="tab:orange")
+    labels = {row["system"]: row["label"] for row in rows}
+    axis.set_yticks(range(len(systems)), [labels[name] for name in systems])
+    axis.set_xscale("log")
+    axis.set_xlabel(f"operations of a query, times those of: {labels[baseline]}")
+    axis.margins(y=0.25)
+    axis.invert_yaxis()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def _percent(share: float | None) -> float:
     return float("nan") if share is None else 100 * share
 

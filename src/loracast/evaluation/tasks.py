@@ -90,7 +90,7 @@ def evaluate_tasks(
         ConfigError: a rival lacks what it needs, or there are too few tasks.
     """
     base = given.base
-    tasks = _tasks(config, given)
+    tasks = _with_oracles(read_all(config), config, given)
     rivals = _rivals(config, given, tasks)
     out.mkdir(parents=True, exist_ok=True)
     (out / "answers.jsonl").unlink(missing_ok=True)
@@ -106,7 +106,7 @@ def evaluate_tasks(
         for tally in tallies.values():
             tally.begin()
         for seed in config.seeds:
-            drawn = _draw(tasks, i, seed, config)
+            drawn = draw(tasks, i, seed, config)
             for name, rival in rivals.items():
                 answered = _answers(given, rival, drawn, config)
                 tallies[name].add(answered)
@@ -164,21 +164,18 @@ def _rivals(config: TasksConfig, given: Given, tasks: Sequence[Task]) -> dict[st
     return {name: rival for name, rival in RIVALS.items() if name in config.systems}
 
 
-def _tasks(config: TasksConfig, given: Given) -> list[Task]:
+def read_all(config: TasksConfig) -> list[Task]:
+    """The tasks, or benchmarks, that a config asks for.
+
+    Raises:
+        ConfigError: there is none.
+    """
     known = read_tasks(config.tasks) if config.tasks else [read_benchmark(Path(file)) for file in config.benchmarks]
     tasks = [
         task
         for task in known
         if task.is_heldout == config.heldout and task.test and task.descriptions.get(config.descriptions)
     ]
-    if given.oracles is not None and (config.only_oracles or config.systems is None or "oracle" in config.systems):
-        without = [task.name for task in tasks if not (given.oracles / task.name / ABOUT).is_file()]
-        if without and not config.only_oracles:
-            raise ConfigError(
-                f"{given.oracles} has no oracle of {', '.join(without)}: train them (`loracast train oracle`), or evaluate the "
-                "tasks that have one (--only-oracles)"
-            )
-        tasks = [task for task in tasks if task.name not in without]
     if not tasks:
         which = "held-out" if config.heldout else "training"
         raise ConfigError(
@@ -187,7 +184,21 @@ def _tasks(config: TasksConfig, given: Given) -> list[Task]:
     return tasks
 
 
-def _draw(tasks: Sequence[Task], i: int, seed: int, config: TasksConfig) -> Drawn:
+def _with_oracles(tasks: list[Task], config: TasksConfig, given: Given) -> list[Task]:
+    """Those tasks that are asked for, an oracle being there for each where oracles answer."""
+    if given.oracles is None or not (config.only_oracles or config.systems is None or "oracle" in config.systems):
+        return tasks
+    without = [task.name for task in tasks if not (given.oracles / task.name / ABOUT).is_file()]
+    if without and (not config.only_oracles or len(without) == len(tasks)):
+        raise ConfigError(
+            f"{given.oracles} has no oracle of {', '.join(without)}: train them (`loracast train oracle`), or evaluate the "
+            "tasks that have one (--only-oracles)"
+        )
+    return [task for task in tasks if task.name not in without]
+
+
+def draw(tasks: Sequence[Task], i: int, seed: int, config: TasksConfig) -> Drawn:
+    """What a seed draws for one of the tasks."""
     task = tasks[i]
     rng = random.Random(f"{seed}/{task.name}")
     strangers = [t for t in tasks if t is not task and (not t.group or t.group != task.group)]

@@ -1,0 +1,192 @@
+"""What a query costs: with nothing, with the description or examples in the prompt, with an adapter; and when an adapter has paid for itself.
+
+All rivals write as many tokens as the right answer has, so that none is cheap because it says little.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loracast.chat import encode_text
+from loracast.errors import ConfigError
+from loracast.evaluation.flops import QueryFlops, counted
+from loracast.evaluation.plots import costs, require_matplotlib
+from loracast.evaluation.report import Column, Report, environment, number, text
+from loracast.evaluation.task_rivals import ADAPTER, RIVALS, Drawn, Given, prompt_of
+from loracast.evaluation.tasks import TasksConfig, draw, read_all
+from loracast.generate import Sampling, answer
+from loracast.lora import LoRA
+from loracast.texts import read_texts
+
+DOCUMENT = "document"
+LABELS = {
+    **{name: RIVALS[name].label for name in ("none", "described", "shots3", "described_shots3", ADAPTER)},
+    DOCUMENT: "a document in the window",
+}
+_MOST_NEW_TOKENS = 128
+_ALL = "(mean)"
+
+COLUMNS: tuple[Column, ...] = (
+    text("task", "task"),
+    text("label", "what answers"),
+    number("prompt_tokens", "prompt tokens", 1),
+    number("new_tokens", "new tokens", 1),
+    number("gflops", "GFLOP", 2),
+    number("flops_ratio", "x adapter", 2),
+    number("first_token_s", "first token s", 4),
+    number("total_s", "total s", 4),
+    number("cache_kib", "KV cache KiB"),
+    number("joules", "joules", 2),
+    number("break_even", "adapter pays after, queries"),
+    number("break_even_s", "by time"),
+)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    """What `loracast eval cost` measures."""
+
+    tasks: str | None = None
+    """A folder of task files, or a file of examples."""
+    benchmarks: tuple[str, ...] = ()
+    """Files of benchmarks, in place of tasks."""
+    heldout: bool = True
+    """Tasks that no training has seen; or else those of the training."""
+    queries: int = 4
+    """Queries of each task, asked of every rival in turn."""
+    texts: tuple[str, ...] = ()
+    """Prose for a document in the window, such as a document adapter spares; that rival is left out without."""
+    document_tokens: int = 4096
+    """Tokens of the document."""
+    watts: float = 15.0
+    """Power that the machine is taken to draw while it answers: an assumption, of a laptop's processor."""
+    seed: int = 0
+    """Seed of descriptions, examples and queries."""
+
+    def __post_init__(self) -> None:
+        if self.queries < 1 or self.watts <= 0:
+            raise ConfigError("queries must be at least 1 and watts above 0")
+
+
+def evaluate_cost(given: Given, config: CostConfig, out: Path, progress: Progress = lambda done, total: None) -> Report:
+    """Measure tokens, operations and seconds of queries, task by task.
+
+    Raises:
+        ConfigError: there is no text-to-LoRA hypernetwork, or no task.
+    """
+    if given.caster is None:
+        raise ConfigError("the cost of an adapter needs a text-to-LoRA hypernetwork (--hypernetwork)")
+    require_matplotlib()
+    settings = TasksConfig(config.tasks, config.benchmarks, config.heldout, seeds=(config.seed,))
+    tasks = read_all(settings)
+    formula = QueryFlops.of(given.base.model.config)
+    rows: list[dict[str, Any]] = []
+    document = _document(given, config)
+    _measure(given, formula, draw(tasks, 0, config.seed, settings), document, replace(config, queries=1))  # to warm up
+    for i in range(len(tasks)):
+        rows += _measure(given, formula, draw(tasks, i, config.seed, settings), document, config)
+        progress(i + 1, len(tasks))
+    rows += [
+        _mean_of([row for row in rows if row["system"] == name]) for name in dict.fromkeys(r["system"] for r in rows)
+    ]
+    about = {**environment(given.base, given.caster.hypernet_hash), "making": _making(rows)}
+    report = Report("cost of a query", COLUMNS, rows, asdict(config), about)
+    report.write(out)
+    costs(out / "cost.png", [row for row in rows if row["task"] != _ALL], baseline=ADAPTER)
+    return report
+
+
+def _document(given: Given, config: CostConfig) -> str | None:
+    """So much of the prose as is asked for."""
+    if not config.texts:
+        return None
+    ids: list[int] = []
+    for prose in read_texts(config.texts):
+        ids += encode_text(given.base.tokenizer, prose + "\n")
+        if len(ids) >= config.document_tokens:
+            return given.base.tokenizer.decode(ids[: config.document_tokens])
+    raise ConfigError(f"the texts have {len(ids)} tokens; the document shall have {config.document_tokens}")
+
+
+def _measure(
+    given: Given, formula: QueryFlops, drawn: Drawn, document: str | None, config: CostConfig
+) -> list[dict[str, Any]]:
+    """A row for each rival on one task."""
+    base, caster = given.base, given.caster
+    assert caster is not None
+    make_flops = counted(lambda: caster.loras([drawn.description]))
+    started = time.perf_counter()
+    lora = caster.loras([drawn.description])[0].to(base.device)
+    make_s = time.perf_counter() - started
+    asked = random.Random(f"{config.seed}/{drawn.task.name}").sample(
+        drawn.task.test, min(config.queries, len(drawn.task.test))
+    )
+    lengths = [min(_MOST_NEW_TOKENS, len(base.chat.answer(row.outputs[0]))) for row in asked]
+    names = [name for name in LABELS if name != DOCUMENT or document is not None]
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for i, (query, n_new) in enumerate(zip(asked, lengths, strict=True)):
+        for name in (*names[i % len(names) :], *names[: i % len(names)]):  # in turn the first
+            if name == DOCUMENT:  # it stands where a description would
+                prompt = prompt_of(base, RIVALS["described"], replace(drawn, description=document or ""), query.input)
+            else:
+                prompt = prompt_of(base, RIVALS[name], drawn, query.input)
+            with_lora: LoRA | None = lora if name == ADAPTER else None
+            done = answer(base, prompt, with_lora, Sampling(max_new_tokens=n_new, min_new_tokens=n_new))
+            seen[name].append(
+                {
+                    "prompt_tokens": len(prompt),
+                    "new_tokens": n_new,
+                    "gflops": formula.query(len(prompt), n_new, with_lora) / 1e9,
+                    "first_token_s": done.first_token_s,
+                    "total_s": done.total_s,
+                    "cache_kib": formula.cache_bytes(len(prompt) + n_new - 1, base.model.dtype.itemsize) / 1024,
+                    "joules": done.total_s * config.watts,
+                }
+            )
+    rows: list[dict[str, Any]] = []
+    for name, figures in seen.items():
+        means = {key: statistics.mean(f[key] for f in figures) for key in figures[0]}
+        medians = {key: statistics.median(f[key] for f in figures) for key in ("first_token_s", "total_s", "joules")}
+        rows.append({"task": drawn.task.name, "system": name, "label": LABELS[name], **means, **medians})
+    adapter = next(row for row in rows if row["system"] == ADAPTER)
+    for row in rows:
+        row["make_gflops"], row["make_s"] = make_flops / 1e9, make_s
+        row |= _against(row, adapter)
+        if row["system"] == DOCUMENT:  # what spares it is an adapter made from the document
+            row["break_even"] = row["break_even_s"] = None
+    return rows
+
+
+def _against(row: dict[str, Any], adapter: dict[str, Any]) -> dict[str, float | None]:
+    """How many times an adapter's operations a rival needs, and after how many queries the adapter, once made, is the cheaper."""
+    return {
+        "flops_ratio": row["gflops"] / adapter["gflops"],
+        "break_even": _queries(row["make_gflops"], row["gflops"] - adapter["gflops"]),
+        "break_even_s": _queries(row["make_s"], row["total_s"] - adapter["total_s"]),
+    }
+
+
+def _queries(making: float, saving: float) -> int | None:
+    """None where nothing is saved."""
+    return math.ceil(making / saving) if saving > 0 else None
+
+
+def _mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All tasks count the same."""
+    keys = ("prompt_tokens", "new_tokens", "gflops", "first_token_s", "total_s", "cache_kib", "joules", "make_gflops", "make_s", "flops_ratio")  # fmt: skip
+    row = {key: statistics.mean(r[key] for r in rows) for key in keys}
+    return {"task": _ALL, "system": rows[0]["system"], "label": rows[0]["label"], **row}
+
+
+def _making(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What making an adapter from its description costs, text encoder included: mean over the tasks."""
+    return {key: statistics.mean(row[key] for row in rows) for key in ("make_gflops", "make_s")}
