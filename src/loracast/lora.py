@@ -229,6 +229,19 @@ class LoRABatch:
         ]
         return torch.stack(products).sum(0) if products else torch.zeros(self.n)
 
+    def cosines(self) -> Tensor:
+        """The cosine of each row's delta with each other's, over all modules [n, n]; of factors by Gram matrices, in double precision."""
+        inner = torch.zeros(self.n, self.n, dtype=torch.float64)
+        for a, b in self.factors.values():
+            rank = a.shape[1]
+            of_a = (flat := a.double().flatten(0, 1)) @ flat.T  # [n * r, n * r]
+            of_b = (flat := b.double().mT.flatten(0, 1)) @ flat.T
+            inner += (of_a * of_b).view(self.n, rank, self.n, rank).sum((1, 3)).cpu()
+        for delta in self.dense.values():
+            inner += ((flat := delta.double().flatten(1)) @ flat.T).cpu()
+        length = inner.diagonal().sqrt().clamp_min(1e-12)
+        return inner / (length[:, None] * length)
+
     def row(self, i: int) -> LoRA:
         """One row as a LoRA, views and not copies."""
         factors = {name: Factors(a[i], b[i]) for name, (a, b) in self.factors.items()}

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args
 
 import typer
 
@@ -17,6 +17,7 @@ from loracast.routing import DEFAULT_ROUTE
 
 if TYPE_CHECKING:
     from loracast.evaluation.report import Report
+    from loracast.tasks import DescriptionKind
 
 Number = TypeVar("Number", int, float)
 
@@ -44,6 +45,10 @@ Benchmarks = Annotated[
     typer.Option(help="File of a benchmark (bench_NAME_test.jsonl.gz), in place of --tasks. Repeatable."),
 ]
 Trained = Annotated[bool, typer.Option("--trained", help="The tasks of the training, in place of those held out.")]
+TaskHypernetwork = Annotated[
+    str, typer.Option("--hypernetwork", help="Folder or hub id of a text-to-LoRA hypernetwork.")
+]
+Descriptions = Annotated[str, typer.Option(help="Kind of description: heldout, train or paraphrase.")]
 Split = Annotated[str, typer.Option(help="Wordings and entities: dev to choose between settings, test to report.")]
 
 
@@ -205,7 +210,7 @@ def tasks(
     rows: Annotated[int, typer.Option(help="Most test rows of a task.", min=1)] = 50,
     seeds: Annotated[str, typer.Option(help="Seeds of descriptions and examples, with commas.")] = "0,1",
     trained: Trained = False,
-    descriptions: Annotated[str, typer.Option(help="Kind of description: heldout, train or paraphrase.")] = "heldout",
+    descriptions: Descriptions = "heldout",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
     base: options.Base = None,
     device: options.Device = None,
@@ -215,22 +220,18 @@ def tasks(
     as_json: options.Json = False,
 ) -> None:
     """Descriptions as adapters, on tasks that no training has seen, beside descriptions and examples in the prompt."""
-    from typing import get_args
-
     from loracast.cli.session import open_answerer
     from loracast.describe import load_caster
     from loracast.evaluation.task_rivals import Given, average_of_oracles
     from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
-    from loracast.tasks import DescriptionKind, read_tasks
+    from loracast.tasks import read_tasks
     from loracast.training.oracle import read_oracle
 
-    if descriptions not in get_args(DescriptionKind):
-        raise typer.BadParameter(f"give one of {', '.join(get_args(DescriptionKind))}")
     config = TasksConfig(
         tasks=str(tasks) if tasks else None,
         benchmarks=tuple(map(str, benchmark or ())),
         heldout=not trained,
-        descriptions=descriptions,  # type: ignore[arg-type]
+        descriptions=_kind(descriptions),
         rows=rows,
         seeds=_numbers(seeds, int),
         systems=None if systems == "all" else tuple(name.strip() for name in systems.split(",")),
@@ -255,9 +256,7 @@ def tasks(
 @app.command()
 def cost(
     out: Out,
-    hypernetwork: Annotated[
-        str, typer.Option("--hypernetwork", help="Folder or hub id of a text-to-LoRA hypernetwork.")
-    ],
+    hypernetwork: TaskHypernetwork,
     tasks: OptionalTasks = None,
     benchmark: Benchmarks = None,
     texts: Annotated[
@@ -295,6 +294,27 @@ def cost(
     _show(report, out, as_json)
 
 
+@app.command(name="map")
+def skill_map(
+    out: Out,
+    tasks: Tasks,
+    hypernetwork: TaskHypernetwork,
+    descriptions: Descriptions = "heldout",
+    seed: Seed = 0,
+    base: options.Base = None,
+    as_json: options.Json = False,
+) -> None:
+    """The map of skills: the LoRAs of all tasks in two dimensions, and how well families of tasks part."""
+    from loracast.cli.session import open_answerer
+    from loracast.describe import load_caster
+    from loracast.evaluation.skill_map import MapConfig, evaluate_map
+
+    config = MapConfig(str(tasks), _kind(descriptions), seed)
+    caster = load_caster(hypernetwork, base=lambda: open_answerer(base, None, None).base, say=say)
+    report = evaluate_map(caster, config, out)
+    _show(report, out, as_json)
+
+
 @app.command()
 def overlap(
     out: Out,
@@ -321,6 +341,14 @@ def _systems(text: str) -> tuple[str, ...]:
     from loracast.evaluation.systems import SYSTEMS, check_systems
 
     return tuple(SYSTEMS) if text == "all" else check_systems([name.strip() for name in text.split(",")])
+
+
+def _kind(text: str) -> DescriptionKind:
+    from loracast.tasks import DescriptionKind
+
+    if text not in get_args(DescriptionKind):
+        raise typer.BadParameter(f"give one of {', '.join(get_args(DescriptionKind))}")
+    return text  # type: ignore[return-value]
 
 
 def _split(text: str) -> Literal["dev", "test"]:

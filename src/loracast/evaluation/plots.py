@@ -93,6 +93,30 @@ def costs(path: Path, rows: Sequence[Row], baseline: str) -> None:
     plt.close(figure)
 
 
+def skills(path: Path, rows: Sequence[Row]) -> None:
+    """Points of every row in a panel of their own, coloured by family; those without one are grey."""
+    plt = _pyplot()
+    groups = sorted({point["group"] for row in rows for point in row["points"]} - {""})
+    colours = {group: plt.get_cmap("gist_rainbow")(i / max(1, len(groups) - 1)) for i, group in enumerate(groups)}
+    markers = dict(zip(groups, "os^Dv*PX" * len(groups), strict=False))
+    figure, axes = plt.subplots(1, len(rows), figsize=(6.2 * len(rows) + 2.6, 6), squeeze=False, layout="constrained")
+    for axis, row in zip(axes[0], rows, strict=True):
+        for group in ("", *groups):
+            mine = [point for point in row["points"] if point["group"] == group]
+            style = {
+                "color": colours.get(group, "lightgrey"),
+                "marker": markers.get(group, "."),
+                "label": group or "(alone)",
+            }
+            axis.scatter([p["x"] for p in mine], [p["y"] for p in mine], s=22, linewidths=0, **style)
+        axis.set_title(f"{row['label']}: silhouette by family {row['by_group']:.2f}", fontsize=11)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, ncols=1 + len(groups) // 30)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def _percent(share: float | None) -> float:
     return float("nan") if share is None else 100 * share
 

@@ -1,0 +1,116 @@
+"""The map of skills: the LoRAs of all tasks in two dimensions, beside the embeddings that they were made from, and how well families part.
+
+LoRAs are compared by the cosine of their deltas, all modules together, which small Gram matrices give (`LoRABatch.cosines`). The map is for
+the eye (t-SNE: van der Maaten and Hinton, 2008); the figure is the silhouette (Rousseeuw, 1987) of the distances themselves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from loracast.describe import TaskCaster
+from loracast.errors import ConfigError, LoracastError
+from loracast.evaluation.plots import require_matplotlib, skills
+from loracast.evaluation.report import Column, Report, environment, number, text
+from loracast.lora import stack
+from loracast.tasks import DescriptionKind, read_tasks
+
+COLUMNS: tuple[Column, ...] = (
+    text("label", "what is compared"),
+    number("n", "descriptions"),
+    number("n_tasks", "tasks"),
+    number("n_groups", "families"),
+    number("by_task", "silhouette by task", 3),
+    number("by_group", "by family", 3),
+    number("by_group_shuffled", "by family, shuffled", 3),
+)
+
+
+@dataclass(frozen=True)
+class MapConfig:
+    """What `loracast eval map` draws."""
+
+    tasks: str
+    """A folder of task files, or a file of examples."""
+    descriptions: DescriptionKind = "heldout"
+    """Kind of the descriptions, each of which is a point."""
+    seed: int = 0
+    """Seed of the map and of the shuffled families."""
+
+
+def evaluate_map(caster: TaskCaster, config: MapConfig, out: Path) -> Report:
+    """Draw the map, and measure how well tasks and families of them part; held-out tasks and others alike.
+
+    Raises:
+        ConfigError: there are fewer than two families of at least two tasks.
+        LoracastError: what draws is not installed.
+    """
+    require_matplotlib()
+    if find_spec("sklearn") is None:
+        raise LoracastError("the map needs scikit-learn: pip install 'loracast[eval]'")
+    tasks = [task for task in read_tasks(config.tasks) if task.descriptions.get(config.descriptions)]
+    sizes = Counter(task.group for task in tasks if task.group)
+    families = {group for group, n in sizes.items() if n > 1}
+    if len(families) < 2:
+        raise ConfigError(
+            f"{config.tasks} has {len(families)} families (`group`) of at least two tasks; two are needed"
+        )
+    points = [(task, said) for task in tasks for said in task.descriptions[config.descriptions]]
+    texts = [said for _, said in points]
+    names = [task.name for task, _ in points]
+    groups = [task.group if task.group in families else "" for task, _ in points]
+    embeddings = torch.nn.functional.normalize(caster.encoder(texts).double(), dim=-1)
+    distances = {
+        "embeddings": 1 - embeddings @ embeddings.T,
+        "weights": 1 - stack(caster.loras(texts)).cosines(),
+    }
+    rows: list[dict[str, Any]] = []
+    places: dict[str, np.ndarray] = {}
+    for name, between in distances.items():
+        table = between.clamp_min(0).fill_diagonal_(0).numpy()
+        places[name] = _in_two_dimensions(table, config.seed)
+        shuffled = list(np.random.default_rng(config.seed).permutation(groups))
+        rows.append(
+            {
+                "system": name,
+                "label": {"embeddings": "embeddings of the descriptions", "weights": "generated weights"}[name],
+                "n": len(points),
+                "n_tasks": len(tasks),
+                "n_groups": len(families),
+                "by_task": _silhouette(table, names),
+                "by_group": _silhouette(table, groups),
+                "by_group_shuffled": _silhouette(table, shuffled),
+                "points": [
+                    {"task": task, "group": group, "x": float(x), "y": float(y)}
+                    for task, group, (x, y) in zip(names, groups, places[name], strict=True)
+                ],
+            }
+        )
+    report = Report("map of skills", COLUMNS, rows, asdict(config), environment(None, caster.hypernet_hash))
+    report.write(out)
+    skills(out / "map.png", rows)
+    return report
+
+
+def _silhouette(distances: np.ndarray, labels: Sequence[str]) -> float:
+    """The mean silhouette of the points that have a label; the others are left out."""
+    from sklearn.metrics import silhouette_score
+
+    kept = [i for i, label in enumerate(labels) if label]
+    return float(silhouette_score(distances[np.ix_(kept, kept)], [labels[i] for i in kept], metric="precomputed"))
+
+
+def _in_two_dimensions(distances: np.ndarray, seed: int) -> np.ndarray:
+    """[n, 2]"""
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(distances) - 1) / 3)
+    return TSNE(metric="precomputed", init="random", perplexity=perplexity, random_state=seed).fit_transform(distances)
