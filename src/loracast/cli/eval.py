@@ -12,7 +12,7 @@ import typer
 
 from loracast.cli import options
 from loracast.cli.output import print_json, say, stderr, stdout
-from loracast.cli.session import open_model
+from loracast.cli.session import open_answerer, open_model
 from loracast.routing import DEFAULT_ROUTE
 
 if TYPE_CHECKING:
@@ -220,7 +220,6 @@ def tasks(
     as_json: options.Json = False,
 ) -> None:
     """Descriptions as adapters, on tasks that no training has seen, beside descriptions and examples in the prompt."""
-    from loracast.cli.session import open_answerer
     from loracast.describe import load_caster
     from loracast.evaluation.task_rivals import Given, average_of_oracles
     from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
@@ -272,7 +271,6 @@ def cost(
     as_json: options.Json = False,
 ) -> None:
     """What a query costs with an adapter, and with a description, examples or a document in the prompt: tokens, operations, seconds."""
-    from loracast.cli.session import open_answerer
     from loracast.describe import load_caster
     from loracast.evaluation.query_cost import CostConfig, evaluate_cost
     from loracast.evaluation.task_rivals import Given
@@ -305,13 +303,45 @@ def skill_map(
     as_json: options.Json = False,
 ) -> None:
     """The map of skills: the LoRAs of all tasks in two dimensions, and how well families of tasks part."""
-    from loracast.cli.session import open_answerer
     from loracast.describe import load_caster
     from loracast.evaluation.skill_map import MapConfig, evaluate_map
 
     config = MapConfig(str(tasks), _kind(descriptions), seed)
     caster = load_caster(hypernetwork, base=lambda: open_answerer(base, None, None).base, say=say)
     report = evaluate_map(caster, config, out)
+    _show(report, out, as_json)
+
+
+@app.command()
+def harness(
+    out: Out,
+    tasks: Annotated[str, typer.Option(help="Tasks of the lm-evaluation-harness, with commas.")],
+    adapters: options.Adapters = None,
+    include: Annotated[Path | None, typer.Option(help="Folder with task files (YAML) of your own.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples in the prompt; as the task says by default.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Most rows of a task.", min=1)] = None,
+    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Questions as turns of a chat.")] = True,
+    batch_size: Annotated[int, typer.Option(help="Rows of one forward pass.", min=1)] = 8,
+    seed: Seed = 0,
+    base: options.Base = None,
+    library: options.Library = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """The lm-evaluation-harness on the base, without and with adapters of the library."""
+    from loracast.evaluation.harness import HarnessConfig, evaluate_harness
+
+    config = HarnessConfig(
+        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        adapters=tuple(adapters or ()),
+        include=str(include) if include else None,
+        shots=shots,
+        limit=limit,
+        chat=chat,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    report = evaluate_harness(open_answerer(base, library, device), config, out)
     _show(report, out, as_json)
 
 
