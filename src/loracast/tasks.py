@@ -1,17 +1,19 @@
 """Tasks: what a description asks for, as a name, descriptions and examples. Adding one takes a file and no code.
 
-Two forms are read (docs/tasks.md):
+These forms are read (docs/tasks.md), from a path or from a data set on the hub:
 
 - a folder with a JSON file for each task, `{"descriptions": [...], "examples": [{"input": ..., "output": ...}]}`, or in the shape of
   Super-NaturalInstructions (`Definition`, `Instances`);
 - a JSONL file of examples (`task`, `input`, `output`, optionally `alts`, `split`, `task_split`) with `task_descriptions.jsonl` and,
-  optionally, `tasks_meta.jsonl` beside it; each may be gzipped.
+  optionally, `tasks_meta.jsonl` beside it; each may be gzipped;
+- JSONL files of examples that bring their description along (`task_name`, `definition`, `inputs`, `targets`), as the hub has Super-NaturalInstructions.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,18 +68,20 @@ def with_description(description: str, text: str) -> str:
 
 
 def read_tasks(source: str | Path) -> tuple[Task, ...]:
-    """All tasks of a folder of task files, or of a JSONL file of examples; by name.
+    """All tasks of a folder of task files, of a JSONL file of examples, or of a data set on the hub ("owner/name"); by name.
 
     Raises:
         ConfigError: there is nothing to read, or a file lacks what a task needs; the message says which and what.
     """
     path = Path(source)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        path = _from_hub(str(source))
     if path.is_dir() and (files := sorted(path.glob("*.json"))):
         tasks = [_from_file(file) for file in files]
-    elif path.is_dir() and (files := sorted([*path.glob("tasks.jsonl"), *path.glob("tasks.jsonl.gz")])):
-        tasks = _from_rows(files[0])
+    elif (path.is_dir() and (files := sorted(path.glob("tasks.jsonl*")))) or (path.is_dir() and (files := sorted([*path.rglob("*.jsonl"), *path.rglob("*.jsonl.gz")]))):
+        tasks = _from_rows(files)
     elif path.is_file():
-        tasks = [_from_file(path)] if path.suffix == ".json" else _from_rows(path)
+        tasks = [_from_file(path)] if path.suffix == ".json" else _from_rows([path])
     else:
         raise ConfigError(f"no tasks at {path}: give a folder of JSON files, one a task, or a JSONL file of examples")
     problems = [f"{task.name}: no description" for task in tasks if not any(task.descriptions.values())]
@@ -120,14 +124,32 @@ def _from_file(path: Path) -> Task:
         raise ConfigError(f"{path} is not a task file: {type(error).__name__}: {error}") from error
 
 
-def _from_rows(path: Path) -> list[Task]:
-    """Examples of many tasks in one file, their descriptions and what is known of them beside it."""
+def _from_hub(name: str) -> Path:
+    """The files of a data set on the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.json", "*.jsonl", "*.jsonl.gz"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"no tasks at {name!r}: give a folder of JSON files, one a task, a JSONL file of examples, or a data set on the hub that this "
+            f"machine can reach ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _from_rows(paths: Sequence[Path]) -> list[Task]:
+    """Examples of many tasks, their descriptions in the rows themselves or beside the first file, as is what else is known of them."""
     examples: dict[str, list[tuple[str | None, Example]]] = {}
     heldout: set[str] = set()
     descriptions: dict[str, dict[Any, list[str]]] = {}
     about: dict[str, dict[str, Any]] = {}
 
     def take_example(row: dict[str, Any]) -> None:
+        if "definition" in row:  # as the hub has Super-NaturalInstructions
+            said = descriptions.setdefault(row["task_name"], {}).setdefault("train", [])
+            said += [text for text in _texts([row["definition"]]) if text not in said]
+            row = {"task": row["task_name"], "input": row["inputs"], "output": row["targets"]}
         examples.setdefault(row["task"], []).append((row.get("split"), _example(row)))
         if _one_of(row.get("task_split", "train"), Literal["train", "heldout"]) == "heldout":
             heldout.add(row["task"])
@@ -140,12 +162,14 @@ def _from_rows(path: Path) -> list[Task]:
         _one_of(row.get("metric", "exact"), Metric)
         about[row["task"]] = row
 
-    each_row(path, take_example)
-    each_row(_beside(path, "task_descriptions"), take_description)
-    if (meta := _find_beside(path, "tasks_meta")) is not None:
+    for path in paths:
+        each_row(path, take_example)
+    if not descriptions:
+        each_row(_beside(paths[0], "task_descriptions"), take_description)
+    if (meta := _find_beside(paths[0], "tasks_meta")) is not None:
         each_row(meta, take_about)
     if unknown := sorted((descriptions.keys() | about.keys()) - examples.keys()):
-        raise ConfigError(f"{path} has no examples of tasks that are described beside it: {', '.join(unknown)}")
+        raise ConfigError(f"{paths[0]} has no examples of tasks that are described beside it: {', '.join(unknown)}")
     tasks = []
     for name, rows in examples.items():
         train, test = _split(rows)
