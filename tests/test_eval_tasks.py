@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import DATA
+from loracast.chat import encode_text
 from loracast.cli import app
 from loracast.describe import load_caster
 from loracast.errors import ConfigError
@@ -19,7 +20,7 @@ from loracast.evaluation import tasks as evaluation
 from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import Choice, likeliest
 from loracast.evaluation.metrics import is_right, last_number, paired_bootstrap
-from loracast.evaluation.task_rivals import RIVALS, Given, average_of_oracles, prompt_of
+from loracast.evaluation.task_rivals import RIVALS, Given, prompt_of
 from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
 from loracast.hypernets.store import save_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
@@ -28,9 +29,11 @@ from loracast.lora import Factors, LoRA
 from loracast.target import target_from_config
 from loracast.tasks import read_tasks
 from loracast.training.loop import TrainConfig
-from loracast.training.oracle import OracleRecipe, read_oracle, train_oracles
-from test_tasks import OPPOSITES, write_rows
+from loracast.training.oracle import OracleRecipe, average_of_oracles, train_multitask, train_oracles
+from test_tasks import write_rows
 from test_text_to_lora import make_sentence_encoder
+
+OPPOSITES = {"hot": "cold", "big": "small", "up": "down", "in": "out", "wet": "dry", "old": "young", "full": "empty"}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,7 @@ def suite(tmp_path_factory):
     for name, change in changes.items():
         held_out = {"task": name, "task_split": "train" if name == "echo" else "heldout"}
         for i, word in enumerate(OPPOSITES):
-            rows.append({**held_out, "split": "train" if i < 4 else "test", "input": word, "output": change(word)})
+            rows.append({**held_out, "split": "train" if i < 5 else "test", "input": word, "output": change(word)})
         descriptions += [{"task": name, "kind": "heldout", "description": f"{i} {name} please"} for i in range(3)]
     write_rows(folder / "tasks.jsonl", rows)
     write_rows(folder / "task_descriptions.jsonl", descriptions)
@@ -81,7 +84,7 @@ def test_what_each_rival_is_given(base, suite):
         assert prompt(name) == plain
     assert prompt("described") == plain.replace("up<", f"{drawn.description}\n\nup<")
     for n in (3, 5):
-        shots = drawn.shots[:n]  # four are there to train on
+        shots = drawn.shots[:n]
         turns = "".join(
             f"user\n{e.input}<|im_end|>\n<|im_start|>assistant\n{e.outputs[0]}<|im_end|>\n<|im_start|>" for e in shots
         )
@@ -111,7 +114,12 @@ def test_which_lora_each_rival_answers_with(base, suite):
     given = Given(base, Caster(), None, "multitask", "described", "average")
     loras = {name: rival.lora(given, drawn) for name, rival in RIVALS.items() if name != "oracle"}
     assert loras["adapter"] == drawn.description and loras["other"] == drawn.other_description
-    assert loras["gibberish"] == RIVALS["gibberish"].lora(given, drawn) and "opposite" not in loras["gibberish"]
+    assert loras["gibberish"] == drawn.gibberish and "please" not in drawn.gibberish
+    said = {word for t in tasks for text in t.descriptions["heldout"] for word in text.split()}
+    assert loras["shuffled"] == drawn.shuffled and set(drawn.shuffled.split()) <= said
+    assert len(drawn.shuffled.split()) == len(drawn.description.split())
+    again = evaluation.draw(tasks, 1, 1, TasksConfig(str(suite)))
+    assert again.gibberish != drawn.gibberish
     assert [loras[name] for name in ("average", "multitask", "multitask_described", "constant")] == [
         "average", "multitask", "described", "constant",
     ]  # fmt: skip
@@ -158,13 +166,14 @@ def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, 
     assert (
         rows["none"]["difference_low"] == 0 and rows["none"]["difference_high"] == 1
     )  # of three tasks none, or all, may be "opposite"
-    assert rows["none"]["n"] == 3 * 2 * 2 and seen[-1] == (36, 36)
+    assert rows["none"]["n"] == 3 * 2 and seen[-1] == (36, 36)
     assert {name for name, has_lora in asked if has_lora} == {"first", "opposite", "shout"}
     assert rows["shots3"]["prompt_tokens"] > rows["none"]["prompt_tokens"] == rows["adapter"]["prompt_tokens"]
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["is_complete"] and stored["hypernetwork"] == caster.hypernet_hash and len(stored["rows"]) == 3
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert len(answers) == 36 and sum(a["exact"] for a in answers) == 8 + 4 + 4
+    assert len(answers) == 30 and sum(a["exact"] for a in answers) == 8 + 4 + 2  # the base is asked with one seed only
+    assert {a["seed"] for a in answers if a["system"] == "none"} == {0}
 
 
 def test_a_budget_ends_it_between_tasks_and_says_so(base, suite, tmp_path):
@@ -178,16 +187,17 @@ def test_a_budget_ends_it_between_tasks_and_says_so(base, suite, tmp_path):
     [
         ({"systems": ("none", "magic")}, "unknown systems: magic"),
         ({"rows": 0}, "at least one"),
-        ({"heldout": False, "systems": ("other",)}, "'other' needs at least two tasks"),
+        ({"heldout": False, "systems": ("other",)}, "'other' needs for every task another one"),
         ({"descriptions": "train"}, "no held-out task"),
         ({"benchmarks": ("x",)}, "either tasks"),
+        ({"tasks": None, "benchmarks": ("x",), "heldout": False}, "leave --trained"),
         ({"systems": ("adapter", "none")}, "'adapter' needs a text-to-LoRA hypernetwork"),
         ({"systems": ("oracle",)}, "'oracle' needs a library of trained LoRAs"),
     ],
 )
 def test_bad_settings_are_refused(change, message, base, suite, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        evaluate_tasks(Given(base), TasksConfig(str(suite), **change), tmp_path / "out")
+        evaluate_tasks(Given(base), TasksConfig(**{"tasks": str(suite), **change}), tmp_path / "out")
 
 
 def test_the_paired_interval_against_one_by_hand():
@@ -203,6 +213,28 @@ def test_the_paired_interval_against_one_by_hand():
     assert paired_bootstrap(one, one) == (0, 0, 0)
     wide = paired_bootstrap([[True] * 50, [False] * 50], [[False] * 50, [False] * 50])
     assert wide == (0.5, 0.0, 1.0)  # many rows of few tasks say little about other tasks
+
+
+def test_more_seeds_do_not_make_an_interval_narrower(base, suite, tmp_path, monkeypatch):
+    """A rival that gives the same answers with every seed was asked no more rows by more seeds."""
+    monkeypatch.setattr(evaluation, "answer_batch", lambda base, prompts, *rest: ["cold", "H", "?"][: len(prompts)])
+    intervals = []
+    for seeds in ((0,), (0, 1, 2, 3)):
+        given = Given(base, Caster())
+        monkeypatch.setattr(evaluation, "RIVALS", {n: RIVALS[n] for n in ("none", "adapter")})
+        monkeypatch.setattr(evaluation.LoRA, "to", lambda self, *rest: None)
+        rows = evaluate_tasks(
+            dataclasses.replace(given, caster=Nothing()), TasksConfig(str(suite), seeds=seeds), tmp_path
+        ).rows
+        intervals.append([rows[0][key] for key in ("n", "difference", "difference_low", "difference_high")])
+    assert intervals[0] == intervals[1]
+
+
+class Nothing(Caster):
+    """Casts LoRAs that do nothing."""
+
+    def loras(self, descriptions):
+        return [LoRA() for _ in descriptions]
 
 
 def test_the_command(suite, hypernetwork, tiny_folder, tmp_path, home):
@@ -235,11 +267,13 @@ def test_the_likeliest_answer_is_that_of_a_plain_forward(base):
     for prompt, texts, choice in zip(prompts, answers, found, strict=True):
         sums = []
         for text in texts:
-            answer = base.chat.answer(text)
-            with torch.no_grad(), inject(base.model, lora):
-                logits = base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
-            places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
-            sums.append(sum(logits[i, token].item() for i, token in zip(places, answer, strict=True)))
+            forms = []
+            for answer in (base.chat.answer(text), [*encode_text(base.tokenizer, text), base.chat.end_of_turn]):
+                with torch.no_grad(), inject(base.model, lora):
+                    logits = base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
+                places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+                forms.append(sum(logits[i, token].item() for i, token in zip(places, answer, strict=True)))
+            sums.append(max(forms))
         per_byte = [total / len(text) for total, text in zip(sums, texts, strict=True)]
         assert (choice.by_sum, choice.by_byte) == (int(np.argmax(sums)), int(np.argmax(per_byte)))
     assert {choice.by_sum for choice in found} != {choice.by_byte for choice in found} or len(set(found)) > 1
@@ -264,7 +298,7 @@ def test_choices_are_scored_where_there_are_some(base, suite, tmp_path, monkeypa
         "likeliest",
         lambda base, prompts, answers, lora: [Choice(0, len(texts) - 1) for texts in answers],
     )
-    config = TasksConfig(str(tmp_path), systems=("none",), seeds=(0,), max_new_tokens=1)
+    config = TasksConfig(str(tmp_path), systems=("none",), max_new_tokens=1)
     (row,) = evaluate_tasks(Given(base), config, tmp_path / "out").rows
     assert row["choice"] == pytest.approx((0.5 + 0) / 2) and row["choice_by_byte"] == pytest.approx((0.5 + 1) / 2)
     assert row["n"] == 4
@@ -275,22 +309,19 @@ def test_choices_are_scored_where_there_are_some(base, suite, tmp_path, monkeypa
 
 def test_oracles_and_their_average_join_in(base, suite, hypernetwork, tiny_folder, tmp_path):
     tasks = read_tasks(suite)
-    described = [
-        dataclasses.replace(t, descriptions={**t.descriptions, "train": t.descriptions["heldout"]}) for t in tasks
-    ]
     recipe = OracleRecipe(training=TrainConfig(steps=2, warmup_steps=1, bf16=False))
-    train_oracles(base, recipe, [t for t in described if t.name != "shout"], tmp_path / "library")
-    (echo,) = (task for task in tasks if not task.is_heldout)
-    average = average_of_oracles(tmp_path / "library", tasks, base)
-    own = read_oracle(tmp_path / "library" / echo.name, base.fingerprint)
-    assert all(torch.equal(average.delta(name), own.delta(name)) for name in own.names)  # the only training task
+    train_oracles(base, recipe, [t for t in tasks if t.name != "shout"], tmp_path / "library")
+    train_multitask(
+        base, recipe, [dataclasses.replace(t, descriptions={"train": ("x",)}) for t in tasks], tmp_path / "all"
+    )
+    average = average_of_oracles(tmp_path / "library", base.fingerprint)
     given = Given(base, oracles=tmp_path / "library", average=average)
     config = TasksConfig(str(suite), rows=1, seeds=(0,), max_new_tokens=2)
     with pytest.raises(ConfigError, match="no oracle of shout"):
         evaluate_tasks(given, config, tmp_path / "out")
     arguments = [
         "eval", "tasks", "--tasks", suite, "--base", tiny_folder, "--out", tmp_path / "out", "--device", "cpu", "--rows", "1",
-        "--seeds", "0", "--oracles", tmp_path / "library", "--only-oracles", "--multitask", tmp_path / "library" / echo.name, "--json",
+        "--seeds", "0", "--oracles", tmp_path / "library", "--only-oracles", "--multitask", tmp_path / "all", "--json",
     ]  # fmt: skip
     done = CliRunner().invoke(app, [str(a) for a in arguments])
     assert done.exit_code == 0, done.output
@@ -318,6 +349,9 @@ def test_benchmarks_are_tasks(base, tmp_path, monkeypatch):
     config = TasksConfig(benchmarks=(str(tmp_path / "bench_gsm8k_sample.jsonl"),), seeds=(0,))
     rows = {row["system"]: row for row in evaluate_tasks(Given(base), config, tmp_path / "out").rows}
     assert rows["none"]["exact"] == 0.1 and rows["none"]["choice"] is None and "other" not in rows
+    write_rows(tmp_path / "bench_copa.jsonl", asked)
+    with pytest.raises(ConfigError, match="no more than 100 rows"):
+        read_benchmark(tmp_path / "bench_copa.jsonl")
     config = dataclasses.replace(config, benchmarks=(str(tmp_path / "bench_arc_easy_test.jsonl.gz"),))
     rows = evaluate_tasks(Given(base), config, tmp_path / "out").rows
     assert all(row["n"] == 4 and row["exact"] == 0 and row["choice"] is not None for row in rows)
@@ -337,7 +371,7 @@ def test_every_benchmark_of_the_data_is_read(path):
     ("text", "number"),
     [
         ("so 1,200", 1200), ("It is $18.", 18), ("3,4 or 5", 5), ("-4", -4), ("10-4", 4), ("3.50 dollars", 3.5),
-        ("1,234,567.25", 1234567.25), ("none", None), ("a1", None), ("12 apples and 1,2000", 2000),
+        ("1,234,567.25", 1234567.25), ("-$5", -5), ("about .5", 0.5), ("none", None), ("a1", None), ("12 apples and 1,2000", 2000),
     ],
 )  # fmt: skip
 def test_the_last_number(text, number):

@@ -22,20 +22,23 @@ from loracast.training.episodes import pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_with
 from loracast.training.oracle import (
+    MULTITASK,
     OracleConfig,
     OracleRecipe,
     oracles_in,
+    read_multitask,
     read_oracle,
     read_oracle_recipe,
     train_multitask,
     train_oracles,
 )
 from loracast.training.task_source import TaskDataConfig, TaskSource
+from loracast.training.text import TextRecipe
 from test_tasks import write_suite
 
 RECIPE = OracleRecipe(
     OracleConfig(("q_proj", "v_proj", "down_proj"), rank=4),
-    TaskDataConfig(tasks_per_step=2, examples_per_task=5),
+    TaskDataConfig(tasks_per_step=1, examples_per_task=5),
     TrainConfig(steps=40, lr=5e-3, warmup_steps=4, log_every=10, bf16=False),
 )
 
@@ -47,7 +50,7 @@ def tasks(tmp_path_factory):
 
 def loss_of(base, task, lora) -> float:
     source = TaskSource(TaskDataConfig(examples_per_task=5), [task], base.chat, heldout_too=True)
-    batch = pack(source.step(0).episodes, base.pad_id)
+    batch = pack(source.episodes(source.draw(0)), base.pad_id)
     with torch.no_grad(), inject(base.model, lora):
         from loracast.lora import LoRABatch
 
@@ -87,7 +90,8 @@ def test_interrupted_oracles_go_on_to_the_same_weights(base, tasks, tmp_path):
 
     recipe = dataclasses.replace(RECIPE, training=dataclasses.replace(RECIPE.training, steps=6, log_every=1))
     train_oracles(base, recipe, tasks[:2], tmp_path / "whole")
-    assert train_oracles(base, recipe, tasks[:1], tmp_path / "parts", on_metrics=stop) == []
+    assert train_oracles(base, recipe, tasks[:2], tmp_path / "parts", on_metrics=stop) == []
+    assert not (tmp_path / "parts" / tasks[1].name).exists()  # asked to stop, it does not begin the next
     with pytest.raises(AdapterError, match="not done"):
         read_oracle(tmp_path / "parts" / tasks[0].name, base.fingerprint)
     assert train_oracles(base, recipe, tasks[:2], tmp_path / "parts", budget_s=0.0) == []
@@ -100,29 +104,45 @@ def test_interrupted_oracles_go_on_to_the_same_weights(base, tasks, tmp_path):
     stamp = (tmp_path / "whole" / tasks[0].name / "adapter_model.safetensors").stat().st_mtime_ns
     train_oracles(base, recipe, tasks[:2], tmp_path / "whole")  # nothing to do
     assert (tmp_path / "whole" / tasks[0].name / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert train_oracles(base, recipe, tasks[:2], tmp_path / "whole", budget_s=0.0) == [t.name for t in tasks[:2]]
     with pytest.raises(TrainingError, match=r"trained otherwise \(lora\)"):
         train_oracles(base, dataclasses.replace(recipe, lora=OracleConfig(rank=3)), tasks[:1], tmp_path / "whole")
 
 
 def test_the_multi_task_lora_sees_the_rows_of_text_to_lora_and_no_held_out_task(base, tasks, tmp_path, monkeypatch):
     seen: list[tuple] = []
-    step = TaskSource.step
-    monkeypatch.setattr(TaskSource, "step", lambda self, number: (seen.append(found := step(self, number)), found)[1])
-    recipe = dataclasses.replace(RECIPE, training=dataclasses.replace(RECIPE.training, steps=3))
+    episodes_of = TaskSource.episodes
+
+    def episodes(self, drawn):
+        seen.append((drawn.descriptions, found := episodes_of(self, drawn)))
+        return found
+
+    monkeypatch.setattr(TaskSource, "episodes", episodes)
+    recipe = dataclasses.replace(MULTITASK, lora=RECIPE.lora, training=dataclasses.replace(RECIPE.training, steps=3))
+    assert recipe.data == TextRecipe().data and MULTITASK.training == TextRecipe().training
     assert train_multitask(base, recipe, tasks, tmp_path / "plain")
     assert train_multitask(base, recipe, tasks, tmp_path / "described", described=True)
     plain, described = seen[:3], seen[3:]
     text_to_lora = TaskSource(recipe.data, tasks, base.chat)
-    assert plain == [step(text_to_lora, number) for number in range(3)]
+    for number, (descriptions, rows) in enumerate(plain):
+        drawn = text_to_lora.draw(number)
+        assert drawn.descriptions == descriptions and episodes_of(text_to_lora, drawn) == rows
     about = json.loads((tmp_path / "described" / "loracast.json").read_text())
     assert about["settings"]["described"] and about["settings"]["tasks"] == [t.name for t in tasks if not t.is_heldout]
-    for one, other in zip(plain, described, strict=True):
-        assert one.descriptions == other.descriptions
-        for text, bare, told in zip(one.descriptions, one.episodes, other.episodes, strict=True):
+    for (descriptions, rows), (again, others) in zip(plain, described, strict=True):
+        assert descriptions == again
+        for text, bare, told in zip(descriptions, rows, others, strict=True):
             for question, with_text in zip(bare.questions, told.questions, strict=True):
                 assert question.answer == with_text.answer
                 expected = base.tokenizer.decode(question.prompt).replace("user\n", f"user\n{text}\n\n")
                 assert base.tokenizer.decode(with_text.prompt) == expected
+    assert read_multitask(tmp_path / "plain", base.fingerprint, False).names
+    with pytest.raises(AdapterError, match=r"a multi-task LoRA without descriptions; give what .*--described"):
+        read_multitask(tmp_path / "plain", base.fingerprint, True)
+    one = dataclasses.replace(RECIPE, training=recipe.training)
+    train_oracles(base, one, tasks[:1], tmp_path / "library")
+    with pytest.raises(AdapterError, match="the LoRA of a single task"):
+        read_multitask(tmp_path / "library" / tasks[0].name, base.fingerprint, False)
     with pytest.raises(BaseModelError, match="made for the base"):
         read_oracle(tmp_path / "plain", dataclasses.replace(base.fingerprint, norms="another"))
 

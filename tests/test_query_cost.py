@@ -42,6 +42,14 @@ def test_the_formula_is_what_torch_counts(n_prompt, n_new, with_lora, eager):
     assert 0 <= found - expected <= 4 * rotary
 
 
+def test_a_kept_beginning_costs_nothing_again(base):
+    formula = QueryFlops.of(base.model.config)
+    whole, lora = formula.query(50, 4, some_lora()), some_lora()
+    assert formula.query(50, 4, lora, n_kept=30) == whole - formula.forward(30) - 30 * lora_flops(
+        lora
+    ) + 2 * formula.head_weights - (4 * formula.n_layers * formula.attention_width * (50 * 50 - 30 * 30 - 20 * 50))
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2"])
 def test_one_forward_of_other_bases_too(model_type):
     model = make_model(model_type)
@@ -90,6 +98,8 @@ def test_the_command(suite, hypernetwork, tiny_folder, tmp_path, home):  # noqa:
     assert first["adapter"]["flops_ratio"] == 1 and len({row["new_tokens"] for row in first.values()}) == 1
     assert first["adapter"]["gflops"] > first["none"]["gflops"]
     assert first["none"]["break_even"] is None is first["document"]["break_even"]
+    assert first["described"]["kept_ratio"] < first["described"]["flops_ratio"]
+    assert first["document"]["gflops_kept"] < 0.7 * first["document"]["gflops"]
     described = first["described"]
     saved = described["gflops"] - first["adapter"]["gflops"]
     assert described["break_even"] - 1 < described["make_gflops"] / saved <= described["break_even"]
@@ -98,6 +108,7 @@ def test_the_command(suite, hypernetwork, tiny_folder, tmp_path, home):  # noqa:
     for system, row in zip(systems, mean, strict=True):
         of_tasks = [r["gflops"] for r in report["rows"][:18] if r["system"] == system]
         assert row["task"] == "(mean)" and row["gflops"] == pytest.approx(sum(of_tasks) / 3)
+    assert dict(zip(systems, mean, strict=True))["described"]["break_even"] > 0
     assert (tmp_path / "out" / "cost.png").stat().st_size > 10_000
     too_long = [str(a) for a in arguments[:-1]] + ["--document-tokens", "100000"]
     assert "the document shall have 100000" in CliRunner().invoke(app, too_long).output

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from loracast.errors import ConfigError
+from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.store import from_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA
 from loracast.lora import Factors, LoRA, LoRABatch, stack
@@ -15,7 +15,7 @@ from loracast.tasks import read_tasks
 from loracast.training.loop import TrainConfig
 from loracast.training.oracle import OracleConfig, OracleRecipe, read_oracle, train_oracles
 from loracast.training.plots import plot_metrics
-from loracast.training.reconstruction import canonical, matching, relative_error
+from loracast.training.reconstruction import canonical, matching, relative_square_error
 from loracast.training.task_source import TaskDataConfig
 from loracast.training.text import TextRecipe, train_text
 from test_tasks import WordCounts, answer_loss, word_encoder, write_suite  # noqa: F401
@@ -44,7 +44,7 @@ def test_inner_products_and_errors_are_those_of_the_dense_deltas():
     expected = torch.stack(
         [(dense(a) - dense(b)).norm() ** 2 / dense(b).norm() ** 2 for a, b in zip(ones, others, strict=True)]
     )
-    torch.testing.assert_close(relative_error(*batches), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(relative_square_error(*batches), expected, rtol=1e-4, atol=1e-4)
     as_dense = stack([LoRA(dense={name: lora.delta(name) for name in lora.names}) for lora in others])
     torch.testing.assert_close(batches[0].inner(as_dense), batches[0].inner(batches[1]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(as_dense.inner(batches[0]), batches[0].inner(batches[1]), rtol=1e-4, atol=1e-4)
@@ -86,7 +86,7 @@ def test_descriptions_give_back_the_oracles(match, error, base, word_encoder, tm
     tasks = read_tasks(write_suite(tmp_path))
     recipe = OracleRecipe(
         OracleConfig(("q_proj", "v_proj", "down_proj"), rank=2),
-        TaskDataConfig(examples_per_task=5),
+        TaskDataConfig(tasks_per_step=1, examples_per_task=5),
         TrainConfig(steps=40, lr=5e-3, warmup_steps=4, bf16=False),
     )
     train_oracles(base, recipe, tasks, tmp_path / "library")
@@ -119,6 +119,25 @@ def test_descriptions_give_back_the_oracles(match, error, base, word_encoder, tm
             train_text(
                 base, dataclasses.replace(text, **change), tasks, tmp_path / "other", oracles=tmp_path / "library"
             )
+
+
+def test_factors_of_one_oracle_cannot_be_compared_and_another_library_is_no_resume(base, word_encoder, tmp_path):  # noqa: F811
+    tasks = read_tasks(write_suite(tmp_path))
+    recipe = OracleRecipe(OracleConfig(rank=2), training=TrainConfig(steps=1, warmup_steps=1, bf16=False))
+    text = TextRecipe(
+        hypernetwork={"rank": 2, "width": 16, "head_width": 16},
+        training=TrainConfig(steps=2, warmup_steps=1, bf16=False),
+    )
+    train_oracles(base, recipe, tasks[1:2], tmp_path / "library")
+    train_text(base, text, tasks, tmp_path / "run", oracles=tmp_path / "library")
+    with pytest.raises(ConfigError, match="at least two oracles"):
+        train_text(
+            base, dataclasses.replace(text, match="factors"), tasks, tmp_path / "other", oracles=tmp_path / "library"
+        )
+    other = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, seed=5))
+    train_oracles(base, other, tasks[1:2], tmp_path / "again" / "library")
+    with pytest.raises(TrainingError, match="oracles_sha256"):
+        train_text(base, text, tasks, tmp_path / "run", oracles=tmp_path / "again" / "library")
 
 
 def test_a_library_without_training_tasks_and_an_unknown_match_are_refused(base, word_encoder, tmp_path):  # noqa: F811

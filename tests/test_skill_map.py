@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from loracast.cli import app
-from loracast.evaluation.skill_map import _silhouette
+from loracast.evaluation.skill_map import _by_chance, _silhouette
 from loracast.lora import LoRA, stack
 from test_eval_tasks import hypernetwork  # noqa: F401
 from test_reconstruction import dense, random_lora
@@ -42,6 +42,23 @@ def test_silhouettes_by_their_definition():
     assert _silhouette(distances, labels) == pytest.approx(np.mean(scores))
 
 
+def test_chance_keeps_the_points_of_a_task_together():
+    """Tight tasks, families by lot: a task's own points lie together whatever its family, which alone is no evidence of families."""
+    rng = np.random.default_rng(2)
+    centres = np.repeat(rng.normal(size=(20, 3)), 4, axis=0)
+    points = centres + 0.01 * rng.normal(size=centres.shape)
+    names = [f"task {i // 4}" for i in range(80)]
+    groups = [f"family {i // 16}" for i in range(80)]
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    by_chance = _by_chance(distances, names, groups, 0)
+    of_points = np.percentile([_silhouette(distances, list(rng.permutation(groups))) for _ in range(50)], 95)
+    assert _silhouette(distances, groups) < by_chance and by_chance > of_points + 0.02
+    apart = points + np.repeat(np.arange(5), 16)[:, None] * 9
+    far = np.linalg.norm(apart[:, None] - apart[None], axis=-1)
+    assert _silhouette(far, groups) > _by_chance(far, names, groups, 0) + 0.3
+    assert _silhouette(distances, [str(i) for i in range(80)]) is None is _silhouette(distances, ["a"] * 80)
+
+
 def test_the_command(hypernetwork, tmp_path, home):  # noqa: F811
     names = {"up": "case", "down": "case", "first": "letters", "last": "letters", "alone": "one"}
     write_rows(tmp_path / "tasks.jsonl", [{"task": name, "input": "a", "output": "b"} for name in names])
@@ -69,7 +86,7 @@ def test_the_command(hypernetwork, tmp_path, home):  # noqa: F811
         ("weights", 15, 5, 2),
     ]
     assert {point["group"] for point in rows[0]["points"]} == {"case", "letters", ""}
-    assert all(-1 <= row[key] <= 1 for row in rows for key in ("by_task", "by_group", "by_group_shuffled"))
+    assert all(-1 <= row[key] <= 1 for row in rows for key in ("by_task", "by_group", "by_group_by_chance"))
     assert (tmp_path / "out" / "map.png").stat().st_size > 20_000
     write_rows(tmp_path / "tasks_meta.jsonl", [{"task": name, "group": "same"} for name in names])
     assert "1 families" in CliRunner().invoke(app, [str(a) for a in arguments]).output

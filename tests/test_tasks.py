@@ -166,10 +166,11 @@ def test_a_step_holds_no_held_out_task_description_or_example(base, tmp_path):
     )
     seen = set()
     for number in range(20):
-        step = source.step(number)
-        assert step == source.step(number)
-        assert set(step.descriptions) <= set(source.descriptions)
-        for description, episode in zip(step.descriptions, step.episodes, strict=True):
+        drawn, again = source.draw(number), source.draw(number)
+        episodes = source.episodes(drawn)
+        assert drawn.descriptions == again.descriptions and episodes == source.episodes(again)
+        assert set(drawn.descriptions) <= set(source.descriptions)
+        for description, episode in zip(drawn.descriptions, episodes, strict=True):
             assert len({question.prompt for question in episode.questions}) == 4
             for question in episode.questions:
                 prompt, answer = (base.tokenizer.decode(ids) for ids in (question.prompt, question.answer))
@@ -180,7 +181,7 @@ def test_a_step_holds_no_held_out_task_description_or_example(base, tmp_path):
     with pytest.raises(TrainingError, match="all are held out"):
         TaskSource(TaskDataConfig(), [task for task in tasks if task.is_heldout], base.chat)
     with pytest.raises(TrainingError, match=r"raise data\.max_tokens"):
-        TaskSource(TaskDataConfig(max_tokens=2), tasks, base.chat)
+        TaskSource(TaskDataConfig(max_tokens=2), tasks, base.chat).short_enough(tasks[0])
 
 
 def test_gibberish_describes_nothing():
@@ -307,6 +308,31 @@ def test_the_contrast_makes_another_description_work_less(base, word_encoder, tm
         own, other = (answer_loss(base, hypernet, order, names, folder) for order in (texts, texts[::-1]))
         losses[weight] = other - own
     assert losses[1.0] > 1.1 * losses[0.0] > 0
+
+
+def test_what_training_does_not_see_does_not_matter_to_a_resumed_run(base, tmp_path):
+    tasks = read_tasks(write_suite(tmp_path))
+    whole = TaskSource(TaskDataConfig(), tasks, base.chat).sha256
+    blind = [
+        dataclasses.replace(t, test=(), labels=("x",), descriptions={**t.descriptions, "heldout": ("other",)})
+        for t in tasks
+    ]
+    assert TaskSource(TaskDataConfig(), blind, base.chat).sha256 == whole
+    fewer = [dataclasses.replace(t, train=t.train[1:]) for t in tasks]
+    assert TaskSource(TaskDataConfig(), fewer, base.chat).sha256 != whole
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contrast_examples": 0}, "contrast_examples at least 1"),
+        ({"calm_weight": -1.0}, "not be negative"),
+        ({"contrast_weight": 1.0, "data": TaskDataConfig(tasks_per_step=1)}, "tasks_per_step of at least 2"),
+    ],
+)
+def test_an_objective_that_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        TextRecipe(**options)
 
 
 def test_the_contrast_by_hand(base, tmp_path):

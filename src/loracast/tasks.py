@@ -35,7 +35,7 @@ class Example:
     input: str
     outputs: tuple[str, ...]
     choices: tuple[str, ...] = ()
-    """What there is to choose from, the right outputs among it, where each example has its own choices."""
+    """What there is to choose from, the preferred output among it, where each example has its own choices."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ def read_tasks(source: str | Path) -> tuple[Task, ...]:
         path = _from_hub(str(source))
     if path.is_dir() and (files := sorted(path.glob("*.json"))):
         tasks = [_from_file(file) for file in files]
-    elif (path.is_dir() and (files := sorted(path.glob("tasks.jsonl*")))) or (path.is_dir() and (files := sorted([*path.rglob("*.jsonl"), *path.rglob("*.jsonl.gz")]))):
+    elif (path.is_dir() and (files := sorted(path.glob("tasks.jsonl*")))) or (
+        path.is_dir() and (files := sorted([*path.rglob("*.jsonl"), *path.rglob("*.jsonl.gz")]))
+    ):
         tasks = _from_rows(files)
     elif path.is_file():
         tasks = [_from_file(path)] if path.suffix == ".json" else _from_rows([path])

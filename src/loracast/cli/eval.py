@@ -204,14 +204,17 @@ def tasks(
         str,
         typer.Option(
             help="Rivals to run, with commas: none, described, shots3, shots5, described_shots3, described_shots5, average, multitask, "
-            "multitask_described, adapter, other, gibberish, constant, oracle; or all for which there is what they need."
+            "multitask_described, adapter, other, gibberish, shuffled, constant, oracle; or all for which there is what they need."
         ),
     ] = "all",
     rows: Annotated[int, typer.Option(help="Most test rows of a task.", min=1)] = 50,
     seeds: Annotated[str, typer.Option(help="Seeds of descriptions and examples, with commas.")] = "0,1",
     trained: Trained = False,
     descriptions: Descriptions = "heldout",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longest answer, in tokens; by default 32, or 256 where a number is worked out.", min=1),
+    ] = None,
     base: options.Base = None,
     device: options.Device = None,
     budget_s: Annotated[
@@ -221,10 +224,9 @@ def tasks(
 ) -> None:
     """Descriptions as adapters, on tasks that no training has seen, beside descriptions and examples in the prompt."""
     from loracast.describe import load_caster
-    from loracast.evaluation.task_rivals import Given, average_of_oracles
+    from loracast.evaluation.task_rivals import Given
     from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
-    from loracast.tasks import read_tasks
-    from loracast.training.oracle import read_oracle
+    from loracast.training.oracle import average_of_oracles, read_multitask
 
     config = TasksConfig(
         tasks=str(tasks) if tasks else None,
@@ -243,9 +245,11 @@ def tasks(
         loaded,
         caster=None if hypernetwork is None else load_caster(hypernetwork, base=loaded, say=say),
         oracles=oracles,
-        multitask=read_oracle(multitask, loaded.fingerprint) if multitask else None,
-        multitask_described=read_oracle(multitask_described, loaded.fingerprint) if multitask_described else None,
-        average=average_of_oracles(oracles, read_tasks(tasks), loaded) if oracles and tasks else None,
+        multitask=read_multitask(multitask, loaded.fingerprint, False) if multitask else None,
+        multitask_described=read_multitask(multitask_described, loaded.fingerprint, True)
+        if multitask_described
+        else None,
+        average=average_of_oracles(oracles, loaded.fingerprint) if oracles else None,
     )
     with _progress("rows") as progress:
         report = evaluate_tasks(given, config, out, progress)

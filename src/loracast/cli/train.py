@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -148,16 +147,8 @@ def oracle(
     chosen = [task for task in found if not only or task.name in only]
     loaded = _open_base(base, device)
     command = _command("oracle", recipe, change, None)
-    with _lora_progress(len(chosen)) as show:
-        done = train_oracles(
-            loaded,
-            settings,
-            chosen,
-            out,
-            command=command,
-            budget_s=seconds(budget) if budget else None,
-            on_metrics=show,
-        )
+    limit_s = seconds(budget) if budget else None
+    done = train_oracles(loaded, settings, chosen, out, command=command, budget_s=limit_s, on_metrics=_show_lora)
     if as_json:
         print(json.dumps({"out": str(out), "done": done, "wanted": len(chosen)}))
     else:
@@ -180,17 +171,16 @@ def multitask(
 ) -> None:
     """Train one LoRA on all tasks that are not held out: what is left of Text-to-LoRA without descriptions."""
     from loracast.tasks import read_tasks
-    from loracast.training.oracle import read_oracle_recipe, train_multitask
+    from loracast.training.oracle import MULTITASK, read_oracle_recipe, train_multitask
 
-    settings = read_oracle_recipe(recipe, change or [])
+    settings = read_oracle_recipe(recipe, change or [], MULTITASK)
     found = read_tasks(tasks)
     loaded = _open_base(base, device)
     command = _command("multitask", recipe, change, None) + (" --described" if described else "")
-    with _lora_progress(1) as show:
-        done = train_multitask(
-            loaded, settings, found, out,
-            described=described, command=command, budget_s=seconds(budget) if budget else None, on_metrics=show,
-        )  # fmt: skip
+    limit_s = seconds(budget) if budget else None
+    done = train_multitask(
+        loaded, settings, found, out, described=described, command=command, budget_s=limit_s, on_metrics=_show_lora
+    )
     if as_json:
         print(json.dumps({"out": str(out), "done": done}))
     else:
@@ -205,23 +195,10 @@ def _open_base(base: str | None, device: str | None) -> Any:
     return load_base(base, device=device)
 
 
-@contextmanager
-def _lora_progress(n_tasks: int) -> Iterator[Callable[[str, dict[str, float]], None]]:
+def _show_lora(task: str, figures: dict[str, float]) -> None:
     """A line of figures for the task in hand."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    seen: dict[str, None] = {}
-
-    def show(task: str, figures: dict[str, float]) -> None:
-        seen[task] = None
-        console.print(
-            f"{len(seen)}/{n_tasks} {task}  step {figures['step']:.0f}  {figures['elapsed_s']:.0f} s  loss {figures['loss']:.3f}  "
-            f"exact {figures['exact']:.3f}",
-            highlight=False,
-        )
-
-    yield show
+    named = "  ".join(f"{name} {figures[name]:.3f}" for name in ("loss", "exact"))
+    typer.echo(f"{task}  step {figures['step']:.0f}  {figures['elapsed_s']:.0f} s  {named}", err=True)
 
 
 def _overrides(change: list[str] | None, budget: str | None) -> list[str]:
@@ -244,14 +221,12 @@ def _train(
     as_json: bool,
 ) -> None:
     """Load the base, run a training (of base, workers and what is told of its metrics), draw its curve and say where it lies."""
-    from loracast.base import load_base
     from loracast.training.plots import plot_metrics
     from loracast.training.progress import ProgressLine
-    from loracast.training.runtime import Workers, keep_freed_memory
+    from loracast.training.runtime import Workers
 
-    keep_freed_memory()
     workers = Workers.join(device)
-    loaded = load_base(base, device=str(workers.device))
+    loaded = _open_base(base, str(workers.device))
     with ProgressLine(config, enabled=workers.is_first) as line:
         last = run(loaded, workers, line.show)
     if workers.is_first:

@@ -28,7 +28,6 @@ def read_benchmark(path: Path) -> Task:
     """
     stem = re.sub(r"\.jsonl(\.gz)?$", "", path.name)
     name = re.sub(r"^bench_|_(test|train|sample)$", "", stem)
-    name = re.sub(r"_(test|train|sample)$", "", name)
     if (about := _descriptions().get(name)) is None:
         raise ConfigError(
             f"nothing is known of a benchmark {name!r}; write it as a task file (docs/tasks.md). Known: {', '.join(sorted(_descriptions()))}"
@@ -37,11 +36,16 @@ def read_benchmark(path: Path) -> Task:
     beside = path.with_name(path.name.replace("_test.", "_train."))
     shown = _examples(beside) if beside != path and beside.is_file() else rows[:_N_SHOWN]
     asked = rows if beside != path and beside.is_file() else rows[_N_SHOWN:]
+    if not asked:
+        raise ConfigError(
+            f"{path} has no more than {_N_SHOWN} rows, which are its examples: put those into {beside.name}"
+        )
     return Task(
         name=name,
         descriptions={"heldout": tuple(about["descriptions"])},
         train=tuple(shown),
         test=tuple(asked),
+        group=about["group"],
         is_heldout=True,
         metric=about.get("metric", "exact"),
     )

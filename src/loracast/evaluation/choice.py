@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from loracast.base import Base
+from loracast.chat import encode_text
 from loracast.lora import LoRA, stack
 from loracast.training.episodes import Episode, Question, pack
 from loracast.training.objective import answer_with
@@ -23,7 +24,7 @@ class Choice:
     by_sum: int
     """By the log-probability of all of its tokens, the end of the turn included."""
     by_byte: int
-    """By the same for each byte of it, which is fair to long answers (`acc_norm` of lm-evaluation-harness)."""
+    """By the same for each byte of it, which is fair to long answers."""
 
 
 @torch.no_grad()
@@ -32,12 +33,15 @@ def likeliest(
 ) -> list[Choice]:
     """For each prompt, the likeliest of its answers. The answers of a prompt are branches of one row: it is read once.
 
+    An answer may begin with a space, as LoRAs are trained to write it, or without one, as the turns of a chat stand in a prompt: the likelier
+    form counts.
+
     Args:
         prompts: token ids.
         answers: for each prompt the texts to choose from.
     """
     episodes = [
-        Episode((), tuple(Question(tuple(prompt), tuple(base.chat.answer(text))) for text in texts))
+        Episode((), tuple(Question(tuple(prompt), form) for text in texts for form in _forms(base, text)))
         for prompt, texts in zip(prompts, answers, strict=True)
     ]
     sizes = [len(e.questions[0].prompt) + sum(len(q.answer) for q in e.questions) for e in episodes]
@@ -52,7 +56,13 @@ def likeliest(
         batch = pack([episodes[i] for i in rows], base.pad_id).to(base.device)
         losses = answer_with(base.model, stack([lora]), batch)[0].by_question  # mean over each answer's tokens
         sums = losses * torch.bincount(batch.answer_question)
-        for i, of_prompt in zip(rows, sums.split([len(answers[i]) for i in rows]), strict=True):
+        for i, of_forms in zip(rows, sums.split([2 * len(answers[i]) for i in rows]), strict=True):
+            of_prompt = of_forms.view(-1, 2).amin(1)  # [answers]
             lengths = torch.tensor([max(1, len(text.encode())) for text in answers[i]], device=of_prompt.device)
             chosen[i] = Choice(int(of_prompt.argmin()), int((of_prompt / lengths).argmin()))
     return [chosen[i] for i in range(len(episodes))]
+
+
+def _forms(base: Base, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """An answer as it stands inside a sentence, and as it stands at the beginning of a turn; its end of turn included."""
+    return tuple(base.chat.answer(text)), (*encode_text(base.tokenizer, text.strip()), base.chat.end_of_turn)

@@ -44,10 +44,10 @@ class QueryFlops:
         per_layer = 2 * n_tokens * self.layer_weights + 4 * n_tokens * (n_past + n_tokens) * self.attention_width
         return self.n_layers * per_layer + 2 * self.head_weights
 
-    def query(self, n_prompt: int, n_new: int, lora: LoRA | None = None) -> int:
-        """A prompt, and an answer of `n_new` tokens, of which the last is not read."""
+    def query(self, n_prompt: int, n_new: int, lora: LoRA | None = None, n_kept: int = 0) -> int:
+        """A prompt, of which the cache holds the first `n_kept` tokens from before, and an answer of `n_new`, of which the last is not read."""
         steps = sum(self.forward(1, n_prompt + i) for i in range(n_new - 1))
-        return self.forward(n_prompt) + steps + (n_prompt + n_new - 1) * lora_flops(lora)
+        return self.forward(n_prompt - n_kept, n_kept) + steps + (n_prompt - n_kept + n_new - 1) * lora_flops(lora)
 
     def cache_bytes(self, n_tokens: int, bytes_per_number: int = 2) -> int:
         """The keys and values of so many tokens."""

@@ -109,7 +109,7 @@ def _run(model: Answerer, config: HarnessConfig, manager: Any, lora: LoRA | None
         )
     figures: Figures = {}
     for task, values in results["results"].items():
-        n = results["n-samples"][task]["effective"]
+        n = results["n-samples"].get(task, {}).get("effective", values.get("sample_len", 0))  # groups have the latter
         for key, value in values.items():
             name, comma, kind = key.partition(",")  # "acc,none", "acc_stderr,none"
             if comma and not name.endswith("_stderr") and isinstance(value, int | float):

@@ -31,7 +31,7 @@ def is_exact(answer: str, value: str) -> bool:
 
 def last_number(text: str) -> float | None:
     """The last number in a text; commas between groups of three digits are no part of it ("1,200" is 1200). None where there is none."""
-    found = re.findall(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\d)", text.replace("$", " "))
+    found = re.findall(r"(?<![\w.])-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?!\d)", text.replace("$", ""))
     return float(found[-1].replace(",", "")) if found else None
 
 
@@ -76,14 +76,14 @@ def cluster_bootstrap(
 
 
 def paired_bootstrap(
-    one: Sequence[Sequence[bool]], other: Sequence[Sequence[bool]], *, n_resamples: int = 2000, seed: int = 0
+    one: Sequence[Sequence[float]], other: Sequence[Sequence[float]], *, n_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
     """The mean over tasks of how much more often `one` is right than `other` on the same rows, with its 95 % percentile interval.
 
     Tasks are drawn, and within each drawn task its rows: both what was asked and which tasks there are might have been others.
 
     Args:
-        one, other: for each task, which of its rows were answered right.
+        one, other: for each task, how often each of its rows was answered right: a row that was asked with several seeds is one row.
     """
     gains = [np.subtract(a, b, dtype=float) for a, b in zip(one, other, strict=True)]
     rng = np.random.default_rng(seed)

@@ -24,6 +24,7 @@ from loracast.evaluation.tasks import TasksConfig, draw, read_all
 from loracast.generate import Sampling, answer
 from loracast.lora import LoRA
 from loracast.texts import read_texts
+from loracast.training.episodes import common_prefix
 
 DOCUMENT = "document"
 LABELS = {
@@ -40,6 +41,8 @@ COLUMNS: tuple[Column, ...] = (
     number("new_tokens", "new tokens", 1),
     number("gflops", "GFLOP", 2),
     number("flops_ratio", "x adapter", 2),
+    number("gflops_kept", "GFLOP, beginning kept", 2),
+    number("kept_ratio", "x adapter", 2),
     number("first_token_s", "first token s", 4),
     number("total_s", "total s", 4),
     number("cache_kib", "KV cache KiB"),
@@ -95,9 +98,10 @@ def evaluate_cost(given: Given, config: CostConfig, out: Path, progress: Progres
     for i in range(len(tasks)):
         rows += _measure(given, formula, draw(tasks, i, config.seed, settings), document, config)
         progress(i + 1, len(tasks))
-    rows += [
+    means = [
         _mean_of([row for row in rows if row["system"] == name]) for name in dict.fromkeys(r["system"] for r in rows)
     ]
+    rows += [{**_against(row, next(r for r in means if r["system"] == ADAPTER)), **row} for row in means]
     about = {**environment(given.base, given.caster.hypernet_hash), "making": _making(rows)}
     report = Report("cost of a query", COLUMNS, rows, asdict(config), about)
     report.write(out)
@@ -132,13 +136,13 @@ def _measure(
     )
     lengths = [min(_MOST_NEW_TOKENS, len(base.chat.answer(row.outputs[0]))) for row in asked]
     names = [name for name in LABELS if name != DOCUMENT or document is not None]
+    prompts = {name: [_prompt(given, name, drawn, document, query.input) for query in asked] for name in names}
+    # What all queries of a task begin with could be kept in the cache, as servers do.
+    n_kept = {name: common_prefix(some) if len(some) > 1 else 0 for name, some in prompts.items()}
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for i, (query, n_new) in enumerate(zip(asked, lengths, strict=True)):
+    for i, n_new in enumerate(lengths):
         for name in (*names[i % len(names) :], *names[: i % len(names)]):  # in turn the first
-            if name == DOCUMENT:  # it stands where a description would
-                prompt = prompt_of(base, RIVALS["described"], replace(drawn, description=document or ""), query.input)
-            else:
-                prompt = prompt_of(base, RIVALS[name], drawn, query.input)
+            prompt = prompts[name][i]
             with_lora: LoRA | None = lora if name == ADAPTER else None
             done = answer(base, prompt, with_lora, Sampling(max_new_tokens=n_new, min_new_tokens=n_new))
             seen[name].append(
@@ -146,6 +150,7 @@ def _measure(
                     "prompt_tokens": len(prompt),
                     "new_tokens": n_new,
                     "gflops": formula.query(len(prompt), n_new, with_lora) / 1e9,
+                    "gflops_kept": formula.query(len(prompt), n_new, with_lora, n_kept[name]) / 1e9,
                     "first_token_s": done.first_token_s,
                     "total_s": done.total_s,
                     "cache_kib": formula.cache_bytes(len(prompt) + n_new - 1, base.model.dtype.itemsize) / 1024,
@@ -161,17 +166,26 @@ def _measure(
     for row in rows:
         row["make_gflops"], row["make_s"] = make_flops / 1e9, make_s
         row |= _against(row, adapter)
-        if row["system"] == DOCUMENT:  # what spares it is an adapter made from the document
-            row["break_even"] = row["break_even_s"] = None
     return rows
 
 
+def _prompt(given: Given, name: str, drawn: Drawn, document: str | None, asked: str) -> list[int]:
+    if name == DOCUMENT:  # it stands where a description would
+        drawn, name = replace(drawn, description=document or ""), "described"
+    return prompt_of(given.base, RIVALS[name], drawn, asked)
+
+
 def _against(row: dict[str, Any], adapter: dict[str, Any]) -> dict[str, float | None]:
-    """How many times an adapter's operations a rival needs, and after how many queries the adapter, once made, is the cheaper."""
+    """How many times an adapter's operations a rival needs, and after how many queries the adapter, once made, is the cheaper.
+
+    Not beside a document: what spares that is an adapter made from the document.
+    """
+    is_spared = row["system"] != DOCUMENT
     return {
         "flops_ratio": row["gflops"] / adapter["gflops"],
-        "break_even": _queries(row["make_gflops"], row["gflops"] - adapter["gflops"]),
-        "break_even_s": _queries(row["make_s"], row["total_s"] - adapter["total_s"]),
+        "kept_ratio": row["gflops_kept"] / adapter["gflops_kept"],
+        "break_even": _queries(row["make_gflops"], row["gflops"] - adapter["gflops"]) if is_spared else None,
+        "break_even_s": _queries(row["make_s"], row["total_s"] - adapter["total_s"]) if is_spared else None,
     }
 
 
@@ -182,7 +196,7 @@ def _queries(making: float, saving: float) -> int | None:
 
 def _mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All tasks count the same."""
-    keys = ("prompt_tokens", "new_tokens", "gflops", "first_token_s", "total_s", "cache_kib", "joules", "make_gflops", "make_s", "flops_ratio")  # fmt: skip
+    keys = ("prompt_tokens", "new_tokens", "gflops", "gflops_kept", "first_token_s", "total_s", "cache_kib", "joules", "make_gflops", "make_s", "flops_ratio", "kept_ratio")  # fmt: skip
     row = {key: statistics.mean(r[key] for r in rows) for key in keys}
     return {"task": _ALL, "system": rows[0]["system"], "label": rows[0]["label"], **row}
 

@@ -30,8 +30,10 @@ COLUMNS: tuple[Column, ...] = (
     number("n_groups", "families"),
     number("by_task", "silhouette by task", 3),
     number("by_group", "by family", 3),
-    number("by_group_shuffled", "by family, shuffled", 3),
+    number("by_group_by_chance", "by family, by chance", 3),
 )
+
+_N_DEALS = 100
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class MapConfig:
     descriptions: DescriptionKind = "heldout"
     """Kind of the descriptions, each of which is a point."""
     seed: int = 0
-    """Seed of the map and of the shuffled families."""
+    """Seed of the map and of the families by chance."""
 
 
 def evaluate_map(caster: TaskCaster, config: MapConfig, out: Path) -> Report:
@@ -77,7 +79,6 @@ def evaluate_map(caster: TaskCaster, config: MapConfig, out: Path) -> Report:
     for name, between in distances.items():
         table = between.clamp_min(0).fill_diagonal_(0).numpy()
         places[name] = _in_two_dimensions(table, config.seed)
-        shuffled = list(np.random.default_rng(config.seed).permutation(groups))
         rows.append(
             {
                 "system": name,
@@ -87,7 +88,7 @@ def evaluate_map(caster: TaskCaster, config: MapConfig, out: Path) -> Report:
                 "n_groups": len(families),
                 "by_task": _silhouette(table, names),
                 "by_group": _silhouette(table, groups),
-                "by_group_shuffled": _silhouette(table, shuffled),
+                "by_group_by_chance": _by_chance(table, names, groups, config.seed),
                 "points": [
                     {"task": task, "group": group, "x": float(x), "y": float(y)}
                     for task, group, (x, y) in zip(names, groups, places[name], strict=True)
@@ -100,11 +101,25 @@ def evaluate_map(caster: TaskCaster, config: MapConfig, out: Path) -> Report:
     return report
 
 
-def _silhouette(distances: np.ndarray, labels: Sequence[str]) -> float:
-    """The mean silhouette of the points that have a label; the others are left out."""
+def _by_chance(distances: np.ndarray, names: Sequence[str], groups: Sequence[str], seed: int) -> float | None:
+    """The 95th percentile of the silhouette by family when the tasks are dealt to the families anew; a task's points stay together."""
+    rng = np.random.default_rng(seed)
+    of_task = dict(zip(names, groups, strict=True))
+    scores = []
+    for _ in range(_N_DEALS):
+        dealt = dict(zip(of_task, rng.permutation(list(of_task.values())), strict=True))
+        scores.append(_silhouette(distances, [dealt[name] for name in names]))
+    known = [score for score in scores if score is not None]
+    return float(np.percentile(known, 95)) if known else None
+
+
+def _silhouette(distances: np.ndarray, labels: Sequence[str]) -> float | None:
+    """The mean silhouette of the points that have a label; the others are left out. None where every point has one of its own, or all the same."""
     from sklearn.metrics import silhouette_score
 
     kept = [i for i, label in enumerate(labels) if label]
+    if not 2 <= len({labels[i] for i in kept}) < len(kept):
+        return None
     return float(silhouette_score(distances[np.ix_(kept, kept)], [labels[i] for i in kept], metric="precomputed"))
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from loracast.base import Base
 from loracast.chat import Message
 from loracast.describe import TaskCaster
-from loracast.lora import LoRA, concat
+from loracast.lora import LoRA
 from loracast.model import ASK_SYSTEM_TURN
 from loracast.tasks import Example, Task, with_description
-from loracast.training.oracle import ABOUT, read_oracle
-from loracast.training.text import gibberish
+from loracast.training.oracle import read_oracle
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,11 @@ class Drawn:
     task: Task
     description: str
     other_description: str | None
-    """Of another task; None where there is only one."""
+    """Of a task that is not related; None where there is none."""
+    gibberish: str
+    """Random letters, of the kind that training holds down."""
+    shuffled: str
+    """Words of all descriptions in no order, of which training knows nothing."""
     shots: tuple[Example, ...]
     """Examples from the task's training rows."""
 
@@ -67,19 +69,23 @@ class Rival:
     is_described: bool = False
     needs: str | None = None
     """What of Given it cannot do without."""
+    is_drawn: bool = True
+    """Whether it depends on what a seed draws."""
     lora: Callable[[Given, Drawn], LoRA | None] = lambda given, drawn: None
 
 
 ADAPTER = "adapter"
 RIVALS = {
-    "none": Rival("base"),
+    "none": Rival("base", is_drawn=False),
     "described": Rival("description in the prompt", is_described=True),
     "shots3": Rival("3 examples in the prompt", n_shots=3),
     "shots5": Rival("5 examples in the prompt", n_shots=5),
     "described_shots3": Rival("description and 3 examples", n_shots=3, is_described=True),
     "described_shots5": Rival("description and 5 examples", n_shots=5, is_described=True),
-    "average": Rival("average of the oracles", needs="average", lora=lambda given, drawn: given.average),
-    "multitask": Rival("multi-task LoRA", needs="multitask", lora=lambda given, drawn: given.multitask),
+    "average": Rival(
+        "average of the oracles", needs="average", is_drawn=False, lora=lambda given, drawn: given.average
+    ),
+    "multitask": Rival("multi-task LoRA", needs="multitask", is_drawn=False, lora=lambda given, drawn: given.multitask),
     "multitask_described": Rival(
         "multi-task LoRA and description",
         is_described=True,
@@ -95,15 +101,19 @@ RIVALS = {
         lora=lambda given, drawn: given.cast(drawn.other_description or ""),
     ),
     "gibberish": Rival(
-        "adapter from gibberish",
-        needs="caster",
-        lora=lambda given, drawn: given.cast(gibberish(random.Random(drawn.task.name), 1)[0]),
+        "adapter from random letters", needs="caster", lora=lambda given, drawn: given.cast(drawn.gibberish)
     ),
-    "constant": Rival("adapter from a constant embedding", needs="caster", lora=lambda given, drawn: given.constant()),
-    "oracle": Rival("oracle", needs="oracles", lora=lambda given, drawn: given.oracle(drawn.task)),
+    "shuffled": Rival(
+        "adapter from shuffled words", needs="caster", lora=lambda given, drawn: given.cast(drawn.shuffled)
+    ),
+    "constant": Rival(
+        "adapter from a constant embedding", needs="caster", is_drawn=False, lora=lambda given, drawn: given.constant()
+    ),
+    "oracle": Rival("oracle", needs="oracles", is_drawn=False, lora=lambda given, drawn: given.oracle(drawn.task)),
 }
 NEEDED = {
-    "tasks": "at least two tasks",
+    "tasks": "for every task another one that is not related (of another `group`)",
+    "examples": "as many training examples of every task",
     "caster": "a text-to-LoRA hypernetwork (--hypernetwork)",
     "oracles": "a library of trained LoRAs (--oracles)",
     "average": "a library of trained LoRAs, those of training tasks among them (--oracles)",
@@ -111,13 +121,6 @@ NEEDED = {
     "multitask_described": "a LoRA of `loracast train multitask --described` (--multitask-described)",
 }
 """By what a rival needs: how it is given."""
-
-
-def average_of_oracles(oracles: Path, tasks: Sequence[Task], base: Base) -> LoRA | None:
-    """The mean of the deltas of all oracles of training tasks in a library; None where there is none."""
-    names = [task.name for task in tasks if not task.is_heldout and (oracles / task.name / ABOUT).is_file()]
-    loras = [read_oracle(oracles / name, base.fingerprint) for name in names]
-    return concat([lora.scale(1 / len(loras)) for lora in loras]) if loras else None
 
 
 def prompt_of(base: Base, rival: Rival, drawn: Drawn, asked: str) -> list[int]:

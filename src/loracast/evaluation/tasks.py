@@ -22,10 +22,12 @@ from loracast.evaluation.report import Column, Report, environment, number, perc
 from loracast.evaluation.task_rivals import ADAPTER, NEEDED, RIVALS, Drawn, Given, Rival, prompt_of
 from loracast.generate import Sampling, answer_batch
 from loracast.lora import LoRA
-from loracast.tasks import DescriptionKind, Example, Task, read_tasks
+from loracast.tasks import DescriptionKind, Example, Metric, Task, read_tasks
 from loracast.training.oracle import ABOUT
+from loracast.training.text import gibberish
 
 MAX_ROWS = 32
+_LONGEST: dict[Metric, int] = {"exact": 32, "number": 256}
 
 Progress = Callable[[int, int], None]
 """(rows answered, rows in all)"""
@@ -67,8 +69,8 @@ class TasksConfig:
     """Rivals to run; None for all for which there is what they need."""
     only_oracles: bool = False
     """Of the tasks only those that have an oracle."""
-    max_new_tokens: int = 32
-    """Longest answer."""
+    max_new_tokens: int | None = None
+    """Longest answer; if None 32 tokens, or 256 where a number is worked out."""
     budget_s: float | None = None
     """Begin no further task after this many seconds; the table shows how many there were."""
 
@@ -77,7 +79,11 @@ class TasksConfig:
             raise ConfigError("give either tasks (--tasks) or benchmarks (--benchmark)")
         if unknown := sorted(set(self.systems or ()) - RIVALS.keys()):
             raise ConfigError(f"unknown systems: {', '.join(unknown)}; choose from {', '.join(RIVALS)}")
-        if self.systems == () or not self.seeds or min(self.rows, self.max_new_tokens) < 1:
+        if self.benchmarks and (not self.heldout or self.descriptions != "heldout"):
+            raise ConfigError(
+                "benchmarks are held out and have held-out descriptions; leave --trained and --descriptions out"
+            )
+        if self.systems == () or not self.seeds or min(self.rows, self.max_new_tokens or 1) < 1:
             raise ConfigError("systems, seeds, rows and max_new_tokens must be at least one")
 
 
@@ -103,16 +109,16 @@ def evaluate_tasks(
     for i, task in enumerate(tasks):
         if i and ends_s is not None and time.monotonic() > ends_s:
             break
-        for tally in tallies.values():
-            tally.begin()
-        for seed in config.seeds:
-            drawn = draw(tasks, i, seed, config)
-            for name, rival in rivals.items():
-                answered = _answers(given, rival, drawn, config)
-                tallies[name].add(answered)
-                _write_answers(out, name, seed, drawn, answered)
-                n_done += len(answered)
+        for name, rival in rivals.items():
+            by_seed: list[list[Answered]] = []
+            for seed in config.seeds:
+                drawn = draw(tasks, i, seed, config)
+                if not by_seed or rival.is_drawn:  # others answer as with the seed before
+                    by_seed.append(_answers(given, rival, drawn, config))
+                    _write_answers(out, name, seed, drawn, by_seed[-1])
+                n_done += len(by_seed[-1])
                 progress(n_done, n_rows)
+            tallies[name].add(by_seed)
         done_tasks.append(task)
         report = _report(config, rivals, done_tasks, tallies, about, is_complete=len(done_tasks) == len(tasks))
         report.write(out)
@@ -133,29 +139,32 @@ class Answered:
 
 @dataclass
 class Tally:
-    """What one rival got right: by task, row by row and seed by seed."""
+    """How often one rival got each row of each task right: a share of the seeds, since a row is one row however often it is asked."""
 
-    exact: list[list[bool]] = field(default_factory=list)
-    choice: list[list[bool]] = field(default_factory=list)
-    choice_by_byte: list[list[bool]] = field(default_factory=list)
+    exact: list[list[float]] = field(default_factory=list)
+    choice: list[list[float]] = field(default_factory=list)
+    choice_by_byte: list[list[float]] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
 
-    def begin(self) -> None:
-        """Another task begins."""
-        for hits in (self.exact, self.choice, self.choice_by_byte):
-            hits.append([])
-
-    def add(self, answered: Sequence[Answered]) -> None:
-        self.exact[-1] += [a.is_exact for a in answered]
-        self.choice[-1] += [a.choice[0] for a in answered if a.choice]
-        self.choice_by_byte[-1] += [a.choice[1] for a in answered if a.choice]
-        self.prompt_tokens += [a.n_prompt_tokens for a in answered]
+    def add(self, by_seed: Sequence[Sequence[Answered]]) -> None:
+        """The rows of another task, the same for each seed."""
+        rows = list(zip(*by_seed, strict=True))
+        self.exact.append([_share([a.is_exact for a in row]) for row in rows])
+        self.choice.append([_share([a.choice[0] for a in row if a.choice]) for row in rows if row[0].choice])
+        self.choice_by_byte.append([_share([a.choice[1] for a in row if a.choice]) for row in rows if row[0].choice])
+        self.prompt_tokens += [a.n_prompt_tokens for answered in by_seed for a in answered]
 
 
 def _rivals(config: TasksConfig, given: Given, tasks: Sequence[Task]) -> dict[str, Rival]:
+    """Those that are asked for, or all for which there is what they need."""
     missing = {name: rival.needs for name, rival in RIVALS.items() if rival.needs and not getattr(given, rival.needs)}
-    if len(tasks) < 2:
+    drawn = [draw(tasks, i, 0, config) for i in range(len(tasks))]
+    if any(d.other_description is None for d in drawn):
         missing["other"] = "tasks"
+    fewest = min(len(d.shots) for d in drawn)
+    missing |= {name: "examples" for name, rival in RIVALS.items() if rival.n_shots > fewest}
+    if config.benchmarks:
+        missing["oracle"] = "oracles"
     if config.systems is None:
         return {name: rival for name, rival in RIVALS.items() if name not in missing}
     if lacking := [name for name in config.systems if name in missing]:
@@ -179,14 +188,18 @@ def read_all(config: TasksConfig) -> list[Task]:
     if not tasks:
         which = "held-out" if config.heldout else "training"
         raise ConfigError(
-            f"{config.tasks} has no {which} task with test rows and descriptions of the kind {config.descriptions!r}"
+            f"{config.tasks or config.benchmarks} has no {which} task with test rows and descriptions of the kind {config.descriptions!r}"
         )
     return tasks
 
 
 def _with_oracles(tasks: list[Task], config: TasksConfig, given: Given) -> list[Task]:
     """Those tasks that are asked for, an oracle being there for each where oracles answer."""
-    if given.oracles is None or not (config.only_oracles or config.systems is None or "oracle" in config.systems):
+    if (
+        given.oracles is None
+        or config.benchmarks
+        or not (config.only_oracles or config.systems is None or "oracle" in config.systems)
+    ):
         return tasks
     without = [task.name for task in tasks if not (given.oracles / task.name / ABOUT).is_file()]
     if without and (not config.only_oracles or len(without) == len(tasks)):
@@ -202,14 +215,18 @@ def draw(tasks: Sequence[Task], i: int, seed: int, config: TasksConfig) -> Drawn
     task = tasks[i]
     rng = random.Random(f"{seed}/{task.name}")
     strangers = [t for t in tasks if t is not task and (not t.group or t.group != task.group)]
-    others = strangers or [t for t in tasks if t is not task]
-    other = rng.choice(others) if others else None
+    other = rng.choice(strangers) if strangers else None
     shots = rng.sample(task.train, min(5, len(task.train)))
+    description = rng.choice(task.descriptions[config.descriptions])
+    other_description = rng.choice(other.descriptions[config.descriptions]) if other else None
+    words = [word for t in tasks for text in t.descriptions[config.descriptions] for word in text.split()]
     return Drawn(
         task,
-        rng.choice(task.descriptions[config.descriptions]),
-        rng.choice(other.descriptions[config.descriptions]) if other else None,
-        tuple(shots),
+        description,
+        other_description,
+        gibberish=gibberish(rng, 1)[0],
+        shuffled=" ".join(rng.sample(words, min(len(words), len(description.split())))),
+        shots=tuple(shots),
     )
 
 
@@ -222,7 +239,7 @@ def _answers(given: Given, rival: Rival, drawn: Drawn, config: TasksConfig) -> l
     prompts = [prompt_of(base, rival, drawn, row.input) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     answers: dict[int, str] = {}
-    sampling = Sampling(max_new_tokens=config.max_new_tokens)
+    sampling = Sampling(max_new_tokens=config.max_new_tokens or _LONGEST[drawn.task.metric])
     for start in range(0, len(order), MAX_ROWS):
         some = order[start : start + MAX_ROWS]
         answers.update(
@@ -274,8 +291,8 @@ def _report(
             "exact": _mean(shares),
             "near": _mean([share for share, task in zip(shares, tasks, strict=True) if task.is_near]),
             "far": _mean([share for share, task in zip(shares, tasks, strict=True) if not task.is_near]),
-            "choice": _mean([_share(hits) for hits in tally.choice]),
-            "choice_by_byte": _mean([_share(hits) for hits in tally.choice_by_byte]),
+            "choice": _mean([_share(hits) for hits in tally.choice if hits]),
+            "choice_by_byte": _mean([_share(hits) for hits in tally.choice_by_byte if hits]),
             "prompt_tokens": _mean(tally.prompt_tokens),
             "by_task": {task.name: share for task, share in zip(tasks, shares, strict=True)},
         }
@@ -305,14 +322,12 @@ def _paired(
     return paired_bootstrap([one.exact[i] for i in some], [other.exact[i] for i in some])
 
 
-def _share(hits: Sequence[bool]) -> float | None:
-    return sum(hits) / len(hits) if hits else None
+def _share(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Of those that there are."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def _mean(values: Sequence[float]) -> float | None:
+    return _share(values) if values else None
 
 
 def _difference(row: Any, which: str) -> str:

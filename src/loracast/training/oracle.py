@@ -8,11 +8,10 @@ has the description in every prompt.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,13 +25,13 @@ from loracast.base import Base
 from loracast.errors import AdapterError, ConfigError, TrainingError
 from loracast.files import write_atomically
 from loracast.fingerprint import Fingerprint, check
-from loracast.lora import LoRA, LoRABatch
+from loracast.lora import LoRA, LoRABatch, concat
 from loracast.manifest import check_name
 from loracast.peft_format import read_peft
 from loracast.target import target_from_config
 from loracast.tasks import Task
 from loracast.training.episodes import Episode, pack
-from loracast.training.loop import TrainConfig, train
+from loracast.training.loop import TrainConfig, resumable_settings, train
 from loracast.training.objective import answer_with
 from loracast.training.recipe import keys_of, read_tables
 from loracast.training.runtime import Workers
@@ -42,7 +41,7 @@ ABOUT = "loracast.json"
 """Beside PEFT's files: what the LoRA was trained on and how. It is written last."""
 _EXAMPLES_IN_A_ROW = 8  # a row's attention grows with its square
 
-Metrics = Callable[[str, dict[str, float]], None]
+OnMetrics = Callable[[str, dict[str, float]], None]
 """(task, its latest figures)"""
 
 
@@ -69,11 +68,16 @@ class OracleRecipe:
     training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100, lr=1e-3, warmup_steps=10))
 
 
-def read_oracle_recipe(path: Path | None, overrides: Sequence[str] = ()) -> OracleRecipe:
+MULTITASK = OracleRecipe(data=TaskDataConfig(), training=TrainConfig())
+"""Data and training as Text-to-LoRA has them where its recipe says nothing."""
+
+
+def read_oracle_recipe(
+    path: Path | None, overrides: Sequence[str] = (), default: OracleRecipe = OracleRecipe()
+) -> OracleRecipe:
     """A recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables` does."""
     known = {"lora": keys_of(OracleConfig), "data": keys_of(TaskDataConfig), "training": keys_of(TrainConfig)}
     tables = read_tables(path, overrides, known)
-    default = OracleRecipe()
     return OracleRecipe(
         **{name: dataclasses.replace(getattr(default, name), **tables[name]) for name in ("lora", "data", "training")}
     )
@@ -87,7 +91,7 @@ def train_oracles(
     *,
     command: str = "",
     budget_s: float | None = None,
-    on_metrics: Metrics = lambda task, figures: None,
+    on_metrics: OnMetrics = lambda task, figures: None,
 ) -> list[str]:
     """Train an oracle for each task, one after the other, each in a folder of its name. Those that are done are left alone.
 
@@ -95,23 +99,38 @@ def train_oracles(
         budget_s: stop after this many seconds, also within a task; the same call goes on from there.
 
     Returns:
-        the names of the tasks whose oracles are there now.
+        the names of those of the tasks whose oracles are there now.
 
     Raises:
-        TrainingError: the library has an oracle of one of these tasks that was trained otherwise.
+        TrainingError: a task cannot be trained on (nothing is done then), or the library has an oracle of it that was trained otherwise.
     """
+    if recipe.data.tasks_per_step != 1:
+        raise TrainingError("an oracle learns one task; leave data.tasks_per_step at 1")
+    sources = _sources(base, recipe, tasks)
     ends_s = None if budget_s is None else time.monotonic() + budget_s
-    done = []
-    for task in tasks:
-        check_name(task.name)
+    for name, source in sources.items():
         left_s = None if ends_s is None else ends_s - time.monotonic()
         if left_s is not None and left_s <= 0:
             break
-        source = TaskSource(dataclasses.replace(recipe.data, tasks_per_step=1), [task], base.chat, heldout_too=True)
-        told = partial(on_metrics, task.name)
-        if _train_one(base, recipe, source, library / task.name, command, left_s, told):
-            done.append(task.name)
-    return done
+        if not _train_one(base, recipe, source, library / name, command, left_s, partial(on_metrics, name)):
+            break  # asked to stop, or out of time
+    return [name for name in sources if (library / name / ABOUT).is_file()]
+
+
+def _sources(base: Base, recipe: OracleRecipe, tasks: Sequence[Task]) -> dict[str, TaskSource]:
+    """What each task is learned from, by its name. Raises TrainingError for all that cannot be, in one message."""
+    sources: dict[str, TaskSource] = {}
+    problems = []
+    for task in tasks:
+        try:
+            check_name(task.name)
+            sources[task.name] = TaskSource(recipe.data, [task], base.chat, heldout_too=True)
+            sources[task.name].short_enough(task)
+        except TrainingError as error:
+            problems.append(f"{task.name}: {error}" if task.train else f"{task.name}: no example to train on")
+    if problems:
+        raise TrainingError("; ".join(problems))
+    return sources
 
 
 def train_multitask(
@@ -123,15 +142,18 @@ def train_multitask(
     described: bool = False,
     command: str = "",
     budget_s: float | None = None,
-    on_metrics: Metrics = lambda task, figures: None,
+    on_metrics: OnMetrics = lambda task, figures: None,
 ) -> bool:
     """Train one LoRA on all tasks that are not held out. True once it is done; until then the same call goes on.
 
     Args:
+        recipe: its defaults are an oracle's; `MULTITASK` has those of Text-to-LoRA.
         described: the description that a step draws for a task stands in the prompts of its examples.
     """
     source = TaskSource(recipe.data, tasks, base.chat, described=described)
-    return _train_one(base, recipe, source, out_dir, command, budget_s, partial(on_metrics, out_dir.name))
+    for task in source.tasks:
+        source.short_enough(task)
+    return _train_one(base, recipe, source, out_dir, command, budget_s, partial(on_metrics, out_dir.name), True)
 
 
 def read_oracle(folder: Path, base: Fingerprint) -> LoRA:
@@ -140,6 +162,27 @@ def read_oracle(folder: Path, base: Fingerprint) -> LoRA:
     Raises:
         AdapterError: there is none, or it is not done.
     """
+    _about(folder, base)
+    return read_peft(folder)
+
+
+def read_multitask(folder: Path, base: Fingerprint, described: bool) -> LoRA:
+    """The same of a multi-task LoRA.
+
+    Raises:
+        AdapterError: also where it is another: an oracle, or trained with descriptions and not without, or the other way round.
+    """
+    settings = _about(folder, base)["settings"]
+    if settings["described"] != described or not settings["is_multitask"]:
+        how = "with" if settings["described"] else "without"
+        what = f"a multi-task LoRA {how} descriptions" if settings["is_multitask"] else "the LoRA of a single task"
+        wanted = "`loracast train multitask --described`" if described else "`loracast train multitask`"
+        raise AdapterError(f"{folder} holds {what}; give what {wanted} makes")
+    return read_peft(folder)
+
+
+def _about(folder: Path, base: Fingerprint) -> dict[str, Any]:
+    """What a LoRA was trained on and how."""
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         made_for = Fingerprint(**about["made_for"])
@@ -148,7 +191,14 @@ def read_oracle(folder: Path, base: Fingerprint) -> LoRA:
             f"{folder} holds no trained LoRA, or one whose training is not done (`loracast train oracle` goes on): {error}"
         ) from error
     check(made_for, base, f"the LoRA in {folder}")
-    return read_peft(folder)
+    return about
+
+
+def average_of_oracles(library: Path, base: Fingerprint) -> LoRA | None:
+    """The mean of the deltas of a library's oracles, those of held-out tasks left out; None where there is none."""
+    folders = [library / name for name in oracles_in(library)]
+    loras = [read_peft(folder) for folder in folders if not _about(folder, base)["settings"]["heldout"]]
+    return concat([lora.scale(1 / len(loras)) for lora in loras]) if loras else None
 
 
 def oracles_in(library: Path) -> tuple[str, ...]:
@@ -164,33 +214,36 @@ def _train_one(
     command: str,
     budget_s: float | None,
     on_metrics: Callable[[dict[str, float]], None],
+    is_multitask: bool = False,
 ) -> bool:
     """Train one LoRA, or go on with it; whether it is done now."""
     if Workers.join(base.device.type).n > 1:
         raise TrainingError("LoRAs of single tasks are trained by one process; start it without a launcher")
-    settings = {
+    about: dict[str, Any] = {
+        "base": base.fingerprint.norms,
         "lora": dataclasses.asdict(recipe.lora),
         "data": dataclasses.asdict(source.config),
-        "training": {k: v for k, v in dataclasses.asdict(recipe.training).items() if k not in _FREE},
+        "is_multitask": is_multitask,
         "described": source.described,
+        "heldout": [task.name for task in source.tasks if task.is_heldout],
         "tasks": [task.name for task in source.tasks],
-        "tasks_sha256": hashlib.sha256(repr(source.tasks).encode()).hexdigest(),
+        "tasks_sha256": source.sha256,
     }
+    settings = resumable_settings(recipe.training, about)
     if (folder / ABOUT).is_file():
         stored = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        differing = sorted(k for k, v in _plain(settings).items() if stored.get("settings", {}).get(k) != v)
+        differing = sorted(k for k, v in settings.items() if stored.get("settings", {}).get(k) != v)
         if differing:
             raise TrainingError(
                 f"{folder} holds a LoRA that was trained otherwise ({', '.join(differing)}); give another --out, or remove it"
             )
         return True
     fingerprint = base.fingerprint  # before the base has other modules
-    config = dataclasses.replace(recipe.training, budget_s=budget_s)
-    started = time.monotonic()
+    config = recipe.training if budget_s is None else dataclasses.replace(recipe.training, budget_s=budget_s)
     with _with_lora(base, recipe) as (wrapped, factors):
 
         def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
-            rows = _rows(source.step(step * config.accumulate + micro).episodes)
+            rows = _rows(source.episodes(source.draw(step * config.accumulate + micro)))
             batch = pack(rows, base.pad_id).to(base.device)
             with torch.autocast(base.device.type, torch.bfloat16) if config.bf16 else nullcontext():
                 seen, _ = answer_with(base.model, LoRABatch(1, {}, {}), batch)  # PEFT adds the LoRA
@@ -199,21 +252,15 @@ def _train_one(
 
         last = train(
             factors, objective, config, folder,
-            save_model=lambda out: wrapped.save_pretrained(str(out)), settings={"oracle": settings}, on_metrics=on_metrics,
+            save_model=lambda out: wrapped.save_pretrained(str(out)), settings=about, on_metrics=on_metrics,
         )  # fmt: skip
     if last.get("step") != config.steps:
         return False
-    about = {
-        "made_for": fingerprint.to_dict(), "command": command, "settings": settings, "last": last,
-        "seconds": round(time.monotonic() - started, 1),
-    }  # fmt: skip
-    write_atomically(folder / ABOUT, json.dumps(about, indent=1).encode())
+    done = {"made_for": fingerprint.to_dict(), "command": command, "settings": settings, "last": last}
+    write_atomically(folder / ABOUT, json.dumps(done, indent=1).encode())
     for state in folder.glob("state*"):  # done: nothing goes on from it
         shutil.rmtree(state) if state.is_dir() else state.unlink()
     return True
-
-
-_FREE = {"budget_s", "save_every_s", "log_every"}  # may differ between calls of one training
 
 
 @contextmanager
@@ -246,8 +293,3 @@ def _rows(episodes: Sequence[Episode]) -> list[Episode]:
         for episode in episodes
         for start in range(0, len(episode.questions), _EXAMPLES_IN_A_ROW)
     ]
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """In JSON's types, as they are stored."""
-    return json.loads(json.dumps(settings))

@@ -11,7 +11,7 @@ _SHARES = ("token_accuracy", "relative_error")
 
 
 def plot_metrics(metrics: Path, picture: Path) -> None:
-    """Draw the loss, and what lies between 0 and 1, over the steps. Needs the extra `train`."""
+    """Draw the loss, and accuracies or relative errors, over the steps. Needs the extra `train`."""
     try:
         import matplotlib
     except ImportError as error:
@@ -30,7 +30,8 @@ def plot_metrics(metrics: Path, picture: Path) -> None:
     for name in figures:
         points = [(row["step"], row[name]) for row in rows if name in row]
         right.plot(*zip(*points, strict=True), label=name.replace("_", " "))
-    right.set(xlabel="step", ylim=(0, 1), title="training, teacher-forced")
+    highest = max([1.0, *(row[name] for row in rows for name in figures if name in row)])
+    right.set(xlabel="step", ylim=(0, highest), title="in training")
     if figures:
         right.legend(loc="upper left")
     hours = rows[-1]["elapsed_s"] / 3600

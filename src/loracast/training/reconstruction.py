@@ -7,6 +7,7 @@ canonical form.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from loracast.adapter import file_sha256
 from loracast.errors import ConfigError
 from loracast.fingerprint import Fingerprint
 from loracast.hypernets.text_to_lora import TextToLoRAConfig
@@ -56,10 +58,18 @@ def read_library(
             raise ConfigError(
                 f"the oracle of {task.name} has rank {lora.rank}, the hypernetwork {config.rank}: give both the same"
             )
+    if match != "product" and len(loras) < 2:
+        raise ConfigError("factors are compared in units of how they differ between tasks; give at least two oracles")
     if match == "canonical_factors":
         loras = [canonical(lora) for lora in loras]
     batch = stack([lora.to(dtype=torch.float32) for lora in loras])
     return LoRABatch(len(loras), {name: batch.factors[name] for name in config.target.names}, {})
+
+
+def library_sha256(tasks: Sequence[Task], library: Path) -> str:
+    """Of what the oracles of some tasks are: training goes on with the same ones only."""
+    parts = [file_sha256(library / task.name / "adapter_model.safetensors") for task in tasks]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def canonical(lora: LoRA) -> LoRA:
@@ -72,7 +82,7 @@ def canonical(lora: LoRA) -> LoRA:
     return LoRA(factors)
 
 
-def relative_error(made: LoRABatch, wanted: LoRABatch) -> Tensor:
+def relative_square_error(made: LoRABatch, wanted: LoRABatch) -> Tensor:
     """|made - wanted|^2 / |wanted|^2 of each row's products, over all modules [n]."""
     energy = wanted.squared_norms()
     return (made.squared_norms() - 2 * made.inner(wanted) + energy) / energy.clamp_min(1e-12)
@@ -81,7 +91,7 @@ def relative_error(made: LoRABatch, wanted: LoRABatch) -> Tensor:
 def matching(library: LoRABatch, match: Match) -> Callable[[LoRABatch, Sequence[int]], Tensor]:
     """The loss of LoRAs that were made for some rows of a library: (made, rows) -> scalar."""
     if match == "product":
-        return lambda made, rows: relative_error(made, library.take(rows)).mean()
+        return lambda made, rows: relative_square_error(made, library.take(rows)).mean()
     units = {name: (_Units(a), _Units(b)) for name, (a, b) in library.factors.items()}
 
     def loss(made: LoRABatch, rows: Sequence[int]) -> Tensor:

@@ -5,9 +5,11 @@ Text-to-LoRA, the oracles and the multi-task LoRA all draw from here, so that wi
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from loracast.chat import ChatFormat
 from loracast.errors import ConfigError, TrainingError
@@ -35,12 +37,12 @@ class TaskDataConfig:
 
 
 @dataclass(frozen=True)
-class TaskStep:
-    """The tasks of one step: their names, a description of each, and examples to do with its LoRA."""
+class DrawnTasks:
+    """The tasks of one step and a description of each ("" where it has none); examples follow from `rng`'s state."""
 
-    tasks: tuple[str, ...]
+    tasks: tuple[Task, ...]
     descriptions: tuple[str, ...]
-    episodes: tuple[Episode, ...]
+    rng: random.Random
 
 
 class TaskSource:
@@ -61,32 +63,44 @@ class TaskSource:
         described: bool = False,
     ):
         self.config, self.chat, self.described = config, chat, described
-        self.tasks = [
-            task for task in tasks if (heldout_too or not task.is_heldout) and task.seen_descriptions() and task.train
-        ]
+        self._short: dict[str, list[Example]] = {}
+        if heldout_too:  # what a LoRA of its own is trained on needs no description
+            self.tasks = [task for task in tasks if task.train]
+        else:
+            self.tasks = [task for task in tasks if task.train and task.seen_descriptions() and not task.is_heldout]
         if not self.tasks:
             raise TrainingError("no task is there to train on: all are held out, or lack descriptions or examples")
-        self._questions = {task.name: self._short_enough(task) for task in self.tasks}
 
     @property
     def descriptions(self) -> tuple[str, ...]:
         """All that training may see."""
         return tuple(dict.fromkeys(text for task in self.tasks for text in task.seen_descriptions()))
 
-    def step(self, number: int, worker: int = 0) -> TaskStep:
-        """The tasks of step `number` on one of several workers."""
+    @cached_property
+    def sha256(self) -> str:
+        """Of all that training may see: a run goes on with the same only."""
+        seen = [
+            (task.name, task.seen_descriptions(), [(e.input, e.outputs[0]) for e in task.train]) for task in self.tasks
+        ]
+        return hashlib.sha256(repr(seen).encode()).hexdigest()
+
+    def draw(self, number: int, worker: int = 0) -> DrawnTasks:
+        """The tasks and descriptions of step `number` on one of several workers."""
         c = self.config
         rng = random.Random(f"{c.seed}/{worker}/{number}")
         chosen = rng.sample(self.tasks, min(c.tasks_per_step, len(self.tasks)))
-        descriptions = tuple(rng.choice(task.seen_descriptions()) for task in chosen)
-        told = descriptions if self.described else [None] * len(chosen)
-        episodes = [self._episode(rng, task, text) for task, text in zip(chosen, told, strict=True)]
-        return TaskStep(tuple(task.name for task in chosen), descriptions, tuple(episodes))
+        descriptions = tuple(rng.choice(task.seen_descriptions() or ("",)) for task in chosen)
+        return DrawnTasks(tuple(chosen), descriptions, rng)
+
+    def episodes(self, drawn: DrawnTasks) -> list[Episode]:
+        """Examples of what was drawn, an episode for each task; ask once."""
+        told = drawn.descriptions if self.described else [None] * len(drawn.tasks)
+        return [self._episode(drawn.rng, task, text) for task, text in zip(drawn.tasks, told, strict=True)]
 
     def _episode(self, rng: random.Random, task: Task, description: str | None = None) -> Episode:
         """Some examples of a task, under one system turn; the description is in their prompts only where it is given."""
         system = rng.choice(SYSTEM_TURNS)
-        examples = self._questions[task.name]
+        examples = self.short_enough(task)
         chosen = rng.sample(examples, min(self.config.examples_per_task, len(examples)))
         return Episode((), tuple(self._question(example, system, description) for example in chosen), "tasks")
 
@@ -94,15 +108,17 @@ class TaskSource:
         asked = example.input if description is None else with_description(description, example.input)
         return Question(tuple(self.chat.prompt(asked, system)), tuple(self.chat.answer(example.outputs[0])))
 
-    def _short_enough(self, task: Task) -> list[Example]:
-        """The training examples that fit into `max_tokens` under the longest system turn."""
-        chosen = []
-        for example in task.train:
-            question = self._question(example, None)
-            if len(question.prompt) + len(question.answer) <= self.config.max_tokens:
-                chosen.append(example)
-        if not chosen:
-            raise TrainingError(
-                f"every example of {task.name} is longer than {self.config.max_tokens} tokens; raise data.max_tokens"
-            )
-        return chosen
+    def short_enough(self, task: Task) -> list[Example]:
+        """The training examples that fit into `max_tokens` under the longest system turn. Raises TrainingError where none does."""
+        if task.name not in self._short:
+            chosen = []
+            for example in task.train:
+                question = self._question(example, None)
+                if len(question.prompt) + len(question.answer) <= self.config.max_tokens:
+                    chosen.append(example)
+            if not chosen:
+                raise TrainingError(
+                    f"every example of {task.name} is longer than {self.config.max_tokens} tokens; raise data.max_tokens"
+                )
+            self._short[task.name] = chosen
+        return self._short[task.name]

@@ -9,7 +9,6 @@ a description matter: without them part of what is learned is one LoRA for all t
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import random
 import string
@@ -34,10 +33,17 @@ from loracast.training.episodes import Episode, pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_with
 from loracast.training.recipe import keys_of, read_recipe_as
-from loracast.training.reconstruction import Match, matching, read_library, relative_error, tasks_with_oracles
+from loracast.training.reconstruction import (
+    Match,
+    library_sha256,
+    matching,
+    read_library,
+    relative_square_error,
+    tasks_with_oracles,
+)
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
-from loracast.training.task_source import TaskDataConfig, TaskSource, TaskStep
+from loracast.training.task_source import DrawnTasks, TaskDataConfig, TaskSource
 
 N_GIBBERISH = 256
 """Strings without meaning, drawn once."""
@@ -73,10 +79,15 @@ class TextRecipe:
     def __post_init__(self) -> None:
         if self.match not in get_args(Match):
             raise ConfigError(f"unknown match {self.match!r}; one of {', '.join(get_args(Match))}")
+        if min(self.size_weight, self.calm_weight, self.contrast_weight) < 0 or self.contrast_examples < 1:
+            raise ConfigError("weights must not be negative, and contrast_examples at least 1")
+        if self.contrast_weight > 0 and self.data.tasks_per_step < 2:
+            raise ConfigError("a contrast between tasks needs data.tasks_per_step of at least 2")
 
 
 _OURS = ("kinds", "layers", "encoder")  # of the table [hypernetwork]
-_OBJECTIVE = {"size_weight", "calm_weight", "contrast_weight", "contrast_examples", "match"}  # the table [objective]
+_BY_EXAMPLES = ("size_weight", "calm_weight", "contrast_weight", "contrast_examples")  # of the table [objective]
+_BY_ORACLES = ("match",)
 
 
 def read_text_recipe(path: Path | None, overrides: Sequence[str] = ()) -> TextRecipe:
@@ -87,7 +98,7 @@ def read_text_recipe(path: Path | None, overrides: Sequence[str] = ()) -> TextRe
         overrides,
         architecture=keys_of(TextToLoRAConfig) - {"modules", "d_text", "n_known"},
         ours=_OURS,
-        objective=_OBJECTIVE,
+        objective=(*_BY_EXAMPLES, *_BY_ORACLES),
         data=TaskDataConfig,
     )
 
@@ -148,45 +159,48 @@ def train_text(
     wrapped = workers.wrap(hypernet)
     if oracles is None:
         nonsense = encoder(gibberish(random.Random(recipe.data.seed), N_GIBBERISH)).to(workers.device)
-        of_step = _by_examples(base, recipe, wrapped, nonsense)
+        for task in source.tasks:
+            source.short_enough(task)  # told now, not in the middle of a training
+        of_step = _by_examples(base, recipe, wrapped, source, nonsense)
     else:
         library = read_library(source.tasks, oracles, base.fingerprint, hypernet.config, recipe.match)
-        of_step = _by_oracles(wrapped, library.to(workers.device), recipe.match, source)
+        of_step = _by_oracles(wrapped, source, library.to(workers.device), recipe.match)
     row_of = {text: i for i, text in enumerate(source.descriptions)}
 
     def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
         number = step * recipe.training.accumulate + micro
-        drawn = source.step(number, workers.rank)
+        drawn = source.draw(number, workers.rank)
         torch.manual_seed(number)  # dropout depends on the step alone: resumed training is the same, on any device
         return of_step(number, drawn, hypernet.known[[row_of[text] for text in drawn.descriptions]])
 
     about = {
         "tasks": [task.name for task in source.tasks],
-        "tasks_sha256": hashlib.sha256(repr(source.tasks).encode()).hexdigest(),
-        "objective": {name: getattr(recipe, name) for name in sorted(_OBJECTIVE)},
+        "tasks_sha256": source.sha256,
+        "objective": {name: getattr(recipe, name) for name in (_BY_EXAMPLES if oracles is None else _BY_ORACLES)},
         "data": dataclasses.asdict(recipe.data),
     }
     if oracles is not None:
-        about["oracles"] = oracles.name
+        about["oracles_sha256"] = library_sha256(source.tasks, oracles)
     return train_hypernet(
         hypernet, objective, recipe.training, out_dir,
         base=base, init_from=init_from, about=about, command=command, workers=workers, on_metrics=on_metrics,
     )  # fmt: skip
 
 
-OfStep = Callable[[int, TaskStep, Tensor], tuple[Tensor, dict[str, float]]]
+OfStep = Callable[[int, DrawnTasks, Tensor], tuple[Tensor, dict[str, float]]]
 """(number of the step, what was drawn, embeddings of its descriptions [n, d_text]) -> loss, and figures to log."""
 
 
-def _by_examples(base: Base, recipe: TextRecipe, hypernet: nn.Module, nonsense: Tensor) -> OfStep:
+def _by_examples(base: Base, recipe: TextRecipe, hypernet: nn.Module, source: TaskSource, nonsense: Tensor) -> OfStep:
     """The base does the tasks' examples, with a LoRA made from each task's description.
 
     Args:
         nonsense: embeddings of gibberish [m, d_text].
     """
 
-    def of_step(number: int, drawn: TaskStep, conditions: Tensor) -> tuple[Tensor, dict[str, float]]:
-        batch = pack(drawn.episodes, base.pad_id).to(conditions.device)
+    def of_step(number: int, drawn: DrawnTasks, conditions: Tensor) -> tuple[Tensor, dict[str, float]]:
+        episodes = source.episodes(drawn)
+        batch = pack(episodes, base.pad_id).to(conditions.device)
         meaningless = _meaningless(nonsense, len(conditions), random.Random(f"{recipe.data.seed}/calm/{number}"))
         autocast = torch.autocast(conditions.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
         with autocast:
@@ -203,7 +217,7 @@ def _by_examples(base: Base, recipe: TextRecipe, hypernet: nn.Module, nonsense: 
         contrasts: dict[str, float] = {}
         if recipe.contrast_weight > 0 and len(conditions) > 1:
             with autocast:
-                contrast = _contrast(base, loras, drawn.episodes, seen.by_question, recipe.contrast_examples)
+                contrast = _contrast(base, loras, episodes, seen.by_question, recipe.contrast_examples)
             loss = loss + recipe.contrast_weight * contrast
             contrasts["contrast"] = contrast.item()
         return loss, {
@@ -220,16 +234,16 @@ def _by_examples(base: Base, recipe: TextRecipe, hypernet: nn.Module, nonsense: 
     return of_step
 
 
-def _by_oracles(hypernet: nn.Module, library: LoRABatch, match: Match, source: TaskSource) -> OfStep:
+def _by_oracles(hypernet: nn.Module, source: TaskSource, library: LoRABatch, match: Match) -> OfStep:
     """What the descriptions become matches the LoRAs that were trained on their tasks; the base is not asked."""
     row_of = {task.name: i for i, task in enumerate(source.tasks)}
     loss_of = matching(library, match)
 
-    def of_step(number: int, drawn: TaskStep, conditions: Tensor) -> tuple[Tensor, dict[str, float]]:
-        rows = [row_of[name] for name in drawn.tasks]
+    def of_step(number: int, drawn: DrawnTasks, conditions: Tensor) -> tuple[Tensor, dict[str, float]]:
+        rows = [row_of[task.name] for task in drawn.tasks]
         made = hypernet(conditions)
         with torch.no_grad():
-            error = relative_error(made, library.take(rows)).mean().sqrt().item()
+            error = relative_square_error(made, library.take(rows)).clamp_min(0).mean().sqrt().item()
         return loss_of(made, rows), {"relative_error": error, "tasks": len(rows)}
 
     return of_step
