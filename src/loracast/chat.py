@@ -121,6 +121,10 @@ class ChatFormat:
         """
         return [*encode_inside(self.tokenizer, text), self.end_of_turn]
 
+    def reply(self, text: str) -> list[int]:
+        """The same as an assistant's turn in a conversation has it: nothing stands before its first word."""
+        return [*encode_text(self.tokenizer, text.strip()), self.end_of_turn]
+
     @lru_cache(maxsize=256)  # noqa: B019  (a ChatFormat lives as long as its base)
     def _pieces(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list[str]:
         """The template's text before, between and after the messages' contents."""

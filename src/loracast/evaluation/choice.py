@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from loracast.base import Base
-from loracast.chat import encode_text
 from loracast.lora import LoRA, stack
 from loracast.training.episodes import Episode, Question, pack
 from loracast.training.objective import answer_with
@@ -33,8 +32,8 @@ def likeliest(
 ) -> list[Choice]:
     """For each prompt, the likeliest of its answers. The answers of a prompt are branches of one row: it is read once.
 
-    An answer may begin with a space, as LoRAs are trained to write it, or without one, as the turns of a chat stand in a prompt: the likelier
-    form counts.
+    An answer may begin with a space, as LoRAs of documents are trained to write it, or without one, as LoRAs of tasks are and as the turns
+    of a chat have it: the likelier form counts.
 
     Args:
         prompts: token ids.
@@ -65,4 +64,4 @@ def likeliest(
 
 def _forms(base: Base, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """An answer as it stands inside a sentence, and as it stands at the beginning of a turn; its end of turn included."""
-    return tuple(base.chat.answer(text)), (*encode_text(base.tokenizer, text.strip()), base.chat.end_of_turn)
+    return tuple(base.chat.answer(text)), tuple(base.chat.reply(text))

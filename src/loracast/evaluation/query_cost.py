@@ -134,7 +134,7 @@ def _measure(
     asked = random.Random(f"{config.seed}/{drawn.task.name}").sample(
         drawn.task.test, min(config.queries, len(drawn.task.test))
     )
-    lengths = [min(_MOST_NEW_TOKENS, len(base.chat.answer(row.outputs[0]))) for row in asked]
+    lengths = [min(_MOST_NEW_TOKENS, len(base.chat.reply(row.outputs[0]))) for row in asked]
     names = [name for name in LABELS if name != DOCUMENT or document is not None]
     prompts = {name: [_prompt(given, name, drawn, document, query.input) for query in asked] for name in names}
     # What all queries of a task begin with could be kept in the cache, as servers do.

@@ -106,7 +106,7 @@ class TaskSource:
 
     def _question(self, example: Example, system: str | None, description: str | None = None) -> Question:
         asked = example.input if description is None else with_description(description, example.input)
-        return Question(tuple(self.chat.prompt(asked, system)), tuple(self.chat.answer(example.outputs[0])))
+        return Question(tuple(self.chat.prompt(asked, system)), tuple(self.chat.reply(example.outputs[0])))
 
     def short_enough(self, task: Task) -> list[Example]:
         """The training examples that fit into `max_tokens` under the longest system turn. Raises TrainingError where none does."""
