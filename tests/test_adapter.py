@@ -157,6 +157,10 @@ def test_any_chunks_are_the_sum_of_theirs(tmp_path):
         single = concat([adapter.lora([i]) for i in range(5)]).to(dtype=torch.float32)
         assert_close(single, deltas(factors, list(range(5))))
         assert adapter.lora([1, 3]) is adapter.lora([3, 1])
+        weighted = adapter.lora({3: 0.5, 1: 2.0}).to(dtype=torch.float32)
+        parts = [adapter.lora([i]).to(dtype=torch.float32).scale(weight) for i, weight in ((1, 2.0), (3, 0.5))]
+        assert_close(weighted, {name: sum(part.delta(name) for part in parts) for name in weighted.names})
+        assert adapter.lora({1: 2.0, 3: 0.5}) is adapter.lora({3: 0.5, 1: 2.0}) is not adapter.lora([1, 3])
 
 
 def test_many_chunks_become_dense_and_stay_right(tmp_path):

@@ -178,7 +178,7 @@ def test_a_document_in_memory_gives_the_same_lora_as_its_adapter(base, tmp_path,
     cast(model, [(other, (0,)), (document, range(n)), (document, (1,))])
     adapter = model.learn(document.document, max_chunk_tokens=128)
     assert adapter.manifest.n_chunks == n
-    for chunks in (None, (1, 3)):
+    for chunks in (None, (1, 3), {3: 1.0, 1: 0.5}, {i: 1 / (i + 1) for i in range(n)}):
         ours, theirs = document.lora(chunks), adapter.lora(chunks)
         assert ours.names == theirs.names
         for name in ours.names:

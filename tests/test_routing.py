@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -64,33 +65,65 @@ words = st.sampled_from(["zork", "blib", "quax", "frob", "wug"])
     st.integers(1, 8),
 )
 def test_scores_are_bm25_by_its_formula(documents, question, k):
-    """k1 = 1.2, b = 0.75; a word in the heading counts half; lengths are of heading and text together."""
+    """k1 = 1.2, b = 0.75; a word in the heading counts half; lengths are of heading and text together; pairs of words count half."""
+    asked = sorted(question)
     chunks = chunks_of([" ".join(text) for _, text in documents], [" ".join(heading) for heading, _ in documents])
     with sqlite3.connect(":memory:") as database:
         write_index(database, chunks)
-        found = search(database, " ".join(sorted(question)), k)
+        found = search(database, " ".join(asked), k)
     n = len(documents)
     mean = sum(len(h) + len(t) for h, t in documents) / n
-    expected = []
-    for i, (heading, text) in enumerate(documents):
-        score = 0.0
-        for word in question:
-            n_with = sum(word in h or word in t for h, t in documents)
-            idf = max(math.log((n - n_with + 0.5) / (n_with + 0.5)), 1e-6) if n_with else 0.0
-            f = 0.5 * heading.count(word) + text.count(word)
-            score += idf * f * 2.2 / (f + 1.2 * (0.25 + 0.75 * (len(heading) + len(text)) / mean))
-        if any(word in heading or word in text for word in question):
-            expected.append((score, i))
-    expected.sort(key=lambda pair: (-pair[0], pair[1]))
+
+    def count(phrase: tuple[str, ...], words: list[str]) -> int:
+        return sum(tuple(words[i : i + len(phrase)]) == phrase for i in range(len(words)))
+
+    scores = [0.0] * n
+    met = [False] * n
+    for phrase, weight in [((word,), 1.0) for word in asked] + [(pair, 0.5) for pair in pairwise(asked)]:
+        n_with = sum(count(phrase, h) + count(phrase, t) > 0 for h, t in documents)
+        idf = math.log(1 + (n - n_with + 0.5) / (n_with + 0.5))
+        for i, (heading, text) in enumerate(documents):
+            f = 0.5 * count(phrase, heading) + count(phrase, text)
+            scores[i] += weight * idf * f * 2.2 / (f + 1.2 * (0.25 + 0.75 * (len(heading) + len(text)) / mean))
+            met[i] |= f > 0
+    expected = sorted(((s, i) for i, s in enumerate(scores) if met[i]), key=lambda pair: (-pair[0], pair[1]))
     assert [score for _, score in found] == pytest.approx([score for score, _ in expected[:k]], rel=1e-9, abs=1e-12)
     if len({round(score, 9) for score, _ in expected}) == len(expected):
         assert [i for i, _ in found] == [i for _, i in expected[:k]]
+
+
+def test_a_word_that_most_chunks_have_still_tells_them_apart(tmp_path):
+    """A manual says "tank" in half of its chunks, and means it in one."""
+    texts = [
+        "The tank holds 4 litres. Empty the tank daily.",
+        "The spare filter lies in the tank.",
+        "The hose holds.",
+        "Dust.",
+    ]
+    write_index(tmp_path / "i.sqlite", chunks_of(texts))
+    assert pick(tmp_path / "i.sqlite", 4, "How much does the tank hold?", 1).chunks == (0,)
+
+
+def test_neighbours_in_the_question_are_looked_for_side_by_side(tmp_path):
+    texts = ["The amber code of a lantern, amber or not, and of another lantern.", "The amber lantern is 4711."] + [
+        "Prose."
+    ] * 9
+    write_index(tmp_path / "i.sqlite", chunks_of(texts))
+    assert pick(tmp_path / "i.sqlite", 11, "What about the amber lantern?", 1).chunks == (1,)
 
 
 @pytest.mark.parametrize("question", ["What is it about?", "", "   ", "?!", "who and when and why", "\ud800 \x00"])
 def test_a_question_without_a_word_to_go_by_gets_everything(index, question):
     route = pick(index, 5, question, 2)
     assert route.chunks is None and "all chunks" in route.reason
+
+
+def test_a_chunk_counts_less_the_lower_its_score_is_beside_the_best(index):
+    route = pick(index, 5, "the amber lantern of the museum, and the kettle", 4)
+    assert route.chunks[0] == 2 and route.weights[0] == 1 and len(route.chunks) == 4
+    for score, weight in zip(route.scores, route.weights, strict=True):
+        assert weight == pytest.approx((score / route.scores[0]) ** 8)
+    assert route.picked == dict(zip(route.chunks, route.weights, strict=True))
 
 
 def test_so_does_one_whose_words_do_not_occur(index):
@@ -100,7 +133,11 @@ def test_so_does_one_whose_words_do_not_occur(index):
 def test_k(index):
     assert pick(index, 5, "kettle", None).chunks is None
     for k in (5, 6, 1000):
-        assert pick(index, 5, "kettle", k).chunks is None  # all there are
+        route = pick(index, 5, "kettle", k)
+        assert sorted(route.chunks) == [0, 1, 2, 3, 4] and set(route.chunks[:2]) == {0, 1}  # all there are
+        assert route.weights[0] == 1 > route.weights[1] > 0.8 and route.weights[2:] == (0.3,) * 3
+        assert route.weights[1] == pytest.approx(route.scores[1] / route.scores[0])
+    assert pick(index, 1, "kettle", 2).picked is None
     assert pick(index, 5, "kettle", 1).chunks in ((0,), (1,))
     assert set(pick(index, 5, "kettle opens", 4).chunks) == {0, 1, 2, 3}
     for k in (0, -1):

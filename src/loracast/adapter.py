@@ -32,7 +32,7 @@ class Adapter:
     def __init__(self, folder: Path):
         self.folder = folder
         self.manifest = Manifest.read(folder / "adapter.json")
-        self._loras: dict[tuple[tuple[int, ...], bool], LoRA] = {}
+        self._loras: dict[tuple[tuple[int, ...], tuple[float, ...] | None, bool], LoRA] = {}
         self._factors: Any = None
 
     @property
@@ -50,12 +50,15 @@ class Adapter:
                 f"the factors of {self.name!r} are damaged (their hash differs); learn the document again"
             )
 
-    def lora(self, chunks: Sequence[int] | None = None, *, document_independent: bool = True) -> LoRA:
+    def lora(
+        self, chunks: Sequence[int] | Mapping[int, float] | None = None, *, document_independent: bool = True
+    ) -> LoRA:
         """The LoRA of some chunks, or of all (None), merged along the rank.
 
         The last few are kept in memory, since a conversation tends to stay where it is.
 
         Args:
+            chunks: their numbers; or what the LoRA of each counts, by its number (1 where only numbers are given).
             document_independent: with the LoRA that all documents of a hypernetwork share, once; False where another
                 adapter of the same hypernetwork brings it along.
         """
@@ -63,7 +66,8 @@ class Adapter:
         wanted = tuple(range(n_chunks)) if chunks is None else tuple(sorted(set(chunks)))
         if not wanted or wanted[0] < 0 or wanted[-1] >= n_chunks:
             raise AdapterError(f"{self.name!r} has the chunks 0..{n_chunks - 1}, not {list(wanted)}")
-        key = (wanted, document_independent)
+        weights = tuple(chunks[i] for i in wanted) if isinstance(chunks, Mapping) else None
+        key = (wanted, weights, document_independent)
         if key in self._loras:
             return self._loras[key]
         reader = self._open()
@@ -77,7 +81,7 @@ class Adapter:
             raise AdapterError(
                 f"the factors of {self.name!r} are damaged: numbers that are not finite in {', '.join(damaged)}"
             )
-        lora = join_chunks(self.manifest.target, rows, self.manifest.most_summed)
+        lora = join_chunks(self.manifest.target, rows, self.manifest.most_summed, weights)
         if len(self._loras) >= 8:
             self._loras.pop(next(iter(self._loras)))
         self._loras[key] = lora
@@ -124,12 +128,19 @@ def _shapes(m: Manifest, stored: Mapping[str, Sequence[int]]) -> dict[str, list[
     return shapes
 
 
-def join_chunks(target: Target, rows: Mapping[str, Tensor], most_summed: Mapping[str, int]) -> LoRA:
+def join_chunks(
+    target: Target,
+    rows: Mapping[str, Tensor],
+    most_summed: Mapping[str, int],
+    weights: Sequence[float] | None = None,
+) -> LoRA:
     """The LoRA of chunks: their factors merged along the rank, the document-independent ones, if any, once.
 
     Of kinds with a limit the chunks beyond it do not add up (`Manifest.most_summed`).
 
-    `rows` are named as in factors.safetensors: "down_proj.a" [chunks, layers, r, in], "down_proj.shared.a" [layers, r, in].
+    Args:
+        rows: named as in factors.safetensors: "down_proj.a" [chunks, layers, r, in], "down_proj.shared.a" [layers, r, in].
+        weights: what each chunk counts; 1 if None.
     """
     import torch
 
@@ -140,7 +151,10 @@ def join_chunks(target: Target, rows: Mapping[str, Tensor], most_summed: Mapping
         sides = []
         share = share_of_sum(most_summed, kind, rows[f"{kind}.b"].shape[0])
         for side in ("a", "b"):
-            merged = rows[f"{kind}.{side}"].transpose(0, 1).flatten(1, 2)  # [layers, chunks * r, d]
+            of_chunks = rows[f"{kind}.{side}"]
+            if side == "b" and weights is not None:
+                of_chunks = of_chunks * torch.tensor(weights).to(of_chunks)[:, None, None, None]
+            merged = of_chunks.transpose(0, 1).flatten(1, 2)  # [layers, chunks * r, d]
             if side == "b" and share < 1:
                 merged = merged * share
             shared = rows.get(f"{kind}.shared.{side}")

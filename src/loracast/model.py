@@ -101,7 +101,7 @@ class Answerer:
         )  # the document-independent LoRA of a hypernetwork is taken once, however many adapters hold it
         for a in opened:
             made_by = a.manifest.hypernetwork
-            loras.append(a.lora(routes[a.name].chunks, document_independent=made_by not in met))
+            loras.append(a.lora(routes[a.name].picked, document_independent=made_by not in met))
             met.add(made_by)
         return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device), routes
 

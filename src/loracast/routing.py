@@ -1,16 +1,20 @@
 """Which chunks of a document a question is about: BM25 over the chunks' text, in SQLite's full-text index (FTS5).
 
-With hundreds of chunks the sum of all their LoRAs drowns each in the others; a question needs the few that speak of it. SQLite's `bm25` with
-Porter stemming and its usual constants (k1 = 1.2, b = 0.75).
+With hundreds of chunks the sum of all their LoRAs drowns each in the others; a question needs the few that speak of it. SQLite counts (Porter
+stemming, k1 = 1.2, b = 0.75); how rare a word is, is weighed here: for SQLite's `bm25` a word that stands in half of the chunks tells nothing at
+all, which in a manual of eight chunks are most words. Neighbouring words of the question count once more where a chunk has them side by side
+(Metzler and Croft, A Markov random field model for term dependencies, 2005).
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +27,11 @@ if TYPE_CHECKING:
 _WORD = re.compile(r"\w+")
 DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/experiments.md)."""
+
+_LEAST_IDF = 1e-6  # SQLite's own, which its scores hold as a factor
+_PAIR_WEIGHT = 0.5
+_SHARPNESS = 8  # of the weights of chunks picked from many
+_LEAST_WEIGHT = 0.3  # of a chunk of a document that is given whole
 
 # Words that nearly every question has and that say nothing about where its answer is.
 _STOP = frozenset(
@@ -106,7 +115,14 @@ class Route:
     chunks: tuple[int, ...] | None
     """None: all of them, merged."""
     scores: tuple[float, ...]
+    weights: tuple[float, ...]
+    """What each chunk's LoRA counts: 1 for the best one."""
     reason: str
+
+    @property
+    def picked(self) -> dict[int, float] | None:
+        """The weight of each chunk; None: all of them, merged."""
+        return None if self.chunks is None else dict(zip(self.chunks, self.weights, strict=True))
 
 
 Index = Path | sqlite3.Connection
@@ -129,17 +145,26 @@ def write_index(index: Index, chunks: Sequence[Chunk]) -> None:
 
 def search(index: Index, question: str, k: int) -> list[tuple[int, float]]:
     """The k chunks that match a question best, as (chunk, score), higher scores first; fewer where fewer match."""
-    words = [word.lower() for word in _WORD.findall(question)]
-    words = [word for word in dict.fromkeys(words) if word not in _STOP]
-    if not words:
-        return []
-    query = " OR ".join(f'"{word}"' for word in words)
+    scores: dict[int, float] = {}
     with _opened(index, _open) as database:
-        rows = database.execute(
-            "SELECT rowid, -bm25(chunks, 0.5, 1.0) AS score FROM chunks WHERE chunks MATCH ? ORDER BY score DESC, rowid LIMIT ?",
-            (query, k),
-        ).fetchall()
-    return [(int(chunk), float(score)) for chunk, score in rows]
+        (n_chunks,) = database.execute("SELECT count(*) FROM places").fetchone()
+        for phrase, weight in _phrases(question):
+            rows = database.execute(
+                "SELECT rowid, -bm25(chunks, 0.5, 1.0) FROM chunks WHERE chunks MATCH ?", (f'"{phrase}"',)
+            ).fetchall()
+            odds = (n_chunks - len(rows) + 0.5) / (len(rows) + 0.5)
+            theirs, ours = max(math.log(odds), _LEAST_IDF), math.log(1 + odds)
+            for chunk, score in rows:
+                scores[chunk] = scores.get(chunk, 0.0) + weight * ours / theirs * score
+    return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[:k]
+
+
+def _phrases(question: str) -> list[tuple[str, float]]:
+    """What is looked for, with its weight: the question's words that say something, and those of them that are neighbours."""
+    words = [word.lower() for word in _WORD.findall(question)]
+    telling = [word for word in dict.fromkeys(words) if word not in _STOP]
+    pairs = [(one, other) for one, other in dict.fromkeys(pairwise(words)) if _STOP.isdisjoint((one, other))]
+    return [(word, 1.0) for word in telling] + [(f"{one} {other}", _PAIR_WEIGHT) for one, other in pairs]
 
 
 def chunk_texts(index: Index, chunks: Sequence[int] | None = None) -> list[str]:
@@ -177,16 +202,27 @@ def route(adapter: Adapter, question: str, k: int | None = DEFAULT_ROUTE) -> Rou
 def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROUTE) -> Route:
     """Pick the chunks for a question: at most `k` of the document's `n_chunks`, or all (None).
 
+    A chunk counts the less, the lower its score is beside the best one's, so that one that hardly matches does not stand in the way of the
+    one that does (measured: docs/experiments.md). A document of k chunks or fewer is given whole, and each of its chunks counts for something.
     Where no word of the question occurs in the document there is nothing to go by, and all chunks are merged.
     """
     if k is not None and k < 1:
         raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
-    if k is None or n_chunks <= k:
-        return Route(None, (), "all chunks" if k is None else f"the document has only {n_chunks} chunk(s)")
+    if k is None or n_chunks == 1:
+        return Route(None, (), (), "all chunks" if k is None else "the document has only one chunk")
     found = search(index, question, k)
     if not found:
-        return Route(None, (), "no word of the question occurs in the document: all chunks")
-    return Route(tuple(i for i, _ in found), tuple(score for _, score in found), f"best {len(found)} by BM25")
+        return Route(None, (), (), "no word of the question occurs in the document: all chunks")
+    if n_chunks > k:
+        weights = [(score / found[0][1]) ** _SHARPNESS for _, score in found]
+        reason = f"best {len(found)} by BM25"
+    else:
+        matching = dict(found)
+        found += [(chunk, 0.0) for chunk in range(n_chunks) if chunk not in matching]
+        weights = [max(_LEAST_WEIGHT, score / found[0][1]) for _, score in found]
+        reason = f"all {n_chunks} chunks, weighed by BM25"
+    chunks, scores = zip(*found, strict=True)
+    return Route(chunks, scores, tuple(weights), reason)
 
 
 @contextmanager

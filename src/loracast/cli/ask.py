@@ -66,6 +66,7 @@ def ask(
         chosen[adapter.name] = {
             "chunks": list(every if picked.chunks is None else picked.chunks),
             "scores": list(picked.scores),
+            "weights": list(picked.weights),
             "reason": picked.reason,
         }
     print_json(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -67,13 +67,15 @@ class InMemoryAdapter:
                 self._factors[name][chunk].copy_(rows)
         self._is_cast[chunk] = True
 
-    def lora(self, chunks: Sequence[int] | None = None) -> LoRA:
-        """The LoRA of some chunks, or of all (None), merged along the rank."""
-        if chunks is None or len(chunks) == len(self.chunks):
-            return join_chunks(self._target, self._factors | self._shared, self._most_summed)
-        picked = torch.tensor(sorted(set(chunks)))
+    def lora(self, chunks: Sequence[int] | Mapping[int, float] | None = None) -> LoRA:
+        """The LoRA of some chunks, or of all (None), as `Adapter.lora` has it."""
+        wanted = sorted(set(range(len(self.chunks)) if chunks is None else chunks))
+        weights = [chunks[i] for i in wanted] if isinstance(chunks, Mapping) else None
+        if len(wanted) == len(self.chunks):
+            return join_chunks(self._target, self._factors | self._shared, self._most_summed, weights)
+        picked = torch.tensor(wanted)
         rows = {name: value.index_select(0, picked.to(value.device)) for name, value in self._factors.items()}
-        return join_chunks(self._target, rows | self._shared, self._most_summed)
+        return join_chunks(self._target, rows | self._shared, self._most_summed, weights)
 
     def close(self) -> None:
         self._index.close()

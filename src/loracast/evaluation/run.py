@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
 
@@ -129,7 +129,7 @@ def _timed(setup: Setup, name: str, case: Case) -> tuple[str, float, float]:
     """One question as a user would ask it: the text, seconds to the first token, seconds in all."""
     started = time.perf_counter()
     request = SYSTEMS[name].request(setup, case)
-    lora = None if request.source is None else request.source.lora(request.chunks)
+    lora = request.lora()
     prepared_s = time.perf_counter() - started
     given: Answer = answer(setup.model.base, request.prompt, lora, _GREEDY)
     return given.text, prepared_s + given.first_token_s, prepared_s + given.total_s
@@ -139,11 +139,11 @@ def _answer_new(setup: Setup, requests: Sequence[Request], known: dict[Request, 
     """Answer, in batches, the requests that have no answer yet."""
     todo = [request for request in dict.fromkeys(map(_key, requests)) if request not in known]
     for batch in _batches(sorted(todo, key=lambda request: len(request.prompt))):
-        loras: dict[tuple[InMemoryAdapter | None, tuple[int, ...]], LoRA | None] = {(None, ()): None}
+        loras: dict[Request, LoRA | None] = {}  # questions with the same pick share one
         for request in batch:
-            if request.source is not None and (request.source, request.chunks) not in loras:
-                loras[request.source, request.chunks] = request.source.lora(request.chunks)
-        rows = [loras[request.source, request.chunks] for request in batch]
+            if (pick := replace(request, prompt=())) not in loras:
+                loras[pick] = request.lora()
+        rows = [loras[replace(request, prompt=())] for request in batch]
         texts = answer_batch(setup.model.base, [request.prompt for request in batch], rows, _GREEDY)
         known.update(zip(batch, texts, strict=True))
 
@@ -164,4 +164,4 @@ def _batches(requests: Sequence[Request]) -> Iterator[list[Request]]:
 
 def _key(request: Request) -> Request:
     """What decides the answer: not whether the pick was a good one."""
-    return Request(request.prompt, request.source, request.chunks)
+    return replace(request, found=None)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from loracast.chat import encode_text, encode_with_offsets
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter
+from loracast.lora import LoRA
 from loracast.model import ASK_SYSTEM_TURN, Model
 from loracast.routing import DEFAULT_ROUTE
 
@@ -61,8 +62,18 @@ class Request:
     prompt: tuple[int, ...]
     source: InMemoryAdapter | None = None
     chunks: tuple[int, ...] = ()
+    weights: tuple[float, ...] | None = None
+    """What the LoRA of each chunk counts; 1 if None."""
     found: bool | None = None
     """Whether the chunk with the answer was among those picked; None where nothing is picked."""
+
+    def lora(self) -> LoRA | None:
+        """What the base answers with."""
+        if self.source is None:
+            return None
+        return self.source.lora(
+            self.chunks if self.weights is None else dict(zip(self.chunks, self.weights, strict=True))
+        )
 
 
 def merged(setup: Setup, case: Case) -> Request:
@@ -72,8 +83,8 @@ def merged(setup: Setup, case: Case) -> Request:
 
 def routed(setup: Setup, case: Case) -> Request:
     """The LoRAs of the chunks that BM25 picks for the question, as `loracast ask` does."""
-    chunks = _picked(case.document, case.question, setup.route)
-    return Request(_plain(setup, case), case.document, chunks, case.chunk in chunks)
+    chunks, weights = _picked(case.document, case.question, setup.route)
+    return Request(_plain(setup, case), case.document, chunks, weights, case.chunk in chunks)
 
 
 def no_document(setup: Setup, case: Case) -> Request:
@@ -83,7 +94,7 @@ def no_document(setup: Setup, case: Case) -> Request:
 
 def other_document(setup: Setup, case: Case) -> Request:
     """Another document's adapter, routed: what any adapter does to an answer."""
-    return Request(_plain(setup, case), case.other, _picked(case.other, case.question, setup.route))
+    return Request(_plain(setup, case), case.other, *_picked(case.other, case.question, setup.route))
 
 
 def in_window(setup: Setup, case: Case) -> Request:
@@ -133,13 +144,17 @@ def _plain(setup: Setup, case: Case) -> tuple[int, ...]:
     return tuple(setup.model.base.chat.prompt(case.question, ASK_SYSTEM_TURN))
 
 
-def _picked(document: InMemoryAdapter, question: str, k: int) -> tuple[int, ...]:
-    chunks = document.route(question, k).chunks
-    return tuple(range(len(document.chunks))) if chunks is None else tuple(sorted(chunks))
+def _picked(document: InMemoryAdapter, question: str, k: int) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
+    """The chunks for a question in the document's order, and what each counts (1 if None)."""
+    picked = document.route(question, k).picked
+    if picked is None:
+        return tuple(range(len(document.chunks))), None
+    chunks = tuple(sorted(picked))
+    return chunks, tuple(picked[i] for i in chunks)
 
 
 def _with_passages(setup: Setup, case: Case, k: int) -> Request:
-    chunks = _picked(case.document, case.question, k)
+    chunks, _ = _picked(case.document, case.question, k)
     text = "\n\n".join(case.document.chunks[i].prompt for i in chunks)
     return Request(_with_text(setup, case.question, text), found=case.chunk in chunks)
 
