@@ -184,6 +184,25 @@ def test_a_step_holds_no_held_out_task_description_or_example(base, tmp_path):
         TaskSource(TaskDataConfig(max_tokens=2), tasks, base.chat).short_enough(tasks[0])
 
 
+def test_tasks_with_long_examples_have_fewer_of_them(base):
+    """However long the examples, a step has an end: attention and memory grow with the square of a row."""
+    examples = tuple(Example(f"{i} " + "the lamp on the desk " * 5, (str(i),)) for i in range(12))
+    task = Task("long", {"train": ("one two",)}, examples, ())
+    sizes = {}
+    for budget in (1, 200, 10_000):
+        source = TaskSource(TaskDataConfig(examples_per_task=9, tokens_per_task=budget), [task], base.chat)
+        told = TaskSource(
+            TaskDataConfig(examples_per_task=9, tokens_per_task=budget), [task], base.chat, described=True
+        )
+        for number in range(5):
+            (episode,), (other,) = (s.episodes(s.draw(number)) for s in (source, told))
+            assert len(episode.questions) == len(other.questions)
+            n_tokens = sum(len(q.prompt) + len(q.answer) for q in episode.questions)
+            assert n_tokens <= budget or len(episode.questions) == 1
+        sizes[budget] = len(episode.questions)
+    assert sizes[1] == 1 < sizes[200] < sizes[10_000] == 9
+
+
 def test_gibberish_describes_nothing():
     texts = gibberish(random.Random(0), 50)
     assert len(set(texts)) == 50 and all(3 <= len(text.split()) <= 14 for text in texts)

@@ -30,7 +30,7 @@ from loracast.manifest import check_name
 from loracast.peft_format import read_peft
 from loracast.target import target_from_config
 from loracast.tasks import Task
-from loracast.training.episodes import Episode, pack
+from loracast.training.episodes import Episode, Question, pack
 from loracast.training.loop import TrainConfig, resumable_settings, train
 from loracast.training.objective import answer_with
 from loracast.training.recipe import keys_of, read_tables
@@ -39,7 +39,7 @@ from loracast.training.task_source import TaskDataConfig, TaskSource
 
 ABOUT = "loracast.json"
 """Beside PEFT's files: what the LoRA was trained on and how. It is written last."""
-_EXAMPLES_IN_A_ROW = 8  # a row's attention grows with its square
+_TOKENS_IN_A_ROW = 384  # a row's attention grows with its square
 
 OnMetrics = Callable[[str, dict[str, float]], None]
 """(task, its latest figures)"""
@@ -64,7 +64,9 @@ class OracleRecipe:
     """One training, as a TOML file with the tables `[lora]`, `[data]` and `[training]` says it."""
 
     lora: OracleConfig = field(default_factory=OracleConfig)
-    data: TaskDataConfig = field(default_factory=lambda: TaskDataConfig(tasks_per_step=1, examples_per_task=64))
+    data: TaskDataConfig = field(
+        default_factory=lambda: TaskDataConfig(tasks_per_step=1, examples_per_task=64, tokens_per_task=2048)
+    )
     training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100, lr=1e-3, warmup_steps=10))
 
 
@@ -287,9 +289,17 @@ def _with_lora(base: Base, recipe: OracleRecipe) -> Iterator[tuple[Any, nn.Modul
 
 
 def _rows(episodes: Sequence[Episode]) -> list[Episode]:
-    """The same questions in rows of a few: all of them have the same LoRA."""
-    return [
-        dataclasses.replace(episode, questions=episode.questions[start : start + _EXAMPLES_IN_A_ROW])
-        for episode in episodes
-        for start in range(0, len(episode.questions), _EXAMPLES_IN_A_ROW)
-    ]
+    """The same questions in short rows: all of them have the same LoRA."""
+    rows = []
+    for episode in episodes:
+        row: list[Question] = []
+        n_tokens = 0
+        for question in episode.questions:
+            n = len(question.prompt) + len(question.answer)
+            if row and n_tokens + n > _TOKENS_IN_A_ROW:
+                rows.append(dataclasses.replace(episode, questions=tuple(row)))
+                row, n_tokens = [], 0
+            row.append(question)
+            n_tokens += n
+        rows.append(dataclasses.replace(episode, questions=tuple(row)))
+    return rows

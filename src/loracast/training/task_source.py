@@ -6,6 +6,7 @@ Text-to-LoRA, the oracles and the multi-task LoRA all draw from here, so that wi
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,13 +28,15 @@ class TaskDataConfig:
     tasks_per_step: int = 8
     """Tasks in one step, all different, each with one of its descriptions."""
     examples_per_task: int = 8
-    """Examples of each, all different."""
+    """Most examples of each, all different."""
+    tokens_per_task: int = 512
+    """Most tokens of a task's examples together, answers included: of tasks with long examples there are fewer. One there always is."""
     max_tokens: int = 256
     """Longest example, in tokens with its answer; longer ones are left out."""
 
     def __post_init__(self) -> None:
-        if min(self.tasks_per_step, self.examples_per_task, self.max_tokens) < 1:
-            raise ConfigError("tasks_per_step, examples_per_task and max_tokens must be at least 1")
+        if min(self.tasks_per_step, self.examples_per_task, self.tokens_per_task, self.max_tokens) < 1:
+            raise ConfigError("tasks_per_step, examples_per_task, tokens_per_task and max_tokens must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,12 @@ class TaskSource:
         system = rng.choice(SYSTEM_TURNS)
         examples = self.short_enough(task)
         chosen = rng.sample(examples, min(self.config.examples_per_task, len(examples)))
-        return Episode((), tuple(self._question(example, system, description) for example in chosen), "tasks")
+        questions = [self._question(example, system) for example in chosen]
+        within = itertools.accumulate(len(question.prompt) + len(question.answer) for question in questions)
+        n_kept = max(1, sum(n_tokens <= self.config.tokens_per_task for n_tokens in within))
+        if description is not None:  # told or not, the same examples
+            questions = [self._question(example, system, description) for example in chosen]
+        return Episode((), tuple(questions[:n_kept]), "tasks")
 
     def _question(self, example: Example, system: str | None, description: str | None = None) -> Question:
         asked = example.input if description is None else with_description(description, example.input)
