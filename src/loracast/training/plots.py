@@ -33,7 +33,7 @@ def plot_metrics(metrics: Path, picture: Path) -> None:
     highest = max([1.0, *(row[name] for row in rows for name in figures if name in row)])
     right.set(xlabel="step", ylim=(0, highest), title="in training")
     if figures:
-        right.legend(loc="upper left")
+        right.legend(loc="lower left")
     hours = rows[-1]["elapsed_s"] / 3600
     figure.suptitle(f"{rows[-1]['step']} steps in {hours:.1f} h")
     figure.savefig(picture, dpi=120)
