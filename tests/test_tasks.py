@@ -433,6 +433,12 @@ def test_the_command_trains_and_exports(tiny_folder, tmp_path, home):
     )
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["step"] == 2
+    short = [str(tmp_path / "short") if a == tmp_path / "run" else str(a) for a in arguments]
+    done = CliRunner().invoke(app, [*short, "--budget", "0s", "--device", "cpu"])
+    assert (
+        done.exit_code == 0 and f"hypernetwork: in {tmp_path / 'short'}" in done.output
+    )  # no curve was drawn, none is promised
+    assert not (tmp_path / "short" / "curve.png").exists() and (tmp_path / "short" / "model.safetensors").exists()
     exported = CliRunner().invoke(
         app, ["train", "export", str(tmp_path / "run"), "--out", str(tmp_path / "small"), "--json"]
     )

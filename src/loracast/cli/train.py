@@ -230,11 +230,12 @@ def _train(
     with ProgressLine(config, enabled=workers.is_first) as line:
         last = run(loaded, workers, line.show)
     if workers.is_first:
-        plot_metrics(out / "metrics.jsonl", out / "curve.png")
+        has_curve = plot_metrics(out / "metrics.jsonl", out / "curve.png")
         if as_json:
             print(json.dumps({"out": str(out), **last}))
         else:
-            typer.echo(f"hypernetwork, metrics.jsonl and curve.png are in {out}", err=True)
+            files = "hypernetwork, metrics.jsonl and curve.png" if has_curve else "hypernetwork"
+            typer.echo(f"{files}: in {out}", err=True)
 
 
 @app.command()

@@ -10,8 +10,8 @@ from loracast.errors import LoracastError
 _SHARES = ("token_accuracy", "relative_error")
 
 
-def plot_metrics(metrics: Path, picture: Path) -> None:
-    """Draw the loss, and accuracies or relative errors, over the steps. Needs the extra `train`."""
+def plot_metrics(metrics: Path, picture: Path) -> bool:
+    """Draw the loss, and accuracies or relative errors, over the steps; False where there are none yet. Needs the extra `train`."""
     try:
         import matplotlib
     except ImportError as error:
@@ -21,7 +21,7 @@ def plot_metrics(metrics: Path, picture: Path) -> None:
 
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     if not rows:
-        return
+        return False
     steps = [row["step"] for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     left.plot(steps, [row["loss"] for row in rows], color="tab:blue")
@@ -38,3 +38,4 @@ def plot_metrics(metrics: Path, picture: Path) -> None:
     figure.suptitle(f"{rows[-1]['step']} steps in {hours:.1f} h")
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+    return True
