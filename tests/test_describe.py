@@ -20,7 +20,7 @@ from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora import LoRA
 from loracast.model import Answerer, load
 from loracast.target import target_from_config
-from test_text_to_lora import make_sentence_encoder
+from test_text_to_lora import make_sentence_encoder, make_task_hypernet
 
 KNOWN = ["Answer with the opposite word.", "Give the antonym of the word.", "Translate the word to French."]
 SENTENCE = "Turn each word around."
@@ -31,13 +31,7 @@ def task_hypernetwork(base, tmp_path_factory):
     """A folder with a random hypernetwork for the tiny base, which reads with a tiny random sentence encoder."""
     folder = tmp_path_factory.mktemp("tasks")
     encoder = make_sentence_encoder(folder / "encoder")
-    torch.manual_seed(4)
-    target = target_from_config(base.model.config, ("q_proj", "v_proj"))
-    hypernet = TextToLoRA(
-        TextToLoRAConfig(32, target.rows, encoder=str(encoder), rank=2, width=16, head_width=16, scale=30.0)
-    )
-    for head in hypernet.heads.values():
-        head.scaler_b.data.normal_()
+    hypernet = make_task_hypernet(base, encoder, 4, 30.0)
     from loracast.encoders.text import load_text_encoder
 
     hypernet.know(load_text_encoder(str(encoder))(KNOWN))

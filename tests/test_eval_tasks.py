@@ -23,15 +23,13 @@ from loracast.evaluation.metrics import is_right, last_number, paired_bootstrap
 from loracast.evaluation.task_rivals import RIVALS, Given, prompt_of
 from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
 from loracast.hypernets.store import save_pretrained
-from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.inject import inject
 from loracast.lora import Factors, LoRA
-from loracast.target import target_from_config
 from loracast.tasks import read_tasks
 from loracast.training.loop import TrainConfig
 from loracast.training.oracle import OracleRecipe, average_of_oracles, train_multitask, train_oracles
 from test_tasks import write_rows
-from test_text_to_lora import make_sentence_encoder
+from test_text_to_lora import make_sentence_encoder, make_task_hypernet
 
 OPPOSITES = {"hot": "cold", "big": "small", "up": "down", "in": "out", "wet": "dry", "old": "young", "full": "empty"}
 
@@ -57,13 +55,7 @@ def suite(tmp_path_factory):
 def hypernetwork(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hypernetwork")
     encoder = make_sentence_encoder(folder / "encoder")
-    torch.manual_seed(6)
-    target = target_from_config(base.model.config, ("q_proj", "v_proj"))
-    hypernet = TextToLoRA(
-        TextToLoRAConfig(32, target.rows, encoder=str(encoder), rank=2, width=16, head_width=16, scale=40.0)
-    )
-    for head in hypernet.heads.values():
-        head.scaler_b.data.normal_()
+    hypernet = make_task_hypernet(base, encoder, 6, 40.0)
     save_pretrained(hypernet, folder / "h", base.fingerprint, storage="float32")
     return folder / "h"
 

@@ -234,6 +234,18 @@ def make_sentence_encoder(folder: Path, pooling: str = "mean_tokens", max_tokens
     return folder
 
 
+def make_task_hypernet(base, encoder: Path, seed: int, scale: float) -> TextToLoRA:
+    """A random hypernetwork for a base that reads with a tiny sentence encoder; its B scalers away from zero so that it does something."""
+    torch.manual_seed(seed)
+    target = target_from_config(base.model.config, ("q_proj", "v_proj"))
+    hypernet = TextToLoRA(
+        TextToLoRAConfig(32, target.rows, encoder=str(encoder), rank=2, width=16, head_width=16, scale=scale)
+    )
+    for head in hypernet.heads.values():
+        head.scaler_b.data.normal_()
+    return hypernet
+
+
 @pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token", "lasttoken"])
 def test_a_sentence_encoder_pools_as_its_folder_says(pooling, tmp_path):
     from transformers import AutoModel, AutoTokenizer

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from loracast.chat import encode_with_offsets
 from loracast.errors import ConfigError, LoracastError
 from loracast.evaluation.haystack import Haystack, Sample
 from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.report import Column, Report, environment, number, text
+from loracast.evaluation.report import Column, Progress, Report, environment, number, text
 from loracast.evaluation.run import warm_up
 from loracast.evaluation.systems import Case, Setup, in_window
 from loracast.generate import Sampling, answer
@@ -51,8 +50,6 @@ MEMORY_COLUMNS: tuple[Column, ...] = (
     number("ratio", "ratio", 3),
     number("adapter_mib", "adapter MiB"),
 )
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.metrics import cluster_bootstrap
-from loracast.evaluation.report import ANSWER_COLUMNS, Report, environment, interval, number, write_answers
+from loracast.evaluation.report import ANSWER_COLUMNS, Progress, Report, environment, interval, number, write_answers
 from loracast.evaluation.run import N_TIMED, Outcome, ask_all, groups, summary, warm_up
 from loracast.evaluation.systems import SYSTEMS, Case, Setup, check_systems
 from loracast.model import Model
@@ -32,9 +32,6 @@ COLUMNS = (
     interval("cluster_low", "cluster_high", "95 % by sheet"),
     *ANSWER_COLUMNS[4:],
 )
-
-Progress = Callable[[int, int], None]
-"""(sheets done, sheets in all)"""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from loracast.errors import ConfigError
 from loracast.evaluation import plots
 from loracast.evaluation.haystack import Haystack, Sample
 from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.report import ANSWER_COLUMNS, Report, environment, number, write_answers
+from loracast.evaluation.report import ANSWER_COLUMNS, Progress, Report, environment, number, write_answers
 from loracast.evaluation.run import N_TIMED, Outcome, ask_all, groups, summary, warm_up
 from loracast.evaluation.systems import SYSTEMS, Case, Setup, check_systems
 from loracast.model import Model
@@ -35,9 +35,6 @@ _TOKENS_PER_GROUP = 65_536  # documents that are in memory at once
 _GOLDEN = 0.6180339887498949
 
 COLUMNS = (number("length", "tokens"), number("chunks", "chunks", 1), *ANSWER_COLUMNS)
-
-Progress = Callable[[int, int], None]
-"""(documents done, documents in all)"""
 
 
 @dataclass(frozen=True)

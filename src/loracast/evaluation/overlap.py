@@ -7,7 +7,7 @@ their Jaccard index, each held-out test row with every row of every training tas
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,10 +15,8 @@ import numpy as np
 
 from loracast.errors import ConfigError
 from loracast.evaluation.metrics import normalise
-from loracast.evaluation.report import Column, Report, environment, number, percent, text
+from loracast.evaluation.report import Column, Progress, Report, environment, number, percent, text
 from loracast.tasks import Example, read_tasks
-
-Progress = Callable[[int, int], None]
 
 COLUMNS: tuple[Column, ...] = (
     text("task", "held-out task"),

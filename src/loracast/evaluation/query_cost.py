@@ -9,7 +9,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from loracast.chat import encode_text
 from loracast.errors import ConfigError
 from loracast.evaluation.flops import QueryFlops, counted
 from loracast.evaluation.plots import costs, require_matplotlib
-from loracast.evaluation.report import Column, Report, environment, number, text
+from loracast.evaluation.report import Column, Progress, Report, environment, number, text
 from loracast.evaluation.task_rivals import ADAPTER, RIVALS, Drawn, Given, prompt_of
 from loracast.evaluation.tasks import TasksConfig, draw, read_all
 from loracast.generate import Sampling, answer
@@ -50,8 +50,6 @@ COLUMNS: tuple[Column, ...] = (
     number("break_even", "adapter pays after, queries"),
     number("break_even_s", "by time"),
 )
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

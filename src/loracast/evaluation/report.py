@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Row = Mapping[str, Any]
+Progress = Callable[[int, int], None]
+"""What an evaluation tells how far it is: (done, in all)."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from loracast.errors import ConfigError
 from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import likeliest
 from loracast.evaluation.metrics import is_right, paired_bootstrap
-from loracast.evaluation.report import Column, Report, environment, number, percent, text
+from loracast.evaluation.report import Column, Progress, Report, environment, number, percent, text
 from loracast.evaluation.task_rivals import ADAPTER, NEEDED, RIVALS, Drawn, Given, Rival, prompt_of
 from loracast.generate import Sampling, answer_batch
 from loracast.lora import LoRA
@@ -28,10 +28,6 @@ from loracast.training.text import gibberish
 
 MAX_ROWS = 32
 _LONGEST: dict[Metric, int] = {"exact": 32, "number": 256}
-
-Progress = Callable[[int, int], None]
-"""(rows answered, rows in all)"""
-
 
 COLUMNS: tuple[Column, ...] = (
     text("label", "what answers"),
