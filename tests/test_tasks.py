@@ -22,10 +22,10 @@ from loracast.hypernets.text_to_lora import TextToLoRA
 from loracast.lora import Factors, LoRA, stack
 from loracast.target import target_from_config
 from loracast.tasks import Example, Task, read_tasks
-from loracast.training.episodes import pack
+from loracast.training.episodes import Episode, pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_with
-from loracast.training.task_source import TaskDataConfig, TaskSource
+from loracast.training.task_source import DrawnTasks, TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe, _contrast, gibberish, read_text_recipe, train_text
 from test_text_to_lora import make_sentence_encoder
 
@@ -285,11 +285,17 @@ def train_on_two(base, out, **options) -> tuple[TextToLoRA, list[dict[str, float
     return from_pretrained(out / "run", TextToLoRA)[0], rows
 
 
+def episode_of(source: TaskSource, task: Task, seed: int) -> Episode:
+    """Some examples of one task."""
+    drawn = DrawnTasks((task,), ("",), (None,), random.Random(seed), random.Random(seed))
+    return source.episodes(drawn)[0]
+
+
 def answer_loss(base, hypernet: TextToLoRA, descriptions: list[str], tasks: list[str], suite: Path) -> float:
     """Of the training examples of some tasks, each done with the LoRA of the description beside it."""
     by_name = {task.name: task for task in read_tasks(suite)}
     source = TaskSource(TaskDataConfig(), [by_name[name] for name in tasks], base.chat)
-    batch = pack([source._episode(random.Random(0), by_name[name]) for name in tasks], base.pad_id)
+    batch = pack([episode_of(source, by_name[name], 0) for name in tasks], base.pad_id)
     with torch.no_grad():
         return answer_with(base.model, hypernet(WordCounts()(descriptions)), batch)[0].loss.item()
 
@@ -359,7 +365,7 @@ def test_the_contrast_by_hand(base, tmp_path):
     by_name = {task.name: task for task in read_tasks(write_suite(tmp_path))}
     tasks = [by_name[name] for name in ("opposite", "shout")]
     source = TaskSource(TaskDataConfig(examples_per_task=3), tasks, base.chat)
-    episodes = [source._episode(random.Random(i), task) for i, task in enumerate(tasks)]
+    episodes = [episode_of(source, task, i) for i, task in enumerate(tasks)]
     torch.manual_seed(1)
     modules = target_from_config(base.model.config, ("v_proj",)).modules
     loras = [

@@ -16,11 +16,12 @@ import torch
 from loracast.adapter import Adapter
 from loracast.base import Base
 from loracast.documents import Chunk
+from loracast.encoders.description import DescriptionReader
 from loracast.encoders.text import OF_THE_BASE, TextEncoder, load_text_encoder
-from loracast.errors import AdapterError, HypernetworkError
+from loracast.errors import AdapterError, EncoderError, HypernetworkError
 from loracast.fingerprint import Fingerprint, check
-from loracast.hypernets.store import from_pretrained, weights_hash
-from loracast.hypernets.text_to_lora import TextToLoRA
+from loracast.hypernets.reading import ReadingToLoRA
+from loracast.hypernets.store import OfDescriptions, of_descriptions, weights_hash
 from loracast.library import AdapterWriter, check_free
 from loracast.lora import LoRA
 from loracast.manifest import Manifest, check_name, name_from
@@ -30,7 +31,7 @@ from loracast.paths import library_dir
 class TaskCaster:
     """Casts descriptions of tasks into LoRAs for the base that its hypernetwork was made for."""
 
-    def __init__(self, hypernet: TextToLoRA, made_for: Fingerprint, encoder: TextEncoder, library: Path):
+    def __init__(self, hypernet: OfDescriptions, made_for: Fingerprint, encoder: TextEncoder, library: Path):
         if encoder.d_text != hypernet.config.d_text:
             raise HypernetworkError(
                 f"the hypernetwork reads embeddings of {hypernet.config.d_text} numbers, the text encoder {encoder.name!r} gives "
@@ -47,17 +48,22 @@ class TaskCaster:
         Args:
             strength: factor on every delta; 0 is no adapter, 1 what the hypernetwork was trained for.
         """
-        return self._loras(self._embeddings(descriptions), strength)
+        return self._loras(self._conditions(descriptions), strength)
 
     @torch.inference_mode()
     def constant_lora(self) -> LoRA:
-        """The LoRA of an embedding of ones, which describes nothing: to measure by."""
-        return self._loras(torch.ones(1, self.hypernet.config.d_text), 1.0)[0]
+        """The LoRA of a constant condition, which describes nothing: to measure by."""
+        return self._loras(self.hypernet.constant(), 1.0)[0]
+
+    @torch.inference_mode()
+    def embeddings(self, descriptions: Sequence[str]) -> torch.Tensor:
+        """One vector for each description [n, d]: what the hypernetwork compares descriptions by."""
+        return self.hypernet.pooled(self._conditions(descriptions))
 
     @torch.inference_mode()
     def distances(self, descriptions: Sequence[str]) -> list[float | None]:
         """How far each description is from the nearest one seen in training: 1 - cosine of their embeddings; None where none is known."""
-        return self._distances(self._embeddings(descriptions))
+        return self._distances(self._conditions(descriptions))
 
     def task(
         self, description: str, name: str | None = None, *, strength: float = 1.0, replace: bool = False
@@ -94,9 +100,9 @@ class TaskCaster:
             if not replace:
                 check_free(self.library, name)
         started = time.perf_counter()
-        embeddings = self._embeddings(descriptions)
-        loras = self._loras(embeddings, strength)
-        distances = self._distances(embeddings)
+        conditions = self._conditions(descriptions)
+        loras = self._loras(conditions, strength)
+        distances = self._distances(conditions)
         seconds = (time.perf_counter() - started) / max(1, len(loras))
         if not all(factor.isfinite().all() for lora in loras for pair in lora.factors.values() for factor in pair):
             raise AdapterError(
@@ -107,20 +113,20 @@ class TaskCaster:
             for name, description, lora, distance in zip(names, descriptions, loras, distances, strict=True)
         ]
 
-    def _embeddings(self, descriptions: Sequence[str]) -> torch.Tensor:
-        """[n, d_text]"""
+    def _conditions(self, descriptions: Sequence[str]) -> torch.Tensor:
+        """What the text encoder gives for n descriptions: [n, d_text], or [n, t, d_text] where it reads token by token."""
         if not all(text.strip() for text in descriptions):
             raise AdapterError("the description of a task is empty; say in a sentence what the model shall do")
         return self.encoder([text.strip() for text in descriptions])
 
-    def _loras(self, embeddings: torch.Tensor, strength: float) -> list[LoRA]:
-        batch = self.hypernet(embeddings)
+    def _loras(self, conditions: torch.Tensor, strength: float) -> list[LoRA]:
+        batch = self.hypernet(conditions)
         return [batch.row(i).scale(strength) for i in range(batch.n)]
 
-    def _distances(self, embeddings: torch.Tensor) -> list[float | None]:
+    def _distances(self, conditions: torch.Tensor) -> list[float | None]:
         if not self.hypernet.config.n_known:
-            return [None] * len(embeddings)
-        return list(self.hypernet.distances(embeddings).tolist())
+            return [None] * len(conditions)
+        return list(self.hypernet.distances(conditions).tolist())
 
     def _warnings(self, description: str, distance: float | None) -> tuple[str, ...]:
         if distance is None or self.usual_distance is None or distance <= self.usual_distance:
@@ -141,7 +147,7 @@ class TaskCaster:
         replace: bool,
     ) -> Adapter:
         target = self.hypernet.config.target
-        ranks = dict.fromkeys(target.kinds, self.hypernet.config.rank)
+        ranks = dict.fromkeys(target.kinds, self.hypernet.config.lora_rank)
         only = Chunk(text=description, start=0, end=len(description), heading="", n_tokens=0)
         with AdapterWriter(self.library, name, target, ranks, [only]) as writer:
             writer.open_factors({})
@@ -188,11 +194,18 @@ def load_caster(
         library: where adapters are kept; the user's own library if None.
         say: told what is being done where the encoder has to be fetched first.
     """
-    hypernet, made_for = from_pretrained(hypernetwork, TextToLoRA)
+    hypernet, made_for = of_descriptions(hypernetwork)
     name = encoder or hypernet.config.encoder
+    reads = isinstance(hypernet, ReadingToLoRA)
     if callable(base):
-        base = base() if name == OF_THE_BASE else None
+        base = base() if reads or name == OF_THE_BASE else None
     if base is not None:
         check(made_for, base.fingerprint, f"the hypernetwork {str(hypernetwork)!r}")
     where = Path(library) if library else library_dir()
-    return TaskCaster(hypernet, made_for, load_text_encoder(name, base, say), where)
+    if not reads:
+        return TaskCaster(hypernet, made_for, load_text_encoder(name, base, say), where)
+    if base is None or encoder is not None:
+        raise EncoderError(
+            "this hypernetwork reads descriptions with its base: give the base, and no other text encoder"
+        )
+    return TaskCaster(hypernet, made_for, DescriptionReader(base, hypernet.config), where)

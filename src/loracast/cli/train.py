@@ -90,6 +90,10 @@ def text(
             help="Library of `loracast train oracle`: learn to give its LoRAs, in place of doing the tasks' examples."
         ),
     ] = None,
+    shared_from: Annotated[
+        Path | None,
+        typer.Option(help="LoRA of `loracast train multitask`, as which what all descriptions share starts."),
+    ] = None,
     init_from: InitFrom = None,
     base: Base = None,
     budget: Budget = None,
@@ -106,11 +110,13 @@ def text(
     settings = read_text_recipe(recipe, _overrides(change, budget))
     found = read_tasks(tasks)
     command = _command("text", recipe, change, init_from) + (f" --oracles {oracles.name}" if oracles else "")
+    command += f" --shared-from {shared_from.name}" if shared_from else ""
 
     def run(loaded, workers, on_metrics):
         return train_text(
             loaded, settings, found, out,
-            oracles=oracles, init_from=init_from, command=command, workers=workers, on_metrics=on_metrics,
+            oracles=oracles, init_from=init_from, shared_from=shared_from,
+            command=command, workers=workers, on_metrics=on_metrics,
         )  # fmt: skip
 
     _train(run, settings.training, out, base, device, as_json)

@@ -69,7 +69,7 @@ def evaluate_map(caster: TaskCaster, config: MapConfig, out: Path) -> Report:
     texts = [said for _, said in points]
     names = [task.name for task, _ in points]
     groups = [task.group if task.group in families else "" for task, _ in points]
-    embeddings = torch.nn.functional.normalize(caster.encoder(texts).double(), dim=-1)
+    embeddings = torch.nn.functional.normalize(caster.embeddings(texts).double(), dim=-1)
     distances = {
         "embeddings": 1 - embeddings @ embeddings.T,
         "weights": 1 - stack(caster.loras(texts)).cosines(),

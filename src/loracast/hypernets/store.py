@@ -19,12 +19,19 @@ from loracast.errors import ConfigError, HypernetworkError
 from loracast.files import write_atomically
 from loracast.fingerprint import Fingerprint
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+from loracast.hypernets.reading import ReadingToLoRA, ReadingToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 
-Hypernetwork = DocToLoRA | TextToLoRA
-H = TypeVar("H", DocToLoRA, TextToLoRA)
-C = TypeVar("C", DocToLoRAConfig, TextToLoRAConfig)
-_ARCHITECTURES: dict[str, type[Hypernetwork]] = {"DocToLoRA": DocToLoRA, "TextToLoRA": TextToLoRA}
+OfDescriptions = TextToLoRA | ReadingToLoRA
+"""Hypernetworks that make a LoRA from a task's description."""
+Hypernetwork = DocToLoRA | OfDescriptions
+H = TypeVar("H", bound=Hypernetwork)
+C = TypeVar("C", DocToLoRAConfig, TextToLoRAConfig, ReadingToLoRAConfig)
+_ARCHITECTURES: dict[str, type[Hypernetwork]] = {
+    "DocToLoRA": DocToLoRA,
+    "TextToLoRA": TextToLoRA,
+    "ReadingToLoRA": ReadingToLoRA,
+}
 FORMAT = 1
 STORAGE = ("float32", "bfloat16", "int8")
 _SCALE = ".int8_scale"
@@ -77,7 +84,7 @@ def from_pretrained(source: str | Path, architecture: type[H]) -> tuple[H, Finge
     """Read a hypernetwork from a folder or a hub repository.
 
     Args:
-        architecture: DocToLoRA or TextToLoRA, whichever is wanted.
+        architecture: DocToLoRA, TextToLoRA or ReadingToLoRA, whichever is wanted.
 
     Returns:
         the hypernetwork in fp32, in evaluation mode, and the fingerprint of the base that it was made for.
@@ -98,14 +105,16 @@ def from_pretrained(source: str | Path, architecture: type[H]) -> tuple[H, Finge
         with torch.device(
             "meta"
         ):  # shapes only: what the config asks for is allocated once the file has shown that it is there
-            hypernet = architecture(read_config(stored["config"], architecture.config_class))
+            build: Any = architecture
+            hypernet: H = build(read_config(stored["config"], build.config_class))
         tensors = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise HypernetworkError(_not_whole(folder, error)) from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise HypernetworkError(f"the config.json of {folder} is damaged ({type(error).__name__}: {error})") from error
     hypernet.load_state_dict(_checked(hypernet, tensors, folder), assign=True)
-    return hypernet.eval().requires_grad_(False), made_for
+    hypernet.eval().requires_grad_(False)
+    return hypernet, made_for
 
 
 def weights_hash(hypernet: Hypernetwork) -> str:
@@ -118,9 +127,15 @@ def weights_hash(hypernet: Hypernetwork) -> str:
 
 
 def architecture_of(source: str | Path) -> type[Any]:
-    """DocToLoRA or TextToLoRA, whichever lies there. Raises HypernetworkError if neither does."""
+    """Which of the hypernetworks lies there. Raises HypernetworkError if neither does."""
     stored = _stored(_folder_of(source))
     return _ARCHITECTURES[_architecture(stored, source)]
+
+
+def of_descriptions(source: str | Path) -> tuple[OfDescriptions, Fingerprint]:
+    """A hypernetwork for descriptions, whichever of them lies there; raises as `from_pretrained` does."""
+    architecture: type[OfDescriptions] = ReadingToLoRA if architecture_of(source) is ReadingToLoRA else TextToLoRA
+    return from_pretrained(source, architecture)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -189,7 +204,7 @@ def _architecture(stored: dict[str, Any], source: str | Path) -> str:
     name, written_as = stored.get("architecture"), stored.get("format")
     if written_as != FORMAT or name not in _ARCHITECTURES:
         raise HypernetworkError(
-            f"{source} holds {name!r} in format {written_as!r}; this version of loracast reads {' and '.join(_ARCHITECTURES)} "
+            f"{source} holds {name!r} in format {written_as!r}; this version of loracast reads {', '.join(_ARCHITECTURES)} "
             f"in format {FORMAT}: update loracast"
         )
     return str(name)

@@ -11,14 +11,15 @@ factor at a time, told by another embedding which rank; `core` a small core betw
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loracast.errors import ConfigError, HypernetworkError
-from loracast.lora import Factors, LoRABatch
+from loracast.errors import ConfigError
+from loracast.hypernets.known import KnowsDescriptions, shared_factors
+from loracast.lora import Factors, LoRA, LoRABatch
 from loracast.target import Target, TargetModule, problems_of
 
 Variant = Literal["L", "M", "S", "core"]
@@ -62,8 +63,13 @@ class TextToLoRAConfig:
     def target(self) -> Target:
         return Target(tuple(TargetModule(*module) for module in self.modules))
 
+    @property
+    def lora_rank(self) -> int:
+        """Rank of a task's LoRA."""
+        return self.rank
 
-class TextToLoRA(nn.Module):
+
+class TextToLoRA(KnowsDescriptions, nn.Module):
     """The hypernetwork. Its start is an exact no-op in every variant, because every B scaler starts at zero."""
 
     config_class: ClassVar = TextToLoRAConfig
@@ -96,18 +102,26 @@ class TextToLoRA(nn.Module):
         self.config = replace(self.config, n_known=len(embeddings))
         self.known = embeddings.detach().clone()
 
-    def distances(self, embeddings: Tensor) -> Tensor:
-        """How far each description is from the nearest that training has seen: 1 - cosine, [n]."""
-        if not len(self.known):
-            raise HypernetworkError("this hypernetwork does not know which descriptions it was trained on")
-        return 1 - _cosines(embeddings, self.known.to(embeddings)).amax(1)
+    def pooled(self, conditions: Tensor) -> Tensor:
+        """The embeddings themselves [n, d_text]."""
+        return conditions
 
-    def usual_distance(self) -> float | None:
-        """The distance within which nearly all (95 %) of the descriptions seen in training have another one; None for fewer than two."""
-        if len(self.known) < 2:
-            return None
-        cosines = _cosines(self.known.float(), self.known.float()).fill_diagonal_(-1)
-        return 1 - cosines.amax(1).quantile(0.05).item()
+    def constant(self) -> Tensor:
+        """An embedding that describes nothing: ones [1, d_text]."""
+        return torch.ones(1, self.config.d_text)
+
+    def meaningless(self, n: int, generator: torch.Generator) -> Tensor:
+        """Embeddings in random directions [n, d_text], as long as those of texts."""
+        free = torch.randn(n, self.config.d_text, generator=generator)
+        return functional.normalize(free, dim=-1) * self.config.d_text**0.5
+
+    def start_shared_from(self, lora: LoRA) -> None:
+        """Let the factors that all descriptions share start as a LoRA that was trained on all tasks. Raises ConfigError where it does not fit."""
+        for kind in self.config.target.kinds:
+            head = cast(_Head, self.heads[kind])
+            a, b = shared_factors(lora, self.config.target.of_kind(kind), self.config.rank)
+            head.shared_a.data.copy_(a)
+            head.shared_b.data.copy_(b / self.config.scale)
 
     def forward(self, embeddings: Tensor) -> LoRABatch:
         """Embeddings of n descriptions [n, d_text] -> their n LoRAs, differentiable."""
@@ -205,11 +219,6 @@ class _Core(_Head):
 
 
 _HEADS = {"L": _BothFactors, "M": _OneFactor, "S": _OneRow, "core": _Core}
-
-
-def _cosines(x: Tensor, y: Tensor) -> Tensor:
-    """[n, d], [m, d] -> [n, m]."""
-    return functional.normalize(x, dim=-1) @ functional.normalize(y, dim=-1).T
 
 
 def _mlp(d: int, d_out: int, dropout: float) -> nn.Sequential:

@@ -152,7 +152,7 @@ def train_multitask(
         recipe: its defaults are an oracle's; `MULTITASK` has those of Text-to-LoRA.
         described: the description that a step draws for a task stands in the prompts of its examples.
     """
-    source = TaskSource(recipe.data, tasks, base.chat, described=described)
+    source = TaskSource(recipe.data, tasks, base.chat, described=described, varied=described)
     for task in source.tasks:
         source.short_enough(task)
     return _train_one(base, recipe, source, out_dir, command, budget_s, partial(on_metrics, out_dir.name), True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from loracast.adapter import file_sha256
 from loracast.errors import ConfigError
 from loracast.fingerprint import Fingerprint
+from loracast.hypernets.reading import ReadingToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRAConfig
 from loracast.lora import Factors, LoRA, LoRABatch, compress, stack
 from loracast.tasks import Task
@@ -41,7 +42,11 @@ def tasks_with_oracles(tasks: Sequence[Task], library: Path) -> list[Task]:
 
 
 def read_library(
-    tasks: Sequence[Task], library: Path, base: Fingerprint, config: TextToLoRAConfig, match: Match
+    tasks: Sequence[Task],
+    library: Path,
+    base: Fingerprint,
+    config: TextToLoRAConfig | ReadingToLoRAConfig,
+    match: Match,
 ) -> LoRABatch:
     """The oracles of some tasks, row by row: A [tasks, r, in] and B [tasks, out, r] of every module.
 
@@ -54,9 +59,9 @@ def read_library(
             raise ConfigError(
                 f"the oracle of {task.name} is on other modules than the hypernetwork; give both the same kinds and layers"
             )
-        if lora.rank > config.rank or (match != "product" and lora.rank != config.rank):
+        if lora.rank > config.lora_rank or (match != "product" and lora.rank != config.lora_rank):
             raise ConfigError(
-                f"the oracle of {task.name} has rank {lora.rank}, the hypernetwork {config.rank}: give both the same"
+                f"the oracle of {task.name} has rank {lora.rank}, the hypernetwork {config.lora_rank}: give both the same"
             )
     if match != "product" and len(loras) < 2:
         raise ConfigError("factors are compared in units of how they differ between tasks; give at least two oracles")

@@ -27,7 +27,8 @@ def start_from(folder: Path, architecture: type[H], base: Base, asked: Collectio
         )
     hypernet, made_for = from_pretrained(folder, architecture)
     check(made_for, base.fingerprint, f"the hypernetwork in {folder}")
-    return hypernet.requires_grad_(True)
+    hypernet.requires_grad_(True)
+    return hypernet
 
 
 def train_hypernet(

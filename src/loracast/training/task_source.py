@@ -17,6 +17,7 @@ from loracast.errors import ConfigError, TrainingError
 from loracast.tasks import Example, Task, with_description
 from loracast.training.episodes import Episode, Question
 from loracast.training.sources import SYSTEM_TURNS
+from loracast.training.variations import EXAMPLES_TO_VARY, Variation, vary, words_of
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,27 @@ class TaskDataConfig:
     """Most tokens of a task's examples together, answers included: of tasks with long examples there are fewer. One there always is."""
     max_tokens: int = 256
     """Longest example, in tokens with its answer; longer ones are left out."""
+    varied_share: float = 0.0
+    """Share of the drawn tasks that are made into another one, as their descriptions then say (`variations.py`)."""
 
     def __post_init__(self) -> None:
         if min(self.tasks_per_step, self.examples_per_task, self.tokens_per_task, self.max_tokens) < 1:
             raise ConfigError("tasks_per_step, examples_per_task, tokens_per_task and max_tokens must be at least 1")
+        if not 0 <= self.varied_share <= 1:
+            raise ConfigError("varied_share is a share: from 0 to 1")
 
 
 @dataclass(frozen=True)
 class DrawnTasks:
-    """The tasks of one step and a description of each ("" where it has none); examples follow from `rng`'s state."""
+    """The tasks of one step and a description of each ("" where it has none); examples follow from the state of the generators."""
 
     tasks: tuple[Task, ...]
     descriptions: tuple[str, ...]
+    variations: tuple[Variation | None, ...]
+    """What a task was made into, as its description says."""
     rng: random.Random
+    of_varied: random.Random
+    """For what is varied, so that all else is drawn the same with variations and without."""
 
 
 class TaskSource:
@@ -54,6 +63,7 @@ class TaskSource:
     Args:
         heldout_too: held-out tasks as well, of which otherwise nothing is ever drawn: for their oracles.
         described: each prompt carries the description that was drawn, as a rival without an adapter would be told it.
+        varied: whether the config's `varied_share` counts: not for whoever never learns of the descriptions.
     """
 
     def __init__(
@@ -64,8 +74,10 @@ class TaskSource:
         *,
         heldout_too: bool = False,
         described: bool = False,
+        varied: bool = True,
     ):
         self.config, self.chat, self.described = config, chat, described
+        self.varied_share = config.varied_share if varied and not heldout_too else 0.0
         self._short: dict[str, list[Example]] = {}
         if heldout_too:  # what a LoRA of its own is trained on needs no description
             self.tasks = [task for task in tasks if task.train]
@@ -80,6 +92,10 @@ class TaskSource:
         return tuple(dict.fromkeys(text for task in self.tasks for text in task.seen_descriptions()))
 
     @cached_property
+    def _words(self) -> tuple[str, ...]:
+        return words_of(self.tasks)
+
+    @cached_property
     def sha256(self) -> str:
         """Of all that training may see: a run goes on with the same only."""
         seen = [
@@ -92,19 +108,29 @@ class TaskSource:
         c = self.config
         rng = random.Random(f"{c.seed}/{worker}/{number}")
         chosen = rng.sample(self.tasks, min(c.tasks_per_step, len(self.tasks)))
-        descriptions = tuple(rng.choice(task.seen_descriptions() or ("",)) for task in chosen)
-        return DrawnTasks(tuple(chosen), descriptions, rng)
+        descriptions = [rng.choice(task.seen_descriptions() or ("",)) for task in chosen]
+        of_varied = random.Random(f"{c.seed}/{worker}/{number}/varied")
+        variations: list[Variation | None] = [None] * len(chosen)
+        for i, task in enumerate(chosen):
+            if of_varied.random() < self.varied_share and len(task.train) >= EXAMPLES_TO_VARY:
+                variation = variations[i] = vary(task, descriptions[i], self._words, of_varied)
+                descriptions[i] = variation.description
+        return DrawnTasks(tuple(chosen), tuple(descriptions), tuple(variations), rng, of_varied)
 
     def episodes(self, drawn: DrawnTasks) -> list[Episode]:
         """Examples of what was drawn, an episode for each task; ask once."""
-        told = drawn.descriptions if self.described else [None] * len(drawn.tasks)
-        return [self._episode(drawn.rng, task, text) for task, text in zip(drawn.tasks, told, strict=True)]
+        return [self._episode(drawn, i) for i in range(len(drawn.tasks))]
 
-    def _episode(self, rng: random.Random, task: Task, description: str | None = None) -> Episode:
-        """Some examples of a task, under one system turn; the description is in their prompts only where it is given."""
-        system = rng.choice(SYSTEM_TURNS)
+    def _episode(self, drawn: DrawnTasks, i: int) -> Episode:
+        """Some examples of the i-th task, under one system turn; the description is in their prompts only where it is told there."""
+        n, task, variation = self.config.examples_per_task, drawn.tasks[i], drawn.variations[i]
+        description = drawn.descriptions[i] if self.described else None
+        system = drawn.rng.choice(SYSTEM_TURNS)
         examples = self.short_enough(task)
-        chosen = rng.sample(examples, min(self.config.examples_per_task, len(examples)))
+        chosen = drawn.rng.sample(examples, min(n, len(examples)))
+        if variation is not None:
+            several = drawn.of_varied.sample(examples, min(EXAMPLES_TO_VARY * n, len(examples)))
+            chosen = variation.change(several)[:n]
         questions = [self._question(example, system) for example in chosen]
         within = itertools.accumulate(len(question.prompt) + len(question.answer) for question in questions)
         n_kept = max(1, sum(n_tokens <= self.config.tokens_per_task for n_tokens in within))

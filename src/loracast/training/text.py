@@ -22,9 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loracast.adapter import file_sha256
 from loracast.base import Base
+from loracast.chat import encode_text
+from loracast.encoders.description import DescriptionReader
 from loracast.encoders.text import DEFAULT_ENCODER, TextEncoder, load_text_encoder
 from loracast.errors import ConfigError
+from loracast.hypernets.reading import ReadingToLoRA, ReadingToLoRAConfig
+from loracast.hypernets.store import OfDescriptions, architecture_of
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora import LoRABatch
 from loracast.target import target_from_config
@@ -32,6 +37,7 @@ from loracast.tasks import Task
 from loracast.training.episodes import Episode, pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_with
+from loracast.training.oracle import read_oracle
 from loracast.training.recipe import keys_of, read_recipe_as
 from loracast.training.reconstruction import (
     Match,
@@ -60,7 +66,7 @@ class TextRecipe:
     encoder: str = DEFAULT_ENCODER
     """The text encoder."""
     hypernetwork: Mapping[str, Any] = field(default_factory=dict)
-    """Options of TextToLoRAConfig other than the target and the encoder."""
+    """Options of TextToLoRAConfig other than the target and the encoder; or, with the variant `reading`, of ReadingToLoRAConfig."""
     size_weight: float = 1e-3
     """Weight of the mean square of the generated numbers (published: 1e-3)."""
     calm_weight: float = 0.1
@@ -85,7 +91,10 @@ class TextRecipe:
             raise ConfigError("a contrast between tasks needs data.tasks_per_step of at least 2")
 
 
+READING = "reading"
+"""The variant that is a hypernetwork of its own."""
 _OURS = ("kinds", "layers", "encoder")  # of the table [hypernetwork]
+_GIVEN = {"modules", "d_text", "d_state", "n_known"}  # of the configs: not a recipe's to say
 _BY_EXAMPLES = ("size_weight", "calm_weight", "contrast_weight", "contrast_examples")  # of the table [objective]
 _BY_ORACLES = ("match",)
 
@@ -96,7 +105,7 @@ def read_text_recipe(path: Path | None, overrides: Sequence[str] = ()) -> TextRe
         TextRecipe,
         path,
         overrides,
-        architecture=keys_of(TextToLoRAConfig) - {"modules", "d_text", "n_known"},
+        architecture=(keys_of(TextToLoRAConfig) | keys_of(ReadingToLoRAConfig)) - _GIVEN,
         ours=_OURS,
         objective=(*_BY_EXAMPLES, *_BY_ORACLES),
         data=TaskDataConfig,
@@ -112,14 +121,34 @@ def gibberish(rng: random.Random, n: int) -> list[str]:
     return [" ".join(word() for _ in range(rng.randint(3, 14))) for _ in range(n)]
 
 
-def build_text_hypernet(base: Base, recipe: TextRecipe, encoder: TextEncoder) -> TextToLoRA:
-    """A fresh hypernetwork for a base and a text encoder."""
+def build_text_hypernet(base: Base, recipe: TextRecipe) -> OfDescriptions:
+    """A fresh hypernetwork for a base. Raises ConfigError for options that the variant does not have."""
     torch.manual_seed(recipe.training.seed)
-    target = target_from_config(base.model.config, recipe.kinds, recipe.layers)
-    config = TextToLoRAConfig(
-        d_text=encoder.d_text, modules=target.rows, encoder=encoder.name, **dict(recipe.hypernetwork)
-    )
-    return TextToLoRA(config)
+    modules = target_from_config(base.model.config, recipe.kinds, recipe.layers).rows
+    options = dict(recipe.hypernetwork)
+    if options.get("variant") != READING:
+        _check_options(options, TextToLoRAConfig)
+        encoder = load_text_encoder(recipe.encoder, base)
+        return TextToLoRA(TextToLoRAConfig(d_text=encoder.d_text, modules=modules, encoder=encoder.name, **options))
+    del options["variant"]
+    _check_options(options, ReadingToLoRAConfig)
+    if "encoder" in recipe.asked:
+        raise ConfigError("the variant 'reading' reads descriptions with the base; leave hypernetwork.encoder out")
+    options = {"lead_in": tuple(encode_text(base.tokenizer, "\n"))[:1], **options}
+    d_state = base.model.config.get_text_config().hidden_size
+    return ReadingToLoRA(ReadingToLoRAConfig(d_state=d_state, modules=modules, **options))
+
+
+def _check_options(options: Mapping[str, Any], config: type) -> None:
+    if unknown := sorted(options.keys() - keys_of(config)):
+        raise ConfigError(f"this variant has no {', '.join(f'hypernetwork.{name}' for name in unknown)}")
+
+
+def encoder_of(hypernet: OfDescriptions, base: Base) -> TextEncoder:
+    """What a hypernetwork reads descriptions with."""
+    if isinstance(hypernet, ReadingToLoRA):
+        return DescriptionReader(base, hypernet.config)
+    return load_text_encoder(hypernet.config.encoder, base)
 
 
 def train_text(
@@ -130,6 +159,7 @@ def train_text(
     *,
     oracles: Path | None = None,
     init_from: Path | None = None,
+    shared_from: Path | None = None,
     command: str = "",
     workers: Workers | None = None,
     on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
@@ -141,37 +171,40 @@ def train_text(
             (reconstruction), in place of what makes the base do the tasks' examples.
         init_from: a hypernetwork folder whose weights a fresh run starts from (its config is used, and the recipe's
             `[hypernetwork]` table must be empty).
+        shared_from: folder of a LoRA trained on all tasks (`train_multitask`), as which a fresh run's factors that all descriptions share start.
         command: kept in the checkpoint's provenance.
 
     Returns:
         the last metrics. The hypernetwork lies in `out_dir` (fp32), the metrics in `metrics.jsonl`.
     """
     workers = workers or Workers.join(base.device.type)
-    source = TaskSource(recipe.data, tasks if oracles is None else tasks_with_oracles(tasks, oracles), base.chat)
+    known = tasks if oracles is None else tasks_with_oracles(tasks, oracles)
+    source = TaskSource(recipe.data, known, base.chat, varied=oracles is None)
     if init_from is not None:
-        hypernet = start_from(init_from, TextToLoRA, base, recipe.asked | recipe.hypernetwork.keys())
-        encoder = load_text_encoder(hypernet.config.encoder, base)
+        found: type[OfDescriptions] = ReadingToLoRA if architecture_of(init_from) is ReadingToLoRA else TextToLoRA
+        hypernet = start_from(init_from, found, base, recipe.asked | recipe.hypernetwork.keys())
     else:
-        encoder = load_text_encoder(recipe.encoder, base)
-        hypernet = build_text_hypernet(base, recipe, encoder)
+        hypernet = build_text_hypernet(base, recipe)
+    encoder = encoder_of(hypernet, base)
+    if shared_from is not None:
+        hypernet.start_shared_from(read_oracle(shared_from, base.fingerprint))
+    hypernet.to(workers.device)
     hypernet.know(encoder(source.descriptions).to(workers.device))
-    hypernet.to(workers.device).train()
+    hypernet.train()
     wrapped = workers.wrap(hypernet)
     if oracles is None:
-        nonsense = encoder(gibberish(random.Random(recipe.data.seed), N_GIBBERISH)).to(workers.device)
         for task in source.tasks:
             source.short_enough(task)  # told now, not in the middle of a training
-        of_step = _by_examples(base, recipe, wrapped, source, nonsense)
+        of_step = _by_examples(base, recipe, hypernet, wrapped, source, encoder)
     else:
         library = read_library(source.tasks, oracles, base.fingerprint, hypernet.config, recipe.match)
-        of_step = _by_oracles(wrapped, source, library.to(workers.device), recipe.match)
-    row_of = {text: i for i, text in enumerate(source.descriptions)}
+        of_step = _by_oracles(wrapped, source, library.to(workers.device), recipe.match, encoder)
 
     def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
         number = step * recipe.training.accumulate + micro
         drawn = source.draw(number, workers.rank)
         torch.manual_seed(number)  # dropout depends on the step alone: resumed training is the same, on any device
-        return of_step(number, drawn, hypernet.known[[row_of[text] for text in drawn.descriptions]])
+        return of_step(number, drawn)
 
     about = {
         "tasks": [task.name for task in source.tasks],
@@ -179,6 +212,8 @@ def train_text(
         "objective": {name: getattr(recipe, name) for name in (_BY_EXAMPLES if oracles is None else _BY_ORACLES)},
         "data": dataclasses.asdict(recipe.data),
     }
+    if shared_from is not None:
+        about["shared_from_sha256"] = file_sha256(shared_from / "adapter_model.safetensors")
     if oracles is not None:
         about["oracles_sha256"] = library_sha256(source.tasks, oracles)
     return train_hypernet(
@@ -187,35 +222,50 @@ def train_text(
     )  # fmt: skip
 
 
-OfStep = Callable[[int, DrawnTasks, Tensor], tuple[Tensor, dict[str, float]]]
-"""(number of the step, what was drawn, embeddings of its descriptions [n, d_text]) -> loss, and figures to log."""
+OfStep = Callable[[int, DrawnTasks], tuple[Tensor, dict[str, float]]]
+"""(number of the step, what was drawn) -> loss, and figures to log."""
 
 
-def _by_examples(base: Base, recipe: TextRecipe, hypernet: nn.Module, source: TaskSource, nonsense: Tensor) -> OfStep:
+def _by_examples(
+    base: Base,
+    recipe: TextRecipe,
+    hypernet: OfDescriptions,
+    wrapped: nn.Module,
+    source: TaskSource,
+    encoder: TextEncoder,
+) -> OfStep:
     """The base does the tasks' examples, with a LoRA made from each task's description.
 
     Args:
-        nonsense: embeddings of gibberish [m, d_text].
+        wrapped: the hypernetwork as its workers call it.
     """
+    nonsense = gibberish(random.Random(recipe.data.seed), N_GIBBERISH)
+    device = base.device
 
-    def of_step(number: int, drawn: DrawnTasks, conditions: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def of_step(number: int, drawn: DrawnTasks) -> tuple[Tensor, dict[str, float]]:
         episodes = source.episodes(drawn)
-        batch = pack(episodes, base.pad_id).to(conditions.device)
-        meaningless = _meaningless(nonsense, len(conditions), random.Random(f"{recipe.data.seed}/calm/{number}"))
-        autocast = torch.autocast(conditions.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
+        batch = pack(episodes, base.pad_id).to(device)
+        n = len(episodes)
+        rng = random.Random(f"{recipe.data.seed}/calm/{number}")
+        read = encoder([*drawn.descriptions, *rng.sample(nonsense, (n + 1) // 2)]).to(device)
+        free = hypernet.meaningless(n // 2, torch.Generator().manual_seed(rng.randrange(2**31)))
+        conditions = _stacked(read, free.to(read))
+        autocast = torch.autocast(device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
         with autocast:
-            both = hypernet(torch.cat([conditions, meaningless]))
-            loras = both.rows(0, len(conditions))
+            both = wrapped(conditions)
+            loras = both.rows(0, n)
             seen, _ = answer_with(base.model, loras, batch)
         squares = both.squared_norms()
-        described, undescribed = squares.split([len(conditions), len(meaningless)])
-        calm = undescribed.mean() / described.mean().detach().clamp_min(1e-12)
+        described, undescribed = squares[:n], squares[n:]
+        calm = undescribed.mean() / described.mean().detach().clamp_min(
+            1.0
+        )  # a LoRA that is hardly there yet is no measure
         size = torch.stack(
             [a.float().square().mean() + b.float().square().mean() for a, b in loras.factors.values()]
         ).mean()
         loss = seen.loss + recipe.size_weight * size + recipe.calm_weight * calm
         contrasts: dict[str, float] = {}
-        if recipe.contrast_weight > 0 and len(conditions) > 1:
+        if recipe.contrast_weight > 0 and n > 1:
             with autocast:
                 contrast = _contrast(base, loras, episodes, seen.by_question, recipe.contrast_examples)
             loss = loss + recipe.contrast_weight * contrast
@@ -234,14 +284,17 @@ def _by_examples(base: Base, recipe: TextRecipe, hypernet: nn.Module, source: Ta
     return of_step
 
 
-def _by_oracles(hypernet: nn.Module, source: TaskSource, library: LoRABatch, match: Match) -> OfStep:
+def _by_oracles(
+    wrapped: nn.Module, source: TaskSource, library: LoRABatch, match: Match, encoder: TextEncoder
+) -> OfStep:
     """What the descriptions become matches the LoRAs that were trained on their tasks; the base is not asked."""
     row_of = {task.name: i for i, task in enumerate(source.tasks)}
     loss_of = matching(library, match)
+    device = next(iter(library.factors.values())).a.device
 
-    def of_step(number: int, drawn: DrawnTasks, conditions: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def of_step(number: int, drawn: DrawnTasks) -> tuple[Tensor, dict[str, float]]:
         rows = [row_of[task.name] for task in drawn.tasks]
-        made = hypernet(conditions)
+        made = wrapped(encoder(drawn.descriptions).to(device))
         with torch.no_grad():
             error = relative_square_error(made, library.take(rows)).clamp_min(0).mean().sqrt().item()
         return loss_of(made, rows), {"relative_error": error, "tasks": len(rows)}
@@ -265,10 +318,9 @@ def _contrast(base: Base, loras: LoRABatch, episodes: Sequence[Episode], own: Te
     return functional.softplus(own[kept] - other).mean()
 
 
-def _meaningless(nonsense: Tensor, n: int, rng: random.Random) -> Tensor:
-    """Conditions [n, d] that describe nothing: half of them gibberish as the encoder sees it, half random directions."""
-    of_strings = nonsense[rng.choices(range(len(nonsense)), k=n - n // 2)]
-    free = torch.Generator().manual_seed(rng.randrange(2**31))
-    random_ones = torch.randn(n // 2, nonsense.shape[1], generator=free).to(nonsense)
-    random_ones = functional.normalize(random_ones, dim=-1) * nonsense.shape[1] ** 0.5
-    return torch.cat([of_strings, random_ones])
+def _stacked(one: Tensor, other: Tensor) -> Tensor:
+    """Conditions one after the other; those of tokens [n, t, d] are filled up with zeros, which are no tokens."""
+    if one.ndim == 3:
+        t = max(one.shape[1], other.shape[1])
+        one, other = (functional.pad(x, (0, 0, 0, t - x.shape[1])) for x in (one, other))
+    return torch.cat([one, other])

@@ -1,0 +1,64 @@
+"""What text-to-LoRA hypernetworks know of the descriptions that they were trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from loracast.errors import ConfigError, HypernetworkError
+from loracast.lora import LoRA
+from loracast.target import TargetModule
+
+
+class KnowsDescriptions:
+    """Tells how far a description is from all that training has seen."""
+
+    known: Tensor
+    """One vector for each description seen in training [m, d]."""
+    config: Any
+
+    def pooled(self, conditions: Tensor) -> Tensor:
+        """What the text encoder gives for n descriptions -> one vector for each [n, d]."""
+        raise NotImplementedError
+
+    def distances(self, conditions: Tensor) -> Tensor:
+        """How far each description is from the nearest that training has seen: 1 - cosine, [n]."""
+        if not len(self.known):
+            raise HypernetworkError("this hypernetwork does not know which descriptions it was trained on")
+        return 1 - _cosines(self._centred(self.pooled(conditions)), self._centred(self.known)).amax(1)
+
+    def usual_distance(self) -> float | None:
+        """The distance within which nearly all (95 %) of the descriptions seen in training have another one; None for fewer than two."""
+        if len(self.known) < 2:
+            return None
+        cosines = _cosines(self._centred(self.known), self._centred(self.known)).fill_diagonal_(-1)
+        return 1 - cosines.amax(1).quantile(0.05).item()
+
+    def _centred(self, vectors: Tensor) -> Tensor:
+        """Vectors as their angles are to be compared."""
+        return vectors.float()
+
+
+def shared_factors(lora: LoRA, modules: Sequence[TargetModule], rank: int) -> tuple[Tensor, Tensor]:
+    """The factors of a LoRA that was trained on all tasks, for modules of one kind: A [modules, r, in], B rows [modules, r, out].
+
+    Raises:
+        ConfigError: it lacks one of the modules, or has another rank.
+    """
+    for module in modules:
+        pair = lora.factors.get(module.name)
+        if pair is None or pair.a.shape != (rank, module.d_in) or pair.b.shape != (module.d_out, rank):
+            raise ConfigError(
+                f"the LoRA to start from has no factors of rank {rank} for {module.name}: train it on the same modules, with that rank"
+            )
+    pairs = [lora.factors[module.name] for module in modules]
+    return torch.stack([pair.a.float() for pair in pairs]), torch.stack([pair.b.float().T for pair in pairs])
+
+
+def _cosines(x: Tensor, y: Tensor) -> Tensor:
+    """[n, d], [m, d] -> [n, m]."""
+    return functional.normalize(x, dim=-1) @ functional.normalize(y, dim=-1).T

@@ -1,0 +1,167 @@
+"""Text-to-LoRA that reads: the tokens of a description, not one vector for all of it, become a LoRA in one forward pass.
+
+    states and values [n, t, d] -> Perceiver -> rank latents -> heads, and copies of the values pointed to -> A, B of the description
+    mean state -> gate [n] -> how much of these, and of factors that all descriptions share, there is
+
+One vector says which of the known tasks is meant; what words an answer shall be made of stands in the tokens. The parts are those of
+Doc-to-LoRA (`doc_to_lora.py`), with one chunk. The gate closes for what describes nothing. Knows shapes, never a base's weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from loracast.encoders.features import Features
+from loracast.errors import ConfigError
+from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+from loracast.hypernets.known import KnowsDescriptions, shared_factors
+from loracast.lora import LoRA, LoRABatch
+from loracast.target import Target
+
+_GATE_WIDTH = 64
+_GATE_START = 3.0  # logit: open
+
+
+@dataclass(frozen=True)
+class ReadingToLoRAConfig:
+    """Everything that fixes the architecture; the shapes of the base are in `modules`."""
+
+    d_state: int
+    """Width of the base's states, and of the values: what the base must be told to say a token."""
+    modules: tuple[tuple[str, int, str, int, int], ...]
+    """The target, one (name, layer, kind, d_in, d_out) for each module, in the target's order."""
+    reader_layer: int = 8
+    """After which block of the base its states are read."""
+    lead_in: tuple[int, ...] = ()
+    """Token ids read before each description and then dropped."""
+    rank: int = 4
+    """Rank of what is made from a description."""
+    shared_rank: int = 16
+    """Rank of the factors that all descriptions share."""
+    width: int = 256
+    """Width of the rank latents."""
+    n_heads: int = 8
+    """Heads of an attention."""
+    n_blocks: int = 2
+    """Blocks in which the rank latents read the tokens."""
+    head_shared_rank: int = 32
+    """The layers share the heads; each corrects them by this rank."""
+    scale: float = 45.25
+    """Factor on what is made from a description, folded into B."""
+    n_known: int = 0
+    """Descriptions seen in training, whose mean states are kept to tell how far a new one is from all of them."""
+
+    def __post_init__(self) -> None:
+        if (
+            min(self.d_state, self.reader_layer, self.shared_rank, self.head_shared_rank) < 1
+            or self.width % self.n_heads
+        ):
+            raise ConfigError(
+                "bad ReadingToLoRAConfig: d_state, reader_layer, shared_rank and head_shared_rank must be at least 1, and width a multiple "
+                "of n_heads"
+            )
+        if all(d_out != self.d_state for *_, d_out in self.modules):
+            raise ConfigError(
+                "bad ReadingToLoRAConfig: no module writes into the residual stream, where values go; add o_proj or down_proj"
+            )
+        self.doc  # noqa: B018  # says what else is wrong
+
+    @property
+    def doc(self) -> DocToLoRAConfig:
+        """The same as the hypernetwork for documents calls it."""
+        return DocToLoRAConfig(
+            d_features=2 * self.d_state, modules=self.modules, reader_layers=(self.reader_layer,), lead_in=self.lead_in, rank=self.rank,
+            width=self.width, n_heads=self.n_heads, n_kv_heads=self.n_heads, head_dim=self.width // self.n_heads,
+            n_decoder_blocks=self.n_blocks, head_shared_rank=self.head_shared_rank, document_independent_rank=self.shared_rank,
+            scale=self.scale, d_values=self.d_state,
+        )  # fmt: skip
+
+    @property
+    def target(self) -> Target:
+        return self.doc.target
+
+    @property
+    def encoder(self) -> str:
+        """The text encoder: the base, token by token."""
+        return f"base:{self.reader_layer}"
+
+    @property
+    def d_text(self) -> int:
+        """Width of a condition's tokens: state, value, and whether the token is real."""
+        return 2 * self.d_state + 1
+
+    @property
+    def lora_rank(self) -> int:
+        """Rank of a task's LoRA."""
+        return self.rank + self.shared_rank
+
+
+class ReadingToLoRA(KnowsDescriptions, nn.Module):
+    """The hypernetwork. Its start is an exact no-op, because every B starts at zero."""
+
+    config_class: ClassVar = ReadingToLoRAConfig
+    known: Tensor
+
+    def __init__(self, config: ReadingToLoRAConfig):
+        super().__init__()
+        self.config = config
+        self.reader = DocToLoRA(config.doc)
+        self.gate = nn.Sequential(nn.Linear(config.d_state, _GATE_WIDTH), nn.SiLU(), nn.Linear(_GATE_WIDTH, 1))
+        last = self.gate[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, _GATE_START)
+        self.register_buffer("known", torch.zeros(config.n_known, config.d_state))
+
+    def know(self, conditions: Tensor) -> None:
+        """Keep what tells the descriptions seen in training apart, and take the units of the reader's input from them. [m, t, d_text]"""
+        self.config = replace(self.config, n_known=len(conditions))
+        self.known = self.pooled(conditions).detach().clone()
+        real = conditions[..., -1] > 0
+        self.reader.standardise(conditions[..., :-1][real].float())
+
+    def pooled(self, conditions: Tensor) -> Tensor:
+        """The mean state of each description's tokens [n, d_state]."""
+        real = conditions[..., -1:]
+        return (conditions[..., : self.config.d_state] * real).sum(1) / real.sum(1)
+
+    def constant(self) -> Tensor:
+        """A condition that describes nothing: one token, one deviation above the mean in all that it has [1, 1, d_text]."""
+        features = self.reader.feature_mean + self.reader.feature_std
+        return torch.cat([features, torch.ones_like(features[:1])])[None, None]
+
+    def meaningless(self, n: int, generator: torch.Generator) -> Tensor:
+        """Conditions [n, t, d_text] that no text has: random states with the values of random directions."""
+        t = 12
+        mean, std = self.reader.feature_mean, self.reader.feature_std
+        random = torch.randn(n, t, len(mean), generator=generator).to(mean) * std + mean
+        return torch.cat([random, torch.ones_like(random[..., :1])], dim=-1)
+
+    def start_shared_from(self, lora: LoRA) -> None:
+        """Let the factors that all share start as a LoRA that was trained on all tasks. Raises ConfigError where it does not fit."""
+        target = self.config.target
+        for kind in target.kinds:
+            shared = self.reader.shared(kind)
+            assert shared is not None
+            a, b = shared_factors(lora, target.of_kind(kind), self.config.shared_rank)
+            shared.a.data.copy_(a)
+            shared.b.data.copy_(b)
+
+    def _centred(self, vectors: Tensor) -> Tensor:
+        """States have a large mean in common, beside which all of them are alike."""
+        return super()._centred(vectors) - self.reader.feature_mean[: self.config.d_state]
+
+    def openness(self, conditions: Tensor) -> Tensor:
+        """How far the gate opens for each description, as a logit [n]."""
+        mean, std = (x[: self.config.d_state] for x in (self.reader.feature_mean, self.reader.feature_std))
+        return self.gate((self.pooled(conditions) - mean) / std).squeeze(-1)
+
+    def forward(self, conditions: Tensor) -> LoRABatch:
+        """What a `DescriptionReader` reads of n descriptions [n, t, d_text] -> their n LoRAs, differentiable."""
+        loras, _ = self.reader(Features(conditions[..., :-1]), conditions[..., -1] > 0)
+        gate = self.openness(conditions).sigmoid()[:, None, None]
+        return LoRABatch(loras.n, {name: pair._replace(b=pair.b * gate) for name, pair in loras.factors.items()}, {})
