@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from loracast.adapter import Adapter
 from loracast.base import DEFAULT_BASE, Base, load_base
@@ -31,21 +31,26 @@ from loracast.manifest import name_for
 from loracast.paths import library_dir
 from loracast.routing import DEFAULT_ROUTE, Route, route
 
-SHIPPED = {DEFAULT_BASE: "doc-smollm2-135m"}
-"""Hypernetworks inside this package, by the embedded base that they were trained for."""
+Kind = Literal["doc", "text"]
+"""What a hypernetwork casts: documents, or descriptions of tasks. Also the name of its training."""
+SHIPPED: dict[tuple[Kind, str], str] = {
+    ("doc", DEFAULT_BASE): "doc-smollm2-135m",
+    ("text", DEFAULT_BASE): "text-smollm2-135m",
+}
+"""Hypernetworks inside this package, by what they cast and the embedded base that they were trained for."""
 
 ASK_SYSTEM_TURN = ""
 """The system turn of a question, as in most of the training: the template's own costs 25 tokens of prefill and helps nothing."""
 
 
-def shipped_hypernetwork(base: str) -> Path:
+def shipped_hypernetwork(base: str, kind: Kind = "doc") -> Path:
     """The folder of the hypernetwork shipped for an embedded base. Raises HypernetworkError if there is none."""
-    if base not in SHIPPED:
+    if (kind, base) not in SHIPPED:
         raise HypernetworkError(
-            f"no hypernetwork is shipped for the base {base!r}: train one (`loracast train doc --base {base}`) and give it with "
+            f"no hypernetwork is shipped for the base {base!r}: train one (`loracast train {kind} --base {base}`) and give it with "
             "--hypernetwork FOLDER"
         )
-    return Path(str(files("loracast") / "pretrained" / SHIPPED[base]))
+    return Path(str(files("loracast") / "pretrained" / SHIPPED[kind, base]))
 
 
 class Answerer:
@@ -157,13 +162,9 @@ class Model(Answerer):
 
     @cached_property
     def caster(self) -> TaskCaster:
-        """What casts descriptions of tasks. Raises HypernetworkError where no hypernetwork for tasks was given."""
-        if self._task_hypernetwork is None:
-            raise HypernetworkError(
-                "no hypernetwork for tasks is at hand: train one (`loracast train text`) and give it to "
-                "load(task_hypernetwork=FOLDER)"
-            )
-        return load_caster(self._task_hypernetwork, base=self.base, library=self.library)
+        """What casts descriptions of tasks. Raises HypernetworkError where none was given and none is shipped for the base."""
+        where = self._task_hypernetwork or shipped_hypernetwork(self.base.name, "text")
+        return load_caster(where, base=self.base, library=self.library)
 
     def task(self, description: str, name: str | None = None, **options) -> Adapter:
         """Cast the description of a task into an adapter and keep it; options as in `TaskCaster.task`."""
@@ -188,7 +189,7 @@ def load(
     Args:
         base: an embedded base (the default), a local folder or a hub id.
         hypernetwork: a folder or hub repository; the shipped one if None.
-        task_hypernetwork: a folder or hub repository of one that casts descriptions of tasks, for `Model.task`.
+        task_hypernetwork: a folder or hub repository of one that casts descriptions of tasks, for `Model.task`; the shipped one if None.
         library: where adapters are kept; the user's own library if None.
         device: "cpu" or "cuda"; the fastest there is if None.
         say: told what is being done where an embedded base has to be fetched first.

@@ -46,7 +46,8 @@ Benchmarks = Annotated[
 ]
 Trained = Annotated[bool, typer.Option("--trained", help="The tasks of the training, in place of those held out.")]
 TaskHypernetwork = Annotated[
-    str, typer.Option("--hypernetwork", help="Folder or hub id of a text-to-LoRA hypernetwork.")
+    str | None,
+    typer.Option("--hypernetwork", help="Folder or hub id of a text-to-LoRA hypernetwork; the shipped one by default."),
 ]
 Descriptions = Annotated[str, typer.Option(help="Kind of description: heldout, train or paraphrase.")]
 Split = Annotated[str, typer.Option(help="Wordings and entities: dev to choose between settings, test to report.")]
@@ -187,9 +188,7 @@ def tasks(
     out: Out,
     tasks: OptionalTasks = None,
     benchmark: Benchmarks = None,
-    hypernetwork: Annotated[
-        str | None, typer.Option("--hypernetwork", help="Folder or hub id of a text-to-LoRA hypernetwork.")
-    ] = None,
+    hypernetwork: TaskHypernetwork = None,
     oracles: Annotated[
         Path | None, typer.Option(help="Library of `loracast train oracle`: the rivals oracle and average.")
     ] = None,
@@ -226,6 +225,7 @@ def tasks(
     from loracast.describe import load_caster
     from loracast.evaluation.task_rivals import Given
     from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
+    from loracast.model import SHIPPED, shipped_hypernetwork
     from loracast.training.oracle import average_of_oracles, read_multitask
 
     config = TasksConfig(
@@ -243,7 +243,9 @@ def tasks(
     loaded = open_answerer(base, None, device).base
     given = Given(
         loaded,
-        caster=None if hypernetwork is None else load_caster(hypernetwork, base=loaded, say=say),
+        caster=load_caster(hypernetwork or shipped_hypernetwork(loaded.name, "text"), base=loaded, say=say)
+        if hypernetwork or ("text", loaded.name) in SHIPPED
+        else None,
         oracles=oracles,
         multitask=read_multitask(multitask, loaded.fingerprint, False) if multitask else None,
         multitask_described=read_multitask(multitask_described, loaded.fingerprint, True)
@@ -259,7 +261,7 @@ def tasks(
 @app.command()
 def cost(
     out: Out,
-    hypernetwork: TaskHypernetwork,
+    hypernetwork: TaskHypernetwork = None,
     tasks: OptionalTasks = None,
     benchmark: Benchmarks = None,
     texts: Annotated[
@@ -278,6 +280,7 @@ def cost(
     from loracast.describe import load_caster
     from loracast.evaluation.query_cost import CostConfig, evaluate_cost
     from loracast.evaluation.task_rivals import Given
+    from loracast.model import shipped_hypernetwork
 
     config = CostConfig(
         tasks=str(tasks) if tasks else None,
@@ -290,7 +293,8 @@ def cost(
         seed=seed,
     )
     loaded = open_answerer(base, None, device).base
-    given = Given(loaded, caster=load_caster(hypernetwork, base=loaded, say=say))
+    where = hypernetwork or shipped_hypernetwork(loaded.name, "text")
+    given = Given(loaded, caster=load_caster(where, base=loaded, say=say))
     with _progress("tasks") as progress:
         report = evaluate_cost(given, config, out, progress)
     _show(report, out, as_json)
@@ -300,18 +304,21 @@ def cost(
 def skill_map(
     out: Out,
     tasks: Tasks,
-    hypernetwork: TaskHypernetwork,
+    hypernetwork: TaskHypernetwork = None,
     descriptions: Descriptions = "heldout",
     seed: Seed = 0,
     base: options.Base = None,
     as_json: options.Json = False,
 ) -> None:
     """The map of skills: the LoRAs of all tasks in two dimensions, and how well families of tasks part."""
+    from loracast.base import DEFAULT_BASE
     from loracast.describe import load_caster
     from loracast.evaluation.skill_map import MapConfig, evaluate_map
+    from loracast.model import shipped_hypernetwork
 
     config = MapConfig(str(tasks), _kind(descriptions), seed)
-    caster = load_caster(hypernetwork, base=lambda: open_answerer(base, None, None).base, say=say)
+    where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "text")
+    caster = load_caster(where, base=lambda: open_answerer(base, None, None).base, say=say)
     report = evaluate_map(caster, config, out)
     _show(report, out, as_json)
 

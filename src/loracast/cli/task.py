@@ -13,11 +13,13 @@ from loracast.cli.output import print_json, printable, say, size, warn
 
 def task(
     description: Annotated[str, typer.Argument(metavar="DESCRIPTION", help="What the model shall do, in a sentence.")],
-    hypernetwork: Annotated[
-        str,
-        typer.Option("--hypernetwork", help="Folder or hub id of a text-to-LoRA hypernetwork (`loracast train text`)."),
-    ],
     name: Annotated[str | None, typer.Option(help="Name of the adapter; made from the description by default.")] = None,
+    hypernetwork: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id of a text-to-LoRA hypernetwork (`loracast train text`); the shipped one by default."
+        ),
+    ] = None,
     strength: Annotated[float, typer.Option(help="Factor on the adapter: 0 for none, 1 as trained.")] = 1.0,
     replace: Annotated[bool, typer.Option("--replace", help="Let an adapter of that name give way.")] = False,
     encoder: Annotated[
@@ -29,19 +31,21 @@ def task(
 ) -> None:
     """Cast the description of a task into an adapter.
 
-    It takes a text encoder and the hypernetwork; the base is loaded only where it is the text encoder itself.
+    It takes a text encoder and the hypernetwork; the base is loaded only where it is what reads the description, as the shipped hypernetwork has it.
     """
-    from loracast.base import load_base
+    from loracast.base import DEFAULT_BASE, load_base
     from loracast.describe import load_caster
     from loracast.library import check_free
     from loracast.manifest import check_name, name_from
+    from loracast.model import shipped_hypernetwork
     from loracast.paths import library_dir
 
     started = time.perf_counter()
     name = check_name(name or name_from(description))
     if not replace:
         check_free(library or library_dir(), name)  # before a model is loaded for nothing
-    caster = load_caster(hypernetwork, base=lambda: load_base(base, say=say), encoder=encoder, library=library, say=say)
+    where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "text")
+    caster = load_caster(where, base=lambda: load_base(base, say=say), encoder=encoder, library=library, say=say)
     adapter = caster.task(description, name, strength=strength, replace=replace)
     manifest = adapter.manifest
     for warning in manifest.warnings:
