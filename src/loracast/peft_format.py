@@ -12,6 +12,8 @@ from loracast.lora import Factors, LoRA
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+FACTOR_NAMES = (f"{_PREFIX}{{}}{_A}", f"{_PREFIX}{{}}{_B}")
+"""How PEFT calls A [r, in] and B [out, r] of a module."""
 
 
 def read_peft(folder: Path) -> LoRA:

@@ -1,0 +1,36 @@
+"""The base with an adapter in its weights: a checkpoint that transformers, vLLM and llama.cpp's converter open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from loracast.base import Base, quiet_transformers
+from loracast.errors import AdapterError
+from loracast.lora import LoRA
+
+
+def write_merged(lora: LoRA, out: Path, base: Base, max_shard_size: str = "2GB") -> None:
+    """Write the base's checkpoint with a LoRA added to its weights. The base in memory is the same afterwards.
+
+    Args:
+        max_shard_size: largest file, as transformers takes it.
+
+    Raises:
+        AdapterError: the base lacks a module of the LoRA.
+    """
+    modules = dict(base.model.named_modules())
+    if missing := [name for name in lora.names if name not in modules]:
+        raise AdapterError(f"the base has no {', '.join(missing)}")
+    kept = {name: modules[name].weight.data for name in lora.names}
+    try:
+        for name in lora.names:
+            weight = kept[name]
+            modules[name].weight.data = (weight.float() + lora.delta(name).float().to(weight.device)).to(weight.dtype)
+        with quiet_transformers(), torch.no_grad():
+            base.model.save_pretrained(out, max_shard_size=max_shard_size)
+            base.tokenizer.save_pretrained(out)
+    finally:
+        for name, weight in kept.items():
+            modules[name].weight.data = weight

@@ -1,0 +1,57 @@
+"""For mlx-lm: its adapter folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loracast.export.uniform import Uniform
+from loracast.files import write_atomically
+from loracast.target import module_shapes
+
+
+def write_mlx(made: Uniform, out: Path, config: Any) -> None:
+    """Write a LoRA for mlx-lm.
+
+    mlx-lm gives LoRA layers to the same modules of the last so many layers; those among them that this LoRA leaves alone get zeros.
+
+    Args:
+        config: of the base, transformers' own.
+    """
+    from safetensors.torch import save
+
+    shapes, n_layers = module_shapes(config), config.get_text_config().num_hidden_layers
+    place = {name: _place(name) for name in made.lora.factors}
+    kinds = sorted({path for _, path in place.values()})
+    first = min(layer for layer, _ in place.values())
+    by_place = {place[name]: pair for name, pair in made.lora.factors.items()}
+    dtype = next(iter(by_place.values())).a.dtype
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in range(first, n_layers):
+        for path in kinds:
+            d_in, d_out = shapes[path.rpartition(".")[2]]
+            a, b = by_place.get((layer, path)) or (
+                torch.zeros(made.rank, d_in, dtype=dtype),
+                torch.zeros(d_out, made.rank, dtype=dtype),
+            )
+            tensors[f"model.layers.{layer}.{path}.lora_a"] = a.T.contiguous()  # [in, r]
+            tensors[f"model.layers.{layer}.{path}.lora_b"] = b.T.contiguous()  # [r, out]
+    adapter = {
+        "fine_tune_type": "lora",
+        "num_layers": n_layers - first,
+        "lora_parameters": {"rank": made.rank, "scale": 1.0, "dropout": 0.0, "keys": kinds},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "adapters.safetensors", save(tensors))
+    write_atomically(out / "adapter_config.json", json.dumps(adapter, indent=2).encode())
+
+
+def _place(name: str) -> tuple[int, str]:
+    """(layer, path inside the layer) of a module."""
+    found = re.search(r"layers\.(\d+)\.(.+)$", name)
+    assert found is not None, name
+    return int(found[1]), found[2]

@@ -1,0 +1,229 @@
+"""Exported adapters, loaded as their runtimes load them: the same answers, to the last digits that arithmetic leaves."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from conftest import PROSE, make_model
+from loracast.cli import app
+from loracast.errors import AdapterError, BaseModelError
+from loracast.export.adapter import export_adapter
+from loracast.export.merged import write_merged
+from loracast.export.uniform import uniform
+from loracast.export.vllm import RANKS
+from loracast.inject import inject
+from loracast.lora import Factors, LoRA
+from loracast.model import load
+from loracast.peft_format import read_peft
+
+IDS = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def library(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
+    """A library with a document of one chunk and one of several, learned on the tiny base."""
+    folder = tmp_path_factory.mktemp("library")
+    model = load(tiny_folder, tiny_hypernet_folder, library=folder, device="cpu")
+    (folder / "short.txt").write_text("The lamp on the desk was made in the north.")
+    (folder / "long.txt").write_text(PROSE * 3)
+    model.learn(folder / "short.txt", "short")
+    assert model.learn(folder / "long.txt", "long", max_chunk_tokens=40).manifest.n_chunks > 3
+    return folder
+
+
+@pytest.fixture
+def adapter(library):
+    from loracast.library import open_adapter
+
+    return lambda name: open_adapter(library, name)
+
+
+def logits(model, lora=None) -> torch.Tensor:
+    with torch.no_grad(), inject(model, lora):
+        return model(input_ids=IDS).logits
+
+
+def random_lora(model, kinds=("q_proj", "k_proj", "down_proj"), layers=(1, 2), rank=3) -> LoRA:
+    generator = torch.Generator().manual_seed(0)
+    factors = {}
+    for name, module in model.named_modules():
+        if name.endswith(kinds) and any(f".{layer}." in name for layer in layers):
+            d_out, d_in = module.weight.shape
+            a, b = (torch.randn(*shape, generator=generator) / 4 for shape in ((rank, d_in), (d_out, rank)))
+            factors[name] = Factors(a, b)
+    return LoRA(factors)
+
+
+def test_one_rank_in_all_modules():
+    model = make_model()
+    lora = random_lora(model)
+    uneven = LoRA(
+        {name: Factors(a[: 1 + i % 3], b[:, : 1 + i % 3]) for i, (name, (a, b)) in enumerate(lora.factors.items())}
+    )
+    made = uniform(uneven, allowed=RANKS)
+    assert (made.rank, made.error) == (8, 0.0) and all(pair.rank == 8 for pair in made.lora.factors.values())
+    torch.testing.assert_close(logits(model, made.lora), logits(model, uneven), atol=1e-5, rtol=1e-5)
+    small = uniform(lora, max_rank=2)
+    assert small.rank == 2
+    whole, kept = ({name: x.delta(name) for name in lora.names} for x in (lora, small.lora))
+    lost = sum((whole[n] - kept[n]).square().sum() for n in whole) / sum(whole[n].square().sum() for n in whole)
+    assert small.error == pytest.approx(lost.sqrt().item(), rel=1e-3) and small.error > 0.1
+    dense = LoRA(dense={name: lora.delta(name) for name in lora.names})
+    assert uniform(dense, max_rank=3).error < 1e-3
+    with pytest.raises(AdapterError, match="nothing to export"):
+        uniform(LoRA())
+
+
+@pytest.mark.parametrize("name", ["short", "long"])
+def test_peft_loads_it_and_answers_the_same(name, adapter, base, tmp_path):
+    from peft import PeftModel
+
+    (made,) = export_adapter(adapter(name), "peft", tmp_path / "out")
+    expected = logits(base.model, adapter(name).lora().to(dtype=torch.float32))
+    plain = logits(base.model)
+    wrapped = PeftModel.from_pretrained(make_model(), str(tmp_path / "out"))
+    with torch.no_grad():
+        found = wrapped(input_ids=IDS).logits
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-2)
+    assert (expected - plain).abs().max() > 20 * (found - expected).abs().max()
+    wrapped.add_weighted_adapter(["default"], [0.5], "weaker", combination_type="linear")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == made.rank and made.error == 0
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata()["factors_sha256"] == adapter(name).manifest.factors_sha256
+    again = read_peft(tmp_path / "out")
+    for module in adapter(name).lora().names:
+        torch.testing.assert_close(
+            again.delta(module).float(), adapter(name).lora().delta(module).float(), atol=1e-2, rtol=2e-2
+        )
+
+
+def test_vllm_gets_a_rank_that_it_allows_and_a_name_that_never_means_other_weights(adapter, tmp_path):
+    (made,) = export_adapter(adapter("short"), "vllm", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert made.rank in RANKS and config["r"] == config["lora_alpha"] == made.rank and not config["use_rslora"]
+    note = (tmp_path / "out" / "README.md").read_text()
+    assert f"short@{adapter('short').manifest.factors_sha256[:12]}" in note and f"--max-lora-rank {made.rank}" in note
+
+
+def test_gguf_has_the_rows_of_q_and_k_as_llama_cpp_keeps_them(base, tmp_path):
+    """llama.cpp's own weights are W with rows reordered; B must be reordered with them, so that W + B A is."""
+    import gguf
+
+    from loracast.export.gguf import write_gguf
+
+    made = uniform(random_lora(base.model, ("q_proj", "k_proj", "v_proj", "down_proj")))
+    write_gguf(made, tmp_path / "a.gguf", base.model.config, "tiny")
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.type"] == "adapter" and fields["general.architecture"] == "llama"
+    assert fields["adapter.type"] == "lora" and fields["adapter.lora.alpha"] == made.rank
+    tensors = {t.name: np.array(t.data).reshape(tuple(reversed(t.shape))) for t in reader.tensors}
+    heads = {"q_proj": 4, "k_proj": 2}
+    places = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "down_proj": "ffn_down"}
+    assert len(tensors) == 2 * len(made.lora.factors)
+    for name in made.lora.names:
+        layer, kind = name.split(".")[2], name.rpartition(".")[2]
+        stem = f"blk.{layer}.{places[kind]}.weight"
+        found = tensors[f"{stem}.lora_b"] @ tensors[f"{stem}.lora_a"]
+        expected = made.lora.delta(name).numpy()
+        if kind in heads:  # row i of the first half of a head stands at 2 i, row i of the second at 2 i + 1
+            d = expected.shape[0] // heads[kind]
+            order = [h * d + j * (d // 2) + i for h in range(heads[kind]) for i in range(d // 2) for j in range(2)]
+            expected = expected[order]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_mlx_finds_its_own_layout(base, tmp_path):
+    """mlx-lm adds scale * (x a) b to the same modules of the last so many layers, and refuses tensors that it has no place for."""
+    from loracast.export.mlx import write_mlx
+
+    made = uniform(random_lora(base.model, layers=(1, 3)))
+    write_mlx(made, tmp_path, base.model.config)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapters.safetensors")
+    parameters, n_layers = config["lora_parameters"], base.model.config.num_hidden_layers
+    there = {
+        f"model.layers.{layer}.{key}"
+        for layer in range(n_layers - config["num_layers"], n_layers)
+        for key in parameters["keys"]
+    }
+    assert {name.rpartition(".")[0] for name in tensors} == there and config["fine_tune_type"] == "lora"
+    rebuilt = {}
+    for name in there:
+        a, b = (tensors[f"{name}.lora_{side}"] for side in "ab")
+        assert a.shape[1] == b.shape[0] == parameters["rank"]
+        rebuilt[name] = parameters["scale"] * (a @ b).T
+    torch.testing.assert_close(
+        logits(base.model, LoRA(dense=rebuilt)), logits(base.model, made.lora), atol=1e-5, rtol=1e-5
+    )
+    assert not rebuilt["model.layers.2.mlp.down_proj"].any()
+
+
+def test_the_merged_checkpoint_answers_the_same(base, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lora = random_lora(base.model)
+    plain, expected = logits(base.model), logits(base.model, lora)
+    write_merged(lora, tmp_path / "out", base, max_shard_size="50KB")
+    assert torch.equal(logits(base.model), plain)  # the base in memory is its old self
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == base.tokenizer.chat_template
+    with pytest.raises(AdapterError, match="the base has no nothing"):
+        write_merged(LoRA(dense={"nothing": torch.zeros(2, 2)}), tmp_path / "other", base)
+
+
+def test_a_document_chunk_by_chunk(adapter, tmp_path):
+    long = adapter("long")
+    made = export_adapter(long, "peft", tmp_path / "out", each_chunk=True)
+    listing = json.loads((tmp_path / "out" / "chunks.json").read_text())
+    assert len(made) == long.manifest.n_chunks == len(listing["chunks"])
+    from loracast.routing import pick
+
+    picked = pick(tmp_path / "out" / "chunks.sqlite", len(made), "Who built the old bridge?", 1).picked
+    for i in picked:
+        chunk = listing["chunks"][i]
+        assert "bridge" in chunk["text"] and chunk["end"] > chunk["start"]
+        found = read_peft(tmp_path / "out" / chunk["path"])
+        for name in found.names:
+            torch.testing.assert_close(
+                found.delta(name).float(), long.lora([i]).delta(name).float(), atol=1e-2, rtol=2e-2
+            )
+    with pytest.raises(AdapterError, match="chunk by chunk goes a document of several chunks"):
+        export_adapter(adapter("short"), "peft", tmp_path / "one", each_chunk=True)
+
+
+def test_the_commands(library, tiny_folder, tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(app, [str(a) for a in arguments])
+
+    common = ("--library", library, "--base", tiny_folder)
+    for to in ("peft", "vllm", "gguf", "mlx", "ollama", "merged"):
+        done = run("export", "short", "--to", to, "--out", tmp_path / to, *common)
+        assert done.exit_code == 0, done.output
+        assert "exported short" in done.stdout
+    assert (tmp_path / "gguf" / "short.gguf").is_file()
+    assert f"FROM {tiny_folder}" in (tmp_path / "ollama" / "Modelfile").read_text()
+    done = run("export", "long", "--to", "peft", "--rank", 2, "--out", tmp_path / "small", *common, "--json")
+    assert json.loads(done.stdout)["exported"][0]["rank"] == 2 and json.loads(done.stdout)["exported"][0]["error"] > 0
+    done = run("export", "short", "--to", "peft", "--out", tmp_path / "peft", *common)
+    assert done.exit_code == 1 and "give another --out" in done.stderr
+    done = run("export", "short", "--to", "safetensors", "--out", tmp_path / "x", *common)
+    assert done.exit_code == 1 and "one of peft, vllm, gguf, mlx, ollama, merged" in done.stderr
+    done = run("export-base", tmp_path / "b", "--base", tiny_folder)
+    assert done.exit_code == 1 and "no embedded base" in done.stderr
+
+
+def test_another_base_is_refused(adapter, tmp_path):
+    make_model("qwen3").save_pretrained(tmp_path / "other")
+    with pytest.raises(BaseModelError, match="made for a base of other shapes"):
+        export_adapter(adapter("short"), "gguf", tmp_path / "out", base=str(tmp_path / "other"))
