@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint setup setup-dev clean
+.PHONY: demo test runtimes lint setup setup-dev clean
 
 demo: setup
 	$(BIN)/loracast demo examples/manual.pdf
 
 test: setup-dev
 	$(BIN)/python -m pytest
+
+runtimes: setup-dev
+	$(BIN)/python -m pytest tests/runtimes -s
 
 lint: setup-dev
 	$(BIN)/ruff format --check .

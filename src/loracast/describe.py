@@ -5,26 +5,24 @@ It takes the hypernetwork and its text encoder; the base is needed only where it
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from loracast.adapter import Adapter
 from loracast.base import Base
-from loracast.documents import Chunk
 from loracast.encoders.description import DescriptionReader
 from loracast.encoders.text import OF_THE_BASE, TextEncoder, load_text_encoder
 from loracast.errors import AdapterError, EncoderError, HypernetworkError
 from loracast.fingerprint import Fingerprint, check
 from loracast.hypernets.reading import ReadingToLoRA
 from loracast.hypernets.store import OfDescriptions, of_descriptions, weights_hash
-from loracast.library import AdapterWriter, check_free
+from loracast.keep import keep_lora
+from loracast.library import check_free
 from loracast.lora import LoRA
-from loracast.manifest import Manifest, check_name, name_from
+from loracast.manifest import check_name, name_from
 from loracast.paths import library_dir
 
 
@@ -146,35 +144,19 @@ class TaskCaster:
         notes: tuple[str, ...],
         replace: bool,
     ) -> Adapter:
-        target = self.hypernet.config.target
-        ranks = dict.fromkeys(target.kinds, self.hypernet.config.lora_rank)
-        only = Chunk(text=description, start=0, end=len(description), heading="", n_tokens=0)
-        with AdapterWriter(self.library, name, target, ranks, [only]) as writer:
-            writer.open_factors({})
-            pairs = {}
-            for kind in target.kinds:
-                factors = [lora.factors[module.name] for module in target.of_kind(kind)]
-                pairs[kind] = (torch.stack([f.a for f in factors])[None], torch.stack([f.b.T for f in factors])[None])
-            writer.add(pairs)
-            manifest = Manifest(
-                name=name,
-                kind="task",
-                title=description,
-                source=None,
-                source_sha256=hashlib.sha256(description.encode()).hexdigest(),
-                made_for=self.made_for,
-                hypernetwork=self.hypernet_hash,
-                modules=target.rows,
-                ranks=ranks,
-                n_chunks=1,
-                n_tokens=0,
-                max_chunk_tokens=0,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                learn_s=round(seconds, 4),
-                strength=strength,
-                warnings=notes,
-            )
-            return writer.finish(manifest, replace=replace)
+        return keep_lora(
+            lora,
+            self.library,
+            name,
+            kind="task",
+            title=description,
+            made_for=self.made_for,
+            hypernetwork=self.hypernet_hash,
+            seconds=seconds,
+            strength=strength,
+            warnings=notes,
+            replace=replace,
+        )
 
 
 def load_caster(

@@ -45,6 +45,11 @@ def inject(model: nn.Module, loras: LoRA | LoRABatch | Sequence[LoRA | None] | N
             handle.remove()
 
 
+def check_fits(model: nn.Module, lora: LoRA) -> None:
+    """Refuse a LoRA for modules that a base lacks, or that have other shapes. Raises AdapterError, all of them in one message."""
+    _modules_for(model, stack([lora]))
+
+
 def _modules_for(model: nn.Module, batch: LoRABatch) -> dict[str, nn.Linear]:
     """The modules that a batch touches, after checking that they exist and fit."""
     modules: dict[str, nn.Linear] = {}

@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from loracast.errors import AdapterError
 from loracast.files import write_atomically
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from loracast.documents import Document
 
 FORMAT = 1
+AdapterKind = Literal["document", "task", "combined", "imported"]
+"""What an adapter was made from: a document, the description of a task (its title), other adapters, or another tool's LoRA."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -46,8 +48,8 @@ class Manifest:
     factors_sha256: str = ""
     format: int = FORMAT
     warnings: tuple[str, ...] = field(default=())
-    kind: Literal["document", "task"] = "document"
-    """What it was made from: a document, or the description of a task (its title)."""
+    kind: AdapterKind = "document"
+    """What it was made from."""
     most_summed: dict[str, int] = field(default_factory=dict)
     """By module kind, chunks up to which factors add up when merged; those of K more count this / K each."""
     strength: float = 1.0
@@ -89,7 +91,7 @@ class Manifest:
                 raise ValueError("it targets nothing, or a size in it is not positive")
             if unknown := set(manifest.target.kinds) ^ {module.kind for module in manifest.target.modules}:
                 raise ValueError(f"unknown module kinds {sorted(unknown)}")
-            if manifest.kind not in ("document", "task"):
+            if manifest.kind not in get_args(AdapterKind):
                 raise ValueError(f"unknown kind {manifest.kind!r}")
             if manifest.ranks.keys() != set(manifest.target.kinds):
                 raise ValueError("its ranks are not those of its module kinds")

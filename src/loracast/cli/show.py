@@ -51,6 +51,8 @@ def show(
     facts = {"name": adapter.name, "title": manifest.title or "-"}
     if manifest.kind == "task":
         facts["cast"] = f"{manifest.created}, in {1000 * manifest.learn_s:.0f} ms, strength {manifest.strength:g}"
+    elif manifest.kind != "document":
+        facts[manifest.kind] = f"{manifest.created}{f', from {manifest.source}' if manifest.source else ''}"
     else:
         facts["source"] = f"{manifest.source or 'standard input'}, sha256 {manifest.source_sha256[:16]}"
         facts["learned"] = f"{manifest.created}, in {manifest.learn_s:.1f} s"
@@ -60,7 +62,7 @@ def show(
     facts |= {
         "factors": f"rank {manifest.rank_text}{each}, layers {layers[0]} to {layers[-1]}",
         "base": f"{manifest.made_for.base}, weights {manifest.made_for.norms}",
-        "hypernetwork": manifest.hypernetwork,
+        "hypernetwork": manifest.hypernetwork or "-",
         "size": f"{size(adapter.n_bytes)} in {adapter.folder}",
     }
     for kind, norm in norms.items():

@@ -1,0 +1,128 @@
+"""Adapters added up, subtracted, compressed; and other tools' LoRAs taken in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from conftest import PROSE, make_model
+from loracast.cli import app
+from loracast.combine import Part, combined
+from loracast.errors import AdapterError, BaseModelError
+from loracast.inject import inject
+from loracast.keep import keep_lora, target_of
+from loracast.library import open_adapter
+from loracast.lora import Factors, LoRA
+from loracast.model import load
+
+IDS = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def library(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("library")
+    model = load(tiny_folder, tiny_hypernet_folder, library=folder, device="cpu")
+    for name, text in (("one", "The lamp on the desk was made in the north."), ("two", PROSE)):
+        (folder / f"{name}.txt").write_text(text)
+        model.learn(folder / f"{name}.txt", name, max_chunk_tokens=60)
+    return folder
+
+
+def delta(lora: LoRA) -> dict[str, torch.Tensor]:
+    return {name: lora.delta(name).float() for name in lora.names}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_the_sum_is_the_weighted_sum_of_the_deltas(library):
+    one, two = (open_adapter(library, name) for name in ("one", "two"))
+    lora, error = combined([Part(one), Part(two, -0.5)])
+    assert error == 0
+    for name, found in delta(lora).items():
+        expected = one.lora().delta(name).float() - 0.5 * two.lora().delta(name).float()
+        torch.testing.assert_close(found, expected, atol=1e-2 * expected.abs().max().item(), rtol=1e-2)
+    nothing, _ = combined([Part(one), Part(one, -1)])
+    assert all(d.abs().max() < 1e-6 for d in delta(nothing).values())
+    small, lost = combined([Part(one), Part(two)], rank=1)
+    assert small.rank == 1 and 0 < lost < 1
+    with pytest.raises(AdapterError, match="at least one"):
+        combined([])
+
+
+def test_adapters_of_different_bases_do_not_add_up(library, tmp_path, base):
+    made_for = type(base.fingerprint)("other", "c" * 16, "n" * 16, "m" * 16)
+    lora = open_adapter(library, "one").lora()
+    other = keep_lora(lora, tmp_path, "other", kind="imported", title="other", made_for=made_for)
+    with pytest.raises(BaseModelError, match="cannot work on"):
+        combined([Part(open_adapter(library, "one")), Part(other)])
+
+
+def test_the_command(library, tiny_folder):
+    done = run("combine", "one", "two:0.5", "--rank", 3, "--name", "both", "--library", library, "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["parts"] == ["one", "two:0.5"] and set(report["ranks"].values()) == {3} and report["error"] > 0
+    both = open_adapter(library, "both")
+    assert both.manifest.kind == "combined" and both.manifest.title == "one + two:0.5"
+    shown = run("show", "both", "--library", library)
+    assert shown.exit_code == 0 and "one + two:0.5" in shown.stdout and "combined" in shown.stdout
+    assert "combined" in run("list", "--library", library).stdout
+    answered = run("ask", "-a", "both", "Who built it?", "--max-tokens", 3, "--library", library, "--base", tiny_folder)
+    assert answered.exit_code == 0, answered.output
+    taken = run("combine", "one", "--name", "both", "--library", library)
+    assert taken.exit_code == 1 and "already" in taken.stderr
+    odd = run("combine", "one:half", "--name", "odd", "--library", library)
+    assert odd.exit_code == 2 and "write NAME:0.5" in odd.stderr
+    none = run("combine", "nobody", "--name", "odd", "--library", library)
+    assert none.exit_code == 1 and "no adapter is called 'nobody'" in none.stderr
+
+
+def test_a_lora_that_peft_trained_is_taken_in(library, tiny_folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    wrapped = get_peft_model(
+        make_model(),
+        LoraConfig(
+            r=4, lora_alpha=24, use_rslora=True, target_modules=["q_proj", "down_proj"], layers_to_transform=[1, 3]
+        ),
+    )
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2)
+    wrapped.save_pretrained(tmp_path / "Trained elsewhere")
+    done = run("import", tmp_path / "Trained elsewhere", "--base", tiny_folder, "--library", library, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["name"] == "trained-elsewhere"
+    adapter = open_adapter(library, "trained-elsewhere")
+    assert adapter.manifest.kind == "imported" and adapter.manifest.source == "Trained elsewhere"
+    model = make_model()
+    with torch.no_grad():
+        expected = wrapped(input_ids=IDS).logits
+        with inject(model, adapter.lora()):
+            found = model(input_ids=IDS).logits
+        plain = model(input_ids=IDS).logits
+    assert (found - expected).abs().max() < 0.05 * (expected - plain).abs().max()  # bf16
+    # And back to where it came from.
+    out = tmp_path / "back"
+    assert run("export", "trained-elsewhere", "--to", "peft", "--out", out, "--library", library).exit_code == 0
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_what_does_not_fit_the_base_is_refused(library, tiny_folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(make_model("qwen3"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "fits")
+    other = make_model()
+    other.model.layers[1].mlp.down_proj = torch.nn.Linear(96, 40, bias=False)
+    get_peft_model(other, LoraConfig(target_modules=["down_proj"])).save_pretrained(tmp_path / "odd")
+    done = run("import", tmp_path / "odd", "--base", tiny_folder, "--library", library)
+    assert done.exit_code == 1 and "the LoRA is for [40, 96], the base has [48, 96]" in done.stderr
+    assert not (library / "odd").exists()
+    with pytest.raises(AdapterError, match="modules that cannot be kept"):
+        target_of(LoRA({"lm_head": Factors(torch.zeros(1, 4), torch.zeros(5, 1))}))
