@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from loracast import LoracastError, __version__
-from loracast.cli import ask, chat, combine, demo, eval, export, learn, list, pull, rm, show, task, train
+from loracast.cli import ask, chat, combine, demo, eval, export, learn, list, pull, rm, route, show, task, train
 from loracast.cli.output import printable
 
 
@@ -90,6 +90,7 @@ app.command()(chat.chat)
 app.command("list")(list.list_)
 app.command()(show.show)
 app.command()(rm.rm)
+app.command()(route.route)
 app.command()(combine.combine)
 app.command("import")(combine.import_)
 app.command()(export.export)

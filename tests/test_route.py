@@ -1,0 +1,57 @@
+"""`loracast route`: what a question would be answered with, explained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from conftest import PROSE
+from loracast.cli import app
+from loracast.keep import keep_lora
+from loracast.library import open_adapter
+from loracast.model import load
+from loracast.routing import route
+
+
+@pytest.fixture(scope="module")
+def library(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("library")
+    model = load(tiny_folder, tiny_hypernet_folder, library=folder, device="cpu")
+    for name, text in (("lamp", "The lamp on the desk was made in the north."), ("prose", PROSE * 2)):
+        (folder / f"{name}.txt").write_text(text)
+        model.learn(folder / f"{name}.txt", name, max_chunk_tokens=40)
+    lora = open_adapter(folder, "lamp").lora()
+    keep_lora(lora, folder, "shout", kind="task", title="Shout.", made_for=model.base.fingerprint)
+    return folder
+
+
+def run(library, *arguments):
+    done = CliRunner().invoke(app, ["route", *map(str, arguments), "--library", str(library)])
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def test_the_chunks_of_an_adapter_are_those_that_ask_takes(library):
+    question = "Who built the bridge over the river?"
+    report = json.loads(run(library, question, "-a", "prose", "-a", "shout", "--route", 2, "--json").stdout)
+    prose, shout = report["adapters"]
+    expected = route(open_adapter(library, "prose"), question, 2)
+    assert [chunk["chunk"] for chunk in prose["chunks"]] == list(expected.chunks)
+    assert [chunk["weight"] for chunk in prose["chunks"]] == pytest.approx(list(expected.weights), abs=1e-3)
+    assert "bridge" in prose["chunks"][0]["text"] and prose["reason"] == expected.reason
+    assert shout["chunks"] == [] and shout["reason"] == "task: always whole"
+    shown = run(library, question, "-a", "prose", "-a", "shout").stdout
+    assert "bridge" in shown and "always whole" in shown
+
+
+def test_without_an_adapter_the_whole_library_is_looked_through(library):
+    report = json.loads(run(library, "Which lamp is on the desk?", "--json").stdout)
+    assert {one["adapter"] for one in report["adapters"]} == {
+        "lamp",
+        "prose",
+    }  # a document of one chunk too, a task never
+    scores = [one["chunks"][0]["score"] for one in report["adapters"]]
+    assert scores == sorted(scores, reverse=True) and scores[0] > 0
+    assert "has a word of the question" in run(library, "zzz").stderr
