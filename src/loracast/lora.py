@@ -145,8 +145,7 @@ def concat(loras: Sequence[LoRA], dense_past_break_even: bool = True) -> LoRA:
 def compress(lora: LoRA, rank: int) -> tuple[LoRA, float]:
     """The best LoRA of at most `rank` (Eckart-Young, module by module) and its relative error.
 
-    Factors are reduced by QR of both sides and an SVD of the small r x r core, so the dense product is never formed; a dense
-    delta needs its own SVD. The two halves of the kept singular values are shared between A and B.
+    The two halves of the kept singular values are shared between A and B.
 
     Returns:
         the compressed LoRA, and |delta - compressed|_F / |delta|_F over all modules together (0 for a zero LoRA).
@@ -156,23 +155,37 @@ def compress(lora: LoRA, rank: int) -> tuple[LoRA, float]:
     kept: dict[str, Factors] = {}
     lost_energy, energy = 0.0, 0.0
     for name in lora.names:
-        if name in lora.dense:
-            delta = lora.dense[name]
-            dtype = delta.dtype
-            u, s, vh = torch.linalg.svd(delta.float(), full_matrices=False)
-        else:
-            a, b = lora.factors[name]
-            dtype = a.dtype
-            q_b, r_b = torch.linalg.qr(b.float())  # [out, m] [m, r]
-            q_a, r_a = torch.linalg.qr(a.float().T)  # [in, n] [n, r]
-            u_core, s, vh_core = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-            u, vh = q_b @ u_core, vh_core @ q_a.T
+        dtype = lora.dense[name].dtype if name in lora.dense else lora.factors[name].a.dtype
+        u, s, vh = svd(lora, name)
         squares = s.double().square()
         energy += squares.sum().item()
         lost_energy += squares[rank:].sum().item()
         root = s[:rank].sqrt()
         kept[name] = Factors((root[:, None] * vh[:rank]).to(dtype), (u[:, :rank] * root).to(dtype))
     return LoRA(kept), (lost_energy / energy) ** 0.5 if energy > 0 else 0.0
+
+
+def svd(lora: LoRA, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD of one module's delta, U [out, k], the singular values [k], falling, and V^T [k, in], in fp32.
+
+    Of factors by QR of both sides and an SVD of the small r x r core, so that the dense product is never formed.
+    """
+    if name in lora.dense:
+        return torch.linalg.svd(lora.dense[name].float(), full_matrices=False)
+    a, b = lora.factors[name]
+    q_b, r_b = torch.linalg.qr(b.float())  # [out, m] [m, r]
+    q_a, r_a = torch.linalg.qr(a.float().T)  # [in, n] [n, r]
+    u_core, s, vh_core = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return q_b @ u_core, s, vh_core @ q_a.T
+
+
+def effective_rank(singular_values: Tensor) -> float:
+    """How many directions a delta really uses: exp of the entropy of its singular values as shares (Roy and Vetterli, EUSIPCO 2007); 0 for none."""
+    total = singular_values.double().sum()
+    if total <= 0:
+        return 0.0
+    shares = singular_values.double() / total
+    return torch.special.entr(shares).sum().exp().item()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from loracast import LoracastError, __version__
-from loracast.cli import ask, chat, combine, demo, eval, export, learn, list, pull, rm, route, show, task, train
+from loracast.cli import ask, chat, combine, demo, diff, eval, export, learn, list, pull, rm, route, show, task, train
 from loracast.cli.output import printable
 
 
@@ -89,6 +89,7 @@ app.command()(ask.ask)
 app.command()(chat.chat)
 app.command("list")(list.list_)
 app.command()(show.show)
+app.command()(diff.diff)
 app.command()(rm.rm)
 app.command()(route.route)
 app.command()(combine.combine)

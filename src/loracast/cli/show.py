@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from loracast.cli.output import print_json, printable, size, stdout
 
 if TYPE_CHECKING:
     from loracast.adapter import Adapter
+    from loracast.layers import ModuleSize
 
 _MOST_CHUNKS = 64
 """Chunks whose norms are looked at: enough for a summary of a book."""
@@ -20,6 +22,10 @@ _MOST_CHUNKS = 64
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter.")],
     chunks: Annotated[bool, typer.Option("--chunks", help="List the chunks with their headings and places.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Norm and effective rank in every module, all chunks merged.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw what --layers lists into this PNG file.")] = None,
     library: options.Library = None,
     as_json: options.Json = False,
 ) -> None:
@@ -36,6 +42,7 @@ def show(
     manifest = adapter.manifest
     places: list[Place] = chunk_places(adapter.folder / "chunks.sqlite") if chunks else []
     norms = chunk_norms(adapter)
+    modules = module_sizes(adapter, plot) if layers or plot else []
     if as_json:
         report: dict[str, Any] = {
             "manifest": asdict(manifest),
@@ -45,9 +52,11 @@ def show(
         }
         if chunks:
             report["chunks"] = [asdict(place) for place in places]
+        if modules:
+            report["modules"] = [asdict(module) for module in modules]
         print_json(report)
         return
-    layers = sorted({module.layer for module in manifest.target.modules})
+    targeted = sorted({module.layer for module in manifest.target.modules})
     facts = {"name": adapter.name, "title": manifest.title or "-"}
     if manifest.kind == "task":
         facts["cast"] = f"{manifest.created}, in {1000 * manifest.learn_s:.0f} ms, strength {manifest.strength:g}"
@@ -60,7 +69,7 @@ def show(
         facts["document"] = f"{manifest.n_tokens:,} tokens in {chunks_text} of at most {manifest.max_chunk_tokens}"
     each = " for each chunk" * (manifest.kind == "document")
     facts |= {
-        "factors": f"rank {manifest.rank_text}{each}, layers {layers[0]} to {layers[-1]}",
+        "factors": f"rank {manifest.rank_text}{each}, layers {targeted[0]} to {targeted[-1]}",
         "base": f"{manifest.made_for.base}, weights {manifest.made_for.norms}",
         "hypernetwork": manifest.hypernetwork or "-",
         "size": f"{size(adapter.n_bytes)} in {adapter.folder}",
@@ -90,6 +99,27 @@ def show(
             listing.add_row(*numbers, Text(printable(place.heading)))
         console.print()
         console.print(listing)
+    if layers:
+        listing = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("layer", "module", "norm", "rank", "effective rank"):
+            listing.add_column(column, justify="left" if column == "module" else "right", no_wrap=True)
+        for m in modules:
+            listing.add_row(str(m.layer), m.kind, f"{m.norm:.3g}", str(m.rank), f"{m.effective_rank:.1f}")
+        console.print()
+        console.print(listing)
+
+
+def module_sizes(adapter: Adapter, plot: Path | None) -> list[ModuleSize]:
+    """Norm and effective rank of an adapter in every module, drawn too where a file is given."""
+    from loracast.layers import plot as draw
+    from loracast.layers import sizes
+
+    found = sizes(adapter.lora())
+    if plot is not None:
+        kinds = dict.fromkeys(m.kind for m in found)
+        lines = {kind: {m.layer: (m.norm, m.effective_rank) for m in found if m.kind == kind} for kind in kinds}
+        draw(lines, plot, adapter.name, ("norm of the delta", "effective rank"))
+    return found
 
 
 def chunk_norms(adapter: Adapter) -> dict[str, dict[str, float]]:
