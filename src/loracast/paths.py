@@ -18,6 +18,11 @@ def encoders_dir() -> Path:
     return _cache_dir() / "encoders"
 
 
+def exports_dir() -> Path:
+    """Adapters as servers load them; may be deleted while no server has one of them, and is written again."""
+    return _cache_dir() / "exports"
+
+
 def _cache_dir() -> Path:
     home = os.environ.get("LORACAST_HOME")
     return Path(home) if home else Path(platformdirs.user_cache_dir("loracast", appauthor=False))

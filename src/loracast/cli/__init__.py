@@ -17,7 +17,24 @@ import typer
 from typer.core import TyperGroup
 
 from loracast import LoracastError, __version__
-from loracast.cli import ask, chat, combine, demo, diff, eval, export, learn, list, pull, rm, route, show, task, train
+from loracast.cli import (
+    ask,
+    chat,
+    combine,
+    demo,
+    deploy,
+    diff,
+    eval,
+    export,
+    learn,
+    list,
+    pull,
+    rm,
+    route,
+    show,
+    task,
+    train,
+)
 from loracast.cli.output import printable
 
 
@@ -95,6 +112,7 @@ app.command()(route.route)
 app.command()(combine.combine)
 app.command("import")(combine.import_)
 app.command()(export.export)
+app.command()(deploy.deploy)
 app.command("export-base")(export.export_base)
 app.command()(pull.pull)
 app.command()(demo.demo)

@@ -1,0 +1,125 @@
+"""Adapters of the library on a vLLM server: exported once under a name that never means other weights, loaded, and checked to have an effect."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from loracast.adapter import Adapter
+from loracast.errors import AdapterError, LoracastError
+from loracast.export.adapter import export_adapter
+from loracast.library import adapter_names, open_adapter
+from loracast.routing import chunk_texts
+
+_PREFIX = "loracast:"
+_HASH_LENGTH = 12
+_NAMED = re.compile(rf"(?P<name>[^@]+)(?:@(?P<sha>[0-9a-f]{{{_HASH_LENGTH}}}))?")
+_TIMEOUT_S = 120
+_PROBE_TOKENS = 8
+
+
+def served_name(adapter: Adapter) -> str:
+    """`name@hash`: what a server calls an adapter. vLLM's prefix cache goes by it, so it must never mean other weights."""
+    return f"{adapter.name}@{adapter.manifest.factors_sha256[:_HASH_LENGTH]}"
+
+
+def exported_for_vllm(adapter: Adapter, exports: Path) -> Path:
+    """The folder of an adapter as vLLM loads it, written unless it is there; whole at any moment, whoever else is at it."""
+    folder = exports / served_name(adapter)
+    if folder.is_dir():
+        return folder
+    exports.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=exports, prefix=".new-") as temporary:
+        built = Path(temporary) / folder.name
+        export_adapter(adapter, "vllm", built)
+        try:
+            os.replace(built, folder)
+        except OSError:
+            if not folder.is_dir():  # or else another process was faster
+                raise
+    return folder
+
+
+def resolve(asked: str, library: Path, exports: Path) -> Path | None:
+    """The folder for what a request calls its model: `loracast:NAME` (as the library has it now), or `NAME@HASH` (these weights only).
+
+    Returns:
+        a folder called NAME@HASH; None where the name is none of ours or the library does not have it so.
+    """
+    found = _NAMED.fullmatch(asked.removeprefix(_PREFIX))
+    if found is None or not (asked.startswith(_PREFIX) or found["sha"]):
+        return None
+    if found["sha"] and (folder := exports / found[0]).is_dir():  # also of weights that the library has no longer
+        return folder
+    if found["name"] not in adapter_names(library):
+        return None
+    adapter = open_adapter(library, found["name"])
+    if found["sha"] and served_name(adapter) != found[0]:
+        return None
+    return exported_for_vllm(adapter, exports)
+
+
+def deploy(adapter: Adapter, url: str, exports: Path, *, path_there: str | None = None) -> str:
+    """Load an adapter into a running vLLM server, and check that it changes what the server says.
+
+    Args:
+        url: of the server, without `/v1`. It must run with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.
+        exports: where exports are kept.
+        path_there: where the server sees `exports`, if under another path.
+
+    Returns:
+        the name by which requests ask for the adapter.
+
+    Raises:
+        LoracastError: the server cannot be reached, refuses it, or answers with it as without it (it is unloaded again then).
+    """
+    name, folder = served_name(adapter), exported_for_vllm(adapter, exports)
+    where = folder.resolve() if path_there is None else Path(path_there) / folder.name
+    models = _call(url, "/v1/models")["data"]
+    base = next((model["id"] for model in models if not model.get("parent")), None)
+    if base is None:
+        raise LoracastError(f"the server at {url} serves no base model")
+    if name not in [model["id"] for model in models]:
+        _call(url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(where)})
+    prompts = [text[:400] for text in chunk_texts(adapter.folder / "chunks.sqlite")[:3]]
+    if all(_probe(url, base, prompt) == _probe(url, name, prompt) for prompt in prompts):
+        _call(url, "/v1/unload_lora_adapter", {"lora_name": name})
+        raise LoracastError(
+            f"the server at {url} answers with {name} as without it, so it is unloaded again: look at the server's log for modules that it "
+            "left out, and at its --max-lora-rank"
+        )
+    return name
+
+
+def _probe(url: str, model: str, prompt: str) -> Any:
+    """What a model says, with its log-probabilities: any effect shows in them, also one that changes no word."""
+    asked = {"model": model, "prompt": prompt, "max_tokens": _PROBE_TOKENS, "temperature": 0, "logprobs": 1}
+    choice = _call(url, "/v1/completions", asked)["choices"][0]
+    return choice["text"], (choice.get("logprobs") or {}).get("token_logprobs")
+
+
+def _call(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """GET, or POST of a JSON body; the answer, parsed where it is JSON."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url.rstrip("/") + path, data, {"Content-Type": "application/json"})
+    if request.type not in ("http", "https"):
+        raise AdapterError(f"{url!r} is no server's address; give one such as http://localhost:8000")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            text = answer.read().decode()
+    except urllib.error.HTTPError as error:
+        said = " ".join(error.read().decode(errors="replace").split())[:300]
+        hint = "; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" if error.code == 404 and "lora" in path else ""
+        raise LoracastError(f"the server at {url} refused {path}: {error.code} {said}{hint}") from error
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise LoracastError(f"no server answers at {url}: {getattr(error, 'reason', error)}") from error
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,185 @@
+"""Adapters on a server: a small HTTP server that behaves as vLLM's runtime API does, and vLLM's plugin registry stood in for by two modules."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+import types
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from loracast.cli import app
+from loracast.errors import LoracastError
+from loracast.export.deploy import deploy, exported_for_vllm, resolve, served_name
+from loracast.library import open_adapter
+from loracast.model import load
+
+
+@pytest.fixture(scope="module")
+def library(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("library")
+    model = load(tiny_folder, tiny_hypernet_folder, library=folder, device="cpu")
+    (folder / "lamp.txt").write_text("The lamp on the desk was made in the north.")
+    model.learn(folder / "lamp.txt", "lamp")
+    return folder
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Keeps LoRAs by name; an adapter changes the log-probabilities unless the server is deaf to it."""
+
+    def __init__(self, is_deaf: bool = False, allows_updates: bool = True):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.is_deaf, self.allows_updates = is_deaf, allows_updates
+        self.loaded: dict[str, str] = {}
+        self.calls: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def do_GET(self) -> None:
+        models = [{"id": "base", "parent": None}, *({"id": name, "parent": "base"} for name in self.server.loaded)]
+        self._answer(200, {"data": models})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.calls.append(self.path)
+        if "lora_adapter" in self.path and not self.server.allows_updates:
+            self._answer(404, {"error": {"message": "Not Found"}})
+        elif self.path == "/v1/load_lora_adapter":
+            if not (Path(asked["lora_path"]) / "adapter_config.json").is_file():
+                self._answer(400, {"error": {"message": "no such adapter"}})
+                return
+            self.server.loaded[asked["lora_name"]] = asked["lora_path"]
+            self._answer(200, "Success: LoRA adapter added.")
+        elif self.path == "/v1/unload_lora_adapter":
+            del self.server.loaded[asked["lora_name"]]
+            self._answer(200, "Success: LoRA adapter removed.")
+        else:
+            moved = asked["model"] in self.server.loaded and not self.server.is_deaf
+            logprobs = {"token_logprobs": [-1.5 if moved else -1.0]}
+            self._answer(200, {"choices": [{"text": " the same words", "logprobs": logprobs}]})
+
+    def _answer(self, status: int, body: object) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def serve():
+    running = []
+
+    def start(**options) -> FakeServer:
+        server = FakeServer(**options)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        running.append(server)
+        return server
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+def test_an_adapter_is_loaded_and_its_effect_seen_even_where_no_word_changes(library, serve, tmp_path):
+    server, adapter = serve(), open_adapter(library, "lamp")
+    name = deploy(adapter, server.url, tmp_path)
+    assert name == f"lamp@{adapter.manifest.factors_sha256[:12]}" and set(server.loaded) == {name}
+    config = json.loads((Path(server.loaded[name]) / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 8
+    assert deploy(adapter, server.url, tmp_path) == name  # again: it is there already
+    assert server.calls.count("/v1/load_lora_adapter") == 1
+
+
+def test_an_adapter_without_an_effect_is_an_error_and_does_not_stay(library, serve, tmp_path):
+    server = serve(is_deaf=True)
+    with pytest.raises(LoracastError, match=r"answers with lamp@.* as without it"):
+        deploy(open_adapter(library, "lamp"), server.url, tmp_path)
+    assert not server.loaded
+
+
+def test_what_the_server_refuses_is_said(library, serve, tmp_path):
+    adapter = open_adapter(library, "lamp")
+    with pytest.raises(LoracastError, match="start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
+        deploy(adapter, serve(allows_updates=False).url, tmp_path)
+    with pytest.raises(LoracastError, match=r"400 .*no such adapter"):
+        deploy(adapter, serve().url, tmp_path, path_there="/elsewhere")
+    with pytest.raises(LoracastError, match="no server answers"):
+        deploy(adapter, "http://127.0.0.1:9", tmp_path)
+    with pytest.raises(LoracastError, match="no server's address"):
+        deploy(adapter, "file:///etc", tmp_path)
+
+
+def test_names_never_mean_other_weights(library, tiny_folder, tiny_hypernet_folder, tmp_path):
+    adapter = open_adapter(library, "lamp")
+    name = served_name(adapter)
+    folder = resolve("loracast:lamp", library, tmp_path)
+    assert folder == tmp_path / name == resolve(name, library, tmp_path) == exported_for_vllm(adapter, tmp_path)
+    for other in (
+        "lamp",
+        "loracast:nobody",
+        "lamp@000000000000",
+        "loracast:lamp@000000000000",
+        "loracast:../lamp",
+        "meta/llama",
+    ):
+        assert resolve(other, library, tmp_path) is None
+    model = load(tiny_folder, tiny_hypernet_folder, library=library, device="cpu")
+    (tmp_path / "other.txt").write_text("Nobody knew who had built the old bridge.")
+    model.learn(tmp_path / "other.txt", "lamp", replace=True)
+    newer = resolve("loracast:lamp", library, tmp_path)
+    assert newer is not None and newer.name != name
+    assert resolve(name, library, tmp_path) == folder  # the old name still means the old weights
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted([name, newer.name])
+
+
+def test_the_plugin_registers_and_resolves(library, tmp_path, monkeypatch):
+    @dataclass
+    class LoRARequest:
+        lora_name: str
+        lora_int_id: int
+        lora_path: str
+
+    registered = {}
+    request, resolver = types.ModuleType("vllm.lora.request"), types.ModuleType("vllm.lora.resolver")
+    request.LoRARequest = LoRARequest
+    resolver.LoRAResolver = object
+    resolver.LoRAResolverRegistry = types.SimpleNamespace(register_resolver=registered.__setitem__)
+    for module in (types.ModuleType("vllm"), types.ModuleType("vllm.lora"), request, resolver):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    from loracast import vllm_plugin
+
+    monkeypatch.setattr(vllm_plugin, "library_dir", lambda: library)
+    monkeypatch.setattr(vllm_plugin, "exports_dir", lambda: tmp_path)
+    (entry,) = (e for e in entry_points(group="vllm.general_plugins") if e.name == "loracast")
+    entry.load()()
+    made = asyncio.run(registered["loracast"].resolve_lora("base", "loracast:lamp"))
+    assert made.lora_name == served_name(open_adapter(library, "lamp")) and made.lora_path == str(
+        tmp_path / made.lora_name
+    )
+    assert 0 < made.lora_int_id < 2**31
+    assert asyncio.run(registered["loracast"].resolve_lora("base", "someone/else")) is None
+
+
+def test_the_command(library, serve, home):
+    server = serve()
+    done = CliRunner().invoke(app, ["deploy", "lamp", "--vllm", server.url, "--library", str(library), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["model"] in server.loaded
