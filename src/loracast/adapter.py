@@ -11,12 +11,12 @@ Factors are streamed in as chunks are encoded and mapped when read, so neither l
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loracast.errors import AdapterError
+from loracast.files import file_sha256
 from loracast.manifest import Manifest
 from loracast.target import Target, share_of_sum
 
@@ -171,8 +171,3 @@ def _take(rows: Any, wanted: Sequence[int]) -> Tensor:
     if list(wanted) == list(range(rows.get_shape()[0])):
         return rows[:]
     return torch.cat([rows[i : i + 1] for i in wanted])
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

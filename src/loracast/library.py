@@ -16,9 +16,9 @@ from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loracast.adapter import Adapter, file_sha256
+from loracast.adapter import Adapter
 from loracast.errors import AdapterError
-from loracast.files import sync_folder
+from loracast.files import file_sha256, sync_folder
 from loracast.manifest import FORMAT, Manifest, check_name
 from loracast.target import Target
 

@@ -18,6 +18,11 @@ def encoders_dir() -> Path:
     return _cache_dir() / "encoders"
 
 
+def journals_dir() -> Path:
+    """What was seen of folders that were learned; may be deleted at any time, and the folders are learned anew."""
+    return _cache_dir() / "journals"
+
+
 def exports_dir() -> Path:
     """Adapters as servers load them; may be deleted while no server has one of them, and is written again."""
     return _cache_dir() / "exports"

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loracast.adapter import file_sha256
 from loracast.errors import ConfigError
+from loracast.files import file_sha256
 from loracast.fingerprint import Fingerprint
 from loracast.hypernets.reading import ReadingToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRAConfig

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loracast.adapter import file_sha256
 from loracast.base import Base
 from loracast.chat import encode_text
 from loracast.encoders.description import DescriptionReader
 from loracast.encoders.text import DEFAULT_ENCODER, TextEncoder, load_text_encoder
 from loracast.errors import ConfigError
+from loracast.files import file_sha256
 from loracast.hypernets.reading import ReadingToLoRA, ReadingToLoRAConfig
 from loracast.hypernets.store import OfDescriptions, architecture_of
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
