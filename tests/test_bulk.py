@@ -37,9 +37,9 @@ def folder(tmp_path) -> Path:
     return root
 
 
-def run(folder: Path, tiny_folder, tiny_hypernet_folder, *options: str):
+def run(folder: Path, tiny_folder, tiny_hypernet_folder, *options: str, command: str = "learn"):
     arguments = [
-        "learn",
+        command,
         folder,
         "--base",
         tiny_folder,
@@ -65,7 +65,7 @@ def test_a_folder_is_learned_once(folder, tiny_folder, tiny_hypernet_folder, hom
     assert open_adapter(library_dir(), "old-lamp").manifest.title == "Lamp"
 
     with monkeypatch.context() as nothing_loads:
-        nothing_loads.setattr("loracast.cli.learn.open_model", lambda *a: pytest.fail("nothing has changed"))
+        nothing_loads.setattr("loracast.cli.folder.open_model", lambda *a: pytest.fail("nothing has changed"))
         nothing_loads.setattr("loracast.bulk.file_sha256", lambda path: pytest.fail(f"{path} need not be read"))
         _, second = run(folder, tiny_folder, tiny_hypernet_folder)
     assert (second["learned"], second["unchanged"], second["failed"]) == (0, 4, 2)
@@ -82,6 +82,41 @@ def test_a_folder_is_learned_once(folder, tiny_folder, tiny_hypernet_folder, hom
     assert other["learned"] == 5  # learned otherwise: all of it anew
     _, again = run(folder, tiny_folder, tiny_hypernet_folder, "--chunk-tokens", "64", "--again")
     assert again["learned"] == 5
+
+
+def test_a_folder_is_kept_equal(folder, tiny_folder, tiny_hypernet_folder, home):
+    from loracast.paths import library_dir
+
+    run(folder, tiny_folder, tiny_hypernet_folder)
+    (folder / "lamp.txt").unlink()
+    (folder / "README").unlink()
+    (folder / "lamp.md").write_text("Another lamp, from the south.")
+    done = CliRunner().invoke(
+        app,
+        [
+            "learn",
+            str(folder / "lamp.md"),
+            "--name",
+            "readme",
+            "--replace",
+            "--base",
+            str(tiny_folder),
+            "--hypernetwork",
+            str(tiny_hypernet_folder),
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    _, learned = run(folder, tiny_folder, tiny_hypernet_folder)
+    assert (learned["learned"], learned["removed"]) == (1, 0)  # learn deletes nothing
+    (new,) = (file["name"] for file in learned["files"] if file["outcome"] == "learned")
+    assert new.startswith("lamp-")  # the name is still that of the file that is gone
+    _, synced = run(folder, tiny_folder, tiny_hypernet_folder, command="sync")
+    assert [file["name"] for file in synced["files"] if file["outcome"] == "removed"] == ["lamp"]
+    assert adapter_names(library_dir()) == sorted(
+        [new, "old-lamp", "old-prices", "readme"]
+    )  # readme is somebody's own by now
+    _, again = run(folder, tiny_folder, tiny_hypernet_folder, command="sync")
+    assert (again["learned"], again["removed"], again["unchanged"]) == (0, 0, 3)
 
 
 def test_an_adapter_that_is_gone_is_learned_again(tmp_path, folder):
@@ -122,6 +157,7 @@ def test_every_file_has_a_name_of_its_own():
     assert len(set(names.values())) == len(paths) and all(len(name) <= 64 for name in names.values())
     assert names["v1.2/notes"] == "v1-2-notes" and names["lamp.txt"].startswith("lamp-")
     assert names_for(["lamp.txt"]) == {"lamp.txt": "lamp"}
+    assert names_for(["lamp.md", "lamp.txt"], {"lamp.txt": "lamp"})["lamp.txt"] == "lamp"  # a file keeps its name
 
 
 def test_the_name_of_a_single_adapter_is_refused_for_a_folder(folder):

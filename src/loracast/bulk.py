@@ -11,17 +11,19 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from loracast.documents.kind import EXTENSIONS
 from loracast.errors import AdapterError, LoracastError
 from loracast.files import file_sha256, write_atomically
+from loracast.library import remove_adapter
 from loracast.manifest import Manifest, name_from
 
-Outcome = Literal["learned", "unchanged", "failed"]
+Outcome = Literal["learned", "unchanged", "failed", "removed"]
 _TEXT = {".txt", ".text", ".rst", ".log", ""}  # read as plain text, beside EXTENSIONS
 _LONGEST_NAME = 64
 _JOURNAL_EVERY_S = 5.0
@@ -60,6 +62,7 @@ class BulkReport:
             "learned": self.count("learned"),
             "unchanged": self.count("unchanged"),
             "failed": self.count("failed"),
+            "removed": self.count("removed"),
             "ignored": self.ignored,
             "is_complete": self.is_complete,
             "files": [asdict(file) for file in self.files],
@@ -74,6 +77,7 @@ def learn_folder(
     journals: Path,
     made_by: str,
     again: bool = False,
+    remove_gone: bool = False,
     on_file: Callable[[int, int, FileReport], None] = lambda done, total, report: None,
 ) -> BulkReport:
     """Learn what is new or has changed in a folder and the folders below it.
@@ -83,6 +87,7 @@ def learn_folder(
         journals: where journals are kept.
         made_by: what learned and how (hypernetwork, chunk length): with another one, everything is learned anew.
         again: everything, whether it has changed or not.
+        remove_gone: delete the adapters of files that are no longer there, if they are still those that were made from them.
         on_file: told after each file.
 
     Raises:
@@ -92,8 +97,9 @@ def learn_folder(
         raise AdapterError(f"{folder} is not a folder")
     paths = list(files_in(folder))
     wanted = [path for path in paths if path.suffix.lower() in EXTENSIONS.keys() | _TEXT]
-    names = names_for([path.relative_to(folder).as_posix() for path in wanted])
     journal = _Journal(journals, folder, library, made_by)
+    known = {path: entry["name"] for path, entry in journal.entries.items()}
+    names = names_for([path.relative_to(folder).as_posix() for path in wanted], known)
     report = BulkReport(ignored=len(paths) - len(wanted))
     try:
         for number, path in enumerate(wanted, 1):
@@ -101,6 +107,11 @@ def learn_folder(
             report.files.append(_learn_file(path, relative, names[relative], library, learn, journal, again))
             journal.write_now_and_then()
             on_file(number, len(wanted), report.files[-1])
+        for relative in sorted(journal.entries.keys() - names.keys()) if remove_gone else ():
+            entry = journal.entries.pop(relative)
+            if _has(library, entry["name"], entry["sha256"]):
+                remove_adapter(library, entry["name"])
+                report.files.append(FileReport(relative, entry["name"], "removed"))
     except KeyboardInterrupt:
         report.is_complete = False
     finally:
@@ -118,14 +129,21 @@ def files_in(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def names_for(paths: list[str]) -> dict[str, str]:
-    """A name for the adapter of each file, made from its path without the ending; with a hash where two would have the same or a long one is cut."""
-    names = {path: name_from(path.rpartition(".")[0] if "." in path.rpartition("/")[2] else path) for path in paths}
-    taken = Counter(names.values())
-    for path, name in names.items():
+def names_for(paths: Sequence[str], known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """A name for the adapter of each file, made from its path without the ending; with a hash where a name is taken or had to be cut.
+
+    Args:
+        known: the names that files have already, which they keep.
+    """
+    made = {path: name_from(path.rpartition(".")[0] if "." in path.rpartition("/")[2] else path) for path in paths}
+    taken = Counter(name for path, name in made.items() if path not in known)
+    taken.update(known.values())
+    names = {}
+    for path, name in made.items():
         if taken[name] > 1 or len(name) >= _LONGEST_NAME:
             mark = hashlib.sha256(path.encode()).hexdigest()[:8]
-            names[path] = f"{name[: _LONGEST_NAME - 9]}-{mark}"
+            name = f"{name[: _LONGEST_NAME - 9]}-{mark}"
+        names[path] = known.get(path, name)
     return names
 
 
@@ -144,7 +162,7 @@ def _learn_file(
                 return FileReport(relative, name, "failed", error=known["error"])
             if _has(library, name, sha256):
                 return FileReport(relative, name, "unchanged")
-        journal.entries[relative] = {"sha256": sha256, "stamp": stamp, "error": None}
+        journal.entries[relative] = {"name": name, "sha256": sha256, "stamp": stamp, "error": None}
         try:
             learn(path, name)
         except LoracastError as error:

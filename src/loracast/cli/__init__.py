@@ -32,6 +32,7 @@ from loracast.cli import (
     rm,
     route,
     show,
+    sync,
     task,
     train,
 )
@@ -101,6 +102,7 @@ def root(
 
 
 app.command()(learn.learn)
+app.command()(sync.sync)
 app.command()(task.task)
 app.command()(ask.ask)
 app.command()(chat.chat)
