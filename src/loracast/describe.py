@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,13 +30,25 @@ from loracast.paths import library_dir
 class TaskCaster:
     """Casts descriptions of tasks into LoRAs for the base that its hypernetwork was made for."""
 
-    def __init__(self, hypernet: OfDescriptions, made_for: Fingerprint, encoder: TextEncoder, library: Path):
+    def __init__(
+        self,
+        hypernet: OfDescriptions,
+        made_for: Fingerprint,
+        encoder: TextEncoder,
+        library: Path,
+        in_bf16: bool = False,
+    ):
+        """
+        Args:
+            in_bf16: compute matmuls in bf16, as in training: several times faster where the base is in bf16 too.
+        """
         if encoder.d_text != hypernet.config.d_text:
             raise HypernetworkError(
                 f"the hypernetwork reads embeddings of {hypernet.config.d_text} numbers, the text encoder {encoder.name!r} gives "
                 f"{encoder.d_text}: give the encoder that it was trained with ({hypernet.config.encoder!r})"
             )
         self.hypernet, self.made_for, self.encoder, self.library = hypernet.eval(), made_for, encoder, library
+        self._in_bf16 = in_bf16
         self.hypernet_hash = weights_hash(hypernet)
         self.usual_distance = hypernet.usual_distance()
 
@@ -118,7 +131,8 @@ class TaskCaster:
         return self.encoder([text.strip() for text in descriptions])
 
     def _loras(self, conditions: torch.Tensor, strength: float) -> list[LoRA]:
-        batch = self.hypernet(conditions)
+        with torch.autocast(conditions.device.type, torch.bfloat16) if self._in_bf16 else nullcontext():
+            batch = self.hypernet(conditions)
         return [batch.row(i).scale(strength) for i in range(batch.n)]
 
     def _distances(self, conditions: torch.Tensor) -> list[float | None]:
@@ -190,4 +204,6 @@ def load_caster(
         raise EncoderError(
             "this hypernetwork reads descriptions with its base: give the base, and no other text encoder"
         )
-    return TaskCaster(hypernet, made_for, DescriptionReader(base, hypernet.config), where)
+    return TaskCaster(
+        hypernet, made_for, DescriptionReader(base, hypernet.config), where, base.model.dtype == torch.bfloat16
+    )

@@ -164,4 +164,6 @@ class ReadingToLoRA(KnowsDescriptions, nn.Module):
         """What a `DescriptionReader` reads of n descriptions [n, t, d_text] -> their n LoRAs, differentiable."""
         loras, _ = self.reader(Features(conditions[..., :-1]), conditions[..., -1] > 0)
         gate = self.openness(conditions).sigmoid()[:, None, None]
-        return LoRABatch(loras.n, {name: pair._replace(b=pair.b * gate) for name, pair in loras.factors.items()}, {})
+        return LoRABatch(
+            loras.n, {name: pair._replace(b=pair.b * gate.to(pair.b)) for name, pair in loras.factors.items()}, {}
+        )

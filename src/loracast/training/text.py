@@ -249,7 +249,7 @@ def _by_examples(
         rng = random.Random(f"{recipe.data.seed}/calm/{number}")
         read = encoder([*drawn.descriptions, *rng.sample(nonsense, (n + 1) // 2)]).to(device)
         free = hypernet.meaningless(n // 2, torch.Generator().manual_seed(rng.randrange(2**31)))
-        conditions = _stacked(read, free.to(read))
+        conditions = _stacked(read, _stacked(hypernet.constant().to(read), free.to(read)))
         autocast = torch.autocast(device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
         with autocast:
             both = wrapped(conditions)
