@@ -136,7 +136,7 @@ def test_version(run):
 
 def test_the_page_of_the_command_line_has_every_command():
     page = (ROOT / "docs" / "command-line.md").read_text()
-    assert re.findall(r"^## `loracast (\w+)`$", page, re.MULTILINE) == list(typer.main.get_command(app).commands)
+    assert re.findall(r"^## `loracast ([\w-]+)`$", page, re.MULTILINE) == list(typer.main.get_command(app).commands)
 
 
 def test_completion_is_offered(run):
