@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 
 from loracast.adapter import Adapter
 from loracast.base import DEFAULT_BASE, Base, base_folder
-from loracast.generate import Sampling, answer
+from loracast.generate import Sampling, _generate
 from loracast.lora import LoRA
 from loracast.model import ASK_SYSTEM_TURN, Model, load
 from loracast.training.facts import make_sheet
@@ -72,6 +73,7 @@ def asked(model, tmp_path_factory) -> list[Asked]:
             prompt = model.base.chat.conversation(
                 [{"role": "system", "content": ASK_SYSTEM_TURN}, {"role": "user", "content": fact.question}]
             )
-            text = answer(model.base, prompt, adapter.lora(), Sampling(max_new_tokens=24)).text
-            rows.append(Asked(adapter, prompt, text, model.base.chat.reply(text)))
+            (ids,) = _generate(model.base, [prompt], [adapter.lora()], Sampling(max_new_tokens=24), None)
+            said = list(takewhile(lambda i: i not in model.base.end_ids, ids))
+            rows.append(Asked(adapter, prompt, model.base.tokenizer.decode(said), ids[: len(said) + 1]))
     return rows
