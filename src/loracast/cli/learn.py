@@ -29,7 +29,7 @@ def learn(
     again: Annotated[
         bool, typer.Option("--again", help="Of a folder, learn also what has not changed, and what failed before.")
     ] = False,
-    chunk_tokens: Annotated[int, typer.Option(min=16, help="Longest chunk.")] = 256,
+    chunk_tokens: options.ChunkTokens = 256,
     base: options.Base = None,
     hypernetwork: options.Hypernetwork = None,
     library: options.Library = None,

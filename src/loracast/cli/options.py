@@ -43,6 +43,8 @@ Device = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
+ChunkTokens = Annotated[int, typer.Option(min=16, help="Longest chunk.")]
+
 Adapters = Annotated[
     list[str] | None,
     typer.Option("-a", "--adapter", metavar="NAME", callback=distinct, help="Adapter to answer with; may be repeated."),

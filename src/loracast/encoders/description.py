@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loracast.batching import pad_right
 from loracast.chat import encode_text
-from loracast.encoders.context import ContextEncoder
+from loracast.encoders.context import ContextEncoder, start_ids
 from loracast.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -49,13 +49,7 @@ class DescriptionReader:
             some = order[start : start + _TEXTS_AT_ONCE]
             ids, real = pad_right([rows[i] for i in some], self._base.pad_id)
             states = self._encoder(ids.to(self._base.device)).states[..., : self._d_state].float()
-            values = self._encoder.values(self._start_ids(ids).to(self._base.device))
+            starts = start_ids(self._base.tokenizer, ids, encode_text, self._starts)  # as an answer is written
+            values = self._encoder.values(starts.to(self._base.device))
             conditions[some, : ids.shape[1]] = torch.cat([states, values, real[..., None].to(states)], dim=-1)
         return conditions
-
-    def _start_ids(self, input_ids: Tensor) -> Tensor:
-        """input_ids [n, t] -> the token with which an answer begins that begins with this token's text."""
-        for i in set(input_ids.flatten().tolist()) - self._starts.keys():
-            text = self._base.tokenizer.decode([i]).strip()
-            self._starts[i] = (encode_text(self._base.tokenizer, text) or [i])[0] if text else i
-        return torch.tensor([[self._starts[i] for i in row] for row in input_ids.tolist()], dtype=input_ids.dtype)
