@@ -115,6 +115,20 @@ class Adapter:
         return reader
 
 
+def loras_together(picked: Sequence[tuple[Adapter, Mapping[int, float] | None]]) -> list[LoRA]:
+    """The LoRAs of adapters that are to be added up, each with its picked chunks or all (None).
+
+    The document-independent LoRA of a hypernetwork is taken once, however many of the adapters hold it.
+    """
+    loras: list[LoRA] = []
+    met: set[str] = set()
+    for adapter, chunks in picked:
+        made_by = adapter.manifest.hypernetwork
+        loras.append(adapter.lora(chunks, document_independent=made_by not in met))
+        met.add(made_by)
+    return loras
+
+
 def _shapes(m: Manifest, stored: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     """The shape of each tensor that factors.safetensors must have. A document-independent LoRA is there or not, of any rank."""
     shapes: dict[str, list[int]] = {}

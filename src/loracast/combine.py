@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loracast.adapter import Adapter
+from loracast.adapter import Adapter, loras_together
 from loracast.errors import AdapterError
 from loracast.fingerprint import check
 from loracast.lora import LoRA, compress, concat
@@ -37,15 +37,9 @@ def combined(parts: Sequence[Part], rank: int | None = None) -> tuple[LoRA, floa
     if not parts:
         raise AdapterError("give at least one adapter to combine")
     first = parts[0].adapter
-    loras: list[LoRA] = []
-    shared: set[str] = (
-        set()
-    )  # a hypernetwork's document-independent LoRA is there once, however many of its documents are
     for part in parts:
         manifest = part.adapter.manifest
         check(manifest.made_for, first.manifest.made_for, f"the adapter {manifest.name!r}")
-        is_new = manifest.hypernetwork not in shared
-        loras.append(part.adapter.lora(document_independent=is_new).scale(part.weight))
-        shared.add(manifest.hypernetwork)
-    total = concat(loras)
+    loras = loras_together([(part.adapter, None) for part in parts])
+    total = concat([lora.scale(part.weight) for lora, part in zip(loras, parts, strict=True)])
     return (total, 0.0) if rank is None or total.rank <= rank else compress(total, rank)

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from loracast.adapter import Adapter
+from loracast.adapter import Adapter, loras_together
 from loracast.base import DEFAULT_BASE, Base, load_base
 from loracast.chat import Message
 from loracast.describe import TaskCaster, load_caster
@@ -100,14 +100,7 @@ class Answerer:
         routes = {a.name: route(a, question, k) for a in opened}
         if not opened:
             return None, routes
-        loras: list[LoRA] = []
-        met: set[str] = (
-            set()
-        )  # the document-independent LoRA of a hypernetwork is taken once, however many adapters hold it
-        for a in opened:
-            made_by = a.manifest.hypernetwork
-            loras.append(a.lora(routes[a.name].picked, document_independent=made_by not in met))
-            met.add(made_by)
+        loras = loras_together([(a, routes[a.name].picked) for a in opened])
         return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device), routes
 
 
