@@ -9,8 +9,9 @@ import pytest
 
 from conftest import DATA
 from loracast.tasks import Example, Task, read_tasks
+from loracast.training.procedures import CONDITIONS, RULES
 from loracast.training.task_source import TaskDataConfig, TaskSource
-from loracast.training.variations import FORMS, _content, vary, words_of
+from loracast.training.variations import FORMS, STYLES, _content, names_for, vary, words_of
 
 WORDS = ("apple", "lamp", "river", "stone", "cloud")
 FEELING = Task(
@@ -93,6 +94,99 @@ def test_forms_of_an_answer():
     }  # fmt: skip
     assert {name: form("where", "New york") for name, form in FORMS.items()} == expected
     assert set(_content()["forms"]) == set(FORMS)  # each has its wordings
+
+
+def test_rules_answer_what_they_ask():
+    expected = {
+        "copy": "Ask a very old friend", "first_word": "Ask", "second_word": "a", "last_word": "friend", "longest_word": "friend",
+        "shortest_word": "a", "initials": "AAVOF", "without_first_word": "a very old friend", "without_last_word": "Ask a very old",
+        "words_backwards": "friend old very a Ask", "hyphens": "Ask-a-very-old-friend", "first_word_replaced": "river a very old friend",
+        "word_before": "river Ask a very old friend", "word_after": "Ask a very old friend river", "always": "river",
+    }  # fmt: skip
+    of_a_word = {
+        "copy": "table", "ending_added": "tableer", "without_first_letter": "able", "without_last_letter": "tabl", "last_two_letters": "le",
+        "first_three_letters": "tab", "first_letter_doubled": "ttable", "word_before": "river table", "word_after": "table river", "always": "river",
+    }  # fmt: skip
+    for text, answers in (("Ask a very old friend", expected), ("table", of_a_word)):
+        given = {name: rule(text, "river") for name, rule in RULES.items()}
+        assert {name: answer for name, answer in given.items() if answer is not None} == answers
+    assert RULES["longest_word"]("five nine a", "river") is None  # two are as long
+    assert set(_content()["rules"]) == set(RULES)
+
+
+def test_conditions_hold_where_they_say():
+    texts = {
+        "has_letter": ("a year", "a day"), "longer": ("stones", "stone"), "ends_with": ("water", "stone"), "several_words": ("a day", "day"),
+        "more_than_five_words": ("it was a day in May", "it was a day there"), "capital": ("Day", "day"), "number": ("day 3", "day three"),
+    }  # fmt: skip
+    assert set(texts) == set(CONDITIONS) == set(_content()["conditions"]) - {"asked"}
+    for name, (yes, no) in texts.items():
+        assert CONDITIONS[name](yes, "river") and not CONDITIONS[name](no, "river"), name
+
+
+def test_a_rule_or_a_condition_takes_the_place_of_the_task():
+    """The description says nothing of the task, and the words in it are those of the answers."""
+    seen = {"rule": 0, "condition": 0}
+    for description, made, examples in variations(SHOUT, 400):
+        if "Shout it." in description:
+            continue
+        assert {e.input for e in made} <= {e.input for e in examples}
+        outputs = {e.outputs[0] for e in made}
+        if len(outputs) == 2 and all(name in description for name in outputs):
+            seen["condition"] += 1
+        else:
+            seen["rule"] += 1
+            assert all(any(rule(e.input, w) == e.outputs[0] for rule in RULES.values() for w in WORDS) for e in made)
+    assert min(seen.values()) > 10, seen
+
+
+def test_the_right_answer_among_others():
+    answers = {e.input: e.outputs[0] for e in SHOUT.train}
+    seen = {"sign": 0, "repeated": 0}
+    for description, made, _ in variations(SHOUT, 400):
+        if not made or "\n" not in made[0].input or not re.match(r"\W?(A|1)\W? ", made[0].input.split("\n")[1]):
+            continue
+        for example in made:
+            text, *options = example.input.split("\n")
+            by_sign = dict(option.split(" ", 1) for option in options)
+            assert len(set(by_sign.values())) == len(by_sign) >= 2
+            kind = "sign" if example.outputs[0] in by_sign else "repeated"
+            seen[kind] += 1
+            assert by_sign.get(example.outputs[0], example.outputs[0]) == answers[text], description
+    assert min(seen.values()) > 10, seen
+
+
+def test_a_suggested_answer_is_right_or_wrong():
+    answers = {e.input: e.outputs[0] for e in SHOUT.train}
+    named = {True: 0, False: 0}
+    for description, made, _ in variations(SHOUT, 400):
+        parts = [re.split(r" -> | = |\nAnswer: | : ", e.input) for e in made]
+        if not parts or any(len(part) != 2 for part in parts):
+            continue
+        names: dict[bool, set[str]] = {True: set(), False: set()}
+        for (text, suggested), example in zip(parts, made, strict=True):
+            names[answers[text] == suggested].add(example.outputs[0])
+        assert all(len(some) <= 1 for some in names.values()) and not names[True] & names[False]
+        for is_right, some in names.items():
+            named[is_right] += len(some)
+            assert all(name in description for name in some)
+    assert min(named.values()) > 10
+
+
+def test_labels_are_named_in_one_style():
+    seen = set()
+    for seed in range(300):
+        names = names_for(3, WORDS, random.Random(seed))
+        assert names is not None and len(set(names)) == 3
+        styles = [
+            style
+            for style, write in STYLES.items()
+            if set(names) <= {write(word, i) for word in WORDS for i in range(3)}
+        ]
+        assert styles or set(names) <= set(WORDS)
+        seen.update(styles)
+    assert seen == set(STYLES)
+    assert names_for(6, WORDS, random.Random(0)) is None
 
 
 def test_the_same_state_makes_the_same_variation():

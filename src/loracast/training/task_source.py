@@ -5,6 +5,7 @@ Text-to-LoRA, the oracles and the multi-task LoRA all draw from here, so that wi
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import random
@@ -112,8 +113,9 @@ class TaskSource:
         of_varied = random.Random(f"{c.seed}/{worker}/{number}/varied")
         variations: list[Variation | None] = [None] * len(chosen)
         for i, task in enumerate(chosen):
-            if of_varied.random() < self.varied_share and len(task.train) >= EXAMPLES_TO_VARY:
-                variation = variations[i] = vary(task, descriptions[i], self._words, of_varied)
+            if of_varied.random() < self.varied_share and len(self.short_enough(task)) >= EXAMPLES_TO_VARY:
+                short = dataclasses.replace(task, train=tuple(self.short_enough(task)))
+                variation = variations[i] = vary(short, descriptions[i], self._words, of_varied)
                 descriptions[i] = variation.description
         return DrawnTasks(tuple(chosen), tuple(descriptions), tuple(variations), rng, of_varied)
 

@@ -1,8 +1,9 @@
 """Tasks made from tasks: the same examples under a description that asks for something else, so that descriptions have to be read.
 
 With a hundred tasks, a description need only tell which of them is meant; its words do not matter. A variation changes the
-description and, as the description then says, the outputs: labels are called other words, the answer takes another form, or there are several
-inputs of which one is meant. What is said is content (`content/variations.toml`). Nothing here knows tensors, tokens or models.
+description and, as the description then says, the outputs: labels are called other words, the answer takes another form, there are several
+inputs of which one is meant, or several answers of which one is right; or a rule is asked of the task's inputs, and what the task was is
+forgotten. What is said is content (`content/variations.toml`). Nothing here knows tensors, tokens or models.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from importlib.resources import files
 from typing import Any
 
 from loracast.tasks import Example, Task
+from loracast.training.procedures import CONDITIONS, RULES
 
 MAX_LABELS = 6  # more are too many to call by other names in a sentence
 MAX_CHARACTERS_TOGETHER = 240  # of inputs that are asked about together
+MAX_CHARACTERS_RULED = 60  # of what a rule has the base write
 EXAMPLES_TO_VARY = 4
 """As many of a task there must be, and as many become one where several inputs stand together."""
 _PLACES = ("first", "second", "third", "fourth")
@@ -51,6 +54,23 @@ FORMS: dict[str, Callable[[str, str], str]] = {
 _FOR_SHORT = {"echo", "twice", "spaced", "reversed"}  # of what is longer, a small base learns little
 _MOST_CHARACTERS = 24
 _LONGEST_NAME = 12  # of a label, in characters
+_MOST_CHARACTERS_OFFERED = 40  # of an answer that is offered beside others
+
+STYLES: dict[str, Callable[[str, int], str]] = {
+    "upper": lambda word, i: word.upper(),
+    "title": lambda word, i: word.capitalize(),
+    "two_letters": lambda word, i: word[:2].lower(),
+    "three_letters": lambda word, i: word[:3].lower(),
+    "four_letters": lambda word, i: word[:4].lower(),
+    "brackets": lambda word, i: f"({word})",
+    "letter": lambda word, i: "ABCDEFGH"[i],
+    "letter_in_brackets": lambda word, i: f"({'ABCDEFGH'[i]})",
+    "number": lambda word, i: str(i + 1),
+    "number_in_brackets": lambda word, i: f"[{i + 1}]",
+}
+"""By name: (word, which of the labels) -> how a label is written. Cut words do not end where the base would end them."""
+_STYLED_SHARE = 0.6
+_OPTION_STYLES = ("letter", "letter_in_brackets", "number", "number_in_brackets")
 
 
 @dataclass(frozen=True)
@@ -74,27 +94,39 @@ def vary(task: Task, description: str, words: Sequence[str], rng: random.Random)
         words: what labels may be called, beside their synonyms.
         rng: decides everything; the same state makes the same variation in every process.
     """
-    makers: list[Callable[[Task, str, random.Random], Variation | None]] = [_placed, _chosen, _formed, _formed]
+    makers = [_placed, _chosen, _offered, _checked, _told_apart, _ruled, _ruled, _formed, _formed]
     if 2 <= len(task.labels) <= MAX_LABELS:
-        renaming = [_with_synonyms, lambda t, d, r: _renamed(t, d, words, r)]
-        makers = renaming * 3 + makers
+        makers += [_with_synonyms, _renamed] * 4
     rng.shuffle(makers)
-    return next(v for maker in [*makers, _formed] if (v := maker(task, description, rng)) is not None)
+    return next(v for maker in [*makers, _formed] if (v := maker(task, description, words, rng)) is not None)
+
+
+def names_for(n: int, words: Sequence[str], rng: random.Random) -> tuple[str, ...] | None:
+    """n different names for labels, all written in one style; None where there are too few words."""
+    if len(words) < n:
+        return None
+    some = rng.sample(words, n)
+    if rng.random() < _STYLED_SHARE:
+        style = STYLES[rng.choice(list(STYLES))]
+        styled = [style(word, i) for i, word in enumerate(some)]
+        some = styled if len(set(styled)) == n else some
+        rng.shuffle(some)  # "A" is not always the first
+    return tuple(some)
 
 
 def _renamed(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
     """Labels get arbitrary names, which are listed."""
-    free = [word for word in words if word not in task.labels]
-    if len(free) < len(task.labels):
+    chosen = names_for(len(task.labels), [word for word in words if word not in task.labels], rng)
+    if chosen is None:
         return None
-    names = dict(zip(task.labels, rng.sample(free, len(task.labels)), strict=True))
+    names = dict(zip(task.labels, chosen, strict=True))
     content = _content()["renamed"]
     form, between = _wording(rng.choice(content["one"]), rng), rng.choice(content["between"])
     said = [form.format(word=names[label], label=label) for label in rng.sample(task.labels, len(task.labels))]
     return Variation(_joined(description, between.join(said) + ".", rng), _renaming(names))
 
 
-def _with_synonyms(task: Task, description: str, rng: random.Random) -> Variation | None:
+def _with_synonyms(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
     """Labels that the description mentions are called by synonyms in it; None where it does not mention all of them."""
     synonyms = _content()["synonyms"]
     if not all(label in synonyms and _mention(label).search(description) for label in task.labels):
@@ -108,7 +140,7 @@ def _with_synonyms(task: Task, description: str, rng: random.Random) -> Variatio
     return Variation(description, _renaming(names))
 
 
-def _formed(task: Task, description: str, rng: random.Random) -> Variation:
+def _formed(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation:
     """The answer takes another form."""
     longest = max(len(example.outputs[0]) for example in task.train[:50])
     forms = [name for name in FORMS if longest <= _MOST_CHARACTERS or name not in _FOR_SHORT]
@@ -120,7 +152,7 @@ def _formed(task: Task, description: str, rng: random.Random) -> Variation:
     return Variation(_joined(description, _wording(rng.choice(_content()["forms"][name]), rng), rng), change)
 
 
-def _chosen(task: Task, description: str, rng: random.Random) -> Variation | None:
+def _chosen(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
     """Several inputs with different answers: the one that has a given answer is to be copied."""
     answer = rng.choice(task.train).outputs[0]
     having = [e for e in task.train if e.outputs[0] == answer]
@@ -145,7 +177,7 @@ def _chosen(task: Task, description: str, rng: random.Random) -> Variation | Non
     return Variation(f"{description} {said}", change)
 
 
-def _placed(task: Task, description: str, rng: random.Random) -> Variation | None:
+def _placed(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
     """Several inputs: one of them is meant by its place, or all are."""
     if not _short(task) or len(task.train) < len(_PLACES):
         return None
@@ -164,6 +196,113 @@ def _placed(task: Task, description: str, rng: random.Random) -> Variation | Non
     where = "last" if place == n - 1 and rng.random() < 0.5 else _PLACES[place]
     said = _wording(rng.choice(wordings), rng).format(n=n, place=where)
     return Variation(_joined(description, said, rng), change)
+
+
+def _offered(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
+    """The right answer stands among others: its sign is to be said, or it is to be repeated."""
+    answers = _short_answers(task)
+    n = rng.randint(2, 4)
+    if len(answers) <= n or "Options:" in task.train[0].input:  # more than n: an example may have two right ones
+        return None
+    sign = STYLES[rng.choice(_OPTION_STYLES)]
+    signs = [sign("", i) for i in range(n)]
+    repeated = rng.random() < 0.3
+    seed = rng.random()
+
+    def change(examples: Sequence[Example]) -> list[Example]:
+        own = random.Random(seed)
+        made = []
+        for e in examples:
+            right, wrong = e.outputs[0], [answer for answer in answers if answer not in e.outputs]
+            options = [right, *own.sample(wrong, min(n - 1, len(wrong)))]
+            own.shuffle(options)
+            listed = "\n".join(f"{s} {option}" for s, option in zip(signs, options, strict=False))
+            answer = right if repeated else signs[options.index(right)]
+            made.append(Example(f"{e.input}\n{listed}", (answer,)))
+        return made
+
+    wordings = _content()["offered"]["repeated" if repeated else "sign"]
+    said = _wording(rng.choice(wordings), rng).format(n=n, sign=rng.choice(signs))
+    return Variation(_joined(description, said, rng), change)
+
+
+def _checked(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
+    """An answer is suggested: is it right?"""
+    answers = _short_answers(task)
+    names = names_for(2, words, rng)
+    if len(answers) < 2 or names is None:
+        return None
+    seed, joint = rng.random(), rng.choice((" -> ", " = ", "\nAnswer: ", " : "))
+
+    def change(examples: Sequence[Example]) -> list[Example]:
+        own = random.Random(seed)
+        made = []
+        for e in examples:
+            right, wrong = e.outputs[0], [answer for answer in answers if answer not in e.outputs]
+            is_right = not wrong or own.random() < 0.5
+            suggested = right if is_right else own.choice(wrong)
+            made.append(Example(f"{e.input}{joint}{suggested}", (names[not is_right],)))
+        return made
+
+    wording = _wording(rng.choice(_content()["checked"]["one"]), rng)
+    said = wording.format(right=names[0], wrong=names[1], joint=joint.strip())
+    return Variation(f"{description} {said}", change)
+
+
+def _ruled(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
+    """A rule is asked of the inputs; the task's own description is left out."""
+    inputs = [e.input for e in task.train]
+    for name in rng.sample(list(RULES), len(RULES)):
+        word, rule = rng.choice(words), RULES[name]
+        answers = [answer for text in inputs if (answer := rule(text, word)) is not None]
+        if len(answers) < max(EXAMPLES_TO_VARY, len(inputs) // 2) or max(map(len, answers)) > MAX_CHARACTERS_RULED:
+            continue
+
+        def change(examples: Sequence[Example], rule=rule, word=word) -> list[Example]:
+            return [Example(e.input, (answer,)) for e in examples if (answer := rule(e.input, word)) is not None]
+
+        return Variation(_about(_wording(rng.choice(_content()["rules"][name]), rng), word), change)
+    return None
+
+
+def _told_apart(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
+    """Inputs are told apart by whether a condition holds; the task's own description is left out."""
+    names = names_for(2, words, rng)
+    if names is None:
+        return None
+    for name in rng.sample(list(CONDITIONS), len(CONDITIONS)):
+        word, holds = rng.choice(words), CONDITIONS[name]
+        n_held = sum(holds(e.input, word) for e in task.train)
+        if min(n_held, len(task.train) - n_held) < len(task.train) / 5:
+            continue
+
+        def change(examples: Sequence[Example], holds=holds, word=word) -> list[Example]:
+            sides = [[e.input for e in examples if holds(e.input, word) is side] for side in (True, False)]
+            in_turn = itertools.chain.from_iterable(itertools.zip_longest(*sides))
+            named = {text: name for side, name in zip(sides, names, strict=True) for text in side}
+            return [Example(text, (named[text],)) for text in in_turn if text is not None]
+
+        content = _content()["conditions"]
+        condition = _about(_wording(rng.choice(content[name]), rng), word)
+        form = _wording(rng.choice(content["asked"]), rng)
+        return Variation(form.format(condition=condition, yes=names[0], no=names[1]), change)
+    return None
+
+
+def _about(wording: str, word: str) -> str:
+    """A wording about a word that the rule is told."""
+    return wording.format(word=word, ending=word[-2:], letter=word[0].lower(), last=word[-1].lower(), length=len(word))
+
+
+def _short_answers(task: Task) -> list[str]:
+    """Different answers that may stand beside others, in a fixed order; none where the task's inputs or answers are long."""
+    some = task.train[:50]
+    if (
+        max(len(e.input) for e in some) > MAX_CHARACTERS_TOGETHER
+        or max(len(e.outputs[0]) for e in some) > _MOST_CHARACTERS_OFFERED
+    ):
+        return []
+    return list(dict.fromkeys(e.outputs[0] for e in task.train))
 
 
 def words_of(tasks: Sequence[Task]) -> tuple[str, ...]:
