@@ -5,11 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import multiprocessing
-import os
 import pickle
-import signal
-import time
 import warnings
 from pathlib import Path
 
@@ -17,62 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters import RANKS, TARGET, Expanded, random_factors, some_chunks, some_manifest, write
 from conftest import PROSE, make_hypernet, make_model
-from loracast import library as library_module
 from loracast.adapter import Adapter
-from loracast.documents import Chunk
 from loracast.errors import AdapterError, BaseModelError
 from loracast.fingerprint import Fingerprint, check, config_fingerprint, fingerprint
 from loracast.learn import expand_chunks, split_document
-from loracast.library import AdapterWriter, adapter_names, adapters, open_adapter, remove_adapter, tidy
+from loracast.library import adapter_names, open_adapter, remove_adapter
 from loracast.lora import LoRA, concat
-from loracast.manifest import Manifest, check_name, name_from
+from loracast.manifest import check_name, name_from
 from loracast.routing import chunk_places, chunk_texts
-from loracast.target import target_from_config
-
-TARGET = target_from_config(make_model().config, ("q_proj", "down_proj"), layers=[1, 3])
-RANKS = dict.fromkeys(TARGET.kinds, 2)
-MADE_FOR = Fingerprint("tiny", "c" * 16, "n" * 16, "m" * 16)
-Expanded = dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-
-class Killed(BaseException):
-    """Stands in for the end of the process."""
-
-
-def random_factors(n: int, seed: int = 0, rank: int = 2) -> Expanded:
-    """Factors of n chunks, as a hypernetwork casts them."""
-    g = torch.Generator().manual_seed(seed)
-    found = {}
-    for kind in TARGET.kinds:
-        m = TARGET.of_kind(kind)[0]
-        found[kind] = tuple(torch.randn(n, 2, rank, d, generator=g) for d in (m.d_in, m.d_out))
-    return found
-
-
-def some_chunks(n: int) -> list[Chunk]:
-    return [Chunk(f"word{i} in chunk {i}", 10 * i, 10 * i + 9, f"Manual / Part {i}", 5) for i in range(n)]
-
-
-def some_manifest(n: int, **changes) -> Manifest:
-    values = {
-        "name": "doc", "title": "A manual", "source": "manual.pdf", "source_sha256": "s" * 64, "made_for": MADE_FOR,
-        "hypernetwork": "h" * 16, "modules": tuple((m.name, m.layer, m.kind, m.d_in, m.d_out) for m in TARGET.modules),
-        "ranks": RANKS, "n_chunks": n, "n_tokens": 5 * n, "max_chunk_tokens": 256, "created": "2026-01-01T00:00:00+00:00",
-        "learn_s": 0.5, "warnings": ("page 3 has no text",),
-    }  # fmt: skip
-    return Manifest(**{**values, **changes})
-
-
-def write(library: Path, n: int = 3, *, seed: int = 0, shared: dict | None = None, replace: bool = False) -> Adapter:
-    """An adapter with random factors, added in two batches."""
-    factors = random_factors(n, seed)
-    with AdapterWriter(library, "doc", TARGET, RANKS, some_chunks(n)) as writer:
-        writer.open_factors(shared or {})
-        for part in (slice(0, 1), slice(1, n)):
-            if n > part.start:
-                writer.add({kind: (a[part], b[part]) for kind, (a, b) in factors.items()})
-        return writer.finish(some_manifest(n), replace=replace)
+from loracast.writer import AdapterWriter
 
 
 def deltas(factors: Expanded, chunks: list[int]) -> dict[str, torch.Tensor]:
@@ -150,7 +101,7 @@ def test_learned_factors_are_those_of_a_plain_forward(base, tmp_path):
 def test_any_chunks_are_the_sum_of_theirs(tmp_path):
     written = write(tmp_path, 5)
     factors = random_factors(5)
-    for adapter in (written, Adapter(tmp_path / "doc")):
+    for adapter in (written, Adapter(written.folder)):
         for chunks in ([0], [4], [1, 3], [3, 1, 3], [0, 1, 2, 3, 4], None):
             lora = adapter.lora(chunks)
             assert_close(lora, deltas(factors, sorted(set(chunks if chunks is not None else range(5)))))
@@ -180,13 +131,13 @@ def test_chunks_that_are_not_there_are_refused(chunks, tmp_path):
 
 def test_the_manifest_comes_back(tmp_path):
     adapter = write(tmp_path)
-    again = Adapter(tmp_path / "doc").manifest
+    again = Adapter(adapter.folder).manifest
     assert again == adapter.manifest
-    assert dataclasses.replace(again, factors_sha256="") == some_manifest(3)
+    assert dataclasses.replace(again, factors_sha256="", chunks_sha256="") == some_manifest(3)
     assert again.target == TARGET and adapter.name == "doc"
-    assert adapter.n_bytes == sum(path.stat().st_size for path in (tmp_path / "doc").iterdir())
+    assert adapter.n_bytes == sum(path.stat().st_size for path in adapter.folder.iterdir())
     adapter.verify()
-    assert {path.name for path in (tmp_path / "doc").iterdir()} == {
+    assert {path.name for path in adapter.folder.iterdir()} == {
         "factors.safetensors",
         "chunks.sqlite",
         "adapter.json",
@@ -304,7 +255,8 @@ def test_what_is_no_manifest_is_refused_but_can_be_removed(content, tmp_path):
         open_adapter(tmp_path, "doc")
     assert adapter_names(tmp_path) == ["doc"]
     remove_adapter(tmp_path, "doc")
-    assert list(tmp_path.iterdir()) == []
+    assert adapter_names(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["register.sqlite"]
 
 
 BAD_NAMES = [
@@ -357,201 +309,6 @@ def test_names_made_from_titles_are_allowed():
     assert name_from("The Manual (2nd ed.)") == "the-manual-2nd-ed"
 
 
-# ---- list, replace, remove, crash
-
-
-def test_list_open_replace_and_remove(tmp_path):
-    assert adapter_names(tmp_path / "nothing") == [] == list(adapters(tmp_path / "nothing"))
-    write(tmp_path, seed=1)
-    with pytest.raises(AdapterError, match="--replace"):
-        write(tmp_path, seed=2)
-    assert_close(open_adapter(tmp_path, "doc").lora([0]), deltas(random_factors(3, 1), [0]))
-    old = open_adapter(tmp_path, "doc")
-    write(tmp_path, 2, seed=2, replace=True)
-    new = open_adapter(tmp_path, "doc")
-    assert new.manifest.n_chunks == 2
-    assert_close(new.lora([0]), deltas(random_factors(2, 2), [0]))
-    assert old.manifest.n_chunks == 3
-    assert [a.name for a in adapters(tmp_path)] == ["doc"]
-    with pytest.raises(AdapterError, match="there are: doc"):
-        open_adapter(tmp_path, "other")
-    remove_adapter(tmp_path, "doc")
-    assert list(tmp_path.iterdir()) == []
-    for gone in (open_adapter, remove_adapter):
-        with pytest.raises(AdapterError, match="none yet"):
-            gone(tmp_path, "doc")
-
-
-def test_an_adapter_in_use_survives_its_replacement_and_removal(tmp_path):
-    write(tmp_path, seed=1)
-    using = open_adapter(tmp_path, "doc")
-    using.lora([0])
-    write(tmp_path, seed=2, replace=True)
-    assert_close(using.lora([1]), deltas(random_factors(3, 1), [1]))
-    remove_adapter(tmp_path, "doc")
-    assert_close(using.lora([2]), deltas(random_factors(3, 1), [2]))
-
-
-def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    with pytest.raises(Killed), AdapterWriter(tmp_path, "doc", TARGET, RANKS, some_chunks(3)) as writer:
-        writer.open_factors({})
-        writer.add(random_factors(2))
-        assert len(list(tmp_path.iterdir())) == 1 and adapter_names(tmp_path) == []
-        raise Killed
-    assert list(tmp_path.iterdir()) == []
-    with (
-        pytest.raises(AdapterError, match="2 of 3 chunks"),
-        AdapterWriter(tmp_path, "doc", TARGET, RANKS, some_chunks(3)) as w,
-    ):
-        w.open_factors({})
-        w.add(random_factors(2))
-        w.finish(some_manifest(3), replace=False)
-    assert list(tmp_path.iterdir()) == []
-
-    def full(*_):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("loracast.routing.write_index", full)
-        with pytest.raises(OSError, match="disk full"):
-            write(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    write(tmp_path, seed=1)
-    for step in ("file_sha256", "sync_folder"):
-        with monkeypatch.context() as patch:
-            patch.setattr(library_module, step, full)
-            with pytest.raises(OSError, match="disk full"):
-                write(tmp_path, seed=2, replace=True)
-        assert [path.name for path in tmp_path.iterdir()] == ["doc"]
-        assert_close(open_adapter(tmp_path, "doc").lora([0]), deltas(random_factors(3, 1), [0]))
-
-
-def test_a_replacement_that_fails_puts_the_old_one_back(tmp_path, monkeypatch):
-    write(tmp_path, seed=1)
-    real = os.replace
-
-    def replace(source, target):
-        if Path(source).name.startswith(".loracast-new-"):
-            raise OSError("no")
-        real(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(library_module.os, "replace", replace)
-        with pytest.raises(OSError, match="no"):
-            write(tmp_path, seed=2, replace=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["doc"]
-    assert_close(open_adapter(tmp_path, "doc").lora([0]), deltas(random_factors(3, 1), [0]))
-
-
-def test_two_writers_of_one_name(tmp_path):
-    factors = random_factors(3)
-    with (
-        AdapterWriter(tmp_path, "doc", TARGET, RANKS, some_chunks(3)) as one,
-        AdapterWriter(tmp_path, "doc", TARGET, RANKS, some_chunks(3)) as other,
-    ):
-        for writer in (one, other):
-            writer.open_factors({})
-            writer.add(factors)
-        one.finish(some_manifest(3), replace=False)
-        with pytest.raises(AdapterError, match="already"):
-            other.finish(some_manifest(3), replace=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["doc"]
-
-
-def in_child(target, *args, kill_after_s: float | None = None) -> int:
-    """Run a function in a forked process; the exit code."""
-    process = multiprocessing.get_context("fork").Process(target=target, args=args)
-    process.start()
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
-        os.kill(process.pid, signal.SIGKILL)
-    process.join(30)
-    return process.exitcode
-
-
-def die_while_writing(library: Path) -> None:
-    writer = AdapterWriter(library, "doc", TARGET, RANKS, some_chunks(3)).__enter__()
-    writer.open_factors({})
-    writer.add(random_factors(1))
-    os._exit(9)
-
-
-def die_while_replacing(library: Path) -> None:
-    real = os.replace
-
-    def replace(source, target):
-        if Path(target) == library / "doc":
-            os._exit(9)
-        real(source, target)
-
-    library_module.os.replace = replace
-    write(library, seed=2, replace=True)
-
-
-def die_while_removing(library: Path) -> None:
-    library_module.shutil.rmtree = lambda *_, **__: os._exit(9)
-    remove_adapter(library, "doc")
-
-
-def test_the_next_run_clears_up_after_a_killed_one(tmp_path, monkeypatch):
-    assert in_child(die_while_writing, tmp_path) == 9
-    (left,) = tmp_path.iterdir()
-    assert adapter_names(tmp_path) == []
-    tidy(tmp_path)
-    assert left.exists()  # so new that its writer may not have locked it yet
-    monkeypatch.setattr(library_module, "_GRACE_S", 0.0)
-    with AdapterWriter(tmp_path, "other", TARGET, RANKS, some_chunks(1)):
-        assert not left.exists()
-        (living,) = tmp_path.iterdir()
-        tidy(tmp_path)
-        assert living.exists()  # another process is writing it: not ours to delete
-    write(tmp_path, seed=1)
-    assert in_child(die_while_removing, tmp_path) == 9
-    tidy(tmp_path)
-    assert list(tmp_path.iterdir()) == []  # what was removed does not come back
-
-
-def test_a_replacement_cut_short_is_undone(tmp_path, monkeypatch):
-    monkeypatch.setattr(library_module, "_GRACE_S", 0.0)
-    write(tmp_path, seed=1)
-    assert in_child(die_while_replacing, tmp_path) == 9
-    assert adapter_names(tmp_path) == []
-    tidy(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["doc"]
-    assert_close(open_adapter(tmp_path, "doc").lora([0]), deltas(random_factors(3, 1), [0]))
-
-
-def test_tidying_touches_nothing_of_the_users(tmp_path, monkeypatch):
-    monkeypatch.setattr(library_module, "_GRACE_S", 0.0)
-    write(tmp_path)
-    for name in (".vscode", ".config.d", "notes"):
-        (tmp_path / name).mkdir()
-    (tmp_path / ".loracast-old-file").write_text("not a folder")
-    before = {path.name for path in tmp_path.iterdir()}
-    tidy(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == before
-
-
-def replace_for_ever(library: Path) -> None:
-    torch.set_num_threads(1)
-    for seed in range(10**6):
-        write(library, 2, seed=seed, replace=True)
-
-
-def test_sigkill_in_a_loop_never_leaves_half_an_adapter(tmp_path, monkeypatch):
-    monkeypatch.setattr(library_module, "_GRACE_S", 0.0)
-    write(tmp_path, 2)
-    for i in range(8):
-        in_child(replace_for_ever, tmp_path, kill_after_s=0.05 + 0.017 * i)
-        for name in adapter_names(tmp_path):  # also before anything is tidied
-            open_adapter(tmp_path, name).verify()
-        tidy(tmp_path)
-        assert [path.name for path in tmp_path.iterdir()] == ["doc"]
-        adapter = open_adapter(tmp_path, "doc")
-        adapter.verify()
-        assert adapter.lora().rank == 4 and len(chunk_texts(adapter.folder / "chunks.sqlite")) == 2
-
-
 # ---- the base it belongs to
 
 
@@ -597,7 +354,7 @@ def test_an_adapter_of_another_base_is_refused_when_it_is_used(model, tmp_path):
     path.write_text(PROSE)
     model.learn(path, "text")
     assert isinstance(model.ask("What is the code?", "text"), str)
-    stored = model.library / "text" / "adapter.json"
+    stored = model.adapter("text").folder / "adapter.json"
     manifest = json.loads(stored.read_text())
     manifest["made_for"]["matrices"] = "0" * 16
     stored.write_text(json.dumps(manifest))

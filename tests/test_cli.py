@@ -19,8 +19,10 @@ import typer
 from typer.testing import CliRunner
 
 import loracast
+from adapters import write
 from loracast.cli import app
-from loracast.library import adapter_names
+from loracast.documents import Chunk
+from loracast.library import adapter_names, open_adapter
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = (sys.executable, "-c", "from loracast.cli import main; main()")
@@ -207,7 +209,7 @@ def test_a_full_disk_is_one_line(run, learning, manual, monkeypatch):
     def full(*ignored):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("loracast.library.AdapterWriter.add", full)
+    monkeypatch.setattr("loracast.writer.AdapterWriter.add", full)
     result = run("learn", manual, *learning)
     assert result.exit_code == 1 and result.stderr == "error: [Errno 28] No space left on device\n"
 
@@ -229,17 +231,22 @@ def test_learn_from_standard_input_as_json(run, learning, library):
     report = only_json(result)
     assert report["name"] == "piped" and report["n_chunks"] > 1 and report["ranks"] == {"down_proj": 2}
     assert report["learn_s"] <= report["total_s"]
-    assert Path(report["folder"]) == library / "piped"
+    assert Path(report["folder"]) == open_adapter(library, "piped").folder
 
 
 def test_a_name_that_is_taken_is_refused_before_a_model_is_loaded(run, learning, lanterns, manual, monkeypatch):
+    assert run("learn", manual, "--replace", *learning).exit_code == 0
+    before = open_adapter(lanterns, "lanterns").version
+    assert run("learn", manual, *learning).exit_code == 0  # the same again
+    with manual.open("a") as file:
+        file.write("One more lantern.\n")
     with monkeypatch.context() as patch:
         patch.setattr("loracast.model.load", lambda *ignored, **also: pytest.fail("loaded for nothing"))
         result = run("learn", manual, *learning)
     assert result.exit_code == 1 and "--replace" in result.stderr
-    before = (lanterns / "lanterns" / "adapter.json").read_text()
-    assert run("learn", manual, "--replace", "--chunk-tokens", "64", *learning).exit_code == 0
-    assert (lanterns / "lanterns" / "adapter.json").read_text() != before
+    assert open_adapter(lanterns, "lanterns").version == before
+    assert run("learn", manual, "--replace", *learning).exit_code == 0
+    assert open_adapter(lanterns, "lanterns").version != before
 
 
 def test_document_warnings_go_to_standard_error(run, learning, manual, monkeypatch):
@@ -253,7 +260,7 @@ def test_document_warnings_go_to_standard_error(run, learning, manual, monkeypat
 
 
 def test_another_quantisation_is_a_warning_on_standard_error(run, tiny, lanterns):
-    path = lanterns / "lanterns" / "adapter.json"
+    path = open_adapter(lanterns, "lanterns").folder / "adapter.json"
     manifest = json.loads(path.read_text())
     manifest["made_for"]["matrices"] = "0" * 16
     path.write_text(json.dumps(manifest))
@@ -268,10 +275,10 @@ def test_ctrl_c_while_learning_leaves_nothing(run, learning, manual, library, mo
     def stop(*ignored):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loracast.library.AdapterWriter.add", stop)
+    monkeypatch.setattr("loracast.writer.AdapterWriter.add", stop)
     result = run("learn", manual, *learning)
     assert result.exit_code == 130
-    assert list(library.iterdir()) == []
+    assert [path.name for path in library.iterdir()] == ["register.sqlite"]
 
 
 # --- ask
@@ -452,27 +459,24 @@ def test_list(run, lanterns, home):
     result = run("list", "--library", lanterns)
     assert result.exit_code == 0 and "lanterns" in result.stdout and "Part 0" in result.stdout
     report = only_json(run("list", "--json", "--library", lanterns))
-    assert [entry["name"] for entry in report["adapters"]] == ["lanterns"] and report["damaged"] == []
-    assert only_json(run("list", "--json")) == {"library": str(home / "adapters"), "adapters": [], "damaged": []}
+    assert [entry["name"] for entry in report["adapters"]] == ["lanterns"]
+    empty = {"library": str(home / "adapters"), "n_adapters": 0, "page": 1, "adapters": []}
+    assert only_json(run("list", "--json")) == empty
 
 
 def test_a_title_is_text_and_not_markup(run, lanterns):
-    path = lanterns / "lanterns" / "adapter.json"
-    manifest = json.loads(path.read_text())
-    manifest["title"] = "[red]x[/red] \x1b[2J[/nonsense]"
-    path.write_text(json.dumps(manifest))
-    for command in (("list",), ("show", "lanterns")):
+    title = "[red]x[/red] \x1b[2J[/nonsense]"
+    write(lanterns, name="doc", title=title, chunks=[Chunk(f"coloured {title}", 0, 9, "", 5)] * 3)
+    for command in (("list",), ("show", "doc"), ("search", "coloured")):
         result = run(*command, "--library", lanterns)
         assert result.exit_code == 0 and "[red]x[/red] [2J[/nonsense]" in result.stdout
 
 
 def test_a_damaged_adapter_hides_no_other_and_can_be_removed(run, lanterns):
-    shutil.copytree(lanterns / "lanterns", lanterns / "broken")
-    (lanterns / "broken" / "adapter.json").write_text("{")
-    result = run("list", "--json", "--library", lanterns)
-    report = only_json(result)
-    assert [entry["name"] for entry in report["adapters"]] == ["lanterns"] and report["damaged"] == ["broken"]
-    assert result.stderr.startswith("warning: ")
+    (write(lanterns, name="broken").folder / "adapter.json").write_text("{")
+    report = only_json(run("list", "--json", "--library", lanterns))
+    assert [entry["name"] for entry in report["adapters"]] == ["broken", "lanterns"]
+    assert "cannot be read" in run("show", "broken", "--library", lanterns).stderr
     assert run("rm", "broken", "--yes", "--library", lanterns).exit_code == 0
     assert adapter_names(lanterns) == ["lanterns"]
 
@@ -490,7 +494,7 @@ def test_show(run, lanterns):
 
 
 def test_show_tells_of_damaged_factors(run, lanterns):
-    path = lanterns / "lanterns" / "factors.safetensors"
+    path = open_adapter(lanterns, "lanterns").folder / "factors.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -503,7 +507,7 @@ def test_rm_needs_yes_where_nobody_can_be_asked(run, lanterns):
     assert run("rm", "lanterns", "nobody", "--yes", "--library", lanterns).exit_code == 1
     assert adapter_names(lanterns) == ["lanterns"]
     assert run("rm", "lanterns", "lanterns", "--yes", "--library", lanterns).stdout == "removed lanterns\n"
-    assert list(lanterns.iterdir()) == []
+    assert adapter_names(lanterns) == []
 
 
 def test_rm_asks_on_a_terminal(run, lanterns, monkeypatch):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from loracast.cli import app
 from loracast.errors import LoracastError
-from loracast.export.deploy import deploy, exported_for_vllm, resolve, served_name
+from loracast.export.deploy import deploy, exported_for_vllm, resolve
 from loracast.library import open_adapter
 from loracast.model import load
 
@@ -101,7 +101,7 @@ def serve():
 def test_an_adapter_is_loaded_and_its_effect_seen_even_where_no_word_changes(library, serve, tmp_path):
     server, adapter = serve(), open_adapter(library, "lamp")
     name = deploy(adapter, server.url, tmp_path)
-    assert name == f"lamp@{adapter.manifest.factors_sha256[:12]}" and set(server.loaded) == {name}
+    assert name == f"lamp@{adapter.manifest.version[:12]}" and set(server.loaded) == {name}
     config = json.loads((Path(server.loaded[name]) / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 8
     assert deploy(adapter, server.url, tmp_path) == name  # again: it is there already
@@ -129,7 +129,7 @@ def test_what_the_server_refuses_is_said(library, serve, tmp_path):
 
 def test_names_never_mean_other_weights(library, tiny_folder, tiny_hypernet_folder, tmp_path):
     adapter = open_adapter(library, "lamp")
-    name = served_name(adapter)
+    name = adapter.version
     folder = resolve("loracast:lamp", library, tmp_path)
     assert folder == tmp_path / name == resolve(name, library, tmp_path) == exported_for_vllm(adapter, tmp_path)
     for other in (
@@ -171,9 +171,7 @@ def test_the_plugin_registers_and_resolves(library, tmp_path, monkeypatch):
     (entry,) = (e for e in entry_points(group="vllm.general_plugins") if e.name == "loracast")
     entry.load()()
     made = asyncio.run(registered["loracast"].resolve_lora("base", "loracast:lamp"))
-    assert made.lora_name == served_name(open_adapter(library, "lamp")) and made.lora_path == str(
-        tmp_path / made.lora_name
-    )
+    assert made.lora_name == open_adapter(library, "lamp").version and made.lora_path == str(tmp_path / made.lora_name)
     assert 0 < made.lora_int_id < 2**31
     assert asyncio.run(registered["loracast"].resolve_lora("base", "someone/else")) is None
 

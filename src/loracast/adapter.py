@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from loracast.errors import AdapterError
 from loracast.files import file_sha256
-from loracast.manifest import Manifest
+from loracast.manifest import VERSION_DIGITS, Manifest
 from loracast.target import Target, share_of_sum
 
 if TYPE_CHECKING:
@@ -29,26 +29,42 @@ if TYPE_CHECKING:
 class Adapter:
     """An adapter on disk, opened for reading."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, name: str | None = None):
+        """
+        Args:
+            name: by which it is known; the one it was made under if None.
+        """
         self.folder = folder
         self.manifest = Manifest.read(folder / "adapter.json")
+        self.name = name or self.manifest.name
         self._loras: dict[tuple[tuple[int, ...], tuple[float, ...] | None, bool], LoRA] = {}
         self._factors: Any = None
 
     @property
-    def name(self) -> str:
-        return self.manifest.name
+    def version(self) -> str:
+        """`name@hash`, with the first digits of the content hash: never means another adapter."""
+        return f"{self.name}@{self.manifest.version[:VERSION_DIGITS]}"
 
     @property
     def n_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
+    def problems(self) -> list[str]:
+        """What differs from the hashes in the manifest, or cannot be read."""
+        found = []
+        hashes = {"factors.safetensors": self.manifest.factors_sha256, "chunks.sqlite": self.manifest.chunks_sha256}
+        for name, sha256 in hashes.items():
+            try:
+                if sha256 and file_sha256(self.folder / name) != sha256:
+                    found.append(f"{name} is damaged (its hash differs)")
+            except OSError as error:
+                found.append(f"{name} cannot be read ({error.strerror})")
+        return found
+
     def verify(self) -> None:
-        """Compare the factors with the hash in the manifest. Raises AdapterError if they differ."""
-        if file_sha256(self.folder / "factors.safetensors") != self.manifest.factors_sha256:
-            raise AdapterError(
-                f"the factors of {self.name!r} are damaged (their hash differs); learn the document again"
-            )
+        """Compare the files with the hashes in the manifest. Raises AdapterError with all that differ."""
+        if found := self.problems():
+            raise AdapterError(f"the adapter {self.name!r} is damaged: {'; '.join(found)}; learn the document again")
 
     def lora(
         self, chunks: Sequence[int] | Mapping[int, float] | None = None, *, document_independent: bool = True

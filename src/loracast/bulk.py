@@ -20,8 +20,8 @@ from typing import Any, Literal
 from loracast.documents.kind import EXTENSIONS
 from loracast.errors import AdapterError, LoracastError
 from loracast.files import file_sha256, write_atomically
-from loracast.library import remove_adapter
-from loracast.manifest import Manifest, name_from
+from loracast.library import entries, remove_adapter
+from loracast.manifest import name_from
 
 Outcome = Literal["learned", "unchanged", "failed", "removed"]
 _TEXT = {".txt", ".text", ".rst", ".log", ""}  # read as plain text, beside EXTENSIONS
@@ -100,16 +100,17 @@ def learn_folder(
     journal = _Journal(journals, folder, library, made_by)
     known = {path: entry["name"] for path, entry in journal.entries.items()}
     names = names_for([path.relative_to(folder).as_posix() for path in wanted], known)
+    kept = _kept(library)
     report = BulkReport(ignored=len(paths) - len(wanted))
     try:
         for number, path in enumerate(wanted, 1):
             relative = path.relative_to(folder).as_posix()
-            report.files.append(_learn_file(path, relative, names[relative], library, learn, journal, again))
+            report.files.append(_learn_file(path, relative, names[relative], kept, learn, journal, again))
             journal.write_now_and_then()
             on_file(number, len(wanted), report.files[-1])
         for relative in sorted(journal.entries.keys() - names.keys()) if remove_gone else ():
             entry = journal.entries.pop(relative)
-            if _has(library, entry["name"], entry["sha256"]):
+            if _kept(library).get(entry["name"]) == entry["sha256"]:
                 remove_adapter(library, entry["name"])
                 report.files.append(FileReport(relative, entry["name"], "removed"))
     except KeyboardInterrupt:
@@ -148,7 +149,7 @@ def names_for(paths: Sequence[str], known: Mapping[str, str] = MappingProxyType(
 
 
 def _learn_file(
-    path: Path, relative: str, name: str, library: Path, learn: Learn, journal: _Journal, again: bool
+    path: Path, relative: str, name: str, kept: Mapping[str, str], learn: Learn, journal: _Journal, again: bool
 ) -> FileReport:
     started = time.perf_counter()
     try:
@@ -160,7 +161,7 @@ def _learn_file(
             journal.entries[relative] = {**known, "stamp": stamp}
             if known["error"]:
                 return FileReport(relative, name, "failed", error=known["error"])
-            if _has(library, name, sha256):
+            if kept.get(name) == sha256:
                 return FileReport(relative, name, "unchanged")
         journal.entries[relative] = {"name": name, "sha256": sha256, "stamp": stamp, "error": None}
         try:
@@ -174,12 +175,9 @@ def _learn_file(
         return FileReport(relative, name, "failed", error=f"{relative} cannot be read: {error}")
 
 
-def _has(library: Path, name: str, sha256: str) -> bool:
-    """Whether an adapter of that name was made from these bytes."""
-    try:
-        return Manifest.read(library / name / "adapter.json").source_sha256 == sha256
-    except AdapterError:
-        return False
+def _kept(library: Path) -> dict[str, str]:
+    """By the adapters' names, the hash of the bytes that each was made from."""
+    return {entry.name: entry.source_sha256 for entry in entries(library)[0]}
 
 
 class _Journal:

@@ -38,8 +38,7 @@ def combined(parts: Sequence[Part], rank: int | None = None) -> tuple[LoRA, floa
         raise AdapterError("give at least one adapter to combine")
     first = parts[0].adapter
     for part in parts:
-        manifest = part.adapter.manifest
-        check(manifest.made_for, first.manifest.made_for, f"the adapter {manifest.name!r}")
+        check(part.adapter.manifest.made_for, first.manifest.made_for, f"the adapter {part.adapter.name!r}")
     loras = loras_together([(part.adapter, None) for part in parts])
     total = concat([lora.scale(part.weight) for lora, part in zip(loras, parts, strict=True)])
     return (total, 0.0) if rank is None or total.rank <= rank else compress(total, rank)

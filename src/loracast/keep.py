@@ -14,10 +14,11 @@ from loracast.adapter import Adapter
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
 from loracast.fingerprint import Fingerprint
-from loracast.library import AdapterWriter, check_free
+from loracast.library import check_free
 from loracast.lora import LoRA, compress
 from loracast.manifest import AdapterKind, Manifest, check_name
 from loracast.target import KINDS, Target, TargetModule
+from loracast.writer import AdapterWriter
 
 _MODULE = re.compile(rf".*\blayers\.(\d+)\..*?\b({'|'.join(KINDS)})")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -19,8 +20,9 @@ from loracast.chat import encode_text, encode_with_offsets
 from loracast.documents import Chunk, Document, split_text
 from loracast.encoders.context import ContextEncoder
 from loracast.errors import DocumentError
-from loracast.library import AdapterWriter, check_free
+from loracast.library import check_free, find_made_from, give_name
 from loracast.manifest import Manifest
+from loracast.writer import AdapterWriter
 
 if TYPE_CHECKING:
     from loracast.hypernets.doc_to_lora import DocToLoRA
@@ -99,13 +101,34 @@ def learn_document(
 ) -> Adapter:
     """Cast a document into an adapter and keep it under `name`.
 
-    Nothing is left behind if it fails or is killed: the adapter appears in the library when it is whole.
+    Where the library has it already, made from the same document in the same way, it only gets the name. Nothing is left behind if it fails or
+    is killed: the adapter appears in the library when it is whole.
     """
     started = time.perf_counter()
+    config = hypernet.config
+    chunks = split_document(base, document, max_chunk_tokens)
+    manifest = Manifest(
+        name=name,
+        title=document.title,
+        source=document.file_name,
+        source_sha256=document.sha256,
+        made_for=base.fingerprint,
+        hypernetwork=hypernet_hash,
+        modules=config.target.rows,
+        ranks=config.ranks,
+        most_summed=config.most_summed,
+        n_chunks=len(chunks),
+        n_tokens=sum(chunk.n_tokens for chunk in chunks),
+        max_chunk_tokens=max_chunk_tokens,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        learn_s=0.0,
+        warnings=document.warnings,
+    )
+    version = find_made_from(library, manifest.made_from)
+    if version is not None:
+        return give_name(library, name, version, replace=replace)
     if not replace:
         check_free(library, name)  # now, not after the work
-    chunks = split_document(base, document, max_chunk_tokens)
-    config = hypernet.config
     with AdapterWriter(library, name, config.target, config.ranks, chunks) as writer:
         writer.open_factors(shared_factors(hypernet))
         done = 0
@@ -114,21 +137,5 @@ def learn_document(
             writer.add(expanded)
             done += next(iter(expanded.values()))[0].shape[0]
             progress(done, len(chunks))
-        manifest = Manifest(
-            name=name,
-            title=document.title,
-            source=document.file_name,
-            source_sha256=document.sha256,
-            made_for=base.fingerprint,
-            hypernetwork=hypernet_hash,
-            modules=config.target.rows,
-            ranks=config.ranks,
-            most_summed=config.most_summed,
-            n_chunks=len(chunks),
-            n_tokens=sum(chunk.n_tokens for chunk in chunks),
-            max_chunk_tokens=max_chunk_tokens,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            learn_s=round(time.perf_counter() - started, 3),
-            warnings=document.warnings,
-        )
-        return writer.finish(manifest, replace=replace)
+        seconds = round(time.perf_counter() - started, 3)
+        return writer.finish(dataclasses.replace(manifest, learn_s=seconds), replace=replace)

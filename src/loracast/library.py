@@ -1,225 +1,253 @@
-"""The adapters kept on this machine: a folder each, in one folder. Added, found and removed so that a kill at any moment loses nothing.
+"""The adapters kept on this machine: their folders by content hash, and a register of names (`register.py`).
 
-What is being written, replaced or deleted lies in hidden folders, each locked by the process at work; `tidy` clears up after those that died.
+    register.sqlite             names, versions, tags, notes, text to search in
+    objects/3f/3f9a.../         an adapter's files, which never change
+
+A name has versions: `manual` is its newest, `manual@3f9a` the one whose hash begins so. Whatever is killed at whatever moment, the register
+never names what is not whole: files come before their row, and a row goes before its files.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace as with_changes
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from loracast.adapter import Adapter
 from loracast.errors import AdapterError
-from loracast.files import file_sha256, sync_folder
-from loracast.manifest import FORMAT, Manifest, check_name
-from loracast.target import Target
+from loracast.files import sync_folder
+from loracast.library_files import home_of, is_ready, settle, size_of, texts_in
+from loracast.manifest import VERSION_DIGITS, Manifest, check_name
+from loracast.register import Entry, Hit, Register
 
-if TYPE_CHECKING:
-    from io import BufferedRandom
+_HASH = re.compile(r"[0-9a-f]{4,64}")
+_MOST_NAMES_TOLD = 12
 
-    from torch import Tensor
 
-    from loracast.documents import Chunk
-
-_HIDDEN = ".loracast-"  # begins the names of folders that are being written or deleted
-_GRACE_S = 10.0
+# ---- finding
 
 
 def adapter_names(library: Path) -> list[str]:
-    """The names in a library, damaged adapters' included. What a killed writer left behind is hidden, and not listed."""
-    if not library.is_dir():
+    """The names in a library."""
+    if not is_ready(library):
         return []
-    return sorted(path.parent.name for path in library.glob("*/adapter.json") if not path.parent.name.startswith("."))
+    with Register.reading(library) as register:
+        return register.names()
+
+
+def entries(
+    library: Path, *, like: str = "", tag: str = "", owner: str = "", kind: str = "", limit: int = -1, offset: int = 0
+) -> tuple[list[Entry], int]:
+    """A page of what the register says of names and their newest versions, and how many names there are in all.
+
+    Args:
+        like: only those that have this in their name, title or note.
+        limit: at most so many; -1 for all.
+    """
+    if not is_ready(library):
+        return [], 0
+    wanted = {"like": like, "tag": tag, "owner": owner, "kind": kind}
+    with Register.reading(library) as register:
+        return register.entries(**wanted, limit=limit, offset=offset), register.count(**wanted)
+
+
+def versions(library: Path, name: str) -> list[Entry]:
+    """The versions of a name, newest first. Raises AdapterError where there is no such name."""
+    check_name(name)
+    _check_there(library, name)
+    with Register.reading(library) as register:
+        return register.versions_of(name)
+
+
+def search(library: Path, words: str, limit: int = 20) -> list[Hit]:
+    """The chunks of all documents, and the descriptions, in which all these words stand; best first."""
+    if not is_ready(library):
+        return []
+    with Register.reading(library) as register:
+        return register.search(words, limit)
 
 
 def adapters(library: Path) -> Iterator[Adapter]:
-    """All adapters of a library, by name."""
+    """The newest adapter of each name."""
     for name in adapter_names(library):
-        yield Adapter(library / name)
+        yield open_adapter(library, name)
 
 
-def open_adapter(library: Path, name: str) -> Adapter:
-    """The adapter of that name. Raises AdapterError, listing those there are."""
-    return Adapter(_folder_of(library, name))
+def open_adapter(library: Path, reference: str) -> Adapter:
+    """The adapter of a name (its newest version), or `name@hash` with the first digits of a version's hash.
 
-
-def _folder_of(library: Path, name: str) -> Path:
-    folder = library / check_name(name)
-    if not (folder / "adapter.json").is_file():
-        known = ", ".join(adapter_names(library)) or "none yet: `loracast learn FILE` makes one"
-        raise AdapterError(f"no adapter is called {name!r}; there are: {known}")
-    return folder
-
-
-def remove_adapter(library: Path, name: str) -> None:
-    """Delete an adapter, a damaged one too: it is gone from the list at once, then from the disk."""
-    folder = _folder_of(library, name)
-    with _hidden_folder(library, "rm") as grave:
-        os.replace(folder, grave / name)
-        sync_folder(library)
-
-
-@contextmanager
-def _hidden_folder(library: Path, purpose: str) -> Iterator[Path]:
-    """A folder of this process's own that no list shows, gone afterwards; if the process is killed, `tidy` finds it."""
-    folder = Path(tempfile.mkdtemp(dir=library, prefix=f"{_HIDDEN}{purpose}-"))
-    lock = _lock(folder)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """Hold a folder until the descriptor is closed or this process dies; None where another process holds it."""
-    if os.name != "posix":
-        return None
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def tidy(library: Path) -> None:
-    """Clear up after killed processes: what was half-written or half-deleted goes, what was half-replaced comes back."""
-    for folder in library.glob(f"{_HIDDEN}*-*"):
-        with suppress(OSError):  # another process may be tidying too
-            is_new = time.time() - folder.stat().st_mtime < _GRACE_S  # perhaps made, but not yet locked
-            lock = None if is_new else _lock(folder)
-            if lock is None:
-                continue
-            try:
-                for kept in folder.glob("*/adapter.json") if folder.name.startswith(f"{_HIDDEN}old-") else ():
-                    if not (library / kept.parent.name).exists():
-                        os.replace(kept.parent, library / kept.parent.name)
-                shutil.rmtree(folder)
-            finally:
-                os.close(lock)
-
-
-def check_free(library: Path, name: str) -> None:
-    """Refuse a name that is taken. Raises AdapterError."""
-    if (library / check_name(name)).exists():
-        raise AdapterError(f"there is an adapter called {name!r} already; choose another --name or give --replace")
-
-
-class AdapterWriter:
-    """Builds an adapter in a hidden folder and moves it into place when it is whole; on any error nothing is left.
-
-    Use as a context manager: `add` the factors batch by batch, then `finish`.
+    Raises:
+        AdapterError: there is none, with the names that come near; the digits are those of several; or its files are damaged.
     """
+    entry = find(library, reference)
+    return Adapter(home_of(library, entry.version), name=entry.name)
 
-    def __init__(self, library: Path, name: str, target: Target, ranks: Mapping[str, int], chunks: Sequence[Chunk]):
-        self.library, self.name = library, check_name(name)
-        self.target, self.ranks, self.chunks = target, ranks, chunks
-        self._n_added = 0
-        self._file: BufferedRandom | None = None
 
-    def __enter__(self) -> AdapterWriter:
-        from loracast.routing import write_index
+def find(library: Path, reference: str) -> Entry:
+    """What the register says of `name` or `name@hash`. Raises AdapterError as `open_adapter` does."""
+    name, digits = split_reference(reference)
+    _check_there(library, name)
+    with Register.reading(library) as register:
+        if digits is None:
+            found = register.newest(name)
+            if found is not None:
+                return found
+        matching = [] if digits is None else register.versions_of(name, digits)
+        there = ", ".join(entry.version[:VERSION_DIGITS] for entry in register.versions_of(name))
+    if len(matching) != 1:
+        problem = "is none of its versions" if not matching else "begins several of its versions"
+        raise AdapterError(f"{name!r} is there, but {digits!r} {problem}: {there}")
+    return matching[0]
 
-        self.library.mkdir(parents=True, exist_ok=True)
-        tidy(self.library)
-        with ExitStack() as stack:
-            self._folder = stack.enter_context(_hidden_folder(self.library, "new"))
-            write_index(self._folder / "chunks.sqlite", self.chunks)
-            self._cleanup = stack.pop_all()
-        shapes = {}
-        for kind in self.target.kinds:
-            modules = self.target.of_kind(kind)
-            shapes[f"{kind}.a"] = (len(self.chunks), len(modules), self.ranks[kind], modules[0].d_in)
-            shapes[f"{kind}.b"] = (len(self.chunks), len(modules), self.ranks[kind], modules[0].d_out)
-        self._shapes = shapes
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._cleanup.close()
+def split_reference(reference: str) -> tuple[str, str | None]:
+    """`name` or `name@hash` -> name, first digits of the hash. Raises AdapterError for what is neither."""
+    name, at, digits = reference.partition("@")
+    check_name(name)
+    if at and not _HASH.fullmatch(digits):
+        raise AdapterError(f"{reference[:100]!r} names no version: after @ come 4 to 64 of the digits 0-9 and a-f")
+    return name, digits if at else None
 
-    def open_factors(self, shared: dict[str, Tensor]) -> None:
-        """Lay out factors.safetensors: the header, the shared LoRA, and room for each chunk's factors."""
-        import torch
 
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", "loracast": str(FORMAT)}}
-        offset = 0
-        self._places: dict[str, int] = {}
-        sizes = {name: tuple(shape) for name, shape in self._shapes.items()}
-        sizes |= {name: tuple(value.shape) for name, value in shared.items()}
-        for name, shape in sizes.items():
-            n_bytes = 2 * int(torch.tensor(shape).prod())
-            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
-            self._places[name] = offset
-            offset += n_bytes
-        encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        self._start = 8 + len(encoded)
-        self._file = open(self._folder / "factors.safetensors", "w+b")  # noqa: SIM115  (closed on exit)
-        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
-        self._file.truncate(self._start + offset)
-        for name, value in shared.items():
-            self._write(name, 0, value)
+def check_free(library: Path, name: str, *, unless_from: str | None = None) -> None:
+    """Refuse a name that is taken. Raises AdapterError.
 
-    def add(self, expanded: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Append the factors of the next chunks, as the hypernetwork casts them."""
-        n = 0
-        for kind, (a, b) in expanded.items():
-            if not (a.isfinite().all() and b.isfinite().all()):
-                raise AdapterError(
-                    "the hypernetwork gave numbers that are not finite for this document; nothing is kept"
-                )
-            n = a.shape[0]
-            for side, rows in (("a", a), ("b", b)):
-                self._write(f"{kind}.{side}", self._n_added * rows[0].numel() * 2, rows)
-        self._n_added += n
+    Args:
+        unless_from: hash of a source; an adapter that was made from it may have the name.
+    """
+    check_name(name)
+    if not is_ready(library):
+        return
+    with Register.reading(library) as register:
+        newest = register.newest(name)
+    if newest is not None and newest.source_sha256 != unless_from:
+        raise _taken(name)
 
-    def _write(self, name: str, offset: int, value: Tensor) -> None:
-        import torch
 
-        assert self._file is not None, "open_factors comes first"
-        self._file.seek(self._start + self._places[name] + offset)
-        self._file.write(value.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().data)
+def _taken(name: str) -> AdapterError:
+    return AdapterError(f"there is an adapter called {name!r} already; choose another --name or give --replace")
 
-    def finish(self, manifest: Manifest, *, replace: bool) -> Adapter:
-        """Flush everything, write the manifest, move the folder into the library under its name."""
-        if self._n_added != len(self.chunks):
-            raise AdapterError(f"{self._n_added} of {len(self.chunks)} chunks were written")
-        assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        path = self._folder / "factors.safetensors"
-        with_changes(manifest, factors_sha256=file_sha256(path)).write(self._folder / "adapter.json")
-        sync_folder(self._folder)
-        final = self.library / self.name
-        if not replace:
-            check_free(self.library, self.name)
-        with _hidden_folder(self.library, "old") as old:
-            is_replaced = final.exists()
-            if is_replaced:
-                os.replace(final, old / self.name)
-            try:
-                os.replace(self._folder, final)
-            except OSError:
-                if is_replaced:
-                    os.replace(old / self.name, final)
-                else:
-                    check_free(self.library, self.name)  # another process was faster
-                raise
-            sync_folder(self.library)
-        return Adapter(final)
+
+def _check_there(library: Path, name: str) -> None:
+    if is_ready(library):
+        with Register.reading(library) as register:
+            if register.has_name(name):
+                return
+            known = register.names()
+    else:
+        known = []
+    if len(known) > _MOST_NAMES_TOLD:
+        near = get_close_matches(name, known, n=_MOST_NAMES_TOLD, cutoff=0.5)
+        told = f"near it are: {', '.join(near)}" if near else f"`loracast list` shows the {len(known):,} there are"
+    else:
+        told = f"there are: {', '.join(known) or 'none yet: `loracast learn FILE` makes one'}"
+    raise AdapterError(f"no adapter is called {name!r}; {told}")
+
+
+# ---- adding and taking away
+
+
+def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, replace: bool) -> Adapter:
+    """Take in the whole files of an adapter: move their folder to its place, and give it the name.
+
+    Where the same adapter is there already, it gets the name and `folder` is left alone.
+
+    Args:
+        folder: a work folder of this library, flushed to the disk.
+        replace: the name may be another's, of which it then becomes the newest version.
+    """
+    version, home = manifest.version, home_of(library, manifest.version)
+    texts = texts_in(folder)
+    n_bytes = size_of(folder)
+    is_moved = False
+    with Register.writing(library) as register:
+        register.unsettle(version)  # of its own: whoever is killed from here on leaves a trace
+    try:
+        with Register.writing(library) as register:
+            newest = register.newest(name)
+            if newest is not None and newest.version != version and not replace:
+                raise _taken(name)
+            if not register.has_version(version):
+                home.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(home, ignore_errors=True)  # left by somebody who was killed
+                os.replace(folder, home)
+                is_moved = True
+                sync_folder(home.parent)
+                register.add_version(manifest, n_bytes, texts)
+            register.settle(version)
+            register.name_version(name, version)
+    except BaseException:
+        if is_moved:
+            shutil.rmtree(home, ignore_errors=True)
+        with Register.writing(library) as register:
+            register.settle(version)
+        raise
+    return Adapter(home, name=name)
+
+
+def find_made_from(library: Path, key: str) -> str | None:
+    """The version that was made from the same in the same way (`Manifest.made_from`), if the library has it."""
+    if not is_ready(library):
+        return None
+    with Register.reading(library) as register:
+        return register.made_from(key)
+
+
+def give_name(library: Path, name: str, version: str, *, replace: bool) -> Adapter:
+    """Let a name mean a version that is there, as its newest. Raises AdapterError where the name is taken."""
+    check_name(name)
+    with Register.writing(library) as register:
+        newest = register.newest(name)
+        if newest is not None and newest.version != version and not replace:
+            raise _taken(name)
+        register.name_version(name, version)
+    return Adapter(home_of(library, version), name=name)
+
+
+def remove_adapter(library: Path, reference: str) -> None:
+    """Delete a name with all its versions, or one version (`name@hash`): gone from the register at once, then from the disk.
+
+    What another name has as well stays. A damaged adapter can be deleted too.
+    """
+    name, digits = split_reference(reference)
+    version = None if digits is None else find(library, reference).version
+    _check_there(library, name)
+    with Register.writing(library) as register:
+        if version is None:
+            register.drop_name(name)
+        else:
+            register.drop_naming(name, version)
+        register.drop_unnamed()
+    settle(library)
+
+
+def rename_adapter(library: Path, name: str, new: str) -> None:
+    """Give a name's adapters, tags and note another name. Raises AdapterError where that is taken."""
+    check_name(new)
+    _check_there(library, check_name(name))
+    with Register.writing(library) as register:
+        if register.has_name(new):
+            raise AdapterError(f"there is an adapter called {new!r} already")
+        register.rename(name, new)
+
+
+def describe_adapter(
+    library: Path,
+    name: str,
+    *,
+    owner: str | None = None,
+    note: str | None = None,
+    tags: Sequence[str] = (),
+    untag: Sequence[str] = (),
+) -> None:
+    """Change what is noted about a name; None leaves as it is. Raises AdapterError for a tag that is none."""
+    _check_there(library, check_name(name))
+    for tag in tags:
+        check_name(tag)
+    with Register.writing(library) as register:
+        register.describe(name, owner=owner, note=note)
+        register.tag(name, tags)
+        register.untag(name, untag)

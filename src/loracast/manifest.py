@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from loracast.documents import Document
 
 FORMAT = 1
+VERSION_DIGITS = 12
+"""Digits of a version's hash by which people and servers call it."""
 AdapterKind = Literal["document", "task", "combined", "imported"]
 """What an adapter was made from: a document, the description of a task (its title), other adapters, or another tool's LoRA."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -46,6 +49,8 @@ class Manifest:
     learn_s: float
     """Seconds it took."""
     factors_sha256: str = ""
+    chunks_sha256: str = ""
+    """Of chunks.sqlite; "" in adapters from before it was kept."""
     format: int = FORMAT
     warnings: tuple[str, ...] = field(default=())
     kind: AdapterKind = "document"
@@ -58,6 +63,18 @@ class Manifest:
     @property
     def target(self) -> Target:
         return Target(tuple(TargetModule(*module) for module in self.modules))
+
+    @property
+    def version(self) -> str:
+        """Hash of what the adapter is and what it was made from; not of its name, nor of when and how fast it was made."""
+        named_apart = ("name", "created", "learn_s", "chunks_sha256")
+        return _hash({key: value for key, value in asdict(self).items() if key not in named_apart})
+
+    @property
+    def made_from(self) -> str:
+        """Hash of all that decides what a hypernetwork makes: the source, the hypernetwork, the base, the options."""
+        source = (self.kind, self.title, self.source, self.source_sha256)
+        return _hash([*source, self.hypernetwork, asdict(self.made_for), self.max_chunk_tokens, self.strength])
 
     @property
     def rank_text(self) -> str:
@@ -101,6 +118,10 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         write_atomically(path, json.dumps(asdict(self), indent=1, ensure_ascii=False).encode())
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def check_name(name: str) -> str:

@@ -7,6 +7,7 @@ print(model.ask("How long is the warranty?", manual))
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.resources import files
@@ -94,14 +95,16 @@ class Answerer:
     def lora_for(
         self, question: str, adapter: Adapter | str | Sequence[Adapter | str], k: int | None = DEFAULT_ROUTE
     ) -> tuple[LoRA | None, dict[str, Route]]:
-        """The LoRA that a question is answered with, and which chunks it came from, by the adapters' names."""
+        """The LoRA that a question is answered with, and which chunks it came from, by the adapters' names (with the version, where two are of one name)."""
         chosen = [adapter] if isinstance(adapter, (Adapter, str)) else list(adapter)
         opened = [self.adapter(a) if isinstance(a, str) else a for a in chosen]
-        routes = {a.name: route(a, question, k) for a in opened}
+        routes = [route(a, question, k) for a in opened]
+        names = Counter(a.name for a in opened)
+        named = {a.name if names[a.name] == 1 else a.version: r for a, r in zip(opened, routes, strict=True)}
         if not opened:
-            return None, routes
-        loras = loras_together([(a, routes[a.name].picked) for a in opened])
-        return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device), routes
+            return None, named
+        loras = loras_together([(a, r.picked) for a, r in zip(opened, routes, strict=True)])
+        return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device), named
 
 
 class Model(Answerer):

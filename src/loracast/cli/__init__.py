@@ -24,17 +24,21 @@ from loracast.cli import (
     demo,
     deploy,
     diff,
+    edit,
     eval,
     export,
+    gc,
     learn,
     list,
     pull,
     rm,
     route,
+    search,
     show,
     sync,
     task,
     train,
+    verify,
 )
 from loracast.cli.output import printable
 
@@ -107,9 +111,13 @@ app.command()(task.task)
 app.command()(ask.ask)
 app.command()(chat.chat)
 app.command("list")(list.list_)
+app.command()(search.search)
 app.command()(show.show)
 app.command()(diff.diff)
+app.command()(edit.edit)
 app.command()(rm.rm)
+app.command()(gc.gc)
+app.command()(verify.verify)
 app.command()(route.route)
 app.command()(combine.combine)
 app.command("import")(combine.import_)

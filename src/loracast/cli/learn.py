@@ -58,7 +58,7 @@ def learn(
     document = read_document(file)
     name = check_name(name or name_for(document))
     if not replace:
-        check_free(library or library_dir(), name)  # before a model is loaded for nothing
+        check_free(library or library_dir(), name, unless_from=document.sha256)  # before a model is loaded for nothing
     model = open_model(base, hypernetwork, library, device)
     adapter = learn_visibly(model, document, name, max_chunk_tokens=chunk_tokens, replace=replace)
     if as_json:
@@ -71,6 +71,7 @@ def report(adapter: Adapter) -> dict[str, Any]:
     manifest = adapter.manifest
     return {
         "name": adapter.name,
+        "version": manifest.version,
         "title": manifest.title,
         "n_tokens": manifest.n_tokens,
         "n_chunks": manifest.n_chunks,

@@ -11,20 +11,21 @@ from loracast.cli import options
 
 
 def rm(
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Adapters to delete.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME", help="Adapters to delete, with all their versions; or NAME@HASH for one."),
+    ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     library: options.Library = None,
 ) -> None:
     """Delete adapters from the library."""
-    from loracast.library import adapter_names, open_adapter, remove_adapter
+    from loracast.library import find, remove_adapter
     from loracast.paths import library_dir
 
     folder = library or library_dir()
     names = options.distinct(names)
-    there = adapter_names(folder)
     for name in names:
-        if name not in there:
-            open_adapter(folder, name)  # says what there is
+        find(folder, name)  # says what there is
     if not yes:
         if not is_terminal():
             raise typer.BadParameter("standard input is no terminal, so nobody can be asked", param_hint="--yes")

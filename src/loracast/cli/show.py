@@ -33,11 +33,12 @@ def show(
 
     Where it comes from, its size, chunks and norms; its factors are verified against their hash.
     """
-    from loracast.library import open_adapter
+    from loracast.library import find, open_adapter, versions
     from loracast.paths import library_dir
     from loracast.routing import Place, chunk_places
 
-    adapter = open_adapter(library or library_dir(), name)
+    where = library or library_dir()
+    adapter, entry = open_adapter(where, name), find(where, name)
     adapter.verify()
     manifest = adapter.manifest
     places: list[Place] = chunk_places(adapter.folder / "chunks.sqlite") if chunks else []
@@ -46,6 +47,12 @@ def show(
     if as_json:
         report: dict[str, Any] = {
             "manifest": asdict(manifest),
+            "name": adapter.name,
+            "version": entry.version,
+            "versions": [other.version for other in versions(where, adapter.name)],
+            "owner": entry.owner,
+            "note": entry.note,
+            "tags": list(entry.tags),
             "folder": str(adapter.folder),
             "n_bytes": adapter.n_bytes,
             "norms": norms,
@@ -58,6 +65,9 @@ def show(
         return
     targeted = sorted({module.layer for module in manifest.target.modules})
     facts = {"name": adapter.name, "title": manifest.title or "-"}
+    facts["version"] = adapter.version + (f", one of {entry.n_versions}" if entry.n_versions > 1 else "")
+    noted = {"tags": ", ".join(entry.tags), "note": entry.note, "owner": entry.owner}
+    facts |= {key: text for key, text in noted.items() if text}
     if manifest.kind == "task":
         facts["cast"] = f"{manifest.created}, in {1000 * manifest.learn_s:.0f} ms, strength {manifest.strength:g}"
     elif manifest.kind != "document":

@@ -22,6 +22,7 @@ from loracast.export.vllm import RANKS, write_vllm
 from loracast.files import write_atomically
 from loracast.fingerprint import check, config_fingerprint
 from loracast.lora import LoRA
+from loracast.manifest import VERSION_DIGITS
 from loracast.routing import chunk_places, chunk_texts
 
 Format = Literal["peft", "vllm", "gguf", "mlx", "ollama", "merged"]
@@ -81,7 +82,7 @@ def export_adapter(
     for i, (text, place) in enumerate(zip(chunk_texts(index), chunk_places(index), strict=True)):
         made.append(writer.write(adapter.lora([i]), out / f"chunk-{i:05d}", f"{adapter.name}-{i}"))
         chunks.append({"chunk": i, "path": str(made[-1].path.relative_to(out)), **asdict(place), "text": text})
-    listing = {"adapter": adapter.name, "factors_sha256": adapter.manifest.factors_sha256, "chunks": chunks}
+    listing = {"adapter": adapter.version, "factors_sha256": adapter.manifest.factors_sha256, "chunks": chunks}
     write_atomically(out / "chunks.json", json.dumps(listing, indent=1, ensure_ascii=False).encode())
     shutil.copyfile(index, out / index.name)
     return made
@@ -104,7 +105,8 @@ class _Writer:
         m = adapter.manifest
         self.about = {
             "made_by": "loracast",
-            "name": m.name,
+            "name": adapter.name,
+            "version": m.version,
             "title": m.title,
             "factors_sha256": m.factors_sha256,
             "source_sha256": m.source_sha256,
@@ -127,7 +129,7 @@ class _Writer:
         if self.to == "peft":
             write_peft(made, out, self.base, self.about)
         elif self.to == "vllm":
-            write_vllm(made, out, f"{name}@{self.adapter.manifest.factors_sha256[:12]}", self.base, self.about)
+            write_vllm(made, out, f"{name}@{self.adapter.manifest.version[:VERSION_DIGITS]}", self.base, self.about)
         elif self.to == "mlx":
             write_mlx(made, out, self.config)
         elif self.to == "ollama":

@@ -14,24 +14,22 @@ from typing import Any
 from loracast.adapter import Adapter
 from loracast.errors import AdapterError, LoracastError
 from loracast.export.adapter import export_adapter
-from loracast.library import adapter_names, open_adapter
+from loracast.library import open_adapter
+from loracast.manifest import VERSION_DIGITS
 from loracast.routing import chunk_texts
 
 _PREFIX = "loracast:"
-_HASH_LENGTH = 12
-_NAMED = re.compile(rf"(?P<name>[^@]+)(?:@(?P<sha>[0-9a-f]{{{_HASH_LENGTH}}}))?")
+_NAMED = re.compile(rf"(?P<name>[^@]+)(?:@(?P<sha>[0-9a-f]{{{VERSION_DIGITS}}}))?")
 _TIMEOUT_S = 120
 _PROBE_TOKENS = 8
 
 
-def served_name(adapter: Adapter) -> str:
-    """`name@hash`: what a server calls an adapter. vLLM's prefix cache goes by it, so it must never mean other weights."""
-    return f"{adapter.name}@{adapter.manifest.factors_sha256[:_HASH_LENGTH]}"
-
-
 def exported_for_vllm(adapter: Adapter, exports: Path) -> Path:
-    """The folder of an adapter as vLLM loads it, written unless it is there; whole at any moment, whoever else is at it."""
-    folder = exports / served_name(adapter)
+    """The folder of an adapter as vLLM loads it, written unless it is there; whole at any moment, whoever else is at it.
+
+    It is called by the adapter's version, as the server will call it: vLLM's prefix cache goes by the name, which must never mean other weights.
+    """
+    folder = exports / adapter.version
     if folder.is_dir():
         return folder
     exports.mkdir(parents=True, exist_ok=True)
@@ -47,7 +45,7 @@ def exported_for_vllm(adapter: Adapter, exports: Path) -> Path:
 
 
 def resolve(asked: str, library: Path, exports: Path) -> Path | None:
-    """The folder for what a request calls its model: `loracast:NAME` (as the library has it now), or `NAME@HASH` (these weights only).
+    """The folder for what a request calls its model: `loracast:NAME` (its newest version), or `NAME@HASH` (this version only).
 
     Returns:
         a folder called NAME@HASH; None where the name is none of ours or the library does not have it so.
@@ -57,10 +55,9 @@ def resolve(asked: str, library: Path, exports: Path) -> Path | None:
         return None
     if found["sha"] and (folder := exports / found[0]).is_dir():  # also of weights that the library has no longer
         return folder
-    if found["name"] not in adapter_names(library):
-        return None
-    adapter = open_adapter(library, found["name"])
-    if found["sha"] and served_name(adapter) != found[0]:
+    try:
+        adapter = open_adapter(library, found[0])
+    except AdapterError:
         return None
     return exported_for_vllm(adapter, exports)
 
@@ -79,7 +76,7 @@ def deploy(adapter: Adapter, url: str, exports: Path, *, path_there: str | None 
     Raises:
         LoracastError: the server cannot be reached, refuses it, or answers with it as without it (it is unloaded again then).
     """
-    name, folder = served_name(adapter), exported_for_vllm(adapter, exports)
+    name, folder = adapter.version, exported_for_vllm(adapter, exports)
     where = folder.resolve() if path_there is None else Path(path_there) / folder.name
     models = _call(url, "/v1/models")["data"]
     base = next((model["id"] for model in models if not model.get("parent")), None)

@@ -1,0 +1,55 @@
+"""Folders in a library that one process works in and no list shows. Each is locked by its process; `tidy` clears up after those that died."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_PREFIX = ".loracast-"
+_GRACE_S = 10.0
+
+
+@contextmanager
+def work_folder(library: Path, purpose: str) -> Iterator[Path]:
+    """A folder of this process's own, gone afterwards; if the process is killed, `tidy` finds it."""
+    folder = Path(tempfile.mkdtemp(dir=library, prefix=f"{_PREFIX}{purpose}-"))
+    lock = _lock(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def tidy(library: Path) -> None:
+    """Delete what killed processes were writing or deleting."""
+    for folder in library.glob(f"{_PREFIX}*-*"):
+        with suppress(OSError):  # another process may be tidying too
+            is_new = time.time() - folder.stat().st_mtime < _GRACE_S  # perhaps made, but not yet locked
+            lock = None if is_new else _lock(folder)
+            if lock is not None:
+                try:
+                    shutil.rmtree(folder)
+                finally:
+                    os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold a folder until the descriptor is closed or this process dies; None where another process holds it."""
+    if os.name != "posix":
+        return None
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -1,0 +1,65 @@
+"""Adapters with random factors, for tests of the library and of what is in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from conftest import make_model
+from loracast.adapter import Adapter
+from loracast.documents import Chunk
+from loracast.fingerprint import Fingerprint
+from loracast.manifest import Manifest
+from loracast.target import target_from_config
+from loracast.writer import AdapterWriter
+
+TARGET = target_from_config(make_model().config, ("q_proj", "down_proj"), layers=[1, 3])
+RANKS = dict.fromkeys(TARGET.kinds, 2)
+MADE_FOR = Fingerprint("tiny", "c" * 16, "n" * 16, "m" * 16)
+Expanded = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def random_factors(n: int, seed: int = 0, rank: int = 2) -> Expanded:
+    """Factors of n chunks, as a hypernetwork casts them."""
+    g = torch.Generator().manual_seed(seed)
+    found = {}
+    for kind in TARGET.kinds:
+        m = TARGET.of_kind(kind)[0]
+        found[kind] = tuple(torch.randn(n, 2, rank, d, generator=g) for d in (m.d_in, m.d_out))
+    return found
+
+
+def some_chunks(n: int) -> list[Chunk]:
+    return [Chunk(f"word{i} in chunk {i}", 10 * i, 10 * i + 9, f"Manual / Part {i}", 5) for i in range(n)]
+
+
+def some_manifest(n: int, **changes) -> Manifest:
+    values = {
+        "name": "doc", "title": "A manual", "source": "manual.pdf", "source_sha256": "s" * 64, "made_for": MADE_FOR,
+        "hypernetwork": "h" * 16, "modules": tuple((m.name, m.layer, m.kind, m.d_in, m.d_out) for m in TARGET.modules),
+        "ranks": RANKS, "n_chunks": n, "n_tokens": 5 * n, "max_chunk_tokens": 256, "created": "2026-01-01T00:00:00+00:00",
+        "learn_s": 0.5, "warnings": ("page 3 has no text",),
+    }  # fmt: skip
+    return Manifest(**{**values, **changes})
+
+
+def write(
+    library: Path,
+    n: int = 3,
+    *,
+    seed: int = 0,
+    name: str = "doc",
+    shared: dict | None = None,
+    replace: bool = False,
+    chunks: list[Chunk] | None = None,
+    **changes,
+) -> Adapter:
+    """An adapter with random factors, added in two batches; `changes` of its manifest."""
+    factors = random_factors(n, seed)
+    with AdapterWriter(library, name, TARGET, RANKS, chunks or some_chunks(n)) as writer:
+        writer.open_factors(shared or {})
+        for part in (slice(0, 1), slice(1, n)):
+            if n > part.start:
+                writer.add({kind: (a[part], b[part]) for kind, (a, b) in factors.items()})
+        return writer.finish(some_manifest(n, **{"name": name, **changes}), replace=replace)
