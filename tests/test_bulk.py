@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -163,3 +166,24 @@ def test_every_file_has_a_name_of_its_own():
 def test_the_name_of_a_single_adapter_is_refused_for_a_folder(folder):
     done = CliRunner().invoke(app, ["learn", str(folder), "--name", "all"])
     assert done.exit_code == 2 and "named after its files" in done.output
+
+
+def test_a_folder_is_watched(folder, tiny_folder, tiny_hypernet_folder, home):
+    arguments = ["--base", str(tiny_folder), "--hypernetwork", str(tiny_hypernet_folder), "--device", "cpu"]
+    command = [sys.executable, "-m", "loracast", "watch", str(folder), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    errors = (folder.parent / "errors.txt").open("w+")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
+        try:
+            first = {process.stdout.readline().split()[1] for _ in range(4)}
+            assert first == {"lamp", "old-lamp", "old-prices", "readme"}
+            (folder / "new.txt").write_text("The museum opens at nine.")
+            assert process.stdout.readline() == "learned new (new.txt)\n"
+            (folder / "lamp.txt").unlink()
+            assert process.stdout.readline() == "removed lamp (lamp.txt)\n"
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    errors.seek(0)
+    said = errors.read()
+    assert said.count("failed: broken.pdf") == 1 and "watching" in said

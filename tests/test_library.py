@@ -59,7 +59,10 @@ def has_factors_of(adapter, seed: int, n: int = 3) -> bool:
 
 def files_in(library: Path) -> set[str]:
     """What lies in a library, down to the adapters' folders."""
-    not_counted = {"objects", "register.sqlite-journal"}  # SQLite's own, which a killed process leaves and the next one uses
+    not_counted = {
+        "objects",
+        "register.sqlite-journal",
+    }  # SQLite's own, which a killed process leaves and the next one uses
     return {path.name for path in library.iterdir()} - not_counted | {p.name for p in library.glob("objects/??/*")}
 
 

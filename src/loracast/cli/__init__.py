@@ -107,6 +107,7 @@ def root(
 
 app.command()(learn.learn)
 app.command()(sync.sync)
+app.command()(sync.watch)
 app.command()(task.task)
 app.command()(ask.ask)
 app.command()(chat.chat)

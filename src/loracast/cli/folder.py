@@ -1,4 +1,4 @@
-"""Learning a folder of files, with something to look at meanwhile: what `learn FOLDER` and `sync` have in common."""
+"""Learning a folder of files, with something to look at meanwhile: what `learn FOLDER`, `sync` and `watch` have in common."""
 
 from __future__ import annotations
 
@@ -14,67 +14,96 @@ from loracast.cli.output import print_json, printable, say, stderr
 from loracast.cli.session import open_model
 
 if TYPE_CHECKING:
+    from loracast.bulk import BulkReport, Outcome
     from loracast.model import Model
 
 
-def learn_files(
-    folder: Path,
-    *,
-    again: bool,
-    chunk_tokens: int,
-    base: str | None,
-    hypernetwork: str | None,
-    library: Path | None,
-    device: str | None,
-    as_json: bool,
-    remove_gone: bool = False,
-) -> None:
-    """Learn what is new in a folder, and report; the models are loaded only if there is something to learn."""
-    from loracast.base import DEFAULT_BASE
-    from loracast.bulk import FileReport, Outcome, learn_folder
-    from loracast.documents import read_document
-    from loracast.files import file_sha256
-    from loracast.model import shipped_hypernetwork
-    from loracast.paths import journals_dir, library_dir
+class FolderLearner:
+    """Learns what is new in a folder, as often as it is asked; the models are loaded when there is something to learn, and kept.
 
-    where = Path(hypernetwork) if hypernetwork else shipped_hypernetwork(base or DEFAULT_BASE)
-    weights = file_sha256(where / "model.safetensors") if where.is_dir() else str(where)
-    loaded: list[Model] = []
+    Args:
+        again: everything, whether it has changed or not.
+        remove_gone: delete the adapters of files that are no longer there.
+    """
 
-    def learn_file(path: Path, adapter_name: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        chunk_tokens: int,
+        base: str | None,
+        hypernetwork: str | None,
+        library: Path | None,
+        device: str | None,
+        again: bool = False,
+        remove_gone: bool = False,
+    ):
+        from loracast.base import DEFAULT_BASE
+        from loracast.files import file_sha256
+        from loracast.model import shipped_hypernetwork
+        from loracast.paths import library_dir
+
+        where = Path(hypernetwork) if hypernetwork else shipped_hypernetwork(base or DEFAULT_BASE)
+        weights = file_sha256(where / "model.safetensors") if where.is_dir() else str(where)
+        self.folder, self.library = folder, library or library_dir()
+        self.again, self.remove_gone = again, remove_gone
+        self.made_by = f"{base or DEFAULT_BASE} {weights} {chunk_tokens}"
+        self._open = lambda: open_model(base, hypernetwork, library, device)
+        self._chunk_tokens = chunk_tokens
+        self._model: Model | None = None
+        self._told: set[tuple[str, str | None]] = set()
+
+    def _learn_file(self, path: Path, adapter_name: str) -> None:
+        from loracast.documents import read_document
+
         document = read_document(path)
-        if not loaded:
-            loaded.append(open_model(base, hypernetwork, library, device))
-        loaded[0].learn(document, adapter_name, max_chunk_tokens=chunk_tokens, replace=True)
+        if self._model is None:
+            self._model = self._open()
+        self._model.learn(document, adapter_name, max_chunk_tokens=self._chunk_tokens, replace=True)
 
-    with _folder_progress() as (advance, tell):
+    def run(self) -> BulkReport:
+        """Once through the folder; files that fail are told on the way."""
+        from loracast.bulk import FileReport, learn_folder
+        from loracast.paths import journals_dir
 
-        def on_file(done: int, total: int, file: FileReport) -> None:
-            advance(done, total, file.path)
-            if file.outcome == "failed":
-                tell(f"failed: {file.path}: {file.error}")
+        with _folder_progress() as (advance, tell):
 
-        result = learn_folder(
-            folder,
-            library or library_dir(),
-            learn_file,
-            journals=journals_dir(),
-            made_by=f"{base or DEFAULT_BASE} {weights} {chunk_tokens}",
-            again=again,
-            remove_gone=remove_gone,
-            on_file=on_file,
-        )
+            def on_file(done: int, total: int, file: FileReport) -> None:
+                advance(done, total, file.path)
+                if file.outcome == "failed" and (file.path, file.error) not in self._told:
+                    tell(f"failed: {file.path}: {file.error}")
+                    self._told.add((file.path, file.error))
+
+            return learn_folder(
+                self.folder,
+                self.library,
+                self._learn_file,
+                journals=journals_dir(),
+                made_by=self.made_by,
+                again=self.again,
+                remove_gone=self.remove_gone,
+                on_file=on_file,
+            )
+
+
+def learn_files(learner: FolderLearner, *, as_json: bool) -> None:
+    """Learn what is new in a folder, and report. Exits with 1 if a file failed."""
+    result = learner.run()
     if as_json:
-        print_json({"folder": str(folder), **result.to_dict()})
+        print_json({"folder": str(learner.folder), **result.to_dict()})
     else:
-        outcomes: list[Outcome] = ["learned", "unchanged", "failed"]
-        outcomes += ["removed"] if remove_gone else []
-        counts = ", ".join(f"{result.count(outcome):,} {outcome}" for outcome in outcomes)
-        print(f"{folder}: {counts}; {result.ignored:,} files of other kinds")
+        print(f"{learner.folder}: {summary(result, learner.remove_gone)}; {result.ignored:,} files of other kinds")
     if not result.is_complete:
         raise typer.Exit(130)
     if result.count("failed"):
         raise typer.Exit(1)
+
+
+def summary(result: BulkReport, with_removed: bool) -> str:
+    """What came of the files, in a line."""
+    outcomes: list[Outcome] = ["learned", "unchanged", "failed"]
+    outcomes += ["removed"] if with_removed else []
+    return ", ".join(f"{result.count(outcome):,} {outcome}" for outcome in outcomes)
 
 
 @contextmanager

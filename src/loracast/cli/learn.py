@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loracast.cli import options
-from loracast.cli.folder import learn_files
+from loracast.cli.folder import FolderLearner, learn_files
 from loracast.cli.output import print_json, printable, size
 from loracast.cli.session import learn_visibly, open_model
 
@@ -44,10 +44,11 @@ def learn(
     if Path(file).is_dir():
         if name is not None:
             raise typer.BadParameter("adapters of a folder are named after its files", param_hint="--name")
-        learn_files(
+        learner = FolderLearner(
             Path(file), again=again, chunk_tokens=chunk_tokens,
-            base=base, hypernetwork=hypernetwork, library=library, device=device, as_json=as_json,
+            base=base, hypernetwork=hypernetwork, library=library, device=device,
         )  # fmt: skip
+        learn_files(learner, as_json=as_json)
         return
     from loracast.documents import read_document
     from loracast.library import check_free

@@ -1,0 +1,5 @@
+"""`python -m loracast`: the command line."""
+
+from loracast.cli import main
+
+main()
