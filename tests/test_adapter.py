@@ -22,7 +22,7 @@ from loracast.learn import expand_chunks, split_document
 from loracast.library import adapter_names, open_adapter, remove_adapter
 from loracast.lora import LoRA, concat
 from loracast.manifest import check_name, name_from
-from loracast.routing import chunk_places, chunk_texts
+from loracast.routing import read_chunks
 from loracast.writer import AdapterWriter
 
 
@@ -53,9 +53,7 @@ def test_learned_factors_are_the_hypernetworks_own(model, tmp_path):
     adapter = model.learn(path, max_chunk_tokens=64, progress=lambda done, total: steps.append((done, total)))
     n = adapter.manifest.n_chunks
     assert n >= 3 and steps[0] == (0, n) and steps[-1] == (n, n)
-    texts = chunk_texts(adapter.folder / "chunks.sqlite")
-    headings = [place.heading for place in chunk_places(adapter.folder / "chunks.sqlite")]
-    prompts = [f"{h}\n{t}" if h else t for h, t in zip(headings, texts, strict=True)]
+    prompts = [f"{c.heading}\n{c.text}" if c.heading else c.text for c in read_chunks(adapter.index)]
     expected = list(expand_chunks(model.base, model.hypernet, model.encoder, prompts))
     stored = load_file(adapter.folder / "factors.safetensors")
     for i, side in enumerate("ab"):

@@ -38,7 +38,7 @@ from loracast.library import (
     versions,
 )
 from loracast.library_files import settle
-from loracast.routing import chunk_texts
+from loracast.routing import read_chunks
 from loracast.upkeep import collect_garbage, verify
 from loracast.workfolders import tidy
 from loracast.writer import AdapterWriter
@@ -486,7 +486,7 @@ def test_sigkill_in_a_loop_never_leaves_half_an_adapter(tmp_path, monkeypatch):
         in_child(at_work_for_ever, tmp_path, i, kill_after_s=0.05 + 0.4 * random.Random(i).random())
         assert [problem for problem in verify(tmp_path) if "belongs to no name" not in problem] == []
         for adapter in adapters(tmp_path):
-            assert adapter.lora().rank == 4 and len(chunk_texts(adapter.folder / "chunks.sqlite")) == 2
+            assert adapter.lora().rank == 4 and len(read_chunks(adapter.index)) == 2
         assert open_adapter(tmp_path, "kept").version == kept.version
         collect_garbage(tmp_path)
         named = {entry.version for name in adapter_names(tmp_path) for entry in versions(tmp_path, name)}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.routing import chunk_places, chunk_texts, pick, search, write_index
+from loracast.routing import pick, read_chunks, search, write_index
 
 TEXTS = [
     "The warranty of the kettle is 24 months and starts on the day of purchase.",
@@ -164,9 +164,9 @@ def test_words_of_the_heading_find_their_chunk(tmp_path):
 
 
 def test_texts_and_places_come_back(index):
-    assert chunk_texts(index) == TEXTS
-    assert chunk_texts(index, [3, 0]) == [TEXTS[3], TEXTS[0]]
-    places = chunk_places(index)
+    assert [chunk.text for chunk in read_chunks(index)] == TEXTS
+    assert [chunk.text for chunk in read_chunks(index, [3, 0])] == [TEXTS[3], TEXTS[0]]
+    places = read_chunks(index)
     assert [(p.start, p.end, p.n_tokens, p.heading) for p in places] == [
         (100 * i, 100 * i + len(t), 7, "") for i, t in enumerate(TEXTS)
     ]
@@ -177,7 +177,7 @@ def test_a_missing_or_damaged_index_is_an_error_that_says_so(tmp_path, content):
     path = tmp_path / "chunks.sqlite"
     if content is not None:
         path.write_bytes(content)
-    for use in (lambda: search(path, "kettle", 1), lambda: chunk_texts(path), lambda: pick(path, 9, "kettle", 1)):
+    for use in (lambda: search(path, "kettle", 1), lambda: read_chunks(path), lambda: pick(path, 9, "kettle", 1)):
         with pytest.raises(AdapterError, match="learn the document again"):
             use()
 

@@ -2,7 +2,7 @@
 
 An adapter is a folder of three files (docs/adapter-format.md):
 
-    factors.safetensors   A [chunks, modules, r, in] and B [chunks, modules, r, out] for each module kind, bf16; chunk after chunk
+    factors.safetensors   A [chunks, modules, r, in] and B [chunks, modules, r, out] for each module kind; chunk after chunk (storage.py)
     chunks.sqlite         the chunks' text and offsets, with a full-text index (FTS5) that routing asks
     adapter.json          name, hashes, base, hypernetwork, target, options; written last
 
@@ -11,19 +11,24 @@ Factors are streamed in as chunks are encoded and mapped when read, so neither l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loracast.errors import AdapterError
 from loracast.files import file_sha256
 from loracast.manifest import VERSION_DIGITS, Manifest
+from loracast.routing import read_chunks
+from loracast.storage import SCALE, restored
 from loracast.target import Target, share_of_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from loracast.lora import LoRA
+
+Recast = Callable[[Sequence[str]], "dict[str, Tensor]"]
+"""Chunks as an encoder reads them -> their factors, named and shaped as in factors.safetensors, the document-independent ones among them."""
 
 
 class Adapter:
@@ -39,6 +44,13 @@ class Adapter:
         self.name = name or self.manifest.name
         self._loras: dict[tuple[tuple[int, ...], tuple[float, ...] | None, bool], LoRA] = {}
         self._factors: Any = None
+        self.recast: Recast | None = None
+        """Of an adapter that keeps only its text: what makes the factors of chunks."""
+
+    @property
+    def index(self) -> Path:
+        """The file with the chunks' text."""
+        return self.folder / "chunks.sqlite"
 
     @property
     def version(self) -> str:
@@ -86,12 +98,9 @@ class Adapter:
         key = (wanted, weights, document_independent)
         if key in self._loras:
             return self._loras[key]
-        reader = self._open()
-        rows = {
-            name: reader.get_tensor(name) if ".shared." in name else _take(reader.get_slice(name), wanted)
-            for name in reader.keys()  # noqa: SIM118  (not a dict)
-            if document_independent or ".shared." not in name
-        }
+        rows = self.rows(wanted)
+        if not document_independent:
+            rows = {name: value for name, value in rows.items() if ".shared." not in name}
         # aminmax carries NaN and infinity through, in one pass and without a copy.
         if damaged := [name for name, value in rows.items() if not all(m.isfinite() for m in value.aminmax())]:
             raise AdapterError(
@@ -102,6 +111,25 @@ class Adapter:
             self._loras.pop(next(iter(self._loras)))
         self._loras[key] = lora
         return lora
+
+    def rows(self, wanted: Sequence[int]) -> dict[str, Tensor]:
+        """The factors of some chunks and the document-independent ones, in bf16, by the names that they have in the file."""
+        if self.manifest.storage == "text":
+            if self.recast is None:
+                raise AdapterError(
+                    f"{self.name!r} keeps only its text, and a model makes its factors when it is asked; for anything else learn the document "
+                    "with --storage bf16"
+                )
+            return self.recast([chunk.prompt for chunk in read_chunks(self.index, wanted)])
+        reader = self._open()
+
+        def take(name: str) -> Tensor:
+            return reader.get_tensor(name) if ".shared." in name else _take(reader.get_slice(name), wanted)
+
+        names = [name for name in reader.keys() if not name.endswith(SCALE)]  # noqa: SIM118  (not a dict)
+        if self.manifest.storage == "bf16":
+            return {name: take(name) for name in names}
+        return {n: take(n) if ".shared." in n else restored(take(n), take(n + SCALE)) for n in names}
 
     def _open(self) -> Any:
         """The mapped factors, after a look at their names and shapes."""
@@ -123,8 +151,9 @@ class Adapter:
         for name in sorted(stored.keys() & wanted.keys()):
             if stored[name] != wanted[name]:
                 problems.append(f"{name} is {stored[name]}, not {wanted[name]}")
-            if (dtype := reader.get_slice(name).get_dtype()) != "BF16":
-                problems.append(f"{name} is of type {dtype}, not BF16")
+            is_bytes = m.storage == "int8" and ".shared." not in name and not name.endswith(SCALE)
+            if (dtype := reader.get_slice(name).get_dtype()) != (right := "I8" if is_bytes else "BF16"):
+                problems.append(f"{name} is of type {dtype}, not {right}")
         if problems:
             raise AdapterError(f"the factors of {self.name!r} do not fit its adapter.json: {'; '.join(problems)}")
         self._factors = reader
@@ -152,7 +181,10 @@ def _shapes(m: Manifest, stored: Mapping[str, Sequence[int]]) -> dict[str, list[
         modules = m.target.of_kind(kind)
         shared = [stored[name] for side in "ab" if (name := f"{kind}.shared.{side}") in stored]
         for side, d in (("a", modules[0].d_in), ("b", modules[0].d_out)):
-            shapes[f"{kind}.{side}"] = [m.n_chunks, len(modules), m.ranks[kind], d]
+            rows = [m.n_chunks, len(modules), m.ranks[kind]]
+            shapes[f"{kind}.{side}"] = [*rows, d]
+            if m.storage == "int8":
+                shapes[f"{kind}.{side}{SCALE}"] = [*rows, 1]
             if shared:
                 shapes[f"{kind}.shared.{side}"] = [len(modules), *shared[0][1:2], d]
     return shapes

@@ -22,6 +22,7 @@ from loracast.encoders.context import ContextEncoder
 from loracast.errors import DocumentError
 from loracast.library import check_free, find_made_from, give_name
 from loracast.manifest import Manifest
+from loracast.storage import Storage
 from loracast.writer import AdapterWriter
 
 if TYPE_CHECKING:
@@ -86,6 +87,16 @@ def shared_factors(hypernet: DocToLoRA) -> dict[str, Tensor]:
     return factors
 
 
+def recast(base: Base, hypernet: DocToLoRA, encoder: ContextEncoder, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """The factors of chunks as their adapter would hold them, in bf16, the document-independent ones among them."""
+    batches = list(expand_chunks(base, hypernet, encoder, prompts))
+    rows = {name: value.bfloat16().cpu() for name, value in shared_factors(hypernet).items()}
+    for kind in batches[0]:
+        for i, side in enumerate("ab"):
+            rows[f"{kind}.{side}"] = torch.cat([batch[kind][i] for batch in batches]).bfloat16().cpu()
+    return rows
+
+
 def learn_document(
     base: Base,
     hypernet: DocToLoRA,
@@ -96,6 +107,7 @@ def learn_document(
     name: str,
     *,
     max_chunk_tokens: int = 256,
+    storage: Storage = "bf16",
     replace: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Adapter:
@@ -123,16 +135,20 @@ def learn_document(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         learn_s=0.0,
         warnings=document.warnings,
+        storage=storage,
     )
     version = find_made_from(library, manifest.made_from)
     if version is not None:
         return give_name(library, name, version, replace=replace)
     if not replace:
         check_free(library, name)  # now, not after the work
-    with AdapterWriter(library, name, config.target, config.ranks, chunks) as writer:
-        writer.open_factors(shared_factors(hypernet))
+    with AdapterWriter(library, name, config.target, config.ranks, chunks, storage) as writer:
         done = 0
         progress(done, len(chunks))
+        if storage == "text":  # its factors are made when it is asked
+            progress(len(chunks), len(chunks))
+            return writer.finish(manifest, replace=replace)
+        writer.open_factors(shared_factors(hypernet))
         for expanded in expand_chunks(base, hypernet, encoder, [chunk.prompt for chunk in chunks]):
             writer.add(expanded)
             done += next(iter(expanded.values()))[0].shape[0]

@@ -11,7 +11,7 @@ from loracast.errors import AdapterError
 from loracast.files import sync_folder
 from loracast.manifest import Manifest
 from loracast.register import FILE, Register
-from loracast.routing import chunk_places, chunk_texts
+from loracast.routing import read_chunks
 from loracast.workfolders import work_folder
 
 _OBJECTS = "objects"
@@ -104,8 +104,7 @@ def _drop_if_empty(folder: Path) -> None:
 
 def texts_in(folder: Path) -> list[tuple[str, str]]:
     """Heading and text of each chunk of the adapter in a folder."""
-    index = folder / "chunks.sqlite"
-    return list(zip((place.heading for place in chunk_places(index)), chunk_texts(index), strict=True))
+    return [(chunk.heading, chunk.text) for chunk in read_chunks(folder / "chunks.sqlite")]
 
 
 def settle(library: Path) -> None:

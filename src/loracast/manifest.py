@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from loracast.errors import AdapterError
 from loracast.files import write_atomically
 from loracast.fingerprint import Fingerprint
+from loracast.storage import STORAGE, Storage
 from loracast.target import Target, TargetModule
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Manifest:
     """What it was made from."""
     most_summed: dict[str, int] = field(default_factory=dict)
     """By module kind, chunks up to which factors add up when merged; those of K more count this / K each."""
+    storage: Storage = "bf16"
+    """How the factors are kept."""
     strength: float = 1.0
     """Factor on every delta, folded in already; of a task."""
 
@@ -68,13 +71,18 @@ class Manifest:
     def version(self) -> str:
         """Hash of what the adapter is and what it was made from; not of its name, nor of when and how fast it was made."""
         named_apart = ("name", "created", "learn_s", "chunks_sha256")
-        return _hash({key: value for key, value in asdict(self).items() if key not in named_apart})
+        kept = {key: value for key, value in asdict(self).items() if key not in named_apart}
+        if self.storage == "bf16":  # as it was before there were others
+            del kept["storage"]
+        return _hash(kept)
 
     @property
     def made_from(self) -> str:
         """Hash of all that decides what a hypernetwork makes: the source, the hypernetwork, the base, the options."""
         source = (self.kind, self.title, self.source, self.source_sha256)
-        return _hash([*source, self.hypernetwork, asdict(self.made_for), self.max_chunk_tokens, self.strength])
+        return _hash(
+            [*source, self.hypernetwork, asdict(self.made_for), self.max_chunk_tokens, self.storage, self.strength]
+        )
 
     @property
     def rank_text(self) -> str:
@@ -110,6 +118,8 @@ class Manifest:
                 raise ValueError(f"unknown module kinds {sorted(unknown)}")
             if manifest.kind not in get_args(AdapterKind):
                 raise ValueError(f"unknown kind {manifest.kind!r}")
+            if manifest.storage not in STORAGE:
+                raise ValueError(f"unknown storage {manifest.storage!r}")
             if manifest.ranks.keys() != set(manifest.target.kinds):
                 raise ValueError("its ranks are not those of its module kinds")
             return manifest

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -25,12 +25,13 @@ from loracast.fingerprint import check
 from loracast.generate import Answer, Sampling, answer
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained, weights_hash
-from loracast.learn import Progress, learn_document
+from loracast.learn import Progress, learn_document, recast
 from loracast.library import open_adapter
 from loracast.lora import LoRA, concat
 from loracast.manifest import name_for
 from loracast.paths import library_dir
 from loracast.routing import DEFAULT_ROUTE, Route, route
+from loracast.storage import Storage, check_storage
 
 Kind = Literal["doc", "text"]
 """What a hypernetwork casts: documents, or descriptions of tasks. Also the name of its training."""
@@ -55,16 +56,37 @@ def shipped_hypernetwork(base: str, kind: Kind = "doc") -> Path:
 
 
 class Answerer:
-    """A base that answers with the adapters of a library. It needs no hypernetwork: adapters hold all that asking takes."""
+    """A base that answers with the adapters of a library. Adapters hold all that asking takes, but for those that keep only their text.
 
-    def __init__(self, base: Base, library: Path):
+    Args:
+        hypernetwork: for the latter, a folder or hub repository; the shipped one if None.
+    """
+
+    def __init__(self, base: Base, library: Path, hypernetwork: str | Path | None = None):
         self.base, self.library = base, library
+        self._hypernetwork = hypernetwork
 
     def adapter(self, name: str) -> Adapter:
-        """An adapter of the library, checked against this base."""
+        """An adapter of the library, checked against this base. Raises HypernetworkError where it needs another hypernetwork."""
         found = open_adapter(self.library, name)
         check(found.manifest.made_for, self.base.fingerprint, f"the adapter {name!r}")
+        if found.manifest.storage == "text":
+            hypernet, made_by = self._documents
+            if made_by != found.manifest.hypernetwork:
+                raise HypernetworkError(
+                    f"{name!r} keeps only its text, and this is not the hypernetwork that it was learned with ({found.manifest.hypernetwork}): give "
+                    "that one with --hypernetwork, or learn the document again"
+                )
+            encoder = ContextEncoder.for_hypernet(self.base, hypernet.config)
+            found.recast = partial(recast, self.base, hypernet, encoder)
         return found
+
+    @cached_property
+    def _documents(self) -> tuple[DocToLoRA, str]:
+        """The hypernetwork for documents, and its hash."""
+        hypernet, made_for = from_pretrained(self._hypernetwork or shipped_hypernetwork(self.base.name), DocToLoRA)
+        check(made_for, self.base.fingerprint, "the hypernetwork")
+        return hypernet.to(self.base.device), weights_hash(hypernet)
 
     def ask(self, question: str, adapter: Adapter | str | Sequence[Adapter | str] = (), **options) -> str:
         """Answer a question with one adapter, several, or none (the plain base). Options as in `answer`."""
@@ -119,7 +141,7 @@ class Model(Answerer):
         task_hypernetwork: str | Path | None = None,
     ):
         super().__init__(base, library)
-        self.hypernet, self.hypernet_hash = hypernet, hypernet_hash
+        self.hypernet, self.hypernet_hash = self._documents = hypernet, hypernet_hash
         self.encoder = ContextEncoder.for_hypernet(base, hypernet.config)
         self._task_hypernetwork = task_hypernetwork
 
@@ -129,6 +151,7 @@ class Model(Answerer):
         name: str | None = None,
         *,
         max_chunk_tokens: int = 256,
+        storage: Storage = "bf16",
         replace: bool = False,
         progress: Progress = lambda done, total: None,
     ) -> Adapter:
@@ -137,6 +160,7 @@ class Model(Answerer):
         Args:
             name: of the adapter; made from the file's name, or else from the document's title, if None.
             max_chunk_tokens: longest chunk; the shipped hypernetwork was trained for up to 256.
+            storage: how its factors are kept (storage.py).
             replace: an adapter of that name gives way to the new one.
 
         Raises:
@@ -152,6 +176,7 @@ class Model(Answerer):
             self.library,
             name or name_for(document),
             max_chunk_tokens=max_chunk_tokens,
+            storage=check_storage(storage),
             replace=replace,
             progress=progress,
         )
@@ -200,10 +225,12 @@ def load(
 
 def load_answerer(
     base: str | Path | None = None,
+    hypernetwork: str | Path | None = None,
     *,
     library: str | Path | None = None,
     device: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Answerer:
-    """Load a base that answers but does not learn; arguments as in `load`."""
-    return Answerer(load_base(base, device=device, say=say), Path(library) if library else library_dir())
+    """Load a base that answers but does not learn; arguments as in `load`. The hypernetwork is read only for adapters that keep their text alone."""
+    where = Path(library) if library else library_dir()
+    return Answerer(load_base(base, device=device, say=say), where, hypernetwork)

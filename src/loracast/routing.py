@@ -167,36 +167,20 @@ def _phrases(question: str) -> list[tuple[str, float]]:
     return [(word, 1.0) for word in telling] + [(f"{one} {other}", _PAIR_WEIGHT) for one, other in pairs]
 
 
-def chunk_texts(index: Index, chunks: Sequence[int] | None = None) -> list[str]:
-    """The text of some chunks in the order given, or of all."""
-    with _opened(index, _open) as database:
-        rows = dict(database.execute("SELECT rowid, text FROM chunks").fetchall())
-    return [rows[i] for i in (sorted(rows) if chunks is None else chunks)]
+def read_chunks(index: Index, chunks: Sequence[int] | None = None) -> list[Chunk]:
+    """Some chunks in the order given, or all: their text, heading, place in the document and tokens."""
+    from loracast.documents import Chunk
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where a chunk stands in its document."""
-
-    heading: str
-    start: int
-    end: int
-    """Offsets in characters of the document's text."""
-    n_tokens: int
-
-
-def chunk_places(index: Index) -> list[Place]:
-    """The place of each chunk, in their order."""
     with _opened(index, _open) as database:
         rows = database.execute(
-            "SELECT heading, start, stop, n_tokens FROM chunks JOIN places ON chunks.rowid = places.chunk ORDER BY places.chunk"
-        )
-        return [Place(*row) for row in rows]
+            "SELECT text, start, stop, heading, n_tokens FROM chunks JOIN places ON chunks.rowid = places.chunk ORDER BY places.chunk"
+        ).fetchall()
+    return [Chunk(*row) for row in (rows if chunks is None else [rows[i] for i in chunks])]
 
 
 def route(adapter: Adapter, question: str, k: int | None = DEFAULT_ROUTE) -> Route:
     """Pick the chunks of an adapter for a question, as `pick` does."""
-    return pick(adapter.folder / "chunks.sqlite", adapter.manifest.n_chunks, question, k)
+    return pick(adapter.index, adapter.manifest.n_chunks, question, k)
 
 
 def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROUTE) -> Route:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from loracast.files import file_sha256, sync_folder
 from loracast.library import add_adapter
 from loracast.library_files import settle
 from loracast.manifest import FORMAT, Manifest, check_name
+from loracast.storage import SCALE, Storage, quantised
 from loracast.target import Target
 from loracast.workfolders import tidy, work_folder
 
@@ -30,11 +32,19 @@ if TYPE_CHECKING:
 class AdapterWriter:
     """Builds an adapter in a work folder and hands it to the library when it is whole; on any error nothing is left.
 
-    Use as a context manager: `add` the factors batch by batch, then `finish`.
+    Use as a context manager: `open_factors`, `add` the factors batch by batch, then `finish`; with the storage `text` only `finish`.
     """
 
-    def __init__(self, library: Path, name: str, target: Target, ranks: Mapping[str, int], chunks: Sequence[Chunk]):
-        self.library, self.name = library, check_name(name)
+    def __init__(
+        self,
+        library: Path,
+        name: str,
+        target: Target,
+        ranks: Mapping[str, int],
+        chunks: Sequence[Chunk],
+        storage: Storage = "bf16",
+    ):
+        self.library, self.name, self.storage = library, check_name(name), storage
         self.target, self.ranks, self.chunks = target, ranks, chunks
         self._n_added = 0
         self._file: BufferedRandom | None = None
@@ -49,7 +59,7 @@ class AdapterWriter:
             self._folder = stack.enter_context(work_folder(self.library, "new"))
             write_index(self._folder / "chunks.sqlite", self.chunks)
             self._cleanup = stack.pop_all()
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for kind in self.target.kinds:
             modules = self.target.of_kind(kind)
             shapes[f"{kind}.a"] = (len(self.chunks), len(modules), self.ranks[kind], modules[0].d_in)
@@ -64,16 +74,19 @@ class AdapterWriter:
 
     def open_factors(self, shared: dict[str, Tensor]) -> None:
         """Lay out factors.safetensors: the header, the shared LoRA, and room for each chunk's factors."""
-        import torch
-
         header: dict[str, Any] = {"__metadata__": {"format": "pt", "loracast": str(FORMAT)}}
         offset = 0
         self._places: dict[str, int] = {}
-        sizes = {name: tuple(shape) for name, shape in self._shapes.items()}
-        sizes |= {name: tuple(value.shape) for name, value in shared.items()}
-        for name, shape in sizes.items():
-            n_bytes = 2 * int(torch.tensor(shape).prod())
-            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
+        is_int8 = self.storage == "int8"
+        sizes: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, shape in self._shapes.items():
+            sizes[name] = ("I8" if is_int8 else "BF16", shape)
+            if is_int8:
+                sizes[name + SCALE] = ("BF16", (*shape[:-1], 1))
+        sizes |= {name: ("BF16", tuple(value.shape)) for name, value in shared.items()}
+        for name, (dtype, shape) in sizes.items():
+            n_bytes = (1 if dtype == "I8" else 2) * math.prod(shape)
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
             self._places[name] = offset
             offset += n_bytes
         encoded = json.dumps(header).encode()
@@ -83,7 +96,7 @@ class AdapterWriter:
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
         self._file.truncate(self._start + offset)
         for name, value in shared.items():
-            self._write(name, 0, value)
+            self._write(name, 0, value.detach().bfloat16())
 
     def add(self, expanded: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Append the factors of the next chunks, as the hypernetwork casts them."""
@@ -95,29 +108,35 @@ class AdapterWriter:
                 )
             n = a.shape[0]
             for side, rows in (("a", a), ("b", b)):
-                self._write(f"{kind}.{side}", self._n_added * rows[0].numel() * 2, rows)
+                self._put(f"{kind}.{side}", rows)
         self._n_added += n
+
+    def _put(self, name: str, rows: Tensor) -> None:
+        """The rows [n, modules, r, d] of the next n chunks, as they are kept."""
+        kept = {name: rows.detach().bfloat16()}
+        if self.storage == "int8":
+            kept = dict(zip((name, name + SCALE), quantised(kept[name]), strict=True))
+        for part, value in kept.items():
+            self._write(part, self._n_added * value[0].numel() * value.element_size(), value)
 
     def _write(self, name: str, offset: int, value: Tensor) -> None:
         import torch
 
         assert self._file is not None, "open_factors comes first"
         self._file.seek(self._start + self._places[name] + offset)
-        self._file.write(value.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().data)
+        self._file.write(value.cpu().contiguous().view(torch.uint8).numpy().data)
 
     def finish(self, manifest: Manifest, *, replace: bool) -> Adapter:
         """Flush everything, write the manifest, and have the library take the folder in under its name."""
-        if self._n_added != len(self.chunks):
-            raise AdapterError(f"{self._n_added} of {len(self.chunks)} chunks were written")
-        assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        whole = with_changes(
-            manifest,
-            factors_sha256=file_sha256(self._folder / "factors.safetensors"),
-            chunks_sha256=file_sha256(self._folder / "chunks.sqlite"),
-        )
+        whole = with_changes(manifest, chunks_sha256=file_sha256(self._folder / "chunks.sqlite"))
+        if self.storage != "text":
+            if self._n_added != len(self.chunks):
+                raise AdapterError(f"{self._n_added} of {len(self.chunks)} chunks were written")
+            assert self._file is not None
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            whole = with_changes(whole, factors_sha256=file_sha256(self._folder / "factors.safetensors"))
         whole.write(self._folder / "adapter.json")
         sync_folder(self._folder)
         return add_adapter(self.library, self.name, self._folder, whole, replace=replace)

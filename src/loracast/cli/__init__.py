@@ -21,6 +21,7 @@ from loracast.cli import (
     ask,
     chat,
     combine,
+    compact,
     demo,
     deploy,
     diff,
@@ -118,6 +119,7 @@ app.command()(diff.diff)
 app.command()(edit.edit)
 app.command()(rm.rm)
 app.command()(gc.gc)
+app.command()(compact.compact)
 app.command()(verify.verify)
 app.command()(route.route)
 app.command()(combine.combine)

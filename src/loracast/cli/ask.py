@@ -23,6 +23,7 @@ def ask(
     seed: options.Seed = None,
     system: options.System = None,
     base: options.Base = None,
+    hypernetwork: options.AnswerersHypernetwork = None,
     library: options.Library = None,
     device: options.Device = None,
     as_json: options.Json = False,
@@ -39,7 +40,7 @@ def ask(
     started = time.perf_counter()
     for name in adapters or []:
         open_adapter(library or library_dir(), name)  # a wrong name is told before a model is loaded
-    answerer = open_answerer(base, library, device)
+    answerer = open_answerer(base, library, device, hypernetwork)
     load_s = time.perf_counter() - started
 
     from loracast.generate import Sampling

@@ -39,6 +39,7 @@ def chat(
     seed: options.Seed = None,
     system: options.System = None,
     base: options.Base = None,
+    hypernetwork: options.AnswerersHypernetwork = None,
     library: options.Library = None,
     device: options.Device = None,
 ) -> None:
@@ -48,7 +49,7 @@ def chat(
 
     for name in adapters or []:
         open_adapter(library or library_dir(), name)  # a wrong name is told before a model is loaded
-    answerer = open_answerer(base, library, device)
+    answerer = open_answerer(base, library, device, hypernetwork)
 
     from loracast.generate import Sampling
     from loracast.model import ASK_SYSTEM_TURN

@@ -16,6 +16,7 @@ from loracast.cli.session import open_model
 if TYPE_CHECKING:
     from loracast.bulk import BulkReport, Outcome
     from loracast.model import Model
+    from loracast.storage import Storage
 
 
 class FolderLearner:
@@ -31,6 +32,7 @@ class FolderLearner:
         folder: Path,
         *,
         chunk_tokens: int,
+        storage: Storage,
         base: str | None,
         hypernetwork: str | None,
         library: Path | None,
@@ -47,9 +49,9 @@ class FolderLearner:
         weights = file_sha256(where / "model.safetensors") if where.is_dir() else str(where)
         self.folder, self.library = folder, library or library_dir()
         self.again, self.remove_gone = again, remove_gone
-        self.made_by = f"{base or DEFAULT_BASE} {weights} {chunk_tokens}"
+        self.made_by = f"{base or DEFAULT_BASE} {weights} {chunk_tokens} {storage}"
         self._open = lambda: open_model(base, hypernetwork, library, device)
-        self._chunk_tokens = chunk_tokens
+        self._chunk_tokens, self._storage = chunk_tokens, storage
         self._model: Model | None = None
         self._told: set[tuple[str, str | None]] = set()
 
@@ -59,7 +61,9 @@ class FolderLearner:
         document = read_document(path)
         if self._model is None:
             self._model = self._open()
-        self._model.learn(document, adapter_name, max_chunk_tokens=self._chunk_tokens, replace=True)
+        self._model.learn(
+            document, adapter_name, max_chunk_tokens=self._chunk_tokens, storage=self._storage, replace=True
+        )
 
     def run(self) -> BulkReport:
         """Once through the folder; files that fail are told on the way."""

@@ -30,6 +30,7 @@ def learn(
         bool, typer.Option("--again", help="Of a folder, learn also what has not changed, and what failed before.")
     ] = False,
     chunk_tokens: options.ChunkTokens = 256,
+    storage: options.StorageOption = "bf16",
     base: options.Base = None,
     hypernetwork: options.Hypernetwork = None,
     library: options.Library = None,
@@ -45,7 +46,7 @@ def learn(
         if name is not None:
             raise typer.BadParameter("adapters of a folder are named after its files", param_hint="--name")
         learner = FolderLearner(
-            Path(file), again=again, chunk_tokens=chunk_tokens,
+            Path(file), again=again, chunk_tokens=chunk_tokens, storage=storage,
             base=base, hypernetwork=hypernetwork, library=library, device=device,
         )  # fmt: skip
         learn_files(learner, as_json=as_json)
@@ -61,7 +62,7 @@ def learn(
     if not replace:
         check_free(library or library_dir(), name, unless_from=document.sha256)  # before a model is loaded for nothing
     model = open_model(base, hypernetwork, library, device)
-    adapter = learn_visibly(model, document, name, max_chunk_tokens=chunk_tokens, replace=replace)
+    adapter = learn_visibly(model, document, name, max_chunk_tokens=chunk_tokens, storage=storage, replace=replace)
     if as_json:
         print_json({**report(adapter), "total_s": round(time.perf_counter() - started, 3)})
     else:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from loracast.storage import Storage
+
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 
 
@@ -36,6 +38,10 @@ Base = Annotated[str | None, typer.Option("--base", help="Embedded base, local f
 Hypernetwork = Annotated[
     str | None, typer.Option("--hypernetwork", help="Folder or hub id of a hypernetwork; the shipped one by default.")
 ]
+AnswerersHypernetwork = Annotated[
+    str | None,
+    typer.Option("--hypernetwork", help="For adapters that keep only their text: the one that they were learned with."),
+]
 Library = Annotated[Path | None, typer.Option("--library", help="Folder of adapters; your own library by default.")]
 Device = Annotated[
     str | None,
@@ -43,6 +49,12 @@ Device = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
+StorageOption = Annotated[
+    Storage,
+    typer.Option(
+        "--storage", help="How factors are kept: bf16, int8 (half the size), or text (none; made when asked)."
+    ),
+]
 ChunkTokens = Annotated[int, typer.Option(min=16, help="Longest chunk.")]
 
 Adapters = Annotated[

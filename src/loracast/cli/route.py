@@ -80,7 +80,7 @@ def _matching(adapter: Adapter, question: str) -> dict[str, Any]:
     """The chunks of one document that match a question best."""
     from loracast.routing import search
 
-    found = search(adapter.folder / "chunks.sqlite", question, _BEST)
+    found = search(adapter.index, question, _BEST)
     chunks = _described(adapter, [i for i, _ in found], [score for _, score in found], [None] * len(found))
     return {"adapter": adapter.name, "reason": "", "chunks": chunks}
 
@@ -89,19 +89,17 @@ def _described(
     adapter: Adapter, chunks: Sequence[int], scores: Sequence[float], weights: Sequence[float | None]
 ) -> list[dict[str, Any]]:
     """Chunks with what is known of them."""
-    from loracast.routing import chunk_places, chunk_texts
+    from loracast.routing import read_chunks
 
-    index = adapter.folder / "chunks.sqlite"
-    places, texts = chunk_places(index), chunk_texts(index, chunks)
     return [
         {
             "chunk": i,
             "score": round(score, 3),
             "weight": None if weight is None else round(weight, 3),
-            "heading": places[i].heading,
-            "start": places[i].start,
-            "end": places[i].end,
-            "text": text,
+            "heading": chunk.heading,
+            "start": chunk.start,
+            "end": chunk.end,
+            "text": chunk.text,
         }
-        for i, score, weight, text in zip(chunks, scores, weights, texts, strict=True)
+        for i, score, weight, chunk in zip(chunks, scores, weights, read_chunks(adapter.index, chunks), strict=True)
     ]

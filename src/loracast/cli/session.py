@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loracast.adapter import Adapter
     from loracast.documents import Document
     from loracast.model import Answerer, Model
+    from loracast.storage import Storage
 
 
 def open_model(base: str | None, hypernetwork: str | None, library: Path | None, device: str | None) -> Model:
@@ -25,12 +26,14 @@ def open_model(base: str | None, hypernetwork: str | None, library: Path | None,
         return load(base, hypernetwork, library=library, device=device, say=tell)
 
 
-def open_answerer(base: str | None, library: Path | None, device: str | None) -> Answerer:
+def open_answerer(
+    base: str | None, library: Path | None, device: str | None, hypernetwork: str | None = None
+) -> Answerer:
     """The base alone, which answers with the adapters there are."""
     with _loading(device) as tell:
         from loracast.model import load_answerer
 
-        return load_answerer(base, library=library, device=device, say=tell)
+        return load_answerer(base, hypernetwork, library=library, device=device, say=tell)
 
 
 @contextmanager
@@ -51,7 +54,13 @@ def _loading(device: str | None) -> Iterator[Callable[[str], None]]:
 
 
 def learn_visibly(
-    model: Model, document: Document, name: str, *, max_chunk_tokens: int = 256, replace: bool = False
+    model: Model,
+    document: Document,
+    name: str,
+    *,
+    max_chunk_tokens: int = 256,
+    storage: Storage = "bf16",
+    replace: bool = False,
 ) -> Adapter:
     """Learn a document with a progress bar on a terminal; its warnings go to standard error."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -71,6 +80,7 @@ def learn_visibly(
             document,
             name,
             max_chunk_tokens=max_chunk_tokens,
+            storage=storage,
             replace=replace,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

@@ -35,14 +35,14 @@ def show(
     """
     from loracast.library import find, open_adapter, versions
     from loracast.paths import library_dir
-    from loracast.routing import Place, chunk_places
+    from loracast.routing import read_chunks
 
     where = library or library_dir()
     adapter, entry = open_adapter(where, name), find(where, name)
     adapter.verify()
     manifest = adapter.manifest
-    places: list[Place] = chunk_places(adapter.folder / "chunks.sqlite") if chunks else []
-    norms = chunk_norms(adapter)
+    places = read_chunks(adapter.index) if chunks else []
+    norms = {} if manifest.storage == "text" else chunk_norms(adapter)
     modules = module_sizes(adapter, plot) if layers or plot else []
     if as_json:
         report: dict[str, Any] = {
@@ -58,7 +58,7 @@ def show(
             "norms": norms,
         }
         if chunks:
-            report["chunks"] = [asdict(place) for place in places]
+            report["chunks"] = [{k: v for k, v in asdict(place).items() if k != "text"} for place in places]
         if modules:
             report["modules"] = [asdict(module) for module in modules]
         print_json(report)
@@ -79,7 +79,7 @@ def show(
         facts["document"] = f"{manifest.n_tokens:,} tokens in {chunks_text} of at most {manifest.max_chunk_tokens}"
     each = " for each chunk" * (manifest.kind == "document")
     facts |= {
-        "factors": f"rank {manifest.rank_text}{each}, layers {targeted[0]} to {targeted[-1]}",
+        "factors": f"rank {manifest.rank_text}{each}, layers {targeted[0]} to {targeted[-1]}; kept as {manifest.storage}",
         "base": f"{manifest.made_for.base}, weights {manifest.made_for.norms}",
         "hypernetwork": manifest.hypernetwork or "-",
         "size": f"{size(adapter.n_bytes)} in {adapter.folder}",

@@ -23,6 +23,7 @@ def sync(
         bool, typer.Option("--again", help="Learn also what has not changed, and what failed before.")
     ] = False,
     chunk_tokens: options.ChunkTokens = 256,
+    storage: options.StorageOption = "bf16",
     base: options.Base = None,
     hypernetwork: options.Hypernetwork = None,
     library: options.Library = None,
@@ -34,7 +35,7 @@ def sync(
     Only adapters that were learned from this folder in this way, and are still the same, are deleted.
     """
     learner = FolderLearner(
-        folder, again=again, chunk_tokens=chunk_tokens, remove_gone=True,
+        folder, again=again, chunk_tokens=chunk_tokens, storage=storage, remove_gone=True,
         base=base, hypernetwork=hypernetwork, library=library, device=device,
     )  # fmt: skip
     learn_files(learner, as_json=as_json)
@@ -45,6 +46,7 @@ def watch(
         Path, typer.Argument(metavar="FOLDER", help="Folder of documents.", exists=True, file_okay=False)
     ],
     chunk_tokens: options.ChunkTokens = 256,
+    storage: options.StorageOption = "bf16",
     base: options.Base = None,
     hypernetwork: options.Hypernetwork = None,
     library: options.Library = None,
@@ -54,7 +56,7 @@ def watch(
     import watchfiles
 
     learner = FolderLearner(
-        folder, chunk_tokens=chunk_tokens, remove_gone=True,
+        folder, chunk_tokens=chunk_tokens, storage=storage, remove_gone=True,
         base=base, hypernetwork=hypernetwork, library=library, device=device,
     )  # fmt: skip
     say(f"watching {folder}; Ctrl-C ends it")

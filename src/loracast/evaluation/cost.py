@@ -23,6 +23,7 @@ from loracast.evaluation.run import warm_up
 from loracast.evaluation.systems import Case, Setup, in_window
 from loracast.generate import Sampling, answer
 from loracast.learn import learn_document
+from loracast.library import open_adapter
 from loracast.model import ASK_SYSTEM_TURN, Model
 from loracast.routing import DEFAULT_ROUTE
 from loracast.texts import read_texts
@@ -102,7 +103,7 @@ def evaluate_latency(
         learn_document(
             model.base, model.hypernet, model.hypernet_hash, model.encoder, document.document, Path(scratch), "document"
         )
-        adapter = Adapter(Path(scratch) / "document")
+        adapter = open_adapter(Path(scratch), "document")
         warm_up(setup)
         for i, needle in enumerate(sample.needles):
             case = Case(document, document, needle.question, needle.answer, 0)

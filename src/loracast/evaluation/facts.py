@@ -20,6 +20,7 @@ from loracast.evaluation.run import N_TIMED, Outcome, ask_all, groups, summary, 
 from loracast.evaluation.systems import SYSTEMS, Case, Setup, check_systems
 from loracast.model import Model
 from loracast.routing import DEFAULT_ROUTE
+from loracast.storage import Storage
 from loracast.training.facts import FactSheet, Split, make_sheet
 
 _SHEETS_PER_GROUP = 8  # whose questions are answered together
@@ -45,6 +46,7 @@ class FactsConfig:
     route: int = DEFAULT_ROUTE
     """Chunks that a question is given when routed."""
     chunk_tokens: int = 256
+    storage: Storage = "bf16"
     """Longest chunk."""
     systems: tuple[str, ...] = tuple(SYSTEMS)
     """Rivals to run."""
@@ -95,7 +97,7 @@ def _ask(
 
     def make(i: int) -> tuple[FactSheet, InMemoryAdapter]:
         sheet = make_sheet(random.Random(f"{config.seed}/{n_facts}/{i}"), n_facts, split=config.split)
-        return sheet, InMemoryAdapter(setup.model, sheet.text, sheet.title, config.chunk_tokens)
+        return sheet, InMemoryAdapter(setup.model, sheet.text, sheet.title, config.chunk_tokens, config.storage)
 
     for first, documents in groups(config.sheets, _SHEETS_PER_GROUP, make, budget_s):
         cases = []

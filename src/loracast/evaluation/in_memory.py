@@ -1,7 +1,7 @@
 """Documents learned without a disk: what an adapter holds, in memory, many of them cast in one batch.
 
 The chunks, the index and the factors are made by the same code as an adapter's (learn.py, routing.py, adapter.py), in the same
-precision (bf16); only where they lie differs, which a test compares.
+precision; only where they lie differs, which a test compares.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from loracast.learn import expand_chunks, shared_factors, split_document
 from loracast.lora import LoRA
 from loracast.model import Model
 from loracast.routing import Route, pick, write_index
+from loracast.storage import Storage, as_kept
 
 
 class InMemoryAdapter:
     """A document's chunks with their index; the factors of a chunk come with `cast`."""
 
-    def __init__(self, model: Model, text: str, title: str = "", max_chunk_tokens: int = 256):
+    def __init__(
+        self, model: Model, text: str, title: str = "", max_chunk_tokens: int = 256, storage: Storage = "bf16"
+    ):
         self.document = Document(title, text, None, "text/plain", sha256="", n_bytes=len(text.encode()))
         self.chunks = split_document(model.base, self.document, max_chunk_tokens)
         self._index = sqlite3.connect(":memory:")
@@ -33,6 +36,7 @@ class InMemoryAdapter:
         self._target, self._most_summed = model.hypernet.config.target, model.hypernet.config.most_summed
         self._shared = {name: value.bfloat16() for name, value in shared_factors(model.hypernet).items()}
         self._factors: dict[str, Tensor] = {}  # "down_proj.a" [chunks, layers, r, in], rows filled by `put`
+        self._storage = storage
         self._is_cast = [False] * len(self.chunks)
 
     @property
@@ -64,7 +68,7 @@ class InMemoryAdapter:
                 if name not in self._factors:
                     shape = (len(self.chunks), *rows.shape)
                     self._factors[name] = torch.empty(shape, dtype=torch.bfloat16, device=rows.device)
-                self._factors[name][chunk].copy_(rows)
+                self._factors[name][chunk].copy_(as_kept(rows, self._storage))
         self._is_cast[chunk] = True
 
     def lora(self, chunks: Sequence[int] | Mapping[int, float] | None = None) -> LoRA:

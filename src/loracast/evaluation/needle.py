@@ -22,6 +22,7 @@ from loracast.evaluation.run import N_TIMED, Outcome, ask_all, groups, summary, 
 from loracast.evaluation.systems import SYSTEMS, Case, Setup, check_systems
 from loracast.model import Model
 from loracast.routing import DEFAULT_ROUTE
+from loracast.storage import Storage
 from loracast.texts import read_texts
 from loracast.training.facts import Split
 from loracast.training.needle import load_content, make_needles
@@ -58,6 +59,7 @@ class NeedleConfig:
     route: int = DEFAULT_ROUTE
     """Chunks that a question is given when routed."""
     chunk_tokens: int = 256
+    storage: Storage = "bf16"
     """Longest chunk."""
     systems: tuple[str, ...] = tuple(SYSTEMS)
     """Rivals to run."""
@@ -138,7 +140,9 @@ def _ask(
 
     def make(i: int) -> tuple[Sample, InMemoryAdapter]:
         sample = make_sample(config, haystack, length, i)
-        return sample, InMemoryAdapter(setup.model, sample.text, max_chunk_tokens=config.chunk_tokens)
+        return sample, InMemoryAdapter(
+            setup.model, sample.text, max_chunk_tokens=config.chunk_tokens, storage=config.storage
+        )
 
     size = max(1, min(32, _TOKENS_PER_GROUP // length))
     for first, documents in groups(n, size, make, budget_s):

@@ -23,7 +23,7 @@ from loracast.files import write_atomically
 from loracast.fingerprint import check, config_fingerprint
 from loracast.lora import LoRA
 from loracast.manifest import VERSION_DIGITS
-from loracast.routing import chunk_places, chunk_texts
+from loracast.routing import read_chunks
 
 Format = Literal["peft", "vllm", "gguf", "mlx", "ollama", "merged"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -77,14 +77,13 @@ def export_adapter(
         return [writer.write(adapter.lora(), out, adapter.name)]
     if to == "merged" or adapter.manifest.n_chunks < 2:
         raise AdapterError("chunk by chunk goes a document of several chunks, and not into the base's weights")
-    index = adapter.folder / "chunks.sqlite"
     made, chunks = [], []
-    for i, (text, place) in enumerate(zip(chunk_texts(index), chunk_places(index), strict=True)):
+    for i, chunk in enumerate(read_chunks(adapter.index)):
         made.append(writer.write(adapter.lora([i]), out / f"chunk-{i:05d}", f"{adapter.name}-{i}"))
-        chunks.append({"chunk": i, "path": str(made[-1].path.relative_to(out)), **asdict(place), "text": text})
+        chunks.append({"chunk": i, "path": str(made[-1].path.relative_to(out)), **asdict(chunk)})
     listing = {"adapter": adapter.version, "factors_sha256": adapter.manifest.factors_sha256, "chunks": chunks}
     write_atomically(out / "chunks.json", json.dumps(listing, indent=1, ensure_ascii=False).encode())
-    shutil.copyfile(index, out / index.name)
+    shutil.copyfile(adapter.index, out / adapter.index.name)
     return made
 
 

@@ -16,7 +16,7 @@ from loracast.errors import AdapterError, LoracastError
 from loracast.export.adapter import export_adapter
 from loracast.library import open_adapter
 from loracast.manifest import VERSION_DIGITS
-from loracast.routing import chunk_texts
+from loracast.routing import read_chunks
 
 _PREFIX = "loracast:"
 _NAMED = re.compile(rf"(?P<name>[^@]+)(?:@(?P<sha>[0-9a-f]{{{VERSION_DIGITS}}}))?")
@@ -84,7 +84,7 @@ def deploy(adapter: Adapter, url: str, exports: Path, *, path_there: str | None 
         raise LoracastError(f"the server at {url} serves no base model")
     if name not in [model["id"] for model in models]:
         _call(url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(where)})
-    prompts = [text[:400] for text in chunk_texts(adapter.folder / "chunks.sqlite")[:3]]
+    prompts = [chunk.text[:400] for chunk in read_chunks(adapter.index)[:3]]
     if all(_probe(url, base, prompt) == _probe(url, name, prompt) for prompt in prompts):
         _call(url, "/v1/unload_lora_adapter", {"lora_name": name})
         raise LoracastError(

@@ -1,0 +1,30 @@
+"""`loracast compact`: adapters in less space."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from loracast.cli import options
+from loracast.cli.output import size
+from loracast.storage import Storage
+
+
+def compact(
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Adapters.")],
+    storage: Annotated[
+        Storage, typer.Option(help="int8 takes half the space; text keeps no factors: they are made when asked.")
+    ] = "int8",
+    library: options.Library = None,
+) -> None:
+    """Keep adapters in less space, as new versions; `loracast gc --keep 1` deletes the larger ones."""
+    from loracast.compact import compact as make_compact
+    from loracast.library import open_adapter
+    from loracast.paths import library_dir
+
+    folder = library or library_dir()
+    for name in options.distinct(names):
+        before = open_adapter(folder, name).n_bytes
+        adapter = make_compact(folder, name, storage)
+        print(f"{adapter.version}: {size(adapter.n_bytes)} as {storage}, {size(before)} before")
