@@ -178,7 +178,7 @@ def test_numbers_that_are_not_finite_are_refused_on_both_sides(bad, tmp_path):
     change_factors(adapter.folder, lambda tensors: tensors["down_proj.b"][1, 0, 0].fill_(bad))
     opened = Adapter(adapter.folder)
     assert opened.lora([0]).rank == 2
-    with pytest.raises(AdapterError, match=r"not finite in down_proj\.b"):
+    with pytest.raises(AdapterError, match=r"down_proj\.b holds numbers that are not finite"):
         opened.lora([0, 1])
     factors = random_factors(3)
     factors["q_proj"][0][2, 1, 0, 0] = bad
@@ -203,7 +203,7 @@ def test_damaged_factors_are_refused(damage, tmp_path):
         header = (2**40).to_bytes(8, "little") + whole[8:]
         content = {"truncated": whole[:-7], "empty": b"", "pickle": pickle.dumps([1]), "header": header}
         path.write_bytes(content[damage])
-    with pytest.raises(AdapterError, match="cannot be read"):
+    with pytest.raises(AdapterError, match=r"cannot be used: factors\.safetensors"):
         Adapter(adapter.folder).lora()
 
 

@@ -21,12 +21,14 @@ from loracast.manifest import VERSION_DIGITS, Manifest
 from loracast.routing import read_chunks
 from loracast.storage import SCALE, restored
 from loracast.target import Target, share_of_sum
+from loracast.tensor_file import number_faults, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from loracast.lora import LoRA
 
+FACTORS = "factors.safetensors"
 Recast = Callable[[Sequence[str]], "dict[str, Tensor]"]
 """Chunks as an encoder reads them -> their factors, named and shaped as in factors.safetensors, the document-independent ones among them."""
 
@@ -64,7 +66,7 @@ class Adapter:
     def problems(self) -> list[str]:
         """What differs from the hashes in the manifest, or cannot be read."""
         found = []
-        hashes = {"factors.safetensors": self.manifest.factors_sha256, "chunks.sqlite": self.manifest.chunks_sha256}
+        hashes = {FACTORS: self.manifest.factors_sha256, "chunks.sqlite": self.manifest.chunks_sha256}
         for name, sha256 in hashes.items():
             try:
                 if sha256 and file_sha256(self.folder / name) != sha256:
@@ -101,11 +103,8 @@ class Adapter:
         rows = self.rows(wanted)
         if not document_independent:
             rows = {name: value for name, value in rows.items() if ".shared." not in name}
-        # aminmax carries NaN and infinity through, in one pass and without a copy.
-        if damaged := [name for name, value in rows.items() if not all(m.isfinite() for m in value.aminmax())]:
-            raise AdapterError(
-                f"the factors of {self.name!r} are damaged: numbers that are not finite in {', '.join(damaged)}"
-            )
+        if damaged := number_faults(rows.items()):
+            raise AdapterError(f"the factors of {self.name!r} are damaged: {'; '.join(damaged)}")
         lora = join_chunks(self.manifest.target, rows, self.manifest.most_summed, weights)
         if len(self._loras) >= 8:
             self._loras.pop(next(iter(self._loras)))
@@ -132,32 +131,65 @@ class Adapter:
         return {n: take(n) if ".shared." in n else restored(take(n), take(n + SCALE)) for n in names}
 
     def _open(self) -> Any:
-        """The mapped factors, after a look at their names and shapes."""
-        from safetensors import SafetensorError, safe_open
+        """The mapped factors, after a look at the file's header."""
+        if self._factors is None:
+            from safetensors import safe_open
 
-        if self._factors is not None:
-            return self._factors
-        try:
-            reader = safe_open(self.folder / "factors.safetensors", framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise AdapterError(
-                f"the factors of {self.name!r} cannot be read ({error}); learn the document again"
-            ) from error
+            if faults := self.header_faults():
+                raise AdapterError(
+                    f"the factors of {self.name!r} cannot be used: {'; '.join(faults)}; learn the document again"
+                )
+            self._factors = safe_open(self.folder / FACTORS, framework="pt")
+        return self._factors
+
+    def header_faults(self) -> list[str]:
+        """What in the header of the factors' file is wrong, or does not fit adapter.json."""
+        if (self.folder / FACTORS).is_symlink():
+            return [f"{FACTORS} is a link"]
+        stored, faults = read_header(self.folder / FACTORS)
+        if not stored:
+            return faults or [f"{FACTORS} is empty"]
         m = self.manifest
-        stored = {name: reader.get_slice(name).get_shape() for name in reader.keys()}  # noqa: SIM118  (no mapping)
-        wanted = _shapes(m, stored)
-        problems = [f"{name} is missing" for name in wanted if name not in stored]
-        problems += [f"{name} is unknown" for name in stored if name not in wanted]
+        wanted = _shapes(m, {name: info.shape for name, info in stored.items()})
+        faults += [f"{name} is missing" for name in wanted if name not in stored]
+        faults += [f"{name[:200]} is unknown" for name in stored if name not in wanted]
         for name in sorted(stored.keys() & wanted.keys()):
-            if stored[name] != wanted[name]:
-                problems.append(f"{name} is {stored[name]}, not {wanted[name]}")
+            if list(stored[name].shape) != wanted[name]:
+                faults.append(f"{name} is {list(stored[name].shape)}, not {wanted[name]}")
             is_bytes = m.storage == "int8" and ".shared." not in name and not name.endswith(SCALE)
-            if (dtype := reader.get_slice(name).get_dtype()) != (right := "I8" if is_bytes else "BF16"):
-                problems.append(f"{name} is of type {dtype}, not {right}")
-        if problems:
-            raise AdapterError(f"the factors of {self.name!r} do not fit its adapter.json: {'; '.join(problems)}")
-        self._factors = reader
-        return reader
+            if stored[name].dtype != (right := "I8" if is_bytes else "BF16"):
+                faults.append(f"{name} is of type {stored[name].dtype}, not {right}")
+        return faults
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with an adapter from elsewhere: its files, their hashes, header, shapes and numbers, and its index."""
+        there = {path.name: path for path in self.folder.iterdir()}
+        wanted = {"adapter.json", "chunks.sqlite"} | ({FACTORS} if self.manifest.storage != "text" else set())
+        found = [f"{name} is missing" for name in sorted(wanted - there.keys())]
+        found += [
+            f"{name} is a link or no file" for name in sorted(wanted & there.keys()) if not _is_plain(there[name])
+        ]
+        found += [f"{name[:200]} does not belong there" for name in sorted(there.keys() - wanted)]
+        if found:
+            return found
+        found = self.problems()
+        try:
+            if (n := len(read_chunks(self.index))) != self.manifest.n_chunks:
+                found.append(f"chunks.sqlite has {n} chunks, adapter.json says {self.manifest.n_chunks}")
+        except AdapterError as error:
+            found.append(str(error))
+        if self.manifest.storage == "text":
+            return found
+        header = self.header_faults()
+        if not header:
+            reader = self._open()
+            names = [name for name, info in read_header(self.folder / FACTORS)[0].items() if info.dtype != "I8"]
+            found += number_faults((name, reader.get_tensor(name)) for name in names)
+        return found + header
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def loras_together(picked: Sequence[tuple[Adapter, Mapping[int, float] | None]]) -> list[LoRA]:

@@ -45,9 +45,9 @@ def inject(model: nn.Module, loras: LoRA | LoRABatch | Sequence[LoRA | None] | N
             handle.remove()
 
 
-def check_fits(model: nn.Module, lora: LoRA) -> None:
-    """Refuse a LoRA for modules that a base lacks, or that have other shapes. Raises AdapterError, all of them in one message."""
-    _modules_for(model, stack([lora]))
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of each linear module of a base."""
+    return {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 def _modules_for(model: nn.Module, batch: LoRABatch) -> dict[str, nn.Linear]:

@@ -66,7 +66,7 @@ def import_(
     It is checked against the base: every module must be there, with the same shape.
     """
     from loracast.base import load_base
-    from loracast.inject import check_fits
+    from loracast.inject import linear_shapes
     from loracast.keep import keep_lora
     from loracast.library import check_free
     from loracast.manifest import check_name, name_from
@@ -77,9 +77,8 @@ def import_(
     name = check_name(name or name_from(source.resolve().name))
     if not replace:
         check_free(folder, name)
-    lora = read_peft(source)
     loaded = load_base(base, device="cpu", say=say)
-    check_fits(loaded.model, lora)
+    lora = read_peft(source, linear_shapes(loaded.model))
     title = f"LoRA from {source.resolve().name}"
     made = keep_lora(
         lora,

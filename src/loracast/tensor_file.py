@@ -1,0 +1,104 @@
+"""Safetensors files from elsewhere, looked over before anything is loaded: every fault of the header, the layout and the numbers.
+
+The format: eight bytes with the header's length, the header (JSON: name -> dtype, shape, offsets), then the tensors, one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Of one number, by safetensors' name of its type; other types occur in no adapter."""
+MAX_ABS = 1e4
+"""A factor with larger numbers than this was never trained: in bf16 a product of two such rows is no weight of anything."""
+_MAX_HEADER = 100_000_000  # as the library has it
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
+    """The tensors that a file says it has, and everything that is wrong with it; of a file that is none of the format, no tensors.
+
+    No tensor is read.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return {}, [f"{path.name} is not a file"]
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            n_bytes = path.stat().st_size
+            if n_bytes < 10 or not 2 <= length <= min(_MAX_HEADER, n_bytes - 8):
+                return {}, [
+                    f"{path.name} is no safetensors file, or cut short: its header would have {length:,} of {n_bytes:,} bytes"
+                ]
+            encoded = file.read(length)
+    except OSError as error:
+        return {}, [f"{path.name} cannot be read: {error.strerror}"]
+    faults: list[str] = []
+    try:
+        header = json.loads(encoded, object_pairs_hook=lambda pairs: _without_doubles(pairs, faults))
+    except (ValueError, RecursionError):
+        return {}, [f"{path.name} is no safetensors file: its header is no JSON"]
+    if not isinstance(header, dict):
+        return {}, [f"{path.name} is no safetensors file: its header is no object"]
+    header.pop("__metadata__", None)
+    found: dict[str, TensorInfo] = {}
+    spans = []
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            faults.append(f"{name[:200]}: its entry in the header is none")
+            continue
+        if dtype not in BYTES:
+            faults.append(f"{name[:200]}: unknown type {str(dtype)[:20]!r}")
+        elif end - start != BYTES[dtype] * math.prod(shape):
+            faults.append(f"{name[:200]}: {end - start:,} bytes are no {dtype} of {list(shape)}")
+        found[name] = TensorInfo(str(dtype), shape)
+        spans.append((start, end))
+    at = 0
+    for start, end in sorted(spans):
+        if start != at:
+            faults.append(f"the tensors of {path.name} do not lie one after the other")
+            break
+        at = end
+    else:
+        if at != n_bytes - 8 - length:
+            faults.append(f"{path.name} has {n_bytes - 8 - length:,} bytes of numbers, and its header says {at:,}")
+    return found, faults
+
+
+def number_faults(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Which tensors hold numbers that are not finite, or larger than any factor has."""
+    faults = []
+    for name, value in tensors:
+        if value.numel():
+            low, high = (m.item() for m in value.float().aminmax())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                faults.append(f"{name} holds numbers that are not finite")
+            elif max(-low, high) > MAX_ABS:
+                faults.append(f"{name} holds numbers up to {max(-low, high):.2g}, which no factor has")
+    return faults
+
+
+def _without_doubles(pairs: list[tuple[str, Any]], faults: list[str]) -> Mapping[str, Any]:
+    faults += [f"{name[:200]} is in the header {n} times" for name, n in Counter(n for n, _ in pairs).items() if n > 1]
+    return dict(pairs)
