@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import shutil
 import warnings
 from pathlib import Path
 
@@ -362,3 +363,38 @@ def test_an_adapter_of_another_base_is_refused_when_it_is_used(model, tmp_path):
     stored.write_text(json.dumps(manifest))
     with pytest.raises(BaseModelError, match="a-bigger-one"):
         model.ask("What is the code?", "text")
+
+
+# ---- adapters of released versions are opened for ever
+
+GOLDEN = Path(__file__).parent / "files" / "adapter-format-1"
+VERSIONS = {
+    "bf16": "1fc0a27e2eb74f40fe2dc99e47c49c6e4dce44fbd9a6745ef16dae4073549950",
+    "int8": "9f9b5b93feb8210506432674ada7e98f9a7712008fa1c2f11307594380550903",
+    "text": "b7e0e4d6c057b5c8d2b132f4dbd20f2a1352d4f10eef653e341167ec2f04cb10",
+}
+
+
+@pytest.mark.parametrize("storage", VERSIONS)
+@pytest.mark.parametrize("is_early", [False, True])
+def test_an_adapter_of_format_1_is_opened_as_it_always_was(storage, is_early, tmp_path):
+    """Files that were written once and are never written again; a change that needs other files needs another format beside this one."""
+    shutil.copytree(GOLDEN / storage, tmp_path / "doc")
+    if is_early:  # from before these were kept
+        path = tmp_path / "doc" / "adapter.json"
+        stored = json.loads(path.read_text())
+        for key in ("chunks_sha256", "storage", "kind", "strength") if storage == "bf16" else ("chunks_sha256",):
+            del stored[key]
+        path.write_text(json.dumps(stored))
+    assert Adapter(tmp_path / "doc").faults() == []
+    adapter = open_adapter(tmp_path, "doc")  # the library takes it in
+    assert adapter.manifest.version == VERSIONS[storage] and adapter.manifest.title == "A manual"
+    assert [chunk.text for chunk in read_chunks(adapter.index)] == [f"word{i} in chunk {i}" for i in range(3)]
+    if storage == "text":
+        return
+    stored = {k: v.float() for k, v in load_file(adapter.folder / "factors.safetensors").items()}
+    a, b = (stored[f"q_proj.{s}"] * stored.get(f"q_proj.{s}.scale", torch.ones(1)) for s in "ab")
+    shared = stored["q_proj.shared.b"][1].T @ stored["q_proj.shared.a"][1]
+    expected = b[2, 1].T @ a[2, 1] + b[0, 1].T @ a[0, 1] + shared
+    delta = adapter.lora([0, 2]).to(dtype=torch.float32).delta("model.layers.3.self_attn.q_proj")
+    torch.testing.assert_close(delta, expected, atol=0.05, rtol=0.02)
