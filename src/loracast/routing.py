@@ -229,4 +229,6 @@ def _open(path: Path) -> sqlite3.Connection:
         raise AdapterError(
             f"the index {path.name} of the adapter in {path.parent} is missing; learn the document again"
         )
-    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
+    database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
+    database.execute("PRAGMA trusted_schema = OFF")  # it may come from a stranger
+    return database

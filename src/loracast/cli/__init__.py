@@ -32,6 +32,7 @@ from loracast.cli import (
     learn,
     list,
     pull,
+    remote,
     rm,
     route,
     search,
@@ -127,6 +128,8 @@ app.command("import")(combine.import_)
 app.command()(export.export)
 app.command()(deploy.deploy)
 app.command("export-base")(export.export_base)
+app.command("push-adapter")(remote.push)
+app.command("pull-adapter")(remote.pull)
 app.command()(pull.pull)
 app.command()(demo.demo)
 app.add_typer(train.app, name="train")

@@ -1,0 +1,156 @@
+"""Adapters pushed and pulled: to a folder, to memory, to a real S3 server, to the hub's API."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import fsspec
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from adapters import write
+from loracast.cli import app
+from loracast.errors import AdapterError, LoracastError
+from loracast.library import adapter_names, open_adapter, search
+from loracast.remote import factor_bytes, model_card, pull_adapter, push_adapter
+from loracast.upkeep import verify
+
+
+@pytest.fixture(scope="module")
+def s3(monkeypatch_module):
+    """A bucket on a server that speaks S3."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    values = {
+        "ENDPOINT_URL": f"http://{host}:{port}",
+        "ACCESS_KEY_ID": "x",
+        "SECRET_ACCESS_KEY": "x",
+        "DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in values.items():
+        monkeypatch_module.setenv(f"AWS_{name}", value)
+    fsspec.filesystem("s3").mkdir("bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(params=["path", "file", "memory", "s3"])
+def place(request, tmp_path) -> str:
+    if request.param == "s3":
+        return request.getfixturevalue("s3") + f"/{tmp_path.name}"
+    return {"path": str(tmp_path / "there"), "file": f"file://{tmp_path}/there", "memory": f"memory://{tmp_path.name}"}[
+        request.param
+    ]
+
+
+def test_what_was_pushed_is_pulled(place, tmp_path):
+    adapter = write(tmp_path / "one", name="press", title="The press")
+    push_adapter(adapter, place)
+    pulled = pull_adapter(tmp_path / "two", place)
+    assert pulled.version == adapter.version and verify(tmp_path / "two") == []
+    for name in adapter.lora().names:
+        assert torch.equal(pulled.lora([1]).delta(name), adapter.lora([1]).delta(name))
+    assert [hit.name for hit in search(tmp_path / "two", "word1")] == ["press"]
+    assert pull_adapter(tmp_path / "two", place, "other").folder == pulled.folder
+    with fsspec.open(f"{place}/README.md", "rt") as file:
+        assert file.read() == model_card(adapter)
+    newer = write(tmp_path / "one", name="press", seed=2, replace=True)
+    push_adapter(newer, place)
+    with pytest.raises(AdapterError, match="--replace"):
+        pull_adapter(tmp_path / "two", place)
+    assert pull_adapter(tmp_path / "two", place, replace=True).version == newer.version
+
+
+def test_what_is_damaged_is_not_taken(tmp_path):
+    place = tmp_path / "there"
+    adapter = write(tmp_path / "one")
+    push_adapter(adapter, str(place))
+    whole = {path.name: path.read_bytes() for path in place.iterdir()}
+    manifest = json.loads(whole["adapter.json"])
+    cases = {
+        "factors.safetensors is missing": lambda: (place / "factors.safetensors").unlink(),
+        "adapter.json is missing": lambda: (place / "adapter.json").unlink(),
+        "hash differs.*hash differs": lambda: [(place / n).write_bytes(whole[n][:-3] + b"abc") for n in whole if "json" not in n],
+        "not fetched": lambda: (place / "factors.safetensors").open("ab").truncate(10**9),
+        "chunks.sqlite has .* not fetched": lambda: (place / "chunks.sqlite").open("ab").truncate(10**9),
+        "damaged: '../x' is no adapter's name": lambda: (place / "adapter.json").write_text(json.dumps({**manifest, "name": "../x"})),
+    }  # fmt: skip
+    for message, damage in cases.items():
+        for name, content in whole.items():
+            (place / name).write_bytes(content)
+        damage()
+        with pytest.raises(AdapterError, match=message):
+            pull_adapter(tmp_path / "two", str(place))
+    assert adapter_names(tmp_path / "two") == []
+    assert factor_bytes(adapter.manifest) == 2 * 3 * 2 * 2 * (48 + 64 + 96 + 48)
+
+
+@pytest.mark.parametrize("place", ["s4://bucket/x", "file:///nowhere/at/all", "https://127.0.0.1:9/x", "nobody:x"])
+def test_places_that_are_none_are_told_in_a_line(place, tmp_path):
+    adapter = write(tmp_path / "one")
+    with pytest.raises(LoracastError) as caught:
+        pull_adapter(tmp_path / "two", place)
+    assert "\n" not in str(caught.value)
+    if "nowhere" not in place and ":x" not in place:
+        with pytest.raises(LoracastError):
+            push_adapter(adapter, place)
+
+
+def test_the_hub(tmp_path, monkeypatch):
+    """The hub's own client with its calls answered by a folder."""
+    hub = tmp_path / "hub"
+    calls = []
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        calls.append((repo_id, private, exist_ok))
+
+    def create_commit(self, repo_id, operations, *, commit_message):
+        hub.mkdir(exist_ok=True)
+        for operation in operations:
+            source = operation.path_or_fileobj
+            content = source if isinstance(source, bytes) else Path(source).read_bytes()
+            (hub / operation.path_in_repo).write_bytes(content)
+
+    def model_info(self, repo_id, *, files_metadata):
+        return SimpleNamespace(
+            siblings=[SimpleNamespace(rfilename=p.name, size=p.stat().st_size) for p in hub.iterdir()]
+        )
+
+    for call in (create_repo, create_commit, model_info):
+        monkeypatch.setattr(f"huggingface_hub.HfApi.{call.__name__}", call)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo_id, name: str(hub / name))
+    adapter = write(tmp_path / "one", name="press")
+    push_adapter(adapter, "team/press")
+    assert calls == [("team/press", True, True)]
+    assert pull_adapter(tmp_path / "two", "team/press").version == adapter.version
+    shutil.rmtree(hub)
+    hub.mkdir()
+    with pytest.raises(AdapterError, match="there is no adapter"):
+        pull_adapter(tmp_path / "two", "team/press")
+
+
+def test_the_commands(tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(app, [str(a) for a in arguments])
+
+    adapter = write(tmp_path / "one", name="press", title="The press")
+    done = run("push-adapter", "press", tmp_path / "there", "--library", tmp_path / "one")
+    assert done.exit_code == 0 and done.stdout.startswith(f"{adapter.version} (")
+    done = run("pull-adapter", tmp_path / "there", "--name", "mine", "--library", tmp_path / "two")
+    assert done.exit_code == 0 and done.stdout.startswith("pulled mine@") and "The press" in done.stdout
+    assert open_adapter(tmp_path / "two", "mine").faults() == []
+    again = run("pull-adapter", tmp_path / "nowhere", "--library", tmp_path / "two")
+    assert again.exit_code == 1 and again.stderr.count("\n") == 1
