@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from adapters import write
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError
-from loracast.library import adapter_names, open_adapter, search
+from loracast.library import adapter_names, adapters, open_adapter, remove_adapter, search
 from loracast.remote import factor_bytes, model_card, pull_adapter, push_adapter
-from loracast.upkeep import verify
+from loracast.upkeep import collect_garbage, evict, leave_store, store_url, use_store, verify
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,96 @@ def test_what_was_pushed_is_pulled(place, tmp_path):
     with pytest.raises(AdapterError, match="--replace"):
         pull_adapter(tmp_path / "two", place)
     assert pull_adapter(tmp_path / "two", place, replace=True).version == newer.version
+
+
+def files_at(place: str) -> set[str]:
+    """Versions that lie at a store."""
+    fs, root = fsspec.core.url_to_fs(place)
+    fs.invalidate_cache()
+    return {path.rpartition("/")[2] for path in fs.glob(f"{root}/??/*")}
+
+
+def test_a_library_lies_at_a_store(place, tmp_path):
+    library = tmp_path / "library"
+    first = write(library, name="press", seed=1)
+    assert store_url(library) is None and use_store(library, place) == 1
+    second = write(library, name="lamp", seed=2)
+    assert files_at(place) == {a.manifest.version for a in (first, second)} and verify(library) == []
+    n_bytes = first.n_bytes + second.n_bytes
+    assert evict(library) == n_bytes
+    assert not first.folder.exists() and verify(library) == [] and len(search(library, "word1")) == 2
+    opened = open_adapter(library, "press")
+    assert opened.faults() == [] and opened.folder == first.folder and not second.folder.exists()
+    write(library, name="lamp", seed=3, replace=True)
+    remove_adapter(library, second.version)
+    assert second.manifest.version not in files_at(place) and len(files_at(place)) == 2
+    collect_garbage(library, keep=1)
+    evict(library)
+    leave_store(library)
+    assert store_url(library) is None and len(files_at(place)) == 2
+    assert [a.faults() for a in adapters(library)] == [[], []]
+
+
+def test_a_store_is_one_library_s(place, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    adapter = write(one, name="press", seed=1)
+    use_store(one, place)
+    use_store(one, place)  # again: it is its own
+    write(other, name="lamp", seed=2)
+    with pytest.raises(AdapterError, match="--take-over"):
+        use_store(other, place)
+    assert store_url(other) is None
+    shutil.rmtree(one)  # the machine is lost
+    assert use_store(other, place, take_over=True) == 2
+    assert adapter_names(other) == ["lamp", "press"] and open_adapter(other, "press").version == adapter.version
+
+
+def test_damage_at_a_store_is_found(place, tmp_path):
+    library = tmp_path / "library"
+    adapter = write(library, name="press")
+    use_store(library, place)
+    evict(library)
+    fs, root = fsspec.core.url_to_fs(place)
+    there = f"{root}/{adapter.manifest.version[:2]}/{adapter.manifest.version}"
+    fs.pipe_file(f"{there}/factors.safetensors", b"other")
+    with pytest.raises(AdapterError, match=r"is damaged: factors\.safetensors"):
+        open_adapter(library, "press")
+    assert not adapter.folder.exists()
+    fs.rm_file(f"{there}/adapter.json")
+    fs.invalidate_cache()
+    with pytest.raises(AdapterError, match="neither on this machine nor at"):
+        open_adapter(library, "press")
+    assert len(verify(library)) == 1
+
+
+def test_a_store_that_cannot_be_reached_loses_nothing(tmp_path, monkeypatch):
+    library = tmp_path / "library"
+    write(library, name="press")
+    use_store(library, str(tmp_path / "there"))
+
+    def down(self, version, folder):
+        raise LoracastError("the store is down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("loracast.store.Store.put", down)
+        with pytest.raises(LoracastError, match="is down"):
+            write(library, name="lamp", seed=2)
+    assert adapter_names(library) == ["press"] and verify(library) == []
+    write(library, name="lamp", seed=2)
+    with pytest.raises(AdapterError, match="no store"):
+        evict(tmp_path / "another")
+
+
+def test_the_store_command(tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(app, ["store", *(str(a) for a in arguments), "--library", str(tmp_path / "library")])
+
+    write(tmp_path / "library")
+    assert run().stdout == f"adapters lie at {tmp_path / 'library'}\n"
+    assert run(tmp_path / "there").stdout == f"1 adapters lie at {tmp_path / 'there'}\n"
+    assert json.loads(run("--json").stdout)["store"] == str(tmp_path / "there")
+    assert "deleted here" in run("--evict").stdout and run("--evict", "--leave").exit_code == 2
+    assert run("--leave").exit_code == 0 and json.loads(run("--json").stdout)["store"] is None
 
 
 def test_what_is_damaged_is_not_taken(tmp_path):

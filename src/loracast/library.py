@@ -19,7 +19,7 @@ from pathlib import Path
 from loracast.adapter import Adapter
 from loracast.errors import AdapterError
 from loracast.files import sync_folder
-from loracast.library_files import home_of, is_ready, settle, size_of, texts_in
+from loracast.library_files import bring_home, home_of, is_ready, settle, size_of, store_in, texts_in
 from loracast.manifest import VERSION_DIGITS, Manifest, check_name
 from loracast.register import Entry, Hit, Register
 
@@ -83,7 +83,7 @@ def open_adapter(library: Path, reference: str) -> Adapter:
         AdapterError: there is none, with the names that come near; the digits are those of several; or its files are damaged.
     """
     entry = find(library, reference)
-    return Adapter(home_of(library, entry.version), name=entry.name)
+    return Adapter(bring_home(library, entry.version), name=entry.name)
 
 
 def find(library: Path, reference: str) -> Entry:
@@ -162,10 +162,12 @@ def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, r
     version, home = manifest.version, home_of(library, manifest.version)
     texts = texts_in(folder)
     n_bytes = size_of(folder)
-    is_moved = False
     with Register.writing(library) as register:
         register.unsettle(version)  # of its own: whoever is killed from here on leaves a trace
+        store = store_in(register)
     try:
+        if store is not None:
+            store.put(version, folder)
         with Register.writing(library) as register:
             newest = register.newest(name)
             if newest is not None and newest.version != version and not replace:
@@ -174,16 +176,12 @@ def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, r
                 home.parent.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(home, ignore_errors=True)  # left by somebody who was killed
                 os.replace(folder, home)
-                is_moved = True
                 sync_folder(home.parent)
                 register.add_version(manifest, n_bytes, texts)
             register.settle(version)
             register.name_version(name, version)
     except BaseException:
-        if is_moved:
-            shutil.rmtree(home, ignore_errors=True)
-        with Register.writing(library) as register:
-            register.settle(version)
+        settle(library)
         raise
     return Adapter(home, name=name)
 
@@ -204,7 +202,7 @@ def give_name(library: Path, name: str, version: str, *, replace: bool) -> Adapt
         if newest is not None and newest.version != version and not replace:
             raise _taken(name)
         register.name_version(name, version)
-    return Adapter(home_of(library, version), name=name)
+    return Adapter(bring_home(library, version), name=name)
 
 
 def remove_adapter(library: Path, reference: str) -> None:

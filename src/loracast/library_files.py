@@ -7,14 +7,18 @@ import shutil
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from loracast.adapter import Adapter
 from loracast.errors import AdapterError
 from loracast.files import sync_folder
 from loracast.manifest import Manifest
 from loracast.register import FILE, Register
 from loracast.routing import read_chunks
+from loracast.store import Store
 from loracast.workfolders import work_folder
 
 _OBJECTS = "objects"
+STORE = "store"
+"""The setting with the URL of the library's store."""
 
 
 def is_ready(library: Path) -> bool:
@@ -37,10 +41,13 @@ def is_ready(library: Path) -> bool:
                 if manifest is not None and manifest.version == version:
                     found.append((manifest.created, manifest, folder))
             for _, manifest, folder in sorted(found, key=lambda f: (f[0], f[1].version)):
-                _enter(register, manifest, folder)
+                enter(register, manifest, folder)
         for folder, manifest in found_here:  # of a library from before there was a register, or put there by hand
             if not folder.exists():
                 continue  # another process was faster
+            store = store_in(register)
+            if store is not None:
+                store.put(manifest.version, folder)
             home = home_of(library, manifest.version)
             home.parent.mkdir(parents=True, exist_ok=True)
             if register.has_version(manifest.version):
@@ -49,11 +56,12 @@ def is_ready(library: Path) -> bool:
                 shutil.rmtree(home, ignore_errors=True)
                 os.replace(folder, home)
                 sync_folder(home.parent)
-            _enter(register, manifest, home)
+            enter(register, manifest, home)
     return True
 
 
-def _enter(register: Register, manifest: Manifest, folder: Path) -> None:
+def enter(register: Register, manifest: Manifest, folder: Path) -> None:
+    """Register an adapter that lies in its place, under the name that it was made under."""
     try:
         texts = texts_in(folder)
     except AdapterError:
@@ -97,6 +105,42 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
 
 
+def store_in(register: Register) -> Store | None:
+    """Where the adapters of a library lie beside this machine, if anywhere."""
+    url = register.setting(STORE)
+    return None if url is None else Store(url)
+
+
+def bring_home(library: Path, version: str) -> Path:
+    """The folder of a version, fetched from the library's store if it is not on this machine. Raises AdapterError where it is damaged there."""
+    home = home_of(library, version)
+    if home.exists():
+        return home
+    with Register.reading(library) as register:
+        store = store_in(register)
+    if store is None:
+        return home  # missing: whoever opens it says so
+    with work_folder(library, "new") as work:
+        fetched = work / version
+        fetched.mkdir()
+        store.fetch(version, fetched)
+        adapter = Adapter(fetched)
+        faults = adapter.faults()
+        if adapter.manifest.version != version:
+            faults.append("it is another version")
+        if faults:
+            raise AdapterError(
+                f"what lies at {store.url} as the version {version[:12]} is damaged: {'; '.join(faults)}"
+            )
+        home.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.replace(fetched, home)
+        except OSError:
+            if not home.exists():  # or else another process was faster
+                raise
+    return home
+
+
 def _drop_if_empty(folder: Path) -> None:
     with suppress(OSError):  # it is not, or somebody was faster
         folder.rmdir()
@@ -110,10 +154,14 @@ def texts_in(folder: Path) -> list[tuple[str, str]]:
 def settle(library: Path) -> None:
     """Finish what others were killed at: delete what is on its way out, or never came in."""
     with ExitStack() as graves, Register.writing(library) as register:  # deleted when nobody has to wait any more
+        store = store_in(register)
         for version in register.unsettled():
-            home = home_of(library, version)
-            if not register.has_version(version) and home.exists():
-                os.replace(home, graves.enter_context(work_folder(library, "rm")) / home.name)
-                _drop_if_empty(home.parent)
+            if not register.has_version(version):
+                if store is not None:
+                    store.delete(version)
+                home = home_of(library, version)
+                if home.exists():
+                    os.replace(home, graves.enter_context(work_folder(library, "rm")) / home.name)
+                    _drop_if_empty(home.parent)
             register.settle(version)
     _drop_if_empty(library / _OBJECTS)

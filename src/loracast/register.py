@@ -49,6 +49,9 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX texts_of_by_first ON texts_of (first);
     CREATE TABLE unsettled (id TEXT PRIMARY KEY);
     """,
+    """
+    CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+    """,
 )
 """Script k brings the schema from version k to k + 1. Append; never change one that was released."""
 
@@ -182,6 +185,10 @@ class Register:
         )
         return [Hit(*row) for row in rows]
 
+    def setting(self, key: str) -> str | None:
+        row = self._db.execute("SELECT value FROM settings WHERE key = ?", (key,)).fetchone()
+        return None if row is None else row[0]
+
     def problems(self) -> list[str]:
         """What SQLite finds wrong with its file."""
         found = [row[0] for row in self._db.execute("PRAGMA integrity_check") if row[0] != "ok"]
@@ -263,6 +270,12 @@ class Register:
 
     def untag(self, name: str, tags: Sequence[str]) -> None:
         self._db.executemany("DELETE FROM tags WHERE name = ? AND tag = ?", [(name, tag) for tag in tags])
+
+    def set(self, key: str, value: str | None) -> None:
+        """Keep a setting of the library; None forgets it."""
+        self._db.execute("DELETE FROM settings WHERE key = ?", (key,))
+        if value is not None:
+            self._db.execute("INSERT INTO settings VALUES (?, ?)", (key, value))
 
     def _one(self, query: str, *values: Any) -> Any:
         return self._db.execute(query, values).fetchone()[0]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from loracast.adapter import FACTORS, Adapter
-from loracast.errors import AdapterError, LoracastError
+from loracast.errors import AdapterError
+from loracast.filesystems import file_system, told
 from loracast.library import add_adapter
 from loracast.manifest import Manifest, check_name
 from loracast.tensor_file import BYTES
@@ -43,10 +43,10 @@ def push_adapter(adapter: Adapter, where: str, *, private: bool = True) -> None:
     """
     adapter.verify()
     if is_hub_id(where):
-        with _told(where):
+        with told(where):
             _push_to_hub(adapter, where, private)
         return
-    with _file_system(where) as (fs, root):
+    with file_system(where) as (fs, root):
         fs.makedirs(root, exist_ok=True)
         for name in _FILES:
             if name == CARD:
@@ -70,10 +70,10 @@ def pull_adapter(library: Path, where: str, name: str | None = None, *, replace:
         folder = work / "adapter"
         folder.mkdir()
         if is_hub_id(where):
-            with _told(where):
+            with told(where):
                 _fetch_from_hub(where, folder)
         else:
-            with _file_system(where) as (fs, root):
+            with file_system(where) as (fs, root):
                 _fetch(fs, root, folder)
         manifest = Manifest.read(folder / _MANIFEST)
         if faults := Adapter(folder).faults():
@@ -169,27 +169,3 @@ def _check_size(sizes: dict[str, int], name: str, most: int) -> None:
         raise AdapterError(
             f"{name} has {sizes[name]:,} bytes, and no more than {most:,} fit what adapter.json says; it is not fetched"
         )
-
-
-@contextmanager
-def _file_system(where: str) -> Iterator[tuple[Any, str]]:
-    """The file system of a URL, and the path in it."""
-    import fsspec
-
-    with _told(where):
-        fs, root = fsspec.core.url_to_fs(where)
-        yield fs, root.rstrip("/")
-
-
-@contextmanager
-def _told(where: str) -> Iterator[None]:
-    """What goes wrong elsewhere, in a line."""
-    try:
-        yield
-    except LoracastError:
-        raise
-    except ImportError as error:
-        raise LoracastError(f"{where} needs another package: {error}") from error
-    except Exception as error:  # each of these services has errors of its own
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise LoracastError(f"{where} cannot be used: {said[0]}") from error

@@ -37,6 +37,7 @@ from loracast.cli import (
     route,
     search,
     show,
+    store,
     sync,
     task,
     train,
@@ -122,6 +123,7 @@ app.command()(rm.rm)
 app.command()(gc.gc)
 app.command()(compact.compact)
 app.command()(verify.verify)
+app.command()(store.store)
 app.command()(route.route)
 app.command()(combine.combine)
 app.command("import")(combine.import_)

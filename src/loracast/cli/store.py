@@ -1,0 +1,54 @@
+"""`loracast store`: the library's adapters at a URL."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from loracast.cli import options
+from loracast.cli.output import print_json, size
+
+
+def store(
+    url: Annotated[
+        str | None,
+        typer.Argument(metavar="[URL]", help="Keep the adapters there from now on (s3://, gs://, file:// ...)."),
+    ] = None,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Use a store that was another library's, with all that lies there.")
+    ] = False,
+    evict: Annotated[
+        bool, typer.Option("--evict", help="Delete this machine's copies; they are fetched again when needed.")
+    ] = False,
+    leave: Annotated[
+        bool, typer.Option("--leave", help="Bring everything back and keep it on this machine alone.")
+    ] = False,
+    library: options.Library = None,
+    as_json: options.Json = False,
+) -> None:
+    """Keep the library's adapters at a URL, and this machine's folder as a cache of it; without a URL, say where they lie.
+
+    The register of names stays on this machine. What is learned is copied there before it gets its name, and what is deleted is deleted there too.
+    """
+    from loracast.paths import library_dir
+    from loracast.upkeep import evict as evict_copies
+    from loracast.upkeep import leave_store, store_url, use_store
+
+    if sum((url is not None, evict, leave)) > 1:
+        raise typer.BadParameter("give a URL, --evict or --leave, one at a time")
+    folder = library or library_dir()
+    if url is not None:
+        n = use_store(folder, url, take_over=take_over)
+        said = f"{n:,} adapters lie at {url}"
+    elif evict:
+        said = f"{size(evict_copies(folder))} deleted here"
+    elif leave:
+        leave_store(folder)
+        said = f"all adapters lie in {folder}"
+    else:
+        said = f"adapters lie at {store_url(folder) or folder}"
+    if as_json:
+        print_json({"library": str(folder), "store": store_url(folder)})
+    else:
+        print(said)
