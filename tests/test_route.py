@@ -9,9 +9,11 @@ from typer.testing import CliRunner
 
 from conftest import PROSE
 from loracast.cli import app
+from loracast.export.adapter import export_adapter
 from loracast.keep import keep_lora
 from loracast.library import open_adapter
 from loracast.model import load
+from loracast.peft_format import read_peft
 from loracast.routing import route
 
 
@@ -55,3 +57,22 @@ def test_without_an_adapter_the_whole_library_is_looked_through(library):
     scores = [one["chunks"][0]["score"] for one in report["adapters"]]
     assert scores == sorted(scores, reverse=True) and scores[0] > 0
     assert "has a word of the question" in run(library, "zzz").stderr
+
+
+def test_the_adapters_of_an_exported_document(library, tmp_path):
+    adapter = open_adapter(library, "prose")
+    export_adapter(adapter, "peft", tmp_path / "out", each_chunk=True)
+    question = "Who built the bridge over the river?"
+    (found,) = json.loads(run(library, question, "--exported", tmp_path / "out", "--route", 2, "--json").stdout)[
+        "adapters"
+    ]
+    expected = route(adapter, question, 2)
+    assert [chunk["chunk"] for chunk in found["chunks"]] == list(expected.chunks)
+    assert [chunk["path"] for chunk in found["chunks"]] == [
+        str(tmp_path / f"out/chunk-{i:05d}") for i in expected.chunks
+    ]
+    assert read_peft(tmp_path / "out" / f"chunk-{expected.chunks[0]:05d}").rank == adapter.lora([0]).rank
+    (every,) = json.loads(run(library, "zzz", "--exported", tmp_path / "out", "--json").stdout)["adapters"]
+    assert len(every["chunks"]) == adapter.manifest.n_chunks and {chunk["weight"] for chunk in every["chunks"]} == {1.0}
+    refused = CliRunner().invoke(app, ["route", "x", "--exported", str(tmp_path), "--library", str(library)])
+    assert refused.exit_code == 1 and "chunks.json cannot be read" in refused.stderr

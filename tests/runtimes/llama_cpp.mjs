@@ -10,12 +10,13 @@ import {pathToFileURL} from "url";
 
 const [, , folder, base, adapter, rowsFile] = process.argv;
 const {getLlama, LlamaCompletion} = await import(pathToFileURL(path.join(folder, "dist", "index.js")));
-const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
+// One thread: waiting threads spin, and beside other work that takes minutes in place of seconds.
+const llama = await getLlama({gpu: false, build: "never", logLevel: "error", maxThreads: 1});
 const model = await llama.loadModel({modelPath: base});
 const rows = JSON.parse(fs.readFileSync(rowsFile, "utf8"));
 
 async function inContext(adapters, work) {
-    const context = await model.createContext({contextSize: 2048, lora: {adapters}});
+    const context = await model.createContext({contextSize: 2048, threads: 1, lora: {adapters}});
     const done = [];
     for (const row of rows) {
         const sequence = context.getSequence();

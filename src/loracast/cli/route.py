@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +24,14 @@ def route(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What would be asked.")],
     adapter: options.Adapters = None,
     k: options.Route = DEFAULT_ROUTE,
+    exported: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder that `export --each-chunk` wrote: which of its adapters to load.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
     library: options.Library = None,
     as_json: options.Json = False,
 ) -> None:
@@ -34,7 +44,11 @@ def route(
     from loracast.paths import library_dir
 
     folder = library or library_dir()
-    if adapter:
+    if exported is not None:
+        if adapter:
+            raise typer.BadParameter("give adapters of the library or an exported folder", param_hint="--exported")
+        found = [_exported(exported, question, k)]
+    elif adapter:
         found = [_picked(open_adapter(folder, name), question, k) for name in adapter]
     else:
         found = [_matching(one, question) for one in adapters(folder) if one.manifest.kind == "document"]
@@ -60,9 +74,34 @@ def route(
             text = " ".join(f"{chunk['heading']} {chunk['text']}".split())
             shown = text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
             weight = "" if chunk["weight"] is None else f"{chunk['weight']:.2f}"
-            row = (one["adapter"], str(chunk["chunk"]), f"{chunk['score']:.2f}", weight)
+            row = (chunk.get("path", one["adapter"]), str(chunk["chunk"]), f"{chunk['score']:.2f}", weight)
             table.add_row(*row, Text(printable(shown)))
     stdout().print(table)
+
+
+def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
+    """The adapters of an exported document that a question would be answered with, and what each counts."""
+    from loracast.errors import AdapterError
+    from loracast.routing import pick
+
+    try:
+        listing = json.loads((folder / "chunks.json").read_text(encoding="utf-8"))
+        name, chunks = listing["adapter"], listing["chunks"]
+        paths = [str(folder / chunk["path"]) for chunk in chunks]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(
+            f"{folder} is no document exported chunk by chunk: its chunks.json cannot be read ({error})"
+        ) from error
+    index = folder / "chunks.sqlite"
+    picked = pick(index, len(chunks), question, k)
+    wanted = range(len(chunks)) if picked.chunks is None else picked.chunks
+    n = len(wanted)
+    described = _described(index, wanted, picked.scores or [0.0] * n, picked.weights or [1.0] * n)
+    return {
+        "adapter": name,
+        "reason": picked.reason,
+        "chunks": [{**chunk, "path": paths[chunk["chunk"]]} for chunk in described],
+    }
 
 
 def _picked(adapter: Adapter, question: str, k: int | None) -> dict[str, Any]:
@@ -72,7 +111,7 @@ def _picked(adapter: Adapter, question: str, k: int | None) -> dict[str, Any]:
     if adapter.manifest.kind != "document":
         return {"adapter": adapter.name, "reason": f"{adapter.manifest.kind}: always whole", "chunks": []}
     picked = route_question(adapter, question, k)
-    chunks = _described(adapter, picked.chunks or (), picked.scores, picked.weights)
+    chunks = _described(adapter.index, picked.chunks or (), picked.scores, picked.weights)
     return {"adapter": adapter.name, "reason": picked.reason, "chunks": chunks}
 
 
@@ -81,12 +120,12 @@ def _matching(adapter: Adapter, question: str) -> dict[str, Any]:
     from loracast.routing import search
 
     found = search(adapter.index, question, _BEST)
-    chunks = _described(adapter, [i for i, _ in found], [score for _, score in found], [None] * len(found))
+    chunks = _described(adapter.index, [i for i, _ in found], [score for _, score in found], [None] * len(found))
     return {"adapter": adapter.name, "reason": "", "chunks": chunks}
 
 
 def _described(
-    adapter: Adapter, chunks: Sequence[int], scores: Sequence[float], weights: Sequence[float | None]
+    index: Path, chunks: Sequence[int], scores: Sequence[float], weights: Sequence[float | None]
 ) -> list[dict[str, Any]]:
     """Chunks with what is known of them."""
     from loracast.routing import read_chunks
@@ -101,5 +140,5 @@ def _described(
             "end": chunk.end,
             "text": chunk.text,
         }
-        for i, score, weight, chunk in zip(chunks, scores, weights, read_chunks(adapter.index, chunks), strict=True)
+        for i, score, weight, chunk in zip(chunks, scores, weights, read_chunks(index, chunks), strict=True)
     ]
