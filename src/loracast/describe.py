@@ -133,7 +133,8 @@ class TaskCaster:
     def _loras(self, conditions: torch.Tensor, strength: float) -> list[LoRA]:
         with torch.autocast(conditions.device.type, torch.bfloat16) if self._in_bf16 else nullcontext():
             batch = self.hypernet(conditions)
-        return [batch.row(i).scale(strength) for i in range(batch.n)]
+        loras = [batch.row(i) for i in range(batch.n)]
+        return loras if strength == 1 else [lora.scale(strength) for lora in loras]
 
     def _distances(self, conditions: torch.Tensor) -> list[float | None]:
         if not self.hypernet.config.n_known:
