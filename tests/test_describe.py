@@ -115,6 +115,9 @@ def test_what_is_refused_leaves_nothing(caster):
         caster.tasks([KNOWN[1], KNOWN[2]], ["good", "Bad Name"], replace=True)
     assert adapter_names(caster.library) == ["taken"]
     assert caster.task(KNOWN[1], "taken", replace=True).manifest.title == KNOWN[1]
+    assert caster.task(KNOWN[1], "taken").version == caster.task(KNOWN[1], "taken").version  # the same again
+    with pytest.raises(AdapterError, match="already"):
+        caster.task(KNOWN[1], "taken", strength=0.5)
 
 
 def test_a_task_and_a_document_answer_together(task_hypernetwork, tiny_folder, tiny_hypernet_folder, tmp_path):
@@ -151,7 +154,9 @@ def test_the_command(task_hypernetwork, tmp_path, home):
     assert done.exit_code == 0 and done.stdout.startswith(
         f"cast opposite ({SENTENCE})\nrank 2 in q_proj, 2 in v_proj, "
     )
-    assert CliRunner().invoke(app, arguments).exit_code == 1  # the name is taken
+    assert CliRunner().invoke(app, arguments).exit_code == 0  # the same again
+    other = ["task", "Turn no word around.", *arguments[2:]]
+    assert CliRunner().invoke(app, other).exit_code == 1  # the name is taken
     report = json.loads(CliRunner().invoke(app, [*arguments, "--replace", "--json", "--strength", "0.5"]).stdout)
     assert report["name"] == "opposite" and report["strength"] == 0.5 and report["description"] == SENTENCE
     assert report["distance"] > 0 and report["cast_s"] < 5

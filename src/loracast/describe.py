@@ -20,7 +20,7 @@ from loracast.errors import AdapterError, EncoderError, HypernetworkError
 from loracast.fingerprint import Fingerprint, check
 from loracast.hypernets.reading import ReadingToLoRA
 from loracast.hypernets.store import OfDescriptions, of_descriptions, weights_hash
-from loracast.keep import keep_lora
+from loracast.keep import keep_lora, source_of
 from loracast.library import check_free
 from loracast.lora import LoRA
 from loracast.manifest import check_name, name_from
@@ -106,10 +106,10 @@ class TaskCaster:
         names = [name_from(text) for text in descriptions] if names is None else list(names)
         if len(names) != len(descriptions) or len(set(names)) != len(names):
             raise AdapterError("give each description a name of its own")
-        for name in names:
+        for name, description in zip(names, descriptions, strict=True):
             check_name(name)
             if not replace:
-                check_free(self.library, name)
+                check_free(self.library, name, unless_from=source_of(description))
         started = time.perf_counter()
         conditions = self._conditions(descriptions)
         loras = self._loras(conditions, strength)

@@ -16,7 +16,7 @@ from loracast.errors import AdapterError
 from loracast.fingerprint import Fingerprint
 from loracast.library import check_free
 from loracast.lora import LoRA, compress
-from loracast.manifest import AdapterKind, Manifest, check_name
+from loracast.manifest import AdapterKind, Manifest
 from loracast.target import KINDS, Target, TargetModule
 from loracast.writer import AdapterWriter
 
@@ -52,9 +52,8 @@ def keep_lora(
     Raises:
         AdapterError: a module that no base of ours has, numbers that are not finite, or a name that is taken or not allowed.
     """
-    check_name(name)
     if not replace:
-        check_free(library, name)
+        check_free(library, name, unless_from=source_of(title))
     if lora.dense:
         lora, _ = compress(lora, lora.rank)
     target = target_of(lora)
@@ -74,7 +73,7 @@ def keep_lora(
             kind=kind,
             title=title,
             source=source,
-            source_sha256=hashlib.sha256(title.encode()).hexdigest(),
+            source_sha256=source_of(title),
             made_for=made_for,
             hypernetwork=hypernetwork,
             modules=target.rows,
@@ -88,6 +87,11 @@ def keep_lora(
             warnings=warnings,
         )
         return writer.finish(manifest, replace=replace)
+
+
+def source_of(title: str) -> str:
+    """The hash of a source that is a text for people: the description of a task."""
+    return hashlib.sha256(title.encode()).hexdigest()
 
 
 def target_of(lora: LoRA) -> Target:

@@ -35,6 +35,7 @@ def task(
     """
     from loracast.base import DEFAULT_BASE, load_base
     from loracast.describe import load_caster
+    from loracast.keep import source_of
     from loracast.library import check_free
     from loracast.manifest import check_name, name_from
     from loracast.model import shipped_hypernetwork
@@ -43,7 +44,9 @@ def task(
     started = time.perf_counter()
     name = check_name(name or name_from(description))
     if not replace:
-        check_free(library or library_dir(), name)  # before a model is loaded for nothing
+        check_free(
+            library or library_dir(), name, unless_from=source_of(description.strip())
+        )  # before a model is loaded for nothing
     where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "text")
     caster = load_caster(where, base=lambda: load_base(base, say=say), encoder=encoder, library=library, say=say)
     adapter = caster.task(description, name, strength=strength, replace=replace)
