@@ -19,7 +19,7 @@ from loracast.encoders.features import Features
 from loracast.errors import ConfigError, HypernetworkError
 from loracast.fingerprint import Fingerprint
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
-from loracast.hypernets.store import from_pretrained, save_pretrained
+from loracast.hypernets.store import average, from_pretrained, save_pretrained
 from loracast.inject import inject
 from loracast.lora import LoRA, LoRABatch, concat
 from loracast.target import target_from_config
@@ -562,3 +562,18 @@ def test_a_memory_needs_keys():
     hypernet = make("memory")
     with pytest.raises(ValueError, match="keys and starts"):
         hypernet.cast(Features(make_features(hypernet).states))
+
+
+def test_the_mean_of_two(tmp_path):
+    one, other = make(), make()
+    with torch.no_grad():
+        for value in other.parameters():
+            value.add_(torch.randn_like(value))
+        other.feature_mean.add_(1)
+    before = {name: value.clone() for name, value in one.state_dict().items()}
+    average(one, other)
+    for name, value in one.named_parameters():
+        torch.testing.assert_close(value, (before[name] + other.state_dict()[name]) / 2)
+    assert torch.equal(one.feature_mean, before["feature_mean"])  # its own units
+    with pytest.raises(ConfigError, match="same architecture and config"):
+        average(one, make(width=32))

@@ -450,6 +450,9 @@ def test_the_command_trains_and_exports(tiny_folder, tmp_path, home):
     )
     assert json.loads(exported.stdout)["storage"] == "int8"
     assert from_pretrained(tmp_path / "small", TextToLoRA)[0].config.rank == 2
+    both = ["--average-with", str(tmp_path / "small"), "--out", str(tmp_path / "mean")]
+    assert CliRunner().invoke(app, ["train", "export", str(tmp_path / "run"), *both]).exit_code == 0
+    assert len(json.loads((tmp_path / "mean" / "config.json").read_text())["provenance"]["average_of"]) == 2
 
 
 def test_a_task_needs_no_code(base, word_encoder, tmp_path):

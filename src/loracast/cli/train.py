@@ -248,14 +248,23 @@ def _train(
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a training run, or any hypernetwork.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
+    average_with: Annotated[
+        Path | None,
+        typer.Option(help="A run that this one started from: write the mean of both runs' weights."),
+    ] = None,
     storage: Annotated[str, typer.Option(help="float32, bfloat16, or int8 for the large matrices.")] = "int8",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write a trained hypernetwork in a compact form, to ship or share it."""
-    from loracast.hypernets.store import architecture_of, from_pretrained, read_provenance, save_pretrained
+    from loracast.hypernets.store import architecture_of, average, from_pretrained, read_provenance, save_pretrained
 
     hypernet, made_for = from_pretrained(run, architecture_of(run))
-    save_pretrained(hypernet, out, made_for, storage=storage, provenance=read_provenance(run))
+    provenance = read_provenance(run)
+    if average_with is not None:
+        other, _ = from_pretrained(average_with, architecture_of(run))
+        average(hypernet, other)
+        provenance = {"average_of": [provenance, read_provenance(average_with)]}
+    save_pretrained(hypernet, out, made_for, storage=storage, provenance=provenance)
     n_bytes = (out / "model.safetensors").stat().st_size
     n_parameters = sum(parameter.numel() for parameter in hypernet.parameters())
     if as_json:

@@ -117,6 +117,22 @@ def from_pretrained(source: str | Path, architecture: type[H]) -> tuple[H, Finge
     return hypernet, made_for
 
 
+def average(hypernet: Hypernetwork, other: Hypernetwork) -> None:
+    """Make the weights of a hypernetwork the mean of its own and another's; what is no weight (the known descriptions, units) stays its own.
+
+    Of a network and one that it was trained further from, the mean often keeps what both are good at (Wortsman et al., arXiv 2109.01903).
+
+    Raises:
+        ConfigError: they are of different architectures.
+    """
+    if type(hypernet) is not type(other) or hypernet.config != other.config:
+        raise ConfigError("only hypernetworks of the same architecture and config can be averaged")
+    theirs = dict(other.named_parameters())
+    with torch.no_grad():
+        for name, value in hypernet.named_parameters():
+            value.copy_((value + theirs[name]) / 2)
+
+
 def weights_hash(hypernet: Hypernetwork) -> str:
     """A short hash of a hypernetwork's weights: an adapter says with it what made it."""
     digest = hashlib.sha256()
