@@ -367,8 +367,8 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert files_in(tmp_path) == {"register.sqlite"}
     kept = write(tmp_path, seed=1)
     steps = [
-        (writer_module, "file_sha256"), (writer_module, "sync_folder"), (library_module, "sync_folder"),
-        (register.Register, "add_version"), (register.Register, "name_version"), (library_module.os, "replace"),
+        (writer_module, "file_sha256"), (writer_module, "sync_folder"), (library_files, "sync_folder"),
+        (register.Register, "add_version"), (register.Register, "name_version"), (library_files.os, "replace"),
     ]  # fmt: skip
     for module, step in steps:
         with monkeypatch.context() as patch:

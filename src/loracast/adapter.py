@@ -100,9 +100,7 @@ class Adapter:
         key = (wanted, weights, document_independent)
         if key in self._loras:
             return self._loras[key]
-        rows = self.rows(wanted)
-        if not document_independent:
-            rows = {name: value for name, value in rows.items() if ".shared." not in name}
+        rows = self.rows(wanted, document_independent=document_independent)
         if damaged := number_faults(rows.items()):
             raise AdapterError(f"the factors of {self.name!r} are damaged: {'; '.join(damaged)}")
         lora = join_chunks(self.manifest.target, rows, self.manifest.most_summed, weights)
@@ -111,21 +109,26 @@ class Adapter:
         self._loras[key] = lora
         return lora
 
-    def rows(self, wanted: Sequence[int]) -> dict[str, Tensor]:
-        """The factors of some chunks and the document-independent ones, in bf16, by the names that they have in the file."""
+    def rows(self, wanted: Sequence[int], *, document_independent: bool = True) -> dict[str, Tensor]:
+        """The factors of some chunks and, if asked for, the document-independent ones, in bf16, by the names that they have in the file."""
+
+        def is_wanted(name: str) -> bool:
+            return document_independent or ".shared." not in name
+
         if self.manifest.storage == "text":
             if self.recast is None:
                 raise AdapterError(
                     f"{self.name!r} keeps only its text, and a model makes its factors when it is asked; for anything else learn the document "
                     "with --storage bf16"
                 )
-            return self.recast([chunk.prompt for chunk in read_chunks(self.index, wanted)])
+            rows = self.recast([chunk.prompt for chunk in read_chunks(self.index, wanted)])
+            return {name: value for name, value in rows.items() if is_wanted(name)}
         reader = self._open()
 
         def take(name: str) -> Tensor:
             return reader.get_tensor(name) if ".shared." in name else _take(reader.get_slice(name), wanted)
 
-        names = [name for name in reader.keys() if not name.endswith(SCALE)]  # noqa: SIM118  (not a dict)
+        names = [n for n in reader.keys() if is_wanted(n) and not n.endswith(SCALE)]  # noqa: SIM118  (not a dict)
         if self.manifest.storage == "bf16":
             return {name: take(name) for name in names}
         return {n: take(n) if ".shared." in n else restored(take(n), take(n + SCALE)) for n in names}

@@ -9,17 +9,14 @@ never names what is not whole: files come before their row, and a row goes befor
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 from loracast.adapter import Adapter
 from loracast.errors import AdapterError
-from loracast.files import sync_folder
-from loracast.library_files import bring_home, home_of, is_ready, settle, size_of, store_in, texts_in
+from loracast.library_files import bring_home, home_of, is_ready, move_in, settle, size_of, store_in, texts_in
 from loracast.manifest import VERSION_DIGITS, Manifest, check_name
 from loracast.register import Entry, Hit, Register
 
@@ -131,6 +128,13 @@ def _taken(name: str) -> AdapterError:
     return AdapterError(f"there is an adapter called {name!r} already; choose another --name or give --replace")
 
 
+def _check_may_mean(register: Register, name: str, version: str, replace: bool) -> None:
+    """Refuse a name that means another version already, unless that may be replaced."""
+    newest = register.newest(name)
+    if newest is not None and newest.version != version and not replace:
+        raise _taken(name)
+
+
 def _check_there(library: Path, name: str) -> None:
     if is_ready(library):
         with Register.reading(library) as register:
@@ -169,14 +173,9 @@ def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, r
         if store is not None:
             store.put(version, folder)
         with Register.writing(library) as register:
-            newest = register.newest(name)
-            if newest is not None and newest.version != version and not replace:
-                raise _taken(name)
+            _check_may_mean(register, name, version, replace)
             if not register.has_version(version):
-                home.parent.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(home, ignore_errors=True)  # left by somebody who was killed
-                os.replace(folder, home)
-                sync_folder(home.parent)
+                move_in(folder, home)
                 register.add_version(manifest, n_bytes, texts)
             register.settle(version)
             register.name_version(name, version)
@@ -198,9 +197,7 @@ def give_name(library: Path, name: str, version: str, *, replace: bool) -> Adapt
     """Let a name mean a version that is there, as its newest. Raises AdapterError where the name is taken."""
     check_name(name)
     with Register.writing(library) as register:
-        newest = register.newest(name)
-        if newest is not None and newest.version != version and not replace:
-            raise _taken(name)
+        _check_may_mean(register, name, version, replace)
         register.name_version(name, version)
     return Adapter(bring_home(library, version), name=name)
 

@@ -49,15 +49,20 @@ def is_ready(library: Path) -> bool:
             if store is not None:
                 store.put(manifest.version, folder)
             home = home_of(library, manifest.version)
-            home.parent.mkdir(parents=True, exist_ok=True)
             if register.has_version(manifest.version):
                 shutil.rmtree(folder)
             else:
-                shutil.rmtree(home, ignore_errors=True)
-                os.replace(folder, home)
-                sync_folder(home.parent)
+                move_in(folder, home)
             enter(register, manifest, home)
     return True
+
+
+def move_in(folder: Path, home: Path) -> None:
+    """Move an adapter's folder to its place, in which nothing is but what a killed process left."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(home, ignore_errors=True)
+    os.replace(folder, home)
+    sync_folder(home.parent)
 
 
 def enter(register: Register, manifest: Manifest, folder: Path) -> None:

@@ -13,12 +13,11 @@ from loracast.cli.folder import FolderLearner, learn_files, summary
 from loracast.cli.output import printable, say
 
 _LOOK_EVERY_MS = 10_000
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of documents.", exists=True, file_okay=False)]
 
 
 def sync(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Folder of documents.", exists=True, file_okay=False)
-    ],
+    folder: Folder,
     again: Annotated[
         bool, typer.Option("--again", help="Learn also what has not changed, and what failed before.")
     ] = False,
@@ -42,9 +41,7 @@ def sync(
 
 
 def watch(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Folder of documents.", exists=True, file_okay=False)
-    ],
+    folder: Folder,
     chunk_tokens: options.ChunkTokens = 256,
     storage: options.StorageOption = "bf16",
     base: options.Base = None,
