@@ -21,9 +21,9 @@ from loracast.tasks import read_tasks
 from loracast.training.episodes import pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_with
+from loracast.training.peft_training import PeftConfig
 from loracast.training.oracle import (
     MULTITASK,
-    OracleConfig,
     OracleRecipe,
     oracles_in,
     read_multitask,
@@ -37,7 +37,7 @@ from loracast.training.text import TextRecipe
 from test_tasks import write_suite
 
 RECIPE = OracleRecipe(
-    OracleConfig(("q_proj", "v_proj", "down_proj"), rank=4),
+    PeftConfig(("q_proj", "v_proj", "down_proj"), rank=4),
     TaskDataConfig(tasks_per_step=1, examples_per_task=5),
     TrainConfig(steps=40, lr=5e-3, warmup_steps=4, log_every=10, bf16=False),
 )
@@ -106,7 +106,7 @@ def test_interrupted_oracles_go_on_to_the_same_weights(base, tasks, tmp_path):
     assert (tmp_path / "whole" / tasks[0].name / "adapter_model.safetensors").stat().st_mtime_ns == stamp
     assert train_oracles(base, recipe, tasks[:2], tmp_path / "whole", budget_s=0.0) == [t.name for t in tasks[:2]]
     with pytest.raises(TrainingError, match=r"trained otherwise \(lora\)"):
-        train_oracles(base, dataclasses.replace(recipe, lora=OracleConfig(rank=3)), tasks[:1], tmp_path / "whole")
+        train_oracles(base, dataclasses.replace(recipe, lora=PeftConfig(rank=3)), tasks[:1], tmp_path / "whole")
 
 
 def test_the_multi_task_lora_sees_the_rows_of_text_to_lora_and_no_held_out_task(base, tasks, tmp_path, monkeypatch):

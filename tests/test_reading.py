@@ -24,7 +24,8 @@ from loracast.lora import LoRA
 from loracast.target import target_from_config
 from loracast.tasks import read_tasks
 from loracast.training.loop import TrainConfig
-from loracast.training.oracle import OracleConfig, OracleRecipe, train_multitask
+from loracast.training.peft_training import PeftConfig
+from loracast.training.oracle import OracleRecipe, train_multitask
 from loracast.training.task_source import TaskDataConfig
 from loracast.training.text import TextRecipe, read_text_recipe, train_text
 from test_tasks import write_suite
@@ -199,7 +200,7 @@ def test_it_learns_tasks_and_shuts_for_gibberish(base, tmp_path):
 
 def test_what_all_share_starts_from_a_multitask_lora(base, tmp_path):
     tasks = read_tasks(write_suite(tmp_path))
-    lora = OracleConfig(kinds=("v_proj", "down_proj"), rank=3)
+    lora = PeftConfig(kinds=("v_proj", "down_proj"), rank=3)
     training = TrainConfig(steps=2, warmup_steps=1, bf16=False)
     multitask = OracleRecipe(lora=lora, data=TaskDataConfig(tasks_per_step=2), training=training)
     assert train_multitask(base, multitask, tasks, tmp_path / "multitask")

@@ -13,7 +13,8 @@ from loracast.hypernets.text_to_lora import TextToLoRA
 from loracast.lora import Factors, LoRA, LoRABatch, stack
 from loracast.tasks import read_tasks
 from loracast.training.loop import TrainConfig
-from loracast.training.oracle import OracleConfig, OracleRecipe, read_oracle, train_oracles
+from loracast.training.peft_training import PeftConfig
+from loracast.training.oracle import OracleRecipe, read_oracle, train_oracles
 from loracast.training.plots import plot_metrics
 from loracast.training.reconstruction import canonical, matching, relative_square_error
 from loracast.training.task_source import TaskDataConfig
@@ -85,7 +86,7 @@ def test_factors_are_compared_in_units_of_how_much_they_differ():
 def test_descriptions_give_back_the_oracles(match, error, base, word_encoder, tmp_path):  # noqa: F811
     tasks = read_tasks(write_suite(tmp_path))
     recipe = OracleRecipe(
-        OracleConfig(("q_proj", "v_proj", "down_proj"), rank=2),
+        PeftConfig(("q_proj", "v_proj", "down_proj"), rank=2),
         TaskDataConfig(tasks_per_step=1, examples_per_task=5),
         TrainConfig(steps=40, lr=5e-3, warmup_steps=4, bf16=False),
     )
@@ -123,7 +124,7 @@ def test_descriptions_give_back_the_oracles(match, error, base, word_encoder, tm
 
 def test_factors_of_one_oracle_cannot_be_compared_and_another_library_is_no_resume(base, word_encoder, tmp_path):  # noqa: F811
     tasks = read_tasks(write_suite(tmp_path))
-    recipe = OracleRecipe(OracleConfig(rank=2), training=TrainConfig(steps=1, warmup_steps=1, bf16=False))
+    recipe = OracleRecipe(PeftConfig(rank=2), training=TrainConfig(steps=1, warmup_steps=1, bf16=False))
     text = TextRecipe(
         hypernetwork={"rank": 2, "width": 16, "head_width": 16},
         training=TrainConfig(steps=2, warmup_steps=1, bf16=False),

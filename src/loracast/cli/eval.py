@@ -143,6 +143,62 @@ def facts(
 
 
 @app.command()
+def qa(
+    out: Out,
+    documents: Annotated[list[str], typer.Option(help="Documents with questions: JSONL(.gz) rows. Repeatable.")],
+    sources: Annotated[str | None, typer.Option(help="Of rows with a source, only these, with commas.")] = None,
+    max_documents: Annotated[int, typer.Option(help="Most documents of each source.", min=1)] = 200,
+    max_questions: Annotated[int | None, typer.Option(help="Most questions about one document.", min=1)] = None,
+    spans_only: Annotated[
+        bool, typer.Option("--spans-only", help="Only questions whose answer stands in the document.")
+    ] = False,
+    systems: Annotated[
+        str | None,
+        typer.Option(help="Rivals to run, with commas (docs/evaluation.md); all but other prompts by default."),
+    ] = None,
+    reader: Annotated[
+        Path | None, typer.Option(help="LoRA of `loracast train reader`: the ceiling, with the document in the window.")
+    ] = None,
+    route: Route = DEFAULT_ROUTE,
+    chunk_tokens: ChunkTokens = 256,
+    split: Annotated[str, typer.Option(help="Of rows with a split, only this one.")] = "test",
+    seed: Seed = 0,
+    hypernetwork: options.Hypernetwork = None,
+    base: options.Base = None,
+    device: options.Device = None,
+    budget_s: Budget = None,
+    as_json: options.Json = False,
+) -> None:
+    """Questions that people asked about real documents: an adapter beside the document, or parts of it, in the window."""
+    from loracast.evaluation.plots import require_matplotlib
+    from loracast.evaluation.qa.evaluate import QaConfig, draw, evaluate_qa
+    from loracast.evaluation.qa.rivals import Setup
+    from loracast.training.reader import read_reader
+
+    config = QaConfig(
+        documents=tuple(documents),
+        sources=_names(sources),
+        max_documents=max_documents,
+        max_questions=max_questions,
+        spans_only=spans_only,
+        systems=_names(systems),
+        route=route,
+        chunk_tokens=chunk_tokens,
+        split=split,
+        seed=seed,
+        budget_s=budget_s,
+    )
+    require_matplotlib()
+    model = open_model(base, hypernetwork, None, device)
+    ceiling = read_reader(reader, model.base.fingerprint).to(model.base.device) if reader else None
+    setup = Setup(model, route, chunk_tokens, ceiling)
+    with _progress("documents") as progress:
+        report = evaluate_qa(setup, config, out, progress)
+    draw(report, out)
+    _show(report, out, as_json)
+
+
+@app.command()
 def latency(
     out: Out,
     texts: Texts = None,
@@ -380,6 +436,10 @@ def _numbers(text: str, kind: type[Number]) -> tuple[Number, ...]:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a list of numbers with commas between them") from None
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",")) if text else ()
 
 
 def _systems(text: str) -> tuple[str, ...]:

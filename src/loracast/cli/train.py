@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,8 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda; the fastest there
 AsJson = Annotated[bool, typer.Option("--json", help="Print the last metrics as JSON.")]
 
 Tasks = Annotated[Path, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")]
+_documents = typer.Option("--documents", help="Documents with questions: JSONL(.gz) rows. Repeatable.")
+Documents = Annotated[list[str], _documents]
 LoRARecipe = Annotated[Path | None, typer.Argument(help="TOML file: tables lora, data, training.")]
 
 
@@ -53,13 +56,14 @@ def doc(
     texts: Annotated[
         list[str] | None, typer.Option(help="Prose that needles hide in: JSONL(.gz) or text. Repeatable.")
     ] = None,
+    documents: Annotated[list[str] | None, _documents] = None,
     init_from: InitFrom = None,
     base: Base = None,
     budget: Budget = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train Doc-to-LoRA on needles and fact sheets.
+    """Train Doc-to-LoRA on needles, fact sheets and questions about real documents.
 
     Saves every few minutes, stops cleanly on Ctrl-C and SIGTERM; the same command goes on from there. The same command runs
     under `torchrun` and `accelerate launch`.
@@ -67,6 +71,7 @@ def doc(
     from loracast.training.doc import read_recipe, train_doc
 
     overrides = _overrides(change, budget) + ([f"data.texts={json.dumps(texts)}"] if texts else [])
+    overrides += [f"data.documents={json.dumps(documents)}"] if documents else []
     settings = read_recipe(recipe, overrides)
     command = _command("doc", recipe, change, init_from)
 
@@ -187,6 +192,34 @@ def multitask(
     done = train_multitask(
         loaded, settings, found, out, described=described, command=command, budget_s=limit_s, on_metrics=_show_lora
     )
+    _say_lora(out, done, as_json)
+
+
+@app.command()
+def reader(
+    out: Out,
+    documents: Documents,
+    recipe: LoRARecipe = None,
+    change: Change = None,
+    base: Base = None,
+    budget: Budget = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train one LoRA to answer questions with the document in the window: the ceiling that adapters of documents are measured by."""
+    from loracast.training.reader import read_reader_recipe, train_reader
+
+    settings = read_reader_recipe(recipe, [*(change or []), f"data.documents={json.dumps(documents)}"])
+    loaded = _open_base(base, device)
+    command = _command("reader", recipe, change, None)
+    limit_s = seconds(budget) if budget else None
+    done = train_reader(
+        loaded, settings, out, command=command, budget_s=limit_s, on_metrics=partial(_show_lora, out.name)
+    )
+    _say_lora(out, done, as_json)
+
+
+def _say_lora(out: Path, done: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"out": str(out), "done": done}))
     else:

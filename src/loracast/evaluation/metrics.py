@@ -60,12 +60,12 @@ def wilson(n_hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def cluster_bootstrap(
-    clusters: Sequence[Sequence[bool]], *, n_resamples: int = 2000, seed: int = 0
+    clusters: Sequence[Sequence[float]], *, n_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of a share when whole clusters are drawn: the questions of one document stand or fall together.
+    """95 % percentile interval of a mean when whole clusters are drawn: the questions of one document stand or fall together.
 
     Args:
-        clusters: for each document, which of its questions were answered right.
+        clusters: for each document, what each of its questions scored: 1 where it was answered right.
     """
     hits = np.array([sum(cluster) for cluster in clusters], dtype=float)  # [clusters]
     sizes = np.array([len(cluster) for cluster in clusters], dtype=float)

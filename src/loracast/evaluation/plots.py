@@ -73,6 +73,48 @@ def by_length(path: Path, rows: Sequence[Row]) -> None:
     plt.close(figure)
 
 
+def f1_by_length(path: Path, rows: Sequence[Row]) -> None:
+    """Token F1 of every system over the documents' lengths, with its 95 % interval; `rows` as qa/evaluate.py makes them."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    for i, system in enumerate(systems):
+        mine = [row for row in rows if row["system"] == system]
+        places = [parts.index(row["part"]) + 0.06 * (i - len(systems) / 2) for row in mine]
+        f1 = [100 * row["f1"] for row in mine]
+        errors = [
+            [max(0.0, 100 * (row["f1"] - row["f1_low"])) for row in mine],
+            [max(0.0, 100 * (row["f1_high"] - row["f1"])) for row in mine],
+        ]
+        axis.errorbar(places, f1, errors, marker="o", capsize=3, label=mine[0]["label"])
+    axis.set_xticks(range(len(parts)), parts, rotation=15)
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("F1, %")
+    axis.set_title("Questions about real documents, by the documents' length")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def f1_by_cost(path: Path, rows: Sequence[Row]) -> None:
+    """Token F1 of every system over the tokens that an answer's prompt takes."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+    for row in rows:
+        axis.plot(row["prompt_tokens"], 100 * row["f1"], "o", markersize=9, label=row["label"])
+    axis.set_xscale("log")
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("tokens of the prompt")
+    axis.set_ylabel("F1, %")
+    axis.set_title("Questions about real documents, by what an answer costs")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def costs(path: Path, rows: Sequence[Row], baseline: str) -> None:
     """Operations of every system's queries, times those of the baseline: a point for each task, a bar at the mean."""
     plt = _pyplot()

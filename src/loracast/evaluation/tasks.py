@@ -23,7 +23,7 @@ from loracast.evaluation.task_rivals import ADAPTER, NEEDED, RIVALS, Drawn, Give
 from loracast.generate import Sampling, answer_batch
 from loracast.lora import LoRA
 from loracast.tasks import DescriptionKind, Example, Metric, Task, read_tasks
-from loracast.training.oracle import ABOUT
+from loracast.training.peft_training import ABOUT
 from loracast.training.text import gibberish
 
 MAX_ROWS = 32

@@ -172,8 +172,9 @@ def train_doc(
             "context_tokens": batch.chunk_ids.numel(),
         }
 
-    # Of the texts their names, not where they lie on this machine.
-    data = {**dataclasses.asdict(recipe.data), "texts": [Path(name).name for name in recipe.data.texts]}
+    # Of the files their names, not where they lie on this machine.
+    files = {key: [Path(name).name for name in getattr(recipe.data, key)] for key in ("texts", "documents")}
+    data = {**dataclasses.asdict(recipe.data), **files}
     return train_hypernet(
         hypernet, objective, recipe.training, out_dir,
         base=base, init_from=init_from, about={"data": data}, command=command, workers=workers, on_metrics=on_metrics,

@@ -19,6 +19,8 @@ class Stated(NamedTuple):
     statement: str
     owner: str
     value: str
+    value_at: int | None = None
+    """Where in the statement the value stands; None for its last place that is not inside the owner's name."""
 
 
 class Mark(NamedTuple):
@@ -43,12 +45,12 @@ def find_marks(chunk: int, text: str, offsets: Sequence[tuple[int, int]], stated
     The first token of a value begins the answer, the others are said after it, and the token after the last one ends it.
     """
     marks: list[Mark] = []
-    for number, (statement, owner, value) in enumerate(stated):
+    for number, (statement, owner, value, known_at) in enumerate(stated):
         start = text.find(statement)
         if start < 0:
             continue
         owner_at = find_owner(statement, owner)
-        value_at = _find_value(statement, value, owner_at)
+        value_at = _find_value(statement, value, owner_at) if known_at is None else known_at
         if value_at < 0:
             continue
         owner_tokens = [] if owner_at is None else _tokens(offsets, start + owner_at[0], start + owner_at[1])

@@ -8,37 +8,26 @@ has the description in every prompt.
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from loracast.base import Base
-from loracast.errors import AdapterError, ConfigError, TrainingError
-from loracast.files import write_atomically
-from loracast.fingerprint import Fingerprint, check
-from loracast.lora import LoRA, LoRABatch, concat
+from loracast.errors import AdapterError, TrainingError
+from loracast.fingerprint import Fingerprint
+from loracast.lora import LoRA, concat
 from loracast.manifest import check_name
 from loracast.peft_format import read_peft
-from loracast.target import target_from_config
 from loracast.tasks import Task
-from loracast.training.episodes import Episode, Question, pack
-from loracast.training.loop import TrainConfig, resumable_settings, train
-from loracast.training.objective import answer_with
+from loracast.training.episodes import Episode, Question
+from loracast.training.loop import TrainConfig
+from loracast.training.peft_training import ABOUT, PeftConfig, read_about, train_lora
 from loracast.training.recipe import keys_of, read_tables
-from loracast.training.runtime import Workers
 from loracast.training.task_source import TaskDataConfig, TaskSource
 
-ABOUT = "loracast.json"
-"""Beside PEFT's files: what the LoRA was trained on and how. It is written last."""
 _TOKENS_IN_A_ROW = 384  # a row's attention grows with its square
 
 OnMetrics = Callable[[str, dict[str, float]], None]
@@ -46,24 +35,10 @@ OnMetrics = Callable[[str, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
-class OracleConfig:
-    """The LoRA itself, as PEFT is told."""
-
-    kinds: tuple[str, ...] = ("q_proj", "v_proj")
-    """Module kinds that receive a LoRA."""
-    layers: tuple[int, ...] | None = None
-    """Layers that receive a LoRA; all if None."""
-    rank: int = 8
-    """Rank."""
-    scale: float = 5.66
-    """Factor on the delta; alpha is rank times this (published: 16 / sqrt(8))."""
-
-
-@dataclass(frozen=True)
 class OracleRecipe:
     """One training, as a TOML file with the tables `[lora]`, `[data]` and `[training]` says it."""
 
-    lora: OracleConfig = field(default_factory=OracleConfig)
+    lora: PeftConfig = field(default_factory=PeftConfig)
     data: TaskDataConfig = field(
         default_factory=lambda: TaskDataConfig(tasks_per_step=1, examples_per_task=64, tokens_per_task=2048)
     )
@@ -78,7 +53,7 @@ def read_oracle_recipe(
     path: Path | None, overrides: Sequence[str] = (), default: OracleRecipe = OracleRecipe()
 ) -> OracleRecipe:
     """A recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables` does."""
-    known = {"lora": keys_of(OracleConfig), "data": keys_of(TaskDataConfig), "training": keys_of(TrainConfig)}
+    known = {"lora": keys_of(PeftConfig), "data": keys_of(TaskDataConfig), "training": keys_of(TrainConfig)}
     tables = read_tables(path, overrides, known)
     return OracleRecipe(
         **{name: dataclasses.replace(getattr(default, name), **tables[name]) for name in ("lora", "data", "training")}
@@ -114,7 +89,7 @@ def train_oracles(
         left_s = None if ends_s is None else ends_s - time.monotonic()
         if left_s is not None and left_s <= 0:
             break
-        if not _train_one(base, recipe, source, library / name, command, left_s, partial(on_metrics, name)):
+        if not _train(base, recipe, source, library / name, command, left_s, partial(on_metrics, name)):
             break  # asked to stop, or out of time
     return [name for name in sources if (library / name / ABOUT).is_file()]
 
@@ -155,7 +130,7 @@ def train_multitask(
     source = TaskSource(recipe.data, tasks, base.chat, described=described, varied=described)
     for task in source.tasks:
         source.short_enough(task)
-    return _train_one(base, recipe, source, out_dir, command, budget_s, partial(on_metrics, out_dir.name), True)
+    return _train(base, recipe, source, out_dir, command, budget_s, partial(on_metrics, out_dir.name), True)
 
 
 def read_oracle(folder: Path, base: Fingerprint) -> LoRA:
@@ -184,16 +159,7 @@ def read_multitask(folder: Path, base: Fingerprint, described: bool) -> LoRA:
 
 
 def _about(folder: Path, base: Fingerprint) -> dict[str, Any]:
-    """What a LoRA was trained on and how."""
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        made_for = Fingerprint(**about["made_for"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(
-            f"{folder} holds no trained LoRA, or one whose training is not done (`loracast train oracle` goes on): {error}"
-        ) from error
-    check(made_for, base, f"the LoRA in {folder}")
-    return about
+    return read_about(folder, base, "loracast train oracle")
 
 
 def average_of_oracles(library: Path, base: Fingerprint) -> LoRA | None:
@@ -208,7 +174,7 @@ def oracles_in(library: Path) -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in library.glob(f"*/{ABOUT}")))
 
 
-def _train_one(
+def _train(
     base: Base,
     recipe: OracleRecipe,
     source: TaskSource,
@@ -218,12 +184,8 @@ def _train_one(
     on_metrics: Callable[[dict[str, float]], None],
     is_multitask: bool = False,
 ) -> bool:
-    """Train one LoRA, or go on with it; whether it is done now."""
-    if Workers.join(base.device.type).n > 1:
-        raise TrainingError("LoRAs of single tasks are trained by one process; start it without a launcher")
-    about: dict[str, Any] = {
-        "base": base.fingerprint.norms,
-        "lora": dataclasses.asdict(recipe.lora),
+    """Train one LoRA on tasks, or go on with it; whether it is done now."""
+    about = {
         "data": dataclasses.asdict(source.config),
         "is_multitask": is_multitask,
         "described": source.described,
@@ -231,61 +193,10 @@ def _train_one(
         "tasks": [task.name for task in source.tasks],
         "tasks_sha256": source.sha256,
     }
-    settings = resumable_settings(recipe.training, about)
-    if (folder / ABOUT).is_file():
-        stored = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        differing = sorted(k for k, v in settings.items() if stored.get("settings", {}).get(k) != v)
-        if differing:
-            raise TrainingError(
-                f"{folder} holds a LoRA that was trained otherwise ({', '.join(differing)}); give another --out, or remove it"
-            )
-        return True
-    fingerprint = base.fingerprint  # before the base has other modules
-    config = recipe.training if budget_s is None else dataclasses.replace(recipe.training, budget_s=budget_s)
-    with _with_lora(base, recipe) as (wrapped, factors):
-
-        def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
-            rows = _rows(source.episodes(source.draw(step * config.accumulate + micro)))
-            batch = pack(rows, base.pad_id).to(base.device)
-            with torch.autocast(base.device.type, torch.bfloat16) if config.bf16 else nullcontext():
-                seen, _ = answer_with(base.model, LoRABatch(1, {}, {}), batch)  # PEFT adds the LoRA
-            figures = {"exact": seen.exact, "token_accuracy": seen.token_accuracy, "tokens": batch.n_tokens}
-            return seen.loss, figures
-
-        last = train(
-            factors, objective, config, folder,
-            save_model=lambda out: wrapped.save_pretrained(str(out)), settings=about, on_metrics=on_metrics,
-        )  # fmt: skip
-    if last.get("step") != config.steps:
-        return False
-    done = {"made_for": fingerprint.to_dict(), "command": command, "settings": settings, "last": last}
-    write_atomically(folder / ABOUT, json.dumps(done, indent=1).encode())
-    for state in folder.glob("state*"):  # done: nothing goes on from it
-        shutil.rmtree(state) if state.is_dir() else state.unlink()
-    return True
-
-
-@contextmanager
-def _with_lora(base: Base, recipe: OracleRecipe) -> Iterator[tuple[Any, nn.Module]]:
-    """PEFT's model around the base, and a module of nothing but its factors; the base is its old self afterwards."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigError("training LoRAs needs PEFT: pip install 'loracast[train]'") from error
-    target = target_from_config(base.model.config, recipe.lora.kinds, recipe.lora.layers)
-    torch.manual_seed(recipe.training.seed)
-    options = LoraConfig(
-        r=recipe.lora.rank,
-        lora_alpha=recipe.lora.rank * recipe.lora.scale,  # type: ignore[arg-type]  # PEFT takes and divides any number
-        target_modules=list(target.names),
-        task_type="CAUSAL_LM",
-    )
-    wrapped = get_peft_model(base.model, options)
-    try:
-        trained = {name.replace(".", "/"): p for name, p in wrapped.named_parameters() if p.requires_grad}
-        yield wrapped, nn.ParameterDict(trained)
-    finally:
-        wrapped.unload()
+    return train_lora(
+        base, recipe.lora, recipe.training, lambda number: _rows(source.episodes(source.draw(number))), folder,
+        about=about, command=command, budget_s=budget_s, on_metrics=on_metrics,
+    )  # fmt: skip
 
 
 def _rows(episodes: Sequence[Episode]) -> list[Episode]:

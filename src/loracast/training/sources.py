@@ -9,17 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loracast.chat import ChatFormat, encode_with_offsets
-from loracast.documents import split_text
+from loracast.chat import ChatFormat
 from loracast.errors import ConfigError, TrainingError
+from loracast.qa import read_questioned
 from loracast.texts import read_texts
-from loracast.training.episodes import Episode, Question
+from loracast.training.document_source import DocumentSource
+from loracast.training.episode_maker import EpisodeMaker
+from loracast.training.episodes import Episode
 from loracast.training.facts import Split, make_sheet
-from loracast.training.marks import Mark, Stated, find_marks
+from loracast.training.marks import Stated
 from loracast.training.needle import hide, make_needles, sentences
-
-SYSTEM_TURNS = ("", "", "", "Answer briefly.", "You answer questions.", None)
-"""System turns met in training: mostly empty, since the template's own costs more tokens than a question; None is the template's."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,24 @@ class DataConfig:
     """Files with the prose around needles: JSONL (optionally gzipped) with a `document` or `text` field, or plain text."""
     text_sources: tuple[str, ...] = ()
     """Of JSONL rows with a `source` field, take only these sources (for their licence)."""
+    question_share: float = 0.0
+    """Share of steps that ask people's questions about real documents, those whose answers stand there."""
+    cloze_share: float = 0.0
+    """Share of steps that ask rule-made questions about the same documents."""
+    documents: tuple[str, ...] = ()
+    """Files of documents with questions: JSONL (optionally gzipped) rows of `document` and `questions`."""
+    document_sources: tuple[str, ...] = ()
+    """Of rows with a `source` field, take only these sources."""
+    max_questions: int = 8
+    """Most questions about one document in a step."""
 
     def __post_init__(self) -> None:
         if (self.needle_share > 0 or self.diluted_share > 0) and not self.texts:
             raise ConfigError("needles and diluted sheets need prose around them: give a file of texts (--texts FILE)")
+        if (self.question_share > 0 or self.cloze_share > 0) and not self.documents:
+            raise ConfigError("questions need documents to be about: give a file of them (--documents FILE)")
+        if self.needle_share + self.question_share + self.cloze_share > 1 + 1e-9:
+            raise ConfigError("needle_share, question_share and cloze_share are more than 1 together")
 
 
 class Prose:
@@ -96,24 +109,49 @@ class Prose:
 
 
 class EpisodeSource:
-    """Draws the episodes of a step: needles or fact sheets, one number of chunks for the whole step."""
+    """Draws the episodes of a step, all of one kind: needles, fact sheets, or questions about real documents."""
 
     def __init__(self, config: DataConfig, tokenizer: Any, chat: ChatFormat, split: Split = "train"):
-        self.config, self.tokenizer, self.chat, self.split = config, tokenizer, chat, split
+        self.config, self.split = config, split
+        self.maker = EpisodeMaker(tokenizer, chat)
         self.prose = Prose(read_texts(config.texts, config.text_sources), tokenizer) if config.texts else None
+        self.documents: DocumentSource | None = None
+        if config.documents:
+            self.documents = DocumentSource(
+                read_questioned(config.documents, config.document_sources, "train"),
+                self.maker,
+                max_chunk_tokens=config.max_chunk_tokens,
+                max_chunks=config.max_chunks,
+                max_questions=config.max_questions,
+            )
 
     def step(self, number: int, worker: int = 0) -> list[Episode]:
         """The episodes of step `number` on one of several workers."""
         rng = random.Random(f"{self.config.seed}/{worker}/{number}")
         c = self.config
-        if rng.random() < c.needle_share:
-            n_chunks = rng.choice([1, *range(1, c.max_chunks + 1)])
-            counts = (1, 1, 1, 2, 4, 8) if n_chunks == 1 else (2, 4, 8)
-            n_questions = rng.choice([n for n in counts if n <= c.max_needles] or [1])
-            n_tokens = rng.randint(c.min_chunk_tokens, c.max_chunk_tokens) if n_questions < 8 else c.max_chunk_tokens
-            n_documents = max(1, c.questions_per_step // n_questions)
-            n_documents = max(1, min(n_documents, c.context_tokens_per_step // (n_tokens * n_chunks)))
-            return [self.needle_episode(rng, n_questions, n_tokens, n_chunks) for _ in range(n_documents)]
+        drawn = rng.random()
+        if drawn < c.needle_share:
+            return self._needle_step(rng)
+        if drawn >= c.needle_share + c.question_share + c.cloze_share:
+            return self._fact_step(rng)
+        assert self.documents is not None
+        is_by_rule = drawn >= c.needle_share + c.question_share
+        ask = self.documents.asked_by_rule if is_by_rule else self.documents.asked_by_people
+        return ask(rng, c.questions_per_step, c.context_tokens_per_step)
+
+    def _needle_step(self, rng: random.Random) -> list[Episode]:
+        """One number of chunks for all documents of the step."""
+        c = self.config
+        n_chunks = rng.choice([1, *range(1, c.max_chunks + 1)])
+        counts = (1, 1, 1, 2, 4, 8) if n_chunks == 1 else (2, 4, 8)
+        n_questions = rng.choice([n for n in counts if n <= c.max_needles] or [1])
+        n_tokens = rng.randint(c.min_chunk_tokens, c.max_chunk_tokens) if n_questions < 8 else c.max_chunk_tokens
+        n_documents = max(1, c.questions_per_step // n_questions)
+        n_documents = max(1, min(n_documents, c.context_tokens_per_step // (n_tokens * n_chunks)))
+        return [self.needle_episode(rng, n_questions, n_tokens, n_chunks) for _ in range(n_documents)]
+
+    def _fact_step(self, rng: random.Random) -> list[Episode]:
+        c = self.config
         n_facts = rng.randint(c.min_facts, c.max_facts)
         shortest = max(c.min_chunk_tokens, 48) if c.max_chunks > 1 else c.max_chunk_tokens
         n_tokens = rng.choice([c.max_chunk_tokens, rng.randint(shortest, c.max_chunk_tokens)])
@@ -136,8 +174,8 @@ class EpisodeSource:
             here = [needle.statement for needle, home in zip(needles, homes, strict=True) if home == chunk]
             texts.append(" ".join(hide(here, self.prose.span(rng, room), [rng.random() for _ in here])))
         stated = [Stated(n.statement, n.key if n.key in n.statement else "", n.answer) for n in needles]
-        questions = self._questions(rng, [(n.question, n.answer) for n in needles])
-        return self._episode(texts, questions, "needle", stated)
+        questions = self.maker.questions(rng, [(n.question, n.answer) for n in needles])
+        return self.maker.episode(texts, questions, "needle", stated)
 
     def fact_episode(self, rng: random.Random, n_facts: int, max_chunk_tokens: int) -> Episode:
         sheet = make_sheet(rng, n_facts, split=self.split)
@@ -145,28 +183,7 @@ class EpisodeSource:
         if self.prose is not None and rng.random() < self.config.diluted_share:
             prose = self.prose.span(rng, rng.randint(1, 2) * max_chunk_tokens // 2)
             text = " ".join(hide([fact.statement for fact in sheet.facts], prose, [rng.random() for _ in sheet.facts]))
-        chunks = split_text(
-            text,
-            lambda text: encode_with_offsets(self.tokenizer, text),
-            max_tokens=max_chunk_tokens,
-            title=sheet.title,
-        )
+        texts = self.maker.chunk_texts(text, max_chunk_tokens, sheet.title)
         stated = [Stated(fact.statement, fact.subject, fact.answer) for fact in sheet.facts]
-        questions = self._questions(rng, [(fact.question, fact.answer) for fact in sheet.facts])
-        return self._episode([chunk.prompt for chunk in chunks], questions, "facts", stated)
-
-    def _episode(
-        self, texts: Sequence[str], questions: tuple[Question, ...], task: str, stated: Sequence[Stated]
-    ) -> Episode:
-        """A document from its chunks' texts, with marks for what is stated in them."""
-        chunks: list[tuple[int, ...]] = []
-        marks: list[Mark] = []
-        for i, text in enumerate(texts):
-            ids, offsets = encode_with_offsets(self.tokenizer, text)
-            chunks.append(tuple(ids))
-            marks += find_marks(i, text, offsets, stated)
-        return Episode(tuple(chunks), questions, task, tuple(marks))
-
-    def _questions(self, rng: random.Random, pairs: Sequence[tuple[str, str]]) -> tuple[Question, ...]:
-        system = rng.choice(SYSTEM_TURNS)
-        return tuple(Question(tuple(self.chat.prompt(q, system)), tuple(self.chat.answer(a))) for q, a in pairs)
+        questions = self.maker.questions(rng, [(fact.question, fact.answer) for fact in sheet.facts])
+        return self.maker.episode(texts, questions, "facts", stated)

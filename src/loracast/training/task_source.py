@@ -16,8 +16,8 @@ from functools import cached_property
 from loracast.chat import ChatFormat
 from loracast.errors import ConfigError, TrainingError
 from loracast.tasks import Example, Task, with_description
+from loracast.training.episode_maker import SYSTEM_TURNS
 from loracast.training.episodes import Episode, Question
-from loracast.training.sources import SYSTEM_TURNS
 from loracast.training.variations import EXAMPLES_TO_VARY, Variation, vary, words_of
 
 

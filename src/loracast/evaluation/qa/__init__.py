@@ -1,0 +1,1 @@
+"""Question answering about real documents: an adapter beside all that a document could be given with instead."""

@@ -1,0 +1,62 @@
+"""The adapter of the document, and its controls: none, another document's, and what all documents have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from loracast.evaluation.in_memory import InMemoryAdapter, cast
+from loracast.evaluation.qa.rivals import Given, Request, Rival, Setup, plain
+from loracast.lora import Factors, LoRA
+from loracast.qa import DocumentQuestion
+
+
+def cast_all(setup: Setup, given: Sequence[Given]) -> None:
+    """Cast all chunks of some documents."""
+    cast(setup.model, [(one.adapter, range(len(one.adapter.chunks))) for one in given])
+
+
+def _cast_others(setup: Setup, given: Sequence[Given]) -> None:
+    cast(setup.model, [(one.other, range(len(one.other.chunks))) for one in given])
+
+
+def _routed(setup: Setup, adapter: InMemoryAdapter, question: str) -> Request:
+    picked = adapter.route(question, setup.route).picked
+    return Request(plain(setup, question), adapter.lora(picked))
+
+
+def _own(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
+    return _routed(setup, given.adapter, question.question)
+
+
+def _others(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
+    return _routed(setup, given.other, question.question)
+
+
+def _nothing(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
+    return Request(plain(setup, question.question))
+
+
+def _shared(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
+    return Request(plain(setup, question.question), document_independent(setup))
+
+
+def document_independent(setup: Setup) -> LoRA:
+    """What a hypernetwork gives every document alike; nothing where it has no such part."""
+    hypernet = setup.model.hypernet
+    factors: dict[str, Factors] = {}
+    for kind in hypernet.config.kinds:
+        if shared := hypernet.shared(kind):
+            of_kind = hypernet.config.target.of_kind(kind)
+            for module, a, b in zip(of_kind, shared.a.detach(), shared.b.detach(), strict=True):
+                factors[module.name] = Factors(a.to(torch.bfloat16), b.T.to(torch.bfloat16))
+    return LoRA(factors)
+
+
+RIVALS = {
+    "adapter": Rival("adapter of the document", _own, cast_all),
+    "none": Rival("no document", _nothing),
+    "other": Rival("another document's adapter", _others, _cast_others),
+    "shared": Rival("document-independent part alone", _shared),
+}

@@ -1,0 +1,47 @@
+"""Retrieval: the passages of the document that BM25 finds for the question, in the window."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+
+from loracast.chat import encode_with_offsets
+from loracast.documents import split_text
+from loracast.evaluation.qa.rivals import Given, Request, Rival, Setup
+from loracast.evaluation.qa.window import BEST, PROMPTS, with_text
+from loracast.qa import DocumentQuestion
+from loracast.routing import pick, write_index
+
+PASSAGE_TOKENS = 64
+"""Longest passage: two or three sentences."""
+
+
+def passages(setup: Setup, given: Given, question: str, k: int) -> list[str]:
+    """The k best passages for a question, in the document's order; all where there are no more."""
+    tokenizer = setup.model.base.tokenizer
+    chunks = split_text(
+        given.document.text, lambda text: encode_with_offsets(tokenizer, text), max_tokens=PASSAGE_TOKENS
+    )
+    if len(chunks) <= k:
+        return [chunk.text for chunk in chunks]
+    index = sqlite3.connect(":memory:")
+    try:
+        write_index(index, chunks)
+        picked = pick(index, len(chunks), question, k).picked
+    finally:
+        index.close()
+    return [chunks[i].text for i in (range(len(chunks)) if picked is None else sorted(picked))]
+
+
+def _best(k: int) -> Callable[[Setup, Given, DocumentQuestion], Request]:
+    def ask(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
+        text = "\n\n".join(passages(setup, given, question.question, k))
+        return with_text(setup, PROMPTS[BEST], text, question.question)
+
+    return ask
+
+
+RIVALS = {
+    "bm25": Rival(f"BM25's best passage in the window ({PASSAGE_TOKENS} tokens)", _best(1)),
+    "bm25_3": Rival(f"BM25's three passages in the window ({PASSAGE_TOKENS} tokens each)", _best(3)),
+}

@@ -1,0 +1,154 @@
+"""The ceiling of question answering: a LoRA trained, with PEFT, to answer people's questions with the document in the window.
+
+What a base of this size can at best say about a document that it sees, where it has learned what is asked of it. A row is a document
+once with all its questions as branches (episodes.py), so that ten thousand questions cost what their documents do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loracast.base import Base
+from loracast.chat import ChatFormat, encode_text
+from loracast.errors import AdapterError, ConfigError, TrainingError
+from loracast.fingerprint import Fingerprint
+from loracast.lora import LoRA
+from loracast.peft_format import read_peft
+from loracast.qa import QuestionedDocument, read_questioned
+from loracast.training.episodes import Episode, Question
+from loracast.training.loop import TrainConfig
+from loracast.training.peft_training import PeftConfig, read_about, train_lora
+from loracast.training.recipe import keys_of, read_tables
+from loracast.training.spans import find_answer
+
+
+@dataclass(frozen=True)
+class ReaderDataConfig:
+    """What the reader learns from."""
+
+    seed: int = 0
+    """Seed of the draw."""
+    documents: tuple[str, ...] = ()
+    """Files of documents with questions."""
+    document_sources: tuple[str, ...] = ()
+    """Of rows with a `source` field, take only these sources."""
+    max_document_tokens: int = 512
+    """Longest document that is read."""
+    questions_per_step: int = 32
+    """Questions in one step, over all its documents."""
+    max_questions: int = 8
+    """Most questions about one document in a step."""
+
+    def __post_init__(self) -> None:
+        if not self.documents:
+            raise ConfigError("a reader needs documents with questions: give a file of them (--documents FILE)")
+
+
+@dataclass(frozen=True)
+class ReaderRecipe:
+    """One training, as a TOML file with the tables `[lora]`, `[data]` and `[training]` says it."""
+
+    data: ReaderDataConfig
+    lora: PeftConfig = field(default_factory=lambda: PeftConfig(("q_proj", "v_proj", "o_proj", "down_proj"), rank=16))
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=320, lr=5e-4, warmup_steps=20))
+
+
+def read_reader_recipe(path: Path | None, overrides: Sequence[str] = ()) -> ReaderRecipe:
+    """A recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables` does."""
+    known = {"lora": keys_of(PeftConfig), "data": keys_of(ReaderDataConfig), "training": keys_of(TrainConfig)}
+    tables = read_tables(path, overrides, known)
+    default = ReaderRecipe(ReaderDataConfig(**tables["data"]))
+    return dataclasses.replace(
+        default, **{name: dataclasses.replace(getattr(default, name), **tables[name]) for name in ("lora", "training")}
+    )
+
+
+def reading_prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
+    """The prompt of a reader: the document, then the question, under an empty system turn."""
+    content = f"{document}\n\nQuestion: {question}"
+    return chat.conversation([{"role": "system", "content": ""}, {"role": "user", "content": content}])
+
+
+class ReaderSource:
+    """Rows of a document and its questions, those whose answers it says; drawn by how many questions a document has."""
+
+    def __init__(self, config: ReaderDataConfig, base: Base):
+        """Raises TrainingError where no document fits."""
+        self.config, self.chat = config, base.chat
+        self.documents: list[QuestionedDocument] = [
+            document
+            for document in read_questioned(config.documents, config.document_sources, "train")
+            if any(question.is_span for question in document.questions)
+            and len(encode_text(base.tokenizer, document.text)) <= config.max_document_tokens
+        ]
+        if not self.documents:
+            raise TrainingError(
+                f"no document of at most {config.max_document_tokens} tokens has a question whose answer it says"
+            )
+        self._weights = [
+            min(config.max_questions, sum(question.is_span for question in document.questions))
+            for document in self.documents
+        ]
+
+    def episodes(self, number: int) -> list[Episode]:
+        """The rows of step `number`."""
+        rng = random.Random(f"{self.config.seed}/{number}")
+        rows: list[Episode] = []
+        n_questions = 0
+        while n_questions < self.config.questions_per_step:
+            (document,) = rng.choices(self.documents, self._weights)
+            row = self._row(rng, document)
+            if row is not None:
+                rows.append(row)
+                n_questions += len(row.questions)
+        return rows
+
+    def _row(self, rng: random.Random, document: QuestionedDocument) -> Episode | None:
+        spans = [question for question in document.questions if question.is_span]
+        questions = []
+        for asked in rng.sample(spans, min(len(spans), self.config.max_questions)):
+            stated = find_answer(document.text, asked.question, asked.answers)
+            if stated is not None:
+                prompt = reading_prompt(self.chat, _shown(document), asked.question)
+                questions.append(Question(tuple(prompt), tuple(self.chat.answer(stated.value))))
+        return Episode((), tuple(questions), "reader") if questions else None
+
+
+def _shown(document: QuestionedDocument) -> str:
+    """The document as the evaluation shows it."""
+    return f"{document.title}\n\n{document.text}" if document.title else document.text
+
+
+def train_reader(
+    base: Base,
+    recipe: ReaderRecipe,
+    out_dir: Path,
+    *,
+    command: str = "",
+    budget_s: float | None = None,
+    on_metrics: Callable[[dict[str, float]], None] = lambda figures: None,
+) -> bool:
+    """Train the reader, or go on with it; whether it is done now."""
+    source = ReaderSource(recipe.data, base)
+    files = [Path(name).name for name in recipe.data.documents]
+    return train_lora(
+        base, recipe.lora, recipe.training, source.episodes, out_dir,
+        about={"data": {**dataclasses.asdict(recipe.data), "documents": files}, "is_reader": True},
+        command=command, budget_s=budget_s, on_metrics=on_metrics,
+    )  # fmt: skip
+
+
+def read_reader(folder: Path, base: Fingerprint) -> LoRA:
+    """The LoRA that `train_reader` made, checked against a base's fingerprint.
+
+    Raises:
+        AdapterError: there is none, it is not done, or it is another one.
+    """
+    about = read_about(folder, base, "loracast train reader")
+    if not about["settings"].get("is_reader"):
+        raise AdapterError(f"{folder} holds another LoRA; give what `loracast train reader` makes")
+    return read_peft(folder)
