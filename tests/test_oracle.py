@@ -21,7 +21,6 @@ from loracast.tasks import read_tasks
 from loracast.training.episodes import pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_with
-from loracast.training.peft_training import PeftConfig
 from loracast.training.oracle import (
     MULTITASK,
     OracleRecipe,
@@ -32,6 +31,7 @@ from loracast.training.oracle import (
     train_multitask,
     train_oracles,
 )
+from loracast.training.peft_training import PeftConfig
 from loracast.training.task_source import TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe
 from test_tasks import write_suite

@@ -24,8 +24,8 @@ from loracast.lora import LoRA
 from loracast.target import target_from_config
 from loracast.tasks import read_tasks
 from loracast.training.loop import TrainConfig
-from loracast.training.peft_training import PeftConfig
 from loracast.training.oracle import OracleRecipe, train_multitask
+from loracast.training.peft_training import PeftConfig
 from loracast.training.task_source import TaskDataConfig
 from loracast.training.text import TextRecipe, read_text_recipe, train_text
 from test_tasks import write_suite

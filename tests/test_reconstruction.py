@@ -13,8 +13,8 @@ from loracast.hypernets.text_to_lora import TextToLoRA
 from loracast.lora import Factors, LoRA, LoRABatch, stack
 from loracast.tasks import read_tasks
 from loracast.training.loop import TrainConfig
-from loracast.training.peft_training import PeftConfig
 from loracast.training.oracle import OracleRecipe, read_oracle, train_oracles
+from loracast.training.peft_training import PeftConfig
 from loracast.training.plots import plot_metrics
 from loracast.training.reconstruction import canonical, matching, relative_square_error
 from loracast.training.task_source import TaskDataConfig

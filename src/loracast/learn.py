@@ -81,7 +81,7 @@ def prompt_batches(base: Base, prompts: Sequence[str]) -> Iterator[tuple[Tensor,
 def shared_factors(hypernet: DocToLoRA) -> dict[str, Tensor]:
     """The document-independent factors, named as in an adapter's file; none where the hypernetwork has none."""
     factors: dict[str, Tensor] = {}
-    for kind in hypernet.config.kinds:
+    for kind in hypernet.config.target.kinds:
         if shared := hypernet.shared(kind):
             factors |= {f"{kind}.shared.a": shared.a.detach(), f"{kind}.shared.b": shared.b.detach()}
     return factors

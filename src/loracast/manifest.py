@@ -87,7 +87,7 @@ class Manifest:
     @property
     def rank_text(self) -> str:
         """The ranks in words."""
-        return ", ".join(f"{rank} in {kind}" for kind, rank in self.ranks.items())
+        return ", ".join(f"{rank} in {kind}" for kind, rank in self.ranks.items() if rank)
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -108,7 +108,7 @@ class Manifest:
                 raise ValueError(f"{manifest.name[:80]!r} is no adapter's name")
             sizes = [
                 *dict(manifest.most_summed).values(),
-                *dict(manifest.ranks).values(),
+                *(rank or 1 for rank in dict(manifest.ranks).values()),  # 0 of kinds that all documents share
                 manifest.n_chunks,
                 *(d for m in manifest.modules for d in m[3:]),
             ]

@@ -199,6 +199,47 @@ def qa(
 
 
 @app.command()
+def interference(
+    out: Out,
+    benchmark: Annotated[
+        list[str], typer.Option(help="File of questions with choices (bench_NAME_test.jsonl.gz). Repeatable.")
+    ],
+    documents: Annotated[
+        list[str], typer.Option(help="Documents to learn: JSONL(.gz) rows with questions. Repeatable.")
+    ],
+    sources: Annotated[str | None, typer.Option(help="Of documents with a source, only these, with commas.")] = None,
+    counts: Annotated[str, typer.Option(help="Documents learned at once, with commas.")] = "0,1,4,16",
+    questions: Annotated[int, typer.Option(help="Questions of each benchmark.", min=1)] = 200,
+    route: Route = DEFAULT_ROUTE,
+    chunk_tokens: ChunkTokens = 256,
+    split: Annotated[str, typer.Option(help="Of documents with a split, only this one.")] = "test",
+    seed: Seed = 0,
+    hypernetwork: options.Hypernetwork = None,
+    base: options.Base = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Harm: general-knowledge questions, with documents learned that have nothing to do with them."""
+    from loracast.evaluation.interference import InterferenceConfig, evaluate_interference
+
+    config = InterferenceConfig(
+        benchmarks=tuple(benchmark),
+        documents=tuple(documents),
+        sources=_names(sources),
+        counts=_numbers(counts, int),
+        questions=questions,
+        route=route,
+        chunk_tokens=chunk_tokens,
+        split=split,
+        seed=seed,
+    )
+    model = open_model(base, hypernetwork, None, device)
+    with _progress("questions") as progress:
+        report = evaluate_interference(model, config, out, progress)
+    _show(report, out, as_json)
+
+
+@app.command()
 def latency(
     out: Out,
     texts: Texts = None,

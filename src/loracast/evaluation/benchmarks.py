@@ -20,8 +20,11 @@ _N_SHOWN = 100
 """Of a file without one for training: rows to show as examples, never asked."""
 
 
-def read_benchmark(path: Path) -> Task:
+def read_benchmark(path: Path, *, lists_choices: bool = True) -> Task:
     """A benchmark's file as a held-out task.
+
+    Args:
+        lists_choices: the input of a question with choices lists them; without the list it is the question alone.
 
     Raises:
         ConfigError: the file cannot be read, or nobody has described the benchmark (`content/benchmarks.toml`).
@@ -32,9 +35,9 @@ def read_benchmark(path: Path) -> Task:
         raise ConfigError(
             f"nothing is known of a benchmark {name!r}; write it as a task file (docs/tasks.md). Known: {', '.join(sorted(_descriptions()))}"
         )
-    rows = _examples(path)
+    rows = _examples(path, lists_choices)
     beside = path.with_name(path.name.replace("_test.", "_train."))
-    shown = _examples(beside) if beside != path and beside.is_file() else rows[:_N_SHOWN]
+    shown = _examples(beside, lists_choices) if beside != path and beside.is_file() else rows[:_N_SHOWN]
     asked = rows if beside != path and beside.is_file() else rows[_N_SHOWN:]
     if not asked:
         raise ConfigError(
@@ -51,14 +54,14 @@ def read_benchmark(path: Path) -> Task:
     )
 
 
-def _examples(path: Path) -> list[Example]:
+def _examples(path: Path, lists_choices: bool) -> list[Example]:
     found: list[Example] = []
 
     def take(row: dict[str, Any]) -> None:
         if "choices" in row:
             choices = tuple(row["choices"])
-            listed = "\n".join(f"- {choice}" for choice in choices)
-            found.append(Example(f"{row['question']}\n{listed}", (choices[row["answer"]],), choices))
+            listed = "".join(f"\n- {choice}" for choice in choices) if lists_choices else ""
+            found.append(Example(row["question"] + listed, (choices[row["answer"]],), choices))
         else:
             found.append(Example(row["question"], (f"{row['rationale']}\n{row['answer']}",)))
 

@@ -28,7 +28,10 @@ class Choice:
 
 @torch.no_grad()
 def likeliest(
-    base: Base, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[str]], lora: LoRA | None
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[str]],
+    lora: LoRA | Sequence[LoRA | None] | None,
 ) -> list[Choice]:
     """For each prompt, the likeliest of its answers. The answers of a prompt are branches of one row: it is read once.
 
@@ -38,6 +41,7 @@ def likeliest(
     Args:
         prompts: token ids.
         answers: for each prompt the texts to choose from.
+        lora: one for all prompts, or one or none for each.
     """
     episodes = [
         Episode((), tuple(Question(tuple(prompt), form) for text in texts for form in _forms(base, text)))
@@ -53,7 +57,8 @@ def likeliest(
     chosen: dict[int, Choice] = {}
     for rows in batches:
         batch = pack([episodes[i] for i in rows], base.pad_id).to(base.device)
-        losses = answer_with(base.model, stack([lora]), batch)[0].by_question  # mean over each answer's tokens
+        loras = [lora[i] for i in rows] if isinstance(lora, Sequence) else [lora]
+        losses = answer_with(base.model, stack(loras), batch)[0].by_question  # mean over each answer's tokens
         sums = losses * torch.bincount(batch.answer_question)
         for i, of_forms in zip(rows, sums.split([2 * len(answers[i]) for i in rows]), strict=True):
             of_prompt = of_forms.view(-1, 2).amin(1)  # [answers]

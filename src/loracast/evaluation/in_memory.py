@@ -71,15 +71,18 @@ class InMemoryAdapter:
                 self._factors[name][chunk].copy_(as_kept(rows, self._storage))
         self._is_cast[chunk] = True
 
-    def lora(self, chunks: Sequence[int] | Mapping[int, float] | None = None) -> LoRA:
+    def lora(
+        self, chunks: Sequence[int] | Mapping[int, float] | None = None, *, document_independent: bool = True
+    ) -> LoRA:
         """The LoRA of some chunks, or of all (None), as `Adapter.lora` has it."""
+        common = self._shared if document_independent else {}
         wanted = sorted(set(range(len(self.chunks)) if chunks is None else chunks))
         weights = [chunks[i] for i in wanted] if isinstance(chunks, Mapping) else None
         if len(wanted) == len(self.chunks):
-            return join_chunks(self._target, self._factors | self._shared, self._most_summed, weights)
+            return join_chunks(self._target, self._factors | common, self._most_summed, weights)
         picked = torch.tensor(wanted)
         rows = {name: value.index_select(0, picked.to(value.device)) for name, value in self._factors.items()}
-        return join_chunks(self._target, rows | self._shared, self._most_summed, weights)
+        return join_chunks(self._target, rows | common, self._most_summed, weights)
 
     def close(self) -> None:
         self._index.close()

@@ -65,6 +65,12 @@ class DocToLoRAConfig:
     """Share one head among the layers and correct it by this rank in each; None gives each layer a head of its own."""
     document_independent_rank: int = 0
     """Rank of the learned LoRA that is the same for every document; 0 for none."""
+    shared_modules: tuple[tuple[str, int, str, int, int], ...] = ()
+    """Further modules, of kinds that `modules` and the memory leave alone, that receive nothing but a LoRA that is the same for every document.
+
+    With it the base learns to bring a question to where its answer begins, which is where a memory is asked."""
+    shared_rank: int = 16
+    """Rank of the LoRA in `shared_modules`."""
     scale: float = 45.25
     """Factor on every delta, folded into B (published: 2 * rank ** 1.5, not divided by the rank)."""
     whitened: bool = False
@@ -113,6 +119,13 @@ class DocToLoRAConfig:
                 problems.append("the memory's modules are not in the order of their layers")
             if min(self.memory_rank, self.memory_question_rank, self.memory_heads - 1) < 1:
                 problems.append("memory_rank and memory_question_rank must be at least 1, memory_heads at least 2")
+        if self.shared_modules:
+            problems += problems_of(self.shared_modules)
+            shared_kinds = {kind for _, _, kind, _, _ in self.shared_modules}
+            if shared_kinds & {kind for _, _, kind, _, _ in (*self.modules, *self.memory_modules)}:
+                problems.append("the shared modules must be of kinds that `modules` and the memory leave alone")
+            if self.shared_rank < 1:
+                problems.append("shared_rank must be at least 1")
         if self.most_summed_chunks is not None and self.most_summed_chunks < 1:
             problems.append("most_summed_chunks must be at least 1")
         if problems:
@@ -124,15 +137,17 @@ class DocToLoRAConfig:
 
     @property
     def target(self) -> Target:
-        """All modules that receive factors, the memory's included."""
-        both = sorted((*self.modules, *self.memory_modules), key=lambda module: (module[1], KINDS.index(module[2])))
-        return Target(tuple(TargetModule(*module) for module in both))
+        """All modules that receive factors, the memory's and the shared ones included."""
+        of_all = (*self.modules, *self.memory_modules, *self.shared_modules)
+        ordered = sorted(of_all, key=lambda module: (module[1], KINDS.index(module[2])))
+        return Target(tuple(TargetModule(*module) for module in ordered))
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Rank of one chunk's LoRA, by kind."""
-        memory = {kind: self.memory_rank for _, _, kind, _, _ in self.memory_modules}
-        return {kind: memory.get(kind, self.rank) for kind in self.target.kinds}
+        """Rank of one chunk's LoRA, by kind; 0 for kinds that all documents share."""
+        others = {kind: self.memory_rank for _, _, kind, _, _ in self.memory_modules}
+        others |= {kind: 0 for _, _, kind, _, _ in self.shared_modules}
+        return {kind: others.get(kind, self.rank) for kind in self.target.kinds}
 
     @property
     def most_summed(self) -> dict[str, int]:
@@ -187,11 +202,10 @@ class DocToLoRA(nn.Module):
         )
         copying = [k for k in c.kinds if c.d_values and shapes[k][1] == c.d_values]
         self.pointers = nn.ModuleDict({k: ValuePointer(n_layers, c.d_features, c.width, c.rank) for k in copying})
-        self.document_independent = nn.ModuleDict(
-            {k: SharedLoRA(n_layers, c.document_independent_rank, *shapes[k]) for k in c.kinds}
-            if c.document_independent_rank
-            else {}
-        )
+        shared = {k: SharedLoRA(n_layers, c.document_independent_rank, *shapes[k]) for k in c.kinds}
+        self.document_independent = nn.ModuleDict(shared if c.document_independent_rank else {})
+        for kind, (n_modules, d_in, d_out) in _by_kind(c.shared_modules).items():
+            self.document_independent[kind] = SharedLoRA(n_modules, c.shared_rank, d_in, d_out)
         self.memory = AssociativeMemory(c) if c.memory_modules else None
         self.register_buffer("feature_mean", torch.zeros(c.d_features))
         self.register_buffer("feature_std", torch.ones(c.d_features))
@@ -290,6 +304,8 @@ class DocToLoRA(nn.Module):
         if self.memory is not None:
             a, b, writes = self.memory(self._standard(states), features, mask)
             factors[self.config.memory_modules[0][2]] = (a, b)
+        for kind, (n_modules, d_in, d_out) in _by_kind(self.config.shared_modules).items():
+            factors[kind] = (states.new_zeros(n, n_modules, 0, d_in), states.new_zeros(n, n_modules, 0, d_out))
         if not is_real.all():
             factors = {kind: (a, b * is_real[:, None, None, None]) for kind, (a, b) in factors.items()}
         return factors, writes
@@ -317,18 +333,29 @@ class DocToLoRA(nn.Module):
         return LoRABatch(n_documents, {name: merged[name] for name in self.config.target.names}, {})
 
     def _joined(self, kind: str, a: Tensor, b: Tensor, k: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """By module, A [documents, K*r (+ shared), in] and B rows [documents, K*r (+ shared), out].
+        """By module, A [documents, K*r (+ shared), in] and B rows [documents, K*r (+ shared), out]; [1, shared, ...] of kinds that chunks leave alone.
 
         The modules are unbound once: slicing a stacked tensor inside each hook would build a full zero gradient for each.
         """
         sides = []
         for name, rows in (("a", a), ("b", b * share_of_sum(self.config.most_summed, kind, k))):
             n, n_layers, rank, d = rows.shape
+            if not rank and (same := self.shared(kind)):
+                sides.append((same.a if name == "a" else same.b)[:, None].unbind(0))
+                continue
             joined = (
                 rows.view(n // k, k, n_layers, rank, d).permute(2, 0, 1, 3, 4).reshape(n_layers, n // k, k * rank, d)
             )
             if shared := self.shared(kind):
-                same = shared.a if name == "a" else shared.b  # [layers, shared rank, d]
-                joined = torch.cat([joined, same[:, None].expand(-1, n // k, -1, -1).to(joined.dtype)], dim=2)
+                of_all = shared.a if name == "a" else shared.b  # [layers, shared rank, d]
+                joined = torch.cat([joined, of_all[:, None].expand(-1, n // k, -1, -1).to(joined.dtype)], dim=2)
             sides.append(joined.unbind(0))
         return sides[0], sides[1]
+
+
+def _by_kind(modules: Sequence[tuple[str, int, str, int, int]]) -> dict[str, tuple[int, int, int]]:
+    """By kind, how many modules there are and their shape (d_in, d_out)."""
+    counts: dict[str, tuple[int, int, int]] = {}
+    for _, _, kind, d_in, d_out in modules:
+        counts[kind] = (counts.get(kind, (0, 0, 0))[0] + 1, d_in, d_out)
+    return counts

@@ -73,6 +73,19 @@ class FactorHead(nn.Module):
         return a * (self.scaler_a * self.in_scale), b * (self.scaler_b * self.out_scale)
 
     @torch.no_grad()
+    def take_low_rank(self, other: FactorHead) -> None:
+        """Take over a head that has a map of its own in each layer: the layers' mean, and the best correction of this rank to each."""
+        mean = other.weight.mean(0)
+        left, values, right = torch.linalg.svd(other.weight - mean, full_matrices=False)
+        n = self.down.shape[-1]
+        root = values[:, :n].sqrt()
+        self.shared.copy_(mean)
+        self.down.copy_(left[:, :, :n] * root[:, None])
+        self.up.copy_(root[..., None] * right[:, :n])
+        for name in ("scaler_a", "scaler_b", "in_scale", "out_scale"):
+            getattr(self, name).copy_(getattr(other, name))
+
+    @torch.no_grad()
     def set_units(self, in_rms: Tensor, out_rms: Tensor) -> None:
         """Express A in units of the modules' inputs [layers, d_in] and B in units of their outputs [layers, d_out].
 

@@ -165,7 +165,7 @@ def read_config(values: dict[str, Any], config: type[C]) -> C:
     if unknown := sorted(values.keys() - known):
         raise ConfigError(f"unknown keys in a {config.__name__}: {', '.join(unknown)}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    for name in ("modules", "memory_modules"):
+    for name in ("modules", "memory_modules", "shared_modules"):
         if name in values:
             values[name] = tuple(tuple(module) for module in values[name])
     return config(**values)

@@ -127,7 +127,7 @@ def _cloze(rng: random.Random, sentence: str) -> Cloze | None:
     if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", before + " " + after):
         return None  # the question would say it
     question = _with_gap(rng, before, after) if rng.random() < 0.3 else _with_word(rng, kind, before, after)
-    return question and Cloze(question, answer, Stated(sentence, "", answer, match.start()))
+    return Cloze(question, answer, Stated(sentence, "", answer, match.start())) if question else None
 
 
 def _may_ask(kind: str, match: re.Match[str]) -> bool:

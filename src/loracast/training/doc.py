@@ -44,6 +44,8 @@ class Recipe:
     """Options of DocToLoRAConfig other than the target."""
     memory_layers: tuple[int, ...] = ()
     """Layers whose attention output (`o_proj`) holds an associative memory."""
+    shared_kinds: tuple[str, ...] = ()
+    """Kinds of the modules, in the targeted layers, that receive a LoRA which is the same for every document."""
     calibration_questions: int = 3000
     """Questions from which a new memory learns, before training, how a statement and its question look to the base."""
     marks_weight: float = 0.3
@@ -54,8 +56,9 @@ class Recipe:
     """Keys of the table `[hypernetwork]` that were given: those that `--init-from` leaves no room for are refused with it."""
 
 
-_ADDED = {"memory_layers", "calibration_questions"}  # may be asked for with --init-from: they add what is missing
-_OURS = ("kinds", "layers", "memory_layers", "calibration_questions")  # of the table [hypernetwork]
+_ADDED = {"memory_layers", "calibration_questions", "shared_kinds", "shared_rank", "head_shared_rank"}
+"""May be asked for with --init-from: they add what is missing, or make what is there smaller."""
+_OURS = ("kinds", "layers", "memory_layers", "shared_kinds", "calibration_questions")  # of the table [hypernetwork]
 
 
 def read_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -68,7 +71,7 @@ def read_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
         Recipe,
         path,
         overrides,
-        architecture=keys_of(DocToLoRAConfig) - {"modules", "memory_modules", "d_features"},
+        architecture=keys_of(DocToLoRAConfig) - {"modules", "memory_modules", "shared_modules", "d_features"},
         ours=_OURS,
         objective={"marks_weight"},
         data=DataConfig,
@@ -83,23 +86,46 @@ def build_hypernet(base: Base, recipe: Recipe, source: EpisodeSource) -> DocToLo
     options = {"lead_in": tuple(encode_text(base.tokenizer, "\n"))[:1], **recipe.hypernetwork}
     if recipe.memory_layers:
         options["memory_modules"] = memory_modules(base, recipe.memory_layers)
+    if recipe.shared_kinds:
+        options["shared_modules"] = target_from_config(base.model.config, recipe.shared_kinds, recipe.layers).rows
     hypernet = DocToLoRA(DocToLoRAConfig.for_target(target, d_features, **options))
     encoder = ContextEncoder.for_hypernet(base, hypernet.config)
     calibrate(hypernet, base, encoder, *calibration_data(base, recipe, source))
     return hypernet
 
 
-def with_memory(hypernet: DocToLoRA, base: Base, recipe: Recipe, source: EpisodeSource) -> DocToLoRA:
-    """The same hypernetwork with a fresh associative memory, which does nothing yet."""
-    if hypernet.memory is not None:
-        raise ConfigError("the checkpoint has a memory already; leave memory_layers out of the recipe")
-    modules = memory_modules(base, recipe.memory_layers)
+def grown(hypernet: DocToLoRA, base: Base, recipe: Recipe, source: EpisodeSource) -> DocToLoRA:
+    """The same hypernetwork with what the recipe adds: a fresh associative memory, shared modules (both do nothing yet), heads of low rank."""
+    c = hypernet.config
+    changes: dict[str, Any] = {}
+    if recipe.memory_layers:
+        if hypernet.memory is not None:
+            raise ConfigError("the checkpoint has a memory already; leave memory_layers out of the recipe")
+        changes["memory_modules"] = memory_modules(base, recipe.memory_layers)
+    if recipe.shared_kinds:
+        if c.shared_modules:
+            raise ConfigError("the checkpoint has shared modules already; leave shared_kinds out of the recipe")
+        changes["shared_modules"] = target_from_config(base.model.config, recipe.shared_kinds, c.layers).rows
+        changes["shared_rank"] = recipe.hypernetwork.get("shared_rank", c.shared_rank)
+    head_rank = recipe.hypernetwork.get("head_shared_rank")
+    if head_rank is not None:
+        if c.head_shared_rank is not None:
+            raise ConfigError(
+                "the checkpoint's heads are of low rank already; leave head_shared_rank out of the recipe"
+            )
+        changes["head_shared_rank"] = head_rank
+    if not changes:
+        return hypernet
     torch.manual_seed(recipe.training.seed)
-    grown = DocToLoRA(dataclasses.replace(hypernet.config, memory_modules=modules))
-    encoder = ContextEncoder.for_hypernet(base, grown.config)
-    calibrate(grown, base, encoder, *calibration_data(base, recipe, source))
-    grown.load_state_dict(hypernet.state_dict(), strict=False)
-    return grown
+    larger = DocToLoRA(dataclasses.replace(c, **changes))
+    if recipe.memory_layers:
+        encoder = ContextEncoder.for_hypernet(base, larger.config)
+        calibrate(larger, base, encoder, *calibration_data(base, recipe, source))
+    larger.load_state_dict(hypernet.state_dict(), strict=False)
+    if head_rank is not None:
+        for kind in c.kinds:
+            larger.head(kind).take_low_rank(hypernet.head(kind))
+    return larger
 
 
 def memory_modules(base: Base, layers: Sequence[int]) -> tuple[tuple[str, int, str, int, int], ...]:
@@ -145,8 +171,7 @@ def train_doc(
     source = EpisodeSource(recipe.data, base.tokenizer, base.chat)
     if init_from is not None:
         hypernet = start_from(init_from, DocToLoRA, base, (recipe.asked | recipe.hypernetwork.keys()) - _ADDED)
-        if recipe.memory_layers:
-            hypernet = with_memory(hypernet, base, recipe, source)
+        hypernet = grown(hypernet, base, recipe, source)
     else:
         hypernet = build_hypernet(base, recipe, source)
     hypernet.to(workers.device).train()

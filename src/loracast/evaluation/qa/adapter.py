@@ -46,7 +46,7 @@ def document_independent(setup: Setup) -> LoRA:
     """What a hypernetwork gives every document alike; nothing where it has no such part."""
     hypernet = setup.model.hypernet
     factors: dict[str, Factors] = {}
-    for kind in hypernet.config.kinds:
+    for kind in hypernet.config.target.kinds:
         if shared := hypernet.shared(kind):
             of_kind = hypernet.config.target.of_kind(kind)
             for module, a, b in zip(of_kind, shared.a.detach(), shared.b.detach(), strict=True):
