@@ -15,8 +15,8 @@ from loracast.hypernets.memory import END, N_PLACES, OWNER, Writes
 from loracast.training.episodes import Episode, pack
 from loracast.training.facts import make_sheet
 from loracast.training.marks import BEGIN, SAY, STOP, Mark, Stated, find_marks, find_owner
-from loracast.training.objective import finding_outcome, writing_outcome
 from loracast.training.sources import DataConfig, EpisodeSource
+from loracast.training.writing import finding_outcome, writing_outcome
 
 
 def marks_of(base, text: str, *stated: Stated) -> tuple[list[str], list[Mark]]:

@@ -99,17 +99,14 @@ def load_base(
         BaseModelError: it cannot be found, fetched or used; the message says what to do.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from loracast.target import text_config
 
-    name = str(source) if source is not None else DEFAULT_BASE
-    folder = pull(name, say=say) if name in EMBEDDED else Path(name)
-    where = str(folder) if folder.is_dir() else name
+    name, where = _find(source, say)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(where)
             model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
@@ -117,9 +114,31 @@ def load_base(
             f"tokenizer, or a hub id that this machine can reach ({str(error).splitlines()[0]})"
         ) from error
     text_config(model.config)  # refused before anything is learned on it
+    return Base(name, model.to(device).eval().requires_grad_(False), load_tokenizer(source, say=say))
+
+
+def load_tokenizer(source: str | Path | None = None, *, say: Callable[[str], None] = lambda text: None) -> Any:
+    """The tokenizer of a base, without its weights. Raises BaseModelError as `load_base` does."""
+    from transformers import AutoTokenizer
+
+    name, where = _find(source, say)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"cannot load the tokenizer of the base {name!r} ({str(error).splitlines()[0]})"
+        ) from error
     if not tokenizer.is_fast:
         raise BaseModelError(f"the base {name!r} has no fast tokenizer (tokenizer.json), which chunking needs")
-    return Base(name, model.to(device).eval().requires_grad_(False), tokenizer)
+    return tokenizer
+
+
+def _find(source: str | Path | None, say: Callable[[str], None]) -> tuple[str, str]:
+    """A base's name, and the folder or hub id that it is loaded from; an embedded one is fetched first."""
+    name = str(source) if source is not None else DEFAULT_BASE
+    folder = pull(name, say=say) if name in EMBEDDED else Path(name)
+    return name, str(folder) if folder.is_dir() else name
 
 
 def base_folder(name: str) -> Path:

@@ -31,6 +31,7 @@ from loracast.cli import (
     gc,
     learn,
     list,
+    make_questions,
     pull,
     remote,
     rm,
@@ -132,6 +133,7 @@ app.command()(deploy.deploy)
 app.command("export-base")(export.export_base)
 app.command("push-adapter")(remote.push)
 app.command("pull-adapter")(remote.pull)
+app.command("make-questions")(make_questions.make_questions)
 app.command()(pull.pull)
 app.command()(demo.demo)
 app.add_typer(train.app, name="train")

@@ -57,6 +57,18 @@ def doc(
         list[str] | None, typer.Option(help="Prose that needles hide in: JSONL(.gz) or text. Repeatable.")
     ] = None,
     documents: Annotated[list[str] | None, _documents] = None,
+    unrelated: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Questions that have nothing to do with any document, for no harm: JSONL(.gz) rows. Repeatable."
+        ),
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="LoRA of `loracast train reader` as the teacher of context distillation (objective.teach_weight)."
+        ),
+    ] = None,
     init_from: InitFrom = None,
     base: Base = None,
     budget: Budget = None,
@@ -69,16 +81,20 @@ def doc(
     under `torchrun` and `accelerate launch`.
     """
     from loracast.training.doc import read_recipe, train_doc
+    from loracast.training.reader import read_reader
 
     overrides = _overrides(change, budget) + ([f"data.texts={json.dumps(texts)}"] if texts else [])
     overrides += [f"data.documents={json.dumps(documents)}"] if documents else []
+    overrides += [f"data.unrelated={json.dumps(unrelated)}"] if unrelated else []
     settings = read_recipe(recipe, overrides)
     command = _command("doc", recipe, change, init_from)
 
     def run(loaded, workers, on_metrics):
         return train_doc(
-            loaded, settings, out, init_from=init_from, command=command, workers=workers, on_metrics=on_metrics
-        )
+            loaded, settings, out,
+            init_from=init_from, teacher=read_reader(teacher, loaded.fingerprint) if teacher else None,
+            command=command, workers=workers, on_metrics=on_metrics,
+        )  # fmt: skip
 
     _train(run, settings.training, out, base, device, as_json)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +172,17 @@ ChunkFactors = dict[str, tuple[Tensor, Tensor]]
 """By module kind, A [n, modules, r, in] and B rows [n, modules, r, out] of n chunks."""
 
 
+class Cast(NamedTuple):
+    """What a training step gets of some documents."""
+
+    loras: LoRABatch
+    """One for each document, differentiable."""
+    writes: Writes | None
+    """What the memory wrote."""
+    size: Tensor
+    """[]: the mean absolute value of the chunks' own factors, before merging, chunks of padding left out."""
+
+
 class DocToLoRA(nn.Module):
     """The hypernetwork. Its start is an exact no-op, because every B scaler starts at zero."""
 
@@ -310,17 +321,19 @@ class DocToLoRA(nn.Module):
             factors = {kind: (a, b * is_real[:, None, None, None]) for kind, (a, b) in factors.items()}
         return factors, writes
 
-    def forward(
-        self, features: Features, mask: Tensor | None = None, chunks_per_document: int = 1
-    ) -> tuple[LoRABatch, Writes | None]:
-        """Chunks -> one LoRA for each document, differentiable, and what the memory wrote.
+    def forward(self, features: Features, mask: Tensor | None = None, chunks_per_document: int = 1) -> Cast:
+        """Chunks -> one LoRA for each document, what the memory wrote, and how large the factors are.
 
         Args:
             features, mask: as in `cast`; the chunks of a document are neighbours.
             chunks_per_document: K; the factors of K neighbours are joined along the rank.
         """
         factors, writes = self.cast(features, mask)
-        return self.merge(factors, chunks_per_document), writes
+        n_real = features.n_chunks if mask is None else mask.any(-1).sum()
+        sides = [side for pair in factors.values() for side in pair]
+        n_numbers = sum(side[0].numel() for side in sides)
+        size = torch.stack([side.abs().sum(dtype=torch.float32) for side in sides]).sum() / (n_real * n_numbers)
+        return Cast(self.merge(factors, chunks_per_document), writes, size)
 
     def merge(self, factors: ChunkFactors, chunks_per_document: int) -> LoRABatch:
         """Factors of chunks -> one LoRA of rank K * r (+ the document-independent one) each."""

@@ -19,6 +19,7 @@ from loracast.chat import encode_text
 from loracast.encoders.context import ContextEncoder
 from loracast.errors import ConfigError
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+from loracast.lora import LoRA
 from loracast.target import target_from_config
 from loracast.training.calibrate import calibrate
 from loracast.training.episodes import Episode, pack
@@ -28,6 +29,7 @@ from loracast.training.recipe import keys_of, read_recipe_as
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
 from loracast.training.sources import DataConfig, EpisodeSource
+from loracast.training.teacher import Teacher, Teaching
 
 CALIBRATION_ROWS = 12
 
@@ -50,6 +52,14 @@ class Recipe:
     """Questions from which a new memory learns, before training, how a statement and its question look to the base."""
     marks_weight: float = 0.3
     """Weight of the loss on what the memory writes, and on finding it."""
+    teach_weight: float = 0.0
+    """Share of the answers' loss that is the divergence from a teacher which sees the document (context distillation)."""
+    harm_weight: float = 1.0
+    """Weight of the divergence from the plain base on questions that have nothing to do with the documents."""
+    size_weight: float = 0.0
+    """Weight of the mean absolute value of the chunks' factors (published: L1 of 0.1)."""
+    right_weight: float = 1.0
+    """What an answer's token counts that is the likeliest already: below 1, what is still wrong counts more (error-gated)."""
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
     asked: frozenset[str] = frozenset()
@@ -73,7 +83,7 @@ def read_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
         overrides,
         architecture=keys_of(DocToLoRAConfig) - {"modules", "memory_modules", "shared_modules", "d_features"},
         ours=_OURS,
-        objective={"marks_weight"},
+        objective={"marks_weight", "teach_weight", "harm_weight", "size_weight", "right_weight"},
         data=DataConfig,
     )
 
@@ -153,6 +163,7 @@ def train_doc(
     out_dir: Path,
     *,
     init_from: Path | None = None,
+    teacher: LoRA | None = None,
     command: str = "",
     workers: Workers | None = None,
     on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
@@ -162,13 +173,19 @@ def train_doc(
     Args:
         init_from: a hypernetwork folder whose weights a fresh run starts from (its config is used, and the recipe's
             `[hypernetwork]` table must be empty).
+        teacher: with `teach_weight`, the LoRA with which the base reads the document in its window (train_reader's); none if None.
         command: kept in the checkpoint's provenance.
 
     Returns:
         the last metrics. The hypernetwork lies in `out_dir` (fp32), the metrics in `metrics.jsonl`.
     """
     workers = workers or Workers.join(base.device.type)
-    source = EpisodeSource(recipe.data, base.tokenizer, base.chat)
+    is_taught = recipe.teach_weight > 0
+    if teacher is not None and not is_taught:
+        raise ConfigError("a teacher is given and nothing is learned from it: set objective.teach_weight, 0.5 say")
+    source = EpisodeSource(recipe.data, base.tokenizer, base.chat, shows_documents=is_taught)
+    plain = Teacher(base.model, base.pad_id)
+    teaching = Teaching(plain, dataclasses.replace(plain, lora=teacher) if is_taught else None)
     if init_from is not None:
         hypernet = start_from(init_from, DocToLoRA, base, (recipe.asked | recipe.hypernetwork.keys()) - _ADDED)
         hypernet = grown(hypernet, base, recipe, source)
@@ -180,25 +197,43 @@ def train_doc(
     n_micro = recipe.training.accumulate
 
     def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
-        episodes = source.step(step * n_micro + micro, workers.rank)
+        episodes = teaching.taught(source.step(step * n_micro + micro, workers.rank))
         batch = pack(episodes, base.pad_id).to(workers.device)
         autocast = torch.autocast(workers.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
         with autocast:
-            seen, written = answer_questions(base.model, encoder, wrapped, batch)
-        loss = seen.loss if written.loss is None else seen.loss + recipe.marks_weight * written.loss
-        return loss, {
-            "answer_loss": seen.loss.item(),
+            seen, written, size = answer_questions(base.model, encoder, wrapped, batch, recipe.right_weight)
+        losses = {
+            "answer_loss": seen.loss,
+            "taught": seen.taught,
+            "marks": written.loss,
+            "harm": seen.harm,
+            "size": size,
+        }
+        weights = {
+            "answer_loss": 1 - recipe.teach_weight,
+            "taught": recipe.teach_weight,
+            "marks": recipe.marks_weight,
+            "harm": recipe.harm_weight,
+            "size": recipe.size_weight,
+        }
+        present = {name: loss for name, loss in losses.items() if loss is not None and weights[name] > 0}
+        total = torch.stack([weights[name] * loss for name, loss in present.items()]).sum()
+        return total, {
+            **{name: loss.item() for name, loss in present.items()},
             **written.figures,
             "exact": seen.exact,
             f"exact_{episodes[0].task}": seen.exact,
             "token_accuracy": seen.token_accuracy,
+            f"token_accuracy_{episodes[0].task}": seen.token_accuracy,
             "questions": batch.n_questions,
             "tokens": batch.n_tokens,
             "context_tokens": batch.chunk_ids.numel(),
         }
 
     # Of the files their names, not where they lie on this machine.
-    files = {key: [Path(name).name for name in getattr(recipe.data, key)] for key in ("texts", "documents")}
+    files = {
+        key: [Path(name).name for name in getattr(recipe.data, key)] for key in ("texts", "documents", "unrelated")
+    }
     data = {**dataclasses.asdict(recipe.data), **files}
     return train_hypernet(
         hypernet, objective, recipe.training, out_dir,

@@ -10,11 +10,11 @@ from math import ceil
 
 from loracast.errors import TrainingError
 from loracast.qa import QuestionedDocument
-from loracast.training.cloze import make_clozes
+from loracast.questions.cloze import make_clozes
+from loracast.questions.spans import find_answer
 from loracast.training.episode_maker import EpisodeMaker
 from loracast.training.episodes import Episode
 from loracast.training.marks import Stated
-from loracast.training.spans import find_answer
 
 Asked = list[tuple[str, str, Stated]]
 """Questions with their answers and where the document says them."""
@@ -73,6 +73,20 @@ class DocumentSource:
         shelf = rng.choices(self._shelves, [len(shelf.documents) for shelf in self._shelves])[0]
         return self._step(rng, n_questions, n_tokens, shelf, None, clozes, "cloze")
 
+    def read(self, rng: random.Random, n_passages: int, n_tokens: int) -> list[Episode]:
+        """Documents with passages to continue word for word: about `n_passages` in all, of at most `n_tokens` tokens in all."""
+        shelf = rng.choices(self._shelves, [len(shelf.documents) for shelf in self._shelves])[0]
+        n_documents = max(1, n_tokens // (shelf.n_chunks * self.max_chunk_tokens))
+        episodes: list[Episode] = []
+        for document in rng.choices(shelf.documents, k=n_documents):
+            texts = self.maker.chunk_texts(document.text, self.max_chunk_tokens)
+            episode = self.maker.passages(rng, texts, self.max_questions)
+            if episode.questions:
+                episodes.append(episode)
+            if sum(len(episode.questions) for episode in episodes) >= n_passages:
+                break
+        return episodes or self.read(rng, n_passages, n_tokens)  # none was long enough
+
     def _n_spans(self, document: QuestionedDocument) -> int:
         return min(self.max_questions, sum(question.is_span for question in document.questions))
 
@@ -109,7 +123,9 @@ class DocumentSource:
             if asked:
                 title = document.title if rng.random() < 0.5 else ""
                 texts = self.maker.chunk_texts(document.text, self.max_chunk_tokens, title)
-                questions = self.maker.questions(rng, [(question, answer) for question, answer, _ in asked])
+                questions = self.maker.questions(
+                    rng, [(question, answer) for question, answer, _ in asked], document.text
+                )
                 episodes.append(self.maker.episode(texts, questions, task, [stated for *_, stated in asked]))
                 n_asked += len(asked)
         if not episodes:

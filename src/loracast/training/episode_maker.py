@@ -9,17 +9,47 @@ from typing import Any
 from loracast.chat import ChatFormat, encode_with_offsets
 from loracast.documents import split_text
 from loracast.training.episodes import Episode, Question
-from loracast.training.marks import Mark, Stated, find_marks
+from loracast.training.marks import SAY, Mark, Stated, find_marks
 
 SYSTEM_TURNS = ("", "", "", "Answer briefly.", "You answer questions.", None)
 """System turns met in training: mostly empty, since the template's own costs more tokens than a question; None is the template's."""
 
 
+CONTINUE = ("Continue: {}", "Go on: {}", "How does the text go on? {}", "What comes after this? {}")
+"""How the beginning of a passage is put to the base."""
+START_TOKENS = 8
+"""Tokens of a passage that are given."""
+CONTINUED_TOKENS = 24
+"""Tokens that are to follow."""
+_FEWEST_CONTINUED = 4
+_STRIDE = START_TOKENS + CONTINUED_TOKENS  # so that no token is asked for twice
+UNRELATED_SHARE = 0.5
+"""Share of documents that are asked something that has nothing to do with them, where there are such questions."""
+
+
+def reading_prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
+    """The prompt of one who sees the document: the text, then the question, under an empty system turn."""
+    content = f"{document}\n\nQuestion: {question}"
+    return chat.conversation([{"role": "system", "content": ""}, {"role": "user", "content": content}])
+
+
 class EpisodeMaker:
     """Knows how a base sees texts, questions and answers."""
 
-    def __init__(self, tokenizer: Any, chat: ChatFormat):
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat: ChatFormat,
+        unrelated: Sequence[tuple[str, str]] = (),
+        shows_documents: bool = False,
+    ):
+        """
+        Args:
+            unrelated: (question, answer) pairs that have nothing to do with any document.
+            shows_documents: questions about real documents also get the prompt of a teacher that sees the document.
+        """
         self.tokenizer, self.chat = tokenizer, chat
+        self.unrelated, self.shows_documents = unrelated, shows_documents
 
     def chunk_texts(self, text: str, max_tokens: int, title: str = "") -> list[str]:
         """A document's chunks as the encoder reads them."""
@@ -40,7 +70,42 @@ class EpisodeMaker:
             marks += find_marks(i, text, offsets, stated)
         return Episode(tuple(chunks), questions, task, tuple(marks))
 
-    def questions(self, rng: random.Random, pairs: Sequence[tuple[str, str]]) -> tuple[Question, ...]:
-        """(question, answer) pairs under one system turn."""
+    def questions(
+        self, rng: random.Random, pairs: Sequence[tuple[str, str]], document: str | None = None
+    ) -> tuple[Question, ...]:
+        """(question, answer) pairs under one system turn; after them perhaps one that has nothing to do with the document.
+
+        Args:
+            document: its text, where a teacher may see it.
+        """
         system = rng.choice(SYSTEM_TURNS)
-        return tuple(Question(tuple(self.chat.prompt(q, system)), tuple(self.chat.answer(a))) for q, a in pairs)
+        questions = []
+        for asked, answer in pairs:
+            shown = reading_prompt(self.chat, document, asked) if document and self.shows_documents else ()
+            prompt = tuple(self.chat.prompt(asked, system))
+            questions.append(Question(prompt, tuple(self.chat.answer(answer)), window_prompt=tuple(shown)))
+        if self.unrelated and rng.random() < UNRELATED_SHARE:
+            asked, answer = rng.choice(self.unrelated)
+            prompt = tuple(self.chat.prompt(asked, system))
+            questions.append(Question(prompt, tuple(self.chat.reply(answer)), is_unrelated=True))
+        return tuple(questions)
+
+    def passages(self, rng: random.Random, texts: Sequence[str], n: int) -> Episode:
+        """A document whose passages are to be continued from their first few tokens, word for word: at most `n`, none in another's place."""
+        chunks: list[tuple[int, ...]] = []
+        places: list[tuple[int, int]] = []  # chunk, first token
+        encoded = [encode_with_offsets(self.tokenizer, text) for text in texts]
+        for i, (ids, _) in enumerate(encoded):
+            chunks.append(tuple(ids))
+            last = len(ids) - START_TOKENS - _FEWEST_CONTINUED
+            places += [(i, first) for first in range(rng.randrange(_STRIDE), last + 1, _STRIDE)]
+        questions, marks = [], []
+        for number, (chunk, first) in enumerate(rng.sample(places, min(n, len(places)))):
+            ids, offsets = encoded[chunk]
+            begins = first + START_TOKENS
+            start = texts[chunk][offsets[first][0] : offsets[begins - 1][1]]
+            answer = tuple(ids[begins : begins + CONTINUED_TOKENS])
+            prompt = self.chat.prompt(rng.choice(CONTINUE).format(start.strip()), rng.choice(("", None)))
+            questions.append(Question(tuple(prompt), answer))
+            marks += [Mark(chunk, begins + place, SAY, -1, place, -1, number) for place in range(len(answer))]
+        return Episode(tuple(chunks), tuple(questions), "reading", tuple(marks))

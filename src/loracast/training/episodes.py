@@ -9,7 +9,7 @@ exactly what a row of its own would, at a fraction of the tokens; and the LoRA o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from loracast.batching import pad_right
 from loracast.training.marks import Mark
+from loracast.training.soft_targets import SoftTargets
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,12 @@ class Question:
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    is_unrelated: bool = False
+    """It has nothing to do with the document: the base shall answer as it does without."""
+    window_prompt: tuple[int, ...] = ()
+    """The same question with the document before it, for a teacher that sees it; empty where nobody asks one."""
+    soft: SoftTargets | None = field(default=None, compare=False)
+    """What a teacher finds likely at the answer's tokens."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,10 @@ class Batch:
     answer_positions: Tensor  # [n]
     answer_ids: Tensor  # [n] the token to predict there
     answer_question: Tensor  # [n] the number of the question it belongs to, counted over the batch
+    is_unrelated: Tensor  # [questions] bool
+    is_soft: Tensor  # [n] bool, whether a teacher says what is likely there
+    soft_ids: Tensor  # [soft, k] the teacher's likeliest tokens, of those positions that have any
+    soft_log_probs: Tensor  # [soft, k]
     marks: Tensor  # [m, 7] a Mark in each row, but that its chunk is the row of chunk_ids
 
     @property
@@ -115,8 +126,16 @@ def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
     causal = torch.ones(t, t, dtype=torch.bool).tril()
     attention_mask = ((same | beginning) & causal)[:, None]
     answer_rows, answer_positions, answer_ids, answer_question = torch.tensor(answers).unbind(1)
+    questions = [question for episode in episodes for question in episode.questions]
+    soft = [question.soft for question in questions if question.soft is not None]
+    is_soft = [question.soft is not None for question in questions for _ in question.answer]
     marks = [(row * k + chunk, *rest) for row, episode in enumerate(episodes) for chunk, *rest in episode.marks]
     return Batch(
         chunk_ids, chunk_mask, k, input_ids, position_ids, attention_mask,
-        answer_rows, answer_positions, answer_ids, answer_question, torch.tensor(marks, dtype=torch.long).view(-1, len(Mark._fields)),
+        answer_rows, answer_positions, answer_ids, answer_question,
+        torch.tensor([question.is_unrelated for question in questions]),
+        torch.tensor(is_soft),
+        torch.cat([targets.ids for targets in soft]).long() if soft else torch.zeros(0, 1, dtype=torch.long),
+        torch.cat([targets.log_probs for targets in soft]).float() if soft else torch.zeros(0, 1),
+        torch.tensor(marks, dtype=torch.long).view(-1, len(Mark._fields)),
     )  # fmt: skip

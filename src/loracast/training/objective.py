@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.encoders.context import ContextEncoder
-from loracast.hypernets.memory import END, OWNER, Writes
+from loracast.hypernets.doc_to_lora import Cast
 from loracast.inject import inject
 from loracast.lora import LoRABatch
 from loracast.training.episodes import Batch
-
-_SHARPNESS = 10.0  # of finding: what a key's response, of about 1 a module, is worth in nats
+from loracast.training.soft_targets import divergence
+from loracast.training.writing import WritingOutcome, finding_outcome, writing_outcome
 
 
 @dataclass(frozen=True)
@@ -25,43 +25,50 @@ class Outcome:
     """What one batch gave."""
 
     by_question: Tensor  # [questions] mean cross-entropy of the answer tokens of each
-    exact: float  # share of questions whose answer tokens are all the likeliest, given the true ones before them
-    token_accuracy: float  # share of answer tokens that are the likeliest
+    divergence: Tensor  # [questions] mean divergence from the teacher; 0 where there is none
+    is_unrelated: Tensor  # [questions] bool
+    exact: float  # share of questions about the document whose answer tokens are all the likeliest, given the true ones before them
+    token_accuracy: float  # share of their answer tokens that are the likeliest
+    logits: Tensor  # [n, vocabulary] at the answer positions
 
     @property
     def loss(self) -> Tensor:
-        """The mean over questions, long answers and short ones alike."""
-        return self.by_question.mean()
+        """The mean over questions about the documents, long answers and short ones alike."""
+        return self.by_question[~self.is_unrelated].mean()
 
+    @property
+    def taught(self) -> Tensor:
+        """The mean divergence over the same questions: context distillation."""
+        return self.divergence[~self.is_unrelated].mean()
 
-@dataclass(frozen=True)
-class WritingOutcome:
-    """How well a memory chose what to write, and its keys find it, against the marks of a batch."""
-
-    loss: Tensor | None = None  # gates, places, looks and finding; None without a memory or marks
-    figures: dict[str, float] = field(default_factory=dict)
+    @property
+    def harm(self) -> Tensor | None:
+        """The mean divergence from the plain base over questions that have nothing to do with the documents; None without any."""
+        return self.divergence[self.is_unrelated].mean() if self.is_unrelated.any() else None
 
 
 def answer_questions(
     model: Any,
     encoder: ContextEncoder,
-    hypernet: Callable[..., tuple[LoRABatch, Writes | None]],
+    hypernet: Callable[..., Cast],
     batch: Batch,
-) -> tuple[Outcome, WritingOutcome]:
-    """Documents -> features -> LoRAs -> the loss on their questions' answers, and on what the memory wrote."""
-    loras, writes = hypernet(encoder(batch.chunk_ids), batch.chunk_mask, batch.chunks_per_document)
-    seen, entering = answer_with(model, loras, batch, watched=encoder.key_modules)
+    right_weight: float = 1.0,
+) -> tuple[Outcome, WritingOutcome, Tensor]:
+    """Documents -> features -> LoRAs -> the loss on their questions' answers, on what the memory wrote, and the factors' mean size."""
+    loras, writes, size = hypernet(encoder(batch.chunk_ids), batch.chunk_mask, batch.chunks_per_document)
+    seen, entering = answer_with(model, loras, batch, encoder.key_modules, right_weight)
     if writes is None:
-        return seen, WritingOutcome()
+        return seen, WritingOutcome(), size
     keys = {name: (loras.factors[name].a, x) for name, x in entering.items()}  # A [d, k * r, in], x [n, in]
     written, found = writing_outcome(writes, batch), finding_outcome(keys, writes, batch)
     if written.loss is None or found is None:
-        return seen, written
-    return seen, WritingOutcome(written.loss + found[0], {**written.figures, "finding_accuracy": found[1]})
+        return seen, written, size
+    told = WritingOutcome(written.loss + found[0], {**written.figures, "finding_accuracy": found[1]})
+    return seen, told, size
 
 
 def answer_with(
-    model: Any, loras: LoRABatch, batch: Batch, watched: Sequence[str] = ()
+    model: Any, loras: LoRABatch, batch: Batch, watched: Sequence[str] = (), right_weight: float = 1.0
 ) -> tuple[Outcome, dict[str, Tensor]]:
     """The base answers a batch's questions, each row with a LoRA of its own.
 
@@ -88,7 +95,7 @@ def answer_with(
     logits = model.get_output_embeddings()(hidden[at].contiguous()).float()  # [n, vocabulary]
     if cap := getattr(decoder.config, "final_logit_softcapping", None):  # Gemma 2, after its head
         logits = cap * torch.tanh(logits / cap)
-    return outcome(logits, batch), {name: x[at] for name, x in entering.items()}
+    return outcome(logits, batch, right_weight), {name: x[at] for name, x in entering.items()}
 
 
 @contextmanager
@@ -118,93 +125,34 @@ def _attention_for_training(config: Any, device: torch.device) -> Iterator[None]
         config._attn_implementation = usual
 
 
-def outcome(logits: Tensor, batch: Batch) -> Outcome:
-    """Loss and accuracies of the logits [n, vocabulary] at a batch's answer positions."""
-    losses = functional.cross_entropy(logits, batch.answer_ids, reduction="none")  # [n]
-    right = (logits.argmax(-1) == batch.answer_ids).float()
-    lengths = torch.bincount(batch.answer_question, minlength=batch.n_questions)
-    per_question = (
-        torch.zeros(batch.n_questions, device=losses.device).index_add(0, batch.answer_question, losses) / lengths
-    )
-    hits = torch.zeros_like(per_question).index_add(0, batch.answer_question, right)
-    return Outcome(per_question, (hits == lengths).float().mean().item(), right.mean().item())
-
-
-def writing_outcome(writes: Writes, batch: Batch) -> WritingOutcome:
-    """Cross-entropy of a memory's gates over all tokens, and of its places and of where two heads look, against the marks."""
-    if not len(batch.marks):
-        return WritingOutcome()
-    rows, tokens, gates, owners, places, ends, _ = batch.marks.unbind(1)
-    wanted = torch.zeros_like(writes.gate_logits)
-    wanted[rows, tokens, gates] = 1
-    real = batch.chunk_mask.bool()
-    logits, wanted = writes.gate_logits[real], wanted[real]  # [tokens, gates]
-    loss = functional.binary_cross_entropy_with_logits(logits, wanted)
-    opened = logits > 0
-    hits = (opened & (wanted > 0)).sum().item()
-    at_places = writes.place_logits[rows, tokens]  # [m, places]
-    loss = loss + functional.cross_entropy(at_places, places.clamp_max(at_places.shape[1] - 1))
-    figures = {
-        "gate_recall": hits / max(1, int(wanted.sum())),
-        "gate_precision": hits / max(1, int(opened.sum())),
-    }
-    for name, head, looked_for in (("owner", OWNER, owners), ("end", END, ends)):
-        known = looked_for >= 0
-        if known.any():
-            scores = writes.look_scores[rows[known], head, tokens[known]]  # [m, t]
-            loss = loss + functional.cross_entropy(scores, looked_for[known])
-            figures[f"{name}_accuracy"] = (scores.argmax(-1) == looked_for[known]).float().mean().item()
-    return WritingOutcome(loss, figures)
-
-
-def finding_outcome(
-    keys: Mapping[str, tuple[Tensor, Tensor]], writes: Writes, batch: Batch
-) -> tuple[Tensor, float] | None:
-    """Cross-entropy of finding, at each token of an answer, the token of the document that it repeats among all that were written.
-
-    The answers' own loss asks for the same by way of all that the base does with what it finds; this asks the keys alone. The
-    first tokens, which decide whose answer it is, have half of the weight.
+def outcome(logits: Tensor, batch: Batch, right_weight: float = 1.0) -> Outcome:
+    """Losses and accuracies of the logits [n, vocabulary] at a batch's answer positions.
 
     Args:
-        keys: by module the keys that were written, A [d, k * r, in], and what enters where the answers are predicted [n, in].
-
-    Returns:
-        the loss, and the share of tokens that are found; None where no mark says what an answer repeats.
+        right_weight: what the cross-entropy of a token counts that is the likeliest already.
     """
-    assert writes.tokens is not None and writes.weights is not None
-    k, rank = batch.chunks_per_document, next(iter(keys.values()))[0].shape[1] // batch.chunks_per_document
-    n_padding = rank - writes.tokens.shape[1]  # chunks shorter than the rank write zeros
-    tokens = functional.pad(writes.tokens, (0, n_padding), value=-1).view(-1, k * rank)  # [d, k * r]
-    chunk = torch.arange(k, device=tokens.device).repeat_interleave(rank)  # [k * r]
-    is_first = torch.ones_like(batch.answer_question, dtype=torch.bool)
-    is_first[1:] = batch.answer_question[1:] != batch.answer_question[:-1]
-    starts = is_first.nonzero().squeeze(1)  # [questions] the first answer token of each
-    first_question = torch.searchsorted(batch.answer_rows[starts], torch.arange(len(tokens), device=tokens.device))
-    lengths = torch.bincount(batch.answer_question)
-    rows, marked, _, _, places, _, statements = batch.marks.unbind(1)
-    documents = rows // k
-    questions = first_question[documents] + statements
-    answers = starts[questions] + places  # [marks] the answer token that repeats the mark's
-    written = (tokens[documents] == marked[:, None]) & (chunk == (rows % k)[:, None])  # [marks, k * r]
-    is_asked = written.any(1) & (places < lengths[questions])
-    if not is_asked.any():
-        return None
-    documents, answers, written = documents[is_asked], answers[is_asked], written[is_asked]
-    scores = torch.zeros(written.shape, device=tokens.device)
-    for weight, (a, x) in zip(writes.weights, keys.values(), strict=True):
-        of_all = (x[answers] @ a.to(x.dtype).flatten(0, 1).T).unflatten(1, (-1, k * rank))  # [marks, d, k * r]
-        scores = scores + weight * of_all[torch.arange(len(answers), device=tokens.device), documents].float()
-    # What says the same is no mistake.
-    row = documents[:, None] * k + chunk
-    said = batch.chunk_ids[row, tokens[documents].clamp_min(0)]  # [marks, k * r] the ids of the tokens written
-    wanted = written.int().argmax(1)
-    same = (said == said.gather(1, wanted[:, None])) & ~written
-    scores = (_SHARPNESS * len(keys) * scores).masked_fill(
-        same | (tokens[documents] < 0), torch.finfo(scores.dtype).min
+    losses = functional.cross_entropy(logits, batch.answer_ids, reduction="none")  # [n]
+    right = (logits.argmax(-1) == batch.answer_ids).float()
+    if right_weight != 1:
+        losses = losses * torch.where(right > 0, right_weight, 1.0)
+    lengths = torch.bincount(batch.answer_question, minlength=batch.n_questions)
+
+    def by_question(values: Tensor) -> Tensor:
+        return torch.zeros(batch.n_questions, device=values.device).index_add(0, batch.answer_question, values)
+
+    apart = torch.zeros_like(losses)
+    if batch.is_soft.any():
+        apart = apart.masked_scatter(
+            batch.is_soft, divergence(logits[batch.is_soft], batch.soft_ids, batch.soft_log_probs)
+        )
+    about = ~batch.is_unrelated  # [questions]
+    counted = about[batch.answer_question]  # [n]
+    exact = (by_question(right) == lengths)[about].float().mean().item()
+    return Outcome(
+        by_question(losses) / lengths,
+        by_question(apart) / lengths,
+        batch.is_unrelated,
+        exact,
+        right[counted].mean().item(),
+        logits,
     )
-    losses = functional.cross_entropy(scores, wanted, reduction="none")
-    is_first_token = places[is_asked] == 0
-    weights = torch.where(
-        is_first_token, 1 / is_first_token.sum().clamp_min(1), 1 / (~is_first_token).sum().clamp_min(1)
-    )
-    return (weights * losses).sum() / weights.sum(), (scores.argmax(1) == wanted).float().mean().item()

@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loracast.base import Base
-from loracast.chat import ChatFormat, encode_text
+from loracast.chat import encode_text
 from loracast.errors import AdapterError, ConfigError, TrainingError
 from loracast.fingerprint import Fingerprint
 from loracast.lora import LoRA
 from loracast.peft_format import read_peft
 from loracast.qa import QuestionedDocument, read_questioned
+from loracast.questions.spans import find_answer
+from loracast.training.episode_maker import reading_prompt
 from loracast.training.episodes import Episode, Question
 from loracast.training.loop import TrainConfig
 from loracast.training.peft_training import PeftConfig, read_about, train_lora
 from loracast.training.recipe import keys_of, read_tables
-from loracast.training.spans import find_answer
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,6 @@ def read_reader_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Read
     return dataclasses.replace(
         default, **{name: dataclasses.replace(getattr(default, name), **tables[name]) for name in ("lora", "training")}
     )
-
-
-def reading_prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
-    """The prompt of a reader: the document, then the question, under an empty system turn."""
-    content = f"{document}\n\nQuestion: {question}"
-    return chat.conversation([{"role": "system", "content": ""}, {"role": "user", "content": content}])
 
 
 class ReaderSource:

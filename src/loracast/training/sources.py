@@ -19,6 +19,7 @@ from loracast.training.episodes import Episode
 from loracast.training.facts import Split, make_sheet
 from loracast.training.marks import Stated
 from loracast.training.needle import hide, make_needles, sentences
+from loracast.training.unrelated import read_unrelated
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,29 @@ class DataConfig:
     """Share of steps that ask people's questions about real documents, those whose answers stand there."""
     cloze_share: float = 0.0
     """Share of steps that ask rule-made questions about the same documents."""
+    reading_share: float = 0.0
+    """Share of steps that continue passages of the same documents word for word."""
     documents: tuple[str, ...] = ()
     """Files of documents with questions: JSONL (optionally gzipped) rows of `document` and `questions`."""
     document_sources: tuple[str, ...] = ()
     """Of rows with a `source` field, take only these sources."""
     max_questions: int = 8
     """Most questions about one document in a step."""
+    unrelated: tuple[str, ...] = ()
+    """Files of questions that have nothing to do with any document, which the base shall answer as it does without one."""
 
     def __post_init__(self) -> None:
         if (self.needle_share > 0 or self.diluted_share > 0) and not self.texts:
             raise ConfigError("needles and diluted sheets need prose around them: give a file of texts (--texts FILE)")
-        if (self.question_share > 0 or self.cloze_share > 0) and not self.documents:
-            raise ConfigError("questions need documents to be about: give a file of them (--documents FILE)")
-        if self.needle_share + self.question_share + self.cloze_share > 1 + 1e-9:
-            raise ConfigError("needle_share, question_share and cloze_share are more than 1 together")
+        if self.document_share > 0 and not self.documents:
+            raise ConfigError("questions and reading need documents: give a file of them (--documents FILE)")
+        if self.needle_share + self.document_share > 1 + 1e-9:
+            raise ConfigError("needle_share, question_share, cloze_share and reading_share are more than 1 together")
+
+    @property
+    def document_share(self) -> float:
+        """Share of steps with real documents."""
+        return self.question_share + self.cloze_share + self.reading_share
 
 
 class Prose:
@@ -111,9 +121,16 @@ class Prose:
 class EpisodeSource:
     """Draws the episodes of a step, all of one kind: needles, fact sheets, or questions about real documents."""
 
-    def __init__(self, config: DataConfig, tokenizer: Any, chat: ChatFormat, split: Split = "train"):
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Any,
+        chat: ChatFormat,
+        split: Split = "train",
+        shows_documents: bool = False,
+    ):
         self.config, self.split = config, split
-        self.maker = EpisodeMaker(tokenizer, chat)
+        self.maker = EpisodeMaker(tokenizer, chat, read_unrelated(config.unrelated), shows_documents)
         self.prose = Prose(read_texts(config.texts, config.text_sources), tokenizer) if config.texts else None
         self.documents: DocumentSource | None = None
         if config.documents:
@@ -132,12 +149,16 @@ class EpisodeSource:
         drawn = rng.random()
         if drawn < c.needle_share:
             return self._needle_step(rng)
-        if drawn >= c.needle_share + c.question_share + c.cloze_share:
+        if drawn >= c.needle_share + c.document_share:
             return self._fact_step(rng)
         assert self.documents is not None
-        is_by_rule = drawn >= c.needle_share + c.question_share
-        ask = self.documents.asked_by_rule if is_by_rule else self.documents.asked_by_people
-        return ask(rng, c.questions_per_step, c.context_tokens_per_step)
+        drawn -= c.needle_share
+        room = c.questions_per_step, c.context_tokens_per_step
+        if drawn < c.question_share:
+            return self.documents.asked_by_people(rng, *room)
+        if drawn < c.question_share + c.cloze_share:
+            return self.documents.asked_by_rule(rng, *room)
+        return self.documents.read(rng, *room)
 
     def _needle_step(self, rng: random.Random) -> list[Episode]:
         """One number of chunks for all documents of the step."""

@@ -8,7 +8,7 @@ from loracast.chat import Message, encode_text, encode_with_offsets
 from loracast.evaluation.qa.rivals import MAX_NEW_TOKENS, Given, Request, Rival, Setup
 from loracast.model import ASK_SYSTEM_TURN
 from loracast.qa import DocumentQuestion
-from loracast.training.reader import reading_prompt
+from loracast.training.episode_maker import reading_prompt
 
 TRUNCATED_TOKENS = 128
 """Tokens that are left of a document whose middle is left out."""

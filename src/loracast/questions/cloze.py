@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loracast.questions.spans import sentence_spans
 from loracast.training.marks import Stated
-from loracast.training.spans import sentence_spans
 
 _MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 _CAPITAL = r"[A-Z][\w'’-]+"

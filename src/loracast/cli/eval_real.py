@@ -1,0 +1,157 @@
+"""`loracast eval qa | interference | verbatim`: real documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loracast.cli import options
+from loracast.cli.eval_common import (
+    Budget,
+    ChunkTokens,
+    Out,
+    Route,
+    Seed,
+    names,
+    numbers,
+    show,
+)
+from loracast.cli.output import progress_bar
+from loracast.cli.session import open_model
+from loracast.routing import DEFAULT_ROUTE
+
+if TYPE_CHECKING:
+    pass
+
+
+def qa(
+    out: Out,
+    documents: Annotated[list[str], typer.Option(help="Documents with questions: JSONL(.gz) rows. Repeatable.")],
+    sources: Annotated[str | None, typer.Option(help="Of rows with a source, only these, with commas.")] = None,
+    max_documents: Annotated[int, typer.Option(help="Most documents of each source.", min=1)] = 200,
+    max_questions: Annotated[int | None, typer.Option(help="Most questions about one document.", min=1)] = None,
+    spans_only: Annotated[
+        bool, typer.Option("--spans-only", help="Only questions whose answer stands in the document.")
+    ] = False,
+    systems: Annotated[
+        str | None,
+        typer.Option(help="Rivals to run, with commas (docs/evaluation.md); all but other prompts by default."),
+    ] = None,
+    reader: Annotated[
+        Path | None, typer.Option(help="LoRA of `loracast train reader`: the ceiling, with the document in the window.")
+    ] = None,
+    route: Route = DEFAULT_ROUTE,
+    chunk_tokens: ChunkTokens = 256,
+    split: Annotated[str, typer.Option(help="Of rows with a split, only this one.")] = "test",
+    seed: Seed = 0,
+    hypernetwork: options.Hypernetwork = None,
+    base: options.Base = None,
+    device: options.Device = None,
+    budget_s: Budget = None,
+    as_json: options.Json = False,
+) -> None:
+    """Questions that people asked about real documents: an adapter beside the document, or parts of it, in the window."""
+    from loracast.evaluation.plots import require_matplotlib
+    from loracast.evaluation.qa.evaluate import QaConfig, draw, evaluate_qa
+    from loracast.evaluation.qa.rivals import Setup
+    from loracast.training.reader import read_reader
+
+    config = QaConfig(
+        documents=tuple(documents),
+        sources=names(sources),
+        max_documents=max_documents,
+        max_questions=max_questions,
+        spans_only=spans_only,
+        systems=names(systems),
+        route=route,
+        chunk_tokens=chunk_tokens,
+        split=split,
+        seed=seed,
+        budget_s=budget_s,
+    )
+    require_matplotlib()
+    model = open_model(base, hypernetwork, None, device)
+    ceiling = read_reader(reader, model.base.fingerprint).to(model.base.device) if reader else None
+    setup = Setup(model, route, chunk_tokens, ceiling)
+    with progress_bar("documents") as progress:
+        report = evaluate_qa(setup, config, out, progress)
+    draw(report, out)
+    show(report, out, as_json)
+
+
+def interference(
+    out: Out,
+    benchmark: Annotated[
+        list[str], typer.Option(help="File of questions with choices (bench_NAME_test.jsonl.gz). Repeatable.")
+    ],
+    documents: Annotated[
+        list[str], typer.Option(help="Documents to learn: JSONL(.gz) rows with questions. Repeatable.")
+    ],
+    sources: Annotated[str | None, typer.Option(help="Of documents with a source, only these, with commas.")] = None,
+    counts: Annotated[str, typer.Option(help="Documents learned at once, with commas.")] = "0,1,4,16",
+    questions: Annotated[int, typer.Option(help="Questions of each benchmark.", min=1)] = 200,
+    route: Route = DEFAULT_ROUTE,
+    chunk_tokens: ChunkTokens = 256,
+    split: Annotated[str, typer.Option(help="Of documents with a split, only this one.")] = "test",
+    seed: Seed = 0,
+    hypernetwork: options.Hypernetwork = None,
+    base: options.Base = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Harm: general-knowledge questions, with documents learned that have nothing to do with them."""
+    from loracast.evaluation.interference import InterferenceConfig, evaluate_interference
+
+    config = InterferenceConfig(
+        benchmarks=tuple(benchmark),
+        documents=tuple(documents),
+        sources=names(sources),
+        counts=numbers(counts, int),
+        questions=questions,
+        route=route,
+        chunk_tokens=chunk_tokens,
+        split=split,
+        seed=seed,
+    )
+    model = open_model(base, hypernetwork, None, device)
+    with progress_bar("questions") as progress:
+        report = evaluate_interference(model, config, out, progress)
+    show(report, out, as_json)
+
+
+def verbatim(
+    out: Out,
+    documents: Annotated[list[str], typer.Option(help="Documents: JSONL(.gz) rows with questions. Repeatable.")],
+    sources: Annotated[str | None, typer.Option(help="Of rows with a source, only these, with commas.")] = None,
+    max_documents: Annotated[int, typer.Option(help="Documents, drawn at random.", min=1)] = 100,
+    passages: Annotated[int, typer.Option(help="Most passages of each.", min=1)] = 4,
+    systems: Annotated[
+        str, typer.Option(help="Rivals to run: none, adapter, other, window.")
+    ] = "none,adapter,other,window",
+    chunk_tokens: ChunkTokens = 256,
+    split: Annotated[str, typer.Option(help="Of rows with a split, only this one.")] = "test",
+    seed: Seed = 0,
+    hypernetwork: options.Hypernetwork = None,
+    base: options.Base = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Word for word: how much of a document's own continuation is the likeliest, from its first eight tokens on."""
+    from loracast.evaluation.verbatim import VerbatimConfig, evaluate_verbatim
+
+    config = VerbatimConfig(
+        documents=tuple(documents),
+        sources=names(sources),
+        max_documents=max_documents,
+        passages=passages,
+        systems=names(systems),
+        chunk_tokens=chunk_tokens,
+        split=split,
+        seed=seed,
+    )
+    model = open_model(base, hypernetwork, None, device)
+    with progress_bar("documents") as progress:
+        report = evaluate_verbatim(model, config, out, progress)
+    show(report, out, as_json)
