@@ -24,6 +24,7 @@ from loracast.library import adapter_names, open_adapter, remove_adapter
 from loracast.lora import LoRA, concat
 from loracast.manifest import check_name, name_from
 from loracast.routing import read_chunks
+from loracast.target import target_from_config
 from loracast.writer import AdapterWriter
 
 
@@ -67,31 +68,42 @@ def test_learned_factors_are_the_hypernetworks_own(model, tmp_path):
     assert all(lora.norms().values())
 
 
-def test_learned_factors_are_those_of_a_plain_forward(base, tmp_path):
+@pytest.mark.parametrize("storage", ["bf16", "int8"])
+@pytest.mark.parametrize("shared_kinds", [(), ("q_proj", "gate_proj")])
+def test_learned_factors_are_those_of_a_plain_forward(shared_kinds, storage, base, tmp_path):
     """Batches, padding and files out of the way: chunk by chunk, in fp32."""
     from loracast.documents import read_document
     from loracast.encoders.context import ContextEncoder
     from loracast.encoders.features import Features
     from loracast.learn import learn_document
 
-    hypernet = make_hypernet(base, kinds=("v_proj", "down_proj"), document_independent_rank=2)
-    for kind in hypernet.config.kinds:
+    modules = target_from_config(base.model.config, shared_kinds, (1, 2)).rows if shared_kinds else ()
+    hypernet = make_hypernet(
+        base, kinds=("v_proj", "down_proj"), document_independent_rank=2, shared_modules=modules, shared_rank=3
+    )
+    for kind in hypernet.config.target.kinds:
         torch.nn.init.normal_(hypernet.shared(kind).b)
     path = tmp_path / "text.txt"
     path.write_text(PROSE * 4)
     document, encoder = read_document(path), ContextEncoder(base.model, (2,))
-    adapter = learn_document(base, hypernet, "h", encoder, document, tmp_path / "library", "text", max_chunk_tokens=50)
+    adapter = learn_document(
+        base, hypernet, "h", encoder, document, tmp_path / "library", "text", max_chunk_tokens=50, storage=storage
+    )
+    adapter = Adapter(adapter.folder)
+    assert not adapter.faults()
     chunks = split_document(base, document, 50)
     assert adapter.manifest.n_chunks == len(chunks) > 2
     for i in (0, len(chunks) - 1):
         ids = torch.tensor([base.tokenizer(chunks[i].prompt, add_special_tokens=False)["input_ids"]])
         features = base.model(input_ids=ids, output_hidden_states=True).hidden_states[2]
         with torch.no_grad():
-            batch, _ = hypernet(Features(features))  # the document-independent LoRA comes with it, once
+            batch, *_ = hypernet(Features(features))  # the document-independent LoRA comes with it, once
         expected = {name: f.b[0] @ f.a[0] for name, f in batch.factors.items()}
         assert_close(adapter.lora([i]), expected)
     name, shared = "model.layers.0.mlp.down_proj", hypernet.shared("down_proj")
-    parts = [adapter.lora([i], document_independent=False).factors[name] for i in range(len(chunks))]
+    alone = [adapter.lora([i], document_independent=False) for i in range(len(chunks))]
+    parts = [lora.factors[name] for lora in alone]
+    assert all(lora.norms()[m[0]] == 0 for lora in alone for m in modules)
     expected = sum(b.float() @ a.float() for a, b in parts) + (shared.b[0].T @ shared.a[0]).detach()
     found = adapter.lora().to(dtype=torch.float32).delta(name)
     torch.testing.assert_close(found, expected, atol=0.02 * expected.abs().max().item(), rtol=0.01)

@@ -53,6 +53,8 @@ MEMORY = tuple(
 VARIANTS["memory"] = {
     "d_values": 48, "memory_modules": MEMORY, "memory_rank": 4, "memory_blocks": 1, "document_independent_rank": 1,
 }  # fmt: skip
+SHARED = target_from_config(MODEL.config, ("q_proj", "gate_proj"), (1, 3)).rows
+VARIANTS["shared modules"] = {**VARIANTS["memory"], "shared_modules": SHARED, "shared_rank": 3}
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -100,7 +102,7 @@ def row(batch, i: int) -> LoRA:
     """One row of a LoRABatch as a LoRA."""
     from loracast.lora import Factors
 
-    return LoRA({name: Factors(f.a[i], f.b[i]) for name, f in batch.factors.items()})
+    return LoRA({name: Factors(f.a[0], f.b[0]) for name, f in batch.take([i]).factors.items()})
 
 
 def deltas(lora: LoRA) -> torch.Tensor:
@@ -128,6 +130,8 @@ def test_shapes_fit_the_target(variant):
     batch = loras(hypernet, make_features(hypernet, 4), None, 2)
     assert batch.n == 2 and tuple(batch.factors) == c.target.names
     for module in c.target.modules:
+        if not c.ranks[module.kind]:
+            continue  # the same for all documents, tested by itself
         rank = 2 * c.ranks[module.kind] + (c.document_independent_rank if module.kind in c.kinds else 0)
         assert batch.factors[module.name].a.shape == (2, rank, module.d_in)
         assert batch.factors[module.name].b.shape == (2, module.d_out, rank)
@@ -212,6 +216,34 @@ def test_rank_latents_have_length_one_and_the_scale_multiplies_b_alone():
         torch.testing.assert_close(2 * one.factors[name].b, two.factors[name].b)
 
 
+def test_shared_modules_get_the_same_whatever_the_document():
+    hypernet = make("shared modules")
+    batch = loras(hypernet, make_features(hypernet, 4), None, 2)
+    assert hypernet.config.ranks == {"q_proj": 0, "o_proj": 4, "gate_proj": 0, "down_proj": 2}
+    for kind in ("q_proj", "gate_proj"):
+        shared = hypernet.shared(kind)
+        assert shared is not None
+        for i, module in enumerate(hypernet.config.target.of_kind(kind)):
+            a, b = batch.factors[module.name]
+            assert a.shape == (1, 3, module.d_in) and b.shape == (1, module.d_out, 3)
+            assert torch.equal(a[0], shared.a[i]) and torch.equal(b[0], shared.b[i].T)
+
+
+def test_a_head_is_taken_over_at_low_rank():
+    full, low = make(), make("default", head_shared_rank=16)
+    low.head("down_proj").take_low_rank(full.head("down_proj"))  # of rank 16 at most: nothing is lost
+    latents = torch.randn(3, 4, 2, 16, generator=FREE)
+    for one, other in zip(full.head("down_proj")(latents), low.head("down_proj")(latents), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    lower = make("default", head_shared_rank=4)
+    lower.head("down_proj").take_low_rank(full.head("down_proj"))
+    weight = full.head("down_proj").weight
+    head = lower.head("down_proj")
+    lost = (weight - head.shared - head.down @ head.up).square().sum((1, 2))
+    singular = torch.linalg.svdvals(weight - weight.mean(0))
+    torch.testing.assert_close(lost, singular[:, 4:].square().sum(1), rtol=1e-4, atol=1e-6)  # Eckart and Young
+
+
 def test_gradients_reach_every_parameter_once_the_scalers_have_moved():
     for variant in VARIANTS:
         hypernet = make(variant).requires_grad_(True)
@@ -239,6 +271,8 @@ def test_gradients_reach_every_parameter_once_the_scalers_have_moved():
         ({"d_values": 48, "memory_modules": (MEMORY[0], ("b", 3, "v_proj", 64, 32))}, "one kind"),
         ({"d_values": 48, "memory_modules": MEMORY, "memory_rank": 0}, "memory_rank"),
         ({"d_values": 48, "memory_modules": MEMORY, "memory_heads": 1}, "memory_heads at least 2"),
+        ({"shared_modules": make().config.modules}, "leave alone"),
+        ({"shared_modules": SHARED, "shared_rank": 0}, "shared_rank"),
     ],
 )
 def test_bad_configs_are_refused(changes, message):

@@ -40,7 +40,9 @@ def test_documents_are_read_by_source_and_split(tmp_path):
     assert [d.doc_id for d in read_questioned([str(path)], split="train")] == ["doc-1", "doc-2"]
 
 
-@pytest.mark.parametrize("row", ["{", '{"document": "text"}', '{"document": "t", "questions": [{"question": "q?"}]}', "[1]"])
+@pytest.mark.parametrize(
+    "row", ["{", '{"document": "text"}', '{"document": "t", "questions": [{"question": "q?"}]}', "[1]"]
+)
 def test_a_row_of_another_shape_is_named(row, tmp_path):
     (tmp_path / "qa.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + row)
     with pytest.raises(ConfigError, match="line 2"):
@@ -126,14 +128,20 @@ class Script:
         last = messages[-1]["content"]
         self.asked.append(last)
         if "harder questions" in last:
-            return "Q: Why did 21 monks have to go?\nA: it was dissolved\nQ: In what year was the abbey founded?\nA: 1132"
+            return (
+                "Q: Why did 21 monks have to go?\nA: it was dissolved\nQ: In what year was the abbey founded?\nA: 1132"
+            )
         if "questions that the text answers" in last:
             return "Q: When was the abbey founded?\nA: 1132\nQ: How many miles long is the Rye?\nA: 30 miles\nQ: What is the capital of France?\nA: Paris"
         if "France" in last:
             return "Paris"  # with the passage and without it
-        return {"founded": "in 1132", "long": "24 miles", "Why": "it was dissolved"}[
-            next(word for word in ("founded", "long", "Why") if word in last.split("Question:")[1])
-        ] if "abbey was founded" in last else "I do not know"
+        return (
+            {"founded": "in 1132", "long": "24 miles", "Why": "it was dissolved"}[
+                next(word for word in ("founded", "long", "Why") if word in last.split("Question:")[1])
+            ]
+            if "abbey was founded" in last
+            else "I do not know"
+        )
 
 
 def test_what_is_not_answered_repeated_or_known_anyway_is_left_out(tmp_path):

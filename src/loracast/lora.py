@@ -192,17 +192,17 @@ def effective_rank(singular_values: Tensor) -> float:
 class LoRABatch:
     """LoRAs for the rows of one batch, stacked: the form in which a forward pass uses them.
 
-    `n` is the number of rows, or 1 when all rows share the same LoRA. Ranks are zero-padded to the longest.
+    `n` is the number of rows, or 1 when all rows share the same LoRA. A module that all rows share may have one row where others have n.
+    Ranks are zero-padded to the longest.
     """
 
     n: int
-    factors: Mapping[str, Factors]  # A [n, r, in], B [n, out, r]
-    dense: Mapping[str, Tensor]  # [n, out, in]
+    factors: Mapping[str, Factors]  # A [n or 1, r, in], B [n or 1, out, r]
+    dense: Mapping[str, Tensor]  # [n or 1, out, in]
 
     def rows(self, first: int, end: int) -> LoRABatch:
         """Some neighbouring rows as a batch of their own, views and not copies."""
-        factors = {name: Factors(a[first:end], b[first:end]) for name, (a, b) in self.factors.items()}
-        return LoRABatch(end - first, factors, {name: delta[first:end] for name, delta in self.dense.items()})
+        return self._some(end - first, slice(first, end))
 
     def to(self, device: torch.device | str) -> LoRABatch:
         factors = {name: Factors(a.to(device), b.to(device)) for name, (a, b) in self.factors.items()}
@@ -211,8 +211,14 @@ class LoRABatch:
     def take(self, rows: Sequence[int]) -> LoRABatch:
         """Some rows, in this order, as a batch of their own."""
         order = list(rows)
-        factors = {name: Factors(a[order], b[order]) for name, (a, b) in self.factors.items()}
-        return LoRABatch(len(order), factors, {name: delta[order] for name, delta in self.dense.items()})
+        return self._some(len(order), order)
+
+    def _some(self, n: int, rows: slice | list[int]) -> LoRABatch:
+        def of(stacked: Tensor) -> Tensor:
+            return stacked if stacked.shape[0] == 1 else stacked[rows]
+
+        factors = {name: Factors(of(a), of(b)) for name, (a, b) in self.factors.items()}
+        return LoRABatch(n, factors, {name: of(delta) for name, delta in self.dense.items()})
 
     def squared_norms(self) -> Tensor:
         """The squared Frobenius norm of each row's delta, over all modules [n], differentiable."""

@@ -108,7 +108,8 @@ class AdapterWriter:
                 )
             n = a.shape[0]
             for side, rows in (("a", a), ("b", b)):
-                self._put(f"{kind}.{side}", rows)
+                if rows.numel():  # of kinds that all documents share, chunks have nothing
+                    self._put(f"{kind}.{side}", rows)
         self._n_added += n
 
     def _put(self, name: str, rows: Tensor) -> None:

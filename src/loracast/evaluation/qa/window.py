@@ -79,7 +79,7 @@ def with_text(setup: Setup, compose: Compose, text: str, question: str, max_toke
         return base.chat.conversation([{"role": "system", "content": ASK_SYSTEM_TURN}, *compose(document, question)])
 
     room = base.window - MAX_NEW_TOKENS - len(prompt("")) - 8  # joints may be encoded otherwise than inside the text
-    return Request(tuple(prompt(without_middle(setup, text, min(room, max_tokens or room)))))
+    return Request(tuple(prompt(without_middle(setup, text, max(1, min(room, max_tokens or room))))))
 
 
 def without_middle(setup: Setup, text: str, max_tokens: int) -> str:

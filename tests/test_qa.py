@@ -1,0 +1,316 @@
+"""Evaluations on real documents: metrics, rivals, the reader, words continued, and harm; whole runs on the tiny base."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from loracast.base import Base
+from loracast.chat import encode_with_offsets
+from loracast.cli import app
+from loracast.errors import AdapterError, ConfigError
+from loracast.evaluation.in_memory import InMemoryAdapter
+from loracast.evaluation.interference import InterferenceConfig, evaluate_interference
+from loracast.evaluation.qa.adapter import document_independent
+from loracast.evaluation.qa.evaluate import RIVALS, QaConfig, choose, draw, evaluate_qa
+from loracast.evaluation.qa.metrics import best, exact_match, rouge_l, squad_normalise, token_f1
+from loracast.evaluation.qa.passages import passages
+from loracast.evaluation.qa.rivals import Given, Setup
+from loracast.evaluation.qa.window import without_middle
+from loracast.evaluation.verbatim import VerbatimConfig, evaluate_verbatim
+from loracast.peft_format import read_peft
+from loracast.qa import read_questioned
+from loracast.training.loop import TrainConfig
+from loracast.training.peft_training import PeftConfig
+from loracast.training.reader import ReaderDataConfig, ReaderRecipe, ReaderSource, read_reader, train_reader
+from questions import ROWS, write_documents
+
+# ---- metrics ----
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "exact", "f1", "rouge"),
+    [
+        ("The Denver Broncos.", "denver broncos", 1, 1, 1),
+        ("Denver Broncos won", "Denver Broncos", 0, 0.8, 0.8),  # precision 2/3, recall 1
+        ("Broncos Denver", "Denver Broncos", 0, 1, 0.5),  # words in another order
+        ("in 1876, in Paris", "Paris, 1876", 0, 2 / 3, 1 / 3),
+        ("U.S.A.", "usa", 1, 1, 1),
+        ("", "usa", 0, 0, 0),
+        ("the", "a", 1, 0, 0),  # nothing is left of either
+        ("red red blue", "red blue blue", 0, 2 / 3, 2 / 3),
+    ],
+)
+def test_answers_are_scored_as_squad_does(answer, gold, exact, f1, rouge):
+    assert exact_match(answer, gold) == exact
+    assert token_f1(answer, gold) == pytest.approx(f1)
+    assert rouge_l(answer, gold) == pytest.approx(rouge)
+    assert best(token_f1, answer, ("something else", gold)) == pytest.approx(f1)
+
+
+def test_the_official_normalisation():
+    assert squad_normalise("  The  Cat's pyjamas, an A-team!\n") == "cats pyjamas ateam"
+
+
+# ---- the run ----
+
+
+@pytest.fixture(autouse=True)
+def wide_window(monkeypatch):
+    """The tiny tokenizer makes long prompts; the tiny base's rotary positions have no end."""
+    monkeypatch.setattr(Base, "window", 4096)
+
+
+@pytest.fixture
+def documents(tmp_path):
+    return write_documents(tmp_path / "qa.jsonl")
+
+
+@pytest.fixture(scope="module")
+def reader_folder(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reader")
+    data = ReaderDataConfig(documents=(write_documents(folder / "qa.jsonl"),), questions_per_step=6)
+    recipe = ReaderRecipe(
+        data, PeftConfig(("v_proj", "down_proj"), rank=4), TrainConfig(steps=60, lr=1e-2, warmup_steps=2, bf16=False)
+    )
+    losses = []
+    assert train_reader(base, recipe, folder / "lora", on_metrics=lambda m: losses.append(m["loss"]))
+    assert losses[-1] < losses[0] / 2
+    return folder / "lora"
+
+
+def test_a_reader_sees_each_document_once_with_all_its_questions(base, documents):
+    source = ReaderSource(ReaderDataConfig(documents=(documents,), questions_per_step=6), base)
+    rows = source.episodes(3)
+    assert sum(len(row.questions) for row in rows) >= 6 and rows == source.episodes(3)
+    for row in rows:
+        prompts = [base.tokenizer.decode(question.prompt) for question in row.questions]
+        own = next(r for r in ROWS if r["title"] in prompts[0])
+        for prompt, question in zip(prompts, row.questions, strict=True):
+            assert own["document"] in prompt
+            asked = next(q for q in own["questions"] if q["question"] in prompt)
+            assert base.tokenizer.decode(question.answer[:-1]).strip() == asked["answers"][0]
+    with pytest.raises(ConfigError, match="--documents"):
+        ReaderDataConfig()
+
+
+def test_a_reader_is_told_from_other_loras(base, reader_folder, tmp_path):
+    lora = read_reader(reader_folder, base.fingerprint)
+    assert lora.rank == 4 and lora.names == read_peft(reader_folder).names
+    about = json.loads((reader_folder / "loracast.json").read_text())
+    assert "/" not in about["settings"]["data"]["documents"][0]
+    about["settings"]["is_reader"] = False
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "loracast.json").write_text(json.dumps(about))
+    with pytest.raises(AdapterError, match="train reader"):
+        read_reader(other, base.fingerprint)
+
+
+def test_every_rival_answers_every_question(model, documents, reader_folder, tmp_path):
+    setup = Setup(model, chunk_tokens=64, reader=read_reader(reader_folder, model.base.fingerprint))
+    config = QaConfig(documents=(documents,), systems=tuple(RIVALS), max_documents=2, spans_only=True, chunk_tokens=64)
+    report = evaluate_qa(setup, config, tmp_path / "out")
+    draw(report, tmp_path / "out")
+    assert report.is_complete
+    by_source = [row for row in report.rows if row["kind"] == "source"]
+    assert {row["part"] for row in by_source} == {"letters", "tales", "all"}
+    assert [row["system"] for row in by_source if row["part"] == "all"] == list(RIVALS)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    for row in by_source:
+        mine = [a for a in lines if a["system"] == row["system"] and row["part"] in (a["source"], "all")]
+        assert row["n"] == len(mine) == (12 if row["part"] == "all" else 6)
+        assert row["documents"] == len({a["doc_id"] for a in mine})
+        assert row["f1"] == pytest.approx(sum(a["f1"] for a in mine) / len(mine), abs=1e-4)
+        assert 0 <= row["f1_low"] <= row["f1"] <= row["f1_high"] <= 1
+        if row["system"] != "adapter":
+            adapter = next(r for r in by_source if r["part"] == row["part"] and r["system"] == "adapter")
+            assert row["difference"] == pytest.approx(adapter["f1"] - row["f1"])
+            assert row["difference_low"] - 1e-9 <= row["difference"] <= row["difference_high"] + 1e-9
+    at = {row["system"]: row for row in by_source if row["part"] == "all"}
+    assert (
+        at["none"]["prompt_tokens"]
+        == at["adapter"]["prompt_tokens"]
+        < at["bm25"]["prompt_tokens"]
+        < at["window"]["prompt_tokens"]
+    )
+    assert at["adapter"]["update_s"] > at["none"]["update_s"] and at["adapter"]["answer_s"] > 0
+    assert at["ceiling"]["f1"] > at["none"]["f1"]  # trained on these very questions
+    assert (tmp_path / "out" / "by_cost.png").stat().st_size > 1000
+    assert "| all | adapter of the document |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_run_cut_by_the_clock_says_so(model, documents, tmp_path, monkeypatch):
+    from loracast.evaluation.qa import evaluate
+
+    monkeypatch.setattr(evaluate, "_DOCUMENTS_PER_GROUP", 2)
+    config = QaConfig(documents=(documents,), systems=("none",), budget_s=0.0)
+    report = evaluate_qa(Setup(model), config, tmp_path / "out")
+    assert not report.is_complete and report.rows[0]["documents"] == 2
+
+
+def test_the_same_documents_are_drawn_whatever_the_rivals(documents):
+    config = QaConfig(documents=(documents,), max_documents=2, max_questions=2)
+    chosen = choose(config)
+    assert [d.source for d in chosen] == ["letters", "letters", "tales", "tales"]
+    assert all(len(d.questions) == 2 for d in chosen) and chosen == choose(config)
+    with pytest.raises(ConfigError, match="no document"):
+        choose(dataclasses.replace(config, sources=("nobody",)))
+
+
+def test_rivals_that_lack_something_are_refused_or_left_out(model, documents, tmp_path):
+    with pytest.raises(ConfigError, match="--reader"):
+        evaluate_qa(Setup(model), QaConfig(documents=(documents,), systems=("ceiling",)), tmp_path)
+    with pytest.raises(ConfigError, match="unknown systems: magic"):
+        evaluate_qa(Setup(model), QaConfig(documents=(documents,), systems=("magic",)), tmp_path)
+    config = QaConfig(documents=(documents,), max_documents=1, max_questions=1)
+    ran = {row["system"] for row in evaluate_qa(Setup(model), config, tmp_path / "out").rows}
+    assert ran == {name for name, rival in RIVALS.items() if not rival.is_optional and not rival.needs_reader}
+
+
+def test_what_rivals_show_the_base(model, documents):
+    setup = Setup(model, chunk_tokens=64)
+    first, second = read_questioned([documents])[:2]
+    given = Given(first, *(InMemoryAdapter(model, d.text, d.title, 64) for d in (first, second)))
+    asked = first.questions[1]
+    shown = {
+        name: model.base.tokenizer.decode(rival.ask(setup, given, asked).prompt)
+        for name, rival in RIVALS.items()
+        if name not in ("adapter", "other", "ceiling")
+    }
+    for name, prompt in shown.items():
+        assert asked.question in prompt
+        assert (first.text in prompt) == (name.startswith("window")), name
+    assert "Osla Brandt" in shown["bm25"] and "the wheel" not in shown["bm25"]
+    assert " ".join(passages(setup, given, asked.question, 100)) == first.text
+    cut = without_middle(setup, first.text, 12)
+    assert cut.startswith("The mill") and cut.endswith("wheel.") and len(cut) < len(first.text)
+    assert without_middle(setup, first.text, 10_000) == first.text
+
+
+def test_the_shared_part_is_what_all_documents_have(base, tiny_folder, tmp_path):
+    from conftest import make_hypernet
+    from loracast.model import Model
+    from loracast.target import target_from_config
+
+    modules = target_from_config(base.model.config, ("q_proj",), (0, 2)).rows
+    hypernet = make_hypernet(base, document_independent_rank=2, shared_modules=modules, shared_rank=3)
+    for kind in ("down_proj", "q_proj"):
+        torch.nn.init.normal_(hypernet.shared(kind).b)
+    model = Model(base, hypernet, "h", tmp_path)
+    lora = document_independent(Setup(model))
+    assert len(lora.names) == 2 + 4
+    one = hypernet.shared("q_proj")
+    torch.testing.assert_close(
+        lora.delta(modules[1][0]).float(), (one.b[1].T @ one.a[1]).detach(), rtol=0.05, atol=0.05
+    )
+
+
+# ---- words continued, and harm ----
+
+
+def shuffled_first(documents) -> str:
+    known = read_questioned([documents], ["tales"])
+    random.Random(0).shuffle(known)
+    return known[0].doc_id
+
+
+def test_words_continued(model, documents, tmp_path):
+    config = VerbatimConfig(documents=(documents,), max_documents=3, passages=2, chunk_tokens=64)
+    report = evaluate_verbatim(model, config, tmp_path / "out")
+    rows = {row["system"]: row for row in report.rows}
+    assert {row["tokens"] for row in rows.values()} == {3 * 2 * 24}
+    apart = rows["window"]["accuracy"] - rows["none"]["accuracy"]
+    assert apart <= 0 or rows["adapter"]["of_way"] == pytest.approx(
+        (rows["adapter"]["accuracy"] - rows["none"]["accuracy"]) / apart
+    )
+    # The base alone, by hand: all passages of one document, token after token.
+    alone = dataclasses.replace(config, max_documents=1, passages=99, systems=("none",), sources=("tales",))
+    (row,) = evaluate_verbatim(model, alone, tmp_path).rows
+    base, hits = model.base, []
+    own = next(d for d in read_questioned([documents], ["tales"]) if d.doc_id == shuffled_first(documents))
+    ids, offsets = encode_with_offsets(base.tokenizer, own.text)
+    for first in range(0, len(ids) - 31, 32):
+        start = own.text[offsets[first][0] : offsets[first + 7][1]].strip()
+        prompt = base.chat.prompt(f"Continue: {start}", "")
+        answer = ids[first + 8 : first + 32]
+        logits = base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
+        hits += (logits[len(prompt) - 1 : -1].argmax(-1) == torch.tensor(answer)).tolist()
+    assert row["tokens"] == len(hits) and row["accuracy"] == pytest.approx(sum(hits) / len(hits))
+    with pytest.raises(ConfigError, match="unknown systems"):
+        VerbatimConfig(documents=(documents,), systems=("magic",))
+
+
+def write_benchmark(folder) -> str:
+    rows = [
+        {"question": f"Which is number {i}?", "choices": ["one", "two words", "three"], "answer": i % 3}
+        for i in range(8)
+    ]
+    for split in ("test", "train"):
+        (folder / f"bench_arc_easy_{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder / "bench_arc_easy_test.jsonl")
+
+
+def test_harm_is_measured_against_the_plain_base(model, documents, tmp_path):
+    config = InterferenceConfig((write_benchmark(tmp_path),), (documents,), counts=(1, 3), questions=8, chunk_tokens=64)
+    report = evaluate_interference(model, config, tmp_path / "out")
+    assert [row["n_documents"] for row in report.rows] == [0, 1, 3]
+    before, *after = report.rows
+    assert "change" not in before
+    for row in after:
+        assert row["change"] == pytest.approx(row["accuracy"] - before["accuracy"]) and 0 <= row["same"] <= 1
+        assert row["change_low"] <= row["change"] <= row["change_high"]
+    with pytest.raises(ConfigError, match="99 documents"):
+        evaluate_interference(model, dataclasses.replace(config, counts=(99,)), tmp_path)
+
+
+def test_a_hypernetwork_that_does_nothing_does_no_harm(base, documents, tmp_path):
+    from conftest import make_hypernet
+    from loracast.model import Model
+
+    hypernet = make_hypernet(base)
+    for head in hypernet.heads.values():
+        head.scaler_b.data.zero_()
+    config = InterferenceConfig((write_benchmark(tmp_path),), (documents,), counts=(4,), questions=8)
+    rows = evaluate_interference(Model(base, hypernet, "h", tmp_path), config, tmp_path / "out").rows
+    assert (rows[1]["change"], rows[1]["same"]) == (0, 1)
+
+
+def test_the_commands(documents, tiny_folder, tiny_hypernet_folder, tmp_path, home):
+    where = [
+        "--base",
+        str(tiny_folder),
+        "--hypernetwork",
+        str(tiny_hypernet_folder),
+        "--json",
+        "--documents",
+        documents,
+    ]
+    small = {
+        "qa": ["--max-documents", "1", "--systems", "none,adapter", "--sources", "tales"],
+        "verbatim": ["--max-documents", "1", "--systems", "adapter"],
+        "interference": ["--benchmark", write_benchmark(tmp_path), "--questions", "2", "--counts", "1"],
+    }
+    for command, options in small.items():
+        done = CliRunner().invoke(app, ["eval", command, "--out", str(tmp_path / command), *where, *options])
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["rows"] and (tmp_path / command / "results.json").is_file()
+    recipe = ["--set", "training.steps=2", "--set", "training.warmup_steps=1", "--set", "training.bf16=false"]
+    train = [
+        "train",
+        "reader",
+        "--out",
+        str(tmp_path / "reader"),
+        "--documents",
+        documents,
+        "--base",
+        str(tiny_folder),
+        "--json",
+    ]
+    done = CliRunner().invoke(app, [*train, *recipe])
+    assert done.exit_code == 0 and json.loads(done.stdout)["done"], done.output
