@@ -84,6 +84,7 @@ _STOPS = frozenset(
     ]
 )
 _WORD = re.compile(r"\S+")
+_TURNS = 5
 _FEWEST_WORDS = 5
 _MOST_WORDS = 22
 
@@ -103,7 +104,7 @@ def make_clozes(rng: random.Random, text: str, n: int) -> list[Cloze]:
     rng.shuffle(spans)
     made: list[tuple[int, Cloze]] = []
     asked: set[tuple[int, str]] = set()
-    for start, end in [*spans, *spans]:  # a second one of a sentence where there are few
+    for start, end in spans * _TURNS:  # several of a sentence where there are few
         if len(made) == n:
             break
         sentence = text[start:end]

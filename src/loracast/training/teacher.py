@@ -25,10 +25,11 @@ class Teacher:
     k: int = TOP_K
 
     @torch.no_grad()
-    def soft_targets(self, questions: Sequence[Question]) -> list[SoftTargets]:
-        """What it finds likely at each token of each answer: of k tokens each. The questions share a row, and read its beginning once."""
+    def soft_targets(self, *rows: Sequence[Question]) -> list[SoftTargets]:
+        """What it finds likely at each token of each answer: of k tokens each. The questions of a row read what they begin with once."""
         device = self.model.device
-        batch = pack([Episode((), tuple(questions))], self.pad_id).to(device)
+        questions = [question for row in rows for question in row]
+        batch = pack([Episode((), tuple(row)) for row in rows], self.pad_id).to(device)
         loras = LoRABatch(1, {}, {}) if self.lora is None else stack([self.lora])
         autocast = torch.autocast(device.type, torch.bfloat16) if self.model.dtype == torch.bfloat16 else nullcontext()
         with autocast:
@@ -53,9 +54,9 @@ class Teaching:
 
     def taught(self, episodes: Sequence[Episode]) -> list[Episode]:
         """The episodes with soft targets."""
-        new = {q for episode in episodes for q in episode.questions if q.is_unrelated} - self._known.keys()
-        for question in new:
-            (self._known[question],) = self.plain.soft_targets([question])
+        unrelated = dict.fromkeys(q for episode in episodes for q in episode.questions if q.is_unrelated)
+        if new := [question for question in unrelated if question not in self._known]:
+            self._known |= zip(new, self.plain.soft_targets(*([question] for question in new)), strict=True)
         return [replace(episode, questions=tuple(self._taught(episode))) for episode in episodes]
 
     def _taught(self, episode: Episode) -> list[Question]:

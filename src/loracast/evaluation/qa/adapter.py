@@ -55,8 +55,8 @@ def document_independent(setup: Setup) -> LoRA:
 
 
 RIVALS = {
-    "adapter": Rival("adapter of the document", _own, cast_all),
+    "adapter": Rival("adapter", _own, cast_all),
     "none": Rival("no document", _nothing),
-    "other": Rival("another document's adapter", _others, _cast_others),
-    "shared": Rival("document-independent part alone", _shared),
+    "other": Rival("another's adapter", _others, _cast_others),
+    "shared": Rival("shared part alone", _shared),
 }

@@ -15,14 +15,14 @@ from typing import Any
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.metrics import cluster_bootstrap
-from loracast.evaluation.qa import adapter, passages, window
+from loracast.evaluation.qa import adapter, distilled, passages, window
 from loracast.evaluation.qa.metrics import best, exact_match, rouge_l, token_f1
 from loracast.evaluation.qa.rivals import MAX_NEW_TOKENS, Given, Request, Rival, Setup, check_rivals
 from loracast.evaluation.report import Column, Progress, Report, environment, number, percent, text
 from loracast.generate import Sampling, answer, answer_batch
 from loracast.qa import DocumentQuestion, QuestionedDocument, read_questioned
 
-RIVALS: dict[str, Rival] = adapter.RIVALS | window.RIVALS | passages.RIVALS
+RIVALS: dict[str, Rival] = adapter.RIVALS | window.RIVALS | passages.RIVALS | distilled.RIVALS
 LENGTHS = (128, 256, 512, 1024)
 """Where the table by length cuts, in tokens."""
 _DOCUMENTS_PER_GROUP = 16

@@ -42,6 +42,6 @@ def _best(k: int) -> Callable[[Setup, Given, DocumentQuestion], Request]:
 
 
 RIVALS = {
-    "bm25": Rival(f"BM25's best passage in the window ({PASSAGE_TOKENS} tokens)", _best(1)),
-    "bm25_3": Rival(f"BM25's three passages in the window ({PASSAGE_TOKENS} tokens each)", _best(3)),
+    "bm25": Rival("BM25, 1 passage", _best(1)),
+    "bm25_3": Rival("BM25, 3 passages", _best(3)),
 }

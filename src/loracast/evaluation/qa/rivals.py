@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter
@@ -36,6 +36,8 @@ class Given:
     document: QuestionedDocument
     adapter: InMemoryAdapter
     other: InMemoryAdapter
+    loras: dict[str, LoRA] = field(default_factory=dict)
+    """What rivals have made of the document, by their names."""
 
 
 @dataclass(frozen=True)

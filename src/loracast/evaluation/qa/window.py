@@ -107,12 +107,12 @@ def _read(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
 
 
 RIVALS = {
-    "window": Rival("document in the window", _whole(PROMPTS[BEST])),
+    "window": Rival("in the window", _whole(PROMPTS[BEST])),
     **{
-        f"window_{name}": Rival(f"in the window, prompt {name!r}", _whole(prompt), is_optional=True)
+        f"window_{name}": Rival(f"window, prompt {name!r}", _whole(prompt), is_optional=True)
         for name, prompt in PROMPTS.items()
         if name != BEST
     },
-    "truncated": Rival(f"in the window, middle left out ({TRUNCATED_TOKENS} tokens)", _truncated),
-    "ceiling": Rival("in the window, base trained to read (ceiling)", _read, needs_reader=True),
+    "truncated": Rival(f"window, cut to {TRUNCATED_TOKENS} tokens", _truncated),
+    "ceiling": Rival("window, trained reader (ceiling)", _read, needs_reader=True),
 }
