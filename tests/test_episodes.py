@@ -83,7 +83,7 @@ def alone(model, question: Question) -> torch.Tensor:
 def test_every_branch_computes_what_its_own_row_would(made):
     batch = pack(made, PAD)
     encoder, hypernet = ContextEncoder(MODEL, (2,)), make_hypernet(MODEL)
-    loras, _ = hypernet(encoder(batch.chunk_ids), batch.chunk_mask, batch.chunks_per_document)
+    loras, *_ = hypernet(encoder(batch.chunk_ids), batch.chunk_mask, batch.chunks_per_document)
     own = [documents_lora(encoder, hypernet, episode) for episode in made]
     with inject(MODEL, loras):
         logits = MODEL(
@@ -131,7 +131,7 @@ def test_the_loss_is_that_of_separate_rows(family):
     model = make_model(family)
     encoder, hypernet = ContextEncoder(model, (2,)), make_hypernet(model)
     batch = pack(EPISODES, PAD)
-    outcome, _ = answer_questions(model, encoder, hypernet, batch)
+    outcome, *_ = answer_questions(model, encoder, hypernet, batch)
     outcome.loss.backward()
     grads = {name: p.grad.clone() for name, p in hypernet.named_parameters()}
     with torch.no_grad():

@@ -114,14 +114,17 @@ def load_base(
             f"tokenizer, or a hub id that this machine can reach ({str(error).splitlines()[0]})"
         ) from error
     text_config(model.config)  # refused before anything is learned on it
-    return Base(name, model.to(device).eval().requires_grad_(False), load_tokenizer(source, say=say))
+    return Base(name, model.to(device).eval().requires_grad_(False), _read_tokenizer(name, where))
 
 
 def load_tokenizer(source: str | Path | None = None, *, say: Callable[[str], None] = lambda text: None) -> Any:
     """The tokenizer of a base, without its weights. Raises BaseModelError as `load_base` does."""
+    return _read_tokenizer(*_find(source, say))
+
+
+def _read_tokenizer(name: str, where: str) -> Any:
     from transformers import AutoTokenizer
 
-    name, where = _find(source, say)
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(where)
