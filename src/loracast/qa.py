@@ -6,14 +6,14 @@ A row has `document`, `questions` (each with `question`, `answers`, and optional
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from loracast.errors import ConfigError
+from loracast.jsonl import each_row
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,16 @@ class QuestionedDocument:
     title: str = ""
     source: str = ""
 
+    @property
+    def full_text(self) -> str:
+        """The document as a reader gets it."""
+        return f"{self.title}\n\n{self.text}" if self.title else self.text
+
+    @property
+    def spans(self) -> list[DocumentQuestion]:
+        """Those of its questions whose answers it says."""
+        return [question for question in self.questions if question.is_span]
+
 
 def read_questioned(
     paths: Sequence[str], sources: Sequence[str] = (), split: str | None = None
@@ -50,31 +60,23 @@ def read_questioned(
     Raises:
         ConfigError: a file is not there, a row is not of this shape, or nothing is left.
     """
-    documents = [document for path in paths for document in _read(Path(path), sources, split)]
+    documents: list[QuestionedDocument] = []
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise ConfigError(f"no such file of documents with questions: {path}")
+        numbers = count(1)
+
+        def take(row: dict[str, Any], name: str = path.name, numbers: count[int] = numbers) -> None:
+            number = next(numbers)
+            if (not sources or row.get("source") in sources) and (not split or row.get("split", split) == split):
+                document = _document(row, f"{name}:{number}")
+                documents.extend([document] if document.questions else [])
+
+        each_row(path, take)
     if not documents:
         of_which = f" of the sources {', '.join(sources)}" if sources else ""
         raise ConfigError(f"no document with questions{of_which} in {', '.join(map(str, paths)) or 'no file'}")
     return documents
-
-
-def _read(path: Path, sources: Sequence[str], split: str | None) -> Iterator[QuestionedDocument]:
-    if not path.is_file():
-        raise ConfigError(f"no such file of documents with questions: {path}")
-    opener: Callable = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                if (sources and row.get("source") not in sources) or (split and row.get("split", split) != split):
-                    continue
-                document = _document(row, f"{path.name}:{number}")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConfigError(
-                    f"{path}, line {number}: not a row with `document` and `questions` ({error!r}); each question "
-                    "has `question` and `answers`"
-                ) from error
-            if document.questions:
-                yield document
 
 
 def _document(row: Mapping[str, Any], default_id: str) -> QuestionedDocument:

@@ -11,15 +11,15 @@ These forms are read (docs/tasks.md), from a path or from a data set on the hub:
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from loracast.errors import ConfigError
+from loracast.jsonl import each_row
 
 DescriptionKind = Literal["train", "paraphrase", "heldout"]
 """Seen in training, both of the first two; never seen."""
@@ -235,20 +235,3 @@ def _beside(path: Path, stem: str) -> Path:
     if (found := _find_beside(path, stem)) is None:
         raise ConfigError(f"{path} needs the descriptions of its tasks beside it, in {stem}.jsonl or {stem}.jsonl.gz")
     return found
-
-
-def each_row(path: Path, take: Callable[[dict[str, Any]], None]) -> None:
-    """Hand every row of a JSONL file, gzipped or not, to `take`.
-
-    Raises:
-        ConfigError: the file cannot be read, or `take` cannot take a row, which is named by its line.
-    """
-    opener: Callable = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                number += 1
-                take(json.loads(line))
-    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}, line {number}: {type(error).__name__}: {error}") from error

@@ -43,6 +43,11 @@ Descriptions = Annotated[str, typer.Option(help="Kind of description: heldout, t
 Split = Annotated[str, typer.Option(help="Wordings and entities: dev to choose between settings, test to report.")]
 
 
+Documents = Annotated[list[str], typer.Option(help="Documents with questions: JSONL(.gz) rows. Repeatable.")]
+Sources = Annotated[str | None, typer.Option(help="Of documents with a source, only these, with commas.")]
+DocumentSplit = Annotated[str, typer.Option("--split", help="Of documents with a split, only this one.")]
+
+
 def numbers(text: str, kind: type[Number]) -> tuple[Number, ...]:
     try:
         return tuple(kind(part) for part in text.split(","))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,12 @@ from loracast.cli import options
 from loracast.cli.eval_common import (
     Budget,
     ChunkTokens,
+    Documents,
+    DocumentSplit,
     Out,
     Route,
     Seed,
+    Sources,
     names,
     numbers,
     show,
@@ -22,14 +25,11 @@ from loracast.cli.output import progress_bar
 from loracast.cli.session import open_model
 from loracast.routing import DEFAULT_ROUTE
 
-if TYPE_CHECKING:
-    pass
-
 
 def qa(
     out: Out,
-    documents: Annotated[list[str], typer.Option(help="Documents with questions: JSONL(.gz) rows. Repeatable.")],
-    sources: Annotated[str | None, typer.Option(help="Of rows with a source, only these, with commas.")] = None,
+    documents: Documents,
+    sources: Sources = None,
     max_documents: Annotated[int, typer.Option(help="Most documents of each source.", min=1)] = 200,
     max_questions: Annotated[int | None, typer.Option(help="Most questions about one document.", min=1)] = None,
     spans_only: Annotated[
@@ -44,7 +44,7 @@ def qa(
     ] = None,
     route: Route = DEFAULT_ROUTE,
     chunk_tokens: ChunkTokens = 256,
-    split: Annotated[str, typer.Option(help="Of rows with a split, only this one.")] = "test",
+    split: DocumentSplit = "test",
     seed: Seed = 0,
     hypernetwork: options.Hypernetwork = None,
     base: options.Base = None,
@@ -86,15 +86,13 @@ def interference(
     benchmark: Annotated[
         list[str], typer.Option(help="File of questions with choices (bench_NAME_test.jsonl.gz). Repeatable.")
     ],
-    documents: Annotated[
-        list[str], typer.Option(help="Documents to learn: JSONL(.gz) rows with questions. Repeatable.")
-    ],
-    sources: Annotated[str | None, typer.Option(help="Of documents with a source, only these, with commas.")] = None,
+    documents: Documents,
+    sources: Sources = None,
     counts: Annotated[str, typer.Option(help="Documents learned at once, with commas.")] = "0,1,4,16",
     questions: Annotated[int, typer.Option(help="Questions of each benchmark.", min=1)] = 200,
     route: Route = DEFAULT_ROUTE,
     chunk_tokens: ChunkTokens = 256,
-    split: Annotated[str, typer.Option(help="Of documents with a split, only this one.")] = "test",
+    split: DocumentSplit = "test",
     seed: Seed = 0,
     hypernetwork: options.Hypernetwork = None,
     base: options.Base = None,
@@ -123,15 +121,15 @@ def interference(
 
 def verbatim(
     out: Out,
-    documents: Annotated[list[str], typer.Option(help="Documents: JSONL(.gz) rows with questions. Repeatable.")],
-    sources: Annotated[str | None, typer.Option(help="Of rows with a source, only these, with commas.")] = None,
+    documents: Documents,
+    sources: Sources = None,
     max_documents: Annotated[int, typer.Option(help="Documents, drawn at random.", min=1)] = 100,
     passages: Annotated[int, typer.Option(help="Most passages of each.", min=1)] = 4,
     systems: Annotated[
         str, typer.Option(help="Rivals to run: none, adapter, other, window.")
     ] = "none,adapter,other,window",
     chunk_tokens: ChunkTokens = 256,
-    split: Annotated[str, typer.Option(help="Of rows with a split, only this one.")] = "test",
+    split: DocumentSplit = "test",
     seed: Seed = 0,
     hypernetwork: options.Hypernetwork = None,
     base: options.Base = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,9 +24,6 @@ from loracast.cli.eval_common import (
 from loracast.cli.output import progress_bar
 from loracast.cli.session import open_model
 from loracast.routing import DEFAULT_ROUTE
-
-if TYPE_CHECKING:
-    pass
 
 
 def needle(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -23,9 +23,6 @@ from loracast.cli.eval_common import (
 )
 from loracast.cli.output import progress_bar, say
 from loracast.cli.session import open_answerer
-
-if TYPE_CHECKING:
-    pass
 
 
 def tasks(

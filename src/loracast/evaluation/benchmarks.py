@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from loracast.errors import ConfigError
-from loracast.tasks import Example, Task, each_row
+from loracast.jsonl import each_row
+from loracast.tasks import Example, Task
 
 _N_SHOWN = 100
 """Of a file without one for training: rows to show as examples, never asked."""

@@ -104,7 +104,7 @@ def evaluate_latency(
             model.base, model.hypernet, model.hypernet_hash, model.encoder, document.document, Path(scratch), "document"
         )
         adapter = open_adapter(Path(scratch), "document")
-        warm_up(setup)
+        warm_up(setup.model.base)
         for i, needle in enumerate(sample.needles):
             case = Case(document, document, needle.question, needle.answer, 0)
             order = list(times)

@@ -75,7 +75,7 @@ def evaluate_facts(
     n_total = config.sheets * len(config.facts)
     rows: list[dict[str, Any]] = []
     report = Report("facts", COLUMNS, rows, asdict(config), about, is_complete=False)
-    warm_up(setup)
+    warm_up(setup.model.base)
     for position, n_facts in enumerate(config.facts):
         share_s = None if ends_s is None else (ends_s - time.monotonic()) / (len(config.facts) - position)
         outcomes: list[Outcome] = []

@@ -17,7 +17,7 @@ from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import likeliest
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
 from loracast.evaluation.metrics import cluster_bootstrap
-from loracast.evaluation.report import Column, Progress, Report, environment, number, percent, text
+from loracast.evaluation.report import Column, Progress, Report, change, environment, interval, number, percent, text
 from loracast.lora import LoRA, concat
 from loracast.model import ASK_SYSTEM_TURN, Model
 from loracast.qa import read_questioned
@@ -30,8 +30,8 @@ COLUMNS: tuple[Column, ...] = (
     number("n_documents", "documents learned"),
     number("n", "n"),
     percent("accuracy", "accuracy %"),
-    Column("95 %", lambda row: f"{100 * row['low']:.1f} - {100 * row['high']:.1f}"),
-    Column("change, points (95 %)", lambda row: _change(row)),
+    interval("low", "high", "95 %"),
+    change("change", "change, points (95 %)"),
     percent("same", "same choice %"),
 )
 
@@ -151,9 +151,3 @@ def _rows(
             row["same"] = sum(a == b for a, b in zip(picks, chosen_before, strict=True)) / len(picks)
         rows.append(row)
     return rows
-
-
-def _change(row: Mapping[str, Any]) -> str:
-    if row.get("change") is None:
-        return "-"
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * row[f"change{end}"] for end in ("", "_low", "_high")))

@@ -104,7 +104,7 @@ def evaluate_needle(
     n_before, n_total = 0, sum(config.n_samples(length) for length in config.lengths)
     rows: list[dict[str, Any]] = []
     report = Report("needle", COLUMNS, rows, asdict(config), about, is_complete=False)
-    warm_up(setup)
+    warm_up(setup.model.base)
     for position, length in enumerate(config.lengths):
         share_s = None if ends_s is None else (ends_s - time.monotonic()) / (len(config.lengths) - position)
         outcomes: list[Outcome] = []

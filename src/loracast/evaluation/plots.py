@@ -50,15 +50,10 @@ def by_length(path: Path, rows: Sequence[Row]) -> None:
     systems = list(dict.fromkeys(row["system"] for row in rows))
     for i, system in enumerate(systems):
         mine = [row for row in rows if row["system"] == system]
-        exact = [100 * row["exact"] for row in mine]
-        errors = [
-            [max(0.0, 100 * (row["exact"] - row["exact_low"])) for row in mine],
-            [max(0.0, 100 * (row["exact_high"] - row["exact"])) for row in mine],
-        ]
         places = [
             row["length"] * 2 ** (0.07 * (i - len(systems) / 2)) for row in mine
         ]  # side by side, not on each other
-        axis.errorbar(places, exact, errors, marker="o", capsize=3, label=mine[0]["label"])
+        _with_interval(axis, places, mine, "exact")
     lengths = list(dict.fromkeys(row["length"] for row in rows))
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
@@ -67,10 +62,7 @@ def by_length(path: Path, rows: Sequence[Row]) -> None:
     axis.set_xlabel("document, tokens")
     axis.set_ylabel("exact match, %")
     axis.set_title("Needle in a haystack")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save_with_legend(plt, figure, axis, path)
 
 
 def f1_by_length(path: Path, rows: Sequence[Row]) -> None:
@@ -82,20 +74,12 @@ def f1_by_length(path: Path, rows: Sequence[Row]) -> None:
     for i, system in enumerate(systems):
         mine = [row for row in rows if row["system"] == system]
         places = [parts.index(row["part"]) + 0.06 * (i - len(systems) / 2) for row in mine]
-        f1 = [100 * row["f1"] for row in mine]
-        errors = [
-            [max(0.0, 100 * (row["f1"] - row["f1_low"])) for row in mine],
-            [max(0.0, 100 * (row["f1_high"] - row["f1"])) for row in mine],
-        ]
-        axis.errorbar(places, f1, errors, marker="o", capsize=3, label=mine[0]["label"])
+        _with_interval(axis, places, mine, "f1")
     axis.set_xticks(range(len(parts)), parts, rotation=15)
     axis.set_ylim(bottom=0)
     axis.set_ylabel("F1, %")
     axis.set_title("Questions about real documents, by the documents' length")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save_with_legend(plt, figure, axis, path)
 
 
 def f1_by_cost(path: Path, rows: Sequence[Row]) -> None:
@@ -104,15 +88,12 @@ def f1_by_cost(path: Path, rows: Sequence[Row]) -> None:
     figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
     for row in rows:
         axis.plot(row["prompt_tokens"], 100 * row["f1"], "o", markersize=9, label=row["label"])
-    axis.set_xscale("log")
+    axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("tokens of the prompt")
     axis.set_ylabel("F1, %")
     axis.set_title("Questions about real documents, by what an answer costs")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save_with_legend(plt, figure, axis, path)
 
 
 def costs(path: Path, rows: Sequence[Row], baseline: str) -> None:
@@ -155,6 +136,24 @@ def skills(path: Path, rows: Sequence[Row]) -> None:
         axis.set_xticks([])
         axis.set_yticks([])
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, ncols=1 + len(groups) // 30)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _with_interval(axis: Any, places: Sequence[float], rows: Sequence[Row], key: str) -> None:
+    """One system's shares, in per cent, with their 95 % intervals."""
+    errors = [
+        [max(0.0, 100 * (row[key] - row[f"{key}_low"])) for row in rows],
+        [max(0.0, 100 * (row[f"{key}_high"] - row[key])) for row in rows],
+    ]
+    shares = [100 * row[key] for row in rows]
+    axis.errorbar(places, shares, errors, marker="o", capsize=3, label=rows[0]["label"])
+
+
+def _save_with_legend(plt: Any, figure: Any, axis: Any, path: Path) -> None:
+    """Write a picture with its legend beside it."""
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -51,6 +51,17 @@ def interval(low: str, high: str, header: str) -> Column:
     return Column(header, lambda row: f"{100 * row[low]:.1f} - {100 * row[high]:.1f}")
 
 
+def change(key: str, header: str) -> Column:
+    """A difference in points with its 95 % interval; a dash where a row has none."""
+
+    def form(row: Row) -> str:
+        if row.get(key) is None:
+            return "-"
+        return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * row[f"{key}{end}"] for end in ("", "_low", "_high")))
+
+    return Column(header, form)
+
+
 ANSWER_COLUMNS = (
     text("label", "what answers"),
     number("n", "n"),

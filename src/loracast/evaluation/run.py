@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
 
+from loracast.base import Base
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
 from loracast.evaluation.metrics import has_value, is_exact, wilson
 from loracast.evaluation.systems import MAX_NEW_TOKENS, SYSTEMS, Case, Request, Setup
@@ -97,9 +98,9 @@ def groups(
     ahead[1].close()
 
 
-def warm_up(setup: Setup) -> None:
+def warm_up(base: Base) -> None:
     """Answer once, so that what a process does only once is not timed."""
-    answer(setup.model.base, setup.model.base.chat.prompt("Hello", ""), None, Sampling(max_new_tokens=2))
+    answer(base, base.chat.prompt("Hello", ""), None, Sampling(max_new_tokens=2))
 
 
 def summary(setup: Setup, outcomes: Sequence[Outcome]) -> dict[str, object]:

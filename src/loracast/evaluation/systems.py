@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from loracast.chat import encode_text, encode_with_offsets
 from loracast.errors import ConfigError
+from loracast.evaluation.cut import without_middle
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.lora import LoRA
 from loracast.model import ASK_SYSTEM_TURN, Model
@@ -175,8 +175,4 @@ def _with_text(setup: Setup, question: str, text: str) -> tuple[int, ...]:
         )
 
     room = base.window - MAX_NEW_TOKENS - len(prompt("")) - 8  # joints may be encoded otherwise than inside the text
-    if len(encode_text(base.tokenizer, text)) > room:
-        offsets = encode_with_offsets(base.tokenizer, text)[1]
-        head, tail = offsets[room // 2][0], offsets[-(room - room // 2)][0]
-        text = f"{text[:head].rstrip()}\n{text[tail:].lstrip()}"
-    return tuple(prompt(text))
+    return tuple(prompt(without_middle(base.tokenizer, text, room)))

@@ -18,7 +18,7 @@ from loracast.errors import ConfigError
 from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import likeliest
 from loracast.evaluation.metrics import is_right, paired_bootstrap
-from loracast.evaluation.report import Column, Progress, Report, environment, number, percent, text
+from loracast.evaluation.report import Column, Progress, Report, change, environment, number, percent, text
 from loracast.evaluation.task_rivals import ADAPTER, NEEDED, RIVALS, Drawn, Given, Rival, prompt_of
 from loracast.generate import Sampling, answer_batch
 from loracast.lora import LoRA
@@ -38,9 +38,9 @@ COLUMNS: tuple[Column, ...] = (
     percent("far", "far %"),
     percent("choice", "chosen %"),
     percent("choice_by_byte", "by byte %"),
-    Column("adapter minus it, points (95 %)", lambda row: _difference(row, "")),
-    Column("near", lambda row: _difference(row, "_near")),
-    Column("far", lambda row: _difference(row, "_far")),
+    change("difference", "adapter minus it, points (95 %)"),
+    change("difference_near", "near"),
+    change("difference_far", "far"),
     number("prompt_tokens", "prompt tokens"),
 )
 
@@ -324,14 +324,6 @@ def _share(values: Sequence[float]) -> float:
 
 def _mean(values: Sequence[float]) -> float | None:
     return _share(values) if values else None
-
-
-def _difference(row: Any, which: str) -> str:
-    if row.get(f"difference{which}") is None:
-        return "-"
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(
-        *(100 * row[f"difference{which}{end}"] for end in ("", "_low", "_high"))
-    )
 
 
 def _write_answers(out: Path, name: str, seed: int, drawn: Drawn, answered: Sequence[Answered]) -> None:

@@ -18,11 +18,11 @@ from loracast.chat import encode_with_offsets
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
 from loracast.evaluation.metrics import cluster_bootstrap
-from loracast.evaluation.report import Column, Progress, Report, environment, number, percent, text
+from loracast.evaluation.report import Column, Progress, Report, environment, interval, number, percent, text
 from loracast.lora import LoRA, stack
 from loracast.model import ASK_SYSTEM_TURN, Model
 from loracast.qa import QuestionedDocument, read_questioned
-from loracast.training.episode_maker import CONTINUE, CONTINUED_TOKENS, START_TOKENS
+from loracast.training.episode_maker import CONTINUE, PASSAGE_TOKENS, split_passage
 from loracast.training.episodes import Episode, Question, pack
 from loracast.training.objective import answer_with
 
@@ -34,7 +34,7 @@ COLUMNS: tuple[Column, ...] = (
     number("passages", "passages"),
     number("tokens", "tokens"),
     percent("accuracy", "token accuracy %"),
-    Column("95 %", lambda row: f"{100 * row['low']:.1f} - {100 * row['high']:.1f}"),
+    interval("low", "high", "95 %"),
     percent("of_way", "of the way to the window %"),
 )
 SYSTEMS = {
@@ -107,7 +107,7 @@ def evaluate_verbatim(
 def _choose(model: Model, config: VerbatimConfig) -> list[QuestionedDocument]:
     known = read_questioned(config.documents, config.sources, config.split)
     random.Random(config.seed).shuffle(known)
-    least = 2 * (START_TOKENS + CONTINUED_TOKENS)
+    least = 2 * PASSAGE_TOKENS
     long_enough = (d for d in known if len(encode_with_offsets(model.base.tokenizer, d.text)[0]) >= least)
     chosen = [document for document, _ in zip(long_enough, range(config.max_documents), strict=False)]
     if not chosen:
@@ -117,15 +117,11 @@ def _choose(model: Model, config: VerbatimConfig) -> list[QuestionedDocument]:
 
 def _read(model: Model, config: VerbatimConfig, document: QuestionedDocument) -> _Read:
     ids, offsets = encode_with_offsets(model.base.tokenizer, document.text)
-    stride = START_TOKENS + CONTINUED_TOKENS
-    places = range(0, len(ids) - stride + 1, stride)
+    places = range(0, len(ids) - PASSAGE_TOKENS + 1, PASSAGE_TOKENS)
     rng = random.Random(f"{config.seed}/{document.doc_id}")
-    passages = []
-    for first in sorted(rng.sample(places, min(config.passages, len(places)))):
-        begins = first + START_TOKENS
-        start = document.text[offsets[first][0] : offsets[begins - 1][1]].strip()
-        passages.append((start, tuple(ids[begins : first + stride])))
-    return _Read(InMemoryAdapter(model, document.text, "", config.chunk_tokens), tuple(passages))
+    chosen = sorted(rng.sample(places, min(config.passages, len(places))))
+    passages = tuple(split_passage(document.text, ids, offsets, first) for first in chosen)
+    return _Read(InMemoryAdapter(model, document.text, "", config.chunk_tokens), passages)
 
 
 def _predicted(

@@ -179,8 +179,16 @@ class Cast(NamedTuple):
     """One for each document, differentiable."""
     writes: Writes | None
     """What the memory wrote."""
-    size: Tensor
-    """[]: the mean absolute value of the chunks' own factors, before merging, chunks of padding left out."""
+    factors: ChunkFactors
+    """Of the chunks, before merging."""
+    n_real: int
+    """Chunks that are not padding; the factors of the others are zero."""
+
+    def mean_size(self) -> Tensor:
+        """[]: the mean absolute value of the chunks' own factors, chunks of padding left out."""
+        sides = [side for pair in self.factors.values() for side in pair]
+        total = torch.stack([side.abs().sum(dtype=torch.float32) for side in sides]).sum()
+        return total / (self.n_real * sum(side[0].numel() for side in sides))
 
 
 class DocToLoRA(nn.Module):
@@ -213,10 +221,10 @@ class DocToLoRA(nn.Module):
         )
         copying = [k for k in c.kinds if c.d_values and shapes[k][1] == c.d_values]
         self.pointers = nn.ModuleDict({k: ValuePointer(n_layers, c.d_features, c.width, c.rank) for k in copying})
-        shared = {k: SharedLoRA(n_layers, c.document_independent_rank, *shapes[k]) for k in c.kinds}
-        self.document_independent = nn.ModuleDict(shared if c.document_independent_rank else {})
-        for kind, (n_modules, d_in, d_out) in _by_kind(c.shared_modules).items():
-            self.document_independent[kind] = SharedLoRA(n_modules, c.shared_rank, d_in, d_out)
+        self.document_independent = nn.ModuleDict()
+        for modules, rank in ((c.modules, c.document_independent_rank), (c.shared_modules, c.shared_rank)):
+            for kind, (n_modules, d_in, d_out) in _by_kind(modules).items() if rank else ():
+                self.document_independent[kind] = SharedLoRA(n_modules, rank, d_in, d_out)
         self.memory = AssociativeMemory(c) if c.memory_modules else None
         self.register_buffer("feature_mean", torch.zeros(c.d_features))
         self.register_buffer("feature_std", torch.ones(c.d_features))
@@ -322,18 +330,15 @@ class DocToLoRA(nn.Module):
         return factors, writes
 
     def forward(self, features: Features, mask: Tensor | None = None, chunks_per_document: int = 1) -> Cast:
-        """Chunks -> one LoRA for each document, what the memory wrote, and how large the factors are.
+        """Chunks -> one LoRA for each document, what the memory wrote, and the chunks' own factors.
 
         Args:
             features, mask: as in `cast`; the chunks of a document are neighbours.
             chunks_per_document: K; the factors of K neighbours are joined along the rank.
         """
         factors, writes = self.cast(features, mask)
-        n_real = features.n_chunks if mask is None else mask.any(-1).sum()
-        sides = [side for pair in factors.values() for side in pair]
-        n_numbers = sum(side[0].numel() for side in sides)
-        size = torch.stack([side.abs().sum(dtype=torch.float32) for side in sides]).sum() / (n_real * n_numbers)
-        return Cast(self.merge(factors, chunks_per_document), writes, size)
+        n_real = features.n_chunks if mask is None else int(mask.any(-1).sum())
+        return Cast(self.merge(factors, chunks_per_document), writes, factors, n_real)
 
     def merge(self, factors: ChunkFactors, chunks_per_document: int) -> LoRABatch:
         """Factors of chunks -> one LoRA of rank K * r (+ the document-independent one) each."""

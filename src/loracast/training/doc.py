@@ -201,13 +201,13 @@ def train_doc(
         batch = pack(episodes, base.pad_id).to(workers.device)
         autocast = torch.autocast(workers.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
         with autocast:
-            seen, written, size = answer_questions(base.model, encoder, wrapped, batch, recipe.right_weight)
+            seen, written, cast = answer_questions(base.model, encoder, wrapped, batch, recipe.right_weight)
         losses = {
             "answer_loss": seen.loss,
             "taught": seen.taught,
             "marks": written.loss,
             "harm": seen.harm,
-            "size": size,
+            "size": cast.mean_size() if recipe.size_weight > 0 else None,
         }
         weights = {
             "answer_loss": 1 - recipe.teach_weight,

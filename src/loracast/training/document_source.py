@@ -20,6 +20,14 @@ Asked = list[tuple[str, str, Stated]]
 """Questions with their answers and where the document says them."""
 
 
+def answered_questions(rng: random.Random, document: QuestionedDocument, n: int) -> Asked:
+    """At most `n` of a document's questions whose answers it says, with the answers as it says them."""
+    spans = document.spans
+    rng.shuffle(spans)
+    found = ((asked.question, find_answer(document.text, asked.question, asked.answers)) for asked in spans[:n])
+    return [(question, stated.value, stated) for question, stated in found if stated is not None]
+
+
 @dataclass(frozen=True)
 class _Shelf:
     """Documents of one number of chunks, and how many questions each has to ask."""
@@ -59,9 +67,13 @@ class DocumentSource:
 
     def asked_by_people(self, rng: random.Random, n_questions: int, n_tokens: int) -> list[Episode]:
         """Documents with people's questions: about `n_questions` in all, of at most `n_tokens` tokens in all."""
+
+        def said(rng: random.Random, document: QuestionedDocument) -> Asked:
+            return answered_questions(rng, document, self.max_questions)
+
         shelf = rng.choices(self._shelves, [sum(shelf.weights) for shelf in self._shelves])[0]
         # By their questions: who reads a document for the sake of one learns little in a step.
-        return self._step(rng, n_questions, n_tokens, shelf, shelf.weights, self._spans, "questions")
+        return self._step(rng, n_questions, n_tokens, shelf, shelf.weights, said, "questions")
 
     def asked_by_rule(self, rng: random.Random, n_questions: int, n_tokens: int) -> list[Episode]:
         """The same with rule-made questions."""
@@ -78,28 +90,21 @@ class DocumentSource:
         shelf = rng.choices(self._shelves, [len(shelf.documents) for shelf in self._shelves])[0]
         n_documents = max(1, n_tokens // (shelf.n_chunks * self.max_chunk_tokens))
         episodes: list[Episode] = []
-        for document in rng.choices(shelf.documents, k=n_documents):
+        for document in rng.choices(shelf.documents, k=20 * n_documents):  # some are too short
+            if len(episodes) == n_documents:
+                break
             texts = self.maker.chunk_texts(document.text, self.max_chunk_tokens)
             episode = self.maker.passages(rng, texts, self.max_questions)
             if episode.questions:
                 episodes.append(episode)
             if sum(len(episode.questions) for episode in episodes) >= n_passages:
                 break
-        return episodes or self.read(rng, n_passages, n_tokens)  # none was long enough
+        if not episodes:
+            raise TrainingError("the documents are too short to continue their passages; leave data.reading_share at 0")
+        return episodes
 
     def _n_spans(self, document: QuestionedDocument) -> int:
-        return min(self.max_questions, sum(question.is_span for question in document.questions))
-
-    def _spans(self, rng: random.Random, document: QuestionedDocument) -> Asked:
-        """Those of a document's questions whose answers it says, as it says them."""
-        spans = [question for question in document.questions if question.is_span]
-        rng.shuffle(spans)
-        asked = []
-        for question in spans[: self.max_questions]:
-            stated = find_answer(document.text, question.question, question.answers)
-            if stated is not None:
-                asked.append((question.question, stated.value, stated))
-        return asked
+        return min(self.max_questions, len(document.spans))
 
     def _step(
         self,

@@ -22,7 +22,8 @@ START_TOKENS = 8
 CONTINUED_TOKENS = 24
 """Tokens that are to follow."""
 _FEWEST_CONTINUED = 4
-_STRIDE = START_TOKENS + CONTINUED_TOKENS  # so that no token is asked for twice
+PASSAGE_TOKENS = START_TOKENS + CONTINUED_TOKENS
+"""From one passage to the next, so that no token is asked for twice."""
 UNRELATED_SHARE = 0.5
 """Share of documents that are asked something that has nothing to do with them, where there are such questions."""
 
@@ -31,6 +32,15 @@ def reading_prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
     """The prompt of one who sees the document: the text, then the question, under an empty system turn."""
     content = f"{document}\n\nQuestion: {question}"
     return chat.conversation([{"role": "system", "content": ""}, {"role": "user", "content": content}])
+
+
+def split_passage(
+    text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], first: int
+) -> tuple[str, tuple[int, ...]]:
+    """The passage of an encoded text that begins at a token: the text that is given of it, and the tokens that are to follow."""
+    begins = first + START_TOKENS
+    start = text[offsets[first][0] : offsets[begins - 1][1]].strip()
+    return start, tuple(ids[begins : begins + CONTINUED_TOKENS])
 
 
 class EpisodeMaker:
@@ -98,14 +108,14 @@ class EpisodeMaker:
         for i, (ids, _) in enumerate(encoded):
             chunks.append(tuple(ids))
             last = len(ids) - START_TOKENS - _FEWEST_CONTINUED
-            places += [(i, first) for first in range(rng.randrange(_STRIDE), last + 1, _STRIDE)]
+            places += [(i, first) for first in range(rng.randrange(PASSAGE_TOKENS), last + 1, PASSAGE_TOKENS)]
         questions, marks = [], []
         for number, (chunk, first) in enumerate(rng.sample(places, min(n, len(places)))):
             ids, offsets = encoded[chunk]
-            begins = first + START_TOKENS
-            start = texts[chunk][offsets[first][0] : offsets[begins - 1][1]]
-            answer = tuple(ids[begins : begins + CONTINUED_TOKENS])
-            prompt = self.chat.prompt(rng.choice(CONTINUE).format(start.strip()), rng.choice(("", None)))
+            start, answer = split_passage(texts[chunk], ids, offsets, first)
+            prompt = self.chat.prompt(rng.choice(CONTINUE).format(start), rng.choice(("", None)))
             questions.append(Question(tuple(prompt), answer))
-            marks += [Mark(chunk, begins + place, SAY, -1, place, -1, number) for place in range(len(answer))]
+            marks += [
+                Mark(chunk, first + START_TOKENS + place, SAY, -1, place, -1, number) for place in range(len(answer))
+            ]
         return Episode(tuple(chunks), tuple(questions), "reading", tuple(marks))

@@ -53,18 +53,18 @@ def answer_questions(
     hypernet: Callable[..., Cast],
     batch: Batch,
     right_weight: float = 1.0,
-) -> tuple[Outcome, WritingOutcome, Tensor]:
-    """Documents -> features -> LoRAs -> the loss on their questions' answers, on what the memory wrote, and the factors' mean size."""
-    loras, writes, size = hypernet(encoder(batch.chunk_ids), batch.chunk_mask, batch.chunks_per_document)
-    seen, entering = answer_with(model, loras, batch, encoder.key_modules, right_weight)
-    if writes is None:
-        return seen, WritingOutcome(), size
-    keys = {name: (loras.factors[name].a, x) for name, x in entering.items()}  # A [d, k * r, in], x [n, in]
-    written, found = writing_outcome(writes, batch), finding_outcome(keys, writes, batch)
+) -> tuple[Outcome, WritingOutcome, Cast]:
+    """Documents -> features -> LoRAs -> the loss on their questions' answers, on what the memory wrote, and what was cast."""
+    cast = hypernet(encoder(batch.chunk_ids), batch.chunk_mask, batch.chunks_per_document)
+    seen, entering = answer_with(model, cast.loras, batch, encoder.key_modules, right_weight)
+    if cast.writes is None:
+        return seen, WritingOutcome(), cast
+    keys = {name: (cast.loras.factors[name].a, x) for name, x in entering.items()}  # A [d, k * r, in], x [n, in]
+    written, found = writing_outcome(cast.writes, batch), finding_outcome(keys, cast.writes, batch)
     if written.loss is None or found is None:
-        return seen, written, size
+        return seen, written, cast
     told = WritingOutcome(written.loss + found[0], {**written.figures, "finding_accuracy": found[1]})
-    return seen, told, size
+    return seen, told, cast
 
 
 def answer_with(

@@ -19,7 +19,7 @@ from loracast.fingerprint import Fingerprint
 from loracast.lora import LoRA
 from loracast.peft_format import read_peft
 from loracast.qa import QuestionedDocument, read_questioned
-from loracast.questions.spans import find_answer
+from loracast.training.document_source import answered_questions
 from loracast.training.episode_maker import reading_prompt
 from loracast.training.episodes import Episode, Question
 from loracast.training.loop import TrainConfig
@@ -77,17 +77,13 @@ class ReaderSource:
         self.documents: list[QuestionedDocument] = [
             document
             for document in read_questioned(config.documents, config.document_sources, "train")
-            if any(question.is_span for question in document.questions)
-            and len(encode_text(base.tokenizer, document.text)) <= config.max_document_tokens
+            if document.spans and len(encode_text(base.tokenizer, document.text)) <= config.max_document_tokens
         ]
         if not self.documents:
             raise TrainingError(
                 f"no document of at most {config.max_document_tokens} tokens has a question whose answer it says"
             )
-        self._weights = [
-            min(config.max_questions, sum(question.is_span for question in document.questions))
-            for document in self.documents
-        ]
+        self._weights = [min(config.max_questions, len(document.spans)) for document in self.documents]
 
     def episodes(self, number: int) -> list[Episode]:
         """The rows of step `number`."""
@@ -103,19 +99,11 @@ class ReaderSource:
         return rows
 
     def _row(self, rng: random.Random, document: QuestionedDocument) -> Episode | None:
-        spans = [question for question in document.questions if question.is_span]
         questions = []
-        for asked in rng.sample(spans, min(len(spans), self.config.max_questions)):
-            stated = find_answer(document.text, asked.question, asked.answers)
-            if stated is not None:
-                prompt = reading_prompt(self.chat, _shown(document), asked.question)
-                questions.append(Question(tuple(prompt), tuple(self.chat.answer(stated.value))))
+        for asked, answer, _ in answered_questions(rng, document, self.config.max_questions):
+            prompt = reading_prompt(self.chat, document.full_text, asked)
+            questions.append(Question(tuple(prompt), tuple(self.chat.answer(answer))))
         return Episode((), tuple(questions), "reader") if questions else None
-
-
-def _shown(document: QuestionedDocument) -> str:
-    """The document as the evaluation shows it."""
-    return f"{document.title}\n\n{document.text}" if document.title else document.text
 
 
 def train_reader(

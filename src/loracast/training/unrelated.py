@@ -4,12 +4,12 @@ index of the right one in `answer`, or an `answer`.
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from loracast.errors import ConfigError
+from loracast.jsonl import each_row
 
 
 def read_unrelated(paths: Sequence[str]) -> list[tuple[str, str]]:
@@ -19,23 +19,18 @@ def read_unrelated(paths: Sequence[str]) -> list[tuple[str, str]]:
         ConfigError: a file is not there, or a row is of another shape.
     """
     pairs: list[tuple[str, str]] = []
+
+    def take(row: dict[str, Any]) -> None:
+        asked = row["question"]
+        if "choices" in row:
+            answer = row["choices"][row["answer"]]
+            listed = "\n".join(f"- {choice}" for choice in row["choices"])
+            pairs.extend([(asked, answer), (f"{asked}\n{listed}", answer)])
+        else:
+            pairs.append((asked, str(row["answer"])))
+
     for path in map(Path, paths):
         if not path.is_file():
             raise ConfigError(f"no such file of questions: {path}")
-        opener: Callable = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    row = json.loads(line)
-                    asked = row["question"]
-                    if "choices" in row:
-                        answer = row["choices"][row["answer"]]
-                        listed = "\n".join(f"- {choice}" for choice in row["choices"])
-                        pairs += [(asked, answer), (f"{asked}\n{listed}", answer)]
-                    else:
-                        pairs.append((asked, str(row["answer"])))
-                except (ValueError, KeyError, TypeError, IndexError) as error:
-                    raise ConfigError(
-                        f"{path}, line {number}: not a row with `question` and `answer` ({error!r})"
-                    ) from error
+        each_row(path, take)
     return pairs

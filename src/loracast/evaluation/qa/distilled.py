@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from loracast.chat import Message
+from loracast.evaluation.cut import without_middle
 from loracast.evaluation.qa.rivals import MAX_NEW_TOKENS, Given, Request, Rival, Setup, plain
-from loracast.evaluation.qa.window import BEST, PROMPTS, without_middle
+from loracast.evaluation.qa.window import BEST, PROMPTS
 from loracast.generate import Sampling, answer_batch
 from loracast.lora import Factors, LoRA, LoRABatch
 from loracast.model import ASK_SYSTEM_TURN
@@ -80,7 +81,7 @@ def _questions(setup: Setup, given: Given) -> list[Question]:
 
 def _window(setup: Setup, text: str, question: str) -> list[int]:
     base = setup.model.base
-    text = without_middle(setup, text, base.window // 2)
+    text = without_middle(base.tokenizer, text, base.window // 2)
     if setup.reader is not None:
         return reading_prompt(base.chat, text, question)
     system: Message = {"role": "system", "content": ASK_SYSTEM_TURN}

@@ -7,7 +7,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from loracast.evaluation.metrics import cluster_bootstrap
 from loracast.evaluation.qa import adapter, distilled, passages, window
 from loracast.evaluation.qa.metrics import best, exact_match, rouge_l, token_f1
 from loracast.evaluation.qa.rivals import MAX_NEW_TOKENS, Given, Request, Rival, Setup, check_rivals
-from loracast.evaluation.report import Column, Progress, Report, environment, number, percent, text
+from loracast.evaluation.report import Column, Progress, Report, change, environment, interval, number, percent, text
+from loracast.evaluation.run import warm_up
 from loracast.generate import Sampling, answer, answer_batch
 from loracast.qa import DocumentQuestion, QuestionedDocument, read_questioned
 
@@ -38,11 +39,11 @@ COLUMNS: tuple[Column, ...] = (
     number("n", "questions"),
     percent("exact", "exact %"),
     percent("f1", "F1 %"),
-    Column("95 %", lambda row: f"{100 * row['f1_low']:.1f} - {100 * row['f1_high']:.1f}"),
+    interval("f1_low", "f1_high", "95 %"),
     percent("rouge_l", "ROUGE-L %"),
     percent("of_window", "% of window"),
     percent("of_ceiling", "% of ceiling"),
-    Column("adapter minus it (95 %)", lambda row: _difference(row)),
+    change("difference", "adapter minus it (95 %)"),
     number("prompt_tokens", "prompt tokens"),
     number("update_s", "update s", 2),
     number("answer_s", "answer s", 2),
@@ -125,16 +126,15 @@ def evaluate_qa(setup: Setup, config: QaConfig, out: Path, progress: Progress = 
     (out / "answers.jsonl").unlink(missing_ok=True)
     about = environment(setup.model.base, setup.model.hypernet_hash)
     tally, ends_s = Tally(), None if config.budget_s is None else time.monotonic() + config.budget_s
-    answer(setup.model.base, setup.model.base.chat.prompt("Hello", ""), None, Sampling(max_new_tokens=2))  # warm up
+    warm_up(setup.model.base)
     n_done, is_complete = 0, True
-    for source, some in _by_source(chosen):
-        for given in _groups(setup, some):
+    for _, some in _by_source(chosen):
+        for i, given in enumerate(_groups(setup, some)):
             if n_done and ends_s is not None and time.monotonic() > ends_s:
                 is_complete = False
                 break
             for name, rival in rivals.items():
-                is_first = not any(a.system == name and a.document.source == source for a in tally.answered)
-                new = _answer(setup, config, name, rival, given, tally, _N_TIMED if is_first else 0)
+                new = _answer(setup, name, rival, given, tally, n_timed=0 if i else _N_TIMED)
                 _write_answers(out, new)
                 tally.answered += new
             n_done += len(given)
@@ -172,9 +172,7 @@ def choose(config: QaConfig) -> list[QuestionedDocument]:
             if config.max_questions is not None:
                 asked = rng.sample(asked, min(config.max_questions, len(asked)))
             if asked:
-                chosen.append(
-                    QuestionedDocument(document.doc_id, document.text, tuple(asked), document.title, document.source)
-                )
+                chosen.append(replace(document, questions=tuple(asked)))
     if not chosen:
         raise ConfigError("no document has a question whose answer it says; ask all questions (without --spans-only)")
     return chosen
@@ -200,7 +198,7 @@ def _groups(setup: Setup, documents: Sequence[QuestionedDocument]) -> Iterator[l
 
 
 def _answer(
-    setup: Setup, config: QaConfig, name: str, rival: Rival, given: Sequence[Given], tally: Tally, n_timed: int
+    setup: Setup, name: str, rival: Rival, given: Sequence[Given], tally: Tally, n_timed: int
 ) -> list[Answered]:
     """One rival's answers to all questions about some documents."""
     for one in given:  # one by one, as a user would learn them
@@ -314,12 +312,6 @@ def _by_document(answered: Sequence[Answered]) -> dict[str, list[float]]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _difference(row: Mapping[str, Any]) -> str:
-    if row.get("difference") is None:
-        return "-"
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * row[f"difference{end}"] for end in ("", "_low", "_high")))
 
 
 def _write_answers(out: Path, answered: Sequence[Answered]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from loracast.chat import Message, encode_text, encode_with_offsets
+from loracast.chat import Message
+from loracast.evaluation.cut import without_middle
 from loracast.evaluation.qa.rivals import MAX_NEW_TOKENS, Given, Request, Rival, Setup
 from loracast.model import ASK_SYSTEM_TURN
 from loracast.qa import DocumentQuestion
@@ -79,16 +80,7 @@ def with_text(setup: Setup, compose: Compose, text: str, question: str, max_toke
         return base.chat.conversation([{"role": "system", "content": ASK_SYSTEM_TURN}, *compose(document, question)])
 
     room = base.window - MAX_NEW_TOKENS - len(prompt("")) - 8  # joints may be encoded otherwise than inside the text
-    return Request(tuple(prompt(without_middle(setup, text, max(1, min(room, max_tokens or room))))))
-
-
-def without_middle(setup: Setup, text: str, max_tokens: int) -> str:
-    """The text, its beginning and end only where it has more than `max_tokens` tokens."""
-    if len(encode_text(setup.model.base.tokenizer, text)) <= max_tokens:
-        return text
-    offsets = encode_with_offsets(setup.model.base.tokenizer, text)[1]
-    head, tail = offsets[max_tokens // 2][0], offsets[-(max_tokens - max_tokens // 2)][0]
-    return f"{text[:head].rstrip()}\n{text[tail:].lstrip()}"
+    return Request(tuple(prompt(without_middle(base.tokenizer, text, max(1, min(room, max_tokens or room))))))
 
 
 def _whole(compose: Compose) -> Callable[[Setup, Given, DocumentQuestion], Request]:
@@ -102,7 +94,7 @@ def _truncated(setup: Setup, given: Given, question: DocumentQuestion) -> Reques
 def _read(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
     base = setup.model.base
     empty = len(reading_prompt(base.chat, "", question.question))
-    text = without_middle(setup, given.adapter.full_text, base.window - MAX_NEW_TOKENS - empty - 8)
+    text = without_middle(base.tokenizer, given.adapter.full_text, base.window - MAX_NEW_TOKENS - empty - 8)
     return Request(tuple(reading_prompt(base.chat, text, question.question)), setup.reader)
 
 
