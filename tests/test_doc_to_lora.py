@@ -95,7 +95,7 @@ def each(change, *features: Features) -> Features:
 
 
 def loras(hypernet: DocToLoRA, features: Features, mask: torch.Tensor | None = None, k: int = 1) -> LoRABatch:
-    return hypernet(features, mask, k)[0]
+    return hypernet(dataclasses.replace(features, mask=mask), k)[0]
 
 
 def row(batch, i: int) -> LoRA:

@@ -83,7 +83,7 @@ def alone(model, question: Question) -> torch.Tensor:
 def test_every_branch_computes_what_its_own_row_would(made):
     batch = pack(made, PAD)
     encoder, hypernet = ContextEncoder(MODEL, (2,)), make_hypernet(MODEL)
-    loras, *_ = hypernet(encoder(batch.chunk_ids), batch.chunk_mask, batch.chunks_per_document)
+    loras, *_ = hypernet(encoder(batch.chunk_ids, batch.chunk_mask), batch.chunks_per_document)
     own = [documents_lora(encoder, hypernet, episode) for episode in made]
     with inject(MODEL, loras):
         logits = MODEL(

@@ -15,7 +15,8 @@ import torch
 from loracast.adapter import Adapter
 from loracast.base import Base
 from loracast.encoders.description import DescriptionReader
-from loracast.encoders.text import OF_THE_BASE, TextEncoder, load_text_encoder
+from loracast.encoders.features import OF_THE_BASE
+from loracast.encoders.text import TextEncoder, load_text_encoder
 from loracast.errors import AdapterError, EncoderError, HypernetworkError
 from loracast.fingerprint import Fingerprint, check
 from loracast.hypernets.reading import ReadingToLoRA

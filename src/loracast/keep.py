@@ -32,6 +32,7 @@ def keep_lora(
     title: str,
     made_for: Fingerprint,
     source: str | None = None,
+    source_sha256: str | None = None,
     hypernetwork: str = "",
     seconds: float = 0.0,
     strength: float = 1.0,
@@ -47,13 +48,15 @@ def keep_lora(
         kind: what it was made from.
         title: for people: a task's description, or what was combined.
         source: the file or folder it came from, without what lies above.
+        source_sha256: hash of what it was made from; of the title if None.
         hypernetwork: hash of what made it; "" where nothing did.
 
     Raises:
         AdapterError: a module that no base of ours has, numbers that are not finite, or a name that is taken or not allowed.
     """
+    made_of = source_sha256 or source_of(title)
     if not replace:
-        check_free(library, name, unless_from=source_of(title))
+        check_free(library, name, unless_from=made_of)
     if lora.dense:
         lora, _ = compress(lora, lora.rank)
     target = target_of(lora)
@@ -73,7 +76,7 @@ def keep_lora(
             kind=kind,
             title=title,
             source=source,
-            source_sha256=source_of(title),
+            source_sha256=made_of,
             made_for=made_for,
             hypernetwork=hypernetwork,
             modules=target.rows,

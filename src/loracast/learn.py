@@ -63,7 +63,7 @@ def expand_batch(
     """The factors of one batch of chunks, as token ids [n, t] with their mask [n, t]."""
     autocast = torch.autocast(ids.device.type, torch.bfloat16) if base.model.dtype == torch.bfloat16 else nullcontext()
     with autocast:
-        return hypernet.cast(encoder(ids), mask)[0]
+        return hypernet.cast(encoder(ids, mask))[0]
 
 
 def prompt_batches(base: Base, prompts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -17,12 +17,13 @@ from loracast.target import Target, TargetModule
 
 if TYPE_CHECKING:
     from loracast.documents import Document
+    from loracast.pictures import Picture
 
 FORMAT = 1
 VERSION_DIGITS = 12
 """Digits of a version's hash by which people and servers call it."""
-AdapterKind = Literal["document", "task", "combined", "imported"]
-"""What an adapter was made from: a document, the description of a task (its title), other adapters, or another tool's LoRA."""
+AdapterKind = Literal["document", "task", "image", "combined", "imported"]
+"""What an adapter was made from: a document, the description of a task (its title), an image, other adapters, or another tool's LoRA."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -149,6 +150,6 @@ def name_from(text: str) -> str:
     return slug or "document"
 
 
-def name_for(document: Document) -> str:
-    """The name of a document's adapter where the user gives none: made from the file's name, or else the title."""
+def name_for(document: Document | Picture) -> str:
+    """The name of a document's (or picture's) adapter where the user gives none: made from the file's name, or else the title."""
     return name_from(Path(document.file_name).stem if document.file_name else document.title)

@@ -30,14 +30,17 @@ from loracast.library import open_adapter
 from loracast.lora import LoRA, concat
 from loracast.manifest import name_for
 from loracast.paths import library_dir
+from loracast.pictures import Picture, is_picture, read_picture
 from loracast.routing import DEFAULT_ROUTE, Route, route
+from loracast.senses import PictureCaster, load_picture_caster
 from loracast.storage import Storage, check_storage
 
-Kind = Literal["doc", "text"]
-"""What a hypernetwork casts: documents, or descriptions of tasks. Also the name of its training."""
+Kind = Literal["doc", "text", "image"]
+"""What a hypernetwork casts: documents, descriptions of tasks, or images. Also the name of its training."""
 SHIPPED: dict[tuple[Kind, str], str] = {
     ("doc", DEFAULT_BASE): "doc-smollm2-135m",
     ("text", DEFAULT_BASE): "text-smollm2-135m",
+    ("image", DEFAULT_BASE): "image-smollm2-135m",
 }
 """Hypernetworks inside this package, by what they cast and the embedded base that they were trained for."""
 
@@ -139,15 +142,16 @@ class Model(Answerer):
         hypernet_hash: str,
         library: Path,
         task_hypernetwork: str | Path | None = None,
+        picture_hypernetwork: str | Path | None = None,
     ):
         super().__init__(base, library)
         self.hypernet, self.hypernet_hash = self._documents = hypernet, hypernet_hash
         self.encoder = ContextEncoder.for_hypernet(base, hypernet.config)
-        self._task_hypernetwork = task_hypernetwork
+        self._task_hypernetwork, self._picture_hypernetwork = task_hypernetwork, picture_hypernetwork
 
     def learn(
         self,
-        source: str | Path | BinaryIO | Document,
+        source: str | Path | BinaryIO | Document | Picture,
         name: str | None = None,
         *,
         max_chunk_tokens: int = 256,
@@ -155,17 +159,21 @@ class Model(Answerer):
         replace: bool = False,
         progress: Progress = lambda done, total: None,
     ) -> Adapter:
-        """Cast a document (a path, "-" for standard input, a binary stream, a Document) into an adapter and keep it.
+        """Cast a document (a path, "-" for standard input, a binary stream, a Document) or a picture (a path, a Picture) into an adapter and keep it.
 
         Args:
             name: of the adapter; made from the file's name, or else from the document's title, if None.
             max_chunk_tokens: longest chunk; the shipped hypernetwork was trained for up to 256.
-            storage: how its factors are kept (storage.py).
+            storage: how its factors are kept (storage.py); a picture's always in bf16.
             replace: an adapter of that name gives way to the new one.
 
         Raises:
             DocumentError: the file cannot be read; AdapterError: the name is taken or not allowed.
         """
+        if isinstance(source, (str, Path)) and is_picture(source):
+            source = read_picture(source)
+        if isinstance(source, Picture):
+            return self.picture_caster.learn(source, name or name_for(source), replace=replace)
         document = source if isinstance(source, Document) else read_document(source)
         return learn_document(
             self.base,
@@ -180,6 +188,14 @@ class Model(Answerer):
             replace=replace,
             progress=progress,
         )
+
+    @cached_property
+    def picture_caster(self) -> PictureCaster:
+        """What casts pictures. Raises HypernetworkError where none was given and none is shipped for the base."""
+        where = self._picture_hypernetwork or shipped_hypernetwork(self.base.name, "image")
+        loaded = load_picture_caster(where, self.library, device=self.base.device.type)
+        check(loaded.caster.made_for, self.base.fingerprint, "the hypernetwork for images")
+        return loaded
 
     @cached_property
     def caster(self) -> TaskCaster:
@@ -201,6 +217,7 @@ def load(
     hypernetwork: str | Path | None = None,
     *,
     task_hypernetwork: str | Path | None = None,
+    picture_hypernetwork: str | Path | None = None,
     library: str | Path | None = None,
     device: str | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -211,6 +228,7 @@ def load(
         base: an embedded base (the default), a local folder or a hub id.
         hypernetwork: a folder or hub repository; the shipped one if None.
         task_hypernetwork: a folder or hub repository of one that casts descriptions of tasks, for `Model.task`; the shipped one if None.
+        picture_hypernetwork: one that casts pictures, for `Model.learn`; the shipped one if None.
         library: where adapters are kept; the user's own library if None.
         device: "cpu" or "cuda"; the fastest there is if None.
         say: told what is being done where an embedded base has to be fetched first.
@@ -220,7 +238,9 @@ def load(
     loaded = load_base(base, device=device, say=say)
     check(made_for, loaded.fingerprint, f"the hypernetwork {folder.name!r}")
     where = Path(library) if library else library_dir()
-    return Model(loaded, hypernet.to(loaded.device), weights_hash(hypernet), where, task_hypernetwork)
+    return Model(
+        loaded, hypernet.to(loaded.device), weights_hash(hypernet), where, task_hypernetwork, picture_hypernetwork
+    )
 
 
 def load_answerer(

@@ -18,6 +18,11 @@ def encoders_dir() -> Path:
     return _cache_dir() / "encoders"
 
 
+def features_dir() -> Path:
+    """Features of images and signals that were trained or measured on; may be deleted at any time and are computed again."""
+    return _cache_dir() / "features"
+
+
 def journals_dir() -> Path:
     """What was seen of folders that were learned; may be deleted at any time, and the folders are learned anew."""
     return _cache_dir() / "journals"

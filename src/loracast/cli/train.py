@@ -40,6 +40,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the last metrics as 
 Tasks = Annotated[Path, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")]
 _documents = typer.Option("--documents", help="Documents with questions: JSONL(.gz) rows. Repeatable.")
 Documents = Annotated[list[str], _documents]
+Unrelated = Annotated[
+    list[str] | None,
+    typer.Option(help="Questions that have nothing to do with what is learned, for no harm: JSONL(.gz). Repeatable."),
+]
 LoRARecipe = Annotated[Path | None, typer.Argument(help="TOML file: tables lora, data, training.")]
 
 
@@ -57,12 +61,7 @@ def doc(
         list[str] | None, typer.Option(help="Prose that needles hide in: JSONL(.gz) or text. Repeatable.")
     ] = None,
     documents: Annotated[list[str] | None, _documents] = None,
-    unrelated: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Questions that have nothing to do with any document, for no harm: JSONL(.gz) rows. Repeatable."
-        ),
-    ] = None,
+    unrelated: Unrelated = None,
     teacher: Annotated[
         Path | None,
         typer.Option(
@@ -138,6 +137,93 @@ def text(
             loaded, settings, found, out,
             oracles=oracles, init_from=init_from, shared_from=shared_from,
             command=command, workers=workers, on_metrics=on_metrics,
+        )  # fmt: skip
+
+    _train(run, settings.training, out, base, device, as_json)
+
+
+@app.command()
+def image(
+    out: Out,
+    images: Annotated[Path, typer.Option(help="Folder or zip file with a folder of images for each class.")],
+    recipe: Recipe = None,
+    change: Change = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Embedded image encoder, or folder or hub id of a vision model; EfficientNet-lite0 by default."
+        ),
+    ] = None,
+    unrelated: Unrelated = None,
+    init_from: InitFrom = None,
+    base: Base = None,
+    budget: Budget = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train Doc-to-LoRA to see: one image becomes one LoRA, and the text-only base says what it shows.
+
+    The features of all images are computed once and kept in the cache. Saves, stops and goes on as `train doc` does.
+    """
+    from loracast.encoders.image import DEFAULT_IMAGE_ENCODER, load_image_encoder
+    from loracast.labelled import read_images
+
+    labelled = read_images(images)
+    sees = load_image_encoder(encoder or DEFAULT_IMAGE_ENCODER, device, lambda text: typer.echo(text, err=True))
+    _train_sense("image", labelled, sees, out, recipe, change, unrelated, init_from, base, budget, device, as_json)
+
+
+@app.command()
+def signal(
+    out: Out,
+    recipe: Recipe = None,
+    change: Change = None,
+    per_class: Annotated[int, typer.Option(help="Signals of each class.", min=1)] = 400,
+    unrelated: Unrelated = None,
+    init_from: InitFrom = None,
+    base: Base = None,
+    budget: Budget = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train Doc-to-LoRA on time series of known classes, which are generated: proof that any encoder can be plugged in."""
+    from loracast.encoders.signal import SignalEncoder
+    from loracast.labelled import make_signals
+
+    labelled = make_signals(0, per_class)
+    _train_sense(
+        "signal", labelled, SignalEncoder(), out, recipe, change, unrelated, init_from, base, budget, device, as_json
+    )
+
+
+def _train_sense(
+    what: str,
+    labelled: Any,
+    encoder: Any,
+    out: Path,
+    recipe: Path | None,
+    change: list[str] | None,
+    unrelated: list[str] | None,
+    init_from: Path | None,
+    base: str | None,
+    budget: str | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    from loracast.training.sense import read_sense_recipe, train_sense
+
+    overrides = _overrides(change, budget) + ([f"data.unrelated={json.dumps(unrelated)}"] if unrelated else [])
+    settings = read_sense_recipe(recipe, overrides)
+    command = _command(what, recipe, change, init_from)
+
+    def say_encoded(done: int, total: int) -> None:
+        if done == total or done % 512 == 0:
+            typer.echo(f"encoded {done:,} of {total:,} {what}s", err=True)
+
+    def run(loaded, workers, on_metrics):
+        return train_sense(
+            loaded, settings, labelled, encoder, out,
+            init_from=init_from, command=command, workers=workers, on_encoded=say_encoded, on_metrics=on_metrics,
         )  # fmt: skip
 
     _train(run, settings.training, out, base, device, as_json)

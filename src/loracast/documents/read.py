@@ -29,18 +29,7 @@ def read_document(
     the content does not (md, csv, html without a doctype), and its stem is the title where the document has none.
     """
     limits = limits or Limits()
-    if source == "-":
-        label = _printable(file_name or "standard input")
-        data = _read_stream(sys.stdin.buffer, label, limits)
-    elif isinstance(source, str | Path):
-        label = _printable(file_name or str(source))
-        data = _read_path(Path(source), label, limits)
-        file_name = file_name or Path(source).name
-    else:
-        label = _printable(file_name or "the stream")
-        data = _read_stream(source, label, limits)
-    file_name = bare_name(file_name)
-
+    data, file_name, label = read_bytes(source, file_name, limits)
     kind = sniff(data, file_name, label)
     if kind in ("pdf", "docx", "html"):
         parsed = parse_in_child(kind, data, label, limits)
@@ -65,6 +54,21 @@ def read_document(
         n_pages=parsed.n_pages,
         warnings=parsed.warnings,
     )
+
+
+def read_bytes(source: str | Path | BinaryIO, file_name: str | None, limits: Limits) -> tuple[bytes, str | None, str]:
+    """The bytes of a source as `read_document` takes it, its name without folders, and what to call it in errors."""
+    if source == "-":
+        label = _printable(file_name or "standard input")
+        data = _read_stream(sys.stdin.buffer, label, limits)
+    elif isinstance(source, str | Path):
+        label = _printable(file_name or str(source))
+        data = _read_path(Path(source), label, limits)
+        file_name = file_name or Path(source).name
+    else:
+        label = _printable(file_name or "the stream")
+        data = _read_stream(source, label, limits)
+    return data, bare_name(file_name), label
 
 
 def _printable(label: str) -> str:

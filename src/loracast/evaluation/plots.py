@@ -20,7 +20,7 @@ def require_matplotlib() -> None:
 
 def heat_map(path: Path, rows: Sequence[Row], systems: Sequence[str]) -> None:
     """Exact match by length (across) and depth (down), a panel for each system; `rows` as needle.py makes them."""
-    plt = _pyplot()
+    plt = pyplot()
     lengths = list(dict.fromkeys(row["length"] for row in rows))
     size = (1.8 + max(3.6, 0.9 * len(lengths) + 0.6) * len(systems), 4.2)
     figure, axes = plt.subplots(1, len(systems), figsize=size, squeeze=False, sharey=True, layout="constrained")
@@ -45,7 +45,7 @@ def heat_map(path: Path, rows: Sequence[Row], systems: Sequence[str]) -> None:
 
 def by_length(path: Path, rows: Sequence[Row]) -> None:
     """Exact match of every system over the documents' lengths, with its 95 % interval."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
     systems = list(dict.fromkeys(row["system"] for row in rows))
     for i, system in enumerate(systems):
@@ -67,7 +67,7 @@ def by_length(path: Path, rows: Sequence[Row]) -> None:
 
 def f1_by_length(path: Path, rows: Sequence[Row]) -> None:
     """Token F1 of every system over the documents' lengths, with its 95 % interval; `rows` as qa/evaluate.py makes them."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
     parts = list(dict.fromkeys(row["part"] for row in rows))
     systems = list(dict.fromkeys(row["system"] for row in rows))
@@ -84,7 +84,7 @@ def f1_by_length(path: Path, rows: Sequence[Row]) -> None:
 
 def f1_by_cost(path: Path, rows: Sequence[Row]) -> None:
     """Token F1 of every system over the tokens that an answer's prompt takes."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
     for row in rows:
         axis.plot(row["prompt_tokens"], 100 * row["f1"], "o", markersize=9, label=row["label"])
@@ -98,7 +98,7 @@ def f1_by_cost(path: Path, rows: Sequence[Row]) -> None:
 
 def costs(path: Path, rows: Sequence[Row], baseline: str) -> None:
     """Operations of every system's queries, times those of the baseline: a point for each task, a bar at the mean."""
-    plt = _pyplot()
+    plt = pyplot()
     systems = [name for name in dict.fromkeys(row["system"] for row in rows) if name != baseline]
     figure, axis = plt.subplots(figsize=(8.5, 1.2 + 0.6 * len(systems)), layout="constrained")
     for place, system in enumerate(systems):
@@ -118,7 +118,7 @@ def costs(path: Path, rows: Sequence[Row], baseline: str) -> None:
 
 def skills(path: Path, rows: Sequence[Row]) -> None:
     """Points of every row in a panel of their own, coloured by family; those without one are grey."""
-    plt = _pyplot()
+    plt = pyplot()
     groups = sorted({point["group"] for row in rows for point in row["points"]} - {""})
     colours = {group: plt.get_cmap("gist_rainbow")(i / max(1, len(groups) - 1)) for i, group in enumerate(groups)}
     markers = dict(zip(groups, "os^Dv*PX" * len(groups), strict=False))
@@ -162,7 +162,7 @@ def _percent(share: float | None) -> float:
     return float("nan") if share is None else 100 * share
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     require_matplotlib()
     import matplotlib
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loracast.encoders.features import Features
+from loracast.encoders.features import OF_THE_BASE, Features
 from loracast.errors import ConfigError
 from loracast.hypernets.heads import FactorHead, LatentMLP, SharedLoRA, ValuePointer
 from loracast.hypernets.memory import AssociativeMemory, Writes
@@ -35,6 +35,10 @@ class DocToLoRAConfig:
     """Width of the encoder's features, values included."""
     modules: tuple[tuple[str, int, str, int, int], ...]
     """The target, one (name, layer, kind, d_in, d_out) for each module, in the target's order."""
+    encoder: str = OF_THE_BASE
+    """What the features come from: the base itself, or an encoder of another sense by its name."""
+    encoder_fingerprint: str = ""
+    """Of that encoder; the base has fingerprints of its own."""
     reader_layers: tuple[int, ...] = (8,)
     """After which blocks of the base its hidden states are read; one for all layers, or one for each targeted layer."""
     lead_in: tuple[int, ...] = ()
@@ -307,14 +311,10 @@ class DocToLoRA(nn.Module):
             pairs[kind] = (a, b * c.scale)
         return pairs
 
-    def cast(self, features: Features, mask: Tensor | None = None) -> tuple[ChunkFactors, Writes | None]:
-        """Chunks -> by kind their factors A [n, modules, r, in] and B rows [n, modules, r, out], and what the memory wrote.
-
-        Args:
-            features: of n chunks.
-            mask: [n, t], true where a token is real. A chunk without any gets a LoRA of zero.
-        """
+    def cast(self, features: Features) -> tuple[ChunkFactors, Writes | None]:
+        """n chunks -> by kind their factors A [n, modules, r, in] and B rows [n, modules, r, out], and what the memory wrote."""
         n, t = features.n_chunks, features.states.shape[-2]
+        mask = features.mask
         mask = torch.ones(n, t, dtype=torch.bool, device=features.states.device) if mask is None else mask.bool()
         is_real = mask.any(-1)  # [n]
         mask = mask | ~is_real[:, None]  # nothing to look at would be NaN
@@ -329,16 +329,15 @@ class DocToLoRA(nn.Module):
             factors = {kind: (a, b * is_real[:, None, None, None]) for kind, (a, b) in factors.items()}
         return factors, writes
 
-    def forward(self, features: Features, mask: Tensor | None = None, chunks_per_document: int = 1) -> Cast:
+    def forward(self, features: Features, chunks_per_document: int = 1) -> Cast:
         """Chunks -> one LoRA for each document, what the memory wrote, and the chunks' own factors.
 
         Args:
-            features, mask: as in `cast`; the chunks of a document are neighbours.
+            features: the chunks of a document are neighbours.
             chunks_per_document: K; the factors of K neighbours are joined along the rank.
         """
-        factors, writes = self.cast(features, mask)
-        n_real = features.n_chunks if mask is None else int(mask.any(-1).sum())
-        return Cast(self.merge(factors, chunks_per_document), writes, factors, n_real)
+        factors, writes = self.cast(features)
+        return Cast(self.merge(factors, chunks_per_document), writes, factors, features.n_real)
 
     def merge(self, factors: ChunkFactors, chunks_per_document: int) -> LoRABatch:
         """Factors of chunks -> one LoRA of rank K * r (+ the document-independent one) each."""

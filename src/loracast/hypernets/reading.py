@@ -162,7 +162,7 @@ class ReadingToLoRA(KnowsDescriptions, nn.Module):
 
     def forward(self, conditions: Tensor) -> LoRABatch:
         """What a `DescriptionReader` reads of n descriptions [n, t, d_text] -> their n LoRAs, differentiable."""
-        loras = self.reader(Features(conditions[..., :-1]), conditions[..., -1] > 0).loras
+        loras = self.reader(Features(conditions[..., :-1], mask=conditions[..., -1] > 0)).loras
         gate = self.openness(conditions).sigmoid()[:, None, None]
         return LoRABatch(
             loras.n, {name: pair._replace(b=pair.b * gate.to(pair.b)) for name, pair in loras.factors.items()}, {}

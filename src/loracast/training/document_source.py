@@ -48,9 +48,11 @@ class DocumentSource:
         max_chunk_tokens: int,
         max_chunks: int,
         max_questions: int,
+        reading_chunk_tokens: int,
     ):
         """Raises TrainingError where no document fits."""
         self.maker, self.max_chunk_tokens, self.max_questions = maker, max_chunk_tokens, max_questions
+        self.reading_chunk_tokens = reading_chunk_tokens
         if not any(self._n_spans(document) for document in documents):
             raise TrainingError("the documents have no question whose answer stands in them (`span`)")
         by_chunks: dict[int, list[QuestionedDocument]] = defaultdict(list)
@@ -93,7 +95,7 @@ class DocumentSource:
         for document in rng.choices(shelf.documents, k=20 * n_documents):  # some are too short
             if len(episodes) == n_documents:
                 break
-            texts = self.maker.chunk_texts(document.text, self.max_chunk_tokens)
+            texts = self.maker.chunk_texts(document.text, self.reading_chunk_tokens)
             episode = self.maker.passages(rng, texts, self.max_questions)
             if episode.questions:
                 episodes.append(episode)
@@ -120,6 +122,7 @@ class DocumentSource:
         episodes: list[Episode] = []
         seen: set[str] = set()
         n_asked = 0
+        asks_unrelated = self.maker.asks_unrelated(rng)
         for document in rng.choices(shelf.documents, weights, k=20 * n_documents):
             if n_asked >= n_questions or len(episodes) >= n_documents:
                 break
@@ -128,9 +131,8 @@ class DocumentSource:
             if asked:
                 title = document.title if rng.random() < 0.5 else ""
                 texts = self.maker.chunk_texts(document.text, self.max_chunk_tokens, title)
-                questions = self.maker.questions(
-                    rng, [(question, answer) for question, answer, _ in asked], document.text
-                )
+                pairs = [(question, answer) for question, answer, _ in asked]
+                questions = self.maker.questions(rng, pairs, document.text, asks_unrelated=asks_unrelated)
                 episodes.append(self.maker.episode(texts, questions, task, [stated for *_, stated in asked]))
                 n_asked += len(asked)
         if not episodes:

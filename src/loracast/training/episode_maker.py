@@ -24,8 +24,8 @@ CONTINUED_TOKENS = 24
 _FEWEST_CONTINUED = 4
 PASSAGE_TOKENS = START_TOKENS + CONTINUED_TOKENS
 """From one passage to the next, so that no token is asked for twice."""
-UNRELATED_SHARE = 0.5
-"""Share of documents that are asked something that has nothing to do with them, where there are such questions."""
+UNRELATED_SHARE = 0.35
+"""Share of steps whose documents are also asked something that has nothing to do with them, where there are such questions."""
 
 
 def reading_prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
@@ -80,13 +80,24 @@ class EpisodeMaker:
             marks += find_marks(i, text, offsets, stated)
         return Episode(tuple(chunks), questions, task, tuple(marks))
 
+    def asks_unrelated(self, rng: random.Random) -> bool:
+        """Draw whether the documents of a step are also asked what has nothing to do with them: all or none, since such questions are long
+        and rows without one are padded to their length."""
+        return bool(self.unrelated) and rng.random() < UNRELATED_SHARE
+
     def questions(
-        self, rng: random.Random, pairs: Sequence[tuple[str, str]], document: str | None = None
+        self,
+        rng: random.Random,
+        pairs: Sequence[tuple[str, str]],
+        document: str | None = None,
+        *,
+        asks_unrelated: bool = False,
     ) -> tuple[Question, ...]:
-        """(question, answer) pairs under one system turn; after them perhaps one that has nothing to do with the document.
+        """(question, answer) pairs under one system turn.
 
         Args:
             document: its text, where a teacher may see it.
+            asks_unrelated: after them comes one that has nothing to do with the document.
         """
         system = rng.choice(SYSTEM_TURNS)
         questions = []
@@ -94,7 +105,7 @@ class EpisodeMaker:
             shown = reading_prompt(self.chat, document, asked) if document and self.shows_documents else ()
             prompt = tuple(self.chat.prompt(asked, system))
             questions.append(Question(prompt, tuple(self.chat.answer(answer)), window_prompt=tuple(shown)))
-        if self.unrelated and rng.random() < UNRELATED_SHARE:
+        if asks_unrelated:
             asked, answer = rng.choice(self.unrelated)
             prompt = tuple(self.chat.prompt(asked, system))
             questions.append(Question(prompt, tuple(self.chat.reply(answer)), is_unrelated=True))

@@ -55,7 +55,7 @@ def answer_questions(
     right_weight: float = 1.0,
 ) -> tuple[Outcome, WritingOutcome, Cast]:
     """Documents -> features -> LoRAs -> the loss on their questions' answers, on what the memory wrote, and what was cast."""
-    cast = hypernet(encoder(batch.chunk_ids), batch.chunk_mask, batch.chunks_per_document)
+    cast = hypernet(encoder(batch.chunk_ids, batch.chunk_mask), batch.chunks_per_document)
     seen, entering = answer_with(model, cast.loras, batch, encoder.key_modules, right_weight)
     if cast.writes is None:
         return seen, WritingOutcome(), cast

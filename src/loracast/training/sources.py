@@ -60,6 +60,8 @@ class DataConfig:
     """Share of steps that ask rule-made questions about the same documents."""
     reading_share: float = 0.0
     """Share of steps that continue passages of the same documents word for word."""
+    reading_chunk_tokens: int = 256
+    """Longest chunk of these documents; where it is the memory's rank, every token can be stored."""
     documents: tuple[str, ...] = ()
     """Files of documents with questions: JSONL (optionally gzipped) rows of `document` and `questions`."""
     document_sources: tuple[str, ...] = ()
@@ -140,6 +142,7 @@ class EpisodeSource:
                 max_chunk_tokens=config.max_chunk_tokens,
                 max_chunks=config.max_chunks,
                 max_questions=config.max_questions,
+                reading_chunk_tokens=config.reading_chunk_tokens,
             )
 
     def step(self, number: int, worker: int = 0) -> list[Episode]:
@@ -169,14 +172,17 @@ class EpisodeSource:
         n_tokens = rng.randint(c.min_chunk_tokens, c.max_chunk_tokens) if n_questions < 8 else c.max_chunk_tokens
         n_documents = max(1, c.questions_per_step // n_questions)
         n_documents = max(1, min(n_documents, c.context_tokens_per_step // (n_tokens * n_chunks)))
-        return [self.needle_episode(rng, n_questions, n_tokens, n_chunks) for _ in range(n_documents)]
+        asks_unrelated = self.maker.asks_unrelated(rng)
+        return [self.needle_episode(rng, n_questions, n_tokens, n_chunks, asks_unrelated) for _ in range(n_documents)]
 
     def _fact_step(self, rng: random.Random) -> list[Episode]:
         c = self.config
         n_facts = rng.randint(c.min_facts, c.max_facts)
         shortest = max(c.min_chunk_tokens, 48) if c.max_chunks > 1 else c.max_chunk_tokens
         n_tokens = rng.choice([c.max_chunk_tokens, rng.randint(shortest, c.max_chunk_tokens)])
-        return [self.fact_episode(rng, n_facts, n_tokens) for _ in range(max(1, c.questions_per_step // n_facts))]
+        asks_unrelated = self.maker.asks_unrelated(rng)
+        n_documents = max(1, c.questions_per_step // n_facts)
+        return [self.fact_episode(rng, n_facts, n_tokens, asks_unrelated) for _ in range(n_documents)]
 
     def sample_text(self, rng: random.Random, n_tokens: int) -> str:
         """Text such as the documents are made of, to measure a base's activations on."""
@@ -184,7 +190,9 @@ class EpisodeSource:
             return " ".join(self.prose.span(rng, n_tokens))
         return make_sheet(rng, max(4, n_tokens // 16), split=self.split).text
 
-    def needle_episode(self, rng: random.Random, n_needles: int, n_tokens: int, n_chunks: int = 1) -> Episode:
+    def needle_episode(
+        self, rng: random.Random, n_needles: int, n_tokens: int, n_chunks: int = 1, asks_unrelated: bool = False
+    ) -> Episode:
         assert self.prose is not None
         kinds = self.config.needle_kinds
         needles = make_needles(rng, n_needles, split=self.split, kind=rng.choice(kinds) if kinds else None)
@@ -195,10 +203,12 @@ class EpisodeSource:
             here = [needle.statement for needle, home in zip(needles, homes, strict=True) if home == chunk]
             texts.append(" ".join(hide(here, self.prose.span(rng, room), [rng.random() for _ in here])))
         stated = [Stated(n.statement, n.key if n.key in n.statement else "", n.answer) for n in needles]
-        questions = self.maker.questions(rng, [(n.question, n.answer) for n in needles])
+        questions = self.maker.questions(rng, [(n.question, n.answer) for n in needles], asks_unrelated=asks_unrelated)
         return self.maker.episode(texts, questions, "needle", stated)
 
-    def fact_episode(self, rng: random.Random, n_facts: int, max_chunk_tokens: int) -> Episode:
+    def fact_episode(
+        self, rng: random.Random, n_facts: int, max_chunk_tokens: int, asks_unrelated: bool = False
+    ) -> Episode:
         sheet = make_sheet(rng, n_facts, split=self.split)
         text = sheet.text
         if self.prose is not None and rng.random() < self.config.diluted_share:
@@ -206,5 +216,7 @@ class EpisodeSource:
             text = " ".join(hide([fact.statement for fact in sheet.facts], prose, [rng.random() for _ in sheet.facts]))
         texts = self.maker.chunk_texts(text, max_chunk_tokens, sheet.title)
         stated = [Stated(fact.statement, fact.subject, fact.answer) for fact in sheet.facts]
-        questions = self.maker.questions(rng, [(fact.question, fact.answer) for fact in sheet.facts])
+        questions = self.maker.questions(
+            rng, [(fact.question, fact.answer) for fact in sheet.facts], asks_unrelated=asks_unrelated
+        )
         return self.maker.episode(texts, questions, "facts", stated)
