@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from loracast.base import Base
 from loracast.lora import LoRA, stack
@@ -26,17 +27,31 @@ class Choice:
     """By the same for each byte of it, which is fair to long answers."""
 
 
-@torch.no_grad()
 def likeliest(
     base: Base,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[str]],
     lora: LoRA | Sequence[LoRA | None] | None,
 ) -> list[Choice]:
-    """For each prompt, the likeliest of its answers. The answers of a prompt are branches of one row: it is read once.
+    """For each prompt, the likeliest of its answers; arguments as in `surprise`."""
+    chosen = []
+    for texts, of_prompt in zip(answers, surprise(base, prompts, answers, lora), strict=True):
+        lengths = torch.tensor([max(1, len(text.encode())) for text in texts], device=of_prompt.device)
+        chosen.append(Choice(int(of_prompt.argmin()), int((of_prompt / lengths).argmin())))
+    return chosen
 
-    An answer may begin with a space, as LoRAs of documents are trained to write it, or without one, as LoRAs of tasks are and as the turns
-    of a chat have it: the likelier form counts.
+
+@torch.no_grad()
+def surprise(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[str]],
+    lora: LoRA | Sequence[LoRA | None] | None,
+) -> list[Tensor]:
+    """For each prompt, how unlikely each of its answers is: the negative log-probability of all of its tokens [answers].
+
+    The answers of a prompt are branches of one row: it is read once. An answer may begin with a space, as LoRAs of documents are trained to
+    write it, or without one, as LoRAs of tasks are and as the turns of a chat have it: the likelier form counts.
 
     Args:
         prompts: token ids.
@@ -54,17 +69,15 @@ def likeliest(
             batches[-1].append(i)
         else:
             batches.append([i])
-    chosen: dict[int, Choice] = {}
+    found: dict[int, Tensor] = {}
     for rows in batches:
         batch = pack([episodes[i] for i in rows], base.pad_id).to(base.device)
         loras = [lora[i] for i in rows] if isinstance(lora, Sequence) else [lora]
         losses = answer_with(base.model, stack(loras), batch)[0].by_question  # mean over each answer's tokens
         sums = losses * torch.bincount(batch.answer_question)
         for i, of_forms in zip(rows, sums.split([2 * len(answers[i]) for i in rows]), strict=True):
-            of_prompt = of_forms.view(-1, 2).amin(1)  # [answers]
-            lengths = torch.tensor([max(1, len(text.encode())) for text in answers[i]], device=of_prompt.device)
-            chosen[i] = Choice(int(of_prompt.argmin()), int((of_prompt / lengths).argmin()))
-    return [chosen[i] for i in range(len(episodes))]
+            found[i] = of_forms.view(-1, 2).amin(1)
+    return [found[i] for i in range(len(episodes))]
 
 
 def _forms(base: Base, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,7 +1,10 @@
 """Another sense: does the text-only base say what an image (or a signal) shows, with the LoRA that was cast from it?
 
-Rivals in the same run: chance, the base alone, the LoRA of a thing of another class, and two classifiers that see the same features as the
+Rivals in the same run: chance, the base alone, LoRAs dealt out at random, and two classifiers that see the same features as the
 hypernetwork: the nearest centroid and a linear probe, which is the ceiling.
+
+Some names are likely whatever is seen, above all among those that were never trained on. So names are also compared by what the thing's LoRA adds
+to their log-likelihood over the mean of training things' LoRAs (as in Holtzman et al., arXiv 2104.08315).
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from torch import Tensor
 from loracast.base import Base
 from loracast.encoders.features import Features
 from loracast.errors import ConfigError
-from loracast.evaluation.choice import likeliest
+from loracast.evaluation.choice import surprise
 from loracast.evaluation.metrics import is_exact, wilson
 from loracast.evaluation.report import Column, Progress, Report, environment, interval, number, percent, text
 from loracast.generate import Sampling, answer, answer_batch
@@ -44,6 +47,7 @@ COLUMNS: tuple[Column, ...] = (
 SEEN, SPARE, ALL = "classes trained on", "spare classes", "spare classes, all names"
 _AT_ONCE = 32
 _N_TIMED = 20
+_N_REFERENCE = 100  # things of the training whose LoRAs tell how likely a name is anyway
 _PROBE_STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # scikit-learn's C
 
 
@@ -95,62 +99,60 @@ def evaluate_sense(
     asked = wordings(test.sense)
     places = _chosen(test, config)
     states = encoded(test, places, caster.encoder)
-    names = [test.names[test.labels[i]] for i in places]
-    spare = [test.is_spare[test.labels[i]] for i in places]
-    seen_names = tuple(n for n, is_spare in zip(test.names, test.is_spare, strict=True) if not is_spare)
-    spare_names = tuple(n for n, is_spare in zip(test.names, test.is_spare, strict=True) if is_spare)
-    others = _others(names, spare, config.seed)
-
-    def choose(question: str, choices: Sequence[Sequence[str]], rows: Sequence[int], whose: str) -> list[str]:
-        """The likeliest choice for each of some things, with a LoRA of its own, another's or none."""
-        chosen: list[str] = []
-        prompt = base.chat.prompt(question, "")
-        for first in range(0, len(rows), _AT_ONCE):
-            some = rows[first : first + _AT_ONCE]
-            loras: list[LoRA | None] = [None] * len(some)
-            if whose != "none":
-                loras = list(_cast(caster, states, [others[i] if whose == "other" else i for i in some]))
-            offered = choices[first : first + _AT_ONCE]
-            found = likeliest(base, [prompt] * len(some), offered, loras)
-            chosen += [of[choice.by_sum] for of, choice in zip(offered, found, strict=True)]
-            tick(len(some))
-        return chosen
-
-    every = list(range(len(places)))
-    n_attributes = len(asked.attributes)
-    total = len(every) * (5 + 3 * n_attributes)
+    things = _Things(
+        tuple(test.names[test.labels[i]] for i in places), tuple(test.is_spare[test.labels[i]] for i in places)
+    )
+    every = range(len(places))
+    shuffled = _shuffled(things, config.seed)
+    total = len(places) * (3 + len(asked.attributes)) + _N_REFERENCE
     done = 0
 
-    def tick(n: int) -> None:
+    def ask(question: str, answers: Sequence[str], rows: Sequence[int] | None, of: Tensor = states) -> np.ndarray:
+        """How unlikely each answer is with the LoRA of each of some things, or with none [rows or 1, answers]."""
         nonlocal done
-        done = min(total, done + n)
-        progress(done, total)
+        prompt = base.chat.prompt(question, "")
+        if rows is None:
+            return torch.stack(surprise(base, [prompt], [answers], None)).cpu().numpy()
+        found: list[Tensor] = []
+        for first in range(0, len(rows), _AT_ONCE):
+            some = rows[first : first + _AT_ONCE]
+            found += surprise(base, [prompt] * len(some), [answers] * len(some), _cast(caster, of, some))
+            done += len(some)
+            progress(min(done, total), total)
+        return torch.stack(found).cpu().numpy()
 
-    own_choices = [spare_names if is_spare else seen_names for is_spare in spare]
     right: dict[tuple[str, str], list[bool]] = {}
-    chance: dict[str, float] = {SEEN: 1 / len(seen_names)}
-    if spare_names:
-        chance |= {SPARE: 1 / len(spare_names), ALL: 1 / len(test.names)}
+    chance = {part: 1 / len(names) for part, names in _offered(test).items()}
 
-    def count(system: str, answers: Sequence[str], rows: Sequence[int], part: str | None = None) -> None:
-        for i, given in zip(rows, answers, strict=True):
-            right.setdefault((part or (SPARE if spare[i] else SEEN), system), []).append(is_exact(given, names[i]))
+    def count(system: str, unlikely: np.ndarray, parts: Sequence[str]) -> None:
+        """Of each thing that a part is about, whether its own name is the likeliest of those on offer."""
+        for part in parts:
+            offered = [test.names.index(name) for name in _offered(test)[part]]
+            for i in things.of(part):
+                chosen = test.names[offered[int(unlikely[i, offered].argmin())]]
+                right.setdefault((part, system), []).append(chosen == things.names[i])
 
-    own = choose(asked.test, own_choices, every, "own")
-    count("adapter", own, every)
-    count("unseen wording", choose(asked.unseen, own_choices, every, "own"), every)
-    count("other", choose(asked.test, own_choices, every, "other"), every)
-    count("none", choose(asked.test, own_choices, every, "none"), every)
-    spare_rows = [i for i in every if spare[i]]
-    count("adapter", choose(asked.test, [test.names] * len(spare_rows), spare_rows, "own"), spare_rows, ALL)
-    free = _free_answers(base, caster, states, asked.test, tick)
-    count("free", free, every)
-    seen_rows = [i for i in every if not spare[i]]
-    for system, answers in _classifiers(caster, trained_on, states[seen_rows], config).items():
-        count(system, answers, seen_rows)
+    parts = tuple(chance)
+    own = ask(asked.test, test.names, every)
+    count("adapter", own, parts)
+    known_states = encoded(trained_on, trained_on.of(spare=False), caster.encoder)
+    reference = known_states[:: max(1, len(known_states) // _N_REFERENCE)]
+    usual = ask(asked.test, test.names, range(len(reference)), reference)
+    count("gain", own - usual.mean(0), parts)
+    count("unseen wording", ask(asked.unseen, test.names, every), parts[:2])
+    count("shuffled", ask(asked.test, test.names, shuffled), parts[:2])
+    count("none", np.repeat(ask(asked.test, test.names, None), len(places), axis=0), parts[:2])
+    free = _free_answers(base, caster, states, asked.test)
+    for part in parts[:2]:
+        right[part, "free"] = [is_exact(free[i], things.names[i]) for i in things.of(part)]
+    seen = things.of(SEEN)
+    for system, answers in _classifiers(known_states, trained_on, states[seen], config).items():
+        right[SEEN, system] = [answer == things.names[i] for i, answer in zip(seen, answers, strict=True)]
+    order = {part: place for place, part in enumerate(parts)}
     rows = [_row(part, system, hits, chance[part]) for (part, system), hits in right.items()]
+    rows.sort(key=lambda row: order[row["part"]])
     for attribute in asked.attributes:
-        rows += _attribute_rows(attribute, names, spare, choose)
+        rows += _attribute_rows(attribute, things, ask)
     probe = next((row["accuracy"] for row in rows if row["system"] == "probe"), None)
     for row in rows:
         if row["part"] == SEEN and probe:
@@ -158,7 +160,11 @@ def evaluate_sense(
     timings = _timings(base, caster, test, places[0], asked.test)
     report = Report(test.sense, COLUMNS, rows, {**asdict(config), **timings}, about)
     report.write(out)
-    saw = [Saw(*parts) for parts in zip(places, names, spare, own, free, strict=True)]
+    saw = []
+    for i, place in enumerate(places):
+        offered = _offered(test)[SPARE if things.is_spare[i] else SEEN]
+        chosen = offered[int(own[i, [test.names.index(name) for name in offered]].argmin())]
+        saw.append(Saw(place, things.names[i], things.is_spare[i], chosen, free[i]))
     with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
         for one in saw:
             file.write(json.dumps({"title": test.titles[one.place], **asdict(one)}, ensure_ascii=False) + "\n")
@@ -167,9 +173,10 @@ def evaluate_sense(
 
 LABELS = {
     "adapter": "its LoRA, the likeliest name",
+    "gain": "the name that gains most by its LoRA",
     "unseen wording": "the same, asked in other words",
     "free": "its LoRA, what it writes",
-    "other": "the LoRA of another class",
+    "shuffled": "LoRAs dealt out at random",
     "none": "no LoRA",
     "centroid": "nearest centroid of the features",
     "probe": "linear probe on the features",
@@ -203,16 +210,36 @@ def _chosen(test: Labelled, config: SenseEvalConfig) -> list[int]:
     return chosen
 
 
-def _others(names: Sequence[str], spare: Sequence[bool], seed: int) -> list[int]:
-    """For each thing one of another class: of a spare one for those of spare classes, where there are several."""
-    rng = random.Random(f"{seed}/others")
-    found = []
-    for name, is_spare in zip(names, spare, strict=True):
-        others = [i for i, other in enumerate(names) if other != name]
-        if not others:
-            raise ConfigError("things of at least two classes are needed")
-        found.append(rng.choice([i for i in others if spare[i] == is_spare] or others))
-    return found
+@dataclass(frozen=True)
+class _Things:
+    """What is measured: by thing, the name of its class and whether that is spare."""
+
+    names: tuple[str, ...]
+    is_spare: tuple[bool, ...]
+
+    def of(self, part: str) -> list[int]:
+        """The places of the things that a part of the table is about."""
+        return [i for i, is_spare in enumerate(self.is_spare) if is_spare == (part != SEEN)]
+
+
+def _offered(test: Labelled) -> dict[str, tuple[str, ...]]:
+    """By part of the table, the names that are on offer."""
+    named = list(zip(test.names, test.is_spare, strict=True))
+    offered = {SEEN: tuple(name for name, is_spare in named if not is_spare)}
+    if any(test.is_spare):
+        offered |= {SPARE: tuple(name for name, is_spare in named if is_spare), ALL: test.names}
+    return offered
+
+
+def _shuffled(things: _Things, seed: int) -> list[int]:
+    """For each thing one at random, of a spare class for those of spare classes."""
+    rng = random.Random(f"{seed}/shuffled")
+    dealt = list(range(len(things.names)))
+    for part in (SEEN, SPARE):
+        mine = things.of(part)
+        for i, other in zip(mine, rng.sample(mine, len(mine)), strict=True):
+            dealt[i] = other
+    return dealt
 
 
 def _cast(caster: SenseCaster, states: Tensor, rows: Sequence[int]) -> list[LoRA]:
@@ -220,29 +247,25 @@ def _cast(caster: SenseCaster, states: Tensor, rows: Sequence[int]) -> list[LoRA
     return [batch.row(i) for i in range(batch.n)]
 
 
-def _free_answers(
-    base: Base, caster: SenseCaster, states: Tensor, question: str, tick: Callable[[int], None]
-) -> list[str]:
+def _free_answers(base: Base, caster: SenseCaster, states: Tensor, question: str) -> list[str]:
     prompt = base.chat.prompt(question, "")
     answers: list[str] = []
     for first in range(0, len(states), _AT_ONCE):
         rows = range(first, min(first + _AT_ONCE, len(states)))
         answers += answer_batch(base, [prompt] * len(rows), _cast(caster, states, rows), Sampling(max_new_tokens=16))
-        tick(len(rows))
     return answers
 
 
 def _classifiers(
-    caster: SenseCaster, trained_on: Labelled, states: Tensor, config: SenseEvalConfig
+    known_states: Tensor, trained_on: Labelled, states: Tensor, config: SenseEvalConfig
 ) -> dict[str, list[str]]:
     """What two classifiers on the mean of the same features say, trained on what the hypernetwork was trained on."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
     from sklearn.preprocessing import StandardScaler
 
-    places = trained_on.of(spare=False)
-    known = _means(encoded(trained_on, places, caster.encoder))
-    labels = np.array([trained_on.names[trained_on.labels[i]] for i in places])
+    known = _means(known_states)
+    labels = np.array([trained_on.names[trained_on.labels[i]] for i in trained_on.of(spare=False)])
     scaler = StandardScaler().fit(known)
     known, asked = scaler.transform(known), scaler.transform(_means(states))
     fit, held, fit_labels, held_labels = train_test_split(
@@ -269,34 +292,26 @@ def _means(states: Tensor) -> np.ndarray:
 
 
 def _attribute_rows(
-    attribute: Attribute,
-    names: Sequence[str],
-    spare: Sequence[bool],
-    choose: Callable[[str, Sequence[Sequence[str]], Sequence[int], str], list[str]],
+    attribute: Attribute, things: _Things, ask: Callable[[str, Sequence[str], Sequence[int] | None], np.ndarray]
 ) -> list[dict[str, Any]]:
     """Answers to a question that is about something else than the class."""
-    rows = [i for i, name in enumerate(names) if name in attribute.answers]
+    rows = [i for i, name in enumerate(things.names) if name in attribute.answers]
     if not rows:
         return []
-    frequent = Counter(attribute.answers[names[i]] for i in rows if not spare[i]).most_common(1)[0][0]
-    choices = [attribute.choices] * len(rows)
+    wanted = [attribute.answers[things.names[i]] for i in rows]
+    frequent = Counter(answer for i, answer in zip(rows, wanted, strict=True) if not things.is_spare[i])
     answers = {
-        "adapter": choose(attribute.test, choices, rows, "own"),
-        "other": choose(attribute.test, choices, rows, "other"),
-        "none": choose(attribute.test, choices, rows, "none"),
-        "frequent": [frequent] * len(rows),
+        "adapter": [attribute.choices[i] for i in ask(attribute.test, attribute.choices, rows).argmin(1)],
+        "none": [attribute.choices[int(ask(attribute.test, attribute.choices, None).argmin())]] * len(rows),
+        "frequent": [frequent.most_common(1)[0][0]] * len(rows),
     }
     made = []
-    for is_spare in (False, True):
+    for part in (SEEN, SPARE):
+        about = set(things.of(part))
         for system, given in answers.items():
-            hits = [
-                answer == attribute.answers[names[i]]
-                for i, answer in zip(rows, given, strict=True)
-                if spare[i] == is_spare
-            ]
+            hits = [a == w for i, a, w in zip(rows, given, wanted, strict=True) if i in about]
             if hits:
-                part = f"{attribute.name}, {SPARE if is_spare else SEEN}"
-                made.append(_row(part, system, hits, 1 / len(attribute.choices)))
+                made.append(_row(f"{attribute.name}, {part}", system, hits, 1 / len(attribute.choices)))
     return made
 
 

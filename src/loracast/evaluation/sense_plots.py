@@ -69,8 +69,9 @@ def sheet(path: Path, saw: Sequence[Saw], test: Labelled, seed: int, columns: in
             axis.plot(thing[0], linewidth=0.8)
         is_right = is_exact(one.free, one.name)
         said = one.free if len(one.free) <= 24 else f"{one.free[:23]}…"
-        label = said if is_right else f"{said}\n({one.name}{', never seen' if one.is_spare else ''})"
+        label = said if is_right else f"{said}\n({one.name})"
         axis.set_title(label, fontsize=8, color=_RIGHT if is_right else _WRONG)
-    figure.suptitle("What the text-only base writes with the LoRA of each", fontsize=11)
+    below = "; last row: classes that were never trained on" if n_spare else ""
+    figure.suptitle(f"What the text-only base writes with the LoRA of each{below}", fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -300,15 +300,20 @@ class DocToLoRA(nn.Module):
         return torch.stack(pooled, dim=2).flatten(1, 3)
 
     def expand(self, codes: Tensor) -> ChunkFactors:
-        """Rank codes -> by kind, A [n, layers, r, in] and B [n, layers, r, out] (B's rows are the columns of the factor)."""
+        """Rank codes -> by kind, A [n, layers, r, in] and B [n, layers, r, out] (B's rows are the columns of the factor).
+
+        In fp32; in bf16, as they are kept, where that is the autocast type and no gradient is wanted.
+        """
         c = self.config
+        in_bf16 = not torch.is_grad_enabled() and torch.is_autocast_enabled(codes.device.type)
+        dtype = torch.bfloat16 if in_bf16 else torch.float32
         by_kind = codes.unflatten(2, (len(c.kinds), c.rank)).unbind(2)
         pairs: ChunkFactors = {}
         for kind, part in zip(c.kinds, by_kind, strict=True):
             a, b = self.head(kind)(part[..., : c.width])
             if kind in self.pointers:
                 b = b + part[..., c.width :] * self.pointer(kind).scaler
-            pairs[kind] = (a, b * c.scale)
+            pairs[kind] = (a.to(dtype), (b * c.scale).to(dtype))
         return pairs
 
     def cast(self, features: Features) -> tuple[ChunkFactors, Writes | None]:
