@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from loracast.cli.eval_common import (
     Route,
     Seed,
     Sources,
+    Texts,
     names,
     numbers,
     show,
@@ -152,4 +154,39 @@ def verbatim(
     model = open_model(base, hypernetwork, None, device)
     with progress_bar("documents") as progress:
         report = evaluate_verbatim(model, config, out, progress)
+    show(report, out, as_json)
+
+
+def forced(
+    out: Out,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Recipe of a training, whose table [data] says what episodes look like.")
+    ] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a key: data.max_facts=5. Repeatable.")
+    ] = None,
+    texts: Texts = None,
+    documents: Annotated[
+        list[str] | None, typer.Option(help="Documents with questions, of no training: JSONL(.gz) rows. Repeatable.")
+    ] = None,
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of episodes, with commas.")
+    ] = "facts,needle,questions,cloze,reading",
+    steps: Annotated[int, typer.Option(help="Steps of each kind.", min=1)] = 8,
+    hypernetwork: options.Hypernetwork = None,
+    base: options.Base = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Teacher-forced, in minutes: which tokens of the answers would be right, on episodes like those of the training. To choose between settings."""
+    from loracast.evaluation.forced import ForcedConfig, evaluate_forced
+    from loracast.training.doc import read_recipe
+
+    files = {"texts": texts, "documents": documents}
+    overrides = [*(change or []), *(f"data.{key}={json.dumps(given)}" for key, given in files.items() if given)]
+    data = read_recipe(recipe, overrides).data
+    config = ForcedConfig(data=data, kinds=names(kinds), steps=steps)  # type: ignore[arg-type]
+    model = open_model(base, hypernetwork, None, device)
+    with progress_bar("steps") as progress:
+        report = evaluate_forced(model, config, out, progress)
     show(report, out, as_json)

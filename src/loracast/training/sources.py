@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from loracast.chat import ChatFormat
 from loracast.errors import ConfigError, TrainingError
@@ -20,6 +20,10 @@ from loracast.training.facts import Split, make_sheet
 from loracast.training.marks import Stated
 from loracast.training.needle import hide, make_needles, sentences
 from loracast.training.unrelated import read_unrelated
+
+EpisodeKind = Literal["needle", "questions", "cloze", "reading", "facts"]
+KINDS: tuple[EpisodeKind, ...] = get_args(EpisodeKind)
+"""Kinds of episodes, in the order in which a step draws one; facts are what the shares of the others leave."""
 
 
 @dataclass(frozen=True)
@@ -149,19 +153,30 @@ class EpisodeSource:
         """The episodes of step `number` on one of several workers."""
         rng = random.Random(f"{self.config.seed}/{worker}/{number}")
         c = self.config
+        shares = (c.needle_share, c.question_share, c.cloze_share, c.reading_share)
         drawn = rng.random()
-        if drawn < c.needle_share:
-            return self._needle_step(rng)
-        if drawn >= c.needle_share + c.document_share:
+        for kind, share in zip(KINDS, shares, strict=False):
+            if drawn < share:
+                return self._draw(kind, rng)
+            drawn -= share
+        return self._draw("facts", rng)
+
+    def of_kind(self, kind: EpisodeKind, number: int) -> list[Episode]:
+        """The episodes of one step of a kind, whatever its share."""
+        return self._draw(kind, random.Random(f"{self.config.seed}/{kind}/{number}"))
+
+    def _draw(self, kind: EpisodeKind, rng: random.Random) -> list[Episode]:
+        c = self.config
+        if kind == "facts":
             return self._fact_step(rng)
-        assert self.documents is not None
-        drawn -= c.needle_share
-        room = c.questions_per_step, c.context_tokens_per_step
-        if drawn < c.question_share:
-            return self.documents.asked_by_people(rng, *room)
-        if drawn < c.question_share + c.cloze_share:
-            return self.documents.asked_by_rule(rng, *room)
-        return self.documents.read(rng, *room)
+        if kind == "needle":
+            if self.prose is None:
+                raise ConfigError("needles need prose around them: give a file of texts (--texts FILE)")
+            return self._needle_step(rng)
+        if self.documents is None:
+            raise ConfigError(f"{kind} need documents: give a file of them (--documents FILE)")
+        ask = {"questions": self.documents.asked_by_people, "cloze": self.documents.asked_by_rule}
+        return ask.get(kind, self.documents.read)(rng, c.questions_per_step, c.context_tokens_per_step)
 
     def _needle_step(self, rng: random.Random) -> list[Episode]:
         """One number of chunks for all documents of the step."""
