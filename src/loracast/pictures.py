@@ -112,8 +112,13 @@ def decode_image(data: bytes, kind: str, label: str) -> Image:
                 image.alpha_composite(clear)
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError) as error:
+        told = (
+            "nothing in it is an image"
+            if isinstance(error, UnidentifiedImageError)
+            else (str(error).splitlines() or [""])[0]
+        )
         raise DocumentError(
-            f"{label} is a damaged {kind} image ({str(error).splitlines()[0][:200] or type(error).__name__}): get or export it again"
+            f"{label} is a damaged {kind} image ({told[:200] or type(error).__name__}): get or export it again"
         ) from error
     except Image.DecompressionBombError as error:  # Pillow's own, or ours above
         raise DocumentError(
