@@ -321,8 +321,7 @@ def test_unrelated_questions_are_held_to_the_base(base, tmp_path):
     file = tmp_path / "unrelated.jsonl"
     file.write_text('{"question": "How many legs has a spider?", "answer": "eight"}\n')
     seen: list[dict] = []
-    sense_source_share = sense_source.UNRELATED_SHARE
-    assert 0 < sense_source_share < 1
+    assert 0 < sense_source.UNRELATED_SHARE < 1
     train_sense(
         base,
         recipe("training.steps=8", f"data.unrelated=['{file}']"),

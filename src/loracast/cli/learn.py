@@ -63,17 +63,13 @@ def learn(
         if storage != "bf16":
             raise typer.BadParameter("an image's adapter is kept in bf16", param_hint="--storage")
         adapter = _learn_picture(file, name, replace, base, hypernetwork, library or library_dir(), device)
-        if as_json:
-            print_json({**report(adapter), "total_s": round(time.perf_counter() - started, 3)})
-        else:
-            print_learned(adapter)
-        return
-    document = read_document(file)
-    name = check_name(name or name_for(document))
-    if not replace:
-        check_free(library or library_dir(), name, unless_from=document.sha256)  # before a model is loaded for nothing
-    model = open_model(base, hypernetwork, library, device)
-    adapter = learn_visibly(model, document, name, max_chunk_tokens=chunk_tokens, storage=storage, replace=replace)
+    else:
+        document = read_document(file)
+        name = check_name(name or name_for(document))
+        if not replace:  # before a model is loaded for nothing
+            check_free(library or library_dir(), name, unless_from=document.sha256)
+        model = open_model(base, hypernetwork, library, device)
+        adapter = learn_visibly(model, document, name, max_chunk_tokens=chunk_tokens, storage=storage, replace=replace)
     if as_json:
         print_json({**report(adapter), "total_s": round(time.perf_counter() - started, 3)})
     else:

@@ -122,15 +122,18 @@ def evaluate_sense(
         return torch.stack(found).cpu().numpy()
 
     right: dict[tuple[str, str], list[bool]] = {}
-    chance = {part: 1 / len(names) for part, names in _offered(test).items()}
+    offered = {part: [test.names.index(name) for name in names] for part, names in _offered(test).items()}
+    chance = {part: 1 / len(classes) for part, classes in offered.items()}
+
+    def likeliest(unlikely: np.ndarray, i: int, part: str) -> str:
+        """The likeliest name for a thing of those on offer in a part."""
+        return test.names[offered[part][int(unlikely[i, offered[part]].argmin())]]
 
     def count(system: str, unlikely: np.ndarray, parts: Sequence[str]) -> None:
         """Of each thing that a part is about, whether its own name is the likeliest of those on offer."""
         for part in parts:
-            offered = [test.names.index(name) for name in _offered(test)[part]]
             for i in things.of(part):
-                chosen = test.names[offered[int(unlikely[i, offered].argmin())]]
-                right.setdefault((part, system), []).append(chosen == things.names[i])
+                right.setdefault((part, system), []).append(likeliest(unlikely, i, part) == things.names[i])
 
     parts = tuple(chance)
     own = ask(asked.test, test.names, every)
@@ -162,8 +165,7 @@ def evaluate_sense(
     report.write(out)
     saw = []
     for i, place in enumerate(places):
-        offered = _offered(test)[SPARE if things.is_spare[i] else SEEN]
-        chosen = offered[int(own[i, [test.names.index(name) for name in offered]].argmin())]
+        chosen = likeliest(own, i, SPARE if things.is_spare[i] else SEEN)
         saw.append(Saw(place, things.names[i], things.is_spare[i], chosen, free[i]))
     with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
         for one in saw:

@@ -92,10 +92,9 @@ def train_sense(
         on_encoded: told how many things have been encoded, where that has not been done before.
     """
     workers = workers or Workers.join(base.device.type)
-    if workers.is_first:
-        SenseSource(recipe.data, labelled, encoder, base.chat, progress=on_encoded)
+    made = SenseSource(recipe.data, labelled, encoder, base.chat, progress=on_encoded) if workers.is_first else None
     workers.any(False)  # the others wait for the features
-    source = SenseSource(recipe.data, labelled, encoder, base.chat)
+    source = made or SenseSource(recipe.data, labelled, encoder, base.chat)
     if init_from is not None:
         hypernet = start_from(init_from, DocToLoRA, base, recipe.asked)
         check_encoder(hypernet.config, encoder)
