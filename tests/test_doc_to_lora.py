@@ -32,6 +32,7 @@ FREE = torch.Generator().manual_seed(11)
 VARIANTS = {
     "default": {},
     "deep": {"n_decoder_blocks": 2, "n_latent_mlps": 2, "gated_projection": True, "factorised_queries": False},
+    "latents attend": {"among_latents": True, "n_decoder_blocks": 2},
     "encoder": {"n_encoder_blocks": 2, "n_latents": 5, "n_kv_heads": 1},
     "each layer": {"reader_layers": (0, 1, 2, 3), "n_latent_mlps": 1},
     "each layer, encoder": {"reader_layers": (0, 1, 2, 3), "n_encoder_blocks": 1, "n_latents": 3},

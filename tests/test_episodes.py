@@ -38,13 +38,13 @@ def episodes(draw) -> list[Episode]:
     return made
 
 
-def make_hypernet(model) -> DocToLoRA:
+def make_hypernet(model, **options) -> DocToLoRA:
     """A hypernetwork strong enough to change every answer."""
     torch.manual_seed(1)
     target = target_from_config(model.config, ("v_proj", "down_proj"))
     config = DocToLoRAConfig.for_target(
         target, model.config.hidden_size, reader_layers=(2,), rank=2, width=16, n_heads=2, n_kv_heads=2, head_dim=8,
-        n_decoder_blocks=1,
+        n_decoder_blocks=1, **options,
     )  # fmt: skip
     hypernet = DocToLoRA(config)
     for kind in config.kinds:
@@ -159,6 +159,30 @@ def test_the_loss_is_that_of_separate_rows(family):
 def test_a_batch_moves_whole():
     batch = pack(EPISODES, PAD).to("cpu")
     assert batch.chunks_per_document == 2 and torch.equal(batch.input_ids, pack(EPISODES, PAD).input_ids)
+
+
+def test_a_reading_lora_is_the_bases_own_while_it_reads_and_learns():
+    """What is read with it is what a base with merged weights would read; the answers' loss reaches it; without a gradient wanted there is none."""
+    model = make_model().requires_grad_(False)
+    modules = target_from_config(model.config, ("q_proj", "up_proj"), (0, 1)).rows
+    hypernet = make_hypernet(model, encoder_modules=modules, encoder_rank=2)
+    encoder = ContextEncoder(model, (2,), lora=hypernet.reading_lora)
+    ids = torch.tensor([[9, 8, 7, 6, 5]])
+    plain = ContextEncoder(model, (2,))(ids).states
+    torch.testing.assert_close(encoder(ids).states, plain)  # B starts at zero
+    for kind in ("q_proj", "up_proj"):
+        torch.nn.init.normal_(hypernet.reading[kind].b, std=0.5)
+    lora = hypernet.reading_lora()
+    assert set(lora.factors) == {name for name, *_ in modules}
+    row = LoRA({name: Factors(a[0].detach(), b[0].detach()) for name, (a, b) in lora.factors.items()})
+    with torch.no_grad():
+        read = encoder(ids).states
+        of_merged = merged(model, row)(input_ids=ids, output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(read, of_merged, atol=1e-4, rtol=1e-4)
+    assert not read.requires_grad and (read - plain).abs().max() > 1e-2
+    outcome, *_ = answer_questions(model, encoder, hypernet, pack(EPISODES, PAD))
+    outcome.loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in hypernet.reading.parameters())
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"])

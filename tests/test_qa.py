@@ -181,7 +181,7 @@ def test_what_rivals_show_the_base(model, documents):
     shown = {
         name: model.base.tokenizer.decode(rival.ask(setup, given, asked).prompt)
         for name, rival in RIVALS.items()
-        if name not in ("adapter", "other", "ceiling", "distilled")
+        if name not in ("adapter", "other", "beside", "ceiling", "distilled")
     }
     for name, prompt in shown.items():
         assert asked.question in prompt
@@ -191,6 +191,24 @@ def test_what_rivals_show_the_base(model, documents):
     cut = without_middle(model.base.tokenizer, first.text, 12)
     assert cut.startswith("The mill") and cut.endswith("wheel.") and len(cut) < len(first.text)
     assert without_middle(model.base.tokenizer, first.text, 10_000) == first.text
+
+
+def test_two_documents_at_once_are_what_asking_with_two_adapters_gives(model, documents, tmp_path):
+    """Against adapters of the library, which add up what they share once."""
+    first, second = read_questioned([documents])[:2]
+    setup = Setup(model, route=2, chunk_tokens=64)
+    given = Given(first, *(InMemoryAdapter(model, d.text, d.title, 64) for d in (first, second)))
+    rival = RIVALS["beside"]
+    rival.learn(setup, [given])
+    found = rival.ask(setup, given, first.questions[0]).lora
+    kept = []
+    for d in (first, second):
+        (path := tmp_path / f"{d.title}.txt").write_text(d.text, encoding="utf-8")
+        kept.append(model.learn(path, max_chunk_tokens=64))
+    wanted, _ = model.lora_for(first.questions[0].question, kept, 2)
+    assert found.names == wanted.names
+    for name in wanted.names:
+        torch.testing.assert_close(found.delta(name).float(), wanted.delta(name).float(), rtol=0.02, atol=0.02)
 
 
 def test_distillation_comes_closer_to_the_teacher(model, documents, monkeypatch):

@@ -84,7 +84,7 @@ def recipe(*overrides: str):
 
 
 def test_encoders_of_all_senses_fit_the_door(base, vision):
-    words = ContextEncoder.for_hypernet(base, make_hypernet(base).config)
+    words = ContextEncoder.for_hypernet(base, make_hypernet(base))
     sees, hears = ImageEncoder("tiny", vision), SignalEncoder()
     mask = torch.tensor([[True, True, False]])
     for encoder, features in (

@@ -144,6 +144,23 @@ def test_resumed_doc_to_lora_equals_uninterrupted(optimizer, memory_layers, base
         assert metrics_of(tmp_path / "whole")[0]["owner_accuracy"] >= 0  # the marks were looked at
 
 
+def test_a_trained_reading_lora_comes_back_with_the_hypernetwork(base, tmp_path):
+    recipe = Recipe(
+        hypernetwork=TINY,
+        encoder_kinds=("q_proj",),
+        data=DataConfig(questions_per_step=4, max_facts=2, max_chunk_tokens=128),
+        training=TrainConfig(steps=4, log_every=1, warmup_steps=1, lr=1e-2, bf16=False),
+    )
+    train_doc(base, recipe, tmp_path / "run")
+    hypernet, _ = from_pretrained(tmp_path / "run", DocToLoRA)
+    depth = max(hypernet.config.reader_layers)
+    assert [layer for _, layer, *_ in hypernet.config.encoder_modules] == list(range(depth))
+    assert hypernet.reading["q_proj"].b.abs().max() > 0
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    read = ContextEncoder.for_hypernet(base, hypernet)(ids).states
+    assert not torch.equal(read, ContextEncoder(base.model, hypernet.config.reader_layers)(ids).states)
+
+
 def test_a_memory_is_added_to_a_checkpoint_that_has_none(base, tmp_path):
     """And changes nothing before it is trained."""
     data = DataConfig(questions_per_step=4, max_facts=4, max_chunk_tokens=128)
@@ -158,8 +175,8 @@ def test_a_memory_is_added_to_a_checkpoint_that_has_none(base, tmp_path):
     ]
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
-        before, _ = old.cast(ContextEncoder.for_hypernet(base, old.config)(ids))
-        after, _ = grown.cast(ContextEncoder.for_hypernet(base, grown.config)(ids))
+        before, _ = old.cast(ContextEncoder.for_hypernet(base, old)(ids))
+        after, _ = grown.cast(ContextEncoder.for_hypernet(base, grown)(ids))
     for side, other in zip(before["down_proj"], after["down_proj"], strict=True):
         torch.testing.assert_close(side, other)
     assert after["o_proj"][0].any() and after["o_proj"][1].abs().max() < 1e-6

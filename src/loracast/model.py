@@ -80,7 +80,7 @@ class Answerer:
                     f"{name!r} keeps only its text, and this is not the hypernetwork that it was learned with ({found.manifest.hypernetwork}): give "
                     "that one with --hypernetwork, or learn the document again"
                 )
-            encoder = ContextEncoder.for_hypernet(self.base, hypernet.config)
+            encoder = ContextEncoder.for_hypernet(self.base, hypernet)
             found.recast = partial(recast, self.base, hypernet, encoder)
         return found
 
@@ -146,7 +146,7 @@ class Model(Answerer):
     ):
         super().__init__(base, library)
         self.hypernet, self.hypernet_hash = self._documents = hypernet, hypernet_hash
-        self.encoder = ContextEncoder.for_hypernet(base, hypernet.config)
+        self.encoder = ContextEncoder.for_hypernet(base, hypernet)
         self._task_hypernetwork, self._picture_hypernetwork = task_hypernetwork, picture_hypernetwork
 
     def learn(

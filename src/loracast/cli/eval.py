@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from loracast.cli import eval_real, eval_sense, eval_synthetic, eval_tasks
+from loracast.cli import eval_ablations, eval_real, eval_sense, eval_synthetic, eval_tasks
 
 app = typer.Typer(
     help="Measure adapters beside their rivals: questions about real documents, needles, tasks, cost, harm.",
@@ -23,6 +23,7 @@ app.command()(eval_real.qa)
 app.command()(eval_real.verbatim)
 app.command()(eval_real.interference)
 app.command()(eval_real.forced)
+app.command()(eval_ablations.ablations)
 app.command()(eval_sense.image)
 app.command()(eval_sense.signal)
 app.command()(eval_synthetic.latency)

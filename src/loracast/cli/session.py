@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def open_model(base: str | None, hypernetwork: str | None, library: Path | None, device: str | None) -> Model:
     """The base with its hypernetwork: what learns."""
-    with _loading(device) as tell:
+    with loading(device) as tell:
         from loracast.model import load
 
         return load(base, hypernetwork, library=library, device=device, say=tell)
@@ -30,14 +30,14 @@ def open_answerer(
     base: str | None, library: Path | None, device: str | None, hypernetwork: str | None = None
 ) -> Answerer:
     """The base alone, which answers with the adapters there are."""
-    with _loading(device) as tell:
+    with loading(device) as tell:
         from loracast.model import load_answerer
 
         return load_answerer(base, hypernetwork, library=library, device=device, say=tell)
 
 
 @contextmanager
-def _loading(device: str | None) -> Iterator[Callable[[str], None]]:
+def loading(device: str | None) -> Iterator[Callable[[str], None]]:
     """A spinner on a terminal; it gives way to the first message (pip draws a bar of its own)."""
     with stderr().status("loading") as status:
 

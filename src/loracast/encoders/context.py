@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from loracast.chat import encode_inside
 from loracast.encoders.features import OF_THE_BASE, Features
 from loracast.errors import HypernetworkError
+from loracast.inject import inject
 
 if TYPE_CHECKING:
     from loracast.base import Base
-    from loracast.hypernets.doc_to_lora import DocToLoRAConfig
+    from loracast.hypernets.doc_to_lora import DocToLoRA
+    from loracast.lora import LoRABatch
 
 
 class ContextEncoder:
@@ -32,6 +35,7 @@ class ContextEncoder:
         key_modules: Sequence[str] = (),
         tokenizer: Any = None,
         fingerprint: str = "",
+        lora: Callable[[], LoRABatch | None] = lambda: None,
     ):
         """
         Args:
@@ -44,8 +48,10 @@ class ContextEncoder:
             key_modules: names of modules whose inputs are read as well, in the order of their layers; needs `with_values` and
                 the tokenizer, which says how an answer begins with a token.
             fingerprint: the base's own, of its weights.
+            lora: what the base carries while it reads, if anything; features then have a gradient where one is wanted.
         """
         self.fingerprint, self.device = fingerprint, model.device
+        self._model, self._lora = model, lora
         self.d_features: int = model.get_output_embeddings().weight.shape[1] * (2 if with_values else 1)
         self.layers, self.lead_in, self.key_modules = tuple(layers), tuple(lead_in), tuple(key_modules)
         self._tokenizer = tokenizer
@@ -72,8 +78,9 @@ class ContextEncoder:
         self._decoder.norm = nn.Identity()
 
     @classmethod
-    def for_hypernet(cls, base: Base, config: DocToLoRAConfig) -> ContextEncoder:
+    def for_hypernet(cls, base: Base, hypernet: DocToLoRA) -> ContextEncoder:
         """The encoder that a hypernetwork was trained to read with. Raises HypernetworkError where that is of another sense."""
+        config = hypernet.config
         if config.encoder != OF_THE_BASE:
             raise HypernetworkError(
                 f"this hypernetwork sees with {config.encoder!r} and reads no documents: give one that `loracast train doc` made"
@@ -86,14 +93,30 @@ class ContextEncoder:
             key_modules=[name for name, *_ in config.memory_modules],
             tokenizer=base.tokenizer,
             fingerprint=base.fingerprint.matrices,
+            lora=hypernet.reading_lora,
         )
 
-    @torch.no_grad()
     def __call__(self, input_ids: Tensor, mask: Tensor | None = None) -> Features:
         """input_ids [n, t], padded on the right -> their features: states of the base's width, twice that with values.
 
         Attention is causal, so padding on the right changes nothing before it: the mask [n, t] is only handed on.
         """
+        lora = self._lora()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and lora is not None):
+            with inject(self._model, lora) if lora is not None else nullcontext():
+                states, keys = self._read(input_ids)
+            features = torch.stack([states[n] for n in self.layers], dim=1)  # [n, layers, t, d]
+            if self._embeddings is not None:
+                values = self.values(input_ids).to(features.dtype)[:, None].expand_as(features)
+                features = torch.cat([features, values], dim=-1)
+            features = features[:, 0] if len(self.layers) == 1 else features
+            if not self._keyed:
+                return Features(features, mask=mask)
+            starts = self.values(self._start_ids(input_ids)).to(features.dtype)
+            return Features(features, starts, torch.stack([keys[module] for module in self._keyed], dim=1), mask)
+
+    def _read(self, input_ids: Tensor) -> tuple[dict[int, Tensor], dict[nn.Module, Tensor]]:
+        """The states [n, t, d] after the blocks that are read, and what entered the keyed modules [n, t, in]."""
         n_lead = len(self.lead_in)
         states: dict[int, Tensor] = {}
         keys: dict[nn.Module, Tensor] = {}
@@ -118,15 +141,7 @@ class ContextEncoder:
         finally:
             for handle in handles:
                 handle.remove()
-        features = torch.stack([states[n] for n in self.layers], dim=1)  # [n, layers, t, d]
-        if self._embeddings is not None:
-            values = self.values(input_ids).to(features.dtype)[:, None].expand_as(features)
-            features = torch.cat([features, values], dim=-1)
-        features = features[:, 0] if len(self.layers) == 1 else features
-        if not self._keyed:
-            return Features(features, mask=mask)
-        starts = self.values(self._start_ids(input_ids)).to(features.dtype)
-        return Features(features, starts, torch.stack([keys[module] for module in self._keyed], dim=1), mask)
+        return states, keys
 
     @torch.no_grad()
     def values(self, input_ids: Tensor) -> Tensor:

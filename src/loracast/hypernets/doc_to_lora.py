@@ -43,6 +43,10 @@ class DocToLoRAConfig:
     """After which blocks of the base its hidden states are read; one for all layers, or one for each targeted layer."""
     lead_in: tuple[int, ...] = ()
     """Token ids read before each chunk and then dropped: the first token of a text is an attention sink and says nothing of itself."""
+    encoder_modules: tuple[tuple[str, int, str, int, int], ...] = ()
+    """Modules of the base that carry a trained LoRA while it reads a document, and only then; none leaves the reading to the base as it is."""
+    encoder_rank: int = 8
+    """Rank of that LoRA."""
     rank: int = 8
     """Rank of one chunk's LoRA."""
     width: int = 256
@@ -59,6 +63,8 @@ class DocToLoRAConfig:
     """Latents of the encoder."""
     n_decoder_blocks: int = 3
     """Blocks in which the rank latents read the encoder's latents (or the features)."""
+    among_latents: bool = False
+    """In each of the decoder's blocks, let the rank latents attend to each other too."""
     gated_projection: bool = False
     """Project the features by a gated MLP of four times their width (as published) in place of one linear map."""
     factorised_queries: bool = True
@@ -130,6 +136,10 @@ class DocToLoRAConfig:
                 problems.append("the shared modules must be of kinds that `modules` and the memory leave alone")
             if self.shared_rank < 1:
                 problems.append("shared_rank must be at least 1")
+        if self.encoder_modules:
+            problems += problems_of(self.encoder_modules)
+            if self.encoder_rank < 1 or self.encoder != OF_THE_BASE:
+                problems.append("encoder_modules need an encoder_rank of at least 1, and the base as the encoder")
         if self.most_summed_chunks is not None and self.most_summed_chunks < 1:
             problems.append("most_summed_chunks must be at least 1")
         if problems:
@@ -217,7 +227,7 @@ class DocToLoRA(nn.Module):
             self.encoder = Perceiver(c.n_encoder_blocks, *block)
         groups = 1 if c.reads_each_layer else n_layers  # reading layer by layer, the layers ride in the batch
         self.rank_latents = Queries(groups, n_kinds * c.rank, c.width, c.factorised_queries and groups > 1)
-        self.decoder = Perceiver(c.n_decoder_blocks, *block)
+        self.decoder = Perceiver(c.n_decoder_blocks, *block, c.among_latents)
         self.latent_mlps = nn.ModuleList(LatentMLP(n_layers, c.width) for _ in range(c.n_latent_mlps))
         shapes = {kind: (d_in, d_out) for _, _, kind, d_in, d_out in c.modules}
         self.heads = nn.ModuleDict(
@@ -229,6 +239,12 @@ class DocToLoRA(nn.Module):
         for modules, rank in ((c.modules, c.document_independent_rank), (c.shared_modules, c.shared_rank)):
             for kind, (n_modules, d_in, d_out) in _by_kind(modules).items() if rank else ():
                 self.document_independent[kind] = SharedLoRA(n_modules, rank, d_in, d_out)
+        self.reading = nn.ModuleDict(
+            {
+                kind: SharedLoRA(n, c.encoder_rank, d_in, d_out)
+                for kind, (n, d_in, d_out) in _by_kind(c.encoder_modules).items()
+            }
+        )
         self.memory = AssociativeMemory(c) if c.memory_modules else None
         self.register_buffer("feature_mean", torch.zeros(c.d_features))
         self.register_buffer("feature_std", torch.ones(c.d_features))
@@ -253,6 +269,18 @@ class DocToLoRA(nn.Module):
     def shared(self, kind: str) -> SharedLoRA | None:
         """The document-independent LoRA of a module kind, if there is one."""
         return cast(SharedLoRA, self.document_independent[kind]) if kind in self.document_independent else None
+
+    def reading_lora(self) -> LoRABatch | None:
+        """What the base carries while it reads a document, differentiable; None where it reads as it is."""
+        if not self.reading:
+            return None
+        factors: dict[str, Factors] = {}
+        for kind, module in self.reading.items():
+            lora = cast(SharedLoRA, module)
+            names = [name for name, _, of_kind, _, _ in self.config.encoder_modules if of_kind == kind]
+            for name, a, b in zip(names, lora.a.unbind(0), lora.b.unbind(0), strict=True):
+                factors[name] = Factors(a[None], b.T[None])
+        return LoRABatch(1, factors, {})
 
     def latents(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """The rank codes of chunks: with the heads they are all that a chunk's LoRA needs, but for the memory.

@@ -50,14 +50,20 @@ class CrossAttention(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """One cross-attention block with its sandwich of norms."""
+    """One cross-attention block with its sandwich of norms; with `among_latents`, the latents then attend to each other too."""
 
-    def __init__(self, width: int, n_heads: int, n_kv_heads: int, head_dim: int, eps: float):
+    def __init__(
+        self, width: int, n_heads: int, n_kv_heads: int, head_dim: int, eps: float, among_latents: bool = False
+    ):
         super().__init__()
         self.norm_latents = nn.RMSNorm(width, eps=eps)
         self.norm_context = nn.RMSNorm(width, eps=eps)
         self.attention = CrossAttention(width, n_heads, n_kv_heads, head_dim)
         self.norm_attended = nn.RMSNorm(width, eps=eps)
+        self.among = CrossAttention(width, n_heads, n_kv_heads, head_dim) if among_latents else None
+        if among_latents:
+            self.norm_before_among = nn.RMSNorm(width, eps=eps)
+            self.norm_after_among = nn.RMSNorm(width, eps=eps)
         self.norm_before_mlp = nn.RMSNorm(width, eps=eps)
         self.mlp = GatedMLP(width, 4 * width, width)
         self.norm_after_mlp = nn.RMSNorm(width, eps=eps)
@@ -65,6 +71,9 @@ class CrossBlock(nn.Module):
     def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         attended = self.attention(self.norm_latents(latents), self.norm_context(context), mask)
         latents = latents + self.norm_attended(attended)
+        if self.among is not None:
+            units = self.norm_before_among(latents)
+            latents = latents + self.norm_after_among(self.among(units, units, None))
         return latents + self.norm_after_mlp(self.mlp(self.norm_before_mlp(latents)))
 
 
@@ -111,9 +120,19 @@ def rotate(x: Tensor, base: float = 1000.0) -> Tensor:
 class Perceiver(nn.Module):
     """A stack of cross-attention blocks: latents [n, q, w] and context [n, t, w] -> latents [n, q, w]."""
 
-    def __init__(self, n_blocks: int, width: int, n_heads: int, n_kv_heads: int, head_dim: int, eps: float):
+    def __init__(
+        self,
+        n_blocks: int,
+        width: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        eps: float,
+        among_latents: bool = False,
+    ):
         super().__init__()
-        self.blocks = nn.ModuleList(CrossBlock(width, n_heads, n_kv_heads, head_dim, eps) for _ in range(n_blocks))
+        block = (width, n_heads, n_kv_heads, head_dim, eps, among_latents)
+        self.blocks = nn.ModuleList(CrossBlock(*block) for _ in range(n_blocks))
         self.norm = nn.RMSNorm(width, eps=eps)
 
     def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -164,11 +164,12 @@ def read_config(values: dict[str, Any], config: type[C]) -> C:
     known = {field.name for field in dataclasses.fields(config)}
     if unknown := sorted(values.keys() - known):
         raise ConfigError(f"unknown keys in a {config.__name__}: {', '.join(unknown)}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    for name in ("modules", "memory_modules", "shared_modules"):
-        if name in values:
-            values[name] = tuple(tuple(module) for module in values[name])
-    return config(**values)
+    return config(**{name: _frozen(value) for name, value in values.items()})
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, and those in them, as the tuples of a frozen config."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _checked(hypernet: Hypernetwork, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:

@@ -48,6 +48,8 @@ class Recipe:
     """Layers whose attention output (`o_proj`) holds an associative memory."""
     shared_kinds: tuple[str, ...] = ()
     """Kinds of the modules, in the targeted layers, that receive a LoRA which is the same for every document."""
+    encoder_kinds: tuple[str, ...] = ()
+    """Kinds of the modules, in the blocks up to the deepest one read, that carry a trained LoRA while the base reads a document."""
     calibration_questions: int = 3000
     """Questions from which a new memory learns, before training, how a statement and its question look to the base."""
     marks_weight: float = 0.3
@@ -68,7 +70,14 @@ class Recipe:
 
 _ADDED = {"memory_layers", "calibration_questions", "shared_kinds", "shared_rank", "head_shared_rank"}
 """May be asked for with --init-from: they add what is missing, or make what is there smaller."""
-_OURS = ("kinds", "layers", "memory_layers", "shared_kinds", "calibration_questions")  # of the table [hypernetwork]
+_OURS = (
+    "kinds",
+    "layers",
+    "memory_layers",
+    "shared_kinds",
+    "encoder_kinds",
+    "calibration_questions",
+)  # of the table [hypernetwork]
 
 
 def read_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -81,7 +90,8 @@ def read_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
         Recipe,
         path,
         overrides,
-        architecture=keys_of(DocToLoRAConfig) - {"modules", "memory_modules", "shared_modules", "d_features"},
+        architecture=keys_of(DocToLoRAConfig)
+        - {"modules", "memory_modules", "shared_modules", "encoder_modules", "d_features"},
         ours=_OURS,
         objective={"marks_weight", "teach_weight", "harm_weight", "size_weight", "right_weight"},
         data=DataConfig,
@@ -98,8 +108,11 @@ def build_hypernet(base: Base, recipe: Recipe, source: EpisodeSource) -> DocToLo
         options["memory_modules"] = memory_modules(base, recipe.memory_layers)
     if recipe.shared_kinds:
         options["shared_modules"] = target_from_config(base.model.config, recipe.shared_kinds, recipe.layers).rows
+    if recipe.encoder_kinds:
+        depth = max(options.get("reader_layers", DocToLoRAConfig.reader_layers))
+        options["encoder_modules"] = target_from_config(base.model.config, recipe.encoder_kinds, range(depth)).rows
     hypernet = DocToLoRA(DocToLoRAConfig.for_target(target, d_features, **options))
-    encoder = ContextEncoder.for_hypernet(base, hypernet.config)
+    encoder = ContextEncoder.for_hypernet(base, hypernet)
     calibrate(hypernet, base, encoder, *calibration_data(base, recipe, source))
     return hypernet
 
@@ -129,7 +142,7 @@ def grown(hypernet: DocToLoRA, base: Base, recipe: Recipe, source: EpisodeSource
     torch.manual_seed(recipe.training.seed)
     larger = DocToLoRA(dataclasses.replace(c, **changes))
     if recipe.memory_layers:
-        encoder = ContextEncoder.for_hypernet(base, larger.config)
+        encoder = ContextEncoder.for_hypernet(base, larger)
         calibrate(larger, base, encoder, *calibration_data(base, recipe, source))
     larger.load_state_dict(hypernet.state_dict(), strict=False)
     if head_rank is not None:
@@ -192,7 +205,7 @@ def train_doc(
     else:
         hypernet = build_hypernet(base, recipe, source)
     hypernet.to(workers.device).train()
-    encoder = ContextEncoder.for_hypernet(base, hypernet.config)
+    encoder = ContextEncoder.for_hypernet(base, hypernet)
     wrapped = workers.wrap(hypernet)
     n_micro = recipe.training.accumulate
 

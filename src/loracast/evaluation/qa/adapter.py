@@ -8,7 +8,7 @@ import torch
 
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
 from loracast.evaluation.qa.rivals import Given, Request, Rival, Setup, plain
-from loracast.lora import Factors, LoRA
+from loracast.lora import Factors, LoRA, concat
 from loracast.qa import DocumentQuestion
 
 
@@ -32,6 +32,18 @@ def _own(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
 
 def _others(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
     return _routed(setup, given.other, question.question)
+
+
+def _beside(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
+    """Both documents learned, as `loracast ask -a one -a two` adds them up."""
+    own, other = (document.route(question.question, setup.route).picked for document in (given.adapter, given.other))
+    loras = [given.adapter.lora(own), given.other.lora(other, document_independent=False)]
+    return Request(plain(setup, question.question), concat(loras))
+
+
+def _cast_both(setup: Setup, given: Sequence[Given]) -> None:
+    cast_all(setup, given)
+    _cast_others(setup, given)
 
 
 def _nothing(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
@@ -58,5 +70,6 @@ RIVALS = {
     "adapter": Rival("adapter", _own, cast_all),
     "none": Rival("no document", _nothing),
     "other": Rival("another's adapter", _others, _cast_others),
+    "beside": Rival("adapter beside another's", _beside, _cast_both, is_optional=True),
     "shared": Rival("shared part alone", _shared),
 }

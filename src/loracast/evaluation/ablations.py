@@ -1,0 +1,170 @@
+"""Ablations: variants of one recipe, each trained from nothing for the same wall-clock time and then measured teacher-forced on documents
+that none has seen.
+
+A variant's run leaves `NAME/seed-K/results.json` when it is whole, and is skipped from then on: the same command goes on where it was stopped, and
+two processes with other seeds may fill one folder together.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from loracast.base import Base
+from loracast.errors import ConfigError
+from loracast.evaluation.forced import ForcedConfig, evaluate_forced
+from loracast.evaluation.report import Column, Progress, Report, environment, number, text
+from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.store import from_pretrained, weights_hash
+from loracast.model import Model
+from loracast.training.doc import Recipe, read_recipe, train_doc
+from loracast.training.sources import EpisodeKind
+
+Variants = Mapping[str, Sequence[str]]
+"""By name, what a variant changes in the recipe (`hypernetwork.rank=16`); the first one is what the others are compared with."""
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """What is compared, and how it is measured."""
+
+    recipe: str
+    """The recipe's file."""
+    variants: Variants
+    overrides: tuple[str, ...] = ()
+    """Changes of the recipe that all variants share: files, the budget."""
+    held_out: tuple[str, ...] = ()
+    """Files of the documents that are measured on; those trained on if empty."""
+    held_out_sources: tuple[str, ...] = ()
+    """Of these, only these sources."""
+    kinds: tuple[EpisodeKind, ...] = ("facts", "questions", "reading")
+    steps: int = 4
+    """Steps of each kind in the measurement."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Of weights and data alike."""
+
+    def __post_init__(self) -> None:
+        if not self.held_out and not self.held_out_sources:
+            raise ConfigError(
+                "give documents to measure on that are not trained on: --held-out FILE, or --held-out-sources NAMES"
+            )
+
+    def recipe_of(self, variant: str, seed: int) -> Recipe:
+        """The recipe of one run. Raises ConfigError where a change is not one."""
+        own = [*self.overrides, *self.variants[variant], f"training.seed={seed}", f"data.seed={seed}"]
+        return read_recipe(Path(self.recipe), own)
+
+
+def read_variants(path: Path) -> dict[str, tuple[str, ...]]:
+    """The table `[variants]` of a TOML file: a name and a list of changes each.
+
+    Raises:
+        ConfigError: the file cannot be read or has another form.
+    """
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read the variants {path}: {error}") from error
+    variants = given.get("variants")
+    if given.keys() != {"variants"} or not isinstance(variants, dict) or not variants:
+        raise ConfigError(
+            f'{path} must hold one table [variants] with lines such as "rank 16" = ["hypernetwork.rank=16"]'
+        )
+    for name, changes in variants.items():
+        if not isinstance(changes, list) or not all(isinstance(change, str) for change in changes):
+            raise ConfigError(f'{path}: the variant {name!r} must be a list of changes such as "hypernetwork.rank=16"')
+    if len({_slug(name) for name in variants}) < len(variants):
+        raise ConfigError(f"{path}: two variants would share a folder; their names must differ in letters or digits")
+    return {name: tuple(changes) for name, changes in variants.items()}
+
+
+def run_ablations(
+    base: Base, config: AblationConfig, out: Path, progress: Progress = lambda done, total: None
+) -> Report:
+    """Train and measure what is missing; the table of all that is there, other seeds included, is in `out` at the end."""
+    runs = [(variant, seed) for seed in config.seeds for variant in config.variants]
+    recipes = [config.recipe_of(*run) for run in runs]  # a bad change is told before anything is trained
+    for done, ((variant, seed), recipe) in enumerate(zip(runs, recipes, strict=True)):
+        progress(done, len(runs))
+        folder = out / _slug(variant) / f"seed-{seed}"
+        if not (folder / "results.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what was stopped half-way would get a second budget
+            _run(base, config, recipe, folder)
+    progress(len(runs), len(runs))
+    rows = [row for variant in config.variants if (row := _row(config, variant, out))]
+    report = Report("ablations", _columns(config.kinds), rows, asdict(config), environment(base))
+    report.write(out)
+    return report
+
+
+def _run(base: Base, config: AblationConfig, recipe: Recipe, folder: Path) -> None:
+    run = folder / "run"
+    trained = train_doc(base, recipe, run)
+    hypernet, _ = from_pretrained(run, DocToLoRA)
+    model = Model(base, hypernet.to(base.device).eval(), weights_hash(hypernet), folder / "library")
+    documents = config.held_out or recipe.data.documents
+    data = replace(recipe.data, documents=documents, document_sources=config.held_out_sources, unrelated=(), seed=0)
+    report = evaluate_forced(model, ForcedConfig(data, config.kinds, config.steps), folder / "forced")
+    shutil.move(run / "metrics.jsonl", folder / "metrics.jsonl")
+    shutil.rmtree(run)  # a ranking, not a checkpoint
+    figures = {
+        **{f"{row['kind']}_{name}": row[name] for row in report.rows if row["system"] == "adapter" for name in _NAMES},
+        "steps": trained["step"],
+        "step_s": trained["elapsed_s"] / trained["step"],
+        "parameters_m": sum(p.numel() for p in hypernet.parameters()) / 1e6,
+        "chunk_kb": 2
+        * sum(hypernet.config.ranks[m.kind] * (m.d_in + m.d_out) for m in hypernet.config.target.modules)
+        / 1000,
+    }
+    (folder / "results.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
+_NAMES = ("exact", "accuracy")
+
+
+def _row(config: AblationConfig, variant: str, out: Path) -> dict[str, Any] | None:
+    """The figures of a variant over its seeds: their mean, and each of them in a list."""
+    found = [json.loads(path.read_bytes()) for path in sorted(out.glob(f"{_slug(variant)}/seed-*/results.json"))]
+    if not found:
+        return None
+    row: dict[str, Any] = {"label": variant, "seeds": len(found)}
+    for name in found[0]:
+        row[name] = mean(one[name] for one in found)
+        row[f"{name}_by_seed"] = [one[name] for one in found]
+    row["accuracy"] = mean(row[f"{kind}_accuracy"] for kind in config.kinds)
+    return row
+
+
+def _columns(kinds: Sequence[EpisodeKind]) -> list[Column]:
+    by_kind = [
+        _by_seed(f"{kind}_{name}", f"{kind}: {header} %")
+        for kind in kinds
+        for name, header in zip(_NAMES, ("exact", "tokens"), strict=True)
+    ]
+    return [
+        text("label", "variant"),
+        number("parameters_m", "M parameters", 1),
+        number("chunk_kb", "kB a chunk"),
+        number("steps", "steps"),
+        number("step_s", "s a step", 2),
+        *by_kind,
+        Column("tokens %, mean of the kinds", lambda row: f"{100 * row['accuracy']:.1f}"),
+    ]
+
+
+def _by_seed(key: str, header: str) -> Column:
+    def form(row: Mapping[str, Any]) -> str:
+        return f"{100 * row[key]:.1f} ({', '.join(f'{100 * value:.1f}' for value in row[f'{key}_by_seed'])})"
+
+    return Column(header, form)
+
+
+def _slug(variant: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", variant.lower()).strip("-")
