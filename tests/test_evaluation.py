@@ -337,3 +337,22 @@ def test_the_command_line_reaches_the_evaluation(tiny_folder, tiny_hypernet_fold
     assert json.loads(done.stdout)["rows"][0]["label"].startswith("adapter, routed")
     assert CliRunner().invoke(app, ["needle", "--out", str(tmp_path), "--lengths", "a,b"]).exit_code == 2
     assert CliRunner().invoke(app, ["facts", "--out", str(tmp_path), "--split", "train"]).exit_code == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot reset the high-water mark")
+def test_the_peak_is_what_was_touched_and_not_what_was_there():
+    import mmap
+
+    from loracast.evaluation.peak import peak_memory
+
+    def touch(mib: int) -> None:
+        with mmap.mmap(-1, mib * 2**20) as memory:
+            memory.write(b"x" * len(memory))
+
+    touch(200)  # freed again: of no consequence
+    with peak_memory() as peak:
+        touch(60)
+    assert 60 <= peak.above_mib < 190 and peak.before_mib > 20  # the bytes that are written are allocated too
+    with peak_memory() as nothing:
+        pass
+    assert nothing.above_mib < 20

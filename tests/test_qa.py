@@ -140,6 +140,7 @@ def test_every_rival_answers_every_question(model, documents, reader_folder, tmp
         < at["window"]["prompt_tokens"]
     )
     assert at["adapter"]["update_s"] > at["none"]["update_s"] and at["adapter"]["answer_s"] > 0
+    assert all(row["answer_mib"] >= 0 and row["update_mib"] >= 0 for row in at.values())
     assert at["ceiling"]["f1"] > at["none"]["f1"]  # trained on these very questions
     assert (tmp_path / "out" / "by_cost.png").stat().st_size > 1000
     assert "| all | adapter |" in (tmp_path / "out" / "table.md").read_text()

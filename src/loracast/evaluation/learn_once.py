@@ -6,7 +6,6 @@ Its own process, so that neither an earlier document nor the parent's memory cou
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 import loracast
 from loracast.documents import Document
+from loracast.evaluation.peak import peak_memory
 from loracast.learn import expand_batch, prompt_batches, split_document
 from loracast.model import Model
 
@@ -31,17 +31,16 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
         ids = next(prompt_batches(model.base, ["Warm up."]))[0]
         model.base.model(ids)
         expand_batch(model.base, model.hypernet, model.encoder, ids, torch.ones_like(ids, dtype=torch.bool))
-    base_bytes = _reset_peak()
-    started = time.perf_counter()
-    adapter = model.learn(document, Path(order["text"]).stem, max_chunk_tokens=order["chunk_tokens"])
-    learn_s = time.perf_counter() - started
-    peak_bytes = _peak()
+    with peak_memory() as peak:
+        started = time.perf_counter()
+        adapter = model.learn(document, Path(order["text"]).stem, max_chunk_tokens=order["chunk_tokens"])
+        learn_s = time.perf_counter() - started
     cast_s, encode_s = _cast_times(model, document, order["chunk_tokens"])
     return {
         "n_tokens": adapter.manifest.n_tokens,
         "n_chunks": adapter.manifest.n_chunks,
-        "base_mib": base_bytes / _MIB,
-        "above_base_mib": (peak_bytes - base_bytes) / _MIB,
+        "base_mib": peak.before_mib,
+        "above_base_mib": peak.above_mib,
         "learn_s": learn_s,
         "cast_s": cast_s,
         "encode_s": encode_s,
@@ -72,29 +71,6 @@ def _now(model: Model) -> float:
     if model.base.device.type == "cuda":
         torch.cuda.synchronize(model.base.device)
     return time.perf_counter()
-
-
-def _reset_peak() -> int:
-    """Resident bytes now; the kernel's high-water mark starts again from here where it can be reset (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return _status("VmRSS")
-    except OSError:
-        return _peak()
-
-
-def _peak() -> int:
-    """The most bytes that were resident: since the reset, or of the whole process where there is none."""
-    try:
-        return _status("VmHWM")
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.metrics import cluster_bootstrap
+from loracast.evaluation.peak import peak_memory
 from loracast.evaluation.qa import adapter, distilled, passages, window
 from loracast.evaluation.qa.metrics import best, exact_match, rouge_l, token_f1
 from loracast.evaluation.qa.rivals import MAX_NEW_TOKENS, Given, Request, Rival, Setup, check_rivals
@@ -47,6 +48,8 @@ COLUMNS: tuple[Column, ...] = (
     number("prompt_tokens", "prompt tokens"),
     number("update_s", "update s", 2),
     number("answer_s", "answer s", 2),
+    number("update_mib", "update MiB"),
+    number("answer_mib", "answer MiB"),
 )
 
 
@@ -96,6 +99,8 @@ class Answered:
     n_prompt_tokens: int
     answer_s: float | None = None
     """Of questions that were asked one at a time, with all that goes before the base begins."""
+    answer_mib: float | None = None
+    """Of these, the most memory above what was held before."""
 
     @property
     def exact(self) -> float:
@@ -116,6 +121,8 @@ class Tally:
 
     answered: list[Answered] = field(default_factory=list)
     update_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    update_mib: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """The most memory that any of them took above what was held before."""
 
 
 def evaluate_qa(setup: Setup, config: QaConfig, out: Path, progress: Progress = lambda done, total: None) -> Report:
@@ -202,32 +209,37 @@ def _answer(
 ) -> list[Answered]:
     """One rival's answers to all questions about some documents."""
     for one in given:  # one by one, as a user would learn them
-        started = time.perf_counter()
-        rival.learn(setup, [one])
-        tally.update_s[name].append(time.perf_counter() - started)
+        with peak_memory() as peak:
+            started = time.perf_counter()
+            rival.learn(setup, [one])
+            tally.update_s[name].append(time.perf_counter() - started)
+        tally.update_mib[name] = max(tally.update_mib[name], peak.above_mib)
     cases = [(one, question) for one in given for question in one.document.questions]
     done: dict[int, Answered] = {}
     requests: dict[int, Request] = {}
     for i, (one, question) in enumerate(cases):
-        started = time.perf_counter()
-        requests[i] = rival.ask(setup, one, question)
-        if i < n_timed:
+        if i >= n_timed:
+            requests[i] = rival.ask(setup, one, question)
+            continue
+        with peak_memory() as peak:
+            started = time.perf_counter()
+            requests[i] = rival.ask(setup, one, question)
             said = answer(setup.model.base, requests[i].prompt, requests[i].lora, _GREEDY)
-            done[i] = _answered(name, one, question, said.text, requests[i], time.perf_counter() - started)
+            answer_s = time.perf_counter() - started
+        asked = _answered(name, one, question, said.text, requests[i])
+        done[i] = replace(asked, answer_s=answer_s, answer_mib=peak.above_mib)
     rest = sorted((i for i in requests if i not in done), key=lambda i: len(requests[i].prompt))
     for batch in _batches(rest, requests):
         texts = answer_batch(
             setup.model.base, [requests[i].prompt for i in batch], [requests[i].lora for i in batch], _GREEDY
         )
         for i, said_text in zip(batch, texts, strict=True):
-            done[i] = _answered(name, *cases[i], said_text, requests[i], None)
+            done[i] = _answered(name, *cases[i], said_text, requests[i])
     return [done[i] for i in range(len(cases))]
 
 
-def _answered(
-    name: str, one: Given, question: DocumentQuestion, said: str, request: Request, answer_s: float | None
-) -> Answered:
-    return Answered(name, one.document, question, said, one.adapter.n_tokens, len(request.prompt), answer_s)
+def _answered(name: str, one: Given, question: DocumentQuestion, said: str, request: Request) -> Answered:
+    return Answered(name, one.document, question, said, one.adapter.n_tokens, len(request.prompt))
 
 
 def _batches(order: Sequence[int], requests: Mapping[int, Request]) -> Iterator[list[int]]:
@@ -274,6 +286,7 @@ def _rows(part: str, answered: Sequence[Answered], tally: Tally, kind: str) -> l
         by_document = _by_document(some)
         low, high = cluster_bootstrap(list(by_document.values()))
         timed = [a.answer_s for a in some if a.answer_s is not None]
+        peaks = [a.answer_mib for a in some if a.answer_mib is not None]
         row: dict[str, Any] = {
             "kind": kind,
             "part": part,
@@ -292,6 +305,8 @@ def _rows(part: str, answered: Sequence[Answered], tally: Tally, kind: str) -> l
             "prompt_tokens": _mean([float(a.n_prompt_tokens) for a in some]),
             "update_s": _mean(tally.update_s[name]) if tally.update_s.get(name) else None,
             "answer_s": _mean(timed) if timed else None,
+            "update_mib": tally.update_mib.get(name),
+            "answer_mib": max(peaks) if peaks else None,
         }
         if "adapter" in by_system and name != "adapter":
             mine = _by_document(by_system["adapter"])
