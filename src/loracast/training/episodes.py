@@ -46,6 +46,18 @@ class Episode:
     """The tokens that matter, where that is known."""
 
 
+def together(one: Episode, other: Episode) -> Episode:
+    """Two documents learned at once, with the questions about either; those that have nothing to do with any come last."""
+    about = [[question for question in episode.questions if not question.is_unrelated] for episode in (one, other)]
+    unrelated = [question for episode in (one, other) for question in episode.questions if question.is_unrelated]
+    moved = [
+        mark._replace(chunk=mark.chunk + len(one.chunks), statement=mark.statement + len(about[0]))
+        for mark in other.marks
+    ]
+    questions = (*about[0], *about[1], *unrelated)
+    return Episode((*one.chunks, *other.chunks), questions, one.task, (*one.marks, *moved))
+
+
 @dataclass(frozen=True)
 class Batch:
     """Episodes as tensors. d documents of k chunks with at most c tokens; rows of at most t tokens; n answer tokens in all."""

@@ -15,7 +15,7 @@ from loracast.qa import read_questioned
 from loracast.texts import read_texts
 from loracast.training.document_source import DocumentSource
 from loracast.training.episode_maker import EpisodeMaker
-from loracast.training.episodes import Episode
+from loracast.training.episodes import Episode, together
 from loracast.training.facts import Split, make_sheet
 from loracast.training.marks import Stated
 from loracast.training.needle import hide, make_needles, sentences
@@ -54,6 +54,8 @@ class DataConfig:
     """Longest chunk."""
     max_chunks: int = 1
     """Most chunks of a document."""
+    together_share: float = 0.0
+    """Share of steps whose documents are learned in pairs, as somebody asks with two adapters at once."""
     texts: tuple[str, ...] = ()
     """Files with the prose around needles: JSONL (optionally gzipped) with a `document` or `text` field, or plain text."""
     text_sources: tuple[str, ...] = ()
@@ -155,11 +157,17 @@ class EpisodeSource:
         c = self.config
         shares = (c.needle_share, c.question_share, c.cloze_share, c.reading_share)
         drawn = rng.random()
-        for kind, share in zip(KINDS, shares, strict=False):
+        kind: EpisodeKind = "facts"
+        for of_share, share in zip(KINDS, shares, strict=False):
             if drawn < share:
-                return self._draw(kind, rng)
+                kind = of_share
+                break
             drawn -= share
-        return self._draw("facts", rng)
+        episodes = self._draw(kind, rng)
+        if c.together_share and rng.random() < c.together_share:
+            pairs = zip(episodes[::2], episodes[1::2], strict=False)
+            return [together(*pair) for pair in pairs] or episodes
+        return episodes
 
     def of_kind(self, kind: EpisodeKind, number: int) -> list[Episode]:
         """The episodes of one step of a kind, whatever its share."""
