@@ -301,9 +301,8 @@ class DocToLoRA(nn.Module):
         context = self.project(standard)
         mask = token_mask = None if mask is None else mask.bool()
         if c.n_encoder_blocks:
-            start = self.encoder_latents().expand(context.shape[0], -1, -1)
-            context, mask = self.encoder(start, context, mask), None
-        latents = self.decoder(self.rank_latents().expand(context.shape[0], -1, -1), context, mask)
+            context, mask = self.encoder(self.encoder_latents(), context, mask), None
+        latents = self.decoder(self.rank_latents(), context, mask)
         pointed = self._pointed(latents, standard, features, token_mask)
         latents = latents.view(n, n_layers, len(c.kinds) * c.rank, c.width)
         for mlp in self.latent_mlps:

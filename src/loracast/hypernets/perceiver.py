@@ -37,9 +37,9 @@ class CrossAttention(nn.Module):
         self.o = nn.Linear(n_heads * head_dim, width, bias=False)
 
     def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """latents [n, q, w], context [n, t, w], mask [n, t] true where real (None: all real) -> [n, q, w]."""
-        n, n_latents, _ = latents.shape
-        q = self.q(latents).view(n, n_latents, self.n_heads, self.head_dim).transpose(1, 2)
+        """latents [n, q, w], or [1, q, w] for all, context [n, t, w], mask [n, t] true where real (None: all real) -> [n, q, w]."""
+        n, n_latents = context.shape[0], latents.shape[1]
+        q = self.q(latents).view(-1, n_latents, self.n_heads, self.head_dim).transpose(1, 2).expand(n, -1, -1, -1)
         k = self.k(context).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2)
         v = self.v(context).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2)
         attn_mask = None if mask is None else mask[:, None, None, :]
@@ -118,7 +118,7 @@ def rotate(x: Tensor, base: float = 1000.0) -> Tensor:
 
 
 class Perceiver(nn.Module):
-    """A stack of cross-attention blocks: latents [n, q, w] and context [n, t, w] -> latents [n, q, w]."""
+    """A stack of cross-attention blocks: latents [q, w], where all start, and context [n, t, w] -> latents [n, q, w]."""
 
     def __init__(
         self,
@@ -136,6 +136,7 @@ class Perceiver(nn.Module):
         self.norm = nn.RMSNorm(width, eps=eps)
 
     def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        latents = latents[None]  # what the first block asks is the same for all, and is computed once
         for block in self.blocks:
             latents = block(latents, context, mask)
         return self.norm(latents)

@@ -164,6 +164,8 @@ class ReadingToLoRA(KnowsDescriptions, nn.Module):
         """What a `DescriptionReader` reads of n descriptions [n, t, d_text] -> their n LoRAs, differentiable."""
         loras = self.reader(Features(conditions[..., :-1], mask=conditions[..., -1] > 0)).loras
         gate = self.openness(conditions).sigmoid()[:, None, None]
+        # Without a gradient in place: a hundred descriptions' factors are half a gigabyte.
+        gated = torch.mul if torch.is_grad_enabled() else Tensor.mul_
         return LoRABatch(
-            loras.n, {name: pair._replace(b=pair.b * gate.to(pair.b)) for name, pair in loras.factors.items()}, {}
+            loras.n, {name: pair._replace(b=gated(pair.b, gate.to(pair.b))) for name, pair in loras.factors.items()}, {}
         )
