@@ -70,6 +70,8 @@ def test_each_variant_is_trained_and_measured_and_never_twice(base, config, tmp_
     later = AblationConfig(**{**vars(config), "seeds": (0, 1)})
     again = run_ablations(base, later, out).rows
     assert again[0]["facts_accuracy_by_seed"][0] == 1.0 and again[0]["seeds"] == 2
+    with pytest.raises(ConfigError, match=r"rank-4-attending.*another recipe"):
+        run_ablations(base, AblationConfig(**{**vars(config), "variants": {"Rank 4, attending": ()}}), out)
     assert again[1]["questions_accuracy_by_seed"][0] == attending["questions_accuracy"]  # the same seed, the same run
 
 

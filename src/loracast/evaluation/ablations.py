@@ -1,8 +1,8 @@
 """Ablations: variants of one recipe, each trained from nothing for the same wall-clock time and then measured teacher-forced on documents
 that none has seen.
 
-A variant's run leaves `NAME/seed-K/results.json` when it is whole, and is skipped from then on: the same command goes on where it was stopped, and
-two processes with other seeds may fill one folder together.
+A variant's run leaves `NAME/seed-K/results.json` when it is whole, with the recipe that it followed, and is skipped from then on: the same command goes
+on where it was stopped, and two processes with other seeds may fill one folder together.
 """
 
 from __future__ import annotations
@@ -88,15 +88,24 @@ def read_variants(path: Path) -> dict[str, tuple[str, ...]]:
 def run_ablations(
     base: Base, config: AblationConfig, out: Path, progress: Progress = lambda done, total: None
 ) -> Report:
-    """Train and measure what is missing; the table of all that is there, other seeds included, is in `out` at the end."""
+    """Train and measure what is missing; the table of all that is there, other seeds included, is in `out` at the end.
+
+    Raises:
+        ConfigError: a change that nobody knows, or a run in `out` that followed another recipe; before anything is trained.
+    """
     runs = [(variant, seed) for seed in config.seeds for variant in config.variants]
-    recipes = [config.recipe_of(*run) for run in runs]  # a bad change is told before anything is trained
-    for done, ((variant, seed), recipe) in enumerate(zip(runs, recipes, strict=True)):
+    todo: list[tuple[Path, Recipe] | None] = []
+    for variant, seed in runs:
+        folder, recipe = out / _slug(variant) / f"seed-{seed}", config.recipe_of(variant, seed)
+        is_done = (folder / "results.json").exists()
+        if is_done and json.loads((folder / "results.json").read_bytes())["followed"] != _followed(config, recipe):
+            raise ConfigError(f"{folder} holds a run of another recipe: give another --out, or remove it")
+        todo.append(None if is_done else (folder, recipe))
+    for done, run in enumerate(todo):
         progress(done, len(runs))
-        folder = out / _slug(variant) / f"seed-{seed}"
-        if not (folder / "results.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # what was stopped half-way would get a second budget
-            _run(base, config, recipe, folder)
+        if run is not None:
+            shutil.rmtree(run[0], ignore_errors=True)  # what was stopped half-way would get a second budget
+            _run(base, config, run[1], run[0])
     progress(len(runs), len(runs))
     rows = [row for variant in config.variants if (row := _row(config, variant, out))]
     report = Report("ablations", _columns(config.kinds), rows, asdict(config), environment(base))
@@ -115,6 +124,7 @@ def _run(base: Base, config: AblationConfig, recipe: Recipe, folder: Path) -> No
     shutil.move(run / "metrics.jsonl", folder / "metrics.jsonl")
     shutil.rmtree(run)  # a ranking, not a checkpoint
     figures = {
+        "followed": _followed(config, recipe),
         **{f"{row['kind']}_{name}": row[name] for row in report.rows if row["system"] == "adapter" for name in _NAMES},
         "steps": trained["step"],
         "step_s": trained["elapsed_s"] / trained["step"],
@@ -129,13 +139,19 @@ def _run(base: Base, config: AblationConfig, recipe: Recipe, folder: Path) -> No
 _NAMES = ("exact", "accuracy")
 
 
+def _followed(config: AblationConfig, recipe: Recipe) -> dict[str, Any]:
+    """What a run's figures depend on, as JSON has it."""
+    measured = {name: getattr(config, name) for name in ("held_out", "held_out_sources", "kinds", "steps")}
+    return json.loads(json.dumps({"recipe": asdict(recipe), "measured": measured}, default=sorted))
+
+
 def _row(config: AblationConfig, variant: str, out: Path) -> dict[str, Any] | None:
     """The figures of a variant over its seeds: their mean, and each of them in a list."""
     found = [json.loads(path.read_bytes()) for path in sorted(out.glob(f"{_slug(variant)}/seed-*/results.json"))]
     if not found:
         return None
     row: dict[str, Any] = {"label": variant, "seeds": len(found)}
-    for name in found[0]:
+    for name in (name for name in found[0] if name != "followed"):
         row[name] = mean(one[name] for one in found)
         row[f"{name}_by_seed"] = [one[name] for one in found]
     row["accuracy"] = mean(row[f"{kind}_accuracy"] for kind in config.kinds)
