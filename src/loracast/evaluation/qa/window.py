@@ -68,7 +68,7 @@ def _quoted(document: str, question: str) -> str:
 
 
 PROMPTS: dict[str, Compose] = {"naive": _naive, "brief": _brief, "quoting": _quoting, "shots": _shots, "twice": _twice}
-BEST = "shots"
+BEST = "quoting"
 """The best of them on the dev split (docs/experiments.md)."""
 
 
