@@ -15,9 +15,11 @@ from conftest import make_model, make_tokenizer
 from loracast.base import Base
 from loracast.chat import encode_text
 from loracast.describe import TaskCaster, load_caster
+from loracast.encoders.context import ContextEncoder
 from loracast.encoders.description import DescriptionReader
 from loracast.errors import ConfigError, EncoderError
-from loracast.hypernets.reading import ReadingToLoRA, ReadingToLoRAConfig
+from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+from loracast.hypernets.reading import ReadingToLoRA, ReadingToLoRAConfig, with_memory
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.inject import inject
 from loracast.lora import LoRA
@@ -126,6 +128,81 @@ def test_it_knows_what_is_far(base):
     hypernet.know(reader(TEXTS))
     same, other = hypernet.distances(reader([TEXTS[0], "zq vv kk"]))
     assert same < 1e-5 < other and hypernet.usual_distance() > 0
+
+
+def with_tiny_memory(base: Base) -> tuple[ReadingToLoRA, DocToLoRA]:
+    """A hypernetwork that took the memory of one for documents, and the latter."""
+    torch.manual_seed(2)
+    rows = target_from_config(base.model.config, ("o_proj",), (1, 3)).rows
+    config = DocToLoRAConfig.for_target(
+        target_from_config(base.model.config, ("down_proj",)), 96, reader_layers=(2,), rank=2, width=16, n_heads=2, n_kv_heads=2,
+        head_dim=8, lead_in=(5,), d_values=48, memory_modules=rows, memory_rank=6, memory_question_rank=4,
+    )  # fmt: skip
+    doc = DocToLoRA(config)
+    doc.feature_mean.normal_(std=0.1)
+    for name, value in doc.memory.named_parameters():
+        value.data.normal_(std=0.02 if name == "scale" else 0.3)
+    hypernet = make(base)
+    hypernet.know(DescriptionReader(base, hypernet.config)(TEXTS))
+    return with_memory(hypernet, doc).eval().requires_grad_(False), doc.requires_grad_(False)
+
+
+def test_a_memory_is_that_of_the_documents_and_starts_without_a_word(base):
+    hypernet, doc = with_tiny_memory(base)
+    plain = make(base)
+    plain.know(DescriptionReader(base, plain.config)(TEXTS))
+    conditions = DescriptionReader(base, hypernet.config)(TEXTS)
+    before = plain(DescriptionReader(base, plain.config)(TEXTS))
+    for name, pair in hypernet(conditions).factors.items():
+        torch.testing.assert_close(
+            pair.b @ pair.a, before.factors[name].b @ before.factors[name].a, atol=1e-5, rtol=1e-5
+        )
+
+    hypernet.memory_gain.fill_(0.01)
+    hypernet.gate[-1].weight.zero_()
+    hypernet.gate[-1].bias.fill_(200.0)  # wide open
+    made = hypernet(conditions)
+    for i, text in enumerate(TEXTS):
+        ids = torch.tensor([encode_text(base.tokenizer, text)])
+        read = ContextEncoder.for_hypernet(base, doc)(ids)
+        starts = conditions[i, None, : ids.shape[1], 48:96]  # replies begin otherwise than answers about documents
+        standard = (read.states - doc.feature_mean) / doc.feature_std
+        a, b, _ = doc.memory(standard, dataclasses.replace(read, starts=starts), torch.ones_like(ids, dtype=torch.bool))
+        for module, (name, *_) in enumerate(hypernet.config.memory_modules):
+            pair = made.factors[name]
+            assert pair.a.shape[1] == hypernet.config.lora_rank == 5 + 6
+            found = pair.b[i, :, 5:] @ pair.a[i, 5:]
+            torch.testing.assert_close(found, 0.01 * 30 * b[0, module].T @ a[0, module], atol=1e-4, rtol=1e-3)
+            assert found.abs().max() > 1e-3
+
+
+def test_a_memory_that_does_not_fit_is_refused(base):
+    hypernet, doc = with_tiny_memory(base)
+    with pytest.raises(ConfigError, match="has a memory already"):
+        with_memory(hypernet, doc)
+    with pytest.raises(ConfigError, match="same width"):
+        with_memory(make(base, reader_layer=1), doc)
+    without = DocToLoRA(dataclasses.replace(doc.config, memory_modules=()))
+    with pytest.raises(ConfigError, match="no memory to start from"):
+        with_memory(make(base), without)
+
+
+def test_a_memory_is_trained_with_the_rest_and_kept(base, tmp_path):
+    _, doc = with_tiny_memory(base)
+    save_pretrained(doc, tmp_path / "doc", base.fingerprint, storage="float32")
+    settings = dataclasses.replace(
+        recipe(),
+        kinds=("o_proj", "down_proj"),
+        hypernetwork={**TINY, "lead_in": (5,)},
+        training=TrainConfig(steps=6, lr=5e-3, warmup_steps=1, bf16=False),
+    )
+    tasks = read_tasks(write_suite(tmp_path))
+    train_text(base, settings, tasks, tmp_path / "run", memory_from=tmp_path / "doc")
+    hypernet, _ = from_pretrained(tmp_path / "run", ReadingToLoRA)
+    assert hypernet.memory_gain != 0 and hypernet.config.memory_modules == doc.config.memory_modules
+    assert not torch.equal(hypernet.memory.query.weight, doc.memory.query.weight)
+    for conditions in (hypernet.constant(), hypernet.meaningless(3, torch.Generator().manual_seed(0))):
+        assert hypernet(conditions).squared_norms().isfinite().all()
 
 
 def test_kept_and_read_again(base, tmp_path):

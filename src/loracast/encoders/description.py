@@ -27,13 +27,21 @@ class DescriptionReader:
     def __init__(self, base: Base, config: ReadingToLoRAConfig):
         self.name, self.d_text = config.encoder, config.d_text
         self._base = base
-        self._encoder = ContextEncoder(base.model, (config.reader_layer,), with_values=True, lead_in=config.lead_in)
+        self._encoder = ContextEncoder(
+            base.model,
+            (config.reader_layer,),
+            with_values=True,
+            lead_in=config.lead_in,
+            key_modules=[name for name, *_ in config.memory_modules],
+            tokenizer=base.tokenizer,
+        )
         self._d_state = config.d_state
         self._starts: dict[int, int] = {}
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """n texts -> for each of t tokens its state, its value and 1 where it is real [n, t, d_text], fp32.
+        """n texts -> for each of t tokens [n, t, d_text], fp32: its state, what makes the base begin an answer with it, for a memory what makes the base
+        say it and what enters the memory's modules there, and 1 where it is real.
 
         Raises:
             EncoderError: a text is too long.
@@ -48,8 +56,11 @@ class DescriptionReader:
         for start in range(0, len(order), _TEXTS_AT_ONCE):
             some = order[start : start + _TEXTS_AT_ONCE]
             ids, real = pad_right([rows[i] for i in some], self._base.pad_id)
-            states = self._encoder(ids.to(self._base.device)).states[..., : self._d_state].float()
+            features = self._encoder(ids.to(self._base.device))
+            states, own = features.states.float().split(self._d_state, dim=-1)
             starts = start_ids(self._base.tokenizer, ids, encode_text, self._starts)  # as an answer is written
-            values = self._encoder.values(starts.to(self._base.device))
-            conditions[some, : ids.shape[1]] = torch.cat([states, values, real[..., None].to(states)], dim=-1)
+            columns = [states, self._encoder.values(starts.to(self._base.device))]
+            if features.keys is not None:
+                columns += [own, features.keys.float().transpose(1, 2).flatten(2)]
+            conditions[some, : ids.shape[1]] = torch.cat([*columns, real[..., None].to(states)], dim=-1)
         return conditions

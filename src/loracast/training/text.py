@@ -28,7 +28,8 @@ from loracast.encoders.description import DescriptionReader
 from loracast.encoders.text import DEFAULT_ENCODER, TextEncoder, load_text_encoder
 from loracast.errors import ConfigError
 from loracast.files import file_sha256
-from loracast.hypernets.reading import ReadingToLoRA, ReadingToLoRAConfig
+from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.reading import ReadingToLoRA, ReadingToLoRAConfig, with_memory
 from loracast.hypernets.store import OfDescriptions, architecture_of
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora import LoRABatch
@@ -94,7 +95,10 @@ class TextRecipe:
 READING = "reading"
 """The variant that is a hypernetwork of its own."""
 _OURS = ("kinds", "layers", "encoder")  # of the table [hypernetwork]
-_GIVEN = {"modules", "d_text", "d_state", "n_known"}  # of the configs: not a recipe's to say
+_GIVEN = {"modules", "d_text", "d_state", "n_known"} | {
+    name for name in keys_of(ReadingToLoRAConfig) if name.startswith("memory_")
+}
+"""Keys of the configs that a recipe does not say."""
 _BY_EXAMPLES = ("size_weight", "calm_weight", "contrast_weight", "contrast_examples")  # of the table [objective]
 _BY_ORACLES = ("match",)
 
@@ -160,6 +164,7 @@ def train_text(
     oracles: Path | None = None,
     init_from: Path | None = None,
     shared_from: Path | None = None,
+    memory_from: Path | None = None,
     command: str = "",
     workers: Workers | None = None,
     on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
@@ -172,6 +177,7 @@ def train_text(
         init_from: a hypernetwork folder whose weights a fresh run starts from (its config is used, and the recipe's
             `[hypernetwork]` table must be empty).
         shared_from: folder of a LoRA trained on all tasks (`train_multitask`), as which a fresh run's factors that all descriptions share start.
+        memory_from: folder of a hypernetwork for documents whose associative memory a fresh run of the variant `reading` starts with.
         command: kept in the checkpoint's provenance.
 
     Returns:
@@ -185,6 +191,10 @@ def train_text(
         hypernet = start_from(init_from, found, base, recipe.asked | recipe.hypernetwork.keys())
     else:
         hypernet = build_text_hypernet(base, recipe)
+    if memory_from is not None:
+        if not isinstance(hypernet, ReadingToLoRA):
+            raise ConfigError("only the variant 'reading' can take a memory")
+        hypernet = with_memory(hypernet, start_from(memory_from, DocToLoRA, base, ()))
     encoder = encoder_of(hypernet, base)
     if shared_from is not None:
         hypernet.start_shared_from(read_oracle(shared_from, base.fingerprint))
@@ -214,6 +224,8 @@ def train_text(
     }
     if shared_from is not None:
         about["shared_from_sha256"] = file_sha256(shared_from / "adapter_model.safetensors")
+    if memory_from is not None:
+        about["memory_from_sha256"] = file_sha256(memory_from / "model.safetensors")
     if oracles is not None:
         about["oracles_sha256"] = library_sha256(source.tasks, oracles)
     return train_hypernet(
