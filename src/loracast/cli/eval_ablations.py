@@ -19,7 +19,8 @@ def ablations(
     out: Out,
     recipe: Annotated[Path, typer.Argument(help="Recipe of `loracast train doc`, without a checkpoint to start from.")],
     variants: Annotated[
-        Path, typer.Argument(help='TOML file: a table [variants] of "name" = ["hypernetwork.rank=16", ...].')
+        Path,
+        typer.Argument(help='TOML file whose table `variants` has lines such as "rank 16" = ["hypernetwork.rank=16"].'),
     ],
     documents: Annotated[
         list[str] | None, typer.Option(help="Documents with questions: JSONL(.gz) rows. Repeatable.")
