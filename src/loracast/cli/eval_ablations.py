@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from loracast.cli import options
 from loracast.cli.eval_common import Out, names, numbers, show
 from loracast.cli.output import progress_bar
 from loracast.cli.session import loading
-from loracast.cli.train import Unrelated, seconds
+from loracast.cli.train import OptionalDocuments, Unrelated, overrides_of
 
 
 def ablations(
@@ -22,9 +21,7 @@ def ablations(
         Path,
         typer.Argument(help='TOML file whose table `variants` has lines such as "rank 16" = ["hypernetwork.rank=16"].'),
     ],
-    documents: Annotated[
-        list[str] | None, typer.Option(help="Documents with questions: JSONL(.gz) rows. Repeatable.")
-    ] = None,
+    documents: OptionalDocuments = None,
     held_out: Annotated[
         list[str] | None,
         typer.Option(
@@ -50,13 +47,13 @@ def ablations(
 ) -> None:
     """Which choices pay: variants of a recipe, each trained from nothing for the same time, then measured on documents that none has seen."""
     from loracast.evaluation.ablations import AblationConfig, read_variants, run_ablations
+    from loracast.training.recipe import file_overrides
 
-    files = {"documents": documents, "texts": texts, "unrelated": unrelated}
-    overrides = [*(change or []), *(f"data.{key}={json.dumps(given)}" for key, given in files.items() if given)]
+    files = file_overrides(documents=documents, texts=texts, unrelated=unrelated)
     config = AblationConfig(
         recipe=str(recipe),
         variants=read_variants(variants),
-        overrides=(*overrides, f"training.budget_s={seconds(budget)}"),
+        overrides=(*overrides_of(change, budget), *files),
         held_out=tuple(held_out or ()),
         held_out_sources=names(held_out_sources),
         kinds=names(kinds),  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -181,10 +180,9 @@ def forced(
     """Teacher-forced, in minutes: which tokens of the answers would be right, on episodes like those of the training. To choose between settings."""
     from loracast.evaluation.forced import ForcedConfig, evaluate_forced
     from loracast.training.doc import read_recipe
+    from loracast.training.recipe import file_overrides
 
-    files = {"texts": texts, "documents": documents}
-    overrides = [*(change or []), *(f"data.{key}={json.dumps(given)}" for key, given in files.items() if given)]
-    data = read_recipe(recipe, overrides).data
+    data = read_recipe(recipe, [*(change or []), *file_overrides(texts=texts, documents=documents)]).data
     config = ForcedConfig(data=data, kinds=names(kinds), steps=steps)  # type: ignore[arg-type]
     model = open_model(base, hypernetwork, None, device)
     with progress_bar("steps") as progress:

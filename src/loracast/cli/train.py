@@ -40,6 +40,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the last metrics as 
 Tasks = Annotated[Path, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")]
 _documents = typer.Option("--documents", help="Documents with questions: JSONL(.gz) rows. Repeatable.")
 Documents = Annotated[list[str], _documents]
+OptionalDocuments = Annotated[list[str] | None, _documents]
 Unrelated = Annotated[
     list[str] | None,
     typer.Option(help="Questions that have nothing to do with what is learned, for no harm: JSONL(.gz). Repeatable."),
@@ -60,7 +61,7 @@ def doc(
     texts: Annotated[
         list[str] | None, typer.Option(help="Prose that needles hide in: JSONL(.gz) or text. Repeatable.")
     ] = None,
-    documents: Annotated[list[str] | None, _documents] = None,
+    documents: OptionalDocuments = None,
     unrelated: Unrelated = None,
     teacher: Annotated[
         Path | None,
@@ -81,11 +82,10 @@ def doc(
     """
     from loracast.training.doc import read_recipe, train_doc
     from loracast.training.reader import read_reader
+    from loracast.training.recipe import file_overrides
 
-    overrides = _overrides(change, budget) + ([f"data.texts={json.dumps(texts)}"] if texts else [])
-    overrides += [f"data.documents={json.dumps(documents)}"] if documents else []
-    overrides += [f"data.unrelated={json.dumps(unrelated)}"] if unrelated else []
-    settings = read_recipe(recipe, overrides)
+    files = file_overrides(texts=texts, documents=documents, unrelated=unrelated)
+    settings = read_recipe(recipe, [*overrides_of(change, budget), *files])
     command = _command("doc", recipe, change, init_from)
 
     def run(loaded, workers, on_metrics):
@@ -131,7 +131,7 @@ def text(
     from loracast.tasks import read_tasks
     from loracast.training.text import read_text_recipe, train_text
 
-    settings = read_text_recipe(recipe, _overrides(change, budget))
+    settings = read_text_recipe(recipe, overrides_of(change, budget))
     found = read_tasks(tasks)
     command = _command("text", recipe, change, init_from) + (f" --oracles {oracles.name}" if oracles else "")
     command += f" --shared-from {shared_from.name}" if shared_from else ""
@@ -215,9 +215,10 @@ def _train_sense(
     device: str | None,
     as_json: bool,
 ) -> None:
+    from loracast.training.recipe import file_overrides
     from loracast.training.sense import read_sense_recipe, train_sense
 
-    overrides = _overrides(change, budget) + ([f"data.unrelated={json.dumps(unrelated)}"] if unrelated else [])
+    overrides = [*overrides_of(change, budget), *file_overrides(unrelated=unrelated)]
     settings = read_sense_recipe(recipe, overrides)
     command = _command(what, recipe, change, init_from)
 
@@ -315,8 +316,9 @@ def reader(
 ) -> None:
     """Train one LoRA to answer questions with the document in the window: the ceiling that adapters of documents are measured by."""
     from loracast.training.reader import read_reader_recipe, train_reader
+    from loracast.training.recipe import file_overrides
 
-    settings = read_reader_recipe(recipe, [*(change or []), f"data.documents={json.dumps(documents)}"])
+    settings = read_reader_recipe(recipe, [*(change or []), *file_overrides(documents=documents)])
     loaded = _open_base(base, device)
     command = _command("reader", recipe, change, None)
     limit_s = seconds(budget) if budget else None
@@ -347,7 +349,8 @@ def _show_lora(task: str, figures: dict[str, float]) -> None:
     typer.echo(f"{task}  step {figures['step']:.0f}  {figures['elapsed_s']:.0f} s  {named}", err=True)
 
 
-def _overrides(change: list[str] | None, budget: str | None) -> list[str]:
+def overrides_of(change: list[str] | None, budget: str | None) -> list[str]:
+    """What `--set` and `--budget` change in a recipe."""
     return [*(change or []), *([f"training.budget_s={seconds(budget)}"] if budget else [])]
 
 

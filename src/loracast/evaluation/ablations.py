@@ -8,7 +8,6 @@ on where it was stopped, and two processes with other seeds may fill one folder 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,10 @@ from loracast.base import Base
 from loracast.errors import ConfigError
 from loracast.evaluation.forced import ForcedConfig, evaluate_forced
 from loracast.evaluation.report import Column, Progress, Report, environment, number, text
+from loracast.files import write_atomically
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained, weights_hash
+from loracast.manifest import name_from
 from loracast.model import Model
 from loracast.training.doc import Recipe, read_recipe, train_doc
 from loracast.training.sources import EpisodeKind
@@ -80,7 +81,7 @@ def read_variants(path: Path) -> dict[str, tuple[str, ...]]:
     for name, changes in variants.items():
         if not isinstance(changes, list) or not all(isinstance(change, str) for change in changes):
             raise ConfigError(f'{path}: the variant {name!r} must be a list of changes such as "hypernetwork.rank=16"')
-    if len({_slug(name) for name in variants}) < len(variants):
+    if len({name_from(name) for name in variants}) < len(variants):
         raise ConfigError(f"{path}: two variants would share a folder; their names must differ in letters or digits")
     return {name: tuple(changes) for name, changes in variants.items()}
 
@@ -96,7 +97,7 @@ def run_ablations(
     runs = [(variant, seed) for seed in config.seeds for variant in config.variants]
     todo: list[tuple[Path, Recipe] | None] = []
     for variant, seed in runs:
-        folder, recipe = out / _slug(variant) / f"seed-{seed}", config.recipe_of(variant, seed)
+        folder, recipe = out / name_from(variant) / f"seed-{seed}", config.recipe_of(variant, seed)
         is_done = (folder / "results.json").exists()
         if is_done and json.loads((folder / "results.json").read_bytes())["followed"] != _followed(config, recipe):
             raise ConfigError(f"{folder} holds a run of another recipe: give another --out, or remove it")
@@ -117,7 +118,7 @@ def _run(base: Base, config: AblationConfig, recipe: Recipe, folder: Path) -> No
     run = folder / "run"
     trained = train_doc(base, recipe, run)
     hypernet, _ = from_pretrained(run, DocToLoRA)
-    model = Model(base, hypernet.to(base.device).eval(), weights_hash(hypernet), folder / "library")
+    model = Model(base, hypernet.to(base.device), weights_hash(hypernet), folder / "library")
     documents = config.held_out or recipe.data.documents
     data = replace(recipe.data, documents=documents, document_sources=config.held_out_sources, unrelated=(), seed=0)
     report = evaluate_forced(model, ForcedConfig(data, config.kinds, config.steps), folder / "forced")
@@ -133,7 +134,7 @@ def _run(base: Base, config: AblationConfig, recipe: Recipe, folder: Path) -> No
         * sum(hypernet.config.ranks[m.kind] * (m.d_in + m.d_out) for m in hypernet.config.target.modules)
         / 1000,
     }
-    (folder / "results.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    write_atomically(folder / "results.json", json.dumps(figures, indent=1).encode())
 
 
 _NAMES = ("exact", "accuracy")
@@ -147,7 +148,7 @@ def _followed(config: AblationConfig, recipe: Recipe) -> dict[str, Any]:
 
 def _row(config: AblationConfig, variant: str, out: Path) -> dict[str, Any] | None:
     """The figures of a variant over its seeds: their mean, and each of them in a list."""
-    found = [json.loads(path.read_bytes()) for path in sorted(out.glob(f"{_slug(variant)}/seed-*/results.json"))]
+    found = [json.loads(path.read_bytes()) for path in sorted(out.glob(f"{name_from(variant)}/seed-*/results.json"))]
     if not found:
         return None
     row: dict[str, Any] = {"label": variant, "seeds": len(found)}
@@ -180,7 +181,3 @@ def _by_seed(key: str, header: str) -> Column:
         return f"{100 * row[key]:.1f} ({', '.join(f'{100 * value:.1f}' for value in row[f'{key}_by_seed'])})"
 
     return Column(header, form)
-
-
-def _slug(variant: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", variant.lower()).strip("-")

@@ -276,10 +276,9 @@ class DocToLoRA(nn.Module):
             return None
         factors: dict[str, Factors] = {}
         for kind, module in self.reading.items():
-            lora = cast(SharedLoRA, module)
             names = [name for name, _, of_kind, _, _ in self.config.encoder_modules if of_kind == kind]
-            for name, a, b in zip(names, lora.a.unbind(0), lora.b.unbind(0), strict=True):
-                factors[name] = Factors(a[None], b.T[None])
+            for name, (a, b) in zip(names, cast(SharedLoRA, module).factors(), strict=True):
+                factors[name] = Factors(a[None], b[None])
         return LoRABatch(1, factors, {})
 
     def latents(self, features: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loracast.lora import Factors
+
 
 def per_layer(x: Tensor, weight: Tensor) -> Tensor:
     """x [n, layers, q, w] times each layer's own weight [layers, w, d] -> [n, layers, q, d], as one matmul a layer.
@@ -122,3 +124,7 @@ class SharedLoRA(nn.Module):
         super().__init__()
         self.a = nn.Parameter(torch.randn(n_layers, rank, d_in) * 0.2 / (d_in * rank) ** 0.5)
         self.b = nn.Parameter(torch.zeros(n_layers, rank, d_out))
+
+    def factors(self) -> list[Factors]:
+        """Of each module A [r, in] and B [out, r], views."""
+        return [Factors(a, b.T) for a, b in zip(self.a.unbind(0), self.b.unbind(0), strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -86,6 +87,11 @@ def read_recipe_as(
         training=TrainConfig(**tables["training"]),
         asked=frozenset(options),
     )
+
+
+def file_overrides(**files: Sequence[str] | None) -> list[str]:
+    """Overrides that name the data's files: those of `data.texts` for `texts=`, and so on; none where none are given."""
+    return [f"data.{key}={json.dumps(list(given))}" for key, given in files.items() if given]
 
 
 def keys_of(config: type) -> set[str]:

@@ -61,8 +61,8 @@ def document_independent(setup: Setup) -> LoRA:
     for kind in hypernet.config.target.kinds:
         if shared := hypernet.shared(kind):
             of_kind = hypernet.config.target.of_kind(kind)
-            for module, a, b in zip(of_kind, shared.a.detach(), shared.b.detach(), strict=True):
-                factors[module.name] = Factors(a.to(torch.bfloat16), b.T.to(torch.bfloat16))
+            for module, (a, b) in zip(of_kind, shared.factors(), strict=True):
+                factors[module.name] = Factors(a.detach().to(torch.bfloat16), b.detach().to(torch.bfloat16))
     return LoRA(factors)
 
 
