@@ -107,3 +107,9 @@ def test_the_variants_of_the_repository_can_be_read():
     config = AblationConfig(str(recipes / "doc-ablation.toml"), variants, ('data.documents=["x"]',), ("y",))
     ranks = [config.recipe_of(name, 0).hypernetwork.get("rank") for name in variants]
     assert ranks[:3] == [None, 16, 32]
+    assert list(read_variants(recipes / "doc-ablation-variants.toml", ["rank 32", "as it ships"])) == [
+        "rank 32",
+        "as it ships",
+    ]
+    with pytest.raises(ConfigError, match="no variants called rank 33"):
+        read_variants(recipes / "doc-ablation-variants.toml", ["rank 33"])

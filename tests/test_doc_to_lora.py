@@ -22,6 +22,7 @@ from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.store import average, from_pretrained, save_pretrained
 from loracast.inject import inject
 from loracast.lora import LoRA, LoRABatch, concat
+from loracast.merging import told_apart
 from loracast.target import target_from_config
 from published import DOC_TO_LORA, doc_to_lora, read_checkpoint
 
@@ -204,10 +205,30 @@ def test_beyond_the_limit_the_perceivers_factors_are_averaged_and_the_memorys_ad
         make(most_summed_chunks=0)
 
 
+def test_with_a_ridge_only_the_memorys_keys_of_several_chunks_change():
+    features = make_features(make("memory"), 6)
+    free, apart = (make("memory", memory_merge_ridge=ridge) for ridge in (None, 3.0))
+    torch.testing.assert_close(*(deltas(row(loras(net, features), 4)) for net in (free, apart)))
+    one, other = (row(loras(net, features, None, 3), 1) for net in (free, apart))
+    a, b = free.cast(features)[0]["o_proj"]
+    keys = told_apart(*(side[3:].transpose(0, 1) for side in (a, b)), 3.0)  # [modules, chunks, r, in]
+    for name in one.names:
+        if "o_proj" in name:
+            module = [m[0] for m in MEMORY].index(name)
+            expected = sum(b[3 + i, module].T @ keys[module, i] for i in range(3))
+            torch.testing.assert_close(other.delta(name), expected, atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(other.delta(name), one.delta(name), atol=1e-2)
+        else:
+            torch.testing.assert_close(other.delta(name), one.delta(name))
+    for settings in ({"variant": "memory", "memory_merge_ridge": 0.0}, {"memory_merge_ridge": 3.0}):
+        with pytest.raises(ConfigError, match="memory_merge_ridge"):
+            make(**settings)
+
+
 def test_rank_latents_have_length_one_and_the_scale_multiplies_b_alone():
     hypernet = make()
     features = make_features(hypernet)
-    latents = hypernet.latents(features.states)
+    latents = hypernet.latents(features.states).latents
     torch.testing.assert_close(latents.norm(dim=-1), torch.ones(3, 4, 2))
     doubled = DocToLoRA(dataclasses.replace(hypernet.config, scale=2 * hypernet.config.scale))
     doubled.load_state_dict(hypernet.state_dict())

@@ -20,13 +20,14 @@ from loracast.files import file_sha256
 from loracast.manifest import VERSION_DIGITS, Manifest
 from loracast.routing import read_chunks
 from loracast.storage import SCALE, restored
-from loracast.target import Target, share_of_sum
+from loracast.target import Target
 from loracast.tensor_file import number_faults, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from loracast.lora import LoRA
+    from loracast.merging import Merging
 
 FACTORS = "factors.safetensors"
 Recast = Callable[[Sequence[str]], "dict[str, Tensor]"]
@@ -103,7 +104,7 @@ class Adapter:
         rows = self.rows(wanted, document_independent=document_independent)
         if damaged := number_faults(rows.items()):
             raise AdapterError(f"the factors of {self.name!r} are damaged: {'; '.join(damaged)}")
-        lora = join_chunks(self.manifest.target, rows, self.manifest.most_summed, weights)
+        lora = join_chunks(self.manifest.target, rows, self.manifest.merging, weights)
         if len(self._loras) >= 8:
             self._loras.pop(next(iter(self._loras)))
         self._loras[key] = lora
@@ -226,14 +227,9 @@ def _shapes(m: Manifest, stored: Mapping[str, Sequence[int]]) -> dict[str, list[
 
 
 def join_chunks(
-    target: Target,
-    rows: Mapping[str, Tensor],
-    most_summed: Mapping[str, int],
-    weights: Sequence[float] | None = None,
+    target: Target, rows: Mapping[str, Tensor], merging: Merging, weights: Sequence[float] | None = None
 ) -> LoRA:
-    """The LoRA of chunks: their factors merged along the rank, the document-independent ones, if any, once.
-
-    Of kinds with a limit the chunks beyond it do not add up (`Manifest.most_summed`).
+    """The LoRA of chunks: their factors merged, the document-independent ones, if any, once.
 
     Args:
         rows: named as in factors.safetensors: "down_proj.a" [chunks, layers, r, in], "down_proj.shared.a" [layers, r, in].
@@ -245,17 +241,13 @@ def join_chunks(
 
     joined: dict[str, Factors] = {}
     for kind in target.kinds:
-        sides = []
-        share = share_of_sum(most_summed, kind, rows[f"{kind}.b"].shape[0])
-        for side in ("a", "b"):
-            of_chunks = rows[f"{kind}.{side}"]
-            if side == "b" and weights is not None:
-                of_chunks = of_chunks * torch.tensor(weights).to(of_chunks)[:, None, None, None]
-            merged = of_chunks.transpose(0, 1).flatten(1, 2)  # [layers, chunks * r, d]
-            if side == "b" and share < 1:
-                merged = merged * share
-            shared = rows.get(f"{kind}.shared.{side}")
-            sides.append(merged if shared is None else torch.cat([merged, shared], dim=1))
+        a, b = (rows[f"{kind}.{side}"].transpose(0, 1) for side in ("a", "b"))  # [layers, chunks, r, d]
+        if weights is not None:
+            b = b * torch.tensor(weights).to(b)[:, None, None]
+        sides = list(merging.join(kind, a, b))  # [layers, chunks * r, d]
+        for i, side in enumerate(("a", "b")):
+            if (shared := rows.get(f"{kind}.shared.{side}")) is not None:
+                sides[i] = torch.cat([sides[i], shared], dim=1)
         for layer, module in enumerate(target.of_kind(kind)):
             joined[module.name] = Factors(sides[0][layer], sides[1][layer].T)
     return concat([LoRA(joined)])

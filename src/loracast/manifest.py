@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from loracast.errors import AdapterError
 from loracast.files import write_atomically
 from loracast.fingerprint import Fingerprint
+from loracast.merging import Merging
 from loracast.storage import STORAGE, Storage
 from loracast.target import Target, TargetModule
 
@@ -59,6 +61,8 @@ class Manifest:
     """What it was made from."""
     most_summed: dict[str, int] = field(default_factory=dict)
     """By module kind, chunks up to which factors add up when merged; those of K more count this / K each."""
+    merge_ridges: dict[str, float] = field(default_factory=dict)
+    """By module kind, the ridge with which chunks are told apart when merged (merging.py)."""
     storage: Storage = "bf16"
     """How the factors are kept."""
     strength: float = 1.0
@@ -69,12 +73,19 @@ class Manifest:
         return Target(tuple(TargetModule(*module) for module in self.modules))
 
     @property
+    def merging(self) -> Merging:
+        """How its chunks become one LoRA."""
+        return Merging(self.most_summed, self.merge_ridges)
+
+    @property
     def version(self) -> str:
         """Hash of what the adapter is and what it was made from; not of its name, nor of when and how fast it was made."""
         named_apart = ("name", "created", "learn_s", "chunks_sha256")
         kept = {key: value for key, value in asdict(self).items() if key not in named_apart}
         if self.storage == "bf16":  # as it was before there were others
             del kept["storage"]
+        if not self.merge_ridges:
+            del kept["merge_ridges"]
         return _hash(kept)
 
     @property
@@ -115,6 +126,8 @@ class Manifest:
             ]
             if not manifest.modules or min(sizes) < 1:
                 raise ValueError("it targets nothing, or a size in it is not positive")
+            if not all(0 < ridge < math.inf for ridge in dict(manifest.merge_ridges).values()):
+                raise ValueError("a ridge in it is not a positive number")
             if unknown := set(manifest.target.kinds) ^ {module.kind for module in manifest.target.modules}:
                 raise ValueError(f"unknown module kinds {sorted(unknown)}")
             if manifest.kind not in get_args(AdapterKind):

@@ -5,7 +5,7 @@ No weights are read here: a hypernetwork for a 70B base can be built and run on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,11 +77,6 @@ def problems_of(rows: Sequence[tuple[str, int, str, int, int]]) -> list[str]:
     if len({row[2:] for row in rows}) != len(kinds):
         problems.append("the modules of one kind must have the same shape in every layer")
     return problems
-
-
-def share_of_sum(most_summed: Mapping[str, int], kind: str, n_chunks: int) -> float:
-    """What the factors of each of `n_chunks` merged chunks count: 1 while they add up, less where a kind has a limit that they exceed."""
-    return min(1.0, most_summed.get(kind, n_chunks) / n_chunks)
 
 
 def text_config(config: Any) -> Any:

@@ -21,6 +21,7 @@ def ablations(
         Path,
         typer.Argument(help='TOML file whose table `variants` has lines such as "rank 16" = ["hypernetwork.rank=16"].'),
     ],
+    only: Annotated[list[str] | None, typer.Option(help="Of the variants only this one. Repeatable.")] = None,
     documents: OptionalDocuments = None,
     held_out: Annotated[
         list[str] | None,
@@ -52,7 +53,7 @@ def ablations(
     files = file_overrides(documents=documents, texts=texts, unrelated=unrelated)
     config = AblationConfig(
         recipe=str(recipe),
-        variants=read_variants(variants),
+        variants=read_variants(variants, only or ()),
         overrides=(*overrides_of(change, budget), *files),
         held_out=tuple(held_out or ()),
         held_out_sources=names(held_out_sources),

@@ -63,11 +63,14 @@ class AblationConfig:
         return read_recipe(Path(self.recipe), own)
 
 
-def read_variants(path: Path) -> dict[str, tuple[str, ...]]:
+def read_variants(path: Path, only: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
     """The table `[variants]` of a TOML file: a name and a list of changes each.
 
+    Args:
+        only: names of those that are wanted, in this order; all if empty.
+
     Raises:
-        ConfigError: the file cannot be read or has another form.
+        ConfigError: the file cannot be read or has another form, or has no variant of such a name.
     """
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -83,7 +86,9 @@ def read_variants(path: Path) -> dict[str, tuple[str, ...]]:
             raise ConfigError(f'{path}: the variant {name!r} must be a list of changes such as "hypernetwork.rank=16"')
     if len({name_from(name) for name in variants}) < len(variants):
         raise ConfigError(f"{path}: two variants would share a folder; their names must differ in letters or digits")
-    return {name: tuple(changes) for name, changes in variants.items()}
+    if unknown := [name for name in only if name not in variants]:
+        raise ConfigError(f"{path} has no variants called {', '.join(unknown)}; there are {', '.join(variants)}")
+    return {name: tuple(variants[name]) for name in only or variants}
 
 
 def run_ablations(

@@ -33,7 +33,7 @@ class InMemoryAdapter:
         self.chunks = split_document(model.base, self.document, max_chunk_tokens)
         self._index = sqlite3.connect(":memory:")
         write_index(self._index, self.chunks)
-        self._target, self._most_summed = model.hypernet.config.target, model.hypernet.config.most_summed
+        self._target, self._merging = model.hypernet.config.target, model.hypernet.config.merging
         self._shared = {name: value.bfloat16() for name, value in shared_factors(model.hypernet).items()}
         self._factors: dict[str, Tensor] = {}  # "down_proj.a" [chunks, layers, r, in], rows filled by `put`
         self._storage = storage
@@ -79,10 +79,10 @@ class InMemoryAdapter:
         wanted = sorted(set(range(len(self.chunks)) if chunks is None else chunks))
         weights = [chunks[i] for i in wanted] if isinstance(chunks, Mapping) else None
         if len(wanted) == len(self.chunks):
-            return join_chunks(self._target, self._factors | common, self._most_summed, weights)
+            return join_chunks(self._target, self._factors | common, self._merging, weights)
         picked = torch.tensor(wanted)
         rows = {name: value.index_select(0, picked.to(value.device)) for name, value in self._factors.items()}
-        return join_chunks(self._target, rows | common, self._most_summed, weights)
+        return join_chunks(self._target, rows | common, self._merging, weights)
 
     def close(self) -> None:
         self._index.close()

@@ -24,7 +24,8 @@ from loracast.hypernets.heads import FactorHead, LatentMLP, SharedLoRA, ValuePoi
 from loracast.hypernets.memory import AssociativeMemory, Writes
 from loracast.hypernets.perceiver import GatedMLP, Perceiver, Queries
 from loracast.lora import Factors, LoRABatch
-from loracast.target import KINDS, Target, TargetModule, problems_of, share_of_sum
+from loracast.merging import Merging
+from loracast.target import KINDS, Target, TargetModule, problems_of
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class DocToLoRAConfig:
     """Chunks of one document up to which the Perceiver's factors add up; those of K more count this / K each. None for no limit.
 
     What all of them have in common would grow with the document and drown what the memory, which is never scaled, has found."""
+    memory_merge_ridge: float | None = None
+    """Ridge with which the memory's keys are told apart where chunks are merged (merging.py); None: they are not."""
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -142,6 +145,8 @@ class DocToLoRAConfig:
                 problems.append("encoder_modules need an encoder_rank of at least 1, and the base as the encoder")
         if self.most_summed_chunks is not None and self.most_summed_chunks < 1:
             problems.append("most_summed_chunks must be at least 1")
+        if self.memory_merge_ridge is not None and not (self.memory_modules and self.memory_merge_ridge > 0):
+            problems.append("memory_merge_ridge must be above 0, and there must be a memory")
         if problems:
             raise ConfigError("bad DocToLoRAConfig: " + "; ".join(problems))
 
@@ -164,9 +169,13 @@ class DocToLoRAConfig:
         return {kind: others.get(kind, self.rank) for kind in self.target.kinds}
 
     @property
-    def most_summed(self) -> dict[str, int]:
-        """`most_summed_chunks` by the kinds that it is for."""
-        return {} if self.most_summed_chunks is None else dict.fromkeys(self.kinds, self.most_summed_chunks)
+    def merging(self) -> Merging:
+        """How the chunks of a document become one LoRA."""
+        most, ridge = self.most_summed_chunks, self.memory_merge_ridge
+        return Merging(
+            {} if most is None else dict.fromkeys(self.kinds, most),
+            {} if ridge is None else {self.memory_modules[0][2]: ridge},
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -184,6 +193,15 @@ class DocToLoRAConfig:
 
 ChunkFactors = dict[str, tuple[Tensor, Tensor]]
 """By module kind, A [n, modules, r, in] and B rows [n, modules, r, out] of n chunks."""
+
+
+class RankCodes(NamedTuple):
+    """With the heads, all that a chunk's LoRA needs, but for the memory."""
+
+    latents: Tensor
+    """[n, layers, kinds * r, w], of length 1."""
+    pointed: dict[str, Tensor]
+    """By kind that copies values, those that its latents point to [n, layers, r, d_values]."""
 
 
 class Cast(NamedTuple):
@@ -281,15 +299,12 @@ class DocToLoRA(nn.Module):
                 factors[name] = Factors(a[None], b[None])
         return LoRABatch(1, factors, {})
 
-    def latents(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The rank codes of chunks: with the heads they are all that a chunk's LoRA needs, but for the memory.
+    def latents(self, features: Tensor, mask: Tensor | None = None) -> RankCodes:
+        """The rank codes of chunks.
 
         Args:
             features: the states [n, t, d], or [n, layers, t, d] when each layer reads features of its own.
             mask: [n, t], true where a token is real.
-
-        Returns:
-            [n, layers, kinds * rank, width (+ d_values)]: rank latents of length 1 and, with values, those they point to.
         """
         c = self.config
         n, n_layers = features.shape[0], len(c.layers)
@@ -306,40 +321,37 @@ class DocToLoRA(nn.Module):
         latents = latents.view(n, n_layers, len(c.kinds) * c.rank, c.width)
         for mlp in self.latent_mlps:
             latents = mlp(latents)
-        latents = functional.normalize(latents.float(), dim=-1)
-        return latents if pointed is None else torch.cat([latents, pointed.view(*latents.shape[:3], -1)], dim=-1)
+        return RankCodes(functional.normalize(latents.float(), dim=-1), pointed)
 
-    def _pointed(self, latents: Tensor, standard: Tensor, features: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The values [n, q, d_values] that each rank latent [n, q, w] points to; zero for kinds that copy nothing."""
+    def _pointed(self, latents: Tensor, standard: Tensor, features: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """By kind that copies values, those that its rank latents (of all kinds [n, q, w]) point to."""
         c = self.config
         if not self.pointers:
-            return None
+            return {}
         by_kind = latents.unflatten(1, (-1, len(c.kinds), c.rank)).unbind(2)  # [n, layers, r, w] each
         values = features[..., -c.d_values :].float()  # [n, t, d_values]
-        pooled = []
+        pooled = {}
         for kind, part in zip(c.kinds, by_kind, strict=True):
             if kind in self.pointers:
                 weights = self.pointer(kind).weights(part.flatten(1, 2), standard, mask)  # [n, layers * r, t]
-                pooled.append((weights @ values).view(*part.shape[:3], -1))
-            else:
-                pooled.append(values.new_zeros(*part.shape[:3], c.d_values))
-        return torch.stack(pooled, dim=2).flatten(1, 3)
+                pooled[kind] = (weights @ values).view(-1, len(c.layers), c.rank, c.d_values)
+        return pooled
 
-    def expand(self, codes: Tensor) -> ChunkFactors:
+    def expand(self, codes: RankCodes) -> ChunkFactors:
         """Rank codes -> by kind, A [n, layers, r, in] and B [n, layers, r, out] (B's rows are the columns of the factor).
 
         In fp32; in bf16, as they are kept, where that is the autocast type and no gradient is wanted.
         """
         c = self.config
-        in_bf16 = not torch.is_grad_enabled() and torch.is_autocast_enabled(codes.device.type)
+        in_bf16 = not torch.is_grad_enabled() and torch.is_autocast_enabled(codes.latents.device.type)
         dtype = torch.bfloat16 if in_bf16 else torch.float32
-        by_kind = codes.unflatten(2, (len(c.kinds), c.rank)).unbind(2)
+        by_kind = codes.latents.unflatten(2, (len(c.kinds), c.rank)).unbind(2)
         pairs: ChunkFactors = {}
         for kind, part in zip(c.kinds, by_kind, strict=True):
-            a, b = self.head(kind)(part[..., : c.width])
-            if kind in self.pointers:
-                b = b + part[..., c.width :] * self.pointer(kind).scaler
-            pairs[kind] = (a.to(dtype), (b * c.scale).to(dtype))
+            a, b = self.head(kind)(part, c.scale)
+            if kind in codes.pointed:
+                b = torch.addcmul(b, codes.pointed[kind], self.pointer(kind).scaler, value=c.scale)
+            pairs[kind] = (a.to(dtype), b.to(dtype))
         return pairs
 
     def cast(self, features: Features) -> tuple[ChunkFactors, Writes | None]:
@@ -385,20 +397,20 @@ class DocToLoRA(nn.Module):
 
         The modules are unbound once: slicing a stacked tensor inside each hook would build a full zero gradient for each.
         """
-        sides = []
-        for name, rows in (("a", a), ("b", b * share_of_sum(self.config.most_summed, kind, k))):
-            n, n_layers, rank, d = rows.shape
-            if not rank and (same := self.shared(kind)):
-                sides.append((same.a if name == "a" else same.b)[:, None].unbind(0))
-                continue
-            joined = (
-                rows.view(n // k, k, n_layers, rank, d).permute(2, 0, 1, 3, 4).reshape(n_layers, n // k, k * rank, d)
+        shared = self.shared(kind)
+        if shared and not a.shape[2]:
+            return shared.a[:, None].unbind(0), shared.b[:, None].unbind(0)
+
+        def by_document(rows: Tensor) -> Tensor:  # [n, layers, r, d] -> [layers, documents, K, r, d]
+            return rows.unflatten(0, (-1, k)).permute(2, 0, 1, 3, 4)
+
+        joined_a, joined_b = self.config.merging.join(kind, by_document(a), by_document(b))
+        if shared:
+            joined_a, joined_b = (
+                torch.cat([joined, of_all[:, None].expand(-1, joined.shape[1], -1, -1).to(joined.dtype)], dim=2)
+                for joined, of_all in ((joined_a, shared.a), (joined_b, shared.b))
             )
-            if shared := self.shared(kind):
-                of_all = shared.a if name == "a" else shared.b  # [layers, shared rank, d]
-                joined = torch.cat([joined, of_all[:, None].expand(-1, n // k, -1, -1).to(joined.dtype)], dim=2)
-            sides.append(joined.unbind(0))
-        return sides[0], sides[1]
+        return joined_a.unbind(0), joined_b.unbind(0)
 
 
 def _by_kind(modules: Sequence[tuple[str, int, str, int, int]]) -> dict[str, tuple[int, int, int]]:

@@ -66,13 +66,14 @@ class FactorHead(nn.Module):
         self.register_buffer("in_scale", torch.ones(n_layers, 1, d_in))
         self.register_buffer("out_scale", torch.ones(n_layers, 1, d_out))
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, latents: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The factors; `scale` multiplies B."""
         if hasattr(self, "weight"):
             rows = per_layer(latents, self.weight)  # [n, layers, r, in + out]
         else:
             rows = latents @ self.shared + per_layer(per_layer(latents, self.down), self.up)
         a, b = rows.split([self.d_in, self.d_out], dim=-1)
-        return a * (self.scaler_a * self.in_scale), b * (self.scaler_b * self.out_scale)
+        return a * (self.scaler_a * self.in_scale), b * (self.scaler_b * self.out_scale * scale)
 
     @torch.no_grad()
     def take_low_rank(self, other: FactorHead) -> None:

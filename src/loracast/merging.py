@@ -1,0 +1,55 @@
+"""How the chunks of a document become one LoRA: their factors are joined along the rank, so that their deltas add up. What else is done about
+chunks that get in each other's way is said here, once, for training and for adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What is done, by module kind."""
+
+    most_summed: Mapping[str, int] = field(default_factory=dict)
+    """Chunks up to which factors add up; those of K more count this / K each."""
+    ridges: Mapping[str, float] = field(default_factory=dict)
+    """Kinds whose chunks are told apart (`told_apart`), and with which ridge."""
+
+    def join(self, kind: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A [..., chunks, r, in] and B rows [..., chunks, r, out] -> [..., chunks * r, in] and [..., chunks * r, out]."""
+        n_chunks = a.shape[-3]
+        if (most := self.most_summed.get(kind, n_chunks)) < n_chunks:
+            b = b * (most / n_chunks)
+        if kind in self.ridges and n_chunks > 1:
+            a = told_apart(a, b, self.ridges[kind])
+        return a.flatten(-3, -2), b.flatten(-3, -2)
+
+
+def told_apart(a: Tensor, b: Tensor, ridge: float) -> Tensor:
+    """Keys A [..., chunks, r, in] that answer less to what another chunk's keys are there for; the more, the larger that one's B row is.
+
+    Within a chunk an associative memory solves for its keys by least squares (hypernets/memory.py). Over all chunks together that would give
+    (G + ridge)^-1 k for the keys k, where G holds their weighted cosines; each chunk by itself, G without what is between chunks. So the keys are
+    multiplied by the quotient of the two, which leaves a single chunk as it is.
+    """
+    import torch
+
+    n_chunks, rank = a.shape[-3:-1]
+    with torch.autocast(a.device.type, enabled=False):
+        keys = a.float().flatten(-3, -2)  # [..., m, in]
+        length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_min(1e-12)
+        units = keys / length
+        weight = torch.linalg.vector_norm(b.detach().float().flatten(-3, -2), dim=-1)  # [..., m]
+        weight = weight / weight.amax(-1, keepdim=True).clamp_min(1e-12)
+        together = (units @ units.mT) * (weight[..., :, None] * weight[..., None, :])
+        chunk = torch.arange(n_chunks * rank, device=a.device) // rank
+        alone = together * (chunk[:, None] == chunk)
+        ridges = ridge * torch.eye(n_chunks * rank, device=a.device)
+        keys = length * torch.linalg.solve(together + ridges, (alone + ridges) @ units)
+    return keys.to(a.dtype).view(a.shape)
