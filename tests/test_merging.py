@@ -18,8 +18,9 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
 
 
-def test_chunks_are_told_apart_as_least_squares_would_have_it():
-    a, b = draw(2, 3, 4, 16), draw(2, 3, 4, 5)  # modules, chunks, rank, width
+@pytest.mark.parametrize("d_in", [16, 7], ids=["few rows", "more rows than inputs"])
+def test_chunks_are_told_apart_as_least_squares_would_have_it(d_in):
+    a, b = draw(2, 3, 4, d_in), draw(2, 3, 4, 5)  # modules, chunks, rank, width
     found = told_apart(a, b, 3.0)
     assert found.shape == a.shape
     for module in range(2):

@@ -18,6 +18,7 @@ from loracast.base import Base
 from loracast.batching import pad_right
 from loracast.chat import encode_text, encode_with_offsets
 from loracast.documents import Chunk, Document, split_text
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.encoders.context import ContextEncoder
 from loracast.errors import DocumentError
 from loracast.library import check_free, find_made_from, give_name
@@ -106,7 +107,7 @@ def learn_document(
     library: Path,
     name: str,
     *,
-    max_chunk_tokens: int = 256,
+    max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     storage: Storage = "bf16",
     replace: bool = False,
     progress: Progress = lambda done, total: None,

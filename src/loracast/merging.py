@@ -40,16 +40,19 @@ def told_apart(a: Tensor, b: Tensor, ridge: float) -> Tensor:
     """
     import torch
 
-    n_chunks, rank = a.shape[-3:-1]
     with torch.autocast(a.device.type, enabled=False):
-        keys = a.float().flatten(-3, -2)  # [..., m, in]
+        keys = a.float()
         length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_min(1e-12)
         units = keys / length
-        weight = torch.linalg.vector_norm(b.detach().float().flatten(-3, -2), dim=-1)  # [..., m]
-        weight = weight / weight.amax(-1, keepdim=True).clamp_min(1e-12)
-        together = (units @ units.mT) * (weight[..., :, None] * weight[..., None, :])
-        chunk = torch.arange(n_chunks * rank, device=a.device) // rank
-        alone = together * (chunk[:, None] == chunk)
-        ridges = ridge * torch.eye(n_chunks * rank, device=a.device)
-        keys = length * torch.linalg.solve(together + ridges, (alone + ridges) @ units)
-    return keys.to(a.dtype).view(a.shape)
+        weight = torch.linalg.vector_norm(b.detach().float(), dim=-1, keepdim=True)  # [..., chunks, r, 1]
+        weighted = units * (weight / weight.amax((-3, -2), keepdim=True).clamp_min(1e-12))
+        alone = (weighted @ weighted.mT) @ units + ridge * units
+        weighted, alone = weighted.flatten(-3, -2), alone.flatten(-3, -2)  # [..., m, in]
+        m, d_in = weighted.shape[-2:]
+        ridges = ridge * torch.eye(min(m, d_in), device=a.device)
+        if m <= d_in:
+            found = torch.linalg.solve(weighted @ weighted.mT + ridges, alone)
+        else:  # the same (Woodbury), whose cost grows with the number of chunks and not with its cube
+            inner = torch.linalg.solve(weighted.mT @ weighted + ridges, weighted.mT @ alone)
+            found = (alone - weighted @ inner) / ridge
+    return (length * found.view(a.shape)).to(a.dtype)

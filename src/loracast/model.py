@@ -19,6 +19,7 @@ from loracast.base import DEFAULT_BASE, Base, load_base
 from loracast.chat import Message
 from loracast.describe import TaskCaster, load_caster
 from loracast.documents import Document, read_document
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.encoders.context import ContextEncoder
 from loracast.errors import HypernetworkError
 from loracast.fingerprint import check
@@ -154,7 +155,7 @@ class Model(Answerer):
         source: str | Path | BinaryIO | Document | Picture,
         name: str | None = None,
         *,
-        max_chunk_tokens: int = 256,
+        max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         storage: Storage = "bf16",
         replace: bool = False,
         progress: Progress = lambda done, total: None,

@@ -24,6 +24,7 @@ from loracast.cli.eval_common import (
 )
 from loracast.cli.output import progress_bar
 from loracast.cli.session import open_model
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.routing import DEFAULT_ROUTE
 
 
@@ -44,7 +45,7 @@ def qa(
         Path | None, typer.Option(help="LoRA of `loracast train reader`: the ceiling, with the document in the window.")
     ] = None,
     route: Route = DEFAULT_ROUTE,
-    chunk_tokens: ChunkTokens = 256,
+    chunk_tokens: ChunkTokens = DEFAULT_CHUNK_TOKENS,
     split: DocumentSplit = "test",
     seed: Seed = 0,
     hypernetwork: options.Hypernetwork = None,
@@ -92,7 +93,7 @@ def interference(
     counts: Annotated[str, typer.Option(help="Documents learned at once, with commas.")] = "0,1,4,16",
     questions: Annotated[int, typer.Option(help="Questions of each benchmark.", min=1)] = 200,
     route: Route = DEFAULT_ROUTE,
-    chunk_tokens: ChunkTokens = 256,
+    chunk_tokens: ChunkTokens = DEFAULT_CHUNK_TOKENS,
     split: DocumentSplit = "test",
     seed: Seed = 0,
     hypernetwork: options.Hypernetwork = None,
@@ -129,7 +130,7 @@ def verbatim(
     systems: Annotated[
         str, typer.Option(help="Rivals to run: none, adapter, other, window.")
     ] = "none,adapter,other,window",
-    chunk_tokens: ChunkTokens = 256,
+    chunk_tokens: ChunkTokens = DEFAULT_CHUNK_TOKENS,
     split: DocumentSplit = "test",
     seed: Seed = 0,
     hypernetwork: options.Hypernetwork = None,

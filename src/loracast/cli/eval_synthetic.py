@@ -23,6 +23,7 @@ from loracast.cli.eval_common import (
 )
 from loracast.cli.output import progress_bar
 from loracast.cli.session import open_model
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.routing import DEFAULT_ROUTE
 
 
@@ -36,7 +37,7 @@ def needle(
     depths: Annotated[str, typer.Option(help="uniform, or depths from 0 to 1 with commas.")] = "uniform",
     kind: Annotated[str, typer.Option(help="Kind of value (number4, word, person ...), or any.")] = "number4",
     route: Route = DEFAULT_ROUTE,
-    chunk_tokens: ChunkTokens = 256,
+    chunk_tokens: ChunkTokens = DEFAULT_CHUNK_TOKENS,
     storage: options.StorageOption = "bf16",
     systems: Systems = "all",
     split: Split = "test",
@@ -77,7 +78,7 @@ def facts(
     facts: Annotated[str, typer.Option(help="Facts on a sheet, with commas.")] = "5,20",
     sheets: Annotated[int, typer.Option(help="Sheets of each size; all their questions are asked.", min=1)] = 50,
     route: Route = DEFAULT_ROUTE,
-    chunk_tokens: ChunkTokens = 256,
+    chunk_tokens: ChunkTokens = DEFAULT_CHUNK_TOKENS,
     storage: options.StorageOption = "bf16",
     systems: Systems = "all",
     split: Split = "test",
@@ -134,7 +135,7 @@ def memory(
     out: Out,
     texts: Texts = None,
     lengths: Annotated[str, typer.Option(help="Tokens of a document, with commas.")] = "8192,32768,131072",
-    chunk_tokens: ChunkTokens = 256,
+    chunk_tokens: ChunkTokens = DEFAULT_CHUNK_TOKENS,
     seed: Seed = 0,
     hypernetwork: options.Hypernetwork = None,
     base: options.Base = None,

@@ -12,6 +12,7 @@ from loracast.cli import options
 from loracast.cli.folder import FolderLearner, learn_files
 from loracast.cli.output import print_json, printable, say, size
 from loracast.cli.session import learn_visibly, open_model
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from loracast.adapter import Adapter
@@ -30,7 +31,7 @@ def learn(
     again: Annotated[
         bool, typer.Option("--again", help="Of a folder, learn also what has not changed, and what failed before.")
     ] = False,
-    chunk_tokens: options.ChunkTokens = 256,
+    chunk_tokens: options.ChunkTokens = DEFAULT_CHUNK_TOKENS,
     storage: options.StorageOption = "bf16",
     base: options.Base = None,
     hypernetwork: options.Hypernetwork = None,

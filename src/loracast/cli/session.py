@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loracast.cli.output import printable, say, stderr, warn
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import BaseModelError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def learn_visibly(
     document: Document,
     name: str,
     *,
-    max_chunk_tokens: int = 256,
+    max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     storage: Storage = "bf16",
     replace: bool = False,
 ) -> Adapter:

@@ -11,6 +11,7 @@ import typer
 from loracast.cli import options
 from loracast.cli.folder import FolderLearner, learn_files, summary
 from loracast.cli.output import printable, say
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 
 _LOOK_EVERY_MS = 10_000
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of documents.", exists=True, file_okay=False)]
@@ -21,7 +22,7 @@ def sync(
     again: Annotated[
         bool, typer.Option("--again", help="Learn also what has not changed, and what failed before.")
     ] = False,
-    chunk_tokens: options.ChunkTokens = 256,
+    chunk_tokens: options.ChunkTokens = DEFAULT_CHUNK_TOKENS,
     storage: options.StorageOption = "bf16",
     base: options.Base = None,
     hypernetwork: options.Hypernetwork = None,
@@ -42,7 +43,7 @@ def sync(
 
 def watch(
     folder: Folder,
-    chunk_tokens: options.ChunkTokens = 256,
+    chunk_tokens: options.ChunkTokens = DEFAULT_CHUNK_TOKENS,
     storage: options.StorageOption = "bf16",
     base: options.Base = None,
     hypernetwork: options.Hypernetwork = None,

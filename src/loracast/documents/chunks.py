@@ -19,6 +19,8 @@ from loracast.documents.seams import INSIDE, WORD, Seam, SeamFinder
 Encode = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
 
 MIN_TOKENS = 16
+DEFAULT_CHUNK_TOKENS = 256
+"""Longest chunk by default, in tokens (measured: docs/experiments.md)."""
 _HEADING_TOKENS = 24
 _BLOCK = 16_384  # characters handed to the tokenizer at once
 _SLACK = 2  # tokens: a word at the start of a chunk has lost the space before it, and may be encoded otherwise
@@ -45,7 +47,7 @@ class Chunk:
         return f"{self.heading}\n{self.text}" if self.heading else self.text
 
 
-def split_text(text: str, encode: Encode, *, max_tokens: int = 256, title: str = "") -> list[Chunk]:
+def split_text(text: str, encode: Encode, *, max_tokens: int = DEFAULT_CHUNK_TOKENS, title: str = "") -> list[Chunk]:
     """Chunks that cover `text` in order without overlap; between two of them stands white space or nothing.
 
     `encode` gives the token ids of a string, without special tokens, and the (start, end) characters of each. No

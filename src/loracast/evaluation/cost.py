@@ -15,6 +15,7 @@ from typing import Any
 
 from loracast.adapter import Adapter
 from loracast.chat import encode_with_offsets
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError, LoracastError
 from loracast.evaluation.haystack import Haystack, Sample
 from loracast.evaluation.in_memory import InMemoryAdapter
@@ -81,7 +82,7 @@ class MemoryConfig:
     """Files with the prose of the documents."""
     lengths: tuple[int, ...] = (8192, 32768, 131072)
     """Tokens of a document, each learned in a process of its own."""
-    chunk_tokens: int = 256
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     """Longest chunk."""
     seed: int = 0
     """Seed of the documents."""

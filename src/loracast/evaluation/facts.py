@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.metrics import cluster_bootstrap
@@ -45,9 +46,10 @@ class FactsConfig:
     """Sheets of each size."""
     route: int = DEFAULT_ROUTE
     """Chunks that a question is given when routed."""
-    chunk_tokens: int = 256
-    storage: Storage = "bf16"
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     """Longest chunk."""
+    storage: Storage = "bf16"
+    """How factors are kept."""
     systems: tuple[str, ...] = tuple(SYSTEMS)
     """Rivals to run."""
     split: Split = "test"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loracast.adapter import join_chunks
 from loracast.documents import Document
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.learn import expand_chunks, shared_factors, split_document
 from loracast.lora import LoRA
 from loracast.model import Model
@@ -27,7 +28,12 @@ class InMemoryAdapter:
     """A document's chunks with their index; the factors of a chunk come with `cast`."""
 
     def __init__(
-        self, model: Model, text: str, title: str = "", max_chunk_tokens: int = 256, storage: Storage = "bf16"
+        self,
+        model: Model,
+        text: str,
+        title: str = "",
+        max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        storage: Storage = "bf16",
     ):
         self.document = Document(title, text, None, "text/plain", sha256="", n_bytes=len(text.encode()))
         self.chunks = split_document(model.base, self.document, max_chunk_tokens)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import likeliest
@@ -52,7 +53,7 @@ class InterferenceConfig:
     """Questions of each benchmark."""
     route: int = 2
     """Chunks of each document that a question is given."""
-    chunk_tokens: int = 256
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     """Longest chunk."""
     split: str = "test"
     """Of documents with a `split` field, take only this one."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loracast.chat import encode_with_offsets
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation import plots
 from loracast.evaluation.haystack import Haystack, Sample
@@ -58,9 +59,10 @@ class NeedleConfig:
     """Kind of the value (content/needle.toml); None draws one for each needle."""
     route: int = DEFAULT_ROUTE
     """Chunks that a question is given when routed."""
-    chunk_tokens: int = 256
-    storage: Storage = "bf16"
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     """Longest chunk."""
+    storage: Storage = "bf16"
+    """How factors are kept."""
     systems: tuple[str, ...] = tuple(SYSTEMS)
     """Rivals to run."""
     split: Split = "test"

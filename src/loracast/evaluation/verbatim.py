@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from loracast.chat import encode_with_offsets
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
 from loracast.evaluation.metrics import cluster_bootstrap
@@ -59,7 +60,7 @@ class VerbatimConfig:
     """Most passages of each, none in another's place."""
     systems: tuple[str, ...] = tuple(SYSTEMS)
     """Rivals to run."""
-    chunk_tokens: int = 256
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     """Longest chunk of an adapter."""
     split: str = "test"
     """Of rows with a `split` field, take only this one."""

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.metrics import cluster_bootstrap
@@ -71,7 +72,7 @@ class QaConfig:
     """Rivals to run; if empty, all but those that are not run unless asked for."""
     route: int = 2
     """Chunks that a question is given."""
-    chunk_tokens: int = 256
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     """Longest chunk of an adapter."""
     split: str = "test"
     """Of rows with a `split` field, take only this one."""

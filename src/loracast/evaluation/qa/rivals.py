@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.lora import LoRA
@@ -23,7 +24,7 @@ class Setup:
     model: Model
     route: int = DEFAULT_ROUTE
     """Chunks that a question is given."""
-    chunk_tokens: int = 256
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     """Longest chunk of an adapter."""
     reader: LoRA | None = None
     """The ceiling: trained to answer with the document in the window (`loracast train reader`)."""
