@@ -19,7 +19,7 @@ from loracast.encoders.features import Features
 from loracast.errors import ConfigError, HypernetworkError
 from loracast.fingerprint import Fingerprint
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
-from loracast.hypernets.store import average, from_pretrained, save_pretrained
+from loracast.hypernets.store import average, from_pretrained, save_pretrained, with_config
 from loracast.inject import inject
 from loracast.lora import LoRA, LoRABatch, concat
 from loracast.merging import told_apart
@@ -620,16 +620,27 @@ def test_a_memory_needs_keys():
         hypernet.cast(Features(make_features(hypernet).states))
 
 
-def test_the_mean_of_two(tmp_path):
-    one, other = make(), make()
+def test_the_mean_of_several():
+    nets = [make() for _ in range(3)]
     with torch.no_grad():
-        for value in other.parameters():
-            value.add_(torch.randn_like(value))
-        other.feature_mean.add_(1)
-    before = {name: value.clone() for name, value in one.state_dict().items()}
-    average(one, other)
-    for name, value in one.named_parameters():
-        torch.testing.assert_close(value, (before[name] + other.state_dict()[name]) / 2)
-    assert torch.equal(one.feature_mean, before["feature_mean"])  # its own units
+        for other in nets[1:]:
+            for value in other.parameters():
+                value.add_(torch.randn_like(value))
+            other.feature_mean.add_(1)
+    before = [{name: value.clone() for name, value in net.state_dict().items()} for net in nets]
+    average(nets[0], nets[1:])
+    for name, value in nets[0].named_parameters():
+        torch.testing.assert_close(value, sum(weights[name] for weights in before) / 3)
+    assert torch.equal(nets[0].feature_mean, before[0]["feature_mean"])  # its own units
     with pytest.raises(ConfigError, match="same architecture and config"):
-        average(one, make(width=32))
+        average(nets[0], [make(width=32)])
+
+
+def test_what_fixes_no_weight_can_be_changed_in_a_config():
+    net = make("memory")
+    changed = with_config(net, {"memory_merge_ridge": 2.0})
+    assert changed.config.memory_merge_ridge == 2.0 and net.config.memory_merge_ridge is None
+    assert all(torch.equal(value, changed.state_dict()[name]) for name, value in net.state_dict().items())
+    for changes in ({"width": 32}, {"memory_merge_ridge": -1.0}):
+        with pytest.raises(ConfigError, match=next(iter(changes))):
+            with_config(net, changes)

@@ -392,21 +392,41 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder of a training run, or any hypernetwork.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     average_with: Annotated[
-        Path | None,
-        typer.Option(help="A run that this one started from: write the mean of both runs' weights."),
+        list[Path] | None,
+        typer.Option(
+            help="A run that this one started from, or a sibling: write the mean of the runs' weights. Repeatable."
+        ),
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Change the hypernetwork's config where that fixes no weight: hypernetwork.memory_merge_ridge=3.0. Repeatable.",
+        ),
     ] = None,
     storage: Annotated[str, typer.Option(help="float32, bfloat16, or int8 for the large matrices.")] = "int8",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write a trained hypernetwork in a compact form, to ship or share it."""
-    from loracast.hypernets.store import architecture_of, average, from_pretrained, read_provenance, save_pretrained
+    from loracast.hypernets.store import (
+        architecture_of,
+        average,
+        from_pretrained,
+        read_provenance,
+        save_pretrained,
+        with_config,
+    )
+    from loracast.training.recipe import keys_of, read_tables
 
-    hypernet, made_for = from_pretrained(run, architecture_of(run))
+    architecture = architecture_of(run)
+    hypernet, made_for = from_pretrained(run, architecture)
     provenance = read_provenance(run)
-    if average_with is not None:
-        other, _ = from_pretrained(average_with, architecture_of(run))
-        average(hypernet, other)
-        provenance = {"average_of": [provenance, read_provenance(average_with)]}
+    if average_with:
+        average(hypernet, [from_pretrained(other, architecture)[0] for other in average_with])
+        provenance = {"average_of": [provenance, *map(read_provenance, average_with)]}
+    if change:
+        tables = read_tables(None, change, {"hypernetwork": keys_of(type(hypernet.config))})
+        hypernet = with_config(hypernet, tables["hypernetwork"])
     save_pretrained(hypernet, out, made_for, storage=storage, provenance=provenance)
     n_bytes = (out / "model.safetensors").stat().st_size
     n_parameters = sum(parameter.numel() for parameter in hypernet.parameters())

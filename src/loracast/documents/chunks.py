@@ -19,7 +19,7 @@ from loracast.documents.seams import INSIDE, WORD, Seam, SeamFinder
 Encode = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
 
 MIN_TOKENS = 16
-DEFAULT_CHUNK_TOKENS = 256
+DEFAULT_CHUNK_TOKENS = 192
 """Longest chunk by default, in tokens (measured: docs/experiments.md)."""
 _HEADING_TOKENS = 24
 _BLOCK = 16_384  # characters handed to the tokenizer at once

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,20 +118,31 @@ def from_pretrained(source: str | Path, architecture: type[H]) -> tuple[H, Finge
     return hypernet, made_for
 
 
-def average(hypernet: Hypernetwork, other: Hypernetwork) -> None:
-    """Make the weights of a hypernetwork the mean of its own and another's; what is no weight (the known descriptions, units) stays its own.
+def average(hypernet: Hypernetwork, others: Sequence[Hypernetwork]) -> None:
+    """Make the weights of a hypernetwork the mean of its own and others'; what is no weight (the known descriptions, units) stays its own.
 
-    Of a network and one that it was trained further from, the mean often keeps what both are good at (Wortsman et al., arXiv 2109.01903).
+    Of a network and those that were trained further from it, the mean often keeps what all are good at (Wortsman et al., arXiv 2203.05482).
 
     Raises:
         ConfigError: they are of different architectures.
     """
-    if type(hypernet) is not type(other) or hypernet.config != other.config:
+    if any(type(other) is not type(hypernet) or other.config != hypernet.config for other in others):
         raise ConfigError("only hypernetworks of the same architecture and config can be averaged")
-    theirs = dict(other.named_parameters())
+    theirs = [dict(other.named_parameters()) for other in others]
     with torch.no_grad():
         for name, value in hypernet.named_parameters():
-            value.copy_((value + theirs[name]) / 2)
+            value.copy_(torch.stack([value, *(weights[name] for weights in theirs)]).mean(0))
+
+
+def with_config(hypernet: Hypernetwork, changes: Mapping[str, Any]) -> Hypernetwork:
+    """The same weights with other values in the config, of what fixes no weight. Raises ConfigError where something does."""
+    architecture: type[Any] = type(hypernet)
+    changed = architecture(dataclasses.replace(hypernet.config, **changes))
+    try:
+        changed.load_state_dict(hypernet.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(f"{', '.join(changes)}: the weights that there are do not fit ({error})") from error
+    return changed
 
 
 def weights_hash(hypernet: Hypernetwork) -> str:
