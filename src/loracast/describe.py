@@ -27,8 +27,8 @@ from loracast.lora import LoRA
 from loracast.manifest import check_name, name_from
 from loracast.paths import library_dir
 
-_AT_ONCE = 8
-"""Descriptions in one forward pass of the hypernetwork: what is made of them stays in the cores' caches; a hundred take half as long as at once."""
+_AT_ONCE = 50
+"""Descriptions in one forward pass of the hypernetwork: twice as many take more than twice the time (docs/experiments.md)."""
 
 
 class TaskCaster:
