@@ -92,9 +92,10 @@ class Manifest:
     def made_from(self) -> str:
         """Hash of all that decides what a hypernetwork makes: the source, the hypernetwork, the base, the options."""
         source = (self.kind, self.title, self.source, self.source_sha256)
-        return _hash(
-            [*source, self.hypernetwork, asdict(self.made_for), self.max_chunk_tokens, self.storage, self.strength]
-        )
+        options = (self.max_chunk_tokens, self.storage, self.strength)
+        # The hash of a hypernetwork is that of its weights, which do not say how chunks are merged.
+        merging = (self.merge_ridges,) if self.merge_ridges else ()
+        return _hash([*source, self.hypernetwork, asdict(self.made_for), *options, *merging])
 
     @property
     def rank_text(self) -> str:
