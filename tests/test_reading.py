@@ -236,6 +236,18 @@ def test_a_user_casts_a_description(base, tmp_path):
         caster.loras(["The lamp on the desk. " * 200])
 
 
+def test_matrices_held_in_bf16_give_the_same_bits(base):
+    hypernet, held = make(base), make(base)
+    conditions = DescriptionReader(base, hypernet.config)(TEXTS)
+    before = {name: p.dtype for name, p in held.named_parameters()}
+    held.hold_in_bf16()
+    turned = {name for name, p in held.named_parameters() if p.dtype != before[name]}
+    assert {"reader.project.weight", "reader.heads.o_proj.up", "reader.pointers.down_proj.key.weight"} <= turned
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for one, other in zip(hypernet(conditions).factors.values(), held(conditions).factors.values(), strict=True):
+            assert torch.equal(one.a, other.a) and torch.equal(one.b, other.b)
+
+
 def test_configs_that_cannot_be():
     rows = target_from_config(make_model().config, ("q_proj", "v_proj")).rows
     with pytest.raises(ConfigError, match="writes into the residual stream"):

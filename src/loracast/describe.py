@@ -199,18 +199,19 @@ def load_caster(
     """
     hypernet, made_for = of_descriptions(hypernetwork)
     name = encoder or hypernet.config.encoder
-    reads = isinstance(hypernet, ReadingToLoRA)
     if callable(base):
-        base = base() if reads or name == OF_THE_BASE else None
+        base = base() if isinstance(hypernet, ReadingToLoRA) or name == OF_THE_BASE else None
     if base is not None:
         check(made_for, base.fingerprint, f"the hypernetwork {str(hypernetwork)!r}")
     where = Path(library) if library else library_dir()
-    if not reads:
+    if not isinstance(hypernet, ReadingToLoRA):
         return TaskCaster(hypernet, made_for, load_text_encoder(name, base, say), where)
     if base is None or encoder is not None:
         raise EncoderError(
             "this hypernetwork reads descriptions with its base: give the base, and no other text encoder"
         )
-    return TaskCaster(
-        hypernet, made_for, DescriptionReader(base, hypernet.config), where, base.model.dtype == torch.bfloat16
-    )
+    in_bf16 = base.model.dtype == torch.bfloat16
+    caster = TaskCaster(hypernet, made_for, DescriptionReader(base, hypernet.config), where, in_bf16)
+    if in_bf16:
+        hypernet.hold_in_bf16()  # the caster has hashed the weights as they are kept
+    return caster

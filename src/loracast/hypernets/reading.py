@@ -155,6 +155,10 @@ class ReadingToLoRA(KnowsDescriptions, nn.Module):
             self.register_buffer("memory_std", torch.ones(2 * config.d_state))
         self.register_buffer("known", torch.zeros(config.n_known, config.d_state))
 
+    def hold_in_bf16(self) -> None:
+        """As `DocToLoRA.hold_in_bf16`."""
+        self.reader.hold_in_bf16()
+
     def know(self, conditions: Tensor) -> None:
         """Keep what tells the descriptions seen in training apart, and take the units of the reader's input from them. [m, t, d_text]"""
         self.config = replace(self.config, n_known=len(conditions))
