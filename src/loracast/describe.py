@@ -14,11 +14,13 @@ import torch
 
 from loracast.adapter import Adapter
 from loracast.base import Base
+from loracast.encoders.contributions import ContributionReader
 from loracast.encoders.description import DescriptionReader
 from loracast.encoders.features import OF_THE_BASE
 from loracast.encoders.text import TextEncoder, load_text_encoder
 from loracast.errors import AdapterError, EncoderError, HypernetworkError
 from loracast.fingerprint import Fingerprint, check
+from loracast.hypernets.attending import AttendingToLoRA
 from loracast.hypernets.reading import ReadingToLoRA
 from loracast.hypernets.store import OfDescriptions, of_descriptions, weights_hash
 from loracast.keep import keep_lora, source_of
@@ -27,6 +29,8 @@ from loracast.lora import LoRA
 from loracast.manifest import check_name, name_from
 from loracast.paths import library_dir
 
+ByTheBase = ReadingToLoRA | AttendingToLoRA
+"""Hypernetworks whose descriptions the base itself reads."""
 _AT_ONCE = 50
 """Descriptions in one forward pass of the hypernetwork: twice as many take more than twice the time (docs/experiments.md)."""
 
@@ -200,18 +204,25 @@ def load_caster(
     hypernet, made_for = of_descriptions(hypernetwork)
     name = encoder or hypernet.config.encoder
     if callable(base):
-        base = base() if isinstance(hypernet, ReadingToLoRA) or name == OF_THE_BASE else None
+        base = base() if isinstance(hypernet, ByTheBase) or name == OF_THE_BASE else None
     if base is not None:
         check(made_for, base.fingerprint, f"the hypernetwork {str(hypernetwork)!r}")
     where = Path(library) if library else library_dir()
-    if not isinstance(hypernet, ReadingToLoRA):
+    if not isinstance(hypernet, ByTheBase):
         return TaskCaster(hypernet, made_for, load_text_encoder(name, base, say), where)
     if base is None or encoder is not None:
         raise EncoderError(
             "this hypernetwork reads descriptions with its base: give the base, and no other text encoder"
         )
     in_bf16 = base.model.dtype == torch.bfloat16
-    caster = TaskCaster(hypernet, made_for, DescriptionReader(base, hypernet.config), where, in_bf16)
-    if in_bf16:
+    caster = TaskCaster(hypernet, made_for, reader_of(hypernet, base), where, in_bf16)
+    if in_bf16 and isinstance(hypernet, ReadingToLoRA):
         hypernet.hold_in_bf16()  # the caster has hashed the weights as they are kept
     return caster
+
+
+def reader_of(hypernet: ByTheBase, base: Base) -> TextEncoder:
+    """The base as a hypernetwork reads descriptions with it."""
+    if isinstance(hypernet, AttendingToLoRA):
+        return ContributionReader(base, hypernet)
+    return DescriptionReader(base, hypernet.config)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loracast.hypernets.reading import ReadingToLoRAConfig
 
 MAX_TOKENS = 512
-_TEXTS_AT_ONCE = 128
+_TEXTS_AT_ONCE = 25  # of about the same length, so that little is padding
 
 
 class DescriptionReader:

@@ -19,19 +19,21 @@ from torch import Tensor
 from loracast.errors import ConfigError, HypernetworkError
 from loracast.files import write_atomically
 from loracast.fingerprint import Fingerprint
+from loracast.hypernets.attending import AttendingToLoRA, AttendingToLoRAConfig
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.reading import ReadingToLoRA, ReadingToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 
-OfDescriptions = TextToLoRA | ReadingToLoRA
+OfDescriptions = TextToLoRA | ReadingToLoRA | AttendingToLoRA
 """Hypernetworks that make a LoRA from a task's description."""
 Hypernetwork = DocToLoRA | OfDescriptions
 H = TypeVar("H", bound=Hypernetwork)
-C = TypeVar("C", DocToLoRAConfig, TextToLoRAConfig, ReadingToLoRAConfig)
+C = TypeVar("C", DocToLoRAConfig, TextToLoRAConfig, ReadingToLoRAConfig, AttendingToLoRAConfig)
 _ARCHITECTURES: dict[str, type[Hypernetwork]] = {
     "DocToLoRA": DocToLoRA,
     "TextToLoRA": TextToLoRA,
     "ReadingToLoRA": ReadingToLoRA,
+    "AttendingToLoRA": AttendingToLoRA,
 }
 FORMAT = 1
 STORAGE = ("float32", "bfloat16", "int8")
@@ -85,7 +87,7 @@ def from_pretrained(source: str | Path, architecture: type[H]) -> tuple[H, Finge
     """Read a hypernetwork from a folder or a hub repository.
 
     Args:
-        architecture: DocToLoRA, TextToLoRA or ReadingToLoRA, whichever is wanted.
+        architecture: which of them is wanted.
 
     Returns:
         the hypernetwork in fp32, in evaluation mode, and the fingerprint of the base that it was made for.
@@ -162,7 +164,8 @@ def architecture_of(source: str | Path) -> type[Any]:
 
 def of_descriptions(source: str | Path) -> tuple[OfDescriptions, Fingerprint]:
     """A hypernetwork for descriptions, whichever of them lies there; raises as `from_pretrained` does."""
-    architecture: type[OfDescriptions] = ReadingToLoRA if architecture_of(source) is ReadingToLoRA else TextToLoRA
+    found = architecture_of(source)
+    architecture: type[OfDescriptions] = found if issubclass(found, OfDescriptions) else TextToLoRA
     return from_pretrained(source, architecture)
 
 

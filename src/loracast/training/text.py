@@ -24,13 +24,14 @@ from torch.nn import functional
 
 from loracast.base import Base
 from loracast.chat import encode_text
-from loracast.encoders.description import DescriptionReader
+from loracast.describe import ByTheBase, reader_of
 from loracast.encoders.text import DEFAULT_ENCODER, TextEncoder, load_text_encoder
 from loracast.errors import ConfigError
 from loracast.files import file_sha256
+from loracast.hypernets.attending import AttendingToLoRA, AttendingToLoRAConfig
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.reading import ReadingToLoRA, ReadingToLoRAConfig, with_memory
-from loracast.hypernets.store import OfDescriptions, architecture_of
+from loracast.hypernets.store import OfDescriptions, of_descriptions
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora import LoRABatch
 from loracast.target import target_from_config
@@ -50,6 +51,7 @@ from loracast.training.reconstruction import (
 )
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
+from loracast.training.task_places import set_places
 from loracast.training.task_source import DrawnTasks, TaskDataConfig, TaskSource
 
 N_GIBBERISH = 256
@@ -76,6 +78,8 @@ class TextRecipe:
     """Weight of how much likelier the answers must be with their own description than with another task's."""
     contrast_examples: int = 2
     """Examples of each task that are answered with another task's description as well."""
+    reading_is_trained: bool = False
+    """Whether, with the variant `attending`, the LoRA with which the base reads descriptions is trained on; the gradient then goes through the reading."""
     match: Match = "product"
     """Of reconstruction: what of a LoRA must match the oracle."""
     data: TaskDataConfig = field(default_factory=TaskDataConfig)
@@ -92,14 +96,20 @@ class TextRecipe:
             raise ConfigError("a contrast between tasks needs data.tasks_per_step of at least 2")
 
 
-READING = "reading"
-"""The variant that is a hypernetwork of its own."""
+READING, ATTENDING = "reading", "attending"
+"""The variants that are hypernetworks of their own."""
 _OURS = ("kinds", "layers", "encoder")  # of the table [hypernetwork]
 _GIVEN = {"modules", "d_text", "d_state", "n_known"} | {
     name for name in keys_of(ReadingToLoRAConfig) if name.startswith("memory_")
 }
 """Keys of the configs that a recipe does not say."""
-_BY_EXAMPLES = ("size_weight", "calm_weight", "contrast_weight", "contrast_examples")  # of the table [objective]
+_BY_EXAMPLES = (
+    "size_weight",
+    "calm_weight",
+    "contrast_weight",
+    "contrast_examples",
+    "reading_is_trained",
+)  # of the table [objective]
 _BY_ORACLES = ("match",)
 
 
@@ -109,7 +119,8 @@ def read_text_recipe(path: Path | None, overrides: Sequence[str] = ()) -> TextRe
         TextRecipe,
         path,
         overrides,
-        architecture=(keys_of(TextToLoRAConfig) | keys_of(ReadingToLoRAConfig)) - _GIVEN,
+        architecture=(keys_of(TextToLoRAConfig) | keys_of(ReadingToLoRAConfig) | keys_of(AttendingToLoRAConfig))
+        - _GIVEN,
         ours=_OURS,
         objective=(*_BY_EXAMPLES, *_BY_ORACLES),
         data=TaskDataConfig,
@@ -130,16 +141,20 @@ def build_text_hypernet(base: Base, recipe: TextRecipe) -> OfDescriptions:
     torch.manual_seed(recipe.training.seed)
     modules = target_from_config(base.model.config, recipe.kinds, recipe.layers).rows
     options = dict(recipe.hypernetwork)
-    if options.get("variant") != READING:
+    variant = options.get("variant")
+    if variant not in (READING, ATTENDING):
         _check_options(options, TextToLoRAConfig)
         encoder = load_text_encoder(recipe.encoder, base)
         return TextToLoRA(TextToLoRAConfig(d_text=encoder.d_text, modules=modules, encoder=encoder.name, **options))
-    del options["variant"]
-    _check_options(options, ReadingToLoRAConfig)
     if "encoder" in recipe.asked:
-        raise ConfigError("the variant 'reading' reads descriptions with the base; leave hypernetwork.encoder out")
-    options = {"lead_in": tuple(encode_text(base.tokenizer, "\n"))[:1], **options}
+        raise ConfigError(f"the variant {variant!r} reads descriptions with the base; leave hypernetwork.encoder out")
+    del options["variant"]
     d_state = base.model.config.get_text_config().hidden_size
+    if variant == ATTENDING:
+        _check_options(options, AttendingToLoRAConfig)
+        return AttendingToLoRA(AttendingToLoRAConfig(d_state=d_state, modules=modules, **options))
+    _check_options(options, ReadingToLoRAConfig)
+    options = {"lead_in": tuple(encode_text(base.tokenizer, "\n"))[:1], **options}
     return ReadingToLoRA(ReadingToLoRAConfig(d_state=d_state, modules=modules, **options))
 
 
@@ -150,8 +165,8 @@ def _check_options(options: Mapping[str, Any], config: type) -> None:
 
 def encoder_of(hypernet: OfDescriptions, base: Base) -> TextEncoder:
     """What a hypernetwork reads descriptions with."""
-    if isinstance(hypernet, ReadingToLoRA):
-        return DescriptionReader(base, hypernet.config)
+    if isinstance(hypernet, ByTheBase):
+        return reader_of(hypernet, base)
     return load_text_encoder(hypernet.config.encoder, base)
 
 
@@ -187,8 +202,9 @@ def train_text(
     known = tasks if oracles is None else tasks_with_oracles(tasks, oracles)
     source = TaskSource(recipe.data, known, base.chat, varied=oracles is None)
     if init_from is not None:
-        found: type[OfDescriptions] = ReadingToLoRA if architecture_of(init_from) is ReadingToLoRA else TextToLoRA
-        hypernet = start_from(init_from, found, base, recipe.asked | recipe.hypernetwork.keys())
+        hypernet = start_from(
+            init_from, type(of_descriptions(init_from)[0]), base, recipe.asked | recipe.hypernetwork.keys()
+        )
     else:
         hypernet = build_text_hypernet(base, recipe)
     if memory_from is not None:
@@ -199,8 +215,13 @@ def train_text(
     if shared_from is not None:
         hypernet.start_shared_from(read_oracle(shared_from, base.fingerprint))
     hypernet.to(workers.device)
-    hypernet.know(encoder(source.descriptions).to(workers.device))
+    if isinstance(hypernet, AttendingToLoRA) and init_from is None:
+        set_places(hypernet, base, source)
+    with torch.no_grad():
+        hypernet.know(encoder(source.descriptions).to(workers.device))
     hypernet.train()
+    if isinstance(hypernet, AttendingToLoRA):
+        hypernet.reading.requires_grad_(recipe.reading_is_trained)
     wrapped = workers.wrap(hypernet)
     if oracles is None:
         for task in source.tasks:
@@ -259,9 +280,12 @@ def _by_examples(
         batch = pack(episodes, base.pad_id).to(device)
         n = len(episodes)
         rng = random.Random(f"{recipe.data.seed}/calm/{number}")
-        read = encoder([*drawn.descriptions, *rng.sample(nonsense, (n + 1) // 2)]).to(device)
+        described_by = encoder(drawn.descriptions).to(device)
+        with torch.no_grad():
+            undescribing = encoder(rng.sample(nonsense, (n + 1) // 2)).to(device)
         free = hypernet.meaningless(n // 2, torch.Generator().manual_seed(rng.randrange(2**31)))
-        conditions = _stacked(read, _stacked(hypernet.constant().to(read), free.to(read)))
+        undescribing = _stacked(undescribing, _stacked(hypernet.constant().to(undescribing), free.to(undescribing)))
+        conditions = _stacked(described_by, undescribing)
         autocast = torch.autocast(device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
         with autocast:
             both = wrapped(conditions)

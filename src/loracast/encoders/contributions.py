@@ -1,0 +1,159 @@
+"""What a description adds to the base's own attention, layer by layer: read in one forward pass, with the description in the window.
+
+    system turn, [description], an input that stands for any, the beginning of an answer that stands for any
+
+At a token after the description, an attention head's output is a mean of values; with the description hidden it is another mean, of the rest. The
+difference, through the layer's output projection, is the description's contribution there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from loracast.batching import pad_right
+from loracast.errors import EncoderError
+from loracast.hypernets.attending import PLACES, AttendingToLoRA
+from loracast.inject import inject
+from loracast.tasks import with_description
+
+if TYPE_CHECKING:
+    from loracast.base import Base
+
+MAX_TOKENS = 512
+_TEXTS_AT_ONCE = 25  # of about the same length, so that little is padding
+_WATCHED = "loracast_watched"
+
+
+@dataclass
+class _Watch:
+    """What is looked at in one forward pass, and what is seen."""
+
+    described: Tensor
+    """[n, t] bool, true at a description's tokens."""
+    places: Tensor
+    """[n, places, t]: the tokens that a place is the mean of, as weights."""
+    seen: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
+    """The attention of each block, and what less would enter its output projection without the description [n, places, d_in]."""
+
+
+class ContributionReader:
+    """Texts -> conditions of an `AttendingToLoRA`. Shares the base's weights: building one costs nothing."""
+
+    def __init__(self, base: Base, hypernet: AttendingToLoRA):
+        c = hypernet.config
+        self.name, self.d_text = c.encoder, c.d_text
+        self._base, self._hypernet = base, hypernet
+        self._plain = base.chat.prompt(c.probe, "")
+        """The probe as it is asked without a description."""
+        self._answer = base.chat.reply(c.probe_answer)[:-1]
+        self._n_before = _common(self._plain, base.chat.prompt(f"0{c.probe}", ""))
+        """Tokens before what the user says."""
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """n texts -> their contributions at each place in each layer, [n, d_text], fp32; differentiable in the LoRA with which the base reads.
+
+        Raises:
+            EncoderError: a text is too long.
+        """
+        rows = [self._row(text.strip()) for text in texts]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+        conditions = torch.zeros(len(rows), self.d_text, device=self._base.device)
+        for start in range(0, len(order), _TEXTS_AT_ONCE):
+            some = order[start : start + _TEXTS_AT_ONCE]
+            conditions[some] = self._read([rows[i] for i in some])
+        return conditions
+
+    def _row(self, description: str) -> tuple[list[int], int, int]:
+        """Token ids, where the description ends in them, and how many of them the prompt has."""
+        prompt = self._base.chat.prompt(with_description(description, self._hypernet.config.probe), "")
+        after = len(self._plain) - self._n_before
+        n_after = min(_common(prompt[::-1], self._plain[::-1]), after)
+        end = len(prompt) - n_after
+        if end - self._n_before > MAX_TOKENS:
+            raise EncoderError(
+                f"a description has {end - self._n_before} tokens and {MAX_TOKENS} are read: say it shorter, or give it as a document"
+            )
+        return [*prompt, *self._answer], end, len(prompt)
+
+    def _read(self, rows: Sequence[tuple[list[int], int, int]]) -> Tensor:
+        base = self._base
+        ids, _ = pad_right([row for row, _, _ in rows], base.pad_id)
+        n, t = ids.shape
+        described, places = torch.zeros(n, t, dtype=torch.bool), torch.zeros(n, len(PLACES), t)
+        for i, (row, end, n_prompt) in enumerate(rows):
+            described[i, self._n_before : end] = True
+            places[i, PLACES.index("start"), n_prompt - 1] = 1
+            places[i, PLACES.index("answer"), len(row) - 1] = 1
+            places[i, PLACES.index("input"), end : n_prompt - 1] = 1 / (n_prompt - 1 - end)
+        watch = _Watch(described.to(base.device), places.to(base.device))
+        decoder = base.model.get_decoder()
+        with inject(base.model, self._hypernet.reading_lora()), _watching(decoder):
+            decoder(input_ids=ids.to(base.device), use_cache=False, **{_WATCHED: watch})
+            written = self._written(watch.seen)
+        return written.flatten(1)
+
+    def _written(self, seen: Sequence[tuple[nn.Module, Tensor]]) -> Tensor:
+        """What would enter output projections -> contributions [n, places, layers, d_state]; of a block that is no target, to the next that is one."""
+        config = self._hypernet.config
+        contributions: list[Tensor] = []
+        waiting: Tensor | float = 0.0
+        for layer, (attention, x) in enumerate(seen[: max(config.layers) + 1]):
+            projection = getattr(attention, config.kind)
+            waiting = _linear_part(projection, x.to(projection.weight.dtype)).float() + waiting
+            if layer in config.layers:
+                contributions.append(waiting)
+                waiting = 0.0
+        return torch.stack(contributions, dim=2)
+
+
+def _linear_part(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module makes of x, without its bias."""
+    bias = getattr(module, "bias", None)
+    return module(x) if bias is None else module(x) - bias
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+@contextmanager
+def _watching(decoder: Any) -> Iterator[None]:
+    """Attention that tells a `_Watch` in its arguments what the described tokens contribute."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_WATCHED, _watched_attention)
+    usual = decoder.config._attn_implementation
+    decoder.config._attn_implementation = _WATCHED
+    try:
+        yield
+    finally:
+        decoder.config._attn_implementation = usual
+
+
+def _watched_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Causal attention [n, heads, t, d] -> [n, t, heads, d]; rows are padded on the right, where nobody looks."""
+    watch: _Watch = options[_WATCHED]
+    t, groups = query.shape[2], query.shape[1] // key.shape[1]
+    key, value = (side.repeat_interleave(groups, dim=1).float() for side in (key, value))
+    scores = query.float() @ key.transpose(2, 3) * options["scaling"]
+    if cap := options.get("softcap"):
+        scores = cap * torch.tanh(scores / cap)
+    later = torch.ones(t, t, dtype=torch.bool, device=scores.device).triu(1)
+    scores = scores.masked_fill(later, float("-inf"))
+    weights = scores.softmax(-1)
+    hidden = torch.finfo(scores.dtype).min  # finite: a token that sees nothing else gives no NaN
+    others = scores.masked_fill(watch.described[:, None, None], hidden).masked_fill(later, float("-inf")).softmax(-1)
+    out = (weights @ value).transpose(1, 2)  # [n, t, heads, d]
+    without = (others @ value).transpose(1, 2)
+    watch.seen.append((module, watch.places @ (out - without).flatten(2)))
+    return out.to(query.dtype), None

@@ -1,0 +1,207 @@
+"""Text-to-LoRA by what a description adds to the base's own attention, had it stood in the window.
+
+The base reads the description, an input that stands for any, and the beginning of an answer, with a LoRA that was trained to be told its task.
+At each layer, what attention writes there is one thing with the description and another with the description hidden; the difference, the
+description's contribution, is what a base without the description lacks (`encoders/contributions.py`). It becomes the B of a LoRA in the
+attention's output:
+
+    contributions [n, places, layers, d] -> mixed over places, plus a learned correction of low rank -> B [n, layers, r, d]
+    learned A [layers, r, d_in]: where each column of B is written; at the start, one fires at each place
+    mean contribution -> gate [n] -> how much of it all, and of the factors that all descriptions share, there is
+
+What a task is about is understood by the base, which knows more tasks than a training has; little is left to be learned (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from loracast.errors import ConfigError
+from loracast.hypernets.heads import SharedLoRA, per_layer
+from loracast.hypernets.known import KnowsDescriptions, shared_factors
+from loracast.lora import Factors, LoRA, LoRABatch
+from loracast.target import Target, TargetModule, problems_of
+
+PLACES = ("start", "answer", "input")
+"""Where contributions are read, and where what they become is written: where the answer begins, after its beginning, and in the input."""
+_GATE_WIDTH = 64
+_GATE_START = 3.0  # logit: open
+
+
+@dataclass(frozen=True)
+class AttendingToLoRAConfig:
+    """Everything that fixes the architecture; the shapes of the base are in `modules`."""
+
+    d_state: int
+    """Width of the base's states."""
+    modules: tuple[tuple[str, int, str, int, int], ...]
+    """The target, one (name, layer, kind, d_in, d_out) for each module, in the target's order."""
+    kind: str = "o_proj"
+    """Kind of the modules in which attention writes: contributions are read there, and become LoRAs of these."""
+    rank: int = 6
+    """Rank of what is made from a description."""
+    shared_rank: int = 16
+    """Rank of the factors that all descriptions share, and of those with which the base reads."""
+    map_rank: int = 32
+    """Rank of the learned correction to a layer's contributions."""
+    probe: str = "rice, lizard, cook"
+    """The input that stands for any."""
+    probe_answer: str = "lizard"
+    """The beginning of an answer that stands for any."""
+    n_known: int = 0
+    """Descriptions seen in training, whose contributions are kept to tell how far a new one is from all of them."""
+
+    def __post_init__(self) -> None:
+        problems = problems_of(self.modules)
+        widths = {d_out for _, _, kind, _, d_out in self.modules if kind == self.kind}
+        if widths != {self.d_state}:
+            problems.append(
+                f"contributions need {self.kind} among the target's modules, writing {self.d_state} numbers"
+            )
+        if (
+            self.rank < len(PLACES)
+            or min(self.shared_rank, self.map_rank) < 1
+            or not (self.probe and self.probe_answer)
+        ):
+            problems.append(
+                f"rank must be at least {len(PLACES)}, shared_rank and map_rank at least 1, and the probes not empty"
+            )
+        if problems:
+            raise ConfigError("bad AttendingToLoRAConfig: " + "; ".join(problems))
+
+    @property
+    def target(self) -> Target:
+        return Target(tuple(TargetModule(*module) for module in self.modules))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Those whose attention gets a LoRA made from the description."""
+        return tuple(layer for _, layer, kind, _, _ in self.modules if kind == self.kind)
+
+    @property
+    def encoder(self) -> str:
+        """The text encoder: the base, with the LoRA with which it reads."""
+        return "base:attending"
+
+    @property
+    def d_text(self) -> int:
+        """Width of a condition: contributions [places, layers, d_state], flat."""
+        return len(PLACES) * len(self.layers) * self.d_state
+
+    @property
+    def lora_rank(self) -> int:
+        """Largest rank of a task's LoRA."""
+        return self.rank + self.shared_rank
+
+
+class AttendingToLoRA(KnowsDescriptions, nn.Module):
+    """The hypernetwork."""
+
+    config_class: ClassVar = AttendingToLoRAConfig
+    known: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: AttendingToLoRAConfig):
+        super().__init__()
+        self.config = c = config
+        n_layers, n_places, d_in = len(c.layers), len(PLACES), self._shape(c.kind)[0]
+        self.where = nn.Parameter(torch.randn(n_layers, c.rank, d_in) * 0.1 / d_in**0.5)  # A
+        self.mix = nn.Parameter(torch.zeros(n_layers, c.rank, n_places))
+        with torch.no_grad():
+            self.mix[:, :n_places] = torch.eye(n_places)
+        self.down = nn.Parameter(
+            torch.randn(n_layers, n_places * c.d_state, c.map_rank) / (n_places * c.d_state) ** 0.5
+        )
+        self.up = nn.Parameter(torch.zeros(n_layers, c.map_rank, c.rank * c.d_state))
+        kinds = {kind: len(c.target.of_kind(kind)) for kind in c.target.kinds}
+        self.shared = nn.ModuleDict({k: SharedLoRA(n, c.shared_rank, *self._shape(k)) for k, n in kinds.items()})
+        self.reading = nn.ModuleDict({k: SharedLoRA(n, c.shared_rank, *self._shape(k)) for k, n in kinds.items()})
+        self.reading.requires_grad_(False)  # what is read stays what the rest was trained on
+        self.gate = nn.Sequential(nn.Linear(c.d_state, _GATE_WIDTH), nn.SiLU(), nn.Linear(_GATE_WIDTH, 1))
+        last = cast(nn.Linear, self.gate[-1])
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, _GATE_START)
+        self.register_buffer("mean", torch.zeros(c.d_text))
+        self.register_buffer("std", torch.ones(c.d_text))
+        self.register_buffer("known", torch.zeros(c.n_known, c.d_state))
+
+    def _shape(self, kind: str) -> tuple[int, int]:
+        module = self.config.target.of_kind(kind)[0]
+        return module.d_in, module.d_out
+
+    def start_shared_from(self, lora: LoRA) -> None:
+        """Let the base read with a LoRA that was trained on all tasks, and the factors that all share start as it. Raises ConfigError where it does not fit."""
+        target = self.config.target
+        for kind in target.kinds:
+            a, b = shared_factors(lora, target.of_kind(kind), self.config.shared_rank)
+            for part in (self.shared[kind], self.reading[kind]):
+                cast(SharedLoRA, part).a.data.copy_(a)
+                cast(SharedLoRA, part).b.data.copy_(b)
+
+    def reading_lora(self) -> LoRABatch:
+        """What the base carries while it reads a description."""
+        factors = dict(self._factors_of(self.reading))
+        return LoRABatch(1, {name: Factors(a[None], b[None]) for name, (a, b) in factors.items()}, {})
+
+    def _factors_of(self, part: nn.ModuleDict) -> Iterator[tuple[str, Factors]]:
+        """Module by module in the target's order, A [r, in] and B [out, r]."""
+        by_kind = {kind: iter(cast(SharedLoRA, part[kind]).factors()) for kind in self.config.target.kinds}
+        for name, _, kind, *_ in self.config.modules:
+            yield name, next(by_kind[kind])
+
+    def know(self, conditions: Tensor) -> None:
+        """Keep what tells the descriptions seen in training apart, and their mean and deviation. [m, d_text]"""
+        self.config = replace(self.config, n_known=len(conditions))
+        self.mean.copy_(conditions.mean(0))
+        self.std.copy_(conditions.std(0).clamp_min(1e-6))
+        self.known = self.pooled(conditions)
+
+    def pooled(self, conditions: Tensor) -> Tensor:
+        """What each description contributes where the answer begins, the mean over layers in units of their deviation [n, d_state]."""
+        standard = (conditions - self.mean) / self.std
+        return self._by_place(standard)[:, PLACES.index("start")].mean(1)
+
+    def _by_place(self, conditions: Tensor) -> Tensor:
+        """[n, d_text] -> [n, places, layers, d_state]."""
+        return conditions.unflatten(1, (len(PLACES), len(self.config.layers), self.config.d_state))
+
+    def constant(self) -> Tensor:
+        """A condition that describes nothing: one deviation above the mean in all that it has [1, d_text]."""
+        return (self.mean + self.std)[None]
+
+    def meaningless(self, n: int, generator: torch.Generator) -> Tensor:
+        """Conditions [n, d_text] that no text has: random ones with the mean and deviation of real ones."""
+        return torch.randn(n, len(self.mean), generator=generator).to(self.mean) * self.std + self.mean
+
+    def openness(self, conditions: Tensor) -> Tensor:
+        """How far the gate opens for each description, as a logit [n]."""
+        return self.gate(self.pooled(conditions)).squeeze(-1)
+
+    def _written(self, conditions: Tensor) -> Tensor:
+        """The columns of B [n, layers, r, d_state]."""
+        read = self._by_place(conditions)
+        mixed = torch.einsum("npld,lrp->nlrd", read, self.mix)
+        flat = read.transpose(1, 2).flatten(2)[:, :, None]  # [n, layers, 1, places * d]
+        corrected = per_layer(per_layer(flat, self.down), self.up)
+        return mixed + corrected.squeeze(2).unflatten(-1, (self.config.rank, -1))
+
+    def forward(self, conditions: Tensor) -> LoRABatch:
+        """What a `ContributionReader` reads of n descriptions [n, d_text] -> their n LoRAs, differentiable."""
+        n = len(conditions)
+        gate = self.openness(conditions).sigmoid()[:, None, None]
+        own = iter(zip(self.where.unbind(0), self._written(conditions).unbind(1), strict=True))
+        factors: dict[str, Factors] = {}
+        for (name, shared), (_, _, kind, *_) in zip(self._factors_of(self.shared), self.config.modules, strict=True):
+            a, b = (side.expand(n, -1, -1) for side in shared)
+            if kind == self.config.kind:
+                where, written = next(own)
+                a = torch.cat([where.expand(n, -1, -1), a], dim=1)
+                b = torch.cat([written.transpose(1, 2).to(b), b], dim=2)
+            factors[name] = Factors(a, b * gate)
+        return LoRABatch(n, factors, {})
