@@ -27,7 +27,7 @@ from loracast.training.text import TextRecipe, read_text_recipe, train_text
 from test_tasks import write_suite
 
 TEXTS = ["Answer with the opposite word.", "Say it louder", "Turn each word around, and end with a full stop."]
-TINY = {"variant": "attending", "rank": 4, "shared_rank": 3, "map_rank": 4}
+TINY = {"variant": "attending", "rank": 5, "shared_rank": 3, "map_rank": 4}
 
 
 def make(
@@ -80,10 +80,12 @@ def contributions(base: Base, hypernet: AttendingToLoRA, description: str) -> Te
         base.model.set_attn_implementation(usual)
         for handle in handles:
             handle.remove()
+    n_after = len(chat.prompt("", "")) - first  # nothing is said
     at = {
         "start": [len(prompt) - 1],
         "answer": [ids.shape[1] - 1],
-        "input": range(first + n_described, len(prompt) - 1),
+        "input": range(first + n_described, len(prompt) - n_after),
+        "turn": range(len(prompt) - n_after, len(prompt) - 1),
     }
     return torch.stack([torch.stack([x[list(at[place])].mean(0) for x in written]) for place in PLACES])
 
@@ -94,14 +96,14 @@ def test_what_is_read_is_what_attention_writes_less_without_the_description(base
     read = ContributionReader(base, hypernet)(TEXTS)
     for i, text in enumerate(TEXTS):
         expected = contributions(base, hypernet, text)
-        assert expected.shape == (3, n_blocks, 48) and expected.abs().amin(dim=(0, 1)).max() > 0
-        torch.testing.assert_close(read[i].view(3, n_blocks, 48), expected, atol=1e-5, rtol=1e-3)
+        assert expected.shape == (len(PLACES), n_blocks, 48) and expected.abs().amin(dim=(0, 1)).max() > 0
+        torch.testing.assert_close(read[i].view(len(PLACES), n_blocks, 48), expected, atol=1e-5, rtol=1e-3)
 
 
 def test_blocks_that_are_no_target_hand_theirs_on(base):
     some = make(base, layers=(1, 3))
     assert len(base.model.get_decoder().layers) == 4
-    (read,) = ContributionReader(base, some)(TEXTS[:1]).view(1, 3, 2, 48)
+    (read,) = ContributionReader(base, some)(TEXTS[:1]).view(1, len(PLACES), 2, 48)
     expected = contributions(base, some, TEXTS[0])
     torch.testing.assert_close(read[:, 0], expected[:, 0] + expected[:, 1], atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(read[:, 1], expected[:, 2] + expected[:, 3], atol=1e-5, rtol=1e-3)
@@ -124,9 +126,9 @@ def test_at_the_start_contributions_are_written_as_they_were_read(base):
     by_place = read.view(3, len(PLACES), -1, 48)
     for n, name in enumerate(m.name for m in hypernet.config.target.of_kind("o_proj")):
         a, b = batch.factors[name]
-        assert torch.equal(a[1, :4], hypernet.where[n]) and a.shape[1] == hypernet.config.lora_rank == 7
-        torch.testing.assert_close(b[:, :, :3], by_place[:, :, n].transpose(1, 2) * gate[:, None, None])
-        assert not b[:, :, 3:].any()
+        assert torch.equal(a[1, :5], hypernet.where[n]) and a.shape[1] == hypernet.config.lora_rank == 8
+        torch.testing.assert_close(b[:, :, : len(PLACES)], by_place[:, :, n].transpose(1, 2) * gate[:, None, None])
+        assert not b[:, :, len(PLACES) :].any()
 
 
 def test_a_description_is_read_the_same_in_any_company(base):
@@ -185,7 +187,7 @@ def test_a_user_casts_a_description(base, tmp_path):
     save_pretrained(hypernet, tmp_path / "hypernetwork", base.fingerprint, storage="float32")
     caster = load_caster(tmp_path / "hypernetwork", base=lambda: base, library=tmp_path / "library")
     adapter = caster.task(TEXTS[0], "opposite")
-    assert adapter.manifest.ranks == {"q_proj": 3, "o_proj": 7, "down_proj": 3}
+    assert adapter.manifest.ranks == {"q_proj": 3, "o_proj": 8, "down_proj": 3}
     (lora,) = caster.loras([TEXTS[0]])
     for name in lora.names:
         expected = lora.delta(name)
@@ -199,8 +201,8 @@ def test_a_user_casts_a_description(base, tmp_path):
 def test_configs_that_cannot_be(base):
     with pytest.raises(ConfigError, match="need o_proj among"):
         make(base, kinds=("q_proj", "down_proj"))
-    with pytest.raises(ConfigError, match="rank must be at least 3"):
-        make(base, rank=2)
+    with pytest.raises(ConfigError, match="rank must be at least 4"):
+        make(base, rank=3)
 
 
 # ------------------------------------------------------------------------------------------------------- training

@@ -25,6 +25,7 @@ from loracast.tasks import with_description
 
 if TYPE_CHECKING:
     from loracast.base import Base
+    from loracast.chat import ChatFormat
 
 MAX_TOKENS = 512
 _TEXTS_AT_ONCE = 25  # of about the same length, so that little is padding
@@ -53,8 +54,7 @@ class ContributionReader:
         self._plain = base.chat.prompt(c.probe, "")
         """The probe as it is asked without a description."""
         self._answer = base.chat.reply(c.probe_answer)[:-1]
-        self._n_before = _common(self._plain, base.chat.prompt(f"0{c.probe}", ""))
-        """Tokens before what the user says."""
+        self._n_before, self._n_after = around_input(base.chat)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """n texts -> their contributions at each place in each layer, [n, d_text], fp32; differentiable in the LoRA with which the base reads.
@@ -73,9 +73,10 @@ class ContributionReader:
     def _row(self, description: str) -> tuple[list[int], int, int]:
         """Token ids, where the description ends in them, and how many of them the prompt has."""
         prompt = self._base.chat.prompt(with_description(description, self._hypernet.config.probe), "")
-        after = len(self._plain) - self._n_before
-        n_after = min(_common(prompt[::-1], self._plain[::-1]), after)
-        end = len(prompt) - n_after
+        n_told = (
+            len(self._plain) - self._n_before
+        )  # the probe and what follows; the first of it may have other tokens after a description
+        end = len(prompt) - min(_common(prompt[::-1], self._plain[::-1]), n_told)
         if end - self._n_before > MAX_TOKENS:
             raise EncoderError(
                 f"a description has {end - self._n_before} tokens and {MAX_TOKENS} are read: say it shorter, or give it as a document"
@@ -91,7 +92,11 @@ class ContributionReader:
             described[i, self._n_before : end] = True
             places[i, PLACES.index("start"), n_prompt - 1] = 1
             places[i, PLACES.index("answer"), len(row) - 1] = 1
-            places[i, PLACES.index("input"), end : n_prompt - 1] = 1 / (n_prompt - 1 - end)
+            for place, first, last in (
+                ("input", end, n_prompt - self._n_after),
+                ("turn", n_prompt - self._n_after, n_prompt - 1),
+            ):
+                places[i, PLACES.index(place), first:last] = 1 / max(1, last - first)
         watch = _Watch(described.to(base.device), places.to(base.device))
         decoder = base.model.get_decoder()
         with inject(base.model, self._hypernet.reading_lora()), _watching(decoder):
@@ -111,6 +116,12 @@ class ContributionReader:
                 contributions.append(waiting)
                 waiting = 0.0
         return torch.stack(contributions, dim=2)
+
+
+def around_input(chat: ChatFormat) -> tuple[int, int]:
+    """How many tokens a prompt has before what the user says, and after it, the one included from which the answer begins."""
+    one, other = chat.prompt("a", ""), chat.prompt("0", "")
+    return _common(one, other), _common(one[::-1], other[::-1])
 
 
 def _linear_part(module: nn.Module, x: Tensor) -> Tensor:

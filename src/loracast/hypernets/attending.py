@@ -27,8 +27,9 @@ from loracast.hypernets.known import KnowsDescriptions, shared_factors
 from loracast.lora import Factors, LoRA, LoRABatch
 from loracast.target import Target, TargetModule, problems_of
 
-PLACES = ("start", "answer", "input")
-"""Where contributions are read, and where what they become is written: where the answer begins, after its beginning, and in the input."""
+PLACES = ("start", "answer", "input", "turn")
+"""Where contributions are read, and where what they become is written: where the answer begins, after its beginning, in the input, and in what
+the template has between the input and the answer."""
 _GATE_WIDTH = 64
 _GATE_START = 3.0  # logit: open
 

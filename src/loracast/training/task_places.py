@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from loracast.base import Base
 from loracast.batching import pad_right
+from loracast.encoders.contributions import around_input
 from loracast.hypernets.attending import PLACES, AttendingToLoRA
 from loracast.inject import inject
 from loracast.training.task_source import TaskSource
@@ -27,7 +28,7 @@ def set_places(hypernet: AttendingToLoRA, base: Base, source: TaskSource) -> Non
     Weighted least squares on training examples, where every place counts alike; the base carries what all descriptions share, as it will.
     """
     rows = _examples(base, source)
-    n_of = {place: sum(places.count(place) for _, places in rows) for place in (*PLACES, _ELSEWHERE)}
+    n_of = {place: max(1, sum(places.count(place) for _, places in rows)) for place in (*PLACES, _ELSEWHERE)}
     names = [name for name, _, kind, *_ in hypernet.config.modules if kind == hypernet.config.kind]
     gram: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
@@ -50,7 +51,7 @@ def set_places(hypernet: AttendingToLoRA, base: Base, source: TaskSource) -> Non
 def _examples(base: Base, source: TaskSource) -> list[tuple[list[int], list[str]]]:
     """Token ids of training examples, and the place of each token."""
     rng = random.Random(0)
-    n_before = _n_before(base)
+    n_before, n_after = around_input(base.chat)
     rows = []
     for _ in range(_N_EXAMPLES):
         example = rng.choice(source.short_enough(rng.choice(source.tasks)))
@@ -60,12 +61,6 @@ def _examples(base: Base, source: TaskSource) -> list[tuple[list[int], list[str]
         )
         rows.append(([*prompt, *answer], places))
     return rows
-
-
-def _n_before(base: Base) -> int:
-    """Tokens before what the user says."""
-    one, other = base.chat.prompt("a", ""), base.chat.prompt("0", "")
-    return next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
 
 
 def _entering(base: Base, hypernet: AttendingToLoRA, names: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
