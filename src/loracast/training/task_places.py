@@ -56,9 +56,9 @@ def _examples(base: Base, source: TaskSource) -> list[tuple[list[int], list[str]
     for _ in range(_N_EXAMPLES):
         example = rng.choice(source.short_enough(rng.choice(source.tasks)))
         prompt, answer = base.chat.prompt(example.input, ""), base.chat.reply(example.outputs[0])[:-1]
-        places = (
-            [_ELSEWHERE] * n_before + ["input"] * (len(prompt) - n_before - 1) + ["start"] + ["answer"] * len(answer)
-        )
+        n_input = len(prompt) - n_before - n_after
+        told = [_ELSEWHERE] * n_before + ["input"] * n_input + ["turn"] * (n_after - 1)
+        places = [*told, "start", *["answer"] * len(answer)]
         rows.append(([*prompt, *answer], places))
     return rows
 
