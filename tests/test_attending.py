@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
+from conftest import make_model, make_tokenizer
 from loracast.base import Base
 from loracast.describe import load_caster
 from loracast.encoders.contributions import ContributionReader
@@ -24,6 +28,7 @@ from loracast.training.peft_training import PeftConfig
 from loracast.training.task_places import set_places
 from loracast.training.task_source import TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe, read_text_recipe, train_text
+from test_target import FAMILIES
 from test_tasks import write_suite
 
 TEXTS = ["Answer with the opposite word.", "Say it louder", "Turn each word around, and end with a full stop."]
@@ -42,7 +47,9 @@ def make(
             part.b.data.normal_()
         hypernet.up.data.normal_()
         hypernet.gate[-1].weight.data.normal_()
-    hypernet.know(ContributionReader(base, hypernet)(TEXTS))
+    read = ContributionReader(base, hypernet)(TEXTS).detach()
+    hypernet.set_units(read)
+    hypernet.know(read)
     return hypernet.eval().requires_grad_(False)
 
 
@@ -90,7 +97,9 @@ def contributions(base: Base, hypernet: AttendingToLoRA, description: str) -> Te
     return torch.stack([torch.stack([x[list(at[place])].mean(0) for x in written]) for place in PLACES])
 
 
-def test_what_is_read_is_what_attention_writes_less_without_the_description(base):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_read_is_what_attention_writes_less_without_the_description(family):
+    base = Base(family, make_model(family), make_tokenizer())
     hypernet = make(base)
     n_blocks = len(base.model.get_decoder().layers)
     read = ContributionReader(base, hypernet)(TEXTS)
@@ -107,6 +116,16 @@ def test_blocks_that_are_no_target_hand_theirs_on(base):
     expected = contributions(base, some, TEXTS[0])
     torch.testing.assert_close(read[:, 0], expected[:, 0] + expected[:, 1], atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(read[:, 1], expected[:, 2] + expected[:, 3], atol=1e-5, rtol=1e-3)
+
+
+def test_no_deeper_than_asked_for(base):
+    shallow = make(base, depth=2)
+    (read,) = ContributionReader(base, shallow)(TEXTS[:1]).view(1, len(PLACES), 2, 48)
+    torch.testing.assert_close(read, contributions(base, shallow, TEXTS[0])[:, :2], atol=1e-5, rtol=1e-3)
+    ranks = {name: factors.a.shape[1] for name, factors in shallow(read.flatten()[None]).factors.items()}
+    assert [ranks[m.name] for m in shallow.config.target.of_kind("o_proj")] == [8, 8, 3, 3]
+    with pytest.raises(ConfigError, match="within a depth of 1"):
+        make(base, layers=(1, 3), depth=1)
 
 
 def test_reading_leaves_the_base_as_it_was(base):
@@ -270,6 +289,10 @@ def test_reading_and_what_all_share_start_from_a_multitask_lora(base, tmp_path, 
         for name in trained.names
     ]
     assert all(unchanged) is not is_trained
+    known = ContributionReader(base, hypernet)(
+        [text for task in tasks if not task.is_heldout for text in task.seen_descriptions()]
+    )
+    assert hypernet.distances(known).max() < 1e-4  # as it is read in the end
 
 
 def test_options_of_the_other_variants_are_refused(base, tmp_path):
@@ -281,3 +304,36 @@ def test_options_of_the_other_variants_are_refused(base, tmp_path):
         path.write_text(f'[hypernetwork]\nkinds = ["o_proj"]\n{line}\n')
         with pytest.raises(ConfigError, match=message):
             train_text(base, read_text_recipe(path), read_tasks(write_suite(tmp_path)), tmp_path / "run")
+
+
+_IN_ANOTHER_PROCESS = """
+import hashlib, sys
+from loracast.base import load_base
+from loracast.describe import load_caster
+base = load_base(sys.argv[1], device="cpu", dtype="float32")
+loras = load_caster(sys.argv[2], base=base).loras(sys.argv[3:])
+digest = hashlib.sha256()
+for lora in loras:
+    for name, factors in lora.factors.items():
+        digest.update(name.encode())
+        for factor in factors:
+            digest.update(factor.contiguous().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_another_process_and_hash_seed_make_the_same_bits(base, tiny_folder, tmp_path):
+    hypernet = make(base)
+    save_pretrained(hypernet, tmp_path / "hypernetwork", base.fingerprint, storage="bfloat16")
+    command = [sys.executable, "-c", _IN_ANOTHER_PROCESS, str(tiny_folder), str(tmp_path / "hypernetwork"), *TEXTS]
+    digests = {
+        subprocess.run(
+            command,
+            env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1")
+    }
+    assert len(digests) == 1 and len(digests.pop().strip()) == 64

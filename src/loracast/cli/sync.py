@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -60,12 +61,13 @@ def watch(
     say(f"watching {folder}; Ctrl-C ends it")
     # A look now and then as well: for what changed before the watch began, and for file systems that tell of no changes.
     looks = watchfiles.watch(folder, raise_interrupt=False, yield_on_timeout=True, rust_timeout=_LOOK_EVERY_MS)
-    for _ in itertools.chain([()], looks):
-        result = learner.run()
-        changed = [file for file in result.files if file.outcome in ("learned", "removed")]
-        for file in changed:
-            print(f"{file.outcome} {file.name} ({printable(file.path)})", flush=True)
-        if changed:
-            say(summary(result, with_removed=True))
-        if not result.is_complete:
-            break
+    with suppress(KeyboardInterrupt):  # the way to end it, wherever it comes
+        for _ in itertools.chain([()], looks):
+            result = learner.run()
+            changed = [file for file in result.files if file.outcome in ("learned", "removed")]
+            for file in changed:
+                print(f"{file.outcome} {file.name} ({printable(file.path)})", flush=True)
+            if changed:
+                say(summary(result, with_removed=True))
+            if not result.is_complete:
+                break

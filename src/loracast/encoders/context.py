@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from loracast.lora import LoRABatch
 
 
+def cut(decoder: Any, depth: int) -> Any:
+    """A second decoder around the same blocks, cut after the first `depth` of them; its last states are what the last of these gives."""
+    shorter = copy.copy(decoder)
+    shorter._modules = dict(decoder._modules)
+    shorter.layers = decoder.layers[:depth]
+    shorter.config = copy.copy(decoder.config)
+    shorter.config.num_hidden_layers = depth
+    shorter.norm = nn.Identity()
+    return shorter
+
+
 class ContextEncoder:
     """Reads the base's hidden states: the `Encoder` of documents. Shares the base's weights: building one costs nothing."""
 
@@ -69,13 +80,7 @@ class ContextEncoder:
             found = [m for name in self.key_modules if id(m := model.get_submodule(name)) in inside]
             self._keyed += found
             depth = max(depth, layer + 1) if found else depth
-        # A second decoder around the same blocks, cut after the deepest one that is read.
-        self._decoder = copy.copy(decoder)
-        self._decoder._modules = dict(decoder._modules)
-        self._decoder.layers = decoder.layers[:depth]
-        self._decoder.config = copy.copy(decoder.config)
-        self._decoder.config.num_hidden_layers = depth
-        self._decoder.norm = nn.Identity()
+        self._decoder = cut(decoder, depth)
 
     @classmethod
     def for_hypernet(cls, base: Base, hypernet: DocToLoRA) -> ContextEncoder:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from loracast.batching import pad_right
+from loracast.encoders.context import cut
 from loracast.errors import EncoderError
 from loracast.hypernets.attending import PLACES, AttendingToLoRA
 from loracast.inject import inject
@@ -55,6 +56,7 @@ class ContributionReader:
         """The probe as it is asked without a description."""
         self._answer = base.chat.reply(c.probe_answer)[:-1]
         self._n_before, self._n_after = around_input(base.chat)
+        self._decoder = cut(base.model.get_decoder(), max(c.layers) + 1)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """n texts -> their contributions at each place in each layer, [n, d_text], fp32; differentiable in the LoRA with which the base reads.
@@ -73,9 +75,8 @@ class ContributionReader:
     def _row(self, description: str) -> tuple[list[int], int, int]:
         """Token ids, where the description ends in them, and how many of them the prompt has."""
         prompt = self._base.chat.prompt(with_description(description, self._hypernet.config.probe), "")
-        n_told = (
-            len(self._plain) - self._n_before
-        )  # the probe and what follows; the first of it may have other tokens after a description
+        # The probe and what follows it, but that after a description its first token may be another one.
+        n_told = len(self._plain) - self._n_before
         end = len(prompt) - min(_common(prompt[::-1], self._plain[::-1]), n_told)
         if end - self._n_before > MAX_TOKENS:
             raise EncoderError(
@@ -98,9 +99,8 @@ class ContributionReader:
             ):
                 places[i, PLACES.index(place), first:last] = 1 / max(1, last - first)
         watch = _Watch(described.to(base.device), places.to(base.device))
-        decoder = base.model.get_decoder()
-        with inject(base.model, self._hypernet.reading_lora()), _watching(decoder):
-            decoder(input_ids=ids.to(base.device), use_cache=False, **{_WATCHED: watch})
+        with inject(base.model, self._hypernet.reading_lora()), _watching(base.model.get_decoder()):
+            self._decoder(input_ids=ids.to(base.device), use_cache=False, **{_WATCHED: watch})
             written = self._written(watch.seen)
         return written.flatten(1)
 
@@ -109,7 +109,7 @@ class ContributionReader:
         config = self._hypernet.config
         contributions: list[Tensor] = []
         waiting: Tensor | float = 0.0
-        for layer, (attention, x) in enumerate(seen[: max(config.layers) + 1]):
+        for layer, (attention, x) in enumerate(seen):
             projection = getattr(attention, config.kind)
             waiting = _linear_part(projection, x.to(projection.weight.dtype)).float() + waiting
             if layer in config.layers:
@@ -164,7 +164,6 @@ def _watched_attention(
     weights = scores.softmax(-1)
     hidden = torch.finfo(scores.dtype).min  # finite: a token that sees nothing else gives no NaN
     others = scores.masked_fill(watch.described[:, None, None], hidden).masked_fill(later, float("-inf")).softmax(-1)
-    out = (weights @ value).transpose(1, 2)  # [n, t, heads, d]
-    without = (others @ value).transpose(1, 2)
-    watch.seen.append((module, watch.places @ (out - without).flatten(2)))
-    return out.to(query.dtype), None
+    less = watch.places[:, None] @ (weights - others) @ value  # [n, heads, places, d]
+    watch.seen.append((module, less.transpose(1, 2).flatten(2)))
+    return (weights @ value).transpose(1, 2).to(query.dtype), None

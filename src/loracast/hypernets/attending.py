@@ -54,6 +54,8 @@ class AttendingToLoRAConfig:
     """The input that stands for any."""
     probe_answer: str = "lizard"
     """The beginning of an answer that stands for any."""
+    depth: int | None = None
+    """Blocks of the base in which contributions are read and written; all up to the target's last if None."""
     n_known: int = 0
     """Descriptions seen in training, whose contributions are kept to tell how far a new one is from all of them."""
 
@@ -72,6 +74,8 @@ class AttendingToLoRAConfig:
             problems.append(
                 f"rank must be at least {len(PLACES)}, shared_rank and map_rank at least 1, and the probes not empty"
             )
+        if not self.layers:
+            problems.append(f"no module of the kind {self.kind} lies within a depth of {self.depth}")
         if problems:
             raise ConfigError("bad AttendingToLoRAConfig: " + "; ".join(problems))
 
@@ -82,7 +86,8 @@ class AttendingToLoRAConfig:
     @property
     def layers(self) -> tuple[int, ...]:
         """Those whose attention gets a LoRA made from the description."""
-        return tuple(layer for _, layer, kind, _, _ in self.modules if kind == self.kind)
+        every = (layer for _, layer, kind, _, _ in self.modules if kind == self.kind)
+        return tuple(layer for layer in every if self.depth is None or layer < self.depth)
 
     @property
     def encoder(self) -> str:
@@ -156,11 +161,14 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
         for name, _, kind, *_ in self.config.modules:
             yield name, next(by_kind[kind])
 
-    def know(self, conditions: Tensor) -> None:
-        """Keep what tells the descriptions seen in training apart, and their mean and deviation. [m, d_text]"""
-        self.config = replace(self.config, n_known=len(conditions))
+    def set_units(self, conditions: Tensor) -> None:
+        """Take the units in which the gate sees conditions from those of real descriptions [m, d_text]: their mean and deviation."""
         self.mean.copy_(conditions.mean(0))
         self.std.copy_(conditions.std(0).clamp_min(1e-6))
+
+    def know(self, conditions: Tensor) -> None:
+        """Keep what tells the descriptions seen in training apart. [m, d_text]"""
+        self.config = replace(self.config, n_known=len(conditions))
         self.known = self.pooled(conditions)
 
     def pooled(self, conditions: Tensor) -> Tensor:
@@ -198,9 +206,11 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
         gate = self.openness(conditions).sigmoid()[:, None, None]
         own = iter(zip(self.where.unbind(0), self._written(conditions).unbind(1), strict=True))
         factors: dict[str, Factors] = {}
-        for (name, shared), (_, _, kind, *_) in zip(self._factors_of(self.shared), self.config.modules, strict=True):
+        for (name, shared), (_, layer, kind, *_) in zip(
+            self._factors_of(self.shared), self.config.modules, strict=True
+        ):
             a, b = (side.expand(n, -1, -1) for side in shared)
-            if kind == self.config.kind:
+            if kind == self.config.kind and layer in self.config.layers:
                 where, written = next(own)
                 a = torch.cat([where.expand(n, -1, -1), a], dim=1)
                 b = torch.cat([written.transpose(1, 2).to(b), b], dim=2)

@@ -43,10 +43,12 @@ def train_hypernet(
     command: str,
     workers: Workers,
     on_metrics: Callable[[dict[str, float]], None],
+    finish: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Train, or go on where `out_dir` has a run with the same settings; the last metrics.
 
     Args:
+        finish: what remains to be done to the hypernetwork whenever training stops; it is saved once more then.
         about: what was trained on. It is kept in the checkpoint's provenance, and a run with another one does not go on.
         command: kept in the provenance too.
     """
@@ -62,7 +64,11 @@ def train_hypernet(
         "hypernetwork": dataclasses.asdict(hypernet.config),
         "base": base.fingerprint.norms,
     }
-    return train(
+    metrics = train(
         hypernet, objective, config, out_dir,
         settings=settings, save_model=save_model, on_metrics=on_metrics, workers=workers,
     )  # fmt: skip
+    if finish is not None and workers.is_first:
+        finish()
+        save_model(out_dir)
+    return metrics

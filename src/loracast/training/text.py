@@ -15,6 +15,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -215,10 +216,12 @@ def train_text(
     if shared_from is not None:
         hypernet.start_shared_from(read_oracle(shared_from, base.fingerprint))
     hypernet.to(workers.device)
+    learn_known = partial(_learn_known, hypernet, source, encoder)
     if isinstance(hypernet, AttendingToLoRA) and init_from is None:
         set_places(hypernet, base, source)
-    with torch.no_grad():
-        hypernet.know(encoder(source.descriptions).to(workers.device))
+        with torch.no_grad():
+            hypernet.set_units(encoder(source.descriptions).to(workers.device))
+    learn_known()
     hypernet.train()
     if isinstance(hypernet, AttendingToLoRA):
         hypernet.reading.requires_grad_(recipe.reading_is_trained)
@@ -252,7 +255,14 @@ def train_text(
     return train_hypernet(
         hypernet, objective, recipe.training, out_dir,
         base=base, init_from=init_from, about=about, command=command, workers=workers, on_metrics=on_metrics,
+        finish=learn_known if recipe.reading_is_trained else None,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def _learn_known(hypernet: OfDescriptions, source: TaskSource, encoder: TextEncoder) -> None:
+    """Let the hypernetwork keep what it is trained on, as it is read now."""
+    hypernet.know(encoder(source.descriptions).to(next(hypernet.parameters()).device))
 
 
 OfStep = Callable[[int, DrawnTasks], tuple[Tensor, dict[str, float]]]
