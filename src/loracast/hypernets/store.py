@@ -162,11 +162,15 @@ def architecture_of(source: str | Path) -> type[Any]:
     return _ARCHITECTURES[_architecture(stored, source)]
 
 
+def architecture_of_descriptions(source: str | Path) -> type[OfDescriptions]:
+    """Which of the hypernetworks for descriptions lies there; one of them where none does, so that reading it says what is wrong."""
+    found = architecture_of(source)
+    return found if issubclass(found, OfDescriptions) else TextToLoRA
+
+
 def of_descriptions(source: str | Path) -> tuple[OfDescriptions, Fingerprint]:
     """A hypernetwork for descriptions, whichever of them lies there; raises as `from_pretrained` does."""
-    found = architecture_of(source)
-    architecture: type[OfDescriptions] = found if issubclass(found, OfDescriptions) else TextToLoRA
-    return from_pretrained(source, architecture)
+    return from_pretrained(source, architecture_of_descriptions(source))
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from loracast.files import file_sha256
 from loracast.hypernets.attending import AttendingToLoRA, AttendingToLoRAConfig
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.reading import ReadingToLoRA, ReadingToLoRAConfig, with_memory
-from loracast.hypernets.store import OfDescriptions, of_descriptions
+from loracast.hypernets.store import OfDescriptions, architecture_of_descriptions
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora import LoRABatch
 from loracast.target import target_from_config
@@ -203,9 +203,8 @@ def train_text(
     known = tasks if oracles is None else tasks_with_oracles(tasks, oracles)
     source = TaskSource(recipe.data, known, base.chat, varied=oracles is None)
     if init_from is not None:
-        hypernet = start_from(
-            init_from, type(of_descriptions(init_from)[0]), base, recipe.asked | recipe.hypernetwork.keys()
-        )
+        asked = recipe.asked | recipe.hypernetwork.keys()
+        hypernet = start_from(init_from, architecture_of_descriptions(init_from), base, asked)
     else:
         hypernet = build_text_hypernet(base, recipe)
     if memory_from is not None:
