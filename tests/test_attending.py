@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -28,6 +25,7 @@ from loracast.training.peft_training import PeftConfig
 from loracast.training.task_places import set_places
 from loracast.training.task_source import TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe, read_text_recipe, train_text
+from other_processes import digests_in_other_processes
 from test_target import FAMILIES
 from test_tasks import write_suite
 
@@ -306,34 +304,8 @@ def test_options_of_the_other_variants_are_refused(base, tmp_path):
             train_text(base, read_text_recipe(path), read_tasks(write_suite(tmp_path)), tmp_path / "run")
 
 
-_IN_ANOTHER_PROCESS = """
-import hashlib, sys
-from loracast.base import load_base
-from loracast.describe import load_caster
-base = load_base(sys.argv[1], device="cpu", dtype="float32")
-loras = load_caster(sys.argv[2], base=base).loras(sys.argv[3:])
-digest = hashlib.sha256()
-for lora in loras:
-    for name, factors in lora.factors.items():
-        digest.update(name.encode())
-        for factor in factors:
-            digest.update(factor.contiguous().numpy().tobytes())
-print(digest.hexdigest())
-"""
-
-
 def test_another_process_and_hash_seed_make_the_same_bits(base, tiny_folder, tmp_path):
     hypernet = make(base)
     save_pretrained(hypernet, tmp_path / "hypernetwork", base.fingerprint, storage="bfloat16")
-    command = [sys.executable, "-c", _IN_ANOTHER_PROCESS, str(tiny_folder), str(tmp_path / "hypernetwork"), *TEXTS]
-    digests = {
-        subprocess.run(
-            command,
-            env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("0", "1")
-    }
-    assert len(digests) == 1 and len(digests.pop().strip()) == 64
+    digests = digests_in_other_processes(tiny_folder, tmp_path / "hypernetwork", TEXTS)
+    assert len(digests) == 1 and len(digests.pop()) == 64

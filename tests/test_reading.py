@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -30,6 +27,7 @@ from loracast.training.oracle import OracleRecipe, train_multitask
 from loracast.training.peft_training import PeftConfig
 from loracast.training.task_source import TaskDataConfig
 from loracast.training.text import TextRecipe, read_text_recipe, train_text
+from other_processes import digests_in_other_processes
 from test_tasks import write_suite
 
 TEXTS = ["Answer with the opposite word.", "Say it louder", "Turn each word around, and end with a full stop."]
@@ -325,35 +323,9 @@ def test_the_tokenizer_of_the_fixtures_has_words_that_begin_with_a_space():
     assert any(tokenizer.decode([i]).startswith(" ") for i in encode_text(tokenizer, TEXTS[2]))
 
 
-_IN_ANOTHER_PROCESS = """
-import hashlib, sys
-from loracast.base import load_base
-from loracast.describe import load_caster
-base = load_base(sys.argv[1], device="cpu", dtype="float32")
-loras = load_caster(sys.argv[2], base=base).loras(sys.argv[3:])
-digest = hashlib.sha256()
-for lora in loras:
-    for name, factors in lora.factors.items():
-        digest.update(name.encode())
-        for factor in factors:
-            digest.update(factor.contiguous().numpy().tobytes())
-print(digest.hexdigest())
-"""
-
-
 def test_another_process_and_hash_seed_make_the_same_bits(base, tiny_folder, tmp_path):
     hypernet = make(base)
     hypernet.know(DescriptionReader(base, hypernet.config)(TEXTS))
     save_pretrained(hypernet, tmp_path / "hypernetwork", base.fingerprint, storage="bfloat16")
-    command = [sys.executable, "-c", _IN_ANOTHER_PROCESS, str(tiny_folder), str(tmp_path / "hypernetwork"), *TEXTS]
-    digests = {
-        subprocess.run(
-            command,
-            env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("0", "1")
-    }
-    assert len(digests) == 1 and len(digests.pop().strip()) == 64
+    digests = digests_in_other_processes(tiny_folder, tmp_path / "hypernetwork", TEXTS)
+    assert len(digests) == 1 and len(digests.pop()) == 64

@@ -107,12 +107,13 @@ class ContributionReader:
     def _written(self, seen: Sequence[tuple[nn.Module, Tensor]]) -> Tensor:
         """What would enter output projections -> contributions [n, places, layers, d_state]; of a block that is no target, to the next that is one."""
         config = self._hypernet.config
+        layers = set(config.layers)
         contributions: list[Tensor] = []
         waiting: Tensor | float = 0.0
         for layer, (attention, x) in enumerate(seen):
             projection = getattr(attention, config.kind)
             waiting = _linear_part(projection, x.to(projection.weight.dtype)).float() + waiting
-            if layer in config.layers:
+            if layer in layers:
                 contributions.append(waiting)
                 waiting = 0.0
         return torch.stack(contributions, dim=2)

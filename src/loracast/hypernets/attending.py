@@ -23,15 +23,13 @@ from torch import Tensor, nn
 
 from loracast.errors import ConfigError
 from loracast.hypernets.heads import SharedLoRA, per_layer
-from loracast.hypernets.known import KnowsDescriptions, shared_factors
+from loracast.hypernets.known import KnowsDescriptions, open_gate, shared_factors
 from loracast.lora import Factors, LoRA, LoRABatch
 from loracast.target import Target, TargetModule, problems_of
 
 PLACES = ("start", "answer", "input", "turn")
 """Where contributions are read, and where what they become is written: where the answer begins, after its beginning, in the input, and in what
 the template has between the input and the answer."""
-_GATE_WIDTH = 64
-_GATE_START = 3.0  # logit: open
 
 
 @dataclass(frozen=True)
@@ -129,10 +127,7 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
         self.shared = nn.ModuleDict({k: SharedLoRA(n, c.shared_rank, *self._shape(k)) for k, n in kinds.items()})
         self.reading = nn.ModuleDict({k: SharedLoRA(n, c.shared_rank, *self._shape(k)) for k, n in kinds.items()})
         self.reading.requires_grad_(False)  # what is read stays what the rest was trained on
-        self.gate = nn.Sequential(nn.Linear(c.d_state, _GATE_WIDTH), nn.SiLU(), nn.Linear(_GATE_WIDTH, 1))
-        last = cast(nn.Linear, self.gate[-1])
-        nn.init.zeros_(last.weight)
-        nn.init.constant_(last.bias, _GATE_START)
+        self.gate = open_gate(c.d_state)
         self.register_buffer("mean", torch.zeros(c.d_text))
         self.register_buffer("std", torch.ones(c.d_text))
         self.register_buffer("known", torch.zeros(c.n_known, c.d_state))
@@ -206,11 +201,12 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
         gate = self.openness(conditions).sigmoid()[:, None, None]
         own = iter(zip(self.where.unbind(0), self._written(conditions).unbind(1), strict=True))
         factors: dict[str, Factors] = {}
+        layers = set(self.config.layers)
         for (name, shared), (_, layer, kind, *_) in zip(
             self._factors_of(self.shared), self.config.modules, strict=True
         ):
             a, b = (side.expand(n, -1, -1) for side in shared)
-            if kind == self.config.kind and layer in self.config.layers:
+            if kind == self.config.kind and layer in layers:
                 where, written = next(own)
                 a = torch.cat([where.expand(n, -1, -1), a], dim=1)
                 b = torch.cat([written.transpose(1, 2).to(b), b], dim=2)

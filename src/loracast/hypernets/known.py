@@ -6,12 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.errors import ConfigError, HypernetworkError
 from loracast.lora import LoRA
 from loracast.target import TargetModule
+
+_GATE_WIDTH = 64
+_GATE_START = 3.0  # logit: open
+
+
+def open_gate(width: int) -> nn.Sequential:
+    """What shuts for descriptions that describe nothing: a vector of them -> a logit, open at the start whatever it sees."""
+    first, last = nn.Linear(width, _GATE_WIDTH), nn.Linear(_GATE_WIDTH, 1)
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, _GATE_START)
+    return nn.Sequential(first, nn.SiLU(), last)
 
 
 class KnowsDescriptions:

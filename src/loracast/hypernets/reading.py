@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from loracast.encoders.features import Features
 from loracast.errors import ConfigError
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
-from loracast.hypernets.known import KnowsDescriptions, shared_factors
+from loracast.hypernets.known import KnowsDescriptions, open_gate, shared_factors
 from loracast.hypernets.memory import AssociativeMemory
 from loracast.lora import Factors, LoRA, LoRABatch
 from loracast.target import Target
 
-_GATE_WIDTH = 64
-_GATE_START = 3.0  # logit: open
 _GAIN_RATE = 30.0  # Adam moves every number by about the learning rate
 
 
@@ -142,11 +140,7 @@ class ReadingToLoRA(KnowsDescriptions, nn.Module):
         super().__init__()
         self.config = config
         self.reader = DocToLoRA(config.doc)
-        self.gate = nn.Sequential(nn.Linear(config.d_state, _GATE_WIDTH), nn.SiLU(), nn.Linear(_GATE_WIDTH, 1))
-        last = self.gate[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        nn.init.constant_(last.bias, _GATE_START)
+        self.gate = open_gate(config.d_state)
         self.memory: AssociativeMemory | None = None
         if config.memory_modules:
             self.memory = AssociativeMemory(config.memory)

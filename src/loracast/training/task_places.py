@@ -30,7 +30,8 @@ def set_places(hypernet: AttendingToLoRA, base: Base, source: TaskSource) -> Non
     rows = _examples(base, source)
     n_of = {place: max(1, sum(places.count(place) for _, places in rows)) for place in (*PLACES, _ELSEWHERE)}
     c = hypernet.config
-    names = [name for name, layer, kind, *_ in c.modules if kind == c.kind and layer in c.layers]
+    layers = set(c.layers)
+    names = [name for name, layer, kind, *_ in c.modules if kind == c.kind and layer in layers]
     gram: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     for start in range(0, len(rows), _AT_ONCE):

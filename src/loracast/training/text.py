@@ -215,12 +215,12 @@ def train_text(
     if shared_from is not None:
         hypernet.start_shared_from(read_oracle(shared_from, base.fingerprint))
     hypernet.to(workers.device)
-    learn_known = partial(_learn_known, hypernet, source, encoder)
+    with torch.no_grad():
+        seen = encoder(source.descriptions).to(workers.device)
     if isinstance(hypernet, AttendingToLoRA) and init_from is None:
         set_places(hypernet, base, source)
-        with torch.no_grad():
-            hypernet.set_units(encoder(source.descriptions).to(workers.device))
-    learn_known()
+        hypernet.set_units(seen)
+    hypernet.know(seen)
     hypernet.train()
     if isinstance(hypernet, AttendingToLoRA):
         hypernet.reading.requires_grad_(recipe.reading_is_trained)
@@ -254,7 +254,7 @@ def train_text(
     return train_hypernet(
         hypernet, objective, recipe.training, out_dir,
         base=base, init_from=init_from, about=about, command=command, workers=workers, on_metrics=on_metrics,
-        finish=learn_known if recipe.reading_is_trained else None,
+        finish=partial(_learn_known, hypernet, source, encoder) if recipe.reading_is_trained else None,
     )  # fmt: skip
 
 
