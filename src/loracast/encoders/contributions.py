@@ -3,7 +3,7 @@
     system turn, [description], an input that stands for any, the beginning of an answer that stands for any
 
 At a token after the description, an attention head's output is a mean of values; with the description hidden it is another mean, of the rest. The
-difference, through the layer's output projection, is the description's contribution there.
+difference, through the layer's output projection, is the description's contribution there. What all texts begin with is read once.
 """
 
 from __future__ import annotations
@@ -38,15 +38,22 @@ class _Watch:
     """What is looked at in one forward pass, and what is seen."""
 
     described: Tensor
-    """[n, t] bool, true at a description's tokens."""
+    """[n, t0 + t] bool, true at a description's tokens; t0 tokens were read before."""
     places: Tensor
     """[n, places, t]: the tokens that a place is the mean of, as weights."""
+    before: Sequence[tuple[Tensor, Tensor]] = ()
+    """Block by block, keys and values [1, heads, t0, d] of what was read before."""
+    read: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Block by block, keys and values [n, heads, t, d]."""
     seen: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
     """The attention of each block, and what less would enter its output projection without the description [n, places, d_in]."""
 
 
 class ContributionReader:
-    """Texts -> conditions of an `AttendingToLoRA`. Shares the base's weights: building one costs nothing."""
+    """Texts -> conditions of an `AttendingToLoRA`. Shares the base's weights: building one costs nothing.
+
+    Of a hypernetwork that is not in training, what all texts begin with is read with the weights that it has at the first call.
+    """
 
     def __init__(self, base: Base, hypernet: AttendingToLoRA):
         c = hypernet.config
@@ -57,6 +64,7 @@ class ContributionReader:
         self._answer = base.chat.reply(c.probe_answer)[:-1]
         self._n_before, self._n_after = around_input(base.chat)
         self._decoder = cut(base.model.get_decoder(), max(c.layers) + 1)
+        self._beginning: list[tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """n texts -> their contributions at each place in each layer, [n, d_text], fp32; differentiable in the LoRA with which the base reads.
@@ -85,10 +93,10 @@ class ContributionReader:
         return [*prompt, *self._answer], end, len(prompt)
 
     def _read(self, rows: Sequence[tuple[list[int], int, int]]) -> Tensor:
-        base = self._base
-        ids, _ = pad_right([row for row, _, _ in rows], base.pad_id)
+        n_shared = self._n_before if all(row[: self._n_before] == self._shared for row, _, _ in rows) else 0
+        ids, _ = pad_right([row[n_shared:] for row, _, _ in rows], self._base.pad_id)
         n, t = ids.shape
-        described, places = torch.zeros(n, t, dtype=torch.bool), torch.zeros(n, len(PLACES), t)
+        described, places = torch.zeros(n, n_shared + t, dtype=torch.bool), torch.zeros(n, len(PLACES), n_shared + t)
         for i, (row, end, n_prompt) in enumerate(rows):
             described[i, self._n_before : end] = True
             places[i, PLACES.index("start"), n_prompt - 1] = 1
@@ -98,11 +106,34 @@ class ContributionReader:
                 ("turn", n_prompt - self._n_after, n_prompt - 1),
             ):
                 places[i, PLACES.index(place), first:last] = 1 / max(1, last - first)
-        watch = _Watch(described.to(base.device), places.to(base.device))
-        with inject(base.model, self._hypernet.reading_lora()), _watching(base.model.get_decoder()):
-            self._decoder(input_ids=ids.to(base.device), use_cache=False, **{_WATCHED: watch})
-            written = self._written(watch.seen)
-        return written.flatten(1)
+        with inject(self._base.model, self._hypernet.reading_lora()):
+            watch = _Watch(described, places[:, :, n_shared:], self._read_before() if n_shared else ())
+            return self._written(self._watched(ids, watch).seen).flatten(1)
+
+    @property
+    def _shared(self) -> list[int]:
+        """The tokens that prompts have before what the user says."""
+        return self._plain[: self._n_before]
+
+    def _read_before(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """Keys and values of these tokens, block by block."""
+        if self._beginning is not None:
+            return self._beginning
+        n = self._n_before
+        nothing = _Watch(torch.zeros(1, n, dtype=torch.bool), torch.zeros(1, len(PLACES), n))
+        beginning = self._watched(torch.tensor([self._shared]), nothing).read
+        if not self._hypernet.training:
+            self._beginning = beginning
+        return beginning
+
+    def _watched(self, ids: Tensor, watch: _Watch) -> _Watch:
+        """Let the base read ids [n, t] after what was read before; the watch has seen it then."""
+        base, n_before = self._base, watch.described.shape[1] - ids.shape[1]
+        watch.described, watch.places = watch.described.to(base.device), watch.places.to(base.device)
+        positions = torch.arange(n_before, watch.described.shape[1], device=base.device)[None]
+        with _watching(base.model.get_decoder()):
+            self._decoder(input_ids=ids.to(base.device), position_ids=positions, use_cache=False, **{_WATCHED: watch})
+        return watch
 
     def _written(self, seen: Sequence[tuple[nn.Module, Tensor]]) -> Tensor:
         """What would enter output projections -> contributions [n, places, layers, d_state]; of a block that is no target, to the next that is one."""
@@ -155,12 +186,17 @@ def _watched_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention [n, heads, t, d] -> [n, t, heads, d]; rows are padded on the right, where nobody looks."""
     watch: _Watch = options[_WATCHED]
-    t, groups = query.shape[2], query.shape[1] // key.shape[1]
+    watch.read.append((key, value))
+    if watch.before:
+        n, block = len(key), len(watch.seen)
+        earlier = (side.expand(n, -1, -1, -1) for side in watch.before[block])
+        key, value = (torch.cat(pair, dim=2) for pair in zip(earlier, (key, value), strict=True))
+    t, t_all, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     key, value = (side.repeat_interleave(groups, dim=1).float() for side in (key, value))
     scores = query.float() @ key.transpose(2, 3) * options["scaling"]
     if cap := options.get("softcap"):
         scores = cap * torch.tanh(scores / cap)
-    later = torch.ones(t, t, dtype=torch.bool, device=scores.device).triu(1)
+    later = torch.ones(t, t_all, dtype=torch.bool, device=scores.device).triu(1 + t_all - t)
     scores = scores.masked_fill(later, float("-inf"))
     weights = scores.softmax(-1)
     hidden = torch.finfo(scores.dtype).min  # finite: a token that sees nothing else gives no NaN
