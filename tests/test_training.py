@@ -181,8 +181,35 @@ def test_a_memory_is_added_to_a_checkpoint_that_has_none(base, tmp_path):
         torch.testing.assert_close(side, other)
     assert after["o_proj"][0].any() and after["o_proj"][1].abs().max() < 1e-6
     assert grown.memory.key_std.std() > 0 and grown.memory.end_mean.any()  # its units were measured
-    with pytest.raises(ConfigError, match="has a memory already"):
+    with pytest.raises(ConfigError, match="give these and more"):
         train_doc(base, second, tmp_path / "again", init_from=tmp_path / "grown")
+
+
+def test_a_memory_can_grow_by_further_layers(base, tmp_path):
+    """What it wrote before it writes still; the new layers know their units and say nothing yet."""
+    data = DataConfig(questions_per_step=4, max_facts=4, max_chunk_tokens=128)
+    settings = TrainConfig(steps=3, warmup_steps=1, lr=1e-2, bf16=False)
+    first = Recipe(
+        hypernetwork={**TINY, "d_values": 48},
+        memory_layers=(3,),
+        calibration_questions=40,
+        data=data,
+        training=settings,
+    )
+    train_doc(base, first, tmp_path / "first")
+    second = dataclasses.replace(
+        first, hypernetwork={}, memory_layers=(1, 3), training=dataclasses.replace(settings, steps=1, lr=1e-12)
+    )
+    train_doc(base, second, tmp_path / "grown", init_from=tmp_path / "first")
+    (old, _), (grown, _) = (from_pretrained(tmp_path / name, DocToLoRA) for name in ("first", "grown"))
+    assert [layer for _, layer, *_ in grown.config.memory_modules] == [1, 3]
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        (before, _), (after, _) = (h.cast(ContextEncoder.for_hypernet(base, h)(ids)) for h in (old, grown))
+    for side, other in zip(before["o_proj"], after["o_proj"], strict=True):
+        torch.testing.assert_close(side[:, 0], other[:, 1])
+    assert before["o_proj"][1].any() and after["o_proj"][1][:, 0].abs().max() < 1e-6
+    assert after["o_proj"][0][:, 0].any() and (grown.memory.key_std[0] != 1).all()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -299,14 +299,11 @@ class DocToLoRA(nn.Module):
 
     def reading_lora(self) -> LoRABatch | None:
         """What the base carries while it reads a document, differentiable; None where it reads as it is."""
-        if not self.reading:
-            return None
-        factors: dict[str, Factors] = {}
-        for kind, module in self.reading.items():
-            names = [name for name, _, of_kind, _, _ in self.config.encoder_modules if of_kind == kind]
-            for name, (a, b) in zip(names, cast(SharedLoRA, module).factors(), strict=True):
-                factors[name] = Factors(a[None], b[None])
-        return LoRABatch(1, factors, {})
+        return _lora_of(self.reading, self.config.encoder_modules)
+
+    def document_independent_lora(self) -> LoRABatch | None:
+        """What every document's LoRA has in common, differentiable; None where that is nothing."""
+        return _lora_of(self.document_independent, (*self.config.modules, *self.config.shared_modules))
 
     def latents(self, features: Tensor, mask: Tensor | None = None) -> RankCodes:
         """The rank codes of chunks.
@@ -420,6 +417,16 @@ class DocToLoRA(nn.Module):
                 for joined, of_all in ((joined_a, shared.a), (joined_b, shared.b))
             )
         return joined_a.unbind(0), joined_b.unbind(0)
+
+
+def _lora_of(parts: nn.ModuleDict, modules: Sequence[tuple[str, int, str, int, int]]) -> LoRABatch | None:
+    """One LoRA of the parts of each kind, for those of the modules that are of these kinds."""
+    factors: dict[str, Factors] = {}
+    for kind, part in parts.items():
+        names = [name for name, _, of_kind, _, _ in modules if of_kind == kind]
+        for name, (a, b) in zip(names, cast(SharedLoRA, part).factors(), strict=True):
+            factors[name] = Factors(a[None], b[None])
+    return LoRABatch(1, factors, {}) if factors else None
 
 
 def _by_kind(modules: Sequence[tuple[str, int, str, int, int]]) -> dict[str, tuple[int, int, int]]:

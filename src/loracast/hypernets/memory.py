@@ -17,6 +17,7 @@ least squares takes away what the keys of a chunk still have in common, so that 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -139,6 +140,16 @@ class AssociativeMemory(nn.Module):
             # Keys have unit length, so the sides' sizes are free: such that Adam's steps are small beside them.
             self.from_end[module] = from_x * (_MAP_STD / from_x.std())
             self.to_question[module] = to_y * (_MAP_STD / to_y.std())
+
+    @torch.no_grad()
+    def take_modules(self, other: AssociativeMemory, at: Sequence[int]) -> None:
+        """Take over a smaller memory, the i-th of whose modules is the at[i]-th here. The others say nothing while their `scale` is zero."""
+        theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        for name, mine in (*self.named_parameters(), *self.named_buffers()):
+            if mine.shape == theirs[name].shape:
+                mine.copy_(theirs[name])
+            else:  # a part for each module
+                mine.view(len(self.scale), -1)[list(at)] = theirs[name].view(len(at), -1)
 
     def _looked_up(self, looks: Tensor, entering: Tensor) -> list[Tensor]:
         """What entered at the tokens that are looked at, as keys, not yet of length 1.

@@ -13,7 +13,9 @@ from loracast.batching import pad_right
 from loracast.encoders.context import ContextEncoder
 from loracast.errors import TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
-from loracast.hypernets.memory import N_PLACES, AssociativeMemory
+from loracast.hypernets.memory import N_PLACES
+from loracast.inject import inject
+from loracast.lora import LoRABatch
 from loracast.training.episodes import Episode
 
 _QUESTIONS_FOR_UNITS = 200
@@ -64,21 +66,26 @@ def calibrate(
         for kind in hypernet.config.kinds:
             hypernet.head(kind).set_units(inputs[kind], outputs[kind])
     if hypernet.memory is not None:
-        set_memory_units(hypernet.memory, base, encoder, rows, episodes)
+        set_memory_units(hypernet, base, encoder, rows, episodes)
 
 
 @torch.no_grad()
 def set_memory_units(
-    memory: AssociativeMemory, base: Base, encoder: ContextEncoder, rows: Sequence[Tensor], episodes: Sequence[Episode]
+    hypernet: DocToLoRA, base: Base, encoder: ContextEncoder, rows: Sequence[Tensor], episodes: Sequence[Episode]
 ) -> None:
-    """Set the units of a memory: its keys' over rows and questions, and at each place of the answers; then its question map."""
+    """Set the units of the memory: its keys' over rows and questions, and at each place of the answers; then its question map.
+
+    Questions are read as they will be asked: with what every document's LoRA has in common.
+    """
+    memory = hypernet.memory
+    assert memory is not None
     questions = [question for episode in episodes for question in episode.questions]
     chunks = [chunk for episode in episodes for chunk in episode.chunks]
     asked = [(*question.prompt, *question.answer) for question in questions]
     seen = [keys[:, 1:] for keys in _keys(encoder, base, [row[0].tolist() for row in rows])]
     totals, counts = torch.zeros(1, device=base.device), torch.zeros(N_PLACES)
     at_answers: list[Tensor] = []  # of each question, at the first places of its answer: [modules, places, in]
-    for i, keys in enumerate(_keys(encoder, base, asked)):
+    for i, keys in enumerate(_keys(encoder, base, asked, hypernet.document_independent_lora())):
         if i < _QUESTIONS_FOR_UNITS:
             seen.append(keys[:, 1:])
         keys = keys[:, len(questions[i].prompt) - 1 : -1]  # where the answer's tokens are predicted from
@@ -110,12 +117,15 @@ def set_memory_units(
     memory.set_question_map(torch.cat(ends, dim=1), torch.cat(answers, dim=1), means)
 
 
-def _keys(encoder: ContextEncoder, base: Base, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+def _keys(
+    encoder: ContextEncoder, base: Base, sequences: Sequence[Sequence[int]], lora: LoRABatch | None = None
+) -> Iterator[Tensor]:
     """What enters a memory's modules at each of t tokens, [modules, t, in], of one sequence after the other."""
     for start in range(0, len(sequences), _SEQUENCES_AT_ONCE):
         some = sequences[start : start + _SEQUENCES_AT_ONCE]
         ids, _ = pad_right(some, base.pad_id)
-        keys = encoder(ids.to(base.device)).keys
+        with inject(base.model, lora):
+            keys = encoder(ids.to(base.device)).keys
         assert keys is not None, "the encoder of a memory reads keys"
         for sequence, its_keys in zip(some, keys, strict=True):
             yield its_keys[:, : len(sequence)].float()

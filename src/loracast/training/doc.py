@@ -21,7 +21,7 @@ from loracast.errors import ConfigError
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.lora import LoRA
 from loracast.target import target_from_config
-from loracast.training.calibrate import calibrate
+from loracast.training.calibrate import calibrate, set_memory_units
 from loracast.training.episodes import Episode, pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_questions
@@ -118,13 +118,17 @@ def build_hypernet(base: Base, recipe: Recipe, source: EpisodeSource) -> DocToLo
 
 
 def grown(hypernet: DocToLoRA, base: Base, recipe: Recipe, source: EpisodeSource) -> DocToLoRA:
-    """The same hypernetwork with what the recipe adds: a fresh associative memory, shared modules (both do nothing yet), heads of low rank."""
+    """The same hypernetwork with what the recipe adds: an associative memory or further layers of it, shared modules (which do nothing yet), heads of
+    low rank."""
     c = hypernet.config
     changes: dict[str, Any] = {}
     if recipe.memory_layers:
-        if hypernet.memory is not None:
-            raise ConfigError("the checkpoint has a memory already; leave memory_layers out of the recipe")
-        changes["memory_modules"] = memory_modules(base, recipe.memory_layers)
+        changes["memory_modules"] = modules = memory_modules(base, recipe.memory_layers)
+        if not set(c.memory_modules) < set(modules):
+            raise ConfigError(
+                f"the checkpoint has a memory in the layers {[layer for _, layer, *_ in c.memory_modules]}; leave memory_layers out of the recipe, "
+                "or give these and more"
+            )
     if recipe.shared_kinds:
         if c.shared_modules:
             raise ConfigError("the checkpoint has shared modules already; leave shared_kinds out of the recipe")
@@ -141,10 +145,19 @@ def grown(hypernet: DocToLoRA, base: Base, recipe: Recipe, source: EpisodeSource
         return hypernet
     torch.manual_seed(recipe.training.seed)
     larger = DocToLoRA(dataclasses.replace(c, **changes))
+    kept = {
+        name: value
+        for name, value in hypernet.state_dict().items()
+        if not (recipe.memory_layers and name.startswith("memory."))
+    }
+    larger.load_state_dict(kept, strict=False)
     if recipe.memory_layers:
-        encoder = ContextEncoder.for_hypernet(base, larger)
-        calibrate(larger, base, encoder, *calibration_data(base, recipe, source))
-    larger.load_state_dict(hypernet.state_dict(), strict=False)
+        set_memory_units(
+            larger, base, ContextEncoder.for_hypernet(base, larger), *calibration_data(base, recipe, source)
+        )
+        if hypernet.memory is not None and larger.memory is not None:
+            at = [larger.config.memory_modules.index(module) for module in c.memory_modules]
+            larger.memory.take_modules(hypernet.memory, at)
     if head_rank is not None:
         for kind in c.kinds:
             larger.head(kind).take_low_rank(hypernet.head(kind))
