@@ -191,16 +191,22 @@ def _watched_attention(
         n, block = len(key), len(watch.seen)
         earlier = (side.expand(n, -1, -1, -1) for side in watch.before[block])
         key, value = (torch.cat(pair, dim=2) for pair in zip(earlier, (key, value), strict=True))
-    t, t_all, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    key, value = (side.repeat_interleave(groups, dim=1).float() for side in (key, value))
-    scores = query.float() @ key.transpose(2, 3) * options["scaling"]
+    (n, n_heads, t, _), (_, n_shared, t_all, _) = query.shape, key.shape
+    key, value = key.float(), value.float()
+
+    def of_each_head(rows: Tensor, shared: Tensor) -> Tensor:
+        """[n, heads, r, x] @ what several heads share [n, shared heads, x, y] -> [n, heads, r, y]."""
+        return (rows.reshape(n, n_shared, -1, rows.shape[-1]) @ shared).view(n, n_heads, rows.shape[2], -1)
+
+    scores = of_each_head(query.float() * options["scaling"], key.transpose(2, 3))
     if cap := options.get("softcap"):
         scores = cap * torch.tanh(scores / cap)
-    later = torch.ones(t, t_all, dtype=torch.bool, device=scores.device).triu(1 + t_all - t)
-    scores = scores.masked_fill(later, float("-inf"))
-    weights = scores.softmax(-1)
-    hidden = torch.finfo(scores.dtype).min  # finite: a token that sees nothing else gives no NaN
-    others = scores.masked_fill(watch.described[:, None, None], hidden).masked_fill(later, float("-inf")).softmax(-1)
-    less = watch.places[:, None] @ (weights - others) @ value  # [n, heads, places, d]
-    watch.seen.append((module, less.transpose(1, 2).flatten(2)))
-    return (weights @ value).transpose(1, 2).to(query.dtype), None
+    later = torch.full((t, t_all), float("-inf"), device=scores.device).triu(1 + t_all - t)
+    weights = (scores + later).softmax(-1)  # [n, heads, t, t_all]
+    # Without the description, a token's weights are those of the others, over their sum.
+    others = (~watch.described).float()[:, None, :, None]  # [n, 1, t_all, 1]
+    on_others = (weights @ others).clamp_min(torch.finfo(weights.dtype).tiny).transpose(2, 3)  # [n, heads, 1, t]
+    places = watch.places[:, None]
+    less = places @ weights - ((places / on_others) @ weights) * others.transpose(2, 3)  # [n, heads, places, t_all]
+    watch.seen.append((module, of_each_head(less, value).transpose(1, 2).flatten(2)))
+    return of_each_head(weights, value).transpose(1, 2).to(query.dtype), None

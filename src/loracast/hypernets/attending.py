@@ -196,19 +196,24 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
         return mixed + corrected.squeeze(2).unflatten(-1, (self.config.rank, -1))
 
     def forward(self, conditions: Tensor) -> LoRABatch:
-        """What a `ContributionReader` reads of n descriptions [n, d_text] -> their n LoRAs, differentiable."""
+        """What a `ContributionReader` reads of n descriptions [n, d_text] -> their n LoRAs, differentiable.
+
+        In fp32; in bf16, as they are kept, where that is the autocast type and no gradient is wanted.
+        """
         n = len(conditions)
-        gate = self.openness(conditions).sigmoid()[:, None, None]
+        in_bf16 = not torch.is_grad_enabled() and torch.is_autocast_enabled(conditions.device.type)
+        dtype = torch.bfloat16 if in_bf16 else torch.float32
+        gate = self.openness(conditions).sigmoid()[:, None, None].to(dtype)
         own = iter(zip(self.where.unbind(0), self._written(conditions).unbind(1), strict=True))
         factors: dict[str, Factors] = {}
         layers = set(self.config.layers)
-        for (name, shared), (_, layer, kind, *_) in zip(
+        for (name, (a, b)), (_, layer, kind, *_) in zip(
             self._factors_of(self.shared), self.config.modules, strict=True
         ):
-            a, b = (side.expand(n, -1, -1) for side in shared)
+            b = b.to(dtype).expand(n, -1, -1)
             if kind == self.config.kind and layer in layers:
                 where, written = next(own)
-                a = torch.cat([where.expand(n, -1, -1), a], dim=1)
-                b = torch.cat([written.transpose(1, 2).to(b), b], dim=2)
-            factors[name] = Factors(a, b * gate)
+                a = torch.cat([where, a])
+                b = torch.cat([written.transpose(1, 2).to(dtype), b], dim=2)
+            factors[name] = Factors(a.to(dtype).expand(n, -1, -1), b * gate)  # A is the same for all: held once
         return LoRABatch(n, factors, {})
