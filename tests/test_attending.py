@@ -179,6 +179,28 @@ def test_the_gate_shuts_all_of_it(base):
     torch.testing.assert_close(4 * half, hypernet(read).squared_norms(), atol=1e-4, rtol=1e-4)
 
 
+def test_directions_that_all_share_are_weighted_by_the_description(base):
+    plain = make(base)
+    weighted = make(base, weighting_width=6, weighting_dropout=1.0)
+    weighted.load_state_dict(plain.state_dict(), strict=False)
+    read = ContributionReader(base, weighted)(TEXTS)
+    before, at_start = plain(read), weighted(read)
+    for name, factors in before.factors.items():
+        torch.testing.assert_close(factors.b, at_start.factors[name].b)  # all alike at first
+    weighted.weighting[-1].weight.data.normal_(std=0.5)
+    after, n_shared = weighted(read), weighted.config.shared_rank
+    for name, factors in before.factors.items():
+        quotient = after.factors[name].b[:, :, -n_shared:] / factors.b[:, :, -n_shared:]  # [n, out, shared_rank]
+        torch.testing.assert_close(quotient, quotient[:, :1].expand_as(quotient), atol=1e-3, rtol=1e-3)
+        assert (quotient[0, 0] - quotient[1, 0]).abs().min() > 1e-3
+        assert torch.equal(after.factors[name].b[:, :, :-n_shared], factors.b[:, :, :-n_shared])
+    weighted.train()
+    for name, factors in weighted(read).factors.items():
+        torch.testing.assert_close(factors.b, before.factors[name].b)  # dropped
+    with pytest.raises(ConfigError, match="weighting_dropout is a share"):
+        make(base, weighting_width=6, weighting_dropout=1.5)
+
+
 def test_it_knows_what_is_far_and_what_describes_nothing(base):
     hypernet = make(base)
     reader = ContributionReader(base, hypernet)

@@ -7,6 +7,7 @@ attention's output:
 
     contributions [n, places, layers, d] -> mixed over places, plus a learned correction of low rank -> B [n, layers, r, d]
     learned A [layers, r, d_in]: where each column of B is written; at the start, one fires at each place
+    contributions where the answer begins -> weights [n, modules, shared_rank] of the factors that all descriptions share (optional)
     mean contribution -> gate [n] -> how much of it all, and of the factors that all descriptions share, there is
 
 What a task is about is understood by the base, which knows more tasks than a training has; little is left to be learned (docs/experiments.md).
@@ -20,6 +21,7 @@ from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from loracast.errors import ConfigError
 from loracast.hypernets.heads import SharedLoRA, per_layer
@@ -48,6 +50,10 @@ class AttendingToLoRAConfig:
     """Rank of the factors that all descriptions share, and of those with which the base reads."""
     map_rank: int = 32
     """Rank of the learned correction to a layer's contributions."""
+    weighting_width: int = 0
+    """Width of the MLP that weights each direction of the shared factors for a description; 0: all directions count alike."""
+    weighting_dropout: float = 0.3
+    """Share of the descriptions in training whose directions all count alike, so that what is made from them can do without."""
     probe: str = "rice, lizard, cook"
     """The input that stands for any."""
     probe_answer: str = "lizard"
@@ -72,6 +78,8 @@ class AttendingToLoRAConfig:
             problems.append(
                 f"rank must be at least {len(PLACES)}, shared_rank and map_rank at least 1, and the probes not empty"
             )
+        if self.weighting_width < 0 or not 0 <= self.weighting_dropout <= 1:
+            problems.append("weighting_width must not be negative, and weighting_dropout is a share: from 0 to 1")
         if not self.layers:
             problems.append(f"no module of the kind {self.kind} lies within a depth of {self.depth}")
         if problems:
@@ -127,6 +135,15 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
         self.shared = nn.ModuleDict({k: SharedLoRA(n, c.shared_rank, *self._shape(k)) for k, n in kinds.items()})
         self.reading = nn.ModuleDict({k: SharedLoRA(n, c.shared_rank, *self._shape(k)) for k, n in kinds.items()})
         self.reading.requires_grad_(False)  # what is read stays what the rest was trained on
+        self.weighting: nn.Sequential | None = None
+        if c.weighting_width:
+            self.weighting = nn.Sequential(
+                nn.Linear(n_layers * c.d_state, c.weighting_width),
+                nn.SiLU(),
+                nn.Linear(c.weighting_width, len(c.modules) * c.shared_rank),
+            )
+            nn.init.zeros_(cast(nn.Linear, self.weighting[-1]).weight)
+            nn.init.zeros_(cast(nn.Linear, self.weighting[-1]).bias)
         self.gate = open_gate(c.d_state)
         self.register_buffer("mean", torch.zeros(c.d_text))
         self.register_buffer("std", torch.ones(c.d_text))
@@ -187,6 +204,16 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
         """How far the gate opens for each description, as a logit [n]."""
         return self.gate(self.pooled(conditions)).squeeze(-1)
 
+    def _weights(self, conditions: Tensor) -> Tensor:
+        """How much each direction of the shared factors counts [n, modules, shared_rank]; [n, 1, 1] where all count alike."""
+        if self.weighting is None:
+            return torch.ones(len(conditions), 1, 1, device=conditions.device)
+        at_start = self._by_place((conditions - self.mean) / self.std)[:, PLACES.index("start")].flatten(1)
+        more = self.weighting(functional.rms_norm(at_start, at_start.shape[1:]))
+        if self.training:
+            more = more * (torch.rand(len(more), 1, device=more.device) >= self.config.weighting_dropout)
+        return 1 + more.unflatten(1, (len(self.config.modules), -1))
+
     def _written(self, conditions: Tensor) -> Tensor:
         """The columns of B [n, layers, r, d_state]."""
         read = self._by_place(conditions)
@@ -204,16 +231,17 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
         in_bf16 = not torch.is_grad_enabled() and torch.is_autocast_enabled(conditions.device.type)
         dtype = torch.bfloat16 if in_bf16 else torch.float32
         gate = self.openness(conditions).sigmoid()[:, None, None].to(dtype)
+        weights = (self._weights(conditions) * gate).to(dtype)[:, :, None].expand(-1, len(self.config.modules), -1, -1)
         own = iter(zip(self.where.unbind(0), self._written(conditions).unbind(1), strict=True))
         factors: dict[str, Factors] = {}
         layers = set(self.config.layers)
-        for (name, (a, b)), (_, layer, kind, *_) in zip(
-            self._factors_of(self.shared), self.config.modules, strict=True
+        for (name, (a, b)), (_, layer, kind, *_), counts in zip(
+            self._factors_of(self.shared), self.config.modules, weights.unbind(1), strict=True
         ):
-            b = b.to(dtype).expand(n, -1, -1)
+            b = b.to(dtype) * counts
             if kind == self.config.kind and layer in layers:
                 where, written = next(own)
                 a = torch.cat([where, a])
-                b = torch.cat([written.transpose(1, 2).to(dtype), b], dim=2)
-            factors[name] = Factors(a.to(dtype).expand(n, -1, -1), b * gate)  # A is the same for all: held once
+                b = torch.cat([written.transpose(1, 2).to(dtype) * gate, b], dim=2)
+            factors[name] = Factors(a.to(dtype).expand(n, -1, -1), b)  # A is the same for all: held once
         return LoRABatch(n, factors, {})
