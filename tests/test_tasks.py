@@ -237,7 +237,8 @@ class WordCounts:
 
 @pytest.fixture
 def word_encoder(monkeypatch):
-    monkeypatch.setattr("loracast.training.text.load_text_encoder", lambda name, base=None: WordCounts())
+    for module in ("loracast.training.text", "loracast.describe"):
+        monkeypatch.setattr(f"{module}.load_text_encoder", lambda *known: WordCounts())
 
 
 TINY = {"rank": 2, "width": 16, "head_width": 16, "dropout": 0.1}

@@ -15,13 +15,11 @@ import torch
 from loracast.adapter import Adapter
 from loracast.base import Base
 from loracast.encoders.contributions import ContributionReader
-from loracast.encoders.description import DescriptionReader
 from loracast.encoders.features import OF_THE_BASE
 from loracast.encoders.text import TextEncoder, load_text_encoder
 from loracast.errors import AdapterError, EncoderError, HypernetworkError
 from loracast.fingerprint import Fingerprint, check
 from loracast.hypernets.attending import AttendingToLoRA
-from loracast.hypernets.reading import ReadingToLoRA
 from loracast.hypernets.store import OfDescriptions, of_descriptions, weights_hash
 from loracast.keep import keep_lora, source_of
 from loracast.library import check_free
@@ -29,8 +27,6 @@ from loracast.lora import LoRA
 from loracast.manifest import check_name, name_from
 from loracast.paths import library_dir
 
-ByTheBase = ReadingToLoRA | AttendingToLoRA
-"""Hypernetworks whose descriptions the base itself reads."""
 _AT_ONCE = 50
 """Descriptions in one forward pass of the hypernetwork: twice as many take more than twice the time (docs/experiments.md)."""
 
@@ -133,7 +129,7 @@ class TaskCaster:
         ]
 
     def _conditions(self, descriptions: Sequence[str]) -> torch.Tensor:
-        """What the text encoder gives for n descriptions: [n, d_text], or [n, t, d_text] where it reads token by token."""
+        """What the text encoder gives for n descriptions [n, d_text]."""
         if not all(text.strip() for text in descriptions):
             raise AdapterError("the description of a task is empty; say in a sentence what the model shall do")
         return self.encoder([text.strip() for text in descriptions])
@@ -202,27 +198,34 @@ def load_caster(
         say: told what is being done where the encoder has to be fetched first.
     """
     hypernet, made_for = of_descriptions(hypernetwork)
-    name = encoder or hypernet.config.encoder
+    by_the_base = isinstance(hypernet, AttendingToLoRA)
     if callable(base):
-        base = base() if isinstance(hypernet, ByTheBase) or name == OF_THE_BASE else None
+        base = base() if by_the_base or (encoder or hypernet.config.encoder) == OF_THE_BASE else None
     if base is not None:
         check(made_for, base.fingerprint, f"the hypernetwork {str(hypernetwork)!r}")
     where = Path(library) if library else library_dir()
-    if not isinstance(hypernet, ByTheBase):
-        return TaskCaster(hypernet, made_for, load_text_encoder(name, base, say), where)
+    in_bf16 = by_the_base and base is not None and base.model.dtype == torch.bfloat16
+    return TaskCaster(hypernet, made_for, encoder_of(hypernet, base, encoder, say), where, in_bf16)
+
+
+def encoder_of(
+    hypernet: OfDescriptions,
+    base: Base | None,
+    encoder: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> TextEncoder:
+    """What a hypernetwork reads descriptions with.
+
+    Args:
+        encoder: where the text encoder lies now, if not where it lay in training.
+
+    Raises:
+        EncoderError: it reads them with its base, and that is not given, or another encoder is.
+    """
+    if not isinstance(hypernet, AttendingToLoRA):
+        return load_text_encoder(encoder or hypernet.config.encoder, base, say)
     if base is None or encoder is not None:
         raise EncoderError(
             "this hypernetwork reads descriptions with its base: give the base, and no other text encoder"
         )
-    in_bf16 = base.model.dtype == torch.bfloat16
-    caster = TaskCaster(hypernet, made_for, reader_of(hypernet, base), where, in_bf16)
-    if in_bf16 and isinstance(hypernet, ReadingToLoRA):
-        hypernet.hold_in_bf16()  # the caster has hashed the weights as they are kept
-    return caster
-
-
-def reader_of(hypernet: ByTheBase, base: Base) -> TextEncoder:
-    """The base as a hypernetwork reads descriptions with it."""
-    if isinstance(hypernet, AttendingToLoRA):
-        return ContributionReader(base, hypernet)
-    return DescriptionReader(base, hypernet.config)
+    return ContributionReader(base, hypernet)

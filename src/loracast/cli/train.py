@@ -114,10 +114,6 @@ def text(
         Path | None,
         typer.Option(help="LoRA of `loracast train multitask`, as which what all descriptions share starts."),
     ] = None,
-    memory_from: Annotated[
-        Path | None,
-        typer.Option(help="Hypernetwork for documents whose memory the variant `reading` starts with."),
-    ] = None,
     init_from: InitFrom = None,
     base: Base = None,
     budget: Budget = None,
@@ -135,13 +131,11 @@ def text(
     found = read_tasks(tasks)
     command = _command("text", recipe, change, init_from) + (f" --oracles {oracles.name}" if oracles else "")
     command += f" --shared-from {shared_from.name}" if shared_from else ""
-    command += f" --memory-from {memory_from.name}" if memory_from else ""
 
     def run(loaded, workers, on_metrics):
         return train_text(
             loaded, settings, found, out,
-            oracles=oracles, init_from=init_from, shared_from=shared_from, memory_from=memory_from,
-            command=command, workers=workers, on_metrics=on_metrics,
+            oracles=oracles, init_from=init_from, shared_from=shared_from, command=command, workers=workers, on_metrics=on_metrics,
         )  # fmt: skip
 
     _train(run, settings.training, out, base, device, as_json)

@@ -157,20 +157,9 @@ class ContextEncoder:
 
     def _start_ids(self, input_ids: Tensor) -> Tensor:
         """input_ids [n, t] -> the token with which, after a space, an answer begins that begins with this token's text."""
-        return start_ids(self._tokenizer, input_ids, encode_inside, self._starts)
-
-
-def start_ids(
-    tokenizer: Any, input_ids: Tensor, encode: Callable[[Any, str], list[int]], known: dict[int, int]
-) -> Tensor:
-    """input_ids [n, t] -> the token with which the text of each begins where it stands by itself.
-
-    Args:
-        encode: (tokenizer, text) -> ids, as that text is written where it stands.
-        known: what has been looked up, by token; filled here.
-    """
-    for i in set(input_ids.flatten().tolist()) - known.keys():
-        text = tokenizer.decode([i]).strip()
-        known[i] = (encode(tokenizer, text) or [i])[0] if text else i
-    starts = [[known[i] for i in row] for row in input_ids.tolist()]
-    return torch.tensor(starts, dtype=input_ids.dtype, device=input_ids.device)
+        known = self._starts
+        for i in set(input_ids.flatten().tolist()) - known.keys():
+            text = self._tokenizer.decode([i]).strip()
+            known[i] = (encode_inside(self._tokenizer, text) or [i])[0] if text else i
+        starts = [[known[i] for i in row] for row in input_ids.tolist()]
+        return torch.tensor(starts, dtype=input_ids.dtype, device=input_ids.device)

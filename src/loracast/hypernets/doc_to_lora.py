@@ -273,15 +273,6 @@ class DocToLoRA(nn.Module):
         self.feature_mean.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0).clamp_min(1e-3))
 
-    @torch.no_grad()
-    def hold_in_bf16(self) -> None:
-        """Hold the matrices that autocast turns into bf16 at every call in bf16 from now on: the same LoRAs, sooner. For inference; the memory stays as it is."""
-        for part in (self.project, self.decoder, self.heads, self.pointers):
-            for module in part.modules():
-                names = ("weight",) if isinstance(module, nn.Linear) else getattr(module, "MATRICES", ())
-                for matrix in (getattr(module, name) for name in names if hasattr(module, name)):
-                    matrix.data = matrix.bfloat16()
-
     def _standard(self, states: Tensor) -> Tensor:
         return (states - self.feature_mean) / self.feature_std
 

@@ -43,8 +43,6 @@ class FactorHead(nn.Module):
     layers share one map and each adds a correction of rank k: a large base stays affordable.
     """
 
-    MATRICES = ("weight", "shared", "down", "up")
-    """Names of the parameters that are factors of a matmul, as far as a head has them."""
     in_scale: Tensor
     out_scale: Tensor
 

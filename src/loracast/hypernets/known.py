@@ -40,18 +40,14 @@ class KnowsDescriptions:
         """How far each description is from the nearest that training has seen: 1 - cosine, [n]."""
         if not len(self.known):
             raise HypernetworkError("this hypernetwork does not know which descriptions it was trained on")
-        return 1 - _cosines(self._centred(self.pooled(conditions)), self._centred(self.known)).amax(1)
+        return 1 - _cosines(self.pooled(conditions), self.known).amax(1)
 
     def usual_distance(self) -> float | None:
         """The distance within which nearly all (95 %) of the descriptions seen in training have another one; None for fewer than two."""
         if len(self.known) < 2:
             return None
-        cosines = _cosines(self._centred(self.known), self._centred(self.known)).fill_diagonal_(-1)
+        cosines = _cosines(self.known, self.known).fill_diagonal_(-1)
         return 1 - cosines.amax(1).quantile(0.05).item()
-
-    def _centred(self, vectors: Tensor) -> Tensor:
-        """Vectors as their angles are to be compared."""
-        return vectors.float()
 
 
 def shared_factors(lora: LoRA, modules: Sequence[TargetModule], rank: int) -> tuple[Tensor, Tensor]:
@@ -72,4 +68,5 @@ def shared_factors(lora: LoRA, modules: Sequence[TargetModule], rank: int) -> tu
 
 def _cosines(x: Tensor, y: Tensor) -> Tensor:
     """[n, d], [m, d] -> [n, m]."""
-    return functional.normalize(x, dim=-1) @ functional.normalize(y, dim=-1).T
+    x, y = (functional.normalize(side.float(), dim=-1) for side in (x, y))
+    return x @ y.T

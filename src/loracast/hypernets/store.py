@@ -21,18 +21,16 @@ from loracast.files import write_atomically
 from loracast.fingerprint import Fingerprint
 from loracast.hypernets.attending import AttendingToLoRA, AttendingToLoRAConfig
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
-from loracast.hypernets.reading import ReadingToLoRA, ReadingToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 
-OfDescriptions = TextToLoRA | ReadingToLoRA | AttendingToLoRA
+OfDescriptions = TextToLoRA | AttendingToLoRA
 """Hypernetworks that make a LoRA from a task's description."""
 Hypernetwork = DocToLoRA | OfDescriptions
 H = TypeVar("H", bound=Hypernetwork)
-C = TypeVar("C", DocToLoRAConfig, TextToLoRAConfig, ReadingToLoRAConfig, AttendingToLoRAConfig)
+C = TypeVar("C", DocToLoRAConfig, TextToLoRAConfig, AttendingToLoRAConfig)
 _ARCHITECTURES: dict[str, type[Hypernetwork]] = {
     "DocToLoRA": DocToLoRA,
     "TextToLoRA": TextToLoRA,
-    "ReadingToLoRA": ReadingToLoRA,
     "AttendingToLoRA": AttendingToLoRA,
 }
 FORMAT = 1

@@ -18,7 +18,7 @@ from torch import Tensor
 from loracast.errors import ConfigError
 from loracast.files import file_sha256
 from loracast.fingerprint import Fingerprint
-from loracast.hypernets.reading import ReadingToLoRAConfig
+from loracast.hypernets.attending import AttendingToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRAConfig
 from loracast.lora import Factors, LoRA, LoRABatch, compress, stack
 from loracast.tasks import Task
@@ -45,7 +45,7 @@ def read_library(
     tasks: Sequence[Task],
     library: Path,
     base: Fingerprint,
-    config: TextToLoRAConfig | ReadingToLoRAConfig,
+    config: TextToLoRAConfig | AttendingToLoRAConfig,
     match: Match,
 ) -> LoRABatch:
     """The oracles of some tasks, row by row: A [tasks, r, in] and B [tasks, out, r] of every module.

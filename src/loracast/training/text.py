@@ -24,14 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.base import Base
-from loracast.chat import encode_text
-from loracast.describe import ByTheBase, reader_of
+from loracast.describe import encoder_of
 from loracast.encoders.text import DEFAULT_ENCODER, TextEncoder, load_text_encoder
 from loracast.errors import ConfigError
 from loracast.files import file_sha256
 from loracast.hypernets.attending import AttendingToLoRA, AttendingToLoRAConfig
-from loracast.hypernets.doc_to_lora import DocToLoRA
-from loracast.hypernets.reading import ReadingToLoRA, ReadingToLoRAConfig, with_memory
 from loracast.hypernets.store import OfDescriptions, architecture_of_descriptions
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora import LoRABatch
@@ -70,7 +67,7 @@ class TextRecipe:
     encoder: str = DEFAULT_ENCODER
     """The text encoder."""
     hypernetwork: Mapping[str, Any] = field(default_factory=dict)
-    """Options of TextToLoRAConfig other than the target and the encoder; or, with the variant `reading`, of ReadingToLoRAConfig."""
+    """Options of TextToLoRAConfig other than the target and the encoder; or, with the variant `attending`, of AttendingToLoRAConfig."""
     size_weight: float = 1e-3
     """Weight of the mean square of the generated numbers (published: 1e-3)."""
     calm_weight: float = 0.1
@@ -97,12 +94,10 @@ class TextRecipe:
             raise ConfigError("a contrast between tasks needs data.tasks_per_step of at least 2")
 
 
-READING, ATTENDING = "reading", "attending"
-"""The variants that are hypernetworks of their own."""
+ATTENDING = "attending"
+"""The variant that is a hypernetwork of its own."""
 _OURS = ("kinds", "layers", "encoder")  # of the table [hypernetwork]
-_GIVEN = {"modules", "d_text", "d_state", "n_known"} | {
-    name for name in keys_of(ReadingToLoRAConfig) if name.startswith("memory_")
-}
+_GIVEN = {"modules", "d_text", "d_state", "n_known"}
 """Keys of the configs that a recipe does not say."""
 _BY_EXAMPLES = (
     "size_weight",
@@ -120,8 +115,7 @@ def read_text_recipe(path: Path | None, overrides: Sequence[str] = ()) -> TextRe
         TextRecipe,
         path,
         overrides,
-        architecture=(keys_of(TextToLoRAConfig) | keys_of(ReadingToLoRAConfig) | keys_of(AttendingToLoRAConfig))
-        - _GIVEN,
+        architecture=(keys_of(TextToLoRAConfig) | keys_of(AttendingToLoRAConfig)) - _GIVEN,
         ours=_OURS,
         objective=(*_BY_EXAMPLES, *_BY_ORACLES),
         data=TaskDataConfig,
@@ -142,33 +136,21 @@ def build_text_hypernet(base: Base, recipe: TextRecipe) -> OfDescriptions:
     torch.manual_seed(recipe.training.seed)
     modules = target_from_config(base.model.config, recipe.kinds, recipe.layers).rows
     options = dict(recipe.hypernetwork)
-    variant = options.get("variant")
-    if variant not in (READING, ATTENDING):
+    if options.get("variant") != ATTENDING:
         _check_options(options, TextToLoRAConfig)
         encoder = load_text_encoder(recipe.encoder, base)
         return TextToLoRA(TextToLoRAConfig(d_text=encoder.d_text, modules=modules, encoder=encoder.name, **options))
     if "encoder" in recipe.asked:
-        raise ConfigError(f"the variant {variant!r} reads descriptions with the base; leave hypernetwork.encoder out")
+        raise ConfigError(f"the variant {ATTENDING!r} reads descriptions with the base; leave hypernetwork.encoder out")
     del options["variant"]
+    _check_options(options, AttendingToLoRAConfig)
     d_state = base.model.config.get_text_config().hidden_size
-    if variant == ATTENDING:
-        _check_options(options, AttendingToLoRAConfig)
-        return AttendingToLoRA(AttendingToLoRAConfig(d_state=d_state, modules=modules, **options))
-    _check_options(options, ReadingToLoRAConfig)
-    options = {"lead_in": tuple(encode_text(base.tokenizer, "\n"))[:1], **options}
-    return ReadingToLoRA(ReadingToLoRAConfig(d_state=d_state, modules=modules, **options))
+    return AttendingToLoRA(AttendingToLoRAConfig(d_state=d_state, modules=modules, **options))
 
 
 def _check_options(options: Mapping[str, Any], config: type) -> None:
     if unknown := sorted(options.keys() - keys_of(config)):
         raise ConfigError(f"this variant has no {', '.join(f'hypernetwork.{name}' for name in unknown)}")
-
-
-def encoder_of(hypernet: OfDescriptions, base: Base) -> TextEncoder:
-    """What a hypernetwork reads descriptions with."""
-    if isinstance(hypernet, ByTheBase):
-        return reader_of(hypernet, base)
-    return load_text_encoder(hypernet.config.encoder, base)
 
 
 def train_text(
@@ -180,7 +162,6 @@ def train_text(
     oracles: Path | None = None,
     init_from: Path | None = None,
     shared_from: Path | None = None,
-    memory_from: Path | None = None,
     command: str = "",
     workers: Workers | None = None,
     on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
@@ -193,7 +174,6 @@ def train_text(
         init_from: a hypernetwork folder whose weights a fresh run starts from (its config is used, and the recipe's
             `[hypernetwork]` table must be empty).
         shared_from: folder of a LoRA trained on all tasks (`train_multitask`), as which a fresh run's factors that all descriptions share start.
-        memory_from: folder of a hypernetwork for documents whose associative memory a fresh run of the variant `reading` starts with.
         command: kept in the checkpoint's provenance.
 
     Returns:
@@ -207,10 +187,6 @@ def train_text(
         hypernet = start_from(init_from, architecture_of_descriptions(init_from), base, asked)
     else:
         hypernet = build_text_hypernet(base, recipe)
-    if memory_from is not None:
-        if not isinstance(hypernet, ReadingToLoRA):
-            raise ConfigError("only the variant 'reading' can take a memory")
-        hypernet = with_memory(hypernet, start_from(memory_from, DocToLoRA, base, ()))
     encoder = encoder_of(hypernet, base)
     if shared_from is not None:
         hypernet.start_shared_from(read_oracle(shared_from, base.fingerprint))
@@ -247,8 +223,6 @@ def train_text(
     }
     if shared_from is not None:
         about["shared_from_sha256"] = file_sha256(shared_from / "adapter_model.safetensors")
-    if memory_from is not None:
-        about["memory_from_sha256"] = file_sha256(memory_from / "model.safetensors")
     if oracles is not None:
         about["oracles_sha256"] = library_sha256(source.tasks, oracles)
     return train_hypernet(
@@ -293,8 +267,7 @@ def _by_examples(
         with torch.no_grad():
             undescribing = encoder(rng.sample(nonsense, (n + 1) // 2)).to(device)
         free = hypernet.meaningless(n // 2, torch.Generator().manual_seed(rng.randrange(2**31)))
-        undescribing = _stacked(undescribing, _stacked(hypernet.constant().to(undescribing), free.to(undescribing)))
-        conditions = _stacked(described_by, undescribing)
+        conditions = torch.cat([described_by, undescribing, hypernet.constant().to(free), free]).to(device)
         autocast = torch.autocast(device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
         with autocast:
             both = wrapped(conditions)
@@ -361,11 +334,3 @@ def _contrast(base: Base, loras: LoRABatch, episodes: Sequence[Episode], own: Te
     starts = itertools.accumulate((len(episode.questions) for episode in episodes[:-1]), initial=0)
     kept = [start + i for start, episode in zip(starts, some, strict=True) for i in range(len(episode.questions))]
     return functional.softplus(own[kept] - other).mean()
-
-
-def _stacked(one: Tensor, other: Tensor) -> Tensor:
-    """Conditions one after the other; those of tokens [n, t, d] are filled up with zeros, which are no tokens."""
-    if one.ndim == 3:
-        t = max(one.shape[1], other.shape[1])
-        one, other = (functional.pad(x, (0, 0, 0, t - x.shape[1])) for x in (one, other))
-    return torch.cat([one, other])
