@@ -157,6 +157,26 @@ def test_a_description_is_read_the_same_in_any_company(base):
             torch.testing.assert_close(factors.b[0], together.factors[name].b[i], atol=1e-4, rtol=1e-3)
 
 
+def test_what_all_texts_begin_with_is_read_anew_in_training_and_once_after_it(base):
+    hypernet = make(base)
+    reader = ContributionReader(base, hypernet)
+    first = reader(TEXTS)
+    hypernet.train()
+    for part in hypernet.reading.values():
+        part.b.data.mul_(1.5)
+    other = reader(TEXTS)
+    torch.testing.assert_close(other, ContributionReader(base, hypernet)(TEXTS))
+    assert not torch.allclose(first, other, atol=1e-3)
+    torch.testing.assert_close(ContributionReader(base, hypernet.eval())(TEXTS), other)
+    n_read: list[int] = []
+    handle = base.model.get_input_embeddings().register_forward_hook(lambda m, inputs, out: n_read.append(out.shape[1]))
+    torch.testing.assert_close(reader(TEXTS), other)
+    torch.testing.assert_close(reader(TEXTS), other)
+    handle.remove()
+    assert len(n_read) == 3  # the beginning, then the texts alone, twice
+    assert n_read[1] == n_read[2] > n_read[0] > 0
+
+
 def test_a_description_that_is_the_probe_itself_is_read(base):
     hypernet = make(base)
     probe = hypernet.config.probe

@@ -117,13 +117,12 @@ class ContributionReader:
 
     def _read_before(self) -> Sequence[tuple[Tensor, Tensor]]:
         """Keys and values of these tokens, block by block."""
-        if self._beginning is not None:
+        if self._beginning is not None and not self._hypernet.training:
             return self._beginning
         n = self._n_before
         nothing = _Watch(torch.zeros(1, n, dtype=torch.bool), torch.zeros(1, len(PLACES), n))
         beginning = self._watched(torch.tensor([self._shared]), nothing).read
-        if not self._hypernet.training:
-            self._beginning = beginning
+        self._beginning = None if self._hypernet.training else beginning
         return beginning
 
     def _watched(self, ids: Tensor, watch: _Watch) -> _Watch:
