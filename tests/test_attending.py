@@ -107,6 +107,17 @@ def test_what_is_read_is_what_attention_writes_less_without_the_description(fami
         torch.testing.assert_close(read[i].view(len(PLACES), n_blocks, 48), expected, atol=1e-5, rtol=1e-3)
 
 
+def test_the_base_can_read_with_less_than_was_trained(base):
+    half, whole = make(base, reading_strength=0.5), make(base)
+    for part in whole.reading.values():
+        part.b.data.mul_(0.5)
+    read = ContributionReader(base, half)(TEXTS)
+    assert torch.equal(read, ContributionReader(base, whole)(TEXTS))
+    assert not torch.allclose(read, ContributionReader(base, make(base))(TEXTS), atol=1e-3)
+    with pytest.raises(ConfigError, match="reading_strength must be above 0"):
+        make(base, reading_strength=0.0)
+
+
 def test_blocks_that_are_no_target_hand_theirs_on(base):
     some = make(base, layers=(1, 3))
     assert len(base.model.get_decoder().layers) == 4

@@ -54,6 +54,9 @@ class AttendingToLoRAConfig:
     """Width of the MLP that weights each direction of the shared factors for a description; 0: all directions count alike."""
     weighting_dropout: float = 0.3
     """Share of the descriptions in training whose directions all count alike, so that what is made from them can do without."""
+    reading_strength: float = 1.0
+    """Factor on the LoRA with which the base reads. Below 1, between the base and what was trained on: unseen tasks are understood better (the same
+    interpolation as in Wortsman et al., arXiv 2109.01903, section 3)."""
     probe: str = "rice, lizard, cook"
     """The input that stands for any."""
     probe_answer: str = "lizard"
@@ -78,6 +81,8 @@ class AttendingToLoRAConfig:
             problems.append(
                 f"rank must be at least {len(PLACES)}, shared_rank and map_rank at least 1, and the probes not empty"
             )
+        if self.reading_strength <= 0:
+            problems.append("reading_strength must be above 0")
         if self.weighting_width < 0 or not 0 <= self.weighting_dropout <= 1:
             problems.append("weighting_width must not be negative, and weighting_dropout is a share: from 0 to 1")
         if not self.layers:
@@ -164,8 +169,9 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
 
     def reading_lora(self) -> LoRABatch:
         """What the base carries while it reads a description."""
-        factors = dict(self._factors_of(self.reading))
-        return LoRABatch(1, {name: Factors(a[None], b[None]) for name, (a, b) in factors.items()}, {})
+        strength = self.config.reading_strength
+        factors = self._factors_of(self.reading)
+        return LoRABatch(1, {name: Factors(a[None], b[None] * strength) for name, (a, b) in factors}, {})
 
     def _factors_of(self, part: nn.ModuleDict) -> Iterator[tuple[str, Factors]]:
         """Module by module in the target's order, A [r, in] and B [out, r]."""
