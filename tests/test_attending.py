@@ -346,6 +346,22 @@ def test_reading_and_what_all_share_start_from_a_multitask_lora(base, tmp_path, 
     assert hypernet.distances(known).max() < 1e-4  # as it is read in the end
 
 
+def test_the_base_reads_with_less_after_training(base, tmp_path):
+    tasks = read_tasks(write_suite(tmp_path))
+    settings = dataclasses.replace(
+        recipe(reading_is_trained=True, reading_strength_after=0.5),
+        training=TrainConfig(steps=2, warmup_steps=1, lr=1e-3, bf16=False),
+    )
+    train_text(base, settings, tasks, tmp_path / "run")
+    hypernet, _ = from_pretrained(tmp_path / "run", AttendingToLoRA)
+    assert hypernet.config.reading_strength == 0.5
+    reader = ContributionReader(base, hypernet)
+    known = reader([text for task in tasks if not task.is_heldout for text in task.seen_descriptions()])
+    assert hypernet.distances(known).max() < 1e-4
+    with pytest.raises(ConfigError, match="reading_strength_after must be above 0"):
+        dataclasses.replace(settings, reading_strength_after=0.0)
+
+
 def test_options_of_the_other_variants_are_refused(base, tmp_path):
     path = tmp_path / "r.toml"
     for line, message in (

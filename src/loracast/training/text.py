@@ -78,6 +78,8 @@ class TextRecipe:
     """Examples of each task that are answered with another task's description as well."""
     reading_is_trained: bool = False
     """Whether, with the variant `attending`, the LoRA with which the base reads descriptions is trained on; the gradient then goes through the reading."""
+    reading_strength_after: float | None = None
+    """Strength with which that LoRA is kept in the end; as in training if None. Training tasks want all of it, unseen ones are understood better with half."""
     match: Match = "product"
     """Of reconstruction: what of a LoRA must match the oracle."""
     data: TaskDataConfig = field(default_factory=TaskDataConfig)
@@ -88,6 +90,8 @@ class TextRecipe:
     def __post_init__(self) -> None:
         if self.match not in get_args(Match):
             raise ConfigError(f"unknown match {self.match!r}; one of {', '.join(get_args(Match))}")
+        if self.reading_strength_after is not None and self.reading_strength_after <= 0:
+            raise ConfigError("reading_strength_after must be above 0")
         if min(self.size_weight, self.calm_weight, self.contrast_weight) < 0 or self.contrast_examples < 1:
             raise ConfigError("weights must not be negative, and contrast_examples at least 1")
         if self.contrast_weight > 0 and self.data.tasks_per_step < 2:
@@ -105,6 +109,7 @@ _BY_EXAMPLES = (
     "contrast_weight",
     "contrast_examples",
     "reading_is_trained",
+    "reading_strength_after",
 )  # of the table [objective]
 _BY_ORACLES = ("match",)
 
@@ -228,13 +233,19 @@ def train_text(
     return train_hypernet(
         hypernet, objective, recipe.training, out_dir,
         base=base, init_from=init_from, about=about, command=command, workers=workers, on_metrics=on_metrics,
-        finish=partial(_learn_known, hypernet, source, encoder) if recipe.reading_is_trained else None,
+        finish=partial(_learn_known, hypernet, source, encoder, recipe.reading_strength_after),
     )  # fmt: skip
 
 
 @torch.no_grad()
-def _learn_known(hypernet: OfDescriptions, source: TaskSource, encoder: TextEncoder) -> None:
-    """Let the hypernetwork keep what it is trained on, as it is read now."""
+def _learn_known(
+    hypernet: OfDescriptions, source: TaskSource, encoder: TextEncoder, reading_strength: float | None
+) -> None:
+    """Let the hypernetwork keep what it is trained on, as it is read from now on."""
+    if not isinstance(hypernet, AttendingToLoRA):
+        return  # its text encoder is what it was
+    if reading_strength is not None:
+        hypernet.config = dataclasses.replace(hypernet.config, reading_strength=reading_strength)
     hypernet.know(encoder(source.descriptions).to(next(hypernet.parameters()).device))
 
 
