@@ -52,7 +52,10 @@ def train_hypernet(
         about: what was trained on. It is kept in the checkpoint's provenance, and a run with another one does not go on.
         command: kept in the provenance too.
     """
-    before: list[Any] = read_provenance(init_from).get("history", []) if init_from is not None else []
+    started_as = read_provenance(init_from) if init_from is not None else {}
+    before: list[Any] = started_as.get("history") or (
+        [started_as] if started_as else []
+    )  # a mean of runs has none of its own
     run = {"command": command, **about, "training": dataclasses.asdict(config)}
 
     def save_model(folder: Path) -> None:
