@@ -80,7 +80,7 @@ def evaluate_overlap(config: OverlapConfig, out: Path, progress: Progress = lamb
                 "near_input": _share(near),
                 "near_task": max(sorted(set(homes)), key=homes.count) if homes else "-",
                 "description": float(closeness[best].max(initial=0.0)) if best is not None else None,
-                "description_task": described[int(closeness[best].argmax())][0]
+                "description_task": described[int(np.argmax(closeness[best]))][0]
                 if best is not None and described
                 else "-",
             }

@@ -127,7 +127,7 @@ def evaluate_sense(
 
     def likeliest(unlikely: np.ndarray, i: int, part: str) -> str:
         """The likeliest name for a thing of those on offer in a part."""
-        return test.names[offered[part][int(unlikely[i, offered[part]].argmin())]]
+        return test.names[offered[part][int(np.argmin(unlikely[i, offered[part]]))]]
 
     def count(system: str, unlikely: np.ndarray, parts: Sequence[str]) -> None:
         """Of each thing that a part is about, whether its own name is the likeliest of those on offer."""
@@ -304,7 +304,7 @@ def _attribute_rows(
     frequent = Counter(answer for i, answer in zip(rows, wanted, strict=True) if not things.is_spare[i])
     answers = {
         "adapter": [attribute.choices[i] for i in ask(attribute.test, attribute.choices, rows).argmin(1)],
-        "none": [attribute.choices[int(ask(attribute.test, attribute.choices, None).argmin())]] * len(rows),
+        "none": [attribute.choices[int(np.argmin(ask(attribute.test, attribute.choices, None)))]] * len(rows),
         "frequent": [frequent.most_common(1)[0][0]] * len(rows),
     }
     made = []
