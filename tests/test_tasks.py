@@ -385,6 +385,13 @@ def test_the_contrast_by_hand(base, tmp_path):
     assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("option", ["reading_is_trained=true", "reading_strength_after=0.5"])
+def test_options_of_reading_need_the_base_as_the_reader(base, tmp_path, word_encoder, option):
+    recipe = read_text_recipe(None, [f"objective.{option}", "hypernetwork.width=16"])
+    with pytest.raises(ConfigError, match="only the variant 'attending'"):
+        train_text(base, recipe, read_tasks(write_suite(tmp_path)), tmp_path / "run")
+
+
 def test_init_from_takes_the_architecture(base, word_encoder, tmp_path):
     tasks = read_tasks(write_suite(tmp_path))
     training = TrainConfig(steps=1, warmup_steps=1, lr=1e-3, bf16=False)

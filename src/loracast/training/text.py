@@ -192,6 +192,10 @@ def train_text(
         hypernet = start_from(init_from, architecture_of_descriptions(init_from), base, asked)
     else:
         hypernet = build_text_hypernet(base, recipe)
+    if not isinstance(hypernet, AttendingToLoRA) and (recipe.reading_is_trained or recipe.reading_strength_after):
+        raise ConfigError(
+            "only the variant 'attending' has a LoRA to read with: leave objective.reading_is_trained and reading_strength_after out"
+        )
     encoder = encoder_of(hypernet, base)
     if shared_from is not None:
         hypernet.start_shared_from(read_oracle(shared_from, base.fingerprint))
