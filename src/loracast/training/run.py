@@ -53,9 +53,8 @@ def train_hypernet(
         command: kept in the provenance too.
     """
     started_as = read_provenance(init_from) if init_from is not None else {}
-    before: list[Any] = started_as.get("history") or (
-        [started_as] if started_as else []
-    )  # a mean of runs has none of its own
+    # A mean of runs has no history of its own.
+    before: list[Any] = started_as.get("history") or ([started_as] if started_as else [])
     run = {"command": command, **about, "training": dataclasses.asdict(config)}
 
     def save_model(folder: Path) -> None:

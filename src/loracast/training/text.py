@@ -192,7 +192,8 @@ def train_text(
         hypernet = start_from(init_from, architecture_of_descriptions(init_from), base, asked)
     else:
         hypernet = build_text_hypernet(base, recipe)
-    if not isinstance(hypernet, AttendingToLoRA) and (recipe.reading_is_trained or recipe.reading_strength_after):
+    reads_otherwise_after = recipe.reading_is_trained or recipe.reading_strength_after is not None
+    if reads_otherwise_after and not isinstance(hypernet, AttendingToLoRA):
         raise ConfigError(
             "only the variant 'attending' has a LoRA to read with: leave objective.reading_is_trained and reading_strength_after out"
         )
@@ -237,7 +238,7 @@ def train_text(
     return train_hypernet(
         hypernet, objective, recipe.training, out_dir,
         base=base, init_from=init_from, about=about, command=command, workers=workers, on_metrics=on_metrics,
-        finish=partial(_learn_known, hypernet, source, encoder, recipe.reading_strength_after),
+        finish=partial(_learn_known, hypernet, source, encoder, recipe.reading_strength_after) if reads_otherwise_after else None,
     )  # fmt: skip
 
 
@@ -246,9 +247,7 @@ def _learn_known(
     hypernet: OfDescriptions, source: TaskSource, encoder: TextEncoder, reading_strength: float | None
 ) -> None:
     """Let the hypernetwork keep what it is trained on, as it is read from now on."""
-    if not isinstance(hypernet, AttendingToLoRA):
-        return  # its text encoder is what it was
-    if reading_strength is not None:
+    if reading_strength is not None and isinstance(hypernet, AttendingToLoRA):
         hypernet.config = dataclasses.replace(hypernet.config, reading_strength=reading_strength)
     hypernet.know(encoder(source.descriptions).to(next(hypernet.parameters()).device))
 
