@@ -55,7 +55,7 @@ class AttendingToLoRAConfig:
     weighting_dropout: float = 0.3
     """Share of the descriptions in training whose directions all count alike, so that what is made from them can do without."""
     reading_strength: float = 1.0
-    """Factor on the LoRA with which the base reads. Below 1, between the base and what was trained on: unseen tasks are understood better (the same
+    """Factor on the LoRA with which the base reads. Below 1, between the base and what was trained on, which helped on tasks of a dev split (the same
     interpolation as in Wortsman et al., arXiv 2109.01903, section 3)."""
     probe: str = "rice, lizard, cook"
     """The input that stands for any."""

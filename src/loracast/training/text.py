@@ -79,7 +79,7 @@ class TextRecipe:
     reading_is_trained: bool = False
     """Whether, with the variant `attending`, the LoRA with which the base reads descriptions is trained on; the gradient then goes through the reading."""
     reading_strength_after: float | None = None
-    """Strength with which that LoRA is kept in the end; as in training if None. Training tasks want all of it, unseen ones are understood better with half."""
+    """Strength with which that LoRA is kept in the end; as in training if None. On a dev split half of it did better than all (docs/experiments.md)."""
     match: Match = "product"
     """Of reconstruction: what of a LoRA must match the oracle."""
     data: TaskDataConfig = field(default_factory=TaskDataConfig)
