@@ -9,15 +9,16 @@ attention's output:
     learned A [layers, r, d_in]: where each column of B is written; at the start, one fires at each place
     contributions where the answer begins -> weights [n, modules, shared_rank] of the factors that all descriptions share (optional)
     mean contribution -> gate [n] -> how much of it all, and of the factors that all descriptions share, there is
+    contributions, the mean over layers -> what was learned of the training's own tasks (optional; `recall.py`)
 
 What a task is about is understood by the base, which knows more tasks than a training has; little is left to be learned (docs/experiments.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torch.nn import functional
 from loracast.errors import ConfigError
 from loracast.hypernets.heads import SharedLoRA, per_layer
 from loracast.hypernets.known import KnowsDescriptions, open_gate, shared_factors
+from loracast.hypernets.recall import TaskRecall
 from loracast.lora import Factors, LoRA, LoRABatch
 from loracast.target import Target, TargetModule, problems_of
 
@@ -63,6 +65,12 @@ class AttendingToLoRAConfig:
     """The beginning of an answer that stands for any."""
     depth: int | None = None
     """Blocks of the base in which contributions are read and written; all up to the target's last if None."""
+    recall_rank: int = 0
+    """Rank of the factors with which the tasks of the training are recalled; 0: none are."""
+    recall_width: int = 128
+    """Width of the coordinates in which descriptions are compared for that."""
+    recalled: tuple[int, ...] = ()
+    """The tasks that are recalled, in order: how many descriptions each has."""
     n_known: int = 0
     """Descriptions seen in training, whose contributions are kept to tell how far a new one is from all of them."""
 
@@ -85,6 +93,10 @@ class AttendingToLoRAConfig:
             problems.append("reading_strength must be above 0")
         if self.weighting_width < 0 or not 0 <= self.weighting_dropout <= 1:
             problems.append("weighting_width must not be negative, and weighting_dropout is a share: from 0 to 1")
+        if self.recall_rank < 0 or self.recall_width < 1 or (self.recalled and not self.recall_rank):
+            problems.append(
+                "recall_rank must not be negative, recall_width at least 1, and recalled tasks need a recall_rank"
+            )
         if not self.layers:
             problems.append(f"no module of the kind {self.kind} lies within a depth of {self.depth}")
         if problems:
@@ -113,7 +125,7 @@ class AttendingToLoRAConfig:
     @property
     def lora_rank(self) -> int:
         """Largest rank of a task's LoRA."""
-        return self.rank + self.shared_rank
+        return self.rank + self.shared_rank + self.recall_rank
 
 
 class AttendingToLoRA(KnowsDescriptions, nn.Module):
@@ -149,10 +161,15 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
             )
             nn.init.zeros_(cast(nn.Linear, self.weighting[-1]).weight)
             nn.init.zeros_(cast(nn.Linear, self.weighting[-1]).bias)
+        self.recall: TaskRecall | None = self._new_recall() if c.recalled else None
         self.gate = open_gate(c.d_state)
         self.register_buffer("mean", torch.zeros(c.d_text))
         self.register_buffer("std", torch.ones(c.d_text))
         self.register_buffer("known", torch.zeros(c.n_known, c.d_state))
+
+    def _new_recall(self) -> TaskRecall:
+        c = self.config
+        return TaskRecall(c.target, len(PLACES) * c.d_state, c.recall_rank, c.recall_width, c.recalled)
 
     def _shape(self, kind: str) -> tuple[int, int]:
         module = self.config.target.of_kind(kind)[0]
@@ -189,10 +206,41 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
         self.config = replace(self.config, n_known=len(conditions))
         self.known = self.pooled(conditions)
 
+    def start_recall(self, conditions: Tensor, n_descriptions: Sequence[int]) -> None:
+        """Begin to recall tasks, of which nothing is learned yet: all their descriptions [m, d_text], ordered by task, and how many each task has."""
+        self.config = replace(self.config, recalled=tuple(n_descriptions))
+        self.recall = self._new_recall().to(conditions.device)
+        self.recall.learn_entries(self._compared(conditions))
+
+    def changed(self, changes: Mapping[str, Any]) -> AttendingToLoRA:
+        """The same weights with other values in the config; less deep, without those of the layers past the depth. What is recalled is not taken along.
+
+        Raises:
+            ConfigError: it would have to be deeper, or the weights do not fit.
+        """
+        mine, other = self.config, AttendingToLoRA(replace(self.config, recalled=(), **changes))
+        if missing := set(other.config.layers) - set(mine.layers):
+            raise ConfigError(f"the layers {sorted(missing)} were not trained; depth can only be made smaller")
+        kept = [i for i, layer in enumerate(mine.layers) if layer in other.config.layers]
+        weights = {name: value for name, value in self.state_dict().items() if not name.startswith("recall.")}
+        for name in ("where", "mix", "down", "up"):
+            weights[name] = weights[name][kept]
+        for name in ("mean", "std"):
+            weights[name] = self._by_place(weights[name][None])[0, :, kept].flatten()
+        try:
+            other.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ConfigError(f"{', '.join(changes)}: the weights that there are do not fit ({error})") from error
+        return other
+
     def pooled(self, conditions: Tensor) -> Tensor:
         """What each description contributes where the answer begins, the mean over layers in units of their deviation [n, d_state]."""
         standard = (conditions - self.mean) / self.std
         return self._by_place(standard)[:, PLACES.index("start")].mean(1)
+
+    def _compared(self, conditions: Tensor) -> Tensor:
+        """By what descriptions of tasks are told apart: the mean over layers at each place, in units of their deviation [n, places * d_state]."""
+        return self._by_place((conditions - self.mean) / self.std).mean(2).flatten(1)
 
     def _by_place(self, conditions: Tensor) -> Tensor:
         """[n, d_text] -> [n, places, layers, d_state]."""
@@ -238,6 +286,9 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
         dtype = torch.bfloat16 if in_bf16 else torch.float32
         gate = self.openness(conditions).sigmoid()[:, None, None].to(dtype)
         weights = (self._weights(conditions) * gate).to(dtype)[:, :, None].expand(-1, len(self.config.modules), -1, -1)
+        recalled: Iterator[Factors] = iter(())
+        if self.recall is not None:
+            recalled = self._recalled(self.recall, conditions, gate)
         own = iter(zip(self.where.unbind(0), self._written(conditions).unbind(1), strict=True))
         factors: dict[str, Factors] = {}
         layers = set(self.config.layers)
@@ -249,5 +300,14 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
                 where, written = next(own)
                 a = torch.cat([where, a])
                 b = torch.cat([written.transpose(1, 2).to(dtype) * gate, b], dim=2)
+            if self.recall is not None:
+                more = next(recalled)
+                a, b = torch.cat([a, more.a]), torch.cat([b, more.b.to(dtype)], dim=2)
             factors[name] = Factors(a.to(dtype).expand(n, -1, -1), b)  # A is the same for all: held once
         return LoRABatch(n, factors, {})
+
+    def _recalled(self, recall: TaskRecall, conditions: Tensor, gate: Tensor) -> Iterator[Factors]:
+        """Module by module, what is recalled of the training's tasks: A [r, in] and B [n, out, r]."""
+        cores = recall(self._compared(conditions)) * gate[..., None]
+        for (_, (a, b)), core in zip(self._factors_of(recall.factors), cores.unbind(1), strict=True):
+            yield Factors(a, b.to(core.dtype) @ core)

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,8 +90,22 @@ class TaskSource:
 
     @property
     def descriptions(self) -> tuple[str, ...]:
-        """All that training may see."""
-        return tuple(dict.fromkeys(text for task in self.tasks for text in task.seen_descriptions()))
+        """All that training may see, ordered by task."""
+        return tuple(self._task_of_description)
+
+    @property
+    def n_descriptions(self) -> tuple[int, ...]:
+        """How many of them each task has; one that two tasks have counts for the first."""
+        count = Counter(self._task_of_description.values())
+        return tuple(count[task.name] for task in self.tasks)
+
+    @cached_property
+    def _task_of_description(self) -> dict[str, str]:
+        task_of: dict[str, str] = {}
+        for task in self.tasks:
+            for text in task.seen_descriptions():
+                task_of.setdefault(text, task.name)
+        return task_of
 
     @cached_property
     def _words(self) -> tuple[str, ...]:

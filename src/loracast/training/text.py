@@ -80,6 +80,8 @@ class TextRecipe:
     """Whether, with the variant `attending`, the LoRA with which the base reads descriptions is trained on; the gradient then goes through the reading."""
     reading_strength_after: float | None = None
     """Strength with which that LoRA is kept in the end; as in training if None. On a dev split half of it did better than all (docs/experiments.md)."""
+    recall_only: bool = False
+    """Whether, with the variant `attending`, only what is recalled of the training's tasks is trained."""
     match: Match = "product"
     """Of reconstruction: what of a LoRA must match the oracle."""
     data: TaskDataConfig = field(default_factory=TaskDataConfig)
@@ -101,8 +103,10 @@ class TextRecipe:
 ATTENDING = "attending"
 """The variant that is a hypernetwork of its own."""
 _OURS = ("kinds", "layers", "encoder")  # of the table [hypernetwork]
-_GIVEN = {"modules", "d_text", "d_state", "n_known"}
+_GIVEN = {"modules", "d_text", "d_state", "n_known", "recalled"}
 """Keys of the configs that a recipe does not say."""
+_CHANGEABLE = {"depth", "probe", "probe_answer", "recall_rank", "recall_width"}
+"""Keys of the table [hypernetwork] that the variant `attending` may change when it starts from a checkpoint."""
 _BY_EXAMPLES = (
     "size_weight",
     "calm_weight",
@@ -110,6 +114,7 @@ _BY_EXAMPLES = (
     "contrast_examples",
     "reading_is_trained",
     "reading_strength_after",
+    "recall_only",
 )  # of the table [objective]
 _BY_ORACLES = ("match",)
 
@@ -176,8 +181,8 @@ def train_text(
     Args:
         oracles: a library of LoRAs trained on tasks (`training/oracle.py`); the hypernetwork learns to give these to their tasks' descriptions
             (reconstruction), in place of what makes the base do the tasks' examples.
-        init_from: a hypernetwork folder whose weights a fresh run starts from (its config is used, and the recipe's
-            `[hypernetwork]` table must be empty).
+        init_from: a hypernetwork folder whose weights a fresh run starts from. Its config is used; the recipe's `[hypernetwork]` table may have, with the
+            variant `attending`, another probe, a smaller depth, and a `recall_rank`.
         shared_from: folder of a LoRA trained on all tasks (`train_multitask`), as which a fresh run's factors that all descriptions share start.
         command: kept in the checkpoint's provenance.
 
@@ -187,16 +192,13 @@ def train_text(
     workers = workers or Workers.join(base.device.type)
     known = tasks if oracles is None else tasks_with_oracles(tasks, oracles)
     source = TaskSource(recipe.data, known, base.chat, varied=oracles is None)
-    if init_from is not None:
-        asked = recipe.asked | recipe.hypernetwork.keys()
-        hypernet = start_from(init_from, architecture_of_descriptions(init_from), base, asked)
-    else:
-        hypernet = build_text_hypernet(base, recipe)
+    hypernet = _start_from(init_from, recipe, base) if init_from is not None else build_text_hypernet(base, recipe)
     reads_otherwise_after = recipe.reading_is_trained or recipe.reading_strength_after is not None
     if reads_otherwise_after and not isinstance(hypernet, AttendingToLoRA):
         raise ConfigError(
             "only the variant 'attending' has a LoRA to read with: leave objective.reading_is_trained and reading_strength_after out"
         )
+    _check_recall(recipe, hypernet)
     encoder = encoder_of(hypernet, base)
     if shared_from is not None:
         hypernet.start_shared_from(read_oracle(shared_from, base.fingerprint))
@@ -207,14 +209,21 @@ def train_text(
         set_places(hypernet, base, source)
         hypernet.set_units(seen)
     hypernet.know(seen)
+    if isinstance(hypernet, AttendingToLoRA) and hypernet.config.recall_rank and hypernet.recall is None:
+        torch.manual_seed(recipe.training.seed)
+        hypernet.start_recall(seen, source.n_descriptions)
     hypernet.train()
     if isinstance(hypernet, AttendingToLoRA):
+        if recipe.recall_only and hypernet.recall is not None:
+            hypernet.requires_grad_(False)
+            hypernet.recall.requires_grad_(True)
         hypernet.reading.requires_grad_(recipe.reading_is_trained)
     wrapped = workers.wrap(hypernet)
     if oracles is None:
         for task in source.tasks:
             source.short_enough(task)  # told now, not in the middle of a training
-        of_step = _by_examples(base, recipe, hypernet, wrapped, source, encoder)
+        reads = encoder if recipe.reading_is_trained else _Remembering(encoder, source.descriptions, seen)
+        of_step = _by_examples(base, recipe, hypernet, wrapped, source, reads)
     else:
         library = read_library(source.tasks, oracles, base.fingerprint, hypernet.config, recipe.match)
         of_step = _by_oracles(wrapped, source, library.to(workers.device), recipe.match, encoder)
@@ -242,6 +251,30 @@ def train_text(
     )  # fmt: skip
 
 
+def _start_from(folder: Path, recipe: TextRecipe, base: Base) -> OfDescriptions:
+    """The hypernetwork that a fresh run starts from, with what the recipe may change of it."""
+    asked = recipe.asked | recipe.hypernetwork.keys()
+    architecture = architecture_of_descriptions(folder)
+    changed = asked & _CHANGEABLE if architecture is AttendingToLoRA else set()
+    hypernet = start_from(folder, architecture, base, asked - changed)
+    if isinstance(hypernet, AttendingToLoRA) and changed:
+        hypernet = hypernet.changed({name: recipe.hypernetwork[name] for name in changed})
+    return hypernet
+
+
+def _check_recall(recipe: TextRecipe, hypernet: OfDescriptions) -> None:
+    """Raises ConfigError where a recall is asked for that there is not, or its descriptions would be read otherwise in the end."""
+    has_recall = isinstance(hypernet, AttendingToLoRA) and hypernet.config.recall_rank > 0
+    if recipe.recall_only and not has_recall:
+        raise ConfigError(
+            "objective.recall_only trains what is recalled: give the variant 'attending' a hypernetwork.recall_rank"
+        )
+    if has_recall and (recipe.reading_is_trained or recipe.reading_strength_after is not None):
+        raise ConfigError(
+            "tasks are recalled by their descriptions as they are read at the start: leave objective.reading_is_trained and reading_strength_after out"
+        )
+
+
 @torch.no_grad()
 def _learn_known(
     hypernet: OfDescriptions, source: TaskSource, encoder: TextEncoder, reading_strength: float | None
@@ -250,6 +283,19 @@ def _learn_known(
     if reading_strength is not None and isinstance(hypernet, AttendingToLoRA):
         hypernet.config = dataclasses.replace(hypernet.config, reading_strength=reading_strength)
     hypernet.know(encoder(source.descriptions).to(next(hypernet.parameters()).device))
+
+
+class _Remembering:
+    """A text encoder that has read some texts already."""
+
+    def __init__(self, encoder: TextEncoder, texts: Sequence[str], read: Tensor):
+        self.name, self.d_text, self._encoder = encoder.name, encoder.d_text, encoder
+        self._read, self._row_of = read, {text: i for i, text in enumerate(texts)}
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        new = [text for text in texts if text not in self._row_of]
+        read = iter(self._encoder(new)) if new else iter(())
+        return torch.stack([self._read[self._row_of[text]] if text in self._row_of else next(read) for text in texts])
 
 
 OfStep = Callable[[int, DrawnTasks], tuple[Tensor, dict[str, float]]]
@@ -277,11 +323,12 @@ def _by_examples(
         batch = pack(episodes, base.pad_id).to(device)
         n = len(episodes)
         rng = random.Random(f"{recipe.data.seed}/calm/{number}")
-        described_by = encoder(drawn.descriptions).to(device)
-        with torch.no_grad():
-            undescribing = encoder(rng.sample(nonsense, (n + 1) // 2)).to(device)
-        free = hypernet.meaningless(n // 2, torch.Generator().manual_seed(rng.randrange(2**31)))
-        conditions = torch.cat([described_by, undescribing, hypernet.constant().to(free), free]).to(device)
+        conditions = encoder(drawn.descriptions).to(device)
+        if recipe.calm_weight > 0:
+            with torch.no_grad():
+                undescribing = encoder(rng.sample(nonsense, (n + 1) // 2)).to(device)
+            free = hypernet.meaningless(n // 2, torch.Generator().manual_seed(rng.randrange(2**31)))
+            conditions = torch.cat([conditions, undescribing, hypernet.constant().to(free), free])
         autocast = torch.autocast(device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
         with autocast:
             both = wrapped(conditions)
@@ -289,9 +336,8 @@ def _by_examples(
             seen, _ = answer_with(base.model, loras, batch)
         squares = both.squared_norms()
         described, undescribed = squares[:n], squares[n:]
-        calm = undescribed.mean() / described.mean().detach().clamp_min(
-            1.0
-        )  # a LoRA that is hardly there yet is no measure
+        # A LoRA that is hardly there yet is no measure.
+        calm = undescribed.sum() / max(1, len(undescribed)) / described.mean().detach().clamp_min(1.0)
         size = torch.stack(
             [a.float().square().mean() + b.float().square().mean() for a, b in loras.factors.values()]
         ).mean()
