@@ -16,7 +16,7 @@ from loracast.target import Target, TargetModule
 from loracast.tasks import read_tasks
 from loracast.training.loop import TrainConfig
 from loracast.training.task_source import TaskDataConfig, TaskSource
-from loracast.training.text import TextRecipe, train_text
+from loracast.training.text import TextRecipe, _Remembering, train_text
 from test_attending import TEXTS, TINY, make
 from test_tasks import write_suite
 
@@ -38,6 +38,7 @@ def learned() -> TaskRecall:
     torch.manual_seed(0)
     recall = TaskRecall(TARGET, 100, 3, 8, N_DESCRIPTIONS)
     recall.learn_entries(scattered(20, 0)[: sum(N_DESCRIPTIONS)])
+    recall.cores.data.normal_()
     return recall.eval().requires_grad_(False)
 
 
@@ -83,6 +84,18 @@ def test_in_training_descriptions_do_without_their_entry_or_their_task():
     assert torch.equal(recall._without(far, recall._task_of_entry())[0], far)
 
 
+def test_its_factors_span_what_others_span():
+    recall, other = learned(), learned()
+    other.factors["o_proj"].a.normal_()
+    other.factors["o_proj"].b.zero_()  # as if never trained
+    own = recall.factors["o_proj"].b.clone()
+    recall.take_directions(other.factors)
+    taken = recall.factors["o_proj"]
+    assert torch.nn.functional.cosine_similarity(taken.a, other.factors["o_proj"].a, dim=-1).min() > 0.9999
+    assert torch.nn.functional.cosine_similarity(taken.b, own, dim=-1).min() > 0.9999
+    assert {round(length, 4) for part in (taken.a, taken.b) for length in part.norm(dim=-1).flatten().tolist()} == {3.0}
+
+
 def test_another_number_of_descriptions_is_refused():
     with pytest.raises(ConfigError, match="60 descriptions, where the tasks have 61"):
         learned().learn_entries(scattered(20, 0)[:60])
@@ -100,7 +113,7 @@ def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
         torch.testing.assert_close(other.row(1).delta(name), one.row(1).delta(name))
     assert recalling.config.lora_rank == plain.config.lora_rank + 2
     assert recalling.recall is not None
-    recalling.recall.factors["o_proj"].b.data.normal_()
+    recalling.recall.cores.data.normal_()
     (name, *_) = (name for name in one.factors if name.endswith("o_proj"))
     assert not torch.allclose(recalling(read).row(1).delta(name), one.row(1).delta(name))
     save_pretrained(recalling, tmp_path, base.fingerprint, storage="float32")
@@ -122,6 +135,20 @@ def test_less_deep_with_the_same_weights(base):
         shallow.changed({"depth": n_layers})
     with pytest.raises(ConfigError, match="map_rank: the weights that there are do not fit"):
         deep.changed({"map_rank": 3})
+
+
+def test_what_was_read_once_is_not_read_again():
+    class Encoder:
+        name, d_text, seen = "lengths", 1, []
+
+        def __call__(self, texts):
+            self.seen += texts
+            return torch.tensor([[float(len(text))] for text in texts])
+
+    encoder = Encoder()
+    remembering = _Remembering(encoder, ("one", "three"), torch.tensor([[30.0], [50.0]]))
+    assert remembering(["three", "four", "one", "seventeen"]).flatten().tolist() == [50, 4, 30, 9]
+    assert remembering(["one"]).tolist() == [[30]] and encoder.seen == ["four", "seventeen"]
 
 
 def recipe(**options) -> TextRecipe:

@@ -210,6 +210,7 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
         """Begin to recall tasks, of which nothing is learned yet: all their descriptions [m, d_text], ordered by task, and how many each task has."""
         self.config = replace(self.config, recalled=tuple(n_descriptions))
         self.recall = self._new_recall().to(conditions.device)
+        self.recall.take_directions(self.shared)
         self.recall.learn_entries(self._compared(conditions))
 
     def changed(self, changes: Mapping[str, Any]) -> AttendingToLoRA:

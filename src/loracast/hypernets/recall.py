@@ -30,11 +30,12 @@ _ITSELF = 0.999
 _WITHOUT_ITSELF, _WITHOUT_ITS_TASK = 0.4, 0.15
 """Shares of the descriptions in training that do without."""
 _GATE_WIDTH = 64
-_A_LENGTH = 3.0
+_LENGTH = 3.0
+"""Of each row of A and column of B: cores then learn about as fast as the B of a usual LoRA does."""
 
 
 class TaskRecall(nn.Module):
-    """The tasks of a training, each as a small core, and how their descriptions are told apart. Silent at the start: every B is zero."""
+    """The tasks of a training, each as a small core, and how their descriptions are told apart. Silent at the start: every core is zero."""
 
     centre: Tensor
     axes: Tensor
@@ -51,10 +52,10 @@ class TaskRecall(nn.Module):
         n_tasks = len(n_descriptions)
         kinds = {kind: target.of_kind(kind) for kind in target.kinds}
         parts = {kind: SharedLoRA(len(some), rank, some[0].d_in, some[0].d_out) for kind, some in kinds.items()}
+        for part in parts.values():
+            part.b.data.normal_()
         self.factors = nn.ModuleDict(parts)
-        for part in parts.values():  # as long as a usual LoRA's A times its usual scale
-            nn.init.normal_(part.a, std=_A_LENGTH / part.a.shape[-1] ** 0.5)
-        self.cores = nn.Parameter(torch.randn(n_tasks, len(target.names), rank, rank) / rank**0.5)
+        self.cores = nn.Parameter(torch.zeros(n_tasks, len(target.names), rank, rank))
         first, last = nn.Linear(width + 2, _GATE_WIDTH), nn.Linear(_GATE_WIDTH, 1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -63,6 +64,16 @@ class TaskRecall(nn.Module):
         self.register_buffer("axes", torch.zeros(d_described, width))
         self.register_buffer("entries", torch.zeros(sum(n_descriptions), width))
         self._n_descriptions = tuple(n_descriptions)
+
+    @torch.no_grad()
+    def take_directions(self, other: nn.ModuleDict) -> None:
+        """Let the factors span what those of other `SharedLoRA`s do, as far as their ranks go, all directions of one length."""
+        for kind, part in self.factors.items():
+            for mine, theirs in zip(part.parameters(), other[kind].parameters(), strict=True):
+                n = min(mine.shape[1], theirs.shape[1])
+                is_there = theirs[:, :n].norm(dim=-1, keepdim=True) > 0  # untrained ones are not
+                mine[:, :n] = torch.where(is_there, theirs[:, :n], mine[:, :n])
+                mine.copy_(_LENGTH * functional.normalize(mine, dim=-1))
 
     def _task_of_entry(self) -> Tensor:
         counts = torch.tensor(self._n_descriptions, device=self.entries.device)
