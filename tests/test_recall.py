@@ -97,7 +97,7 @@ def test_its_factors_span_what_others_span():
 
 
 def test_another_number_of_descriptions_is_refused():
-    with pytest.raises(ConfigError, match="60 descriptions, where the tasks have 61"):
+    with pytest.raises(ConfigError, match="60 descriptions, where the tasks that are recalled have 61"):
         learned().learn_entries(scattered(20, 0)[:60])
 
 
@@ -121,6 +121,22 @@ def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
     assert again.config == recalling.config
     for name, factors in recalling(read).factors.items():
         assert torch.equal(factors.b, again(read).factors[name].b)
+
+
+def test_what_is_recalled_is_found_by_how_it_is_read_now(base):
+    hypernet = make(base)
+    recalling = hypernet.changed({"recall_rank": 2, "recall_width": 3})
+    recalling.start_recall(ContributionReader(base, hypernet)(TEXTS), (2, 1))
+    assert recalling.recall is not None
+    recalling.recall.cores.data.normal_()
+    other = recalling.changed({"probe": "dog"}).requires_grad_(False)
+    assert other.recall is not None and torch.equal(other.recall.cores, recalling.recall.cores)
+    read = ContributionReader(base, other)(TEXTS)
+    assert (other.recall.coordinates(other._compared(read)) - other.recall.entries).abs().max() > 1e-3
+    other.recall_again(read)
+    torch.testing.assert_close(other.recall.coordinates(other._compared(read)), other.recall.entries)
+    with pytest.raises(ConfigError, match="2 descriptions, where the tasks that are recalled have 3"):
+        other.recall_again(read[:2])
 
 
 def test_less_deep_with_the_same_weights(base):

@@ -213,17 +213,22 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
         self.recall.take_directions(self.shared)
         self.recall.learn_entries(self._compared(conditions))
 
+    def recall_again(self, conditions: Tensor) -> None:
+        """Keep the descriptions of the tasks that are recalled as they are read now [m, d_text]. Raises ConfigError where there is another number of them."""
+        if self.recall is not None:
+            self.recall.keep_entries(self._compared(conditions))
+
     def changed(self, changes: Mapping[str, Any]) -> AttendingToLoRA:
-        """The same weights with other values in the config; less deep, without those of the layers past the depth. What is recalled is not taken along.
+        """The same weights with other values in the config; less deep, without those of the layers past the depth.
 
         Raises:
             ConfigError: it would have to be deeper, or the weights do not fit.
         """
-        mine, other = self.config, AttendingToLoRA(replace(self.config, recalled=(), **changes))
+        mine, other = self.config, AttendingToLoRA(replace(self.config, **changes))
         if missing := set(other.config.layers) - set(mine.layers):
             raise ConfigError(f"the layers {sorted(missing)} were not trained; depth can only be made smaller")
         kept = [i for i, layer in enumerate(mine.layers) if layer in other.config.layers]
-        weights = {name: value for name, value in self.state_dict().items() if not name.startswith("recall.")}
+        weights = self.state_dict()
         for name in ("where", "mix", "down", "up"):
             weights[name] = weights[name][kept]
         for name in ("mean", "std"):
@@ -282,33 +287,29 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
 
         In fp32; in bf16, as they are kept, where that is the autocast type and no gradient is wanted.
         """
-        n = len(conditions)
+        c, n = self.config, len(conditions)
         in_bf16 = not torch.is_grad_enabled() and torch.is_autocast_enabled(conditions.device.type)
         dtype = torch.bfloat16 if in_bf16 else torch.float32
-        gate = self.openness(conditions).sigmoid()[:, None, None].to(dtype)
-        weights = (self._weights(conditions) * gate).to(dtype)[:, :, None].expand(-1, len(self.config.modules), -1, -1)
-        recalled: Iterator[Factors] = iter(())
-        if self.recall is not None:
-            recalled = self._recalled(self.recall, conditions, gate)
-        own = iter(zip(self.where.unbind(0), self._written(conditions).unbind(1), strict=True))
+        gate = self.openness(conditions).sigmoid()[:, None, None, None].to(dtype)
+        weights = self._weights(conditions).to(dtype)[..., None].expand(-1, len(c.modules), -1, -1) * gate
+        cores = None if self.recall is None else self.recall(self._compared(conditions)).to(dtype) * gate
+        kinds = [kind for _, _, kind, _, _ in c.modules]
         factors: dict[str, Factors] = {}
-        layers = set(self.config.layers)
-        for (name, (a, b)), (_, layer, kind, *_), counts in zip(
-            self._factors_of(self.shared), self.config.modules, weights.unbind(1), strict=True
-        ):
-            b = b.to(dtype) * counts
-            if kind == self.config.kind and layer in layers:
-                where, written = next(own)
-                a = torch.cat([where, a])
-                b = torch.cat([written.transpose(1, 2).to(dtype) * gate, b], dim=2)
-            if self.recall is not None:
-                more = next(recalled)
-                a, b = torch.cat([a, more.a]), torch.cat([b, more.b.to(dtype)], dim=2)
-            factors[name] = Factors(a.to(dtype).expand(n, -1, -1), b)  # A is the same for all: held once
-        return LoRABatch(n, factors, {})
-
-    def _recalled(self, recall: TaskRecall, conditions: Tensor, gate: Tensor) -> Iterator[Factors]:
-        """Module by module, what is recalled of the training's tasks: A [r, in] and B [n, out, r]."""
-        cores = recall(self._compared(conditions)) * gate[..., None]
-        for (_, (a, b)), core in zip(self._factors_of(recall.factors), cores.unbind(1), strict=True):
-            yield Factors(a, b.to(core.dtype) @ core)
+        for kind in c.target.kinds:
+            at = [i for i, other in enumerate(kinds) if other == kind]
+            part = cast(SharedLoRA, self.shared[kind])
+            a: Tensor = part.a  # [layers, r, in]
+            rows = part.b.to(dtype) * weights[:, at]  # [n, layers, r, out]
+            if self.recall is not None and cores is not None:
+                known = cast(SharedLoRA, self.recall.factors[kind])
+                recalled = per_layer(cores[:, at].transpose(2, 3), known.b.to(dtype))
+                a, rows = torch.cat([a, known.a], dim=1), torch.cat([rows, recalled], dim=2)
+            made = dict(zip(at, zip(a.to(dtype).unbind(0), rows.unbind(1), strict=True), strict=True))
+            if kind == c.kind:
+                own = [k for k, i in enumerate(at) if c.modules[i][1] in set(c.layers)]
+                a = torch.cat([self.where, a[own]], dim=1).to(dtype)
+                rows = torch.cat([self._written(conditions).to(dtype) * gate, rows[:, own]], dim=2)
+                made.update(zip([at[k] for k in own], zip(a.unbind(0), rows.unbind(1), strict=True), strict=True))
+            for i, (one, row) in made.items():  # A is the same for all: held once
+                factors[c.modules[i][0]] = Factors(one.expand(n, -1, -1), row.transpose(1, 2))
+        return LoRABatch(n, {name: factors[name] for name in c.target.names}, {})

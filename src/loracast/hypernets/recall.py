@@ -87,8 +87,7 @@ class TaskRecall(nn.Module):
         directions (Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, section 4.3.3).
         """
         task_of = self._task_of_entry()
-        if len(described) != len(task_of):
-            raise ConfigError(f"{len(described)} descriptions, where the tasks have {len(task_of)}")
+        self._check_number(described)
         x = described.float()
         self.centre.copy_(x.mean(0))
         counts = torch.bincount(task_of)[:, None]
@@ -105,7 +104,19 @@ class TaskRecall(nn.Module):
         kept = axes[: self.axes.shape[1]]
         self.axes.zero_()
         self.axes[:, : len(kept)] = sphered(kept).T  # what is sphered, then seen along the axes
-        self.entries.copy_(self.coordinates(x))
+        self.keep_entries(x)
+
+    @torch.no_grad()
+    def keep_entries(self, described: Tensor) -> None:
+        """Keep all descriptions [m, d], ordered by task, along the directions that there are."""
+        self._check_number(described)
+        self.entries.copy_(self.coordinates(described))
+
+    def _check_number(self, described: Tensor) -> None:
+        if len(described) != len(self.entries):
+            raise ConfigError(
+                f"{len(described)} descriptions, where the tasks that are recalled have {len(self.entries)}"
+            )
 
     def coordinates(self, described: Tensor) -> Tensor:
         """Unit vectors [n, width]: descriptions of one task point the same way."""

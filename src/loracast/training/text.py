@@ -209,9 +209,12 @@ def train_text(
         set_places(hypernet, base, source)
         hypernet.set_units(seen)
     hypernet.know(seen)
-    if isinstance(hypernet, AttendingToLoRA) and hypernet.config.recall_rank and hypernet.recall is None:
-        torch.manual_seed(recipe.training.seed)
-        hypernet.start_recall(seen, source.n_descriptions)
+    if isinstance(hypernet, AttendingToLoRA) and hypernet.config.recall_rank:
+        if hypernet.recall is None:
+            torch.manual_seed(recipe.training.seed)
+            hypernet.start_recall(seen, source.n_descriptions)
+        else:
+            hypernet.recall_again(seen)
     hypernet.train()
     if isinstance(hypernet, AttendingToLoRA):
         if recipe.recall_only and hypernet.recall is not None:
