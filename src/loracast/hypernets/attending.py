@@ -293,7 +293,7 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
         gate = self.openness(conditions).sigmoid()[:, None, None, None].to(dtype)
         weights = self._weights(conditions).to(dtype)[..., None].expand(-1, len(c.modules), -1, -1) * gate
         cores = None if self.recall is None else self.recall(self._compared(conditions)).to(dtype) * gate
-        kinds = [kind for _, _, kind, _, _ in c.modules]
+        kinds, layers = [kind for _, _, kind, _, _ in c.modules], set(c.layers)
         factors: dict[str, Factors] = {}
         for kind in c.target.kinds:
             at = [i for i, other in enumerate(kinds) if other == kind]
@@ -306,7 +306,7 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
                 a, rows = torch.cat([a, known.a], dim=1), torch.cat([rows, recalled], dim=2)
             made = dict(zip(at, zip(a.to(dtype).unbind(0), rows.unbind(1), strict=True), strict=True))
             if kind == c.kind:
-                own = [k for k, i in enumerate(at) if c.modules[i][1] in set(c.layers)]
+                own = [k for k, i in enumerate(at) if c.modules[i][1] in layers]
                 a = torch.cat([self.where, a[own]], dim=1).to(dtype)
                 rows = torch.cat([self._written(conditions).to(dtype) * gate, rows[:, own]], dim=2)
                 made.update(zip([at[k] for k in own], zip(a.unbind(0), rows.unbind(1), strict=True), strict=True))

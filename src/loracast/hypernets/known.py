@@ -17,11 +17,11 @@ _GATE_WIDTH = 64
 _GATE_START = 3.0  # logit: open
 
 
-def open_gate(width: int) -> nn.Sequential:
-    """What shuts for descriptions that describe nothing: a vector of them -> a logit, open at the start whatever it sees."""
+def open_gate(width: int, start: float = _GATE_START) -> nn.Sequential:
+    """What shuts for descriptions that describe nothing: a vector of them -> a logit, at the start the same whatever it sees: open, unless told otherwise."""
     first, last = nn.Linear(width, _GATE_WIDTH), nn.Linear(_GATE_WIDTH, 1)
     nn.init.zeros_(last.weight)
-    nn.init.constant_(last.bias, _GATE_START)
+    nn.init.constant_(last.bias, start)
     return nn.Sequential(first, nn.SiLU(), last)
 
 

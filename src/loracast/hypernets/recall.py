@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from loracast.errors import ConfigError
 from loracast.hypernets.heads import SharedLoRA
+from loracast.hypernets.known import open_gate
 from loracast.target import Target
 
 _SHARPNESS = 30.0
@@ -29,7 +30,6 @@ _ITSELF = 0.999
 """Cosine from which a description in training is its own entry."""
 _WITHOUT_ITSELF, _WITHOUT_ITS_TASK = 0.4, 0.15
 """Shares of the descriptions in training that do without."""
-_GATE_WIDTH = 64
 _LENGTH = 3.0
 """Of each row of A and column of B: cores then learn about as fast as the B of a usual LoRA does."""
 
@@ -56,10 +56,7 @@ class TaskRecall(nn.Module):
             part.b.data.normal_()
         self.factors = nn.ModuleDict(parts)
         self.cores = nn.Parameter(torch.zeros(n_tasks, len(target.names), rank, rank))
-        first, last = nn.Linear(width + 2, _GATE_WIDTH), nn.Linear(_GATE_WIDTH, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.gate = nn.Sequential(first, nn.SiLU(), last)
+        self.gate = open_gate(width + 2, start=0.0)
         self.register_buffer("centre", torch.zeros(d_described))
         self.register_buffer("axes", torch.zeros(d_described, width))
         self.register_buffer("entries", torch.zeros(sum(n_descriptions), width))
