@@ -351,6 +351,36 @@ def test_benchmarks_are_tasks(base, tmp_path, monkeypatch):
         read_benchmark(tmp_path / "bench_mmlu_test.jsonl")
 
 
+def test_a_benchmark_has_an_oracle_too(tiny_folder, tmp_path):
+    rows = [{"question": f"Which is {i}?", "choices": ["no", str(i)], "answer": 1} for i in range(4)]
+    for part in ("train", "test"):
+        write_rows(tmp_path / f"bench_arc_easy_{part}.jsonl.gz", rows)
+
+    def run(*arguments):
+        common = [
+            "--benchmark", tmp_path / "bench_arc_easy_test.jsonl.gz", "--base", tiny_folder, "--device", "cpu", "--json",
+        ]  # fmt: skip
+        done = CliRunner().invoke(app, [str(a) for a in (*arguments, *common)])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    made = run(
+        "train",
+        "oracle",
+        "--out",
+        tmp_path / "library",
+        "--set",
+        "training.steps=2",
+        "--set",
+        "training.warmup_steps=1",
+    )
+    assert made["done"] == ["arc_easy"]
+    report = run(
+        "eval", "tasks", "--oracles", tmp_path / "library", "--systems", "none,oracle", "--out", tmp_path / "out"
+    )
+    assert [(row["system"], row["n"]) for row in report["rows"]] == [("none", 4), ("oracle", 4)]
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the data sets in {DATA}")
 @pytest.mark.parametrize("path", sorted(DATA.glob("bench_*.jsonl.gz")), ids=lambda path: path.name)
 def test_every_benchmark_of_the_data_is_read(path):

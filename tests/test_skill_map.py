@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from loracast.cli import app
 from loracast.evaluation.skill_map import _by_chance, _silhouette
-from loracast.lora import LoRA, stack
+from loracast.lora import Factors, LoRA, stack
 from test_eval_tasks import hypernetwork  # noqa: F401
 from test_reconstruction import dense, random_lora
 from test_tasks import write_rows
@@ -23,6 +23,10 @@ def test_cosines_are_those_of_the_dense_deltas():
     torch.testing.assert_close(stack(loras).cosines(), flat @ flat.T, atol=1e-5, rtol=1e-5)
     as_dense = stack([LoRA(dense={name: lora.delta(name) for name in lora.names}) for lora in loras])
     torch.testing.assert_close(as_dense.cosines(), flat @ flat.T, atol=1e-5, rtol=1e-5)
+    a = loras[0].factors
+    of_one_a = [LoRA({name: Factors(a[name].a, b) for name, (_, b) in lora.factors.items()}) for lora in loras]
+    flat = torch.nn.functional.normalize(torch.stack([dense(lora) for lora in of_one_a]), dim=-1).double()
+    torch.testing.assert_close(stack(of_one_a).cosines(), flat @ flat.T, atol=1e-5, rtol=1e-5)
     nothing = stack([lora.scale(0) for lora in loras[:2]])
     assert torch.equal(nothing.cosines(), torch.zeros(2, 2, dtype=torch.float64))
 

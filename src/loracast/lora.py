@@ -253,6 +253,12 @@ class LoRABatch:
         inner = torch.zeros(self.n, self.n, dtype=torch.float64)
         for a, b in self.factors.values():
             rank = a.shape[1]
+            if torch.equal(
+                a, a[:1].expand_as(a)
+            ):  # one A for all, of which R' R = A A' is all that counts: no n * r by n * r matrices
+                r = torch.linalg.qr(a[0].double().mT, mode="r").R  # [min(in, rank), rank]
+                inner += ((flat := (b.double() @ r.mT).flatten(1)) @ flat.T).cpu()
+                continue
             of_a = (flat := a.double().flatten(0, 1)) @ flat.T  # [n * r, n * r]
             of_b = (flat := b.double().mT.flatten(0, 1)) @ flat.T
             inner += (of_a * of_b).view(self.n, rank, self.n, rank).sum((1, 3)).cpu()

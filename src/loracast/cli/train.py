@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loracast.cli.eval_common import Benchmarks, OptionalTasks
+
 if TYPE_CHECKING:
     from loracast.training.loop import TrainConfig
 
@@ -232,7 +234,8 @@ def _train_sense(
 @app.command()
 def oracle(
     out: Annotated[Path, typer.Option(help="Library: a folder with a LoRA for each task. Those that are done stay.")],
-    tasks: Tasks,
+    tasks: OptionalTasks = None,
+    benchmark: Benchmarks = None,
     recipe: LoRARecipe = None,
     change: Change = None,
     only: Annotated[list[str] | None, typer.Option(help="Train for this task only. Repeatable.")] = None,
@@ -250,13 +253,13 @@ def oracle(
     One task after the other; stops cleanly at the budget, on Ctrl-C and SIGTERM, and the same command goes on from there.
     """
     from loracast.errors import ConfigError
-    from loracast.tasks import read_tasks
+    from loracast.evaluation.benchmarks import tasks_or_benchmarks
     from loracast.training.oracle import read_oracle_recipe, train_oracles
 
     settings = read_oracle_recipe(recipe, change or [])
-    found = [task for task in read_tasks(tasks) if heldout in (None, task.is_heldout)]
+    found = [task for task in tasks_or_benchmarks(tasks, benchmark or ()) if heldout in (None, task.is_heldout)]
     if unknown := sorted(set(only or ()) - {task.name for task in found}):
-        raise ConfigError(f"{tasks} has no such tasks: {', '.join(unknown)}")
+        raise ConfigError(f"there are no such tasks: {', '.join(unknown)}")
     chosen = [task for task in found if not only or task.name in only]
     loaded = _open_base(base, device)
     command = _command("oracle", recipe, change, None)

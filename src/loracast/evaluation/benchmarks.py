@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -15,10 +16,17 @@ from typing import Any
 
 from loracast.errors import ConfigError
 from loracast.jsonl import each_row
-from loracast.tasks import Example, Task
+from loracast.tasks import Example, Task, read_tasks
 
 _N_SHOWN = 100
 """Of a file without one for training: rows to show as examples, never asked."""
+
+
+def tasks_or_benchmarks(tasks: str | Path | None, benchmarks: Sequence[str | Path]) -> tuple[Task, ...]:
+    """The tasks of a folder or file, or benchmarks' files as tasks. Raises ConfigError where it is not one of the two."""
+    if (tasks is None) == (not benchmarks):
+        raise ConfigError("give either tasks (--tasks) or benchmarks (--benchmark)")
+    return read_tasks(tasks) if tasks is not None else tuple(read_benchmark(Path(file)) for file in benchmarks)
 
 
 def read_benchmark(path: Path, *, lists_choices: bool = True) -> Task:

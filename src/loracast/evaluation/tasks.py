@@ -15,14 +15,14 @@ from typing import Any
 
 from loracast.base import Base
 from loracast.errors import ConfigError
-from loracast.evaluation.benchmarks import read_benchmark
+from loracast.evaluation.benchmarks import tasks_or_benchmarks
 from loracast.evaluation.choice import likeliest
 from loracast.evaluation.metrics import is_right, paired_bootstrap
 from loracast.evaluation.report import Column, Progress, Report, change, environment, number, percent, text
 from loracast.evaluation.task_rivals import ADAPTER, NEEDED, RIVALS, Drawn, Given, Rival, prompt_of
 from loracast.generate import Sampling, answer_batch
 from loracast.lora import LoRA
-from loracast.tasks import DescriptionKind, Example, Metric, Task, read_tasks
+from loracast.tasks import DescriptionKind, Example, Metric, Task
 from loracast.training.peft_training import ABOUT
 from loracast.training.text import gibberish
 
@@ -159,8 +159,6 @@ def _rivals(config: TasksConfig, given: Given, tasks: Sequence[Task]) -> dict[st
         missing["other"] = "tasks"
     fewest = min(len(d.shots) for d in drawn)
     missing |= {name: "examples" for name, rival in RIVALS.items() if rival.n_shots > fewest}
-    if config.benchmarks:
-        missing["oracle"] = "oracles"
     if config.systems is None:
         return {name: rival for name, rival in RIVALS.items() if name not in missing}
     if lacking := [name for name in config.systems if name in missing]:
@@ -175,7 +173,7 @@ def read_all(config: TasksConfig) -> list[Task]:
     Raises:
         ConfigError: there is none.
     """
-    known = read_tasks(config.tasks) if config.tasks else [read_benchmark(Path(file)) for file in config.benchmarks]
+    known = tasks_or_benchmarks(config.tasks, config.benchmarks)
     tasks = [
         task
         for task in known
@@ -191,17 +189,13 @@ def read_all(config: TasksConfig) -> list[Task]:
 
 def _with_oracles(tasks: list[Task], config: TasksConfig, given: Given) -> list[Task]:
     """Those tasks that are asked for, an oracle being there for each where oracles answer."""
-    if (
-        given.oracles is None
-        or config.benchmarks
-        or not (config.only_oracles or config.systems is None or "oracle" in config.systems)
-    ):
+    if given.oracles is None or not (config.only_oracles or config.systems is None or "oracle" in config.systems):
         return tasks
     without = [task.name for task in tasks if not (given.oracles / task.name / ABOUT).is_file()]
     if without and (not config.only_oracles or len(without) == len(tasks)):
         raise ConfigError(
-            f"{given.oracles} has no oracle of {', '.join(without)}: train them (`loracast train oracle`), or evaluate the "
-            "tasks that have one (--only-oracles)"
+            f"{given.oracles} has no oracle of {', '.join(without)}: train them (`loracast train oracle`), evaluate the tasks that have "
+            "one (--only-oracles), or leave the oracle out of --systems"
         )
     return [task for task in tasks if task.name not in without]
 
