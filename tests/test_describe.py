@@ -9,17 +9,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from loracast.base import load_base
+from loracast.base import DEFAULT_BASE, base_folder, load_base
 from loracast.cli import app
 from loracast.describe import TaskCaster, load_caster
 from loracast.encoders.text import BaseTextEncoder
 from loracast.errors import AdapterError, HypernetworkError
-from loracast.generate import Sampling
+from loracast.generate import Sampling, answer_batch
 from loracast.hypernets.store import save_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.library import adapter_names
 from loracast.lora import LoRA
-from loracast.model import Answerer, load
+from loracast.model import Answerer, load, shipped_hypernetwork
 from loracast.target import target_from_config
 from test_text_to_lora import make_sentence_encoder, make_task_hypernet
 
@@ -193,3 +193,26 @@ def test_the_command_reads_with_the_base_where_the_hypernetwork_does(base, tiny_
     save_pretrained(hypernet, tmp_path / "h", dataclasses.replace(base.fingerprint, norms="0" * 16))
     done = CliRunner().invoke(app, [*arguments, "--replace", "--base", str(tiny_folder)])
     assert done.exit_code == 1 and "the weights differ" in done.stderr.replace("\n", " ")
+
+
+@pytest.mark.base
+@pytest.mark.skipif(not (base_folder(DEFAULT_BASE) / "tokenizer.json").is_file(), reason="needs `loracast pull`")
+def test_the_shipped_hypernetwork_casts_tasks():
+    """Two tasks from one batch, each in its own row of a batch of inputs: the base answers in the labels that a description names."""
+    base = load_base(device="cpu")
+    caster = load_caster(shipped_hypernetwork(base.name, "text"), base=lambda: base)
+    asked = {
+        "Classify the sentiment of a sentence as positive or negative": {
+            "I loved every minute": "positive",
+            "The battery died after an hour.": "negative",
+        },
+        "Answer with the opposite word": {"hot": "cold"},
+    }
+    loras = caster.loras(list(asked))
+    rows = [
+        (base.chat.prompt(x, ""), lora, y)
+        for lora, its in zip(loras, asked.values(), strict=True)
+        for x, y in its.items()
+    ]
+    prompts, its_loras, wanted = zip(*rows, strict=True)
+    assert answer_batch(base, prompts, its_loras, Sampling(max_new_tokens=8)) == list(wanted)

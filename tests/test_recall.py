@@ -11,7 +11,7 @@ from loracast.encoders.contributions import ContributionReader
 from loracast.errors import ConfigError
 from loracast.hypernets.attending import AttendingToLoRA
 from loracast.hypernets.recall import TaskRecall
-from loracast.hypernets.store import from_pretrained, save_pretrained
+from loracast.hypernets.store import from_pretrained, save_pretrained, with_config
 from loracast.target import Target, TargetModule
 from loracast.tasks import read_tasks
 from loracast.training.loop import TrainConfig
@@ -104,7 +104,7 @@ def test_another_number_of_descriptions_is_refused():
 def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
     plain = make(base)
     read = ContributionReader(base, plain)(TEXTS)
-    recalling = plain.changed({"recall_rank": 2, "recall_width": 3})
+    recalling = with_config(plain, {"recall_rank": 2, "recall_width": 3})
     recalling.start_recall(read, (2, 1))
     recalling.eval().requires_grad_(False)
     one, other = plain(read), recalling(read)
@@ -125,11 +125,11 @@ def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
 
 def test_what_is_recalled_is_found_by_how_it_is_read_now(base):
     hypernet = make(base)
-    recalling = hypernet.changed({"recall_rank": 2, "recall_width": 3})
+    recalling = with_config(hypernet, {"recall_rank": 2, "recall_width": 3})
     recalling.start_recall(ContributionReader(base, hypernet)(TEXTS), (2, 1))
     assert recalling.recall is not None
     recalling.recall.cores.data.normal_()
-    other = recalling.changed({"probe": "dog"}).requires_grad_(False)
+    other = with_config(recalling, {"probe": "dog"}).requires_grad_(False)
     assert other.recall is not None and torch.equal(other.recall.cores, recalling.recall.cores)
     read = ContributionReader(base, other)(TEXTS)
     assert (other.recall.coordinates(other._compared(read)) - other.recall.entries).abs().max() > 1e-3
@@ -142,15 +142,15 @@ def test_what_is_recalled_is_found_by_how_it_is_read_now(base):
 def test_less_deep_with_the_same_weights(base):
     deep = make(base)
     n_layers = len(deep.config.layers)
-    shallow = deep.changed({"depth": n_layers - 1})
+    shallow = with_config(deep, {"depth": n_layers - 1})
     reads = [ContributionReader(base, hypernet)(TEXTS) for hypernet in (deep, shallow)]
     by_layer = [h._by_place(read) for h, read in zip((deep, shallow), reads, strict=True)]
     torch.testing.assert_close(by_layer[1], by_layer[0][:, :, :-1])
     torch.testing.assert_close(shallow._written(reads[1]), deep._written(reads[0])[:, :-1])
     with pytest.raises(ConfigError, match=r"were not trained; depth can only be made smaller"):
-        shallow.changed({"depth": n_layers})
+        with_config(shallow, {"depth": n_layers})
     with pytest.raises(ConfigError, match="map_rank: the weights that there are do not fit"):
-        deep.changed({"map_rank": 3})
+        with_config(deep, {"map_rank": 3})
 
 
 def test_what_was_read_once_is_not_read_again():

@@ -16,9 +16,9 @@ What a task is about is understood by the base, which knows more tasks than a tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -218,26 +218,21 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
         if self.recall is not None:
             self.recall.keep_entries(self._compared(conditions))
 
-    def changed(self, changes: Mapping[str, Any]) -> AttendingToLoRA:
-        """The same weights with other values in the config; less deep, without those of the layers past the depth.
+    def weights_within(self, layers: Sequence[int]) -> dict[str, Tensor]:
+        """The weights of a hypernetwork that is the same but less deep: of contributions, those of some of its layers only.
 
         Raises:
-            ConfigError: it would have to be deeper, or the weights do not fit.
+            ConfigError: it would be deeper.
         """
-        mine, other = self.config, AttendingToLoRA(replace(self.config, **changes))
-        if missing := set(other.config.layers) - set(mine.layers):
+        if missing := set(layers) - set(self.config.layers):
             raise ConfigError(f"the layers {sorted(missing)} were not trained; depth can only be made smaller")
-        kept = [i for i, layer in enumerate(mine.layers) if layer in other.config.layers]
+        kept = [i for i, layer in enumerate(self.config.layers) if layer in layers]
         weights = self.state_dict()
         for name in ("where", "mix", "down", "up"):
             weights[name] = weights[name][kept]
         for name in ("mean", "std"):
             weights[name] = self._by_place(weights[name][None])[0, :, kept].flatten()
-        try:
-            other.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ConfigError(f"{', '.join(changes)}: the weights that there are do not fit ({error})") from error
-        return other
+        return weights
 
     def pooled(self, conditions: Tensor) -> Tensor:
         """What each description contributes where the answer begins, the mean over layers in units of their deviation [n, d_state]."""

@@ -134,12 +134,21 @@ def average(hypernet: Hypernetwork, others: Sequence[Hypernetwork]) -> None:
             value.copy_(torch.stack([value, *(weights[name] for weights in theirs)]).mean(0))
 
 
-def with_config(hypernet: Hypernetwork, changes: Mapping[str, Any]) -> Hypernetwork:
-    """The same weights with other values in the config, of what fixes no weight. Raises ConfigError where something does."""
+def with_config(hypernet: H, changes: Mapping[str, Any]) -> H:
+    """The same weights with other values in the config, of what fixes no weight; an `AttendingToLoRA` may also be less deep than it was.
+
+    Raises:
+        ConfigError: the weights do not fit.
+    """
     architecture: type[Any] = type(hypernet)
     changed = architecture(dataclasses.replace(hypernet.config, **changes))
+    weights = (
+        hypernet.weights_within(changed.config.layers)
+        if isinstance(hypernet, AttendingToLoRA)
+        else hypernet.state_dict()
+    )
     try:
-        changed.load_state_dict(hypernet.state_dict())
+        changed.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigError(f"{', '.join(changes)}: the weights that there are do not fit ({error})") from error
     return changed

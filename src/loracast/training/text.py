@@ -29,7 +29,7 @@ from loracast.encoders.text import DEFAULT_ENCODER, TextEncoder, load_text_encod
 from loracast.errors import ConfigError
 from loracast.files import file_sha256
 from loracast.hypernets.attending import AttendingToLoRA, AttendingToLoRAConfig
-from loracast.hypernets.store import OfDescriptions, architecture_of_descriptions
+from loracast.hypernets.store import OfDescriptions, architecture_of_descriptions, with_config
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora import LoRABatch
 from loracast.target import target_from_config
@@ -261,7 +261,7 @@ def _start_from(folder: Path, recipe: TextRecipe, base: Base) -> OfDescriptions:
     changed = asked & _CHANGEABLE if architecture is AttendingToLoRA else set()
     hypernet = start_from(folder, architecture, base, asked - changed)
     if isinstance(hypernet, AttendingToLoRA) and changed:
-        hypernet = hypernet.changed({name: recipe.hypernetwork[name] for name in changed})
+        hypernet = with_config(hypernet, {name: recipe.hypernetwork[name] for name in changed})
     return hypernet
 
 
