@@ -204,9 +204,10 @@ class LoRABatch:
         """Some neighbouring rows as a batch of their own, views and not copies."""
         return self._some(end - first, slice(first, end))
 
-    def to(self, device: torch.device | str) -> LoRABatch:
-        factors = {name: Factors(a.to(device), b.to(device)) for name, (a, b) in self.factors.items()}
-        return LoRABatch(self.n, factors, {name: delta.to(device) for name, delta in self.dense.items()})
+    def to(self, place: torch.device | torch.dtype | str) -> LoRABatch:
+        """On a device, or in a type."""
+        factors = {name: Factors(a.to(place), b.to(place)) for name, (a, b) in self.factors.items()}
+        return LoRABatch(self.n, factors, {name: delta.to(place) for name, delta in self.dense.items()})
 
     def take(self, rows: Sequence[int]) -> LoRABatch:
         """Some rows, in this order, as a batch of their own."""

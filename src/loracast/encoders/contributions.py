@@ -22,6 +22,7 @@ from loracast.encoders.context import cut
 from loracast.errors import EncoderError
 from loracast.hypernets.attending import PLACES, AttendingToLoRA
 from loracast.inject import inject
+from loracast.lora import LoRABatch
 from loracast.tasks import with_description
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class _Watch:
 class ContributionReader:
     """Texts -> conditions of an `AttendingToLoRA`. Shares the base's weights: building one costs nothing.
 
-    Of a hypernetwork that is not in training, what all texts begin with is read with the weights that it has at the first call.
+    Of a hypernetwork that is not in training, what reads is what it has at the first call, and what all texts begin with is read then.
     """
 
     def __init__(self, base: Base, hypernet: AttendingToLoRA):
@@ -64,6 +65,7 @@ class ContributionReader:
         self._answer = base.chat.reply(c.probe_answer)[:-1]
         self._n_before, self._n_after = around_input(base.chat)
         self._decoder = cut(base.model.get_decoder(), max(c.layers) + 1)
+        self._reading: LoRABatch | None = None
         self._beginning: list[tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -106,9 +108,17 @@ class ContributionReader:
                 ("turn", n_prompt - self._n_after, n_prompt - 1),
             ):
                 places[i, PLACES.index(place), first:last] = 1 / max(1, last - first)
-        with inject(self._base.model, self._hypernet.reading_lora()):
+        with inject(self._base.model, self._reads_with()):
             watch = _Watch(described, places[:, :, n_shared:], self._read_before() if n_shared else ())
             return self._written(self._watched(ids, watch).seen).flatten(1)
+
+    def _reads_with(self) -> LoRABatch:
+        """The LoRA that the base carries while it reads, in the base's type."""
+        if self._reading is not None and not self._hypernet.training:
+            return self._reading
+        lora = self._hypernet.reading_lora()
+        self._reading = None if self._hypernet.training else lora.to(self._base.model.dtype)
+        return self._reading or lora
 
     @property
     def _shared(self) -> list[int]:

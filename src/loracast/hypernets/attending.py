@@ -293,16 +293,16 @@ class AttendingToLoRA(KnowsDescriptions, nn.Module):
         for kind in c.target.kinds:
             at = [i for i, other in enumerate(kinds) if other == kind]
             part = cast(SharedLoRA, self.shared[kind])
-            a: Tensor = part.a  # [layers, r, in]
+            a: Tensor = part.a.to(dtype)  # [layers, r, in]
             rows = part.b.to(dtype) * weights[:, at]  # [n, layers, r, out]
             if self.recall is not None and cores is not None:
                 known = cast(SharedLoRA, self.recall.factors[kind])
                 recalled = per_layer(cores[:, at].transpose(2, 3), known.b.to(dtype))
-                a, rows = torch.cat([a, known.a], dim=1), torch.cat([rows, recalled], dim=2)
-            made = dict(zip(at, zip(a.to(dtype).unbind(0), rows.unbind(1), strict=True), strict=True))
+                a, rows = torch.cat([a, known.a.to(dtype)], dim=1), torch.cat([rows, recalled], dim=2)
+            made = dict(zip(at, zip(a.unbind(0), rows.unbind(1), strict=True), strict=True))
             if kind == c.kind:
                 own = [k for k, i in enumerate(at) if c.modules[i][1] in layers]
-                a = torch.cat([self.where, a[own]], dim=1).to(dtype)
+                a = torch.cat([self.where.to(dtype), a[own]], dim=1)
                 rows = torch.cat([self._written(conditions).to(dtype) * gate, rows[:, own]], dim=2)
                 made.update(zip([at[k] for k in own], zip(a.unbind(0), rows.unbind(1), strict=True), strict=True))
             for i, (one, row) in made.items():  # A is the same for all: held once
