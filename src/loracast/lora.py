@@ -254,9 +254,8 @@ class LoRABatch:
         inner = torch.zeros(self.n, self.n, dtype=torch.float64)
         for a, b in self.factors.values():
             rank = a.shape[1]
-            if torch.equal(
-                a, a[:1].expand_as(a)
-            ):  # one A for all, of which R' R = A A' is all that counts: no n * r by n * r matrices
+            # One A for all: of it only R' R = A A' counts, and there are no matrices of n * r by n * r numbers.
+            if torch.equal(a, a[:1].expand_as(a)):
                 r = torch.linalg.qr(a[0].double().mT, mode="r").R  # [min(in, rank), rank]
                 inner += ((flat := (b.double() @ r.mT).flatten(1)) @ flat.T).cpu()
                 continue
