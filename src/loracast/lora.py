@@ -253,12 +253,12 @@ class LoRABatch:
         """The cosine of each row's delta with each other's, over all modules [n, n]; of factors by Gram matrices, in double precision."""
         inner = torch.zeros(self.n, self.n, dtype=torch.float64)
         for a, b in self.factors.values():
-            rank = a.shape[1]
             # One A for all: of it only R' R = A A' counts, and there are no matrices of n * r by n * r numbers.
             if torch.equal(a, a[:1].expand_as(a)):
                 r = torch.linalg.qr(a[0].double().mT, mode="r").R  # [min(in, rank), rank]
                 inner += ((flat := (b.double() @ r.mT).flatten(1)) @ flat.T).cpu()
                 continue
+            rank = a.shape[1]
             of_a = (flat := a.double().flatten(0, 1)) @ flat.T  # [n * r, n * r]
             of_b = (flat := b.double().mT.flatten(0, 1)) @ flat.T
             inner += (of_a * of_b).view(self.n, rank, self.n, rank).sum((1, 3)).cpu()

@@ -26,14 +26,6 @@ Route = Annotated[int, typer.Option(help="Chunks that a question is given when r
 ChunkTokens = Annotated[int, typer.Option(help="Longest chunk, in tokens.", min=16)]
 Seed = Annotated[int, typer.Option(help="Seed of documents and questions.")]
 Budget = Annotated[float | None, typer.Option("--budget-s", help="Stop drawing documents after this many seconds.")]
-Tasks = Annotated[Path, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")]
-OptionalTasks = Annotated[
-    Path | None, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")
-]
-Benchmarks = Annotated[
-    list[Path] | None,
-    typer.Option(help="File of a benchmark (bench_NAME_test.jsonl.gz), in place of --tasks. Repeatable."),
-]
 Trained = Annotated[bool, typer.Option("--trained", help="The tasks of the training, in place of those held out.")]
 TaskHypernetwork = Annotated[
     str | None,

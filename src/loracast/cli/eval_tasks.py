@@ -9,13 +9,10 @@ import typer
 
 from loracast.cli import options
 from loracast.cli.eval_common import (
-    Benchmarks,
     Descriptions,
-    OptionalTasks,
     Out,
     Seed,
     TaskHypernetwork,
-    Tasks,
     Trained,
     kind_of,
     numbers,
@@ -27,8 +24,8 @@ from loracast.cli.session import open_answerer
 
 def tasks(
     out: Out,
-    tasks: OptionalTasks = None,
-    benchmark: Benchmarks = None,
+    tasks: options.OptionalTasks = None,
+    benchmark: options.Benchmarks = None,
     hypernetwork: TaskHypernetwork = None,
     oracles: Annotated[
         Path | None, typer.Option(help="Library of `loracast train oracle`: the rivals oracle and average.")
@@ -102,8 +99,8 @@ def tasks(
 def cost(
     out: Out,
     hypernetwork: TaskHypernetwork = None,
-    tasks: OptionalTasks = None,
-    benchmark: Benchmarks = None,
+    tasks: options.OptionalTasks = None,
+    benchmark: options.Benchmarks = None,
     texts: Annotated[
         list[str] | None, typer.Option(help="Prose for a document in the window: JSONL(.gz) or plain text. Repeatable.")
     ] = None,
@@ -142,7 +139,7 @@ def cost(
 
 def skill_map(
     out: Out,
-    tasks: Tasks,
+    tasks: options.Tasks,
     hypernetwork: TaskHypernetwork = None,
     descriptions: Descriptions = "heldout",
     seed: Seed = 0,
@@ -196,7 +193,7 @@ def harness(
 
 def overlap(
     out: Out,
-    tasks: Tasks,
+    tasks: options.Tasks,
     near: Annotated[float, typer.Option(help="Share of common words from which two inputs are nearly the same.")] = 0.8,
     as_json: options.Json = False,
 ) -> None:

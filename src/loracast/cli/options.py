@@ -49,6 +49,16 @@ Device = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
+_tasks = typer.Option("--tasks", help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")
+Tasks = Annotated[Path, _tasks]
+OptionalTasks = Annotated[Path | None, _tasks]
+Benchmarks = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--benchmark", help="File of a benchmark (bench_NAME_test.jsonl.gz), in place of --tasks. Repeatable."
+    ),
+]
+
 StorageOption = Annotated[
     Storage,
     typer.Option(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loracast.cli.eval_common import Benchmarks, OptionalTasks
+from loracast.cli.options import Benchmarks, OptionalTasks, Tasks
 
 if TYPE_CHECKING:
     from loracast.training.loop import TrainConfig
@@ -39,7 +39,6 @@ Budget = Annotated[str | None, typer.Option(help="Stop after this wall-clock tim
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the fastest there is by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the last metrics as JSON.")]
 
-Tasks = Annotated[Path, typer.Option(help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")]
 _documents = typer.Option("--documents", help="Documents with questions: JSONL(.gz) rows. Repeatable.")
 Documents = Annotated[list[str], _documents]
 OptionalDocuments = Annotated[list[str] | None, _documents]

@@ -8,11 +8,11 @@ difference, through the layer's output projection, is the description's contribu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from loracast.tasks import with_description
 if TYPE_CHECKING:
     from loracast.base import Base
     from loracast.chat import ChatFormat
+
+T = TypeVar("T")
 
 MAX_TOKENS = 512
 _TEXTS_AT_ONCE = 25  # of about the same length, so that little is padding
@@ -65,8 +67,7 @@ class ContributionReader:
         self._answer = base.chat.reply(c.probe_answer)[:-1]
         self._n_before, self._n_after = around_input(base.chat)
         self._decoder = cut(base.model.get_decoder(), max(c.layers) + 1)
-        self._reading: LoRABatch | None = None
-        self._beginning: list[tuple[Tensor, Tensor]] | None = None
+        self._kept: dict[str, Any] = {}
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """n texts -> their contributions at each place in each layer, [n, d_text], fp32; differentiable in the LoRA with which the base reads.
@@ -108,17 +109,23 @@ class ContributionReader:
                 ("turn", n_prompt - self._n_after, n_prompt - 1),
             ):
                 places[i, PLACES.index(place), first:last] = 1 / max(1, last - first)
-        with inject(self._base.model, self._reads_with()):
-            watch = _Watch(described, places[:, :, n_shared:], self._read_before() if n_shared else ())
+        with inject(self._base.model, self._once("reading", self._reads_with)):
+            before = self._once("beginning", self._read_before) if n_shared else ()
+            watch = _Watch(described, places[:, :, n_shared:], before)
             return self._written(self._watched(ids, watch).seen).flatten(1)
+
+    def _once(self, what: str, make: Callable[[], T]) -> T:
+        """What is made, and is made once while the hypernetwork is not in training."""
+        if self._hypernet.training:
+            self._kept.clear()
+            return make()
+        if what not in self._kept:
+            self._kept[what] = make()
+        return self._kept[what]
 
     def _reads_with(self) -> LoRABatch:
         """The LoRA that the base carries while it reads, in the base's type."""
-        if self._reading is not None and not self._hypernet.training:
-            return self._reading
-        lora = self._hypernet.reading_lora()
-        self._reading = None if self._hypernet.training else lora.to(self._base.model.dtype)
-        return self._reading or lora
+        return self._hypernet.reading_lora().to(self._base.model.dtype)
 
     @property
     def _shared(self) -> list[int]:
@@ -127,13 +134,9 @@ class ContributionReader:
 
     def _read_before(self) -> Sequence[tuple[Tensor, Tensor]]:
         """Keys and values of these tokens, block by block."""
-        if self._beginning is not None and not self._hypernet.training:
-            return self._beginning
         n = self._n_before
         nothing = _Watch(torch.zeros(1, n, dtype=torch.bool), torch.zeros(1, len(PLACES), n))
-        beginning = self._watched(torch.tensor([self._shared]), nothing).read
-        self._beginning = None if self._hypernet.training else beginning
-        return beginning
+        return self._watched(torch.tensor([self._shared]), nothing).read
 
     def _watched(self, ids: Tensor, watch: _Watch) -> _Watch:
         """Let the base read ids [n, t] after what was read before; the watch has seen it then."""

@@ -22,10 +22,15 @@ _N_SHOWN = 100
 """Of a file without one for training: rows to show as examples, never asked."""
 
 
-def tasks_or_benchmarks(tasks: str | Path | None, benchmarks: Sequence[str | Path]) -> tuple[Task, ...]:
-    """The tasks of a folder or file, or benchmarks' files as tasks. Raises ConfigError where it is not one of the two."""
+def check_one_source(tasks: str | Path | None, benchmarks: Sequence[str | Path]) -> None:
+    """Raises ConfigError unless there are either tasks or benchmarks."""
     if (tasks is None) == (not benchmarks):
         raise ConfigError("give either tasks (--tasks) or benchmarks (--benchmark)")
+
+
+def tasks_or_benchmarks(tasks: str | Path | None, benchmarks: Sequence[str | Path]) -> tuple[Task, ...]:
+    """The tasks of a folder or file, or benchmarks' files as tasks. Raises ConfigError where it is not one of the two."""
+    check_one_source(tasks, benchmarks)
     return read_tasks(tasks) if tasks is not None else tuple(read_benchmark(Path(file)) for file in benchmarks)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from loracast.base import Base
 from loracast.errors import ConfigError
-from loracast.evaluation.benchmarks import tasks_or_benchmarks
+from loracast.evaluation.benchmarks import check_one_source, tasks_or_benchmarks
 from loracast.evaluation.choice import likeliest
 from loracast.evaluation.metrics import is_right, paired_bootstrap
 from loracast.evaluation.report import Column, Progress, Report, change, environment, number, percent, text
@@ -71,8 +71,7 @@ class TasksConfig:
     """Begin no further task after this many seconds; the table shows how many there were."""
 
     def __post_init__(self) -> None:
-        if (self.tasks is None) == (not self.benchmarks):
-            raise ConfigError("give either tasks (--tasks) or benchmarks (--benchmark)")
+        check_one_source(self.tasks, self.benchmarks)
         if unknown := sorted(set(self.systems or ()) - RIVALS.keys()):
             raise ConfigError(f"unknown systems: {', '.join(unknown)}; choose from {', '.join(RIVALS)}")
         if self.benchmarks and (not self.heldout or self.descriptions != "heldout"):
