@@ -81,7 +81,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def base(tiny_folder):
     """The tiny base, loaded in fp32."""
-    from loracast.base import load_base
+    from loracast.base.load import load_base
 
     return load_base(tiny_folder, device="cpu", dtype="float32")
 
@@ -91,7 +91,7 @@ def make_hypernet(base, seed: int = 0, **options):
     import torch
 
     from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
-    from loracast.target import target_from_config
+    from loracast.lora.target import target_from_config
 
     torch.manual_seed(seed)
     kinds = options.pop("kinds", ("down_proj",))

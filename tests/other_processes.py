@@ -10,8 +10,8 @@ from pathlib import Path
 
 _IN_ANOTHER_PROCESS = """
 import hashlib, sys
-from loracast.base import load_base
-from loracast.describe import load_caster
+from loracast.base.load import load_base
+from loracast.cast.task import load_caster
 base = load_base(sys.argv[1], device="cpu", dtype="float32")
 loras = load_caster(sys.argv[2], base=base).loras(sys.argv[3:])
 digest = hashlib.sha256()

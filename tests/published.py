@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
-from loracast.target import KINDS, target_from_config
+from loracast.lora.target import KINDS, target_from_config
 
 FIXTURES = Path(os.environ.get("LORACAST_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
 DOC_TO_LORA = FIXTURES / "published" / "doc-to-lora"

@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 
 from adapters import RANKS, TARGET, Expanded, random_factors, some_chunks, some_manifest, write
 from conftest import PROSE, make_hypernet, make_model
-from loracast.adapter import Adapter
+from loracast.base.fingerprint import Fingerprint, check, config_fingerprint, fingerprint
+from loracast.cast.document import expand_chunks, split_document
 from loracast.errors import AdapterError, BaseModelError
-from loracast.fingerprint import Fingerprint, check, config_fingerprint, fingerprint
-from loracast.learn import expand_chunks, split_document
-from loracast.library import adapter_names, open_adapter, remove_adapter
-from loracast.lora import LoRA, concat
-from loracast.manifest import check_name, name_from
-from loracast.routing import read_chunks
-from loracast.target import target_from_config
-from loracast.writer import AdapterWriter
+from loracast.library.adapter import Adapter
+from loracast.library.library import adapter_names, open_adapter, remove_adapter
+from loracast.library.manifest import check_name, name_from
+from loracast.library.routing import read_chunks
+from loracast.library.writer import AdapterWriter
+from loracast.lora.algebra import LoRA, concat
+from loracast.lora.target import target_from_config
 
 
 def deltas(factors: Expanded, chunks: list[int]) -> dict[str, torch.Tensor]:
@@ -72,10 +72,10 @@ def test_learned_factors_are_the_hypernetworks_own(model, tmp_path):
 @pytest.mark.parametrize("shared_kinds", [(), ("q_proj", "gate_proj")])
 def test_learned_factors_are_those_of_a_plain_forward(shared_kinds, storage, base, tmp_path):
     """Batches, padding and files out of the way: chunk by chunk, in fp32."""
+    from loracast.cast.document import learn_document
     from loracast.documents import read_document
-    from loracast.encoders.context import ContextEncoder
     from loracast.encoders.features import Features
-    from loracast.learn import learn_document
+    from loracast.encoders.hidden_states import ContextEncoder
 
     modules = target_from_config(base.model.config, shared_kinds, (1, 2)).rows if shared_kinds else ()
     hypernet = make_hypernet(

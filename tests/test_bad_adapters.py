@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from adapters import write
 from conftest import make_model
-from loracast.adapter import Adapter
 from loracast.cli import app
 from loracast.errors import AdapterError
-from loracast.inject import linear_shapes
-from loracast.peft_format import read_peft
-from loracast.tensor_file import read_header
+from loracast.library.adapter import Adapter
+from loracast.lora.inject import linear_shapes
+from loracast.lora.peft_format import read_peft
+from loracast.lora.tensor_file import read_header
 
 PREFIX = "base_model.model."
 Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import CHAT_TEMPLATE, PROSE, make_tokenizer
-from loracast.base import DEFAULT_BASE, base_folder
-from loracast.chat import ChatFormat, control_ids, encode_text, encode_with_offsets
+from loracast.base.chat import ChatFormat, control_ids, encode_text, encode_with_offsets
+from loracast.base.load import DEFAULT_BASE, base_folder
 from loracast.errors import BaseModelError
 
 TOKENIZER = make_tokenizer()

@@ -22,7 +22,7 @@ import loracast
 from adapters import write
 from loracast.cli import app
 from loracast.documents import Chunk
-from loracast.library import adapter_names, open_adapter
+from loracast.library.library import adapter_names, open_adapter
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = (sys.executable, "-c", "from loracast.cli import main; main()")
@@ -147,8 +147,8 @@ def test_completion_is_offered(run, monkeypatch):
 
 
 def test_sampling_defaults_agree_with_the_library():
+    from loracast.base.generate import Sampling
     from loracast.cli.ask import ask
-    from loracast.generate import Sampling
 
     defaults = {name: p.default for name, p in inspect.signature(ask).parameters.items()}
     wanted = {f.name: f.default for f in dataclasses.fields(Sampling)}
@@ -210,7 +210,7 @@ def test_a_full_disk_is_one_line(run, learning, manual, monkeypatch):
     def full(*ignored):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("loracast.writer.AdapterWriter.add", full)
+    monkeypatch.setattr("loracast.library.writer.AdapterWriter.add", full)
     result = run("learn", manual, *learning)
     assert result.exit_code == 1 and result.stderr == "error: [Errno 28] No space left on device\n"
 
@@ -276,7 +276,7 @@ def test_ctrl_c_while_learning_leaves_nothing(run, learning, manual, library, mo
     def stop(*ignored):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loracast.writer.AdapterWriter.add", stop)
+    monkeypatch.setattr("loracast.library.writer.AdapterWriter.add", stop)
     result = run("learn", manual, *learning)
     assert result.exit_code == 130
     assert [path.name for path in library.iterdir()] == ["register.sqlite"]
@@ -327,7 +327,7 @@ def test_an_answer_cannot_steer_the_terminal(run, tiny, monkeypatch):
     def answer(self, *ignored, on_text, **also):
         on_text("  \x1b]0;owned\x07red \x1b[31m")
         on_text("\u202eevil\r\n\ttail")
-        return loracast.generate.Answer("", 1, 1, 0.1, 0.1, True)
+        return loracast.base.generate.Answer("", 1, 1, 0.1, 0.1, True)
 
     monkeypatch.setattr(Answerer, "answer", answer)
     assert run("ask", "hello", *tiny).stdout == "]0;ownedred [31mevil\n\ttail\n"
@@ -350,7 +350,7 @@ def test_what_is_fetched_is_told_on_standard_error(run, tiny_folder, library, mo
         say(f"fetching {name}")
         return tiny_folder
 
-    monkeypatch.setattr("loracast.base.pull", pull)
+    monkeypatch.setattr("loracast.base.load.pull", pull)
     result = run("ask", "hello", "--json", "--max-tokens", "2", "--device", "cpu", "--library", library)
     assert only_json(result) and result.stderr == "fetching smollm2-135m-instruct\n"
 
@@ -384,8 +384,8 @@ def test_chat_ends_with_its_input(run, tiny):
 
 @pytest.fixture
 def talk(model):
+    from loracast.base.generate import Sampling
     from loracast.cli.chat import Talk
-    from loracast.generate import Sampling
 
     return Talk(model, "", 4, Sampling(max_new_tokens=8))
 
@@ -396,9 +396,9 @@ def test_a_conversation_is_remembered(talk, monkeypatch):
     def answer(base, prompt, lora, sampling, on_text):
         seen.append(base.tokenizer.decode(prompt))
         on_text("Bob.")
-        return loracast.generate.Answer("Bob.", len(prompt), 2, 0.1, 0.1, True)
+        return loracast.base.generate.Answer("Bob.", len(prompt), 2, 0.1, 0.1, True)
 
-    monkeypatch.setattr("loracast.generate.answer", answer)
+    monkeypatch.setattr("loracast.base.generate.answer", answer)
     talk.reply("My name is Bob.")
     talk.reply("Who am I?")
     assert seen[1].index("My name is Bob.") < seen[1].index("Bob.<|im_end|>") < seen[1].index("Who am I?")
@@ -412,7 +412,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(talk, monkeypatch, capsy
         on_text("It was ")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loracast.generate.answer", answer)
+    monkeypatch.setattr("loracast.base.generate.answer", answer)
     talk.reply("What was it?")
     assert talk.turns[-1] == {"role": "assistant", "content": "It was "}
     assert capsys.readouterr() == ("It was \n", "(stopped)\n")
@@ -531,7 +531,7 @@ def test_pull_reports(run, tmp_path, monkeypatch):
         say("fetching")
         return tmp_path / "base"
 
-    monkeypatch.setattr("loracast.base.pull", pull)
+    monkeypatch.setattr("loracast.base.load.pull", pull)
     result = run("pull", "--json")
     report = only_json(result)
     assert report["n_bytes"] == 5 and not report["was_there"] and result.stderr == "fetching\n"
@@ -586,7 +586,7 @@ import json, os, signal, sys
 from pathlib import Path
 import rich.progress, rich.status, typer.main
 import loracast.model
-from loracast.library import adapters
+from loracast.library.library import adapters
 from loracast.cli import app
 
 library, base, hypernet, *arguments = sys.argv[1:]

@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 
 from conftest import PROSE, make_model
 from loracast.cli import app
-from loracast.combine import Part, combined
 from loracast.errors import AdapterError, BaseModelError
-from loracast.inject import inject
-from loracast.keep import keep_lora, target_of
-from loracast.library import open_adapter
-from loracast.lora import Factors, LoRA
+from loracast.library.combine import Part, combined
+from loracast.library.library import open_adapter
+from loracast.library.save import keep_lora, target_of
+from loracast.lora.algebra import Factors, LoRA
+from loracast.lora.inject import inject
 from loracast.model import load
 
 IDS = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(3))

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from loracast.cli import app
 from loracast.errors import LoracastError
 from loracast.export.deploy import deploy, exported_for_vllm, resolve
-from loracast.library import open_adapter
+from loracast.library.library import open_adapter
 from loracast.model import load
 
 
@@ -164,7 +164,7 @@ def test_the_plugin_registers_and_resolves(library, tmp_path, monkeypatch):
     resolver.LoRAResolverRegistry = types.SimpleNamespace(register_resolver=registered.__setitem__)
     for module in (types.ModuleType("vllm"), types.ModuleType("vllm.lora"), request, resolver):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    from loracast import vllm_plugin
+    from loracast.export import vllm_plugin
 
     monkeypatch.setattr(vllm_plugin, "library_dir", lambda: library)
     monkeypatch.setattr(vllm_plugin, "exports_dir", lambda: tmp_path)

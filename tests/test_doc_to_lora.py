@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import make_model
+from loracast.base.fingerprint import Fingerprint
 from loracast.encoders.features import Features
 from loracast.errors import ConfigError, HypernetworkError
-from loracast.fingerprint import Fingerprint
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.store import average, from_pretrained, save_pretrained, with_config
-from loracast.inject import inject
-from loracast.lora import LoRA, LoRABatch, concat
-from loracast.merging import told_apart
-from loracast.target import target_from_config
+from loracast.lora.algebra import LoRA, LoRABatch, concat
+from loracast.lora.inject import inject
+from loracast.lora.merge import told_apart
+from loracast.lora.target import target_from_config
 from published import DOC_TO_LORA, doc_to_lora, read_checkpoint
 
 MODEL = make_model()
@@ -102,7 +102,7 @@ def loras(hypernet: DocToLoRA, features: Features, mask: torch.Tensor | None = N
 
 def row(batch, i: int) -> LoRA:
     """One row of a LoRABatch as a LoRA."""
-    from loracast.lora import Factors
+    from loracast.lora.algebra import Factors
 
     return LoRA({name: Factors(f.a[0], f.b[0]) for name, f in batch.take([i]).factors.items()})
 

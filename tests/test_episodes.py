@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from conftest import make_model
-from loracast.chat import encode_inside, encode_text
-from loracast.encoders.context import ContextEncoder
+from loracast.base.chat import encode_inside, encode_text
+from loracast.encoders.hidden_states import ContextEncoder
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
-from loracast.inject import inject
-from loracast.lora import Factors, LoRA
-from loracast.target import target_from_config
-from loracast.training.episodes import Episode, Question, common_prefix, pack
+from loracast.lora.algebra import Factors, LoRA
+from loracast.lora.inject import inject
+from loracast.lora.target import target_from_config
+from loracast.scoring.episodes import Episode, Question, common_prefix, pack
 from loracast.training.objective import answer_questions
 
 MODEL = make_model()

@@ -12,20 +12,20 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import DATA
-from loracast.chat import encode_text
+from loracast.base.chat import encode_text
+from loracast.cast.task import load_caster
 from loracast.cli import app
-from loracast.describe import load_caster
+from loracast.data.tasks import read_tasks
 from loracast.errors import ConfigError
 from loracast.evaluation import tasks as evaluation
 from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import Choice, likeliest
 from loracast.evaluation.metrics import is_right, last_number, paired_bootstrap
-from loracast.evaluation.task_rivals import RIVALS, Given, prompt_of
+from loracast.evaluation.task_baselines import RIVALS, Given, prompt_of
 from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
 from loracast.hypernets.store import save_pretrained
-from loracast.inject import inject
-from loracast.lora import Factors, LoRA
-from loracast.tasks import read_tasks
+from loracast.lora.algebra import Factors, LoRA
+from loracast.lora.inject import inject
 from loracast.training.loop import TrainConfig
 from loracast.training.oracle import OracleRecipe, average_of_oracles, train_multitask, train_oracles
 from test_tasks import write_rows

@@ -49,9 +49,9 @@ def texts(tmp_path_factory):
 
 @pytest.fixture
 def haystack(base, texts):
-    from loracast.chat import encode_with_offsets
+    from loracast.base.chat import encode_with_offsets
+    from loracast.data.texts import read_texts
     from loracast.evaluation.haystack import Haystack
-    from loracast.texts import read_texts
 
     return Haystack(read_texts(texts), lambda text: encode_with_offsets(base.tokenizer, text))
 
@@ -114,9 +114,9 @@ def test_bootstrap_counts_clusters_not_questions():
 @pytest.mark.parametrize("n_tokens", [150, 700, 3000])
 @pytest.mark.parametrize("depth", [0.0, 0.37, 1.0])
 def test_haystack_has_the_length_and_the_needle_where_asked(base, model, haystack, n_tokens, depth):
-    from loracast.chat import encode_text
+    from loracast.base.chat import encode_text
+    from loracast.data.needles import make_needles
     from loracast.evaluation.in_memory import InMemoryAdapter
-    from loracast.training.needle import make_needles
 
     rng = random.Random(n_tokens)
     needle = make_needles(rng, 1, split="test", kind="number4")[0]
@@ -136,8 +136,8 @@ def test_haystack_has_the_length_and_the_needle_where_asked(base, model, haystac
 
 
 def test_a_haystack_of_a_chunks_length_is_one_chunk(model, haystack):
+    from loracast.data.needles import make_needles
     from loracast.evaluation.in_memory import InMemoryAdapter
-    from loracast.training.needle import make_needles
 
     for seed in range(20):
         rng = random.Random(seed)
@@ -146,8 +146,8 @@ def test_a_haystack_of_a_chunks_length_is_one_chunk(model, haystack):
 
 
 def test_haystack_refuses_what_cannot_be(haystack):
-    from loracast.texts import read_texts
-    from loracast.training.needle import make_needles
+    from loracast.data.needles import make_needles
+    from loracast.data.texts import read_texts
 
     with pytest.raises(ConfigError, match="--texts"):
         read_texts(())
@@ -166,8 +166,8 @@ def test_a_document_in_memory_gives_the_same_lora_as_its_adapter(base, tmp_path,
 
     from conftest import make_hypernet
     from loracast.evaluation.in_memory import InMemoryAdapter, cast
+    from loracast.library.routing import route
     from loracast.model import Model
-    from loracast.routing import route
 
     model = Model(base, make_hypernet(base, **options), "0" * 16, tmp_path)
     text = prose(40, seed=9)
@@ -196,7 +196,7 @@ def test_only_what_is_wanted_is_cast(model):
 
 def test_the_window_gets_the_document_and_loses_its_middle(model):
     from loracast.evaluation.in_memory import InMemoryAdapter
-    from loracast.evaluation.systems import MAX_NEW_TOKENS, Case, Setup, in_window, passage
+    from loracast.evaluation.synthetic_baselines import MAX_NEW_TOKENS, Case, Setup, in_window, passage
 
     setup = Setup(model)
     short = InMemoryAdapter(model, "First sentence here. The code is 4711. Last one.", "A title")
@@ -219,7 +219,7 @@ ROW_KEYS = {"system", "label", "n", "exact", "exact_low", "exact_high", "has_val
 
 def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
     from loracast.evaluation import needle
-    from loracast.evaluation.systems import SYSTEMS
+    from loracast.evaluation.synthetic_baselines import SYSTEMS
 
     monkeypatch.setattr(needle, "N_TIMED", 1)
     config = needle.NeedleConfig(texts, lengths=(256, 900), samples=6, chunk_tokens=128, route=2)
@@ -272,7 +272,7 @@ def test_a_budget_stops_early_and_says_so(model, texts, tmp_path, monkeypatch):
 
 def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):
     from loracast.evaluation import facts
-    from loracast.evaluation.systems import SYSTEMS
+    from loracast.evaluation.synthetic_baselines import SYSTEMS
 
     monkeypatch.setattr(facts, "N_TIMED", 1)
     facts.evaluate_facts(model, facts.FactsConfig(facts=(2, 6), sheets=3, chunk_tokens=128), tmp_path)

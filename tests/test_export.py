@@ -18,10 +18,10 @@ from loracast.export.adapter import export_adapter
 from loracast.export.merged import write_merged
 from loracast.export.uniform import uniform
 from loracast.export.vllm import RANKS
-from loracast.inject import inject
-from loracast.lora import Factors, LoRA
+from loracast.lora.algebra import Factors, LoRA
+from loracast.lora.inject import inject
+from loracast.lora.peft_format import read_peft
 from loracast.model import load
-from loracast.peft_format import read_peft
 
 IDS = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(3))
 
@@ -40,7 +40,7 @@ def library(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
 
 @pytest.fixture
 def adapter(library):
-    from loracast.library import open_adapter
+    from loracast.library.library import open_adapter
 
     return lambda name: open_adapter(library, name)
 
@@ -187,7 +187,7 @@ def test_a_document_chunk_by_chunk(adapter, tmp_path):
     made = export_adapter(long, "peft", tmp_path / "out", each_chunk=True)
     listing = json.loads((tmp_path / "out" / "chunks.json").read_text())
     assert len(made) == long.manifest.n_chunks == len(listing["chunks"])
-    from loracast.routing import pick
+    from loracast.library.routing import pick
 
     picked = pick(tmp_path / "out" / "chunks.sqlite", len(made), "Who built the old bridge?", 1).picked
     for i in picked:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from loracast.training.facts import (
+from loracast.data.facts import (
     Attribute,
     FactSheet,
     Split,
@@ -301,7 +301,7 @@ def test_a_becomes_an_before_a_vowel() -> None:
 
 DIGEST = """
 import hashlib, random
-from loracast.training.facts import make_sheet
+from loracast.data.facts import make_sheet
 rng = random.Random(5)
 sheets = [make_sheet(rng, n, split=split) for n in (1, 7, 30) for split in ("train", "test") for _ in range(10)]
 print(hashlib.sha256(repr(sheets).encode()).hexdigest())

@@ -8,10 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from loracast.cast.task import load_caster
 from loracast.cli import app
-from loracast.describe import load_caster
 from loracast.evaluation.harness import HarnessConfig, evaluate_harness
-from loracast.inject import inject
+from loracast.lora.inject import inject
 from loracast.model import Answerer
 from test_eval_tasks import hypernetwork  # noqa: F401
 from test_tasks import write_rows

@@ -18,13 +18,15 @@ from typer.testing import CliRunner
 
 from adapters import RANKS, TARGET, random_factors, some_chunks, some_manifest, write
 from conftest import PROSE
-from loracast import library as library_module
-from loracast import library_files, register, workfolders
-from loracast import writer as writer_module
 from loracast.cli import app
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.library import (
+from loracast.library import files as library_files
+from loracast.library import library as library_module
+from loracast.library import register, workfolders
+from loracast.library import writer as writer_module
+from loracast.library.files import settle
+from loracast.library.library import (
     adapter_names,
     adapters,
     check_free,
@@ -37,11 +39,10 @@ from loracast.library import (
     search,
     versions,
 )
-from loracast.library_files import settle
-from loracast.routing import read_chunks
-from loracast.upkeep import collect_garbage, verify
-from loracast.workfolders import tidy
-from loracast.writer import AdapterWriter
+from loracast.library.routing import read_chunks
+from loracast.library.upkeep import collect_garbage, verify
+from loracast.library.workfolders import tidy
+from loracast.library.writer import AdapterWriter
 
 
 class Killed(BaseException):
@@ -196,7 +197,7 @@ def test_the_same_document_is_answered_from_the_library(model, tmp_path, monkeyp
     path.write_text(PROSE)
     learned = model.learn(path, "lamp")
     with monkeypatch.context() as patch:
-        patch.setattr("loracast.learn.expand_chunks", lambda *a: pytest.fail("it is there already"))
+        patch.setattr("loracast.cast.document.expand_chunks", lambda *a: pytest.fail("it is there already"))
         assert model.learn(path, "lamp").version == learned.version  # needs no --replace: it is the same
         assert model.learn(path, "other").folder == learned.folder
         path.touch()
@@ -361,7 +362,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("loracast.routing.write_index", full)
+        patch.setattr("loracast.library.routing.write_index", full)
         with pytest.raises(OSError, match="disk full"):
             write(tmp_path)
     assert files_in(tmp_path) == {"register.sqlite"}

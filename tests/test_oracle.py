@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from conftest import make_model
 from loracast.cli import app
+from loracast.data.tasks import read_tasks
 from loracast.errors import AdapterError, BaseModelError, ConfigError, TrainingError
-from loracast.inject import inject
-from loracast.peft_format import read_peft
-from loracast.tasks import read_tasks
-from loracast.training.episodes import pack
+from loracast.lora.inject import inject
+from loracast.lora.peft_format import read_peft
+from loracast.scoring.episodes import pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_with
 from loracast.training.oracle import (
@@ -52,7 +52,7 @@ def loss_of(base, task, lora) -> float:
     source = TaskSource(TaskDataConfig(examples_per_task=5), [task], base.chat, heldout_too=True)
     batch = pack(source.episodes(source.draw(0)), base.pad_id)
     with torch.no_grad(), inject(base.model, lora):
-        from loracast.lora import LoRABatch
+        from loracast.lora.algebra import LoRABatch
 
         return answer_with(base.model, LoRABatch(1, {}, {}), batch)[0].loss.item()
 

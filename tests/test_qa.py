@@ -10,21 +10,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from loracast.base import Base
-from loracast.chat import encode_with_offsets
+from loracast.base.chat import encode_with_offsets
+from loracast.base.load import Base
 from loracast.cli import app
+from loracast.data.qa import read_questioned
 from loracast.errors import AdapterError, ConfigError
 from loracast.evaluation.cut import without_middle
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.interference import InterferenceConfig, evaluate_interference
 from loracast.evaluation.qa.adapter import document_independent
+from loracast.evaluation.qa.baseline import Given, Setup
 from loracast.evaluation.qa.evaluate import RIVALS, QaConfig, choose, draw, evaluate_qa
 from loracast.evaluation.qa.metrics import best, exact_match, rouge_l, squad_normalise, token_f1
 from loracast.evaluation.qa.passages import passages
-from loracast.evaluation.qa.rivals import Given, Setup
 from loracast.evaluation.verbatim import VerbatimConfig, evaluate_verbatim
-from loracast.peft_format import read_peft
-from loracast.qa import read_questioned
+from loracast.lora.peft_format import read_peft
 from loracast.training.loop import TrainConfig
 from loracast.training.peft_training import PeftConfig
 from loracast.training.reader import ReaderDataConfig, ReaderRecipe, ReaderSource, read_reader, train_reader
@@ -215,7 +215,7 @@ def test_two_documents_at_once_are_what_asking_with_two_adapters_gives(model, do
 def test_distillation_comes_closer_to_the_teacher(model, documents, monkeypatch):
     """The base itself sees the document; what it then finds likely is likelier with the LoRA than without."""
     from loracast.evaluation.qa import distilled
-    from loracast.inject import inject
+    from loracast.lora.inject import inject
 
     monkeypatch.setattr(distilled, "_STEPS", 15)
     monkeypatch.setattr(distilled, "_LR", 1e-2)
@@ -241,8 +241,8 @@ def test_distillation_comes_closer_to_the_teacher(model, documents, monkeypatch)
 
 def test_the_shared_part_is_what_all_documents_have(base, tiny_folder, tmp_path):
     from conftest import make_hypernet
+    from loracast.lora.target import target_from_config
     from loracast.model import Model
-    from loracast.target import target_from_config
 
     modules = target_from_config(base.model.config, ("q_proj",), (0, 2)).rows
     hypernet = make_hypernet(base, document_independent_rank=2, shared_modules=modules, shared_rank=3)

@@ -9,10 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import PROSE, make_model
+from loracast.base.generate import Sampling, answer
 from loracast.cli import app
 from loracast.evaluation.flops import QueryFlops, counted, lora_flops
-from loracast.generate import Sampling, answer
-from loracast.lora import Factors, LoRA
+from loracast.lora.algebra import Factors, LoRA
 from test_eval_tasks import hypernetwork, suite  # noqa: F401
 from test_tasks import write_rows
 

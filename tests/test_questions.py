@@ -11,13 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from loracast.cli import app
+from loracast.data.qa import read_questioned
+from loracast.data.questions import writers
+from loracast.data.questions.answers import find_answer, sentence_spans
+from loracast.data.questions.cloze import make_clozes
+from loracast.data.questions.make import MakeConfig, Passage, make_questions, parse
+from loracast.data.questions.writers import EndpointWriter
 from loracast.errors import ConfigError, LoracastError
-from loracast.qa import read_questioned
-from loracast.questions import writers
-from loracast.questions.cloze import make_clozes
-from loracast.questions.make import MakeConfig, Passage, make_questions, parse
-from loracast.questions.spans import find_answer, sentence_spans
-from loracast.questions.writers import EndpointWriter
 from questions import ROWS, write_documents
 
 TEXT = (

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
+from loracast.data.tasks import read_tasks
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.store import from_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA
-from loracast.lora import Factors, LoRA, LoRABatch, stack
-from loracast.tasks import read_tasks
+from loracast.lora.algebra import Factors, LoRA, LoRABatch, stack
 from loracast.training.loop import TrainConfig
 from loracast.training.oracle import OracleRecipe, read_oracle, train_oracles
 from loracast.training.peft_training import PeftConfig

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from adapters import write
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError
-from loracast.library import adapter_names, adapters, open_adapter, remove_adapter, search
-from loracast.remote import factor_bytes, model_card, pull_adapter, push_adapter
-from loracast.upkeep import collect_garbage, evict, leave_store, store_url, use_store, verify
+from loracast.library.library import adapter_names, adapters, open_adapter, remove_adapter, search
+from loracast.library.remote import factor_bytes, model_card, pull_adapter, push_adapter
+from loracast.library.upkeep import collect_garbage, evict, leave_store, store_url, use_store, verify
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_a_store_that_cannot_be_reached_loses_nothing(tmp_path, monkeypatch):
         raise LoracastError("the store is down")
 
     with monkeypatch.context() as patch:
-        patch.setattr("loracast.store.Store.put", down)
+        patch.setattr("loracast.library.store.Store.put", down)
         with pytest.raises(LoracastError, match="is down"):
             write(library, name="lamp", seed=2)
     assert adapter_names(library) == ["press"] and verify(library) == []

@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 from conftest import PROSE
 from loracast.cli import app
 from loracast.export.adapter import export_adapter
-from loracast.keep import keep_lora
-from loracast.library import open_adapter
+from loracast.library.library import open_adapter
+from loracast.library.routing import route
+from loracast.library.save import keep_lora
+from loracast.lora.peft_format import read_peft
 from loracast.model import load
-from loracast.peft_format import read_peft
-from loracast.routing import route
 
 
 @pytest.fixture(scope="module")

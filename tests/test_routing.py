@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.routing import pick, read_chunks, search, write_index
+from loracast.library.routing import pick, read_chunks, search, write_index
 
 TEXTS = [
     "The warranty of the kettle is 24 months and starts on the day of purchase.",

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from loracast.cli import app
 from loracast.evaluation.skill_map import _by_chance, _silhouette
-from loracast.lora import Factors, LoRA, stack
+from loracast.lora.algebra import Factors, LoRA, stack
 from test_eval_tasks import hypernetwork  # noqa: F401
 from test_reconstruction import dense, random_lora
 from test_tasks import write_rows

@@ -12,7 +12,7 @@ import torch
 
 from conftest import make_model
 from loracast.errors import BaseModelError, ConfigError
-from loracast.target import KINDS, target_from_config
+from loracast.lora.target import KINDS, target_from_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3")
 
@@ -72,7 +72,7 @@ def test_order_is_by_layer_then_kind_however_it_is_asked():
 
 def test_order_does_not_depend_on_the_hash_seed():
     code = (
-        "from types import SimpleNamespace as N; from loracast.target import *;"
+        "from types import SimpleNamespace as N; from loracast.lora.target import *;"
         "c = N(model_type='llama', hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2);"
         "print(target_from_config(c, set(KINDS)).names)"
     )

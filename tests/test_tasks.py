@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from conftest import DATA
 from loracast.cli import app
+from loracast.data.tasks import Example, Task, read_tasks
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.store import from_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA
-from loracast.lora import Factors, LoRA, stack
-from loracast.target import target_from_config
-from loracast.tasks import Example, Task, read_tasks
-from loracast.training.episodes import Episode, pack
+from loracast.lora.algebra import Factors, LoRA, stack
+from loracast.lora.target import target_from_config
+from loracast.scoring.episodes import Episode, pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_with
 from loracast.training.task_source import DrawnTasks, TaskDataConfig, TaskSource
@@ -237,7 +237,7 @@ class WordCounts:
 
 @pytest.fixture
 def word_encoder(monkeypatch):
-    for module in ("loracast.training.text", "loracast.describe"):
+    for module in ("loracast.training.text", "loracast.cast.task"):
         monkeypatch.setattr(f"{module}.load_text_encoder", lambda *known: WordCounts())
 
 

@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch.nn import functional
 
-from loracast.chat import encode_text
+from loracast.base.chat import encode_text
+from loracast.data.qa import read_questioned
+from loracast.data.spans import SAY
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained
-from loracast.lora import LoRABatch
-from loracast.qa import read_questioned
+from loracast.lora.algebra import LoRABatch
+from loracast.scoring.episodes import Episode, Question, pack
+from loracast.scoring.soft_targets import divergence, soften
 from loracast.training.doc import Recipe, train_doc
 from loracast.training.document_source import DocumentSource
 from loracast.training.episode_maker import CONTINUED_TOKENS, START_TOKENS, EpisodeMaker, reading_prompt
-from loracast.training.episodes import Episode, Question, pack
 from loracast.training.loop import TrainConfig
-from loracast.training.marks import SAY
 from loracast.training.objective import answer_with
-from loracast.training.soft_targets import divergence, soften
 from loracast.training.sources import DataConfig, EpisodeSource
 from loracast.training.teacher import Teacher, Teaching
 from questions import ROWS, write_documents, write_unrelated
@@ -216,7 +216,7 @@ def test_all_of_it_trains(base, tmp_path):
 
 
 def test_a_teacher_without_a_weight_is_refused(base, tmp_path):
-    from loracast.lora import LoRA
+    from loracast.lora.algebra import LoRA
 
     with pytest.raises(ConfigError, match="teach_weight"):
         train_doc(base, Recipe(hypernetwork=TINY), tmp_path / "run", teacher=LoRA())

@@ -18,17 +18,17 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import make_model, make_tokenizer
-from loracast.base import Base
-from loracast.encoders import text as text_encoders
-from loracast.encoders.text import BaseTextEncoder, SentenceEncoder, load_text_encoder, pull_encoder
+from loracast.base.fingerprint import Fingerprint
+from loracast.base.load import Base
+from loracast.base.packages import PackagedModel
+from loracast.encoders import sentence as text_encoders
+from loracast.encoders.sentence import BaseTextEncoder, SentenceEncoder, load_text_encoder, pull_encoder
 from loracast.errors import ConfigError, EncoderError, HypernetworkError, PackageError
-from loracast.fingerprint import Fingerprint
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
-from loracast.inject import inject
-from loracast.packages import PackagedModel
-from loracast.target import target_from_config
+from loracast.lora.inject import inject
+from loracast.lora.target import target_from_config
 from published import TEXT_TO_LORA, read_checkpoint, text_to_lora
 
 MODEL = make_model()

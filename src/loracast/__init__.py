@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 from loracast.errors import LoracastError
 
 if TYPE_CHECKING:
-    from loracast.adapter import Adapter
-    from loracast.base import load_base
+    from loracast.base.load import load_base
     from loracast.documents import Document, read_document
-    from loracast.lora import LoRA
+    from loracast.library.adapter import Adapter
+    from loracast.lora.algebra import LoRA
     from loracast.model import Model, load
 
 __version__ = "0.1.0"
 __all__ = ["Adapter", "Document", "LoRA", "LoracastError", "Model", "load", "load_base", "read_document"]
 
 _HOMES = {
-    "Adapter": "loracast.adapter",
+    "Adapter": "loracast.library.adapter",
     "Document": "loracast.documents",
-    "LoRA": "loracast.lora",
+    "LoRA": "loracast.lora.algebra",
     "Model": "loracast.model",
     "load": "loracast.model",
-    "load_base": "loracast.base",
+    "load_base": "loracast.base.load",
     "read_document": "loracast.documents",
 }
 

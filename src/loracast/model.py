@@ -14,27 +14,27 @@ from importlib.resources import files
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from loracast.adapter import Adapter, loras_together
-from loracast.base import DEFAULT_BASE, Base, load_base
-from loracast.chat import Message
-from loracast.describe import TaskCaster, load_caster
+from loracast.base.chat import Message
+from loracast.base.fingerprint import check
+from loracast.base.generate import Answer, Sampling, answer
+from loracast.base.load import DEFAULT_BASE, Base, load_base
+from loracast.cast.document import Progress, learn_document, recast
+from loracast.cast.image import PictureCaster, load_picture_caster
+from loracast.cast.task import TaskCaster, load_caster
 from loracast.documents import Document, read_document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.encoders.context import ContextEncoder
+from loracast.documents.images import Picture, is_picture, read_picture
+from loracast.encoders.hidden_states import ContextEncoder
 from loracast.errors import HypernetworkError
-from loracast.fingerprint import check
-from loracast.generate import Answer, Sampling, answer
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained, weights_hash
-from loracast.learn import Progress, learn_document, recast
-from loracast.library import open_adapter
-from loracast.lora import LoRA, concat
-from loracast.manifest import name_for
+from loracast.library.adapter import Adapter, loras_together
+from loracast.library.library import open_adapter
+from loracast.library.manifest import name_for
+from loracast.library.routing import DEFAULT_ROUTE, Route, route
+from loracast.lora.algebra import LoRA, concat
+from loracast.lora.quantize import Storage, check_storage
 from loracast.paths import library_dir
-from loracast.pictures import Picture, is_picture, read_picture
-from loracast.routing import DEFAULT_ROUTE, Route, route
-from loracast.senses import PictureCaster, load_picture_caster
-from loracast.storage import Storage, check_storage
 
 Kind = Literal["doc", "text", "image"]
 """What a hypernetwork casts: documents, descriptions of tasks, or images. Also the name of its training."""

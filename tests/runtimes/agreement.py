@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from loracast.adapter import Adapter
+from loracast.library.adapter import Adapter
 
 
 def assert_agrees(

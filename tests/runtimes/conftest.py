@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from loracast.adapter import Adapter
-from loracast.base import DEFAULT_BASE, Base, base_folder
-from loracast.generate import Sampling, _generate
-from loracast.lora import LoRA
+from loracast.base.generate import Sampling, _generate
+from loracast.base.load import DEFAULT_BASE, Base, base_folder
+from loracast.data.facts import make_sheet
+from loracast.library.adapter import Adapter
+from loracast.lora.algebra import LoRA
 from loracast.model import ASK_SYSTEM_TURN, Model, load
-from loracast.training.facts import make_sheet
 
 N_DOCUMENTS = 10
 FACTS = 5

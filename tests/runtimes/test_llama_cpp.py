@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from agreement import assert_agrees
 
-from loracast.base import DEFAULT_BASE
+from loracast.base.load import DEFAULT_BASE
 from loracast.export.adapter import base_gguf, export_adapter
 
 PACKAGE = Path(os.environ.get("LORACAST_NODE_LLAMA_CPP", "node_modules/node-llama-cpp"))

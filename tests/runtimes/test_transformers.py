@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from loracast.base import DEFAULT_BASE, base_folder
+from loracast.base.load import DEFAULT_BASE, base_folder
 from loracast.export.adapter import export_adapter
 
 

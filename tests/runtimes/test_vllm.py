@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loracast.base import DEFAULT_BASE
+from loracast.base.load import DEFAULT_BASE
 from loracast.export.base import write_base
 from loracast.export.deploy import deploy
 

@@ -10,7 +10,7 @@ import typer
 from loracast.cli import options
 from loracast.cli.output import Stream, print_json, say
 from loracast.cli.session import open_answerer
-from loracast.routing import DEFAULT_ROUTE
+from loracast.library.routing import DEFAULT_ROUTE
 
 
 def ask(
@@ -32,7 +32,7 @@ def ask(
 
     Without an adapter the plain base answers.
     """
-    from loracast.library import open_adapter
+    from loracast.library.library import open_adapter
     from loracast.paths import library_dir
 
     if not question.strip():
@@ -43,9 +43,9 @@ def ask(
     answerer = open_answerer(base, library, device, hypernetwork)
     load_s = time.perf_counter() - started
 
-    from loracast.generate import Sampling
+    from loracast.base.generate import Sampling
+    from loracast.library.routing import route as choose
     from loracast.model import ASK_SYSTEM_TURN
-    from loracast.routing import route as choose
 
     opened = [answerer.adapter(name) for name in adapters or []]
     system = ASK_SYSTEM_TURN if system is None else system

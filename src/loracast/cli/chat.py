@@ -6,16 +6,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from loracast.chat import ChatFormat, Message
+from loracast.base.chat import ChatFormat, Message
 from loracast.cli import options
 from loracast.cli.output import Stream, printable, say
 from loracast.cli.session import open_answerer
 from loracast.errors import LoracastError
-from loracast.routing import DEFAULT_ROUTE
+from loracast.library.routing import DEFAULT_ROUTE
 
 if TYPE_CHECKING:
-    from loracast.adapter import Adapter
-    from loracast.generate import Sampling
+    from loracast.base.generate import Sampling
+    from loracast.library.adapter import Adapter
     from loracast.model import Answerer
 
 HELP = """\
@@ -44,14 +44,14 @@ def chat(
     device: options.Device = None,
 ) -> None:
     """Talk with learned documents, or with the plain base."""
-    from loracast.library import open_adapter
+    from loracast.library.library import open_adapter
     from loracast.paths import library_dir
 
     for name in adapters or []:
         open_adapter(library or library_dir(), name)  # a wrong name is told before a model is loaded
     answerer = open_answerer(base, library, device, hypernetwork)
 
-    from loracast.generate import Sampling
+    from loracast.base.generate import Sampling
     from loracast.model import ASK_SYSTEM_TURN
 
     sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -119,7 +119,7 @@ class Talk:
             else:
                 say(f"(using {' + '.join(self.used) or 'no adapter'})")
         elif command == "/list":
-            from loracast.library import adapter_names
+            from loracast.library.library import adapter_names
 
             for there in adapter_names(self.answerer.library):
                 print(f"{'*' if there in self.used else ' '} {there}", flush=True)
@@ -133,7 +133,7 @@ class Talk:
 
     def reply(self, question: str) -> None:
         """Answer, and remember both; after Ctrl-C what has been said so far."""
-        from loracast.generate import answer
+        from loracast.base.generate import answer
 
         base = self.answerer.base
         lora, _ = self.answerer.lora_for(search_query(question, self.turns), list(self.used.values()), self.route)

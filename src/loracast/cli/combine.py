@@ -31,9 +31,9 @@ def combine(
     All chunks of a document are merged: questions are no longer routed to a few of them. To answer with several adapters as they are, give `ask`
     several `-a`.
     """
-    from loracast.combine import Part, combined
-    from loracast.keep import keep_lora
-    from loracast.library import check_free, open_adapter
+    from loracast.library.combine import Part, combined
+    from loracast.library.library import check_free, open_adapter
+    from loracast.library.save import keep_lora
     from loracast.paths import library_dir
 
     folder = library or library_dir()
@@ -65,13 +65,13 @@ def import_(
 
     It is checked against the base: every module must be there, with the same shape.
     """
-    from loracast.base import load_base
-    from loracast.inject import linear_shapes
-    from loracast.keep import keep_lora
-    from loracast.library import check_free
-    from loracast.manifest import check_name, name_from
+    from loracast.base.load import load_base
+    from loracast.library.library import check_free
+    from loracast.library.manifest import check_name, name_from
+    from loracast.library.save import keep_lora
+    from loracast.lora.inject import linear_shapes
+    from loracast.lora.peft_format import read_peft
     from loracast.paths import library_dir
-    from loracast.peft_format import read_peft
 
     folder = library or library_dir()
     name = check_name(name or name_from(source.resolve().name))

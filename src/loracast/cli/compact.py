@@ -8,7 +8,7 @@ import typer
 
 from loracast.cli import options
 from loracast.cli.output import size
-from loracast.storage import Storage
+from loracast.lora.quantize import Storage
 
 
 def compact(
@@ -19,8 +19,8 @@ def compact(
     library: options.Library = None,
 ) -> None:
     """Keep adapters in less space, as new versions; `loracast gc --keep 1` deletes the larger ones."""
-    from loracast.compact import compact as make_compact
-    from loracast.library import open_adapter
+    from loracast.library.compact import compact as make_compact
+    from loracast.library.library import open_adapter
     from loracast.paths import library_dir
 
     folder = library or library_dir()

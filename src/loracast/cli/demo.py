@@ -29,8 +29,8 @@ def demo(
     Five questions, beside the plain base. The adapter stays in the library as "manual".
     """
     from loracast.documents import read_document
-    from loracast.library import check_free
-    from loracast.manifest import name_for
+    from loracast.library.library import check_free
+    from loracast.library.manifest import name_for
     from loracast.paths import library_dir
 
     document = read_document(file)
@@ -47,7 +47,7 @@ def demo(
             print_json(report(adapter))
         return
 
-    from loracast.generate import Sampling
+    from loracast.base.generate import Sampling
 
     sampling = Sampling(max_new_tokens=32)
     rows: list[dict[str, Any]] = []

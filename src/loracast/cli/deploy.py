@@ -21,7 +21,7 @@ def deploy(
 ) -> None:
     """Load an adapter into a running vLLM server, and check that the server's answers really change."""
     from loracast.export.deploy import deploy as load_there
-    from loracast.library import open_adapter
+    from loracast.library.library import open_adapter
     from loracast.paths import exports_dir, library_dir
 
     served = load_there(open_adapter(library or library_dir(), name), vllm, exports_dir(), path_there=path_there)

@@ -20,10 +20,10 @@ def diff(
     as_json: options.Json = False,
 ) -> None:
     """Show how two adapters differ, layer by layer, all chunks of a document merged."""
-    from loracast.fingerprint import check
-    from loracast.layers import differences, total
-    from loracast.layers import plot as draw
-    from loracast.library import open_adapter
+    from loracast.base.fingerprint import check
+    from loracast.library.inspect import differences, total
+    from loracast.library.inspect import plot as draw
+    from loracast.library.library import open_adapter
     from loracast.paths import library_dir
 
     folder = library or library_dir()

@@ -19,7 +19,7 @@ def edit(
     library: options.Library = None,
 ) -> None:
     """Change an adapter's name, or what is noted about it. What it holds never changes."""
-    from loracast.library import describe_adapter, rename_adapter
+    from loracast.library.library import describe_adapter, rename_adapter
     from loracast.paths import library_dir
 
     if rename is None and not tag and not untag and note is None and owner is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from loracast.cli import eval_ablations, eval_real, eval_sense, eval_synthetic, eval_tasks
+from loracast.cli import eval_ablations, eval_real, eval_synthetic, eval_tasks
+from loracast.cli import eval_modality as eval_sense
 
 app = typer.Typer(
     help="Measure adapters beside their rivals: questions about real documents, needles, tasks, cost, harm.",

@@ -62,7 +62,7 @@ def ablations(
         seeds=numbers(seeds, int),
     )
     with loading(device) as tell:
-        from loracast.base import load_base
+        from loracast.base.load import load_base
 
         loaded = load_base(base, device=device, say=tell)
     with progress_bar("trainings") as progress:

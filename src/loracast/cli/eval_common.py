@@ -10,8 +10,8 @@ import typer
 from loracast.cli.output import print_json, say, stdout
 
 if TYPE_CHECKING:
+    from loracast.data.tasks import DescriptionKind
     from loracast.evaluation.report import Report
-    from loracast.tasks import DescriptionKind
 
 Number = TypeVar("Number", int, float)
 
@@ -52,13 +52,13 @@ def names(text: str | None) -> tuple[str, ...]:
 
 
 def systems_of(text: str) -> tuple[str, ...]:
-    from loracast.evaluation.systems import SYSTEMS, check_systems
+    from loracast.evaluation.synthetic_baselines import SYSTEMS, check_systems
 
     return tuple(SYSTEMS) if text == "all" else check_systems([name.strip() for name in text.split(",")])
 
 
 def kind_of(text: str) -> DescriptionKind:
-    from loracast.tasks import DescriptionKind
+    from loracast.data.tasks import DescriptionKind
 
     if text not in get_args(DescriptionKind):
         raise typer.BadParameter(f"give one of {', '.join(get_args(DescriptionKind))}")

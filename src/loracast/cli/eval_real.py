@@ -25,7 +25,7 @@ from loracast.cli.eval_common import (
 from loracast.cli.output import progress_bar
 from loracast.cli.session import open_model
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.routing import DEFAULT_ROUTE
+from loracast.library.routing import DEFAULT_ROUTE
 
 
 def qa(
@@ -56,8 +56,8 @@ def qa(
 ) -> None:
     """Questions that people asked about real documents: an adapter beside the document, or parts of it, in the window."""
     from loracast.evaluation.plots import require_matplotlib
+    from loracast.evaluation.qa.baseline import Setup
     from loracast.evaluation.qa.evaluate import QaConfig, draw, evaluate_qa
-    from loracast.evaluation.qa.rivals import Setup
     from loracast.training.reader import read_reader
 
     config = QaConfig(
@@ -179,7 +179,7 @@ def forced(
     as_json: options.Json = False,
 ) -> None:
     """Teacher-forced, in minutes: which tokens of the answers would be right, on episodes like those of the training. To choose between settings."""
-    from loracast.evaluation.forced import ForcedConfig, evaluate_forced
+    from loracast.evaluation.teacher_forced import ForcedConfig, evaluate_forced
     from loracast.training.doc import read_recipe
     from loracast.training.recipe import file_overrides
 

@@ -24,7 +24,7 @@ from loracast.cli.eval_common import (
 from loracast.cli.output import progress_bar
 from loracast.cli.session import open_model
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.routing import DEFAULT_ROUTE
+from loracast.library.routing import DEFAULT_ROUTE
 
 
 def needle(

@@ -60,8 +60,8 @@ def tasks(
     as_json: options.Json = False,
 ) -> None:
     """Descriptions as adapters, on tasks that no training has seen, beside descriptions and examples in the prompt."""
-    from loracast.describe import load_caster
-    from loracast.evaluation.task_rivals import Given
+    from loracast.cast.task import load_caster
+    from loracast.evaluation.task_baselines import Given
     from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
     from loracast.model import SHIPPED, shipped_hypernetwork
     from loracast.training.oracle import average_of_oracles, read_multitask
@@ -114,9 +114,9 @@ def cost(
     as_json: options.Json = False,
 ) -> None:
     """What a query costs with an adapter, and with a description, examples or a document in the prompt: tokens, operations, seconds."""
-    from loracast.describe import load_caster
+    from loracast.cast.task import load_caster
     from loracast.evaluation.query_cost import CostConfig, evaluate_cost
-    from loracast.evaluation.task_rivals import Given
+    from loracast.evaluation.task_baselines import Given
     from loracast.model import shipped_hypernetwork
 
     config = CostConfig(
@@ -147,8 +147,8 @@ def skill_map(
     as_json: options.Json = False,
 ) -> None:
     """The map of skills: the LoRAs of all tasks in two dimensions, and how well families of tasks part."""
-    from loracast.base import DEFAULT_BASE
-    from loracast.describe import load_caster
+    from loracast.base.load import DEFAULT_BASE
+    from loracast.cast.task import load_caster
     from loracast.evaluation.skill_map import MapConfig, evaluate_map
     from loracast.model import shipped_hypernetwork
 

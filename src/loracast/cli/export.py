@@ -28,9 +28,9 @@ def export(
     as_json: options.Json = False,
 ) -> None:
     """Write an adapter for another runtime."""
-    from loracast.base import load_base
+    from loracast.base.load import load_base
     from loracast.export.adapter import Format, export_adapter
-    from loracast.library import open_adapter
+    from loracast.library.library import open_adapter
     from loracast.paths import library_dir
 
     folder = out or Path(f"{name}-{to}")

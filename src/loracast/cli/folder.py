@@ -14,9 +14,9 @@ from loracast.cli.output import print_json, printable, say, stderr
 from loracast.cli.session import open_model
 
 if TYPE_CHECKING:
-    from loracast.bulk import BulkReport, Outcome
+    from loracast.library.sync import BulkReport, Outcome
+    from loracast.lora.quantize import Storage
     from loracast.model import Model
-    from loracast.storage import Storage
 
 
 class FolderLearner:
@@ -40,7 +40,7 @@ class FolderLearner:
         again: bool = False,
         remove_gone: bool = False,
     ):
-        from loracast.base import DEFAULT_BASE
+        from loracast.base.load import DEFAULT_BASE
         from loracast.files import file_sha256
         from loracast.model import shipped_hypernetwork
         from loracast.paths import library_dir
@@ -67,7 +67,7 @@ class FolderLearner:
 
     def run(self) -> BulkReport:
         """Once through the folder; files that fail are told on the way."""
-        from loracast.bulk import FileReport, learn_folder
+        from loracast.library.sync import FileReport, learn_folder
         from loracast.paths import journals_dir
 
         with _folder_progress() as (advance, tell):

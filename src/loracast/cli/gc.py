@@ -19,8 +19,8 @@ def gc(
     as_json: options.Json = False,
 ) -> None:
     """Delete what no name has, and what killed processes left behind."""
+    from loracast.library.upkeep import collect_garbage
     from loracast.paths import library_dir
-    from loracast.upkeep import collect_garbage
 
     gone = collect_garbage(library or library_dir(), keep=keep, dry_run=dry_run)
     if as_json:

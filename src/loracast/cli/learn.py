@@ -15,7 +15,7 @@ from loracast.cli.session import learn_visibly, open_model
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 
 if TYPE_CHECKING:
-    from loracast.adapter import Adapter
+    from loracast.library.adapter import Adapter
 
 
 def learn(
@@ -54,10 +54,10 @@ def learn(
         learn_files(learner, as_json=as_json)
         return
     from loracast.documents import read_document
-    from loracast.library import check_free
-    from loracast.manifest import check_name, name_for
+    from loracast.documents.images import is_picture
+    from loracast.library.library import check_free
+    from loracast.library.manifest import check_name, name_for
     from loracast.paths import library_dir
-    from loracast.pictures import is_picture
 
     started = time.perf_counter()
     if is_picture(file):
@@ -87,12 +87,12 @@ def _learn_picture(
     device: str | None,
 ) -> Adapter:
     """It takes an image encoder and a hypernetwork; the base is not loaded."""
-    from loracast.base import DEFAULT_BASE
-    from loracast.library import check_free
-    from loracast.manifest import check_name, name_for
+    from loracast.base.load import DEFAULT_BASE
+    from loracast.cast.image import load_picture_caster
+    from loracast.documents.images import read_picture
+    from loracast.library.library import check_free
+    from loracast.library.manifest import check_name, name_for
     from loracast.model import shipped_hypernetwork
-    from loracast.pictures import read_picture
-    from loracast.senses import load_picture_caster
 
     picture = read_picture(file)
     name = check_name(name or name_for(picture))

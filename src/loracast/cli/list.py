@@ -24,7 +24,7 @@ def list_(
     as_json: options.Json = False,
 ) -> None:
     """List the adapters of the library, by name and with their newest versions."""
-    from loracast.library import entries
+    from loracast.library.library import entries
     from loracast.paths import library_dir
 
     folder = library or library_dir()

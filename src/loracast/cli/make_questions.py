@@ -38,13 +38,13 @@ def make_questions(
 
     Questions that the passage does not answer, or that need no passage, are left out. Stopped and started again, it goes on.
     """
-    from loracast.base import load_base, load_tokenizer
-    from loracast.chat import encode_with_offsets
+    from loracast.base.chat import encode_with_offsets
+    from loracast.base.load import load_base, load_tokenizer
+    from loracast.data.questions.make import MakeConfig, passages_of
+    from loracast.data.questions.make import make_questions as make
+    from loracast.data.questions.writers import BaseWriter, EndpointWriter, Writer
     from loracast.documents import read_document, split_text
     from loracast.errors import ConfigError
-    from loracast.questions.make import MakeConfig, passages_of
-    from loracast.questions.make import make_questions as make
-    from loracast.questions.writers import BaseWriter, EndpointWriter, Writer
 
     config = MakeConfig(per_passage, levels, seed)
     if rules and endpoint:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from loracast.storage import Storage
+from loracast.lora.quantize import Storage
 
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 

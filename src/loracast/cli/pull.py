@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from loracast.base import DEFAULT_BASE
+from loracast.base.load import DEFAULT_BASE
 from loracast.cli import options
 from loracast.cli.output import print_json, say, size
 
@@ -26,9 +26,9 @@ def pull(
 
     It is verified and converted. Other commands do this by themselves when they need it.
     """
-    from loracast import base
+    from loracast.base import load as base
     from loracast.encoders.image import EMBEDDED_IMAGE_ENCODERS, pull_image_encoder
-    from loracast.encoders.text import EMBEDDED_ENCODERS, pull_encoder
+    from loracast.encoders.sentence import EMBEDDED_ENCODERS, pull_encoder
 
     started = time.perf_counter()
     told: list[str] = []

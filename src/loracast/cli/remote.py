@@ -23,9 +23,9 @@ def push(
     library: options.Library = None,
 ) -> None:
     """Put an adapter, with the text it was made from and a model card, to where others can pull it."""
-    from loracast.library import open_adapter
+    from loracast.library.library import open_adapter
+    from loracast.library.remote import push_adapter
     from loracast.paths import library_dir
-    from loracast.remote import push_adapter
 
     adapter = open_adapter(library or library_dir(), name)
     push_adapter(adapter, where, private=not public)
@@ -39,8 +39,8 @@ def pull(
     library: options.Library = None,
 ) -> None:
     """Take an adapter from elsewhere into the library, after looking it over."""
+    from loracast.library.remote import pull_adapter
     from loracast.paths import library_dir
-    from loracast.remote import pull_adapter
 
     adapter = pull_adapter(library or library_dir(), where, name, replace=replace)
     print(f"pulled {adapter.version} ({printable(adapter.manifest.title)}), {size(adapter.n_bytes)}")

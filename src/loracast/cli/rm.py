@@ -19,7 +19,7 @@ def rm(
     library: options.Library = None,
 ) -> None:
     """Delete adapters from the library."""
-    from loracast.library import find, remove_adapter
+    from loracast.library.library import find, remove_adapter
     from loracast.paths import library_dir
 
     folder = library or library_dir()

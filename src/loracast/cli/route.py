@@ -11,10 +11,10 @@ import typer
 
 from loracast.cli import options
 from loracast.cli.output import print_json, printable, say, stdout
-from loracast.routing import DEFAULT_ROUTE
+from loracast.library.routing import DEFAULT_ROUTE
 
 if TYPE_CHECKING:
-    from loracast.adapter import Adapter
+    from loracast.library.adapter import Adapter
 
 _SHOWN = 90  # characters of a chunk's text
 _BEST = 3  # chunks of each document of the library
@@ -40,7 +40,7 @@ def route(
     Without -a, all documents of the library are looked through, those that match best first. Scores of different documents are only roughly
     comparable: a word's weight depends on how rare it is in its document.
     """
-    from loracast.library import adapters, open_adapter
+    from loracast.library.library import adapters, open_adapter
     from loracast.paths import library_dir
 
     folder = library or library_dir()
@@ -82,7 +82,7 @@ def route(
 def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     """The adapters of an exported document that a question would be answered with, and what each counts."""
     from loracast.errors import AdapterError
-    from loracast.routing import pick
+    from loracast.library.routing import pick
 
     try:
         listing = json.loads((folder / "chunks.json").read_text(encoding="utf-8"))
@@ -106,7 +106,7 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
 
 def _picked(adapter: Adapter, question: str, k: int | None) -> dict[str, Any]:
     """The chunks of one adapter that a question would be answered with."""
-    from loracast.routing import route as route_question
+    from loracast.library.routing import route as route_question
 
     if adapter.manifest.kind != "document":
         return {"adapter": adapter.name, "reason": f"{adapter.manifest.kind}: always whole", "chunks": []}
@@ -117,7 +117,7 @@ def _picked(adapter: Adapter, question: str, k: int | None) -> dict[str, Any]:
 
 def _matching(adapter: Adapter, question: str) -> dict[str, Any]:
     """The chunks of one document that match a question best."""
-    from loracast.routing import search
+    from loracast.library.routing import search
 
     found = search(adapter.index, question, _BEST)
     chunks = _described(adapter.index, [i for i, _ in found], [score for _, score in found], [None] * len(found))
@@ -128,7 +128,7 @@ def _described(
     index: Path, chunks: Sequence[int], scores: Sequence[float], weights: Sequence[float | None]
 ) -> list[dict[str, Any]]:
     """Chunks with what is known of them."""
-    from loracast.routing import read_chunks
+    from loracast.library.routing import read_chunks
 
     return [
         {

@@ -21,7 +21,7 @@ def search(
 
     Names and titles are found by `loracast list TEXT`.
     """
-    from loracast.library import search as search_library
+    from loracast.library.library import search as search_library
     from loracast.paths import library_dir
 
     folder, wanted = library or library_dir(), " ".join(words)

@@ -13,10 +13,10 @@ from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import BaseModelError
 
 if TYPE_CHECKING:
-    from loracast.adapter import Adapter
     from loracast.documents import Document
+    from loracast.library.adapter import Adapter
+    from loracast.lora.quantize import Storage
     from loracast.model import Answerer, Model
-    from loracast.storage import Storage
 
 
 def open_model(base: str | None, hypernetwork: str | None, library: Path | None, device: str | None) -> Model:

@@ -12,8 +12,8 @@ from loracast.cli import options
 from loracast.cli.output import print_json, printable, size, stdout
 
 if TYPE_CHECKING:
-    from loracast.adapter import Adapter
-    from loracast.layers import ModuleSize
+    from loracast.library.adapter import Adapter
+    from loracast.library.inspect import ModuleSize
 
 _MOST_CHUNKS = 64
 """Chunks whose norms are looked at: enough for a summary of a book."""
@@ -33,9 +33,9 @@ def show(
 
     Where it comes from, its size, chunks and norms; its factors are verified against their hash.
     """
-    from loracast.library import find, open_adapter, versions
+    from loracast.library.library import find, open_adapter, versions
+    from loracast.library.routing import read_chunks
     from loracast.paths import library_dir
-    from loracast.routing import read_chunks
 
     where = library or library_dir()
     adapter, entry = open_adapter(where, name), find(where, name)
@@ -121,8 +121,8 @@ def show(
 
 def module_sizes(adapter: Adapter, plot: Path | None) -> list[ModuleSize]:
     """Norm and effective rank of an adapter in every module, drawn too where a file is given."""
-    from loracast.layers import plot as draw
-    from loracast.layers import sizes
+    from loracast.library.inspect import plot as draw
+    from loracast.library.inspect import sizes
 
     found = sizes(adapter.lora())
     if plot is not None:

@@ -31,9 +31,9 @@ def store(
 
     The register of names stays on this machine. What is learned is copied there before it gets its name, and what is deleted is deleted there too.
     """
+    from loracast.library.upkeep import evict as evict_copies
+    from loracast.library.upkeep import leave_store, store_url, use_store
     from loracast.paths import library_dir
-    from loracast.upkeep import evict as evict_copies
-    from loracast.upkeep import leave_store, store_url, use_store
 
     if sum((url is not None, evict, leave)) > 1:
         raise typer.BadParameter("give a URL, --evict or --leave, one at a time")

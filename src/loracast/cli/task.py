@@ -33,11 +33,11 @@ def task(
 
     It takes a text encoder and the hypernetwork; the base is loaded only where it is what reads the description, as the shipped hypernetwork has it.
     """
-    from loracast.base import DEFAULT_BASE, load_base
-    from loracast.describe import load_caster
-    from loracast.keep import source_of
-    from loracast.library import check_free
-    from loracast.manifest import check_name, name_from
+    from loracast.base.load import DEFAULT_BASE, load_base
+    from loracast.cast.task import load_caster
+    from loracast.library.library import check_free
+    from loracast.library.manifest import check_name, name_from
+    from loracast.library.save import source_of
     from loracast.model import shipped_hypernetwork
     from loracast.paths import library_dir
 

@@ -125,7 +125,7 @@ def text(
 
     Saves every few minutes, stops cleanly on Ctrl-C and SIGTERM; the same command goes on from there.
     """
-    from loracast.tasks import read_tasks
+    from loracast.data.tasks import read_tasks
     from loracast.training.text import read_text_recipe, train_text
 
     settings = read_text_recipe(recipe, overrides_of(change, budget))
@@ -165,8 +165,8 @@ def image(
 
     The features of all images are computed once and kept in the cache. Saves, stops and goes on as `train doc` does.
     """
+    from loracast.data.labelled import read_images
     from loracast.encoders.image import DEFAULT_IMAGE_ENCODER, load_image_encoder
-    from loracast.labelled import read_images
 
     labelled = read_images(images)
     sees = load_image_encoder(encoder or DEFAULT_IMAGE_ENCODER, device, lambda text: typer.echo(text, err=True))
@@ -187,8 +187,8 @@ def signal(
     as_json: AsJson = False,
 ) -> None:
     """Train Doc-to-LoRA on time series of known classes, which are generated: proof that any encoder can be plugged in."""
+    from loracast.data.labelled import make_signals
     from loracast.encoders.signal import SignalEncoder
-    from loracast.labelled import make_signals
 
     labelled = make_signals(0, per_class)
     _train_sense(
@@ -210,8 +210,8 @@ def _train_sense(
     device: str | None,
     as_json: bool,
 ) -> None:
+    from loracast.training.modality import read_sense_recipe, train_sense
     from loracast.training.recipe import file_overrides
-    from loracast.training.sense import read_sense_recipe, train_sense
 
     overrides = [*overrides_of(change, budget), *file_overrides(unrelated=unrelated)]
     settings = read_sense_recipe(recipe, overrides)
@@ -285,7 +285,7 @@ def multitask(
     as_json: AsJson = False,
 ) -> None:
     """Train one LoRA on all tasks that are not held out: what is left of Text-to-LoRA without descriptions."""
-    from loracast.tasks import read_tasks
+    from loracast.data.tasks import read_tasks
     from loracast.training.oracle import MULTITASK, read_oracle_recipe, train_multitask
 
     settings = read_oracle_recipe(recipe, change or [], MULTITASK)
@@ -332,7 +332,7 @@ def _say_lora(out: Path, done: bool, as_json: bool) -> None:
 
 
 def _open_base(base: str | None, device: str | None) -> Any:
-    from loracast.base import load_base
+    from loracast.base.load import load_base
     from loracast.training.runtime import keep_freed_memory
 
     keep_freed_memory()

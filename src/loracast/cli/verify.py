@@ -18,9 +18,9 @@ def verify(
     as_json: options.Json = False,
 ) -> None:
     """Compare adapters with their hashes, and look the register over. Exits with 1 if anything is wrong."""
-    from loracast.library import adapter_names
+    from loracast.library.library import adapter_names
+    from loracast.library.upkeep import verify as verify_library
     from loracast.paths import library_dir
-    from loracast.upkeep import verify as verify_library
 
     folder = library or library_dir()
     problems = verify_library(folder, names or ())

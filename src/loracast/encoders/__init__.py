@@ -1,0 +1,1 @@
+"""Encoders turn a condition (text, description, image) into features for a hypernetwork."""

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loracast.base.packages import PackagedModel, fetch
 from loracast.encoders.features import Features
 from loracast.errors import EncoderError
 from loracast.files import file_sha256
-from loracast.packages import PackagedModel, fetch
 from loracast.paths import encoders_dir
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class ImageEncoder:
         """
         from transformers import AutoImageProcessor, AutoModel
 
-        from loracast.base import quiet_transformers
+        from loracast.base.load import quiet_transformers
 
         self.name = name
         try:

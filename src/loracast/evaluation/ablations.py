@@ -16,14 +16,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from loracast.base import Base
+from loracast.base.load import Base
 from loracast.errors import ConfigError
-from loracast.evaluation.forced import ForcedConfig, evaluate_forced
 from loracast.evaluation.report import Column, Progress, Report, environment, number, text
+from loracast.evaluation.teacher_forced import ForcedConfig, evaluate_forced
 from loracast.files import write_atomically
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained, weights_hash
-from loracast.manifest import name_from
+from loracast.library.manifest import name_from
 from loracast.model import Model
 from loracast.training.doc import Recipe, read_recipe, train_doc
 from loracast.training.sources import EpisodeKind

@@ -14,9 +14,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from loracast.data.jsonl import each_row
+from loracast.data.tasks import Example, Task, read_tasks
 from loracast.errors import ConfigError
-from loracast.jsonl import each_row
-from loracast.tasks import Example, Task, read_tasks
 
 _N_SHOWN = 100
 """Of a file without one for training: rows to show as examples, never asked."""

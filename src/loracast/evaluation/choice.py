@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loracast.base import Base
-from loracast.lora import LoRA, stack
-from loracast.training.episodes import Episode, Question, pack
+from loracast.base.load import Base
+from loracast.lora.algebra import LoRA, stack
+from loracast.scoring.episodes import Episode, Question, pack
 from loracast.training.objective import answer_with
 
 _MAX_TOKENS = 4000

@@ -13,22 +13,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loracast.adapter import Adapter
-from loracast.chat import encode_with_offsets
+from loracast.base.chat import encode_with_offsets
+from loracast.base.generate import Sampling, answer
+from loracast.cast.document import learn_document
+from loracast.data.needles import make_needles
+from loracast.data.texts import read_texts
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError, LoracastError
 from loracast.evaluation.haystack import Haystack, Sample
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.report import Column, Progress, Report, environment, number, text
 from loracast.evaluation.run import warm_up
-from loracast.evaluation.systems import Case, Setup, in_window
-from loracast.generate import Sampling, answer
-from loracast.learn import learn_document
-from loracast.library import open_adapter
+from loracast.evaluation.synthetic_baselines import Case, Setup, in_window
+from loracast.library.adapter import Adapter
+from loracast.library.library import open_adapter
+from loracast.library.routing import DEFAULT_ROUTE
 from loracast.model import ASK_SYSTEM_TURN, Model
-from loracast.routing import DEFAULT_ROUTE
-from loracast.texts import read_texts
-from loracast.training.needle import make_needles
 
 _FIRST_TOKEN = Sampling(max_new_tokens=1)
 _N_WARM_UP = 2

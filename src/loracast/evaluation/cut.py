@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loracast.chat import encode_text, encode_with_offsets
+from loracast.base.chat import encode_text, encode_with_offsets
 
 
 def without_middle(tokenizer: Any, text: str, max_tokens: int) -> str:

@@ -12,17 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loracast.data.facts import FactSheet, Split, make_sheet
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.metrics import cluster_bootstrap
 from loracast.evaluation.report import ANSWER_COLUMNS, Progress, Report, environment, interval, number, write_answers
 from loracast.evaluation.run import N_TIMED, Outcome, ask_all, groups, summary, warm_up
-from loracast.evaluation.systems import SYSTEMS, Case, Setup, check_systems
+from loracast.evaluation.synthetic_baselines import SYSTEMS, Case, Setup, check_systems
+from loracast.library.routing import DEFAULT_ROUTE
+from loracast.lora.quantize import Storage
 from loracast.model import Model
-from loracast.routing import DEFAULT_ROUTE
-from loracast.storage import Storage
-from loracast.training.facts import FactSheet, Split, make_sheet
 
 _SHEETS_PER_GROUP = 8  # whose questions are answered together
 

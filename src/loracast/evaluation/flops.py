@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from loracast.lora import LoRA
-from loracast.target import module_shapes, text_config
+from loracast.lora.algebra import LoRA
+from loracast.lora.target import module_shapes, text_config
 
 
 @dataclass(frozen=True)

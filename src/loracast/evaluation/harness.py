@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from loracast.adapter import Adapter
 from loracast.errors import ConfigError, LoracastError
 from loracast.evaluation.report import Column, Report, environment, number, text
-from loracast.inject import inject
-from loracast.lora import LoRA
+from loracast.library.adapter import Adapter
+from loracast.lora.algebra import LoRA
+from loracast.lora.inject import inject
 from loracast.model import Answerer
 
 COLUMNS: tuple[Column, ...] = (

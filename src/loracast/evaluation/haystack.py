@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, cycle
 
+from loracast.data.needles import Needle, sentences
 from loracast.documents.chunks import Encode
 from loracast.errors import ConfigError
-from loracast.training.needle import Needle, sentences
 
 _SPARE = 4  # tokens that a document stays below the length asked for, so that a chunk of that length holds it
 

@@ -14,14 +14,14 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from loracast.adapter import join_chunks
+from loracast.cast.document import expand_chunks, shared_factors, split_document
 from loracast.documents import Document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.learn import expand_chunks, shared_factors, split_document
-from loracast.lora import LoRA
+from loracast.library.adapter import join_chunks
+from loracast.library.routing import Route, pick, write_index
+from loracast.lora.algebra import LoRA
+from loracast.lora.quantize import Storage, as_kept
 from loracast.model import Model
-from loracast.routing import Route, pick, write_index
-from loracast.storage import Storage, as_kept
 
 
 class InMemoryAdapter:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loracast.data.qa import read_questioned
+from loracast.data.tasks import Example
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.benchmarks import read_benchmark
@@ -19,10 +21,8 @@ from loracast.evaluation.choice import likeliest
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
 from loracast.evaluation.metrics import cluster_bootstrap
 from loracast.evaluation.report import Column, Progress, Report, change, environment, interval, number, percent, text
-from loracast.lora import LoRA, concat
+from loracast.lora.algebra import LoRA, concat
 from loracast.model import ASK_SYSTEM_TURN, Model
-from loracast.qa import read_questioned
-from loracast.tasks import Example
 
 _QUESTIONS_AT_ONCE = 16  # whose LoRAs are held at once
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 import loracast
+from loracast.cast.document import expand_batch, prompt_batches, split_document
 from loracast.documents import Document
 from loracast.evaluation.peak import peak_memory
-from loracast.learn import expand_batch, prompt_batches, split_document
 from loracast.model import Model
 
 _MIB = 2**20

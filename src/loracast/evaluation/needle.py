@@ -12,7 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loracast.chat import encode_with_offsets
+from loracast.base.chat import encode_with_offsets
+from loracast.data.facts import Split
+from loracast.data.needles import load_content, make_needles
+from loracast.data.texts import read_texts
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation import plots
@@ -20,13 +23,10 @@ from loracast.evaluation.haystack import Haystack, Sample
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.report import ANSWER_COLUMNS, Progress, Report, environment, number, write_answers
 from loracast.evaluation.run import N_TIMED, Outcome, ask_all, groups, summary, warm_up
-from loracast.evaluation.systems import SYSTEMS, Case, Setup, check_systems
+from loracast.evaluation.synthetic_baselines import SYSTEMS, Case, Setup, check_systems
+from loracast.library.routing import DEFAULT_ROUTE
+from loracast.lora.quantize import Storage
 from loracast.model import Model
-from loracast.routing import DEFAULT_ROUTE
-from loracast.storage import Storage
-from loracast.texts import read_texts
-from loracast.training.facts import Split
-from loracast.training.needle import load_content, make_needles
 
 LONG = 8192
 """Documents of more tokens than this get `samples_long`."""

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from loracast.data.tasks import Example, read_tasks
 from loracast.errors import ConfigError
 from loracast.evaluation.metrics import normalise
 from loracast.evaluation.report import Column, Progress, Report, environment, number, percent, text
-from loracast.tasks import Example, read_tasks
 
 COLUMNS: tuple[Column, ...] = (
     text("task", "held-out task"),

@@ -14,17 +14,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loracast.chat import encode_text
+from loracast.base.chat import encode_text
+from loracast.base.generate import Sampling, answer
+from loracast.data.texts import read_texts
 from loracast.errors import ConfigError
 from loracast.evaluation.flops import QueryFlops, counted
 from loracast.evaluation.plots import costs, require_matplotlib
 from loracast.evaluation.report import Column, Progress, Report, environment, number, text
-from loracast.evaluation.task_rivals import ADAPTER, RIVALS, Drawn, Given, prompt_of
+from loracast.evaluation.task_baselines import ADAPTER, RIVALS, Drawn, Given, prompt_of
 from loracast.evaluation.tasks import TasksConfig, draw, read_all
-from loracast.generate import Sampling, answer
-from loracast.lora import LoRA
-from loracast.texts import read_texts
-from loracast.training.episodes import common_prefix
+from loracast.lora.algebra import LoRA
+from loracast.scoring.episodes import common_prefix
 
 DOCUMENT = "document"
 LABELS = {

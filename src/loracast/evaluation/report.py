@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import loracast
-from loracast.base import Base
+from loracast.base.load import Base
 from loracast.evaluation.run import Outcome
 from loracast.files import write_atomically
 

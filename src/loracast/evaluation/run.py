@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
 
-from loracast.base import Base
+from loracast.base.generate import Answer, Sampling, answer, answer_batch
+from loracast.base.load import Base
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
 from loracast.evaluation.metrics import has_value, is_exact, wilson
-from loracast.evaluation.systems import MAX_NEW_TOKENS, SYSTEMS, Case, Request, Setup
-from loracast.generate import Answer, Sampling, answer, answer_batch
-from loracast.lora import LoRA
+from loracast.evaluation.synthetic_baselines import MAX_NEW_TOKENS, SYSTEMS, Case, Request, Setup
+from loracast.lora.algebra import LoRA
 
 T = TypeVar("T")
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from loracast.describe import TaskCaster
+from loracast.cast.task import TaskCaster
+from loracast.data.tasks import DescriptionKind, read_tasks
 from loracast.errors import ConfigError, LoracastError
 from loracast.evaluation.plots import require_matplotlib, skills
 from loracast.evaluation.report import Column, Report, environment, number, text
-from loracast.lora import stack
-from loracast.tasks import DescriptionKind, read_tasks
+from loracast.lora.algebra import stack
 
 COLUMNS: tuple[Column, ...] = (
     text("label", "what is compared"),

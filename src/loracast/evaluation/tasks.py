@@ -13,16 +13,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loracast.base import Base
+from loracast.base.generate import Sampling, answer_batch
+from loracast.base.load import Base
+from loracast.data.tasks import DescriptionKind, Example, Metric, Task
 from loracast.errors import ConfigError
 from loracast.evaluation.benchmarks import check_one_source, tasks_or_benchmarks
 from loracast.evaluation.choice import likeliest
 from loracast.evaluation.metrics import is_right, paired_bootstrap
 from loracast.evaluation.report import Column, Progress, Report, change, environment, number, percent, text
-from loracast.evaluation.task_rivals import ADAPTER, NEEDED, RIVALS, Drawn, Given, Rival, prompt_of
-from loracast.generate import Sampling, answer_batch
-from loracast.lora import LoRA
-from loracast.tasks import DescriptionKind, Example, Metric, Task
+from loracast.evaluation.task_baselines import ADAPTER, NEEDED, RIVALS, Drawn, Given, Rival, prompt_of
+from loracast.lora.algebra import LoRA
 from loracast.training.peft_training import ABOUT
 from loracast.training.text import gibberish
 

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from loracast.chat import encode_with_offsets
+from loracast.base.chat import encode_with_offsets
+from loracast.data.qa import QuestionedDocument, read_questioned
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
 from loracast.evaluation.metrics import cluster_bootstrap
 from loracast.evaluation.report import Column, Progress, Report, environment, interval, number, percent, text
-from loracast.lora import LoRA, stack
+from loracast.lora.algebra import LoRA, stack
 from loracast.model import ASK_SYSTEM_TURN, Model
-from loracast.qa import QuestionedDocument, read_questioned
+from loracast.scoring.episodes import Episode, Question, pack
 from loracast.training.episode_maker import CONTINUE, PASSAGE_TOKENS, split_passage
-from loracast.training.episodes import Episode, Question, pack
 from loracast.training.objective import answer_with
 
 _DOCUMENTS_AT_ONCE = 8

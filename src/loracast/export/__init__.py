@@ -1,1 +1,1 @@
-"""Adapters for other runtimes, one file a format. Nothing in a runtime has to be installed to export for it."""
+"""Writes adapters in the formats of other runtimes, one file a format."""

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from loracast.adapter import Adapter
-from loracast.base import EMBEDDED, Base, base_folder, pull
+from loracast.base.fingerprint import check, config_fingerprint
+from loracast.base.load import EMBEDDED, Base, base_folder, pull
 from loracast.errors import AdapterError, BaseModelError
 from loracast.export.gguf import write_gguf
 from loracast.export.merged import write_merged
@@ -20,10 +20,10 @@ from loracast.export.peft import write_peft
 from loracast.export.uniform import Uniform, uniform
 from loracast.export.vllm import RANKS, write_vllm
 from loracast.files import write_atomically
-from loracast.fingerprint import check, config_fingerprint
-from loracast.lora import LoRA
-from loracast.manifest import VERSION_DIGITS
-from loracast.routing import read_chunks
+from loracast.library.adapter import Adapter
+from loracast.library.manifest import VERSION_DIGITS
+from loracast.library.routing import read_chunks
+from loracast.lora.algebra import LoRA
 
 Format = Literal["peft", "vllm", "gguf", "mlx", "ollama", "merged"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from loracast.base import DEFAULT_BASE, EMBEDDED, pull
+from loracast.base.load import DEFAULT_BASE, EMBEDDED, pull
 from loracast.errors import BaseModelError
 
 

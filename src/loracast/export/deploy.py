@@ -11,12 +11,12 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from loracast.adapter import Adapter
 from loracast.errors import AdapterError, LoracastError
 from loracast.export.adapter import export_adapter
-from loracast.library import open_adapter
-from loracast.manifest import VERSION_DIGITS
-from loracast.routing import read_chunks
+from loracast.library.adapter import Adapter
+from loracast.library.library import open_adapter
+from loracast.library.manifest import VERSION_DIGITS
+from loracast.library.routing import read_chunks
 
 _PREFIX = "loracast:"
 _NAMED = re.compile(rf"(?P<name>[^@]+)(?:@(?P<sha>[0-9a-f]{{{VERSION_DIGITS}}}))?")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from loracast.base import Base, quiet_transformers
+from loracast.base.load import Base, quiet_transformers
 from loracast.errors import AdapterError
-from loracast.lora import LoRA
+from loracast.lora.algebra import LoRA
 
 
 def write_merged(lora: LoRA, out: Path, base: Base, max_shard_size: str = "2GB") -> None:

@@ -11,7 +11,7 @@ import torch
 
 from loracast.export.uniform import Uniform
 from loracast.files import write_atomically
-from loracast.target import module_shapes
+from loracast.lora.target import module_shapes
 
 
 def write_mlx(made: Uniform, out: Path, config: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from loracast.export.uniform import Uniform
 from loracast.files import write_atomically
-from loracast.peft_format import FACTOR_NAMES
+from loracast.lora.peft_format import FACTOR_NAMES
 
 
 def write_peft(made: Uniform, out: Path, base: str, about: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch.nn import functional
 
 from loracast.errors import AdapterError
-from loracast.lora import Factors, LoRA, compress
+from loracast.lora.algebra import Factors, LoRA, compress
 
 
 @dataclass(frozen=True)

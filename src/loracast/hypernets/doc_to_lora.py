@@ -23,9 +23,9 @@ from loracast.errors import ConfigError
 from loracast.hypernets.heads import FactorHead, LatentMLP, SharedLoRA, ValuePointer
 from loracast.hypernets.memory import AssociativeMemory, Writes
 from loracast.hypernets.perceiver import GatedMLP, Perceiver, Queries
-from loracast.lora import Factors, LoRABatch
-from loracast.merging import Merging
-from loracast.target import KINDS, Target, TargetModule, problems_of
+from loracast.lora.algebra import Factors, LoRABatch
+from loracast.lora.merge import Merging
+from loracast.lora.target import KINDS, Target, TargetModule, problems_of
 
 
 @dataclass(frozen=True)

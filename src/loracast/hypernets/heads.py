@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loracast.lora import Factors
+from loracast.lora.algebra import Factors
 
 
 def per_layer(x: Tensor, weight: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loracast.canonical import canonical_map
 from loracast.encoders.features import Features
+from loracast.hypernets.cca import canonical_map
 from loracast.hypernets.heads import per_layer
 from loracast.hypernets.perceiver import ReaderBlock, rotate
 

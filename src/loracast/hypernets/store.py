@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from loracast.base.fingerprint import Fingerprint
 from loracast.errors import ConfigError, HypernetworkError
 from loracast.files import write_atomically
-from loracast.fingerprint import Fingerprint
-from loracast.hypernets.attending import AttendingToLoRA, AttendingToLoRAConfig
+from loracast.hypernets.attention_delta import AttendingToLoRA, AttendingToLoRAConfig
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 

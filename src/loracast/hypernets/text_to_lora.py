@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.errors import ConfigError
-from loracast.hypernets.known import KnowsDescriptions, shared_factors
-from loracast.lora import Factors, LoRA, LoRABatch
-from loracast.target import Target, TargetModule, problems_of
+from loracast.hypernets.seen import KnowsDescriptions, shared_factors
+from loracast.lora.algebra import Factors, LoRA, LoRABatch
+from loracast.lora.target import Target, TargetModule, problems_of
 
 Variant = Literal["L", "M", "S", "core"]
 

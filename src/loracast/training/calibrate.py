@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loracast.base import Base
+from loracast.base.load import Base
 from loracast.batching import pad_right
-from loracast.encoders.context import ContextEncoder
+from loracast.encoders.hidden_states import ContextEncoder
 from loracast.errors import TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.memory import N_PLACES
-from loracast.inject import inject
-from loracast.lora import LoRABatch
-from loracast.training.episodes import Episode
+from loracast.lora.algebra import LoRABatch
+from loracast.lora.inject import inject
+from loracast.scoring.episodes import Episode
 
 _QUESTIONS_FOR_UNITS = 200
 _PLACES_TO_MATCH = 3  # of an answer: later ones say less of the question

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracast.base import Base
-from loracast.chat import encode_text
-from loracast.encoders.context import ContextEncoder
+from loracast.base.chat import encode_text
+from loracast.base.load import Base
+from loracast.encoders.hidden_states import ContextEncoder
 from loracast.errors import ConfigError
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
-from loracast.lora import LoRA
-from loracast.target import target_from_config
+from loracast.lora.algebra import LoRA
+from loracast.lora.target import target_from_config
+from loracast.scoring.episodes import Episode, pack
 from loracast.training.calibrate import calibrate, set_memory_units
-from loracast.training.episodes import Episode, pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_questions
 from loracast.training.recipe import keys_of, read_recipe_as

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from loracast.data.qa import QuestionedDocument
+from loracast.data.questions.answers import find_answer
+from loracast.data.questions.cloze import make_clozes
+from loracast.data.spans import Stated
 from loracast.errors import TrainingError
-from loracast.qa import QuestionedDocument
-from loracast.questions.cloze import make_clozes
-from loracast.questions.spans import find_answer
+from loracast.scoring.episodes import Episode
 from loracast.training.episode_maker import EpisodeMaker
-from loracast.training.episodes import Episode
-from loracast.training.marks import Stated
 
 Asked = list[tuple[str, str, Stated]]
 """Questions with their answers and where the document says them."""

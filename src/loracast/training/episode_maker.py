@@ -6,10 +6,10 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from loracast.chat import ChatFormat, encode_with_offsets
+from loracast.base.chat import ChatFormat, encode_with_offsets
+from loracast.data.spans import SAY, Mark, Stated, find_marks
 from loracast.documents import split_text
-from loracast.training.episodes import Episode, Question
-from loracast.training.marks import SAY, Mark, Stated, find_marks
+from loracast.scoring.episodes import Episode, Question
 
 SYSTEM_TURNS = ("", "", "", "Answer briefly.", "You answer questions.", None)
 """System turns met in training: mostly empty, since the template's own costs more tokens than a question; None is the template's."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loracast.encoders.context import ContextEncoder
+from loracast.encoders.hidden_states import ContextEncoder
 from loracast.hypernets.doc_to_lora import Cast
-from loracast.inject import inject
-from loracast.lora import LoRABatch
-from loracast.training.episodes import Batch
-from loracast.training.soft_targets import divergence
-from loracast.training.writing import WritingOutcome, finding_outcome, writing_outcome
+from loracast.lora.algebra import LoRABatch
+from loracast.lora.inject import inject
+from loracast.scoring.episodes import Batch
+from loracast.scoring.soft_targets import divergence
+from loracast.training.memory_losses import WritingOutcome, finding_outcome, writing_outcome
 
 
 @dataclass(frozen=True)

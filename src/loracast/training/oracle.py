@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loracast.base import Base
+from loracast.base.fingerprint import Fingerprint
+from loracast.base.load import Base
+from loracast.data.tasks import Task
 from loracast.errors import AdapterError, TrainingError
-from loracast.fingerprint import Fingerprint
-from loracast.lora import LoRA, concat
-from loracast.manifest import check_name
-from loracast.peft_format import read_peft
-from loracast.tasks import Task
-from loracast.training.episodes import Episode, Question
+from loracast.library.manifest import check_name
+from loracast.lora.algebra import LoRA, concat
+from loracast.lora.peft_format import read_peft
+from loracast.scoring.episodes import Episode, Question
 from loracast.training.loop import TrainConfig
 from loracast.training.peft_training import ABOUT, PeftConfig, read_about, train_lora
 from loracast.training.recipe import keys_of, read_tables

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loracast.base import Base
+from loracast.base.fingerprint import Fingerprint, check
+from loracast.base.load import Base
 from loracast.errors import AdapterError, ConfigError, TrainingError
 from loracast.files import write_atomically
-from loracast.fingerprint import Fingerprint, check
-from loracast.lora import LoRABatch
-from loracast.target import target_from_config
-from loracast.training.episodes import Episode, pack
+from loracast.lora.algebra import LoRABatch
+from loracast.lora.target import target_from_config
+from loracast.scoring.episodes import Episode, pack
 from loracast.training.loop import TrainConfig, resumable_settings, train
 from loracast.training.objective import answer_with
 from loracast.training.runtime import Workers

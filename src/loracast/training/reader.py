@@ -12,16 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loracast.base import Base
-from loracast.chat import encode_text
+from loracast.base.chat import encode_text
+from loracast.base.fingerprint import Fingerprint
+from loracast.base.load import Base
+from loracast.data.qa import QuestionedDocument, read_questioned
 from loracast.errors import AdapterError, ConfigError, TrainingError
-from loracast.fingerprint import Fingerprint
-from loracast.lora import LoRA
-from loracast.peft_format import read_peft
-from loracast.qa import QuestionedDocument, read_questioned
+from loracast.lora.algebra import LoRA
+from loracast.lora.peft_format import read_peft
+from loracast.scoring.episodes import Episode, Question
 from loracast.training.document_source import answered_questions
 from loracast.training.episode_maker import reading_prompt
-from loracast.training.episodes import Episode, Question
 from loracast.training.loop import TrainConfig
 from loracast.training.peft_training import PeftConfig, read_about, train_lora
 from loracast.training.recipe import keys_of, read_tables

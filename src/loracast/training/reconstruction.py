@@ -15,13 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from loracast.base.fingerprint import Fingerprint
+from loracast.data.tasks import Task
 from loracast.errors import ConfigError
 from loracast.files import file_sha256
-from loracast.fingerprint import Fingerprint
-from loracast.hypernets.attending import AttendingToLoRAConfig
+from loracast.hypernets.attention_delta import AttendingToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRAConfig
-from loracast.lora import Factors, LoRA, LoRABatch, compress, stack
-from loracast.tasks import Task
+from loracast.lora.algebra import Factors, LoRA, LoRABatch, compress, stack
 from loracast.training.oracle import oracles_in, read_oracle
 
 Match = Literal["product", "factors", "canonical_factors"]

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from loracast.base import Base
+from loracast.base.fingerprint import check
+from loracast.base.load import Base
 from loracast.errors import ConfigError
-from loracast.fingerprint import check
 from loracast.hypernets.store import H, from_pretrained, read_provenance, save_pretrained
 from loracast.training.loop import Objective, TrainConfig, train
 from loracast.training.runtime import Workers

@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from loracast.chat import ChatFormat
+from loracast.base.chat import ChatFormat
+from loracast.data.facts import Split, make_sheet
+from loracast.data.needles import hide, make_needles, sentences
+from loracast.data.qa import read_questioned
+from loracast.data.spans import Stated
+from loracast.data.texts import read_texts
+from loracast.data.unrelated import read_unrelated
 from loracast.errors import ConfigError, TrainingError
-from loracast.qa import read_questioned
-from loracast.texts import read_texts
+from loracast.scoring.episodes import Episode, together
 from loracast.training.document_source import DocumentSource
 from loracast.training.episode_maker import EpisodeMaker
-from loracast.training.episodes import Episode, together
-from loracast.training.facts import Split, make_sheet
-from loracast.training.marks import Stated
-from loracast.training.needle import hide, make_needles, sentences
-from loracast.training.unrelated import read_unrelated
 
 EpisodeKind = Literal["needle", "questions", "cloze", "reading", "facts"]
 KINDS: tuple[EpisodeKind, ...] = get_args(EpisodeKind)

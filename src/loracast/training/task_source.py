@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from loracast.chat import ChatFormat
+from loracast.base.chat import ChatFormat
+from loracast.data.task_augmentation import EXAMPLES_TO_VARY, Variation, vary, words_of
+from loracast.data.tasks import Example, Task, with_description
 from loracast.errors import ConfigError, TrainingError
-from loracast.tasks import Example, Task, with_description
+from loracast.scoring.episodes import Episode, Question
 from loracast.training.episode_maker import SYSTEM_TURNS
-from loracast.training.episodes import Episode, Question
-from loracast.training.variations import EXAMPLES_TO_VARY, Variation, vary, words_of
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from loracast.lora import LoRA, LoRABatch, stack
-from loracast.training.episodes import Episode, Question, pack
+from loracast.lora.algebra import LoRA, LoRABatch, stack
+from loracast.scoring.episodes import Episode, Question, pack
+from loracast.scoring.soft_targets import TOP_K, SoftTargets, soften
 from loracast.training.objective import answer_with
-from loracast.training.soft_targets import TOP_K, SoftTargets, soften
 
 
 @dataclass(frozen=True)

@@ -23,21 +23,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loracast.base import Base
-from loracast.describe import encoder_of
-from loracast.encoders.text import DEFAULT_ENCODER, TextEncoder, load_text_encoder
+from loracast.base.load import Base
+from loracast.cast.task import encoder_of
+from loracast.data.tasks import Task
+from loracast.encoders.sentence import DEFAULT_ENCODER, TextEncoder, load_text_encoder
 from loracast.errors import ConfigError
 from loracast.files import file_sha256
-from loracast.hypernets.attending import AttendingToLoRA, AttendingToLoRAConfig
+from loracast.hypernets.attention_delta import AttendingToLoRA, AttendingToLoRAConfig
 from loracast.hypernets.store import OfDescriptions, architecture_of_descriptions, with_config
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
-from loracast.lora import LoRABatch
-from loracast.target import target_from_config
-from loracast.tasks import Task
-from loracast.training.episodes import Episode, pack
+from loracast.lora.algebra import LoRABatch
+from loracast.lora.target import target_from_config
+from loracast.scoring.episodes import Episode, pack
 from loracast.training.loop import TrainConfig
 from loracast.training.objective import answer_with
 from loracast.training.oracle import read_oracle
+from loracast.training.position_probes import set_places
 from loracast.training.recipe import keys_of, read_recipe_as
 from loracast.training.reconstruction import (
     Match,
@@ -49,7 +50,6 @@ from loracast.training.reconstruction import (
 )
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
-from loracast.training.task_places import set_places
 from loracast.training.task_source import DrawnTasks, TaskDataConfig, TaskSource
 
 N_GIBBERISH = 256

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from loracast.data.qa import DocumentQuestion
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
-from loracast.evaluation.qa.rivals import Given, Request, Rival, Setup, plain
-from loracast.lora import Factors, LoRA, concat
-from loracast.qa import DocumentQuestion
+from loracast.evaluation.qa.baseline import Given, Request, Rival, Setup, plain
+from loracast.lora.algebra import Factors, LoRA, concat
 
 
 def cast_all(setup: Setup, given: Sequence[Given]) -> None:

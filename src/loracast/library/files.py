@@ -1,0 +1,172 @@
+"""Where the files of a library lie, and how they come in and go out again so that a kill at any moment loses nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from loracast.errors import AdapterError
+from loracast.files import sync_folder
+from loracast.library.adapter import Adapter
+from loracast.library.manifest import Manifest
+from loracast.library.register import FILE, Register
+from loracast.library.routing import read_chunks
+from loracast.library.store import Store
+from loracast.library.workfolders import work_folder
+
+_OBJECTS = "objects"
+STORE = "store"
+"""The setting with the URL of the library's store."""
+
+
+def is_ready(library: Path) -> bool:
+    """Whether there is a register, made or brought up to date now if need be: adapters that are in none are taken in."""
+    if not library.is_dir():
+        return False
+    is_new = not (library / FILE).is_file()
+    found_here, _ = strangers(library)
+    if is_new and not found_here and not folders(library):
+        return False
+    if not is_new and not found_here:
+        with Register.reading(library) as register:
+            if register.is_current():
+                return True
+    with Register.writing(library) as register:
+        if is_new:  # lost, or deleted: what stands in the adapters' own folders is known again
+            found = []
+            for version, folder in folders(library).items():
+                manifest = _readable(folder)
+                if manifest is not None and manifest.version == version:
+                    found.append((manifest.created, manifest, folder))
+            for _, manifest, folder in sorted(found, key=lambda f: (f[0], f[1].version)):
+                enter(register, manifest, folder)
+        for folder, manifest in found_here:  # of a library from before there was a register, or put there by hand
+            if not folder.exists():
+                continue  # another process was faster
+            store = store_in(register)
+            if store is not None:
+                store.put(manifest.version, folder)
+            home = home_of(library, manifest.version)
+            if register.has_version(manifest.version):
+                shutil.rmtree(folder)
+            else:
+                move_in(folder, home)
+            enter(register, manifest, home)
+    return True
+
+
+def move_in(folder: Path, home: Path) -> None:
+    """Move an adapter's folder to its place, in which nothing is but what a killed process left."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(home, ignore_errors=True)
+    os.replace(folder, home)
+    sync_folder(home.parent)
+
+
+def enter(register: Register, manifest: Manifest, folder: Path) -> None:
+    """Register an adapter that lies in its place, under the name that it was made under."""
+    try:
+        texts = texts_in(folder)
+    except AdapterError:
+        texts = []  # damaged; `verify` says so
+    register.add_version(manifest, size_of(folder), texts)
+    register.name_version(manifest.name, manifest.version)
+
+
+def strangers(library: Path) -> tuple[list[tuple[Path, Manifest]], list[tuple[Path, str]]]:
+    """Adapters' folders that lie in the library itself: those that can be taken in, and those that cannot, with the reason."""
+    good, bad = [], []
+    with os.scandir(library) as found:
+        folders = sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith("."))
+    for name in folders:
+        if name != _OBJECTS and (library / name / "adapter.json").is_file():
+            try:
+                good.append((library / name, Manifest.read(library / name / "adapter.json")))
+            except AdapterError as error:
+                bad.append((library / name, str(error)))
+    return good, bad
+
+
+def _readable(folder: Path) -> Manifest | None:
+    try:
+        return Manifest.read(folder / "adapter.json")
+    except AdapterError:
+        return None
+
+
+def folders(library: Path) -> dict[str, Path]:
+    """The folders of all adapters, by the version that their name says."""
+    return {path.name: path for path in (library / _OBJECTS).glob("??/*") if path.is_dir()}
+
+
+def home_of(library: Path, version: str) -> Path:
+    """Where the files of a version lie."""
+    return library / _OBJECTS / version[:2] / version
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
+
+
+def store_in(register: Register) -> Store | None:
+    """Where the adapters of a library lie beside this machine, if anywhere."""
+    url = register.setting(STORE)
+    return None if url is None else Store(url)
+
+
+def bring_home(library: Path, version: str) -> Path:
+    """The folder of a version, fetched from the library's store if it is not on this machine. Raises AdapterError where it is damaged there."""
+    home = home_of(library, version)
+    if home.exists():
+        return home
+    with Register.reading(library) as register:
+        store = store_in(register)
+    if store is None:
+        return home  # missing: whoever opens it says so
+    with work_folder(library, "new") as work:
+        fetched = work / version
+        fetched.mkdir()
+        store.fetch(version, fetched)
+        adapter = Adapter(fetched)
+        faults = adapter.faults()
+        if adapter.manifest.version != version:
+            faults.append("it is another version")
+        if faults:
+            raise AdapterError(
+                f"what lies at {store.url} as the version {version[:12]} is damaged: {'; '.join(faults)}"
+            )
+        home.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.replace(fetched, home)
+        except OSError:
+            if not home.exists():  # or else another process was faster
+                raise
+    return home
+
+
+def _drop_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # it is not, or somebody was faster
+        folder.rmdir()
+
+
+def texts_in(folder: Path) -> list[tuple[str, str]]:
+    """Heading and text of each chunk of the adapter in a folder."""
+    return [(chunk.heading, chunk.text) for chunk in read_chunks(folder / "chunks.sqlite")]
+
+
+def settle(library: Path) -> None:
+    """Finish what others were killed at: delete what is on its way out, or never came in."""
+    with ExitStack() as graves, Register.writing(library) as register:  # deleted when nobody has to wait any more
+        store = store_in(register)
+        for version in register.unsettled():
+            if not register.has_version(version):
+                if store is not None:
+                    store.delete(version)
+                home = home_of(library, version)
+                if home.exists():
+                    os.replace(home, graves.enter_context(work_folder(library, "rm")) / home.name)
+                    _drop_if_empty(home.parent)
+            register.settle(version)
+    _drop_if_empty(library / _OBJECTS)

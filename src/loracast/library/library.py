@@ -1,0 +1,248 @@
+"""The adapters kept on this machine: their folders by content hash, and a register of names (`register.py`).
+
+    register.sqlite             names, versions, tags, notes, text to search in
+    objects/3f/3f9a.../         an adapter's files, which never change
+
+A name has versions: `manual` is its newest, `manual@3f9a` the one whose hash begins so. Whatever is killed at whatever moment, the register
+never names what is not whole: files come before their row, and a row goes before its files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from loracast.errors import AdapterError
+from loracast.library.adapter import Adapter
+from loracast.library.files import bring_home, home_of, is_ready, move_in, settle, size_of, store_in, texts_in
+from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
+from loracast.library.register import Entry, Hit, Register
+
+_HASH = re.compile(r"[0-9a-f]{4,64}")
+_MOST_NAMES_TOLD = 12
+
+
+# ---- finding
+
+
+def adapter_names(library: Path) -> list[str]:
+    """The names in a library."""
+    if not is_ready(library):
+        return []
+    with Register.reading(library) as register:
+        return register.names()
+
+
+def entries(
+    library: Path, *, like: str = "", tag: str = "", owner: str = "", kind: str = "", limit: int = -1, offset: int = 0
+) -> tuple[list[Entry], int]:
+    """A page of what the register says of names and their newest versions, and how many names there are in all.
+
+    Args:
+        like: only those that have this in their name, title or note.
+        limit: at most so many; -1 for all.
+    """
+    if not is_ready(library):
+        return [], 0
+    wanted = {"like": like, "tag": tag, "owner": owner, "kind": kind}
+    with Register.reading(library) as register:
+        return register.entries(**wanted, limit=limit, offset=offset), register.count(**wanted)
+
+
+def versions(library: Path, name: str) -> list[Entry]:
+    """The versions of a name, newest first. Raises AdapterError where there is no such name."""
+    check_name(name)
+    _check_there(library, name)
+    with Register.reading(library) as register:
+        return register.versions_of(name)
+
+
+def search(library: Path, words: str, limit: int = 20) -> list[Hit]:
+    """The chunks of all documents, and the descriptions, in which all these words stand; best first."""
+    if not is_ready(library):
+        return []
+    with Register.reading(library) as register:
+        return register.search(words, limit)
+
+
+def adapters(library: Path) -> Iterator[Adapter]:
+    """The newest adapter of each name."""
+    for name in adapter_names(library):
+        yield open_adapter(library, name)
+
+
+def open_adapter(library: Path, reference: str) -> Adapter:
+    """The adapter of a name (its newest version), or `name@hash` with the first digits of a version's hash.
+
+    Raises:
+        AdapterError: there is none, with the names that come near; the digits are those of several; or its files are damaged.
+    """
+    entry = find(library, reference)
+    return Adapter(bring_home(library, entry.version), name=entry.name)
+
+
+def find(library: Path, reference: str) -> Entry:
+    """What the register says of `name` or `name@hash`. Raises AdapterError as `open_adapter` does."""
+    name, digits = split_reference(reference)
+    _check_there(library, name)
+    with Register.reading(library) as register:
+        if digits is None:
+            found = register.newest(name)
+            if found is not None:
+                return found
+        matching = [] if digits is None else register.versions_of(name, digits)
+        there = ", ".join(entry.version[:VERSION_DIGITS] for entry in register.versions_of(name))
+    if len(matching) != 1:
+        problem = "is none of its versions" if not matching else "begins several of its versions"
+        raise AdapterError(f"{name!r} is there, but {digits!r} {problem}: {there}")
+    return matching[0]
+
+
+def split_reference(reference: str) -> tuple[str, str | None]:
+    """`name` or `name@hash` -> name, first digits of the hash. Raises AdapterError for what is neither."""
+    name, at, digits = reference.partition("@")
+    check_name(name)
+    if at and not _HASH.fullmatch(digits):
+        raise AdapterError(f"{reference[:100]!r} names no version: after @ come 4 to 64 of the digits 0-9 and a-f")
+    return name, digits if at else None
+
+
+def check_free(library: Path, name: str, *, unless_from: str | None = None) -> None:
+    """Refuse a name that is taken. Raises AdapterError.
+
+    Args:
+        unless_from: hash of a source; an adapter that was made from it may have the name.
+    """
+    check_name(name)
+    if not is_ready(library):
+        return
+    with Register.reading(library) as register:
+        newest = register.newest(name)
+    if newest is not None and newest.source_sha256 != unless_from:
+        raise _taken(name)
+
+
+def _taken(name: str) -> AdapterError:
+    return AdapterError(f"there is an adapter called {name!r} already; choose another --name or give --replace")
+
+
+def _check_may_mean(register: Register, name: str, version: str, replace: bool) -> None:
+    """Refuse a name that means another version already, unless that may be replaced."""
+    newest = register.newest(name)
+    if newest is not None and newest.version != version and not replace:
+        raise _taken(name)
+
+
+def _check_there(library: Path, name: str) -> None:
+    if is_ready(library):
+        with Register.reading(library) as register:
+            if register.has_name(name):
+                return
+            known = register.names()
+    else:
+        known = []
+    if len(known) > _MOST_NAMES_TOLD:
+        near = get_close_matches(name, known, n=_MOST_NAMES_TOLD, cutoff=0.5)
+        told = f"near it are: {', '.join(near)}" if near else f"`loracast list` shows the {len(known):,} there are"
+    else:
+        told = f"there are: {', '.join(known) or 'none yet: `loracast learn FILE` makes one'}"
+    raise AdapterError(f"no adapter is called {name!r}; {told}")
+
+
+# ---- adding and taking away
+
+
+def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, replace: bool) -> Adapter:
+    """Take in the whole files of an adapter: move their folder to its place, and give it the name.
+
+    Where the same adapter is there already, it gets the name and `folder` is left alone.
+
+    Args:
+        folder: a work folder of this library, flushed to the disk.
+        replace: the name may be another's, of which it then becomes the newest version.
+    """
+    version, home = manifest.version, home_of(library, manifest.version)
+    texts = texts_in(folder)
+    n_bytes = size_of(folder)
+    with Register.writing(library) as register:
+        register.unsettle(version)  # of its own: whoever is killed from here on leaves a trace
+        store = store_in(register)
+    try:
+        if store is not None:
+            store.put(version, folder)
+        with Register.writing(library) as register:
+            _check_may_mean(register, name, version, replace)
+            if not register.has_version(version):
+                move_in(folder, home)
+                register.add_version(manifest, n_bytes, texts)
+            register.settle(version)
+            register.name_version(name, version)
+    except BaseException:
+        settle(library)
+        raise
+    return Adapter(home, name=name)
+
+
+def find_made_from(library: Path, key: str) -> str | None:
+    """The version that was made from the same in the same way (`Manifest.made_from`), if the library has it."""
+    if not is_ready(library):
+        return None
+    with Register.reading(library) as register:
+        return register.made_from(key)
+
+
+def give_name(library: Path, name: str, version: str, *, replace: bool) -> Adapter:
+    """Let a name mean a version that is there, as its newest. Raises AdapterError where the name is taken."""
+    check_name(name)
+    with Register.writing(library) as register:
+        _check_may_mean(register, name, version, replace)
+        register.name_version(name, version)
+    return Adapter(bring_home(library, version), name=name)
+
+
+def remove_adapter(library: Path, reference: str) -> None:
+    """Delete a name with all its versions, or one version (`name@hash`): gone from the register at once, then from the disk.
+
+    What another name has as well stays. A damaged adapter can be deleted too.
+    """
+    name, digits = split_reference(reference)
+    version = None if digits is None else find(library, reference).version
+    _check_there(library, name)
+    with Register.writing(library) as register:
+        if version is None:
+            register.drop_name(name)
+        else:
+            register.drop_naming(name, version)
+        register.drop_unnamed()
+    settle(library)
+
+
+def rename_adapter(library: Path, name: str, new: str) -> None:
+    """Give a name's adapters, tags and note another name. Raises AdapterError where that is taken."""
+    check_name(new)
+    _check_there(library, check_name(name))
+    with Register.writing(library) as register:
+        if register.has_name(new):
+            raise AdapterError(f"there is an adapter called {new!r} already")
+        register.rename(name, new)
+
+
+def describe_adapter(
+    library: Path,
+    name: str,
+    *,
+    owner: str | None = None,
+    note: str | None = None,
+    tags: Sequence[str] = (),
+    untag: Sequence[str] = (),
+) -> None:
+    """Change what is noted about a name; None leaves as it is. Raises AdapterError for a tag that is none."""
+    _check_there(library, check_name(name))
+    for tag in tags:
+        check_name(tag)
+    with Register.writing(library) as register:
+        register.describe(name, owner=owner, note=note)
+        register.tag(name, tags)
+        register.untag(name, untag)

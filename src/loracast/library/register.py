@@ -1,0 +1,374 @@
+"""The register of a library: which names there are, which versions of adapters they have had, what is noted about them, their text to search in.
+
+One SQLite file beside the adapters' folders. What is a name's or a person's stands here; what is an adapter's stands in its own folder, from
+which the register can be made again (`library.py`). Schema changes are numbered scripts that are only ever appended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from loracast.errors import AdapterError
+from loracast.library.manifest import Manifest
+
+FILE = "register.sqlite"
+_WAIT_S = 30.0  # for another process to finish its write
+
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE versions (
+        id TEXT PRIMARY KEY, made_from TEXT NOT NULL, kind TEXT NOT NULL, title TEXT NOT NULL, source TEXT, source_sha256 TEXT NOT NULL,
+        base TEXT NOT NULL, hypernetwork TEXT NOT NULL, ranks TEXT NOT NULL, n_chunks INTEGER NOT NULL, n_tokens INTEGER NOT NULL,
+        n_bytes INTEGER NOT NULL, created TEXT NOT NULL
+    );
+    CREATE INDEX versions_by_making ON versions (made_from);
+    CREATE TABLE names (name TEXT PRIMARY KEY, owner TEXT NOT NULL DEFAULT '', note TEXT NOT NULL DEFAULT '');
+    CREATE TABLE namings (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        name TEXT NOT NULL REFERENCES names (name) ON UPDATE CASCADE ON DELETE CASCADE,
+        version TEXT NOT NULL REFERENCES versions (id),
+        added TEXT NOT NULL
+    );
+    CREATE INDEX namings_by_name ON namings (name, number);
+    CREATE INDEX namings_by_version ON namings (version);
+    CREATE TABLE tags (
+        name TEXT NOT NULL REFERENCES names (name) ON UPDATE CASCADE ON DELETE CASCADE, tag TEXT NOT NULL, PRIMARY KEY (name, tag)
+    );
+    CREATE INDEX tags_by_tag ON tags (tag);
+    CREATE VIRTUAL TABLE texts USING fts5 (heading, text, tokenize = 'porter unicode61');
+    CREATE TABLE texts_of (version TEXT PRIMARY KEY REFERENCES versions (id) ON DELETE CASCADE, first INTEGER NOT NULL, last INTEGER NOT NULL);
+    CREATE INDEX texts_of_by_first ON texts_of (first);
+    CREATE TABLE unsettled (id TEXT PRIMARY KEY);
+    """,
+    """
+    CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+    """,
+)
+"""Script k brings the schema from version k to k + 1. Append; never change one that was released."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name with one of its versions."""
+
+    name: str
+    version: str
+    """Content hash."""
+    kind: str
+    title: str
+    source: str | None
+    source_sha256: str
+    base: str
+    hypernetwork: str
+    ranks: dict[str, int]
+    n_chunks: int
+    n_tokens: int
+    n_bytes: int
+    created: str
+    """When the adapter was made; UTC, ISO 8601."""
+    added: str
+    """When the name was given to it."""
+    n_versions: int
+    """That the name has."""
+    owner: str
+    note: str
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A chunk in which words were found."""
+
+    name: str
+    version: str
+    chunk: int
+    heading: str
+    snippet: str
+    """The words in their surroundings, each between [ and ]."""
+
+
+_ENTRY = """
+    SELECT names.name, versions.id, kind, title, source, source_sha256, base, hypernetwork, ranks, n_chunks, n_tokens, n_bytes, created, added,
+        (SELECT count(DISTINCT version) FROM namings WHERE name = names.name), owner, note,
+        (SELECT json_group_array(tag) FROM (SELECT tag FROM tags WHERE name = names.name ORDER BY tag))
+    FROM namings JOIN names ON names.name = namings.name JOIN versions ON versions.id = namings.version
+"""
+_NEWEST = "number = (SELECT max(number) FROM namings AS n WHERE n.name = names.name)"
+
+
+class Register:
+    """An open register. Whoever changes it holds the write lock until `writing` commits."""
+
+    def __init__(self, database: sqlite3.Connection):
+        self._db = database
+
+    # ---- looking
+
+    def entries(
+        self, *, like: str = "", tag: str = "", owner: str = "", kind: str = "", limit: int = -1, offset: int = 0
+    ) -> list[Entry]:
+        """Names with their newest versions, in alphabetical order.
+
+        Args:
+            like: that have this in their name, title or note, in any case.
+            limit: at most so many; -1 for all.
+        """
+        where, values = _filter(like, tag, owner, kind)
+        rows = self._db.execute(
+            f"{_ENTRY} WHERE {_NEWEST}{where} ORDER BY names.name LIMIT ? OFFSET ?", (*values, limit, offset)
+        )
+        return [_entry(row) for row in rows]
+
+    def count(self, *, like: str = "", tag: str = "", owner: str = "", kind: str = "") -> int:
+        """How many names there are."""
+        where, values = _filter(like, tag, owner, kind)
+        if not where:
+            return self._one("SELECT count(*) FROM names")
+        joined = "namings JOIN names ON names.name = namings.name JOIN versions ON versions.id = namings.version"
+        return self._one(f"SELECT count(*) FROM {joined} WHERE {_NEWEST}{where}", *values)
+
+    def names(self) -> list[str]:
+        return [name for (name,) in self._db.execute("SELECT name FROM names ORDER BY name")]
+
+    def has_name(self, name: str) -> bool:
+        return self._one("SELECT count(*) FROM names WHERE name = ?", name) > 0
+
+    def newest(self, name: str) -> Entry | None:
+        row = self._db.execute(f"{_ENTRY} WHERE names.name = ? AND {_NEWEST}", (name,)).fetchone()
+        return None if row is None else _entry(row)
+
+    def versions_of(self, name: str, starting: str = "") -> list[Entry]:
+        """The versions that a name has had, each once, newest first; those whose hash starts in a certain way."""
+        rows = self._db.execute(
+            f"{_ENTRY} WHERE names.name = ? AND substr(versions.id, 1, ?) = ? ORDER BY number DESC",
+            (name, len(starting), starting),
+        )
+        return list({entry.version: entry for entry in reversed([_entry(row) for row in rows])}.values())[::-1]
+
+    def has_version(self, version: str) -> bool:
+        return self._one("SELECT count(*) FROM versions WHERE id = ?", version) > 0
+
+    def made_from(self, key: str) -> str | None:
+        """The version that was made from the same, in the same way (`Manifest.made_from`)."""
+        row = self._db.execute("SELECT id FROM versions WHERE made_from = ?", (key,)).fetchone()
+        return None if row is None else row[0]
+
+    def all_versions(self) -> list[str]:
+        return [version for (version,) in self._db.execute("SELECT id FROM versions ORDER BY id")]
+
+    def unsettled(self) -> list[str]:
+        return [version for (version,) in self._db.execute("SELECT id FROM unsettled ORDER BY id")]
+
+    def search(self, words: str, limit: int) -> list[Hit]:
+        """The chunks of newest versions in which all these words stand, best first."""
+        wanted = " ".join(f'"{word}"' for word in re.findall(r"\w+", words))
+        if not wanted:
+            raise AdapterError("there is no word to search for")
+        rows = self._db.execute(
+            f"""
+            SELECT names.name, namings.version, texts.rowid - first, heading, snippet(texts, 1, '[', ']', '...', 16)
+            FROM texts
+            JOIN texts_of ON texts_of.first = (SELECT max(first) FROM texts_of WHERE first <= texts.rowid)
+            JOIN namings ON namings.version = texts_of.version JOIN names ON names.name = namings.name
+            WHERE texts MATCH ? AND {_NEWEST} ORDER BY bm25(texts, 0.5, 1.0), names.name LIMIT ?
+            """,
+            (wanted, limit),
+        )
+        return [Hit(*row) for row in rows]
+
+    def setting(self, key: str) -> str | None:
+        row = self._db.execute("SELECT value FROM settings WHERE key = ?", (key,)).fetchone()
+        return None if row is None else row[0]
+
+    def problems(self) -> list[str]:
+        """What SQLite finds wrong with its file."""
+        found = [row[0] for row in self._db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+        return found + [f"a row of {row[0]} points nowhere" for row in self._db.execute("PRAGMA foreign_key_check")]
+
+    def is_current(self) -> bool:
+        """Whether the schema is this version's."""
+        return self._one("PRAGMA user_version") == len(MIGRATIONS)
+
+    # ---- changing
+
+    def add_version(self, manifest: Manifest, n_bytes: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Enter an adapter; nothing if it is there. `texts`: heading and text of each chunk."""
+        version = manifest.version
+        self.settle(version)
+        if self.has_version(version):
+            return
+        m = manifest
+        self._db.execute(
+            "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (version, m.made_from, m.kind, m.title, m.source, m.source_sha256, m.made_for.base, m.hypernetwork, json.dumps(m.ranks),
+             m.n_chunks, m.n_tokens, n_bytes, m.created),
+        )  # fmt: skip
+        if texts:
+            first = self._one("SELECT coalesce(max(last), 0) + 1 FROM texts_of")
+            rows = ((first + i, heading, text) for i, (heading, text) in enumerate(texts))
+            self._db.executemany("INSERT INTO texts (rowid, heading, text) VALUES (?, ?, ?)", rows)
+            self._db.execute("INSERT INTO texts_of VALUES (?, ?, ?)", (version, first, first + len(texts) - 1))
+
+    def name_version(self, name: str, version: str, owner: str = "") -> None:
+        """Make a version the newest of a name, which is new or has others; nothing if it is."""
+        self._db.execute("INSERT OR IGNORE INTO names (name, owner) VALUES (?, ?)", (name, owner))
+        newest = self.newest(name)
+        if newest is None or newest.version != version:
+            self._db.execute("INSERT INTO namings (name, version, added) VALUES (?, ?, ?)", (name, version, _now()))
+
+    def drop_name(self, name: str) -> None:
+        self._db.execute("DELETE FROM names WHERE name = ?", (name,))
+
+    def drop_naming(self, name: str, version: str) -> None:
+        """Take one version from a name, and the name itself with its last one."""
+        self._db.execute("DELETE FROM namings WHERE name = ? AND version = ?", (name, version))
+        self._db.execute("DELETE FROM names WHERE name = ? AND name NOT IN (SELECT name FROM namings)", (name,))
+
+    def drop_older(self, keep: int) -> None:
+        """Take from each name all but its newest `keep` versions."""
+        for name in self.names():
+            for entry in self.versions_of(name)[keep:]:
+                self.drop_naming(name, entry.version)
+
+    def drop_unnamed(self) -> list[str]:
+        """Strike out versions that no name has; they are unsettled until their folders are gone."""
+        rows = self._db.execute("SELECT id FROM versions WHERE id NOT IN (SELECT version FROM namings)").fetchall()
+        for (version,) in rows:
+            span = self._db.execute("SELECT first, last FROM texts_of WHERE version = ?", (version,)).fetchone()
+            if span is not None:
+                self._db.execute("DELETE FROM texts WHERE rowid BETWEEN ? AND ?", span)
+            self.unsettle(version)
+            self._db.execute("DELETE FROM versions WHERE id = ?", (version,))
+        return [version for (version,) in rows]
+
+    def unsettle(self, version: str) -> None:
+        """Note that the folder of a version is on its way in or out: whoever finds it without a row deletes it."""
+        self._db.execute("INSERT OR IGNORE INTO unsettled VALUES (?)", (version,))
+
+    def settle(self, version: str) -> None:
+        self._db.execute("DELETE FROM unsettled WHERE id = ?", (version,))
+
+    def rename(self, name: str, new: str) -> None:
+        self._db.execute("UPDATE names SET name = ? WHERE name = ?", (new, name))
+
+    def describe(self, name: str, *, owner: str | None = None, note: str | None = None) -> None:
+        for column, value in (("owner", owner), ("note", note)):
+            if value is not None:
+                self._db.execute(f"UPDATE names SET {column} = ? WHERE name = ?", (value, name))
+
+    def tag(self, name: str, tags: Sequence[str]) -> None:
+        self._db.executemany("INSERT OR IGNORE INTO tags VALUES (?, ?)", [(name, tag) for tag in tags])
+
+    def untag(self, name: str, tags: Sequence[str]) -> None:
+        self._db.executemany("DELETE FROM tags WHERE name = ? AND tag = ?", [(name, tag) for tag in tags])
+
+    def set(self, key: str, value: str | None) -> None:
+        """Keep a setting of the library; None forgets it."""
+        self._db.execute("DELETE FROM settings WHERE key = ?", (key,))
+        if value is not None:
+            self._db.execute("INSERT INTO settings VALUES (?, ?)", (key, value))
+
+    def _one(self, query: str, *values: Any) -> Any:
+        return self._db.execute(query, values).fetchone()[0]
+
+    @classmethod
+    @contextmanager
+    def reading(cls, library: Path) -> Iterator[Self]:
+        """The register of a library that has one, as it stands."""
+        mode = (
+            "rw" if os.access(library / FILE, os.W_OK) else "ro"
+        )  # rw: what a killed process left half-done is rolled back
+        with _connected(library, mode) as database:
+            yield cls(database)
+
+    @classmethod
+    @contextmanager
+    def writing(cls, library: Path) -> Iterator[Self]:
+        """The register under the write lock, made if need be; on an error nothing has changed."""
+        with _connected(library, "rwc") as database:
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                _migrate(database, library)
+                yield cls(database)
+                database.execute("COMMIT")
+            except BaseException:
+                if database.in_transaction:
+                    database.execute("ROLLBACK")
+                raise
+
+
+@contextmanager
+def _connected(library: Path, mode: str) -> Iterator[sqlite3.Connection]:
+    path = library / FILE
+    try:
+        database = sqlite3.connect(
+            f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=_WAIT_S, isolation_level=None
+        )
+        try:
+            database.execute("PRAGMA foreign_keys = ON")
+            _check_schema(database, path)
+            yield database
+        finally:
+            database.close()
+    except sqlite3.DatabaseError as error:
+        said = str(error)
+        if "locked" in said:
+            raise AdapterError(f"another process is writing to the library {library}; try again") from error
+        if "not a database" in said or "malformed" in said:
+            raise AdapterError(
+                f"{path} is damaged ({said}): move it away, and it is made again from the adapters, without their tags, notes and owners"
+            ) from error
+        raise AdapterError(f"{path} cannot be used: {said}") from error
+
+
+def _check_schema(database: sqlite3.Connection, path: Path) -> None:
+    (found,) = database.execute("PRAGMA user_version").fetchone()
+    if found > len(MIGRATIONS):
+        raise AdapterError(f"{path} was written by a newer loracast (its schema is {found}); update loracast")
+
+
+def _migrate(database: sqlite3.Connection, library: Path) -> None:
+    """Run the scripts that the file has not seen, inside the open transaction."""
+    (found,) = database.execute("PRAGMA user_version").fetchone()
+    for number in range(found, len(MIGRATIONS)):
+        for statement in MIGRATIONS[number].split(";"):
+            if statement.strip():
+                database.execute(statement)
+        database.execute(f"PRAGMA user_version = {number + 1}")
+
+
+def _filter(like: str, tag: str, owner: str, kind: str) -> tuple[str, list[str]]:
+    """More conditions on an entry, and their values."""
+    where, values = "", []
+    if like:
+        pattern = "%" + re.sub(r"([\\%_])", r"\\\1", like) + "%"
+        where += r" AND (names.name LIKE ? ESCAPE '\' OR title LIKE ? ESCAPE '\' OR note LIKE ? ESCAPE '\')"
+        values += [pattern] * 3
+    if tag:
+        where += " AND EXISTS (SELECT 1 FROM tags WHERE tags.name = names.name AND tag = ?)"
+        values.append(tag)
+    for column, value in (("owner", owner), ("kind", kind)):
+        if value:
+            where += f" AND {column} = ?"
+            values.append(value)
+    return where, values
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    values = list(row)
+    values[8] = json.loads(values[8])
+    values[-1] = tuple(json.loads(values[-1]))
+    return Entry(*values)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

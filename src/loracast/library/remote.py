@@ -1,0 +1,171 @@
+"""Adapters elsewhere: pushed to, and pulled from, any URL that fsspec knows (s3://, gs://, file://, ...) or a repository on the Hugging Face hub.
+
+What comes from elsewhere is looked over before the library takes it in: sizes before anything large is fetched, then all that
+`Adapter.faults` looks at.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loracast.errors import AdapterError
+from loracast.library.adapter import FACTORS, Adapter
+from loracast.library.filesystems import file_system, told
+from loracast.library.library import add_adapter
+from loracast.library.manifest import Manifest, check_name
+from loracast.library.workfolders import work_folder
+from loracast.lora.tensor_file import BYTES
+
+CARD = "README.md"
+_MANIFEST = "adapter.json"
+_FILES = ("chunks.sqlite", FACTORS, CARD, _MANIFEST)  # in this order: one without a manifest is not whole yet
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MAX_MANIFEST_BYTES = 10_000_000
+_MAX_INDEX_BYTES_PER_TOKEN = 1_000
+_SLACK_BYTES = 10_000_000
+_BASES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""What the hub calls embedded bases."""
+
+
+def push_adapter(adapter: Adapter, where: str, *, private: bool = True) -> None:
+    """Put the files of an adapter, with a model card, to where `pull_adapter` finds them.
+
+    Args:
+        where: a URL, as a folder; or `owner/name` on the hub, made if need be.
+        private: of a repository that is made.
+
+    Raises:
+        LoracastError: it cannot be written there. AdapterError: the adapter is damaged.
+    """
+    adapter.verify()
+    if is_hub_id(where):
+        with told(where):
+            _push_to_hub(adapter, where, private)
+        return
+    with file_system(where) as (fs, root):
+        fs.makedirs(root, exist_ok=True)
+        for name in _FILES:
+            if name == CARD:
+                fs.pipe_file(f"{root}/{CARD}", model_card(adapter).encode())
+            elif (adapter.folder / name).is_file():
+                fs.put_file(str(adapter.folder / name), f"{root}/{name}")
+
+
+def pull_adapter(library: Path, where: str, name: str | None = None, *, replace: bool = False) -> Adapter:
+    """Fetch an adapter into the library.
+
+    Args:
+        where: as in `push_adapter`.
+        name: the one it was made under if None.
+
+    Raises:
+        LoracastError: there is none, or it cannot be read. AdapterError: it is damaged, with everything that is wrong; or the name is taken.
+    """
+    library.mkdir(parents=True, exist_ok=True)
+    with work_folder(library, "new") as work:
+        folder = work / "adapter"
+        folder.mkdir()
+        if is_hub_id(where):
+            with told(where):
+                _fetch_from_hub(where, folder)
+        else:
+            with file_system(where) as (fs, root):
+                _fetch(fs, root, folder)
+        manifest = Manifest.read(folder / _MANIFEST)
+        if faults := Adapter(folder).faults():
+            raise AdapterError(f"the adapter at {where} is not taken: {'; '.join(faults)}")
+        return add_adapter(library, check_name(name or manifest.name), folder, manifest, replace=replace)
+
+
+def is_hub_id(where: str) -> bool:
+    """Whether this is `owner/name` on the hub; everything else is a URL or a path."""
+    return bool(_HUB_ID.fullmatch(where)) and not Path(where).exists()
+
+
+def model_card(adapter: Adapter) -> str:
+    """What people and the hub read about an adapter."""
+    m = adapter.manifest
+    base = _BASES.get(m.made_for.base, m.made_for.base)
+    made = {"document": "cast from a document", "task": "cast from the description of a task"}.get(m.kind, m.kind)
+    return f"""---
+base_model: {base}
+library_name: loracast
+tags:
+- lora
+- loracast
+---
+
+# {adapter.name}
+
+{m.title}
+
+A LoRA adapter for {base}, {made} with loracast (version {m.version[:12]}, {m.created[:10]}). It holds the text it was made from.
+
+    loracast pull-adapter WHERE --name {adapter.name}
+    loracast ask "..." -a {adapter.name}
+
+To use it with PEFT, vLLM, llama.cpp or mlx-lm: `loracast export {adapter.name} --to peft`.
+"""
+
+
+def _push_to_hub(adapter: Adapter, repository: str, private: bool) -> None:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    api.create_repo(repository, private=private, exist_ok=True)
+    files: dict[str, Any] = {n: str(adapter.folder / n) for n in _FILES if (adapter.folder / n).is_file()}
+    files[CARD] = model_card(adapter).encode()
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
+    api.create_commit(repository, operations, commit_message=f"{adapter.version}, by loracast")
+
+
+def _fetch_from_hub(repository: str, folder: Path) -> None:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    found = HfApi().model_info(repository, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
+    _fetch_files(sizes, folder, lambda name: shutil.copyfile(hf_hub_download(repository, name), folder / name))
+
+
+def _fetch(fs: Any, root: str, folder: Path) -> None:
+    sizes = {entry["name"].rpartition("/")[2]: entry["size"] or 0 for entry in fs.ls(root, detail=True)}
+    _fetch_files(sizes, folder, lambda name: fs.get_file(f"{root}/{name}", str(folder / name)))
+
+
+def _fetch_files(sizes: dict[str, int], folder: Path, fetch: Callable[[str], object]) -> None:
+    """The manifest, then the files that it takes, after a look at how large they are.
+
+    Args:
+        sizes: of the files that there are, in bytes.
+        fetch: brings one into the folder.
+    """
+    if _MANIFEST not in sizes:
+        raise AdapterError(f"there is no adapter: {_MANIFEST} is missing")
+    _check_size(sizes, _MANIFEST, _MAX_MANIFEST_BYTES)
+    fetch(_MANIFEST)
+    manifest = Manifest.read(folder / _MANIFEST)
+    _check_size(sizes, "chunks.sqlite", _SLACK_BYTES + _MAX_INDEX_BYTES_PER_TOKEN * max(0, manifest.n_tokens))
+    wanted = ["chunks.sqlite"]
+    if manifest.storage != "text":
+        _check_size(sizes, FACTORS, 2 * _SLACK_BYTES + factor_bytes(manifest))
+        wanted.append(FACTORS)
+    for name in wanted:
+        if name in sizes:  # or else it is told with all that is wrong
+            fetch(name)
+
+
+def factor_bytes(manifest: Manifest) -> int:
+    """What the factors of an adapter's chunks take, as its manifest says."""
+    each = BYTES["I8" if manifest.storage == "int8" else "BF16"]
+    return each * manifest.n_chunks * sum(manifest.ranks[m.kind] * (m.d_in + m.d_out) for m in manifest.target.modules)
+
+
+def _check_size(sizes: dict[str, int], name: str, most: int) -> None:
+    if sizes.get(name, 0) > most:
+        raise AdapterError(
+            f"{name} has {sizes[name]:,} bytes, and no more than {most:,} fit what adapter.json says; it is not fetched"
+        )

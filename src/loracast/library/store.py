@@ -1,0 +1,81 @@
+"""A library's adapters at a URL (an object store, a network drive): the folder on this machine is then a cache of it.
+
+A store belongs to one library, whose register alone knows its names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from loracast.errors import AdapterError
+from loracast.library.filesystems import file_system
+
+_MARK = "loracast-library.json"
+_LAST = "adapter.json"  # one without it is not whole yet
+
+
+class Store:
+    """Adapters' files by version, at `URL/3f/3f9a.../`."""
+
+    def __init__(self, url: str):
+        self.url = url
+
+    @contextmanager
+    def _at(self, version: str = "") -> Iterator[tuple[Any, str]]:
+        with file_system(self.url) as (fs, root):
+            yield fs, f"{root}/{version[:2]}/{version}" if version else root
+
+    def put(self, version: str, folder: Path) -> None:
+        """Copy the files of a folder there, unless they are there."""
+        if self.has(version):
+            return
+        with self._at(version) as (fs, place):
+            fs.makedirs(place, exist_ok=True)
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == _LAST):
+                fs.put_file(str(path), f"{place}/{path.name}")
+
+    def fetch(self, version: str, folder: Path) -> None:
+        """Copy the files of a version into a folder. Raises AdapterError where they are not there."""
+        if not self.has(version):
+            raise AdapterError(f"the files of the version {version[:12]} are neither on this machine nor at {self.url}")
+        with self._at(version) as (fs, place):
+            for entry in fs.ls(place, detail=True):
+                name = entry["name"].rstrip("/").rpartition("/")[2]
+                if entry["type"] == "file" and name:
+                    fs.get_file(entry["name"], str(folder / name))
+
+    def delete(self, version: str) -> None:
+        """Delete the files of a version, if they are there: what makes it whole goes first."""
+        with self._at(version) as (fs, place):
+            if fs.exists(f"{place}/{_LAST}"):
+                fs.rm_file(f"{place}/{_LAST}")
+            if fs.exists(place):
+                fs.rm(place, recursive=True)
+
+    def has(self, version: str) -> bool:
+        with self._at(version) as (fs, place):
+            return bool(fs.exists(f"{place}/{_LAST}"))
+
+    def versions(self) -> set[str]:
+        """What lies there, what is not whole included."""
+        with self._at() as (fs, root):
+            fs.invalidate_cache()
+            found = fs.glob(f"{root}/??/*")
+        return {path.rstrip("/").rpartition("/")[2] for path in found}
+
+    def claim(self, owner: str, *, take_over: bool) -> None:
+        """Make the store a library's own. Raises AdapterError where it is another's, or holds something else."""
+        with self._at() as (fs, root):
+            fs.makedirs(root, exist_ok=True)
+            mark = f"{root}/{_MARK}"
+            if fs.exists(mark) and not take_over:
+                found = json.loads(fs.cat_file(mark)).get("library")
+                if found != owner:
+                    raise AdapterError(
+                        f"{self.url} belongs to another library: give another URL, or --take-over to use what lies there in this one from now on"
+                    )
+            fs.pipe_file(mark, json.dumps({"library": owner}).encode())

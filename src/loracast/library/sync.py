@@ -1,0 +1,208 @@
+"""A folder of files becomes adapters: what has not changed is left alone, what is broken is reported and holds nobody up.
+
+What was seen of each file (size, time, hash, and what came of it) is kept in a journal beside the caches, so that a second run over an unchanged
+folder opens no file. The journal may be deleted at any time: then the folder is learned anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from loracast.documents.kind import EXTENSIONS
+from loracast.errors import AdapterError, LoracastError
+from loracast.files import file_sha256, write_atomically
+from loracast.library.library import entries, remove_adapter
+from loracast.library.manifest import name_from
+
+Outcome = Literal["learned", "unchanged", "failed", "removed"]
+_TEXT = {".txt", ".text", ".rst", ".log", ""}  # read as plain text, beside EXTENSIONS
+_LONGEST_NAME = 64
+_JOURNAL_EVERY_S = 5.0
+
+Learn = Callable[[Path, str], object]
+"""Learns a file under a name, in place of what had the name; raises LoracastError."""
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What came of one file."""
+
+    path: str
+    """Below the folder, with slashes."""
+    name: str
+    """Of its adapter."""
+    outcome: Outcome
+    seconds: float = 0.0
+    error: str | None = None
+
+
+@dataclass
+class BulkReport:
+    """What came of a folder."""
+
+    files: list[FileReport] = field(default_factory=list)
+    ignored: int = 0
+    """Files of other kinds."""
+    is_complete: bool = True
+
+    def count(self, outcome: Outcome) -> int:
+        return sum(file.outcome == outcome for file in self.files)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "learned": self.count("learned"),
+            "unchanged": self.count("unchanged"),
+            "failed": self.count("failed"),
+            "removed": self.count("removed"),
+            "ignored": self.ignored,
+            "is_complete": self.is_complete,
+            "files": [asdict(file) for file in self.files],
+        }
+
+
+def learn_folder(
+    folder: Path,
+    library: Path,
+    learn: Learn,
+    *,
+    journals: Path,
+    made_by: str,
+    again: bool = False,
+    remove_gone: bool = False,
+    on_file: Callable[[int, int, FileReport], None] = lambda done, total, report: None,
+) -> BulkReport:
+    """Learn what is new or has changed in a folder and the folders below it.
+
+    Args:
+        learn: called once for each file that has to be learned.
+        journals: where journals are kept.
+        made_by: what learned and how (hypernetwork, chunk length): with another one, everything is learned anew.
+        again: everything, whether it has changed or not.
+        remove_gone: delete the adapters of files that are no longer there, if they are still those that were made from them.
+        on_file: told after each file.
+
+    Raises:
+        AdapterError: there is no such folder. What goes wrong with a file is in the report.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"{folder} is not a folder")
+    paths = list(files_in(folder))
+    wanted = [path for path in paths if path.suffix.lower() in EXTENSIONS.keys() | _TEXT]
+    journal = _Journal(journals, folder, library, made_by)
+    known = {path: entry["name"] for path, entry in journal.entries.items()}
+    names = names_for([path.relative_to(folder).as_posix() for path in wanted], known)
+    kept = _kept(library)
+    report = BulkReport(ignored=len(paths) - len(wanted))
+    try:
+        for number, path in enumerate(wanted, 1):
+            relative = path.relative_to(folder).as_posix()
+            report.files.append(_learn_file(path, relative, names[relative], kept, learn, journal, again))
+            journal.write_now_and_then()
+            on_file(number, len(wanted), report.files[-1])
+        for relative in sorted(journal.entries.keys() - names.keys()) if remove_gone else ():
+            entry = journal.entries.pop(relative)
+            if _kept(library).get(entry["name"]) == entry["sha256"]:
+                remove_adapter(library, entry["name"])
+                report.files.append(FileReport(relative, entry["name"], "removed"))
+    except KeyboardInterrupt:
+        report.is_complete = False
+    finally:
+        journal.write()
+    return report
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """The files of a folder and of those below it, in a fixed order; hidden ones and links to elsewhere are left out."""
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(where) / name
+            if not name.startswith(".") and path.is_file() and not path.is_symlink():
+                yield path
+
+
+def names_for(paths: Sequence[str], known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """A name for the adapter of each file, made from its path without the ending; with a hash where a name is taken or had to be cut.
+
+    Args:
+        known: the names that files have already, which they keep.
+    """
+    made = {path: name_from(path.rpartition(".")[0] if "." in path.rpartition("/")[2] else path) for path in paths}
+    taken = Counter(name for path, name in made.items() if path not in known)
+    taken.update(known.values())
+    names = {}
+    for path, name in made.items():
+        if taken[name] > 1 or len(name) >= _LONGEST_NAME:
+            mark = hashlib.sha256(path.encode()).hexdigest()[:8]
+            name = f"{name[: _LONGEST_NAME - 9]}-{mark}"
+        names[path] = known.get(path, name)
+    return names
+
+
+def _learn_file(
+    path: Path, relative: str, name: str, kept: Mapping[str, str], learn: Learn, journal: _Journal, again: bool
+) -> FileReport:
+    started = time.perf_counter()
+    try:
+        stat = path.stat()
+        known = journal.entries.get(relative)
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        sha256 = known["sha256"] if known and known["stamp"] == stamp else file_sha256(path)
+        if known and known["sha256"] == sha256 and not again:
+            journal.entries[relative] = {**known, "stamp": stamp}
+            if known["error"]:
+                return FileReport(relative, name, "failed", error=known["error"])
+            if kept.get(name) == sha256:
+                return FileReport(relative, name, "unchanged")
+        journal.entries[relative] = {"name": name, "sha256": sha256, "stamp": stamp, "error": None}
+        try:
+            learn(path, name)
+        except LoracastError as error:
+            journal.entries[relative]["error"] = str(error)
+            return FileReport(relative, name, "failed", time.perf_counter() - started, str(error))
+        return FileReport(relative, name, "learned", round(time.perf_counter() - started, 3))
+    except OSError as error:  # gone meanwhile, or not to be read
+        journal.entries.pop(relative, None)
+        return FileReport(relative, name, "failed", error=f"{relative} cannot be read: {error}")
+
+
+def _kept(library: Path) -> dict[str, str]:
+    """By the adapters' names, the hash of the bytes that each was made from."""
+    return {entry.name: entry.source_sha256 for entry in entries(library)[0]}
+
+
+class _Journal:
+    """What was seen of a folder's files by one way of learning them into one library."""
+
+    def __init__(self, journals: Path, folder: Path, library: Path, made_by: str):
+        self._about = {"folder": str(folder.resolve()), "library": str(library.resolve()), "made_by": made_by}
+        key = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()[:24]
+        self._path = journals / f"{key}.json"
+        self.entries: dict[str, dict[str, Any]] = {}
+        self._written_s = time.monotonic()
+        try:
+            stored = json.loads(self._path.read_text(encoding="utf-8"))
+            if stored["about"] == self._about:
+                self.entries = stored["entries"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none yet, or damaged: everything is learned anew
+
+    def write_now_and_then(self) -> None:
+        """So that a kill costs seconds of work, not all of it."""
+        if time.monotonic() - self._written_s > _JOURNAL_EVERY_S:
+            self.write()
+
+    def write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"about": self._about, "entries": self.entries}
+        write_atomically(self._path, json.dumps(content, ensure_ascii=False).encode())
+        self._written_s = time.monotonic()

@@ -1,0 +1,176 @@
+"""Keeping a library whole and small: what nobody needs is deleted, what is damaged is found."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loracast.errors import AdapterError
+from loracast.library.adapter import Adapter
+from loracast.library.files import (
+    STORE,
+    bring_home,
+    enter,
+    folders,
+    home_of,
+    is_ready,
+    settle,
+    size_of,
+    store_in,
+    strangers,
+)
+from loracast.library.library import find
+from loracast.library.manifest import VERSION_DIGITS, Manifest
+from loracast.library.register import Register
+from loracast.library.store import Store
+from loracast.library.workfolders import tidy, work_folder
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What `collect_garbage` deleted, or would."""
+
+    versions: tuple[str, ...]
+    n_bytes: int
+
+
+def collect_garbage(library: Path, *, keep: int | None = None, dry_run: bool = False) -> Collected:
+    """Delete what no name has, and what killed processes left.
+
+    Args:
+        keep: of each name, keep the newest so many versions; None keeps all.
+        dry_run: only say what would go.
+    """
+    if keep is not None and keep < 1:
+        raise AdapterError("keep at least one version of each name; `loracast rm NAME` deletes all")
+    if not is_ready(library):
+        return Collected((), 0)
+    if dry_run:
+        with Register.reading(library) as register:
+            named = {e.version for name in register.names() for e in register.versions_of(name)[:keep]}
+            gone = sorted(_everywhere(library, register) - named)
+        return Collected(tuple(gone), sum(size_of(home_of(library, version)) for version in gone))
+    with Register.writing(library) as register:
+        if keep is not None:
+            register.drop_older(keep)
+        register.drop_unnamed()
+        gone = sorted(_everywhere(library, register) - set(register.all_versions()))
+        for version in gone:
+            register.unsettle(version)
+    n_bytes = sum(size_of(home_of(library, version)) for version in gone)
+    settle(library)
+    tidy(library)
+    return Collected(tuple(gone), n_bytes)
+
+
+def _everywhere(library: Path, register: Register) -> set[str]:
+    """The versions that lie on this machine or in the library's store."""
+    store = store_in(register)
+    return folders(library).keys() | (set() if store is None else store.versions())
+
+
+def use_store(library: Path, url: str, *, take_over: bool = False) -> int:
+    """Keep a library's adapters at a URL from now on, and this machine's folder as a cache of it; all there are are copied there.
+
+    Args:
+        take_over: let a store that was another library's be this one's, with all that lies there, each adapter under the name it was made under.
+
+    Returns:
+        how many adapters lie there now.
+    """
+    library.mkdir(parents=True, exist_ok=True)
+    is_ready(library)
+    store = Store(url)
+    with Register.writing(library) as register:
+        owner = register.setting("id") or uuid.uuid4().hex
+        store.claim(owner, take_over=take_over)
+        register.set("id", owner)
+    with Register.reading(library) as register:
+        known = register.all_versions()
+    for version in known:
+        store.put(version, bring_home(library, version))
+    with Register.writing(library) as register:
+        register.set(STORE, url)
+    others = {version for version in store.versions() if store.has(version)} - set(known) if take_over else set()
+    for version in sorted(others):
+        home = bring_home(library, version)
+        with Register.writing(library) as register:
+            enter(register, Manifest.read(home / "adapter.json"), home)
+    return len(known) + len(others)
+
+
+def store_url(library: Path) -> str | None:
+    """Where a library's adapters lie, if not on this machine alone."""
+    if not is_ready(library):
+        return None
+    with Register.reading(library) as register:
+        return register.setting(STORE)
+
+
+def leave_store(library: Path) -> None:
+    """Bring all adapters back to this machine, and keep them here alone from now on. What lies in the store stays there."""
+    if is_ready(library):
+        with Register.reading(library) as register:
+            known = register.all_versions()
+        for version in known:
+            bring_home(library, version)
+        with Register.writing(library) as register:
+            register.set(STORE, None)
+
+
+def evict(library: Path) -> int:
+    """Delete this machine's copies of adapters that lie whole in the library's store; how many bytes. Raises AdapterError where there is none."""
+    url = store_url(library)
+    if url is None:
+        raise AdapterError(
+            "this library has no store: its adapters lie on this machine alone (`loracast store URL` sets one)"
+        )
+    store, n_bytes = Store(url), 0
+    for version, folder in folders(library).items():
+        if store.has(version):
+            n_bytes += size_of(folder)
+            with work_folder(library, "rm") as grave:
+                os.replace(folder, grave / folder.name)
+    return n_bytes
+
+
+def verify(library: Path, names: Sequence[str] = ()) -> list[str]:
+    """What is wrong with a library, a line each: files that are missing, changed or half-written, a damaged register.
+
+    Args:
+        names: only these adapters (`name` or `name@hash`); all of them, and the register, if none are given.
+    """
+    if names:
+        return [problem for name in names for problem in _verify_one(library, find(library, name).version)]
+    if not is_ready(library):
+        return []
+    with Register.reading(library) as register:
+        problems = register.problems()
+        known = set(register.all_versions())
+        unsettled = set(register.unsettled())
+        store = store_in(register)
+    stored = set() if store is None else {version for version in store.versions() if store.has(version)}
+    for version in sorted(known):
+        if store is None or home_of(library, version).exists():
+            problems += _verify_one(library, version)
+        if store is not None and version not in stored:
+            problems.append(f"the version {version[:VERSION_DIGITS]} is not at {store.url}")
+    for version in sorted((folders(library).keys() | stored) - known - unsettled):
+        problems.append(f"the version {version[:VERSION_DIGITS]} belongs to no name: `loracast gc` deletes it")
+    problems += [f"{folder} cannot be taken into the register: {why}" for folder, why in strangers(library)[1]]
+    return problems
+
+
+def _verify_one(library: Path, version: str) -> list[str]:
+    home = home_of(library, version)
+    try:
+        adapter = Adapter(home)
+    except AdapterError as error:
+        return [str(error)]
+    found = adapter.problems()
+    if adapter.manifest.version != version:
+        found.append("adapter.json is not the one it was stored with")
+    return [f"{home}: {problem}" for problem in found]

@@ -1,0 +1,108 @@
+"""One batched forward of the base in which every row may carry another LoRA, or none.
+
+A forward hook on each target module adds `(x A') B'` to the module's output: two small matmuls for each LoRA and row, no copy of a
+factor per token, the base's weights untouched. Works under autograd and under generation with a KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from loracast.errors import AdapterError
+from loracast.lora.algebra import LoRA, LoRABatch, stack
+
+
+@contextmanager
+def inject(model: nn.Module, loras: LoRA | LoRABatch | Sequence[LoRA | None] | None) -> Iterator[nn.Module]:
+    """Let `model` answer with LoRAs while the context lasts.
+
+    Args:
+        model: the base, a module whose submodules the LoRAs name.
+        loras: one LoRA for all rows, a list with one LoRA or None for each row of the batch, or a ready LoRABatch.
+
+    Raises:
+        AdapterError: a LoRA names a module that the base lacks, or has other shapes; all of them in one message.
+        In the forward: a batch with another number of rows than there are LoRAs.
+    """
+    batch = loras if isinstance(loras, LoRABatch) else stack(loras if isinstance(loras, Sequence) else [loras])
+    # A list holds one for each row, also where all of them are the same and were stacked once.
+    n_rows = len(loras) if isinstance(loras, Sequence) else batch.n if batch.n > 1 else None
+    modules = _modules_for(model, batch)
+    handles = []
+    try:
+        for name, module in modules.items():
+            chains: list[Sequence[Tensor]] = [batch.factors[name]] if name in batch.factors else []
+            chains += [[batch.dense[name]]] if name in batch.dense else []
+            chains = [[_like(module.weight, matrix) for matrix in chain] for chain in chains]
+            handles.append(module.register_forward_hook(_hook(n_rows, chains)))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of each linear module of a base."""
+    return {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def _modules_for(model: nn.Module, batch: LoRABatch) -> dict[str, nn.Linear]:
+    """The modules that a batch touches, after checking that they exist and fit."""
+    modules: dict[str, nn.Linear] = {}
+    problems = []
+    shapes = [(name, b.shape[1], a.shape[2]) for name, (a, b) in batch.factors.items()]
+    shapes += [(name, delta.shape[1], delta.shape[2]) for name, delta in batch.dense.items()]
+    for name, d_out, d_in in shapes:
+        try:
+            module: nn.Module | None = model.get_submodule(name)
+        except AttributeError:
+            module = None
+        if not isinstance(module, nn.Linear):
+            problems.append(f"{name}: the base has no such linear module")
+        elif (module.out_features, module.in_features) != (d_out, d_in):
+            problems.append(
+                f"{name}: the LoRA is for [{d_out}, {d_in}], the base has [{module.out_features}, {module.in_features}]"
+            )
+        else:
+            modules[name] = module
+    if problems:
+        raise AdapterError("this LoRA does not fit this base: " + "; ".join(problems))
+    return modules
+
+
+def _like(weight: Tensor, value: Tensor) -> Tensor:
+    """On the weight's device and, unless that is quantised, in its type: converted once here, not for every token."""
+    return value.to(weight.device, weight.dtype if weight.is_floating_point() else None)
+
+
+def _hook(
+    n_rows: int | None, chains: Sequence[Sequence[Tensor]]
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """Adds what each chain of matrices (A then B, or a dense delta) makes of the input. `n_rows` None fits any batch."""
+
+    def add_delta(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0]  # [rows, tokens, in]
+        if n_rows not in (None, x.shape[0]):
+            raise AdapterError(
+                f"{n_rows} LoRAs were given for a batch of {x.shape[0]} rows; give one for each row, or one for all"
+            )
+        for chain in chains:
+            y = x
+            for matrix in chain:  # [rows, tokens, in] -> [rows, tokens, r] -> [rows, tokens, out]
+                y = _matmul(y, matrix)
+            output = output + y
+        return output
+
+    return add_delta
+
+
+def _matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x [rows, tokens, d] times the transpose of weight [n, e, d], n being rows or 1 -> [rows, tokens, e]."""
+    weight = weight.to(x.dtype)
+    if weight.shape[0] == 1:
+        return nn.functional.linear(x, weight[0])
+    return torch.bmm(x, weight.transpose(1, 2))

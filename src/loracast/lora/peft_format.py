@@ -1,0 +1,106 @@
+"""LoRAs in PEFT's own format, a folder with adapter_config.json and adapter_model.safetensors: as other tools write them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loracast.errors import AdapterError
+from loracast.lora.algebra import Factors, LoRA
+from loracast.lora.tensor_file import TensorInfo, number_faults, read_header
+
+_PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+FACTOR_NAMES = (f"{_PREFIX}{{}}{_A}", f"{_PREFIX}{{}}{_B}")
+"""How PEFT calls A [r, in] and B [out, r] of a module."""
+MAX_RANK = 512
+"""The largest that vLLM serves."""
+_TYPES = ("F32", "BF16", "F16")
+
+
+def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None) -> LoRA:
+    """The LoRA in a PEFT folder, its scale (alpha / r, or alpha / sqrt(r) where rank-stabilised, by module) folded into B.
+
+    Args:
+        shapes: (out, in) of the base's linear modules, which the LoRA must fit; not looked at if None.
+
+    Raises:
+        AdapterError: there is no such adapter, it is damaged, does not fit, or is more than a LoRA on linear modules (DoRA, biases,
+            trained embeddings); with every fault that there is.
+    """
+    from safetensors.torch import load_file
+
+    config, faults = _read_config(folder / "adapter_config.json")
+    header, more = read_header(folder / "adapter_model.safetensors")
+    faults += more
+    tensors = load_file(folder / "adapter_model.safetensors") if header and not more else {}
+    modules = sorted({name.removesuffix(end) for name in header for end in (_A, _B) if name.endswith(end)})
+    faults += [f"{name[:200]}: not a factor of a linear module" for name in header if not _is_factor(name)]
+    for module in modules:
+        faults += [f"{module}{end[:-7]} is missing" for end in (_A, _B) if module + end not in header]
+        if module.startswith(_PREFIX) and {module + _A, module + _B} <= header.keys():
+            name = module.removeprefix(_PREFIX)
+            faults += _faults_of(name, header[module + _A], header[module + _B], shapes)
+    faults += number_faults((name, value) for name, value in tensors.items() if value.is_floating_point())
+    if not faults and not modules:
+        faults = ["it is empty"]
+    if faults:
+        raise AdapterError(f"the adapter in {folder} is not a LoRA that can be used: {'; '.join(faults)}")
+    factors = {}
+    for module in modules:
+        a, b = tensors[module + _A], tensors[module + _B]
+        name = module.removeprefix(_PREFIX)
+        factors[name] = Factors(a, b * _scale(config, name, a.shape[0]))
+    return LoRA(factors)
+
+
+def _is_factor(name: str) -> bool:
+    return name.startswith(_PREFIX) and name.endswith((_A, _B))
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """adapter_config.json, and what in it is not a plain LoRA's."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, [f"{path.name} cannot be read: {error}"]
+    faults = [f"peft_type {config.get('peft_type')!r}"] if config.get("peft_type") != "LORA" else []
+    faults += [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
+    faults += ["bias"] if config.get("bias", "none") != "none" or config.get("lora_bias") else []
+    patterns = config.get("alpha_pattern") or {}
+    alphas = {"lora_alpha": config.get("lora_alpha"), **(patterns if isinstance(patterns, dict) else {"": patterns})}
+    for name, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            faults.append(f"the alpha of {name!r} is {alpha!r}"[:200])
+    return config, faults
+
+
+def _faults_of(name: str, a: TensorInfo, b: TensorInfo, shapes: Mapping[str, tuple[int, int]] | None) -> list[str]:
+    """What is wrong with the factors of one module."""
+    faults = [f"{name}: factors of type {info.dtype}" for info in (a, b) if info.dtype not in _TYPES]
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        return [*faults, f"{name}: A {list(a.shape)} and B {list(b.shape)} are no factors of one matrix"]
+    if not 1 <= a.shape[0] <= MAX_RANK:
+        faults.append(f"{name}: rank {a.shape[0]} is not from 1 to {MAX_RANK}")
+    found = (b.shape[0], a.shape[1])
+    if shapes is not None and name not in shapes:
+        faults.append(f"{name}: the base has no such linear module")
+    elif shapes is not None and found != shapes[name]:
+        faults.append(f"{name}: the LoRA is for {list(found)}, the base has {list(shapes[name])}")
+    return faults
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """What PEFT multiplies a module's delta with."""
+    import re
+
+    # PEFT's own rule: a pattern names a module by the end of its path, or as a regular expression that ends it.
+    patterns = config.get("alpha_pattern") or {}
+    found = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+    alpha = config["lora_alpha"] if found is None else patterns[found]
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank

@@ -1,0 +1,1 @@
+"""Questions with answers packed into batches, and the log-likelihood of the answers under a LoRA."""

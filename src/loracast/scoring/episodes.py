@@ -1,0 +1,153 @@
+"""What training learns from: documents with questions, packed so that each document is encoded once and answers all its questions
+in one row.
+
+A row is a small tree: the prompts' common beginning once (a system turn, say), then every question with its answer as a
+branch of its own. A branch sees the beginning and itself, and its positions go on from the beginning's end, so each branch computes
+exactly what a row of its own would, at a fraction of the tokens; and the LoRA of a document meets all its questions in one matmul.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loracast.batching import pad_right
+from loracast.data.spans import Mark
+from loracast.scoring.soft_targets import SoftTargets
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the answer that the base shall give, both as token ids; the answer ends with the end of its turn."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    is_unrelated: bool = False
+    """It has nothing to do with the document: the base shall answer as it does without."""
+    window_prompt: tuple[int, ...] = ()
+    """The same question with the document before it, for a teacher that sees it; empty where nobody asks one."""
+    soft: SoftTargets | None = field(default=None, compare=False)
+    """What a teacher finds likely at the answer's tokens."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One document, in chunks of token ids, with questions about it; or questions of one task, without a document."""
+
+    chunks: tuple[tuple[int, ...], ...]
+    questions: tuple[Question, ...]
+    task: str = ""
+    """What the document is for, such as "needle": figures are logged by it."""
+    marks: tuple[Mark, ...] = ()
+    """The tokens that matter, where that is known."""
+
+
+def together(one: Episode, other: Episode) -> Episode:
+    """Two documents learned at once, with the questions about either; those that have nothing to do with any come last."""
+    about = [[question for question in episode.questions if not question.is_unrelated] for episode in (one, other)]
+    unrelated = [question for episode in (one, other) for question in episode.questions if question.is_unrelated]
+    moved = [
+        mark._replace(chunk=mark.chunk + len(one.chunks), statement=mark.statement + len(about[0]))
+        for mark in other.marks
+    ]
+    questions = (*about[0], *about[1], *unrelated)
+    return Episode((*one.chunks, *other.chunks), questions, one.task, (*one.marks, *moved))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Episodes as tensors. d documents of k chunks with at most c tokens; rows of at most t tokens; n answer tokens in all."""
+
+    chunk_ids: Tensor  # [d * k, c]
+    chunk_mask: Tensor  # [d * k, c] bool, true where real
+    chunks_per_document: int
+    input_ids: Tensor  # [d, t]
+    position_ids: Tensor  # [d, t]
+    attention_mask: Tensor  # [d, 1, t, t] bool, true where a token may look
+    answer_rows: Tensor  # [n] the row of each position from which an answer token is predicted
+    answer_positions: Tensor  # [n]
+    answer_ids: Tensor  # [n] the token to predict there
+    answer_question: Tensor  # [n] the number of the question it belongs to, counted over the batch
+    is_unrelated: Tensor  # [questions] bool
+    is_soft: Tensor  # [n] bool, whether a teacher says what is likely there
+    soft_ids: Tensor  # [soft, k] the teacher's likeliest tokens, of those positions that have any
+    soft_log_probs: Tensor  # [soft, k]
+    marks: Tensor  # [m, 7] a Mark in each row, but that its chunk is the row of chunk_ids
+
+    @property
+    def n_questions(self) -> int:
+        return int(self.answer_question[-1]) + 1
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that the base processes with a backward pass, padding included."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
+        return Batch(**moved)
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest beginning that all sequences share, short of the last token of the shortest."""
+    length = min(len(sequence) for sequence in sequences) - 1
+    first = sequences[0]
+    for i in range(length):
+        if any(sequence[i] != first[i] for sequence in sequences):
+            return i
+    return length
+
+
+def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
+    """Episodes -> one Batch. Where documents differ in their number of chunks, chunks without a real token fill up."""
+    k = max(1, *(len(episode.chunks) for episode in episodes))
+    empty: tuple[tuple[int, ...], ...] = ((),)
+    filled = [chunk for episode in episodes for chunk in episode.chunks + empty * (k - len(episode.chunks))]
+    chunk_ids, chunk_mask = pad_right(filled, pad_id)
+    rows: list[list[int]] = []
+    positions: list[list[int]] = []
+    branches: list[list[int]] = []  # of each token: 0 is the beginning, then the questions from 1 on
+    answers: list[tuple[int, int, int, int]] = []  # row, position, token, question
+    n_questions = 0
+    for row, episode in enumerate(episodes):
+        shared = common_prefix([question.prompt for question in episode.questions])
+        ids = list(episode.questions[0].prompt[:shared])
+        position = list(range(shared))
+        branch = [0] * shared
+        for number, question in enumerate(episode.questions, start=1):
+            tail = [*question.prompt[shared:], *question.answer[:-1]]  # the last answer token is only ever predicted
+            first = len(ids) + len(question.prompt) - shared - 1
+            answers += [(row, first + i, token, n_questions) for i, token in enumerate(question.answer)]
+            n_questions += 1
+            ids += tail
+            position += range(shared, shared + len(tail))
+            branch += [number] * len(tail)
+        rows.append(ids)
+        positions.append(position)
+        branches.append(branch)
+    input_ids, _ = pad_right(rows, pad_id)
+    position_ids, _ = pad_right(positions, 0)
+    branch_ids, _ = pad_right(branches, -1)  # padding sees padding only, and nobody sees it
+    same = branch_ids[:, :, None] == branch_ids[:, None, :]
+    beginning = (branch_ids == 0)[:, None, :] & (branch_ids >= 0)[:, :, None]
+    t = input_ids.shape[1]
+    causal = torch.ones(t, t, dtype=torch.bool).tril()
+    attention_mask = ((same | beginning) & causal)[:, None]
+    answer_rows, answer_positions, answer_ids, answer_question = torch.tensor(answers).unbind(1)
+    questions = [question for episode in episodes for question in episode.questions]
+    soft = [question.soft for question in questions if question.soft is not None]
+    is_soft = [question.soft is not None for question in questions for _ in question.answer]
+    marks = [(row * k + chunk, *rest) for row, episode in enumerate(episodes) for chunk, *rest in episode.marks]
+    return Batch(
+        chunk_ids, chunk_mask, k, input_ids, position_ids, attention_mask,
+        answer_rows, answer_positions, answer_ids, answer_question,
+        torch.tensor([question.is_unrelated for question in questions]),
+        torch.tensor(is_soft),
+        torch.cat([targets.ids for targets in soft]).long() if soft else torch.zeros(0, 1, dtype=torch.long),
+        torch.cat([targets.log_probs for targets in soft]).float() if soft else torch.zeros(0, 1),
+        torch.tensor(marks, dtype=torch.long).view(-1, len(Mark._fields)),
+    )  # fmt: skip

@@ -1,0 +1,129 @@
+"""Train the document hypernetwork on another sense: what an encoder sees of an image (or a signal) becomes a LoRA, and the text-only base is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loracast.base.load import Base
+from loracast.cast.image import check_encoder
+from loracast.data.labelled import Labelled
+from loracast.encoders.features import Encoder
+from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+from loracast.lora.target import target_from_config
+from loracast.scoring.episodes import pack
+from loracast.training.loop import TrainConfig
+from loracast.training.modality_source import SenseDataConfig, SenseSource
+from loracast.training.objective import answer_with
+from loracast.training.recipe import read_recipe_as
+from loracast.training.run import start_from, train_hypernet
+from loracast.training.runtime import Workers
+from loracast.training.teacher import Teacher, Teaching
+
+_THINGS_FOR_UNITS = 256
+_OPTIONS = {"width", "rank", "n_heads", "n_kv_heads", "head_dim", "n_decoder_blocks", "n_encoder_blocks", "n_latents", "n_latent_mlps",
+            "gated_projection", "factorised_queries", "head_shared_rank", "document_independent_rank", "shared_rank", "scale"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SenseRecipe:
+    """One training run, as a TOML file with the tables `[hypernetwork]`, `[objective]`, `[data]` and `[training]` says it."""
+
+    kinds: tuple[str, ...] = ("down_proj",)
+    """Module kinds that receive a LoRA."""
+    layers: tuple[int, ...] | None = None
+    """Layers that receive a LoRA; all if None."""
+    hypernetwork: Mapping[str, Any] = field(default_factory=dict)
+    """Options of DocToLoRAConfig."""
+    harm_weight: float = 1.0
+    """Weight of the divergence from the plain base on questions that have nothing to do with what is sensed."""
+    data: SenseDataConfig = field(default_factory=SenseDataConfig)
+    training: TrainConfig = field(default_factory=TrainConfig)
+    asked: frozenset[str] = frozenset()
+    """Keys of the table `[hypernetwork]` that were given: `--init-from` leaves no room for any."""
+
+
+def read_sense_recipe(path: Path | None, overrides: tuple[str, ...] | list[str] = ()) -> SenseRecipe:
+    """A recipe from a TOML file, changed by overrides such as `training.lr=2e-4`. Raises ConfigError as `read_tables` does."""
+    return read_recipe_as(
+        SenseRecipe, path, overrides,
+        architecture=_OPTIONS, ours=("kinds", "layers"), objective={"harm_weight"}, data=SenseDataConfig,
+    )  # fmt: skip
+
+
+def build_sense_hypernet(base: Base, recipe: SenseRecipe, encoder: Encoder, source: SenseSource) -> DocToLoRA:
+    """A fresh hypernetwork for a base and an encoder, its units measured on the data."""
+    torch.manual_seed(recipe.training.seed)
+    target = target_from_config(base.model.config, recipe.kinds, recipe.layers)
+    config = DocToLoRAConfig.for_target(
+        target, encoder.d_features,
+        encoder=encoder.name, encoder_fingerprint=encoder.fingerprint, reader_layers=(0,), **recipe.hypernetwork,
+    )  # fmt: skip
+    hypernet = DocToLoRA(config)
+    some = torch.linspace(0, len(source.states) - 1, min(_THINGS_FOR_UNITS, len(source.states))).long()
+    hypernet.standardise(source.states[some].float().flatten(0, 1))
+    return hypernet
+
+
+def train_sense(
+    base: Base,
+    recipe: SenseRecipe,
+    labelled: Labelled,
+    encoder: Encoder,
+    out_dir: Path,
+    *,
+    init_from: Path | None = None,
+    command: str = "",
+    workers: Workers | None = None,
+    on_encoded: Callable[[int, int], None] = lambda done, total: None,
+    on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
+) -> dict[str, float]:
+    """Train a hypernetwork for `base` and `encoder`, or go on where `out_dir` has a run with the same settings; the last metrics.
+
+    Args:
+        init_from: a hypernetwork folder whose weights a fresh run starts from (its config is used, and the recipe's `[hypernetwork]` table must
+            be empty).
+        on_encoded: told how many things have been encoded, where that has not been done before.
+    """
+    workers = workers or Workers.join(base.device.type)
+    made = SenseSource(recipe.data, labelled, encoder, base.chat, progress=on_encoded) if workers.is_first else None
+    workers.any(False)  # the others wait for the features
+    source = made or SenseSource(recipe.data, labelled, encoder, base.chat)
+    if init_from is not None:
+        hypernet = start_from(init_from, DocToLoRA, base, recipe.asked)
+        check_encoder(hypernet.config, encoder)
+    else:
+        hypernet = build_sense_hypernet(base, recipe, encoder, source)
+    hypernet.to(workers.device).train()
+    wrapped = workers.wrap(hypernet)
+    teaching = Teaching(Teacher(base.model, base.pad_id), None)
+    n_micro = recipe.training.accumulate
+
+    def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
+        features, episodes = source.step(step * n_micro + micro, workers.rank)
+        batch = pack(teaching.taught(episodes), base.pad_id).to(workers.device)
+        with torch.autocast(workers.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext():
+            cast = wrapped(features.to(workers.device))
+            seen, _ = answer_with(base.model, cast.loras, batch)
+        harm = seen.harm
+        total = seen.loss if harm is None else seen.loss + recipe.harm_weight * harm
+        figures = {"answer_loss": seen.loss.item(), "exact": seen.exact, "token_accuracy": seen.token_accuracy}
+        if harm is not None:
+            figures["harm"] = harm.item()
+        return total, {**figures, "questions": batch.n_questions, "tokens": batch.n_tokens}
+
+    about = {
+        "data": {**asdict(recipe.data), "unrelated": [Path(name).name for name in recipe.data.unrelated]},
+        "things": labelled.fingerprint,
+        "encoder": encoder.fingerprint,
+    }
+    return train_hypernet(
+        hypernet, objective, recipe.training, out_dir,
+        base=base, init_from=init_from, about=about, command=command, workers=workers, on_metrics=on_metrics,
+    )  # fmt: skip

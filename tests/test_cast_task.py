@@ -1,0 +1,218 @@
+"""Descriptions become adapters: in Python, in batches, from the command line, beside documents."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from loracast.base.generate import Sampling, answer_batch
+from loracast.base.load import DEFAULT_BASE, base_folder, load_base
+from loracast.cast.task import TaskCaster, load_caster
+from loracast.cli import app
+from loracast.encoders.sentence import BaseTextEncoder
+from loracast.errors import AdapterError, HypernetworkError
+from loracast.hypernets.store import save_pretrained
+from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
+from loracast.library.library import adapter_names
+from loracast.lora.algebra import LoRA
+from loracast.lora.target import target_from_config
+from loracast.model import Answerer, load, shipped_hypernetwork
+from test_text_to_lora import make_sentence_encoder, make_task_hypernet
+
+KNOWN = ["Answer with the opposite word.", "Give the antonym of the word.", "Translate the word to French."]
+SENTENCE = "Turn each word around."
+
+
+@pytest.fixture(scope="module")
+def task_hypernetwork(base, tmp_path_factory):
+    """A folder with a random hypernetwork for the tiny base, which reads with a tiny random sentence encoder."""
+    folder = tmp_path_factory.mktemp("tasks")
+    encoder = make_sentence_encoder(folder / "encoder")
+    hypernet = make_task_hypernet(base, encoder, 4, 30.0)
+    from loracast.encoders.sentence import load_text_encoder
+
+    hypernet.know(load_text_encoder(str(encoder))(KNOWN))
+    save_pretrained(hypernet, folder / "hypernetwork", base.fingerprint, storage="float32")
+    return folder / "hypernetwork"
+
+
+@pytest.fixture
+def caster(task_hypernetwork, tmp_path) -> TaskCaster:
+    return load_caster(task_hypernetwork, library=tmp_path / "library")
+
+
+def close(one: LoRA, other: LoRA) -> bool:
+    return set(one.names) == set(other.names) and all(
+        torch.allclose(
+            one.delta(name), other.delta(name).float(), rtol=2e-2, atol=2e-2 * one.delta(name).abs().max().item()
+        )
+        for name in one.names
+    )
+
+
+def test_a_description_becomes_an_adapter_that_answers(caster, base):
+    adapter = caster.task(SENTENCE, "opposite")
+    manifest = adapter.manifest
+    assert (manifest.kind, manifest.title, manifest.n_chunks, manifest.made_for) == (
+        "task",
+        SENTENCE,
+        1,
+        base.fingerprint,
+    )
+    (lora,) = caster.loras([SENTENCE])
+    assert close(lora, adapter.lora())  # but for bf16
+    adapter.verify()
+    answerer = Answerer(base, caster.library)
+    few = Sampling(max_new_tokens=6)
+    assert answerer.ask("hot", "opposite", sampling=few) != answerer.ask("hot", sampling=few)
+
+
+def test_a_batch_is_one_pass_and_the_same_as_one_by_one(caster, monkeypatch):
+    texts = [*KNOWN, SENTENCE]
+    passes = []
+    forward = TextToLoRA.forward
+    monkeypatch.setattr(TextToLoRA, "forward", lambda self, x: (passes.append(len(x)), forward(self, x))[1])
+    adapters = caster.tasks(texts)
+    assert passes == [4] and [a.name for a in adapters][:2] == [
+        "answer-with-the-opposite-word",
+        "give-the-antonym-of-the-word",
+    ]
+    for text, adapter in zip(texts, adapters, strict=True):
+        assert close(caster.loras([text])[0], adapter.lora())
+
+
+def test_strength_scales_the_delta(caster):
+    whole, half, none = (caster.loras([SENTENCE], strength)[0] for strength in (1.0, 0.5, 0.0))
+    for name in whole.names:
+        torch.testing.assert_close(half.delta(name), whole.delta(name) / 2)
+        assert not none.delta(name).any()
+    assert caster.task(SENTENCE, "half", strength=0.5).manifest.strength == 0.5
+
+
+def test_a_description_far_from_training_is_cast_with_a_warning(caster):
+    same, other = caster.distances([KNOWN[0], "zxq vv kk"])
+    assert same == pytest.approx(0, abs=1e-5) and other > caster.usual_distance > 0
+    assert not caster.task(KNOWN[0]).manifest.warnings
+    (warning,) = caster.task("zxq vv kk").manifest.warnings
+    assert warning.startswith("'zxq vv kk' is far from every description seen in training")
+
+
+def test_what_is_refused_leaves_nothing(caster):
+    caster.task(KNOWN[0], "taken")
+    for descriptions, names, message in (
+        (["  "], ["empty"], "description of a task is empty"),
+        ([KNOWN[1], KNOWN[2]], ["new", "taken"], "already"),
+        ([KNOWN[1], KNOWN[2]], ["same", "same"], "a name of its own"),
+        ([KNOWN[1]], ["Not Allowed"], "cannot name an adapter"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            caster.tasks(descriptions, names)
+    with pytest.raises(AdapterError, match="cannot name an adapter"):
+        caster.tasks([KNOWN[1], KNOWN[2]], ["good", "Bad Name"], replace=True)
+    assert adapter_names(caster.library) == ["taken"]
+    assert caster.task(KNOWN[1], "taken", replace=True).manifest.title == KNOWN[1]
+    assert caster.task(KNOWN[1], "taken").version == caster.task(KNOWN[1], "taken").version  # the same again
+    with pytest.raises(AdapterError, match="already"):
+        caster.task(KNOWN[1], "taken", strength=0.5)
+
+
+def test_a_task_and_a_document_answer_together(task_hypernetwork, tiny_folder, tiny_hypernet_folder, tmp_path):
+    model = load(tiny_folder, tiny_hypernet_folder, task_hypernetwork=task_hypernetwork, library=tmp_path, device="cpu")
+    (tmp_path / "note.txt").write_text("The access number of the amber lantern is 5283.")
+    note, task = model.learn(tmp_path / "note.txt", "note"), model.task(KNOWN[0], "opposite")
+    lora, _ = model.lora_for("What is the number?", ["opposite", "note"])
+    for name in lora.names:
+        parts = [adapter.lora() for adapter in (note, task)]
+        expected = sum(part.delta(name).float() for part in parts if name in part.names)
+        torch.testing.assert_close(lora.delta(name).float(), expected, rtol=2e-2, atol=2e-2)
+    assert [a.name for a in model.tasks([KNOWN[1]], ["second"])] == ["second"]
+
+
+def test_without_a_hypernetwork_for_tasks_the_error_says_what_to_do(tiny_folder, tiny_hypernet_folder, tmp_path):
+    model = load(tiny_folder, tiny_hypernet_folder, library=tmp_path, device="cpu")
+    with pytest.raises(HypernetworkError, match="loracast train text"):
+        model.task("Do something.")
+
+
+def test_the_command(task_hypernetwork, tmp_path, home):
+    library = tmp_path / "library"
+    arguments = [
+        "task",
+        SENTENCE,
+        "--name",
+        "opposite",
+        "--hypernetwork",
+        str(task_hypernetwork),
+        "--library",
+        str(library),
+    ]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and done.stdout.startswith(
+        f"cast opposite ({SENTENCE})\nrank 2 in q_proj, 2 in v_proj, "
+    )
+    assert CliRunner().invoke(app, arguments).exit_code == 0  # the same again
+    other = ["task", "Turn no word around.", *arguments[2:]]
+    assert CliRunner().invoke(app, other).exit_code == 1  # the name is taken
+    report = json.loads(CliRunner().invoke(app, [*arguments, "--replace", "--json", "--strength", "0.5"]).stdout)
+    assert report["name"] == "opposite" and report["strength"] == 0.5 and report["description"] == SENTENCE
+    assert report["distance"] > 0 and report["cast_s"] < 5
+    shown = CliRunner().invoke(app, ["show", "opposite", "--library", str(library)]).stdout
+    assert "strength 0.5" in shown and "sha256" not in shown
+    listed = CliRunner().invoke(app, ["list", "--library", str(library), "--json"]).stdout
+    assert json.loads(listed)["adapters"][0]["kind"] == "task"
+    far = [*arguments, "--replace"]
+    far[1] = "zxq vv kk"
+    assert "far from every description" in CliRunner().invoke(app, far).stderr
+
+
+def test_the_command_reads_with_the_base_where_the_hypernetwork_does(base, tiny_folder, tmp_path, home):
+    target = target_from_config(base.model.config, ("q_proj",))
+    torch.manual_seed(3)
+    hypernet = TextToLoRA(TextToLoRAConfig(48, target.rows, encoder="base", rank=2, width=16, head_width=16))
+    hypernet.heads["q_proj"].scaler_b.data.fill_(1.0)
+    save_pretrained(hypernet, tmp_path / "h", base.fingerprint, storage="float32")
+    arguments = [
+        "task",
+        SENTENCE,
+        "--name",
+        "t",
+        "--hypernetwork",
+        str(tmp_path / "h"),
+        "--library",
+        str(tmp_path / "l"),
+    ]
+    done = CliRunner().invoke(app, [*arguments, "--base", str(tiny_folder), "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["distance"] is None
+    with torch.no_grad():
+        expected = hypernet.eval()(BaseTextEncoder(load_base(tiny_folder, device="cpu"))([SENTENCE])).row(0)
+    assert close(expected, Answerer(base, tmp_path / "l").adapter("t").lora())
+    save_pretrained(hypernet, tmp_path / "h", dataclasses.replace(base.fingerprint, norms="0" * 16))
+    done = CliRunner().invoke(app, [*arguments, "--replace", "--base", str(tiny_folder)])
+    assert done.exit_code == 1 and "the weights differ" in done.stderr.replace("\n", " ")
+
+
+@pytest.mark.base
+@pytest.mark.skipif(not (base_folder(DEFAULT_BASE) / "tokenizer.json").is_file(), reason="needs `loracast pull`")
+def test_the_shipped_hypernetwork_casts_tasks():
+    """Two tasks from one batch, each in its own row of a batch of inputs: the base answers in the labels that a description names."""
+    base = load_base(device="cpu")
+    caster = load_caster(shipped_hypernetwork(base.name, "text"), base=lambda: base)
+    asked = {
+        "Classify the sentiment of a sentence as positive or negative": {
+            "I loved every minute": "positive",
+            "The battery died after an hour.": "negative",
+        },
+        "Answer with the opposite word": {"hot": "cold"},
+    }
+    loras = caster.loras(list(asked))
+    rows = [
+        (base.chat.prompt(x, ""), lora, y)
+        for lora, its in zip(loras, asked.values(), strict=True)
+        for x, y in its.items()
+    ]
+    prompts, its_loras, wanted = zip(*rows, strict=True)
+    assert answer_batch(base, prompts, its_loras, Sampling(max_new_tokens=8)) == list(wanted)

@@ -1,0 +1,131 @@
+"""Images as files: what is read, what is refused, and labelled sets of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loracast.data.labelled import make_signals, read_images
+from loracast.documents import read_document
+from loracast.documents.document import Limits
+from loracast.documents.images import MAX_PIXELS, is_picture, picture_format, read_picture
+from loracast.errors import ConfigError, DocumentError
+
+
+def gradient(width: int = 24, height: int = 16) -> Image.Image:
+    """Red grows to the right, green downwards."""
+    red = np.tile(np.linspace(0, 255, width, dtype=np.uint8), (height, 1))
+    green = np.tile(np.linspace(0, 255, height, dtype=np.uint8)[:, None], (1, width))
+    return Image.fromarray(np.stack([red, green, np.full_like(red, 60)], axis=-1))
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_each_format_is_known_by_its_content_and_read(tmp_path, kind):
+    path = tmp_path / "my_red-wall.bin"
+    path.write_bytes(encoded(gradient(), kind))
+    assert is_picture(path) and picture_format(path.read_bytes()) == kind
+    picture = read_picture(path)
+    assert (picture.title, picture.file_name, picture.media_type) == ("my red wall", path.name, f"image/{kind.lower()}")
+    assert picture.image.mode == "RGB" and picture.image.size == (24, 16)
+    left, right = (np.asarray(picture.image)[:, x, 0].mean() for x in (1, -2))
+    assert left < 40 and right > 200
+    with path.open("rb") as stream:
+        assert read_picture(stream).sha256 == picture.sha256
+
+
+def test_an_image_stands_upright_on_white(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was turned: rotate by 90 degrees
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encoded(gradient(), "JPEG", exif=turned))
+    assert read_picture(path).image.size == (16, 24)
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    clear.putpixel((0, 0), (255, 0, 0, 255))
+    shown = read_picture(io.BytesIO(encoded(clear, "PNG"))).image
+    assert shown.getpixel((0, 0)) == (255, 0, 0) and shown.getpixel((3, 3)) == (255, 255, 255)
+    grey = read_picture(io.BytesIO(encoded(Image.new("L", (4, 4), 77), "PNG"))).image
+    assert grey.getpixel((1, 1)) == (77, 77, 77)
+
+
+def test_bombs_and_damage_are_refused(tmp_path):
+    bomb = encoded(Image.new("1", (20_000, 20_000)), "PNG")
+    assert len(bomb) < 200_000 and MAX_PIXELS < 20_000**2
+    with pytest.raises(DocumentError, match="more than 50 million pixels"):
+        read_picture(io.BytesIO(bomb), file_name="bomb.png")
+    with pytest.raises(DocumentError, match="more than 50 million pixels"):  # below Pillow's own limit
+        read_picture(io.BytesIO(encoded(Image.new("1", (8_000, 8_000)), "PNG")))
+    whole = encoded(gradient(300, 300), "PNG")
+    for damaged in (whole[: len(whole) // 2], whole[:60], whole[:40] + b"\0" * 40 + whole[80:]):
+        with pytest.raises(DocumentError, match="damaged PNG image"):
+            read_picture(io.BytesIO(damaged))
+    with pytest.raises(DocumentError, match="not an image that can be read"):
+        read_picture(io.BytesIO(b"BMW builds cars and motorcycles in Munich."))
+    with pytest.raises(DocumentError, match="larger than"):
+        read_picture(io.BytesIO(whole), limits=Limits(max_bytes=100))
+    assert not is_picture(tmp_path / "nothing.png") and not is_picture(tmp_path)
+
+
+def test_a_document_is_no_picture(tmp_path):
+    path = tmp_path / "photo.jpg"
+    path.write_text("This is a text with the wrong name.")
+    assert not is_picture(path)
+    assert read_document(path).text.startswith("This is a text")
+
+
+def write_set(root: Path, classes=("00_red_ball", "01_blue_box", "02_old_hat"), n: int = 3) -> Path:
+    for i, folder in enumerate(classes):
+        (root / folder).mkdir(parents=True)
+        for j in range(n):
+            Image.new("RGB", (8, 8), (80 * i, 10 * j, 0)).save(root / folder / f"{j}.png")
+    return root
+
+
+def test_a_folder_and_its_zip_are_the_same_set(tmp_path):
+    root = write_set(tmp_path / "set")
+    told = [{"label": i, "name": name, "primary": i < 2} for i, name in enumerate(("ball", "box", "hat"))]
+    (root / "classes.json").write_text(json.dumps(told))
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in sorted(root.rglob("*")):
+            archive.write(path, path.relative_to(root))
+    as_folder, as_zip = read_images(root), read_images(tmp_path / "set.zip")
+    assert as_folder.names == as_zip.names == ("ball", "box", "hat")
+    assert as_folder.is_spare == (False, False, True) and as_folder.of(spare=True) == [6, 7, 8]
+    assert as_folder.fingerprint == as_zip.fingerprint and as_folder.titles == as_zip.titles
+    for i in range(len(as_zip)):
+        assert as_zip.load(i).getpixel((0, 0)) == as_folder.load(i).getpixel((0, 0)) == (80 * (i // 3), 10 * (i % 3), 0)
+    (root / "02_old_hat" / "2.png").unlink()
+    assert read_images(root).fingerprint != as_folder.fingerprint
+
+
+def test_folders_name_their_classes(tmp_path):
+    assert read_images(write_set(tmp_path / "set")).names == ("red ball", "blue box", "old hat")
+    (tmp_path / "set" / "classes.json").write_text('[{"label": 0, "name": "ball"}]')
+    with pytest.raises(ConfigError, match=r"classes.json .* does not fit"):
+        read_images(tmp_path / "set")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no folder with images"):
+        read_images(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="no images at"):
+        read_images(tmp_path / "gone")
+    (tmp_path / "bad.zip").write_bytes(b"PK nothing")
+    with pytest.raises(ConfigError, match="no zip file"):
+        read_images(tmp_path / "bad.zip")
+
+
+def test_signals_depend_on_the_seed_alone():
+    one, same, other = make_signals(3, 4), make_signals(3, 4), make_signals(4, 4)
+    assert len(one) == 4 * len(one.names) and one.labels == same.labels
+    assert (one.load(5) == same.load(5)).all() and (one.load(5) != other.load(5)).any()
+    assert all(one.load(i).shape == (1, 256) and one.load(i).isfinite().all() for i in range(len(one)))

@@ -1,0 +1,85 @@
+"""How chunks become one LoRA, against numpy and against what an associative memory is for."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from adapters import TARGET, random_factors, write
+from loracast.errors import AdapterError
+from loracast.library.manifest import Manifest
+from loracast.lora.merge import Merging, told_apart
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("d_in", [16, 7], ids=["few rows", "more rows than inputs"])
+def test_chunks_are_told_apart_as_least_squares_would_have_it(d_in):
+    a, b = draw(2, 3, 4, d_in), draw(2, 3, 4, 5)  # modules, chunks, rank, width
+    found = told_apart(a, b, 3.0)
+    assert found.shape == a.shape
+    for module in range(2):
+        keys, values = (side[module].reshape(12, -1).double().numpy() for side in (a, b))
+        length = np.linalg.norm(keys, axis=1, keepdims=True)
+        weight = np.linalg.norm(values, axis=1)
+        weight = weight / weight.max()
+        together = np.outer(weight, weight) * (keys / length @ (keys / length).T)
+        alone = np.kron(np.eye(3), np.ones((4, 4))) * together
+        expected = length * (np.linalg.inv(together + 3 * np.eye(12)) @ (alone + 3 * np.eye(12)) @ (keys / length))
+        np.testing.assert_allclose(found[module].reshape(12, -1), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_chunk_alone_and_chunks_without_a_common_key_stay_as_they_are():
+    a, b = draw(2, 1, 4, 16), draw(2, 1, 4, 5)
+    torch.testing.assert_close(told_apart(a, b, 3.0), a)
+    separate = torch.zeros(1, 2, 4, 16)
+    separate[0, 0, :, :8], separate[0, 1, :, 8:] = draw(4, 8), draw(4, 8)
+    torch.testing.assert_close(told_apart(separate, draw(1, 2, 4, 5), 3.0), separate)
+    padded = torch.cat([a, torch.zeros_like(a)], dim=1)  # a chunk of padding
+    torch.testing.assert_close(told_apart(padded, torch.cat([b, torch.zeros_like(b)], dim=1), 3.0), padded)
+
+
+def test_a_question_for_one_chunk_hears_less_of_the_others():
+    common = draw(16)
+    keys = torch.nn.functional.normalize(draw(4, 8, 16) + 0.7 * common, dim=-1)  # four chunks
+    values = torch.eye(32).view(4, 8, 32)
+    heard = {}
+    for ridges in ({}, {"o_proj": 3.0}):
+        a, b = Merging(ridges=ridges).join("o_proj", keys, values)
+        answer = keys.flatten(0, 1) @ a.T @ b  # [asked, said]
+        own = answer.diagonal()
+        elsewhere = answer * (torch.arange(32)[:, None] // 8 != torch.arange(32) // 8)
+        heard[bool(ridges)] = float(elsewhere.abs().sum(1).mean() / own.mean())
+    assert heard[True] < 0.7 * heard[False]
+
+
+def test_adapters_are_merged_as_their_manifest_says(tmp_path):
+    kind = TARGET.kinds[0]
+    plain, apart = write(tmp_path / "plain", 3), write(tmp_path / "apart", 3, merge_ridges={kind: 3.0})
+    a, b = (side.bfloat16() for side in random_factors(3)[kind])
+    keys = told_apart(a.transpose(0, 1), b.transpose(0, 1), 3.0)  # [layers, chunks, r, in]
+    for layer, module in enumerate(TARGET.of_kind(kind)):
+        torch.testing.assert_close(
+            apart.lora().delta(module.name).float(),
+            sum(b[i, layer].T.float() @ keys[layer, i].float() for i in range(3)),
+            atol=0.05, rtol=0.02,
+        )  # fmt: skip
+    assert torch.equal(apart.lora([1]).delta(module.name), plain.lora([1]).delta(module.name))
+    for module in TARGET.of_kind(TARGET.kinds[1]):
+        assert torch.equal(apart.lora().delta(module.name), plain.lora().delta(module.name))
+    assert apart.version != plain.version
+    assert apart.manifest.made_from != plain.manifest.made_from  # what the library takes for learned already
+
+
+def test_a_ridge_that_is_no_positive_number_is_refused(tmp_path):
+    path = write(tmp_path, 2).folder / "adapter.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for ridge in (0.0, -1.0, float("nan"), "3"):
+        (tmp_path / "adapter.json").write_text(json.dumps(stored | {"merge_ridges": {"down_proj": ridge}}))
+        with pytest.raises(AdapterError, match="damaged"):
+            Manifest.read(tmp_path / "adapter.json")

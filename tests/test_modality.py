@@ -1,0 +1,442 @@
+"""Another sense: encoders that plug into the document hypernetwork, its training, its evaluation, and images as adapters."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from conftest import DATA, make_hypernet
+from loracast.base.generate import Sampling, answer_batch
+from loracast.base.load import DEFAULT_BASE, base_folder, load_base
+from loracast.cast.image import SenseCaster, load_picture_caster
+from loracast.cli import app
+from loracast.data.labelled import Labelled, make_signals, read_images
+from loracast.documents.images import read_picture
+from loracast.encoders import image as image_encoders
+from loracast.encoders.features import Encoder, Features
+from loracast.encoders.hidden_states import ContextEncoder
+from loracast.encoders.image import ImageEncoder, load_image_encoder
+from loracast.encoders.signal import SignalEncoder
+from loracast.errors import BaseModelError, ConfigError, EncoderError, HypernetworkError
+from loracast.evaluation.modality import ALL, SEEN, SPARE, SenseEvalConfig, evaluate_sense
+from loracast.evaluation.modality_plots import confusion, sheet
+from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.store import from_pretrained, save_pretrained
+from loracast.model import load, shipped_hypernetwork
+from loracast.training import modality_source as sense_source
+from loracast.training.modality import read_sense_recipe, train_sense
+from loracast.training.modality_source import SenseDataConfig, SenseSource, encoded, wordings
+from test_images import gradient
+
+FREE = torch.Generator().manual_seed(0)
+
+
+def make_vision(folder: Path, seed: int = 0) -> Path:
+    """A tiny random ViT as a Hugging Face folder."""
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+    )
+    ViTModel(config, add_pooling_layer=False).eval().save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory) -> Path:
+    return make_vision(tmp_path_factory.mktemp("vision"))
+
+
+@pytest.fixture(autouse=True)
+def cache(home):
+    """Features of a test's own."""
+
+
+def some_signals(n_classes: int, per_class: int, seed: int = 0, n_spare: int = 0) -> Labelled:
+    """Generated signals of a few classes, the last of them spare."""
+    full = make_signals(seed, per_class)
+    kept = [i for i, label in enumerate(full.labels) if label < n_classes]
+    return dataclasses.replace(
+        full,
+        names=full.names[:n_classes],
+        is_spare=tuple(i >= n_classes - n_spare for i in range(n_classes)),
+        labels=tuple(full.labels[i] for i in kept),
+        titles=tuple(full.titles[i] for i in kept),
+        load=lambda i: full.load(kept[i]),
+        fingerprint=f"{full.fingerprint}-{n_classes}-{n_spare}",
+    )
+
+
+def recipe(*overrides: str):
+    small = ["width=16", "n_heads=2", "n_kv_heads=2", "head_dim=8", "n_decoder_blocks=1", "rank=4"]
+    settings = [*(f"hypernetwork.{s}" for s in small), "training.bf16=false", "training.lr=3e-3"]
+    return read_sense_recipe(None, [*settings, "training.log_every=1", "data.things_per_step=12", *overrides])
+
+
+def test_encoders_of_all_senses_fit_the_door(base, vision):
+    words = ContextEncoder.for_hypernet(base, make_hypernet(base))
+    sees, hears = ImageEncoder("tiny", vision), SignalEncoder()
+    mask = torch.tensor([[True, True, False]])
+    for encoder, features in (
+        (words, words(torch.tensor([[5, 6, 0]]), mask)),
+        (sees, sees([gradient()])),
+        (hears, hears(torch.randn(1, 1, 64, generator=FREE))),
+    ):
+        fits: Encoder = encoder
+        assert fits.name and fits.fingerprint
+        assert features.states.shape[::2] == (1, fits.d_features)
+    assert words(torch.tensor([[5, 6, 0]]), mask).mask is mask
+
+
+def test_an_image_encoder_gives_the_vision_models_own_patches(vision):
+    from transformers import ViTImageProcessor, ViTModel
+
+    images = [gradient(40, 40), gradient(20, 30)]
+    found = ImageEncoder("tiny", vision)(images).states
+    model = ViTModel.from_pretrained(vision, add_pooling_layer=False).eval()
+    pixels = ViTImageProcessor.from_pretrained(vision)(images, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(**pixels).last_hidden_state)
+    assert found.shape == (2, 5, 16) and not found.requires_grad
+
+
+def test_an_image_encoder_is_known_by_its_weights(vision, tmp_path):
+    first, other = ImageEncoder("a", vision), ImageEncoder("a", make_vision(tmp_path / "other", seed=1))
+    assert first.fingerprint == ImageEncoder("elsewhere", vision).fingerprint != other.fingerprint
+    with pytest.raises(EncoderError, match="cannot load the image encoder 'no/such'"):
+        load_image_encoder("no/such")
+
+
+def test_the_packaged_weights_become_timms_model(tmp_path):
+    """The package names its layers otherwise: the same numbers must give the same features."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    state = model.state_dict()
+    renamed = {
+        f"_fc.{k[11:]}" if k.startswith("classifier.") else f"_layer.{i}": v for i, (k, v) in enumerate(state.items())
+    }
+    (tmp_path / "unpacked").mkdir()
+    torch.save(renamed, tmp_path / "unpacked" / "efficientnet-lite0-57934424.pth", _use_new_zipfile_serialization=False)
+    image_encoders._convert(tmp_path / "unpacked", tmp_path / "built")
+    encoder = ImageEncoder("efficientnet-lite0", tmp_path / "built")
+    image = gradient(224, 224)
+    pixels = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() - 127) / 128
+    with torch.no_grad():
+        expected = model.forward_features(pixels).flatten(2).transpose(1, 2)
+    found = encoder([image]).states
+    assert found.shape == (1, 49, 1280)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_patches_of_a_signal_are_its_shape_and_spectrum():
+    encoder = SignalEncoder(patch=8, stride=4, channels=2)
+    signals = 5 + 3 * torch.randn(2, 2, 24, generator=FREE)
+    states = encoder(signals).states
+    assert states.shape == (2, 5, encoder.d_features)
+    of_one = signals[1, 0].double().numpy()
+    whole = (of_one - of_one.mean()) / of_one.std(ddof=1)
+    patch = whole[4:12]
+    shape = (patch - patch.mean()) / patch.std(ddof=1)
+    spectrum = np.fft.rfft(shape, norm="ortho")
+    expected = [*shape, *np.stack([spectrum.real, spectrum.imag], -1).ravel(), patch.mean(), patch.std(ddof=1)]
+    np.testing.assert_allclose(states[1, 1, : encoder.d_features // 2], expected, atol=1e-3)
+    torch.testing.assert_close(encoder(100 * signals - 7).states, states, atol=1e-3, rtol=1e-3)
+    for bad in (signals[:, :1], signals[..., :4], signals[0], signals / 0):
+        with pytest.raises(EncoderError):
+            encoder(bad)
+
+
+def test_features_are_computed_once(home):
+    signals, calls = some_signals(2, 5), []
+
+    class Counting(SignalEncoder):
+        def __call__(self, inputs):
+            calls.append(len(inputs))
+            return super().__call__(inputs)
+
+    told: list[tuple[int, int]] = []
+    first = encoded(signals, [0, 3, 4], Counting(), lambda done, total: told.append((done, total)))
+    again = encoded(signals, [0, 3, 4], Counting())
+    assert calls == [3] and told == [(3, 3)] and torch.equal(first, again)
+    torch.testing.assert_close(
+        first.float(), SignalEncoder()(torch.stack([signals.load(i) for i in (0, 3, 4)])).states, atol=0.02, rtol=0.01
+    )
+    encoded(signals, [0, 3], Counting())
+    assert calls == [3, 2]
+
+
+def test_a_step_depends_on_its_number_and_asks_what_is_true(base):
+    table = wordings("image")
+    names = ("goldfish", "teapot", "lion")
+    images = Labelled(
+        "image",
+        names,
+        (False, False, True),
+        (0, 1, 2) * 4,
+        tuple("abcdefghijkl"),
+        lambda i: torch.full((1, 64), float(i)),
+        "x",
+    )
+
+    class Fake(SignalEncoder):
+        def __call__(self, inputs):
+            return Features(inputs.expand(-1, 3, -1))
+
+    source = SenseSource(SenseDataConfig(things_per_step=6, questions_per_thing=3), images, Fake(), base.chat)
+    features, episodes = source.step(7)
+    same, _ = source.step(7)
+    assert torch.equal(features.states, same.states) and not torch.equal(features.states, source.step(8)[0].states)
+    assert len(episodes) == 6 and "lion" not in source.names
+    kinds = {attribute.name: attribute for attribute in table.attributes}
+    for i, (row, episode) in enumerate(zip(features.states, episodes, strict=True)):
+        name = names[int(row[0, 0]) % 3]
+        asked = {
+            base.tokenizer.decode(list(q.prompt)): base.tokenizer.decode(list(q.answer)) for q in episode.questions
+        }
+        assert len(asked) == 3, i
+        for prompt, answer in asked.items():
+            found = [a for a in kinds.values() if any(wording in prompt for wording in a.train)]
+            wanted = found[0].answers[name] if found else name
+            assert wanted in answer
+    with pytest.raises(ConfigError, match="attribute_share"):
+        SenseDataConfig(attribute_share=2)
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory, request):
+    """A tiny hypernetwork that tells three kinds of signals apart."""
+    import os
+
+    folder = tmp_path_factory.mktemp("signals")
+    before = os.environ.get("LORACAST_HOME")
+    os.environ["LORACAST_HOME"] = str(folder / "home")
+    try:
+        seen: list[dict] = []
+        train_sense(
+            base,
+            recipe("training.steps=220"),
+            some_signals(4, 24, n_spare=1),
+            SignalEncoder(),
+            folder / "run",
+            on_metrics=seen.append,
+        )
+    finally:
+        os.environ.pop("LORACAST_HOME") if before is None else os.environ.update(LORACAST_HOME=before)
+    return folder / "run", seen
+
+
+def test_a_fresh_hypernetwork_does_nothing_and_training_makes_it_see(base, trained):
+    run, seen = trained
+    assert seen[0]["exact"] < 0.2 and np.mean([m["exact"] for m in seen[-10:]]) > 0.7
+    hypernet, _ = from_pretrained(run, DocToLoRA)
+    assert hypernet.config.encoder == hypernet.config.encoder_fingerprint == SignalEncoder().fingerprint
+    fresh = DocToLoRA(hypernet.config)
+    assert not fresh(SignalEncoder()(torch.randn(2, 1, 64, generator=FREE))).loras.squared_norms().any()
+
+
+def test_what_is_measured_is_what_merged_weights_say(base, trained, tmp_path):
+    """The likeliest name from the loss of the base with the LoRA added to its weights, one thing at a time."""
+    caster = SenseCaster(*from_pretrained(trained[0], DocToLoRA), SignalEncoder())
+    known, test = some_signals(4, 24, n_spare=1), some_signals(4, 6, seed=9, n_spare=1)
+    report, saw = evaluate_sense(base, caster, known, test, SenseEvalConfig(), tmp_path)
+    seen_names = test.names[:3]
+    prompt = base.chat.prompt(wordings("signal").test, "")
+    for one in saw[:8]:
+        merged = copy.deepcopy(base.model)
+        for name, pair in caster.loras(test.load(one.place)[None]).row(0).factors.items():
+            merged.get_submodule(name).weight.data += (pair.b @ pair.a).detach()
+        losses = []
+        for name in seen_names:
+            of_forms = []
+            for answer in (base.chat.answer(name), base.chat.reply(name)):
+                ids = torch.tensor([[*prompt, *answer]])
+                logits = merged(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+                of_forms.append(-logits.gather(1, torch.tensor(answer)[:, None]).sum().item())
+            losses.append(min(of_forms))
+        assert one.chosen == seen_names[int(np.argmin(losses))]
+    by = {(row["part"], row["system"]): row for row in report.rows}
+    right = [one.chosen == one.name for one in saw if not one.is_spare]
+    assert by[SEEN, "adapter"]["accuracy"] == pytest.approx(np.mean(right)) and by[SEEN, "adapter"]["n"] == 18
+    assert by[SEEN, "adapter"]["accuracy"] > 0.6 > by[SEEN, "shuffled"]["accuracy"]
+    assert by[SEEN, "probe"]["accuracy"] > 0.6 and by[SEEN, "adapter"]["of_probe"] == pytest.approx(
+        by[SEEN, "adapter"]["accuracy"] / by[SEEN, "probe"]["accuracy"]
+    )
+    assert by[SPARE, "adapter"]["chance"] == 1 and by[ALL, "adapter"]["chance"] == 0.25
+    assert report.settings["to_lora_s"] > 0
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == len(test) and answers[0]["name"] == saw[0].name
+    confusion(tmp_path / "c.png", saw, "signals")
+    sheet(tmp_path / "s.png", saw, test, seed=0)
+    assert Image.open(tmp_path / "c.png").width > 200 and Image.open(tmp_path / "s.png").width > 200
+
+
+def test_a_run_goes_on_where_it_stopped(base, tmp_path):
+    signals = some_signals(2, 8)
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    options = ("training.schedule='constant'", "training.warmup_steps=0")
+    train_sense(base, recipe("training.steps=4", *options), signals, SignalEncoder(), straight)
+    for steps in (2, 4):
+        train_sense(base, recipe(f"training.steps={steps}", *options), signals, SignalEncoder(), halves)
+    one, other = (from_pretrained(folder, DocToLoRA)[0].state_dict() for folder in (straight, halves))
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], msg=name)
+    started = train_sense(
+        base,
+        read_sense_recipe(None, ["training.steps=1", "training.bf16=false"]),
+        signals,
+        SignalEncoder(),
+        tmp_path / "on",
+        init_from=straight,
+    )
+    assert started["step"] == 1
+    with pytest.raises(HypernetworkError, match="give the encoder that it was trained with"):
+        train_sense(
+            base,
+            read_sense_recipe(None, ["training.steps=1"]),
+            signals,
+            SignalEncoder(patch=32),
+            tmp_path / "other",
+            init_from=straight,
+        )
+    with pytest.raises(ConfigError, match=r"unknown key hypernetwork\.memory_rank"):
+        recipe("hypernetwork.memory_rank=3")
+
+
+def test_unrelated_questions_are_held_to_the_base(base, tmp_path):
+    file = tmp_path / "unrelated.jsonl"
+    file.write_text('{"question": "How many legs has a spider?", "answer": "eight"}\n')
+    seen: list[dict] = []
+    assert 0 < sense_source.UNRELATED_SHARE < 1
+    train_sense(
+        base,
+        recipe("training.steps=8", f"data.unrelated=['{file}']"),
+        some_signals(2, 8),
+        SignalEncoder(),
+        tmp_path / "run",
+        on_metrics=seen.append,
+    )
+    assert any("harm" in metrics for metrics in seen) and any("harm" not in metrics for metrics in seen)
+
+
+@pytest.fixture(scope="module")
+def seeing(base, vision, tmp_path_factory) -> Path:
+    """A tiny random hypernetwork for images."""
+    encoder = ImageEncoder(str(vision), vision)
+    folder = tmp_path_factory.mktemp("seeing")
+    like = make_hypernet(base, document_independent_rank=1).config
+    config = dataclasses.replace(
+        like, d_features=16, encoder=encoder.name, encoder_fingerprint=encoder.fingerprint, reader_layers=(0,)
+    )
+    torch.manual_seed(0)
+    hypernet = DocToLoRA(config)
+    for side in (hypernet.head("down_proj").scaler_b, hypernet.shared("down_proj").b):
+        side.data.fill_(0.5)
+    save_pretrained(hypernet, folder, base.fingerprint, storage="float32")
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    gradient(40, 40).save(tmp_path / "photo.jpg")
+    return tmp_path / "photo.jpg"
+
+
+def test_a_photo_is_learned_like_a_document(tiny_folder, tiny_hypernet_folder, seeing, photo, tmp_path):
+    model = load(
+        tiny_folder, tiny_hypernet_folder, picture_hypernetwork=seeing, library=tmp_path / "library", device="cpu"
+    )
+    adapter = model.learn(photo)
+    assert (adapter.name, adapter.manifest.kind, adapter.manifest.source) == ("photo", "image", "photo.jpg")
+    assert adapter.manifest.source_sha256 == read_picture(photo).sha256
+    made = load_picture_caster(seeing, tmp_path / "library").lora(read_picture(photo).image)
+    kept = adapter.lora()
+    for name, pair in made.factors.items():
+        torch.testing.assert_close(
+            kept.factors[name].b.float() @ kept.factors[name].a.float(),
+            (pair.b @ pair.a).detach(),
+            atol=2e-2,
+            rtol=2e-2,
+        )
+    assert model.ask("What does the picture show?", "photo") != model.ask("What does the picture show?")
+    assert model.learn(photo).manifest.version == adapter.manifest.version
+
+
+def test_the_command_learns_a_photo_without_the_base(seeing, photo, tmp_path):
+    arguments = [
+        "learn",
+        str(photo),
+        "--hypernetwork",
+        str(seeing),
+        "--library",
+        str(tmp_path / "library"),
+        "--device",
+        "cpu",
+    ]
+    done = CliRunner().invoke(app, [*arguments, "--base", "no/such/base"])
+    assert done.exit_code == 0, done.output
+    assert "learned photo" in done.output and "What does the picture show?" in done.output
+    told = json.loads(CliRunner().invoke(app, [*arguments, "--replace", "--json"]).stdout)
+    assert told["name"] == "photo" and told["n_bytes"] > 0
+    refused = CliRunner().invoke(app, [*arguments, "--name", "b", "--storage", "int8"])
+    assert refused.exit_code == 2
+
+
+def test_each_hypernetwork_keeps_to_its_sense(base, tiny_folder, tiny_hypernet_folder, seeing, vision, tmp_path):
+    with pytest.raises(HypernetworkError, match="reads documents, and no images"):
+        load_picture_caster(tiny_hypernet_folder, tmp_path)
+    with pytest.raises(HypernetworkError, match="reads no documents"):
+        load(tiny_folder, seeing, device="cpu")
+    with pytest.raises(HypernetworkError, match="give the encoder that it was trained with"):
+        load_picture_caster(seeing, tmp_path, encoder=str(make_vision(tmp_path / "other", seed=1)))
+    other = dataclasses.replace(base.fingerprint, norms="0" * 16)
+    hypernet, _ = from_pretrained(seeing, DocToLoRA)
+    save_pretrained(hypernet, tmp_path / "foreign", other, storage="float32")
+    model = load(
+        tiny_folder,
+        tiny_hypernet_folder,
+        picture_hypernetwork=tmp_path / "foreign",
+        library=tmp_path / "l",
+        device="cpu",
+    )
+    gradient().save(tmp_path / "a.png")
+    with pytest.raises(BaseModelError, match="hypernetwork for images"):
+        model.learn(tmp_path / "a.png")
+
+
+_ENCODER = image_encoders.encoders_dir() / (
+    f"{image_encoders.DEFAULT_IMAGE_ENCODER}-"
+    f"{image_encoders.EMBEDDED_IMAGE_ENCODERS[image_encoders.DEFAULT_IMAGE_ENCODER].digest}"
+)
+
+
+@pytest.mark.base
+@pytest.mark.skipif(not (base_folder(DEFAULT_BASE) / "tokenizer.json").is_file(), reason="needs `loracast pull`")
+@pytest.mark.skipif(not _ENCODER.is_dir(), reason="needs `loracast pull efficientnet-lite0`")
+@pytest.mark.skipif(not (DATA / "images_dev.zip").is_file(), reason=f"no images in {DATA}")
+def test_the_shipped_hypernetwork_sees(tmp_path):
+    """Three images of each class that it knows, none from its training: the base must name most of them."""
+    images = read_images(DATA / "images_dev.zip")
+    base = load_base()
+    where = shipped_hypernetwork(DEFAULT_BASE, "image")
+    hypernet, made_for = from_pretrained(where, DocToLoRA)
+    caster = SenseCaster(hypernet, made_for, ImageEncoder(image_encoders.DEFAULT_IMAGE_ENCODER, _ENCODER))
+    places = [i for label in range(10) for i in [j for j, its in enumerate(images.labels) if its == label][:3]]
+    batch = caster.loras([images.load(i) for i in places])
+    prompt = base.chat.prompt("What does the picture show?", "")
+    said = answer_batch(base, [prompt] * 30, [batch.row(i) for i in range(30)], Sampling(max_new_tokens=8))
+    assert sum(images.names[images.labels[i]] == answer for i, answer in zip(places, said, strict=True)) >= 26

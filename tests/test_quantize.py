@@ -1,0 +1,133 @@
+"""Adapters in less space: what comes back, and what they then need."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from adapters import random_factors, write
+from conftest import PROSE, make_hypernet
+from loracast.cli import app
+from loracast.errors import AdapterError, HypernetworkError
+from loracast.export.adapter import export_adapter
+from loracast.hypernets.store import save_pretrained
+from loracast.library.adapter import Adapter
+from loracast.library.compact import compact
+from loracast.library.library import find, open_adapter, versions
+from loracast.library.upkeep import collect_garbage, verify
+from loracast.lora.quantize import check_storage, quantised, restored
+from loracast.model import load, load_answerer
+
+QUESTION = "What is the code of the amber lantern?"
+
+
+@pytest.fixture
+def document(tmp_path):
+    path = tmp_path / "lantern.txt"
+    path.write_text(PROSE * 6)
+    return path
+
+
+def test_bytes_come_back_but_for_half_a_step():
+    rows = torch.randn(3, 2, 4, 48, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 4)[:, None]
+    rows[0, 0, 0] = 0
+    kept, scale = quantised(rows)
+    assert kept.dtype == torch.int8 and scale.dtype == torch.bfloat16 and scale.shape == (3, 2, 4, 1)
+    back = restored(kept, scale)
+    assert back.dtype == torch.bfloat16 and not back[0, 0, 0].any()
+    step = rows.abs().amax(-1, keepdim=True) / 127
+    assert ((back.float() - rows).abs() <= 0.5 * step + rows.abs() / 128).all()  # the second: bf16 itself
+    with pytest.raises(AdapterError, match="bf16, int8, text"):
+        check_storage("int4")
+
+
+def test_an_adapter_of_bytes_is_half_the_size_and_nearly_the_same(tmp_path):
+    shared = {f"q_proj.shared.{side}": torch.randn(2, 3, d) for side, d in (("a", 48), ("b", 64))}
+    whole = write(tmp_path, 40, shared=shared)
+    small = compact(tmp_path, "doc", "int8")
+    factors = [(a.folder / "factors.safetensors").stat().st_size for a in (whole, small)]
+    assert factors[1] < 0.56 * factors[0] and small.manifest.storage == "int8" and verify(tmp_path) == []
+    for chunks in ([0], [3, 39], {1: 1.0, 7: 0.5}):
+        one, other = (a.lora(chunks).to(dtype=torch.float32) for a in (whole, small))
+        for name in one.names:
+            delta = one.delta(name)
+            assert (other.delta(name) - delta).norm() < 0.02 * delta.norm()
+    stored = load_file(small.folder / "factors.safetensors")
+    assert torch.equal(stored["q_proj.shared.a"], shared["q_proj.shared.a"].bfloat16())
+    expected = random_factors(40)["q_proj"][0].bfloat16().float()
+    assert torch.equal(stored["q_proj.a"].float(), (expected / stored["q_proj.a.scale"].float()).round())
+
+    stored["q_proj.a"] = stored["q_proj.a"].bfloat16()
+    stored["q_proj.b.scale"] = stored["q_proj.b.scale"].float()
+    del stored["down_proj.a.scale"]
+    save_file(stored, small.folder / "factors.safetensors")
+    with pytest.raises(AdapterError) as caught:
+        Adapter(small.folder).lora()
+    for fault in ("q_proj.a is of type BF16, not I8", "q_proj.b.scale is of type F32", "down_proj.a.scale is missing"):
+        assert fault in str(caught.value)
+
+
+def test_a_document_learned_as_bytes_is_that_of_16_bits_made_smaller(model, document):
+    model.learn(document, "whole", max_chunk_tokens=64)
+    made_smaller = compact(model.library, "whole", "int8")
+    learned = model.learn(document, "small", max_chunk_tokens=64, storage="int8")
+    assert learned.manifest.version == made_smaller.manifest.version
+    assert find(model.library, "whole").n_versions == 2
+    before = collect_garbage(model.library, keep=1).n_bytes
+    assert before > learned.n_bytes and isinstance(model.ask(QUESTION, "whole"), str)
+
+
+def test_a_document_kept_as_text_answers_as_the_whole_one(model, document, tiny_folder, tiny_hypernet_folder, tmp_path):
+    whole = model.learn(document, "whole", max_chunk_tokens=64)
+    text = model.learn(document, "text", max_chunk_tokens=64, storage="text")
+    assert not (text.folder / "factors.safetensors").exists() and verify(model.library) == []
+    assert compact(model.library, "whole", "text").manifest.version == text.manifest.version
+    opened = model.adapter("text")
+    for chunks in (None, [1], {0: 1.0, 2: 0.5}):
+        one, other = (a.lora(chunks).to(dtype=torch.float32) for a in (whole, opened))
+        for name in one.names:
+            torch.testing.assert_close(other.delta(name), one.delta(name), rtol=0.05, atol=1e-2)
+    assert model.ask(QUESTION, "text") == model.ask(QUESTION, whole)
+    answerer = load_answerer(tiny_folder, tiny_hypernet_folder, library=model.library, device="cpu")
+    assert answerer.ask(QUESTION, "text") == model.ask(QUESTION, whole)
+
+    with pytest.raises(AdapterError, match=r"keeps only its text.*--storage bf16"):
+        export_adapter(open_adapter(model.library, "text"), "peft", tmp_path / "out")
+    other = make_hypernet(model.base, seed=5)
+    save_pretrained(other, tmp_path / "other", model.base.fingerprint)
+    with pytest.raises(HypernetworkError, match="not the hypernetwork that it was learned with"):
+        load(tiny_folder, tmp_path / "other", library=model.library, device="cpu").ask(QUESTION, "text")
+    with pytest.raises(HypernetworkError, match="no hypernetwork is shipped"):
+        load_answerer(tiny_folder, library=model.library, device="cpu").ask(QUESTION, "text")
+
+
+def test_nothing_becomes_larger_or_what_it_cannot_be(tmp_path):
+    write(tmp_path, name="task", kind="task")
+    with pytest.raises(AdapterError, match="only a document's factors"):
+        compact(tmp_path, "task", "text")
+    compact(tmp_path, "task", "int8")
+    for storage in ("bf16", "int8"):
+        with pytest.raises(AdapterError, match="kept as int8 and cannot become"):
+            compact(tmp_path, "task", storage)
+
+
+def test_storage_on_the_command_line(model, document, tiny_folder, tiny_hypernet_folder):
+    def run(*arguments: str):
+        done = CliRunner().invoke(app, [*arguments, "--library", str(model.library)])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    models = ("--base", str(tiny_folder), "--hypernetwork", str(tiny_hypernet_folder), "--device", "cpu")
+    run("learn", str(document), "--name", "note", "--storage", "text", *models)
+    run("learn", str(document), "--name", "whole", *models)
+    assert json.loads(run("show", "note", "--json"))["norms"] == {} and "kept as text" in run("show", "note")
+    ask = ("ask", QUESTION, "--max-tokens", "8", "--json", *models)
+    assert json.loads(run(*ask, "-a", "note"))["answer"] == json.loads(run(*ask, "-a", "whole"))["answer"]
+    assert "as int8" in run("compact", "whole")
+    assert [e.n_bytes for e in versions(model.library, "whole")] == sorted(
+        e.n_bytes for e in versions(model.library, "whole")
+    )

@@ -1,0 +1,189 @@
+"""Folders of files: only what is new is learned, what is broken is reported, a kill loses seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from loracast.cli import app
+from loracast.errors import AdapterError, DocumentError
+from loracast.library.library import adapter_names, open_adapter
+from loracast.library.sync import learn_folder, names_for
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Files of several kinds, two of them broken, some of no interest."""
+    root = tmp_path / "manuals"
+    files = {
+        "lamp.txt": "The lamp on the desk was made in the north.",
+        "old/lamp.md": "# Lamp\n\nNobody knew who had built the old bridge.",
+        "old/prices.csv": "item,price\nlamp,12\nkettle,20\n",
+        "README": "Call the service line if the machine stops.",
+        "empty.txt": "",
+        "broken.pdf": "this is no PDF",
+        "picture.png": "not looked at",
+        ".hidden.txt": "not looked at",
+        ".git/config.txt": "not looked at",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (root / "link.txt").symlink_to(root / "lamp.txt")
+    return root
+
+
+def run(folder: Path, tiny_folder, tiny_hypernet_folder, *options: str, command: str = "learn"):
+    arguments = [
+        command,
+        folder,
+        "--base",
+        tiny_folder,
+        "--hypernetwork",
+        tiny_hypernet_folder,
+        "--device",
+        "cpu",
+        "--json",
+        *options,
+    ]
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert done.exit_code in (0, 1), done.output
+    return done, json.loads(done.stdout)
+
+
+def test_a_folder_is_learned_once(folder, tiny_folder, tiny_hypernet_folder, home, monkeypatch):
+    from loracast.paths import library_dir
+
+    done, first = run(folder, tiny_folder, tiny_hypernet_folder)
+    assert (first["learned"], first["unchanged"], first["failed"], first["ignored"]) == (4, 0, 2, 1)
+    assert done.exit_code == 1 and "failed: broken.pdf: " in done.stderr and "empty (0 bytes)" in done.stderr
+    assert adapter_names(library_dir()) == ["lamp", "old-lamp", "old-prices", "readme"]
+    assert open_adapter(library_dir(), "old-lamp").manifest.title == "Lamp"
+
+    with monkeypatch.context() as nothing_loads:
+        nothing_loads.setattr("loracast.cli.folder.open_model", lambda *a: pytest.fail("nothing has changed"))
+        nothing_loads.setattr("loracast.library.sync.file_sha256", lambda path: pytest.fail(f"{path} need not be read"))
+        _, second = run(folder, tiny_folder, tiny_hypernet_folder)
+    assert (second["learned"], second["unchanged"], second["failed"]) == (0, 4, 2)
+
+    (folder / "lamp.txt").write_text("The lamp on the desk was made in the south.")
+    os.utime(folder / "README")  # touched, the same inside
+    (folder / "empty.txt").write_text("No longer empty.")
+    _, third = run(folder, tiny_folder, tiny_hypernet_folder)
+    outcomes = {file["path"]: file["outcome"] for file in third["files"]}
+    assert {path for path, outcome in outcomes.items() if outcome == "learned"} == {"lamp.txt", "empty.txt"}
+    assert outcomes["README"] == "unchanged" and outcomes["broken.pdf"] == "failed"
+
+    _, other = run(folder, tiny_folder, tiny_hypernet_folder, "--chunk-tokens", "64")
+    assert other["learned"] == 5  # learned otherwise: all of it anew
+    _, again = run(folder, tiny_folder, tiny_hypernet_folder, "--chunk-tokens", "64", "--again")
+    assert again["learned"] == 5
+
+
+def test_a_folder_is_kept_equal(folder, tiny_folder, tiny_hypernet_folder, home):
+    from loracast.paths import library_dir
+
+    run(folder, tiny_folder, tiny_hypernet_folder)
+    (folder / "lamp.txt").unlink()
+    (folder / "README").unlink()
+    (folder / "lamp.md").write_text("Another lamp, from the south.")
+    done = CliRunner().invoke(
+        app,
+        [
+            "learn",
+            str(folder / "lamp.md"),
+            "--name",
+            "readme",
+            "--replace",
+            "--base",
+            str(tiny_folder),
+            "--hypernetwork",
+            str(tiny_hypernet_folder),
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    _, learned = run(folder, tiny_folder, tiny_hypernet_folder)
+    assert (learned["learned"], learned["removed"]) == (1, 0)  # learn deletes nothing
+    (new,) = (file["name"] for file in learned["files"] if file["outcome"] == "learned")
+    assert new.startswith("lamp-")  # the name is still that of the file that is gone
+    _, synced = run(folder, tiny_folder, tiny_hypernet_folder, command="sync")
+    assert [file["name"] for file in synced["files"] if file["outcome"] == "removed"] == ["lamp"]
+    assert adapter_names(library_dir()) == sorted(
+        [new, "old-lamp", "old-prices", "readme"]
+    )  # readme is somebody's own by now
+    _, again = run(folder, tiny_folder, tiny_hypernet_folder, command="sync")
+    assert (again["learned"], again["removed"], again["unchanged"]) == (0, 0, 3)
+
+
+def test_an_adapter_that_is_gone_is_learned_again(tmp_path, folder):
+    learned: list[str] = []
+
+    def learn(path: Path, name: str) -> None:
+        if path.suffix == ".pdf" or not path.read_text():
+            raise DocumentError("broken")
+        learned.append(name)
+
+    for _ in range(2):  # nothing is in the library, whatever the journal says
+        report = learn_folder(folder, tmp_path / "library", learn, journals=tmp_path / "journals", made_by="it")
+    assert report.count("learned") == 4 and report.count("failed") == 2 and len(learned) == 8
+    next((tmp_path / "journals").iterdir()).write_text("{damaged")
+    assert (
+        learn_folder(folder, tmp_path / "library", learn, journals=tmp_path / "journals", made_by="it").count("learned")
+        == 4
+    )
+
+
+def test_an_interrupted_run_says_so_and_goes_on(tmp_path, folder):
+    def learn(path: Path, name: str) -> None:
+        if path.name == "prices.csv":
+            raise KeyboardInterrupt
+
+    report = learn_folder(folder, tmp_path / "library", learn, journals=tmp_path / "journals", made_by="it")
+    assert not report.is_complete and len(report.files) < 6
+    (journal,) = (tmp_path / "journals").iterdir()
+    assert len(json.loads(journal.read_text())["entries"]) == len(report.files) + 1
+    with pytest.raises(AdapterError, match="is not a folder"):
+        learn_folder(folder / "lamp.txt", tmp_path, learn, journals=tmp_path, made_by="it")
+
+
+def test_every_file_has_a_name_of_its_own():
+    long = "a/" * 40 + "manual.pdf"
+    paths = ["lamp.txt", "lamp.md", "a/b.txt", "a-b.txt", "v1.2/notes", long, long.replace(".pdf", ".txt"), "Über.txt"]
+    names = names_for(paths)
+    assert len(set(names.values())) == len(paths) and all(len(name) <= 64 for name in names.values())
+    assert names["v1.2/notes"] == "v1-2-notes" and names["lamp.txt"].startswith("lamp-")
+    assert names_for(["lamp.txt"]) == {"lamp.txt": "lamp"}
+    assert names_for(["lamp.md", "lamp.txt"], {"lamp.txt": "lamp"})["lamp.txt"] == "lamp"  # a file keeps its name
+
+
+def test_the_name_of_a_single_adapter_is_refused_for_a_folder(folder):
+    done = CliRunner().invoke(app, ["learn", str(folder), "--name", "all"])
+    assert done.exit_code == 2 and "named after its files" in done.output
+
+
+def test_a_folder_is_watched(folder, tiny_folder, tiny_hypernet_folder, home):
+    arguments = ["--base", str(tiny_folder), "--hypernetwork", str(tiny_hypernet_folder), "--device", "cpu"]
+    command = [sys.executable, "-m", "loracast", "watch", str(folder), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    errors = (folder.parent / "errors.txt").open("w+")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
+        try:
+            first = {process.stdout.readline().split()[1] for _ in range(4)}
+            assert first == {"lamp", "old-lamp", "old-prices", "readme"}
+            (folder / "new.txt").write_text("The museum opens at nine.")
+            assert process.stdout.readline() == "learned new (new.txt)\n"
+            (folder / "lamp.txt").unlink()
+            assert process.stdout.readline() == "removed lamp (lamp.txt)\n"
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    errors.seek(0)
+    said = errors.read()
+    assert said.count("failed: broken.pdf") == 1 and "watching" in said

@@ -1,0 +1,214 @@
+"""What a training has learned of its own tasks, found again by their descriptions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from loracast.data.tasks import read_tasks
+from loracast.encoders.attention_delta import ContributionReader
+from loracast.errors import ConfigError
+from loracast.hypernets.attention_delta import AttendingToLoRA
+from loracast.hypernets.store import from_pretrained, save_pretrained, with_config
+from loracast.hypernets.task_bank import TaskRecall
+from loracast.lora.target import Target, TargetModule
+from loracast.training.loop import TrainConfig
+from loracast.training.task_source import TaskDataConfig, TaskSource
+from loracast.training.text import TextRecipe, _Remembering, train_text
+from test_attention_delta import TEXTS, TINY, make
+from test_tasks import write_suite
+
+TARGET = Target(
+    (TargetModule("blocks.0.o_proj", 0, "o_proj", 6, 5), TargetModule("blocks.1.o_proj", 1, "o_proj", 6, 5))
+)
+N_DESCRIPTIONS = (20, 20, 20, 1)
+
+
+def scattered(n_each: int, seed: int) -> torch.Tensor:
+    """Descriptions of four tasks [4 * n_each, 100]: each wording differs from the others of its task by more than the tasks do."""
+    means = torch.zeros(4, 100)
+    means[range(4), range(4)] = 1.2
+    noise = torch.randn(4 * n_each, 100, generator=torch.Generator().manual_seed(seed))
+    return means.repeat_interleave(n_each, 0) + 0.3 * noise + 5
+
+
+def learned() -> TaskRecall:
+    torch.manual_seed(0)
+    recall = TaskRecall(TARGET, 100, 3, 8, N_DESCRIPTIONS)
+    recall.learn_entries(scattered(20, 0)[: sum(N_DESCRIPTIONS)])
+    recall.cores.data.normal_()
+    return recall.eval().requires_grad_(False)
+
+
+def nearest(x: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+    tasks = torch.arange(4).repeat_interleave(torch.tensor(N_DESCRIPTIONS))
+    return tasks[(x @ entries.T).argmax(1)]
+
+
+def test_new_wordings_are_found_where_plain_cosines_are_lost():
+    recall, new, known = learned(), scattered(50, 1)[:150], scattered(20, 0)[: sum(N_DESCRIPTIONS)]
+    truth = torch.arange(3).repeat_interleave(50)
+    centred = [torch.nn.functional.normalize(x - known.mean(0), dim=-1) for x in (new, known)]
+    assert (nearest(*centred) == truth).float().mean() < 0.93
+    assert (nearest(recall.coordinates(new), recall.entries) == truth).float().mean() > 0.98
+
+
+def test_a_known_description_gets_the_core_of_its_task():
+    recall = learned()
+    recall.gate[-1].bias.fill_(20.0)  # open
+    known = scattered(20, 0)[: sum(N_DESCRIPTIONS)]
+    cores = recall(known)
+    assert cores.shape == (61, 2, 3, 3)
+    torch.testing.assert_close(cores[[0, 27, 60]], recall.cores[[0, 1, 3]], rtol=0, atol=1e-3)
+    recall.gate[-1].bias.fill_(-20.0)
+    assert recall(known).abs().max() < 1e-6
+
+
+def test_in_training_descriptions_do_without_their_entry_or_their_task():
+    recall = learned().train()
+    known = scattered(20, 0)[: sum(N_DESCRIPTIONS)]
+    cosines = recall.coordinates(known) @ recall.entries.T
+    torch.manual_seed(0)
+    entries = without = 0
+    for _ in range(200):
+        left, is_new = recall._without(cosines, recall._task_of_entry())
+        hidden = left < -1.5
+        assert torch.equal(hidden[:60].sum(1) == 20, is_new[:60])  # of the last task, one is all
+        assert not hidden[60].any() or is_new[60]
+        entries += int((hidden[:60].sum(1) == 1).sum())
+        without += int(is_new[:60].sum())
+    assert entries / 12000 == pytest.approx(0.4, abs=0.03) and without / 12000 == pytest.approx(0.15, abs=0.03)
+    far = cosines.clone().clamp_max(0.9)  # descriptions that are no entries
+    assert torch.equal(recall._without(far, recall._task_of_entry())[0], far)
+
+
+def test_its_factors_span_what_others_span():
+    recall, other = learned(), learned()
+    other.factors["o_proj"].a.normal_()
+    other.factors["o_proj"].b.zero_()  # as if never trained
+    own = recall.factors["o_proj"].b.clone()
+    recall.take_directions(other.factors)
+    taken = recall.factors["o_proj"]
+    assert torch.nn.functional.cosine_similarity(taken.a, other.factors["o_proj"].a, dim=-1).min() > 0.9999
+    assert torch.nn.functional.cosine_similarity(taken.b, own, dim=-1).min() > 0.9999
+    assert {round(length, 4) for part in (taken.a, taken.b) for length in part.norm(dim=-1).flatten().tolist()} == {3.0}
+
+
+def test_another_number_of_descriptions_is_refused():
+    with pytest.raises(ConfigError, match="60 descriptions, where the tasks that are recalled have 61"):
+        learned().learn_entries(scattered(20, 0)[:60])
+
+
+def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
+    plain = make(base)
+    read = ContributionReader(base, plain)(TEXTS)
+    recalling = with_config(plain, {"recall_rank": 2, "recall_width": 3})
+    recalling.start_recall(read, (2, 1))
+    recalling.eval().requires_grad_(False)
+    one, other = plain(read), recalling(read)
+    for name in one.factors:
+        assert other.factors[name].rank == one.factors[name].rank + 2
+        torch.testing.assert_close(other.row(1).delta(name), one.row(1).delta(name))
+    assert recalling.config.lora_rank == plain.config.lora_rank + 2
+    assert recalling.recall is not None
+    recalling.recall.cores.data.normal_()
+    (name, *_) = (name for name in one.factors if name.endswith("o_proj"))
+    assert not torch.allclose(recalling(read).row(1).delta(name), one.row(1).delta(name))
+    save_pretrained(recalling, tmp_path, base.fingerprint, storage="float32")
+    again, _ = from_pretrained(tmp_path, AttendingToLoRA)
+    assert again.config == recalling.config
+    for name, factors in recalling(read).factors.items():
+        assert torch.equal(factors.b, again(read).factors[name].b)
+
+
+def test_what_is_recalled_is_found_by_how_it_is_read_now(base):
+    hypernet = make(base)
+    recalling = with_config(hypernet, {"recall_rank": 2, "recall_width": 3})
+    recalling.start_recall(ContributionReader(base, hypernet)(TEXTS), (2, 1))
+    assert recalling.recall is not None
+    recalling.recall.cores.data.normal_()
+    other = with_config(recalling, {"probe": "dog"}).requires_grad_(False)
+    assert other.recall is not None and torch.equal(other.recall.cores, recalling.recall.cores)
+    read = ContributionReader(base, other)(TEXTS)
+    assert (other.recall.coordinates(other._compared(read)) - other.recall.entries).abs().max() > 1e-3
+    other.recall_again(read)
+    torch.testing.assert_close(other.recall.coordinates(other._compared(read)), other.recall.entries)
+    with pytest.raises(ConfigError, match="2 descriptions, where the tasks that are recalled have 3"):
+        other.recall_again(read[:2])
+
+
+def test_less_deep_with_the_same_weights(base):
+    deep = make(base)
+    n_layers = len(deep.config.layers)
+    shallow = with_config(deep, {"depth": n_layers - 1})
+    reads = [ContributionReader(base, hypernet)(TEXTS) for hypernet in (deep, shallow)]
+    by_layer = [h._by_place(read) for h, read in zip((deep, shallow), reads, strict=True)]
+    torch.testing.assert_close(by_layer[1], by_layer[0][:, :, :-1])
+    torch.testing.assert_close(shallow._written(reads[1]), deep._written(reads[0])[:, :-1])
+    with pytest.raises(ConfigError, match=r"were not trained; depth can only be made smaller"):
+        with_config(shallow, {"depth": n_layers})
+    with pytest.raises(ConfigError, match="map_rank: the weights that there are do not fit"):
+        with_config(deep, {"map_rank": 3})
+
+
+def test_what_was_read_once_is_not_read_again():
+    class Encoder:
+        name, d_text, seen = "lengths", 1, []
+
+        def __call__(self, texts):
+            self.seen += texts
+            return torch.tensor([[float(len(text))] for text in texts])
+
+    encoder = Encoder()
+    remembering = _Remembering(encoder, ("one", "three"), torch.tensor([[30.0], [50.0]]))
+    assert remembering(["three", "four", "one", "seventeen"]).flatten().tolist() == [50, 4, 30, 9]
+    assert remembering(["one"]).tolist() == [[30]] and encoder.seen == ["four", "seventeen"]
+
+
+def recipe(**options) -> TextRecipe:
+    settings = {"recall_only": True, "hypernetwork": {"recall_rank": 2, "recall_width": 3}, **options}
+    training = TrainConfig(steps=40, lr=1e-2, log_every=10, warmup_steps=2, bf16=False)
+    return TextRecipe(data=TaskDataConfig(tasks_per_step=2, examples_per_task=5), training=training, **settings)
+
+
+def test_it_learns_tasks_and_nothing_else_changes(base, tmp_path):
+    tasks = read_tasks(write_suite(tmp_path))
+    source = TaskSource(TaskDataConfig(), tasks, base.chat)
+    assert sum(source.n_descriptions) == len(source.descriptions) and len(source.n_descriptions) == len(source.tasks)
+    first = TextRecipe(
+        kinds=("o_proj", "down_proj"), hypernetwork=TINY, data=TaskDataConfig(tasks_per_step=2),
+        training=TrainConfig(steps=2, warmup_steps=1, lr=1e-3, bf16=False),
+    )  # fmt: skip
+    train_text(base, first, tasks, tmp_path / "first")
+    rows: list[dict[str, float]] = []
+    train_text(base, recipe(), tasks, tmp_path / "run", init_from=tmp_path / "first", on_metrics=rows.append)
+    assert rows[-1]["answer_loss"] < 0.8 * rows[0]["answer_loss"]
+    before, after = (from_pretrained(tmp_path / run, AttendingToLoRA)[0] for run in ("first", "run"))
+    weights = after.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in before.state_dict().items())
+    assert after.config.recalled == source.n_descriptions and after.recall is not None
+    # Stopped and gone on with, it is the same.
+    half = dataclasses.replace(recipe(), training=dataclasses.replace(recipe().training, budget_s=0.0))
+    for settings in (half, recipe()):
+        train_text(base, settings, tasks, tmp_path / "again", init_from=tmp_path / "first")
+    other, _ = from_pretrained(tmp_path / "again", AttendingToLoRA)
+    assert torch.equal(other.recall.cores, after.recall.cores)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hypernetwork": {}}, "give the variant 'attending' a hypernetwork.recall_rank"),
+        ({"recall_only": False, "reading_is_trained": True}, "leave objective.reading_is_trained"),
+        ({"recall_only": False, "reading_strength_after": 0.5}, "leave objective.reading_is_trained"),
+        ({"hypernetwork": {"rank": 7}}, "leave rank out of"),
+    ],
+)
+def test_what_does_not_go_together(base, tmp_path, options, message):
+    save_pretrained(make(base, kinds=("o_proj", "down_proj")), tmp_path / "first", base.fingerprint)
+    with pytest.raises(ConfigError, match=message):
+        train_text(
+            base, recipe(**options), read_tasks(write_suite(tmp_path)), tmp_path / "run", init_from=tmp_path / "first"
+        )
