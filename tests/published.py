@@ -111,7 +111,7 @@ def doc_to_lora(checkpoint: dict[str, Any], base_config: Any, reader_layers: tup
         gated_projection=True,
         factorised_queries=False,
         n_latent_mlps=c.num_pre_head_layers,
-        document_independent_rank=lora.r if c.use_bias else 0,
+        static_rank=lora.r if c.use_bias else 0,
         scale=lora.lora_alpha,
     )
     hypernet = DocToLoRA(config)
@@ -145,9 +145,9 @@ def doc_to_lora(checkpoint: dict[str, Any], base_config: Any, reader_layers: tup
     state[f"heads.{kind}.weight"] = checkpoint["head.weight"]
     state[f"heads.{kind}.scaler_a"] = checkpoint[f"scaler_A.{kind}"][0]
     state[f"heads.{kind}.scaler_b"] = checkpoint[f"scaler_B.{kind}"][0]
-    if config.document_independent_rank:
-        state[f"document_independent.{kind}.a"] = checkpoint[f"bias_A.{kind}"]
-        state[f"document_independent.{kind}.b"] = checkpoint[f"bias_B.{kind}"] * config.scale
+    if config.static_rank:
+        state[f"static.{kind}.a"] = checkpoint[f"bias_A.{kind}"]
+        state[f"static.{kind}.b"] = checkpoint[f"bias_B.{kind}"] * config.scale
     hypernet.load_state_dict(state, strict=True)
     return hypernet.eval()
 
@@ -204,6 +204,6 @@ def text_to_lora(checkpoint: dict[str, Any], variant: str, module_order: tuple[s
         asked = [torch.stack([checkpoint[f"out_emb.{kind}.{side}"] for side in "AB"]) for kind in kinds]
         state["asked"] = torch.stack(asked)[:, :, None]  # [kinds, 2, 1, width]
     hypernet = TextToLoRA(config)
-    state["known"] = hypernet.known
+    state["seen"] = hypernet.seen
     hypernet.load_state_dict(state, strict=True)
     return hypernet.eval().requires_grad_(False)

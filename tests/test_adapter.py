@@ -69,20 +69,20 @@ def test_learned_factors_are_the_hypernetworks_own(model, tmp_path):
 
 
 @pytest.mark.parametrize("storage", ["bf16", "int8"])
-@pytest.mark.parametrize("shared_kinds", [(), ("q_proj", "gate_proj")])
-def test_learned_factors_are_those_of_a_plain_forward(shared_kinds, storage, base, tmp_path):
+@pytest.mark.parametrize("static_kinds", [(), ("q_proj", "gate_proj")])
+def test_learned_factors_are_those_of_a_plain_forward(static_kinds, storage, base, tmp_path):
     """Batches, padding and files out of the way: chunk by chunk, in fp32."""
     from loracast.cast.document import learn_document
     from loracast.documents import read_document
     from loracast.encoders.features import Features
     from loracast.encoders.hidden_states import ContextEncoder
 
-    modules = target_from_config(base.model.config, shared_kinds, (1, 2)).rows if shared_kinds else ()
+    modules = target_from_config(base.model.config, static_kinds, (1, 2)).rows if static_kinds else ()
     hypernet = make_hypernet(
-        base, kinds=("v_proj", "down_proj"), document_independent_rank=2, shared_modules=modules, shared_rank=3
+        base, kinds=("v_proj", "down_proj"), static_rank=2, static_modules=modules, static_modules_rank=3
     )
     for kind in hypernet.config.target.kinds:
-        torch.nn.init.normal_(hypernet.shared(kind).b)
+        torch.nn.init.normal_(hypernet.static_of(kind).b)
     path = tmp_path / "text.txt"
     path.write_text(PROSE * 4)
     document, encoder = read_document(path), ContextEncoder(base.model, (2,))
@@ -100,8 +100,8 @@ def test_learned_factors_are_those_of_a_plain_forward(shared_kinds, storage, bas
             batch, *_ = hypernet(Features(features))  # the document-independent LoRA comes with it, once
         expected = {name: f.b[0] @ f.a[0] for name, f in batch.factors.items()}
         assert_close(adapter.lora([i]), expected)
-    name, shared = "model.layers.0.mlp.down_proj", hypernet.shared("down_proj")
-    alone = [adapter.lora([i], document_independent=False) for i in range(len(chunks))]
+    name, shared = "model.layers.0.mlp.down_proj", hypernet.static_of("down_proj")
+    alone = [adapter.lora([i], static=False) for i in range(len(chunks))]
     parts = [lora.factors[name] for lora in alone]
     assert all(lora.norms()[m[0]] == 0 for lora in alone for m in modules)
     expected = sum(b.float() @ a.float() for a, b in parts) + (shared.b[0].T @ shared.a[0]).detach()

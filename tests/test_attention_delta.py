@@ -12,9 +12,9 @@ from conftest import make_model, make_tokenizer
 from loracast.base.load import Base
 from loracast.cast.task import load_caster
 from loracast.data.tasks import read_tasks, with_description
-from loracast.encoders.attention_delta import ContributionReader
+from loracast.encoders.attention_delta import AttentionDeltaEncoder
 from loracast.errors import ConfigError, EncoderError
-from loracast.hypernets.attention_delta import PLACES, AttendingToLoRA, AttendingToLoRAConfig
+from loracast.hypernets.attention_delta import PLACES, AttentionDeltaToLoRA, AttentionDeltaToLoRAConfig
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.lora.inject import inject
 from loracast.lora.peft_format import read_peft
@@ -30,34 +30,34 @@ from test_target import FAMILIES
 from test_tasks import write_suite
 
 TEXTS = ["Answer with the opposite word.", "Say it louder", "Turn each word around, and end with a full stop."]
-TINY = {"variant": "attending", "rank": 5, "shared_rank": 3, "map_rank": 4}
+TINY = {"variant": "attention_delta", "rank": 5, "shared_rank": 3, "map_rank": 4}
 
 
 def make(
     base: Base, kinds=("q_proj", "o_proj", "down_proj"), layers=None, *, fresh=False, **options
-) -> AttendingToLoRA:
+) -> AttentionDeltaToLoRA:
     settings = {name: value for name, value in {**TINY, **options}.items() if name != "variant"}
     torch.manual_seed(1)
     target = target_from_config(base.model.config, kinds, layers)
-    hypernet = AttendingToLoRA(AttendingToLoRAConfig(48, target.rows, **settings))
+    hypernet = AttentionDeltaToLoRA(AttentionDeltaToLoRAConfig(48, target.rows, **settings))
     if not fresh:
-        for part in (*hypernet.shared.values(), *hypernet.reading.values()):
+        for part in (*hypernet.shared.values(), *hypernet.encoder_lora.values()):
             part.b.data.normal_()
         hypernet.up.data.normal_()
         hypernet.gate[-1].weight.data.normal_()
-    read = ContributionReader(base, hypernet)(TEXTS).detach()
+    read = AttentionDeltaEncoder(base, hypernet)(TEXTS).detach()
     hypernet.set_units(read)
-    hypernet.know(read)
+    hypernet.remember_seen(read)
     return hypernet.eval().requires_grad_(False)
 
 
-def contributions(base: Base, hypernet: AttendingToLoRA, description: str) -> Tensor:
+def contributions(base: Base, hypernet: AttentionDeltaToLoRA, description: str) -> Tensor:
     """The same by the base's own attention weights: renormalised over the tokens that are no description's. [places, blocks, d_state]"""
     c, chat = hypernet.config, base.chat
-    plain, prompt = chat.prompt(c.probe, ""), chat.prompt(with_description(description, c.probe), "")
+    plain, prompt = chat.prompt(c.dummy_input, ""), chat.prompt(with_description(description, c.dummy_input), "")
     first = next(i for i, (a, b) in enumerate(zip(plain, prompt, strict=False)) if a != b)
     n_described = len(prompt) - len(plain)
-    answer = chat.reply(c.probe_answer)[:-1]
+    answer = chat.reply(c.dummy_answer)[:-1]
     ids = torch.tensor([[*prompt, *answer]])
     values: dict[int, Tensor] = {}
     blocks = base.model.get_decoder().layers
@@ -68,7 +68,7 @@ def contributions(base: Base, hypernet: AttendingToLoRA, description: str) -> Te
     usual = base.model.config._attn_implementation
     base.model.set_attn_implementation("eager")
     try:
-        with torch.no_grad(), inject(base.model, hypernet.reading_lora()):
+        with torch.no_grad(), inject(base.model, hypernet.encoder_lora_batch()):
             attentions = base.model(input_ids=ids, output_attentions=True).attentions
             described = torch.zeros(ids.shape[1], dtype=torch.bool)
             described[first : first + n_described] = True
@@ -100,7 +100,7 @@ def test_what_is_read_is_what_attention_writes_less_without_the_description(fami
     base = Base(family, make_model(family), make_tokenizer())
     hypernet = make(base)
     n_blocks = len(base.model.get_decoder().layers)
-    read = ContributionReader(base, hypernet)(TEXTS)
+    read = AttentionDeltaEncoder(base, hypernet)(TEXTS)
     for i, text in enumerate(TEXTS):
         expected = contributions(base, hypernet, text)
         assert expected.shape == (len(PLACES), n_blocks, 48) and expected.abs().amin(dim=(0, 1)).max() > 0
@@ -109,11 +109,11 @@ def test_what_is_read_is_what_attention_writes_less_without_the_description(fami
 
 def test_the_base_can_read_with_less_than_was_trained(base):
     half, whole = make(base, reading_strength=0.5), make(base)
-    for part in whole.reading.values():
+    for part in whole.encoder_lora.values():
         part.b.data.mul_(0.5)
-    read = ContributionReader(base, half)(TEXTS)
-    assert torch.equal(read, ContributionReader(base, whole)(TEXTS))
-    assert not torch.allclose(read, ContributionReader(base, make(base))(TEXTS), atol=1e-3)
+    read = AttentionDeltaEncoder(base, half)(TEXTS)
+    assert torch.equal(read, AttentionDeltaEncoder(base, whole)(TEXTS))
+    assert not torch.allclose(read, AttentionDeltaEncoder(base, make(base))(TEXTS), atol=1e-3)
     with pytest.raises(ConfigError, match="reading_strength must be above 0"):
         make(base, reading_strength=0.0)
 
@@ -121,7 +121,7 @@ def test_the_base_can_read_with_less_than_was_trained(base):
 def test_blocks_that_are_no_target_hand_theirs_on(base):
     some = make(base, layers=(1, 3))
     assert len(base.model.get_decoder().layers) == 4
-    (read,) = ContributionReader(base, some)(TEXTS[:1]).view(1, len(PLACES), 2, 48)
+    (read,) = AttentionDeltaEncoder(base, some)(TEXTS[:1]).view(1, len(PLACES), 2, 48)
     expected = contributions(base, some, TEXTS[0])
     torch.testing.assert_close(read[:, 0], expected[:, 0] + expected[:, 1], atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(read[:, 1], expected[:, 2] + expected[:, 3], atol=1e-5, rtol=1e-3)
@@ -129,7 +129,7 @@ def test_blocks_that_are_no_target_hand_theirs_on(base):
 
 def test_no_deeper_than_asked_for(base):
     shallow = make(base, depth=2)
-    (read,) = ContributionReader(base, shallow)(TEXTS[:1]).view(1, len(PLACES), 2, 48)
+    (read,) = AttentionDeltaEncoder(base, shallow)(TEXTS[:1]).view(1, len(PLACES), 2, 48)
     torch.testing.assert_close(read, contributions(base, shallow, TEXTS[0])[:, :2], atol=1e-5, rtol=1e-3)
     ranks = {name: factors.a.shape[1] for name, factors in shallow(read.flatten()[None]).factors.items()}
     assert [ranks[m.name] for m in shallow.config.target.of_kind("o_proj")] == [8, 8, 3, 3]
@@ -141,15 +141,15 @@ def test_reading_leaves_the_base_as_it_was(base):
     usual = base.model.config._attn_implementation
     ids = torch.randint(3, 600, (2, 5), generator=torch.Generator().manual_seed(5))
     before = base.model(input_ids=ids).logits
-    ContributionReader(base, make(base))(TEXTS)
+    AttentionDeltaEncoder(base, make(base))(TEXTS)
     assert base.model.config._attn_implementation == usual
     assert torch.equal(base.model(input_ids=ids).logits, before)
 
 
 def test_at_the_start_contributions_are_written_as_they_were_read(base):
     hypernet = make(base, fresh=True)
-    read = ContributionReader(base, hypernet)(TEXTS)
-    batch, gate = hypernet(read), hypernet.openness(read).sigmoid()
+    read = AttentionDeltaEncoder(base, hypernet)(TEXTS)
+    batch, gate = hypernet(read), hypernet.gate_logit(read).sigmoid()
     assert batch.n == 3 and tuple(batch.factors) == hypernet.config.target.names
     by_place = read.view(3, len(PLACES), -1, 48)
     for n, name in enumerate(m.name for m in hypernet.config.target.of_kind("o_proj")):
@@ -161,7 +161,7 @@ def test_at_the_start_contributions_are_written_as_they_were_read(base):
 
 def test_a_description_is_read_the_same_in_any_company(base):
     hypernet = make(base)
-    reader = ContributionReader(base, hypernet)
+    reader = AttentionDeltaEncoder(base, hypernet)
     together = hypernet(reader(TEXTS))
     for i, text in enumerate(TEXTS):
         for name, factors in hypernet(reader([text])).factors.items():
@@ -170,15 +170,15 @@ def test_a_description_is_read_the_same_in_any_company(base):
 
 def test_what_all_texts_begin_with_is_read_anew_in_training_and_once_after_it(base):
     hypernet = make(base)
-    reader = ContributionReader(base, hypernet)
+    reader = AttentionDeltaEncoder(base, hypernet)
     first = reader(TEXTS)
     hypernet.train()
-    for part in hypernet.reading.values():
+    for part in hypernet.encoder_lora.values():
         part.b.data.mul_(1.5)
     other = reader(TEXTS)
-    torch.testing.assert_close(other, ContributionReader(base, hypernet)(TEXTS))
+    torch.testing.assert_close(other, AttentionDeltaEncoder(base, hypernet)(TEXTS))
     assert not torch.allclose(first, other, atol=1e-3)
-    torch.testing.assert_close(ContributionReader(base, hypernet.eval())(TEXTS), other)
+    torch.testing.assert_close(AttentionDeltaEncoder(base, hypernet.eval())(TEXTS), other)
     n_read: list[int] = []
     handle = base.model.get_input_embeddings().register_forward_hook(lambda m, inputs, out: n_read.append(out.shape[1]))
     torch.testing.assert_close(reader(TEXTS), other)
@@ -190,17 +190,17 @@ def test_what_all_texts_begin_with_is_read_anew_in_training_and_once_after_it(ba
 
 def test_a_description_that_is_the_probe_itself_is_read(base):
     hypernet = make(base)
-    probe = hypernet.config.probe
-    (read,) = ContributionReader(base, hypernet)([probe])
+    probe = hypernet.config.dummy_input
+    (read,) = AttentionDeltaEncoder(base, hypernet)([probe])
     assert read.isfinite().all()
     assert read.abs().max() > 0
     with pytest.raises(EncoderError, match="512 are read"):
-        ContributionReader(base, hypernet)(["The lamp on the desk. " * 200])
+        AttentionDeltaEncoder(base, hypernet)(["The lamp on the desk. " * 200])
 
 
 def test_the_gate_shuts_all_of_it(base):
     hypernet = make(base)
-    read = ContributionReader(base, hypernet)(TEXTS)
+    read = AttentionDeltaEncoder(base, hypernet)(TEXTS)
     hypernet.gate[-1].weight.data.zero_()
     hypernet.gate[-1].bias.data.fill_(-200.0)
     assert not hypernet(read).squared_norms().any()
@@ -214,7 +214,7 @@ def test_directions_that_all_share_are_weighted_by_the_description(base):
     plain = make(base)
     weighted = make(base, weighting_width=6, weighting_dropout=1.0)
     weighted.load_state_dict(plain.state_dict(), strict=False)
-    read = ContributionReader(base, weighted)(TEXTS)
+    read = AttentionDeltaEncoder(base, weighted)(TEXTS)
     before, at_start = plain(read), weighted(read)
     for name, factors in before.factors.items():
         torch.testing.assert_close(factors.b, at_start.factors[name].b)  # all alike at first
@@ -234,9 +234,9 @@ def test_directions_that_all_share_are_weighted_by_the_description(base):
 
 def test_it_knows_what_is_far_and_what_describes_nothing(base):
     hypernet = make(base)
-    reader = ContributionReader(base, hypernet)
+    reader = AttentionDeltaEncoder(base, hypernet)
     same, other = hypernet.distances(reader([TEXTS[0], "zq vv kk"]))
-    assert same < 1e-5 < other and hypernet.usual_distance() > 0
+    assert same < 1e-5 < other and hypernet.ood_threshold() > 0
     for conditions in (hypernet.constant(), hypernet.meaningless(3, torch.Generator().manual_seed(0))):
         assert conditions.shape[1] == reader.d_text
         assert hypernet(conditions).squared_norms().isfinite().all()
@@ -245,9 +245,9 @@ def test_it_knows_what_is_far_and_what_describes_nothing(base):
 def test_kept_and_read_again(base, tmp_path):
     hypernet = make(base)
     save_pretrained(hypernet, tmp_path, base.fingerprint, storage="float32")
-    again, made_for = from_pretrained(tmp_path, AttendingToLoRA)
+    again, made_for = from_pretrained(tmp_path, AttentionDeltaToLoRA)
     assert made_for == base.fingerprint and again.config == hypernet.config
-    one, other = (h(ContributionReader(base, h)(TEXTS)) for h in (hypernet, again))
+    one, other = (h(AttentionDeltaEncoder(base, h)(TEXTS)) for h in (hypernet, again))
     for name in one.factors:
         assert torch.equal(one.factors[name].b, other.factors[name].b)
 
@@ -297,7 +297,7 @@ def test_its_rows_fire_where_they_shall(base, tmp_path):
     seen: list[Tensor] = []
     module = base.model.get_submodule(hypernet.config.target.of_kind("o_proj")[-1].name)
     handle = module.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0][0]))
-    with torch.no_grad(), inject(base.model, hypernet.reading_lora()):
+    with torch.no_grad(), inject(base.model, hypernet.encoder_lora_batch()):
         base.model(input_ids=torch.tensor([[*prompt, *answer]]))
     handle.remove()
     fires = hypernet.where[-1, : len(PLACES)] @ seen[0].T
@@ -309,17 +309,17 @@ def test_its_rows_fire_where_they_shall(base, tmp_path):
 def test_it_learns_tasks_and_shuts_for_gibberish(base, tmp_path):
     rows: list[dict[str, float]] = []
     tasks = read_tasks(write_suite(tmp_path))
-    train_text(base, recipe(calm_weight=0.3), tasks, tmp_path / "run", on_metrics=rows.append)
-    hypernet, _ = from_pretrained(tmp_path / "run", AttendingToLoRA)
-    assert rows[-1]["answer_loss"] < 0.7 * rows[0]["answer_loss"] and hypernet.config.n_known == 4
-    reader = ContributionReader(base, hypernet)
+    train_text(base, recipe(null_condition_weight=0.3), tasks, tmp_path / "run", on_metrics=rows.append)
+    hypernet, _ = from_pretrained(tmp_path / "run", AttentionDeltaToLoRA)
+    assert rows[-1]["answer_loss"] < 0.7 * rows[0]["answer_loss"] and hypernet.config.n_seen == 4
+    reader = AttentionDeltaEncoder(base, hypernet)
     seen, nonsense = (
         hypernet(reader(texts)).squared_norms().mean() for texts in (["train words for shout"], ["qv xzz kp wvuq"])
     )
     assert nonsense < 0.5 * seen
     again = dataclasses.replace(recipe(), hypernetwork={}, training=TrainConfig(steps=1, warmup_steps=1, bf16=False))
     train_text(base, again, tasks, tmp_path / "next", init_from=tmp_path / "run")
-    assert from_pretrained(tmp_path / "next", AttendingToLoRA)[0].config == hypernet.config
+    assert from_pretrained(tmp_path / "next", AttentionDeltaToLoRA)[0].config == hypernet.config
 
 
 @pytest.mark.parametrize("is_trained", [False, True])
@@ -333,14 +333,14 @@ def test_reading_and_what_all_share_start_from_a_multitask_lora(base, tmp_path, 
         recipe(reading_is_trained=is_trained), training=dataclasses.replace(training, lr=1e-3)
     )
     train_text(base, settings, tasks, tmp_path / "run", shared_from=tmp_path / "multitask")
-    hypernet, _ = from_pretrained(tmp_path / "run", AttendingToLoRA)
-    trained, read_with = read_peft(tmp_path / "multitask"), hypernet.reading_lora().row(0)
+    hypernet, _ = from_pretrained(tmp_path / "run", AttentionDeltaToLoRA)
+    trained, read_with = read_peft(tmp_path / "multitask"), hypernet.encoder_lora_batch().row(0)
     unchanged = [
         torch.allclose(read_with.delta(name), trained.delta(name).float(), atol=1e-6, rtol=1e-4)
         for name in trained.names
     ]
     assert all(unchanged) is not is_trained
-    known = ContributionReader(base, hypernet)(
+    known = AttentionDeltaEncoder(base, hypernet)(
         [text for task in tasks if not task.is_heldout for text in task.seen_descriptions()]
     )
     assert hypernet.distances(known).max() < 1e-4  # as it is read in the end
@@ -353,9 +353,9 @@ def test_the_base_reads_with_less_after_training(base, tmp_path):
         training=TrainConfig(steps=2, warmup_steps=1, lr=1e-3, bf16=False),
     )
     train_text(base, settings, tasks, tmp_path / "run")
-    hypernet, _ = from_pretrained(tmp_path / "run", AttendingToLoRA)
+    hypernet, _ = from_pretrained(tmp_path / "run", AttentionDeltaToLoRA)
     assert hypernet.config.reading_strength == 0.5
-    reader = ContributionReader(base, hypernet)
+    reader = AttentionDeltaEncoder(base, hypernet)
     known = reader([text for task in tasks if not task.is_heldout for text in task.seen_descriptions()])
     assert hypernet.distances(known).max() < 1e-4
     with pytest.raises(ConfigError, match="reading_strength_after must be above 0"):
@@ -365,8 +365,8 @@ def test_the_base_reads_with_less_after_training(base, tmp_path):
 def test_options_of_the_other_variants_are_refused(base, tmp_path):
     path = tmp_path / "r.toml"
     for line, message in (
-        ('variant = "attending"\nwidth = 3', "no hypernetwork.width"),
-        ('variant = "attending"\nencoder = "base"', "leave hypernetwork.encoder out"),
+        ('variant = "attention_delta"\nwidth = 3', "no hypernetwork.width"),
+        ('variant = "attention_delta"\nencoder = "base"', "leave hypernetwork.encoder out"),
     ):
         path.write_text(f'[hypernetwork]\nkinds = ["o_proj"]\n{line}\n')
         with pytest.raises(ConfigError, match=message):

@@ -35,7 +35,7 @@ def task_hypernetwork(base, tmp_path_factory):
     hypernet = make_task_hypernet(base, encoder, 4, 30.0)
     from loracast.encoders.sentence import load_text_encoder
 
-    hypernet.know(load_text_encoder(str(encoder))(KNOWN))
+    hypernet.remember_seen(load_text_encoder(str(encoder))(KNOWN))
     save_pretrained(hypernet, folder / "hypernetwork", base.fingerprint, storage="float32")
     return folder / "hypernetwork"
 
@@ -95,7 +95,7 @@ def test_strength_scales_the_delta(caster):
 
 def test_a_description_far_from_training_is_cast_with_a_warning(caster):
     same, other = caster.distances([KNOWN[0], "zxq vv kk"])
-    assert same == pytest.approx(0, abs=1e-5) and other > caster.usual_distance > 0
+    assert same == pytest.approx(0, abs=1e-5) and other > caster.ood_threshold > 0
     assert not caster.task(KNOWN[0]).manifest.warnings
     (warning,) = caster.task("zxq vv kk").manifest.warnings
     assert warning.startswith("'zxq vv kk' is far from every description seen in training")

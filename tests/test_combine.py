@@ -13,7 +13,7 @@ from loracast.cli import app
 from loracast.errors import AdapterError, BaseModelError
 from loracast.library.combine import Part, combined
 from loracast.library.library import open_adapter
-from loracast.library.save import keep_lora, target_of
+from loracast.library.save import save_lora, target_of
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
 from loracast.model import load
@@ -57,7 +57,7 @@ def test_the_sum_is_the_weighted_sum_of_the_deltas(library):
 def test_adapters_of_different_bases_do_not_add_up(library, tmp_path, base):
     made_for = type(base.fingerprint)("other", "c" * 16, "n" * 16, "m" * 16)
     lora = open_adapter(library, "one").lora()
-    other = keep_lora(lora, tmp_path, "other", kind="imported", title="other", made_for=made_for)
+    other = save_lora(lora, tmp_path, "other", kind="imported", title="other", made_for=made_for)
     with pytest.raises(BaseModelError, match="cannot work on"):
         combined([Part(open_adapter(library, "one")), Part(other)])
 

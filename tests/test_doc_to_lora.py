@@ -22,7 +22,7 @@ from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.store import average, from_pretrained, save_pretrained, with_config
 from loracast.lora.algebra import LoRA, LoRABatch, concat
 from loracast.lora.inject import inject
-from loracast.lora.merge import told_apart
+from loracast.lora.merge import decorrelate_keys
 from loracast.lora.target import target_from_config
 from published import DOC_TO_LORA, doc_to_lora, read_checkpoint
 
@@ -38,7 +38,7 @@ VARIANTS = {
     "each layer": {"reader_layers": (0, 1, 2, 3), "n_latent_mlps": 1},
     "each layer, encoder": {"reader_layers": (0, 1, 2, 3), "n_encoder_blocks": 1, "n_latents": 3},
     "shared head": {"head_shared_rank": 2, "whitened": True},
-    "kinds": {"kinds": ("q_proj", "v_proj", "down_proj"), "layers": (1, 3), "document_independent_rank": 3},
+    "kinds": {"kinds": ("q_proj", "v_proj", "down_proj"), "layers": (1, 3), "static_rank": 3},
     "values": {"d_values": 48},
     "values, each layer": {
         "d_values": 48, "kinds": ("q_proj", "o_proj", "down_proj"), "reader_layers": (0, 1, 2, 3), "n_encoder_blocks": 1,
@@ -46,17 +46,17 @@ VARIANTS = {
     },
     "everything": {
         "kinds": ("k_proj", "o_proj", "up_proj"), "reader_layers": (0, 1, 2, 3), "n_encoder_blocks": 1, "n_latents": 4,
-        "n_latent_mlps": 1, "head_shared_rank": 3, "document_independent_rank": 1, "gated_projection": True,
+        "n_latent_mlps": 1, "head_shared_rank": 3, "static_rank": 1, "gated_projection": True,
     },
 }  # fmt: skip
 MEMORY = tuple(
     (m.name, m.layer, m.kind, m.d_in, m.d_out) for m in target_from_config(MODEL.config, ("o_proj",), (1, 3)).modules
 )
 VARIANTS["memory"] = {
-    "d_values": 48, "memory_modules": MEMORY, "memory_rank": 4, "memory_blocks": 1, "document_independent_rank": 1,
+    "d_values": 48, "memory_modules": MEMORY, "memory_rank": 4, "memory_blocks": 1, "static_rank": 1,
 }  # fmt: skip
 SHARED = target_from_config(MODEL.config, ("q_proj", "gate_proj"), (1, 3)).rows
-VARIANTS["shared modules"] = {**VARIANTS["memory"], "shared_modules": SHARED, "shared_rank": 3}
+VARIANTS["shared modules"] = {**VARIANTS["memory"], "static_modules": SHARED, "static_modules_rank": 3}
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -113,7 +113,7 @@ def deltas(lora: LoRA) -> torch.Tensor:
 
 @variants
 def test_the_start_is_an_exact_no_op(variant):
-    hypernet = make(variant, fresh=True, document_independent_rank=2)
+    hypernet = make(variant, fresh=True, static_rank=2)
     batch = loras(hypernet, make_features(hypernet))
     assert set(batch.factors) == set(hypernet.config.target.names)
     for factors in batch.factors.values():
@@ -134,7 +134,7 @@ def test_shapes_fit_the_target(variant):
     for module in c.target.modules:
         if not c.ranks[module.kind]:
             continue  # the same for all documents, tested by itself
-        rank = 2 * c.ranks[module.kind] + (c.document_independent_rank if module.kind in c.kinds else 0)
+        rank = 2 * c.ranks[module.kind] + (c.static_rank if module.kind in c.kinds else 0)
         assert batch.factors[module.name].a.shape == (2, rank, module.d_in)
         assert batch.factors[module.name].b.shape == (2, module.d_out, rank)
     assert len({deltas(row(batch, i)).norm().item() for i in range(2)}) == 2  # another document, another LoRA
@@ -178,18 +178,18 @@ def test_merging_chunks_is_the_sum_of_their_loras(variant):
             at = target.of_kind(module.kind).index(module)
             a, b = (side[:, at] for side in expanded[module.kind])
             expected = sum(b[i].T @ a[i] for i in range(3 * document, 3 * document + 3))
-            if shared := hypernet.shared(module.kind):
+            if shared := hypernet.static_of(module.kind):
                 expected = expected + shared.b[at].T @ shared.a[at]
             torch.testing.assert_close(lora.delta(module.name), expected, atol=1e-4, rtol=1e-4)
-    if not hypernet.config.document_independent_rank:
+    if not hypernet.config.static_rank:
         parts = [row(loras(hypernet, each(lambda side, i=i: side[i : i + 1], features)), 0) for i in range(3)]
         torch.testing.assert_close(deltas(row(merged, 0)), deltas(concat(parts)), atol=1e-4, rtol=1e-4)
 
 
 def test_beyond_the_limit_the_perceivers_factors_are_averaged_and_the_memorys_add_up():
     features = make_features(make("memory"), 6)
-    free, limited = (row(loras(make("memory", most_summed_chunks=most), features, None, 6), 0) for most in (None, 2))
-    shared = make("memory").shared("down_proj")
+    free, limited = (row(loras(make("memory", max_unscaled_chunks=most), features, None, 6), 0) for most in (None, 2))
+    shared = make("memory").static_of("down_proj")
     for name in free.names:
         if "o_proj" in name:
             torch.testing.assert_close(limited.delta(name), free.delta(name))
@@ -199,19 +199,19 @@ def test_beyond_the_limit_the_perceivers_factors_are_averaged_and_the_memorys_ad
             expected = (free.delta(name) - once) / 3 + once
             torch.testing.assert_close(limited.delta(name), expected, atol=1e-4, rtol=1e-4)
     two = each(lambda side: side[:2], features)
-    few = [row(loras(make("memory", most_summed_chunks=most), two, None, 2), 0) for most in (None, 2)]
+    few = [row(loras(make("memory", max_unscaled_chunks=most), two, None, 2), 0) for most in (None, 2)]
     torch.testing.assert_close(deltas(few[0]), deltas(few[1]))
-    with pytest.raises(ConfigError, match="most_summed_chunks must be at least 1"):
-        make(most_summed_chunks=0)
+    with pytest.raises(ConfigError, match="max_unscaled_chunks must be at least 1"):
+        make(max_unscaled_chunks=0)
 
 
 def test_with_a_ridge_only_the_memorys_keys_of_several_chunks_change():
     features = make_features(make("memory"), 6)
-    free, apart = (make("memory", memory_merge_ridge=ridge) for ridge in (None, 3.0))
+    free, apart = (make("memory", key_decorrelation=ridge) for ridge in (None, 3.0))
     torch.testing.assert_close(*(deltas(row(loras(net, features), 4)) for net in (free, apart)))
     one, other = (row(loras(net, features, None, 3), 1) for net in (free, apart))
     a, b = free.cast(features)[0]["o_proj"]
-    keys = told_apart(*(side[3:].transpose(0, 1) for side in (a, b)), 3.0)  # [modules, chunks, r, in]
+    keys = decorrelate_keys(*(side[3:].transpose(0, 1) for side in (a, b)), 3.0)  # [modules, chunks, r, in]
     for name in one.names:
         if "o_proj" in name:
             module = [m[0] for m in MEMORY].index(name)
@@ -220,8 +220,8 @@ def test_with_a_ridge_only_the_memorys_keys_of_several_chunks_change():
             assert not torch.allclose(other.delta(name), one.delta(name), atol=1e-2)
         else:
             torch.testing.assert_close(other.delta(name), one.delta(name))
-    for settings in ({"variant": "memory", "memory_merge_ridge": 0.0}, {"memory_merge_ridge": 3.0}):
-        with pytest.raises(ConfigError, match="memory_merge_ridge"):
+    for settings in ({"variant": "memory", "key_decorrelation": 0.0}, {"key_decorrelation": 3.0}):
+        with pytest.raises(ConfigError, match="key_decorrelation"):
             make(**settings)
 
 
@@ -243,7 +243,7 @@ def test_shared_modules_get_the_same_whatever_the_document():
     batch = loras(hypernet, make_features(hypernet, 4), None, 2)
     assert hypernet.config.ranks == {"q_proj": 0, "o_proj": 4, "gate_proj": 0, "down_proj": 2}
     for kind in ("q_proj", "gate_proj"):
-        shared = hypernet.shared(kind)
+        shared = hypernet.static_of(kind)
         assert shared is not None
         for i, module in enumerate(hypernet.config.target.of_kind(kind)):
             a, b = batch.factors[module.name]
@@ -293,8 +293,8 @@ def test_gradients_reach_every_parameter_once_the_scalers_have_moved():
         ({"d_values": 48, "memory_modules": (MEMORY[0], ("b", 3, "v_proj", 64, 32))}, "one kind"),
         ({"d_values": 48, "memory_modules": MEMORY, "memory_rank": 0}, "memory_rank"),
         ({"d_values": 48, "memory_modules": MEMORY, "memory_heads": 1}, "memory_heads at least 2"),
-        ({"shared_modules": make().config.modules}, "leave alone"),
-        ({"shared_modules": SHARED, "shared_rank": 0}, "shared_rank"),
+        ({"static_modules": make().config.modules}, "leave alone"),
+        ({"static_modules": SHARED, "static_modules_rank": 0}, "static_modules_rank"),
     ],
 )
 def test_bad_configs_are_refused(changes, message):
@@ -543,7 +543,7 @@ def test_a_memory_answers_a_token_with_what_stood_behind_it():
     features = make_features(hypernet, n=1)
     factors, writes = hypernet.cast(features)
     a, b = factors["o_proj"]  # [1, modules, 6, in], [1, modules, 6, out]
-    assert writes.gate_logits.shape == (1, 6, 3) and writes.look_scores.shape == (1, 3, 6, 6)
+    assert writes.gate_logits.shape == (1, 6, 3) and writes.pointer_scores.shape == (1, 3, 6, 6)
     torch.testing.assert_close(b, features.states[:, None, :, -48:].expand_as(b), atol=1e-5, rtol=1e-5)
     keys = features.keys / features.keys.norm(dim=-1, keepdim=True) / 64**0.5
     torch.testing.assert_close(a[:, :, 1:], keys[:, :, :-1], atol=1e-5, rtol=1e-5)
@@ -638,9 +638,9 @@ def test_the_mean_of_several():
 
 def test_what_fixes_no_weight_can_be_changed_in_a_config():
     net = make("memory")
-    changed = with_config(net, {"memory_merge_ridge": 2.0})
-    assert changed.config.memory_merge_ridge == 2.0 and net.config.memory_merge_ridge is None
+    changed = with_config(net, {"key_decorrelation": 2.0})
+    assert changed.config.key_decorrelation == 2.0 and net.config.key_decorrelation is None
     assert all(torch.equal(value, changed.state_dict()[name]) for name, value in net.state_dict().items())
-    for changes in ({"width": 32}, {"memory_merge_ridge": -1.0}):
+    for changes in ({"width": 32}, {"key_decorrelation": -1.0}):
         with pytest.raises(ConfigError, match=next(iter(changes))):
             with_config(net, changes)

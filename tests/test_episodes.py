@@ -161,18 +161,18 @@ def test_a_batch_moves_whole():
     assert batch.chunks_per_document == 2 and torch.equal(batch.input_ids, pack(EPISODES, PAD).input_ids)
 
 
-def test_a_reading_lora_is_the_bases_own_while_it_reads_and_learns():
+def test_an_encoder_lora_is_the_bases_own_while_it_reads_and_learns():
     """What is read with it is what a base with merged weights would read; the answers' loss reaches it; without a gradient wanted there is none."""
     model = make_model().requires_grad_(False)
     modules = target_from_config(model.config, ("q_proj", "up_proj"), (0, 1)).rows
     hypernet = make_hypernet(model, encoder_modules=modules, encoder_rank=2)
-    encoder = ContextEncoder(model, (2,), lora=hypernet.reading_lora)
+    encoder = ContextEncoder(model, (2,), lora=hypernet.encoder_lora_batch)
     ids = torch.tensor([[9, 8, 7, 6, 5]])
     plain = ContextEncoder(model, (2,))(ids).states
     torch.testing.assert_close(encoder(ids).states, plain)  # B starts at zero
     for kind in ("q_proj", "up_proj"):
-        torch.nn.init.normal_(hypernet.reading[kind].b, std=0.5)
-    lora = hypernet.reading_lora()
+        torch.nn.init.normal_(hypernet.encoder_lora[kind].b, std=0.5)
+    lora = hypernet.encoder_lora_batch()
     assert set(lora.factors) == {name for name, *_ in modules}
     row = LoRA({name: Factors(a[0].detach(), b[0].detach()) for name, (a, b) in lora.factors.items()})
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_a_reading_lora_is_the_bases_own_while_it_reads_and_learns():
     assert not read.requires_grad and (read - plain).abs().max() > 1e-2
     outcome, *_ = answer_questions(model, encoder, hypernet, pack(EPISODES, PAD))
     outcome.loss.backward()
-    assert all(p.grad.abs().max() > 0 for p in hypernet.reading.parameters())
+    assert all(p.grad.abs().max() > 0 for p in hypernet.encoder_lora.parameters())
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"])
@@ -229,7 +229,7 @@ def test_a_lead_in_is_read_before_the_text_and_dropped():
     ids = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(0))
     together = torch.cat([torch.tensor([[7, 8]]).expand(2, -1), ids], dim=1)
     states = MODEL(input_ids=together, output_hidden_states=True).hidden_states
-    features = ContextEncoder(MODEL, (0, 2), with_values=True, lead_in=(7, 8))(ids).states
+    features = ContextEncoder(MODEL, (0, 2), with_values=True, prefix=(7, 8))(ids).states
     hidden = MODEL.config.hidden_size
     torch.testing.assert_close(features[..., :hidden], torch.stack([states[0], states[2]], dim=1)[:, :, 2:])
     without = ContextEncoder(MODEL, (0, 2), with_values=True)(ids).states
@@ -244,7 +244,7 @@ def test_keys_are_what_enters_the_modules_of_a_memory_and_reading_goes_as_deep(b
         layer.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, layer in enumerate(base.model.model.layers)
     ]
     encoder = ContextEncoder(
-        base.model, (1,), with_values=True, lead_in=(7,), key_modules=names[::-1], tokenizer=base.tokenizer
+        base.model, (1,), with_values=True, prefix=(7,), key_modules=names[::-1], tokenizer=base.tokenizer
     )
     try:
         features = encoder(ids)

@@ -21,7 +21,7 @@ from loracast.evaluation import tasks as evaluation
 from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import Choice, likeliest
 from loracast.evaluation.metrics import is_right, last_number, paired_bootstrap
-from loracast.evaluation.task_baselines import RIVALS, Given, prompt_of
+from loracast.evaluation.task_baselines import BASELINES, Given, prompt_of
 from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
 from loracast.hypernets.store import save_pretrained
 from loracast.lora.algebra import Factors, LoRA
@@ -69,7 +69,7 @@ def test_what_each_rival_is_given(base, suite):
     assert not set(drawn.shots) & set(drawn.task.test)
 
     def prompt(name: str) -> str:
-        return base.tokenizer.decode(prompt_of(base, RIVALS[name], drawn, "up"))
+        return base.tokenizer.decode(prompt_of(base, BASELINES[name], drawn, "up"))
 
     plain = base.tokenizer.decode(base.chat.prompt("up", ""))
     for name in ("none", "adapter", "other", "gibberish", "constant"):
@@ -104,7 +104,7 @@ def test_which_lora_each_rival_answers_with(base, suite):
     tasks = [task for task in read_tasks(suite) if task.is_heldout]
     drawn = evaluation.draw(tasks, 1, 0, TasksConfig(str(suite)))
     given = Given(base, Caster(), None, "multitask", "described", "average")
-    loras = {name: rival.lora(given, drawn) for name, rival in RIVALS.items() if name != "oracle"}
+    loras = {name: rival.lora(given, drawn) for name, rival in BASELINES.items() if name != "oracle"}
     assert loras["adapter"] == drawn.description and loras["other"] == drawn.other_description
     assert loras["gibberish"] == drawn.gibberish and "please" not in drawn.gibberish
     said = {word for t in tasks for text in t.descriptions["heldout"] for word in text.split()}
@@ -115,7 +115,7 @@ def test_which_lora_each_rival_answers_with(base, suite):
     assert [loras[name] for name in ("average", "multitask", "multitask_described", "constant")] == [
         "average", "multitask", "described", "constant",
     ]  # fmt: skip
-    without = [name for name, rival in RIVALS.items() if rival.needs is None]
+    without = [name for name, rival in BASELINES.items() if rival.needs is None]
     assert all(loras[name] is None for name in without) and len(without) == 6
 
 
@@ -213,7 +213,7 @@ def test_more_seeds_do_not_make_an_interval_narrower(base, suite, tmp_path, monk
     intervals = []
     for seeds in ((0,), (0, 1, 2, 3)):
         given = Given(base, Caster())
-        monkeypatch.setattr(evaluation, "RIVALS", {n: RIVALS[n] for n in ("none", "adapter")})
+        monkeypatch.setattr(evaluation, "BASELINES", {n: BASELINES[n] for n in ("none", "adapter")})
         monkeypatch.setattr(evaluation.LoRA, "to", lambda self, *rest: None)
         rows = evaluate_tasks(
             dataclasses.replace(given, caster=Nothing()), TasksConfig(str(suite), seeds=seeds), tmp_path
@@ -318,7 +318,9 @@ def test_oracles_and_their_average_join_in(base, suite, hypernetwork, tiny_folde
     done = CliRunner().invoke(app, [str(a) for a in arguments])
     assert done.exit_code == 0, done.output
     rows = {row["system"]: row for row in json.loads(done.stdout)["rows"]}
-    assert list(rows) == [name for name in RIVALS if RIVALS[name].needs in (None, "oracles", "average", "multitask")]
+    assert list(rows) == [
+        name for name in BASELINES if BASELINES[name].needs in (None, "oracles", "average", "multitask")
+    ]
     assert list(rows["oracle"]["by_task"]) == ["first", "opposite"]
 
 

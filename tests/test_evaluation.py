@@ -160,7 +160,7 @@ def test_haystack_refuses_what_cannot_be(haystack):
 # ---- documents in memory ----
 
 
-@pytest.mark.parametrize("options", [{}, {"document_independent_rank": 2, "kinds": ("q_proj", "down_proj")}])
+@pytest.mark.parametrize("options", [{}, {"static_rank": 2, "kinds": ("q_proj", "down_proj")}])
 def test_a_document_in_memory_gives_the_same_lora_as_its_adapter(base, tmp_path, options):
     import torch
 

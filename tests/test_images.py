@@ -14,7 +14,7 @@ from PIL import Image
 from loracast.data.labelled import make_signals, read_images
 from loracast.documents import read_document
 from loracast.documents.document import Limits
-from loracast.documents.images import MAX_PIXELS, is_picture, picture_format, read_picture
+from loracast.documents.images import MAX_PIXELS, image_format, is_image_file, read_image_file
 from loracast.errors import ConfigError, DocumentError
 
 
@@ -35,14 +35,14 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 def test_each_format_is_known_by_its_content_and_read(tmp_path, kind):
     path = tmp_path / "my_red-wall.bin"
     path.write_bytes(encoded(gradient(), kind))
-    assert is_picture(path) and picture_format(path.read_bytes()) == kind
-    picture = read_picture(path)
+    assert is_image_file(path) and image_format(path.read_bytes()) == kind
+    picture = read_image_file(path)
     assert (picture.title, picture.file_name, picture.media_type) == ("my red wall", path.name, f"image/{kind.lower()}")
     assert picture.image.mode == "RGB" and picture.image.size == (24, 16)
     left, right = (np.asarray(picture.image)[:, x, 0].mean() for x in (1, -2))
     assert left < 40 and right > 200
     with path.open("rb") as stream:
-        assert read_picture(stream).sha256 == picture.sha256
+        assert read_image_file(stream).sha256 == picture.sha256
 
 
 def test_an_image_stands_upright_on_white(tmp_path):
@@ -50,12 +50,12 @@ def test_an_image_stands_upright_on_white(tmp_path):
     turned[0x0112] = 6  # the camera was turned: rotate by 90 degrees
     path = tmp_path / "a.jpg"
     path.write_bytes(encoded(gradient(), "JPEG", exif=turned))
-    assert read_picture(path).image.size == (16, 24)
+    assert read_image_file(path).image.size == (16, 24)
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     clear.putpixel((0, 0), (255, 0, 0, 255))
-    shown = read_picture(io.BytesIO(encoded(clear, "PNG"))).image
+    shown = read_image_file(io.BytesIO(encoded(clear, "PNG"))).image
     assert shown.getpixel((0, 0)) == (255, 0, 0) and shown.getpixel((3, 3)) == (255, 255, 255)
-    grey = read_picture(io.BytesIO(encoded(Image.new("L", (4, 4), 77), "PNG"))).image
+    grey = read_image_file(io.BytesIO(encoded(Image.new("L", (4, 4), 77), "PNG"))).image
     assert grey.getpixel((1, 1)) == (77, 77, 77)
 
 
@@ -63,24 +63,24 @@ def test_bombs_and_damage_are_refused(tmp_path):
     bomb = encoded(Image.new("1", (20_000, 20_000)), "PNG")
     assert len(bomb) < 200_000 and MAX_PIXELS < 20_000**2
     with pytest.raises(DocumentError, match="more than 50 million pixels"):
-        read_picture(io.BytesIO(bomb), file_name="bomb.png")
+        read_image_file(io.BytesIO(bomb), file_name="bomb.png")
     with pytest.raises(DocumentError, match="more than 50 million pixels"):  # below Pillow's own limit
-        read_picture(io.BytesIO(encoded(Image.new("1", (8_000, 8_000)), "PNG")))
+        read_image_file(io.BytesIO(encoded(Image.new("1", (8_000, 8_000)), "PNG")))
     whole = encoded(gradient(300, 300), "PNG")
     for damaged in (whole[: len(whole) // 2], whole[:60], whole[:40] + b"\0" * 40 + whole[80:]):
         with pytest.raises(DocumentError, match="damaged PNG image"):
-            read_picture(io.BytesIO(damaged))
+            read_image_file(io.BytesIO(damaged))
     with pytest.raises(DocumentError, match="not an image that can be read"):
-        read_picture(io.BytesIO(b"BMW builds cars and motorcycles in Munich."))
+        read_image_file(io.BytesIO(b"BMW builds cars and motorcycles in Munich."))
     with pytest.raises(DocumentError, match="larger than"):
-        read_picture(io.BytesIO(whole), limits=Limits(max_bytes=100))
-    assert not is_picture(tmp_path / "nothing.png") and not is_picture(tmp_path)
+        read_image_file(io.BytesIO(whole), limits=Limits(max_bytes=100))
+    assert not is_image_file(tmp_path / "nothing.png") and not is_image_file(tmp_path)
 
 
 def test_a_document_is_no_picture(tmp_path):
     path = tmp_path / "photo.jpg"
     path.write_text("This is a text with the wrong name.")
-    assert not is_picture(path)
+    assert not is_image_file(path)
     assert read_document(path).text.startswith("This is a text")
 
 
@@ -101,7 +101,7 @@ def test_a_folder_and_its_zip_are_the_same_set(tmp_path):
             archive.write(path, path.relative_to(root))
     as_folder, as_zip = read_images(root), read_images(tmp_path / "set.zip")
     assert as_folder.names == as_zip.names == ("ball", "box", "hat")
-    assert as_folder.is_spare == (False, False, True) and as_folder.of(spare=True) == [6, 7, 8]
+    assert as_folder.is_held_out == (False, False, True) and as_folder.of(spare=True) == [6, 7, 8]
     assert as_folder.fingerprint == as_zip.fingerprint and as_folder.titles == as_zip.titles
     for i in range(len(as_zip)):
         assert as_zip.load(i).getpixel((0, 0)) == as_folder.load(i).getpixel((0, 0)) == (80 * (i // 3), 10 * (i % 3), 0)

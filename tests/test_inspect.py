@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from loracast.cli import app
 from loracast.library.inspect import differences, sizes
-from loracast.library.save import keep_lora
+from loracast.library.save import save_lora
 from loracast.lora.algebra import Factors, LoRA, effective_rank, svd
 
 FREE = torch.Generator().manual_seed(2)
@@ -65,7 +65,7 @@ def test_differences_by_hand():
 
 def test_the_commands(tmp_path, base):
     for name in ("one", "two"):
-        keep_lora(make(), tmp_path, name, kind="task", title=name, made_for=base.fingerprint)
+        save_lora(make(), tmp_path, name, kind="task", title=name, made_for=base.fingerprint)
 
     def run(*arguments):
         done = CliRunner().invoke(app, [*map(str, arguments), "--library", str(tmp_path)])

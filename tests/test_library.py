@@ -25,7 +25,7 @@ from loracast.library import files as library_files
 from loracast.library import library as library_module
 from loracast.library import register, workfolders
 from loracast.library import writer as writer_module
-from loracast.library.files import settle
+from loracast.library.files import recover
 from loracast.library.library import (
     adapter_names,
     adapters,
@@ -420,7 +420,7 @@ def die_before_the_commit(library: Path) -> None:
 
 
 def die_while_removing(library: Path) -> None:
-    library_module.settle = lambda *_: os._exit(9)
+    library_module.recover = lambda *_: os._exit(9)
     remove_adapter(library, "doc")
 
 
@@ -444,7 +444,7 @@ def test_the_next_run_clears_up_after_a_killed_one(tmp_path, monkeypatch):
     assert has_factors_of(open_adapter(tmp_path, "doc"), 1)
     assert in_child(die_while_removing, tmp_path) == 9
     assert adapter_names(tmp_path) == []  # what was removed does not come back
-    settle(tmp_path)
+    recover(tmp_path)
     assert files_in(tmp_path) == {"register.sqlite"}
 
 
@@ -456,7 +456,7 @@ def test_tidying_touches_nothing_of_the_users(tmp_path, monkeypatch):
     (tmp_path / ".loracast-old-file").write_text("not a folder")
     before = files_in(tmp_path)
     tidy(tmp_path)
-    settle(tmp_path)
+    recover(tmp_path)
     assert files_in(tmp_path) == before
 
 

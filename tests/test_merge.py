@@ -11,7 +11,7 @@ import torch
 from adapters import TARGET, random_factors, write
 from loracast.errors import AdapterError
 from loracast.library.manifest import Manifest
-from loracast.lora.merge import Merging, told_apart
+from loracast.lora.merge import Merging, decorrelate_keys
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -21,7 +21,7 @@ def draw(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("d_in", [16, 7], ids=["few rows", "more rows than inputs"])
 def test_chunks_are_told_apart_as_least_squares_would_have_it(d_in):
     a, b = draw(2, 3, 4, d_in), draw(2, 3, 4, 5)  # modules, chunks, rank, width
-    found = told_apart(a, b, 3.0)
+    found = decorrelate_keys(a, b, 3.0)
     assert found.shape == a.shape
     for module in range(2):
         keys, values = (side[module].reshape(12, -1).double().numpy() for side in (a, b))
@@ -36,12 +36,12 @@ def test_chunks_are_told_apart_as_least_squares_would_have_it(d_in):
 
 def test_a_chunk_alone_and_chunks_without_a_common_key_stay_as_they_are():
     a, b = draw(2, 1, 4, 16), draw(2, 1, 4, 5)
-    torch.testing.assert_close(told_apart(a, b, 3.0), a)
+    torch.testing.assert_close(decorrelate_keys(a, b, 3.0), a)
     separate = torch.zeros(1, 2, 4, 16)
     separate[0, 0, :, :8], separate[0, 1, :, 8:] = draw(4, 8), draw(4, 8)
-    torch.testing.assert_close(told_apart(separate, draw(1, 2, 4, 5), 3.0), separate)
+    torch.testing.assert_close(decorrelate_keys(separate, draw(1, 2, 4, 5), 3.0), separate)
     padded = torch.cat([a, torch.zeros_like(a)], dim=1)  # a chunk of padding
-    torch.testing.assert_close(told_apart(padded, torch.cat([b, torch.zeros_like(b)], dim=1), 3.0), padded)
+    torch.testing.assert_close(decorrelate_keys(padded, torch.cat([b, torch.zeros_like(b)], dim=1), 3.0), padded)
 
 
 def test_a_question_for_one_chunk_hears_less_of_the_others():
@@ -60,9 +60,9 @@ def test_a_question_for_one_chunk_hears_less_of_the_others():
 
 def test_adapters_are_merged_as_their_manifest_says(tmp_path):
     kind = TARGET.kinds[0]
-    plain, apart = write(tmp_path / "plain", 3), write(tmp_path / "apart", 3, merge_ridges={kind: 3.0})
+    plain, apart = write(tmp_path / "plain", 3), write(tmp_path / "apart", 3, key_decorrelation={kind: 3.0})
     a, b = (side.bfloat16() for side in random_factors(3)[kind])
-    keys = told_apart(a.transpose(0, 1), b.transpose(0, 1), 3.0)  # [layers, chunks, r, in]
+    keys = decorrelate_keys(a.transpose(0, 1), b.transpose(0, 1), 3.0)  # [layers, chunks, r, in]
     for layer, module in enumerate(TARGET.of_kind(kind)):
         torch.testing.assert_close(
             apart.lora().delta(module.name).float(),
@@ -80,6 +80,6 @@ def test_a_ridge_that_is_no_positive_number_is_refused(tmp_path):
     path = write(tmp_path, 2).folder / "adapter.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
     for ridge in (0.0, -1.0, float("nan"), "3"):
-        (tmp_path / "adapter.json").write_text(json.dumps(stored | {"merge_ridges": {"down_proj": ridge}}))
+        (tmp_path / "adapter.json").write_text(json.dumps(stored | {"key_decorrelation": {"down_proj": ridge}}))
         with pytest.raises(AdapterError, match="damaged"):
             Manifest.read(tmp_path / "adapter.json")

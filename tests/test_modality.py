@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from conftest import DATA, make_hypernet
 from loracast.base.generate import Sampling, answer_batch
 from loracast.base.load import DEFAULT_BASE, base_folder, load_base
-from loracast.cast.image import SenseCaster, load_picture_caster
+from loracast.cast.image import FeatureCaster, load_image_caster
 from loracast.cli import app
 from loracast.data.labelled import Labelled, make_signals, read_images
-from loracast.documents.images import read_picture
+from loracast.documents.images import read_image_file
 from loracast.encoders import image as image_encoders
 from loracast.encoders.features import Encoder, Features
 from loracast.encoders.hidden_states import ContextEncoder
@@ -33,7 +33,7 @@ from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.model import load, shipped_hypernetwork
 from loracast.training import modality_source as sense_source
 from loracast.training.modality import read_sense_recipe, train_sense
-from loracast.training.modality_source import SenseDataConfig, SenseSource, encoded, wordings
+from loracast.training.modality_source import ModalityDataConfig, ModalitySource, encoded, wordings
 from test_images import gradient
 
 FREE = torch.Generator().manual_seed(0)
@@ -69,7 +69,7 @@ def some_signals(n_classes: int, per_class: int, seed: int = 0, n_spare: int = 0
     return dataclasses.replace(
         full,
         names=full.names[:n_classes],
-        is_spare=tuple(i >= n_classes - n_spare for i in range(n_classes)),
+        is_held_out=tuple(i >= n_classes - n_spare for i in range(n_classes)),
         labels=tuple(full.labels[i] for i in kept),
         titles=tuple(full.titles[i] for i in kept),
         load=lambda i: full.load(kept[i]),
@@ -80,7 +80,7 @@ def some_signals(n_classes: int, per_class: int, seed: int = 0, n_spare: int = 0
 def recipe(*overrides: str):
     small = ["width=16", "n_heads=2", "n_kv_heads=2", "head_dim=8", "n_decoder_blocks=1", "rank=4"]
     settings = [*(f"hypernetwork.{s}" for s in small), "training.bf16=false", "training.lr=3e-3"]
-    return read_sense_recipe(None, [*settings, "training.log_every=1", "data.things_per_step=12", *overrides])
+    return read_sense_recipe(None, [*settings, "training.log_every=1", "data.examples_per_step=12", *overrides])
 
 
 def test_encoders_of_all_senses_fit_the_door(base, vision):
@@ -197,7 +197,7 @@ def test_a_step_depends_on_its_number_and_asks_what_is_true(base):
         def __call__(self, inputs):
             return Features(inputs.expand(-1, 3, -1))
 
-    source = SenseSource(SenseDataConfig(things_per_step=6, questions_per_thing=3), images, Fake(), base.chat)
+    source = ModalitySource(ModalityDataConfig(examples_per_step=6, questions_per_example=3), images, Fake(), base.chat)
     features, episodes = source.step(7)
     same, _ = source.step(7)
     assert torch.equal(features.states, same.states) and not torch.equal(features.states, source.step(8)[0].states)
@@ -214,7 +214,7 @@ def test_a_step_depends_on_its_number_and_asks_what_is_true(base):
             wanted = found[0].answers[name] if found else name
             assert wanted in answer
     with pytest.raises(ConfigError, match="attribute_share"):
-        SenseDataConfig(attribute_share=2)
+        ModalityDataConfig(attribute_share=2)
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,7 @@ def test_a_fresh_hypernetwork_does_nothing_and_training_makes_it_see(base, train
 
 def test_what_is_measured_is_what_merged_weights_say(base, trained, tmp_path):
     """The likeliest name from the loss of the base with the LoRA added to its weights, one thing at a time."""
-    caster = SenseCaster(*from_pretrained(trained[0], DocToLoRA), SignalEncoder())
+    caster = FeatureCaster(*from_pretrained(trained[0], DocToLoRA), SignalEncoder())
     known, test = some_signals(4, 24, n_spare=1), some_signals(4, 6, seed=9, n_spare=1)
     report, saw = evaluate_sense(base, caster, known, test, SenseEvalConfig(), tmp_path)
     seen_names = test.names[:3]
@@ -270,7 +270,7 @@ def test_what_is_measured_is_what_merged_weights_say(base, trained, tmp_path):
             losses.append(min(of_forms))
         assert one.chosen == seen_names[int(np.argmin(losses))]
     by = {(row["part"], row["system"]): row for row in report.rows}
-    right = [one.chosen == one.name for one in saw if not one.is_spare]
+    right = [one.chosen == one.name for one in saw if not one.is_held_out]
     assert by[SEEN, "adapter"]["accuracy"] == pytest.approx(np.mean(right)) and by[SEEN, "adapter"]["n"] == 18
     assert by[SEEN, "adapter"]["accuracy"] > 0.6 > by[SEEN, "shuffled"]["accuracy"]
     assert by[SEEN, "probe"]["accuracy"] > 0.6 and by[SEEN, "adapter"]["of_probe"] == pytest.approx(
@@ -338,13 +338,13 @@ def seeing(base, vision, tmp_path_factory) -> Path:
     """A tiny random hypernetwork for images."""
     encoder = ImageEncoder(str(vision), vision)
     folder = tmp_path_factory.mktemp("seeing")
-    like = make_hypernet(base, document_independent_rank=1).config
+    like = make_hypernet(base, static_rank=1).config
     config = dataclasses.replace(
         like, d_features=16, encoder=encoder.name, encoder_fingerprint=encoder.fingerprint, reader_layers=(0,)
     )
     torch.manual_seed(0)
     hypernet = DocToLoRA(config)
-    for side in (hypernet.head("down_proj").scaler_b, hypernet.shared("down_proj").b):
+    for side in (hypernet.head("down_proj").scaler_b, hypernet.static_of("down_proj").b):
         side.data.fill_(0.5)
     save_pretrained(hypernet, folder, base.fingerprint, storage="float32")
     return folder
@@ -358,12 +358,12 @@ def photo(tmp_path) -> Path:
 
 def test_a_photo_is_learned_like_a_document(tiny_folder, tiny_hypernet_folder, seeing, photo, tmp_path):
     model = load(
-        tiny_folder, tiny_hypernet_folder, picture_hypernetwork=seeing, library=tmp_path / "library", device="cpu"
+        tiny_folder, tiny_hypernet_folder, image_hypernetwork=seeing, library=tmp_path / "library", device="cpu"
     )
     adapter = model.learn(photo)
     assert (adapter.name, adapter.manifest.kind, adapter.manifest.source) == ("photo", "image", "photo.jpg")
-    assert adapter.manifest.source_sha256 == read_picture(photo).sha256
-    made = load_picture_caster(seeing, tmp_path / "library").lora(read_picture(photo).image)
+    assert adapter.manifest.source_sha256 == read_image_file(photo).sha256
+    made = load_image_caster(seeing, tmp_path / "library").lora(read_image_file(photo).image)
     kept = adapter.lora()
     for name, pair in made.factors.items():
         torch.testing.assert_close(
@@ -398,18 +398,18 @@ def test_the_command_learns_a_photo_without_the_base(seeing, photo, tmp_path):
 
 def test_each_hypernetwork_keeps_to_its_sense(base, tiny_folder, tiny_hypernet_folder, seeing, vision, tmp_path):
     with pytest.raises(HypernetworkError, match="reads documents, and no images"):
-        load_picture_caster(tiny_hypernet_folder, tmp_path)
+        load_image_caster(tiny_hypernet_folder, tmp_path)
     with pytest.raises(HypernetworkError, match="reads no documents"):
         load(tiny_folder, seeing, device="cpu")
     with pytest.raises(HypernetworkError, match="give the encoder that it was trained with"):
-        load_picture_caster(seeing, tmp_path, encoder=str(make_vision(tmp_path / "other", seed=1)))
+        load_image_caster(seeing, tmp_path, encoder=str(make_vision(tmp_path / "other", seed=1)))
     other = dataclasses.replace(base.fingerprint, norms="0" * 16)
     hypernet, _ = from_pretrained(seeing, DocToLoRA)
     save_pretrained(hypernet, tmp_path / "foreign", other, storage="float32")
     model = load(
         tiny_folder,
         tiny_hypernet_folder,
-        picture_hypernetwork=tmp_path / "foreign",
+        image_hypernetwork=tmp_path / "foreign",
         library=tmp_path / "l",
         device="cpu",
     )
@@ -434,7 +434,7 @@ def test_the_shipped_hypernetwork_sees(tmp_path):
     base = load_base()
     where = shipped_hypernetwork(DEFAULT_BASE, "image")
     hypernet, made_for = from_pretrained(where, DocToLoRA)
-    caster = SenseCaster(hypernet, made_for, ImageEncoder(image_encoders.DEFAULT_IMAGE_ENCODER, _ENCODER))
+    caster = FeatureCaster(hypernet, made_for, ImageEncoder(image_encoders.DEFAULT_IMAGE_ENCODER, _ENCODER))
     places = [i for label in range(10) for i in [j for j, its in enumerate(images.labels) if its == label][:3]]
     batch = caster.loras([images.load(i) for i in places])
     prompt = base.chat.prompt("What does the picture show?", "")

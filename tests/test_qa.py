@@ -18,9 +18,9 @@ from loracast.errors import AdapterError, ConfigError
 from loracast.evaluation.cut import without_middle
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.interference import InterferenceConfig, evaluate_interference
-from loracast.evaluation.qa.adapter import document_independent
+from loracast.evaluation.qa.adapter import static
 from loracast.evaluation.qa.baseline import Given, Setup
-from loracast.evaluation.qa.evaluate import RIVALS, QaConfig, choose, draw, evaluate_qa
+from loracast.evaluation.qa.evaluate import BASELINES, QaConfig, choose, draw, evaluate_qa
 from loracast.evaluation.qa.metrics import best, exact_match, rouge_l, squad_normalise, token_f1
 from loracast.evaluation.qa.passages import passages
 from loracast.evaluation.verbatim import VerbatimConfig, evaluate_verbatim
@@ -114,13 +114,15 @@ def test_a_reader_is_told_from_other_loras(base, reader_folder, tmp_path):
 
 def test_every_rival_answers_every_question(model, documents, reader_folder, tmp_path):
     setup = Setup(model, chunk_tokens=64, reader=read_reader(reader_folder, model.base.fingerprint))
-    config = QaConfig(documents=(documents,), systems=tuple(RIVALS), max_documents=2, spans_only=True, chunk_tokens=64)
+    config = QaConfig(
+        documents=(documents,), systems=tuple(BASELINES), max_documents=2, spans_only=True, chunk_tokens=64
+    )
     report = evaluate_qa(setup, config, tmp_path / "out")
     draw(report, tmp_path / "out")
     assert report.is_complete
     by_source = [row for row in report.rows if row["kind"] == "source"]
     assert {row["part"] for row in by_source} == {"letters", "tales", "all"}
-    assert [row["system"] for row in by_source if row["part"] == "all"] == list(RIVALS)
+    assert [row["system"] for row in by_source if row["part"] == "all"] == list(BASELINES)
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     for row in by_source:
         mine = [a for a in lines if a["system"] == row["system"] and row["part"] in (a["source"], "all")]
@@ -171,7 +173,7 @@ def test_rivals_that_lack_something_are_refused_or_left_out(model, documents, tm
         evaluate_qa(Setup(model), QaConfig(documents=(documents,), systems=("magic",)), tmp_path)
     config = QaConfig(documents=(documents,), max_documents=1, max_questions=1)
     ran = {row["system"] for row in evaluate_qa(Setup(model), config, tmp_path / "out").rows}
-    assert ran == {name for name, rival in RIVALS.items() if not rival.is_optional and not rival.needs_reader}
+    assert ran == {name for name, rival in BASELINES.items() if not rival.is_optional and not rival.needs_reader}
 
 
 def test_what_rivals_show_the_base(model, documents):
@@ -181,7 +183,7 @@ def test_what_rivals_show_the_base(model, documents):
     asked = first.questions[1]
     shown = {
         name: model.base.tokenizer.decode(rival.ask(setup, given, asked).prompt)
-        for name, rival in RIVALS.items()
+        for name, rival in BASELINES.items()
         if name not in ("adapter", "other", "beside", "ceiling", "distilled")
     }
     for name, prompt in shown.items():
@@ -199,7 +201,7 @@ def test_two_documents_at_once_are_what_asking_with_two_adapters_gives(model, do
     first, second = read_questioned([documents])[:2]
     setup = Setup(model, route=2, chunk_tokens=64)
     given = Given(first, *(InMemoryAdapter(model, d.text, d.title, 64) for d in (first, second)))
-    rival = RIVALS["beside"]
+    rival = BASELINES["beside"]
     rival.learn(setup, [given])
     found = rival.ask(setup, given, first.questions[0]).lora
     kept = []
@@ -245,13 +247,13 @@ def test_the_shared_part_is_what_all_documents_have(base, tiny_folder, tmp_path)
     from loracast.model import Model
 
     modules = target_from_config(base.model.config, ("q_proj",), (0, 2)).rows
-    hypernet = make_hypernet(base, document_independent_rank=2, shared_modules=modules, shared_rank=3)
+    hypernet = make_hypernet(base, static_rank=2, static_modules=modules, static_modules_rank=3)
     for kind in ("down_proj", "q_proj"):
-        torch.nn.init.normal_(hypernet.shared(kind).b)
+        torch.nn.init.normal_(hypernet.static_of(kind).b)
     model = Model(base, hypernet, "h", tmp_path)
-    lora = document_independent(Setup(model))
+    lora = static(Setup(model))
     assert len(lora.names) == 2 + 4
-    one = hypernet.shared("q_proj")
+    one = hypernet.static_of("q_proj")
     torch.testing.assert_close(
         lora.delta(modules[1][0]).float(), (one.b[1].T @ one.a[1]).detach(), rtol=0.05, atol=0.05
     )

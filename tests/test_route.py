@@ -12,7 +12,7 @@ from loracast.cli import app
 from loracast.export.adapter import export_adapter
 from loracast.library.library import open_adapter
 from loracast.library.routing import route
-from loracast.library.save import keep_lora
+from loracast.library.save import save_lora
 from loracast.lora.peft_format import read_peft
 from loracast.model import load
 
@@ -25,7 +25,7 @@ def library(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
         (folder / f"{name}.txt").write_text(text)
         model.learn(folder / f"{name}.txt", name, max_chunk_tokens=40)
     lora = open_adapter(folder, "lamp").lora()
-    keep_lora(lora, folder, "shout", kind="task", title="Shout.", made_for=model.base.fingerprint)
+    save_lora(lora, folder, "shout", kind="task", title="Shout.", made_for=model.base.fingerprint)
     return folder
 
 

@@ -12,22 +12,22 @@ import torch
 from conftest import PROSE
 from loracast.base.chat import encode_with_offsets
 from loracast.data.facts import make_sheet
-from loracast.data.spans import BEGIN, SAY, STOP, Mark, Stated, find_marks, find_owner
-from loracast.hypernets.memory import END, N_PLACES, OWNER, Writes
+from loracast.data.spans import BEGIN, SAY, STOP, FactSpan, TokenLabel, find_owner, label_tokens
+from loracast.hypernets.memory import END, N_PLACES, OWNER, MemoryWrites
 from loracast.scoring.episodes import Episode, pack
-from loracast.training.memory_losses import finding_outcome, writing_outcome
+from loracast.training.memory_losses import retrieval_loss, write_loss
 from loracast.training.sources import DataConfig, EpisodeSource
 
 
-def marks_of(base, text: str, *stated: Stated) -> tuple[list[str], list[Mark]]:
+def marks_of(base, text: str, *stated: FactSpan) -> tuple[list[str], list[TokenLabel]]:
     _, offsets = encode_with_offsets(base.tokenizer, text)
-    return [text[a:b] for a, b in offsets], find_marks(0, text, offsets, stated)
+    return [text[a:b] for a, b in offsets], label_tokens(0, text, offsets, stated)
 
 
 def test_a_value_its_owner_and_its_end_are_marked(base):
     statement = "The weight of the Velmo kettle is 45 kg."
     tokens, marks = marks_of(
-        base, f"A title\nNothing. {statement} More.", Stated(statement, "the Velmo kettle", "45 kg")
+        base, f"A title\nNothing. {statement} More.", FactSpan(statement, "the Velmo kettle", "45 kg")
     )
     said = [m for m in marks if m.gate != STOP]
     assert "".join(tokens[m.token] for m in said).strip() == "45 kg"
@@ -50,7 +50,7 @@ def test_a_value_its_owner_and_its_end_are_marked(base):
 )
 def test_a_value_is_not_found_in_its_owners_name(base, statement, owner, value, at):
     _, offsets = encode_with_offsets(base.tokenizer, statement)
-    marks = find_marks(0, statement, offsets, [Stated(statement, owner, value)])
+    marks = label_tokens(0, statement, offsets, [FactSpan(statement, owner, value)])
     said = [m for m in marks if m.gate != STOP]
     assert offsets[said[0].token][1] > at and offsets[said[0].token][0] <= at
     assert offsets[said[-1].token][1] == at + len(value)
@@ -64,7 +64,7 @@ def test_an_owner_is_found_whatever_its_first_letters_case():
 
 
 def test_a_statement_that_is_not_whole_in_the_chunk_has_no_marks(base):
-    assert marks_of(base, "The weight is 4", Stated("The weight is 45 kg.", "", "45 kg"))[1] == []
+    assert marks_of(base, "The weight is 4", FactSpan("The weight is 45 kg.", "", "45 kg"))[1] == []
 
 
 def test_the_marks_of_sheets_and_needles_spell_their_answers(base, tmp_path):
@@ -77,7 +77,7 @@ def test_the_marks_of_sheets_and_needles_spell_their_answers(base, tmp_path):
         source.needle_episode(rng, 3, 120, 2) for _ in range(8)
     ]:
         answers = {base.tokenizer.decode(q.answer[:-1]).strip() for q in episode.questions}
-        values: list[list[Mark]] = []
+        values: list[list[TokenLabel]] = []
         for mark in episode.marks:
             if mark.gate == BEGIN:
                 values.append([])
@@ -102,31 +102,31 @@ def test_sheets_are_marked_in_the_chunk_that_states_them(base):
             assert answer.startswith(base.tokenizer.decode([episode.chunks[mark.chunk][mark.token]]).strip())
 
 
-def writes_for(episode: Episode, right: bool) -> tuple[Writes, object]:
+def writes_for(episode: Episode, right: bool) -> tuple[MemoryWrites, object]:
     """What a memory would have to say to be wholly right (or undecided) about an episode."""
     batch = pack([episode, dataclasses.replace(episode, chunks=episode.chunks[:1], marks=())], 0)
     n, t = batch.chunk_ids.shape
-    writes = Writes(torch.zeros(n, 3, t, t), torch.full((n, t, 3), -30.0 * right), torch.zeros(n, t, N_PLACES))
+    writes = MemoryWrites(torch.zeros(n, 3, t, t), torch.full((n, t, 3), -30.0 * right), torch.zeros(n, t, N_PLACES))
     for row, token, gate, owner, place, end, _ in batch.marks.tolist() if right else []:
         writes.gate_logits[row, token, gate] = 30
         writes.place_logits[row, token, min(place, N_PLACES - 1)] = 60
-        writes.look_scores[row, END, token, end] = 60
+        writes.pointer_scores[row, END, token, end] = 60
         if owner >= 0:
-            writes.look_scores[row, OWNER, token, owner] = 60
+            writes.pointer_scores[row, OWNER, token, owner] = 60
     return writes, batch
 
 
 def test_the_loss_on_writing_against_formulas(base):
     source = EpisodeSource(DataConfig(), base.tokenizer, base.chat)
     episode = source.fact_episode(random.Random(3), 8, 96)
-    right = writing_outcome(*writes_for(episode, right=True))
+    right = write_loss(*writes_for(episode, right=True))
     assert right.loss.item() == pytest.approx(0, abs=1e-6)
     assert set(right.figures.values()) == {1.0} and len(right.figures) == 4
-    undecided = writing_outcome(*writes_for(episode, right=False))
+    undecided = write_loss(*writes_for(episode, right=False))
     t = max(len(chunk) for chunk in episode.chunks)
     assert undecided.loss.item() == pytest.approx(math.log(2) + math.log(N_PLACES) + 2 * math.log(t), rel=1e-5)
     unmarked, batch = writes_for(dataclasses.replace(episode, marks=()), right=False)
-    assert writing_outcome(unmarked, batch).loss is None
+    assert write_loss(unmarked, batch).loss is None
 
 
 def test_the_loss_on_finding_against_a_formula(base):
@@ -137,7 +137,7 @@ def test_the_loss_on_finding_against_a_formula(base):
     k, (n, t) = batch.chunks_per_document, batch.chunk_ids.shape
     assert k > 1
     tokens = torch.arange(t).expand(n, t).masked_fill(~batch.chunk_mask, -1)
-    blank = Writes(
+    blank = MemoryWrites(
         torch.zeros(n, 3, t, t), torch.zeros(n, t, 3), torch.zeros(n, t, N_PLACES), tokens, torch.ones(2) / 2
     )
     # Right keys: of each token its own axis; at each answer token comes in what its mark's token was stored under.
@@ -156,13 +156,13 @@ def test_the_loss_on_finding_against_a_formula(base):
             others = sum(i != episode.chunks[mark.chunk][mark.token] for i in said)
             losses[mark.place == 0].append(math.log(1 + others))
         first += len(episode.questions)
-    right = finding_outcome({"one": (keys, 5 * entering), "two": (keys, 5 * entering)}, blank, batch)
+    right = retrieval_loss({"one": (keys, 5 * entering), "two": (keys, 5 * entering)}, blank, batch)
     assert right[1] == 1.0 and right[0].item() == pytest.approx(0, abs=1e-6)
     none = torch.zeros_like(entering)
-    undecided = finding_outcome({"one": (keys, none), "two": (keys, none)}, blank, batch)
+    undecided = retrieval_loss({"one": (keys, none), "two": (keys, none)}, blank, batch)
     assert undecided[0].item() == pytest.approx(sum(sum(some) / len(some) / 2 for some in losses.values()), rel=1e-5)
     silent = pack([dataclasses.replace(episode, marks=()) for episode in episodes], 0)
-    assert finding_outcome({"one": (keys, none), "two": (keys, none)}, blank, silent) is None
+    assert retrieval_loss({"one": (keys, none), "two": (keys, none)}, blank, silent) is None
 
 
 def test_the_marks_of_two_documents_at_once_spell_the_answers_of_both(base, tmp_path):

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from loracast.data.tasks import read_tasks
-from loracast.encoders.attention_delta import ContributionReader
+from loracast.encoders.attention_delta import AttentionDeltaEncoder
 from loracast.errors import ConfigError
-from loracast.hypernets.attention_delta import AttendingToLoRA
+from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
 from loracast.hypernets.store import from_pretrained, save_pretrained, with_config
-from loracast.hypernets.task_bank import TaskRecall
+from loracast.hypernets.task_bank import TaskBank
 from loracast.lora.target import Target, TargetModule
 from loracast.training.loop import TrainConfig
 from loracast.training.task_source import TaskDataConfig, TaskSource
@@ -34,10 +34,10 @@ def scattered(n_each: int, seed: int) -> torch.Tensor:
     return means.repeat_interleave(n_each, 0) + 0.3 * noise + 5
 
 
-def learned() -> TaskRecall:
+def learned() -> TaskBank:
     torch.manual_seed(0)
-    recall = TaskRecall(TARGET, 100, 3, 8, N_DESCRIPTIONS)
-    recall.learn_entries(scattered(20, 0)[: sum(N_DESCRIPTIONS)])
+    recall = TaskBank(TARGET, 100, 3, 8, N_DESCRIPTIONS)
+    recall.fit_keys(scattered(20, 0)[: sum(N_DESCRIPTIONS)])
     recall.cores.data.normal_()
     return recall.eval().requires_grad_(False)
 
@@ -52,7 +52,7 @@ def test_new_wordings_are_found_where_plain_cosines_are_lost():
     truth = torch.arange(3).repeat_interleave(50)
     centred = [torch.nn.functional.normalize(x - known.mean(0), dim=-1) for x in (new, known)]
     assert (nearest(*centred) == truth).float().mean() < 0.93
-    assert (nearest(recall.coordinates(new), recall.entries) == truth).float().mean() > 0.98
+    assert (nearest(recall.coordinates(new), recall.keys) == truth).float().mean() > 0.98
 
 
 def test_a_known_description_gets_the_core_of_its_task():
@@ -69,7 +69,7 @@ def test_a_known_description_gets_the_core_of_its_task():
 def test_in_training_descriptions_do_without_their_entry_or_their_task():
     recall = learned().train()
     known = scattered(20, 0)[: sum(N_DESCRIPTIONS)]
-    cosines = recall.coordinates(known) @ recall.entries.T
+    cosines = recall.coordinates(known) @ recall.keys.T
     torch.manual_seed(0)
     entries = without = 0
     for _ in range(200):
@@ -98,26 +98,26 @@ def test_its_factors_span_what_others_span():
 
 def test_another_number_of_descriptions_is_refused():
     with pytest.raises(ConfigError, match="60 descriptions, where the tasks that are recalled have 61"):
-        learned().learn_entries(scattered(20, 0)[:60])
+        learned().fit_keys(scattered(20, 0)[:60])
 
 
 def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
     plain = make(base)
-    read = ContributionReader(base, plain)(TEXTS)
-    recalling = with_config(plain, {"recall_rank": 2, "recall_width": 3})
-    recalling.start_recall(read, (2, 1))
+    read = AttentionDeltaEncoder(base, plain)(TEXTS)
+    recalling = with_config(plain, {"task_bank_rank": 2, "task_bank_width": 3})
+    recalling.start_task_bank(read, (2, 1))
     recalling.eval().requires_grad_(False)
     one, other = plain(read), recalling(read)
     for name in one.factors:
         assert other.factors[name].rank == one.factors[name].rank + 2
         torch.testing.assert_close(other.row(1).delta(name), one.row(1).delta(name))
     assert recalling.config.lora_rank == plain.config.lora_rank + 2
-    assert recalling.recall is not None
-    recalling.recall.cores.data.normal_()
+    assert recalling.task_bank is not None
+    recalling.task_bank.cores.data.normal_()
     (name, *_) = (name for name in one.factors if name.endswith("o_proj"))
     assert not torch.allclose(recalling(read).row(1).delta(name), one.row(1).delta(name))
     save_pretrained(recalling, tmp_path, base.fingerprint, storage="float32")
-    again, _ = from_pretrained(tmp_path, AttendingToLoRA)
+    again, _ = from_pretrained(tmp_path, AttentionDeltaToLoRA)
     assert again.config == recalling.config
     for name, factors in recalling(read).factors.items():
         assert torch.equal(factors.b, again(read).factors[name].b)
@@ -125,25 +125,25 @@ def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
 
 def test_what_is_recalled_is_found_by_how_it_is_read_now(base):
     hypernet = make(base)
-    recalling = with_config(hypernet, {"recall_rank": 2, "recall_width": 3})
-    recalling.start_recall(ContributionReader(base, hypernet)(TEXTS), (2, 1))
-    assert recalling.recall is not None
-    recalling.recall.cores.data.normal_()
+    recalling = with_config(hypernet, {"task_bank_rank": 2, "task_bank_width": 3})
+    recalling.start_task_bank(AttentionDeltaEncoder(base, hypernet)(TEXTS), (2, 1))
+    assert recalling.task_bank is not None
+    recalling.task_bank.cores.data.normal_()
     other = with_config(recalling, {"probe": "dog"}).requires_grad_(False)
-    assert other.recall is not None and torch.equal(other.recall.cores, recalling.recall.cores)
-    read = ContributionReader(base, other)(TEXTS)
-    assert (other.recall.coordinates(other._compared(read)) - other.recall.entries).abs().max() > 1e-3
-    other.recall_again(read)
-    torch.testing.assert_close(other.recall.coordinates(other._compared(read)), other.recall.entries)
+    assert other.task_bank is not None and torch.equal(other.task_bank.cores, recalling.task_bank.cores)
+    read = AttentionDeltaEncoder(base, other)(TEXTS)
+    assert (other.task_bank.coordinates(other._compared(read)) - other.task_bank.keys).abs().max() > 1e-3
+    other.refresh_task_bank(read)
+    torch.testing.assert_close(other.task_bank.coordinates(other._compared(read)), other.task_bank.keys)
     with pytest.raises(ConfigError, match="2 descriptions, where the tasks that are recalled have 3"):
-        other.recall_again(read[:2])
+        other.refresh_task_bank(read[:2])
 
 
 def test_less_deep_with_the_same_weights(base):
     deep = make(base)
     n_layers = len(deep.config.layers)
     shallow = with_config(deep, {"depth": n_layers - 1})
-    reads = [ContributionReader(base, hypernet)(TEXTS) for hypernet in (deep, shallow)]
+    reads = [AttentionDeltaEncoder(base, hypernet)(TEXTS) for hypernet in (deep, shallow)]
     by_layer = [h._by_place(read) for h, read in zip((deep, shallow), reads, strict=True)]
     torch.testing.assert_close(by_layer[1], by_layer[0][:, :, :-1])
     torch.testing.assert_close(shallow._written(reads[1]), deep._written(reads[0])[:, :-1])
@@ -168,7 +168,7 @@ def test_what_was_read_once_is_not_read_again():
 
 
 def recipe(**options) -> TextRecipe:
-    settings = {"recall_only": True, "hypernetwork": {"recall_rank": 2, "recall_width": 3}, **options}
+    settings = {"task_bank_only": True, "hypernetwork": {"task_bank_rank": 2, "task_bank_width": 3}, **options}
     training = TrainConfig(steps=40, lr=1e-2, log_every=10, warmup_steps=2, bf16=False)
     return TextRecipe(data=TaskDataConfig(tasks_per_step=2, examples_per_task=5), training=training, **settings)
 
@@ -185,24 +185,24 @@ def test_it_learns_tasks_and_nothing_else_changes(base, tmp_path):
     rows: list[dict[str, float]] = []
     train_text(base, recipe(), tasks, tmp_path / "run", init_from=tmp_path / "first", on_metrics=rows.append)
     assert rows[-1]["answer_loss"] < 0.8 * rows[0]["answer_loss"]
-    before, after = (from_pretrained(tmp_path / run, AttendingToLoRA)[0] for run in ("first", "run"))
+    before, after = (from_pretrained(tmp_path / run, AttentionDeltaToLoRA)[0] for run in ("first", "run"))
     weights = after.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in before.state_dict().items())
-    assert after.config.recalled == source.n_descriptions and after.recall is not None
+    assert after.config.bank_sizes == source.n_descriptions and after.task_bank is not None
     # Stopped and gone on with, it is the same.
     half = dataclasses.replace(recipe(), training=dataclasses.replace(recipe().training, budget_s=0.0))
     for settings in (half, recipe()):
         train_text(base, settings, tasks, tmp_path / "again", init_from=tmp_path / "first")
-    other, _ = from_pretrained(tmp_path / "again", AttendingToLoRA)
-    assert torch.equal(other.recall.cores, after.recall.cores)
+    other, _ = from_pretrained(tmp_path / "again", AttentionDeltaToLoRA)
+    assert torch.equal(other.task_bank.cores, after.task_bank.cores)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hypernetwork": {}}, "give the variant 'attending' a hypernetwork.recall_rank"),
-        ({"recall_only": False, "reading_is_trained": True}, "leave objective.reading_is_trained"),
-        ({"recall_only": False, "reading_strength_after": 0.5}, "leave objective.reading_is_trained"),
+        ({"hypernetwork": {}}, "give the variant 'attention_delta' a hypernetwork.task_bank_rank"),
+        ({"task_bank_only": False, "reading_is_trained": True}, "leave objective.reading_is_trained"),
+        ({"task_bank_only": False, "reading_strength_after": 0.5}, "leave objective.reading_is_trained"),
         ({"hypernetwork": {"rank": 7}}, "leave rank out of"),
     ],
 )

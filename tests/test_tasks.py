@@ -217,9 +217,9 @@ def test_an_unknown_key_of_the_recipe_fails(tmp_path):
     ):
         read_text_recipe(tmp_path / "r.toml")
     recipe = read_text_recipe(
-        None, ["hypernetwork.variant=S", "hypernetwork.layers=[1, 2]", "objective.calm_weight=0.5"]
+        None, ["hypernetwork.variant=S", "hypernetwork.layers=[1, 2]", "objective.null_condition_weight=0.5"]
     )
-    assert recipe.hypernetwork == {"variant": "S"} and recipe.layers == (1, 2) and recipe.calm_weight == 0.5
+    assert recipe.hypernetwork == {"variant": "S"} and recipe.layers == (1, 2) and recipe.null_condition_weight == 0.5
 
 
 class WordCounts:
@@ -267,7 +267,7 @@ def test_resumed_text_to_lora_equals_uninterrupted(variant, base, word_encoder, 
     for (name, one), other in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
     assert whole.heads["q_proj"].scaler_b.abs().max() > 0  # it has learned something
-    assert whole.config.n_known == 4 and whole.config.encoder == "words"
+    assert whole.config.n_seen == 4 and whole.config.encoder == "words"
     seen = WordCounts()(["train words for shout", "nothing of the kind"])
     assert whole.distances(seen)[0] < 1e-5 < whole.distances(seen)[1]
 
@@ -305,9 +305,9 @@ def test_a_task_is_learned_from_its_own_description_and_gibberish_stays_calm(bas
     folders = [tmp_path / name for name in ("calm", "wild", "small")]
     for folder in folders:
         folder.mkdir()
-    calm, _ = train_on_two(base, folders[0], calm_weight=0.3)
-    wild, _ = train_on_two(base, folders[1], calm_weight=0.0)
-    small, _ = train_on_two(base, folders[2], calm_weight=0.0, size_weight=30.0)
+    calm, _ = train_on_two(base, folders[0], null_condition_weight=0.3)
+    wild, _ = train_on_two(base, folders[1], null_condition_weight=0.0)
+    small, _ = train_on_two(base, folders[2], null_condition_weight=0.0, l1_weight=30.0)
     texts, names = ["train words for shout", "train words for opposite"], ["shout", "opposite"]
     right = answer_loss(base, wild, texts, names, tmp_path / "wild")
     swapped = answer_loss(base, wild, texts[::-1], names, tmp_path / "wild")
@@ -352,7 +352,7 @@ def test_what_training_does_not_see_does_not_matter_to_a_resumed_run(base, tmp_p
     ("options", "message"),
     [
         ({"contrast_examples": 0}, "contrast_examples at least 1"),
-        ({"calm_weight": -1.0}, "not be negative"),
+        ({"null_condition_weight": -1.0}, "not be negative"),
         ({"contrast_weight": 1.0, "data": TaskDataConfig(tasks_per_step=1)}, "tasks_per_step of at least 2"),
     ],
 )
@@ -388,7 +388,7 @@ def test_the_contrast_by_hand(base, tmp_path):
 @pytest.mark.parametrize("option", ["reading_is_trained=true", "reading_strength_after=0.5"])
 def test_options_of_reading_need_the_base_as_the_reader(base, tmp_path, word_encoder, option):
     recipe = read_text_recipe(None, [f"objective.{option}", "hypernetwork.width=16"])
-    with pytest.raises(ConfigError, match="only the variant 'attending'"):
+    with pytest.raises(ConfigError, match="only the variant 'attention_delta'"):
         train_text(base, recipe, read_tasks(write_suite(tmp_path)), tmp_path / "run")
 
 
@@ -420,7 +420,7 @@ def test_another_objective_or_other_tasks_do_not_go_on_in_the_same_folder(base, 
     recipe = TextRecipe(hypernetwork=TINY, training=training)
     train_text(base, recipe, [task], tmp_path / "out")
     for changed, tasks in (
-        (dataclasses.replace(recipe, calm_weight=0.7), [task]),
+        (dataclasses.replace(recipe, null_condition_weight=0.7), [task]),
         (recipe, [dataclasses.replace(task, descriptions={"train": ("two three",)})]),
     ):
         with pytest.raises(TrainingError, match="other settings"):

@@ -203,14 +203,14 @@ def test_all_of_it_trains(base, tmp_path):
         documents=(write_documents(tmp_path / "qa.jsonl"),), unrelated=(write_unrelated(tmp_path / "u.jsonl"),),
     )  # fmt: skip
     recipe = Recipe(
-        shared_kinds=("q_proj",), hypernetwork={**TINY, "shared_rank": 3}, teach_weight=0.5, size_weight=0.1, right_weight=0.5,
+        static_kinds=("q_proj",), hypernetwork={**TINY, "static_modules_rank": 3}, distillation_weight=0.5, l1_weight=0.1, right_weight=0.5,
         data=data, training=TrainConfig(steps=6, warmup_steps=1, lr=1e-2, bf16=False, log_every=1),
     )  # fmt: skip
     train_doc(base, recipe, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {"answer_loss", "taught", "harm", "size"} <= set().union(*rows)
     hypernet, _ = from_pretrained(tmp_path / "run", DocToLoRA)
-    shared = hypernet.shared("q_proj")
+    shared = hypernet.static_of("q_proj")
     assert shared is not None and shared.a.shape[1] == 3 and shared.b.abs().max() > 0
     assert hypernet.config.ranks["q_proj"] == 0
 
@@ -218,5 +218,5 @@ def test_all_of_it_trains(base, tmp_path):
 def test_a_teacher_without_a_weight_is_refused(base, tmp_path):
     from loracast.lora.algebra import LoRA
 
-    with pytest.raises(ConfigError, match="teach_weight"):
+    with pytest.raises(ConfigError, match="distillation_weight"):
         train_doc(base, Recipe(hypernetwork=TINY), tmp_path / "run", teacher=LoRA())

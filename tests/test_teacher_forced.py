@@ -7,7 +7,7 @@ import torch
 
 from conftest import make_hypernet
 from loracast.errors import ConfigError
-from loracast.evaluation.teacher_forced import ForcedConfig, evaluate_forced
+from loracast.evaluation.teacher_forced import TeacherForcedConfig, evaluate_teacher_forced
 from loracast.lora.algebra import LoRA
 from loracast.lora.inject import inject
 from loracast.model import Model
@@ -23,8 +23,8 @@ def data(tmp_path) -> DataConfig:
 
 def test_figures_are_those_of_each_question_alone(base, data, tmp_path):
     model = Model(base, make_hypernet(base), "0" * 16, tmp_path / "library")
-    config = ForcedConfig(data=data, kinds=("facts", "questions"), steps=2)
-    report = evaluate_forced(model, config, tmp_path / "out")
+    config = TeacherForcedConfig(data=data, kinds=("facts", "questions"), steps=2)
+    report = evaluate_teacher_forced(model, config, tmp_path / "out")
     source = EpisodeSource(data, base.tokenizer, base.chat, split="dev")
     for kind in config.kinds:
         right: list[list[bool]] = []
@@ -54,8 +54,8 @@ def test_figures_are_those_of_each_question_alone(base, data, tmp_path):
 def test_what_cannot_be_drawn_is_told(base, data, tmp_path):
     model = Model(base, make_hypernet(base), "0" * 16, tmp_path / "library")
     with pytest.raises(ConfigError, match="--texts FILE"):
-        evaluate_forced(model, ForcedConfig(data=data, kinds=("needle",), steps=1), tmp_path / "out")
+        evaluate_teacher_forced(model, TeacherForcedConfig(data=data, kinds=("needle",), steps=1), tmp_path / "out")
     with pytest.raises(ConfigError, match="--documents FILE"):
-        evaluate_forced(model, ForcedConfig(kinds=("reading",), steps=1), tmp_path / "out")
+        evaluate_teacher_forced(model, TeacherForcedConfig(kinds=("reading",), steps=1), tmp_path / "out")
     with pytest.raises(ConfigError, match="kinds must be some of"):
-        ForcedConfig(kinds=("songs",))  # type: ignore[arg-type]
+        TeacherForcedConfig(kinds=("songs",))  # type: ignore[arg-type]

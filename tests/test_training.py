@@ -144,7 +144,7 @@ def test_resumed_doc_to_lora_equals_uninterrupted(optimizer, memory_layers, base
         assert metrics_of(tmp_path / "whole")[0]["owner_accuracy"] >= 0  # the marks were looked at
 
 
-def test_a_trained_reading_lora_comes_back_with_the_hypernetwork(base, tmp_path):
+def test_a_trained_encoder_lora_comes_back_with_the_hypernetwork(base, tmp_path):
     recipe = Recipe(
         hypernetwork=TINY,
         encoder_kinds=("q_proj",),
@@ -155,7 +155,7 @@ def test_a_trained_reading_lora_comes_back_with_the_hypernetwork(base, tmp_path)
     hypernet, _ = from_pretrained(tmp_path / "run", DocToLoRA)
     depth = max(hypernet.config.reader_layers)
     assert [layer for _, layer, *_ in hypernet.config.encoder_modules] == list(range(depth))
-    assert hypernet.reading["q_proj"].b.abs().max() > 0
+    assert hypernet.encoder_lora["q_proj"].b.abs().max() > 0
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     read = ContextEncoder.for_hypernet(base, hypernet)(ids).states
     assert not torch.equal(read, ContextEncoder(base.model, hypernet.config.reader_layers)(ids).states)

@@ -19,11 +19,11 @@ from loracast.base.fingerprint import check
 from loracast.base.generate import Answer, Sampling, answer
 from loracast.base.load import DEFAULT_BASE, Base, load_base
 from loracast.cast.document import Progress, learn_document, recast
-from loracast.cast.image import PictureCaster, load_picture_caster
+from loracast.cast.image import ImageCaster, load_image_caster
 from loracast.cast.task import TaskCaster, load_caster
 from loracast.documents import Document, read_document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.documents.images import Picture, is_picture, read_picture
+from loracast.documents.images import ImageFile, is_image_file, read_image_file
 from loracast.encoders.hidden_states import ContextEncoder
 from loracast.errors import HypernetworkError
 from loracast.hypernets.doc_to_lora import DocToLoRA
@@ -143,16 +143,16 @@ class Model(Answerer):
         hypernet_hash: str,
         library: Path,
         task_hypernetwork: str | Path | None = None,
-        picture_hypernetwork: str | Path | None = None,
+        image_hypernetwork: str | Path | None = None,
     ):
         super().__init__(base, library)
         self.hypernet, self.hypernet_hash = self._documents = hypernet, hypernet_hash
         self.encoder = ContextEncoder.for_hypernet(base, hypernet)
-        self._task_hypernetwork, self._picture_hypernetwork = task_hypernetwork, picture_hypernetwork
+        self._task_hypernetwork, self._image_hypernetwork = task_hypernetwork, image_hypernetwork
 
     def learn(
         self,
-        source: str | Path | BinaryIO | Document | Picture,
+        source: str | Path | BinaryIO | Document | ImageFile,
         name: str | None = None,
         *,
         max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
@@ -160,7 +160,7 @@ class Model(Answerer):
         replace: bool = False,
         progress: Progress = lambda done, total: None,
     ) -> Adapter:
-        """Cast a document (a path, "-" for standard input, a binary stream, a Document) or a picture (a path, a Picture) into an adapter and keep it.
+        """Cast a document (a path, "-" for standard input, a binary stream, a Document) or a picture (a path, a ImageFile) into an adapter and keep it.
 
         Args:
             name: of the adapter; made from the file's name, or else from the document's title, if None.
@@ -171,10 +171,10 @@ class Model(Answerer):
         Raises:
             DocumentError: the file cannot be read; AdapterError: the name is taken or not allowed.
         """
-        if isinstance(source, (str, Path)) and is_picture(source):
-            source = read_picture(source)
-        if isinstance(source, Picture):
-            return self.picture_caster.learn(source, name or name_for(source), replace=replace)
+        if isinstance(source, (str, Path)) and is_image_file(source):
+            source = read_image_file(source)
+        if isinstance(source, ImageFile):
+            return self.image_caster.learn(source, name or name_for(source), replace=replace)
         document = source if isinstance(source, Document) else read_document(source)
         return learn_document(
             self.base,
@@ -191,10 +191,10 @@ class Model(Answerer):
         )
 
     @cached_property
-    def picture_caster(self) -> PictureCaster:
+    def image_caster(self) -> ImageCaster:
         """What casts pictures. Raises HypernetworkError where none was given and none is shipped for the base."""
-        where = self._picture_hypernetwork or shipped_hypernetwork(self.base.name, "image")
-        loaded = load_picture_caster(where, self.library, device=self.base.device.type)
+        where = self._image_hypernetwork or shipped_hypernetwork(self.base.name, "image")
+        loaded = load_image_caster(where, self.library, device=self.base.device.type)
         check(loaded.caster.made_for, self.base.fingerprint, "the hypernetwork for images")
         return loaded
 
@@ -218,7 +218,7 @@ def load(
     hypernetwork: str | Path | None = None,
     *,
     task_hypernetwork: str | Path | None = None,
-    picture_hypernetwork: str | Path | None = None,
+    image_hypernetwork: str | Path | None = None,
     library: str | Path | None = None,
     device: str | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -229,7 +229,7 @@ def load(
         base: an embedded base (the default), a local folder or a hub id.
         hypernetwork: a folder or hub repository; the shipped one if None.
         task_hypernetwork: a folder or hub repository of one that casts descriptions of tasks, for `Model.task`; the shipped one if None.
-        picture_hypernetwork: one that casts pictures, for `Model.learn`; the shipped one if None.
+        image_hypernetwork: one that casts pictures, for `Model.learn`; the shipped one if None.
         library: where adapters are kept; the user's own library if None.
         device: "cpu" or "cuda"; the fastest there is if None.
         say: told what is being done where an embedded base has to be fetched first.
@@ -240,7 +240,7 @@ def load(
     check(made_for, loaded.fingerprint, f"the hypernetwork {folder.name!r}")
     where = Path(library) if library else library_dir()
     return Model(
-        loaded, hypernet.to(loaded.device), weights_hash(hypernet), where, task_hypernetwork, picture_hypernetwork
+        loaded, hypernet.to(loaded.device), weights_hash(hypernet), where, task_hypernetwork, image_hypernetwork
     )
 
 

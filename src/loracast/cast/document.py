@@ -83,7 +83,7 @@ def shared_factors(hypernet: DocToLoRA) -> dict[str, Tensor]:
     """The document-independent factors, named as in an adapter's file; none where the hypernetwork has none."""
     factors: dict[str, Tensor] = {}
     for kind in hypernet.config.target.kinds:
-        if shared := hypernet.shared(kind):
+        if shared := hypernet.static_of(kind):
             factors |= {f"{kind}.shared.a": shared.a.detach(), f"{kind}.shared.b": shared.b.detach()}
     return factors
 
@@ -129,8 +129,8 @@ def learn_document(
         hypernetwork=hypernet_hash,
         modules=config.target.rows,
         ranks=config.ranks,
-        most_summed=dict(config.merging.most_summed),
-        merge_ridges=dict(config.merging.ridges),
+        max_unscaled_chunks=dict(config.merging.max_unscaled_chunks),
+        key_decorrelation=dict(config.merging.ridges),
         n_chunks=len(chunks),
         n_tokens=sum(chunk.n_tokens for chunk in chunks),
         max_chunk_tokens=max_chunk_tokens,

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loracast.base.fingerprint import Fingerprint
-from loracast.documents.images import Picture
+from loracast.documents.images import ImageFile
 from loracast.encoders.features import OF_THE_BASE, Encoder, Features
 from loracast.encoders.image import load_image_encoder
 from loracast.errors import AdapterError, EncoderError, HypernetworkError
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.store import from_pretrained, weights_hash
 from loracast.library.adapter import Adapter
-from loracast.library.save import keep_lora
+from loracast.library.save import save_lora
 from loracast.lora.algebra import LoRA, LoRABatch
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def check_encoder(config: DocToLoRAConfig, encoder: Encoder) -> None:
         )
 
 
-class SenseCaster:
+class FeatureCaster:
     """Casts what an encoder sees into LoRAs for the base that its hypernetwork was made for."""
 
     def __init__(self, hypernet: DocToLoRA, made_for: Fingerprint, encoder: Encoder):
@@ -56,17 +56,17 @@ class SenseCaster:
             return self.hypernet(features.to(self._device)).loras
 
 
-class PictureCaster:
+class ImageCaster:
     """Casts images into adapters."""
 
-    def __init__(self, caster: SenseCaster, library: Path):
+    def __init__(self, caster: FeatureCaster, library: Path):
         self.caster, self.library = caster, library
 
     def lora(self, image: Image) -> LoRA:
         """The LoRA of one image in RGB."""
         return self.caster.loras([image]).row(0)
 
-    def learn(self, picture: Picture, name: str, *, replace: bool = False) -> Adapter:
+    def learn(self, picture: ImageFile, name: str, *, replace: bool = False) -> Adapter:
         """Cast a picture into an adapter and keep it.
 
         Raises:
@@ -76,7 +76,7 @@ class PictureCaster:
         lora = self.lora(picture.image)
         if not all(side.isfinite().all() for pair in lora.factors.values() for side in pair):
             raise AdapterError("the hypernetwork gave numbers that are not finite for this image; nothing is kept")
-        return keep_lora(
+        return save_lora(
             lora,
             self.library,
             name,
@@ -91,14 +91,14 @@ class PictureCaster:
         )
 
 
-def load_picture_caster(
+def load_image_caster(
     hypernetwork: str | Path,
     library: Path,
     *,
     encoder: str | None = None,
     device: str | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> PictureCaster:
+) -> ImageCaster:
     """Load a hypernetwork for images with its image encoder.
 
     Args:
@@ -117,4 +117,4 @@ def load_picture_caster(
         raise EncoderError(
             f"the hypernetwork {Path(hypernetwork).name!r} sees with an image encoder: {error}"
         ) from error
-    return PictureCaster(SenseCaster(hypernet.to(loaded.device), made_for, loaded), library)
+    return ImageCaster(FeatureCaster(hypernet.to(loaded.device), made_for, loaded), library)

@@ -14,16 +14,16 @@ import torch
 
 from loracast.base.fingerprint import Fingerprint, check
 from loracast.base.load import Base
-from loracast.encoders.attention_delta import ContributionReader
+from loracast.encoders.attention_delta import AttentionDeltaEncoder
 from loracast.encoders.features import OF_THE_BASE
 from loracast.encoders.sentence import TextEncoder, load_text_encoder
 from loracast.errors import AdapterError, EncoderError, HypernetworkError
-from loracast.hypernets.attention_delta import AttendingToLoRA
+from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
 from loracast.hypernets.store import OfDescriptions, of_descriptions, weights_hash
 from loracast.library.adapter import Adapter
 from loracast.library.library import check_free
 from loracast.library.manifest import check_name, name_from
-from loracast.library.save import keep_lora, source_of
+from loracast.library.save import save_lora, source_of
 from loracast.lora.algebra import LoRA
 from loracast.paths import library_dir
 
@@ -54,7 +54,7 @@ class TaskCaster:
         self.hypernet, self.made_for, self.encoder, self.library = hypernet.eval(), made_for, encoder, library
         self._in_bf16 = in_bf16
         self.hypernet_hash = weights_hash(hypernet)
-        self.usual_distance = hypernet.usual_distance()
+        self.ood_threshold = hypernet.ood_threshold()
 
     @torch.inference_mode()
     def loras(self, descriptions: Sequence[str], strength: float = 1.0) -> list[LoRA]:
@@ -143,16 +143,16 @@ class TaskCaster:
         return loras if strength == 1 else [lora.scale(strength) for lora in loras]
 
     def _distances(self, conditions: torch.Tensor) -> list[float | None]:
-        if not self.hypernet.config.n_known:
+        if not self.hypernet.config.n_seen:
             return [None] * len(conditions)
         return list(self.hypernet.distances(conditions).tolist())
 
     def _warnings(self, description: str, distance: float | None) -> tuple[str, ...]:
-        if distance is None or self.usual_distance is None or distance <= self.usual_distance:
+        if distance is None or self.ood_threshold is None or distance <= self.ood_threshold:
             return ()
         return (
             f"{description!r} is far from every description seen in training (distance {distance:.2f}, usual are up to "
-            f"{self.usual_distance:.2f}): try the adapter before you rely on it, or say it in other words",
+            f"{self.ood_threshold:.2f}): try the adapter before you rely on it, or say it in other words",
         )
 
     def _keep(
@@ -165,7 +165,7 @@ class TaskCaster:
         notes: tuple[str, ...],
         replace: bool,
     ) -> Adapter:
-        return keep_lora(
+        return save_lora(
             lora,
             self.library,
             name,
@@ -198,7 +198,7 @@ def load_caster(
         say: told what is being done where the encoder has to be fetched first.
     """
     hypernet, made_for = of_descriptions(hypernetwork)
-    by_the_base = isinstance(hypernet, AttendingToLoRA)
+    by_the_base = isinstance(hypernet, AttentionDeltaToLoRA)
     if callable(base):
         base = base() if by_the_base or (encoder or hypernet.config.encoder) == OF_THE_BASE else None
     if base is not None:
@@ -222,10 +222,10 @@ def encoder_of(
     Raises:
         EncoderError: it reads them with its base, and that is not given, or another encoder is.
     """
-    if not isinstance(hypernet, AttendingToLoRA):
+    if not isinstance(hypernet, AttentionDeltaToLoRA):
         return load_text_encoder(encoder or hypernet.config.encoder, base, say)
     if base is None or encoder is not None:
         raise EncoderError(
             "this hypernetwork reads descriptions with its base: give the base, and no other text encoder"
         )
-    return ContributionReader(base, hypernet)
+    return AttentionDeltaEncoder(base, hypernet)

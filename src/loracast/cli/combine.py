@@ -33,7 +33,7 @@ def combine(
     """
     from loracast.library.combine import Part, combined
     from loracast.library.library import check_free, open_adapter
-    from loracast.library.save import keep_lora
+    from loracast.library.save import save_lora
     from loracast.paths import library_dir
 
     folder = library or library_dir()
@@ -43,7 +43,7 @@ def combine(
     lora, error = combined(chosen, rank)
     title = " + ".join(map(str, chosen))
     made_for = chosen[0].adapter.manifest.made_for
-    made = keep_lora(lora, folder, name, kind="combined", title=title, made_for=made_for, replace=replace)
+    made = save_lora(lora, folder, name, kind="combined", title=title, made_for=made_for, replace=replace)
     if as_json:
         print_json(
             {"name": name, "parts": [str(part) for part in chosen], "ranks": made.manifest.ranks, "error": error}
@@ -68,7 +68,7 @@ def import_(
     from loracast.base.load import load_base
     from loracast.library.library import check_free
     from loracast.library.manifest import check_name, name_from
-    from loracast.library.save import keep_lora
+    from loracast.library.save import save_lora
     from loracast.lora.inject import linear_shapes
     from loracast.lora.peft_format import read_peft
     from loracast.paths import library_dir
@@ -80,7 +80,7 @@ def import_(
     loaded = load_base(base, device="cpu", say=say)
     lora = read_peft(source, linear_shapes(loaded.model))
     title = f"LoRA from {source.resolve().name}"
-    made = keep_lora(
+    made = save_lora(
         lora,
         folder,
         name,

@@ -34,7 +34,7 @@ def image(
 ) -> None:
     """Images that were never trained on: does the text-only base say what they show? Beside a linear probe on the same features."""
     from loracast.base.load import DEFAULT_BASE
-    from loracast.cast.image import load_picture_caster
+    from loracast.cast.image import load_image_caster
     from loracast.data.labelled import read_images
     from loracast.evaluation.plots import require_matplotlib
     from loracast.model import shipped_hypernetwork
@@ -42,7 +42,7 @@ def image(
     require_matplotlib()
     known, test = read_images(trained_on), read_images(images)
     where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "image")
-    caster = load_picture_caster(where, Path(), encoder=encoder, device=device, say=say).caster
+    caster = load_image_caster(where, Path(), encoder=encoder, device=device, say=say).caster
     _evaluate(caster, known, test, out, per_class, seed, base, device, as_json)
 
 
@@ -56,7 +56,7 @@ def signal(
     as_json: options.Json = False,
 ) -> None:
     """Generated time series that were never trained on, beside a linear probe on the same patches."""
-    from loracast.cast.image import SenseCaster
+    from loracast.cast.image import FeatureCaster
     from loracast.data.labelled import make_signals
     from loracast.encoders.signal import SignalEncoder
     from loracast.evaluation.plots import require_matplotlib
@@ -64,7 +64,7 @@ def signal(
     from loracast.hypernets.store import from_pretrained
 
     require_matplotlib()
-    caster = SenseCaster(*from_pretrained(hypernetwork, DocToLoRA), SignalEncoder())
+    caster = FeatureCaster(*from_pretrained(hypernetwork, DocToLoRA), SignalEncoder())
     test = make_signals(1_000 + seed, per_class or 50)
     _evaluate(caster, make_signals(0, 400), test, out, per_class, seed, base, device, as_json)
 

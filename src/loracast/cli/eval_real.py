@@ -179,13 +179,13 @@ def forced(
     as_json: options.Json = False,
 ) -> None:
     """Teacher-forced, in minutes: which tokens of the answers would be right, on episodes like those of the training. To choose between settings."""
-    from loracast.evaluation.teacher_forced import ForcedConfig, evaluate_forced
+    from loracast.evaluation.teacher_forced import TeacherForcedConfig, evaluate_teacher_forced
     from loracast.training.doc import read_recipe
     from loracast.training.recipe import file_overrides
 
     data = read_recipe(recipe, [*(change or []), *file_overrides(texts=texts, documents=documents)]).data
-    config = ForcedConfig(data=data, kinds=names(kinds), steps=steps)  # type: ignore[arg-type]
+    config = TeacherForcedConfig(data=data, kinds=names(kinds), steps=steps)  # type: ignore[arg-type]
     model = open_model(base, hypernetwork, None, device)
     with progress_bar("steps") as progress:
-        report = evaluate_forced(model, config, out, progress)
+        report = evaluate_teacher_forced(model, config, out, progress)
     show(report, out, as_json)

@@ -54,13 +54,13 @@ def learn(
         learn_files(learner, as_json=as_json)
         return
     from loracast.documents import read_document
-    from loracast.documents.images import is_picture
+    from loracast.documents.images import is_image_file
     from loracast.library.library import check_free
     from loracast.library.manifest import check_name, name_for
     from loracast.paths import library_dir
 
     started = time.perf_counter()
-    if is_picture(file):
+    if is_image_file(file):
         if storage != "bf16":
             raise typer.BadParameter("an image's adapter is kept in bf16", param_hint="--storage")
         adapter = _learn_picture(file, name, replace, base, hypernetwork, library or library_dir(), device)
@@ -88,18 +88,18 @@ def _learn_picture(
 ) -> Adapter:
     """It takes an image encoder and a hypernetwork; the base is not loaded."""
     from loracast.base.load import DEFAULT_BASE
-    from loracast.cast.image import load_picture_caster
-    from loracast.documents.images import read_picture
+    from loracast.cast.image import load_image_caster
+    from loracast.documents.images import read_image_file
     from loracast.library.library import check_free
     from loracast.library.manifest import check_name, name_for
     from loracast.model import shipped_hypernetwork
 
-    picture = read_picture(file)
+    picture = read_image_file(file)
     name = check_name(name or name_for(picture))
     if not replace:
         check_free(library, name, unless_from=picture.sha256)
     where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "image")
-    return load_picture_caster(where, library, device=device, say=say).learn(picture, name, replace=replace)
+    return load_image_caster(where, library, device=device, say=say).learn(picture, name, replace=replace)
 
 
 def report(adapter: Adapter) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def task(
                 "name": adapter.name,
                 "description": manifest.title,
                 "distance": caster.distances([description])[0],
-                "usual_distance": caster.usual_distance,
+                "ood_threshold": caster.ood_threshold,
                 "strength": strength,
                 "ranks": manifest.ranks,
                 "n_bytes": adapter.n_bytes,

@@ -67,7 +67,7 @@ def doc(
     teacher: Annotated[
         Path | None,
         typer.Option(
-            help="LoRA of `loracast train reader` as the teacher of context distillation (objective.teach_weight)."
+            help="LoRA of `loracast train reader` as the teacher of context distillation (objective.distillation_weight)."
         ),
     ] = None,
     init_from: InitFrom = None,
@@ -397,7 +397,7 @@ def export(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Change the hypernetwork's config where that fixes no weight: hypernetwork.memory_merge_ridge=3.0. Repeatable.",
+            help="Change the hypernetwork's config where that fixes no weight: hypernetwork.key_decorrelation=3.0. Repeatable.",
         ),
     ] = None,
     storage: Annotated[str, typer.Option(help="float32, bfloat16, or int8 for the large matrices.")] = "int8",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loracast.documents.images import decode_image, picture_format
+from loracast.documents.images import decode_image, image_format
 from loracast.errors import ConfigError
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -28,7 +28,7 @@ class Labelled:
     """"image" or "signal"."""
     names: tuple[str, ...]
     """Of the classes, as an answer says them."""
-    is_spare: tuple[bool, ...]
+    is_held_out: tuple[bool, ...]
     """By class: kept out of training, to see what is said of things that were never seen."""
     labels: tuple[int, ...]
     """The class of each thing."""
@@ -44,7 +44,7 @@ class Labelled:
 
     def of(self, spare: bool) -> list[int]:
         """The places of the things whose class is spare, or of those whose class is not."""
-        return [i for i, label in enumerate(self.labels) if self.is_spare[label] == spare]
+        return [i for i, label in enumerate(self.labels) if self.is_held_out[label] == spare]
 
 
 def read_images(path: str | Path) -> Labelled:
@@ -66,15 +66,15 @@ def read_images(path: str | Path) -> Labelled:
     if not folders:
         raise ConfigError(f"{root} holds no folder with images: each class needs one")
     told = store.read("classes.json") if "classes.json" in store.names else None
-    names, is_spare = _classes(folders, json.loads(told) if told else None, root)
+    names, is_held_out = _classes(folders, json.loads(told) if told else None, root)
     labels = tuple(folders.index(_folder(name)) for name in members)
     digest = hashlib.sha256(json.dumps([[name, store.size(name)] for name in members]).encode()).hexdigest()[:16]
 
     def load(i: int) -> Any:
         data = store.read(members[i])
-        return decode_image(data, picture_format(data) or "JPEG", members[i])
+        return decode_image(data, image_format(data) or "JPEG", members[i])
 
-    return Labelled("image", names, is_spare, labels, tuple(members), load, digest)
+    return Labelled("image", names, is_held_out, labels, tuple(members), load, digest)
 
 
 class _Folder:

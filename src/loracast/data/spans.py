@@ -13,7 +13,7 @@ SAY, BEGIN, STOP = range(3)
 """The gates of an associative memory: the token is said, begins an answer, ends one."""
 
 
-class Stated(NamedTuple):
+class FactSpan(NamedTuple):
     """A statement in a document, verbatim, with what it is about ("" if nothing) and the value that answers its question."""
 
     statement: str
@@ -23,7 +23,7 @@ class Stated(NamedTuple):
     """Where in the statement the value stands; None for its last place that is not inside the owner's name."""
 
 
-class Mark(NamedTuple):
+class TokenLabel(NamedTuple):
     """A token that matters."""
 
     chunk: int
@@ -39,12 +39,14 @@ class Mark(NamedTuple):
     """Which of the document's statements it belongs to."""
 
 
-def find_marks(chunk: int, text: str, offsets: Sequence[tuple[int, int]], stated: Iterable[Stated]) -> list[Mark]:
+def label_tokens(
+    chunk: int, text: str, offsets: Sequence[tuple[int, int]], stated: Iterable[FactSpan]
+) -> list[TokenLabel]:
     """The marks of one chunk's text; a statement that is not whole in it has none.
 
     The first token of a value begins the answer, the others are said after it, and the token after the last one ends it.
     """
-    marks: list[Mark] = []
+    marks: list[TokenLabel] = []
     for number, (statement, owner, value, known_at) in enumerate(stated):
         start = text.find(statement)
         if start < 0:
@@ -58,10 +60,10 @@ def find_marks(chunk: int, text: str, offsets: Sequence[tuple[int, int]], stated
         value_tokens = _tokens(offsets, start + value_at, start + value_at + len(value))
         end = _tokens(offsets, start, start + len(statement))[-1]
         for place, token in enumerate(value_tokens):
-            marks.append(Mark(chunk, token, SAY if place else BEGIN, owner_token, place, end, number))
+            marks.append(TokenLabel(chunk, token, SAY if place else BEGIN, owner_token, place, end, number))
         if value_tokens and value_tokens[-1] + 1 < len(offsets):
             marks.append(
-                Mark(chunk, value_tokens[-1] + 1, STOP, owner_token, len(value_tokens), end, number),
+                TokenLabel(chunk, value_tokens[-1] + 1, STOP, owner_token, len(value_tokens), end, number),
             )
     return marks
 

@@ -34,7 +34,7 @@ MAX_PIXELS = 50_000_000
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class ImageFile:
     """One image as it has been read."""
 
     title: str
@@ -49,7 +49,7 @@ class Picture:
     n_bytes: int
 
 
-def picture_format(data: bytes) -> str | None:
+def image_format(data: bytes) -> str | None:
     """The format of an image by its first bytes ("JPEG", "PNG", ...); None for anything else."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
@@ -59,28 +59,28 @@ def picture_format(data: bytes) -> str | None:
     return found
 
 
-def is_picture(path: str | Path) -> bool:
+def is_image_file(path: str | Path) -> bool:
     """Whether a file is an image, by its content. False where there is no such file: who reads it says so."""
     try:
         with Path(path).open("rb") as file:
-            return picture_format(file.read(16)) is not None
+            return image_format(file.read(16)) is not None
     except (OSError, ValueError):
         return False
 
 
-def read_picture(
+def read_image_file(
     source: str | Path | BinaryIO, *, file_name: str | None = None, limits: Limits | None = None
-) -> Picture:
+) -> ImageFile:
     """Reads an image from a path or an open binary stream: JPEG, PNG, WebP, GIF (its first frame), BMP or TIFF.
 
     Raises:
         DocumentError: it is none of these, larger than MAX_PIXELS, or damaged.
     """
     data, file_name, label = read_bytes(source, file_name, limits or Limits())
-    kind = picture_format(data)
+    kind = image_format(data)
     if kind is None:
         raise DocumentError(f"{label} is not an image that can be read: give a JPEG, PNG, WebP, GIF, BMP or TIFF file")
-    return Picture(
+    return ImageFile(
         title=readable_stem(bare_name(file_name)),
         image=decode_image(data, kind, label),
         file_name=bare_name(file_name),

@@ -3,7 +3,7 @@
     system turn, [description], an input that stands for any, the beginning of an answer that stands for any
 
 At a token after the description, an attention head's output is a mean of values; with the description hidden it is another mean, of the rest. The
-difference, through the layer's output projection, is the description's contribution there. What all texts begin with is read once.
+difference, through the layer's output projection, is the description's attention delta there. What all texts begin with is read once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loracast.batching import pad_right
 from loracast.data.tasks import with_description
 from loracast.encoders.hidden_states import cut
 from loracast.errors import EncoderError
-from loracast.hypernets.attention_delta import PLACES, AttendingToLoRA
+from loracast.hypernets.attention_delta import PLACES, AttentionDeltaToLoRA
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
 
@@ -52,25 +52,25 @@ class _Watch:
     """The attention of each block, and what less would enter its output projection without the description [n, places, d_in]."""
 
 
-class ContributionReader:
-    """Texts -> conditions of an `AttendingToLoRA`. Shares the base's weights: building one costs nothing.
+class AttentionDeltaEncoder:
+    """Texts -> conditions of an `AttentionDeltaToLoRA`. Shares the base's weights: building one costs nothing.
 
     Of a hypernetwork that is not in training, what reads is what it has at the first call, and what all texts begin with is read then.
     """
 
-    def __init__(self, base: Base, hypernet: AttendingToLoRA):
+    def __init__(self, base: Base, hypernet: AttentionDeltaToLoRA):
         c = hypernet.config
         self.name, self.d_text = c.encoder, c.d_text
         self._base, self._hypernet = base, hypernet
-        self._plain = base.chat.prompt(c.probe, "")
-        """The probe as it is asked without a description."""
-        self._answer = base.chat.reply(c.probe_answer)[:-1]
-        self._n_before, self._n_after = around_input(base.chat)
+        self._plain = base.chat.prompt(c.dummy_input, "")
+        """The dummy input as it is asked without a description."""
+        self._answer = base.chat.reply(c.dummy_answer)[:-1]
+        self._n_before, self._n_after = tokens_around_input(base.chat)
         self._decoder = cut(base.model.get_decoder(), max(c.layers) + 1)
         self._kept: dict[str, Any] = {}
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """n texts -> their contributions at each place in each layer, [n, d_text], fp32; differentiable in the LoRA with which the base reads.
+        """n texts -> their attention deltas at each place in each layer, [n, d_text], fp32; differentiable in the LoRA with which the base reads.
 
         Raises:
             EncoderError: a text is too long.
@@ -85,8 +85,8 @@ class ContributionReader:
 
     def _row(self, description: str) -> tuple[list[int], int, int]:
         """Token ids, where the description ends in them, and how many of them the prompt has."""
-        prompt = self._base.chat.prompt(with_description(description, self._hypernet.config.probe), "")
-        # The probe and what follows it, but that after a description its first token may be another one.
+        prompt = self._base.chat.prompt(with_description(description, self._hypernet.config.dummy_input), "")
+        # The dummy input and what follows it, but that after a description its first token may be another one.
         n_told = len(self._plain) - self._n_before
         end = len(prompt) - min(_common(prompt[::-1], self._plain[::-1]), n_told)
         if end - self._n_before > MAX_TOKENS:
@@ -125,7 +125,7 @@ class ContributionReader:
 
     def _reads_with(self) -> LoRABatch:
         """The LoRA that the base carries while it reads, in the base's type."""
-        return self._hypernet.reading_lora().to(self._base.model.dtype)
+        return self._hypernet.encoder_lora_batch().to(self._base.model.dtype)
 
     @property
     def _shared(self) -> list[int]:
@@ -148,21 +148,21 @@ class ContributionReader:
         return watch
 
     def _written(self, seen: Sequence[tuple[nn.Module, Tensor]]) -> Tensor:
-        """What would enter output projections -> contributions [n, places, layers, d_state]; of a block that is no target, to the next that is one."""
+        """What would enter output projections -> attention deltas [n, places, layers, d_state]; of a block that is no target, to the next that is one."""
         config = self._hypernet.config
         layers = set(config.layers)
-        contributions: list[Tensor] = []
+        attention_deltas: list[Tensor] = []
         waiting: Tensor | float = 0.0
         for layer, (attention, x) in enumerate(seen):
             projection = getattr(attention, config.kind)
             waiting = _linear_part(projection, x.to(projection.weight.dtype)).float() + waiting
             if layer in layers:
-                contributions.append(waiting)
+                attention_deltas.append(waiting)
                 waiting = 0.0
-        return torch.stack(contributions, dim=2)
+        return torch.stack(attention_deltas, dim=2)
 
 
-def around_input(chat: ChatFormat) -> tuple[int, int]:
+def tokens_around_input(chat: ChatFormat) -> tuple[int, int]:
     """How many tokens a prompt has before what the user says, and after it, the one included from which the answer begins."""
     one, other = chat.prompt("a", ""), chat.prompt("0", "")
     return _common(one, other), _common(one[::-1], other[::-1])

@@ -42,7 +42,7 @@ class ContextEncoder:
         model: Any,
         layers: Sequence[int],
         with_values: bool = False,
-        lead_in: Sequence[int] = (),
+        prefix: Sequence[int] = (),
         key_modules: Sequence[str] = (),
         tokenizer: Any = None,
         fingerprint: str = "",
@@ -54,7 +54,7 @@ class ContextEncoder:
             layers: after which blocks to read, 0 meaning the embeddings.
             with_values: append to each token's features the unit vector that, written into the last hidden state, makes
                 the base say that token: its output embedding, centred, weighted as the final norm does.
-            lead_in: token ids read before each row and then dropped. The first token of a text is an attention sink: its
+            prefix: token ids read before each row and then dropped. The first token of a text is an attention sink: its
                 state is huge and nearly the same whatever the token is.
             key_modules: names of modules whose inputs are read as well, in the order of their layers; needs `with_values` and
                 the tokenizer, which says how an answer begins with a token.
@@ -64,7 +64,7 @@ class ContextEncoder:
         self.fingerprint, self.device = fingerprint, model.device
         self._model, self._lora = model, lora
         self.d_features: int = model.get_output_embeddings().weight.shape[1] * (2 if with_values else 1)
-        self.layers, self.lead_in, self.key_modules = tuple(layers), tuple(lead_in), tuple(key_modules)
+        self.layers, self.prefix, self.key_modules = tuple(layers), tuple(prefix), tuple(key_modules)
         self._tokenizer = tokenizer
         self._starts: dict[int, int] = {}
         self._embeddings = model.get_output_embeddings() if with_values else None
@@ -94,11 +94,11 @@ class ContextEncoder:
             base.model,
             config.reader_layers,
             with_values=config.d_values > 0,
-            lead_in=config.lead_in,
+            prefix=config.prefix,
             key_modules=[name for name, *_ in config.memory_modules],
             tokenizer=base.tokenizer,
             fingerprint=base.fingerprint.matrices,
-            lora=hypernet.reading_lora,
+            lora=hypernet.encoder_lora_batch,
         )
 
     def __call__(self, input_ids: Tensor, mask: Tensor | None = None) -> Features:
@@ -122,7 +122,7 @@ class ContextEncoder:
 
     def _read(self, input_ids: Tensor) -> tuple[dict[int, Tensor], dict[nn.Module, Tensor]]:
         """The states [n, t, d] after the blocks that are read, and what entered the keyed modules [n, t, in]."""
-        n_lead = len(self.lead_in)
+        n_lead = len(self.prefix)
         states: dict[int, Tensor] = {}
         keys: dict[nn.Module, Tensor] = {}
 
@@ -138,8 +138,8 @@ class ContextEncoder:
         handles = [self._decoder.layers[n - 1].register_forward_hook(keep_state(n)) for n in set(self.layers) if n > 0]
         handles += [module.register_forward_pre_hook(keep_key) for module in self._keyed]
         try:
-            lead_in = torch.tensor(self.lead_in, dtype=input_ids.dtype, device=input_ids.device)
-            read = torch.cat([lead_in.expand(input_ids.shape[0], -1), input_ids], dim=1)
+            prefix = torch.tensor(self.prefix, dtype=input_ids.dtype, device=input_ids.device)
+            read = torch.cat([prefix.expand(input_ids.shape[0], -1), input_ids], dim=1)
             embedded = self._decoder.get_input_embeddings()(read)
             states[0] = embedded[:, n_lead:]
             self._decoder(inputs_embeds=embedded, use_cache=False)

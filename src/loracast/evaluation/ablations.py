@@ -19,7 +19,7 @@ from typing import Any
 from loracast.base.load import Base
 from loracast.errors import ConfigError
 from loracast.evaluation.report import Column, Progress, Report, environment, number, text
-from loracast.evaluation.teacher_forced import ForcedConfig, evaluate_forced
+from loracast.evaluation.teacher_forced import TeacherForcedConfig, evaluate_teacher_forced
 from loracast.files import write_atomically
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained, weights_hash
@@ -126,7 +126,7 @@ def _run(base: Base, config: AblationConfig, recipe: Recipe, folder: Path) -> No
     model = Model(base, hypernet.to(base.device), weights_hash(hypernet), folder / "library")
     documents = config.held_out or recipe.data.documents
     data = replace(recipe.data, documents=documents, document_sources=config.held_out_sources, unrelated=(), seed=0)
-    report = evaluate_forced(model, ForcedConfig(data, config.kinds, config.steps), folder / "forced")
+    report = evaluate_teacher_forced(model, TeacherForcedConfig(data, config.kinds, config.steps), folder / "forced")
     shutil.move(run / "metrics.jsonl", folder / "metrics.jsonl")
     shutil.rmtree(run)  # a ranking, not a checkpoint
     figures = {

@@ -33,16 +33,16 @@ def likeliest(
     answers: Sequence[Sequence[str]],
     lora: LoRA | Sequence[LoRA | None] | None,
 ) -> list[Choice]:
-    """For each prompt, the likeliest of its answers; arguments as in `surprise`."""
+    """For each prompt, the likeliest of its answers; arguments as in `negative_log_likelihood`."""
     chosen = []
-    for texts, of_prompt in zip(answers, surprise(base, prompts, answers, lora), strict=True):
+    for texts, of_prompt in zip(answers, negative_log_likelihood(base, prompts, answers, lora), strict=True):
         lengths = torch.tensor([max(1, len(text.encode())) for text in texts], device=of_prompt.device)
         chosen.append(Choice(int(of_prompt.argmin()), int((of_prompt / lengths).argmin())))
     return chosen
 
 
 @torch.no_grad()
-def surprise(
+def negative_log_likelihood(
     base: Base,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[str]],

@@ -77,11 +77,9 @@ class InMemoryAdapter:
                 self._factors[name][chunk].copy_(as_kept(rows, self._storage))
         self._is_cast[chunk] = True
 
-    def lora(
-        self, chunks: Sequence[int] | Mapping[int, float] | None = None, *, document_independent: bool = True
-    ) -> LoRA:
+    def lora(self, chunks: Sequence[int] | Mapping[int, float] | None = None, *, static: bool = True) -> LoRA:
         """The LoRA of some chunks, or of all (None), as `Adapter.lora` has it."""
-        common = self._shared if document_independent else {}
+        common = self._shared if static else {}
         wanted = sorted(set(range(len(self.chunks)) if chunks is None else chunks))
         weights = [chunks[i] for i in wanted] if isinstance(chunks, Mapping) else None
         if len(wanted) == len(self.chunks):

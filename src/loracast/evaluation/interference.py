@@ -122,7 +122,7 @@ def _together(learned: Sequence[InMemoryAdapter], question: str, route: int) -> 
     """The sum of the documents' LoRAs, each routed; what all of them share counts once."""
     if not learned:
         return None
-    loras = [one.lora(one.route(question, route).picked, document_independent=i == 0) for i, one in enumerate(learned)]
+    loras = [one.lora(one.route(question, route).picked, static=i == 0) for i, one in enumerate(learned)]
     return concat(loras)
 
 

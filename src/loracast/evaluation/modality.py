@@ -25,11 +25,11 @@ from torch import Tensor
 
 from loracast.base.generate import Sampling, answer, answer_batch
 from loracast.base.load import Base
-from loracast.cast.image import SenseCaster
+from loracast.cast.image import FeatureCaster
 from loracast.data.labelled import Labelled
 from loracast.encoders.features import Features
 from loracast.errors import ConfigError
-from loracast.evaluation.choice import surprise
+from loracast.evaluation.choice import negative_log_likelihood
 from loracast.evaluation.metrics import is_exact, wilson
 from loracast.evaluation.report import Column, Progress, Report, environment, interval, number, percent, text
 from loracast.lora.algebra import LoRA
@@ -73,7 +73,7 @@ class Saw:
     """In the labelled set."""
     name: str
     """Its class."""
-    is_spare: bool
+    is_held_out: bool
     chosen: str
     """The likeliest name: among the classes trained on, or for a thing of a spare class among those."""
     free: str
@@ -82,7 +82,7 @@ class Saw:
 
 def evaluate_sense(
     base: Base,
-    caster: SenseCaster,
+    caster: FeatureCaster,
     trained_on: Labelled,
     test: Labelled,
     config: SenseEvalConfig,
@@ -100,7 +100,7 @@ def evaluate_sense(
     places = _chosen(test, config)
     states = encoded(test, places, caster.encoder)
     things = _Things(
-        tuple(test.names[test.labels[i]] for i in places), tuple(test.is_spare[test.labels[i]] for i in places)
+        tuple(test.names[test.labels[i]] for i in places), tuple(test.is_held_out[test.labels[i]] for i in places)
     )
     every = range(len(places))
     shuffled = _shuffled(things, config.seed)
@@ -112,11 +112,11 @@ def evaluate_sense(
         nonlocal done
         prompt = base.chat.prompt(question, "")
         if rows is None:
-            return torch.stack(surprise(base, [prompt], [answers], None)).cpu().numpy()
+            return torch.stack(negative_log_likelihood(base, [prompt], [answers], None)).cpu().numpy()
         found: list[Tensor] = []
         for first in range(0, len(rows), _AT_ONCE):
             some = rows[first : first + _AT_ONCE]
-            found += surprise(base, [prompt] * len(some), [answers] * len(some), _cast(caster, of, some))
+            found += negative_log_likelihood(base, [prompt] * len(some), [answers] * len(some), _cast(caster, of, some))
             done += len(some)
             progress(min(done, total), total)
         return torch.stack(found).cpu().numpy()
@@ -165,8 +165,8 @@ def evaluate_sense(
     report.write(out)
     saw = []
     for i, place in enumerate(places):
-        chosen = likeliest(own, i, SPARE if things.is_spare[i] else SEEN)
-        saw.append(Saw(place, things.names[i], things.is_spare[i], chosen, free[i]))
+        chosen = likeliest(own, i, SPARE if things.is_held_out[i] else SEEN)
+        saw.append(Saw(place, things.names[i], things.is_held_out[i], chosen, free[i]))
     with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
         for one in saw:
             file.write(json.dumps({"title": test.titles[one.place], **asdict(one)}, ensure_ascii=False) + "\n")
@@ -217,19 +217,19 @@ class _Things:
     """What is measured: by thing, the name of its class and whether that is spare."""
 
     names: tuple[str, ...]
-    is_spare: tuple[bool, ...]
+    is_held_out: tuple[bool, ...]
 
     def of(self, part: str) -> list[int]:
         """The places of the things that a part of the table is about."""
-        return [i for i, is_spare in enumerate(self.is_spare) if is_spare == (part != SEEN)]
+        return [i for i, is_held_out in enumerate(self.is_held_out) if is_held_out == (part != SEEN)]
 
 
 def _offered(test: Labelled) -> dict[str, tuple[str, ...]]:
     """By part of the table, the names that are on offer."""
-    named = list(zip(test.names, test.is_spare, strict=True))
-    offered = {SEEN: tuple(name for name, is_spare in named if not is_spare)}
-    if any(test.is_spare):
-        offered |= {SPARE: tuple(name for name, is_spare in named if is_spare), ALL: test.names}
+    named = list(zip(test.names, test.is_held_out, strict=True))
+    offered = {SEEN: tuple(name for name, is_held_out in named if not is_held_out)}
+    if any(test.is_held_out):
+        offered |= {SPARE: tuple(name for name, is_held_out in named if is_held_out), ALL: test.names}
     return offered
 
 
@@ -244,12 +244,12 @@ def _shuffled(things: _Things, seed: int) -> list[int]:
     return dealt
 
 
-def _cast(caster: SenseCaster, states: Tensor, rows: Sequence[int]) -> list[LoRA]:
+def _cast(caster: FeatureCaster, states: Tensor, rows: Sequence[int]) -> list[LoRA]:
     batch = caster.loras_of(Features(states[list(rows)].float()))
     return [batch.row(i) for i in range(batch.n)]
 
 
-def _free_answers(base: Base, caster: SenseCaster, states: Tensor, question: str) -> list[str]:
+def _free_answers(base: Base, caster: FeatureCaster, states: Tensor, question: str) -> list[str]:
     prompt = base.chat.prompt(question, "")
     answers: list[str] = []
     for first in range(0, len(states), _AT_ONCE):
@@ -301,7 +301,7 @@ def _attribute_rows(
     if not rows:
         return []
     wanted = [attribute.answers[things.names[i]] for i in rows]
-    frequent = Counter(answer for i, answer in zip(rows, wanted, strict=True) if not things.is_spare[i])
+    frequent = Counter(answer for i, answer in zip(rows, wanted, strict=True) if not things.is_held_out[i])
     answers = {
         "adapter": [attribute.choices[i] for i in ask(attribute.test, attribute.choices, rows).argmin(1)],
         "none": [attribute.choices[int(np.argmin(ask(attribute.test, attribute.choices, None)))]] * len(rows),
@@ -317,7 +317,7 @@ def _attribute_rows(
     return made
 
 
-def _timings(base: Base, caster: SenseCaster, test: Labelled, place: int, question: str) -> dict[str, float]:
+def _timings(base: Base, caster: FeatureCaster, test: Labelled, place: int, question: str) -> dict[str, float]:
     """Seconds from one thing in memory to its LoRA, and to an answer's first token with it and without."""
     thing, prompt = test.load(place), base.chat.prompt(question, "")
     one_token = Sampling(max_new_tokens=1)

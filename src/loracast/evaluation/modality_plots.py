@@ -19,7 +19,7 @@ _RIGHT, _WRONG = "#1a7f37", "#c0392b"
 def confusion(path: Path, saw: Sequence[Saw], title: str) -> None:
     """Classes down, the likeliest names across, in % of a class's things; those of spare classes below, on the names of spare classes."""
     plt = pyplot()
-    names = list(dict.fromkeys(one.name for one in sorted(saw, key=lambda one: one.is_spare)))
+    names = list(dict.fromkeys(one.name for one in sorted(saw, key=lambda one: one.is_held_out)))
     counts = np.zeros((len(names), len(names)))
     for one in saw:
         counts[names.index(one.name), names.index(one.chosen)] += 1
@@ -37,7 +37,7 @@ def confusion(path: Path, saw: Sequence[Saw], title: str) -> None:
     axis.set_yticks(range(len(names)), names, fontsize=9)
     axis.set_xlabel("the likeliest name")
     axis.set_ylabel("what it is")
-    if n_spare := len({one.name for one in saw if one.is_spare}):
+    if n_spare := len({one.name for one in saw if one.is_held_out}):
         edge = len(names) - n_spare - 0.5
         axis.axhline(edge, color="grey", linewidth=0.8)
         axis.axvline(edge, color="grey", linewidth=0.8)
@@ -51,7 +51,7 @@ def sheet(path: Path, saw: Sequence[Saw], test: Labelled, seed: int, columns: in
     """Images drawn at random with what the base wrote about them: the last row of spare classes, where there are any."""
     plt = pyplot()
     rng = random.Random(f"{seed}/sheet")
-    seen, spare = ([one for one in saw if one.is_spare == wanted] for wanted in (False, True))
+    seen, spare = ([one for one in saw if one.is_held_out == wanted] for wanted in (False, True))
     n_spare = min(columns, len(spare))
     n_seen = min(columns * rows - (columns if n_spare else 0), len(seen))
     shown = [*rng.sample(seen, n_seen), *rng.sample(spare, n_spare)]

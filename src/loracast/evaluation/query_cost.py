@@ -21,14 +21,14 @@ from loracast.errors import ConfigError
 from loracast.evaluation.flops import QueryFlops, counted
 from loracast.evaluation.plots import costs, require_matplotlib
 from loracast.evaluation.report import Column, Progress, Report, environment, number, text
-from loracast.evaluation.task_baselines import ADAPTER, RIVALS, Drawn, Given, prompt_of
+from loracast.evaluation.task_baselines import ADAPTER, BASELINES, Drawn, Given, prompt_of
 from loracast.evaluation.tasks import TasksConfig, draw, read_all
 from loracast.lora.algebra import LoRA
 from loracast.scoring.episodes import common_prefix
 
 DOCUMENT = "document"
 LABELS = {
-    **{name: RIVALS[name].label for name in ("none", "described", "shots3", "described_shots3", ADAPTER)},
+    **{name: BASELINES[name].label for name in ("none", "described", "shots3", "described_shots3", ADAPTER)},
     DOCUMENT: "a document in the window",
 }
 _MOST_NEW_TOKENS = 128
@@ -170,7 +170,7 @@ def _measure(
 def _prompt(given: Given, name: str, drawn: Drawn, document: str | None, asked: str) -> list[int]:
     if name == DOCUMENT:  # it stands where a description would
         drawn, name = replace(drawn, description=document or ""), "described"
-    return prompt_of(given.base, RIVALS[name], drawn, asked)
+    return prompt_of(given.base, BASELINES[name], drawn, asked)
 
 
 def _against(row: dict[str, Any], adapter: dict[str, Any]) -> dict[str, float | None]:

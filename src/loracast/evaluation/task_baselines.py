@@ -61,7 +61,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """What stands in the prompt, and which LoRA goes with it."""
 
     label: str
@@ -75,41 +75,43 @@ class Rival:
 
 
 ADAPTER = "adapter"
-RIVALS = {
-    "none": Rival("base", is_drawn=False),
-    "described": Rival("description in the prompt", is_described=True),
-    "shots3": Rival("3 examples in the prompt", n_shots=3),
-    "shots5": Rival("5 examples in the prompt", n_shots=5),
-    "described_shots3": Rival("description and 3 examples", n_shots=3, is_described=True),
-    "described_shots5": Rival("description and 5 examples", n_shots=5, is_described=True),
-    "average": Rival(
+BASELINES = {
+    "none": Baseline("base", is_drawn=False),
+    "described": Baseline("description in the prompt", is_described=True),
+    "shots3": Baseline("3 examples in the prompt", n_shots=3),
+    "shots5": Baseline("5 examples in the prompt", n_shots=5),
+    "described_shots3": Baseline("description and 3 examples", n_shots=3, is_described=True),
+    "described_shots5": Baseline("description and 5 examples", n_shots=5, is_described=True),
+    "average": Baseline(
         "average of the oracles", needs="average", is_drawn=False, lora=lambda given, drawn: given.average
     ),
-    "multitask": Rival("multi-task LoRA", needs="multitask", is_drawn=False, lora=lambda given, drawn: given.multitask),
-    "multitask_described": Rival(
+    "multitask": Baseline(
+        "multi-task LoRA", needs="multitask", is_drawn=False, lora=lambda given, drawn: given.multitask
+    ),
+    "multitask_described": Baseline(
         "multi-task LoRA and description",
         is_described=True,
         needs="multitask_described",
         lora=lambda given, drawn: given.multitask_described,
     ),
-    ADAPTER: Rival(
+    ADAPTER: Baseline(
         "adapter from the description", needs="caster", lora=lambda given, drawn: given.cast(drawn.description)
     ),
-    "other": Rival(
+    "other": Baseline(
         "adapter from another task's",
         needs="caster",
         lora=lambda given, drawn: given.cast(drawn.other_description or ""),
     ),
-    "gibberish": Rival(
+    "gibberish": Baseline(
         "adapter from random letters", needs="caster", lora=lambda given, drawn: given.cast(drawn.gibberish)
     ),
-    "shuffled": Rival(
+    "shuffled": Baseline(
         "adapter from shuffled words", needs="caster", lora=lambda given, drawn: given.cast(drawn.shuffled)
     ),
-    "constant": Rival(
+    "constant": Baseline(
         "adapter from a constant embedding", needs="caster", is_drawn=False, lora=lambda given, drawn: given.constant()
     ),
-    "oracle": Rival("oracle", needs="oracles", is_drawn=False, lora=lambda given, drawn: given.oracle(drawn.task)),
+    "oracle": Baseline("oracle", needs="oracles", is_drawn=False, lora=lambda given, drawn: given.oracle(drawn.task)),
 }
 NEEDED = {
     "tasks": "for every task another one that is not related (of another `group`)",
@@ -123,7 +125,7 @@ NEEDED = {
 """By what a rival needs: how it is given."""
 
 
-def prompt_of(base: Base, rival: Rival, drawn: Drawn, asked: str) -> list[int]:
+def prompt_of(base: Base, rival: Baseline, drawn: Drawn, asked: str) -> list[int]:
     """The conversation: the description, if it is told, before the first input; then examples as turns; then what is asked."""
     turns = [(example.input, example.outputs[0]) for example in drawn.shots[: rival.n_shots]]
     messages: list[Message] = [{"role": "system", "content": ASK_SYSTEM_TURN}]

@@ -21,7 +21,7 @@ from loracast.evaluation.benchmarks import check_one_source, tasks_or_benchmarks
 from loracast.evaluation.choice import likeliest
 from loracast.evaluation.metrics import is_right, paired_bootstrap
 from loracast.evaluation.report import Column, Progress, Report, change, environment, number, percent, text
-from loracast.evaluation.task_baselines import ADAPTER, NEEDED, RIVALS, Drawn, Given, Rival, prompt_of
+from loracast.evaluation.task_baselines import ADAPTER, BASELINES, NEEDED, Baseline, Drawn, Given, prompt_of
 from loracast.lora.algebra import LoRA
 from loracast.training.peft_training import ABOUT
 from loracast.training.text import gibberish
@@ -72,8 +72,8 @@ class TasksConfig:
 
     def __post_init__(self) -> None:
         check_one_source(self.tasks, self.benchmarks)
-        if unknown := sorted(set(self.systems or ()) - RIVALS.keys()):
-            raise ConfigError(f"unknown systems: {', '.join(unknown)}; choose from {', '.join(RIVALS)}")
+        if unknown := sorted(set(self.systems or ()) - BASELINES.keys()):
+            raise ConfigError(f"unknown systems: {', '.join(unknown)}; choose from {', '.join(BASELINES)}")
         if self.benchmarks and (not self.heldout or self.descriptions != "heldout"):
             raise ConfigError(
                 "benchmarks are held out and have held-out descriptions; leave --trained and --descriptions out"
@@ -150,20 +150,22 @@ class Tally:
         self.prompt_tokens += [a.n_prompt_tokens for answered in by_seed for a in answered]
 
 
-def _rivals(config: TasksConfig, given: Given, tasks: Sequence[Task]) -> dict[str, Rival]:
+def _rivals(config: TasksConfig, given: Given, tasks: Sequence[Task]) -> dict[str, Baseline]:
     """Those that are asked for, or all for which there is what they need."""
-    missing = {name: rival.needs for name, rival in RIVALS.items() if rival.needs and not getattr(given, rival.needs)}
+    missing = {
+        name: rival.needs for name, rival in BASELINES.items() if rival.needs and not getattr(given, rival.needs)
+    }
     drawn = [draw(tasks, i, 0, config) for i in range(len(tasks))]
     if any(d.other_description is None for d in drawn):
         missing["other"] = "tasks"
     fewest = min(len(d.shots) for d in drawn)
-    missing |= {name: "examples" for name, rival in RIVALS.items() if rival.n_shots > fewest}
+    missing |= {name: "examples" for name, rival in BASELINES.items() if rival.n_shots > fewest}
     if config.systems is None:
-        return {name: rival for name, rival in RIVALS.items() if name not in missing}
+        return {name: rival for name, rival in BASELINES.items() if name not in missing}
     if lacking := [name for name in config.systems if name in missing]:
         needed = "; ".join(f"{name!r} needs {NEEDED[missing[name]]}" for name in lacking)
         raise ConfigError(f"{needed}: give it, or leave these out of --systems")
-    return {name: rival for name, rival in RIVALS.items() if name in config.systems}
+    return {name: rival for name, rival in BASELINES.items() if name in config.systems}
 
 
 def read_all(config: TasksConfig) -> list[Task]:
@@ -203,8 +205,8 @@ def draw(tasks: Sequence[Task], i: int, seed: int, config: TasksConfig) -> Drawn
     """What a seed draws for one of the tasks."""
     task = tasks[i]
     rng = random.Random(f"{seed}/{task.name}")
-    strangers = [t for t in tasks if t is not task and (not t.group or t.group != task.group)]
-    other = rng.choice(strangers) if strangers else None
+    orphans = [t for t in tasks if t is not task and (not t.group or t.group != task.group)]
+    other = rng.choice(orphans) if orphans else None
     shots = rng.sample(task.train, min(5, len(task.train)))
     description = rng.choice(task.descriptions[config.descriptions])
     other_description = rng.choice(other.descriptions[config.descriptions]) if other else None
@@ -219,7 +221,7 @@ def draw(tasks: Sequence[Task], i: int, seed: int, config: TasksConfig) -> Drawn
     )
 
 
-def _answers(given: Given, rival: Rival, drawn: Drawn, config: TasksConfig) -> list[Answered]:
+def _answers(given: Given, rival: Baseline, drawn: Drawn, config: TasksConfig) -> list[Answered]:
     """The task's test rows, the same for all rivals and seeds, as one rival answers them."""
     base = given.base
     lora = rival.lora(given, drawn)
@@ -262,7 +264,7 @@ def _choose(
 
 def _report(
     config: TasksConfig,
-    rivals: dict[str, Rival],
+    rivals: dict[str, Baseline],
     tasks: Sequence[Task],
     tallies: dict[str, Tally],
     about: dict[str, Any],

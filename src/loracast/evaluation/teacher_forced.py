@@ -37,7 +37,7 @@ COLUMNS: tuple[Column, ...] = (
 
 
 @dataclass(frozen=True)
-class ForcedConfig:
+class TeacherForcedConfig:
     """What is measured."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -52,8 +52,8 @@ class ForcedConfig:
             raise ConfigError(f"kinds must be some of {', '.join(KINDS)}, and steps at least 1")
 
 
-def evaluate_forced(
-    model: Model, config: ForcedConfig, out: Path, progress: Progress = lambda done, total: None
+def evaluate_teacher_forced(
+    model: Model, config: TeacherForcedConfig, out: Path, progress: Progress = lambda done, total: None
 ) -> Report:
     """Run the evaluation; the table is in `out` at the end. Wordings of sheets and needles are those of the dev split."""
     base = model.base

@@ -1,1 +1,1 @@
-"""Writes adapters in the formats of other runtimes, one file a format."""
+"""MemoryWrites adapters in the formats of other runtimes, one file a format."""

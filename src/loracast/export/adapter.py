@@ -88,7 +88,7 @@ def export_adapter(
 
 
 class _Writer:
-    """Writes the LoRAs of one adapter in one format."""
+    """MemoryWrites the LoRAs of one adapter in one format."""
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def canonical_map(x: Tensor, y: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
+def cca_map(x: Tensor, y: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
     """A linear map of rank `rank` that says how much a y speaks for an x: score(x, y) = x @ from_x @ to_y @ y.
 
     Were both views Gaussian, a pair with correlation c in a pair of canonical directions would add c / (1 - c^2) times the product

@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from loracast.encoders.features import OF_THE_BASE, Features
 from loracast.errors import ConfigError
-from loracast.hypernets.heads import FactorHead, LatentMLP, SharedLoRA, ValuePointer
-from loracast.hypernets.memory import AssociativeMemory, Writes
+from loracast.hypernets.heads import FactorHead, LatentMLP, StaticLoRA, ValuePointer
+from loracast.hypernets.memory import AssociativeMemory, MemoryWrites
 from loracast.hypernets.perceiver import GatedMLP, Perceiver, Queries
 from loracast.lora.algebra import Factors, LoRABatch
 from loracast.lora.merge import Merging
@@ -42,10 +42,10 @@ class DocToLoRAConfig:
     """Of that encoder; the base has fingerprints of its own."""
     reader_layers: tuple[int, ...] = (8,)
     """After which blocks of the base its hidden states are read; one for all layers, or one for each targeted layer."""
-    lead_in: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()
     """Token ids read before each chunk and then dropped: the first token of a text is an attention sink and says nothing of itself."""
     encoder_modules: tuple[tuple[str, int, str, int, int], ...] = ()
-    """Modules of the base that carry a trained LoRA while it reads a document, and only then; none leaves the reading to the base as it is."""
+    """Modules of the base that carry a trained LoRA while it reads a document, and only then; with none, the base reads as it is."""
     encoder_rank: int = 8
     """Rank of that LoRA."""
     rank: int = 8
@@ -74,14 +74,14 @@ class DocToLoRAConfig:
     """Residual MLPs with weights for each layer, between the decoder and the heads (published: 1)."""
     head_shared_rank: int | None = None
     """Share one head among the layers and correct it by this rank in each; None gives each layer a head of its own."""
-    document_independent_rank: int = 0
+    static_rank: int = 0
     """Rank of the learned LoRA that is the same for every document; 0 for none."""
-    shared_modules: tuple[tuple[str, int, str, int, int], ...] = ()
+    static_modules: tuple[tuple[str, int, str, int, int], ...] = ()
     """Further modules, of kinds that `modules` and the memory leave alone, that receive nothing but a LoRA that is the same for every document.
 
     With it the base learns to bring a question to where its answer begins, which is where a memory is asked."""
-    shared_rank: int = 16
-    """Rank of the LoRA in `shared_modules`."""
+    static_modules_rank: int = 16
+    """Rank of the LoRA in `static_modules`."""
     scale: float = 45.25
     """Factor on every delta, folded into B (published: 2 * rank ** 1.5, not divided by the rank)."""
     whitened: bool = False
@@ -98,11 +98,11 @@ class DocToLoRAConfig:
     """Rank of the map from the end of a sentence to its question."""
     memory_blocks: int = 2
     """Blocks of self-attention among a chunk's tokens, in which the memory reads them."""
-    most_summed_chunks: int | None = None
+    max_unscaled_chunks: int | None = None
     """Chunks of one document up to which the Perceiver's factors add up; those of K more count this / K each. None for no limit.
 
     What all of them have in common would grow with the document and drown what the memory, which is never scaled, has found."""
-    memory_merge_ridge: float | None = None
+    key_decorrelation: float | None = None
     """Ridge with which the memory's keys are told apart where chunks are merged (merging.py); None: they are not."""
     norm_eps: float = 1e-6
 
@@ -132,21 +132,21 @@ class DocToLoRAConfig:
                 problems.append("the memory's modules are not in the order of their layers")
             if min(self.memory_rank, self.memory_question_rank, self.memory_heads - 1) < 1:
                 problems.append("memory_rank and memory_question_rank must be at least 1, memory_heads at least 2")
-        if self.shared_modules:
-            problems += problems_of(self.shared_modules)
-            shared_kinds = {kind for _, _, kind, _, _ in self.shared_modules}
-            if shared_kinds & {kind for _, _, kind, _, _ in (*self.modules, *self.memory_modules)}:
-                problems.append("the shared modules must be of kinds that `modules` and the memory leave alone")
-            if self.shared_rank < 1:
-                problems.append("shared_rank must be at least 1")
+        if self.static_modules:
+            problems += problems_of(self.static_modules)
+            static_kinds = {kind for _, _, kind, _, _ in self.static_modules}
+            if static_kinds & {kind for _, _, kind, _, _ in (*self.modules, *self.memory_modules)}:
+                problems.append("the static modules must be of kinds that `modules` and the memory leave alone")
+            if self.static_modules_rank < 1:
+                problems.append("static_modules_rank must be at least 1")
         if self.encoder_modules:
             problems += problems_of(self.encoder_modules)
             if self.encoder_rank < 1 or self.encoder != OF_THE_BASE:
                 problems.append("encoder_modules need an encoder_rank of at least 1, and the base as the encoder")
-        if self.most_summed_chunks is not None and self.most_summed_chunks < 1:
-            problems.append("most_summed_chunks must be at least 1")
-        if self.memory_merge_ridge is not None and not (self.memory_modules and self.memory_merge_ridge > 0):
-            problems.append("memory_merge_ridge must be above 0, and there must be a memory")
+        if self.max_unscaled_chunks is not None and self.max_unscaled_chunks < 1:
+            problems.append("max_unscaled_chunks must be at least 1")
+        if self.key_decorrelation is not None and not (self.memory_modules and self.key_decorrelation > 0):
+            problems.append("key_decorrelation must be above 0, and there must be a memory")
         if problems:
             raise ConfigError("bad DocToLoRAConfig: " + "; ".join(problems))
 
@@ -156,8 +156,8 @@ class DocToLoRAConfig:
 
     @property
     def target(self) -> Target:
-        """All modules that receive factors, the memory's and the shared ones included."""
-        of_all = (*self.modules, *self.memory_modules, *self.shared_modules)
+        """All modules that receive factors, the memory's and the static ones included."""
+        of_all = (*self.modules, *self.memory_modules, *self.static_modules)
         ordered = sorted(of_all, key=lambda module: (module[1], KINDS.index(module[2])))
         return Target(tuple(TargetModule(*module) for module in ordered))
 
@@ -165,13 +165,13 @@ class DocToLoRAConfig:
     def ranks(self) -> dict[str, int]:
         """Rank of one chunk's LoRA, by kind; 0 for kinds that all documents share."""
         others = {kind: self.memory_rank for _, _, kind, _, _ in self.memory_modules}
-        others |= {kind: 0 for _, _, kind, _, _ in self.shared_modules}
+        others |= {kind: 0 for _, _, kind, _, _ in self.static_modules}
         return {kind: others.get(kind, self.rank) for kind in self.target.kinds}
 
     @property
     def merging(self) -> Merging:
         """How the chunks of a document become one LoRA."""
-        most, ridge = self.most_summed_chunks, self.memory_merge_ridge
+        most, ridge = self.max_unscaled_chunks, self.key_decorrelation
         return Merging(
             {} if most is None else dict.fromkeys(self.kinds, most),
             {} if ridge is None else {self.memory_modules[0][2]: ridge},
@@ -209,7 +209,7 @@ class Cast(NamedTuple):
 
     loras: LoRABatch
     """One for each document, differentiable."""
-    writes: Writes | None
+    writes: MemoryWrites | None
     """What the memory wrote."""
     factors: ChunkFactors
     """Of the chunks, before merging."""
@@ -253,13 +253,13 @@ class DocToLoRA(nn.Module):
         )
         copying = [k for k in c.kinds if c.d_values and shapes[k][1] == c.d_values]
         self.pointers = nn.ModuleDict({k: ValuePointer(n_layers, c.d_features, c.width, c.rank) for k in copying})
-        self.document_independent = nn.ModuleDict()
-        for modules, rank in ((c.modules, c.document_independent_rank), (c.shared_modules, c.shared_rank)):
+        self.static = nn.ModuleDict()
+        for modules, rank in ((c.modules, c.static_rank), (c.static_modules, c.static_modules_rank)):
             for kind, (n_modules, d_in, d_out) in _by_kind(modules).items() if rank else ():
-                self.document_independent[kind] = SharedLoRA(n_modules, rank, d_in, d_out)
-        self.reading = nn.ModuleDict(
+                self.static[kind] = StaticLoRA(n_modules, rank, d_in, d_out)
+        self.encoder_lora = nn.ModuleDict(
             {
-                kind: SharedLoRA(n, c.encoder_rank, d_in, d_out)
+                kind: StaticLoRA(n, c.encoder_rank, d_in, d_out)
                 for kind, (n, d_in, d_out) in _by_kind(c.encoder_modules).items()
             }
         )
@@ -284,17 +284,17 @@ class DocToLoRA(nn.Module):
         """The pointer to values of a module kind."""
         return cast(ValuePointer, self.pointers[kind])
 
-    def shared(self, kind: str) -> SharedLoRA | None:
+    def static_of(self, kind: str) -> StaticLoRA | None:
         """The document-independent LoRA of a module kind, if there is one."""
-        return cast(SharedLoRA, self.document_independent[kind]) if kind in self.document_independent else None
+        return cast(StaticLoRA, self.static[kind]) if kind in self.static else None
 
-    def reading_lora(self) -> LoRABatch | None:
+    def encoder_lora_batch(self) -> LoRABatch | None:
         """What the base carries while it reads a document, differentiable; None where it reads as it is."""
-        return _lora_of(self.reading, self.config.encoder_modules)
+        return _lora_of(self.encoder_lora, self.config.encoder_modules)
 
-    def document_independent_lora(self) -> LoRABatch | None:
+    def static_lora(self) -> LoRABatch | None:
         """What every document's LoRA has in common, differentiable; None where that is nothing."""
-        return _lora_of(self.document_independent, (*self.config.modules, *self.config.shared_modules))
+        return _lora_of(self.static, (*self.config.modules, *self.config.static_modules))
 
     def latents(self, features: Tensor, mask: Tensor | None = None) -> RankCodes:
         """The rank codes of chunks.
@@ -351,7 +351,7 @@ class DocToLoRA(nn.Module):
             pairs[kind] = (a.to(dtype), b.to(dtype))
         return pairs
 
-    def cast(self, features: Features) -> tuple[ChunkFactors, Writes | None]:
+    def cast(self, features: Features) -> tuple[ChunkFactors, MemoryWrites | None]:
         """n chunks -> by kind their factors A [n, modules, r, in] and B rows [n, modules, r, out], and what the memory wrote."""
         n, t = features.n_chunks, features.states.shape[-2]
         mask = features.mask
@@ -363,7 +363,7 @@ class DocToLoRA(nn.Module):
         if self.memory is not None:
             a, b, writes = self.memory(self._standard(states), features, mask)
             factors[self.config.memory_modules[0][2]] = (a, b)
-        for kind, (n_modules, d_in, d_out) in _by_kind(self.config.shared_modules).items():
+        for kind, (n_modules, d_in, d_out) in _by_kind(self.config.static_modules).items():
             factors[kind] = (states.new_zeros(n, n_modules, 0, d_in), states.new_zeros(n, n_modules, 0, d_out))
         if not is_real.all():
             factors = {kind: (a, b * is_real[:, None, None, None]) for kind, (a, b) in factors.items()}
@@ -390,22 +390,22 @@ class DocToLoRA(nn.Module):
         return LoRABatch(n_documents, {name: merged[name] for name in self.config.target.names}, {})
 
     def _joined(self, kind: str, a: Tensor, b: Tensor, k: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """By module, A [documents, K*r (+ shared), in] and B rows [documents, K*r (+ shared), out]; [1, shared, ...] of kinds that chunks leave alone.
+        """By module, A [documents, K*r (+ static), in] and B rows [documents, K*r (+ static), out]; [1, static, ...] of kinds that chunks leave alone.
 
         The modules are unbound once: slicing a stacked tensor inside each hook would build a full zero gradient for each.
         """
-        shared = self.shared(kind)
-        if shared and not a.shape[2]:
-            return shared.a[:, None].unbind(0), shared.b[:, None].unbind(0)
+        static = self.static_of(kind)
+        if static and not a.shape[2]:
+            return static.a[:, None].unbind(0), static.b[:, None].unbind(0)
 
         def by_document(rows: Tensor) -> Tensor:  # [n, layers, r, d] -> [layers, documents, K, r, d]
             return rows.unflatten(0, (-1, k)).permute(2, 0, 1, 3, 4)
 
         joined_a, joined_b = self.config.merging.join(kind, by_document(a), by_document(b))
-        if shared:
+        if static:
             joined_a, joined_b = (
                 torch.cat([joined, of_all[:, None].expand(-1, joined.shape[1], -1, -1).to(joined.dtype)], dim=2)
-                for joined, of_all in ((joined_a, shared.a), (joined_b, shared.b))
+                for joined, of_all in ((joined_a, static.a), (joined_b, static.b))
             )
         return joined_a.unbind(0), joined_b.unbind(0)
 
@@ -415,7 +415,7 @@ def _lora_of(parts: nn.ModuleDict, modules: Sequence[tuple[str, int, str, int, i
     factors: dict[str, Factors] = {}
     for kind, part in parts.items():
         names = [name for name, _, of_kind, _, _ in modules if of_kind == kind]
-        for name, (a, b) in zip(names, cast(SharedLoRA, part).factors(), strict=True):
+        for name, (a, b) in zip(names, cast(StaticLoRA, part).factors(), strict=True):
             factors[name] = Factors(a[None], b[None])
     return LoRABatch(1, factors, {}) if factors else None
 

@@ -118,7 +118,7 @@ class ValuePointer(nn.Module):
         return scores.float().softmax(-1)
 
 
-class SharedLoRA(nn.Module):
+class StaticLoRA(nn.Module):
     """The document-independent LoRA of one module kind, appended once to every document's factors. B starts at zero."""
 
     def __init__(self, n_layers: int, rank: int, d_in: int, d_out: int):

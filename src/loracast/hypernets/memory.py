@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.encoders.features import Features
-from loracast.hypernets.cca import canonical_map
+from loracast.hypernets.cca import cca_map
 from loracast.hypernets.heads import per_layer
 from loracast.hypernets.perceiver import ReaderBlock, rotate
 
@@ -49,10 +49,10 @@ _STRENGTH_RATE = 10.0
 
 
 @dataclass(frozen=True)
-class Writes:
+class MemoryWrites:
     """What a memory decided for the tokens of n chunks: for an objective that knows better."""
 
-    look_scores: Tensor
+    pointer_scores: Tensor
     """[n, heads, t, t]: where each token looks for its keys, before the softmax."""
     gate_logits: Tensor
     """[n, t, 3]: whether a token is said, begins an answer, ends one."""
@@ -134,7 +134,7 @@ class AssociativeMemory(nn.Module):
         places = torch.linalg.qr((at_places / self.key_std[:, None]).transpose(1, 2)).Q  # [modules, in, N_PLACES]
         for module, (ends, answers) in enumerate(zip(at_ends, at_answers, strict=True)):
             x, y = ((side - side.mean(0)) / self.key_std[module] for side in (ends, answers))
-            from_x, to_y = canonical_map(x, y, self.from_end.shape[-1], _RIDGE)
+            from_x, to_y = cca_map(x, y, self.from_end.shape[-1], _RIDGE)
             # What all answers share at a place is no evidence: keys are blind to it.
             to_y -= (to_y @ places[module]) @ places[module].T
             # Keys have unit length, so the sides' sizes are free: such that Adam's steps are small beside them.
@@ -190,7 +190,7 @@ class AssociativeMemory(nn.Module):
             one = torch.eye(a.shape[2], device=a.device)
             return length * (torch.linalg.inv(alike * (1 - one) + (1 + ridge) * one) @ ((1 + ridge) * units))
 
-    def read(self, standard: Tensor, mask: Tensor) -> tuple[Tensor, Writes]:
+    def read(self, standard: Tensor, mask: Tensor) -> tuple[Tensor, MemoryWrites]:
         """Standardised features [n, t, d], mask [n, t] -> tokens that know their sentence [n, t, w], and what to write."""
         x = self.project(standard)
         for block in self.reader:
@@ -203,9 +203,9 @@ class AssociativeMemory(nn.Module):
             scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
             gates = self.gate(x).masked_fill(~mask[..., None], torch.finfo(x.dtype).min)
             places = self.place(x)
-        return x, Writes(scores, gates, places)
+        return x, MemoryWrites(scores, gates, places)
 
-    def forward(self, standard: Tensor, features: Features, mask: Tensor) -> tuple[Tensor, Tensor, Writes]:
+    def forward(self, standard: Tensor, features: Features, mask: Tensor) -> tuple[Tensor, Tensor, MemoryWrites]:
         """
         Args:
             standard: the features' states in the hypernetwork's units [n, t, d].
@@ -229,7 +229,7 @@ class AssociativeMemory(nn.Module):
         b = say[..., None] * pick(values) + begin[..., None] * pick(features.starts) + stop[..., None] * stop_value
         tokens = torch.arange(t, device=x.device)
         before = (tokens == (chosen[..., None] - 1)).float()  # [n, r, t]: zero for the first token
-        looks = writes.look_scores.softmax(-1)  # [n, heads, t, t]
+        looks = writes.pointer_scores.softmax(-1)  # [n, heads, t, t]
         looks = looks.gather(2, chosen[:, None, :, None].expand(-1, self.n_heads, -1, t))
         looks = torch.cat([before[:, None], looks[:, :END], looks[:, END + 1 :], looks[:, END, None]], dim=1)
         strength = self.strength(pick(x)).view(n, rank, -1, self.n_keys).float()

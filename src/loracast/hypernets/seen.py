@@ -17,7 +17,7 @@ _GATE_WIDTH = 64
 _GATE_START = 3.0  # logit: open
 
 
-def open_gate(width: int, start: float = _GATE_START) -> nn.Sequential:
+def make_gate(width: int, start: float = _GATE_START) -> nn.Sequential:
     """What shuts for descriptions that describe nothing: a vector of them -> a logit, at the start the same whatever it sees: open, unless told otherwise."""
     first, last = nn.Linear(width, _GATE_WIDTH), nn.Linear(_GATE_WIDTH, 1)
     nn.init.zeros_(last.weight)
@@ -25,10 +25,10 @@ def open_gate(width: int, start: float = _GATE_START) -> nn.Sequential:
     return nn.Sequential(first, nn.SiLU(), last)
 
 
-class KnowsDescriptions:
+class SeenDescriptions:
     """Tells how far a description is from all that training has seen."""
 
-    known: Tensor
+    seen: Tensor
     """One vector for each description seen in training [m, d]."""
     config: Any
 
@@ -38,15 +38,15 @@ class KnowsDescriptions:
 
     def distances(self, conditions: Tensor) -> Tensor:
         """How far each description is from the nearest that training has seen: 1 - cosine, [n]."""
-        if not len(self.known):
+        if not len(self.seen):
             raise HypernetworkError("this hypernetwork does not know which descriptions it was trained on")
-        return 1 - _cosines(self.pooled(conditions), self.known).amax(1)
+        return 1 - _cosines(self.pooled(conditions), self.seen).amax(1)
 
-    def usual_distance(self) -> float | None:
+    def ood_threshold(self) -> float | None:
         """The distance within which nearly all (95 %) of the descriptions seen in training have another one; None for fewer than two."""
-        if len(self.known) < 2:
+        if len(self.seen) < 2:
             return None
-        cosines = _cosines(self.known, self.known).fill_diagonal_(-1)
+        cosines = _cosines(self.seen, self.seen).fill_diagonal_(-1)
         return 1 - cosines.amax(1).quantile(0.05).item()
 
 

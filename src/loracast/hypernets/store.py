@@ -19,21 +19,22 @@ from torch import Tensor
 from loracast.base.fingerprint import Fingerprint
 from loracast.errors import ConfigError, HypernetworkError
 from loracast.files import write_atomically
-from loracast.hypernets.attention_delta import AttendingToLoRA, AttendingToLoRAConfig
+from loracast.hypernets import format_1
+from loracast.hypernets.attention_delta import AttentionDeltaToLoRA, AttentionDeltaToLoRAConfig
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 
-OfDescriptions = TextToLoRA | AttendingToLoRA
+OfDescriptions = TextToLoRA | AttentionDeltaToLoRA
 """Hypernetworks that make a LoRA from a task's description."""
 Hypernetwork = DocToLoRA | OfDescriptions
 H = TypeVar("H", bound=Hypernetwork)
-C = TypeVar("C", DocToLoRAConfig, TextToLoRAConfig, AttendingToLoRAConfig)
+C = TypeVar("C", DocToLoRAConfig, TextToLoRAConfig, AttentionDeltaToLoRAConfig)
 _ARCHITECTURES: dict[str, type[Hypernetwork]] = {
     "DocToLoRA": DocToLoRA,
     "TextToLoRA": TextToLoRA,
-    "AttendingToLoRA": AttendingToLoRA,
+    "AttentionDeltaToLoRA": AttentionDeltaToLoRA,
 }
-FORMAT = 1
+FORMAT = 2
 STORAGE = ("float32", "bfloat16", "int8")
 _SCALE = ".int8_scale"
 _INT8_MIN_NUMEL = 100_000  # smaller tensors gain nothing and are the more delicate ones
@@ -108,7 +109,7 @@ def from_pretrained(source: str | Path, architecture: type[H]) -> tuple[H, Finge
         ):  # shapes only: what the config asks for is allocated once the file has shown that it is there
             build: Any = architecture
             hypernet: H = build(read_config(stored["config"], build.config_class))
-        tensors = load_file(folder / "model.safetensors")
+        tensors = format_1.tensors(load_file(folder / "model.safetensors"))
     except (OSError, SafetensorError) as error:
         raise HypernetworkError(_not_whole(folder, error)) from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -135,7 +136,7 @@ def average(hypernet: Hypernetwork, others: Sequence[Hypernetwork]) -> None:
 
 
 def with_config(hypernet: H, changes: Mapping[str, Any]) -> H:
-    """The same weights with other values in the config, of what fixes no weight; an `AttendingToLoRA` may also be less deep than it was.
+    """The same weights with other values in the config, of what fixes no weight; an `AttentionDeltaToLoRA` may also be less deep than it was.
 
     Raises:
         ConfigError: the weights do not fit.
@@ -144,7 +145,7 @@ def with_config(hypernet: H, changes: Mapping[str, Any]) -> H:
     changed = architecture(dataclasses.replace(hypernet.config, **changes))
     weights = (
         hypernet.weights_within(changed.config.layers)
-        if isinstance(hypernet, AttendingToLoRA)
+        if isinstance(hypernet, AttentionDeltaToLoRA)
         else hypernet.state_dict()
     )
     try:
@@ -232,14 +233,17 @@ def _folder_of(source: str | Path) -> Path:
 
 
 def _stored(folder: Path) -> dict[str, Any]:
-    """config.json of a hypernetwork's folder."""
+    """config.json of a hypernetwork's folder, under the names of today."""
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(stored, dict):
             raise ValueError("it is no object")
-        return stored
     except (OSError, ValueError) as error:
         raise HypernetworkError(_not_whole(folder, error)) from error
+    if stored.get("format") == 1 and isinstance(stored.get("config"), dict):
+        name = format_1.architecture(str(stored.get("architecture")))
+        stored |= {"format": FORMAT, "architecture": name, "config": format_1.config(stored["config"], name)}
+    return stored
 
 
 def _architecture(stored: dict[str, Any], source: str | Path) -> str:
@@ -248,7 +252,7 @@ def _architecture(stored: dict[str, Any], source: str | Path) -> str:
     if written_as != FORMAT or name not in _ARCHITECTURES:
         raise HypernetworkError(
             f"{source} holds {name!r} in format {written_as!r}; this version of loracast reads {', '.join(_ARCHITECTURES)} "
-            f"in format {FORMAT}: update loracast"
+            f"in formats 1 and {FORMAT}: update loracast"
         )
     return str(name)
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.errors import ConfigError
-from loracast.hypernets.heads import SharedLoRA
-from loracast.hypernets.seen import open_gate
+from loracast.hypernets.heads import StaticLoRA
+from loracast.hypernets.seen import make_gate
 from loracast.lora.target import Target
 
 _SHARPNESS = 30.0
@@ -34,12 +34,12 @@ _LENGTH = 3.0
 """Of each row of A and column of B: cores then learn about as fast as the B of a usual LoRA does."""
 
 
-class TaskRecall(nn.Module):
+class TaskBank(nn.Module):
     """The tasks of a training, each as a small core, and how their descriptions are told apart. Silent at the start: every core is zero."""
 
     centre: Tensor
     axes: Tensor
-    entries: Tensor
+    keys: Tensor
 
     def __init__(self, target: Target, d_described: int, rank: int, width: int, n_descriptions: Sequence[int]):
         """
@@ -51,20 +51,20 @@ class TaskRecall(nn.Module):
         super().__init__()
         n_tasks = len(n_descriptions)
         kinds = {kind: target.of_kind(kind) for kind in target.kinds}
-        parts = {kind: SharedLoRA(len(some), rank, some[0].d_in, some[0].d_out) for kind, some in kinds.items()}
+        parts = {kind: StaticLoRA(len(some), rank, some[0].d_in, some[0].d_out) for kind, some in kinds.items()}
         for part in parts.values():
             part.b.data.normal_()
         self.factors = nn.ModuleDict(parts)
         self.cores = nn.Parameter(torch.zeros(n_tasks, len(target.names), rank, rank))
-        self.gate = open_gate(width + 2, start=0.0)
+        self.gate = make_gate(width + 2, start=0.0)
         self.register_buffer("centre", torch.zeros(d_described))
         self.register_buffer("axes", torch.zeros(d_described, width))
-        self.register_buffer("entries", torch.zeros(sum(n_descriptions), width))
+        self.register_buffer("keys", torch.zeros(sum(n_descriptions), width))
         self._n_descriptions = tuple(n_descriptions)
 
     @torch.no_grad()
     def take_directions(self, other: nn.ModuleDict) -> None:
-        """Let the factors span what those of other `SharedLoRA`s do, as far as their ranks go, all directions of one length."""
+        """Let the factors span what those of other `StaticLoRA`s do, as far as their ranks go, all directions of one length."""
         for kind, part in self.factors.items():
             for mine, theirs in zip(part.parameters(), other[kind].parameters(), strict=True):
                 n = min(mine.shape[1], theirs.shape[1])
@@ -72,18 +72,18 @@ class TaskRecall(nn.Module):
                 mine[:, :n] = torch.where(is_there, theirs[:, :n], mine[:, :n])
                 mine.copy_(_LENGTH * functional.normalize(mine, dim=-1))
 
-    def _task_of_entry(self) -> Tensor:
-        counts = torch.tensor(self._n_descriptions, device=self.entries.device)
+    def _task_of_key(self) -> Tensor:
+        counts = torch.tensor(self._n_descriptions, device=self.keys.device)
         return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
     @torch.no_grad()
-    def learn_entries(self, described: Tensor) -> None:
+    def fit_keys(self, described: Tensor) -> None:
         """Find the directions in which the descriptions of different tasks lie apart, and keep all of them [m, d], ordered by task.
 
         Fisher's linear discriminants: the scatter within tasks, shrunk towards a sphere, is made a unit sphere; what remains of the tasks' means are the
         directions (Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, section 4.3.3).
         """
-        task_of = self._task_of_entry()
+        task_of = self._task_of_key()
         self._check_number(described)
         x = described.float()
         self.centre.copy_(x.mean(0))
@@ -101,19 +101,17 @@ class TaskRecall(nn.Module):
         kept = axes[: self.axes.shape[1]]
         self.axes.zero_()
         self.axes[:, : len(kept)] = sphered(kept).T  # what is sphered, then seen along the axes
-        self.keep_entries(x)
+        self.set_keys(x)
 
     @torch.no_grad()
-    def keep_entries(self, described: Tensor) -> None:
+    def set_keys(self, described: Tensor) -> None:
         """Keep all descriptions [m, d], ordered by task, along the directions that there are."""
         self._check_number(described)
-        self.entries.copy_(self.coordinates(described))
+        self.keys.copy_(self.coordinates(described))
 
     def _check_number(self, described: Tensor) -> None:
-        if len(described) != len(self.entries):
-            raise ConfigError(
-                f"{len(described)} descriptions, where the tasks that are recalled have {len(self.entries)}"
-            )
+        if len(described) != len(self.keys):
+            raise ConfigError(f"{len(described)} descriptions, where the tasks that are stored have {len(self.keys)}")
 
     def coordinates(self, described: Tensor) -> Tensor:
         """Unit vectors [n, width]: descriptions of one task point the same way."""
@@ -132,8 +130,8 @@ class TaskRecall(nn.Module):
     def _compare(self, described: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """How likely each task is meant [n, tasks], what the gate sees [n, width + 2], and which descriptions are taken for those of unseen tasks [n]."""
         at = self.coordinates(described)
-        cosines = at @ self.entries.T  # [n, m]
-        task_of, is_new = self._task_of_entry(), torch.zeros(len(at), dtype=torch.bool, device=at.device)
+        cosines = at @ self.keys.T  # [n, m]
+        task_of, is_new = self._task_of_key(), torch.zeros(len(at), dtype=torch.bool, device=at.device)
         if self.training:
             cosines, is_new = self._without(cosines, task_of)
         likely = torch.zeros(len(at), len(self.cores), device=at.device)
@@ -143,7 +141,7 @@ class TaskRecall(nn.Module):
         return likely, torch.cat([at, sure], dim=1), is_new
 
     def _without(self, cosines: Tensor, task_of: Tensor) -> tuple[Tensor, Tensor]:
-        """The cosines with some entries out of reach, and whether a description's whole task is."""
+        """The cosines with some keys out of reach, and whether a description's whole task is."""
         nearest, own = cosines.max(1)
         is_known = nearest > _ITSELF
         dice = torch.rand(len(cosines), device=cosines.device)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.errors import ConfigError
-from loracast.hypernets.seen import KnowsDescriptions, shared_factors
+from loracast.hypernets.seen import SeenDescriptions, shared_factors
 from loracast.lora.algebra import Factors, LoRA, LoRABatch
 from loracast.lora.target import Target, TargetModule, problems_of
 
@@ -47,7 +47,7 @@ class TextToLoRAConfig:
     """In the MLPs, in training."""
     scale: float = 5.66
     """Factor on every delta, folded into B (published: 16 / sqrt(8))."""
-    n_known: int = 0
+    n_seen: int = 0
     """Descriptions seen in training, whose embeddings are kept to tell how far a new one is from all of them."""
 
     def __post_init__(self) -> None:
@@ -69,11 +69,11 @@ class TextToLoRAConfig:
         return self.rank
 
 
-class TextToLoRA(KnowsDescriptions, nn.Module):
+class TextToLoRA(SeenDescriptions, nn.Module):
     """The hypernetwork. Its start is an exact no-op in every variant, because every B scaler starts at zero."""
 
     config_class: ClassVar = TextToLoRAConfig
-    known: Tensor
+    seen: Tensor
 
     def __init__(self, config: TextToLoRAConfig):
         super().__init__()
@@ -95,12 +95,12 @@ class TextToLoRA(KnowsDescriptions, nn.Module):
             n_rows = c.rank if c.variant == "S" else 1
             self.asked = nn.Parameter(torch.randn(len(target.kinds), 2, n_rows, c.width))
             self.asked_norm = nn.LayerNorm(c.width)
-        self.register_buffer("known", torch.zeros(c.n_known, c.d_text))
+        self.register_buffer("seen", torch.zeros(c.n_seen, c.d_text))
 
-    def know(self, embeddings: Tensor) -> None:
+    def remember_seen(self, embeddings: Tensor) -> None:
         """Keep the embeddings of the descriptions seen in training [m, d_text]."""
-        self.config = replace(self.config, n_known=len(embeddings))
-        self.known = embeddings.detach().clone()
+        self.config = replace(self.config, n_seen=len(embeddings))
+        self.seen = embeddings.detach().clone()
 
     def pooled(self, conditions: Tensor) -> Tensor:
         """The embeddings themselves [n, d_text]."""

@@ -81,16 +81,14 @@ class Adapter:
         if found := self.problems():
             raise AdapterError(f"the adapter {self.name!r} is damaged: {'; '.join(found)}; learn the document again")
 
-    def lora(
-        self, chunks: Sequence[int] | Mapping[int, float] | None = None, *, document_independent: bool = True
-    ) -> LoRA:
+    def lora(self, chunks: Sequence[int] | Mapping[int, float] | None = None, *, static: bool = True) -> LoRA:
         """The LoRA of some chunks, or of all (None), merged along the rank.
 
         The last few are kept in memory, since a conversation tends to stay where it is.
 
         Args:
             chunks: their numbers; or what the LoRA of each counts, by its number (1 where only numbers are given).
-            document_independent: with the LoRA that all documents of a hypernetwork share, once; False where another
+            static: with the LoRA that all documents of a hypernetwork share, once; False where another
                 adapter of the same hypernetwork brings it along.
         """
         n_chunks = self.manifest.n_chunks
@@ -98,10 +96,10 @@ class Adapter:
         if not wanted or wanted[0] < 0 or wanted[-1] >= n_chunks:
             raise AdapterError(f"{self.name!r} has the chunks 0..{n_chunks - 1}, not {list(wanted)}")
         weights = tuple(chunks[i] for i in wanted) if isinstance(chunks, Mapping) else None
-        key = (wanted, weights, document_independent)
+        key = (wanted, weights, static)
         if key in self._loras:
             return self._loras[key]
-        rows = self.rows(wanted, document_independent=document_independent)
+        rows = self.rows(wanted, static=static)
         if damaged := number_faults(rows.items()):
             raise AdapterError(f"the factors of {self.name!r} are damaged: {'; '.join(damaged)}")
         lora = join_chunks(self.manifest.target, rows, self.manifest.merging, weights)
@@ -110,11 +108,11 @@ class Adapter:
         self._loras[key] = lora
         return lora
 
-    def rows(self, wanted: Sequence[int], *, document_independent: bool = True) -> dict[str, Tensor]:
+    def rows(self, wanted: Sequence[int], *, static: bool = True) -> dict[str, Tensor]:
         """The factors of some chunks and, if asked for, the document-independent ones, in bf16, by the names that they have in the file."""
 
         def is_wanted(name: str) -> bool:
-            return document_independent or ".shared." not in name
+            return static or ".shared." not in name
 
         if self.manifest.storage == "text":
             if self.recast is None:
@@ -205,7 +203,7 @@ def loras_together(picked: Sequence[tuple[Adapter, Mapping[int, float] | None]])
     met: set[str] = set()
     for adapter, chunks in picked:
         made_by = adapter.manifest.hypernetwork
-        loras.append(adapter.lora(chunks, document_independent=made_by not in met))
+        loras.append(adapter.lora(chunks, static=made_by not in met))
         met.add(made_by)
     return loras
 

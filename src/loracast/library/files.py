@@ -26,7 +26,7 @@ def is_ready(library: Path) -> bool:
     if not library.is_dir():
         return False
     is_new = not (library / FILE).is_file()
-    found_here, _ = strangers(library)
+    found_here, _ = orphans(library)
     if is_new and not found_here and not folders(library):
         return False
     if not is_new and not found_here:
@@ -75,7 +75,7 @@ def enter(register: Register, manifest: Manifest, folder: Path) -> None:
     register.name_version(manifest.name, manifest.version)
 
 
-def strangers(library: Path) -> tuple[list[tuple[Path, Manifest]], list[tuple[Path, str]]]:
+def orphans(library: Path) -> tuple[list[tuple[Path, Manifest]], list[tuple[Path, str]]]:
     """Adapters' folders that lie in the library itself: those that can be taken in, and those that cannot, with the reason."""
     good, bad = [], []
     with os.scandir(library) as found:
@@ -116,7 +116,7 @@ def store_in(register: Register) -> Store | None:
     return None if url is None else Store(url)
 
 
-def bring_home(library: Path, version: str) -> Path:
+def ensure_local(library: Path, version: str) -> Path:
     """The folder of a version, fetched from the library's store if it is not on this machine. Raises AdapterError where it is damaged there."""
     home = home_of(library, version)
     if home.exists():
@@ -156,7 +156,7 @@ def texts_in(folder: Path) -> list[tuple[str, str]]:
     return [(chunk.heading, chunk.text) for chunk in read_chunks(folder / "chunks.sqlite")]
 
 
-def settle(library: Path) -> None:
+def recover(library: Path) -> None:
     """Finish what others were killed at: delete what is on its way out, or never came in."""
     with ExitStack() as graves, Register.writing(library) as register:  # deleted when nobody has to wait any more
         store = store_in(register)
@@ -168,5 +168,5 @@ def settle(library: Path) -> None:
                 if home.exists():
                     os.replace(home, graves.enter_context(work_folder(library, "rm")) / home.name)
                     _drop_if_empty(home.parent)
-            register.settle(version)
+            register.recover(version)
     _drop_if_empty(library / _OBJECTS)

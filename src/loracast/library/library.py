@@ -16,7 +16,7 @@ from pathlib import Path
 
 from loracast.errors import AdapterError
 from loracast.library.adapter import Adapter
-from loracast.library.files import bring_home, home_of, is_ready, move_in, settle, size_of, store_in, texts_in
+from loracast.library.files import ensure_local, home_of, is_ready, move_in, recover, size_of, store_in, texts_in
 from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
 from loracast.library.register import Entry, Hit, Register
 
@@ -80,7 +80,7 @@ def open_adapter(library: Path, reference: str) -> Adapter:
         AdapterError: there is none, with the names that come near; the digits are those of several; or its files are damaged.
     """
     entry = find(library, reference)
-    return Adapter(bring_home(library, entry.version), name=entry.name)
+    return Adapter(ensure_local(library, entry.version), name=entry.name)
 
 
 def find(library: Path, reference: str) -> Entry:
@@ -167,7 +167,7 @@ def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, r
     texts = texts_in(folder)
     n_bytes = size_of(folder)
     with Register.writing(library) as register:
-        register.unsettle(version)  # of its own: whoever is killed from here on leaves a trace
+        register.mark_unrecovered(version)  # of its own: whoever is killed from here on leaves a trace
         store = store_in(register)
     try:
         if store is not None:
@@ -177,10 +177,10 @@ def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, r
             if not register.has_version(version):
                 move_in(folder, home)
                 register.add_version(manifest, n_bytes, texts)
-            register.settle(version)
+            register.recover(version)
             register.name_version(name, version)
     except BaseException:
-        settle(library)
+        recover(library)
         raise
     return Adapter(home, name=name)
 
@@ -199,7 +199,7 @@ def give_name(library: Path, name: str, version: str, *, replace: bool) -> Adapt
     with Register.writing(library) as register:
         _check_may_mean(register, name, version, replace)
         register.name_version(name, version)
-    return Adapter(bring_home(library, version), name=name)
+    return Adapter(ensure_local(library, version), name=name)
 
 
 def remove_adapter(library: Path, reference: str) -> None:
@@ -216,7 +216,7 @@ def remove_adapter(library: Path, reference: str) -> None:
         else:
             register.drop_naming(name, version)
         register.drop_unnamed()
-    settle(library)
+    recover(library)
 
 
 def rename_adapter(library: Path, name: str, new: str) -> None:

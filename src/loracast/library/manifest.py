@@ -19,7 +19,7 @@ from loracast.lora.target import Target, TargetModule
 
 if TYPE_CHECKING:
     from loracast.documents import Document
-    from loracast.documents.images import Picture
+    from loracast.documents.images import ImageFile
 
 FORMAT = 1
 VERSION_DIGITS = 12
@@ -59,9 +59,9 @@ class Manifest:
     warnings: tuple[str, ...] = field(default=())
     kind: AdapterKind = "document"
     """What it was made from."""
-    most_summed: dict[str, int] = field(default_factory=dict)
+    max_unscaled_chunks: dict[str, int] = field(default_factory=dict)
     """By module kind, chunks up to which factors add up when merged; those of K more count this / K each."""
-    merge_ridges: dict[str, float] = field(default_factory=dict)
+    key_decorrelation: dict[str, float] = field(default_factory=dict)
     """By module kind, the ridge with which chunks are told apart when merged (merging.py)."""
     storage: Storage = "bf16"
     """How the factors are kept."""
@@ -75,7 +75,7 @@ class Manifest:
     @property
     def merging(self) -> Merging:
         """How its chunks become one LoRA."""
-        return Merging(self.most_summed, self.merge_ridges)
+        return Merging(self.max_unscaled_chunks, self.key_decorrelation)
 
     @property
     def version(self) -> str:
@@ -84,8 +84,8 @@ class Manifest:
         kept = {key: value for key, value in asdict(self).items() if key not in named_apart}
         if self.storage == "bf16":  # as it was before there were others
             del kept["storage"]
-        if not self.merge_ridges:
-            del kept["merge_ridges"]
+        if not self.key_decorrelation:
+            del kept["key_decorrelation"]
         return _hash(kept)
 
     @property
@@ -94,7 +94,7 @@ class Manifest:
         source = (self.kind, self.title, self.source, self.source_sha256)
         options = (self.max_chunk_tokens, self.storage, self.strength)
         # The hash of a hypernetwork is that of its weights, which do not say how chunks are merged.
-        merging = (self.merge_ridges,) if self.merge_ridges else ()
+        merging = (self.key_decorrelation,) if self.key_decorrelation else ()
         return _hash([*source, self.hypernetwork, asdict(self.made_for), *options, *merging])
 
     @property
@@ -120,14 +120,14 @@ class Manifest:
             if not _NAME.fullmatch(manifest.name):
                 raise ValueError(f"{manifest.name[:80]!r} is no adapter's name")
             sizes = [
-                *dict(manifest.most_summed).values(),
+                *dict(manifest.max_unscaled_chunks).values(),
                 *(rank or 1 for rank in dict(manifest.ranks).values()),  # 0 of kinds that all documents share
                 manifest.n_chunks,
                 *(d for m in manifest.modules for d in m[3:]),
             ]
             if not manifest.modules or min(sizes) < 1:
                 raise ValueError("it targets nothing, or a size in it is not positive")
-            if not all(0 < ridge < math.inf for ridge in dict(manifest.merge_ridges).values()):
+            if not all(0 < ridge < math.inf for ridge in dict(manifest.key_decorrelation).values()):
                 raise ValueError("a ridge in it is not a positive number")
             if unknown := set(manifest.target.kinds) ^ {module.kind for module in manifest.target.modules}:
                 raise ValueError(f"unknown module kinds {sorted(unknown)}")
@@ -164,6 +164,6 @@ def name_from(text: str) -> str:
     return slug or "document"
 
 
-def name_for(document: Document | Picture) -> str:
+def name_for(document: Document | ImageFile) -> str:
     """The name of a document's (or picture's) adapter where the user gives none: made from the file's name, or else the title."""
     return name_from(Path(document.file_name).stem if document.file_name else document.title)

@@ -203,7 +203,7 @@ class Register:
     def add_version(self, manifest: Manifest, n_bytes: int, texts: Sequence[tuple[str, str]]) -> None:
         """Enter an adapter; nothing if it is there. `texts`: heading and text of each chunk."""
         version = manifest.version
-        self.settle(version)
+        self.recover(version)
         if self.has_version(version):
             return
         m = manifest
@@ -246,15 +246,15 @@ class Register:
             span = self._db.execute("SELECT first, last FROM texts_of WHERE version = ?", (version,)).fetchone()
             if span is not None:
                 self._db.execute("DELETE FROM texts WHERE rowid BETWEEN ? AND ?", span)
-            self.unsettle(version)
+            self.mark_unrecovered(version)
             self._db.execute("DELETE FROM versions WHERE id = ?", (version,))
         return [version for (version,) in rows]
 
-    def unsettle(self, version: str) -> None:
+    def mark_unrecovered(self, version: str) -> None:
         """Note that the folder of a version is on its way in or out: whoever finds it without a row deletes it."""
         self._db.execute("INSERT OR IGNORE INTO unsettled VALUES (?)", (version,))
 
-    def settle(self, version: str) -> None:
+    def recover(self, version: str) -> None:
         self._db.execute("DELETE FROM unsettled WHERE id = ?", (version,))
 
     def rename(self, name: str, new: str) -> None:

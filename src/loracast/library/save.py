@@ -23,7 +23,7 @@ from loracast.lora.target import KINDS, Target, TargetModule
 _MODULE = re.compile(rf".*\blayers\.(\d+)\..*?\b({'|'.join(KINDS)})")
 
 
-def keep_lora(
+def save_lora(
     lora: LoRA,
     library: Path,
     name: str,

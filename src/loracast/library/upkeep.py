@@ -12,15 +12,15 @@ from loracast.errors import AdapterError
 from loracast.library.adapter import Adapter
 from loracast.library.files import (
     STORE,
-    bring_home,
+    ensure_local,
     enter,
     folders,
     home_of,
     is_ready,
-    settle,
+    orphans,
+    recover,
     size_of,
     store_in,
-    strangers,
 )
 from loracast.library.library import find
 from loracast.library.manifest import VERSION_DIGITS, Manifest
@@ -59,9 +59,9 @@ def collect_garbage(library: Path, *, keep: int | None = None, dry_run: bool = F
         register.drop_unnamed()
         gone = sorted(_everywhere(library, register) - set(register.all_versions()))
         for version in gone:
-            register.unsettle(version)
+            register.mark_unrecovered(version)
     n_bytes = sum(size_of(home_of(library, version)) for version in gone)
-    settle(library)
+    recover(library)
     tidy(library)
     return Collected(tuple(gone), n_bytes)
 
@@ -91,12 +91,12 @@ def use_store(library: Path, url: str, *, take_over: bool = False) -> int:
     with Register.reading(library) as register:
         known = register.all_versions()
     for version in known:
-        store.put(version, bring_home(library, version))
+        store.put(version, ensure_local(library, version))
     with Register.writing(library) as register:
         register.set(STORE, url)
     others = {version for version in store.versions() if store.has(version)} - set(known) if take_over else set()
     for version in sorted(others):
-        home = bring_home(library, version)
+        home = ensure_local(library, version)
         with Register.writing(library) as register:
             enter(register, Manifest.read(home / "adapter.json"), home)
     return len(known) + len(others)
@@ -116,7 +116,7 @@ def leave_store(library: Path) -> None:
         with Register.reading(library) as register:
             known = register.all_versions()
         for version in known:
-            bring_home(library, version)
+            ensure_local(library, version)
         with Register.writing(library) as register:
             register.set(STORE, None)
 
@@ -160,7 +160,7 @@ def verify(library: Path, names: Sequence[str] = ()) -> list[str]:
             problems.append(f"the version {version[:VERSION_DIGITS]} is not at {store.url}")
     for version in sorted((folders(library).keys() | stored) - known - unsettled):
         problems.append(f"the version {version[:VERSION_DIGITS]} belongs to no name: `loracast gc` deletes it")
-    problems += [f"{folder} cannot be taken into the register: {why}" for folder, why in strangers(library)[1]]
+    problems += [f"{folder} cannot be taken into the register: {why}" for folder, why in orphans(library)[1]]
     return problems
 
 

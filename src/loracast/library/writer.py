@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loracast.errors import AdapterError
 from loracast.files import file_sha256, sync_folder
 from loracast.library.adapter import Adapter
-from loracast.library.files import settle
+from loracast.library.files import recover
 from loracast.library.library import add_adapter
 from loracast.library.manifest import FORMAT, Manifest, check_name
 from loracast.library.workfolders import tidy, work_folder
@@ -54,7 +54,7 @@ class AdapterWriter:
 
         self.library.mkdir(parents=True, exist_ok=True)
         tidy(self.library)
-        settle(self.library)
+        recover(self.library)
         with ExitStack() as stack:
             self._folder = stack.enter_context(work_folder(self.library, "new"))
             write_index(self._folder / "chunks.sqlite", self.chunks)

@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 class Merging:
     """What is done, by module kind."""
 
-    most_summed: Mapping[str, int] = field(default_factory=dict)
+    max_unscaled_chunks: Mapping[str, int] = field(default_factory=dict)
     """Chunks up to which factors add up; those of K more count this / K each."""
     ridges: Mapping[str, float] = field(default_factory=dict)
-    """Kinds whose chunks are told apart (`told_apart`), and with which ridge."""
+    """Kinds whose chunks are told apart (`decorrelate_keys`), and with which ridge."""
 
     def join(self, kind: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """A [..., chunks, r, in] and B rows [..., chunks, r, out] -> [..., chunks * r, in] and [..., chunks * r, out]."""
         n_chunks = a.shape[-3]
-        if (most := self.most_summed.get(kind, n_chunks)) < n_chunks:
+        if (most := self.max_unscaled_chunks.get(kind, n_chunks)) < n_chunks:
             b = b * (most / n_chunks)
         if kind in self.ridges and n_chunks > 1:
-            a = told_apart(a, b, self.ridges[kind])
+            a = decorrelate_keys(a, b, self.ridges[kind])
         return a.flatten(-3, -2), b.flatten(-3, -2)
 
 
-def told_apart(a: Tensor, b: Tensor, ridge: float) -> Tensor:
+def decorrelate_keys(a: Tensor, b: Tensor, ridge: float) -> Tensor:
     """Keys A [..., chunks, r, in] that answer less to what another chunk's keys are there for; the more, the larger that one's B row is.
 
     Within a chunk an associative memory solves for its keys by least squares (hypernets/memory.py). Over all chunks together that would give

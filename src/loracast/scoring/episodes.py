@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loracast.batching import pad_right
-from loracast.data.spans import Mark
+from loracast.data.spans import TokenLabel
 from loracast.scoring.soft_targets import SoftTargets
 
 
@@ -42,7 +42,7 @@ class Episode:
     questions: tuple[Question, ...]
     task: str = ""
     """What the document is for, such as "needle": figures are logged by it."""
-    marks: tuple[Mark, ...] = ()
+    marks: tuple[TokenLabel, ...] = ()
     """The tokens that matter, where that is known."""
 
 
@@ -76,7 +76,7 @@ class Batch:
     is_soft: Tensor  # [n] bool, whether a teacher says what is likely there
     soft_ids: Tensor  # [soft, k] the teacher's likeliest tokens, of those positions that have any
     soft_log_probs: Tensor  # [soft, k]
-    marks: Tensor  # [m, 7] a Mark in each row, but that its chunk is the row of chunk_ids
+    marks: Tensor  # [m, 7] a TokenLabel in each row, but that its chunk is the row of chunk_ids
 
     @property
     def n_questions(self) -> int:
@@ -149,5 +149,5 @@ def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
         torch.tensor(is_soft),
         torch.cat([targets.ids for targets in soft]).long() if soft else torch.zeros(0, 1, dtype=torch.long),
         torch.cat([targets.log_probs for targets in soft]).float() if soft else torch.zeros(0, 1),
-        torch.tensor(marks, dtype=torch.long).view(-1, len(Mark._fields)),
+        torch.tensor(marks, dtype=torch.long).view(-1, len(TokenLabel._fields)),
     )  # fmt: skip

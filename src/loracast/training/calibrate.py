@@ -85,7 +85,7 @@ def set_memory_units(
     seen = [keys[:, 1:] for keys in _keys(encoder, base, [row[0].tolist() for row in rows])]
     totals, counts = torch.zeros(1, device=base.device), torch.zeros(N_PLACES)
     at_answers: list[Tensor] = []  # of each question, at the first places of its answer: [modules, places, in]
-    for i, keys in enumerate(_keys(encoder, base, asked, hypernet.document_independent_lora())):
+    for i, keys in enumerate(_keys(encoder, base, asked, hypernet.static_lora())):
         if i < _QUESTIONS_FOR_UNITS:
             seen.append(keys[:, 1:])
         keys = keys[:, len(questions[i].prompt) - 1 : -1]  # where the answer's tokens are predicted from

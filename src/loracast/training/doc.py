@@ -46,19 +46,19 @@ class Recipe:
     """Options of DocToLoRAConfig other than the target."""
     memory_layers: tuple[int, ...] = ()
     """Layers whose attention output (`o_proj`) holds an associative memory."""
-    shared_kinds: tuple[str, ...] = ()
+    static_kinds: tuple[str, ...] = ()
     """Kinds of the modules, in the targeted layers, that receive a LoRA which is the same for every document."""
     encoder_kinds: tuple[str, ...] = ()
     """Kinds of the modules, in the blocks up to the deepest one read, that carry a trained LoRA while the base reads a document."""
     calibration_questions: int = 3000
     """Questions from which a new memory learns, before training, how a statement and its question look to the base."""
-    marks_weight: float = 0.3
+    memory_loss_weight: float = 0.3
     """Weight of the loss on what the memory writes, and on finding it."""
-    teach_weight: float = 0.0
+    distillation_weight: float = 0.0
     """Share of the answers' loss that is the divergence from a teacher which sees the document (context distillation)."""
-    harm_weight: float = 1.0
+    kl_to_base_weight: float = 1.0
     """Weight of the divergence from the plain base on questions that have nothing to do with the documents."""
-    size_weight: float = 0.0
+    l1_weight: float = 0.0
     """Weight of the mean absolute value of the chunks' factors (published: L1 of 0.1)."""
     right_weight: float = 1.0
     """What an answer's token counts that is the likeliest already: below 1, what is still wrong counts more (error-gated)."""
@@ -68,13 +68,13 @@ class Recipe:
     """Keys of the table `[hypernetwork]` that were given: those that `--init-from` leaves no room for are refused with it."""
 
 
-_ADDED = {"memory_layers", "calibration_questions", "shared_kinds", "shared_rank", "head_shared_rank"}
+_ADDED = {"memory_layers", "calibration_questions", "static_kinds", "static_modules_rank", "head_shared_rank"}
 """May be asked for with --init-from: they add what is missing, or make what is there smaller."""
 _OURS = (
     "kinds",
     "layers",
     "memory_layers",
-    "shared_kinds",
+    "static_kinds",
     "encoder_kinds",
     "calibration_questions",
 )  # of the table [hypernetwork]
@@ -91,9 +91,9 @@ def read_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
         path,
         overrides,
         architecture=keys_of(DocToLoRAConfig)
-        - {"modules", "memory_modules", "shared_modules", "encoder_modules", "d_features"},
+        - {"modules", "memory_modules", "static_modules", "encoder_modules", "d_features"},
         ours=_OURS,
-        objective={"marks_weight", "teach_weight", "harm_weight", "size_weight", "right_weight"},
+        objective={"memory_loss_weight", "distillation_weight", "kl_to_base_weight", "l1_weight", "right_weight"},
         data=DataConfig,
     )
 
@@ -103,11 +103,11 @@ def build_hypernet(base: Base, recipe: Recipe, source: EpisodeSource) -> DocToLo
     torch.manual_seed(recipe.training.seed)
     target = target_from_config(base.model.config, recipe.kinds, recipe.layers)
     d_features = base.model.config.get_text_config().hidden_size + recipe.hypernetwork.get("d_values", 0)
-    options = {"lead_in": tuple(encode_text(base.tokenizer, "\n"))[:1], **recipe.hypernetwork}
+    options = {"prefix": tuple(encode_text(base.tokenizer, "\n"))[:1], **recipe.hypernetwork}
     if recipe.memory_layers:
         options["memory_modules"] = memory_modules(base, recipe.memory_layers)
-    if recipe.shared_kinds:
-        options["shared_modules"] = target_from_config(base.model.config, recipe.shared_kinds, recipe.layers).rows
+    if recipe.static_kinds:
+        options["static_modules"] = target_from_config(base.model.config, recipe.static_kinds, recipe.layers).rows
     if recipe.encoder_kinds:
         depth = max(options.get("reader_layers", DocToLoRAConfig.reader_layers))
         options["encoder_modules"] = target_from_config(base.model.config, recipe.encoder_kinds, range(depth)).rows
@@ -129,11 +129,11 @@ def grown(hypernet: DocToLoRA, base: Base, recipe: Recipe, source: EpisodeSource
                 f"the checkpoint has a memory in the layers {[layer for _, layer, *_ in c.memory_modules]}; leave memory_layers out of the recipe, "
                 "or give these and more"
             )
-    if recipe.shared_kinds:
-        if c.shared_modules:
-            raise ConfigError("the checkpoint has shared modules already; leave shared_kinds out of the recipe")
-        changes["shared_modules"] = target_from_config(base.model.config, recipe.shared_kinds, c.layers).rows
-        changes["shared_rank"] = recipe.hypernetwork.get("shared_rank", c.shared_rank)
+    if recipe.static_kinds:
+        if c.static_modules:
+            raise ConfigError("the checkpoint has shared modules already; leave static_kinds out of the recipe")
+        changes["static_modules"] = target_from_config(base.model.config, recipe.static_kinds, c.layers).rows
+        changes["static_modules_rank"] = recipe.hypernetwork.get("static_modules_rank", c.static_modules_rank)
     head_rank = recipe.hypernetwork.get("head_shared_rank")
     if head_rank is not None:
         if c.head_shared_rank is not None:
@@ -199,16 +199,18 @@ def train_doc(
     Args:
         init_from: a hypernetwork folder whose weights a fresh run starts from (its config is used, and the recipe's
             `[hypernetwork]` table must be empty).
-        teacher: with `teach_weight`, the LoRA with which the base reads the document in its window (train_reader's); none if None.
+        teacher: with `distillation_weight`, the LoRA with which the base reads the document in its window (train_reader's); none if None.
         command: kept in the checkpoint's provenance.
 
     Returns:
         the last metrics. The hypernetwork lies in `out_dir` (fp32), the metrics in `metrics.jsonl`.
     """
     workers = workers or Workers.join(base.device.type)
-    is_taught = recipe.teach_weight > 0
+    is_taught = recipe.distillation_weight > 0
     if teacher is not None and not is_taught:
-        raise ConfigError("a teacher is given and nothing is learned from it: set objective.teach_weight, 0.5 say")
+        raise ConfigError(
+            "a teacher is given and nothing is learned from it: set objective.distillation_weight, 0.5 say"
+        )
     source = EpisodeSource(recipe.data, base.tokenizer, base.chat, shows_documents=is_taught)
     plain = Teacher(base.model, base.pad_id)
     teaching = Teaching(plain, dataclasses.replace(plain, lora=teacher) if is_taught else None)
@@ -233,14 +235,14 @@ def train_doc(
             "taught": seen.taught,
             "marks": written.loss,
             "harm": seen.harm,
-            "size": cast.mean_size() if recipe.size_weight > 0 else None,
+            "size": cast.mean_size() if recipe.l1_weight > 0 else None,
         }
         weights = {
-            "answer_loss": 1 - recipe.teach_weight,
-            "taught": recipe.teach_weight,
-            "marks": recipe.marks_weight,
-            "harm": recipe.harm_weight,
-            "size": recipe.size_weight,
+            "answer_loss": 1 - recipe.distillation_weight,
+            "taught": recipe.distillation_weight,
+            "marks": recipe.memory_loss_weight,
+            "harm": recipe.kl_to_base_weight,
+            "size": recipe.l1_weight,
         }
         present = {name: loss for name, loss in losses.items() if loss is not None and weights[name] > 0}
         total = torch.stack([weights[name] * loss for name, loss in present.items()]).sum()

@@ -11,12 +11,12 @@ from math import ceil
 from loracast.data.qa import QuestionedDocument
 from loracast.data.questions.answers import find_answer
 from loracast.data.questions.cloze import make_clozes
-from loracast.data.spans import Stated
+from loracast.data.spans import FactSpan
 from loracast.errors import TrainingError
 from loracast.scoring.episodes import Episode
 from loracast.training.episode_maker import EpisodeMaker
 
-Asked = list[tuple[str, str, Stated]]
+Asked = list[tuple[str, str, FactSpan]]
 """Questions with their answers and where the document says them."""
 
 

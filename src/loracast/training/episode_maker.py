@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from loracast.base.chat import ChatFormat, encode_with_offsets
-from loracast.data.spans import SAY, Mark, Stated, find_marks
+from loracast.data.spans import SAY, FactSpan, TokenLabel, label_tokens
 from loracast.documents import split_text
 from loracast.scoring.episodes import Episode, Question
 
@@ -69,15 +69,15 @@ class EpisodeMaker:
         return [chunk.prompt for chunk in chunks]
 
     def episode(
-        self, texts: Sequence[str], questions: tuple[Question, ...], task: str, stated: Sequence[Stated]
+        self, texts: Sequence[str], questions: tuple[Question, ...], task: str, stated: Sequence[FactSpan]
     ) -> Episode:
         """A document from its chunks' texts, with marks for what is stated in them: by each question one statement."""
         chunks: list[tuple[int, ...]] = []
-        marks: list[Mark] = []
+        marks: list[TokenLabel] = []
         for i, text in enumerate(texts):
             ids, offsets = encode_with_offsets(self.tokenizer, text)
             chunks.append(tuple(ids))
-            marks += find_marks(i, text, offsets, stated)
+            marks += label_tokens(i, text, offsets, stated)
         return Episode(tuple(chunks), questions, task, tuple(marks))
 
     def asks_unrelated(self, rng: random.Random) -> bool:
@@ -127,6 +127,7 @@ class EpisodeMaker:
             prompt = self.chat.prompt(rng.choice(CONTINUE).format(start), rng.choice(("", None)))
             questions.append(Question(tuple(prompt), answer))
             marks += [
-                Mark(chunk, first + START_TOKENS + place, SAY, -1, place, -1, number) for place in range(len(answer))
+                TokenLabel(chunk, first + START_TOKENS + place, SAY, -1, place, -1, number)
+                for place in range(len(answer))
             ]
         return Episode(tuple(chunks), tuple(questions), "reading", tuple(marks))

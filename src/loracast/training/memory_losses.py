@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loracast.hypernets.memory import END, OWNER, Writes
+from loracast.hypernets.memory import END, OWNER, MemoryWrites
 from loracast.scoring.episodes import Batch
 
 _SHARPNESS = 10.0  # of finding: what a key's response, of about 1 a module, is worth in nats
 
 
 @dataclass(frozen=True)
-class WritingOutcome:
+class MemoryLosses:
     """How well a memory chose what to write, and its keys find it, against the marks of a batch."""
 
     loss: Tensor | None = None  # gates, places, looks and finding; None without a memory or marks
     figures: dict[str, float] = field(default_factory=dict)
 
 
-def writing_outcome(writes: Writes, batch: Batch) -> WritingOutcome:
+def write_loss(writes: MemoryWrites, batch: Batch) -> MemoryLosses:
     """Cross-entropy of a memory's gates over all tokens, and of its places and of where two heads look, against the marks."""
     if not len(batch.marks):
-        return WritingOutcome()
+        return MemoryLosses()
     rows, tokens, gates, owners, places, ends, _ = batch.marks.unbind(1)
     wanted = torch.zeros_like(writes.gate_logits)
     wanted[rows, tokens, gates] = 1
@@ -46,14 +46,14 @@ def writing_outcome(writes: Writes, batch: Batch) -> WritingOutcome:
     for name, head, looked_for in (("owner", OWNER, owners), ("end", END, ends)):
         known = looked_for >= 0
         if known.any():
-            scores = writes.look_scores[rows[known], head, tokens[known]]  # [m, t]
+            scores = writes.pointer_scores[rows[known], head, tokens[known]]  # [m, t]
             loss = loss + functional.cross_entropy(scores, looked_for[known])
             figures[f"{name}_accuracy"] = (scores.argmax(-1) == looked_for[known]).float().mean().item()
-    return WritingOutcome(loss, figures)
+    return MemoryLosses(loss, figures)
 
 
-def finding_outcome(
-    keys: Mapping[str, tuple[Tensor, Tensor]], writes: Writes, batch: Batch
+def retrieval_loss(
+    keys: Mapping[str, tuple[Tensor, Tensor]], writes: MemoryWrites, batch: Batch
 ) -> tuple[Tensor, float] | None:
     """Cross-entropy of finding, at each token of an answer, the token of the document that it repeats among all that were written.
 

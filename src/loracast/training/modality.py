@@ -19,7 +19,7 @@ from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.lora.target import target_from_config
 from loracast.scoring.episodes import pack
 from loracast.training.loop import TrainConfig
-from loracast.training.modality_source import SenseDataConfig, SenseSource
+from loracast.training.modality_source import ModalityDataConfig, ModalitySource
 from loracast.training.objective import answer_with
 from loracast.training.recipe import read_recipe_as
 from loracast.training.run import start_from, train_hypernet
@@ -28,7 +28,7 @@ from loracast.training.teacher import Teacher, Teaching
 
 _THINGS_FOR_UNITS = 256
 _OPTIONS = {"width", "rank", "n_heads", "n_kv_heads", "head_dim", "n_decoder_blocks", "n_encoder_blocks", "n_latents", "n_latent_mlps",
-            "gated_projection", "factorised_queries", "head_shared_rank", "document_independent_rank", "shared_rank", "scale"}  # fmt: skip
+            "gated_projection", "factorised_queries", "head_shared_rank", "static_rank", "static_modules_rank", "scale"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class SenseRecipe:
     """Layers that receive a LoRA; all if None."""
     hypernetwork: Mapping[str, Any] = field(default_factory=dict)
     """Options of DocToLoRAConfig."""
-    harm_weight: float = 1.0
+    kl_to_base_weight: float = 1.0
     """Weight of the divergence from the plain base on questions that have nothing to do with what is sensed."""
-    data: SenseDataConfig = field(default_factory=SenseDataConfig)
+    data: ModalityDataConfig = field(default_factory=ModalityDataConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
     asked: frozenset[str] = frozenset()
     """Keys of the table `[hypernetwork]` that were given: `--init-from` leaves no room for any."""
@@ -53,11 +53,11 @@ def read_sense_recipe(path: Path | None, overrides: tuple[str, ...] | list[str] 
     """A recipe from a TOML file, changed by overrides such as `training.lr=2e-4`. Raises ConfigError as `read_tables` does."""
     return read_recipe_as(
         SenseRecipe, path, overrides,
-        architecture=_OPTIONS, ours=("kinds", "layers"), objective={"harm_weight"}, data=SenseDataConfig,
+        architecture=_OPTIONS, ours=("kinds", "layers"), objective={"kl_to_base_weight"}, data=ModalityDataConfig,
     )  # fmt: skip
 
 
-def build_sense_hypernet(base: Base, recipe: SenseRecipe, encoder: Encoder, source: SenseSource) -> DocToLoRA:
+def build_sense_hypernet(base: Base, recipe: SenseRecipe, encoder: Encoder, source: ModalitySource) -> DocToLoRA:
     """A fresh hypernetwork for a base and an encoder, its units measured on the data."""
     torch.manual_seed(recipe.training.seed)
     target = target_from_config(base.model.config, recipe.kinds, recipe.layers)
@@ -92,9 +92,9 @@ def train_sense(
         on_encoded: told how many things have been encoded, where that has not been done before.
     """
     workers = workers or Workers.join(base.device.type)
-    made = SenseSource(recipe.data, labelled, encoder, base.chat, progress=on_encoded) if workers.is_first else None
+    made = ModalitySource(recipe.data, labelled, encoder, base.chat, progress=on_encoded) if workers.is_first else None
     workers.any(False)  # the others wait for the features
-    source = made or SenseSource(recipe.data, labelled, encoder, base.chat)
+    source = made or ModalitySource(recipe.data, labelled, encoder, base.chat)
     if init_from is not None:
         hypernet = start_from(init_from, DocToLoRA, base, recipe.asked)
         check_encoder(hypernet.config, encoder)
@@ -112,7 +112,7 @@ def train_sense(
             cast = wrapped(features.to(workers.device))
             seen, _ = answer_with(base.model, cast.loras, batch)
         harm = seen.harm
-        total = seen.loss if harm is None else seen.loss + recipe.harm_weight * harm
+        total = seen.loss if harm is None else seen.loss + recipe.kl_to_base_weight * harm
         figures = {"answer_loss": seen.loss.item(), "exact": seen.exact, "token_accuracy": seen.token_accuracy}
         if harm is not None:
             figures["harm"] = harm.item()

@@ -73,26 +73,26 @@ def wordings(sense: str) -> Wordings:
 
 
 @dataclass(frozen=True)
-class SenseDataConfig:
+class ModalityDataConfig:
     """What the episodes of a training look like."""
 
     seed: int = 0
     """Seed of the data."""
-    things_per_step: int = 32
+    examples_per_step: int = 32
     """Images (or signals) in one step, each with a LoRA of its own."""
-    questions_per_thing: int = 2
+    questions_per_example: int = 2
     """Questions about each."""
     attribute_share: float = 0.5
     """Share of the questions after the first one that ask for an attribute, where there are any, in place of the class."""
-    with_spare: bool = False
+    with_held_out_classes: bool = False
     """Train on spare classes too."""
     unrelated: tuple[str, ...] = ()
     """Files of questions that have nothing to do with any image, which the base shall answer as it does without one."""
 
     def __post_init__(self) -> None:
-        if min(self.things_per_step, self.questions_per_thing) < 1 or not 0 <= self.attribute_share <= 1:
+        if min(self.examples_per_step, self.questions_per_example) < 1 or not 0 <= self.attribute_share <= 1:
             raise ConfigError(
-                "things_per_step and questions_per_thing must be at least 1, attribute_share between 0 and 1"
+                "examples_per_step and questions_per_example must be at least 1, attribute_share between 0 and 1"
             )
 
 
@@ -129,17 +129,19 @@ def encode(encoder: Encoder, things: Sequence[Any]) -> Features:
     return encoder(torch.stack(list(things)) if isinstance(things[0], Tensor) else things)
 
 
-class SenseSource:
+class ModalitySource:
     """Draws the things of a step and what is asked about them; it depends on the seed and the step's number alone."""
 
-    def __init__(self, config: SenseDataConfig, labelled: Labelled, encoder: Encoder, chat: ChatFormat, **options: Any):
+    def __init__(
+        self, config: ModalityDataConfig, labelled: Labelled, encoder: Encoder, chat: ChatFormat, **options: Any
+    ):
         """
         Args:
             options: of `encoded`.
         """
         self.config, self.chat = config, chat
         self.wordings = wordings(labelled.sense)
-        places = list(range(len(labelled))) if config.with_spare else labelled.of(spare=False)
+        places = list(range(len(labelled))) if config.with_held_out_classes else labelled.of(spare=False)
         if len({labelled.labels[i] for i in places}) < 2:
             raise TrainingError("things of at least two classes are needed to tell them apart")
         self.states = encoded(labelled, places, encoder, **options)
@@ -149,7 +151,7 @@ class SenseSource:
     def step(self, number: int, worker: int = 0) -> tuple[Features, list[Episode]]:
         """The features of a step's things, and for each of them the questions."""
         rng = random.Random(f"{self.config.seed}/{worker}/{number}")
-        drawn = rng.sample(range(len(self.names)), min(self.config.things_per_step, len(self.names)))
+        drawn = rng.sample(range(len(self.names)), min(self.config.examples_per_step, len(self.names)))
         has_unrelated = bool(self._unrelated) and rng.random() < UNRELATED_SHARE
         episodes = [self._episode(rng, self.names[i], has_unrelated) for i in drawn]
         return Features(self.states[drawn].float()), episodes
@@ -157,7 +159,7 @@ class SenseSource:
     def _episode(self, rng: random.Random, name: str, has_unrelated: bool) -> Episode:
         known = [attribute for attribute in self.wordings.attributes if name in attribute.answers]
         questions: dict[str, Question] = {}
-        while len(questions) < min(self.config.questions_per_thing, len(self.wordings.train)):
+        while len(questions) < min(self.config.questions_per_example, len(self.wordings.train)):
             if known and questions and rng.random() < self.config.attribute_share:
                 attribute = rng.choice(known)
                 asked, answer = rng.choice(attribute.train), attribute.answers[name]

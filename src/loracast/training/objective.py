@@ -17,7 +17,7 @@ from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
 from loracast.scoring.episodes import Batch
 from loracast.scoring.soft_targets import divergence
-from loracast.training.memory_losses import WritingOutcome, finding_outcome, writing_outcome
+from loracast.training.memory_losses import MemoryLosses, retrieval_loss, write_loss
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,17 @@ def answer_questions(
     hypernet: Callable[..., Cast],
     batch: Batch,
     right_weight: float = 1.0,
-) -> tuple[Outcome, WritingOutcome, Cast]:
+) -> tuple[Outcome, MemoryLosses, Cast]:
     """Documents -> features -> LoRAs -> the loss on their questions' answers, on what the memory wrote, and what was cast."""
     cast = hypernet(encoder(batch.chunk_ids, batch.chunk_mask), batch.chunks_per_document)
     seen, entering = answer_with(model, cast.loras, batch, encoder.key_modules, right_weight)
     if cast.writes is None:
-        return seen, WritingOutcome(), cast
+        return seen, MemoryLosses(), cast
     keys = {name: (cast.loras.factors[name].a, x) for name, x in entering.items()}  # A [d, k * r, in], x [n, in]
-    written, found = writing_outcome(cast.writes, batch), finding_outcome(keys, cast.writes, batch)
+    written, found = write_loss(cast.writes, batch), retrieval_loss(keys, cast.writes, batch)
     if written.loss is None or found is None:
         return seen, written, cast
-    told = WritingOutcome(written.loss + found[0], {**written.figures, "finding_accuracy": found[1]})
+    told = MemoryLosses(written.loss + found[0], {**written.figures, "finding_accuracy": found[1]})
     return seen, told, cast
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from loracast.base.load import Base
 from loracast.batching import pad_right
-from loracast.encoders.attention_delta import around_input
-from loracast.hypernets.attention_delta import PLACES, AttendingToLoRA
+from loracast.encoders.attention_delta import tokens_around_input
+from loracast.hypernets.attention_delta import PLACES, AttentionDeltaToLoRA
 from loracast.lora.inject import inject
 from loracast.training.task_source import TaskSource
 
@@ -22,7 +22,7 @@ _ELSEWHERE = "elsewhere"
 
 
 @torch.no_grad()
-def set_places(hypernet: AttendingToLoRA, base: Base, source: TaskSource) -> None:
+def set_places(hypernet: AttentionDeltaToLoRA, base: Base, source: TaskSource) -> None:
     """Let the first rows of each A be 1 at one of the `PLACES` and 0 at the others, as nearly as a linear map can.
 
     Weighted least squares on training examples, where every place counts alike; the base carries what all descriptions share, as it will.
@@ -53,7 +53,7 @@ def set_places(hypernet: AttendingToLoRA, base: Base, source: TaskSource) -> Non
 def _examples(base: Base, source: TaskSource) -> list[tuple[list[int], list[str]]]:
     """Token ids of training examples, and the place of each token."""
     rng = random.Random(0)
-    n_before, n_after = around_input(base.chat)
+    n_before, n_after = tokens_around_input(base.chat)
     rows = []
     for _ in range(_N_EXAMPLES):
         example = rng.choice(source.short_enough(rng.choice(source.tasks)))
@@ -65,7 +65,7 @@ def _examples(base: Base, source: TaskSource) -> list[tuple[list[int], list[str]
     return rows
 
 
-def _entering(base: Base, hypernet: AttendingToLoRA, names: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
+def _entering(base: Base, hypernet: AttentionDeltaToLoRA, names: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
     """What enters modules at each token [n, t, d_in], by name."""
     entering: dict[str, Tensor] = {}
 
@@ -77,7 +77,7 @@ def _entering(base: Base, hypernet: AttendingToLoRA, names: Sequence[str], ids: 
 
     handles = [base.model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
     try:
-        with inject(base.model, hypernet.reading_lora()):
+        with inject(base.model, hypernet.encoder_lora_batch()):
             base.model.get_decoder()(input_ids=ids.to(base.device), use_cache=False)
     finally:
         for handle in handles:

@@ -2,7 +2,7 @@
 
 The base is not run at all: a step is a few matmuls. Many pairs of factors have the same product, so what is compared matters: the products
 themselves, through small Gram matrices; or the factors, each number z-scored over the library as published, as trained or in their
-canonical form.
+svd_canonical form.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loracast.base.fingerprint import Fingerprint
 from loracast.data.tasks import Task
 from loracast.errors import ConfigError
 from loracast.files import file_sha256
-from loracast.hypernets.attention_delta import AttendingToLoRAConfig
+from loracast.hypernets.attention_delta import AttentionDeltaToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRAConfig
 from loracast.lora.algebra import Factors, LoRA, LoRABatch, compress, stack
 from loracast.training.oracle import oracles_in, read_oracle
@@ -45,7 +45,7 @@ def read_library(
     tasks: Sequence[Task],
     library: Path,
     base: Fingerprint,
-    config: TextToLoRAConfig | AttendingToLoRAConfig,
+    config: TextToLoRAConfig | AttentionDeltaToLoRAConfig,
     match: Match,
 ) -> LoRABatch:
     """The oracles of some tasks, row by row: A [tasks, r, in] and B [tasks, out, r] of every module.
@@ -66,7 +66,7 @@ def read_library(
     if match != "product" and len(loras) < 2:
         raise ConfigError("factors are compared in units of how they differ between tasks; give at least two oracles")
     if match == "canonical_factors":
-        loras = [canonical(lora) for lora in loras]
+        loras = [svd_canonical(lora) for lora in loras]
     batch = stack([lora.to(dtype=torch.float32) for lora in loras])
     return LoRABatch(len(loras), {name: batch.factors[name] for name in config.target.names}, {})
 
@@ -77,7 +77,7 @@ def library_sha256(tasks: Sequence[Task], library: Path) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def canonical(lora: LoRA) -> LoRA:
+def svd_canonical(lora: LoRA) -> LoRA:
     """The same LoRA with the factors that its SVD gives: by falling singular values, halves of them on both sides, signs fixed."""
     balanced, _ = compress(lora, lora.rank)
     factors = {}

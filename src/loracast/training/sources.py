@@ -13,7 +13,7 @@ from loracast.base.chat import ChatFormat
 from loracast.data.facts import Split, make_sheet
 from loracast.data.needles import hide, make_needles, sentences
 from loracast.data.qa import read_questioned
-from loracast.data.spans import Stated
+from loracast.data.spans import FactSpan
 from loracast.data.texts import read_texts
 from loracast.data.unrelated import read_unrelated
 from loracast.errors import ConfigError, TrainingError
@@ -225,7 +225,7 @@ class EpisodeSource:
         for chunk in range(n_chunks):
             here = [needle.statement for needle, home in zip(needles, homes, strict=True) if home == chunk]
             texts.append(" ".join(hide(here, self.prose.span(rng, room), [rng.random() for _ in here])))
-        stated = [Stated(n.statement, n.key if n.key in n.statement else "", n.answer) for n in needles]
+        stated = [FactSpan(n.statement, n.key if n.key in n.statement else "", n.answer) for n in needles]
         questions = self.maker.questions(rng, [(n.question, n.answer) for n in needles], asks_unrelated=asks_unrelated)
         return self.maker.episode(texts, questions, "needle", stated)
 
@@ -238,7 +238,7 @@ class EpisodeSource:
             prose = self.prose.span(rng, rng.randint(1, 2) * max_chunk_tokens // 2)
             text = " ".join(hide([fact.statement for fact in sheet.facts], prose, [rng.random() for _ in sheet.facts]))
         texts = self.maker.chunk_texts(text, max_chunk_tokens, sheet.title)
-        stated = [Stated(fact.statement, fact.subject, fact.answer) for fact in sheet.facts]
+        stated = [FactSpan(fact.statement, fact.subject, fact.answer) for fact in sheet.facts]
         questions = self.maker.questions(
             rng, [(fact.question, fact.answer) for fact in sheet.facts], asks_unrelated=asks_unrelated
         )

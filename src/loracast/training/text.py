@@ -29,7 +29,7 @@ from loracast.data.tasks import Task
 from loracast.encoders.sentence import DEFAULT_ENCODER, TextEncoder, load_text_encoder
 from loracast.errors import ConfigError
 from loracast.files import file_sha256
-from loracast.hypernets.attention_delta import AttendingToLoRA, AttendingToLoRAConfig
+from loracast.hypernets.attention_delta import AttentionDeltaToLoRA, AttentionDeltaToLoRAConfig
 from loracast.hypernets.store import OfDescriptions, architecture_of_descriptions, with_config
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.algebra import LoRABatch
@@ -67,21 +67,21 @@ class TextRecipe:
     encoder: str = DEFAULT_ENCODER
     """The text encoder."""
     hypernetwork: Mapping[str, Any] = field(default_factory=dict)
-    """Options of TextToLoRAConfig other than the target and the encoder; or, with the variant `attending`, of AttendingToLoRAConfig."""
-    size_weight: float = 1e-3
+    """Options of TextToLoRAConfig other than the target and the encoder; or, with the variant `attention_delta`, of AttentionDeltaToLoRAConfig."""
+    l1_weight: float = 1e-3
     """Weight of the mean square of the generated numbers (published: 1e-3)."""
-    calm_weight: float = 0.1
+    null_condition_weight: float = 0.1
     """Weight of how large the deltas of meaningless conditions are, beside those of descriptions."""
     contrast_weight: float = 0.0
     """Weight of how much likelier the answers must be with their own description than with another task's."""
     contrast_examples: int = 2
     """Examples of each task that are answered with another task's description as well."""
     reading_is_trained: bool = False
-    """Whether, with the variant `attending`, the LoRA with which the base reads descriptions is trained on; the gradient then goes through the reading."""
+    """Whether, with the variant `attention_delta`, the LoRA with which the base reads descriptions is trained on; the gradient then goes through the encoder."""
     reading_strength_after: float | None = None
     """Strength with which that LoRA is kept in the end; as in training if None. On a dev split half of it did better than all (docs/experiments.md)."""
-    recall_only: bool = False
-    """Whether, with the variant `attending`, only what is recalled of the training's tasks is trained."""
+    task_bank_only: bool = False
+    """Whether, with the variant `attention_delta`, only the task bank is trained."""
     match: Match = "product"
     """Of reconstruction: what of a LoRA must match the oracle."""
     data: TaskDataConfig = field(default_factory=TaskDataConfig)
@@ -94,27 +94,27 @@ class TextRecipe:
             raise ConfigError(f"unknown match {self.match!r}; one of {', '.join(get_args(Match))}")
         if self.reading_strength_after is not None and self.reading_strength_after <= 0:
             raise ConfigError("reading_strength_after must be above 0")
-        if min(self.size_weight, self.calm_weight, self.contrast_weight) < 0 or self.contrast_examples < 1:
+        if min(self.l1_weight, self.null_condition_weight, self.contrast_weight) < 0 or self.contrast_examples < 1:
             raise ConfigError("weights must not be negative, and contrast_examples at least 1")
         if self.contrast_weight > 0 and self.data.tasks_per_step < 2:
             raise ConfigError("a contrast between tasks needs data.tasks_per_step of at least 2")
 
 
-ATTENDING = "attending"
+ATTENDING = "attention_delta"
 """The variant that is a hypernetwork of its own."""
 _OURS = ("kinds", "layers", "encoder")  # of the table [hypernetwork]
-_GIVEN = {"modules", "d_text", "d_state", "n_known", "recalled"}
+_GIVEN = {"modules", "d_text", "d_state", "n_seen", "bank_sizes"}
 """Keys of the configs that a recipe does not say."""
-_CHANGEABLE = {"depth", "probe", "probe_answer", "recall_rank", "recall_width"}
-"""Keys of the table [hypernetwork] that the variant `attending` may change when it starts from a checkpoint."""
+_CHANGEABLE = {"depth", "dummy_input", "dummy_answer", "task_bank_rank", "task_bank_width"}
+"""Keys of the table [hypernetwork] that the variant `attention_delta` may change when it starts from a checkpoint."""
 _BY_EXAMPLES = (
-    "size_weight",
-    "calm_weight",
+    "l1_weight",
+    "null_condition_weight",
     "contrast_weight",
     "contrast_examples",
     "reading_is_trained",
     "reading_strength_after",
-    "recall_only",
+    "task_bank_only",
 )  # of the table [objective]
 _BY_ORACLES = ("match",)
 
@@ -125,7 +125,7 @@ def read_text_recipe(path: Path | None, overrides: Sequence[str] = ()) -> TextRe
         TextRecipe,
         path,
         overrides,
-        architecture=(keys_of(TextToLoRAConfig) | keys_of(AttendingToLoRAConfig)) - _GIVEN,
+        architecture=(keys_of(TextToLoRAConfig) | keys_of(AttentionDeltaToLoRAConfig)) - _GIVEN,
         ours=_OURS,
         objective=(*_BY_EXAMPLES, *_BY_ORACLES),
         data=TaskDataConfig,
@@ -153,9 +153,9 @@ def build_text_hypernet(base: Base, recipe: TextRecipe) -> OfDescriptions:
     if "encoder" in recipe.asked:
         raise ConfigError(f"the variant {ATTENDING!r} reads descriptions with the base; leave hypernetwork.encoder out")
     del options["variant"]
-    _check_options(options, AttendingToLoRAConfig)
+    _check_options(options, AttentionDeltaToLoRAConfig)
     d_state = base.model.config.get_text_config().hidden_size
-    return AttendingToLoRA(AttendingToLoRAConfig(d_state=d_state, modules=modules, **options))
+    return AttentionDeltaToLoRA(AttentionDeltaToLoRAConfig(d_state=d_state, modules=modules, **options))
 
 
 def _check_options(options: Mapping[str, Any], config: type) -> None:
@@ -182,7 +182,7 @@ def train_text(
         oracles: a library of LoRAs trained on tasks (`training/oracle.py`); the hypernetwork learns to give these to their tasks' descriptions
             (reconstruction), in place of what makes the base do the tasks' examples.
         init_from: a hypernetwork folder whose weights a fresh run starts from. Its config is used; the recipe's `[hypernetwork]` table may have, with the
-            variant `attending`, another probe, a smaller depth, and a `recall_rank`.
+            variant `attention_delta`, another dummy input, a smaller depth, and a `task_bank_rank`.
         shared_from: folder of a LoRA trained on all tasks (`train_multitask`), as which a fresh run's factors that all descriptions share start.
         command: kept in the checkpoint's provenance.
 
@@ -194,9 +194,9 @@ def train_text(
     source = TaskSource(recipe.data, known, base.chat, varied=oracles is None)
     hypernet = _start_from(init_from, recipe, base) if init_from is not None else build_text_hypernet(base, recipe)
     reads_otherwise_after = recipe.reading_is_trained or recipe.reading_strength_after is not None
-    if reads_otherwise_after and not isinstance(hypernet, AttendingToLoRA):
+    if reads_otherwise_after and not isinstance(hypernet, AttentionDeltaToLoRA):
         raise ConfigError(
-            "only the variant 'attending' has a LoRA to read with: leave objective.reading_is_trained and reading_strength_after out"
+            "only the variant 'attention_delta' has a LoRA to read with: leave objective.reading_is_trained and reading_strength_after out"
         )
     _check_recall(recipe, hypernet)
     encoder = encoder_of(hypernet, base)
@@ -205,22 +205,22 @@ def train_text(
     hypernet.to(workers.device)
     with torch.no_grad():
         seen = encoder(source.descriptions).to(workers.device)
-    if isinstance(hypernet, AttendingToLoRA) and init_from is None:
+    if isinstance(hypernet, AttentionDeltaToLoRA) and init_from is None:
         set_places(hypernet, base, source)
         hypernet.set_units(seen)
-    hypernet.know(seen)
-    if isinstance(hypernet, AttendingToLoRA) and hypernet.config.recall_rank:
-        if hypernet.recall is None:
+    hypernet.remember_seen(seen)
+    if isinstance(hypernet, AttentionDeltaToLoRA) and hypernet.config.task_bank_rank:
+        if hypernet.task_bank is None:
             torch.manual_seed(recipe.training.seed)
-            hypernet.start_recall(seen, source.n_descriptions)
+            hypernet.start_task_bank(seen, source.n_descriptions)
         else:
-            hypernet.recall_again(seen)
+            hypernet.refresh_task_bank(seen)
     hypernet.train()
-    if isinstance(hypernet, AttendingToLoRA):
-        if recipe.recall_only and hypernet.recall is not None:
+    if isinstance(hypernet, AttentionDeltaToLoRA):
+        if recipe.task_bank_only and hypernet.task_bank is not None:
             hypernet.requires_grad_(False)
-            hypernet.recall.requires_grad_(True)
-        hypernet.reading.requires_grad_(recipe.reading_is_trained)
+            hypernet.task_bank.requires_grad_(True)
+        hypernet.encoder_lora.requires_grad_(recipe.reading_is_trained)
     wrapped = workers.wrap(hypernet)
     if oracles is None:
         for task in source.tasks:
@@ -258,23 +258,23 @@ def _start_from(folder: Path, recipe: TextRecipe, base: Base) -> OfDescriptions:
     """The hypernetwork that a fresh run starts from, with what the recipe may change of it."""
     asked = recipe.asked | recipe.hypernetwork.keys()
     architecture = architecture_of_descriptions(folder)
-    changed = asked & _CHANGEABLE if architecture is AttendingToLoRA else set()
+    changed = asked & _CHANGEABLE if architecture is AttentionDeltaToLoRA else set()
     hypernet = start_from(folder, architecture, base, asked - changed)
-    if isinstance(hypernet, AttendingToLoRA) and changed:
+    if isinstance(hypernet, AttentionDeltaToLoRA) and changed:
         hypernet = with_config(hypernet, {name: recipe.hypernetwork[name] for name in changed})
     return hypernet
 
 
 def _check_recall(recipe: TextRecipe, hypernet: OfDescriptions) -> None:
-    """Raises ConfigError where a recall is asked for that there is not, or its descriptions would be read otherwise in the end."""
-    has_recall = isinstance(hypernet, AttendingToLoRA) and hypernet.config.recall_rank > 0
-    if recipe.recall_only and not has_recall:
+    """Raises ConfigError where a task_bank is asked for that there is not, or its descriptions would be read otherwise in the end."""
+    has_task_bank = isinstance(hypernet, AttentionDeltaToLoRA) and hypernet.config.task_bank_rank > 0
+    if recipe.task_bank_only and not has_task_bank:
         raise ConfigError(
-            "objective.recall_only trains what is recalled: give the variant 'attending' a hypernetwork.recall_rank"
+            "objective.task_bank_only trains the task bank: give the variant 'attention_delta' a hypernetwork.task_bank_rank"
         )
-    if has_recall and (recipe.reading_is_trained or recipe.reading_strength_after is not None):
+    if has_task_bank and (recipe.reading_is_trained or recipe.reading_strength_after is not None):
         raise ConfigError(
-            "tasks are recalled by their descriptions as they are read at the start: leave objective.reading_is_trained and reading_strength_after out"
+            "the task bank finds tasks by their descriptions as they are read at the start: leave objective.reading_is_trained and reading_strength_after out"
         )
 
 
@@ -283,9 +283,9 @@ def _learn_known(
     hypernet: OfDescriptions, source: TaskSource, encoder: TextEncoder, reading_strength: float | None
 ) -> None:
     """Let the hypernetwork keep what it is trained on, as it is read from now on."""
-    if reading_strength is not None and isinstance(hypernet, AttendingToLoRA):
+    if reading_strength is not None and isinstance(hypernet, AttentionDeltaToLoRA):
         hypernet.config = dataclasses.replace(hypernet.config, reading_strength=reading_strength)
-    hypernet.know(encoder(source.descriptions).to(next(hypernet.parameters()).device))
+    hypernet.remember_seen(encoder(source.descriptions).to(next(hypernet.parameters()).device))
 
 
 class _Remembering:
@@ -327,7 +327,7 @@ def _by_examples(
         n = len(episodes)
         rng = random.Random(f"{recipe.data.seed}/calm/{number}")
         conditions = encoder(drawn.descriptions).to(device)
-        if recipe.calm_weight > 0:
+        if recipe.null_condition_weight > 0:
             with torch.no_grad():
                 undescribing = encoder(rng.sample(nonsense, (n + 1) // 2)).to(device)
             free = hypernet.meaningless(n // 2, torch.Generator().manual_seed(rng.randrange(2**31)))
@@ -344,7 +344,7 @@ def _by_examples(
         size = torch.stack(
             [a.float().square().mean() + b.float().square().mean() for a, b in loras.factors.values()]
         ).mean()
-        loss = seen.loss + recipe.size_weight * size + recipe.calm_weight * calm
+        loss = seen.loss + recipe.l1_weight * size + recipe.null_condition_weight * calm
         contrasts: dict[str, float] = {}
         if recipe.contrast_weight > 0 and n > 1:
             with autocast:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from loracast.data.spans import Stated
+from loracast.data.spans import FactSpan
 
 _SENTENCE_END = re.compile(
     r"(?<=[.!?])[\"'”’)\]]*\s+|\n\s*\n|\n(?=[^\n]*\|)"
 )  # a wrapped line is no end, a table's row is
 _WORD = re.compile(r"\w+")
 _STEM = 5
-"""Words count as the same that begin with these many characters: "settled" and "settle"."""
+"""Words count as the same that begin with these many characters: "settled" and "recover"."""
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
@@ -27,7 +27,7 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     return [(start, end) for start, end in zip(cuts[::2], cuts[1::2], strict=True) if text[start:end].strip()]
 
 
-def find_answer(text: str, question: str, answers: Sequence[str]) -> Stated | None:
+def find_answer(text: str, question: str, answers: Sequence[str]) -> FactSpan | None:
     """The sentence that answers a question and the answer as it stands there; None if no answer stands in the text.
 
     Of equals, the preferred answer and the first place win.
@@ -46,7 +46,7 @@ def find_answer(text: str, question: str, answers: Sequence[str]) -> Stated | No
     if best is None:
         return None
     _, low, high, start, said = best
-    return Stated(text[low:high], "", said, start - low)
+    return FactSpan(text[low:high], "", said, start - low)
 
 
 def _places(text: str, answer: str) -> Iterator[tuple[int, int]]:

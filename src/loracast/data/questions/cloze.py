@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loracast.data.questions.answers import sentence_spans
-from loracast.data.spans import Stated
+from loracast.data.spans import FactSpan
 
 _MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 _CAPITAL = r"[A-Z][\w'’-]+"
@@ -95,7 +95,7 @@ class Cloze:
 
     question: str
     answer: str
-    stated: Stated
+    stated: FactSpan
 
 
 def make_clozes(rng: random.Random, text: str, n: int) -> list[Cloze]:
@@ -128,7 +128,7 @@ def _cloze(rng: random.Random, sentence: str) -> Cloze | None:
     if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", before + " " + after):
         return None  # the question would say it
     question = _with_gap(rng, before, after) if rng.random() < 0.3 else _with_word(rng, kind, before, after)
-    return Cloze(question, answer, Stated(sentence, "", answer, match.start())) if question else None
+    return Cloze(question, answer, FactSpan(sentence, "", answer, match.start())) if question else None
 
 
 def _may_ask(kind: str, match: re.Match[str]) -> bool:

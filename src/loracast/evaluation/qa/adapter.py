@@ -8,7 +8,7 @@ import torch
 
 from loracast.data.qa import DocumentQuestion
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
-from loracast.evaluation.qa.baseline import Given, Request, Rival, Setup, plain
+from loracast.evaluation.qa.baseline import Baseline, Given, Request, Setup, plain
 from loracast.lora.algebra import Factors, LoRA, concat
 
 
@@ -37,7 +37,7 @@ def _others(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
 def _beside(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
     """Both documents learned, as `loracast ask -a one -a two` adds them up."""
     own, other = (document.route(question.question, setup.route).picked for document in (given.adapter, given.other))
-    loras = [given.adapter.lora(own), given.other.lora(other, document_independent=False)]
+    loras = [given.adapter.lora(own), given.other.lora(other, static=False)]
     return Request(plain(setup, question.question), concat(loras))
 
 
@@ -51,25 +51,25 @@ def _nothing(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
 
 
 def _shared(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
-    return Request(plain(setup, question.question), document_independent(setup))
+    return Request(plain(setup, question.question), static(setup))
 
 
-def document_independent(setup: Setup) -> LoRA:
+def static(setup: Setup) -> LoRA:
     """What a hypernetwork gives every document alike; nothing where it has no such part."""
     hypernet = setup.model.hypernet
     factors: dict[str, Factors] = {}
     for kind in hypernet.config.target.kinds:
-        if shared := hypernet.shared(kind):
+        if shared := hypernet.static_of(kind):
             of_kind = hypernet.config.target.of_kind(kind)
             for module, (a, b) in zip(of_kind, shared.factors(), strict=True):
                 factors[module.name] = Factors(a.detach().to(torch.bfloat16), b.detach().to(torch.bfloat16))
     return LoRA(factors)
 
 
-RIVALS = {
-    "adapter": Rival("adapter", _own, cast_all),
-    "none": Rival("no document", _nothing),
-    "other": Rival("another's adapter", _others, _cast_others),
-    "beside": Rival("adapter beside another's", _beside, _cast_both, is_optional=True),
-    "shared": Rival("shared part alone", _shared),
+BASELINES = {
+    "adapter": Baseline("adapter", _own, cast_all),
+    "none": Baseline("no document", _nothing),
+    "other": Baseline("another's adapter", _others, _cast_others),
+    "beside": Baseline("adapter beside another's", _beside, _cast_both, is_optional=True),
+    "shared": Baseline("shared part alone", _shared),
 }

@@ -50,7 +50,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """One way to answer."""
 
     label: str
@@ -67,7 +67,7 @@ def plain(setup: Setup, question: str) -> tuple[int, ...]:
     return tuple(setup.model.base.chat.prompt(question, ASK_SYSTEM_TURN))
 
 
-def check_rivals(names: Sequence[str], known: dict[str, Rival], has_reader: bool) -> dict[str, Rival]:
+def check_baselines(names: Sequence[str], known: dict[str, Baseline], has_reader: bool) -> dict[str, Baseline]:
     """The rivals of these names, in the tables' order; without names, those that are not optional and have what they need.
 
     Raises:

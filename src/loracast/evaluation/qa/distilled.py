@@ -18,7 +18,7 @@ from loracast.base.generate import Sampling, answer_batch
 from loracast.data.qa import DocumentQuestion
 from loracast.data.questions.cloze import make_clozes
 from loracast.evaluation.cut import without_middle
-from loracast.evaluation.qa.baseline import MAX_NEW_TOKENS, Given, Request, Rival, Setup, plain
+from loracast.evaluation.qa.baseline import MAX_NEW_TOKENS, Baseline, Given, Request, Setup, plain
 from loracast.evaluation.qa.window import BEST, PROMPTS
 from loracast.lora.algebra import Factors, LoRA, LoRABatch
 from loracast.lora.target import target_from_config
@@ -97,6 +97,6 @@ def _ask(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
     return Request(plain(setup, question.question), given.loras[_NAME])
 
 
-RIVALS = {
-    _NAME: Rival(f"context distillation, {N_QUESTIONS} questions", _ask, _learn, is_optional=True),
+BASELINES = {
+    _NAME: Baseline(f"context distillation, {N_QUESTIONS} questions", _ask, _learn, is_optional=True),
 }

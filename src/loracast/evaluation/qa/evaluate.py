@@ -20,12 +20,12 @@ from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.metrics import cluster_bootstrap
 from loracast.evaluation.peak import peak_memory
 from loracast.evaluation.qa import adapter, distilled, passages, window
-from loracast.evaluation.qa.baseline import MAX_NEW_TOKENS, Given, Request, Rival, Setup, check_rivals
+from loracast.evaluation.qa.baseline import MAX_NEW_TOKENS, Baseline, Given, Request, Setup, check_baselines
 from loracast.evaluation.qa.metrics import best, exact_match, rouge_l, token_f1
 from loracast.evaluation.report import Column, Progress, Report, change, environment, interval, number, percent, text
 from loracast.evaluation.run import warm_up
 
-RIVALS: dict[str, Rival] = adapter.RIVALS | window.RIVALS | passages.RIVALS | distilled.RIVALS
+BASELINES: dict[str, Baseline] = adapter.BASELINES | window.BASELINES | passages.BASELINES | distilled.BASELINES
 LENGTHS = (128, 256, 512, 1024)
 """Where the table by length cuts, in tokens."""
 _DOCUMENTS_PER_GROUP = 16
@@ -128,7 +128,7 @@ class Tally:
 
 def evaluate_qa(setup: Setup, config: QaConfig, out: Path, progress: Progress = lambda done, total: None) -> Report:
     """Run the evaluation; tables, answers and pictures are in `out`, the tables after every few documents."""
-    rivals = check_rivals(config.systems, RIVALS, setup.reader is not None)
+    rivals = check_baselines(config.systems, BASELINES, setup.reader is not None)
     chosen = choose(config)
     out.mkdir(parents=True, exist_ok=True)
     (out / "answers.jsonl").unlink(missing_ok=True)
@@ -206,7 +206,7 @@ def _groups(setup: Setup, documents: Sequence[QuestionedDocument]) -> Iterator[l
 
 
 def _answer(
-    setup: Setup, name: str, rival: Rival, given: Sequence[Given], tally: Tally, n_timed: int
+    setup: Setup, name: str, rival: Baseline, given: Sequence[Given], tally: Tally, n_timed: int
 ) -> list[Answered]:
     """One rival's answers to all questions about some documents."""
     for one in given:  # one by one, as a user would learn them
@@ -292,7 +292,7 @@ def _rows(part: str, answered: Sequence[Answered], tally: Tally, kind: str) -> l
             "kind": kind,
             "part": part,
             "system": name,
-            "label": RIVALS[name].label,
+            "label": BASELINES[name].label,
             "documents": len(by_document),
             "n": len(some),
             "exact": _mean([a.exact for a in some]),

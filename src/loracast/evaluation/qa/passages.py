@@ -8,7 +8,7 @@ from collections.abc import Callable
 from loracast.base.chat import encode_with_offsets
 from loracast.data.qa import DocumentQuestion
 from loracast.documents import split_text
-from loracast.evaluation.qa.baseline import Given, Request, Rival, Setup
+from loracast.evaluation.qa.baseline import Baseline, Given, Request, Setup
 from loracast.evaluation.qa.window import BEST, PROMPTS, with_text
 from loracast.library.routing import pick, write_index
 
@@ -41,7 +41,7 @@ def _best(k: int) -> Callable[[Setup, Given, DocumentQuestion], Request]:
     return ask
 
 
-RIVALS = {
-    "bm25": Rival("BM25, 1 passage", _best(1)),
-    "bm25_3": Rival("BM25, 3 passages", _best(3)),
+BASELINES = {
+    "bm25": Baseline("BM25, 1 passage", _best(1)),
+    "bm25_3": Baseline("BM25, 3 passages", _best(3)),
 }

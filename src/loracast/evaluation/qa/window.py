@@ -7,7 +7,7 @@ from collections.abc import Callable
 from loracast.base.chat import Message
 from loracast.data.qa import DocumentQuestion
 from loracast.evaluation.cut import without_middle
-from loracast.evaluation.qa.baseline import MAX_NEW_TOKENS, Given, Request, Rival, Setup
+from loracast.evaluation.qa.baseline import MAX_NEW_TOKENS, Baseline, Given, Request, Setup
 from loracast.model import ASK_SYSTEM_TURN
 from loracast.training.episode_maker import reading_prompt
 
@@ -98,13 +98,13 @@ def _read(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
     return Request(tuple(reading_prompt(base.chat, text, question.question)), setup.reader)
 
 
-RIVALS = {
-    "window": Rival("in the window", _whole(PROMPTS[BEST])),
+BASELINES = {
+    "window": Baseline("in the window", _whole(PROMPTS[BEST])),
     **{
-        f"window_{name}": Rival(f"window, prompt {name!r}", _whole(prompt), is_optional=True)
+        f"window_{name}": Baseline(f"window, prompt {name!r}", _whole(prompt), is_optional=True)
         for name, prompt in PROMPTS.items()
         if name != BEST
     },
-    "truncated": Rival(f"window, cut to {TRUNCATED_TOKENS} tokens", _truncated),
-    "ceiling": Rival("window, trained reader (ceiling)", _read, needs_reader=True),
+    "truncated": Baseline(f"window, cut to {TRUNCATED_TOKENS} tokens", _truncated),
+    "ceiling": Baseline("window, trained reader (ceiling)", _read, needs_reader=True),
 }
