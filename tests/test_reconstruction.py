@@ -16,7 +16,7 @@ from loracast.training.loop import TrainConfig
 from loracast.training.oracle import OracleRecipe, read_oracle, train_oracles
 from loracast.training.peft_training import PeftConfig
 from loracast.training.plots import plot_metrics
-from loracast.training.reconstruction import canonical, matching, relative_square_error
+from loracast.training.reconstruction import matching, relative_square_error, svd_canonical
 from loracast.training.task_source import TaskDataConfig
 from loracast.training.text import TextRecipe, train_text
 from test_tasks import WordCounts, answer_loss, word_encoder, write_suite  # noqa: F401
@@ -58,10 +58,10 @@ def test_the_canonical_form_is_the_same_for_all_factors_of_one_product():
         torch.tensor([2.0, -0.5, 1.0])
     )
     turned = LoRA({name: Factors(torch.linalg.inv(turn) @ a, b @ turn) for name, (a, b) in lora.factors.items()})
-    for name, (a, b) in canonical(lora).factors.items():
+    for name, (a, b) in svd_canonical(lora).factors.items():
         torch.testing.assert_close(b @ a, lora.delta(name), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(canonical(turned).factors[name].a, a, atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(canonical(turned).factors[name].b, b, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(svd_canonical(turned).factors[name].a, a, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(svd_canonical(turned).factors[name].b, b, atol=1e-4, rtol=1e-3)
 
 
 def test_factors_are_compared_in_units_of_how_much_they_differ():
