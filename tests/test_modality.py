@@ -330,7 +330,7 @@ def test_unrelated_questions_are_held_to_the_base(base, tmp_path):
         tmp_path / "run",
         on_metrics=seen.append,
     )
-    assert any("harm" in metrics for metrics in seen) and any("harm" not in metrics for metrics in seen)
+    assert any("kl_to_base" in metrics for metrics in seen) and any("kl_to_base" not in metrics for metrics in seen)
 
 
 @pytest.fixture(scope="module")

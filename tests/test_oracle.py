@@ -19,8 +19,8 @@ from loracast.errors import AdapterError, BaseModelError, ConfigError, TrainingE
 from loracast.lora.inject import inject
 from loracast.lora.peft_format import read_peft
 from loracast.scoring.episodes import pack
+from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import TrainConfig
-from loracast.training.objective import answer_with
 from loracast.training.oracle import (
     MULTITASK,
     OracleRecipe,
@@ -54,7 +54,7 @@ def loss_of(base, task, lora) -> float:
     with torch.no_grad(), inject(base.model, lora):
         from loracast.lora.algebra import LoRABatch
 
-        return answer_with(base.model, LoRABatch(1, {}, {}), batch)[0].loss.item()
+        return score_answers(base.model, LoRABatch(1, {}, {}), batch).loss.item()
 
 
 def test_an_oracle_learns_its_task_and_is_peft_s_own(base, tasks, tmp_path):

@@ -23,8 +23,8 @@ from loracast.hypernets.text_to_lora import TextToLoRA
 from loracast.lora.algebra import Factors, LoRA, stack
 from loracast.lora.target import target_from_config
 from loracast.scoring.episodes import Episode, pack
+from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import TrainConfig
-from loracast.training.objective import answer_with
 from loracast.training.task_source import DrawnTasks, TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe, _contrast, gibberish, read_text_recipe, train_text
 from test_text_to_lora import make_sentence_encoder
@@ -298,7 +298,7 @@ def answer_loss(base, hypernet: TextToLoRA, descriptions: list[str], tasks: list
     source = TaskSource(TaskDataConfig(), [by_name[name] for name in tasks], base.chat)
     batch = pack([episode_of(source, by_name[name], 0) for name in tasks], base.pad_id)
     with torch.no_grad():
-        return answer_with(base.model, hypernet(WordCounts()(descriptions)), batch)[0].loss.item()
+        return score_answers(base.model, hypernet(WordCounts()(descriptions)), batch).loss.item()
 
 
 def test_a_task_is_learned_from_its_own_description_and_gibberish_stays_calm(base, word_encoder, tmp_path):
@@ -373,12 +373,12 @@ def test_the_contrast_by_hand(base, tmp_path):
         LoRA({m.name: Factors(torch.randn(2, m.d_in), torch.randn(m.d_out, 2)) for m in modules}) for _ in episodes
     ]
     with torch.no_grad():
-        own = answer_with(base.model, stack(loras), pack(episodes, base.pad_id))[0].by_question
+        own = score_answers(base.model, stack(loras), pack(episodes, base.pad_id)).by_question
         found = _contrast(base, stack(loras), episodes, own, 2)
 
         def alone(i: int, question: int, lora: LoRA) -> float:
             episode = dataclasses.replace(episodes[i], questions=episodes[i].questions[question : question + 1])
-            return answer_with(base.model, stack([lora]), pack([episode], base.pad_id))[0].loss.item()
+            return score_answers(base.model, stack([lora]), pack([episode], base.pad_id)).loss.item()
 
     gaps = [alone(i, q, loras[i]) - alone(i, q, loras[i - 1]) for i in range(2) for q in range(2)]
     expected = sum(math.log1p(math.exp(gap)) for gap in gaps) / len(gaps)

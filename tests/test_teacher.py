@@ -18,14 +18,14 @@ from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained
 from loracast.lora.algebra import LoRABatch
 from loracast.scoring.episodes import Episode, Question, pack
+from loracast.scoring.likelihood import score_answers
 from loracast.scoring.soft_targets import divergence, soften
 from loracast.training.doc import Recipe, train_doc
 from loracast.training.document_source import DocumentSource
 from loracast.training.episode_maker import CONTINUED_TOKENS, START_TOKENS, EpisodeMaker, reading_prompt
 from loracast.training.loop import TrainConfig
-from loracast.training.objective import answer_with
 from loracast.training.sources import DataConfig, EpisodeSource
-from loracast.training.teacher import Teacher, Teaching
+from loracast.training.teacher import Distillation, Teacher
 from questions import ROWS, write_documents, write_unrelated
 from test_training import TINY
 
@@ -64,31 +64,22 @@ def test_a_teacher_says_what_the_base_finds_likely(base):
 
 def test_the_loss_parts_what_is_about_the_document_from_what_is_not(base):
     about, other, taught = questions_of(base)
-    teaching = Teaching(Teacher(base.model, base.pad_id), None)
+    distillation = Distillation(Teacher(base.model, base.pad_id), None)
     other = dataclasses.replace(other, is_unrelated=True)
-    (episode,) = teaching.taught([Episode((), (about, taught, other))])
+    (episode,) = distillation.with_soft_targets([Episode((), (about, taught, other))])
     assert [q.soft is not None for q in episode.questions] == [False, False, True]
-    seen, _ = answer_with(base.model, LoRABatch(1, {}, {}), pack([episode], base.pad_id))
-    alone, _ = answer_with(base.model, LoRABatch(1, {}, {}), pack([Episode((), (about, taught))], base.pad_id))
+    seen = score_answers(base.model, LoRABatch(1, {}, {}), pack([episode], base.pad_id))
+    alone = score_answers(base.model, LoRABatch(1, {}, {}), pack([Episode((), (about, taught))], base.pad_id))
     torch.testing.assert_close(seen.loss, alone.loss)
-    assert seen.harm is not None and abs(seen.harm) < 1e-2 and alone.harm is None  # no LoRA: as the base alone
+    assert (
+        seen.kl_to_base is not None and abs(seen.kl_to_base) < 1e-2 and alone.kl_to_base is None
+    )  # no LoRA: as the base alone
     assert (seen.exact, seen.token_accuracy) == (alone.exact, alone.token_accuracy)
-    soft = teaching._known[other]
+    soft = distillation._known[other]
     changed = [dataclasses.replace(q, soft=soft if q.is_unrelated else None) for q in episode.questions]
     biased = dataclasses.replace(changed[2], soft=soft._replace(ids=soft.ids.flip(1)))
-    worse, _ = answer_with(base.model, LoRABatch(1, {}, {}), pack([Episode((), (*changed[:2], biased))], base.pad_id))
-    assert worse.harm is not None and worse.harm > 0.1
-
-
-def test_tokens_that_are_right_already_may_count_less(base):
-    asked = questions_of(base)
-    batch = pack([Episode((), tuple(asked))], base.pad_id)
-    full, _ = answer_with(base.model, LoRABatch(1, {}, {}), batch)
-    gated, _ = answer_with(base.model, LoRABatch(1, {}, {}), batch, right_weight=0.0)
-    losses = functional.cross_entropy(full.logits, batch.answer_ids, reduction="none")
-    wrong = full.logits.argmax(-1) != batch.answer_ids
-    by_question = [(losses * wrong)[batch.answer_question == i].mean() for i in range(3)]
-    torch.testing.assert_close(gated.by_question, torch.stack(by_question))
+    worse = score_answers(base.model, LoRABatch(1, {}, {}), pack([Episode((), (*changed[:2], biased))], base.pad_id))
+    assert worse.kl_to_base is not None and worse.kl_to_base > 0.1
 
 
 # ---- episodes of real documents ----
@@ -132,8 +123,8 @@ def test_a_teacher_is_shown_the_document(base, tmp_path):
     shown = base.tokenizer.decode(episode.questions[0].window_prompt)
     assert own["document"].split(".")[0] in shown
     assert list(episode.questions[0].window_prompt[:3]) == reading_prompt(base.chat, own["document"], "?")[:3]
-    teaching = Teaching(Teacher(base.model, base.pad_id), Teacher(base.model, base.pad_id))
-    (taught, *_) = teaching.taught([episode])
+    distillation = Distillation(Teacher(base.model, base.pad_id), Teacher(base.model, base.pad_id))
+    (taught, *_) = distillation.with_soft_targets([episode])
     question = taught.questions[0]
     assert question.soft is not None
     (expected,) = Teacher(base.model, base.pad_id).soft_targets(
@@ -203,12 +194,12 @@ def test_all_of_it_trains(base, tmp_path):
         documents=(write_documents(tmp_path / "qa.jsonl"),), unrelated=(write_unrelated(tmp_path / "u.jsonl"),),
     )  # fmt: skip
     recipe = Recipe(
-        static_kinds=("q_proj",), hypernetwork={**TINY, "static_modules_rank": 3}, distillation_weight=0.5, l1_weight=0.1, right_weight=0.5,
+        static_kinds=("q_proj",), hypernetwork={**TINY, "static_modules_rank": 3}, distillation_weight=0.5, l1_weight=0.1,
         data=data, training=TrainConfig(steps=6, warmup_steps=1, lr=1e-2, bf16=False, log_every=1),
     )  # fmt: skip
     train_doc(base, recipe, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {"answer_loss", "taught", "harm", "size"} <= set().union(*rows)
+    assert {"answer_loss", "distillation_loss", "kl_to_base", "l1"} <= set().union(*rows)
     hypernet, _ = from_pretrained(tmp_path / "run", DocToLoRA)
     shared = hypernet.static_of("q_proj")
     assert shared is not None and shared.a.shape[1] == 3 and shared.b.abs().max() > 0

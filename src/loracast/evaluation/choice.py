@@ -11,7 +11,7 @@ from torch import Tensor
 from loracast.base.load import Base
 from loracast.lora.algebra import LoRA, stack
 from loracast.scoring.episodes import Episode, Question, pack
-from loracast.training.objective import answer_with
+from loracast.scoring.likelihood import score_answers
 
 _MAX_TOKENS = 4000
 """Tokens of one batch."""
@@ -73,7 +73,7 @@ def negative_log_likelihood(
     for rows in batches:
         batch = pack([episodes[i] for i in rows], base.pad_id).to(base.device)
         loras = [lora[i] for i in rows] if isinstance(lora, Sequence) else [lora]
-        losses = answer_with(base.model, stack(loras), batch)[0].by_question  # mean over each answer's tokens
+        losses = score_answers(base.model, stack(loras), batch).by_question  # mean over each answer's tokens
         sums = losses * torch.bincount(batch.answer_question)
         for i, of_forms in zip(rows, sums.split([2 * len(answers[i]) for i in rows]), strict=True):
             found[i] = of_forms.view(-1, 2).amin(1)

@@ -20,7 +20,7 @@ from loracast.evaluation.report import Column, Progress, Report, environment, in
 from loracast.lora.algebra import LoRABatch
 from loracast.model import Model
 from loracast.scoring.episodes import Batch, pack
-from loracast.training.objective import answer_with
+from loracast.scoring.likelihood import score_answers
 from loracast.training.sources import KINDS, DataConfig, EpisodeKind, EpisodeSource
 
 SYSTEMS = {"adapter": "its own LoRA", "other": "another document's LoRA", "none": "no LoRA"}
@@ -85,7 +85,7 @@ def _answered(model: Model, batch: Batch) -> dict[str, list[tuple[list[float], l
         given = {"adapter": loras, "other": loras.take([*range(1, n), 0]), "none": LoRABatch(1, {}, {})}
         if n == 1:  # a step of one document has no other
             del given["other"]
-        return {system: _right(answer_with(base.model, some, batch)[0].logits, batch) for system, some in given.items()}
+        return {system: _right(score_answers(base.model, some, batch).logits, batch) for system, some in given.items()}
 
 
 def _right(logits: torch.Tensor, batch: Batch) -> list[tuple[list[float], list[float]]]:

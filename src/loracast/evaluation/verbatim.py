@@ -24,8 +24,8 @@ from loracast.evaluation.report import Column, Progress, Report, environment, in
 from loracast.lora.algebra import LoRA, stack
 from loracast.model import ASK_SYSTEM_TURN, Model
 from loracast.scoring.episodes import Episode, Question, pack
+from loracast.scoring.likelihood import score_answers
 from loracast.training.episode_maker import CONTINUE, PASSAGE_TOKENS, split_passage
-from loracast.training.objective import answer_with
 
 _DOCUMENTS_AT_ONCE = 8
 
@@ -139,7 +139,7 @@ def _predicted(
         questions = [Question(tuple(p), answer) for p, (_, answer) in zip(prompts, one.passages, strict=True)]
         batch = pack([Episode((), tuple(questions))], base.pad_id).to(base.device)
         with torch.no_grad():
-            logits = answer_with(base.model, stack([lora]), batch)[0].logits
+            logits = score_answers(base.model, stack([lora]), batch).logits
         found.append((logits.argmax(-1) == batch.answer_ids).float().tolist())
     return found
 

@@ -29,7 +29,7 @@ from loracast.training.recipe import keys_of, read_recipe_as
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
 from loracast.training.sources import DataConfig, EpisodeSource
-from loracast.training.teacher import Teacher, Teaching
+from loracast.training.teacher import Distillation, Teacher
 
 CALIBRATION_ROWS = 12
 
@@ -60,8 +60,6 @@ class Recipe:
     """Weight of the divergence from the plain base on questions that have nothing to do with the documents."""
     l1_weight: float = 0.0
     """Weight of the mean absolute value of the chunks' factors (published: L1 of 0.1)."""
-    right_weight: float = 1.0
-    """What an answer's token counts that is the likeliest already: below 1, what is still wrong counts more (error-gated)."""
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
     asked: frozenset[str] = frozenset()
@@ -93,7 +91,7 @@ def read_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
         architecture=keys_of(DocToLoRAConfig)
         - {"modules", "memory_modules", "static_modules", "encoder_modules", "d_features"},
         ours=_OURS,
-        objective={"memory_loss_weight", "distillation_weight", "kl_to_base_weight", "l1_weight", "right_weight"},
+        objective={"memory_loss_weight", "distillation_weight", "kl_to_base_weight", "l1_weight"},
         data=DataConfig,
     )
 
@@ -213,7 +211,7 @@ def train_doc(
         )
     source = EpisodeSource(recipe.data, base.tokenizer, base.chat, shows_documents=is_taught)
     plain = Teacher(base.model, base.pad_id)
-    teaching = Teaching(plain, dataclasses.replace(plain, lora=teacher) if is_taught else None)
+    distillation = Distillation(plain, dataclasses.replace(plain, lora=teacher) if is_taught else None)
     if init_from is not None:
         hypernet = start_from(init_from, DocToLoRA, base, (recipe.asked | recipe.hypernetwork.keys()) - _ADDED)
         hypernet = grown(hypernet, base, recipe, source)
@@ -225,24 +223,24 @@ def train_doc(
     n_micro = recipe.training.accumulate
 
     def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
-        episodes = teaching.taught(source.step(step * n_micro + micro, workers.rank))
+        episodes = distillation.with_soft_targets(source.step(step * n_micro + micro, workers.rank))
         batch = pack(episodes, base.pad_id).to(workers.device)
         autocast = torch.autocast(workers.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
         with autocast:
-            seen, written, cast = answer_questions(base.model, encoder, wrapped, batch, recipe.right_weight)
+            seen, written, cast = answer_questions(base.model, encoder, wrapped, batch)
         losses = {
             "answer_loss": seen.loss,
-            "taught": seen.taught,
-            "marks": written.loss,
-            "harm": seen.harm,
-            "size": cast.mean_size() if recipe.l1_weight > 0 else None,
+            "distillation_loss": seen.distillation_loss,
+            "memory_loss": written.loss,
+            "kl_to_base": seen.kl_to_base,
+            "l1": cast.mean_size() if recipe.l1_weight > 0 else None,
         }
         weights = {
             "answer_loss": 1 - recipe.distillation_weight,
-            "taught": recipe.distillation_weight,
-            "marks": recipe.memory_loss_weight,
-            "harm": recipe.kl_to_base_weight,
-            "size": recipe.l1_weight,
+            "distillation_loss": recipe.distillation_weight,
+            "memory_loss": recipe.memory_loss_weight,
+            "kl_to_base": recipe.kl_to_base_weight,
+            "l1": recipe.l1_weight,
         }
         present = {name: loss for name, loss in losses.items() if loss is not None and weights[name] > 0}
         total = torch.stack([weights[name] * loss for name, loss in present.items()]).sum()

@@ -18,13 +18,13 @@ from loracast.encoders.features import Encoder
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.lora.target import target_from_config
 from loracast.scoring.episodes import pack
+from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import TrainConfig
 from loracast.training.modality_source import ModalityDataConfig, ModalitySource
-from loracast.training.objective import answer_with
 from loracast.training.recipe import read_recipe_as
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
-from loracast.training.teacher import Teacher, Teaching
+from loracast.training.teacher import Distillation, Teacher
 
 _THINGS_FOR_UNITS = 256
 _OPTIONS = {"width", "rank", "n_heads", "n_kv_heads", "head_dim", "n_decoder_blocks", "n_encoder_blocks", "n_latents", "n_latent_mlps",
@@ -102,20 +102,20 @@ def train_sense(
         hypernet = build_sense_hypernet(base, recipe, encoder, source)
     hypernet.to(workers.device).train()
     wrapped = workers.wrap(hypernet)
-    teaching = Teaching(Teacher(base.model, base.pad_id), None)
+    distillation = Distillation(Teacher(base.model, base.pad_id), None)
     n_micro = recipe.training.accumulate
 
     def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
         features, episodes = source.step(step * n_micro + micro, workers.rank)
-        batch = pack(teaching.taught(episodes), base.pad_id).to(workers.device)
+        batch = pack(distillation.with_soft_targets(episodes), base.pad_id).to(workers.device)
         with torch.autocast(workers.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext():
             cast = wrapped(features.to(workers.device))
-            seen, _ = answer_with(base.model, cast.loras, batch)
-        harm = seen.harm
+            seen = score_answers(base.model, cast.loras, batch)
+        harm = seen.kl_to_base
         total = seen.loss if harm is None else seen.loss + recipe.kl_to_base_weight * harm
         figures = {"answer_loss": seen.loss.item(), "exact": seen.exact, "token_accuracy": seen.token_accuracy}
         if harm is not None:
-            figures["harm"] = harm.item()
+            figures["kl_to_base"] = harm.item()
         return total, {**figures, "questions": batch.n_questions, "tokens": batch.n_tokens}
 
     about = {

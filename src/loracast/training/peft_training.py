@@ -24,8 +24,8 @@ from loracast.files import write_atomically
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.target import target_from_config
 from loracast.scoring.episodes import Episode, pack
+from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import TrainConfig, resumable_settings, train
-from loracast.training.objective import answer_with
 from loracast.training.runtime import Workers
 
 ABOUT = "loracast.json"
@@ -87,7 +87,7 @@ def train_lora(
         def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
             batch = pack(episodes(step * config.accumulate + micro), base.pad_id).to(base.device)
             with torch.autocast(base.device.type, torch.bfloat16) if config.bf16 else nullcontext():
-                seen, _ = answer_with(base.model, LoRABatch(1, {}, {}), batch)  # PEFT adds the LoRA
+                seen = score_answers(base.model, LoRABatch(1, {}, {}), batch)  # PEFT adds the LoRA
             figures = {"exact": seen.exact, "token_accuracy": seen.token_accuracy, "tokens": batch.n_tokens}
             return seen.loss, figures
 

@@ -11,8 +11,8 @@ import torch
 
 from loracast.lora.algebra import LoRA, LoRABatch, stack
 from loracast.scoring.episodes import Episode, Question, pack
+from loracast.scoring.likelihood import score_answers
 from loracast.scoring.soft_targets import TOP_K, SoftTargets, soften
-from loracast.training.objective import answer_with
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class Teacher:
         loras = LoRABatch(1, {}, {}) if self.lora is None else stack([self.lora])
         autocast = torch.autocast(device.type, torch.bfloat16) if self.model.dtype == torch.bfloat16 else nullcontext()
         with autocast:
-            seen, _ = answer_with(self.model, loras, batch)
-        soft = soften(seen.logits, self.k)
+            scores = score_answers(self.model, loras, batch)
+        soft = soften(scores.logits, self.k)
         lengths = [len(question.answer) for question in questions]
         return [
             SoftTargets(*parts) for parts in zip(soft.ids.split(lengths), soft.log_probs.split(lengths), strict=True)
         ]
 
 
-class Teaching:
+class Distillation:
     """Gives the questions of episodes their soft targets.
 
     Questions that have nothing to do with a document are answered by the plain base, which is asked once for each; the others by the teacher
@@ -52,14 +52,14 @@ class Teaching:
         self.plain, self.seeing = plain, seeing
         self._known: dict[Question, SoftTargets] = {}
 
-    def taught(self, episodes: Sequence[Episode]) -> list[Episode]:
+    def with_soft_targets(self, episodes: Sequence[Episode]) -> list[Episode]:
         """The episodes with soft targets."""
         unrelated = dict.fromkeys(q for episode in episodes for q in episode.questions if q.is_unrelated)
         if new := [question for question in unrelated if question not in self._known]:
             self._known |= zip(new, self.plain.soft_targets(*([question] for question in new)), strict=True)
-        return [replace(episode, questions=tuple(self._taught(episode))) for episode in episodes]
+        return [replace(episode, questions=tuple(self._with_soft_targets(episode))) for episode in episodes]
 
-    def _taught(self, episode: Episode) -> list[Question]:
+    def _with_soft_targets(self, episode: Episode) -> list[Question]:
         seen: dict[Question, SoftTargets] = {}
         if self.seeing is not None and (asked := [q for q in episode.questions if q.window_prompt]):
             shown = [replace(q, prompt=q.window_prompt) for q in asked]

@@ -35,8 +35,8 @@ from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.target import target_from_config
 from loracast.scoring.episodes import Episode, pack
+from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import TrainConfig
-from loracast.training.objective import answer_with
 from loracast.training.oracle import read_oracle
 from loracast.training.position_probes import set_places
 from loracast.training.recipe import keys_of, read_recipe_as
@@ -336,7 +336,7 @@ def _by_examples(
         with autocast:
             both = wrapped(conditions)
             loras = both.rows(0, n)
-            seen, _ = answer_with(base.model, loras, batch)
+            seen = score_answers(base.model, loras, batch)
         squares = both.squared_norms()
         described, undescribed = squares[:n], squares[n:]
         # A LoRA that is hardly there yet is no measure.
@@ -393,7 +393,7 @@ def _contrast(base: Base, loras: LoRABatch, episodes: Sequence[Episode], own: Te
     """
     some = [dataclasses.replace(episode, questions=episode.questions[:n_examples]) for episode in episodes]
     batch = pack(some, base.pad_id).to(own.device)
-    other = answer_with(base.model, loras.take([i - 1 for i in range(len(episodes))]), batch)[0].by_question
+    other = score_answers(base.model, loras.take([i - 1 for i in range(len(episodes))]), batch).by_question
     starts = itertools.accumulate((len(episode.questions) for episode in episodes[:-1]), initial=0)
     kept = [start + i for start, episode in zip(starts, some, strict=True) for i in range(len(episode.questions))]
     return functional.softplus(own[kept] - other).mean()

@@ -24,9 +24,9 @@ from loracast.lora.algebra import Factors, LoRA, LoRABatch
 from loracast.lora.target import target_from_config
 from loracast.model import ASK_SYSTEM_TURN
 from loracast.scoring.episodes import Episode, Question, pack
+from loracast.scoring.likelihood import score_answers
 from loracast.training.episode_maker import reading_prompt
-from loracast.training.objective import answer_with
-from loracast.training.teacher import Teacher, Teaching
+from loracast.training.teacher import Distillation, Teacher
 
 N_QUESTIONS = 25
 _KINDS = ("q_proj", "v_proj", "o_proj", "down_proj")
@@ -43,7 +43,8 @@ def distil(setup: Setup, given: Given) -> LoRA:
     questions = _questions(setup, given)
     teacher = Teacher(base.model, base.pad_id, setup.reader)
     rows = [Episode((), tuple(questions[i::_ROWS])) for i in range(_ROWS) if questions[i::_ROWS]]
-    batch = pack(Teaching(dataclasses.replace(teacher, lora=None), teacher).taught(rows), base.pad_id).to(base.device)
+    distillation = Distillation(dataclasses.replace(teacher, lora=None), teacher)
+    batch = pack(distillation.with_soft_targets(rows), base.pad_id).to(base.device)
     generator = torch.Generator().manual_seed(0)
     target = target_from_config(base.model.config, _KINDS)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -55,9 +56,9 @@ def distil(setup: Setup, given: Given) -> LoRA:
     loras = LoRABatch(1, {name: Factors(*pair) for name, pair in factors.items()}, {})
     with torch.enable_grad():
         for _ in range(_STEPS):
-            seen, _ = answer_with(base.model, loras, batch)
+            scores = score_answers(base.model, loras, batch)
             optimizer.zero_grad()
-            seen.taught.backward()
+            scores.distillation_loss.backward()
             optimizer.step()
     dtype = base.model.dtype
     return LoRA({name: Factors(a[0].detach().to(dtype), b[0].detach().to(dtype)) for name, (a, b) in factors.items()})

@@ -1,0 +1,128 @@
+"""Score the answers of a batch under LoRAs: the base reads each question with its LoRA and says how likely each answer token is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loracast.lora.algebra import LoRABatch
+from loracast.lora.inject import inject
+from loracast.scoring.episodes import Batch
+from loracast.scoring.soft_targets import divergence
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """Losses and accuracies of a batch's answers; n answer tokens in all."""
+
+    by_question: Tensor  # [questions] mean cross-entropy of each answer's tokens
+    divergence: Tensor  # [questions] mean divergence from the teacher; 0 where a question has none
+    is_unrelated: Tensor  # [questions] bool
+    exact: (
+        float  # share of related questions whose answer tokens are all the likeliest, given the true ones before them
+    )
+    token_accuracy: float  # share of their answer tokens that are the likeliest
+    logits: Tensor  # [n, vocabulary] where the answer tokens are predicted
+    module_inputs: Mapping[str, Tensor] = field(default_factory=dict)  # by watched module [n, in], at the same places
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean cross-entropy over related questions; long answers count as much as short ones."""
+        return self.by_question[~self.is_unrelated].mean()
+
+    @property
+    def distillation_loss(self) -> Tensor:
+        """Mean divergence from the teacher over the same questions (context distillation)."""
+        return self.divergence[~self.is_unrelated].mean()
+
+    @property
+    def kl_to_base(self) -> Tensor | None:
+        """Mean divergence from the plain base over questions that are unrelated to the document; None without any."""
+        return self.divergence[self.is_unrelated].mean() if self.is_unrelated.any() else None
+
+
+def score_answers(model: Any, loras: LoRABatch, batch: Batch, watched: Sequence[str] = ()) -> AnswerScores:
+    """Run the base on a batch, each row with its own LoRA, and score the answers.
+
+    Args:
+        watched: names of modules whose inputs are kept where answers are predicted.
+    """
+    decoder = model.get_decoder()
+    with (
+        inject(model, loras),
+        _attention_for_training(decoder.config, model.device),
+        _capture_inputs(model, watched) as inputs,
+    ):
+        mask = batch.attention_mask
+        if decoder.config._attn_implementation == "eager":  # which adds its mask to the scores
+            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+        hidden = decoder(
+            input_ids=batch.input_ids,
+            attention_mask=mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state  # [d, t, hidden]
+    # Contiguous before the head: a strided slice made the product seconds slower on a CPU.
+    at = batch.answer_rows, batch.answer_positions
+    logits = model.get_output_embeddings()(hidden[at].contiguous()).float()  # [n, vocabulary]
+    if cap := getattr(decoder.config, "final_logit_softcapping", None):  # Gemma 2, after its head
+        logits = cap * torch.tanh(logits / cap)
+    return score_logits(logits, batch, {name: x[at] for name, x in inputs.items()})
+
+
+def score_logits(logits: Tensor, batch: Batch, module_inputs: Mapping[str, Tensor] | None = None) -> AnswerScores:
+    """Score the logits [n, vocabulary] at a batch's answer positions."""
+    losses = functional.cross_entropy(logits, batch.answer_ids, reduction="none")  # [n]
+    right = (logits.argmax(-1) == batch.answer_ids).float()
+    lengths = torch.bincount(batch.answer_question, minlength=batch.n_questions)
+
+    def by_question(values: Tensor) -> Tensor:
+        return torch.zeros(batch.n_questions, device=values.device).index_add(0, batch.answer_question, values)
+
+    apart = torch.zeros_like(losses)
+    if batch.is_soft.any():
+        soft = divergence(logits[batch.is_soft], batch.soft_ids, batch.soft_log_probs)
+        apart = apart.masked_scatter(batch.is_soft, soft)
+    related = ~batch.is_unrelated  # [questions]
+    return AnswerScores(
+        by_question=by_question(losses) / lengths,
+        divergence=by_question(apart) / lengths,
+        is_unrelated=batch.is_unrelated,
+        exact=(by_question(right) == lengths)[related].float().mean().item(),
+        token_accuracy=right[related[batch.answer_question]].mean().item(),
+        logits=logits,
+        module_inputs=module_inputs or {},
+    )
+
+
+@contextmanager
+def _capture_inputs(model: Any, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Keep the inputs of some modules in the next forward, by module name."""
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, given: inputs.update({name: given[0]})
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _attention_for_training(config: Any, device: torch.device) -> Iterator[None]:
+    """On a CPU, use eager attention: the fused kernel's backward takes four times as long on rows as short as these."""
+    usual = config._attn_implementation
+    config._attn_implementation = "eager" if device.type == "cpu" else usual
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
