@@ -15,12 +15,13 @@ from conftest import DATA
 from loracast.base.chat import encode_text
 from loracast.cast.task import load_caster
 from loracast.cli import app
+from loracast.data.answer_metrics import is_right, last_number
 from loracast.data.tasks import read_tasks
 from loracast.errors import ConfigError
 from loracast.evaluation import tasks as evaluation
 from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import Choice, likeliest
-from loracast.evaluation.metrics import is_right, last_number, paired_bootstrap
+from loracast.evaluation.intervals import paired_bootstrap
 from loracast.evaluation.task_baselines import BASELINES, Given, prompt_of
 from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
 from loracast.hypernets.store import save_pretrained

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
+from loracast.data.answer_metrics import has_value, is_exact, normalise
 from loracast.errors import ConfigError
-from loracast.evaluation.metrics import cluster_bootstrap, has_value, is_exact, normalise, wilson
+from loracast.evaluation.intervals import cluster_bootstrap, wilson
 
 NOUNS = [
     "river",

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from loracast.base.chat import encode_with_offsets
 from loracast.base.load import Base
 from loracast.cli import app
+from loracast.data.answer_metrics import best, exact_match, rouge_l, squad_normalise, token_f1
 from loracast.data.qa import read_questioned
 from loracast.errors import AdapterError, ConfigError
 from loracast.evaluation.cut import without_middle
@@ -21,7 +22,6 @@ from loracast.evaluation.interference import InterferenceConfig, evaluate_interf
 from loracast.evaluation.qa.adapter import static
 from loracast.evaluation.qa.baseline import Given, Setup
 from loracast.evaluation.qa.evaluate import BASELINES, QaConfig, choose, draw, evaluate_qa
-from loracast.evaluation.qa.metrics import best, exact_match, rouge_l, squad_normalise, token_f1
 from loracast.evaluation.qa.passages import passages
 from loracast.evaluation.verbatim import VerbatimConfig, evaluate_verbatim
 from loracast.lora.peft_format import read_peft

@@ -16,7 +16,7 @@ from loracast.data.facts import FactSheet, Split, make_sheet
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.metrics import cluster_bootstrap
+from loracast.evaluation.intervals import cluster_bootstrap
 from loracast.evaluation.report import ANSWER_COLUMNS, Progress, Report, environment, interval, number, write_answers
 from loracast.evaluation.run import N_TIMED, Outcome, ask_all, groups, summary, warm_up
 from loracast.evaluation.synthetic_baselines import SYSTEMS, Case, Setup, check_systems

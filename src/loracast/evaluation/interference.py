@@ -19,7 +19,7 @@ from loracast.errors import ConfigError
 from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import likeliest
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
-from loracast.evaluation.metrics import cluster_bootstrap
+from loracast.evaluation.intervals import cluster_bootstrap
 from loracast.evaluation.report import Column, Progress, Report, change, environment, interval, number, percent, text
 from loracast.lora.algebra import LoRA, concat
 from loracast.model import ASK_SYSTEM_TURN, Model

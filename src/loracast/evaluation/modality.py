@@ -26,11 +26,12 @@ from torch import Tensor
 from loracast.base.generate import Sampling, answer, answer_batch
 from loracast.base.load import Base
 from loracast.cast.image import FeatureCaster
+from loracast.data.answer_metrics import is_exact
 from loracast.data.labelled import Labelled
 from loracast.encoders.features import Features
 from loracast.errors import ConfigError
 from loracast.evaluation.choice import negative_log_likelihood
-from loracast.evaluation.metrics import is_exact, wilson
+from loracast.evaluation.intervals import wilson
 from loracast.evaluation.report import Column, Progress, Report, environment, interval, number, percent, text
 from loracast.lora.algebra import LoRA
 from loracast.training.modality_source import Attribute, encode, encoded, wordings

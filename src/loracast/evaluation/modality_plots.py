@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from loracast.data.answer_metrics import is_exact
 from loracast.data.labelled import Labelled
-from loracast.evaluation.metrics import is_exact
 from loracast.evaluation.modality import Saw
 from loracast.evaluation.plots import pyplot
 

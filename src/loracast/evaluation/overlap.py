@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from loracast.data.answer_metrics import normalise
 from loracast.data.tasks import Example, read_tasks
 from loracast.errors import ConfigError
-from loracast.evaluation.metrics import normalise
 from loracast.evaluation.report import Column, Progress, Report, environment, number, percent, text
 
 COLUMNS: tuple[Column, ...] = (

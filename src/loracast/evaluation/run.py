@@ -10,8 +10,9 @@ from typing import TypeVar
 
 from loracast.base.generate import Answer, Sampling, answer, answer_batch
 from loracast.base.load import Base
+from loracast.data.answer_metrics import has_value, is_exact
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
-from loracast.evaluation.metrics import has_value, is_exact, wilson
+from loracast.evaluation.intervals import wilson
 from loracast.evaluation.synthetic_baselines import MAX_NEW_TOKENS, SYSTEMS, Case, Request, Setup
 from loracast.lora.algebra import LoRA
 

@@ -15,11 +15,12 @@ from typing import Any
 
 from loracast.base.generate import Sampling, answer_batch
 from loracast.base.load import Base
+from loracast.data.answer_metrics import is_right
 from loracast.data.tasks import DescriptionKind, Example, Metric, Task
 from loracast.errors import ConfigError
 from loracast.evaluation.benchmarks import check_one_source, tasks_or_benchmarks
 from loracast.evaluation.choice import likeliest
-from loracast.evaluation.metrics import is_right, paired_bootstrap
+from loracast.evaluation.intervals import paired_bootstrap
 from loracast.evaluation.report import Column, Progress, Report, change, environment, number, percent, text
 from loracast.evaluation.task_baselines import ADAPTER, BASELINES, NEEDED, Baseline, Drawn, Given, prompt_of
 from loracast.lora.algebra import LoRA

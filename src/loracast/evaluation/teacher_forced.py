@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from loracast.errors import ConfigError
-from loracast.evaluation.metrics import cluster_bootstrap
+from loracast.evaluation.intervals import cluster_bootstrap
 from loracast.evaluation.report import Column, Progress, Report, environment, interval, number, percent, text
 from loracast.lora.algebra import LoRABatch
 from loracast.model import Model

@@ -19,7 +19,7 @@ from loracast.data.qa import QuestionedDocument, read_questioned
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
-from loracast.evaluation.metrics import cluster_bootstrap
+from loracast.evaluation.intervals import cluster_bootstrap
 from loracast.evaluation.report import Column, Progress, Report, environment, interval, number, percent, text
 from loracast.lora.algebra import LoRA, stack
 from loracast.model import ASK_SYSTEM_TURN, Model

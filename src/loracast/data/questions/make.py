@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from loracast.base.chat import Message
+from loracast.data.answer_metrics import token_f1
 from loracast.data.questions.answers import find_answer
 from loracast.data.questions.cloze import make_clozes
 from loracast.data.questions.writers import Writer
 from loracast.documents import Document
 from loracast.errors import ConfigError
-from loracast.evaluation.qa.metrics import token_f1
 
 _LINE = re.compile(
     r"^\W*(?:\d+[.)]\s*)?(?:q(?:uestion)?\s*\d*\s*[:.][\s*]*)?(?P<question>[^?\n]{8,200}\?)(?P<rest>.*)$", re.IGNORECASE

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from loracast.base.generate import Sampling, answer, answer_batch
+from loracast.data.answer_metrics import best, exact_match, rouge_l, token_f1
 from loracast.data.qa import DocumentQuestion, QuestionedDocument, read_questioned
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.metrics import cluster_bootstrap
+from loracast.evaluation.intervals import cluster_bootstrap
 from loracast.evaluation.peak import peak_memory
 from loracast.evaluation.qa import adapter, distilled, passages, window
 from loracast.evaluation.qa.baseline import MAX_NEW_TOKENS, Baseline, Given, Request, Setup, check_baselines
-from loracast.evaluation.qa.metrics import best, exact_match, rouge_l, token_f1
 from loracast.evaluation.report import Column, Progress, Report, change, environment, interval, number, percent, text
 from loracast.evaluation.run import warm_up
 

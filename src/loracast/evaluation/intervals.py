@@ -1,52 +1,11 @@
-"""When an answer counts, and how sure a share of right answers is. Knows text and numbers only."""
+"""Confidence intervals of shares and means: Wilson's interval, bootstrap over clusters, paired bootstrap."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from math import sqrt
 
 import numpy as np
-
-_WRAPPING = " \t\r\n\"'`“”‘’«»()[]{}*_"
-_SENTENCE_MARKS = ".,;:!?…"
-_ARTICLE = re.compile(r"(?:the|an|a)\s+(?=\S)")
-
-
-def normalise(text: str) -> str:
-    """What is compared: lower case, single spaces, without quotes, brackets, emphasis, a leading article and final marks.
-
-    Only the ends are cleaned and no sign or unit is touched: "4,711", "-4711" and "4711 g" are not "4711".
-    """
-    text = " ".join(text.lower().split())
-    text = text.lstrip(_WRAPPING).rstrip(_WRAPPING + _SENTENCE_MARKS)
-    article = _ARTICLE.match(text)
-    return text[article.end() :].lstrip(_WRAPPING) if article else text
-
-
-def is_exact(answer: str, value: str) -> bool:
-    """Whether the answer is the value and nothing else."""
-    return normalise(answer) == normalise(value)
-
-
-def last_number(text: str) -> float | None:
-    """The last number in a text; commas between groups of three digits are no part of it ("1,200" is 1200). None where there is none."""
-    found = re.findall(r"(?<![\w.])-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?!\d)", text.replace("$", ""))
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def is_right(answer: str, outputs: Sequence[str], metric: str) -> bool:
-    """Whether an answer is right by a task's metric: "exact", one of the outputs; "number", its last number is that of the first output."""
-    if metric == "number":
-        return last_number(answer) is not None and last_number(answer) == last_number(outputs[0])
-    return any(is_exact(answer, output) for output in outputs)
-
-
-def has_value(answer: str, value: str) -> bool:
-    """Whether the value stands in the answer as whole words, a number as a whole number."""
-    wanted = re.escape(normalise(value))
-    inside = rf"(?<!\w)(?<!\d[.,]){wanted}(?!\w)(?![.,]\d)"
-    return re.search(inside, " ".join(answer.lower().split())) is not None
 
 
 def wilson(n_hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
