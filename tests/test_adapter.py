@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import pickle
 import shutil
@@ -52,7 +53,9 @@ def test_learned_factors_are_the_hypernetworks_own(model, tmp_path):
     path = tmp_path / "Amber Lantern.txt"
     path.write_text(PROSE * 6)
     steps = []
-    adapter = model.learn(path, max_chunk_tokens=64, progress=lambda done, total: steps.append((done, total)))
+    adapter = model.learn(
+        path, max_chunk_tokens=64, storage="bf16", progress=lambda done, total: steps.append((done, total))
+    )
     n = adapter.manifest.n_chunks
     assert n >= 3 and steps[0] == (0, n) and steps[-1] == (n, n)
     prompts = [f"{c.heading}\n{c.text}" if c.heading else c.text for c in read_chunks(adapter.index)]
@@ -385,6 +388,20 @@ VERSIONS = {
     "int8": "9f9b5b93feb8210506432674ada7e98f9a7712008fa1c2f11307594380550903",
     "text": "b7e0e4d6c057b5c8d2b132f4dbd20f2a1352d4f10eef653e341167ec2f04cb10",
 }
+
+
+def test_how_chunks_are_merged_keeps_its_keys_of_format_1(tmp_path):
+    merging = {"max_unscaled_chunks": {"q_proj": 2}, "key_decorrelation": {"down_proj": 3.0}}
+    adapter = write(tmp_path, **merging)
+    stored = json.loads((adapter.folder / "adapter.json").read_text())
+    assert stored["most_summed"] == {"q_proj": 2} and stored["merge_ridges"] == {"down_proj": 3.0}
+    # The version is the hash of these keys, as docs/adapter-format.md defines it: it must not move.
+    for key in ("name", "created", "learn_s", "chunks_sha256", "storage"):
+        del stored[key]
+    content = json.dumps(stored, sort_keys=True, ensure_ascii=False).encode()
+    assert adapter.manifest.version == hashlib.sha256(content).hexdigest()
+    opened = Adapter(adapter.folder).manifest
+    assert {key: getattr(opened, key) for key in merging} == merging
 
 
 @pytest.mark.parametrize("storage", VERSIONS)

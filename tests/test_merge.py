@@ -80,6 +80,6 @@ def test_a_ridge_that_is_no_positive_number_is_refused(tmp_path):
     path = write(tmp_path, 2).folder / "adapter.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
     for ridge in (0.0, -1.0, float("nan"), "3"):
-        (tmp_path / "adapter.json").write_text(json.dumps(stored | {"key_decorrelation": {"down_proj": ridge}}))
+        (tmp_path / "adapter.json").write_text(json.dumps(stored | {"merge_ridges": {"down_proj": ridge}}))
         with pytest.raises(AdapterError, match="damaged"):
             Manifest.read(tmp_path / "adapter.json")

@@ -19,7 +19,7 @@ from loracast.library.adapter import Adapter
 from loracast.library.compact import compact
 from loracast.library.library import find, open_adapter, versions
 from loracast.library.upkeep import collect_garbage, verify
-from loracast.lora.quantize import check_storage, quantised, restored
+from loracast.lora.quantize import DEFAULT_STORAGE, check_storage, dequantise, quantise
 from loracast.model import load, load_answerer
 
 QUESTION = "What is the code of the amber lantern?"
@@ -35,12 +35,14 @@ def document(tmp_path):
 def test_bytes_come_back_but_for_half_a_step():
     rows = torch.randn(3, 2, 4, 48, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 4)[:, None]
     rows[0, 0, 0] = 0
-    kept, scale = quantised(rows)
+    kept, scale = quantise(rows)
     assert kept.dtype == torch.int8 and scale.dtype == torch.bfloat16 and scale.shape == (3, 2, 4, 1)
-    back = restored(kept, scale)
+    back = dequantise(kept, scale)
     assert back.dtype == torch.bfloat16 and not back[0, 0, 0].any()
     step = rows.abs().amax(-1, keepdim=True) / 127
     assert ((back.float() - rows).abs() <= 0.5 * step + rows.abs() / 128).all()  # the second: bf16 itself
+    columns, column_scale = quantise(rows.mT, axis=-2)
+    assert torch.equal(columns, kept.mT) and torch.equal(column_scale, scale.mT)
     with pytest.raises(AdapterError, match="bf16, int8, text"):
         check_storage("int4")
 
@@ -72,9 +74,10 @@ def test_an_adapter_of_bytes_is_half_the_size_and_nearly_the_same(tmp_path):
 
 
 def test_a_document_learned_as_bytes_is_that_of_16_bits_made_smaller(model, document):
-    model.learn(document, "whole", max_chunk_tokens=64)
+    model.learn(document, "whole", max_chunk_tokens=64, storage="bf16")
     made_smaller = compact(model.library, "whole", "int8")
-    learned = model.learn(document, "small", max_chunk_tokens=64, storage="int8")
+    learned = model.learn(document, "small", max_chunk_tokens=64)
+    assert learned.manifest.storage == DEFAULT_STORAGE == "int8"
     assert learned.manifest.version == made_smaller.manifest.version
     assert find(model.library, "whole").n_versions == 2
     before = collect_garbage(model.library, keep=1).n_bytes
@@ -82,7 +85,7 @@ def test_a_document_learned_as_bytes_is_that_of_16_bits_made_smaller(model, docu
 
 
 def test_a_document_kept_as_text_answers_as_the_whole_one(model, document, tiny_folder, tiny_hypernet_folder, tmp_path):
-    whole = model.learn(document, "whole", max_chunk_tokens=64)
+    whole = model.learn(document, "whole", max_chunk_tokens=64, storage="bf16")
     text = model.learn(document, "text", max_chunk_tokens=64, storage="text")
     assert not (text.folder / "factors.safetensors").exists() and verify(model.library) == []
     assert compact(model.library, "whole", "text").manifest.version == text.manifest.version
@@ -123,7 +126,7 @@ def test_storage_on_the_command_line(model, document, tiny_folder, tiny_hypernet
 
     models = ("--base", str(tiny_folder), "--hypernetwork", str(tiny_hypernet_folder), "--device", "cpu")
     run("learn", str(document), "--name", "note", "--storage", "text", *models)
-    run("learn", str(document), "--name", "whole", *models)
+    run("learn", str(document), "--name", "whole", "--storage", "bf16", *models)
     assert json.loads(run("show", "note", "--json"))["norms"] == {} and "kept as text" in run("show", "note")
     ask = ("ask", QUESTION, "--max-tokens", "8", "--json", *models)
     assert json.loads(run(*ask, "-a", "note"))["answer"] == json.loads(run(*ask, "-a", "whole"))["answer"]

@@ -33,7 +33,7 @@ from loracast.library.library import open_adapter
 from loracast.library.manifest import name_for
 from loracast.library.routing import DEFAULT_ROUTE, Route, route
 from loracast.lora.algebra import LoRA, concat
-from loracast.lora.quantize import Storage, check_storage
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
 from loracast.paths import library_dir
 
 Kind = Literal["doc", "text", "image"]
@@ -156,7 +156,7 @@ class Model(Answerer):
         name: str | None = None,
         *,
         max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
-        storage: Storage = "bf16",
+        storage: Storage = DEFAULT_STORAGE,
         replace: bool = False,
         progress: Progress = lambda done, total: None,
     ) -> Adapter:
@@ -165,7 +165,7 @@ class Model(Answerer):
         Args:
             name: of the adapter; made from the file's name, or else from the document's title, if None.
             max_chunk_tokens: longest chunk; the shipped hypernetwork was trained for up to 256.
-            storage: how its factors are kept (storage.py); a picture's always in bf16.
+            storage: how a document's factors are kept (lora/quantize.py); a picture's are kept in bf16.
             replace: an adapter of that name gives way to the new one.
 
         Raises:

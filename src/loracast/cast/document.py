@@ -24,7 +24,7 @@ from loracast.library.adapter import Adapter
 from loracast.library.library import check_free, find_made_from, give_name
 from loracast.library.manifest import Manifest
 from loracast.library.writer import AdapterWriter
-from loracast.lora.quantize import Storage
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
 if TYPE_CHECKING:
     from loracast.hypernets.doc_to_lora import DocToLoRA
@@ -108,7 +108,7 @@ def learn_document(
     name: str,
     *,
     max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
-    storage: Storage = "bf16",
+    storage: Storage = DEFAULT_STORAGE,
     replace: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Adapter:

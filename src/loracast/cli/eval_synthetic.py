@@ -25,6 +25,7 @@ from loracast.cli.output import progress_bar
 from loracast.cli.session import open_model
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.library.routing import DEFAULT_ROUTE
+from loracast.lora.quantize import DEFAULT_STORAGE
 
 
 def needle(
@@ -38,7 +39,7 @@ def needle(
     kind: Annotated[str, typer.Option(help="Kind of value (number4, word, person ...), or any.")] = "number4",
     route: Route = DEFAULT_ROUTE,
     chunk_tokens: ChunkTokens = DEFAULT_CHUNK_TOKENS,
-    storage: options.StorageOption = "bf16",
+    storage: options.StorageOption = DEFAULT_STORAGE,
     systems: Systems = "all",
     split: Split = "test",
     seed: Seed = 0,
@@ -79,7 +80,7 @@ def facts(
     sheets: Annotated[int, typer.Option(help="Sheets of each size; all their questions are asked.", min=1)] = 50,
     route: Route = DEFAULT_ROUTE,
     chunk_tokens: ChunkTokens = DEFAULT_CHUNK_TOKENS,
-    storage: options.StorageOption = "bf16",
+    storage: options.StorageOption = DEFAULT_STORAGE,
     systems: Systems = "all",
     split: Split = "test",
     seed: Seed = 0,

@@ -13,6 +13,7 @@ from loracast.cli.folder import FolderLearner, learn_files
 from loracast.cli.output import print_json, printable, say, size
 from loracast.cli.session import learn_visibly, open_model
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
+from loracast.lora.quantize import DEFAULT_STORAGE
 
 if TYPE_CHECKING:
     from loracast.library.adapter import Adapter
@@ -32,7 +33,7 @@ def learn(
         bool, typer.Option("--again", help="Of a folder, learn also what has not changed, and what failed before.")
     ] = False,
     chunk_tokens: options.ChunkTokens = DEFAULT_CHUNK_TOKENS,
-    storage: options.StorageOption = "bf16",
+    storage: options.StorageOption | None = None,
     base: options.Base = None,
     hypernetwork: options.Hypernetwork = None,
     library: options.Library = None,
@@ -48,7 +49,7 @@ def learn(
         if name is not None:
             raise typer.BadParameter("adapters of a folder are named after its files", param_hint="--name")
         learner = FolderLearner(
-            Path(file), again=again, chunk_tokens=chunk_tokens, storage=storage,
+            Path(file), again=again, chunk_tokens=chunk_tokens, storage=storage or DEFAULT_STORAGE,
             base=base, hypernetwork=hypernetwork, library=library, device=device,
         )  # fmt: skip
         learn_files(learner, as_json=as_json)
@@ -61,7 +62,7 @@ def learn(
 
     started = time.perf_counter()
     if is_image_file(file):
-        if storage != "bf16":
+        if storage not in (None, "bf16"):
             raise typer.BadParameter("an image's adapter is kept in bf16", param_hint="--storage")
         adapter = _learn_picture(file, name, replace, base, hypernetwork, library or library_dir(), device)
     else:
@@ -70,7 +71,8 @@ def learn(
         if not replace:  # before a model is loaded for nothing
             check_free(library or library_dir(), name, unless_from=document.sha256)
         model = open_model(base, hypernetwork, library, device)
-        adapter = learn_visibly(model, document, name, max_chunk_tokens=chunk_tokens, storage=storage, replace=replace)
+        kept = storage or DEFAULT_STORAGE
+        adapter = learn_visibly(model, document, name, max_chunk_tokens=chunk_tokens, storage=kept, replace=replace)
     if as_json:
         print_json({**report(adapter), "total_s": round(time.perf_counter() - started, 3)})
     else:

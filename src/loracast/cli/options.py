@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from loracast.lora.quantize import Storage
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 
@@ -62,7 +62,9 @@ Benchmarks = Annotated[
 StorageOption = Annotated[
     Storage,
     typer.Option(
-        "--storage", help="How factors are kept: bf16, int8 (half the size), or text (none; made when asked)."
+        "--storage",
+        help="How a document's factors are kept: bf16, int8 (half the size), or text (none; made when asked).",
+        show_default=DEFAULT_STORAGE,
     ),
 ]
 ChunkTokens = Annotated[int, typer.Option(min=16, help="Longest chunk.")]

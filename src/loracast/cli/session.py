@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from loracast.cli.output import printable, say, stderr, warn
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import BaseModelError
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
 if TYPE_CHECKING:
     from loracast.documents import Document
     from loracast.library.adapter import Adapter
-    from loracast.lora.quantize import Storage
     from loracast.model import Answerer, Model
 
 
@@ -60,7 +60,7 @@ def learn_visibly(
     name: str,
     *,
     max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
-    storage: Storage = "bf16",
+    storage: Storage = DEFAULT_STORAGE,
     replace: bool = False,
 ) -> Adapter:
     """Learn a document with a progress bar on a terminal; its warnings go to standard error."""

@@ -13,6 +13,7 @@ from loracast.cli import options
 from loracast.cli.folder import FolderLearner, learn_files, summary
 from loracast.cli.output import printable, say
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
+from loracast.lora.quantize import DEFAULT_STORAGE
 
 _LOOK_EVERY_MS = 10_000
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of documents.", exists=True, file_okay=False)]
@@ -24,7 +25,7 @@ def sync(
         bool, typer.Option("--again", help="Learn also what has not changed, and what failed before.")
     ] = False,
     chunk_tokens: options.ChunkTokens = DEFAULT_CHUNK_TOKENS,
-    storage: options.StorageOption = "bf16",
+    storage: options.StorageOption = DEFAULT_STORAGE,
     base: options.Base = None,
     hypernetwork: options.Hypernetwork = None,
     library: options.Library = None,
@@ -45,7 +46,7 @@ def sync(
 def watch(
     folder: Folder,
     chunk_tokens: options.ChunkTokens = DEFAULT_CHUNK_TOKENS,
-    storage: options.StorageOption = "bf16",
+    storage: options.StorageOption = DEFAULT_STORAGE,
     base: options.Base = None,
     hypernetwork: options.Hypernetwork = None,
     library: options.Library = None,

@@ -20,7 +20,7 @@ from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.library.adapter import join_chunks
 from loracast.library.routing import Route, pick, write_index
 from loracast.lora.algebra import LoRA
-from loracast.lora.quantize import Storage, as_kept
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored
 from loracast.model import Model
 
 
@@ -33,7 +33,7 @@ class InMemoryAdapter:
         text: str,
         title: str = "",
         max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
-        storage: Storage = "bf16",
+        storage: Storage = DEFAULT_STORAGE,
     ):
         self.document = Document(title, text, None, "text/plain", sha256="", n_bytes=len(text.encode()))
         self.chunks = split_document(model.base, self.document, max_chunk_tokens)
@@ -74,7 +74,7 @@ class InMemoryAdapter:
                 if name not in self._factors:
                     shape = (len(self.chunks), *rows.shape)
                     self._factors[name] = torch.empty(shape, dtype=torch.bfloat16, device=rows.device)
-                self._factors[name][chunk].copy_(as_kept(rows, self._storage))
+                self._factors[name][chunk].copy_(as_stored(rows, self._storage))
         self._is_cast[chunk] = True
 
     def lora(self, chunks: Sequence[int] | Mapping[int, float] | None = None, *, static: bool = True) -> LoRA:

@@ -25,7 +25,7 @@ from loracast.evaluation.report import ANSWER_COLUMNS, Progress, Report, environ
 from loracast.evaluation.run import N_TIMED, Outcome, ask_all, groups, summary, warm_up
 from loracast.evaluation.synthetic_baselines import SYSTEMS, Case, Setup, check_systems
 from loracast.library.routing import DEFAULT_ROUTE
-from loracast.lora.quantize import Storage
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 from loracast.model import Model
 
 LONG = 8192
@@ -61,7 +61,7 @@ class NeedleConfig:
     """Chunks that a question is given when routed."""
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     """Longest chunk."""
-    storage: Storage = "bf16"
+    storage: Storage = DEFAULT_STORAGE
     """How factors are kept."""
     systems: tuple[str, ...] = tuple(SYSTEMS)
     """Rivals to run."""

@@ -23,6 +23,7 @@ from loracast.hypernets import format_1
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA, AttentionDeltaToLoRAConfig
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
+from loracast.lora.quantize import quantise
 
 OfDescriptions = TextToLoRA | AttentionDeltaToLoRA
 """Hypernetworks that make a LoRA from a task's description."""
@@ -65,10 +66,8 @@ def save_pretrained(
     for name, value in hypernet.state_dict().items():
         value = value.detach().cpu()
         if storage == "int8" and value.ndim >= 2 and value.numel() >= _INT8_MIN_NUMEL:
-            # Rounded before it is used, so that what is read back is what was divided by.
-            scale = (value.abs().amax(dim=-2, keepdim=True).clamp_min(1e-12) / 127).bfloat16()  # [..., 1, columns]
-            tensors[name] = (value / scale.float()).round().clamp(-127, 127).to(torch.int8).contiguous()
-            tensors[f"{name}{_SCALE}"] = scale.contiguous()
+            rows, scale = quantise(value, axis=-2, floor=1e-12)  # scale [..., 1, columns]
+            tensors[name], tensors[f"{name}{_SCALE}"] = rows.contiguous(), scale.contiguous()
         else:
             tensors[name] = value.to(torch.float32 if storage == "float32" else torch.bfloat16).contiguous()
     config = {

@@ -19,7 +19,7 @@ from loracast.errors import AdapterError
 from loracast.files import file_sha256
 from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.library.routing import read_chunks
-from loracast.lora.quantize import SCALE, restored
+from loracast.lora.quantize import SCALE, dequantise
 from loracast.lora.target import Target
 from loracast.lora.tensor_file import number_faults, read_header
 
@@ -130,7 +130,7 @@ class Adapter:
         names = [n for n in reader.keys() if is_wanted(n) and not n.endswith(SCALE)]  # noqa: SIM118  (not a dict)
         if self.manifest.storage == "bf16":
             return {name: take(name) for name in names}
-        return {n: take(n) if ".shared." in n else restored(take(n), take(n + SCALE)) for n in names}
+        return {n: take(n) if ".shared." in n else dequantise(take(n), take(n + SCALE)) for n in names}
 
     def _open(self) -> Any:
         """The mapped factors, after a look at the file's header."""

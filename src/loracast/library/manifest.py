@@ -6,9 +6,9 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from loracast.base.fingerprint import Fingerprint
 from loracast.errors import AdapterError
@@ -26,6 +26,8 @@ VERSION_DIGITS = 12
 """Digits of a version's hash by which people and servers call it."""
 AdapterKind = Literal["document", "task", "image", "combined", "imported"]
 """What an adapter was made from: a document, the description of a task (its title), an image, other adapters, or another tool's LoRA."""
+_STORED_AS = {"max_unscaled_chunks": "most_summed", "key_decorrelation": "merge_ridges"}
+"""Fields whose key in adapter.json is older than their name; versions are hashes over these keys, so they stay."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -81,12 +83,16 @@ class Manifest:
     def version(self) -> str:
         """Hash of what the adapter is and what it was made from; not of its name, nor of when and how fast it was made."""
         named_apart = ("name", "created", "learn_s", "chunks_sha256")
-        kept = {key: value for key, value in asdict(self).items() if key not in named_apart}
+        kept = {key: value for key, value in self._stored().items() if key not in named_apart}
         if self.storage == "bf16":  # as it was before there were others
             del kept["storage"]
         if not self.key_decorrelation:
-            del kept["key_decorrelation"]
+            del kept[_STORED_AS["key_decorrelation"]]
         return _hash(kept)
+
+    def _stored(self) -> dict[str, Any]:
+        """The manifest under the keys of adapter.json."""
+        return {_STORED_AS.get(key, key): value for key, value in asdict(self).items()}
 
     @property
     def made_from(self) -> str:
@@ -113,10 +119,13 @@ class Manifest:
                 f"{path} is not of format {FORMAT}; this version of loracast cannot read it: update loracast"
             )
         try:
+            names = {_STORED_AS.get(f.name, f.name): f.name for f in fields(cls)}
+            if unknown := stored.keys() - names.keys():
+                raise ValueError(f"unknown keys {sorted(unknown)}")
             stored["made_for"] = Fingerprint(**stored["made_for"])
             stored["modules"] = tuple(tuple(module) for module in stored["modules"])
             stored["warnings"] = tuple(stored["warnings"])
-            manifest = cls(**stored)
+            manifest = cls(**{names[key]: value for key, value in stored.items()})
             if not _NAME.fullmatch(manifest.name):
                 raise ValueError(f"{manifest.name[:80]!r} is no adapter's name")
             sizes = [
@@ -142,7 +151,7 @@ class Manifest:
             raise AdapterError(f"{path} is damaged: {error}; learn the document again") from error
 
     def write(self, path: Path) -> None:
-        write_atomically(path, json.dumps(asdict(self), indent=1, ensure_ascii=False).encode())
+        write_atomically(path, json.dumps(self._stored(), indent=1, ensure_ascii=False).encode())
 
 
 def _hash(value: object) -> str:

@@ -18,7 +18,7 @@ from loracast.library.files import recover
 from loracast.library.library import add_adapter
 from loracast.library.manifest import FORMAT, Manifest, check_name
 from loracast.library.workfolders import tidy, work_folder
-from loracast.lora.quantize import SCALE, Storage, quantised
+from loracast.lora.quantize import SCALE, Storage, quantise
 from loracast.lora.target import Target
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class AdapterWriter:
         """The rows [n, modules, r, d] of the next n chunks, as they are kept."""
         kept = {name: rows.detach().bfloat16()}
         if self.storage == "int8":
-            kept = dict(zip((name, name + SCALE), quantised(kept[name]), strict=True))
+            kept = dict(zip((name, name + SCALE), quantise(kept[name]), strict=True))
         for part, value in kept.items():
             self._write(part, self._n_added * value[0].numel() * value.element_size(), value)
 

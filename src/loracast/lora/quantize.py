@@ -1,8 +1,8 @@
-"""How an adapter keeps the factors of its chunks: as numbers of 16 bits, of 8, or not at all.
+"""How the factors of an adapter's chunks are stored, and the int8 quantiser that adapters and hypernetworks share.
 
-bf16    as the hypernetwork gives them (the default)
-int8    a byte for each number and a scale for each row: half the size
-text    only the chunks' text; the hypernetwork that would have made the factors makes them when they are asked for
+bf16    16 bits a number, as the hypernetwork gives them
+int8    a byte a number and a scale for each row: half the size, and answers as good (docs/library.md has the figures)
+text    only the chunks' text; the hypernetwork casts the factors anew whenever they are needed
 """
 
 from __future__ import annotations
@@ -16,32 +16,41 @@ if TYPE_CHECKING:
 
 Storage = Literal["bf16", "int8", "text"]
 STORAGE: tuple[Storage, ...] = get_args(Storage)
+"""Every storage, the largest first."""
+DEFAULT_STORAGE: Storage = "int8"
+"""How a learned document is stored unless the user says otherwise; LoRAs of one piece (tasks, images, imports) are kept in bf16."""
 SCALE = ".scale"
-"""Ends the name of the tensor with another one's scales."""
+"""Suffix of the tensor that holds the scales of an int8 tensor in an adapter's file."""
 
 
 def check_storage(storage: str) -> Storage:
-    """Raises AdapterError for a storage that there is not."""
+    """`storage` itself; raises AdapterError where it is unknown."""
     for known in STORAGE:
         if storage == known:
             return known
     raise AdapterError(f"unknown storage {storage!r}; one of {', '.join(STORAGE)}")
 
 
-def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [..., d] -> int8 [..., d] and scales [..., 1] in bf16, so that their product is the rows but for half a step."""
+def quantise(values: Tensor, axis: int = -1, floor: float = 1e-30) -> tuple[Tensor, Tensor]:
+    """Numbers as int8 of the same shape and bf16 scales, one for each slice along `axis`; their product is off by half a step.
+
+    Args:
+        axis: the axis that one scale covers, of size 1 in the scales: -1 for the rows of a matrix, -2 for its columns.
+        floor: smallest largest number that is told from zero.
+    """
     import torch
 
-    rows = rows.float()
-    scale = (rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127).bfloat16()  # rounded before it is used
-    return (rows / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
+    values = values.float()
+    # The scale is rounded before it divides, so that reading multiplies by the number that writing divided by.
+    scale = (values.abs().amax(axis, keepdim=True).clamp_min(floor) / 127).bfloat16()
+    return (values / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def restored(rows: Tensor, scale: Tensor) -> Tensor:
-    """What `quantised` gave -> the rows [..., d] in bf16."""
-    return (rows.float() * scale.float()).bfloat16()
+def dequantise(values: Tensor, scale: Tensor) -> Tensor:
+    """The numbers, in bf16, that `quantise` gave as int8 `values` with their `scale`."""
+    return (values.float() * scale.float()).bfloat16()
 
 
-def as_kept(rows: Tensor, storage: Storage) -> Tensor:
+def as_stored(rows: Tensor, storage: Storage) -> Tensor:
     """Rows [..., d] as they come back from an adapter of that storage, in bf16."""
-    return restored(*quantised(rows)) if storage == "int8" else rows.bfloat16()
+    return dequantise(*quantise(rows)) if storage == "int8" else rows.bfloat16()
