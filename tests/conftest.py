@@ -7,66 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from tiny import (  # noqa: F401
+    CHAT_TEMPLATE,
+    PROSE,
+    make_hypernet,
+    make_model,
+    make_sentence_encoder,
+    make_task_hypernet,
+    make_tokenizer,
+)
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 DATA = Path(os.environ.get("LORACAST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 """The data sets; a test that needs them skips where the folder is absent."""
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-PROSE = (
-    "The lamp on the desk was made in the north. A kettle holds 1.7 litres of water, and the warranty is 24 months. "
-    "Nobody knew who had built the old bridge over the river. The museum opens at nine on Tuesday mornings. "
-    "What is the code of the amber lantern? It is 4711. Please call the service line if the machine stops. "
-)
-
-
-def make_tokenizer():
-    """A small byte-level BPE tokenizer with two control tokens and a chat template."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    control = [AddedToken(token, special=True) for token in ("<|pad|>", "<|im_start|>", "<|im_end|>")]
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=control,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([PROSE] * 4, trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>")
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
-
-
-def make_model(model_type: str = "llama", seed: int = 0):
-    """A random causal LM of four layers with grouped-query attention, of one of the supported types."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=600,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    return AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
@@ -84,24 +38,6 @@ def base(tiny_folder):
     from loracast.base.load import load_base
 
     return load_base(tiny_folder, device="cpu", dtype="float32")
-
-
-def make_hypernet(base, seed: int = 0, **options):
-    """A tiny hypernetwork for a base, its B scalers away from zero so that it does something."""
-    import torch
-
-    from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
-    from loracast.lora.target import target_from_config
-
-    torch.manual_seed(seed)
-    kinds = options.pop("kinds", ("down_proj",))
-    settings = {"reader_layers": (2,), "rank": 2, "width": 16, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8, **options}
-    target = target_from_config(base.model.config, kinds)
-    config = DocToLoRAConfig.for_target(target, base.model.config.hidden_size, **settings)
-    hypernet = DocToLoRA(config)
-    for head in hypernet.heads.values():
-        head.scaler_b.data.fill_(0.5)
-    return hypernet.eval()
 
 
 @pytest.fixture(scope="session")
@@ -127,3 +63,31 @@ def model(tiny_folder, tiny_hypernet_folder, tmp_path):
     import loracast
 
     return loracast.load(tiny_folder, tiny_hypernet_folder, library=tmp_path / "adapters", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def suite(tmp_path_factory) -> Path:
+    """Three held-out tasks (one of them near) and one of the training, as files. Read only."""
+    from suites import write_held_out_suite
+
+    return write_held_out_suite(tmp_path_factory.mktemp("suite"))
+
+
+@pytest.fixture(scope="session")
+def hypernetwork(base, tmp_path_factory) -> Path:
+    """The folder of a random hypernetwork for the tiny base that reads tasks with a tiny sentence encoder."""
+    from loracast.hypernets.store import save_pretrained
+
+    folder = tmp_path_factory.mktemp("hypernetwork")
+    encoder = make_sentence_encoder(folder / "encoder")
+    save_pretrained(make_task_hypernet(base, encoder, 6, 40.0), folder / "h", base.fingerprint, storage="float32")
+    return folder / "h"
+
+
+@pytest.fixture
+def word_encoder(monkeypatch) -> None:
+    """Every text encoder is `WordCounts`."""
+    from suites import WordCounts
+
+    for module in ("loracast.training.text", "loracast.cast.task"):
+        monkeypatch.setattr(f"{module}.load_text_encoder", lambda *known: WordCounts())

@@ -14,11 +14,10 @@ from loracast.cast.task import load_caster
 from loracast.data.tasks import read_tasks, with_description
 from loracast.encoders.attention_delta import AttentionDeltaEncoder
 from loracast.errors import ConfigError, EncoderError
-from loracast.hypernets.attention_delta import PLACES, AttentionDeltaToLoRA, AttentionDeltaToLoRAConfig
+from loracast.hypernets.attention_delta import PLACES, AttentionDeltaToLoRA
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.lora.inject import inject
 from loracast.lora.peft_format import read_peft
-from loracast.lora.target import target_from_config
 from loracast.training.loop import TrainConfig
 from loracast.training.oracle import OracleRecipe, train_multitask
 from loracast.training.peft_training import PeftConfig
@@ -26,29 +25,8 @@ from loracast.training.position_probes import set_places
 from loracast.training.task_source import TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe, read_text_recipe, train_text
 from other_processes import digests_in_other_processes
-from test_target import FAMILIES
-from test_tasks import write_suite
-
-TEXTS = ["Answer with the opposite word.", "Say it louder", "Turn each word around, and end with a full stop."]
-TINY = {"variant": "attention_delta", "rank": 5, "shared_rank": 3, "map_rank": 4}
-
-
-def make(
-    base: Base, kinds=("q_proj", "o_proj", "down_proj"), layers=None, *, fresh=False, **options
-) -> AttentionDeltaToLoRA:
-    settings = {name: value for name, value in {**TINY, **options}.items() if name != "variant"}
-    torch.manual_seed(1)
-    target = target_from_config(base.model.config, kinds, layers)
-    hypernet = AttentionDeltaToLoRA(AttentionDeltaToLoRAConfig(48, target.rows, **settings))
-    if not fresh:
-        for part in (*hypernet.shared.values(), *hypernet.encoder_lora.values()):
-            part.b.data.normal_()
-        hypernet.up.data.normal_()
-        hypernet.gate[-1].weight.data.normal_()
-    read = AttentionDeltaEncoder(base, hypernet)(TEXTS).detach()
-    hypernet.set_units(read)
-    hypernet.remember_seen(read)
-    return hypernet.eval().requires_grad_(False)
+from suites import write_suite
+from tiny import ATTENTION_DELTA, DESCRIPTIONS, FAMILIES, make_attention_delta
 
 
 def contributions(base: Base, hypernet: AttentionDeltaToLoRA, description: str) -> Tensor:
@@ -98,57 +76,57 @@ def contributions(base: Base, hypernet: AttentionDeltaToLoRA, description: str) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_read_is_what_attention_writes_less_without_the_description(family):
     base = Base(family, make_model(family), make_tokenizer())
-    hypernet = make(base)
+    hypernet = make_attention_delta(base)
     n_blocks = len(base.model.get_decoder().layers)
-    read = AttentionDeltaEncoder(base, hypernet)(TEXTS)
-    for i, text in enumerate(TEXTS):
+    read = AttentionDeltaEncoder(base, hypernet)(DESCRIPTIONS)
+    for i, text in enumerate(DESCRIPTIONS):
         expected = contributions(base, hypernet, text)
         assert expected.shape == (len(PLACES), n_blocks, 48) and expected.abs().amin(dim=(0, 1)).max() > 0
         torch.testing.assert_close(read[i].view(len(PLACES), n_blocks, 48), expected, atol=1e-5, rtol=1e-3)
 
 
 def test_the_base_can_read_with_less_than_was_trained(base):
-    half, whole = make(base, reading_strength=0.5), make(base)
+    half, whole = make_attention_delta(base, reading_strength=0.5), make_attention_delta(base)
     for part in whole.encoder_lora.values():
         part.b.data.mul_(0.5)
-    read = AttentionDeltaEncoder(base, half)(TEXTS)
-    assert torch.equal(read, AttentionDeltaEncoder(base, whole)(TEXTS))
-    assert not torch.allclose(read, AttentionDeltaEncoder(base, make(base))(TEXTS), atol=1e-3)
+    read = AttentionDeltaEncoder(base, half)(DESCRIPTIONS)
+    assert torch.equal(read, AttentionDeltaEncoder(base, whole)(DESCRIPTIONS))
+    assert not torch.allclose(read, AttentionDeltaEncoder(base, make_attention_delta(base))(DESCRIPTIONS), atol=1e-3)
     with pytest.raises(ConfigError, match="reading_strength must be above 0"):
-        make(base, reading_strength=0.0)
+        make_attention_delta(base, reading_strength=0.0)
 
 
 def test_blocks_that_are_no_target_hand_theirs_on(base):
-    some = make(base, layers=(1, 3))
+    some = make_attention_delta(base, layers=(1, 3))
     assert len(base.model.get_decoder().layers) == 4
-    (read,) = AttentionDeltaEncoder(base, some)(TEXTS[:1]).view(1, len(PLACES), 2, 48)
-    expected = contributions(base, some, TEXTS[0])
+    (read,) = AttentionDeltaEncoder(base, some)(DESCRIPTIONS[:1]).view(1, len(PLACES), 2, 48)
+    expected = contributions(base, some, DESCRIPTIONS[0])
     torch.testing.assert_close(read[:, 0], expected[:, 0] + expected[:, 1], atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(read[:, 1], expected[:, 2] + expected[:, 3], atol=1e-5, rtol=1e-3)
 
 
 def test_no_deeper_than_asked_for(base):
-    shallow = make(base, depth=2)
-    (read,) = AttentionDeltaEncoder(base, shallow)(TEXTS[:1]).view(1, len(PLACES), 2, 48)
-    torch.testing.assert_close(read, contributions(base, shallow, TEXTS[0])[:, :2], atol=1e-5, rtol=1e-3)
+    shallow = make_attention_delta(base, depth=2)
+    (read,) = AttentionDeltaEncoder(base, shallow)(DESCRIPTIONS[:1]).view(1, len(PLACES), 2, 48)
+    torch.testing.assert_close(read, contributions(base, shallow, DESCRIPTIONS[0])[:, :2], atol=1e-5, rtol=1e-3)
     ranks = {name: factors.a.shape[1] for name, factors in shallow(read.flatten()[None]).factors.items()}
     assert [ranks[m.name] for m in shallow.config.target.of_kind("o_proj")] == [8, 8, 3, 3]
     with pytest.raises(ConfigError, match="within a depth of 1"):
-        make(base, layers=(1, 3), depth=1)
+        make_attention_delta(base, layers=(1, 3), depth=1)
 
 
 def test_reading_leaves_the_base_as_it_was(base):
     usual = base.model.config._attn_implementation
     ids = torch.randint(3, 600, (2, 5), generator=torch.Generator().manual_seed(5))
     before = base.model(input_ids=ids).logits
-    AttentionDeltaEncoder(base, make(base))(TEXTS)
+    AttentionDeltaEncoder(base, make_attention_delta(base))(DESCRIPTIONS)
     assert base.model.config._attn_implementation == usual
     assert torch.equal(base.model(input_ids=ids).logits, before)
 
 
 def test_at_the_start_contributions_are_written_as_they_were_read(base):
-    hypernet = make(base, fresh=True)
-    read = AttentionDeltaEncoder(base, hypernet)(TEXTS)
+    hypernet = make_attention_delta(base, fresh=True)
+    read = AttentionDeltaEncoder(base, hypernet)(DESCRIPTIONS)
     batch, gate = hypernet(read), hypernet.gate_logit(read).sigmoid()
     assert batch.n == 3 and tuple(batch.factors) == hypernet.config.target.names
     by_place = read.view(3, len(PLACES), -1, 48)
@@ -160,36 +138,36 @@ def test_at_the_start_contributions_are_written_as_they_were_read(base):
 
 
 def test_a_description_is_read_the_same_in_any_company(base):
-    hypernet = make(base)
+    hypernet = make_attention_delta(base)
     reader = AttentionDeltaEncoder(base, hypernet)
-    together = hypernet(reader(TEXTS))
-    for i, text in enumerate(TEXTS):
+    together = hypernet(reader(DESCRIPTIONS))
+    for i, text in enumerate(DESCRIPTIONS):
         for name, factors in hypernet(reader([text])).factors.items():
             torch.testing.assert_close(factors.b[0], together.factors[name].b[i], atol=1e-4, rtol=1e-3)
 
 
 def test_what_all_texts_begin_with_is_read_anew_in_training_and_once_after_it(base):
-    hypernet = make(base)
+    hypernet = make_attention_delta(base)
     reader = AttentionDeltaEncoder(base, hypernet)
-    first = reader(TEXTS)
+    first = reader(DESCRIPTIONS)
     hypernet.train()
     for part in hypernet.encoder_lora.values():
         part.b.data.mul_(1.5)
-    other = reader(TEXTS)
-    torch.testing.assert_close(other, AttentionDeltaEncoder(base, hypernet)(TEXTS))
+    other = reader(DESCRIPTIONS)
+    torch.testing.assert_close(other, AttentionDeltaEncoder(base, hypernet)(DESCRIPTIONS))
     assert not torch.allclose(first, other, atol=1e-3)
-    torch.testing.assert_close(AttentionDeltaEncoder(base, hypernet.eval())(TEXTS), other)
+    torch.testing.assert_close(AttentionDeltaEncoder(base, hypernet.eval())(DESCRIPTIONS), other)
     n_read: list[int] = []
     handle = base.model.get_input_embeddings().register_forward_hook(lambda m, inputs, out: n_read.append(out.shape[1]))
-    torch.testing.assert_close(reader(TEXTS), other)
-    torch.testing.assert_close(reader(TEXTS), other)
+    torch.testing.assert_close(reader(DESCRIPTIONS), other)
+    torch.testing.assert_close(reader(DESCRIPTIONS), other)
     handle.remove()
     assert len(n_read) == 3  # the beginning, then the texts alone, twice
     assert n_read[1] == n_read[2] > n_read[0] > 0
 
 
 def test_a_description_that_is_the_probe_itself_is_read(base):
-    hypernet = make(base)
+    hypernet = make_attention_delta(base)
     probe = hypernet.config.dummy_input
     (read,) = AttentionDeltaEncoder(base, hypernet)([probe])
     assert read.isfinite().all()
@@ -199,8 +177,8 @@ def test_a_description_that_is_the_probe_itself_is_read(base):
 
 
 def test_the_gate_shuts_all_of_it(base):
-    hypernet = make(base)
-    read = AttentionDeltaEncoder(base, hypernet)(TEXTS)
+    hypernet = make_attention_delta(base)
+    read = AttentionDeltaEncoder(base, hypernet)(DESCRIPTIONS)
     hypernet.gate[-1].weight.data.zero_()
     hypernet.gate[-1].bias.data.fill_(-200.0)
     assert not hypernet(read).squared_norms().any()
@@ -211,10 +189,10 @@ def test_the_gate_shuts_all_of_it(base):
 
 
 def test_directions_that_all_share_are_weighted_by_the_description(base):
-    plain = make(base)
-    weighted = make(base, weighting_width=6, weighting_dropout=1.0)
+    plain = make_attention_delta(base)
+    weighted = make_attention_delta(base, weighting_width=6, weighting_dropout=1.0)
     weighted.load_state_dict(plain.state_dict(), strict=False)
-    read = AttentionDeltaEncoder(base, weighted)(TEXTS)
+    read = AttentionDeltaEncoder(base, weighted)(DESCRIPTIONS)
     before, at_start = plain(read), weighted(read)
     for name, factors in before.factors.items():
         torch.testing.assert_close(factors.b, at_start.factors[name].b)  # all alike at first
@@ -229,13 +207,13 @@ def test_directions_that_all_share_are_weighted_by_the_description(base):
     for name, factors in weighted(read).factors.items():
         torch.testing.assert_close(factors.b, before.factors[name].b)  # dropped
     with pytest.raises(ConfigError, match="weighting_dropout is a share"):
-        make(base, weighting_width=6, weighting_dropout=1.5)
+        make_attention_delta(base, weighting_width=6, weighting_dropout=1.5)
 
 
 def test_it_knows_what_is_far_and_what_describes_nothing(base):
-    hypernet = make(base)
+    hypernet = make_attention_delta(base)
     reader = AttentionDeltaEncoder(base, hypernet)
-    same, other = hypernet.distances(reader([TEXTS[0], "zq vv kk"]))
+    same, other = hypernet.distances(reader([DESCRIPTIONS[0], "zq vv kk"]))
     assert same < 1e-5 < other and hypernet.ood_threshold() > 0
     for conditions in (hypernet.constant(), hypernet.meaningless(3, torch.Generator().manual_seed(0))):
         assert conditions.shape[1] == reader.d_text
@@ -243,22 +221,22 @@ def test_it_knows_what_is_far_and_what_describes_nothing(base):
 
 
 def test_kept_and_read_again(base, tmp_path):
-    hypernet = make(base)
+    hypernet = make_attention_delta(base)
     save_pretrained(hypernet, tmp_path, base.fingerprint, storage="float32")
     again, made_for = from_pretrained(tmp_path, AttentionDeltaToLoRA)
     assert made_for == base.fingerprint and again.config == hypernet.config
-    one, other = (h(AttentionDeltaEncoder(base, h)(TEXTS)) for h in (hypernet, again))
+    one, other = (h(AttentionDeltaEncoder(base, h)(DESCRIPTIONS)) for h in (hypernet, again))
     for name in one.factors:
         assert torch.equal(one.factors[name].b, other.factors[name].b)
 
 
 def test_a_user_casts_a_description(base, tmp_path):
-    hypernet = make(base)
+    hypernet = make_attention_delta(base)
     save_pretrained(hypernet, tmp_path / "hypernetwork", base.fingerprint, storage="float32")
     caster = load_caster(tmp_path / "hypernetwork", base=lambda: base, library=tmp_path / "library")
-    adapter = caster.task(TEXTS[0], "opposite")
+    adapter = caster.task(DESCRIPTIONS[0], "opposite")
     assert adapter.manifest.ranks == {"q_proj": 3, "o_proj": 8, "down_proj": 3}
-    (lora,) = caster.loras([TEXTS[0]])
+    (lora,) = caster.loras([DESCRIPTIONS[0]])
     for name in lora.names:
         expected = lora.delta(name)
         torch.testing.assert_close(
@@ -270,9 +248,9 @@ def test_a_user_casts_a_description(base, tmp_path):
 
 def test_configs_that_cannot_be(base):
     with pytest.raises(ConfigError, match="need o_proj among"):
-        make(base, kinds=("q_proj", "down_proj"))
+        make_attention_delta(base, kinds=("q_proj", "down_proj"))
     with pytest.raises(ConfigError, match="rank must be at least 4"):
-        make(base, rank=3)
+        make_attention_delta(base, rank=3)
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -281,7 +259,7 @@ def test_configs_that_cannot_be(base):
 def recipe(**options) -> TextRecipe:
     return TextRecipe(
         kinds=("o_proj", "down_proj"),
-        hypernetwork=TINY,
+        hypernetwork=ATTENTION_DELTA,
         data=TaskDataConfig(tasks_per_step=2, examples_per_task=5, varied_share=0.3),
         training=TrainConfig(steps=60, lr=1e-2, log_every=10, warmup_steps=5, bf16=False),
         **options,
@@ -289,7 +267,7 @@ def recipe(**options) -> TextRecipe:
 
 
 def test_its_rows_fire_where_they_shall(base, tmp_path):
-    hypernet = make(base)
+    hypernet = make_attention_delta(base)
     source = TaskSource(TaskDataConfig(), read_tasks(write_suite(tmp_path)), base.chat)
     set_places(hypernet, base, source)
     example = source.tasks[0].train[0]
@@ -374,7 +352,7 @@ def test_options_of_the_other_variants_are_refused(base, tmp_path):
 
 
 def test_another_process_and_hash_seed_make_the_same_bits(base, tiny_folder, tmp_path):
-    hypernet = make(base)
+    hypernet = make_attention_delta(base)
     save_pretrained(hypernet, tmp_path / "hypernetwork", base.fingerprint, storage="bfloat16")
-    digests = digests_in_other_processes(tiny_folder, tmp_path / "hypernetwork", TEXTS)
+    digests = digests_in_other_processes(tiny_folder, tmp_path / "hypernetwork", DESCRIPTIONS)
     assert len(digests) == 1 and len(digests.pop()) == 64

@@ -21,7 +21,7 @@ from loracast.library.library import adapter_names
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import target_from_config
 from loracast.model import Answerer, load, shipped_hypernetwork
-from test_text_to_lora import make_sentence_encoder, make_task_hypernet
+from tiny import make_sentence_encoder, make_task_hypernet
 
 KNOWN = ["Answer with the opposite word.", "Give the antonym of the word.", "Translate the word to French."]
 SENTENCE = "Turn each word around."

@@ -24,41 +24,11 @@ from loracast.evaluation.choice import Choice, likeliest
 from loracast.evaluation.intervals import paired_bootstrap
 from loracast.evaluation.task_baselines import BASELINES, Given, prompt_of
 from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
-from loracast.hypernets.store import save_pretrained
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
 from loracast.training.loop import TrainConfig
 from loracast.training.oracle import OracleRecipe, average_of_oracles, train_multitask, train_oracles
-from test_tasks import write_rows
-from test_text_to_lora import make_sentence_encoder, make_task_hypernet
-
-OPPOSITES = {"hot": "cold", "big": "small", "up": "down", "in": "out", "wet": "dry", "old": "young", "full": "empty"}
-
-
-@pytest.fixture(scope="module")
-def suite(tmp_path_factory):
-    """Three held-out tasks (one of them near) and one of the training."""
-    folder = tmp_path_factory.mktemp("suite")
-    rows, descriptions = [], []
-    changes = {"opposite": OPPOSITES.get, "shout": str.upper, "first": lambda word: word[0], "echo": str}
-    for name, change in changes.items():
-        held_out = {"task": name, "task_split": "train" if name == "echo" else "heldout"}
-        for i, word in enumerate(OPPOSITES):
-            rows.append({**held_out, "split": "train" if i < 5 else "test", "input": word, "output": change(word)})
-        descriptions += [{"task": name, "kind": "heldout", "description": f"{i} {name} please"} for i in range(3)]
-    write_rows(folder / "tasks.jsonl", rows)
-    write_rows(folder / "task_descriptions.jsonl", descriptions)
-    write_rows(folder / "tasks_meta.jsonl", [{"task": "first", "heldout_kind": "near"}])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def hypernetwork(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hypernetwork")
-    encoder = make_sentence_encoder(folder / "encoder")
-    hypernet = make_task_hypernet(base, encoder, 6, 40.0)
-    save_pretrained(hypernet, folder / "h", base.fingerprint, storage="float32")
-    return folder / "h"
+from suites import SEVEN_OPPOSITES, write_rows
 
 
 def test_what_each_rival_is_given(base, suite):
@@ -122,8 +92,8 @@ def test_which_lora_each_rival_answers_with(base, suite):
 
 def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, monkeypatch):
     """Answers by a stand-in: with a LoRA the right ones for two tasks, without one the right ones for "shout" alone."""
-    right = {("shout", word): word.upper() for word in OPPOSITES} | {
-        ("opposite", word): other for word, other in OPPOSITES.items()
+    right = {("shout", word): word.upper() for word in SEVEN_OPPOSITES} | {
+        ("opposite", word): other for word, other in SEVEN_OPPOSITES.items()
     }
     asked: list[tuple[str, bool]] = []
 

@@ -13,8 +13,7 @@ from loracast.cli import app
 from loracast.evaluation.harness import HarnessConfig, evaluate_harness
 from loracast.lora.inject import inject
 from loracast.model import Answerer
-from test_eval_tasks import hypernetwork  # noqa: F401
-from test_tasks import write_rows
+from suites import write_rows
 
 WORDS = ("lamp", "bridge", "museum", "machine", "kettle", "code", "river", "line", "north", "desk", "litres", "water")
 ROWS = [
@@ -59,7 +58,7 @@ def accuracy(base, lora) -> float:
     return hits / len(ROWS)
 
 
-def test_the_harness_sees_the_adapter(base, hypernetwork, tiny_folder, task_folder, home, tmp_path):  # noqa: F811
+def test_the_harness_sees_the_adapter(base, hypernetwork, tiny_folder, task_folder, home, tmp_path):
     caster = load_caster(hypernetwork, base=base)
     caster.task("the lamp please", "lamp", strength=3.0)
     config = HarnessConfig(("desk",), ("lamp",), str(task_folder), chat=False, batch_size=5)

@@ -16,13 +16,7 @@ from loracast.documents import read_document
 from loracast.documents.document import Limits
 from loracast.documents.images import MAX_PIXELS, image_format, is_image_file, read_image_file
 from loracast.errors import ConfigError, DocumentError
-
-
-def gradient(width: int = 24, height: int = 16) -> Image.Image:
-    """Red grows to the right, green downwards."""
-    red = np.tile(np.linspace(0, 255, width, dtype=np.uint8), (height, 1))
-    green = np.tile(np.linspace(0, 255, height, dtype=np.uint8)[:, None], (1, width))
-    return Image.fromarray(np.stack([red, green, np.full_like(red, 60)], axis=-1))
+from tiny import gradient
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

@@ -34,7 +34,7 @@ from loracast.model import load, shipped_hypernetwork
 from loracast.training import modality_source as sense_source
 from loracast.training.modality import read_sense_recipe, train_sense
 from loracast.training.modality_source import ModalityDataConfig, ModalitySource, encoded, wordings
-from test_images import gradient
+from tiny import gradient
 
 FREE = torch.Generator().manual_seed(0)
 

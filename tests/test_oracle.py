@@ -34,7 +34,7 @@ from loracast.training.oracle import (
 from loracast.training.peft_training import PeftConfig
 from loracast.training.task_source import TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe
-from test_tasks import write_suite
+from suites import write_suite
 
 RECIPE = OracleRecipe(
     PeftConfig(("q_proj", "v_proj", "down_proj"), rank=4),

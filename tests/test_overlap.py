@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from conftest import DATA
 from loracast.cli import app
 from loracast.evaluation.overlap import OverlapConfig, WordIndex, evaluate_overlap
-from test_tasks import write_rows, write_suite
+from suites import write_rows, write_suite
 
 
 def test_similarities_are_jaccard_indices():

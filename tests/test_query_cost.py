@@ -13,8 +13,7 @@ from loracast.base.generate import Sampling, answer
 from loracast.cli import app
 from loracast.evaluation.flops import QueryFlops, counted, lora_flops
 from loracast.lora.algebra import Factors, LoRA
-from test_eval_tasks import hypernetwork, suite  # noqa: F401
-from test_tasks import write_rows
+from suites import write_rows
 
 
 @pytest.fixture
@@ -81,7 +80,7 @@ def test_an_answer_can_be_made_as_long_as_another(base):
         assert answer(base, prompt, None, Sampling(max_new_tokens=n, min_new_tokens=n)).n_tokens == n
 
 
-def test_the_command(suite, hypernetwork, tiny_folder, tmp_path, home):  # noqa: F811
+def test_the_command(suite, hypernetwork, tiny_folder, tmp_path, home):
     write_rows(tmp_path / "prose.jsonl", [{"text": PROSE}])
     arguments = [
         "eval", "cost", "--tasks", suite, "--hypernetwork", hypernetwork, "--base", tiny_folder, "--out", tmp_path / "out",

@@ -19,22 +19,8 @@ from loracast.training.plots import plot_metrics
 from loracast.training.reconstruction import matching, relative_square_error, svd_canonical
 from loracast.training.task_source import TaskDataConfig
 from loracast.training.text import TextRecipe, train_text
-from test_tasks import WordCounts, answer_loss, word_encoder, write_suite  # noqa: F401
-
-
-def random_lora(rank: int, seed: int) -> LoRA:
-    free = torch.Generator().manual_seed(seed)
-    shapes = {"q": (10, 6), "v": (4, 6)}
-    return LoRA(
-        {
-            name: Factors(torch.randn(rank, d_in, generator=free), torch.randn(d_out, rank, generator=free))
-            for name, (d_out, d_in) in shapes.items()
-        }
-    )
-
-
-def dense(lora: LoRA) -> torch.Tensor:
-    return torch.cat([lora.delta(name).flatten() for name in sorted(lora.names)])
+from suites import WordCounts, answer_loss, write_suite
+from tiny import dense, random_lora
 
 
 def test_inner_products_and_errors_are_those_of_the_dense_deltas():
@@ -83,7 +69,7 @@ def test_factors_are_compared_in_units_of_how_much_they_differ():
 
 
 @pytest.mark.parametrize(("match", "error"), [("product", 0.2), ("factors", 0.65), ("canonical_factors", 0.65)])
-def test_descriptions_give_back_the_oracles(match, error, base, word_encoder, tmp_path):  # noqa: F811
+def test_descriptions_give_back_the_oracles(match, error, base, word_encoder, tmp_path):
     tasks = read_tasks(write_suite(tmp_path))
     recipe = OracleRecipe(
         PeftConfig(("q_proj", "v_proj", "down_proj"), rank=2),
@@ -122,7 +108,7 @@ def test_descriptions_give_back_the_oracles(match, error, base, word_encoder, tm
             )
 
 
-def test_factors_of_one_oracle_cannot_be_compared_and_another_library_is_no_resume(base, word_encoder, tmp_path):  # noqa: F811
+def test_factors_of_one_oracle_cannot_be_compared_and_another_library_is_no_resume(base, word_encoder, tmp_path):
     tasks = read_tasks(write_suite(tmp_path))
     recipe = OracleRecipe(PeftConfig(rank=2), training=TrainConfig(steps=1, warmup_steps=1, bf16=False))
     text = TextRecipe(
@@ -141,7 +127,7 @@ def test_factors_of_one_oracle_cannot_be_compared_and_another_library_is_no_resu
         train_text(base, text, tasks, tmp_path / "run", oracles=tmp_path / "again" / "library")
 
 
-def test_a_library_without_training_tasks_and_an_unknown_match_are_refused(base, word_encoder, tmp_path):  # noqa: F811
+def test_a_library_without_training_tasks_and_an_unknown_match_are_refused(base, word_encoder, tmp_path):
     tasks = read_tasks(write_suite(tmp_path))
     with pytest.raises(ConfigError, match="has no oracle of a training task"):
         train_text(base, TextRecipe(), tasks, tmp_path / "run", oracles=tmp_path / "nothing")

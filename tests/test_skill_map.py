@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 from loracast.cli import app
 from loracast.evaluation.skill_map import _by_chance, _silhouette
 from loracast.lora.algebra import Factors, LoRA, stack
-from test_eval_tasks import hypernetwork  # noqa: F401
-from test_reconstruction import dense, random_lora
-from test_tasks import write_rows
+from suites import write_rows
+from tiny import dense, random_lora
 
 
 def test_cosines_are_those_of_the_dense_deltas():
@@ -63,7 +62,7 @@ def test_chance_keeps_the_points_of_a_task_together():
     assert _silhouette(distances, [str(i) for i in range(80)]) is None is _silhouette(distances, ["a"] * 80)
 
 
-def test_the_command(hypernetwork, tmp_path, home):  # noqa: F811
+def test_the_command(hypernetwork, tmp_path, home):
     names = {"up": "case", "down": "case", "first": "letters", "last": "letters", "alone": "one"}
     write_rows(tmp_path / "tasks.jsonl", [{"task": name, "input": "a", "output": "b"} for name in names])
     said = [(name, f"{word} {name}") for name in names for word in ("please", "now", "the lamp")]

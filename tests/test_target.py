@@ -13,8 +13,7 @@ import torch
 from conftest import make_model
 from loracast.errors import BaseModelError, ConfigError
 from loracast.lora.target import KINDS, target_from_config
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3")
+from tiny import FAMILIES
 
 
 def linears(model) -> dict[str, tuple[int, int]]:

@@ -17,8 +17,8 @@ from loracast.lora.target import Target, TargetModule
 from loracast.training.loop import TrainConfig
 from loracast.training.task_source import TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe, _Remembering, train_text
-from test_attention_delta import TEXTS, TINY, make
-from test_tasks import write_suite
+from suites import write_suite
+from tiny import ATTENTION_DELTA, DESCRIPTIONS, make_attention_delta
 
 TARGET = Target(
     (TargetModule("blocks.0.o_proj", 0, "o_proj", 6, 5), TargetModule("blocks.1.o_proj", 1, "o_proj", 6, 5))
@@ -102,8 +102,8 @@ def test_another_number_of_descriptions_is_refused():
 
 
 def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
-    plain = make(base)
-    read = AttentionDeltaEncoder(base, plain)(TEXTS)
+    plain = make_attention_delta(base)
+    read = AttentionDeltaEncoder(base, plain)(DESCRIPTIONS)
     recalling = with_config(plain, {"task_bank_rank": 2, "task_bank_width": 3})
     recalling.start_task_bank(read, (2, 1))
     recalling.eval().requires_grad_(False)
@@ -124,14 +124,14 @@ def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
 
 
 def test_what_is_recalled_is_found_by_how_it_is_read_now(base):
-    hypernet = make(base)
+    hypernet = make_attention_delta(base)
     recalling = with_config(hypernet, {"task_bank_rank": 2, "task_bank_width": 3})
-    recalling.start_task_bank(AttentionDeltaEncoder(base, hypernet)(TEXTS), (2, 1))
+    recalling.start_task_bank(AttentionDeltaEncoder(base, hypernet)(DESCRIPTIONS), (2, 1))
     assert recalling.task_bank is not None
     recalling.task_bank.cores.data.normal_()
-    other = with_config(recalling, {"probe": "dog"}).requires_grad_(False)
+    other = with_config(recalling, {"dummy_input": "dog"}).requires_grad_(False)
     assert other.task_bank is not None and torch.equal(other.task_bank.cores, recalling.task_bank.cores)
-    read = AttentionDeltaEncoder(base, other)(TEXTS)
+    read = AttentionDeltaEncoder(base, other)(DESCRIPTIONS)
     assert (other.task_bank.coordinates(other._compared(read)) - other.task_bank.keys).abs().max() > 1e-3
     other.refresh_task_bank(read)
     torch.testing.assert_close(other.task_bank.coordinates(other._compared(read)), other.task_bank.keys)
@@ -140,10 +140,10 @@ def test_what_is_recalled_is_found_by_how_it_is_read_now(base):
 
 
 def test_less_deep_with_the_same_weights(base):
-    deep = make(base)
+    deep = make_attention_delta(base)
     n_layers = len(deep.config.layers)
     shallow = with_config(deep, {"depth": n_layers - 1})
-    reads = [AttentionDeltaEncoder(base, hypernet)(TEXTS) for hypernet in (deep, shallow)]
+    reads = [AttentionDeltaEncoder(base, hypernet)(DESCRIPTIONS) for hypernet in (deep, shallow)]
     by_layer = [h._by_place(read) for h, read in zip((deep, shallow), reads, strict=True)]
     torch.testing.assert_close(by_layer[1], by_layer[0][:, :, :-1])
     torch.testing.assert_close(shallow._written(reads[1]), deep._written(reads[0])[:, :-1])
@@ -178,7 +178,7 @@ def test_it_learns_tasks_and_nothing_else_changes(base, tmp_path):
     source = TaskSource(TaskDataConfig(), tasks, base.chat)
     assert sum(source.n_descriptions) == len(source.descriptions) and len(source.n_descriptions) == len(source.tasks)
     first = TextRecipe(
-        kinds=("o_proj", "down_proj"), hypernetwork=TINY, data=TaskDataConfig(tasks_per_step=2),
+        kinds=("o_proj", "down_proj"), hypernetwork=ATTENTION_DELTA, data=TaskDataConfig(tasks_per_step=2),
         training=TrainConfig(steps=2, warmup_steps=1, lr=1e-3, bf16=False),
     )  # fmt: skip
     train_text(base, first, tasks, tmp_path / "first")
@@ -207,7 +207,7 @@ def test_it_learns_tasks_and_nothing_else_changes(base, tmp_path):
     ],
 )
 def test_what_does_not_go_together(base, tmp_path, options, message):
-    save_pretrained(make(base, kinds=("o_proj", "down_proj")), tmp_path / "first", base.fingerprint)
+    save_pretrained(make_attention_delta(base, kinds=("o_proj", "down_proj")), tmp_path / "first", base.fingerprint)
     with pytest.raises(ConfigError, match=message):
         train_text(
             base, recipe(**options), read_tasks(write_suite(tmp_path)), tmp_path / "run", init_from=tmp_path / "first"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
 import math
 import random
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,49 +20,13 @@ from loracast.hypernets.store import from_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA
 from loracast.lora.algebra import Factors, LoRA, stack
 from loracast.lora.target import target_from_config
-from loracast.scoring.episodes import Episode, pack
+from loracast.scoring.episodes import pack
 from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import TrainConfig
-from loracast.training.task_source import DrawnTasks, TaskDataConfig, TaskSource
+from loracast.training.task_source import TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe, _contrast, gibberish, read_text_recipe, train_text
-from test_text_to_lora import make_sentence_encoder
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-OPPOSITES = {"hot": "cold", "big": "small", "wet": "dry", "old": "new", "up": "down", "in": "out"}
-
-
-def write_suite(folder: Path, ending: str = "") -> Path:
-    """Two tasks for training and a held-out one, as rows in three files."""
-    rows, descriptions = [], []
-    for name, split, change in (
-        ("opposite", "train", OPPOSITES.get),
-        ("shout", "train", str.upper),
-        ("first", "heldout", lambda word: word[0]),
-    ):
-        for i, word in enumerate(OPPOSITES):
-            rows.append(
-                {
-                    "task": name,
-                    "task_split": split,
-                    "split": "test" if i == 5 else "train",
-                    "input": word,
-                    "output": change(word),
-                }
-            )
-        for kind in ("train", "paraphrase", "heldout"):
-            descriptions.append({"task": name, "kind": kind, "description": f"{kind} words for {name}"})
-    rows[0]["alts"] = ["chilly"]
-    write_rows(folder / f"tasks.jsonl{ending}", rows)
-    write_rows(folder / f"task_descriptions.jsonl{ending}", descriptions)
-    about = [{"task": "first", "group": "letters", "labels": ["h", "b"], "heldout_kind": "near"}]
-    write_rows(folder / f"tasks_meta.jsonl{ending}", about)
-    return folder / f"tasks.jsonl{ending}"
+from suites import OPPOSITES, WordCounts, answer_loss, episode_of, write_rows, write_suite
+from tiny import make_sentence_encoder
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
@@ -222,25 +184,6 @@ def test_an_unknown_key_of_the_recipe_fails(tmp_path):
     assert recipe.hypernetwork == {"variant": "S"} and recipe.layers == (1, 2) and recipe.null_condition_weight == 0.5
 
 
-class WordCounts:
-    """A text encoder that needs no model: a fixed random vector for each word, added up."""
-
-    name, d_text = "words", 12
-
-    def __call__(self, texts):
-        rows = [
-            sum(torch.randn(12, generator=torch.Generator().manual_seed(sum(map(ord, w)))) for w in t.split())
-            for t in texts
-        ]
-        return torch.nn.functional.normalize(torch.stack(rows), dim=-1) * 12**0.5
-
-
-@pytest.fixture
-def word_encoder(monkeypatch):
-    for module in ("loracast.training.text", "loracast.cast.task"):
-        monkeypatch.setattr(f"{module}.load_text_encoder", lambda *known: WordCounts())
-
-
 TINY = {"rank": 2, "width": 16, "head_width": 16, "dropout": 0.1}
 
 
@@ -284,21 +227,6 @@ def train_on_two(base, out, **options) -> tuple[TextToLoRA, list[dict[str, float
     rows: list[dict[str, float]] = []
     train_text(base, recipe, read_tasks(write_suite(out)), out / "run", on_metrics=rows.append)
     return from_pretrained(out / "run", TextToLoRA)[0], rows
-
-
-def episode_of(source: TaskSource, task: Task, seed: int) -> Episode:
-    """Some examples of one task."""
-    drawn = DrawnTasks((task,), ("",), (None,), random.Random(seed), random.Random(seed))
-    return source.episodes(drawn)[0]
-
-
-def answer_loss(base, hypernet: TextToLoRA, descriptions: list[str], tasks: list[str], suite: Path) -> float:
-    """Of the training examples of some tasks, each done with the LoRA of the description beside it."""
-    by_name = {task.name: task for task in read_tasks(suite)}
-    source = TaskSource(TaskDataConfig(), [by_name[name] for name in tasks], base.chat)
-    batch = pack([episode_of(source, by_name[name], 0) for name in tasks], base.pad_id)
-    with torch.no_grad():
-        return score_answers(base.model, hypernet(WordCounts()(descriptions)), batch).loss.item()
 
 
 def test_a_task_is_learned_from_its_own_description_and_gibberish_stays_calm(base, word_encoder, tmp_path):

@@ -27,7 +27,7 @@ from loracast.training.loop import TrainConfig
 from loracast.training.sources import DataConfig, EpisodeSource
 from loracast.training.teacher import Distillation, Teacher
 from questions import ROWS, write_documents, write_unrelated
-from test_training import TINY
+from tiny import DOC_TO_LORA
 
 
 def test_divergence_is_kullback_leibler_where_all_tokens_are_kept():
@@ -194,7 +194,8 @@ def test_all_of_it_trains(base, tmp_path):
         documents=(write_documents(tmp_path / "qa.jsonl"),), unrelated=(write_unrelated(tmp_path / "u.jsonl"),),
     )  # fmt: skip
     recipe = Recipe(
-        static_kinds=("q_proj",), hypernetwork={**TINY, "static_modules_rank": 3}, distillation_weight=0.5, l1_weight=0.1,
+        static_kinds=("q_proj",), hypernetwork={**DOC_TO_LORA, "static_modules_rank": 3},
+        distillation_weight=0.5, l1_weight=0.1,
         data=data, training=TrainConfig(steps=6, warmup_steps=1, lr=1e-2, bf16=False, log_every=1),
     )  # fmt: skip
     train_doc(base, recipe, tmp_path / "run")
@@ -210,4 +211,4 @@ def test_a_teacher_without_a_weight_is_refused(base, tmp_path):
     from loracast.lora.algebra import LoRA
 
     with pytest.raises(ConfigError, match="distillation_weight"):
-        train_doc(base, Recipe(hypernetwork=TINY), tmp_path / "run", teacher=LoRA())
+        train_doc(base, Recipe(hypernetwork=DOC_TO_LORA), tmp_path / "run", teacher=LoRA())

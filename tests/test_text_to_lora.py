@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +29,7 @@ from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.inject import inject
 from loracast.lora.target import target_from_config
 from published import TEXT_TO_LORA, read_checkpoint, text_to_lora
+from tiny import make_sentence_encoder
 
 MODEL = make_model()
 MADE_FOR = Fingerprint("tiny", "c" * 16, "n" * 16, "m" * 16)
@@ -216,34 +216,6 @@ def test_factors_are_bit_identical_in_other_processes_under_any_hash_seed(tmp_pa
 
 
 # ------------------------------------------------------------------------------------------------- text encoders
-
-
-def make_sentence_encoder(folder: Path, pooling: str = "mean_tokens", max_tokens: int = 200) -> Path:
-    """A tiny random BERT in the layout of sentence-transformers."""
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(2)
-    config = BertConfig(
-        vocab_size=600, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, pad_token_id=0
-    )
-    BertModel(config).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_tokens}))
-    return folder
-
-
-def make_task_hypernet(base, encoder: Path, seed: int, scale: float) -> TextToLoRA:
-    """A random hypernetwork for a base that reads with a tiny sentence encoder; its B scalers away from zero so that it does something."""
-    torch.manual_seed(seed)
-    target = target_from_config(base.model.config, ("q_proj", "v_proj"))
-    hypernet = TextToLoRA(
-        TextToLoRAConfig(32, target.rows, encoder=str(encoder), rank=2, width=16, head_width=16, scale=scale)
-    )
-    for head in hypernet.heads.values():
-        head.scaler_b.data.normal_()
-    return hypernet
 
 
 @pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token", "lasttoken"])

@@ -28,6 +28,7 @@ from loracast.training import checkpoint
 from loracast.training.doc import Recipe, train_doc
 from loracast.training.loop import TrainConfig, make_optimizers, train
 from loracast.training.sources import DataConfig
+from tiny import DOC_TO_LORA
 
 
 class Killed(BaseException):
@@ -109,17 +110,12 @@ def test_resumed_training_equals_uninterrupted_training(options, tmp_path):
     assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
 
 
-TINY = {
-    "reader_layers": (2,), "rank": 2, "width": 16, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8, "n_decoder_blocks": 1,
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("memory_layers", [(), (1, 3)])
 def test_resumed_doc_to_lora_equals_uninterrupted(optimizer, memory_layers, base, tmp_path):
     """The whole chain on the tiny base: data, encoder, hypernetwork, injection, optimizer."""
     recipe = Recipe(
-        hypernetwork={**TINY, "d_values": 48} if memory_layers else TINY,
+        hypernetwork={**DOC_TO_LORA, "d_values": 48} if memory_layers else DOC_TO_LORA,
         memory_layers=memory_layers,
         calibration_questions=40,
         data=DataConfig(needle_share=0.0, questions_per_step=4, max_facts=2, max_chunk_tokens=128),
@@ -146,7 +142,7 @@ def test_resumed_doc_to_lora_equals_uninterrupted(optimizer, memory_layers, base
 
 def test_a_trained_encoder_lora_comes_back_with_the_hypernetwork(base, tmp_path):
     recipe = Recipe(
-        hypernetwork=TINY,
+        hypernetwork=DOC_TO_LORA,
         encoder_kinds=("q_proj",),
         data=DataConfig(questions_per_step=4, max_facts=2, max_chunk_tokens=128),
         training=TrainConfig(steps=4, log_every=1, warmup_steps=1, lr=1e-2, bf16=False),
@@ -165,7 +161,9 @@ def test_a_memory_is_added_to_a_checkpoint_that_has_none(base, tmp_path):
     """And changes nothing before it is trained."""
     data = DataConfig(questions_per_step=4, max_facts=4, max_chunk_tokens=128)
     settings = TrainConfig(steps=1, warmup_steps=1, lr=1e-12, bf16=False)
-    first = Recipe(hypernetwork={**TINY, "d_values": 48}, data=data, training=dataclasses.replace(settings, lr=1e-2))
+    first = Recipe(
+        hypernetwork={**DOC_TO_LORA, "d_values": 48}, data=data, training=dataclasses.replace(settings, lr=1e-2)
+    )
     train_doc(base, first, tmp_path / "first")
     second = Recipe(memory_layers=(3,), calibration_questions=40, data=data, training=settings)
     train_doc(base, second, tmp_path / "grown", init_from=tmp_path / "first")
@@ -190,7 +188,7 @@ def test_a_memory_can_grow_by_further_layers(base, tmp_path):
     data = DataConfig(questions_per_step=4, max_facts=4, max_chunk_tokens=128)
     settings = TrainConfig(steps=3, warmup_steps=1, lr=1e-2, bf16=False)
     first = Recipe(
-        hypernetwork={**TINY, "d_values": 48},
+        hypernetwork={**DOC_TO_LORA, "d_values": 48},
         memory_layers=(3,),
         calibration_questions=40,
         data=data,
