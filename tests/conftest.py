@@ -19,8 +19,8 @@ from tiny import (  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-DATA = Path(os.environ.get("LORACAST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-"""The data sets; a test that needs them skips where the folder is absent."""
+DATA = Path(__file__).parent / "files" / "data"
+"""Excerpts of real task sets."""
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,11 @@
-"""Reads the checkpoints that SakanaAI/doc-to-lora and SakanaAI/text-to-lora publish, into this project's own hypernetworks.
+"""Reads checkpoints in the formats of SakanaAI/doc-to-lora and SakanaAI/text-to-lora into this project's hypernetworks.
 
-They are pickles. Nothing of a pickle is executed here: tensors are rebuilt from their raw bytes, the few classes that occur become empty
-stand-ins, and any other name is refused.
+They are pickles. Nothing of a pickle is executed here: tensors are rebuilt from their raw bytes, the few classes that
+occur become empty stand-ins, and any other name is refused.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -20,9 +19,9 @@ from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.target import KINDS, target_from_config
 
-FIXTURES = Path(os.environ.get("LORACAST_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
-DOC_TO_LORA = FIXTURES / "published" / "doc-to-lora"
-TEXT_TO_LORA = FIXTURES / "published" / "text-to-lora"
+PUBLISHED = Path(__file__).parent / "files" / "published"
+DOC_TO_LORA = PUBLISHED / "doc-to-lora"
+TEXT_TO_LORA = PUBLISHED / "text-to-lora"
 
 _DTYPES = {
     "FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16,
@@ -154,8 +153,8 @@ def doc_to_lora(checkpoint: dict[str, Any], base_config: Any, reader_layers: tup
 
 _TEXT_PARTS = {
     "task.0": "task_encoder.mlp.0", "task.1": "task_encoder.mlp.1", "layer.1": "layer_depth_encoder.1",
-    "kind.1": "layer_type_encoder.1", "mixer.0": "mixer.1", "mixer.3": "mixer.4", "last.0": "mlp3.0", "last.1.0": "mlp3.1",
-    "last.1.3": "mlp3.4",
+    "kind.1": "layer_type_encoder.1", "mixer.0": "mixer.1", "mixer.3": "mixer.4",
+    "last.0": "mlp3.0", "last.1.0": "mlp3.1", "last.1.3": "mlp3.4",
 }  # fmt: skip
 for _block, _theirs in ((0, "mlp1"), (1, "mlp2")):
     _TEXT_PARTS |= {
@@ -165,7 +164,7 @@ for _block, _theirs in ((0, "mlp1"), (1, "mlp2")):
 
 
 def text_to_lora(checkpoint: dict[str, Any], variant: str, module_order: tuple[str, ...]) -> TextToLoRA:
-    """A published text-to-LoRA checkpoint (L or M) on a base of Llama's shape, as it writes its factors: the scale not yet folded in.
+    """A published text-to-LoRA checkpoint (L or M) for a base of Llama's shape, without the scale, as it writes factors.
 
     Args:
         module_order: the module kinds in the order of the checkpoint's type embeddings.

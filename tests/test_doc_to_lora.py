@@ -455,10 +455,6 @@ def test_an_unknown_storage_is_refused(tmp_path):
 
 # ---- the published architecture
 
-published = pytest.mark.skipif(
-    not DOC_TO_LORA.is_dir(), reason="the published fixtures are not here (LORACAST_FIXTURES)"
-)
-
 
 def published_hypernet(name: str) -> tuple[DocToLoRA, dict, dict]:
     from transformers import AutoConfig
@@ -471,7 +467,6 @@ def published_hypernet(name: str) -> tuple[DocToLoRA, dict, dict]:
     return hypernet, load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
 
 
-@published
 @pytest.mark.parametrize("name", ["one-layer-reader", "per-layer-reader"])
 def test_published_checkpoints_are_reproduced(name):
     hypernet, inputs, expected = published_hypernet(name)
@@ -489,7 +484,6 @@ def test_published_checkpoints_are_reproduced(name):
         torch.testing.assert_close(b_rows, expected["combined.down_proj.B"][0, layer], atol=1e-5, rtol=1e-5)
 
 
-@published
 def test_a_published_checkpoint_survives_our_own_file(tmp_path):
     hypernet, inputs, expected = published_hypernet("one-layer-reader")
     save_pretrained(hypernet, tmp_path, MADE_FOR, storage="float32")

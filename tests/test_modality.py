@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import DATA, make_hypernet
+from conftest import make_hypernet
 from loracast.base.generate import Sampling, answer_batch
 from loracast.base.load import DEFAULT_BASE, base_folder, load_base
 from loracast.cast.image import FeatureCaster, load_image_caster
@@ -418,6 +419,7 @@ def test_each_hypernetwork_keeps_to_its_sense(base, tiny_folder, tiny_hypernet_f
         model.learn(tmp_path / "a.png")
 
 
+_IMAGES = Path(os.environ.get("LORACAST_DATA", "")) / "images_dev.zip"
 _ENCODER = image_encoders.encoders_dir() / (
     f"{image_encoders.DEFAULT_IMAGE_ENCODER}-"
     f"{image_encoders.EMBEDDED_IMAGE_ENCODERS[image_encoders.DEFAULT_IMAGE_ENCODER].digest}"
@@ -427,10 +429,10 @@ _ENCODER = image_encoders.encoders_dir() / (
 @pytest.mark.base
 @pytest.mark.skipif(not (base_folder(DEFAULT_BASE) / "tokenizer.json").is_file(), reason="needs `loracast pull`")
 @pytest.mark.skipif(not _ENCODER.is_dir(), reason="needs `loracast pull efficientnet-lite0`")
-@pytest.mark.skipif(not (DATA / "images_dev.zip").is_file(), reason=f"no images in {DATA}")
+@pytest.mark.skipif(not _IMAGES.is_file(), reason="set LORACAST_DATA to a folder with images_dev.zip (Tiny ImageNet)")
 def test_the_shipped_hypernetwork_sees(tmp_path):
     """Three images of each class that it knows, none from its training: the base must name most of them."""
-    images = read_images(DATA / "images_dev.zip")
+    images = read_images(_IMAGES)
     base = load_base()
     where = shipped_hypernetwork(DEFAULT_BASE, "image")
     hypernet, made_for = from_pretrained(where, DocToLoRA)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import re
 
-import pytest
-
 from conftest import DATA
 from loracast.data.string_tasks import CONDITIONS, RULES
 from loracast.data.task_augmentation import FORMS, STYLES, _content, names_for, vary, words_of
@@ -222,7 +220,6 @@ def test_a_share_of_the_draws_is_varied_and_all_else_is_drawn_the_same(base):
     assert varied.episodes(varied.draw(3)) == varied.episodes(varied.draw(3))
 
 
-@pytest.mark.skipif(not (DATA / "tasks.jsonl.gz").exists(), reason=f"{DATA} has no tasks")
 def test_real_tasks_vary_and_no_synonym_is_a_label_of_a_held_out_task():
     tasks = read_tasks(DATA / "tasks.jsonl.gz")
     training = [task for task in tasks if not task.is_heldout]

@@ -174,7 +174,6 @@ def test_the_file_gives_the_same_loras(variant, tmp_path):
         from_pretrained(tmp_path, DocToLoRA)
 
 
-@pytest.mark.skipif(not TEXT_TO_LORA.is_dir(), reason="needs the published checkpoints (LORACAST_FIXTURES)")
 @pytest.mark.parametrize("name", ["variant-l", "variant-m"])
 def test_published_checkpoints_are_reproduced(name):
     folder = TEXT_TO_LORA / name
