@@ -10,6 +10,7 @@ import pytest
 from tiny import (  # noqa: F401
     CHAT_TEMPLATE,
     PROSE,
+    for_base,
     make_hypernet,
     make_model,
     make_sentence_encoder,
@@ -46,7 +47,7 @@ def tiny_hypernet_folder(base, tmp_path_factory) -> Path:
     from loracast.hypernets.store import save_pretrained
 
     folder = tmp_path_factory.mktemp("tiny-hypernet")
-    save_pretrained(make_hypernet(base), folder, base.fingerprint, storage="float32")
+    save_pretrained(make_hypernet(base), folder, storage="float32")
     return folder
 
 
@@ -80,7 +81,7 @@ def hypernetwork(base, tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("hypernetwork")
     encoder = make_sentence_encoder(folder / "encoder")
-    save_pretrained(make_task_hypernet(base, encoder, 6, 40.0), folder / "h", base.fingerprint, storage="float32")
+    save_pretrained(make_task_hypernet(base, encoder, 6, 40.0), folder / "h", storage="float32")
     return folder / "h"
 
 

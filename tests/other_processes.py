@@ -11,9 +11,10 @@ from pathlib import Path
 _IN_ANOTHER_PROCESS = """
 import hashlib, sys
 from loracast.base.load import load_base
-from loracast.cast.task import load_caster
+from loracast.cast.load import load_caster
+from loracast.cast.task import TaskCaster
 base = load_base(sys.argv[1], device="cpu", dtype="float32")
-loras = load_caster(sys.argv[2], base=base).loras(sys.argv[3:])
+loras = TaskCaster(load_caster(sys.argv[2], "task", base)).loras(sys.argv[3:])
 digest = hashlib.sha256()
 for lora in loras:
     for name, factors in lora.factors.items():

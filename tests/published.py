@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+from loracast.hypernets.published import PublishedDocToLoRA, PublishedDocToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.target import KINDS, target_from_config
 
@@ -83,8 +83,8 @@ _BLOCK = {
 }  # fmt: skip
 
 
-def doc_to_lora(checkpoint: dict[str, Any], base_config: Any, reader_layers: tuple[int, ...]) -> DocToLoRA:
-    """A published checkpoint as a DocToLoRA.
+def doc_to_lora(checkpoint: dict[str, Any], base_config: Any, reader_layers: tuple[int, ...]) -> PublishedDocToLoRA:
+    """A published checkpoint as a PublishedDocToLoRA.
 
     The published scale multiplies the document-independent LoRA too; here it is folded into that LoRA's B.
     """
@@ -95,7 +95,7 @@ def doc_to_lora(checkpoint: dict[str, Any], base_config: Any, reader_layers: tup
     n_heads_dim, width = checkpoint[f"{perceiver}.decoder.layers.0.self_attn.q_proj.weight"].shape
     kv_dim = checkpoint[f"{perceiver}.decoder.layers.0.self_attn.k_proj.weight"].shape[0]
     head_dim = 128
-    config = DocToLoRAConfig.for_target(
+    config = PublishedDocToLoRAConfig.for_target(
         target_from_config(base_config, kinds, c.layer_indices.tolist()),
         aggregator.feature_size,
         reader_layers=reader_layers,
@@ -107,19 +107,12 @@ def doc_to_lora(checkpoint: dict[str, Any], base_config: Any, reader_layers: tup
         n_encoder_blocks=aggregator.num_blocks,
         n_latents=aggregator.n_latent_queries,
         n_decoder_blocks=1,
-        gated_projection=True,
-        factorised_queries=False,
         n_latent_mlps=c.num_pre_head_layers,
         static_rank=lora.r if c.use_bias else 0,
         scale=lora.lora_alpha,
     )
-    hypernet = DocToLoRA(config)
+    hypernet = PublishedDocToLoRA(config)
     state = {name: hypernet.state_dict()[name] for name in ("feature_mean", "feature_std")}  # neutral from the start
-    state |= {
-        f"heads.{kind}.{name}": getattr(hypernet.heads[kind], name)
-        for kind in kinds
-        for name in ("in_scale", "out_scale")
-    }
     for side in ("gate", "up", "down"):
         state[f"project.{side}.weight"] = checkpoint[f"{perceiver}.modality_projection.{side}_proj.weight"]
     for part, latents, n_blocks in (

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from adapters import RANKS, TARGET, Expanded, random_factors, some_chunks, some_manifest, write
 from conftest import PROSE, make_hypernet, make_model
 from loracast.base.fingerprint import Fingerprint, check, config_fingerprint, fingerprint
-from loracast.cast.document import expand_chunks, split_document
+from loracast.cast.document import cast_chunks, split_document
 from loracast.errors import AdapterError, BaseModelError
 from loracast.library.adapter import Adapter
 from loracast.library.library import adapter_names, open_adapter, remove_adapter
@@ -59,13 +59,13 @@ def test_learned_factors_are_the_hypernetworks_own(model, tmp_path):
     n = adapter.manifest.n_chunks
     assert n >= 3 and steps[0] == (0, n) and steps[-1] == (n, n)
     prompts = [f"{c.heading}\n{c.text}" if c.heading else c.text for c in read_chunks(adapter.index)]
-    expected = list(expand_chunks(model.base, model.hypernet, model.encoder, prompts))
+    expected = list(cast_chunks(model.documents, model.base, prompts))
     stored = load_file(adapter.folder / "factors.safetensors")
     for i, side in enumerate("ab"):
         rows = torch.cat([batch["down_proj"][i] for batch in expected])
         assert torch.equal(stored[f"down_proj.{side}"], rows.bfloat16())
     lora = adapter.lora([1])
-    for layer, module in enumerate(model.hypernet.config.target.modules):
+    for layer, module in enumerate(model.documents.hypernetwork.config.target.modules):
         assert torch.equal(lora.factors[module.name].a, stored["down_proj.a"][1, layer])
         assert torch.equal(lora.factors[module.name].b, stored["down_proj.b"][1, layer].T)
     assert all(lora.norms().values())
@@ -78,7 +78,6 @@ def test_learned_factors_are_those_of_a_plain_forward(static_kinds, storage, bas
     from loracast.cast.document import learn_document
     from loracast.documents import read_document
     from loracast.encoders.features import Features
-    from loracast.encoders.hidden_states import ContextEncoder
 
     modules = target_from_config(base.model.config, static_kinds, (1, 2)).rows if static_kinds else ()
     hypernet = make_hypernet(
@@ -88,9 +87,9 @@ def test_learned_factors_are_those_of_a_plain_forward(static_kinds, storage, bas
         torch.nn.init.normal_(hypernet.static_of(kind).b)
     path = tmp_path / "text.txt"
     path.write_text(PROSE * 4)
-    document, encoder = read_document(path), ContextEncoder(base.model, (2,))
+    document = read_document(path)
     adapter = learn_document(
-        base, hypernet, "h", encoder, document, tmp_path / "library", "text", max_chunk_tokens=50, storage=storage
+        hypernet.bind(base), base, document, tmp_path / "library", "text", max_chunk_tokens=50, storage=storage
     )
     adapter = Adapter(adapter.folder)
     assert not adapter.faults()

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import make_model, make_tokenizer
+from conftest import for_base, make_model, make_tokenizer
 from loracast.base.load import Base
-from loracast.cast.task import load_caster
+from loracast.cast.load import load_caster
+from loracast.cast.task import TaskCaster
 from loracast.data.tasks import read_tasks, with_description
-from loracast.encoders.attention_delta import AttentionDeltaEncoder
+from loracast.encoders.attention_delta import POSITIONS
 from loracast.errors import ConfigError, EncoderError
-from loracast.hypernets.attention_delta import PLACES, AttentionDeltaToLoRA
+from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.lora.inject import inject
 from loracast.lora.peft_format import read_peft
@@ -70,7 +71,7 @@ def contributions(base: Base, hypernet: AttentionDeltaToLoRA, description: str) 
         "input": range(first + n_described, len(prompt) - n_after),
         "turn": range(len(prompt) - n_after, len(prompt) - 1),
     }
-    return torch.stack([torch.stack([x[list(at[place])].mean(0) for x in written]) for place in PLACES])
+    return torch.stack([torch.stack([x[list(at[place])].mean(0) for x in written]) for place in POSITIONS])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,28 +79,17 @@ def test_what_is_read_is_what_attention_writes_less_without_the_description(fami
     base = Base(family, make_model(family), make_tokenizer())
     hypernet = make_attention_delta(base)
     n_blocks = len(base.model.get_decoder().layers)
-    read = AttentionDeltaEncoder(base, hypernet)(DESCRIPTIONS)
+    read = hypernet.text_encoder(base)(DESCRIPTIONS)
     for i, text in enumerate(DESCRIPTIONS):
         expected = contributions(base, hypernet, text)
-        assert expected.shape == (len(PLACES), n_blocks, 48) and expected.abs().amin(dim=(0, 1)).max() > 0
-        torch.testing.assert_close(read[i].view(len(PLACES), n_blocks, 48), expected, atol=1e-5, rtol=1e-3)
-
-
-def test_the_base_can_read_with_less_than_was_trained(base):
-    half, whole = make_attention_delta(base, reading_strength=0.5), make_attention_delta(base)
-    for part in whole.encoder_lora.values():
-        part.b.data.mul_(0.5)
-    read = AttentionDeltaEncoder(base, half)(DESCRIPTIONS)
-    assert torch.equal(read, AttentionDeltaEncoder(base, whole)(DESCRIPTIONS))
-    assert not torch.allclose(read, AttentionDeltaEncoder(base, make_attention_delta(base))(DESCRIPTIONS), atol=1e-3)
-    with pytest.raises(ConfigError, match="reading_strength must be above 0"):
-        make_attention_delta(base, reading_strength=0.0)
+        assert expected.shape == (len(POSITIONS), n_blocks, 48) and expected.abs().amin(dim=(0, 1)).max() > 0
+        torch.testing.assert_close(read[i].view(len(POSITIONS), n_blocks, 48), expected, atol=1e-5, rtol=1e-3)
 
 
 def test_blocks_that_are_no_target_hand_theirs_on(base):
     some = make_attention_delta(base, layers=(1, 3))
     assert len(base.model.get_decoder().layers) == 4
-    (read,) = AttentionDeltaEncoder(base, some)(DESCRIPTIONS[:1]).view(1, len(PLACES), 2, 48)
+    (read,) = some.text_encoder(base)(DESCRIPTIONS[:1]).view(1, len(POSITIONS), 2, 48)
     expected = contributions(base, some, DESCRIPTIONS[0])
     torch.testing.assert_close(read[:, 0], expected[:, 0] + expected[:, 1], atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(read[:, 1], expected[:, 2] + expected[:, 3], atol=1e-5, rtol=1e-3)
@@ -107,7 +97,7 @@ def test_blocks_that_are_no_target_hand_theirs_on(base):
 
 def test_no_deeper_than_asked_for(base):
     shallow = make_attention_delta(base, depth=2)
-    (read,) = AttentionDeltaEncoder(base, shallow)(DESCRIPTIONS[:1]).view(1, len(PLACES), 2, 48)
+    (read,) = shallow.text_encoder(base)(DESCRIPTIONS[:1]).view(1, len(POSITIONS), 2, 48)
     torch.testing.assert_close(read, contributions(base, shallow, DESCRIPTIONS[0])[:, :2], atol=1e-5, rtol=1e-3)
     ranks = {name: factors.a.shape[1] for name, factors in shallow(read.flatten()[None]).factors.items()}
     assert [ranks[m.name] for m in shallow.config.target.of_kind("o_proj")] == [8, 8, 3, 3]
@@ -119,27 +109,27 @@ def test_reading_leaves_the_base_as_it_was(base):
     usual = base.model.config._attn_implementation
     ids = torch.randint(3, 600, (2, 5), generator=torch.Generator().manual_seed(5))
     before = base.model(input_ids=ids).logits
-    AttentionDeltaEncoder(base, make_attention_delta(base))(DESCRIPTIONS)
+    make_attention_delta(base).text_encoder(base)(DESCRIPTIONS)
     assert base.model.config._attn_implementation == usual
     assert torch.equal(base.model(input_ids=ids).logits, before)
 
 
 def test_at_the_start_contributions_are_written_as_they_were_read(base):
     hypernet = make_attention_delta(base, fresh=True)
-    read = AttentionDeltaEncoder(base, hypernet)(DESCRIPTIONS)
+    read = hypernet.text_encoder(base)(DESCRIPTIONS)
     batch, gate = hypernet(read), hypernet.gate_logit(read).sigmoid()
     assert batch.n == 3 and tuple(batch.factors) == hypernet.config.target.names
-    by_place = read.view(3, len(PLACES), -1, 48)
+    by_place = read.view(3, len(POSITIONS), -1, 48)
     for n, name in enumerate(m.name for m in hypernet.config.target.of_kind("o_proj")):
         a, b = batch.factors[name]
         assert torch.equal(a[1, :5], hypernet.where[n]) and a.shape[1] == hypernet.config.lora_rank == 8
-        torch.testing.assert_close(b[:, :, : len(PLACES)], by_place[:, :, n].transpose(1, 2) * gate[:, None, None])
-        assert not b[:, :, len(PLACES) :].any()
+        torch.testing.assert_close(b[:, :, : len(POSITIONS)], by_place[:, :, n].transpose(1, 2) * gate[:, None, None])
+        assert not b[:, :, len(POSITIONS) :].any()
 
 
 def test_a_description_is_read_the_same_in_any_company(base):
     hypernet = make_attention_delta(base)
-    reader = AttentionDeltaEncoder(base, hypernet)
+    reader = hypernet.text_encoder(base)
     together = hypernet(reader(DESCRIPTIONS))
     for i, text in enumerate(DESCRIPTIONS):
         for name, factors in hypernet(reader([text])).factors.items():
@@ -148,15 +138,15 @@ def test_a_description_is_read_the_same_in_any_company(base):
 
 def test_what_all_texts_begin_with_is_read_anew_in_training_and_once_after_it(base):
     hypernet = make_attention_delta(base)
-    reader = AttentionDeltaEncoder(base, hypernet)
+    reader = hypernet.text_encoder(base)
     first = reader(DESCRIPTIONS)
     hypernet.train()
     for part in hypernet.encoder_lora.values():
         part.b.data.mul_(1.5)
     other = reader(DESCRIPTIONS)
-    torch.testing.assert_close(other, AttentionDeltaEncoder(base, hypernet)(DESCRIPTIONS))
+    torch.testing.assert_close(other, hypernet.text_encoder(base)(DESCRIPTIONS))
     assert not torch.allclose(first, other, atol=1e-3)
-    torch.testing.assert_close(AttentionDeltaEncoder(base, hypernet.eval())(DESCRIPTIONS), other)
+    torch.testing.assert_close(hypernet.eval().text_encoder(base)(DESCRIPTIONS), other)
     n_read: list[int] = []
     handle = base.model.get_input_embeddings().register_forward_hook(lambda m, inputs, out: n_read.append(out.shape[1]))
     torch.testing.assert_close(reader(DESCRIPTIONS), other)
@@ -169,16 +159,16 @@ def test_what_all_texts_begin_with_is_read_anew_in_training_and_once_after_it(ba
 def test_a_description_that_is_the_probe_itself_is_read(base):
     hypernet = make_attention_delta(base)
     probe = hypernet.config.dummy_input
-    (read,) = AttentionDeltaEncoder(base, hypernet)([probe])
+    (read,) = hypernet.text_encoder(base)([probe])
     assert read.isfinite().all()
     assert read.abs().max() > 0
     with pytest.raises(EncoderError, match="512 are read"):
-        AttentionDeltaEncoder(base, hypernet)(["The lamp on the desk. " * 200])
+        hypernet.text_encoder(base)(["The lamp on the desk. " * 200])
 
 
 def test_the_gate_shuts_all_of_it(base):
     hypernet = make_attention_delta(base)
-    read = AttentionDeltaEncoder(base, hypernet)(DESCRIPTIONS)
+    read = hypernet.text_encoder(base)(DESCRIPTIONS)
     hypernet.gate[-1].weight.data.zero_()
     hypernet.gate[-1].bias.data.fill_(-200.0)
     assert not hypernet(read).squared_norms().any()
@@ -188,31 +178,9 @@ def test_the_gate_shuts_all_of_it(base):
     torch.testing.assert_close(4 * half, hypernet(read).squared_norms(), atol=1e-4, rtol=1e-4)
 
 
-def test_directions_that_all_share_are_weighted_by_the_description(base):
-    plain = make_attention_delta(base)
-    weighted = make_attention_delta(base, weighting_width=6, weighting_dropout=1.0)
-    weighted.load_state_dict(plain.state_dict(), strict=False)
-    read = AttentionDeltaEncoder(base, weighted)(DESCRIPTIONS)
-    before, at_start = plain(read), weighted(read)
-    for name, factors in before.factors.items():
-        torch.testing.assert_close(factors.b, at_start.factors[name].b)  # all alike at first
-    weighted.weighting[-1].weight.data.normal_(std=0.5)
-    after, n_shared = weighted(read), weighted.config.shared_rank
-    for name, factors in before.factors.items():
-        quotient = after.factors[name].b[:, :, -n_shared:] / factors.b[:, :, -n_shared:]  # [n, out, shared_rank]
-        torch.testing.assert_close(quotient, quotient[:, :1].expand_as(quotient), atol=1e-3, rtol=1e-3)
-        assert (quotient[0, 0] - quotient[1, 0]).abs().min() > 1e-3
-        assert torch.equal(after.factors[name].b[:, :, :-n_shared], factors.b[:, :, :-n_shared])
-    weighted.train()
-    for name, factors in weighted(read).factors.items():
-        torch.testing.assert_close(factors.b, before.factors[name].b)  # dropped
-    with pytest.raises(ConfigError, match="weighting_dropout is a share"):
-        make_attention_delta(base, weighting_width=6, weighting_dropout=1.5)
-
-
 def test_it_knows_what_is_far_and_what_describes_nothing(base):
     hypernet = make_attention_delta(base)
-    reader = AttentionDeltaEncoder(base, hypernet)
+    reader = hypernet.text_encoder(base)
     same, other = hypernet.distances(reader([DESCRIPTIONS[0], "zq vv kk"]))
     assert same < 1e-5 < other and hypernet.ood_threshold() > 0
     for conditions in (hypernet.constant(), hypernet.meaningless(3, torch.Generator().manual_seed(0))):
@@ -222,18 +190,19 @@ def test_it_knows_what_is_far_and_what_describes_nothing(base):
 
 def test_kept_and_read_again(base, tmp_path):
     hypernet = make_attention_delta(base)
-    save_pretrained(hypernet, tmp_path, base.fingerprint, storage="float32")
-    again, made_for = from_pretrained(tmp_path, AttentionDeltaToLoRA)
+    save_pretrained(for_base(hypernet, base.fingerprint), tmp_path, storage="float32")
+    again = from_pretrained(tmp_path, AttentionDeltaToLoRA)
+    made_for = again.made_for
     assert made_for == base.fingerprint and again.config == hypernet.config
-    one, other = (h(AttentionDeltaEncoder(base, h)(DESCRIPTIONS)) for h in (hypernet, again))
+    one, other = (h(h.text_encoder(base)(DESCRIPTIONS)) for h in (hypernet, again))
     for name in one.factors:
         assert torch.equal(one.factors[name].b, other.factors[name].b)
 
 
 def test_a_user_casts_a_description(base, tmp_path):
     hypernet = make_attention_delta(base)
-    save_pretrained(hypernet, tmp_path / "hypernetwork", base.fingerprint, storage="float32")
-    caster = load_caster(tmp_path / "hypernetwork", base=lambda: base, library=tmp_path / "library")
+    save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="float32")
+    caster = TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), tmp_path / "library")
     adapter = caster.task(DESCRIPTIONS[0], "opposite")
     assert adapter.manifest.ranks == {"q_proj": 3, "o_proj": 8, "down_proj": 3}
     (lora,) = caster.loras([DESCRIPTIONS[0]])
@@ -243,7 +212,7 @@ def test_a_user_casts_a_description(base, tmp_path):
             adapter.lora().delta(name).float(), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item()
         )
     with pytest.raises(EncoderError, match="give the base, and no other text encoder"):
-        load_caster(tmp_path / "hypernetwork")
+        load_caster(tmp_path / "hypernetwork", "task")
 
 
 def test_configs_that_cannot_be(base):
@@ -278,8 +247,8 @@ def test_its_rows_fire_where_they_shall(base, tmp_path):
     with torch.no_grad(), inject(base.model, hypernet.encoder_lora_batch()):
         base.model(input_ids=torch.tensor([[*prompt, *answer]]))
     handle.remove()
-    fires = hypernet.where[-1, : len(PLACES)] @ seen[0].T
-    start, later = fires[PLACES.index("start")], fires[PLACES.index("answer")]
+    fires = hypernet.where[-1, : len(POSITIONS)] @ seen[0].T
+    start, later = fires[POSITIONS.index("start")], fires[POSITIONS.index("answer")]
     assert start.argmax() == len(prompt) - 1 and start.max() > 0.5
     assert later[len(prompt) :].mean() > later[: len(prompt)].mean() + 0.3
 
@@ -288,16 +257,16 @@ def test_it_learns_tasks_and_shuts_for_gibberish(base, tmp_path):
     rows: list[dict[str, float]] = []
     tasks = read_tasks(write_suite(tmp_path))
     train_text(base, recipe(null_condition_weight=0.3), tasks, tmp_path / "run", on_metrics=rows.append)
-    hypernet, _ = from_pretrained(tmp_path / "run", AttentionDeltaToLoRA)
+    hypernet = from_pretrained(tmp_path / "run", AttentionDeltaToLoRA)
     assert rows[-1]["answer_loss"] < 0.7 * rows[0]["answer_loss"] and hypernet.config.n_seen == 4
-    reader = AttentionDeltaEncoder(base, hypernet)
+    reader = hypernet.text_encoder(base)
     seen, nonsense = (
         hypernet(reader(texts)).squared_norms().mean() for texts in (["train words for shout"], ["qv xzz kp wvuq"])
     )
     assert nonsense < 0.5 * seen
     again = dataclasses.replace(recipe(), hypernetwork={}, training=TrainConfig(steps=1, warmup_steps=1, bf16=False))
     train_text(base, again, tasks, tmp_path / "next", init_from=tmp_path / "run")
-    assert from_pretrained(tmp_path / "next", AttentionDeltaToLoRA)[0].config == hypernet.config
+    assert from_pretrained(tmp_path / "next", AttentionDeltaToLoRA).config == hypernet.config
 
 
 @pytest.mark.parametrize("is_trained", [False, True])
@@ -311,33 +280,17 @@ def test_reading_and_what_all_share_start_from_a_multitask_lora(base, tmp_path, 
         recipe(reading_is_trained=is_trained), training=dataclasses.replace(training, lr=1e-3)
     )
     train_text(base, settings, tasks, tmp_path / "run", shared_from=tmp_path / "multitask")
-    hypernet, _ = from_pretrained(tmp_path / "run", AttentionDeltaToLoRA)
+    hypernet = from_pretrained(tmp_path / "run", AttentionDeltaToLoRA)
     trained, read_with = read_peft(tmp_path / "multitask"), hypernet.encoder_lora_batch().row(0)
     unchanged = [
         torch.allclose(read_with.delta(name), trained.delta(name).float(), atol=1e-6, rtol=1e-4)
         for name in trained.names
     ]
     assert all(unchanged) is not is_trained
-    known = AttentionDeltaEncoder(base, hypernet)(
+    known = hypernet.text_encoder(base)(
         [text for task in tasks if not task.is_heldout for text in task.seen_descriptions()]
     )
     assert hypernet.distances(known).max() < 1e-4  # as it is read in the end
-
-
-def test_the_base_reads_with_less_after_training(base, tmp_path):
-    tasks = read_tasks(write_suite(tmp_path))
-    settings = dataclasses.replace(
-        recipe(reading_is_trained=True, reading_strength_after=0.5),
-        training=TrainConfig(steps=2, warmup_steps=1, lr=1e-3, bf16=False),
-    )
-    train_text(base, settings, tasks, tmp_path / "run")
-    hypernet, _ = from_pretrained(tmp_path / "run", AttentionDeltaToLoRA)
-    assert hypernet.config.reading_strength == 0.5
-    reader = AttentionDeltaEncoder(base, hypernet)
-    known = reader([text for task in tasks if not task.is_heldout for text in task.seen_descriptions()])
-    assert hypernet.distances(known).max() < 1e-4
-    with pytest.raises(ConfigError, match="reading_strength_after must be above 0"):
-        dataclasses.replace(settings, reading_strength_after=0.0)
 
 
 def test_options_of_the_other_variants_are_refused(base, tmp_path):
@@ -353,6 +306,6 @@ def test_options_of_the_other_variants_are_refused(base, tmp_path):
 
 def test_another_process_and_hash_seed_make_the_same_bits(base, tiny_folder, tmp_path):
     hypernet = make_attention_delta(base)
-    save_pretrained(hypernet, tmp_path / "hypernetwork", base.fingerprint, storage="bfloat16")
+    save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="bfloat16")
     digests = digests_in_other_processes(tiny_folder, tmp_path / "hypernetwork", DESCRIPTIONS)
     assert len(digests) == 1 and len(digests.pop()) == 64

@@ -9,9 +9,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from conftest import for_base
 from loracast.base.generate import Sampling, answer_batch
 from loracast.base.load import DEFAULT_BASE, base_folder, load_base
-from loracast.cast.task import TaskCaster, load_caster
+from loracast.cast.load import load_caster
+from loracast.cast.task import TaskCaster
 from loracast.cli import app
 from loracast.encoders.sentence import BaseTextEncoder
 from loracast.errors import AdapterError, HypernetworkError
@@ -36,13 +38,13 @@ def task_hypernetwork(base, tmp_path_factory):
     from loracast.encoders.sentence import load_text_encoder
 
     hypernet.remember_seen(load_text_encoder(str(encoder))(KNOWN))
-    save_pretrained(hypernet, folder / "hypernetwork", base.fingerprint, storage="float32")
+    save_pretrained(for_base(hypernet, base.fingerprint), folder / "hypernetwork", storage="float32")
     return folder / "hypernetwork"
 
 
 @pytest.fixture
 def caster(task_hypernetwork, tmp_path) -> TaskCaster:
-    return load_caster(task_hypernetwork, library=tmp_path / "library")
+    return TaskCaster(load_caster(task_hypernetwork, "task"), tmp_path / "library")
 
 
 def close(one: LoRA, other: LoRA) -> bool:
@@ -174,7 +176,7 @@ def test_the_command_reads_with_the_base_where_the_hypernetwork_does(base, tiny_
     torch.manual_seed(3)
     hypernet = TextToLoRA(TextToLoRAConfig(48, target.rows, encoder="base", rank=2, width=16, head_width=16))
     hypernet.heads["q_proj"].scaler_b.data.fill_(1.0)
-    save_pretrained(hypernet, tmp_path / "h", base.fingerprint, storage="float32")
+    save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "h", storage="float32")
     arguments = [
         "task",
         SENTENCE,
@@ -190,7 +192,7 @@ def test_the_command_reads_with_the_base_where_the_hypernetwork_does(base, tiny_
     with torch.no_grad():
         expected = hypernet.eval()(BaseTextEncoder(load_base(tiny_folder, device="cpu"))([SENTENCE])).row(0)
     assert close(expected, Answerer(base, tmp_path / "l").adapter("t").lora())
-    save_pretrained(hypernet, tmp_path / "h", dataclasses.replace(base.fingerprint, norms="0" * 16))
+    save_pretrained(for_base(hypernet, dataclasses.replace(base.fingerprint, norms="0" * 16)), tmp_path / "h")
     done = CliRunner().invoke(app, [*arguments, "--replace", "--base", str(tiny_folder)])
     assert done.exit_code == 1 and "the weights differ" in done.stderr.replace("\n", " ")
 
@@ -200,7 +202,7 @@ def test_the_command_reads_with_the_base_where_the_hypernetwork_does(base, tiny_
 def test_the_shipped_hypernetwork_casts_tasks():
     """Two tasks from one batch, each in its own row of a batch of inputs: the base answers in the labels that a description names."""
     base = load_base(device="cpu")
-    caster = load_caster(shipped_hypernetwork(base.name, "text"), base=lambda: base)
+    caster = TaskCaster(load_caster(shipped_hypernetwork(base.name, "task"), "task", lambda: base))
     asked = {
         "Classify the sentiment of a sentence as positive or negative": {
             "I loved every minute": "positive",

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import make_model
+from conftest import for_base, make_model
 from loracast.base.fingerprint import Fingerprint
 from loracast.encoders.features import Features
 from loracast.errors import ConfigError, HypernetworkError
-from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.published import PublishedDocToLoRA
 from loracast.hypernets.store import average, from_pretrained, save_pretrained, with_config
 from loracast.lora.algebra import LoRA, LoRABatch, concat
 from loracast.lora.inject import inject
@@ -32,22 +33,16 @@ FREE = torch.Generator().manual_seed(11)
 
 VARIANTS = {
     "default": {},
-    "deep": {"n_decoder_blocks": 2, "n_latent_mlps": 2, "gated_projection": True, "factorised_queries": False},
-    "latents attend": {"among_latents": True, "n_decoder_blocks": 2},
-    "encoder": {"n_encoder_blocks": 2, "n_latents": 5, "n_kv_heads": 1},
-    "each layer": {"reader_layers": (0, 1, 2, 3), "n_latent_mlps": 1},
-    "each layer, encoder": {"reader_layers": (0, 1, 2, 3), "n_encoder_blocks": 1, "n_latents": 3},
-    "shared head": {"head_shared_rank": 2, "whitened": True},
+    "published": {"published": True, "n_decoder_blocks": 2, "n_latent_mlps": 2},
+    "encoder": {"published": True, "n_encoder_blocks": 2, "n_latents": 5, "n_kv_heads": 1},
+    "each layer": {"published": True, "reader_layers": (0, 1, 2, 3), "n_latent_mlps": 1},
+    "each layer, encoder": {
+        "published": True, "reader_layers": (0, 1, 2, 3), "n_encoder_blocks": 1, "n_latents": 3,
+        "kinds": ("k_proj", "o_proj", "up_proj"), "head_shared_rank": 3, "static_rank": 1,
+    },
+    "shared head": {"head_shared_rank": 2},
     "kinds": {"kinds": ("q_proj", "v_proj", "down_proj"), "layers": (1, 3), "static_rank": 3},
     "values": {"d_values": 48},
-    "values, each layer": {
-        "d_values": 48, "kinds": ("q_proj", "o_proj", "down_proj"), "reader_layers": (0, 1, 2, 3), "n_encoder_blocks": 1,
-        "n_latents": 3,
-    },
-    "everything": {
-        "kinds": ("k_proj", "o_proj", "up_proj"), "reader_layers": (0, 1, 2, 3), "n_encoder_blocks": 1, "n_latents": 4,
-        "n_latent_mlps": 1, "head_shared_rank": 3, "static_rank": 1, "gated_projection": True,
-    },
 }  # fmt: skip
 MEMORY = tuple(
     (m.name, m.layer, m.kind, m.d_in, m.d_out) for m in target_from_config(MODEL.config, ("o_proj",), (1, 3)).modules
@@ -68,9 +63,9 @@ def make(variant: str = "default", *, fresh: bool = False, **options) -> DocToLo
     }  # fmt: skip
     target = target_from_config(MODEL.config, settings.pop("kinds", ("down_proj",)), settings.pop("layers", None))
     torch.manual_seed(0)
-    hypernet = DocToLoRA(
-        DocToLoRAConfig.for_target(target, MODEL.config.hidden_size + settings.get("d_values", 0), **settings)
-    )
+    architecture = PublishedDocToLoRA if settings.pop("published", False) else DocToLoRA
+    d_features = MODEL.config.hidden_size + settings.get("d_values", 0)
+    hypernet = architecture(architecture.config_class.for_target(target, d_features, **settings))
     if not fresh:
         for name, value in hypernet.named_parameters():
             if "scaler" in name or name.endswith(
@@ -82,7 +77,7 @@ def make(variant: str = "default", *, fresh: bool = False, **options) -> DocToLo
 
 def make_features(hypernet: DocToLoRA, n: int = 3, t: int = 6) -> Features:
     c = hypernet.config
-    each = (len(c.layers),) if c.reads_each_layer else ()
+    each = (len(c.layers),) if len(c.reader_layers) > 1 else ()
     states = torch.randn(n, *each, t, c.d_features, generator=FREE)
     if not c.memory_modules:
         return Features(states)
@@ -170,7 +165,7 @@ def test_merging_chunks_is_the_sum_of_their_loras(variant):
     hypernet = make(variant)
     features = make_features(hypernet, 6)
     merged = loras(hypernet, features, None, 3)
-    expanded, _ = hypernet.cast(features)
+    expanded, _ = hypernet.cast_and_write(features)
     target = hypernet.config.target
     for document in range(2):
         lora = row(merged, document)
@@ -210,7 +205,7 @@ def test_with_a_ridge_only_the_memorys_keys_of_several_chunks_change():
     free, apart = (make("memory", key_decorrelation=ridge) for ridge in (None, 3.0))
     torch.testing.assert_close(*(deltas(row(loras(net, features), 4)) for net in (free, apart)))
     one, other = (row(loras(net, features, None, 3), 1) for net in (free, apart))
-    a, b = free.cast(features)[0]["o_proj"]
+    a, b = free.cast(features).rows["o_proj"]
     keys = decorrelate_keys(*(side[3:].transpose(0, 1) for side in (a, b)), 3.0)  # [modules, chunks, r, in]
     for name in one.names:
         if "o_proj" in name:
@@ -279,8 +274,7 @@ def test_gradients_reach_every_parameter_once_the_scalers_have_moved():
     ("changes", "message"),
     [
         ({"modules": ()}, "no target"),
-        ({"reader_layers": (1, 2)}, "one for each of the 4"),
-        ({"n_encoder_blocks": 1}, "both be zero"),
+        ({"reader_layers": (1, 2)}, "name one layer"),
         ({"rank": 0, "n_kv_heads": 0}, "at least 1"),
         ({"n_heads": 3, "n_kv_heads": 2}, "multiple"),
         ({"modules": (("x.0.c_fc", 0, "c_fc", 4, 4),)}, "c_fc"),
@@ -302,6 +296,19 @@ def test_bad_configs_are_refused(changes, message):
         dataclasses.replace(make().config, **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reader_layers": (1, 2)}, "one for each of the 4"),
+        ({"n_encoder_blocks": 1}, "both be zero"),
+        ({"d_values": 48}, "copy no"),
+    ],
+)
+def test_bad_configs_of_published_checkpoints_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(make("published").config, **changes)
+
+
 # ---- the file
 
 
@@ -318,8 +325,9 @@ def largest_error(original: DocToLoRA, read: DocToLoRA) -> float:
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_round_trip_is_exact_to_the_type(variant, storage, tmp_path):
     hypernet = make(variant)
-    save_pretrained(hypernet, tmp_path, MADE_FOR, storage=storage, provenance={"seed": 3})
-    read, made_for = from_pretrained(tmp_path, DocToLoRA)
+    save_pretrained(for_base(hypernet, MADE_FOR), tmp_path, storage=storage, provenance={"seed": 3})
+    read = from_pretrained(tmp_path, DocToLoRA)
+    made_for = read.made_for
     assert made_for == MADE_FOR and read.config == hypernet.config and not read.training
     for name, value in hypernet.state_dict().items():
         assert torch.equal(read.state_dict()[name], value.to(getattr(torch, storage)).float()), name
@@ -331,13 +339,13 @@ def test_round_trip_is_exact_to_the_type(variant, storage, tmp_path):
 
 def test_int8_is_close_and_small(tmp_path):
     hypernet = make(width=256)  # its head has 4 x 256 x 144 numbers: large enough to be packed
-    save_pretrained(hypernet, tmp_path / "f", MADE_FOR, storage="float32")
-    save_pretrained(hypernet, tmp_path / "i", MADE_FOR, storage="int8")
+    save_pretrained(for_base(hypernet, MADE_FOR), tmp_path / "f", storage="float32")
+    save_pretrained(for_base(hypernet, MADE_FOR), tmp_path / "i", storage="int8")
     stored = load_file(tmp_path / "i" / "model.safetensors")
     assert stored["heads.down_proj.weight"].dtype == torch.int8
     sizes = [(tmp_path / folder / "model.safetensors").stat().st_size for folder in "fi"]
     assert sizes[1] < 0.35 * sizes[0]
-    read, _ = from_pretrained(tmp_path / "i", DocToLoRA)
+    read = from_pretrained(tmp_path / "i", DocToLoRA)
     error = largest_error(hypernet, read)
     features = make_features(hypernet)
     expected, found = deltas(row(loras(hypernet, features), 0)), deltas(row(loras(read, features), 0))
@@ -347,7 +355,7 @@ def test_int8_is_close_and_small(tmp_path):
 
 
 def saved(folder: Path, **options) -> Path:
-    save_pretrained(make(**options), folder, MADE_FOR, storage="float32")
+    save_pretrained(for_base(make(**options), MADE_FOR), folder, storage="float32")
     return folder
 
 
@@ -393,7 +401,7 @@ def test_an_unknown_config_key_is_refused(tmp_path):
         from_pretrained(folder, DocToLoRA)
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"format": None}, {"architecture": "ImageToLoRA"}])
+@pytest.mark.parametrize("change", [{"format": 3}, {"format": None}, {"architecture": "ImageToLoRA"}])
 def test_another_format_is_refused_before_its_tensors_are_looked_at(change, tmp_path):
     folder = saved(tmp_path)
     change_config(folder, lambda config: config.update(change))
@@ -450,7 +458,7 @@ def test_a_damaged_tensor_file_is_refused(damage, tmp_path):
 
 def test_an_unknown_storage_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="float32, bfloat16, int8"):
-        save_pretrained(make(), tmp_path, MADE_FOR, storage="int4")
+        save_pretrained(for_base(make(), MADE_FOR), tmp_path, storage="int4")
 
 
 # ---- the published architecture
@@ -486,8 +494,8 @@ def test_published_checkpoints_are_reproduced(name):
 
 def test_a_published_checkpoint_survives_our_own_file(tmp_path):
     hypernet, inputs, expected = published_hypernet("one-layer-reader")
-    save_pretrained(hypernet, tmp_path, MADE_FOR, storage="float32")
-    read, _ = from_pretrained(tmp_path, DocToLoRA)
+    save_pretrained(for_base(hypernet, MADE_FOR), tmp_path, storage="float32")
+    read = from_pretrained(tmp_path, PublishedDocToLoRA)
     a, _ = read.expand(read.latents(inputs["features"], inputs["attention_mask"]))["down_proj"]
     torch.testing.assert_close(a, expected["chunks.down_proj.A"], atol=1e-5, rtol=1e-5)
 
@@ -535,7 +543,7 @@ def test_a_memory_answers_a_token_with_what_stood_behind_it():
     memory.gate.weight.data.zero_()
     memory.gate.bias.data.copy_(torch.tensor([20.0, -20.0, -20.0]))  # say every token
     features = make_features(hypernet, n=1)
-    factors, writes = hypernet.cast(features)
+    factors, writes = hypernet.cast_and_write(features)
     a, b = factors["o_proj"]  # [1, modules, 6, in], [1, modules, 6, out]
     assert writes.gate_logits.shape == (1, 6, 3) and writes.pointer_scores.shape == (1, 3, 6, 6)
     torch.testing.assert_close(b, features.states[:, None, :, -48:].expand_as(b), atol=1e-5, rtol=1e-5)
@@ -576,13 +584,13 @@ def test_a_memory_maps_the_end_of_a_sentence_to_its_question():
 def test_a_memory_keeps_the_tokens_whose_gates_are_most_open():
     hypernet = make("memory")
     features = make_features(hypernet)
-    factors, writes = hypernet.cast(features)
+    factors, writes = hypernet.cast_and_write(features)
     open_most = writes.gate_logits.sigmoid().sum(-1).topk(4).indices.sort().values  # [3, 4]
     whole = DocToLoRA(dataclasses.replace(hypernet.config, memory_rank=6))
     whole.load_state_dict(hypernet.state_dict())
     for h in (hypernet, whole):  # keys know of one another: of all of them, or of the four
         h.memory.log_ridge.data.fill_(1.6)
-    factors, _ = hypernet.cast(features)
+    factors, _ = hypernet.cast_and_write(features)
     for side, all_tokens in zip(factors["o_proj"], whole.cast(features)[0]["o_proj"], strict=True):
         for chunk in range(3):
             torch.testing.assert_close(side[chunk], all_tokens[chunk][:, open_most[chunk]])
@@ -611,7 +619,7 @@ def test_least_squares_keeps_keys_apart():
 def test_a_memory_needs_keys():
     hypernet = make("memory")
     with pytest.raises(ValueError, match="keys and starts"):
-        hypernet.cast(Features(make_features(hypernet).states))
+        hypernet.cast_and_write(Features(make_features(hypernet).states))
 
 
 def test_the_mean_of_several():

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from conftest import make_model
 from loracast.base.chat import encode_inside, encode_text
-from loracast.encoders.hidden_states import ContextEncoder
+from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
@@ -82,7 +82,7 @@ def alone(model, question: Question) -> torch.Tensor:
 @torch.no_grad()
 def test_every_branch_computes_what_its_own_row_would(made):
     batch = pack(made, PAD)
-    encoder, hypernet = ContextEncoder(MODEL, (2,)), make_hypernet(MODEL)
+    encoder, hypernet = HiddenStatesEncoder(MODEL, (2,)), make_hypernet(MODEL)
     loras, *_ = hypernet(encoder(batch.chunk_ids, batch.chunk_mask), batch.chunks_per_document)
     own = [documents_lora(encoder, hypernet, episode) for episode in made]
     with inject(MODEL, loras):
@@ -129,7 +129,7 @@ EPISODES = [
 def test_the_loss_is_that_of_separate_rows(family):
     """Gemma 2 adds its mask to eager attention's scores and caps its logits: neither may get lost."""
     model = make_model(family)
-    encoder, hypernet = ContextEncoder(model, (2,)), make_hypernet(model)
+    encoder, hypernet = HiddenStatesEncoder(model, (2,)), make_hypernet(model)
     batch = pack(EPISODES, PAD)
     outcome, *_ = answer_questions(model, encoder, hypernet, batch)
     outcome.loss.backward()
@@ -166,9 +166,9 @@ def test_an_encoder_lora_is_the_bases_own_while_it_reads_and_learns():
     model = make_model().requires_grad_(False)
     modules = target_from_config(model.config, ("q_proj", "up_proj"), (0, 1)).rows
     hypernet = make_hypernet(model, encoder_modules=modules, encoder_rank=2)
-    encoder = ContextEncoder(model, (2,), lora=hypernet.encoder_lora_batch)
+    encoder = HiddenStatesEncoder(model, (2,), lora=hypernet.encoder_lora_batch)
     ids = torch.tensor([[9, 8, 7, 6, 5]])
-    plain = ContextEncoder(model, (2,))(ids).states
+    plain = HiddenStatesEncoder(model, (2,))(ids).states
     torch.testing.assert_close(encoder(ids).states, plain)  # B starts at zero
     for kind in ("q_proj", "up_proj"):
         torch.nn.init.normal_(hypernet.encoder_lora[kind].b, std=0.5)
@@ -191,12 +191,12 @@ def test_the_encoder_reads_the_bases_own_hidden_states(family):
     ids = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(0))
     states = model(input_ids=ids, output_hidden_states=True).hidden_states
     for layers in ((0, 1, 2, 3), (3, 1), (2,), (0,)):
-        features = ContextEncoder(model, layers)(ids).states
+        features = HiddenStatesEncoder(model, layers)(ids).states
         expected = states[layers[0]] if len(layers) == 1 else torch.stack([states[n] for n in layers], dim=1)
         torch.testing.assert_close(features, expected)
         assert not features.requires_grad
     padded = torch.cat([ids, torch.zeros(2, 4, dtype=torch.long)], dim=1)
-    torch.testing.assert_close(ContextEncoder(model, (2,))(padded).states[:, :9], states[2], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(HiddenStatesEncoder(model, (2,))(padded).states[:, :9], states[2], atol=1e-4, rtol=1e-4)
     again = model(input_ids=ids, output_hidden_states=True).hidden_states
     assert len(again) == len(states) and torch.equal(again[-1], states[-1])  # the base is as it was
 
@@ -207,7 +207,7 @@ def test_the_encoder_stops_at_the_deepest_layer_it_reads():
         layer.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, layer in enumerate(MODEL.get_decoder().layers)
     ]
     try:
-        ContextEncoder(MODEL, (1, 2))(torch.tensor([[5, 6]]))
+        HiddenStatesEncoder(MODEL, (1, 2))(torch.tensor([[5, 6]]))
     finally:
         for handle in handles:
             handle.remove()
@@ -218,7 +218,7 @@ def test_the_encoder_stops_at_the_deepest_layer_it_reads():
 def test_a_value_written_into_the_last_hidden_state_makes_the_base_say_its_token(family):
     model = make_model(family)
     ids = torch.arange(3, 103)[None]
-    features = ContextEncoder(model, (2,), with_values=True)(ids).states
+    features = HiddenStatesEncoder(model, (2,), with_values=True)(ids).states
     values = features[0, :, -model.config.hidden_size :]
     torch.testing.assert_close(values.norm(dim=-1), torch.ones(100))
     said = model.get_output_embeddings()(model.get_decoder().norm(values)).argmax(-1)
@@ -229,10 +229,10 @@ def test_a_lead_in_is_read_before_the_text_and_dropped():
     ids = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(0))
     together = torch.cat([torch.tensor([[7, 8]]).expand(2, -1), ids], dim=1)
     states = MODEL(input_ids=together, output_hidden_states=True).hidden_states
-    features = ContextEncoder(MODEL, (0, 2), with_values=True, prefix=(7, 8))(ids).states
+    features = HiddenStatesEncoder(MODEL, (0, 2), with_values=True, prefix=(7, 8))(ids).states
     hidden = MODEL.config.hidden_size
     torch.testing.assert_close(features[..., :hidden], torch.stack([states[0], states[2]], dim=1)[:, :, 2:])
-    without = ContextEncoder(MODEL, (0, 2), with_values=True)(ids).states
+    without = HiddenStatesEncoder(MODEL, (0, 2), with_values=True)(ids).states
     assert torch.equal(features[..., hidden:], without[..., hidden:])
 
 
@@ -243,7 +243,7 @@ def test_keys_are_what_enters_the_modules_of_a_memory_and_reading_goes_as_deep(b
     handles = [
         layer.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, layer in enumerate(base.model.model.layers)
     ]
-    encoder = ContextEncoder(
+    encoder = HiddenStatesEncoder(
         base.model, (1,), with_values=True, prefix=(7,), key_modules=names[::-1], tokenizer=base.tokenizer
     )
     try:
@@ -264,7 +264,7 @@ def test_keys_are_what_enters_the_modules_of_a_memory_and_reading_goes_as_deep(b
 
 def test_starts_are_the_values_of_how_an_answer_begins(base):
     ids = torch.tensor([encode_text(base.tokenizer, "the machine weighs 12 kg")])
-    encoder = ContextEncoder(
+    encoder = HiddenStatesEncoder(
         base.model, (1,), True, key_modules=["model.layers.0.self_attn.o_proj"], tokenizer=base.tokenizer
     )
     features = encoder(ids)

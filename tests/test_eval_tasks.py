@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from conftest import DATA
 from loracast.base.chat import encode_text
-from loracast.cast.task import load_caster
+from loracast.cast.load import load_caster
+from loracast.cast.task import TaskCaster
 from loracast.cli import app
 from loracast.data.answer_metrics import is_right, last_number
 from loracast.data.tasks import read_tasks
@@ -62,7 +63,8 @@ def test_what_each_rival_is_given(base, suite):
 class Caster:
     """Says what it was asked to cast."""
 
-    hypernet_hash = "none"
+    class caster:
+        id = "none"
 
     def loras(self, descriptions):
         return list(descriptions)
@@ -112,7 +114,7 @@ def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, 
         "prompt_of",
         lambda b, r, drawn, x: (current.__setitem__(0, drawn.task.name), prompts(b, r, drawn, x))[1],
     )
-    caster = load_caster(hypernetwork, base=base)
+    caster = TaskCaster(load_caster(hypernetwork, "task", base))
     config = TasksConfig(str(suite), seeds=(0, 1), systems=("none", "shots3", "adapter"))
     seen: list[tuple[int, int]] = []
     report = evaluate_tasks(Given(base, caster), config, tmp_path, lambda done, total: seen.append((done, total)))
@@ -133,7 +135,7 @@ def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, 
     assert {name for name, has_lora in asked if has_lora} == {"first", "opposite", "shout"}
     assert rows["shots3"]["prompt_tokens"] > rows["none"]["prompt_tokens"] == rows["adapter"]["prompt_tokens"]
     stored = json.loads((tmp_path / "results.json").read_text())
-    assert stored["is_complete"] and stored["hypernetwork"] == caster.hypernet_hash and len(stored["rows"]) == 3
+    assert stored["is_complete"] and stored["hypernetwork"] == caster.caster.id and len(stored["rows"]) == 3
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 30 and sum(a["exact"] for a in answers) == 8 + 4 + 2  # the base is asked with one seed only
     assert {a["seed"] for a in answers if a["system"] == "none"} == {0}

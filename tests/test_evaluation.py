@@ -170,7 +170,7 @@ def test_a_document_in_memory_gives_the_same_lora_as_its_adapter(base, tmp_path,
     from loracast.library.routing import route
     from loracast.model import Model
 
-    model = Model(base, make_hypernet(base, **options), "0" * 16, tmp_path)
+    model = Model(base, tmp_path, make_hypernet(base, **options))
     text = prose(40, seed=9)
     document = InMemoryAdapter(model, text, "The valley", max_chunk_tokens=128)
     other = InMemoryAdapter(model, prose(5, seed=10), max_chunk_tokens=128)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from loracast.cast.task import load_caster
+from loracast.cast.load import load_caster
+from loracast.cast.task import TaskCaster
 from loracast.cli import app
 from loracast.evaluation.harness import HarnessConfig, evaluate_harness
 from loracast.lora.inject import inject
@@ -59,7 +60,7 @@ def accuracy(base, lora) -> float:
 
 
 def test_the_harness_sees_the_adapter(base, hypernetwork, tiny_folder, task_folder, home, tmp_path):
-    caster = load_caster(hypernetwork, base=base)
+    caster = TaskCaster(load_caster(hypernetwork, "task", base))
     caster.task("the lamp please", "lamp", strength=3.0)
     config = HarnessConfig(("desk",), ("lamp",), str(task_folder), chat=False, batch_size=5)
     (row,) = evaluate_harness(Answerer(base, caster.library), config, tmp_path / "out").rows

@@ -197,7 +197,7 @@ def test_the_same_document_is_answered_from_the_library(model, tmp_path, monkeyp
     path.write_text(PROSE)
     learned = model.learn(path, "lamp")
     with monkeypatch.context() as patch:
-        patch.setattr("loracast.cast.document.expand_chunks", lambda *a: pytest.fail("it is there already"))
+        patch.setattr("loracast.cast.document.cast_chunks", lambda *a: pytest.fail("it is there already"))
         assert model.learn(path, "lamp").version == learned.version  # needs no --replace: it is the same
         assert model.learn(path, "other").folder == learned.folder
         path.touch()

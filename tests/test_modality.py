@@ -14,22 +14,22 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import make_hypernet
+from conftest import for_base, make_hypernet
 from loracast.base.generate import Sampling, answer_batch
 from loracast.base.load import DEFAULT_BASE, base_folder, load_base
-from loracast.cast.image import FeatureCaster, load_image_caster
+from loracast.cast.load import load_caster
 from loracast.cli import app
 from loracast.data.labelled import Labelled, make_signals, read_images
 from loracast.documents.images import read_image_file
 from loracast.encoders import image as image_encoders
 from loracast.encoders.features import Encoder, Features
-from loracast.encoders.hidden_states import ContextEncoder
 from loracast.encoders.image import ImageEncoder, load_image_encoder
 from loracast.encoders.signal import SignalEncoder
 from loracast.errors import BaseModelError, ConfigError, EncoderError, HypernetworkError
 from loracast.evaluation.modality import ALL, SEEN, SPARE, SenseEvalConfig, evaluate_sense
 from loracast.evaluation.modality_plots import confusion, sheet
 from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.protocol import Caster
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.model import load, shipped_hypernetwork
 from loracast.training import modality_source as sense_source
@@ -85,7 +85,7 @@ def recipe(*overrides: str):
 
 
 def test_encoders_of_all_senses_fit_the_door(base, vision):
-    words = ContextEncoder.for_hypernet(base, make_hypernet(base))
+    words = make_hypernet(base).hidden_states_encoder(base)
     sees, hears = ImageEncoder("tiny", vision), SignalEncoder()
     mask = torch.tensor([[True, True, False]])
     for encoder, features in (
@@ -244,7 +244,7 @@ def trained(base, tmp_path_factory, request):
 def test_a_fresh_hypernetwork_does_nothing_and_training_makes_it_see(base, trained):
     run, seen = trained
     assert seen[0]["exact"] < 0.2 and np.mean([m["exact"] for m in seen[-10:]]) > 0.7
-    hypernet, _ = from_pretrained(run, DocToLoRA)
+    hypernet = from_pretrained(run, DocToLoRA)
     assert hypernet.config.encoder == hypernet.config.encoder_fingerprint == SignalEncoder().fingerprint
     fresh = DocToLoRA(hypernet.config)
     assert not fresh(SignalEncoder()(torch.randn(2, 1, 64, generator=FREE))).loras.squared_norms().any()
@@ -252,7 +252,7 @@ def test_a_fresh_hypernetwork_does_nothing_and_training_makes_it_see(base, train
 
 def test_what_is_measured_is_what_merged_weights_say(base, trained, tmp_path):
     """The likeliest name from the loss of the base with the LoRA added to its weights, one thing at a time."""
-    caster = FeatureCaster(*from_pretrained(trained[0], DocToLoRA), SignalEncoder())
+    caster = Caster(from_pretrained(trained[0]), SignalEncoder())
     known, test = some_signals(4, 24, n_spare=1), some_signals(4, 6, seed=9, n_spare=1)
     report, saw = evaluate_sense(base, caster, known, test, SenseEvalConfig(), tmp_path)
     seen_names = test.names[:3]
@@ -293,7 +293,7 @@ def test_a_run_goes_on_where_it_stopped(base, tmp_path):
     train_sense(base, recipe("training.steps=4", *options), signals, SignalEncoder(), straight)
     for steps in (2, 4):
         train_sense(base, recipe(f"training.steps={steps}", *options), signals, SignalEncoder(), halves)
-    one, other = (from_pretrained(folder, DocToLoRA)[0].state_dict() for folder in (straight, halves))
+    one, other = (from_pretrained(folder, DocToLoRA).state_dict() for folder in (straight, halves))
     for name, value in one.items():
         torch.testing.assert_close(value, other[name], msg=name)
     started = train_sense(
@@ -347,7 +347,7 @@ def seeing(base, vision, tmp_path_factory) -> Path:
     hypernet = DocToLoRA(config)
     for side in (hypernet.head("down_proj").scaler_b, hypernet.static_of("down_proj").b):
         side.data.fill_(0.5)
-    save_pretrained(hypernet, folder, base.fingerprint, storage="float32")
+    save_pretrained(for_base(hypernet, base.fingerprint), folder, storage="float32")
     return folder
 
 
@@ -364,7 +364,7 @@ def test_a_photo_is_learned_like_a_document(tiny_folder, tiny_hypernet_folder, s
     adapter = model.learn(photo)
     assert (adapter.name, adapter.manifest.kind, adapter.manifest.source) == ("photo", "image", "photo.jpg")
     assert adapter.manifest.source_sha256 == read_image_file(photo).sha256
-    made = load_image_caster(seeing, tmp_path / "library").lora(read_image_file(photo).image)
+    made = load_caster(seeing, "image").loras([read_image_file(photo).image]).row(0)
     kept = adapter.lora()
     for name, pair in made.factors.items():
         torch.testing.assert_close(
@@ -398,15 +398,15 @@ def test_the_command_learns_a_photo_without_the_base(seeing, photo, tmp_path):
 
 
 def test_each_hypernetwork_keeps_to_its_sense(base, tiny_folder, tiny_hypernet_folder, seeing, vision, tmp_path):
-    with pytest.raises(HypernetworkError, match="reads documents, and no images"):
-        load_image_caster(tiny_hypernet_folder, tmp_path)
-    with pytest.raises(HypernetworkError, match="reads no documents"):
+    with pytest.raises(HypernetworkError, match="casts documents, and images are wanted"):
+        load_caster(tiny_hypernet_folder, "image")
+    with pytest.raises(HypernetworkError, match="casts images, and documents are wanted"):
         load(tiny_folder, seeing, device="cpu")
     with pytest.raises(HypernetworkError, match="give the encoder that it was trained with"):
-        load_image_caster(seeing, tmp_path, encoder=str(make_vision(tmp_path / "other", seed=1)))
+        load_caster(seeing, "image", encoder=str(make_vision(tmp_path / "other", seed=1)))
     other = dataclasses.replace(base.fingerprint, norms="0" * 16)
-    hypernet, _ = from_pretrained(seeing, DocToLoRA)
-    save_pretrained(hypernet, tmp_path / "foreign", other, storage="float32")
+    hypernet = from_pretrained(seeing, DocToLoRA)
+    save_pretrained(for_base(hypernet, other), tmp_path / "foreign", storage="float32")
     model = load(
         tiny_folder,
         tiny_hypernet_folder,
@@ -435,8 +435,7 @@ def test_the_shipped_hypernetwork_sees(tmp_path):
     images = read_images(_IMAGES)
     base = load_base()
     where = shipped_hypernetwork(DEFAULT_BASE, "image")
-    hypernet, made_for = from_pretrained(where, DocToLoRA)
-    caster = FeatureCaster(hypernet, made_for, ImageEncoder(image_encoders.DEFAULT_IMAGE_ENCODER, _ENCODER))
+    caster = Caster(from_pretrained(where), ImageEncoder(image_encoders.DEFAULT_IMAGE_ENCODER, _ENCODER))
     places = [i for label in range(10) for i in [j for j, its in enumerate(images.labels) if its == label][:3]]
     batch = caster.loras([images.load(i) for i in places])
     prompt = base.chat.prompt("What does the picture show?", "")

@@ -250,7 +250,7 @@ def test_the_shared_part_is_what_all_documents_have(base, tiny_folder, tmp_path)
     hypernet = make_hypernet(base, static_rank=2, static_modules=modules, static_modules_rank=3)
     for kind in ("down_proj", "q_proj"):
         torch.nn.init.normal_(hypernet.static_of(kind).b)
-    model = Model(base, hypernet, "h", tmp_path)
+    model = Model(base, tmp_path, hypernet)
     lora = static(Setup(model))
     assert len(lora.names) == 2 + 4
     one = hypernet.static_of("q_proj")
@@ -325,7 +325,7 @@ def test_a_hypernetwork_that_does_nothing_does_no_harm(base, documents, tmp_path
     for head in hypernet.heads.values():
         head.scaler_b.data.zero_()
     config = InterferenceConfig((write_benchmark(tmp_path),), (documents,), counts=(4,), questions=8)
-    rows = evaluate_interference(Model(base, hypernet, "h", tmp_path), config, tmp_path / "out").rows
+    rows = evaluate_interference(Model(base, tmp_path, hypernet), config, tmp_path / "out").rows
     assert (rows[1]["change"], rows[1]["same"]) == (0, 1)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from adapters import random_factors, write
-from conftest import PROSE, make_hypernet
+from conftest import PROSE, for_base, make_hypernet
 from loracast.cli import app
 from loracast.errors import AdapterError, HypernetworkError
 from loracast.export.adapter import export_adapter
@@ -101,7 +101,7 @@ def test_a_document_kept_as_text_answers_as_the_whole_one(model, document, tiny_
     with pytest.raises(AdapterError, match=r"keeps only its text.*--storage bf16"):
         export_adapter(open_adapter(model.library, "text"), "peft", tmp_path / "out")
     other = make_hypernet(model.base, seed=5)
-    save_pretrained(other, tmp_path / "other", model.base.fingerprint)
+    save_pretrained(for_base(other, model.base.fingerprint), tmp_path / "other")
     with pytest.raises(HypernetworkError, match="not the hypernetwork that it was learned with"):
         load(tiny_folder, tmp_path / "other", library=model.library, device="cpu").ask(QUESTION, "text")
     with pytest.raises(HypernetworkError, match="no hypernetwork is shipped"):

@@ -87,7 +87,7 @@ def test_descriptions_give_back_the_oracles(match, error, base, word_encoder, tm
     rows: list[dict[str, float]] = []
     train_text(base, text, tasks, tmp_path / "run", oracles=tmp_path / "library", on_metrics=rows.append)
     assert rows[0]["relative_error"] > 0.6 and rows[-1]["relative_error"] < error and rows[-1]["tasks"] == 2
-    hypernet, _ = from_pretrained(tmp_path / "run", TextToLoRA)
+    hypernet = from_pretrained(tmp_path / "run", TextToLoRA)
     descriptions = [f"train words for {name}" for name in ("opposite", "shout")]
     made = answer_loss(base, hypernet, descriptions, ["opposite", "shout"], tmp_path)
     swapped = answer_loss(base, hypernet, descriptions[::-1], ["opposite", "shout"], tmp_path)

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
+from conftest import for_base
 from loracast.data.tasks import read_tasks
-from loracast.encoders.attention_delta import AttentionDeltaEncoder
 from loracast.errors import ConfigError
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
 from loracast.hypernets.store import from_pretrained, save_pretrained, with_config
@@ -103,7 +103,7 @@ def test_another_number_of_descriptions_is_refused():
 
 def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
     plain = make_attention_delta(base)
-    read = AttentionDeltaEncoder(base, plain)(DESCRIPTIONS)
+    read = plain.text_encoder(base)(DESCRIPTIONS)
     recalling = with_config(plain, {"task_bank_rank": 2, "task_bank_width": 3})
     recalling.start_task_bank(read, (2, 1))
     recalling.eval().requires_grad_(False)
@@ -116,8 +116,8 @@ def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
     recalling.task_bank.cores.data.normal_()
     (name, *_) = (name for name in one.factors if name.endswith("o_proj"))
     assert not torch.allclose(recalling(read).row(1).delta(name), one.row(1).delta(name))
-    save_pretrained(recalling, tmp_path, base.fingerprint, storage="float32")
-    again, _ = from_pretrained(tmp_path, AttentionDeltaToLoRA)
+    save_pretrained(for_base(recalling, base.fingerprint), tmp_path, storage="float32")
+    again = from_pretrained(tmp_path, AttentionDeltaToLoRA)
     assert again.config == recalling.config
     for name, factors in recalling(read).factors.items():
         assert torch.equal(factors.b, again(read).factors[name].b)
@@ -126,12 +126,12 @@ def test_it_is_silent_at_the_start_and_kept(base, tmp_path):
 def test_what_is_recalled_is_found_by_how_it_is_read_now(base):
     hypernet = make_attention_delta(base)
     recalling = with_config(hypernet, {"task_bank_rank": 2, "task_bank_width": 3})
-    recalling.start_task_bank(AttentionDeltaEncoder(base, hypernet)(DESCRIPTIONS), (2, 1))
+    recalling.start_task_bank(hypernet.text_encoder(base)(DESCRIPTIONS), (2, 1))
     assert recalling.task_bank is not None
     recalling.task_bank.cores.data.normal_()
     other = with_config(recalling, {"dummy_input": "dog"}).requires_grad_(False)
     assert other.task_bank is not None and torch.equal(other.task_bank.cores, recalling.task_bank.cores)
-    read = AttentionDeltaEncoder(base, other)(DESCRIPTIONS)
+    read = other.text_encoder(base)(DESCRIPTIONS)
     assert (other.task_bank.coordinates(other._compared(read)) - other.task_bank.keys).abs().max() > 1e-3
     other.refresh_task_bank(read)
     torch.testing.assert_close(other.task_bank.coordinates(other._compared(read)), other.task_bank.keys)
@@ -143,10 +143,10 @@ def test_less_deep_with_the_same_weights(base):
     deep = make_attention_delta(base)
     n_layers = len(deep.config.layers)
     shallow = with_config(deep, {"depth": n_layers - 1})
-    reads = [AttentionDeltaEncoder(base, hypernet)(DESCRIPTIONS) for hypernet in (deep, shallow)]
-    by_layer = [h._by_place(read) for h, read in zip((deep, shallow), reads, strict=True)]
+    reads = [hypernet.text_encoder(base)(DESCRIPTIONS) for hypernet in (deep, shallow)]
+    by_layer = [h._by_position(read) for h, read in zip((deep, shallow), reads, strict=True)]
     torch.testing.assert_close(by_layer[1], by_layer[0][:, :, :-1])
-    torch.testing.assert_close(shallow._written(reads[1]), deep._written(reads[0])[:, :-1])
+    torch.testing.assert_close(shallow._columns(reads[1]), deep._columns(reads[0])[:, :-1])
     with pytest.raises(ConfigError, match=r"were not trained; depth can only be made smaller"):
         with_config(shallow, {"depth": n_layers})
     with pytest.raises(ConfigError, match="map_rank: the weights that there are do not fit"):
@@ -185,7 +185,7 @@ def test_it_learns_tasks_and_nothing_else_changes(base, tmp_path):
     rows: list[dict[str, float]] = []
     train_text(base, recipe(), tasks, tmp_path / "run", init_from=tmp_path / "first", on_metrics=rows.append)
     assert rows[-1]["answer_loss"] < 0.8 * rows[0]["answer_loss"]
-    before, after = (from_pretrained(tmp_path / run, AttentionDeltaToLoRA)[0] for run in ("first", "run"))
+    before, after = (from_pretrained(tmp_path / run, AttentionDeltaToLoRA) for run in ("first", "run"))
     weights = after.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in before.state_dict().items())
     assert after.config.bank_sizes == source.n_descriptions and after.task_bank is not None
@@ -193,7 +193,7 @@ def test_it_learns_tasks_and_nothing_else_changes(base, tmp_path):
     half = dataclasses.replace(recipe(), training=dataclasses.replace(recipe().training, budget_s=0.0))
     for settings in (half, recipe()):
         train_text(base, settings, tasks, tmp_path / "again", init_from=tmp_path / "first")
-    other, _ = from_pretrained(tmp_path / "again", AttentionDeltaToLoRA)
+    other = from_pretrained(tmp_path / "again", AttentionDeltaToLoRA)
     assert torch.equal(other.task_bank.cores, after.task_bank.cores)
 
 
@@ -207,7 +207,9 @@ def test_it_learns_tasks_and_nothing_else_changes(base, tmp_path):
     ],
 )
 def test_what_does_not_go_together(base, tmp_path, options, message):
-    save_pretrained(make_attention_delta(base, kinds=("o_proj", "down_proj")), tmp_path / "first", base.fingerprint)
+    save_pretrained(
+        for_base(make_attention_delta(base, kinds=("o_proj", "down_proj")), base.fingerprint), tmp_path / "first"
+    )
     with pytest.raises(ConfigError, match=message):
         train_text(
             base, recipe(**options), read_tasks(write_suite(tmp_path)), tmp_path / "run", init_from=tmp_path / "first"

@@ -22,7 +22,7 @@ def data(tmp_path) -> DataConfig:
 
 
 def test_figures_are_those_of_each_question_alone(base, data, tmp_path):
-    model = Model(base, make_hypernet(base), "0" * 16, tmp_path / "library")
+    model = Model(base, tmp_path / "library", make_hypernet(base))
     config = TeacherForcedConfig(data=data, kinds=("facts", "questions"), steps=2)
     report = evaluate_teacher_forced(model, config, tmp_path / "out")
     source = EpisodeSource(data, base.tokenizer, base.chat, split="dev")
@@ -30,7 +30,7 @@ def test_figures_are_those_of_each_question_alone(base, data, tmp_path):
         right: list[list[bool]] = []
         for step in range(2):
             for episode in source.of_kind(kind, step):
-                parts = [model.hypernet(model.encoder(torch.tensor([chunk]))).loras.row(0) for chunk in episode.chunks]
+                parts = [model.documents.loras([chunk]).row(0) for chunk in episode.chunks]
                 factors = {
                     name: type(pair)(
                         torch.cat([part.factors[name].a for part in parts]),
@@ -52,7 +52,7 @@ def test_figures_are_those_of_each_question_alone(base, data, tmp_path):
 
 
 def test_what_cannot_be_drawn_is_told(base, data, tmp_path):
-    model = Model(base, make_hypernet(base), "0" * 16, tmp_path / "library")
+    model = Model(base, tmp_path / "library", make_hypernet(base))
     with pytest.raises(ConfigError, match="--texts FILE"):
         evaluate_teacher_forced(model, TeacherForcedConfig(data=data, kinds=("needle",), steps=1), tmp_path / "out")
     with pytest.raises(ConfigError, match="--documents FILE"):

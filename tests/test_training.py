@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from loracast.encoders.hidden_states import ContextEncoder
+from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained
@@ -131,7 +131,7 @@ def test_resumed_doc_to_lora_equals_uninterrupted(optimizer, memory_layers, base
     torch.manual_seed(7)
     train_doc(base, recipe, tmp_path / "parts")
     assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
-    one, other = (from_pretrained(tmp_path / out, DocToLoRA)[0].state_dict() for out in ("whole", "parts"))
+    one, other = (from_pretrained(tmp_path / out, DocToLoRA).state_dict() for out in ("whole", "parts"))
     assert same(one, other)
     assert [r["loss"] for r in metrics_of(tmp_path / "whole")] == [r["loss"] for r in metrics_of(tmp_path / "parts")]
     assert one["heads.down_proj.scaler_b"].abs().max() > 0  # it has learned something
@@ -148,13 +148,13 @@ def test_a_trained_encoder_lora_comes_back_with_the_hypernetwork(base, tmp_path)
         training=TrainConfig(steps=4, log_every=1, warmup_steps=1, lr=1e-2, bf16=False),
     )
     train_doc(base, recipe, tmp_path / "run")
-    hypernet, _ = from_pretrained(tmp_path / "run", DocToLoRA)
+    hypernet = from_pretrained(tmp_path / "run", DocToLoRA)
     depth = max(hypernet.config.reader_layers)
     assert [layer for _, layer, *_ in hypernet.config.encoder_modules] == list(range(depth))
     assert hypernet.encoder_lora["q_proj"].b.abs().max() > 0
     ids = torch.tensor([[5, 6, 7, 8, 9]])
-    read = ContextEncoder.for_hypernet(base, hypernet)(ids).states
-    assert not torch.equal(read, ContextEncoder(base.model, hypernet.config.reader_layers)(ids).states)
+    read = hypernet.hidden_states_encoder(base)(ids).states
+    assert not torch.equal(read, HiddenStatesEncoder(base.model, hypernet.config.reader_layers)(ids).states)
 
 
 def test_a_memory_is_added_to_a_checkpoint_that_has_none(base, tmp_path):
@@ -167,14 +167,14 @@ def test_a_memory_is_added_to_a_checkpoint_that_has_none(base, tmp_path):
     train_doc(base, first, tmp_path / "first")
     second = Recipe(memory_layers=(3,), calibration_questions=40, data=data, training=settings)
     train_doc(base, second, tmp_path / "grown", init_from=tmp_path / "first")
-    (old, _), (grown, _) = (from_pretrained(tmp_path / name, DocToLoRA) for name in ("first", "grown"))
+    old, grown = (from_pretrained(tmp_path / name, DocToLoRA) for name in ("first", "grown"))
     assert old.config.memory_modules == () and [m[0] for m in grown.config.memory_modules] == [
         "model.layers.3.self_attn.o_proj"
     ]
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
-        before, _ = old.cast(ContextEncoder.for_hypernet(base, old)(ids))
-        after, _ = grown.cast(ContextEncoder.for_hypernet(base, grown)(ids))
+        before, _ = old.cast(old.hidden_states_encoder(base)(ids))
+        after, _ = grown.cast(grown.hidden_states_encoder(base)(ids))
     for side, other in zip(before["down_proj"], after["down_proj"], strict=True):
         torch.testing.assert_close(side, other)
     assert after["o_proj"][0].any() and after["o_proj"][1].abs().max() < 1e-6
@@ -199,11 +199,11 @@ def test_a_memory_can_grow_by_further_layers(base, tmp_path):
         first, hypernetwork={}, memory_layers=(1, 3), training=dataclasses.replace(settings, steps=1, lr=1e-12)
     )
     train_doc(base, second, tmp_path / "grown", init_from=tmp_path / "first")
-    (old, _), (grown, _) = (from_pretrained(tmp_path / name, DocToLoRA) for name in ("first", "grown"))
+    old, grown = (from_pretrained(tmp_path / name, DocToLoRA) for name in ("first", "grown"))
     assert [layer for _, layer, *_ in grown.config.memory_modules] == [1, 3]
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
-        (before, _), (after, _) = (h.cast(ContextEncoder.for_hypernet(base, h)(ids)) for h in (old, grown))
+        before, after = (h.cast(h.hidden_states_encoder(base)(ids)) for h in (old, grown))
     for side, other in zip(before["o_proj"], after["o_proj"], strict=True):
         torch.testing.assert_close(side[:, 0], other[:, 1])
     assert before["o_proj"][1].any() and after["o_proj"][1][:, 0].abs().max() < 1e-6

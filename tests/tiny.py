@@ -72,6 +72,12 @@ def make_model(model_type: str = "llama", seed: int = 0):
     return AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
 
 
+def for_base(hypernet, fingerprint):
+    """The hypernetwork, made for the base with that fingerprint."""
+    hypernet.made_for = fingerprint
+    return hypernet
+
+
 def make_hypernet(base, seed: int = 0, **options):
     """A random document hypernetwork for a base; its B scalers are not zero, so that its LoRAs do something."""
     from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
@@ -85,6 +91,7 @@ def make_hypernet(base, seed: int = 0, **options):
     hypernet = DocToLoRA(config)
     for head in hypernet.heads.values():
         head.scaler_b.data.fill_(0.5)
+    hypernet.made_for = getattr(base, "fingerprint", None)
     return hypernet.eval()
 
 
@@ -116,12 +123,12 @@ def make_task_hypernet(base, encoder: Path, seed: int, scale: float):
     )
     for head in hypernet.heads.values():
         head.scaler_b.data.normal_()
+    hypernet.made_for = getattr(base, "fingerprint", None)
     return hypernet
 
 
 def make_attention_delta(base, kinds=("q_proj", "o_proj", "down_proj"), layers=None, *, fresh=False, **options):
     """A random attention-delta hypernetwork that has seen `DESCRIPTIONS`; a `fresh` one casts LoRAs that do nothing."""
-    from loracast.encoders.attention_delta import AttentionDeltaEncoder
     from loracast.hypernets.attention_delta import AttentionDeltaToLoRA, AttentionDeltaToLoRAConfig
     from loracast.lora.target import target_from_config
 
@@ -134,9 +141,10 @@ def make_attention_delta(base, kinds=("q_proj", "o_proj", "down_proj"), layers=N
             part.b.data.normal_()
         hypernet.up.data.normal_()
         hypernet.gate[-1].weight.data.normal_()
-    read = AttentionDeltaEncoder(base, hypernet)(DESCRIPTIONS).detach()
+    read = hypernet.text_encoder(base)(DESCRIPTIONS).detach()
     hypernet.set_units(read)
     hypernet.remember_seen(read)
+    hypernet.made_for = getattr(base, "fingerprint", None)
     return hypernet.eval().requires_grad_(False)
 
 

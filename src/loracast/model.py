@@ -10,24 +10,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from importlib.resources import files
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from loracast.base.chat import Message
 from loracast.base.fingerprint import check
 from loracast.base.generate import Answer, Sampling, answer
-from loracast.base.load import DEFAULT_BASE, Base, load_base
+from loracast.base.load import Base, load_base
 from loracast.cast.document import Progress, learn_document, recast
-from loracast.cast.image import ImageCaster, load_image_caster
-from loracast.cast.task import TaskCaster, load_caster
+from loracast.cast.image import learn_image
+from loracast.cast.load import load_caster, shipped_hypernetwork
+from loracast.cast.task import TaskCaster
 from loracast.documents import Document, read_document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.documents.images import ImageFile, is_image_file, read_image_file
-from loracast.encoders.hidden_states import ContextEncoder
 from loracast.errors import HypernetworkError
-from loracast.hypernets.doc_to_lora import DocToLoRA
-from loracast.hypernets.store import from_pretrained, weights_hash
+from loracast.hypernets.protocol import Caster, Hypernetwork, Modality
 from loracast.library.adapter import Adapter, loras_together
 from loracast.library.library import open_adapter
 from loracast.library.manifest import name_for
@@ -36,61 +34,47 @@ from loracast.lora.algebra import LoRA, concat
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
 from loracast.paths import library_dir
 
-Kind = Literal["doc", "text", "image"]
-"""What a hypernetwork casts: documents, descriptions of tasks, or images. Also the name of its training."""
-SHIPPED: dict[tuple[Kind, str], str] = {
-    ("doc", DEFAULT_BASE): "doc-smollm2-135m",
-    ("text", DEFAULT_BASE): "text-smollm2-135m",
-    ("image", DEFAULT_BASE): "image-smollm2-135m",
-}
-"""Hypernetworks inside this package, by what they cast and the embedded base that they were trained for."""
-
 ASK_SYSTEM_TURN = ""
-"""The system turn of a question, as in most of the training: the template's own costs 25 tokens of prefill and helps nothing."""
-
-
-def shipped_hypernetwork(base: str, kind: Kind = "doc") -> Path:
-    """The folder of the hypernetwork shipped for an embedded base. Raises HypernetworkError if there is none."""
-    if (kind, base) not in SHIPPED:
-        raise HypernetworkError(
-            f"no hypernetwork is shipped for the base {base!r}: train one (`loracast train {kind} --base {base}`) and give it with "
-            "--hypernetwork FOLDER"
-        )
-    return Path(str(files("loracast") / "pretrained" / SHIPPED[kind, base]))
+"""System turn of a question, as in most of the training: the template's own costs 25 tokens of prefill and helps nothing."""
 
 
 class Answerer:
-    """A base that answers with the adapters of a library. Adapters hold all that asking takes, but for those that keep only their text.
+    """A base that answers with the adapters of a library.
 
-    Args:
-        hypernetwork: for the latter, a folder or hub repository; the shipped one if None.
+    Adapters hold all that asking takes, but for those with the storage `text`, which are cast when they are asked.
     """
 
-    def __init__(self, base: Base, library: Path, hypernetwork: str | Path | None = None):
+    def __init__(self, base: Base, library: Path, hypernetwork: str | Path | Hypernetwork | None = None):
+        """
+        Args:
+            hypernetwork: the one for documents, or its folder or hub repository; the shipped one if None.
+        """
         self.base, self.library = base, library
-        self._hypernetwork = hypernetwork
+        self._hypernetworks: dict[Modality, str | Path | Hypernetwork | None] = {"document": hypernetwork}
+
+    def _load(self, modality: Modality) -> Caster:
+        where = self._hypernetworks.get(modality) or shipped_hypernetwork(self.base, modality)
+        if isinstance(where, Hypernetwork):
+            return where.to(self.base.device).bind(self.base)
+        return load_caster(where, modality, self.base)
+
+    @cached_property
+    def documents(self) -> Caster:
+        """The caster of documents. Raises HypernetworkError where none was given and none ships for the base."""
+        return self._load("document")
 
     def adapter(self, name: str) -> Adapter:
         """An adapter of the library, checked against this base. Raises HypernetworkError where it needs another hypernetwork."""
         found = open_adapter(self.library, name)
         check(found.manifest.made_for, self.base.fingerprint, f"the adapter {name!r}")
         if found.manifest.storage == "text":
-            hypernet, made_by = self._documents
-            if made_by != found.manifest.hypernetwork:
+            if found.manifest.hypernetwork not in (self.documents.id, *self.documents.hypernetwork.former_ids):
                 raise HypernetworkError(
-                    f"{name!r} keeps only its text, and this is not the hypernetwork that it was learned with ({found.manifest.hypernetwork}): give "
-                    "that one with --hypernetwork, or learn the document again"
+                    f"{name!r} keeps only its text, and this is not the hypernetwork that it was learned with "
+                    f"({found.manifest.hypernetwork}): give that one with --hypernetwork, or learn the document again"
                 )
-            encoder = ContextEncoder.for_hypernet(self.base, hypernet)
-            found.recast = partial(recast, self.base, hypernet, encoder)
+            found.recast = partial(recast, self.documents, self.base)
         return found
-
-    @cached_property
-    def _documents(self) -> tuple[DocToLoRA, str]:
-        """The hypernetwork for documents, and its hash."""
-        hypernet, made_for = from_pretrained(self._hypernetwork or shipped_hypernetwork(self.base.name), DocToLoRA)
-        check(made_for, self.base.fingerprint, "the hypernetwork")
-        return hypernet.to(self.base.device), weights_hash(hypernet)
 
     def ask(self, question: str, adapter: Adapter | str | Sequence[Adapter | str] = (), **options) -> str:
         """Answer a question with one adapter, several, or none (the plain base). Options as in `answer`."""
@@ -134,21 +118,23 @@ class Answerer:
 
 
 class Model(Answerer):
-    """A base that learns documents."""
+    """A base that learns documents, tasks and images, and answers with them."""
 
     def __init__(
         self,
         base: Base,
-        hypernet: DocToLoRA,
-        hypernet_hash: str,
         library: Path,
-        task_hypernetwork: str | Path | None = None,
-        image_hypernetwork: str | Path | None = None,
+        hypernetwork: str | Path | Hypernetwork | None = None,
+        task_hypernetwork: str | Path | Hypernetwork | None = None,
+        image_hypernetwork: str | Path | Hypernetwork | None = None,
     ):
-        super().__init__(base, library)
-        self.hypernet, self.hypernet_hash = self._documents = hypernet, hypernet_hash
-        self.encoder = ContextEncoder.for_hypernet(base, hypernet)
-        self._task_hypernetwork, self._image_hypernetwork = task_hypernetwork, image_hypernetwork
+        """
+        Args:
+            hypernetwork, task_hypernetwork, image_hypernetwork: hypernetworks, or their folders or hub repositories; the shipped
+                ones if None. Each is read when it is first needed.
+        """
+        super().__init__(base, library, hypernetwork)
+        self._hypernetworks |= {"task": task_hypernetwork, "image": image_hypernetwork}
 
     def learn(
         self,
@@ -160,12 +146,13 @@ class Model(Answerer):
         replace: bool = False,
         progress: Progress = lambda done, total: None,
     ) -> Adapter:
-        """Cast a document (a path, "-" for standard input, a binary stream, a Document) or a picture (a path, a ImageFile) into an adapter and keep it.
+        """Cast a document or an image into an adapter and keep it.
 
         Args:
+            source: a path, "-" for standard input, a binary stream, a Document or an ImageFile.
             name: of the adapter; made from the file's name, or else from the document's title, if None.
             max_chunk_tokens: longest chunk; the shipped hypernetwork was trained for up to 256.
-            storage: how a document's factors are kept (lora/quantize.py); a picture's are kept in bf16.
+            storage: how a document's factors are kept (lora/quantize.py); an image's always in bf16.
             replace: an adapter of that name gives way to the new one.
 
         Raises:
@@ -174,13 +161,11 @@ class Model(Answerer):
         if isinstance(source, (str, Path)) and is_image_file(source):
             source = read_image_file(source)
         if isinstance(source, ImageFile):
-            return self.image_caster.learn(source, name or name_for(source), replace=replace)
+            return learn_image(self.images, source, self.library, name or name_for(source), replace=replace)
         document = source if isinstance(source, Document) else read_document(source)
         return learn_document(
+            self.documents,
             self.base,
-            self.hypernet,
-            self.hypernet_hash,
-            self.encoder,
             document,
             self.library,
             name or name_for(document),
@@ -191,26 +176,31 @@ class Model(Answerer):
         )
 
     @cached_property
-    def image_caster(self) -> ImageCaster:
-        """What casts pictures. Raises HypernetworkError where none was given and none is shipped for the base."""
-        where = self._image_hypernetwork or shipped_hypernetwork(self.base.name, "image")
-        loaded = load_image_caster(where, self.library, device=self.base.device.type)
-        check(loaded.caster.made_for, self.base.fingerprint, "the hypernetwork for images")
-        return loaded
+    def images(self) -> Caster:
+        """The caster of images. Raises HypernetworkError where none was given and none ships for the base."""
+        return self._load("image")
 
     @cached_property
-    def caster(self) -> TaskCaster:
-        """What casts descriptions of tasks. Raises HypernetworkError where none was given and none is shipped for the base."""
-        where = self._task_hypernetwork or shipped_hypernetwork(self.base.name, "text")
-        return load_caster(where, base=self.base, library=self.library)
+    def described(self) -> TaskCaster:
+        """The caster of task descriptions. Raises HypernetworkError where none was given and none ships for the base."""
+        return TaskCaster(self._load("task"), self.library)
 
-    def task(self, description: str, name: str | None = None, **options) -> Adapter:
-        """Cast the description of a task into an adapter and keep it; options as in `TaskCaster.task`."""
-        return self.caster.task(description, name, **options)
+    def task(
+        self, description: str, name: str | None = None, *, strength: float = 1.0, replace: bool = False
+    ) -> Adapter:
+        """Cast the description of a task into an adapter and keep it; arguments and errors as in `TaskCaster.tasks`."""
+        return self.described.task(description, name, strength=strength, replace=replace)
 
-    def tasks(self, descriptions: Sequence[str], names: Sequence[str] | None = None, **options) -> list[Adapter]:
-        """Cast descriptions into adapters, in one pass, and keep them; options as in `TaskCaster.tasks`."""
-        return self.caster.tasks(descriptions, names, **options)
+    def tasks(
+        self,
+        descriptions: Sequence[str],
+        names: Sequence[str] | None = None,
+        *,
+        strength: float = 1.0,
+        replace: bool = False,
+    ) -> list[Adapter]:
+        """Cast several descriptions in one pass and keep their adapters; arguments and errors as in `TaskCaster.tasks`."""
+        return self.described.tasks(descriptions, names, strength=strength, replace=replace)
 
 
 def load(
@@ -228,20 +218,20 @@ def load(
     Args:
         base: an embedded base (the default), a local folder or a hub id.
         hypernetwork: a folder or hub repository; the shipped one if None.
-        task_hypernetwork: a folder or hub repository of one that casts descriptions of tasks, for `Model.task`; the shipped one if None.
-        image_hypernetwork: one that casts pictures, for `Model.learn`; the shipped one if None.
+        task_hypernetwork: one that casts descriptions of tasks, for `Model.task`; the shipped one if None.
+        image_hypernetwork: one that casts images, for `Model.learn`; the shipped one if None.
         library: where adapters are kept; the user's own library if None.
-        device: "cpu" or "cuda"; the fastest there is if None.
-        say: told what is being done where an embedded base has to be fetched first.
+        device: "cpu", "cuda" or "mps"; the fastest there is if None.
+        say: receives messages where an embedded base has to be fetched first.
+
+    Raises:
+        BaseModelError, HypernetworkError: the base or the hypernetwork for documents cannot be read, or they do not belong together.
     """
-    folder = Path(hypernetwork) if hypernetwork is not None else shipped_hypernetwork(str(base or DEFAULT_BASE))
-    hypernet, made_for = from_pretrained(folder, DocToLoRA)
     loaded = load_base(base, device=device, say=say)
-    check(made_for, loaded.fingerprint, f"the hypernetwork {folder.name!r}")
     where = Path(library) if library else library_dir()
-    return Model(
-        loaded, hypernet.to(loaded.device), weights_hash(hypernet), where, task_hypernetwork, image_hypernetwork
-    )
+    model = Model(loaded, where, hypernetwork, task_hypernetwork, image_hypernetwork)
+    _ = model.documents  # refused now, not at the first document
+    return model
 
 
 def load_answerer(
@@ -252,6 +242,9 @@ def load_answerer(
     device: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Answerer:
-    """Load a base that answers but does not learn; arguments as in `load`. The hypernetwork is read only for adapters that keep their text alone."""
+    """Load a base that answers but does not learn; arguments as in `load`.
+
+    The hypernetwork is read only for adapters that keep their text alone.
+    """
     where = Path(library) if library else library_dir()
     return Answerer(load_base(base, device=device, say=say), where, hypernetwork)

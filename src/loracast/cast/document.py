@@ -1,43 +1,35 @@
-"""A document becomes an adapter: text, chunks, features, factors, disk. Memory stays flat in the document's length."""
+"""Casts a document into an adapter: text, chunks, features, rows, disk. Memory stays flat in the document's length."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from loracast.base.chat import encode_text, encode_with_offsets
 from loracast.base.load import Base
-from loracast.batching import pad_right
 from loracast.documents import Chunk, Document, split_text
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.encoders.hidden_states import ContextEncoder
 from loracast.errors import DocumentError
+from loracast.hypernets.protocol import Caster, Rows
 from loracast.library.adapter import Adapter
 from loracast.library.library import check_free, find_made_from, give_name
 from loracast.library.manifest import Manifest
-from loracast.library.writer import AdapterWriter
+from loracast.library.save import save_rows, static_tensors, utc_now
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
-if TYPE_CHECKING:
-    from loracast.hypernets.doc_to_lora import DocToLoRA
-
 TOKENS_PER_BATCH = 4096
-"""Tokens encoded at once: enough to keep the cores busy, little enough to need no memory to speak of."""
+"""Tokens encoded at once: enough to keep the cores busy, few enough to need little memory."""
 
 Progress = Callable[[int, int], None]
 """(chunks done, chunks in all)"""
 
 
 def split_document(base: Base, document: Document, max_tokens: int) -> list[Chunk]:
-    """The chunks of a document as this base's tokenizer counts them."""
+    """The chunks of a document as this base's tokenizer counts them. Raises DocumentError for a document without text."""
     chunks = split_text(
         document.text,
         lambda text: encode_with_offsets(base.tokenizer, text),
@@ -49,49 +41,28 @@ def split_document(base: Base, document: Document, max_tokens: int) -> list[Chun
     return chunks
 
 
-def expand_chunks(
-    base: Base, hypernet: DocToLoRA, encoder: ContextEncoder, prompts: Sequence[str]
-) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """The factors of chunks, batch by batch and in order, as the hypernetwork casts them."""
-    for ids, mask in prompt_batches(base, prompts):
-        yield expand_batch(base, hypernet, encoder, ids, mask)
-
-
-@torch.inference_mode()
-def expand_batch(
-    base: Base, hypernet: DocToLoRA, encoder: ContextEncoder, ids: Tensor, mask: Tensor
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors of one batch of chunks, as token ids [n, t] with their mask [n, t]."""
-    autocast = torch.autocast(ids.device.type, torch.bfloat16) if base.model.dtype == torch.bfloat16 else nullcontext()
-    with autocast:
-        return hypernet.cast(encoder(ids, mask))[0]
-
-
-def prompt_batches(base: Base, prompts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks as token ids [n, t] with their mask [n, t], in order, at most TOKENS_PER_BATCH at a time."""
+def token_batches(base: Base, prompts: Sequence[str]) -> Iterator[list[list[int]]]:
+    """The chunks' token ids, in order, in batches of at most TOKENS_PER_BATCH, padding included."""
     batch: list[list[int]] = []
     for i, prompt in enumerate(prompts):
         batch.append(encode_text(base.tokenizer, prompt))
         is_full = max(len(ids) for ids in batch) * (len(batch) + 1) > TOKENS_PER_BATCH
         if is_full or i == len(prompts) - 1:
-            ids, mask = pad_right(batch, base.pad_id)
-            yield ids.to(base.device), mask.to(base.device)
+            yield batch
             batch = []
 
 
-def shared_factors(hypernet: DocToLoRA) -> dict[str, Tensor]:
-    """The document-independent factors, named as in an adapter's file; none where the hypernetwork has none."""
-    factors: dict[str, Tensor] = {}
-    for kind in hypernet.config.target.kinds:
-        if shared := hypernet.static_of(kind):
-            factors |= {f"{kind}.shared.a": shared.a.detach(), f"{kind}.shared.b": shared.b.detach()}
-    return factors
+def cast_chunks(caster: Caster, base: Base, prompts: Sequence[str]) -> Iterator[Rows]:
+    """The rows of chunks, batch by batch and in order."""
+    for batch in token_batches(base, prompts):
+        yield caster.cast(caster.encode(batch)).rows
 
 
-def recast(base: Base, hypernet: DocToLoRA, encoder: ContextEncoder, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """The factors of chunks as their adapter would hold them, in bf16, the document-independent ones among them."""
-    batches = list(expand_chunks(base, hypernet, encoder, prompts))
-    rows = {name: value.bfloat16().cpu() for name, value in shared_factors(hypernet).items()}
+def recast(caster: Caster, base: Base, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """The rows of chunks as their adapter would hold them in bf16, the static LoRA's among them."""
+    batches = list(cast_chunks(caster, base, prompts))
+    static = static_tensors(caster.hypernetwork.static_rows())
+    rows = {name: value.bfloat16().cpu() for name, value in static.items()}
     for kind in batches[0]:
         for i, side in enumerate("ab"):
             rows[f"{kind}.{side}"] = torch.cat([batch[kind][i] for batch in batches]).bfloat16().cpu()
@@ -99,10 +70,8 @@ def recast(base: Base, hypernet: DocToLoRA, encoder: ContextEncoder, prompts: Se
 
 
 def learn_document(
+    caster: Caster,
     base: Base,
-    hypernet: DocToLoRA,
-    hypernet_hash: str,
-    encoder: ContextEncoder,
     document: Document,
     library: Path,
     name: str,
@@ -114,11 +83,11 @@ def learn_document(
 ) -> Adapter:
     """Cast a document into an adapter and keep it under `name`.
 
-    Where the library has it already, made from the same document in the same way, it only gets the name. Nothing is left behind if it fails or
-    is killed: the adapter appears in the library when it is whole.
+    Where the library has an adapter of the same document, cast in the same way, that one gets the name. Nothing is left behind if casting
+    fails or is killed: the adapter appears in the library when it is whole.
     """
     started = time.perf_counter()
-    config = hypernet.config
+    config = caster.hypernetwork.config
     chunks = split_document(base, document, max_chunk_tokens)
     manifest = Manifest(
         name=name,
@@ -126,7 +95,7 @@ def learn_document(
         source=document.file_name,
         source_sha256=document.sha256,
         made_for=base.fingerprint,
-        hypernetwork=hypernet_hash,
+        hypernetwork=caster.id,
         modules=config.target.rows,
         ranks=config.ranks,
         max_unscaled_chunks=dict(config.merging.max_unscaled_chunks),
@@ -134,7 +103,7 @@ def learn_document(
         n_chunks=len(chunks),
         n_tokens=sum(chunk.n_tokens for chunk in chunks),
         max_chunk_tokens=max_chunk_tokens,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=utc_now(),
         learn_s=0.0,
         warnings=document.warnings,
         storage=storage,
@@ -144,16 +113,7 @@ def learn_document(
         return give_name(library, name, version, replace=replace)
     if not replace:
         check_free(library, name)  # now, not after the work
-    with AdapterWriter(library, name, config.target, config.ranks, chunks, storage) as writer:
-        done = 0
-        progress(done, len(chunks))
-        if storage == "text":  # its factors are made when it is asked
-            progress(len(chunks), len(chunks))
-            return writer.finish(manifest, replace=replace)
-        writer.open_factors(shared_factors(hypernet))
-        for expanded in expand_chunks(base, hypernet, encoder, [chunk.prompt for chunk in chunks]):
-            writer.add(expanded)
-            done += next(iter(expanded.values()))[0].shape[0]
-            progress(done, len(chunks))
-        seconds = round(time.perf_counter() - started, 3)
-        return writer.finish(dataclasses.replace(manifest, learn_s=seconds), replace=replace)
+    prompts = [] if storage == "text" else [chunk.prompt for chunk in chunks]  # text is cast when it is asked
+    batches, static = cast_chunks(caster, base, prompts), caster.hypernetwork.static_rows()
+    seconds = lambda: time.perf_counter() - started  # noqa: E731
+    return save_rows(library, manifest, chunks, batches, static, seconds, replace=replace, progress=progress)

@@ -34,15 +34,14 @@ def image(
 ) -> None:
     """Images that were never trained on: does the text-only base say what they show? Beside a linear probe on the same features."""
     from loracast.base.load import DEFAULT_BASE
-    from loracast.cast.image import load_image_caster
+    from loracast.cast.load import load_caster, shipped_hypernetwork
     from loracast.data.labelled import read_images
     from loracast.evaluation.plots import require_matplotlib
-    from loracast.model import shipped_hypernetwork
 
     require_matplotlib()
     known, test = read_images(trained_on), read_images(images)
     where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "image")
-    caster = load_image_caster(where, Path(), encoder=encoder, device=device, say=say).caster
+    caster = load_caster(where, "image", encoder=encoder, say=say)
     _evaluate(caster, known, test, out, per_class, seed, base, device, as_json)
 
 
@@ -56,15 +55,14 @@ def signal(
     as_json: options.Json = False,
 ) -> None:
     """Generated time series that were never trained on, beside a linear probe on the same patches."""
-    from loracast.cast.image import FeatureCaster
     from loracast.data.labelled import make_signals
     from loracast.encoders.signal import SignalEncoder
     from loracast.evaluation.plots import require_matplotlib
-    from loracast.hypernets.doc_to_lora import DocToLoRA
+    from loracast.hypernets.protocol import Caster
     from loracast.hypernets.store import from_pretrained
 
     require_matplotlib()
-    caster = FeatureCaster(*from_pretrained(hypernetwork, DocToLoRA), SignalEncoder())
+    caster = Caster(from_pretrained(hypernetwork), SignalEncoder())
     test = make_signals(1_000 + seed, per_class or 50)
     _evaluate(caster, make_signals(0, 400), test, out, per_class, seed, base, device, as_json)
 

@@ -60,10 +60,11 @@ def tasks(
     as_json: options.Json = False,
 ) -> None:
     """Descriptions as adapters, on tasks that no training has seen, beside descriptions and examples in the prompt."""
-    from loracast.cast.task import load_caster
+    from loracast.base.load import DEFAULT_BASE
+    from loracast.cast.load import load_caster, shipped_hypernetwork
+    from loracast.cast.task import TaskCaster
     from loracast.evaluation.task_baselines import Given
     from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
-    from loracast.model import SHIPPED, shipped_hypernetwork
     from loracast.training.oracle import average_of_oracles, read_multitask
 
     config = TasksConfig(
@@ -81,8 +82,8 @@ def tasks(
     loaded = open_answerer(base, None, device).base
     given = Given(
         loaded,
-        caster=load_caster(hypernetwork or shipped_hypernetwork(loaded.name, "text"), base=loaded, say=say)
-        if hypernetwork or ("text", loaded.name) in SHIPPED
+        caster=TaskCaster(load_caster(hypernetwork or shipped_hypernetwork(loaded, "task"), "task", loaded, say=say))
+        if hypernetwork or loaded.name == DEFAULT_BASE
         else None,
         oracles=oracles,
         multitask=read_multitask(multitask, loaded.fingerprint, False) if multitask else None,
@@ -114,10 +115,10 @@ def cost(
     as_json: options.Json = False,
 ) -> None:
     """What a query costs with an adapter, and with a description, examples or a document in the prompt: tokens, operations, seconds."""
-    from loracast.cast.task import load_caster
+    from loracast.cast.load import load_caster, shipped_hypernetwork
+    from loracast.cast.task import TaskCaster
     from loracast.evaluation.query_cost import CostConfig, evaluate_cost
     from loracast.evaluation.task_baselines import Given
-    from loracast.model import shipped_hypernetwork
 
     config = CostConfig(
         tasks=str(tasks) if tasks else None,
@@ -130,8 +131,8 @@ def cost(
         seed=seed,
     )
     loaded = open_answerer(base, None, device).base
-    where = hypernetwork or shipped_hypernetwork(loaded.name, "text")
-    given = Given(loaded, caster=load_caster(where, base=loaded, say=say))
+    where = hypernetwork or shipped_hypernetwork(loaded, "task")
+    given = Given(loaded, caster=TaskCaster(load_caster(where, "task", loaded, say=say)))
     with progress_bar("tasks") as progress:
         report = evaluate_cost(given, config, out, progress)
     show(report, out, as_json)
@@ -148,13 +149,13 @@ def skill_map(
 ) -> None:
     """The map of skills: the LoRAs of all tasks in two dimensions, and how well families of tasks part."""
     from loracast.base.load import DEFAULT_BASE
-    from loracast.cast.task import load_caster
+    from loracast.cast.load import load_caster, shipped_hypernetwork
+    from loracast.cast.task import TaskCaster
     from loracast.evaluation.skill_map import MapConfig, evaluate_map
-    from loracast.model import shipped_hypernetwork
 
     config = MapConfig(str(tasks), kind_of(descriptions), seed)
-    where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "text")
-    caster = load_caster(where, base=lambda: open_answerer(base, None, None).base, say=say)
+    where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "task")
+    caster = TaskCaster(load_caster(where, "task", lambda: open_answerer(base, None, None).base, say=say))
     report = evaluate_map(caster, config, out)
     show(report, out, as_json)
 

@@ -90,18 +90,18 @@ def _learn_picture(
 ) -> Adapter:
     """It takes an image encoder and a hypernetwork; the base is not loaded."""
     from loracast.base.load import DEFAULT_BASE
-    from loracast.cast.image import load_image_caster
+    from loracast.cast.image import learn_image
+    from loracast.cast.load import load_caster, shipped_hypernetwork
     from loracast.documents.images import read_image_file
     from loracast.library.library import check_free
     from loracast.library.manifest import check_name, name_for
-    from loracast.model import shipped_hypernetwork
 
     picture = read_image_file(file)
     name = check_name(name or name_for(picture))
     if not replace:
         check_free(library, name, unless_from=picture.sha256)
     where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "image")
-    return load_image_caster(where, library, device=device, say=say).learn(picture, name, replace=replace)
+    return learn_image(load_caster(where, "image", say=say), picture, library, name, replace=replace)
 
 
 def report(adapter: Adapter) -> dict[str, Any]:

@@ -34,11 +34,11 @@ def task(
     It takes a text encoder and the hypernetwork; the base is loaded only where it is what reads the description, as the shipped hypernetwork has it.
     """
     from loracast.base.load import DEFAULT_BASE, load_base
-    from loracast.cast.task import load_caster
+    from loracast.cast.load import load_caster, shipped_hypernetwork
+    from loracast.cast.task import TaskCaster
     from loracast.library.library import check_free
     from loracast.library.manifest import check_name, name_from
     from loracast.library.save import source_of
-    from loracast.model import shipped_hypernetwork
     from loracast.paths import library_dir
 
     started = time.perf_counter()
@@ -47,8 +47,9 @@ def task(
         check_free(
             library or library_dir(), name, unless_from=source_of(description.strip())
         )  # before a model is loaded for nothing
-    where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "text")
-    caster = load_caster(where, base=lambda: load_base(base, say=say), encoder=encoder, library=library, say=say)
+    where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "task")
+    bound = load_caster(where, "task", lambda: load_base(base, say=say), encoder=encoder, say=say)
+    caster = TaskCaster(bound, library)
     adapter = caster.task(description, name, strength=strength, replace=replace)
     manifest = adapter.manifest
     for warning in manifest.warnings:

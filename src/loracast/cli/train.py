@@ -404,8 +404,8 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write a trained hypernetwork in a compact form, to ship or share it."""
+    from loracast.hypernets.protocol import Hypernetwork
     from loracast.hypernets.store import (
-        architecture_of,
         average,
         from_pretrained,
         read_provenance,
@@ -414,16 +414,15 @@ def export(
     )
     from loracast.training.recipe import keys_of, read_tables
 
-    architecture = architecture_of(run)
-    hypernet, made_for = from_pretrained(run, architecture)
+    hypernet: Hypernetwork = from_pretrained(run)
     provenance = read_provenance(run)
     if average_with:
-        average(hypernet, [from_pretrained(other, architecture)[0] for other in average_with])
+        average(hypernet, [from_pretrained(other) for other in average_with])
         provenance = {"average_of": [provenance, *map(read_provenance, average_with)]}
     if change:
         tables = read_tables(None, change, {"hypernetwork": keys_of(type(hypernet.config))})
         hypernet = with_config(hypernet, tables["hypernetwork"])
-    save_pretrained(hypernet, out, made_for, storage=storage, provenance=provenance)
+    save_pretrained(hypernet, out, storage=storage, provenance=provenance)
     n_bytes = (out / "model.safetensors").stat().st_size
     n_parameters = sum(parameter.numel() for parameter in hypernet.parameters())
     if as_json:

@@ -21,7 +21,6 @@ from loracast.batching import pad_right
 from loracast.data.tasks import with_description
 from loracast.encoders.hidden_states import cut
 from loracast.errors import EncoderError
-from loracast.hypernets.attention_delta import PLACES, AttentionDeltaToLoRA
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
 
@@ -31,6 +30,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+ATTENTION_DELTA = "base:attention_delta"
+"""The name of this encoder in a hypernetwork's config."""
+POSITIONS = ("start", "answer", "input", "turn")
+"""Positions at which attention deltas are read, and at which the LoRA made from them writes: where the answer begins, after its
+beginning, in the input, and in what the template has between the input and the answer."""
 MAX_TOKENS = 512
 _TEXTS_AT_ONCE = 25  # of about the same length, so that little is padding
 _WATCHED = "loracast_watched"
@@ -53,20 +57,40 @@ class _Watch:
 
 
 class AttentionDeltaEncoder:
-    """Texts -> conditions of an `AttentionDeltaToLoRA`. Shares the base's weights: building one costs nothing.
+    """Descriptions -> their attention deltas at each position in each layer. Shares the base's weights.
 
-    Of a hypernetwork that is not in training, what reads is what it has at the first call, and what all texts begin with is read then.
+    Outside of training, the encoder LoRA and the keys and values of what all prompts begin with are computed once.
     """
 
-    def __init__(self, base: Base, hypernet: AttentionDeltaToLoRA):
-        c = hypernet.config
-        self.name, self.d_text = c.encoder, c.d_text
-        self._base, self._hypernet = base, hypernet
-        self._plain = base.chat.prompt(c.dummy_input, "")
+    def __init__(
+        self,
+        base: Base,
+        layers: Sequence[int],
+        kind: str,
+        dummy_input: str,
+        dummy_answer: str,
+        lora: Callable[[], LoRABatch],
+        is_training: Callable[[], bool] = lambda: False,
+    ):
+        """
+        Args:
+            layers: of the base, in which attention deltas are read.
+            kind: the modules through which attention writes (`o_proj`).
+            dummy_input, dummy_answer: input and beginning of an answer that stand in for real ones while a description is read.
+            lora: gives the encoder LoRA, which the base carries while it reads.
+            is_training: whether the encoder LoRA may have changed since the last call.
+        """
+        self.name = ATTENTION_DELTA
+        self._base, self._layers, self._kind = base, tuple(layers), kind
+        self._lora, self._is_training = lora, is_training
+        self._d_state = int(base.model.config.get_text_config().hidden_size)
+        self.d_text = len(POSITIONS) * len(self._layers) * self._d_state
+        self._dummy_input = dummy_input
+        self._plain = base.chat.prompt(dummy_input, "")
         """The dummy input as it is asked without a description."""
-        self._answer = base.chat.reply(c.dummy_answer)[:-1]
+        self._answer = base.chat.reply(dummy_answer)[:-1]
         self._n_before, self._n_after = tokens_around_input(base.chat)
-        self._decoder = cut(base.model.get_decoder(), max(c.layers) + 1)
+        self._decoder = cut(base.model.get_decoder(), max(self._layers) + 1)
         self._kept: dict[str, Any] = {}
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -85,7 +109,7 @@ class AttentionDeltaEncoder:
 
     def _row(self, description: str) -> tuple[list[int], int, int]:
         """Token ids, where the description ends in them, and how many of them the prompt has."""
-        prompt = self._base.chat.prompt(with_description(description, self._hypernet.config.dummy_input), "")
+        prompt = self._base.chat.prompt(with_description(description, self._dummy_input), "")
         # The dummy input and what follows it, but that after a description its first token may be another one.
         n_told = len(self._plain) - self._n_before
         end = len(prompt) - min(_common(prompt[::-1], self._plain[::-1]), n_told)
@@ -99,16 +123,16 @@ class AttentionDeltaEncoder:
         n_shared = self._n_before if all(row[: self._n_before] == self._shared for row, _, _ in rows) else 0
         ids, _ = pad_right([row[n_shared:] for row, _, _ in rows], self._base.pad_id)
         n, t = ids.shape
-        described, places = torch.zeros(n, n_shared + t, dtype=torch.bool), torch.zeros(n, len(PLACES), n_shared + t)
+        described, places = torch.zeros(n, n_shared + t, dtype=torch.bool), torch.zeros(n, len(POSITIONS), n_shared + t)
         for i, (row, end, n_prompt) in enumerate(rows):
             described[i, self._n_before : end] = True
-            places[i, PLACES.index("start"), n_prompt - 1] = 1
-            places[i, PLACES.index("answer"), len(row) - 1] = 1
+            places[i, POSITIONS.index("start"), n_prompt - 1] = 1
+            places[i, POSITIONS.index("answer"), len(row) - 1] = 1
             for place, first, last in (
                 ("input", end, n_prompt - self._n_after),
                 ("turn", n_prompt - self._n_after, n_prompt - 1),
             ):
-                places[i, PLACES.index(place), first:last] = 1 / max(1, last - first)
+                places[i, POSITIONS.index(place), first:last] = 1 / max(1, last - first)
         with inject(self._base.model, self._once("reading", self._reads_with)):
             before = self._once("beginning", self._read_before) if n_shared else ()
             watch = _Watch(described, places[:, :, n_shared:], before)
@@ -116,7 +140,7 @@ class AttentionDeltaEncoder:
 
     def _once(self, what: str, make: Callable[[], T]) -> T:
         """What is made, and is made once while the hypernetwork is not in training."""
-        if self._hypernet.training:
+        if self._is_training():
             self._kept.clear()
             return make()
         if what not in self._kept:
@@ -125,7 +149,7 @@ class AttentionDeltaEncoder:
 
     def _reads_with(self) -> LoRABatch:
         """The LoRA that the base carries while it reads, in the base's type."""
-        return self._hypernet.encoder_lora_batch().to(self._base.model.dtype)
+        return self._lora().to(self._base.model.dtype)
 
     @property
     def _shared(self) -> list[int]:
@@ -135,7 +159,7 @@ class AttentionDeltaEncoder:
     def _read_before(self) -> Sequence[tuple[Tensor, Tensor]]:
         """Keys and values of these tokens, block by block."""
         n = self._n_before
-        nothing = _Watch(torch.zeros(1, n, dtype=torch.bool), torch.zeros(1, len(PLACES), n))
+        nothing = _Watch(torch.zeros(1, n, dtype=torch.bool), torch.zeros(1, len(POSITIONS), n))
         return self._watched(torch.tensor([self._shared]), nothing).read
 
     def _watched(self, ids: Tensor, watch: _Watch) -> _Watch:
@@ -149,12 +173,11 @@ class AttentionDeltaEncoder:
 
     def _written(self, seen: Sequence[tuple[nn.Module, Tensor]]) -> Tensor:
         """What would enter output projections -> attention deltas [n, places, layers, d_state]; of a block that is no target, to the next that is one."""
-        config = self._hypernet.config
-        layers = set(config.layers)
+        layers = set(self._layers)
         attention_deltas: list[Tensor] = []
         waiting: Tensor | float = 0.0
         for layer, (attention, x) in enumerate(seen):
-            projection = getattr(attention, config.kind)
+            projection = getattr(attention, self._kind)
             waiting = _linear_part(projection, x.to(projection.weight.dtype)).float() + waiting
             if layer in layers:
                 attention_deltas.append(waiting)

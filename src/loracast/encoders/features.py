@@ -1,9 +1,11 @@
-"""What an encoder hands to a hypernetwork: the door through which any modality comes in (docs/encoders.md)."""
+"""The features that an encoder hands to a hypernetwork, and the contract of encoders: how any modality comes in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from loracast.errors import HypernetworkError
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +18,7 @@ OF_THE_BASE = "base"
 
 @dataclass(frozen=True)
 class Features:
-    """The features of n chunks (or images, or signals) of t tokens, padding included."""
+    """Features of n chunks, images or descriptions of t tokens each, padding included."""
 
     states: Tensor
     """[n, t, d], or [n, layers, t, d] when each layer reads features of its own; the last columns may be values to copy."""
@@ -43,7 +45,7 @@ class Features:
 
 
 class Encoder(Protocol):
-    """What a document hypernetwork needs of an encoder, whatever its sense. A hypernetwork's config names the one it was trained with."""
+    """An encoder of any modality. A hypernetwork's config names the one it was trained with."""
 
     @property
     def name(self) -> str:
@@ -64,5 +66,14 @@ class Encoder(Protocol):
     def device(self) -> torch.device: ...
 
     def __call__(self, inputs: Any, /) -> Features:
-        """What it reads (token ids, images, signals), n of them -> their features, without a gradient."""
+        """n inputs (token ids, images) -> their features, without a gradient."""
         ...
+
+
+def check_encoder(name: str, fingerprint: str, d_features: int, encoder: Encoder) -> None:
+    """Raise HypernetworkError where a hypernetwork was trained with another encoder than this one."""
+    if (fingerprint, d_features) != (encoder.fingerprint, encoder.d_features):
+        raise HypernetworkError(
+            f"the hypernetwork was trained with the encoder {name!r} (fingerprint {fingerprint}), and {encoder.name!r} has the "
+            f"fingerprint {encoder.fingerprint}: give the encoder that it was trained with"
+        )

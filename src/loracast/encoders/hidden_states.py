@@ -12,12 +12,9 @@ from torch import Tensor, nn
 
 from loracast.base.chat import encode_inside
 from loracast.encoders.features import OF_THE_BASE, Features
-from loracast.errors import HypernetworkError
 from loracast.lora.inject import inject
 
 if TYPE_CHECKING:
-    from loracast.base.load import Base
-    from loracast.hypernets.doc_to_lora import DocToLoRA
     from loracast.lora.algebra import LoRABatch
 
 
@@ -32,7 +29,7 @@ def cut(decoder: Any, depth: int) -> Any:
     return shorter
 
 
-class ContextEncoder:
+class HiddenStatesEncoder:
     """Reads the base's hidden states: the `Encoder` of documents. Shares the base's weights: building one costs nothing."""
 
     name = OF_THE_BASE
@@ -81,25 +78,6 @@ class ContextEncoder:
             self._keyed += found
             depth = max(depth, layer + 1) if found else depth
         self._decoder = cut(decoder, depth)
-
-    @classmethod
-    def for_hypernet(cls, base: Base, hypernet: DocToLoRA) -> ContextEncoder:
-        """The encoder that a hypernetwork was trained to read with. Raises HypernetworkError where that is of another sense."""
-        config = hypernet.config
-        if config.encoder != OF_THE_BASE:
-            raise HypernetworkError(
-                f"this hypernetwork sees with {config.encoder!r} and reads no documents: give one that `loracast train doc` made"
-            )
-        return cls(
-            base.model,
-            config.reader_layers,
-            with_values=config.d_values > 0,
-            prefix=config.prefix,
-            key_modules=[name for name, *_ in config.memory_modules],
-            tokenizer=base.tokenizer,
-            fingerprint=base.fingerprint.matrices,
-            lora=hypernet.encoder_lora_batch,
-        )
 
     def __call__(self, input_ids: Tensor, mask: Tensor | None = None) -> Features:
         """input_ids [n, t], padded on the right -> their features: states of the base's width, twice that with values.

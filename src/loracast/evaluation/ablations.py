@@ -21,8 +21,6 @@ from loracast.errors import ConfigError
 from loracast.evaluation.report import Column, Progress, Report, environment, number, text
 from loracast.evaluation.teacher_forced import TeacherForcedConfig, evaluate_teacher_forced
 from loracast.files import write_atomically
-from loracast.hypernets.doc_to_lora import DocToLoRA
-from loracast.hypernets.store import from_pretrained, weights_hash
 from loracast.library.manifest import name_from
 from loracast.model import Model
 from loracast.training.doc import Recipe, read_recipe, train_doc
@@ -122,8 +120,8 @@ def run_ablations(
 def _run(base: Base, config: AblationConfig, recipe: Recipe, folder: Path) -> None:
     run = folder / "run"
     trained = train_doc(base, recipe, run)
-    hypernet, _ = from_pretrained(run, DocToLoRA)
-    model = Model(base, hypernet.to(base.device), weights_hash(hypernet), folder / "library")
+    model = Model(base, folder / "library", run)
+    hypernet = model.documents.hypernetwork
     documents = config.held_out or recipe.data.documents
     data = replace(recipe.data, documents=documents, document_sources=config.held_out_sources, unrelated=(), seed=0)
     report = evaluate_teacher_forced(model, TeacherForcedConfig(data, config.kinds, config.steps), folder / "forced")

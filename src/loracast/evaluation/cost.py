@@ -101,9 +101,7 @@ def evaluate_latency(
     n_prompt: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="loracast-eval-") as scratch:
         document = InMemoryAdapter(model, sample.text)
-        learn_document(
-            model.base, model.hypernet, model.hypernet_hash, model.encoder, document.document, Path(scratch), "document"
-        )
+        learn_document(model.documents, model.base, document.document, Path(scratch), "document")
         adapter = open_adapter(Path(scratch), "document")
         warm_up(setup.model.base)
         for i, needle in enumerate(sample.needles):
@@ -130,7 +128,7 @@ def evaluate_latency(
         }
         for name, seconds in times.items()
     ]
-    report = Report("latency", LATENCY_COLUMNS, rows, asdict(config), environment(model.base, model.hypernet_hash))
+    report = Report("latency", LATENCY_COLUMNS, rows, asdict(config), environment(model.base, model.documents.id))
     report.write(out)
     return report
 
@@ -148,7 +146,7 @@ def evaluate_memory(
     Raises:
         LoracastError: such a process failed; the message ends with its last line.
     """
-    about = environment(model.base, model.hypernet_hash)
+    about = environment(model.base, model.documents.id)
     rows = []
     with tempfile.TemporaryDirectory(prefix="loracast-eval-") as scratch:
         for i, length in enumerate(config.lengths):

@@ -72,7 +72,7 @@ def evaluate_facts(
     setup = Setup(model, config.route)
     out.mkdir(parents=True, exist_ok=True)
     (out / "answers.jsonl").unlink(missing_ok=True)
-    about = environment(model.base, model.hypernet_hash)
+    about = environment(model.base, model.documents.id)
     ends_s = None if config.budget_s is None else time.monotonic() + config.budget_s
     n_total = config.sheets * len(config.facts)
     rows: list[dict[str, Any]] = []

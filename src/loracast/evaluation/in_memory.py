@@ -14,11 +14,12 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from loracast.cast.document import expand_chunks, shared_factors, split_document
+from loracast.cast.document import cast_chunks, split_document
 from loracast.documents import Document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.library.adapter import join_chunks
 from loracast.library.routing import Route, pick, write_index
+from loracast.library.save import static_tensors
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored
 from loracast.model import Model
@@ -39,8 +40,9 @@ class InMemoryAdapter:
         self.chunks = split_document(model.base, self.document, max_chunk_tokens)
         self._index = sqlite3.connect(":memory:")
         write_index(self._index, self.chunks)
-        self._target, self._merging = model.hypernet.config.target, model.hypernet.config.merging
-        self._shared = {name: value.bfloat16() for name, value in shared_factors(model.hypernet).items()}
+        hypernetwork = model.documents.hypernetwork
+        self._target, self._merging = hypernetwork.config.target, hypernetwork.config.merging
+        self._shared = {name: value.bfloat16() for name, value in static_tensors(hypernetwork.static_rows()).items()}
         self._factors: dict[str, Tensor] = {}  # "down_proj.a" [chunks, layers, r, in], rows filled by `put`
         self._storage = storage
         self._is_cast = [False] * len(self.chunks)
@@ -99,7 +101,7 @@ def cast(model: Model, wanted: Iterable[tuple[InMemoryAdapter, Sequence[int]]]) 
     todo = list(dict.fromkeys(todo))
     places = iter(todo)
     prompts = [document.chunks[i].prompt for document, i in todo]
-    for expanded in expand_chunks(model.base, model.hypernet, model.encoder, prompts):
+    for expanded in cast_chunks(model.documents, model.base, prompts):
         n = next(iter(expanded.values()))[0].shape[0]
         for row, (document, i) in enumerate(islice(places, n)):
             document.put(i, {kind: (a[row], b[row]) for kind, (a, b) in expanded.items()})

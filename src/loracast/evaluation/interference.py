@@ -78,7 +78,7 @@ def evaluate_interference(
     documents = read_questioned(config.documents, config.sources, config.split)
     if len(documents) < counts[-1]:
         raise ConfigError(f"{counts[-1]} documents are to be learned at once, and there are {len(documents)}")
-    about = environment(model.base, model.hypernet_hash)
+    about = environment(model.base, model.documents.id)
     rows: list[dict[str, Any]] = []
     hits: dict[int, list[list[float]]] = {count: [] for count in counts}
     chosen: dict[int, list[list[int]]] = {count: [] for count in counts}

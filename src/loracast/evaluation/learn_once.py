@@ -13,24 +13,24 @@ from typing import Any
 
 import torch
 
-import loracast
-from loracast.cast.document import expand_batch, prompt_batches, split_document
+from loracast.cast.document import split_document, token_batches
 from loracast.documents import Document
 from loracast.evaluation.peak import peak_memory
-from loracast.model import Model
+from loracast.model import Model, load
 
 _MIB = 2**20
 
 
 def main(order: dict[str, Any]) -> dict[str, Any]:
     """Load, warm up, learn, then time casting against the encoder alone, batch by batch."""
-    model = loracast.load(order["base"], order["hypernetwork"], library=order["library"], device=order["device"])
+    model = load(order["base"], order["hypernetwork"], library=order["library"], device=order["device"])
+    caster = model.documents
     text = Path(order["text"]).read_text(encoding="utf-8")
     document = Document("", text, None, "text/plain", sha256="", n_bytes=len(text.encode()))
     with torch.inference_mode():  # reads all the weights: before their first use they may not be in memory at all
-        ids = next(prompt_batches(model.base, ["Warm up."]))[0]
-        model.base.model(ids)
-        expand_batch(model.base, model.hypernet, model.encoder, ids, torch.ones_like(ids, dtype=torch.bool))
+        warm = next(token_batches(model.base, ["Warm up."]))
+        model.base.model(torch.tensor(warm, device=model.base.device))
+        caster.cast(caster.encode(warm))
     with peak_memory() as peak:
         started = time.perf_counter()
         adapter = model.learn(document, Path(order["text"]).stem, max_chunk_tokens=order["chunk_tokens"])
@@ -57,11 +57,11 @@ def _cast_times(model: Model, document: Document, chunk_tokens: int) -> tuple[fl
     """
     prompts = [chunk.prompt for chunk in split_document(model.base, document, chunk_tokens)]
     cast_s = encode_s = 0.0
-    for ids, mask in prompt_batches(model.base, prompts):
+    for batch in token_batches(model.base, prompts):
         started = _now(model)
-        model.encoder(ids)
+        model.documents.encode(batch)
         between = _now(model)
-        expand_batch(model.base, model.hypernet, model.encoder, ids, mask)
+        model.documents.cast(model.documents.encode(batch))
         encode_s += between - started
         cast_s += _now(model) - between
     return cast_s, encode_s

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from loracast.base.generate import Sampling, answer, answer_batch
 from loracast.base.load import Base
-from loracast.cast.image import FeatureCaster
 from loracast.data.answer_metrics import is_exact
 from loracast.data.labelled import Labelled
 from loracast.encoders.features import Features
@@ -33,6 +32,7 @@ from loracast.errors import ConfigError
 from loracast.evaluation.choice import negative_log_likelihood
 from loracast.evaluation.intervals import wilson
 from loracast.evaluation.report import Column, Progress, Report, environment, interval, number, percent, text
+from loracast.hypernets.protocol import Caster
 from loracast.lora.algebra import LoRA
 from loracast.training.modality_source import Attribute, encode, encoded, wordings
 
@@ -83,7 +83,7 @@ class Saw:
 
 def evaluate_sense(
     base: Base,
-    caster: FeatureCaster,
+    caster: Caster,
     trained_on: Labelled,
     test: Labelled,
     config: SenseEvalConfig,
@@ -96,7 +96,7 @@ def evaluate_sense(
         trained_on: what the classifiers learn from.
         test: things that were never trained on.
     """
-    about = environment(base, caster.hypernet_hash)
+    about = environment(base, caster.id)
     asked = wordings(test.sense)
     places = _chosen(test, config)
     states = encoded(test, places, caster.encoder)
@@ -245,12 +245,12 @@ def _shuffled(things: _Things, seed: int) -> list[int]:
     return dealt
 
 
-def _cast(caster: FeatureCaster, states: Tensor, rows: Sequence[int]) -> list[LoRA]:
+def _cast(caster: Caster, states: Tensor, rows: Sequence[int]) -> list[LoRA]:
     batch = caster.loras_of(Features(states[list(rows)].float()))
     return [batch.row(i) for i in range(batch.n)]
 
 
-def _free_answers(base: Base, caster: FeatureCaster, states: Tensor, question: str) -> list[str]:
+def _free_answers(base: Base, caster: Caster, states: Tensor, question: str) -> list[str]:
     prompt = base.chat.prompt(question, "")
     answers: list[str] = []
     for first in range(0, len(states), _AT_ONCE):
@@ -318,7 +318,7 @@ def _attribute_rows(
     return made
 
 
-def _timings(base: Base, caster: FeatureCaster, test: Labelled, place: int, question: str) -> dict[str, float]:
+def _timings(base: Base, caster: Caster, test: Labelled, place: int, question: str) -> dict[str, float]:
     """Seconds from one thing in memory to its LoRA, and to an answer's first token with it and without."""
     thing, prompt = test.load(place), base.chat.prompt(question, "")
     one_token = Sampling(max_new_tokens=1)

@@ -101,7 +101,7 @@ def evaluate_needle(
     haystack = Haystack(read_texts(config.texts), lambda text: encode_with_offsets(model.base.tokenizer, text))
     out.mkdir(parents=True, exist_ok=True)
     (out / "answers.jsonl").unlink(missing_ok=True)
-    about = environment(model.base, model.hypernet_hash)
+    about = environment(model.base, model.documents.id)
     ends_s = None if config.budget_s is None else time.monotonic() + config.budget_s
     n_before, n_total = 0, sum(config.n_samples(length) for length in config.lengths)
     rows: list[dict[str, Any]] = []

@@ -100,7 +100,7 @@ def evaluate_cost(given: Given, config: CostConfig, out: Path, progress: Progres
         _mean_of([row for row in rows if row["system"] == name]) for name in dict.fromkeys(r["system"] for r in rows)
     ]
     rows += [{**_against(row, next(r for r in means if r["system"] == ADAPTER)), **row} for row in means]
-    about = {**environment(given.base, given.caster.hypernet_hash), "making": _making(rows)}
+    about = {**environment(given.base, given.caster.caster.id), "making": _making(rows)}
     report = Report("cost of a query", COLUMNS, rows, asdict(config), about)
     report.write(out)
     costs(out / "cost.png", [row for row in rows if row["task"] != _ALL], baseline=ADAPTER)

@@ -95,7 +95,7 @@ def evaluate_map(caster: TaskCaster, config: MapConfig, out: Path) -> Report:
                 ],
             }
         )
-    report = Report("map of skills", COLUMNS, rows, asdict(config), environment(None, caster.hypernet_hash))
+    report = Report("map of skills", COLUMNS, rows, asdict(config), environment(None, caster.caster.id))
     report.write(out)
     skills(out / "map.png", rows)
     return report

@@ -96,7 +96,7 @@ def evaluate_tasks(
     rivals = _rivals(config, given, tasks)
     out.mkdir(parents=True, exist_ok=True)
     (out / "answers.jsonl").unlink(missing_ok=True)
-    about = environment(base, given.caster.hypernet_hash if given.caster else None)
+    about = environment(base, given.caster.caster.id if given.caster else None)
     n_rows = sum(min(config.rows, len(task.test)) for task in tasks) * len(config.seeds) * len(rivals)
     ends_s = None if config.budget_s is None else time.monotonic() + config.budget_s
     tallies = {name: Tally() for name in rivals}

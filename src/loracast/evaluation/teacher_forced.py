@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from loracast.errors import ConfigError
 from loracast.evaluation.intervals import cluster_bootstrap
 from loracast.evaluation.report import Column, Progress, Report, environment, interval, number, percent, text
+from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.lora.algebra import LoRABatch
 from loracast.model import Model
 from loracast.scoring.episodes import Batch, pack
@@ -57,7 +58,7 @@ def evaluate_teacher_forced(
 ) -> Report:
     """Run the evaluation; the table is in `out` at the end. Wordings of sheets and needles are those of the dev split."""
     base = model.base
-    about = environment(base, model.hypernet_hash)
+    about = environment(base, model.documents.id)
     source = EpisodeSource(config.data, base.tokenizer, base.chat, split="dev")
     total = len(config.kinds) * config.steps
     rows: list[dict[str, Any]] = []
@@ -77,10 +78,11 @@ def evaluate_teacher_forced(
 @torch.no_grad()
 def _answered(model: Model, batch: Batch) -> dict[str, list[tuple[list[float], list[float]]]]:
     """By system, for each document whether its answers' tokens are right, and whether its questions' are right to the last."""
-    base = model.base
+    base, hypernetwork = model.base, cast(DocToLoRA, model.documents.hypernetwork)
+    encoder = hypernetwork.hidden_states_encoder(base)
     autocast = torch.autocast(base.device.type, torch.bfloat16) if base.model.dtype == torch.bfloat16 else nullcontext()
     with autocast:
-        loras = model.hypernet(model.encoder(batch.chunk_ids, batch.chunk_mask), batch.chunks_per_document).loras
+        loras = hypernetwork(encoder(batch.chunk_ids, batch.chunk_mask), batch.chunks_per_document).loras
         n = loras.n
         given = {"adapter": loras, "other": loras.take([*range(1, n), 0]), "none": LoRABatch(1, {}, {})}
         if n == 1:  # a step of one document has no other

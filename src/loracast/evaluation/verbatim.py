@@ -88,7 +88,7 @@ def evaluate_verbatim(
     model: Model, config: VerbatimConfig, out: Path, progress: Progress = lambda done, total: None
 ) -> Report:
     """Run the evaluation; the table is in `out` at the end."""
-    about = environment(model.base, model.hypernet_hash)
+    about = environment(model.base, model.documents.id)
     documents = _choose(model, config)
     hits: dict[str, list[list[float]]] = {name: [] for name in SYSTEMS if name in config.systems}
     n_passages = 0

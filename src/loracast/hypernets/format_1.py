@@ -1,12 +1,18 @@
-"""Reads hypernetworks of format 1, whose config keys and tensors had other names.
+"""Reads hypernetworks of format 1, whose config keys and tensors had other names and whose config had options that are gone.
 
-Format 2 differs from it in names alone, so a folder of format 1 opens without being written anew.
+Tensors of shipped hypernetworks keep their old names, so renaming them is part of every reading.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from loracast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 V = TypeVar("V")
 
@@ -24,6 +30,19 @@ _CONFIG_KEYS = {
     "recalled": "bank_sizes",
     "n_known": "n_seen",
 }
+_GONE: dict[str, Any] = {
+    "among_latents": False,
+    "whitened": False,
+    "weighting_width": 0,
+    "weighting_dropout": None,
+    "reading_strength": 1.0,
+    "n_encoder_blocks": 0,
+    "n_latents": 0,
+    "gated_projection": False,
+    "factorised_queries": True,
+    "n_latent_mlps": 0,
+}
+"""Options that are gone, with the value at which they did nothing; None: it did nothing by itself."""
 _TENSORS = {
     "document_independent.": "static.",
     "reading.": "encoder_lora.",
@@ -31,6 +50,8 @@ _TENSORS = {
     "recall.": "task_bank.",
     "known": "seen",
 }
+_UNITS = (".in_scale", ".out_scale")
+"""Ends of the names of buffers that were ones unless `whitened` was set."""
 
 
 def architecture(name: str) -> str:
@@ -43,18 +64,47 @@ def config(values: Mapping[str, Any], of: str) -> dict[str, Any]:
 
     Args:
         of: the architecture's name of today: `shared_rank` means two things.
+
+    Raises:
+        ConfigError: it uses an option that is gone.
     """
+    used = [key for key, idle in _GONE.items() if idle is not None and values.get(key, idle) != idle]
+    if used:
+        raise ConfigError(
+            f"this hypernetwork was trained with {', '.join(used)}, which this version of loracast no longer has: use loracast 0.1.0"
+        )
     keys = {**_CONFIG_KEYS, "shared_rank": "static_modules_rank"} if of == "DocToLoRA" else _CONFIG_KEYS
-    return {keys.get(key, key): value for key, value in values.items()}
+    return {keys.get(key, key): value for key, value in values.items() if key not in _GONE}
 
 
-def tensors(stored: Mapping[str, V]) -> dict[str, V]:
-    """Tensors under their names of today; those of format 2 come back as they are."""
-    return {_tensor(name): value for name, value in stored.items()}
+def tensors(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under their names of today, without buffers that are gone; those of format 2 come back as they are."""
+    return {_renamed(name, _TENSORS): value for name, value in stored.items() if not _is_idle(name, value)}
 
 
-def _tensor(name: str) -> str:
-    for old, new in _TENSORS.items():
+def former_id(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str:
+    """The id under which loracast 0.1 knew a hypernetwork: a hash of its weights alone, under their old names.
+
+    Args:
+        weights: in fp32, under the names of today.
+        stored: as they lie in the file.
+    """
+    back = {new: old for old, new in _TENSORS.items()}
+    old = {_renamed(name, back): value for name, value in weights.items()}
+    old |= {name: value.float() for name, value in stored.items() if _is_idle(name, value)}
+    digest = hashlib.sha256()
+    for name, value in sorted(old.items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    for old, new in names.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
+
+
+def _is_idle(name: str, value: Tensor) -> bool:
+    return name.endswith(_UNITS) and bool((value == 1).all())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from loracast.lora.algebra import Factors
 
@@ -19,23 +18,6 @@ def per_layer(x: Tensor, weight: Tensor) -> Tensor:
     return y.unflatten(1, (n, q)).transpose(0, 1)
 
 
-class LatentMLP(nn.Module):
-    """A residual MLP on the rank latents with weights of its own in each layer: x + LN(W2 silu(W1 LN(x)))."""
-
-    def __init__(self, n_layers: int, width: int):
-        super().__init__()
-        self.norm_in = nn.LayerNorm(width)
-        self.w1 = nn.Parameter(torch.randn(n_layers, width, 4 * width) / width**0.5)
-        self.b1 = nn.Parameter(torch.zeros(n_layers, 1, 4 * width))
-        self.w2 = nn.Parameter(torch.randn(n_layers, 4 * width, width) / (4 * width) ** 0.5)
-        self.b2 = nn.Parameter(torch.zeros(n_layers, 1, width))
-        self.norm_out = nn.LayerNorm(width)
-
-    def forward(self, latents: Tensor) -> Tensor:  # [n, layers, q, w] -> [n, layers, q, w]
-        inner = functional.silu(per_layer(self.norm_in(latents), self.w1) + self.b1)
-        return latents + self.norm_out(per_layer(inner, self.w2) + self.b2)
-
-
 class FactorHead(nn.Module):
     """Unit rank latents [n, layers, r, w] -> A rows [n, layers, r, in] and B rows [n, layers, r, out].
 
@@ -43,28 +25,19 @@ class FactorHead(nn.Module):
     layers share one map and each adds a correction of rank k: a large base stays affordable.
     """
 
-    in_scale: Tensor
-    out_scale: Tensor
-
-    def __init__(
-        self, n_layers: int, width: int, rank: int, d_in: int, d_out: int, shared_rank: int | None, whitened: bool
-    ):
+    def __init__(self, n_layers: int, width: int, rank: int, d_in: int, d_out: int, shared_rank: int | None):
         super().__init__()
         self.d_in, self.d_out = d_in, d_out
         d = d_in + d_out
-        # Published initialisation (arXiv 2602.15902); with whitening, unit latents give factors of unit response instead.
-        std = 0.5 / (width + d * rank) ** 0.5
-        columns = torch.cat([torch.full((d_in,), d_in**-0.5), torch.full((d_out,), d_out**-0.5)]) if whitened else std
+        std = 0.5 / (width + d * rank) ** 0.5  # published initialisation (arXiv 2602.15902)
         if shared_rank is None:
-            self.weight = nn.Parameter(torch.randn(n_layers, width, d) * columns)
+            self.weight = nn.Parameter(torch.randn(n_layers, width, d) * std)
         else:
-            self.shared = nn.Parameter(torch.randn(width, d) * columns)
+            self.shared = nn.Parameter(torch.randn(width, d) * std)
             self.down = nn.Parameter(torch.randn(n_layers, width, shared_rank) / shared_rank**0.5)
-            self.up = nn.Parameter(torch.randn(n_layers, shared_rank, d) * columns)
+            self.up = nn.Parameter(torch.randn(n_layers, shared_rank, d) * std)
         self.scaler_a = nn.Parameter(torch.ones(n_layers, rank, 1))
         self.scaler_b = nn.Parameter(torch.zeros(n_layers, rank, 1))  # zero: the start is an exact no-op
-        self.register_buffer("in_scale", torch.ones(n_layers, 1, d_in))
-        self.register_buffer("out_scale", torch.ones(n_layers, 1, d_out))
 
     def forward(self, latents: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """The factors; `scale` multiplies B."""
@@ -73,7 +46,7 @@ class FactorHead(nn.Module):
         else:
             rows = latents @ self.shared + per_layer(per_layer(latents, self.down), self.up)
         a, b = rows.split([self.d_in, self.d_out], dim=-1)
-        return a * (self.scaler_a * self.in_scale), b * (self.scaler_b * self.out_scale * scale)
+        return a * self.scaler_a, b * (self.scaler_b * scale)
 
     @torch.no_grad()
     def take_low_rank(self, other: FactorHead) -> None:
@@ -85,17 +58,8 @@ class FactorHead(nn.Module):
         self.shared.copy_(mean)
         self.down.copy_(left[:, :, :n] * root[:, None])
         self.up.copy_(root[..., None] * right[:, :n])
-        for name in ("scaler_a", "scaler_b", "in_scale", "out_scale"):
-            getattr(self, name).copy_(getattr(other, name))
-
-    @torch.no_grad()
-    def set_units(self, in_rms: Tensor, out_rms: Tensor) -> None:
-        """Express A in units of the modules' inputs [layers, d_in] and B in units of their outputs [layers, d_out].
-
-        Inputs that hardly ever move are not blown up without bound; outputs are scaled by layer, not by element.
-        """
-        self.in_scale.copy_(1 / in_rms.clamp_min(in_rms.mean() * 0.05)[:, None])
-        self.out_scale.copy_(out_rms.mean(-1)[:, None, None].expand_as(self.out_scale))
+        self.scaler_a.copy_(other.scaler_a)
+        self.scaler_b.copy_(other.scaler_b)
 
 
 class ValuePointer(nn.Module):

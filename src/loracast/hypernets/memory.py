@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +26,9 @@ from torch.nn import functional
 
 from loracast.encoders.features import Features
 from loracast.hypernets.cca import cca_map
+from loracast.hypernets.doc_config import DocToLoRAConfig
 from loracast.hypernets.heads import per_layer
-from loracast.hypernets.perceiver import ReaderBlock, rotate
-
-if TYPE_CHECKING:
-    from loracast.hypernets.doc_to_lora import DocToLoRAConfig
+from loracast.hypernets.perceiver import ReaderBlock, RMSNorm, rotate
 
 _GATES = ("say it", "begin with it", "stop")
 OWNER, END = range(2)
@@ -78,7 +75,7 @@ class AssociativeMemory(nn.Module):
         self.rank, self.n_heads, self.d_values, width = c.memory_rank, c.memory_heads, c.d_values, c.width
         self.project = nn.Linear(c.d_features, width, bias=False)
         self.reader = nn.ModuleList(ReaderBlock(width, c.n_heads, c.norm_eps) for _ in range(c.memory_blocks))
-        self.norm = nn.RMSNorm(width, eps=c.norm_eps)
+        self.norm = RMSNorm(width, eps=c.norm_eps)
         self.query = nn.Linear(width, self.n_heads * _HEAD_DIM, bias=False)
         self.key = nn.Linear(width, self.n_heads * _HEAD_DIM, bias=False)
         self.gate = nn.Linear(width, len(_GATES))

@@ -1,8 +1,8 @@
 """The Perceiver that turns a chunk's features into rank latents. Knows nothing of LoRAs or bases.
 
-Learned latents read the features through cross-attention blocks; the block is the one of Doc-to-LoRA (arXiv 2602.15902,
-appendix on the architecture): grouped-query attention without positions, a SiLU-gated MLP, and RMSNorm on latents, on the
-context, after the attention, and before and after the MLP.
+Learned latents attend to the features in cross-attention blocks as Doc-to-LoRA has them (arXiv 2602.15902, appendix on the
+architecture): grouped-query attention without positions, a SiLU-gated MLP, and RMSNorm on the latents, on the context, after
+the attention, and before and after the MLP.
 """
 
 from __future__ import annotations
@@ -10,6 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm whose sum of squares is in fp32 whatever the input's type; the result is of the input's type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.dtype == self.weight.dtype else super().forward(x.float()).to(x.dtype)
 
 
 class GatedMLP(nn.Module):
@@ -50,30 +57,21 @@ class CrossAttention(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """One cross-attention block with its sandwich of norms; with `among_latents`, the latents then attend to each other too."""
+    """One cross-attention block with its sandwich of norms."""
 
-    def __init__(
-        self, width: int, n_heads: int, n_kv_heads: int, head_dim: int, eps: float, among_latents: bool = False
-    ):
+    def __init__(self, width: int, n_heads: int, n_kv_heads: int, head_dim: int, eps: float):
         super().__init__()
-        self.norm_latents = nn.RMSNorm(width, eps=eps)
-        self.norm_context = nn.RMSNorm(width, eps=eps)
+        self.norm_latents = RMSNorm(width, eps=eps)
+        self.norm_context = RMSNorm(width, eps=eps)
         self.attention = CrossAttention(width, n_heads, n_kv_heads, head_dim)
-        self.norm_attended = nn.RMSNorm(width, eps=eps)
-        self.among = CrossAttention(width, n_heads, n_kv_heads, head_dim) if among_latents else None
-        if among_latents:
-            self.norm_before_among = nn.RMSNorm(width, eps=eps)
-            self.norm_after_among = nn.RMSNorm(width, eps=eps)
-        self.norm_before_mlp = nn.RMSNorm(width, eps=eps)
+        self.norm_attended = RMSNorm(width, eps=eps)
+        self.norm_before_mlp = RMSNorm(width, eps=eps)
         self.mlp = GatedMLP(width, 4 * width, width)
-        self.norm_after_mlp = nn.RMSNorm(width, eps=eps)
+        self.norm_after_mlp = RMSNorm(width, eps=eps)
 
     def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         attended = self.attention(self.norm_latents(latents), self.norm_context(context), mask)
         latents = latents + self.norm_attended(attended)
-        if self.among is not None:
-            units = self.norm_before_among(latents)
-            latents = latents + self.norm_after_among(self.among(units, units, None))
         return latents + self.norm_after_mlp(self.mlp(self.norm_before_mlp(latents)))
 
 
@@ -86,10 +84,10 @@ class ReaderBlock(nn.Module):
     def __init__(self, width: int, n_heads: int, eps: float):
         super().__init__()
         self.n_heads = n_heads
-        self.norm = nn.RMSNorm(width, eps=eps)
+        self.norm = RMSNorm(width, eps=eps)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.o = nn.Linear(width, width, bias=False)
-        self.norm_before_mlp = nn.RMSNorm(width, eps=eps)
+        self.norm_before_mlp = RMSNorm(width, eps=eps)
         self.mlp = GatedMLP(width, 4 * width, width)
         nn.init.zeros_(self.o.weight)
         nn.init.zeros_(self.mlp.down.weight)
@@ -120,20 +118,10 @@ def rotate(x: Tensor, base: float = 1000.0) -> Tensor:
 class Perceiver(nn.Module):
     """A stack of cross-attention blocks: latents [q, w], where all start, and context [n, t, w] -> latents [n, q, w]."""
 
-    def __init__(
-        self,
-        n_blocks: int,
-        width: int,
-        n_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        eps: float,
-        among_latents: bool = False,
-    ):
+    def __init__(self, n_blocks: int, width: int, n_heads: int, n_kv_heads: int, head_dim: int, eps: float):
         super().__init__()
-        block = (width, n_heads, n_kv_heads, head_dim, eps, among_latents)
-        self.blocks = nn.ModuleList(CrossBlock(*block) for _ in range(n_blocks))
-        self.norm = nn.RMSNorm(width, eps=eps)
+        self.blocks = nn.ModuleList(CrossBlock(width, n_heads, n_kv_heads, head_dim, eps) for _ in range(n_blocks))
+        self.norm = RMSNorm(width, eps=eps)
 
     def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         latents = latents[None]  # what the first block asks is the same for all, and is computed once

@@ -1,13 +1,12 @@
 """Hypernetworks on disk, the Hugging Face way: a folder (or hub repository) with config.json and model.safetensors.
 
-Strict on both sides: unknown keys, missing tensors and other shapes are refused, all of them in one message. The file names the base that it
-was trained for by its fingerprints.
+Reading is strict: unknown keys, missing tensors and other shapes are refused, all of them in one message. The file names the base that
+the hypernetwork was trained for by its fingerprints.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,20 +19,18 @@ from loracast.base.fingerprint import Fingerprint
 from loracast.errors import ConfigError, HypernetworkError
 from loracast.files import write_atomically
 from loracast.hypernets import format_1
-from loracast.hypernets.attention_delta import AttentionDeltaToLoRA, AttentionDeltaToLoRAConfig
-from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
-from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
+from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
+from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.protocol import Hypernetwork
+from loracast.hypernets.published import PublishedDocToLoRA
+from loracast.hypernets.text_to_lora import TextToLoRA
 from loracast.lora.quantize import quantise
 
-OfDescriptions = TextToLoRA | AttentionDeltaToLoRA
-"""Hypernetworks that make a LoRA from a task's description."""
-Hypernetwork = DocToLoRA | OfDescriptions
 H = TypeVar("H", bound=Hypernetwork)
-C = TypeVar("C", DocToLoRAConfig, TextToLoRAConfig, AttentionDeltaToLoRAConfig)
+C = TypeVar("C")
 _ARCHITECTURES: dict[str, type[Hypernetwork]] = {
-    "DocToLoRA": DocToLoRA,
-    "TextToLoRA": TextToLoRA,
-    "AttentionDeltaToLoRA": AttentionDeltaToLoRA,
+    architecture.__name__: architecture
+    for architecture in (DocToLoRA, PublishedDocToLoRA, TextToLoRA, AttentionDeltaToLoRA)
 }
 FORMAT = 2
 STORAGE = ("float32", "bfloat16", "int8")
@@ -44,7 +41,6 @@ _INT8_MIN_NUMEL = 100_000  # smaller tensors gain nothing and are the more delic
 def save_pretrained(
     hypernet: Hypernetwork,
     folder: Path,
-    made_for: Fingerprint,
     *,
     storage: str = "bfloat16",
     provenance: dict[str, Any] | None = None,
@@ -53,12 +49,15 @@ def save_pretrained(
 
     Args:
         folder: created if need be; config.json is written last, so that a half-written folder is never taken for a whole one.
-        made_for: the base it was trained on.
         storage: "float32", "bfloat16", or "int8" for the large matrices (one scale for each output column) and bf16 for the rest.
         provenance: how it was made (command, seed, data), kept in config.json.
     """
     from safetensors.torch import save
 
+    if hypernet.made_for is None:
+        raise HypernetworkError(
+            "this hypernetwork names no base that it was made for: set `made_for` before it is saved"
+        )
     if storage not in STORAGE:
         raise ConfigError(f"unknown storage {storage!r}; one of {', '.join(STORAGE)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +72,7 @@ def save_pretrained(
     config = {
         "format": FORMAT,
         "architecture": type(hypernet).__name__,
-        "made_for": made_for.to_dict(),
+        "made_for": hypernet.made_for.to_dict(),
         "config": dataclasses.asdict(hypernet.config),
         "provenance": provenance or {},
     }
@@ -81,17 +80,17 @@ def save_pretrained(
     write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
 
 
-def from_pretrained(source: str | Path, architecture: type[H]) -> tuple[H, Fingerprint]:
+def from_pretrained(source: str | Path, architecture: type[H] = Hypernetwork) -> H:  # type: ignore[assignment]
     """Read a hypernetwork from a folder or a hub repository.
 
     Args:
-        architecture: which of them is wanted.
+        architecture: the class wanted, or a common base class such as `DescriptionHypernetwork`; any if left out.
 
     Returns:
-        the hypernetwork in fp32, in evaluation mode, and the fingerprint of the base that it was made for.
+        the hypernetwork in fp32, in evaluation mode, with the base that it was made for.
 
     Raises:
-        HypernetworkError: not there, damaged, of the other architecture or of a newer format; the message lists every fault.
+        HypernetworkError: not there, damaged, of another architecture or of a newer format; the message lists every fault.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -99,29 +98,31 @@ def from_pretrained(source: str | Path, architecture: type[H]) -> tuple[H, Finge
     folder = _folder_of(source)
     stored = _stored(folder)
     found = _architecture(stored, folder)
-    if found != architecture.__name__:
-        raise HypernetworkError(f"{folder} holds a {found}; this takes a {architecture.__name__}")
+    if not issubclass(found, architecture):
+        raise HypernetworkError(f"{folder} holds a {found.__name__}; this takes a {architecture.__name__}")
     try:
         made_for = Fingerprint(**stored["made_for"])
-        with torch.device(
-            "meta"
-        ):  # shapes only: what the config asks for is allocated once the file has shown that it is there
-            build: Any = architecture
+        with torch.device("meta"):  # shapes only: memory is allocated once the file has shown that it holds them
+            build: Any = found
             hypernet: H = build(read_config(stored["config"], build.config_class))
-        tensors = format_1.tensors(load_file(folder / "model.safetensors"))
+        tensors = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise HypernetworkError(_not_whole(folder, error)) from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise HypernetworkError(f"the config.json of {folder} is damaged ({type(error).__name__}: {error})") from error
-    hypernet.load_state_dict(_checked(hypernet, tensors, folder), assign=True)
-    hypernet.eval().requires_grad_(False)
-    return hypernet, made_for
+    weights = _checked(hypernet, format_1.tensors(tensors), folder)
+    hypernet.load_state_dict(weights, assign=True)
+    hypernet.made_for = made_for
+    hypernet.former_ids = tuple(stored.get("former_ids", ()))
+    if stored["format"] == 1:
+        hypernet.former_ids = (format_1.former_id(weights, tensors),)
+    return hypernet.eval().requires_grad_(False)
 
 
 def average(hypernet: Hypernetwork, others: Sequence[Hypernetwork]) -> None:
-    """Make the weights of a hypernetwork the mean of its own and others'; what is no weight (the known descriptions, units) stays its own.
+    """Set a hypernetwork's weights to the mean of its own and others'; its buffers (units, seen descriptions) stay its own.
 
-    Of a network and those that were trained further from it, the mean often keeps what all are good at (Wortsman et al., arXiv 2203.05482).
+    The mean of a network and those trained further from it often keeps what each is good at (Wortsman et al., arXiv 2203.05482).
 
     Raises:
         ConfigError: they are of different architectures.
@@ -135,49 +136,28 @@ def average(hypernet: Hypernetwork, others: Sequence[Hypernetwork]) -> None:
 
 
 def with_config(hypernet: H, changes: Mapping[str, Any]) -> H:
-    """The same weights with other values in the config, of what fixes no weight; an `AttentionDeltaToLoRA` may also be less deep than it was.
+    """The same weights with other values of config keys that fix no weight, or of those that `weights_for` can follow.
 
     Raises:
         ConfigError: the weights do not fit.
     """
     architecture: type[Any] = type(hypernet)
     changed = architecture(dataclasses.replace(hypernet.config, **changes))
-    weights = (
-        hypernet.weights_within(changed.config.layers)
-        if isinstance(hypernet, AttentionDeltaToLoRA)
-        else hypernet.state_dict()
-    )
+    changed.made_for = hypernet.made_for
     try:
-        changed.load_state_dict(weights)
+        changed.load_state_dict(hypernet.weights_for(changed.config))
     except RuntimeError as error:
         raise ConfigError(f"{', '.join(changes)}: the weights that there are do not fit ({error})") from error
     return changed
 
 
-def weights_hash(hypernet: Hypernetwork) -> str:
-    """A short hash of a hypernetwork's weights: an adapter says with it what made it."""
-    digest = hashlib.sha256()
-    for name, value in sorted(hypernet.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def architecture_of(source: str | Path) -> type[Any]:
-    """Which of the hypernetworks lies there. Raises HypernetworkError if neither does."""
-    stored = _stored(_folder_of(source))
-    return _ARCHITECTURES[_architecture(stored, source)]
-
-
-def architecture_of_descriptions(source: str | Path) -> type[OfDescriptions]:
-    """Which of the hypernetworks for descriptions lies there; one of them where none does, so that reading it says what is wrong."""
-    found = architecture_of(source)
-    return found if issubclass(found, OfDescriptions) else TextToLoRA
-
-
-def of_descriptions(source: str | Path) -> tuple[OfDescriptions, Fingerprint]:
-    """A hypernetwork for descriptions, whichever of them lies there; raises as `from_pretrained` does."""
-    return from_pretrained(source, architecture_of_descriptions(source))
+def read_made_for(source: str | Path) -> Fingerprint:
+    """The base that a hypernetwork was made for, without reading its weights. Raises HypernetworkError as `from_pretrained` does."""
+    folder = _folder_of(source)
+    try:
+        return Fingerprint(**_stored(folder)["made_for"])
+    except (KeyError, TypeError) as error:
+        raise HypernetworkError(f"the config.json of {folder} is damaged ({type(error).__name__}: {error})") from error
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -187,7 +167,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 def read_config(values: dict[str, Any], config: type[C]) -> C:
     """A config from its JSON form. Raises ConfigError for a key that nobody knows."""
-    known = {field.name for field in dataclasses.fields(config)}
+    known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     if unknown := sorted(values.keys() - known):
         raise ConfigError(f"unknown keys in a {config.__name__}: {', '.join(unknown)}")
     return config(**{name: _frozen(value) for name, value in values.items()})
@@ -232,7 +212,7 @@ def _folder_of(source: str | Path) -> Path:
 
 
 def _stored(folder: Path) -> dict[str, Any]:
-    """config.json of a hypernetwork's folder, under the names of today."""
+    """config.json of a hypernetwork's folder, under the names of today; `format` stays what it was."""
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(stored, dict):
@@ -241,19 +221,19 @@ def _stored(folder: Path) -> dict[str, Any]:
         raise HypernetworkError(_not_whole(folder, error)) from error
     if stored.get("format") == 1 and isinstance(stored.get("config"), dict):
         name = format_1.architecture(str(stored.get("architecture")))
-        stored |= {"format": FORMAT, "architecture": name, "config": format_1.config(stored["config"], name)}
+        stored |= {"architecture": name, "config": format_1.config(stored["config"], name)}
     return stored
 
 
-def _architecture(stored: dict[str, Any], source: str | Path) -> str:
-    """The name of the architecture, refused where this version cannot read it."""
+def _architecture(stored: dict[str, Any], source: str | Path) -> type[Hypernetwork]:
+    """The stored architecture, refused where this version cannot read it."""
     name, written_as = stored.get("architecture"), stored.get("format")
-    if written_as != FORMAT or name not in _ARCHITECTURES:
+    if written_as not in (1, FORMAT) or name not in _ARCHITECTURES:
         raise HypernetworkError(
             f"{source} holds {name!r} in format {written_as!r}; this version of loracast reads {', '.join(_ARCHITECTURES)} "
             f"in formats 1 and {FORMAT}: update loracast"
         )
-    return str(name)
+    return _ARCHITECTURES[str(name)]
 
 
 def _not_whole(folder: Path, error: Exception) -> str:

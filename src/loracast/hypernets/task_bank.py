@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.errors import ConfigError
+from loracast.hypernets.descriptions import make_gate
 from loracast.hypernets.heads import StaticLoRA
-from loracast.hypernets.seen import make_gate
 from loracast.lora.target import Target
 
 _SHARPNESS = 30.0

@@ -3,26 +3,30 @@
     embedding [n, d] + layer embedding + module-type embedding -> condition [n, modules, w] -> residual MLPs -> [n, modules, head]
     -> one linear head for each module kind -> A [n, layers, r, in], B [n, layers, r, out]
 
-What a head makes is the variant: `L` both factors at once; `M` one factor at a time, told by an embedding which; `S` one row of a
-factor at a time, told by another embedding which rank; `core` a small core between factors that all tasks share (after Zhyper, arXiv
-2510.19733). Knows shapes, never a base's weights.
+A head makes, by variant: `L` both factors at once; `M` one factor at a time, an embedding tells which; `S` one row of a factor at a
+time, another embedding tells which rank. Knows shapes, never a base's weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loracast.base.load import Base
+from loracast.encoders.features import OF_THE_BASE
+from loracast.encoders.sentence import TextEncoder, load_text_encoder
 from loracast.errors import ConfigError
-from loracast.hypernets.seen import SeenDescriptions, shared_factors
+from loracast.hypernets.descriptions import DescriptionHypernetwork, shared_factors
+from loracast.hypernets.doc_config import ModuleRow
+from loracast.hypernets.protocol import Say
 from loracast.lora.algebra import Factors, LoRA, LoRABatch
 from loracast.lora.target import Target, TargetModule, problems_of
 
-Variant = Literal["L", "M", "S", "core"]
+Variant = Literal["L", "M", "S"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class TextToLoRAConfig:
 
     d_text: int
     """Width of the text encoder's embeddings."""
-    modules: tuple[tuple[str, int, str, int, int], ...]
-    """The target, one (name, layer, kind, d_in, d_out) for each module, in the target's order."""
+    modules: tuple[ModuleRow, ...]
+    """The target modules, in the target's order."""
     encoder: str = ""
     """The text encoder that the embeddings come from."""
     variant: Variant = "L"
@@ -69,11 +73,10 @@ class TextToLoRAConfig:
         return self.rank
 
 
-class TextToLoRA(SeenDescriptions, nn.Module):
+class TextToLoRA(DescriptionHypernetwork):
     """The hypernetwork. Its start is an exact no-op in every variant, because every B scaler starts at zero."""
 
-    config_class: ClassVar = TextToLoRAConfig
-    seen: Tensor
+    config_class: ClassVar[Any] = TextToLoRAConfig
 
     def __init__(self, config: TextToLoRAConfig):
         super().__init__()
@@ -96,6 +99,16 @@ class TextToLoRA(SeenDescriptions, nn.Module):
             self.asked = nn.Parameter(torch.randn(len(target.kinds), 2, n_rows, c.width))
             self.asked_norm = nn.LayerNorm(c.width)
         self.register_buffer("seen", torch.zeros(c.n_seen, c.d_text))
+
+    @property
+    def needs_base(self) -> bool:
+        return self.config.encoder == OF_THE_BASE
+
+    def computes_in_bf16(self, base: Base | None) -> bool:
+        return False
+
+    def text_encoder(self, base: Base | None, encoder: str | None = None, say: Say = lambda text: None) -> TextEncoder:
+        return load_text_encoder(encoder or self.config.encoder, base, say)
 
     def remember_seen(self, embeddings: Tensor) -> None:
         """Keep the embeddings of the descriptions seen in training [m, d_text]."""
@@ -205,20 +218,7 @@ class _OneRow(_Head):
         return a[..., : self.d_in], b[..., : self.d_out]
 
 
-class _Core(_Head):
-    """`core`: A is shared by all tasks, and so are the columns that B is mixed from by a small core, which a latent becomes."""
-
-    def __init__(self, c: TextToLoRAConfig, n_layers: int, d_in: int, d_out: int):
-        super().__init__(c, n_layers, d_in, d_out, c.rank**2)
-        nn.init.normal_(self.linear.weight, std=c.head_width**-0.5)
-        self.columns = nn.Parameter(torch.randn(n_layers, c.rank, d_out) / d_out**0.5)
-
-    def own(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        core = self.linear(latents[:, :, 0, 0]).unflatten(-1, (self.rank, self.rank))  # [n, layers, r, r]
-        return torch.zeros_like(self.shared_a).expand(core.shape[0], -1, -1, -1), core @ self.columns
-
-
-_HEADS = {"L": _BothFactors, "M": _OneFactor, "S": _OneRow, "core": _Core}
+_HEADS = {"L": _BothFactors, "M": _OneFactor, "S": _OneRow}
 
 
 def _mlp(d: int, d_out: int, dropout: float) -> nn.Sequential:

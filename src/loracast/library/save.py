@@ -1,13 +1,16 @@
-"""A LoRA from anywhere, kept in the library: of a task, combined from others, or read from another tool's folder."""
+"""Keeps LoRAs as adapters of the library: the rows that a hypernetwork cast, or a LoRA from anywhere else."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from loracast.base.fingerprint import Fingerprint
@@ -21,16 +24,61 @@ from loracast.lora.algebra import LoRA, compress
 from loracast.lora.target import KINDS, Target, TargetModule
 
 _MODULE = re.compile(rf".*\blayers\.(\d+)\..*?\b({'|'.join(KINDS)})")
+Rows = Mapping[str, tuple[Tensor, Tensor]]
+"""By module kind, A [n, modules, r, in] and B rows [n, modules, r, out] of n chunks."""
 
 
-def save_lora(
-    lora: LoRA,
+def save_rows(
+    library: Path,
+    manifest: Manifest,
+    chunks: Sequence[Chunk],
+    batches: Iterable[Rows],
+    static: Rows,
+    seconds: Callable[[], float],
+    *,
+    replace: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Adapter:
+    """Keep the rows of an adapter's chunks under the manifest's name, batch by batch.
+
+    Args:
+        batches: the rows of all chunks, in order; with the storage `text` none are asked for.
+        static: rows of the static LoRA, A [modules, r, in] and B rows [modules, r, out].
+        seconds: how long casting has taken, asked at the end.
+        progress: told how many chunks of how many are done.
+
+    Raises:
+        AdapterError: the name is taken or not allowed, or numbers are not finite; nothing is kept then.
+    """
+    with AdapterWriter(library, manifest.name, manifest.target, manifest.ranks, chunks, manifest.storage) as writer:
+        done = len(chunks) if manifest.storage == "text" else 0
+        progress(done, len(chunks))
+        if manifest.storage != "text":
+            writer.open_factors(static_tensors(static))
+            for rows in batches:
+                writer.add(dict(rows))
+                done += next(iter(rows.values()))[0].shape[0]
+                progress(done, len(chunks))
+        return writer.finish(dataclasses.replace(manifest, learn_s=round(seconds(), 4)), replace=replace)
+
+
+def static_tensors(static: Rows) -> dict[str, Tensor]:
+    """Rows of a static LoRA as tensors named as in an adapter's file."""
+    return {
+        f"{kind}.shared.{side}": rows for kind, pair in static.items() for side, rows in zip("ab", pair, strict=True)
+    }
+
+
+def save_single(
+    rows: Rows,
+    target: Target,
     library: Path,
     name: str,
     *,
     kind: AdapterKind,
     title: str,
     made_for: Fingerprint,
+    static: Rows | None = None,
     source: str | None = None,
     source_sha256: str | None = None,
     hypernetwork: str = "",
@@ -39,57 +87,77 @@ def save_lora(
     warnings: tuple[str, ...] = (),
     replace: bool = False,
 ) -> Adapter:
-    """Keep a LoRA as an adapter of one piece, in bf16.
-
-    Modules of one kind have one rank in an adapter: smaller ones are filled up with zeros, and a dense delta becomes the factors that its
-    SVD gives.
+    """Keep the rows of one LoRA (n = 1) as an adapter of one chunk, in bf16.
 
     Args:
         kind: what it was made from.
         title: for people: a task's description, or what was combined.
-        source: the file or folder it came from, without what lies above.
+        source: the file or folder it came from, without its folders.
         source_sha256: hash of what it was made from; of the title if None.
-        hypernetwork: hash of what made it; "" where nothing did.
+        hypernetwork: id of the hypernetwork that cast it; "" where none did.
 
     Raises:
-        AdapterError: a module that no base of ours has, numbers that are not finite, or a name that is taken or not allowed.
+        AdapterError: the name is taken or not allowed, or numbers are not finite.
     """
     made_of = source_sha256 or source_of(title)
     if not replace:
         check_free(library, name, unless_from=made_of)
+    manifest = Manifest(
+        name=name,
+        kind=kind,
+        title=title,
+        source=source,
+        source_sha256=made_of,
+        made_for=made_for,
+        hypernetwork=hypernetwork,
+        modules=target.rows,
+        ranks={kind: rows[kind][0].shape[2] for kind in target.kinds},
+        n_chunks=1,
+        n_tokens=0,
+        max_chunk_tokens=0,
+        created=utc_now(),
+        learn_s=0.0,
+        strength=strength,
+        warnings=warnings,
+    )
+    only = Chunk(text=title, start=0, end=len(title), heading="", n_tokens=0)
+    return save_rows(library, manifest, [only], [rows], static or {}, lambda: seconds, replace=replace)
+
+
+def save_lora(lora: LoRA, library: Path, name: str, **about) -> Adapter:
+    """Keep a LoRA as an adapter of one chunk, in bf16.
+
+    Modules of one kind have one rank in an adapter: smaller ones are padded with zeros, and a dense delta becomes the factors that its
+    SVD gives.
+
+    Args:
+        about: as in `save_single`.
+
+    Raises:
+        AdapterError: a module that no base of ours has, and as in `save_single`.
+    """
     if lora.dense:
         lora, _ = compress(lora, lora.rank)
     target = target_of(lora)
-    ranks = {k: max(lora.factors[m.name].rank for m in target.of_kind(k)) for k in target.kinds}
-    only = Chunk(text=title, start=0, end=len(title), heading="", n_tokens=0)
-    with AdapterWriter(library, name, target, ranks, [only]) as writer:
-        writer.open_factors({})
-        pairs = {}
-        for k in target.kinds:
-            factors = [lora.factors[module.name] for module in target.of_kind(k)]
-            a = torch.stack([functional.pad(f.a, (0, 0, 0, ranks[k] - f.rank)) for f in factors])
-            b = torch.stack([functional.pad(f.b.T, (0, 0, 0, ranks[k] - f.rank)) for f in factors])
-            pairs[k] = (a[None], b[None])
-        writer.add(pairs)
-        manifest = Manifest(
-            name=name,
-            kind=kind,
-            title=title,
-            source=source,
-            source_sha256=made_of,
-            made_for=made_for,
-            hypernetwork=hypernetwork,
-            modules=target.rows,
-            ranks=ranks,
-            n_chunks=1,
-            n_tokens=0,
-            max_chunk_tokens=0,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            learn_s=round(seconds, 4),
-            strength=strength,
-            warnings=warnings,
-        )
-        return writer.finish(manifest, replace=replace)
+    rows = {}
+    for kind in target.kinds:
+        factors = [lora.factors[module.name] for module in target.of_kind(kind)]
+        rank = max(f.rank for f in factors)
+        a = torch.stack([functional.pad(f.a, (0, 0, 0, rank - f.rank)) for f in factors])
+        b = torch.stack([functional.pad(f.b.T, (0, 0, 0, rank - f.rank)) for f in factors])
+        rows[kind] = (a[None], b[None])
+    return save_single(rows, target, library, name, **about)
+
+
+def check_finite(rows: Rows, source: str) -> None:
+    """Raise AdapterError where a hypernetwork gave numbers that are not finite."""
+    if not all(side.isfinite().all() for pair in rows.values() for side in pair):
+        raise AdapterError(f"the hypernetwork gave numbers that are not finite for {source}; nothing is kept")
+
+
+def utc_now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def source_of(title: str) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from loracast.base.load import Base
 from loracast.batching import pad_right
-from loracast.encoders.hidden_states import ContextEncoder
+from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.errors import TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.memory import N_PLACES
@@ -25,53 +25,22 @@ _SEQUENCES_AT_ONCE = 16
 
 @torch.no_grad()
 def calibrate(
-    hypernet: DocToLoRA, base: Base, encoder: ContextEncoder, rows: Sequence[Tensor], episodes: Sequence[Episode]
+    hypernet: DocToLoRA, base: Base, encoder: HiddenStatesEncoder, rows: Sequence[Tensor], episodes: Sequence[Episode]
 ) -> None:
     """Set the units of `hypernet` from `rows` of real text's token ids, each [1, t], and from documents with their questions.
 
     The first token of a row is left out: its activations are an attention sink, hundreds of times larger than any other's.
     """
-    target = hypernet.config.target
-    squares_in: dict[str, Tensor] = {}
-    squares_out: dict[str, Tensor] = {}
-    n_tokens = sum(row.shape[1] - 1 for row in rows)
-
-    def measure(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            for squares, x in ((squares_in, inputs[0]), (squares_out, output)):
-                total = x[:, 1:].float().square().sum((0, 1))
-                squares[name] = squares.get(name, torch.zeros_like(total)) + total
-
-        return hook
-
-    modules = dict(base.model.named_modules())
-    handles = [modules[module.name].register_forward_hook(measure(module.name)) for module in target.modules]
-    try:
-        for row in rows:
-            base.model.get_decoder()(input_ids=row, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     features = [encoder(row) for row in rows]
 
-    def by_kind(squares: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            kind: torch.stack([(squares[m.name] / n_tokens).sqrt() for m in target.of_kind(kind)])
-            for kind in hypernet.config.kinds
-        }
-
     hypernet.standardise(torch.cat([f.states[..., 1:, :].float().flatten(0, -2) for f in features]))
-    if hypernet.config.whitened:
-        inputs, outputs = by_kind(squares_in), by_kind(squares_out)
-        for kind in hypernet.config.kinds:
-            hypernet.head(kind).set_units(inputs[kind], outputs[kind])
     if hypernet.memory is not None:
         set_memory_units(hypernet, base, encoder, rows, episodes)
 
 
 @torch.no_grad()
 def set_memory_units(
-    hypernet: DocToLoRA, base: Base, encoder: ContextEncoder, rows: Sequence[Tensor], episodes: Sequence[Episode]
+    hypernet: DocToLoRA, base: Base, encoder: HiddenStatesEncoder, rows: Sequence[Tensor], episodes: Sequence[Episode]
 ) -> None:
     """Set the units of the memory: its keys' over rows and questions, and at each place of the answers; then its question map.
 
@@ -118,7 +87,7 @@ def set_memory_units(
 
 
 def _keys(
-    encoder: ContextEncoder, base: Base, sequences: Sequence[Sequence[int]], lora: LoRABatch | None = None
+    encoder: HiddenStatesEncoder, base: Base, sequences: Sequence[Sequence[int]], lora: LoRABatch | None = None
 ) -> Iterator[Tensor]:
     """What enters a memory's modules at each of t tokens, [modules, t, in], of one sequence after the other."""
     for start in range(0, len(sequences), _SEQUENCES_AT_ONCE):

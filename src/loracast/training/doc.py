@@ -16,7 +16,6 @@ from torch import Tensor
 
 from loracast.base.chat import encode_text
 from loracast.base.load import Base
-from loracast.encoders.hidden_states import ContextEncoder
 from loracast.errors import ConfigError
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.lora.algebra import LoRA
@@ -110,7 +109,7 @@ def build_hypernet(base: Base, recipe: Recipe, source: EpisodeSource) -> DocToLo
         depth = max(options.get("reader_layers", DocToLoRAConfig.reader_layers))
         options["encoder_modules"] = target_from_config(base.model.config, recipe.encoder_kinds, range(depth)).rows
     hypernet = DocToLoRA(DocToLoRAConfig.for_target(target, d_features, **options))
-    encoder = ContextEncoder.for_hypernet(base, hypernet)
+    encoder = hypernet.hidden_states_encoder(base)
     calibrate(hypernet, base, encoder, *calibration_data(base, recipe, source))
     return hypernet
 
@@ -150,9 +149,7 @@ def grown(hypernet: DocToLoRA, base: Base, recipe: Recipe, source: EpisodeSource
     }
     larger.load_state_dict(kept, strict=False)
     if recipe.memory_layers:
-        set_memory_units(
-            larger, base, ContextEncoder.for_hypernet(base, larger), *calibration_data(base, recipe, source)
-        )
+        set_memory_units(larger, base, larger.hidden_states_encoder(base), *calibration_data(base, recipe, source))
         if hypernet.memory is not None and larger.memory is not None:
             at = [larger.config.memory_modules.index(module) for module in c.memory_modules]
             larger.memory.take_modules(hypernet.memory, at)
@@ -218,7 +215,7 @@ def train_doc(
     else:
         hypernet = build_hypernet(base, recipe, source)
     hypernet.to(workers.device).train()
-    encoder = ContextEncoder.for_hypernet(base, hypernet)
+    encoder = hypernet.hidden_states_encoder(base)
     wrapped = workers.wrap(hypernet)
     n_micro = recipe.training.accumulate
 
@@ -233,7 +230,7 @@ def train_doc(
             "distillation_loss": seen.distillation_loss,
             "memory_loss": written.loss,
             "kl_to_base": seen.kl_to_base,
-            "l1": cast.mean_size() if recipe.l1_weight > 0 else None,
+            "l1": cast.mean_absolute() if recipe.l1_weight > 0 else None,
         }
         weights = {
             "answer_loss": 1 - recipe.distillation_weight,

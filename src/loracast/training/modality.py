@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from loracast.base.load import Base
-from loracast.cast.image import check_encoder
 from loracast.data.labelled import Labelled
-from loracast.encoders.features import Encoder
+from loracast.encoders.features import Encoder, check_encoder
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.lora.target import target_from_config
 from loracast.scoring.episodes import pack
@@ -97,7 +96,8 @@ def train_sense(
     source = made or ModalitySource(recipe.data, labelled, encoder, base.chat)
     if init_from is not None:
         hypernet = start_from(init_from, DocToLoRA, base, recipe.asked)
-        check_encoder(hypernet.config, encoder)
+        c = hypernet.config
+        check_encoder(c.encoder, c.encoder_fingerprint, c.d_features, encoder)
     else:
         hypernet = build_sense_hypernet(base, recipe, encoder, source)
     hypernet.to(workers.device).train()

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from loracast.encoders.hidden_states import ContextEncoder
-from loracast.hypernets.doc_to_lora import Cast
+from loracast.encoders.hidden_states import HiddenStatesEncoder
+from loracast.hypernets.doc_to_lora import MergedCast
 from loracast.scoring.episodes import Batch
 from loracast.scoring.likelihood import AnswerScores, score_answers
 from loracast.training.memory_losses import MemoryLosses, retrieval_loss, write_loss
 
 
 def answer_questions(
-    model: Any, encoder: ContextEncoder, hypernet: Callable[..., Cast], batch: Batch
-) -> tuple[AnswerScores, MemoryLosses, Cast]:
+    model: Any, encoder: HiddenStatesEncoder, hypernet: Callable[..., MergedCast], batch: Batch
+) -> tuple[AnswerScores, MemoryLosses, MergedCast]:
     """Documents -> features -> LoRAs -> scores of their questions' answers, losses of the memory, and what was cast."""
     cast = hypernet(encoder(batch.chunk_ids, batch.chunk_mask), batch.chunks_per_document)
     scores = score_answers(model, cast.loras, batch, encoder.key_modules)

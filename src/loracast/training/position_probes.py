@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from loracast.base.load import Base
 from loracast.batching import pad_right
-from loracast.encoders.attention_delta import tokens_around_input
-from loracast.hypernets.attention_delta import PLACES, AttentionDeltaToLoRA
+from loracast.encoders.attention_delta import POSITIONS, tokens_around_input
+from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
 from loracast.lora.inject import inject
 from loracast.training.task_source import TaskSource
 
@@ -23,12 +23,12 @@ _ELSEWHERE = "elsewhere"
 
 @torch.no_grad()
 def set_places(hypernet: AttentionDeltaToLoRA, base: Base, source: TaskSource) -> None:
-    """Let the first rows of each A be 1 at one of the `PLACES` and 0 at the others, as nearly as a linear map can.
+    """Let the first rows of each A be 1 at one of the `POSITIONS` and 0 at the others, as nearly as a linear map can.
 
     Weighted least squares on training examples, where every place counts alike; the base carries what all descriptions share, as it will.
     """
     rows = _examples(base, source)
-    n_of = {place: max(1, sum(places.count(place) for _, places in rows)) for place in (*PLACES, _ELSEWHERE)}
+    n_of = {place: max(1, sum(places.count(place) for _, places in rows)) for place in (*POSITIONS, _ELSEWHERE)}
     c = hypernet.config
     layers = set(c.layers)
     names = [name for name, layer, kind, *_ in c.modules if kind == c.kind and layer in layers]
@@ -39,7 +39,9 @@ def set_places(hypernet: AttentionDeltaToLoRA, base: Base, source: TaskSource) -
         ids, real = pad_right([row for row, _ in some], base.pad_id)
         where = [place for _, places in some for place in places]
         weights = torch.tensor([1 / n_of[place] for place in where], device=base.device)
-        wanted = torch.stack([torch.tensor([float(place == each) for place in where]) for each in PLACES]).to(weights)
+        wanted = torch.stack([torch.tensor([float(place == each) for place in where]) for each in POSITIONS]).to(
+            weights
+        )
         for name, x in _entering(base, hypernet, names, ids).items():
             x = x[real.to(x.device)].float()  # [tokens, d_in]
             weighted = x * weights[:, None]
@@ -47,7 +49,7 @@ def set_places(hypernet: AttentionDeltaToLoRA, base: Base, source: TaskSource) -
             moments[name] = moments.get(name, 0) + wanted @ weighted
     for i, name in enumerate(names):
         ridge = _RIDGE * gram[name].diagonal().mean() * torch.eye(len(gram[name]), device=gram[name].device)
-        hypernet.where[i, : len(PLACES)] = torch.linalg.solve(gram[name] + ridge, moments[name].T).T
+        hypernet.where[i, : len(POSITIONS)] = torch.linalg.solve(gram[name] + ridge, moments[name].T).T
 
 
 def _examples(base: Base, source: TaskSource) -> list[tuple[list[int], list[str]]]:

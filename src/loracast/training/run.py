@@ -15,18 +15,24 @@ from loracast.training.loop import Objective, TrainConfig, train
 from loracast.training.runtime import Workers
 
 
-def start_from(folder: Path, architecture: type[H], base: Base, asked: Collection[str]) -> H:
-    """The hypernetwork whose weights a fresh run starts from, checked against the base.
-
-    Args:
-        asked: keys that the recipe's `[hypernetwork]` table has and that the checkpoint decides: there must be none.
-    """
+def check_unasked(asked: Collection[str]) -> None:
+    """Raise ConfigError where the recipe's `[hypernetwork]` table has keys that the checkpoint of --init-from decides."""
     if asked:
         raise ConfigError(
             f"--init-from takes the architecture from the checkpoint; leave {', '.join(sorted(asked))} out of [hypernetwork]"
         )
-    hypernet, made_for = from_pretrained(folder, architecture)
-    check(made_for, base.fingerprint, f"the hypernetwork in {folder}")
+
+
+def start_from(folder: Path, architecture: type[H], base: Base, asked: Collection[str] = ()) -> H:
+    """The hypernetwork whose weights a fresh run starts from, checked against the base.
+
+    Args:
+        asked: keys of the recipe that the checkpoint decides (`check_unasked`).
+    """
+    check_unasked(asked)
+    hypernet = from_pretrained(folder, architecture)
+    if hypernet.made_for is not None:
+        check(hypernet.made_for, base.fingerprint, f"the hypernetwork in {folder}")
     hypernet.requires_grad_(True)
     return hypernet
 
@@ -57,9 +63,11 @@ def train_hypernet(
     before: list[Any] = started_as.get("history") or ([started_as] if started_as else [])
     run = {"command": command, **about, "training": dataclasses.asdict(config)}
 
+    hypernet.made_for = base.fingerprint
+
     def save_model(folder: Path) -> None:
         provenance = {"history": [*before, run]}
-        save_pretrained(hypernet, folder, base.fingerprint, storage="float32", provenance=provenance)
+        save_pretrained(hypernet, folder, storage="float32", provenance=provenance)
 
     settings = {
         **about,

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.base.load import Base
-from loracast.cast.task import encoder_of
 from loracast.data.tasks import Task
 from loracast.encoders.sentence import DEFAULT_ENCODER, TextEncoder, load_text_encoder
 from loracast.errors import ConfigError
 from loracast.files import file_sha256
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA, AttentionDeltaToLoRAConfig
-from loracast.hypernets.store import OfDescriptions, architecture_of_descriptions, with_config
+from loracast.hypernets.descriptions import DescriptionHypernetwork
+from loracast.hypernets.store import with_config
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.target import target_from_config
@@ -48,7 +48,7 @@ from loracast.training.reconstruction import (
     relative_square_error,
     tasks_with_oracles,
 )
-from loracast.training.run import start_from, train_hypernet
+from loracast.training.run import check_unasked, start_from, train_hypernet
 from loracast.training.runtime import Workers
 from loracast.training.task_source import DrawnTasks, TaskDataConfig, TaskSource
 
@@ -141,7 +141,7 @@ def gibberish(rng: random.Random, n: int) -> list[str]:
     return [" ".join(word() for _ in range(rng.randint(3, 14))) for _ in range(n)]
 
 
-def build_text_hypernet(base: Base, recipe: TextRecipe) -> OfDescriptions:
+def build_text_hypernet(base: Base, recipe: TextRecipe) -> DescriptionHypernetwork:
     """A fresh hypernetwork for a base. Raises ConfigError for options that the variant does not have."""
     torch.manual_seed(recipe.training.seed)
     modules = target_from_config(base.model.config, recipe.kinds, recipe.layers).rows
@@ -199,7 +199,7 @@ def train_text(
             "only the variant 'attention_delta' has a LoRA to read with: leave objective.reading_is_trained and reading_strength_after out"
         )
     _check_recall(recipe, hypernet)
-    encoder = encoder_of(hypernet, base)
+    encoder = hypernet.text_encoder(base)
     if shared_from is not None:
         hypernet.start_shared_from(read_oracle(shared_from, base.fingerprint))
     hypernet.to(workers.device)
@@ -254,18 +254,18 @@ def train_text(
     )  # fmt: skip
 
 
-def _start_from(folder: Path, recipe: TextRecipe, base: Base) -> OfDescriptions:
+def _start_from(folder: Path, recipe: TextRecipe, base: Base) -> DescriptionHypernetwork:
     """The hypernetwork that a fresh run starts from, with what the recipe may change of it."""
     asked = recipe.asked | recipe.hypernetwork.keys()
-    architecture = architecture_of_descriptions(folder)
-    changed = asked & _CHANGEABLE if architecture is AttentionDeltaToLoRA else set()
-    hypernet = start_from(folder, architecture, base, asked - changed)
+    hypernet = start_from(folder, DescriptionHypernetwork, base)
+    changed = asked & _CHANGEABLE if isinstance(hypernet, AttentionDeltaToLoRA) else set()
+    check_unasked(asked - changed)
     if isinstance(hypernet, AttentionDeltaToLoRA) and changed:
         hypernet = with_config(hypernet, {name: recipe.hypernetwork[name] for name in changed})
     return hypernet
 
 
-def _check_recall(recipe: TextRecipe, hypernet: OfDescriptions) -> None:
+def _check_recall(recipe: TextRecipe, hypernet: DescriptionHypernetwork) -> None:
     """Raises ConfigError where a task_bank is asked for that there is not, or its descriptions would be read otherwise in the end."""
     has_task_bank = isinstance(hypernet, AttentionDeltaToLoRA) and hypernet.config.task_bank_rank > 0
     if recipe.task_bank_only and not has_task_bank:
@@ -280,7 +280,7 @@ def _check_recall(recipe: TextRecipe, hypernet: OfDescriptions) -> None:
 
 @torch.no_grad()
 def _learn_known(
-    hypernet: OfDescriptions, source: TaskSource, encoder: TextEncoder, reading_strength: float | None
+    hypernet: DescriptionHypernetwork, source: TaskSource, encoder: TextEncoder, reading_strength: float | None
 ) -> None:
     """Let the hypernetwork keep what it is trained on, as it is read from now on."""
     if reading_strength is not None and isinstance(hypernet, AttentionDeltaToLoRA):
@@ -308,7 +308,7 @@ OfStep = Callable[[int, DrawnTasks], tuple[Tensor, dict[str, float]]]
 def _by_examples(
     base: Base,
     recipe: TextRecipe,
-    hypernet: OfDescriptions,
+    hypernet: DescriptionHypernetwork,
     wrapped: nn.Module,
     source: TaskSource,
     encoder: TextEncoder,

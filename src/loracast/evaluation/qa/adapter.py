@@ -56,13 +56,11 @@ def _shared(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
 
 def static(setup: Setup) -> LoRA:
     """What a hypernetwork gives every document alike; nothing where it has no such part."""
-    hypernet = setup.model.hypernet
+    hypernetwork = setup.model.documents.hypernetwork
     factors: dict[str, Factors] = {}
-    for kind in hypernet.config.target.kinds:
-        if shared := hypernet.static_of(kind):
-            of_kind = hypernet.config.target.of_kind(kind)
-            for module, (a, b) in zip(of_kind, shared.factors(), strict=True):
-                factors[module.name] = Factors(a.detach().to(torch.bfloat16), b.detach().to(torch.bfloat16))
+    for kind, sides in hypernetwork.static_rows().items():
+        for module, a, b in zip(hypernetwork.config.target.of_kind(kind), *sides, strict=True):
+            factors[module.name] = Factors(a.to(torch.bfloat16), b.T.to(torch.bfloat16))
     return LoRA(factors)
 
 

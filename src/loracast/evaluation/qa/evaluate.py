@@ -132,7 +132,7 @@ def evaluate_qa(setup: Setup, config: QaConfig, out: Path, progress: Progress = 
     chosen = choose(config)
     out.mkdir(parents=True, exist_ok=True)
     (out / "answers.jsonl").unlink(missing_ok=True)
-    about = environment(setup.model.base, setup.model.hypernet_hash)
+    about = environment(setup.model.base, setup.model.documents.id)
     tally, ends_s = Tally(), None if config.budget_s is None else time.monotonic() + config.budget_s
     warm_up(setup.model.base)
     n_done, is_complete = 0, True

@@ -1,0 +1,86 @@
+"""Loads a hypernetwork, checks that it casts what is wanted, and binds it to a base: the one way in for documents, tasks and images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+from loracast.base.load import DEFAULT_BASE, Base
+from loracast.errors import HypernetworkError
+from loracast.hypernets.protocol import Caster, Hypernetwork, Modality, Say
+from loracast.hypernets.store import from_pretrained, read_made_for
+
+SHIPPED: dict[Modality, str] = {
+    "document": "doc-smollm2-135m",
+    "task": "text-smollm2-135m",
+    "image": "image-smollm2-135m",
+}
+"""Hypernetworks inside this package, all for the embedded base."""
+_TRAINED_BY: dict[Modality, str] = {"document": "doc", "task": "text", "image": "image"}
+"""The training command for each modality."""
+
+
+def shipped_hypernetwork(base: Base | str, modality: Modality = "document") -> Path:
+    """The folder of the hypernetwork that ships for a base: by the name of an embedded base, or by a loaded base's fingerprint.
+
+    Raises:
+        HypernetworkError: none ships for this base.
+    """
+    folder = Path(str(files("loracast") / "pretrained" / SHIPPED[modality]))
+    name = base if isinstance(base, str) else base.name
+    if name == DEFAULT_BASE:
+        return folder
+    if isinstance(base, Base):
+        made_for = read_made_for(folder)
+        if (made_for.config, made_for.norms) == (base.fingerprint.config, base.fingerprint.norms):
+            return folder
+    raise HypernetworkError(
+        f"no hypernetwork is shipped for the base {name!r}: train one (`loracast train {_TRAINED_BY[modality]} --base {name}`) and "
+        "give it with --hypernetwork FOLDER"
+    )
+
+
+def load_hypernetwork(source: str | Path, modality: Modality) -> Hypernetwork:
+    """Read a hypernetwork and check that it casts this modality.
+
+    Args:
+        source: a folder or hub repository.
+
+    Raises:
+        HypernetworkError: it cannot be read, or casts something else.
+    """
+    hypernetwork = from_pretrained(source, Hypernetwork)
+    if hypernetwork.modality != modality:
+        raise HypernetworkError(
+            f"{source} casts {hypernetwork.modality}s, and {modality}s are wanted: give a hypernetwork that `loracast train "
+            f"{_TRAINED_BY[modality]}` made"
+        )
+    return hypernetwork
+
+
+def load_caster(
+    source: str | Path,
+    modality: Modality,
+    base: Base | Callable[[], Base] | None = None,
+    *,
+    encoder: str | None = None,
+    say: Say = lambda text: None,
+) -> Caster:
+    """Read a hypernetwork and bind it to a base.
+
+    Args:
+        source: a folder or hub repository.
+        base: a loaded base; or a function that loads it, called only where the hypernetwork's encoder is the base.
+        encoder: where the encoder lies now, if not where it lay in training.
+        say: receives messages where an encoder has to be fetched first.
+
+    Raises:
+        HypernetworkError, EncoderError, BaseModelError: it cannot be read, casts something else, or belongs to another base.
+    """
+    hypernetwork = load_hypernetwork(source, modality)
+    if callable(base):
+        base = base() if hypernetwork.needs_base or encoder == "base" else None
+    if base is not None and hypernetwork.needs_base:
+        hypernetwork.to(base.device)
+    return hypernetwork.bind(base, encoder=encoder, say=say)

@@ -1,0 +1,135 @@
+"""What hypernetworks for task descriptions have in common: their encoder, the gate, and the memory of seen descriptions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loracast.base.load import Base
+from loracast.encoders.features import Features
+from loracast.encoders.sentence import TextEncoder
+from loracast.errors import ConfigError, HypernetworkError
+from loracast.hypernets.protocol import Cast, Hypernetwork, Modality, Rows, Say
+from loracast.lora.algebra import LoRA
+from loracast.lora.target import Target, TargetModule
+
+_GATE_WIDTH = 64
+_GATE_START = 3.0  # logit: open
+
+
+def make_gate(width: int, start: float = _GATE_START) -> nn.Sequential:
+    """Gate that switches a LoRA off when its description is meaningless: pooled description [n, width] -> logit [n, 1].
+
+    At the start its logit is `start`, whatever the description.
+    """
+    first, last = nn.Linear(width, _GATE_WIDTH), nn.Linear(_GATE_WIDTH, 1)
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, start)
+    return nn.Sequential(first, nn.SiLU(), last)
+
+
+class DescriptionHypernetwork(Hypernetwork):
+    """A hypernetwork for task descriptions, which also tells how far a description is from all that training has seen."""
+
+    seen: Tensor
+    """One vector for each description seen in training [m, d]."""
+
+    @property
+    def modality(self) -> Modality:
+        return "task"
+
+    def text_encoder(self, base: Base | None, encoder: str | None = None, say: Say = lambda text: None) -> TextEncoder:
+        """The encoder that turns descriptions into conditions [n, d_text]; arguments and errors as in `encoder_for`."""
+        raise NotImplementedError
+
+    def pooled(self, conditions: Tensor) -> Tensor:
+        """Conditions [n, d_text] -> one vector for each description [n, d], by which descriptions are compared."""
+        raise NotImplementedError
+
+    def constant(self) -> Tensor:
+        """A condition that describes nothing [1, d_text]: a baseline."""
+        raise NotImplementedError
+
+    def meaningless(self, n: int, generator: torch.Generator) -> Tensor:
+        """Random conditions [n, d_text] that no text has, for which the gate learns to switch the LoRA off."""
+        raise NotImplementedError
+
+    def remember_seen(self, conditions: Tensor) -> None:
+        """Keep the pooled descriptions seen in training, from their conditions [m, d_text]."""
+        raise NotImplementedError
+
+    def start_shared_from(self, lora: LoRA) -> None:
+        """Start the factors that all descriptions share from a LoRA trained on all tasks; ConfigError where it does not fit."""
+        raise NotImplementedError
+
+    def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> Callable[[Any], Features]:
+        read = self.text_encoder(base, encoder, say)
+        if read.d_text != self.config.d_text:
+            raise HypernetworkError(
+                f"the hypernetwork reads embeddings of {self.config.d_text} numbers, the text encoder {read.name!r} gives "
+                f"{read.d_text}: give the encoder that it was trained with ({self.config.encoder!r})"
+            )
+        return lambda descriptions: Features(read(descriptions)[:, None])
+
+    def cast(self, features: Features) -> Cast:
+        """Features [n, 1, d_text] of n descriptions -> their rows; ranks that differ within a kind are padded with zeros."""
+        loras = self(features.states[:, 0])
+        rows: Rows = {}
+        target: Target = self.config.target
+        for kind in target.kinds:
+            pairs = [loras.factors[module.name] for module in target.of_kind(kind)]
+            rank = max(pair.a.shape[1] for pair in pairs)
+            a = _stacked([pair.a for pair in pairs], rank)
+            b = _stacked([pair.b.transpose(1, 2) for pair in pairs], rank)
+            rows[kind] = (a, b)
+        return Cast(rows)
+
+    def distances(self, conditions: Tensor) -> Tensor:
+        """Distance of each description to the nearest seen one: 1 - cosine, [n]."""
+        if not len(self.seen):
+            raise HypernetworkError("this hypernetwork does not know which descriptions it was trained on")
+        return 1 - _cosines(self.pooled(conditions), self.seen).amax(1)
+
+    def ood_threshold(self) -> float | None:
+        """Distance beyond which a description is out of distribution; None for fewer than two seen descriptions.
+
+        95 % of the seen descriptions have another seen one within it.
+        """
+        if len(self.seen) < 2:
+            return None
+        cosines = _cosines(self.seen, self.seen).fill_diagonal_(-1)
+        return 1 - cosines.amax(1).quantile(0.05).item()
+
+
+def shared_factors(lora: LoRA, modules: Sequence[TargetModule], rank: int) -> tuple[Tensor, Tensor]:
+    """The factors of a LoRA that was trained on all tasks, for modules of one kind: A [modules, r, in], B rows [modules, r, out].
+
+    Raises:
+        ConfigError: it lacks one of the modules, or has another rank.
+    """
+    for module in modules:
+        pair = lora.factors.get(module.name)
+        if pair is None or pair.a.shape != (rank, module.d_in) or pair.b.shape != (module.d_out, rank):
+            raise ConfigError(
+                f"the LoRA to start from has no factors of rank {rank} for {module.name}: train it on the same modules, with that rank"
+            )
+    pairs = [lora.factors[module.name] for module in modules]
+    return torch.stack([pair.a.float() for pair in pairs]), torch.stack([pair.b.float().T for pair in pairs])
+
+
+def _stacked(sides: Sequence[Tensor], rank: int) -> Tensor:
+    """Rows [n, r, d] of some modules -> [n, modules, rank, d], padded with zeros; rows that all n share are held once."""
+    n = sides[0].shape[0]
+    if n > 1 and all(side.stride(0) == 0 for side in sides):
+        return _stacked([side[:1] for side in sides], rank).expand(n, -1, -1, -1)
+    return torch.stack([functional.pad(side, (0, 0, 0, rank - side.shape[1])) for side in sides], dim=1)
+
+
+def _cosines(x: Tensor, y: Tensor) -> Tensor:
+    """[n, d], [m, d] -> [n, m]."""
+    x, y = (functional.normalize(side.float(), dim=-1) for side in (x, y))
+    return x @ y.T
