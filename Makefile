@@ -2,14 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that run tests side by side: one for each processor, or a number.
+WORKERS ?= logical
 
 .PHONY: demo test runtimes lint setup setup-dev clean
 
 demo: setup
 	$(BIN)/loracast demo examples/manual.pdf
 
+# One thread for each worker: more of them only wait for each other.
 test: setup-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 runtimes: setup-dev
 	$(BIN)/python -m pytest tests/runtimes -s
