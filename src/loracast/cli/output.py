@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Documents, and so answers, come from orphans: their escape sequences and direction marks stay out of the terminal.
+# Documents, and so answers, come from strangers: their escape sequences and direction marks stay out of the terminal.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 

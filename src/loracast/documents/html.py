@@ -137,7 +137,7 @@ class _Writer:
         self.n_pre -= tag == "pre"
 
     def _write_table(self, table: Any) -> bool:
-        """MemoryWrites a table of data; False for one that lays a page out, whose cells are blocks of their own."""
+        """Writes a table of data; False for one that lays a page out, whose cells are blocks of their own."""
         if any(element is not table for element in table.iter("table", "h1", "h2", "h3", "p", "ul", "ol", "pre")):
             return False
         self.flush()

@@ -1,1 +1,1 @@
-"""MemoryWrites adapters in the formats of other runtimes, one file a format."""
+"""Writes adapters in the formats of other runtimes, one file a format."""

@@ -88,7 +88,7 @@ def export_adapter(
 
 
 class _Writer:
-    """MemoryWrites the LoRAs of one adapter in one format."""
+    """Writes the LoRAs of one adapter in one format."""
 
     def __init__(
         self,

@@ -139,7 +139,7 @@ def train(
 ) -> dict[str, float]:
     """Train `model` on `objective`; go on where `out_dir` holds the state of an earlier run with the same settings.
 
-    MemoryWrites `metrics.jsonl`, `state.json` and `state-<step>/` into `out_dir`, and the model through `save_model(out_dir)` beside every state.
+    Writes `metrics.jsonl`, `state.json` and `state-<step>/` into `out_dir`, and the model through `save_model(out_dir)` beside every state.
 
     Returns:
         the last metrics.

@@ -15,7 +15,7 @@ _SENTENCE_END = re.compile(
 )  # a wrapped line is no end, a table's row is
 _WORD = re.compile(r"\w+")
 _STEM = 5
-"""Words count as the same that begin with these many characters: "settled" and "recover"."""
+"""Words count as the same that begin with these many characters: "settled" and "settle"."""
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
