@@ -605,15 +605,15 @@ def test_least_squares_keeps_keys_apart():
     assert (units @ units.mT).sub(torch.eye(5)).abs().max() > 0.3
     lengths = torch.rand(1, 2, 5, 1, generator=FREE) + 0.5
     keys = lengths * units
-    apart = memory._apart(keys, torch.ones(1, 5))
+    apart = memory._decorrelate(keys, torch.ones(1, 5))
     torch.testing.assert_close(apart @ units.mT, torch.diag_embed(lengths.squeeze(-1)), atol=1e-5, rtol=0)
-    torch.testing.assert_close(memory._apart(keys[:, :, :1], torch.ones(1, 1)), keys[:, :, :1])
-    torch.testing.assert_close(memory._apart(keys, torch.zeros(1, 5)), keys)
+    torch.testing.assert_close(memory._decorrelate(keys[:, :, :1], torch.ones(1, 1)), keys[:, :, :1])
+    torch.testing.assert_close(memory._decorrelate(keys, torch.zeros(1, 5)), keys)
     memory.log_ridge.data.fill_(0.1)  # e^1, against numpy
     gram = (units @ units.mT)[0, 1].double().numpy()
     expected = np.linalg.inv(gram + math.e * np.eye(5)) @ units[0, 1].double().numpy() * (1 + math.e)
     expected = torch.from_numpy(expected).float() * lengths[0, 1]
-    torch.testing.assert_close(memory._apart(keys, torch.ones(1, 5))[0, 1], expected)
+    torch.testing.assert_close(memory._decorrelate(keys, torch.ones(1, 5))[0, 1], expected)
 
 
 def test_a_memory_needs_keys():

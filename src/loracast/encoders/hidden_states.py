@@ -1,4 +1,4 @@
-"""The base as its own encoder: hidden states of a text after chosen blocks, computed no deeper than the deepest one."""
+"""The base as its own encoder: hidden states of a text after chosen blocks. Deeper blocks are not computed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from loracast.base.capture import capture_inputs
 from loracast.base.chat import encode_inside
 from loracast.encoders.features import OF_THE_BASE, Features
 from loracast.lora.inject import inject
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def cut(decoder: Any, depth: int) -> Any:
-    """A second decoder around the same blocks, cut after the first `depth` of them; its last states are what the last of these gives."""
+    """A decoder of the first `depth` blocks of another one, sharing their weights, without the final norm."""
     shorter = copy.copy(decoder)
     shorter._modules = dict(decoder._modules)
     shorter.layers = decoder.layers[:depth]
@@ -30,7 +31,7 @@ def cut(decoder: Any, depth: int) -> Any:
 
 
 class HiddenStatesEncoder:
-    """Reads the base's hidden states: the `Encoder` of documents. Shares the base's weights: building one costs nothing."""
+    """Reads the base's hidden states: the `Encoder` of documents. It shares the base's weights."""
 
     name = OF_THE_BASE
 
@@ -48,20 +49,21 @@ class HiddenStatesEncoder:
         """
         Args:
             model: the base (a causal LM).
-            layers: after which blocks to read, 0 meaning the embeddings.
-            with_values: append to each token's features the unit vector that, written into the last hidden state, makes
-                the base say that token: its output embedding, centred, weighted as the final norm does.
+            layers: blocks after which states are read; 0 means the embeddings.
+            with_values: append each token's value to its features: the unit vector that, added to the last hidden state,
+                makes the base generate that token (its output embedding, centred and weighted as the final norm does).
             prefix: token ids read before each row and then dropped. The first token of a text is an attention sink: its
                 state is huge and nearly the same whatever the token is.
-            key_modules: names of modules whose inputs are read as well, in the order of their layers; needs `with_values` and
-                the tokenizer, which says how an answer begins with a token.
+            key_modules: names of modules whose inputs are read as well; they come in the order of their layers. Needs
+                `with_values` and the tokenizer, from which it finds the token that begins an answer.
             fingerprint: the base's own, of its weights.
-            lora: what the base carries while it reads, if anything; features then have a gradient where one is wanted.
+            lora: gives the encoder LoRA, which the base carries while it reads, or None; with one, features are
+                differentiable.
         """
         self.fingerprint, self.device = fingerprint, model.device
         self._model, self._lora = model, lora
         self.d_features: int = model.get_output_embeddings().weight.shape[1] * (2 if with_values else 1)
-        self.layers, self.prefix, self.key_modules = tuple(layers), tuple(prefix), tuple(key_modules)
+        self.layers, self.prefix = tuple(layers), tuple(prefix)
         self._tokenizer = tokenizer
         self._starts: dict[int, int] = {}
         self._embeddings = model.get_output_embeddings() if with_values else None
@@ -71,11 +73,11 @@ class HiddenStatesEncoder:
             self._mean = weight.float().mean(0)
             self._gain = decoder.norm(torch.ones(1, 1, weight.shape[1], device=weight.device)).float()[0, 0]
         depth = max(self.layers)
-        self._keyed: list[nn.Module] = []
+        self.key_modules: list[str] = []
         for layer, block in enumerate(decoder.layers):
             inside = {id(module) for module in block.modules()}
-            found = [m for name in self.key_modules if id(m := model.get_submodule(name)) in inside]
-            self._keyed += found
+            found = [name for name in key_modules if id(model.get_submodule(name)) in inside]
+            self.key_modules += found
             depth = max(depth, layer + 1) if found else depth
         self._decoder = cut(decoder, depth)
 
@@ -93,48 +95,44 @@ class HiddenStatesEncoder:
                 values = self.values(input_ids).to(features.dtype)[:, None].expand_as(features)
                 features = torch.cat([features, values], dim=-1)
             features = features[:, 0] if len(self.layers) == 1 else features
-            if not self._keyed:
+            if not self.key_modules:
                 return Features(features, mask=mask)
             starts = self.values(self._start_ids(input_ids)).to(features.dtype)
-            return Features(features, starts, torch.stack([keys[module] for module in self._keyed], dim=1), mask)
+            return Features(features, starts, torch.stack([keys[name] for name in self.key_modules], dim=1), mask)
 
-    def _read(self, input_ids: Tensor) -> tuple[dict[int, Tensor], dict[nn.Module, Tensor]]:
-        """The states [n, t, d] after the blocks that are read, and what entered the keyed modules [n, t, in]."""
-        n_lead = len(self.prefix)
+    def _read(self, input_ids: Tensor) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+        """States [n, t, d] by block, and inputs [n, t, in] of the key modules by name."""
+        n_prefix = len(self.prefix)
         states: dict[int, Tensor] = {}
-        keys: dict[nn.Module, Tensor] = {}
 
         def keep_state(layer: int):
             def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
-                states[layer] = (output if isinstance(output, Tensor) else output[0])[:, n_lead:]
+                states[layer] = (output if isinstance(output, Tensor) else output[0])[:, n_prefix:]
 
             return hook
 
-        def keep_key(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            keys[module] = inputs[0][:, n_lead:]
-
         handles = [self._decoder.layers[n - 1].register_forward_hook(keep_state(n)) for n in set(self.layers) if n > 0]
-        handles += [module.register_forward_pre_hook(keep_key) for module in self._keyed]
         try:
             prefix = torch.tensor(self.prefix, dtype=input_ids.dtype, device=input_ids.device)
             read = torch.cat([prefix.expand(input_ids.shape[0], -1), input_ids], dim=1)
             embedded = self._decoder.get_input_embeddings()(read)
-            states[0] = embedded[:, n_lead:]
-            self._decoder(inputs_embeds=embedded, use_cache=False)
+            states[0] = embedded[:, n_prefix:]
+            with capture_inputs(self._model, self.key_modules) as keys:
+                self._decoder(inputs_embeds=embedded, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        return states, keys
+        return states, {name: entered[:, n_prefix:] for name, entered in keys.items()}
 
     @torch.no_grad()
     def values(self, input_ids: Tensor) -> Tensor:
-        """input_ids [...] -> for each token the unit vector [..., d] that makes the base say it."""
+        """input_ids [...] -> for each token the unit vector [..., d] that makes the base generate it."""
         assert self._embeddings is not None
         embedded = self._embeddings.weight[input_ids].float() - self._mean
         return torch.nn.functional.normalize(embedded * self._gain, dim=-1)
 
     def _start_ids(self, input_ids: Tensor) -> Tensor:
-        """input_ids [n, t] -> the token with which, after a space, an answer begins that begins with this token's text."""
+        """input_ids [n, t] -> for each token the one that begins an answer with the same text (after a space)."""
         known = self._starts
         for i in set(input_ids.flatten().tolist()) - known.keys():
             text = self._tokenizer.decode([i]).strip()

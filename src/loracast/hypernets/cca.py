@@ -1,4 +1,4 @@
-"""Canonical correlation: the directions in which two views of the same things agree, in closed form."""
+"""Canonical correlation analysis: the directions in which two views of the same samples agree, in closed form."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def cca_map(x: Tensor, y: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """A linear map of rank `rank` that says how much a y speaks for an x: score(x, y) = x @ from_x @ to_y @ y.
+    """A bilinear score of rank `rank` that is high when x and y belong together: score(x, y) = x @ from_x @ to_y @ y.
 
-    Were both views Gaussian, a pair with correlation c in a pair of canonical directions would add c / (1 - c^2) times the product
-    of its coordinates to the log of (how likely together / how likely apart); so are the directions weighted
-    (Hotelling, "Relations between two sets of variates", 1936).
+    Each pair of canonical directions with correlation c weighs c / (1 - c^2): for Gaussian views this makes the score the
+    cross term of the log-likelihood ratio of "same sample" to "independent samples" (Hotelling, "Relations between two
+    sets of variates", 1936).
 
     Args:
-        x, y: two views of m things [m, d], [m, e], each with mean zero.
+        x, y: two views of m samples [m, d], [m, e], each with mean zero.
         rank: directions kept; those beyond min(d, e) are zero.
-        ridge: added to both variances, in units of the mean variance of x and y.
+        ridge: added to both covariances, in units of the mean variance of x and y.
 
     Returns:
         from_x [d, rank] and to_y [rank, e].

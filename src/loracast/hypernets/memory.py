@@ -1,17 +1,18 @@
-"""An associative memory written into a few modules: every token of a chunk can store "where this key comes in, say me".
+"""The associative memory: stores tokens of a chunk in the weights of a few modules, to be retrieved at a question.
 
 A linear map that adds value_t <key_t, x> over the tokens t is a LoRA with A rows key_t and B columns value_t (fast weights:
-Schlag et al., arXiv 2102.11174). Four kinds of keys find a token again, and add up:
+Schlag et al., arXiv 2102.11174). A value is the direction in which a module's output makes the base generate the token. A
+key is a weighted sum of four parts, each of which matches the module's input at another kind of moment:
 
-- what entered the same module at the token before it, so that an answer goes on as the chunk did;
-- what entered at tokens that it attends to, such as its sentence's subject: some heads of the base carry the subject of
-  a question to the position of the answer, where it looks much as it did in the chunk;
-- what entered at the end of its sentence, where the base has seen all of it: a linear map says how a question about such a
-  sentence would look at its own end;
-- what enters, whatever the document, at the first, second, third token of an answer: the token's place in its value.
+- the input at the token before, so that an answer continues as the chunk did;
+- the input at tokens that pointer heads attend to, such as the subject of the sentence: some heads of the base carry the
+  subject of a question to the position of the answer, where it looks much as it did in the chunk;
+- the input at the end of the sentence, where the base has read all of it, through a linear map that predicts the input at
+  the end of a question about such a sentence;
+- the mean input at the first, second, third ... token of any answer: the token's place in its value.
 
-A learned metric, at first the whitening of what enters the module, makes keys of different subjects nearly orthogonal, and
-least squares takes away what the keys of a chunk still have in common, so that many facts, and many chunks, fit side by side.
+A learned metric, at first the whitening of the inputs, makes keys of different subjects nearly orthogonal; least squares
+then removes what the keys of a chunk still have in common. So many facts, and many chunks, fit side by side.
 """
 
 from __future__ import annotations
@@ -30,41 +31,41 @@ from loracast.hypernets.doc_config import DocToLoRAConfig
 from loracast.hypernets.heads import per_layer
 from loracast.hypernets.perceiver import ReaderBlock, RMSNorm, rotate
 
-_GATES = ("say it", "begin with it", "stop")
+_GATES = ("inside", "begin", "after")  # in the order of data/spans.py
 OWNER, END = range(2)
-"""Heads whose looks training can name: at the token that ends the owner's name, and at the one that ends the sentence."""
+"""Pointer heads that span supervision can train: to the last token of the owner's name, and of the sentence."""
 N_PLACES = 8
-"""Places in an answer that are told apart; the last one stands for all after it."""
+"""Places in an answer that are told apart; the last one stands for all that follow."""
 _HEAD_DIM = 32
 _START_GATE = -2.0
 _START_RIDGE = 2.0
 _MAP_STD = 0.1
-_RIDGE = 0.3  # of the whitening, in units of the variance of one number that enters
-# Adam moves every number by about the learning rate: what must grow by tens or by halves is stored smaller by these factors.
+_RIDGE = 0.3  # of the whitening, in units of the variance of one standardised input number
+# Adam moves every number by about the learning rate; what must move much further is stored divided by these factors.
 _SCALE_RATE = 400.0
 _STRENGTH_RATE = 10.0
 
 
 @dataclass(frozen=True)
 class MemoryWrites:
-    """What a memory decided for the tokens of n chunks: for an objective that knows better."""
+    """What a memory decided about the tokens of n chunks; the memory losses compare it with span supervision."""
 
     pointer_scores: Tensor
-    """[n, heads, t, t]: where each token looks for its keys, before the softmax."""
+    """[n, heads, t, t]: how much each token points to each other one, before the softmax."""
     gate_logits: Tensor
-    """[n, t, 3]: whether a token is said, begins an answer, ends one."""
+    """[n, t, 3]: write gates INSIDE, BEGIN, AFTER (data/spans.py)."""
     place_logits: Tensor
-    """[n, t, N_PLACES]: which place in an answer a token takes."""
+    """[n, t, N_PLACES]: the place in an answer that a token takes."""
     tokens: Tensor | None = None
-    """[n, r]: the tokens that are written, in the order of the factors; None before that is decided."""
+    """[n, r]: the tokens that are written, in the order of the rows; None before that is decided."""
     weights: Tensor | None = None
-    """[modules]: how much each module adds to what is said, of all of them together."""
+    """[modules]: share of each module in what all of them write."""
 
 
 class AssociativeMemory(nn.Module):
-    """Features -> for each module of the memory A [n, modules, r, in] and B rows [n, modules, r, out]: r tokens' worth.
+    """Features of n chunks -> A [n, modules, r, in] and B rows [n, modules, r, out], one row for each token written.
 
-    The r tokens whose gates are most open are written. Its start is an exact no-op, because `scale` starts at zero.
+    The r tokens whose gates are most open are written. It starts as an exact no-op, because `scale` starts at zero.
     """
 
     key_std: Tensor
@@ -81,7 +82,7 @@ class AssociativeMemory(nn.Module):
         self.gate = nn.Linear(width, len(_GATES))
         self.place = nn.Linear(width, N_PLACES)
         self.place_keys = nn.Parameter(torch.randn(n_modules, N_PLACES, d_in) / d_in**0.5)
-        self.n_keys = 2 + self.n_heads  # the token before, those attended to (the end as the last of them), the place
+        self.n_keys = 2 + self.n_heads  # the token before, those pointed to (the end last), the place
         self.strength = nn.Linear(width, n_modules * self.n_keys, bias=False)
         self.strength_bias = nn.Parameter(torch.zeros(n_modules, self.n_keys))
         self.log_ridge = nn.Parameter(torch.full((n_modules,), math.log(_START_RIDGE) / _STRENGTH_RATE))
@@ -89,7 +90,7 @@ class AssociativeMemory(nn.Module):
         self.stop_value = nn.Parameter(torch.zeros(c.d_values))
         self.key_mean = nn.Parameter(torch.zeros(n_modules, d_in))
         self.key_metric = nn.Parameter(torch.eye(d_in).repeat(n_modules, 1, 1))
-        # Of what enters at the end of a sentence to what enters at the end of its question, by way of a few directions.
+        # Predicts the input at the end of a question from the input at the end of its sentence, at low rank.
         self.end_mean = nn.Parameter(torch.zeros(n_modules, d_in))
         self.from_end = nn.Parameter(torch.randn(n_modules, d_in, c.memory_question_rank) / d_in**0.5)
         self.to_question = nn.Parameter(torch.randn(n_modules, c.memory_question_rank, d_in) / d_in**0.5)
@@ -98,18 +99,18 @@ class AssociativeMemory(nn.Module):
         nn.init.constant_(self.gate.bias, _START_GATE)
 
     @torch.no_grad()
-    def set_units(self, entering: Tensor, at_places: Tensor, stop_value: Tensor) -> None:
-        """Take the units of the keys from real text.
+    def set_units(self, inputs: Tensor, at_places: Tensor, stop_value: Tensor) -> None:
+        """Set mean, deviation and metric of the keys, and the keys of places, from real text.
 
         Args:
-            entering: what enters the modules [modules, tokens, in].
-            at_places: its mean at each place of an answer [modules, N_PLACES, in].
-            stop_value: what makes the base end its turn [d_values].
+            inputs: of the memory's modules at many tokens [modules, tokens, in].
+            at_places: their mean at each place of an answer [modules, N_PLACES, in].
+            stop_value: the value of the token that ends an answer [d_values].
         """
-        std = entering.std(1)
-        self.key_mean.copy_(entering.mean(1))
+        std = inputs.std(1)
+        self.key_mean.copy_(inputs.mean(1))
         self.key_std.copy_(std.clamp_min(std.mean() * 1e-2))
-        standard = (entering - self.key_mean[:, None]) / self.key_std[:, None]
+        standard = (inputs - self.key_mean[:, None]) / self.key_std[:, None]
         variances, axes = torch.linalg.eigh(standard.transpose(1, 2) @ standard / standard.shape[1])
         self.key_metric.copy_((axes / (variances + _RIDGE)[:, None]) @ axes.transpose(1, 2))
         places = (at_places - at_places.mean(1, keepdim=True)) / self.key_std[:, None]
@@ -118,82 +119,80 @@ class AssociativeMemory(nn.Module):
 
     @torch.no_grad()
     def set_question_map(self, at_ends: Tensor, at_answers: Tensor, at_places: Tensor) -> None:
-        """Fit, in closed form, what maps the end of a sentence to its question: their canonical correlations.
-
-        Call it after `set_units`.
+        """Fit the map from the end of a sentence to its question by canonical correlation; call it after `set_units`.
 
         Args:
-            at_ends: what enters at the ends of m sentences [modules, m, in].
-            at_answers: what enters where the answer to each is to begin, or to go on [modules, m, in].
-            at_places: its mean at each place of an answer [modules, N_PLACES, in].
+            at_ends: inputs at the ends of m sentences [modules, m, in].
+            at_answers: inputs at a token of the answer to a question about each [modules, m, in].
+            at_places: mean inputs at each place of an answer [modules, N_PLACES, in].
         """
         self.end_mean.copy_(at_ends.mean(1))
         places = torch.linalg.qr((at_places / self.key_std[:, None]).transpose(1, 2)).Q  # [modules, in, N_PLACES]
         for module, (ends, answers) in enumerate(zip(at_ends, at_answers, strict=True)):
             x, y = ((side - side.mean(0)) / self.key_std[module] for side in (ends, answers))
             from_x, to_y = cca_map(x, y, self.from_end.shape[-1], _RIDGE)
-            # What all answers share at a place is no evidence: keys are blind to it.
+            # What all answers share at a place says nothing about the sentence: project it out.
             to_y -= (to_y @ places[module]) @ places[module].T
-            # Keys have unit length, so the sides' sizes are free: such that Adam's steps are small beside them.
+            # Keys are normalised later, so the sizes are free: large enough beside Adam's steps.
             self.from_end[module] = from_x * (_MAP_STD / from_x.std())
             self.to_question[module] = to_y * (_MAP_STD / to_y.std())
 
     @torch.no_grad()
     def take_modules(self, other: AssociativeMemory, at: Sequence[int]) -> None:
-        """Take over a smaller memory, the i-th of whose modules is the at[i]-th here. The others say nothing while their `scale` is zero."""
+        """Copy a smaller memory's weights; its i-th module becomes the at[i]-th here. The others keep a `scale` of zero."""
         theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
         for name, mine in (*self.named_parameters(), *self.named_buffers()):
             if mine.shape == theirs[name].shape:
                 mine.copy_(theirs[name])
-            else:  # a part for each module
+            else:  # a tensor with one part for each module
                 mine.view(len(self.scale), -1)[list(at)] = theirs[name].view(len(at), -1)
 
-    def _looked_up(self, looks: Tensor, entering: Tensor) -> list[Tensor]:
-        """What entered at the tokens that are looked at, as keys, not yet of length 1.
+    def _pointed_keys(self, pointers: Tensor, inputs: Tensor) -> list[Tensor]:
+        """Key parts from the inputs at the tokens that are pointed to, not yet of length 1.
 
         Args:
-            looks: weights [n, ways, r, t]: the token before, the heads but END, END.
-            entering: [n, modules, t, in].
+            pointers: weights [n, ways, r, t]: the token before, the heads but END, END.
+            inputs: of the memory's modules [n, modules, t, in].
 
         Returns:
             for each way, [n, modules, r, in].
         """
-        dtype = torch.bfloat16 if torch.is_autocast_enabled(looks.device.type) else torch.float32
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(pointers.device.type) else torch.float32
         # Pooled first: r rows for each way are fewer than t, and everything after is linear.
-        pooled = looks.to(dtype).flatten(1, 2)[:, None] @ entering.to(dtype)
-        pooled = pooled.unflatten(2, looks.shape[1:3])  # [n, modules, ways, r, in]
-        held = looks.sum(-1)[:, None, ..., None]  # 1, or 0 where there is nothing to look at
+        pooled = pointers.to(dtype).flatten(1, 2)[:, None] @ inputs.to(dtype)
+        pooled = pooled.unflatten(2, pointers.shape[1:3])  # [n, modules, ways, r, in]
+        total = pointers.sum(-1)[:, None, ..., None]  # 1, or 0 for the first token, which has none before it
         common = functional.normalize(self.key_mean / self.key_std, dim=-1)[:, :, None]
-        metric = self.key_metric - (self.key_metric @ common) @ common.mT  # what all inputs share opens nothing
+        metric = self.key_metric - (self.key_metric @ common) @ common.mT  # what all inputs share tells nothing apart
         metric = (metric / self.key_std[:, :, None]).to(dtype)
-        alike = pooled[:, :, :-1] - (held[:, :, :-1] * self.key_mean[:, None, None]).to(dtype)
-        alike = per_layer(alike.flatten(2, 3), metric).unflatten(2, alike.shape[2:4])
-        ends = pooled[:, :, -1] - (held[:, :, -1] * self.end_mean[:, None]).to(dtype)
+        tokens = pooled[:, :, :-1] - (total[:, :, :-1] * self.key_mean[:, None, None]).to(dtype)
+        tokens = per_layer(tokens.flatten(2, 3), metric).unflatten(2, tokens.shape[2:4])
+        ends = pooled[:, :, -1] - (total[:, :, -1] * self.end_mean[:, None]).to(dtype)
         ends = per_layer(ends, (self.from_end / self.key_std[:, :, None]).to(dtype))
-        return [*alike.unbind(2), per_layer(ends, self.to_question.to(dtype))]
+        return [*tokens.unbind(2), per_layer(ends, self.to_question.to(dtype))]
 
-    def _apart(self, a: Tensor, gates: Tensor) -> Tensor:
-        """Keys [n, modules, r, in] -> keys that answer less to one another, the more the tokens' gates [n, r] are open.
+    def _decorrelate(self, a: Tensor, gates: Tensor) -> Tensor:
+        """Keys [n, modules, r, in], decorrelated within each chunk, the more so the more the tokens' gates [n, r] are open.
 
-        Where many tokens say the same (digits), what their keys have in common would add up to more than the right one's
-        match. Least squares takes it away: the optimal linear associative memory (Kohonen and Ruohonen, 1973), with a ridge
-        since what is met at a question is not the key itself. A key without others like it stays as it is.
+        Where many keys are alike (those of digits), what they have in common would add up to more than the match of the
+        right one. Least squares removes it: the optimal linear associative memory (Kohonen and Ruohonen, 1973), with a
+        ridge, since a question never meets a key exactly. A key that is orthogonal to all others does not change.
         """
         ridge = (_STRENGTH_RATE * self.log_ridge).exp()[:, None, None]  # [modules, 1, 1]
         with torch.autocast(a.device.type, enabled=False):
             length = torch.linalg.vector_norm(a, dim=-1, keepdim=True).clamp_min(1e-12)
             units = a / length
-            alike = (units @ units.mT) * (gates[:, :, None] * gates[:, None, :])[:, None]  # [n, modules, r, r]
+            gram = (units @ units.mT) * (gates[:, :, None] * gates[:, None, :])[:, None]  # [n, modules, r, r]
             one = torch.eye(a.shape[2], device=a.device)
-            return length * (torch.linalg.inv(alike * (1 - one) + (1 + ridge) * one) @ ((1 + ridge) * units))
+            return length * (torch.linalg.inv(gram * (1 - one) + (1 + ridge) * one) @ ((1 + ridge) * units))
 
     def read(self, standard: Tensor, mask: Tensor) -> tuple[Tensor, MemoryWrites]:
-        """Standardised features [n, t, d], mask [n, t] -> tokens that know their sentence [n, t, w], and what to write."""
+        """Standardised features [n, t, d], mask [n, t] -> contextual token states [n, t, w], and what to write."""
         x = self.project(standard)
         for block in self.reader:
             x = block(x, mask)
         x = self.norm(x).float()
-        with torch.autocast(x.device.type, enabled=False):  # choosing among tokens takes more than bf16's two digits
+        with torch.autocast(x.device.type, enabled=False):  # choosing among tokens needs more than bf16's precision
             n, t, _ = x.shape
             q, k = (rotate(side(x).view(n, t, self.n_heads, -1).transpose(1, 2)) for side in (self.query, self.key))
             scores = q @ k.transpose(2, 3) / _HEAD_DIM**0.5  # [n, heads, t, t]
@@ -203,7 +202,8 @@ class AssociativeMemory(nn.Module):
         return x, MemoryWrites(scores, gates, places)
 
     def forward(self, standard: Tensor, features: Features, mask: Tensor) -> tuple[Tensor, Tensor, MemoryWrites]:
-        """
+        """Choose and write the tokens of n chunks: A, B rows and the decisions behind them.
+
         Args:
             standard: the features' states in the hypernetwork's units [n, t, d].
             features: with `starts` and `keys`.
@@ -220,27 +220,26 @@ class AssociativeMemory(nn.Module):
         def pick(rows: Tensor) -> Tensor:  # [n, t, d] -> [n, r, d]
             return rows.gather(1, chosen[..., None].expand(-1, -1, rows.shape[-1]))
 
-        say, begin, stop = pick(gates).unbind(-1)  # [n, r]
+        inside, begin, after = pick(gates).unbind(-1)  # [n, r]
         values = features.states[..., -self.d_values :]
         stop_value = functional.normalize(self.stop_value, dim=0)
-        b = say[..., None] * pick(values) + begin[..., None] * pick(features.starts) + stop[..., None] * stop_value
-        tokens = torch.arange(t, device=x.device)
-        before = (tokens == (chosen[..., None] - 1)).float()  # [n, r, t]: zero for the first token
-        looks = writes.pointer_scores.softmax(-1)  # [n, heads, t, t]
-        looks = looks.gather(2, chosen[:, None, :, None].expand(-1, self.n_heads, -1, t))
-        looks = torch.cat([before[:, None], looks[:, :END], looks[:, END + 1 :], looks[:, END, None]], dim=1)
+        b = inside[..., None] * pick(values) + begin[..., None] * pick(features.starts) + after[..., None] * stop_value
+        before = (torch.arange(t, device=x.device) == (chosen[..., None] - 1)).float()  # [n, r, t]: zero for token 0
+        heads = writes.pointer_scores.softmax(-1)  # [n, heads, t, t]
+        heads = heads.gather(2, chosen[:, None, :, None].expand(-1, self.n_heads, -1, t))
+        pointers = torch.cat([before[:, None], heads[:, :END], heads[:, END + 1 :], heads[:, END, None]], dim=1)
         strength = self.strength(pick(x)).view(n, rank, -1, self.n_keys).float()
         strength = 0.5 + _STRENGTH_RATE * self.strength_bias + strength  # [n, r, modules, keys]
         strength = strength.permute(3, 0, 2, 1)[..., None]  # [keys, n, modules, r, 1]
-        in_place = pick(writes.place_logits).softmax(-1)  # [n, r, places]
-        a = strength[-1] * (in_place[:, None] @ functional.normalize(self.place_keys, dim=-1))  # [n, modules, r, in]
-        for found, how_much in zip(self._looked_up(looks, features.keys), strength[:-1], strict=True):
-            length = torch.linalg.vector_norm(found, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
-            a = torch.addcmul(a, found, how_much / length)
-        a = self._apart(a, gates.amax(-1).gather(1, chosen))
+        places = pick(writes.place_logits).softmax(-1)  # [n, r, places]
+        a = strength[-1] * (places[:, None] @ functional.normalize(self.place_keys, dim=-1))  # [n, modules, r, in]
+        for part, weight in zip(self._pointed_keys(pointers, features.keys), strength[:-1], strict=True):
+            length = torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+            a = torch.addcmul(a, part, weight / length)
+        a = self._decorrelate(a, gates.amax(-1).gather(1, chosen))
         a = a / (self.key_std[:, None] * a.shape[-1] ** 0.5)
         if rank < self.rank:
             a, b = (functional.pad(side, (0, 0, 0, self.rank - rank)) for side in (a, b))
-        weights = self.scale.detach().abs() + 1e-9  # all alike at the start
+        weights = self.scale.detach().abs() + 1e-9  # equal shares while all scales are zero
         writes = replace(writes, tokens=chosen, weights=weights / weights.sum())
         return a, b[:, None] * (_SCALE_RATE * self.scale)[:, None, None], writes

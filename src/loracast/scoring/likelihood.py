@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from loracast.base.capture import capture_inputs
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
 from loracast.scoring.episodes import Batch
@@ -57,7 +58,7 @@ def score_answers(model: Any, loras: LoRABatch, batch: Batch, watched: Sequence[
     with (
         inject(model, loras),
         _attention_for_training(decoder.config, model.device),
-        _capture_inputs(model, watched) as inputs,
+        capture_inputs(model, watched) as inputs,
     ):
         mask = batch.attention_mask
         if decoder.config._attn_implementation == "eager":  # which adds its mask to the scores
@@ -99,22 +100,6 @@ def score_logits(logits: Tensor, batch: Batch, module_inputs: Mapping[str, Tenso
         logits=logits,
         module_inputs=module_inputs or {},
     )
-
-
-@contextmanager
-def _capture_inputs(model: Any, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Keep the inputs of some modules in the next forward, by module name."""
-    inputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, given: inputs.update({name: given[0]})
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from loracast.base.capture import capture_inputs
 from loracast.base.load import Base
 from loracast.batching import pad_right
 from loracast.encoders.attention_delta import POSITIONS, tokens_around_input
@@ -42,7 +42,9 @@ def set_places(hypernet: AttentionDeltaToLoRA, base: Base, source: TaskSource) -
         wanted = torch.stack([torch.tensor([float(place == each) for place in where]) for each in POSITIONS]).to(
             weights
         )
-        for name, x in _entering(base, hypernet, names, ids).items():
+        with inject(base.model, hypernet.encoder_lora_batch()), capture_inputs(base.model, names) as inputs:
+            base.model.get_decoder()(input_ids=ids.to(base.device), use_cache=False)
+        for name, x in inputs.items():
             x = x[real.to(x.device)].float()  # [tokens, d_in]
             weighted = x * weights[:, None]
             gram[name] = gram.get(name, 0) + weighted.T @ x
@@ -65,23 +67,3 @@ def _examples(base: Base, source: TaskSource) -> list[tuple[list[int], list[str]
         places = [*told, "start", *["answer"] * len(answer)]
         rows.append(([*prompt, *answer], places))
     return rows
-
-
-def _entering(base: Base, hypernet: AttentionDeltaToLoRA, names: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
-    """What enters modules at each token [n, t, d_in], by name."""
-    entering: dict[str, Tensor] = {}
-
-    def keep(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            entering[name] = inputs[0]
-
-        return hook
-
-    handles = [base.model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
-    try:
-        with inject(base.model, hypernet.encoder_lora_batch()):
-            base.model.get_decoder()(input_ids=ids.to(base.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return entering
