@@ -10,8 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import for_base
-from loracast.base.generate import Sampling, answer_batch
-from loracast.base.load import DEFAULT_BASE, base_folder, load_base
+from loracast.base.generate import Sampling
+from loracast.base.load import load_base
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
 from loracast.cli import app
@@ -22,7 +22,7 @@ from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.library.library import adapter_names
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import target_from_config
-from loracast.model import Answerer, load, shipped_hypernetwork
+from loracast.model import Answerer, load
 from tiny import make_sentence_encoder, make_task_hypernet
 
 KNOWN = ["Answer with the opposite word.", "Give the antonym of the word.", "Translate the word to French."]
@@ -195,26 +195,3 @@ def test_the_command_reads_with_the_base_where_the_hypernetwork_does(base, tiny_
     save_pretrained(for_base(hypernet, dataclasses.replace(base.fingerprint, norms="0" * 16)), tmp_path / "h")
     done = CliRunner().invoke(app, [*arguments, "--replace", "--base", str(tiny_folder)])
     assert done.exit_code == 1 and "the weights differ" in done.stderr.replace("\n", " ")
-
-
-@pytest.mark.base
-@pytest.mark.skipif(not (base_folder(DEFAULT_BASE) / "tokenizer.json").is_file(), reason="needs `loracast pull`")
-def test_the_shipped_hypernetwork_casts_tasks():
-    """Two tasks from one batch, each in its own row of a batch of inputs: the base answers in the labels that a description names."""
-    base = load_base(device="cpu")
-    caster = TaskCaster(load_caster(shipped_hypernetwork(base.name, "task"), "task", lambda: base))
-    asked = {
-        "Classify the sentiment of a sentence as positive or negative": {
-            "I loved every minute": "positive",
-            "The battery died after an hour.": "negative",
-        },
-        "Answer with the opposite word": {"hot": "cold"},
-    }
-    loras = caster.loras(list(asked))
-    rows = [
-        (base.chat.prompt(x, ""), lora, y)
-        for lora, its in zip(loras, asked.values(), strict=True)
-        for x, y in its.items()
-    ]
-    prompts, its_loras, wanted = zip(*rows, strict=True)
-    assert answer_batch(base, prompts, its_loras, Sampling(max_new_tokens=8)) == list(wanted)

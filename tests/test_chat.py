@@ -208,7 +208,6 @@ def test_end_of_turn_is_the_control_token_after_the_answer():
 
 
 @pytest.mark.base
-@pytest.mark.skipif(not (base_folder(DEFAULT_BASE) / "tokenizer.json").is_file(), reason="needs `loracast pull`")
 def test_the_embedded_base():
     from transformers import AutoTokenizer
 

@@ -15,11 +15,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import for_base, make_hypernet
-from loracast.base.generate import Sampling, answer_batch
-from loracast.base.load import DEFAULT_BASE, base_folder, load_base
 from loracast.cast.load import load_caster
 from loracast.cli import app
-from loracast.data.labelled import Labelled, make_signals, read_images
+from loracast.data.labelled import Labelled, make_signals
 from loracast.documents.images import read_image_file
 from loracast.encoders import image as image_encoders
 from loracast.encoders.features import Encoder, Features
@@ -31,7 +29,7 @@ from loracast.evaluation.modality_plots import confusion, sheet
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.protocol import Caster
 from loracast.hypernets.store import from_pretrained, save_pretrained
-from loracast.model import load, shipped_hypernetwork
+from loracast.model import load
 from loracast.training import modality_source as sense_source
 from loracast.training.modality import read_sense_recipe, train_sense
 from loracast.training.modality_source import ModalityDataConfig, ModalitySource, encoded, wordings
@@ -221,7 +219,6 @@ def test_a_step_depends_on_its_number_and_asks_what_is_true(base):
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory, request):
     """A tiny hypernetwork that tells three kinds of signals apart."""
-    import os
 
     folder = tmp_path_factory.mktemp("signals")
     before = os.environ.get("LORACAST_HOME")
@@ -417,27 +414,3 @@ def test_each_hypernetwork_keeps_to_its_sense(base, tiny_folder, tiny_hypernet_f
     gradient().save(tmp_path / "a.png")
     with pytest.raises(BaseModelError, match="hypernetwork for images"):
         model.learn(tmp_path / "a.png")
-
-
-_IMAGES = Path(os.environ.get("LORACAST_DATA", "")) / "images_dev.zip"
-_ENCODER = image_encoders.encoders_dir() / (
-    f"{image_encoders.DEFAULT_IMAGE_ENCODER}-"
-    f"{image_encoders.EMBEDDED_IMAGE_ENCODERS[image_encoders.DEFAULT_IMAGE_ENCODER].digest}"
-)
-
-
-@pytest.mark.base
-@pytest.mark.skipif(not (base_folder(DEFAULT_BASE) / "tokenizer.json").is_file(), reason="needs `loracast pull`")
-@pytest.mark.skipif(not _ENCODER.is_dir(), reason="needs `loracast pull efficientnet-lite0`")
-@pytest.mark.skipif(not _IMAGES.is_file(), reason="set LORACAST_DATA to a folder with images_dev.zip (Tiny ImageNet)")
-def test_the_shipped_hypernetwork_sees(tmp_path):
-    """Three images of each class that it knows, none from its training: the base must name most of them."""
-    images = read_images(_IMAGES)
-    base = load_base()
-    where = shipped_hypernetwork(DEFAULT_BASE, "image")
-    caster = Caster(from_pretrained(where), ImageEncoder(image_encoders.DEFAULT_IMAGE_ENCODER, _ENCODER))
-    places = [i for label in range(10) for i in [j for j, its in enumerate(images.labels) if its == label][:3]]
-    batch = caster.loras([images.load(i) for i in places])
-    prompt = base.chat.prompt("What does the picture show?", "")
-    said = answer_batch(base, [prompt] * 30, [batch.row(i) for i in range(30)], Sampling(max_new_tokens=8))
-    assert sum(images.names[images.labels[i]] == answer for i, answer in zip(places, said, strict=True)) >= 26
