@@ -104,5 +104,5 @@ def word_encoder(monkeypatch) -> None:
     """Every text encoder is `WordCounts`."""
     from suites import WordCounts
 
-    for module in ("loracast.training.text", "loracast.cast.task"):
+    for module in ("loracast.training.text", "loracast.hypernets.text_to_lora"):
         monkeypatch.setattr(f"{module}.load_text_encoder", lambda *known: WordCounts())

@@ -41,7 +41,7 @@ def config(tmp_path) -> AblationConfig:
     documents = write_documents(tmp_path / "qa.jsonl")
     return AblationConfig(
         recipe=str(tmp_path / "recipe.toml"),
-        variants={"as it is": (), "Rank 4, attending": ("hypernetwork.rank=4", "hypernetwork.among_latents=true")},
+        variants={"as it is": (), "Rank 4, deeper": ("hypernetwork.rank=4", "hypernetwork.n_decoder_blocks=2")},
         overrides=(f'data.documents=["{documents}"]',),
         held_out_sources=("letters",),
         kinds=("facts", "questions"),
@@ -53,26 +53,26 @@ def config(tmp_path) -> AblationConfig:
 def test_each_variant_is_trained_and_measured_and_never_twice(base, config, tmp_path):
     out = tmp_path / "out"
     report = run_ablations(base, config, out)
-    plain, attending = report.rows
-    assert [row["label"] for row in report.rows] == ["as it is", "Rank 4, attending"]
-    assert plain["steps"] == attending["steps"] == 2
-    assert attending["chunk_kb"] == 2 * plain["chunk_kb"] and attending["parameters_m"] > plain["parameters_m"]
+    plain, deeper = report.rows
+    assert [row["label"] for row in report.rows] == ["as it is", "Rank 4, deeper"]
+    assert plain["steps"] == deeper["steps"] == 2
+    assert deeper["chunk_kb"] == 2 * plain["chunk_kb"] and deeper["parameters_m"] > plain["parameters_m"]
     # rank 2 in two bytes for each number that enters or leaves a down_proj
     c = base.model.config
     assert plain["chunk_kb"] == 2 * 2 * c.num_hidden_layers * (c.intermediate_size + c.hidden_size) / 1000
     assert 0 <= plain["questions_exact"] <= plain["questions_accuracy"] <= 1
-    assert not list(out.glob("*/seed-0/run")) and (out / "rank-4-attending/seed-0/metrics.jsonl").is_file()
+    assert not list(out.glob("*/seed-0/run")) and (out / "rank-4-deeper/seed-0/metrics.jsonl").is_file()
 
     kept = out / "as-it-is/seed-0/results.json"
     changed = json.loads(kept.read_bytes()) | {"facts_accuracy": 1.0}
     kept.write_text(json.dumps(changed), encoding="utf-8")
-    (out / "rank-4-attending/seed-0/results.json").unlink()  # as if it had been stopped half-way
+    (out / "rank-4-deeper/seed-0/results.json").unlink()  # as if it had been stopped half-way
     later = AblationConfig(**{**vars(config), "seeds": (0, 1)})
     again = run_ablations(base, later, out).rows
     assert again[0]["facts_accuracy_by_seed"][0] == 1.0 and again[0]["seeds"] == 2
-    with pytest.raises(ConfigError, match=r"rank-4-attending.*another recipe"):
-        run_ablations(base, AblationConfig(**{**vars(config), "variants": {"Rank 4, attending": ()}}), out)
-    assert again[1]["questions_accuracy_by_seed"][0] == attending["questions_accuracy"]  # the same seed, the same run
+    with pytest.raises(ConfigError, match=r"rank-4-deeper.*another recipe"):
+        run_ablations(base, AblationConfig(**{**vars(config), "variants": {"Rank 4, deeper": ()}}), out)
+    assert again[1]["questions_accuracy_by_seed"][0] == deeper["questions_accuracy"]  # the same seed, the same run
 
 
 def test_what_is_wrong_is_told_before_anything_is_trained(base, config, tmp_path):
