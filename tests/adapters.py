@@ -30,6 +30,16 @@ def random_factors(n: int, seed: int = 0, rank: int = 2) -> Expanded:
     return found
 
 
+def deltas(factors: Expanded, chunks: list[int]) -> dict[str, torch.Tensor]:
+    """The delta of each module in fp32, by hand."""
+    found = {}
+    for kind, (a, b) in factors.items():
+        a, b = a.bfloat16().float(), b.bfloat16().float()
+        for layer, module in enumerate(TARGET.of_kind(kind)):
+            found[module.name] = sum(b[i, layer].T @ a[i, layer] for i in chunks)
+    return found
+
+
 def some_chunks(n: int) -> list[Chunk]:
     return [Chunk(f"word{i} in chunk {i}", 10 * i, 10 * i + 9, f"Manual / Part {i}", 5) for i in range(n)]
 
@@ -57,9 +67,10 @@ def write(
 ) -> Adapter:
     """An adapter with random factors, added in two batches; `changes` of its manifest."""
     factors = random_factors(n, seed)
-    with AdapterWriter(library, name, TARGET, RANKS, chunks or some_chunks(n)) as writer:
+    manifest = some_manifest(n, **{"name": name, **changes})
+    with AdapterWriter(library, manifest, chunks or some_chunks(n)) as writer:
         writer.open_factors(shared or {})
         for part in (slice(0, 1), slice(1, n)):
             if n > part.start:
                 writer.add({kind: (a[part], b[part]) for kind, (a, b) in factors.items()})
-        return writer.finish(some_manifest(n, **{"name": name, **changes}), replace=replace)
+        return writer.finish(replace=replace)

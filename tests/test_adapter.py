@@ -15,28 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters import RANKS, TARGET, Expanded, random_factors, some_chunks, some_manifest, write
+from adapters import TARGET, deltas, random_factors, some_chunks, some_manifest, write
 from conftest import PROSE, make_hypernet, make_model
 from loracast.base.fingerprint import Fingerprint, check, config_fingerprint, fingerprint
 from loracast.cast.document import cast_chunks, split_document
 from loracast.errors import AdapterError, BaseModelError
 from loracast.library.adapter import Adapter
+from loracast.library.index import read_chunks
 from loracast.library.library import adapter_names, open_adapter, remove_adapter
 from loracast.library.manifest import check_name, name_from
-from loracast.library.routing import read_chunks
 from loracast.library.writer import AdapterWriter
 from loracast.lora.algebra import LoRA, concat
 from loracast.lora.target import target_from_config
-
-
-def deltas(factors: Expanded, chunks: list[int]) -> dict[str, torch.Tensor]:
-    """The delta of each module in fp32, by hand."""
-    found = {}
-    for kind, (a, b) in factors.items():
-        a, b = a.bfloat16().float(), b.bfloat16().float()
-        for layer, module in enumerate(TARGET.of_kind(kind)):
-            found[module.name] = sum(b[i, layer].T @ a[i, layer] for i in chunks)
-    return found
 
 
 def assert_close(lora: LoRA, expected: dict[str, torch.Tensor]) -> None:
@@ -124,7 +114,20 @@ def test_any_chunks_are_the_sum_of_theirs(tmp_path):
         weighted = adapter.lora({3: 0.5, 1: 2.0}).to(dtype=torch.float32)
         parts = [adapter.lora([i]).to(dtype=torch.float32).scale(weight) for i, weight in ((1, 2.0), (3, 0.5))]
         assert_close(weighted, {name: sum(part.delta(name) for part in parts) for name in weighted.names})
-        assert adapter.lora({1: 2.0, 3: 0.5}) is adapter.lora({3: 0.5, 1: 2.0}) is not adapter.lora([1, 3])
+
+
+def test_what_was_read_is_kept_whatever_the_weights(tmp_path, monkeypatch):
+    adapter = write(tmp_path, 5)
+    adapter.lora({1: 1.0, 3: 0.5})
+    again = adapter.lora([2])
+    monkeypatch.setattr(Adapter, "rows", lambda *a, **k: pytest.fail("these chunks were read before"))
+    name = TARGET.names[0]
+    expected = [deltas(random_factors(5), [i])[name] for i in (1, 3)]
+    for weights in ((1.0, 0.4999), (0.3, 1.0)):  # another question, nearly or quite other weights
+        found = adapter.lora(dict(zip((1, 3), weights, strict=True))).to(dtype=torch.float32).delta(name)
+        wanted = weights[0] * expected[0] + weights[1] * expected[1]
+        torch.testing.assert_close(found, wanted, atol=0.02 * wanted.abs().max().item(), rtol=0.01)
+    assert adapter.lora([2]) is again
 
 
 def test_many_chunks_become_dense_and_stay_right(tmp_path):
@@ -199,7 +202,7 @@ def test_numbers_that_are_not_finite_are_refused_on_both_sides(bad, tmp_path):
     factors["q_proj"][0][2, 1, 0, 0] = bad
     with (
         pytest.raises(AdapterError, match="not finite"),
-        AdapterWriter(tmp_path, "other", TARGET, RANKS, some_chunks(3)) as w,
+        AdapterWriter(tmp_path, some_manifest(3, name="other"), some_chunks(3)) as w,
     ):
         w.open_factors({})
         w.add(factors)
@@ -299,7 +302,7 @@ def test_bad_names_are_refused_everywhere(name, tmp_path):
         check_name,
         lambda n: open_adapter(library, n),
         lambda n: remove_adapter(library, n),
-        lambda n: AdapterWriter(library, n, TARGET, RANKS, []),
+        lambda n: AdapterWriter(library, some_manifest(0, name=n), []),
     ):
         with pytest.raises(AdapterError) as caught:
             use(name)

@@ -8,13 +8,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from adapters import TARGET, deltas, random_factors, write
 from conftest import PROSE, make_model
 from loracast.cli import app
 from loracast.errors import AdapterError, BaseModelError
+from loracast.library.adapter import Adapter, loras_together
 from loracast.library.combine import Part, combined
 from loracast.library.library import open_adapter
 from loracast.library.save import save_lora, target_of
-from loracast.lora.algebra import Factors, LoRA
+from loracast.lora.algebra import Factors, LoRA, concat
 from loracast.lora.inject import inject
 from loracast.model import load
 
@@ -41,17 +43,60 @@ def run(*arguments):
 
 def test_the_sum_is_the_weighted_sum_of_the_deltas(library):
     one, two = (open_adapter(library, name) for name in ("one", "two"))
-    lora, error = combined([Part(one), Part(two, -0.5)])
-    assert error == 0
-    for name, found in delta(lora).items():
+    both = combined([Part(one), Part(two, -0.5)])
+    assert both.error == 0 and not both.static.names
+    for name, found in delta(both.lora).items():
         expected = one.lora().delta(name).float() - 0.5 * two.lora().delta(name).float()
         torch.testing.assert_close(found, expected, atol=1e-2 * expected.abs().max().item(), rtol=1e-2)
-    nothing, _ = combined([Part(one), Part(one, -1)])
+    nothing = combined([Part(one), Part(one, -1)]).lora
     assert all(d.abs().max() < 1e-6 for d in delta(nothing).values())
-    small, lost = combined([Part(one), Part(two)], rank=1)
-    assert small.rank == 1 and 0 < lost < 1
+    small = combined([Part(one), Part(two)], rank=1)
+    assert small.lora.rank == 1 and 0 < small.error < 1
     with pytest.raises(AdapterError, match="at least one"):
         combined([])
+
+
+def test_the_static_lora_comes_in_once_whatever_the_order_the_weights_and_the_company(tmp_path):
+    """By hand: the numbers that were written, added up in fp32."""
+    generator = torch.Generator().manual_seed(5)
+    static = {
+        f"{kind}.shared.{side}": torch.randn(2, 3, d, generator=generator)
+        for kind in ("q_proj", "down_proj")
+        for side, d in zip("ab", (TARGET.of_kind(kind)[0].d_in, TARGET.of_kind(kind)[0].d_out), strict=True)
+    }
+    a, b = (write(tmp_path, 2, name=name, seed=seed, shared=static) for name, seed in (("a", 1), ("b", 2)))
+    bare = [deltas(random_factors(2, seed), [0, 1]) for seed in (1, 2)]
+    common = {
+        m.name: static[f"{m.kind}.shared.b"][i].T @ static[f"{m.kind}.shared.a"][i]
+        for kind in TARGET.kinds
+        for i, m in enumerate(TARGET.of_kind(kind))
+    }
+
+    def assert_sum(loras, weights: tuple[float, float], n_static: int = 1):
+        found = concat(loras).to(dtype=torch.float32)
+        for name in TARGET.names:
+            expected = weights[0] * bare[0][name] + weights[1] * bare[1][name] + n_static * common[name]
+            torch.testing.assert_close(found.delta(name), expected, atol=0.02 * expected.abs().max().item(), rtol=0.02)
+
+    for parts in ([Part(a), Part(b, -1)], [Part(b, -1), Part(a)]):
+        both = combined(parts)
+        assert_sum([both.lora, both.static], (1, -1))
+        assert_sum([both.lora], (1, -1), n_static=0)
+    kept = save_lora(
+        both.lora, tmp_path, "both", kind="combined", title="a + b:-1", made_for=a.manifest.made_for, static=both.static
+    )
+    assert kept.faults() == []
+    assert_sum([Adapter(kept.folder).lora()], (1, -1))
+    for picked in ([(kept, None), (a, None)], [(a, None), (kept, None)]):
+        assert_sum(loras_together(picked), (2, -1))
+    assert_sum([(again := combined([Part(kept), Part(b)])).lora, again.static], (1, 0))
+    other = write(
+        tmp_path, 2, name="other", seed=2, shared={k: 2 * v for k, v in static.items()}, hypernetwork="o" * 16
+    )
+    mixed = combined(
+        [Part(a), Part(other)]
+    )  # of another hypernetwork: its own static LoRA, whose B and A are twice as large
+    assert_sum([mixed.lora, mixed.static], (1, 1), n_static=1 + 4)
 
 
 def test_adapters_of_different_bases_do_not_add_up(library, tmp_path, base):

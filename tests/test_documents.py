@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import docx
 import pypdf
@@ -31,7 +33,7 @@ def read_bytes(data: bytes | str, name: str | None = None, limits: Limits | None
     return read_document(io.BytesIO(data.encode() if isinstance(data, str) else data), file_name=name, limits=limits)
 
 
-def refusal(source: Path | io.BytesIO | str, **options) -> str:
+def refusal(source: Path | BinaryIO | str, **options) -> str:
     """The message with which `source` is refused."""
     with pytest.raises(DocumentError) as caught:
         read_document(source, **options)
@@ -423,7 +425,18 @@ def test_limits_on_bytes_pages_and_text() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs /dev/zero")
 def test_a_device_without_end_is_refused() -> None:
-    assert "larger than" in refusal("/dev/zero", limits=Limits(max_bytes=1000))
+    assert "pipe or a device" in refusal("/dev/zero")
+    with open("/dev/zero", "rb") as stream:
+        assert "larger than" in refusal(stream, limits=Limits(max_bytes=1000))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path) -> None:
+    """In a process of its own: opening a pipe that nobody writes to would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    command = [sys.executable, "-m", "loracast", "learn", str(tmp_path / "pipe")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "is a pipe or a device" in done.stderr and "Traceback" not in done.stderr
 
 
 # --- the child process ---

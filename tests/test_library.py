@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -16,7 +18,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from adapters import RANKS, TARGET, random_factors, some_chunks, some_manifest, write
+from adapters import TARGET, random_factors, some_chunks, some_manifest, write
 from conftest import PROSE
 from loracast.cli import app
 from loracast.documents import Chunk
@@ -26,6 +28,7 @@ from loracast.library import library as library_module
 from loracast.library import register, workfolders
 from loracast.library import writer as writer_module
 from loracast.library.files import recover
+from loracast.library.index import read_chunks
 from loracast.library.library import (
     adapter_names,
     adapters,
@@ -33,13 +36,13 @@ from loracast.library.library import (
     describe_adapter,
     entries,
     find,
+    find_cached,
     open_adapter,
     remove_adapter,
     rename_adapter,
     search,
     versions,
 )
-from loracast.library.routing import read_chunks
 from loracast.library.upkeep import collect_garbage, verify
 from loracast.library.workfolders import tidy
 from loracast.library.writer import AdapterWriter
@@ -273,6 +276,63 @@ def test_a_register_of_an_older_loracast_is_brought_up_to_date(tmp_path, monkeyp
         assert database.execute("PRAGMA user_version").fetchone() == (len(register.MIGRATIONS),)
 
 
+def test_a_register_of_the_first_schemas_opens_with_everything_in_it(tmp_path):
+    """Written by hand in the words of then: tables namings and unsettled, column made_from."""
+    adapter = write(tmp_path, seed=1)
+    m, path = adapter.manifest, tmp_path / "register.sqlite"
+    for schema in (1, 2):
+        path.unlink()
+        with contextlib.closing(sqlite3.connect(path)) as database, database:
+            for script in register.MIGRATIONS[:schema]:
+                database.executescript(script)
+            database.execute(f"PRAGMA user_version = {schema}")
+            row = (
+                m.version,
+                m.cache_keys()[0],
+                m.kind,
+                m.title,
+                m.source,
+                m.source_sha256,
+                "tiny",
+                "h",
+                "{}",
+                3,
+                15,
+                9,
+                m.created,
+            )
+            database.execute(f"INSERT INTO versions VALUES ({', '.join('?' * 13)})", row)
+            database.execute("INSERT INTO names VALUES ('mine', 'mia', 'second floor')")
+            database.execute("INSERT INTO namings VALUES (7, 'mine', ?, ?)", (m.version, m.created))
+            database.execute("INSERT INTO tags VALUES ('mine', 'machine')")
+            database.execute("INSERT INTO texts (rowid, heading, text) VALUES (1, 'Manual', 'the valve is red')")
+            database.execute("INSERT INTO texts_of VALUES (?, 1, 1)", (m.version,))
+            database.execute("INSERT INTO unsettled VALUES (?)", ("ab" * 32,))
+        assert adapter_names(tmp_path) == ["mine"] and has_factors_of(open_adapter(tmp_path, "mine"), 1)
+        entry = find(tmp_path, "mine")
+        assert (entry.owner, entry.note, entry.tags, entry.n_versions) == ("mia", "second floor", ("machine",), 1)
+        assert [hit.name for hit in search(tmp_path, "valve")] == ["mine"] and verify(tmp_path) == []
+        assert find_cached(tmp_path, ["unknown", *m.cache_keys()]) == m.version
+        with register.Register.reading(tmp_path) as r:
+            assert r.unrecovered() == ["ab" * 32]
+        recover(tmp_path)
+        rename_adapter(tmp_path, "mine", "ours")
+        write(tmp_path, seed=2, name="ours", replace=True)
+        assert find(tmp_path, "ours").n_versions == 2
+        remove_adapter(tmp_path, find(tmp_path, "ours").name + "@" + find(tmp_path, "ours").version)
+        assert find(tmp_path, "ours").version == m.version
+
+
+def test_an_adapter_is_found_under_an_earlier_id_of_its_hypernetwork(tmp_path):
+    made = write(tmp_path, hypernetwork="of the weights alone")
+    now = dataclasses.replace(made.manifest, hypernetwork="of weights and config")
+    assert find_cached(tmp_path, now.cache_keys()) is None
+    assert find_cached(tmp_path, now.cache_keys(["another", "of the weights alone"])) == made.manifest.version
+    for changes in ({"max_chunk_tokens": 64}, {"storage": "int8"}, {"strength": 0.5}, {"source_sha256": "t" * 64}):
+        other = dataclasses.replace(now, **changes)
+        assert find_cached(tmp_path, other.cache_keys(["of the weights alone"])) is None
+
+
 def test_a_library_that_cannot_be_written_can_be_read(tmp_path, monkeypatch):
     write(tmp_path, seed=1)
     monkeypatch.setattr(register.os, "access", lambda path, mode: False)  # root may write anything
@@ -343,7 +403,7 @@ def test_an_adapter_in_use_survives_its_replacement_and_removal(tmp_path):
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    with pytest.raises(Killed), AdapterWriter(tmp_path, "doc", TARGET, RANKS, some_chunks(3)) as writer:
+    with pytest.raises(Killed), AdapterWriter(tmp_path, some_manifest(3), some_chunks(3)) as writer:
         writer.open_factors({})
         writer.add(random_factors(2))
         assert len(files_in(tmp_path)) == 2 and adapter_names(tmp_path) == []
@@ -351,18 +411,18 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert files_in(tmp_path) == {"register.sqlite"}
     with (
         pytest.raises(AdapterError, match="2 of 3 chunks"),
-        AdapterWriter(tmp_path, "doc", TARGET, RANKS, some_chunks(3)) as w,
+        AdapterWriter(tmp_path, some_manifest(3), some_chunks(3)) as w,
     ):
         w.open_factors({})
         w.add(random_factors(2))
-        w.finish(some_manifest(3), replace=False)
+        w.finish(replace=False)
     assert files_in(tmp_path) == {"register.sqlite"}
 
     def full(*_):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("loracast.library.routing.write_index", full)
+        patch.setattr("loracast.library.writer.write_index", full)
         with pytest.raises(OSError, match="disk full"):
             write(tmp_path)
     assert files_in(tmp_path) == {"register.sqlite"}
@@ -382,17 +442,17 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 def test_two_writers_of_one_name(tmp_path):
     with (
-        AdapterWriter(tmp_path, "doc", TARGET, RANKS, some_chunks(3)) as one,
-        AdapterWriter(tmp_path, "doc", TARGET, RANKS, some_chunks(3)) as other,
-        AdapterWriter(tmp_path, "doc", TARGET, RANKS, some_chunks(3)) as same,
+        AdapterWriter(tmp_path, some_manifest(3), some_chunks(3)) as one,
+        AdapterWriter(tmp_path, some_manifest(3), some_chunks(3)) as other,
+        AdapterWriter(tmp_path, some_manifest(3), some_chunks(3)) as same,
     ):
         for writer, seed in ((one, 1), (other, 2), (same, 1)):
             writer.open_factors({})
             writer.add(random_factors(3, seed))
-        first = one.finish(some_manifest(3), replace=False)
+        first = one.finish(replace=False)
         with pytest.raises(AdapterError, match="already"):
-            other.finish(some_manifest(3), replace=False)
-        assert same.finish(some_manifest(3), replace=False).folder == first.folder
+            other.finish(replace=False)
+        assert same.finish(replace=False).folder == first.folder
     assert files_in(tmp_path) == {"register.sqlite", first.manifest.version}
 
 
@@ -408,7 +468,7 @@ def in_child(target, *args, kill_after_s: float | None = None) -> int:
 
 
 def die_while_writing(library: Path) -> None:
-    writer = AdapterWriter(library, "doc", TARGET, RANKS, some_chunks(3)).__enter__()
+    writer = AdapterWriter(library, some_manifest(3), some_chunks(3)).__enter__()
     writer.open_factors({})
     writer.add(random_factors(1))
     os._exit(9)
@@ -431,7 +491,7 @@ def test_the_next_run_clears_up_after_a_killed_one(tmp_path, monkeypatch):
     tidy(tmp_path)
     assert left.exists()  # so new that its writer may not have locked it yet
     monkeypatch.setattr(workfolders, "_GRACE_S", 0.0)
-    with AdapterWriter(tmp_path, "other", TARGET, RANKS, some_chunks(1)):
+    with AdapterWriter(tmp_path, some_manifest(1, name="other"), some_chunks(1)):
         assert not left.exists()
         (living,) = tmp_path.glob(".loracast-*")
         tidy(tmp_path)

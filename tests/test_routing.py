@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.library.routing import pick, read_chunks, search, write_index
+from loracast.library.index import read_chunks, write_index
+from loracast.library.routing import pick, search
 
 TEXTS = [
     "The warranty of the kettle is 24 months and starts on the day of purchase.",

@@ -140,6 +140,29 @@ def test_an_adapter_that_is_gone_is_learned_again(tmp_path, folder):
     )
 
 
+def test_a_failure_that_is_not_the_files_own_is_tried_again(tmp_path, folder):
+    """The first run finds the library locked, and only a broken file stays away from the second."""
+    asked: list[str] = []
+
+    def locked(path: Path, name: str) -> None:
+        if path.suffix == ".pdf":
+            raise DocumentError("broken")
+        raise AdapterError("another process is writing to the library")
+
+    def learn(path: Path, name: str) -> None:
+        asked.append(path.name)
+
+    first = learn_folder(folder, tmp_path / "library", locked, journals=tmp_path / "journals", made_by="it")
+    assert first.count("failed") == 6
+    second = learn_folder(folder, tmp_path / "library", learn, journals=tmp_path / "journals", made_by="it")
+    assert [file.path for file in second.files if file.outcome == "failed"] == ["broken.pdf"]
+    assert len(asked) == 5 and "broken.pdf" not in asked
+    third = learn_folder(folder, tmp_path / "library", locked, journals=tmp_path / "journals", made_by="it", again=True)
+    fourth = learn_folder(folder, tmp_path / "library", learn, journals=tmp_path / "journals", made_by="it")
+    assert third.count("failed") == 6 and fourth.count("learned") == 5
+    assert [file.name for file in fourth.files] == [file.name for file in first.files]
+
+
 def test_an_interrupted_run_says_so_and_goes_on(tmp_path, folder):
     def learn(path: Path, name: str) -> None:
         if path.name == "prices.csv":

@@ -16,7 +16,7 @@ from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import DocumentError
 from loracast.hypernets.protocol import Caster, Rows
 from loracast.library.adapter import Adapter
-from loracast.library.library import check_free, find_made_from, give_name
+from loracast.library.library import check_free, find_cached, give_name
 from loracast.library.manifest import Manifest
 from loracast.library.save import save_rows, static_tensors, utc_now
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
@@ -108,7 +108,7 @@ def learn_document(
         warnings=document.warnings,
         storage=storage,
     )
-    version = find_made_from(library, manifest.made_from)
+    version = find_cached(library, manifest.cache_keys(caster.hypernetwork.former_ids))
     if version is not None:
         return give_name(library, name, version, replace=replace)
     if not replace:

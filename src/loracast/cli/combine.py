@@ -40,16 +40,30 @@ def combine(
     if not replace:
         check_free(folder, name)
     chosen = [Part(open_adapter(folder, one), weight) for one, weight in map(_part, parts)]
-    lora, error = combined(chosen, rank)
+    made_of = combined(chosen, rank)
     title = " + ".join(map(str, chosen))
     made_for = chosen[0].adapter.manifest.made_for
-    made = save_lora(lora, folder, name, kind="combined", title=title, made_for=made_for, replace=replace)
+    made = save_lora(
+        made_of.lora,
+        folder,
+        name,
+        kind="combined",
+        title=title,
+        made_for=made_for,
+        static=made_of.static,
+        replace=replace,
+    )
     if as_json:
         print_json(
-            {"name": name, "parts": [str(part) for part in chosen], "ranks": made.manifest.ranks, "error": error}
+            {
+                "name": name,
+                "parts": [str(part) for part in chosen],
+                "ranks": made.manifest.ranks,
+                "error": made_of.error,
+            }
         )
         return
-    lost = f"compressed: {100 * error:.2g} % of the delta is lost" if error else "nothing lost"
+    lost = f"compressed: {100 * made_of.error:.2g} % of the delta is lost" if made_of.error else "nothing lost"
     print(f"combined {title} into {name}\nrank {made.manifest.rank_text}, {lost}, {size(made.n_bytes)}")
 
 

@@ -128,7 +128,7 @@ def _described(
     index: Path, chunks: Sequence[int], scores: Sequence[float], weights: Sequence[float | None]
 ) -> list[dict[str, Any]]:
     """Chunks with what is known of them."""
-    from loracast.library.routing import read_chunks
+    from loracast.library.index import read_chunks
 
     return [
         {

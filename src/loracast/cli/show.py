@@ -33,8 +33,8 @@ def show(
 
     Where it comes from, its size, chunks and norms; its factors are verified against their hash.
     """
+    from loracast.library.index import read_chunks
     from loracast.library.library import find, open_adapter, versions
-    from loracast.library.routing import read_chunks
     from loracast.paths import library_dir
 
     where = library or library_dir()

@@ -62,6 +62,8 @@ def image_format(data: bytes) -> str | None:
 def is_image_file(path: str | Path) -> bool:
     """Whether a file is an image, by its content. False where there is no such file: who reads it says so."""
     try:
+        if not Path(path).is_file():  # opening a pipe would wait until somebody writes to it
+            return False
         with Path(path).open("rb") as file:
             return image_format(file.read(16)) is not None
     except (OSError, ValueError):

@@ -80,6 +80,10 @@ def _read_path(path: Path, label: str, limits: Limits) -> bytes:
     try:
         if path.is_dir():
             raise DocumentError(f"{label} is a directory: name a file in it, or each of them")
+        if path.exists() and not path.is_file():  # opening a pipe would wait until somebody writes to it
+            raise DocumentError(
+                f"{label} is a pipe or a device and no regular file: give - and redirect it to standard input"
+            )
         with path.open("rb") as stream:
             return _read_stream(stream, label, limits)
     except FileNotFoundError:

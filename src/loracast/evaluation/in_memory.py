@@ -18,7 +18,8 @@ from loracast.cast.document import cast_chunks, split_document
 from loracast.documents import Document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.library.adapter import join_chunks
-from loracast.library.routing import Route, pick, write_index
+from loracast.library.index import write_index
+from loracast.library.routing import Route, pick
 from loracast.library.save import static_tensors
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored

@@ -21,8 +21,8 @@ from loracast.export.uniform import Uniform, uniform
 from loracast.export.vllm import RANKS, write_vllm
 from loracast.files import write_atomically
 from loracast.library.adapter import Adapter
+from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS
-from loracast.library.routing import read_chunks
 from loracast.lora.algebra import LoRA
 
 Format = Literal["peft", "vllm", "gguf", "mlx", "ollama", "merged"]

@@ -14,9 +14,9 @@ from typing import Any
 from loracast.errors import AdapterError, LoracastError
 from loracast.export.adapter import export_adapter
 from loracast.library.adapter import Adapter
+from loracast.library.index import read_chunks
 from loracast.library.library import open_adapter
 from loracast.library.manifest import VERSION_DIGITS
-from loracast.library.routing import read_chunks
 
 _PREFIX = "loracast:"
 _NAMED = re.compile(rf"(?P<name>[^@]+)(?:@(?P<sha>[0-9a-f]{{{VERSION_DIGITS}}}))?")

@@ -1,24 +1,25 @@
-"""What is kept of a document: one LoRA for each chunk, the chunks' text with an index over it, a name, hashes, provenance.
+"""The adapter on disk, opened for reading: the LoRAs of its chunks, checked and merged (docs/adapter-format.md).
 
-An adapter is a folder of three files (docs/adapter-format.md):
+An adapter is a folder of three files that never change:
 
-    factors.safetensors   A [chunks, modules, r, in] and B [chunks, modules, r, out] for each module kind; chunk after chunk (storage.py)
-    chunks.sqlite         the chunks' text and offsets, with a full-text index (FTS5) that routing asks
-    adapter.json          name, hashes, base, hypernetwork, target, options; written last
+    factors.safetensors   A [chunks, modules, r, in] and B [chunks, modules, r, out] for each module kind, chunk after chunk
+    chunks.sqlite         the chunks' text and offsets with a full-text index, which routing asks (index.py)
+    adapter.json          name, hashes, base, hypernetwork, target, options; written last (manifest.py)
 
-Factors are streamed in as chunks are encoded and mapped when read, so neither learning nor asking holds a document in memory.
+Factors are mapped, not loaded, so that asking never holds a whole document in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loracast.errors import AdapterError
 from loracast.files import file_sha256
+from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS, Manifest
-from loracast.library.routing import read_chunks
 from loracast.lora.quantize import SCALE, dequantise
 from loracast.lora.target import Target
 from loracast.lora.tensor_file import number_faults, read_header
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
     from loracast.lora.algebra import LoRA
     from loracast.lora.merge import Merging
 
-FACTORS = "factors.safetensors"
+FACTORS, INDEX, MANIFEST = "factors.safetensors", "chunks.sqlite", "adapter.json"
+STATIC = ".shared."
+"""Part of the names of the tensors that hold the static LoRA, which all documents of a hypernetwork have in common."""
+_KEPT_IN_MEMORY = 8  # LoRAs or sets of factors: a conversation tends to stay with the same chunks
 Recast = Callable[[Sequence[str]], "dict[str, Tensor]"]
-"""Chunks as an encoder reads them -> their factors, named and shaped as in factors.safetensors, the document-independent ones among them."""
+"""The prompts of chunks -> their factors and the static ones, named and shaped as in factors.safetensors."""
 
 
 class Adapter:
@@ -40,35 +44,125 @@ class Adapter:
     def __init__(self, folder: Path, name: str | None = None):
         """
         Args:
-            name: by which it is known; the one it was made under if None.
+            name: its name in the library; the one it was made under if None.
         """
         self.folder = folder
-        self.manifest = Manifest.read(folder / "adapter.json")
+        self.manifest = Manifest.read(folder / MANIFEST)
         self.name = name or self.manifest.name
-        self._loras: dict[tuple[tuple[int, ...], tuple[float, ...] | None, bool], LoRA] = {}
-        self._factors: Any = None
         self.recast: Recast | None = None
-        """Of an adapter that keeps only its text: what makes the factors of chunks."""
+        """Casts the factors of chunks anew: set by whoever opens an adapter that keeps only its text."""
+        # Weights differ with every question: what they multiply is kept, and the LoRA itself only where there are none.
+        self._checked_rows = lru_cache(_KEPT_IN_MEMORY)(self._read_checked)
+        self._merged = lru_cache(_KEPT_IN_MEMORY)(
+            lambda wanted, static: join_chunks(
+                self.manifest.target, self._read_checked(wanted, static), self.manifest.merging
+            )
+        )
 
     @property
     def index(self) -> Path:
         """The file with the chunks' text."""
-        return self.folder / "chunks.sqlite"
+        return self.folder / INDEX
 
     @property
     def version(self) -> str:
-        """`name@hash`, with the first digits of the content hash: never means another adapter."""
+        """`name@hash`, with the first digits of the content hash: it never means another adapter."""
         return f"{self.name}@{self.manifest.version[:VERSION_DIGITS]}"
 
     @property
     def n_bytes(self) -> int:
+        """Size of its files."""
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
+    def lora(self, chunks: Sequence[int] | Mapping[int, float] | None = None, *, static: bool = True) -> LoRA:
+        """The LoRA of some chunks, or of all (None), merged along the rank.
+
+        Args:
+            chunks: their numbers; or the weight of each chunk's LoRA, by its number.
+            static: with the static LoRA, whose weight is always 1; False where another adapter of the same hypernetwork
+                brings it along (`loras_together`).
+
+        Raises:
+            AdapterError: no such chunk, damaged factors, or an adapter of text alone without `recast`.
+        """
+        n_chunks = self.manifest.n_chunks
+        wanted = tuple(range(n_chunks)) if chunks is None else tuple(sorted(set(chunks)))
+        if not wanted or wanted[0] < 0 or wanted[-1] >= n_chunks:
+            raise AdapterError(f"{self.name!r} has the chunks 0..{n_chunks - 1}, not {list(wanted)}")
+        if not isinstance(chunks, Mapping):
+            return self._merged(wanted, static)
+        weights = [chunks[i] for i in wanted]
+        return join_chunks(self.manifest.target, self._checked_rows(wanted, static), self.manifest.merging, weights)
+
+    @cached_property
+    def static_lora(self) -> LoRA:
+        """The static LoRA in the modules where it adds anything; empty where the adapter has none."""
+        from loracast.lora.algebra import Factors, LoRA
+
+        static, target = self._static_rows, self.manifest.target
+        factors = {
+            module.name: Factors(static[f"{kind}{STATIC}a"][i], static[f"{kind}{STATIC}b"][i].T)
+            for kind in target.kinds
+            if f"{kind}{STATIC}a" in static
+            for i, module in enumerate(target.of_kind(kind))
+        }
+        return LoRA({name: pair for name, pair in factors.items() if pair.b.any()})
+
+    @cached_property
+    def _static_rows(self) -> dict[str, Tensor]:
+        """The factors of the static LoRA, named and shaped as in the file."""
+        if self.manifest.storage == "text":
+            return {name: value for name, value in self.rows([0]).items() if STATIC in name}
+        names = [name for name in self._reader.keys() if STATIC in name]  # noqa: SIM118  (not a dict)
+        return {name: self._reader.get_tensor(name) for name in names}
+
+    def rows(self, wanted: Sequence[int], *, static: bool = True) -> dict[str, Tensor]:
+        """The factors of some chunks and, if wanted, of the static LoRA, in bf16, under their names in the file."""
+        if self.manifest.storage == "text":
+            if self.recast is None:
+                raise AdapterError(
+                    f"{self.name!r} keeps only its text, and a model makes its factors when it is asked; for anything else "
+                    "learn the document with --storage bf16"
+                )
+            rows = self.recast([chunk.prompt for chunk in read_chunks(self.index, wanted)])
+            return {name: value for name, value in rows.items() if static or STATIC not in name}
+
+        def take(name: str) -> Tensor:
+            return _take(self._reader.get_slice(name), wanted)
+
+        names = [n for n in self._reader.keys() if STATIC not in n and not n.endswith(SCALE)]  # noqa: SIM118
+        is_int8 = self.manifest.storage == "int8"
+        rows = {name: dequantise(take(name), take(name + SCALE)) if is_int8 else take(name) for name in names}
+        return rows | (self._static_rows if static else {})
+
+    def _read_checked(self, wanted: tuple[int, ...], static: bool) -> dict[str, Tensor]:
+        rows = self.rows(wanted, static=static)
+        if damaged := number_faults(rows.items()):
+            raise AdapterError(f"the factors of {self.name!r} are damaged: {'; '.join(damaged)}")
+        return rows
+
+    @cached_property
+    def _reader(self) -> Any:
+        """The mapped factors, after a look at the file's header."""
+        from safetensors import safe_open
+
+        if faults := self.header_faults():
+            raise AdapterError(
+                f"the factors of {self.name!r} cannot be used: {'; '.join(faults)}; learn the document again"
+            )
+        return safe_open(self.folder / FACTORS, framework="pt")
+
+    # ---- checking
+
+    def verify(self) -> None:
+        """Compare the files with the hashes in the manifest. Raises AdapterError with all that differ."""
+        if found := self.problems():
+            raise AdapterError(f"the adapter {self.name!r} is damaged: {'; '.join(found)}; learn the document again")
+
     def problems(self) -> list[str]:
-        """What differs from the hashes in the manifest, or cannot be read."""
+        """Which files differ from the hashes in the manifest, or cannot be read."""
         found = []
-        hashes = {FACTORS: self.manifest.factors_sha256, "chunks.sqlite": self.manifest.chunks_sha256}
-        for name, sha256 in hashes.items():
+        for name, sha256 in {FACTORS: self.manifest.factors_sha256, INDEX: self.manifest.chunks_sha256}.items():
             try:
                 if sha256 and file_sha256(self.folder / name) != sha256:
                     found.append(f"{name} is damaged (its hash differs)")
@@ -76,76 +170,8 @@ class Adapter:
                 found.append(f"{name} cannot be read ({error.strerror})")
         return found
 
-    def verify(self) -> None:
-        """Compare the files with the hashes in the manifest. Raises AdapterError with all that differ."""
-        if found := self.problems():
-            raise AdapterError(f"the adapter {self.name!r} is damaged: {'; '.join(found)}; learn the document again")
-
-    def lora(self, chunks: Sequence[int] | Mapping[int, float] | None = None, *, static: bool = True) -> LoRA:
-        """The LoRA of some chunks, or of all (None), merged along the rank.
-
-        The last few are kept in memory, since a conversation tends to stay where it is.
-
-        Args:
-            chunks: their numbers; or what the LoRA of each counts, by its number (1 where only numbers are given).
-            static: with the LoRA that all documents of a hypernetwork share, once; False where another
-                adapter of the same hypernetwork brings it along.
-        """
-        n_chunks = self.manifest.n_chunks
-        wanted = tuple(range(n_chunks)) if chunks is None else tuple(sorted(set(chunks)))
-        if not wanted or wanted[0] < 0 or wanted[-1] >= n_chunks:
-            raise AdapterError(f"{self.name!r} has the chunks 0..{n_chunks - 1}, not {list(wanted)}")
-        weights = tuple(chunks[i] for i in wanted) if isinstance(chunks, Mapping) else None
-        key = (wanted, weights, static)
-        if key in self._loras:
-            return self._loras[key]
-        rows = self.rows(wanted, static=static)
-        if damaged := number_faults(rows.items()):
-            raise AdapterError(f"the factors of {self.name!r} are damaged: {'; '.join(damaged)}")
-        lora = join_chunks(self.manifest.target, rows, self.manifest.merging, weights)
-        if len(self._loras) >= 8:
-            self._loras.pop(next(iter(self._loras)))
-        self._loras[key] = lora
-        return lora
-
-    def rows(self, wanted: Sequence[int], *, static: bool = True) -> dict[str, Tensor]:
-        """The factors of some chunks and, if asked for, the document-independent ones, in bf16, by the names that they have in the file."""
-
-        def is_wanted(name: str) -> bool:
-            return static or ".shared." not in name
-
-        if self.manifest.storage == "text":
-            if self.recast is None:
-                raise AdapterError(
-                    f"{self.name!r} keeps only its text, and a model makes its factors when it is asked; for anything else learn the document "
-                    "with --storage bf16"
-                )
-            rows = self.recast([chunk.prompt for chunk in read_chunks(self.index, wanted)])
-            return {name: value for name, value in rows.items() if is_wanted(name)}
-        reader = self._open()
-
-        def take(name: str) -> Tensor:
-            return reader.get_tensor(name) if ".shared." in name else _take(reader.get_slice(name), wanted)
-
-        names = [n for n in reader.keys() if is_wanted(n) and not n.endswith(SCALE)]  # noqa: SIM118  (not a dict)
-        if self.manifest.storage == "bf16":
-            return {name: take(name) for name in names}
-        return {n: take(n) if ".shared." in n else dequantise(take(n), take(n + SCALE)) for n in names}
-
-    def _open(self) -> Any:
-        """The mapped factors, after a look at the file's header."""
-        if self._factors is None:
-            from safetensors import safe_open
-
-            if faults := self.header_faults():
-                raise AdapterError(
-                    f"the factors of {self.name!r} cannot be used: {'; '.join(faults)}; learn the document again"
-                )
-            self._factors = safe_open(self.folder / FACTORS, framework="pt")
-        return self._factors
-
     def header_faults(self) -> list[str]:
-        """What in the header of the factors' file is wrong, or does not fit adapter.json."""
+        """What is wrong in the header of the factors' file, or does not fit adapter.json."""
         if (self.folder / FACTORS).is_symlink():
             return [f"{FACTORS} is a link"]
         stored, faults = read_header(self.folder / FACTORS)
@@ -158,80 +184,91 @@ class Adapter:
         for name in sorted(stored.keys() & wanted.keys()):
             if list(stored[name].shape) != wanted[name]:
                 faults.append(f"{name} is {list(stored[name].shape)}, not {wanted[name]}")
-            is_bytes = m.storage == "int8" and ".shared." not in name and not name.endswith(SCALE)
+            is_bytes = m.storage == "int8" and STATIC not in name and not name.endswith(SCALE)
             if stored[name].dtype != (right := "I8" if is_bytes else "BF16"):
                 faults.append(f"{name} is of type {stored[name].dtype}, not {right}")
         return faults
 
     def faults(self) -> list[str]:
-        """Everything that is wrong with an adapter from elsewhere: its files, their hashes, header, shapes and numbers, and its index."""
+        """Everything wrong with an adapter from elsewhere: its files, their hashes, header, shapes and numbers, its index."""
+        has_factors = self.manifest.storage != "text"
         there = {path.name: path for path in self.folder.iterdir()}
-        wanted = {"adapter.json", "chunks.sqlite"} | ({FACTORS} if self.manifest.storage != "text" else set())
+        wanted = {MANIFEST, INDEX} | ({FACTORS} if has_factors else set())
         found = [f"{name} is missing" for name in sorted(wanted - there.keys())]
-        found += [
-            f"{name} is a link or no file" for name in sorted(wanted & there.keys()) if not _is_plain(there[name])
-        ]
+        for name in sorted(wanted & there.keys()):
+            if there[name].is_symlink() or not there[name].is_file():
+                found.append(f"{name} is a link or no file")
         found += [f"{name[:200]} does not belong there" for name in sorted(there.keys() - wanted)]
         if found:
             return found
         found = self.problems()
         try:
             if (n := len(read_chunks(self.index))) != self.manifest.n_chunks:
-                found.append(f"chunks.sqlite has {n} chunks, adapter.json says {self.manifest.n_chunks}")
+                found.append(f"{INDEX} has {n} chunks, {MANIFEST} says {self.manifest.n_chunks}")
         except AdapterError as error:
             found.append(str(error))
-        if self.manifest.storage == "text":
-            return found
-        header = self.header_faults()
-        if not header:
-            reader = self._open()
+        if has_factors and not (header := self.header_faults()):
             names = [name for name, info in read_header(self.folder / FACTORS)[0].items() if info.dtype != "I8"]
-            found += number_faults((name, reader.get_tensor(name)) for name in names)
-        return found + header
-
-
-def _is_plain(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
+            return found + number_faults((name, self._reader.get_tensor(name)) for name in names)
+        return found + (header if has_factors else [])
 
 
 def loras_together(picked: Sequence[tuple[Adapter, Mapping[int, float] | None]]) -> list[LoRA]:
-    """The LoRAs of adapters that are to be added up, each with its picked chunks or all (None).
+    """The LoRAs of adapters that are to be added up, each of its picked chunks or of all (None); a static LoRA comes in once."""
+    if len(picked) == 1:
+        return [adapter.lora(chunks) for adapter, chunks in picked]
+    brings_static = first_with_static([adapter for adapter, _ in picked])
+    return [a.lora(chunks, static=is_first) for (a, chunks), is_first in zip(picked, brings_static, strict=True)]
 
-    The document-independent LoRA of a hypernetwork is taken once, however many of the adapters hold it.
+
+def first_with_static(adapters: Sequence[Adapter]) -> list[bool]:
+    """Of each adapter, whether it is the first of them that holds its static LoRA.
+
+    Static LoRAs are compared by their numbers: a combination (combine.py) holds that of its parts, and the id of a
+    hypernetwork may have changed since an adapter was made.
     """
-    loras: list[LoRA] = []
-    met: set[str] = set()
-    for adapter, chunks in picked:
-        made_by = adapter.manifest.hypernetwork
-        loras.append(adapter.lora(chunks, static=made_by not in met))
-        met.add(made_by)
-    return loras
+    met: list[LoRA] = []
+    found = []
+    for adapter in adapters:
+        found.append(not any(_are_equal(adapter.static_lora, other) for other in met))
+        met.append(adapter.static_lora)
+    return found
+
+
+def _are_equal(one: LoRA, other: LoRA) -> bool:
+    import torch
+
+    return one.factors.keys() == other.factors.keys() and all(
+        torch.equal(mine, theirs)
+        for name, pair in one.factors.items()
+        for mine, theirs in zip(pair, other.factors[name], strict=True)
+    )
 
 
 def _shapes(m: Manifest, stored: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """The shape of each tensor that factors.safetensors must have. A document-independent LoRA is there or not, of any rank."""
+    """The shape of each tensor that factors.safetensors must have. A static LoRA is there or not, of any rank."""
     shapes: dict[str, list[int]] = {}
     for kind in m.target.kinds:
         modules = m.target.of_kind(kind)
-        shared = [stored[name] for side in "ab" if (name := f"{kind}.shared.{side}") in stored]
+        static = [stored[name] for side in "ab" if (name := f"{kind}{STATIC}{side}") in stored]
         for side, d in (("a", modules[0].d_in), ("b", modules[0].d_out)):
             rows = [m.n_chunks, len(modules), m.ranks[kind]]
             shapes[f"{kind}.{side}"] = [*rows, d]
             if m.storage == "int8":
                 shapes[f"{kind}.{side}{SCALE}"] = [*rows, 1]
-            if shared:
-                shapes[f"{kind}.shared.{side}"] = [len(modules), *shared[0][1:2], d]
+            if static:
+                shapes[f"{kind}{STATIC}{side}"] = [len(modules), *static[0][1:2], d]
     return shapes
 
 
 def join_chunks(
     target: Target, rows: Mapping[str, Tensor], merging: Merging, weights: Sequence[float] | None = None
 ) -> LoRA:
-    """The LoRA of chunks: their factors merged, the document-independent ones, if any, once.
+    """The LoRA of chunks: their factors merged, and the static ones once, if `rows` has any.
 
     Args:
         rows: named as in factors.safetensors: "down_proj.a" [chunks, layers, r, in], "down_proj.shared.a" [layers, r, in].
-        weights: what each chunk counts; 1 if None.
+        weights: what the LoRA of each chunk is multiplied with; 1 if None.
     """
     import torch
 
@@ -239,13 +276,13 @@ def join_chunks(
 
     joined: dict[str, Factors] = {}
     for kind in target.kinds:
-        a, b = (rows[f"{kind}.{side}"].transpose(0, 1) for side in ("a", "b"))  # [layers, chunks, r, d]
+        a, b = (rows[f"{kind}.{side}"].transpose(0, 1) for side in "ab")  # [layers, chunks, r, d]
         if weights is not None:
             b = b * torch.tensor(weights).to(b)[:, None, None]
         sides = list(merging.join(kind, a, b))  # [layers, chunks * r, d]
-        for i, side in enumerate(("a", "b")):
-            if (shared := rows.get(f"{kind}.shared.{side}")) is not None:
-                sides[i] = torch.cat([sides[i], shared], dim=1)
+        for i, side in enumerate("ab"):
+            if (static := rows.get(f"{kind}{STATIC}{side}")) is not None:
+                sides[i] = torch.cat([sides[i], static], dim=1)
         for layer, module in enumerate(target.of_kind(kind)):
             joined[module.name] = Factors(sides[0][layer], sides[1][layer].T)
     return concat([LoRA(joined)])

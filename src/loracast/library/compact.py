@@ -1,4 +1,4 @@
-"""An adapter in a smaller storage, as a new version of its name."""
+"""Keeping an adapter in a smaller storage, as a new version of its name."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from loracast.errors import AdapterError
-from loracast.library.adapter import Adapter
+from loracast.library.adapter import STATIC, Adapter
+from loracast.library.index import read_chunks
 from loracast.library.library import open_adapter
-from loracast.library.routing import read_chunks
 from loracast.library.writer import AdapterWriter
 from loracast.lora.quantize import STORAGE, Storage
 
@@ -29,11 +29,12 @@ def compact(library: Path, reference: str, storage: Storage) -> Adapter:
         raise AdapterError(
             f"{adapter.name!r} was not made from a document: only a document's factors can be made again from its text"
         )
-    smaller = replace(m, storage=storage, factors_sha256="")
-    with AdapterWriter(library, adapter.name, m.target, m.ranks, read_chunks(adapter.index), storage) as writer:
+    smaller = replace(m, name=adapter.name, storage=storage)
+    with AdapterWriter(library, smaller, read_chunks(adapter.index)) as writer:
         if storage != "text":
-            writer.open_factors({name: value for name, value in adapter.rows([0]).items() if ".shared." in name})
             for i in range(m.n_chunks):
                 rows = adapter.rows([i])
+                if i == 0:
+                    writer.open_factors({name: value for name, value in rows.items() if STATIC in name})
                 writer.add({kind: (rows[f"{kind}.a"], rows[f"{kind}.b"]) for kind in m.target.kinds})
-        return writer.finish(smaller, replace=True)
+        return writer.finish(replace=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 from loracast.errors import AdapterError
 from loracast.files import sync_folder
 from loracast.library.adapter import Adapter
+from loracast.library.index import read_chunks
 from loracast.library.manifest import Manifest
 from loracast.library.register import FILE, Register
-from loracast.library.routing import read_chunks
 from loracast.library.store import Store
 from loracast.library.workfolders import work_folder
 
@@ -160,7 +160,7 @@ def recover(library: Path) -> None:
     """Finish what others were killed at: delete what is on its way out, or never came in."""
     with ExitStack() as graves, Register.writing(library) as register:  # deleted when nobody has to wait any more
         store = store_in(register)
-        for version in register.unsettled():
+        for version in register.unrecovered():
             if not register.has_version(version):
                 if store is not None:
                     store.delete(version)

@@ -185,12 +185,12 @@ def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, r
     return Adapter(home, name=name)
 
 
-def find_made_from(library: Path, key: str) -> str | None:
-    """The version that was made from the same in the same way (`Manifest.made_from`), if the library has it."""
+def find_cached(library: Path, cache_keys: Sequence[str]) -> str | None:
+    """The version that was cast from the same source in the same way (`Manifest.cache_keys`), if the library has one."""
     if not is_ready(library):
         return None
     with Register.reading(library) as register:
-        return register.made_from(key)
+        return next((version for key in cache_keys if (version := register.cached(key)) is not None), None)
 
 
 def give_name(library: Path, name: str, version: str, *, replace: bool) -> Adapter:
@@ -214,7 +214,7 @@ def remove_adapter(library: Path, reference: str) -> None:
         if version is None:
             register.drop_name(name)
         else:
-            register.drop_naming(name, version)
+            register.drop_alias(name, version)
         register.drop_unnamed()
     recover(library)
 

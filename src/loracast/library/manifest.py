@@ -1,4 +1,4 @@
-"""adapter.json: what an adapter says of itself, and the names that adapters may have."""
+"""adapter.json: what an adapter says of itself, the keys by which it is known, and the names that adapters may have."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -25,7 +26,7 @@ FORMAT = 1
 VERSION_DIGITS = 12
 """Digits of a version's hash by which people and servers call it."""
 AdapterKind = Literal["document", "task", "image", "combined", "imported"]
-"""What an adapter was made from: a document, the description of a task (its title), an image, other adapters, or another tool's LoRA."""
+"""What an adapter was made from: a document, a task's description (its title), an image, other adapters, another tool's LoRA."""
 _STORED_AS = {"max_unscaled_chunks": "most_summed", "key_decorrelation": "merge_ridges"}
 """Fields whose key in adapter.json is older than their name; versions are hashes over these keys, so they stay."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -33,42 +34,44 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class Manifest:
-    """adapter.json: all that is known of an adapter without opening its factors."""
+    """The content of adapter.json: all that is known of an adapter without opening its factors."""
 
     name: str
+    """The name it was made under."""
     title: str
     source: str | None
     """The document's file name, without its folders."""
     source_sha256: str
+    """Hash of the source's bytes."""
     made_for: Fingerprint
+    """The base."""
     hypernetwork: str
-    """Hash of the hypernetwork's weights."""
+    """Id of the hypernetwork; in older adapters a hash of its weights alone; "" where none made it."""
     modules: tuple[tuple[str, int, str, int, int], ...]
     """The target, as in the hypernetwork's config."""
     ranks: dict[str, int]
-    """Of one chunk, by module kind."""
+    """Of one chunk, by module kind; 0 of kinds that receive the static LoRA alone."""
     n_chunks: int
     n_tokens: int
     max_chunk_tokens: int
     created: str
     """UTC, ISO 8601."""
     learn_s: float
-    """Seconds it took."""
+    """Seconds that casting took."""
     factors_sha256: str = ""
     chunks_sha256: str = ""
     """Of chunks.sqlite; "" in adapters from before it was kept."""
     format: int = FORMAT
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
     kind: AdapterKind = "document"
-    """What it was made from."""
     max_unscaled_chunks: dict[str, int] = field(default_factory=dict)
-    """By module kind, chunks up to which factors add up when merged; those of K more count this / K each."""
+    """By module kind, the number of chunks up to which factors add up when merged; those of K more weigh this / K each."""
     key_decorrelation: dict[str, float] = field(default_factory=dict)
-    """By module kind, the ridge with which chunks are told apart when merged (merging.py)."""
+    """By module kind, the ridge with which the keys of different chunks are decorrelated when merged (lora/merge.py)."""
     storage: Storage = "bf16"
-    """How the factors are kept."""
+    """How the factors are kept; bf16 where adapter.json does not say."""
     strength: float = 1.0
-    """Factor on every delta, folded in already; of a task."""
+    """Of a task: factor on every delta, folded in already."""
 
     @property
     def target(self) -> Target:
@@ -82,26 +85,26 @@ class Manifest:
     @property
     def version(self) -> str:
         """Hash of what the adapter is and what it was made from; not of its name, nor of when and how fast it was made."""
-        named_apart = ("name", "created", "learn_s", "chunks_sha256")
-        kept = {key: value for key, value in self._stored().items() if key not in named_apart}
-        if self.storage == "bf16":  # as it was before there were others
-            del kept["storage"]
+        left_out = ("name", "created", "learn_s", "chunks_sha256")
+        hashed = {key: value for key, value in self._stored().items() if key not in left_out}
+        if self.storage == "bf16":  # these two are younger than the first versions
+            del hashed["storage"]
         if not self.key_decorrelation:
-            del kept[_STORED_AS["key_decorrelation"]]
-        return _hash(kept)
+            del hashed[_STORED_AS["key_decorrelation"]]
+        return _hash(hashed)
 
-    def _stored(self) -> dict[str, Any]:
-        """The manifest under the keys of adapter.json."""
-        return {_STORED_AS.get(key, key): value for key, value in asdict(self).items()}
+    def cache_keys(self, former_ids: Sequence[str] = ()) -> list[str]:
+        """Hashes of all that decides what is cast: the source, the hypernetwork, the base, the options.
 
-    @property
-    def made_from(self) -> str:
-        """Hash of all that decides what a hypernetwork makes: the source, the hypernetwork, the base, the options."""
+        Args:
+            former_ids: ids that the hypernetwork had in earlier versions of loracast; the keys under them come after its own.
+        """
         source = (self.kind, self.title, self.source, self.source_sha256)
         options = (self.max_chunk_tokens, self.storage, self.strength)
-        # The hash of a hypernetwork is that of its weights, which do not say how chunks are merged.
+        # An earlier id is a hash of the weights, which does not say how chunks are merged.
         merging = (self.key_decorrelation,) if self.key_decorrelation else ()
-        return _hash([*source, self.hypernetwork, asdict(self.made_for), *options, *merging])
+        ids = (self.hypernetwork, *former_ids)
+        return [_hash([*source, one, asdict(self.made_for), *options, *merging]) for one in ids]
 
     @property
     def rank_text(self) -> str:
@@ -110,6 +113,7 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
+        """The manifest in a file. Raises AdapterError where it is damaged, of another format or has unknown keys."""
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -126,32 +130,40 @@ class Manifest:
             stored["modules"] = tuple(tuple(module) for module in stored["modules"])
             stored["warnings"] = tuple(stored["warnings"])
             manifest = cls(**{names[key]: value for key, value in stored.items()})
-            if not _NAME.fullmatch(manifest.name):
-                raise ValueError(f"{manifest.name[:80]!r} is no adapter's name")
-            sizes = [
-                *dict(manifest.max_unscaled_chunks).values(),
-                *(rank or 1 for rank in dict(manifest.ranks).values()),  # 0 of kinds that all documents share
-                manifest.n_chunks,
-                *(d for m in manifest.modules for d in m[3:]),
-            ]
-            if not manifest.modules or min(sizes) < 1:
-                raise ValueError("it targets nothing, or a size in it is not positive")
-            if not all(0 < ridge < math.inf for ridge in dict(manifest.key_decorrelation).values()):
-                raise ValueError("a ridge in it is not a positive number")
-            if unknown := set(manifest.target.kinds) ^ {module.kind for module in manifest.target.modules}:
-                raise ValueError(f"unknown module kinds {sorted(unknown)}")
-            if manifest.kind not in get_args(AdapterKind):
-                raise ValueError(f"unknown kind {manifest.kind!r}")
-            if manifest.storage not in STORAGE:
-                raise ValueError(f"unknown storage {manifest.storage!r}")
-            if manifest.ranks.keys() != set(manifest.target.kinds):
-                raise ValueError("its ranks are not those of its module kinds")
+            manifest._check()
             return manifest
         except (KeyError, TypeError, ValueError) as error:
             raise AdapterError(f"{path} is damaged: {error}; learn the document again") from error
 
+    def _check(self) -> None:
+        """Raise ValueError (or TypeError) for values that no adapter has."""
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"{self.name[:80]!r} is no adapter's name")
+        sizes = [
+            *dict(self.max_unscaled_chunks).values(),
+            *(rank or 1 for rank in dict(self.ranks).values()),
+            self.n_chunks,
+            *(d for m in self.modules for d in m[3:]),
+        ]
+        if not self.modules or min(sizes) < 1:
+            raise ValueError("it targets nothing, or a size in it is not positive")
+        if not all(0 < ridge < math.inf for ridge in dict(self.key_decorrelation).values()):
+            raise ValueError("a ridge in it is not a positive number")
+        if unknown := set(self.target.kinds) ^ {module.kind for module in self.target.modules}:
+            raise ValueError(f"unknown module kinds {sorted(unknown)}")
+        if self.kind not in get_args(AdapterKind):
+            raise ValueError(f"unknown kind {self.kind!r}")
+        if self.storage not in STORAGE:
+            raise ValueError(f"unknown storage {self.storage!r}")
+        if self.ranks.keys() != set(self.target.kinds):
+            raise ValueError("its ranks are not those of its module kinds")
+
     def write(self, path: Path) -> None:
         write_atomically(path, json.dumps(self._stored(), indent=1, ensure_ascii=False).encode())
+
+    def _stored(self) -> dict[str, Any]:
+        """The manifest under the keys of adapter.json."""
+        return {_STORED_AS.get(key, key): value for key, value in asdict(self).items()}
 
 
 def _hash(value: object) -> str:
@@ -174,5 +186,5 @@ def name_from(text: str) -> str:
 
 
 def name_for(document: Document | ImageFile) -> str:
-    """The name of a document's (or picture's) adapter where the user gives none: made from the file's name, or else the title."""
+    """The name of a document's or image's adapter where the user gives none: from the file's name, or else the title."""
     return name_from(Path(document.file_name).stem if document.file_name else document.title)

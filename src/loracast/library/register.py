@@ -52,6 +52,17 @@ MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
     """,
+    """
+    ALTER TABLE namings RENAME TO aliases;
+    DROP INDEX namings_by_name;
+    DROP INDEX namings_by_version;
+    CREATE INDEX aliases_by_name ON aliases (name, number);
+    CREATE INDEX aliases_by_version ON aliases (version);
+    ALTER TABLE unsettled RENAME TO unrecovered;
+    ALTER TABLE versions RENAME COLUMN made_from TO cache_key;
+    DROP INDEX versions_by_making;
+    CREATE INDEX versions_by_cache_key ON versions (cache_key);
+    """,
 )
 """Script k brings the schema from version k to k + 1. Append; never change one that was released."""
 
@@ -98,11 +109,11 @@ class Hit:
 
 _ENTRY = """
     SELECT names.name, versions.id, kind, title, source, source_sha256, base, hypernetwork, ranks, n_chunks, n_tokens, n_bytes, created, added,
-        (SELECT count(DISTINCT version) FROM namings WHERE name = names.name), owner, note,
+        (SELECT count(DISTINCT version) FROM aliases WHERE name = names.name), owner, note,
         (SELECT json_group_array(tag) FROM (SELECT tag FROM tags WHERE name = names.name ORDER BY tag))
-    FROM namings JOIN names ON names.name = namings.name JOIN versions ON versions.id = namings.version
+    FROM aliases JOIN names ON names.name = aliases.name JOIN versions ON versions.id = aliases.version
 """
-_NEWEST = "number = (SELECT max(number) FROM namings AS n WHERE n.name = names.name)"
+_NEWEST = "number = (SELECT max(number) FROM aliases AS n WHERE n.name = names.name)"
 
 
 class Register:
@@ -133,7 +144,7 @@ class Register:
         where, values = _filter(like, tag, owner, kind)
         if not where:
             return self._one("SELECT count(*) FROM names")
-        joined = "namings JOIN names ON names.name = namings.name JOIN versions ON versions.id = namings.version"
+        joined = "aliases JOIN names ON names.name = aliases.name JOIN versions ON versions.id = aliases.version"
         return self._one(f"SELECT count(*) FROM {joined} WHERE {_NEWEST}{where}", *values)
 
     def names(self) -> list[str]:
@@ -157,16 +168,16 @@ class Register:
     def has_version(self, version: str) -> bool:
         return self._one("SELECT count(*) FROM versions WHERE id = ?", version) > 0
 
-    def made_from(self, key: str) -> str | None:
-        """The version that was made from the same, in the same way (`Manifest.made_from`)."""
-        row = self._db.execute("SELECT id FROM versions WHERE made_from = ?", (key,)).fetchone()
+    def cached(self, cache_key: str) -> str | None:
+        """The version that was cast from the same source in the same way (`Manifest.cache_keys`)."""
+        row = self._db.execute("SELECT id FROM versions WHERE cache_key = ?", (cache_key,)).fetchone()
         return None if row is None else row[0]
 
     def all_versions(self) -> list[str]:
         return [version for (version,) in self._db.execute("SELECT id FROM versions ORDER BY id")]
 
-    def unsettled(self) -> list[str]:
-        return [version for (version,) in self._db.execute("SELECT id FROM unsettled ORDER BY id")]
+    def unrecovered(self) -> list[str]:
+        return [version for (version,) in self._db.execute("SELECT id FROM unrecovered ORDER BY id")]
 
     def search(self, words: str, limit: int) -> list[Hit]:
         """The chunks of newest versions in which all these words stand, best first."""
@@ -175,10 +186,10 @@ class Register:
             raise AdapterError("there is no word to search for")
         rows = self._db.execute(
             f"""
-            SELECT names.name, namings.version, texts.rowid - first, heading, snippet(texts, 1, '[', ']', '...', 16)
+            SELECT names.name, aliases.version, texts.rowid - first, heading, snippet(texts, 1, '[', ']', '...', 16)
             FROM texts
             JOIN texts_of ON texts_of.first = (SELECT max(first) FROM texts_of WHERE first <= texts.rowid)
-            JOIN namings ON namings.version = texts_of.version JOIN names ON names.name = namings.name
+            JOIN aliases ON aliases.version = texts_of.version JOIN names ON names.name = aliases.name
             WHERE texts MATCH ? AND {_NEWEST} ORDER BY bm25(texts, 0.5, 1.0), names.name LIMIT ?
             """,
             (wanted, limit),
@@ -209,7 +220,7 @@ class Register:
         m = manifest
         self._db.execute(
             "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (version, m.made_from, m.kind, m.title, m.source, m.source_sha256, m.made_for.base, m.hypernetwork, json.dumps(m.ranks),
+            (version, m.cache_keys()[0], m.kind, m.title, m.source, m.source_sha256, m.made_for.base, m.hypernetwork, json.dumps(m.ranks),
              m.n_chunks, m.n_tokens, n_bytes, m.created),
         )  # fmt: skip
         if texts:
@@ -223,25 +234,25 @@ class Register:
         self._db.execute("INSERT OR IGNORE INTO names (name, owner) VALUES (?, ?)", (name, owner))
         newest = self.newest(name)
         if newest is None or newest.version != version:
-            self._db.execute("INSERT INTO namings (name, version, added) VALUES (?, ?, ?)", (name, version, _now()))
+            self._db.execute("INSERT INTO aliases (name, version, added) VALUES (?, ?, ?)", (name, version, _now()))
 
     def drop_name(self, name: str) -> None:
         self._db.execute("DELETE FROM names WHERE name = ?", (name,))
 
-    def drop_naming(self, name: str, version: str) -> None:
+    def drop_alias(self, name: str, version: str) -> None:
         """Take one version from a name, and the name itself with its last one."""
-        self._db.execute("DELETE FROM namings WHERE name = ? AND version = ?", (name, version))
-        self._db.execute("DELETE FROM names WHERE name = ? AND name NOT IN (SELECT name FROM namings)", (name,))
+        self._db.execute("DELETE FROM aliases WHERE name = ? AND version = ?", (name, version))
+        self._db.execute("DELETE FROM names WHERE name = ? AND name NOT IN (SELECT name FROM aliases)", (name,))
 
     def drop_older(self, keep: int) -> None:
         """Take from each name all but its newest `keep` versions."""
         for name in self.names():
             for entry in self.versions_of(name)[keep:]:
-                self.drop_naming(name, entry.version)
+                self.drop_alias(name, entry.version)
 
     def drop_unnamed(self) -> list[str]:
-        """Strike out versions that no name has; they are unsettled until their folders are gone."""
-        rows = self._db.execute("SELECT id FROM versions WHERE id NOT IN (SELECT version FROM namings)").fetchall()
+        """Strike out versions that no name has; they are unrecovered until their folders are gone."""
+        rows = self._db.execute("SELECT id FROM versions WHERE id NOT IN (SELECT version FROM aliases)").fetchall()
         for (version,) in rows:
             span = self._db.execute("SELECT first, last FROM texts_of WHERE version = ?", (version,)).fetchone()
             if span is not None:
@@ -252,10 +263,10 @@ class Register:
 
     def mark_unrecovered(self, version: str) -> None:
         """Note that the folder of a version is on its way in or out: whoever finds it without a row deletes it."""
-        self._db.execute("INSERT OR IGNORE INTO unsettled VALUES (?)", (version,))
+        self._db.execute("INSERT OR IGNORE INTO unrecovered VALUES (?)", (version,))
 
     def recover(self, version: str) -> None:
-        self._db.execute("DELETE FROM unsettled WHERE id = ?", (version,))
+        self._db.execute("DELETE FROM unrecovered WHERE id = ?", (version,))
 
     def rename(self, name: str, new: str) -> None:
         self._db.execute("UPDATE names SET name = ? WHERE name = ?", (new, name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,13 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from loracast.base.fingerprint import Fingerprint
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.library.adapter import Adapter
-from loracast.library.library import check_free
+from loracast.library.adapter import STATIC, Adapter
 from loracast.library.manifest import AdapterKind, Manifest
 from loracast.library.writer import AdapterWriter
 from loracast.lora.algebra import LoRA, compress
@@ -50,7 +47,7 @@ def save_rows(
     Raises:
         AdapterError: the name is taken or not allowed, or numbers are not finite; nothing is kept then.
     """
-    with AdapterWriter(library, manifest.name, manifest.target, manifest.ranks, chunks, manifest.storage) as writer:
+    with AdapterWriter(library, manifest, chunks) as writer:
         done = len(chunks) if manifest.storage == "text" else 0
         progress(done, len(chunks))
         if manifest.storage != "text":
@@ -59,13 +56,13 @@ def save_rows(
                 writer.add(dict(rows))
                 done += next(iter(rows.values()))[0].shape[0]
                 progress(done, len(chunks))
-        return writer.finish(dataclasses.replace(manifest, learn_s=round(seconds(), 4)), replace=replace)
+        return writer.finish(replace=replace, learn_s=seconds())
 
 
 def static_tensors(static: Rows) -> dict[str, Tensor]:
     """Rows of a static LoRA as tensors named as in an adapter's file."""
     return {
-        f"{kind}.shared.{side}": rows for kind, pair in static.items() for side, rows in zip("ab", pair, strict=True)
+        f"{kind}{STATIC}{side}": rows for kind, pair in static.items() for side, rows in zip("ab", pair, strict=True)
     }
 
 
@@ -99,15 +96,12 @@ def save_single(
     Raises:
         AdapterError: the name is taken or not allowed, or numbers are not finite.
     """
-    made_of = source_sha256 or source_of(title)
-    if not replace:
-        check_free(library, name, unless_from=made_of)
     manifest = Manifest(
         name=name,
         kind=kind,
         title=title,
         source=source,
-        source_sha256=made_of,
+        source_sha256=source_sha256 or source_of(title),
         made_for=made_for,
         hypernetwork=hypernetwork,
         modules=target.rows,
@@ -124,13 +118,14 @@ def save_single(
     return save_rows(library, manifest, [only], [rows], static or {}, lambda: seconds, replace=replace)
 
 
-def save_lora(lora: LoRA, library: Path, name: str, **about) -> Adapter:
+def save_lora(lora: LoRA, library: Path, name: str, *, static: LoRA = LoRA(), **about) -> Adapter:
     """Keep a LoRA as an adapter of one chunk, in bf16.
 
-    Modules of one kind have one rank in an adapter: smaller ones are padded with zeros, and a dense delta becomes the factors that its
-    SVD gives.
+    Modules of one kind have one rank in an adapter: smaller ones are padded with zeros, and a dense delta becomes the factors
+    that its SVD gives.
 
     Args:
+        static: a static LoRA that other adapters have too; it is kept apart from `lora`, which is without it.
         about: as in `save_single`.
 
     Raises:
@@ -138,15 +133,25 @@ def save_lora(lora: LoRA, library: Path, name: str, **about) -> Adapter:
     """
     if lora.dense:
         lora, _ = compress(lora, lora.rank)
-    target = target_of(lora)
+    target = target_of(LoRA({**static.factors, **lora.factors}))
+    rows = {kind: (a[None], b[None]) for kind, (a, b) in _stacked(lora, target).items()}
+    kept_apart = {kind: pair for kind, pair in _stacked(static, target).items() if pair[0].shape[1]}
+    return save_single(rows, target, library, name, static=kept_apart, **about)
+
+
+def _stacked(lora: LoRA, target: Target) -> Rows:
+    """By kind, A [modules, r, in] and B rows [modules, r, out], r being the largest rank, or 0 where the LoRA has none of the kind."""
     rows = {}
     for kind in target.kinds:
-        factors = [lora.factors[module.name] for module in target.of_kind(kind)]
-        rank = max(f.rank for f in factors)
-        a = torch.stack([functional.pad(f.a, (0, 0, 0, rank - f.rank)) for f in factors])
-        b = torch.stack([functional.pad(f.b.T, (0, 0, 0, rank - f.rank)) for f in factors])
-        rows[kind] = (a[None], b[None])
-    return save_single(rows, target, library, name, **about)
+        modules = target.of_kind(kind)
+        pairs = [lora.factors.get(module.name) for module in modules]
+        rank = max(pair.rank if pair else 0 for pair in pairs)
+        a, b = (torch.zeros(len(modules), rank, d) for d in (modules[0].d_in, modules[0].d_out))
+        for i, pair in enumerate(pairs):
+            if pair:
+                a[i, : pair.rank], b[i, : pair.rank] = pair.a, pair.b.T
+        rows[kind] = (a, b)
+    return rows
 
 
 def check_finite(rows: Rows, source: str) -> None:

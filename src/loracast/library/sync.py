@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from loracast.documents.kind import EXTENSIONS
-from loracast.errors import AdapterError, LoracastError
+from loracast.errors import AdapterError, DocumentError, LoracastError
 from loracast.files import file_sha256, write_atomically
 from loracast.library.library import entries, remove_adapter
 from loracast.library.manifest import name_from
@@ -166,8 +166,15 @@ def _learn_file(
         journal.entries[relative] = {"name": name, "sha256": sha256, "stamp": stamp, "error": None}
         try:
             learn(path, name)
-        except LoracastError as error:
+        except DocumentError as error:  # the file's own fault: it fails again until it has changed
             journal.entries[relative]["error"] = str(error)
+            return FileReport(relative, name, "failed", time.perf_counter() - started, str(error))
+        except (
+            LoracastError
+        ) as error:  # a library that is locked, a base that cannot be fetched: the next run tries again
+            journal.entries.pop(relative)
+            if known:
+                journal.entries[relative] = known
             return FileReport(relative, name, "failed", time.perf_counter() - started, str(error))
         return FileReport(relative, name, "learned", round(time.perf_counter() - started, 3))
     except OSError as error:  # gone meanwhile, or not to be read

@@ -150,7 +150,7 @@ def verify(library: Path, names: Sequence[str] = ()) -> list[str]:
     with Register.reading(library) as register:
         problems = register.problems()
         known = set(register.all_versions())
-        unsettled = set(register.unsettled())
+        unrecovered = set(register.unrecovered())
         store = store_in(register)
     stored = set() if store is None else {version for version in store.versions() if store.has(version)}
     for version in sorted(known):
@@ -158,7 +158,7 @@ def verify(library: Path, names: Sequence[str] = ()) -> list[str]:
             problems += _verify_one(library, version)
         if store is not None and version not in stored:
             problems.append(f"the version {version[:VERSION_DIGITS]} is not at {store.url}")
-    for version in sorted((folders(library).keys() | stored) - known - unsettled):
+    for version in sorted((folders(library).keys() | stored) - known - unrecovered):
         problems.append(f"the version {version[:VERSION_DIGITS]} belongs to no name: `loracast gc` deletes it")
     problems += [f"{folder} cannot be taken into the register: {why}" for folder, why in orphans(library)[1]]
     return problems

@@ -1,4 +1,4 @@
-"""Writing an adapter's files, chunk after chunk, so that a long document never lies in memory."""
+"""Writing an adapter's files chunk after chunk, so that a long document never lies in memory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from loracast.errors import AdapterError
 from loracast.files import file_sha256, sync_folder
-from loracast.library.adapter import Adapter
+from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter
 from loracast.library.files import recover
+from loracast.library.index import write_index
 from loracast.library.library import add_adapter
 from loracast.library.manifest import FORMAT, Manifest, check_name
 from loracast.library.workfolders import tidy, work_folder
-from loracast.lora.quantize import SCALE, Storage, quantise
-from loracast.lora.target import Target
+from loracast.lora.quantize import SCALE, quantise
+from loracast.lora.tensor_file import BYTES
 
 if TYPE_CHECKING:
     from io import BufferedRandom
@@ -32,39 +33,28 @@ if TYPE_CHECKING:
 class AdapterWriter:
     """Builds an adapter in a work folder and hands it to the library when it is whole; on any error nothing is left.
 
-    Use as a context manager: `open_factors`, `add` the factors batch by batch, then `finish`; with the storage `text` only `finish`.
+    Use as a context manager: `open_factors`, `add` the factors batch by batch, then `finish`; with the storage `text` only
+    `finish`.
     """
 
-    def __init__(
-        self,
-        library: Path,
-        name: str,
-        target: Target,
-        ranks: Mapping[str, int],
-        chunks: Sequence[Chunk],
-        storage: Storage = "bf16",
-    ):
-        self.library, self.name, self.storage = library, check_name(name), storage
-        self.target, self.ranks, self.chunks = target, ranks, chunks
+    def __init__(self, library: Path, manifest: Manifest, chunks: Sequence[Chunk]):
+        """
+        Args:
+            manifest: all but the hashes of the files, which are filled in.
+        """
+        check_name(manifest.name)
+        self.library, self.manifest, self.chunks = library, manifest, chunks
         self._n_added = 0
         self._file: BufferedRandom | None = None
 
     def __enter__(self) -> AdapterWriter:
-        from loracast.library.routing import write_index
-
         self.library.mkdir(parents=True, exist_ok=True)
         tidy(self.library)
         recover(self.library)
         with ExitStack() as stack:
             self._folder = stack.enter_context(work_folder(self.library, "new"))
-            write_index(self._folder / "chunks.sqlite", self.chunks)
+            write_index(self._folder / INDEX, self.chunks)
             self._cleanup = stack.pop_all()
-        shapes: dict[str, tuple[int, ...]] = {}
-        for kind in self.target.kinds:
-            modules = self.target.of_kind(kind)
-            shapes[f"{kind}.a"] = (len(self.chunks), len(modules), self.ranks[kind], modules[0].d_in)
-            shapes[f"{kind}.b"] = (len(self.chunks), len(modules), self.ranks[kind], modules[0].d_out)
-        self._shapes = shapes
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -72,52 +62,55 @@ class AdapterWriter:
             self._file.close()
         self._cleanup.close()
 
-    def open_factors(self, shared: dict[str, Tensor]) -> None:
-        """Lay out factors.safetensors: the header, the shared LoRA, and room for each chunk's factors."""
+    def open_factors(self, static: Mapping[str, Tensor]) -> None:
+        """Lay out factors.safetensors: the header, the static LoRA, and room for each chunk's factors."""
+        sizes: dict[str, tuple[str, tuple[int, ...]]] = {}
+        target, is_int8 = self.manifest.target, self.manifest.storage == "int8"
+        for kind in target.kinds:
+            modules = target.of_kind(kind)
+            rows = (len(self.chunks), len(modules), self.manifest.ranks[kind])
+            for side, d in (("a", modules[0].d_in), ("b", modules[0].d_out)):
+                sizes[f"{kind}.{side}"] = ("I8" if is_int8 else "BF16", (*rows, d))
+                if is_int8:
+                    sizes[f"{kind}.{side}{SCALE}"] = ("BF16", (*rows, 1))
+        sizes |= {name: ("BF16", tuple(value.shape)) for name, value in static.items()}
         header: dict[str, Any] = {"__metadata__": {"format": "pt", "loracast": str(FORMAT)}}
         offset = 0
         self._places: dict[str, int] = {}
-        is_int8 = self.storage == "int8"
-        sizes: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for name, shape in self._shapes.items():
-            sizes[name] = ("I8" if is_int8 else "BF16", shape)
-            if is_int8:
-                sizes[name + SCALE] = ("BF16", (*shape[:-1], 1))
-        sizes |= {name: ("BF16", tuple(value.shape)) for name, value in shared.items()}
         for name, (dtype, shape) in sizes.items():
-            n_bytes = (1 if dtype == "I8" else 2) * math.prod(shape)
+            n_bytes = BYTES[dtype] * math.prod(shape)
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
             self._places[name] = offset
             offset += n_bytes
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._start = 8 + len(encoded)
-        self._file = open(self._folder / "factors.safetensors", "w+b")  # noqa: SIM115  (closed on exit)
+        self._file = open(self._folder / FACTORS, "w+b")  # noqa: SIM115  (closed on exit)
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
         self._file.truncate(self._start + offset)
-        for name, value in shared.items():
+        for name, value in static.items():
             self._write(name, 0, value.detach().bfloat16())
 
-    def add(self, expanded: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Append the factors of the next chunks, as the hypernetwork casts them."""
+    def add(self, expanded: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Append the factors of the next n chunks: by kind, A [n, modules, r, in] and B [n, modules, r, out]."""
         n = 0
-        for kind, (a, b) in expanded.items():
-            if not (a.isfinite().all() and b.isfinite().all()):
+        for kind, pair in expanded.items():
+            if not all(rows.isfinite().all() for rows in pair):
                 raise AdapterError(
                     "the hypernetwork gave numbers that are not finite for this document; nothing is kept"
                 )
-            n = a.shape[0]
-            for side, rows in (("a", a), ("b", b)):
-                if rows.numel():  # of kinds that all documents share, chunks have nothing
+            n = pair[0].shape[0]
+            for side, rows in zip("ab", pair, strict=True):
+                if rows.numel():  # chunks have none of the kinds that receive the static LoRA alone
                     self._put(f"{kind}.{side}", rows)
         self._n_added += n
 
     def _put(self, name: str, rows: Tensor) -> None:
-        """The rows [n, modules, r, d] of the next n chunks, as they are kept."""
-        kept = {name: rows.detach().bfloat16()}
-        if self.storage == "int8":
-            kept = dict(zip((name, name + SCALE), quantise(kept[name]), strict=True))
-        for part, value in kept.items():
+        """Store the rows [n, modules, r, d] of the next n chunks."""
+        stored = {name: rows.detach().bfloat16()}
+        if self.manifest.storage == "int8":
+            stored = dict(zip((name, name + SCALE), quantise(stored[name]), strict=True))
+        for part, value in stored.items():
             self._write(part, self._n_added * value[0].numel() * value.element_size(), value)
 
     def _write(self, name: str, offset: int, value: Tensor) -> None:
@@ -127,17 +120,24 @@ class AdapterWriter:
         self._file.seek(self._start + self._places[name] + offset)
         self._file.write(value.cpu().contiguous().view(torch.uint8).numpy().data)
 
-    def finish(self, manifest: Manifest, *, replace: bool) -> Adapter:
-        """Flush everything, write the manifest, and have the library take the folder in under its name."""
-        whole = with_changes(manifest, chunks_sha256=file_sha256(self._folder / "chunks.sqlite"))
-        if self.storage != "text":
+    def finish(self, *, replace: bool, learn_s: float | None = None) -> Adapter:
+        """Flush everything, write the manifest, and have the library take the folder in under its name.
+
+        Args:
+            replace: an adapter of that name gives way.
+            learn_s: seconds that it took; the manifest's own if None.
+        """
+        whole = with_changes(self.manifest, chunks_sha256=file_sha256(self._folder / INDEX), factors_sha256="")
+        if learn_s is not None:
+            whole = with_changes(whole, learn_s=round(learn_s, 4))
+        if self.manifest.storage != "text":
             if self._n_added != len(self.chunks):
                 raise AdapterError(f"{self._n_added} of {len(self.chunks)} chunks were written")
             assert self._file is not None
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            whole = with_changes(whole, factors_sha256=file_sha256(self._folder / "factors.safetensors"))
-        whole.write(self._folder / "adapter.json")
+            whole = with_changes(whole, factors_sha256=file_sha256(self._folder / FACTORS))
+        whole.write(self._folder / MANIFEST)
         sync_folder(self._folder)
-        return add_adapter(self.library, self.name, self._folder, whole, replace=replace)
+        return add_adapter(self.library, whole.name, self._folder, whole, replace=replace)

@@ -10,7 +10,8 @@ from loracast.data.qa import DocumentQuestion
 from loracast.documents import split_text
 from loracast.evaluation.qa.baseline import Baseline, Given, Request, Setup
 from loracast.evaluation.qa.window import BEST, PROMPTS, with_text
-from loracast.library.routing import pick, write_index
+from loracast.library.index import write_index
+from loracast.library.routing import pick
 
 PASSAGE_TOKENS = 64
 """Longest passage: two or three sentences."""
