@@ -22,7 +22,7 @@ from loracast.lora.peft_format import read_peft
 from loracast.training.loop import TrainConfig
 from loracast.training.oracle import OracleRecipe, train_multitask
 from loracast.training.peft_training import PeftConfig
-from loracast.training.position_probes import set_places
+from loracast.training.position_probes import fit_position_probes
 from loracast.training.task_source import TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe, read_text_recipe, train_text
 from other_processes import digests_in_other_processes
@@ -229,7 +229,7 @@ def recipe(**options) -> TextRecipe:
     return TextRecipe(
         kinds=("o_proj", "down_proj"),
         hypernetwork=ATTENTION_DELTA,
-        data=TaskDataConfig(tasks_per_step=2, examples_per_task=5, varied_share=0.3),
+        data=TaskDataConfig(tasks_per_step=2, examples_per_task=5, augmented_share=0.3),
         training=TrainConfig(steps=60, lr=1e-2, log_every=10, warmup_steps=5, bf16=False),
         **options,
     )
@@ -238,7 +238,8 @@ def recipe(**options) -> TextRecipe:
 def test_its_rows_fire_where_they_shall(base, tmp_path):
     hypernet = make_attention_delta(base)
     source = TaskSource(TaskDataConfig(), read_tasks(write_suite(tmp_path)), base.chat)
-    set_places(hypernet, base, source)
+    probes = fit_position_probes(base, hypernet.encoder_lora_batch(), hypernet.probed_modules, source)
+    hypernet.set_position_probes(probes)
     example = source.tasks[0].train[0]
     prompt, answer = base.chat.prompt(example.input, ""), base.chat.reply(example.outputs[0])[:-1]
     seen: list[Tensor] = []
@@ -277,7 +278,7 @@ def test_reading_and_what_all_share_start_from_a_multitask_lora(base, tmp_path, 
     multitask = OracleRecipe(lora=lora, data=TaskDataConfig(tasks_per_step=2), training=training)
     assert train_multitask(base, multitask, tasks, tmp_path / "multitask", described=True)
     settings = dataclasses.replace(
-        recipe(reading_is_trained=is_trained), training=dataclasses.replace(training, lr=1e-3)
+        recipe(encoder_lora_is_trained=is_trained), training=dataclasses.replace(training, lr=1e-3)
     )
     train_text(base, settings, tasks, tmp_path / "run", shared_from=tmp_path / "multitask")
     hypernet = from_pretrained(tmp_path / "run", AttentionDeltaToLoRA)

@@ -51,7 +51,7 @@ def texts(tmp_path_factory):
 @pytest.fixture
 def haystack(base, texts):
     from loracast.base.chat import encode_with_offsets
-    from loracast.data.texts import read_texts
+    from loracast.data.rows import read_texts
     from loracast.evaluation.haystack import Haystack
 
     return Haystack(read_texts(texts), lambda text: encode_with_offsets(base.tokenizer, text))
@@ -148,7 +148,7 @@ def test_a_haystack_of_a_chunks_length_is_one_chunk(model, haystack):
 
 def test_haystack_refuses_what_cannot_be(haystack):
     from loracast.data.needles import make_needles
-    from loracast.data.texts import read_texts
+    from loracast.data.rows import read_texts
 
     with pytest.raises(ConfigError, match="--texts"):
         read_texts(())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loracast.data.labelled import make_signals, read_images
+from loracast.data.labelled import read_images
 from loracast.documents import read_document
 from loracast.documents.document import Limits
 from loracast.documents.images import MAX_PIXELS, image_format, is_image_file, read_image_file
@@ -95,7 +95,7 @@ def test_a_folder_and_its_zip_are_the_same_set(tmp_path):
             archive.write(path, path.relative_to(root))
     as_folder, as_zip = read_images(root), read_images(tmp_path / "set.zip")
     assert as_folder.names == as_zip.names == ("ball", "box", "hat")
-    assert as_folder.is_held_out == (False, False, True) and as_folder.of(spare=True) == [6, 7, 8]
+    assert as_folder.is_held_out == (False, False, True) and as_folder.of(held_out=True) == [6, 7, 8]
     assert as_folder.fingerprint == as_zip.fingerprint and as_folder.titles == as_zip.titles
     for i in range(len(as_zip)):
         assert as_zip.load(i).getpixel((0, 0)) == as_folder.load(i).getpixel((0, 0)) == (80 * (i // 3), 10 * (i % 3), 0)
@@ -116,10 +116,3 @@ def test_folders_name_their_classes(tmp_path):
     (tmp_path / "bad.zip").write_bytes(b"PK nothing")
     with pytest.raises(ConfigError, match="no zip file"):
         read_images(tmp_path / "bad.zip")
-
-
-def test_signals_depend_on_the_seed_alone():
-    one, same, other = make_signals(3, 4), make_signals(3, 4), make_signals(4, 4)
-    assert len(one) == 4 * len(one.names) and one.labels == same.labels
-    assert (one.load(5) == same.load(5)).all() and (one.load(5) != other.load(5)).any()
-    assert all(one.load(i).shape == (1, 256) and one.load(i).isfinite().all() for i in range(len(one)))

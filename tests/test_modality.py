@@ -1,4 +1,4 @@
-"""Another sense: encoders that plug into the document hypernetwork, its training, its evaluation, and images as adapters."""
+"""Another modality: encoders that plug into the document hypernetwork, its training, its evaluation, and images as adapters."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from typer.testing import CliRunner
 from conftest import for_base, make_hypernet
 from loracast.cast.load import load_caster
 from loracast.cli import app
-from loracast.data.labelled import Labelled, make_signals
+from loracast.data.labelled import Labelled
 from loracast.documents.images import read_image_file
 from loracast.encoders import image as image_encoders
 from loracast.encoders.features import Encoder, Features
 from loracast.encoders.image import ImageEncoder, load_image_encoder
-from loracast.encoders.signal import SignalEncoder
 from loracast.errors import BaseModelError, ConfigError, EncoderError, HypernetworkError
 from loracast.evaluation.modality import ALL, SEEN, SPARE, SenseEvalConfig, evaluate_sense
 from loracast.evaluation.modality_plots import confusion, sheet
@@ -30,10 +29,11 @@ from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.protocol import Caster
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.model import load
-from loracast.training import modality_source as sense_source
-from loracast.training.modality import read_sense_recipe, train_sense
+from loracast.training import modality_source
+from loracast.training.modality import read_modality_recipe, train_modality
 from loracast.training.modality_source import ModalityDataConfig, ModalitySource, encoded, wordings
 from tiny import gradient
+from waves import WaveEncoder, make_waves
 
 FREE = torch.Generator().manual_seed(0)
 
@@ -61,30 +61,15 @@ def cache(home):
     """Features of a test's own."""
 
 
-def some_signals(n_classes: int, per_class: int, seed: int = 0, n_spare: int = 0) -> Labelled:
-    """Generated signals of a few classes, the last of them spare."""
-    full = make_signals(seed, per_class)
-    kept = [i for i, label in enumerate(full.labels) if label < n_classes]
-    return dataclasses.replace(
-        full,
-        names=full.names[:n_classes],
-        is_held_out=tuple(i >= n_classes - n_spare for i in range(n_classes)),
-        labels=tuple(full.labels[i] for i in kept),
-        titles=tuple(full.titles[i] for i in kept),
-        load=lambda i: full.load(kept[i]),
-        fingerprint=f"{full.fingerprint}-{n_classes}-{n_spare}",
-    )
-
-
 def recipe(*overrides: str):
     small = ["width=16", "n_heads=2", "n_kv_heads=2", "head_dim=8", "n_decoder_blocks=1", "rank=4"]
     settings = [*(f"hypernetwork.{s}" for s in small), "training.bf16=false", "training.lr=3e-3"]
-    return read_sense_recipe(None, [*settings, "training.log_every=1", "data.examples_per_step=12", *overrides])
+    return read_modality_recipe(None, [*settings, "training.log_every=1", "data.examples_per_step=12", *overrides])
 
 
-def test_encoders_of_all_senses_fit_the_door(base, vision):
+def test_encoders_of_all_modalities_have_one_interface(base, vision):
     words = make_hypernet(base).hidden_states_encoder(base)
-    sees, hears = ImageEncoder("tiny", vision), SignalEncoder()
+    sees, hears = ImageEncoder("tiny", vision), WaveEncoder()
     mask = torch.tensor([[True, True, False]])
     for encoder, features in (
         (words, words(torch.tensor([[5, 6, 0]]), mask)),
@@ -142,40 +127,22 @@ def test_the_packaged_weights_become_timms_model(tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
-def test_patches_of_a_signal_are_its_shape_and_spectrum():
-    encoder = SignalEncoder(patch=8, stride=4, channels=2)
-    signals = 5 + 3 * torch.randn(2, 2, 24, generator=FREE)
-    states = encoder(signals).states
-    assert states.shape == (2, 5, encoder.d_features)
-    of_one = signals[1, 0].double().numpy()
-    whole = (of_one - of_one.mean()) / of_one.std(ddof=1)
-    patch = whole[4:12]
-    shape = (patch - patch.mean()) / patch.std(ddof=1)
-    spectrum = np.fft.rfft(shape, norm="ortho")
-    expected = [*shape, *np.stack([spectrum.real, spectrum.imag], -1).ravel(), patch.mean(), patch.std(ddof=1)]
-    np.testing.assert_allclose(states[1, 1, : encoder.d_features // 2], expected, atol=1e-3)
-    torch.testing.assert_close(encoder(100 * signals - 7).states, states, atol=1e-3, rtol=1e-3)
-    for bad in (signals[:, :1], signals[..., :4], signals[0], signals / 0):
-        with pytest.raises(EncoderError):
-            encoder(bad)
-
-
 def test_features_are_computed_once(home):
-    signals, calls = some_signals(2, 5), []
+    waves, calls = make_waves(2, 5), []
 
-    class Counting(SignalEncoder):
+    class Counting(WaveEncoder):
         def __call__(self, inputs):
             calls.append(len(inputs))
             return super().__call__(inputs)
 
     told: list[tuple[int, int]] = []
-    first = encoded(signals, [0, 3, 4], Counting(), lambda done, total: told.append((done, total)))
-    again = encoded(signals, [0, 3, 4], Counting())
+    first = encoded(waves, [0, 3, 4], Counting(), lambda done, total: told.append((done, total)))
+    again = encoded(waves, [0, 3, 4], Counting())
     assert calls == [3] and told == [(3, 3)] and torch.equal(first, again)
     torch.testing.assert_close(
-        first.float(), SignalEncoder()(torch.stack([signals.load(i) for i in (0, 3, 4)])).states, atol=0.02, rtol=0.01
+        first.float(), WaveEncoder()(torch.stack([waves.load(i) for i in (0, 3, 4)])).states, atol=0.02, rtol=0.01
     )
-    encoded(signals, [0, 3], Counting())
+    encoded(waves, [0, 3], Counting())
     assert calls == [3, 2]
 
 
@@ -192,7 +159,7 @@ def test_a_step_depends_on_its_number_and_asks_what_is_true(base):
         "x",
     )
 
-    class Fake(SignalEncoder):
+    class Fake(WaveEncoder):
         def __call__(self, inputs):
             return Features(inputs.expand(-1, 3, -1))
 
@@ -218,18 +185,18 @@ def test_a_step_depends_on_its_number_and_asks_what_is_true(base):
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory, request):
-    """A tiny hypernetwork that tells three kinds of signals apart."""
+    """A tiny hypernetwork that tells three kinds of waves apart."""
 
-    folder = tmp_path_factory.mktemp("signals")
+    folder = tmp_path_factory.mktemp("waves")
     before = os.environ.get("LORACAST_HOME")
     os.environ["LORACAST_HOME"] = str(folder / "home")
     try:
         seen: list[dict] = []
-        train_sense(
+        train_modality(
             base,
             recipe("training.steps=220"),
-            some_signals(4, 24, n_spare=1),
-            SignalEncoder(),
+            make_waves(4, 24, n_held_out=1),
+            WaveEncoder(),
             folder / "run",
             on_metrics=seen.append,
         )
@@ -242,18 +209,18 @@ def test_a_fresh_hypernetwork_does_nothing_and_training_makes_it_see(base, train
     run, seen = trained
     assert seen[0]["exact"] < 0.2 and np.mean([m["exact"] for m in seen[-10:]]) > 0.7
     hypernet = from_pretrained(run, DocToLoRA)
-    assert hypernet.config.encoder == hypernet.config.encoder_fingerprint == SignalEncoder().fingerprint
+    assert hypernet.config.encoder == hypernet.config.encoder_fingerprint == WaveEncoder().fingerprint
     fresh = DocToLoRA(hypernet.config)
-    assert not fresh(SignalEncoder()(torch.randn(2, 1, 64, generator=FREE))).loras.squared_norms().any()
+    assert not fresh(WaveEncoder()(torch.randn(2, 1, 64, generator=FREE))).loras.squared_norms().any()
 
 
 def test_what_is_measured_is_what_merged_weights_say(base, trained, tmp_path):
     """The likeliest name from the loss of the base with the LoRA added to its weights, one thing at a time."""
-    caster = Caster(from_pretrained(trained[0]), SignalEncoder())
-    known, test = some_signals(4, 24, n_spare=1), some_signals(4, 6, seed=9, n_spare=1)
+    caster = Caster(from_pretrained(trained[0]), WaveEncoder())
+    known, test = make_waves(4, 24, n_held_out=1), make_waves(4, 6, seed=9, n_held_out=1)
     report, saw = evaluate_sense(base, caster, known, test, SenseEvalConfig(), tmp_path)
     seen_names = test.names[:3]
-    prompt = base.chat.prompt(wordings("signal").test, "")
+    prompt = base.chat.prompt(wordings("image").test, "")
     for one in saw[:8]:
         merged = copy.deepcopy(base.model)
         for name, pair in caster.loras(test.load(one.place)[None]).row(0).factors.items():
@@ -278,36 +245,36 @@ def test_what_is_measured_is_what_merged_weights_say(base, trained, tmp_path):
     assert report.settings["to_lora_s"] > 0
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == len(test) and answers[0]["name"] == saw[0].name
-    confusion(tmp_path / "c.png", saw, "signals")
-    sheet(tmp_path / "s.png", saw, test, seed=0)
+    confusion(tmp_path / "c.png", saw, "waves")
+    sheet(tmp_path / "s.png", saw, dataclasses.replace(test, load=lambda i: gradient()), seed=0)
     assert Image.open(tmp_path / "c.png").width > 200 and Image.open(tmp_path / "s.png").width > 200
 
 
 def test_a_run_goes_on_where_it_stopped(base, tmp_path):
-    signals = some_signals(2, 8)
+    waves = make_waves(2, 8)
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     options = ("training.schedule='constant'", "training.warmup_steps=0")
-    train_sense(base, recipe("training.steps=4", *options), signals, SignalEncoder(), straight)
+    train_modality(base, recipe("training.steps=4", *options), waves, WaveEncoder(), straight)
     for steps in (2, 4):
-        train_sense(base, recipe(f"training.steps={steps}", *options), signals, SignalEncoder(), halves)
+        train_modality(base, recipe(f"training.steps={steps}", *options), waves, WaveEncoder(), halves)
     one, other = (from_pretrained(folder, DocToLoRA).state_dict() for folder in (straight, halves))
     for name, value in one.items():
         torch.testing.assert_close(value, other[name], msg=name)
-    started = train_sense(
+    started = train_modality(
         base,
-        read_sense_recipe(None, ["training.steps=1", "training.bf16=false"]),
-        signals,
-        SignalEncoder(),
+        read_modality_recipe(None, ["training.steps=1", "training.bf16=false"]),
+        waves,
+        WaveEncoder(),
         tmp_path / "on",
         init_from=straight,
     )
     assert started["step"] == 1
     with pytest.raises(HypernetworkError, match="give the encoder that it was trained with"):
-        train_sense(
+        train_modality(
             base,
-            read_sense_recipe(None, ["training.steps=1"]),
-            signals,
-            SignalEncoder(patch=32),
+            read_modality_recipe(None, ["training.steps=1"]),
+            waves,
+            WaveEncoder(patch=32),
             tmp_path / "other",
             init_from=straight,
         )
@@ -319,12 +286,12 @@ def test_unrelated_questions_are_held_to_the_base(base, tmp_path):
     file = tmp_path / "unrelated.jsonl"
     file.write_text('{"question": "How many legs has a spider?", "answer": "eight"}\n')
     seen: list[dict] = []
-    assert 0 < sense_source.UNRELATED_SHARE < 1
-    train_sense(
+    assert 0 < modality_source.UNRELATED_SHARE < 1
+    train_modality(
         base,
         recipe("training.steps=8", f"data.unrelated=['{file}']"),
-        some_signals(2, 8),
-        SignalEncoder(),
+        make_waves(2, 8),
+        WaveEncoder(),
         tmp_path / "run",
         on_metrics=seen.append,
     )
@@ -394,7 +361,7 @@ def test_the_command_learns_a_photo_without_the_base(seeing, photo, tmp_path):
     assert refused.exit_code == 2
 
 
-def test_each_hypernetwork_keeps_to_its_sense(base, tiny_folder, tiny_hypernet_folder, seeing, vision, tmp_path):
+def test_each_hypernetwork_keeps_to_its_modality(base, tiny_folder, tiny_hypernet_folder, seeing, vision, tmp_path):
     with pytest.raises(HypernetworkError, match="casts documents, and images are wanted"):
         load_caster(tiny_hypernet_folder, "image")
     with pytest.raises(HypernetworkError, match="casts images, and documents are wanted"):

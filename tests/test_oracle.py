@@ -92,7 +92,7 @@ def test_interrupted_oracles_go_on_to_the_same_weights(base, tasks, tmp_path):
     train_oracles(base, recipe, tasks[:2], tmp_path / "whole")
     assert train_oracles(base, recipe, tasks[:2], tmp_path / "parts", on_metrics=stop) == []
     assert not (tmp_path / "parts" / tasks[1].name).exists()  # asked to stop, it does not begin the next
-    with pytest.raises(AdapterError, match="not done"):
+    with pytest.raises(AdapterError, match="is finished"):
         read_oracle(tmp_path / "parts" / tasks[0].name, base.fingerprint)
     assert train_oracles(base, recipe, tasks[:2], tmp_path / "parts", budget_s=0.0) == []
     assert train_oracles(base, recipe, tasks[:2], tmp_path / "parts", budget_s=600.0) == [t.name for t in tasks[:2]]
@@ -105,7 +105,7 @@ def test_interrupted_oracles_go_on_to_the_same_weights(base, tasks, tmp_path):
     train_oracles(base, recipe, tasks[:2], tmp_path / "whole")  # nothing to do
     assert (tmp_path / "whole" / tasks[0].name / "adapter_model.safetensors").stat().st_mtime_ns == stamp
     assert train_oracles(base, recipe, tasks[:2], tmp_path / "whole", budget_s=0.0) == [t.name for t in tasks[:2]]
-    with pytest.raises(TrainingError, match=r"trained otherwise \(lora\)"):
+    with pytest.raises(TrainingError, match=r"other settings \(lora\)"):
         train_oracles(base, dataclasses.replace(recipe, lora=PeftConfig(rank=3)), tasks[:1], tmp_path / "whole")
 
 

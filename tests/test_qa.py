@@ -96,7 +96,7 @@ def test_a_reader_sees_each_document_once_with_all_its_questions(base, documents
             asked = next(q for q in own["questions"] if q["question"] in prompt)
             assert base.tokenizer.decode(question.answer[:-1]).strip() == asked["answers"][0]
     with pytest.raises(ConfigError, match="--documents"):
-        ReaderDataConfig()
+        ReaderSource(ReaderDataConfig(), base)
 
 
 def test_a_reader_is_told_from_other_loras(base, reader_folder, tmp_path):

@@ -17,6 +17,7 @@ from loracast.data.questions.answers import find_answer, sentence_spans
 from loracast.data.questions.cloze import make_clozes
 from loracast.data.questions.make import MakeConfig, Passage, make_questions, parse
 from loracast.data.questions.writers import EndpointWriter
+from loracast.data.rows import read_texts
 from loracast.errors import ConfigError, LoracastError
 from questions import ROWS, write_documents
 
@@ -47,6 +48,10 @@ def test_a_row_of_another_shape_is_named(row, tmp_path):
     (tmp_path / "qa.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + row)
     with pytest.raises(ConfigError, match="line 2"):
         read_questioned([str(tmp_path / "qa.jsonl")])
+    if row != "[1]":
+        (tmp_path / "texts.jsonl").write_text('{"text": "Once upon a time."}\n' + row.replace("document", "body"))
+        with pytest.raises(ConfigError, match="line 2"):
+            read_texts([str(tmp_path / "texts.jsonl")])
     with pytest.raises(ConfigError, match="no such file"):
         read_questioned([str(tmp_path / "none.jsonl")])
 
@@ -88,10 +93,10 @@ def test_questions_by_rule_have_their_answers_in_the_text_and_do_not_tell_them()
     seen = set()
     for seed in range(30):
         for cloze in make_clozes(random.Random(seed), text, 8):
-            start = text.index(cloze.stated.statement)
-            assert cloze.stated.value_at is not None
-            at = start + cloze.stated.value_at
-            assert text[at : at + len(cloze.answer)] == cloze.answer == cloze.stated.value
+            start = text.index(cloze.fact.statement)
+            assert cloze.fact.value_at is not None
+            at = start + cloze.fact.value_at
+            assert text[at : at + len(cloze.answer)] == cloze.answer == cloze.fact.value
             assert f" {cloze.answer.lower()} " not in f" {cloze.question.lower()} "
             seen.add(cloze.answer)
     assert {"March", "Osla Brandt"} & seen and any(answer.isdecimal() for answer in seen)
@@ -218,7 +223,7 @@ def test_an_endpoint_is_asked_again_when_it_is_busy_and_not_when_it_refuses(endp
     assert state["n"] == 1
     with pytest.raises(ConfigError, match="no endpoint"):
         EndpointWriter("file:///etc", "m").write([], 1)
-    with pytest.raises(LoracastError, match="cannot be asked"):
+    with pytest.raises(LoracastError, match="cannot be reached"):
         EndpointWriter("http://127.0.0.1:9/v1", "m", timeout_s=0.2).write([], 1)
 
 

@@ -16,7 +16,7 @@ from loracast.training.loop import TrainConfig
 from loracast.training.oracle import OracleRecipe, read_oracle, train_oracles
 from loracast.training.peft_training import PeftConfig
 from loracast.training.plots import plot_metrics
-from loracast.training.reconstruction import matching, relative_square_error, svd_canonical
+from loracast.training.reconstruction import matching, relative_square_error
 from loracast.training.task_source import TaskDataConfig
 from loracast.training.text import TextRecipe, train_text
 from suites import WordCounts, answer_loss, write_suite
@@ -38,18 +38,6 @@ def test_inner_products_and_errors_are_those_of_the_dense_deltas():
     torch.testing.assert_close(as_dense.inner(as_dense), batches[1].squared_norms(), rtol=1e-4, atol=1e-4)
 
 
-def test_the_canonical_form_is_the_same_for_all_factors_of_one_product():
-    lora = random_lora(3, 1)
-    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(5)))[0] @ torch.diag(
-        torch.tensor([2.0, -0.5, 1.0])
-    )
-    turned = LoRA({name: Factors(torch.linalg.inv(turn) @ a, b @ turn) for name, (a, b) in lora.factors.items()})
-    for name, (a, b) in svd_canonical(lora).factors.items():
-        torch.testing.assert_close(b @ a, lora.delta(name), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(svd_canonical(turned).factors[name].a, a, atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(svd_canonical(turned).factors[name].b, b, atol=1e-4, rtol=1e-3)
-
-
 def test_factors_are_compared_in_units_of_how_much_they_differ():
     """Against numpy-like arithmetic on one module; the product's loss does not see a turn of the factors, the factors' loss does."""
     loras = [random_lora(2, i) for i in range(4)]
@@ -68,7 +56,7 @@ def test_factors_are_compared_in_units_of_how_much_they_differ():
     assert matching(library, "product")(turned, rows).abs() < 1e-5 < 0.5 < matching(library, "factors")(turned, rows)
 
 
-@pytest.mark.parametrize(("match", "error"), [("product", 0.2), ("factors", 0.65), ("canonical_factors", 0.65)])
+@pytest.mark.parametrize(("match", "error"), [("product", 0.2), ("factors", 0.65)])
 def test_descriptions_give_back_the_oracles(match, error, base, word_encoder, tmp_path):
     tasks = read_tasks(write_suite(tmp_path))
     recipe = OracleRecipe(

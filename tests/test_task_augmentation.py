@@ -7,7 +7,7 @@ import re
 
 from conftest import DATA
 from loracast.data.string_tasks import CONDITIONS, RULES
-from loracast.data.task_augmentation import FORMS, STYLES, _content, names_for, vary, words_of
+from loracast.data.task_augmentation import FORMS, STYLES, _content, augment, names_for, words_of
 from loracast.data.tasks import Example, Task, read_tasks
 from loracast.training.task_source import TaskDataConfig, TaskSource
 
@@ -26,7 +26,7 @@ def variations(task: Task, n: int = 200):
     """Many variations of a task, with examples that they made and those that they made them from."""
     for seed in range(n):
         examples = random.Random(seed).sample(task.train, len(task.train))
-        variation = vary(task, task.descriptions["train"][0], WORDS, random.Random(seed))
+        variation = augment(task, task.descriptions["train"][0], WORDS, random.Random(seed))
         yield variation.description, variation.change(examples), examples
 
 
@@ -189,7 +189,7 @@ def test_labels_are_named_in_one_style():
 
 def test_the_same_state_makes_the_same_variation():
     for seed in range(40):
-        one, two = (vary(FEELING, "Is it positive or negative?", WORDS, random.Random(seed)) for _ in range(2))
+        one, two = (augment(FEELING, "Is it positive or negative?", WORDS, random.Random(seed)) for _ in range(2))
         assert one.description == two.description and one.change(FEELING.train) == two.change(FEELING.train)
 
 
@@ -202,15 +202,17 @@ def test_words_for_labels_are_words_of_several_tasks():
 def test_a_share_of_the_draws_is_varied_and_all_else_is_drawn_the_same(base):
     tasks = [FEELING, SHOUT]
     config = {"tasks_per_step": 2, "examples_per_task": 3}
-    plain, varied = (TaskSource(TaskDataConfig(**config, varied_share=share), tasks, base.chat) for share in (0, 0.5))
-    untold = TaskSource(TaskDataConfig(**config, varied_share=0.5), tasks, base.chat, varied=False)
+    plain, varied = (
+        TaskSource(TaskDataConfig(**config, augmented_share=share), tasks, base.chat) for share in (0, 0.5)
+    )
+    untold = TaskSource(TaskDataConfig(**config, augmented_share=0.5), tasks, base.chat, augmented=False)
     n_varied = 0
     for number in range(60):
         one, two, three = (source.draw(number) for source in (plain, varied, untold))
         assert one.tasks == two.tasks and one.descriptions == three.descriptions
         episodes = [source.episodes(drawn) for source, drawn in ((plain, one), (varied, two), (untold, three))]
         assert episodes[0] == episodes[2]
-        for i, variation in enumerate(two.variations):
+        for i, variation in enumerate(two.augmentations):
             n_varied += variation is not None
             if variation is None:
                 assert episodes[0][i] == episodes[1][i] and one.descriptions[i] == two.descriptions[i]
@@ -226,7 +228,7 @@ def test_real_tasks_vary_and_no_synonym_is_a_label_of_a_held_out_task():
     words, rng = words_of(training), random.Random(0)
     for task in training:
         for description in task.seen_descriptions():
-            variation = vary(task, description, words, rng)
+            variation = augment(task, description, words, rng)
             assert variation.description != description and variation.change(task.train[:12])
     held_out = {label.lower() for task in tasks if task.is_heldout for label in task.labels if not label.isdigit()}
     held_out -= {label.lower() for task in training for label in task.labels}

@@ -16,7 +16,7 @@ from loracast.hypernets.task_bank import TaskBank
 from loracast.lora.target import Target, TargetModule
 from loracast.training.loop import TrainConfig
 from loracast.training.task_source import TaskDataConfig, TaskSource
-from loracast.training.text import TextRecipe, _Remembering, train_text
+from loracast.training.text import CachedEncoder, TextRecipe, train_text
 from suites import write_suite
 from tiny import ATTENTION_DELTA, DESCRIPTIONS, make_attention_delta
 
@@ -162,7 +162,7 @@ def test_what_was_read_once_is_not_read_again():
             return torch.tensor([[float(len(text))] for text in texts])
 
     encoder = Encoder()
-    remembering = _Remembering(encoder, ("one", "three"), torch.tensor([[30.0], [50.0]]))
+    remembering = CachedEncoder(encoder, ("one", "three"), torch.tensor([[30.0], [50.0]]))
     assert remembering(["three", "four", "one", "seventeen"]).flatten().tolist() == [50, 4, 30, 9]
     assert remembering(["one"]).tolist() == [[30]] and encoder.seen == ["four", "seventeen"]
 
@@ -201,8 +201,7 @@ def test_it_learns_tasks_and_nothing_else_changes(base, tmp_path):
     ("options", "message"),
     [
         ({"hypernetwork": {}}, "give the variant 'attention_delta' a hypernetwork.task_bank_rank"),
-        ({"task_bank_only": False, "reading_is_trained": True}, "leave objective.reading_is_trained"),
-        ({"task_bank_only": False, "reading_strength_after": 0.5}, "leave objective.reading_is_trained"),
+        ({"task_bank_only": False, "encoder_lora_is_trained": True}, "leave objective.encoder_lora_is_trained"),
         ({"hypernetwork": {"rank": 7}}, "leave rank out of"),
     ],
 )

@@ -312,9 +312,8 @@ def test_the_contrast_by_hand(base, tmp_path):
     assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("option", ["reading_is_trained=true", "reading_strength_after=0.5"])
-def test_options_of_reading_need_the_base_as_the_reader(base, tmp_path, word_encoder, option):
-    recipe = read_text_recipe(None, [f"objective.{option}", "hypernetwork.width=16"])
+def test_training_an_encoder_lora_needs_the_base_as_the_encoder(base, tmp_path, word_encoder):
+    recipe = read_text_recipe(None, ["objective.encoder_lora_is_trained=true", "hypernetwork.width=16"])
     with pytest.raises(ConfigError, match="only the variant 'attention_delta'"):
         train_text(base, recipe, read_tasks(write_suite(tmp_path)), tmp_path / "run")
 

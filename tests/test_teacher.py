@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from loracast.base.chat import encode_text
 from loracast.data.qa import read_questioned
-from loracast.data.spans import SAY
+from loracast.data.spans import INSIDE
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained
@@ -20,7 +20,7 @@ from loracast.lora.algebra import LoRABatch
 from loracast.scoring.episodes import Episode, Question, pack
 from loracast.scoring.likelihood import score_answers
 from loracast.scoring.soft_targets import divergence, soften
-from loracast.training.doc import Recipe, train_doc
+from loracast.training.doc import DocRecipe, train_doc
 from loracast.training.document_source import DocumentSource
 from loracast.training.episode_maker import CONTINUED_TOKENS, START_TOKENS, EpisodeMaker, reading_prompt
 from loracast.training.loop import TrainConfig
@@ -108,9 +108,11 @@ def test_peoples_questions_are_asked_of_their_documents_and_marked(base, tmp_pat
             for number, question in enumerate(episode.questions):
                 said = base.tokenizer.decode(question.answer[:-1]).strip()
                 assert said in answers[own["doc_id"]] and question.answer[-1] == base.chat.end_of_turn
-                marks = [m for m in episode.marks if m.statement == number and m.place < len(question.answer) - 1]
-                spelled = "".join(base.tokenizer.decode(episode.chunks[m.chunk][m.token]) for m in marks)
-                assert not marks or said in spelled.strip()
+                labels = [
+                    m for m in episode.token_labels if m.statement == number and m.place < len(question.answer) - 1
+                ]
+                spelled = "".join(base.tokenizer.decode(episode.chunks[m.chunk][m.token]) for m in labels)
+                assert not labels or said in spelled.strip()
     with pytest.raises(TrainingError, match="max_chunks"):
         source_of(base, tmp_path, max_chunk_tokens=16, max_chunks=1)
 
@@ -143,14 +145,14 @@ def test_passages_are_continued_word_for_word(base):
     ]
     used: set[tuple[int, int]] = set()
     for number, question in enumerate(episode.questions):
-        marks = [m for m in episode.marks if m.statement == number]
-        assert {m.gate for m in marks} == {SAY} and len(marks) == len(question.answer) <= CONTINUED_TOKENS
-        assert tuple(episode.chunks[m.chunk][m.token] for m in marks) == question.answer
-        places = {(m.chunk, m.token) for m in marks}
+        labels = [m for m in episode.token_labels if m.statement == number]
+        assert {m.gate for m in labels} == {INSIDE} and len(labels) == len(question.answer) <= CONTINUED_TOKENS
+        assert tuple(episode.chunks[m.chunk][m.token] for m in labels) == question.answer
+        places = {(m.chunk, m.token) for m in labels}
         assert not places & used
         used |= places
-        first = marks[0].token
-        start = base.tokenizer.decode(episode.chunks[marks[0].chunk][first - START_TOKENS : first]).strip()
+        first = labels[0].token
+        start = base.tokenizer.decode(episode.chunks[labels[0].chunk][first - START_TOKENS : first]).strip()
         assert start in base.tokenizer.decode(question.prompt)
     assert pack([episode], base.pad_id).n_questions == 4
 
@@ -193,7 +195,7 @@ def test_all_of_it_trains(base, tmp_path):
         question_share=0.4, cloze_share=0.3, reading_share=0.3, questions_per_step=4, max_chunk_tokens=128, max_chunks=2,
         documents=(write_documents(tmp_path / "qa.jsonl"),), unrelated=(write_unrelated(tmp_path / "u.jsonl"),),
     )  # fmt: skip
-    recipe = Recipe(
+    recipe = DocRecipe(
         static_kinds=("q_proj",), hypernetwork={**DOC_TO_LORA, "static_modules_rank": 3},
         distillation_weight=0.5, l1_weight=0.1,
         data=data, training=TrainConfig(steps=6, warmup_steps=1, lr=1e-2, bf16=False, log_every=1),
@@ -211,4 +213,4 @@ def test_a_teacher_without_a_weight_is_refused(base, tmp_path):
     from loracast.lora.algebra import LoRA
 
     with pytest.raises(ConfigError, match="distillation_weight"):
-        train_doc(base, Recipe(hypernetwork=DOC_TO_LORA), tmp_path / "run", teacher=LoRA())
+        train_doc(base, DocRecipe(hypernetwork=DOC_TO_LORA), tmp_path / "run", teacher=LoRA())

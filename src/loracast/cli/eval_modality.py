@@ -1,9 +1,9 @@
-"""`loracast eval image | signal`: senses that the base does not have."""
+"""`loracast eval image`: does the text-only base say what images show?"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,7 +12,7 @@ from loracast.cli.eval_common import Out, Seed, show
 from loracast.cli.output import progress_bar, say
 from loracast.cli.session import open_answerer
 
-PerClass = Annotated[int | None, typer.Option(help="Most things of each class; all by default.", min=1)]
+PerClass = Annotated[int | None, typer.Option(help="Most images of each class; all by default.", min=1)]
 
 
 def image(
@@ -33,61 +33,24 @@ def image(
     as_json: options.Json = False,
 ) -> None:
     """Images that were never trained on: does the text-only base say what they show? Beside a linear probe on the same features."""
+    from loracast.base.fingerprint import check
     from loracast.base.load import DEFAULT_BASE
     from loracast.cast.load import load_caster, shipped_hypernetwork
     from loracast.data.labelled import read_images
+    from loracast.evaluation.modality import SenseEvalConfig, evaluate_sense
+    from loracast.evaluation.modality_plots import confusion, sheet
     from loracast.evaluation.plots import require_matplotlib
 
     require_matplotlib()
     known, test = read_images(trained_on), read_images(images)
     where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "image")
     caster = load_caster(where, "image", encoder=encoder, say=say)
-    _evaluate(caster, known, test, out, per_class, seed, base, device, as_json)
-
-
-def signal(
-    out: Out,
-    hypernetwork: Annotated[str, typer.Option(help="Folder that `loracast train signal` made.")],
-    per_class: PerClass = 50,
-    seed: Seed = 0,
-    base: options.Base = None,
-    device: options.Device = None,
-    as_json: options.Json = False,
-) -> None:
-    """Generated time series that were never trained on, beside a linear probe on the same patches."""
-    from loracast.data.labelled import make_signals
-    from loracast.encoders.signal import SignalEncoder
-    from loracast.evaluation.plots import require_matplotlib
-    from loracast.hypernets.protocol import Caster
-    from loracast.hypernets.store import from_pretrained
-
-    require_matplotlib()
-    caster = Caster(from_pretrained(hypernetwork), SignalEncoder())
-    test = make_signals(1_000 + seed, per_class or 50)
-    _evaluate(caster, make_signals(0, 400), test, out, per_class, seed, base, device, as_json)
-
-
-def _evaluate(
-    caster: Any,
-    known: Any,
-    test: Any,
-    out: Path,
-    per_class: int | None,
-    seed: int,
-    base: str | None,
-    device: str | None,
-    as_json: bool,
-) -> None:
-    from loracast.base.fingerprint import check
-    from loracast.evaluation.modality import SenseEvalConfig, evaluate_sense
-    from loracast.evaluation.modality_plots import confusion, sheet
-
     loaded = open_answerer(base, None, device).base
     check(caster.made_for, loaded.fingerprint, "the hypernetwork")
     config = SenseEvalConfig(per_class=per_class, seed=seed)
     with progress_bar("answers") as progress:
         report, saw = evaluate_sense(loaded, caster, known, test, config, out, progress)
-    confusion(out / "confusion.png", saw, f"{test.sense}s, by the likeliest name")
+    confusion(out / "confusion.png", saw, "images, by the likeliest name")
     sheet(out / "sheet.png", saw, test, seed)
     show(report, out, as_json)
     if not as_json:
@@ -95,5 +58,5 @@ def _evaluate(
             report.settings[k] for k in ("to_lora_s", "first_token_s", "first_token_of_base_s")
         )
         say(
-            f"one {test.sense} to a LoRA {1000 * to_lora:.0f} ms; first token {1000 * with_lora:.0f} ms, of the base {1000 * plain:.0f} ms"
+            f"one image to a LoRA {1000 * to_lora:.0f} ms; first token {1000 * with_lora:.0f} ms, of the base {1000 * plain:.0f} ms"
         )

@@ -160,7 +160,7 @@ def verbatim(
 def forced(
     out: Out,
     recipe: Annotated[
-        Path | None, typer.Argument(help="Recipe of a training, whose table [data] says what episodes look like.")
+        Path | None, typer.Argument(help="DocRecipe of a training, whose table [data] says what episodes look like.")
     ] = None,
     change: Annotated[
         list[str] | None, typer.Option("--set", help="Change a key: data.max_facts=5. Repeatable.")
@@ -180,10 +180,10 @@ def forced(
 ) -> None:
     """Teacher-forced, in minutes: which tokens of the answers would be right, on episodes like those of the training. To choose between settings."""
     from loracast.evaluation.teacher_forced import TeacherForcedConfig, evaluate_teacher_forced
-    from loracast.training.doc import read_recipe
+    from loracast.training.doc import read_doc_recipe
     from loracast.training.recipe import file_overrides
 
-    data = read_recipe(recipe, [*(change or []), *file_overrides(texts=texts, documents=documents)]).data
+    data = read_doc_recipe(recipe, [*(change or []), *file_overrides(texts=texts, documents=documents)]).data
     config = TeacherForcedConfig(data=data, kinds=names(kinds), steps=steps)  # type: ignore[arg-type]
     model = open_model(base, hypernetwork, None, device)
     with progress_bar("steps") as progress:

@@ -81,12 +81,12 @@ def doc(
     Saves every few minutes, stops cleanly on Ctrl-C and SIGTERM; the same command goes on from there. The same command runs
     under `torchrun` and `accelerate launch`.
     """
-    from loracast.training.doc import read_recipe, train_doc
+    from loracast.training.doc import read_doc_recipe, train_doc
     from loracast.training.reader import read_reader
     from loracast.training.recipe import file_overrides
 
     files = file_overrides(texts=texts, documents=documents, unrelated=unrelated)
-    settings = read_recipe(recipe, [*overrides_of(change, budget), *files])
+    settings = read_doc_recipe(recipe, [*overrides_of(change, budget), *files])
     command = _command("doc", recipe, change, init_from)
 
     def run(loaded, workers, on_metrics):
@@ -167,63 +167,22 @@ def image(
     """
     from loracast.data.labelled import read_images
     from loracast.encoders.image import DEFAULT_IMAGE_ENCODER, load_image_encoder
-
-    labelled = read_images(images)
-    sees = load_image_encoder(encoder or DEFAULT_IMAGE_ENCODER, device, lambda text: typer.echo(text, err=True))
-    _train_sense("image", labelled, sees, out, recipe, change, unrelated, init_from, base, budget, device, as_json)
-
-
-@app.command()
-def signal(
-    out: Out,
-    recipe: Recipe = None,
-    change: Change = None,
-    per_class: Annotated[int, typer.Option(help="Signals of each class.", min=1)] = 400,
-    unrelated: Unrelated = None,
-    init_from: InitFrom = None,
-    base: Base = None,
-    budget: Budget = None,
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
-    """Train Doc-to-LoRA on time series of known classes, which are generated: proof that any encoder can be plugged in."""
-    from loracast.data.labelled import make_signals
-    from loracast.encoders.signal import SignalEncoder
-
-    labelled = make_signals(0, per_class)
-    _train_sense(
-        "signal", labelled, SignalEncoder(), out, recipe, change, unrelated, init_from, base, budget, device, as_json
-    )
-
-
-def _train_sense(
-    what: str,
-    labelled: Any,
-    encoder: Any,
-    out: Path,
-    recipe: Path | None,
-    change: list[str] | None,
-    unrelated: list[str] | None,
-    init_from: Path | None,
-    base: str | None,
-    budget: str | None,
-    device: str | None,
-    as_json: bool,
-) -> None:
-    from loracast.training.modality import read_sense_recipe, train_sense
+    from loracast.training.modality import read_modality_recipe, train_modality
     from loracast.training.recipe import file_overrides
 
-    overrides = [*overrides_of(change, budget), *file_overrides(unrelated=unrelated)]
-    settings = read_sense_recipe(recipe, overrides)
-    command = _command(what, recipe, change, init_from)
+    settings = read_modality_recipe(recipe, [*overrides_of(change, budget), *file_overrides(unrelated=unrelated)])
+    labelled = read_images(images)
+    name = encoder or DEFAULT_IMAGE_ENCODER
+    image_encoder = load_image_encoder(name, device, lambda text: typer.echo(text, err=True))
+    command = _command("image", recipe, change, init_from)
 
     def say_encoded(done: int, total: int) -> None:
         if done == total or done % 512 == 0:
-            typer.echo(f"encoded {done:,} of {total:,} {what}s", err=True)
+            typer.echo(f"encoded {done:,} of {total:,} images", err=True)
 
     def run(loaded, workers, on_metrics):
-        return train_sense(
-            loaded, settings, labelled, encoder, out,
+        return train_modality(
+            loaded, settings, labelled, image_encoder, out,
             init_from=init_from, command=command, workers=workers, on_encoded=say_encoded, on_metrics=on_metrics,
         )  # fmt: skip
 

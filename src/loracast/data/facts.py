@@ -1,18 +1,15 @@
-"""Fact sheets: synthetic documents about invented entities, each fact with a question in other words.
+"""Draw fact sheets: synthetic documents about invented entities, each fact with a question in other words.
 
-A sheet states N facts ("The Velmo kettle is guaranteed for 24 months.") and asks for each of them ("How long is the
-Velmo kettle covered for repairs?"). All that can be said is content: `content/facts.toml` has the domains, attributes
-and wordings, `content/values.toml` the kinds of values. This module only draws from them. It knows nothing of tensors,
-tokenizers or models.
-
-Two small notations keep the content short:
+A sheet states facts ("The Velmo kettle is guaranteed for 24 months.") and asks for each ("How long is the Velmo kettle covered
+for repairs?"). `content/facts.toml` has the domains, attributes and wordings, `content/values.toml` the kinds of values. Two small
+notations keep them short:
 
 - a slot in a value, a name or a title: `{city}` draws from that kind, `{^noun}` capitalises what it drew, `{10-99}` is
   an integer, `{000-990/10}` an integer in steps of ten, padded to the width of the lower bound;
 - alternatives in a wording: `{s} [costs|sells for] {v}.` is one wording with two variants.
 
-Train, dev and test share values, never wordings nor entities: a wording is listed for one of them, an entity belongs to the
-one that the hash of its invented name picks. The same rng state gives the same sheet in every process.
+Train, dev and test share values, never wordings nor entities: a wording is listed for one split, and the hash of an entity's
+invented name picks its split. The same rng state gives the same sheet in every process.
 """
 
 import hashlib
@@ -31,11 +28,11 @@ Split = Literal["train", "dev", "test"]
 Variants = tuple[str, ...]  # one wording with its alternatives spelled out
 
 MAX_SUBJECTS = 12
-P_GENERIC = 0.25  # a wording that fits every attribute, through its noun, in place of one of its own
+P_GENERIC = 0.25  # a wording for every attribute, through its noun, instead of one of the attribute's own
 P_MIXED = 0.3  # subjects of different domains on one sheet
-P_TABLE = 0.5  # the same few attributes for all subjects, so that only the subject tells the facts apart
-P_LIST = 0.25  # a list with dashes in place of paragraphs
-INVENTED = ("{name}", "{place_name}")  # the slots whose text has a name that exists nowhere else
+P_TABLE = 0.5  # the same few attributes for all subjects, so that only the subject distinguishes the facts
+P_LIST = 0.25  # a list with dashes instead of paragraphs
+INVENTED = ("{name}", "{place_name}")  # slots that are filled with invented names
 N_TRIES = 200  # draws for a fresh value before a repeated one is accepted (a sheet may outgrow a small kind)
 
 _SLOT = re.compile(r"\{(?:(?P<low>\d+)-(?P<high>\d+)(?:/(?P<step>\d+))?|(?P<capital>\^?)(?P<kind>[a-z0-9_]+))\}")
@@ -46,7 +43,7 @@ _VOWEL_SOUND = re.compile(r"[aeio]|u(?!k|ni|se)|8|1[18](?!\d)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that a sheet says; `attribute` is qualified by its domain ("product.warranty")."""
+    """One fact of a sheet; `attribute` is qualified by its domain ("product.warranty")."""
 
     subject: str
     attribute: str
@@ -66,7 +63,7 @@ class FactSheet:
 
 @dataclass(frozen=True)
 class Wordings:
-    """How a fact is stated and asked, for one split."""
+    """The statements and questions of one split."""
 
     state: tuple[Variants, ...]
     ask: tuple[Variants, ...]
@@ -74,7 +71,7 @@ class Wordings:
 
 @dataclass(frozen=True)
 class Attribute:
-    """What can be said about the entities of a domain; `value` is a pattern with slots."""
+    """An attribute of the entities of a domain; `value` is a pattern with slots."""
 
     name: str
     noun: str
@@ -84,7 +81,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Domain:
-    """A sort of entity, the patterns that name one, and what can be said about it."""
+    """A kind of entity: the patterns of its names, and its attributes."""
 
     name: str
     subjects: tuple[str, ...]
@@ -94,7 +91,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Content:
-    """Everything in content/*.toml."""
+    """The contents of facts.toml and values.toml."""
 
     domains: tuple[Domain, ...]
     generic: dict[Split, Wordings]
@@ -110,7 +107,7 @@ def variants(wording: str) -> Variants:
 
 @cache
 def load_content() -> Content:
-    """Read content/*.toml, once."""
+    """Read facts.toml and values.toml, once."""
     folder = files("loracast.data") / "content"
     facts = tomllib.loads((folder / "facts.toml").read_text(encoding="utf-8"))
     values = tomllib.loads((folder / "values.toml").read_text(encoding="utf-8"))
@@ -136,7 +133,7 @@ def _read_domain(table: dict[str, Any]) -> Domain:
 
 
 def _read_wordings(table: dict[str, Any]) -> dict[Split, Wordings]:
-    """The last train wording of a list is kept back for the dev split: to choose between settings without the test split."""
+    """Read the wordings of an attribute; the last train wording of each list is the dev split, for choosing settings."""
 
     def read(state: Sequence[str], ask: Sequence[str]) -> Wordings:
         return Wordings(tuple(map(variants, state)), tuple(map(variants, ask)))
@@ -149,7 +146,7 @@ def _read_wordings(table: dict[str, Any]) -> dict[Split, Wordings]:
 
 
 def expand(rng: random.Random, pattern: str) -> str:
-    """Fill the slots of a pattern, and those in what was drawn for them."""
+    """Fill the slots of a pattern recursively."""
 
     def draw(slot: re.Match[str]) -> str:
         if kind := slot["kind"]:
@@ -162,13 +159,13 @@ def expand(rng: random.Random, pattern: str) -> str:
 
 
 def entity_split(name: str) -> Split:
-    """One invented name in ten is kept for the test split and one for the dev split, whatever it names."""
+    """One invented name in ten belongs to the test split and one to the dev split, whatever it names."""
     share = int.from_bytes(hashlib.sha256(name.lower().encode()).digest()[:8], "big") % 10
     return "test" if share == 0 else "dev" if share == 1 else "train"
 
 
 def make_entity(rng: random.Random, pattern: str, split: Split) -> str:
-    """Invent an entity of a split. Its invented name decides where it belongs; without one, all its slots together."""
+    """Invent an entity of a split. Its invented name decides its split; without one, all its slots together do."""
     pieces = _ANY_SLOT.split(pattern)  # literal, slot, literal, ..., slot, literal
     slots = pieces[1::2]
     while True:
@@ -234,7 +231,7 @@ def _choose_pairs(rng: random.Random, domains: Sequence[Domain], n_facts: int) -
 def _make_fact(
     rng: random.Random, subject: str, domain: Domain, attribute: Attribute, split: Split, before: Sequence[Fact]
 ) -> Fact:
-    """Draw wordings and a value that the question does not give away and that the facts before do not have."""
+    """Draw wordings and a value that the question does not contain and no earlier fact has."""
     key = f"{domain.name}.{attribute.name}"
     questions = {fact.question for fact in before}
     values = {fact.answer for fact in before if fact.attribute == key}
@@ -257,10 +254,7 @@ def _choose_wordings(rng: random.Random, attribute: Attribute, split: Split) -> 
 
 
 def _fill(wording: str, **slots: str) -> str:
-    """Put the texts into the slots of a wording; "a {v}" becomes "an" where it should, the first letter a capital.
-
-    A value stays as it is, also as the first word: it is the answer.
-    """
+    """Fill the slots of a wording; "a {v}" becomes "an" before a vowel, and the first letter is capitalised unless a value is first."""
     is_value_first = wording.startswith("{v}")
     for slot, text in slots.items():
         if _VOWEL_SOUND.match(text):
@@ -281,7 +275,7 @@ def _title(rng: random.Random, domains: Sequence[Domain], subjects: Sequence[str
 
 
 def _compose(rng: random.Random, facts: Sequence[Fact]) -> str:
-    """Join the statements into a list or into paragraphs, which end where the subject changes or at random."""
+    """Join the statements into a list, or into paragraphs that end at a new subject or at random."""
     if rng.random() < P_LIST:
         return "\n".join(f"- {fact.statement}" for fact in facts)
     text = facts[0].statement

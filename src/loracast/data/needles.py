@@ -1,7 +1,7 @@
-"""The needle task: sentences with a random value, hidden in natural prose, and the questions for them.
+"""The needle task: sentences with a random value, hidden in natural prose, and questions for the values.
 
-The task of Doc-to-LoRA's first experiment (arXiv 2602.15902), widened: many kinds of values, many names for them, one to eight
-needles that only their keys tell apart. Wordings live in `content/needle.toml`, disjoint for train and test. Knows text only.
+It widens the task of Doc-to-LoRA's first experiment (arXiv 2602.15902): many kinds of values, many names for them, and one to eight
+needles that only their keys distinguish. Wordings are in `content/needles.toml`, disjoint for train and test.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ class Needle:
 
 @cache
 def load_content() -> dict[str, Any]:
-    """Read content/needle.toml, once."""
-    return tomllib.loads((files("loracast.data") / "content" / "needle.toml").read_text(encoding="utf-8"))
+    """Read content/needles.toml, once."""
+    return tomllib.loads((files("loracast.data") / "content" / "needles.toml").read_text(encoding="utf-8"))
 
 
 def make_needles(rng: random.Random, n_needles: int, *, split: Split, kind: str | None = None) -> list[Needle]:
-    """Draw needles for one document: one may do without a key, several have keys of their own.
+    """Draw the needles of one document: a single one may lack a key, several have different keys.
 
-    `kind` fixes the kind of value (as in `[kinds]` of the content), otherwise each needle draws one, 4-digit numbers most often.
+    Args:
+        kind: kind of all values (as in `[kinds]` of the content); if None each needle draws one, 4-digit numbers most often.
     """
     content = load_content()
     kinds = sorted(content["kinds"])
@@ -60,14 +61,14 @@ def make_needles(rng: random.Random, n_needles: int, *, split: Split, kind: str 
 
 
 def _of_split(table: dict[str, list[str]], prefix: str, split: Split) -> list[str]:
-    """The wordings of a split; dev has the last two of the train list, which train then lacks."""
+    """The wordings of a split; dev has the last two of the train list, and train the others."""
     if split == "test":
         return table[f"{prefix}test"]
     return table[f"{prefix}train"][-2:] if split == "dev" else table[f"{prefix}train"][:-2]
 
 
 def fill(frame: str, slots: dict[str, str]) -> str:
-    """Put the texts into a frame's slots and begin with a capital, except where the value itself comes first."""
+    """Fill a frame's slots and capitalise its first letter, unless the value comes first."""
     text = frame
     for name, value in slots.items():
         text = text.replace(f"{{{name}}}", value)
@@ -75,14 +76,14 @@ def fill(frame: str, slots: dict[str, str]) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """A text's sentences, roughly: where a needle may be put."""
+    """Split a text roughly into sentences, between which a needle can be put."""
     return [piece for piece in _SENTENCE_END.split(" ".join(text.split())) if piece]
 
 
 def hide(statements: Sequence[str], prose: Sequence[str], depths: Sequence[float]) -> list[str]:
-    """Put each statement between two sentences of the prose, at its depth (0 the beginning, 1 the end)."""
+    """Put each statement between two sentences of the prose, at its depth (0 is the beginning, 1 the end)."""
     slots = sorted(zip(depths, range(len(statements)), strict=True), reverse=True)
     mixed = list(prose)
-    for depth, index in slots:  # from the back, so that earlier places stay where they are
+    for depth, index in slots:  # from the back, so that earlier places do not move
         mixed.insert(round(depth * len(prose)), statements[index])
     return mixed

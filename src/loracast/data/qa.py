@@ -1,7 +1,6 @@
-"""Documents with questions about them: JSONL rows of `document` and `questions`, to train and measure on.
+"""Read documents with questions about them, to train and evaluate on: JSONL rows of `document` and `questions`.
 
-A row has `document`, `questions` (each with `question`, `answers`, and optionally `span` and `choices`), and optionally `doc_id`, `source`,
-`title` and `split`.
+A question has `question`, `answers`, and optionally `span` and `choices`. A row may also have `doc_id`, `source`, `title` and `split`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from loracast.data.jsonl import each_row
+from loracast.data.rows import each_row
 from loracast.errors import ConfigError
 
 
@@ -23,13 +22,13 @@ class DocumentQuestion:
     question: str
     answers: tuple[str, ...]
     is_span: bool = False
-    """Whether an answer stands in the document, whatever its case."""
+    """Whether an answer stands in the document, ignoring case."""
     choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class QuestionedDocument:
-    """A text and what is asked about it."""
+    """A text with questions about it."""
 
     doc_id: str
     text: str
@@ -39,31 +38,29 @@ class QuestionedDocument:
 
     @property
     def full_text(self) -> str:
-        """The document as a reader gets it."""
+        """The text under its title."""
         return f"{self.title}\n\n{self.text}" if self.title else self.text
 
     @property
     def spans(self) -> list[DocumentQuestion]:
-        """Those of its questions whose answers it says."""
+        """The questions whose answers stand in the document."""
         return [question for question in self.questions if question.is_span]
 
 
 def read_questioned(
     paths: Sequence[str], sources: Sequence[str] = (), split: str | None = None
 ) -> list[QuestionedDocument]:
-    """The documents of files that have questions.
+    """Read the documents of files that have questions.
 
     Args:
-        sources: of rows with a `source` take only these, all if empty.
-        split: of rows with a `split` take only this one.
+        sources: of rows with a `source`, take only these; all if empty.
+        split: of rows with a `split`, take only this one.
 
     Raises:
-        ConfigError: a file is not there, a row is not of this shape, or nothing is left.
+        ConfigError: a file does not exist, a row is malformed, or nothing is left.
     """
     documents: list[QuestionedDocument] = []
     for path in map(Path, paths):
-        if not path.is_file():
-            raise ConfigError(f"no such file of documents with questions: {path}")
         numbers = count(1)
 
         def take(row: dict[str, Any], name: str = path.name, numbers: count[int] = numbers) -> None:
@@ -72,7 +69,7 @@ def read_questioned(
                 document = _document(row, f"{name}:{number}")
                 documents.extend([document] if document.questions else [])
 
-        each_row(path, take)
+        each_row(path, take, "documents with questions")
     if not documents:
         of_which = f" of the sources {', '.join(sources)}" if sources else ""
         raise ConfigError(f"no document with questions{of_which} in {', '.join(map(str, paths)) or 'no file'}")
@@ -82,10 +79,10 @@ def read_questioned(
 def _document(row: Mapping[str, Any], default_id: str) -> QuestionedDocument:
     questions = tuple(
         DocumentQuestion(
-            asked["question"], tuple(asked["answers"]), bool(asked.get("span")), tuple(asked.get("choices") or ())
+            given["question"], tuple(given["answers"]), bool(given.get("span")), tuple(given.get("choices") or ())
         )
-        for asked in row["questions"]
-        if asked["answers"]
+        for given in row["questions"]
+        if given["answers"]
     )
     return QuestionedDocument(
         str(row.get("doc_id", default_id)), row["document"], questions, row.get("title") or "", row.get("source") or ""

@@ -1,7 +1,7 @@
-"""Where a training document says what: the tokens of its values, and whose they are. Known, since the documents are made.
+"""Span supervision: which tokens of a generated document are a fact's value, and which name its owner.
 
-A hypernetwork with an associative memory is told with these what to write, which it would otherwise have to find out from answers
-alone. Knows texts and offsets; no tensors.
+A hypernetwork with an associative memory learns from these labels what to write; from answers alone it would have to find out.
+This module knows texts and character offsets, no tensors.
 """
 
 from __future__ import annotations
@@ -9,45 +9,46 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-SAY, BEGIN, STOP = range(3)
-"""The gates of an associative memory: the token is said, begins an answer, ends one."""
+INSIDE, BEGIN, AFTER = range(3)
+"""Gates of an associative memory: a token continues a value, begins one, or follows its end."""
 
 
 class FactSpan(NamedTuple):
-    """A statement in a document, verbatim, with what it is about ("" if nothing) and the value that answers its question."""
+    """A statement as it stands in a document, the name of its subject ("" if none) and the value that answers its question."""
 
     statement: str
     owner: str
     value: str
     value_at: int | None = None
-    """Where in the statement the value stands; None for its last place that is not inside the owner's name."""
+    """Offset of the value in the statement; None means its last occurrence outside the owner's name."""
 
 
 class TokenLabel(NamedTuple):
-    """A token that matters."""
+    """A labelled token of a chunk."""
 
     chunk: int
     token: int
     gate: int
+    """`INSIDE`, `BEGIN` or `AFTER`."""
     owner: int
-    """The token that ends the name of what the value belongs to; -1 if there is none."""
+    """The last token of the owner's name; -1 if there is none."""
     place: int
-    """Which token of the answer it is."""
+    """Index of the token in the answer."""
     end: int
-    """The token that ends the statement."""
+    """The last token of the statement; -1 if unknown."""
     statement: int
-    """Which of the document's statements it belongs to."""
+    """Index of the statement in the document."""
 
 
 def label_tokens(
-    chunk: int, text: str, offsets: Sequence[tuple[int, int]], stated: Iterable[FactSpan]
+    chunk: int, text: str, offsets: Sequence[tuple[int, int]], facts: Iterable[FactSpan]
 ) -> list[TokenLabel]:
-    """The marks of one chunk's text; a statement that is not whole in it has none.
+    """Label the tokens of one chunk's text; a statement that is not whole in it gets no labels.
 
-    The first token of a value begins the answer, the others are said after it, and the token after the last one ends it.
+    The first token of a value is labelled BEGIN, its other tokens INSIDE, and the token after the last one AFTER.
     """
-    marks: list[TokenLabel] = []
-    for number, (statement, owner, value, known_at) in enumerate(stated):
+    labels: list[TokenLabel] = []
+    for number, (statement, owner, value, known_at) in enumerate(facts):
         start = text.find(statement)
         if start < 0:
             continue
@@ -60,16 +61,15 @@ def label_tokens(
         value_tokens = _tokens(offsets, start + value_at, start + value_at + len(value))
         end = _tokens(offsets, start, start + len(statement))[-1]
         for place, token in enumerate(value_tokens):
-            marks.append(TokenLabel(chunk, token, SAY if place else BEGIN, owner_token, place, end, number))
+            labels.append(TokenLabel(chunk, token, INSIDE if place else BEGIN, owner_token, place, end, number))
         if value_tokens and value_tokens[-1] + 1 < len(offsets):
-            marks.append(
-                TokenLabel(chunk, value_tokens[-1] + 1, STOP, owner_token, len(value_tokens), end, number),
-            )
-    return marks
+            place = len(value_tokens)
+            labels.append(TokenLabel(chunk, value_tokens[-1] + 1, AFTER, owner_token, place, end, number))
+    return labels
 
 
 def find_owner(statement: str, owner: str) -> tuple[int, int] | None:
-    """Where a statement names its owner, whatever the case of its first letter; without its article if need be."""
+    """Where a statement names its owner, ignoring case and, if need be, a leading "the"."""
     lowered = statement.lower()
     for name in (owner.lower(), owner.lower().removeprefix("the ")):
         if name and (at := lowered.find(name)) >= 0:
@@ -78,7 +78,7 @@ def find_owner(statement: str, owner: str) -> tuple[int, int] | None:
 
 
 def _find_value(statement: str, value: str, owner_at: tuple[int, int] | None) -> int:
-    """Where a statement says its value: the last place, if that is not inside the owner's name."""
+    """Offset of the last occurrence of the value, or of the first one if the last is inside the owner's name."""
     last = statement.rfind(value)
     is_inside = owner_at is not None and owner_at[0] <= last < owner_at[1]
     return statement.find(value) if is_inside else last

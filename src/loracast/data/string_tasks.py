@@ -1,6 +1,6 @@
-"""What can be asked about any text by a rule: a part of it, a count, whether it has something. Tasks without data of their own.
+"""String tasks: rules and conditions that apply to any text, such as its longest word or whether it has a digit.
 
-How each is asked is content (`content/variations.toml`, `[rules]` and `[conditions]`). Nothing here knows tensors, tokens or models.
+The questions for them are content (`content/task_augmentation.toml`, `[rules]` and `[conditions]`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def words_in(text: str) -> list[str]:
 
 
 def _extreme(text: str, sign: int) -> str | None:
-    """The longest (sign 1) or shortest word; None where two are."""
+    """The longest (sign 1) or shortest word; None if two words tie."""
     ordered = sorted(words_in(text), key=lambda word: -sign * len(word))
     return ordered[0] if len(ordered) > 1 and len(ordered[0]) != len(ordered[1]) else None
 
@@ -27,11 +27,12 @@ def _nth(text: str, n: int) -> str | None:
 
 
 def _of_one_word(rule: Callable[[str], str]) -> Callable[[str, str], str | None]:
+    """A rule for texts of a single word with more than three letters."""
     return lambda text, word: rule(text) if len(text) > 3 and _WORD.fullmatch(text) else None
 
 
 def _of_words(rule: Callable[[list[str]], str | None]) -> Callable[[str, str], str | None]:
-    """For what has several words, and no more than can be said again."""
+    """A rule for texts of two to eight words."""
     return lambda text, word: rule(text.split()) if 1 < len(text.split()) <= 8 else None
 
 
@@ -58,7 +59,7 @@ RULES: dict[str, Callable[[str, str], str | None]] = {
     "first_letter_doubled": _of_one_word(lambda text: text[0] + text),
     "always": lambda text, word: word,
 }
-"""By name: (text, a word that the rule is told) -> the answer; None where the rule does not apply to the text."""
+"""By name: (text, a word given to the rule) -> the answer; None if the rule does not apply to the text."""
 
 CONDITIONS: dict[str, Callable[[str, str], bool]] = {
     "has_letter": lambda text, word: word[0].lower() in text.lower(),
@@ -69,4 +70,4 @@ CONDITIONS: dict[str, Callable[[str, str], bool]] = {
     "capital": lambda text, word: text[:1].isupper(),
     "number": lambda text, word: any(c.isdigit() for c in text),
 }
-"""By name: (text, a word that the condition is told) -> whether it holds."""
+"""By name: (text, a word given to the condition) -> whether it holds."""

@@ -1,9 +1,8 @@
-"""Tasks made from tasks: the same examples under a description that asks for something else, so that descriptions have to be read.
+"""Task augmentation: turn a task into another one, with a changed description and outputs that follow it.
 
-With a hundred tasks, a description need only tell which of them is meant; its words do not matter. A variation changes the
-description and, as the description then says, the outputs: labels are called other words, the answer takes another form, there are several
-inputs of which one is meant, or several answers of which one is right; or a rule is asked of the task's inputs, and what the task was is
-forgotten. What is said is content (`content/variations.toml`). Nothing here knows tensors, tokens or models.
+With a hundred tasks, a description need only tell which of them is meant; its words do not matter. An augmentation changes the
+description and the outputs together: labels get other names, the answer takes another form, one of several inputs is meant, one of
+several answers is right, or a string task replaces the task. Its wordings are content (`content/task_augmentation.toml`).
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from typing import Any
 from loracast.data.string_tasks import CONDITIONS, RULES
 from loracast.data.tasks import Example, Task
 
-MAX_LABELS = 6  # more are too many to call by other names in a sentence
-MAX_CHARACTERS_TOGETHER = 240  # of inputs that are asked about together
-MAX_CHARACTERS_RULED = 60  # of what a rule has the base write
-EXAMPLES_TO_VARY = 4
-"""As many of a task there must be, and as many become one where several inputs stand together."""
+MAX_LABELS = 6  # more would be too many to rename in a sentence
+MAX_CHARACTERS_TOGETHER = 240  # of inputs that are joined into one
+MAX_CHARACTERS_RULED = 60  # of an answer of a string task
+EXAMPLES_TO_AUGMENT = 4
+"""Fewest examples of a task that is augmented, and most that are joined into one."""
 _PLACES = ("first", "second", "third", "fourth")
-_JOINTS = (", ", "\n", "; ", " / ")
+_SEPARATORS = (", ", "\n", "; ", " / ")
 _ALTERNATIVES = re.compile(r"\[([^\]]*)\]")
 
 Change = Callable[[Sequence[Example]], list[Example]]
-"""Examples of a task, at least four -> examples of the task that the variation makes of it: as many, or fewer where it takes several for one."""
+"""At least four examples of a task -> examples of the augmented task, fewer if several are joined into one."""
 
 FORMS: dict[str, Callable[[str, str], str]] = {
     "upper": lambda given, answer: answer.upper(),
@@ -51,10 +50,10 @@ FORMS: dict[str, Callable[[str, str], str]] = {
     "echo": lambda given, answer: f"{given}: {answer}",
 }
 """By name: (input, answer) -> the answer in another form."""
-_FOR_SHORT = {"echo", "twice", "spaced", "reversed"}  # of what is longer, a small base learns little
+_FOR_SHORT = {"echo", "twice", "spaced", "reversed"}  # a small base learns little from longer ones
 _MOST_CHARACTERS = 24
 _LONGEST_NAME = 12  # of a label, in characters
-_MOST_CHARACTERS_OFFERED = 40  # of an answer that is offered beside others
+_MOST_CHARACTERS_OFFERED = 40  # of an answer that is offered among others
 
 STYLES: dict[str, Callable[[str, int], str]] = {
     "upper": lambda word, i: word.upper(),
@@ -68,14 +67,14 @@ STYLES: dict[str, Callable[[str, int], str]] = {
     "number": lambda word, i: str(i + 1),
     "number_in_brackets": lambda word, i: f"[{i + 1}]",
 }
-"""By name: (word, which of the labels) -> how a label is written. Cut words do not end where the base would end them."""
+"""By name: (word, index of the label) -> how the label is written. Cut words end where the base would not end them."""
 _STYLED_SHARE = 0.6
 _OPTION_STYLES = ("letter", "letter_in_brackets", "number", "number_in_brackets")
 
 
 @dataclass(frozen=True)
-class Variation:
-    """What a draw of a task was made into."""
+class Augmentation:
+    """An augmented task: its description, and how examples change."""
 
     description: str
     change: Change
@@ -83,26 +82,27 @@ class Variation:
 
 @cache
 def _content() -> dict[str, Any]:
-    text = files("loracast.data").joinpath("content/variations.toml").read_text(encoding="utf-8")
+    text = files("loracast.data").joinpath("content/task_augmentation.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
 
 
-def vary(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation:
-    """Another task from this one, under a description made from one of its own.
+def augment(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation:
+    """Draw another task from this one, with a description made from one of its own.
 
     Args:
-        words: what labels may be called, beside their synonyms.
-        rng: decides everything; the same state makes the same variation in every process.
+        words: new names for labels, besides their synonyms.
+        rng: the same state gives the same augmentation in every process.
     """
-    makers = [_placed, _chosen, _offered, _checked, _told_apart, _ruled, _ruled, _formed, _formed]
+    makers = [_placed, _chosen, _offered, _checked, _conditioned, _ruled, _ruled, _formed, _formed]
     if 2 <= len(task.labels) <= MAX_LABELS:
         makers += [_with_synonyms, _renamed] * 4
     rng.shuffle(makers)
-    return next(v for maker in [*makers, _formed] if (v := maker(task, description, words, rng)) is not None)
+    drawn = (maker(task, description, words, rng) for maker in [*makers, _formed])
+    return next(augmentation for augmentation in drawn if augmentation is not None)
 
 
 def names_for(n: int, words: Sequence[str], rng: random.Random) -> tuple[str, ...] | None:
-    """n different names for labels, all written in one style; None where there are too few words."""
+    """Draw n different names for labels, all written in one style; None if there are too few words."""
     if len(words) < n:
         return None
     some = rng.sample(words, n)
@@ -110,12 +110,12 @@ def names_for(n: int, words: Sequence[str], rng: random.Random) -> tuple[str, ..
         style = STYLES[rng.choice(list(STYLES))]
         styled = [style(word, i) for i, word in enumerate(some)]
         some = styled if len(set(styled)) == n else some
-        rng.shuffle(some)  # "A" is not always the first
+        rng.shuffle(some)  # "A" does not always go to the first label
     return tuple(some)
 
 
-def _renamed(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
-    """Labels get arbitrary names, which are listed."""
+def _renamed(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
+    """Labels get arbitrary names, which the description lists."""
     chosen = names_for(len(task.labels), [word for word in words if word not in task.labels], rng)
     if chosen is None:
         return None
@@ -123,11 +123,11 @@ def _renamed(task: Task, description: str, words: Sequence[str], rng: random.Ran
     content = _content()["renamed"]
     form, between = _wording(rng.choice(content["one"]), rng), rng.choice(content["between"])
     said = [form.format(word=names[label], label=label) for label in rng.sample(task.labels, len(task.labels))]
-    return Variation(_joined(description, between.join(said) + ".", rng), _renaming(names))
+    return Augmentation(_joined(description, between.join(said) + ".", rng), _renaming(names))
 
 
-def _with_synonyms(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
-    """Labels that the description mentions are called by synonyms in it; None where it does not mention all of them."""
+def _with_synonyms(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
+    """Labels are replaced by synonyms in the description; None unless it mentions all of them."""
     synonyms = _content()["synonyms"]
     if not all(label in synonyms and _mention(label).search(description) for label in task.labels):
         return None
@@ -137,10 +137,10 @@ def _with_synonyms(task: Task, description: str, words: Sequence[str], rng: rand
         description = _mention(label).sub(f"\0{task.labels.index(label)}\0", description)
     for k, label in enumerate(task.labels):
         description = description.replace(f"\0{k}\0", names[label])
-    return Variation(description, _renaming(names))
+    return Augmentation(description, _renaming(names))
 
 
-def _formed(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation:
+def _formed(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation:
     """The answer takes another form."""
     longest = max(len(example.outputs[0]) for example in task.train[:50])
     forms = [name for name in FORMS if longest <= _MOST_CHARACTERS or name not in _FOR_SHORT]
@@ -149,18 +149,18 @@ def _formed(task: Task, description: str, words: Sequence[str], rng: random.Rand
     def change(examples: Sequence[Example]) -> list[Example]:
         return [Example(e.input, (FORMS[name](e.input, e.outputs[0]),)) for e in examples]
 
-    return Variation(_joined(description, _wording(rng.choice(_content()["forms"][name]), rng), rng), change)
+    return Augmentation(_joined(description, _wording(rng.choice(_content()["forms"][name]), rng), rng), change)
 
 
-def _chosen(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
-    """Several inputs with different answers: the one that has a given answer is to be copied."""
+def _chosen(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
+    """Several inputs: copy the one that has a given answer."""
     answer = rng.choice(task.train).outputs[0]
     having = [e for e in task.train if e.outputs[0] == answer]
     others = [e for e in task.train if answer not in e.outputs]
     n = rng.randint(2, len(_PLACES))
     if len(having) < 4 or len(others) < n or not _short(task):
         return None
-    joint = _joint(task, rng)
+    separator = _separator(task, rng)
     seed = rng.random()
 
     def change(examples: Sequence[Example]) -> list[Example]:
@@ -170,18 +170,18 @@ def _chosen(task: Task, description: str, words: Sequence[str], rng: random.Rand
             right = own.choice(having)
             some = [right, *own.sample(others, n - 1)]
             own.shuffle(some)
-            made.append(Example(joint.join(e.input for e in some), (right.input,)))
+            made.append(Example(separator.join(e.input for e in some), (right.input,)))
         return made
 
     said = _wording(rng.choice(_content()["chosen"]["one"]), rng).format(n=n, answer=answer)
-    return Variation(f"{description} {said}", change)
+    return Augmentation(f"{description} {said}", change)
 
 
-def _placed(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
-    """Several inputs: one of them is meant by its place, or all are."""
+def _placed(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
+    """Several inputs: answer the one at a given place, or all of them."""
     if not _short(task) or len(task.train) < len(_PLACES):
         return None
-    n, joint = rng.randint(2, len(_PLACES)), _joint(task, rng)
+    n, separator = rng.randint(2, len(_PLACES)), _separator(task, rng)
     place = rng.randrange(-1, n)  # -1: all of them
 
     def change(examples: Sequence[Example]) -> list[Example]:
@@ -189,20 +189,20 @@ def _placed(task: Task, description: str, words: Sequence[str], rng: random.Rand
         for start in range(0, len(examples) - n + 1, n):
             some = examples[start : start + n]
             answers = [e.outputs[0] for e in some] if place < 0 else [some[place].outputs[0]]
-            made.append(Example(joint.join(e.input for e in some), (", ".join(answers),)))
+            made.append(Example(separator.join(e.input for e in some), (", ".join(answers),)))
         return made
 
     wordings = _content()["placed"]["all" if place < 0 else "one"]
     where = "last" if place == n - 1 and rng.random() < 0.5 else _PLACES[place]
     said = _wording(rng.choice(wordings), rng).format(n=n, place=where)
-    return Variation(_joined(description, said, rng), change)
+    return Augmentation(_joined(description, said, rng), change)
 
 
-def _offered(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
-    """The right answer stands among others: its sign is to be said, or it is to be repeated."""
+def _offered(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
+    """The right answer stands among others: give its sign, or repeat it."""
     answers = _short_answers(task)
     n = rng.randint(2, 4)
-    if len(answers) <= n or "Options:" in task.train[0].input:  # more than n: an example may have two right ones
+    if len(answers) <= n or "Options:" in task.train[0].input:  # more than n: an example may have two right answers
         return None
     sign = STYLES[rng.choice(_OPTION_STYLES)]
     signs = [sign("", i) for i in range(n)]
@@ -223,16 +223,16 @@ def _offered(task: Task, description: str, words: Sequence[str], rng: random.Ran
 
     wordings = _content()["offered"]["repeated" if repeated else "sign"]
     said = _wording(rng.choice(wordings), rng).format(n=n, sign=rng.choice(signs))
-    return Variation(_joined(description, said, rng), change)
+    return Augmentation(_joined(description, said, rng), change)
 
 
-def _checked(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
-    """An answer is suggested: is it right?"""
+def _checked(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
+    """An answer is suggested: say whether it is right."""
     answers = _short_answers(task)
     names = names_for(2, words, rng)
     if len(answers) < 2 or names is None:
         return None
-    seed, joint = rng.random(), rng.choice((" -> ", " = ", "\nAnswer: ", " : "))
+    seed, separator = rng.random(), rng.choice((" -> ", " = ", "\nAnswer: ", " : "))
 
     def change(examples: Sequence[Example]) -> list[Example]:
         own = random.Random(seed)
@@ -241,32 +241,32 @@ def _checked(task: Task, description: str, words: Sequence[str], rng: random.Ran
             right, wrong = e.outputs[0], [answer for answer in answers if answer not in e.outputs]
             is_right = not wrong or own.random() < 0.5
             suggested = right if is_right else own.choice(wrong)
-            made.append(Example(f"{e.input}{joint}{suggested}", (names[not is_right],)))
+            made.append(Example(f"{e.input}{separator}{suggested}", (names[not is_right],)))
         return made
 
     wording = _wording(rng.choice(_content()["checked"]["one"]), rng)
-    said = wording.format(right=names[0], wrong=names[1], joint=joint.strip())
-    return Variation(f"{description} {said}", change)
+    said = wording.format(right=names[0], wrong=names[1], joint=separator.strip())
+    return Augmentation(f"{description} {said}", change)
 
 
-def _ruled(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
-    """A rule is asked of the inputs; the task's own description is left out."""
+def _ruled(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
+    """A string task on the inputs replaces the task and its description."""
     inputs = [e.input for e in task.train]
     for name in rng.sample(list(RULES), len(RULES)):
         word, rule = rng.choice(words), RULES[name]
         answers = [answer for text in inputs if (answer := rule(text, word)) is not None]
-        if len(answers) < max(EXAMPLES_TO_VARY, len(inputs) // 2) or max(map(len, answers)) > MAX_CHARACTERS_RULED:
+        if len(answers) < max(EXAMPLES_TO_AUGMENT, len(inputs) // 2) or max(map(len, answers)) > MAX_CHARACTERS_RULED:
             continue
 
         def change(examples: Sequence[Example], rule=rule, word=word) -> list[Example]:
             return [Example(e.input, (answer,)) for e in examples if (answer := rule(e.input, word)) is not None]
 
-        return Variation(_about(_wording(rng.choice(_content()["rules"][name]), rng), word), change)
+        return Augmentation(_about(_wording(rng.choice(_content()["rules"][name]), rng), word), change)
     return None
 
 
-def _told_apart(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Variation | None:
-    """Inputs are told apart by whether a condition holds; the task's own description is left out."""
+def _conditioned(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
+    """A condition on the inputs replaces the task and its description; two labels say whether it holds."""
     names = names_for(2, words, rng)
     if names is None:
         return None
@@ -285,17 +285,17 @@ def _told_apart(task: Task, description: str, words: Sequence[str], rng: random.
         content = _content()["conditions"]
         condition = _about(_wording(rng.choice(content[name]), rng), word)
         form = _wording(rng.choice(content["asked"]), rng)
-        return Variation(form.format(condition=condition, yes=names[0], no=names[1]), change)
+        return Augmentation(form.format(condition=condition, yes=names[0], no=names[1]), change)
     return None
 
 
 def _about(wording: str, word: str) -> str:
-    """A wording about a word that the rule is told."""
+    """Fill a wording with a word and its parts."""
     return wording.format(word=word, ending=word[-2:], letter=word[0].lower(), last=word[-1].lower(), length=len(word))
 
 
 def _short_answers(task: Task) -> list[str]:
-    """Different answers that may stand beside others, in a fixed order; none where the task's inputs or answers are long."""
+    """The task's different answers in a fixed order; none if its inputs or answers are long."""
     some = task.train[:50]
     if (
         max(len(e.input) for e in some) > MAX_CHARACTERS_TOGETHER
@@ -306,7 +306,7 @@ def _short_answers(task: Task) -> list[str]:
 
 
 def words_of(tasks: Sequence[Task]) -> tuple[str, ...]:
-    """Words that labels may be called, in a fixed order: labels, and words that are an input or output of two tasks at least (so are no nonsense)."""
+    """New names for labels, sorted: labels, and words that at least two tasks have as an input or output (so no nonsense)."""
     labels = {label for task in tasks for label in task.labels if len(label) <= _LONGEST_NAME}
     count: Counter[str] = Counter()
     for task in tasks:
@@ -319,14 +319,16 @@ def _renaming(names: dict[str, str]) -> Change:
     return lambda examples: [Example(e.input, (names.get(e.outputs[0], e.outputs[0]),)) for e in examples]
 
 
-def _joint(task: Task, rng: random.Random) -> str:
-    """What stands between several inputs: something that none of them has in it."""
-    free = [joint for joint in _JOINTS if not any(joint in example.input for example in task.train[:50])]
+def _separator(task: Task, rng: random.Random) -> str:
+    """A separator of several inputs that none of them contains."""
+    free = [
+        separator for separator in _SEPARATORS if not any(separator in example.input for example in task.train[:50])
+    ]
     return rng.choice(free or ["\n\n"])
 
 
 def _short(task: Task) -> bool:
-    """Whether four inputs go together in one."""
+    """Whether four inputs can be joined into one."""
     return 4 * max(len(example.input) for example in task.train[:50]) <= MAX_CHARACTERS_TOGETHER
 
 
@@ -339,11 +341,6 @@ def _joined(description: str, said: str, rng: random.Random) -> str:
 
 
 def _wording(text: str, rng: random.Random) -> str:
-    """One of what a text's alternatives spell out."""
+    """Draw one of the variants that a text's alternatives spell out."""
     parts = _ALTERNATIVES.split(text)
     return "".join(rng.choice(part.split("|")) if i % 2 else part for i, part in enumerate(parts))
-
-
-def placeholders(text: str) -> set[str]:
-    """The slots of a wording."""
-    return set(itertools.chain.from_iterable(re.findall(r"\{(\w+)\}", text)))

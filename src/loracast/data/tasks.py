@@ -1,12 +1,13 @@
-"""Tasks: what a description asks for, as a name, descriptions and examples. Adding one takes a file and no code.
+"""Read tasks: named sets of examples with natural-language descriptions. Adding a task takes a file and no code.
 
 These forms are read (docs/tasks.md), from a path or from a data set on the hub:
 
-- a folder with a JSON file for each task, `{"descriptions": [...], "examples": [{"input": ..., "output": ...}]}`, or in the shape of
+- a folder with a JSON file for each task, `{"descriptions": [...], "examples": [{"input": ..., "output": ...}]}`, or in the format of
   Super-NaturalInstructions (`Definition`, `Instances`);
 - a JSONL file of examples (`task`, `input`, `output`, optionally `alts`, `split`, `task_split`) with `task_descriptions.jsonl` and,
   optionally, `tasks_meta.jsonl` beside it; each may be gzipped;
-- JSONL files of examples that bring their description along (`task_name`, `definition`, `inputs`, `targets`), as the hub has Super-NaturalInstructions.
+- JSONL files of examples with their task's description in each row (`task_name`, `definition`, `inputs`, `targets`), the format of
+  Super-NaturalInstructions on the hub.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from loracast.data.jsonl import each_row
+from loracast.data.rows import each_row
 from loracast.errors import ConfigError
 
 DescriptionKind = Literal["train", "paraphrase", "heldout"]
-"""Seen in training, both of the first two; never seen."""
+"""Training uses `train` and `paraphrase` descriptions, never `heldout` ones."""
 Metric = Literal["exact", "number"]
-"""How an answer is scored: the same text as one of the outputs (but for case, quotes and final marks), or the same last number."""
+"""An answer is right if it is the text of an output (ignoring case, quotes and final punctuation), or has the same last number."""
 _KEYS = {"name", "descriptions", "examples", "labels", "group", "heldout", "metric"}  # of a task's own file
 
 
@@ -35,43 +36,43 @@ class Example:
     input: str
     outputs: tuple[str, ...]
     choices: tuple[str, ...] = ()
-    """What there is to choose from, the preferred output among it, where each example has its own choices."""
+    """The choices of this example, the preferred output among them, if examples have their own."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Something that a description asks for."""
+    """A task with its descriptions and examples."""
 
     name: str
     descriptions: dict[DescriptionKind, tuple[str, ...]]
     train: tuple[Example, ...]
     test: tuple[Example, ...]
     labels: tuple[str, ...] = ()
-    """All outputs that there are, where they are few: the likeliest of them can be asked for."""
+    """All possible outputs, if they are few enough to score each by likelihood."""
     group: str = ""
-    """Closely related tasks share one; held-out tasks share none with the others."""
+    """Closely related tasks share a group; held-out tasks share none with training tasks."""
     is_heldout: bool = False
-    """No training may see it."""
+    """Whether training never sees it."""
     is_near: bool = False
-    """A held-out task with a sister kind of task in training."""
+    """Whether a held-out task has a related kind of task in training."""
     metric: Metric = "exact"
     """How answers are scored."""
 
     def seen_descriptions(self) -> tuple[str, ...]:
-        """Those that training may use."""
+        """The descriptions that training may use."""
         return self.descriptions.get("train", ()) + self.descriptions.get("paraphrase", ())
 
 
 def with_description(description: str, text: str) -> str:
-    """What the user says to a base that is told the task: the description, then the input."""
+    """The user turn for a base that is told the task in its prompt: the description, then the input."""
     return f"{description}\n\n{text}"
 
 
 def read_tasks(source: str | Path) -> tuple[Task, ...]:
-    """All tasks of a folder of task files, of a JSONL file of examples, or of a data set on the hub ("owner/name"); by name.
+    """Read all tasks of a folder of task files, a JSONL file of examples, or a data set on the hub ("owner/name"), sorted by name.
 
     Raises:
-        ConfigError: there is nothing to read, or a file lacks what a task needs; the message says which and what.
+        ConfigError: there is nothing to read, or files or rows lack something that a task needs (named in the message).
     """
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
@@ -98,7 +99,7 @@ def read_tasks(source: str | Path) -> tuple[Task, ...]:
 
 
 def _from_file(path: Path) -> Task:
-    """A task's own file."""
+    """Read the file of one task."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if "Instances" in stored:  # Super-NaturalInstructions
@@ -127,7 +128,7 @@ def _from_file(path: Path) -> Task:
 
 
 def _from_hub(name: str) -> Path:
-    """The files of a data set on the hub."""
+    """Download the files of a data set on the hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -135,20 +136,20 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.json", "*.jsonl", "*.jsonl.gz"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"no tasks at {name!r}: give a folder of JSON files, one a task, a JSONL file of examples, or a data set on the hub that this "
-            f"machine can reach ({str(error).splitlines()[0]})"
+            f"no tasks at {name!r}: give a folder of JSON files, one a task, a JSONL file of examples, or a data set "
+            f"on the hub that this machine can reach ({str(error).splitlines()[0]})"
         ) from error
 
 
 def _from_rows(paths: Sequence[Path]) -> list[Task]:
-    """Examples of many tasks, their descriptions in the rows themselves or beside the first file, as is what else is known of them."""
+    """Read examples of many tasks; descriptions and metadata are in the rows or in files beside the first one."""
     examples: dict[str, list[tuple[str | None, Example]]] = {}
     heldout: set[str] = set()
     descriptions: dict[str, dict[Any, list[str]]] = {}
     about: dict[str, dict[str, Any]] = {}
 
     def take_example(row: dict[str, Any]) -> None:
-        if "definition" in row:  # as the hub has Super-NaturalInstructions
+        if "definition" in row:  # Super-NaturalInstructions on the hub
             said = descriptions.setdefault(row["task_name"], {}).setdefault("train", [])
             said += [text for text in _texts([row["definition"]]) if text not in said]
             row = {"task": row["task_name"], "input": row["inputs"], "output": row["targets"]}
@@ -193,7 +194,7 @@ def _from_rows(paths: Sequence[Path]) -> list[Task]:
 
 
 def _split(rows: Sequence[tuple[str | None, Example]]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """The examples to train and to test on; where none says so itself, every fifth is for testing."""
+    """The training and test examples; if none names its split, every fifth is a test example."""
     if all(split is None for split, _ in rows):
         rows = [("test" if i % 5 == 4 else "train", example) for i, (_, example) in enumerate(rows)]
     kinds = [_one_of(split, Literal["train", "test"]) for split, _ in rows]
@@ -227,7 +228,7 @@ def _one_of(value: Any, choices: Any) -> Any:
 
 
 def _find_beside(path: Path, stem: str) -> Path | None:
-    """The file of that name in the same folder, gzipped or not."""
+    """The JSONL file of that name in the same folder, gzipped or not."""
     return next((p for ending in ("", ".gz") if (p := path.parent / f"{stem}.jsonl{ending}").is_file()), None)
 
 

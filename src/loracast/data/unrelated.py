@@ -1,5 +1,6 @@
-"""Questions that have nothing to do with any document, for training to leave them alone: JSONL rows with a `question`, and `choices` with the
-index of the right one in `answer`, or an `answer`.
+"""Read questions that are unrelated to any document: training holds their answers to those of the plain base.
+
+A JSONL row has a `question` and an `answer`; or `choices`, with the index of the right one in `answer`.
 """
 
 from __future__ import annotations
@@ -8,29 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loracast.data.jsonl import each_row
-from loracast.errors import ConfigError
+from loracast.data.rows import each_row
 
 
 def read_unrelated(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """(question, answer) of all rows; where a row has choices, once with and once without a list of them.
+    """The (question, answer) pairs of all rows; a row with choices gives two, one of which lists them.
 
     Raises:
-        ConfigError: a file is not there, or a row is of another shape.
+        ConfigError: a file does not exist, or a row is malformed.
     """
     pairs: list[tuple[str, str]] = []
 
     def take(row: dict[str, Any]) -> None:
-        asked = row["question"]
+        question = row["question"]
         if "choices" in row:
             answer = row["choices"][row["answer"]]
             listed = "\n".join(f"- {choice}" for choice in row["choices"])
-            pairs.extend([(asked, answer), (f"{asked}\n{listed}", answer)])
+            pairs.extend([(question, answer), (f"{question}\n{listed}", answer)])
         else:
-            pairs.append((asked, str(row["answer"])))
+            pairs.append((question, str(row["answer"])))
 
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise ConfigError(f"no such file of questions: {path}")
-        each_row(path, take)
+    for path in paths:
+        each_row(Path(path), take, "questions")
     return pairs

@@ -23,7 +23,7 @@ from loracast.evaluation.teacher_forced import TeacherForcedConfig, evaluate_tea
 from loracast.files import write_atomically
 from loracast.library.manifest import name_from
 from loracast.model import Model
-from loracast.training.doc import Recipe, read_recipe, train_doc
+from loracast.training.doc import DocRecipe, read_doc_recipe, train_doc
 from loracast.training.sources import EpisodeKind
 
 Variants = Mapping[str, Sequence[str]]
@@ -55,10 +55,10 @@ class AblationConfig:
                 "give documents to measure on that are not trained on: --held-out FILE, or --held-out-sources NAMES"
             )
 
-    def recipe_of(self, variant: str, seed: int) -> Recipe:
+    def recipe_of(self, variant: str, seed: int) -> DocRecipe:
         """The recipe of one run. Raises ConfigError where a change is not one."""
         own = [*self.overrides, *self.variants[variant], f"training.seed={seed}", f"data.seed={seed}"]
-        return read_recipe(Path(self.recipe), own)
+        return read_doc_recipe(Path(self.recipe), own)
 
 
 def read_variants(path: Path, only: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
@@ -98,7 +98,7 @@ def run_ablations(
         ConfigError: a change that nobody knows, or a run in `out` that followed another recipe; before anything is trained.
     """
     runs = [(variant, seed) for seed in config.seeds for variant in config.variants]
-    todo: list[tuple[Path, Recipe] | None] = []
+    todo: list[tuple[Path, DocRecipe] | None] = []
     for variant, seed in runs:
         folder, recipe = out / name_from(variant) / f"seed-{seed}", config.recipe_of(variant, seed)
         is_done = (folder / "results.json").exists()
@@ -117,7 +117,7 @@ def run_ablations(
     return report
 
 
-def _run(base: Base, config: AblationConfig, recipe: Recipe, folder: Path) -> None:
+def _run(base: Base, config: AblationConfig, recipe: DocRecipe, folder: Path) -> None:
     run = folder / "run"
     trained = train_doc(base, recipe, run)
     model = Model(base, folder / "library", run)
@@ -143,7 +143,7 @@ def _run(base: Base, config: AblationConfig, recipe: Recipe, folder: Path) -> No
 _NAMES = ("exact", "accuracy")
 
 
-def _followed(config: AblationConfig, recipe: Recipe) -> dict[str, Any]:
+def _followed(config: AblationConfig, recipe: DocRecipe) -> dict[str, Any]:
     """What a run's figures depend on, as JSON has it."""
     measured = {name: getattr(config, name) for name in ("held_out", "held_out_sources", "kinds", "steps")}
     return json.loads(json.dumps({"recipe": asdict(recipe), "measured": measured}, default=sorted))

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from loracast.data.jsonl import each_row
+from loracast.data.rows import each_row
 from loracast.data.tasks import Example, Task, read_tasks
 from loracast.errors import ConfigError
 

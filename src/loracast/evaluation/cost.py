@@ -17,7 +17,7 @@ from loracast.base.chat import encode_with_offsets
 from loracast.base.generate import Sampling, answer
 from loracast.cast.document import learn_document
 from loracast.data.needles import make_needles
-from loracast.data.texts import read_texts
+from loracast.data.rows import read_texts
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError, LoracastError
 from loracast.evaluation.haystack import Haystack, Sample

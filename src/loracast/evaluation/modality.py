@@ -97,7 +97,7 @@ def evaluate_sense(
         test: things that were never trained on.
     """
     about = environment(base, caster.id)
-    asked = wordings(test.sense)
+    asked = wordings(test.modality)
     places = _chosen(test, config)
     states = encoded(test, places, caster.encoder)
     things = _Things(
@@ -139,7 +139,7 @@ def evaluate_sense(
     parts = tuple(chance)
     own = ask(asked.test, test.names, every)
     count("adapter", own, parts)
-    known_states = encoded(trained_on, trained_on.of(spare=False), caster.encoder)
+    known_states = encoded(trained_on, trained_on.of(held_out=False), caster.encoder)
     reference = known_states[:: max(1, len(known_states) // _N_REFERENCE)]
     usual = ask(asked.test, test.names, range(len(reference)), reference)
     count("gain", own - usual.mean(0), parts)
@@ -162,7 +162,7 @@ def evaluate_sense(
         if row["part"] == SEEN and probe:
             row["of_probe"] = row["accuracy"] / probe
     timings = _timings(base, caster, test, places[0], asked.test)
-    report = Report(test.sense, COLUMNS, rows, {**asdict(config), **timings}, about)
+    report = Report(test.modality, COLUMNS, rows, {**asdict(config), **timings}, about)
     report.write(out)
     saw = []
     for i, place in enumerate(places):
@@ -268,7 +268,7 @@ def _classifiers(
     from sklearn.preprocessing import StandardScaler
 
     known = _means(known_states)
-    labels = np.array([trained_on.names[trained_on.labels[i]] for i in trained_on.of(spare=False)])
+    labels = np.array([trained_on.names[trained_on.labels[i]] for i in trained_on.of(held_out=False)])
     scaler = StandardScaler().fit(known)
     known, asked = scaler.transform(known), scaler.transform(_means(states))
     fit, held, fit_labels, held_labels = train_test_split(

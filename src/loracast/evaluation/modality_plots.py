@@ -63,10 +63,7 @@ def sheet(path: Path, saw: Sequence[Saw], test: Labelled, seed: int, columns: in
         axis.axis("off")
     for axis, one in zip(axes.flat, shown, strict=False):
         thing = test.load(one.place)
-        if test.sense == "image":
-            axis.imshow(thing)
-        else:
-            axis.plot(thing[0], linewidth=0.8)
+        axis.imshow(thing)
         is_right = is_exact(one.free, one.name)
         said = one.free if len(one.free) <= 24 else f"{one.free[:23]}…"
         label = said if is_right else f"{said}\n({one.name})"

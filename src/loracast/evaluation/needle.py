@@ -15,7 +15,7 @@ from typing import Any
 from loracast.base.chat import encode_with_offsets
 from loracast.data.facts import Split
 from loracast.data.needles import load_content, make_needles
-from loracast.data.texts import read_texts
+from loracast.data.rows import read_texts
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation import plots
@@ -56,7 +56,7 @@ class NeedleConfig:
     depths: tuple[float, ...] = ()
     """Where needles go, in turn (0 the beginning, 1 the end); none given: uniform over the document."""
     kind: str | None = "number4"
-    """Kind of the value (content/needle.toml); None draws one for each needle."""
+    """Kind of the value (content/needles.toml); None draws one for each needle."""
     route: int = DEFAULT_ROUTE
     """Chunks that a question is given when routed."""
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS

@@ -16,7 +16,7 @@ from typing import Any
 
 from loracast.base.chat import encode_text
 from loracast.base.generate import Sampling, answer
-from loracast.data.texts import read_texts
+from loracast.data.rows import read_texts
 from loracast.errors import ConfigError
 from loracast.evaluation.flops import QueryFlops, counted
 from loracast.evaluation.plots import costs, require_matplotlib

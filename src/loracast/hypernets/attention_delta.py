@@ -116,6 +116,9 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
     """The hypernetwork that turns the attention deltas of a description into a LoRA."""
 
     config_class: ClassVar[Any] = AttentionDeltaToLoRAConfig
+    changeable: ClassVar[frozenset[str]] = frozenset(
+        {"depth", "dummy_input", "dummy_answer", "task_bank_rank", "task_bank_width"}
+    )
     mean: Tensor
     std: Tensor
 
@@ -201,6 +204,38 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         """Recompute the task bank's keys from its descriptions [m, d_text]. Raises ConfigError for another number of them."""
         if self.task_bank is not None:
             self.task_bank.set_keys(self._compared(conditions))
+
+    def check_trainable(self, *, encoder_lora: bool, task_bank_only: bool) -> None:
+        has_bank = self.config.task_bank_rank > 0
+        super().check_trainable(encoder_lora=False, task_bank_only=task_bank_only and not has_bank)
+        if has_bank and encoder_lora:
+            raise ConfigError(
+                "the task bank finds tasks by their descriptions as they are read at the start: "
+                "leave objective.encoder_lora_is_trained out"
+            )
+
+    @property
+    def probed_modules(self) -> tuple[str, ...]:
+        c = self.config
+        return tuple(name for name, layer, kind, *_ in c.modules if kind == c.kind and layer in c.layers)
+
+    def set_position_probes(self, probes: Tensor) -> None:
+        self.where.data[:, : len(POSITIONS)] = probes
+
+    def start_training(self, conditions: Tensor, n_descriptions: Sequence[int], *, is_fresh: bool) -> None:
+        if is_fresh:
+            self.set_units(conditions)
+        self.remember_seen(conditions)
+        if self.task_bank is not None:
+            self.refresh_task_bank(conditions)
+        elif self.config.task_bank_rank:
+            self.start_task_bank(conditions, n_descriptions)
+
+    def select_trained(self, *, encoder_lora: bool, task_bank_only: bool) -> None:
+        if task_bank_only and self.task_bank is not None:
+            self.requires_grad_(False)
+            self.task_bank.requires_grad_(True)
+        self.encoder_lora.requires_grad_(encoder_lora)
 
     def weights_for(self, config: AttentionDeltaToLoRAConfig) -> dict[str, Tensor]:
         """The weights of the same hypernetwork with attention deltas of some of its layers only. Raises ConfigError if deeper."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from loracast.encoders.features import Features
 from loracast.encoders.sentence import TextEncoder
 from loracast.errors import ConfigError, HypernetworkError
 from loracast.hypernets.protocol import Cast, Hypernetwork, Modality, Rows, Say
-from loracast.lora.algebra import LoRA
+from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.target import Target, TargetModule
 
 _GATE_WIDTH = 64
@@ -35,6 +35,8 @@ def make_gate(width: int, start: float = _GATE_START) -> nn.Sequential:
 class DescriptionHypernetwork(Hypernetwork):
     """A hypernetwork for task descriptions, which also tells how far a description is from all that training has seen."""
 
+    changeable: ClassVar[frozenset[str]] = frozenset()
+    """Config keys that training may change when it starts from a checkpoint."""
     seen: Tensor
     """One vector for each description seen in training [m, d]."""
 
@@ -65,6 +67,38 @@ class DescriptionHypernetwork(Hypernetwork):
     def start_shared_from(self, lora: LoRA) -> None:
         """Start the factors that all descriptions share from a LoRA trained on all tasks; ConfigError where it does not fit."""
         raise NotImplementedError
+
+    def check_trainable(self, *, encoder_lora: bool, task_bank_only: bool) -> None:
+        """Raise ConfigError if training is to include an encoder LoRA, or only a task bank, and there is none."""
+        if encoder_lora:
+            raise ConfigError(
+                "only the variant 'attention_delta' has an encoder LoRA: leave objective.encoder_lora_is_trained out"
+            )
+        if task_bank_only:
+            raise ConfigError(
+                "objective.task_bank_only trains the task bank: "
+                "give the variant 'attention_delta' a hypernetwork.task_bank_rank"
+            )
+
+    @property
+    def probed_modules(self) -> tuple[str, ...]:
+        """Modules whose factors start as position probes; none unless a hypernetwork says so."""
+        return ()
+
+    def encoder_lora_batch(self) -> LoRABatch:
+        """The LoRA that the base carries while it reads a description; an empty one unless a hypernetwork has it."""
+        return LoRABatch(1, {}, {})
+
+    def set_position_probes(self, probes: Tensor) -> None:
+        """Start factors as position probes [modules, positions, in]."""
+        raise NotImplementedError
+
+    def start_training(self, conditions: Tensor, n_descriptions: Sequence[int], *, is_fresh: bool) -> None:
+        """Set what depends on the training descriptions: their conditions [m, d_text] by task, and how many each task has."""
+        self.remember_seen(conditions)
+
+    def select_trained(self, *, encoder_lora: bool, task_bank_only: bool) -> None:
+        """Freeze the parameters that are not trained; all are unless a hypernetwork says otherwise."""
 
     def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> Callable[[Any], Features]:
         read = self.text_encoder(base, encoder, say)

@@ -1,9 +1,8 @@
-"""What training learns from: documents with questions, packed so that each document is encoded once and answers all its questions
-in one row.
+"""Pack documents and their questions into batches: each document is encoded once and answers all its questions in one row.
 
-A row is a small tree: the prompts' common beginning once (a system turn, say), then every question with its answer as a
-branch of its own. A branch sees the beginning and itself, and its positions go on from the beginning's end, so each branch computes
-exactly what a row of its own would, at a fraction of the tokens; and the LoRA of a document meets all its questions in one matmul.
+A row is a small tree: the prompts' common prefix once (a system turn, say), then every question with its answer as a branch. A
+branch attends to the prefix and itself, and its positions continue from the prefix. So each branch computes exactly what a row of
+its own would, at a fraction of the tokens, and the LoRA of a document meets all its questions in one matmul.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from loracast.scoring.soft_targets import SoftTargets
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the answer that the base shall give, both as token ids; the answer ends with the end of its turn."""
+    """A prompt and its answer, both as token ids; the answer ends with the end of its turn."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     is_unrelated: bool = False
-    """It has nothing to do with the document: the base shall answer as it does without."""
+    """Whether it is unrelated to the document, so that the base shall answer as it does without a LoRA."""
     window_prompt: tuple[int, ...] = ()
-    """The same question with the document before it, for a teacher that sees it; empty where nobody asks one."""
+    """The same question after the document, for a teacher that sees it; empty without such a teacher."""
     soft: SoftTargets | None = field(default=None, compare=False)
-    """What a teacher finds likely at the answer's tokens."""
+    """A teacher's distributions at the answer's tokens."""
 
 
 @dataclass(frozen=True)
@@ -41,42 +40,42 @@ class Episode:
     chunks: tuple[tuple[int, ...], ...]
     questions: tuple[Question, ...]
     task: str = ""
-    """What the document is for, such as "needle": figures are logged by it."""
-    marks: tuple[TokenLabel, ...] = ()
-    """The tokens that matter, where that is known."""
+    """The kind of the episode, such as "needle": accuracies are logged by it."""
+    token_labels: tuple[TokenLabel, ...] = ()
+    """Span supervision of the chunks, where it is known."""
 
 
 def together(one: Episode, other: Episode) -> Episode:
-    """Two documents learned at once, with the questions about either; those that have nothing to do with any come last."""
-    about = [[question for question in episode.questions if not question.is_unrelated] for episode in (one, other)]
+    """Join two documents into one episode with the questions about either; unrelated questions come last."""
+    related = [[question for question in episode.questions if not question.is_unrelated] for episode in (one, other)]
     unrelated = [question for episode in (one, other) for question in episode.questions if question.is_unrelated]
     moved = [
-        mark._replace(chunk=mark.chunk + len(one.chunks), statement=mark.statement + len(about[0]))
-        for mark in other.marks
+        label._replace(chunk=label.chunk + len(one.chunks), statement=label.statement + len(related[0]))
+        for label in other.token_labels
     ]
-    questions = (*about[0], *about[1], *unrelated)
-    return Episode((*one.chunks, *other.chunks), questions, one.task, (*one.marks, *moved))
+    questions = (*related[0], *related[1], *unrelated)
+    return Episode((*one.chunks, *other.chunks), questions, one.task, (*one.token_labels, *moved))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Episodes as tensors. d documents of k chunks with at most c tokens; rows of at most t tokens; n answer tokens in all."""
+    """Episodes as tensors: d documents of k chunks with at most c tokens; rows of at most t tokens; n answer tokens in all."""
 
     chunk_ids: Tensor  # [d * k, c]
     chunk_mask: Tensor  # [d * k, c] bool, true where real
     chunks_per_document: int
     input_ids: Tensor  # [d, t]
     position_ids: Tensor  # [d, t]
-    attention_mask: Tensor  # [d, 1, t, t] bool, true where a token may look
-    answer_rows: Tensor  # [n] the row of each position from which an answer token is predicted
-    answer_positions: Tensor  # [n]
+    attention_mask: Tensor  # [d, 1, t, t] bool, true where a token may attend
+    answer_rows: Tensor  # [n] the row where each answer token is predicted
+    answer_positions: Tensor  # [n] its position in the row
     answer_ids: Tensor  # [n] the token to predict there
-    answer_question: Tensor  # [n] the number of the question it belongs to, counted over the batch
+    answer_question: Tensor  # [n] index of its question in the batch
     is_unrelated: Tensor  # [questions] bool
-    is_soft: Tensor  # [n] bool, whether a teacher says what is likely there
-    soft_ids: Tensor  # [soft, k] the teacher's likeliest tokens, of those positions that have any
+    is_soft: Tensor  # [n] bool, whether a teacher's distribution is known there
+    soft_ids: Tensor  # [soft, k] the teacher's likeliest tokens
     soft_log_probs: Tensor  # [soft, k]
-    marks: Tensor  # [m, 7] a TokenLabel in each row, but that its chunk is the row of chunk_ids
+    token_labels: Tensor  # [m, 7] a TokenLabel in each row, with the row of chunk_ids as its chunk
 
     @property
     def n_questions(self) -> int:
@@ -93,7 +92,7 @@ class Batch:
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the longest beginning that all sequences share, short of the last token of the shortest."""
+    """Length of the longest prefix that all sequences share, without the last token of the shortest."""
     length = min(len(sequence) for sequence in sequences) - 1
     first = sequences[0]
     for i in range(length):
@@ -103,14 +102,14 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
-    """Episodes -> one Batch. Where documents differ in their number of chunks, chunks without a real token fill up."""
+    """Pack episodes into one Batch. Documents with fewer chunks than the others are filled up with empty chunks."""
     k = max(1, *(len(episode.chunks) for episode in episodes))
     empty: tuple[tuple[int, ...], ...] = ((),)
     filled = [chunk for episode in episodes for chunk in episode.chunks + empty * (k - len(episode.chunks))]
     chunk_ids, chunk_mask = pad_right(filled, pad_id)
     rows: list[list[int]] = []
     positions: list[list[int]] = []
-    branches: list[list[int]] = []  # of each token: 0 is the beginning, then the questions from 1 on
+    branches: list[list[int]] = []  # of each token: 0 for the prefix, then the questions from 1 on
     answers: list[tuple[int, int, int, int]] = []  # row, position, token, question
     n_questions = 0
     for row, episode in enumerate(episodes):
@@ -119,7 +118,7 @@ def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
         position = list(range(shared))
         branch = [0] * shared
         for number, question in enumerate(episode.questions, start=1):
-            tail = [*question.prompt[shared:], *question.answer[:-1]]  # the last answer token is only ever predicted
+            tail = [*question.prompt[shared:], *question.answer[:-1]]  # the last answer token is predicted, never read
             first = len(ids) + len(question.prompt) - shared - 1
             answers += [(row, first + i, token, n_questions) for i, token in enumerate(question.answer)]
             n_questions += 1
@@ -131,17 +130,17 @@ def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
         branches.append(branch)
     input_ids, _ = pad_right(rows, pad_id)
     position_ids, _ = pad_right(positions, 0)
-    branch_ids, _ = pad_right(branches, -1)  # padding sees padding only, and nobody sees it
+    branch_ids, _ = pad_right(branches, -1)  # padding attends to padding only, and no token attends to it
     same = branch_ids[:, :, None] == branch_ids[:, None, :]
-    beginning = (branch_ids == 0)[:, None, :] & (branch_ids >= 0)[:, :, None]
+    to_prefix = (branch_ids == 0)[:, None, :] & (branch_ids >= 0)[:, :, None]
     t = input_ids.shape[1]
     causal = torch.ones(t, t, dtype=torch.bool).tril()
-    attention_mask = ((same | beginning) & causal)[:, None]
+    attention_mask = ((same | to_prefix) & causal)[:, None]
     answer_rows, answer_positions, answer_ids, answer_question = torch.tensor(answers).unbind(1)
     questions = [question for episode in episodes for question in episode.questions]
     soft = [question.soft for question in questions if question.soft is not None]
     is_soft = [question.soft is not None for question in questions for _ in question.answer]
-    marks = [(row * k + chunk, *rest) for row, episode in enumerate(episodes) for chunk, *rest in episode.marks]
+    labels = [(row * k + chunk, *rest) for row, episode in enumerate(episodes) for chunk, *rest in episode.token_labels]
     return Batch(
         chunk_ids, chunk_mask, k, input_ids, position_ids, attention_mask,
         answer_rows, answer_positions, answer_ids, answer_question,
@@ -149,5 +148,5 @@ def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
         torch.tensor(is_soft),
         torch.cat([targets.ids for targets in soft]).long() if soft else torch.zeros(0, 1, dtype=torch.long),
         torch.cat([targets.log_probs for targets in soft]).float() if soft else torch.zeros(0, 1),
-        torch.tensor(marks, dtype=torch.long).view(-1, len(TokenLabel._fields)),
+        torch.tensor(labels, dtype=torch.long).view(-1, len(TokenLabel._fields)),
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""The state of a training run on disk, so that a later run goes on exactly: weights, optimizers, random state, position.
+"""Save and load the state of a training run, so that a later run resumes exactly: weights, optimizer, random state, position.
 
-safetensors and JSON only. A state is a folder `state-<step>`; the file `state.json` names the current one and is replaced last, so a run killed at any
-moment leaves the previous state in force.
+The files are safetensors and JSON only (accelerate's checkpoints pickle the optimizer and the random state). A state is a folder
+`state-<step>`; `state.json` names the current one and is replaced last, so a run killed at any moment leaves the previous state in force.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +18,32 @@ from torch import Tensor, nn
 from loracast.errors import TrainingError
 from loracast.files import sync_folder, write_atomically
 
+_OPTIMIZER = "optimizer.0."  # before the optimizer's values
+
 
 def save_state(
     out_dir: Path,
     model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     step: int,
     elapsed_s: float,
     settings: dict[str, Any],
 ) -> None:
-    """Write the state of a run after `step` steps, then drop the states before it."""
+    """Write the state of a run after `step` steps, then delete the older states."""
     from safetensors.torch import save_file
 
     tensors = {f"model.{name}": value.detach().contiguous() for name, value in model.state_dict().items()}
     tensors["random.torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
     numbers: dict[str, float] = {}
-    for i, optimizer in enumerate(optimizers):
-        for parameter, values in optimizer.state_dict()["state"].items():
-            for name, value in values.items():
-                key = f"optimizer.{i}.{parameter}.{name}"
-                if isinstance(value, Tensor):
-                    tensors[key] = value.detach().contiguous()
-                else:
-                    numbers[key] = value
+    for parameter, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            key = f"{_OPTIMIZER}{parameter}.{name}"
+            if isinstance(value, Tensor):
+                tensors[key] = value.detach().contiguous()
+            else:
+                numbers[key] = value
     folder = out_dir / f"state-{step}"
     folder.mkdir(exist_ok=True)
     part = folder / "state.safetensors.part"
@@ -58,7 +60,7 @@ def save_state(
 
 
 def load_state(
-    out_dir: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], settings: dict[str, Any]
+    out_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> tuple[int, float]:
     """Restore the state in `out_dir`, if there is one.
 
@@ -87,18 +89,19 @@ def load_state(
         )
     model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
     torch.set_rng_state(tensors["random.torch"])
-    for i, optimizer in enumerate(optimizers):
-        restored: dict[int, dict[str, Any]] = {}
-        for key, value in [*tensors.items(), *state["numbers"].items()]:
-            if key.startswith(f"optimizer.{i}."):
-                _, _, parameter, name = key.split(".", 3)
-                restored.setdefault(int(parameter), {})[name] = value
-        optimizer.load_state_dict({"state": restored, "param_groups": optimizer.state_dict()["param_groups"]})
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    restored: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *state["numbers"].items()]:
+        if key.startswith(_OPTIMIZER):
+            parameter, name = key.removeprefix(_OPTIMIZER).split(".", 1)
+            restored.setdefault(int(parameter), {})[name] = value
+    optimizer.load_state_dict({"state": restored, "param_groups": optimizer.state_dict()["param_groups"]})
     return state["step"], state["elapsed_s"]
 
 
 def _differences(wanted: dict[str, Any], found: dict[str, Any], prefix: str = "") -> list[str]:
-    """The keys, dotted, in which two nested settings differ."""
+    """The dotted keys in which two nested settings differ."""
     keys: list[str] = []
     for key in sorted(wanted.keys() | found.keys()):
         a, b = wanted.get(key), found.get(key)

@@ -1,4 +1,4 @@
-"""Training episodes from real documents: people's questions whose answers stand in them, and rule-made ones."""
+"""Training episodes from real documents: people's questions, rule-made questions, and passages to continue."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from loracast.errors import TrainingError
 from loracast.scoring.episodes import Episode
 from loracast.training.episode_maker import EpisodeMaker
 
-Asked = list[tuple[str, str, FactSpan]]
-"""Questions with their answers and where the document says them."""
+Answered = list[tuple[str, str, FactSpan]]
+"""Questions with their answers and the statements that give them."""
 
 
-def answered_questions(rng: random.Random, document: QuestionedDocument, n: int) -> Asked:
-    """At most `n` of a document's questions whose answers it says, with the answers as it says them."""
+def answered_questions(rng: random.Random, document: QuestionedDocument, n: int) -> Answered:
+    """At most `n` of a document's questions whose answers stand in it, with the answers in the document's words."""
     spans = document.spans
     rng.shuffle(spans)
-    found = ((asked.question, find_answer(document.text, asked.question, asked.answers)) for asked in spans[:n])
-    return [(question, stated.value, stated) for question, stated in found if stated is not None]
+    found = ((span.question, find_answer(document.text, span.question, span.answers)) for span in spans[:n])
+    return [(question, fact.value, fact) for question, fact in found if fact is not None]
 
 
 @dataclass(frozen=True)
-class _Shelf:
-    """Documents of one number of chunks, and how many questions each has to ask."""
+class _Group:
+    """Documents with the same number of chunks, weighted by their numbers of questions."""
 
     n_chunks: int
     documents: list[QuestionedDocument]
@@ -38,7 +38,7 @@ class _Shelf:
 
 
 class DocumentSource:
-    """Documents by their number of chunks, so that those of one step need hardly any padding."""
+    """Draws documents with questions; those of one step have the same number of chunks, so they need hardly any padding."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class DocumentSource:
         max_questions: int,
         reading_chunk_tokens: int,
     ):
-        """Raises TrainingError where no document fits."""
+        """Raises TrainingError if no document fits."""
         self.maker, self.max_chunk_tokens, self.max_questions = maker, max_chunk_tokens, max_questions
         self.reading_chunk_tokens = reading_chunk_tokens
         if not any(self._n_spans(document) for document in documents):
@@ -65,34 +65,28 @@ class DocumentSource:
             raise TrainingError(
                 f"no document has {max_chunks * max_chunk_tokens} tokens or fewer; raise data.max_chunks"
             )
-        self._shelves = [_Shelf(n, some, [self._n_spans(d) for d in some]) for n, some in sorted(by_chunks.items())]
+        self._groups = [_Group(n, some, [self._n_spans(d) for d in some]) for n, some in sorted(by_chunks.items())]
 
     def asked_by_people(self, rng: random.Random, n_questions: int, n_tokens: int) -> list[Episode]:
-        """Documents with people's questions: about `n_questions` in all, of at most `n_tokens` tokens in all."""
-
-        def said(rng: random.Random, document: QuestionedDocument) -> Asked:
-            return answered_questions(rng, document, self.max_questions)
-
-        shelf = rng.choices(self._shelves, [sum(shelf.weights) for shelf in self._shelves])[0]
-        # By their questions: who reads a document for the sake of one learns little in a step.
-        return self._step(rng, n_questions, n_tokens, shelf, shelf.weights, said, "questions")
+        """Documents with people's questions: about `n_questions` in all, on documents of at most `n_tokens` tokens in all."""
+        # Weighted by questions: a document that is read for a single question teaches little in a step.
+        group = rng.choices(self._groups, [sum(group.weights) for group in self._groups])[0]
+        return self._step(rng, n_questions, n_tokens, group, group.weights, answered_questions, "questions")
 
     def asked_by_rule(self, rng: random.Random, n_questions: int, n_tokens: int) -> list[Episode]:
         """The same with rule-made questions."""
 
-        def clozes(rng: random.Random, document: QuestionedDocument) -> Asked:
-            made = make_clozes(rng, document.text, self.max_questions)
-            return [(cloze.question, cloze.answer, cloze.stated) for cloze in made]
+        def clozes(rng: random.Random, document: QuestionedDocument, n: int) -> Answered:
+            return [(cloze.question, cloze.answer, cloze.fact) for cloze in make_clozes(rng, document.text, n)]
 
-        shelf = rng.choices(self._shelves, [len(shelf.documents) for shelf in self._shelves])[0]
-        return self._step(rng, n_questions, n_tokens, shelf, None, clozes, "cloze")
+        return self._step(rng, n_questions, n_tokens, self._any_group(rng), None, clozes, "cloze")
 
     def read(self, rng: random.Random, n_passages: int, n_tokens: int) -> list[Episode]:
-        """Documents with passages to continue word for word: about `n_passages` in all, of at most `n_tokens` tokens in all."""
-        shelf = rng.choices(self._shelves, [len(shelf.documents) for shelf in self._shelves])[0]
-        n_documents = max(1, n_tokens // (shelf.n_chunks * self.max_chunk_tokens))
+        """Documents with passages to continue word for word: about `n_passages` in all, `n_tokens` as above."""
+        group = self._any_group(rng)
+        n_documents = self._n_documents(group, n_tokens)
         episodes: list[Episode] = []
-        for document in rng.choices(shelf.documents, k=20 * n_documents):  # some are too short
+        for document in rng.choices(group.documents, k=20 * n_documents):  # some are too short
             if len(episodes) == n_documents:
                 break
             texts = self.maker.chunk_texts(document.text, self.reading_chunk_tokens)
@@ -105,6 +99,12 @@ class DocumentSource:
             raise TrainingError("the documents are too short to continue their passages; leave data.reading_share at 0")
         return episodes
 
+    def _any_group(self, rng: random.Random) -> _Group:
+        return rng.choices(self._groups, [len(group.documents) for group in self._groups])[0]
+
+    def _n_documents(self, group: _Group, n_tokens: int) -> int:
+        return max(1, n_tokens // (group.n_chunks * self.max_chunk_tokens))
+
     def _n_spans(self, document: QuestionedDocument) -> int:
         return min(self.max_questions, len(document.spans))
 
@@ -113,28 +113,28 @@ class DocumentSource:
         rng: random.Random,
         n_questions: int,
         n_tokens: int,
-        shelf: _Shelf,
+        group: _Group,
         weights: Sequence[int] | None,
-        ask: Callable[[random.Random, QuestionedDocument], Asked],
+        ask: Callable[[random.Random, QuestionedDocument, int], Answered],
         task: str,
     ) -> list[Episode]:
-        n_documents = max(1, n_tokens // (shelf.n_chunks * self.max_chunk_tokens))
+        n_documents = self._n_documents(group, n_tokens)
         episodes: list[Episode] = []
         seen: set[str] = set()
         n_asked = 0
         asks_unrelated = self.maker.asks_unrelated(rng)
-        for document in rng.choices(shelf.documents, weights, k=20 * n_documents):
+        for document in rng.choices(group.documents, weights, k=20 * n_documents):
             if n_asked >= n_questions or len(episodes) >= n_documents:
                 break
-            asked = [] if document.doc_id in seen else ask(rng, document)
+            answered = [] if document.doc_id in seen else ask(rng, document, self.max_questions)
             seen.add(document.doc_id)
-            if asked:
+            if answered:
                 title = document.title if rng.random() < 0.5 else ""
                 texts = self.maker.chunk_texts(document.text, self.max_chunk_tokens, title)
-                pairs = [(question, answer) for question, answer, _ in asked]
+                pairs = [(question, answer) for question, answer, _ in answered]
                 questions = self.maker.questions(rng, pairs, document.text, asks_unrelated=asks_unrelated)
-                episodes.append(self.maker.episode(texts, questions, task, [stated for *_, stated in asked]))
-                n_asked += len(asked)
+                episodes.append(self.maker.episode(texts, questions, task, [fact for *_, fact in answered]))
+                n_asked += len(answered)
         if not episodes:
             raise TrainingError("the documents have no question whose answer stands in them")
         return episodes

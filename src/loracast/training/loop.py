@@ -1,7 +1,7 @@
-"""The one training loop: AdamW (or Muon on the matrices), warm-up, cosine, clipping, bf16 autocast, gradient accumulation.
+"""The training loop: AdamW with warm-up, a cosine or flat schedule, clipping and gradient accumulation; it resumes exactly.
 
-It knows neither documents nor questions: an objective turns a step's number into losses. It stops at a number of steps, at a wall-clock
-budget or at SIGTERM, saves all that a later run needs to go on exactly, and runs under `accelerate launch` and torchrun as it is.
+The loop knows neither documents nor questions: an objective turns the number of a step into a loss. It stops after a number of steps, at a
+wall-clock budget or at SIGTERM, and runs under `accelerate launch` and torchrun as it is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,16 +26,12 @@ from loracast.training.runtime import Workers
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train; what to train on is the objective's matter."""
+    """How to train, whatever the data and the objective are."""
 
     steps: int = 1000
-    """Optimizer steps in all; with a cosine schedule also its length."""
+    """Number of optimizer steps; a cosine schedule ends there."""
     lr: float = 5e-4
-    """Peak learning rate of AdamW."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Muon orthogonalises the updates of the matrices and leaves the rest to AdamW."""
-    muon_lr: float = 0.01
-    """Peak learning rate of Muon."""
+    """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's decay rates."""
     weight_decay: float = 0.0
@@ -43,7 +39,7 @@ class TrainConfig:
     warmup_steps: int = 50
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: down to a tenth of the peak over `steps`, or flat."""
+    """After the warm-up the rate falls to a tenth of the peak over `steps`, or stays."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
     accumulate: int = 1
@@ -57,7 +53,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights."""
     bf16: bool = True
-    """Compute the hypernetwork's matmuls in bf16 (weights and optimizer stay fp32)."""
+    """Whether the forward pass runs under bf16 autocast; weights and optimizer stay fp32."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.accumulate < 1 or self.log_every < 1:
@@ -79,30 +75,18 @@ _DIVERGED = (
 
 Objective = Callable[[int, int], tuple[Tensor, dict[str, float]]]
 """(step, micro-batch) -> loss, and figures to log."""
+OnMetrics = Callable[[dict[str, float]], None]
+"""Receives each line of metrics."""
 
 
-def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW on everything, or Muon on the matrices inside the network and AdamW on embeddings, norms, scalers and stacked heads."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    matrices = [
-        p
-        for name, p in trainable
-        if config.optimizer == "muon" and p.ndim == 2 and "latents" not in name and id(p) not in tables
-    ]
-    others = [p for _, p in trainable if not any(p is matrix for matrix in matrices)]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-    ]
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original")
-        )
-    return optimizers
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW on all parameters that are trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
 class Stop:
-    """Turns SIGTERM and SIGINT into a request to stop after the step in hand."""
+    """Turns SIGTERM and SIGINT into a request to stop after the current step."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -112,7 +96,7 @@ class Stop:
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._previous[number] = signal.signal(number, self._request)
-            except ValueError:  # not the main thread: whoever runs the thread decides when it stops
+            except ValueError:  # not the main thread: the thread's owner decides when it stops
                 break
         return self
 
@@ -122,7 +106,7 @@ class Stop:
 
     def _request(self, number: int, _: object) -> None:
         if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: no waiting for the step, the last checkpoint stays
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step; the last checkpoint stays
         self.requested = True
 
 
@@ -134,52 +118,48 @@ def train(
     *,
     save_model: Callable[[Path], None],
     settings: Mapping[str, Any] | None = None,
-    on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
+    on_metrics: OnMetrics = lambda metrics: None,
     workers: Workers | None = None,
 ) -> dict[str, float]:
-    """Train `model` on `objective`; go on where `out_dir` holds the state of an earlier run with the same settings.
+    """Train `model` on `objective`; resume where `out_dir` holds the state of an earlier run with the same settings.
 
-    Writes `metrics.jsonl`, `state.json` and `state-<step>/` into `out_dir`, and the model through `save_model(out_dir)` beside every state.
+    Writes `metrics.jsonl`, `state.json` and `state-<step>/` into `out_dir`, and the model with `save_model(out_dir)` beside every state.
 
     Returns:
         the last metrics.
 
     Raises:
-        TrainingError: a state of other settings, or a loss or gradient that is not finite (the last good state stays).
+        TrainingError: the state has other settings, or a loss or gradient is not finite (the last good state stays).
     """
     workers = workers or Workers.join(next(model.parameters()).device.type)
     out_dir.mkdir(parents=True, exist_ok=True)
-    optimizers = make_optimizers(model, config)
+    optimizer = make_optimizer(model, config)
     fixed = resumable_settings(config, settings)
-    step, elapsed_before_s = load_state(out_dir, model, optimizers, settings=fixed)
+    step, elapsed_before_s = load_state(out_dir, model, optimizer, settings=fixed)
     started_s = last_save_s = time.monotonic()
-    seen: dict[str, list[float]] = {}
+    figures = _Means()
     last = _resume_metrics(out_dir / "metrics.jsonl", step) if workers.is_first else {}
 
     def save() -> None:
         if workers.is_first:
             save_model(out_dir)
             elapsed_s = elapsed_before_s + time.monotonic() - started_s
-            save_state(out_dir, model, optimizers, step, elapsed_s, settings=fixed)
+            save_state(out_dir, model, optimizer, step, elapsed_s, settings=fixed)
 
     with Stop() as stop, open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as log:
         while step < config.steps:
             is_over = config.budget_s is not None and time.monotonic() - started_s > config.budget_s
             if workers.any(stop.requested or is_over):
                 break
-            figures = _optimizer_step(model, objective, optimizers, config, step)
+            figures.add(_optimizer_step(model, objective, optimizer, config, step))
             step += 1
-            for name, value in figures.items():
-                seen.setdefault(name, []).append(value)
             if step % config.log_every == 0 or step == config.steps:
                 elapsed_s = elapsed_before_s + time.monotonic() - started_s
-                last = {"step": step, "elapsed_s": round(elapsed_s, 1)}
-                last |= _means(seen)
+                last = {"step": step, "elapsed_s": round(elapsed_s, 1), **figures.take()}
                 if workers.is_first:
                     log.write(json.dumps(last) + "\n")
                     log.flush()
                     on_metrics(last)
-                seen = {}
             if time.monotonic() - last_save_s > config.save_every_s:
                 save()
                 last_save_s = time.monotonic()
@@ -188,32 +168,46 @@ def train(
 
 
 def _optimizer_step(
-    model: nn.Module, objective: Objective, optimizers: Iterable[torch.optim.Optimizer], config: TrainConfig, step: int
+    model: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer, config: TrainConfig, step: int
 ) -> dict[str, float]:
-    """One update from `accumulate` batches; the learning rates follow the schedule."""
-    seen: dict[str, list[float]] = {}
+    """Update the model once from `accumulate` batches, at the learning rate of the schedule."""
+    means = _Means()
     for micro in range(config.accumulate):
         loss, others = objective(step, micro)
         if not torch.isfinite(loss):
             raise TrainingError(f"the loss of step {step} is {loss.item()}; {_DIVERGED}")
         (loss / config.accumulate).backward()
-        for name, value in {"loss": loss.item(), **others}.items():
-            seen.setdefault(name, []).append(value)
-    figures = _means(seen)
+        means.add({"loss": loss.item(), **others})
+    figures = means.take()
     figures["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm).item()
     if not math.isfinite(figures["grad_norm"]):  # an update would ruin the weights, and the next checkpoint with them
         raise TrainingError(f"the gradient of step {step} is not finite; {_DIVERGED}")
-    for optimizer in optimizers:
-        peak = config.muon_lr if isinstance(optimizer, torch.optim.Muon) else config.lr
-        for group in optimizer.param_groups:
-            group["lr"] = peak * config.lr_factor(step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * config.lr_factor(step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return figures
 
 
+class _Means:
+    """Mean of each figure over the batches that had it."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._values.setdefault(name, []).append(value)
+
+    def take(self) -> dict[str, float]:
+        """The means so far; the count starts anew."""
+        means = {name: sum(values) / len(values) for name, values in self._values.items()}
+        self._values = {}
+        return means
+
+
 def _resume_metrics(path: Path, step: int) -> dict[str, float]:
-    """Drop what a killed run logged after its last checkpoint, half a line included. Returns the last metrics kept."""
+    """Drop the lines that a killed run logged after its last checkpoint, half a line included. Returns the last line kept."""
     if not path.is_file():
         return {}
     kept = []
@@ -228,13 +222,8 @@ def _resume_metrics(path: Path, step: int) -> dict[str, float]:
     return kept[-1] if kept else {}
 
 
-def _means(seen: dict[str, list[float]]) -> dict[str, float]:
-    """The mean of each figure over the batches that had it."""
-    return {name: sum(values) / len(values) for name, values in seen.items()}
-
-
 def resumable_settings(config: TrainConfig, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The settings that a resumed run must share, in JSON's types; how long to run and how often to save may change."""
+    """The settings that a resumed run must share, in JSON's types; duration and intervals may change."""
     free = {"budget_s", "save_every_s", "log_every"}
     if config.schedule == "constant":
         free.add("steps")  # nothing depends on where it ends

@@ -1,6 +1,4 @@
-"""What an associative memory is told beside the answers' own loss: which tokens to write, where to look for their keys, and whether the
-keys find them.
-"""
+"""Losses of an associative memory beside the answers' own loss: which tokens it writes, and whether its keys retrieve them."""
 
 from __future__ import annotations
 
@@ -14,57 +12,57 @@ from torch.nn import functional
 from loracast.hypernets.memory import END, OWNER, MemoryWrites
 from loracast.scoring.episodes import Batch
 
-_SHARPNESS = 10.0  # of finding: what a key's response, of about 1 a module, is worth in nats
+_SHARPNESS = 10.0  # inverse temperature of retrieval: a key's response is about 1 in each module
 
 
 @dataclass(frozen=True)
 class MemoryLosses:
-    """How well a memory chose what to write, and its keys find it, against the marks of a batch."""
+    """Write loss and retrieval loss against the token labels of a batch."""
 
-    loss: Tensor | None = None  # gates, places, looks and finding; None without a memory or marks
-    figures: dict[str, float] = field(default_factory=dict)
+    loss: Tensor | None = None  # their sum; None without a memory or labels
+    figures: dict[str, float] = field(default_factory=dict)  # to log
 
 
 def write_loss(writes: MemoryWrites, batch: Batch) -> MemoryLosses:
-    """Cross-entropy of a memory's gates over all tokens, and of its places and of where two heads look, against the marks."""
-    if not len(batch.marks):
+    """Cross-entropy of the write gates over all tokens, and of the places and the two pointer heads at labelled tokens."""
+    if not len(batch.token_labels):
         return MemoryLosses()
-    rows, tokens, gates, owners, places, ends, _ = batch.marks.unbind(1)
+    rows, tokens, gates, owners, places, ends, _ = batch.token_labels.unbind(1)
     wanted = torch.zeros_like(writes.gate_logits)
     wanted[rows, tokens, gates] = 1
     real = batch.chunk_mask.bool()
     logits, wanted = writes.gate_logits[real], wanted[real]  # [tokens, gates]
     loss = functional.binary_cross_entropy_with_logits(logits, wanted)
-    opened = logits > 0
-    hits = (opened & (wanted > 0)).sum().item()
+    is_open = logits > 0
+    hits = (is_open & (wanted > 0)).sum().item()
     at_places = writes.place_logits[rows, tokens]  # [m, places]
     loss = loss + functional.cross_entropy(at_places, places.clamp_max(at_places.shape[1] - 1))
     figures = {
         "gate_recall": hits / max(1, int(wanted.sum())),
-        "gate_precision": hits / max(1, int(opened.sum())),
+        "gate_precision": hits / max(1, int(is_open.sum())),
     }
-    for name, head, looked_for in (("owner", OWNER, owners), ("end", END, ends)):
-        known = looked_for >= 0
+    for name, head, pointed_at in (("owner", OWNER, owners), ("end", END, ends)):
+        known = pointed_at >= 0
         if known.any():
             scores = writes.pointer_scores[rows[known], head, tokens[known]]  # [m, t]
-            loss = loss + functional.cross_entropy(scores, looked_for[known])
-            figures[f"{name}_accuracy"] = (scores.argmax(-1) == looked_for[known]).float().mean().item()
+            loss = loss + functional.cross_entropy(scores, pointed_at[known])
+            figures[f"{name}_accuracy"] = (scores.argmax(-1) == pointed_at[known]).float().mean().item()
     return MemoryLosses(loss, figures)
 
 
 def retrieval_loss(
     keys: Mapping[str, tuple[Tensor, Tensor]], writes: MemoryWrites, batch: Batch
 ) -> tuple[Tensor, float] | None:
-    """Cross-entropy of finding, at each token of an answer, the token of the document that it repeats among all that were written.
+    """Cross-entropy of retrieving, at each token of an answer, the document token that it repeats, among all tokens written.
 
-    The answers' own loss asks for the same by way of all that the base does with what it finds; this asks the keys alone. The
-    first tokens, which decide whose answer it is, have half of the weight.
+    The answers' own loss asks for the same through all later layers of the base; this loss asks the keys alone. First tokens,
+    which decide whose answer it is, have half of the weight.
 
     Args:
-        keys: by module the keys that were written, A [d, k * r, in], and what enters where the answers are predicted [n, in].
+        keys: by module the written keys A [d, k * r, in], and its inputs where answer tokens are predicted [n, in].
 
     Returns:
-        the loss, and the share of tokens that are found; None where no mark says what an answer repeats.
+        the loss, and the share of tokens that are retrieved; None where no label says what an answer repeats.
     """
     assert writes.tokens is not None and writes.weights is not None
     k, rank = batch.chunks_per_document, next(iter(keys.values()))[0].shape[1] // batch.chunks_per_document
@@ -76,30 +74,27 @@ def retrieval_loss(
     starts = is_first.nonzero().squeeze(1)  # [questions] the first answer token of each
     first_question = torch.searchsorted(batch.answer_rows[starts], torch.arange(len(tokens), device=tokens.device))
     lengths = torch.bincount(batch.answer_question)
-    rows, marked, _, _, places, _, statements = batch.marks.unbind(1)
+    rows, labelled, _, _, places, _, statements = batch.token_labels.unbind(1)
     documents = rows // k
     questions = first_question[documents] + statements
-    answers = starts[questions] + places  # [marks] the answer token that repeats the mark's
-    written = (tokens[documents] == marked[:, None]) & (chunk == (rows % k)[:, None])  # [marks, k * r]
+    answers = starts[questions] + places  # [m] the answer token that repeats the labelled one
+    written = (tokens[documents] == labelled[:, None]) & (chunk == (rows % k)[:, None])  # [m, k * r]
     is_asked = written.any(1) & (places < lengths[questions])
     if not is_asked.any():
         return None
     documents, answers, written = documents[is_asked], answers[is_asked], written[is_asked]
     scores = torch.zeros(written.shape, device=tokens.device)
     for weight, (a, x) in zip(writes.weights, keys.values(), strict=True):
-        of_all = (x[answers] @ a.to(x.dtype).flatten(0, 1).T).unflatten(1, (-1, k * rank))  # [marks, d, k * r]
+        of_all = (x[answers] @ a.to(x.dtype).flatten(0, 1).T).unflatten(1, (-1, k * rank))  # [m, d, k * r]
         scores = scores + weight * of_all[torch.arange(len(answers), device=tokens.device), documents].float()
-    # What says the same is no mistake.
+    # Retrieving another token with the same id is no mistake.
     row = documents[:, None] * k + chunk
-    said = batch.chunk_ids[row, tokens[documents].clamp_min(0)]  # [marks, k * r] the ids of the tokens written
+    ids = batch.chunk_ids[row, tokens[documents].clamp_min(0)]  # [m, k * r] of the written tokens
     wanted = written.int().argmax(1)
-    same = (said == said.gather(1, wanted[:, None])) & ~written
-    scores = (_SHARPNESS * len(keys) * scores).masked_fill(
-        same | (tokens[documents] < 0), torch.finfo(scores.dtype).min
-    )
+    same = (ids == ids.gather(1, wanted[:, None])) & ~written
+    lowest = torch.finfo(scores.dtype).min
+    scores = (_SHARPNESS * len(keys) * scores).masked_fill(same | (tokens[documents] < 0), lowest)
     losses = functional.cross_entropy(scores, wanted, reduction="none")
-    is_first_token = places[is_asked] == 0
-    weights = torch.where(
-        is_first_token, 1 / is_first_token.sum().clamp_min(1), 1 / (~is_first_token).sum().clamp_min(1)
-    )
+    is_start = places[is_asked] == 0
+    weights = torch.where(is_start, 1 / is_start.sum().clamp_min(1), 1 / (~is_start).sum().clamp_min(1))
     return (weights * losses).sum() / weights.sum(), (scores.argmax(1) == wanted).float().mean().item()

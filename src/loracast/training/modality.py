@@ -1,8 +1,8 @@
-"""Train the document hypernetwork on another sense: what an encoder sees of an image (or a signal) becomes a LoRA, and the text-only base is asked."""
+"""Train the document hypernetwork on another modality: the features of an image become a LoRA for the text-only base."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,21 +18,21 @@ from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.lora.target import target_from_config
 from loracast.scoring.episodes import pack
 from loracast.scoring.likelihood import score_answers
-from loracast.training.loop import TrainConfig
+from loracast.training.loop import OnMetrics, TrainConfig
 from loracast.training.modality_source import ModalityDataConfig, ModalitySource
 from loracast.training.recipe import read_recipe_as
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
 from loracast.training.teacher import Distillation, Teacher
 
-_THINGS_FOR_UNITS = 256
+_EXAMPLES_FOR_UNITS = 256
 _OPTIONS = {"width", "rank", "n_heads", "n_kv_heads", "head_dim", "n_decoder_blocks", "n_encoder_blocks", "n_latents", "n_latent_mlps",
             "gated_projection", "factorised_queries", "head_shared_rank", "static_rank", "static_modules_rank", "scale"}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class SenseRecipe:
-    """One training run, as a TOML file with the tables `[hypernetwork]`, `[objective]`, `[data]` and `[training]` says it."""
+class ModalityRecipe:
+    """One training run, as the tables `[hypernetwork]`, `[objective]`, `[data]` and `[training]` of a TOML file."""
 
     kinds: tuple[str, ...] = ("down_proj",)
     """Module kinds that receive a LoRA."""
@@ -41,23 +41,27 @@ class SenseRecipe:
     hypernetwork: Mapping[str, Any] = field(default_factory=dict)
     """Options of DocToLoRAConfig."""
     kl_to_base_weight: float = 1.0
-    """Weight of the divergence from the plain base on questions that have nothing to do with what is sensed."""
+    """Weight of the divergence from the plain base on unrelated questions."""
     data: ModalityDataConfig = field(default_factory=ModalityDataConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
-    asked: frozenset[str] = frozenset()
-    """Keys of the table `[hypernetwork]` that were given: `--init-from` leaves no room for any."""
+    given: frozenset[str] = frozenset()
+    """Keys that the table `[hypernetwork]` has; with `--init-from` there must be none."""
 
 
-def read_sense_recipe(path: Path | None, overrides: tuple[str, ...] | list[str] = ()) -> SenseRecipe:
-    """A recipe from a TOML file, changed by overrides such as `training.lr=2e-4`. Raises ConfigError as `read_tables` does."""
+def read_modality_recipe(path: Path | None, overrides: Sequence[str] = ()) -> ModalityRecipe:
+    """Read a recipe from a TOML file, changed by overrides such as `training.lr=2e-4`. Raises ConfigError as `read_tables`."""
     return read_recipe_as(
-        SenseRecipe, path, overrides,
-        architecture=_OPTIONS, ours=("kinds", "layers"), objective={"kl_to_base_weight"}, data=ModalityDataConfig,
-    )  # fmt: skip
+        ModalityRecipe,
+        path,
+        overrides,
+        hypernetwork=_OPTIONS,
+        fields=("kinds", "layers"),
+        objective={"kl_to_base_weight"},
+    )
 
 
-def build_sense_hypernet(base: Base, recipe: SenseRecipe, encoder: Encoder, source: ModalitySource) -> DocToLoRA:
-    """A fresh hypernetwork for a base and an encoder, its units measured on the data."""
+def build_modality_hypernet(base: Base, recipe: ModalityRecipe, encoder: Encoder, source: ModalitySource) -> DocToLoRA:
+    """A fresh hypernetwork for a base and an encoder, its input units measured on the data."""
     torch.manual_seed(recipe.training.seed)
     target = target_from_config(base.model.config, recipe.kinds, recipe.layers)
     config = DocToLoRAConfig.for_target(
@@ -65,14 +69,15 @@ def build_sense_hypernet(base: Base, recipe: SenseRecipe, encoder: Encoder, sour
         encoder=encoder.name, encoder_fingerprint=encoder.fingerprint, reader_layers=(0,), **recipe.hypernetwork,
     )  # fmt: skip
     hypernet = DocToLoRA(config)
-    some = torch.linspace(0, len(source.states) - 1, min(_THINGS_FOR_UNITS, len(source.states))).long()
-    hypernet.standardise(source.states[some].float().flatten(0, 1))
+    n = len(source.states)
+    chosen = torch.linspace(0, n - 1, min(_EXAMPLES_FOR_UNITS, n)).long()
+    hypernet.standardise(source.states[chosen].float().flatten(0, 1))
     return hypernet
 
 
-def train_sense(
+def train_modality(
     base: Base,
-    recipe: SenseRecipe,
+    recipe: ModalityRecipe,
     labelled: Labelled,
     encoder: Encoder,
     out_dir: Path,
@@ -81,25 +86,24 @@ def train_sense(
     command: str = "",
     workers: Workers | None = None,
     on_encoded: Callable[[int, int], None] = lambda done, total: None,
-    on_metrics: Callable[[dict[str, float]], None] = lambda metrics: None,
+    on_metrics: OnMetrics = lambda metrics: None,
 ) -> dict[str, float]:
-    """Train a hypernetwork for `base` and `encoder`, or go on where `out_dir` has a run with the same settings; the last metrics.
+    """Train a hypernetwork for `base` and `encoder`, or resume the run in `out_dir`. Returns the last metrics.
 
     Args:
-        init_from: a hypernetwork folder whose weights a fresh run starts from (its config is used, and the recipe's `[hypernetwork]` table must
-            be empty).
-        on_encoded: told how many things have been encoded, where that has not been done before.
+        init_from: hypernetwork folder whose weights and config a fresh run starts from; the recipe's `[hypernetwork]` must be empty.
+        on_encoded: receives (done, total) while examples are encoded for the first time.
     """
     workers = workers or Workers.join(base.device.type)
     made = ModalitySource(recipe.data, labelled, encoder, base.chat, progress=on_encoded) if workers.is_first else None
     workers.any(False)  # the others wait for the features
     source = made or ModalitySource(recipe.data, labelled, encoder, base.chat)
     if init_from is not None:
-        hypernet = start_from(init_from, DocToLoRA, base, recipe.asked)
+        hypernet = start_from(init_from, DocToLoRA, base, recipe.given)
         c = hypernet.config
         check_encoder(c.encoder, c.encoder_fingerprint, c.d_features, encoder)
     else:
-        hypernet = build_sense_hypernet(base, recipe, encoder, source)
+        hypernet = build_modality_hypernet(base, recipe, encoder, source)
     hypernet.to(workers.device).train()
     wrapped = workers.wrap(hypernet)
     distillation = Distillation(Teacher(base.model, base.pad_id), None)
@@ -110,17 +114,17 @@ def train_sense(
         batch = pack(distillation.with_soft_targets(episodes), base.pad_id).to(workers.device)
         with torch.autocast(workers.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext():
             cast = wrapped(features.to(workers.device))
-            seen = score_answers(base.model, cast.loras, batch)
-        harm = seen.kl_to_base
-        total = seen.loss if harm is None else seen.loss + recipe.kl_to_base_weight * harm
-        figures = {"answer_loss": seen.loss.item(), "exact": seen.exact, "token_accuracy": seen.token_accuracy}
-        if harm is not None:
-            figures["kl_to_base"] = harm.item()
-        return total, {**figures, "questions": batch.n_questions, "tokens": batch.n_tokens}
+            scores = score_answers(base.model, cast.loras, batch)
+        loss, kl = scores.loss, scores.kl_to_base
+        figures = {"answer_loss": loss.item(), "exact": scores.exact, "token_accuracy": scores.token_accuracy}
+        if kl is not None:
+            loss = loss + recipe.kl_to_base_weight * kl
+            figures["kl_to_base"] = kl.item()
+        return loss, {**figures, "questions": batch.n_questions, "tokens": batch.n_tokens}
 
     about = {
         "data": {**asdict(recipe.data), "unrelated": [Path(name).name for name in recipe.data.unrelated]},
-        "things": labelled.fingerprint,
+        "examples": labelled.fingerprint,
         "encoder": encoder.fingerprint,
     }
     return train_hypernet(

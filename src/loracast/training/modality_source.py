@@ -1,4 +1,4 @@
-"""Training episodes of another sense: features of things that were sensed, computed once, and questions about them."""
+"""Training episodes of another modality: features of labelled examples, computed once, and questions about them."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ from loracast.paths import features_dir
 from loracast.scoring.episodes import Episode, Question
 from loracast.training.episode_maker import UNRELATED_SHARE
 
-_AT_ONCE = 16
+_BATCH = 16  # examples that are encoded at once
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """What can be asked of a thing besides what it is."""
+    """A property that can be asked for besides the class."""
 
     name: str
     train: tuple[str, ...]
     """Wordings of the question."""
     test: str
     answers: Mapping[str, str]
-    """By class."""
+    """Answer by class."""
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """All answers that there are."""
+        """All different answers."""
         return tuple(dict.fromkeys(self.answers.values()))
 
 
 @dataclass(frozen=True)
 class Wordings:
-    """What is asked about a sense."""
+    """The questions about examples of a modality."""
 
     train: tuple[str, ...]
     test: str
     unseen: str
-    """A wording that no training has."""
+    """A wording that training never has."""
     attributes: tuple[Attribute, ...]
 
 
 @cache
-def wordings(sense: str) -> Wordings:
-    """Of content/senses.toml."""
-    text = (files("loracast.data") / "content" / "senses.toml").read_text(encoding="utf-8")
-    of = tomllib.loads(text)[sense]
+def wordings(modality: str) -> Wordings:
+    """Read the questions about a modality from content/modalities.toml."""
+    text = (files("loracast.data") / "content" / "modalities.toml").read_text(encoding="utf-8")
+    table = tomllib.loads(text)[modality]
     attributes = [
         Attribute(
             name,
@@ -67,27 +67,27 @@ def wordings(sense: str) -> Wordings:
             given["test"],
             {cls: answer for answer, classes in given["answers"].items() for cls in classes},
         )
-        for name, given in of.get("attributes", {}).items()
+        for name, given in table.get("attributes", {}).items()
     ]
-    return Wordings(tuple(of["train"]), of["test"], of["unseen_wording"], tuple(attributes))
+    return Wordings(tuple(table["train"]), table["test"], table["unseen_wording"], tuple(attributes))
 
 
 @dataclass(frozen=True)
 class ModalityDataConfig:
-    """What the episodes of a training look like."""
+    """What the steps of a training look like."""
 
     seed: int = 0
     """Seed of the data."""
     examples_per_step: int = 32
-    """Images (or signals) in one step, each with a LoRA of its own."""
+    """Examples in one step, each cast into its own LoRA."""
     questions_per_example: int = 2
-    """Questions about each."""
+    """Questions about each example."""
     attribute_share: float = 0.5
-    """Share of the questions after the first one that ask for an attribute, where there are any, in place of the class."""
+    """Share of the questions after the first one that ask for an attribute, if there is one, instead of the class."""
     with_held_out_classes: bool = False
-    """Train on spare classes too."""
+    """Whether held-out classes are trained on too."""
     unrelated: tuple[str, ...] = ()
-    """Files of questions that have nothing to do with any image, which the base shall answer as it does without one."""
+    """Files of questions unrelated to any example; the base shall answer them as it does without a LoRA."""
 
     def __post_init__(self) -> None:
         if min(self.examples_per_step, self.questions_per_example) < 1 or not 0 <= self.attribute_share <= 1:
@@ -98,24 +98,24 @@ class ModalityDataConfig:
 
 def encoded(
     labelled: Labelled,
-    places: Sequence[int],
+    indices: Sequence[int],
     encoder: Encoder,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
-    """The features of some things [n, t, d] in bf16, computed once and kept in the cache: mapped from there, not held in memory."""
+    """Features of some examples [n, t, d] in bf16, computed once and memory-mapped from the cache."""
     from safetensors.torch import load_file, save_file
 
-    which = hashlib.sha256(f"{encoder.fingerprint}/{labelled.fingerprint}/{list(places)}".encode()).hexdigest()[:16]
-    path = features_dir() / f"{labelled.sense}-{which}.safetensors"
+    which = hashlib.sha256(f"{encoder.fingerprint}/{labelled.fingerprint}/{list(indices)}".encode()).hexdigest()[:16]
+    path = features_dir() / f"{labelled.modality}-{which}.safetensors"
     if not path.is_file():
         rows = []
-        for first in range(0, len(places), _AT_ONCE):
-            things = [labelled.load(i) for i in places[first : first + _AT_ONCE]]
-            rows.append(encode(encoder, things).states.bfloat16().cpu())
-            progress(min(first + _AT_ONCE, len(places)), len(places))
+        for first in range(0, len(indices), _BATCH):
+            examples = [labelled.load(i) for i in indices[first : first + _BATCH]]
+            rows.append(encode(encoder, examples).states.bfloat16().cpu())
+            progress(min(first + _BATCH, len(indices)), len(indices))
         if len({row.shape[1:] for row in rows}) != 1:
             raise TrainingError(
-                f"the encoder {encoder.name!r} gives different numbers of features for different things"
+                f"the encoder {encoder.name!r} gives different numbers of features for different examples"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}.tmp")
@@ -124,13 +124,13 @@ def encoded(
     return load_file(path)["states"]
 
 
-def encode(encoder: Encoder, things: Sequence[Any]) -> Features:
-    """Some things, as the encoder takes several at once."""
-    return encoder(torch.stack(list(things)) if isinstance(things[0], Tensor) else things)
+def encode(encoder: Encoder, examples: Sequence[Any]) -> Features:
+    """Encode a batch of examples; tensors are stacked first."""
+    return encoder(torch.stack(list(examples)) if isinstance(examples[0], Tensor) else examples)
 
 
 class ModalitySource:
-    """Draws the things of a step and what is asked about them; it depends on the seed and the step's number alone."""
+    """Draws the examples of a step and questions about them; a step depends on the seed and its number alone."""
 
     def __init__(
         self, config: ModalityDataConfig, labelled: Labelled, encoder: Encoder, chat: ChatFormat, **options: Any
@@ -140,16 +140,16 @@ class ModalitySource:
             options: of `encoded`.
         """
         self.config, self.chat = config, chat
-        self.wordings = wordings(labelled.sense)
-        places = list(range(len(labelled))) if config.with_held_out_classes else labelled.of(spare=False)
-        if len({labelled.labels[i] for i in places}) < 2:
-            raise TrainingError("things of at least two classes are needed to tell them apart")
-        self.states = encoded(labelled, places, encoder, **options)
-        self.names = [labelled.names[labelled.labels[i]] for i in places]
+        self.wordings = wordings(labelled.modality)
+        indices = list(range(len(labelled))) if config.with_held_out_classes else labelled.of(held_out=False)
+        if len({labelled.labels[i] for i in indices}) < 2:
+            raise TrainingError("examples of at least two classes are needed")
+        self.states = encoded(labelled, indices, encoder, **options)
+        self.names = [labelled.names[labelled.labels[i]] for i in indices]
         self._unrelated = read_unrelated(config.unrelated)
 
     def step(self, number: int, worker: int = 0) -> tuple[Features, list[Episode]]:
-        """The features of a step's things, and for each of them the questions."""
+        """The features of a step's examples, and an episode of questions for each."""
         rng = random.Random(f"{self.config.seed}/{worker}/{number}")
         drawn = rng.sample(range(len(self.names)), min(self.config.examples_per_step, len(self.names)))
         has_unrelated = bool(self._unrelated) and rng.random() < UNRELATED_SHARE
@@ -157,17 +157,17 @@ class ModalitySource:
         return Features(self.states[drawn].float()), episodes
 
     def _episode(self, rng: random.Random, name: str, has_unrelated: bool) -> Episode:
-        known = [attribute for attribute in self.wordings.attributes if name in attribute.answers]
+        attributes = [attribute for attribute in self.wordings.attributes if name in attribute.answers]
         questions: dict[str, Question] = {}
         while len(questions) < min(self.config.questions_per_example, len(self.wordings.train)):
-            if known and questions and rng.random() < self.config.attribute_share:
-                attribute = rng.choice(known)
-                asked, answer = rng.choice(attribute.train), attribute.answers[name]
+            if attributes and questions and rng.random() < self.config.attribute_share:
+                attribute = rng.choice(attributes)
+                question, answer = rng.choice(attribute.train), attribute.answers[name]
             else:
-                asked, answer = rng.choice(self.wordings.train), name
-            questions[asked] = Question(tuple(self.chat.prompt(asked, "")), tuple(self.chat.answer(answer)))
+                question, answer = rng.choice(self.wordings.train), name
+            questions[question] = Question(tuple(self.chat.prompt(question, "")), tuple(self.chat.answer(answer)))
         if has_unrelated:
-            asked, answer = rng.choice(self._unrelated)
+            question, answer = rng.choice(self._unrelated)
             reply = tuple(self.chat.reply(answer))
-            questions[asked] = Question(tuple(self.chat.prompt(asked, "")), reply, is_unrelated=True)
+            questions[question] = Question(tuple(self.chat.prompt(question, "")), reply, is_unrelated=True)
         return Episode((), tuple(questions.values()))

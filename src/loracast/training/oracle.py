@@ -1,7 +1,7 @@
-"""What generated adapters are measured by: LoRAs trained on the tasks themselves, with PEFT.
+"""Train oracles and the multi-task LoRA with PEFT: the references for LoRAs that are cast from descriptions.
 
 An **oracle** is trained on one task's examples: what a description could at best be worth. The **multi-task LoRA** is one LoRA for all
-training tasks, trained on the same rows in the same steps as Text-to-LoRA: what is left of it without descriptions. Its second form
+training tasks, trained on the same rows in the same steps as Text-to-LoRA: what remains of it without descriptions. Its second form
 has the description in every prompt.
 """
 
@@ -23,20 +23,20 @@ from loracast.library.manifest import check_name
 from loracast.lora.algebra import LoRA, concat
 from loracast.lora.peft_format import read_peft
 from loracast.scoring.episodes import Episode, Question
-from loracast.training.loop import TrainConfig
+from loracast.training.loop import OnMetrics, TrainConfig
 from loracast.training.peft_training import ABOUT, PeftConfig, read_about, train_lora
-from loracast.training.recipe import keys_of, read_tables
+from loracast.training.recipe import read_lora_recipe
 from loracast.training.task_source import TaskDataConfig, TaskSource
 
-_TOKENS_IN_A_ROW = 384  # a row's attention grows with its square
+_TOKENS_IN_A_ROW = 384  # the cost of attention grows with the square of a row's length
 
-OnMetrics = Callable[[str, dict[str, float]], None]
-"""(task, its latest figures)"""
+OnTaskMetrics = Callable[[str, dict[str, float]], None]
+"""Receives (task, its latest metrics)."""
 
 
 @dataclass(frozen=True)
 class OracleRecipe:
-    """One training, as a TOML file with the tables `[lora]`, `[data]` and `[training]` says it."""
+    """One training run, as the tables `[lora]`, `[data]` and `[training]` of a TOML file."""
 
     lora: PeftConfig = field(default_factory=PeftConfig)
     data: TaskDataConfig = field(
@@ -46,18 +46,14 @@ class OracleRecipe:
 
 
 MULTITASK = OracleRecipe(data=TaskDataConfig(), training=TrainConfig())
-"""Data and training as Text-to-LoRA has them where its recipe says nothing."""
+"""Default recipe of the multi-task LoRA: the data and training defaults of Text-to-LoRA."""
 
 
 def read_oracle_recipe(
     path: Path | None, overrides: Sequence[str] = (), default: OracleRecipe = OracleRecipe()
 ) -> OracleRecipe:
-    """A recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables` does."""
-    known = {"lora": keys_of(PeftConfig), "data": keys_of(TaskDataConfig), "training": keys_of(TrainConfig)}
-    tables = read_tables(path, overrides, known)
-    return OracleRecipe(
-        **{name: dataclasses.replace(getattr(default, name), **tables[name]) for name in ("lora", "data", "training")}
-    )
+    """Read a recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables`."""
+    return read_lora_recipe(default, path, overrides)
 
 
 def train_oracles(
@@ -68,18 +64,18 @@ def train_oracles(
     *,
     command: str = "",
     budget_s: float | None = None,
-    on_metrics: OnMetrics = lambda task, figures: None,
+    on_metrics: OnTaskMetrics = lambda task, figures: None,
 ) -> list[str]:
-    """Train an oracle for each task, one after the other, each in a folder of its name. Those that are done are left alone.
+    """Train an oracle for each task, one after the other, each in a folder of its name; finished oracles are skipped.
 
     Args:
-        budget_s: stop after this many seconds, also within a task; the same call goes on from there.
+        budget_s: stop after this many seconds, also within a task; the same call resumes there.
 
     Returns:
-        the names of those of the tasks whose oracles are there now.
+        the names of the tasks whose oracles are finished.
 
     Raises:
-        TrainingError: a task cannot be trained on (nothing is done then), or the library has an oracle of it that was trained otherwise.
+        TrainingError: a task cannot be trained on (then nothing is done), or its folder has an oracle with other settings.
     """
     if recipe.data.tasks_per_step != 1:
         raise TrainingError("an oracle learns one task; leave data.tasks_per_step at 1")
@@ -90,19 +86,19 @@ def train_oracles(
         if left_s is not None and left_s <= 0:
             break
         if not _train(base, recipe, source, library / name, command, left_s, partial(on_metrics, name)):
-            break  # asked to stop, or out of time
+            break  # stopped by a signal or the budget
     return [name for name in sources if (library / name / ABOUT).is_file()]
 
 
 def _sources(base: Base, recipe: OracleRecipe, tasks: Sequence[Task]) -> dict[str, TaskSource]:
-    """What each task is learned from, by its name. Raises TrainingError for all that cannot be, in one message."""
+    """The data of each task, by name. Raises TrainingError for all tasks that cannot be trained on, in one message."""
     sources: dict[str, TaskSource] = {}
     problems = []
     for task in tasks:
         try:
             check_name(task.name)
             sources[task.name] = TaskSource(recipe.data, [task], base.chat, heldout_too=True)
-            sources[task.name].short_enough(task)
+            sources[task.name].check_lengths()
         except TrainingError as error:
             problems.append(f"{task.name}: {error}" if task.train else f"{task.name}: no example to train on")
     if problems:
@@ -119,35 +115,34 @@ def train_multitask(
     described: bool = False,
     command: str = "",
     budget_s: float | None = None,
-    on_metrics: OnMetrics = lambda task, figures: None,
+    on_metrics: OnTaskMetrics = lambda task, figures: None,
 ) -> bool:
-    """Train one LoRA on all tasks that are not held out. True once it is done; until then the same call goes on.
+    """Train one LoRA on all tasks that are not held out, or resume. Returns whether it is finished.
 
     Args:
-        recipe: its defaults are an oracle's; `MULTITASK` has those of Text-to-LoRA.
-        described: the description that a step draws for a task stands in the prompts of its examples.
+        recipe: use `MULTITASK` for the defaults of Text-to-LoRA; the class's own defaults are an oracle's.
+        described: put the description that a step draws for a task into the prompts of its examples.
     """
-    source = TaskSource(recipe.data, tasks, base.chat, described=described, varied=described)
-    for task in source.tasks:
-        source.short_enough(task)
+    source = TaskSource(recipe.data, tasks, base.chat, described=described, augmented=described)
+    source.check_lengths()
     return _train(base, recipe, source, out_dir, command, budget_s, partial(on_metrics, out_dir.name), True)
 
 
 def read_oracle(folder: Path, base: Fingerprint) -> LoRA:
-    """A LoRA that one of these trainings made, checked against a base's fingerprint.
+    """Read a LoRA that `train_oracles` or `train_multitask` made for a base.
 
     Raises:
-        AdapterError: there is none, or it is not done.
+        AdapterError: there is none, or it is not finished.
     """
     _about(folder, base)
     return read_peft(folder)
 
 
 def read_multitask(folder: Path, base: Fingerprint, described: bool) -> LoRA:
-    """The same of a multi-task LoRA.
+    """Read a multi-task LoRA.
 
     Raises:
-        AdapterError: also where it is another: an oracle, or trained with descriptions and not without, or the other way round.
+        AdapterError: as `read_oracle`, or it is an oracle, or `described` differs.
     """
     settings = _about(folder, base)["settings"]
     if settings["described"] != described or not settings["is_multitask"]:
@@ -163,14 +158,14 @@ def _about(folder: Path, base: Fingerprint) -> dict[str, Any]:
 
 
 def average_of_oracles(library: Path, base: Fingerprint) -> LoRA | None:
-    """The mean of the deltas of a library's oracles, those of held-out tasks left out; None where there is none."""
+    """The mean of the deltas of a library's oracles, without those of held-out tasks; None if there is none."""
     folders = [library / name for name in oracles_in(library)]
     loras = [read_peft(folder) for folder in folders if not _about(folder, base)["settings"]["heldout"]]
     return concat([lora.scale(1 / len(loras)) for lora in loras]) if loras else None
 
 
 def oracles_in(library: Path) -> tuple[str, ...]:
-    """The names of the tasks whose oracles are done."""
+    """The names of the tasks whose oracles are finished."""
     return tuple(sorted(path.parent.name for path in library.glob(f"*/{ABOUT}")))
 
 
@@ -181,10 +176,9 @@ def _train(
     folder: Path,
     command: str,
     budget_s: float | None,
-    on_metrics: Callable[[dict[str, float]], None],
+    on_metrics: OnMetrics,
     is_multitask: bool = False,
 ) -> bool:
-    """Train one LoRA on tasks, or go on with it; whether it is done now."""
     about = {
         "data": dataclasses.asdict(source.config),
         "is_multitask": is_multitask,
@@ -200,7 +194,7 @@ def _train(
 
 
 def _rows(episodes: Sequence[Episode]) -> list[Episode]:
-    """The same questions in short rows: all of them have the same LoRA."""
+    """The same questions in shorter rows, since all of them have the same LoRA."""
     rows = []
     for episode in episodes:
         row: list[Question] = []

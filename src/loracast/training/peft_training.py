@@ -1,6 +1,6 @@
-"""LoRAs trained by gradient descent, with PEFT itself: the references that generated adapters are measured by.
+"""Train LoRAs by gradient descent with PEFT: the references for LoRAs that are cast.
 
-A folder of one holds PEFT's own files and `loracast.json`, which is written last: what it was trained on and how.
+The folder of such a LoRA holds PEFT's own files and `loracast.json`, which is written last.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from loracast.lora.algebra import LoRABatch
 from loracast.lora.target import target_from_config
 from loracast.scoring.episodes import Episode, pack
 from loracast.scoring.likelihood import score_answers
-from loracast.training.loop import TrainConfig, resumable_settings, train
+from loracast.training.loop import OnMetrics, TrainConfig, resumable_settings, train
 from loracast.training.runtime import Workers
 
 ABOUT = "loracast.json"
-"""Beside PEFT's files: what the LoRA was trained on and how. It is written last."""
+"""File beside PEFT's own: what the LoRA was trained on and how."""
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The LoRA itself, as PEFT is told."""
+    """Shape of the LoRA."""
 
     kinds: tuple[str, ...] = ("q_proj", "v_proj")
     """Module kinds that receive a LoRA."""
     layers: tuple[int, ...] | None = None
     """Layers that receive a LoRA; all if None."""
     rank: int = 8
-    """Rank."""
+    """Rank of the LoRA."""
     scale: float = 5.66
     """Factor on the delta; alpha is rank times this (published: 16 / sqrt(8))."""
 
@@ -56,17 +56,17 @@ def train_lora(
     about: Mapping[str, Any],
     command: str = "",
     budget_s: float | None = None,
-    on_metrics: Callable[[dict[str, float]], None] = lambda figures: None,
+    on_metrics: OnMetrics = lambda figures: None,
 ) -> bool:
-    """Train one LoRA, or go on with it; whether it is done now.
+    """Train one LoRA, or resume. Returns whether it is finished.
 
     Args:
-        episodes: the rows of a step (of each of its `accumulate` parts), by its number: the same for the same number.
-        about: what is trained on; a folder with a LoRA that was trained on something else is left alone.
-        budget_s: stop after this many seconds; the same call goes on from there.
+        episodes: number of a batch -> its rows; always the same for the same number.
+        about: what is trained on; it is recorded, and a folder with other values is refused.
+        budget_s: stop after this many seconds; the same call resumes there.
 
     Raises:
-        TrainingError: the folder has a LoRA that was trained otherwise, or several workers were started.
+        TrainingError: the folder has a LoRA with other settings, or several workers were started.
     """
     if Workers.join(base.device.type).n > 1:
         raise TrainingError("LoRAs of this kind are trained by one process; start it without a launcher")
@@ -77,19 +77,19 @@ def train_lora(
         differing = sorted(k for k, v in settings.items() if stored.get("settings", {}).get(k) != v)
         if differing:
             raise TrainingError(
-                f"{folder} holds a LoRA that was trained otherwise ({', '.join(differing)}); give another --out, or remove it"
+                f"{folder} holds a LoRA with other settings ({', '.join(differing)}); give another --out, or remove it"
             )
         return True
-    fingerprint = base.fingerprint  # before the base has other modules
+    fingerprint = base.fingerprint  # taken before PEFT changes the modules
     config = training if budget_s is None else dataclasses.replace(training, budget_s=budget_s)
     with _with_lora(base, lora, training.seed) as (wrapped, factors):
 
         def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
             batch = pack(episodes(step * config.accumulate + micro), base.pad_id).to(base.device)
             with torch.autocast(base.device.type, torch.bfloat16) if config.bf16 else nullcontext():
-                seen = score_answers(base.model, LoRABatch(1, {}, {}), batch)  # PEFT adds the LoRA
-            figures = {"exact": seen.exact, "token_accuracy": seen.token_accuracy, "tokens": batch.n_tokens}
-            return seen.loss, figures
+                scores = score_answers(base.model, LoRABatch(1, {}, {}), batch)  # PEFT adds the LoRA
+            figures = {"exact": scores.exact, "token_accuracy": scores.token_accuracy, "tokens": batch.n_tokens}
+            return scores.loss, figures
 
         last = train(
             factors, objective, config, folder,
@@ -99,23 +99,26 @@ def train_lora(
         return False
     done = {"made_for": fingerprint.to_dict(), "command": command, "settings": settings, "last": last}
     write_atomically(folder / ABOUT, json.dumps(done, indent=1).encode())
-    for state in folder.glob("state*"):  # done: nothing goes on from it
+    for state in folder.glob("state*"):  # a finished run is never resumed
         shutil.rmtree(state) if state.is_dir() else state.unlink()
     return True
 
 
 def read_about(folder: Path, base: Fingerprint, command: str) -> dict[str, Any]:
-    """What the LoRA in a folder was trained on and how, checked against a base.
+    """Read what the LoRA in a folder was trained on and how, and check it against a base.
+
+    Args:
+        command: the command that trains such a LoRA, for the message.
 
     Raises:
-        AdapterError: there is none, or its training is not done: `command` is what goes on with it.
+        AdapterError: there is none, or its training is not finished.
     """
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         made_for = Fingerprint(**about["made_for"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(
-            f"{folder} holds no trained LoRA, or one whose training is not done (`{command}` goes on): {error}"
+            f"{folder} holds no LoRA whose training is finished (`{command}` trains or resumes it): {error}"
         ) from error
     check(made_for, base, f"the LoRA in {folder}")
     return about
@@ -123,7 +126,7 @@ def read_about(folder: Path, base: Fingerprint, command: str) -> dict[str, Any]:
 
 @contextmanager
 def _with_lora(base: Base, lora: PeftConfig, seed: int) -> Iterator[tuple[Any, nn.Module]]:
-    """PEFT's model around the base, and a module of nothing but its factors; the base is its old self afterwards."""
+    """Wrap the base with PEFT: yields PEFT's model and a module of the factors alone; the base is unwrapped afterwards."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -132,7 +135,7 @@ def _with_lora(base: Base, lora: PeftConfig, seed: int) -> Iterator[tuple[Any, n
     torch.manual_seed(seed)
     options = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.rank * lora.scale,  # type: ignore[arg-type]  # PEFT takes and divides any number
+        lora_alpha=lora.rank * lora.scale,  # type: ignore[arg-type]  # PEFT accepts any number
         target_modules=list(target.names),
         task_type="CAUSAL_LM",
     )

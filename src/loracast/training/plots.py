@@ -1,4 +1,4 @@
-"""The curve of a training run."""
+"""Plot the curve of a training run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from loracast.errors import LoracastError
 _SHARES = ("token_accuracy", "relative_error")
 
 
-def plot_metrics(metrics: Path, picture: Path) -> bool:
-    """Draw the loss, and accuracies or relative errors, over the steps; False where there are none yet. Needs the extra `train`."""
+def plot_metrics(metrics: Path, plot: Path) -> bool:
+    """Plot the loss, accuracies and relative errors over the steps. Returns False if there are none yet. Needs the extra `train`."""
     try:
         import matplotlib
     except ImportError as error:
@@ -36,6 +36,6 @@ def plot_metrics(metrics: Path, picture: Path) -> bool:
         right.legend(loc="lower left")
     hours = rows[-1]["elapsed_s"] / 3600
     figure.suptitle(f"{rows[-1]['step']} steps in {hours:.1f} h")
-    figure.savefig(picture, dpi=120)
+    figure.savefig(plot, dpi=120)
     plt.close(figure)
     return True

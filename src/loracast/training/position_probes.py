@@ -1,61 +1,63 @@
-"""Where the LoRA of a task has to write, found once before training: which direction of what enters a module tells the place in a conversation."""
+"""Fit position probes before training: linear maps from a module's inputs to the position in a conversation."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from loracast.base.capture import capture_inputs
 from loracast.base.load import Base
 from loracast.batching import pad_right
 from loracast.encoders.attention_delta import POSITIONS, tokens_around_input
-from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
+from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
+from loracast.base.capture import capture_inputs
 from loracast.training.task_source import TaskSource
 
 _N_EXAMPLES = 256
-_AT_ONCE = 16
-_RIDGE = 1e-3  # of the mean square of an input
+_BATCH = 16
+_RIDGE = 1e-3  # relative to the mean square of an input
 _ELSEWHERE = "elsewhere"
 
 
 @torch.no_grad()
-def set_places(hypernet: AttentionDeltaToLoRA, base: Base, source: TaskSource) -> None:
-    """Let the first rows of each A be 1 at one of the `POSITIONS` and 0 at the others, as nearly as a linear map can.
+def fit_position_probes(base: Base, lora: LoRABatch, names: Sequence[str], source: TaskSource) -> Tensor:
+    """For each module, one probe for each of `POSITIONS` [modules, positions, in]: about 1 at its position and 0 at the others.
 
-    Weighted least squares on training examples, where every place counts alike; the base carries what all descriptions share, as it will.
+    Weighted least squares on training examples; every position has the same weight.
+
+    Args:
+        lora: the LoRA that the base carries while it reads.
+        names: of the modules.
     """
     rows = _examples(base, source)
-    n_of = {place: max(1, sum(places.count(place) for _, places in rows)) for place in (*POSITIONS, _ELSEWHERE)}
-    c = hypernet.config
-    layers = set(c.layers)
-    names = [name for name, layer, kind, *_ in c.modules if kind == c.kind and layer in layers]
+    n_of = {position: max(1, sum(at.count(position) for _, at in rows)) for position in (*POSITIONS, _ELSEWHERE)}
     gram: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
-    for start in range(0, len(rows), _AT_ONCE):
-        some = rows[start : start + _AT_ONCE]
+    for start in range(0, len(rows), _BATCH):
+        some = rows[start : start + _BATCH]
         ids, real = pad_right([row for row, _ in some], base.pad_id)
-        where = [place for _, places in some for place in places]
-        weights = torch.tensor([1 / n_of[place] for place in where], device=base.device)
-        wanted = torch.stack([torch.tensor([float(place == each) for place in where]) for each in POSITIONS]).to(
-            weights
-        )
-        with inject(base.model, hypernet.encoder_lora_batch()), capture_inputs(base.model, names) as inputs:
+        at = [position for _, positions in some for position in positions]
+        weights = torch.tensor([1 / n_of[position] for position in at], device=base.device)
+        wanted = torch.tensor([[float(position == each) for position in at] for each in POSITIONS]).to(weights)
+        with capture_inputs(base.model, names) as inputs, inject(base.model, lora):
             base.model.get_decoder()(input_ids=ids.to(base.device), use_cache=False)
         for name, x in inputs.items():
-            x = x[real.to(x.device)].float()  # [tokens, d_in]
+            x = x[real.to(x.device)].float()  # [tokens, in]
             weighted = x * weights[:, None]
             gram[name] = gram.get(name, 0) + weighted.T @ x
             moments[name] = moments.get(name, 0) + wanted @ weighted
-    for i, name in enumerate(names):
+    probes = []
+    for name in names:
         ridge = _RIDGE * gram[name].diagonal().mean() * torch.eye(len(gram[name]), device=gram[name].device)
-        hypernet.where[i, : len(POSITIONS)] = torch.linalg.solve(gram[name] + ridge, moments[name].T).T
+        probes.append(torch.linalg.solve(gram[name] + ridge, moments[name].T).T)
+    return torch.stack(probes)
 
 
 def _examples(base: Base, source: TaskSource) -> list[tuple[list[int], list[str]]]:
-    """Token ids of training examples, and the place of each token."""
+    """Token ids of training examples, and the position of each token."""
     rng = random.Random(0)
     n_before, n_after = tokens_around_input(base.chat)
     rows = []
@@ -63,7 +65,6 @@ def _examples(base: Base, source: TaskSource) -> list[tuple[list[int], list[str]
         example = rng.choice(source.short_enough(rng.choice(source.tasks)))
         prompt, answer = base.chat.prompt(example.input, ""), base.chat.reply(example.outputs[0])[:-1]
         n_input = len(prompt) - n_before - n_after
-        told = [_ELSEWHERE] * n_before + ["input"] * n_input + ["turn"] * (n_after - 1)
-        places = [*told, "start", *["answer"] * len(answer)]
-        rows.append(([*prompt, *answer], places))
+        positions = [_ELSEWHERE] * n_before + ["input"] * n_input + ["turn"] * (n_after - 1)
+        rows.append(([*prompt, *answer], [*positions, "start", *["answer"] * len(answer)]))
     return rows

@@ -1,4 +1,4 @@
-"""One line on the terminal that says how training goes."""
+"""Show the progress of training in one line on the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loracast.training.loop import TrainConfig
 
 
 class ProgressLine:
-    """A rich progress bar on a terminal, a plain line for each log entry elsewhere; on stderr."""
+    """A progress bar on a terminal, or a plain line for each log entry elsewhere; on stderr."""
 
     def __init__(self, config: TrainConfig, enabled: bool = True):
         self.config, self.enabled = config, enabled

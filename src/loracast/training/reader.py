@@ -1,14 +1,13 @@
-"""The ceiling of question answering: a LoRA trained, with PEFT, to answer people's questions with the document in the window.
+"""Train the reader with PEFT: a LoRA that answers people's questions with the document in the window, the ceiling of question answering.
 
-What a base of this size can at best say about a document that it sees, where it has learned what is asked of it. A row is a document
-once with all its questions as branches (episodes.py), so that ten thousand questions cost what their documents do.
+A row is a document once with all its questions as branches (scoring/episodes.py), so ten thousand questions cost as much as their documents.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,57 +21,50 @@ from loracast.lora.peft_format import read_peft
 from loracast.scoring.episodes import Episode, Question
 from loracast.training.document_source import answered_questions
 from loracast.training.episode_maker import reading_prompt
-from loracast.training.loop import TrainConfig
+from loracast.training.loop import OnMetrics, TrainConfig
 from loracast.training.peft_training import PeftConfig, read_about, train_lora
-from loracast.training.recipe import keys_of, read_tables
+from loracast.training.recipe import read_lora_recipe
 
 
 @dataclass(frozen=True)
 class ReaderDataConfig:
-    """What the reader learns from."""
+    """Documents and questions of one step."""
 
     seed: int = 0
-    """Seed of the draw."""
+    """Seed of the data."""
     documents: tuple[str, ...] = ()
     """Files of documents with questions."""
     document_sources: tuple[str, ...] = ()
     """Of rows with a `source` field, take only these sources."""
     max_document_tokens: int = 512
-    """Longest document that is read."""
+    """Longest document."""
     questions_per_step: int = 32
     """Questions in one step, over all its documents."""
     max_questions: int = 8
     """Most questions about one document in a step."""
 
-    def __post_init__(self) -> None:
-        if not self.documents:
-            raise ConfigError("a reader needs documents with questions: give a file of them (--documents FILE)")
-
 
 @dataclass(frozen=True)
 class ReaderRecipe:
-    """One training, as a TOML file with the tables `[lora]`, `[data]` and `[training]` says it."""
+    """One training run, as the tables `[lora]`, `[data]` and `[training]` of a TOML file."""
 
-    data: ReaderDataConfig
+    data: ReaderDataConfig = field(default_factory=ReaderDataConfig)
     lora: PeftConfig = field(default_factory=lambda: PeftConfig(("q_proj", "v_proj", "o_proj", "down_proj"), rank=16))
     training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=320, lr=5e-4, warmup_steps=20))
 
 
 def read_reader_recipe(path: Path | None, overrides: Sequence[str] = ()) -> ReaderRecipe:
-    """A recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables` does."""
-    known = {"lora": keys_of(PeftConfig), "data": keys_of(ReaderDataConfig), "training": keys_of(TrainConfig)}
-    tables = read_tables(path, overrides, known)
-    default = ReaderRecipe(ReaderDataConfig(**tables["data"]))
-    return dataclasses.replace(
-        default, **{name: dataclasses.replace(getattr(default, name), **tables[name]) for name in ("lora", "training")}
-    )
+    """Read a recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables`."""
+    return read_lora_recipe(ReaderRecipe(), path, overrides)
 
 
 class ReaderSource:
-    """Rows of a document and its questions, those whose answers it says; drawn by how many questions a document has."""
+    """Draws documents with their questions, in proportion to their numbers of questions; only questions whose answers stand there."""
 
     def __init__(self, config: ReaderDataConfig, base: Base):
-        """Raises TrainingError where no document fits."""
+        """Raises ConfigError without documents, TrainingError if no document fits."""
+        if not config.documents:
+            raise ConfigError("a reader needs documents with questions: give a file of them (--documents FILE)")
         self.config, self.chat = config, base.chat
         self.documents: list[QuestionedDocument] = [
             document
@@ -81,7 +73,7 @@ class ReaderSource:
         ]
         if not self.documents:
             raise TrainingError(
-                f"no document of at most {config.max_document_tokens} tokens has a question whose answer it says"
+                f"no document of at most {config.max_document_tokens} tokens has a question whose answer stands in it"
             )
         self._weights = [min(config.max_questions, len(document.spans)) for document in self.documents]
 
@@ -100,8 +92,8 @@ class ReaderSource:
 
     def _row(self, rng: random.Random, document: QuestionedDocument) -> Episode | None:
         questions = []
-        for asked, answer, _ in answered_questions(rng, document, self.config.max_questions):
-            prompt = reading_prompt(self.chat, document.full_text, asked)
+        for question, answer, _ in answered_questions(rng, document, self.config.max_questions):
+            prompt = reading_prompt(self.chat, document.full_text, question)
             questions.append(Question(tuple(prompt), tuple(self.chat.answer(answer))))
         return Episode((), tuple(questions), "reader") if questions else None
 
@@ -113,9 +105,9 @@ def train_reader(
     *,
     command: str = "",
     budget_s: float | None = None,
-    on_metrics: Callable[[dict[str, float]], None] = lambda figures: None,
+    on_metrics: OnMetrics = lambda figures: None,
 ) -> bool:
-    """Train the reader, or go on with it; whether it is done now."""
+    """Train the reader, or resume. Returns whether it is finished."""
     source = ReaderSource(recipe.data, base)
     files = [Path(name).name for name in recipe.data.documents]
     return train_lora(
@@ -126,10 +118,10 @@ def train_reader(
 
 
 def read_reader(folder: Path, base: Fingerprint) -> LoRA:
-    """The LoRA that `train_reader` made, checked against a base's fingerprint.
+    """Read the LoRA that `train_reader` made for a base.
 
     Raises:
-        AdapterError: there is none, it is not done, or it is another one.
+        AdapterError: there is none, it is not finished, or it is another LoRA.
     """
     about = read_about(folder, base, "loracast train reader")
     if not about["settings"].get("is_reader"):

@@ -1,4 +1,4 @@
-"""Recipes: TOML files that fix a training run, changed by overrides on the command line."""
+"""Read recipes: TOML files that fix a training run, changed by overrides from the command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from loracast.errors import ConfigError
 from loracast.training.loop import TrainConfig
@@ -15,18 +15,18 @@ from loracast.training.loop import TrainConfig
 R = TypeVar("R")
 
 Tables = dict[str, dict[str, Any]]
-"""The tables of a recipe; lists have become tuples, as frozen configs have them."""
+"""The tables of a recipe; lists have become tuples, as in frozen configs."""
 
 
 def read_tables(path: Path | None, overrides: Sequence[str], known: Mapping[str, Collection[str]]) -> Tables:
-    """The tables of a recipe, those that it leaves out empty.
+    """Read the tables of a recipe; a table that the file lacks is empty.
 
     Args:
         overrides: such as `training.lr=2e-4`.
-        known: by table the keys that may be in it.
+        known: the allowed keys by table.
 
     Raises:
-        ConfigError: the file cannot be read, or holds a table or key that nobody knows (all of them in one message).
+        ConfigError: the file cannot be read, or has unknown tables or keys (all of them in one message).
     """
     tables: dict[str, Any] = {}
     if path is not None:
@@ -55,24 +55,24 @@ def read_recipe_as(
     path: Path | None,
     overrides: Sequence[str],
     *,
-    architecture: Collection[str],
-    ours: Collection[str],
+    hypernetwork: Collection[str],
+    fields: Collection[str],
     objective: Collection[str],
-    data: type,
 ) -> R:
-    """A recipe of one of the trainings, from the four tables that they all have.
+    """Read a recipe for training a hypernetwork, with the tables `[hypernetwork]`, `[objective]`, `[data]` and `[training]`.
 
     Args:
-        architecture: keys of `[hypernetwork]` that are the hypernetwork's own options.
-        ours: its other keys, which are fields of the recipe.
+        recipe: a dataclass with the fields `hypernetwork`, `data`, `training` and `given`.
+        hypernetwork: keys of `[hypernetwork]` that are options of the hypernetwork's config.
+        fields: its other keys, which are fields of the recipe.
         objective: keys of `[objective]`, fields of the recipe too.
-        data: the dataclass of `[data]`.
 
     Raises:
         ConfigError: as `read_tables`.
     """
+    data = get_type_hints(recipe)["data"]
     known = {
-        "hypernetwork": {*architecture, *ours},
+        "hypernetwork": {*hypernetwork, *fields},
         "objective": objective,
         "data": keys_of(data),
         "training": keys_of(TrainConfig),
@@ -80,17 +80,29 @@ def read_recipe_as(
     tables = read_tables(path, overrides, known)
     options = tables["hypernetwork"]
     return recipe(
-        **{name: value for name, value in options.items() if name in ours},
+        **{name: value for name, value in options.items() if name in fields},
         **tables["objective"],
-        hypernetwork={name: value for name, value in options.items() if name not in ours},
+        hypernetwork={name: value for name, value in options.items() if name not in fields},
         data=data(**tables["data"]),
         training=TrainConfig(**tables["training"]),
-        asked=frozenset(options),
+        given=frozenset(options),
     )
 
 
+def read_lora_recipe(default: R, path: Path | None, overrides: Sequence[str]) -> R:
+    """Read a recipe for training one LoRA, with the tables `[lora]`, `[data]` and `[training]`; `default` has the values of missing keys.
+
+    Raises:
+        ConfigError: as `read_tables`.
+    """
+    known = {name: keys_of(type(getattr(default, name))) for name in ("lora", "data", "training")}
+    tables = read_tables(path, overrides, known)
+    changed = {name: dataclasses.replace(getattr(default, name), **given) for name, given in tables.items()}
+    return dataclasses.replace(default, **changed)  # type: ignore[type-var]
+
+
 def file_overrides(**files: Sequence[str] | None) -> list[str]:
-    """Overrides that name the data's files: those of `data.texts` for `texts=`, and so on; none where none are given."""
+    """Overrides that name data files: `texts=` sets `data.texts`, and so on; a list that is not given is left alone."""
     return [f"data.{key}={json.dumps(list(given))}" for key, given in files.items() if given]
 
 

@@ -1,8 +1,7 @@
 """Text-to-LoRA by reconstruction (arXiv 2506.06105, section 3.1): a task's description becomes the LoRA that was trained on the task.
 
-The base is not run at all: a step is a few matmuls. Many pairs of factors have the same product, so what is compared matters: the products
-themselves, through small Gram matrices; or the factors, each number z-scored over the library as published, as trained or in their
-svd_canonical form.
+The base is not run: a step is a few matmuls. Many pairs of factors have the same product, so a loss compares either the products,
+through small Gram matrices, or the factors as trained, each number z-scored over the library (as published).
 """
 
 from __future__ import annotations
@@ -21,21 +20,17 @@ from loracast.errors import ConfigError
 from loracast.files import file_sha256
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRAConfig
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, compress, stack
+from loracast.lora.algebra import LoRABatch, stack
 from loracast.training.oracle import oracles_in, read_oracle
 
-Match = Literal["product", "factors", "canonical_factors"]
-"""What of a generated LoRA must match the oracle."""
+Match = Literal["product", "factors"]
+"""What must match between a generated LoRA and the oracle."""
 
 
 def tasks_with_oracles(tasks: Sequence[Task], library: Path) -> list[Task]:
-    """The tasks, not held out, whose oracles are in a library.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    there = set(oracles_in(library))
-    found = [task for task in tasks if task.name in there and not task.is_heldout]
+    """The training tasks whose oracles are in a library. Raises ConfigError if there are none."""
+    finished = set(oracles_in(library))
+    found = [task for task in tasks if task.name in finished and not task.is_heldout]
     if not found:
         raise ConfigError(f"{library} has no oracle of a training task; `loracast train oracle` makes them")
     return found
@@ -48,7 +43,7 @@ def read_library(
     config: TextToLoRAConfig | AttentionDeltaToLoRAConfig,
     match: Match,
 ) -> LoRABatch:
-    """The oracles of some tasks, row by row: A [tasks, r, in] and B [tasks, out, r] of every module.
+    """Read the oracles of some tasks: A [tasks, r, in] and B [tasks, out, r] of every module.
 
     Raises:
         ConfigError: the oracles have other modules than the hypernetwork, or a rank that it cannot reach.
@@ -59,32 +54,20 @@ def read_library(
             raise ConfigError(
                 f"the oracle of {task.name} is on other modules than the hypernetwork; give both the same kinds and layers"
             )
-        if lora.rank > config.lora_rank or (match != "product" and lora.rank != config.lora_rank):
+        if lora.rank > config.lora_rank or (match == "factors" and lora.rank != config.lora_rank):
             raise ConfigError(
                 f"the oracle of {task.name} has rank {lora.rank}, the hypernetwork {config.lora_rank}: give both the same"
             )
-    if match != "product" and len(loras) < 2:
+    if match == "factors" and len(loras) < 2:
         raise ConfigError("factors are compared in units of how they differ between tasks; give at least two oracles")
-    if match == "canonical_factors":
-        loras = [svd_canonical(lora) for lora in loras]
     batch = stack([lora.to(dtype=torch.float32) for lora in loras])
     return LoRABatch(len(loras), {name: batch.factors[name] for name in config.target.names}, {})
 
 
 def library_sha256(tasks: Sequence[Task], library: Path) -> str:
-    """Of what the oracles of some tasks are: training goes on with the same ones only."""
+    """Hash of the oracles of some tasks; a resumed run must have the same."""
     parts = [file_sha256(library / task.name / "adapter_model.safetensors") for task in tasks]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def svd_canonical(lora: LoRA) -> LoRA:
-    """The same LoRA with the factors that its SVD gives: by falling singular values, halves of them on both sides, signs fixed."""
-    balanced, _ = compress(lora, lora.rank)
-    factors = {}
-    for name, (a, b) in balanced.factors.items():
-        signs = torch.where(a.sum(1) < 0, -1.0, 1.0).to(a.dtype)  # [r]
-        factors[name] = Factors(a * signs[:, None], b * signs)
-    return LoRA(factors)
 
 
 def relative_square_error(made: LoRABatch, wanted: LoRABatch) -> Tensor:
@@ -94,31 +77,26 @@ def relative_square_error(made: LoRABatch, wanted: LoRABatch) -> Tensor:
 
 
 def matching(library: LoRABatch, match: Match) -> Callable[[LoRABatch, Sequence[int]], Tensor]:
-    """The loss of LoRAs that were made for some rows of a library: (made, rows) -> scalar."""
+    """The loss of generated LoRAs against rows of a library: (made, rows) -> scalar."""
     if match == "product":
         return lambda made, rows: relative_square_error(made, library.take(rows)).mean()
-    units = {name: (_Units(a), _Units(b)) for name, (a, b) in library.factors.items()}
+    deviations = {name: (_deviation(a), _deviation(b)) for name, (a, b) in library.factors.items()}
 
     def loss(made: LoRABatch, rows: Sequence[int]) -> Tensor:
         wanted = library.take(rows).factors
+        # Mean absolute difference of the z-scored numbers; their means over the library cancel.
         return torch.stack(
             [
-                unit.distance(mine, theirs)
+                ((one - other) / deviation).abs().mean()
                 for name, pair in made.factors.items()
-                for unit, mine, theirs in zip(units[name], pair, wanted[name], strict=True)
+                for deviation, one, other in zip(deviations[name], pair, wanted[name], strict=True)
             ]
         ).mean()
 
     return loss
 
 
-class _Units:
-    """How much each number of a factor differs between the tasks of a library."""
-
-    def __init__(self, factor: Tensor):  # [tasks, ...]
-        self.deviation = factor.std(0, correction=0)
-        self.deviation = self.deviation + 0.1 * self.deviation.mean() + 1e-8  # of few tasks, some numbers hardly differ
-
-    def distance(self, one: Tensor, other: Tensor) -> Tensor:
-        """Mean absolute difference of the z-scored numbers; their mean over the library falls out."""
-        return ((one - other) / self.deviation).abs().mean()
+def _deviation(factor: Tensor) -> Tensor:
+    """Deviation of each number of a factor [tasks, ...] over the tasks, with a floor: of few tasks, some hardly differ."""
+    deviation = factor.std(0, correction=0)
+    return deviation + 0.1 * deviation.mean() + 1e-8

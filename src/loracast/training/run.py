@@ -1,4 +1,4 @@
-"""What all trainings of hypernetworks share around the loop: where they start from, and what a checkpoint says of itself."""
+"""Start a hypernetwork's training from a checkpoint, and record in its checkpoints what it was trained on."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from loracast.base.fingerprint import check
 from loracast.base.load import Base
 from loracast.errors import ConfigError
 from loracast.hypernets.store import H, from_pretrained, read_provenance, save_pretrained
-from loracast.training.loop import Objective, TrainConfig, train
+from loracast.training.loop import Objective, OnMetrics, TrainConfig, train
 from loracast.training.runtime import Workers
 
 
-def check_unasked(asked: Collection[str]) -> None:
-    """Raise ConfigError where the recipe's `[hypernetwork]` table has keys that the checkpoint of --init-from decides."""
-    if asked:
+def check_not_given(given: Collection[str]) -> None:
+    """Raise ConfigError if the recipe's `[hypernetwork]` table has keys that the checkpoint of --init-from fixes."""
+    if given:
         raise ConfigError(
-            f"--init-from takes the architecture from the checkpoint; leave {', '.join(sorted(asked))} out of [hypernetwork]"
+            f"--init-from takes the architecture from the checkpoint; leave {', '.join(sorted(given))} out of [hypernetwork]"
         )
 
 
-def start_from(folder: Path, architecture: type[H], base: Base, asked: Collection[str] = ()) -> H:
+def start_from(folder: Path, architecture: type[H], base: Base, given: Collection[str] = ()) -> H:
     """The hypernetwork whose weights a fresh run starts from, checked against the base.
 
     Args:
-        asked: keys of the recipe that the checkpoint decides (`check_unasked`).
+        given: keys of the recipe that the checkpoint fixes; there must be none.
     """
-    check_unasked(asked)
+    check_not_given(given)
     hypernet = from_pretrained(folder, architecture)
     if hypernet.made_for is not None:
         check(hypernet.made_for, base.fingerprint, f"the hypernetwork in {folder}")
@@ -48,18 +48,18 @@ def train_hypernet(
     about: Mapping[str, Any],
     command: str,
     workers: Workers,
-    on_metrics: Callable[[dict[str, float]], None],
+    on_metrics: OnMetrics,
     finish: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """Train, or go on where `out_dir` has a run with the same settings; the last metrics.
+    """Train a hypernetwork, or resume the run in `out_dir`. Returns the last metrics.
 
     Args:
-        finish: what remains to be done to the hypernetwork whenever training stops; it is saved once more then.
-        about: what was trained on. It is kept in the checkpoint's provenance, and a run with another one does not go on.
-        command: kept in the provenance too.
+        about: what is trained on, for the checkpoint's provenance; a run with other values is not resumed.
+        command: recorded in the provenance too.
+        finish: last changes to the hypernetwork whenever training stops; it is saved once more after them.
     """
     started_as = read_provenance(init_from) if init_from is not None else {}
-    # A mean of runs has no history of its own.
+    # An average of runs has no history of its own.
     before: list[Any] = started_as.get("history") or ([started_as] if started_as else [])
     run = {"command": command, **about, "training": dataclasses.asdict(config)}
 
@@ -69,11 +69,7 @@ def train_hypernet(
         provenance = {"history": [*before, run]}
         save_pretrained(hypernet, folder, storage="float32", provenance=provenance)
 
-    settings = {
-        **about,
-        "hypernetwork": dataclasses.asdict(hypernet.config),
-        "base": base.fingerprint.norms,
-    }
+    settings = {**about, "hypernetwork": dataclasses.asdict(hypernet.config), "base": base.fingerprint.norms}
     metrics = train(
         hypernet, objective, config, out_dir,
         settings=settings, save_model=save_model, on_metrics=on_metrics, workers=workers,

@@ -1,4 +1,4 @@
-"""The process that trains: memory settings that a CPU needs, and other processes that train beside it."""
+"""The training process: memory settings for CPUs, and its place among other workers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed memory instead of handing it back to the kernel after every tensor.
+    """Ask glibc to keep freed memory instead of returning it to the kernel after every tensor. Returns whether it took effect.
 
-    A step allocates and frees gigabytes; without this, page faults took 40 % of its time (docs/experiments.md). True where it took effect.
+    A step allocates and frees gigabytes; without this, page faults took 40 % of its time (docs/experiments.md).
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -31,7 +31,7 @@ def keep_freed_memory() -> bool:
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among those that train together, as torchrun and `accelerate launch` start them."""
+    """This process among the workers that torchrun or `accelerate launch` started."""
 
     rank: int
     n: int
@@ -43,7 +43,7 @@ class Workers:
 
     @classmethod
     def join(cls, device: str | None = None) -> Workers:
-        """Join the others if the launcher's environment says that there are any."""
+        """Join the other workers, if the launcher's environment names any."""
         n = int(os.environ.get("WORLD_SIZE", "1"))
         rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
         on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
@@ -53,11 +53,11 @@ class Workers:
         return cls(rank, n, where)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with its gradients averaged over all workers."""
+        """Average the model's gradients over all workers."""
         return model if self.n == 1 else nn.parallel.DistributedDataParallel(model)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any worker: all stop together or none does."""
+        """Whether any worker sets the flag, so that all stop together."""
         if self.n == 1:
             return flag
         votes = torch.tensor([float(flag)], device=self.device)

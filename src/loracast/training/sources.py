@@ -1,5 +1,6 @@
-"""Endless sources of training episodes. The episodes of a step depend on the seed and the step's number alone, so the position in the data is
-that number: training resumes exactly, on any machine, at any step.
+"""Draw the documents and questions of each training step from a mixture of needles, fact sheets and real documents.
+
+A step depends on the seed and its number alone, so training resumes exactly, on any machine, at any step.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from loracast.base.chat import ChatFormat
 from loracast.data.facts import Split, make_sheet
 from loracast.data.needles import hide, make_needles, sentences
 from loracast.data.qa import read_questioned
+from loracast.data.rows import read_texts
 from loracast.data.spans import FactSpan
-from loracast.data.texts import read_texts
 from loracast.data.unrelated import read_unrelated
 from loracast.errors import ConfigError, TrainingError
 from loracast.scoring.episodes import Episode, together
@@ -23,31 +24,31 @@ from loracast.training.episode_maker import EpisodeMaker
 
 EpisodeKind = Literal["needle", "questions", "cloze", "reading", "facts"]
 KINDS: tuple[EpisodeKind, ...] = get_args(EpisodeKind)
-"""Kinds of episodes, in the order in which a step draws one; facts are what the shares of the others leave."""
+"""Kinds of episodes, in the order in which a step draws one; fact sheets get the share that the others leave."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the documents and questions of a training run look like."""
+    """Documents and questions of a training run."""
 
     seed: int = 0
     """Seed of the data."""
     questions_per_step: int = 96
     """Distinct questions in one step, over all its documents."""
     context_tokens_per_step: int = 24_000
-    """Most tokens of documents in one step of needles: long documents come with fewer questions."""
+    """Most tokens of documents in one step of needles or real documents: long documents come with fewer questions."""
     needle_share: float = 0.0
-    """Share of steps that hide needles in prose; the others learn fact sheets."""
+    """Share of steps that hide needles in prose; steps of no other share learn fact sheets."""
     max_needles: int = 8
     """Most needles in one document."""
     needle_kinds: tuple[str, ...] = ()
-    """Kinds of value that needles have (as in content/needle.toml); all if empty."""
+    """Kinds of value that needles have (as in content/needles.toml); all if empty."""
     min_facts: int = 1
     """Fewest facts on one sheet."""
     max_facts: int = 5
     """Most facts on one sheet."""
     diluted_share: float = 0.0
-    """Share of fact sheets whose statements stand scattered in prose, as they do in a real manual."""
+    """Share of fact sheets whose statements are scattered in prose, as in a real manual."""
     min_chunk_tokens: int = 32
     """Shortest chunk of a needle document."""
     max_chunk_tokens: int = 256
@@ -55,19 +56,19 @@ class DataConfig:
     max_chunks: int = 1
     """Most chunks of a document."""
     together_share: float = 0.0
-    """Share of steps whose documents are learned in pairs, as somebody asks with two adapters at once."""
+    """Share of steps whose documents are joined in pairs, like two adapters in one question."""
     texts: tuple[str, ...] = ()
     """Files with the prose around needles: JSONL (optionally gzipped) with a `document` or `text` field, or plain text."""
     text_sources: tuple[str, ...] = ()
     """Of JSONL rows with a `source` field, take only these sources (for their licence)."""
     question_share: float = 0.0
-    """Share of steps that ask people's questions about real documents, those whose answers stand there."""
+    """Share of steps with people's questions about real documents; only questions whose answers stand there."""
     cloze_share: float = 0.0
-    """Share of steps that ask rule-made questions about the same documents."""
+    """Share of steps with rule-made questions about the same documents."""
     reading_share: float = 0.0
     """Share of steps that continue passages of the same documents word for word."""
     reading_chunk_tokens: int = 256
-    """Longest chunk of these documents; where it is the memory's rank, every token can be stored."""
+    """Longest chunk of those; where it is the memory's rank, every token can be stored."""
     documents: tuple[str, ...] = ()
     """Files of documents with questions: JSONL (optionally gzipped) rows of `document` and `questions`."""
     document_sources: tuple[str, ...] = ()
@@ -75,7 +76,7 @@ class DataConfig:
     max_questions: int = 8
     """Most questions about one document in a step."""
     unrelated: tuple[str, ...] = ()
-    """Files of questions that have nothing to do with any document, which the base shall answer as it does without one."""
+    """Files of questions unrelated to any document; the base shall answer them as it does without a LoRA."""
 
     def __post_init__(self) -> None:
         if (self.needle_share > 0 or self.diluted_share > 0) and not self.texts:
@@ -92,7 +93,7 @@ class DataConfig:
 
 
 class Prose:
-    """Sentences of natural text, token counts known, from which spans of a wanted length are cut."""
+    """Sentences of natural text with their token counts, from which spans of a wanted length are cut."""
 
     def __init__(self, texts: Sequence[str], tokenizer: Any):
         self._documents: list[list[tuple[str, int]]] = []
@@ -105,7 +106,7 @@ class Prose:
             raise TrainingError("the given texts hold no prose (no document of three sentences)")
 
     def span(self, rng: random.Random, n_tokens: int) -> list[str]:
-        """Successive sentences of about `n_tokens` tokens; where a document ends or a sentence would be far too long, others follow."""
+        """Successive sentences of about `n_tokens` tokens; another document follows at an end or a far too long sentence."""
         chosen: list[str] = []
         room = n_tokens
         for _ in range(100):  # more than enough, unless there are only long sentences
@@ -127,7 +128,7 @@ class Prose:
 
 
 class EpisodeSource:
-    """Draws the episodes of a step, all of one kind: needles, fact sheets, or questions about real documents."""
+    """Draws the episodes of a step, all of one kind."""
 
     def __init__(
         self,
@@ -178,8 +179,6 @@ class EpisodeSource:
         if kind == "facts":
             return self._fact_step(rng)
         if kind == "needle":
-            if self.prose is None:
-                raise ConfigError("needles need prose around them: give a file of texts (--texts FILE)")
             return self._needle_step(rng)
         if self.documents is None:
             raise ConfigError(f"{kind} need documents: give a file of them (--documents FILE)")
@@ -187,7 +186,9 @@ class EpisodeSource:
         return ask.get(kind, self.documents.read)(rng, c.questions_per_step, c.context_tokens_per_step)
 
     def _needle_step(self, rng: random.Random) -> list[Episode]:
-        """One number of chunks for all documents of the step."""
+        """Needle documents that all have the same number of chunks."""
+        if self.prose is None:
+            raise ConfigError("needles need prose around them: give a file of texts (--texts FILE)")
         c = self.config
         n_chunks = rng.choice([1, *range(1, c.max_chunks + 1)])
         counts = (1, 1, 1, 2, 4, 8) if n_chunks == 1 else (2, 4, 8)
@@ -196,7 +197,10 @@ class EpisodeSource:
         n_documents = max(1, c.questions_per_step // n_questions)
         n_documents = max(1, min(n_documents, c.context_tokens_per_step // (n_tokens * n_chunks)))
         asks_unrelated = self.maker.asks_unrelated(rng)
-        return [self.needle_episode(rng, n_questions, n_tokens, n_chunks, asks_unrelated) for _ in range(n_documents)]
+        return [
+            self.needle_episode(rng, self.prose, n_questions, n_tokens, n_chunks, asks_unrelated)
+            for _ in range(n_documents)
+        ]
 
     def _fact_step(self, rng: random.Random) -> list[Episode]:
         c = self.config
@@ -208,15 +212,21 @@ class EpisodeSource:
         return [self.fact_episode(rng, n_facts, n_tokens, asks_unrelated) for _ in range(n_documents)]
 
     def sample_text(self, rng: random.Random, n_tokens: int) -> str:
-        """Text such as the documents are made of, to measure a base's activations on."""
+        """Text like that of the documents, for measuring a base's activations."""
         if self.prose is not None:
             return " ".join(self.prose.span(rng, n_tokens))
         return make_sheet(rng, max(4, n_tokens // 16), split=self.split).text
 
     def needle_episode(
-        self, rng: random.Random, n_needles: int, n_tokens: int, n_chunks: int = 1, asks_unrelated: bool = False
+        self,
+        rng: random.Random,
+        prose: Prose,
+        n_needles: int,
+        n_tokens: int,
+        n_chunks: int = 1,
+        asks_unrelated: bool = False,
     ) -> Episode:
-        assert self.prose is not None
+        """Prose in `n_chunks` chunks of about `n_tokens` tokens with hidden needles, each asked for."""
         kinds = self.config.needle_kinds
         needles = make_needles(rng, n_needles, split=self.split, kind=rng.choice(kinds) if kinds else None)
         room = max(8, n_tokens - 16 * n_needles)
@@ -224,22 +234,22 @@ class EpisodeSource:
         texts = []
         for chunk in range(n_chunks):
             here = [needle.statement for needle, home in zip(needles, homes, strict=True) if home == chunk]
-            texts.append(" ".join(hide(here, self.prose.span(rng, room), [rng.random() for _ in here])))
-        stated = [FactSpan(n.statement, n.key if n.key in n.statement else "", n.answer) for n in needles]
+            texts.append(" ".join(hide(here, prose.span(rng, room), [rng.random() for _ in here])))
+        facts = [FactSpan(n.statement, n.key if n.key in n.statement else "", n.answer) for n in needles]
         questions = self.maker.questions(rng, [(n.question, n.answer) for n in needles], asks_unrelated=asks_unrelated)
-        return self.maker.episode(texts, questions, "needle", stated)
+        return self.maker.episode(texts, questions, "needle", facts)
 
     def fact_episode(
         self, rng: random.Random, n_facts: int, max_chunk_tokens: int, asks_unrelated: bool = False
     ) -> Episode:
+        """A fact sheet, perhaps diluted with prose, with a question for each fact."""
         sheet = make_sheet(rng, n_facts, split=self.split)
         text = sheet.text
         if self.prose is not None and rng.random() < self.config.diluted_share:
             prose = self.prose.span(rng, rng.randint(1, 2) * max_chunk_tokens // 2)
             text = " ".join(hide([fact.statement for fact in sheet.facts], prose, [rng.random() for _ in sheet.facts]))
         texts = self.maker.chunk_texts(text, max_chunk_tokens, sheet.title)
-        stated = [FactSpan(fact.statement, fact.subject, fact.answer) for fact in sheet.facts]
-        questions = self.maker.questions(
-            rng, [(fact.question, fact.answer) for fact in sheet.facts], asks_unrelated=asks_unrelated
-        )
-        return self.maker.episode(texts, questions, "facts", stated)
+        facts = [FactSpan(fact.statement, fact.subject, fact.answer) for fact in sheet.facts]
+        pairs = [(fact.question, fact.answer) for fact in sheet.facts]
+        questions = self.maker.questions(rng, pairs, asks_unrelated=asks_unrelated)
+        return self.maker.episode(texts, questions, "facts", facts)

@@ -1,4 +1,4 @@
-"""Context distillation: what a teacher that sees the document, or one that never saw any, finds likely at a question's answer."""
+"""Context distillation: soft targets from a teacher that sees the document, or from the plain base."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loracast.scoring.soft_targets import TOP_K, SoftTargets, soften
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen base, perhaps with a LoRA of its own, that says what it would answer."""
+    """A frozen base, perhaps with a LoRA, whose answer distributions a student learns."""
 
     model: Any
     pad_id: int
@@ -26,7 +26,7 @@ class Teacher:
 
     @torch.no_grad()
     def soft_targets(self, *rows: Sequence[Question]) -> list[SoftTargets]:
-        """What it finds likely at each token of each answer: of k tokens each. The questions of a row read what they begin with once."""
+        """The k likeliest tokens at each token of each answer. The questions of one row share their common prefix."""
         device = self.model.device
         questions = [question for row in rows for question in row]
         batch = pack([Episode((), tuple(row)) for row in rows], self.pad_id).to(device)
@@ -42,10 +42,10 @@ class Teacher:
 
 
 class Distillation:
-    """Gives the questions of episodes their soft targets.
+    """Adds soft targets to the questions of episodes.
 
-    Questions that have nothing to do with a document are answered by the plain base, which is asked once for each; the others by the teacher
-    that sees the document, where there is one.
+    The plain base is the teacher of unrelated questions, and is asked once for each; a teacher that sees the document, if there is
+    one, is the teacher of the others.
     """
 
     def __init__(self, plain: Teacher, seeing: Teacher | None):
@@ -53,15 +53,15 @@ class Distillation:
         self._known: dict[Question, SoftTargets] = {}
 
     def with_soft_targets(self, episodes: Sequence[Episode]) -> list[Episode]:
-        """The episodes with soft targets."""
+        """The same episodes with soft targets."""
         unrelated = dict.fromkeys(q for episode in episodes for q in episode.questions if q.is_unrelated)
         if new := [question for question in unrelated if question not in self._known]:
             self._known |= zip(new, self.plain.soft_targets(*([question] for question in new)), strict=True)
-        return [replace(episode, questions=tuple(self._with_soft_targets(episode))) for episode in episodes]
+        return [replace(episode, questions=tuple(self._questions(episode))) for episode in episodes]
 
-    def _with_soft_targets(self, episode: Episode) -> list[Question]:
+    def _questions(self, episode: Episode) -> list[Question]:
         seen: dict[Question, SoftTargets] = {}
-        if self.seeing is not None and (asked := [q for q in episode.questions if q.window_prompt]):
-            shown = [replace(q, prompt=q.window_prompt) for q in asked]
-            seen = dict(zip(asked, self.seeing.soft_targets(shown), strict=True))
+        if self.seeing is not None and (shown := [q for q in episode.questions if q.window_prompt]):
+            in_window = [replace(q, prompt=q.window_prompt) for q in shown]
+            seen = dict(zip(shown, self.seeing.soft_targets(in_window), strict=True))
         return [replace(q, soft=self._known.get(q, seen.get(q))) for q in episode.questions]

@@ -1,1 +1,1 @@
-"""Self-made questions about any text: by rule, by a base, or by a model behind an OpenAI-compatible endpoint."""
+"""Make questions about any text: by rule, with a base, or with a model behind an OpenAI-compatible endpoint."""

@@ -1,7 +1,4 @@
-"""Where a text answers a question: of the places that say the answer, the one whose sentence shares most with the question.
-
-Knows texts only.
-"""
+"""Find where a text answers a question: of all places of the answer, the one whose sentence shares most words with the question."""
 
 from __future__ import annotations
 
@@ -12,14 +9,14 @@ from loracast.data.spans import FactSpan
 
 _SENTENCE_END = re.compile(
     r"(?<=[.!?])[\"'”’)\]]*\s+|\n\s*\n|\n(?=[^\n]*\|)"
-)  # a wrapped line is no end, a table's row is
+)  # a wrapped line is no end, but a table's row is
 _WORD = re.compile(r"\w+")
 _STEM = 5
-"""Words count as the same that begin with these many characters: "settled" and "settle"."""
+"""Words that begin with the same five characters count as the same: "settled" and "settling"."""
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """The sentences of a text as (start, end) characters, roughly; blanks between them belong to none."""
+    """Split a text roughly into sentences: (start, end) characters, without the blanks between them."""
     cuts = [0]
     for match in _SENTENCE_END.finditer(text):
         cuts += [match.start(), match.end()]
@@ -28,9 +25,9 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
 
 
 def find_answer(text: str, question: str, answers: Sequence[str]) -> FactSpan | None:
-    """The sentence that answers a question and the answer as it stands there; None if no answer stands in the text.
+    """The sentence that answers a question, with the answer in its words; None if the text has no answer.
 
-    Of equals, the preferred answer and the first place win.
+    Among equals the preferred answer wins, then the first place.
     """
     spans = sentence_spans(text)
     asked = _stems(question)
@@ -45,12 +42,12 @@ def find_answer(text: str, question: str, answers: Sequence[str]) -> FactSpan | 
                 best = (shared - rank / len(answers), *home, start, text[start:end])
     if best is None:
         return None
-    _, low, high, start, said = best
-    return FactSpan(text[low:high], "", said, start - low)
+    _, low, high, start, value = best
+    return FactSpan(text[low:high], "", value, start - low)
 
 
 def _places(text: str, answer: str) -> Iterator[tuple[int, int]]:
-    """Where a text says an answer as whole words, whatever the case."""
+    """Where an answer stands in a text as whole words, ignoring case."""
     if not answer.strip():
         return
     pattern = re.escape(answer.strip())

@@ -1,8 +1,7 @@
-"""Rule-made questions about any text, which need no model: a name, number or date is taken out of a sentence, and what is left asks
-for it (after Lewis et al., "Unsupervised question answering by cloze translation", arXiv 1906.04980).
+"""Make questions about any text by rule, without a model: remove a name, number or date from a sentence and ask for it.
 
-The words of such a question stand in the text, so it teaches to find a sentence by its words, where people's questions say the
-same in others. Knows texts only.
+After Lewis et al., "Unsupervised question answering by cloze translation", arXiv 1906.04980. Such a question shares its words with the
+text, so it teaches to find a sentence by its words; people's questions use other words.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 
 from loracast.data.questions.answers import sentence_spans
 from loracast.data.spans import FactSpan
+from loracast.data.stop_words import STOP_WORDS
 
 _MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 _CAPITAL = r"[A-Z][\w'’-]+"
@@ -34,55 +34,6 @@ _ASKS: dict[str, tuple[str, ...]] = {
     "thing": ("What", "Which", "What kind of thing"),
 }
 _BLANK = ("Fill the gap: {}", "Complete: {}", "What is missing? {}", "{}", "What belongs in the gap? {}")
-_STOPS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "in",
-        "on",
-        "at",
-        "to",
-        "for",
-        "and",
-        "or",
-        "but",
-        "with",
-        "by",
-        "from",
-        "as",
-        "is",
-        "was",
-        "are",
-        "were",
-        "be",
-        "been",
-        "it",
-        "its",
-        "this",
-        "that",
-        "he",
-        "she",
-        "they",
-        "his",
-        "her",
-        "their",
-        "which",
-        "who",
-        "when",
-        "where",
-        "had",
-        "has",
-        "have",
-        "not",
-        "also",
-        "into",
-        "than",
-        "then",
-        "there",
-    ]
-)
 _WORD = re.compile(r"\S+")
 _TURNS = 5
 _FEWEST_WORDS = 5
@@ -91,20 +42,20 @@ _MOST_WORDS = 22
 
 @dataclass(frozen=True)
 class Cloze:
-    """A question, its answer, and where the text says it."""
+    """A question, its answer, and the sentence that gives it."""
 
     question: str
     answer: str
-    stated: FactSpan
+    fact: FactSpan
 
 
 def make_clozes(rng: random.Random, text: str, n: int) -> list[Cloze]:
-    """At most `n` questions about a text, of different sentences where there are enough, in the order of the text."""
+    """Make at most `n` questions about a text, about different sentences if there are enough, in the text's order."""
     spans = [span for span in sentence_spans(text) if len(_WORD.findall(text[slice(*span)])) >= _FEWEST_WORDS]
     rng.shuffle(spans)
     made: list[tuple[int, Cloze]] = []
     asked: set[tuple[int, str]] = set()
-    for start, end in spans * _TURNS:  # several of a sentence where there are few
+    for start, end in spans * _TURNS:  # several about one sentence if there are few
         if len(made) == n:
             break
         sentence = text[start:end]
@@ -116,7 +67,7 @@ def make_clozes(rng: random.Random, text: str, n: int) -> list[Cloze]:
 
 
 def _cloze(rng: random.Random, sentence: str) -> Cloze | None:
-    """A question about one sentence; None where nothing in it can be asked for."""
+    """A question about one sentence; None if nothing in it can be asked for."""
     found = [(kind, match) for kind, pattern in _KINDS for match in pattern.finditer(sentence) if _may_ask(kind, match)]
     if not found:
         return None
@@ -126,22 +77,22 @@ def _cloze(rng: random.Random, sentence: str) -> Cloze | None:
     answer = match.group()
     before, after = sentence[: match.start()], sentence[match.end() :]
     if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", before + " " + after):
-        return None  # the question would say it
+        return None  # the question would contain the answer
     question = _with_gap(rng, before, after) if rng.random() < 0.3 else _with_word(rng, kind, before, after)
     return Cloze(question, answer, FactSpan(sentence, "", answer, match.start())) if question else None
 
 
 def _may_ask(kind: str, match: re.Match[str]) -> bool:
-    """Whether a match is worth asking for: the first word of a sentence or of what is quoted has a capital whatever it is."""
+    """Whether to ask for a match: the first word of a sentence or quotation is capitalised even if it is no name."""
     if kind != "name":
         return True
     before = match.string[: match.start()].rstrip()
     is_first = not before or before[-1] in "\"“'‘.!?;:|([—"
-    return match.group().split()[0].lower() not in _STOPS and (not is_first or " " in match.group())
+    return match.group().split()[0].lower() not in STOP_WORDS and (not is_first or " " in match.group())
 
 
 def _with_gap(rng: random.Random, before: str, after: str) -> str:
-    """The sentence around a gap, cut to a few words on both sides."""
+    """The sentence with a gap, cut to a few words on both sides."""
     left, right = before.split(), after.split()
     room = rng.randint(_FEWEST_WORDS + 1, _MOST_WORDS)
     n_left = min(len(left), max(room // 2, room - len(right)))
@@ -150,10 +101,10 @@ def _with_gap(rng: random.Random, before: str, after: str) -> str:
 
 
 def _with_word(rng: random.Random, kind: str, before: str, after: str) -> str | None:
-    """A question word and what is left of the sentence: some words dropped, its parts perhaps the other way round."""
+    """A question word and the rest of the sentence, with some words dropped and its two parts perhaps swapped."""
     left, right = (_thinned(rng, part.split()) for part in (before, after))
     words = [*right, *left] if rng.random() < 0.5 else [*left, *right]
-    telling = [word for word in words if word.strip(",.;:()\"'").lower() not in _STOPS]
+    telling = [word for word in words if word.strip(",.;:()\"'").lower() not in STOP_WORDS]
     if len(telling) < 2:
         return None
     first = rng.randrange(max(1, len(words) - _MOST_WORDS + 1))
@@ -164,8 +115,10 @@ def _with_word(rng: random.Random, kind: str, before: str, after: str) -> str | 
 
 
 def _thinned(rng: random.Random, words: Sequence[str]) -> list[str]:
-    """Words without some of those that say little, and a few that do."""
+    """Drop some of the words, stop words twice as often."""
     drop = rng.choice((0.0, 0.1, 0.3))
     return [
-        word for word in words if rng.random() >= (min(1.0, drop * 2) if word.strip(",.;").lower() in _STOPS else drop)
+        word
+        for word in words
+        if rng.random() >= (min(1.0, drop * 2) if word.strip(",.;").lower() in STOP_WORDS else drop)
     ]

@@ -1,7 +1,7 @@
-"""Questions and answers about passages, with what keeps the bad ones out.
+"""Make questions and answers about passages, and filter out the bad ones.
 
-A writer is asked twice: for questions that a passage answers, and then for harder ones that ask for something else. A question stays if the
-same writer, shown the passage, gives the answer again, and does not give it without the passage. Rule-made questions need no writer.
+A writer is asked twice: for questions that a passage answers, and then for harder, different ones. A question is kept if the same
+writer repeats its answer when shown the passage, and does not give it without the passage. Rule-made questions need no writer.
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ _LINE = re.compile(
 )
 _ANSWER = re.compile(r"^\W*(?:a(?:nswer)?\s*\d*\s*[:.][\s*]*)?(?P<answer>.+)$", re.IGNORECASE)
 _EXAMPLE = (
-    "The Hartwell Bridge was opened in 1897 and is 312 metres long. It was designed by Clara Menzies, who had built two lighthouses before.",
+    "The Hartwell Bridge was opened in 1897 and is 312 metres long. "
+    "It was designed by Clara Menzies, who had built two lighthouses before.",
     "Q: When was the Hartwell Bridge opened?\nA: 1897\nQ: Who designed the bridge?\nA: Clara Menzies",
 )
-_AGREES = 0.6  # token F1 from which two answers say the same; "24 miles" and "30 miles" have 0.5
-_SAME_QUESTION = 0.7  # share of words from which two questions ask the same
+_AGREES = 0.6  # token F1 from which two answers count as the same; "24 miles" and "30 miles" have 0.5
+_SAME_QUESTION = 0.7  # share of common words from which two questions count as the same
 _LONGEST_ANSWER_WORDS = 20
 _TOKENS_OF_A_PAIR = 40
 
 
 @dataclass(frozen=True)
 class MakeConfig:
-    """What `loracast make-questions` makes."""
+    """Settings of `loracast make-questions`."""
 
     per_passage: int = 5
-    """Most questions about one passage, of each level."""
+    """Most questions of each level about one passage."""
     levels: int = 2
-    """1: questions that the passage answers; 2: then harder ones that ask for something else."""
+    """1 asks for questions that the passage answers; 2 then also for harder, different ones."""
     seed: int = 0
     """Seed of rule-made questions."""
 
@@ -55,7 +56,7 @@ class MakeConfig:
 
 @dataclass(frozen=True)
 class Made:
-    """A question that stays."""
+    """A question that is kept."""
 
     question: str
     answers: tuple[str, ...]
@@ -65,20 +66,20 @@ class Made:
 
 @dataclass
 class Tally:
-    """What came of the questions that were written."""
+    """Counts of the questions that were kept and dropped."""
 
     kept: int = 0
     repeated: int = 0
-    """They ask what another one asks."""
+    """Another question asks the same."""
     not_answerable: int = 0
-    """Shown the passage, the writer answers otherwise."""
+    """The writer, shown the passage, gives another answer."""
     known_anyway: int = 0
-    """The writer answers so without the passage too."""
+    """The writer gives the same answer without the passage."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A piece of a file that is asked about."""
+    """A piece of a file to ask about."""
 
     doc_id: str
     title: str
@@ -86,10 +87,10 @@ class Passage:
 
 
 def passages_of(document: Document, split: Callable[[str], Sequence[str]]) -> list[Passage]:
-    """The passages of a document, named by its file and by what they say, so that a file that has changed is asked about anew.
+    """The passages of a document, with ids from its file name and their own text, so a changed passage gets new questions.
 
     Args:
-        split: a text into pieces.
+        split: splits a text into pieces.
     """
     name = document.file_name or "document"
     return [
@@ -105,10 +106,10 @@ def make_questions(
     config: MakeConfig = MakeConfig(),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tally:
-    """Append a row for each passage to a JSONL file, one by one: what is there already stays, and is not made again.
+    """Append a row of questions for each passage to a JSONL file; passages that it has already are skipped.
 
     Args:
-        writer: None makes questions by rule.
+        writer: writes and answers the questions; None makes them by rule.
     """
     known = {row["doc_id"] for row in _rows(out)}
     tally = Tally()
@@ -131,7 +132,7 @@ def make_questions(
 
 
 def _rows(out: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file; a last line that was cut off by a kill is taken out, so that the next one begins on its own."""
+    """The rows of a file; an incomplete last line, which a killed run leaves, is removed from it."""
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         return
@@ -181,11 +182,14 @@ def _written(passage: Passage, writer: Writer, config: MakeConfig, tally: Tally)
 
 
 def _ask_for(text: str, n: int, known: Sequence[Made]) -> list[Message]:
-    """The conversation that asks for questions: with an example, since small models follow one better than instructions."""
+    """The conversation that asks for questions, with an example, which small models follow better than instructions."""
     order = f"Write {n} questions that the text answers, each with its short answer."
     if known:
         listed = "\n".join(f"- {one.question}" for one in known)
-        order = f"Write {n} harder questions about the text, each with its short answer. They must ask for something else than these:\n{listed}"
+        order = (
+            f"Write {n} harder questions about the text, each with its short answer. "
+            f"They must ask for something else than these:\n{listed}"
+        )
     example, answered = _EXAMPLE
     return [
         {
@@ -198,7 +202,7 @@ def _ask_for(text: str, n: int, known: Sequence[Made]) -> list[Message]:
 
 
 def _answer_with(text: str | None, question: str) -> list[Message]:
-    """The conversation that asks for an answer, with the passage or without it."""
+    """The conversation that asks a question, with the passage or without it."""
     example, _ = _EXAMPLE
     shown, before = (f"{text}\n\n", f"{example}\n\n") if text is not None else ("", "")
     return [
@@ -209,7 +213,7 @@ def _answer_with(text: str | None, question: str) -> list[Message]:
 
 
 def parse(said: str) -> list[tuple[str, str]]:
-    """The (question, answer) pairs of what a writer wrote: a line that ends in a question mark, and the answer behind it or on the next line."""
+    """Parse a writer's text into (question, answer) pairs: each answer follows its question mark or is on the next line."""
     pairs: list[tuple[str, str]] = []
     waiting: str | None = None
     for line in filter(None, map(str.strip, said.splitlines())):

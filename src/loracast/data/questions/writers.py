@@ -1,4 +1,4 @@
-"""Who writes questions and answers them: a base on this machine, or any model behind an OpenAI-compatible endpoint."""
+"""Writers of questions and answers: a base on this machine, or a model behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Writer(Protocol):
 
     @property
     def name(self) -> str:
-        """What its questions say they were made by."""
+        """The name that its rows give in `made_by`."""
         ...
 
     def write(self, messages: Sequence[Message], max_tokens: int) -> str:
-        """The assistant's next turn."""
+        """Write the assistant's next turn."""
         ...
 
 
 @dataclass(frozen=True)
 class BaseWriter:
-    """A base on this machine, greedily."""
+    """Decodes greedily with a base on this machine."""
 
     base: Base
 
@@ -49,7 +49,7 @@ class BaseWriter:
 
 @dataclass(frozen=True)
 class EndpointWriter:
-    """A model behind an OpenAI-compatible endpoint: `url` is what stands before /chat/completions."""
+    """Asks a model behind an OpenAI-compatible endpoint; `url` is the part before /chat/completions."""
 
     url: str
     model: str
@@ -61,7 +61,7 @@ class EndpointWriter:
         return self.model
 
     def write(self, messages: Sequence[Message], max_tokens: int) -> str:
-        """Raises LoracastError where the endpoint refuses, or fails several times in a row."""
+        """Write the assistant's next turn. Raises LoracastError if the endpoint refuses, or fails several times in a row."""
         order = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
         headers = {"Content-Type": "application/json"}
         if self.api_key:
@@ -76,10 +76,10 @@ class EndpointWriter:
                     return _content(json.loads(response.read()))
             except urllib.error.HTTPError as error:
                 problem = f"{where} answers {error.code}: {error.read(500).decode(errors='replace')}"
-                if error.code < 500 and error.code != 429:  # what we ask is wrong: asking again changes nothing
+                if error.code < 500 and error.code != 429:  # the request itself is wrong, so another try would fail too
                     raise LoracastError(problem) from error
             except (OSError, ValueError) as error:
-                problem = f"{where} cannot be asked: {error}"
+                problem = f"{where} cannot be reached: {error}"
             if attempt < _TRIES - 1:
                 time.sleep(_FIRST_WAIT_S * 2**attempt)
         raise LoracastError(f"{problem} (after {_TRIES} tries)")
