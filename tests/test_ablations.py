@@ -41,7 +41,7 @@ def config(tmp_path) -> AblationConfig:
     documents = write_documents(tmp_path / "qa.jsonl")
     return AblationConfig(
         recipe=str(tmp_path / "recipe.toml"),
-        variants={"as it is": (), "Rank 4, deeper": ("hypernetwork.rank=4", "hypernetwork.n_decoder_blocks=2")},
+        variants={"as it is": (), "Rank 4, deeper": ("hypernetwork.rank=4", "hypernetwork.n_decoder_blocks=4")},
         overrides=(f'data.documents=["{documents}"]',),
         held_out_sources=("letters",),
         kinds=("facts", "questions"),

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from loracast.base.capture import capture_inputs
 from loracast.base.load import Base
 from loracast.batching import pad_right
 from loracast.encoders.attention_delta import POSITIONS, tokens_around_input
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
-from loracast.base.capture import capture_inputs
 from loracast.training.task_source import TaskSource
 
 _N_EXAMPLES = 256
