@@ -1,4 +1,4 @@
-"""`loracast eval tasks`: what each rival is given, the figures it is given for, and what is written."""
+"""`loracast eval tasks`: what each baseline is given, the figures it is given for, and what is written."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
 from loracast.cli import app
 from loracast.data.answer_metrics import is_right, last_number
-from loracast.data.tasks import read_tasks
+from loracast.data.tasks import Example, read_tasks
 from loracast.errors import ConfigError
+from loracast.evaluation import runner
 from loracast.evaluation import tasks as evaluation
 from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import Choice, likeliest
 from loracast.evaluation.intervals import paired_bootstrap
-from loracast.evaluation.task_baselines import BASELINES, Given, prompt_of
+from loracast.evaluation.task_baselines import BASELINES, TaskCase, TaskSetup
 from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
@@ -32,7 +33,7 @@ from loracast.training.oracle import OracleRecipe, average_of_oracles, train_mul
 from suites import SEVEN_OPPOSITES, write_rows
 
 
-def test_what_each_rival_is_given(base, suite):
+def test_what_each_baseline_is_given(base, suite):
     tasks = [task for task in read_tasks(suite) if task.is_heldout]
     config = TasksConfig(str(suite))
     drawn = evaluation.draw(tasks, 1, 0, config)
@@ -41,7 +42,8 @@ def test_what_each_rival_is_given(base, suite):
     assert not set(drawn.shots) & set(drawn.task.test)
 
     def prompt(name: str) -> str:
-        return base.tokenizer.decode(prompt_of(base, BASELINES[name], drawn, "up"))
+        setup = TaskSetup(base, Caster(), multitask=LoRA(), multitask_described=LoRA(), average=LoRA(), oracles=suite)
+        return base.tokenizer.decode(BASELINES[name].request(setup, TaskCase(drawn, Example("up", ("down",)))).prompt)
 
     plain = base.tokenizer.decode(base.chat.prompt("up", ""))
     for name in ("none", "adapter", "other", "gibberish", "constant"):
@@ -73,11 +75,13 @@ class Caster:
         return "constant"
 
 
-def test_which_lora_each_rival_answers_with(base, suite):
+def test_which_lora_each_baseline_answers_with(base, suite):
     tasks = [task for task in read_tasks(suite) if task.is_heldout]
     drawn = evaluation.draw(tasks, 1, 0, TasksConfig(str(suite)))
-    given = Given(base, Caster(), None, "multitask", "described", "average")
-    loras = {name: rival.lora(given, drawn) for name, rival in BASELINES.items() if name != "oracle"}
+    setup = TaskSetup(base, Caster(), None, "multitask", "described", "average")
+    case = TaskCase(drawn, drawn.task.test[0])
+    sources = {name: b.request(setup, case).lora for name, b in BASELINES.items() if name != "oracle"}
+    loras = {name: source and source.make() for name, source in sources.items()}
     assert loras["adapter"] == drawn.description and loras["other"] == drawn.other_description
     assert loras["gibberish"] == drawn.gibberish and "please" not in drawn.gibberish
     said = {word for t in tasks for text in t.descriptions["heldout"] for word in text.split()}
@@ -88,8 +92,8 @@ def test_which_lora_each_rival_answers_with(base, suite):
     assert [loras[name] for name in ("average", "multitask", "multitask_described", "constant")] == [
         "average", "multitask", "described", "constant",
     ]  # fmt: skip
-    without = [name for name, rival in BASELINES.items() if rival.needs is None]
-    assert all(loras[name] is None for name in without) and len(without) == 6
+    without = ["none", "described", "shots3", "shots5", "described_shots3", "described_shots5"]
+    assert all(loras[name] is None for name in without)
 
 
 def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, monkeypatch):
@@ -107,18 +111,19 @@ def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, 
         return [f"{right[name, word]}." if knows else "?" for word in words]
 
     current = [""]
-    prompts = evaluation.prompt_of
-    monkeypatch.setattr(evaluation, "answer_batch", answer_batch)
-    monkeypatch.setattr(
-        evaluation,
-        "prompt_of",
-        lambda b, r, drawn, x: (current.__setitem__(0, drawn.task.name), prompts(b, r, drawn, x))[1],
-    )
+
+    def ask(setup, baselines, cases, sampling):
+        (some,) = cases.values()
+        current[0] = some[0].drawn.task.name
+        return runner.ask(setup, baselines, cases, sampling)
+
+    monkeypatch.setattr(runner, "answer_batch", answer_batch)
+    monkeypatch.setattr(evaluation, "ask", ask)
     caster = TaskCaster(load_caster(hypernetwork, "task", base))
-    config = TasksConfig(str(suite), seeds=(0, 1), systems=("none", "shots3", "adapter"))
+    config = TasksConfig(str(suite), seeds=(0, 1), baselines=("none", "shots3", "adapter"))
     seen: list[tuple[int, int]] = []
-    report = evaluate_tasks(Given(base, caster), config, tmp_path, lambda done, total: seen.append((done, total)))
-    rows = {row["system"]: row for row in report.rows}
+    report = evaluate_tasks(TaskSetup(base, caster), config, tmp_path, lambda done, total: seen.append((done, total)))
+    rows = {row["baseline"]: row for row in report.rows}
     assert rows["none"]["by_task"] == {"first": 0, "opposite": 0, "shout": 1} and rows["none"][
         "exact"
     ] == pytest.approx(1 / 3)
@@ -138,31 +143,31 @@ def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, 
     assert stored["is_complete"] and stored["hypernetwork"] == caster.caster.id and len(stored["rows"]) == 3
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 30 and sum(a["exact"] for a in answers) == 8 + 4 + 2  # the base is asked with one seed only
-    assert {a["seed"] for a in answers if a["system"] == "none"} == {0}
+    assert {a["seed"] for a in answers if a["baseline"] == "none"} == {0}
 
 
 def test_a_budget_ends_it_between_tasks_and_says_so(base, suite, tmp_path):
-    config = TasksConfig(str(suite), systems=("none",), rows=1, seeds=(0,), budget_s=0.0, max_new_tokens=1)
-    report = evaluate_tasks(Given(base), config, tmp_path)
+    config = TasksConfig(str(suite), baselines=("none",), rows=1, seeds=(0,), budget_s=0.0, max_new_tokens=1)
+    report = evaluate_tasks(TaskSetup(base), config, tmp_path)
     assert not report.is_complete and report.rows[0]["n_tasks"] == 1
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"systems": ("none", "magic")}, "unknown systems: magic"),
+        ({"baselines": ("none", "magic")}, "unknown baselines: magic"),
         ({"rows": 0}, "at least one"),
-        ({"heldout": False, "systems": ("other",)}, "'other' needs for every task another one"),
+        ({"heldout": False, "baselines": ("other",)}, "'other' needs for every task another one"),
         ({"descriptions": "train"}, "no held-out task"),
         ({"benchmarks": ("x",)}, "either tasks"),
         ({"tasks": None, "benchmarks": ("x",), "heldout": False}, "leave --trained"),
-        ({"systems": ("adapter", "none")}, "'adapter' needs a text-to-LoRA hypernetwork"),
-        ({"systems": ("oracle",)}, "'oracle' needs a library of trained LoRAs"),
+        ({"baselines": ("adapter", "none")}, "'adapter' needs a text-to-LoRA hypernetwork"),
+        ({"baselines": ("oracle",)}, "'oracle' needs a library of trained LoRAs"),
     ],
 )
 def test_bad_settings_are_refused(change, message, base, suite, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        evaluate_tasks(Given(base), TasksConfig(**{"tasks": str(suite), **change}), tmp_path / "out")
+        evaluate_tasks(TaskSetup(base), TasksConfig(**{"tasks": str(suite), **change}), tmp_path / "out")
 
 
 def test_the_paired_interval_against_one_by_hand():
@@ -181,16 +186,12 @@ def test_the_paired_interval_against_one_by_hand():
 
 
 def test_more_seeds_do_not_make_an_interval_narrower(base, suite, tmp_path, monkeypatch):
-    """A rival that gives the same answers with every seed was asked no more rows by more seeds."""
-    monkeypatch.setattr(evaluation, "answer_batch", lambda base, prompts, *rest: ["cold", "H", "?"][: len(prompts)])
+    """A baseline that gives the same answers with every seed was asked no more rows by more seeds."""
+    monkeypatch.setattr(runner, "answer_batch", lambda base, prompts, *rest: ["cold", "H", "?"][: len(prompts)])
     intervals = []
     for seeds in ((0,), (0, 1, 2, 3)):
-        given = Given(base, Caster())
-        monkeypatch.setattr(evaluation, "BASELINES", {n: BASELINES[n] for n in ("none", "adapter")})
-        monkeypatch.setattr(evaluation.LoRA, "to", lambda self, *rest: None)
-        rows = evaluate_tasks(
-            dataclasses.replace(given, caster=Nothing()), TasksConfig(str(suite), seeds=seeds), tmp_path
-        ).rows
+        config = TasksConfig(str(suite), seeds=seeds, baselines=("none", "adapter"))
+        rows = evaluate_tasks(TaskSetup(base, Nothing()), config, tmp_path).rows
         intervals.append([rows[0][key] for key in ("n", "difference", "difference_low", "difference_high")])
     assert intervals[0] == intervals[1]
 
@@ -210,10 +211,10 @@ def test_the_command(suite, hypernetwork, tiny_folder, tmp_path, home):
     done = CliRunner().invoke(app, [str(a) for a in arguments])
     assert done.exit_code == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
-    assert [row["system"] for row in rows] == ["none", "described", "adapter", "other", "gibberish", "constant"]
+    assert [row["baseline"] for row in rows] == ["none", "described", "adapter", "other", "gibberish", "constant"]
     assert (tmp_path / "out" / "table.md").read_text().count("\n") >= 9
     answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
-    by_system = {row["system"]: [a["answer"] for a in answers if a["system"] == row["system"]] for row in rows}
+    by_system = {row["baseline"]: [a["answer"] for a in answers if a["baseline"] == row["baseline"]] for row in rows}
     assert by_system["adapter"] != by_system["none"] != by_system["constant"]
 
 
@@ -228,7 +229,7 @@ def test_the_likeliest_answer_is_that_of_a_plain_forward(base):
     torch.manual_seed(3)
     module = "model.layers.1.self_attn.q_proj"
     lora = LoRA({module: Factors(torch.randn(2, 48), torch.randn(64, 2))})
-    found = likeliest(base, prompts, answers, lora)
+    found = likeliest(base, prompts, answers, [lora] * 3)
     for prompt, texts, choice in zip(prompts, answers, found, strict=True):
         sums = []
         for text in texts:
@@ -263,8 +264,8 @@ def test_choices_are_scored_where_there_are_some(base, suite, tmp_path, monkeypa
         "likeliest",
         lambda base, prompts, answers, lora: [Choice(0, len(texts) - 1) for texts in answers],
     )
-    config = TasksConfig(str(tmp_path), systems=("none",), max_new_tokens=1)
-    (row,) = evaluate_tasks(Given(base), config, tmp_path / "out").rows
+    config = TasksConfig(str(tmp_path), baselines=("none",), max_new_tokens=1)
+    (row,) = evaluate_tasks(TaskSetup(base), config, tmp_path / "out").rows
     assert row["choice"] == pytest.approx((0.5 + 0) / 2) and row["choice_by_byte"] == pytest.approx((0.5 + 1) / 2)
     assert row["n"] == 4
     write_rows(tmp_path / "tasks.jsonl", [{**rows[2], "output": "never", "task_split": "heldout"}])
@@ -280,19 +281,21 @@ def test_oracles_and_their_average_join_in(base, suite, hypernetwork, tiny_folde
         base, recipe, [dataclasses.replace(t, descriptions={"train": ("x",)}) for t in tasks], tmp_path / "all"
     )
     average = average_of_oracles(tmp_path / "library", base.fingerprint)
-    given = Given(base, oracles=tmp_path / "library", average=average)
+    setup = TaskSetup(base, oracles=tmp_path / "library", average=average)
     config = TasksConfig(str(suite), rows=1, seeds=(0,), max_new_tokens=2)
     with pytest.raises(ConfigError, match="no oracle of shout"):
-        evaluate_tasks(given, config, tmp_path / "out")
+        evaluate_tasks(setup, config, tmp_path / "out")
     arguments = [
         "eval", "tasks", "--tasks", suite, "--base", tiny_folder, "--out", tmp_path / "out", "--device", "cpu", "--rows", "1",
         "--seeds", "0", "--oracles", tmp_path / "library", "--only-oracles", "--multitask", tmp_path / "all", "--json",
     ]  # fmt: skip
     done = CliRunner().invoke(app, [str(a) for a in arguments])
     assert done.exit_code == 0, done.output
-    rows = {row["system"]: row for row in json.loads(done.stdout)["rows"]}
+    rows = {row["baseline"]: row for row in json.loads(done.stdout)["rows"]}
     assert list(rows) == [
-        name for name in BASELINES if BASELINES[name].needs in (None, "oracles", "average", "multitask")
+        name
+        for name in BASELINES
+        if set(BASELINES[name].needs) <= {"oracles", "average", "multitask", "3 examples", "5 examples"}
     ]
     assert list(rows["oracle"]["by_task"]) == ["first", "opposite"]
 
@@ -310,17 +313,15 @@ def test_benchmarks_are_tasks(base, tmp_path, monkeypatch):
     gsm = read_benchmark(tmp_path / "bench_gsm8k_sample.jsonl")
     assert (gsm.name, gsm.metric, len(gsm.train), len(gsm.test)) == ("gsm8k", "number", 100, 10)
     assert gsm.test[0].outputs == ("one more\n101",)
-    monkeypatch.setattr(
-        evaluation, "answer_batch", lambda base, prompts, *rest: ["so it is 1,01 or 105."] * len(prompts)
-    )
+    monkeypatch.setattr(runner, "answer_batch", lambda base, prompts, *rest: ["so it is 1,01 or 105."] * len(prompts))
     config = TasksConfig(benchmarks=(str(tmp_path / "bench_gsm8k_sample.jsonl"),), seeds=(0,))
-    rows = {row["system"]: row for row in evaluate_tasks(Given(base), config, tmp_path / "out").rows}
+    rows = {row["baseline"]: row for row in evaluate_tasks(TaskSetup(base), config, tmp_path / "out").rows}
     assert rows["none"]["exact"] == 0.1 and rows["none"]["choice"] is None and "other" not in rows
     write_rows(tmp_path / "bench_copa.jsonl", asked)
     with pytest.raises(ConfigError, match="no more than 100 rows"):
         read_benchmark(tmp_path / "bench_copa.jsonl")
     config = dataclasses.replace(config, benchmarks=(str(tmp_path / "bench_arc_easy_test.jsonl.gz"),))
-    rows = evaluate_tasks(Given(base), config, tmp_path / "out").rows
+    rows = evaluate_tasks(TaskSetup(base), config, tmp_path / "out").rows
     assert all(row["n"] == 4 and row["exact"] == 0 and row["choice"] is not None for row in rows)
     with pytest.raises(ConfigError, match=r"nothing is known of a benchmark 'mmlu'.*Known: arc_challenge"):
         read_benchmark(tmp_path / "bench_mmlu_test.jsonl")
@@ -353,7 +354,7 @@ def test_a_benchmark_has_an_oracle_too(tiny_folder, tmp_path):
     report = run(
         "eval", "tasks", "--oracles", tmp_path / "library", "--systems", "none,oracle", "--out", tmp_path / "out"
     )
-    assert [(row["system"], row["n"]) for row in report["rows"]] == [("none", 4), ("oracle", 4)]
+    assert [(row["baseline"], row["n"]) for row in report["rows"]] == [("none", 4), ("oracle", 4)]
 
 
 @pytest.mark.parametrize(("name", "n_shown", "n_asked"), [("gsm8k_test", 20, 20), ("commonsenseqa", 100, 20)])

@@ -196,15 +196,17 @@ def test_only_what_is_wanted_is_cast(model):
 
 
 def test_the_window_gets_the_document_and_loses_its_middle(model):
+    from loracast.evaluation.documents import DocumentCase, DocumentSetup
     from loracast.evaluation.in_memory import InMemoryAdapter
-    from loracast.evaluation.synthetic_baselines import MAX_NEW_TOKENS, Case, Setup, in_window, passage
+    from loracast.evaluation.synthetic import BASELINES, MAX_NEW_TOKENS
 
-    setup = Setup(model)
+    setup = DocumentSetup(model, max_new_tokens=MAX_NEW_TOKENS)
+    in_window, passage = BASELINES["window"].request, BASELINES["bm25"].request
     short = InMemoryAdapter(model, "First sentence here. The code is 4711. Last one.", "A title")
-    whole = model.base.tokenizer.decode(in_window(setup, Case(short, short, "What is it?", "4711", 0)).prompt)
+    whole = model.base.tokenizer.decode(in_window(setup, DocumentCase(short, short, "What is it?")).prompt)
     assert "A title" in whole and short.document.text in whole and "What is it?" in whole
     long = InMemoryAdapter(model, f"Beginning of all. {prose(80, seed=1)} Ending of all.", max_chunk_tokens=128)
-    case = Case(long, long, "What is the ending?", "x", len(long.chunks) - 1)
+    case = DocumentCase(long, long, "What is the ending?", chunk=len(long.chunks) - 1)
     prompt = in_window(setup, case).prompt
     assert model.base.window - 40 < len(prompt) + MAX_NEW_TOKENS <= model.base.window
     cut = model.base.tokenizer.decode(prompt)
@@ -215,12 +217,12 @@ def test_the_window_gets_the_document_and_loses_its_middle(model):
 
 # ---- whole runs ----
 
-ROW_KEYS = {"system", "label", "n", "exact", "exact_low", "exact_high", "has_value", "prompt_tokens", "answer_s"}
+ROW_KEYS = {"baseline", "label", "n", "exact", "exact_low", "exact_high", "has_value", "prompt_tokens", "answer_s"}
 
 
 def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
     from loracast.evaluation import needle
-    from loracast.evaluation.synthetic_baselines import SYSTEMS
+    from loracast.evaluation.synthetic import BASELINES
 
     monkeypatch.setattr(needle, "N_TIMED", 1)
     config = needle.NeedleConfig(texts, lengths=(256, 900), samples=6, chunk_tokens=128, route=2)
@@ -230,7 +232,9 @@ def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
     assert results["is_complete"] and results["seed"] == 0 and results["settings"]["lengths"] == [256, 900]
     assert results["versions"].keys() == {"python", "loracast", "torch", "transformers"}
     assert results["machine"]["cpu"] and results["command"] and results["date"] and results["hypernetwork"]
-    assert [(row["length"], row["system"]) for row in results["rows"]] == [(n, s) for n in (256, 900) for s in SYSTEMS]
+    assert [(row["length"], row["baseline"]) for row in results["rows"]] == [
+        (n, s) for n in (256, 900) for s in BASELINES
+    ]
     for row in results["rows"]:
         assert (
             row.keys() >= ROW_KEYS and row["n"] == 6 and 0 <= row["exact_low"] <= row["exact"] <= row["exact_high"] <= 1
@@ -238,12 +242,12 @@ def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
         assert (
             sum(d["n"] for d in row["depths"]) == 6 and row["n_timed"] == 1 and row["first_token_s"] <= row["answer_s"]
         )
-        assert (row["recall"] is None) == (row["system"] in ("merged", "none", "other", "window"))
+        assert (row["recall"] is None) == (row["baseline"] in ("merged", "none", "other", "window"))
     assert report.rows[-1]["chunks"] > report.rows[0]["chunks"]
     assert seen[-1] == (12, 12)
     table = (tmp_path / "table.md").read_text()
     assert "adapter, routed 2" in table and "another document's adapter" in table
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2 * 6 * len(SYSTEMS)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2 * 6 * len(BASELINES)
     for name in ("heatmap.png", "exact-match.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -254,10 +258,10 @@ def test_a_short_run_is_the_beginning_of_a_long_one(model, texts, tmp_path, monk
     monkeypatch.setattr(needle, "_TOKENS_PER_GROUP", 400)  # two documents at a time
     shown = []
     for n in (3, 5):
-        config = needle.NeedleConfig(texts, lengths=(200,), samples=n, systems=("routed", "none"), depths=(0.5, 1.0))
+        config = needle.NeedleConfig(texts, lengths=(200,), samples=n, baselines=("routed", "none"), depths=(0.5, 1.0))
         needle.evaluate_needle(model, config, tmp_path / str(n))
         rows = [json.loads(line) for line in (tmp_path / str(n) / "answers.jsonl").read_text().splitlines()]
-        shown.append([(r["question"], r["depth"], r["answer"]) for r in rows if r["system"] == "routed"])
+        shown.append([(r["question"], r["depth"], r["answer"]) for r in rows if r["baseline"] == "routed"])
     assert len(shown[0]) == 3 and shown[1][:3] == shown[0]
     assert [depth for _, depth, _ in shown[1]] == [0.5, 1.0, 0.5, 1.0, 0.5]
 
@@ -266,19 +270,19 @@ def test_a_budget_stops_early_and_says_so(model, texts, tmp_path, monkeypatch):
     from loracast.evaluation import needle
 
     monkeypatch.setattr(needle, "_TOKENS_PER_GROUP", 400)
-    config = needle.NeedleConfig(texts, lengths=(200,), samples=50, systems=("none",), budget_s=0.0)
+    config = needle.NeedleConfig(texts, lengths=(200,), samples=50, baselines=("none",), budget_s=0.0)
     report = needle.evaluate_needle(model, config, tmp_path)
     assert report.rows[0]["n"] == 2
 
 
 def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):
     from loracast.evaluation import facts
-    from loracast.evaluation.synthetic_baselines import SYSTEMS
+    from loracast.evaluation.synthetic import BASELINES
 
     monkeypatch.setattr(facts, "N_TIMED", 1)
     facts.evaluate_facts(model, facts.FactsConfig(facts=(2, 6), sheets=3, chunk_tokens=128), tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [(row["facts"], row["system"]) for row in results["rows"]] == [(n, s) for n in (2, 6) for s in SYSTEMS]
+    assert [(row["facts"], row["baseline"]) for row in results["rows"]] == [(n, s) for n in (2, 6) for s in BASELINES]
     for row in results["rows"]:
         assert row.keys() >= ROW_KEYS | {"cluster_low", "cluster_high", "chunks", "document_tokens"}
         assert row["n"] == 3 * row["facts"] and row["sheets"] == 3
@@ -290,7 +294,7 @@ def test_latency_compares_the_three(model, texts, tmp_path):
 
     evaluate_latency(model, LatencyConfig(texts, tokens=1600, repetitions=3, route=2), tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["system"] for row in rows] == ["base", "adapter", "window"]
+    assert [row["baseline"] for row in rows] == ["base", "adapter", "window"]
     assert all(row["n"] == 3 and row["fastest_s"] <= row["first_token_s"] <= row["slowest_s"] for row in rows)
     assert rows[0]["ratio"] == 1 and rows[2]["prompt_tokens"] > rows[0]["prompt_tokens"] == rows[1]["prompt_tokens"]
 
@@ -311,8 +315,8 @@ def test_settings_that_make_no_sense_are_refused_together(texts):
     with pytest.raises(ConfigError, match="depth of 2") as caught:
         NeedleConfig(texts, lengths=(20,), depths=(2.0,), kind="colour")
     assert "20 tokens" in str(caught.value) and "'colour'" in str(caught.value)
-    with pytest.raises(ConfigError, match="unknown systems: magic"):
-        NeedleConfig(texts, systems=("magic",))
+    with pytest.raises(ConfigError, match="unknown baselines: magic"):
+        NeedleConfig(texts, baselines=("magic",))
 
 
 def test_help_needs_no_torch():

@@ -23,7 +23,7 @@ from loracast.encoders import image as image_encoders
 from loracast.encoders.features import Encoder, Features
 from loracast.encoders.image import ImageEncoder, load_image_encoder
 from loracast.errors import BaseModelError, ConfigError, EncoderError, HypernetworkError
-from loracast.evaluation.modality import ALL, SEEN, SPARE, SenseEvalConfig, evaluate_sense
+from loracast.evaluation.modality import ALL, HELD_OUT, TRAINED, ModalityEvalConfig, evaluate_modality
 from loracast.evaluation.modality_plots import confusion, sheet
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.protocol import Caster
@@ -215,13 +215,13 @@ def test_a_fresh_hypernetwork_does_nothing_and_training_makes_it_see(base, train
 
 
 def test_what_is_measured_is_what_merged_weights_say(base, trained, tmp_path):
-    """The likeliest name from the loss of the base with the LoRA added to its weights, one thing at a time."""
+    """The likeliest name from the loss of the base with the LoRA added to its weights, one example at a time."""
     caster = Caster(from_pretrained(trained[0]), WaveEncoder())
     known, test = make_waves(4, 24, n_held_out=1), make_waves(4, 6, seed=9, n_held_out=1)
-    report, saw = evaluate_sense(base, caster, known, test, SenseEvalConfig(), tmp_path)
+    report, answered = evaluate_modality(base, caster, known, test, ModalityEvalConfig(), tmp_path)
     seen_names = test.names[:3]
     prompt = base.chat.prompt(wordings("image").test, "")
-    for one in saw[:8]:
+    for one in answered[:8]:
         merged = copy.deepcopy(base.model)
         for name, pair in caster.loras(test.load(one.place)[None]).row(0).factors.items():
             merged.get_submodule(name).weight.data += (pair.b @ pair.a).detach()
@@ -234,19 +234,19 @@ def test_what_is_measured_is_what_merged_weights_say(base, trained, tmp_path):
                 of_forms.append(-logits.gather(1, torch.tensor(answer)[:, None]).sum().item())
             losses.append(min(of_forms))
         assert one.chosen == seen_names[int(np.argmin(losses))]
-    by = {(row["part"], row["system"]): row for row in report.rows}
-    right = [one.chosen == one.name for one in saw if not one.is_held_out]
-    assert by[SEEN, "adapter"]["accuracy"] == pytest.approx(np.mean(right)) and by[SEEN, "adapter"]["n"] == 18
-    assert by[SEEN, "adapter"]["accuracy"] > 0.6 > by[SEEN, "shuffled"]["accuracy"]
-    assert by[SEEN, "probe"]["accuracy"] > 0.6 and by[SEEN, "adapter"]["of_probe"] == pytest.approx(
-        by[SEEN, "adapter"]["accuracy"] / by[SEEN, "probe"]["accuracy"]
+    by = {(row["part"], row["baseline"]): row for row in report.rows}
+    right = [one.chosen == one.name for one in answered if not one.is_held_out]
+    assert by[TRAINED, "adapter"]["accuracy"] == pytest.approx(np.mean(right)) and by[TRAINED, "adapter"]["n"] == 18
+    assert by[TRAINED, "adapter"]["accuracy"] > 0.6 > by[TRAINED, "shuffled"]["accuracy"]
+    assert by[TRAINED, "probe"]["accuracy"] > 0.6 and by[TRAINED, "adapter"]["of_probe"] == pytest.approx(
+        by[TRAINED, "adapter"]["accuracy"] / by[TRAINED, "probe"]["accuracy"]
     )
-    assert by[SPARE, "adapter"]["chance"] == 1 and by[ALL, "adapter"]["chance"] == 0.25
+    assert by[HELD_OUT, "adapter"]["chance"] == 1 and by[ALL, "adapter"]["chance"] == 0.25
     assert report.settings["to_lora_s"] > 0
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert len(answers) == len(test) and answers[0]["name"] == saw[0].name
-    confusion(tmp_path / "c.png", saw, "waves")
-    sheet(tmp_path / "s.png", saw, dataclasses.replace(test, load=lambda i: gradient()), seed=0)
+    assert len(answers) == len(test) and answers[0]["name"] == answered[0].name
+    confusion(tmp_path / "c.png", answered, "waves")
+    sheet(tmp_path / "s.png", answered, dataclasses.replace(test, load=lambda i: gradient()), seed=0)
     assert Image.open(tmp_path / "c.png").width > 200 and Image.open(tmp_path / "s.png").width > 200
 
 

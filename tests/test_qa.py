@@ -1,4 +1,4 @@
-"""Evaluations on real documents: metrics, rivals, the reader, words continued, and harm; whole runs on the tiny base."""
+"""Evaluations on real documents: metrics, baselines, the reader, continuations, interference; whole runs on the tiny base."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from loracast.data.answer_metrics import best, exact_match, rouge_l, squad_norma
 from loracast.data.qa import read_questioned
 from loracast.errors import AdapterError, ConfigError
 from loracast.evaluation.cut import without_middle
+from loracast.evaluation.documents import DocumentSetup, static_lora
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.interference import InterferenceConfig, evaluate_interference
-from loracast.evaluation.qa.adapter import static
-from loracast.evaluation.qa.baseline import Given, Setup
-from loracast.evaluation.qa.evaluate import BASELINES, QaConfig, choose, draw, evaluate_qa
-from loracast.evaluation.qa.passages import passages
-from loracast.evaluation.verbatim import VerbatimConfig, evaluate_verbatim
+from loracast.evaluation.qa import QaConfig, cases_of, choose, draw, evaluate_qa
+from loracast.evaluation.qa_baselines import BASELINES, passages
+from loracast.evaluation.verbatim import VerbatimConfig, evaluate_verbatim, of_way
 from loracast.lora.peft_format import read_peft
 from loracast.training.loop import TrainConfig
 from loracast.training.peft_training import PeftConfig
@@ -112,29 +111,29 @@ def test_a_reader_is_told_from_other_loras(base, reader_folder, tmp_path):
         read_reader(other, base.fingerprint)
 
 
-def test_every_rival_answers_every_question(model, documents, reader_folder, tmp_path):
-    setup = Setup(model, chunk_tokens=64, reader=read_reader(reader_folder, model.base.fingerprint))
+def test_every_baseline_answers_every_question(model, documents, reader_folder, tmp_path):
     config = QaConfig(
-        documents=(documents,), systems=tuple(BASELINES), max_documents=2, spans_only=True, chunk_tokens=64
+        documents=(documents,), baselines=tuple(BASELINES), max_documents=2, spans_only=True, chunk_tokens=64
     )
-    report = evaluate_qa(setup, config, tmp_path / "out")
+    reader = read_reader(reader_folder, model.base.fingerprint)
+    report = evaluate_qa(model, config, tmp_path / "out", reader=reader)
     draw(report, tmp_path / "out")
     assert report.is_complete
     by_source = [row for row in report.rows if row["kind"] == "source"]
     assert {row["part"] for row in by_source} == {"letters", "tales", "all"}
-    assert [row["system"] for row in by_source if row["part"] == "all"] == list(BASELINES)
+    assert [row["baseline"] for row in by_source if row["part"] == "all"] == list(BASELINES)
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     for row in by_source:
-        mine = [a for a in lines if a["system"] == row["system"] and row["part"] in (a["source"], "all")]
+        mine = [a for a in lines if a["baseline"] == row["baseline"] and row["part"] in (a["source"], "all")]
         assert row["n"] == len(mine) == (12 if row["part"] == "all" else 6)
         assert row["documents"] == len({a["doc_id"] for a in mine})
         assert row["f1"] == pytest.approx(sum(a["f1"] for a in mine) / len(mine), abs=1e-4)
         assert 0 <= row["f1_low"] <= row["f1"] <= row["f1_high"] <= 1
-        if row["system"] != "adapter":
-            adapter = next(r for r in by_source if r["part"] == row["part"] and r["system"] == "adapter")
+        if row["baseline"] != "adapter":
+            adapter = next(r for r in by_source if r["part"] == row["part"] and r["baseline"] == "adapter")
             assert row["difference"] == pytest.approx(adapter["f1"] - row["f1"])
             assert row["difference_low"] - 1e-9 <= row["difference"] <= row["difference_high"] + 1e-9
-    at = {row["system"]: row for row in by_source if row["part"] == "all"}
+    at = {row["baseline"]: row for row in by_source if row["part"] == "all"}
     assert (
         at["none"]["prompt_tokens"]
         == at["adapter"]["prompt_tokens"]
@@ -149,15 +148,15 @@ def test_every_rival_answers_every_question(model, documents, reader_folder, tmp
 
 
 def test_a_run_cut_by_the_clock_says_so(model, documents, tmp_path, monkeypatch):
-    from loracast.evaluation.qa import evaluate
+    from loracast.evaluation import qa
 
-    monkeypatch.setattr(evaluate, "_DOCUMENTS_PER_GROUP", 2)
-    config = QaConfig(documents=(documents,), systems=("none",), budget_s=0.0)
-    report = evaluate_qa(Setup(model), config, tmp_path / "out")
+    monkeypatch.setattr(qa, "_DOCUMENTS_PER_GROUP", 2)
+    config = QaConfig(documents=(documents,), baselines=("none",), budget_s=0.0)
+    report = evaluate_qa(model, config, tmp_path / "out")
     assert not report.is_complete and report.rows[0]["documents"] == 2
 
 
-def test_the_same_documents_are_drawn_whatever_the_rivals(documents):
+def test_the_same_documents_are_drawn_whatever_the_baselines(documents):
     config = QaConfig(documents=(documents,), max_documents=2, max_questions=2)
     chosen = choose(config)
     assert [d.source for d in chosen] == ["letters", "letters", "tales", "tales"]
@@ -166,31 +165,30 @@ def test_the_same_documents_are_drawn_whatever_the_rivals(documents):
         choose(dataclasses.replace(config, sources=("nobody",)))
 
 
-def test_rivals_that_lack_something_are_refused_or_left_out(model, documents, tmp_path):
+def test_baselines_that_lack_something_are_refused_or_left_out(model, documents, tmp_path):
     with pytest.raises(ConfigError, match="--reader"):
-        evaluate_qa(Setup(model), QaConfig(documents=(documents,), systems=("ceiling",)), tmp_path)
-    with pytest.raises(ConfigError, match="unknown systems: magic"):
-        evaluate_qa(Setup(model), QaConfig(documents=(documents,), systems=("magic",)), tmp_path)
+        evaluate_qa(model, QaConfig(documents=(documents,), baselines=("ceiling",)), tmp_path)
+    with pytest.raises(ConfigError, match="unknown baselines: magic"):
+        evaluate_qa(model, QaConfig(documents=(documents,), baselines=("magic",)), tmp_path)
     config = QaConfig(documents=(documents,), max_documents=1, max_questions=1)
-    ran = {row["system"] for row in evaluate_qa(Setup(model), config, tmp_path / "out").rows}
-    assert ran == {name for name, rival in BASELINES.items() if not rival.is_optional and not rival.needs_reader}
+    ran = {row["baseline"] for row in evaluate_qa(model, config, tmp_path / "out").rows}
+    assert ran == {name for name, baseline in BASELINES.items() if not baseline.is_optional and not baseline.needs}
 
 
-def test_what_rivals_show_the_base(model, documents):
-    setup = Setup(model, chunk_tokens=64)
+def test_what_baselines_show_the_base(model, documents):
+    setup = DocumentSetup(model)
     first, second = read_questioned([documents])[:2]
-    given = Given(first, *(InMemoryAdapter(model, d.text, d.title, 64) for d in (first, second)))
-    asked = first.questions[1]
+    asked = cases_of(first, *(InMemoryAdapter(model, d.text, d.title, 64) for d in (first, second)))[1]
     shown = {
-        name: model.base.tokenizer.decode(rival.ask(setup, given, asked).prompt)
-        for name, rival in BASELINES.items()
+        name: model.base.tokenizer.decode(baseline.request(setup, asked).prompt)
+        for name, baseline in BASELINES.items()
         if name not in ("adapter", "other", "beside", "ceiling", "distilled")
     }
     for name, prompt in shown.items():
         assert asked.question in prompt
         assert (first.text in prompt) == (name.startswith("window")), name
     assert "Osla Brandt" in shown["bm25"] and "the wheel" not in shown["bm25"]
-    assert " ".join(passages(setup, given, asked.question, 100)) == first.text
+    assert " ".join(passages(setup, asked, 100)) == first.text
     cut = without_middle(model.base.tokenizer, first.text, 12)
     assert cut.startswith("The mill") and cut.endswith("wheel.") and len(cut) < len(first.text)
     assert without_middle(model.base.tokenizer, first.text, 10_000) == first.text
@@ -199,15 +197,14 @@ def test_what_rivals_show_the_base(model, documents):
 def test_two_documents_at_once_are_what_asking_with_two_adapters_gives(model, documents, tmp_path):
     """Against adapters of the library, which add up what they share once."""
     first, second = read_questioned([documents])[:2]
-    setup = Setup(model, route=2, chunk_tokens=64)
-    given = Given(first, *(InMemoryAdapter(model, d.text, d.title, 64) for d in (first, second)))
-    rival = BASELINES["beside"]
-    rival.learn(setup, [given])
-    found = rival.ask(setup, given, first.questions[0]).lora
+    setup = DocumentSetup(model, route=2)
+    case = cases_of(first, *(InMemoryAdapter(model, d.text, d.title, 64, "bf16") for d in (first, second)))[0]
+    BASELINES["beside"].learn(setup, case)
+    found = BASELINES["beside"].request(setup, case).lora.make()
     kept = []
     for d in (first, second):
         (path := tmp_path / f"{d.title}.txt").write_text(d.text, encoding="utf-8")
-        kept.append(model.learn(path, max_chunk_tokens=64))
+        kept.append(model.learn(path, max_chunk_tokens=64, storage="bf16"))
     wanted, _ = model.lora_for(first.questions[0].question, kept, 2)
     assert found.names == wanted.names
     for name in wanted.names:
@@ -216,16 +213,16 @@ def test_two_documents_at_once_are_what_asking_with_two_adapters_gives(model, do
 
 def test_distillation_comes_closer_to_the_teacher(model, documents, monkeypatch):
     """The base itself sees the document; what it then finds likely is likelier with the LoRA than without."""
-    from loracast.evaluation.qa import distilled
+    from loracast.evaluation import distilled
     from loracast.lora.inject import inject
 
     monkeypatch.setattr(distilled, "_STEPS", 15)
     monkeypatch.setattr(distilled, "_LR", 1e-2)
-    setup, (document, *_) = Setup(model, chunk_tokens=64), read_questioned([documents])
-    given = Given(document, *[InMemoryAdapter(model, document.text, document.title, 64)] * 2)
-    questions = distilled._questions(setup, given)
+    setup, (document, *_) = DocumentSetup(model), read_questioned([documents])
+    case = cases_of(document, *[InMemoryAdapter(model, document.text, document.title, 64)] * 2)[0]
+    questions = distilled._questions(setup, case)
     assert 2 <= len(questions) <= distilled.N_QUESTIONS
-    lora = distilled.distil(setup, given)
+    lora = distilled.distil(setup, case)
     assert not model.base.model._forward_hooks and {name.split(".")[-1] for name in lora.names} == set(distilled._KINDS)
     losses = []
     for made in (None, lora):
@@ -251,7 +248,7 @@ def test_the_shared_part_is_what_all_documents_have(base, tiny_folder, tmp_path)
     for kind in ("down_proj", "q_proj"):
         torch.nn.init.normal_(hypernet.static_of(kind).b)
     model = Model(base, tmp_path, hypernet)
-    lora = static(Setup(model))
+    lora = static_lora(model)
     assert len(lora.names) == 2 + 4
     one = hypernet.static_of("q_proj")
     torch.testing.assert_close(
@@ -271,14 +268,10 @@ def shuffled_first(documents) -> str:
 def test_words_continued(model, documents, tmp_path):
     config = VerbatimConfig(documents=(documents,), max_documents=3, passages=2, chunk_tokens=64)
     report = evaluate_verbatim(model, config, tmp_path / "out")
-    rows = {row["system"]: row for row in report.rows}
+    rows = {row["baseline"]: row for row in report.rows}
     assert {row["tokens"] for row in rows.values()} == {3 * 2 * 24}
-    apart = rows["window"]["accuracy"] - rows["none"]["accuracy"]
-    assert apart <= 0 or rows["adapter"]["of_way"] == pytest.approx(
-        (rows["adapter"]["accuracy"] - rows["none"]["accuracy"]) / apart
-    )
     # The base alone, by hand: all passages of one document, token after token.
-    alone = dataclasses.replace(config, max_documents=1, passages=99, systems=("none",), sources=("tales",))
+    alone = dataclasses.replace(config, max_documents=1, passages=99, baselines=("none",), sources=("tales",))
     (row,) = evaluate_verbatim(model, alone, tmp_path).rows
     base, hits = model.base, []
     own = next(d for d in read_questioned([documents], ["tales"]) if d.doc_id == shuffled_first(documents))
@@ -290,8 +283,15 @@ def test_words_continued(model, documents, tmp_path):
         logits = base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
         hits += (logits[len(prompt) - 1 : -1].argmax(-1) == torch.tensor(answer)).tolist()
     assert row["tokens"] == len(hits) and row["accuracy"] == pytest.approx(sum(hits) / len(hits))
-    with pytest.raises(ConfigError, match="unknown systems"):
-        VerbatimConfig(documents=(documents,), systems=("magic",))
+    with pytest.raises(ConfigError, match="unknown baselines"):
+        VerbatimConfig(documents=(documents,), baselines=("magic",))
+
+
+def test_how_far_an_adapter_goes_towards_the_window():
+    assert of_way(0.5, none=0.2, window=0.8) == pytest.approx(0.5)
+    assert of_way(0.2, none=0.2, window=0.8) == 0 and of_way(0.8, none=0.2, window=0.8) == 1
+    assert of_way(0.1, none=0.2, window=0.6) == pytest.approx(-0.25)  # worse than no document
+    assert of_way(0.5, none=0.3, window=0.3) is of_way(0.5, none=0.4, window=0.3) is None
 
 
 def write_benchmark(folder) -> str:

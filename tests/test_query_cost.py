@@ -90,7 +90,7 @@ def test_the_command(suite, hypernetwork, tiny_folder, tmp_path, home):
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     systems = ["none", "described", "shots3", "described_shots3", "adapter", "document"]
-    assert [row["system"] for row in report["rows"]] == systems * 4  # three tasks and their mean
+    assert [row["baseline"] for row in report["rows"]] == systems * 4  # three tasks and their mean
     first = dict(zip(systems, report["rows"], strict=False))
     assert first["adapter"]["prompt_tokens"] == first["none"]["prompt_tokens"] < first["described"]["prompt_tokens"]
     assert first["document"]["prompt_tokens"] - first["none"]["prompt_tokens"] == pytest.approx(60, abs=3)
@@ -105,7 +105,7 @@ def test_the_command(suite, hypernetwork, tiny_folder, tmp_path, home):
     assert described["joules"] == pytest.approx(15 * described["total_s"])
     mean = report["rows"][18:]
     for system, row in zip(systems, mean, strict=True):
-        of_tasks = [r["gflops"] for r in report["rows"][:18] if r["system"] == system]
+        of_tasks = [r["gflops"] for r in report["rows"][:18] if r["baseline"] == system]
         assert row["task"] == "(mean)" and row["gflops"] == pytest.approx(sum(of_tasks) / 3)
     assert dict(zip(systems, mean, strict=True))["described"]["break_even"] > 0
     assert (tmp_path / "out" / "cost.png").stat().st_size > 10_000

@@ -84,7 +84,7 @@ def test_the_command(hypernetwork, tmp_path, home):
     done = CliRunner().invoke(app, [str(a) for a in arguments])
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)["rows"]
-    assert [(row["system"], row["n"], row["n_tasks"], row["n_groups"]) for row in rows] == [
+    assert [(row["baseline"], row["n"], row["n_tasks"], row["n_groups"]) for row in rows] == [
         ("embeddings", 15, 5, 2),
         ("weights", 15, 5, 2),
     ]

@@ -43,7 +43,7 @@ def test_figures_are_those_of_each_question_alone(base, data, tmp_path):
                     with torch.no_grad(), inject(base.model, LoRA(factors)):
                         said = base.model(input_ids=ids).logits[0, len(question.prompt) - 1 : -1].argmax(-1)
                     right.append((said == torch.tensor(question.answer)).tolist())
-        row = next(row for row in report.rows if (row["kind"], row["system"]) == (kind, "adapter"))
+        row = next(row for row in report.rows if (row["kind"], row["baseline"]) == (kind, "adapter"))
         assert row["questions"] == len(right)
         assert row["exact"] == pytest.approx(sum(all(r) for r in right) / len(right))
         tokens = [token for r in right for token in r]

@@ -52,9 +52,10 @@ def names(text: str | None) -> tuple[str, ...]:
 
 
 def systems_of(text: str) -> tuple[str, ...]:
-    from loracast.evaluation.synthetic_baselines import SYSTEMS, check_systems
+    from loracast.evaluation.baseline import check_names
+    from loracast.evaluation.synthetic import BASELINES
 
-    return tuple(SYSTEMS) if text == "all" else check_systems([name.strip() for name in text.split(",")])
+    return tuple(BASELINES) if text == "all" else check_names([name.strip() for name in text.split(",")], BASELINES)
 
 
 def kind_of(text: str) -> DescriptionKind:

@@ -37,7 +37,7 @@ def image(
     from loracast.base.load import DEFAULT_BASE
     from loracast.cast.load import load_caster, shipped_hypernetwork
     from loracast.data.labelled import read_images
-    from loracast.evaluation.modality import SenseEvalConfig, evaluate_sense
+    from loracast.evaluation.modality import ModalityEvalConfig, evaluate_modality
     from loracast.evaluation.modality_plots import confusion, sheet
     from loracast.evaluation.plots import require_matplotlib
 
@@ -47,11 +47,11 @@ def image(
     caster = load_caster(where, "image", encoder=encoder, say=say)
     loaded = open_answerer(base, None, device).base
     check(caster.made_for, loaded.fingerprint, "the hypernetwork")
-    config = SenseEvalConfig(per_class=per_class, seed=seed)
+    config = ModalityEvalConfig(per_class=per_class, seed=seed)
     with progress_bar("answers") as progress:
-        report, saw = evaluate_sense(loaded, caster, known, test, config, out, progress)
-    confusion(out / "confusion.png", saw, "images, by the likeliest name")
-    sheet(out / "sheet.png", saw, test, seed)
+        report, answers = evaluate_modality(loaded, caster, known, test, config, out, progress)
+    confusion(out / "confusion.png", answers, "images, by the likeliest name")
+    sheet(out / "sheet.png", answers, test, seed)
     show(report, out, as_json)
     if not as_json:
         to_lora, with_lora, plain = (

@@ -56,8 +56,7 @@ def qa(
 ) -> None:
     """Questions that people asked about real documents: an adapter beside the document, or parts of it, in the window."""
     from loracast.evaluation.plots import require_matplotlib
-    from loracast.evaluation.qa.baseline import Setup
-    from loracast.evaluation.qa.evaluate import QaConfig, draw, evaluate_qa
+    from loracast.evaluation.qa import QaConfig, draw, evaluate_qa
     from loracast.training.reader import read_reader
 
     config = QaConfig(
@@ -66,7 +65,7 @@ def qa(
         max_documents=max_documents,
         max_questions=max_questions,
         spans_only=spans_only,
-        systems=names(systems),
+        baselines=names(systems),
         route=route,
         chunk_tokens=chunk_tokens,
         split=split,
@@ -76,9 +75,8 @@ def qa(
     require_matplotlib()
     model = open_model(base, hypernetwork, None, device)
     ceiling = read_reader(reader, model.base.fingerprint).to(model.base.device) if reader else None
-    setup = Setup(model, route, chunk_tokens, ceiling)
     with progress_bar("documents") as progress:
-        report = evaluate_qa(setup, config, out, progress)
+        report = evaluate_qa(model, config, out, progress, ceiling)
     draw(report, out)
     show(report, out, as_json)
 
@@ -146,7 +144,7 @@ def verbatim(
         sources=names(sources),
         max_documents=max_documents,
         passages=passages,
-        systems=names(systems),
+        baselines=names(systems),
         chunk_tokens=chunk_tokens,
         split=split,
         seed=seed,

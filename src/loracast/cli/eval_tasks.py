@@ -63,7 +63,7 @@ def tasks(
     from loracast.base.load import DEFAULT_BASE
     from loracast.cast.load import load_caster, shipped_hypernetwork
     from loracast.cast.task import TaskCaster
-    from loracast.evaluation.task_baselines import Given
+    from loracast.evaluation.task_baselines import TaskSetup
     from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
     from loracast.training.oracle import average_of_oracles, read_multitask
 
@@ -74,13 +74,13 @@ def tasks(
         descriptions=kind_of(descriptions),
         rows=rows,
         seeds=numbers(seeds, int),
-        systems=None if systems == "all" else tuple(name.strip() for name in systems.split(",")),
+        baselines=None if systems == "all" else tuple(name.strip() for name in systems.split(",")),
         only_oracles=only_oracles,
         max_new_tokens=max_new_tokens,
         budget_s=budget_s,
     )
     loaded = open_answerer(base, None, device).base
-    given = Given(
+    setup = TaskSetup(
         loaded,
         caster=TaskCaster(load_caster(hypernetwork or shipped_hypernetwork(loaded, "task"), "task", loaded, say=say))
         if hypernetwork or loaded.name == DEFAULT_BASE
@@ -93,7 +93,7 @@ def tasks(
         average=average_of_oracles(oracles, loaded.fingerprint) if oracles else None,
     )
     with progress_bar("rows") as progress:
-        report = evaluate_tasks(given, config, out, progress)
+        report = evaluate_tasks(setup, config, out, progress)
     show(report, out, as_json)
 
 
@@ -118,7 +118,7 @@ def cost(
     from loracast.cast.load import load_caster, shipped_hypernetwork
     from loracast.cast.task import TaskCaster
     from loracast.evaluation.query_cost import CostConfig, evaluate_cost
-    from loracast.evaluation.task_baselines import Given
+    from loracast.evaluation.task_baselines import TaskSetup
 
     config = CostConfig(
         tasks=str(tasks) if tasks else None,
@@ -132,9 +132,9 @@ def cost(
     )
     loaded = open_answerer(base, None, device).base
     where = hypernetwork or shipped_hypernetwork(loaded, "task")
-    given = Given(loaded, caster=TaskCaster(load_caster(where, "task", loaded, say=say)))
+    setup = TaskSetup(loaded, caster=TaskCaster(load_caster(where, "task", loaded, say=say)))
     with progress_bar("tasks") as progress:
-        report = evaluate_cost(given, config, out, progress)
+        report = evaluate_cost(setup, config, out, progress)
     show(report, out, as_json)
 
 

@@ -1,1 +1,1 @@
-"""Measurements, each with its rivals in the same run: needle, facts, cost. Knows nothing of training but its data generators."""
+"""Measurements, one file an experiment, each with its baselines in the same run (docs/evaluation.md)."""

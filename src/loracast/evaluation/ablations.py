@@ -1,8 +1,8 @@
-"""Ablations: variants of one recipe, each trained from nothing for the same wall-clock time and then measured teacher-forced on documents
-that none has seen.
+"""`loracast eval ablations`: variants of a recipe, each trained from nothing for the same time, then measured.
 
-A variant's run leaves `NAME/seed-K/results.json` when it is whole, with the recipe that it followed, and is skipped from then on: the same command goes
-on where it was stopped, and two processes with other seeds may fill one folder together.
+The measurement is teacher-forced, on documents that no variant has seen. A finished run leaves
+`NAME/seed-K/results.json` with its recipe and is skipped from then on: the same command goes on where it was stopped, and
+two processes with other seeds may fill one folder together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from loracast.base.load import Base
 from loracast.errors import ConfigError
-from loracast.evaluation.report import Column, Progress, Report, environment, number, text
+from loracast.evaluation.report import Column, Progress, Report, ReportWriter, no_progress, number, text
 from loracast.evaluation.teacher_forced import TeacherForcedConfig, evaluate_teacher_forced
 from loracast.files import write_atomically
 from loracast.library.manifest import name_from
@@ -27,27 +27,29 @@ from loracast.training.doc import DocRecipe, read_doc_recipe, train_doc
 from loracast.training.sources import EpisodeKind
 
 Variants = Mapping[str, Sequence[str]]
-"""By name, what a variant changes in the recipe (`hypernetwork.rank=16`); the first one is what the others are compared with."""
+"""By name, what a variant changes in the recipe (`hypernetwork.rank=16`)."""
 
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """What is compared, and how it is measured."""
+    """What `loracast eval ablations` compares, and how it is measured."""
 
     recipe: str
-    """The recipe's file."""
+    """File of the recipe."""
     variants: Variants
+    """Changes of the recipe, by the variant's name."""
     overrides: tuple[str, ...] = ()
-    """Changes of the recipe that all variants share: files, the budget."""
+    """Changes of the recipe that all variants share, such as files and the budget."""
     held_out: tuple[str, ...] = ()
-    """Files of the documents that are measured on; those trained on if empty."""
+    """Files of the documents to measure on; those trained on if empty."""
     held_out_sources: tuple[str, ...] = ()
-    """Of these, only these sources."""
+    """Sources to take of these documents; all if empty."""
     kinds: tuple[EpisodeKind, ...] = ("facts", "questions", "reading")
+    """Kinds of episodes to measure on."""
     steps: int = 4
     """Steps of each kind in the measurement."""
     seeds: tuple[int, ...] = (0, 1)
-    """Of weights and data alike."""
+    """Seeds of weights and data alike."""
 
     def __post_init__(self) -> None:
         if not self.held_out and not self.held_out_sources:
@@ -56,7 +58,7 @@ class AblationConfig:
             )
 
     def recipe_of(self, variant: str, seed: int) -> DocRecipe:
-        """The recipe of one run. Raises ConfigError where a change is not one."""
+        """The recipe of one run. Raises ConfigError for a change that the recipe does not have."""
         own = [*self.overrides, *self.variants[variant], f"training.seed={seed}", f"data.seed={seed}"]
         return read_doc_recipe(Path(self.recipe), own)
 
@@ -89,13 +91,11 @@ def read_variants(path: Path, only: Sequence[str] = ()) -> dict[str, tuple[str, 
     return {name: tuple(variants[name]) for name in only or variants}
 
 
-def run_ablations(
-    base: Base, config: AblationConfig, out: Path, progress: Progress = lambda done, total: None
-) -> Report:
+def run_ablations(base: Base, config: AblationConfig, out: Path, progress: Progress = no_progress) -> Report:
     """Train and measure what is missing; the table of all that is there, other seeds included, is in `out` at the end.
 
     Raises:
-        ConfigError: a change that nobody knows, or a run in `out` that followed another recipe; before anything is trained.
+        ConfigError: before anything is trained, for an unknown change or a run in `out` that followed another recipe.
     """
     runs = [(variant, seed) for seed in config.seeds for variant in config.variants]
     todo: list[tuple[Path, DocRecipe] | None] = []
@@ -112,9 +112,7 @@ def run_ablations(
             _run(base, config, run[1], run[0])
     progress(len(runs), len(runs))
     rows = [row for variant in config.variants if (row := _row(config, variant, out))]
-    report = Report("ablations", _columns(config.kinds), rows, asdict(config), environment(base))
-    report.write(out)
-    return report
+    return ReportWriter(out, "ablations", _columns(config.kinds), config, base).write(rows)
 
 
 def _run(base: Base, config: AblationConfig, recipe: DocRecipe, folder: Path) -> None:
@@ -129,7 +127,9 @@ def _run(base: Base, config: AblationConfig, recipe: DocRecipe, folder: Path) ->
     shutil.rmtree(run)  # a ranking, not a checkpoint
     figures = {
         "followed": _followed(config, recipe),
-        **{f"{row['kind']}_{name}": row[name] for row in report.rows if row["system"] == "adapter" for name in _NAMES},
+        **{
+            f"{row['kind']}_{name}": row[name] for row in report.rows if row["baseline"] == "adapter" for name in _NAMES
+        },
         "steps": trained["step"],
         "step_s": trained["elapsed_s"] / trained["step"],
         "parameters_m": sum(p.numel() for p in hypernet.parameters()) / 1e6,

@@ -1,7 +1,7 @@
-"""Benchmarks as tasks: files of questions with choices, or with a number as the answer, and descriptions of what they ask for.
+"""Read benchmarks as held-out tasks: files of questions with choices, or with a number as the answer.
 
-A row is `{"question": ..., "choices": [...], "answer": index}`, or `{"question": ..., "rationale": ..., "answer": number}`. A file `NAME_test.jsonl.gz`
-has its examples for the prompt in `NAME_train.jsonl.gz` beside it; where there is no such file, its first rows are those.
+A row is `{"question": ..., "choices": [...], "answer": index}`, or has a `rationale` and a number as the `answer`. The
+examples for the prompt of `NAME_test.jsonl.gz` come from `NAME_train.jsonl.gz` beside it, or else are its own first rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loracast.data.tasks import Example, Task, read_tasks
 from loracast.errors import ConfigError
 
 _N_SHOWN = 100
-"""Of a file without one for training: rows to show as examples, never asked."""
+"""Rows that serve as examples and are never asked, in a file without one for training."""
 
 
 def check_one_source(tasks: str | Path | None, benchmarks: Sequence[str | Path]) -> None:
@@ -29,25 +29,26 @@ def check_one_source(tasks: str | Path | None, benchmarks: Sequence[str | Path])
 
 
 def tasks_or_benchmarks(tasks: str | Path | None, benchmarks: Sequence[str | Path]) -> tuple[Task, ...]:
-    """The tasks of a folder or file, or benchmarks' files as tasks. Raises ConfigError where it is not one of the two."""
+    """Read tasks of a folder or file, or benchmarks' files as tasks. Raises ConfigError unless exactly one is given."""
     check_one_source(tasks, benchmarks)
     return read_tasks(tasks) if tasks is not None else tuple(read_benchmark(Path(file)) for file in benchmarks)
 
 
 def read_benchmark(path: Path, *, lists_choices: bool = True) -> Task:
-    """A benchmark's file as a held-out task.
+    """Read a benchmark's file as a held-out task.
 
     Args:
         lists_choices: the input of a question with choices lists them; without the list it is the question alone.
 
     Raises:
-        ConfigError: the file cannot be read, or nobody has described the benchmark (`content/benchmarks.toml`).
+        ConfigError: the file cannot be read, or the benchmark has no description (`content/benchmarks.toml`).
     """
     stem = re.sub(r"\.jsonl(\.gz)?$", "", path.name)
     name = re.sub(r"^bench_|_(test|train|sample)$", "", stem)
     if (about := _descriptions().get(name)) is None:
         raise ConfigError(
-            f"nothing is known of a benchmark {name!r}; write it as a task file (docs/tasks.md). Known: {', '.join(sorted(_descriptions()))}"
+            f"nothing is known of a benchmark {name!r}; write it as a task file (docs/tasks.md). "
+            f"Known: {', '.join(sorted(_descriptions()))}"
         )
     rows = _examples(path, lists_choices)
     beside = path.with_name(path.name.replace("_test.", "_train."))

@@ -1,4 +1,4 @@
-"""Multiple choice by log-likelihood: which of a few answers a base finds likeliest, whatever it would have written itself."""
+"""Multiple choice by log-likelihood: which of a few answers a base finds likeliest, whatever it would write itself."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def likeliest(
     base: Base,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[str]],
-    lora: LoRA | Sequence[LoRA | None] | None,
+    loras: Sequence[LoRA | None],
 ) -> list[Choice]:
     """For each prompt, the likeliest of its answers; arguments as in `negative_log_likelihood`."""
     chosen = []
-    for texts, of_prompt in zip(answers, negative_log_likelihood(base, prompts, answers, lora), strict=True):
+    for texts, of_prompt in zip(answers, negative_log_likelihood(base, prompts, answers, loras), strict=True):
         lengths = torch.tensor([max(1, len(text.encode())) for text in texts], device=of_prompt.device)
         chosen.append(Choice(int(of_prompt.argmin()), int((of_prompt / lengths).argmin())))
     return chosen
@@ -46,17 +46,17 @@ def negative_log_likelihood(
     base: Base,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[str]],
-    lora: LoRA | Sequence[LoRA | None] | None,
+    loras: Sequence[LoRA | None],
 ) -> list[Tensor]:
-    """For each prompt, how unlikely each of its answers is: the negative log-probability of all of its tokens [answers].
+    """The negative log-likelihood of each answer of each prompt, summed over the answer's tokens [answers].
 
-    The answers of a prompt are branches of one row: it is read once. An answer may begin with a space, as LoRAs of documents are trained to
-    write it, or without one, as LoRAs of tasks are and as the turns of a chat have it: the likelier form counts.
+    The answers of a prompt are branches of one row, so that the prompt is read once. An answer may begin with a space,
+    as LoRAs of documents are trained to write it, or without one, as LoRAs of tasks are: the likelier form counts.
 
     Args:
         prompts: token ids.
         answers: for each prompt the texts to choose from.
-        lora: one for all prompts, or one or none for each.
+        loras: one or none for each prompt.
     """
     episodes = [
         Episode((), tuple(Question(tuple(prompt), form) for text in texts for form in _forms(base, text)))
@@ -72,8 +72,10 @@ def negative_log_likelihood(
     found: dict[int, Tensor] = {}
     for rows in batches:
         batch = pack([episodes[i] for i in rows], base.pad_id).to(base.device)
-        loras = [lora[i] for i in rows] if isinstance(lora, Sequence) else [lora]
-        losses = score_answers(base.model, stack(loras), batch).by_question  # mean over each answer's tokens
+        of_rows = [loras[i] for i in rows]
+        if all(lora is of_rows[0] for lora in of_rows):  # one LoRA serves all rows
+            of_rows = of_rows[:1]
+        losses = score_answers(base.model, stack(of_rows), batch).by_question  # mean over each answer's tokens
         sums = losses * torch.bincount(batch.answer_question)
         for i, of_forms in zip(rows, sums.split([2 * len(answers[i]) for i in rows]), strict=True):
             found[i] = of_forms.view(-1, 2).amin(1)
@@ -81,5 +83,5 @@ def negative_log_likelihood(
 
 
 def _forms(base: Base, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """An answer as it stands inside a sentence, and as it stands at the beginning of a turn; its end of turn included."""
+    """An answer as it stands inside a sentence, and as it begins a turn; the end of the turn is included."""
     return tuple(base.chat.answer(text)), tuple(base.chat.reply(text))

@@ -1,4 +1,4 @@
-"""What it costs: the time to the first token of an answer, and the memory and time of learning a document."""
+"""`loracast eval latency` and `memory`: time to the first token, and memory and time of learning a document."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from loracast.data.needles import make_needles
 from loracast.data.rows import read_texts
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError, LoracastError
+from loracast.evaluation.documents import DocumentCase, DocumentSetup, whole
 from loracast.evaluation.haystack import Haystack, Sample
 from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.report import Column, Progress, Report, environment, number, text
-from loracast.evaluation.run import warm_up
-from loracast.evaluation.synthetic_baselines import Case, Setup, in_window
+from loracast.evaluation.report import Progress, Report, ReportWriter, no_progress, number, text
+from loracast.evaluation.runner import warm_up
+from loracast.evaluation.synthetic import window_prompt
 from loracast.library.adapter import Adapter
 from loracast.library.library import open_adapter
 from loracast.library.routing import DEFAULT_ROUTE
@@ -33,7 +34,7 @@ from loracast.model import ASK_SYSTEM_TURN, Model
 _FIRST_TOKEN = Sampling(max_new_tokens=1)
 _N_WARM_UP = 2
 
-LATENCY_COLUMNS: tuple[Column, ...] = (
+LATENCY_COLUMNS = (
     text("label", "what answers"),
     number("prompt_tokens", "prompt tokens"),
     number("first_token_s", "first token s, median", 4),
@@ -41,7 +42,7 @@ LATENCY_COLUMNS: tuple[Column, ...] = (
     number("slowest_s", "slowest", 4),
     number("ratio", "x base", 2),
 )
-MEMORY_COLUMNS: tuple[Column, ...] = (
+MEMORY_COLUMNS = (
     number("n_tokens", "tokens"),
     number("n_chunks", "chunks"),
     number("base_mib", "loaded base MiB"),
@@ -63,7 +64,7 @@ class LatencyConfig:
     tokens: int = 8192
     """Tokens of the document."""
     repetitions: int = 20
-    """Questions, each asked of every rival in turn."""
+    """Questions, each asked of every baseline in turn."""
     route: int = DEFAULT_ROUTE
     """Chunks that a question is given."""
     seed: int = 0
@@ -83,19 +84,18 @@ class MemoryConfig:
     lengths: tuple[int, ...] = (8192, 32768, 131072)
     """Tokens of a document, each learned in a process of its own."""
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-    """Longest chunk."""
+    """Longest chunk, in tokens."""
     seed: int = 0
     """Seed of the documents."""
 
 
-def evaluate_latency(
-    model: Model, config: LatencyConfig, out: Path, progress: Progress = lambda done, total: None
-) -> Report:
-    """Time to the first token of the bare base, of an adapter on disk, and of the same document in the window.
+def evaluate_latency(model: Model, config: LatencyConfig, out: Path, progress: Progress = no_progress) -> Report:
+    """Time the first token of the bare base, of an adapter on disk, and of the same document in the window.
 
-    Every question is another one and about another place, so that no LoRA is at hand from the question before.
+    Every question is another one about another place, so that no LoRA is at hand from the question before.
     """
-    setup = Setup(model, config.route)
+    setup = DocumentSetup(model, config.route)
+    writer = ReportWriter(out, "latency", LATENCY_COLUMNS, config, model.base, model.documents.id)
     sample = _document(model, config.texts, config.tokens, config.seed, config.repetitions + _N_WARM_UP)
     times: dict[str, list[float]] = {"base": [], "adapter": [], "window": []}
     n_prompt: dict[str, int] = {}
@@ -105,7 +105,7 @@ def evaluate_latency(
         adapter = open_adapter(Path(scratch), "document")
         warm_up(setup.model.base)
         for i, needle in enumerate(sample.needles):
-            case = Case(document, document, needle.question, needle.answer, 0)
+            case = DocumentCase(document, document, needle.question)
             order = list(times)
             for name in order[i % 3 :] + order[: i % 3]:  # in turn the first, which finds the caches cold
                 seconds, n_prompt[name] = _first_token(setup, name, case, adapter)
@@ -117,7 +117,7 @@ def evaluate_latency(
     base_s = statistics.median(times["base"])
     rows = [
         {
-            "system": name,
+            "baseline": name,
             "label": labels[name],
             "n": len(seconds),
             "prompt_tokens": n_prompt[name],
@@ -128,9 +128,7 @@ def evaluate_latency(
         }
         for name, seconds in times.items()
     ]
-    report = Report("latency", LATENCY_COLUMNS, rows, asdict(config), environment(model.base, model.documents.id))
-    report.write(out)
-    return report
+    return writer.write(rows)
 
 
 def evaluate_memory(
@@ -139,14 +137,14 @@ def evaluate_memory(
     hypernetwork: str | None,
     config: MemoryConfig,
     out: Path,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Learn documents of several lengths, each in a fresh process that loads the same base and hypernetwork.
 
     Raises:
         LoracastError: such a process failed; the message ends with its last line.
     """
-    about = environment(model.base, model.documents.id)
+    writer = ReportWriter(out, "memory", MEMORY_COLUMNS, config, model.base, model.documents.id)
     rows = []
     with tempfile.TemporaryDirectory(prefix="loracast-eval-") as scratch:
         for i, length in enumerate(config.lengths):
@@ -162,17 +160,15 @@ def evaluate_memory(
             }
             rows.append({"length": length, **_in_fresh_process(order)})
             progress(i + 1, len(config.lengths))
-    report = Report("memory", MEMORY_COLUMNS, rows, asdict(config), about)
-    report.write(out)
-    return report
+    return writer.write(rows)
 
 
-def _first_token(setup: Setup, name: str, case: Case, adapter: Adapter) -> tuple[float, int]:
+def _first_token(setup: DocumentSetup, name: str, case: DocumentCase, adapter: Adapter) -> tuple[float, int]:
     """Seconds from the question to the first token, and the prompt's tokens."""
     model = setup.model
     started = time.perf_counter()
     if name == "window":
-        prompt = list(in_window(setup, case).prompt)
+        prompt = list(whole(window_prompt)(setup, case).prompt)
     else:
         prompt = model.base.chat.prompt(case.question, ASK_SYSTEM_TURN)
     lora = model.lora_for(case.question, adapter, setup.route)[0] if name == "adapter" else None

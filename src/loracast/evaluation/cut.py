@@ -1,4 +1,4 @@
-"""Texts made to fit a window."""
+"""Cut a text to fit a window."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from loracast.base.chat import encode_text, encode_with_offsets
 
 
 def without_middle(tokenizer: Any, text: str, max_tokens: int) -> str:
-    """The text, its beginning and end only where it has more than `max_tokens` tokens."""
+    """The text; only its beginning and end where it has more than `max_tokens` tokens."""
     if len(encode_text(tokenizer, text)) <= max_tokens:
         return text
     offsets = encode_with_offsets(tokenizer, text)[1]

@@ -1,6 +1,7 @@
 """Floating point operations of a query, from a base's shapes alone (docs/evaluation.md has the formula).
 
-Counted as torch's own counter does: two for each multiply-add of a matmul, attention as full squares, nothing for norms and activations.
+They are counted as torch's own counter does: two for each multiply-add of a matmul, attention as full squares, nothing
+for norms and activations.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from loracast.lora.target import module_shapes, text_config
 
 @dataclass(frozen=True)
 class QueryFlops:
-    """What the forward passes of one base cost."""
+    """Operations of the forward passes of one base."""
 
     n_layers: int
     layer_weights: int
@@ -40,22 +41,26 @@ class QueryFlops:
         )
 
     def forward(self, n_tokens: int, n_past: int = 0) -> int:
-        """Some new tokens behind others that the cache holds; the head is asked once."""
+        """Operations of a pass over new tokens behind `n_past` that the cache holds; the output head runs once."""
         per_layer = 2 * n_tokens * self.layer_weights + 4 * n_tokens * (n_past + n_tokens) * self.attention_width
         return self.n_layers * per_layer + 2 * self.head_weights
 
     def query(self, n_prompt: int, n_new: int, lora: LoRA | None = None, n_kept: int = 0) -> int:
-        """A prompt, of which the cache holds the first `n_kept` tokens from before, and an answer of `n_new`, of which the last is not read."""
+        """Operations of a prompt and an answer of `n_new` tokens, the last of which is not read.
+
+        Args:
+            n_kept: tokens of the prompt's beginning that the cache holds from before.
+        """
         steps = sum(self.forward(1, n_prompt + i) for i in range(n_new - 1))
         return self.forward(n_prompt - n_kept, n_kept) + steps + (n_prompt - n_kept + n_new - 1) * lora_flops(lora)
 
     def cache_bytes(self, n_tokens: int, bytes_per_number: int = 2) -> int:
-        """The keys and values of so many tokens."""
+        """Size of the keys and values of so many tokens."""
         return self.n_layers * self.kv_width * n_tokens * bytes_per_number
 
 
 def lora_flops(lora: LoRA | None) -> int:
-    """What a LoRA adds for each token."""
+    """Operations that a LoRA adds for each token."""
     if lora is None:
         return 0
     factors = sum(2 * (a.numel() + b.numel()) for a, b in lora.factors.values())
@@ -63,7 +68,7 @@ def lora_flops(lora: LoRA | None) -> int:
 
 
 def counted(work: Callable[[], object]) -> int:
-    """The operations of anything that runs on torch, by torch's counter."""
+    """Operations of any work that runs on torch, by torch's counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

@@ -1,21 +1,21 @@
-"""EleutherAI's lm-evaluation-harness with adapters on the base: any of its tasks, or a task file of one's own, without and with adapters."""
+"""`loracast eval harness`: tasks of EleutherAI's lm-evaluation-harness on the base, without and with adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from loracast.errors import ConfigError, LoracastError
-from loracast.evaluation.report import Column, Report, environment, number, text
+from loracast.evaluation.report import Report, ReportWriter, number, text
 from loracast.library.adapter import Adapter
 from loracast.lora.algebra import LoRA
 from loracast.lora.inject import inject
 from loracast.model import Answerer
 
-COLUMNS: tuple[Column, ...] = (
+COLUMNS = (
     text("task", "task"),
     text("metric", "metric"),
     number("n", "n"),
@@ -33,19 +33,19 @@ class HarnessConfig:
     tasks: tuple[str, ...]
     """Names of the harness's tasks, or of those in `include`."""
     adapters: tuple[str, ...] = ()
-    """Adapters of the library, all chunks of each merged; none measures the base alone."""
+    """Adapters of the library, all chunks of each merged; if empty, the base alone is measured."""
     include: str | None = None
-    """Folder with task files (YAML) of one's own."""
+    """Folder with your own task files (YAML)."""
     shots: int | None = None
-    """Examples in the prompt; as the task says if None."""
+    """Examples in the prompt; as many as the task says if None."""
     limit: int | None = None
     """Most rows of a task."""
     chat: bool = True
-    """Questions as turns of a chat, as adapters are trained."""
+    """Put questions as turns of a chat, as adapters are trained."""
     batch_size: int = 8
     """Rows of one forward pass."""
     seed: int = 0
-    """Seed of whatever the harness draws."""
+    """Seed of what the harness draws."""
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -77,9 +77,7 @@ def evaluate_harness(model: Answerer, config: HarnessConfig, out: Path) -> Repor
         if "adapter" in found:
             row["adapter"], row["adapter_stderr"], _ = found["adapter"][task, metric]
         rows.append(row)
-    report = Report("lm-evaluation-harness", COLUMNS, rows, asdict(config), environment(model.base))
-    report.write(out)
-    return report
+    return ReportWriter(out, "lm-evaluation-harness", COLUMNS, config, model.base).write(rows)
 
 
 Figures = dict[tuple[str, str], tuple[float, float | None, int]]
@@ -87,7 +85,7 @@ Figures = dict[tuple[str, str], tuple[float, float | None, int]]
 
 
 def _run(model: Answerer, config: HarnessConfig, manager: Any, lora: LoRA | None) -> Figures:
-    """One run of the harness; it sees transformers' own model, on which the LoRA is while it lasts."""
+    """Run the harness once on transformers' own model, with the LoRA injected."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 

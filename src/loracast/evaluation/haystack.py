@@ -1,6 +1,6 @@
 """Documents for the needle task: a given number of tokens of natural prose, with sentences hidden at given depths.
 
-The prose is cut from texts that no training has seen. Knows a tokenizer (handed in), no model.
+The prose is cut from texts that no training has seen. It knows a tokenizer, which is handed in, and no model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from loracast.data.needles import Needle, sentences
 from loracast.documents.chunks import Encode
 from loracast.errors import ConfigError
 
-_SPARE = 4  # tokens that a document stays below the length asked for, so that a chunk of that length holds it
+_MARGIN = 4  # tokens that a document stays below the length asked for, so that a chunk of that length holds it
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Haystack:
         self._lengths: dict[int, list[int]] = {}  # by text, the tokens of each sentence, counted when first needed
 
     def sample(self, rng: random.Random, n_tokens: int, needles: Sequence[Needle], depths: Sequence[float]) -> Sample:
-        """A document of about `n_tokens` tokens (a few less, never more), each needle at the sentence's end next to its depth."""
-        room = n_tokens - _SPARE - sum(self._count(needle.statement) for needle in needles)
+        """A document of `n_tokens` tokens or a few less, each needle at the sentence's end next to its depth."""
+        room = n_tokens - _MARGIN - sum(self._count(needle.statement) for needle in needles)
         if room < 0:
             raise ConfigError(f"{len(needles)} needle(s) do not fit into {n_tokens} tokens; ask for longer documents")
         prose, lengths = self._span(rng, room)

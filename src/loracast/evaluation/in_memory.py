@@ -1,7 +1,6 @@
-"""Documents learned without a disk: what an adapter holds, in memory, many of them cast in one batch.
+"""Documents learned in memory, without a disk, the chunks of many documents cast in one batch.
 
-The chunks, the index and the factors are made by the same code as an adapter's (learn.py, routing.py, adapter.py), in the same
-precision; only where they lie differs, which a test compares.
+Chunks, index and factors are made by the code of `loracast learn`, in the same precision; a test compares them.
 """
 
 from __future__ import annotations
@@ -92,8 +91,10 @@ class InMemoryAdapter:
         return join_chunks(self._target, rows | common, self._merging, weights)
 
     def close(self) -> None:
+        """Free the index and the factors; chunks and text stay."""
         self._index.close()
         self._factors.clear()
+        self._shared.clear()
 
 
 def cast(model: Model, wanted: Iterable[tuple[InMemoryAdapter, Sequence[int]]]) -> None:

@@ -1,14 +1,14 @@
-"""Harm: what learned documents do to questions that have nothing to do with them.
+"""`loracast eval interference`: general-knowledge questions while unrelated documents are learned.
 
-General-knowledge questions with choices, answered by log-likelihood for each byte of a choice, with no document and with the adapters of some documents at once, as
-`loracast ask -a one -a two` combines them. The published system loses half of its accuracy to one irrelevant document (arXiv 2602.15902).
+The base chooses among the answers of a question by log-likelihood for each byte, without a document and with several at
+once. Doc-to-LoRA as published loses half of its accuracy to one irrelevant document (arXiv 2602.15902).
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,29 @@ from loracast.data.qa import read_questioned
 from loracast.data.tasks import Example
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
+from loracast.evaluation.baseline import Request
 from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import likeliest
-from loracast.evaluation.in_memory import InMemoryAdapter, cast
+from loracast.evaluation.documents import DocumentSetup, adapters, pick, plain
+from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.intervals import cluster_bootstrap
-from loracast.evaluation.report import Column, Progress, Report, change, environment, interval, number, percent, text
-from loracast.lora.algebra import LoRA, concat
-from loracast.model import ASK_SYSTEM_TURN, Model
+from loracast.evaluation.report import (
+    Progress,
+    Report,
+    ReportWriter,
+    change,
+    interval,
+    no_progress,
+    number,
+    percent,
+    text,
+)
+from loracast.evaluation.runner import made
+from loracast.model import Model
 
 _QUESTIONS_AT_ONCE = 16  # whose LoRAs are held at once
 
-COLUMNS: tuple[Column, ...] = (
+COLUMNS = (
     text("benchmark", "questions"),
     number("n_documents", "documents learned"),
     number("n", "n"),
@@ -46,19 +58,19 @@ class InterferenceConfig:
     documents: tuple[str, ...] = ()
     """Files of documents that are learned."""
     sources: tuple[str, ...] = ()
-    """Of documents with a `source` field, take only these sources."""
+    """Sources to take of documents with a `source` field; all if empty."""
     counts: tuple[int, ...] = (0, 1, 4, 16)
-    """How many documents are learned at once."""
+    """Numbers of documents that are learned at once."""
     questions: int = 200
-    """Questions of each benchmark."""
+    """Most questions of each benchmark."""
     route: int = 2
     """Chunks of each document that a question is given."""
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-    """Longest chunk."""
+    """Longest chunk, in tokens."""
     split: str = "test"
-    """Of documents with a `split` field, take only this one."""
+    """Split to take of documents with a `split` field."""
     seed: int = 0
-    """Seed of the draw: each question meets documents of its own."""
+    """Seed of the draw of questions and documents."""
 
     def __post_init__(self) -> None:
         if not self.benchmarks or not self.documents:
@@ -67,10 +79,20 @@ class InterferenceConfig:
             raise ConfigError("counts must not be negative, questions and route at least 1")
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The choice for one question."""
+
+    place: int
+    """Of the likeliest answer among the choices."""
+    is_right: bool
+
+
 def evaluate_interference(
-    model: Model, config: InterferenceConfig, out: Path, progress: Progress = lambda done, total: None
+    model: Model, config: InterferenceConfig, out: Path, progress: Progress = no_progress
 ) -> Report:
     """Run the evaluation; the table is in `out` after every benchmark."""
+    setup = DocumentSetup(model, config.route)
     tasks = [read_benchmark(Path(file), lists_choices=False) for file in config.benchmarks]
     if without := [task.name for task in tasks if not any(row.choices for row in task.test)]:
         raise ConfigError(f"{', '.join(without)}: its questions have no choices")
@@ -78,77 +100,64 @@ def evaluate_interference(
     documents = read_questioned(config.documents, config.sources, config.split)
     if len(documents) < counts[-1]:
         raise ConfigError(f"{counts[-1]} documents are to be learned at once, and there are {len(documents)}")
-    about = environment(model.base, model.documents.id)
+    writer = ReportWriter(out, "interference", COLUMNS, config, model.base, model.documents.id)
     rows: list[dict[str, Any]] = []
-    hits: dict[int, list[list[float]]] = {count: [] for count in counts}
-    chosen: dict[int, list[list[int]]] = {count: [] for count in counts}
-    report = Report("interference", COLUMNS, rows, asdict(config), about, is_complete=False)
+    of_all: dict[int, list[Chosen]] = {count: [] for count in counts}
     for done, task in enumerate(tasks):
         rng = random.Random(f"{config.seed}/{task.name}")
         asked = rng.sample([row for row in task.test if row.choices], min(config.questions, len(task.test)))
-        for count in counts:
-            hits[count].append([])
-            chosen[count].append([])
+        of_task: dict[int, list[Chosen]] = {count: [] for count in counts}
         for first in range(0, len(asked), _QUESTIONS_AT_ONCE):
             some = asked[first : first + _QUESTIONS_AT_ONCE]
-            texts = rng.sample(documents, counts[-1])
+            texts = rng.sample(documents, counts[-1])  # each few questions meet documents of their own
             learned = [InMemoryAdapter(model, d.text, d.title, config.chunk_tokens) for d in texts]
-            cast(model, [(one, range(len(one.chunks))) for one in learned])
             for count in counts:
-                picks = _choose(model, some, learned[:count], config.route)
-                chosen[count][-1] += picks
-                hits[count][-1] += [float(row.choices[i] in row.outputs) for row, i in zip(some, picks, strict=True)]
+                of_task[count] += _choose(setup, some, learned[:count])
             for one in learned:
                 one.close()
             progress(done * config.questions + first + len(some), len(tasks) * config.questions)
-        rows += _rows(task.name, {c: hits[c][-1:] for c in counts}, {c: chosen[c][-1:] for c in counts})
-        report.write(out)
+        for count in counts:
+            of_all[count] += of_task[count]
+        rows += _rows(task.name, of_task)
+        writer.write(rows, is_complete=False)
     if len(tasks) > 1:
-        rows += _rows("all", hits, chosen)
-    report = Report("interference", COLUMNS, rows, asdict(config), about)
-    report.write(out)
-    return report
+        rows += _rows("all", of_all)
+    return writer.write(rows)
 
 
-def _choose(model: Model, rows: Sequence[Example], learned: Sequence[InMemoryAdapter], route: int) -> list[int]:
-    """Which choice of each row is the likeliest with these documents learned."""
-    base = model.base
-    prompts = [base.chat.prompt(row.input, ASK_SYSTEM_TURN) for row in rows]
-    loras: list[LoRA | None] = [_together(learned, row.input, route) for row in rows]
-    return [choice.by_byte for choice in likeliest(base, prompts, [row.choices for row in rows], loras)]
+def _choose(setup: DocumentSetup, rows: Sequence[Example], learned: Sequence[InMemoryAdapter]) -> list[Chosen]:
+    """The likeliest choice of each row with these documents learned, each routed."""
+    requests = []
+    for row in rows:
+        picked = [(document, pick(setup, document, row.input)) for document in learned]
+        requests.append(Request(plain(setup, row.input), adapters(setup, picked)))
+    setup.prepare(requests)
+    choices = [row.choices for row in rows]
+    found = likeliest(setup.base, [r.prompt for r in requests], choices, made(setup.base, requests))
+    return [
+        Chosen(choice.by_byte, row.choices[choice.by_byte] in row.outputs)
+        for row, choice in zip(rows, found, strict=True)
+    ]
 
 
-def _together(learned: Sequence[InMemoryAdapter], question: str, route: int) -> LoRA | None:
-    """The sum of the documents' LoRAs, each routed; what all of them share counts once."""
-    if not learned:
-        return None
-    loras = [one.lora(one.route(question, route).picked, static=i == 0) for i, one in enumerate(learned)]
-    return concat(loras)
-
-
-def _rows(
-    name: str, hits: Mapping[int, list[list[float]]], chosen: Mapping[int, list[list[int]]]
-) -> list[dict[str, Any]]:
+def _rows(name: str, chosen: Mapping[int, Sequence[Chosen]]) -> list[dict[str, Any]]:
     """A row for each number of documents. A question is a cluster of its own."""
-    before = [hit for of_task in hits[0] for hit in of_task]
-    chosen_before = [pick for of_task in chosen[0] for pick in of_task]
+    before = chosen[0]
     rows = []
-    for count in hits:
-        now = [hit for of_task in hits[count] for hit in of_task]
-        low, high = cluster_bootstrap([[hit] for hit in now])
+    for count, now in chosen.items():
+        low, high = cluster_bootstrap([[float(one.is_right)] for one in now])
         row: dict[str, Any] = {
             "benchmark": name,
             "n_documents": count,
             "n": len(now),
-            "accuracy": sum(now) / len(now),
+            "accuracy": sum(one.is_right for one in now) / len(now),
             "low": low,
             "high": high,
         }
         if count:
-            changes = [[a - b] for a, b in zip(now, before, strict=True)]
+            changes = [[float(a.is_right) - float(b.is_right)] for a, b in zip(now, before, strict=True)]
             row["change"] = sum(change for (change,) in changes) / len(changes)
             row["change_low"], row["change_high"] = cluster_bootstrap(changes)
-            picks = [pick for of_task in chosen[count] for pick in of_task]
-            row["same"] = sum(a == b for a, b in zip(picks, chosen_before, strict=True)) / len(picks)
+            row["same"] = sum(a.place == b.place for a, b in zip(now, before, strict=True)) / len(now)
         rows.append(row)
     return rows

@@ -21,10 +21,10 @@ def wilson(n_hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 def cluster_bootstrap(
     clusters: Sequence[Sequence[float]], *, n_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of a mean when whole clusters are drawn: the questions of one document stand or fall together.
+    """95 % percentile interval of a mean over clusters, such as documents whose questions stand or fall together.
 
     Args:
-        clusters: for each document, what each of its questions scored: 1 where it was answered right.
+        clusters: for each document the scores of its questions, 1 for a right answer.
     """
     hits = np.array([sum(cluster) for cluster in clusters], dtype=float)  # [clusters]
     sizes = np.array([len(cluster) for cluster in clusters], dtype=float)
@@ -37,12 +37,12 @@ def cluster_bootstrap(
 def paired_bootstrap(
     one: Sequence[Sequence[float]], other: Sequence[Sequence[float]], *, n_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """The mean over tasks of how much more often `one` is right than `other` on the same rows, with its 95 % percentile interval.
+    """The mean over tasks of how much more often `one` is right than `other` on the same rows, and its 95 % interval.
 
-    Tasks are drawn, and within each drawn task its rows: both what was asked and which tasks there are might have been others.
+    The bootstrap draws tasks, and rows within each drawn task, since tasks and rows both might have been others.
 
     Args:
-        one, other: for each task, how often each of its rows was answered right: a row that was asked with several seeds is one row.
+        one, other: for each task, the share of seeds with which each of its rows was answered right.
     """
     gains = [np.subtract(a, b, dtype=float) for a, b in zip(one, other, strict=True)]
     rng = np.random.default_rng(seed)

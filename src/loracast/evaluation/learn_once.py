@@ -1,6 +1,7 @@
-"""A process that learns one document and tells what it took, as one line of JSON: `python -m loracast.evaluation.learn_once ORDER`.
+"""Learn one document in a process of its own and print what it took, as one line of JSON.
 
-Its own process, so that neither an earlier document nor the parent's memory counts. Started by cost.py only.
+cost.py runs it as `python -m loracast.evaluation.learn_once ORDER`, so that neither an earlier document nor the
+parent's memory counts.
 """
 
 from __future__ import annotations

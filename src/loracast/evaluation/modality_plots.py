@@ -1,4 +1,4 @@
-"""Pictures of what was seen: a confusion matrix, and a sheet of images with what was said of them."""
+"""Pictures of a modality's evaluation: a confusion matrix, and a sheet of examples with the answers about them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 
 from loracast.data.answer_metrics import is_exact
 from loracast.data.labelled import Labelled
-from loracast.evaluation.modality import Saw
-from loracast.evaluation.plots import pyplot
+from loracast.evaluation.modality import ModalityAnswer
+from loracast.evaluation.plots import pyplot, save
 
 _RIGHT, _WRONG = "#1a7f37", "#c0392b"
 
 
-def confusion(path: Path, saw: Sequence[Saw], title: str) -> None:
-    """Classes down, the likeliest names across, in % of a class's things; those of spare classes below, on the names of spare classes."""
+def confusion(path: Path, answers: Sequence[ModalityAnswer], title: str) -> None:
+    """Classes down, the likeliest names across, in % of a class's examples; held-out classes come last."""
     plt = pyplot()
-    names = list(dict.fromkeys(one.name for one in sorted(saw, key=lambda one: one.is_held_out)))
+    names = list(dict.fromkeys(one.name for one in sorted(answers, key=lambda one: one.is_held_out)))
     counts = np.zeros((len(names), len(names)))
-    for one in saw:
+    for one in answers:
         counts[names.index(one.name), names.index(one.chosen)] += 1
     shares = 100 * counts / counts.sum(1, keepdims=True)
     size = 2.6 + 0.46 * len(names)
@@ -37,24 +37,25 @@ def confusion(path: Path, saw: Sequence[Saw], title: str) -> None:
     axis.set_yticks(range(len(names)), names, fontsize=9)
     axis.set_xlabel("the likeliest name")
     axis.set_ylabel("what it is")
-    if n_spare := len({one.name for one in saw if one.is_held_out}):
-        edge = len(names) - n_spare - 0.5
+    if n_held_out := len({one.name for one in answers if one.is_held_out}):
+        edge = len(names) - n_held_out - 0.5
         axis.axhline(edge, color="grey", linewidth=0.8)
         axis.axvline(edge, color="grey", linewidth=0.8)
     axis.set_title(title, fontsize=11)
     figure.colorbar(image, ax=axis, label="of a class, %", fraction=0.045)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
-def sheet(path: Path, saw: Sequence[Saw], test: Labelled, seed: int, columns: int = 8, rows: int = 4) -> None:
-    """Images drawn at random with what the base wrote about them: the last row of spare classes, where there are any."""
+def sheet(
+    path: Path, answers: Sequence[ModalityAnswer], test: Labelled, seed: int, columns: int = 8, rows: int = 4
+) -> None:
+    """Examples drawn at random with what the base wrote about them; the last row is of held-out classes, if any."""
     plt = pyplot()
     rng = random.Random(f"{seed}/sheet")
-    seen, spare = ([one for one in saw if one.is_held_out == wanted] for wanted in (False, True))
-    n_spare = min(columns, len(spare))
-    n_seen = min(columns * rows - (columns if n_spare else 0), len(seen))
-    shown = [*rng.sample(seen, n_seen), *rng.sample(spare, n_spare)]
+    trained, held_out = ([one for one in answers if one.is_held_out == wanted] for wanted in (False, True))
+    n_held_out = min(columns, len(held_out))
+    n_trained = min(columns * rows - (columns if n_held_out else 0), len(trained))
+    shown = [*rng.sample(trained, n_trained), *rng.sample(held_out, n_held_out)]
     n_rows = -(-len(shown) // columns)
     figure, axes = plt.subplots(
         n_rows, columns, figsize=(1.65 * columns, 2.1 * n_rows), squeeze=False, layout="constrained"
@@ -62,13 +63,12 @@ def sheet(path: Path, saw: Sequence[Saw], test: Labelled, seed: int, columns: in
     for axis in axes.flat:
         axis.axis("off")
     for axis, one in zip(axes.flat, shown, strict=False):
-        thing = test.load(one.place)
-        axis.imshow(thing)
+        example = test.load(one.place)
+        axis.imshow(example)
         is_right = is_exact(one.free, one.name)
         said = one.free if len(one.free) <= 24 else f"{one.free[:23]}…"
         label = said if is_right else f"{said}\n({one.name})"
         axis.set_title(label, fontsize=8, color=_RIGHT if is_right else _WRONG)
-    below = "; last row: classes that were never trained on" if n_spare else ""
+    below = "; last row: classes that were never trained on" if n_held_out else ""
     figure.suptitle(f"What the text-only base writes with the LoRA of each{below}", fontsize=11)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)

@@ -1,14 +1,14 @@
-"""What held-out tasks share with training tasks: rows that are the same or nearly so, and descriptions that say the same.
+"""`loracast eval overlap`: what held-out tasks share with training tasks, in rows and in descriptions.
 
-A figure on held-out tasks is worth what these tables leave of it. Texts are compared as sets of words (lower case, punctuation apart) by
-their Jaccard index, each held-out test row with every row of every training task.
+Texts are compared as sets of words (lower case, without punctuation) by their Jaccard index, each held-out test row with
+every row of every training task.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,9 @@ import numpy as np
 from loracast.data.answer_metrics import normalise
 from loracast.data.tasks import Example, read_tasks
 from loracast.errors import ConfigError
-from loracast.evaluation.report import Column, Progress, Report, environment, number, percent, text
+from loracast.evaluation.report import Progress, Report, ReportWriter, no_progress, number, percent, text
 
-COLUMNS: tuple[Column, ...] = (
+COLUMNS = (
     text("task", "held-out task"),
     number("n", "test rows"),
     percent("same", "same row %"),
@@ -37,14 +37,14 @@ class OverlapConfig:
     tasks: str
     """A folder of task files, or a file of examples."""
     near: float = 0.8
-    """Jaccard index of their words from which two inputs are nearly the same."""
+    """Jaccard index of their words from which two inputs count as nearly the same."""
 
     def __post_init__(self) -> None:
         if not 0 < self.near <= 1:
             raise ConfigError("near must lie above 0 and be at most 1")
 
 
-def evaluate_overlap(config: OverlapConfig, out: Path, progress: Progress = lambda done, total: None) -> Report:
+def evaluate_overlap(config: OverlapConfig, out: Path, progress: Progress = no_progress) -> Report:
     """Compare every held-out task with all training tasks.
 
     Raises:
@@ -86,13 +86,11 @@ def evaluate_overlap(config: OverlapConfig, out: Path, progress: Progress = lamb
             }
         )
         progress(i + 1, len(heldout))
-    report = Report("overlap", COLUMNS, rows, asdict(config), environment(None))
-    report.write(out)
-    return report
+    return ReportWriter(out, "overlap", COLUMNS, config, None).write(rows)
 
 
 class WordIndex:
-    """Texts as sets of words, to be asked how much each of them has in common with another text."""
+    """Texts as sets of words, which tells how many words each of them has in common with another text."""
 
     def __init__(self, texts: Sequence[str]):
         sets = [_words(text) for text in texts]

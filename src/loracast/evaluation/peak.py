@@ -1,4 +1,4 @@
-"""The most memory that a piece of work took."""
+"""Measure the most memory that a piece of work takes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _MIB = 2**20
 
 @dataclass
 class Peak:
-    """Filled when the work has ended."""
+    """Figures that are there when the work has ended."""
 
     before_mib: float = 0.0
-    """Resident when it began."""
+    """Resident memory when the work began."""
     above_mib: float = 0.0
-    """The most that came on top of it."""
+    """The most memory that came on top of it."""
 
 
 @contextmanager
 def peak_memory() -> Iterator[Peak]:
     """Measure the resident memory of this process while the context lasts.
 
-    On Linux freed memory is handed back first, so that it cannot hide what is allocated in its place, and the kernel's high-water mark starts anew.
-    Elsewhere only what exceeds all that the process ever held shows.
+    On Linux freed memory is handed back first, so that it cannot hide what is allocated in its place, and the kernel's
+    high-water mark starts anew. Elsewhere only what exceeds all that the process ever held shows.
     """
     before = _start()
     peak = Peak(before / _MIB)

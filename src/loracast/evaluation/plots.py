@@ -1,4 +1,4 @@
-"""Pictures of an evaluation. matplotlib is an extra, loaded when something is drawn."""
+"""Pictures of evaluations. matplotlib is an extra, loaded when something is drawn."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def require_matplotlib() -> None:
         raise LoracastError("the pictures need matplotlib: pip install 'loracast[eval]'")
 
 
-def heat_map(path: Path, rows: Sequence[Row], systems: Sequence[str]) -> None:
-    """Exact match by length (across) and depth (down), a panel for each system; `rows` as needle.py makes them."""
+def heat_map(path: Path, rows: Sequence[Row], baselines: Sequence[str]) -> None:
+    """Exact match by length (across) and depth (down), a panel for each baseline; `rows` as needle.py makes them."""
     plt = pyplot()
     lengths = list(dict.fromkeys(row["length"] for row in rows))
-    size = (1.8 + max(3.6, 0.9 * len(lengths) + 0.6) * len(systems), 4.2)
-    figure, axes = plt.subplots(1, len(systems), figsize=size, squeeze=False, sharey=True, layout="constrained")
-    for axis, system in zip(axes[0], systems, strict=True):
-        mine = {row["length"]: row for row in rows if row["system"] == system}
+    size = (1.8 + max(3.6, 0.9 * len(lengths) + 0.6) * len(baselines), 4.2)
+    figure, axes = plt.subplots(1, len(baselines), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, name in zip(axes[0], baselines, strict=True):
+        mine = {row["length"]: row for row in rows if row["baseline"] == name}
         bins = next(iter(mine.values()))["depths"]
         cells = [[_percent(mine[length]["depths"][i]["exact"]) for length in lengths] for i in range(len(bins))]
         image = axis.imshow(cells, cmap="viridis", vmin=0, vmax=100, aspect="auto")
@@ -39,20 +39,18 @@ def heat_map(path: Path, rows: Sequence[Row], systems: Sequence[str]) -> None:
         axis.set_xlabel("document, tokens")
     axes[0][0].set_ylabel("depth of the needle, %")
     figure.colorbar(image, ax=axes[0], label="exact match, %", fraction=0.05)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def by_length(path: Path, rows: Sequence[Row]) -> None:
-    """Exact match of every system over the documents' lengths, with its 95 % interval."""
+    """Exact match of every baseline over the documents' lengths, with its 95 % interval."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
-    systems = list(dict.fromkeys(row["system"] for row in rows))
-    for i, system in enumerate(systems):
-        mine = [row for row in rows if row["system"] == system]
-        places = [
-            row["length"] * 2 ** (0.07 * (i - len(systems) / 2)) for row in mine
-        ]  # side by side, not on each other
+    baselines = list(dict.fromkeys(row["baseline"] for row in rows))
+    for i, name in enumerate(baselines):
+        mine = [row for row in rows if row["baseline"] == name]
+        beside = 2 ** (0.07 * (i - len(baselines) / 2))  # points stand side by side, not on each other
+        places = [row["length"] * beside for row in mine]
         _with_interval(axis, places, mine, "exact")
     lengths = list(dict.fromkeys(row["length"] for row in rows))
     axis.set_xscale("log", base=2)
@@ -62,28 +60,28 @@ def by_length(path: Path, rows: Sequence[Row]) -> None:
     axis.set_xlabel("document, tokens")
     axis.set_ylabel("exact match, %")
     axis.set_title("Needle in a haystack")
-    _save_with_legend(plt, figure, axis, path)
+    _save_with_legend(figure, axis, path)
 
 
 def f1_by_length(path: Path, rows: Sequence[Row]) -> None:
-    """Token F1 of every system over the documents' lengths, with its 95 % interval; `rows` as qa/evaluate.py makes them."""
+    """Token F1 of every baseline over the documents' lengths, with its 95 % interval; `rows` as qa.py makes them."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
     parts = list(dict.fromkeys(row["part"] for row in rows))
-    systems = list(dict.fromkeys(row["system"] for row in rows))
-    for i, system in enumerate(systems):
-        mine = [row for row in rows if row["system"] == system]
-        places = [parts.index(row["part"]) + 0.06 * (i - len(systems) / 2) for row in mine]
+    baselines = list(dict.fromkeys(row["baseline"] for row in rows))
+    for i, name in enumerate(baselines):
+        mine = [row for row in rows if row["baseline"] == name]
+        places = [parts.index(row["part"]) + 0.06 * (i - len(baselines) / 2) for row in mine]
         _with_interval(axis, places, mine, "f1")
     axis.set_xticks(range(len(parts)), parts, rotation=15)
     axis.set_ylim(bottom=0)
     axis.set_ylabel("F1, %")
     axis.set_title("Questions about real documents, by the documents' length")
-    _save_with_legend(plt, figure, axis, path)
+    _save_with_legend(figure, axis, path)
 
 
 def f1_by_cost(path: Path, rows: Sequence[Row]) -> None:
-    """Token F1 of every system over the tokens that an answer's prompt takes."""
+    """Token F1 of every baseline over the tokens that an answer's prompt takes."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
     for row in rows:
@@ -93,27 +91,26 @@ def f1_by_cost(path: Path, rows: Sequence[Row]) -> None:
     axis.set_xlabel("tokens of the prompt")
     axis.set_ylabel("F1, %")
     axis.set_title("Questions about real documents, by what an answer costs")
-    _save_with_legend(plt, figure, axis, path)
+    _save_with_legend(figure, axis, path)
 
 
-def costs(path: Path, rows: Sequence[Row], baseline: str) -> None:
-    """Operations of every system's queries, times those of the baseline: a point for each task, a bar at the mean."""
+def costs(path: Path, rows: Sequence[Row], reference: str) -> None:
+    """Operations of every baseline's queries, times those of `reference`: a point for each task, a bar at the mean."""
     plt = pyplot()
-    systems = [name for name in dict.fromkeys(row["system"] for row in rows) if name != baseline]
-    figure, axis = plt.subplots(figsize=(8.5, 1.2 + 0.6 * len(systems)), layout="constrained")
-    for place, system in enumerate(systems):
-        ratios = [row["flops_ratio"] for row in rows if row["system"] == system]
+    baselines = [name for name in dict.fromkeys(row["baseline"] for row in rows) if name != reference]
+    figure, axis = plt.subplots(figsize=(8.5, 1.2 + 0.6 * len(baselines)), layout="constrained")
+    for place, name in enumerate(baselines):
+        ratios = [row["flops_ratio"] for row in rows if row["baseline"] == name]
         axis.plot(ratios, [place] * len(ratios), "o", alpha=0.4, color="tab:blue")
         axis.plot(sum(ratios) / len(ratios), place, "|", markersize=22, markeredgewidth=2, color="black")
     axis.axvline(1, color="tab:orange")
-    labels = {row["system"]: row["label"] for row in rows}
-    axis.set_yticks(range(len(systems)), [labels[name] for name in systems])
+    labels = {row["baseline"]: row["label"] for row in rows}
+    axis.set_yticks(range(len(baselines)), [labels[name] for name in baselines])
     axis.set_xscale("log")
-    axis.set_xlabel(f"operations of a query, times those of: {labels[baseline]}")
+    axis.set_xlabel(f"operations of a query, times those of: {labels[reference]}")
     axis.margins(y=0.25)
     axis.invert_yaxis()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def skills(path: Path, rows: Sequence[Row]) -> None:
@@ -126,22 +123,18 @@ def skills(path: Path, rows: Sequence[Row]) -> None:
     for axis, row in zip(axes[0], rows, strict=True):
         for group in ("", *groups):
             mine = [point for point in row["points"] if point["group"] == group]
-            style = {
-                "color": colours.get(group, "lightgrey"),
-                "marker": markers.get(group, "."),
-                "label": group or "(alone)",
-            }
-            axis.scatter([p["x"] for p in mine], [p["y"] for p in mine], s=22, linewidths=0, **style)
+            colour, marker = colours.get(group, "lightgrey"), markers.get(group, ".")
+            x, y = [point["x"] for point in mine], [point["y"] for point in mine]
+            axis.scatter(x, y, s=22, linewidths=0, color=colour, marker=marker, label=group or "(alone)")
         axis.set_title(f"{row['label']}: silhouette by family {row['by_group']:.2f}", fontsize=11)
         axis.set_xticks([])
         axis.set_yticks([])
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, ncols=1 + len(groups) // 30)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _with_interval(axis: Any, places: Sequence[float], rows: Sequence[Row], key: str) -> None:
-    """One system's shares, in per cent, with their 95 % intervals."""
+    """One baseline's shares, in per cent, with their 95 % intervals."""
     errors = [
         [max(0.0, 100 * (row[key] - row[f"{key}_low"])) for row in rows],
         [max(0.0, 100 * (row[f"{key}_high"] - row[key])) for row in rows],
@@ -150,12 +143,17 @@ def _with_interval(axis: Any, places: Sequence[float], rows: Sequence[Row], key:
     axis.errorbar(places, shares, errors, marker="o", capsize=3, label=rows[0]["label"])
 
 
-def _save_with_legend(plt: Any, figure: Any, axis: Any, path: Path) -> None:
+def _save_with_legend(figure: Any, axis: Any, path: Path) -> None:
     """Write a picture with its legend beside it."""
     axis.grid(alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a picture to a file and free it."""
     figure.savefig(path, dpi=150)
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def _percent(share: float | None) -> float:
@@ -163,6 +161,7 @@ def _percent(share: float | None) -> float:
 
 
 def pyplot() -> Any:
+    """matplotlib's pyplot, set up to draw into files."""
     require_matplotlib()
     import matplotlib
 

@@ -1,6 +1,6 @@
-"""What a query costs: with nothing, with the description or examples in the prompt, with an adapter; and when an adapter has paid for itself.
+"""`loracast eval cost`: what a query costs with an adapter and without, and when an adapter has paid for itself.
 
-All rivals write as many tokens as the right answer has, so that none is cheap because it says little.
+All baselines write as many tokens as the right answer has, so that none is cheap because it says little.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loracast.base.chat import encode_text
 from loracast.base.generate import Sampling, answer
 from loracast.data.rows import read_texts
+from loracast.data.tasks import Example
 from loracast.errors import ConfigError
 from loracast.evaluation.flops import QueryFlops, counted
 from loracast.evaluation.plots import costs, require_matplotlib
-from loracast.evaluation.report import Column, Progress, Report, environment, number, text
-from loracast.evaluation.task_baselines import ADAPTER, BASELINES, Drawn, Given, prompt_of
+from loracast.evaluation.report import Progress, Report, ReportWriter, no_progress, number, text
+from loracast.evaluation.task_baselines import ADAPTER, BASELINES, Drawn, TaskCase, TaskSetup
 from loracast.evaluation.tasks import TasksConfig, draw, read_all
-from loracast.lora.algebra import LoRA
 from loracast.scoring.episodes import common_prefix
 
 DOCUMENT = "document"
@@ -34,7 +34,7 @@ LABELS = {
 _MOST_NEW_TOKENS = 128
 _ALL = "(mean)"
 
-COLUMNS: tuple[Column, ...] = (
+COLUMNS = (
     text("task", "task"),
     text("label", "what answers"),
     number("prompt_tokens", "prompt tokens", 1),
@@ -61,15 +61,15 @@ class CostConfig:
     benchmarks: tuple[str, ...] = ()
     """Files of benchmarks, in place of tasks."""
     heldout: bool = True
-    """Tasks that no training has seen; or else those of the training."""
+    """Take the tasks that no training has seen; or else those of the training."""
     queries: int = 4
-    """Queries of each task, asked of every rival in turn."""
+    """Queries of each task, asked of every baseline in turn."""
     texts: tuple[str, ...] = ()
-    """Prose for a document in the window, such as a document adapter spares; that rival is left out without."""
+    """Prose for a document in the window; the row is left out if empty."""
     document_tokens: int = 4096
     """Tokens of the document."""
     watts: float = 15.0
-    """Power that the machine is taken to draw while it answers: an assumption, of a laptop's processor."""
+    """Power in watts that the machine is assumed to draw while it answers, as a laptop's processor does."""
     seed: int = 0
     """Seed of descriptions, examples and queries."""
 
@@ -78,70 +78,70 @@ class CostConfig:
             raise ConfigError("queries must be at least 1 and watts above 0")
 
 
-def evaluate_cost(given: Given, config: CostConfig, out: Path, progress: Progress = lambda done, total: None) -> Report:
+def evaluate_cost(setup: TaskSetup, config: CostConfig, out: Path, progress: Progress = no_progress) -> Report:
     """Measure tokens, operations and seconds of queries, task by task.
 
     Raises:
         ConfigError: there is no text-to-LoRA hypernetwork, or no task.
     """
-    if given.caster is None:
+    if setup.caster is None:
         raise ConfigError("the cost of an adapter needs a text-to-LoRA hypernetwork (--hypernetwork)")
     require_matplotlib()
+    writer = ReportWriter(out, "cost of a query", COLUMNS, config, setup.base, setup.caster.caster.id)
     settings = TasksConfig(config.tasks, config.benchmarks, config.heldout, seeds=(config.seed,))
     tasks = read_all(settings)
-    formula = QueryFlops.of(given.base.model.config)
+    formula = QueryFlops.of(setup.base.model.config)
     rows: list[dict[str, Any]] = []
-    document = _document(given, config)
-    _measure(given, formula, draw(tasks, 0, config.seed, settings), document, replace(config, queries=1))  # to warm up
+    document = _document(setup, config)
+    _measure(setup, formula, draw(tasks, 0, config.seed, settings), document, replace(config, queries=1))  # to warm up
     for i in range(len(tasks)):
-        rows += _measure(given, formula, draw(tasks, i, config.seed, settings), document, config)
+        rows += _measure(setup, formula, draw(tasks, i, config.seed, settings), document, config)
         progress(i + 1, len(tasks))
     means = [
-        _mean_of([row for row in rows if row["system"] == name]) for name in dict.fromkeys(r["system"] for r in rows)
+        _mean_of([row for row in rows if row["baseline"] == name])
+        for name in dict.fromkeys(r["baseline"] for r in rows)
     ]
-    rows += [{**_against(row, next(r for r in means if r["system"] == ADAPTER)), **row} for row in means]
-    about = {**environment(given.base, given.caster.caster.id), "making": _making(rows)}
-    report = Report("cost of a query", COLUMNS, rows, asdict(config), about)
-    report.write(out)
-    costs(out / "cost.png", [row for row in rows if row["task"] != _ALL], baseline=ADAPTER)
+    rows += [{**_against(row, next(r for r in means if r["baseline"] == ADAPTER)), **row} for row in means]
+    writer.environment["making"] = _making(rows)
+    report = writer.write(rows)
+    costs(out / "cost.png", [row for row in rows if row["task"] != _ALL], reference=ADAPTER)
     return report
 
 
-def _document(given: Given, config: CostConfig) -> str | None:
+def _document(setup: TaskSetup, config: CostConfig) -> str | None:
     """So much of the prose as is asked for."""
     if not config.texts:
         return None
     ids: list[int] = []
     for prose in read_texts(config.texts):
-        ids += encode_text(given.base.tokenizer, prose + "\n")
+        ids += encode_text(setup.base.tokenizer, prose + "\n")
         if len(ids) >= config.document_tokens:
-            return given.base.tokenizer.decode(ids[: config.document_tokens])
+            return setup.base.tokenizer.decode(ids[: config.document_tokens])
     raise ConfigError(f"the texts have {len(ids)} tokens; the document shall have {config.document_tokens}")
 
 
 def _measure(
-    given: Given, formula: QueryFlops, drawn: Drawn, document: str | None, config: CostConfig
+    setup: TaskSetup, formula: QueryFlops, drawn: Drawn, document: str | None, config: CostConfig
 ) -> list[dict[str, Any]]:
-    """A row for each rival on one task."""
-    base, caster = given.base, given.caster
+    """A row for each baseline on one task."""
+    base, caster = setup.base, setup.caster
     assert caster is not None
     make_flops = counted(lambda: caster.loras([drawn.description]))
     started = time.perf_counter()
     lora = caster.loras([drawn.description])[0].to(base.device)
     make_s = time.perf_counter() - started
-    asked = random.Random(f"{config.seed}/{drawn.task.name}").sample(
-        drawn.task.test, min(config.queries, len(drawn.task.test))
-    )
+    queries = min(config.queries, len(drawn.task.test))
+    asked = random.Random(f"{config.seed}/{drawn.task.name}").sample(drawn.task.test, queries)
     lengths = [min(_MOST_NEW_TOKENS, len(base.chat.reply(row.outputs[0]))) for row in asked]
     names = [name for name in LABELS if name != DOCUMENT or document is not None]
-    prompts = {name: [_prompt(given, name, drawn, document, query.input) for query in asked] for name in names}
+    prompts = {name: [_prompt(setup, name, drawn, document, row) for row in asked] for name in names}
     # What all queries of a task begin with could be kept in the cache, as servers do.
     n_kept = {name: common_prefix(some) if len(some) > 1 else 0 for name, some in prompts.items()}
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for i, n_new in enumerate(lengths):
         for name in (*names[i % len(names) :], *names[: i % len(names)]):  # in turn the first
             prompt = prompts[name][i]
-            with_lora: LoRA | None = lora if name == ADAPTER else None
+            with_lora = lora if name == ADAPTER else None
             done = answer(base, prompt, with_lora, Sampling(max_new_tokens=n_new, min_new_tokens=n_new))
             seen[name].append(
                 {
@@ -159,26 +159,26 @@ def _measure(
     for name, figures in seen.items():
         means = {key: statistics.mean(f[key] for f in figures) for key in figures[0]}
         medians = {key: statistics.median(f[key] for f in figures) for key in ("first_token_s", "total_s", "joules")}
-        rows.append({"task": drawn.task.name, "system": name, "label": LABELS[name], **means, **medians})
-    adapter = next(row for row in rows if row["system"] == ADAPTER)
+        rows.append({"task": drawn.task.name, "baseline": name, "label": LABELS[name], **means, **medians})
+    adapter = next(row for row in rows if row["baseline"] == ADAPTER)
     for row in rows:
         row["make_gflops"], row["make_s"] = make_flops / 1e9, make_s
         row |= _against(row, adapter)
     return rows
 
 
-def _prompt(given: Given, name: str, drawn: Drawn, document: str | None, asked: str) -> list[int]:
+def _prompt(setup: TaskSetup, name: str, drawn: Drawn, document: str | None, row: Example) -> tuple[int, ...]:
     if name == DOCUMENT:  # it stands where a description would
         drawn, name = replace(drawn, description=document or ""), "described"
-    return prompt_of(given.base, BASELINES[name], drawn, asked)
+    return BASELINES[name].request(setup, TaskCase(drawn, row)).prompt
 
 
 def _against(row: dict[str, Any], adapter: dict[str, Any]) -> dict[str, float | None]:
-    """How many times an adapter's operations a rival needs, and after how many queries the adapter, once made, is the cheaper.
+    """How many times an adapter's operations a row needs, and after how many queries the adapter is cheaper.
 
     Not beside a document: what spares that is an adapter made from the document.
     """
-    is_spared = row["system"] != DOCUMENT
+    is_spared = row["baseline"] != DOCUMENT
     return {
         "flops_ratio": row["gflops"] / adapter["gflops"],
         "kept_ratio": row["gflops_kept"] / adapter["gflops_kept"],
@@ -194,9 +194,12 @@ def _queries(making: float, saving: float) -> int | None:
 
 def _mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All tasks count the same."""
-    keys = ("prompt_tokens", "new_tokens", "gflops", "gflops_kept", "first_token_s", "total_s", "cache_kib", "joules", "make_gflops", "make_s", "flops_ratio", "kept_ratio")  # fmt: skip
+    keys = (
+        "prompt_tokens", "new_tokens", "gflops", "gflops_kept", "first_token_s", "total_s", "cache_kib", "joules",
+        "make_gflops", "make_s", "flops_ratio", "kept_ratio",
+    )  # fmt: skip
     row = {key: statistics.mean(r[key] for r in rows) for key in keys}
-    return {"task": _ALL, "system": rows[0]["system"], "label": rows[0]["label"], **row}
+    return {"task": _ALL, "baseline": rows[0]["baseline"], "label": rows[0]["label"], **row}
 
 
 def _making(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -7,15 +7,14 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import loracast
 from loracast.base.load import Base
-from loracast.evaluation.run import Outcome
 from loracast.files import write_atomically
 
 if TYPE_CHECKING:
@@ -23,7 +22,11 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 Progress = Callable[[int, int], None]
-"""What an evaluation tells how far it is: (done, in all)."""
+"""How an evaluation tells how far it is: (done, in all)."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +38,27 @@ class Column:
 
 
 def number(key: str, header: str, digits: int = 0) -> Column:
-    """A figure with so many digits behind the point; a dash where a row has none."""
+    """A column of figures with so many digits behind the point; a dash where a row has none."""
     return Column(header, lambda row: "-" if row.get(key) is None else f"{row[key]:,.{digits}f}")
 
 
 def percent(key: str, header: str) -> Column:
+    """A column of shares in per cent; a dash where a row has none."""
     return Column(header, lambda row: "-" if row.get(key) is None else f"{100 * row[key]:.1f}")
 
 
 def text(key: str, header: str) -> Column:
+    """A column of text; a dash where a row has none."""
     return Column(header, lambda row: str(row.get(key, "-")))
 
 
 def interval(low: str, high: str, header: str) -> Column:
+    """A column of intervals in per cent."""
     return Column(header, lambda row: f"{100 * row[low]:.1f} - {100 * row[high]:.1f}")
 
 
 def change(key: str, header: str) -> Column:
-    """A difference in points with its 95 % interval; a dash where a row has none."""
+    """A column of differences in points, each with its 95 % interval; a dash where a row has none."""
 
     def form(row: Row) -> str:
         if row.get(key) is None:
@@ -60,20 +66,6 @@ def change(key: str, header: str) -> Column:
         return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * row[f"{key}{end}"] for end in ("", "_low", "_high")))
 
     return Column(header, form)
-
-
-ANSWER_COLUMNS = (
-    text("label", "what answers"),
-    number("n", "n"),
-    percent("exact", "exact %"),
-    interval("exact_low", "exact_high", "95 %"),
-    percent("has_value", "in answer %"),
-    percent("recall", "picked %"),
-    number("prompt_tokens", "prompt tokens"),
-    number("first_token_s", "first token s", 3),
-    number("answer_s", "answer s", 3),
-)
-"""The columns that every evaluation by questions shares."""
 
 
 @dataclass(frozen=True)
@@ -124,19 +116,44 @@ class Report:
         console.print(table)
 
 
-def write_answers(out: Path, outcomes: Sequence[Outcome], **common: object) -> None:
-    """Append every answer to answers.jsonl, to look at what went wrong."""
-    with open(out / "answers.jsonl", "a", encoding="utf-8") as file:
-        for o in outcomes:
-            row = {
-                **common, "system": o.system, "depth": o.case.depth, "question": o.case.question, "value": o.case.value,
-                "answer": o.text, "exact": o.is_exact, "picked": o.found,
-            }  # fmt: skip
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+class ReportWriter:
+    """Writes one evaluation into a folder while it runs: its tables, as often as wanted, and its answers one by one."""
+
+    def __init__(
+        self,
+        out: Path,
+        title: str,
+        columns: Sequence[Column],
+        config: Any,
+        base: Base | None,
+        hypernetwork: str | None = None,
+    ):
+        """
+        Args:
+            config: the evaluation's dataclass of settings.
+            base, hypernetwork: the base and the hash of the hypernetwork that are measured, if there are any.
+        """
+        self.out, self.title, self.columns = out, title, columns
+        self.settings: dict[str, Any] = asdict(config)
+        self.environment = environment(base, hypernetwork)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "answers.jsonl").unlink(missing_ok=True)
+
+    def write(self, rows: Sequence[Row], is_complete: bool = True) -> Report:
+        """Write the table of these rows."""
+        report = Report(self.title, self.columns, tuple(rows), self.settings, self.environment, is_complete)
+        report.write(self.out)
+        return report
+
+    def add_answers(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Append lines to answers.jsonl, to look at what went wrong."""
+        with open(self.out / "answers.jsonl", "a", encoding="utf-8") as file:
+            for line in lines:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def environment(base: Base | None, hypernetwork: str | None = None) -> dict[str, Any]:
-    """Where and with what the figures came about: a base and the hash of a hypernetwork, if they are used."""
+    """What the figures were measured with: command, date, versions, machine, base and hypernetwork."""
     import torch
     import transformers
 
@@ -148,7 +165,7 @@ def environment(base: Base | None, hypernetwork: str | None = None) -> dict[str,
         "hypernetwork": hypernetwork,
         "versions": {
             "python": platform.python_version(),
-            "loracast": loracast.__version__,
+            "loracast": version("loracast"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
@@ -162,7 +179,7 @@ def environment(base: Base | None, hypernetwork: str | None = None) -> dict[str,
 
 
 def cpu_model() -> str:
-    """The processor's name, as well as this system tells it."""
+    """The processor's name, as far as this machine tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

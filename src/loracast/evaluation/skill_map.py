@@ -1,14 +1,14 @@
-"""The map of skills: the LoRAs of all tasks in two dimensions, beside the embeddings that they were made from, and how well families part.
+"""`loracast eval map`: the LoRAs of all tasks in two dimensions, and how well families of tasks separate.
 
-LoRAs are compared by the cosine of their deltas, all modules together, which small Gram matrices give (`LoRABatch.cosines`). The map is for
-the eye (t-SNE: van der Maaten and Hinton, 2008); the figure is the silhouette (Rousseeuw, 1987) of the distances themselves.
+LoRAs are compared by the cosine of their deltas over all modules (`LoRABatch.cosines`). The map is for the eye (t-SNE:
+van der Maaten and Hinton, 2008); the figures are silhouettes (Rousseeuw, 1987) of the distances themselves.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from loracast.cast.task import TaskCaster
 from loracast.data.tasks import DescriptionKind, read_tasks
 from loracast.errors import ConfigError, LoracastError
 from loracast.evaluation.plots import require_matplotlib, skills
-from loracast.evaluation.report import Column, Report, environment, number, text
+from loracast.evaluation.report import Report, ReportWriter, number, text
 from loracast.lora.algebra import stack
 
-COLUMNS: tuple[Column, ...] = (
+COLUMNS = (
     text("label", "what is compared"),
     number("n", "descriptions"),
     number("n_tasks", "tasks"),
@@ -49,7 +49,7 @@ class MapConfig:
 
 
 def evaluate_map(caster: TaskCaster, config: MapConfig, out: Path) -> Report:
-    """Draw the map, and measure how well tasks and families of them part; held-out tasks and others alike.
+    """Draw the map, and measure how well tasks and families of them separate; held-out tasks and others alike.
 
     Raises:
         ConfigError: there are fewer than two families of at least two tasks.
@@ -81,7 +81,7 @@ def evaluate_map(caster: TaskCaster, config: MapConfig, out: Path) -> Report:
         places[name] = _in_two_dimensions(table, config.seed)
         rows.append(
             {
-                "system": name,
+                "baseline": name,
                 "label": {"embeddings": "embeddings of the descriptions", "weights": "generated weights"}[name],
                 "n": len(points),
                 "n_tasks": len(tasks),
@@ -95,14 +95,13 @@ def evaluate_map(caster: TaskCaster, config: MapConfig, out: Path) -> Report:
                 ],
             }
         )
-    report = Report("map of skills", COLUMNS, rows, asdict(config), environment(None, caster.caster.id))
-    report.write(out)
+    report = ReportWriter(out, "map of skills", COLUMNS, config, None, caster.caster.id).write(rows)
     skills(out / "map.png", rows)
     return report
 
 
 def _by_chance(distances: np.ndarray, names: Sequence[str], groups: Sequence[str], seed: int) -> float | None:
-    """The 95th percentile of the silhouette by family when the tasks are dealt to the families anew; a task's points stay together."""
+    """The 95th percentile of the silhouette by family when whole tasks are assigned to families at random."""
     rng = np.random.default_rng(seed)
     of_task = dict(zip(names, groups, strict=True))
     scores = []
@@ -114,7 +113,7 @@ def _by_chance(distances: np.ndarray, names: Sequence[str], groups: Sequence[str
 
 
 def _silhouette(distances: np.ndarray, labels: Sequence[str]) -> float | None:
-    """The mean silhouette of the points that have a label; the others are left out. None where every point has one of its own, or all the same."""
+    """The mean silhouette of the points that have a label; None where all labels are distinct, or all the same."""
     from sklearn.metrics import silhouette_score
 
     kept = [i for i, label in enumerate(labels) if label]
@@ -124,7 +123,7 @@ def _silhouette(distances: np.ndarray, labels: Sequence[str]) -> float | None:
 
 
 def _in_two_dimensions(distances: np.ndarray, seed: int) -> np.ndarray:
-    """[n, 2]"""
+    """t-SNE of a table of distances [n, n] -> [n, 2]."""
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(distances) - 1) / 3)

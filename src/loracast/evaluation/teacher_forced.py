@@ -1,14 +1,14 @@
-"""Teacher-forced: which answer tokens would be right after the true ones before them, by kind of training episode, on documents that training
-has not seen.
+"""Teacher-forced accuracy: which answer tokens are the likeliest after the true ones before them, by kind of episode.
 
-Minutes where writing answers takes hours: to choose between settings. Beside each document's own LoRA, another document's and none.
+It takes minutes where writing answers takes hours, so it serves to choose between settings. Baselines are another
+document's LoRA and none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ import torch
 
 from loracast.errors import ConfigError
 from loracast.evaluation.intervals import cluster_bootstrap
-from loracast.evaluation.report import Column, Progress, Report, environment, interval, number, percent, text
+from loracast.evaluation.report import Progress, Report, ReportWriter, interval, no_progress, number, percent, text
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.lora.algebra import LoRABatch
 from loracast.model import Model
@@ -24,8 +24,8 @@ from loracast.scoring.episodes import Batch, pack
 from loracast.scoring.likelihood import score_answers
 from loracast.training.sources import KINDS, DataConfig, EpisodeKind, EpisodeSource
 
-SYSTEMS = {"adapter": "its own LoRA", "other": "another document's LoRA", "none": "no LoRA"}
-COLUMNS: tuple[Column, ...] = (
+LABELS = {"adapter": "its own LoRA", "other": "another document's LoRA", "none": "no LoRA"}
+COLUMNS = (
     text("kind", "kind"),
     text("label", "what answers"),
     number("documents", "documents"),
@@ -42,8 +42,9 @@ class TeacherForcedConfig:
     """What is measured."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """As in a training recipe; the shares of the kinds do not matter."""
+    """Data of the episodes, as in a training recipe; the shares of the kinds do not matter."""
     kinds: tuple[EpisodeKind, ...] = ("facts", "needle", "questions", "cloze", "reading")
+    """Kinds of episodes."""
     steps: int = 8
     """Steps of each kind."""
 
@@ -54,40 +55,38 @@ class TeacherForcedConfig:
 
 
 def evaluate_teacher_forced(
-    model: Model, config: TeacherForcedConfig, out: Path, progress: Progress = lambda done, total: None
+    model: Model, config: TeacherForcedConfig, out: Path, progress: Progress = no_progress
 ) -> Report:
     """Run the evaluation; the table is in `out` at the end. Wordings of sheets and needles are those of the dev split."""
     base = model.base
-    about = environment(base, model.documents.id)
+    writer = ReportWriter(out, "teacher-forced", COLUMNS, config, base, model.documents.id)
     source = EpisodeSource(config.data, base.tokenizer, base.chat, split="dev")
     total = len(config.kinds) * config.steps
     rows: list[dict[str, Any]] = []
     for kind in config.kinds:
-        seen: dict[str, list[tuple[list[float], list[float]]]] = {system: [] for system in SYSTEMS}
+        seen: dict[str, list[tuple[list[float], list[float]]]] = {name: [] for name in LABELS}
         for step in range(config.steps):
             batch = pack(source.of_kind(kind, step), base.pad_id).to(base.device)
-            for system, of_documents in _answered(model, batch).items():
-                seen[system] += of_documents
+            for name, of_documents in _answered(model, batch).items():
+                seen[name] += of_documents
             progress(config.kinds.index(kind) * config.steps + step + 1, total)
-        rows += [_row(kind, system, of_documents) for system, of_documents in seen.items()]
-    report = Report("teacher-forced", COLUMNS, rows, asdict(config), about)
-    report.write(out)
-    return report
+        rows += [_row(kind, name, of_documents) for name, of_documents in seen.items()]
+    return writer.write(rows)
 
 
 @torch.no_grad()
 def _answered(model: Model, batch: Batch) -> dict[str, list[tuple[list[float], list[float]]]]:
-    """By system, for each document whether its answers' tokens are right, and whether its questions' are right to the last."""
+    """By baseline, for each document: whether each answer token is right, and whether each whole answer is."""
     base, hypernetwork = model.base, cast(DocToLoRA, model.documents.hypernetwork)
     encoder = hypernetwork.hidden_states_encoder(base)
     autocast = torch.autocast(base.device.type, torch.bfloat16) if base.model.dtype == torch.bfloat16 else nullcontext()
     with autocast:
         loras = hypernetwork(encoder(batch.chunk_ids, batch.chunk_mask), batch.chunks_per_document).loras
         n = loras.n
-        given = {"adapter": loras, "other": loras.take([*range(1, n), 0]), "none": LoRABatch(1, {}, {})}
+        loras_of = {"adapter": loras, "other": loras.take([*range(1, n), 0]), "none": LoRABatch(1, {}, {})}
         if n == 1:  # a step of one document has no other
-            del given["other"]
-        return {system: _right(score_answers(base.model, some, batch).logits, batch) for system, some in given.items()}
+            del loras_of["other"]
+        return {name: _right(score_answers(base.model, some, batch).logits, batch) for name, some in loras_of.items()}
 
 
 def _right(logits: torch.Tensor, batch: Batch) -> list[tuple[list[float], list[float]]]:
@@ -102,10 +101,10 @@ def _right(logits: torch.Tensor, batch: Batch) -> list[tuple[list[float], list[f
     return found
 
 
-def _row(kind: str, system: str, of_documents: Sequence[tuple[list[float], list[float]]]) -> dict[str, Any]:
+def _row(kind: str, name: str, of_documents: Sequence[tuple[list[float], list[float]]]) -> dict[str, Any]:
     tokens, exact = ([document[i] for document in of_documents] for i in (0, 1))
-    row: dict[str, Any] = {"kind": kind, "system": system, "label": SYSTEMS[system], "documents": len(of_documents)}
-    for name, low, high, clusters in (("exact", "exact_low", "exact_high", exact), ("accuracy", "low", "high", tokens)):
-        row[name] = sum(map(sum, clusters)) / max(1, sum(map(len, clusters)))
+    row: dict[str, Any] = {"kind": kind, "baseline": name, "label": LABELS[name], "documents": len(of_documents)}
+    for key, low, high, clusters in (("exact", "exact_low", "exact_high", exact), ("accuracy", "low", "high", tokens)):
+        row[key] = sum(map(sum, clusters)) / max(1, sum(map(len, clusters)))
         row[low], row[high] = cluster_bootstrap(clusters) if clusters else (0.0, 1.0)
     return {**row, "questions": sum(map(len, exact))}

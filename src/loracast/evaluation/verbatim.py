@@ -1,14 +1,13 @@
-"""Word for word: how much of a document's own continuation is the likeliest, token by token, from its first eight tokens on.
+"""`loracast eval verbatim`: how much of a document's own continuation is the likeliest, after a passage's first tokens.
 
-Teacher-forced: each token is predicted after the true ones before it. Beside the adapter: the base alone, another document's adapter, and the
-document in the window.
+Teacher-forced: each token is predicted after the true ones before it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,22 @@ from loracast.base.chat import encode_with_offsets
 from loracast.data.qa import QuestionedDocument, read_questioned
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
-from loracast.evaluation.in_memory import InMemoryAdapter, cast
+from loracast.evaluation.baseline import Baseline, check_names
+from loracast.evaluation.documents import DocumentCase, DocumentSetup, merged, merged_other, no_document, whole
+from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.intervals import cluster_bootstrap
-from loracast.evaluation.report import Column, Progress, Report, environment, interval, number, percent, text
-from loracast.lora.algebra import LoRA, stack
-from loracast.model import ASK_SYSTEM_TURN, Model
+from loracast.evaluation.qa_prompts import PROMPTS
+from loracast.evaluation.report import Progress, Report, ReportWriter, interval, no_progress, number, percent, text
+from loracast.evaluation.runner import Deadline, groups, made
+from loracast.lora.algebra import stack
+from loracast.model import Model
 from loracast.scoring.episodes import Episode, Question, pack
 from loracast.scoring.likelihood import score_answers
 from loracast.training.episode_maker import CONTINUE, PASSAGE_TOKENS, split_passage
 
-_DOCUMENTS_AT_ONCE = 8
+_DOCUMENTS_PER_GROUP = 8
 
-COLUMNS: tuple[Column, ...] = (
+COLUMNS = (
     text("label", "what answers"),
     number("documents", "documents"),
     number("passages", "passages"),
@@ -38,11 +41,11 @@ COLUMNS: tuple[Column, ...] = (
     interval("low", "high", "95 %"),
     percent("of_way", "of the way to the window %"),
 )
-SYSTEMS = {
-    "none": "no document",
-    "adapter": "adapter of the document",
-    "other": "another document's adapter",
-    "window": "document in the window",
+BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
+    "none": Baseline("no document", no_document),
+    "adapter": Baseline("adapter of the document", merged),
+    "other": Baseline("another document's adapter", merged_other),
+    "window": Baseline("document in the window", whole(PROMPTS["naive"])),
 }
 
 
@@ -53,59 +56,64 @@ class VerbatimConfig:
     documents: tuple[str, ...] = ()
     """Files of documents."""
     sources: tuple[str, ...] = ()
-    """Of rows with a `source` field, take only these sources."""
+    """Sources to take of rows with a `source` field; all if empty."""
     max_documents: int = 100
-    """Documents, drawn at random from those that are long enough."""
+    """Most documents, drawn at random from those that are long enough."""
     passages: int = 4
-    """Most passages of each, none in another's place."""
-    systems: tuple[str, ...] = tuple(SYSTEMS)
-    """Rivals to run."""
+    """Most passages of each document, which do not overlap."""
+    baselines: tuple[str, ...] = tuple(BASELINES)
+    """Baselines to run."""
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-    """Longest chunk of an adapter."""
+    """Longest chunk of an adapter, in tokens."""
     split: str = "test"
-    """Of rows with a `split` field, take only this one."""
+    """Split to take of rows with a `split` field."""
     seed: int = 0
-    """Seed of the draw."""
+    """Seed of the draw of documents and passages."""
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.systems) - SYSTEMS.keys()):
-            raise ConfigError(f"unknown systems: {', '.join(unknown)}; choose from {', '.join(SYSTEMS)}")
+        check_names(self.baselines, BASELINES)
         if not self.documents:
             raise ConfigError("no documents: give a file of them (--documents FILE)")
         if min(self.max_documents, self.passages) < 1:
             raise ConfigError("max_documents and passages must be at least 1")
 
 
-@dataclass(frozen=True, eq=False)
-class _Read:
-    """A document with the passages that are to be continued: the text of each beginning, and the tokens that follow."""
+@dataclass(frozen=True)
+class Passage:
+    """A passage that is to be continued: its beginning as a question, and the token ids that follow."""
 
-    adapter: InMemoryAdapter
-    passages: tuple[tuple[str, tuple[int, ...]], ...]
+    case: DocumentCase
+    continuation: tuple[int, ...]
 
 
-def evaluate_verbatim(
-    model: Model, config: VerbatimConfig, out: Path, progress: Progress = lambda done, total: None
-) -> Report:
+def evaluate_verbatim(model: Model, config: VerbatimConfig, out: Path, progress: Progress = no_progress) -> Report:
     """Run the evaluation; the table is in `out` at the end."""
-    about = environment(model.base, model.documents.id)
+    setup = DocumentSetup(model)
+    writer = ReportWriter(out, "verbatim", COLUMNS, config, model.base, model.documents.id)
     documents = _choose(model, config)
-    hits: dict[str, list[list[float]]] = {name: [] for name in SYSTEMS if name in config.systems}
-    n_passages = 0
-    for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        some = [_read(model, config, document) for document in documents[first : first + _DOCUMENTS_AT_ONCE]]
-        n_passages += sum(len(one.passages) for one in some)
+
+    def make(i: int) -> tuple[QuestionedDocument, InMemoryAdapter]:
+        document = documents[i % len(documents)]  # the other document of the last is the first
+        return document, InMemoryAdapter(model, document.text, "", config.chunk_tokens)
+
+    hits: dict[str, list[list[float]]] = {name: [] for name in check_names(config.baselines, BASELINES)}
+    n_done = n_passages = 0
+    for group in groups(len(documents), _DOCUMENTS_PER_GROUP, make, Deadline(None)):
+        passages = [_passages(model, config, *one) for one in group]
         for name, of_documents in hits.items():
-            of_documents += _SAID[name](model, some)
-        for one in some:
-            one.adapter.close()
-        progress(first + len(some), len(documents))
-    report = Report("verbatim", COLUMNS, _rows(hits, n_passages), asdict(config), about)
-    report.write(out)
-    return report
+            of_documents += _hits(setup, BASELINES[name], passages)
+        n_done, n_passages = n_done + len(group), n_passages + sum(map(len, passages))
+        progress(n_done, len(documents))
+    return writer.write(_rows(hits, n_passages))
+
+
+def of_way(value: float, none: float, window: float) -> float | None:
+    """How far a figure goes from no document (0) to the document in the window (1); None where the window adds nothing."""
+    return (value - none) / (window - none) if window > none else None
 
 
 def _choose(model: Model, config: VerbatimConfig) -> list[QuestionedDocument]:
+    """Draw the documents. Raises ConfigError where none is long enough for two passages."""
     known = read_questioned(config.documents, config.sources, config.split)
     random.Random(config.seed).shuffle(known)
     least = 2 * PASSAGE_TOKENS
@@ -116,73 +124,46 @@ def _choose(model: Model, config: VerbatimConfig) -> list[QuestionedDocument]:
     return chosen
 
 
-def _read(model: Model, config: VerbatimConfig, document: QuestionedDocument) -> _Read:
+def _passages(
+    model: Model, config: VerbatimConfig, document: QuestionedDocument, adapter: InMemoryAdapter, other: InMemoryAdapter
+) -> list[Passage]:
+    """The passages of one document, drawn at random."""
     ids, offsets = encode_with_offsets(model.base.tokenizer, document.text)
     places = range(0, len(ids) - PASSAGE_TOKENS + 1, PASSAGE_TOKENS)
     rng = random.Random(f"{config.seed}/{document.doc_id}")
     chosen = sorted(rng.sample(places, min(config.passages, len(places))))
-    passages = tuple(split_passage(document.text, ids, offsets, first) for first in chosen)
-    return _Read(InMemoryAdapter(model, document.text, "", config.chunk_tokens), passages)
+    split = [split_passage(document.text, ids, offsets, first) for first in chosen]
+    return [Passage(DocumentCase(adapter, other, CONTINUE[0].format(start)), rest) for start, rest in split]
 
 
-def _predicted(
-    model: Model, some: Sequence[_Read], loras: Sequence[LoRA | None], before: Callable[[_Read], str] = lambda one: ""
+@torch.no_grad()
+def _hits(
+    setup: DocumentSetup, baseline: Baseline[DocumentSetup, DocumentCase], documents: Sequence[Sequence[Passage]]
 ) -> list[list[float]]:
     """For each document, whether each token of its passages is the likeliest."""
-    base = model.base
+    base = setup.base
+    requests = [[baseline.request(setup, passage.case) for passage in passages] for passages in documents]
+    setup.prepare([request for of_document in requests for request in of_document])
     found = []
-    # Row by row: a document's passages share what stands before them.
-    for one, lora in zip(some, loras, strict=True):
-        prompts = [
-            base.chat.prompt(before(one) + CONTINUE[0].format(start), ASK_SYSTEM_TURN) for start, _ in one.passages
-        ]
-        questions = [Question(tuple(p), answer) for p, (_, answer) in zip(prompts, one.passages, strict=True)]
+    # Document by document: its passages share a LoRA and what stands before them.
+    for of_document, passages in zip(requests, documents, strict=True):
+        (lora,) = made(base, of_document[:1])
+        questions = [Question(r.prompt, p.continuation) for r, p in zip(of_document, passages, strict=True)]
         batch = pack([Episode((), tuple(questions))], base.pad_id).to(base.device)
-        with torch.no_grad():
-            logits = score_answers(base.model, stack([lora]), batch).logits
+        logits = score_answers(base.model, stack([lora]), batch).logits
         found.append((logits.argmax(-1) == batch.answer_ids).float().tolist())
     return found
 
 
-def _none(model: Model, some: Sequence[_Read]) -> list[list[float]]:
-    return _predicted(model, some, [None] * len(some))
-
-
-def _own(model: Model, some: Sequence[_Read]) -> list[list[float]]:
-    return _predicted(model, some, _merged(model, some))
-
-
-def _others(model: Model, some: Sequence[_Read]) -> list[list[float]]:
-    loras = _merged(model, some)
-    return _predicted(model, some, [*loras[1:], loras[0]])
-
-
-def _window(model: Model, some: Sequence[_Read]) -> list[list[float]]:
-    return _predicted(model, some, [None] * len(some), lambda one: f"{one.adapter.full_text}\n\n")
-
-
-def _merged(model: Model, some: Sequence[_Read]) -> list[LoRA]:
-    """The LoRA of all chunks of each document."""
-    cast(model, [(one.adapter, range(len(one.adapter.chunks))) for one in some])
-    return [one.adapter.lora() for one in some]
-
-
-_SAID: dict[str, Callable[[Model, Sequence[_Read]], list[list[float]]]] = {
-    "none": _none,
-    "adapter": _own,
-    "other": _others,
-    "window": _window,
-}
-
-
-def _rows(hits: dict[str, list[list[float]]], n_passages: int) -> list[dict[str, Any]]:
+def _rows(hits: Mapping[str, Sequence[Sequence[float]]], n_passages: int) -> list[dict[str, Any]]:
+    """A row for each baseline."""
     means = {name: sum(map(sum, some)) / sum(map(len, some)) for name, some in hits.items()}
     rows = []
     for name, some in hits.items():
         low, high = cluster_bootstrap(some)
         row: dict[str, Any] = {
-            "system": name,
-            "label": SYSTEMS[name],
+            "baseline": name,
+            "label": BASELINES[name].label,
             "documents": len(some),
             "passages": n_passages,
             "tokens": sum(map(len, some)),
@@ -190,7 +171,7 @@ def _rows(hits: dict[str, list[list[float]]], n_passages: int) -> list[dict[str,
             "low": low,
             "high": high,
         }
-        if {"none", "window"} <= means.keys() and means["window"] > means["none"]:
-            row["of_way"] = (means[name] - means["none"]) / (means["window"] - means["none"])
+        if {"none", "window"} <= means.keys():
+            row["of_way"] = of_way(means[name], means["none"], means["window"])
         rows.append(row)
     return rows

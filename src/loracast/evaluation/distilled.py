@@ -1,28 +1,25 @@
-"""Context distillation of each document by gradient descent: the slow way to an adapter, and what a fast one is measured by.
+"""Context distillation of each document by gradient descent: the slow way to an adapter, to measure a fast one by.
 
-A LoRA is trained on rule-made questions about the document, towards what the base with the document in its window says (the reader, where
-there is one). Published as the rival of Doc-to-LoRA with 25 questions (arXiv 2602.15902, section 4).
+A LoRA is trained on rule-made questions about the document, towards the distributions of the base that sees the
+document (or of the reader, where there is one). Doc-to-LoRA is compared with it (arXiv 2602.15902, section 4).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from loracast.base.chat import Message
 from loracast.base.generate import Sampling, answer_batch
-from loracast.data.qa import DocumentQuestion
 from loracast.data.questions.cloze import make_clozes
+from loracast.evaluation.baseline import Request, fixed
 from loracast.evaluation.cut import without_middle
-from loracast.evaluation.qa.baseline import MAX_NEW_TOKENS, Baseline, Given, Request, Setup, plain
-from loracast.evaluation.qa.window import BEST, PROMPTS
+from loracast.evaluation.documents import DocumentCase, DocumentSetup, plain
+from loracast.evaluation.qa_prompts import BEST, PROMPTS
 from loracast.lora.algebra import Factors, LoRA, LoRABatch
 from loracast.lora.target import target_from_config
-from loracast.model import ASK_SYSTEM_TURN
 from loracast.scoring.episodes import Episode, Question, pack
 from loracast.scoring.likelihood import score_answers
 from loracast.training.episode_maker import reading_prompt
@@ -37,10 +34,10 @@ _ROWS = 5  # the questions in this many rows: attention grows with the square of
 _NAME = "distilled"
 
 
-def distil(setup: Setup, given: Given) -> LoRA:
-    """A LoRA that says about the document what the base says that sees it."""
+def distil(setup: DocumentSetup, case: DocumentCase) -> LoRA:
+    """Train a LoRA that answers about the document as the base does that sees it."""
     base = setup.model.base
-    questions = _questions(setup, given)
+    questions = _questions(setup, case)
     teacher = Teacher(base.model, base.pad_id, setup.reader)
     rows = [Episode((), tuple(questions[i::_ROWS])) for i in range(_ROWS) if questions[i::_ROWS]]
     distillation = Distillation(dataclasses.replace(teacher, lora=None), teacher)
@@ -64,40 +61,28 @@ def distil(setup: Setup, given: Given) -> LoRA:
     return LoRA({name: Factors(a[0].detach().to(dtype), b[0].detach().to(dtype)) for name, (a, b) in factors.items()})
 
 
-def _questions(setup: Setup, given: Given) -> list[Question]:
+def _questions(setup: DocumentSetup, case: DocumentCase) -> list[Question]:
     """Rule-made questions, each with the answer that the base gives when it sees the document."""
-    base, text = setup.model.base, given.adapter.full_text
-    clozes = make_clozes(random.Random(given.document.doc_id), given.document.text, N_QUESTIONS)
+    base = setup.base
+    text = without_middle(base.tokenizer, case.document.full_text, base.window // 2)
+    prompt = PROMPTS[BEST] if setup.reader is None else reading_prompt
+    clozes = make_clozes(random.Random(case.doc_id), case.document.document.text, N_QUESTIONS)
     asked = [cloze.question for cloze in clozes]
-    shown = [tuple(_window(setup, text, question)) for question in asked]
-    said = (
-        answer_batch(base, shown, [setup.reader] * len(shown), Sampling(max_new_tokens=MAX_NEW_TOKENS)) if shown else []
-    )
+    shown = [tuple(prompt(base.chat, text, question)) for question in asked]
+    sampling = Sampling(max_new_tokens=setup.max_new_tokens)
+    said = answer_batch(base, shown, [setup.reader] * len(shown), sampling) if shown else []
     return [
-        Question(plain(setup, question), tuple(base.chat.answer(answer)), window_prompt=prompt)
-        for question, prompt, answer in zip(asked, shown, said, strict=True)
+        Question(plain(setup, question), tuple(base.chat.answer(answer)), window_prompt=shown_prompt)
+        for question, shown_prompt, answer in zip(asked, shown, said, strict=True)
         if answer
     ]
 
 
-def _window(setup: Setup, text: str, question: str) -> list[int]:
-    base = setup.model.base
-    text = without_middle(base.tokenizer, text, base.window // 2)
-    if setup.reader is not None:
-        return reading_prompt(base.chat, text, question)
-    system: Message = {"role": "system", "content": ASK_SYSTEM_TURN}
-    return base.chat.conversation([system, *PROMPTS[BEST](text, question)])
+def learn_distilled(setup: DocumentSetup, case: DocumentCase) -> None:
+    """Train the document's LoRA and keep it with the document's questions."""
+    case.learned[_NAME] = distil(setup, case)
 
 
-def _learn(setup: Setup, given: Sequence[Given]) -> None:
-    for one in given:
-        one.loras[_NAME] = distil(setup, one)
-
-
-def _ask(setup: Setup, given: Given, question: DocumentQuestion) -> Request:
-    return Request(plain(setup, question.question), given.loras[_NAME])
-
-
-BASELINES = {
-    _NAME: Baseline(f"context distillation, {N_QUESTIONS} questions", _ask, _learn, is_optional=True),
-}
+def request_distilled(setup: DocumentSetup, case: DocumentCase) -> Request:
+    """The question alone, with the LoRA that was trained for the document."""
+    return Request(plain(setup, case.question), fixed(case.learned[_NAME]))

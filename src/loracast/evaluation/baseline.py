@@ -1,0 +1,93 @@
+"""The contract for whatever an evaluation compares with: what the base is given to answer one question.
+
+A baseline gives a prompt and a LoRA or none; it computes nothing but a look-up. The runner (runner.py) answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from loracast.errors import ConfigError
+from loracast.evaluation.in_memory import InMemoryAdapter
+from loracast.lora.algebra import LoRA
+
+Setup = TypeVar("Setup")
+"""What all baselines of a run share: the base, and where their LoRAs come from."""
+Case = TypeVar("Case")
+"""One question, with the document or the task that it is about."""
+
+
+@dataclass(frozen=True)
+class LoRASource:
+    """A LoRA that is made when it is needed. Sources with equal keys make equal LoRAs."""
+
+    key: Hashable
+    make: Callable[[], LoRA] = field(compare=False)
+    n_bytes: int = field(default=0, compare=False)
+    """Size of the LoRA, which bounds how many are held at once."""
+    chunks: tuple[tuple[InMemoryAdapter, tuple[int, ...]], ...] = field(default=(), compare=False)
+    """Chunks of documents that must be cast before."""
+
+
+def fixed(lora: LoRA) -> LoRASource:
+    """A source that holds its LoRA already."""
+    return LoRASource(id(lora), lambda: lora)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt of token ids and a LoRA or none, with which the base answers one question. Equal requests have equal answers."""
+
+    prompt: tuple[int, ...]
+    lora: LoRASource | None = None
+    found: bool | None = field(default=None, compare=False)
+    """Whether the chunk with the answer was among those picked; None where nothing is picked."""
+
+
+@dataclass(frozen=True)
+class Baseline(Generic[Setup, Case]):
+    """One way to answer questions, which stands in one row of a table."""
+
+    label: str
+    """Its name in tables; `{route}` stands for the number of chunks that a question is given."""
+    request: Callable[[Setup, Case], Request]
+    """What the base is given for one question."""
+    learn: Callable[[Setup, Case], None] | None = None
+    """The one-off work for a document or a task, given any of its questions; its time is reported as update time."""
+    needs: tuple[str, ...] = ()
+    """What a run must have been given for this baseline: keys of the `missing` of `choose_baselines`."""
+    is_optional: bool = False
+    """Run this baseline only where it is asked for by name."""
+    is_drawn: bool = True
+    """Whether its requests depend on what a seed draws; one that does not is asked with the first seed only."""
+
+
+def check_names(names: Sequence[str], known: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names without repeats, in the table's order. Raises ConfigError for a name that is not known."""
+    if unknown := sorted(set(names) - known.keys()):
+        raise ConfigError(f"unknown baselines: {', '.join(unknown)}; choose from {', '.join(known)}")
+    return tuple(name for name in known if name in names)
+
+
+def choose_baselines(
+    known: Mapping[str, Baseline[Setup, Case]], names: Sequence[str], missing: Mapping[str, str]
+) -> dict[str, Baseline[Setup, Case]]:
+    """The baselines of these names, in the table's order; without names all but the optional ones and those that lack something.
+
+    Args:
+        missing: what this run was not given, with how a user gives it.
+
+    Raises:
+        ConfigError: a name is not known, or a baseline that was asked for lacks what it needs.
+    """
+    lacking = {
+        name: " and ".join(how) for name, b in known.items() if (how := [missing[n] for n in b.needs if n in missing])
+    }
+    if not names:
+        return {name: b for name, b in known.items() if name not in lacking and not b.is_optional}
+    chosen = check_names(names, known)
+    if problems := [f"{name!r} needs {lacking[name]}" for name in chosen if name in lacking]:
+        raise ConfigError(f"{'; '.join(problems)}: give it, or leave these out of --baselines")
+    return {name: known[name] for name in chosen}

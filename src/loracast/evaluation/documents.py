@@ -1,0 +1,179 @@
+"""Baselines for questions about documents: adapters, no document, and a text in the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from loracast.base.chat import ChatFormat
+from loracast.base.load import Base
+from loracast.evaluation.baseline import LoRASource, Request, fixed
+from loracast.evaluation.cut import without_middle
+from loracast.evaluation.in_memory import InMemoryAdapter, cast
+from loracast.library.routing import DEFAULT_ROUTE
+from loracast.lora.algebra import Factors, LoRA, concat
+from loracast.model import ASK_SYSTEM_TURN, Model
+
+Prompt = Callable[[ChatFormat, str, str], list[int]]
+"""(chat, text, question) -> token ids of a prompt that shows the text."""
+_JOINTS = 8  # tokens to spare: where text and prompt meet they may be encoded otherwise than each alone
+
+
+@dataclass(frozen=True)
+class DocumentSetup:
+    """What all baselines of a run share."""
+
+    model: Model
+    route: int = DEFAULT_ROUTE
+    """Chunks that a question is given."""
+    max_new_tokens: int = 24
+    """Longest answer."""
+    reader: LoRA | None = None
+    """A LoRA trained to answer with the document in the window (`loracast train reader`), if there is one."""
+
+    @property
+    def base(self) -> Base:
+        return self.model.base
+
+    @cached_property
+    def chunk_bytes(self) -> int:
+        """Size of one chunk's LoRA, two bytes a number."""
+        config = self.model.documents.hypernetwork.config
+        return 2 * sum(config.ranks[m.kind] * (m.d_in + m.d_out) for m in config.target.modules)
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Cast the chunks that requests need, full batches across documents."""
+        cast(self.model, [part for r in requests if r.lora is not None for part in r.lora.chunks])
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentCase:
+    """One question about one document."""
+
+    document: InMemoryAdapter
+    other: InMemoryAdapter
+    """Another document of the same kind, which does not hold the answer."""
+    question: str
+    answers: tuple[str, ...] = ()
+    """All answers that count as right."""
+    chunk: int | None = None
+    """The document's chunk that holds the answer, if that is known."""
+    depth: float | None = None
+    """Where in the document the answer was put, from 0 to 1, if it was."""
+    doc_id: str = ""
+    source: str = ""
+    """The data set that the document is from."""
+    learned: dict[str, LoRA] = field(default_factory=dict)
+    """LoRAs that baselines trained for this document, by the baseline's name; shared by all questions about it."""
+
+
+def plain(setup: DocumentSetup, question: str) -> tuple[int, ...]:
+    """The question alone, as `loracast ask` puts it."""
+    return tuple(setup.base.chat.prompt(question, ASK_SYSTEM_TURN))
+
+
+def pick(setup: DocumentSetup, document: InMemoryAdapter, question: str) -> Mapping[int, float] | None:
+    """The chunks that BM25 picks for a question with their weights; None for all chunks."""
+    return document.route(question, setup.route).picked
+
+
+def adapters(
+    setup: DocumentSetup, picked: Sequence[tuple[InMemoryAdapter, Mapping[int, float] | None]]
+) -> LoRASource | None:
+    """The sum of the LoRAs of some documents, as `loracast ask -a one -a two` adds them up; None without a document.
+
+    Args:
+        picked: each document with its picked chunks and their weights, or None for all its chunks.
+    """
+    if not picked:
+        return None
+    chunks = tuple((d, tuple(range(len(d.chunks)) if some is None else sorted(some))) for d, some in picked)
+    key = tuple((d, None if some is None else tuple(sorted(some.items()))) for d, some in picked)
+    n_bytes = setup.chunk_bytes * sum(len(some) for _, some in chunks)
+    # What the hypernetwork gives every document alike counts once.
+    return LoRASource(
+        key, lambda: concat([d.lora(some, static=i == 0) for i, (d, some) in enumerate(picked)]), n_bytes, chunks
+    )
+
+
+def no_document(setup: DocumentSetup, case: DocumentCase) -> Request:
+    """The plain base: what it knows or guesses."""
+    return Request(plain(setup, case.question))
+
+
+def merged(setup: DocumentSetup, case: DocumentCase) -> Request:
+    """The sum of all chunks' LoRAs."""
+    return Request(plain(setup, case.question), adapters(setup, [(case.document, None)]))
+
+
+def merged_other(setup: DocumentSetup, case: DocumentCase) -> Request:
+    """The sum of the LoRAs of all chunks of another document."""
+    return Request(plain(setup, case.question), adapters(setup, [(case.other, None)]))
+
+
+def routed(setup: DocumentSetup, case: DocumentCase) -> Request:
+    """The LoRAs of the chunks that BM25 picks for the question, as `loracast ask` does."""
+    picked = pick(setup, case.document, case.question)
+    found = None if case.chunk is None else picked is None or case.chunk in picked
+    return Request(plain(setup, case.question), adapters(setup, [(case.document, picked)]), found)
+
+
+def routed_other(setup: DocumentSetup, case: DocumentCase) -> Request:
+    """Another document's adapter, routed: what any adapter does to an answer."""
+    picked = pick(setup, case.other, case.question)
+    return Request(plain(setup, case.question), adapters(setup, [(case.other, picked)]))
+
+
+def both(setup: DocumentSetup, case: DocumentCase) -> Request:
+    """The document and another one learned, both routed and added up."""
+    picked = [(d, pick(setup, d, case.question)) for d in (case.document, case.other)]
+    return Request(plain(setup, case.question), adapters(setup, picked))
+
+
+def static(setup: DocumentSetup, case: DocumentCase) -> Request:
+    """The LoRA that the hypernetwork gives every document alike."""
+    return Request(plain(setup, case.question), fixed(static_lora(setup.model)))
+
+
+def static_lora(model: Model) -> LoRA:
+    """The LoRA that a hypernetwork gives every document alike; empty where it has no such part."""
+    hypernetwork = model.documents.hypernetwork
+    factors: dict[str, Factors] = {}
+    for kind, sides in hypernetwork.static_rows().items():
+        for module, a, b in zip(hypernetwork.config.target.of_kind(kind), *sides, strict=True):
+            factors[module.name] = Factors(a.to(torch.bfloat16), b.T.to(torch.bfloat16))
+    return LoRA(factors)
+
+
+def learn_own(setup: DocumentSetup, case: DocumentCase) -> None:
+    """Cast all chunks of the document."""
+    cast(setup.model, [(case.document, range(len(case.document.chunks)))])
+
+
+def learn_other(setup: DocumentSetup, case: DocumentCase) -> None:
+    """Cast all chunks of the other document."""
+    cast(setup.model, [(case.other, range(len(case.other.chunks)))])
+
+
+def learn_both(setup: DocumentSetup, case: DocumentCase) -> None:
+    """Cast all chunks of both documents."""
+    learn_own(setup, case)
+    learn_other(setup, case)
+
+
+def with_text(
+    setup: DocumentSetup, prompt: Prompt, text: str, question: str, max_tokens: int | None = None
+) -> tuple[int, ...]:
+    """A prompt that shows a text, whose middle gives way where the window, or `max_tokens`, is too small."""
+    chat = setup.base.chat
+    room = setup.base.window - setup.max_new_tokens - len(prompt(chat, "", question)) - _JOINTS
+    cut = without_middle(setup.base.tokenizer, text, max(1, min(room, max_tokens or room)))
+    return tuple(prompt(chat, cut, question))
+
+
+def whole(prompt: Prompt, max_tokens: int | None = None) -> Callable[[DocumentSetup, DocumentCase], Request]:
+    """The whole document in the prompt, or its beginning and end where it has more than `max_tokens` tokens."""
+    return lambda setup, case: Request(with_text(setup, prompt, case.document.full_text, case.question, max_tokens))

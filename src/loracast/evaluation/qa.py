@@ -1,0 +1,319 @@
+"""`loracast eval qa`: questions that people asked about real documents, a table by source and one by length."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from loracast.base.generate import Sampling
+from loracast.data.answer_metrics import best, exact_match, rouge_l, token_f1
+from loracast.data.qa import QuestionedDocument, read_questioned
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
+from loracast.errors import ConfigError
+from loracast.evaluation.baseline import Baseline, choose_baselines
+from loracast.evaluation.documents import DocumentCase, DocumentSetup
+from loracast.evaluation.in_memory import InMemoryAdapter
+from loracast.evaluation.intervals import cluster_bootstrap
+from loracast.evaluation.peak import peak_memory
+from loracast.evaluation.qa_baselines import BASELINES
+from loracast.evaluation.report import (
+    Progress,
+    Report,
+    ReportWriter,
+    change,
+    interval,
+    no_progress,
+    number,
+    percent,
+    text,
+)
+from loracast.evaluation.runner import Answered, Deadline, ask, groups, warm_up
+from loracast.lora.algebra import LoRA
+from loracast.model import Model
+
+LENGTHS = (128, 256, 512, 1024)
+"""Where the table by length cuts, in tokens."""
+MAX_NEW_TOKENS = 32
+"""Longest answer: no right one has more than 20 words."""
+_DOCUMENTS_PER_GROUP = 16
+_N_TIMED = 3
+
+COLUMNS = (
+    text("part", "documents"),
+    text("label", "what answers"),
+    number("documents", "n"),
+    number("n", "questions"),
+    percent("exact", "exact %"),
+    percent("f1", "F1 %"),
+    interval("f1_low", "f1_high", "95 %"),
+    percent("rouge_l", "ROUGE-L %"),
+    percent("of_window", "% of window"),
+    percent("of_ceiling", "% of ceiling"),
+    change("difference", "adapter minus it (95 %)"),
+    number("prompt_tokens", "prompt tokens"),
+    number("update_s", "update s", 2),
+    number("answer_s", "answer s", 2),
+    number("update_mib", "update MiB"),
+    number("answer_mib", "answer MiB"),
+)
+
+
+@dataclass(frozen=True)
+class QaConfig:
+    """What `loracast eval qa` measures."""
+
+    documents: tuple[str, ...] = ()
+    """Files of documents with questions."""
+    sources: tuple[str, ...] = ()
+    """Sources to take of rows with a `source` field; all if empty."""
+    max_documents: int = 200
+    """Most documents of each source, drawn at random."""
+    max_questions: int | None = None
+    """Most questions about one document; all if None."""
+    spans_only: bool = False
+    """Ask only questions whose answer stands in the document."""
+    baselines: tuple[str, ...] = ()
+    """Baselines to run; if empty, all but the optional ones."""
+    route: int = 2
+    """Chunks that a question is given."""
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    """Longest chunk of an adapter, in tokens."""
+    split: str = "test"
+    """Split to take of rows with a `split` field."""
+    seed: int = 0
+    """Seed of the draw of documents and questions."""
+    budget_s: float | None = None
+    """Begin no further documents after this many seconds; the table shows how many there were."""
+
+    def __post_init__(self) -> None:
+        if not self.documents:
+            raise ConfigError("no documents: give a file of documents with questions (--documents FILE)")
+        if min(self.max_documents, self.max_questions or 1, self.route) < 1:
+            raise ConfigError("max_documents, max_questions and route must be at least 1")
+
+
+@dataclass
+class Tally:
+    """The answers so far, and what the updates of documents took, by baseline."""
+
+    scored: list[Scored] = field(default_factory=list)
+    update_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    update_mib: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """The most memory that any update took above what was held before."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer with its scores: each is the best over the right answers."""
+
+    answered: Answered[DocumentCase]
+    exact: float
+    f1: float
+    rouge_l: float
+
+    @property
+    def case(self) -> DocumentCase:
+        return self.answered.case
+
+
+def evaluate_qa(
+    model: Model, config: QaConfig, out: Path, progress: Progress = no_progress, reader: LoRA | None = None
+) -> Report:
+    """Run the evaluation; tables and answers are in `out`, the tables after every few documents.
+
+    Args:
+        reader: a LoRA trained to answer with the document in the window: the ceiling.
+    """
+    setup = DocumentSetup(model, config.route, MAX_NEW_TOKENS, reader)
+    missing = {} if reader else {"reader": "a LoRA of `loracast train reader` (--reader FOLDER)"}
+    baselines = choose_baselines(BASELINES, config.baselines, missing)
+    chosen = choose(config)
+    writer = ReportWriter(out, "qa", COLUMNS, config, model.base, model.documents.id)
+    tally, deadline, n_done = Tally(), Deadline(config.budget_s), 0
+    warm_up(model.base)
+    for _, some in _by_source(chosen):
+        if n_done and deadline.is_over:
+            break
+        for i, group in enumerate(_groups(model, config, some, deadline)):
+            for name, baseline in baselines.items():
+                new = _answer(setup, name, baseline, group, tally, n_timed=0 if i else _N_TIMED)
+                writer.add_answers(map(_line, new))
+                tally.scored += new
+            n_done += len(group)
+            progress(n_done, len(chosen))
+            writer.write(_tables(tally), is_complete=False)
+    return writer.write(_tables(tally), is_complete=n_done == len(chosen))
+
+
+def draw(report: Report, out: Path) -> None:
+    """Draw F1 by length, and F1 by what an answer costs."""
+    from loracast.evaluation import plots
+
+    by_length = [row for row in report.rows if row["kind"] == "length"]
+    if by_length:
+        plots.f1_by_length(out / "by_length.png", by_length)
+    last = [row for row in report.rows if row["kind"] == "source"][-1]["part"]  # all, or the only source
+    plots.f1_by_cost(out / "by_cost.png", [row for row in report.rows if row["part"] == last])
+
+
+def choose(config: QaConfig) -> list[QuestionedDocument]:
+    """Draw the documents and their questions, source by source. Raises ConfigError where none is left."""
+    documents = read_questioned(config.documents, config.sources, config.split)
+    chosen: list[QuestionedDocument] = []
+    for source, of_source in _by_source(sorted(documents, key=lambda document: document.source)):
+        rng = random.Random(f"{config.seed}/{source}")
+        some = rng.sample(of_source, min(config.max_documents, len(of_source)))
+        for document in some:
+            asked = [question for question in document.questions if question.is_span or not config.spans_only]
+            if config.max_questions is not None:
+                asked = rng.sample(asked, min(config.max_questions, len(asked)))
+            if asked:
+                chosen.append(replace(document, questions=tuple(asked)))
+    if not chosen:
+        raise ConfigError("no document has a question whose answer it says; ask all questions (without --spans-only)")
+    return chosen
+
+
+def _by_source(documents: Sequence[QuestionedDocument]) -> Iterator[tuple[str, list[QuestionedDocument]]]:
+    return ((source, list(some)) for source, some in groupby(documents, key=lambda document: document.source))
+
+
+def _groups(
+    model: Model, config: QaConfig, documents: Sequence[QuestionedDocument], deadline: Deadline
+) -> Iterator[list[list[DocumentCase]]]:
+    """A few documents at a time, each as its questions; the last document's other one is the first."""
+
+    def make(i: int) -> tuple[QuestionedDocument, InMemoryAdapter]:
+        document = documents[i % len(documents)]
+        return document, InMemoryAdapter(model, document.text, document.title, config.chunk_tokens)
+
+    for group in groups(len(documents), _DOCUMENTS_PER_GROUP, make, deadline):
+        cases = [cases_of(*one) for one in group]
+        yield cases
+        for of_document in cases:
+            of_document[0].learned.clear()
+
+
+def cases_of(document: QuestionedDocument, adapter: InMemoryAdapter, other: InMemoryAdapter) -> list[DocumentCase]:
+    """The questions about one document."""
+    learned: dict[str, LoRA] = {}
+    return [
+        DocumentCase(
+            adapter, other, q.question, q.answers, doc_id=document.doc_id, source=document.source, learned=learned
+        )
+        for q in document.questions
+    ]
+
+
+def _answer(
+    setup: DocumentSetup,
+    name: str,
+    baseline: Baseline[DocumentSetup, DocumentCase],
+    group: Sequence[Sequence[DocumentCase]],
+    tally: Tally,
+    n_timed: int,
+) -> list[Scored]:
+    """One baseline's answers to all questions about some documents, which are learned one by one as a user would."""
+    for first, *_ in group:
+        with peak_memory() as peak:
+            started = time.perf_counter()
+            if baseline.learn is not None:
+                baseline.learn(setup, first)
+            tally.update_s[name].append(time.perf_counter() - started)
+        tally.update_mib[name] = max(tally.update_mib[name], peak.above_mib)
+    cases = {name: [case for of_document in group for case in of_document]}
+    answered = ask(setup, {name: baseline}, cases, Sampling(max_new_tokens=setup.max_new_tokens), n_timed)
+    return [
+        Scored(a, *(best(score, a.text, a.case.answers) for score in (exact_match, token_f1, rouge_l)))
+        for a in answered
+    ]
+
+
+def _tables(tally: Tally) -> list[dict[str, Any]]:
+    """The rows of every source by itself, of all of them, and of every length."""
+    parts: dict[str, list[Scored]] = {}
+    for s in tally.scored:
+        parts.setdefault(s.case.source or "documents", []).append(s)
+    if len(parts) > 1:
+        parts["all"] = tally.scored
+    by_length: dict[int, list[Scored]] = defaultdict(list)
+    for s in tally.scored:
+        by_length[sum(s.case.document.n_tokens >= limit for limit in LENGTHS)].append(s)
+    rows = [row for part, some in parts.items() for row in _rows(part, some, tally, "source")]
+    if len(by_length) > 1:
+        rows += [row for i, some in sorted(by_length.items()) for row in _rows(_length_name(i), some, tally, "length")]
+    return rows
+
+
+def _length_name(i: int) -> str:
+    low, high = (0, *LENGTHS)[i], (*LENGTHS, None)[i]
+    return f"{low} to {high - 1} tokens" if high else f"{low} tokens or more"
+
+
+def _rows(part: str, scored: Sequence[Scored], tally: Tally, kind: str) -> list[dict[str, Any]]:
+    """One row a baseline, over some documents."""
+    by_baseline: dict[str, list[Scored]] = {}
+    for s in scored:
+        by_baseline.setdefault(s.answered.baseline, []).append(s)
+    f1 = {name: _mean([s.f1 for s in some]) for name, some in by_baseline.items()}
+    rows = []
+    for name, some in by_baseline.items():
+        by_document = _by_document(some)
+        low, high = cluster_bootstrap(list(by_document.values()))
+        timed = [s.answered.answer_s for s in some if s.answered.answer_s is not None]
+        peaks = [s.answered.answer_mib for s in some if s.answered.answer_mib is not None]
+        row: dict[str, Any] = {
+            "kind": kind,
+            "part": part,
+            "baseline": name,
+            "label": BASELINES[name].label,
+            "documents": len(by_document),
+            "n": len(some),
+            "exact": _mean([s.exact for s in some]),
+            "f1": f1[name],
+            "f1_low": low,
+            "f1_high": high,
+            "rouge_l": _mean([s.rouge_l for s in some]),
+            "of_window": f1[name] / f1["window"] if f1.get("window") else None,
+            "of_ceiling": f1[name] / f1["ceiling"] if f1.get("ceiling") else None,
+            "document_tokens": _mean([s.case.document.n_tokens for s in some]),
+            "prompt_tokens": _mean([s.answered.n_prompt_tokens for s in some]),
+            "update_s": _mean(tally.update_s[name]) if tally.update_s.get(name) else None,
+            "answer_s": _mean(timed) if timed else None,
+            "update_mib": tally.update_mib.get(name),
+            "answer_mib": max(peaks) if peaks else None,
+        }
+        if "adapter" in by_baseline and name != "adapter":
+            mine = _by_document(by_baseline["adapter"])
+            gains = [[x - y for x, y in zip(mine[key], by_document[key], strict=True)] for key in mine]
+            row["difference"] = f1["adapter"] - f1[name]
+            row["difference_low"], row["difference_high"] = cluster_bootstrap(gains)
+        rows.append(row)
+    return rows
+
+
+def _by_document(scored: Sequence[Scored]) -> dict[str, list[float]]:
+    """The F1 of each document's questions."""
+    scores: dict[str, list[float]] = defaultdict(list)
+    for s in scored:
+        scores[s.case.doc_id].append(s.f1)
+    return scores
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _line(s: Scored) -> dict[str, Any]:
+    """One line of answers.jsonl."""
+    return {
+        "baseline": s.answered.baseline, "source": s.case.source, "doc_id": s.case.doc_id, "question": s.case.question,
+        "answers": s.case.answers, "answer": s.answered.text, "exact": s.exact, "f1": round(s.f1, 4),
+        "rouge_l": round(s.rouge_l, 4), "document_tokens": s.case.document.n_tokens,
+    }  # fmt: skip

@@ -1,1 +1,0 @@
-"""Question answering about real documents: an adapter beside all that a document could be given with instead."""

@@ -1,0 +1,207 @@
+"""What the needle and the facts experiment share: their baselines, and the run over documents of several sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from loracast.base.chat import ChatFormat
+from loracast.base.generate import Sampling
+from loracast.data.answer_metrics import has_value, is_exact
+from loracast.evaluation.baseline import Baseline, Request, check_names
+from loracast.evaluation.documents import (
+    DocumentCase,
+    DocumentSetup,
+    merged,
+    no_document,
+    routed,
+    routed_other,
+    whole,
+    with_text,
+)
+from loracast.evaluation.in_memory import InMemoryAdapter
+from loracast.evaluation.intervals import wilson
+from loracast.evaluation.report import Progress, Report, ReportWriter, interval, number, percent, text
+from loracast.evaluation.runner import Answered, Deadline, ask, groups, warm_up
+from loracast.model import ASK_SYSTEM_TURN
+
+T = TypeVar("T")
+
+MAX_NEW_TOKENS = 24
+"""Longest answer; values have at most about ten tokens, a sentence around one fits too."""
+N_TIMED = 5
+"""Questions that a baseline is asked one at a time, for the time that an answer takes; the others come in batches."""
+
+_WINDOW_PROMPT = "Question: {question}\n\n{document}\n\nQuestion: {question}\nShort answer:"
+# The question comes first too, so that the base knows what to read for.
+_WINDOW_EXAMPLE = (
+    "The museum opens at nine. For the record, the door code of the north wing is 9158. It closes at five.",
+    "What is the door code of the north wing?",
+    "9158",
+)
+# A worked example of document, question and answer: without one the base never answers with the bare value.
+# Of some fifteen prompts tried on SmolLM2-135M none had more exact matches (docs/evaluation.md).
+
+ANSWER_COLUMNS = (
+    text("label", "what answers"),
+    number("n", "n"),
+    percent("exact", "exact %"),
+    interval("exact_low", "exact_high", "95 %"),
+    percent("has_value", "in answer %"),
+    percent("recall", "picked %"),
+    number("prompt_tokens", "prompt tokens"),
+    number("first_token_s", "first token s", 3),
+    number("answer_s", "answer s", 3),
+)
+
+
+def window_prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
+    """A prompt that shows a document after one worked example."""
+    example, example_question, example_answer = _WINDOW_EXAMPLE
+    return chat.conversation(
+        [
+            {"role": "system", "content": ASK_SYSTEM_TURN},
+            {"role": "user", "content": _WINDOW_PROMPT.format(document=example, question=example_question)},
+            {"role": "assistant", "content": example_answer},
+            {"role": "user", "content": _WINDOW_PROMPT.format(document=document, question=question)},
+        ]
+    )
+
+
+def passages(k: int | None) -> Callable[[DocumentSetup, DocumentCase], Request]:
+    """The texts of the k best chunks in the prompt, in the document's order; as many as a question is given if None."""
+
+    def request(setup: DocumentSetup, case: DocumentCase) -> Request:
+        picked = case.document.route(case.question, k or setup.route).picked
+        chunks = sorted(range(len(case.document.chunks)) if picked is None else picked)
+        shown = "\n\n".join(case.document.chunks[i].prompt for i in chunks)
+        return Request(with_text(setup, window_prompt, shown, case.question), found=case.chunk in chunks)
+
+    return request
+
+
+BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
+    "merged": Baseline("adapter, one LoRA of all chunks (merged)", merged),
+    "routed": Baseline("adapter, routed {route}", routed),
+    "none": Baseline("no document", no_document),
+    "other": Baseline("another document's adapter", routed_other),
+    "window": Baseline("in the window", whole(window_prompt)),
+    "bm25": Baseline("BM25 passage in the window", passages(1)),
+    "bm25k": Baseline("BM25 {route} passages in the window", passages(None)),
+}
+
+
+@dataclass(frozen=True)
+class Series(Generic[T]):
+    """The documents of one size."""
+
+    size: int
+    n: int
+    per_group: int
+    """Documents that are in memory at once."""
+    make: Callable[[int], tuple[T, InMemoryAdapter]]
+    """Draws the i-th document and splits it."""
+    cases: Callable[[T, InMemoryAdapter, InMemoryAdapter], list[DocumentCase]]
+    """The questions about a document, which is given with another one."""
+    n_window: int | None = None
+    """How many documents are also put into the window, which is slow where they are long; all if None."""
+
+
+def evaluate_sizes(
+    setup: DocumentSetup,
+    names: Sequence[str],
+    writer: ReportWriter,
+    size_key: str,
+    series: Sequence[Series[T]],
+    rows_of: Callable[[Sequence[Answered[DocumentCase]]], dict[str, Any]],
+    budget_s: float | None,
+    progress: Progress,
+    n_timed: int = N_TIMED,
+) -> Report:
+    """Ask every baseline every question, size by size; tables and answers are written after every size.
+
+    Args:
+        size_key: what a size is called in the rows.
+        rows_of: the figures of one baseline at one size, besides those of `answer_row`.
+        budget_s: time for all sizes together.
+    """
+    deadline, rows = Deadline(budget_s), list[dict[str, Any]]()
+    total, n_before = sum(one.n for one in series), 0
+    warm_up(setup.base)
+    for place, one in enumerate(series):
+        answered: list[Answered[DocumentCase]] = []
+        for n_done, some in _ask(setup, names, one, deadline.share(len(series) - place), n_timed):
+            answered += some
+            progress(n_before + n_done, total)
+        n_before += one.n
+        progress(n_before, total)
+        for name in dict.fromkeys(a.baseline for a in answered):
+            mine = [a for a in answered if a.baseline == name]
+            rows.append({size_key: one.size, **answer_row(setup, mine), **rows_of(mine)})
+        writer.add_answers({size_key: one.size, **answer_line(a)} for a in answered)
+        writer.write(rows, is_complete=False)
+    return writer.write(rows)
+
+
+def _ask(
+    setup: DocumentSetup, names: Sequence[str], series: Series[T], deadline: Deadline, n_timed: int
+) -> Iterator[tuple[int, list[Answered[DocumentCase]]]]:
+    """Documents done so far, and the answers about the last few."""
+    n_done = n_asked = 0
+    for group in groups(series.n, series.per_group, series.make, deadline):
+        of_documents = [series.cases(*one) for one in group]
+        cases = {name: [case for some in of_documents for case in some] for name in check_names(names, BASELINES)}
+        if "window" in cases and series.n_window is not None:
+            n_shown = max(0, series.n_window - n_done)
+            cases["window"] = [case for some in of_documents[:n_shown] for case in some]
+        n_done += len(group)
+        n_left, n_asked = max(0, n_timed - n_asked), n_asked + sum(map(len, of_documents))
+        yield n_done, ask(setup, BASELINES, cases, Sampling(max_new_tokens=setup.max_new_tokens), n_left)
+
+
+def answer_row(setup: DocumentSetup, answered: Sequence[Answered[DocumentCase]]) -> dict[str, Any]:
+    """The figures of one baseline over its answers, and the mean size of their documents."""
+    n = len(answered)
+    n_exact = sum(answers_exactly(a) for a in answered)
+    low, high = wilson(n_exact, n)
+    picks = [a.found for a in answered if a.found is not None]
+    timed = [(a.first_token_s, a.answer_s) for a in answered if a.first_token_s is not None and a.answer_s is not None]
+    documents = list(dict.fromkeys(a.case.document for a in answered))
+    return {
+        "baseline": answered[0].baseline,
+        "label": BASELINES[answered[0].baseline].label.format(route=setup.route),
+        "n": n,
+        "exact": n_exact / n,
+        "exact_low": low,
+        "exact_high": high,
+        "has_value": sum(has_value(a.text, a.case.answers[0]) for a in answered) / n,
+        "recall": sum(picks) / len(picks) if picks else None,
+        "prompt_tokens": sum(a.n_prompt_tokens for a in answered) / n,
+        "n_timed": len(timed),
+        "first_token_s": sum(first for first, _ in timed) / len(timed) if timed else None,
+        "answer_s": sum(whole for _, whole in timed) / len(timed) if timed else None,
+        "document_tokens": sum(document.n_tokens for document in documents) / len(documents),
+        "chunks": sum(len(document.chunks) for document in documents) / len(documents),
+    }
+
+
+def answer_line(a: Answered[DocumentCase]) -> dict[str, Any]:
+    """One line of answers.jsonl."""
+    return {
+        "baseline": a.baseline, "depth": a.case.depth, "question": a.case.question, "value": a.case.answers[0],
+        "answer": a.text, "exact": answers_exactly(a), "picked": a.found,
+    }  # fmt: skip
+
+
+def by_document(answered: Sequence[Answered[DocumentCase]]) -> list[list[float]]:
+    """For each document, which of its questions were answered exactly."""
+    hits: dict[InMemoryAdapter, list[float]] = {}
+    for a in answered:
+        hits.setdefault(a.case.document, []).append(float(answers_exactly(a)))
+    return list(hits.values())
+
+
+def answers_exactly(a: Answered[DocumentCase]) -> bool:
+    """Whether the answer is the value and nothing else."""
+    return is_exact(a.text, a.case.answers[0])
