@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,19 @@ def test_a_folder_is_learned_once(folder, tiny_folder, tiny_hypernet_folder, hom
     assert other["learned"] == 5  # learned otherwise: all of it anew
     _, again = run(folder, tiny_folder, tiny_hypernet_folder, "--chunk-tokens", "64", "--again")
     assert again["learned"] == 5
+
+
+def test_a_folder_is_learned_anew_with_the_same_weights_in_another_config(
+    folder, tiny_folder, tiny_hypernet_folder, home, tmp_path
+):
+    run(folder, tiny_folder, tiny_hypernet_folder)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_hypernet_folder, other)
+    stored = json.loads((other / "config.json").read_text())
+    stored["config"]["scale"] *= 2
+    (other / "config.json").write_text(json.dumps(stored))
+    _, again = run(folder, tiny_folder, other)
+    assert again["learned"] == 4 and again["unchanged"] == 0
 
 
 def test_a_folder_is_kept_equal(folder, tiny_folder, tiny_hypernet_folder, home):

@@ -19,17 +19,17 @@ def encoders_dir() -> Path:
 
 
 def features_dir() -> Path:
-    """Features of images and signals that were trained or measured on; may be deleted at any time and are computed again."""
+    """Features of images and signals for training and evaluation; may be deleted at any time and are computed again."""
     return _cache_dir() / "features"
 
 
 def journals_dir() -> Path:
-    """What was seen of folders that were learned; may be deleted at any time, and the folders are learned anew."""
+    """Journals of learned folders; may be deleted at any time, and the folders are learned anew."""
     return _cache_dir() / "journals"
 
 
 def exports_dir() -> Path:
-    """Adapters as servers load them; may be deleted while no server has one of them, and is written again."""
+    """Adapters exported for servers; may be deleted while no server uses them, and are written again."""
     return _cache_dir() / "exports"
 
 

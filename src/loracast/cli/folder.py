@@ -46,10 +46,11 @@ class FolderLearner:
         from loracast.paths import library_dir
 
         where = Path(hypernetwork) if hypernetwork else shipped_hypernetwork(base or DEFAULT_BASE)
-        weights = file_sha256(where / "model.safetensors") if where.is_dir() else str(where)
+        files = [where / name for name in ("config.json", "model.safetensors")]
+        hypernet = " ".join(map(file_sha256, files)) if where.is_dir() else str(where)
         self.folder, self.library = folder, library or library_dir()
         self.again, self.remove_gone = again, remove_gone
-        self.made_by = f"{base or DEFAULT_BASE} {weights} {chunk_tokens} {storage}"
+        self.made_by = f"{base or DEFAULT_BASE} {hypernet} {chunk_tokens} {storage}"
         self._open = lambda: open_model(base, hypernetwork, library, device)
         self._chunk_tokens, self._storage = chunk_tokens, storage
         self._model: Model | None = None

@@ -1,4 +1,4 @@
-"""A file to a picture: the door through which images enter loracast. Pillow reads them; bombs and damaged files are refused.
+"""Reads an image file with Pillow, the only way in for images. Decompression bombs and damaged files are refused.
 
 Whatever is wrong with a file raises one DocumentError that says what, and what to do.
 """
@@ -93,7 +93,7 @@ def read_image_file(
 
 
 def decode_image(data: bytes, kind: str, label: str) -> Image:
-    """The bytes of an image of a format -> the image in RGB, upright, on white where it is transparent. `label` names it in errors."""
+    """Bytes of an image of the format `kind` -> the image in RGB, upright, on white where it is transparent."""
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""An adapter of the library, exported: as one LoRA, or a document's as one for each chunk with what it takes to choose among them."""
+"""Exports an adapter of the library as one LoRA, or a document's chunk by chunk with the index to pick among them."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """One LoRA that was written."""
+    """Where one LoRA was written, and what that lost."""
 
     path: Path
     rank: int | None
-    """In all modules; None where it went into the base's weights."""
+    """The rank in all modules; None where the LoRA went into the base's weights."""
     error: float
-    """|delta - kept| / |delta|: what was given up for the rank."""
+    """What compressing to the rank lost, |delta - kept| / |delta|."""
 
 
 def export_adapter(
@@ -56,14 +56,14 @@ def export_adapter(
 
     Args:
         out: a folder, made if need be; of the format `gguf` the file NAME.gguf in it.
-        max_rank: what has more is compressed, with an error; by default only as far as the runtime asks.
-        each_chunk: a document's chunks one by one, with chunks.json and the index that `loracast route` reads.
+        max_rank: a higher rank is compressed to it; None compresses only as far as the runtime demands.
+        each_chunk: write a document's chunks one by one, with chunks.json and the index that `loracast route` reads.
         base: the base's name, folder or hub id, if not the one that the adapter was made for.
         load: loads a base: needed for `merged`.
-        say: told what is being done where the embedded base has to be fetched first.
+        say: receives messages where the embedded base has to be fetched first.
 
     Raises:
-        AdapterError: the runtime cannot have it so.
+        AdapterError: the format is unknown, the folder is not empty, or the adapter cannot be exported so.
         BaseModelError: the base is another one, or cannot be read.
     """
     if to not in FORMATS:
@@ -140,7 +140,7 @@ class _Writer:
 
 
 def base_config(name: str, adapter: Adapter, say: Say = lambda text: None) -> Any:
-    """The config of the base that an adapter was made for, without its weights. Raises BaseModelError for another base's."""
+    """The config of the base that an adapter was made for, without weights. Raises BaseModelError for another base."""
     from transformers import AutoConfig
 
     where = str(pull(name, say=say)) if name in EMBEDDED else name

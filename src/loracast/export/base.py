@@ -1,4 +1,4 @@
-"""The base itself as a Hugging Face folder."""
+"""Writes an embedded base as a Hugging Face folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters of the library on a vLLM server: exported once under a name that never means other weights, loaded, and checked to have an effect."""
+"""Loads adapters of the library into a running vLLM server, and checks that they have an effect there."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _PROBE_TOKENS = 8
 
 
 def exported_for_vllm(adapter: Adapter, exports: Path) -> Path:
-    """The folder of an adapter as vLLM loads it, written unless it is there; whole at any moment, whoever else is at it.
+    """The folder of an adapter as vLLM loads it, exported once; other processes never see half of it.
 
-    It is called by the adapter's version, as the server will call it: vLLM's prefix cache goes by the name, which must never mean other weights.
+    It is called by the adapter's version, as the server will call it: vLLM's prefix cache goes by the name, which
+    must never mean other weights.
     """
     folder = exports / adapter.version
     if folder.is_dir():
@@ -45,7 +46,7 @@ def exported_for_vllm(adapter: Adapter, exports: Path) -> Path:
 
 
 def resolve(asked: str, library: Path, exports: Path) -> Path | None:
-    """The folder for what a request calls its model: `loracast:NAME` (its newest version), or `NAME@HASH` (this version only).
+    """The folder of the model that a request names: `loracast:NAME` (newest version) or `NAME@HASH` (this version).
 
     Returns:
         a folder called NAME@HASH; None where the name is none of ours or the library does not have it so.
@@ -74,7 +75,8 @@ def deploy(adapter: Adapter, url: str, exports: Path, *, path_there: str | None 
         the name by which requests ask for the adapter.
 
     Raises:
-        LoracastError: the server cannot be reached, refuses it, or answers with it as without it (it is unloaded again then).
+        LoracastError: the server cannot be reached, refuses it, or answers with it as without it (it is unloaded
+            again then).
     """
     name, folder = adapter.version, exported_for_vllm(adapter, exports)
     where = folder.resolve() if path_there is None else Path(path_there) / folder.name
@@ -88,14 +90,14 @@ def deploy(adapter: Adapter, url: str, exports: Path, *, path_there: str | None 
     if all(_probe(url, base, prompt) == _probe(url, name, prompt) for prompt in prompts):
         _call(url, "/v1/unload_lora_adapter", {"lora_name": name})
         raise LoracastError(
-            f"the server at {url} answers with {name} as without it, so it is unloaded again: look at the server's log for modules that it "
-            "left out, and at its --max-lora-rank"
+            f"the server at {url} answers with {name} as without it, so it is unloaded again: look at the server's log "
+            "for modules that it left out, and at its --max-lora-rank"
         )
     return name
 
 
 def _probe(url: str, model: str, prompt: str) -> Any:
-    """What a model says, with its log-probabilities: any effect shows in them, also one that changes no word."""
+    """A short answer with its log-probabilities, which show an effect even where no word changes."""
     asked = {"model": model, "prompt": prompt, "max_tokens": _PROBE_TOKENS, "temperature": 0, "logprobs": 1}
     choice = _call(url, "/v1/completions", asked)["choices"][0]
     return choice["text"], (choice.get("logprobs") or {}).get("token_logprobs")

@@ -1,4 +1,4 @@
-"""For llama.cpp: a LoRA in a GGUF file, with the base's tensor names and the order of rows that llama.cpp keeps q and k in."""
+"""Writes a LoRA for llama.cpp: a GGUF file with llama.cpp's tensor names and its order of the rows of q and k."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "smollm3": "smollm3",
 }
-"""llama.cpp's name of each type of base."""
+"""Type of a base -> llama.cpp's name of its architecture."""
 _PERMUTED = {"llama", "smollm3"}  # whose rotary pairs llama.cpp wants as neighbours
 
 
@@ -83,6 +83,6 @@ def write_gguf(made: Uniform, out: Path, config: Any, name: str) -> None:
 
 
 def _neighbouring_pairs(rows: np.ndarray, n_heads: int) -> np.ndarray:
-    """Rows [heads * d, r] in the order of llama.cpp: the two rows that a rotation mixes lie d / 2 apart in transformers, side by side there."""
+    """Rows [heads * d, r] in llama.cpp's order: the two rows that a rotation mixes are neighbours, not d / 2 apart."""
     d_out, rank = rows.shape
     return rows.reshape(n_heads, 2, d_out // n_heads // 2, rank).swapaxes(1, 2).reshape(d_out, rank)

@@ -1,4 +1,4 @@
-"""The base with an adapter in its weights: a checkpoint that transformers, vLLM and llama.cpp's converter open."""
+"""Writes the base with a LoRA in its weights: a checkpoint for transformers, vLLM and llama.cpp's converter."""
 
 from __future__ import annotations
 

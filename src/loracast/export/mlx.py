@@ -1,4 +1,4 @@
-"""For mlx-lm: its adapter folder."""
+"""Writes a LoRA as an adapter folder of mlx-lm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from loracast.lora.target import module_shapes
 def write_mlx(made: Uniform, out: Path, config: Any) -> None:
     """Write a LoRA for mlx-lm.
 
-    mlx-lm gives LoRA layers to the same modules of the last so many layers; those among them that this LoRA leaves alone get zeros.
+    mlx-lm gives LoRA layers to the same modules of the last so many layers; those among them that this LoRA leaves
+    alone get zeros.
 
     Args:
         config: of the base, transformers' own.

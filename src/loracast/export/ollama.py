@@ -1,4 +1,4 @@
-"""For Ollama: a Modelfile beside the LoRA and, where it is at hand, the base, both in GGUF."""
+"""Writes a LoRA for Ollama: a Modelfile beside the LoRA and, where it has been fetched, the base, both in GGUF."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT's folder: adapter_config.json and adapter_model.safetensors. What `PeftModel.from_pretrained` and vLLM load."""
+"""Writes a LoRA as a folder of PEFT, which `PeftModel.from_pretrained` and vLLM load."""
 
 from __future__ import annotations
 

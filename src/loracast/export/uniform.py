@@ -1,7 +1,7 @@
-"""The form that every runtime agrees on: one rank in all modules, zero-padded, the scale folded in, so that alpha equals the rank.
+"""Brings a LoRA into the form that every runtime agrees on: one rank in all modules, the scale folded in, alpha = rank.
 
-Runtimes compute the scale in different ways (alpha / r, alpha / sqrt(r), one for all modules, none), and several take one rank for all
-modules. With alpha == r, no rank-stabilised scale and no patterns, all of them multiply by one.
+Runtimes compute the scale in different ways (alpha / r, alpha / sqrt(r), one for all modules, none), and several take
+one rank for all modules. With alpha == r, no rank-stabilised scale and no patterns, all of them multiply by one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""For vLLM: PEFT's folder with a rank that vLLM allows, and how to start the server with it."""
+"""Writes a LoRA for vLLM: PEFT's folder with a rank that vLLM allows, and a README with the server's flags."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def write_vllm(made: Uniform, out: Path, name: str, base: str, about: Mapping[st
 
     vllm serve BASE --enable-lora --max-lora-rank {made.rank} --lora-modules {name}={out.name}
 
-BASE is a folder with the base's weights ({base}; `loracast export-base FOLDER` writes the embedded one). Requests name the adapter as their
-model: `"model": "{name}"`. It targets {", ".join(sorted(short))}.
+BASE is a folder with the base's weights ({base}; `loracast export-base FOLDER` writes the embedded one). Requests
+name the adapter as their model: `"model": "{name}"`. It targets {", ".join(sorted(short))}.
 
 To load it into a server that runs (started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True):
 

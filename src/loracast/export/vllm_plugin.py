@@ -1,7 +1,7 @@
-"""A plugin of vLLM: requests name an adapter of the library as their model, and it is exported and loaded when it is first asked for.
+"""Plugin of vLLM: requests name an adapter of the library as their model, which is exported and loaded on first use.
 
-vLLM finds it by its entry point (group `vllm.general_plugins`) and calls `register` in each of its processes. It needs --enable-lora and
-VLLM_ALLOW_RUNTIME_LORA_UPDATING=True; `VLLM_PLUGINS`, where it is set, must list `loracast`.
+vLLM finds it by its entry point (group `vllm.general_plugins`) and calls `register` in each of its processes. It
+needs --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True; `VLLM_PLUGINS`, where it is set, must list `loracast`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 An adapter is a folder of three files that never change:
 
-    factors.safetensors   A [chunks, modules, r, in] and B [chunks, modules, r, out] for each module kind, chunk after chunk
+    factors.safetensors   A [chunks, modules, r, in] and B [chunks, modules, r, out] by module kind, chunk after chunk
     chunks.sqlite         the chunks' text and offsets with a full-text index, which routing asks (index.py)
     adapter.json          name, hashes, base, hypernetwork, target, options; written last (manifest.py)
 
@@ -121,8 +121,8 @@ class Adapter:
         if self.manifest.storage == "text":
             if self.recast is None:
                 raise AdapterError(
-                    f"{self.name!r} keeps only its text, and a model makes its factors when it is asked; for anything else "
-                    "learn the document with --storage bf16"
+                    f"{self.name!r} keeps only its text, and a model makes its factors when it is asked; for anything "
+                    "else learn the document with --storage bf16"
                 )
             rows = self.recast([chunk.prompt for chunk in read_chunks(self.index, wanted)])
             return {name: value for name, value in rows.items() if static or STATIC not in name}
@@ -190,7 +190,7 @@ class Adapter:
         return faults
 
     def faults(self) -> list[str]:
-        """Everything wrong with an adapter from elsewhere: its files, their hashes, header, shapes and numbers, its index."""
+        """Everything wrong with an adapter from elsewhere: files, hashes, header, shapes, numbers and index."""
         has_factors = self.manifest.storage != "text"
         there = {path.name: path for path in self.folder.iterdir()}
         wanted = {MANIFEST, INDEX} | ({FACTORS} if has_factors else set())
@@ -214,7 +214,7 @@ class Adapter:
 
 
 def loras_together(picked: Sequence[tuple[Adapter, Mapping[int, float] | None]]) -> list[LoRA]:
-    """The LoRAs of adapters that are to be added up, each of its picked chunks or of all (None); a static LoRA comes in once."""
+    """The LoRAs of adapters to be added up, each of its picked chunks or all (None); a static LoRA comes in once."""
     if len(picked) == 1:
         return [adapter.lora(chunks) for adapter, chunks in picked]
     brings_static = first_with_static([adapter for adapter, _ in picked])
@@ -267,7 +267,7 @@ def join_chunks(
     """The LoRA of chunks: their factors merged, and the static ones once, if `rows` has any.
 
     Args:
-        rows: named as in factors.safetensors: "down_proj.a" [chunks, layers, r, in], "down_proj.shared.a" [layers, r, in].
+        rows: named as in the file: "down_proj.a" [chunks, layers, r, in], "down_proj.shared.a" [layers, r, in].
         weights: what the LoRA of each chunk is multiplied with; 1 if None.
     """
     import torch

@@ -24,7 +24,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Combination:
-    """The sum of adapters; its static LoRA is kept apart, so that it comes in once beside another adapter that holds it."""
+    """The sum of adapters. Its static LoRA is apart, so that it comes in once beside another adapter that holds it."""
 
     lora: LoRA
     """The weighted sum without `static`."""

@@ -1,4 +1,4 @@
-"""Where the files of a library lie, and how they come in and go out again so that a kill at any moment loses nothing."""
+"""Where the files of a library lie, and how they come in and go out so that a kill at any moment loses nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loracast.errors import AdapterError
 from loracast.files import sync_folder
-from loracast.library.adapter import Adapter
+from loracast.library.adapter import INDEX, MANIFEST, Adapter
 from loracast.library.index import read_chunks
 from loracast.library.manifest import Manifest
 from loracast.library.register import FILE, Register
@@ -18,11 +18,11 @@ from loracast.library.workfolders import work_folder
 
 _OBJECTS = "objects"
 STORE = "store"
-"""The setting with the URL of the library's store."""
+"""The setting that holds the URL of the library's store."""
 
 
 def is_ready(library: Path) -> bool:
-    """Whether there is a register, made or brought up to date now if need be: adapters that are in none are taken in."""
+    """Whether the library has a register; a missing or old one is made or migrated now, and orphans are taken in."""
     if not library.is_dir():
         return False
     is_new = not (library / FILE).is_file()
@@ -34,31 +34,36 @@ def is_ready(library: Path) -> bool:
             if register.is_current():
                 return True
     with Register.writing(library) as register:
-        if is_new:  # lost, or deleted: what stands in the adapters' own folders is known again
+        if is_new:  # lost, or deleted: the adapters' own manifests say what it held
             found = []
             for version, folder in folders(library).items():
-                manifest = _readable(folder)
-                if manifest is not None and manifest.version == version:
-                    found.append((manifest.created, manifest, folder))
-            for _, manifest, folder in sorted(found, key=lambda f: (f[0], f[1].version)):
+                with suppress(AdapterError):
+                    manifest = Manifest.read(folder / MANIFEST)
+                    if manifest.version == version:
+                        found.append((manifest, folder))
+            for manifest, folder in sorted(found, key=lambda f: (f[0].created, f[0].version)):
                 enter(register, manifest, folder)
-        for folder, manifest in found_here:  # of a library from before there was a register, or put there by hand
-            if not folder.exists():
-                continue  # another process was faster
-            store = store_in(register)
-            if store is not None:
-                store.put(manifest.version, folder)
-            home = home_of(library, manifest.version)
-            if register.has_version(manifest.version):
-                shutil.rmtree(folder)
-            else:
-                move_in(folder, home)
-            enter(register, manifest, home)
+        for folder, manifest in found_here:
+            if folder.exists():  # or else another process was faster
+                _adopt(library, register, folder, manifest)
     return True
 
 
+def _adopt(library: Path, register: Register, folder: Path, manifest: Manifest) -> None:
+    """Take in an orphan: of a library from before there was a register, or put there by hand."""
+    store = store_in(register)
+    if store is not None:
+        store.put(manifest.version, folder)
+    home = home_of(library, manifest.version)
+    if register.has_version(manifest.version):
+        shutil.rmtree(folder)
+    else:
+        move_in(folder, home)
+    enter(register, manifest, home)
+
+
 def move_in(folder: Path, home: Path) -> None:
-    """Move an adapter's folder to its place, in which nothing is but what a killed process left."""
+    """Move an adapter's folder to its home, in place of whatever a killed process left there."""
     home.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(home, ignore_errors=True)
     os.replace(folder, home)
@@ -66,38 +71,29 @@ def move_in(folder: Path, home: Path) -> None:
 
 
 def enter(register: Register, manifest: Manifest, folder: Path) -> None:
-    """Register an adapter that lies in its place, under the name that it was made under."""
+    """Register an adapter that lies in its home, under the name that it was made under."""
     try:
         texts = texts_in(folder)
     except AdapterError:
-        texts = []  # damaged; `verify` says so
+        texts = []  # the index is damaged; `verify` says so
     register.add_version(manifest, size_of(folder), texts)
     register.name_version(manifest.name, manifest.version)
 
 
 def orphans(library: Path) -> tuple[list[tuple[Path, Manifest]], list[tuple[Path, str]]]:
-    """Adapters' folders that lie in the library itself: those that can be taken in, and those that cannot, with the reason."""
+    """Adapters' folders that no register names: those that can be taken in, and those that cannot, with the reason."""
     good, bad = [], []
-    with os.scandir(library) as found:
-        folders = sorted(entry.name for entry in found if entry.is_dir() and not entry.name.startswith("."))
-    for name in folders:
-        if name != _OBJECTS and (library / name / "adapter.json").is_file():
+    for path in sorted(library.iterdir()):
+        if path.name != _OBJECTS and not path.name.startswith(".") and (path / MANIFEST).is_file():
             try:
-                good.append((library / name, Manifest.read(library / name / "adapter.json")))
+                good.append((path, Manifest.read(path / MANIFEST)))
             except AdapterError as error:
-                bad.append((library / name, str(error)))
+                bad.append((path, str(error)))
     return good, bad
 
 
-def _readable(folder: Path) -> Manifest | None:
-    try:
-        return Manifest.read(folder / "adapter.json")
-    except AdapterError:
-        return None
-
-
 def folders(library: Path) -> dict[str, Path]:
-    """The folders of all adapters, by the version that their name says."""
+    """The folders of all adapters, by the version that each is called after."""
     return {path.name: path for path in (library / _OBJECTS).glob("??/*") if path.is_dir()}
 
 
@@ -107,17 +103,22 @@ def home_of(library: Path, version: str) -> Path:
 
 
 def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 where there is none."""
     return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
 
 
 def store_in(register: Register) -> Store | None:
-    """Where the adapters of a library lie beside this machine, if anywhere."""
+    """The store of a library, if it has one."""
     url = register.setting(STORE)
     return None if url is None else Store(url)
 
 
 def ensure_local(library: Path, version: str) -> Path:
-    """The folder of a version, fetched from the library's store if it is not on this machine. Raises AdapterError where it is damaged there."""
+    """The folder of a version, fetched from the library's store unless it is on this machine.
+
+    Raises:
+        AdapterError: the files in the store are damaged or missing.
+    """
     home = home_of(library, version)
     if home.exists():
         return home
@@ -134,9 +135,7 @@ def ensure_local(library: Path, version: str) -> Path:
         if adapter.manifest.version != version:
             faults.append("it is another version")
         if faults:
-            raise AdapterError(
-                f"what lies at {store.url} as the version {version[:12]} is damaged: {'; '.join(faults)}"
-            )
+            raise AdapterError(f"the version {version[:12]} at {store.url} is damaged: {'; '.join(faults)}")
         home.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.replace(fetched, home)
@@ -146,19 +145,14 @@ def ensure_local(library: Path, version: str) -> Path:
     return home
 
 
-def _drop_if_empty(folder: Path) -> None:
-    with suppress(OSError):  # it is not, or somebody was faster
-        folder.rmdir()
-
-
 def texts_in(folder: Path) -> list[tuple[str, str]]:
     """Heading and text of each chunk of the adapter in a folder."""
-    return [(chunk.heading, chunk.text) for chunk in read_chunks(folder / "chunks.sqlite")]
+    return [(chunk.heading, chunk.text) for chunk in read_chunks(folder / INDEX)]
 
 
 def recover(library: Path) -> None:
-    """Finish what others were killed at: delete what is on its way out, or never came in."""
-    with ExitStack() as graves, Register.writing(library) as register:  # deleted when nobody has to wait any more
+    """Finish what killed processes began: delete the files that were on their way out, or never fully came in."""
+    with ExitStack() as graves, Register.writing(library) as register:  # deleted once the lock is free again
         store = store_in(register)
         for version in register.unrecovered():
             if not register.has_version(version):
@@ -170,3 +164,8 @@ def recover(library: Path) -> None:
                     _drop_if_empty(home.parent)
             register.recover(version)
     _drop_if_empty(library / _OBJECTS)
+
+
+def _drop_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # it is not empty, or another process was faster
+        folder.rmdir()

@@ -1,4 +1,4 @@
-"""Folders anywhere: on this machine, or at any URL that fsspec knows."""
+"""Opens folders on this machine or at any URL that fsspec knows, with errors in one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def file_system(where: str) -> Iterator[tuple[Any, str]]:
 
 @contextmanager
 def told(where: str) -> Iterator[None]:
-    """What goes wrong elsewhere, in a line."""
+    """Turn whatever a remote service raises into a LoracastError of one line."""
     try:
         yield
     except LoracastError:

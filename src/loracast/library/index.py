@@ -1,4 +1,4 @@
-"""chunks.sqlite: the text and offsets of an adapter's chunks, with SQLite's full-text index (FTS5) over heading and text."""
+"""chunks.sqlite: text and offsets of an adapter's chunks, with SQLite's full-text index (FTS5) over them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter does where: the size and the effective rank of its delta in every module, and how two adapters differ there."""
+"""Size and effective rank of a LoRA's delta in every module, how two LoRAs differ there, and plots of both."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from loracast.lora.algebra import LoRA, concat, effective_rank, svd
 
 @dataclass(frozen=True)
 class ModuleSize:
-    """The delta of one module."""
+    """Size of the delta of one module."""
 
     layer: int
     kind: str
     norm: float
     """Frobenius norm."""
     rank: int
-    """Directions that it could use."""
+    """Directions that the factors have room for."""
     effective_rank: float
-    """Directions that it does use (`lora.effective_rank`)."""
+    """Directions that the delta really uses (`algebra.effective_rank`)."""
 
 
 @dataclass(frozen=True)
 class ModuleDifference:
-    """The deltas of two LoRAs in one module."""
+    """How the deltas of two LoRAs differ in one module."""
 
     layer: int
     kind: str
     norm: float
-    """Of the first."""
+    """Frobenius norm of the first."""
     other_norm: float
-    """Of the second."""
+    """Frobenius norm of the second."""
     cosine: float
     """1: the same direction; 0: nothing in common. 0 where one of them is zero."""
     distance: float
@@ -43,7 +43,7 @@ class ModuleDifference:
 
 
 def sizes(lora: LoRA) -> list[ModuleSize]:
-    """By module, in the target's order."""
+    """Size of the delta in each module, in the target's order."""
     found = []
     for module in target_of(lora).modules:
         _, values, _ = svd(lora, module.name)
@@ -52,7 +52,7 @@ def sizes(lora: LoRA) -> list[ModuleSize]:
 
 
 def differences(one: LoRA, other: LoRA) -> list[ModuleDifference]:
-    """By module of either, in the target's order. Raises AdapterError where they are for bases of other shapes."""
+    """Differences in each module of either, in the target's order. Raises AdapterError for bases of other shapes."""
     both = concat([one, other.scale(-1.0)])
     norms = [lora.norms() for lora in (one, other, both)]
     found = []
@@ -72,11 +72,11 @@ def total(values: Sequence[float]) -> float:
 def plot(
     by_kind: Mapping[str, Mapping[int, tuple[float, float]]], out: Path, title: str, labels: tuple[str, str]
 ) -> None:
-    """Two figures for each layer, a line for each module kind, as PNG.
+    """Draw two numbers of each layer, a line for each module kind, as PNG.
 
     Args:
-        by_kind: module kind -> layer -> the two figures.
-        labels: what the figures are.
+        by_kind: module kind -> layer -> the two numbers.
+        labels: what the numbers are.
     """
     from loracast.errors import LoracastError
 

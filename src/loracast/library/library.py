@@ -1,10 +1,10 @@
-"""The adapters kept on this machine: their folders by content hash, and a register of names (`register.py`).
+"""The adapters kept on this machine: found, added, named and removed.
 
-    register.sqlite             names, versions, tags, notes, text to search in
-    objects/3f/3f9a.../         an adapter's files, which never change
+    register.sqlite             names, versions, tags, notes, text to search in (register.py)
+    objects/3f/3f9a.../         the files of one adapter, under its content hash; they never change
 
-A name has versions: `manual` is its newest, `manual@3f9a` the one whose hash begins so. Whatever is killed at whatever moment, the register
-never names what is not whole: files come before their row, and a row goes before its files.
+`manual` is the newest version of a name, `manual@3f9a` the one whose hash begins so. Files come before their row in the
+register, and a row goes before its files: whenever a process is killed, the register names only whole adapters.
 """
 
 from __future__ import annotations
@@ -38,12 +38,7 @@ def adapter_names(library: Path) -> list[str]:
 def entries(
     library: Path, *, like: str = "", tag: str = "", owner: str = "", kind: str = "", limit: int = -1, offset: int = 0
 ) -> tuple[list[Entry], int]:
-    """A page of what the register says of names and their newest versions, and how many names there are in all.
-
-    Args:
-        like: only those that have this in their name, title or note.
-        limit: at most so many; -1 for all.
-    """
+    """A page of names with their newest versions, and how many match in all; arguments as in `Register.entries`."""
     if not is_ready(library):
         return [], 0
     wanted = {"like": like, "tag": tag, "owner": owner, "kind": kind}
@@ -60,7 +55,7 @@ def versions(library: Path, name: str) -> list[Entry]:
 
 
 def search(library: Path, words: str, limit: int = 20) -> list[Hit]:
-    """The chunks of all documents, and the descriptions, in which all these words stand; best first."""
+    """The chunks of documents, and the descriptions of tasks, that hold all these words; best first."""
     if not is_ready(library):
         return []
     with Register.reading(library) as register:
@@ -74,17 +69,18 @@ def adapters(library: Path) -> Iterator[Adapter]:
 
 
 def open_adapter(library: Path, reference: str) -> Adapter:
-    """The adapter of a name (its newest version), or `name@hash` with the first digits of a version's hash.
+    """Open the newest version of a name, or `name@hash` with the first digits of a version's hash.
 
     Raises:
-        AdapterError: there is none, with the names that come near; the digits are those of several; or its files are damaged.
+        AdapterError: no adapter has the name (the message lists similar ones), several versions begin with the
+            digits, or the files are damaged.
     """
     entry = find(library, reference)
     return Adapter(ensure_local(library, entry.version), name=entry.name)
 
 
 def find(library: Path, reference: str) -> Entry:
-    """What the register says of `name` or `name@hash`. Raises AdapterError as `open_adapter` does."""
+    """The register's entry of `name` or `name@hash`. Raises AdapterError as `open_adapter` does."""
     name, digits = split_reference(reference)
     _check_there(library, name)
     with Register.reading(library) as register:
@@ -101,7 +97,7 @@ def find(library: Path, reference: str) -> Entry:
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:
-    """`name` or `name@hash` -> name, first digits of the hash. Raises AdapterError for what is neither."""
+    """`name` or `name@hash` -> name, first digits of the hash. Raises AdapterError for anything else."""
     name, at, digits = reference.partition("@")
     check_name(name)
     if at and not _HASH.fullmatch(digits):
@@ -110,10 +106,11 @@ def split_reference(reference: str) -> tuple[str, str | None]:
 
 
 def check_free(library: Path, name: str, *, unless_from: str | None = None) -> None:
-    """Refuse a name that is taken. Raises AdapterError.
+    """Raise AdapterError for a name that is taken: asked before a model is loaded for nothing.
 
     Args:
-        unless_from: hash of a source; an adapter that was made from it may have the name.
+        unless_from: hash of a source. A newest version made from it is let pass: it may turn out to be the same
+            adapter, which only the cache key tells (`find_cached`).
     """
     check_name(name)
     if not is_ready(library):
@@ -129,7 +126,7 @@ def _taken(name: str) -> AdapterError:
 
 
 def _check_may_mean(register: Register, name: str, version: str, replace: bool) -> None:
-    """Refuse a name that means another version already, unless that may be replaced."""
+    """Raise AdapterError for a name whose newest version is another one, unless that may be replaced."""
     newest = register.newest(name)
     if newest is not None and newest.version != version and not replace:
         raise _taken(name)
@@ -155,19 +152,19 @@ def _check_there(library: Path, name: str) -> None:
 
 
 def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, replace: bool) -> Adapter:
-    """Take in the whole files of an adapter: move their folder to its place, and give it the name.
+    """Move a whole adapter's folder to its home and give it a name.
 
-    Where the same adapter is there already, it gets the name and `folder` is left alone.
+    Where the library has the same adapter already, that one gets the name, and `folder` is left alone.
 
     Args:
-        folder: a work folder of this library, flushed to the disk.
-        replace: the name may be another's, of which it then becomes the newest version.
+        folder: in a work folder of this library, flushed to the disk.
+        replace: the name may have other versions, of which this becomes the newest.
     """
     version, home = manifest.version, home_of(library, manifest.version)
     texts = texts_in(folder)
     n_bytes = size_of(folder)
     with Register.writing(library) as register:
-        register.mark_unrecovered(version)  # of its own: whoever is killed from here on leaves a trace
+        register.mark_unrecovered(version)  # in a transaction of its own: a kill from here on leaves a trace
         store = store_in(register)
     try:
         if store is not None:
@@ -186,7 +183,7 @@ def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, r
 
 
 def find_cached(library: Path, cache_keys: Sequence[str]) -> str | None:
-    """The version that was cast from the same source in the same way (`Manifest.cache_keys`), if the library has one."""
+    """The version that was cast from the same source in the same way, or None; `cache_keys` as in `Manifest`."""
     if not is_ready(library):
         return None
     with Register.reading(library) as register:
@@ -194,7 +191,7 @@ def find_cached(library: Path, cache_keys: Sequence[str]) -> str | None:
 
 
 def give_name(library: Path, name: str, version: str, *, replace: bool) -> Adapter:
-    """Let a name mean a version that is there, as its newest. Raises AdapterError where the name is taken."""
+    """Make a version of the library the newest of a name. Raises AdapterError where the name is taken."""
     check_name(name)
     with Register.writing(library) as register:
         _check_may_mean(register, name, version, replace)
@@ -203,9 +200,9 @@ def give_name(library: Path, name: str, version: str, *, replace: bool) -> Adapt
 
 
 def remove_adapter(library: Path, reference: str) -> None:
-    """Delete a name with all its versions, or one version (`name@hash`): gone from the register at once, then from the disk.
+    """Delete a name with all its versions, or one version (`name@hash`), from the register and then from the disk.
 
-    What another name has as well stays. A damaged adapter can be deleted too.
+    Versions that another name has as well stay. A damaged adapter can be deleted too.
     """
     name, digits = split_reference(reference)
     version = None if digits is None else find(library, reference).version
@@ -238,7 +235,7 @@ def describe_adapter(
     tags: Sequence[str] = (),
     untag: Sequence[str] = (),
 ) -> None:
-    """Change what is noted about a name; None leaves as it is. Raises AdapterError for a tag that is none."""
+    """Change a name's owner, note (None keeps them) and tags. Raises AdapterError for a tag that is not allowed."""
     _check_there(library, check_name(name))
     for tag in tags:
         check_name(tag)

@@ -26,7 +26,7 @@ FORMAT = 1
 VERSION_DIGITS = 12
 """Digits of a version's hash by which people and servers call it."""
 AdapterKind = Literal["document", "task", "image", "combined", "imported"]
-"""What an adapter was made from: a document, a task's description (its title), an image, other adapters, another tool's LoRA."""
+"""What an adapter was made from: a document, a task's description, an image, other adapters, another tool's LoRA."""
 _STORED_AS = {"max_unscaled_chunks": "most_summed", "key_decorrelation": "merge_ridges"}
 """Fields whose key in adapter.json is older than their name; versions are hashes over these keys, so they stay."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -65,9 +65,9 @@ class Manifest:
     warnings: tuple[str, ...] = ()
     kind: AdapterKind = "document"
     max_unscaled_chunks: dict[str, int] = field(default_factory=dict)
-    """By module kind, the number of chunks up to which factors add up when merged; those of K more weigh this / K each."""
+    """By module kind, how many chunks are merged unscaled at most; of K more, each is scaled by this / K."""
     key_decorrelation: dict[str, float] = field(default_factory=dict)
-    """By module kind, the ridge with which the keys of different chunks are decorrelated when merged (lora/merge.py)."""
+    """By module kind, the ridge with which merging decorrelates the keys of different chunks (lora/merge.py)."""
     storage: Storage = "bf16"
     """How the factors are kept; bf16 where adapter.json does not say."""
     strength: float = 1.0
@@ -84,7 +84,7 @@ class Manifest:
 
     @property
     def version(self) -> str:
-        """Hash of what the adapter is and what it was made from; not of its name, nor of when and how fast it was made."""
+        """Hash of what the adapter is and was made from, but not of its name, nor of when and how fast it was made."""
         left_out = ("name", "created", "learn_s", "chunks_sha256")
         hashed = {key: value for key, value in self._stored().items() if key not in left_out}
         if self.storage == "bf16":  # these two are younger than the first versions
@@ -97,7 +97,7 @@ class Manifest:
         """Hashes of all that decides what is cast: the source, the hypernetwork, the base, the options.
 
         Args:
-            former_ids: ids that the hypernetwork had in earlier versions of loracast; the keys under them come after its own.
+                former_ids: ids of the same hypernetwork in earlier releases; the keys under them follow its own.
         """
         source = (self.kind, self.title, self.source, self.source_sha256)
         options = (self.max_chunk_tokens, self.storage, self.strength)
@@ -174,7 +174,8 @@ def check_name(name: str) -> str:
     """A name that is safe as a folder's: lower-case letters, digits, `.`, `_`, `-`. Raises AdapterError."""
     if not _NAME.fullmatch(name):
         raise AdapterError(
-            f"{name[:80]!r} cannot name an adapter: use 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
+            f"{name[:80]!r} cannot name an adapter: use 1 to 64 of a-z, 0-9, '.', '_' and '-', "
+            "beginning with a letter or digit"
         )
     return name
 
@@ -186,5 +187,5 @@ def name_from(text: str) -> str:
 
 
 def name_for(document: Document | ImageFile) -> str:
-    """The name of a document's or image's adapter where the user gives none: from the file's name, or else the title."""
+    """The default name of a document's or image's adapter: made from the file's name, or else from the title."""
     return name_from(Path(document.file_name).stem if document.file_name else document.title)

@@ -1,7 +1,7 @@
-"""The register of a library: which names there are, which versions of adapters they have had, what is noted about them, their text to search in.
+"""The register of a library, one SQLite file: names, their versions, tags, notes, owners, and text to search in.
 
-One SQLite file beside the adapters' folders. What is a name's or a person's stands here; what is an adapter's stands in its own folder, from
-which the register can be made again (`library.py`). Schema changes are numbered scripts that are only ever appended.
+What belongs to an adapter stands in its own folder as well, from which a lost register can be made again (files.py).
+Schema changes are numbered scripts that are only ever appended.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _WAIT_S = 30.0  # for another process to finish its write
 MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE versions (
-        id TEXT PRIMARY KEY, made_from TEXT NOT NULL, kind TEXT NOT NULL, title TEXT NOT NULL, source TEXT, source_sha256 TEXT NOT NULL,
-        base TEXT NOT NULL, hypernetwork TEXT NOT NULL, ranks TEXT NOT NULL, n_chunks INTEGER NOT NULL, n_tokens INTEGER NOT NULL,
-        n_bytes INTEGER NOT NULL, created TEXT NOT NULL
+        id TEXT PRIMARY KEY, made_from TEXT NOT NULL, kind TEXT NOT NULL, title TEXT NOT NULL, source TEXT,
+        source_sha256 TEXT NOT NULL, base TEXT NOT NULL, hypernetwork TEXT NOT NULL, ranks TEXT NOT NULL,
+        n_chunks INTEGER NOT NULL, n_tokens INTEGER NOT NULL, n_bytes INTEGER NOT NULL, created TEXT NOT NULL
     );
     CREATE INDEX versions_by_making ON versions (made_from);
     CREATE TABLE names (name TEXT PRIMARY KEY, owner TEXT NOT NULL DEFAULT '', note TEXT NOT NULL DEFAULT '');
@@ -41,11 +41,15 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX namings_by_name ON namings (name, number);
     CREATE INDEX namings_by_version ON namings (version);
     CREATE TABLE tags (
-        name TEXT NOT NULL REFERENCES names (name) ON UPDATE CASCADE ON DELETE CASCADE, tag TEXT NOT NULL, PRIMARY KEY (name, tag)
+        name TEXT NOT NULL REFERENCES names (name) ON UPDATE CASCADE ON DELETE CASCADE, tag TEXT NOT NULL,
+        PRIMARY KEY (name, tag)
     );
     CREATE INDEX tags_by_tag ON tags (tag);
     CREATE VIRTUAL TABLE texts USING fts5 (heading, text, tokenize = 'porter unicode61');
-    CREATE TABLE texts_of (version TEXT PRIMARY KEY REFERENCES versions (id) ON DELETE CASCADE, first INTEGER NOT NULL, last INTEGER NOT NULL);
+    CREATE TABLE texts_of (
+        version TEXT PRIMARY KEY REFERENCES versions (id) ON DELETE CASCADE, first INTEGER NOT NULL, last INTEGER NOT
+        NULL
+    );
     CREATE INDEX texts_of_by_first ON texts_of (first);
     CREATE TABLE unsettled (id TEXT PRIMARY KEY);
     """,
@@ -97,18 +101,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Hit:
-    """A chunk in which words were found."""
+    """A chunk that holds the words of a search."""
 
     name: str
     version: str
     chunk: int
     heading: str
     snippet: str
-    """The words in their surroundings, each between [ and ]."""
+    """The surroundings of the words, each word between [ and ]."""
 
 
 _ENTRY = """
-    SELECT names.name, versions.id, kind, title, source, source_sha256, base, hypernetwork, ranks, n_chunks, n_tokens, n_bytes, created, added,
+    SELECT names.name, versions.id, kind, title, source, source_sha256, base, hypernetwork, ranks, n_chunks, n_tokens,
+        n_bytes, created, added,
         (SELECT count(DISTINCT version) FROM aliases WHERE name = names.name), owner, note,
         (SELECT json_group_array(tag) FROM (SELECT tag FROM tags WHERE name = names.name ORDER BY tag))
     FROM aliases JOIN names ON names.name = aliases.name JOIN versions ON versions.id = aliases.version
@@ -130,7 +135,7 @@ class Register:
         """Names with their newest versions, in alphabetical order.
 
         Args:
-            like: that have this in their name, title or note, in any case.
+            like: only those with this in their name, title or note, in any case.
             limit: at most so many; -1 for all.
         """
         where, values = _filter(like, tag, owner, kind)
@@ -140,7 +145,7 @@ class Register:
         return [_entry(row) for row in rows]
 
     def count(self, *, like: str = "", tag: str = "", owner: str = "", kind: str = "") -> int:
-        """How many names there are."""
+        """How many names match."""
         where, values = _filter(like, tag, owner, kind)
         if not where:
             return self._one("SELECT count(*) FROM names")
@@ -158,7 +163,7 @@ class Register:
         return None if row is None else _entry(row)
 
     def versions_of(self, name: str, starting: str = "") -> list[Entry]:
-        """The versions that a name has had, each once, newest first; those whose hash starts in a certain way."""
+        """The versions of a name whose hash begins with `starting`, each once, newest first."""
         rows = self._db.execute(
             f"{_ENTRY} WHERE names.name = ? AND substr(versions.id, 1, ?) = ? ORDER BY number DESC",
             (name, len(starting), starting),
@@ -180,7 +185,7 @@ class Register:
         return [version for (version,) in self._db.execute("SELECT id FROM unrecovered ORDER BY id")]
 
     def search(self, words: str, limit: int) -> list[Hit]:
-        """The chunks of newest versions in which all these words stand, best first."""
+        """The chunks of newest versions that hold all these words, best first."""
         wanted = " ".join(f'"{word}"' for word in re.findall(r"\w+", words))
         if not wanted:
             raise AdapterError("there is no word to search for")
@@ -201,7 +206,7 @@ class Register:
         return None if row is None else row[0]
 
     def problems(self) -> list[str]:
-        """What SQLite finds wrong with its file."""
+        """What SQLite finds wrong in the file."""
         found = [row[0] for row in self._db.execute("PRAGMA integrity_check") if row[0] != "ok"]
         return found + [f"a row of {row[0]} points nowhere" for row in self._db.execute("PRAGMA foreign_key_check")]
 
@@ -212,7 +217,7 @@ class Register:
     # ---- changing
 
     def add_version(self, manifest: Manifest, n_bytes: int, texts: Sequence[tuple[str, str]]) -> None:
-        """Enter an adapter; nothing if it is there. `texts`: heading and text of each chunk."""
+        """Enter an adapter, unless it is there already. `texts`: heading and text of each chunk."""
         version = manifest.version
         self.recover(version)
         if self.has_version(version):
@@ -220,8 +225,8 @@ class Register:
         m = manifest
         self._db.execute(
             "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (version, m.cache_keys()[0], m.kind, m.title, m.source, m.source_sha256, m.made_for.base, m.hypernetwork, json.dumps(m.ranks),
-             m.n_chunks, m.n_tokens, n_bytes, m.created),
+            (version, m.cache_keys()[0], m.kind, m.title, m.source, m.source_sha256, m.made_for.base, m.hypernetwork,
+             json.dumps(m.ranks), m.n_chunks, m.n_tokens, n_bytes, m.created),
         )  # fmt: skip
         if texts:
             first = self._one("SELECT coalesce(max(last), 0) + 1 FROM texts_of")
@@ -230,7 +235,7 @@ class Register:
             self._db.execute("INSERT INTO texts_of VALUES (?, ?, ?)", (version, first, first + len(texts) - 1))
 
     def name_version(self, name: str, version: str, owner: str = "") -> None:
-        """Make a version the newest of a name, which is new or has others; nothing if it is."""
+        """Make a version the newest of a name, which is created if need be."""
         self._db.execute("INSERT OR IGNORE INTO names (name, owner) VALUES (?, ?)", (name, owner))
         newest = self.newest(name)
         if newest is None or newest.version != version:
@@ -251,7 +256,7 @@ class Register:
                 self.drop_alias(name, entry.version)
 
     def drop_unnamed(self) -> list[str]:
-        """Strike out versions that no name has; they are unrecovered until their folders are gone."""
+        """Delete the rows of versions without a name; they are listed as unrecovered until their folders are gone."""
         rows = self._db.execute("SELECT id FROM versions WHERE id NOT IN (SELECT version FROM aliases)").fetchall()
         for (version,) in rows:
             span = self._db.execute("SELECT first, last FROM texts_of WHERE version = ?", (version,)).fetchone()
@@ -262,7 +267,7 @@ class Register:
         return [version for (version,) in rows]
 
     def mark_unrecovered(self, version: str) -> None:
-        """Note that the folder of a version is on its way in or out: whoever finds it without a row deletes it."""
+        """Note that a version's folder is on its way in or out; `recover` (files.py) deletes it where it has no row."""
         self._db.execute("INSERT OR IGNORE INTO unrecovered VALUES (?)", (version,))
 
     def recover(self, version: str) -> None:
@@ -294,17 +299,16 @@ class Register:
     @classmethod
     @contextmanager
     def reading(cls, library: Path) -> Iterator[Self]:
-        """The register of a library that has one, as it stands."""
-        mode = (
-            "rw" if os.access(library / FILE, os.W_OK) else "ro"
-        )  # rw: what a killed process left half-done is rolled back
+        """The register of a library that has one, for reading."""
+        # "rw" where possible: SQLite then rolls back what a killed process left half-done.
+        mode = "rw" if os.access(library / FILE, os.W_OK) else "ro"
         with _connected(library, mode) as database:
             yield cls(database)
 
     @classmethod
     @contextmanager
     def writing(cls, library: Path) -> Iterator[Self]:
-        """The register under the write lock, made if need be; on an error nothing has changed."""
+        """The register under the write lock, created or migrated if need be; an error rolls everything back."""
         with _connected(library, "rwc") as database:
             database.execute("BEGIN IMMEDIATE")
             try:
@@ -336,7 +340,8 @@ def _connected(library: Path, mode: str) -> Iterator[sqlite3.Connection]:
             raise AdapterError(f"another process is writing to the library {library}; try again") from error
         if "not a database" in said or "malformed" in said:
             raise AdapterError(
-                f"{path} is damaged ({said}): move it away, and it is made again from the adapters, without their tags, notes and owners"
+                f"{path} is damaged ({said}): move it away, and it is made again from the adapters, without their "
+                "tags, notes and owners"
             ) from error
         raise AdapterError(f"{path} cannot be used: {said}") from error
 
@@ -358,7 +363,7 @@ def _migrate(database: sqlite3.Connection, library: Path) -> None:
 
 
 def _filter(like: str, tag: str, owner: str, kind: str) -> tuple[str, list[str]]:
-    """More conditions on an entry, and their values."""
+    """SQL conditions on an entry, and their values."""
     where, values = "", []
     if like:
         pattern = "%" + re.sub(r"([\\%_])", r"\\\1", like) + "%"

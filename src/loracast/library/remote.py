@@ -1,7 +1,7 @@
-"""Adapters elsewhere: pushed to, and pulled from, any URL that fsspec knows (s3://, gs://, file://, ...) or a repository on the Hugging Face hub.
+"""Pushes adapters to, and pulls them from, URLs that fsspec knows (s3://, gs://, file://, ...) or the Hugging Face hub.
 
-What comes from elsewhere is looked over before the library takes it in: sizes before anything large is fetched, then all that
-`Adapter.faults` looks at.
+Whatever is pulled is checked before the library takes it in: the sizes before anything large is fetched, then
+`Adapter.faults`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loracast.errors import AdapterError
-from loracast.library.adapter import FACTORS, Adapter
+from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter
 from loracast.library.filesystems import file_system, told
 from loracast.library.library import add_adapter
 from loracast.library.manifest import Manifest, check_name
@@ -21,25 +21,24 @@ from loracast.library.workfolders import work_folder
 from loracast.lora.tensor_file import BYTES
 
 CARD = "README.md"
-_MANIFEST = "adapter.json"
-_FILES = ("chunks.sqlite", FACTORS, CARD, _MANIFEST)  # in this order: one without a manifest is not whole yet
+_FILES = (INDEX, FACTORS, CARD, MANIFEST)  # in this order: without a manifest an adapter is not whole
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_MAX_MANIFEST_BYTES = 10_000_000
+_MAXMANIFEST_BYTES = 10_000_000
 _MAX_INDEX_BYTES_PER_TOKEN = 1_000
 _SLACK_BYTES = 10_000_000
 _BASES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""What the hub calls embedded bases."""
+"""Hub ids of embedded bases."""
 
 
 def push_adapter(adapter: Adapter, where: str, *, private: bool = True) -> None:
-    """Put the files of an adapter, with a model card, to where `pull_adapter` finds them.
+    """Copy an adapter's files, with a model card, to where `pull_adapter` finds them.
 
     Args:
         where: a URL, as a folder; or `owner/name` on the hub, made if need be.
-        private: of a repository that is made.
+        private: whether a repository that is made is private.
 
     Raises:
-        LoracastError: it cannot be written there. AdapterError: the adapter is damaged.
+        LoracastError: nothing can be written there. AdapterError: the adapter is damaged.
     """
     adapter.verify()
     if is_hub_id(where):
@@ -63,7 +62,8 @@ def pull_adapter(library: Path, where: str, name: str | None = None, *, replace:
         name: the one it was made under if None.
 
     Raises:
-        LoracastError: there is none, or it cannot be read. AdapterError: it is damaged, with everything that is wrong; or the name is taken.
+        LoracastError: nothing can be read there.
+        AdapterError: there is no adapter, it is damaged (the message lists every fault), or the name is taken.
     """
     library.mkdir(parents=True, exist_ok=True)
     with work_folder(library, "new") as work:
@@ -75,19 +75,19 @@ def pull_adapter(library: Path, where: str, name: str | None = None, *, replace:
         else:
             with file_system(where) as (fs, root):
                 _fetch(fs, root, folder)
-        manifest = Manifest.read(folder / _MANIFEST)
+        manifest = Manifest.read(folder / MANIFEST)
         if faults := Adapter(folder).faults():
             raise AdapterError(f"the adapter at {where} is not taken: {'; '.join(faults)}")
         return add_adapter(library, check_name(name or manifest.name), folder, manifest, replace=replace)
 
 
 def is_hub_id(where: str) -> bool:
-    """Whether this is `owner/name` on the hub; everything else is a URL or a path."""
+    """Whether this is `owner/name` on the hub and not a URL or a path."""
     return bool(_HUB_ID.fullmatch(where)) and not Path(where).exists()
 
 
 def model_card(adapter: Adapter) -> str:
-    """What people and the hub read about an adapter."""
+    """The README of an adapter, as the hub shows it."""
     m = adapter.manifest
     base = _BASES.get(m.made_for.base, m.made_for.base)
     made = {"document": "cast from a document", "task": "cast from the description of a task"}.get(m.kind, m.kind)
@@ -103,7 +103,8 @@ tags:
 
 {m.title}
 
-A LoRA adapter for {base}, {made} with loracast (version {m.version[:12]}, {m.created[:10]}). It holds the text it was made from.
+A LoRA adapter for {base}, {made} with loracast (version {m.version[:12]}, {m.created[:10]}).
+It holds the text it was made from.
 
     loracast pull-adapter WHERE --name {adapter.name}
     loracast ask "..." -a {adapter.name}
@@ -137,29 +138,29 @@ def _fetch(fs: Any, root: str, folder: Path) -> None:
 
 
 def _fetch_files(sizes: dict[str, int], folder: Path, fetch: Callable[[str], object]) -> None:
-    """The manifest, then the files that it takes, after a look at how large they are.
+    """Fetch the manifest, then the files that it speaks of, each after a look at its size.
 
     Args:
-        sizes: of the files that there are, in bytes.
-        fetch: brings one into the folder.
+        sizes: the files there and their sizes in bytes.
+        fetch: copies one file into the folder.
     """
-    if _MANIFEST not in sizes:
-        raise AdapterError(f"there is no adapter: {_MANIFEST} is missing")
-    _check_size(sizes, _MANIFEST, _MAX_MANIFEST_BYTES)
-    fetch(_MANIFEST)
-    manifest = Manifest.read(folder / _MANIFEST)
-    _check_size(sizes, "chunks.sqlite", _SLACK_BYTES + _MAX_INDEX_BYTES_PER_TOKEN * max(0, manifest.n_tokens))
-    wanted = ["chunks.sqlite"]
+    if MANIFEST not in sizes:
+        raise AdapterError(f"there is no adapter: {MANIFEST} is missing")
+    _check_size(sizes, MANIFEST, _MAXMANIFEST_BYTES)
+    fetch(MANIFEST)
+    manifest = Manifest.read(folder / MANIFEST)
+    _check_size(sizes, INDEX, _SLACK_BYTES + _MAX_INDEX_BYTES_PER_TOKEN * max(0, manifest.n_tokens))
+    wanted = [INDEX]
     if manifest.storage != "text":
         _check_size(sizes, FACTORS, 2 * _SLACK_BYTES + factor_bytes(manifest))
         wanted.append(FACTORS)
     for name in wanted:
-        if name in sizes:  # or else it is told with all that is wrong
+        if name in sizes:  # what is missing is reported with all other faults
             fetch(name)
 
 
 def factor_bytes(manifest: Manifest) -> int:
-    """What the factors of an adapter's chunks take, as its manifest says."""
+    """Bytes that the factors of an adapter's chunks take according to its manifest."""
     each = BYTES["I8" if manifest.storage == "int8" else "BF16"]
     return each * manifest.n_chunks * sum(manifest.ranks[m.kind] * (m.d_in + m.d_out) for m in manifest.target.modules)
 

@@ -1,10 +1,10 @@
 """Routing: BM25 picks the chunks of a document that a question is about, over the chunks' full-text index (index.py).
 
-With hundreds of chunks the sum of all their LoRAs drowns each one; a question needs the few that speak of it. The scores are
-SQLite's own `bm25` (Porter stemming, k1 = 1.2, b = 0.75), since the index is SQLite's anyway. Only the weight of a word's rarity
-is replaced: SQLite gives none to a word in half of the chunks, which in a manual of eight chunks are most words. Neighbouring
-words of the question count once more where a chunk has them side by side (Metzler and Croft, A Markov random field model for
-term dependencies, 2005).
+The sum of hundreds of LoRAs drowns each one; a question needs the few chunks that speak of it. The scores are
+SQLite's own `bm25` (Porter stemming, k1 = 1.2, b = 0.75), since the index is SQLite's anyway. Only a word's rarity is
+weighed here: SQLite gives no weight to a word in half of the chunks, as most words of a short manual are.
+Neighbouring words of the question count once more where a chunk has them side by side (Metzler and Croft, A Markov
+random field model for term dependencies, 2005).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _PAIR_WEIGHT = 0.5
 _SHARPNESS = 8  # of the weights of chunks picked from many
 _LEAST_WEIGHT = 0.3  # of a chunk of a document that is given whole
 
-# Words of nearly every question that say nothing about where its answer is. FTS5 has no stop list, and in a document of a
-# few chunks even "what" and "the" are rare enough to decide.
+# Words of nearly every question that do not tell where its answer is. FTS5 has no stop list of its own, and in a
+# document of a few chunks even "what" and "the" are rare enough to decide.
 _STOP = frozenset(
     [
         "a",
@@ -156,9 +156,10 @@ def route(adapter: Adapter, question: str, k: int | None = DEFAULT_ROUTE) -> Rou
 def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROUTE) -> Route:
     """Pick the chunks for a question: at most `k` of the document's `n_chunks`, or all (None).
 
-    A chunk weighs less, the lower its score is beside the best one's, so that one that hardly matches does not drown the one
-    that does (measured: docs/experiments.md). A document of k chunks or fewer is given whole, and each of its chunks keeps a
-    least weight. Where no word of the question occurs in the document, all chunks are merged. Raises AdapterError for k < 1.
+    The lower a chunk's score beside the best one's, the less it weighs, so that a poor match does not drown a good
+    one (measured: docs/experiments.md). A document of k chunks or fewer is given whole, and each of its chunks keeps
+    a least weight. Where no word of the question occurs in the document, all chunks are merged. Raises AdapterError
+    for k < 1.
     """
     if k is not None and k < 1:
         raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")

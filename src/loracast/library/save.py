@@ -39,10 +39,10 @@ def save_rows(
     """Keep the rows of an adapter's chunks under the manifest's name, batch by batch.
 
     Args:
-        batches: the rows of all chunks, in order; with the storage `text` none are asked for.
+        batches: the rows of all chunks, in order; with the storage `text` none are taken.
         static: rows of the static LoRA, A [modules, r, in] and B rows [modules, r, out].
-        seconds: how long casting has taken, asked at the end.
-        progress: told how many chunks of how many are done.
+        seconds: called at the end: how long casting has taken.
+        progress: called with the chunks done and the chunks in all.
 
     Raises:
         AdapterError: the name is taken or not allowed, or numbers are not finite; nothing is kept then.
@@ -121,8 +121,8 @@ def save_single(
 def save_lora(lora: LoRA, library: Path, name: str, *, static: LoRA = LoRA(), **about) -> Adapter:
     """Keep a LoRA as an adapter of one chunk, in bf16.
 
-    Modules of one kind have one rank in an adapter: smaller ones are padded with zeros, and a dense delta becomes the factors
-    that its SVD gives.
+    Modules of one kind have one rank in an adapter: smaller ones are padded with zeros, and a dense delta becomes the
+    factors that its SVD gives.
 
     Args:
         static: a static LoRA that other adapters have too; it is kept apart from `lora`, which is without it.
@@ -140,7 +140,7 @@ def save_lora(lora: LoRA, library: Path, name: str, *, static: LoRA = LoRA(), **
 
 
 def _stacked(lora: LoRA, target: Target) -> Rows:
-    """By kind, A [modules, r, in] and B rows [modules, r, out], r being the largest rank, or 0 where the LoRA has none of the kind."""
+    """By kind, A [modules, r, in] and B rows [modules, r, out], padded to the largest rank r of the kind."""
     rows = {}
     for kind in target.kinds:
         modules = target.of_kind(kind)
@@ -186,7 +186,7 @@ def target_of(lora: LoRA) -> Target:
     problems += [f"{kind} of several shapes" for kind, shapes in by_kind.items() if len(shapes) > 1]
     if problems or not modules:
         raise AdapterError(
-            f"this LoRA is on modules that cannot be kept ({', '.join(problems) or 'none'}); those of an adapter are {', '.join(KINDS)} of "
-            "a decoder's layers"
+            f"this LoRA is on modules that cannot be kept ({', '.join(problems) or 'none'}); those of an adapter are "
+            f"{', '.join(KINDS)} of a decoder's layers"
         )
     return Target(tuple(modules))

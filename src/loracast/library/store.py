@@ -1,4 +1,4 @@
-"""A library's adapters at a URL (an object store, a network drive): the folder on this machine is then a cache of it.
+"""Keeps a library's adapters at a URL (an object store, a network drive); the folder on this machine is then a cache.
 
 A store belongs to one library, whose register alone knows its names.
 """
@@ -15,7 +15,7 @@ from loracast.errors import AdapterError
 from loracast.library.filesystems import file_system
 
 _MARK = "loracast-library.json"
-_LAST = "adapter.json"  # one without it is not whole yet
+_LAST = "adapter.json"  # a version without it is not whole
 
 
 class Store:
@@ -30,7 +30,7 @@ class Store:
             yield fs, f"{root}/{version[:2]}/{version}" if version else root
 
     def put(self, version: str, folder: Path) -> None:
-        """Copy the files of a folder there, unless they are there."""
+        """Copy the files of a folder to the store, unless the store has the version."""
         if self.has(version):
             return
         with self._at(version) as (fs, place):
@@ -39,7 +39,7 @@ class Store:
                 fs.put_file(str(path), f"{place}/{path.name}")
 
     def fetch(self, version: str, folder: Path) -> None:
-        """Copy the files of a version into a folder. Raises AdapterError where they are not there."""
+        """Copy the files of a version into a folder. Raises AdapterError where the store lacks it."""
         if not self.has(version):
             raise AdapterError(f"the files of the version {version[:12]} are neither on this machine nor at {self.url}")
         with self._at(version) as (fs, place):
@@ -49,7 +49,7 @@ class Store:
                     fs.get_file(entry["name"], str(folder / name))
 
     def delete(self, version: str) -> None:
-        """Delete the files of a version, if they are there: what makes it whole goes first."""
+        """Delete the files of a version, the manifest first, so that half of it never counts as whole."""
         with self._at(version) as (fs, place):
             if fs.exists(f"{place}/{_LAST}"):
                 fs.rm_file(f"{place}/{_LAST}")
@@ -61,14 +61,14 @@ class Store:
             return bool(fs.exists(f"{place}/{_LAST}"))
 
     def versions(self) -> set[str]:
-        """What lies there, what is not whole included."""
+        """All versions in the store, those that are not whole included."""
         with self._at() as (fs, root):
             fs.invalidate_cache()
             found = fs.glob(f"{root}/??/*")
         return {path.rstrip("/").rpartition("/")[2] for path in found}
 
     def claim(self, owner: str, *, take_over: bool) -> None:
-        """Make the store a library's own. Raises AdapterError where it is another's, or holds something else."""
+        """Make the store a library's own. Raises AdapterError where it is another's, unless it may be taken over."""
         with self._at() as (fs, root):
             fs.makedirs(root, exist_ok=True)
             mark = f"{root}/{_MARK}"
@@ -76,6 +76,7 @@ class Store:
                 found = json.loads(fs.cat_file(mark)).get("library")
                 if found != owner:
                     raise AdapterError(
-                        f"{self.url} belongs to another library: give another URL, or --take-over to use what lies there in this one from now on"
+                        f"{self.url} belongs to another library: give another URL, or --take-over to use what lies "
+                        "there in this one from now on"
                     )
             fs.pipe_file(mark, json.dumps({"library": owner}).encode())

@@ -1,7 +1,7 @@
-"""A folder of files becomes adapters: what has not changed is left alone, what is broken is reported and holds nobody up.
+"""Learns a folder of files: unchanged files are left alone, and a broken one is reported and holds up no other.
 
-What was seen of each file (size, time, hash, and what came of it) is kept in a journal beside the caches, so that a second run over an unchanged
-folder opens no file. The journal may be deleted at any time: then the folder is learned anew.
+A journal beside the caches remembers each file's size, time, hash and fault, so that a second run over an unchanged
+folder opens no file. The journal may be deleted at any time; the folder is then learned anew.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _LONGEST_NAME = 64
 _JOURNAL_EVERY_S = 5.0
 
 Learn = Callable[[Path, str], object]
-"""Learns a file under a name, in place of what had the name; raises LoracastError."""
+"""Learns a file under a name and replaces what had the name. Raises DocumentError for a fault of the file itself."""
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """What came of one file."""
+    """The outcome of one file."""
 
     path: str
-    """Below the folder, with slashes."""
+    """Relative to the folder, with slashes."""
     name: str
-    """Of its adapter."""
+    """Name of its adapter."""
     outcome: Outcome
     seconds: float = 0.0
     error: str | None = None
@@ -47,11 +47,11 @@ class FileReport:
 
 @dataclass
 class BulkReport:
-    """What came of a folder."""
+    """The outcomes of a folder's files."""
 
     files: list[FileReport] = field(default_factory=list)
     ignored: int = 0
-    """Files of other kinds."""
+    """How many files are of other kinds."""
     is_complete: bool = True
 
     def count(self, outcome: Outcome) -> int:
@@ -80,18 +80,18 @@ def learn_folder(
     remove_gone: bool = False,
     on_file: Callable[[int, int, FileReport], None] = lambda done, total, report: None,
 ) -> BulkReport:
-    """Learn what is new or has changed in a folder and the folders below it.
+    """Learn the new and changed files of a folder and the folders below it.
 
     Args:
-        learn: called once for each file that has to be learned.
+        learn: called once for each new or changed file.
         journals: where journals are kept.
-        made_by: what learned and how (hypernetwork, chunk length): with another one, everything is learned anew.
-        again: everything, whether it has changed or not.
-        remove_gone: delete the adapters of files that are no longer there, if they are still those that were made from them.
-        on_file: told after each file.
+        made_by: how files are cast (hypernetwork, chunk length, ...): where it differs, everything is learned anew.
+        again: learn unchanged files too.
+        remove_gone: delete the adapters of files that are gone, unless a name has got another adapter since.
+        on_file: called after each file.
 
     Raises:
-        AdapterError: there is no such folder. What goes wrong with a file is in the report.
+        AdapterError: there is no such folder. Faults of files are in the report.
     """
     if not folder.is_dir():
         raise AdapterError(f"{folder} is not a folder")
@@ -121,7 +121,7 @@ def learn_folder(
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of those below it, in a fixed order; hidden ones and links to elsewhere are left out."""
+    """The files of a folder and of those below it, in a fixed order, without hidden ones and links."""
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -131,7 +131,7 @@ def files_in(folder: Path) -> Iterator[Path]:
 
 
 def names_for(paths: Sequence[str], known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
-    """A name for the adapter of each file, made from its path without the ending; with a hash where a name is taken or had to be cut.
+    """A name for each file's adapter: its path without the ending, with a hash where that is taken or too long.
 
     Args:
         known: the names that files have already, which they keep.
@@ -183,12 +183,12 @@ def _learn_file(
 
 
 def _kept(library: Path) -> dict[str, str]:
-    """By the adapters' names, the hash of the bytes that each was made from."""
+    """By the adapters' names, the hash of the file that each was made from."""
     return {entry.name: entry.source_sha256 for entry in entries(library)[0]}
 
 
 class _Journal:
-    """What was seen of a folder's files by one way of learning them into one library."""
+    """What is known of the files of one folder, cast in one way into one library."""
 
     def __init__(self, journals: Path, folder: Path, library: Path, made_by: str):
         self._about = {"folder": str(folder.resolve()), "library": str(library.resolve()), "made_by": made_by}
@@ -204,7 +204,7 @@ class _Journal:
             pass  # none yet, or damaged: everything is learned anew
 
     def write_now_and_then(self) -> None:
-        """So that a kill costs seconds of work, not all of it."""
+        """Write the journal if the last time is some seconds ago: a kill then costs seconds of work."""
         if time.monotonic() - self._written_s > _JOURNAL_EVERY_S:
             self.write()
 

@@ -1,4 +1,4 @@
-"""Keeping a library whole and small: what nobody needs is deleted, what is damaged is found."""
+"""Upkeep of a library: deletes versions without a name, finds damage, and moves adapters to and from a store."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from loracast.library.workfolders import tidy, work_folder
 
 @dataclass(frozen=True)
 class Collected:
-    """What `collect_garbage` deleted, or would."""
+    """What `collect_garbage` deleted, or would delete."""
 
     versions: tuple[str, ...]
     n_bytes: int
 
 
 def collect_garbage(library: Path, *, keep: int | None = None, dry_run: bool = False) -> Collected:
-    """Delete what no name has, and what killed processes left.
+    """Delete versions without a name, and what killed processes left.
 
     Args:
-        keep: of each name, keep the newest so many versions; None keeps all.
-        dry_run: only say what would go.
+        keep: how many of the newest versions each name keeps; None keeps all.
+        dry_run: delete nothing, only report.
     """
     if keep is not None and keep < 1:
         raise AdapterError("keep at least one version of each name; `loracast rm NAME` deletes all")
@@ -67,19 +67,19 @@ def collect_garbage(library: Path, *, keep: int | None = None, dry_run: bool = F
 
 
 def _everywhere(library: Path, register: Register) -> set[str]:
-    """The versions that lie on this machine or in the library's store."""
+    """The versions on this machine or in the library's store."""
     store = store_in(register)
     return folders(library).keys() | (set() if store is None else store.versions())
 
 
 def use_store(library: Path, url: str, *, take_over: bool = False) -> int:
-    """Keep a library's adapters at a URL from now on, and this machine's folder as a cache of it; all there are are copied there.
+    """Copy a library's adapters to a URL and keep them there from now on, with this machine's folder as a cache.
 
     Args:
-        take_over: let a store that was another library's be this one's, with all that lies there, each adapter under the name it was made under.
+        take_over: make another library's store this one's, with its adapters, each under the name it was made under.
 
     Returns:
-        how many adapters lie there now.
+        how many adapters the store holds now.
     """
     library.mkdir(parents=True, exist_ok=True)
     is_ready(library)
@@ -103,7 +103,7 @@ def use_store(library: Path, url: str, *, take_over: bool = False) -> int:
 
 
 def store_url(library: Path) -> str | None:
-    """Where a library's adapters lie, if not on this machine alone."""
+    """The URL of a library's store; None where adapters lie on this machine alone."""
     if not is_ready(library):
         return None
     with Register.reading(library) as register:
@@ -111,7 +111,7 @@ def store_url(library: Path) -> str | None:
 
 
 def leave_store(library: Path) -> None:
-    """Bring all adapters back to this machine, and keep them here alone from now on. What lies in the store stays there."""
+    """Fetch all adapters to this machine and use the store no longer. Its files stay where they are."""
     if is_ready(library):
         with Register.reading(library) as register:
             known = register.all_versions()
@@ -122,7 +122,7 @@ def leave_store(library: Path) -> None:
 
 
 def evict(library: Path) -> int:
-    """Delete this machine's copies of adapters that lie whole in the library's store; how many bytes. Raises AdapterError where there is none."""
+    """Delete this machine's copies of adapters in the store; the bytes freed. Raises AdapterError without a store."""
     url = store_url(library)
     if url is None:
         raise AdapterError(
@@ -138,10 +138,10 @@ def evict(library: Path) -> int:
 
 
 def verify(library: Path, names: Sequence[str] = ()) -> list[str]:
-    """What is wrong with a library, a line each: files that are missing, changed or half-written, a damaged register.
+    """Every fault of a library in a line: files missing, changed or half-written, a damaged register.
 
     Args:
-        names: only these adapters (`name` or `name@hash`); all of them, and the register, if none are given.
+        names: only these adapters (`name` or `name@hash`); all of them, and the register, if empty.
     """
     if names:
         return [problem for name in names for problem in _verify_one(library, find(library, name).version)]

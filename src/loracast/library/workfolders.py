@@ -1,4 +1,4 @@
-"""Folders in a library that one process works in and no list shows. Each is locked by its process; `tidy` clears up after those that died."""
+"""Hidden folders of a library, each locked by the process that works in it; `tidy` deletes those of dead ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GRACE_S = 10.0
 
 @contextmanager
 def work_folder(library: Path, purpose: str) -> Iterator[Path]:
-    """A folder of this process's own, gone afterwards; if the process is killed, `tidy` finds it."""
+    """A folder of this process alone, deleted afterwards; if the process is killed, `tidy` deletes it."""
     folder = Path(tempfile.mkdtemp(dir=library, prefix=f"{_PREFIX}{purpose}-"))
     lock = _lock(folder)
     try:
@@ -28,7 +28,7 @@ def work_folder(library: Path, purpose: str) -> Iterator[Path]:
 
 
 def tidy(library: Path) -> None:
-    """Delete what killed processes were writing or deleting."""
+    """Delete the work folders of killed processes."""
     for folder in library.glob(f"{_PREFIX}*-*"):
         with suppress(OSError):  # another process may be tidying too
             is_new = time.time() - folder.stat().st_mtime < _GRACE_S  # perhaps made, but not yet locked
@@ -41,7 +41,7 @@ def tidy(library: Path) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """Hold a folder until the descriptor is closed or this process dies; None where another process holds it."""
+    """Lock a folder until the descriptor is closed or this process dies; None where another process holds it."""
     if os.name != "posix":
         return None
     import fcntl

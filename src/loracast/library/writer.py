@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class AdapterWriter:
     """Builds an adapter in a work folder and hands it to the library when it is whole; on any error nothing is left.
 
-    Use as a context manager: `open_factors`, `add` the factors batch by batch, then `finish`; with the storage `text` only
-    `finish`.
+    Use as a context manager: `open_factors`, `add` the factors batch by batch, then `finish`; with storage `text`
+    only `finish`.
     """
 
     def __init__(self, library: Path, manifest: Manifest, chunks: Sequence[Chunk]):

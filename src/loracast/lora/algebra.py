@@ -1,8 +1,9 @@
 """The one in-memory LoRA and its algebra. Knows torch only: no base, no file, no hypernetwork.
 
-A LoRA adds `delta = B @ A` to a module's weight [out, in], with A [r, in] and B [out, r]; the scale is folded into B the
-moment a LoRA is born, so that nothing after this needs to know it. Where many chunks have been merged, the factors can
-outweigh the dense delta they stand for (past rank in*out/(in+out)); such a module keeps the exact dense sum instead.
+A LoRA adds `delta = B @ A` to a module's weight [out, in], with A [r, in] and B [out, r]; the scale is folded into B
+the moment a LoRA is born, so that nothing after this needs to know it. Where many chunks have been merged, the
+factors can outweigh the dense delta they stand for (past rank in*out/(in+out)); such a module keeps the exact dense
+sum instead.
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ def _check_same_shapes(loras: Sequence[LoRA]) -> None:
 def concat(loras: Sequence[LoRA], dense_past_break_even: bool = True) -> LoRA:
     """The sum of LoRAs, exact: factors are concatenated along the rank, and past the break-even rank kept dense.
 
-    Doc-to-LoRA merges the chunks of a document like this (arXiv 2602.15902, section on long documents), without a 1/K scale.
+    Doc-to-LoRA merges the chunks of a document like this (arXiv 2602.15902, section on long documents), without a 1/K
+    scale.
 
     Raises:
         AdapterError: the LoRAs have other shapes for the same module.
@@ -180,7 +182,10 @@ def svd(lora: LoRA, name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """How many directions a delta really uses: exp of the entropy of its singular values as shares (Roy and Vetterli, EUSIPCO 2007); 0 for none."""
+    """Directions that a delta really uses: exp of the entropy of its normalised singular values; 0 for none.
+
+    Roy and Vetterli, The effective rank, EUSIPCO 2007.
+    """
     total = singular_values.double().sum()
     if total <= 0:
         return 0.0
@@ -192,8 +197,8 @@ def effective_rank(singular_values: Tensor) -> float:
 class LoRABatch:
     """LoRAs for the rows of one batch, stacked: the form in which a forward pass uses them.
 
-    `n` is the number of rows, or 1 when all rows share the same LoRA. A module that all rows share may have one row where others have n.
-    Ranks are zero-padded to the longest.
+    `n` is the number of rows, or 1 when all rows share the same LoRA. A module that all rows share may have one row
+    where others have n. Ranks are zero-padded to the longest.
     """
 
     n: int
@@ -228,7 +233,8 @@ class LoRABatch:
     def inner(self, other: LoRABatch) -> Tensor:
         """The Frobenius inner product of each row's delta with the other batch's, over all modules [n], differentiable.
 
-        Of factors by the Gram identity <B A, D C> = <B' D, A C'>, never dense; ranks may differ. Modules that one of them lacks count nothing.
+        Of factors by the Gram identity <B A, D C> = <B' D, A C'>, never dense; ranks may differ. Modules that one of
+        them lacks count nothing.
         """
         products = [
             ((b.mT @ other.factors[name].b).float() * (a @ other.factors[name].a.mT).float()).sum((1, 2))
@@ -250,7 +256,7 @@ class LoRABatch:
         return torch.stack(products).sum(0) if products else torch.zeros(self.n)
 
     def cosines(self) -> Tensor:
-        """The cosine of each row's delta with each other's, over all modules [n, n]; of factors by Gram matrices, in double precision."""
+        """The cosine of each row's delta with each other's, over all modules [n, n], in fp64 and never dense."""
         inner = torch.zeros(self.n, self.n, dtype=torch.float64)
         for a, b in self.factors.values():
             # One A for all: of it only R' R = A A' counts, and there are no matrices of n * r by n * r numbers.

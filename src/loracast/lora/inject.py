@@ -1,7 +1,8 @@
 """One batched forward of the base in which every row may carry another LoRA, or none.
 
-A forward hook on each target module adds `(x A') B'` to the module's output: two small matmuls for each LoRA and row, no copy of a
-factor per token, the base's weights untouched. Works under autograd and under generation with a KV cache.
+A forward hook on each target module adds `(x A') B'` to the module's output: two small matmuls for each LoRA and row,
+no copy of a factor per token, the base's weights untouched. Works under autograd and under generation with a KV
+cache.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def _like(weight: Tensor, value: Tensor) -> Tensor:
 def _hook(
     n_rows: int | None, chains: Sequence[Sequence[Tensor]]
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """Adds what each chain of matrices (A then B, or a dense delta) makes of the input. `n_rows` None fits any batch."""
+    """A hook that adds the input times each chain of matrices (A, B or a dense delta). `n_rows` None fits any batch."""
 
     def add_delta(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]  # [rows, tokens, in]

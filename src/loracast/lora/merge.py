@@ -1,5 +1,6 @@
-"""How the chunks of a document become one LoRA: their factors are joined along the rank, so that their deltas add up. What else is done about
-chunks that get in each other's way is said here, once, for training and for adapters.
+"""Merges the chunks of a document into one LoRA, in training as in adapters: their factors are joined along the rank.
+
+The deltas of the chunks then add up; `Merging` says where many chunks are scaled down and their keys decorrelated.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Merging:
-    """What is done, by module kind."""
+    """How chunks are merged, by module kind."""
 
     max_unscaled_chunks: Mapping[str, int] = field(default_factory=dict)
-    """Chunks up to which factors add up; those of K more count this / K each."""
+    """How many chunks are merged unscaled at most; of K more, each is scaled by this / K."""
     ridges: Mapping[str, float] = field(default_factory=dict)
-    """Kinds whose chunks are told apart (`decorrelate_keys`), and with which ridge."""
+    """The ridge of the kinds whose keys are decorrelated between chunks (`decorrelate_keys`)."""
 
     def join(self, kind: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """A [..., chunks, r, in] and B rows [..., chunks, r, out] -> [..., chunks * r, in] and [..., chunks * r, out]."""
+        """Join A [..., chunks, r, in] and B rows [..., chunks, r, out] to [..., chunks * r, in and out]."""
         n_chunks = a.shape[-3]
         if (most := self.max_unscaled_chunks.get(kind, n_chunks)) < n_chunks:
             b = b * (most / n_chunks)
@@ -32,11 +33,12 @@ class Merging:
 
 
 def decorrelate_keys(a: Tensor, b: Tensor, ridge: float) -> Tensor:
-    """Keys A [..., chunks, r, in] that answer less to what another chunk's keys are there for; the more, the larger that one's B row is.
+    """Make the keys A [..., chunks, r, in] respond less to what the keys of other chunks stand for.
 
-    Within a chunk an associative memory solves for its keys by least squares (hypernets/memory.py). Over all chunks together that would give
-    (G + ridge)^-1 k for the keys k, where G holds their weighted cosines; each chunk by itself, G without what is between chunks. So the keys are
-    multiplied by the quotient of the two, which leaves a single chunk as it is.
+    Within a chunk an associative memory solves for its keys by least squares (hypernets/memory.py). Over all chunks
+    together that would give (G + ridge)^-1 k for the keys k, where G holds their weighted cosines; each chunk by
+    itself, G without what is between chunks. So the keys are multiplied by the quotient of the two, which leaves a
+    single chunk as it is.
     """
     import torch
 

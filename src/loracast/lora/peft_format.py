@@ -1,4 +1,4 @@
-"""LoRAs in PEFT's own format, a folder with adapter_config.json and adapter_model.safetensors: as other tools write them."""
+"""Reads LoRAs in PEFT's format: a folder with adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _TYPES = ("F32", "BF16", "F16")
 
 
 def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None) -> LoRA:
-    """The LoRA in a PEFT folder, its scale (alpha / r, or alpha / sqrt(r) where rank-stabilised, by module) folded into B.
+    """The LoRA in a PEFT folder, with the scale of each module (alpha / r, or alpha / sqrt(r)) folded into B.
 
     Args:
         shapes: (out, in) of the base's linear modules, which the LoRA must fit; not looked at if None.
 
     Raises:
-        AdapterError: there is no such adapter, it is damaged, does not fit, or is more than a LoRA on linear modules (DoRA, biases,
-            trained embeddings); with every fault that there is.
+        AdapterError: there is no such adapter, it is damaged, does not fit, or is more than a LoRA on linear modules
+            (DoRA, biases, trained embeddings); with every fault that there is.
     """
     from safetensors.torch import load_file
 

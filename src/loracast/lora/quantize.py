@@ -18,7 +18,7 @@ Storage = Literal["bf16", "int8", "text"]
 STORAGE: tuple[Storage, ...] = get_args(Storage)
 """Every storage, the largest first."""
 DEFAULT_STORAGE: Storage = "int8"
-"""How a learned document is stored unless the user says otherwise; LoRAs of one piece (tasks, images, imports) are kept in bf16."""
+"""Storage of learned documents unless the user says otherwise; single LoRAs (tasks, images, imports) are in bf16."""
 SCALE = ".scale"
 """Suffix of the tensor that holds the scales of an int8 tensor in an adapter's file."""
 
@@ -32,11 +32,11 @@ def check_storage(storage: str) -> Storage:
 
 
 def quantise(values: Tensor, axis: int = -1, floor: float = 1e-30) -> tuple[Tensor, Tensor]:
-    """Numbers as int8 of the same shape and bf16 scales, one for each slice along `axis`; their product is off by half a step.
+    """Quantise numbers to int8, with a bf16 scale for each slice along `axis`; an error is half a step at most.
 
     Args:
         axis: the axis that one scale covers, of size 1 in the scales: -1 for the rows of a matrix, -2 for its columns.
-        floor: smallest largest number that is told from zero.
+        floor: least value of a slice's largest number, so that a slice of zeros has a scale.
     """
     import torch
 

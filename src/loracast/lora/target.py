@@ -1,6 +1,7 @@
 """Which linear modules of a base receive a LoRA, in a fixed order, from the base's config alone.
 
-No weights are read here: a hypernetwork for a 70B base can be built and run on a machine that could never hold that base.
+No weights are read here: a hypernetwork for a 70B base can be built and run on a machine that could never hold that
+base.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Target:
 
 
 def problems_of(rows: Sequence[tuple[str, int, str, int, int]]) -> list[str]:
-    """What is wrong with a target as a hypernetwork's config has it (`Target.rows`); heads are made for each kind, over all layers."""
+    """Faults of a target in a hypernetwork's config (`Target.rows`), whose heads serve one kind over all layers."""
     kinds = {kind for _, _, kind, _, _ in rows}
     problems = []
     if not rows:
@@ -80,12 +81,12 @@ def problems_of(rows: Sequence[tuple[str, int, str, int, int]]) -> list[str]:
 
 
 def text_config(config: Any) -> Any:
-    """The language part of a config (a multimodal config nests it), refused where its layers are not uniform linears."""
+    """The language part of a config, which a multimodal config nests. Raises BaseModelError for unsupported types."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if config.model_type not in _SUPPORTED:
         raise BaseModelError(
-            f"a base of type {config.model_type!r} is not supported; use a causal language model of one of these types: "
-            + ", ".join(_SUPPORTED)
+            f"a base of type {config.model_type!r} is not supported; use a causal language model of one of these "
+            "types: " + ", ".join(_SUPPORTED)
         )
     return config
 
@@ -120,7 +121,8 @@ def target_from_config(
         config: a transformers config (attributes as in LlamaConfig).
         kinds: which of `KINDS`; their order does not matter, the result always follows `KINDS`.
         layers: which layers, all of them if None.
-        prefix: where the base keeps its decoder layers; None for transformers' own place, which is deeper in a multimodal base.
+        prefix: where the base keeps its decoder layers; None for transformers' own place, which is deeper in a
+            multimodal base.
 
     Raises:
         ConfigError: an unknown kind or a layer that the base does not have.

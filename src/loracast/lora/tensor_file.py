@@ -1,6 +1,7 @@
-"""Safetensors files from elsewhere, looked over before anything is loaded: every fault of the header, the layout and the numbers.
+"""Checks safetensors files before anything is loaded: every fault of the header, the layout and the numbers.
 
-The format: eight bytes with the header's length, the header (JSON: name -> dtype, shape, offsets), then the tensors, one after the other.
+The format: eight bytes with the header's length, the header (JSON: name -> dtype, shape, offsets), then the tensors,
+one after the other.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Of one number, by safetensors' name of its type; other types occur in no adapter."""
 MAX_ABS = 1e4
-"""A factor with larger numbers than this was never trained: in bf16 a product of two such rows is no weight of anything."""
+"""Largest number in a factor: no training makes larger ones, and their products in bf16 are no weights."""
 _MAX_HEADER = 100_000_000  # as the library has it
 
 
@@ -33,7 +34,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
-    """The tensors that a file says it has, and everything that is wrong with it; of a file that is none of the format, no tensors.
+    """The tensors that a file's header lists (none where it is no safetensors file), and every fault of the file.
 
     No tensor is read.
     """
@@ -45,7 +46,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
             n_bytes = path.stat().st_size
             if n_bytes < 10 or not 2 <= length <= min(_MAX_HEADER, n_bytes - 8):
                 return {}, [
-                    f"{path.name} is no safetensors file, or cut short: its header would have {length:,} of {n_bytes:,} bytes"
+                    f"{path.name} is no safetensors file, or cut short: its header would have {length:,} of "
+                    f"{n_bytes:,} bytes"
                 ]
             encoded = file.read(length)
     except OSError as error:
@@ -87,7 +89,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
 
 
 def number_faults(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Which tensors hold numbers that are not finite, or larger than any factor has."""
+    """The tensors that hold numbers which are not finite, or larger than MAX_ABS."""
     faults = []
     for name, value in tensors:
         if value.numel():
