@@ -1,4 +1,4 @@
-"""Whether an answer is right: normalised exact match, last number, SQuAD's exact match and token F1, ROUGE-L. Works on text only."""
+"""Score answers against right ones: normalised match, last number, SQuAD's exact match and token F1, ROUGE-L."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def has_value(answer: str, value: str) -> bool:
 
 
 def squad_normalise(text: str) -> str:
-    """SQuAD's official normalisation (arXiv 1606.05250): lower case, no ASCII punctuation or articles, single spaces."""
+    """SQuAD's normalisation (arXiv 1606.05250): lower case, no ASCII punctuation or articles, single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 

@@ -1,15 +1,15 @@
 """Draw fact sheets: synthetic documents about invented entities, each fact with a question in other words.
 
-A sheet states facts ("The Velmo kettle is guaranteed for 24 months.") and asks for each ("How long is the Velmo kettle covered
-for repairs?"). `content/facts.toml` has the domains, attributes and wordings, `content/values.toml` the kinds of values. Two small
-notations keep them short:
+A sheet states facts ("The Velmo kettle is guaranteed for 24 months.") and asks for each ("How long is the Velmo kettle
+covered for repairs?"). `content/facts.toml` has the domains, attributes and wordings, `content/values.toml` the kinds
+of values. Two small notations keep them short:
 
 - a slot in a value, a name or a title: `{city}` draws from that kind, `{^noun}` capitalises what it drew, `{10-99}` is
   an integer, `{000-990/10}` an integer in steps of ten, padded to the width of the lower bound;
 - alternatives in a wording: `{s} [costs|sells for] {v}.` is one wording with two variants.
 
-Train, dev and test share values, never wordings nor entities: a wording is listed for one split, and the hash of an entity's
-invented name picks its split. The same rng state gives the same sheet in every process.
+Train, dev and test share values, never wordings nor entities: a wording is listed for one split, and the hash of an
+entity's invented name picks its split. The same rng state gives the same sheet in every process.
 """
 
 import hashlib
@@ -133,7 +133,7 @@ def _read_domain(table: dict[str, Any]) -> Domain:
 
 
 def _read_wordings(table: dict[str, Any]) -> dict[Split, Wordings]:
-    """Read the wordings of an attribute; the last train wording of each list is the dev split, for choosing settings."""
+    """Read the wordings of an attribute; the last train wording of each list becomes the dev split."""
 
     def read(state: Sequence[str], ask: Sequence[str]) -> Wordings:
         return Wordings(tuple(map(variants, state)), tuple(map(variants, ask)))
@@ -254,7 +254,7 @@ def _choose_wordings(rng: random.Random, attribute: Attribute, split: Split) -> 
 
 
 def _fill(wording: str, **slots: str) -> str:
-    """Fill the slots of a wording; "a {v}" becomes "an" before a vowel, and the first letter is capitalised unless a value is first."""
+    """Fill the slots of a wording, with "an" before a vowel, and capitalise it unless the value is first."""
     is_value_first = wording.startswith("{v}")
     for slot, text in slots.items():
         if _VOWEL_SOUND.match(text):

@@ -48,8 +48,8 @@ class Labelled:
 def read_images(path: str | Path) -> Labelled:
     """Read a labelled set of images: a folder or a zip file, with a folder for each class.
 
-    Folders are named after their classes ("golden retriever", "01_golden_retriever"). A `classes.json` beside them may list
-    `label` (the number at the front of the folder's name), `name` and `primary` (false for held-out classes).
+    Folders are named after their classes ("golden retriever", "01_golden_retriever"). A `classes.json` beside them may
+    list `label` (the number at the front of the folder's name), `name` and `primary` (false for held-out classes).
 
     Raises:
         ConfigError: the path does not exist, no class folder holds an image, or classes.json has another shape.
@@ -113,7 +113,8 @@ def _classes(folders: Sequence[str], listed: Any, root: Path) -> tuple[tuple[str
         return tuple(bare), (False,) * len(bare)
     try:
         by_label = {int(row["label"]): (str(row["name"]), not row.get("primary", True)) for row in listed}
-        found = [by_label[int(re.match(r"\d+", folder.rsplit("/", 1)[-1])[0])] for folder in folders]  # type: ignore[index]
+        numbers = [re.match(r"\d+", folder.rsplit("/", 1)[-1]) for folder in folders]
+        found = [by_label[int(number[0])] for number in numbers]  # type: ignore[index]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"the classes.json of {root} does not fit its folders ({type(error).__name__}: {error}): it is a list of "

@@ -1,7 +1,8 @@
 """The needle task: sentences with a random value, hidden in natural prose, and questions for the values.
 
-It widens the task of Doc-to-LoRA's first experiment (arXiv 2602.15902): many kinds of values, many names for them, and one to eight
-needles that only their keys distinguish. Wordings are in `content/needles.toml`, disjoint for train and test.
+It widens the task of Doc-to-LoRA's first experiment (arXiv 2602.15902): many kinds of values, many names for them, and
+one to eight needles that only their keys distinguish. Wordings are in `content/needles.toml`, disjoint for train and
+test.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def make_needles(rng: random.Random, n_needles: int, *, split: Split, kind: str 
     """Draw the needles of one document: a single one may lack a key, several have different keys.
 
     Args:
-        kind: kind of all values (as in `[kinds]` of the content); if None each needle draws one, 4-digit numbers most often.
+        kind: kind of all values (as in `[kinds]` of the content); if None each needle draws one, 4-digit numbers most
+            often.
     """
     content = load_content()
     kinds = sorted(content["kinds"])

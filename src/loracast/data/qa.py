@@ -1,6 +1,7 @@
 """Read documents with questions about them, to train and evaluate on: JSONL rows of `document` and `questions`.
 
-A question has `question`, `answers`, and optionally `span` and `choices`. A row may also have `doc_id`, `source`, `title` and `split`.
+A question has `question`, `answers`, and optionally `span` and `choices`. A row may also have `doc_id`, `source`,
+`title` and `split`.
 """
 
 from __future__ import annotations

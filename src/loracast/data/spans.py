@@ -1,7 +1,7 @@
 """Span supervision: which tokens of a generated document are a fact's value, and which name its owner.
 
-A hypernetwork with an associative memory learns from these labels what to write; from answers alone it would have to find out.
-This module knows texts and character offsets, no tensors.
+A hypernetwork with an associative memory learns from these labels what to write; from answers alone it would have to
+find out. This module knows texts and character offsets, no tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ INSIDE, BEGIN, AFTER = range(3)
 
 
 class FactSpan(NamedTuple):
-    """A statement as it stands in a document, the name of its subject ("" if none) and the value that answers its question."""
+    """A statement in a document, its subject's name ("" if none) and the value that answers its question."""
 
     statement: str
     owner: str

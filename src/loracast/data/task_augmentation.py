@@ -1,8 +1,9 @@
 """Task augmentation: turn a task into another one, with a changed description and outputs that follow it.
 
-With a hundred tasks, a description need only tell which of them is meant; its words do not matter. An augmentation changes the
-description and the outputs together: labels get other names, the answer takes another form, one of several inputs is meant, one of
-several answers is right, or a string task replaces the task. Its wordings are content (`content/task_augmentation.toml`).
+With a hundred tasks, a description need only tell which of them is meant; its words do not matter. An augmentation
+changes the description and the outputs together: labels get other names, the answer takes another form, one of several
+inputs is meant, one of several answers is right, or a string task replaces the task. Its wordings are content
+(`content/task_augmentation.toml`).
 """
 
 from __future__ import annotations
@@ -306,7 +307,7 @@ def _short_answers(task: Task) -> list[str]:
 
 
 def words_of(tasks: Sequence[Task]) -> tuple[str, ...]:
-    """New names for labels, sorted: labels, and words that at least two tasks have as an input or output (so no nonsense)."""
+    """New names for labels, sorted: labels, and words that are an input or output of at least two tasks."""
     labels = {label for task in tasks for label in task.labels if len(label) <= _LONGEST_NAME}
     count: Counter[str] = Counter()
     for task in tasks:

@@ -2,11 +2,11 @@
 
 These forms are read (docs/tasks.md), from a path or from a data set on the hub:
 
-- a folder with a JSON file for each task, `{"descriptions": [...], "examples": [{"input": ..., "output": ...}]}`, or in the format of
-  Super-NaturalInstructions (`Definition`, `Instances`);
-- a JSONL file of examples (`task`, `input`, `output`, optionally `alts`, `split`, `task_split`) with `task_descriptions.jsonl` and,
-  optionally, `tasks_meta.jsonl` beside it; each may be gzipped;
-- JSONL files of examples with their task's description in each row (`task_name`, `definition`, `inputs`, `targets`), the format of
+- a folder with a JSON file for each task, `{"descriptions": [...], "examples": [{"input": ..., "output": ...}]}`, or in
+  the format of Super-NaturalInstructions (`Definition`, `Instances`);
+- a JSONL file of examples (`task`, `input`, `output`, optionally `alts`, `split`, `task_split`) with
+  `task_descriptions.jsonl` and, optionally, `tasks_meta.jsonl` beside it; each may be gzipped;
+- JSONL files of examples with a description in each row (`task_name`, `definition`, `inputs`, `targets`), the format of
   Super-NaturalInstructions on the hub.
 """
 
@@ -25,7 +25,7 @@ from loracast.errors import ConfigError
 DescriptionKind = Literal["train", "paraphrase", "heldout"]
 """Training uses `train` and `paraphrase` descriptions, never `heldout` ones."""
 Metric = Literal["exact", "number"]
-"""An answer is right if it is the text of an output (ignoring case, quotes and final punctuation), or has the same last number."""
+"""An answer must equal an output (but for case, quotes and final punctuation), or have the same last number."""
 _KEYS = {"name", "descriptions", "examples", "labels", "group", "heldout", "metric"}  # of a task's own file
 
 
@@ -69,7 +69,7 @@ def with_description(description: str, text: str) -> str:
 
 
 def read_tasks(source: str | Path) -> tuple[Task, ...]:
-    """Read all tasks of a folder of task files, a JSONL file of examples, or a data set on the hub ("owner/name"), sorted by name.
+    """Read all tasks of a folder, a JSONL file of examples, or a data set on the hub ("owner/name"), sorted by name.
 
     Raises:
         ConfigError: there is nothing to read, or files or rows lack something that a task needs (named in the message).

@@ -1,8 +1,9 @@
-"""Pack documents and their questions into batches: each document is encoded once and answers all its questions in one row.
+"""Pack documents with questions into batches: a document is encoded once and answers all questions in one row.
 
-A row is a small tree: the prompts' common prefix once (a system turn, say), then every question with its answer as a branch. A
-branch attends to the prefix and itself, and its positions continue from the prefix. So each branch computes exactly what a row of
-its own would, at a fraction of the tokens, and the LoRA of a document meets all its questions in one matmul.
+A row is a small tree: the prompts' common prefix once (a system turn, say), then every question with its answer as a
+branch. A branch attends to the prefix and itself, and its positions continue from the prefix. So each branch computes
+exactly what a row of its own would, at a fraction of the tokens, and the LoRA of a document meets all its questions in
+one matmul.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def together(one: Episode, other: Episode) -> Episode:
 
 @dataclass(frozen=True)
 class Batch:
-    """Episodes as tensors: d documents of k chunks with at most c tokens; rows of at most t tokens; n answer tokens in all."""
+    """Episodes as tensors: d documents of k chunks of at most c tokens, rows of at most t tokens, n answer tokens."""
 
     chunk_ids: Tensor  # [d * k, c]
     chunk_mask: Tensor  # [d * k, c] bool, true where real

@@ -1,4 +1,4 @@
-"""Score the answers of a batch under LoRAs: the base reads each question with its LoRA and says how likely each answer token is."""
+"""Score the answers of a batch under LoRAs: log-likelihood and accuracy of the answer tokens."""
 
 from __future__ import annotations
 

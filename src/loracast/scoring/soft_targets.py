@@ -1,6 +1,7 @@
 """Keep a teacher's distributions compactly, and measure a student's divergence from them.
 
-Of each distribution the k likeliest tokens are kept (arXiv 2602.15902 keeps 16): about 100 bytes a token instead of 200 kB.
+Of each distribution the k likeliest tokens are kept (arXiv 2602.15902 keeps 16): about 100 bytes a token instead of 200
+kB.
 """
 
 from __future__ import annotations

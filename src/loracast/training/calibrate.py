@@ -29,7 +29,8 @@ def calibrate(
 ) -> None:
     """Standardise the features of `hypernet` on real text, and set the units of its memory, if it has one.
 
-    The first token of a row is left out: its activations are an attention sink, hundreds of times larger than any other's.
+    The first token of a row is left out: its activations are an attention sink, hundreds of times larger than any
+    other's.
 
     Args:
         rows: token ids of real text, each [1, t].
@@ -47,9 +48,9 @@ def set_memory_units(
 ) -> None:
     """Set the memory's units and its question map.
 
-    The units are the statistics of its modules' inputs over text and questions, and at each place of the answers. The question
-    map takes the input at the end of a statement to the inputs at the answer of its question. Questions are read with the
-    static LoRA, as they will be later.
+    The units are the statistics of its modules' inputs over text and questions, and at each place of the answers. The
+    question map takes the input at the end of a statement to the inputs at the answer of its question. Questions are
+    read with the static LoRA, as they will be later.
     """
     memory = hypernet.memory
     assert memory is not None

@@ -1,7 +1,8 @@
-"""Save and load the state of a training run, so that a later run resumes exactly: weights, optimizer, random state, position.
+"""Save and load the state of a training run, for exact resumption: weights, optimizer, random state, position.
 
-The files are safetensors and JSON only (accelerate's checkpoints pickle the optimizer and the random state). A state is a folder
-`state-<step>`; `state.json` names the current one and is replaced last, so a run killed at any moment leaves the previous state in force.
+The files are safetensors and JSON only (accelerate's checkpoints pickle the optimizer and the random state). A state is
+a folder `state-<step>`; `state.json` names the current one and is replaced last, so a run killed at any moment leaves
+the previous state in force.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ _DERIVED = {"modules", "memory_modules", "static_modules", "encoder_modules", "d
 
 
 def read_doc_recipe(path: Path | None, overrides: Sequence[str] = ()) -> DocRecipe:
-    """Read a recipe from a TOML file, changed by overrides such as `training.lr=2e-4`. Raises ConfigError as `read_tables`."""
+    """Read a recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables`."""
     return read_recipe_as(
         DocRecipe,
         path,
@@ -103,7 +103,7 @@ def build_doc_hypernet(base: Base, recipe: DocRecipe, source: EpisodeSource) -> 
 
 
 def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSource) -> DocToLoRA:
-    """The same hypernetwork with the parts that the recipe adds: memory layers, static modules (zero at first), low-rank heads."""
+    """Add the recipe's parts to a hypernetwork: memory layers, static modules (zero at first), low-rank heads."""
     c = hypernet.config
     changes: dict[str, Any] = {}
     if recipe.memory_layers:
@@ -175,9 +175,10 @@ def train_doc(
     """Train a hypernetwork for `base`, or resume the run in `out_dir` if it has the same settings.
 
     Args:
-        init_from: hypernetwork folder whose weights and config a fresh run starts from; of the recipe's `[hypernetwork]` table
-            only keys that add or shrink a part are allowed then.
-        teacher: LoRA (of `train_reader`) with which the teacher of `distillation_weight` reads the document; none if None.
+        init_from: hypernetwork folder whose weights and config a fresh run starts from; of the recipe's
+            `[hypernetwork]` table only keys that add or shrink a part are allowed then.
+        teacher: LoRA (of `train_reader`) with which the teacher of `distillation_weight` reads the document; none if
+            None.
         command: recorded in the checkpoint's provenance.
 
     Returns:

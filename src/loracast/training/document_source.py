@@ -38,7 +38,7 @@ class _Group:
 
 
 class DocumentSource:
-    """Draws documents with questions; those of one step have the same number of chunks, so they need hardly any padding."""
+    """Draws documents with questions; those of one step have equally many chunks, so they need little padding."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class DocumentSource:
         self._groups = [_Group(n, some, [self._n_spans(d) for d in some]) for n, some in sorted(by_chunks.items())]
 
     def asked_by_people(self, rng: random.Random, n_questions: int, n_tokens: int) -> list[Episode]:
-        """Documents with people's questions: about `n_questions` in all, on documents of at most `n_tokens` tokens in all."""
+        """Documents of at most `n_tokens` tokens in all with people's questions, about `n_questions` in all."""
         # Weighted by questions: a document that is read for a single question teaches little in a step.
         group = rng.choices(self._groups, [sum(group.weights) for group in self._groups])[0]
         return self._step(rng, n_questions, n_tokens, group, group.weights, answered_questions, "questions")

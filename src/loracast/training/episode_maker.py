@@ -12,7 +12,7 @@ from loracast.documents import split_text
 from loracast.scoring.episodes import Episode, Question
 
 SYSTEM_TURNS = ("", "", "", "Answer briefly.", "You answer questions.", None)
-"""System turns of training prompts. Most are empty, since the template's own (None) costs more tokens than a question."""
+"""System turns of training prompts; most are empty, since the template's own (None) is longer than a question."""
 CONTINUE = ("Continue: {}", "Go on: {}", "How does the text go on? {}", "What comes after this? {}")
 """Prompts that ask to continue a passage from its first tokens."""
 START_TOKENS = 8
@@ -35,7 +35,7 @@ def reading_prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
 def split_passage(
     text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], first: int
 ) -> tuple[str, tuple[int, ...]]:
-    """Split the passage of an encoded text that begins at token `first` into the given text and the tokens to continue with."""
+    """Split the passage that begins at token `first` into the text that is given and the tokens to continue with."""
     begins = first + START_TOKENS
     start = text[offsets[first][0] : offsets[begins - 1][1]].strip()
     return start, tuple(ids[begins : begins + CONTINUED_TOKENS])
@@ -54,7 +54,8 @@ class EpisodeMaker:
         """
         Args:
             unrelated: (question, answer) pairs that are unrelated to any document.
-            shows_documents: whether questions about real documents also get the prompt of a teacher that sees the document.
+            shows_documents: whether questions about real documents also get the prompt of a teacher that sees the
+                document.
         """
         self.tokenizer, self.chat = tokenizer, chat
         self.unrelated, self.shows_documents = unrelated, shows_documents
@@ -69,7 +70,7 @@ class EpisodeMaker:
     def episode(
         self, texts: Sequence[str], questions: tuple[Question, ...], task: str, facts: Sequence[FactSpan]
     ) -> Episode:
-        """An episode from a document's chunk texts, with token labels for its facts; the i-th fact answers the i-th question."""
+        """An episode from chunk texts, with token labels for the facts; the i-th fact answers the i-th question."""
         chunks: list[tuple[int, ...]] = []
         labels: list[TokenLabel] = []
         for i, text in enumerate(texts):
@@ -79,7 +80,7 @@ class EpisodeMaker:
         return Episode(tuple(chunks), questions, task, tuple(labels))
 
     def asks_unrelated(self, rng: random.Random) -> bool:
-        """Draw whether all documents of a step get an unrelated question, or none: rows without one would be padded to its length."""
+        """Draw whether all documents of a step get an unrelated question or none: rows are padded to its length."""
         return bool(self.unrelated) and rng.random() < UNRELATED_SHARE
 
     def questions(

@@ -1,7 +1,7 @@
-"""The training loop: AdamW with warm-up, a cosine or flat schedule, clipping and gradient accumulation; it resumes exactly.
+"""The training loop: AdamW with warm-up, schedule, clipping and gradient accumulation; it resumes exactly.
 
-The loop knows neither documents nor questions: an objective turns the number of a step into a loss. It stops after a number of steps, at a
-wall-clock budget or at SIGTERM, and runs under `accelerate launch` and torchrun as it is.
+The loop knows neither documents nor questions: an objective turns the number of a step into a loss. It stops after a
+number of steps, at a wall-clock budget or at SIGTERM, and runs under `accelerate launch` and torchrun as it is.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def train(
 ) -> dict[str, float]:
     """Train `model` on `objective`; resume where `out_dir` holds the state of an earlier run with the same settings.
 
-    Writes `metrics.jsonl`, `state.json` and `state-<step>/` into `out_dir`, and the model with `save_model(out_dir)` beside every state.
+    Writes `metrics.jsonl`, `state.json` and `state-<step>/` into `out_dir`, and the model with `save_model(out_dir)`
+    beside every state.
 
     Returns:
         the last metrics.
@@ -207,7 +208,7 @@ class _Means:
 
 
 def _resume_metrics(path: Path, step: int) -> dict[str, float]:
-    """Drop the lines that a killed run logged after its last checkpoint, half a line included. Returns the last line kept."""
+    """Drop lines, whole or half, that a killed run logged after its last checkpoint. Returns the last line kept."""
     if not path.is_file():
         return {}
     kept = []

@@ -1,4 +1,4 @@
-"""Losses of an associative memory beside the answers' own loss: which tokens it writes, and whether its keys retrieve them."""
+"""Losses of an associative memory beside the answers' loss: what it writes, and whether its keys retrieve that."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MemoryLosses:
 
 
 def write_loss(writes: MemoryWrites, batch: Batch) -> MemoryLosses:
-    """Cross-entropy of the write gates over all tokens, and of the places and the two pointer heads at labelled tokens."""
+    """Cross-entropy of the write gates at all tokens, and of places and both pointer heads at labelled tokens."""
     if not len(batch.token_labels):
         return MemoryLosses()
     rows, tokens, gates, owners, places, ends, _ = batch.token_labels.unbind(1)
@@ -53,10 +53,10 @@ def write_loss(writes: MemoryWrites, batch: Batch) -> MemoryLosses:
 def retrieval_loss(
     keys: Mapping[str, tuple[Tensor, Tensor]], writes: MemoryWrites, batch: Batch
 ) -> tuple[Tensor, float] | None:
-    """Cross-entropy of retrieving, at each token of an answer, the document token that it repeats, among all tokens written.
+    """Cross-entropy of retrieving, among all written tokens, the one that each answer token repeats.
 
-    The answers' own loss asks for the same through all later layers of the base; this loss asks the keys alone. First tokens,
-    which decide whose answer it is, have half of the weight.
+    The answers' own loss asks for the same through all later layers of the base; this loss asks the keys alone. First
+    tokens, which decide whose answer it is, have half of the weight.
 
     Args:
         keys: by module the written keys A [d, k * r, in], and its inputs where answer tokens are predicted [n, in].

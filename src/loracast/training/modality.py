@@ -1,4 +1,4 @@
-"""Train the document hypernetwork on another modality: the features of an image become a LoRA for the text-only base."""
+"""Train the document hypernetwork on another modality: an image's features become a LoRA of the text-only base."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ from loracast.training.runtime import Workers
 from loracast.training.teacher import Distillation, Teacher
 
 _EXAMPLES_FOR_UNITS = 256
-_OPTIONS = {"width", "rank", "n_heads", "n_kv_heads", "head_dim", "n_decoder_blocks", "n_encoder_blocks", "n_latents", "n_latent_mlps",
-            "gated_projection", "factorised_queries", "head_shared_rank", "static_rank", "static_modules_rank", "scale"}  # fmt: skip
+_OPTIONS = {
+    "width", "rank", "n_heads", "n_kv_heads", "head_dim", "n_decoder_blocks", "n_encoder_blocks", "n_latents",
+    "n_latent_mlps", "gated_projection", "factorised_queries", "head_shared_rank", "static_rank", "static_modules_rank",
+    "scale",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class ModalityRecipe:
 
 
 def read_modality_recipe(path: Path | None, overrides: Sequence[str] = ()) -> ModalityRecipe:
-    """Read a recipe from a TOML file, changed by overrides such as `training.lr=2e-4`. Raises ConfigError as `read_tables`."""
+    """Read a recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables`."""
     return read_recipe_as(
         ModalityRecipe,
         path,
@@ -91,7 +94,8 @@ def train_modality(
     """Train a hypernetwork for `base` and `encoder`, or resume the run in `out_dir`. Returns the last metrics.
 
     Args:
-        init_from: hypernetwork folder whose weights and config a fresh run starts from; the recipe's `[hypernetwork]` must be empty.
+        init_from: hypernetwork folder whose weights and config a fresh run starts from; the recipe's `[hypernetwork]`
+            must be empty.
         on_encoded: receives (done, total) while examples are encoded for the first time.
     """
     workers = workers or Workers.join(base.device.type)

@@ -1,8 +1,8 @@
 """Train oracles and the multi-task LoRA with PEFT: the references for LoRAs that are cast from descriptions.
 
-An **oracle** is trained on one task's examples: what a description could at best be worth. The **multi-task LoRA** is one LoRA for all
-training tasks, trained on the same rows in the same steps as Text-to-LoRA: what remains of it without descriptions. Its second form
-has the description in every prompt.
+An **oracle** is trained on one task's examples: what a description could at best be worth. The **multi-task LoRA** is
+one LoRA for all training tasks, trained on the same rows in the same steps as Text-to-LoRA: what remains of it without
+descriptions. Its second form has the description in every prompt.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def train_oracles(
         the names of the tasks whose oracles are finished.
 
     Raises:
-        TrainingError: a task cannot be trained on (then nothing is done), or its folder has an oracle with other settings.
+        TrainingError: a task cannot be trained on (then nothing is done), or its folder has an oracle with other
+            settings.
     """
     if recipe.data.tasks_per_step != 1:
         raise TrainingError("an oracle learns one task; leave data.tasks_per_step at 1")

@@ -126,7 +126,7 @@ def read_about(folder: Path, base: Fingerprint, command: str) -> dict[str, Any]:
 
 @contextmanager
 def _with_lora(base: Base, lora: PeftConfig, seed: int) -> Iterator[tuple[Any, nn.Module]]:
-    """Wrap the base with PEFT: yields PEFT's model and a module of the factors alone; the base is unwrapped afterwards."""
+    """Wrap the base with PEFT, yield PEFT's model and a module of its factors, and unwrap the base afterwards."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

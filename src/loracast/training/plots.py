@@ -11,7 +11,7 @@ _SHARES = ("token_accuracy", "relative_error")
 
 
 def plot_metrics(metrics: Path, plot: Path) -> bool:
-    """Plot the loss, accuracies and relative errors over the steps. Returns False if there are none yet. Needs the extra `train`."""
+    """Plot loss, accuracies and relative errors over the steps; False if there are none. Needs the extra `train`."""
     try:
         import matplotlib
     except ImportError as error:

@@ -24,7 +24,7 @@ _ELSEWHERE = "elsewhere"
 
 @torch.no_grad()
 def fit_position_probes(base: Base, lora: LoRABatch, names: Sequence[str], source: TaskSource) -> Tensor:
-    """For each module, one probe for each of `POSITIONS` [modules, positions, in]: about 1 at its position and 0 at the others.
+    """Probes [modules, positions, in], each about 1 at its position (of `POSITIONS`) and 0 at the others.
 
     Weighted least squares on training examples; every position has the same weight.
 

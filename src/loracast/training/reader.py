@@ -1,6 +1,7 @@
-"""Train the reader with PEFT: a LoRA that answers people's questions with the document in the window, the ceiling of question answering.
+"""Train the reader, the ceiling of question answering: a LoRA that answers with the document in the window.
 
-A row is a document once with all its questions as branches (scoring/episodes.py), so ten thousand questions cost as much as their documents.
+A row is a document once with all its questions as branches (scoring/episodes.py), so ten thousand questions cost as
+much as their documents.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def read_reader_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Read
 
 
 class ReaderSource:
-    """Draws documents with their questions, in proportion to their numbers of questions; only questions whose answers stand there."""
+    """Draws documents, in proportion to their numbers of questions, with questions whose answers stand there."""
 
     def __init__(self, config: ReaderDataConfig, base: Base):
         """Raises ConfigError without documents, TrainingError if no document fits."""

@@ -59,7 +59,7 @@ def read_recipe_as(
     fields: Collection[str],
     objective: Collection[str],
 ) -> R:
-    """Read a recipe for training a hypernetwork, with the tables `[hypernetwork]`, `[objective]`, `[data]` and `[training]`.
+    """Read a hypernetwork's recipe: the tables `[hypernetwork]`, `[objective]`, `[data]` and `[training]`.
 
     Args:
         recipe: a dataclass with the fields `hypernetwork`, `data`, `training` and `given`.
@@ -90,7 +90,7 @@ def read_recipe_as(
 
 
 def read_lora_recipe(default: R, path: Path | None, overrides: Sequence[str]) -> R:
-    """Read a recipe for training one LoRA, with the tables `[lora]`, `[data]` and `[training]`; `default` has the values of missing keys.
+    """Read a LoRA's recipe, the tables `[lora]`, `[data]` and `[training]`; `default` has values for missing keys.
 
     Raises:
         ConfigError: as `read_tables`.

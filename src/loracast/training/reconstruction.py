@@ -1,7 +1,7 @@
-"""Text-to-LoRA by reconstruction (arXiv 2506.06105, section 3.1): a task's description becomes the LoRA that was trained on the task.
+"""Text-to-LoRA by reconstruction (arXiv 2506.06105, section 3.1): a description becomes its task's trained LoRA.
 
-The base is not run: a step is a few matmuls. Many pairs of factors have the same product, so a loss compares either the products,
-through small Gram matrices, or the factors as trained, each number z-scored over the library (as published).
+The base is not run: a step is a few matmuls. Many pairs of factors have the same product, so a loss compares either the
+products, through small Gram matrices, or the factors as trained, each number z-scored over the library (as published).
 """
 
 from __future__ import annotations
@@ -51,12 +51,10 @@ def read_library(
     loras = [read_oracle(library / task.name, base) for task in tasks]
     for task, lora in zip(tasks, loras, strict=True):
         if set(lora.names) != set(config.target.names):
-            raise ConfigError(
-                f"the oracle of {task.name} is on other modules than the hypernetwork; give both the same kinds and layers"
-            )
+            raise ConfigError(f"the oracle of {task.name} has other modules than the hypernetwork: make both equal")
         if lora.rank > config.lora_rank or (match == "factors" and lora.rank != config.lora_rank):
             raise ConfigError(
-                f"the oracle of {task.name} has rank {lora.rank}, the hypernetwork {config.lora_rank}: give both the same"
+                f"the oracle of {task.name} has rank {lora.rank}, the hypernetwork {config.lora_rank}: make both equal"
             )
     if match == "factors" and len(loras) < 2:
         raise ConfigError("factors are compared in units of how they differ between tasks; give at least two oracles")
@@ -97,6 +95,6 @@ def matching(library: LoRABatch, match: Match) -> Callable[[LoRABatch, Sequence[
 
 
 def _deviation(factor: Tensor) -> Tensor:
-    """Deviation of each number of a factor [tasks, ...] over the tasks, with a floor: of few tasks, some hardly differ."""
+    """Deviation of each number of a factor [tasks, ...] over the tasks, with a floor for numbers that hardly differ."""
     deviation = factor.std(0, correction=0)
     return deviation + 0.1 * deviation.mean() + 1e-8

@@ -19,7 +19,8 @@ def check_not_given(given: Collection[str]) -> None:
     """Raise ConfigError if the recipe's `[hypernetwork]` table has keys that the checkpoint of --init-from fixes."""
     if given:
         raise ConfigError(
-            f"--init-from takes the architecture from the checkpoint; leave {', '.join(sorted(given))} out of [hypernetwork]"
+            "--init-from takes the architecture from the checkpoint; "
+            f"leave {', '.join(sorted(given))} out of [hypernetwork]"
         )
 
 

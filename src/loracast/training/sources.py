@@ -58,7 +58,7 @@ class DataConfig:
     together_share: float = 0.0
     """Share of steps whose documents are joined in pairs, like two adapters in one question."""
     texts: tuple[str, ...] = ()
-    """Files with the prose around needles: JSONL (optionally gzipped) with a `document` or `text` field, or plain text."""
+    """Files of prose around needles: JSONL (optionally gzipped) with a `document` or `text` field, or plain text."""
     text_sources: tuple[str, ...] = ()
     """Of JSONL rows with a `source` field, take only these sources (for their licence)."""
     question_share: float = 0.0
@@ -106,7 +106,7 @@ class Prose:
             raise TrainingError("the given texts hold no prose (no document of three sentences)")
 
     def span(self, rng: random.Random, n_tokens: int) -> list[str]:
-        """Successive sentences of about `n_tokens` tokens; another document follows at an end or a far too long sentence."""
+        """Successive sentences of about `n_tokens` tokens; another document follows an end or an overlong sentence."""
         chosen: list[str] = []
         room = n_tokens
         for _ in range(100):  # more than enough, unless there are only long sentences

@@ -1,6 +1,7 @@
 """Draw the tasks, descriptions and examples of each training step.
 
-Text-to-LoRA, the oracles and the multi-task LoRA share this source, so with one seed they see the same rows in the same steps.
+Text-to-LoRA, the oracles and the multi-task LoRA share this source, so with one seed they see the same rows in the same
+steps.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class TaskDataConfig:
 
 @dataclass(frozen=True)
 class DrawnTasks:
-    """The tasks of one step and a description of each ("" if it has none); the random states draw the examples later."""
+    """The tasks of one step with a description of each, "" if it has none; the generators draw examples later."""
 
     tasks: tuple[Task, ...]
     descriptions: tuple[str, ...]
@@ -64,7 +65,8 @@ class TaskSource:
     Args:
         heldout_too: include held-out tasks, to train their oracles.
         described: put the drawn description into each prompt, for a baseline without an adapter.
-        augmented: whether the config's `augmented_share` counts; without descriptions, augmented tasks would contradict each other.
+        augmented: whether the config's `augmented_share` counts; without descriptions, augmented tasks would contradict
+            each other.
     """
 
     def __init__(
@@ -163,7 +165,7 @@ class TaskSource:
         return Question(tuple(self.chat.prompt(text, system)), tuple(self.chat.reply(example.outputs[0])))
 
     def short_enough(self, task: Task) -> list[Example]:
-        """The training examples that fit into `max_tokens` under the longest system turn. Raises TrainingError if none does."""
+        """Training examples that fit into `max_tokens` under the longest system turn; TrainingError if none does."""
         if task.name not in self._short:
             chosen = []
             for example in task.train:
@@ -172,7 +174,7 @@ class TaskSource:
                     chosen.append(example)
             if not chosen:
                 raise TrainingError(
-                    f"every example of {task.name} is longer than {self.config.max_tokens} tokens; raise data.max_tokens"
+                    f"no example of {task.name} has {self.config.max_tokens} tokens or fewer; raise data.max_tokens"
                 )
             self._short[task.name] = chosen
         return self._short[task.name]

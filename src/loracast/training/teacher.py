@@ -44,8 +44,8 @@ class Teacher:
 class Distillation:
     """Adds soft targets to the questions of episodes.
 
-    The plain base is the teacher of unrelated questions, and is asked once for each; a teacher that sees the document, if there is
-    one, is the teacher of the others.
+    The plain base is the teacher of unrelated questions, and is asked once for each; a teacher that sees the document,
+    if there is one, is the teacher of the others.
     """
 
     def __init__(self, plain: Teacher, seeing: Teacher | None):

@@ -1,8 +1,8 @@
-"""Train Text-to-LoRA on tasks (arXiv 2506.06105, section 3.2): with the LoRA of a task's description, the base does the task's examples.
+"""Train Text-to-LoRA (arXiv 2506.06105, section 3.2): with a description's LoRA, the base does the task's examples.
 
-Or by reconstruction (section 3.1, `reconstruction.py`). Three terms join the answers' cross-entropy: generated numbers stay small; null
-conditions (gibberish, random vectors) yield hardly any LoRA; and answers are less likely with another task's description. The last two
-make descriptions matter: without them training partly learns one LoRA for all tasks.
+Or by reconstruction (section 3.1, `reconstruction.py`). Three terms join the answers' cross-entropy: generated numbers
+stay small; null conditions (gibberish, random vectors) yield hardly any LoRA; and answers are less likely with another
+task's description. The last two make descriptions matter: without them training partly learns one LoRA for all tasks.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class TextRecipe:
     contrast_examples: int = 2
     """Examples of each task that are also answered with another task's description."""
     encoder_lora_is_trained: bool = False
-    """Whether the encoder LoRA of the variant `attention_delta` is trained; the gradient then goes through the encoder."""
+    """Whether the encoder LoRA of the variant `attention_delta` is trained, with a gradient through the encoder."""
     task_bank_only: bool = False
     """Whether only the task bank of the variant `attention_delta` is trained."""
     match: Match = "product"
@@ -109,7 +109,7 @@ _BY_ORACLES = ("match",)
 
 
 def read_text_recipe(path: Path | None, overrides: Sequence[str] = ()) -> TextRecipe:
-    """Read a recipe from a TOML file, changed by overrides such as `training.lr=2e-4`. Raises ConfigError as `read_tables`."""
+    """Read a recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables`."""
     return read_recipe_as(
         TextRecipe,
         path,
@@ -166,13 +166,14 @@ def train_text(
     workers: Workers | None = None,
     on_metrics: OnMetrics = lambda metrics: None,
 ) -> dict[str, float]:
-    """Train a hypernetwork for `base` on the tasks that are not held out, or resume the run in `out_dir` if its settings are the same.
+    """Train a hypernetwork for `base` on tasks that are not held out, or resume the run in `out_dir`.
 
     Args:
         oracles: library of `train_oracles`: learn by reconstruction of its LoRAs instead of the tasks' examples.
-        init_from: hypernetwork folder whose weights and config a fresh run starts from; the recipe's `[hypernetwork]` may only have
-            the keys that the hypernetwork lists as `changeable`.
-        shared_from: folder of a LoRA trained on all tasks (`train_multitask`), from which a fresh run's shared factors start.
+        init_from: hypernetwork folder whose weights and config a fresh run starts from; the recipe's `[hypernetwork]`
+            may only have the keys that the hypernetwork lists as `changeable`.
+        shared_from: folder of a LoRA trained on all tasks (`train_multitask`), from which a fresh run's shared factors
+            start.
         command: recorded in the checkpoint's provenance.
 
     Returns:
@@ -340,7 +341,7 @@ def _by_oracles(
 
 
 def _contrast(base: Base, loras: LoRABatch, episodes: Sequence[Episode], own: Tensor, n_examples: int) -> Tensor:
-    """Softplus of the nats a token by which answers are less likely with their own LoRA than with that of the task before.
+    """Softplus of the nats a token by which answers are less likely with their own LoRA than with another task's.
 
     It goes to zero as the own LoRA gets ahead, so the other task's LoRA is not driven further than needed.
 

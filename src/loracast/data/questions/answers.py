@@ -1,4 +1,4 @@
-"""Find where a text answers a question: of all places of the answer, the one whose sentence shares most words with the question."""
+"""Find where a text answers a question: where the answer's sentence shares most words with the question."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Make questions about any text by rule, without a model: remove a name, number or date from a sentence and ask for it.
 
-After Lewis et al., "Unsupervised question answering by cloze translation", arXiv 1906.04980. Such a question shares its words with the
-text, so it teaches to find a sentence by its words; people's questions use other words.
+After Lewis et al., "Unsupervised question answering by cloze translation", arXiv 1906.04980. Such a question shares its
+words with the text, so it teaches to find a sentence by its words; people's questions use other words.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from loracast.data.stop_words import STOP_WORDS
 _MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 _CAPITAL = r"[A-Z][\w'’-]+"
 _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("date", re.compile(rf"\b(?:{_MONTH})(?: \d{{1,2}})?,? \d{{4}}\b|\b\d{{1,2}} (?:{_MONTH})(?: \d{{4}})?\b|\b(?:{_MONTH}) \d{{1,2}}\b")),
+    ("date", re.compile(rf"\b(?:{_MONTH})(?: \d{{1,2}})?,? \d{{4}}\b|\b\d{{1,2}} (?:{_MONTH})(?: \d{{4}})?\b"
+                        rf"|\b(?:{_MONTH}) \d{{1,2}}\b")),
     ("year", re.compile(r"\b(?:1[0-9]|20)\d\d\b")),
-    ("amount", re.compile(r"[$€£]\s?\d[\d,.]*(?: (?:million|billion|thousand))?|\b\d[\d,.]*\s?(?:%|percent|per cent)(?!\w)")),
+    ("amount", re.compile(r"[$€£]\s?\d[\d,.]*(?: (?:million|billion|thousand))?"
+                          r"|\b\d[\d,.]*\s?(?:%|percent|per cent)(?!\w)")),
     ("number", re.compile(r"\b\d[\d,]*(?:\.\d+)?(?: (?:million|billion|thousand|hundred))?\b(?!\w)")),
     ("name", re.compile(rf"{_CAPITAL}(?:(?: of the | of | the | and | de | )?{_CAPITAL})*")),
-    ("thing", re.compile(r"(?<=\bthe )[a-z]+(?: [a-z]+)?(?= (?:of|in|was|is|were|are|and|to|that|which)\b)|(?<=\ba )[a-z]+ [a-z]+(?=[,.;])")),
+    ("thing", re.compile(r"(?<=\bthe )[a-z]+(?: [a-z]+)?(?= (?:of|in|was|is|were|are|and|to|that|which)\b)"
+                         r"|(?<=\ba )[a-z]+ [a-z]+(?=[,.;])")),
 )  # fmt: skip
 _ASKS: dict[str, tuple[str, ...]] = {
     "date": ("When", "On what date", "When was it that"),

@@ -1,7 +1,8 @@
 """Make questions and answers about passages, and filter out the bad ones.
 
-A writer is asked twice: for questions that a passage answers, and then for harder, different ones. A question is kept if the same
-writer repeats its answer when shown the passage, and does not give it without the passage. Rule-made questions need no writer.
+A writer is asked twice: for questions that a passage answers, and then for harder, different ones. A question is kept
+if the same writer repeats its answer when shown the passage, and does not give it without the passage. Rule-made
+questions need no writer.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Passage:
 
 
 def passages_of(document: Document, split: Callable[[str], Sequence[str]]) -> list[Passage]:
-    """The passages of a document, with ids from its file name and their own text, so a changed passage gets new questions.
+    """A document's passages, with ids from its file name and their text, so a changed passage gets new questions.
 
     Args:
         split: splits a text into pieces.
@@ -213,7 +214,7 @@ def _answer_with(text: str | None, question: str) -> list[Message]:
 
 
 def parse(said: str) -> list[tuple[str, str]]:
-    """Parse a writer's text into (question, answer) pairs: each answer follows its question mark or is on the next line."""
+    """Parse a writer's text into (question, answer) pairs; an answer follows its question, perhaps on the next line."""
     pairs: list[tuple[str, str]] = []
     waiting: str | None = None
     for line in filter(None, map(str.strip, said.splitlines())):

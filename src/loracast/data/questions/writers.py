@@ -61,7 +61,7 @@ class EndpointWriter:
         return self.model
 
     def write(self, messages: Sequence[Message], max_tokens: int) -> str:
-        """Write the assistant's next turn. Raises LoracastError if the endpoint refuses, or fails several times in a row."""
+        """Write the assistant's next turn. Raises LoracastError if the endpoint refuses or fails repeatedly."""
         order = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
         headers = {"Content-Type": "application/json"}
         if self.api_key:
