@@ -1,7 +1,7 @@
 """Exported adapters in the runtimes that people use, on the embedded base and the shipped hypernetworks.
 
-A suite of its own: `make runtimes` (docs/export.md). What a runtime needs is installed beside the tests, never by them; a test whose runtime is
-not there is skipped and says what to install.
+A suite of its own: `make runtimes` (docs/export.md). What a runtime needs is installed beside the tests, never by
+them; a test whose runtime is not there is skipped and says what to install.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(item.fspath).parent == Path(__file__).parent:
             item.add_marker(pytest.mark.runtime)
+            item.add_marker(pytest.mark.timeout(3600))
             if not base_folder(DEFAULT_BASE).is_dir():
-                item.add_marker(pytest.mark.skip(reason="the embedded base is not here: `loracast pull`"))
+                item.add_marker(pytest.mark.skip(reason="run `loracast pull` first"))
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Asked:
     text: str
     tokens: list[int]
     """Of the answer, with the end of its turn."""
+    expected: str
+    """What the document says."""
+
+    def is_right(self, text: str) -> bool:
+        return self.expected.casefold() in text.casefold()
 
     @cached_property
     def lora(self) -> LoRA:
@@ -75,5 +81,5 @@ def asked(model, tmp_path_factory) -> list[Asked]:
             )
             (ids,) = _generate(model.base, [prompt], [adapter.lora()], Sampling(max_new_tokens=24), None)
             said = list(takewhile(lambda i: i not in model.base.end_ids, ids))
-            rows.append(Asked(adapter, prompt, model.base.tokenizer.decode(said), ids[: len(said) + 1]))
+            rows.append(Asked(adapter, prompt, model.base.tokenizer.decode(said), ids[: len(said) + 1], fact.answer))
     return rows

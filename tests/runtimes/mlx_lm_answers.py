@@ -1,9 +1,11 @@
-"""Greedy text and teacher-forced tokens of mlx-lm. Run by test_mlx.py in an environment that has mlx-lm (and nothing of loracast).
+"""Greedy text and teacher-forced tokens of mlx-lm.
+
+Run by test_mlx.py in an environment that has mlx-lm and nothing of loracast:
 
 python mlx_lm_answers.py BASE_FOLDER ADAPTER_FOLDER ROWS.json
 
-ROWS.json holds [{prompt: [ids], answer: [ids]}]; the output, as JSON, for each row {text, free, forced}: what is generated with the adapter and
-without it, and the likeliest token at each place of the answer.
+ROWS.json holds [{prompt: [ids], answer: [ids]}]; the output, as JSON, for each row {text, free, forced}: what is
+generated with the adapter and without it, and the likeliest token at each place of the answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""llama.cpp answers with an exported adapter as loracast does, on the very Q4_1 weights that loracast's base was made from."""
+"""llama.cpp answers with an exported adapter as loracast does, on the Q4_1 weights that its base was made from."""
 
 from __future__ import annotations
 

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
+
 import torch
+from agreement import assert_agrees
 
 from loracast.base.load import DEFAULT_BASE, base_folder
 from loracast.export.adapter import export_adapter
-
-
-def _agreement(model, rows) -> tuple[int, int, int]:
-    """(texts that are the same, tokens that agree when the true ones before them are told, tokens in all)."""
-    same = agreeing = n_tokens = 0
-    for row in rows:
-        ids = torch.tensor([row.prompt + row.tokens[:-1]])
-        with torch.no_grad():
-            likeliest = model(input_ids=ids).logits[0, len(row.prompt) - 1 :].argmax(-1).tolist()
-        hits = sum(one == other for one, other in zip(likeliest, row.tokens, strict=True))
-        same += hits == len(row.tokens)  # then greedy decoding goes the same way
-        agreeing, n_tokens = agreeing + hits, n_tokens + len(row.tokens)
-    return same, agreeing, n_tokens
 
 
 def _loaded(folder):
@@ -27,31 +18,44 @@ def _loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
 
-def _check(name: str, asked, answers_of) -> None:
-    totals = [0, 0, 0]
-    for adapter in dict.fromkeys(row.adapter for row in asked):
-        rows = [row for row in asked if row.adapter is adapter]
-        totals = [a + b for a, b in zip(totals, _agreement(answers_of(adapter), rows), strict=True)]
-    same, agreeing, n_tokens = totals
-    print(
-        f"\n{name}: {same} of {len(asked)} texts the same, {agreeing} of {n_tokens} tokens ({100 * agreeing / n_tokens:.1f} %) agree when told"
-    )
-    assert agreeing >= 0.95 * n_tokens
+@torch.no_grad()
+def _answers(model, without, plain, base, file) -> list[dict]:
+    """What `assert_agrees` asks for; inside `without()`, `plain` is the base without the adapter."""
+
+    def generated(model, prompt: list[int]) -> str:
+        ids = torch.tensor([prompt])
+        given = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
+            eos_token_id=list(base.end_ids), pad_token_id=base.pad_id,
+        )  # fmt: skip
+        return base.tokenizer.decode(given[0, len(prompt) :], skip_special_tokens=True)
+
+    found = []
+    for row in json.loads(file.read_text()):
+        likeliest = model(input_ids=torch.tensor([row["prompt"] + row["answer"][:-1]])).logits[0].argmax(-1).tolist()
+        text = generated(model, row["prompt"])
+        with without():
+            free = generated(plain, row["prompt"])
+        found.append({"text": text, "free": free, "forced": likeliest[len(row["prompt"]) - 1 :]})
+    return found
 
 
-def test_peft(asked, tmp_path):
+def test_peft(asked, base, tmp_path):
     from peft import PeftModel
 
-    def answers_of(adapter):
+    def answers(adapter, file):
         export_adapter(adapter, "peft", tmp_path / adapter.name)
-        return PeftModel.from_pretrained(_loaded(base_folder(DEFAULT_BASE)), str(tmp_path / adapter.name))
+        model = PeftModel.from_pretrained(_loaded(base_folder(DEFAULT_BASE)), str(tmp_path / adapter.name))
+        return _answers(model, model.disable_adapter, model, base, file)
 
-    _check("PEFT", asked, answers_of)
+    assert_agrees("PEFT", asked, tmp_path, answers)
 
 
-def test_merged(asked, model, tmp_path):
-    def answers_of(adapter):
+def test_merged(asked, model, base, tmp_path):
+    plain = _loaded(base_folder(DEFAULT_BASE))
+
+    def answers(adapter, file):
         export_adapter(adapter, "merged", tmp_path / adapter.name, load=lambda name: model.base)
-        return _loaded(tmp_path / adapter.name)
+        return _answers(_loaded(tmp_path / adapter.name), nullcontext, plain, base, file)
 
-    _check("merged", asked, answers_of)
+    assert_agrees("merged", asked, tmp_path, answers)
