@@ -44,7 +44,7 @@ Documents = Annotated[list[str], _documents]
 OptionalDocuments = Annotated[list[str] | None, _documents]
 Unrelated = Annotated[
     list[str] | None,
-    typer.Option(help="Questions that have nothing to do with what is learned, for no harm: JSONL(.gz). Repeatable."),
+    typer.Option(help="Unrelated questions, whose answers stay the plain base's: JSONL(.gz). Repeatable."),
 ]
 LoRARecipe = Annotated[Path | None, typer.Argument(help="TOML file: tables lora, data, training.")]
 

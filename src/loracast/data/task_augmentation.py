@@ -123,8 +123,8 @@ def _renamed(task: Task, description: str, words: Sequence[str], rng: random.Ran
     names = dict(zip(task.labels, chosen, strict=True))
     content = _content()["renamed"]
     form, between = _wording(rng.choice(content["one"]), rng), rng.choice(content["between"])
-    said = [form.format(word=names[label], label=label) for label in rng.sample(task.labels, len(task.labels))]
-    return Augmentation(_joined(description, between.join(said) + ".", rng), _renaming(names))
+    sentence = [form.format(word=names[label], label=label) for label in rng.sample(task.labels, len(task.labels))]
+    return Augmentation(_joined(description, between.join(sentence) + ".", rng), _renaming(names))
 
 
 def _with_synonyms(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
@@ -174,8 +174,8 @@ def _chosen(task: Task, description: str, words: Sequence[str], rng: random.Rand
             made.append(Example(separator.join(e.input for e in some), (right.input,)))
         return made
 
-    said = _wording(rng.choice(_content()["chosen"]["one"]), rng).format(n=n, answer=answer)
-    return Augmentation(f"{description} {said}", change)
+    sentence = _wording(rng.choice(_content()["chosen"]["one"]), rng).format(n=n, answer=answer)
+    return Augmentation(f"{description} {sentence}", change)
 
 
 def _placed(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
@@ -195,8 +195,8 @@ def _placed(task: Task, description: str, words: Sequence[str], rng: random.Rand
 
     wordings = _content()["placed"]["all" if place < 0 else "one"]
     where = "last" if place == n - 1 and rng.random() < 0.5 else _PLACES[place]
-    said = _wording(rng.choice(wordings), rng).format(n=n, place=where)
-    return Augmentation(_joined(description, said, rng), change)
+    sentence = _wording(rng.choice(wordings), rng).format(n=n, place=where)
+    return Augmentation(_joined(description, sentence, rng), change)
 
 
 def _offered(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
@@ -223,8 +223,8 @@ def _offered(task: Task, description: str, words: Sequence[str], rng: random.Ran
         return made
 
     wordings = _content()["offered"]["repeated" if repeated else "sign"]
-    said = _wording(rng.choice(wordings), rng).format(n=n, sign=rng.choice(signs))
-    return Augmentation(_joined(description, said, rng), change)
+    sentence = _wording(rng.choice(wordings), rng).format(n=n, sign=rng.choice(signs))
+    return Augmentation(_joined(description, sentence, rng), change)
 
 
 def _checked(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
@@ -246,8 +246,8 @@ def _checked(task: Task, description: str, words: Sequence[str], rng: random.Ran
         return made
 
     wording = _wording(rng.choice(_content()["checked"]["one"]), rng)
-    said = wording.format(right=names[0], wrong=names[1], joint=separator.strip())
-    return Augmentation(f"{description} {said}", change)
+    sentence = wording.format(right=names[0], wrong=names[1], joint=separator.strip())
+    return Augmentation(f"{description} {sentence}", change)
 
 
 def _ruled(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
@@ -311,8 +311,8 @@ def words_of(tasks: Sequence[Task]) -> tuple[str, ...]:
     labels = {label for task in tasks for label in task.labels if len(label) <= _LONGEST_NAME}
     count: Counter[str] = Counter()
     for task in tasks:
-        said = {text for e in task.train for text in (e.input, e.outputs[0])}
-        count.update(text for text in said if re.fullmatch(rf"[A-Za-z]{{3,{_LONGEST_NAME}}}", text))
+        texts = {text for e in task.train for text in (e.input, e.outputs[0])}
+        count.update(text for text in texts if re.fullmatch(rf"[A-Za-z]{{3,{_LONGEST_NAME}}}", text))
     return tuple(sorted(labels.union(text for text, n in count.items() if n > 1)))
 
 
@@ -337,8 +337,8 @@ def _mention(label: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w){re.escape(label)}(?!\w)")
 
 
-def _joined(description: str, said: str, rng: random.Random) -> str:
-    return f"{description} {said}" if rng.random() < 0.8 else f"{said} {description}"
+def _joined(description: str, sentence: str, rng: random.Random) -> str:
+    return f"{description} {sentence}" if rng.random() < 0.8 else f"{sentence} {description}"
 
 
 def _wording(text: str, rng: random.Random) -> str:

@@ -150,8 +150,8 @@ def _from_rows(paths: Sequence[Path]) -> list[Task]:
 
     def take_example(row: dict[str, Any]) -> None:
         if "definition" in row:  # Super-NaturalInstructions on the hub
-            said = descriptions.setdefault(row["task_name"], {}).setdefault("train", [])
-            said += [text for text in _texts([row["definition"]]) if text not in said]
+            known = descriptions.setdefault(row["task_name"], {}).setdefault("train", [])
+            known += [text for text in _texts([row["definition"]]) if text not in known]
             row = {"task": row["task_name"], "input": row["inputs"], "output": row["targets"]}
         examples.setdefault(row["task"], []).append((row.get("split"), _example(row)))
         if _one_of(row.get("task_split", "train"), Literal["train", "heldout"]) == "heldout":

@@ -164,11 +164,11 @@ def _by_rule(passage: Passage, config: MakeConfig, tally: Tally) -> list[Made]:
 def _written(passage: Passage, writer: Writer, config: MakeConfig, tally: Tally) -> list[Made]:
     kept: list[Made] = []
     for level in range(1, config.levels + 1):
-        said = writer.write(
+        written = writer.write(
             _ask_for(passage.text, config.per_passage, kept if level == 2 else ()),
             config.per_passage * _TOKENS_OF_A_PAIR,
         )
-        for question, answer in parse(said)[: config.per_passage]:
+        for question, answer in parse(written)[: config.per_passage]:
             if any(_alike(question, other.question) for other in kept):
                 tally.repeated += 1
             elif token_f1(writer.write(_answer_with(passage.text, question), _TOKENS_OF_A_PAIR), answer) < _AGREES:
@@ -213,11 +213,11 @@ def _answer_with(text: str | None, question: str) -> list[Message]:
     ]
 
 
-def parse(said: str) -> list[tuple[str, str]]:
+def parse(text: str) -> list[tuple[str, str]]:
     """Parse a writer's text into (question, answer) pairs; an answer follows its question, perhaps on the next line."""
     pairs: list[tuple[str, str]] = []
     waiting: str | None = None
-    for line in filter(None, map(str.strip, said.splitlines())):
+    for line in filter(None, map(str.strip, text.splitlines())):
         asked = _LINE.match(line)
         if asked:
             waiting, line = asked["question"].strip(), asked["rest"].strip()

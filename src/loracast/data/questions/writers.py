@@ -85,8 +85,8 @@ class EndpointWriter:
         raise LoracastError(f"{problem} (after {_TRIES} tries)")
 
 
-def _content(said: Any) -> str:
+def _content(response: Any) -> str:
     try:
-        return str(said["choices"][0]["message"]["content"] or "")
+        return str(response["choices"][0]["message"]["content"] or "")
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"an answer without choices[0].message.content: {str(said)[:200]}") from error
+        raise ValueError(f"an answer without choices[0].message.content: {str(response)[:200]}") from error
