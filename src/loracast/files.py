@@ -31,6 +31,15 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
     sync_folder(path.parent)
 
 
+def move_unless_there(folder: Path, target: Path) -> None:
+    """Move a whole folder to its place; where another process was faster, its folder there is as good and stays."""
+    try:
+        os.replace(folder, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:

@@ -107,3 +107,8 @@ def bare_name(file_name: str | None) -> str | None:
         return None
     name = re.split(r"[/\\]", file_name)[-1]
     return "".join(c for c in name if c.isprintable())[:255] or None
+
+
+def brief(error: Exception) -> str:
+    """The message of a parser's error on one line, of at most 120 characters."""
+    return " ".join(str(error).split())[:120] or type(error).__name__

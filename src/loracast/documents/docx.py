@@ -17,7 +17,7 @@ from docx.opc.constants import RELATIONSHIP_TYPE
 from docx.oxml import parse_xml
 from docx.oxml.ns import qn
 
-from loracast.documents.clean import normalise, sensible_title
+from loracast.documents.clean import brief, normalise, sensible_title
 from loracast.documents.document import Limits, Parsed
 from loracast.documents.kind import READABLE
 from loracast.documents.tables import rows_to_lines
@@ -81,7 +81,7 @@ def check_package(data: bytes, label: str, limits: Limits) -> None:
         raise
     except Exception as error:  # BadZipFile, but also what zlib, seek and struct raise on damaged numbers
         raise DocumentError(
-            f"{label} is a damaged or truncated Word file ({_brief(error)}): copy or download it again"
+            f"{label} is a damaged or truncated Word file ({brief(error)}): copy or download it again"
         ) from None
 
 
@@ -102,11 +102,7 @@ def _say_zip(names: set[str]) -> str:
 
 
 def _say_damaged(label: str, error: Exception) -> str:
-    return f"{label} is a damaged Word file ({_brief(error)}): open it in Word and save it again"
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+    return f"{label} is a damaged Word file ({brief(error)}): open it in Word and save it again"
 
 
 def _styles(document: Any) -> tuple[dict[str, int], set[str]]:

@@ -11,7 +11,7 @@ from typing import Any
 import pypdf
 from pypdf.errors import DependencyError, LimitReachedError
 
-from loracast.documents.clean import normalise, sensible_title
+from loracast.documents.clean import brief, normalise, sensible_title
 from loracast.documents.document import Limits, Parsed
 from loracast.documents.paragraphs import Line, join_lines
 from loracast.errors import DocumentError
@@ -54,13 +54,13 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
         raise
     except LimitReachedError as error:
         raise DocumentError(
-            f"{label} goes beyond a safety limit of the PDF parser ({_brief(error)}): if you trust it, "
+            f"{label} goes beyond a safety limit of the PDF parser ({brief(error)}): if you trust it, "
             "print it to a new PDF, e.g. with `gs -o out.pdf -sDEVICE=pdfwrite in.pdf`"
         ) from None
     except Exception as error:  # damage makes pypdf raise nearly anything
         where = f" on page {page_number}" if page_number else ""
         raise DocumentError(
-            f"{label} is a damaged PDF ({_brief(error)}{where}): repair it with `qpdf in.pdf out.pdf`"
+            f"{label} is a damaged PDF ({brief(error)}{where}): repair it with `qpdf in.pdf out.pdf`"
         ) from None
 
     if not any(pages):
@@ -160,7 +160,3 @@ def _say_encrypted(label: str) -> str:
         f"{label} is encrypted: remove its password with `qpdf --password=... --decrypt in.pdf out.pdf` "
         "and read out.pdf"
     )
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 import urllib.error
@@ -13,6 +12,7 @@ from typing import Any
 
 from loracast.errors import AdapterError, LoracastError
 from loracast.export.adapter import export_adapter
+from loracast.files import move_unless_there
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
 from loracast.library.library import open_adapter
@@ -37,11 +37,7 @@ def exported_for_vllm(adapter: Adapter, exports: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=exports, prefix=".new-") as temporary:
         built = Path(temporary) / folder.name
         export_adapter(adapter, "vllm", built)
-        try:
-            os.replace(built, folder)
-        except OSError:
-            if not folder.is_dir():  # or else another process was faster
-                raise
+        move_unless_there(built, folder)
     return folder
 
 

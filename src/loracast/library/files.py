@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from loracast.errors import AdapterError
-from loracast.files import sync_folder
+from loracast.files import move_unless_there, sync_folder
 from loracast.library.adapter import INDEX, MANIFEST, Adapter
 from loracast.library.index import read_chunks
 from loracast.library.manifest import Manifest
@@ -137,11 +137,7 @@ def ensure_local(library: Path, version: str) -> Path:
         if faults:
             raise AdapterError(f"the version {version[:12]} at {store.url} is damaged: {'; '.join(faults)}")
         home.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.replace(fetched, home)
-        except OSError:
-            if not home.exists():  # or else another process was faster
-                raise
+        move_unless_there(fetched, home)
     return home
 
 

@@ -84,13 +84,9 @@ def find(library: Path, reference: str) -> Entry:
     name, digits = split_reference(reference)
     _check_there(library, name)
     with Register.reading(library) as register:
-        if digits is None:
-            found = register.newest(name)
-            if found is not None:
-                return found
-        matching = [] if digits is None else register.versions_of(name, digits)
+        matching = register.versions_of(name, digits or "")
         there = ", ".join(entry.version[:VERSION_DIGITS] for entry in register.versions_of(name))
-    if len(matching) != 1:
+    if len(matching) != 1 and not (matching and digits is None):
         problem = "is none of its versions" if not matching else "begins several of its versions"
         raise AdapterError(f"{name!r} is there, but {digits!r} {problem}: {there}")
     return matching[0]

@@ -14,9 +14,9 @@ from typing import Any
 
 from loracast.errors import AdapterError
 from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter
-from loracast.library.filesystems import file_system, told
 from loracast.library.library import add_adapter
 from loracast.library.manifest import Manifest, check_name
+from loracast.library.store import file_system, told
 from loracast.library.workfolders import work_folder
 from loracast.lora.tensor_file import BYTES
 

@@ -11,11 +11,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loracast.errors import AdapterError
-from loracast.library.filesystems import file_system
+from loracast.errors import AdapterError, LoracastError
 
 _MARK = "loracast-library.json"
 _LAST = "adapter.json"  # a version without it is not whole
+
+
+@contextmanager
+def file_system(where: str) -> Iterator[tuple[Any, str]]:
+    """The file system of a URL, and the path in it."""
+    import fsspec
+
+    with told(where):
+        fs, root = fsspec.core.url_to_fs(where)
+        yield fs, root.rstrip("/")
+
+
+@contextmanager
+def told(where: str) -> Iterator[None]:
+    """Turn whatever a remote service raises into a LoracastError of one line."""
+    try:
+        yield
+    except LoracastError:
+        raise
+    except ImportError as error:
+        raise LoracastError(f"{where} needs another package: {error}") from error
+    except Exception as error:  # each of these services has errors of its own
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise LoracastError(f"{where} cannot be used: {said[0]}") from error
 
 
 class Store:

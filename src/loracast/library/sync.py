@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from loracast.documents.kind import EXTENSIONS
 from loracast.errors import AdapterError, DocumentError, LoracastError
@@ -59,10 +59,7 @@ class BulkReport:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "learned": self.count("learned"),
-            "unchanged": self.count("unchanged"),
-            "failed": self.count("failed"),
-            "removed": self.count("removed"),
+            **{outcome: self.count(outcome) for outcome in get_args(Outcome)},
             "ignored": self.ignored,
             "is_complete": self.is_complete,
             "files": [asdict(file) for file in self.files],

@@ -29,11 +29,6 @@ class TargetModule:
     d_in: int
     d_out: int
 
-    @property
-    def dense_rank(self) -> int:
-        """The rank past which the factors hold more numbers than the dense delta."""
-        return self.d_in * self.d_out // (self.d_in + self.d_out)
-
 
 @dataclass(frozen=True)
 class Target:
