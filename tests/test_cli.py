@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import os
 import re
@@ -138,7 +137,7 @@ def test_version(run):
 
 def test_the_page_of_the_command_line_has_every_command():
     page = (ROOT / "docs" / "command-line.md").read_text()
-    assert re.findall(r"^## `loracast ([\w-]+)`$", page, re.MULTILINE) == list(typer.main.get_command(app).commands)
+    assert re.findall(r"^### `loracast ([\w-]+)`$", page, re.MULTILINE) == list(typer.main.get_command(app).commands)
 
 
 def test_completion_is_offered(run, monkeypatch):
@@ -148,9 +147,9 @@ def test_completion_is_offered(run, monkeypatch):
 
 def test_sampling_defaults_agree_with_the_library():
     from loracast.base.generate import Sampling
-    from loracast.cli.ask import ask
+    from loracast.cli.options import Answering
 
-    defaults = {name: p.default for name, p in inspect.signature(ask).parameters.items()}
+    defaults = {field.name: field.default for field in dataclasses.fields(Answering)}
     wanted = {f.name: f.default for f in dataclasses.fields(Sampling)}
     wanted["max_tokens"] = wanted.pop("max_new_tokens")
     del wanted["min_new_tokens"]  # for measurements
@@ -322,25 +321,21 @@ def test_a_seed_repeats_a_draw(run, tiny):
 
 
 def test_an_answer_cannot_steer_the_terminal(run, tiny, monkeypatch):
-    from loracast.model import Answerer
-
-    def answer(self, *ignored, on_text, **also):
+    def answer(base, prompt, lora, sampling, on_text):
         on_text("  \x1b]0;owned\x07red \x1b[31m")
         on_text("\u202eevil\r\n\ttail")
         return loracast.base.generate.Answer("", 1, 1, 0.1, 0.1, True)
 
-    monkeypatch.setattr(Answerer, "answer", answer)
+    monkeypatch.setattr("loracast.base.generate.answer", answer)
     assert run("ask", "hello", *tiny).stdout == "]0;ownedred [31mevil\n\ttail\n"
 
 
 def test_ctrl_c_while_answering_is_130(run, tiny, monkeypatch):
-    from loracast.model import Answerer
-
-    def answer(self, *ignored, on_text, **also):
+    def answer(base, prompt, lora, sampling, on_text):
         on_text("It is")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Answerer, "answer", answer)
+    monkeypatch.setattr("loracast.base.generate.answer", answer)
     result = run("ask", "hello", *tiny)
     assert result.exit_code == 130 and result.stdout == "It is\n"
 
@@ -538,7 +533,7 @@ def test_pull_reports(run, tmp_path, monkeypatch):
 
 
 def test_the_demo_asks_what_the_manual_says():
-    from loracast.cli.demo_questions import QUESTIONS
+    from loracast.cli.demo import QUESTIONS
 
     text = (ROOT / "examples" / "manual.md").read_text()
     assert len(QUESTIONS) == 5 and all(text.count(expected) == 1 for _, expected in QUESTIONS)
@@ -552,9 +547,23 @@ def test_demo_learns_the_manual_and_asks(run, learning, library):
     assert adapter_names(library) == ["manual"]
 
 
+def test_demo_replaces_no_adapter_unasked(run, learning, library, manual):
+    example = ROOT / "examples" / "manual.md"
+    assert run("learn", manual, "--name", "manual", *learning).exit_code == 0
+    before = open_adapter(library, "manual").version
+    refused = run("demo", example, *learning)
+    assert refused.exit_code == 1 and "there is an adapter called 'manual' already" in refused.stderr
+    assert open_adapter(library, "manual").version == before
+    assert only_json(run("demo", example, "--name", "example", "--json", *learning))["name"] == "example"
+    assert run("demo", example, "--replace", *learning).exit_code == 0
+    assert open_adapter(library, "manual").version != before
+
+
 def test_demo_only_learns_another_file(run, learning, library, manual):
     result = run("demo", manual, *learning)
     assert result.exit_code == 0 and "-a lanterns" in result.stdout and "right" not in result.stdout
+    with manual.open("a") as file:
+        file.write("One more lantern.\n")
     assert run("demo", manual, *learning).exit_code == 1
     assert adapter_names(library) == ["lanterns"]
 

@@ -206,7 +206,7 @@ class Nothing(Caster):
 def test_the_command(suite, hypernetwork, tiny_folder, tmp_path, home):
     arguments = [
         "eval", "tasks", "--tasks", suite, "--hypernetwork", hypernetwork, "--base", tiny_folder, "--out", tmp_path / "out",
-        "--device", "cpu", "--rows", "2", "--seeds", "0", "--systems", "none,described,adapter,other,gibberish,constant", "--json",
+        "--device", "cpu", "--rows", "2", "--seeds", "0", "--baselines", "none,described,adapter,other,gibberish,constant", "--json",
     ]  # fmt: skip
     done = CliRunner().invoke(app, [str(a) for a in arguments])
     assert done.exit_code == 0, done.stderr
@@ -352,7 +352,7 @@ def test_a_benchmark_has_an_oracle_too(tiny_folder, tmp_path):
     )
     assert made["done"] == ["arc_easy"]
     report = run(
-        "eval", "tasks", "--oracles", tmp_path / "library", "--systems", "none,oracle", "--out", tmp_path / "out"
+        "eval", "tasks", "--oracles", tmp_path / "library", "--baselines", "none,oracle", "--out", tmp_path / "out"
     )
     assert [(row["baseline"], row["n"]) for row in report["rows"]] == [("none", 4), ("oracle", 4)]
 

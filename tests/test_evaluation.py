@@ -335,7 +335,7 @@ def test_the_command_line_reaches_the_evaluation(tiny_folder, tiny_hypernet_fold
 
     from loracast.cli.eval import app
 
-    options = ["--facts", "2", "--sheets", "2", "--systems", "routed,none", "--json"]
+    options = ["--facts", "2", "--sheets", "2", "--baselines", "routed,none", "--json"]
     where = ["--out", str(tmp_path), "--base", str(tiny_folder), "--hypernetwork", str(tiny_hypernet_folder)]
     done = CliRunner().invoke(app, ["facts", *where, *options])
     assert done.exit_code == 0, done.output

@@ -219,7 +219,7 @@ def test_the_commands(library, tiny_folder, tmp_path):
     assert done.exit_code == 1 and "give another --out" in done.stderr
     done = run("export", "short", "--to", "safetensors", "--out", tmp_path / "x", *common)
     assert done.exit_code == 1 and "one of peft, vllm, gguf, mlx, ollama, merged" in done.stderr
-    done = run("export-base", tmp_path / "b", "--base", tiny_folder)
+    done = run("export-base", "--out", tmp_path / "b", "--base", tiny_folder)
     assert done.exit_code == 1 and "no embedded base" in done.stderr
 
 

@@ -634,7 +634,7 @@ def test_commands_of_the_library(tmp_path):
     assert {hit["name"] for hit in hits} == {"lamp", "press-2"} and all(hit["chunk"] == 1 for hit in hits)
     assert "[word1]" in run(tmp_path, "search", "word1").stdout
     assert "nothing in" in run(tmp_path, "search", "absent").stderr
-    assert "would delete 1 versions" in run(tmp_path, "gc", "--keep", "1", "--dry-run").stdout
+    assert "would delete 1 version," in run(tmp_path, "gc", "--keep", "1", "--dry-run").stdout
     assert json.loads(run(tmp_path, "gc", "--keep", "1", "--json").stdout)["versions"] == [first.manifest.version]
     assert run(tmp_path, "verify").stdout == "2 adapters whole\n"
     (open_adapter(tmp_path, "lamp").folder / "factors.safetensors").write_bytes(b"")

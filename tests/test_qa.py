@@ -340,8 +340,8 @@ def test_the_commands(documents, tiny_folder, tiny_hypernet_folder, tmp_path, ho
         documents,
     ]
     small = {
-        "qa": ["--max-documents", "1", "--systems", "none,adapter", "--sources", "tales"],
-        "verbatim": ["--max-documents", "1", "--systems", "adapter"],
+        "qa": ["--max-documents", "1", "--baselines", "none,adapter", "--sources", "tales"],
+        "verbatim": ["--max-documents", "1", "--baselines", "adapter"],
         "interference": ["--benchmark", write_benchmark(tmp_path), "--questions", "2", "--counts", "1"],
     }
     for command, options in small.items():

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Annotated, Any, TextIO
 
 import typer
-from typer.core import TyperGroup
 
 from loracast import LoracastError, __version__
 from loracast.cli import (
@@ -44,11 +43,14 @@ from loracast.cli import (
     train,
     verify,
 )
+from loracast.cli.commands import CommandGroup, add
 from loracast.cli.output import printable
 
+RESEARCH = "Research"
 
-class Commands(TyperGroup):
-    """The group of all commands, where what goes wrong becomes a line and an exit code."""
+
+class Program(CommandGroup):
+    """The group of all commands. It turns errors into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         is_debug = bool(ctx.params.get("verbose"))
@@ -66,7 +68,7 @@ class Commands(TyperGroup):
 
 @contextmanager
 def _own_warnings_only(is_debug: bool) -> Iterator[None]:
-    """loracast's warnings as lines on standard error; those of its dependencies are for developers."""
+    """Show loracast's warnings as lines on standard error; those of its dependencies are for developers."""
 
     def show_warning(message: Warning | str, *where: object) -> None:
         print(f"warning: {printable(str(message))}", file=sys.stderr)
@@ -80,7 +82,7 @@ def _own_warnings_only(is_debug: bool) -> Iterator[None]:
 
 
 app = typer.Typer(
-    cls=Commands,
+    cls=Program,
     help="Cast documents into LoRAs for a frozen language model, and ask them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # a traceback with local variables would show the documents
@@ -109,45 +111,27 @@ def root(
             os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers and of the hub
 
 
-app.command()(learn.learn)
-app.command()(sync.sync)
-app.command()(sync.watch)
-app.command()(task.task)
-app.command()(ask.ask)
-app.command()(chat.chat)
-app.command("list")(list.list_)
-app.command()(search.search)
-app.command()(show.show)
-app.command()(diff.diff)
-app.command()(edit.edit)
-app.command()(rm.rm)
-app.command()(gc.gc)
-app.command()(compact.compact)
-app.command()(verify.verify)
-app.command()(store.store)
-app.command()(route.route)
-app.command()(combine.combine)
-app.command("import")(combine.import_)
-app.command()(export.export)
-app.command()(deploy.deploy)
-app.command("export-base")(export.export_base)
-app.command("push-adapter")(remote.push)
-app.command("pull-adapter")(remote.pull)
-app.command("make-questions")(make_questions.make_questions)
-app.command()(pull.pull)
-app.command()(demo.demo)
-app.add_typer(train.app, name="train")
-app.add_typer(eval.app, name="eval")
+add(app, learn.learn, task.task, ask.ask, chat.chat, list.list_, panel="Learn and ask")
+add(
+    app,
+    *(sync.sync, sync.watch, search.search, route.route, show.show, diff.diff, edit.edit, combine.combine),
+    *(rm.rm, gc.gc, compact.compact, verify.verify, store.store, remote.push_adapter, remote.pull_adapter, pull.pull),
+    panel="Library",
+)
+add(app, export.export, export.export_base, combine.import_, deploy.deploy, panel="Other runtimes")
+add(app, demo.demo, make_questions.make_questions, panel=RESEARCH)
+app.add_typer(train.app, name="train", rich_help_panel=RESEARCH)
+app.add_typer(eval.app, name="eval", rich_help_panel=RESEARCH)
 
 
 def main() -> None:
     """The entry point of the `loracast` program."""
     for stream in (sys.stdout, sys.stderr):
-        _never_fail_on_a_letter(stream)
+        _replace_unknown_letters(stream)
     app(prog_name="loracast")
 
 
-def _never_fail_on_a_letter(stream: TextIO) -> None:
-    """An answer may hold letters that the terminal's encoding lacks."""
+def _replace_unknown_letters(stream: TextIO) -> None:
+    """Print "?" for letters of an answer that the terminal's encoding lacks, instead of failing."""
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="replace")

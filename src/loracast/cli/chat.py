@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loracast.base.chat import ChatFormat, Message
-from loracast.cli import options
+from loracast.cli.options import Answering, MaxTokens
 from loracast.cli.output import Stream, printable, say
 from loracast.cli.session import open_answerer
 from loracast.errors import LoracastError
-from loracast.library.routing import DEFAULT_ROUTE
 
 if TYPE_CHECKING:
     from loracast.base.generate import Sampling
@@ -30,34 +30,21 @@ _STANDS_ALONE = 7
 """A question of fewer words is looked up together with the turns before it ("And in winter?")."""
 
 
-def chat(
-    adapters: options.Adapters = None,
-    route: options.Route = DEFAULT_ROUTE,
-    max_tokens: options.MaxTokens = 256,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    seed: options.Seed = None,
-    system: options.System = None,
-    base: options.Base = None,
-    hypernetwork: options.AnswerersHypernetwork = None,
-    library: options.Library = None,
-    device: options.Device = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Chatting(Answering):
+    """The options of `ask`, with room for longer answers."""
+
+    max_tokens: MaxTokens = 256
+
+
+def chat(answering: Chatting) -> None:
     """Talk with learned documents, or with the plain base."""
-    from loracast.library.library import open_adapter
-    from loracast.paths import library_dir
+    answerer, adapters, sampling = open_answerer(answering)
 
-    for name in adapters or []:
-        open_adapter(library or library_dir(), name)  # a wrong name is told before a model is loaded
-    answerer = open_answerer(base, library, device, hypernetwork)
-
-    from loracast.base.generate import Sampling
     from loracast.model import ASK_SYSTEM_TURN
 
-    sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    talk = Talk(answerer, ASK_SYSTEM_TURN if system is None else system, route, sampling)
-    for name in adapters or []:
-        talk.use(name)
+    talk = Talk(answerer, answering.system or ASK_SYSTEM_TURN, answering.route, sampling)
+    talk.used = adapters
     if sys.stdin.isatty():
         say(f"{' + '.join(talk.used) or 'no adapter'} on {answerer.base.name}; /help lists the commands, Ctrl-D leaves")
     for line in _lines():

@@ -8,22 +8,19 @@ from typing import Annotated
 import typer
 
 from loracast.cli import options
-from loracast.cli.output import print_json, say, size
+from loracast.cli.output import loss, print_result, say, size
 
 
 def combine(
     parts: Annotated[
         list[str],
-        typer.Argument(
-            metavar="NAME[:WEIGHT]...", help="Adapters, each with what it counts: 0.5 for half, -1 to subtract."
-        ),
+        typer.Argument(metavar="NAME[:WEIGHT]...", help="Adapters with their weights: 0.5 for half, -1 to subtract."),
     ],
-    name: Annotated[str, typer.Option(help="Name of the new adapter.")],
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="Largest rank: what has more is compressed, and the error is said.")
-    ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Let an adapter of that name give way.")] = False,
-    library: options.Library = None,
+    *,
+    name: Annotated[str, typer.Option("--name", help="Name of the new adapter.")],
+    rank: options.Rank = None,
+    replace: options.Replace = False,
+    library: options.Library,
     as_json: options.Json = False,
 ) -> None:
     """Add adapters up into one.
@@ -34,45 +31,31 @@ def combine(
     from loracast.library.combine import Part, combined
     from loracast.library.library import check_free, open_adapter
     from loracast.library.save import save_lora
-    from loracast.paths import library_dir
 
-    folder = library or library_dir()
     if not replace:
-        check_free(folder, name)
-    chosen = [Part(open_adapter(folder, one), weight) for one, weight in map(_part, parts)]
+        check_free(library, name)
+    chosen = [Part(open_adapter(library, one), weight) for one, weight in map(_part, parts)]
     made_of = combined(chosen, rank)
     title = " + ".join(map(str, chosen))
     made_for = chosen[0].adapter.manifest.made_for
     made = save_lora(
-        made_of.lora,
-        folder,
-        name,
-        kind="combined",
-        title=title,
-        made_for=made_for,
-        static=made_of.static,
-        replace=replace,
+        made_of.lora, library, name, kind="combined",
+        title=title, made_for=made_for, static=made_of.static, replace=replace,
+    )  # fmt: skip
+    print_result(
+        as_json,
+        {"name": name, "parts": [str(part) for part in chosen], "ranks": made.manifest.ranks, "error": made_of.error},
+        f"combined {title} into {name}\nrank {made.manifest.rank_text}, {loss(made_of.error)}, {size(made.n_bytes)}",
     )
-    if as_json:
-        print_json(
-            {
-                "name": name,
-                "parts": [str(part) for part in chosen],
-                "ranks": made.manifest.ranks,
-                "error": made_of.error,
-            }
-        )
-        return
-    lost = f"compressed: {100 * made_of.error:.2g} % of the delta is lost" if made_of.error else "nothing lost"
-    print(f"combined {title} into {name}\nrank {made.manifest.rank_text}, {lost}, {size(made.n_bytes)}")
 
 
 def import_(
     source: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder in PEFT's format.")],
-    name: Annotated[str | None, typer.Option(help="Name of the adapter; the folder's by default.")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Let an adapter of that name give way.")] = False,
+    *,
+    name: options.Name = None,
+    replace: options.Replace = False,
     base: options.Base = None,
-    library: options.Library = None,
+    library: options.Library,
     as_json: options.Json = False,
 ) -> None:
     """Take a LoRA that another tool trained into the library.
@@ -85,31 +68,21 @@ def import_(
     from loracast.library.save import save_lora
     from loracast.lora.inject import linear_shapes
     from loracast.lora.peft_format import read_peft
-    from loracast.paths import library_dir
 
-    folder = library or library_dir()
-    name = check_name(name or name_from(source.resolve().name))
+    folder = source.resolve().name
+    name = check_name(name or name_from(folder))
     if not replace:
-        check_free(folder, name)
+        check_free(library, name)
     loaded = load_base(base, device="cpu", say=say)
-    lora = read_peft(source, linear_shapes(loaded.model))
-    title = f"LoRA from {source.resolve().name}"
     made = save_lora(
-        lora,
-        folder,
-        name,
-        kind="imported",
-        title=title,
-        made_for=loaded.fingerprint,
-        source=source.resolve().name,
-        replace=replace,
+        read_peft(source, linear_shapes(loaded.model)), library, name, kind="imported",
+        title=f"LoRA from {folder}", made_for=loaded.fingerprint, source=folder, replace=replace,
+    )  # fmt: skip
+    print_result(
+        as_json,
+        {"name": name, "source": made.manifest.source, "ranks": made.manifest.ranks, "n_bytes": made.n_bytes},
+        f"imported {name} ({made.manifest.source})\nrank {made.manifest.rank_text}, {size(made.n_bytes)}",
     )
-    if as_json:
-        print_json(
-            {"name": name, "source": made.manifest.source, "ranks": made.manifest.ranks, "n_bytes": made.n_bytes}
-        )
-        return
-    print(f"imported {name} ({made.manifest.source})\nrank {made.manifest.rank_text}, {size(made.n_bytes)}")
 
 
 def _part(text: str) -> tuple[str, float]:

@@ -8,52 +8,55 @@ from typing import Annotated, Any
 import typer
 
 from loracast.cli import options
-from loracast.cli.demo_questions import QUESTIONS
-from loracast.cli.learn import print_learned, report
+from loracast.cli.learn import learned, report
 from loracast.cli.output import print_json, printable, stderr, stdout
 from loracast.cli.session import learn_visibly, open_model
+
+QUESTIONS = (
+    ("How long does the warranty of the Quillmere D-27 last?", "30 months"),
+    ("Who designed the Quillmere D-27?", "Ingrid Solvang"),
+    ("How much does the water tank of the Quillmere D-27 hold?", "3.8 litres"),
+    ("Where is the Quillmere D-27 built?", "Trenholm"),
+    ("What is the part number of the carbon sachet?", "CS-809"),
+)
+"""Questions about examples/manual.pdf, with what the manual says."""
 
 
 def demo(
     file: Annotated[
         str, typer.Argument(metavar="FILE", help="The repository's examples/manual.pdf; any other is only learned.")
     ],
-    base: options.Base = None,
-    hypernetwork: options.Hypernetwork = None,
-    library: options.Library = None,
-    device: options.Device = None,
+    *,
+    name: options.Name = None,
+    replace: options.Replace = False,
+    models: options.Models,
+    library: options.Library,
     as_json: options.Json = False,
 ) -> None:
-    """Learn the example manual and ask it.
+    """Learn the example manual and ask it five questions, beside the plain base.
 
-    Five questions, beside the plain base. The adapter stays in the library as "manual".
+    The adapter stays in the library, named after the file.
     """
+    from loracast.base.generate import Sampling
     from loracast.documents import read_document
     from loracast.library.library import check_free
-    from loracast.library.manifest import name_for
-    from loracast.paths import library_dir
+    from loracast.library.manifest import check_name, name_for
 
     document = read_document(file)
-    is_manual = all(expected in document.text for _, expected in QUESTIONS)
-    name = "manual" if is_manual else name_for(document)
-    if not is_manual:
-        check_free(library or library_dir(), name)
-    model = open_model(base, hypernetwork, library, device)
-    adapter = learn_visibly(model, document, name, replace=is_manual)
+    questions = QUESTIONS if all(expected in document.text for _, expected in QUESTIONS) else ()
+    name = check_name(name or name_for(document))
+    if not replace:  # an adapter of that name that was made from the same file may be made again
+        check_free(library, name, unless_from=document.sha256)
+    model = open_model(models, library)
+    adapter = learn_visibly(model, document, name, replace=True)
     if not as_json:
-        print_learned(adapter)
-    if not is_manual:
-        if as_json:
-            print_json(report(adapter))
-        return
-
-    from loracast.base.generate import Sampling
+        print(printable(learned(adapter)))
 
     sampling = Sampling(max_new_tokens=32)
     rows: list[dict[str, Any]] = []
     with stderr().status("asking") as status:
-        for i, (question, expected) in enumerate(QUESTIONS, 1):
-            status.update(f"asking {i} of {len(QUESTIONS)}")
+        for i, (question, expected) in enumerate(questions, 1):
+            status.update(f"asking {i} of {len(questions)}")
             plain = model.answer(question, sampling=sampling)
             started = time.perf_counter()
             given = model.answer(question, adapter, sampling=sampling)
@@ -70,8 +73,11 @@ def demo(
             )
     if as_json:
         print_json({**report(adapter), "answers": rows})
-        return
+    elif rows:
+        _print_answers(rows)
 
+
+def _print_answers(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 

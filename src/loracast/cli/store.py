@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loracast.cli import options
-from loracast.cli.output import print_json, size
+from loracast.cli.output import print_result, size
 
 
 def store(
@@ -15,6 +15,7 @@ def store(
         str | None,
         typer.Argument(metavar="[URL]", help="Keep the adapters there from now on (s3://, gs://, file:// ...)."),
     ] = None,
+    *,
     take_over: Annotated[
         bool, typer.Option("--take-over", help="Use a store that was another library's, with all that lies there.")
     ] = False,
@@ -24,31 +25,25 @@ def store(
     leave: Annotated[
         bool, typer.Option("--leave", help="Bring everything back and keep it on this machine alone.")
     ] = False,
-    library: options.Library = None,
+    library: options.Library,
     as_json: options.Json = False,
 ) -> None:
-    """Keep the library's adapters at a URL, and this machine's folder as a cache of it; without a URL, say where they lie.
+    """Keep the library's adapters at a URL, with this machine's folder as a cache; without a URL, say where they lie.
 
-    The register of names stays on this machine. What is learned is copied there before it gets its name, and what is deleted is deleted there too.
+    The register of names stays on this machine. What is learned is copied to the URL before it gets its name, and what is deleted is deleted there too.
     """
     from loracast.library.upkeep import evict as evict_copies
     from loracast.library.upkeep import leave_store, store_url, use_store
-    from loracast.paths import library_dir
 
     if sum((url is not None, evict, leave)) > 1:
         raise typer.BadParameter("give a URL, --evict or --leave, one at a time")
-    folder = library or library_dir()
     if url is not None:
-        n = use_store(folder, url, take_over=take_over)
-        said = f"{n:,} adapters lie at {url}"
+        text = f"{use_store(library, url, take_over=take_over):,} adapters lie at {url}"
     elif evict:
-        said = f"{size(evict_copies(folder))} deleted here"
+        text = f"{size(evict_copies(library))} deleted here"
     elif leave:
-        leave_store(folder)
-        said = f"all adapters lie in {folder}"
+        leave_store(library)
+        text = f"all adapters lie in {library}"
     else:
-        said = f"adapters lie at {store_url(folder) or folder}"
-    if as_json:
-        print_json({"library": str(folder), "store": store_url(folder)})
-    else:
-        print(said)
+        text = f"adapters lie at {store_url(library) or library}"
+    print_result(as_json, {"library": str(library), "store": store_url(library)}, text)

@@ -1,4 +1,4 @@
-"""`loracast verify`: is everything in the library whole?"""
+"""`loracast verify`: check that everything in the library is whole."""
 
 from __future__ import annotations
 
@@ -7,30 +7,23 @@ from typing import Annotated
 import typer
 
 from loracast.cli import options
-from loracast.cli.output import print_json, printable
+from loracast.cli.output import plural, print_result
 
 
 def verify(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these adapters; all by default.")
     ] = None,
-    library: options.Library = None,
+    *,
+    library: options.Library,
     as_json: options.Json = False,
 ) -> None:
-    """Compare adapters with their hashes, and look the register over. Exits with 1 if anything is wrong."""
+    """Compare adapters with their hashes, and check the register. Exits with 1 if anything is wrong."""
     from loracast.library.library import adapter_names
     from loracast.library.upkeep import verify as verify_library
-    from loracast.paths import library_dir
 
-    folder = library or library_dir()
-    problems = verify_library(folder, names or ())
-    if as_json:
-        print_json({"library": str(folder), "problems": problems})
-    elif problems:
-        for problem in problems:
-            print(printable(problem))
-    else:
-        n = len(names) if names else len(adapter_names(folder))
-        print(f"{n:,} adapter{'s' * (n != 1)} whole")
+    problems = verify_library(library, names or ())
+    whole = plural(len(names) if names else len(adapter_names(library)), "adapter") + " whole"
+    print_result(as_json, {"library": str(library), "problems": problems}, "\n".join(problems) or whole)
     if problems:
         raise typer.Exit(1)

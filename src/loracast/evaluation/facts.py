@@ -9,9 +9,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from loracast.data.facts import FactSheet, Split, make_sheet
+from loracast.data.facts import FactSheet, make_sheet
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.baseline import check_names
@@ -61,7 +61,7 @@ class FactsConfig:
     """Storage of the factors."""
     baselines: tuple[str, ...] = tuple(BASELINES)
     """Baselines to run."""
-    split: Split = "test"
+    split: Literal["dev", "test"] = "test"
     """Split of wordings and entities: `dev` to choose between settings, `test` for figures that are reported."""
     seed: int = 0
     """Seed of sheets and questions."""

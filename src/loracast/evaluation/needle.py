@@ -6,10 +6,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loracast.base.chat import encode_with_offsets
-from loracast.data.facts import Split
 from loracast.data.needles import load_content, make_needles
 from loracast.data.rows import read_texts
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
@@ -61,8 +60,8 @@ class NeedleConfig:
     """Documents of each length from 4,096 tokens on that are also put into the window."""
     depths: tuple[float, ...] = ()
     """Where needles go, in turn (0 is the beginning, 1 the end); uniform over the document if empty."""
-    kind: str | None = "number4"
-    """Kind of the value (content/needles.toml); None draws one for each needle."""
+    kind: str = "number4"
+    """Kind of the value (number4, word, person ... in content/needles.toml); any draws one for each needle."""
     route: int = DEFAULT_ROUTE
     """Chunks that a question is given when routed."""
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
@@ -71,7 +70,7 @@ class NeedleConfig:
     """Storage of the factors."""
     baselines: tuple[str, ...] = tuple(BASELINES)
     """Baselines to run."""
-    split: Split = "test"
+    split: Literal["dev", "test"] = "test"
     """Split of the wordings: `dev` to choose between settings, `test` for figures that are reported."""
     seed: int = 0
     """Seed of documents, needles and questions."""
@@ -83,7 +82,7 @@ class NeedleConfig:
         kinds = sorted(load_content()["kinds"])
         problems = [f"a length of {n} tokens is too short for a needle" for n in self.lengths if n < 64]
         problems += [f"a depth of {d} is outside 0..1" for d in self.depths if not 0 <= d <= 1]
-        if self.kind is not None and self.kind not in kinds:
+        if self.kind not in ("any", *kinds):
             problems.append(f"unknown kind of value {self.kind!r} (one of {', '.join(kinds)})")
         if min(self.samples, self.samples_long, self.samples_window, self.route) < 1 or not self.lengths:
             problems.append("samples, route and lengths must be at least 1")
@@ -117,7 +116,8 @@ def evaluate_needle(model: Model, config: NeedleConfig, out: Path, progress: Pro
 def make_sample(config: NeedleConfig, haystack: Haystack, length: int, i: int) -> Sample:
     """The i-th document of a length, by seed, length and i alone: a longer run begins with a shorter one's documents."""
     rng = random.Random(f"{config.seed}/{length}/{i}")
-    return haystack.sample(rng, length, make_needles(rng, 1, split=config.split, kind=config.kind), [config.depth(i)])
+    kind = None if config.kind == "any" else config.kind
+    return haystack.sample(rng, length, make_needles(rng, 1, split=config.split, kind=kind), [config.depth(i)])
 
 
 def _series(model: Model, config: NeedleConfig, haystack: Haystack, length: int) -> Series[Sample]:

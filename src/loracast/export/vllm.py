@@ -26,7 +26,7 @@ def write_vllm(made: Uniform, out: Path, name: str, base: str, about: Mapping[st
 
     vllm serve BASE --enable-lora --max-lora-rank {made.rank} --lora-modules {name}={out.name}
 
-BASE is a folder with the base's weights ({base}; `loracast export-base FOLDER` writes the embedded one). Requests
+BASE is a folder with the base's weights ({base}; `loracast export-base --out FOLDER` writes the embedded one). Requests
 name the adapter as their model: `"model": "{name}"`. It targets {", ".join(sorted(short))}.
 
 To load it into a server that runs (started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True):

@@ -1,0 +1,191 @@
+"""Commands made from functions: a parameter that is a dataclass becomes one option for each of its fields.
+
+The name, type, default and help of such an option come from the field and the docstring below it, so that a setting is written once.
+A command is built only when it is called or its own --help is asked for: the dataclasses of an evaluation need torch, and
+`loracast --help` must not.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import re
+import textwrap
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from types import NoneType
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
+import typer
+from typer.core import TyperGroup
+
+F = TypeVar("F", bound=Callable[..., None])
+
+_SPELLINGS = {
+    "adapters": ("-a", "--adapter"),
+    "benchmarks": ("--benchmark",),
+    "budget_s": ("--budget",),
+    "heldout": ("--heldout/--trained",),
+    "max_new_tokens": ("--max-tokens",),
+    "storage": ("-s", "--storage"),
+}
+"""Options that are not called as their fields are."""
+_ONE_EACH = {"adapters", "benchmarks", "documents", "held_out", "texts", "unrelated"}
+"""Fields whose option is given once for each value; the values of other tuples have commas between them."""
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+class CommandGroup(TyperGroup):
+    """A group whose commands are listed by their docstrings, and built when they are called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and whole(command), rest
+
+
+def whole(command: Any) -> Any:
+    """The command with all its arguments and options, where `command` is only what is listed."""
+    function = getattr(command.callback, "function", None)
+    if function is None:
+        return command
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    alone.command(command.name)(flattened(function))
+    return typer.main.get_command(alone)
+
+
+def add(app: typer.Typer, *functions: Callable[..., None], panel: str | None = None) -> None:
+    """List functions as commands of `app`, under their names with dashes."""
+    for function in functions:
+
+        def listed() -> None: ...
+
+        listed.__doc__ = function.__doc__
+        vars(listed)["function"] = function
+        app.command(function.__name__.strip("_").replace("_", "-"), rich_help_panel=panel)(listed)
+
+
+def config_from(module: str, *, without: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Say in which module the config of a command stands; it is imported when the command is built.
+
+    Args:
+        without: fields that get no option. The function then takes a `functools.partial` of the config, and gives them itself.
+    """
+
+    def mark(function: F) -> F:
+        vars(function).update(config_module=module, without=without)
+        return function
+
+    return mark
+
+
+def flattened(function: Callable[..., None]) -> Callable[..., None]:
+    """The function with an option for each field in place of every parameter that is a dataclass."""
+    about = vars(function)
+    names = vars(import_module(about["config_module"])) if "config_module" in about else {}
+    hints = get_type_hints(function, localns=names, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    configs: dict[str, tuple[Any, list[str]]] = {}  # for each dataclass: what makes it, and its fields
+    for parameter in inspect.signature(function).parameters.values():
+        kind = hints[parameter.name]
+        config: Any = get_args(kind)[0] if get_origin(kind) is partial else kind
+        if dataclasses.is_dataclass(config):
+            made = _options_of(config, about.get("without", ()))
+            configs[parameter.name] = config, [option.name for option in made]
+            parameters += made
+        else:
+            parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+
+    def call(**values: Any) -> None:
+        for name, (config, options) in configs.items():
+            defaults = {field.name: field.default for field in dataclasses.fields(config)}
+            given = {option: _as_field(values.pop(option), defaults[option]) for option in options}
+            values[name] = config(**given) if hints[name] is config else partial(config, **given)
+        function(**values)
+
+    call.__name__, call.__doc__ = function.__name__, function.__doc__
+    call.__annotations__ = {}
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
+
+
+def _options_of(config: Any, without: tuple[str, ...]) -> list[inspect.Parameter]:
+    """A parameter for each field of a dataclass, as typer reads it."""
+    hints = get_type_hints(config, include_extras=True)
+    documented = field_docs(config)
+    made = []
+    for field in dataclasses.fields(config):
+        if field.name in without:
+            continue
+        hint, default = hints[field.name], field.default
+        if get_origin(hint) is not Annotated:  # what is annotated is an option already, for the command line alone
+            if field.name not in documented:
+                raise TypeError(f"{config.__name__}.{field.name} has no docstring, so its option has no help")
+            hint, default = _annotated(field, hint, documented[field.name])
+        default = inspect.Parameter.empty if default is dataclasses.MISSING else default
+        made.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, default=default))
+    return made
+
+
+def _annotated(field: dataclasses.Field, hint: Any, text: str) -> tuple[Any, Any]:
+    """The annotation that typer reads, and the default that goes with it, for a field of a config."""
+    name, default = field.name, cast(Any, field.default)
+    is_required = default is dataclasses.MISSING
+    spelling = _SPELLINGS.get(name, (f"--{name.replace('_', '-')}",))
+    kind = next((part for part in get_args(hint) if NoneType in get_args(hint) and part is not NoneType), hint)
+    if get_origin(kind) is tuple:
+        each = get_args(kind)[0]
+        if name in _ONE_EACH:
+            annotation = list[each] if is_required else list[each] | None  # type: ignore[valid-type]
+            several = typer.Option(*spelling, help=f"{text} Repeatable.")
+            return Annotated[annotation, several], default if is_required else None
+        each = each if each in (int, float) else str
+        metavar = f"{each.__name__.upper()},..."
+        values = typer.Option(*spelling, parser=_listed(each), metavar=metavar, help=text)
+        return Annotated[str | None, values], default if is_required else ",".join(map(str, default or ())) or None
+    if name == "budget_s":
+        return Annotated[str | None, typer.Option(*spelling, parser=seconds, metavar="TIME", help=text)], default
+    if kind is bool and default is True and name not in _SPELLINGS:
+        spelling = (f"{spelling[0]}/--no-{spelling[0][2:]}",)
+    return Annotated[hint, typer.Option(*spelling, help=text)], default
+
+
+def _as_field(value: Any, default: Any) -> Any:
+    """An option's value as its field has it: typer gives a list for a tuple, and None for one without values."""
+    if isinstance(value, list):
+        return tuple(value)
+    return default if value is None and isinstance(default, tuple) else value
+
+
+def _listed(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    """What reads values with commas between them."""
+
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not a list of numbers with commas between them") from None
+
+    return read
+
+
+def seconds(text: str) -> float:
+    """A duration such as 90, 45m or 2.5h, in seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if not match:
+        raise typer.BadParameter("write a duration as 90, 90s, 45m or 2.5h")
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def field_docs(config: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass, those of its bases included, in one line each."""
+    found: dict[str, str] = {}
+    for cls in reversed(config.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+        for line, after in itertools.pairwise(body):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and is_text:
+                found[line.target.id] = " ".join(str(after.value.value).split())
+    return found
