@@ -26,8 +26,8 @@ class FolderLearner:
 
     def __init__(self, folder: Path, learning: Learning, *, again: bool = False, remove_gone: bool = False):
         from loracast.base.load import DEFAULT_BASE
+        from loracast.cast.load import shipped_hypernetwork
         from loracast.files import file_sha256
-        from loracast.model import shipped_hypernetwork
 
         base = learning.base or DEFAULT_BASE
         where = Path(learning.hypernetwork) if learning.hypernetwork else shipped_hypernetwork(base)

@@ -72,7 +72,7 @@ class HypernetworkRun(Run):
     @property
     def overrides(self) -> list[str]:
         """What `--set` and `--budget` change in the recipe."""
-        return [*super().overrides, *([f"training.budget_s={self.budget}"] if self.budget else [])]
+        return [*super().overrides, *([f"training.budget_s={self.budget}"] if self.budget is not None else [])]
 
 
 def doc(
