@@ -51,13 +51,7 @@ def qa(
     require_matplotlib()
     model = open_model(models)
     ceiling = read_reader(reader, model.base.fingerprint).to(model.base.device) if reader else None
-
-    def evaluate(*arguments):
-        report = evaluate_qa(*arguments, ceiling)
-        draw(report, results.out)
-        return report
-
-    results.of("documents", evaluate, model, config)
+    draw(results.of("documents", partial(evaluate_qa, reader=ceiling), model, config), results.out)
 
 
 @config_from("loracast.evaluation.needle")

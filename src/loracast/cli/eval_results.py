@@ -23,11 +23,12 @@ class Results:
     out: Annotated[Path, typer.Option("--out", help="Folder for results.json, table.md and pictures.")]
     as_json: Json = False
 
-    def of(self, unit: str, evaluate: Callable[..., Report], *arguments: Any) -> None:
+    def of(self, unit: str, evaluate: Callable[..., Report], *arguments: Any) -> Report:
         """Run an evaluation, which gets the folder and a progress bar that counts in `unit` after its arguments, and show its report."""
         with progress_bar(unit, is_kept=True) as progress:
             report = evaluate(*arguments, self.out, progress)
         self.show(report)
+        return report
 
     def show(self, report: Report) -> None:
         if self.as_json:
