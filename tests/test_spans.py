@@ -163,32 +163,3 @@ def test_the_loss_on_finding_against_a_formula(base):
     assert undecided[0].item() == pytest.approx(sum(sum(some) / len(some) / 2 for some in losses.values()), rel=1e-5)
     silent = pack([dataclasses.replace(episode, token_labels=()) for episode in episodes], 0)
     assert retrieval_loss({"one": (keys, none), "two": (keys, none)}, blank, silent) is None
-
-
-def test_the_labels_of_two_documents_at_once_spell_the_answers_of_both(base, tmp_path):
-    path = tmp_path / "other.jsonl"
-    path.write_text('{"question": "Who wrote it?", "answer": "Nobody"}\n', encoding="utf-8")
-    config = DataConfig(together_share=1.0, min_facts=2, max_facts=3, questions_per_step=12, unrelated=(str(path),))
-    alone = EpisodeSource(dataclasses.replace(config, together_share=0.0), base.tokenizer, base.chat)
-    source = EpisodeSource(config, base.tokenizer, base.chat)
-    n_unrelated = 0
-    for step in range(6):
-        singles, pairs = alone.step(step), source.step(step)
-        assert len(pairs) == len(singles) // 2
-        for episode, one, other in zip(pairs, singles[::2], singles[1::2], strict=False):
-            assert episode.chunks == one.chunks + other.chunks
-            assert sorted(q.prompt for q in episode.questions) == sorted(
-                q.prompt for q in (*one.questions, *other.questions)
-            )
-            n_unrelated += sum(q.is_unrelated for q in episode.questions)
-            spelled: dict[int, list[int]] = {}
-            for label in episode.token_labels:
-                if label.gate != AFTER:
-                    spelled.setdefault(label.statement, []).append(episode.chunks[label.chunk][label.token])
-            assert len(spelled) == sum(not q.is_unrelated for q in episode.questions)
-            for number, said in spelled.items():
-                question = episode.questions[number]
-                assert not question.is_unrelated
-                answer = base.tokenizer.decode(question.answer[:-1]).strip()
-                assert answer in base.tokenizer.decode(said).strip() or base.tokenizer.decode(said).strip() in answer
-    assert n_unrelated > 0

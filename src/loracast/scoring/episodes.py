@@ -46,18 +46,6 @@ class Episode:
     """Span supervision of the chunks, where it is known."""
 
 
-def together(one: Episode, other: Episode) -> Episode:
-    """Join two documents into one episode with the questions about either; unrelated questions come last."""
-    related = [[question for question in episode.questions if not question.is_unrelated] for episode in (one, other)]
-    unrelated = [question for episode in (one, other) for question in episode.questions if question.is_unrelated]
-    moved = [
-        label._replace(chunk=label.chunk + len(one.chunks), statement=label.statement + len(related[0]))
-        for label in other.token_labels
-    ]
-    questions = (*related[0], *related[1], *unrelated)
-    return Episode((*one.chunks, *other.chunks), questions, one.task, (*one.token_labels, *moved))
-
-
 @dataclass(frozen=True)
 class Batch:
     """Episodes as tensors: d documents of k chunks of at most c tokens, rows of at most t tokens, n answer tokens."""

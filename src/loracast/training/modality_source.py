@@ -84,8 +84,6 @@ class ModalityDataConfig:
     """Questions about each example."""
     attribute_share: float = 0.5
     """Share of the questions after the first one that ask for an attribute, if there is one, instead of the class."""
-    with_held_out_classes: bool = False
-    """Whether held-out classes are trained on too."""
     unrelated: tuple[str, ...] = ()
     """Files of questions unrelated to any example; the base shall answer them as it does without a LoRA."""
 
@@ -141,7 +139,7 @@ class ModalitySource:
         """
         self.config, self.chat = config, chat
         self.wordings = wordings(labelled.modality)
-        indices = list(range(len(labelled))) if config.with_held_out_classes else labelled.of(held_out=False)
+        indices = labelled.of(held_out=False)
         if len({labelled.labels[i] for i in indices}) < 2:
             raise TrainingError("examples of at least two classes are needed")
         self.states = encoded(labelled, indices, encoder, **options)

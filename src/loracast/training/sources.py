@@ -18,7 +18,7 @@ from loracast.data.rows import read_texts
 from loracast.data.spans import FactSpan
 from loracast.data.unrelated import read_unrelated
 from loracast.errors import ConfigError, TrainingError
-from loracast.scoring.episodes import Episode, together
+from loracast.scoring.episodes import Episode
 from loracast.training.document_source import DocumentSource
 from loracast.training.episode_maker import EpisodeMaker
 
@@ -55,8 +55,6 @@ class DataConfig:
     """Longest chunk."""
     max_chunks: int = 1
     """Most chunks of a document."""
-    together_share: float = 0.0
-    """Share of steps whose documents are joined in pairs, like two adapters in one question."""
     texts: tuple[str, ...] = ()
     """Files of prose around needles: JSONL (optionally gzipped) with a `document` or `text` field, or plain text."""
     text_sources: tuple[str, ...] = ()
@@ -164,11 +162,7 @@ class EpisodeSource:
                 kind = of_share
                 break
             drawn -= share
-        episodes = self._draw(kind, rng)
-        if c.together_share and rng.random() < c.together_share:
-            pairs = zip(episodes[::2], episodes[1::2], strict=False)
-            return [together(*pair) for pair in pairs] or episodes
-        return episodes
+        return self._draw(kind, rng)
 
     def of_kind(self, kind: EpisodeKind, number: int) -> list[Episode]:
         """The episodes of one step of a kind, whatever its share."""

@@ -1,14 +1,13 @@
 """Train Text-to-LoRA (arXiv 2506.06105, section 3.2): with a description's LoRA, the base does the task's examples.
 
-Or by reconstruction (section 3.1, `reconstruction.py`). Three terms join the answers' cross-entropy: generated numbers
-stay small; null conditions (gibberish, random vectors) yield hardly any LoRA; and answers are less likely with another
-task's description. The last two make descriptions matter: without them training partly learns one LoRA for all tasks.
+Or by reconstruction (section 3.1, `reconstruction.py`). Two terms join the answers' cross-entropy: generated numbers stay
+small, and null conditions (gibberish, random vectors) yield hardly any LoRA, which makes descriptions matter: without it
+training partly learns one LoRA for all tasks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import random
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from loracast.base.load import Base
 from loracast.data.tasks import Task
@@ -32,7 +30,7 @@ from loracast.hypernets.store import with_config
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.target import target_from_config
-from loracast.scoring.episodes import Episode, pack
+from loracast.scoring.episodes import pack
 from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import OnMetrics, TrainConfig
 from loracast.training.oracle import read_oracle
@@ -70,10 +68,6 @@ class TextRecipe:
     """Weight of the mean square of the generated numbers (published: 1e-3)."""
     null_condition_weight: float = 0.1
     """Weight of the size of the deltas of null conditions, relative to that of descriptions."""
-    contrast_weight: float = 0.0
-    """Weight of how much likelier answers must be with their own description than with another task's."""
-    contrast_examples: int = 2
-    """Examples of each task that are also answered with another task's description."""
     encoder_lora_is_trained: bool = False
     """Whether the encoder LoRA of the variant `attention_delta` is trained, with a gradient through the encoder."""
     task_bank_only: bool = False
@@ -88,10 +82,8 @@ class TextRecipe:
     def __post_init__(self) -> None:
         if self.match not in get_args(Match):
             raise ConfigError(f"unknown match {self.match!r}; one of {', '.join(get_args(Match))}")
-        if min(self.l1_weight, self.null_condition_weight, self.contrast_weight) < 0 or self.contrast_examples < 1:
-            raise ConfigError("weights must not be negative, and contrast_examples at least 1")
-        if self.contrast_weight > 0 and self.data.tasks_per_step < 2:
-            raise ConfigError("a contrast between tasks needs data.tasks_per_step of at least 2")
+        if min(self.l1_weight, self.null_condition_weight) < 0:
+            raise ConfigError("l1_weight and null_condition_weight must not be negative")
 
 
 _ATTENTION_DELTA = "attention_delta"
@@ -100,8 +92,6 @@ _DERIVED = {"modules", "d_text", "d_state", "n_seen", "bank_sizes"}
 _BY_EXAMPLES = (
     "l1_weight",
     "null_condition_weight",
-    "contrast_weight",
-    "contrast_examples",
     "encoder_lora_is_trained",
     "task_bank_only",
 )  # of the table [objective]
@@ -302,19 +292,12 @@ def _by_examples(
             [a.float().square().mean() + b.float().square().mean() for a, b in loras.factors.values()]
         ).mean()
         loss = scores.loss + recipe.l1_weight * size + recipe.null_condition_weight * null_condition
-        contrasts: dict[str, float] = {}
-        if recipe.contrast_weight > 0 and n > 1:
-            with autocast:
-                contrast = _contrast(base, loras, episodes, scores.by_question, recipe.contrast_examples)
-            loss = loss + recipe.contrast_weight * contrast
-            contrasts["contrast"] = contrast.item()
         return loss, {
             "answer_loss": scores.loss.item(),
             "exact": scores.exact,
             "token_accuracy": scores.token_accuracy,
             "delta_norm": of_descriptions.mean().sqrt().item(),
             "null_condition": null_condition.item(),
-            **contrasts,
             "questions": batch.n_questions,
             "tokens": batch.n_tokens,
         }
@@ -338,19 +321,3 @@ def _by_oracles(
         return loss_of(made, rows), {"relative_error": error, "tasks": len(rows)}
 
     return of_step
-
-
-def _contrast(base: Base, loras: LoRABatch, episodes: Sequence[Episode], own: Tensor, n_examples: int) -> Tensor:
-    """Softplus of the nats a token by which answers are less likely with their own LoRA than with another task's.
-
-    It goes to zero as the own LoRA gets ahead, so the other task's LoRA is not driven further than needed.
-
-    Args:
-        own: mean cross-entropy of each answer with its own LoRA [questions].
-    """
-    some = [dataclasses.replace(episode, questions=episode.questions[:n_examples]) for episode in episodes]
-    batch = pack(some, base.pad_id).to(own.device)
-    other = score_answers(base.model, loras.take([i - 1 for i in range(len(episodes))]), batch).by_question
-    starts = itertools.accumulate((len(episode.questions) for episode in episodes[:-1]), initial=0)
-    kept = [start + i for start, episode in zip(starts, some, strict=True) for i in range(len(episode.questions))]
-    return functional.softplus(own[kept] - other).mean()
