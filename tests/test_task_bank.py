@@ -73,7 +73,7 @@ def test_in_training_descriptions_do_without_their_entry_or_their_task():
     torch.manual_seed(0)
     entries = without = 0
     for _ in range(200):
-        left, is_new = recall._without(cosines, recall._task_of_key())
+        left, is_new = recall._hide(cosines, recall._task_of_key())
         hidden = left < -1.5
         assert torch.equal(hidden[:60].sum(1) == 20, is_new[:60])  # of the last task, one is all
         assert not hidden[60].any() or is_new[60]
@@ -81,7 +81,7 @@ def test_in_training_descriptions_do_without_their_entry_or_their_task():
         without += int(is_new[:60].sum())
     assert entries / 12000 == pytest.approx(0.4, abs=0.03) and without / 12000 == pytest.approx(0.15, abs=0.03)
     far = cosines.clone().clamp_max(0.9)  # descriptions that are no entries
-    assert torch.equal(recall._without(far, recall._task_of_key())[0], far)
+    assert torch.equal(recall._hide(far, recall._task_of_key())[0], far)
 
 
 def test_its_factors_span_what_others_span():
@@ -97,7 +97,7 @@ def test_its_factors_span_what_others_span():
 
 
 def test_another_number_of_descriptions_is_refused():
-    with pytest.raises(ConfigError, match="60 descriptions, where the tasks that are stored have 61"):
+    with pytest.raises(ConfigError, match="60 descriptions were given, and the stored tasks have 61"):
         learned().fit_keys(scattered(20, 0)[:60])
 
 
@@ -132,10 +132,10 @@ def test_what_is_recalled_is_found_by_how_it_is_read_now(base):
     other = with_config(recalling, {"dummy_input": "dog"}).requires_grad_(False)
     assert other.task_bank is not None and torch.equal(other.task_bank.cores, recalling.task_bank.cores)
     read = other.text_encoder(base)(DESCRIPTIONS)
-    assert (other.task_bank.coordinates(other._compared(read)) - other.task_bank.keys).abs().max() > 1e-3
+    assert (other.task_bank.coordinates(other._for_task_bank(read)) - other.task_bank.keys).abs().max() > 1e-3
     other.refresh_task_bank(read)
-    torch.testing.assert_close(other.task_bank.coordinates(other._compared(read)), other.task_bank.keys)
-    with pytest.raises(ConfigError, match="2 descriptions, where the tasks that are stored have 3"):
+    torch.testing.assert_close(other.task_bank.coordinates(other._for_task_bank(read)), other.task_bank.keys)
+    with pytest.raises(ConfigError, match="2 descriptions were given, and the stored tasks have 3"):
         other.refresh_task_bank(read[:2])
 
 

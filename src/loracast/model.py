@@ -1,4 +1,4 @@
-"""The Python face: a base with its hypernetwork, which learns documents and answers with them.
+"""The public Python API: a base with its hypernetworks, which learns documents, tasks and images and answers with them.
 
 model = loracast.load()
 manual = model.learn("manual.pdf")
@@ -35,13 +35,13 @@ from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
 from loracast.paths import library_dir
 
 ASK_SYSTEM_TURN = ""
-"""System turn of a question, as in most of the training: the template's own costs 25 tokens of prefill and helps nothing."""
+"""System turn of a question, empty as in training; the template's own would cost 25 tokens of prefill for nothing."""
 
 
 class Answerer:
     """A base that answers with the adapters of a library.
 
-    Adapters hold all that asking takes, but for those with the storage `text`, which are cast when they are asked.
+    It needs no hypernetwork, except for adapters with storage `text`, which are cast at each question.
     """
 
     def __init__(self, base: Base, library: Path, hypernetwork: str | Path | Hypernetwork | None = None):
@@ -60,11 +60,11 @@ class Answerer:
 
     @cached_property
     def documents(self) -> Caster:
-        """The caster of documents. Raises HypernetworkError where none was given and none ships for the base."""
+        """The caster of documents. Raises HypernetworkError if none was given and none ships for the base."""
         return self._load("document")
 
     def adapter(self, name: str) -> Adapter:
-        """An adapter of the library, checked against this base. Raises HypernetworkError where it needs another hypernetwork."""
+        """An adapter of the library, checked against the base. Raises HypernetworkError if it needs another one."""
         found = open_adapter(self.library, name)
         check(found.manifest.made_for, self.base.fingerprint, f"the adapter {name!r}")
         if found.manifest.storage == "text":
@@ -93,9 +93,9 @@ class Answerer:
         """Like `ask`, with what the answer cost.
 
         Args:
-            route: how many chunks of each document a question is given; None merges them all.
+            route: number of chunks of each document that are merged for the question; None merges them all.
             system: the system turn, "" for an empty one, None for the template's own.
-            on_text: told each piece of the answer as it comes.
+            on_text: receives each piece of the answer as it is generated.
         """
         messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": question})
@@ -105,7 +105,10 @@ class Answerer:
     def lora_for(
         self, question: str, adapter: Adapter | str | Sequence[Adapter | str], k: int | None = DEFAULT_ROUTE
     ) -> tuple[LoRA | None, dict[str, Route]]:
-        """The LoRA that a question is answered with, and which chunks it came from, by the adapters' names (with the version, where two are of one name)."""
+        """The LoRA that a question is answered with, and the chunks it came from by adapter.
+
+        Adapters go by their names, or by their versions where two have one name.
+        """
         chosen = [adapter] if isinstance(adapter, (Adapter, str)) else list(adapter)
         opened = [self.adapter(a) if isinstance(a, str) else a for a in chosen]
         routes = [route(a, question, k) for a in opened]
@@ -130,8 +133,8 @@ class Model(Answerer):
     ):
         """
         Args:
-            hypernetwork, task_hypernetwork, image_hypernetwork: hypernetworks, or their folders or hub repositories; the shipped
-                ones if None. Each is read when it is first needed.
+            hypernetwork, task_hypernetwork, image_hypernetwork: hypernetworks, or their folders or hub repositories;
+                the shipped ones if None. Each is read when it is first needed.
         """
         super().__init__(base, library, hypernetwork)
         self._hypernetworks |= {"task": task_hypernetwork, "image": image_hypernetwork}
@@ -150,10 +153,10 @@ class Model(Answerer):
 
         Args:
             source: a path, "-" for standard input, a binary stream, a Document or an ImageFile.
-            name: of the adapter; made from the file's name, or else from the document's title, if None.
-            max_chunk_tokens: longest chunk; the shipped hypernetwork was trained for up to 256.
-            storage: how a document's factors are kept (lora/quantize.py); an image's always in bf16.
-            replace: an adapter of that name gives way to the new one.
+            name: of the adapter; made from the file's name or the document's title if None.
+            max_chunk_tokens: longest chunk; the shipped hypernetwork was trained with up to 256.
+            storage: how a document's factors are kept (lora/quantize.py); an image's are in bf16.
+            replace: whether an adapter of that name is replaced.
 
         Raises:
             DocumentError: the file cannot be read; AdapterError: the name is taken or not allowed.
@@ -177,12 +180,12 @@ class Model(Answerer):
 
     @cached_property
     def images(self) -> Caster:
-        """The caster of images. Raises HypernetworkError where none was given and none ships for the base."""
+        """The caster of images. Raises HypernetworkError if none was given and none ships for the base."""
         return self._load("image")
 
     @cached_property
     def described(self) -> TaskCaster:
-        """The caster of task descriptions. Raises HypernetworkError where none was given and none ships for the base."""
+        """The caster of task descriptions. Raises HypernetworkError if none was given and none ships for the base."""
         return TaskCaster(self._load("task"), self.library)
 
     def task(
@@ -199,7 +202,7 @@ class Model(Answerer):
         strength: float = 1.0,
         replace: bool = False,
     ) -> list[Adapter]:
-        """Cast several descriptions in one pass and keep their adapters; arguments and errors as in `TaskCaster.tasks`."""
+        """Cast several descriptions and keep their adapters; arguments and errors as in `TaskCaster.tasks`."""
         return self.described.tasks(descriptions, names, strength=strength, replace=replace)
 
 
@@ -218,14 +221,13 @@ def load(
     Args:
         base: an embedded base (the default), a local folder or a hub id.
         hypernetwork: a folder or hub repository; the shipped one if None.
-        task_hypernetwork: one that casts descriptions of tasks, for `Model.task`; the shipped one if None.
-        image_hypernetwork: one that casts images, for `Model.learn`; the shipped one if None.
+        task_hypernetwork, image_hypernetwork: the same for `Model.task` and for images in `Model.learn`.
         library: where adapters are kept; the user's own library if None.
-        device: "cpu", "cuda" or "mps"; the fastest there is if None.
-        say: receives messages where an embedded base has to be fetched first.
+        device: "cpu", "cuda" or "mps"; the fastest available if None.
+        say: receives progress messages where an embedded base has to be fetched first.
 
     Raises:
-        BaseModelError, HypernetworkError: the base or the hypernetwork for documents cannot be read, or they do not belong together.
+        BaseModelError, HypernetworkError: the base or the hypernetwork for documents cannot be read, or does not fit.
     """
     loaded = load_base(base, device=device, say=say)
     where = Path(library) if library else library_dir()
@@ -242,9 +244,6 @@ def load_answerer(
     device: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Answerer:
-    """Load a base that answers but does not learn; arguments as in `load`.
-
-    The hypernetwork is read only for adapters that keep their text alone.
-    """
+    """Load a base that answers but does not learn; arguments as in `load`."""
     where = Path(library) if library else library_dir()
     return Answerer(load_base(base, device=device, say=say), where, hypernetwork)

@@ -1,1 +1,1 @@
-"""The base model: where it comes from, which one it is, its chat format, and greedy or sampled generation."""
+"""The base model: loading it, its fingerprint, its chat format, and greedy or sampled generation."""

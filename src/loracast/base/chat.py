@@ -1,4 +1,4 @@
-"""A base's own chat format, from its tokenizer's template; and text to tokens in which no text can become a control token."""
+"""A base's chat format, from its tokenizer's template, and tokenisation in which no text becomes a control token."""
 
 from __future__ import annotations
 
@@ -20,49 +20,49 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_inside(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text as it stands inside a sentence, after a space: most words have other tokens there than at a beginning.
+    """Token ids of a text as it stands inside a sentence, after a space: most words have other tokens at a beginning.
 
-    A token that is nothing but the space is dropped.
+    A token that is the space alone is dropped.
     """
     ids = encode_text(tokenizer, f" {text.strip()}")
     return ids[1:] if len(ids) > 1 and not tokenizer.decode(ids[:1]).strip() else ids
 
 
 def encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """The same, with the character offsets of each token."""
+    """As `encode_text`, with the character offsets of each token."""
     encoded = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
     )
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     control = control_ids(tokenizer)
-    # The tokenizer splits its special tokens, but not other markers of the template: those are cut in two here.
+    # The tokenizer splits special tokens, but not other markers of the template: these are cut in two here.
     cuts = [start + 1 for i, (start, end) in zip(ids, offsets, strict=True) if i in control and end - start > 1]
     if not cuts:
         return ids, offsets
     ids, offsets = [], []
     for low, high in pairwise([0, *cuts, len(text)]):
-        part, places = encode_with_offsets(tokenizer, text[low:high])
+        part, part_offsets = encode_with_offsets(tokenizer, text[low:high])
         ids += part
-        offsets += [(low + start, low + end) for start, end in places]
+        offsets += [(low + start, low + end) for start, end in part_offsets]
     return ids, offsets
 
 
 @lru_cache(maxsize=4)
 def control_ids(tokenizer: Any) -> frozenset[int]:
-    """The ids that steer a base: the tokenizer's special tokens, and those that its chat template writes (`<think>`)."""
+    """Ids of control tokens: the tokenizer's special tokens, and added tokens in its chat template (`<think>`)."""
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     added = tokenizer.added_tokens_decoder.items()
     control = frozenset(i for i, t in added if t.special or (t.content.strip() and t.content in template))
-    # The token for unknown characters is no control token where ordinary text has it.
+    # The token for unknown characters occurs in ordinary text.
     unknown = tokenizer("\U000f1234", add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     return control.difference(unknown)
 
 
 class ChatFormat:
-    """Messages -> token ids, as the base was trained to see them.
+    """Messages -> token ids, as in the base's training.
 
-    The template is rendered around place holders, and what people wrote is put in as plain text afterwards: a document or a question
-    that contains the template's own markers cannot open or close a turn.
+    The template is rendered around placeholders, and contents are put in as plain text afterwards: a document or a
+    question that contains the template's own markers cannot open or close a turn.
     """
 
     def __init__(self, tokenizer: Any):
@@ -84,17 +84,17 @@ class ChatFormat:
             self.has_system_turn = True
         except BaseModelError:
             self.has_system_turn = False
-        """Whether the template knows system turns (Gemma's does not)."""
+        """Whether the template has system turns (Gemma's has none)."""
 
     def prompt(self, question: str, system: str | None = None) -> list[int]:
-        """Token ids of a first question. `system` None leaves the system turn to the template, "" makes it empty."""
+        """Token ids of a first question. A `system` of None leaves that turn to the template; "" is an empty one."""
         messages = [] if system is None else [{"role": "system", "content": system}]
         return self.conversation([*messages, {"role": "user", "content": question}])
 
     def conversation(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ending where the assistant's answer begins.
 
-        Where the template refuses a system turn, its text begins the user's first turn.
+        If the template has no system turn, its text is put before the user's first turn.
         """
         if not self.has_system_turn and len(messages) > 1 and messages[0]["role"] == "system":
             system, user, *others = messages
@@ -103,7 +103,8 @@ class ChatFormat:
         pieces = self._pieces(tuple(m["role"] for m in messages), True)
         frame = [_encode_template(self.tokenizer, piece) for piece in pieces]
         contents = [m["content"] for m in messages]
-        # In one go, as the base was trained: tokens may reach over the border of a content. But not if a content steers.
+        # Encoded as a whole, as in training: a token may span the border of a content. Unless a content holds control
+        # tokens.
         text = pieces[0] + "".join(c + piece for c, piece in zip(contents, pieces[1:], strict=True))
         ids = _encode_template(self.tokenizer, text)
         if self._control(ids) == self._control(chain(*frame)):
@@ -115,31 +116,32 @@ class ChatFormat:
         return [i for i in ids if i in control_ids(self.tokenizer)]
 
     def answer(self, text: str) -> list[int]:
-        """Token ids of an answer, its end of turn included: what training asks the base to say.
+        """Token ids of an answer in training, its end of turn included.
 
-        They are the tokens that the answer has in a document, so that it can be copied; its first may begin with a space.
+        They are the tokens that the answer has inside a document, so that they can be copied: the first may begin with
+        a space.
         """
         return [*encode_inside(self.tokenizer, text), self.end_of_turn]
 
     def reply(self, text: str) -> list[int]:
-        """The same as an assistant's turn in a conversation has it: nothing stands before its first word."""
+        """Token ids of an assistant's turn, its end included; no space stands before its first word."""
         return [*encode_text(self.tokenizer, text.strip()), self.end_of_turn]
 
     @lru_cache(maxsize=256)  # noqa: B019  (a ChatFormat lives as long as its base)
     def _pieces(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list[str]:
         """The template's text before, between and after the messages' contents."""
-        marks = [f"\u27e6content-{i}\u27e7" for i in range(len(roles))]
-        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        placeholders = [f"\u27e6content-{i}\u27e7" for i in range(len(roles))]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, placeholders, strict=True)]
         try:
             rendered = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # jinja's own errors, and whatever a template raises on a role it refuses
+        except Exception as error:  # jinja's errors, and any that a template raises for a role
             raise BaseModelError(f"the base's chat template refuses the roles {list(roles)}: {error}") from error
         pieces = []
-        for mark in marks:
-            before, found, rendered = rendered.partition(mark)
-            if not found or mark in rendered:
+        for text in placeholders:
+            before, found, rendered = rendered.partition(text)
+            if not found or text in rendered:
                 raise BaseModelError(
                     "the base's chat template drops, reorders or repeats messages; loracast cannot use it"
                 )
@@ -148,5 +150,5 @@ class ChatFormat:
 
 
 def _encode_template(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a template's own text, whose markers are control tokens."""
+    """Token ids of the template's own text, in which markers become control tokens."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []

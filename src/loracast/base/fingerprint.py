@@ -1,7 +1,7 @@
-"""Which base a hypernetwork or an adapter belongs to: a fingerprint of the config's shapes and one of the weights.
+"""Fingerprints of a base, by which hypernetworks and adapters name it: one of its shapes and two of its weights.
 
-The weights' fingerprint has two parts. Norm weights are left alone by every quantisation and changed by every training, so
-they tell models apart; a sample of the matrices tells quantisations of one model apart.
+Norm weights are left alone by every quantisation and changed by every training, so their hash tells models apart; the
+hash of a sample of the matrices tells quantisations of one model apart.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from loracast.lora.target import module_shapes, text_config
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Three short hashes and the name that people read."""
+    """Three short hashes of a base, and its name for messages."""
 
     base: str
-    """How the base was named when it was loaded; informative only."""
+    """The name under which the base was loaded; it is not compared."""
     config: str
-    """Of the shapes; must match."""
+    """Hash of the shapes; it must match."""
     norms: str
-    """Of the norm weights; another one means another model."""
+    """Hash of the norm weights; another one means another model."""
     matrices: str
-    """Of a sample of the matrices; another one means another quantisation of the same model."""
+    """Hash of a sample of the matrices; another one means another quantisation of the same model."""
 
     def to_dict(self) -> dict[str, str]:
         return asdict(self)
@@ -41,7 +41,7 @@ def config_fingerprint(config: Any) -> str:
 
 
 def fingerprint(model: Any, name: str) -> Fingerprint:
-    """The fingerprint of a loaded base; reads a few thousand numbers, whatever its size."""
+    """The fingerprint of a loaded base; it reads a few thousand numbers, however large the base is."""
     import torch
 
     norms, matrices = hashlib.sha256(), hashlib.sha256()
@@ -56,7 +56,7 @@ def fingerprint(model: Any, name: str) -> Fingerprint:
 
 
 def check(made_for: Fingerprint, base: Fingerprint, what: str) -> None:
-    """Refuse what was made for another base; warn where only the quantisation differs.
+    """Check that an adapter or hypernetwork was made for this base; warn where only the quantisation differs.
 
     Raises:
         BaseModelError: other shapes or another model; the message says which base to load.

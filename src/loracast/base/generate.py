@@ -1,4 +1,4 @@
-"""The base answers, with another LoRA for each prompt, or none."""
+"""Generation: the base answers prompts, each with a LoRA of its own or none."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Sampling:
     """How tokens are chosen; the default is greedy."""
 
     max_new_tokens: int = 128
-    """Most tokens of an answer."""
+    """Largest number of tokens in an answer."""
     min_new_tokens: int = 0
-    """Fewest tokens of an answer: until then it cannot end."""
+    """Smallest number of tokens in an answer."""
     temperature: float = 0.0
-    """0 takes the likeliest token; above it, tokens are drawn."""
+    """0 takes the likeliest token; above 0, tokens are sampled."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample from the likeliest tokens that together have this probability."""
     seed: int | None = None
-    """Seed of the draw; None for another answer each time."""
+    """Seed of the sampling; None for another answer each time."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def answer(
     sampling: Sampling = Sampling(),
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Answer:
-    """Answer one prompt of token ids, telling `on_text` each piece of text as it comes."""
+    """Answer one prompt of token ids; `on_text` receives each piece of text as it is generated."""
     streamer = _Streamer(base, on_text)
     started = time.perf_counter()
     ids = _generate(base, [prompt], [lora], sampling, streamer)[0]
@@ -97,7 +97,7 @@ def answer_batch(
 
 
 def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
-    """The ids before the first that ends an answer."""
+    """The ids before the first one that ends an answer."""
     return list(takewhile(lambda i: i not in ends, ids))
 
 
@@ -113,8 +113,8 @@ def _generate(
     longest = max(len(prompt) for prompt in prompts)
     if longest + sampling.max_new_tokens > base.window:
         raise BaseModelError(
-            f"the prompt has {longest} tokens and the base's window holds {base.window}; learn the long text as a document, "
-            "or ask for a shorter answer (--max-tokens)"
+            f"the prompt has {longest} tokens and the base's window holds {base.window}; learn the long text as a "
+            "document, or ask for a shorter answer (--max-tokens)"
         )
     ids = torch.full((len(prompts), longest), base.pad_id, device=base.device)
     mask = torch.zeros_like(ids)

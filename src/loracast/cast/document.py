@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 
 def split_document(base: Base, document: Document, max_tokens: int) -> list[Chunk]:
-    """The chunks of a document as this base's tokenizer counts them. Raises DocumentError for a document without text."""
+    """The chunks of a document in tokens of this base. Raises DocumentError for a document without text."""
     chunks = split_text(
         document.text,
         lambda text: encode_with_offsets(base.tokenizer, text),
@@ -53,13 +53,13 @@ def token_batches(base: Base, prompts: Sequence[str]) -> Iterator[list[list[int]
 
 
 def cast_chunks(caster: Caster, base: Base, prompts: Sequence[str]) -> Iterator[Rows]:
-    """The rows of chunks, batch by batch and in order."""
+    """The rows of chunks, in order, a batch at a time."""
     for batch in token_batches(base, prompts):
         yield caster.cast(caster.encode(batch)).rows
 
 
 def recast(caster: Caster, base: Base, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """The rows of chunks as their adapter would hold them in bf16, the static LoRA's among them."""
+    """The tensors that an adapter of these chunks would hold in bf16, the static LoRA's included."""
     batches = list(cast_chunks(caster, base, prompts))
     static = static_tensors(caster.hypernetwork.static_rows())
     rows = {name: value.bfloat16().cpu() for name, value in static.items()}
@@ -83,8 +83,9 @@ def learn_document(
 ) -> Adapter:
     """Cast a document into an adapter and keep it under `name`.
 
-    Where the library has an adapter of the same document, cast in the same way, that one gets the name. Nothing is left behind if casting
-    fails or is killed: the adapter appears in the library when it is whole.
+    If the library has an adapter of the same document, cast in the same way, that one gets the name. The adapter
+    appears
+    in the library once it is complete: casting that fails or is killed leaves nothing behind.
     """
     started = time.perf_counter()
     config = caster.hypernetwork.config
@@ -113,7 +114,7 @@ def learn_document(
         return give_name(library, name, version, replace=replace)
     if not replace:
         check_free(library, name)  # now, not after the work
-    prompts = [] if storage == "text" else [chunk.prompt for chunk in chunks]  # text is cast when it is asked
+    prompts = [] if storage == "text" else [chunk.prompt for chunk in chunks]  # this storage is cast at each question
     batches, static = cast_chunks(caster, base, prompts), caster.hypernetwork.static_rows()
     seconds = lambda: time.perf_counter() - started  # noqa: E731
     return save_rows(library, manifest, chunks, batches, static, seconds, replace=replace, progress=progress)

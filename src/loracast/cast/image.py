@@ -1,4 +1,4 @@
-"""Casts an image into an adapter. The base is needed only to ask."""
+"""Casts an image into an adapter. The base is not needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def learn_image(caster: Caster, image: ImageFile, library: Path, name: str, *, r
     """Cast an image into an adapter and keep it under `name`.
 
     Raises:
-        AdapterError: the name is taken or not allowed, or the hypernetwork gave numbers that are not finite; nothing is kept then.
+        AdapterError: the name is taken or not allowed, or the factors are not finite; nothing is kept then.
     """
     started = time.perf_counter()
     hypernetwork = caster.hypernetwork

@@ -1,4 +1,4 @@
-"""Loads a hypernetwork, checks that it casts what is wanted, and binds it to a base: the one way in for documents, tasks and images."""
+"""Loads a hypernetwork, checks what it casts, and binds it to a base; documents, tasks and images all come this way."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TRAINED_BY: dict[Modality, str] = {"document": "doc", "task": "text", "image": 
 
 
 def shipped_hypernetwork(base: Base | str, modality: Modality = "document") -> Path:
-    """The folder of the hypernetwork that ships for a base: by the name of an embedded base, or by a loaded base's fingerprint.
+    """The folder of the hypernetwork that ships for a base, found by an embedded base's name or by fingerprint.
 
     Raises:
         HypernetworkError: none ships for this base.
@@ -36,8 +36,8 @@ def shipped_hypernetwork(base: Base | str, modality: Modality = "document") -> P
         if (made_for.config, made_for.norms) == (base.fingerprint.config, base.fingerprint.norms):
             return folder
     raise HypernetworkError(
-        f"no hypernetwork is shipped for the base {name!r}: train one (`loracast train {_TRAINED_BY[modality]} --base {name}`) and "
-        "give it with --hypernetwork FOLDER"
+        f"no hypernetwork is shipped for the base {name!r}: train one (`loracast train {_TRAINED_BY[modality]} --base "
+        f"{name}`) and give it with --hypernetwork FOLDER"
     )
 
 
@@ -53,8 +53,8 @@ def load_hypernetwork(source: str | Path, modality: Modality) -> Hypernetwork:
     hypernetwork = from_pretrained(source, Hypernetwork)
     if hypernetwork.modality != modality:
         raise HypernetworkError(
-            f"{source} casts {hypernetwork.modality}s, and {modality}s are wanted: give a hypernetwork that `loracast train "
-            f"{_TRAINED_BY[modality]}` made"
+            f"{source} casts {hypernetwork.modality}s, and {modality}s are wanted: give a hypernetwork that `loracast "
+            f"train {_TRAINED_BY[modality]}` made"
         )
     return hypernetwork
 
@@ -71,12 +71,13 @@ def load_caster(
 
     Args:
         source: a folder or hub repository.
-        base: a loaded base; or a function that loads it, called only where the hypernetwork's encoder is the base.
-        encoder: where the encoder lies now, if not where it lay in training.
-        say: receives messages where an encoder has to be fetched first.
+        base: a loaded base; or a function that loads it, called only if the hypernetwork's encoder is the base.
+        encoder: the encoder's folder or hub id, if another one than in training.
+        say: receives progress messages where an encoder has to be fetched first.
 
     Raises:
-        HypernetworkError, EncoderError, BaseModelError: it cannot be read, casts something else, or belongs to another base.
+        HypernetworkError, EncoderError: it cannot be read, casts something else, or its encoder cannot be loaded.
+        BaseModelError: it belongs to another base.
     """
     hypernetwork = load_hypernetwork(source, modality)
     if callable(base):

@@ -1,4 +1,4 @@
-"""Casts descriptions of tasks into LoRAs and adapters: Text-to-LoRA at work."""
+"""Casts task descriptions into LoRAs and adapters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loracast.lora.algebra import LoRA
 from loracast.paths import library_dir
 
 _AT_ONCE = 50
-"""Descriptions in one forward pass of the hypernetwork: twice as many take more than twice the time (docs/experiments.md)."""
+"""Descriptions in one forward pass of the hypernetwork; with twice as many, each takes longer (docs/experiments.md)."""
 
 
 class TaskCaster:
@@ -41,29 +41,29 @@ class TaskCaster:
 
     @cached_property
     def ood_threshold(self) -> float | None:
-        """Distance beyond which a description gets a warning; None where no descriptions of the training are known."""
+        """Distance to the seen descriptions beyond which one gets a warning; None if the hypernetwork holds none."""
         return self.hypernetwork.ood_threshold()
 
     def loras(self, descriptions: Sequence[str], strength: float = 1.0) -> list[LoRA]:
-        """The LoRAs of some descriptions.
+        """The LoRAs of n descriptions.
 
         Args:
-            strength: factor on every delta; 0 is no adapter, 1 what the hypernetwork was trained for.
+            strength: factor on every delta; 0 gives no adapter, 1 is as in training.
         """
         loras = self._loras(self._encode(descriptions))
         return loras if strength == 1 else [lora.scale(strength) for lora in loras]
 
     def constant_lora(self) -> LoRA:
-        """The LoRA of a constant condition, which describes nothing: a baseline."""
+        """The LoRA of a constant condition that describes nothing: a baseline."""
         return self._loras(Features(self.hypernetwork.constant()[:, None]))[0]
 
     @torch.inference_mode()
     def embeddings(self, descriptions: Sequence[str]) -> torch.Tensor:
-        """One vector for each description [n, d], by which the hypernetwork compares descriptions."""
+        """The vectors by which the hypernetwork compares descriptions, one each [n, d]."""
         return self.hypernetwork.pooled(self._encode(descriptions).states[:, 0])
 
     def distances(self, descriptions: Sequence[str]) -> list[float | None]:
-        """Distance of each description to the nearest one seen in training: 1 - cosine; None where none is known."""
+        """Distance (1 - cosine) of each description to the nearest seen one; None if the hypernetwork holds none."""
         return self._distances(self._encode(descriptions))
 
     def task(
@@ -80,14 +80,14 @@ class TaskCaster:
         strength: float = 1.0,
         replace: bool = False,
     ) -> list[Adapter]:
-        """Cast descriptions into adapters, all at once, and keep them.
+        """Cast descriptions into adapters, all in one go, and keep them.
 
-        A description that is out of distribution is cast all the same; its adapter's manifest holds a warning then.
+        A description beyond the OOD threshold is cast as well, and its adapter's manifest holds a warning.
 
         Args:
             names: of the adapters; made from the descriptions if None.
             strength: factor on every delta.
-            replace: an adapter of the same name gives way to the new one.
+            replace: whether an adapter of the same name is replaced.
 
         Raises:
             AdapterError: a description is empty, or a name is taken or not allowed; nothing is kept then.
@@ -154,7 +154,7 @@ class TaskCaster:
 
 
 def _each(rows: Rows, strength: float) -> list[Rows]:
-    """Rows of n descriptions -> the rows of each, its deltas scaled."""
+    """Rows of n descriptions -> the rows of each one, scaled by `strength`."""
     n = next(iter(rows.values()))[0].shape[0]
     scaled = rows if strength == 1 else {kind: (a, b * strength) for kind, (a, b) in rows.items()}
     return [{kind: (a[i : i + 1], b[i : i + 1]) for kind, (a, b) in scaled.items()} for i in range(n)]

@@ -1,9 +1,8 @@
-"""What a description adds to the base's own attention, layer by layer: read in one forward pass, with the description in the window.
+"""Attention deltas: what a task description adds to the base's own attention, layer by layer, read in one forward pass.
 
-    system turn, [description], an input that stands for any, the beginning of an answer that stands for any
-
-At a token after the description, an attention head's output is a mean of values; with the description hidden it is another mean, of the rest. The
-difference, through the layer's output projection, is the description's attention delta there. What all texts begin with is read once.
+The base reads a system turn, the description, a dummy input and the beginning of a dummy answer. At a token after the
+description, an attention head's output is a weighted mean of values; with the description masked out it is a mean of
+the other values alone. The difference, through the layer's output projection, is the attention delta at that token.
 """
 
 from __future__ import annotations
@@ -33,33 +32,33 @@ T = TypeVar("T")
 ATTENTION_DELTA = "base:attention_delta"
 """The name of this encoder in a hypernetwork's config."""
 POSITIONS = ("start", "answer", "input", "turn")
-"""Positions at which attention deltas are read, and at which the LoRA made from them writes: where the answer begins, after its
-beginning, in the input, and in what the template has between the input and the answer."""
+"""Positions at which attention deltas are read, and at which the LoRA made from them writes: the token that begins the
+answer, the last token of the dummy answer, the input, and what the template has between input and answer."""
 MAX_TOKENS = 512
 _TEXTS_AT_ONCE = 25  # of about the same length, so that little is padding
-_WATCHED = "loracast_watched"
+_RECORD = "loracast_attention_delta"
 
 
 @dataclass
-class _Watch:
-    """What is looked at in one forward pass, and what is seen."""
+class _Record:
+    """Says, in one forward pass, where attention deltas are read, and collects what they are made from."""
 
     described: Tensor
     """[n, t0 + t] bool, true at a description's tokens; t0 tokens were read before."""
-    places: Tensor
-    """[n, places, t]: the tokens that a place is the mean of, as weights."""
+    positions: Tensor
+    """[n, positions, t]: weights of the tokens over which each position takes a mean."""
     before: Sequence[tuple[Tensor, Tensor]] = ()
-    """Block by block, keys and values [1, heads, t0, d] of what was read before."""
+    """Block by block, keys and values [1, heads, t0, d] of the tokens read before."""
     read: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Block by block, keys and values [n, heads, t, d]."""
-    seen: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
-    """The attention of each block, and what less would enter its output projection without the description [n, places, d_in]."""
+    deltas: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
+    """Block by block, the attention module and the delta of its heads' outputs [n, positions, d_in]."""
 
 
 class AttentionDeltaEncoder:
-    """Descriptions -> their attention deltas at each position in each layer. Shares the base's weights.
+    """Descriptions -> their attention deltas at each position in each layer. It shares the base's weights.
 
-    Outside of training, the encoder LoRA and the keys and values of what all prompts begin with are computed once.
+    Outside of training, the encoder LoRA and keys and values of the tokens that begin every prompt are computed once.
     """
 
     def __init__(
@@ -74,9 +73,9 @@ class AttentionDeltaEncoder:
     ):
         """
         Args:
-            layers: of the base, in which attention deltas are read.
-            kind: the modules through which attention writes (`o_proj`).
-            dummy_input, dummy_answer: input and beginning of an answer that stand in for real ones while a description is read.
+            layers: those of the base in which attention deltas are read.
+            kind: kind of the attention's output projections (`o_proj`).
+            dummy_input, dummy_answer: input and beginning of an answer that stand in for real ones.
             lora: gives the encoder LoRA, which the base carries while it reads.
             is_training: whether the encoder LoRA may have changed since the last call.
         """
@@ -87,17 +86,16 @@ class AttentionDeltaEncoder:
         self.d_text = len(POSITIONS) * len(self._layers) * self._d_state
         self._dummy_input = dummy_input
         self._plain = base.chat.prompt(dummy_input, "")
-        """The dummy input as it is asked without a description."""
+        """The prompt of the dummy input without a description."""
         self._answer = base.chat.reply(dummy_answer)[:-1]
         self._n_before, self._n_after = tokens_around_input(base.chat)
         self._decoder = cut(base.model.get_decoder(), max(self._layers) + 1)
         self._kept: dict[str, Any] = {}
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """n texts -> their attention deltas at each place in each layer, [n, d_text], fp32; differentiable in the LoRA with which the base reads.
+        """n texts -> their attention deltas at each position in each layer [n, d_text], fp32.
 
-        Raises:
-            EncoderError: a text is too long.
+        They are differentiable in the encoder LoRA. Raises EncoderError for a text that is too long.
         """
         rows = [self._row(text.strip()) for text in texts]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
@@ -108,75 +106,77 @@ class AttentionDeltaEncoder:
         return conditions
 
     def _row(self, description: str) -> tuple[list[int], int, int]:
-        """Token ids, where the description ends in them, and how many of them the prompt has."""
+        """Token ids of prompt and dummy answer, the end of the description in them, and the length of the prompt."""
         prompt = self._base.chat.prompt(with_description(description, self._dummy_input), "")
-        # The dummy input and what follows it, but that after a description its first token may be another one.
+        # The end that both prompts share; the dummy input's first token may change after a description.
         n_told = len(self._plain) - self._n_before
         end = len(prompt) - min(_common(prompt[::-1], self._plain[::-1]), n_told)
         if end - self._n_before > MAX_TOKENS:
             raise EncoderError(
-                f"a description has {end - self._n_before} tokens and {MAX_TOKENS} are read: say it shorter, or give it as a document"
+                f"a description has {end - self._n_before} tokens and {MAX_TOKENS} are read: shorten it, or give it as "
+                "a document"
             )
         return [*prompt, *self._answer], end, len(prompt)
 
     def _read(self, rows: Sequence[tuple[list[int], int, int]]) -> Tensor:
+        """Rows of `_row` -> attention deltas [n, d_text]."""
         n_shared = self._n_before if all(row[: self._n_before] == self._shared for row, _, _ in rows) else 0
         ids, _ = pad_right([row[n_shared:] for row, _, _ in rows], self._base.pad_id)
         n, t = ids.shape
-        described, places = torch.zeros(n, n_shared + t, dtype=torch.bool), torch.zeros(n, len(POSITIONS), n_shared + t)
+        described = torch.zeros(n, n_shared + t, dtype=torch.bool)
+        positions = torch.zeros(n, len(POSITIONS), n_shared + t)
         for i, (row, end, n_prompt) in enumerate(rows):
             described[i, self._n_before : end] = True
-            places[i, POSITIONS.index("start"), n_prompt - 1] = 1
-            places[i, POSITIONS.index("answer"), len(row) - 1] = 1
-            for place, first, last in (
-                ("input", end, n_prompt - self._n_after),
-                ("turn", n_prompt - self._n_after, n_prompt - 1),
-            ):
-                places[i, POSITIONS.index(place), first:last] = 1 / max(1, last - first)
-        with inject(self._base.model, self._once("reading", self._reads_with)):
-            before = self._once("beginning", self._read_before) if n_shared else ()
-            watch = _Watch(described, places[:, :, n_shared:], before)
-            return self._written(self._watched(ids, watch).seen).flatten(1)
+            turn = n_prompt - self._n_after
+            spans = ((n_prompt - 1, n_prompt), (len(row) - 1, len(row)), (end, turn), (turn, n_prompt - 1))
+            for k, (first, last) in enumerate(spans):  # in the order of POSITIONS
+                positions[i, k, first:last] = 1 / max(1, last - first)
+        with inject(self._base.model, self._once("lora", self._encoder_lora)):
+            before = self._once("before", self._read_before) if n_shared else ()
+            record = _Record(described, positions[:, :, n_shared:], before)
+            return self._projected(self._run(ids, record).deltas).flatten(1)
 
-    def _once(self, what: str, make: Callable[[], T]) -> T:
-        """What is made, and is made once while the hypernetwork is not in training."""
+    def _once(self, key: str, make: Callable[[], T]) -> T:
+        """The result of `make`, computed once while the hypernetwork is not in training."""
         if self._is_training():
             self._kept.clear()
             return make()
-        if what not in self._kept:
-            self._kept[what] = make()
-        return self._kept[what]
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
-    def _reads_with(self) -> LoRABatch:
-        """The LoRA that the base carries while it reads, in the base's type."""
+    def _encoder_lora(self) -> LoRABatch:
         return self._lora().to(self._base.model.dtype)
 
     @property
     def _shared(self) -> list[int]:
-        """The tokens that prompts have before what the user says."""
+        """The tokens that begin every prompt."""
         return self._plain[: self._n_before]
 
     def _read_before(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """Keys and values of these tokens, block by block."""
+        """Keys and values of the tokens that begin every prompt, block by block."""
         n = self._n_before
-        nothing = _Watch(torch.zeros(1, n, dtype=torch.bool), torch.zeros(1, len(POSITIONS), n))
-        return self._watched(torch.tensor([self._shared]), nothing).read
+        nothing = _Record(torch.zeros(1, n, dtype=torch.bool), torch.zeros(1, len(POSITIONS), n))
+        return self._run(torch.tensor([self._shared]), nothing).read
 
-    def _watched(self, ids: Tensor, watch: _Watch) -> _Watch:
-        """Let the base read ids [n, t] after what was read before; the watch has seen it then."""
-        base, n_before = self._base, watch.described.shape[1] - ids.shape[1]
-        watch.described, watch.places = watch.described.to(base.device), watch.places.to(base.device)
-        positions = torch.arange(n_before, watch.described.shape[1], device=base.device)[None]
-        with _watching(base.model.get_decoder()):
-            self._decoder(input_ids=ids.to(base.device), position_ids=positions, use_cache=False, **{_WATCHED: watch})
-        return watch
+    def _run(self, ids: Tensor, record: _Record) -> _Record:
+        """Let the base read ids [n, t] after the tokens that the record has from before, and fill the record."""
+        base, n_before = self._base, record.described.shape[1] - ids.shape[1]
+        record.described, record.positions = record.described.to(base.device), record.positions.to(base.device)
+        at = torch.arange(n_before, record.described.shape[1], device=base.device)[None]
+        with _recording(base.model.get_decoder()):
+            self._decoder(input_ids=ids.to(base.device), position_ids=at, use_cache=False, **{_RECORD: record})
+        return record
 
-    def _written(self, seen: Sequence[tuple[nn.Module, Tensor]]) -> Tensor:
-        """What would enter output projections -> attention deltas [n, places, layers, d_state]; of a block that is no target, to the next that is one."""
+    def _projected(self, deltas: Sequence[tuple[nn.Module, Tensor]]) -> Tensor:
+        """Deltas of the heads' outputs, by block -> attention deltas [n, positions, layers, d_state].
+
+        The delta of a block that is not in `layers` is added to that of the next block that is.
+        """
         layers = set(self._layers)
         attention_deltas: list[Tensor] = []
         waiting: Tensor | float = 0.0
-        for layer, (attention, x) in enumerate(seen):
+        for layer, (attention, x) in enumerate(deltas):
             projection = getattr(attention, self._kind)
             waiting = _linear_part(projection, x.to(projection.weight.dtype)).float() + waiting
             if layer in layers:
@@ -186,51 +186,51 @@ class AttentionDeltaEncoder:
 
 
 def tokens_around_input(chat: ChatFormat) -> tuple[int, int]:
-    """How many tokens a prompt has before what the user says, and after it, the one included from which the answer begins."""
+    """Number of tokens in a prompt before the user's input and after it, the template's last token included."""
     one, other = chat.prompt("a", ""), chat.prompt("0", "")
     return _common(one, other), _common(one[::-1], other[::-1])
 
 
 def _linear_part(module: nn.Module, x: Tensor) -> Tensor:
-    """What a module makes of x, without its bias."""
+    """The module's output for x, without its bias."""
     bias = getattr(module, "bias", None)
     return module(x) if bias is None else module(x) - bias
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """Length of the longest common prefix."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 @contextmanager
-def _watching(decoder: Any) -> Iterator[None]:
-    """Attention that tells a `_Watch` in its arguments what the described tokens contribute."""
+def _recording(decoder: Any) -> Iterator[None]:
+    """Use attention that writes attention deltas into the `_Record` among its arguments."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(_WATCHED, _watched_attention)
+    AttentionInterface.register(_RECORD, _recording_attention)
     usual = decoder.config._attn_implementation
-    decoder.config._attn_implementation = _WATCHED
+    decoder.config._attn_implementation = _RECORD
     try:
         yield
     finally:
         decoder.config._attn_implementation = usual
 
 
-def _watched_attention(
+def _recording_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention [n, heads, t, d] -> [n, t, heads, d]; rows are padded on the right, where nobody looks."""
-    watch: _Watch = options[_WATCHED]
-    watch.read.append((key, value))
-    if watch.before:
-        n, block = len(key), len(watch.seen)
-        earlier = (side.expand(n, -1, -1, -1) for side in watch.before[block])
+    """Causal attention [n, heads, t, d] -> [n, t, heads, d]; rows are padded on the right, so no mask is needed."""
+    record: _Record = options[_RECORD]
+    record.read.append((key, value))
+    if record.before:
+        n, block = len(key), len(record.deltas)
+        earlier = (side.expand(n, -1, -1, -1) for side in record.before[block])
         key, value = (torch.cat(pair, dim=2) for pair in zip(earlier, (key, value), strict=True))
     (n, n_heads, t, _), (_, n_shared, t_all, _) = query.shape, key.shape
     key, value = key.float(), value.float()
 
     def of_each_head(rows: Tensor, shared: Tensor) -> Tensor:
-        """[n, heads, r, x] @ what several heads share [n, shared heads, x, y] -> [n, heads, r, y]."""
+        """[n, heads, r, x] @ [n, key-value heads, x, y], each shared by a group of heads -> [n, heads, r, y]."""
         return (rows.reshape(n, n_shared, -1, rows.shape[-1]) @ shared).view(n, n_heads, rows.shape[2], -1)
 
     scores = of_each_head(query.float() * options["scaling"], key.transpose(2, 3))
@@ -238,10 +238,10 @@ def _watched_attention(
         scores = cap * torch.tanh(scores / cap)
     later = torch.full((t, t_all), float("-inf"), device=scores.device).triu(1 + t_all - t)
     weights = (scores + later).softmax(-1)  # [n, heads, t, t_all]
-    # Without the description, a token's weights are those of the others, over their sum.
-    others = (~watch.described).float()[:, None, :, None]  # [n, 1, t_all, 1]
+    # With the description masked out, the weights of the other tokens are rescaled to sum to 1.
+    others = (~record.described).float()[:, None, :, None]  # [n, 1, t_all, 1]
     on_others = (weights @ others).clamp_min(torch.finfo(weights.dtype).tiny).transpose(2, 3)  # [n, heads, 1, t]
-    places = watch.places[:, None]
-    less = places @ weights - ((places / on_others) @ weights) * others.transpose(2, 3)  # [n, heads, places, t_all]
-    watch.seen.append((module, of_each_head(less, value).transpose(1, 2).flatten(2)))
+    positions = record.positions[:, None]
+    change = positions @ weights - ((positions / on_others) @ weights) * others.transpose(2, 3)  # [n, heads, p, t_all]
+    record.deltas.append((module, of_each_head(change, value).transpose(1, 2).flatten(2)))
     return of_each_head(weights, value).transpose(1, 2).to(query.dtype), None

@@ -1,4 +1,4 @@
-"""The features that an encoder hands to a hypernetwork, and the contract of encoders: how any modality comes in."""
+"""Features, which an encoder hands to a hypernetwork, and the contract that encoders of any modality fulfil."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 OF_THE_BASE = "base"
-"""The name of the encoder that is the base itself."""
+"""The encoder name that means the base itself."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Features:
     """Features of n chunks, images or descriptions of t tokens each, padding included."""
 
     states: Tensor
-    """[n, t, d], or [n, layers, t, d] when each layer reads features of its own; the last columns may be values to copy."""
+    """[n, t, d], or [n, layers, t, d] if each layer reads features of its own; the last columns may be values."""
     starts: Tensor | None = None
-    """[n, t, d_values]: like the values, but what makes the base begin an answer with the token; for an associative memory."""
+    """[n, t, d_values]: values of the tokens that begin an answer with the same text; for an associative memory."""
     keys: Tensor | None = None
-    """[n, modules, t, d_in]: what enters the modules in which an associative memory lies."""
+    """[n, modules, t, d_in]: inputs of the modules that hold an associative memory."""
     mask: Tensor | None = None
     """[n, t] bool, true where a token is real; None where all are. A chunk without a real token gets a LoRA of zero."""
 
@@ -49,12 +49,12 @@ class Encoder(Protocol):
 
     @property
     def name(self) -> str:
-        """As a user gives it."""
+        """The name that a user gives."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that decides its features: weights and preparation. Features of another one are never fed to a hypernetwork."""
+        """Hash of all that decides its features: weights and preparation; a hypernetwork refuses any other."""
         ...
 
     @property
@@ -71,9 +71,9 @@ class Encoder(Protocol):
 
 
 def check_encoder(name: str, fingerprint: str, d_features: int, encoder: Encoder) -> None:
-    """Raise HypernetworkError where a hypernetwork was trained with another encoder than this one."""
+    """Raise HypernetworkError if a hypernetwork was trained with another encoder than this one."""
     if (fingerprint, d_features) != (encoder.fingerprint, encoder.d_features):
         raise HypernetworkError(
-            f"the hypernetwork was trained with the encoder {name!r} (fingerprint {fingerprint}), and {encoder.name!r} has the "
-            f"fingerprint {encoder.fingerprint}: give the encoder that it was trained with"
+            f"the hypernetwork was trained with the encoder {name!r} (fingerprint {fingerprint}), and {encoder.name!r} "
+            f"has the fingerprint {encoder.fingerprint}: give the encoder that it was trained with"
         )

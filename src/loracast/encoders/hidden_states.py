@@ -50,8 +50,9 @@ class HiddenStatesEncoder:
         Args:
             model: the base (a causal LM).
             layers: blocks after which states are read; 0 means the embeddings.
-            with_values: append each token's value to its features: the unit vector that, added to the last hidden state,
-                makes the base generate that token (its output embedding, centred and weighted as the final norm does).
+            with_values: append each token's value to its features: the unit vector that, added to the last hidden
+                state, makes the base generate that token (its output embedding, centred and weighted like the final
+                norm does).
             prefix: token ids read before each row and then dropped. The first token of a text is an attention sink: its
                 state is huge and nearly the same whatever the token is.
             key_modules: names of modules whose inputs are read as well; they come in the order of their layers. Needs

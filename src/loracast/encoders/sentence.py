@@ -1,7 +1,8 @@
-"""Text encoders: a description becomes one vector, the condition of a task's LoRA. Import is light; torch loads on use.
+"""Text encoders: a description becomes one vector, the condition of a task's LoRA. Torch loads on first use.
 
-Two families: sentence encoders (a folder or hub repository in the layout of sentence-transformers, read with transformers alone), the default
-being MiniLM inside a PyPI package, fetched once and verified; and the base itself, by its state at the description's last token.
+There are two families: sentence encoders (a folder or hub repository in the layout of sentence-transformers, read with
+transformers alone), of which the default is MiniLM from a PyPI package; and the base itself, by its state at the
+description's last token.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ EMBEDDED_ENCODERS = {
     )
 }
 _TEXTS_AT_ONCE = 64
-_PARTS = ("Transformer", "Pooling", "Normalize")  # of a sentence encoder, which this module reads
+_PARTS = ("Transformer", "Pooling", "Normalize")  # the parts of sentence encoders that this module implements
 
 
 class TextEncoder(Protocol):
-    """What a text-to-LoRA hypernetwork needs of an encoder."""
+    """An encoder of descriptions, as text-to-LoRA hypernetworks use it."""
 
     name: str
-    """As a user gives it, and as the hypernetwork's config keeps it."""
+    """The name that a user gives, and that the hypernetwork's config keeps."""
     d_text: int
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -57,12 +58,12 @@ class TextEncoder(Protocol):
 def load_text_encoder(
     name: str, base: Base | None = None, say: Callable[[str], None] = lambda text: None
 ) -> TextEncoder:
-    """The encoder of that name.
+    """Load a text encoder by name.
 
     Args:
         name: an embedded encoder, `base`, or a folder or hub id of a sentence encoder.
-        base: needed for the encoder `base` alone.
-        say: told what is being done where an embedded encoder has to be fetched first.
+        base: needed only for the encoder `base`.
+        say: receives progress messages where an embedded encoder has to be fetched first.
 
     Raises:
         EncoderError: it cannot be found, fetched or used; the message says what to do.
@@ -77,18 +78,18 @@ def load_text_encoder(
 def pull_encoder(
     name: str = DEFAULT_ENCODER, *, say: Callable[[str], None] = lambda text: None, wheel: Path | None = None
 ) -> Path:
-    """Fetch and verify an embedded encoder, unless that was done before; the folder that it lies in. Raises PackageError."""
+    """The folder of an embedded encoder, fetched and verified on first use. Raises PackageError."""
     pinned = EMBEDDED_ENCODERS[name]
     return fetch(pinned, encoders_dir() / f"{name}-{pinned.digest}", say=say, wheel=wheel)
 
 
 class SentenceEncoder:
-    """A sentence encoder in the layout of sentence-transformers: a transformer and how its states are pooled."""
+    """A sentence encoder in the layout of sentence-transformers: a transformer and the pooling of its states."""
 
     def __init__(self, name: str, where: str | Path):
         """
         Args:
-            name: as the user gave it.
+            name: the name that the user gave.
             where: its folder or hub id.
         """
         from transformers import AutoModel, AutoTokenizer
@@ -104,8 +105,9 @@ class SentenceEncoder:
             lengths = _read_json(where, "sentence_bert_config.json") if _has(where, "sentence_bert_config.json") else {}
         except (OSError, ValueError, KeyError) as error:
             raise EncoderError(
-                f"cannot load the text encoder {name!r}: give one of {', '.join(EMBEDDED_ENCODERS)}, {OF_THE_BASE}, or a folder or hub "
-                f"id of a sentence encoder in the layout of sentence-transformers ({str(error).splitlines()[0]})"
+                f"cannot load the text encoder {name!r}: give one of {', '.join(EMBEDDED_ENCODERS)}, {OF_THE_BASE}, or "
+                "a folder or hub id of a sentence encoder in the layout of sentence-transformers "
+                f"({str(error).splitlines()[0]})"
             ) from error
         modes = [mode for mode in ("cls_token", "mean_tokens", "lasttoken") if pooling.get(f"pooling_mode_{mode}")]
         extra = [part["type"] for part in parts if part["type"].rpartition(".")[2] not in _PARTS]
@@ -117,13 +119,14 @@ class SentenceEncoder:
         self._max_tokens = min([int(limit) for limit in limits if limit] or [512])
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> their vectors [n, d_text], fp32, of length sqrt(d_text). Raises EncoderError for a text that is too long."""
+        """n texts -> vectors [n, d_text], fp32, of length sqrt(d_text). Raises EncoderError for too long a text."""
         import torch
 
         lengths = [len(ids) for ids in self._tokenizer(list(texts), verbose=False)["input_ids"]]
         if max(lengths) > self._max_tokens:
             raise EncoderError(
-                f"a description has {max(lengths)} tokens and the text encoder {self.name!r} reads {self._max_tokens}: say it shorter"
+                f"a description has {max(lengths)} tokens and the text encoder {self.name!r} reads {self._max_tokens}: "
+                "say it shorter"
             )
         vectors = []
         with torch.inference_mode():
@@ -162,7 +165,7 @@ class BaseTextEncoder:
 
 
 def _pool(states: Tensor, mask: Tensor, how: str) -> Tensor:
-    """States [n, t, d] of texts padded on the right -> [n, d]."""
+    """States [n, t, d] of texts padded on the right -> one vector each [n, d]."""
     if how == "cls_token":
         return states[:, 0]
     lengths = mask.sum(1)
@@ -172,7 +175,7 @@ def _pool(states: Tensor, mask: Tensor, how: str) -> Tensor:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """Of length sqrt(d), so that a number in it is about 1 whatever the encoder."""
+    """Vectors scaled to length sqrt(d), so that their numbers are about 1 whatever the encoder."""
     from torch.nn.functional import normalize
 
     return normalize(vectors.float(), dim=-1) * vectors.shape[-1] ** 0.5

@@ -1,16 +1,16 @@
 """Text-to-LoRA from attention deltas: what a description adds to the base's own attention becomes a LoRA.
 
-The base reads the description, a dummy input and the beginning of a dummy answer, with an encoder LoRA that was trained with descriptions
-in its prompts. At each layer, attention writes one thing with the description and another with the description hidden; the difference,
-the attention delta, is what a base without the description lacks (`encoders/attention_delta.py`). It becomes the B of a LoRA in the
-attention's output:
+The base reads the description, a dummy input and the beginning of a dummy answer, with an encoder LoRA that was trained
+with descriptions in its prompts. The attention deltas (`encoders/attention_delta.py`) are what a base that does not see
+the description lacks. They become the B of a LoRA in the attention's output projections:
 
-    attention deltas [n, positions, layers, d] -> mixed over positions, plus a learned correction of low rank -> B [n, layers, r, d]
-    learned A [layers, r, d_in]: where each column of B is written; at the start, one column fires at each position
-    mean attention delta -> gate [n], which scales all of it and the factors that all descriptions share
-    attention deltas, mean over layers -> task bank: what was learned about the training's own tasks (optional; `task_bank.py`)
+    attention deltas [n, positions, layers, d] -> mixed over positions, plus a learned correction of low rank
+    -> B [n, layers, r, d]
+    learned A [layers, r, d_in]: where each column of B is written; at the start, one row fires at each position
+    mean attention delta -> gate [n], which scales B and the B of the factors that all descriptions share
+    attention deltas, mean over layers -> task bank: stored training tasks (optional; `task_bank.py`)
 
-The base understands the task, and it knows more tasks than a training has; little is left to be learned (docs/experiments.md).
+The base understands the task already, and knows more tasks than a training has, so little is left to learn.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class AttentionDeltaToLoRAConfig:
     modules: tuple[ModuleRow, ...]
     """The target modules, in the target's order."""
     kind: str = "o_proj"
-    """Kind of the modules in which attention writes: attention deltas are read there, and become LoRAs of these."""
+    """Kind of the attention's output projections: attention deltas are read there and become LoRAs of these modules."""
     rank: int = 6
     """Rank of the factors made from a description."""
     shared_rank: int = 16
@@ -64,14 +64,14 @@ class AttentionDeltaToLoRAConfig:
     bank_sizes: tuple[int, ...] = ()
     """Number of descriptions of each task in the task bank, in order."""
     n_seen: int = 0
-    """Number of descriptions seen in training, kept to tell how far a new one is from all of them."""
+    """Number of seen descriptions: those of the training, kept for the OOD threshold."""
 
     def __post_init__(self) -> None:
         problems = problems_of(self.modules)
         widths = {d_out for _, _, kind, _, d_out in self.modules if kind == self.kind}
         if widths != {self.d_state}:
             problems.append(
-                f"attention deltas need {self.kind} among the target's modules, writing {self.d_state} numbers"
+                f"attention deltas need {self.kind} among the target's modules, with outputs of {self.d_state} numbers"
             )
         if self.rank < len(POSITIONS) or min(self.shared_rank, self.map_rank) < 1:
             problems.append(f"rank must be at least {len(POSITIONS)}, shared_rank and map_rank at least 1")
@@ -136,7 +136,7 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         kinds = {kind: len(c.target.of_kind(kind)) for kind in c.target.kinds}
         self.shared = nn.ModuleDict({k: StaticLoRA(n, c.shared_rank, *self._shape(k)) for k, n in kinds.items()})
         self.encoder_lora = nn.ModuleDict({k: StaticLoRA(n, c.shared_rank, *self._shape(k)) for k, n in kinds.items()})
-        self.encoder_lora.requires_grad_(False)  # the rest is trained on what it reads
+        self.encoder_lora.requires_grad_(False)  # fixed: the rest is trained on the features that it gives
         self.task_bank: TaskBank | None = self._new_task_bank() if c.bank_sizes else None
         self.gate = make_gate(c.d_state)
         self.register_buffer("mean", torch.zeros(c.d_text))
@@ -161,11 +161,11 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
                 "this hypernetwork reads descriptions with its base: give the base, and no other text encoder"
             )
         c = self.config
-        read_with, is_training = self.encoder_lora_batch, lambda: self.training
-        return AttentionDeltaEncoder(base, c.layers, c.kind, c.dummy_input, c.dummy_answer, read_with, is_training)
+        lora, is_training = self.encoder_lora_batch, lambda: self.training
+        return AttentionDeltaEncoder(base, c.layers, c.kind, c.dummy_input, c.dummy_answer, lora, is_training)
 
     def start_shared_from(self, lora: LoRA) -> None:
-        """Start the encoder LoRA and the shared factors from a LoRA trained on all tasks; ConfigError where it does not fit."""
+        """Start encoder LoRA and shared factors from a multi-task LoRA. Raises ConfigError if it does not fit."""
         target = self.config.target
         for kind in target.kinds:
             a, b = shared_factors(lora, target.of_kind(kind), self.config.shared_rank)
@@ -194,16 +194,21 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         self.seen = self.pooled(conditions)
 
     def start_task_bank(self, conditions: Tensor, n_descriptions: Sequence[int]) -> None:
-        """Start an empty task bank from all tasks' descriptions [m, d_text], ordered by task; each task has that many."""
+        """Add a task bank whose cores are zero.
+
+        Args:
+            conditions: of the descriptions of all tasks [m, d_text], ordered by task.
+            n_descriptions: number of descriptions of each task.
+        """
         self.config = replace(self.config, bank_sizes=tuple(n_descriptions))
         self.task_bank = self._new_task_bank().to(conditions.device)
         self.task_bank.take_directions(self.shared)
-        self.task_bank.fit_keys(self._compared(conditions))
+        self.task_bank.fit_keys(self._for_task_bank(conditions))
 
     def refresh_task_bank(self, conditions: Tensor) -> None:
-        """Recompute the task bank's keys from its descriptions [m, d_text]. Raises ConfigError for another number of them."""
+        """Recompute the task bank's keys from its m descriptions [m, d_text]. Raises ConfigError for another m."""
         if self.task_bank is not None:
-            self.task_bank.set_keys(self._compared(conditions))
+            self.task_bank.set_keys(self._for_task_bank(conditions))
 
     def check_trainable(self, *, encoder_lora: bool, task_bank_only: bool) -> None:
         has_bank = self.config.task_bank_rank > 0
@@ -238,7 +243,7 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         self.encoder_lora.requires_grad_(encoder_lora)
 
     def weights_for(self, config: AttentionDeltaToLoRAConfig) -> dict[str, Tensor]:
-        """The weights of the same hypernetwork with attention deltas of some of its layers only. Raises ConfigError if deeper."""
+        """The weights for a config with a smaller depth. Raises ConfigError for a larger one."""
         if missing := set(config.layers) - set(self.config.layers):
             raise ConfigError(f"the layers {sorted(missing)} were not trained; depth can only be made smaller")
         kept = [i for i, layer in enumerate(self.config.layers) if layer in config.layers]
@@ -254,8 +259,8 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         standard = (conditions - self.mean) / self.std
         return self._by_position(standard)[:, POSITIONS.index("start")].mean(1)
 
-    def _compared(self, conditions: Tensor) -> Tensor:
-        """What the task bank compares: the attention deltas, standardised, mean over layers [n, positions * d_state]."""
+    def _for_task_bank(self, conditions: Tensor) -> Tensor:
+        """The task bank's input: attention deltas, standardised, mean over layers [n, positions * d_state]."""
         return self._by_position((conditions - self.mean) / self.std).mean(2).flatten(1)
 
     def _by_position(self, conditions: Tensor) -> Tensor:
@@ -275,30 +280,31 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         return self.gate(self.pooled(conditions)).squeeze(-1)
 
     def _columns(self, conditions: Tensor) -> Tensor:
-        """The columns of B that are made from a description [n, layers, r, d_state]."""
-        read = self._by_position(conditions)
-        mixed = torch.einsum("npld,lrp->nlrd", read, self.mix)
-        flat = read.transpose(1, 2).flatten(2)[:, :, None]  # [n, layers, 1, positions * d]
+        """Conditions [n, d_text] -> the columns of B that are made from the description [n, layers, r, d_state]."""
+        deltas = self._by_position(conditions)
+        mixed = torch.einsum("npld,lrp->nlrd", deltas, self.mix)
+        flat = deltas.transpose(1, 2).flatten(2)[:, :, None]  # [n, layers, 1, positions * d]
         corrected = per_layer(per_layer(flat, self.down), self.up)
         return mixed + corrected.squeeze(2).unflatten(-1, (self.config.rank, -1))
 
     def forward(self, conditions: Tensor) -> LoRABatch:
         """Conditions of n descriptions [n, d_text] -> their n LoRAs, differentiable.
 
-        In bf16 under autocast to bf16 without gradients, else in fp32. A is the same for all descriptions and held once.
+        In bf16 under autocast to bf16 without gradients, else in fp32. A is the same for all descriptions and held
+        once.
         """
         c, n = self.config, len(conditions)
         in_bf16 = not torch.is_grad_enabled() and torch.is_autocast_enabled(conditions.device.type)
         dtype = torch.bfloat16 if in_bf16 else torch.float32
         gate = self.gate_logit(conditions).sigmoid()[:, None, None, None].to(dtype)
-        cores = None if self.task_bank is None else self.task_bank(self._compared(conditions)).to(dtype) * gate
+        cores = None if self.task_bank is None else self.task_bank(self._for_task_bank(conditions)).to(dtype) * gate
         kinds, layers = [kind for _, _, kind, _, _ in c.modules], set(c.layers)
         factors: dict[str, Factors] = {}
         for kind in c.target.kinds:
             at = [i for i, other in enumerate(kinds) if other == kind]
-            part = cast(StaticLoRA, self.shared[kind])
-            a: Tensor = part.a.to(dtype)  # [layers, r, in]
-            rows = part.b.to(dtype) * gate  # [n, layers, r, out]
+            shared = cast(StaticLoRA, self.shared[kind])
+            a: Tensor = shared.a.to(dtype)  # [layers, r, in]
+            rows = shared.b.to(dtype) * gate  # [n, layers, r, out]
             if self.task_bank is not None and cores is not None:
                 bank = cast(StaticLoRA, self.task_bank.factors[kind])
                 retrieved = per_layer(cores[:, at].transpose(2, 3), bank.b.to(dtype))

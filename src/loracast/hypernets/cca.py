@@ -9,9 +9,9 @@ from torch import Tensor
 def cca_map(x: Tensor, y: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
     """A bilinear score of rank `rank` that is high when x and y belong together: score(x, y) = x @ from_x @ to_y @ y.
 
-    Each pair of canonical directions with correlation c weighs c / (1 - c^2): for Gaussian views this makes the score the
-    cross term of the log-likelihood ratio of "same sample" to "independent samples" (Hotelling, "Relations between two
-    sets of variates", 1936).
+    Each pair of canonical directions with correlation c weighs c / (1 - c^2): for Gaussian views this makes the score
+    the cross term of the log-likelihood ratio of "same sample" to "independent samples" (Hotelling, "Relations between
+    two sets of variates", 1936).
 
     Args:
         x, y: two views of m samples [m, d], [m, e], each with mean zero.

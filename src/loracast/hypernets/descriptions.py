@@ -1,4 +1,4 @@
-"""What hypernetworks for task descriptions have in common: their encoder, the gate, and the memory of seen descriptions."""
+"""Common parts of hypernetworks for task descriptions: their encoder, the gate, and distances to seen descriptions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_gate(width: int, start: float = _GATE_START) -> nn.Sequential:
 
 
 class DescriptionHypernetwork(Hypernetwork):
-    """A hypernetwork for task descriptions, which also tells how far a description is from all that training has seen."""
+    """A hypernetwork for task descriptions, which can tell a description that is unlike all seen in training."""
 
     changeable: ClassVar[frozenset[str]] = frozenset()
     """Config keys that training may change when it starts from a checkpoint."""
@@ -65,7 +65,7 @@ class DescriptionHypernetwork(Hypernetwork):
         raise NotImplementedError
 
     def start_shared_from(self, lora: LoRA) -> None:
-        """Start the factors that all descriptions share from a LoRA trained on all tasks; ConfigError where it does not fit."""
+        """Start the shared factors from a multi-task LoRA. Raises ConfigError if it does not fit."""
         raise NotImplementedError
 
     def check_trainable(self, *, encoder_lora: bool, task_bank_only: bool) -> None:
@@ -104,13 +104,13 @@ class DescriptionHypernetwork(Hypernetwork):
         read = self.text_encoder(base, encoder, say)
         if read.d_text != self.config.d_text:
             raise HypernetworkError(
-                f"the hypernetwork reads embeddings of {self.config.d_text} numbers, the text encoder {read.name!r} gives "
-                f"{read.d_text}: give the encoder that it was trained with ({self.config.encoder!r})"
+                f"the hypernetwork reads embeddings of {self.config.d_text} numbers, the text encoder {read.name!r} "
+                f"gives {read.d_text}: give the encoder that it was trained with ({self.config.encoder!r})"
             )
         return lambda descriptions: Features(read(descriptions)[:, None])
 
     def cast(self, features: Features) -> Cast:
-        """Features [n, 1, d_text] of n descriptions -> their rows; ranks that differ within a kind are padded with zeros."""
+        """Features of n descriptions [n, 1, d_text] -> their rows; lower ranks of a kind are padded with zeros."""
         loras = self(features.states[:, 0])
         rows: Rows = {}
         target: Target = self.config.target
@@ -125,7 +125,7 @@ class DescriptionHypernetwork(Hypernetwork):
     def distances(self, conditions: Tensor) -> Tensor:
         """Distance of each description to the nearest seen one: 1 - cosine, [n]."""
         if not len(self.seen):
-            raise HypernetworkError("this hypernetwork does not know which descriptions it was trained on")
+            raise HypernetworkError("this hypernetwork holds no descriptions of its training to compare with")
         return 1 - _cosines(self.pooled(conditions), self.seen).amax(1)
 
     def ood_threshold(self) -> float | None:
@@ -140,7 +140,7 @@ class DescriptionHypernetwork(Hypernetwork):
 
 
 def shared_factors(lora: LoRA, modules: Sequence[TargetModule], rank: int) -> tuple[Tensor, Tensor]:
-    """The factors of a LoRA that was trained on all tasks, for modules of one kind: A [modules, r, in], B rows [modules, r, out].
+    """Factors of a multi-task LoRA in modules of one kind: A [modules, r, in], B rows [modules, r, out].
 
     Raises:
         ConfigError: it lacks one of the modules, or has another rank.
@@ -149,14 +149,15 @@ def shared_factors(lora: LoRA, modules: Sequence[TargetModule], rank: int) -> tu
         pair = lora.factors.get(module.name)
         if pair is None or pair.a.shape != (rank, module.d_in) or pair.b.shape != (module.d_out, rank):
             raise ConfigError(
-                f"the LoRA to start from has no factors of rank {rank} for {module.name}: train it on the same modules, with that rank"
+                f"the LoRA to start from has no factors of rank {rank} for {module.name}: train it on the same "
+                "modules, with that rank"
             )
     pairs = [lora.factors[module.name] for module in modules]
     return torch.stack([pair.a.float() for pair in pairs]), torch.stack([pair.b.float().T for pair in pairs])
 
 
 def _stacked(sides: Sequence[Tensor], rank: int) -> Tensor:
-    """Rows [n, r, d] of some modules -> [n, modules, rank, d], padded with zeros; rows that all n share are held once."""
+    """Rows [n, r, d] of some modules -> [n, modules, rank, d], padded with zeros; a view if all n share them."""
     n = sides[0].shape[0]
     if n > 1 and all(side.stride(0) == 0 for side in sides):
         return _stacked([side[:1] for side in sides], rank).expand(n, -1, -1, -1)
@@ -164,6 +165,6 @@ def _stacked(sides: Sequence[Tensor], rank: int) -> Tensor:
 
 
 def _cosines(x: Tensor, y: Tensor) -> Tensor:
-    """[n, d], [m, d] -> [n, m]."""
+    """Cosines of all pairs: [n, d], [m, d] -> [n, m]."""
     x, y = (functional.normalize(side.float(), dim=-1) for side in (x, y))
     return x @ y.T

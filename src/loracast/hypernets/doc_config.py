@@ -18,7 +18,7 @@ class DocToLoRAConfig:
     """Everything that fixes the architecture; the shapes of the base are in `modules`."""
 
     d_features: int
-    """Width of the encoder's features, values included."""
+    """Width of the encoder's features, copied values included."""
     modules: tuple[ModuleRow, ...]
     """The target modules of the Perceiver's factors, in the target's order."""
     encoder: str = OF_THE_BASE
@@ -28,11 +28,11 @@ class DocToLoRAConfig:
     reader_layers: tuple[int, ...] = (8,)
     """Block of the base after which its hidden states are read."""
     prefix: tuple[int, ...] = ()
-    """Token ids read before each chunk and then dropped: the first token of a text is an attention sink, whatever it is."""
+    """Token ids read before each chunk and then dropped: the first token of any text is an attention sink."""
     encoder_modules: tuple[ModuleRow, ...] = ()
-    """Modules of the base that carry a trained LoRA while it reads a document; empty: the base reads as it is."""
+    """Modules of the base that carry the encoder LoRA while it reads a document; empty for none."""
     encoder_rank: int = 8
-    """Rank of that encoder LoRA."""
+    """Rank of the encoder LoRA."""
     rank: int = 8
     """Rank of one chunk's LoRA in `modules`."""
     width: int = 256
@@ -50,31 +50,31 @@ class DocToLoRAConfig:
     static_rank: int = 0
     """Rank of the static LoRA in `modules`, which is the same for every document; 0 for none."""
     static_modules: tuple[ModuleRow, ...] = ()
-    """Further modules, of kinds that `modules` and the memory leave alone, that receive a static LoRA and nothing else.
+    """Further modules, of kinds not in `modules` or the memory, that receive a static LoRA and nothing else.
 
-    With it the base learns to bring a question to where its answer begins, which is where a memory is asked."""
+    With it the base learns to carry the question to the token that begins the answer, where the memory retrieves."""
     static_modules_rank: int = 16
     """Rank of the static LoRA in `static_modules`."""
     scale: float = 45.25
     """Factor on every delta, folded into B (published: 2 * rank ** 1.5, not divided by the rank)."""
     d_values: int = 0
-    """Number of the features' last columns that B rows may copy: what makes the base say a token. 0 for none."""
+    """Number of the features' last columns that B rows may copy: the tokens' values. 0 for none."""
     memory_modules: tuple[ModuleRow, ...] = ()
     """Modules that hold an associative memory: all of one kind, none of `modules`. Empty for no memory."""
     memory_rank: int = 64
     """Most tokens of a chunk that the memory stores."""
     memory_heads: int = 3
-    """Pointer heads with which a token looks at others for its keys: its owner, its sentence's end, and freely."""
+    """Pointer heads that find a token's keys: one for the owner's name, one for the sentence's end, the others free."""
     memory_question_rank: int = 96
-    """Rank of the map from the end of a sentence to its question."""
+    """Rank of the map from the end of a sentence to the end of a question about it."""
     memory_blocks: int = 2
     """Blocks of self-attention among a chunk's tokens in the memory."""
     max_unscaled_chunks: int | None = None
-    """Chunks of one document up to which the Perceiver's factors add up; those of K more count this / K each. None: no limit.
+    """Chunks of a document up to which the Perceiver's factors add up; of K > this, each is scaled by this / K.
 
-    What all chunks have in common would grow with the document and drown the memory, which is never scaled."""
+    What all chunks have in common would otherwise outgrow the memory, which is never scaled. None: no limit."""
     key_decorrelation: float | None = None
-    """Ridge with which the memory's keys are decorrelated where chunks are merged (lora/merge.py); None: they are not."""
+    """Ridge of key decorrelation, where chunks with a memory are merged (lora/merge.py); None for none."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
 
@@ -109,7 +109,7 @@ class DocToLoRAConfig:
         if self.max_unscaled_chunks is not None and self.max_unscaled_chunks < 1:
             problems.append("max_unscaled_chunks must be at least 1")
         if self.key_decorrelation is not None and not (self.memory_modules and self.key_decorrelation > 0):
-            problems.append("key_decorrelation must be above 0, and there must be a memory")
+            problems.append("key_decorrelation must be above 0, and needs a memory")
         return problems
 
     def _memory_problems(self) -> list[str]:

@@ -5,8 +5,8 @@
     rank latents -> pointers into the chunk -> values that B rows copy (optional)
     features -> an associative memory in modules of another kind -> A, B of these modules (optional; memory.py)
 
-The chunks of a document are merged by joining their factors along the rank. Images go the same way, one image as one chunk of patches.
-Knows shapes, never a base's weights.
+The chunks of a document are merged by joining their factors along the rank. An image is cast as one chunk of patches.
+This module knows shapes, never a base's weights.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class RankCodes(NamedTuple):
 
 
 class MergedCast(NamedTuple):
-    """What a training step needs of some documents, differentiable."""
+    """LoRAs of some documents with what a training step needs beside them, differentiable."""
 
     loras: LoRABatch
     """One merged LoRA for each document."""
     writes: MemoryWrites | None
-    """What the memory wrote."""
+    """What the memory wrote; None without a memory."""
     rows: Rows
     """The rows of each chunk, before merging."""
     n_real: int
@@ -110,7 +110,8 @@ class DocToLoRA(Hypernetwork):
         c = self.config
         if not self.needs_base:
             raise HypernetworkError(
-                f"this hypernetwork sees with {c.encoder!r} and reads no documents: give one that `loracast train doc` made"
+                f"this hypernetwork reads images with {c.encoder!r}, not documents: give one that `loracast train "
+                "doc` made"
             )
         return HiddenStatesEncoder(
             base.model,
@@ -140,13 +141,13 @@ class DocToLoRA(Hypernetwork):
         try:
             images = load_image_encoder(encoder or self.config.encoder, device_type, say)
         except EncoderError as error:
-            raise EncoderError(f"the hypernetwork sees with an image encoder: {error}") from error
+            raise EncoderError(f"the hypernetwork needs its image encoder: {error}") from error
         check_encoder(self.config.encoder, self.config.encoder_fingerprint, self.config.d_features, images)
         return images
 
     @torch.no_grad()
     def standardise(self, features: Tensor) -> None:
-        """Set the units of the reader's input to mean and deviation of real tokens' features [tokens, d_features]."""
+        """Standardise the features by mean and deviation of those of real tokens [tokens, d_features]."""
         self.feature_mean.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0).clamp_min(1e-3))
 
@@ -166,11 +167,11 @@ class DocToLoRA(Hypernetwork):
         return cast(StaticLoRA, self.static[kind]) if kind in self.static else None
 
     def encoder_lora_batch(self) -> LoRABatch | None:
-        """The LoRA that the base carries while it reads a document, differentiable; None where it reads as it is."""
+        """The encoder LoRA, which the base carries while it reads a document, differentiable; None without one."""
         return _lora_of(self.encoder_lora, self.config.encoder_modules)
 
     def static_lora(self) -> LoRABatch | None:
-        """The static LoRA in all its modules, differentiable; None where there is none."""
+        """The static LoRA in all its modules, differentiable; None without one."""
         return _lora_of(self.static, (*self.config.modules, *self.config.static_modules))
 
     def static_rows(self) -> Rows:
@@ -205,7 +206,7 @@ class DocToLoRA(Hypernetwork):
         return pooled
 
     def expand(self, codes: RankCodes) -> Rows:
-        """Rank codes -> rows of the Perceiver's modules, in bf16 under autocast to bf16 without gradients, else in fp32."""
+        """Rank codes -> rows of `modules`, in bf16 under autocast to bf16 without gradients, else in fp32."""
         c = self.config
         in_bf16 = not torch.is_grad_enabled() and torch.is_autocast_enabled(codes.latents.device.type)
         dtype = torch.bfloat16 if in_bf16 else torch.float32
@@ -219,12 +220,12 @@ class DocToLoRA(Hypernetwork):
         return rows
 
     def cast_and_write(self, features: Features) -> tuple[Rows, MemoryWrites | None]:
-        """Features of n chunks -> their rows, and what the memory wrote; differentiable."""
+        """Features of n chunks -> their rows, zero for padding, and what the memory wrote; differentiable."""
         n, t = features.n_chunks, features.states.shape[-2]
         mask = features.mask
         mask = torch.ones(n, t, dtype=torch.bool, device=features.states.device) if mask is None else mask.bool()
         is_real = mask.any(-1)  # [n]
-        mask = mask | ~is_real[:, None]  # a chunk of padding looks at its padding: nothing to look at would be NaN
+        mask = mask | ~is_real[:, None]  # a chunk of padding attends to its padding: attention to nothing is NaN
         states = features.states.float()
         rows, writes = self.expand(self.latents(states, mask)), None
         if self.memory is not None:
@@ -266,8 +267,8 @@ class DocToLoRA(Hypernetwork):
     def _joined(self, kind: str, a: Tensor, b: Tensor, k: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """By module, A [documents, K*r (+ static), in] and B rows [documents, K*r (+ static), out].
 
-        Kinds with a static LoRA alone come as [1, static, ...]. The modules are unbound once: slicing a stacked tensor inside each
-        hook would build a full zero gradient for each.
+        Kinds with a static LoRA alone come as [1, static, ...]. The modules are unbound once: slicing a stacked tensor
+        inside each hook would build a full zero gradient for each.
         """
         static = self.static_of(kind)
         if static and not a.shape[2]:

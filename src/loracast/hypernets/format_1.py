@@ -1,6 +1,6 @@
-"""Reads hypernetworks of format 1, whose config keys and tensors had other names and whose config had options that are gone.
+"""Reads hypernetworks of format 1: maps old names of config keys and tensors, and refuses options that are gone.
 
-Tensors of shipped hypernetworks keep their old names, so renaming them is part of every reading.
+Shipped hypernetworks keep the old names of their tensors, so tensors are renamed at every reading.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _GONE: dict[str, Any] = {
     "factorised_queries": True,
     "n_latent_mlps": 0,
 }
-"""Options that are gone, with the value at which they did nothing; None: it did nothing by itself."""
+"""Options that are gone, with the value at which each had no effect; None if no value of its own had one."""
 _TENSORS = {
     "document_independent.": "static.",
     "reading.": "encoder_lora.",
@@ -51,19 +51,19 @@ _TENSORS = {
     "known": "seen",
 }
 _UNITS = (".in_scale", ".out_scale")
-"""Ends of the names of buffers that were ones unless `whitened` was set."""
+"""Endings of names of buffers that were all ones unless `whitened` was set."""
 
 
 def architecture(name: str) -> str:
-    """The architecture's name of today."""
+    """The current name of an architecture."""
     return _ARCHITECTURES.get(name, name)
 
 
 def config(values: Mapping[str, Any], of: str) -> dict[str, Any]:
-    """A config of format 1 under the keys of today.
+    """A config of format 1 under the current keys.
 
     Args:
-        of: the architecture's name of today: `shared_rank` means two things.
+        of: the current name of its architecture; `shared_rank` means something else in each.
 
     Raises:
         ConfigError: it uses an option that is gone.
@@ -71,23 +71,24 @@ def config(values: Mapping[str, Any], of: str) -> dict[str, Any]:
     used = [key for key, idle in _GONE.items() if idle is not None and values.get(key, idle) != idle]
     if used:
         raise ConfigError(
-            f"this hypernetwork was trained with {', '.join(used)}, which this version of loracast no longer has: use loracast 0.1.0"
+            f"this hypernetwork was trained with {', '.join(used)}, which this version of loracast no longer has: use "
+            "loracast 0.1.0"
         )
     keys = {**_CONFIG_KEYS, "shared_rank": "static_modules_rank"} if of == "DocToLoRA" else _CONFIG_KEYS
     return {keys.get(key, key): value for key, value in values.items() if key not in _GONE}
 
 
 def tensors(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under their names of today, without buffers that are gone; those of format 2 come back as they are."""
+    """Tensors under their current names, without buffers that are gone; current names stay as they are."""
     return {_renamed(name, _TENSORS): value for name, value in stored.items() if not _is_idle(name, value)}
 
 
 def former_id(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str:
-    """The id under which loracast 0.1 knew a hypernetwork: a hash of its weights alone, under their old names.
+    """The id that loracast 0.1 gave a hypernetwork: a hash of its weights alone, under their old names.
 
     Args:
-        weights: in fp32, under the names of today.
-        stored: as they lie in the file.
+        weights: in fp32, under their current names.
+        stored: the tensors of the file.
     """
     back = {new: old for old, new in _TENSORS.items()}
     old = {_renamed(name, back): value for name, value in weights.items()}

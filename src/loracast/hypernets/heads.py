@@ -1,4 +1,4 @@
-"""From rank latents to the two factors of each target module. One head for each module kind."""
+"""The heads of Doc-to-LoRA: rank latents become the factors of the target modules, one head for each module kind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def per_layer(x: Tensor, weight: Tensor) -> Tensor:
 class FactorHead(nn.Module):
     """Unit rank latents [n, layers, r, w] -> A rows [n, layers, r, in] and B rows [n, layers, r, out].
 
-    Every layer has a linear map of its own, since the layers' activations live in different spaces. With `shared_rank` k all
+    Every layer has a linear map of its own, since the layers' activations live in different spaces. With `shared_rank`
+    k all
     layers share one map and each adds a correction of rank k: a large base stays affordable.
     """
 
@@ -50,7 +51,7 @@ class FactorHead(nn.Module):
 
     @torch.no_grad()
     def take_low_rank(self, other: FactorHead) -> None:
-        """Take over a head that has a map of its own in each layer: the layers' mean, and the best correction of this rank to each."""
+        """Approximate a head with a full map in each layer: the maps' mean, and the best correction of this rank."""
         mean = other.weight.mean(0)
         left, values, right = torch.linalg.svd(other.weight - mean, full_matrices=False)
         n = self.down.shape[-1]
@@ -63,9 +64,10 @@ class FactorHead(nn.Module):
 
 
 class ValuePointer(nn.Module):
-    """Where in a chunk each rank latent points, so that its B row can copy what the base must be told to say that token.
+    """Points from each rank latent to tokens of the chunk, whose values its B row then copies.
 
-    Without it, a head has to learn each token of the vocabulary by itself, through the narrow latents. The copy starts at zero.
+    Without it, a head would have to learn the value of every token of the vocabulary through the narrow latents. The
+    copy starts at zero.
     """
 
     def __init__(self, n_layers: int, d_features: int, width: int, rank: int):
@@ -75,7 +77,7 @@ class ValuePointer(nn.Module):
         self.scaler = nn.Parameter(torch.zeros(n_layers, rank, 1))
 
     def weights(self, latents: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
-        """latents [n, q, w], standardised features [n, t, d], mask [n, t] -> a distribution over the tokens [n, q, t]."""
+        """Latents [n, q, w], standardised features [n, t, d], mask [n, t] -> distributions over tokens [n, q, t]."""
         scores = self.query(latents) @ self.key(features).transpose(1, 2) / latents.shape[-1] ** 0.5
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None], float("-inf"))
@@ -83,7 +85,7 @@ class ValuePointer(nn.Module):
 
 
 class StaticLoRA(nn.Module):
-    """The document-independent LoRA of one module kind, appended once to every document's factors. B starts at zero."""
+    """The static LoRA of one module kind, appended once to every document's factors. B starts at zero."""
 
     def __init__(self, n_layers: int, rank: int, d_in: int, d_out: int):
         super().__init__()
@@ -91,5 +93,5 @@ class StaticLoRA(nn.Module):
         self.b = nn.Parameter(torch.zeros(n_layers, rank, d_out))
 
     def factors(self) -> list[Factors]:
-        """Of each module A [r, in] and B [out, r], views."""
+        """A [r, in] and B [out, r] of each module, as views."""
         return [Factors(a, b.T) for a, b in zip(self.a.unbind(0), self.b.unbind(0), strict=True)]

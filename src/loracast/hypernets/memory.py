@@ -1,18 +1,18 @@
 """The associative memory: stores tokens of a chunk in the weights of a few modules, to be retrieved at a question.
 
-A linear map that adds value_t <key_t, x> over the tokens t is a LoRA with A rows key_t and B columns value_t (fast weights:
-Schlag et al., arXiv 2102.11174). A value is the direction in which a module's output makes the base generate the token. A
-key is a weighted sum of four parts, each of which matches the module's input at another kind of moment:
+A linear map that adds value_t <key_t, x> over the tokens t is a LoRA with A rows key_t and B columns value_t (fast
+weights: Schlag et al., arXiv 2102.11174). A value is the direction in which a module's output makes the base generate
+the token. A key is a weighted sum of four parts, each of which matches the module's input at another kind of moment:
 
 - the input at the token before, so that an answer continues as the chunk did;
-- the input at tokens that pointer heads attend to, such as the subject of the sentence: some heads of the base carry the
-  subject of a question to the position of the answer, where it looks much as it did in the chunk;
-- the input at the end of the sentence, where the base has read all of it, through a linear map that predicts the input at
-  the end of a question about such a sentence;
+- the input at tokens that pointer heads attend to, such as the subject of the sentence: some heads of the base carry
+  the subject of a question to the position of the answer, where it looks much as it did in the chunk;
+- the input at the end of the sentence, where the base has read all of it, through a linear map that predicts the input
+  at the end of a question about such a sentence;
 - the mean input at the first, second, third ... token of any answer: the token's place in its value.
 
-A learned metric, at first the whitening of the inputs, makes keys of different subjects nearly orthogonal; least squares
-then removes what the keys of a chunk still have in common. So many facts, and many chunks, fit side by side.
+A learned metric, at first the whitening of the inputs, makes keys of different subjects nearly orthogonal; least
+squares then removes what the keys of a chunk still have in common. So many facts, and many chunks, fit side by side.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class AssociativeMemory(nn.Module):
 
     @torch.no_grad()
     def take_modules(self, other: AssociativeMemory, at: Sequence[int]) -> None:
-        """Copy a smaller memory's weights; its i-th module becomes the at[i]-th here. The others keep a `scale` of zero."""
+        """Copy a smaller memory's weights; its i-th module becomes the at[i]-th here. Others keep a `scale` of zero."""
         theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
         for name, mine in (*self.named_parameters(), *self.named_buffers()):
             if mine.shape == theirs[name].shape:
@@ -172,7 +172,7 @@ class AssociativeMemory(nn.Module):
         return [*tokens.unbind(2), per_layer(ends, self.to_question.to(dtype))]
 
     def _decorrelate(self, a: Tensor, gates: Tensor) -> Tensor:
-        """Keys [n, modules, r, in], decorrelated within each chunk, the more so the more the tokens' gates [n, r] are open.
+        """Keys [n, modules, r, in], decorrelated within each chunk, the more the tokens' gates [n, r] are open.
 
         Where many keys are alike (those of digits), what they have in common would add up to more than the match of the
         right one. Least squares removes it: the optimal linear associative memory (Kohonen and Ruohonen, 1973), with a

@@ -1,8 +1,8 @@
-"""The Perceiver that turns a chunk's features into rank latents. Knows nothing of LoRAs or bases.
+"""The Perceiver that turns a chunk's features into rank latents. It knows nothing of LoRAs or bases.
 
-Learned latents attend to the features in cross-attention blocks as Doc-to-LoRA has them (arXiv 2602.15902, appendix on the
-architecture): grouped-query attention without positions, a SiLU-gated MLP, and RMSNorm on the latents, on the context, after
-the attention, and before and after the MLP.
+Learned latents attend to the features in the cross-attention blocks of Doc-to-LoRA (arXiv 2602.15902, appendix on the
+architecture): grouped-query attention without positions, a SiLU-gated MLP, and RMSNorm on the latents, on the context,
+after the attention, and before and after the MLP.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class CrossAttention(nn.Module):
         self.o = nn.Linear(n_heads * head_dim, width, bias=False)
 
     def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """latents [n, q, w], or [1, q, w] for all, context [n, t, w], mask [n, t] true where real (None: all real) -> [n, q, w]."""
+        """Latents [n or 1, q, w], context [n, t, w], mask [n, t] true where real (None: all are) -> [n, q, w]."""
         n, n_latents = context.shape[0], latents.shape[1]
         q = self.q(latents).view(-1, n_latents, self.n_heads, self.head_dim).transpose(1, 2).expand(n, -1, -1, -1)
         k = self.k(context).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2)
@@ -76,9 +76,9 @@ class CrossBlock(nn.Module):
 
 
 class ReaderBlock(nn.Module):
-    """Self-attention among a chunk's tokens, both ways, with rotary positions, then a gated MLP; an exact no-op at the start.
+    """Bidirectional self-attention with rotary positions, then a gated MLP; an exact no-op at the start.
 
-    What binds a value to the subject of its own sentence: the base's own states are causal and say little of that at the value.
+    It relates a value to the subject of its sentence; the base's causal states hold little of that at the value.
     """
 
     def __init__(self, width: int, n_heads: int, eps: float):
@@ -93,20 +93,19 @@ class ReaderBlock(nn.Module):
         nn.init.zeros_(self.mlp.down.weight)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x [n, t, w], mask [n, t] true where real (None: all real) -> [n, t, w]."""
+        """x [n, t, w], mask [n, t] true where real (None: all are) -> [n, t, w]."""
         n, t, width = x.shape
         q, k, v = (
             self.qkv(self.norm(x)).view(n, t, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        )  # [n, heads, t, w / heads]
-        q, k = rotate(q), rotate(k)
+        )  # [n, heads, t, w/heads]
         attn_mask = None if mask is None else mask[:, None, None, :]
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        out = functional.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=attn_mask)
         x = x + self.o(out.transpose(1, 2).reshape(n, t, width))
         return x + self.mlp(self.norm_before_mlp(x))
 
 
 def rotate(x: Tensor, base: float = 1000.0) -> Tensor:
-    """Rotary positions on x [..., t, d] (RoFormer, arXiv 2104.09864): token i's pairs are turned by i times their frequency."""
+    """Rotary positions on x [..., t, d]: turns pairs of token i by i times their frequency (arXiv 2104.09864)."""
     t, d = x.shape[-2:]
     frequencies = base ** (-torch.arange(d // 2, device=x.device, dtype=torch.float32) * 2 / d)
     angles = torch.arange(t, device=x.device, dtype=torch.float32)[:, None] * frequencies  # [t, d / 2]
@@ -116,7 +115,7 @@ def rotate(x: Tensor, base: float = 1000.0) -> Tensor:
 
 
 class Perceiver(nn.Module):
-    """A stack of cross-attention blocks: latents [q, w], where all start, and context [n, t, w] -> latents [n, q, w]."""
+    """A stack of cross-attention blocks: initial latents [q, w] and context [n, t, w] -> latents [n, q, w]."""
 
     def __init__(self, n_blocks: int, width: int, n_heads: int, n_kv_heads: int, head_dim: int, eps: float):
         super().__init__()
@@ -124,7 +123,7 @@ class Perceiver(nn.Module):
         self.norm = RMSNorm(width, eps=eps)
 
     def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        latents = latents[None]  # what the first block asks is the same for all, and is computed once
+        latents = latents[None]  # the first block's queries are the same for all and are computed once
         for block in self.blocks:
             latents = block(latents, context, mask)
         return self.norm(latents)
@@ -133,7 +132,7 @@ class Perceiver(nn.Module):
 class Queries(nn.Module):
     """Learned latents for `groups` x `per_group` positions: free, or the sum of a group and a position embedding.
 
-    The sum ties together what the ranks of one layer and the same rank of all layers have in common; it learns faster.
+    The sum shares parameters among the ranks of a layer, and among the layers of a rank; it learns faster.
     """
 
     def __init__(self, groups: int, per_group: int, width: int, factorised: bool):

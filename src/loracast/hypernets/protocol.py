@@ -2,8 +2,8 @@
 
     hypernetwork.bind(base) -> caster;  caster.encode(inputs) -> Features;  caster.cast(features) -> Cast
 
-A hypernetwork owns its encoder, its config and its id; whoever holds a caster needs to know neither which architecture nor which encoder it has.
-To add an architecture, subclass `Hypernetwork` and list it in `store.py`.
+A hypernetwork owns its encoder, its config and its id; code that uses a caster does not depend on the architecture or
+the encoder. To add an architecture, subclass `Hypernetwork` and list it in `store.py`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Cast(NamedTuple):
 
     rows: Rows
     tokens: dict[str, Tensor] | None = None
-    """By module kind that holds a memory, the token of the chunk that each row belongs to [n, r]; None without a memory."""
+    """By kind of a memory's modules, the token of the chunk that each row belongs to [n, r]; None without a memory."""
 
 
 class Hypernetwork(nn.Module):
-    """A network that casts features into LoRA rows for one base. Subclasses: `DocToLoRA`, `TextToLoRA`, `AttentionDeltaToLoRA`."""
+    """A network that casts features into LoRA rows for one base: `DocToLoRA`, `TextToLoRA`, `AttentionDeltaToLoRA`."""
 
     config_class: ClassVar[Any]
     config: Any
@@ -55,7 +55,7 @@ class Hypernetwork(nn.Module):
 
     @property
     def id(self) -> str:
-        """Short sha256 of config and weights together: an adapter names with it what made it."""
+        """Short sha256 of config and weights together, by which an adapter names the hypernetwork that made it."""
         digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config), sort_keys=True).encode())
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode())
@@ -64,7 +64,7 @@ class Hypernetwork(nn.Module):
 
     @property
     def modality(self) -> Modality:
-        """What it casts."""
+        """Which modality it casts."""
         raise NotImplementedError
 
     @property
@@ -89,7 +89,7 @@ class Hypernetwork(nn.Module):
         raise NotImplementedError
 
     def static_rows(self) -> Rows:
-        """Rows of the static LoRA, by module kind A [modules, r, in] and B rows [modules, r, out]; empty where there is none."""
+        """Rows of the static LoRA by module kind: A [modules, r, in], B rows [modules, r, out]; empty without one."""
         return {}
 
     def loras(self, rows: Rows) -> LoRABatch:
@@ -103,7 +103,7 @@ class Hypernetwork(nn.Module):
         return LoRABatch(n, {name: factors[name] for name in target.names}, {})
 
     def weights_for(self, config: Any) -> dict[str, Tensor]:
-        """The weights of the same hypernetwork with another config. Raises ConfigError where they cannot follow."""
+        """The weights for another config of the same hypernetwork. Raises ConfigError where they cannot be derived."""
         return self.state_dict()
 
     def computes_in_bf16(self, base: Base | None) -> bool:

@@ -1,4 +1,4 @@
-"""What only published Doc-to-LoRA checkpoints need: a reader with an encoder, a gated projection, and MLPs for each layer.
+"""What only published Doc-to-LoRA checkpoints need: latents that read first, a gated projection, MLPs in each layer.
 
 Source: Charakorn et al., arXiv 2602.15902, appendix on the architecture.
 """
@@ -56,7 +56,7 @@ class PublishedDocToLoRA(DocToLoRA):
         if c.n_encoder_blocks:
             self.encoder_latents = Queries(1, c.n_latents, c.width, factorised=False)
             self.encoder = Perceiver(c.n_encoder_blocks, *block)
-        groups = 1 if c.reads_each_layer else len(c.layers)  # reading layer by layer, the layers ride in the batch
+        groups = 1 if c.reads_each_layer else len(c.layers)  # else the layers are rows of the batch
         self.rank_latents = Queries(groups, len(c.kinds) * c.rank, c.width, factorised=False)
         self.decoder = Perceiver(c.n_decoder_blocks, *block)
         self.latent_mlps = nn.ModuleList(LatentMLP(len(c.layers), c.width) for _ in range(c.n_latent_mlps))

@@ -1,7 +1,7 @@
 """Hypernetworks on disk, the Hugging Face way: a folder (or hub repository) with config.json and model.safetensors.
 
-Reading is strict: unknown keys, missing tensors and other shapes are refused, all of them in one message. The file names the base that
-the hypernetwork was trained for by its fingerprints.
+Reading is strict: unknown keys, missing tensors and other shapes are refused, all in one message. config.json names the
+base that the hypernetwork was trained for by its fingerprints.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def save_pretrained(
     """Write a hypernetwork.
 
     Args:
-        folder: created if need be; config.json is written last, so that a half-written folder is never taken for a whole one.
-        storage: "float32", "bfloat16", or "int8" for the large matrices (one scale for each output column) and bf16 for the rest.
+        folder: created if need be; config.json is written last, so that no half-written folder can be read.
+        storage: "float32", "bfloat16", or "int8": large matrices in int8 with one scale for each output column, the
+            rest in bfloat16.
         provenance: how it was made (command, seed, data), kept in config.json.
     """
     from safetensors.torch import save
@@ -90,7 +91,7 @@ def from_pretrained(source: str | Path, architecture: type[H] = Hypernetwork) ->
         the hypernetwork in fp32, in evaluation mode, with the base that it was made for.
 
     Raises:
-        HypernetworkError: not there, damaged, of another architecture or of a newer format; the message lists every fault.
+        HypernetworkError: missing, damaged, of another architecture or a newer format; the message lists every fault.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -120,9 +121,10 @@ def from_pretrained(source: str | Path, architecture: type[H] = Hypernetwork) ->
 
 
 def average(hypernet: Hypernetwork, others: Sequence[Hypernetwork]) -> None:
-    """Set a hypernetwork's weights to the mean of its own and others'; its buffers (units, seen descriptions) stay its own.
+    """Set a hypernetwork's parameters to the mean of its own and others'; its buffers stay.
 
-    The mean of a network and those trained further from it often keeps what each is good at (Wortsman et al., arXiv 2203.05482).
+    The mean of a network and those trained further from it often keeps the strengths of each (Wortsman et al., arXiv
+    2203.05482).
 
     Raises:
         ConfigError: they are of different architectures.
@@ -136,7 +138,7 @@ def average(hypernet: Hypernetwork, others: Sequence[Hypernetwork]) -> None:
 
 
 def with_config(hypernet: H, changes: Mapping[str, Any]) -> H:
-    """The same weights with other values of config keys that fix no weight, or of those that `weights_for` can follow.
+    """The same weights with other values of config keys that fix no weight, or that `weights_for` can adapt to.
 
     Raises:
         ConfigError: the weights do not fit.
@@ -152,7 +154,7 @@ def with_config(hypernet: H, changes: Mapping[str, Any]) -> H:
 
 
 def read_made_for(source: str | Path) -> Fingerprint:
-    """The base that a hypernetwork was made for, without reading its weights. Raises HypernetworkError as `from_pretrained` does."""
+    """The base that a hypernetwork was made for, from config.json alone. Raises as `from_pretrained` does."""
     folder = _folder_of(source)
     try:
         return Fingerprint(**_stored(folder)["made_for"])
@@ -161,12 +163,12 @@ def read_made_for(source: str | Path) -> Fingerprint:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """How the hypernetwork in a folder was made, as `save_pretrained` was told."""
+    """The provenance that `save_pretrained` kept in a folder."""
     return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("provenance", {})
 
 
 def read_config(values: dict[str, Any], config: type[C]) -> C:
-    """A config from its JSON form. Raises ConfigError for a key that nobody knows."""
+    """A config from its JSON form. Raises ConfigError for an unknown key."""
     known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     if unknown := sorted(values.keys() - known):
         raise ConfigError(f"unknown keys in a {config.__name__}: {', '.join(unknown)}")
@@ -174,12 +176,12 @@ def read_config(values: dict[str, Any], config: type[C]) -> C:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists, and those in them, as the tuples of a frozen config."""
+    """Lists, nested ones too, as tuples; other values as they are."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _checked(hypernet: Hypernetwork, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The stored tensors in fp32, after every key, shape and number has been looked at."""
+    """The stored tensors in fp32, once every key, shape, type and number has been checked."""
     wanted = hypernet.state_dict()
     packed = {name for name in wanted if name in tensors and tensors[name].dtype == torch.int8}
     known = wanted.keys() | {f"{name}{_SCALE}" for name in packed}
@@ -212,7 +214,7 @@ def _folder_of(source: str | Path) -> Path:
 
 
 def _stored(folder: Path) -> dict[str, Any]:
-    """config.json of a hypernetwork's folder, under the names of today; `format` stays what it was."""
+    """config.json of a hypernetwork's folder under its current names; `format` stays as it was."""
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(stored, dict):
@@ -226,12 +228,12 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 
 def _architecture(stored: dict[str, Any], source: str | Path) -> type[Hypernetwork]:
-    """The stored architecture, refused where this version cannot read it."""
+    """The stored architecture. Raises HypernetworkError where this version cannot read it."""
     name, written_as = stored.get("architecture"), stored.get("format")
     if written_as not in (1, FORMAT) or name not in _ARCHITECTURES:
         raise HypernetworkError(
-            f"{source} holds {name!r} in format {written_as!r}; this version of loracast reads {', '.join(_ARCHITECTURES)} "
-            f"in formats 1 and {FORMAT}: update loracast"
+            f"{source} holds {name!r} in format {written_as!r}; this version of loracast reads "
+            f"{', '.join(_ARCHITECTURES)} in formats 1 and {FORMAT}: update loracast"
         )
     return _ARCHITECTURES[str(name)]
 
@@ -248,6 +250,6 @@ def _download(repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=["config.json", "model.safetensors"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise HypernetworkError(
-            f"no hypernetwork at {repository!r}: give a folder with config.json and model.safetensors, or a hub repository that this "
-            f"machine can reach ({str(error).splitlines()[0]})"
+            f"no hypernetwork at {repository!r}: give a folder with config.json and model.safetensors, or a hub "
+            f"repository that this machine can reach ({str(error).splitlines()[0]})"
         ) from error

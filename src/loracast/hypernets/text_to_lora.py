@@ -1,10 +1,10 @@
 """Text-to-LoRA: the embedding of a task's description becomes a LoRA in one forward pass (arXiv 2506.06105).
 
-    embedding [n, d] + layer embedding + module-type embedding -> condition [n, modules, w] -> residual MLPs -> [n, modules, head]
-    -> one linear head for each module kind -> A [n, layers, r, in], B [n, layers, r, out]
+    embedding [n, d] + layer embedding + module-kind embedding -> condition [n, modules, w] -> residual MLPs
+    -> [n, modules, head] -> one linear head for each module kind -> A [n, layers, r, in], B [n, layers, r, out]
 
-A head makes, by variant: `L` both factors at once; `M` one factor at a time, an embedding tells which; `S` one row of a factor at a
-time, another embedding tells which rank. Knows shapes, never a base's weights.
+What a head makes depends on the variant: `L` both factors at once; `M` one factor at a time, selected by an embedding;
+`S` one row of a factor at a time, selected by another embedding. This module knows shapes, never a base's weights.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class TextToLoRAConfig:
     encoder: str = ""
     """The text encoder that the embeddings come from."""
     variant: Variant = "L"
-    """What the heads make (see the module's docstring)."""
+    """What a head makes at a time: "L", "M" or "S" (see the module's docstring)."""
     rank: int = 8
     """Rank of a task's LoRA."""
     width: int = 128
     """Width of the condition: half of it the task's, a quarter the layer's, a quarter the module kind's."""
     head_width: int = 512
-    """Width of what the heads read."""
+    """Width of the heads' input."""
     dropout: float = 0.05
-    """In the MLPs, in training."""
+    """Dropout in the MLPs, in training."""
     scale: float = 5.66
     """Factor on every delta, folded into B (published: 16 / sqrt(8))."""
     n_seen: int = 0
-    """Descriptions seen in training, whose embeddings are kept to tell how far a new one is from all of them."""
+    """Number of seen descriptions: those of the training, kept for the OOD threshold."""
 
     def __post_init__(self) -> None:
         problems = problems_of(self.modules)
@@ -91,10 +91,8 @@ class TextToLoRA(DescriptionHypernetwork):
             nn.Sequential(nn.LayerNorm(c.width), _mlp(c.width, c.width, c.dropout)) for _ in range(2)
         )
         self.last = nn.Sequential(nn.LayerNorm(c.width), _mlp(c.width, c.head_width, c.dropout))
-        self.heads = nn.ModuleDict(
-            {kind: _HEADS[c.variant](c, len(target.layers), *_shape(target, kind)) for kind in target.kinds}
-        )
-        if c.variant in ("M", "S"):  # what a condition asks for: which factor of which kind, and which of its rows
+        self.heads = nn.ModuleDict({kind: _Head(c, len(target.layers), *_shape(target, kind)) for kind in target.kinds})
+        if c.variant in ("M", "S"):  # embeddings that select the factor of each kind, and in S its row
             n_rows = c.rank if c.variant == "S" else 1
             self.asked = nn.Parameter(torch.randn(len(target.kinds), 2, n_rows, c.width))
             self.asked_norm = nn.LayerNorm(c.width)
@@ -129,7 +127,7 @@ class TextToLoRA(DescriptionHypernetwork):
         return functional.normalize(free, dim=-1) * self.config.d_text**0.5
 
     def start_shared_from(self, lora: LoRA) -> None:
-        """Let the factors that all descriptions share start as a LoRA that was trained on all tasks. Raises ConfigError where it does not fit."""
+        """Start the shared factors from a multi-task LoRA. Raises ConfigError if it does not fit."""
         for kind in self.config.target.kinds:
             head = cast(_Head, self.heads[kind])
             a, b = shared_factors(lora, self.config.target.of_kind(kind), self.config.rank)
@@ -149,7 +147,7 @@ class TextToLoRA(DescriptionHypernetwork):
         return LoRABatch(embeddings.shape[0], {name: factors[name] for name in target.names}, {})
 
     def latents(self, embeddings: Tensor) -> Tensor:
-        """What the heads read [n, layers, kinds, sides, rows, head_width]; sides and rows are 1 where a head makes all of them."""
+        """The heads' input [n, layers, kinds, sides, rows, head_width]; sides and rows are 1 if made at once."""
         task = self.task(embeddings)[:, None, None]  # [n, 1, 1, w / 2]
         layer = self.layer(torch.arange(len(self.config.target.layers), device=task.device))[None, :, None]
         kind = self.kind(torch.arange(len(self.config.target.kinds), device=task.device))[None, None]
@@ -162,63 +160,30 @@ class TextToLoRA(DescriptionHypernetwork):
 
 
 class _Head(nn.Module):
-    """What the heads of all variants have: factors that all tasks share, added to those of each; B is scaled, at first to zero."""
+    """Condition -> factors of one module kind, plus factors shared by all tasks; B is scaled, at first to zero."""
 
-    def __init__(self, c: TextToLoRAConfig, n_layers: int, d_in: int, d_out: int, n_numbers: int):
+    def __init__(self, c: TextToLoRAConfig, n_layers: int, d_in: int, d_out: int):
         super().__init__()
-        self.rank, self.d_in, self.d_out = c.rank, d_in, d_out
+        self.variant, self.rank, self.d_in, self.d_out = c.variant, c.rank, d_in, d_out
+        longest = max(d_in, d_out)
+        n_numbers = {"L": c.rank * (d_in + d_out), "M": c.rank * longest, "S": longest}[c.variant]
         self.linear = nn.Linear(c.head_width, n_numbers)
         nn.init.normal_(self.linear.weight, std=(3 * d_in * c.head_width) ** -0.5)
         nn.init.zeros_(self.linear.bias)
-        self.shared_a = nn.Parameter(
-            torch.randn(n_layers, c.rank, d_in) / (3 * d_in) ** 0.5
-        )  # as long as a usual LoRA's A
+        self.shared_a = nn.Parameter(torch.randn(n_layers, c.rank, d_in) / (3 * d_in) ** 0.5)  # as in a usual LoRA
         self.shared_b = nn.Parameter(torch.zeros(n_layers, c.rank, d_out))
         self.scaler_b = nn.Parameter(torch.zeros(n_layers, c.rank, 1))
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [n, layers, sides, rows, head_width] -> A rows [n, layers, r, in] and B rows [n, layers, r, out]."""
-        a, b = self.own(latents)
+        """Latents [n, layers, sides, rows, head_width] -> A [n, layers, r, in] and B rows [n, layers, r, out]."""
+        made = self.linear(latents)
+        if self.variant == "L":  # one latent becomes A and B
+            a, b = made[:, :, 0, 0].split([self.rank * self.d_in, self.rank * self.d_out], dim=-1)
+            a, b = a.unflatten(-1, (self.rank, -1)), b.unflatten(-1, (self.rank, -1))
+        else:  # M: a latent becomes A or B; S: one row of either. The map is as wide as the wider of them
+            rows = made[:, :, :, 0].unflatten(-1, (self.rank, -1)) if self.variant == "M" else made
+            a, b = (side[..., :d] for side, d in zip(rows.unbind(2), (self.d_in, self.d_out), strict=True))
         return a + self.shared_a, b * self.scaler_b + self.shared_b
-
-    def own(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-
-class _BothFactors(_Head):
-    """`L`: a latent becomes the whole of A, then of B."""
-
-    def __init__(self, c: TextToLoRAConfig, n_layers: int, d_in: int, d_out: int):
-        super().__init__(c, n_layers, d_in, d_out, c.rank * (d_in + d_out))
-
-    def own(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = self.linear(latents[:, :, 0, 0]).split([self.rank * self.d_in, self.rank * self.d_out], dim=-1)
-        return a.unflatten(-1, (self.rank, -1)), b.unflatten(-1, (self.rank, -1))
-
-
-class _OneFactor(_Head):
-    """`M`: a latent becomes A or B, which share the map."""
-
-    def __init__(self, c: TextToLoRAConfig, n_layers: int, d_in: int, d_out: int):
-        super().__init__(c, n_layers, d_in, d_out, c.rank * max(d_in, d_out))
-
-    def own(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = self.linear(latents[:, :, :, 0]).unflatten(-1, (self.rank, -1)).unbind(2)
-        return a[..., : self.d_in], b[..., : self.d_out]
-
-
-class _OneRow(_Head):
-    """`S`: a latent becomes one row of A or one column of B, which share the map."""
-
-    def __init__(self, c: TextToLoRAConfig, n_layers: int, d_in: int, d_out: int):
-        super().__init__(c, n_layers, d_in, d_out, max(d_in, d_out))
-
-    def own(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = self.linear(latents).unbind(2)
-        return a[..., : self.d_in], b[..., : self.d_out]
-
-
-_HEADS = {"L": _BothFactors, "M": _OneFactor, "S": _OneRow}
 
 
 def _mlp(d: int, d_out: int, dropout: float) -> nn.Sequential:
