@@ -80,15 +80,17 @@ def for_base(hypernet, fingerprint):
 
 def make_hypernet(base, seed: int = 0, **options):
     """A random document hypernetwork for a base; its B scalers are not zero, so that its LoRAs do something."""
-    from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+    from loracast.hypernets.doc_to_lora import DocToLoRA
+    from loracast.hypernets.published import PublishedDocToLoRA
     from loracast.lora.target import target_from_config
 
     torch.manual_seed(seed)
+    architecture = PublishedDocToLoRA if options.pop("published", False) else DocToLoRA
     kinds = options.pop("kinds", ("down_proj",))
     settings = {**DOC_TO_LORA, **options}
     target = target_from_config(base.model.config, kinds)
-    config = DocToLoRAConfig.for_target(target, base.model.config.hidden_size, **settings)
-    hypernet = DocToLoRA(config)
+    d_features = base.model.config.hidden_size + settings.get("d_values", 0)
+    hypernet = architecture(architecture.config_class.for_target(target, d_features, **settings))
     for head in hypernet.heads.values():
         head.scaler_b.data.fill_(0.5)
     hypernet.made_for = getattr(base, "fingerprint", None)

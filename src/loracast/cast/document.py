@@ -84,8 +84,7 @@ def learn_document(
     """Cast a document into an adapter and keep it under `name`.
 
     If the library has an adapter of the same document, cast in the same way, that one gets the name. The adapter
-    appears
-    in the library once it is complete: casting that fails or is killed leaves nothing behind.
+    appears in the library once it is complete: casting that fails or is killed leaves nothing behind.
     """
     started = time.perf_counter()
     config = caster.hypernetwork.config

@@ -1,0 +1,205 @@
+"""The contract of every hypernetwork: bind, encode, cast; ids and earlier formats; and the one loader of casters."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import make_model, make_tokenizer
+from loracast.base.fingerprint import Fingerprint
+from loracast.base.load import Base
+from loracast.cast.load import SHIPPED, load_caster, shipped_hypernetwork
+from loracast.errors import BaseModelError, ConfigError, HypernetworkError
+from loracast.hypernets.store import from_pretrained, read_made_for, save_pretrained, with_config
+from loracast.library.library import versions
+from loracast.lora.target import target_from_config
+from loracast.model import Model
+from tiny import DESCRIPTIONS, make_attention_delta, make_hypernet
+
+architectures = pytest.mark.parametrize("architecture", ["document", "memory", "published", "task", "attention_delta"])
+CHUNKS = [[3, 40, 77, 120, 9, 250, 31], [5, 6, 7], [300, 41, 77, 9, 88]]
+RANK = 4  # tokens that the memory stores of a chunk
+DOC_KEYS = {
+    "prefix": "lead_in", "static_rank": "document_independent_rank", "static_modules": "shared_modules",
+    "static_modules_rank": "shared_rank", "max_unscaled_chunks": "most_summed_chunks",
+    "key_decorrelation": "memory_merge_ridge",
+}  # fmt: skip
+DELTA_KEYS = {
+    "dummy_input": "probe", "dummy_answer": "probe_answer", "task_bank_rank": "recall_rank",
+    "task_bank_width": "recall_width", "bank_sizes": "recalled", "n_seen": "n_known",
+}  # fmt: skip
+IDLE = {"whitened": False, "among_latents": False, "n_latents": 0, "factorised_queries": True}
+"""Options of format 1 that are gone, at values that had no effect."""
+
+
+@pytest.fixture
+def make(base, hypernetwork):
+    """Makes a tiny hypernetwork of an architecture for the tiny base; its LoRAs are not zero."""
+
+    def make(architecture: str, **options):
+        if architecture == "task":
+            return from_pretrained(hypernetwork)
+        if architecture == "attention_delta":
+            return make_attention_delta(base, **options)
+        if architecture == "published":
+            options |= {"published": True, "n_encoder_blocks": 1, "n_latents": 3, "n_latent_mlps": 1}
+        if architecture == "memory":
+            modules = target_from_config(base.model.config, ("o_proj",), (1, 3)).rows
+            options |= {"d_values": 48, "memory_modules": modules, "memory_rank": RANK, "memory_blocks": 1}
+        hypernet = make_hypernet(base, static_rank=1, **options)
+        hypernet.static["down_proj"].b.data.normal_()
+        if architecture == "memory":
+            hypernet.memory.scale.data.fill_(0.01)
+            # Of the write gates (INSIDE, BEGIN, AFTER) only the first opens: a row of B is its token's value alone.
+            hypernet.memory.gate.weight.data[1:] = 0
+            hypernet.memory.gate.bias.data[1:] = -60
+        return hypernet
+
+    return make
+
+
+@architectures
+def test_another_base_is_refused(make, architecture):
+    hypernet = make(architecture)
+    model = make_model()
+    model.model.norm.weight.data.mul_(2)
+    with pytest.raises(BaseModelError, match=f"the hypernetwork for {hypernet.modality}s was made .*weights differ"):
+        hypernet.bind(Base("other", model, make_tokenizer()))
+    hypernet.made_for = dataclasses.replace(hypernet.made_for, config="0" * 16)
+    with pytest.raises(BaseModelError, match="shapes differ"):
+        hypernet.bind(Base("other", make_model(), make_tokenizer()))
+
+
+@architectures
+def test_rows_give_the_deltas_of_the_plain_forward(make, base, architecture):
+    hypernet = make(architecture)
+    caster, is_task = hypernet.bind(base), hypernet.modality == "task"
+    features = caster.encode(DESCRIPTIONS if is_task else CHUNKS)
+    rows = caster.cast(features).rows
+    with torch.no_grad():
+        plain = hypernet(features.states[:, 0]) if is_task else hypernet(features)[0]
+    static = hypernet.static_rows()
+    assert set(rows) == set(hypernet.config.target.kinds) and bool(static) is not is_task
+    for kind, (a, b) in rows.items():
+        for i, module in enumerate(hypernet.config.target.of_kind(kind)):
+            expected = plain.factors[module.name].b @ plain.factors[module.name].a
+            assert expected.abs().max() > 0
+            for n in range(3):
+                delta = b[n, i].T @ a[n, i]
+                if kind in static:
+                    delta = delta + static[kind][1][i].T @ static[kind][0][i]
+                torch.testing.assert_close(delta, expected[n], atol=1e-5, rtol=1e-4)
+
+
+def test_rows_of_a_memory_name_the_tokens_whose_values_they_hold(make, base):
+    caster = make("memory").bind(base)
+    found = caster.cast(caster.encode(CHUNKS))
+    assert found.tokens is not None and set(found.tokens) == {"o_proj"}
+    b = found.rows["o_proj"][1]  # [n, modules, r, out]
+    weight = base.model.lm_head.weight.float()
+    values = (weight - weight.mean(0)) * base.model.model.norm.weight
+    for n, chunk in enumerate(CHUNKS):
+        is_written = b[n].abs().amax((0, 2)) > 0
+        tokens = found.tokens["o_proj"][n][is_written[: found.tokens["o_proj"].shape[1]]].tolist()
+        assert len(tokens) == len(set(tokens)) == min(RANK, len(chunk)) and max(tokens) < len(chunk)
+        expected = values[[chunk[token] for token in tokens]]
+        for module in b[n]:
+            assert torch.cosine_similarity(module[is_written], expected).min() > 0.999
+
+
+@architectures
+def test_the_id_is_that_of_config_and_weights(make, base, architecture, tmp_path):
+    hypernet = make(architecture)
+    changes = {"attention_delta": {"dummy_answer": "rice"}, "memory": {"key_decorrelation": 2.0}}
+    changed = with_config(hypernet, changes.get(architecture, {"scale": 2.0}))
+    assert changed.id != hypernet.id
+    assert all(torch.equal(value, changed.state_dict()[name]) for name, value in hypernet.state_dict().items())
+    save_pretrained(hypernet, tmp_path, storage="float32")
+    read = from_pretrained(tmp_path)
+    assert read.id == hypernet.id == hypernet.bind(base).id and read.former_ids == ()
+    before = hypernet.id
+    next(iter(hypernet.parameters())).data.flatten()[0] += 1e-3
+    assert hypernet.id != before
+
+
+def as_format_1(folder, names: dict[str, str], keys: dict[str, str], **changes) -> str:
+    """Rewrite a float32 folder as loracast 0.1 wrote it; the id that it had there: a hash of the weights alone."""
+    stored = json.loads((folder / "config.json").read_text())
+    stored["format"] = 1
+    stored["architecture"] = "AttendingToLoRA" if "dummy_input" in stored["config"] else "DocToLoRA"
+    stored["config"] = {keys.get(key, key): value for key, value in stored["config"].items()} | changes
+    (folder / "config.json").write_text(json.dumps(stored))
+    tensors = load_file(folder / "model.safetensors")
+    for new, old in names.items():
+        tensors = {old + name.removeprefix(new) if name.startswith(new) else name: v for name, v in tensors.items()}
+    if stored["architecture"] == "DocToLoRA":
+        tensors["heads.down_proj.in_scale"] = torch.ones(4, 1, 96)
+        tensors["heads.down_proj.out_scale"] = torch.ones(4, 1, 48)
+    save_file(tensors, folder / "model.safetensors")
+    content = b"".join(name.encode() + value.numpy().tobytes() for name, value in sorted(tensors.items()))
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def test_format_1_opens_and_remembers_its_former_id(make, tmp_path):
+    document = make("memory", max_unscaled_chunks=8)
+    task = make("attention_delta", task_bank_rank=2, task_bank_width=3, bank_sizes=(2, 1))
+    for folder, hypernet in (("document", document), ("gone", document), ("task", task)):
+        save_pretrained(hypernet, tmp_path / folder, storage="float32")
+    former = as_format_1(tmp_path / "document", {"static.": "document_independent."}, DOC_KEYS, **IDLE)
+    names = {"encoder_lora.": "reading.", "task_bank.keys": "recall.entries", "task_bank.": "recall.", "seen": "known"}
+    other = as_format_1(tmp_path / "task", names, DELTA_KEYS)
+    for folder, hypernet, former_id in (("document", document, former), ("task", task, other)):
+        read = from_pretrained(tmp_path / folder)
+        assert read.config == hypernet.config and read.former_ids == (former_id,)
+        assert read.id == hypernet.id != former_id
+    as_format_1(tmp_path / "gone", {"static.": "document_independent."}, DOC_KEYS, **IDLE | {"whitened": True})
+    with pytest.raises(ConfigError, match=r"trained with whitened, which .* no longer has: use loracast 0\.1"):
+        from_pretrained(tmp_path / "gone")
+
+
+def test_each_modality_takes_its_own_hypernetworks_only(make, base, tmp_path):
+    image = make_hypernet(base, encoder="lenses", encoder_fingerprint="e" * 16)
+    for modality, hypernet in (("document", make("document")), ("task", make("task")), ("image", image)):
+        save_pretrained(hypernet, tmp_path / modality)
+        for wanted in {"document", "task", "image"} - {modality}:
+            with pytest.raises(HypernetworkError, match=f"casts {modality}s, and {wanted}s are wanted"):
+                load_caster(tmp_path / modality, wanted, base)
+    assert load_caster(tmp_path / "document", "document", base).hypernetwork.modality == "document"
+
+
+@pytest.mark.parametrize("modality", SHIPPED)
+def test_a_shipped_hypernetwork_is_found_by_fingerprint(modality):
+    def base_like(fingerprint: Fingerprint) -> Base:
+        named = Base("/models/copy", make_model(), make_tokenizer())
+        vars(named)["fingerprint"] = fingerprint
+        return named
+
+    made_for = read_made_for(shipped_hypernetwork("smollm2-135m-instruct", modality))
+    renamed = dataclasses.replace(made_for, base="/models/copy", matrices="0" * 16)
+    assert shipped_hypernetwork(base_like(renamed), modality).name == SHIPPED[modality]
+    for part in ("config", "norms"):
+        with pytest.raises(HypernetworkError, match="no hypernetwork is shipped for the base '/models/copy'"):
+            shipped_hypernetwork(base_like(dataclasses.replace(renamed, **{part: "0" * 16})), modality)
+
+
+def test_adapters_of_a_former_id_are_asked_and_found_again(model, base, tmp_path, monkeypatch):
+    page = tmp_path / "page.txt"
+    page.write_text("The lamp on the desk was made in the north. The museum opens at nine.")
+    model.learn(page, "text", storage="text")
+    model.learn(page, "kept", storage="int8")
+    renewed = with_config(model.documents.hypernetwork, {"scale": 3.0})
+    with pytest.raises(HypernetworkError, match="keeps only its text, and this is not the hypernetwork"):
+        Model(base, model.library, renewed).adapter("text")
+    renewed.former_ids = (model.documents.id,)
+    later = Model(base, model.library, renewed)
+    assert later.documents.id != model.documents.id
+    assert isinstance(later.ask("What?", "text"), str)
+    monkeypatch.setattr(type(later.documents), "cast", lambda *_: pytest.fail("cast anew"))
+    later.learn(page, "again", storage="int8")
+    again, kept = (versions(model.library, name) for name in ("again", "kept"))
+    assert [entry.version for entry in again] == [entry.version for entry in kept]
