@@ -1,4 +1,4 @@
-"""What descriptions become in processes of their own."""
+"""LoRAs that other processes cast from descriptions."""
 
 from __future__ import annotations
 
@@ -8,33 +8,38 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+SEEDS = ("0", "3")  # with these, sets of names of modules come in different orders
 _IN_ANOTHER_PROCESS = """
 import hashlib, sys
 from loracast.base.load import load_base
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
 base = load_base(sys.argv[1], device="cpu", dtype="float32")
-loras = TaskCaster(load_caster(sys.argv[2], "task", base)).loras(sys.argv[3:])
-digest = hashlib.sha256()
-for lora in loras:
-    for name, factors in lora.factors.items():
-        digest.update(name.encode())
-        for factor in factors:
-            digest.update(factor.contiguous().numpy().tobytes())
-print(digest.hexdigest())
+for folder in sys.argv[2].split(":"):
+    loras = TaskCaster(load_caster(folder, "task", base)).loras(sys.argv[3:])
+    digest = hashlib.sha256()
+    for lora in loras:
+        for name, factors in lora.factors.items():
+            digest.update(name.encode())
+            for factor in factors:
+                digest.update(factor.contiguous().numpy().tobytes())
+    print(digest.hexdigest())
 """
 
 
-def digests_in_other_processes(base: Path, hypernetwork: Path, texts: Sequence[str]) -> set[str]:
-    """The hash of the LoRAs that descriptions become, in two processes with hash seeds of their own."""
-    command = [sys.executable, "-c", _IN_ANOTHER_PROCESS, str(base), str(hypernetwork), *texts]
+def digests_in_other_processes(base: Path, hypernetworks: Sequence[Path], texts: Sequence[str]) -> set[tuple[str, ...]]:
+    """The hash of the LoRAs that descriptions become with each hypernetwork, in two processes with other hash seeds."""
+    folders = ":".join(str(folder) for folder in hypernetworks)
+    command = [sys.executable, "-c", _IN_ANOTHER_PROCESS, str(base), folders, *texts]
     return {
-        subprocess.run(
-            command,
-            env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for seed in ("0", "1")
+        tuple(
+            subprocess.run(
+                command,
+                env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.split()
+        )
+        for seed in SEEDS
     }

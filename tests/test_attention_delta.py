@@ -305,8 +305,8 @@ def test_options_of_the_other_variants_are_refused(base, tmp_path):
             train_text(base, read_text_recipe(path), read_tasks(write_suite(tmp_path)), tmp_path / "run")
 
 
-def test_another_process_and_hash_seed_make_the_same_bits(base, tiny_folder, tmp_path):
-    hypernet = make_attention_delta(base)
-    save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="bfloat16")
-    digests = digests_in_other_processes(tiny_folder, tmp_path / "hypernetwork", DESCRIPTIONS)
-    assert len(digests) == 1 and len(digests.pop()) == 64
+def test_another_process_and_hash_seed_make_the_same_bits(base, tiny_folder, hypernetwork, tmp_path):
+    """Of text-to-LoRA too: its published code took its modules from a set, so that factors could swap."""
+    save_pretrained(for_base(make_attention_delta(base), base.fingerprint), tmp_path / "delta", storage="bfloat16")
+    digests = digests_in_other_processes(tiny_folder, (tmp_path / "delta", hypernetwork), DESCRIPTIONS)
+    assert len(digests) == 1 and [len(digest) for digest in digests.pop()] == [64, 64]

@@ -8,8 +8,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import pytest
@@ -175,31 +173,6 @@ def test_published_checkpoints_are_reproduced(name):
             key = f"{i}.base_model.model.{module}"
             torch.testing.assert_close(a[i], expected[f"{key}.lora_A.weight"], atol=1e-6, rtol=1e-5)
             torch.testing.assert_close(b[i], expected[f"{key}.lora_B.weight"], atol=1e-6, rtol=1e-5)
-
-
-_HASH_FACTORS = """
-import hashlib, sys, torch
-from pathlib import Path
-from loracast.hypernets.store import from_pretrained
-from loracast.hypernets.text_to_lora import TextToLoRA
-hypernet = from_pretrained(Path(sys.argv[1]), TextToLoRA)
-batch = hypernet(torch.linspace(-1, 1, 20).view(2, 10))
-digest = hashlib.sha256()
-for name, (a, b) in batch.factors.items():
-    digest.update(name.encode() + a.numpy().tobytes() + b.contiguous().numpy().tobytes())
-print(digest.hexdigest())
-"""
-
-
-def test_factors_are_bit_identical_in_other_processes_under_any_hash_seed(tmp_path):
-    """The published code took its modules from a Python set: their order, and with it the factors, could swap."""
-    save_pretrained(for_base(make(kinds=("q_proj", "k_proj", "v_proj")), MADE_FOR), tmp_path)
-    outputs = set()
-    for seed in ("0", "1", "4242"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", _HASH_FACTORS, str(tmp_path)]
-        outputs.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-    assert len(outputs) == 1 and len(outputs.pop().strip()) == 64
 
 
 # ------------------------------------------------------------------------------------------------- text encoders
