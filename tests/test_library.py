@@ -115,6 +115,15 @@ def test_one_version_is_removed_and_the_others_stay(tmp_path):
     assert adapter_names(tmp_path) == [] and files_in(tmp_path) == {"register.sqlite"}
 
 
+def test_a_version_that_is_named_again_is_the_newest_again(tmp_path):
+    first, second = (write(tmp_path, seed=seed, replace=True) for seed in (1, 2))
+    write(tmp_path, seed=1, replace=True)  # back to the first
+    assert open_adapter(tmp_path, "doc").version == first.version
+    assert [e.version for e in versions(tmp_path, "doc")] == [first.manifest.version, second.manifest.version]
+    assert collect_garbage(tmp_path, keep=1).versions == (second.manifest.version,)
+    assert has_factors_of(open_adapter(tmp_path, "doc"), 1)
+
+
 def test_the_same_adapter_is_kept_once(tmp_path):
     one = write(tmp_path, name="one")
     other = write(tmp_path, name="other", created="2027-01-01T00:00:00+00:00", learn_s=9.0)

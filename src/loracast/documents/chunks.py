@@ -1,4 +1,4 @@
-"""Text to chunks: contiguous pieces that each fit a number of tokens and end where a reader would pause.
+"""Splits a text into chunks: contiguous pieces that each fit a number of tokens and end where a reader would pause.
 
 The text is encoded once, in blocks, for an estimate; a shortest path over the possible seams then trades the number of
 chunks, their evenness and the seams' costs against each other; each chunk is encoded once more for its exact count.
@@ -48,7 +48,7 @@ class Chunk:
 
 
 def split_text(text: str, encode: Encode, *, max_tokens: int = DEFAULT_CHUNK_TOKENS, title: str = "") -> list[Chunk]:
-    """Chunks that cover `text` in order without overlap; between two of them stands white space or nothing.
+    """Split a text into chunks that cover it in order without overlap, with at most white space between two of them.
 
     `encode` gives the token ids of a string, without special tokens, and the (start, end) characters of each. No
     chunk's prompt has more than `max_tokens`. Raises ValueError for fewer than 16, or where one character needs more.

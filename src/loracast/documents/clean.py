@@ -1,4 +1,4 @@
-"""Bytes to characters, and characters to the one form that the rest of loracast sees.
+"""Decodes bytes and normalises text to the one form that the rest of loracast sees; makes titles and names readable.
 
 An encoding is never guessed: a wrong guess would be cast into weights without anyone noticing.
 """

@@ -1,4 +1,4 @@
-"""CSV and TSV: one line a row, each cell after its column's name."""
+"""Reads CSV and TSV: each row becomes a line in which each cell follows its column's name."""
 
 from __future__ import annotations
 

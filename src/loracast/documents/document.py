@@ -1,4 +1,4 @@
-"""What a document is once it has been read, and how much of a file loracast is willing to look at."""
+"""The types that parsers and readers exchange: a document as read, the limits on a file, what a parser returns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Document:
-    """The text of one file, normalised, with what is needed to say later where a fact came from."""
+    """The normalised text of one file, with its title, name, hash and warnings."""
 
     title: str
     """The document's own title, else its file name made readable; empty when it has neither."""
@@ -16,14 +16,14 @@ class Document:
     file_name: str | None
     """The name without its folders; None for standard input and nameless streams."""
     media_type: str
-    """What the content was read as, whatever the name said."""
+    """Media type of the content, whatever the file name says."""
     sha256: str
     """Hash of the file's bytes, in hexadecimal: the document's identity."""
     n_bytes: int
     n_pages: int | None = None
     """PDF only."""
     warnings: tuple[str, ...] = ()
-    """What may be missing from the text, one sentence each (a page without a text layer, a damaged object)."""
+    """What may be missing from the text (a page without a text layer, a damaged object), one sentence each."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The headings of a markdown text: `# ` lines and underlined ones, but not the comments inside code fences."""
+"""Finds the headings of a markdown text: `# ` lines and underlined ones, but not the comments inside code fences."""
 
 from __future__ import annotations
 

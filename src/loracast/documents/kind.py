@@ -1,4 +1,4 @@
-"""Which format a file is in: by its content where the content says so, by its extension otherwise.
+"""Tells which format a file is in: by its content where the content says so, by its extension otherwise.
 
 Looks at the first kilobytes only and knows no parser. A zip container may turn out not to be Word: docx.py decides.
 """

@@ -1,4 +1,4 @@
-"""Lines of a page description, which knows no paragraphs, to paragraphs and headings.
+"""Joins the lines of PDF pages, which know no paragraphs, to paragraphs and headings.
 
 What speaks for a new paragraph: a wider gap than usual, another letter size, a bullet, a last line that stops short.
 Running headers and page numbers are taken out first, since they stand between the two halves of a sentence.
@@ -83,7 +83,7 @@ def _body_size(lines: Sequence[Line]) -> float:
 
 
 def drop_running_lines(lines: Sequence[Line]) -> list[Line]:
-    """Without page numbers, and with only the first of a header or footer that most pages repeat.
+    """Drop page numbers, and all but the first of a header or footer that most pages repeat.
 
     A line runs if it is the outermost of its page, or next to one that runs: anything further in is text, however often
     it comes, and so is whatever is set larger than the body.

@@ -1,4 +1,4 @@
-"""PDF to markdown-like text through pypdf: pages to lines here, lines to paragraphs in paragraphs.py."""
+"""Parses PDF into markdown-like text with pypdf: pages to lines here, lines to paragraphs in paragraphs.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file, a stream or standard input to a Document. The one door through which text enters loracast.
+"""Reads a file, a stream or standard input into a Document; all text enters loracast here.
 
 Text formats are read here; PDF, DOCX and HTML are parsed by a child process with limits (sandbox.py). Nothing is ever
 fetched from a network. Whatever is wrong with a file raises one DocumentError that says what, and what to do.

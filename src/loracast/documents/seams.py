@@ -1,4 +1,4 @@
-"""Where a text may be cut, and how much each cut hurts.
+"""Finds where a text may be cut into chunks, and what each cut costs.
 
 A seam is an offset and a cost. The costs are in chunks: one more chunk costs 1 (chunks.py). So two sections are torn
 (0.8 for a sentence's end) where that saves a chunk, a sentence (10) only where none ends within reach, and a word (100)

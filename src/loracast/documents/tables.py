@@ -1,4 +1,4 @@
-"""Rows to lines that keep their meaning alone: a chunk may hold any one of them without the header."""
+"""Turns table rows into lines that name their columns, since a chunk may hold a row without the header."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def rows_to_lines(rows: Sequence[Sequence[str]], has_header: bool | None = None) -> list[str]:
-    """One line a row: "header: value; header: value", empty cells left out.
+    """Turn each row into a line "header: value; header: value", without empty cells.
 
     `has_header` None lets the cells decide. Two columns without a known header are names and values: "name: value".
     """

@@ -11,7 +11,7 @@ from loracast.errors import BaseModelError
 
 
 def write_base(name: str | None, out: Path, say: Callable[[str], None] = lambda text: None) -> list[Path]:
-    """Copy an embedded base, its GGUF file included, into a folder; the files.
+    """Copy an embedded base, its GGUF file included, into a folder; returns the files.
 
     Raises:
         BaseModelError: it is not an embedded one, or the folder is not empty.

@@ -17,7 +17,7 @@ from loracast.lora.algebra import Factors, LoRA, compress
 
 @dataclass(frozen=True)
 class Uniform:
-    """A LoRA of factors of one rank."""
+    """A LoRA whose factors all have one rank."""
 
     lora: LoRA
     rank: int
@@ -26,7 +26,7 @@ class Uniform:
 
 
 def uniform(lora: LoRA, max_rank: int | None = None, allowed: Sequence[int] | None = None) -> Uniform:
-    """A LoRA with one rank in all modules.
+    """Give a LoRA one rank in all modules, padded with zeros or compressed.
 
     Args:
         max_rank: what has more is compressed to it (SVD), with an error; None keeps all of it.

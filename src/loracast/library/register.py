@@ -168,7 +168,10 @@ class Register:
             f"{_ENTRY} WHERE names.name = ? AND substr(versions.id, 1, ?) = ? ORDER BY number DESC",
             (name, len(starting), starting),
         )
-        return list({entry.version: entry for entry in reversed([_entry(row) for row in rows])}.values())[::-1]
+        found: dict[str, Entry] = {}
+        for entry in map(_entry, rows):
+            found.setdefault(entry.version, entry)
+        return list(found.values())
 
     def has_version(self, version: str) -> bool:
         return self._one("SELECT count(*) FROM versions WHERE id = ?", version) > 0

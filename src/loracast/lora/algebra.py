@@ -1,4 +1,4 @@
-"""The one in-memory LoRA and its algebra. Knows torch only: no base, no file, no hypernetwork.
+"""The in-memory LoRA and its algebra: sum, scale, compress, norms, batches. It knows torch alone.
 
 A LoRA adds `delta = B @ A` to a module's weight [out, in], with A [r, in] and B [out, r]; the scale is folded into B
 the moment a LoRA is born, so that nothing after this needs to know it. Where many chunks have been merged, the
@@ -101,7 +101,7 @@ class LoRA:
 
 
 def _check_same_shapes(loras: Sequence[LoRA]) -> None:
-    """Refuse LoRAs that see one module differently: they were made for different bases."""
+    """Raise AdapterError where LoRAs have other shapes for one module: they were made for different bases."""
     seen: dict[str, set[tuple[int, int]]] = {}
     for lora in loras:
         for name, shape in lora.shapes.items():
@@ -112,7 +112,7 @@ def _check_same_shapes(loras: Sequence[LoRA]) -> None:
 
 
 def concat(loras: Sequence[LoRA], dense_past_break_even: bool = True) -> LoRA:
-    """The sum of LoRAs, exact: factors are concatenated along the rank, and past the break-even rank kept dense.
+    """The exact sum of LoRAs: factors are concatenated along the rank, and become dense past the break-even rank.
 
     Doc-to-LoRA merges the chunks of a document like this (arXiv 2602.15902, section on long documents), without a 1/K
     scale.
@@ -195,7 +195,7 @@ def effective_rank(singular_values: Tensor) -> float:
 
 @dataclass(frozen=True)
 class LoRABatch:
-    """LoRAs for the rows of one batch, stacked: the form in which a forward pass uses them.
+    """The LoRAs of a batch's rows, stacked for a forward pass.
 
     `n` is the number of rows, or 1 when all rows share the same LoRA. A module that all rows share may have one row
     where others have n. Ranks are zero-padded to the longest.
@@ -206,11 +206,11 @@ class LoRABatch:
     dense: Mapping[str, Tensor]  # [n or 1, out, in]
 
     def rows(self, first: int, end: int) -> LoRABatch:
-        """Some neighbouring rows as a batch of their own, views and not copies."""
+        """The rows from `first` to before `end` as a batch of their own; views, not copies."""
         return self._some(end - first, slice(first, end))
 
     def to(self, place: torch.device | torch.dtype | str) -> LoRABatch:
-        """On a device, or in a type."""
+        """The batch on a device, or in a dtype."""
         factors = {name: Factors(a.to(place), b.to(place)) for name, (a, b) in self.factors.items()}
         return LoRABatch(self.n, factors, {name: delta.to(place) for name, delta in self.dense.items()})
 
@@ -280,7 +280,7 @@ class LoRABatch:
 
 
 def stack(loras: Sequence[LoRA | None]) -> LoRABatch:
-    """One LoRABatch for rows that each carry another LoRA, or none (None).
+    """Stack the LoRAs of a batch's rows, None for a row without one, into a LoRABatch.
 
     Raises:
         AdapterError: the LoRAs have other shapes for the same module.

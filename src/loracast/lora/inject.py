@@ -1,4 +1,4 @@
-"""One batched forward of the base in which every row may carry another LoRA, or none.
+"""Applies LoRAs to a base during its forward passes, another LoRA for every row of the batch, or none.
 
 A forward hook on each target module adds `(x A') B'` to the module's output: two small matmuls for each LoRA and row,
 no copy of a factor per token, the base's weights untouched. Works under autograd and under generation with a KV
@@ -19,7 +19,7 @@ from loracast.lora.algebra import LoRA, LoRABatch, stack
 
 @contextmanager
 def inject(model: nn.Module, loras: LoRA | LoRABatch | Sequence[LoRA | None] | None) -> Iterator[nn.Module]:
-    """Let `model` answer with LoRAs while the context lasts.
+    """Apply LoRAs to `model` while the context lasts.
 
     Args:
         model: the base, a module whose submodules the LoRAs name.
@@ -52,7 +52,7 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _modules_for(model: nn.Module, batch: LoRABatch) -> dict[str, nn.Linear]:
-    """The modules that a batch touches, after checking that they exist and fit."""
+    """The base's modules that a batch touches, checked to exist and fit."""
     modules: dict[str, nn.Linear] = {}
     problems = []
     shapes = [(name, b.shape[1], a.shape[2]) for name, (a, b) in batch.factors.items()]

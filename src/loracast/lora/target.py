@@ -1,4 +1,4 @@
-"""Which linear modules of a base receive a LoRA, in a fixed order, from the base's config alone.
+"""The target: which linear modules of a base receive a LoRA, in a fixed order, from the base's config alone.
 
 No weights are read here: a hypernetwork for a 70B base can be built and run on a machine that could never hold that
 base.
