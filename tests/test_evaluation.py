@@ -1,4 +1,4 @@
-"""Evaluation: metrics against known values, haystacks, documents in memory against adapters on disk, and whole runs on the tiny base."""
+"""Evaluation: metrics against known values, haystacks, documents in memory against adapters, whole runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Another modality: encoders that plug into the document hypernetwork, its training, its evaluation, and images as adapters."""
+"""Images: encoders that plug into the document hypernetwork, its training and evaluation, images as adapters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.protocol import Caster
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.model import load
-from loracast.training import modality_source
 from loracast.training.modality import read_modality_recipe, train_modality
 from loracast.training.modality_source import ModalityDataConfig, ModalitySource, encoded, wordings
 from tiny import gradient
@@ -286,7 +285,6 @@ def test_unrelated_questions_are_held_to_the_base(base, tmp_path):
     file = tmp_path / "unrelated.jsonl"
     file.write_text('{"question": "How many legs has a spider?", "answer": "eight"}\n')
     seen: list[dict] = []
-    assert 0 < modality_source.UNRELATED_SHARE < 1
     train_modality(
         base,
         recipe("training.steps=8", f"data.unrelated=['{file}']"),

@@ -1,4 +1,4 @@
-"""Evaluations on real documents: metrics, baselines, the reader, continuations, interference; whole runs on the tiny base."""
+"""Evaluations on real documents: metrics, baselines, the reader, continuations, interference, whole runs."""
 
 from __future__ import annotations
 

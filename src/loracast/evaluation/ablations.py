@@ -1,8 +1,8 @@
 """`loracast eval ablations`: variants of a recipe, each trained from nothing for the same time, then measured.
 
 The measurement is teacher-forced, on documents that no variant has seen. A finished run leaves
-`NAME/seed-K/results.json` with its recipe and is skipped from then on: the same command goes on where it was stopped, and
-two processes with other seeds may fill one folder together.
+`NAME/seed-K/results.json` with its recipe and is skipped from then on: the same command goes on where it was stopped,
+and two processes with other seeds may fill one folder together.
 """
 
 from __future__ import annotations

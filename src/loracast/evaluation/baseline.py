@@ -38,7 +38,7 @@ def fixed(lora: LoRA) -> LoRASource:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of token ids and a LoRA or none, with which the base answers one question. Equal requests have equal answers."""
+    """A prompt of token ids and a LoRA or none, with which the base answers one question."""
 
     prompt: tuple[int, ...]
     lora: LoRASource | None = None
@@ -74,7 +74,7 @@ def check_names(names: Sequence[str], known: Mapping[str, Any]) -> tuple[str, ..
 def choose_baselines(
     known: Mapping[str, Baseline[Setup, Case]], names: Sequence[str], missing: Mapping[str, str]
 ) -> dict[str, Baseline[Setup, Case]]:
-    """The baselines of these names, in the table's order; without names all but the optional ones and those that lack something.
+    """The baselines of these names, in the table's order; without names all that are not optional and lack nothing.
 
     Args:
         missing: what this run was not given, with how a user gives it.
@@ -89,5 +89,5 @@ def choose_baselines(
         return {name: b for name, b in known.items() if name not in lacking and not b.is_optional}
     chosen = check_names(names, known)
     if problems := [f"{name!r} needs {lacking[name]}" for name in chosen if name in lacking]:
-        raise ConfigError(f"{'; '.join(problems)}: give it, or leave these out of --baselines")
+        raise ConfigError(f"{'; '.join(problems)}: give it, or leave these baselines out")
     return {name: known[name] for name in chosen}

@@ -1,7 +1,7 @@
 """Read benchmarks as held-out tasks: files of questions with choices, or with a number as the answer.
 
 A row is `{"question": ..., "choices": [...], "answer": index}`, or has a `rationale` and a number as the `answer`. The
-examples for the prompt of `NAME_test.jsonl.gz` come from `NAME_train.jsonl.gz` beside it, or else are its own first rows.
+examples for the prompts of `NAME_test.jsonl.gz` come from `NAME_train.jsonl.gz` beside it, or else are its first rows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`loracast eval image`: what a text-only base says with the LoRA of an image.
 
 Baselines are chance, the base alone, LoRAs of other examples, and two classifiers on the hypernetwork's features: the
-nearest centroid and a linear probe, which is the ceiling. Some names are likely whatever is shown, above all among those
-that were never trained on; so names are also compared by what an example's LoRA adds to their log-likelihood over the
+nearest centroid and a linear probe, which is the ceiling. Some names are likely whatever is shown, above all those that
+were never trained on; so names are also compared by what an example's LoRA adds to their log-likelihood over the
 mean of training examples' LoRAs (as in Holtzman et al., arXiv 2104.08315).
 """
 

@@ -75,7 +75,7 @@ class NeedleConfig:
     seed: int = 0
     """Seed of documents, needles and questions."""
     budget_s: float | None = None
-    """Stop drawing documents after this many seconds, shared among the lengths; `n` tells how many there were."""
+    """Stop drawing documents after this many seconds, shared among the lengths; `n` counts them."""
 
     def __post_init__(self) -> None:
         check_names(self.baselines, BASELINES)
@@ -93,7 +93,7 @@ class NeedleConfig:
         return self.samples_long if length > LONG else self.samples
 
     def depth(self, i: int) -> float:
-        """The depth of the i-th document: in turn, or spread evenly (golden ratio) however many documents there will be."""
+        """The depth of the i-th document: the given ones in turn, or spread evenly by the golden ratio."""
         return self.depths[i % len(self.depths)] if self.depths else (0.5 + i * _GOLDEN) % 1
 
 
@@ -114,7 +114,7 @@ def evaluate_needle(model: Model, config: NeedleConfig, out: Path, progress: Pro
 
 
 def make_sample(config: NeedleConfig, haystack: Haystack, length: int, i: int) -> Sample:
-    """The i-th document of a length, by seed, length and i alone: a longer run begins with a shorter one's documents."""
+    """The i-th document of a length, by seed, length and i alone: a longer run begins with those of a shorter one."""
     rng = random.Random(f"{config.seed}/{length}/{i}")
     kind = None if config.kind == "any" else config.kind
     return haystack.sample(rng, length, make_needles(rng, 1, split=config.split, kind=kind), [config.depth(i)])

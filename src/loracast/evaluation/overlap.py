@@ -1,6 +1,6 @@
 """`loracast eval overlap`: what held-out tasks share with training tasks, in rows and in descriptions.
 
-Texts are compared as sets of words (lower case, without punctuation) by their Jaccard index, each held-out test row with
+Texts are compared as sets of words (lower case, no punctuation) by their Jaccard index, each held-out test row with
 every row of every training task.
 """
 

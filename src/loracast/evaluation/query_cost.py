@@ -176,14 +176,14 @@ def _prompt(setup: TaskSetup, name: str, drawn: Drawn, document: str | None, row
 def _against(row: dict[str, Any], adapter: dict[str, Any]) -> dict[str, float | None]:
     """How many times an adapter's operations a row needs, and after how many queries the adapter is cheaper.
 
-    Not beside a document: what spares that is an adapter made from the document.
+    A document in the window has no such count: an adapter made from the document would replace it, not one of a task.
     """
-    is_spared = row["baseline"] != DOCUMENT
+    is_comparable = row["baseline"] != DOCUMENT
     return {
         "flops_ratio": row["gflops"] / adapter["gflops"],
         "kept_ratio": row["gflops_kept"] / adapter["gflops_kept"],
-        "break_even": _queries(row["make_gflops"], row["gflops"] - adapter["gflops"]) if is_spared else None,
-        "break_even_s": _queries(row["make_s"], row["total_s"] - adapter["total_s"]) if is_spared else None,
+        "break_even": _queries(row["make_gflops"], row["gflops"] - adapter["gflops"]) if is_comparable else None,
+        "break_even_s": _queries(row["make_s"], row["total_s"] - adapter["total_s"]) if is_comparable else None,
     }
 
 

@@ -122,7 +122,7 @@ def _answer_new(base: Base, requests: Sequence[Request], sampling: Sampling, kno
 def made(
     base: Base, requests: Sequence[Request], held: Mapping[LoRASource | None, LoRA | None] | None = None
 ) -> list[LoRA | None]:
-    """The LoRA of each request, on the base's device; equal sources are made once, and those that are held not again."""
+    """The LoRA of each request, on the base's device; equal sources are made once, those that are held not again."""
     loras = dict(held or {})
     for request in requests:
         if request.lora not in loras:

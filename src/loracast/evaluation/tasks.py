@@ -169,14 +169,14 @@ def read_all(config: TasksConfig) -> list[Task]:
 
 
 def _with_oracles(tasks: list[Task], config: TasksConfig, setup: TaskSetup) -> list[Task]:
-    """The tasks that have an oracle, where oracles answer. Raises ConfigError where one lacks and all are asked for."""
+    """The tasks that have an oracle, where oracles answer. Raises ConfigError unless tasks without may be left out."""
     if setup.oracles is None or not (config.only_oracles or config.baselines is None or "oracle" in config.baselines):
         return tasks
     without = [task.name for task in tasks if not (setup.oracles / task.name / ABOUT).is_file()]
     if without and (not config.only_oracles or len(without) == len(tasks)):
         raise ConfigError(
-            f"{setup.oracles} has no oracle of {', '.join(without)}: train them (`loracast train oracle`), evaluate the "
-            "tasks that have one (--only-oracles), or leave the oracle out of --baselines"
+            f"{setup.oracles} has no oracle of {', '.join(without)}: train them (`loracast train oracle`), evaluate "
+            "the tasks that have one (--only-oracles), or leave the oracle out"
         )
     return [task for task in tasks if task.name not in without]
 

@@ -57,7 +57,7 @@ class TeacherForcedConfig:
 def evaluate_teacher_forced(
     model: Model, config: TeacherForcedConfig, out: Path, progress: Progress = no_progress
 ) -> Report:
-    """Run the evaluation; the table is in `out` at the end. Wordings of sheets and needles are those of the dev split."""
+    """Run the evaluation on the dev split's sheets and needles; the table is in `out` at the end."""
     base = model.base
     writer = ReportWriter(out, "teacher-forced", COLUMNS, config, base, model.documents.id)
     source = EpisodeSource(config.data, base.tokenizer, base.chat, split="dev")

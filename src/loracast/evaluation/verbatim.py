@@ -108,7 +108,7 @@ def evaluate_verbatim(model: Model, config: VerbatimConfig, out: Path, progress:
 
 
 def of_way(value: float, none: float, window: float) -> float | None:
-    """How far a figure goes from no document (0) to the document in the window (1); None where the window adds nothing."""
+    """How far a figure goes from no document (0) to the document in the window (1); None if the window adds nothing."""
     return (value - none) / (window - none) if window > none else None
 
 
