@@ -1,8 +1,9 @@
-"""LoRAs that other processes cast from descriptions."""
+"""Other processes: programs that can be interrupted, and the LoRAs that they cast from descriptions."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,11 @@ for folder in sys.argv[2].split(":"):
                 digest.update(factor.contiguous().numpy().tobytes())
     print(digest.hexdigest())
 """
+
+
+def interruptible() -> None:
+    """For `preexec_fn`: let SIGINT end the child, also where the tests run in the background of a script."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def digests_in_other_processes(base: Path, hypernetworks: Sequence[Path], texts: Sequence[str]) -> set[tuple[str, ...]]:

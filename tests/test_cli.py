@@ -22,6 +22,29 @@ from adapters import write
 from loracast.cli import app
 from loracast.documents import Chunk
 from loracast.library.library import adapter_names, open_adapter
+from other_processes import interruptible
+
+
+@dataclasses.dataclass(frozen=True)
+class Undocumented:
+    rows: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    sizes: tuple[int, ...] = (1, 2)
+    """Sizes."""
+    names: tuple[str, ...] | None = None
+    """Names."""
+    texts: tuple[str, ...] = ("t",)
+    """Files of prose."""
+    benchmarks: tuple[str, ...] = ()
+    """Files of benchmarks."""
+    is_chat: bool = True
+    """Whether questions are turns of a chat."""
+    budget_s: float | None = None
+    """Stop after this time."""
+
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = (sys.executable, "-c", "from loracast.cli import main; main()")
@@ -100,7 +123,8 @@ def only_json(result) -> dict:
 def spawn(*arguments: object, **options) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*PROGRAM, *map(str, arguments)], env=environment, **{**pipes, **options})
+    command = [*PROGRAM, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, preexec_fn=interruptible, **{**pipes, **options})
 
 
 # --- the program
@@ -138,6 +162,59 @@ def test_version(run):
 def test_the_page_of_the_command_line_has_every_command():
     page = (ROOT / "docs" / "command-line.md").read_text()
     assert re.findall(r"^### `loracast ([\w-]+)`$", page, re.MULTILINE) == list(typer.main.get_command(app).commands)
+
+
+def every_command(group=None, path=()):
+    """Every command that takes options, with all of them, by its words."""
+    group = group or typer.main.get_command(app)
+    context = typer.Context(group)
+    for name in group.list_commands(context):
+        _, command, _ = group.resolve_command(context, [name])
+        if hasattr(command, "list_commands"):
+            yield from every_command(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+def test_every_option_of_every_command_is_in_its_help(run):
+    commands = dict(every_command())
+    assert len(commands) > 45
+    for words, command in commands.items():
+        shown = run(*words, "--help", env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"}).output
+        options = [option for option in command.params if option.param_type_name == "option"]
+        assert all(option.help for option in options), words
+        missing = [name for option in options for name in option.opts if not re.search(rf"{name}\b", shown)]
+        assert not missing, (words, missing)
+
+
+def test_a_config_field_without_help_is_refused():
+    from loracast.cli.commands import flattened
+
+    def command(config: Undocumented) -> None:
+        """What it does."""
+
+    with pytest.raises(TypeError, match=r"Undocumented\.rows has no docstring"):
+        flattened(command)
+
+
+def test_options_become_the_fields_of_a_config(tmp_path):
+    from loracast.cli.commands import add
+
+    seen = []
+    alone = typer.Typer(cls=typer.main.get_command(app).__class__.__base__)
+    alone.callback()(lambda: None)
+
+    def measure(config: Settings) -> None:
+        """What it does."""
+        seen.append(config)
+
+    add(alone, measure)
+    assert CliRunner().invoke(alone, ["measure"]).exit_code == 0 and seen.pop() == Settings()
+    given = "--sizes 3,4 --names a,b --texts x --texts y --no-is-chat --budget 2m --benchmark z"
+    assert CliRunner().invoke(alone, ["measure", *given.split()]).exit_code == 0
+    assert seen.pop() == Settings((3, 4), ("a", "b"), ("x", "y"), ("z",), False, 120.0)
+    for wrong in ("--sizes 3,x", "--budget soon", "--is-chat maybe", "--size 3"):
+        assert CliRunner().invoke(alone, ["measure", *wrong.split()]).exit_code == 2
 
 
 def test_completion_is_offered(run, monkeypatch):
@@ -196,6 +273,20 @@ def test_a_refusal_is_1_and_one_line(run, arguments, says, monkeypatch):
     assert result.exit_code == 1 and not result.stdout
     assert result.stderr.startswith("error: ") and says in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_broken_row_is_named_by_file_and_line(run, tiny_folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "The lamp is lit at nine."}\n{"text": "The kettle\n')
+    for option in ("--texts", "--documents"):
+        result = run("train", "doc", "--out", tmp_path / "run", option, rows, "--base", tiny_folder, "--budget", "1s")
+        number = 2 if option == "--texts" else 1  # there the first row lacks its questions
+        assert result.exit_code == 1 and f"{rows}, line {number}: " in result.stderr, result.output
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "cat" / "1.png").write_bytes(b"")
+    (tmp_path / "images" / "classes.json").write_text('{"cat": ')
+    result = run("train", "image", "--images", tmp_path / "images", "--out", tmp_path / "run", "--base", tiny_folder)
+    assert result.exit_code == 1 and "classes.json" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_verbose_shows_the_traceback(run):
@@ -305,6 +396,27 @@ def test_route_all_takes_every_chunk_and_an_adapter_counts_once(run, tiny, lante
     twice = only_json(run(*question, "-a", "lanterns", "-a", "lanterns"))
     assert once["adapters"]["lanterns"]["chunks"] == list(range(n_chunks))
     assert once["answer"] == twice["answer"]
+
+
+def test_two_versions_of_a_name_are_both_reported_and_each_is_routed_once(
+    run, tiny, learning, lanterns, manual, monkeypatch
+):
+    import loracast.model
+
+    first = open_adapter(lanterns, "lanterns").version
+    manual.write_text(MANUAL.replace("lantern", "kettle"))
+    assert run("learn", manual, "--replace", *learning).exit_code == 0
+    second = open_adapter(lanterns, "lanterns").version
+    routed, route = [], loracast.model.route
+    monkeypatch.setattr(
+        "loracast.model.route", lambda adapter, *more: routed.append(adapter.version) or route(adapter, *more)
+    )
+    monkeypatch.setattr("loracast.library.routing.route", lambda *ignored: pytest.fail("routed a second time"))
+    question = ("ask", "What is the code of the blue kettle?", "--json", "--max-tokens", "4", "--route", "2", *tiny)
+    report = only_json(run(*question, "-a", first, "-a", "lanterns", "-a", second))
+    assert list(report["adapters"]) == routed == [first, second]
+    by_itself = [only_json(run(*question, "-a", version))["adapters"]["lanterns"] for version in (first, second)]
+    assert list(report["adapters"].values()) == by_itself
 
 
 def test_the_plain_base_needs_neither_adapter_nor_hypernetwork(run, tiny):
@@ -543,8 +655,26 @@ def test_demo_learns_the_manual_and_asks(run, learning, library):
     report = only_json(run("demo", ROOT / "examples" / "manual.md", "--json", *learning))
     assert report["name"] == "manual" and len(report["answers"]) == 5
     shown = run("demo", ROOT / "examples" / "manual.md", *learning)  # once more: it gives way to itself
-    assert shown.exit_code == 0 and "30 months" in shown.stdout and "of 5 right" in shown.stdout
+    n_right = sum(row["expected"].casefold() in row["adapter"].casefold() for row in report["answers"])
+    assert shown.exit_code == 0 and "30 months" in shown.stdout and f"{n_right} of 5 right" in shown.stdout
     assert adapter_names(library) == ["manual"]
+
+
+def test_demo_counts_right_answers(run, learning, monkeypatch):
+    from loracast.cli.demo import QUESTIONS
+    from loracast.model import Answerer
+
+    right = {question: expected.upper() for question, expected in QUESTIONS[:3]}
+
+    def answer(self, question, adapter=(), **options):
+        text = f"It is {right[question]}." if adapter and question in right else "I do not know."
+        return loracast.base.generate.Answer(text, 1, 1, 0.1, 0.1, True)
+
+    monkeypatch.setattr(Answerer, "answer", answer)
+    example = ("demo", ROOT / "examples" / "manual.md", *learning)
+    assert "3 of 5 right with the adapter" in run(*example).stdout
+    answers = only_json(run(*example, "--json"))["answers"]
+    assert [row["is_right"] for row in answers] == [True, True, True, False, False]
 
 
 def test_demo_replaces_no_adapter_unasked(run, learning, library, manual):
@@ -571,8 +701,13 @@ def test_demo_only_learns_another_file(run, learning, library, manual):
 # --- real processes
 
 
-def test_ctrl_c_is_130(tmp_path):
-    process = spawn("learn", "-", "--library", tmp_path)
+@pytest.mark.parametrize("is_ignored_here", [False, True], ids=["", "in the background of a script"])
+def test_ctrl_c_is_130(tmp_path, is_ignored_here):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_ignored_here else signal.getsignal(signal.SIGINT)
+    try:
+        process = spawn("learn", "-", "--library", tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     process.stdin.write("x" * 300_000)  # more than a pipe holds: once it is written, the command is reading
     process.stdin.flush()
     process.send_signal(signal.SIGINT)
@@ -636,7 +771,7 @@ def test_a_killed_learn_leaves_nothing_that_is_listed(
     arguments = ("learn", str(manual), *learning)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = (sys.executable, "-c", KILLER, str(library), str(tiny_folder), str(tiny_hypernet_folder), *arguments)
-    killer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    killer = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert killer.returncode == 0, killer.stderr
     *killed, last = json.loads(killer.stdout.splitlines()[-1])
     assert len(killed) > 5 and killed[0] == [-signal.SIGKILL, []]

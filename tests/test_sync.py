@@ -17,6 +17,7 @@ from loracast.cli import app
 from loracast.errors import AdapterError, DocumentError
 from loracast.library.library import adapter_names, open_adapter
 from loracast.library.sync import learn_folder, names_for
+from other_processes import interruptible
 
 
 @pytest.fixture
@@ -210,7 +211,8 @@ def test_a_folder_is_watched(folder, tiny_folder, tiny_hypernet_folder, home):
     command = [sys.executable, "-m", "loracast", "watch", str(folder), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     errors = (folder.parent / "errors.txt").open("w+")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+    with subprocess.Popen(command, env=environment, preexec_fn=interruptible, **pipes) as process:
         try:
             first = {process.stdout.readline().split()[1] for _ in range(4)}
             assert first == {"lamp", "old-lamp", "old-prices", "readme"}

@@ -64,7 +64,10 @@ def read_images(path: str | Path) -> Labelled:
     if not folders:
         raise ConfigError(f"{root} holds no folder with images: each class needs one")
     listed = store.read("classes.json") if "classes.json" in store.names else None
-    names, is_held_out = _classes(folders, json.loads(listed) if listed else None, root)
+    try:
+        names, is_held_out = _classes(folders, json.loads(listed) if listed else None, root)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{root / 'classes.json'} is not JSON: {error}") from error
     labels = tuple(folders.index(_folder(name)) for name in members)
     digest = hashlib.sha256(json.dumps([[name, store.size(name)] for name in members]).encode()).hexdigest()[:16]
 
