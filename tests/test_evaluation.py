@@ -198,9 +198,9 @@ def test_only_what_is_wanted_is_cast(model):
 def test_the_window_gets_the_document_and_loses_its_middle(model):
     from loracast.evaluation.documents import DocumentCase, DocumentSetup
     from loracast.evaluation.in_memory import InMemoryAdapter
-    from loracast.evaluation.synthetic import BASELINES, MAX_NEW_TOKENS
+    from loracast.evaluation.synthetic import BASELINES
 
-    setup = DocumentSetup(model, max_new_tokens=MAX_NEW_TOKENS)
+    setup = DocumentSetup(model)
     in_window, passage = BASELINES["window"].request, BASELINES["bm25"].request
     short = InMemoryAdapter(model, "First sentence here. The code is 4711. Last one.", "A title")
     whole = model.base.tokenizer.decode(in_window(setup, DocumentCase(short, short, "What is it?")).prompt)
@@ -208,7 +208,7 @@ def test_the_window_gets_the_document_and_loses_its_middle(model):
     long = InMemoryAdapter(model, f"Beginning of all. {prose(80, seed=1)} Ending of all.", max_chunk_tokens=128)
     case = DocumentCase(long, long, "What is the ending?", chunk=len(long.chunks) - 1)
     prompt = in_window(setup, case).prompt
-    assert model.base.window - 40 < len(prompt) + MAX_NEW_TOKENS <= model.base.window
+    assert model.base.window - 40 < len(prompt) + setup.max_new_tokens <= model.base.window
     cut = model.base.tokenizer.decode(prompt)
     assert "Beginning of all." in cut and "Ending of all." in cut
     picked = passage(setup, case)
@@ -221,10 +221,10 @@ ROW_KEYS = {"baseline", "label", "n", "exact", "exact_low", "exact_high", "has_v
 
 
 def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
-    from loracast.evaluation import needle
+    from loracast.evaluation import needle, synthetic
     from loracast.evaluation.synthetic import BASELINES
 
-    monkeypatch.setattr(needle, "N_TIMED", 1)
+    monkeypatch.setattr(synthetic, "N_TIMED", 1)
     config = needle.NeedleConfig(texts, lengths=(256, 900), samples=6, chunk_tokens=128, route=2)
     seen = []
     report = needle.evaluate_needle(model, config, tmp_path, lambda done, total: seen.append((done, total)))
@@ -276,10 +276,10 @@ def test_a_budget_stops_early_and_says_so(model, texts, tmp_path, monkeypatch):
 
 
 def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):
-    from loracast.evaluation import facts
+    from loracast.evaluation import facts, synthetic
     from loracast.evaluation.synthetic import BASELINES
 
-    monkeypatch.setattr(facts, "N_TIMED", 1)
+    monkeypatch.setattr(synthetic, "N_TIMED", 1)
     facts.evaluate_facts(model, facts.FactsConfig(facts=(2, 6), sheets=3, chunk_tokens=128), tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert [(row["facts"], row["baseline"]) for row in results["rows"]] == [(n, s) for n in (2, 6) for s in BASELINES]

@@ -30,7 +30,7 @@ class DocumentSetup:
     route: int = DEFAULT_ROUTE
     """Chunks that a question is given."""
     max_new_tokens: int = 24
-    """Longest answer."""
+    """Longest answer; a made-up value has at most about ten tokens, and a sentence around it fits too."""
     reader: LoRA | None = None
     """A LoRA trained to answer with the document in the window (`loracast train reader`), if there is one."""
 

@@ -20,15 +20,7 @@ from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.intervals import cluster_bootstrap
 from loracast.evaluation.report import Progress, Report, ReportWriter, interval, no_progress, number
 from loracast.evaluation.runner import Answered
-from loracast.evaluation.synthetic import (
-    ANSWER_COLUMNS,
-    BASELINES,
-    MAX_NEW_TOKENS,
-    N_TIMED,
-    Series,
-    by_document,
-    evaluate_sizes,
-)
+from loracast.evaluation.synthetic import ANSWER_COLUMNS, BASELINES, Series, by_document, evaluate_sizes
 from loracast.library.routing import DEFAULT_ROUTE
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 from loracast.model import Model
@@ -76,12 +68,10 @@ class FactsConfig:
 
 def evaluate_facts(model: Model, config: FactsConfig, out: Path, progress: Progress = no_progress) -> Report:
     """Run the evaluation; tables and answers are in `out` after every size of sheet."""
-    setup = DocumentSetup(model, config.route, MAX_NEW_TOKENS)
+    setup = DocumentSetup(model, config.route)
     writer = ReportWriter(out, "facts", COLUMNS, config, model.base, model.documents.id)
     series = [_series(model, config, n_facts) for n_facts in config.facts]
-    return evaluate_sizes(
-        setup, config.baselines, writer, "facts", series, _by_sheet, config.budget_s, progress, N_TIMED
-    )
+    return evaluate_sizes(setup, config.baselines, writer, "facts", series, _by_sheet, config.budget_s, progress)
 
 
 def _series(model: Model, config: FactsConfig, n_facts: int) -> Series[FactSheet]:

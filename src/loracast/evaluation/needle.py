@@ -20,15 +20,7 @@ from loracast.evaluation.haystack import Haystack, Sample
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.report import Progress, Report, ReportWriter, no_progress, number
 from loracast.evaluation.runner import Answered
-from loracast.evaluation.synthetic import (
-    ANSWER_COLUMNS,
-    BASELINES,
-    MAX_NEW_TOKENS,
-    N_TIMED,
-    Series,
-    answers_exactly,
-    evaluate_sizes,
-)
+from loracast.evaluation.synthetic import ANSWER_COLUMNS, BASELINES, Series, answers_exactly, evaluate_sizes
 from loracast.library.routing import DEFAULT_ROUTE
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 from loracast.model import Model
@@ -100,13 +92,11 @@ class NeedleConfig:
 def evaluate_needle(model: Model, config: NeedleConfig, out: Path, progress: Progress = no_progress) -> Report:
     """Run the evaluation; tables and answers are in `out` after every length, pictures at the end."""
     plots.require_matplotlib()
-    setup = DocumentSetup(model, config.route, MAX_NEW_TOKENS)
+    setup = DocumentSetup(model, config.route)
     haystack = Haystack(read_texts(config.texts), lambda text: encode_with_offsets(model.base.tokenizer, text))
     writer = ReportWriter(out, "needle", COLUMNS, config, model.base, model.documents.id)
     series = [_series(model, config, haystack, length) for length in config.lengths]
-    report = evaluate_sizes(
-        setup, config.baselines, writer, "length", series, _by_depth, config.budget_s, progress, N_TIMED
-    )
+    report = evaluate_sizes(setup, config.baselines, writer, "length", series, _by_depth, config.budget_s, progress)
     if adapters := [name for name in ("routed", "merged") if name in config.baselines]:
         plots.heat_map(out / "heatmap.png", report.rows, adapters)
     plots.by_length(out / "exact-match.png", report.rows)

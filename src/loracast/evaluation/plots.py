@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,54 +44,36 @@ def heat_map(path: Path, rows: Sequence[Row], baselines: Sequence[str]) -> None:
 
 def by_length(path: Path, rows: Sequence[Row]) -> None:
     """Exact match of every baseline over the documents' lengths, with its 95 % interval."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
-    baselines = list(dict.fromkeys(row["baseline"] for row in rows))
-    for i, name in enumerate(baselines):
-        mine = [row for row in rows if row["baseline"] == name]
-        beside = 2 ** (0.07 * (i - len(baselines) / 2))  # points stand side by side, not on each other
-        places = [row["length"] * beside for row in mine]
-        _with_interval(axis, places, mine, "exact")
+    figure, axis = pyplot().subplots(figsize=(8.5, 4.8), layout="constrained")
+    _with_intervals(axis, rows, "exact", lambda row, aside: row["length"] * 2 ** (0.07 * aside))
     lengths = list(dict.fromkeys(row["length"] for row in rows))
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axis.minorticks_off()
     axis.set_ylim(-4, 104)
     axis.set_xlabel("document, tokens")
-    axis.set_ylabel("exact match, %")
-    axis.set_title("Needle in a haystack")
-    _save_with_legend(figure, axis, path)
+    _finish(figure, axis, path, "exact match, %", "Needle in a haystack")
 
 
 def f1_by_length(path: Path, rows: Sequence[Row]) -> None:
     """Token F1 of every baseline over the documents' lengths, with its 95 % interval; `rows` as qa.py makes them."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(8.5, 4.8), layout="constrained")
     parts = list(dict.fromkeys(row["part"] for row in rows))
-    baselines = list(dict.fromkeys(row["baseline"] for row in rows))
-    for i, name in enumerate(baselines):
-        mine = [row for row in rows if row["baseline"] == name]
-        places = [parts.index(row["part"]) + 0.06 * (i - len(baselines) / 2) for row in mine]
-        _with_interval(axis, places, mine, "f1")
+    _with_intervals(axis, rows, "f1", lambda row, aside: parts.index(row["part"]) + 0.06 * aside)
     axis.set_xticks(range(len(parts)), parts, rotation=15)
     axis.set_ylim(bottom=0)
-    axis.set_ylabel("F1, %")
-    axis.set_title("Questions about real documents, by the documents' length")
-    _save_with_legend(figure, axis, path)
+    _finish(figure, axis, path, "F1, %", "Questions about real documents, by the documents' length")
 
 
 def f1_by_cost(path: Path, rows: Sequence[Row]) -> None:
     """Token F1 of every baseline over the tokens that an answer's prompt takes."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(8.5, 4.8), layout="constrained")
     for row in rows:
         axis.plot(row["prompt_tokens"], 100 * row["f1"], "o", markersize=9, label=row["label"])
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("tokens of the prompt")
-    axis.set_ylabel("F1, %")
-    axis.set_title("Questions about real documents, by what an answer costs")
-    _save_with_legend(figure, axis, path)
+    _finish(figure, axis, path, "F1, %", "Questions about real documents, by what an answer costs")
 
 
 def costs(path: Path, rows: Sequence[Row], reference: str) -> None:
@@ -133,18 +115,22 @@ def skills(path: Path, rows: Sequence[Row]) -> None:
     save(figure, path)
 
 
-def _with_interval(axis: Any, places: Sequence[float], rows: Sequence[Row], key: str) -> None:
-    """One baseline's shares, in per cent, with their 95 % intervals."""
-    errors = [
-        [max(0.0, 100 * (row[key] - row[f"{key}_low"])) for row in rows],
-        [max(0.0, 100 * (row[f"{key}_high"] - row[key])) for row in rows],
-    ]
-    shares = [100 * row[key] for row in rows]
-    axis.errorbar(places, shares, errors, marker="o", capsize=3, label=rows[0]["label"])
+def _with_intervals(axis: Any, rows: Sequence[Row], key: str, place: Callable[[Row, float], float]) -> None:
+    """Each baseline's shares in per cent with their 95 % intervals; `place` puts them side by side."""
+    baselines = list(dict.fromkeys(row["baseline"] for row in rows))
+    for i, name in enumerate(baselines):
+        mine = [row for row in rows if row["baseline"] == name]
+        places = [place(row, i - len(baselines) / 2) for row in mine]
+        low = [max(0.0, 100 * (row[key] - row[f"{key}_low"])) for row in mine]
+        high = [max(0.0, 100 * (row[f"{key}_high"] - row[key])) for row in mine]
+        shares = [100 * row[key] for row in mine]
+        axis.errorbar(places, shares, [low, high], marker="o", capsize=3, label=mine[0]["label"])
 
 
-def _save_with_legend(figure: Any, axis: Any, path: Path) -> None:
-    """Write a picture with its legend beside it."""
+def _finish(figure: Any, axis: Any, path: Path, y_label: str, title: str) -> None:
+    """Label a picture, put its legend beside it, and write it."""
+    axis.set_ylabel(y_label)
+    axis.set_title(title)
     axis.grid(alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     save(figure, path)

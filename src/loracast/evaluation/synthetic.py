@@ -28,8 +28,6 @@ from loracast.model import ASK_SYSTEM_TURN
 
 T = TypeVar("T")
 
-MAX_NEW_TOKENS = 24
-"""Longest answer; values have at most about ten tokens, a sentence around one fits too."""
 N_TIMED = 5
 """Questions that a baseline is asked one at a time, for the time that an answer takes; the others come in batches."""
 
@@ -117,7 +115,6 @@ def evaluate_sizes(
     rows_of: Callable[[Sequence[Answered[DocumentCase]]], dict[str, Any]],
     budget_s: float | None,
     progress: Progress,
-    n_timed: int = N_TIMED,
 ) -> Report:
     """Ask every baseline every question, size by size; tables and answers are written after every size.
 
@@ -131,7 +128,7 @@ def evaluate_sizes(
     warm_up(setup.base)
     for place, one in enumerate(series):
         answered: list[Answered[DocumentCase]] = []
-        for n_done, some in _ask(setup, names, one, deadline.share(len(series) - place), n_timed):
+        for n_done, some in _ask(setup, names, one, deadline.share(len(series) - place)):
             answered += some
             progress(n_before + n_done, total)
         n_before += one.n
@@ -145,7 +142,7 @@ def evaluate_sizes(
 
 
 def _ask(
-    setup: DocumentSetup, names: Sequence[str], series: Series[T], deadline: Deadline, n_timed: int
+    setup: DocumentSetup, names: Sequence[str], series: Series[T], deadline: Deadline
 ) -> Iterator[tuple[int, list[Answered[DocumentCase]]]]:
     """Documents done so far, and the answers about the last few."""
     n_done = n_asked = 0
@@ -156,7 +153,7 @@ def _ask(
             n_shown = max(0, series.n_window - n_done)
             cases["window"] = [case for some in of_documents[:n_shown] for case in some]
         n_done += len(group)
-        n_left, n_asked = max(0, n_timed - n_asked), n_asked + sum(map(len, of_documents))
+        n_left, n_asked = max(0, N_TIMED - n_asked), n_asked + sum(map(len, of_documents))
         yield n_done, ask(setup, BASELINES, cases, Sampling(max_new_tokens=setup.max_new_tokens), n_left)
 
 
