@@ -16,13 +16,13 @@ import hashlib
 import itertools
 import random
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from math import ceil
 from typing import Any, Literal
+
+from loracast.data.rows import read_content
 
 Split = Literal["train", "dev", "test"]
 Variants = tuple[str, ...]  # one wording with its alternatives spelled out
@@ -108,9 +108,7 @@ def variants(wording: str) -> Variants:
 @cache
 def load_content() -> Content:
     """Read facts.toml and values.toml, once."""
-    folder = files("loracast.data") / "content"
-    facts = tomllib.loads((folder / "facts.toml").read_text(encoding="utf-8"))
-    values = tomllib.loads((folder / "values.toml").read_text(encoding="utf-8"))
+    facts, values = read_content("facts"), read_content("values")
     return Content(
         domains=tuple(_read_domain(table) for table in facts["domain"]),
         generic=_read_wordings(facts["generic"]),

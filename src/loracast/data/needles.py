@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import random
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from typing import Any
 
 from loracast.data.facts import Split, expand
+from loracast.data.rows import read_content
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'“(])")
 
@@ -31,12 +28,6 @@ class Needle:
     key: str
 
 
-@cache
-def load_content() -> dict[str, Any]:
-    """Read content/needles.toml, once."""
-    return tomllib.loads((files("loracast.data") / "content" / "needles.toml").read_text(encoding="utf-8"))
-
-
 def make_needles(rng: random.Random, n_needles: int, *, split: Split, kind: str | None = None) -> list[Needle]:
     """Draw the needles of one document: a single one may lack a key, several have different keys.
 
@@ -44,7 +35,7 @@ def make_needles(rng: random.Random, n_needles: int, *, split: Split, kind: str 
         kind: kind of all values (as in `[kinds]` of the content); if None each needle draws one, 4-digit numbers most
             often.
     """
-    content = load_content()
+    content = read_content("needles")
     kinds = sorted(content["kinds"])
     frames = content["plain"] if n_needles == 1 and rng.random() < 0.3 else content["keyed"]
     needles: list[Needle] = []

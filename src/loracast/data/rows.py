@@ -1,14 +1,23 @@
-"""Read rows of JSONL files, gzipped or not, and the texts in them."""
+"""Read rows of JSONL files, gzipped or not, the texts in them, and the package's own content."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import tomllib
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from loracast.errors import ConfigError
+
+
+@cache
+def read_content(name: str) -> dict[str, Any]:
+    """Read a TOML file of data/content, once."""
+    return tomllib.loads((files("loracast.data") / "content" / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def each_row(path: Path, take: Callable[[dict[str, Any]], None], what: str = "rows") -> None:

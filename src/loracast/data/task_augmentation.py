@@ -11,14 +11,12 @@ from __future__ import annotations
 import itertools
 import random
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
+from loracast.data.rows import read_content
 from loracast.data.string_tasks import CONDITIONS, RULES
 from loracast.data.tasks import Example, Task
 
@@ -81,10 +79,8 @@ class Augmentation:
     change: Change
 
 
-@cache
 def _content() -> dict[str, Any]:
-    text = files("loracast.data").joinpath("content/task_augmentation.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
+    return read_content("task_augmentation")
 
 
 def augment(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation:

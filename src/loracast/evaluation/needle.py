@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loracast.base.chat import encode_with_offsets
-from loracast.data.needles import load_content, make_needles
-from loracast.data.rows import read_texts
+from loracast.data.needles import make_needles
+from loracast.data.rows import read_content, read_texts
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation import plots
@@ -71,7 +71,7 @@ class NeedleConfig:
 
     def __post_init__(self) -> None:
         check_names(self.baselines, BASELINES)
-        kinds = sorted(load_content()["kinds"])
+        kinds = sorted(read_content("needles")["kinds"])
         problems = [f"a length of {n} tokens is too short for a needle" for n in self.lengths if n < 64]
         problems += [f"a depth of {d} is outside 0..1" for d in self.depths if not 0 <= d <= 1]
         if self.kind not in ("any", *kinds):

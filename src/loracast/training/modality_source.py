@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from loracast.base.chat import ChatFormat
 from loracast.data.labelled import Labelled
+from loracast.data.rows import read_content
 from loracast.data.unrelated import read_unrelated
 from loracast.encoders.features import Encoder, Features
 from loracast.errors import ConfigError, TrainingError
@@ -58,8 +57,7 @@ class Wordings:
 @cache
 def wordings(modality: str) -> Wordings:
     """Read the questions about a modality from content/modalities.toml."""
-    text = (files("loracast.data") / "content" / "modalities.toml").read_text(encoding="utf-8")
-    table = tomllib.loads(text)[modality]
+    table = read_content("modalities")[modality]
     attributes = [
         Attribute(
             name,
