@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from conftest import make_model
 from loracast.base.fingerprint import Fingerprint
 from loracast.documents import Chunk
 from loracast.library.adapter import Adapter
 from loracast.library.manifest import Manifest
 from loracast.library.writer import AdapterWriter
 from loracast.lora.target import target_from_config
+from tiny import make_model
 
 TARGET = target_from_config(make_model().config, ("q_proj", "down_proj"), layers=[1, 3])
 RANKS = dict.fromkeys(TARGET.kinds, 2)

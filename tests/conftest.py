@@ -7,21 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tiny import (  # noqa: F401
-    CHAT_TEMPLATE,
-    PROSE,
-    for_base,
-    make_hypernet,
-    make_model,
-    make_sentence_encoder,
-    make_task_hypernet,
-    make_tokenizer,
-)
+from tiny import make_hypernet, make_model, make_sentence_encoder, make_task_hypernet, make_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-DATA = Path(__file__).parent / "files" / "data"
-"""Excerpts of real task sets."""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -14,6 +14,8 @@ from loracast.scoring.episodes import Episode, pack
 from loracast.scoring.likelihood import score_answers
 from loracast.training.task_source import DrawnTasks, TaskDataConfig, TaskSource
 
+DATA = Path(__file__).parent / "files" / "data"
+"""Excerpts of real task sets."""
 OPPOSITES = {"hot": "cold", "big": "small", "wet": "dry", "old": "new", "up": "down", "in": "out"}
 SEVEN_OPPOSITES = OPPOSITES | {"old": "young", "full": "empty"}
 

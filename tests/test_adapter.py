@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters import TARGET, deltas, random_factors, some_chunks, some_manifest, write
-from conftest import PROSE, make_hypernet, make_model
 from loracast.base.fingerprint import Fingerprint, check, config_fingerprint, fingerprint
 from loracast.cast.document import cast_chunks, split_document
 from loracast.errors import AdapterError, BaseModelError
@@ -27,6 +26,7 @@ from loracast.library.manifest import check_name, name_from
 from loracast.library.writer import AdapterWriter
 from loracast.lora.algebra import LoRA, concat
 from loracast.lora.target import target_from_config
+from tiny import PROSE, make_hypernet, make_model
 
 
 def assert_close(lora: LoRA, expected: dict[str, torch.Tensor]) -> None:

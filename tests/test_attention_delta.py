@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import for_base, make_model, make_tokenizer
 from loracast.base.load import Base
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
@@ -27,7 +26,7 @@ from loracast.training.task_source import TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe, read_text_recipe, train_text
 from other_processes import digests_in_other_processes
 from suites import write_suite
-from tiny import ATTENTION_DELTA, DESCRIPTIONS, FAMILIES, make_attention_delta
+from tiny import ATTENTION_DELTA, DESCRIPTIONS, FAMILIES, for_base, make_attention_delta, make_model, make_tokenizer
 
 
 def contributions(base: Base, hypernet: AttentionDeltaToLoRA, description: str) -> Tensor:

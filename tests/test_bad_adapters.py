@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from adapters import write
-from conftest import make_model
 from loracast.cli import app
 from loracast.errors import AdapterError
 from loracast.library.adapter import Adapter
 from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
 from loracast.lora.tensor_file import read_header
+from tiny import make_model
 
 PREFIX = "base_model.model."
 Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"

@@ -9,7 +9,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import for_base
 from loracast.base.generate import Sampling
 from loracast.base.load import load_base
 from loracast.cast.load import load_caster
@@ -23,7 +22,7 @@ from loracast.library.library import adapter_names
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import target_from_config
 from loracast.model import Answerer, load
-from tiny import make_sentence_encoder, make_task_hypernet
+from tiny import for_base, make_sentence_encoder, make_task_hypernet
 
 KNOWN = ["Answer with the opposite word.", "Give the antonym of the word.", "Translate the word to French."]
 SENTENCE = "Turn each word around."

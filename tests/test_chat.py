@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import CHAT_TEMPLATE, PROSE, make_tokenizer
 from loracast.base.chat import ChatFormat, control_ids, encode_text, encode_with_offsets
 from loracast.base.load import DEFAULT_BASE, base_folder
 from loracast.errors import BaseModelError
+from tiny import CHAT_TEMPLATE, PROSE, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 

@@ -9,7 +9,6 @@ import torch
 from typer.testing import CliRunner
 
 from adapters import TARGET, deltas, random_factors, write
-from conftest import PROSE, make_model
 from loracast.cli import app
 from loracast.errors import AdapterError, BaseModelError
 from loracast.library.adapter import Adapter, loras_together
@@ -19,6 +18,7 @@ from loracast.library.save import save_lora, target_of
 from loracast.lora.algebra import Factors, LoRA, concat
 from loracast.lora.inject import inject
 from loracast.model import load
+from tiny import PROSE, make_model
 
 IDS = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(3))
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import make_model, make_tokenizer
 from loracast.base.fingerprint import Fingerprint
 from loracast.base.load import Base
 from loracast.cast.load import SHIPPED, load_caster, shipped_hypernetwork
@@ -19,7 +18,7 @@ from loracast.hypernets.store import from_pretrained, read_made_for, save_pretra
 from loracast.library.library import versions
 from loracast.lora.target import target_from_config
 from loracast.model import Model
-from tiny import DESCRIPTIONS, make_attention_delta, make_hypernet
+from tiny import DESCRIPTIONS, make_attention_delta, make_hypernet, make_model, make_tokenizer
 
 architectures = pytest.mark.parametrize("architecture", ["document", "memory", "published", "task", "attention_delta"])
 CHUNKS = [[3, 40, 77, 120, 9, 250, 31], [5, 6, 7], [300, 41, 77, 9, 88]]

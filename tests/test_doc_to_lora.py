@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import for_base, make_model
 from loracast.base.fingerprint import Fingerprint
 from loracast.encoders.features import Features
 from loracast.errors import ConfigError, HypernetworkError
@@ -26,6 +25,7 @@ from loracast.lora.inject import inject
 from loracast.lora.merge import decorrelate_keys
 from loracast.lora.target import target_from_config
 from published import DOC_TO_LORA, doc_to_lora, read_checkpoint
+from tiny import for_base, make_model
 
 MODEL = make_model()
 MADE_FOR = Fingerprint("tiny", "c" * 16, "n" * 16, "m" * 16)

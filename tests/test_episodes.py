@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from conftest import make_model
 from loracast.base.chat import encode_inside, encode_text
 from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
@@ -19,6 +18,7 @@ from loracast.lora.inject import inject
 from loracast.lora.target import target_from_config
 from loracast.scoring.episodes import Episode, Question, common_prefix, pack
 from loracast.training.objective import answer_questions
+from tiny import make_model
 
 MODEL = make_model()
 PAD = 0

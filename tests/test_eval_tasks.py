@@ -11,7 +11,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import DATA
 from loracast.base.chat import encode_text
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
@@ -30,7 +29,7 @@ from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
 from loracast.training.loop import TrainConfig
 from loracast.training.oracle import OracleRecipe, average_of_oracles, train_multitask, train_oracles
-from suites import SEVEN_OPPOSITES, write_rows
+from suites import DATA, SEVEN_OPPOSITES, write_rows
 
 
 def test_what_each_baseline_is_given(base, suite):

@@ -165,10 +165,10 @@ def test_haystack_refuses_what_cannot_be(haystack):
 def test_a_document_in_memory_gives_the_same_lora_as_its_adapter(base, tmp_path, options):
     import torch
 
-    from conftest import make_hypernet
     from loracast.evaluation.in_memory import InMemoryAdapter, cast
     from loracast.library.routing import route
     from loracast.model import Model
+    from tiny import make_hypernet
 
     model = Model(base, tmp_path, make_hypernet(base, **options))
     text = prose(40, seed=9)

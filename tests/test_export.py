@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from conftest import PROSE, make_model
 from loracast.cli import app
 from loracast.errors import AdapterError, BaseModelError
 from loracast.export.adapter import export_adapter
@@ -22,6 +21,7 @@ from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
 from loracast.lora.peft_format import read_peft
 from loracast.model import load
+from tiny import PROSE, make_model
 
 IDS = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(3))
 

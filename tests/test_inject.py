@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import make_model
 from loracast.errors import AdapterError
 from loracast.lora.algebra import Factors, LoRA, LoRABatch, stack
 from loracast.lora.inject import inject
 from loracast.lora.target import KINDS, target_from_config
+from tiny import make_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3")
 MODEL = make_model()

@@ -19,7 +19,6 @@ import torch
 from typer.testing import CliRunner
 
 from adapters import TARGET, random_factors, some_chunks, some_manifest, write
-from conftest import PROSE
 from loracast.cli import app
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
@@ -46,6 +45,7 @@ from loracast.library.library import (
 from loracast.library.upkeep import collect_garbage, verify
 from loracast.library.workfolders import tidy
 from loracast.library.writer import AdapterWriter
+from tiny import PROSE
 
 
 class Killed(BaseException):

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import for_base, make_hypernet
 from loracast.cast.load import load_caster
 from loracast.cli import app
 from loracast.data.labelled import Labelled
@@ -31,7 +30,7 @@ from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.model import load
 from loracast.training.modality import read_modality_recipe, train_modality
 from loracast.training.modality_source import ModalityDataConfig, ModalitySource, encoded, wordings
-from tiny import gradient
+from tiny import for_base, gradient, make_hypernet
 from waves import WaveEncoder, make_waves
 
 FREE = torch.Generator().manual_seed(0)

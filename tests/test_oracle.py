@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from conftest import make_model
 from loracast.cli import app
 from loracast.data.tasks import read_tasks
 from loracast.errors import AdapterError, BaseModelError, ConfigError, TrainingError
@@ -35,6 +34,7 @@ from loracast.training.peft_training import PeftConfig
 from loracast.training.task_source import TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe
 from suites import write_suite
+from tiny import make_model
 
 RECIPE = OracleRecipe(
     PeftConfig(("q_proj", "v_proj", "down_proj"), rank=4),

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from conftest import DATA
 from loracast.cli import app
 from loracast.data.tasks import Example, read_tasks
 from loracast.evaluation.overlap import OverlapConfig, WordIndex, evaluate_overlap
-from suites import write_rows, write_suite
+from suites import DATA, write_rows, write_suite
 
 
 def test_similarities_are_jaccard_indices():

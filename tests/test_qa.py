@@ -240,9 +240,9 @@ def test_distillation_comes_closer_to_the_teacher(model, documents, monkeypatch)
 
 
 def test_the_shared_part_is_what_all_documents_have(base, tiny_folder, tmp_path):
-    from conftest import make_hypernet
     from loracast.lora.target import target_from_config
     from loracast.model import Model
+    from tiny import make_hypernet
 
     modules = target_from_config(base.model.config, ("q_proj",), (0, 2)).rows
     hypernet = make_hypernet(base, static_rank=2, static_modules=modules, static_modules_rank=3)
@@ -319,8 +319,8 @@ def test_harm_is_measured_against_the_plain_base(model, documents, tmp_path):
 
 
 def test_a_hypernetwork_that_does_nothing_does_no_harm(base, documents, tmp_path):
-    from conftest import make_hypernet
     from loracast.model import Model
+    from tiny import make_hypernet
 
     hypernet = make_hypernet(base)
     for head in hypernet.heads.values():

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from adapters import random_factors, write
-from conftest import PROSE, for_base, make_hypernet
 from loracast.cli import app
 from loracast.errors import AdapterError, HypernetworkError
 from loracast.export.adapter import export_adapter
@@ -21,6 +20,7 @@ from loracast.library.library import find, open_adapter, versions
 from loracast.library.upkeep import collect_garbage, verify
 from loracast.lora.quantize import DEFAULT_STORAGE, check_storage, dequantise, quantise
 from loracast.model import load, load_answerer
+from tiny import PROSE, for_base, make_hypernet
 
 QUESTION = "What is the code of the amber lantern?"
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import PROSE, make_model
 from loracast.base.generate import Sampling, answer
 from loracast.cli import app
 from loracast.evaluation.flops import QueryFlops, counted, lora_flops
 from loracast.lora.algebra import Factors, LoRA
 from suites import write_rows
+from tiny import PROSE, make_model
 
 
 @pytest.fixture

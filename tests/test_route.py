@@ -7,7 +7,6 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from conftest import PROSE
 from loracast.cli import app
 from loracast.export.adapter import export_adapter
 from loracast.library.library import open_adapter
@@ -15,6 +14,7 @@ from loracast.library.routing import route
 from loracast.library.save import save_lora
 from loracast.lora.peft_format import read_peft
 from loracast.model import load
+from tiny import PROSE
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import random
 import pytest
 import torch
 
-from conftest import PROSE
 from loracast.base.chat import encode_with_offsets
 from loracast.data.facts import make_sheet
 from loracast.data.spans import AFTER, BEGIN, INSIDE, FactSpan, TokenLabel, find_owner, label_tokens
@@ -17,6 +16,7 @@ from loracast.hypernets.memory import END, N_PLACES, OWNER, MemoryWrites
 from loracast.scoring.episodes import Episode, pack
 from loracast.training.memory_losses import retrieval_loss, write_loss
 from loracast.training.sources import DataConfig, EpisodeSource
+from tiny import PROSE
 
 
 def labels_of(base, text: str, *stated: FactSpan) -> tuple[list[str], list[TokenLabel]]:

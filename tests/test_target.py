@@ -10,10 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import make_model
 from loracast.errors import BaseModelError, ConfigError
 from loracast.lora.target import KINDS, target_from_config
-from tiny import FAMILIES
+from tiny import FAMILIES, make_model
 
 
 def linears(model) -> dict[str, tuple[int, int]]:

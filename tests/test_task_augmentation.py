@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 import re
 
-from conftest import DATA
 from loracast.data.string_tasks import CONDITIONS, RULES
 from loracast.data.task_augmentation import FORMS, STYLES, _content, augment, names_for, words_of
 from loracast.data.tasks import Example, Task, read_tasks
 from loracast.training.task_source import TaskDataConfig, TaskSource
+from suites import DATA
 
 WORDS = ("apple", "lamp", "river", "stone", "cloud")
 FEELING = Task(

@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 
-from conftest import for_base
 from loracast.data.tasks import read_tasks
 from loracast.errors import ConfigError
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
@@ -18,7 +17,7 @@ from loracast.training.loop import TrainConfig
 from loracast.training.task_source import TaskDataConfig, TaskSource
 from loracast.training.text import CachedEncoder, TextRecipe, train_text
 from suites import write_suite
-from tiny import ATTENTION_DELTA, DESCRIPTIONS, make_attention_delta
+from tiny import ATTENTION_DELTA, DESCRIPTIONS, for_base, make_attention_delta
 
 TARGET = Target(
     (TargetModule("blocks.0.o_proj", 0, "o_proj", 6, 5), TargetModule("blocks.1.o_proj", 1, "o_proj", 6, 5))

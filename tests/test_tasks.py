@@ -11,7 +11,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import DATA
 from loracast.cli import app
 from loracast.data.tasks import Example, Task, read_tasks
 from loracast.errors import ConfigError, TrainingError
@@ -20,7 +19,7 @@ from loracast.hypernets.text_to_lora import TextToLoRA
 from loracast.training.loop import TrainConfig
 from loracast.training.task_source import TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe, gibberish, read_text_recipe, train_text
-from suites import OPPOSITES, WordCounts, answer_loss, write_rows, write_suite
+from suites import DATA, OPPOSITES, WordCounts, answer_loss, write_rows, write_suite
 from tiny import make_sentence_encoder
 
 

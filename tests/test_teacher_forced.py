@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import make_hypernet
 from loracast.errors import ConfigError
 from loracast.evaluation.teacher_forced import TeacherForcedConfig, evaluate_teacher_forced
 from loracast.lora.algebra import LoRA
@@ -13,6 +12,7 @@ from loracast.lora.inject import inject
 from loracast.model import Model
 from loracast.training.sources import DataConfig, EpisodeSource
 from questions import write_documents
+from tiny import make_hypernet
 
 
 @pytest.fixture

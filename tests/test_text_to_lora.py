@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import for_base, make_model, make_tokenizer
 from loracast.base.fingerprint import Fingerprint
 from loracast.base.load import Base
 from loracast.base.packages import PackagedModel
@@ -27,7 +26,7 @@ from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.inject import inject
 from loracast.lora.target import target_from_config
 from published import TEXT_TO_LORA, read_checkpoint, text_to_lora
-from tiny import make_sentence_encoder
+from tiny import for_base, make_model, make_sentence_encoder, make_tokenizer
 
 MODEL = make_model()
 MADE_FOR = Fingerprint("tiny", "c" * 16, "n" * 16, "m" * 16)
