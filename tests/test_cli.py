@@ -1,4 +1,4 @@
-"""The command line: what it prints, where, and with which exit code. A few runs are real processes, among them killed ones."""
+"""The command line: what it prints, where, and with which exit code. Some runs are real processes that are killed."""
 
 from __future__ import annotations
 
@@ -148,7 +148,8 @@ def test_import_and_help_are_quick():
 def test_light_commands_import_nothing_heavy(command, tmp_path):
     code = (
         "import sys; from loracast.cli import app; app({!r}.split(), standalone_mode=False); "
-        "print([name for name in ('torch', 'transformers', 'numpy', 'matplotlib') if name in sys.modules], file=sys.stderr)"
+        "heavy = ('torch', 'transformers', 'numpy', 'matplotlib'); "
+        "print([name for name in heavy if name in sys.modules], file=sys.stderr)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "LORACAST_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code.format(command)], capture_output=True, text=True, env=environment)
@@ -767,7 +768,7 @@ print(json.dumps(outcomes))
 def test_a_killed_learn_leaves_nothing_that_is_listed(
     learning, library, manual, tiny_folder, tiny_hypernet_folder, run
 ):
-    """SIGKILL just before each thing that a run does in the library, one run for each: an adapter is whole or not there."""
+    """SIGKILL before each thing that a run does in the library, one run for each: an adapter is whole or not there."""
     arguments = ("learn", str(manual), *learning)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = (sys.executable, "-c", KILLER, str(library), str(tiny_folder), str(tiny_hypernet_folder), *arguments)

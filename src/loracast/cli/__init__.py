@@ -1,7 +1,7 @@
 """The command line: `loracast COMMAND`. Each command is a thin file here; the work is done elsewhere.
 
-Exit codes: 0 done; 1 loracast refused or failed (one line on standard error); 2 wrong usage; 130 stopped by Ctrl-C. Nothing heavy is
-imported before a command needs it, so that `--help` answers at once.
+Exit codes: 0 done; 1 loracast refused or failed (one line on standard error); 2 wrong usage; 130 stopped by Ctrl-C.
+Nothing heavy is imported before a command needs it, so that `--help` answers at once.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ def combine(
 ) -> None:
     """Add adapters up into one.
 
-    All chunks of a document are merged: questions are no longer routed to a few of them. To answer with several adapters as they are, give `ask`
-    several `-a`.
+    All chunks of a document are merged: questions are no longer routed to a few of them. To answer with several
+    adapters as they are, give `ask` several `-a`.
     """
     from loracast.library.combine import Part, combined
     from loracast.library.library import check_free, open_adapter

@@ -1,8 +1,8 @@
 """Commands made from functions: a parameter that is a dataclass becomes one option for each of its fields.
 
-The name, type, default and help of such an option come from the field and the docstring below it, so that a setting is written once.
-A command is built only when it is called or its own --help is asked for: the dataclasses of an evaluation need torch, and
-`loracast --help` must not.
+The name, type, default and help of such an option come from the field and the docstring below it, so that a setting is
+written once. A command is built only when it is called or its own --help is asked for: the dataclasses of an evaluation
+need torch, and `loracast --help` must not.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def config_from(module: str, *, without: tuple[str, ...] = ()) -> Callable[[F], 
     """Say in which module the config of a command stands; it is imported when the command is built.
 
     Args:
-        without: fields that get no option. The function then takes a `functools.partial` of the config, and gives them itself.
+        without: fields that get no option. The function then takes a `functools.partial` of the config and gives them.
     """
 
     def mark(function: F) -> F:

@@ -1,4 +1,4 @@
-"""`loracast eval`: measure, with the baselines in the same run. Every command writes results.json and table.md into --out."""
+"""`loracast eval`: measure beside baselines. Every command writes results.json and table.md into --out."""
 
 from __future__ import annotations
 

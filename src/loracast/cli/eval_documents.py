@@ -43,7 +43,7 @@ def qa(
     models: Models,
     results: Results,
 ) -> None:
-    """Questions that people asked about real documents: an adapter beside the document, or parts of it, in the window."""
+    """Questions that people asked about real documents: an adapter beside (parts of) the document in the window."""
     from loracast.evaluation.plots import require_matplotlib
     from loracast.evaluation.qa import draw, evaluate_qa
     from loracast.training.reader import read_reader
@@ -131,7 +131,7 @@ def ablations(
     choice: BaseChoice,
     results: Results,
 ) -> None:
-    """Variants of a recipe, each trained from nothing for the same time, then measured on documents that none has seen."""
+    """Variants of a recipe, each trained from nothing for the same time and measured on documents that none has seen."""
     from loracast.evaluation.ablations import read_variants, run_ablations
     from loracast.training.recipe import file_overrides
 

@@ -32,7 +32,10 @@ def image(
     models: Models,
     results: Results,
 ) -> None:
-    """Images that were never trained on: does the text-only base say what they show? Beside a linear probe on the same features."""
+    """Images that were never trained on: does the text-only base say what they show?
+
+    A linear probe on the same features is the baseline.
+    """
     from loracast.base.fingerprint import check
     from loracast.base.load import DEFAULT_BASE
     from loracast.cast.load import load_caster, shipped_hypernetwork

@@ -63,7 +63,10 @@ def tasks(
 
 @config_from("loracast.evaluation.query_cost")
 def cost(config: CostConfig, models: Models, results: Results) -> None:
-    """What a query costs with an adapter, and with a description, examples or a document in the prompt: tokens, operations, seconds."""
+    """What a query costs with an adapter, and with a description, examples or a document in the prompt.
+
+    Cost is counted in tokens, operations and seconds.
+    """
     from loracast.evaluation.query_cost import evaluate_cost
     from loracast.evaluation.task_baselines import TaskSetup
 
@@ -103,7 +106,7 @@ def harness(config: HarnessConfig, choice: BaseChoice, *, library: Library, resu
 
 @config_from("loracast.evaluation.overlap")
 def overlap(config: OverlapConfig, results: Results) -> None:
-    """What held-out tasks share with those of the training: the same rows, nearly the same inputs, descriptions that say the same."""
+    """What held-out tasks share with those of the training: rows, nearly the same inputs, descriptions."""
     from loracast.evaluation.overlap import evaluate_overlap
 
     results.of("tasks", evaluate_overlap, config)

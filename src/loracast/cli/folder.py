@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class FolderLearner:
-    """Learns what is new in a folder, as often as it is asked; the models are loaded once there is something to learn, and kept.
+    """Learns what is new in a folder, as often as it is asked. The models are loaded once there is something to learn.
 
     Args:
         again: learn everything, whether it has changed or not.

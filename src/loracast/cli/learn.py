@@ -34,8 +34,8 @@ def learn(
 ) -> None:
     """Learn a document, all documents of a folder, or an image.
 
-    It is cast into an adapter in one pass, without training. Of a folder, files that have not changed are left alone, and one that cannot be
-    read does not stop the others; adapters are named after the files' paths.
+    It is cast into an adapter in one pass, without training. Of a folder, files that have not changed are left alone,
+    and one that cannot be read does not stop the others; adapters are named after the files' paths.
     """
     if Path(file).is_dir():
         if name is not None:

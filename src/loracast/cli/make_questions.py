@@ -43,7 +43,8 @@ def make_questions(
 ) -> None:
     """Write questions with answers about files: by a base, by the model of an endpoint, or by rule.
 
-    Questions that the passage does not answer, or that can be answered without it, are left out. Stopped and started again, it goes on.
+    Questions that the passage does not answer, or that can be answered without it, are left out. Stopped and started
+    again, it goes on.
     """
     from loracast.base.chat import encode_with_offsets
     from loracast.base.load import load_base, load_tokenizer

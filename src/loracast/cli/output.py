@@ -57,7 +57,7 @@ def stderr() -> Console:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], wrapped: Sequence[str] = ("text",)) -> None:
     """Print rows under their headings. A heading that begins with ">" has its column set to the right.
 
-    Cells are plain text, never markup. Where the terminal is narrow, only the cells of the columns in `wrapped` take several lines.
+    Cells are plain text, never markup. On a narrow terminal only the columns in `wrapped` take several lines.
     """
     from rich.table import Table
     from rich.text import Text

@@ -37,8 +37,8 @@ def route(
 ) -> None:  # fmt: skip
     """Show which chunks a question would be answered with, and the weight of each.
 
-    Without -a, all documents of the library are searched, and the best matches come first. Scores of different documents are only roughly
-    comparable: a word's weight depends on how rare it is in its document.
+    Without -a, all documents of the library are searched, and the best matches come first. Scores of different
+    documents are only roughly comparable: a word's weight depends on how rare it is in its document.
     """
     from loracast.library.library import adapters as all_adapters
     from loracast.library.library import open_adapter

@@ -74,7 +74,7 @@ def open_answerer(answering: Answering) -> tuple[Answerer, dict[str, Adapter], S
 
 
 def learn_visibly(model: Model, document: Document, name: str, **options: Any) -> Adapter:
-    """Learn a document with a progress bar on a terminal; its warnings go to standard error. Options as in `Model.learn`."""
+    """Learn a document (options as in `Model.learn`) with a progress bar; its warnings go to standard error."""
     for warning in document.warnings:
         warn(warning)
     with progress_bar("chunks", f"learning {name}") as progress:

@@ -78,14 +78,14 @@ def show(
         facts["document"] = f"{manifest.n_tokens:,} tokens in {in_chunks}"
     each = " for each chunk" * (manifest.kind == "document")
     facts |= {
-        "factors": f"rank {manifest.rank_text}{each}, layers {targeted[0]} to {targeted[-1]}; kept as {manifest.storage}",
+        "factors": f"rank {manifest.rank_text}{each}, layers {targeted[0]} to {targeted[-1]}; {manifest.storage}",
         "base": f"{manifest.made_for.base}, weights {manifest.made_for.norms}",
         "hypernetwork": manifest.hypernetwork or "-",
         "size": f"{size(adapter.n_bytes)} in {adapter.folder}",
     }
     for kind, norm in norms.items():
         facts[f"norm {kind}"] = (
-            f"{norm['mean']:.3g} on average, {norm['min']:.3g} to {norm['max']:.3g} ({'a chunk, ' * (manifest.kind == 'document')}a layer)"
+            f"{norm['mean']:.3g} on average, {norm['min']:.3g} to {norm['max']:.3g} in a layer{each}"
         )
     for i, warning in enumerate(manifest.warnings, 1):
         facts[f"warning {i}"] = warning

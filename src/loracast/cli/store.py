@@ -30,7 +30,8 @@ def store(
 ) -> None:
     """Keep the library's adapters at a URL, with this machine's folder as a cache; without a URL, say where they lie.
 
-    The register of names stays on this machine. What is learned is copied to the URL before it gets its name, and what is deleted is deleted there too.
+    The register of names stays on this machine. What is learned is copied to the URL before it gets its name, and what
+    is deleted is deleted there too.
     """
     from loracast.library.upkeep import evict as evict_copies
     from loracast.library.upkeep import leave_store, store_url, use_store

@@ -87,14 +87,14 @@ def doc(
         Path | None,
         typer.Option(
             "--teacher",
-            help="LoRA of `loracast train reader`, the teacher of context distillation (objective.distillation_weight).",
+            help="LoRA of `loracast train reader`: the teacher of distillation (objective.distillation_weight).",
         ),
     ] = None,
 ) -> None:
     """Train Doc-to-LoRA on needles, fact sheets and questions about real documents.
 
-    It saves every few minutes and stops cleanly on Ctrl-C and SIGTERM; the same command goes on from there. The same command runs
-    under `torchrun` and `accelerate launch`.
+    It saves every few minutes and stops cleanly on Ctrl-C and SIGTERM; the same command goes on from there. The same
+    command runs under `torchrun` and `accelerate launch`.
     """
     from loracast.training.doc import read_doc_recipe, train_doc
     from loracast.training.reader import read_reader
@@ -205,8 +205,8 @@ def oracle(
 ) -> None:
     """Train a LoRA for each task on its own examples, with PEFT: the upper reference for descriptions.
 
-    One task after the other, each in a folder of its name in --out; it stops cleanly at the budget, on Ctrl-C and SIGTERM, and the same command
-    goes on from there.
+    One task after the other, each in a folder of its name in --out; it stops cleanly at the budget, on Ctrl-C and
+    SIGTERM, and the same command goes on from there.
     """
     from loracast.errors import ConfigError
     from loracast.evaluation.benchmarks import tasks_or_benchmarks
@@ -274,7 +274,7 @@ def export(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Change the hypernetwork's config where that fixes no weight: hypernetwork.key_decorrelation=3.0. Repeatable.",
+            help="Change the config where no weight depends on it: hypernetwork.key_decorrelation=3.0. Repeatable.",
         ),
     ] = None,
     storage: Annotated[
@@ -312,7 +312,7 @@ def export(
 
 
 def _train(run: HypernetworkRun, config: TrainConfig, train: Callable[[Base, Any, Any], dict[str, float]]) -> None:
-    """Load the base, train (with base, workers and what is told of the metrics), draw the curve and say where it lies."""
+    """Load the base, call `train` (base, workers, on_metrics), draw the curve and say where it lies."""
     from loracast.training.plots import plot_metrics
     from loracast.training.progress import ProgressLine
     from loracast.training.runtime import Workers
