@@ -131,7 +131,7 @@ def ablations(
     choice: BaseChoice,
     results: Results,
 ) -> None:
-    """Variants of a recipe, each trained from nothing for the same time and measured on documents that none has seen."""
+    """Variants of a recipe, each trained from nothing for the same time and measured on documents unseen by all."""
     from loracast.evaluation.ablations import read_variants, run_ablations
     from loracast.training.recipe import file_overrides
 

@@ -24,7 +24,7 @@ class Results:
     as_json: Json = False
 
     def of(self, unit: str, evaluate: Callable[..., Report], *arguments: Any) -> Report:
-        """Run an evaluation with its arguments, the folder and a progress bar that counts in `unit`, and show its report."""
+        """Run an evaluation with its arguments, the folder and a progress bar in `unit`; show its report."""
         with progress_bar(unit, is_kept=True) as progress:
             report = evaluate(*arguments, self.out, progress)
         self.show(report)

@@ -119,7 +119,7 @@ class Learning(Models):
         Storage | None,
         typer.Option(
             "-s", "--storage", show_default=DEFAULT_STORAGE,
-            help="How a document's factors are kept: int8, bf16 (twice the size), or text (none; cast again when needed).",
+            help="How a document's factors are kept: int8, bf16 (twice the size), or text (none; they are cast again).",
         ),
     ] = None  # fmt: skip
     library: Library
