@@ -1,4 +1,4 @@
-"""Text-to-LoRA by what a description adds to attention: what is read, what becomes of it, its file, its training, and a user's way to it."""
+"""The attention-delta hypernetwork: its encoder, its LoRAs, its file, its training, and the Python API around it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tiny import ATTENTION_DELTA, DESCRIPTIONS, FAMILIES, for_base, make_attenti
 
 
 def contributions(base: Base, hypernet: AttentionDeltaToLoRA, description: str) -> Tensor:
-    """The same by the base's own attention weights: renormalised over the tokens that are no description's. [places, blocks, d_state]"""
+    """Attention deltas [positions, blocks, d_state] from the base's own attention weights, renormalised in the test."""
     c, chat = hypernet.config, base.chat
     plain, prompt = chat.prompt(c.dummy_input, ""), chat.prompt(with_description(description, c.dummy_input), "")
     first = next(i for i, (a, b) in enumerate(zip(plain, prompt, strict=False)) if a != b)

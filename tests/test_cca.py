@@ -1,4 +1,4 @@
-"""Canonical correlation against the textbook's other way to it: the angles between two spaces (Bjorck and Golub, 1973)."""
+"""Canonical correlation against another computation: the angles between two spaces (Bjorck and Golub, 1973)."""
 
 from __future__ import annotations
 

@@ -532,7 +532,7 @@ def test_values_need_a_module_that_writes_them():
 
 
 def test_a_memory_answers_a_token_with_what_stood_behind_it():
-    """What enters after token t of the chunk is met again: the memory adds the value of token t + 1, times gate and strength."""
+    """At an input like that after token t, the memory adds the value of token t + 1, times gate and strength."""
     hypernet = make("memory", fresh=True, memory_rank=6)
     memory = hypernet.memory
     memory.scale.data.fill_(1 / 400)
@@ -597,7 +597,7 @@ def test_a_memory_keeps_the_tokens_whose_gates_are_most_open():
 
 
 def test_least_squares_keeps_keys_apart():
-    """With hardly a ridge, a key answers to itself as before, and to no other that is written; whatever their lengths."""
+    """Nearly without a ridge, a key responds to itself as before and to no other that is written, at any lengths."""
     memory = make("memory").memory
     memory.log_ridge.data.fill_(-2.0)
     common = torch.randn(64, generator=FREE)

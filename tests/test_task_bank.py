@@ -26,7 +26,7 @@ N_DESCRIPTIONS = (20, 20, 20, 1)
 
 
 def scattered(n_each: int, seed: int) -> torch.Tensor:
-    """Descriptions of four tasks [4 * n_each, 100]: each wording differs from the others of its task by more than the tasks do."""
+    """Descriptions of four tasks [4 * n_each, 100]; wordings of one task differ by more than tasks do."""
     means = torch.zeros(4, 100)
     means[range(4), range(4)] = 1.2
     noise = torch.randn(4 * n_each, 100, generator=torch.Generator().manual_seed(seed))

@@ -94,7 +94,7 @@ def test_the_company_in_a_batch_changes_nothing(variant):
 
 @pytest.mark.parametrize("variant", ["L", "M", "S"])
 def test_layers_and_kinds_have_factors_of_their_own(variant):
-    """Of the same task and with heads of the same weights, kinds and layers are told apart by their embeddings alone."""
+    """With one task and heads of equal weights, only the embeddings of kinds and layers make factors differ."""
     hypernet = make(variant, bare=True, kinds=("gate_proj", "up_proj"))  # kinds of one shape
     hypernet.heads["up_proj"].load_state_dict(hypernet.heads["gate_proj"].state_dict())
     batch = hypernet(torch.randn(1, 10, generator=FREE))

@@ -411,6 +411,21 @@ def test_a_kill_at_any_touch_of_the_disk_leaves_a_usable_state(tmp_path, monkeyp
     assert kill_at > 5 and outcomes[0] == 4 and outcomes[-1] == 5
 
 
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_an_accelerators_random_state_is_restored(tmp_path, monkeypatch, kind):
+    state, restored = torch.tensor([7, 1, 255], dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
+    monkeypatch.setattr(getattr(torch, kind), "get_rng_state", lambda: state)
+    monkeypatch.setattr(getattr(torch, kind), "set_rng_state", restored.append)
+    model, optimizer = trained(3)
+    checkpoint.save_state(tmp_path, model, optimizer, 3, 1.0, {})
+    on_cpu = torch.rand(4)
+    checkpoint.load_state(tmp_path, model, optimizer, {})
+    assert len(restored) == 1 and torch.equal(restored[0], state)
+    assert torch.equal(torch.rand(4), on_cpu)
+
+
 def save_for_ever(out: Path) -> None:
     torch.set_num_threads(1)
     for step in range(1, 10**6):

@@ -188,22 +188,13 @@ class Model(Answerer):
         """The caster of task descriptions. Raises HypernetworkError if none was given and none ships for the base."""
         return TaskCaster(self._load("task"), self.library)
 
-    def task(
-        self, description: str, name: str | None = None, *, strength: float = 1.0, replace: bool = False
-    ) -> Adapter:
-        """Cast the description of a task into an adapter and keep it; arguments and errors as in `TaskCaster.tasks`."""
-        return self.described.task(description, name, strength=strength, replace=replace)
+    def task(self, description: str, name: str | None = None, **options) -> Adapter:
+        """Cast the description of a task into an adapter and keep it; options and errors as in `TaskCaster.tasks`."""
+        return self.tasks([description], None if name is None else [name], **options)[0]
 
-    def tasks(
-        self,
-        descriptions: Sequence[str],
-        names: Sequence[str] | None = None,
-        *,
-        strength: float = 1.0,
-        replace: bool = False,
-    ) -> list[Adapter]:
-        """Cast several descriptions and keep their adapters; arguments and errors as in `TaskCaster.tasks`."""
-        return self.described.tasks(descriptions, names, strength=strength, replace=replace)
+    def tasks(self, descriptions: Sequence[str], names: Sequence[str] | None = None, **options) -> list[Adapter]:
+        """Cast several descriptions and keep their adapters; options and errors as in `TaskCaster.tasks`."""
+        return self.described.tasks(descriptions, names, **options)
 
 
 def load(

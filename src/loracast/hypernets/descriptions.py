@@ -94,7 +94,13 @@ class DescriptionHypernetwork(Hypernetwork):
         raise NotImplementedError
 
     def start_training(self, conditions: Tensor, n_descriptions: Sequence[int], *, is_fresh: bool) -> None:
-        """Set what depends on the training descriptions: their conditions [m, d_text] by task, and how many each task has."""
+        """Set what depends on the training's descriptions, ordered by task.
+
+        Args:
+            conditions: of all descriptions [m, d_text].
+            n_descriptions: number of descriptions of each task.
+            is_fresh: whether training starts from no checkpoint.
+        """
         self.remember_seen(conditions)
 
     def select_trained(self, *, encoder_lora: bool, task_bank_only: bool) -> None:

@@ -34,9 +34,7 @@ def save_state(
     from safetensors.torch import save_file
 
     tensors = {f"model.{name}": value.detach().contiguous() for name, value in model.state_dict().items()}
-    tensors["random.torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    tensors |= {f"random.{name}": generator.get_rng_state() for name, generator in _generators().items()}
     numbers: dict[str, float] = {}
     for parameter, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
@@ -89,9 +87,9 @@ def load_state(
             "another --out for a new run, or --init-from to start from its weights"
         )
     model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
-    torch.set_rng_state(tensors["random.torch"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    for name, generator in _generators().items():
+        if f"random.{name}" in tensors:
+            generator.set_rng_state(tensors[f"random.{name}"])
     restored: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *state["numbers"].items()]:
         if key.startswith(_OPTIMIZER):
@@ -99,6 +97,16 @@ def load_state(
             restored.setdefault(int(parameter), {})[name] = value
     optimizer.load_state_dict({"state": restored, "param_groups": optimizer.state_dict()["param_groups"]})
     return state["step"], state["elapsed_s"]
+
+
+def _generators() -> dict[str, Any]:
+    """The random generators of this machine by name: torch's own, and that of the accelerator in use."""
+    generators: dict[str, Any] = {"torch": torch}
+    if torch.cuda.is_available():
+        generators["cuda"] = torch.cuda
+    elif torch.backends.mps.is_available():
+        generators["mps"] = torch.mps
+    return generators
 
 
 def _differences(wanted: dict[str, Any], found: dict[str, Any], prefix: str = "") -> list[str]:
