@@ -48,7 +48,8 @@ def some_manifest(n: int, **changes) -> Manifest:
     values = {
         "name": "doc", "title": "A manual", "source": "manual.pdf", "source_sha256": "s" * 64, "made_for": MADE_FOR,
         "hypernetwork": "h" * 16, "modules": tuple((m.name, m.layer, m.kind, m.d_in, m.d_out) for m in TARGET.modules),
-        "ranks": RANKS, "n_chunks": n, "n_tokens": 5 * n, "max_chunk_tokens": 256, "created": "2026-01-01T00:00:00+00:00",
+        "ranks": RANKS, "n_chunks": n, "n_tokens": 5 * n, "max_chunk_tokens": 256,
+        "created": "2026-01-01T00:00:00+00:00",
         "learn_s": 0.5, "warnings": ("page 3 has no text",),
     }  # fmt: skip
     return Manifest(**{**values, **changes})
