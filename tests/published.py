@@ -157,7 +157,7 @@ for _block, _theirs in ((0, "mlp1"), (1, "mlp2")):
 
 
 def text_to_lora(checkpoint: dict[str, Any], variant: str, module_order: tuple[str, ...]) -> TextToLoRA:
-    """A published text-to-LoRA checkpoint (L or M) for a base of Llama's shape, without the scale, as it writes factors.
+    """A published text-to-LoRA checkpoint (L or M) for a base of Llama's shape, without the scale, as it writes them.
 
     Args:
         module_order: the module kinds in the order of the checkpoint's type embeddings.
