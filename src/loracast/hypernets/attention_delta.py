@@ -15,7 +15,7 @@ The base understands the task already, and knows more tasks than a training has,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
@@ -28,7 +28,7 @@ from loracast.encoders.sentence import TextEncoder
 from loracast.errors import ConfigError, EncoderError
 from loracast.hypernets.descriptions import DescriptionHypernetwork, make_gate, shared_factors
 from loracast.hypernets.doc_config import ModuleRow
-from loracast.hypernets.heads import StaticLoRA, per_layer
+from loracast.hypernets.heads import StaticLoRA, lora_of, per_layer, static_loras
 from loracast.hypernets.protocol import Say
 from loracast.hypernets.task_bank import TaskBank
 from loracast.lora.algebra import Factors, LoRA, LoRABatch
@@ -125,7 +125,7 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
     def __init__(self, config: AttentionDeltaToLoRAConfig):
         super().__init__()
         self.config = c = config
-        n_layers, n_positions, d_in = len(c.layers), len(POSITIONS), self._shape(c.kind)[0]
+        n_layers, n_positions, d_in = len(c.layers), len(POSITIONS), c.target.of_kind(c.kind)[0].d_in
         self.where = nn.Parameter(torch.randn(n_layers, c.rank, d_in) * 0.1 / d_in**0.5)  # A
         self.mix = nn.Parameter(torch.zeros(n_layers, c.rank, n_positions))
         with torch.no_grad():
@@ -133,9 +133,8 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         d_read = n_positions * c.d_state
         self.down = nn.Parameter(torch.randn(n_layers, d_read, c.map_rank) / d_read**0.5)
         self.up = nn.Parameter(torch.zeros(n_layers, c.map_rank, c.rank * c.d_state))
-        kinds = {kind: len(c.target.of_kind(kind)) for kind in c.target.kinds}
-        self.shared = nn.ModuleDict({k: StaticLoRA(n, c.shared_rank, *self._shape(k)) for k, n in kinds.items()})
-        self.encoder_lora = nn.ModuleDict({k: StaticLoRA(n, c.shared_rank, *self._shape(k)) for k, n in kinds.items()})
+        self.shared = static_loras(c.modules, c.shared_rank)
+        self.encoder_lora = static_loras(c.modules, c.shared_rank)
         self.encoder_lora.requires_grad_(False)  # fixed: the rest is trained on the features that it gives
         self.task_bank: TaskBank | None = self._new_task_bank() if c.bank_sizes else None
         self.gate = make_gate(c.d_state)
@@ -146,10 +145,6 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
     def _new_task_bank(self) -> TaskBank:
         c = self.config
         return TaskBank(c.target, len(POSITIONS) * c.d_state, c.task_bank_rank, c.task_bank_width, c.bank_sizes)
-
-    def _shape(self, kind: str) -> tuple[int, int]:
-        module = self.config.target.of_kind(kind)[0]
-        return module.d_in, module.d_out
 
     @property
     def needs_base(self) -> bool:
@@ -175,13 +170,9 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
 
     def encoder_lora_batch(self) -> LoRABatch:
         """The LoRA that the base carries while it reads a description."""
-        return LoRABatch(1, {n: Factors(a[None], b[None]) for n, (a, b) in self._factors_of(self.encoder_lora)}, {})
-
-    def _factors_of(self, part: nn.ModuleDict) -> Iterator[tuple[str, Factors]]:
-        """Module by module in the target's order, A [r, in] and B [out, r]."""
-        by_kind = {kind: iter(cast(StaticLoRA, part[kind]).factors()) for kind in self.config.target.kinds}
-        for name, _, kind, *_ in self.config.modules:
-            yield name, next(by_kind[kind])
+        lora = lora_of(self.encoder_lora, self.config.modules)
+        assert lora is not None  # a target is never empty
+        return lora
 
     def set_units(self, conditions: Tensor) -> None:
         """Set the units of conditions to mean and deviation of those of real descriptions [m, d_text]."""

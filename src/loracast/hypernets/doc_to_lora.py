@@ -24,8 +24,8 @@ from loracast.encoders.features import OF_THE_BASE, Features, check_encoder
 from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.encoders.image import load_image_encoder
 from loracast.errors import EncoderError, HypernetworkError
-from loracast.hypernets.doc_config import DocToLoRAConfig, ModuleRow
-from loracast.hypernets.heads import FactorHead, StaticLoRA, ValuePointer
+from loracast.hypernets.doc_config import DocToLoRAConfig
+from loracast.hypernets.heads import FactorHead, StaticLoRA, ValuePointer, lora_of, shapes_by_kind, static_loras
 from loracast.hypernets.memory import AssociativeMemory, MemoryWrites
 from loracast.hypernets.perceiver import Perceiver, Queries
 from loracast.hypernets.protocol import Cast, Hypernetwork, Modality, Rows, Say
@@ -81,8 +81,8 @@ class DocToLoRA(Hypernetwork):
         self.static = nn.ModuleDict()
         for modules, rank in ((c.modules, c.static_rank), (c.static_modules, c.static_modules_rank)):
             if rank:
-                self.static.update(_static_loras(modules, rank))
-        self.encoder_lora = nn.ModuleDict(_static_loras(c.encoder_modules, c.encoder_rank))
+                self.static.update(dict(static_loras(modules, rank).items()))
+        self.encoder_lora = static_loras(c.encoder_modules, c.encoder_rank)
         self.memory = AssociativeMemory(c) if c.memory_modules else None
         self.register_buffer("feature_mean", torch.zeros(c.d_features))
         self.register_buffer("feature_std", torch.ones(c.d_features))
@@ -168,11 +168,11 @@ class DocToLoRA(Hypernetwork):
 
     def encoder_lora_batch(self) -> LoRABatch | None:
         """The encoder LoRA, which the base carries while it reads a document, differentiable; None without one."""
-        return _lora_of(self.encoder_lora, self.config.encoder_modules)
+        return lora_of(self.encoder_lora, self.config.encoder_modules)
 
     def static_lora(self) -> LoRABatch | None:
         """The static LoRA in all its modules, differentiable; None without one."""
-        return _lora_of(self.static, (*self.config.modules, *self.config.static_modules))
+        return lora_of(self.static, (*self.config.modules, *self.config.static_modules))
 
     def static_rows(self) -> Rows:
         parts = {kind: self.static_of(kind) for kind in self.config.target.kinds}
@@ -231,7 +231,7 @@ class DocToLoRA(Hypernetwork):
         if self.memory is not None:
             a, b, writes = self.memory(self._standard(states), features, mask)
             rows[self.config.memory_modules[0][2]] = (a, b)
-        for kind, (n_modules, d_in, d_out) in _by_kind(self.config.static_modules).items():
+        for kind, (n_modules, d_in, d_out) in shapes_by_kind(self.config.static_modules).items():
             rows[kind] = (states.new_zeros(n, n_modules, 0, d_in), states.new_zeros(n, n_modules, 0, d_out))
         if not is_real.all():
             rows = {kind: (a, b * is_real[:, None, None, None]) for kind, (a, b) in rows.items()}
@@ -284,26 +284,3 @@ class DocToLoRA(Hypernetwork):
                 for joined, of_all in ((joined_a, static.a), (joined_b, static.b))
             )
         return joined_a.unbind(0), joined_b.unbind(0)
-
-
-def _static_loras(modules: Sequence[ModuleRow], rank: int) -> dict[str, nn.Module]:
-    """A static LoRA for each kind of the modules."""
-    return {kind: StaticLoRA(n, rank, d_in, d_out) for kind, (n, d_in, d_out) in _by_kind(modules).items()}
-
-
-def _lora_of(parts: nn.ModuleDict, modules: Sequence[ModuleRow]) -> LoRABatch | None:
-    """One LoRA of the static LoRAs of each kind, for the modules of these kinds."""
-    factors: dict[str, Factors] = {}
-    for kind, part in parts.items():
-        names = [name for name, _, of_kind, _, _ in modules if of_kind == kind]
-        for name, (a, b) in zip(names, cast(StaticLoRA, part).factors(), strict=True):
-            factors[name] = Factors(a[None], b[None])
-    return LoRABatch(1, factors, {}) if factors else None
-
-
-def _by_kind(modules: Sequence[ModuleRow]) -> dict[str, tuple[int, int, int]]:
-    """By kind, the number of modules and their shape (d_in, d_out)."""
-    counts: dict[str, tuple[int, int, int]] = {}
-    for _, _, kind, d_in, d_out in modules:
-        counts[kind] = (counts.get(kind, (0, 0, 0))[0] + 1, d_in, d_out)
-    return counts

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
-from loracast.lora.algebra import Factors
+from loracast.hypernets.doc_config import ModuleRow
+from loracast.lora.algebra import Factors, LoRABatch
 
 
 def per_layer(x: Tensor, weight: Tensor) -> Tensor:
@@ -95,3 +99,26 @@ class StaticLoRA(nn.Module):
     def factors(self) -> list[Factors]:
         """A [r, in] and B [out, r] of each module, as views."""
         return [Factors(a, b.T) for a, b in zip(self.a.unbind(0), self.b.unbind(0), strict=True)]
+
+
+def static_loras(modules: Sequence[ModuleRow], rank: int) -> nn.ModuleDict:
+    """A `StaticLoRA` for each kind of the modules."""
+    return nn.ModuleDict({kind: StaticLoRA(n, rank, *shape) for kind, (n, *shape) in shapes_by_kind(modules).items()})
+
+
+def lora_of(parts: nn.ModuleDict, modules: Sequence[ModuleRow]) -> LoRABatch | None:
+    """`StaticLoRA`s by kind -> one LoRA for the modules of these kinds; None without parts."""
+    factors: dict[str, Factors] = {}
+    for kind, part in parts.items():
+        names = [name for name, _, of_kind, _, _ in modules if of_kind == kind]
+        for name, (a, b) in zip(names, cast(StaticLoRA, part).factors(), strict=True):
+            factors[name] = Factors(a[None], b[None])
+    return LoRABatch(1, factors, {}) if factors else None
+
+
+def shapes_by_kind(modules: Sequence[ModuleRow]) -> dict[str, tuple[int, int, int]]:
+    """By kind, the number of modules and their shape (d_in, d_out)."""
+    counts: dict[str, tuple[int, int, int]] = {}
+    for _, _, kind, d_in, d_out in modules:
+        counts[kind] = (counts.get(kind, (0, 0, 0))[0] + 1, d_in, d_out)
+    return counts

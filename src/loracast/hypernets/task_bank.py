@@ -14,6 +14,7 @@ key of their task, so that the gate learns to switch the bank off where no store
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.nn import functional
 
 from loracast.errors import ConfigError
 from loracast.hypernets.descriptions import make_gate
-from loracast.hypernets.heads import StaticLoRA
+from loracast.hypernets.heads import StaticLoRA, static_loras
 from loracast.lora.target import Target
 
 _SHARPNESS = 30.0
@@ -52,11 +53,9 @@ class TaskBank(nn.Module):
         """
         super().__init__()
         n_tasks = len(n_descriptions)
-        kinds = {kind: target.of_kind(kind) for kind in target.kinds}
-        parts = {kind: StaticLoRA(len(some), rank, some[0].d_in, some[0].d_out) for kind, some in kinds.items()}
-        for part in parts.values():
-            part.b.data.normal_()
-        self.factors = nn.ModuleDict(parts)
+        self.factors = static_loras(target.rows, rank)
+        for part in self.factors.values():
+            cast(StaticLoRA, part).b.data.normal_()
         self.cores = nn.Parameter(torch.zeros(n_tasks, len(target.names), rank, rank))
         self.gate = make_gate(width + 2, start=0.0)
         self.register_buffer("centre", torch.zeros(d_pooled))
