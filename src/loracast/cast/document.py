@@ -87,7 +87,8 @@ def learn_document(
     appears in the library once it is complete: casting that fails or is killed leaves nothing behind.
     """
     started = time.perf_counter()
-    config = caster.hypernetwork.config
+    hypernetwork = caster.hypernetwork
+    config = hypernetwork.config
     chunks = split_document(base, document, max_chunk_tokens)
     manifest = Manifest(
         name=name,
@@ -98,8 +99,8 @@ def learn_document(
         hypernetwork=caster.id,
         modules=config.target.rows,
         ranks=config.ranks,
-        max_unscaled_chunks=dict(config.merging.max_unscaled_chunks),
-        key_decorrelation=dict(config.merging.ridges),
+        max_unscaled_chunks=dict(hypernetwork.merging.max_unscaled_chunks),
+        key_decorrelation=dict(hypernetwork.merging.ridges),
         n_chunks=len(chunks),
         n_tokens=sum(chunk.n_tokens for chunk in chunks),
         max_chunk_tokens=max_chunk_tokens,
@@ -108,12 +109,12 @@ def learn_document(
         warnings=document.warnings,
         storage=storage,
     )
-    version = find_cached(library, manifest.cache_keys(caster.hypernetwork.former_ids))
+    version = find_cached(library, manifest.cache_keys(hypernetwork.former_ids))
     if version is not None:
         return give_name(library, name, version, replace=replace)
     if not replace:
         check_free(library, name)  # now, not after the work
     prompts = [] if storage == "text" else [chunk.prompt for chunk in chunks]  # this storage is cast at each question
-    batches, static = cast_chunks(caster, base, prompts), caster.hypernetwork.static_rows()
+    batches, static = cast_chunks(caster, base, prompts), hypernetwork.static_rows()
     seconds = lambda: time.perf_counter() - started  # noqa: E731
     return save_rows(library, manifest, chunks, batches, static, seconds, replace=replace, progress=progress)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from loracast.base.capture import capture_inputs
 from loracast.base.chat import encode_inside
 from loracast.encoders.features import OF_THE_BASE, Features
+from loracast.errors import EncoderError
 from loracast.lora.inject import inject
 
 if TYPE_CHECKING:
@@ -74,6 +75,10 @@ class HiddenStatesEncoder:
             self._mean = weight.float().mean(0)
             self._gain = decoder.norm(torch.ones(1, 1, weight.shape[1], device=weight.device)).float()[0, 0]
         depth = max(self.layers)
+        if depth > len(decoder.layers):
+            raise EncoderError(
+                f"the base has {len(decoder.layers)} blocks, and hidden states are read after block {depth}"
+            )
         self.key_modules: list[str] = []
         for layer, block in enumerate(decoder.layers):
             inside = {id(module) for module in block.modules()}

@@ -41,7 +41,7 @@ class InMemoryAdapter:
         self._index = sqlite3.connect(":memory:")
         write_index(self._index, self.chunks)
         hypernetwork = model.documents.hypernetwork
-        self._target, self._merging = hypernetwork.config.target, hypernetwork.config.merging
+        self._target, self._merging = hypernetwork.config.target, hypernetwork.merging
         self._shared = {name: value.bfloat16() for name, value in static_tensors(hypernetwork.static_rows()).items()}
         self._factors: dict[str, Tensor] = {}  # "down_proj.a" [chunks, layers, r, in], rows filled by `put`
         self._storage = storage

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from loracast.errors import ConfigError
 from loracast.evaluation.intervals import cluster_bootstrap
 from loracast.evaluation.report import Progress, Report, ReportWriter, interval, no_progress, number, percent, text
-from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.lora.algebra import LoRABatch
 from loracast.model import Model
 from loracast.scoring.episodes import Batch, pack
@@ -77,11 +76,12 @@ def evaluate_teacher_forced(
 @torch.no_grad()
 def _answered(model: Model, batch: Batch) -> dict[str, list[tuple[list[float], list[float]]]]:
     """By baseline, for each document: whether each answer token is right, and whether each whole answer is."""
-    base, hypernetwork = model.base, cast(DocToLoRA, model.documents.hypernetwork)
-    encoder = hypernetwork.hidden_states_encoder(base)
+    base, documents = model.base, model.documents
     autocast = torch.autocast(base.device.type, torch.bfloat16) if base.model.dtype == torch.bfloat16 else nullcontext()
     with autocast:
-        loras = hypernetwork(encoder(batch.chunk_ids, batch.chunk_mask), batch.chunks_per_document).loras
+        chunks = [ids[real].tolist() for ids, real in zip(batch.chunk_ids, batch.chunk_mask.bool(), strict=True)]
+        rows = documents.cast(documents.encode(chunks)).rows
+        loras = documents.hypernetwork.merge(rows, batch.chunks_per_document)
         n = loras.n
         loras_of = {"adapter": loras, "other": loras.take([*range(1, n), 0]), "none": LoRABatch(1, {}, {})}
         if n == 1:  # a step of one document has no other

@@ -107,6 +107,12 @@ class AttentionDeltaToLoRAConfig:
         return len(POSITIONS) * len(self.layers) * self.d_state
 
     @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of a task's LoRA by module kind, modules beyond `depth` padded with zeros."""
+        bank = self.task_bank_rank if self.bank_sizes else 0
+        return {kind: self.shared_rank + bank + (self.rank if kind == self.kind else 0) for kind in self.target.kinds}
+
+    @property
     def lora_rank(self) -> int:
         """Largest rank of a task's LoRA."""
         return self.rank + self.shared_rank + self.task_bank_rank

@@ -29,7 +29,8 @@ from loracast.hypernets.heads import FactorHead, StaticLoRA, ValuePointer, lora_
 from loracast.hypernets.memory import AssociativeMemory, MemoryWrites
 from loracast.hypernets.perceiver import Perceiver, Queries
 from loracast.hypernets.protocol import Cast, Hypernetwork, Modality, Rows, Say
-from loracast.lora.algebra import Factors, LoRABatch
+from loracast.lora.algebra import LoRABatch
+from loracast.lora.merge import Merging
 
 
 class RankCodes(NamedTuple):
@@ -131,6 +132,10 @@ class DocToLoRA(Hypernetwork):
                     "this hypernetwork reads documents with its base: give the base, and no other encoder"
                 )
             read, pad_id, device = self.hidden_states_encoder(base), base.pad_id, base.device
+            if read.d_features != self.config.d_features:
+                raise HypernetworkError(
+                    f"the hypernetwork reads {self.config.d_features} features a token, and this base gives {read.d_features}"
+                )
 
             def encode(token_rows: Sequence[Sequence[int]]) -> Features:
                 ids, mask = pad_right(token_rows, pad_id)
@@ -176,10 +181,11 @@ class DocToLoRA(Hypernetwork):
 
     def static_rows(self) -> Rows:
         parts = {kind: self.static_of(kind) for kind in self.config.target.kinds}
-        return {kind: (part.a.detach(), part.b.detach()) for kind, part in parts.items() if part is not None}
+        return {kind: (part.a, part.b) for kind, part in parts.items() if part is not None}
 
-    def loras(self, rows: Rows) -> LoRABatch:
-        return self.merge(rows, 1)
+    @property
+    def merging(self) -> Merging:
+        return self.config.merging
 
     def latents(self, features: Tensor, mask: Tensor | None = None) -> RankCodes:
         """The rank codes of chunks: features [n, t, d], mask [n, t] true where a token is real (None: all are)."""
@@ -253,34 +259,3 @@ class DocToLoRA(Hypernetwork):
         """
         rows, writes = self.cast_and_write(features)
         return MergedCast(self.merge(rows, chunks_per_document), writes, rows, features.n_real)
-
-    def merge(self, rows: Rows, chunks_per_document: int) -> LoRABatch:
-        """Rows of chunks -> one LoRA of rank K * r (plus the static LoRA's rank) for each document."""
-        merged: dict[str, Factors] = {}
-        n_documents = next(iter(rows.values()))[0].shape[0] // chunks_per_document
-        for kind, (a, b) in rows.items():
-            sides = self._joined(kind, a, b, chunks_per_document)
-            for module, a_rows, b_rows in zip(self.config.target.of_kind(kind), *sides, strict=True):
-                merged[module.name] = Factors(a_rows, b_rows.transpose(1, 2))
-        return LoRABatch(n_documents, {name: merged[name] for name in self.config.target.names}, {})
-
-    def _joined(self, kind: str, a: Tensor, b: Tensor, k: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """By module, A [documents, K*r (+ static), in] and B rows [documents, K*r (+ static), out].
-
-        Kinds with a static LoRA alone come as [1, static, ...]. The modules are unbound once: slicing a stacked tensor
-        inside each hook would build a full zero gradient for each.
-        """
-        static = self.static_of(kind)
-        if static and not a.shape[2]:
-            return static.a[:, None].unbind(0), static.b[:, None].unbind(0)
-
-        def by_document(rows: Tensor) -> Tensor:  # [n, layers, r, d] -> [layers, documents, K, r, d]
-            return rows.unflatten(0, (-1, k)).permute(2, 0, 1, 3, 4)
-
-        joined_a, joined_b = self.config.merging.join(kind, by_document(a), by_document(b))
-        if static:
-            joined_a, joined_b = (
-                torch.cat([joined, of_all[:, None].expand(-1, joined.shape[1], -1, -1).to(joined.dtype)], dim=2)
-                for joined, of_all in ((joined_a, static.a), (joined_b, static.b))
-            )
-        return joined_a.unbind(0), joined_b.unbind(0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from loracast.base.fingerprint import Fingerprint, check
 from loracast.encoders.features import Features
 from loracast.errors import HypernetworkError
 from loracast.lora.algebra import Factors, LoRABatch
+from loracast.lora.merge import Merging
 from loracast.lora.target import Target
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Hypernetwork(nn.Module):
 
     config_class: ClassVar[Any]
     config: Any
+    """A frozen dataclass with `target`, and `ranks` by module kind of one chunk, description or image."""
     made_for: Fingerprint | None = None
     """The base that it was trained for; None until it is trained or loaded."""
     former_ids: tuple[str, ...] = ()
@@ -65,12 +67,12 @@ class Hypernetwork(nn.Module):
     @property
     def modality(self) -> Modality:
         """Which modality it casts."""
-        raise NotImplementedError
+        raise self._undefined("modality")
 
     @property
     def needs_base(self) -> bool:
         """Whether its encoder is the base itself."""
-        raise NotImplementedError
+        raise self._undefined("needs_base")
 
     def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> Callable[[Any], Features]:
         """The encoder that it was trained with.
@@ -82,29 +84,69 @@ class Hypernetwork(nn.Module):
         Raises:
             EncoderError, HypernetworkError: the encoder cannot be loaded, or is another one.
         """
-        raise NotImplementedError
+        raise self._undefined("encoder_for")
 
     def cast(self, features: Features) -> Cast:
-        """Features of n chunks, descriptions or images -> their rows; differentiable."""
-        raise NotImplementedError
+        """Features of n chunks, descriptions or images -> their rows; differentiable. Padding gets rows of zero."""
+        raise self._undefined("cast")
 
     def static_rows(self) -> Rows:
         """Rows of the static LoRA by module kind: A [modules, r, in], B rows [modules, r, out]; empty without one."""
         return {}
 
+    @property
+    def merging(self) -> Merging:
+        """How the rows of a document's chunks are combined; by default they are joined along the rank."""
+        return Merging()
+
     def loras(self, rows: Rows) -> LoRABatch:
         """Rows of n chunks, descriptions or images -> one LoRA for each, the static LoRA included."""
+        return self.merge(rows, 1)
+
+    def merge(self, rows: Rows, chunks_per_document: int) -> LoRABatch:
+        """Rows of chunks -> one LoRA for each document, of rank K * r plus the static LoRA's; differentiable.
+
+        Args:
+            rows: the chunks of a document are neighbours.
+            chunks_per_document: K.
+        """
         target: Target = self.config.target
-        factors: dict[str, Factors] = {}
+        static, merged = self.static_rows(), {}
+        n_documents = next(iter(rows.values()))[0].shape[0] // chunks_per_document
         for kind, (a, b) in rows.items():
-            for module, a_rows, b_rows in zip(target.of_kind(kind), a.unbind(1), b.unbind(1), strict=True):
-                factors[module.name] = Factors(a_rows, b_rows.transpose(1, 2))
-        n = next(iter(rows.values()))[0].shape[0]
-        return LoRABatch(n, {name: factors[name] for name in target.names}, {})
+            sides = self._joined(kind, a, b, chunks_per_document, static.get(kind))
+            for module, a_rows, b_rows in zip(target.of_kind(kind), *sides, strict=True):
+                merged[module.name] = Factors(a_rows, b_rows.transpose(1, 2))
+        return LoRABatch(n_documents, {name: merged[name] for name in target.names}, {})
+
+    def _joined(
+        self, kind: str, a: Tensor, b: Tensor, k: int, static: tuple[Tensor, Tensor] | None
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """By module, A [documents, K*r (+ static), in] and B rows [documents, K*r (+ static), out].
+
+        Kinds with a static LoRA alone come as [1, static, ...]. The modules are unbound once: slicing a stacked tensor
+        inside each hook would build a full zero gradient for each.
+        """
+        if static and not a.shape[2]:
+            return static[0][:, None].unbind(0), static[1][:, None].unbind(0)
+
+        def by_document(rows: Tensor) -> Tensor:  # [n, modules, r, d] -> [modules, documents, K, r, d]
+            return rows.unflatten(0, (-1, k)).permute(2, 0, 1, 3, 4)
+
+        joined_a, joined_b = self.merging.join(kind, by_document(a), by_document(b))
+        if static:
+            joined_a, joined_b = (
+                torch.cat([joined, of_all[:, None].expand(-1, joined.shape[1], -1, -1).to(joined.dtype)], dim=2)
+                for joined, of_all in zip((joined_a, joined_b), static, strict=True)
+            )
+        return joined_a.unbind(0), joined_b.unbind(0)
 
     def weights_for(self, config: Any) -> dict[str, Tensor]:
         """The weights for another config of the same hypernetwork. Raises ConfigError where they cannot be derived."""
         return self.state_dict()
+
+    def _undefined(self, name: str) -> NotImplementedError:
+        return NotImplementedError(f"{type(self).__name__} must define {name} (CONTRIBUTING, a new hypernetwork)")
 
     def computes_in_bf16(self, base: Base | None) -> bool:
         """Whether casting for this base runs its matmuls in bf16, as in training."""
@@ -156,7 +198,26 @@ class Caster:
     def cast(self, features: Features) -> Cast:
         """Features of n inputs -> their LoRA rows."""
         with torch.autocast(self.device.type, self._dtype) if self._dtype else nullcontext():
-            return self.hypernetwork.cast(features.to(self.device))
+            cast = self.hypernetwork.cast(features.to(self.device))
+        self._check(cast.rows)
+        return cast
+
+    def _check(self, rows: Rows) -> None:
+        """Raise HypernetworkError where rows have other kinds or shapes than the config says: they would be kept wrongly."""
+        config = self.hypernetwork.config
+        target: Target = config.target
+        n = next(iter(rows.values()))[0].shape[0]
+        wanted = {}
+        for kind in target.kinds:
+            modules = target.of_kind(kind)
+            shape = (n, len(modules), config.ranks[kind])
+            wanted[kind] = ((*shape, modules[0].d_in), (*shape, modules[0].d_out))
+        found = {kind: (tuple(a.shape), tuple(b.shape)) for kind, (a, b) in rows.items()}
+        if found != wanted:
+            raise HypernetworkError(
+                f"{type(self.hypernetwork).__name__} cast rows of the shapes {found}, and its config's target and ranks ask for "
+                f"{wanted}: A is [n, modules, r, in], B rows are [n, modules, r, out]"
+            )
 
     def loras(self, inputs: Any) -> LoRABatch:
         """Encode and cast at once: n inputs -> their n LoRAs."""

@@ -149,7 +149,7 @@ def with_config(hypernet: H, changes: Mapping[str, Any]) -> H:
     try:
         changed.load_state_dict(hypernet.weights_for(changed.config))
     except RuntimeError as error:
-        raise ConfigError(f"{', '.join(changes)}: the weights that there are do not fit ({error})") from error
+        raise ConfigError(f"{', '.join(changes)}: the weights that there are do not fit another value") from error
     return changed
 
 

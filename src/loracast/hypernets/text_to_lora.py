@@ -68,6 +68,11 @@ class TextToLoRAConfig:
         return Target(tuple(TargetModule(*module) for module in self.modules))
 
     @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of a task's LoRA, by module kind."""
+        return dict.fromkeys(self.target.kinds, self.rank)
+
+    @property
     def lora_rank(self) -> int:
         """Rank of a task's LoRA."""
         return self.rank
