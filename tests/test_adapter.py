@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from adapters import TARGET, deltas, random_factors, some_chunks, some_manifest, write
 from loracast.base.fingerprint import Fingerprint, check, config_fingerprint, fingerprint
 from loracast.cast.document import cast_chunks, split_document
-from loracast.errors import AdapterError, BaseModelError
+from loracast.errors import AdapterError, BaseModelError, ConfigError
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
 from loracast.library.library import adapter_names, open_adapter, remove_adapter
@@ -37,6 +37,12 @@ def assert_close(lora: LoRA, expected: dict[str, torch.Tensor]) -> None:
 
 
 # ---- what comes back
+
+
+def test_a_chunk_length_that_is_too_small_is_named_as_the_caller_gave_it(model, tmp_path):
+    (tmp_path / "a.txt").write_text(PROSE)
+    with pytest.raises(ConfigError, match="max_chunk_tokens=12: a chunk needs at least 16 tokens"):
+        model.learn(tmp_path / "a.txt", max_chunk_tokens=12)
 
 
 def test_learned_factors_are_the_hypernetworks_own(model, tmp_path):

@@ -646,3 +646,16 @@ def test_what_fixes_no_weight_can_be_changed_in_a_config():
     for changes in ({"width": 32}, {"key_decorrelation": -1.0}):
         with pytest.raises(ConfigError, match=next(iter(changes))):
             with_config(net, changes)
+
+
+def test_former_ids_name_the_weights_and_config_that_they_were_given_to_alone(tmp_path):
+    save_pretrained(for_base(make("memory"), MADE_FOR), tmp_path / "first", storage="float32")
+    stored = json.loads((tmp_path / "first" / "config.json").read_text())
+    (tmp_path / "first" / "config.json").write_text(json.dumps({**stored, "former_ids": ["0123456789abcdef"]}))
+    read = from_pretrained(tmp_path / "first")
+    assert read.former_ids == ("0123456789abcdef",)
+    changed = with_config(read, {"key_decorrelation": 2.0})
+    save_pretrained(changed, tmp_path / "second", storage="float32")
+    assert changed.former_ids == from_pretrained(tmp_path / "second").former_ids == ()
+    average(read, [from_pretrained(tmp_path / "first")])
+    assert read.former_ids == ()

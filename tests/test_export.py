@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from adapters import deltas, random_factors, write
 from loracast.cli import app
 from loracast.errors import AdapterError, BaseModelError
 from loracast.export.adapter import export_adapter
+from loracast.export.format import FORMATS, MERGED, Request
 from loracast.export.merged import write_merged
 from loracast.export.uniform import uniform
 from loracast.export.vllm import RANKS
@@ -48,6 +52,10 @@ def adapter(library):
 def logits(model, lora=None) -> torch.Tensor:
     with torch.no_grad(), inject(model, lora):
         return model(input_ids=IDS).logits
+
+
+def request(lora: LoRA, base, out: Path) -> Request:
+    return Request(uniform(lora), out, "tiny", "tiny@0123", "tiny", {}, base.model.config)
 
 
 def random_lora(model, kinds=("q_proj", "k_proj", "down_proj"), layers=(1, 2), rank=3) -> LoRA:
@@ -105,6 +113,23 @@ def test_peft_loads_it_and_answers_the_same(name, adapter, base, tmp_path):
         )
 
 
+@pytest.mark.parametrize(("to", "rank"), [("peft", None), ("vllm", None), ("peft", 20)])
+def test_what_is_written_of_many_chunks_is_as_near_to_their_sum_as_the_report_says(to, rank, tmp_path):
+    """Forty chunks of rank 2 outgrow modules of 48 rows: they are compressed, and must not be rounded to bf16 unsaid."""
+    many = write(tmp_path / "library", 40)
+    assert many.lora().dense
+    (made,) = export_adapter(many, to, tmp_path / "out", max_rank=rank)
+    assert made.rank == (rank or {"peft": 48, "vllm": 64}[to])
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    lost = total = 0.0
+    for name, delta in deltas(random_factors(40), list(range(40))).items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+        lost += (b @ a - delta).square().sum().item()
+        total += delta.square().sum().item()
+    assert (lost / total) ** 0.5 == pytest.approx(made.error, rel=1e-3, abs=2e-6)
+    assert (made.error == 0) == (rank is None)
+
+
 def test_vllm_gets_a_rank_that_it_allows_and_a_name_that_never_means_other_weights(adapter, tmp_path):
     (made,) = export_adapter(adapter("short"), "vllm", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -119,9 +144,9 @@ def test_gguf_has_the_rows_of_q_and_k_as_llama_cpp_keeps_them(base, tmp_path):
 
     from loracast.export.gguf import write_gguf
 
-    made = uniform(random_lora(base.model, ("q_proj", "k_proj", "v_proj", "down_proj")))
-    write_gguf(made, tmp_path / "a.gguf", base.model.config, "tiny")
-    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    wanted = request(random_lora(base.model, ("q_proj", "k_proj", "v_proj", "down_proj")), base, tmp_path)
+    made = wanted.made
+    reader = gguf.GGUFReader(write_gguf(wanted))
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["general.type"] == "adapter" and fields["general.architecture"] == "llama"
     assert fields["adapter.type"] == "lora" and fields["adapter.lora.alpha"] == made.rank
@@ -145,8 +170,9 @@ def test_mlx_finds_its_own_layout(base, tmp_path):
     """mlx-lm adds scale * (x a) b to the same modules of the last so many layers, and refuses tensors that it has no place for."""
     from loracast.export.mlx import write_mlx
 
-    made = uniform(random_lora(base.model, layers=(1, 3)))
-    write_mlx(made, tmp_path, base.model.config)
+    wanted = request(random_lora(base.model, layers=(1, 3)), base, tmp_path)
+    made = wanted.made
+    write_mlx(wanted)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "adapters.safetensors")
     parameters, n_layers = config["lora_parameters"], base.model.config.num_hidden_layers
@@ -198,29 +224,49 @@ def test_a_document_chunk_by_chunk(adapter, tmp_path):
             torch.testing.assert_close(
                 found.delta(name).float(), long.lora([i]).delta(name).float(), atol=1e-2, rtol=2e-2
             )
-    with pytest.raises(AdapterError, match="chunk by chunk goes a document of several chunks"):
+    with pytest.raises(AdapterError, match="'short' has one chunk: leave out --each-chunk"):
         export_adapter(adapter("short"), "peft", tmp_path / "one", each_chunk=True)
+    with pytest.raises(AdapterError, match="merged cannot be written chunk by chunk: leave out --each-chunk"):
+        export_adapter(long, MERGED, tmp_path / "one", each_chunk=True)
 
 
-def test_the_commands(library, tiny_folder, tmp_path):
-    def run(*arguments):
-        return CliRunner().invoke(app, [str(a) for a in arguments])
+@pytest.fixture
+def run(library, tiny_folder):
+    def invoke(*arguments):
+        command = ("export", *arguments, "--library", library, "--base", tiny_folder)
+        return CliRunner().invoke(app, [str(argument) for argument in command])
 
-    common = ("--library", library, "--base", tiny_folder)
-    for to in ("peft", "vllm", "gguf", "mlx", "ollama", "merged"):
-        done = run("export", "short", "--to", to, "--out", tmp_path / to, *common)
-        assert done.exit_code == 0, done.output
-        assert "exported short" in done.stdout
-    assert (tmp_path / "gguf" / "short.gguf").is_file()
-    assert f"FROM {tiny_folder}" in (tmp_path / "ollama" / "Modelfile").read_text()
-    done = run("export", "long", "--to", "peft", "--rank", 2, "--out", tmp_path / "small", *common, "--json")
+    return invoke
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_the_command_writes_every_format(to, run, tiny_folder, tmp_path):
+    done = run("short", "--to", to, "--out", tmp_path / to)
+    assert done.exit_code == 0, done.output
+    assert "exported short" in done.stdout
+    marks = {"gguf": "short.gguf", "ollama": "Modelfile", "vllm": "README.md", "mlx": "adapters.safetensors"}
+    assert (tmp_path / to / marks.get(to, "")).exists() and any((tmp_path / to).iterdir())
+    if to == "ollama":
+        assert f"FROM {tiny_folder}" in (tmp_path / to / "Modelfile").read_text()
+
+
+def test_the_command_compresses_and_refuses(run, tiny_folder, tmp_path):
+    done = run("long", "--to", "peft", "--rank", 2, "--out", tmp_path / "small", "--json")
     assert json.loads(done.stdout)["exported"][0]["rank"] == 2 and json.loads(done.stdout)["exported"][0]["error"] > 0
-    done = run("export", "short", "--to", "peft", "--out", tmp_path / "peft", *common)
+    done = run("short", "--to", "peft", "--out", tmp_path / "small")
     assert done.exit_code == 1 and "give another --out" in done.stderr
-    done = run("export", "short", "--to", "safetensors", "--out", tmp_path / "x", *common)
-    assert done.exit_code == 1 and "one of peft, vllm, gguf, mlx, ollama, merged" in done.stderr
-    done = run("export-base", "--out", tmp_path / "b", "--base", tiny_folder)
+    done = run("short", "--to", "safetensors", "--out", tmp_path / "x")
+    assert done.exit_code == 1 and f"one of {', '.join(FORMATS)}" in done.stderr
+    done = CliRunner().invoke(app, ["export-base", "--out", str(tmp_path / "b"), "--base", str(tiny_folder)])
     assert done.exit_code == 1 and "no embedded base" in done.stderr
+
+
+def test_every_format_is_in_the_help_and_the_docs():
+    shown = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "300"}).stdout
+    table = Path(__file__).parents[1] / "docs" / "export.md"
+    assert re.findall(r"^\| `(\w+)` \|", table.read_text(encoding="utf-8"), re.MULTILINE) == list(FORMATS)
+    for name, label in FORMATS.items():
+        assert f"{name} ({label})" in shown
 
 
 def test_another_base_is_refused(adapter, tmp_path):

@@ -15,7 +15,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_with(path: Path, write: Callable[[Path], object]) -> None:
-    """The same for whatever needs a path to write to: `write` gets the temporary file's."""
+    """Write a file atomically through a function that takes a path: `write` gets that of the temporary file."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)

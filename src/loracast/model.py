@@ -159,7 +159,8 @@ class Model(Answerer):
             replace: whether an adapter of that name is replaced.
 
         Raises:
-            DocumentError: the file cannot be read; AdapterError: the name is taken or not allowed.
+            DocumentError: the file cannot be read; AdapterError: the name is taken or not allowed; ConfigError: no chunk
+                can be so short.
         """
         if isinstance(source, (str, Path)) and is_image_file(source):
             source = read_image_file(source)

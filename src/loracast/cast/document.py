@@ -13,7 +13,7 @@ from loracast.base.chat import encode_text, encode_with_offsets
 from loracast.base.load import Base
 from loracast.documents import Chunk, Document, split_text
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.errors import DocumentError
+from loracast.errors import ConfigError, DocumentError
 from loracast.hypernets.protocol import Caster, Rows
 from loracast.library.adapter import Adapter
 from loracast.library.library import check_free, find_cached, give_name
@@ -28,14 +28,21 @@ Progress = Callable[[int, int], None]
 """(chunks done, chunks in all)"""
 
 
-def split_document(base: Base, document: Document, max_tokens: int) -> list[Chunk]:
-    """The chunks of a document in tokens of this base. Raises DocumentError for a document without text."""
-    chunks = split_text(
-        document.text,
-        lambda text: encode_with_offsets(base.tokenizer, text),
-        max_tokens=max_tokens,
-        title=document.title,
-    )
+def split_document(base: Base, document: Document, max_chunk_tokens: int) -> list[Chunk]:
+    """Split a document into chunks of at most so many tokens of this base.
+
+    Raises:
+        ConfigError: no chunk can be so short. DocumentError: the document holds no text.
+    """
+    try:
+        chunks = split_text(
+            document.text,
+            lambda text: encode_with_offsets(base.tokenizer, text),
+            max_tokens=max_chunk_tokens,
+            title=document.title,
+        )
+    except ValueError as error:
+        raise ConfigError(f"max_chunk_tokens={max_chunk_tokens}: {error}; give a larger one") from error
     if not chunks:
         raise DocumentError(f"{document.file_name or 'the document'} holds no text")
     return chunks

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
 from loracast.cli import options
 from loracast.cli.output import loss, print_result, say, size
+from loracast.export.format import FORMATS
 
 
 def export(
     name: options.Adapter,
     *,
     to: Annotated[
-        str, typer.Option("--to", help="peft, vllm, gguf (llama.cpp), mlx, ollama, or merged (into the base).")
+        str, typer.Option("--to", help=", ".join(f"{name} ({label})" for name, label in FORMATS.items()) + ".")
     ],
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; NAME-FORMAT by default.")] = None,
     rank: options.Rank = None,
@@ -29,12 +30,12 @@ def export(
 ) -> None:
     """Write an adapter for another runtime."""
     from loracast.base.load import load_base
-    from loracast.export.adapter import Format, export_adapter
+    from loracast.export.adapter import export_adapter
     from loracast.library.library import open_adapter
 
     folder = out or Path(f"{name}-{to}")
     made = export_adapter(
-        open_adapter(library, name), cast(Format, to), folder,
+        open_adapter(library, name), to, folder,
         max_rank=rank, each_chunk=each_chunk, base=base, load=lambda wanted: load_base(wanted, say=say), say=say,
     )  # fmt: skip
     n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -54,7 +54,7 @@ def split_text(text: str, encode: Encode, *, max_tokens: int = DEFAULT_CHUNK_TOK
     chunk's prompt has more than `max_tokens`. Raises ValueError for fewer than 16, or where one character needs more.
     """
     if max_tokens < MIN_TOKENS:
-        raise ValueError(f"max_tokens is {max_tokens}: a chunk needs at least {MIN_TOKENS}")
+        raise ValueError(f"a chunk needs at least {MIN_TOKENS} tokens, not {max_tokens}")
     if not text.strip():
         return []
     splitter = _Splitter(text, encode, max_tokens, title)
@@ -120,7 +120,7 @@ class _Splitter:
                 pieces.append(Chunk(bare, start, end, heading, n_tokens))
                 continue
             if end - start < 2:
-                raise ValueError(f"the character {bare!r} alone has {n_tokens} tokens: raise max_tokens")
+                raise ValueError(f"the character {bare!r} alone has {n_tokens} tokens, more than a chunk may have")
             middle = (start + end) // 2
             quarter = (end - start) // 4
             seam = self.finder.best(middle - quarter, middle + quarter, (middle,))

@@ -7,26 +7,20 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from loracast.base.fingerprint import check, config_fingerprint
 from loracast.base.load import EMBEDDED, Base, base_folder, pull
 from loracast.errors import AdapterError, BaseModelError
-from loracast.export.gguf import write_gguf
+from loracast.export.format import MERGED, Request, load_format
 from loracast.export.merged import write_merged
-from loracast.export.mlx import write_mlx
-from loracast.export.ollama import write_ollama
-from loracast.export.peft import write_peft
-from loracast.export.uniform import Uniform, uniform
-from loracast.export.vllm import RANKS, write_vllm
+from loracast.export.uniform import uniform
 from loracast.files import write_atomically
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.lora.algebra import LoRA
 
-Format = Literal["peft", "vllm", "gguf", "mlx", "ollama", "merged"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 Say = Callable[[str], None]
 
 
@@ -43,7 +37,7 @@ class Exported:
 
 def export_adapter(
     adapter: Adapter,
-    to: Format,
+    to: str,
     out: Path,
     *,
     max_rank: int | None = None,
@@ -55,6 +49,7 @@ def export_adapter(
     """Write an adapter for another runtime.
 
     Args:
+        to: the format's name (format.py).
         out: a folder, made if need be; of the format `gguf` the file NAME.gguf in it.
         max_rank: a higher rank is compressed to it; None compresses only as far as the runtime demands.
         each_chunk: write a document's chunks one by one, with chunks.json and the index that `loracast route` reads.
@@ -66,77 +61,50 @@ def export_adapter(
         AdapterError: the format is unknown, the folder is not empty, or the adapter cannot be exported so.
         BaseModelError: the base is another one, or cannot be read.
     """
-    if to not in FORMATS:
-        raise AdapterError(f"unknown format {to!r}; one of {', '.join(FORMATS)}")
+    form = None if to == MERGED else load_format(to)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"{out} is there already and not an empty folder; give another --out")
+    if each_chunk and form is None:
+        raise AdapterError(f"{MERGED} cannot be written chunk by chunk: leave out --each-chunk")
+    m = adapter.manifest
+    if each_chunk and m.n_chunks == 1:
+        raise AdapterError(f"{adapter.name!r} has one chunk: leave out --each-chunk")
     adapter.verify()
-    name = base or adapter.manifest.made_for.base
-    writer = _Writer(adapter, to, name, max_rank, load, say)
+    base = base or m.made_for.base
+    if form is None:
+        assert load is not None, "merging needs the base"
+        loaded = load(base)
+        check(m.made_for, loaded.fingerprint, f"the adapter {adapter.name!r}")
+        write_merged(adapter.lora(dense=False), out, loaded)
+        return [Exported(out, None, 0.0)]
+    config = base_config(base, adapter, say) if form.needs_config else None
+    about = {
+        "made_by": "loracast",
+        "name": adapter.name,
+        "version": m.version,
+        "title": m.title,
+        "factors_sha256": m.factors_sha256,
+        "source_sha256": m.source_sha256,
+        "hypernetwork": m.hypernetwork,
+        "base": json.dumps(m.made_for.to_dict()),
+    }
+
+    def write(lora: LoRA, folder: Path, name: str) -> Exported:
+        made = uniform(lora, max_rank, form.ranks)
+        version = f"{name}@{m.version[:VERSION_DIGITS]}"
+        path = form.write(Request(made, folder, name, version, base, about, config, base_gguf(base)))
+        return Exported(path, made.rank, made.error)
+
     if not each_chunk:
-        return [writer.write(adapter.lora(), out, adapter.name)]
-    if to == "merged" or adapter.manifest.n_chunks < 2:
-        raise AdapterError("chunk by chunk goes a document of several chunks, and not into the base's weights")
+        return [write(adapter.lora(dense=False), out, adapter.name)]
     made, chunks = [], []
     for i, chunk in enumerate(read_chunks(adapter.index)):
-        made.append(writer.write(adapter.lora([i]), out / f"chunk-{i:05d}", f"{adapter.name}-{i}"))
+        made.append(write(adapter.lora([i], dense=False), out / f"chunk-{i:05d}", f"{adapter.name}-{i}"))
         chunks.append({"chunk": i, "path": str(made[-1].path.relative_to(out)), **asdict(chunk)})
-    listing = {"adapter": adapter.version, "factors_sha256": adapter.manifest.factors_sha256, "chunks": chunks}
+    listing = {"adapter": adapter.version, "factors_sha256": m.factors_sha256, "chunks": chunks}
     write_atomically(out / "chunks.json", json.dumps(listing, indent=1, ensure_ascii=False).encode())
     shutil.copyfile(adapter.index, out / adapter.index.name)
     return made
-
-
-class _Writer:
-    """Writes the LoRAs of one adapter in one format."""
-
-    def __init__(
-        self,
-        adapter: Adapter,
-        to: Format,
-        base: str,
-        max_rank: int | None,
-        load: Callable[[str], Base] | None,
-        say: Say,
-    ):
-        self.adapter, self.to, self.base, self.max_rank, self.load = adapter, to, base, max_rank, load
-        self.config = base_config(base, adapter, say) if to in ("gguf", "mlx", "ollama") else None
-        m = adapter.manifest
-        self.about = {
-            "made_by": "loracast",
-            "name": adapter.name,
-            "version": m.version,
-            "title": m.title,
-            "factors_sha256": m.factors_sha256,
-            "source_sha256": m.source_sha256,
-            "hypernetwork": m.hypernetwork,
-            "base": json.dumps(m.made_for.to_dict()),
-        }
-
-    def write(self, lora: LoRA, out: Path, name: str) -> Exported:
-        if self.to == "merged":
-            assert self.load is not None, "merging needs the base"
-            loaded = self.load(self.base)
-            check(self.adapter.manifest.made_for, loaded.fingerprint, f"the adapter {self.adapter.name!r}")
-            write_merged(lora, out, loaded)
-            return Exported(out, None, 0.0)
-        made = uniform(lora, self.max_rank, RANKS if self.to == "vllm" else None)
-        path = self._write(made, out, name)
-        return Exported(path, made.rank, made.error)
-
-    def _write(self, made: Uniform, out: Path, name: str) -> Path:
-        if self.to == "peft":
-            write_peft(made, out, self.base, self.about)
-        elif self.to == "vllm":
-            write_vllm(made, out, f"{name}@{self.adapter.manifest.version[:VERSION_DIGITS]}", self.base, self.about)
-        elif self.to == "mlx":
-            write_mlx(made, out, self.config)
-        elif self.to == "ollama":
-            write_ollama(made, out, self.config, name, self.base, base_gguf(self.base))
-        else:
-            write_gguf(made, out / f"{name}.gguf", self.config, name)
-            return out / f"{name}.gguf"
-        return out
 
 
 def base_config(name: str, adapter: Adapter, say: Say = lambda text: None) -> Any:

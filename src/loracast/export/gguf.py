@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from loracast.errors import AdapterError
-from loracast.export.uniform import Uniform
+from loracast.export.format import Format, Request
 from loracast.files import write_with
 
 _ARCHITECTURES = {
@@ -27,20 +25,18 @@ _ARCHITECTURES = {
 _PERMUTED = {"llama", "smollm3"}  # whose rotary pairs llama.cpp wants as neighbours
 
 
-def write_gguf(made: Uniform, out: Path, config: Any, name: str) -> None:
-    """Write a LoRA for llama.cpp.
+def write_gguf(request: Request) -> Path:
+    """Write a LoRA for llama.cpp; returns the file. Raises AdapterError for a module that llama.cpp does not have."""
+    path = request.out / f"{request.name}.gguf"
+    write_file(request, path)
+    return path
 
-    Args:
-        out: the file.
-        config: of the base, transformers' own.
-        name: for people.
 
-    Raises:
-        AdapterError: llama.cpp has no such module.
-    """
+def write_file(request: Request, out: Path) -> None:
+    """Write a LoRA for llama.cpp as a file of any name."""
     import gguf
 
-    text = config.get_text_config()
+    made, text = request.made, request.config.get_text_config()
     architecture = _ARCHITECTURES[text.model_type]
     number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(number, text.num_hidden_layers)
@@ -66,17 +62,13 @@ def write_gguf(made: Uniform, out: Path, config: Any, name: str) -> None:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(made.rank))  # divided by the rank: one
-        writer.add_name(name)
+        writer.add_name(request.name)
         for tensor, value in tensors.items():
             writer.add_tensor(tensor, value)
-        steps: tuple[Callable[[], None], ...] = (
-            writer.write_header_to_file,
-            writer.write_kv_data_to_file,
-            writer.write_tensors_to_file,
-            writer.close,
-        )
-        for step in steps:
-            step()
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_with(out, write)
@@ -86,3 +78,6 @@ def _neighbouring_pairs(rows: np.ndarray, n_heads: int) -> np.ndarray:
     """Rows [heads * d, r] in llama.cpp's order: the two rows that a rotation mixes are neighbours, not d / 2 apart."""
     d_out, rank = rows.shape
     return rows.reshape(n_heads, 2, d_out // n_heads // 2, rank).swapaxes(1, 2).reshape(d_out, rank)
+
+
+FORMAT = Format(write_gguf, needs_config=True)

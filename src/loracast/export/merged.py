@@ -23,11 +23,11 @@ def write_merged(lora: LoRA, out: Path, base: Base, max_shard_size: str = "2GB")
     modules = dict(base.model.named_modules())
     if missing := [name for name in lora.names if name not in modules]:
         raise AdapterError(f"the base has no {', '.join(missing)}")
+    lora = lora.to(dtype=torch.float32)
     kept = {name: modules[name].weight.data for name in lora.names}
     try:
-        for name in lora.names:
-            weight = kept[name]
-            modules[name].weight.data = (weight.float() + lora.delta(name).float().to(weight.device)).to(weight.dtype)
+        for name, weight in kept.items():
+            modules[name].weight.data = (weight.float() + lora.delta(name).to(weight.device)).to(weight.dtype)
         with quiet_transformers(), torch.no_grad():
             base.model.save_pretrained(out, max_shard_size=max_shard_size)
             base.tokenizer.save_pretrained(out)

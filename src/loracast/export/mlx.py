@@ -5,27 +5,24 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from loracast.export.uniform import Uniform
+from loracast.export.format import Format, Request
 from loracast.files import write_atomically
 from loracast.lora.target import module_shapes
 
 
-def write_mlx(made: Uniform, out: Path, config: Any) -> None:
-    """Write a LoRA for mlx-lm.
+def write_mlx(request: Request) -> Path:
+    """Write a LoRA for mlx-lm; returns the folder.
 
     mlx-lm gives LoRA layers to the same modules of the last so many layers; those among them that this LoRA leaves
     alone get zeros.
-
-    Args:
-        config: of the base, transformers' own.
     """
     from safetensors.torch import save
 
-    shapes, n_layers = module_shapes(config), config.get_text_config().num_hidden_layers
+    made, out = request.made, request.out
+    shapes, n_layers = module_shapes(request.config), request.config.get_text_config().num_hidden_layers
     place = {name: _place(name) for name in made.lora.factors}
     kinds = sorted({path for _, path in place.values()})
     first = min(layer for layer, _ in place.values())
@@ -49,6 +46,7 @@ def write_mlx(made: Uniform, out: Path, config: Any) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "adapters.safetensors", save(tensors))
     write_atomically(out / "adapter_config.json", json.dumps(adapter, indent=2).encode())
+    return out
 
 
 def _place(name: str) -> tuple[int, str]:
@@ -56,3 +54,6 @@ def _place(name: str) -> tuple[int, str]:
     found = re.search(r"layers\.(\d+)\.(.+)$", name)
     assert found is not None, name
     return int(found[1]), found[2]
+
+
+FORMAT = Format(write_mlx, needs_config=True)

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
-from loracast.export.gguf import write_gguf
-from loracast.export.uniform import Uniform
+from loracast.export.format import Format, Request
+from loracast.export.gguf import write_file
 from loracast.files import write_atomically
 
 _ADAPTER, _BASE = "adapter.gguf", "base.gguf"
 
 
-def write_ollama(made: Uniform, out: Path, config: Any, name: str, base: str, base_gguf: Path | None) -> None:
-    """Write a LoRA for Ollama.
-
-    Args:
-        base: the base's name, which FROM names where there is no GGUF file of it.
-        base_gguf: the base as a GGUF file, which is copied.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    write_gguf(made, out / _ADAPTER, config, name)
-    if base_gguf is not None:
-        shutil.copyfile(base_gguf, out / _BASE)
+def write_ollama(request: Request) -> Path:
+    """Write a LoRA for Ollama; returns the folder. FROM names a copy of the base's GGUF file or else the base."""
+    out, base = request.out, request.base
+    write_file(request, out / _ADAPTER)
+    if request.base_gguf is not None:
+        shutil.copyfile(request.base_gguf, out / _BASE)
+        base = f"./{_BASE}"
     lines = [
-        f"# ollama create {name} -f Modelfile",
-        f"FROM {'./' + _BASE if base_gguf is not None else base}",
+        f"# ollama create {request.name} -f Modelfile",
+        f"FROM {base}",
         f"ADAPTER ./{_ADAPTER}",
         "PARAMETER temperature 0",
     ]
     write_atomically(out / "Modelfile", ("\n".join(lines) + "\n").encode())
+    return out
+
+
+FORMAT = Format(write_ollama, needs_config=True)

@@ -1,26 +1,25 @@
-"""Writes a LoRA as a folder of PEFT, which `PeftModel.from_pretrained` and vLLM load."""
+"""Writes a LoRA as a folder in PEFT's format, which `PeftModel.from_pretrained` and SGLang load."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loracast.export.uniform import Uniform
+from loracast.export.format import Format, Request
 from loracast.files import write_atomically
 from loracast.lora.peft_format import FACTOR_NAMES
 
 
-def write_peft(made: Uniform, out: Path, base: str, about: Mapping[str, str]) -> None:
-    """Write a LoRA as PEFT does.
+def write_peft(request: Request) -> Path:
+    """Write a LoRA as PEFT does; returns the folder.
 
-    Args:
-        base: name or folder of the base, for people; PEFT is given the base by its user.
-        about: provenance, kept in the weights' metadata: PEFT drops keys of its config that it does not know.
+    The base's name is for people: PEFT is given the base by its user. Provenance goes into the weights' metadata, since
+    PEFT drops keys of its config that it does not know.
     """
     from safetensors.torch import save
 
+    made, out = request.made, request.out
     out.mkdir(parents=True, exist_ok=True)
     tensors = {
         name.format(module): factor.contiguous()
@@ -30,7 +29,7 @@ def write_peft(made: Uniform, out: Path, base: str, about: Mapping[str, str]) ->
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": request.base,
         "revision": None,
         "inference_mode": True,
         "r": made.rank,
@@ -45,5 +44,9 @@ def write_peft(made: Uniform, out: Path, base: str, about: Mapping[str, str]) ->
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    write_atomically(out / "adapter_model.safetensors", save(tensors, metadata={"format": "pt", **about}))
+    write_atomically(out / "adapter_model.safetensors", save(tensors, metadata={"format": "pt", **request.about}))
     write_atomically(out / "adapter_config.json", json.dumps(config, indent=2).encode())
+    return out
+
+
+FORMAT = Format(write_peft)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.nn import functional
 
 from loracast.errors import AdapterError
@@ -17,30 +18,32 @@ from loracast.lora.algebra import Factors, LoRA, compress
 
 @dataclass(frozen=True)
 class Uniform:
-    """A LoRA whose factors all have one rank."""
+    """A LoRA whose modules all have the same rank, as factors only, the scale folded into B."""
 
     lora: LoRA
+    """In the adapter's own dtype where nothing was computed, in fp32 where it was compressed."""
     rank: int
     error: float
     """|delta - kept|_F / |delta|_F over all modules: 0 where nothing had to be given up."""
 
 
 def uniform(lora: LoRA, max_rank: int | None = None, allowed: Sequence[int] | None = None) -> Uniform:
-    """Give a LoRA one rank in all modules, padded with zeros or compressed.
+    """Give all modules of a LoRA one rank: smaller ones are padded with zeros, larger ones compressed by SVD.
 
     Args:
-        max_rank: what has more is compressed to it (SVD), with an error; None keeps all of it.
-        allowed: the rank becomes the smallest of these that is not smaller; the largest is a limit like `max_rank`.
+        max_rank: the largest rank to keep; None keeps all that a module's shape has room for.
+        allowed: the rank becomes the smallest of these that is large enough; the largest is a limit like `max_rank`.
 
     Raises:
         AdapterError: the LoRA is empty.
     """
     if not lora.names:
         raise AdapterError("this LoRA touches no module; there is nothing to export")
-    limit = min([rank for rank in (max_rank, max(allowed) if allowed else None) if rank is not None], default=None)
+    limit = max(min(shape) for shape in lora.shapes.values())  # many chunks together have more rows than they need
+    limit = min([limit, *([] if max_rank is None else [max_rank]), *([] if allowed is None else [max(allowed)])])
     error = 0.0
-    if lora.dense or (limit is not None and lora.rank > limit):
-        lora, error = compress(lora, lora.rank if limit is None else limit)
+    if lora.dense or lora.rank > limit:
+        lora, error = compress(lora.to(dtype=torch.float32), limit)
     rank = lora.rank if allowed is None else min(size for size in allowed if size >= lora.rank)
     padded = {}
     for name, (a, b) in lora.factors.items():

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
+from loracast.export.format import Format, Request
 from loracast.export.peft import write_peft
-from loracast.export.uniform import Uniform
 from loracast.files import write_atomically
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""
 
 
-def write_vllm(made: Uniform, out: Path, name: str, base: str, about: Mapping[str, str]) -> None:
-    """Write a LoRA for vLLM.
+def write_vllm(request: Request) -> Path:
+    """Write a LoRA for vLLM; returns the folder.
 
-    Args:
-        name: what requests call it. A name must never mean other weights later: vLLM's prefix cache goes by it.
-        base: name or folder of the base.
+    Requests to the server call it by its version, which never means other weights: vLLM's prefix cache goes by the name.
     """
+    made, name = request.made, request.version
+    out = write_peft(request)
     short = {module.rpartition(".")[2] for module in made.lora.factors}
-    write_peft(made, out, base, about)
     note = f"""# {name} for vLLM
 
     vllm serve BASE --enable-lora --max-lora-rank {made.rank} --lora-modules {name}={out.name}
 
-BASE is a folder with the base's weights ({base}; `loracast export-base --out FOLDER` writes the embedded one). Requests
+BASE is a folder with the base's weights ({request.base}; `loracast export-base --out FOLDER` writes the embedded one). Requests
 name the adapter as their model: `"model": "{name}"`. It targets {", ".join(sorted(short))}.
 
 To load it into a server that runs (started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True):
@@ -37,3 +35,7 @@ To load it into a server that runs (started with VLLM_ALLOW_RUNTIME_LORA_UPDATIN
 The name carries the weights' hash: vLLM's prefix cache goes by names, so other weights need another one.
 """
     write_atomically(out / "README.md", note.encode())
+    return out
+
+
+FORMAT = Format(write_vllm, ranks=RANKS)

@@ -121,7 +121,7 @@ def from_pretrained(source: str | Path, architecture: type[H] = Hypernetwork) ->
 
 
 def average(hypernet: Hypernetwork, others: Sequence[Hypernetwork]) -> None:
-    """Set a hypernetwork's parameters to the mean of its own and others'; its buffers stay.
+    """Set a hypernetwork's parameters to the mean of its own and others'; its buffers stay, former ids go.
 
     The mean of a network and those trained further from it often keeps the strengths of each (Wortsman et al., arXiv
     2203.05482).
@@ -135,6 +135,7 @@ def average(hypernet: Hypernetwork, others: Sequence[Hypernetwork]) -> None:
     with torch.no_grad():
         for name, value in hypernet.named_parameters():
             value.copy_(torch.stack([value, *(weights[name] for weights in theirs)]).mean(0))
+    hypernet.former_ids = ()  # they named other weights
 
 
 def with_config(hypernet: H, changes: Mapping[str, Any]) -> H:

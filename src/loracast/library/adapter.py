@@ -74,13 +74,17 @@ class Adapter:
         """Size of its files."""
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
-    def lora(self, chunks: Sequence[int] | Mapping[int, float] | None = None, *, static: bool = True) -> LoRA:
+    def lora(
+        self, chunks: Sequence[int] | Mapping[int, float] | None = None, *, static: bool = True, dense: bool = True
+    ) -> LoRA:
         """The LoRA of some chunks, or of all (None), merged along the rank.
 
         Args:
             chunks: their numbers; or the weight of each chunk's LoRA, by its number.
             static: with the static LoRA, whose weight is always 1; False where another adapter of the same hypernetwork
                 brings it along (`loras_together`).
+            dense: a module whose factors outweigh their product holds the product, rounded to bf16; False keeps the
+                factors, for what is computed in fp32.
 
         Raises:
             AdapterError: no such chunk, damaged factors, or an adapter of text alone without `recast`.
@@ -89,10 +93,11 @@ class Adapter:
         wanted = tuple(range(n_chunks)) if chunks is None else tuple(sorted(set(chunks)))
         if not wanted or wanted[0] < 0 or wanted[-1] >= n_chunks:
             raise AdapterError(f"{self.name!r} has the chunks 0..{n_chunks - 1}, not {list(wanted)}")
-        if not isinstance(chunks, Mapping):
+        weights = [chunks[i] for i in wanted] if isinstance(chunks, Mapping) else None
+        if weights is None and dense:
             return self._merged(wanted, static)
-        weights = [chunks[i] for i in wanted]
-        return join_chunks(self.manifest.target, self._checked_rows(wanted, static), self.manifest.merging, weights)
+        m = self.manifest
+        return join_chunks(m.target, self._checked_rows(wanted, static), m.merging, weights, dense=dense)
 
     @cached_property
     def static_lora(self) -> LoRA:
@@ -222,7 +227,7 @@ def loras_together(picked: Sequence[tuple[Adapter, Mapping[int, float] | None]])
 
 
 def first_with_static(adapters: Sequence[Adapter]) -> list[bool]:
-    """Of each adapter, whether it is the first of them that holds its static LoRA.
+    """For each adapter, whether it is the first in the list that holds its static LoRA, so that it is added only once.
 
     Static LoRAs are compared by their numbers: a combination (combine.py) holds that of its parts, and the id of a
     hypernetwork may have changed since an adapter was made.
@@ -262,13 +267,18 @@ def _shapes(m: Manifest, stored: Mapping[str, Sequence[int]]) -> dict[str, list[
 
 
 def join_chunks(
-    target: Target, rows: Mapping[str, Tensor], merging: Merging, weights: Sequence[float] | None = None
+    target: Target,
+    rows: Mapping[str, Tensor],
+    merging: Merging,
+    weights: Sequence[float] | None = None,
+    dense: bool = True,
 ) -> LoRA:
     """The LoRA of chunks: their factors merged, and the static ones once, if `rows` has any.
 
     Args:
         rows: named as in the file: "down_proj.a" [chunks, layers, r, in], "down_proj.shared.a" [layers, r, in].
         weights: what the LoRA of each chunk is multiplied with; 1 if None.
+        dense: as in `Adapter.lora`.
     """
     import torch
 
@@ -285,7 +295,7 @@ def join_chunks(
                 sides[i] = torch.cat([sides[i], static], dim=1)
         for layer, module in enumerate(target.of_kind(kind)):
             joined[module.name] = Factors(sides[0][layer], sides[1][layer].T)
-    return concat([LoRA(joined)])
+    return concat([LoRA(joined)], dense)
 
 
 def _take(rows: Any, wanted: Sequence[int]) -> Tensor:

@@ -1,6 +1,6 @@
-"""Merges the chunks of a document into one LoRA, in training as in adapters: their factors are joined along the rank.
+"""Merges the chunks of a document into one LoRA: their factors are joined along the rank, so that the deltas add up.
 
-The deltas of the chunks then add up; `Merging` says where many chunks are scaled down and their keys decorrelated.
+Training merges in the same way as adapters do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Merging:
-    """How chunks are merged, by module kind."""
+    """How the rows of several chunks are combined, by module kind."""
 
     max_unscaled_chunks: Mapping[str, int] = field(default_factory=dict)
     """How many chunks are merged unscaled at most; of K more, each is scaled by this / K."""
@@ -33,12 +33,12 @@ class Merging:
 
 
 def decorrelate_keys(a: Tensor, b: Tensor, ridge: float) -> Tensor:
-    """Make the keys A [..., chunks, r, in] respond less to what the keys of other chunks stand for.
+    """Change each chunk's keys so that they respond less to other chunks' keys: A [..., chunks, r, in], same shape back.
 
-    Within a chunk an associative memory solves for its keys by least squares (hypernets/memory.py). Over all chunks
-    together that would give (G + ridge)^-1 k for the keys k, where G holds their weighted cosines; each chunk by
-    itself, G without what is between chunks. So the keys are multiplied by the quotient of the two, which leaves a
-    single chunk as it is.
+    An associative memory solves for the keys k of one chunk by least squares (hypernets/memory.py): (G + ridge)^-1 k,
+    where G holds their cosines, each key weighted by the norm of its row of B. Here G over all chunks takes the place
+    of each chunk's own: the keys are multiplied by (G_all + ridge)^-1 (G_own + ridge), which leaves a single chunk as
+    it is.
     """
     import torch
 

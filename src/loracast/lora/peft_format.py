@@ -1,4 +1,4 @@
-"""Reads LoRAs in PEFT's format: a folder with adapter_config.json and adapter_model.safetensors."""
+"""Reads a LoRA from a folder in PEFT's format (adapter_config.json, adapter_model.safetensors), and checks it first."""
 
 from __future__ import annotations
 
