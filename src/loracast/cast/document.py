@@ -17,8 +17,8 @@ from loracast.errors import ConfigError, DocumentError
 from loracast.hypernets.protocol import Caster, Rows
 from loracast.library.adapter import Adapter
 from loracast.library.library import check_free, find_cached, give_name
-from loracast.library.manifest import Manifest
-from loracast.library.save import save_rows, static_tensors, utc_now
+from loracast.library.manifest import Manifest, utc_now
+from loracast.library.save import save_rows, static_tensors
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
 TOKENS_PER_BATCH = 4096

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from loracast.errors import AdapterError
@@ -47,6 +48,13 @@ def is_ready(library: Path) -> bool:
             if folder.exists():  # or else another process was faster
                 _adopt(library, register, folder, manifest)
     return True
+
+
+@contextmanager
+def reading(library: Path) -> Iterator[Register]:
+    """The register of a library, made ready first, for reading; an empty one where there is no library."""
+    with Register.reading(library) if is_ready(library) else Register.empty() as register:
+        yield register
 
 
 def _adopt(library: Path, register: Register, folder: Path, manifest: Manifest) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from loracast.errors import AdapterError
 from loracast.library.adapter import Adapter
-from loracast.library.files import ensure_local, home_of, is_ready, move_in, recover, size_of, store_in, texts_in
+from loracast.library.files import ensure_local, home_of, move_in, reading, recover, size_of, store_in, texts_in
 from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
 from loracast.library.register import Entry, Hit, Register
 
@@ -29,9 +29,7 @@ _MOST_NAMES_TOLD = 12
 
 def adapter_names(library: Path) -> list[str]:
     """The names in a library."""
-    if not is_ready(library):
-        return []
-    with Register.reading(library) as register:
+    with reading(library) as register:
         return register.names()
 
 
@@ -39,27 +37,20 @@ def entries(
     library: Path, *, like: str = "", tag: str = "", owner: str = "", kind: str = "", limit: int = -1, offset: int = 0
 ) -> tuple[list[Entry], int]:
     """A page of names with their newest versions, and how many match in all; arguments as in `Register.entries`."""
-    if not is_ready(library):
-        return [], 0
-    wanted = {"like": like, "tag": tag, "owner": owner, "kind": kind}
-    with Register.reading(library) as register:
-        return register.entries(**wanted, limit=limit, offset=offset), register.count(**wanted)
-
-
-def versions(library: Path, name: str) -> list[Entry]:
-    """The versions of a name, newest first. Raises AdapterError where there is no such name."""
-    check_name(name)
-    _check_there(library, name)
-    with Register.reading(library) as register:
-        return register.versions_of(name)
+    with reading(library) as register:
+        return register.entries(like=like, tag=tag, owner=owner, kind=kind, limit=limit, offset=offset)
 
 
 def search(library: Path, words: str, limit: int = 20) -> list[Hit]:
     """The chunks of documents, and the descriptions of tasks, that hold all these words; best first."""
-    if not is_ready(library):
-        return []
-    with Register.reading(library) as register:
+    with reading(library) as register:
         return register.search(words, limit)
+
+
+def find_cached(library: Path, cache_keys: Sequence[str]) -> str | None:
+    """The version that was cast from the same source in the same way, or None; `cache_keys` as in `Manifest`."""
+    with reading(library) as register:
+        return next((version for key in cache_keys if (version := register.cached(key)) is not None), None)
 
 
 def adapters(library: Path) -> Iterator[Adapter]:
@@ -81,24 +72,34 @@ def open_adapter(library: Path, reference: str) -> Adapter:
 
 def find(library: Path, reference: str) -> Entry:
     """The register's entry of `name` or `name@hash`. Raises AdapterError as `open_adapter` does."""
-    name, digits = split_reference(reference)
-    _check_there(library, name)
-    with Register.reading(library) as register:
-        matching = register.versions_of(name, digits or "")
-        there = ", ".join(entry.version[:VERSION_DIGITS] for entry in register.versions_of(name))
-    if len(matching) != 1 and not (matching and digits is None):
+    name, at, digits = reference.partition("@")
+    if at and not _HASH.fullmatch(digits):
+        raise AdapterError(f"{reference[:100]!r} names no version: after @ come 4 to 64 of the digits 0-9 and a-f")
+    there = versions(library, name)
+    matching = [entry for entry in there if entry.version.startswith(digits)]
+    if at and len(matching) != 1:
         problem = "is none of its versions" if not matching else "begins several of its versions"
-        raise AdapterError(f"{name!r} is there, but {digits!r} {problem}: {there}")
+        told = ", ".join(entry.version[:VERSION_DIGITS] for entry in there)
+        raise AdapterError(f"{name!r} is there, but {digits!r} {problem}: {told}")
     return matching[0]
 
 
-def split_reference(reference: str) -> tuple[str, str | None]:
-    """`name` or `name@hash` -> name, first digits of the hash. Raises AdapterError for anything else."""
-    name, at, digits = reference.partition("@")
+def versions(library: Path, name: str) -> list[Entry]:
+    """The versions of a name, newest first. Raises AdapterError where there is no such name."""
     check_name(name)
-    if at and not _HASH.fullmatch(digits):
-        raise AdapterError(f"{reference[:100]!r} names no version: after @ come 4 to 64 of the digits 0-9 and a-f")
-    return name, digits if at else None
+    with reading(library) as register:
+        if found := register.versions_of(name):
+            return found
+        known = register.names()
+    if len(known) > _MOST_NAMES_TOLD:
+        near = get_close_matches(name, known, n=_MOST_NAMES_TOLD, cutoff=0.5)
+        told = f"near it are: {', '.join(near)}" if near else f"`loracast list` shows the {len(known):,} there are"
+    else:
+        told = f"there are: {', '.join(known) or 'none yet: `loracast learn FILE` makes one'}"
+    raise AdapterError(f"no adapter is called {name!r}; {told}")
+
+
+# ---- adding and taking away
 
 
 def check_free(library: Path, name: str, *, unless_from: str | None = None) -> None:
@@ -109,16 +110,10 @@ def check_free(library: Path, name: str, *, unless_from: str | None = None) -> N
             adapter, which only the cache key tells (`find_cached`).
     """
     check_name(name)
-    if not is_ready(library):
-        return
-    with Register.reading(library) as register:
+    with reading(library) as register:
         newest = register.newest(name)
     if newest is not None and newest.source_sha256 != unless_from:
         raise _taken(name)
-
-
-def _taken(name: str) -> AdapterError:
-    return AdapterError(f"there is an adapter called {name!r} already; choose another --name or give --replace")
 
 
 def _check_may_mean(register: Register, name: str, version: str, replace: bool) -> None:
@@ -128,23 +123,8 @@ def _check_may_mean(register: Register, name: str, version: str, replace: bool) 
         raise _taken(name)
 
 
-def _check_there(library: Path, name: str) -> None:
-    if is_ready(library):
-        with Register.reading(library) as register:
-            if register.has_name(name):
-                return
-            known = register.names()
-    else:
-        known = []
-    if len(known) > _MOST_NAMES_TOLD:
-        near = get_close_matches(name, known, n=_MOST_NAMES_TOLD, cutoff=0.5)
-        told = f"near it are: {', '.join(near)}" if near else f"`loracast list` shows the {len(known):,} there are"
-    else:
-        told = f"there are: {', '.join(known) or 'none yet: `loracast learn FILE` makes one'}"
-    raise AdapterError(f"no adapter is called {name!r}; {told}")
-
-
-# ---- adding and taking away
+def _taken(name: str) -> AdapterError:
+    return AdapterError(f"there is an adapter called {name!r} already; choose another --name or give --replace")
 
 
 def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, replace: bool) -> Adapter:
@@ -157,8 +137,7 @@ def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, r
         replace: the name may have other versions, of which this becomes the newest.
     """
     version, home = manifest.version, home_of(library, manifest.version)
-    texts = texts_in(folder)
-    n_bytes = size_of(folder)
+    texts, n_bytes = texts_in(folder), size_of(folder)
     with Register.writing(library) as register:
         register.mark_unrecovered(version)  # in a transaction of its own: a kill from here on leaves a trace
         store = store_in(register)
@@ -178,14 +157,6 @@ def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, r
     return Adapter(home, name=name)
 
 
-def find_cached(library: Path, cache_keys: Sequence[str]) -> str | None:
-    """The version that was cast from the same source in the same way, or None; `cache_keys` as in `Manifest`."""
-    if not is_ready(library):
-        return None
-    with Register.reading(library) as register:
-        return next((version for key in cache_keys if (version := register.cached(key)) is not None), None)
-
-
 def give_name(library: Path, name: str, version: str, *, replace: bool) -> Adapter:
     """Make a version of the library the newest of a name. Raises AdapterError where the name is taken."""
     check_name(name)
@@ -200,14 +171,12 @@ def remove_adapter(library: Path, reference: str) -> None:
 
     Versions that another name has as well stay. A damaged adapter can be deleted too.
     """
-    name, digits = split_reference(reference)
-    version = None if digits is None else find(library, reference).version
-    _check_there(library, name)
+    entry = find(library, reference)
     with Register.writing(library) as register:
-        if version is None:
-            register.drop_name(name)
+        if "@" in reference:
+            register.drop_alias(entry.name, entry.version)
         else:
-            register.drop_alias(name, version)
+            register.drop_name(entry.name)
         register.drop_unnamed()
     recover(library)
 
@@ -215,9 +184,9 @@ def remove_adapter(library: Path, reference: str) -> None:
 def rename_adapter(library: Path, name: str, new: str) -> None:
     """Give a name's adapters, tags and note another name. Raises AdapterError where that is taken."""
     check_name(new)
-    _check_there(library, check_name(name))
+    versions(library, name)
     with Register.writing(library) as register:
-        if register.has_name(new):
+        if register.newest(new) is not None:
             raise AdapterError(f"there is an adapter called {new!r} already")
         register.rename(name, new)
 
@@ -232,10 +201,8 @@ def describe_adapter(
     untag: Sequence[str] = (),
 ) -> None:
     """Change a name's owner, note (None keeps them) and tags. Raises AdapterError for a tag that is not allowed."""
-    _check_there(library, check_name(name))
+    versions(library, name)
     for tag in tags:
         check_name(tag)
     with Register.writing(library) as register:
-        register.describe(name, owner=owner, note=note)
-        register.tag(name, tags)
-        register.untag(name, untag)
+        register.describe(name, owner, note, tags, untag)

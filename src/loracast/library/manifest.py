@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -189,3 +190,8 @@ def name_from(text: str) -> str:
 def name_for(document: Document | ImageFile) -> str:
     """The default name of a document's or image's adapter: made from the file's name, or else from the title."""
     return name_from(Path(document.file_name).stem if document.file_name else document.title)
+
+
+def utc_now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -11,14 +11,13 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from loracast.errors import AdapterError
-from loracast.library.manifest import Manifest
+from loracast.library.manifest import Manifest, utc_now
 
 FILE = "register.sqlite"
 _WAIT_S = 30.0  # for another process to finish its write
@@ -111,12 +110,13 @@ class Hit:
     """The surroundings of the words, each word between [ and ]."""
 
 
-_ENTRY = """
+_JOINED = "aliases JOIN names ON names.name = aliases.name JOIN versions ON versions.id = aliases.version"
+_ENTRY = f"""
     SELECT names.name, versions.id, kind, title, source, source_sha256, base, hypernetwork, ranks, n_chunks, n_tokens,
         n_bytes, created, added,
         (SELECT count(DISTINCT version) FROM aliases WHERE name = names.name), owner, note,
         (SELECT json_group_array(tag) FROM (SELECT tag FROM tags WHERE name = names.name ORDER BY tag))
-    FROM aliases JOIN names ON names.name = aliases.name JOIN versions ON versions.id = aliases.version
+    FROM {_JOINED}
 """
 _NEWEST = "number = (SELECT max(number) FROM aliases AS n WHERE n.name = names.name)"
 
@@ -131,43 +131,41 @@ class Register:
 
     def entries(
         self, *, like: str = "", tag: str = "", owner: str = "", kind: str = "", limit: int = -1, offset: int = 0
-    ) -> list[Entry]:
-        """Names with their newest versions, in alphabetical order.
+    ) -> tuple[list[Entry], int]:
+        """A page of names with their newest versions, in alphabetical order, and how many names match in all.
 
         Args:
             like: only those with this in their name, title or note, in any case.
             limit: at most so many; -1 for all.
         """
-        where, values = _filter(like, tag, owner, kind)
-        rows = self._db.execute(
-            f"{_ENTRY} WHERE {_NEWEST}{where} ORDER BY names.name LIMIT ? OFFSET ?", (*values, limit, offset)
-        )
-        return [_entry(row) for row in rows]
-
-    def count(self, *, like: str = "", tag: str = "", owner: str = "", kind: str = "") -> int:
-        """How many names match."""
-        where, values = _filter(like, tag, owner, kind)
-        if not where:
-            return self._one("SELECT count(*) FROM names")
-        joined = "aliases JOIN names ON names.name = aliases.name JOIN versions ON versions.id = aliases.version"
-        return self._one(f"SELECT count(*) FROM {joined} WHERE {_NEWEST}{where}", *values)
+        where, values = _NEWEST, []
+        if like:
+            pattern = "%" + re.sub(r"([\\%_])", r"\\\1", like) + "%"
+            where += r" AND (names.name LIKE ? ESCAPE '\' OR title LIKE ? ESCAPE '\' OR note LIKE ? ESCAPE '\')"
+            values += [pattern] * 3
+        if tag:
+            where += " AND EXISTS (SELECT 1 FROM tags WHERE tags.name = names.name AND tag = ?)"
+            values.append(tag)
+        for column, value in (("owner", owner), ("kind", kind)):
+            if value:
+                where += f" AND {column} = ?"
+                values.append(value)
+        query = f"{_ENTRY} WHERE {where} ORDER BY names.name LIMIT ? OFFSET ?"
+        page = [_entry(row) for row in self._db.execute(query, (*values, limit, offset))]
+        if not values:
+            return page, self._one("SELECT count(*) FROM names")
+        return page, self._one(f"SELECT count(*) FROM {_JOINED} WHERE {where}", *values)
 
     def names(self) -> list[str]:
         return [name for (name,) in self._db.execute("SELECT name FROM names ORDER BY name")]
-
-    def has_name(self, name: str) -> bool:
-        return self._one("SELECT count(*) FROM names WHERE name = ?", name) > 0
 
     def newest(self, name: str) -> Entry | None:
         row = self._db.execute(f"{_ENTRY} WHERE names.name = ? AND {_NEWEST}", (name,)).fetchone()
         return None if row is None else _entry(row)
 
-    def versions_of(self, name: str, starting: str = "") -> list[Entry]:
-        """The versions of a name whose hash begins with `starting`, each once, newest first."""
-        rows = self._db.execute(
-            f"{_ENTRY} WHERE names.name = ? AND substr(versions.id, 1, ?) = ? ORDER BY number DESC",
-            (name, len(starting), starting),
-        )
+    def versions_of(self, name: str) -> list[Entry]:
+        """The versions of a name, each once, newest first."""
+        rows = self._db.execute(f"{_ENTRY} WHERE names.name = ? ORDER BY number DESC", (name,))
         found: dict[str, Entry] = {}
         for entry in map(_entry, rows):
             found.setdefault(entry.version, entry)
@@ -242,7 +240,7 @@ class Register:
         self._db.execute("INSERT OR IGNORE INTO names (name, owner) VALUES (?, ?)", (name, owner))
         newest = self.newest(name)
         if newest is None or newest.version != version:
-            self._db.execute("INSERT INTO aliases (name, version, added) VALUES (?, ?, ?)", (name, version, _now()))
+            self._db.execute("INSERT INTO aliases (name, version, added) VALUES (?, ?, ?)", (name, version, utc_now()))
 
     def drop_name(self, name: str) -> None:
         self._db.execute("DELETE FROM names WHERE name = ?", (name,))
@@ -258,7 +256,7 @@ class Register:
             for entry in self.versions_of(name)[keep:]:
                 self.drop_alias(name, entry.version)
 
-    def drop_unnamed(self) -> list[str]:
+    def drop_unnamed(self) -> None:
         """Delete the rows of versions without a name; they are listed as unrecovered until their folders are gone."""
         rows = self._db.execute("SELECT id FROM versions WHERE id NOT IN (SELECT version FROM aliases)").fetchall()
         for (version,) in rows:
@@ -267,7 +265,6 @@ class Register:
                 self._db.execute("DELETE FROM texts WHERE rowid BETWEEN ? AND ?", span)
             self.mark_unrecovered(version)
             self._db.execute("DELETE FROM versions WHERE id = ?", (version,))
-        return [version for (version,) in rows]
 
     def mark_unrecovered(self, version: str) -> None:
         """Note that a version's folder is on its way in or out; `recover` (files.py) deletes it where it has no row."""
@@ -279,16 +276,15 @@ class Register:
     def rename(self, name: str, new: str) -> None:
         self._db.execute("UPDATE names SET name = ? WHERE name = ?", (new, name))
 
-    def describe(self, name: str, *, owner: str | None = None, note: str | None = None) -> None:
+    def describe(
+        self, name: str, owner: str | None, note: str | None, tags: Sequence[str], untag: Sequence[str]
+    ) -> None:
+        """Change what a name says of itself; None keeps its owner or note."""
         for column, value in (("owner", owner), ("note", note)):
             if value is not None:
                 self._db.execute(f"UPDATE names SET {column} = ? WHERE name = ?", (value, name))
-
-    def tag(self, name: str, tags: Sequence[str]) -> None:
         self._db.executemany("INSERT OR IGNORE INTO tags VALUES (?, ?)", [(name, tag) for tag in tags])
-
-    def untag(self, name: str, tags: Sequence[str]) -> None:
-        self._db.executemany("DELETE FROM tags WHERE name = ? AND tag = ?", [(name, tag) for tag in tags])
+        self._db.executemany("DELETE FROM tags WHERE name = ? AND tag = ?", [(name, tag) for tag in untag])
 
     def set(self, key: str, value: str | None) -> None:
         """Keep a setting of the library; None forgets it."""
@@ -298,6 +294,14 @@ class Register:
 
     def _one(self, query: str, *values: Any) -> Any:
         return self._db.execute(query, values).fetchone()[0]
+
+    @classmethod
+    @contextmanager
+    def empty(cls) -> Iterator[Self]:
+        """A register in memory, of a library that is not there."""
+        with closing(sqlite3.connect(":memory:")) as database:
+            _migrate(database)
+            yield cls(database)
 
     @classmethod
     @contextmanager
@@ -315,7 +319,7 @@ class Register:
         with _connected(library, "rwc") as database:
             database.execute("BEGIN IMMEDIATE")
             try:
-                _migrate(database, library)
+                _migrate(database)
                 yield cls(database)
                 database.execute("COMMIT")
             except BaseException:
@@ -333,7 +337,9 @@ def _connected(library: Path, mode: str) -> Iterator[sqlite3.Connection]:
         )
         try:
             database.execute("PRAGMA foreign_keys = ON")
-            _check_schema(database, path)
+            (found,) = database.execute("PRAGMA user_version").fetchone()
+            if found > len(MIGRATIONS):
+                raise AdapterError(f"{path} was written by a newer loracast (its schema is {found}); update loracast")
             yield database
         finally:
             database.close()
@@ -349,13 +355,7 @@ def _connected(library: Path, mode: str) -> Iterator[sqlite3.Connection]:
         raise AdapterError(f"{path} cannot be used: {said}") from error
 
 
-def _check_schema(database: sqlite3.Connection, path: Path) -> None:
-    (found,) = database.execute("PRAGMA user_version").fetchone()
-    if found > len(MIGRATIONS):
-        raise AdapterError(f"{path} was written by a newer loracast (its schema is {found}); update loracast")
-
-
-def _migrate(database: sqlite3.Connection, library: Path) -> None:
+def _migrate(database: sqlite3.Connection) -> None:
     """Run the scripts that the file has not seen, inside the open transaction."""
     (found,) = database.execute("PRAGMA user_version").fetchone()
     for number in range(found, len(MIGRATIONS)):
@@ -365,29 +365,8 @@ def _migrate(database: sqlite3.Connection, library: Path) -> None:
         database.execute(f"PRAGMA user_version = {number + 1}")
 
 
-def _filter(like: str, tag: str, owner: str, kind: str) -> tuple[str, list[str]]:
-    """SQL conditions on an entry, and their values."""
-    where, values = "", []
-    if like:
-        pattern = "%" + re.sub(r"([\\%_])", r"\\\1", like) + "%"
-        where += r" AND (names.name LIKE ? ESCAPE '\' OR title LIKE ? ESCAPE '\' OR note LIKE ? ESCAPE '\')"
-        values += [pattern] * 3
-    if tag:
-        where += " AND EXISTS (SELECT 1 FROM tags WHERE tags.name = names.name AND tag = ?)"
-        values.append(tag)
-    for column, value in (("owner", owner), ("kind", kind)):
-        if value:
-            where += f" AND {column} = ?"
-            values.append(value)
-    return where, values
-
-
 def _entry(row: tuple[Any, ...]) -> Entry:
     values = list(row)
     values[8] = json.loads(values[8])
     values[-1] = tuple(json.loads(values[-1]))
     return Entry(*values)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

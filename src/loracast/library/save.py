@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from loracast.base.fingerprint import Fingerprint
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
 from loracast.library.adapter import STATIC, Adapter
-from loracast.library.manifest import AdapterKind, Manifest
+from loracast.library.manifest import AdapterKind, Manifest, utc_now
 from loracast.library.writer import AdapterWriter
 from loracast.lora.algebra import LoRA, compress
 from loracast.lora.target import KINDS, Target, TargetModule
@@ -158,11 +157,6 @@ def check_finite(rows: Rows, source: str) -> None:
     """Raise AdapterError where a hypernetwork gave numbers that are not finite."""
     if not all(side.isfinite().all() for pair in rows.values() for side in pair):
         raise AdapterError(f"the hypernetwork gave numbers that are not finite for {source}; nothing is kept")
-
-
-def utc_now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def source_of(title: str) -> str:
