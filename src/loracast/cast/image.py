@@ -8,7 +8,8 @@ from pathlib import Path
 from loracast.documents.images import ImageFile
 from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import Adapter
-from loracast.library.save import check_finite, save_single
+from loracast.library.save import save_single
+from loracast.library.writer import check_finite
 
 
 def learn_image(caster: Caster, image: ImageFile, library: Path, name: str, *, replace: bool = False) -> Adapter:

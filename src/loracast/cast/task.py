@@ -17,7 +17,8 @@ from loracast.hypernets.protocol import Caster, Rows
 from loracast.library.adapter import Adapter
 from loracast.library.library import check_free
 from loracast.library.manifest import check_name, name_from
-from loracast.library.save import check_finite, save_single, source_of
+from loracast.library.save import save_single, source_of
+from loracast.library.writer import check_finite
 from loracast.lora.algebra import LoRA
 from loracast.paths import library_dir
 

@@ -22,7 +22,7 @@ from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.lora.quantize import SCALE, dequantise
 from loracast.lora.target import Target
-from loracast.lora.tensor_file import number_faults, read_header
+from loracast.lora.tensor_file import TensorInfo, number_faults, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,16 +182,15 @@ class Adapter:
         stored, faults = read_header(self.folder / FACTORS)
         if not stored:
             return faults or [f"{FACTORS} is empty"]
-        m = self.manifest
-        wanted = _shapes(m, {name: info.shape for name, info in stored.items()})
+        wanted = layout(self.manifest, _static_shapes(self.manifest.target, stored))
         faults += [f"{name} is missing" for name in wanted if name not in stored]
         faults += [f"{name[:200]} is unknown" for name in stored if name not in wanted]
         for name in sorted(stored.keys() & wanted.keys()):
-            if list(stored[name].shape) != wanted[name]:
-                faults.append(f"{name} is {list(stored[name].shape)}, not {wanted[name]}")
-            is_bytes = m.storage == "int8" and STATIC not in name and not name.endswith(SCALE)
-            if stored[name].dtype != (right := "I8" if is_bytes else "BF16"):
-                faults.append(f"{name} is of type {stored[name].dtype}, not {right}")
+            found, right = stored[name], wanted[name]
+            if found.shape != right.shape:
+                faults.append(f"{name} is {list(found.shape)}, not {list(right.shape)}")
+            if found.dtype != right.dtype:
+                faults.append(f"{name} is of type {found.dtype}, not {right.dtype}")
         return faults
 
     def faults(self) -> list[str]:
@@ -250,19 +249,27 @@ def _are_equal(one: LoRA, other: LoRA) -> bool:
     )
 
 
-def _shapes(m: Manifest, stored: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """The shape of each tensor that factors.safetensors must have. A static LoRA is there or not, of any rank."""
-    shapes: dict[str, list[int]] = {}
+def layout(m: Manifest, static: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+    """Type and shape of each tensor in factors.safetensors, in order; `static` has the shapes of the static LoRA's."""
+    found = {}
     for kind in m.target.kinds:
         modules = m.target.of_kind(kind)
-        static = [stored[name] for side in "ab" if (name := f"{kind}{STATIC}{side}") in stored]
-        for side, d in (("a", modules[0].d_in), ("b", modules[0].d_out)):
-            rows = [m.n_chunks, len(modules), m.ranks[kind]]
-            shapes[f"{kind}.{side}"] = [*rows, d]
+        rows = (m.n_chunks, len(modules), m.ranks[kind])
+        for name, d in ((f"{kind}.a", modules[0].d_in), (f"{kind}.b", modules[0].d_out)):
+            found[name] = TensorInfo("I8" if m.storage == "int8" else "BF16", (*rows, d))
             if m.storage == "int8":
-                shapes[f"{kind}.{side}{SCALE}"] = [*rows, 1]
-            if static:
-                shapes[f"{kind}{STATIC}{side}"] = [len(modules), *static[0][1:2], d]
+                found[name + SCALE] = TensorInfo("BF16", (*rows, 1))
+    return found | {name: TensorInfo("BF16", shape) for name, shape in static.items()}
+
+
+def _static_shapes(target: Target, stored: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    """The shapes that the tensors of a static LoRA must have: of each kind it is there or not, of any rank."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for kind in target.kinds:
+        modules = target.of_kind(kind)
+        names = {f"{kind}{STATIC}a": modules[0].d_in, f"{kind}{STATIC}b": modules[0].d_out}
+        if there := [stored[name].shape for name in names if name in stored]:
+            shapes |= {name: (len(modules), *there[0][1:2], d) for name, d in names.items()}
     return shapes
 
 

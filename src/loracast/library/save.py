@@ -153,12 +153,6 @@ def _stacked(lora: LoRA, target: Target) -> Rows:
     return rows
 
 
-def check_finite(rows: Rows, source: str) -> None:
-    """Raise AdapterError where a hypernetwork gave numbers that are not finite."""
-    if not all(side.isfinite().all() for pair in rows.values() for side in pair):
-        raise AdapterError(f"the hypernetwork gave numbers that are not finite for {source}; nothing is kept")
-
-
 def source_of(title: str) -> str:
     """The hash of a source that is a text for people: the description of a task."""
     return hashlib.sha256(title.encode()).hexdigest()

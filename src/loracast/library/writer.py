@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loracast.errors import AdapterError
 from loracast.files import file_sha256, sync_folder
-from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter
+from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter, layout
 from loracast.library.files import recover
 from loracast.library.index import write_index
 from loracast.library.library import add_adapter
@@ -64,24 +64,14 @@ class AdapterWriter:
 
     def open_factors(self, static: Mapping[str, Tensor]) -> None:
         """Lay out factors.safetensors: the header, the static LoRA, and room for each chunk's factors."""
-        sizes: dict[str, tuple[str, tuple[int, ...]]] = {}
-        target, is_int8 = self.manifest.target, self.manifest.storage == "int8"
-        for kind in target.kinds:
-            modules = target.of_kind(kind)
-            rows = (len(self.chunks), len(modules), self.manifest.ranks[kind])
-            for side, d in (("a", modules[0].d_in), ("b", modules[0].d_out)):
-                sizes[f"{kind}.{side}"] = ("I8" if is_int8 else "BF16", (*rows, d))
-                if is_int8:
-                    sizes[f"{kind}.{side}{SCALE}"] = ("BF16", (*rows, 1))
-        sizes |= {name: ("BF16", tuple(value.shape)) for name, value in static.items()}
+        tensors = layout(self.manifest, {name: tuple(value.shape) for name, value in static.items()})
         header: dict[str, Any] = {"__metadata__": {"format": "pt", "loracast": str(FORMAT)}}
         offset = 0
         self._places: dict[str, int] = {}
-        for name, (dtype, shape) in sizes.items():
-            n_bytes = BYTES[dtype] * math.prod(shape)
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
-            self._places[name] = offset
-            offset += n_bytes
+        for name, info in tensors.items():
+            end = offset + BYTES[info.dtype] * math.prod(info.shape)
+            header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [offset, end]}
+            self._places[name], offset = offset, end
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._start = 8 + len(encoded)
@@ -93,25 +83,19 @@ class AdapterWriter:
 
     def add(self, expanded: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Append the factors of the next n chunks: by kind, A [n, modules, r, in] and B [n, modules, r, out]."""
+        check_finite(expanded, "this document")
         n = 0
         for kind, pair in expanded.items():
-            if not all(rows.isfinite().all() for rows in pair):
-                raise AdapterError(
-                    "the hypernetwork gave numbers that are not finite for this document; nothing is kept"
-                )
             n = pair[0].shape[0]
             for side, rows in zip("ab", pair, strict=True):
-                if rows.numel():  # chunks have none of the kinds that receive the static LoRA alone
-                    self._put(f"{kind}.{side}", rows)
+                if not rows.numel():  # chunks have none of the kinds that receive the static LoRA alone
+                    continue
+                name, stored = f"{kind}.{side}", [rows.detach().bfloat16()]
+                if self.manifest.storage == "int8":
+                    stored = list(quantise(stored[0]))
+                for part, value in zip((name, name + SCALE), stored, strict=False):
+                    self._write(part, self._n_added * value[0].numel() * value.element_size(), value)
         self._n_added += n
-
-    def _put(self, name: str, rows: Tensor) -> None:
-        """Store the rows [n, modules, r, d] of the next n chunks."""
-        stored = {name: rows.detach().bfloat16()}
-        if self.manifest.storage == "int8":
-            stored = dict(zip((name, name + SCALE), quantise(stored[name]), strict=True))
-        for part, value in stored.items():
-            self._write(part, self._n_added * value[0].numel() * value.element_size(), value)
 
     def _write(self, name: str, offset: int, value: Tensor) -> None:
         import torch
@@ -141,3 +125,9 @@ class AdapterWriter:
         whole.write(self._folder / MANIFEST)
         sync_folder(self._folder)
         return add_adapter(self.library, whole.name, self._folder, whole, replace=replace)
+
+
+def check_finite(rows: Mapping[str, tuple[Tensor, Tensor]], source: str) -> None:
+    """Raise AdapterError where a hypernetwork gave numbers that are not finite."""
+    if not all(side.isfinite().all() for pair in rows.values() for side in pair):
+        raise AdapterError(f"the hypernetwork gave numbers that are not finite for {source}; nothing is kept")
