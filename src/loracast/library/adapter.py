@@ -27,7 +27,7 @@ from loracast.lora.tensor_file import TensorInfo, number_faults, read_header
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loracast.lora.algebra import LoRA
+    from loracast.lora.algebra import Factors, LoRA
     from loracast.lora.merge import Merging
 
 FACTORS, INDEX, MANIFEST = "factors.safetensors", "chunks.sqlite", "adapter.json"
@@ -53,11 +53,7 @@ class Adapter:
         """Casts the factors of chunks anew: set by whoever opens an adapter that keeps only its text."""
         # Weights differ with every question: what they multiply is kept, and the LoRA itself only where there are none.
         self._checked_rows = lru_cache(_KEPT_IN_MEMORY)(self._read_checked)
-        self._merged = lru_cache(_KEPT_IN_MEMORY)(
-            lambda wanted, static: join_chunks(
-                self.manifest.target, self._read_checked(wanted, static), self.manifest.merging
-            )
-        )
+        self._merged = lru_cache(_KEPT_IN_MEMORY)(lambda *which: self._join(self._read_checked(*which)))
 
     @property
     def index(self) -> Path:
@@ -96,8 +92,10 @@ class Adapter:
         weights = [chunks[i] for i in wanted] if isinstance(chunks, Mapping) else None
         if weights is None and dense:
             return self._merged(wanted, static)
-        m = self.manifest
-        return join_chunks(m.target, self._checked_rows(wanted, static), m.merging, weights, dense=dense)
+        return self._join(self._checked_rows(wanted, static), weights, dense)
+
+    def _join(self, rows: Mapping[str, Tensor], weights: Sequence[float] | None = None, dense: bool = True) -> LoRA:
+        return join_chunks(self.manifest.target, rows, self.manifest.merging, weights, dense)
 
     @cached_property
     def static_lora(self) -> LoRA:
@@ -123,6 +121,8 @@ class Adapter:
 
     def rows(self, wanted: Sequence[int], *, static: bool = True) -> dict[str, Tensor]:
         """The factors of some chunks and, if wanted, of the static LoRA, in bf16, under their names in the file."""
+        import torch
+
         if self.manifest.storage == "text":
             if self.recast is None:
                 raise AdapterError(
@@ -133,7 +133,10 @@ class Adapter:
             return {name: value for name, value in rows.items() if static or STATIC not in name}
 
         def take(name: str) -> Tensor:
-            return _take(self._reader.get_slice(name), wanted)
+            stored = self._reader.get_slice(name)  # mapped: chunks that are not wanted are not read
+            if list(wanted) == list(range(self.manifest.n_chunks)):
+                return stored[:]
+            return torch.cat([stored[i : i + 1] for i in wanted])
 
         names = [n for n in self._reader.keys() if STATIC not in n and not n.endswith(SCALE)]  # noqa: SIM118
         is_int8 = self.manifest.storage == "int8"
@@ -231,22 +234,15 @@ def first_with_static(adapters: Sequence[Adapter]) -> list[bool]:
     Static LoRAs are compared by their numbers: a combination (combine.py) holds that of its parts, and the id of a
     hypernetwork may have changed since an adapter was made.
     """
-    met: list[LoRA] = []
-    found = []
-    for adapter in adapters:
-        found.append(not any(_are_equal(adapter.static_lora, other) for other in met))
-        met.append(adapter.static_lora)
-    return found
-
-
-def _are_equal(one: LoRA, other: LoRA) -> bool:
     import torch
 
-    return one.factors.keys() == other.factors.keys() and all(
-        torch.equal(mine, theirs)
-        for name, pair in one.factors.items()
-        for mine, theirs in zip(pair, other.factors[name], strict=True)
-    )
+    def are_equal(one: Mapping[str, Factors], other: Mapping[str, Factors]) -> bool:
+        return one.keys() == other.keys() and all(
+            torch.equal(one[name].a, other[name].a) and torch.equal(one[name].b, other[name].b) for name in one
+        )
+
+    statics = [adapter.static_lora.factors for adapter in adapters]
+    return [not any(are_equal(one, other) for other in statics[:i]) for i, one in enumerate(statics)]
 
 
 def layout(m: Manifest, static: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
@@ -303,12 +299,3 @@ def join_chunks(
         for layer, module in enumerate(target.of_kind(kind)):
             joined[module.name] = Factors(sides[0][layer], sides[1][layer].T)
     return concat([LoRA(joined)], dense)
-
-
-def _take(rows: Any, wanted: Sequence[int]) -> Tensor:
-    """Some first-axis entries of a mapped tensor, without reading the others."""
-    import torch
-
-    if list(wanted) == list(range(rows.get_shape()[0])):
-        return rows[:]
-    return torch.cat([rows[i : i + 1] for i in wanted])

@@ -44,9 +44,18 @@ def is_ready(library: Path) -> bool:
                         found.append((manifest, folder))
             for manifest, folder in sorted(found, key=lambda f: (f[0].created, f[0].version)):
                 enter(register, manifest, folder)
-        for folder, manifest in found_here:
-            if folder.exists():  # or else another process was faster
-                _adopt(library, register, folder, manifest)
+        store = store_in(register)
+        for folder, manifest in found_here:  # of a library from before there was a register, or put there by hand
+            if not folder.exists():  # another process was faster
+                continue
+            if store is not None:
+                store.put(manifest.version, folder)
+            home = home_of(library, manifest.version)
+            if register.has_version(manifest.version):
+                shutil.rmtree(folder)
+            else:
+                move_in(folder, home)
+            enter(register, manifest, home)
     return True
 
 
@@ -55,19 +64,6 @@ def reading(library: Path) -> Iterator[Register]:
     """The register of a library, made ready first, for reading; an empty one where there is no library."""
     with Register.reading(library) if is_ready(library) else Register.empty() as register:
         yield register
-
-
-def _adopt(library: Path, register: Register, folder: Path, manifest: Manifest) -> None:
-    """Take in an orphan: of a library from before there was a register, or put there by hand."""
-    store = store_in(register)
-    if store is not None:
-        store.put(manifest.version, folder)
-    home = home_of(library, manifest.version)
-    if register.has_version(manifest.version):
-        shutil.rmtree(folder)
-    else:
-        move_in(folder, home)
-    enter(register, manifest, home)
 
 
 def move_in(folder: Path, home: Path) -> None:

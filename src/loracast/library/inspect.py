@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from loracast.errors import LoracastError
 from loracast.library.save import target_of
 from loracast.lora.algebra import LoRA, concat, effective_rank, svd
 
@@ -78,8 +79,6 @@ def plot(
         by_kind: module kind -> layer -> the two numbers.
         labels: what the numbers are.
     """
-    from loracast.errors import LoracastError
-
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

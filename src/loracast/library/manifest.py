@@ -98,7 +98,7 @@ class Manifest:
         """Hashes of all that decides what is cast: the source, the hypernetwork, the base, the options.
 
         Args:
-                former_ids: ids of the same hypernetwork in earlier releases; the keys under them follow its own.
+            former_ids: ids of the same hypernetwork in earlier releases; the keys under them follow its own.
         """
         source = (self.kind, self.title, self.source, self.source_sha256)
         options = (self.max_chunk_tokens, self.storage, self.strength)

@@ -176,8 +176,7 @@ class Register:
 
     def cached(self, cache_key: str) -> str | None:
         """The version that was cast from the same source in the same way (`Manifest.cache_keys`)."""
-        row = self._db.execute("SELECT id FROM versions WHERE cache_key = ?", (cache_key,)).fetchone()
-        return None if row is None else row[0]
+        return self._one("SELECT id FROM versions WHERE cache_key = ?", cache_key)
 
     def all_versions(self) -> list[str]:
         return [version for (version,) in self._db.execute("SELECT id FROM versions ORDER BY id")]
@@ -203,8 +202,7 @@ class Register:
         return [Hit(*row) for row in rows]
 
     def setting(self, key: str) -> str | None:
-        row = self._db.execute("SELECT value FROM settings WHERE key = ?", (key,)).fetchone()
-        return None if row is None else row[0]
+        return self._one("SELECT value FROM settings WHERE key = ?", key)
 
     def problems(self) -> list[str]:
         """What SQLite finds wrong in the file."""
@@ -219,11 +217,10 @@ class Register:
 
     def add_version(self, manifest: Manifest, n_bytes: int, texts: Sequence[tuple[str, str]]) -> None:
         """Enter an adapter, unless it is there already. `texts`: heading and text of each chunk."""
-        version = manifest.version
+        m, version = manifest, manifest.version
         self.recover(version)
         if self.has_version(version):
             return
-        m = manifest
         self._db.execute(
             "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (version, m.cache_keys()[0], m.kind, m.title, m.source, m.source_sha256, m.made_for.base, m.hypernetwork,
@@ -293,7 +290,9 @@ class Register:
             self._db.execute("INSERT INTO settings VALUES (?, ?)", (key, value))
 
     def _one(self, query: str, *values: Any) -> Any:
-        return self._db.execute(query, values).fetchone()[0]
+        """The first column of the first row; None where there is no row."""
+        row = self._db.execute(query, values).fetchone()
+        return None if row is None else row[0]
 
     @classmethod
     @contextmanager

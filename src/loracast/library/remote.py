@@ -6,14 +6,14 @@ Whatever is pulled is checked before the library takes it in: the sizes before a
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from loracast.errors import AdapterError
-from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter
+from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter, layout
 from loracast.library.library import add_adapter
 from loracast.library.manifest import Manifest, check_name
 from loracast.library.store import file_system, told
@@ -21,9 +21,9 @@ from loracast.library.workfolders import work_folder
 from loracast.lora.tensor_file import BYTES
 
 CARD = "README.md"
-_FILES = (INDEX, FACTORS, CARD, MANIFEST)  # in this order: without a manifest an adapter is not whole
+_FILES = (INDEX, FACTORS, MANIFEST)  # in this order: without a manifest an adapter is not whole
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_MAXMANIFEST_BYTES = 10_000_000
+_MAX_MANIFEST_BYTES = 10_000_000
 _MAX_INDEX_BYTES_PER_TOKEN = 1_000
 _SLACK_BYTES = 10_000_000
 _BASES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -41,17 +41,21 @@ def push_adapter(adapter: Adapter, where: str, *, private: bool = True) -> None:
         LoracastError: nothing can be written there. AdapterError: the adapter is damaged.
     """
     adapter.verify()
+    card = model_card(adapter).encode()
+    files = {name: str(adapter.folder / name) for name in _FILES if (adapter.folder / name).is_file()}
     if is_hub_id(where):
+        from huggingface_hub import CommitOperationAdd, HfApi
+
         with told(where):
-            _push_to_hub(adapter, where, private)
+            HfApi().create_repo(where, private=private, exist_ok=True)
+            added = [CommitOperationAdd(CARD, card), *(CommitOperationAdd(n, path) for n, path in files.items())]
+            HfApi().create_commit(where, added, commit_message=f"{adapter.version}, by loracast")
         return
     with file_system(where) as (fs, root):
         fs.makedirs(root, exist_ok=True)
-        for name in _FILES:
-            if name == CARD:
-                fs.pipe_file(f"{root}/{CARD}", model_card(adapter).encode())
-            elif (adapter.folder / name).is_file():
-                fs.put_file(str(adapter.folder / name), f"{root}/{name}")
+        fs.pipe_file(f"{root}/{CARD}", card)
+        for name, path in files.items():
+            fs.put_file(path, f"{root}/{name}")
 
 
 def pull_adapter(library: Path, where: str, name: str | None = None, *, replace: bool = False) -> Adapter:
@@ -70,11 +74,16 @@ def pull_adapter(library: Path, where: str, name: str | None = None, *, replace:
         folder = work / "adapter"
         folder.mkdir()
         if is_hub_id(where):
+            from huggingface_hub import HfApi, hf_hub_download
+
             with told(where):
-                _fetch_from_hub(where, folder)
+                there = HfApi().model_info(where, files_metadata=True).siblings or []
+                sizes = {file.rfilename: file.size or 0 for file in there}
+                _fetch_files(sizes, folder, lambda name: shutil.copyfile(hf_hub_download(where, name), folder / name))
         else:
             with file_system(where) as (fs, root):
-                _fetch(fs, root, folder)
+                sizes = {entry["name"].rpartition("/")[2]: entry["size"] or 0 for entry in fs.ls(root, detail=True)}
+                _fetch_files(sizes, folder, lambda name: fs.get_file(f"{root}/{name}", str(folder / name)))
         manifest = Manifest.read(folder / MANIFEST)
         if faults := Adapter(folder).faults():
             raise AdapterError(f"the adapter at {where} is not taken: {'; '.join(faults)}")
@@ -113,30 +122,6 @@ To use it with PEFT, vLLM, llama.cpp or mlx-lm: `loracast export {adapter.name} 
 """
 
 
-def _push_to_hub(adapter: Adapter, repository: str, private: bool) -> None:
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    api = HfApi()
-    api.create_repo(repository, private=private, exist_ok=True)
-    files: dict[str, Any] = {n: str(adapter.folder / n) for n in _FILES if (adapter.folder / n).is_file()}
-    files[CARD] = model_card(adapter).encode()
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
-    api.create_commit(repository, operations, commit_message=f"{adapter.version}, by loracast")
-
-
-def _fetch_from_hub(repository: str, folder: Path) -> None:
-    from huggingface_hub import HfApi, hf_hub_download
-
-    found = HfApi().model_info(repository, files_metadata=True)
-    sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
-    _fetch_files(sizes, folder, lambda name: shutil.copyfile(hf_hub_download(repository, name), folder / name))
-
-
-def _fetch(fs: Any, root: str, folder: Path) -> None:
-    sizes = {entry["name"].rpartition("/")[2]: entry["size"] or 0 for entry in fs.ls(root, detail=True)}
-    _fetch_files(sizes, folder, lambda name: fs.get_file(f"{root}/{name}", str(folder / name)))
-
-
 def _fetch_files(sizes: dict[str, int], folder: Path, fetch: Callable[[str], object]) -> None:
     """Fetch the manifest, then the files that it speaks of, each after a look at its size.
 
@@ -146,7 +131,7 @@ def _fetch_files(sizes: dict[str, int], folder: Path, fetch: Callable[[str], obj
     """
     if MANIFEST not in sizes:
         raise AdapterError(f"there is no adapter: {MANIFEST} is missing")
-    _check_size(sizes, MANIFEST, _MAXMANIFEST_BYTES)
+    _check_size(sizes, MANIFEST, _MAX_MANIFEST_BYTES)
     fetch(MANIFEST)
     manifest = Manifest.read(folder / MANIFEST)
     _check_size(sizes, INDEX, _SLACK_BYTES + _MAX_INDEX_BYTES_PER_TOKEN * max(0, manifest.n_tokens))
@@ -161,8 +146,7 @@ def _fetch_files(sizes: dict[str, int], folder: Path, fetch: Callable[[str], obj
 
 def factor_bytes(manifest: Manifest) -> int:
     """Bytes that the factors of an adapter's chunks take according to its manifest."""
-    each = BYTES["I8" if manifest.storage == "int8" else "BF16"]
-    return each * manifest.n_chunks * sum(manifest.ranks[m.kind] * (m.d_in + m.d_out) for m in manifest.target.modules)
+    return sum(BYTES[info.dtype] * math.prod(info.shape) for info in layout(manifest, {}).values())
 
 
 def _check_size(sizes: dict[str, int], name: str, most: int) -> None:

@@ -163,15 +163,13 @@ def _learn_file(
         journal.entries[relative] = {"name": name, "sha256": sha256, "stamp": stamp, "error": None}
         try:
             learn(path, name)
-        except DocumentError as error:  # the file's own fault: it fails again until it has changed
-            journal.entries[relative]["error"] = str(error)
-            return FileReport(relative, name, "failed", time.perf_counter() - started, str(error))
-        except (
-            LoracastError
-        ) as error:  # a library that is locked, a base that cannot be fetched: the next run tries again
-            journal.entries.pop(relative)
-            if known:
-                journal.entries[relative] = known
+        except LoracastError as error:
+            if isinstance(error, DocumentError):  # the file's own fault: it fails again until it has changed
+                journal.entries[relative]["error"] = str(error)
+            else:  # a locked library, a base that cannot be fetched: the next run tries again
+                journal.entries.pop(relative)
+                if known:
+                    journal.entries[relative] = known
             return FileReport(relative, name, "failed", time.perf_counter() - started, str(error))
         return FileReport(relative, name, "learned", round(time.perf_counter() - started, 3))
     except OSError as error:  # gone meanwhile, or not to be read

@@ -18,6 +18,7 @@ from loracast.library.files import (
     home_of,
     is_ready,
     orphans,
+    reading,
     recover,
     size_of,
     store_in,
@@ -104,9 +105,7 @@ def use_store(library: Path, url: str, *, take_over: bool = False) -> int:
 
 def store_url(library: Path) -> str | None:
     """The URL of a library's store; None where adapters lie on this machine alone."""
-    if not is_ready(library):
-        return None
-    with Register.reading(library) as register:
+    with reading(library) as register:
         return register.setting(STORE)
 
 
