@@ -12,12 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from loracast.base.fingerprint import Fingerprint
 from loracast.base.load import Base
+from loracast.batching import pad_right
 from loracast.cast.load import SHIPPED, load_caster, shipped_hypernetwork
-from loracast.errors import BaseModelError, ConfigError, HypernetworkError
+from loracast.encoders.hidden_states import HiddenStatesEncoder
+from loracast.errors import BaseModelError, ConfigError, EncoderError, HypernetworkError
+from loracast.hypernets.doc_config import ModuleRow
+from loracast.hypernets.protocol import Cast, Hypernetwork
 from loracast.hypernets.store import from_pretrained, read_made_for, save_pretrained, with_config
 from loracast.library.library import versions
-from loracast.lora.target import target_from_config
-from loracast.model import Model
+from loracast.lora.target import Target, TargetModule, target_from_config
+from loracast.model import Model, load, load_answerer
 from tiny import DESCRIPTIONS, make_attention_delta, make_hypernet, make_model, make_tokenizer
 
 architectures = pytest.mark.parametrize("architecture", ["document", "memory", "published", "task", "attention_delta"])
@@ -109,6 +113,114 @@ def test_rows_of_a_memory_name_the_tokens_whose_values_they_hold(make, base):
         expected = values[[chunk[token] for token in tokens]]
         for module in b[n]:
             assert torch.cosine_similarity(module[is_written], expected).min() > 0.999
+
+
+@pytest.mark.parametrize("fault", ["rank", "kind", "factor", "number"])
+@architectures
+def test_rows_that_do_not_fit_the_config_are_refused(make, base, architecture, fault, monkeypatch):
+    caster = make(architecture).bind(base)
+    features = caster.encode(DESCRIPTIONS if caster.hypernetwork.modality == "task" else CHUNKS)
+    rows = caster.cast(features).rows
+    kind, (a, b) = next(iter(rows.items()))
+    wrong = {
+        "rank": {kind: (a[:, :, 1:], b[:, :, 1:])},
+        "kind": {"k_proj": (a, b)},
+        "factor": {kind: (a, b.transpose(2, 3))},  # [out, r] where rows [r, out] are wanted
+        "number": {name: (one[1:], other[1:]) for name, (one, other) in rows.items()},
+    }
+    monkeypatch.setattr(caster.hypernetwork, "cast", lambda features: Cast(rows | wrong[fault]))
+    with pytest.raises(HypernetworkError, match=r"cast rows of the shapes .* B rows are \[n, modules, r, out\]"):
+        caster.cast(features)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainConfig:
+    """The least that a config needs: modules, target and ranks."""
+
+    modules: tuple[ModuleRow, ...]
+
+    @property
+    def target(self) -> Target:
+        return Target(tuple(TargetModule(*module) for module in self.modules))
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return dict.fromkeys(self.target.kinds, RANK)
+
+
+class Plain(Hypernetwork):
+    """A hypernetwork for documents as CONTRIBUTING describes it: a linear map of the first hidden state of a chunk."""
+
+    config_class = PlainConfig
+    modality = "document"
+    needs_base = True
+
+    def __init__(self, config: PlainConfig):
+        super().__init__()
+        self.config = config
+        self.a = torch.nn.Linear(48, 2 * RANK * 96)
+        self.b = torch.nn.Linear(48, 2 * RANK * 48)
+        self.static = torch.nn.Parameter(torch.randn(2, 3, 96 + 48))
+
+    def encoder_for(self, base, encoder, say):
+        read = HiddenStatesEncoder(base.model, (2,), prefix=(1,))
+        return lambda rows: read(*pad_right(rows, base.pad_id))
+
+    def cast(self, features):
+        first = features.states[:, 0]
+        return Cast({"down_proj": (self.a(first).view(-1, 2, RANK, 96), self.b(first).view(-1, 2, RANK, 48))})
+
+    def static_rows(self):
+        return {"down_proj": self.static.split([96, 48], dim=-1)}
+
+
+def test_loras_and_merge_add_the_static_lora_of_any_subclass(base):
+    torch.manual_seed(3)
+    hypernet = Plain(PlainConfig(target_from_config(base.model.config, ("down_proj",), (1, 3)).rows))
+    caster = hypernet.bind(base)
+    features = caster.encode(CHUNKS[:2])
+    a, b = caster.cast(features).rows["down_proj"]
+    static_a, static_b = hypernet.static_rows()["down_proj"]
+    each, merged = caster.loras_of(features), hypernet.merge({"down_proj": (a, b)}, 2)
+    for i, name in enumerate(hypernet.config.target.names):
+        deltas = b[:, i].mT @ a[:, i]
+        static = static_b[i].T @ static_a[i]
+        for loras, expected in ((each, deltas + static), (merged, (deltas.sum(0) + static)[None])):
+            found = loras.factors[name]
+            torch.testing.assert_close(found.b @ found.a, expected)
+
+
+@pytest.mark.parametrize("architecture", ["document", "memory", "published", "attention_delta"])
+def test_a_base_of_another_depth_or_width_is_refused(make, architecture):
+    hypernet = make(architecture)
+    hypernet.made_for = None  # no fingerprint to compare
+    shallow = make_model()
+    del shallow.model.layers[1:]
+    with pytest.raises(EncoderError, match=r"the base has 1 blocks, and it is read after block \d: give the base that"):
+        hypernet.bind(Base("shallow", shallow, make_tokenizer()))
+    config = make_model().config
+    config.hidden_size = 64
+    wide = type(shallow)(config)
+    with pytest.raises(HypernetworkError, match=r"the hypernetwork reads .* gives \d+: give the"):
+        hypernet.bind(Base("wide", wide, make_tokenizer()))
+
+
+def test_without_a_base_a_hypernetwork_of_another_one_is_refused_before_the_default_is_fetched(
+    make, tmp_path, monkeypatch
+):
+    hypernet = make("document")
+    save_pretrained(hypernet, tmp_path / "other")
+    monkeypatch.setattr("loracast.cast.load.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
+    for loader in (load, load_answerer):
+        with pytest.raises(BaseModelError, match=f"was made for the base {hypernet.made_for.base!r}, .*--base"):
+            loader(hypernetwork=tmp_path / "other")
+    with pytest.raises(BaseModelError, match="was made for the base"):
+        load(task_hypernetwork=tmp_path / "other")
+    loaded = []
+    monkeypatch.setattr("loracast.cast.load.load_base", lambda base, **_: loaded.append(base))
+    load_answerer(hypernetwork=shipped_hypernetwork("smollm2-135m-instruct"))  # made for the default
+    load_answerer("another", hypernetwork=tmp_path / "other")  # the base itself is checked later
+    assert loaded == [None, "another"]
 
 
 @architectures

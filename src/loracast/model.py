@@ -16,10 +16,10 @@ from typing import BinaryIO
 from loracast.base.chat import Message
 from loracast.base.fingerprint import check
 from loracast.base.generate import Answer, Sampling, answer
-from loracast.base.load import Base, load_base
+from loracast.base.load import Base
 from loracast.cast.document import Progress, learn_document, recast
 from loracast.cast.image import learn_image
-from loracast.cast.load import load_caster, shipped_hypernetwork
+from loracast.cast.load import load_base_for, load_caster, shipped_hypernetwork
 from loracast.cast.task import TaskCaster
 from loracast.documents import Document, read_document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
@@ -159,8 +159,9 @@ class Model(Answerer):
             replace: whether an adapter of that name is replaced.
 
         Raises:
-            DocumentError: the file cannot be read; AdapterError: the name is taken or not allowed; ConfigError: no chunk
-                can be so short.
+            DocumentError: the file cannot be read.
+            AdapterError: the name is taken or not allowed.
+            ConfigError: no chunk can be so short.
         """
         if isinstance(source, (str, Path)) and is_image_file(source):
             source = read_image_file(source)
@@ -221,9 +222,8 @@ def load(
     Raises:
         BaseModelError, HypernetworkError: the base or the hypernetwork for documents cannot be read, or does not fit.
     """
-    loaded = load_base(base, device=device, say=say)
-    where = Path(library) if library else library_dir()
-    model = Model(loaded, where, hypernetwork, task_hypernetwork, image_hypernetwork)
+    given = (hypernetwork, task_hypernetwork, image_hypernetwork)
+    model = Model(load_base_for(base, given, device, say), Path(library or library_dir()), *given)
     _ = model.documents  # refused now, not at the first document
     return model
 
@@ -237,5 +237,4 @@ def load_answerer(
     say: Callable[[str], None] = lambda text: None,
 ) -> Answerer:
     """Load a base that answers but does not learn; arguments as in `load`."""
-    where = Path(library) if library else library_dir()
-    return Answerer(load_base(base, device=device, say=say), where, hypernetwork)
+    return Answerer(load_base_for(base, [hypernetwork], device, say), Path(library or library_dir()), hypernetwork)

@@ -37,7 +37,7 @@ class PackagedModel:
 
     @property
     def digest(self) -> str:
-        """A short hash of the files (of one file, its own), part of the name of the model's folder."""
+        """The first 12 hex digits of a hash of all pinned files (of a single file, its own); names the folder."""
         if len(self.files) == 1:
             return next(iter(self.files.values()))[:12]
         whole = "".join(f"{path}:{sha256}\n" for path, sha256 in sorted(self.files.items()))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
 
-from loracast.base.load import DEFAULT_BASE, Base
-from loracast.errors import HypernetworkError
+from loracast.base.load import DEFAULT_BASE, Base, load_base
+from loracast.errors import BaseModelError, HypernetworkError
 from loracast.hypernets.protocol import Caster, Hypernetwork, Modality, Say
 from loracast.hypernets.store import from_pretrained, read_made_for
 
@@ -39,6 +39,27 @@ def shipped_hypernetwork(base: Base | str, modality: Modality = "document") -> P
         f"no hypernetwork is shipped for the base {name!r}: train one (`loracast train {_TRAINED_BY[modality]} --base "
         f"{name}`) and give it with --hypernetwork FOLDER"
     )
+
+
+def load_base_for(
+    base: str | Path | None,
+    hypernetworks: Iterable[str | Path | None],
+    device: str | None = None,
+    say: Say = lambda text: None,
+) -> Base:
+    """Load a base as `load_base` does; the default one only once each hypernetwork is known to be made for it.
+
+    Raises:
+        BaseModelError: no base is given and a hypernetwork needs another one than the default; nothing is fetched then.
+    """
+    for where in [given for given in hypernetworks if given and base is None]:
+        made_for, ours = read_made_for(where), read_made_for(shipped_hypernetwork(DEFAULT_BASE))
+        if made_for.base != DEFAULT_BASE and (made_for.config, made_for.norms) != (ours.config, ours.norms):
+            raise BaseModelError(
+                f"the hypernetwork {where} was made for the base {made_for.base!r}, not for {DEFAULT_BASE}, "
+                f"which is used if no base is given: give that base (--base {made_for.base})"
+            )
+    return load_base(base, device=device, say=say)
 
 
 def load_hypernetwork(source: str | Path, modality: Modality) -> Hypernetwork:

@@ -29,8 +29,8 @@ def task(
 
     The base is loaded only for hypernetworks that read the description with it, as the shipped one does.
     """
-    from loracast.base.load import DEFAULT_BASE, load_base
-    from loracast.cast.load import load_caster, shipped_hypernetwork
+    from loracast.base.load import DEFAULT_BASE
+    from loracast.cast.load import load_base_for, load_caster, shipped_hypernetwork
     from loracast.cast.task import TaskCaster
     from loracast.library.library import check_free
     from loracast.library.manifest import check_name, name_from
@@ -41,7 +41,8 @@ def task(
     if not replace:  # before a model is loaded for nothing
         check_free(library, name, unless_from=source_of(description.strip()))
     where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "task")
-    caster = TaskCaster(load_caster(where, "task", lambda: load_base(base, say=say), encoder=encoder, say=say), library)
+    load = lambda: load_base_for(base, [where], say=say)  # noqa: E731
+    caster = TaskCaster(load_caster(where, "task", load, encoder=encoder, say=say), library)
     adapter = caster.task(description, name, strength=strength, replace=replace)
     manifest = adapter.manifest
     for warning in manifest.warnings:

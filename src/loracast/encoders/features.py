@@ -27,7 +27,7 @@ class Features:
     keys: Tensor | None = None
     """[n, modules, t, d_in]: inputs of the modules that hold an associative memory."""
     mask: Tensor | None = None
-    """[n, t] bool, true where a token is real; None where all are. `cast` gives a chunk without a real token rows of zero."""
+    """[n, t] bool, true at real tokens; None where all are. A chunk without a real token gets rows of zero."""
 
     def to(self, device: torch.device) -> Features:
         """The same on a device."""

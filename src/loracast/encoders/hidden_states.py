@@ -21,7 +21,16 @@ if TYPE_CHECKING:
 
 
 def cut(decoder: Any, depth: int) -> Any:
-    """A decoder of the first `depth` blocks of another one, sharing their weights, without the final norm."""
+    """A decoder of the first `depth` blocks of another one, sharing their weights, without the final norm.
+
+    Raises:
+        EncoderError: it has fewer blocks.
+    """
+    if depth > len(decoder.layers):
+        raise EncoderError(
+            f"the base has {len(decoder.layers)} blocks, and it is read after block {depth}: give the base that the "
+            "hypernetwork was made for"
+        )
     shorter = copy.copy(decoder)
     shorter._modules = dict(decoder._modules)
     shorter.layers = decoder.layers[:depth]
@@ -75,17 +84,19 @@ class HiddenStatesEncoder:
             self._mean = weight.float().mean(0)
             self._gain = decoder.norm(torch.ones(1, 1, weight.shape[1], device=weight.device)).float()[0, 0]
         depth = max(self.layers)
-        if depth > len(decoder.layers):
-            raise EncoderError(
-                f"the base has {len(decoder.layers)} blocks, and hidden states are read after block {depth}"
-            )
         self.key_modules: list[str] = []
+        modules = dict(model.named_modules())
         for layer, block in enumerate(decoder.layers):
             inside = {id(module) for module in block.modules()}
-            found = [name for name in key_modules if id(model.get_submodule(name)) in inside]
+            found = [name for name in key_modules if id(modules.get(name)) in inside]
             self.key_modules += found
             depth = max(depth, layer + 1) if found else depth
         self._decoder = cut(decoder, depth)
+        if missing := [name for name in key_modules if name not in modules]:
+            raise EncoderError(
+                f"the base has no module {missing[0]}, whose inputs are read: give the base that the hypernetwork was "
+                "made for"
+            )
 
     def __call__(self, input_ids: Tensor, mask: Tensor | None = None) -> Features:
         """input_ids [n, t], padded on the right -> their features: states of the base's width, twice that with values.

@@ -1,7 +1,7 @@
 """Doc-to-LoRA: a chunk's features become the factors of a LoRA in one forward pass (arXiv 2602.15902).
 
     states [n, t, d] -> projection -> Perceiver -> rank latents [n, layers, r, w] -> unit length
-    rank latents -> a head for each module kind -> A [n, layers, r, in], B [n, layers, r, out]
+    rank latents -> a head for each module kind -> A [n, modules, r, in], B [n, modules, r, out]
     rank latents -> pointers into the chunk -> values that B rows copy (optional)
     features -> an associative memory in modules of another kind -> A, B of these modules (optional; memory.py)
 
@@ -34,7 +34,7 @@ from loracast.lora.merge import Merging
 
 
 class RankCodes(NamedTuple):
-    """What the heads expand into factors."""
+    """A latent for each layer and rank, from which the heads make A and B."""
 
     latents: Tensor
     """[n, layers, kinds * r, w], of length 1."""
@@ -43,7 +43,7 @@ class RankCodes(NamedTuple):
 
 
 class MergedCast(NamedTuple):
-    """LoRAs of some documents with what a training step needs beside them, differentiable."""
+    """The merged LoRA of each document, with the unmerged rows and the memory's writes; differentiable."""
 
     loras: LoRABatch
     """One merged LoRA for each document."""
@@ -134,7 +134,8 @@ class DocToLoRA(Hypernetwork):
             read, pad_id, device = self.hidden_states_encoder(base), base.pad_id, base.device
             if read.d_features != self.config.d_features:
                 raise HypernetworkError(
-                    f"the hypernetwork reads {self.config.d_features} features a token, and this base gives {read.d_features}"
+                    f"the hypernetwork reads {self.config.d_features} features a token, and this base gives "
+                    f"{read.d_features}: give the base that the hypernetwork was made for"
                 )
 
             def encode(token_rows: Sequence[Sequence[int]]) -> Features:

@@ -23,11 +23,10 @@ def per_layer(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class FactorHead(nn.Module):
-    """Unit rank latents [n, layers, r, w] -> A rows [n, layers, r, in] and B rows [n, layers, r, out].
+    """Unit rank latents [n, layers, r, w] -> A [n, modules, r, in] and B rows [n, modules, r, out], a module a layer.
 
     Every layer has a linear map of its own, since the layers' activations live in different spaces. With `shared_rank`
-    k all
-    layers share one map and each adds a correction of rank k: a large base stays affordable.
+    k all layers share one map and each adds a correction of rank k: a large base stays affordable.
     """
 
     def __init__(self, n_layers: int, width: int, rank: int, d_in: int, d_out: int, shared_rank: int | None):
@@ -47,7 +46,7 @@ class FactorHead(nn.Module):
     def forward(self, latents: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """The factors; `scale` multiplies B."""
         if hasattr(self, "weight"):
-            rows = per_layer(latents, self.weight)  # [n, layers, r, in + out]
+            rows = per_layer(latents, self.weight)  # [n, modules, r, in + out]
         else:
             rows = latents @ self.shared + per_layer(per_layer(latents, self.down), self.up)
         a, b = rows.split([self.d_in, self.d_out], dim=-1)
@@ -55,7 +54,7 @@ class FactorHead(nn.Module):
 
     @torch.no_grad()
     def take_low_rank(self, other: FactorHead) -> None:
-        """Approximate a head with a full map in each layer: the maps' mean, and the best correction of this rank."""
+        """Initialise this low-rank head from a full one: the mean of its maps, and corrections by truncated SVD."""
         mean = other.weight.mean(0)
         left, values, right = torch.linalg.svd(other.weight - mean, full_matrices=False)
         n = self.down.shape[-1]

@@ -199,14 +199,13 @@ class Caster:
         """Features of n inputs -> their LoRA rows."""
         with torch.autocast(self.device.type, self._dtype) if self._dtype else nullcontext():
             cast = self.hypernetwork.cast(features.to(self.device))
-        self._check(cast.rows)
+        self._check(cast.rows, features.n_chunks)
         return cast
 
-    def _check(self, rows: Rows) -> None:
-        """Raise HypernetworkError where rows have other kinds or shapes than the config says: they would be kept wrongly."""
+    def _check(self, rows: Rows, n: int) -> None:
+        """Refuse rows of other kinds or shapes than the config says, which would be kept wrongly."""
         config = self.hypernetwork.config
         target: Target = config.target
-        n = next(iter(rows.values()))[0].shape[0]
         wanted = {}
         for kind in target.kinds:
             modules = target.of_kind(kind)
@@ -215,8 +214,8 @@ class Caster:
         found = {kind: (tuple(a.shape), tuple(b.shape)) for kind, (a, b) in rows.items()}
         if found != wanted:
             raise HypernetworkError(
-                f"{type(self.hypernetwork).__name__} cast rows of the shapes {found}, and its config's target and ranks ask for "
-                f"{wanted}: A is [n, modules, r, in], B rows are [n, modules, r, out]"
+                f"{type(self.hypernetwork).__name__} cast rows of the shapes {found}, and its config's target and "
+                f"ranks ask for {wanted}: A is [n, modules, r, in], B rows are [n, modules, r, out]"
             )
 
     def loras(self, inputs: Any) -> LoRABatch:

@@ -1,7 +1,7 @@
 """Text-to-LoRA: the embedding of a task's description becomes a LoRA in one forward pass (arXiv 2506.06105).
 
     embedding [n, d] + layer embedding + module-kind embedding -> condition [n, modules, w] -> residual MLPs
-    -> [n, modules, head] -> one linear head for each module kind -> A [n, layers, r, in], B [n, layers, r, out]
+    -> [n, modules, head] -> one linear head for each module kind -> A [n, modules, r, in], B [n, modules, r, out]
 
 What a head makes depends on the variant: `L` both factors at once; `M` one factor at a time, selected by an embedding;
 `S` one row of a factor at a time, selected by another embedding. This module knows shapes, never a base's weights.
@@ -145,7 +145,7 @@ class TextToLoRA(DescriptionHypernetwork):
         latents = self.latents(embeddings)  # [n, layers, kinds, sides, rows, head_width]
         factors: dict[str, Factors] = {}
         for i, kind in enumerate(target.kinds):
-            a, b = self.heads[kind](latents[:, :, i])  # [n, layers, r, in], [n, layers, r, out]
+            a, b = self.heads[kind](latents[:, :, i])  # [n, modules, r, in], [n, modules, r, out]
             sides = zip(a.unbind(1), (b * c.scale).transpose(2, 3).unbind(1), strict=True)
             for module, (a_rows, b_columns) in zip(target.of_kind(kind), sides, strict=True):
                 factors[module.name] = Factors(a_rows, b_columns)
@@ -180,7 +180,7 @@ class _Head(nn.Module):
         self.scaler_b = nn.Parameter(torch.zeros(n_layers, c.rank, 1))
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [n, layers, sides, rows, head_width] -> A [n, layers, r, in] and B rows [n, layers, r, out]."""
+        """Latents [n, layers, sides, rows, head_width] -> A [n, modules, r, in] and B rows [n, modules, r, out]."""
         made = self.linear(latents)
         if self.variant == "L":  # one latent becomes A and B
             a, b = made[:, :, 0, 0].split([self.rank * self.d_in, self.rank * self.d_out], dim=-1)
