@@ -1,4 +1,4 @@
-"""`loracast eval` for documents: qa, needle, facts, verbatim, interference, forced, ablations, latency and memory."""
+"""`loracast eval` for documents: qa, needle, facts, verbatim, interference, teacher-forced, ablations, latency and memory."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def interference(config: InterferenceConfig, models: Models, results: Results) -
 
 
 @config_from("loracast.evaluation.teacher_forced", without=("data",))
-def forced(
+def teacher_forced(
     recipe: Annotated[
         Path | None, typer.Argument(help="Recipe of a training, whose table [data] says what episodes look like.")
     ] = None,
