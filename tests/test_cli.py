@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -28,6 +29,18 @@ from other_processes import interruptible
 @dataclasses.dataclass(frozen=True)
 class Undocumented:
     rows: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shared:
+    seed: int = 5
+    """Seed of the draw."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inheriting(Shared):
+    rows: int = 3
+    """Rows to take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +209,23 @@ def test_a_config_field_without_help_is_refused():
 
     with pytest.raises(TypeError, match=r"Undocumented\.rows has no docstring"):
         flattened(command)
+
+
+def test_inherited_fields_are_options_too_and_come_last():
+    from loracast.cli.commands import flattened
+
+    seen = []
+
+    def command(config: Inheriting) -> None:
+        """What it does."""
+        seen.append(config)
+
+    flat = flattened(command)
+    options = inspect.signature(flat).parameters.values()
+    helps = [(option.name, option.annotation.__metadata__[0].help, option.default) for option in options]
+    assert helps == [("rows", "Rows to take.", 3), ("seed", "Seed of the draw.", 5)]
+    flat(rows=1, seed=2)
+    assert seen == [Inheriting(1, seed=2)]
 
 
 def test_options_become_the_fields_of_a_config(tmp_path):

@@ -34,9 +34,8 @@ from suites import DATA, SEVEN_OPPOSITES, write_rows
 
 def test_what_each_baseline_is_given(base, suite):
     tasks = [task for task in read_tasks(suite) if task.is_heldout]
-    config = TasksConfig(str(suite))
-    drawn = evaluation.draw(tasks, 1, 0, config)
-    assert drawn == evaluation.draw(tasks, 1, 0, config) and drawn.task.name == "opposite"
+    drawn = evaluation.draw(tasks, 1, 0)
+    assert drawn == evaluation.draw(tasks, 1, 0) and drawn.task.name == "opposite"
     assert drawn.description in drawn.task.descriptions["heldout"] and "opposite" not in drawn.other_description
     assert not set(drawn.shots) & set(drawn.task.test)
 
@@ -76,7 +75,7 @@ class Caster:
 
 def test_which_lora_each_baseline_answers_with(base, suite):
     tasks = [task for task in read_tasks(suite) if task.is_heldout]
-    drawn = evaluation.draw(tasks, 1, 0, TasksConfig(str(suite)))
+    drawn = evaluation.draw(tasks, 1, 0)
     setup = TaskSetup(base, Caster(), None, "multitask", "described", "average")
     case = TaskCase(drawn, drawn.task.test[0])
     sources = {name: b.request(setup, case).lora for name, b in BASELINES.items() if name != "oracle"}
@@ -86,7 +85,7 @@ def test_which_lora_each_baseline_answers_with(base, suite):
     said = {word for t in tasks for text in t.descriptions["heldout"] for word in text.split()}
     assert loras["shuffled"] == drawn.shuffled and set(drawn.shuffled.split()) <= said
     assert len(drawn.shuffled.split()) == len(drawn.description.split())
-    again = evaluation.draw(tasks, 1, 1, TasksConfig(str(suite)))
+    again = evaluation.draw(tasks, 1, 1)
     assert again.gibberish != drawn.gibberish
     assert [loras[name] for name in ("average", "multitask", "multitask_described", "constant")] == [
         "average", "multitask", "described", "constant",
@@ -155,7 +154,7 @@ def test_a_budget_ends_it_between_tasks_and_says_so(base, suite, tmp_path):
     ("change", "message"),
     [
         ({"baselines": ("none", "magic")}, "unknown baselines: magic"),
-        ({"rows": 0}, "at least one"),
+        ({"rows": 0}, "rows must be at least 1"),
         ({"heldout": False, "baselines": ("other",)}, "'other' needs for every task another one"),
         ({"descriptions": "train"}, "no held-out task"),
         ({"benchmarks": ("x",)}, "either tasks"),

@@ -51,8 +51,8 @@ def texts(tmp_path_factory):
 @pytest.fixture
 def haystack(base, texts):
     from loracast.base.chat import encode_with_offsets
+    from loracast.data.haystack import Haystack
     from loracast.data.rows import read_texts
-    from loracast.evaluation.haystack import Haystack
 
     return Haystack(read_texts(texts), lambda text: encode_with_offsets(base.tokenizer, text))
 

@@ -306,7 +306,9 @@ def write_benchmark(folder) -> str:
 
 
 def test_harm_is_measured_against_the_plain_base(model, documents, tmp_path):
-    config = InterferenceConfig((write_benchmark(tmp_path),), (documents,), counts=(1, 3), questions=8, chunk_tokens=64)
+    config = InterferenceConfig(
+        benchmarks=(write_benchmark(tmp_path),), documents=(documents,), counts=(1, 3), questions=8, chunk_tokens=64
+    )
     report = evaluate_interference(model, config, tmp_path / "out")
     assert [row["n_documents"] for row in report.rows] == [0, 1, 3]
     before, *after = report.rows
@@ -325,7 +327,9 @@ def test_a_hypernetwork_that_does_nothing_does_no_harm(base, documents, tmp_path
     hypernet = make_hypernet(base)
     for head in hypernet.heads.values():
         head.scaler_b.data.zero_()
-    config = InterferenceConfig((write_benchmark(tmp_path),), (documents,), counts=(4,), questions=8)
+    config = InterferenceConfig(
+        benchmarks=(write_benchmark(tmp_path),), documents=(documents,), counts=(4,), questions=8
+    )
     rows = evaluate_interference(Model(base, tmp_path, hypernet), config, tmp_path / "out").rows
     assert (rows[1]["change"], rows[1]["same"]) == (0, 1)
 

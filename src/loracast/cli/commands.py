@@ -116,7 +116,9 @@ def _options_of(config: Any, without: tuple[str, ...]) -> list[inspect.Parameter
     hints = get_type_hints(config, include_extras=True)
     documented = field_docs(config)
     made = []
-    for field in dataclasses.fields(config):
+    for field in sorted(
+        dataclasses.fields(config), key=lambda field: field.kw_only is True
+    ):  # inherited settings come last
         if field.name in without:
             continue
         hint, default = hints[field.name], field.default

@@ -18,7 +18,7 @@ from typing import Any
 
 from loracast.base.load import Base
 from loracast.errors import ConfigError
-from loracast.evaluation.report import Column, Progress, Report, ReportWriter, no_progress, number, text
+from loracast.evaluation.report import Column, Progress, Report, ReportWriter, columns, no_progress
 from loracast.evaluation.teacher_forced import TeacherForcedConfig, evaluate_teacher_forced
 from loracast.files import write_atomically
 from loracast.library.manifest import name_from
@@ -168,12 +168,12 @@ def _columns(kinds: Sequence[EpisodeKind]) -> list[Column]:
         for kind in kinds
         for name, header in zip(_NAMES, ("exact", "tokens"), strict=True)
     ]
+    figures = columns(
+        label="variant", parameters_m=("M parameters", 1), chunk_kb=("kB a chunk", 0), steps=("steps", 0),
+        step_s=("s a step", 2),
+    )  # fmt: skip
     return [
-        text("label", "variant"),
-        number("parameters_m", "M parameters", 1),
-        number("chunk_kb", "kB a chunk"),
-        number("steps", "steps"),
-        number("step_s", "s a step", 2),
+        *figures,
         *by_kind,
         Column("tokens %, mean of the kinds", lambda row: f"{100 * row['accuracy']:.1f}"),
     ]

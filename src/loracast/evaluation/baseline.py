@@ -64,6 +64,15 @@ class Baseline(Generic[Setup, Case]):
     """Whether its requests depend on what a seed draws; one that does not is asked with the first seed only."""
 
 
+def check_positive(config: Any, *fields: str) -> None:
+    """Raises ConfigError where one of these settings is below 1 or holds such a number; None is no number."""
+    given = {name: getattr(config, name) for name in fields}
+    if bad := [
+        n for n, v in given.items() if v is not None and min(v if isinstance(v, tuple) else (v,), default=0) < 1
+    ]:
+        raise ConfigError(f"{' and '.join(bad)} must be at least 1")
+
+
 def check_names(names: Sequence[str], known: Mapping[str, Any]) -> tuple[str, ...]:
     """The names without repeats, in the table's order. Raises ConfigError for a name that is not known."""
     if unknown := sorted(set(names) - known.keys()):

@@ -8,51 +8,40 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loracast.base.chat import encode_with_offsets
-from loracast.base.generate import Sampling, answer
+from loracast.base.generate import Sampling
 from loracast.cast.document import learn_document
+from loracast.data.haystack import Haystack, Sample
 from loracast.data.needles import make_needles
 from loracast.data.rows import read_texts
-from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.errors import ConfigError, LoracastError
-from loracast.evaluation.documents import DocumentCase, DocumentSetup, whole
-from loracast.evaluation.haystack import Haystack, Sample
+from loracast.errors import LoracastError
+from loracast.evaluation.baseline import Baseline, LoRASource, Request, check_positive
+from loracast.evaluation.documents import DocumentCase, DocumentConfig, DocumentSetup, no_document, plain, whole
 from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.report import Progress, Report, ReportWriter, no_progress, number, text
-from loracast.evaluation.runner import warm_up
+from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
+from loracast.evaluation.runner import Answered, ask_one, in_turn, warm_up
 from loracast.evaluation.synthetic import window_prompt
-from loracast.library.adapter import Adapter
 from loracast.library.library import open_adapter
 from loracast.library.routing import DEFAULT_ROUTE
-from loracast.model import ASK_SYSTEM_TURN, Model
+from loracast.lora.algebra import LoRA
+from loracast.model import Model
 
 _FIRST_TOKEN = Sampling(max_new_tokens=1)
 _N_WARM_UP = 2
 
-LATENCY_COLUMNS = (
-    text("label", "what answers"),
-    number("prompt_tokens", "prompt tokens"),
-    number("first_token_s", "first token s, median", 4),
-    number("fastest_s", "fastest", 4),
-    number("slowest_s", "slowest", 4),
-    number("ratio", "x base", 2),
-)
-MEMORY_COLUMNS = (
-    number("n_tokens", "tokens"),
-    number("n_chunks", "chunks"),
-    number("base_mib", "loaded base MiB"),
-    number("above_base_mib", "peak above it MiB"),
-    number("learn_s", "learn s, all", 2),
-    number("cast_s", "encode + cast s", 2),
-    number("encode_s", "encoder alone s", 2),
-    number("ratio", "ratio", 3),
-    number("adapter_mib", "adapter MiB"),
-)
+LATENCY_COLUMNS = columns(
+    label="what answers", prompt_tokens=("prompt tokens", 0), first_token_s=("first token s, median", 4),
+    fastest_s=("fastest", 4), slowest_s=("slowest", 4), ratio=("x base", 2),
+)  # fmt: skip
+MEMORY_COLUMNS = columns(
+    n_tokens=("tokens", 0), n_chunks=("chunks", 0), base_mib=("loaded base MiB", 0),
+    above_base_mib=("peak above it MiB", 0), learn_s=("learn s, all", 2), cast_s=("encode + cast s", 2),
+    encode_s=("encoder alone s", 2), ratio=("ratio", 3), adapter_mib=("adapter MiB", 0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,22 +60,17 @@ class LatencyConfig:
     """Seed of document and questions."""
 
     def __post_init__(self) -> None:
-        if self.repetitions < 1 or self.route < 1:
-            raise ConfigError("repetitions and route must be at least 1")
+        check_positive(self, "repetitions", "route")
 
 
 @dataclass(frozen=True)
-class MemoryConfig:
+class MemoryConfig(DocumentConfig):
     """What `loracast eval memory` measures."""
 
     texts: tuple[str, ...]
     """Files with the prose of the documents."""
     lengths: tuple[int, ...] = (8192, 32768, 131072)
     """Tokens of a document, each learned in a process of its own."""
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-    """Longest chunk, in tokens."""
-    seed: int = 0
-    """Seed of the documents."""
 
 
 def evaluate_latency(model: Model, config: LatencyConfig, out: Path, progress: Progress = no_progress) -> Report:
@@ -97,30 +81,43 @@ def evaluate_latency(model: Model, config: LatencyConfig, out: Path, progress: P
     setup = DocumentSetup(model, config.route)
     writer = ReportWriter(out, "latency", LATENCY_COLUMNS, config, model.base, model.documents.id)
     sample = _document(model, config.texts, config.tokens, config.seed, config.repetitions + _N_WARM_UP)
-    times: dict[str, list[float]] = {"base": [], "adapter": [], "window": []}
-    n_prompt: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="loracast-eval-") as scratch:
         document = InMemoryAdapter(model, sample.text)
         learn_document(model.documents, model.base, document.document, Path(scratch), "document")
-        adapter = open_adapter(Path(scratch), "document")
-        warm_up(setup.model.base)
+        on_disk = open_adapter(Path(scratch), "document")
+
+        def with_adapter(setup: DocumentSetup, case: DocumentCase) -> Request:
+            def make() -> LoRA:
+                lora, _ = model.lora_for(case.question, on_disk, setup.route)
+                assert lora is not None
+                return lora
+
+            return Request(plain(setup, case.question), LoRASource(case, make))
+
+        baselines: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
+            "base": Baseline("no document", no_document),
+            "adapter": Baseline(f"adapter, routed {config.route}", with_adapter),
+            "window": Baseline("in the window", whole(window_prompt)),
+        }
+        answered: dict[str, list[Answered[DocumentCase]]] = {name: [] for name in baselines}
+        warm_up(model.base)
         for i, needle in enumerate(sample.needles):
             case = DocumentCase(document, document, needle.question)
-            order = list(times)
-            for name in order[i % 3 :] + order[: i % 3]:  # in turn the first, which finds the caches cold
-                seconds, n_prompt[name] = _first_token(setup, name, case, adapter)
-                if i >= _N_WARM_UP:
-                    times[name].append(seconds)
+            for name in in_turn(list(baselines), i):
+                answered[name].append(ask_one(setup, name, baselines[name], case, _FIRST_TOKEN))
             progress(i + 1, len(sample.needles))
         document.close()
-    labels = {"base": "no document", "adapter": f"adapter, routed {config.route}", "window": "in the window"}
+    times = {
+        name: [a.first_token_s for a in some[_N_WARM_UP:] if a.first_token_s is not None]
+        for name, some in answered.items()
+    }
     base_s = statistics.median(times["base"])
     rows = [
         {
             "baseline": name,
-            "label": labels[name],
+            "label": baselines[name].label,
             "n": len(seconds),
-            "prompt_tokens": n_prompt[name],
+            "prompt_tokens": answered[name][-1].n_prompt_tokens,
             "first_token_s": statistics.median(seconds),
             "fastest_s": min(seconds),
             "slowest_s": max(seconds),
@@ -161,19 +158,6 @@ def evaluate_memory(
             rows.append({"length": length, **_in_fresh_process(order)})
             progress(i + 1, len(config.lengths))
     return writer.write(rows)
-
-
-def _first_token(setup: DocumentSetup, name: str, case: DocumentCase, adapter: Adapter) -> tuple[float, int]:
-    """Seconds from the question to the first token, and the prompt's tokens."""
-    model = setup.model
-    started = time.perf_counter()
-    if name == "window":
-        prompt = list(whole(window_prompt)(setup, case).prompt)
-    else:
-        prompt = model.base.chat.prompt(case.question, ASK_SYSTEM_TURN)
-    lora = model.lora_for(case.question, adapter, setup.route)[0] if name == "adapter" else None
-    prepared_s = time.perf_counter() - started
-    return prepared_s + answer(model.base, prompt, lora, _FIRST_TOKEN).first_token_s, len(prompt)
 
 
 def _document(model: Model, texts: tuple[str, ...], n_tokens: int, seed: int, n_needles: int) -> Sample:

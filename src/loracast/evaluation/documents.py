@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 
 from loracast.base.chat import ChatFormat
 from loracast.base.load import Base
+from loracast.data.qa import QuestionedDocument, read_questioned
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
+from loracast.errors import ConfigError
 from loracast.evaluation.baseline import LoRASource, Request, fixed
 from loracast.evaluation.cut import without_middle
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
@@ -19,7 +23,47 @@ from loracast.model import ASK_SYSTEM_TURN, Model
 
 Prompt = Callable[[ChatFormat, str, str], list[int]]
 """(chat, text, question) -> token ids of a prompt that shows the text."""
+Whose = Literal["document", "other"]
+"""Which of a case's documents."""
 _JOINTS = 8  # tokens to spare: where text and prompt meet they may be encoded otherwise than each alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentConfig:
+    """Settings of every experiment on documents."""
+
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    """Longest chunk, in tokens."""
+    seed: int = 0
+    """Seed of all that is drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedConfig(DocumentConfig):
+    """Settings of an experiment that gives a question some chunks only."""
+
+    route: int = DEFAULT_ROUTE
+    """Chunks of a document that a question is given when routed."""
+
+
+@dataclass(frozen=True)
+class QuestionedConfig(DocumentConfig):
+    """Settings of the experiments on files of documents."""
+
+    documents: tuple[str, ...] = ()
+    """Files of documents with questions."""
+    sources: tuple[str, ...] = ()
+    """Sources to take of documents with a `source` field; all if empty."""
+    split: str = "test"
+    """Split to take of documents with a `split` field."""
+
+    def __post_init__(self) -> None:
+        if not self.documents:
+            raise ConfigError("no documents: give a file of documents (--documents FILE)")
+
+    def read(self) -> list[QuestionedDocument]:
+        """Read the documents. Raises ConfigError where there is none."""
+        return read_questioned(self.documents, self.sources, self.split)
 
 
 @dataclass(frozen=True)
@@ -104,33 +148,22 @@ def no_document(setup: DocumentSetup, case: DocumentCase) -> Request:
     return Request(plain(setup, case.question))
 
 
-def merged(setup: DocumentSetup, case: DocumentCase) -> Request:
-    """The sum of all chunks' LoRAs."""
-    return Request(plain(setup, case.question), adapters(setup, [(case.document, None)]))
+def adapter(*whose: Whose, is_routed: bool = True) -> Callable[[DocumentSetup, DocumentCase], Request]:
+    """The question alone, with the LoRAs of these documents of a case, added up where there are two.
 
+    Args:
+        is_routed: take the chunks that BM25 picks for the question, as `loracast ask` does, instead of all.
+    """
 
-def merged_other(setup: DocumentSetup, case: DocumentCase) -> Request:
-    """The sum of the LoRAs of all chunks of another document."""
-    return Request(plain(setup, case.question), adapters(setup, [(case.other, None)]))
+    def request(setup: DocumentSetup, case: DocumentCase) -> Request:
+        documents: list[InMemoryAdapter] = [getattr(case, name) for name in whose]
+        picked = [(d, pick(setup, d, case.question) if is_routed else None) for d in documents]
+        found = None
+        if is_routed and whose == ("document",) and case.chunk is not None:
+            found = picked[0][1] is None or case.chunk in picked[0][1]
+        return Request(plain(setup, case.question), adapters(setup, picked), found)
 
-
-def routed(setup: DocumentSetup, case: DocumentCase) -> Request:
-    """The LoRAs of the chunks that BM25 picks for the question, as `loracast ask` does."""
-    picked = pick(setup, case.document, case.question)
-    found = None if case.chunk is None else picked is None or case.chunk in picked
-    return Request(plain(setup, case.question), adapters(setup, [(case.document, picked)]), found)
-
-
-def routed_other(setup: DocumentSetup, case: DocumentCase) -> Request:
-    """Another document's adapter, routed: what any adapter does to an answer."""
-    picked = pick(setup, case.other, case.question)
-    return Request(plain(setup, case.question), adapters(setup, [(case.other, picked)]))
-
-
-def both(setup: DocumentSetup, case: DocumentCase) -> Request:
-    """The document and another one learned, both routed and added up."""
-    picked = [(d, pick(setup, d, case.question)) for d in (case.document, case.other)]
-    return Request(plain(setup, case.question), adapters(setup, picked))
+    return request
 
 
 def static(setup: DocumentSetup, case: DocumentCase) -> Request:
@@ -148,20 +181,15 @@ def static_lora(model: Model) -> LoRA:
     return LoRA(factors)
 
 
-def learn_own(setup: DocumentSetup, case: DocumentCase) -> None:
-    """Cast all chunks of the document."""
-    cast(setup.model, [(case.document, range(len(case.document.chunks)))])
+def learn(*whose: Whose) -> Callable[[DocumentSetup, DocumentCase], None]:
+    """Cast all chunks of these documents of a case."""
 
+    def work(setup: DocumentSetup, case: DocumentCase) -> None:
+        for name in whose:
+            document: InMemoryAdapter = getattr(case, name)
+            cast(setup.model, [(document, range(len(document.chunks)))])
 
-def learn_other(setup: DocumentSetup, case: DocumentCase) -> None:
-    """Cast all chunks of the other document."""
-    cast(setup.model, [(case.other, range(len(case.other.chunks)))])
-
-
-def learn_both(setup: DocumentSetup, case: DocumentCase) -> None:
-    """Cast all chunks of both documents."""
-    learn_own(setup, case)
-    learn_other(setup, case)
+    return work
 
 
 def with_text(

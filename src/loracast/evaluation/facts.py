@@ -9,69 +9,47 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from loracast.data.facts import FactSheet, make_sheet
-from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.errors import ConfigError
-from loracast.evaluation.baseline import check_names
-from loracast.evaluation.documents import DocumentCase, DocumentSetup
+from loracast.evaluation.baseline import check_positive
+from loracast.evaluation.documents import DocumentCase
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.intervals import cluster_bootstrap
-from loracast.evaluation.report import Progress, Report, ReportWriter, interval, no_progress, number
+from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 from loracast.evaluation.runner import Answered
-from loracast.evaluation.synthetic import ANSWER_COLUMNS, BASELINES, Series, by_document, evaluate_sizes
-from loracast.library.routing import DEFAULT_ROUTE
-from loracast.lora.quantize import DEFAULT_STORAGE, Storage
+from loracast.evaluation.synthetic import ANSWER_COLUMNS, Series, SyntheticConfig, by_document, evaluate_sizes
 from loracast.model import Model
 
 _SHEETS_PER_GROUP = 8  # whose questions are answered together
 
 COLUMNS = (
-    number("facts", "facts"),
-    number("document_tokens", "tokens"),
-    number("chunks", "chunks", 1),
+    *columns(facts=("facts", 0), document_tokens=("tokens", 0), chunks=("chunks", 1)),
     *ANSWER_COLUMNS[:4],
-    interval("cluster_low", "cluster_high", "95 % by sheet"),
+    *columns(cluster_low=("95 % by sheet", "interval")),
     *ANSWER_COLUMNS[4:],
 )
 
 
 @dataclass(frozen=True)
-class FactsConfig:
+class FactsConfig(SyntheticConfig):
     """What `loracast eval facts` measures."""
 
     facts: tuple[int, ...] = (5, 20)
     """Facts on a sheet, a size each."""
     sheets: int = 50
     """Sheets of each size."""
-    route: int = DEFAULT_ROUTE
-    """Chunks that a question is given when routed."""
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-    """Longest chunk, in tokens."""
-    storage: Storage = DEFAULT_STORAGE
-    """Storage of the factors."""
-    baselines: tuple[str, ...] = tuple(BASELINES)
-    """Baselines to run."""
-    split: Literal["dev", "test"] = "test"
-    """Split of wordings and entities: `dev` to choose between settings, `test` for figures that are reported."""
-    seed: int = 0
-    """Seed of sheets and questions."""
-    budget_s: float | None = None
-    """Stop drawing sheets after this many seconds, shared among the sizes; `n` shows how many there were."""
 
     def __post_init__(self) -> None:
-        check_names(self.baselines, BASELINES)
-        if not self.facts or min(*self.facts, self.sheets, self.route) < 1:
-            raise ConfigError("cannot evaluate fact sheets: facts, sheets and route must be at least 1")
+        super().__post_init__()
+        check_positive(self, "facts", "sheets")
 
 
 def evaluate_facts(model: Model, config: FactsConfig, out: Path, progress: Progress = no_progress) -> Report:
     """Run the evaluation; tables and answers are in `out` after every size of sheet."""
-    setup = DocumentSetup(model, config.route)
     writer = ReportWriter(out, "facts", COLUMNS, config, model.base, model.documents.id)
     series = [_series(model, config, n_facts) for n_facts in config.facts]
-    return evaluate_sizes(setup, config.baselines, writer, "facts", series, _by_sheet, config.budget_s, progress)
+    return evaluate_sizes(model, config, writer, "facts", series, _by_sheet, progress)
 
 
 def _series(model: Model, config: FactsConfig, n_facts: int) -> Series[FactSheet]:
@@ -79,7 +57,7 @@ def _series(model: Model, config: FactsConfig, n_facts: int) -> Series[FactSheet
 
     def make(i: int) -> tuple[FactSheet, InMemoryAdapter]:
         sheet = make_sheet(random.Random(f"{config.seed}/{n_facts}/{i}"), n_facts, split=config.split)
-        return sheet, InMemoryAdapter(model, sheet.text, sheet.title, config.chunk_tokens, config.storage)
+        return sheet, config.adapter(model, sheet.text, sheet.title)
 
     def cases(sheet: FactSheet, document: InMemoryAdapter, other: InMemoryAdapter) -> list[DocumentCase]:
         places = [sheet.text.index(fact.answer, sheet.text.index(fact.statement)) for fact in sheet.facts]

@@ -9,21 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from loracast.errors import ConfigError, LoracastError
-from loracast.evaluation.report import Report, ReportWriter, number, text
+from loracast.evaluation.report import Report, ReportWriter, columns
 from loracast.library.adapter import Adapter
 from loracast.lora.algebra import LoRA
 from loracast.lora.inject import inject
 from loracast.model import Answerer
 
-COLUMNS = (
-    text("task", "task"),
-    text("metric", "metric"),
-    number("n", "n"),
-    number("base", "base", 4),
-    number("base_stderr", "±", 4),
-    number("adapter", "with the adapters", 4),
-    number("adapter_stderr", "±", 4),
-)
+COLUMNS = columns(
+    task="task", metric="metric", n=("n", 0), base=("base", 4), base_stderr=("±", 4),
+    adapter=("with the adapters", 4), adapter_stderr=("±", 4),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

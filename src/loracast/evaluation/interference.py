@@ -12,71 +12,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loracast.data.qa import read_questioned
 from loracast.data.tasks import Example
-from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
-from loracast.evaluation.baseline import Request
+from loracast.evaluation.baseline import Request, check_positive
 from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import likeliest
-from loracast.evaluation.documents import DocumentSetup, adapters, pick, plain
+from loracast.evaluation.documents import DocumentSetup, QuestionedConfig, RoutedConfig, adapters, pick, plain
 from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.intervals import cluster_bootstrap
-from loracast.evaluation.report import (
-    Progress,
-    Report,
-    ReportWriter,
-    change,
-    interval,
-    no_progress,
-    number,
-    percent,
-    text,
-)
+from loracast.evaluation.intervals import mean, mean_with_interval
+from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 from loracast.evaluation.runner import made
 from loracast.model import Model
 
 _QUESTIONS_AT_ONCE = 16  # whose LoRAs are held at once
 
-COLUMNS = (
-    text("benchmark", "questions"),
-    number("n_documents", "documents learned"),
-    number("n", "n"),
-    percent("accuracy", "accuracy %"),
-    interval("low", "high", "95 %"),
-    change("change", "change, points (95 %)"),
-    percent("same", "same choice %"),
-)
+COLUMNS = columns(
+    benchmark="questions", n_documents=("documents learned", 0), n=("n", 0), accuracy=("accuracy %", "%"),
+    low=("95 %", "interval"), change=("change, points (95 %)", "change"), same=("same choice %", "%"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class InterferenceConfig:
+class InterferenceConfig(QuestionedConfig, RoutedConfig):
     """What `loracast eval interference` measures."""
 
     benchmarks: tuple[str, ...] = ()
     """Files of questions with choices."""
-    documents: tuple[str, ...] = ()
-    """Files of documents that are learned."""
-    sources: tuple[str, ...] = ()
-    """Sources to take of documents with a `source` field; all if empty."""
     counts: tuple[int, ...] = (0, 1, 4, 16)
     """Numbers of documents that are learned at once."""
     questions: int = 200
     """Most questions of each benchmark."""
-    route: int = 2
-    """Chunks of each document that a question is given."""
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-    """Longest chunk, in tokens."""
-    split: str = "test"
-    """Split to take of documents with a `split` field."""
-    seed: int = 0
-    """Seed of the draw of questions and documents."""
 
     def __post_init__(self) -> None:
-        if not self.benchmarks or not self.documents:
-            raise ConfigError("give questions (--benchmark FILE) and documents to learn (--documents FILE)")
-        if min(self.counts) < 0 or self.questions < 1 or self.route < 1:
-            raise ConfigError("counts must not be negative, questions and route at least 1")
+        super().__post_init__()
+        check_positive(self, "questions", "route")
+        if not self.benchmarks:
+            raise ConfigError("no questions: give files of questions with choices (--benchmark FILE)")
+        if min(self.counts) < 0:
+            raise ConfigError("counts must not be negative")
 
 
 @dataclass(frozen=True)
@@ -97,7 +70,7 @@ def evaluate_interference(
     if without := [task.name for task in tasks if not any(row.choices for row in task.test)]:
         raise ConfigError(f"{', '.join(without)}: its questions have no choices")
     counts = sorted({0, *config.counts})
-    documents = read_questioned(config.documents, config.sources, config.split)
+    documents = config.read()
     if len(documents) < counts[-1]:
         raise ConfigError(f"{counts[-1]} documents are to be learned at once, and there are {len(documents)}")
     writer = ReportWriter(out, "interference", COLUMNS, config, model.base, model.documents.id)
@@ -145,19 +118,18 @@ def _rows(name: str, chosen: Mapping[int, Sequence[Chosen]]) -> list[dict[str, A
     before = chosen[0]
     rows = []
     for count, now in chosen.items():
-        low, high = cluster_bootstrap([[float(one.is_right)] for one in now])
+        accuracy, low, high = mean_with_interval([[float(one.is_right)] for one in now])
         row: dict[str, Any] = {
             "benchmark": name,
             "n_documents": count,
             "n": len(now),
-            "accuracy": sum(one.is_right for one in now) / len(now),
+            "accuracy": accuracy,
             "low": low,
             "high": high,
         }
         if count:
             changes = [[float(a.is_right) - float(b.is_right)] for a, b in zip(now, before, strict=True)]
-            row["change"] = sum(change for (change,) in changes) / len(changes)
-            row["change_low"], row["change_high"] = cluster_bootstrap(changes)
-            row["same"] = sum(a.place == b.place for a, b in zip(now, before, strict=True)) / len(now)
+            row["change"], row["change_low"], row["change_high"] = mean_with_interval(changes)
+            row["same"] = mean([a.place == b.place for a, b in zip(now, before, strict=True)])
         rows.append(row)
     return rows

@@ -34,6 +34,19 @@ def cluster_bootstrap(
     return float(low), float(high)
 
 
+def mean_with_interval(clusters: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """The mean over the values of all clusters, and the 95 % interval of `cluster_bootstrap`."""
+    return mean([value for cluster in clusters for value in cluster]), *cluster_bootstrap(clusters)
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def mean_if_any(values: Sequence[float]) -> float | None:
+    return mean(values) if values else None
+
+
 def paired_bootstrap(
     one: Sequence[Sequence[float]], other: Sequence[Sequence[float]], *, n_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:

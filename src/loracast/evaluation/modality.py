@@ -29,20 +29,15 @@ from loracast.encoders.features import Features
 from loracast.errors import ConfigError
 from loracast.evaluation.choice import negative_log_likelihood
 from loracast.evaluation.intervals import wilson
-from loracast.evaluation.report import Progress, Report, ReportWriter, interval, no_progress, number, percent, text
+from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 from loracast.hypernets.protocol import Caster
 from loracast.lora.algebra import LoRA
 from loracast.training.modality_source import Attribute, encode, encoded, wordings
 
-COLUMNS = (
-    text("part", "part"),
-    text("label", "what answers"),
-    number("n", "n"),
-    percent("accuracy", "right %"),
-    interval("low", "high", "95 %"),
-    percent("chance", "chance %"),
-    percent("of_probe", "of the probe's %"),
-)
+COLUMNS = columns(
+    part="part", label="what answers", n=("n", 0), accuracy=("right %", "%"), low=("95 %", "interval"),
+    chance=("chance %", "%"), of_probe=("of the probe's %", "%"),
+)  # fmt: skip
 TRAINED, HELD_OUT, ALL = "classes trained on", "held-out classes", "held-out classes, all names"
 LABELS = {
     "adapter": "its LoRA, the likeliest name",

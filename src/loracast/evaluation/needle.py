@@ -6,23 +6,20 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from loracast.base.chat import encode_with_offsets
+from loracast.data.haystack import Haystack, Sample
 from loracast.data.needles import make_needles
 from loracast.data.rows import read_content, read_texts
-from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation import plots
-from loracast.evaluation.baseline import check_names
-from loracast.evaluation.documents import DocumentCase, DocumentSetup
-from loracast.evaluation.haystack import Haystack, Sample
+from loracast.evaluation.baseline import check_positive
+from loracast.evaluation.documents import DocumentCase
 from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.report import Progress, Report, ReportWriter, no_progress, number
+from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 from loracast.evaluation.runner import Answered
-from loracast.evaluation.synthetic import ANSWER_COLUMNS, BASELINES, Series, answers_exactly, evaluate_sizes
-from loracast.library.routing import DEFAULT_ROUTE
-from loracast.lora.quantize import DEFAULT_STORAGE, Storage
+from loracast.evaluation.synthetic import ANSWER_COLUMNS, Series, SyntheticConfig, answers_exactly, evaluate_sizes
 from loracast.model import Model
 
 LONG = 8192
@@ -33,11 +30,11 @@ N_DEPTH_BINS = 5
 _TOKENS_PER_GROUP = 65_536  # documents that are in memory at once
 _GOLDEN = 0.6180339887498949
 
-COLUMNS = (number("length", "tokens"), number("chunks", "chunks", 1), *ANSWER_COLUMNS)
+COLUMNS = (*columns(length=("tokens", 0), chunks=("chunks", 1)), *ANSWER_COLUMNS)
 
 
 @dataclass(frozen=True)
-class NeedleConfig:
+class NeedleConfig(SyntheticConfig):
     """What `loracast eval needle` measures."""
 
     texts: tuple[str, ...]
@@ -54,30 +51,15 @@ class NeedleConfig:
     """Where needles go, in turn (0 is the beginning, 1 the end); uniform over the document if empty."""
     kind: str = "number4"
     """Kind of the value (number4, word, person ... in content/needles.toml); any draws one for each needle."""
-    route: int = DEFAULT_ROUTE
-    """Chunks that a question is given when routed."""
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-    """Longest chunk, in tokens."""
-    storage: Storage = DEFAULT_STORAGE
-    """Storage of the factors."""
-    baselines: tuple[str, ...] = tuple(BASELINES)
-    """Baselines to run."""
-    split: Literal["dev", "test"] = "test"
-    """Split of the wordings: `dev` to choose between settings, `test` for figures that are reported."""
-    seed: int = 0
-    """Seed of documents, needles and questions."""
-    budget_s: float | None = None
-    """Stop drawing documents after this many seconds, shared among the lengths; `n` counts them."""
 
     def __post_init__(self) -> None:
-        check_names(self.baselines, BASELINES)
+        super().__post_init__()
+        check_positive(self, "samples", "samples_long", "samples_window", "lengths")
         kinds = sorted(read_content("needles")["kinds"])
         problems = [f"a length of {n} tokens is too short for a needle" for n in self.lengths if n < 64]
         problems += [f"a depth of {d} is outside 0..1" for d in self.depths if not 0 <= d <= 1]
         if self.kind not in ("any", *kinds):
             problems.append(f"unknown kind of value {self.kind!r} (one of {', '.join(kinds)})")
-        if min(self.samples, self.samples_long, self.samples_window, self.route) < 1 or not self.lengths:
-            problems.append("samples, route and lengths must be at least 1")
         if problems:
             raise ConfigError("cannot evaluate needles: " + "; ".join(problems))
 
@@ -92,11 +74,10 @@ class NeedleConfig:
 def evaluate_needle(model: Model, config: NeedleConfig, out: Path, progress: Progress = no_progress) -> Report:
     """Run the evaluation; tables and answers are in `out` after every length, pictures at the end."""
     plots.require_matplotlib()
-    setup = DocumentSetup(model, config.route)
     haystack = Haystack(read_texts(config.texts), lambda text: encode_with_offsets(model.base.tokenizer, text))
     writer = ReportWriter(out, "needle", COLUMNS, config, model.base, model.documents.id)
     series = [_series(model, config, haystack, length) for length in config.lengths]
-    report = evaluate_sizes(setup, config.baselines, writer, "length", series, _by_depth, config.budget_s, progress)
+    report = evaluate_sizes(model, config, writer, "length", series, _by_depth, progress)
     if adapters := [name for name in ("routed", "merged") if name in config.baselines]:
         plots.heat_map(out / "heatmap.png", report.rows, adapters)
     plots.by_length(out / "exact-match.png", report.rows)
@@ -115,7 +96,7 @@ def _series(model: Model, config: NeedleConfig, haystack: Haystack, length: int)
 
     def make(i: int) -> tuple[Sample, InMemoryAdapter]:
         sample = make_sample(config, haystack, length, i)
-        return sample, InMemoryAdapter(model, sample.text, "", config.chunk_tokens, config.storage)
+        return sample, config.adapter(model, sample.text)
 
     def cases(sample: Sample, document: InMemoryAdapter, other: InMemoryAdapter) -> list[DocumentCase]:
         needle, chunk = sample.needles[0], document.chunk_at(sample.answer_places[0])

@@ -16,18 +16,13 @@ import numpy as np
 from loracast.data.answer_metrics import normalise
 from loracast.data.tasks import Example, read_tasks
 from loracast.errors import ConfigError
-from loracast.evaluation.report import Progress, Report, ReportWriter, no_progress, number, percent, text
+from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 
-COLUMNS = (
-    text("task", "held-out task"),
-    number("n", "test rows"),
-    percent("same", "same row %"),
-    percent("same_input", "same input %"),
-    percent("near_input", "near input %"),
-    text("near_task", "most of them in"),
-    number("description", "nearest description", 2),
-    text("description_task", "which is of"),
-)
+COLUMNS = columns(
+    task="held-out task", n=("test rows", 0), same=("same row %", "%"), same_input=("same input %", "%"),
+    near_input=("near input %", "%"), near_task="most of them in", description=("nearest description", 2),
+    description_task="which is of",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

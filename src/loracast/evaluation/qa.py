@@ -13,27 +13,16 @@ from typing import Any
 
 from loracast.base.generate import Sampling
 from loracast.data.answer_metrics import best, exact_match, rouge_l, token_f1
-from loracast.data.qa import QuestionedDocument, read_questioned
-from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
+from loracast.data.qa import QuestionedDocument
 from loracast.errors import ConfigError
-from loracast.evaluation.baseline import Baseline, choose_baselines
-from loracast.evaluation.documents import DocumentCase, DocumentSetup
+from loracast.evaluation.baseline import Baseline, check_positive, choose_baselines
+from loracast.evaluation.documents import DocumentCase, DocumentSetup, QuestionedConfig, RoutedConfig
 from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.intervals import cluster_bootstrap
+from loracast.evaluation.intervals import mean, mean_if_any, mean_with_interval
 from loracast.evaluation.peak import peak_memory
 from loracast.evaluation.qa_baselines import BASELINES
-from loracast.evaluation.report import (
-    Progress,
-    Report,
-    ReportWriter,
-    change,
-    interval,
-    no_progress,
-    number,
-    percent,
-    text,
-)
-from loracast.evaluation.runner import Answered, Deadline, ask, groups, warm_up
+from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
+from loracast.evaluation.runner import Answered, Deadline, ask, figures, groups, warm_up
 from loracast.lora.algebra import LoRA
 from loracast.model import Model
 
@@ -44,34 +33,19 @@ MAX_NEW_TOKENS = 32
 _DOCUMENTS_PER_GROUP = 16
 _N_TIMED = 3
 
-COLUMNS = (
-    text("part", "documents"),
-    text("label", "what answers"),
-    number("documents", "n"),
-    number("n", "questions"),
-    percent("exact", "exact %"),
-    percent("f1", "F1 %"),
-    interval("f1_low", "f1_high", "95 %"),
-    percent("rouge_l", "ROUGE-L %"),
-    percent("of_window", "% of window"),
-    percent("of_ceiling", "% of ceiling"),
-    change("difference", "adapter minus it (95 %)"),
-    number("prompt_tokens", "prompt tokens"),
-    number("update_s", "update s", 2),
-    number("answer_s", "answer s", 2),
-    number("update_mib", "update MiB"),
-    number("answer_mib", "answer MiB"),
-)
+COLUMNS = columns(
+    part="documents", label="what answers", documents=("n", 0), n=("questions", 0), exact=("exact %", "%"),
+    f1=("F1 %", "%"), f1_low=("95 %", "interval"), rouge_l=("ROUGE-L %", "%"), of_window=("% of window", "%"),
+    of_ceiling=("% of ceiling", "%"), difference=("adapter minus it (95 %)", "change"),
+    prompt_tokens=("prompt tokens", 0), update_s=("update s", 2), answer_s=("answer s", 2),
+    update_mib=("update MiB", 0), answer_mib=("answer MiB", 0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class QaConfig:
+class QaConfig(QuestionedConfig, RoutedConfig):
     """What `loracast eval qa` measures."""
 
-    documents: tuple[str, ...] = ()
-    """Files of documents with questions."""
-    sources: tuple[str, ...] = ()
-    """Sources to take of rows with a `source` field; all if empty."""
     max_documents: int = 200
     """Most documents of each source, drawn at random."""
     max_questions: int | None = None
@@ -80,22 +54,12 @@ class QaConfig:
     """Ask only questions whose answer stands in the document."""
     baselines: tuple[str, ...] = ()
     """Baselines to run; if empty, all but the optional ones."""
-    route: int = 2
-    """Chunks that a question is given."""
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-    """Longest chunk of an adapter, in tokens."""
-    split: str = "test"
-    """Split to take of rows with a `split` field."""
-    seed: int = 0
-    """Seed of the draw of documents and questions."""
     budget_s: float | None = None
     """Begin no further documents after this many seconds; the table shows how many there were."""
 
     def __post_init__(self) -> None:
-        if not self.documents:
-            raise ConfigError("no documents: give a file of documents with questions (--documents FILE)")
-        if min(self.max_documents, self.max_questions or 1, self.route) < 1:
-            raise ConfigError("max_documents, max_questions and route must be at least 1")
+        super().__post_init__()
+        check_positive(self, "max_documents", "max_questions", "route")
 
 
 @dataclass
@@ -164,9 +128,8 @@ def draw(report: Report, out: Path) -> None:
 
 def choose(config: QaConfig) -> list[QuestionedDocument]:
     """Draw the documents and their questions, source by source. Raises ConfigError where none is left."""
-    documents = read_questioned(config.documents, config.sources, config.split)
     chosen: list[QuestionedDocument] = []
-    for source, of_source in _by_source(sorted(documents, key=lambda document: document.source)):
+    for source, of_source in _by_source(sorted(config.read(), key=lambda document: document.source)):
         rng = random.Random(f"{config.seed}/{source}")
         some = rng.sample(of_source, min(config.max_documents, len(of_source)))
         for document in some:
@@ -261,39 +224,34 @@ def _rows(part: str, scored: Sequence[Scored], tally: Tally, kind: str) -> list[
     by_baseline: dict[str, list[Scored]] = {}
     for s in scored:
         by_baseline.setdefault(s.answered.baseline, []).append(s)
-    f1 = {name: _mean([s.f1 for s in some]) for name, some in by_baseline.items()}
+    f1 = {name: mean([s.f1 for s in some]) for name, some in by_baseline.items()}
     rows = []
     for name, some in by_baseline.items():
         by_document = _by_document(some)
-        low, high = cluster_bootstrap(list(by_document.values()))
-        timed = [s.answered.answer_s for s in some if s.answered.answer_s is not None]
-        peaks = [s.answered.answer_mib for s in some if s.answered.answer_mib is not None]
+        _, low, high = mean_with_interval(list(by_document.values()))
         row: dict[str, Any] = {
             "kind": kind,
             "part": part,
             "baseline": name,
             "label": BASELINES[name].label,
             "documents": len(by_document),
-            "n": len(some),
-            "exact": _mean([s.exact for s in some]),
+            **figures([s.answered for s in some]),
+            "exact": mean([s.exact for s in some]),
             "f1": f1[name],
             "f1_low": low,
             "f1_high": high,
-            "rouge_l": _mean([s.rouge_l for s in some]),
+            "rouge_l": mean([s.rouge_l for s in some]),
             "of_window": f1[name] / f1["window"] if f1.get("window") else None,
             "of_ceiling": f1[name] / f1["ceiling"] if f1.get("ceiling") else None,
-            "document_tokens": _mean([s.case.document.n_tokens for s in some]),
-            "prompt_tokens": _mean([s.answered.n_prompt_tokens for s in some]),
-            "update_s": _mean(tally.update_s[name]) if tally.update_s.get(name) else None,
-            "answer_s": _mean(timed) if timed else None,
+            "document_tokens": mean([s.case.document.n_tokens for s in some]),
+            "update_s": mean_if_any(tally.update_s[name]),
             "update_mib": tally.update_mib.get(name),
-            "answer_mib": max(peaks) if peaks else None,
         }
         if "adapter" in by_baseline and name != "adapter":
             mine = _by_document(by_baseline["adapter"])
             gains = [[x - y for x, y in zip(mine[key], by_document[key], strict=True)] for key in mine]
             row["difference"] = f1["adapter"] - f1[name]
-            row["difference_low"], row["difference_high"] = cluster_bootstrap(gains)
+            _, row["difference_low"], row["difference_high"] = mean_with_interval(gains)
         rows.append(row)
     return rows
 
@@ -304,10 +262,6 @@ def _by_document(scored: Sequence[Scored]) -> dict[str, list[float]]:
     for s in scored:
         scores[s.case.doc_id].append(s.f1)
     return scores
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _line(s: Scored) -> dict[str, Any]:

@@ -12,13 +12,9 @@ from loracast.evaluation.distilled import N_QUESTIONS, learn_distilled, request_
 from loracast.evaluation.documents import (
     DocumentCase,
     DocumentSetup,
-    both,
-    learn_both,
-    learn_other,
-    learn_own,
+    adapter,
+    learn,
     no_document,
-    routed,
-    routed_other,
     static,
     whole,
     with_text,
@@ -66,10 +62,12 @@ def _ceiling(setup: DocumentSetup, case: DocumentCase) -> Request:
 
 
 BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
-    "adapter": Baseline("adapter", routed, learn_own),
+    "adapter": Baseline("adapter", adapter("document"), learn("document")),
     "none": Baseline("no document", no_document),
-    "other": Baseline("another's adapter", routed_other, learn_other),
-    "beside": Baseline("adapter beside another's", both, learn_both, is_optional=True),
+    "other": Baseline("another's adapter", adapter("other"), learn("other")),
+    "beside": Baseline(
+        "adapter beside another's", adapter("document", "other"), learn("document", "other"), is_optional=True
+    ),
     "shared": Baseline("shared part alone", static),
     "window": Baseline("in the window", whole(PROMPTS[BEST])),
     **{

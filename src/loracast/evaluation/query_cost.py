@@ -19,11 +19,13 @@ from loracast.base.generate import Sampling, answer
 from loracast.data.rows import read_texts
 from loracast.data.tasks import Example
 from loracast.errors import ConfigError
+from loracast.evaluation.benchmarks import TasksFrom
 from loracast.evaluation.flops import QueryFlops, counted
 from loracast.evaluation.plots import costs, require_matplotlib
-from loracast.evaluation.report import Progress, Report, ReportWriter, no_progress, number, text
+from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
+from loracast.evaluation.runner import in_turn
 from loracast.evaluation.task_baselines import ADAPTER, BASELINES, Drawn, TaskCase, TaskSetup
-from loracast.evaluation.tasks import TasksConfig, draw, read_all
+from loracast.evaluation.tasks import draw
 from loracast.scoring.episodes import common_prefix
 
 DOCUMENT = "document"
@@ -34,34 +36,19 @@ LABELS = {
 _MOST_NEW_TOKENS = 128
 _ALL = "(mean)"
 
-COLUMNS = (
-    text("task", "task"),
-    text("label", "what answers"),
-    number("prompt_tokens", "prompt tokens", 1),
-    number("new_tokens", "new tokens", 1),
-    number("gflops", "GFLOP", 2),
-    number("flops_ratio", "x adapter", 2),
-    number("gflops_kept", "GFLOP, beginning kept", 2),
-    number("kept_ratio", "x adapter", 2),
-    number("first_token_s", "first token s", 4),
-    number("total_s", "total s", 4),
-    number("cache_kib", "KV cache KiB"),
-    number("joules", "joules", 2),
-    number("break_even", "adapter pays after, queries"),
-    number("break_even_s", "by time"),
-)
+COLUMNS = columns(
+    task="task", label="what answers", prompt_tokens=("prompt tokens", 1), new_tokens=("new tokens", 1),
+    gflops=("GFLOP", 2), flops_ratio=("x adapter", 2), gflops_kept=("GFLOP, beginning kept", 2),
+    kept_ratio=("x adapter", 2), first_token_s=("first token s", 4), total_s=("total s", 4),
+    cache_kib=("KV cache KiB", 0), joules=("joules", 2), break_even=("adapter pays after, queries", 0),
+    break_even_s=("by time", 0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class CostConfig:
+class CostConfig(TasksFrom):
     """What `loracast eval cost` measures."""
 
-    tasks: str | None = None
-    """A folder of task files, or a file of examples."""
-    benchmarks: tuple[str, ...] = ()
-    """Files of benchmarks, in place of tasks."""
-    heldout: bool = True
-    """Take the tasks that no training has seen; or else those of the training."""
     queries: int = 4
     """Queries of each task, asked of every baseline in turn."""
     texts: tuple[str, ...] = ()
@@ -74,6 +61,7 @@ class CostConfig:
     """Seed of descriptions, examples and queries."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.queries < 1 or self.watts <= 0:
             raise ConfigError("queries must be at least 1 and watts above 0")
 
@@ -88,14 +76,13 @@ def evaluate_cost(setup: TaskSetup, config: CostConfig, out: Path, progress: Pro
         raise ConfigError("the cost of an adapter needs a text-to-LoRA hypernetwork (--hypernetwork)")
     require_matplotlib()
     writer = ReportWriter(out, "cost of a query", COLUMNS, config, setup.base, setup.caster.caster.id)
-    settings = TasksConfig(config.tasks, config.benchmarks, config.heldout, seeds=(config.seed,))
-    tasks = read_all(settings)
+    tasks = config.read()
     formula = QueryFlops.of(setup.base.model.config)
     rows: list[dict[str, Any]] = []
     document = _document(setup, config)
-    _measure(setup, formula, draw(tasks, 0, config.seed, settings), document, replace(config, queries=1))  # to warm up
+    _measure(setup, formula, draw(tasks, 0, config.seed), document, replace(config, queries=1))  # to warm up
     for i in range(len(tasks)):
-        rows += _measure(setup, formula, draw(tasks, i, config.seed, settings), document, config)
+        rows += _measure(setup, formula, draw(tasks, i, config.seed), document, config)
         progress(i + 1, len(tasks))
     means = [
         _mean_of([row for row in rows if row["baseline"] == name])
@@ -139,7 +126,7 @@ def _measure(
     n_kept = {name: common_prefix(some) if len(some) > 1 else 0 for name, some in prompts.items()}
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for i, n_new in enumerate(lengths):
-        for name in (*names[i % len(names) :], *names[: i % len(names)]):  # in turn the first
+        for name in in_turn(names, i):
             prompt = prompts[name][i]
             with_lora = lora if name == ADAPTER else None
             done = answer(base, prompt, with_lora, Sampling(max_new_tokens=n_new, min_new_tokens=n_new))

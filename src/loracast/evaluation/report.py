@@ -37,35 +37,29 @@ class Column:
     form: Callable[[Row], str]
 
 
-def number(key: str, header: str, digits: int = 0) -> Column:
-    """A column of figures with so many digits behind the point; a dash where a row has none."""
-    return Column(header, lambda row: "-" if row.get(key) is None else f"{row[key]:,.{digits}f}")
+_FORMS: dict[str, Callable[[Row, str], str]] = {
+    "text": lambda row, key: str(row[key]),
+    "%": lambda row, key: f"{100 * row[key]:.1f}",
+    "interval": lambda row, key: f"{100 * row[key]:.1f} - {100 * row[key.removesuffix('low') + 'high']:.1f}",
+    "change": lambda row, key: "{:+.1f} ({:+.1f} to {:+.1f})".format(
+        *(100 * row[key + end] for end in ("", "_low", "_high"))
+    ),
+}
 
 
-def percent(key: str, header: str) -> Column:
-    """A column of shares in per cent; a dash where a row has none."""
-    return Column(header, lambda row: "-" if row.get(key) is None else f"{100 * row[key]:.1f}")
+def columns(**given: str | tuple[str, int | str]) -> tuple[Column, ...]:
+    """The columns of a table, each by the key of its figure in a row; a dash stands where a row has none.
 
+    `key="header"` is a column of text, `key=("header", 2)` one of numbers with two digits behind the point. In place of
+    the digits, "%" makes shares in per cent, "interval" 95 % intervals (for a key that ends with "low", up to the same
+    key with "high"), and "change" differences in points with their interval.
+    """
 
-def text(key: str, header: str) -> Column:
-    """A column of text; a dash where a row has none."""
-    return Column(header, lambda row: str(row.get(key, "-")))
+    def column(key: str, header: str, kind: int | str = "text") -> Column:
+        form = (lambda row, key: f"{row[key]:,.{kind}f}") if isinstance(kind, int) else _FORMS[kind]
+        return Column(header, lambda row: "-" if row.get(key) is None else form(row, key))
 
-
-def interval(low: str, high: str, header: str) -> Column:
-    """A column of intervals in per cent."""
-    return Column(header, lambda row: f"{100 * row[low]:.1f} - {100 * row[high]:.1f}")
-
-
-def change(key: str, header: str) -> Column:
-    """A column of differences in points, each with its 95 % interval; a dash where a row has none."""
-
-    def form(row: Row) -> str:
-        if row.get(key) is None:
-            return "-"
-        return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * row[f"{key}{end}"] for end in ("", "_low", "_high")))
-
-    return Column(header, form)
+    return tuple(column(key, *([one] if isinstance(one, str) else one)) for key, one in given.items())
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from loracast.base.generate import Sampling, answer, answer_batch
 from loracast.base.load import Base
 from loracast.evaluation.baseline import Baseline, Case, LoRASource, Request
 from loracast.evaluation.in_memory import InMemoryAdapter
+from loracast.evaluation.intervals import mean, mean_if_any
 from loracast.evaluation.peak import peak_memory
 from loracast.lora.algebra import LoRA
 
@@ -78,35 +79,25 @@ def ask(
     answered: list[Answered[Case]] = []
     for name, asked in cases.items():
         for case, request in zip(asked[:n_timed], requests[name], strict=False):
-            timed = _ask_one(setup, name, baselines[name], case, sampling)
+            with peak_memory() as peak:
+                timed = ask_one(setup, name, baselines[name], case, sampling)
             known[request] = timed.text
-            answered.append(timed)
+            answered.append(replace(timed, answer_mib=peak.above_mib))
         rest = list(zip(asked, requests[name], strict=True))[n_timed:]
         _answer_new(setup.base, [request for _, request in rest], sampling, known)
         answered += [Answered(name, case, known[r], len(r.prompt), r.found) for case, r in rest]
     return answered
 
 
-def _ask_one(
-    setup: Setup, name: str, baseline: Baseline[Setup, Case], case: Case, sampling: Sampling
-) -> Answered[Case]:
+def ask_one(setup: Setup, name: str, baseline: Baseline[Setup, Case], case: Case, sampling: Sampling) -> Answered[Case]:
     """Ask one question as a user would, and time it."""
-    with peak_memory() as peak:
-        started = time.perf_counter()
-        request = baseline.request(setup, case)
-        (lora,) = made(setup.base, [request])
-        prepared_s = time.perf_counter() - started
-        said = answer(setup.base, request.prompt, lora, sampling)
-    return Answered(
-        name,
-        case,
-        said.text,
-        len(request.prompt),
-        request.found,
-        prepared_s + said.first_token_s,
-        prepared_s + said.total_s,
-        peak.above_mib,
-    )
+    started = time.perf_counter()
+    request = baseline.request(setup, case)
+    (lora,) = made(setup.base, [request])
+    prepared_s = time.perf_counter() - started
+    said = answer(setup.base, request.prompt, lora, sampling)
+    seconds = prepared_s + said.first_token_s, prepared_s + said.total_s
+    return Answered(name, case, said.text, len(request.prompt), request.found, *seconds)
 
 
 def _answer_new(base: Base, requests: Sequence[Request], sampling: Sampling, known: dict[Request, str]) -> None:
@@ -142,6 +133,19 @@ def batches(requests: Sequence[Request]) -> Iterator[list[Request]]:
         batch.append(request)
     if batch:
         yield batch
+
+
+def figures(answered: Sequence[Answered[Case]]) -> dict[str, Any]:
+    """What the answers of one baseline took: means over them, of seconds over those that were timed."""
+    peaks = [a.answer_mib for a in answered if a.answer_mib is not None]
+    return {
+        "n": len(answered),
+        "prompt_tokens": mean([a.n_prompt_tokens for a in answered]),
+        "n_timed": len(peaks),
+        "first_token_s": mean_if_any([a.first_token_s for a in answered if a.first_token_s is not None]),
+        "answer_s": mean_if_any([a.answer_s for a in answered if a.answer_s is not None]),
+        "answer_mib": max(peaks, default=None),
+    }
 
 
 class Deadline:
@@ -181,6 +185,11 @@ def groups(
         for _, document in made[:-1]:
             document.close()
     ahead[1].close()
+
+
+def in_turn(names: Sequence[T], i: int) -> list[T]:
+    """The names in turn from the i-th on: the first finds the caches cold, and each is so once."""
+    return [*names[i % len(names) :], *names[: i % len(names)]]
 
 
 def warm_up(base: Base) -> None:

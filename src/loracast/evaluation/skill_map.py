@@ -20,18 +20,13 @@ from loracast.cast.task import TaskCaster
 from loracast.data.tasks import DescriptionKind, read_tasks
 from loracast.errors import ConfigError, LoracastError
 from loracast.evaluation.plots import require_matplotlib, skills
-from loracast.evaluation.report import Report, ReportWriter, number, text
+from loracast.evaluation.report import Report, ReportWriter, columns
 from loracast.lora.algebra import stack
 
-COLUMNS = (
-    text("label", "what is compared"),
-    number("n", "descriptions"),
-    number("n_tasks", "tasks"),
-    number("n_groups", "families"),
-    number("by_task", "silhouette by task", 3),
-    number("by_group", "by family", 3),
-    number("by_group_by_chance", "by family, by chance", 3),
-)
+COLUMNS = columns(
+    label="what is compared", n=("descriptions", 0), n_tasks=("tasks", 0), n_groups=("families", 0),
+    by_task=("silhouette by task", 3), by_group=("by family", 3), by_group_by_chance=("by family, by chance", 3),
+)  # fmt: skip
 
 _N_DEALS = 100
 

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from loracast.base.chat import ChatFormat
 from loracast.base.generate import Sampling
 from loracast.data.answer_metrics import has_value, is_exact
-from loracast.evaluation.baseline import Baseline, Request, check_names
+from loracast.evaluation.baseline import Baseline, Request, check_names, check_positive
 from loracast.evaluation.documents import (
     DocumentCase,
     DocumentSetup,
-    merged,
+    RoutedConfig,
+    adapter,
     no_document,
-    routed,
-    routed_other,
     whole,
     with_text,
 )
 from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.intervals import wilson
-from loracast.evaluation.report import Progress, Report, ReportWriter, interval, number, percent, text
-from loracast.evaluation.runner import Answered, Deadline, ask, groups, warm_up
-from loracast.model import ASK_SYSTEM_TURN
+from loracast.evaluation.intervals import mean, mean_if_any, wilson
+from loracast.evaluation.report import Progress, Report, ReportWriter, columns
+from loracast.evaluation.runner import Answered, Deadline, ask, figures, groups, warm_up
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage
+from loracast.model import ASK_SYSTEM_TURN, Model
 
 T = TypeVar("T")
 
@@ -41,17 +41,11 @@ _WINDOW_EXAMPLE = (
 # A worked example of document, question and answer: without one the base never answers with the bare value.
 # Of some fifteen prompts tried on SmolLM2-135M none had more exact matches (docs/evaluation.md).
 
-ANSWER_COLUMNS = (
-    text("label", "what answers"),
-    number("n", "n"),
-    percent("exact", "exact %"),
-    interval("exact_low", "exact_high", "95 %"),
-    percent("has_value", "in answer %"),
-    percent("recall", "picked %"),
-    number("prompt_tokens", "prompt tokens"),
-    number("first_token_s", "first token s", 3),
-    number("answer_s", "answer s", 3),
-)
+ANSWER_COLUMNS = columns(
+    label="what answers", n=("n", 0), exact=("exact %", "%"), exact_low=("95 %", "interval"),
+    has_value=("in answer %", "%"), recall=("picked %", "%"), prompt_tokens=("prompt tokens", 0),
+    first_token_s=("first token s", 3), answer_s=("answer s", 3),
+)  # fmt: skip
 
 
 def window_prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
@@ -80,14 +74,36 @@ def passages(k: int | None) -> Callable[[DocumentSetup, DocumentCase], Request]:
 
 
 BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
-    "merged": Baseline("adapter, one LoRA of all chunks (merged)", merged),
-    "routed": Baseline("adapter, routed {route}", routed),
+    "merged": Baseline("adapter, one LoRA of all chunks (merged)", adapter("document", is_routed=False)),
+    "routed": Baseline("adapter, routed {route}", adapter("document")),
     "none": Baseline("no document", no_document),
-    "other": Baseline("another document's adapter", routed_other),
+    "other": Baseline("another document's adapter", adapter("other")),
     "window": Baseline("in the window", whole(window_prompt)),
     "bm25": Baseline("BM25 passage in the window", passages(1)),
     "bm25k": Baseline("BM25 {route} passages in the window", passages(None)),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticConfig(RoutedConfig):
+    """Settings that the needle and the facts experiment share."""
+
+    storage: Storage = DEFAULT_STORAGE
+    """Storage of the factors."""
+    baselines: tuple[str, ...] = tuple(BASELINES)
+    """Baselines to run."""
+    split: Literal["dev", "test"] = "test"
+    """Split of wordings and entities: `dev` to choose between settings, `test` for figures that are reported."""
+    budget_s: float | None = None
+    """Stop drawing documents after this many seconds, shared among the sizes; `n` shows how far it came."""
+
+    def __post_init__(self) -> None:
+        check_names(self.baselines, BASELINES)
+        check_positive(self, "route")
+
+    def adapter(self, model: Model, text: str, title: str = "") -> InMemoryAdapter:
+        """Learn a document as these settings say."""
+        return InMemoryAdapter(model, text, title, self.chunk_tokens, self.storage)
 
 
 @dataclass(frozen=True)
@@ -107,13 +123,12 @@ class Series(Generic[T]):
 
 
 def evaluate_sizes(
-    setup: DocumentSetup,
-    names: Sequence[str],
+    model: Model,
+    config: SyntheticConfig,
     writer: ReportWriter,
     size_key: str,
     series: Sequence[Series[T]],
     rows_of: Callable[[Sequence[Answered[DocumentCase]]], dict[str, Any]],
-    budget_s: float | None,
     progress: Progress,
 ) -> Report:
     """Ask every baseline every question, size by size; tables and answers are written after every size.
@@ -121,14 +136,14 @@ def evaluate_sizes(
     Args:
         size_key: what a size is called in the rows.
         rows_of: the figures of one baseline at one size, besides those of `answer_row`.
-        budget_s: time for all sizes together.
     """
-    deadline, rows = Deadline(budget_s), list[dict[str, Any]]()
+    setup = DocumentSetup(model, config.route)
+    deadline, rows = Deadline(config.budget_s), list[dict[str, Any]]()
     total, n_before = sum(one.n for one in series), 0
     warm_up(setup.base)
     for place, one in enumerate(series):
         answered: list[Answered[DocumentCase]] = []
-        for n_done, some in _ask(setup, names, one, deadline.share(len(series) - place)):
+        for n_done, some in _ask(setup, config.baselines, one, deadline.share(len(series) - place)):
             answered += some
             progress(n_before + n_done, total)
         n_before += one.n
@@ -159,27 +174,20 @@ def _ask(
 
 def answer_row(setup: DocumentSetup, answered: Sequence[Answered[DocumentCase]]) -> dict[str, Any]:
     """The figures of one baseline over its answers, and the mean size of their documents."""
-    n = len(answered)
-    n_exact = sum(answers_exactly(a) for a in answered)
-    low, high = wilson(n_exact, n)
-    picks = [a.found for a in answered if a.found is not None]
-    timed = [(a.first_token_s, a.answer_s) for a in answered if a.first_token_s is not None and a.answer_s is not None]
+    hits = [answers_exactly(a) for a in answered]
+    low, high = wilson(sum(hits), len(hits))
     documents = list(dict.fromkeys(a.case.document for a in answered))
     return {
         "baseline": answered[0].baseline,
         "label": BASELINES[answered[0].baseline].label.format(route=setup.route),
-        "n": n,
-        "exact": n_exact / n,
+        **figures(answered),
+        "exact": mean(hits),
         "exact_low": low,
         "exact_high": high,
-        "has_value": sum(has_value(a.text, a.case.answers[0]) for a in answered) / n,
-        "recall": sum(picks) / len(picks) if picks else None,
-        "prompt_tokens": sum(a.n_prompt_tokens for a in answered) / n,
-        "n_timed": len(timed),
-        "first_token_s": sum(first for first, _ in timed) / len(timed) if timed else None,
-        "answer_s": sum(whole for _, whole in timed) / len(timed) if timed else None,
-        "document_tokens": sum(document.n_tokens for document in documents) / len(documents),
-        "chunks": sum(len(document.chunks) for document in documents) / len(documents),
+        "has_value": mean([has_value(a.text, a.case.answers[0]) for a in answered]),
+        "recall": mean_if_any([a.found for a in answered if a.found is not None]),
+        "document_tokens": mean([document.n_tokens for document in documents]),
+        "chunks": mean([len(document.chunks) for document in documents]),
     }
 
 

@@ -16,11 +16,11 @@ from loracast.base.generate import Sampling
 from loracast.data.answer_metrics import is_right
 from loracast.data.tasks import DescriptionKind, Metric, Task
 from loracast.errors import ConfigError
-from loracast.evaluation.baseline import check_names, choose_baselines
-from loracast.evaluation.benchmarks import check_one_source, tasks_or_benchmarks
+from loracast.evaluation.baseline import check_names, check_positive, choose_baselines
+from loracast.evaluation.benchmarks import TasksFrom
 from loracast.evaluation.choice import Choice, likeliest
-from loracast.evaluation.intervals import paired_bootstrap
-from loracast.evaluation.report import Progress, Report, ReportWriter, change, no_progress, number, percent, text
+from loracast.evaluation.intervals import mean, mean_if_any, paired_bootstrap
+from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 from loracast.evaluation.runner import Answered, Deadline, ask, made
 from loracast.evaluation.task_baselines import ADAPTER, BASELINES, Drawn, TaskBaseline, TaskCase, TaskSetup
 from loracast.training.peft_training import ABOUT
@@ -28,32 +28,18 @@ from loracast.training.text import gibberish
 
 _LONGEST: dict[Metric, int] = {"exact": 32, "number": 256}
 
-COLUMNS = (
-    text("label", "what answers"),
-    number("n_tasks", "tasks"),
-    number("n", "rows"),
-    percent("exact", "exact %"),
-    percent("near", "near %"),
-    percent("far", "far %"),
-    percent("choice", "chosen %"),
-    percent("choice_by_byte", "by byte %"),
-    change("difference", "adapter minus it, points (95 %)"),
-    change("difference_near", "near"),
-    change("difference_far", "far"),
-    number("prompt_tokens", "prompt tokens"),
-)
+COLUMNS = columns(
+    label="what answers", n_tasks=("tasks", 0), n=("rows", 0), exact=("exact %", "%"), near=("near %", "%"),
+    far=("far %", "%"), choice=("chosen %", "%"), choice_by_byte=("by byte %", "%"),
+    difference=("adapter minus it, points (95 %)", "change"), difference_near=("near", "change"),
+    difference_far=("far", "change"), prompt_tokens=("prompt tokens", 0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class TasksConfig:
+class TasksConfig(TasksFrom):
     """What `loracast eval tasks` measures."""
 
-    tasks: str | None = None
-    """A folder of task files, or a file of examples."""
-    benchmarks: tuple[str, ...] = ()
-    """Files of benchmarks, in place of tasks."""
-    heldout: bool = True
-    """Take the tasks that no training has seen; or else those of the training."""
     descriptions: DescriptionKind = "heldout"
     """Kind of the descriptions."""
     rows: int = 50
@@ -70,14 +56,13 @@ class TasksConfig:
     """Begin no further task after this many seconds; the table shows how many there were."""
 
     def __post_init__(self) -> None:
-        check_one_source(self.tasks, self.benchmarks)
+        super().__post_init__()
         check_names(self.baselines or (), BASELINES)
-        if self.benchmarks and (not self.heldout or self.descriptions != "heldout"):
-            raise ConfigError(
-                "benchmarks are held out and have held-out descriptions; leave --trained and --descriptions out"
-            )
-        if self.baselines == () or not self.seeds or min(self.rows, self.max_new_tokens or 1) < 1:
-            raise ConfigError("baselines, seeds, rows and max_new_tokens must be at least one")
+        check_positive(self, "rows", "max_new_tokens")
+        if self.benchmarks and self.descriptions != "heldout":
+            raise ConfigError("benchmarks have held-out descriptions only: leave --descriptions out")
+        if self.baselines == () or not self.seeds:
+            raise ConfigError("baselines and seeds must be at least one")
 
 
 def evaluate_tasks(setup: TaskSetup, config: TasksConfig, out: Path, progress: Progress = no_progress) -> Report:
@@ -86,7 +71,7 @@ def evaluate_tasks(setup: TaskSetup, config: TasksConfig, out: Path, progress: P
     Raises:
         ConfigError: a baseline lacks what it needs, or there are too few tasks.
     """
-    tasks = _with_oracles(read_all(config), config, setup)
+    tasks = _with_oracles(config.read(config.descriptions), config, setup)
     baselines = _choose_baselines(config, setup, tasks)
     hypernetwork = setup.caster.caster.id if setup.caster else None
     writer = ReportWriter(out, "tasks", COLUMNS, config, setup.base, hypernetwork)
@@ -101,7 +86,7 @@ def evaluate_tasks(setup: TaskSetup, config: TasksConfig, out: Path, progress: P
         for name, baseline in baselines.items():
             by_seed: list[list[Scored]] = []
             for seed in config.seeds:
-                drawn = draw(tasks, i, seed, config)
+                drawn = draw(tasks, i, seed, config.descriptions)
                 if not by_seed or baseline.is_drawn:  # others answer as with the seed before
                     by_seed.append(_answer(setup, name, baseline, drawn, config))
                     writer.add_answers(_line(one, seed) for one in by_seed[-1])
@@ -134,38 +119,21 @@ class Tally:
     def add(self, by_seed: Sequence[Sequence[Scored]]) -> None:
         """Add the rows of another task, the same for each seed."""
         rows = list(zip(*by_seed, strict=True))
-        self.exact.append([_share([one.is_exact for one in row]) for row in rows])
+        self.exact.append([mean([one.is_exact for one in row]) for row in rows])
         for i, shares in enumerate((self.choice, self.choice_by_byte)):
-            shares.append([_share([one.choice[i] for one in row if one.choice]) for row in rows if row[0].choice])
+            shares.append([mean([one.choice[i] for one in row if one.choice]) for row in rows if row[0].choice])
         self.prompt_tokens += [one.answered.n_prompt_tokens for scored in by_seed for one in scored]
 
 
 def _choose_baselines(config: TasksConfig, setup: TaskSetup, tasks: Sequence[Task]) -> dict[str, TaskBaseline]:
     """The baselines that are asked for, or all that have what they need."""
-    drawn = [draw(tasks, i, 0, config) for i in range(len(tasks))]
+    drawn = [draw(tasks, i, 0, config.descriptions) for i in range(len(tasks))]
     missing = setup.missing()
     if any(d.other_description is None for d in drawn):
         missing["tasks"] = "for every task another one that is not related (of another `group`)"
     fewest = min(len(d.shots) for d in drawn)
     missing |= {f"{n} examples": f"{n} training examples of every task" for n in (3, 5) if n > fewest}
     return choose_baselines(BASELINES, config.baselines or (), missing)
-
-
-def read_all(config: TasksConfig) -> list[Task]:
-    """Read the tasks, or benchmarks, that a config asks for. Raises ConfigError where there is none."""
-    known = tasks_or_benchmarks(config.tasks, config.benchmarks)
-    tasks = [
-        task
-        for task in known
-        if task.is_heldout == config.heldout and task.test and task.descriptions.get(config.descriptions)
-    ]
-    if not tasks:
-        which = "held-out" if config.heldout else "training"
-        raise ConfigError(
-            f"{config.tasks or config.benchmarks} has no {which} task with test rows and descriptions of the kind "
-            f"{config.descriptions!r}"
-        )
-    return tasks
 
 
 def _with_oracles(tasks: list[Task], config: TasksConfig, setup: TaskSetup) -> list[Task]:
@@ -181,16 +149,16 @@ def _with_oracles(tasks: list[Task], config: TasksConfig, setup: TaskSetup) -> l
     return [task for task in tasks if task.name not in without]
 
 
-def draw(tasks: Sequence[Task], i: int, seed: int, config: TasksConfig) -> Drawn:
+def draw(tasks: Sequence[Task], i: int, seed: int, descriptions: DescriptionKind = "heldout") -> Drawn:
     """Draw description, examples and controls for one of the tasks."""
     task = tasks[i]
     rng = random.Random(f"{seed}/{task.name}")
     unrelated = [t for t in tasks if t is not task and (not t.group or t.group != task.group)]
     other = rng.choice(unrelated) if unrelated else None
     shots = rng.sample(task.train, min(5, len(task.train)))
-    description = rng.choice(task.descriptions[config.descriptions])
-    other_description = rng.choice(other.descriptions[config.descriptions]) if other else None
-    words = [word for t in tasks for text in t.descriptions[config.descriptions] for word in text.split()]
+    description = rng.choice(task.descriptions[descriptions])
+    other_description = rng.choice(other.descriptions[descriptions]) if other else None
+    words = [word for t in tasks for text in t.descriptions[descriptions] for word in text.split()]
     return Drawn(
         task,
         description,
@@ -229,9 +197,9 @@ def _choose(setup: TaskSetup, baseline: TaskBaseline, cases: Sequence[TaskCase])
 
 
 _KINDS: dict[str, Callable[[Task], bool]] = {
-    "": lambda task: True,
-    "_near": lambda task: task.is_near,
-    "_far": lambda task: not task.is_near,
+    "exact": lambda task: True,
+    "near": lambda task: task.is_near,
+    "far": lambda task: not task.is_near,
 }
 
 
@@ -239,45 +207,27 @@ def _rows(tasks: Sequence[Task], tallies: Mapping[str, Tally]) -> list[dict[str,
     """A row for each baseline over the tasks that are done."""
     rows = []
     for name, tally in tallies.items():
-        shares = [_share(hits) for hits in tally.exact]
+        shares = [mean(hits) for hits in tally.exact]
         row: dict[str, Any] = {
             "baseline": name,
             "label": BASELINES[name].label,
             "n_tasks": len(tasks),
             "n": sum(map(len, tally.exact)),
-            "exact": _mean(shares),
-            "near": _mean([share for share, task in zip(shares, tasks, strict=True) if task.is_near]),
-            "far": _mean([share for share, task in zip(shares, tasks, strict=True) if not task.is_near]),
-            "choice": _mean([_share(hits) for hits in tally.choice if hits]),
-            "choice_by_byte": _mean([_share(hits) for hits in tally.choice_by_byte if hits]),
-            "prompt_tokens": _mean(tally.prompt_tokens),
+            "choice": mean_if_any([mean(hits) for hits in tally.choice if hits]),
+            "choice_by_byte": mean_if_any([mean(hits) for hits in tally.choice_by_byte if hits]),
+            "prompt_tokens": mean_if_any(tally.prompt_tokens),
             "by_task": {task.name: share for task, share in zip(tasks, shares, strict=True)},
         }
-        if ADAPTER in tallies and name != ADAPTER:
-            for key, kept in _KINDS.items():
-                row[f"difference{key}"], row[f"difference{key}_low"], row[f"difference{key}_high"] = _paired(
-                    tallies[ADAPTER], tally, tasks, kept
+        for key, is_counted in _KINDS.items():
+            some = [i for i, task in enumerate(tasks) if is_counted(task)]
+            row[key] = mean_if_any([shares[i] for i in some])
+            if some and ADAPTER in tallies and name != ADAPTER:
+                gain = f"difference_{key}".removesuffix("_exact")
+                row[gain], row[f"{gain}_low"], row[f"{gain}_high"] = paired_bootstrap(
+                    [tallies[ADAPTER].exact[i] for i in some], [tally.exact[i] for i in some]
                 )
         rows.append(row)
     return rows
-
-
-def _paired(
-    one: Tally, other: Tally, tasks: Sequence[Task], kept: Callable[[Task], bool]
-) -> tuple[float | None, float | None, float | None]:
-    """The mean of the paired differences over some tasks, and its 95 % interval."""
-    some = [i for i, task in enumerate(tasks) if kept(task)]
-    if not some:
-        return None, None, None
-    return paired_bootstrap([one.exact[i] for i in some], [other.exact[i] for i in some])
-
-
-def _share(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return _share(values) if values else None
 
 
 def _line(scored: Scored, seed: int) -> dict[str, Any]:

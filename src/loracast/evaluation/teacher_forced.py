@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from loracast.errors import ConfigError
-from loracast.evaluation.intervals import cluster_bootstrap
-from loracast.evaluation.report import Progress, Report, ReportWriter, interval, no_progress, number, percent, text
+from loracast.evaluation.intervals import mean_with_interval
+from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 from loracast.lora.algebra import LoRABatch
 from loracast.model import Model
 from loracast.scoring.episodes import Batch, pack
@@ -24,16 +24,11 @@ from loracast.scoring.likelihood import score_answers
 from loracast.training.sources import KINDS, DataConfig, EpisodeKind, EpisodeSource
 
 LABELS = {"adapter": "its own LoRA", "other": "another document's LoRA", "none": "no LoRA"}
-COLUMNS = (
-    text("kind", "kind"),
-    text("label", "what answers"),
-    number("documents", "documents"),
-    number("questions", "questions"),
-    percent("exact", "all tokens right %"),
-    interval("exact_low", "exact_high", "95 %"),
-    percent("accuracy", "tokens right %"),
-    interval("low", "high", "95 %"),
-)
+COLUMNS = columns(
+    kind="kind", label="what answers", documents=("documents", 0), questions=("questions", 0),
+    exact=("all tokens right %", "%"), exact_low=("95 %", "interval"), accuracy=("tokens right %", "%"),
+    low=("95 %", "interval"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,6 +100,5 @@ def _row(kind: str, name: str, of_documents: Sequence[tuple[list[float], list[fl
     tokens, exact = ([document[i] for document in of_documents] for i in (0, 1))
     row: dict[str, Any] = {"kind": kind, "baseline": name, "label": LABELS[name], "documents": len(of_documents)}
     for key, low, high, clusters in (("exact", "exact_low", "exact_high", exact), ("accuracy", "low", "high", tokens)):
-        row[key] = sum(map(sum, clusters)) / max(1, sum(map(len, clusters)))
-        row[low], row[high] = cluster_bootstrap(clusters) if clusters else (0.0, 1.0)
+        row[key], row[low], row[high] = mean_with_interval(clusters) if any(clusters) else (0.0, 0.0, 1.0)
     return {**row, "questions": sum(map(len, exact))}

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 
 from loracast.base.chat import encode_with_offsets
-from loracast.data.qa import QuestionedDocument, read_questioned
-from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
+from loracast.data.qa import QuestionedDocument
 from loracast.errors import ConfigError
-from loracast.evaluation.baseline import Baseline, check_names
-from loracast.evaluation.documents import DocumentCase, DocumentSetup, merged, merged_other, no_document, whole
+from loracast.evaluation.baseline import Baseline, check_names, check_positive
+from loracast.evaluation.documents import DocumentCase, DocumentSetup, QuestionedConfig, adapter, no_document, whole
 from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.intervals import cluster_bootstrap
+from loracast.evaluation.intervals import mean_with_interval
 from loracast.evaluation.qa_prompts import PROMPTS
-from loracast.evaluation.report import Progress, Report, ReportWriter, interval, no_progress, number, percent, text
+from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 from loracast.evaluation.runner import Deadline, groups, made
 from loracast.lora.algebra import stack
 from loracast.model import Model
@@ -32,50 +31,33 @@ from loracast.training.episode_maker import CONTINUE, PASSAGE_TOKENS, split_pass
 
 _DOCUMENTS_PER_GROUP = 8
 
-COLUMNS = (
-    text("label", "what answers"),
-    number("documents", "documents"),
-    number("passages", "passages"),
-    number("tokens", "tokens"),
-    percent("accuracy", "token accuracy %"),
-    interval("low", "high", "95 %"),
-    percent("of_way", "of the way to the window %"),
-)
+COLUMNS = columns(
+    label="what answers", documents=("documents", 0), passages=("passages", 0), tokens=("tokens", 0),
+    accuracy=("token accuracy %", "%"), low=("95 %", "interval"), of_way=("of the way to the window %", "%"),
+)  # fmt: skip
 BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
     "none": Baseline("no document", no_document),
-    "adapter": Baseline("adapter of the document", merged),
-    "other": Baseline("another document's adapter", merged_other),
+    "adapter": Baseline("adapter of the document", adapter("document", is_routed=False)),
+    "other": Baseline("another document's adapter", adapter("other", is_routed=False)),
     "window": Baseline("document in the window", whole(PROMPTS["naive"])),
 }
 
 
 @dataclass(frozen=True)
-class VerbatimConfig:
+class VerbatimConfig(QuestionedConfig):
     """What `loracast eval verbatim` measures."""
 
-    documents: tuple[str, ...] = ()
-    """Files of documents."""
-    sources: tuple[str, ...] = ()
-    """Sources to take of rows with a `source` field; all if empty."""
     max_documents: int = 100
     """Most documents, drawn at random from those that are long enough."""
     passages: int = 4
     """Most passages of each document, which do not overlap."""
     baselines: tuple[str, ...] = tuple(BASELINES)
     """Baselines to run."""
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-    """Longest chunk of an adapter, in tokens."""
-    split: str = "test"
-    """Split to take of rows with a `split` field."""
-    seed: int = 0
-    """Seed of the draw of documents and passages."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_names(self.baselines, BASELINES)
-        if not self.documents:
-            raise ConfigError("no documents: give a file of them (--documents FILE)")
-        if min(self.max_documents, self.passages) < 1:
-            raise ConfigError("max_documents and passages must be at least 1")
+        check_positive(self, "max_documents", "passages")
 
 
 @dataclass(frozen=True)
@@ -114,7 +96,7 @@ def of_way(value: float, none: float, window: float) -> float | None:
 
 def _choose(model: Model, config: VerbatimConfig) -> list[QuestionedDocument]:
     """Draw the documents. Raises ConfigError where none is long enough for two passages."""
-    known = read_questioned(config.documents, config.sources, config.split)
+    known = config.read()
     random.Random(config.seed).shuffle(known)
     least = 2 * PASSAGE_TOKENS
     long_enough = (d for d in known if len(encode_with_offsets(model.base.tokenizer, d.text)[0]) >= least)
@@ -157,21 +139,18 @@ def _hits(
 
 def _rows(hits: Mapping[str, Sequence[Sequence[float]]], n_passages: int) -> list[dict[str, Any]]:
     """A row for each baseline."""
-    means = {name: sum(map(sum, some)) / sum(map(len, some)) for name, some in hits.items()}
+    means = {name: mean_with_interval(some) for name, some in hits.items()}
     rows = []
     for name, some in hits.items():
-        low, high = cluster_bootstrap(some)
         row: dict[str, Any] = {
             "baseline": name,
             "label": BASELINES[name].label,
             "documents": len(some),
             "passages": n_passages,
             "tokens": sum(map(len, some)),
-            "accuracy": means[name],
-            "low": low,
-            "high": high,
+            **dict(zip(("accuracy", "low", "high"), means[name], strict=True)),
         }
         if {"none", "window"} <= means.keys():
-            row["of_way"] = of_way(means[name], means["none"], means["window"])
+            row["of_way"] = of_way(*(means[which][0] for which in (name, "none", "window")))
         rows.append(row)
     return rows
