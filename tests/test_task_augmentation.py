@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import re
 
+from loracast.data.rows import read_content
 from loracast.data.string_tasks import CONDITIONS, RULES
-from loracast.data.task_augmentation import FORMS, STYLES, _content, augment, names_for, words_of
+from loracast.data.task_augmentation import FORMS, STYLES, augment, names_for, words_of
 from loracast.data.tasks import Example, Task, read_tasks
 from loracast.training.task_source import TaskDataConfig, TaskSource
 from suites import DATA
@@ -46,7 +47,7 @@ def test_labels_are_called_as_the_description_says():
             said = {label: part for part in parts for label in names if label in part and any(w in part for w in WORDS)}
             assert all(names[label] in said[label] for label in names), description
         elif not any(name.strip('".!()[]').lower() in ("positive", "negative") for name in names.values()):
-            synonyms = _content()["synonyms"]
+            synonyms = read_content("task_augmentation")["synonyms"]
             if all(names[label] in synonyms[label] for label in names):  # or else it is another form
                 assert all(names[label] in description for label in names)
                 assert "positive" not in description and "negative" not in description
@@ -91,7 +92,7 @@ def test_forms_of_an_answer():
         "twice": "New york New york", "spaced": "N e w y o r k", "hyphens": "New-york", "reversed": "kroy weN", "echo": "where: New york",
     }  # fmt: skip
     assert {name: form("where", "New york") for name, form in FORMS.items()} == expected
-    assert set(_content()["forms"]) == set(FORMS)  # each has its wordings
+    assert set(read_content("task_augmentation")["forms"]) == set(FORMS)  # each has its wordings
 
 
 def test_rules_answer_what_they_ask():
@@ -109,7 +110,7 @@ def test_rules_answer_what_they_ask():
         given = {name: rule(text, "river") for name, rule in RULES.items()}
         assert {name: answer for name, answer in given.items() if answer is not None} == answers
     assert RULES["longest_word"]("five nine a", "river") is None  # two are as long
-    assert set(_content()["rules"]) == set(RULES)
+    assert set(read_content("task_augmentation")["rules"]) == set(RULES)
 
 
 def test_conditions_hold_where_they_say():
@@ -117,7 +118,7 @@ def test_conditions_hold_where_they_say():
         "has_letter": ("a year", "a day"), "longer": ("stones", "stone"), "ends_with": ("water", "stone"), "several_words": ("a day", "day"),
         "more_than_five_words": ("it was a day in May", "it was a day there"), "capital": ("Day", "day"), "number": ("day 3", "day three"),
     }  # fmt: skip
-    assert set(texts) == set(CONDITIONS) == set(_content()["conditions"]) - {"asked"}
+    assert set(texts) == set(CONDITIONS) == set(read_content("task_augmentation")["conditions"]) - {"asked"}
     for name, (yes, no) in texts.items():
         assert CONDITIONS[name](yes, "river") and not CONDITIONS[name](no, "river"), name
 
@@ -232,5 +233,5 @@ def test_real_tasks_vary_and_no_synonym_is_a_label_of_a_held_out_task():
             assert variation.description != description and variation.change(task.train[:12])
     held_out = {label.lower() for task in tasks if task.is_heldout for label in task.labels if not label.isdigit()}
     held_out -= {label.lower() for task in training for label in task.labels}
-    synonyms = {name.lower() for names in _content()["synonyms"].values() for name in names}
+    synonyms = {name.lower() for names in read_content("task_augmentation")["synonyms"].values() for name in names}
     assert not synonyms & held_out

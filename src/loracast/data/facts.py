@@ -37,7 +37,7 @@ N_TRIES = 200  # draws for a fresh value before a repeated one is accepted (a sh
 
 _SLOT = re.compile(r"\{(?:(?P<low>\d+)-(?P<high>\d+)(?:/(?P<step>\d+))?|(?P<capital>\^?)(?P<kind>[a-z0-9_]+))\}")
 _ANY_SLOT = re.compile(r"(\{[^}]*\})")
-_ALTERNATIVES = re.compile(r"\[([^\]]*)\]")
+ALTERNATIVES = re.compile(r"\[([^\]]*)\]")
 _VOWEL_SOUND = re.compile(r"[aeio]|u(?!k|ni|se)|8|1[18](?!\d)", re.IGNORECASE)
 
 
@@ -101,7 +101,7 @@ class Content:
 
 def variants(wording: str) -> Variants:
     """Spell out the alternatives of a wording: "[a|b] c" is ("a c", "b c")."""
-    pieces = [piece.split("|") if i % 2 else [piece] for i, piece in enumerate(_ALTERNATIVES.split(wording))]
+    pieces = [piece.split("|") if i % 2 else [piece] for i, piece in enumerate(ALTERNATIVES.split(wording))]
     return tuple("".join(choice) for choice in itertools.product(*pieces))
 
 
@@ -118,16 +118,11 @@ def load_content() -> Content:
 
 
 def _read_domain(table: dict[str, Any]) -> Domain:
-    attributes = tuple(
-        Attribute(
-            name=attribute["name"],
-            noun=attribute["noun"],
-            value=attribute["value"] if "{" in attribute["value"] else f"{{{attribute['value']}}}",
-            wordings=_read_wordings(attribute),
-        )
-        for attribute in table["attribute"]
-    )
-    return Domain(table["name"], tuple(table["subjects"]), tuple(table["title"]), attributes)
+    attributes = []
+    for given in table["attribute"]:
+        value = given["value"] if "{" in given["value"] else f"{{{given['value']}}}"
+        attributes.append(Attribute(given["name"], given["noun"], value, _read_wordings(given)))
+    return Domain(table["name"], tuple(table["subjects"]), tuple(table["title"]), tuple(attributes))
 
 
 def _read_wordings(table: dict[str, Any]) -> dict[Split, Wordings]:
@@ -180,15 +175,14 @@ def make_sheet(rng: random.Random, n_facts: int, *, split: Split, n_subjects: in
     Raises ValueError when that many subjects cannot carry that many facts.
     """
     domains = _choose_domains(rng, n_facts, n_subjects)
-    subjects: list[str] = []
+    subjects: dict[str, None] = {}  # ordered, all different
     while len(subjects) < len(domains):
-        subject = make_entity(rng, rng.choice(domains[len(subjects)].subjects), split)
-        if subject not in subjects:
-            subjects.append(subject)
+        subjects[make_entity(rng, rng.choice(domains[len(subjects)].subjects), split)] = None
+    names = list(subjects)
     facts: list[Fact] = []
     for i, attribute in _choose_pairs(rng, domains, n_facts):
-        facts.append(_make_fact(rng, subjects[i], domains[i], attribute, split, facts))
-    return FactSheet(_title(rng, domains, subjects), _compose(rng, facts), tuple(facts))
+        facts.append(_make_fact(rng, names[i], domains[i], attribute, split, facts))
+    return FactSheet(_title(rng, domains, names), _compose(rng, facts), tuple(facts))
 
 
 def _choose_domains(rng: random.Random, n_facts: int, n_subjects: int | None) -> list[Domain]:
@@ -237,10 +231,10 @@ def _make_fact(
     while True:
         n_tries += 1
         state, ask = _choose_wordings(rng, attribute, split)
-        question, answer = _fill(ask, noun=attribute.noun, s=subject), expand(rng, attribute.value)
+        question, answer = fill(ask, noun=attribute.noun, s=subject), expand(rng, attribute.value)
         is_fresh = answer not in values or n_tries > N_TRIES
         if is_fresh and question not in questions and answer.lower() not in question.lower():
-            return Fact(subject, key, _fill(state, noun=attribute.noun, s=subject, v=answer), question, answer)
+            return Fact(subject, key, fill(state, noun=attribute.noun, s=subject, v=answer), question, answer)
 
 
 def _choose_wordings(rng: random.Random, attribute: Attribute, split: Split) -> tuple[str, str]:
@@ -251,25 +245,21 @@ def _choose_wordings(rng: random.Random, attribute: Attribute, split: Split) -> 
     return rng.choice(rng.choice(state)), rng.choice(rng.choice(ask))
 
 
-def _fill(wording: str, **slots: str) -> str:
+def fill(wording: str, **slots: str) -> str:
     """Fill the slots of a wording, with "an" before a vowel, and capitalise it unless the value is first."""
     is_value_first = wording.startswith("{v}")
     for slot, text in slots.items():
         if _VOWEL_SOUND.match(text):
             wording = re.sub(rf"\b([Aa]) (?=\{{{slot}\}})", r"\1n ", wording)
         wording = wording.replace(f"{{{slot}}}", text)
-    return wording if is_value_first else _capitalise(wording)
-
-
-def _capitalise(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return wording if is_value_first else wording[:1].upper() + wording[1:]
 
 
 def _title(rng: random.Random, domains: Sequence[Domain], subjects: Sequence[str]) -> str:
     if len({domain.name for domain in domains}) > 1:
         return expand(rng, rng.choice(load_content().titles))
     titles = [title for title in domains[0].titles if ("{s}" in title) == (len(subjects) == 1)]
-    return _fill(rng.choice(titles), s=subjects[0])
+    return fill(rng.choice(titles), s=subjects[0])
 
 
 def _compose(rng: random.Random, facts: Sequence[Fact]) -> str:

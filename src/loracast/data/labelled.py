@@ -22,20 +22,13 @@ _LABEL = re.compile(r"\d+[_-]")
 class Labelled:
     """Examples with class labels; an example is loaded when it is needed."""
 
-    modality: str
-    """The table of content/modalities.toml that has the questions about them, such as "image"."""
-    names: tuple[str, ...]
-    """Names of the classes, as an answer says them."""
-    is_held_out: tuple[bool, ...]
-    """By class, whether training leaves it out, to measure what is said about unseen classes."""
-    labels: tuple[int, ...]
-    """The class of each example."""
-    titles: tuple[str, ...]
-    """A name for each example."""
-    load: Callable[[int], Any]
-    """Loads one example, in the form that its encoder takes."""
-    fingerprint: str
-    """Hash of which examples they are."""
+    modality: str  # the table of content/modalities.toml that has the questions about them, such as "image"
+    names: tuple[str, ...]  # of the classes, as an answer says them
+    is_held_out: tuple[bool, ...]  # by class, whether training leaves it out: what is said about unseen classes?
+    labels: tuple[int, ...]  # the class of each example
+    titles: tuple[str, ...]  # a name for each example
+    load: Callable[[int], Any]  # loads one example, in the form that its encoder takes
+    fingerprint: str  # hash of which examples they are
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,63 +43,47 @@ def read_images(path: str | Path) -> Labelled:
 
     Folders are named after their classes ("golden retriever", "01_golden_retriever"). A `classes.json` beside them may
     list `label` (the number at the front of the folder's name), `name` and `primary` (false for held-out classes).
-
-    Raises:
-        ConfigError: the path does not exist, no class folder holds an image, or classes.json has another shape.
-        DocumentError: an image is damaged (raised when it is loaded).
+    Raises ConfigError if the path does not exist, no class folder holds an image, or classes.json has another shape;
+    loading a damaged image raises DocumentError.
     """
     root = Path(path)
     if not root.exists():
         raise ConfigError(f"no images at {root}: give a folder or a zip file with a folder for each class")
-    store = _Zip(root) if root.is_file() else _Folder(root)
-    members = sorted(name for name in store.names if Path(name).suffix.lower() in _SUFFIXES and "/" in name)
-    folders = sorted({_folder(name) for name in members})
+    sizes, read = _zip(root) if root.is_file() else _folder(root)
+    members = sorted(name for name in sizes if Path(name).suffix.lower() in _SUFFIXES and "/" in name)
+    folders = sorted({name.rpartition("/")[0] for name in members})
     if not folders:
         raise ConfigError(f"{root} holds no folder with images: each class needs one")
-    listed = store.read("classes.json") if "classes.json" in store.names else None
+    listed = read("classes.json") if "classes.json" in sizes else None
     try:
         names, is_held_out = _classes(folders, json.loads(listed) if listed else None, root)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{root / 'classes.json'} is not JSON: {error}") from error
-    labels = tuple(folders.index(_folder(name)) for name in members)
-    digest = hashlib.sha256(json.dumps([[name, store.size(name)] for name in members]).encode()).hexdigest()[:16]
+    labels = tuple(folders.index(name.rpartition("/")[0]) for name in members)
+    digest = hashlib.sha256(json.dumps([[name, sizes[name]] for name in members]).encode()).hexdigest()[:16]
 
     def load(i: int) -> Any:
-        data = store.read(members[i])
+        data = read(members[i])
         return decode_image(data, image_format(data) or "JPEG", members[i])
 
     return Labelled("image", names, is_held_out, labels, tuple(members), load, digest)
 
 
-class _Folder:
-    def __init__(self, root: Path):
-        self.root = root
-        self.names = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
-
-    def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
-
-    def size(self, name: str) -> int:
-        return (self.root / name).stat().st_size
+Store = tuple[dict[str, int], Callable[[str], bytes]]
+"""Sizes of the files by name, and what reads a file."""
 
 
-class _Zip:
-    def __init__(self, path: Path):
-        try:
-            self._archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise ConfigError(f"{path} is no zip file: {error}") from error
-        self.names = {info.filename for info in self._archive.infolist() if not info.is_dir()}
-
-    def read(self, name: str) -> bytes:
-        return self._archive.read(name)
-
-    def size(self, name: str) -> int:
-        return self._archive.getinfo(name).file_size
+def _folder(root: Path) -> Store:
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {p.relative_to(root).as_posix(): p.stat().st_size for p in files}, lambda name: (root / name).read_bytes()
 
 
-def _folder(name: str) -> str:
-    return name.rsplit("/", 1)[0]
+def _zip(path: Path) -> Store:
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ConfigError(f"{path} is no zip file: {error}") from error
+    return {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}, archive.read
 
 
 def _classes(folders: Sequence[str], listed: Any, root: Path) -> tuple[tuple[str, ...], tuple[bool, ...]]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loracast.data.facts import Split, expand
+from loracast.data.facts import Split, expand, fill
 from loracast.data.rows import read_content
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'“(])")
@@ -31,22 +31,18 @@ class Needle:
 def make_needles(rng: random.Random, n_needles: int, *, split: Split, kind: str | None = None) -> list[Needle]:
     """Draw the needles of one document: a single one may lack a key, several have different keys.
 
-    Args:
-        kind: kind of all values (as in `[kinds]` of the content); if None each needle draws one, 4-digit numbers most
-            often.
+    All values are of `kind`, one of `[kinds]` of the content; if None each needle draws one, 4-digit numbers most often.
     """
     content = read_content("needles")
-    kinds = sorted(content["kinds"])
     frames = content["plain"] if n_needles == 1 and rng.random() < 0.3 else content["keyed"]
     needles: list[Needle] = []
     while len(needles) < n_needles:
-        name = kind or rng.choice([*kinds, "number4", "number4", "number4"])
+        name = kind or rng.choice([*sorted(content["kinds"]), "number4", "number4", "number4"])
         table = content["kinds"][name]
         label, value = rng.choice(_of_split(table, "", split)), expand(rng, rng.choice(table["values"]))
         key = expand(rng, rng.choice(content["keys"]["things"]))
-        slots = {"label": label, "key": key, "v": value}
-        state = fill(rng.choice(_of_split(frames, "state_", split)), slots)
-        question = fill(rng.choice(_of_split(frames, "ask_", split)), slots)
+        state = fill(rng.choice(_of_split(frames, "state_", split)), label=label, key=key, v=value)
+        question = fill(rng.choice(_of_split(frames, "ask_", split)), label=label, key=key, v=value)
         taken = any(key == other.key or value == other.answer for other in needles)
         if not taken and value.lower() not in question.lower():
             needles.append(Needle(state, question, value, key))
@@ -58,14 +54,6 @@ def _of_split(table: dict[str, list[str]], prefix: str, split: Split) -> list[st
     if split == "test":
         return table[f"{prefix}test"]
     return table[f"{prefix}train"][-2:] if split == "dev" else table[f"{prefix}train"][:-2]
-
-
-def fill(frame: str, slots: dict[str, str]) -> str:
-    """Fill a frame's slots and capitalise its first letter, unless the value comes first."""
-    text = frame
-    for name, value in slots.items():
-        text = text.replace(f"{{{name}}}", value)
-    return text if frame.startswith("{v}") else text[:1].upper() + text[1:]
 
 
 def sentences(text: str) -> list[str]:

@@ -6,7 +6,7 @@ A question has `question`, `answers`, and optionally `span` and `choices`. A row
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -22,8 +22,7 @@ class DocumentQuestion:
 
     question: str
     answers: tuple[str, ...]
-    is_span: bool = False
-    """Whether an answer stands in the document, ignoring case."""
+    is_span: bool = False  # whether an answer stands in the document, ignoring case
     choices: tuple[str, ...] = ()
 
 
@@ -51,23 +50,18 @@ class QuestionedDocument:
 def read_questioned(
     paths: Sequence[str], sources: Sequence[str] = (), split: str | None = None
 ) -> list[QuestionedDocument]:
-    """Read the documents of files that have questions.
+    """Read the documents of files that have questions, of rows with a `source` or `split` only the ones asked for.
 
-    Args:
-        sources: of rows with a `source`, take only these; all if empty.
-        split: of rows with a `split`, take only this one.
-
-    Raises:
-        ConfigError: a file does not exist, a row is malformed, or nothing is left.
+    Raises ConfigError if a file does not exist, a row is malformed, or nothing is left.
     """
     documents: list[QuestionedDocument] = []
     for path in map(Path, paths):
-        numbers = count(1)
+        ids = map(f"{path.name}:{{}}".format, count(1))
 
-        def take(row: dict[str, Any], name: str = path.name, numbers: count[int] = numbers) -> None:
-            number = next(numbers)
+        def take(row: dict[str, Any], ids: Iterator[str] = ids) -> None:
+            default_id = next(ids)
             if (not sources or row.get("source") in sources) and (not split or row.get("split", split) == split):
-                document = _document(row, f"{name}:{number}")
+                document = _document(row, default_id)
                 documents.extend([document] if document.questions else [])
 
         each_row(path, take, "documents with questions")

@@ -1,4 +1,4 @@
-"""Read rows of JSONL files, gzipped or not, the texts in them, and the package's own content."""
+"""Read rows of JSONL files, gzipped or not, the texts and unrelated questions in them, and the package's content."""
 
 from __future__ import annotations
 
@@ -21,13 +21,9 @@ def read_content(name: str) -> dict[str, Any]:
 
 
 def each_row(path: Path, take: Callable[[dict[str, Any]], None], what: str = "rows") -> None:
-    """Call `take` with every row of a JSONL file, gzipped or not.
+    """Call `take` with every row of a JSONL file, gzipped or not; `what` it holds is for the message if it is missing.
 
-    Args:
-        what: what the file holds, for the message if it does not exist.
-
-    Raises:
-        ConfigError: the file does not exist or cannot be read, or `take` fails on a row (named by its line).
+    Raises ConfigError if the file does not exist or cannot be read, or `take` fails on a row (named by its line).
     """
     if not path.is_file():
         raise ConfigError(f"no such file of {what}: {path}")
@@ -43,13 +39,9 @@ def each_row(path: Path, take: Callable[[dict[str, Any]], None], what: str = "ro
 
 
 def read_texts(paths: Sequence[str], sources: Sequence[str] = ()) -> list[str]:
-    """Read natural texts: `text` or `document` of JSONL rows, or whole plain files.
+    """Read natural texts: `text` or `document` of JSONL rows (from `sources`, if any are given), or whole plain files.
 
-    Args:
-        sources: of rows with a `source` field, take only these; all if empty.
-
-    Raises:
-        ConfigError: no file is given, one does not exist, or a row is malformed.
+    Raises ConfigError if no file is given, one does not exist, or a row is malformed.
     """
     if not paths:
         raise ConfigError("prose is needed for needles to hide in: give at least one file (--texts FILE)")
@@ -65,3 +57,25 @@ def read_texts(paths: Sequence[str], sources: Sequence[str] = ()) -> list[str]:
         else:
             each_row(path, take, "texts (JSONL or plain text)")
     return texts
+
+
+def read_unrelated(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """Read questions that are unrelated to any document: training holds their answers to those of the plain base.
+
+    A row has a `question` and an `answer`; or `choices`, with the index of the right one in `answer`: then it gives two
+    (question, answer) pairs, one of which lists the choices. Raises ConfigError as `each_row`.
+    """
+    pairs: list[tuple[str, str]] = []
+
+    def take(row: dict[str, Any]) -> None:
+        question = row["question"]
+        if "choices" in row:
+            answer = row["choices"][row["answer"]]
+            listed = "\n".join(f"- {choice}" for choice in row["choices"])
+            pairs.extend([(question, answer), (f"{question}\n{listed}", answer)])
+        else:
+            pairs.append((question, str(row["answer"])))
+
+    for path in paths:
+        each_row(Path(path), take, "questions")
+    return pairs

@@ -19,8 +19,7 @@ class FactSpan(NamedTuple):
     statement: str
     owner: str
     value: str
-    value_at: int | None = None
-    """Offset of the value in the statement; None means its last occurrence outside the owner's name."""
+    value_at: int | None = None  # offset in the statement; None: its last occurrence outside the owner's name
 
 
 class TokenLabel(NamedTuple):
@@ -28,16 +27,11 @@ class TokenLabel(NamedTuple):
 
     chunk: int
     token: int
-    gate: int
-    """`INSIDE`, `BEGIN` or `AFTER`."""
-    owner: int
-    """The last token of the owner's name; -1 if there is none."""
-    place: int
-    """Index of the token in the answer."""
-    end: int
-    """The last token of the statement; -1 if unknown."""
-    statement: int
-    """Index of the statement in the document."""
+    gate: int  # INSIDE, BEGIN or AFTER
+    owner: int  # the last token of the owner's name; -1 if there is none
+    place: int  # index of the token in the answer
+    end: int  # the last token of the statement; -1 if unknown
+    statement: int  # index of the statement in the document
 
 
 def label_tokens(

@@ -14,8 +14,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from loracast.data.facts import ALTERNATIVES
 from loracast.data.rows import read_content
 from loracast.data.string_tasks import CONDITIONS, RULES
 from loracast.data.tasks import Example, Task
@@ -23,11 +23,9 @@ from loracast.data.tasks import Example, Task
 MAX_LABELS = 6  # more would be too many to rename in a sentence
 MAX_CHARACTERS_TOGETHER = 240  # of inputs that are joined into one
 MAX_CHARACTERS_RULED = 60  # of an answer of a string task
-EXAMPLES_TO_AUGMENT = 4
-"""Fewest examples of a task that is augmented, and most that are joined into one."""
+EXAMPLES_TO_AUGMENT = 4  # fewest examples of a task that is augmented, and most that are joined into one
 _PLACES = ("first", "second", "third", "fourth")
 _SEPARATORS = (", ", "\n", "; ", " / ")
-_ALTERNATIVES = re.compile(r"\[([^\]]*)\]")
 
 Change = Callable[[Sequence[Example]], list[Example]]
 """At least four examples of a task -> examples of the augmented task, fewer if several are joined into one."""
@@ -79,16 +77,10 @@ class Augmentation:
     change: Change
 
 
-def _content() -> dict[str, Any]:
-    return read_content("task_augmentation")
-
-
 def augment(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation:
     """Draw another task from this one, with a description made from one of its own.
 
-    Args:
-        words: new names for labels, besides their synonyms.
-        rng: the same state gives the same augmentation in every process.
+    `words` are new names for labels, besides their synonyms. The same rng state gives the same in every process.
     """
     makers = [_placed, _chosen, _offered, _checked, _conditioned, _ruled, _ruled, _formed, _formed]
     if 2 <= len(task.labels) <= MAX_LABELS:
@@ -117,15 +109,14 @@ def _renamed(task: Task, description: str, words: Sequence[str], rng: random.Ran
     if chosen is None:
         return None
     names = dict(zip(task.labels, chosen, strict=True))
-    content = _content()["renamed"]
-    form, between = _wording(rng.choice(content["one"]), rng), rng.choice(content["between"])
+    form, between = _wording(rng, "renamed", "one"), rng.choice(read_content("task_augmentation")["renamed"]["between"])
     sentence = [form.format(word=names[label], label=label) for label in rng.sample(task.labels, len(task.labels))]
     return Augmentation(_joined(description, between.join(sentence) + ".", rng), _renaming(names))
 
 
 def _with_synonyms(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
     """Labels are replaced by synonyms in the description; None unless it mentions all of them."""
-    synonyms = _content()["synonyms"]
+    synonyms = read_content("task_augmentation")["synonyms"]
     if not all(label in synonyms and _mention(label).search(description) for label in task.labels):
         return None
     i = rng.randrange(min(len(synonyms[label]) for label in task.labels))
@@ -146,7 +137,7 @@ def _formed(task: Task, description: str, words: Sequence[str], rng: random.Rand
     def change(examples: Sequence[Example]) -> list[Example]:
         return [Example(e.input, (FORMS[name](e.input, e.outputs[0]),)) for e in examples]
 
-    return Augmentation(_joined(description, _wording(rng.choice(_content()["forms"][name]), rng), rng), change)
+    return Augmentation(_joined(description, _wording(rng, "forms", name), rng), change)
 
 
 def _chosen(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation | None:
@@ -170,7 +161,7 @@ def _chosen(task: Task, description: str, words: Sequence[str], rng: random.Rand
             made.append(Example(separator.join(e.input for e in some), (right.input,)))
         return made
 
-    sentence = _wording(rng.choice(_content()["chosen"]["one"]), rng).format(n=n, answer=answer)
+    sentence = _wording(rng, "chosen", "one").format(n=n, answer=answer)
     return Augmentation(f"{description} {sentence}", change)
 
 
@@ -189,9 +180,8 @@ def _placed(task: Task, description: str, words: Sequence[str], rng: random.Rand
             made.append(Example(separator.join(e.input for e in some), (", ".join(answers),)))
         return made
 
-    wordings = _content()["placed"]["all" if place < 0 else "one"]
     where = "last" if place == n - 1 and rng.random() < 0.5 else _PLACES[place]
-    sentence = _wording(rng.choice(wordings), rng).format(n=n, place=where)
+    sentence = _wording(rng, "placed", "all" if place < 0 else "one").format(n=n, place=where)
     return Augmentation(_joined(description, sentence, rng), change)
 
 
@@ -218,8 +208,7 @@ def _offered(task: Task, description: str, words: Sequence[str], rng: random.Ran
             made.append(Example(f"{e.input}\n{listed}", (answer,)))
         return made
 
-    wordings = _content()["offered"]["repeated" if repeated else "sign"]
-    sentence = _wording(rng.choice(wordings), rng).format(n=n, sign=rng.choice(signs))
+    sentence = _wording(rng, "offered", "repeated" if repeated else "sign").format(n=n, sign=rng.choice(signs))
     return Augmentation(_joined(description, sentence, rng), change)
 
 
@@ -241,8 +230,7 @@ def _checked(task: Task, description: str, words: Sequence[str], rng: random.Ran
             made.append(Example(f"{e.input}{separator}{suggested}", (names[not is_right],)))
         return made
 
-    wording = _wording(rng.choice(_content()["checked"]["one"]), rng)
-    sentence = wording.format(right=names[0], wrong=names[1], joint=separator.strip())
+    sentence = _wording(rng, "checked", "one").format(right=names[0], wrong=names[1], joint=separator.strip())
     return Augmentation(f"{description} {sentence}", change)
 
 
@@ -258,7 +246,7 @@ def _ruled(task: Task, description: str, words: Sequence[str], rng: random.Rando
         def change(examples: Sequence[Example], rule=rule, word=word) -> list[Example]:
             return [Example(e.input, (answer,)) for e in examples if (answer := rule(e.input, word)) is not None]
 
-        return Augmentation(_about(_wording(rng.choice(_content()["rules"][name]), rng), word), change)
+        return Augmentation(_about(_wording(rng, "rules", name), word), change)
     return None
 
 
@@ -279,10 +267,9 @@ def _conditioned(task: Task, description: str, words: Sequence[str], rng: random
             named = {text: name for side, name in zip(sides, names, strict=True) for text in side}
             return [Example(text, (named[text],)) for text in in_turn if text is not None]
 
-        content = _content()["conditions"]
-        condition = _about(_wording(rng.choice(content[name]), rng), word)
-        form = _wording(rng.choice(content["asked"]), rng)
-        return Augmentation(form.format(condition=condition, yes=names[0], no=names[1]), change)
+        condition = _about(_wording(rng, "conditions", name), word)
+        asked = _wording(rng, "conditions", "asked").format(condition=condition, yes=names[0], no=names[1])
+        return Augmentation(asked, change)
     return None
 
 
@@ -294,12 +281,9 @@ def _about(wording: str, word: str) -> str:
 def _short_answers(task: Task) -> list[str]:
     """The task's different answers in a fixed order; none if its inputs or answers are long."""
     some = task.train[:50]
-    if (
-        max(len(e.input) for e in some) > MAX_CHARACTERS_TOGETHER
-        or max(len(e.outputs[0]) for e in some) > _MOST_CHARACTERS_OFFERED
-    ):
-        return []
-    return list(dict.fromkeys(e.outputs[0] for e in task.train))
+    longest = max(len(e.input) for e in some), max(len(e.outputs[0]) for e in some)
+    is_short = longest[0] <= MAX_CHARACTERS_TOGETHER and longest[1] <= _MOST_CHARACTERS_OFFERED
+    return list(dict.fromkeys(e.outputs[0] for e in task.train)) if is_short else []
 
 
 def words_of(tasks: Sequence[Task]) -> tuple[str, ...]:
@@ -318,10 +302,7 @@ def _renaming(names: dict[str, str]) -> Change:
 
 def _separator(task: Task, rng: random.Random) -> str:
     """A separator of several inputs that none of them contains."""
-    free = [
-        separator for separator in _SEPARATORS if not any(separator in example.input for example in task.train[:50])
-    ]
-    return rng.choice(free or ["\n\n"])
+    return rng.choice([s for s in _SEPARATORS if not any(s in e.input for e in task.train[:50])] or ["\n\n"])
 
 
 def _short(task: Task) -> bool:
@@ -337,7 +318,7 @@ def _joined(description: str, sentence: str, rng: random.Random) -> str:
     return f"{description} {sentence}" if rng.random() < 0.8 else f"{sentence} {description}"
 
 
-def _wording(text: str, rng: random.Random) -> str:
-    """Draw one of the variants that a text's alternatives spell out."""
-    parts = _ALTERNATIVES.split(text)
+def _wording(rng: random.Random, table: str, key: str) -> str:
+    """Draw a wording of the content, and one of the variants that its alternatives spell out."""
+    parts = ALTERNATIVES.split(rng.choice(read_content("task_augmentation")[table][key]))
     return "".join(rng.choice(part.split("|")) if i % 2 else part for i, part in enumerate(parts))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,7 @@ class Example:
 
     input: str
     outputs: tuple[str, ...]
-    choices: tuple[str, ...] = ()
-    """The choices of this example, the preferred output among them, if examples have their own."""
+    choices: tuple[str, ...] = ()  # of this example, the preferred output among them, if examples have their own
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,11 @@ class Task:
     descriptions: dict[DescriptionKind, tuple[str, ...]]
     train: tuple[Example, ...]
     test: tuple[Example, ...]
-    labels: tuple[str, ...] = ()
-    """All possible outputs, if they are few enough to score each by likelihood."""
-    group: str = ""
-    """Closely related tasks share a group; held-out tasks share none with training tasks."""
-    is_heldout: bool = False
-    """Whether training never sees it."""
-    is_near: bool = False
-    """Whether a held-out task has a related kind of task in training."""
-    metric: Metric = "exact"
-    """How answers are scored."""
+    labels: tuple[str, ...] = ()  # all possible outputs, if they are few enough to score each by likelihood
+    group: str = ""  # closely related tasks share a group; held-out tasks share none with training tasks
+    is_heldout: bool = False  # whether training never sees it
+    is_near: bool = False  # whether a held-out task has a related kind of task in training
+    metric: Metric = "exact"  # how answers are scored
 
     def seen_descriptions(self) -> tuple[str, ...]:
         """The descriptions that training may use."""
@@ -71,8 +66,7 @@ def with_description(description: str, text: str) -> str:
 def read_tasks(source: str | Path) -> tuple[Task, ...]:
     """Read all tasks of a folder, a JSONL file of examples, or a data set on the hub ("owner/name"), sorted by name.
 
-    Raises:
-        ConfigError: there is nothing to read, or files or rows lack something that a task needs (named in the message).
+    Raises ConfigError if there is nothing to read, or files or rows lack something that a task needs.
     """
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
@@ -89,10 +83,8 @@ def read_tasks(source: str | Path) -> tuple[Task, ...]:
         raise ConfigError(f"no tasks at {path}: give a folder of JSON files, one a task, or a JSONL file of examples")
     problems = [f"{task.name}: no description" for task in tasks if not any(task.descriptions.values())]
     problems += [f"{task.name}: no example" for task in tasks if not task.train + task.test]
-    names = [task.name for task in tasks]
-    problems += [
-        f"{name}: there are two tasks of that name" for name in sorted({n for n in names if names.count(n) > 1})
-    ]
+    names = Counter(task.name for task in tasks)
+    problems += [f"{name}: there are two tasks of that name" for name in sorted(names) if names[name] > 1]
     if problems:
         raise ConfigError(f"bad tasks in {path}: " + "; ".join(problems))
     return tuple(sorted(tasks, key=lambda task: task.name))
@@ -168,8 +160,13 @@ def _from_rows(paths: Sequence[Path]) -> list[Task]:
     for path in paths:
         each_row(path, take_example)
     if not descriptions:
-        each_row(_beside(paths[0], "task_descriptions"), take_description)
-    if (meta := _find_beside(paths[0], "tasks_meta")) is not None:
+        if (described := _beside(paths[0], "task_descriptions")) is None:
+            raise ConfigError(
+                f"{paths[0]} needs the descriptions of its tasks beside it, in task_descriptions.jsonl or "
+                "task_descriptions.jsonl.gz"
+            )
+        each_row(described, take_description)
+    if (meta := _beside(paths[0], "tasks_meta")) is not None:
         each_row(meta, take_about)
     if unknown := sorted((descriptions.keys() | about.keys()) - examples.keys()):
         raise ConfigError(f"{paths[0]} has no examples of tasks that are described beside it: {', '.join(unknown)}")
@@ -198,10 +195,8 @@ def _split(rows: Sequence[tuple[str | None, Example]]) -> tuple[tuple[Example, .
     if all(split is None for split, _ in rows):
         rows = [("test" if i % 5 == 4 else "train", example) for i, (_, example) in enumerate(rows)]
     kinds = [_one_of(split, Literal["train", "test"]) for split, _ in rows]
-    return tuple(
-        tuple(example for kind, (_, example) in zip(kinds, rows, strict=True) if kind == wanted)
-        for wanted in ("train", "test")
-    )  # type: ignore[return-value]
+    train = tuple(example for kind, (_, example) in zip(kinds, rows, strict=True) if kind == "train")
+    return train, tuple(example for kind, (_, example) in zip(kinds, rows, strict=True) if kind == "test")
 
 
 def _example(row: dict[str, Any]) -> Example:
@@ -227,12 +222,6 @@ def _one_of(value: Any, choices: Any) -> Any:
     return value
 
 
-def _find_beside(path: Path, stem: str) -> Path | None:
+def _beside(path: Path, stem: str) -> Path | None:
     """The JSONL file of that name in the same folder, gzipped or not."""
     return next((p for ending in ("", ".gz") if (p := path.parent / f"{stem}.jsonl{ending}").is_file()), None)
-
-
-def _beside(path: Path, stem: str) -> Path:
-    if (found := _find_beside(path, stem)) is None:
-        raise ConfigError(f"{path} needs the descriptions of its tasks beside it, in {stem}.jsonl or {stem}.jsonl.gz")
-    return found

@@ -61,13 +61,9 @@ def save_state(
 def load_state(
     out_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> tuple[int, float]:
-    """Restore the state in `out_dir`, if there is one.
+    """Restore the state in `out_dir`, if there is one. Returns (steps done, seconds spent), (0, 0) for a fresh folder.
 
-    Returns:
-        (steps done, seconds spent), (0, 0) for a fresh folder.
-
-    Raises:
-        TrainingError: the state was made with other settings, or is damaged.
+    Raises TrainingError if the state was made with other settings, or is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -11,19 +11,14 @@ from math import ceil
 from loracast.data.qa import QuestionedDocument
 from loracast.data.questions.answers import find_answer
 from loracast.data.questions.cloze import make_clozes
-from loracast.data.spans import FactSpan
 from loracast.errors import TrainingError
 from loracast.scoring.episodes import Episode
-from loracast.training.episode_maker import EpisodeMaker
-
-Answered = list[tuple[str, str, FactSpan]]
-"""Questions with their answers and the statements that give them."""
+from loracast.training.episode_maker import Answered, EpisodeMaker
 
 
 def answered_questions(rng: random.Random, document: QuestionedDocument, n: int) -> Answered:
     """At most `n` of a document's questions whose answers stand in it, with the answers in the document's words."""
-    spans = document.spans
-    rng.shuffle(spans)
+    rng.shuffle(spans := document.spans)
     found = ((span.question, find_answer(document.text, span.question, span.answers)) for span in spans[:n])
     return [(question, fact.value, fact) for question, fact in found if fact is not None]
 
@@ -79,28 +74,24 @@ class DocumentSource:
         def clozes(rng: random.Random, document: QuestionedDocument, n: int) -> Answered:
             return [(cloze.question, cloze.answer, cloze.fact) for cloze in make_clozes(rng, document.text, n)]
 
-        return self._step(rng, n_questions, n_tokens, self._any_group(rng), None, clozes, "cloze")
+        group = rng.choices(self._groups, [len(group.documents) for group in self._groups])[0]
+        return self._step(rng, n_questions, n_tokens, group, None, clozes, "cloze")
 
     def read(self, rng: random.Random, n_passages: int, n_tokens: int) -> list[Episode]:
         """Documents with passages to continue word for word: about `n_passages` in all, `n_tokens` as above."""
-        group = self._any_group(rng)
+        group = rng.choices(self._groups, [len(group.documents) for group in self._groups])[0]
         n_documents = self._n_documents(group, n_tokens)
         episodes: list[Episode] = []
         for document in rng.choices(group.documents, k=20 * n_documents):  # some are too short
-            if len(episodes) == n_documents:
+            n_asked = sum(len(episode.questions) for episode in episodes)
+            if n_asked >= n_passages or len(episodes) >= n_documents:
                 break
             texts = self.maker.chunk_texts(document.text, self.reading_chunk_tokens)
             episode = self.maker.passages(rng, texts, self.max_questions)
-            if episode.questions:
-                episodes.append(episode)
-            if sum(len(episode.questions) for episode in episodes) >= n_passages:
-                break
+            episodes += [episode] if episode.questions else []
         if not episodes:
             raise TrainingError("the documents are too short to continue their passages; leave data.reading_share at 0")
         return episodes
-
-    def _any_group(self, rng: random.Random) -> _Group:
-        return rng.choices(self._groups, [len(group.documents) for group in self._groups])[0]
 
     def _n_documents(self, group: _Group, n_tokens: int) -> int:
         return max(1, n_tokens // (group.n_chunks * self.max_chunk_tokens))
@@ -131,9 +122,11 @@ class DocumentSource:
             if answered:
                 title = document.title if rng.random() < 0.5 else ""
                 texts = self.maker.chunk_texts(document.text, self.max_chunk_tokens, title)
-                pairs = [(question, answer) for question, answer, _ in answered]
-                questions = self.maker.questions(rng, pairs, document.text, asks_unrelated=asks_unrelated)
-                episodes.append(self.maker.episode(texts, questions, task, [fact for *_, fact in answered]))
+                episodes.append(
+                    self.maker.episode(
+                        rng, texts, answered, task, asks_unrelated=asks_unrelated, document=document.text
+                    )
+                )
                 n_asked += len(answered)
         if not episodes:
             raise TrainingError("the documents have no question whose answer stands in them")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from loracast.base.chat import ChatFormat, encode_with_offsets
@@ -11,19 +12,16 @@ from loracast.data.spans import INSIDE, FactSpan, TokenLabel, label_tokens
 from loracast.documents import split_text
 from loracast.scoring.episodes import Episode, Question
 
+# System turns of training prompts; most are empty, since the template's own (None) is longer than a question.
 SYSTEM_TURNS = ("", "", "", "Answer briefly.", "You answer questions.", None)
-"""System turns of training prompts; most are empty, since the template's own (None) is longer than a question."""
 CONTINUE = ("Continue: {}", "Go on: {}", "How does the text go on? {}", "What comes after this? {}")
-"""Prompts that ask to continue a passage from its first tokens."""
-START_TOKENS = 8
-"""Tokens of a passage that the prompt gives."""
-CONTINUED_TOKENS = 24
-"""Tokens of a passage that the answer has."""
+START_TOKENS, CONTINUED_TOKENS = 8, 24  # of a passage: those that the prompt gives, and those that the answer has
 _FEWEST_CONTINUED = 4
-PASSAGE_TOKENS = START_TOKENS + CONTINUED_TOKENS
-"""Distance between passages, so that they do not overlap."""
-UNRELATED_SHARE = 0.35
-"""Share of steps whose documents are also asked an unrelated question, if there are any."""
+PASSAGE_TOKENS = START_TOKENS + CONTINUED_TOKENS  # distance between passages, so that they do not overlap
+UNRELATED_SHARE = 0.35  # of steps: their documents are also asked an unrelated question, if there are any
+
+Answered = Sequence[tuple[str, str, FactSpan]]
+"""Questions with their answers and the statements that give them."""
 
 
 def reading_prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
@@ -51,55 +49,38 @@ class EpisodeMaker:
         unrelated: Sequence[tuple[str, str]] = (),
         shows_documents: bool = False,
     ):
-        """
-        Args:
-            unrelated: (question, answer) pairs that are unrelated to any document.
-            shows_documents: whether questions about real documents also get the prompt of a teacher that sees the
-                document.
+        """`unrelated` are (question, answer) pairs that are unrelated to any document; with `shows_documents`, questions
+        about real documents also get the prompt of a teacher that sees the document.
         """
         self.tokenizer, self.chat = tokenizer, chat
         self.unrelated, self.shows_documents = unrelated, shows_documents
 
     def chunk_texts(self, text: str, max_tokens: int, title: str = "") -> list[str]:
         """A document's chunks, as the encoder reads them."""
-        chunks = split_text(
-            text, lambda part: encode_with_offsets(self.tokenizer, part), max_tokens=max_tokens, title=title
-        )
-        return [chunk.prompt for chunk in chunks]
-
-    def episode(
-        self, texts: Sequence[str], questions: tuple[Question, ...], task: str, facts: Sequence[FactSpan]
-    ) -> Episode:
-        """An episode from chunk texts, with token labels for the facts; the i-th fact answers the i-th question."""
-        chunks: list[tuple[int, ...]] = []
-        labels: list[TokenLabel] = []
-        for i, text in enumerate(texts):
-            ids, offsets = encode_with_offsets(self.tokenizer, text)
-            chunks.append(tuple(ids))
-            labels += label_tokens(i, text, offsets, facts)
-        return Episode(tuple(chunks), questions, task, tuple(labels))
+        encode = partial(encode_with_offsets, self.tokenizer)
+        return [chunk.prompt for chunk in split_text(text, encode, max_tokens=max_tokens, title=title)]
 
     def asks_unrelated(self, rng: random.Random) -> bool:
         """Draw whether all documents of a step get an unrelated question or none: rows are padded to its length."""
         return bool(self.unrelated) and rng.random() < UNRELATED_SHARE
 
-    def questions(
+    def episode(
         self,
         rng: random.Random,
-        pairs: Sequence[tuple[str, str]],
-        document: str | None = None,
+        texts: Sequence[str],
+        answered: Answered,
+        task: str,
         *,
-        asks_unrelated: bool = False,
-    ) -> tuple[Question, ...]:
-        """Encode (question, answer) pairs under one system turn.
+        asks_unrelated: bool,
+        document: str | None = None,
+    ) -> Episode:
+        """An episode from chunk texts, with its questions under one system turn and token labels for its statements.
 
-        Args:
-            document: its text, if a teacher may see it.
-            asks_unrelated: whether an unrelated question follows.
+        `document` is the text that a teacher may see; an unrelated question comes last if `asks_unrelated`.
         """
         system = rng.choice(SYSTEM_TURNS)
         questions = []
-        for text, answer in pairs:
+        for text, answer, _ in answered:
             shown = reading_prompt(self.chat, document, text) if document and self.shows_documents else ()
             prompt = tuple(self.chat.prompt(text, system))
             questions.append(Question(prompt, tuple(self.chat.answer(answer)), window_prompt=tuple(shown)))
@@ -107,7 +88,13 @@ class EpisodeMaker:
             text, answer = rng.choice(self.unrelated)
             prompt = tuple(self.chat.prompt(text, system))
             questions.append(Question(prompt, tuple(self.chat.reply(answer)), is_unrelated=True))
-        return tuple(questions)
+        chunks: list[tuple[int, ...]] = []
+        labels: list[TokenLabel] = []
+        for i, text in enumerate(texts):
+            ids, offsets = encode_with_offsets(self.tokenizer, text)
+            chunks.append(tuple(ids))
+            labels += label_tokens(i, text, offsets, [fact for *_, fact in answered])
+        return Episode(tuple(chunks), tuple(questions), task, tuple(labels))
 
     def passages(self, rng: random.Random, texts: Sequence[str], n: int) -> Episode:
         """A document with at most `n` passages, none overlapping, to continue word for word from their first tokens."""

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from loracast.base.chat import ChatFormat
 from loracast.data.labelled import Labelled
-from loracast.data.rows import read_content
-from loracast.data.unrelated import read_unrelated
+from loracast.data.rows import read_content, read_unrelated
 from loracast.encoders.features import Encoder, Features
 from loracast.errors import ConfigError, TrainingError
 from loracast.paths import features_dir
@@ -31,11 +30,9 @@ class Attribute:
     """A property that can be asked for besides the class."""
 
     name: str
-    train: tuple[str, ...]
-    """Wordings of the question."""
+    train: tuple[str, ...]  # wordings of the question
     test: str
-    answers: Mapping[str, str]
-    """Answer by class."""
+    answers: Mapping[str, str]  # by class
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -49,8 +46,7 @@ class Wordings:
 
     train: tuple[str, ...]
     test: str
-    unseen: str
-    """A wording that training never has."""
+    unseen: str  # a wording that training never has
     attributes: tuple[Attribute, ...]
 
 
@@ -58,15 +54,10 @@ class Wordings:
 def wordings(modality: str) -> Wordings:
     """Read the questions about a modality from content/modalities.toml."""
     table = read_content("modalities")[modality]
-    attributes = [
-        Attribute(
-            name,
-            tuple(given["train"]),
-            given["test"],
-            {cls: answer for answer, classes in given["answers"].items() for cls in classes},
-        )
-        for name, given in table.get("attributes", {}).items()
-    ]
+    attributes = []
+    for name, given in table.get("attributes", {}).items():
+        answers = {cls: answer for answer, classes in given["answers"].items() for cls in classes}
+        attributes.append(Attribute(name, tuple(given["train"]), given["test"], answers))
     return Wordings(tuple(table["train"]), table["test"], table["unseen_wording"], tuple(attributes))
 
 
@@ -131,10 +122,7 @@ class ModalitySource:
     def __init__(
         self, config: ModalityDataConfig, labelled: Labelled, encoder: Encoder, chat: ChatFormat, **options: Any
     ):
-        """
-        Args:
-            options: of `encoded`.
-        """
+        """`options` are those of `encoded`."""
         self.config, self.chat = config, chat
         self.wordings = wordings(labelled.modality)
         indices = labelled.of(held_out=False)

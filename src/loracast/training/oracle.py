@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from loracast.base.fingerprint import Fingerprint
 from loracast.base.load import Base
@@ -28,6 +27,7 @@ from loracast.training.peft_training import ABOUT, PeftConfig, read_about, train
 from loracast.training.recipe import read_lora_recipe
 from loracast.training.task_source import TaskDataConfig, TaskSource
 
+_MADE_BY = "loracast train oracle"
 _TOKENS_IN_A_ROW = 384  # the cost of attention grows with the square of a row's length
 
 OnTaskMetrics = Callable[[str, dict[str, float]], None]
@@ -68,15 +68,9 @@ def train_oracles(
 ) -> list[str]:
     """Train an oracle for each task, one after the other, each in a folder of its name; finished oracles are skipped.
 
-    Args:
-        budget_s: stop after this many seconds, also within a task; the same call resumes there.
-
-    Returns:
-        the names of the tasks whose oracles are finished.
-
-    Raises:
-        TrainingError: a task cannot be trained on (then nothing is done), or its folder has an oracle with other
-            settings.
+    It stops after `budget_s` seconds, also within a task; the same call resumes there. Returns the names of the tasks
+    whose oracles are finished. Raises TrainingError if a task cannot be trained on (then nothing is done), or its
+    folder has an oracle with other settings.
     """
     if recipe.data.tasks_per_step != 1:
         raise TrainingError("an oracle learns one task; leave data.tasks_per_step at 1")
@@ -120,9 +114,8 @@ def train_multitask(
 ) -> bool:
     """Train one LoRA on all tasks that are not held out, or resume. Returns whether it is finished.
 
-    Args:
-        recipe: use `MULTITASK` for the defaults of Text-to-LoRA; the class's own defaults are an oracle's.
-        described: put the description that a step draws for a task into the prompts of its examples.
+    `MULTITASK` is the recipe with the defaults of Text-to-LoRA; the class's own defaults are an oracle's. `described`
+    puts the description that a step draws for a task into the prompts of its examples.
     """
     source = TaskSource(recipe.data, tasks, base.chat, described=described, augmented=described)
     source.check_lengths()
@@ -130,22 +123,14 @@ def train_multitask(
 
 
 def read_oracle(folder: Path, base: Fingerprint) -> LoRA:
-    """Read a LoRA that `train_oracles` or `train_multitask` made for a base.
-
-    Raises:
-        AdapterError: there is none, or it is not finished.
-    """
-    _about(folder, base)
+    """Read a LoRA that `train_oracles` or `train_multitask` made for a base; AdapterError if none is finished."""
+    read_about(folder, base, _MADE_BY)
     return read_peft(folder)
 
 
 def read_multitask(folder: Path, base: Fingerprint, described: bool) -> LoRA:
-    """Read a multi-task LoRA.
-
-    Raises:
-        AdapterError: as `read_oracle`, or it is an oracle, or `described` differs.
-    """
-    settings = _about(folder, base)["settings"]
+    """Read a multi-task LoRA. Raises AdapterError as `read_oracle`, or if it is an oracle, or `described` differs."""
+    settings = read_about(folder, base, _MADE_BY)["settings"]
     if settings["described"] != described or not settings["is_multitask"]:
         how = "with" if settings["described"] else "without"
         what = f"a multi-task LoRA {how} descriptions" if settings["is_multitask"] else "the LoRA of a single task"
@@ -154,14 +139,11 @@ def read_multitask(folder: Path, base: Fingerprint, described: bool) -> LoRA:
     return read_peft(folder)
 
 
-def _about(folder: Path, base: Fingerprint) -> dict[str, Any]:
-    return read_about(folder, base, "loracast train oracle")
-
-
 def average_of_oracles(library: Path, base: Fingerprint) -> LoRA | None:
     """The mean of the deltas of a library's oracles, without those of held-out tasks; None if there is none."""
     folders = [library / name for name in oracles_in(library)]
-    loras = [read_peft(folder) for folder in folders if not _about(folder, base)["settings"]["heldout"]]
+    trained = [folder for folder in folders if not read_about(folder, base, _MADE_BY)["settings"]["heldout"]]
+    loras = [read_peft(folder) for folder in trained]
     return concat([lora.scale(1 / len(loras)) for lora in loras]) if loras else None
 
 

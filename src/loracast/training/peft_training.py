@@ -28,8 +28,7 @@ from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import OnMetrics, TrainConfig, resumable_settings, train
 from loracast.training.runtime import Workers
 
-ABOUT = "loracast.json"
-"""File beside PEFT's own: what the LoRA was trained on and how."""
+ABOUT = "loracast.json"  # file beside PEFT's own: what the LoRA was trained on and how
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,8 @@ def train_lora(
 
     Args:
         episodes: number of a batch -> its rows; always the same for the same number.
-        about: what is trained on; it is recorded, and a folder with other values is refused.
+        about: what is trained on; it is recorded, and a folder with other values is refused (TrainingError).
         budget_s: stop after this many seconds; the same call resumes there.
-
-    Raises:
-        TrainingError: the folder has a LoRA with other settings, or several workers were started.
     """
     if Workers.join(base.device.type).n > 1:
         raise TrainingError("LoRAs of this kind are trained by one process; start it without a launcher")
@@ -107,11 +103,7 @@ def train_lora(
 def read_about(folder: Path, base: Fingerprint, command: str) -> dict[str, Any]:
     """Read what the LoRA in a folder was trained on and how, and check it against a base.
 
-    Args:
-        command: the command that trains such a LoRA, for the message.
-
-    Raises:
-        AdapterError: there is none, or its training is not finished.
+    Raises AdapterError, which names the `command` that trains such a LoRA, if there is none or it is not finished.
     """
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
@@ -131,14 +123,10 @@ def _with_lora(base: Base, lora: PeftConfig, seed: int) -> Iterator[tuple[Any, n
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ConfigError("training LoRAs needs PEFT: pip install 'loracast[train]'") from error
-    target = target_from_config(base.model.config, lora.kinds, lora.layers)
+    names = list(target_from_config(base.model.config, lora.kinds, lora.layers).names)
     torch.manual_seed(seed)
-    options = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.rank * lora.scale,  # type: ignore[arg-type]  # PEFT accepts any number
-        target_modules=list(target.names),
-        task_type="CAUSAL_LM",
-    )
+    alpha: Any = lora.rank * lora.scale  # PEFT accepts any number
+    options = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM")
     wrapped = get_peft_model(base.model, options)
     try:
         trained = {name.replace(".", "/"): p for name, p in wrapped.named_parameters() if p.requires_grad}

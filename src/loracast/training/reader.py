@@ -15,7 +15,7 @@ from pathlib import Path
 from loracast.base.chat import encode_text
 from loracast.base.fingerprint import Fingerprint
 from loracast.base.load import Base
-from loracast.data.qa import QuestionedDocument, read_questioned
+from loracast.data.qa import read_questioned
 from loracast.errors import AdapterError, ConfigError, TrainingError
 from loracast.lora.algebra import LoRA
 from loracast.lora.peft_format import read_peft
@@ -67,36 +67,28 @@ class ReaderSource:
         if not config.documents:
             raise ConfigError("a reader needs documents with questions: give a file of them (--documents FILE)")
         self.config, self.chat = config, base.chat
-        self.documents: list[QuestionedDocument] = [
+        most = config.max_document_tokens
+        self.documents = [
             document
             for document in read_questioned(config.documents, config.document_sources, "train")
-            if document.spans and len(encode_text(base.tokenizer, document.text)) <= config.max_document_tokens
+            if document.spans and len(encode_text(base.tokenizer, document.text)) <= most
         ]
         if not self.documents:
-            raise TrainingError(
-                f"no document of at most {config.max_document_tokens} tokens has a question whose answer stands in it"
-            )
+            raise TrainingError(f"no document of at most {most} tokens has a question whose answer stands in it")
         self._weights = [min(config.max_questions, len(document.spans)) for document in self.documents]
 
     def episodes(self, number: int) -> list[Episode]:
         """The rows of step `number`."""
         rng = random.Random(f"{self.config.seed}/{number}")
         rows: list[Episode] = []
-        n_questions = 0
-        while n_questions < self.config.questions_per_step:
+        while sum(len(row.questions) for row in rows) < self.config.questions_per_step:
             (document,) = rng.choices(self.documents, self._weights)
-            row = self._row(rng, document)
-            if row is not None:
-                rows.append(row)
-                n_questions += len(row.questions)
+            questions = []
+            for question, answer, _ in answered_questions(rng, document, self.config.max_questions):
+                prompt = reading_prompt(self.chat, document.full_text, question)
+                questions.append(Question(tuple(prompt), tuple(self.chat.answer(answer))))
+            rows += [Episode((), tuple(questions), "reader")] if questions else []
         return rows
-
-    def _row(self, rng: random.Random, document: QuestionedDocument) -> Episode | None:
-        questions = []
-        for question, answer, _ in answered_questions(rng, document, self.config.max_questions):
-            prompt = reading_prompt(self.chat, document.full_text, question)
-            questions.append(Question(tuple(prompt), tuple(self.chat.answer(answer))))
-        return Episode((), tuple(questions), "reader") if questions else None
 
 
 def train_reader(
@@ -119,11 +111,7 @@ def train_reader(
 
 
 def read_reader(folder: Path, base: Fingerprint) -> LoRA:
-    """Read the LoRA that `train_reader` made for a base.
-
-    Raises:
-        AdapterError: there is none, it is not finished, or it is another LoRA.
-    """
+    """Read the LoRA that `train_reader` made for a base. Raises AdapterError if there is none, or it is not finished."""
     about = read_about(folder, base, "loracast train reader")
     if not about["settings"].get("is_reader"):
         raise AdapterError(f"{folder} holds another LoRA; give what `loracast train reader` makes")

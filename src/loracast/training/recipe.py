@@ -19,14 +19,9 @@ Tables = dict[str, dict[str, Any]]
 
 
 def read_tables(path: Path | None, overrides: Sequence[str], known: Mapping[str, Collection[str]]) -> Tables:
-    """Read the tables of a recipe; a table that the file lacks is empty.
+    """Read the tables of a recipe, changed by overrides (`training.lr=2e-4`); a table that the file lacks is empty.
 
-    Args:
-        overrides: such as `training.lr=2e-4`.
-        known: the allowed keys by table.
-
-    Raises:
-        ConfigError: the file cannot be read, or has unknown tables or keys (all of them in one message).
+    Raises ConfigError if the file cannot be read, or has tables or keys that are not `known` (all in one message).
     """
     tables: dict[str, Any] = {}
     if path is not None:
@@ -64,11 +59,7 @@ def read_recipe_as(
     Args:
         recipe: a dataclass with the fields `hypernetwork`, `data`, `training` and `given`.
         hypernetwork: keys of `[hypernetwork]` that are options of the hypernetwork's config.
-        fields: its other keys, which are fields of the recipe.
-        objective: keys of `[objective]`, fields of the recipe too.
-
-    Raises:
-        ConfigError: as `read_tables`.
+        fields: its other keys, which are fields of the recipe; so are those of `[objective]`.
     """
     data = get_type_hints(recipe)["data"]
     known = {
@@ -90,11 +81,7 @@ def read_recipe_as(
 
 
 def read_lora_recipe(default: R, path: Path | None, overrides: Sequence[str]) -> R:
-    """Read a LoRA's recipe, the tables `[lora]`, `[data]` and `[training]`; `default` has values for missing keys.
-
-    Raises:
-        ConfigError: as `read_tables`.
-    """
+    """Read a LoRA's recipe, the tables `[lora]`, `[data]` and `[training]`; `default` has values for missing keys."""
     known = {name: keys_of(type(getattr(default, name))) for name in ("lora", "data", "training")}
     tables = read_tables(path, overrides, known)
     changed = {name: dataclasses.replace(getattr(default, name), **given) for name, given in tables.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,7 @@ def check_not_given(given: Collection[str]) -> None:
 
 
 def start_from(folder: Path, architecture: type[H], base: Base, given: Collection[str] = ()) -> H:
-    """The hypernetwork whose weights a fresh run starts from, checked against the base.
-
-    Args:
-        given: keys of the recipe that the checkpoint fixes; there must be none.
-    """
+    """The hypernetwork whose weights a fresh run starts from, checked against the base; ConfigError as above."""
     check_not_given(given)
     hypernet = from_pretrained(folder, architecture)
     if hypernet.made_for is not None:
@@ -62,14 +59,9 @@ def train_hypernet(
     started_as = read_provenance(init_from) if init_from is not None else {}
     # An average of runs has no history of its own.
     before: list[Any] = started_as.get("history") or ([started_as] if started_as else [])
-    run = {"command": command, **about, "training": dataclasses.asdict(config)}
-
+    provenance = {"history": [*before, {"command": command, **about, "training": dataclasses.asdict(config)}]}
+    save_model = functools.partial(save_pretrained, hypernet, storage="float32", provenance=provenance)
     hypernet.made_for = base.fingerprint
-
-    def save_model(folder: Path) -> None:
-        provenance = {"history": [*before, run]}
-        save_pretrained(hypernet, folder, storage="float32", provenance=provenance)
-
     settings = {**about, "hypernetwork": dataclasses.asdict(hypernet.config), "base": base.fingerprint.norms}
     metrics = train(
         hypernet, objective, config, out_dir,

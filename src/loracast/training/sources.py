@@ -14,9 +14,8 @@ from loracast.base.chat import ChatFormat
 from loracast.data.facts import Split, make_sheet
 from loracast.data.needles import hide, make_needles, sentences
 from loracast.data.qa import read_questioned
-from loracast.data.rows import read_texts
+from loracast.data.rows import read_texts, read_unrelated
 from loracast.data.spans import FactSpan
-from loracast.data.unrelated import read_unrelated
 from loracast.errors import ConfigError, TrainingError
 from loracast.scoring.episodes import Episode
 from loracast.training.document_source import DocumentSource
@@ -119,9 +118,8 @@ class Prose:
             if chosen and room < n_tokens / 2:
                 break
         if not chosen:
-            raise TrainingError(
-                f"the texts hold no sentence of at most {n_tokens + 15} tokens; give others, or longer chunks"
-            )
+            few = f"no sentence of at most {n_tokens + 15} tokens"
+            raise TrainingError(f"the texts hold {few}; give others, or longer chunks")
         return chosen
 
 
@@ -191,10 +189,8 @@ class EpisodeSource:
         n_documents = max(1, c.questions_per_step // n_questions)
         n_documents = max(1, min(n_documents, c.context_tokens_per_step // (n_tokens * n_chunks)))
         asks_unrelated = self.maker.asks_unrelated(rng)
-        return [
-            self.needle_episode(rng, self.prose, n_questions, n_tokens, n_chunks, asks_unrelated)
-            for _ in range(n_documents)
-        ]
+        drawn = n_questions, n_tokens, n_chunks, asks_unrelated
+        return [self.needle_episode(rng, self.prose, *drawn) for _ in range(n_documents)]
 
     def _fact_step(self, rng: random.Random) -> list[Episode]:
         c = self.config
@@ -229,9 +225,10 @@ class EpisodeSource:
         for chunk in range(n_chunks):
             here = [needle.statement for needle, home in zip(needles, homes, strict=True) if home == chunk]
             texts.append(" ".join(hide(here, prose.span(rng, room), [rng.random() for _ in here])))
-        facts = [FactSpan(n.statement, n.key if n.key in n.statement else "", n.answer) for n in needles]
-        questions = self.maker.questions(rng, [(n.question, n.answer) for n in needles], asks_unrelated=asks_unrelated)
-        return self.maker.episode(texts, questions, "needle", facts)
+        owners = [needle.key if needle.key in needle.statement else "" for needle in needles]
+        facts = [FactSpan(n.statement, owner, n.answer) for n, owner in zip(needles, owners, strict=True)]
+        answered = [(n.question, n.answer, fact) for n, fact in zip(needles, facts, strict=True)]
+        return self.maker.episode(rng, texts, answered, "needle", asks_unrelated=asks_unrelated)
 
     def fact_episode(
         self, rng: random.Random, n_facts: int, max_chunk_tokens: int, asks_unrelated: bool = False
@@ -243,7 +240,5 @@ class EpisodeSource:
             prose = self.prose.span(rng, rng.randint(1, 2) * max_chunk_tokens // 2)
             text = " ".join(hide([fact.statement for fact in sheet.facts], prose, [rng.random() for _ in sheet.facts]))
         texts = self.maker.chunk_texts(text, max_chunk_tokens, sheet.title)
-        facts = [FactSpan(fact.statement, fact.subject, fact.answer) for fact in sheet.facts]
-        pairs = [(fact.question, fact.answer) for fact in sheet.facts]
-        questions = self.maker.questions(rng, pairs, asks_unrelated=asks_unrelated)
-        return self.maker.episode(texts, questions, "facts", facts)
+        answered = [(f.question, f.answer, FactSpan(f.statement, f.subject, f.answer)) for f in sheet.facts]
+        return self.maker.episode(rng, texts, answered, "facts", asks_unrelated=asks_unrelated)

@@ -62,11 +62,9 @@ class DrawnTasks:
 class TaskSource:
     """Endless steps of training tasks; a step depends on the seed and its number alone.
 
-    Args:
-        heldout_too: include held-out tasks, to train their oracles.
-        described: put the drawn description into each prompt, for a baseline without an adapter.
-        augmented: whether the config's `augmented_share` counts; without descriptions, augmented tasks would contradict
-            each other.
+    Held-out tasks take part only if `heldout_too`, to train their oracles. `described` puts the drawn description into
+    each prompt, for a baseline without an adapter. `augmented` says whether the config's `augmented_share` counts:
+    without descriptions, augmented tasks would contradict each other.
     """
 
     def __init__(
@@ -82,9 +80,7 @@ class TaskSource:
         self.config, self.chat, self.described = config, chat, described
         self.augmented_share = config.augmented_share if augmented and not heldout_too else 0.0
         self._short: dict[str, list[Example]] = {}
-        self.tasks = [
-            task for task in tasks if task.train and (heldout_too or (task.seen_descriptions() and not task.is_heldout))
-        ]
+        self.tasks = [t for t in tasks if t.train and (heldout_too or (t.seen_descriptions() and not t.is_heldout))]
         if not self.tasks:
             raise TrainingError("there is no task to train on: all are held out, or lack descriptions or examples")
 
@@ -114,9 +110,7 @@ class TaskSource:
     @cached_property
     def sha256(self) -> str:
         """Hash of all that training may see; a resumed run must see the same."""
-        seen = [
-            (task.name, task.seen_descriptions(), [(e.input, e.outputs[0]) for e in task.train]) for task in self.tasks
-        ]
+        seen = [(t.name, t.seen_descriptions(), [(e.input, e.outputs[0]) for e in t.train]) for t in self.tasks]
         return hashlib.sha256(repr(seen).encode()).hexdigest()
 
     def check_lengths(self) -> None:
@@ -167,14 +161,10 @@ class TaskSource:
     def short_enough(self, task: Task) -> list[Example]:
         """Training examples that fit into `max_tokens` under the longest system turn; TrainingError if none does."""
         if task.name not in self._short:
-            chosen = []
-            for example in task.train:
-                question = self._question(example, None)
-                if len(question.prompt) + len(question.answer) <= self.config.max_tokens:
-                    chosen.append(example)
-            if not chosen:
-                raise TrainingError(
-                    f"no example of {task.name} has {self.config.max_tokens} tokens or fewer; raise data.max_tokens"
-                )
-            self._short[task.name] = chosen
+            most = self.config.max_tokens
+            asked = ((example, self._question(example, None)) for example in task.train)
+            short = [example for example, q in asked if len(q.prompt) + len(q.answer) <= most]
+            if not short:
+                raise TrainingError(f"no example of {task.name} has {most} tokens or fewer; raise data.max_tokens")
+            self._short[task.name] = short
         return self._short[task.name]

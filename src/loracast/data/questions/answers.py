@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from loracast.data.spans import FactSpan
 
-_SENTENCE_END = re.compile(
-    r"(?<=[.!?])[\"'”’)\]]*\s+|\n\s*\n|\n(?=[^\n]*\|)"
-)  # a wrapped line is no end, but a table's row is
+# A wrapped line is no end, but a table's row is.
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+|\n\s*\n|\n(?=[^\n]*\|)")
 _WORD = re.compile(r"\w+")
 _STEM = 5
 """Words that begin with the same five characters count as the same: "settled" and "settling"."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from loracast.data.questions.answers import sentence_spans
 from loracast.data.spans import FactSpan
-from loracast.data.stop_words import STOP_WORDS
 
 _MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 _CAPITAL = r"[A-Z][\w'’-]+"
@@ -36,8 +35,12 @@ _ASKS: dict[str, tuple[str, ...]] = {
     "name": ("Who", "What", "Which", "What is the name:", "Where", "Whose"),
     "thing": ("What", "Which", "What kind of thing"),
 }
+_WORDS = """
+a an the of in on at to for and or but with by from as is was are were be been it its this that he she they his her
+their which who when where had has have not also into than then there
+"""
+STOP_WORDS = frozenset(_WORDS.split())  # frequent words that say little about a sentence
 _BLANK = ("Fill the gap: {}", "Complete: {}", "What is missing? {}", "{}", "What belongs in the gap? {}")
-_WORD = re.compile(r"\S+")
 _TURNS = 5
 _FEWEST_WORDS = 5
 _MOST_WORDS = 22
@@ -54,7 +57,7 @@ class Cloze:
 
 def make_clozes(rng: random.Random, text: str, n: int) -> list[Cloze]:
     """Make at most `n` questions about a text, about different sentences if there are enough, in the text's order."""
-    spans = [span for span in sentence_spans(text) if len(_WORD.findall(text[slice(*span)])) >= _FEWEST_WORDS]
+    spans = [span for span in sentence_spans(text) if len(text[slice(*span)].split()) >= _FEWEST_WORDS]
     rng.shuffle(spans)
     made: list[tuple[int, Cloze]] = []
     asked: set[tuple[int, str]] = set()
@@ -74,8 +77,7 @@ def _cloze(rng: random.Random, sentence: str) -> Cloze | None:
     found = [(kind, match) for kind, pattern in _KINDS for match in pattern.finditer(sentence) if _may_ask(kind, match)]
     if not found:
         return None
-    kinds = sorted({kind for kind, _ in found})
-    kind = rng.choice(kinds)
+    kind = rng.choice(sorted({kind for kind, _ in found}))
     match = rng.choice([match for of_kind, match in found if of_kind == kind])
     answer = match.group()
     before, after = sentence[: match.start()], sentence[match.end() :]

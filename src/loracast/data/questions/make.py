@@ -70,12 +70,9 @@ class Tally:
     """Counts of the questions that were kept and dropped."""
 
     kept: int = 0
-    repeated: int = 0
-    """Another question asks the same."""
-    not_answerable: int = 0
-    """The writer, shown the passage, gives another answer."""
-    known_anyway: int = 0
-    """The writer gives the same answer without the passage."""
+    repeated: int = 0  # another question asks the same
+    not_answerable: int = 0  # the writer, shown the passage, gives another answer
+    known_anyway: int = 0  # the writer gives the same answer without the passage
 
 
 @dataclass(frozen=True)
@@ -88,11 +85,7 @@ class Passage:
 
 
 def passages_of(document: Document, split: Callable[[str], Sequence[str]]) -> list[Passage]:
-    """A document's passages, with ids from its file name and their text, so a changed passage gets new questions.
-
-    Args:
-        split: splits a text into pieces.
-    """
+    """A document's passages, with ids from its file name and their text, so a changed passage gets new questions."""
     name = document.file_name or "document"
     return [
         Passage(f"{name}#{hashlib.sha256(text.encode()).hexdigest()[:12]}", document.title, text)
@@ -109,8 +102,7 @@ def make_questions(
 ) -> Tally:
     """Append a row of questions for each passage to a JSONL file; passages that it has already are skipped.
 
-    Args:
-        writer: writes and answers the questions; None makes them by rule.
+    The writer writes and answers the questions; without one they are made by rule.
     """
     known = {row["doc_id"] for row in _rows(out)}
     tally = Tally()
@@ -154,21 +146,18 @@ def _rows(out: Path) -> Iterator[dict[str, Any]]:
 
 def _by_rule(passage: Passage, config: MakeConfig, tally: Tally) -> list[Made]:
     rng = random.Random(f"{config.seed}/{passage.doc_id}")
-    made = [
-        Made(cloze.question, (cloze.answer,), True, 0) for cloze in make_clozes(rng, passage.text, config.per_passage)
-    ]
-    tally.kept += len(made)
-    return made
+    clozes = make_clozes(rng, passage.text, config.per_passage)
+    tally.kept += len(clozes)
+    return [Made(cloze.question, (cloze.answer,), True, 0) for cloze in clozes]
 
 
 def _written(passage: Passage, writer: Writer, config: MakeConfig, tally: Tally) -> list[Made]:
     kept: list[Made] = []
     for level in range(1, config.levels + 1):
-        written = writer.write(
-            _ask_for(passage.text, config.per_passage, kept if level == 2 else ()),
-            config.per_passage * _TOKENS_OF_A_PAIR,
-        )
-        for question, answer in parse(written)[: config.per_passage]:
+        order = _ask_for(passage.text, config.per_passage, kept if level == 2 else ())
+        for question, answer in parse(writer.write(order, config.per_passage * _TOKENS_OF_A_PAIR))[
+            : config.per_passage
+        ]:
             if any(_alike(question, other.question) for other in kept):
                 tally.repeated += 1
             elif token_f1(writer.write(_answer_with(passage.text, question), _TOKENS_OF_A_PAIR), answer) < _AGREES:
@@ -184,7 +173,8 @@ def _written(passage: Passage, writer: Writer, config: MakeConfig, tally: Tally)
 
 def _ask_for(text: str, n: int, known: Sequence[Made]) -> list[Message]:
     """The conversation that asks for questions, with an example, which small models follow better than instructions."""
-    order = f"Write {n} questions that the text answers, each with its short answer."
+    first = "Write {} questions that the text answers, each with its short answer."
+    order = first.format(n)
     if known:
         listed = "\n".join(f"- {one.question}" for one in known)
         order = (
@@ -193,10 +183,7 @@ def _ask_for(text: str, n: int, known: Sequence[Made]) -> list[Message]:
         )
     example, answered = _EXAMPLE
     return [
-        {
-            "role": "user",
-            "content": f"{example}\n\nWrite 2 questions that the text answers, each with its short answer.",
-        },
+        {"role": "user", "content": f"{example}\n\n{first.format(2)}"},
         {"role": "assistant", "content": answered},
         {"role": "user", "content": f"{text}\n\n{order}"},
     ]
