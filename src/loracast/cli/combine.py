@@ -17,7 +17,7 @@ def combine(
         typer.Argument(metavar="NAME[:WEIGHT]...", help="Adapters with their weights: 0.5 for half, -1 to subtract."),
     ],
     *,
-    name: Annotated[str, typer.Option("--name", help="Name of the new adapter.")],
+    name: Annotated[str, "Name of the new adapter."],
     rank: options.Rank = None,
     replace: options.Replace = False,
     library: options.Library,

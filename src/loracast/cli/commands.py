@@ -1,8 +1,11 @@
-"""Commands made from functions: a parameter that is a dataclass becomes one option for each of its fields.
+"""Build commands from functions: each parameter becomes an option, and a dataclass one option for each of its fields.
 
-The name, type, default and help of such an option come from the field and the docstring below it, so that a setting is
-written once. A command is built only when it is called or its own --help is asked for: the dataclasses of an evaluation
-need torch, and `loracast --help` must not.
+The name, type and default of an option are the parameter's or the field's. Its help is the text in
+`Annotated[type, "help"]`, or the docstring below the field, so that a setting is written once. What has more to say
+(bounds, a short form) is `Annotated[type, typer.Option(...)]`. A parameter before the `*` becomes an argument.
+
+A command is built only when it is called or its own --help is asked for: the dataclasses of an evaluation need torch,
+and `loracast --help` must not.
 """
 
 from __future__ import annotations
@@ -26,13 +29,15 @@ F = TypeVar("F", bound=Callable[..., None])
 
 _SPELLINGS = {
     "adapters": ("-a", "--adapter"),
+    "as_json": ("--json",),
     "benchmarks": ("--benchmark",),
     "budget_s": ("--budget",),
+    "change": ("--set",),
     "heldout": ("--heldout/--trained",),
     "max_new_tokens": ("--max-tokens",),
     "storage": ("-s", "--storage"),
 }
-"""Options that are not called as their fields are."""
+"""Options that are not called as their fields or parameters are."""
 _ONE_EACH = {"adapters", "benchmarks", "documents", "held_out", "texts", "unrelated"}
 """Fields whose option is given once for each value; the values of other tuples have commas between them."""
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -96,7 +101,9 @@ def flattened(function: Callable[..., None]) -> Callable[..., None]:
             configs[parameter.name] = config, [option.name for option in made]
             parameters += made
         else:
-            parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+            is_argument = parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+            option = _with_help(parameter.name, kind, is_argument)
+            parameters.append(parameter.replace(annotation=option, kind=inspect.Parameter.KEYWORD_ONLY))
 
     def call(**values: Any) -> None:
         for name, (config, options) in configs.items():
@@ -122,7 +129,9 @@ def _options_of(config: Any, without: tuple[str, ...]) -> list[inspect.Parameter
         if field.name in without:
             continue
         hint, default = hints[field.name], field.default
-        if get_origin(hint) is not Annotated:  # what is annotated is an option already, for the command line alone
+        if get_origin(hint) is Annotated:  # an option already, for the command line alone
+            hint = _with_help(field.name, hint)
+        else:
             if field.name not in documented:
                 raise TypeError(f"{config.__name__}.{field.name} has no docstring, so its option has no help")
             hint, default = _annotated(field, hint, documented[field.name])
@@ -131,11 +140,25 @@ def _options_of(config: Any, without: tuple[str, ...]) -> list[inspect.Parameter
     return made
 
 
+def _with_help(name: str, hint: Any, is_argument: bool = False) -> Any:
+    """The annotation that typer reads, where `hint` may be `Annotated[type, "text of the help"]`."""
+    kind, about, *_ = (*get_args(hint), None)
+    if not isinstance(about, str):
+        return hint
+    if is_argument:
+        return Annotated[kind, typer.Argument(metavar=name.upper(), help=about)]
+    return Annotated[kind, typer.Option(*_spelling(name), help=about)]
+
+
+def _spelling(name: str) -> tuple[str, ...]:
+    return _SPELLINGS.get(name, (f"--{name.replace('_', '-')}",))
+
+
 def _annotated(field: dataclasses.Field, hint: Any, text: str) -> tuple[Any, Any]:
     """The annotation that typer reads, and the default that goes with it, for a field of a config."""
     name, default = field.name, cast(Any, field.default)
     is_required = default is dataclasses.MISSING
-    spelling = _SPELLINGS.get(name, (f"--{name.replace('_', '-')}",))
+    spelling = _spelling(name)
     kind = next((part for part in get_args(hint) if NoneType in get_args(hint) and part is not NoneType), hint)
     if get_origin(kind) is tuple:
         each = get_args(kind)[0]

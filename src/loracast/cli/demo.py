@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any
 
-import typer
-
 from loracast.cli import options
 from loracast.cli.learn import learned, report
 from loracast.cli.output import print_json, printable, stderr, stdout
@@ -23,9 +21,7 @@ QUESTIONS = (
 
 
 def demo(
-    file: Annotated[
-        str, typer.Argument(metavar="FILE", help="The repository's examples/manual.pdf; any other is only learned.")
-    ],
+    file: Annotated[str, "The repository's examples/manual.pdf; any other is only learned."],
     *,
     name: options.Name = None,
     replace: options.Replace = False,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from loracast.cli import options
 from loracast.cli.output import print_result
 
@@ -13,11 +11,8 @@ from loracast.cli.output import print_result
 def deploy(
     name: options.Adapter,
     *,
-    vllm: Annotated[str, typer.Option("--vllm", help="Address of the server, such as http://localhost:8000.")],
-    path_there: Annotated[
-        str | None,
-        typer.Option("--path-there", help="Where the server sees the folder of exports, if under another path."),
-    ] = None,
+    vllm: Annotated[str, "Address of the server, such as http://localhost:8000."],
+    path_there: Annotated[str | None, "Where the server sees the folder of exports, if under another path."] = None,
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:

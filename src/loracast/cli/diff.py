@@ -6,17 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from loracast.cli import options
 from loracast.cli.output import print_json, print_table
 
 
 def diff(
     name: options.Adapter,
-    other: Annotated[str, typer.Argument(metavar="OTHER", help="The adapter to compare it with.")],
+    other: Annotated[str, "The adapter to compare it with."],
     *,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the differences into this PNG file.")] = None,
+    plot: Annotated[Path | None, "Draw the differences into this PNG file."] = None,
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:

@@ -13,10 +13,10 @@ def edit(
     name: options.Adapter,
     *,
     rename: Annotated[str | None, typer.Option("--rename", metavar="NEW", help="Another name.")] = None,
-    tag: Annotated[list[str] | None, typer.Option("--tag", help="Add a tag. Repeatable.")] = None,
-    untag: Annotated[list[str] | None, typer.Option("--untag", help="Take a tag away. Repeatable.")] = None,
-    note: Annotated[str | None, typer.Option("--note", help='A note for people; "" for none.')] = None,
-    owner: Annotated[str | None, typer.Option("--owner", help='Whose it is; "" for nobody.')] = None,
+    tag: Annotated[list[str] | None, "Add a tag. Repeatable."] = None,
+    untag: Annotated[list[str] | None, "Take a tag away. Repeatable."] = None,
+    note: Annotated[str | None, 'A note for people; "" for none.'] = None,
+    owner: Annotated[str | None, 'Whose it is; "" for nobody.'] = None,
     library: options.Library,
 ) -> None:
     """Change an adapter's name, or what is noted about it. What it holds never changes."""

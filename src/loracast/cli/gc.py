@@ -15,7 +15,7 @@ def gc(
     keep: Annotated[
         int | None, typer.Option("--keep", min=1, help="Keep only the newest N versions of each name; all by default.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    dry_run: Annotated[bool, "Only say what would be deleted."] = False,
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:

@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 def learn(
     file: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE",
-            help="PDF, DOCX, HTML, Markdown, CSV or text; - for standard input; or a folder of them; or an image.",
-        ),
+        str, "PDF, DOCX, HTML, Markdown, CSV or text; - for standard input; or a folder of them; or an image."
     ],
     *,
     name: options.Name = None,

@@ -16,11 +16,9 @@ def list_(
         str, typer.Argument(metavar="[TEXT]", help="Only adapters with this in their name, title or note.")
     ] = "",
     *,
-    tag: Annotated[str, typer.Option("--tag", help="Only adapters with this tag.")] = "",
-    owner: Annotated[str, typer.Option("--owner", help="Only adapters of this owner.")] = "",
-    kind: Annotated[
-        str, typer.Option("--kind", help="Only adapters of a kind: document, task, image, combined or imported.")
-    ] = "",
+    tag: Annotated[str, "Only adapters with this tag."] = "",
+    owner: Annotated[str, "Only adapters of this owner."] = "",
+    kind: Annotated[str, "Only adapters of a kind: document, task, image, combined or imported."] = "",
     page: Annotated[int, typer.Option("--page", min=1, help="Which page.")] = 1,
     per_page: Annotated[int, typer.Option("--per-page", min=1, help="Adapters on a page.")] = 100,
     library: options.Library,

@@ -22,20 +22,13 @@ def make_questions(
         list[Path], typer.Argument(metavar="FILE...", help="Documents: text, Markdown, HTML, PDF, DOCX.", exists=True)
     ],
     *,
-    out: Annotated[Path, typer.Option("--out", help="JSONL file; the questions in it stay and are not made again.")],
-    rules: Annotated[
-        bool, typer.Option("--rules", help="Make questions by rule: gaps in sentences; no model is needed.")
-    ] = False,
+    out: Annotated[Path, "JSONL file; the questions in it stay and are not made again."],
+    rules: Annotated[bool, "Make questions by rule: gaps in sentences; no model is needed."] = False,
     endpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--endpoint", help="OpenAI-compatible endpoint whose model writes, such as http://localhost:8000/v1."
-        ),
+        str | None, "OpenAI-compatible endpoint whose model writes, such as http://localhost:8000/v1."
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Name of the endpoint's model.")] = None,
-    api_key_env: Annotated[
-        str, typer.Option("--api-key-env", help="Environment variable with the endpoint's key, if it needs one.")
-    ] = "OPENAI_API_KEY",
+    model: Annotated[str | None, "Name of the endpoint's model."] = None,
+    api_key_env: Annotated[str, "Environment variable with the endpoint's key, if it needs one."] = "OPENAI_API_KEY",
     config: MakeConfig,
     passage_tokens: Annotated[int, typer.Option("--passage-tokens", min=64, help="Most tokens of a passage.")] = 384,
     choice: options.BaseChoice,

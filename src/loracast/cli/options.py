@@ -38,29 +38,18 @@ def distinct(names: list[str] | None) -> list[str]:
     return list(dict.fromkeys(names or []))
 
 
-Adapter = Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter; NAME@HASH for an older version.")]
-Question = Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")]
-Name = Annotated[str | None, typer.Option("--name", help="Name of the new adapter; made from its source by default.")]
-Replace = Annotated[bool, typer.Option("--replace", help="Replace an adapter that has this name already.")]
-Again = Annotated[
-    bool, typer.Option("--again", help="Of a folder, also learn files that have not changed or that failed before.")
-]
+Adapter = Annotated[str, "Name of the adapter; NAME@HASH for an older version."]
+Question = Annotated[str, "The question."]
+Name = Annotated[str | None, "Name of the new adapter; made from its source by default."]
+Replace = Annotated[bool, "Replace an adapter that has this name already."]
+Again = Annotated[bool, "Of a folder, also learn files that have not changed or that failed before."]
 Rank = Annotated[
     int | None,
     typer.Option("--rank", min=1, help="Compress the LoRA to at most this rank, and report how much is lost."),
 ]
-Base = Annotated[
-    str | None,
-    typer.Option("--base", help="Language model: an embedded base, a local folder or a hub id."),
-]
-Hypernetwork = Annotated[
-    str | None,
-    typer.Option("--hypernetwork", help="Folder or hub id of a hypernetwork; the one shipped for the base by default."),
-]
-Encoder = Annotated[
-    str | None,
-    typer.Option("--encoder", help="Folder or hub id of the hypernetwork's encoder, if it has moved since training."),
-]
+Base = Annotated[str | None, "Language model: an embedded base, a local folder or a hub id."]
+Hypernetwork = Annotated[str | None, "Folder or hub id of a hypernetwork; the one shipped for the base by default."]
+Encoder = Annotated[str | None, "Folder or hub id of the hypernetwork's encoder, if it has moved since training."]
 Library = Annotated[
     Path,
     typer.Option("--library", default_factory=library_dir, show_default="your own library", help="Folder of adapters."),
@@ -69,7 +58,7 @@ Device = Annotated[
     str | None,
     typer.Option("--device", callback=check_device, help="cpu, cuda, cuda:N or mps; the fastest there is by default."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Json = Annotated[bool, "Print one JSON object on standard output."]
 Adapters = Annotated[
     list[str] | None,
     typer.Option("-a", "--adapter", metavar="NAME", callback=distinct, help="Adapter to answer with. Repeatable."),
@@ -144,11 +133,8 @@ class Answering(BaseChoice):
         typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the likeliest tokens that have this probability."),
     ] = 1.0
     seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the draw.")] = None
-    system: Annotated[
-        str | None, typer.Option("--system", help="Text of the system turn; an empty one by default.")
-    ] = None
-    hypernetwork: Annotated[
-        str | None,
-        typer.Option("--hypernetwork", help="For adapters that keep only their text: the hypernetwork that cast them."),
-    ] = None
+    system: Annotated[str | None, "Text of the system turn; an empty one by default."] = None
+    hypernetwork: Annotated[str | None, "For adapters that keep only their text: the hypernetwork that cast them."] = (
+        None
+    )
     library: Library

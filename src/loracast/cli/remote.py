@@ -18,9 +18,7 @@ def push_adapter(
     name: options.Adapter,
     where: Where,
     *,
-    public: Annotated[
-        bool, typer.Option("--public", help="Let everybody see a repository that is made on the hub.")
-    ] = False,
+    public: Annotated[bool, "Let everybody see a repository that is made on the hub."] = False,
     library: options.Library,
 ) -> None:
     """Put an adapter, with the text it was made from and a model card, to where others can pull it."""

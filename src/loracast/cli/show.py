@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from loracast.cli import options
 from loracast.cli.output import plural, print_json, print_table, printable, size, stdout
 
@@ -22,11 +20,9 @@ _MOST_CHUNKS = 64
 def show(
     name: options.Adapter,
     *,
-    chunks: Annotated[bool, typer.Option("--chunks", help="List the chunks with their headings and places.")] = False,
-    layers: Annotated[
-        bool, typer.Option("--layers", help="List norm and effective rank of every module, all chunks merged.")
-    ] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw what --layers lists into this PNG file.")] = None,
+    chunks: Annotated[bool, "List the chunks with their headings and places."] = False,
+    layers: Annotated[bool, "List norm and effective rank of every module, all chunks merged."] = False,
+    plot: Annotated[Path | None, "Draw what --layers lists into this PNG file."] = None,
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:

@@ -16,15 +16,9 @@ def store(
         typer.Argument(metavar="[URL]", help="Keep the adapters there from now on (s3://, gs://, file:// ...)."),
     ] = None,
     *,
-    take_over: Annotated[
-        bool, typer.Option("--take-over", help="Use a store that was another library's, with all that lies there.")
-    ] = False,
-    evict: Annotated[
-        bool, typer.Option("--evict", help="Delete this machine's copies; they are fetched again when needed.")
-    ] = False,
-    leave: Annotated[
-        bool, typer.Option("--leave", help="Bring everything back and keep it on this machine alone.")
-    ] = False,
+    take_over: Annotated[bool, "Use a store that was another library's, with all that lies there."] = False,
+    evict: Annotated[bool, "Delete this machine's copies; they are fetched again when needed."] = False,
+    leave: Annotated[bool, "Bring everything back and keep it on this machine alone."] = False,
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:

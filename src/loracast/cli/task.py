@@ -5,20 +5,16 @@ from __future__ import annotations
 import time
 from typing import Annotated
 
-import typer
-
 from loracast.cli import options
 from loracast.cli.output import print_result, say, size, warn
 
 
 def task(
-    description: Annotated[str, typer.Argument(metavar="DESCRIPTION", help="What the model shall do, in a sentence.")],
+    description: Annotated[str, "What the model shall do, in a sentence."],
     *,
     name: options.Name = None,
     replace: options.Replace = False,
-    strength: Annotated[
-        float, typer.Option("--strength", help="Factor on the LoRA: 1 as it was trained, 0 for none.")
-    ] = 1.0,
+    strength: Annotated[float, "Factor on the LoRA: 1 as it was trained, 0 for none."] = 1.0,
     hypernetwork: options.Hypernetwork = None,
     encoder: options.Encoder = None,
     base: options.Base = None,

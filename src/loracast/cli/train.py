@@ -20,16 +20,10 @@ if TYPE_CHECKING:
     from loracast.base.load import Base
     from loracast.training.loop import TrainConfig
 
-Change = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a key of the recipe: training.lr=2e-4. Repeatable.")
-]
+Change = Annotated[list[str] | None, "Change a key of the recipe: training.lr=2e-4. Repeatable."]
 _documents = typer.Option("--documents", help="Documents with questions: JSONL(.gz) rows. Repeatable.")
 Unrelated = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--unrelated",
-        help="Unrelated questions, whose answers stay the plain base's: JSONL(.gz). Repeatable.",
-    ),
+    list[str] | None, "Unrelated questions, whose answers stay the plain base's: JSONL(.gz). Repeatable."
 ]
 
 
@@ -40,7 +34,7 @@ class Run(BaseChoice):
     recipe: Annotated[
         Path | None, typer.Argument(metavar="[RECIPE]", help="TOML file with the settings of the training.")
     ] = None
-    out: Annotated[Path, typer.Option("--out", help="Folder for what is trained; a run found there goes on.")]
+    out: Annotated[Path, "Folder for what is trained; a run found there goes on."]
     change: Change = None
     budget: Annotated[
         float | None,
@@ -65,9 +59,7 @@ class Run(BaseChoice):
 class HypernetworkRun(Run):
     """What every training of a hypernetwork takes."""
 
-    init_from: Annotated[Path | None, typer.Option("--init-from", help="Start from this hypernetwork's weights.")] = (
-        None
-    )
+    init_from: Annotated[Path | None, "Start from this hypernetwork's weights."] = None
 
     @property
     def overrides(self) -> list[str]:
@@ -78,17 +70,11 @@ class HypernetworkRun(Run):
 def doc(
     run: HypernetworkRun,
     *,
-    texts: Annotated[
-        list[str] | None, typer.Option("--texts", help="Prose that needles hide in: JSONL(.gz) or text. Repeatable.")
-    ] = None,
+    texts: Annotated[list[str] | None, "Prose that needles hide in: JSONL(.gz) or text. Repeatable."] = None,
     documents: Annotated[list[str] | None, _documents] = None,
     unrelated: Unrelated = None,
     teacher: Annotated[
-        Path | None,
-        typer.Option(
-            "--teacher",
-            help="LoRA of `loracast train reader`: the teacher of distillation (objective.distillation_weight).",
-        ),
+        Path | None, "LoRA of `loracast train reader`: the teacher of distillation (objective.distillation_weight)."
     ] = None,
 ) -> None:
     """Train Doc-to-LoRA on needles, fact sheets and questions about real documents.
@@ -119,15 +105,9 @@ def text(
     tasks: Tasks,
     oracles: Annotated[
         Path | None,
-        typer.Option(
-            "--oracles",
-            help="Library of `loracast train oracle`: learn to give its LoRAs, in place of doing the tasks' examples.",
-        ),
+        "Library of `loracast train oracle`: learn to give its LoRAs, in place of doing the tasks' examples.",
     ] = None,
-    shared_from: Annotated[
-        Path | None,
-        typer.Option("--shared-from", help="LoRA of `loracast train multitask`: the static LoRA starts from it."),
-    ] = None,
+    shared_from: Annotated[Path | None, "LoRA of `loracast train multitask`: the static LoRA starts from it."] = None,
 ) -> None:
     """Train Text-to-LoRA on the tasks that are not held out.
 
@@ -153,15 +133,9 @@ def text(
 def image(
     run: HypernetworkRun,
     *,
-    images: Annotated[
-        Path, typer.Option("--images", help="Folder or zip file with a folder of images for each class.")
-    ],
+    images: Annotated[Path, "Folder or zip file with a folder of images for each class."],
     encoder: Annotated[
-        str | None,
-        typer.Option(
-            "--encoder",
-            help="Embedded image encoder, or folder or hub id of a vision model; EfficientNet-lite0 by default.",
-        ),
+        str | None, "Embedded image encoder, or folder or hub id of a vision model; EfficientNet-lite0 by default."
     ] = None,
     unrelated: Unrelated = None,
 ) -> None:
@@ -197,7 +171,7 @@ def oracle(
     *,
     tasks: OptionalTasks = None,
     benchmark: Benchmarks = None,
-    only: Annotated[list[str] | None, typer.Option("--only", help="Train for this task only. Repeatable.")] = None,
+    only: Annotated[list[str] | None, "Train for this task only. Repeatable."] = None,
     heldout: Annotated[
         bool | None,
         typer.Option("--heldout/--trained", help="Only held-out tasks, or only the others; both by default."),
@@ -228,9 +202,7 @@ def multitask(
     run: Run,
     *,
     tasks: Tasks,
-    described: Annotated[
-        bool, typer.Option("--described", help="With a description of the task in every prompt.")
-    ] = False,
+    described: Annotated[bool, "With a description of the task in every prompt."] = False,
 ) -> None:
     """Train one LoRA on all tasks that are not held out: what is left of Text-to-LoRA without descriptions."""
     from loracast.data.tasks import read_tasks
@@ -260,22 +232,16 @@ def reader(run: Run, *, documents: Annotated[list[str], _documents]) -> None:
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run, or any hypernetwork.")],
+    run: Annotated[Path, "Folder of a training run, or any hypernetwork."],
     *,
-    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    out: Annotated[Path, "Folder to write."],
     average_with: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--average-with",
-            help="A run that this one started from, or a sibling: write the mean of the runs' weights. Repeatable.",
-        ),
+        "A run that this one started from, or a sibling: write the mean of the runs' weights. Repeatable.",
     ] = None,
     change: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            help="Change the config where no weight depends on it: hypernetwork.key_decorrelation=3.0. Repeatable.",
-        ),
+        "Change the config where no weight depends on it: hypernetwork.key_decorrelation=3.0. Repeatable.",
     ] = None,
     storage: Annotated[
         str, typer.Option("-s", "--storage", help="float32, bfloat16, or int8 for the large matrices.")
