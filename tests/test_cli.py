@@ -650,7 +650,7 @@ def test_rm_needs_yes_where_nobody_can_be_asked(run, lanterns):
 
 
 def test_rm_asks_on_a_terminal(run, lanterns, monkeypatch):
-    monkeypatch.setattr("loracast.cli.rm.is_terminal", lambda: True)
+    monkeypatch.setattr("loracast.cli.upkeep.is_terminal", lambda: True)
     assert run("rm", "lanterns", "--library", lanterns, input="n\n").exit_code == 1
     assert adapter_names(lanterns) == ["lanterns"]
     assert run("rm", "lanterns", "--library", lanterns, input="").exit_code == 130

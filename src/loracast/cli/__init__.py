@@ -20,28 +20,18 @@ from loracast.cli import (
     ask,
     chat,
     combine,
-    compact,
     demo,
-    deploy,
-    diff,
-    edit,
     eval,
     export,
-    gc,
+    folder,
     learn,
     list,
     make_questions,
-    pull,
     remote,
-    rm,
     route,
-    search,
     show,
-    store,
-    sync,
-    task,
     train,
-    verify,
+    upkeep,
 )
 from loracast.cli.commands import CommandGroup, add
 from loracast.cli.output import printable
@@ -111,14 +101,15 @@ def root(
             os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers and of the hub
 
 
-add(app, learn.learn, task.task, ask.ask, chat.chat, list.list_, panel="Learn and ask")
+add(app, learn.learn, learn.task, ask.ask, chat.chat, list.list_, panel="Learn and ask")
 add(
     app,
-    *(sync.sync, sync.watch, search.search, route.route, show.show, diff.diff, edit.edit, combine.combine),
-    *(rm.rm, gc.gc, compact.compact, verify.verify, store.store, remote.push_adapter, remote.pull_adapter, pull.pull),
+    *(folder.sync, folder.watch, list.search, route.route, show.show, show.diff, upkeep.edit, combine.combine),
+    *(upkeep.rm, upkeep.gc, upkeep.compact, upkeep.verify),
+    *(remote.store, remote.push_adapter, remote.pull_adapter, remote.pull),
     panel="Library",
 )
-add(app, export.export, export.export_base, combine.import_, deploy.deploy, panel="Other runtimes")
+add(app, export.export, export.export_base, combine.import_, remote.deploy, panel="Other runtimes")
 add(app, demo.demo, make_questions.make_questions, panel=RESEARCH)
 app.add_typer(train.app, name="train", rich_help_panel=RESEARCH)
 app.add_typer(eval.app, name="eval", rich_help_panel=RESEARCH)

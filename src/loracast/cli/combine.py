@@ -9,6 +9,8 @@ import typer
 
 from loracast.cli import options
 from loracast.cli.output import loss, print_result, say, size
+from loracast.library.library import open_adapter
+from loracast.library.manifest import name_from
 
 
 def combine(
@@ -29,11 +31,9 @@ def combine(
     adapters as they are, give `ask` several `-a`.
     """
     from loracast.library.combine import Part, combined
-    from loracast.library.library import check_free, open_adapter
     from loracast.library.save import save_lora
 
-    if not replace:
-        check_free(library, name)
+    options.Naming(name=name, replace=replace).checked(library, name)
     chosen = [Part(open_adapter(library, one), weight) for one, weight in map(_part, parts)]
     made_of = combined(chosen, rank)
     title = " + ".join(map(str, chosen))
@@ -50,10 +50,9 @@ def combine(
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder in PEFT's format.")],
+    folder: Annotated[Path, "Folder in PEFT's format."],
     *,
-    name: options.Name = None,
-    replace: options.Replace = False,
+    naming: options.Naming,
     base: options.Base = None,
     library: options.Library,
     as_json: options.Json = False,
@@ -63,20 +62,16 @@ def import_(
     It is checked against the base: every module must be there, with the same shape.
     """
     from loracast.base.load import load_base
-    from loracast.library.library import check_free
-    from loracast.library.manifest import check_name, name_from
     from loracast.library.save import save_lora
     from loracast.lora.inject import linear_shapes
     from loracast.lora.peft_format import read_peft
 
-    folder = source.resolve().name
-    name = check_name(name or name_from(folder))
-    if not replace:
-        check_free(library, name)
+    source = folder.resolve().name
+    name = naming.checked(library, name_from(source))
     loaded = load_base(base, device="cpu", say=say)
     made = save_lora(
-        read_peft(source, linear_shapes(loaded.model)), library, name, kind="imported",
-        title=f"LoRA from {folder}", made_for=loaded.fingerprint, source=folder, replace=replace,
+        read_peft(folder, linear_shapes(loaded.model)), library, name, kind="imported",
+        title=f"LoRA from {source}", made_for=loaded.fingerprint, source=source, replace=naming.replace,
     )  # fmt: skip
     print_result(
         as_json,

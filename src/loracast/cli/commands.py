@@ -101,8 +101,7 @@ def flattened(function: Callable[..., None]) -> Callable[..., None]:
             configs[parameter.name] = config, [option.name for option in made]
             parameters += made
         else:
-            is_argument = parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-            option = _with_help(parameter.name, kind, is_argument)
+            option = _with_help(parameter.name, kind, parameter)
             parameters.append(parameter.replace(annotation=option, kind=inspect.Parameter.KEYWORD_ONLY))
 
     def call(**values: Any) -> None:
@@ -140,14 +139,17 @@ def _options_of(config: Any, without: tuple[str, ...]) -> list[inspect.Parameter
     return made
 
 
-def _with_help(name: str, hint: Any, is_argument: bool = False) -> Any:
+def _with_help(name: str, hint: Any, parameter: inspect.Parameter | None = None) -> Any:
     """The annotation that typer reads, where `hint` may be `Annotated[type, "text of the help"]`."""
     kind, about, *_ = (*get_args(hint), None)
     if not isinstance(about, str):
         return hint
-    if is_argument:
-        return Annotated[kind, typer.Argument(metavar=name.upper(), help=about)]
-    return Annotated[kind, typer.Option(*_spelling(name), help=about)]
+    if parameter is None or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+        return Annotated[kind, typer.Option(*_spelling(name), help=about)]
+    is_list = list in (get_origin(part) for part in (kind, *get_args(kind)))
+    metavar = name.removesuffix("s" * is_list).upper()
+    metavar = metavar if parameter.default is inspect.Parameter.empty else f"[{metavar}]"
+    return Annotated[kind, typer.Argument(metavar=metavar + "..." * is_list, help=about)]
 
 
 def _spelling(name: str) -> tuple[str, ...]:

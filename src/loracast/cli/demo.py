@@ -9,6 +9,7 @@ from loracast.cli import options
 from loracast.cli.learn import learned, report
 from loracast.cli.output import print_json, printable, stderr, stdout
 from loracast.cli.session import learn_visibly, open_model
+from loracast.library.manifest import name_for
 
 QUESTIONS = (
     ("How long does the warranty of the Quillmere D-27 last?", "30 months"),
@@ -23,8 +24,7 @@ QUESTIONS = (
 def demo(
     file: Annotated[str, "The repository's examples/manual.pdf; any other is only learned."],
     *,
-    name: options.Name = None,
-    replace: options.Replace = False,
+    naming: options.Naming,
     models: options.Models,
     library: options.Library,
     as_json: options.Json = False,
@@ -35,14 +35,10 @@ def demo(
     """
     from loracast.base.generate import Sampling
     from loracast.documents import read_document
-    from loracast.library.library import check_free
-    from loracast.library.manifest import check_name, name_for
 
     document = read_document(file)
     questions = QUESTIONS if all(expected in document.text for _, expected in QUESTIONS) else ()
-    name = check_name(name or name_for(document))
-    if not replace:  # an adapter of that name that was made from the same file may be made again
-        check_free(library, name, unless_from=document.sha256)
+    name = naming.checked(library, name_for(document), document.sha256)
     model = open_model(models, library)
     adapter = learn_visibly(model, document, name, replace=True)
     if not as_json:

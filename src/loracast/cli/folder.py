@@ -1,19 +1,25 @@
-"""Learning a folder of files, with something to look at meanwhile: what `learn FOLDER`, `sync` and `watch` share."""
+"""`loracast sync` and `watch`, and what they share with `learn FOLDER`: learning a folder with something to look at."""
 
 from __future__ import annotations
 
+import itertools
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loracast.cli.options import Learning
-from loracast.cli.output import print_result, progress_bar, say
+from loracast.cli.options import Again, Json, Learning
+from loracast.cli.output import print_result, printable, progress_bar, say
 from loracast.cli.session import open_model
 
 if TYPE_CHECKING:
     from loracast.library.sync import BulkReport, FileReport, Outcome
     from loracast.model import Model
+
+
+_LOOK_EVERY_MS = 10_000
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of documents.", exists=True, file_okay=False)]
 
 
 class FolderLearner:
@@ -87,3 +93,31 @@ def summary(result: BulkReport, with_removed: bool) -> str:
     outcomes: list[Outcome] = ["learned", "unchanged", "failed"]
     outcomes += ["removed"] if with_removed else []
     return ", ".join(f"{result.count(outcome):,} {outcome}" for outcome in outcomes)
+
+
+def sync(folder: Folder, *, again: Again = False, learning: Learning, as_json: Json = False) -> None:
+    """Learn what is new or has changed in a folder, and delete the adapters of files that are gone.
+
+    Only adapters that were learned from this folder in this way, and are still the same, are deleted.
+    """
+    learn_files(FolderLearner(folder, learning, again=again, remove_gone=True), as_json=as_json)
+
+
+def watch(folder: Folder, learning: Learning) -> None:
+    """Do what `sync` does, and again whenever files change, until Ctrl-C."""
+    import watchfiles
+
+    learner = FolderLearner(folder, learning, remove_gone=True)
+    say(f"watching {folder}; Ctrl-C ends it")
+    # It also looks now and then: for what changed before the watch began, and for file systems that report no changes.
+    looks = watchfiles.watch(folder, raise_interrupt=False, yield_on_timeout=True, rust_timeout=_LOOK_EVERY_MS)
+    with suppress(KeyboardInterrupt):  # the way to end it, wherever it comes
+        for _ in itertools.chain([()], looks):
+            result = learner.run()
+            changed = [file for file in result.files if file.outcome in ("learned", "removed")]
+            for file in changed:
+                print(f"{file.outcome} {file.name} ({printable(file.path)})", flush=True)
+            if changed:
+                say(summary(result, with_removed=True))
+            if not result.is_complete:
+                break

@@ -1,8 +1,9 @@
-"""`loracast learn`: a document becomes an adapter in the library."""
+"""`loracast learn` and `task`: a document, an image or the description of a task becomes an adapter in the library."""
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +11,9 @@ import typer
 
 from loracast.cli import options
 from loracast.cli.folder import FolderLearner, learn_files
-from loracast.cli.output import plural, print_result, say, size
+from loracast.cli.output import plural, print_result, say, size, warn
 from loracast.cli.session import learn_visibly, open_model
+from loracast.library.manifest import name_for, name_from
 
 if TYPE_CHECKING:
     from loracast.library.adapter import Adapter
@@ -22,8 +24,7 @@ def learn(
         str, "PDF, DOCX, HTML, Markdown, CSV or text; - for standard input; or a folder of them; or an image."
     ],
     *,
-    name: options.Name = None,
-    replace: options.Replace = False,
+    naming: options.Naming,
     again: options.Again = False,
     learning: options.Learning,
     as_json: options.Json = False,
@@ -34,53 +35,90 @@ def learn(
     and one that cannot be read does not stop the others; adapters are named after the files' paths.
     """
     if Path(file).is_dir():
-        if name is not None:
+        if naming.name is not None:
             raise typer.BadParameter("adapters of a folder are named after its files", param_hint="--name")
         learn_files(FolderLearner(Path(file), learning, again=again), as_json=as_json)
         return
     from loracast.documents import read_document
     from loracast.documents.images import is_image_file
-    from loracast.library.library import check_free
-    from loracast.library.manifest import check_name, name_for
 
     started = time.perf_counter()
     if is_image_file(file):
-        if learning.storage not in (None, "bf16"):
-            raise typer.BadParameter("an image's adapter is kept in bf16", param_hint="--storage")
-        adapter = _learn_image(file, name, replace, learning)
+        adapter = _learn_image(file, naming, learning)
     else:
         document = read_document(file)
-        name = check_name(name or name_for(document))
-        if not replace:  # before a model is loaded for nothing
-            check_free(learning.library, name, unless_from=document.sha256)
-        model = open_model(learning, learning.library)
+        name = naming.checked(learning.library, name_for(document), document.sha256)
         adapter = learn_visibly(
-            model,
-            document,
-            name,
-            max_chunk_tokens=learning.chunk_tokens,
-            storage=learning.document_storage,
-            replace=replace,
-        )
+            open_model(learning, learning.library), document, name,
+            max_chunk_tokens=learning.chunk_tokens, storage=learning.document_storage, replace=naming.replace,
+        )  # fmt: skip
     total_s = round(time.perf_counter() - started, 3)
     print_result(as_json, {**report(adapter), "total_s": total_s}, learned(adapter))
 
 
-def _learn_image(file: str, name: str | None, replace: bool, learning: options.Learning) -> Adapter:
+def _learn_image(file: str, naming: options.Naming, learning: options.Learning) -> Adapter:
     """Learn an image: this takes an image encoder and a hypernetwork; the base is not loaded."""
     from loracast.base.load import DEFAULT_BASE
     from loracast.cast.image import learn_image
     from loracast.cast.load import load_caster, shipped_hypernetwork
     from loracast.documents.images import read_image_file
-    from loracast.library.library import check_free
-    from loracast.library.manifest import check_name, name_for
 
+    if learning.storage not in (None, "bf16"):
+        raise typer.BadParameter("an image's adapter is kept in bf16", param_hint="--storage")
     image = read_image_file(file)
-    name = check_name(name or name_for(image))
-    if not replace:
-        check_free(learning.library, name, unless_from=image.sha256)
+    name = naming.checked(learning.library, name_for(image), image.sha256)
     where = learning.hypernetwork or shipped_hypernetwork(learning.base or DEFAULT_BASE, "image")
-    return learn_image(load_caster(where, "image", say=say), image, learning.library, name, replace=replace)
+    return learn_image(load_caster(where, "image", say=say), image, learning.library, name, replace=naming.replace)
+
+
+def task(
+    description: Annotated[str, "What the model shall do, in a sentence."],
+    *,
+    naming: options.Naming,
+    strength: Annotated[float, "Factor on the LoRA: 1 as it was trained, 0 for none."] = 1.0,
+    hypernetwork: options.Hypernetwork = None,
+    encoder: options.Encoder = None,
+    base: options.Base = None,
+    library: options.Library,
+    as_json: options.Json = False,
+) -> None:
+    """Cast the description of a task into an adapter.
+
+    The base is loaded only for hypernetworks that read the description with it, as the shipped one does.
+    """
+    from loracast.base.load import DEFAULT_BASE
+    from loracast.cast.load import load_base_for, load_caster, shipped_hypernetwork
+    from loracast.cast.task import TaskCaster
+    from loracast.library.save import source_of
+
+    started = time.perf_counter()
+    name = naming.checked(library, name_from(description), source_of(description.strip()))
+    where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "task")
+    load = partial(load_base_for, base, [where], say=say)
+    caster = TaskCaster(load_caster(where, "task", load, encoder=encoder, say=say), library)
+    adapter = caster.task(description, name, strength=strength, replace=naming.replace)
+    manifest = adapter.manifest
+    for warning in manifest.warnings:
+        warn(warning)
+    print_result(
+        as_json,
+        {
+            "name": adapter.name,
+            "description": manifest.title,
+            "distance": caster.distances([description])[0],
+            "ood_threshold": caster.ood_threshold,
+            "strength": strength,
+            "ranks": manifest.ranks,
+            "n_bytes": adapter.n_bytes,
+            "cast_s": manifest.learn_s,
+            "total_s": round(time.perf_counter() - started, 3),
+            "warnings": list(manifest.warnings),
+            "folder": str(adapter.folder),
+        },
+        f"cast {adapter.name} ({manifest.title})\n"
+        f"rank {manifest.rank_text}, {size(adapter.n_bytes)}, {1000 * manifest.learn_s:.0f} ms\n"
+        f'use it: loracast ask "..." -a {adapter.name}',
+    )
 
 
 def report(adapter: Adapter) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`loracast list`: the adapters of the library."""
+"""`loracast list` and `search`: the adapters of the library, and the places where words stand in them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import typer
 
 from loracast.cli import options
 from loracast.cli.output import print_json, print_table, say, size
+from loracast.library import library as library_of
 
 
 def list_(
-    like: Annotated[
-        str, typer.Argument(metavar="[TEXT]", help="Only adapters with this in their name, title or note.")
-    ] = "",
+    text: Annotated[str, "Only adapters with this in their name, title or note."] = "",
     *,
     tag: Annotated[str, "Only adapters with this tag."] = "",
     owner: Annotated[str, "Only adapters of this owner."] = "",
@@ -25,10 +24,8 @@ def list_(
     as_json: options.Json = False,
 ) -> None:
     """List the adapters of the library, by name and with their newest versions."""
-    from loracast.library.library import entries
-
-    wanted = {"like": like, "tag": tag, "owner": owner, "kind": kind}
-    found, n_found = entries(library, **wanted, limit=per_page, offset=(page - 1) * per_page)
+    wanted = {"like": text, "tag": tag, "owner": owner, "kind": kind}
+    found, n_found = library_of.entries(library, **wanted, limit=per_page, offset=(page - 1) * per_page)
     if as_json:
         listed = [{**asdict(entry), "tags": list(entry.tags)} for entry in found]
         print_json({"library": str(library), "n_adapters": n_found, "page": page, "adapters": listed})
@@ -58,3 +55,26 @@ def list_(
     n_pages = -(-n_found // per_page)
     if n_pages > 1:
         say(f"page {page} of {n_pages}, {n_found:,} adapters; --page shows another")
+
+
+def search(
+    words: Annotated[list[str], "All of them must stand in one chunk."],
+    *,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Most places shown.")] = 20,
+    library: options.Library,
+    as_json: options.Json = False,
+) -> None:
+    """Find the places where words stand, in the text of all documents and in the descriptions of tasks.
+
+    Names and titles are found by `loracast list TEXT`.
+    """
+    wanted = " ".join(words)
+    found = library_of.search(library, wanted, limit)
+    if as_json:
+        print_json({"words": wanted, "hits": [asdict(hit) for hit in found]})
+    elif not found:
+        say(f"nothing in {library} has all these words in one chunk")
+    else:
+        places = (f"{hit.heading}: {hit.snippet}" if hit.heading else hit.snippet for hit in found)
+        rows = [(hit.name, hit.chunk, " ".join(place.split())) for hit, place in zip(found, places, strict=True)]
+        print_table(("adapter", ">chunk", "text"), rows)

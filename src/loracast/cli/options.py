@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
+from loracast.library.library import check_free
+from loracast.library.manifest import check_name
 from loracast.library.routing import DEFAULT_ROUTE
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 from loracast.paths import library_dir
@@ -40,7 +42,6 @@ def distinct(names: list[str] | None) -> list[str]:
 
 Adapter = Annotated[str, "Name of the adapter; NAME@HASH for an older version."]
 Question = Annotated[str, "The question."]
-Name = Annotated[str | None, "Name of the new adapter; made from its source by default."]
 Replace = Annotated[bool, "Replace an adapter that has this name already."]
 Again = Annotated[bool, "Of a folder, also learn files that have not changed or that failed before."]
 Rank = Annotated[
@@ -71,15 +72,27 @@ Route = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")]
 
-_tasks = typer.Option("--tasks", help="Tasks: a folder of JSON files, or a JSONL(.gz) file of examples.")
-Tasks = Annotated[Path, _tasks]
-OptionalTasks = Annotated[Path | None, _tasks]
-Benchmarks = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--benchmark", help="File of a benchmark (bench_NAME_test.jsonl.gz), in place of --tasks. Repeatable."
-    ),
-]
+TASKS = "Tasks: a folder of JSON files, or a JSONL(.gz) file of examples."
+Tasks = Annotated[Path, TASKS]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Naming:
+    """What a new adapter is called, and whether it may take the name from another."""
+
+    name: Annotated[str | None, "Name of the new adapter; made from its source by default."] = None
+    replace: Replace = False
+
+    def checked(self, library: Path, default: str, source_sha256: str | None = None) -> str:
+        """The name, or the default one. A taken name is refused here, before a model is loaded for nothing.
+
+        Args:
+            source_sha256: an adapter that was made from this source may have the name already.
+        """
+        name = check_name(self.name or default)
+        if not self.replace:
+            check_free(library, name, unless_from=source_sha256)
+        return name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,20 +78,12 @@ def progress_bar(unit: str, title: str = "", *, is_kept: bool = False) -> Iterat
     Args:
         is_kept: leave the bar there at the end, with the time that it took.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as parts
 
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
-    columns += [TimeElapsedColumn()] if is_kept else []
-    bar = Progress(
-        *columns, TimeRemainingColumn(), console=stderr(), transient=not is_kept, disable=not sys.stderr.isatty()
-    )
+    columns = [parts.TextColumn("{task.description}", markup=False), parts.BarColumn(), parts.MofNCompleteColumn()]
+    columns += [parts.TextColumn(unit), *([parts.TimeElapsedColumn()] if is_kept else []), parts.TimeRemainingColumn()]
+    is_hidden = not sys.stderr.isatty()
+    bar = parts.Progress(*columns, console=stderr(), transient=not is_kept, disable=is_hidden)
     with bar:
         task = bar.add_task(printable(title), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

