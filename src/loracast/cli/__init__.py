@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
@@ -19,14 +19,13 @@ from loracast import LoracastError, __version__
 from loracast.cli import (
     ask,
     chat,
-    combine,
     demo,
     eval,
     export,
     folder,
     learn,
     list,
-    make_questions,
+    questions,
     remote,
     route,
     show,
@@ -104,13 +103,13 @@ def root(
 add(app, learn.learn, learn.task, ask.ask, chat.chat, list.list_, panel="Learn and ask")
 add(
     app,
-    *(folder.sync, folder.watch, list.search, route.route, show.show, show.diff, upkeep.edit, combine.combine),
+    *(folder.sync, folder.watch, list.search, route.route, show.show, show.diff, upkeep.edit, upkeep.combine),
     *(upkeep.rm, upkeep.gc, upkeep.compact, upkeep.verify),
     *(remote.store, remote.push_adapter, remote.pull_adapter, remote.pull),
     panel="Library",
 )
-add(app, export.export, export.export_base, combine.import_, remote.deploy, panel="Other runtimes")
-add(app, demo.demo, make_questions.make_questions, panel=RESEARCH)
+add(app, export.export, export.export_base, upkeep.import_, remote.deploy, panel="Other runtimes")
+add(app, demo.demo, questions.make_questions, panel=RESEARCH)
 app.add_typer(train.app, name="train", rich_help_panel=RESEARCH)
 app.add_typer(eval.app, name="eval", rich_help_panel=RESEARCH)
 
@@ -118,11 +117,6 @@ app.add_typer(eval.app, name="eval", rich_help_panel=RESEARCH)
 def main() -> None:
     """The entry point of the `loracast` program."""
     for stream in (sys.stdout, sys.stderr):
-        _replace_unknown_letters(stream)
+        if hasattr(stream, "reconfigure"):  # an answer may have letters that the terminal lacks: print "?" for them
+            stream.reconfigure(errors="replace")
     app(prog_name="loracast")
-
-
-def _replace_unknown_letters(stream: TextIO) -> None:
-    """Print "?" for letters of an answer that the terminal's encoding lacks, instead of failing."""
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="replace")

@@ -103,17 +103,14 @@ def task(
     print_result(
         as_json,
         {
-            "name": adapter.name,
+            **_made(adapter),
             "description": manifest.title,
             "distance": caster.distances([description])[0],
             "ood_threshold": caster.ood_threshold,
             "strength": strength,
             "ranks": manifest.ranks,
-            "n_bytes": adapter.n_bytes,
             "cast_s": manifest.learn_s,
             "total_s": round(time.perf_counter() - started, 3),
-            "warnings": list(manifest.warnings),
-            "folder": str(adapter.folder),
         },
         f"cast {adapter.name} ({manifest.title})\n"
         f"rank {manifest.rank_text}, {size(adapter.n_bytes)}, {1000 * manifest.learn_s:.0f} ms\n"
@@ -123,19 +120,14 @@ def task(
 
 def report(adapter: Adapter) -> dict[str, Any]:
     """What --json says about an adapter that was learned."""
-    manifest = adapter.manifest
-    return {
-        "name": adapter.name,
-        "version": manifest.version,
-        "title": manifest.title,
-        "n_tokens": manifest.n_tokens,
-        "n_chunks": manifest.n_chunks,
-        "ranks": manifest.ranks,
-        "n_bytes": adapter.n_bytes,
-        "learn_s": manifest.learn_s,
-        "warnings": list(manifest.warnings),
-        "folder": str(adapter.folder),
-    }
+    fields = ("version", "title", "n_tokens", "n_chunks", "ranks", "learn_s")
+    return _made(adapter) | {field: getattr(adapter.manifest, field) for field in fields}
+
+
+def _made(adapter: Adapter) -> dict[str, Any]:
+    """What --json says about every new adapter."""
+    warnings = list(adapter.manifest.warnings)
+    return {"name": adapter.name, "n_bytes": adapter.n_bytes, "warnings": warnings, "folder": str(adapter.folder)}
 
 
 def learned(adapter: Adapter) -> str:

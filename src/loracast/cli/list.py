@@ -9,7 +9,8 @@ import typer
 
 from loracast.cli import options
 from loracast.cli.output import print_json, print_table, say, size
-from loracast.library import library as library_of
+from loracast.library.library import entries
+from loracast.library.library import search as search_library
 
 
 def list_(
@@ -25,7 +26,7 @@ def list_(
 ) -> None:
     """List the adapters of the library, by name and with their newest versions."""
     wanted = {"like": text, "tag": tag, "owner": owner, "kind": kind}
-    found, n_found = library_of.entries(library, **wanted, limit=per_page, offset=(page - 1) * per_page)
+    found, n_found = entries(library, **wanted, limit=per_page, offset=(page - 1) * per_page)
     if as_json:
         listed = [{**asdict(entry), "tags": list(entry.tags)} for entry in found]
         print_json({"library": str(library), "n_adapters": n_found, "page": page, "adapters": listed})
@@ -35,21 +36,11 @@ def list_(
         say(f"no such adapter in {library}" if any(wanted.values()) else none)
         return
     rows = []
-    for entry in found:
-        is_document = entry.kind == "document"
-        rows.append(
-            (
-                entry.name,
-                entry.version[:8] + (f" of {entry.n_versions}" if entry.n_versions > 1 else ""),
-                entry.kind,
-                entry.title,
-                f"{entry.n_tokens:,}" if is_document else "",
-                f"{entry.n_chunks:,}" if is_document else "",
-                size(entry.n_bytes),
-                entry.created[:16].replace("T", " "),
-                ", ".join(entry.tags),
-            )
-        )
+    for one in found:
+        version = one.version[:8] + (f" of {one.n_versions}" if one.n_versions > 1 else "")
+        counts = (f"{one.n_tokens:,}", f"{one.n_chunks:,}") if one.kind == "document" else ("", "")
+        learned = one.created[:16].replace("T", " ")
+        rows.append((one.name, version, one.kind, one.title, *counts, size(one.n_bytes), learned, ", ".join(one.tags)))
     columns = ("name", "version", "from", "title", ">tokens", ">chunks", ">size", "learned", "tags")
     print_table(columns, rows, wrapped=("name", "title", "tags"))
     n_pages = -(-n_found // per_page)
@@ -69,7 +60,7 @@ def search(
     Names and titles are found by `loracast list TEXT`.
     """
     wanted = " ".join(words)
-    found = library_of.search(library, wanted, limit)
+    found = search_library(library, wanted, limit)
     if as_json:
         print_json({"words": wanted, "hits": [asdict(hit) for hit in found]})
     elif not found:

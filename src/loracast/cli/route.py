@@ -11,6 +11,9 @@ import typer
 
 from loracast.cli import options
 from loracast.cli.output import print_json, print_table, say
+from loracast.library.index import read_chunks
+from loracast.library.library import adapters as all_adapters
+from loracast.library.library import open_adapter
 from loracast.library.routing import DEFAULT_ROUTE
 
 if TYPE_CHECKING:
@@ -40,9 +43,6 @@ def route(
     Without -a, all documents of the library are searched, and the best matches come first. Scores of different
     documents are only roughly comparable: a word's weight depends on how rare it is in its document.
     """
-    from loracast.library.library import adapters as all_adapters
-    from loracast.library.library import open_adapter
-
     if exported is not None:
         if adapters:
             raise typer.BadParameter("give adapters of the library or an exported folder", param_hint="--exported")
@@ -88,11 +88,8 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     wanted = range(len(chunks)) if picked.chunks is None else picked.chunks
     n = len(wanted)
     described = _described(index, wanted, picked.scores or [0.0] * n, picked.weights or [1.0] * n)
-    return {
-        "adapter": name,
-        "reason": picked.reason,
-        "chunks": [{**chunk, "path": paths[chunk["chunk"]]} for chunk in described],
-    }
+    placed = [{**chunk, "path": paths[chunk["chunk"]]} for chunk in described]
+    return {"adapter": name, "reason": picked.reason, "chunks": placed}
 
 
 def _picked(adapter: Adapter, question: str, k: int | None) -> dict[str, Any]:
@@ -111,25 +108,17 @@ def _matching(adapter: Adapter, question: str) -> dict[str, Any]:
     from loracast.library.routing import search
 
     found = search(adapter.index, question, _BEST)
-    chunks = _described(adapter.index, [i for i, _ in found], [score for _, score in found], [None] * len(found))
+    chunks = _described(adapter.index, [i for i, _ in found], [score for _, score in found])
     return {"adapter": adapter.name, "reason": "", "chunks": chunks}
 
 
 def _described(
-    index: Path, chunks: Sequence[int], scores: Sequence[float], weights: Sequence[float | None]
+    index: Path, chunks: Sequence[int], scores: Sequence[float], weights: Sequence[float] | None = None
 ) -> list[dict[str, Any]]:
-    """Chunks with what is known of them."""
-    from loracast.library.index import read_chunks
-
+    """The number, score, weight, place and text of each chunk."""
+    rounded = [None] * len(chunks) if weights is None else [round(weight, 3) for weight in weights]
     return [
-        {
-            "chunk": i,
-            "score": round(score, 3),
-            "weight": None if weight is None else round(weight, 3),
-            "heading": chunk.heading,
-            "start": chunk.start,
-            "end": chunk.end,
-            "text": chunk.text,
-        }
-        for i, score, weight, chunk in zip(chunks, scores, weights, read_chunks(index, chunks), strict=True)
+        {"chunk": i, "score": round(score, 3), "weight": weight}
+        | {field: getattr(chunk, field) for field in ("heading", "start", "end", "text")}
+        for i, score, weight, chunk in zip(chunks, scores, rounded, read_chunks(index, chunks), strict=True)
     ]

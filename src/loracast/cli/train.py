@@ -225,13 +225,7 @@ def export(
 ) -> None:
     """Write a trained hypernetwork in a compact form, to ship or share it."""
     from loracast.hypernets.protocol import Hypernetwork
-    from loracast.hypernets.store import (
-        average,
-        from_pretrained,
-        read_provenance,
-        save_pretrained,
-        with_config,
-    )
+    from loracast.hypernets.store import average, from_pretrained, read_provenance, save_pretrained, with_config
     from loracast.training.recipe import keys_of, read_tables
 
     hypernet: Hypernetwork = from_pretrained(run)

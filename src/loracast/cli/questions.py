@@ -52,11 +52,10 @@ def make_questions(
     if (endpoint is None) != (model is None):
         raise ConfigError("--endpoint and --model go together")
     writer: Writer | None = None
-    if endpoint and model:
-        writer = EndpointWriter(endpoint, model, os.environ.get(api_key_env))
+    if rules or endpoint:
         tokenizer = load_tokenizer(choice.base)
-    elif rules:
-        tokenizer = load_tokenizer(choice.base)
+        if endpoint and model:
+            writer = EndpointWriter(endpoint, model, os.environ.get(api_key_env))
     else:
         loaded = load_base(choice.base, device=choice.device, say=say)
         writer, tokenizer = BaseWriter(loaded), loaded.tokenizer
