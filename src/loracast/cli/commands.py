@@ -123,7 +123,7 @@ def _options_of(config: Any, without: tuple[str, ...]) -> list[inspect.Parameter
     documented = field_docs(config)
     made = []
     for field in sorted(
-        dataclasses.fields(config), key=lambda field: field.kw_only is True
+        dataclasses.fields(config), key=lambda one: one.kw_only is True
     ):  # inherited settings come last
         if field.name in without:
             continue
