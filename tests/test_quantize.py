@@ -15,9 +15,8 @@ from loracast.errors import AdapterError, HypernetworkError
 from loracast.export.adapter import export_adapter
 from loracast.hypernets.store import save_pretrained
 from loracast.library.adapter import Adapter
-from loracast.library.compact import compact
 from loracast.library.library import find, open_adapter, versions
-from loracast.library.upkeep import collect_garbage, verify
+from loracast.library.upkeep import collect_garbage, compact, verify
 from loracast.lora.quantize import DEFAULT_STORAGE, check_storage, dequantise, quantise
 from loracast.model import load, load_answerer
 from tiny import PROSE, for_base, make_hypernet

@@ -12,7 +12,8 @@ import pytest
 from agreement import assert_agrees
 
 from loracast.base.load import DEFAULT_BASE
-from loracast.export.adapter import base_gguf, export_adapter
+from loracast.export.adapter import export_adapter
+from loracast.export.base import base_gguf
 
 PACKAGE = Path(os.environ.get("LORACAST_NODE_LLAMA_CPP", "node_modules/node-llama-cpp"))
 

@@ -80,7 +80,8 @@ def show(
         facts["document"] = f"{manifest.n_tokens:,} tokens in {in_chunks}"
     each = " for each chunk" * (manifest.kind == "document")
     facts |= {
-        "factors": f"rank {manifest.rank_text}{each}, layers {targeted[0]} to {targeted[-1]}; {manifest.storage}",
+        "factors": f"rank {manifest.rank_text}{each}, layers {targeted[0]} to {targeted[-1]}; "
+        f"kept as {manifest.storage}",
         "base": f"{manifest.made_for.base}, weights {manifest.made_for.norms}",
         "hypernetwork": manifest.hypernetwork or "-",
         "size": f"{size(adapter.n_bytes)} in {adapter.folder}",

@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from loracast.base.fingerprint import check, config_fingerprint
-from loracast.base.load import EMBEDDED, Base, base_folder, pull
-from loracast.errors import AdapterError, BaseModelError
+from loracast.base.fingerprint import check
+from loracast.base.load import Base
+from loracast.errors import AdapterError
+from loracast.export.base import base_config, base_gguf
 from loracast.export.format import MERGED, Request, load_format
 from loracast.export.merged import write_merged
 from loracast.export.uniform import uniform
@@ -20,8 +20,6 @@ from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.lora.algebra import LoRA
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ def export_adapter(
     each_chunk: bool = False,
     base: str | None = None,
     load: Callable[[str], Base] | None = None,
-    say: Say = lambda text: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Exported]:
     """Write an adapter for another runtime.
 
@@ -78,16 +76,9 @@ def export_adapter(
         write_merged(adapter.lora(dense=False), out, loaded)
         return [Exported(out, None, 0.0)]
     config = base_config(base, adapter, say) if form.needs_config else None
-    about = {
-        "made_by": "loracast",
-        "name": adapter.name,
-        "version": m.version,
-        "title": m.title,
-        "factors_sha256": m.factors_sha256,
-        "source_sha256": m.source_sha256,
-        "hypernetwork": m.hypernetwork,
-        "base": json.dumps(m.made_for.to_dict()),
-    }
+    kept = ("version", "title", "factors_sha256", "source_sha256", "hypernetwork")
+    about = {"made_by": "loracast", "name": adapter.name, **{key: getattr(m, key) for key in kept}}
+    about["base"] = json.dumps(m.made_for.to_dict())
 
     def write(lora: LoRA, folder: Path, name: str) -> Exported:
         made = uniform(lora, max_rank, form.ranks)
@@ -105,27 +96,3 @@ def export_adapter(
     write_atomically(out / "chunks.json", json.dumps(listing, indent=1, ensure_ascii=False).encode())
     shutil.copyfile(adapter.index, out / adapter.index.name)
     return made
-
-
-def base_config(name: str, adapter: Adapter, say: Say = lambda text: None) -> Any:
-    """The config of the base that an adapter was made for, without weights. Raises BaseModelError for another base."""
-    from transformers import AutoConfig
-
-    where = str(pull(name, say=say)) if name in EMBEDDED else name
-    try:
-        config = AutoConfig.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        raise BaseModelError(
-            f"cannot read the config of the base {name!r}: give its folder or hub id with --base"
-        ) from error
-    if config_fingerprint(config) != adapter.manifest.made_for.config:
-        raise BaseModelError(
-            f"{adapter.name!r} was made for a base of other shapes than {name!r}; give the right one with --base"
-        )
-    return config
-
-
-def base_gguf(name: str) -> Path | None:
-    """The GGUF file of an embedded base, if it has been fetched; None for other bases."""
-    files = sorted(base_folder(name).glob("*.gguf")) if name in EMBEDDED else []
-    return files[0] if files else None

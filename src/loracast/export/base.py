@@ -1,13 +1,16 @@
-"""Writes an embedded base as a Hugging Face folder."""
+"""The base of exported adapters: its config, its GGUF file, and itself as a Hugging Face folder for other programs."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from loracast.base.load import DEFAULT_BASE, EMBEDDED, pull
+from loracast.base.fingerprint import config_fingerprint
+from loracast.base.load import DEFAULT_BASE, EMBEDDED, base_folder, pull
 from loracast.errors import BaseModelError
+from loracast.library.adapter import Adapter
 
 
 def write_base(name: str | None, out: Path, say: Callable[[str], None] = lambda text: None) -> list[Path]:
@@ -28,3 +31,27 @@ def write_base(name: str | None, out: Path, say: Callable[[str], None] = lambda 
     for path in sorted(folder.iterdir()):
         shutil.copyfile(path, out / path.name)
     return sorted(out.iterdir())
+
+
+def base_config(name: str, adapter: Adapter, say: Callable[[str], None] = lambda text: None) -> Any:
+    """The config of the base that an adapter was made for, without weights. Raises BaseModelError for another base."""
+    from transformers import AutoConfig
+
+    where = str(pull(name, say=say)) if name in EMBEDDED else name
+    try:
+        config = AutoConfig.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"cannot read the config of the base {name!r}: give its folder or hub id with --base"
+        ) from error
+    if config_fingerprint(config) != adapter.manifest.made_for.config:
+        raise BaseModelError(
+            f"{adapter.name!r} was made for a base of other shapes than {name!r}; give the right one with --base"
+        )
+    return config
+
+
+def base_gguf(name: str) -> Path | None:
+    """The GGUF file of an embedded base, if it has been fetched; None for other bases."""
+    files = sorted(base_folder(name).glob("*.gguf")) if name in EMBEDDED else []
+    return files[0] if files else None

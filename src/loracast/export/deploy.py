@@ -25,11 +25,7 @@ _PROBE_TOKENS = 8
 
 
 def exported_for_vllm(adapter: Adapter, exports: Path) -> Path:
-    """The folder of an adapter as vLLM loads it, exported once; other processes never see half of it.
-
-    It is called by the adapter's version, as the server will call it: vLLM's prefix cache goes by the name, which
-    must never mean other weights.
-    """
+    """Export an adapter for vLLM once, in whole; returns its folder, which is called by the adapter's version."""
     folder = exports / adapter.version
     if folder.is_dir():
         return folder
@@ -42,10 +38,9 @@ def exported_for_vllm(adapter: Adapter, exports: Path) -> Path:
 
 
 def resolve(asked: str, library: Path, exports: Path) -> Path | None:
-    """The folder of the model that a request names: `loracast:NAME` (newest version) or `NAME@HASH` (this version).
+    """The exported folder of the model that a request names: `loracast:NAME` (newest version) or `NAME@HASH`.
 
-    Returns:
-        a folder called NAME@HASH; None where the name is none of ours or the library does not have it so.
+    None where this is not the name of an adapter, or the library has none of that name.
     """
     found = _NAMED.fullmatch(asked.removeprefix(_PREFIX))
     if found is None or not (asked.startswith(_PREFIX) or found["sha"]):
@@ -100,7 +95,7 @@ def _probe(url: str, model: str, prompt: str) -> Any:
 
 
 def _call(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """GET, or POST of a JSON body; the answer, parsed where it is JSON."""
+    """Send a GET request, or a POST request with a JSON body; returns the answer, parsed where it is JSON."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url.rstrip("/") + path, data, {"Content-Type": "application/json"})
     if request.type not in ("http", "https"):

@@ -23,7 +23,7 @@ FORMATS = {
     "ollama": "Ollama",
     MERGED: "into the base's weights",
 }
-"""Name of each format, which is also that of its module here -> what it is for, in a few words."""
+"""Name of each format, which is also that of its module in this package -> what it is for."""
 
 
 @dataclass(frozen=True)

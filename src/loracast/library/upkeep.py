@@ -1,33 +1,24 @@
-"""Upkeep of a library: deletes versions without a name, finds damage, and moves adapters to and from a store."""
+"""Upkeep of a library: garbage, damage, adapters in a smaller storage, and moves to and from a store."""
 
 from __future__ import annotations
 
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loracast.errors import AdapterError
-from loracast.library.adapter import Adapter
-from loracast.library.files import (
-    STORE,
-    ensure_local,
-    enter,
-    folders,
-    home_of,
-    is_ready,
-    orphans,
-    reading,
-    recover,
-    size_of,
-    store_in,
-)
-from loracast.library.library import find
+from loracast.library import files
+from loracast.library.adapter import STATIC, Adapter
+from loracast.library.index import read_chunks
+from loracast.library.library import find, open_adapter
 from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.library.register import Register
 from loracast.library.store import Store
 from loracast.library.workfolders import tidy, work_folder
+from loracast.library.writer import AdapterWriter
+from loracast.lora.quantize import STORAGE, Storage
 
 
 @dataclass(frozen=True)
@@ -47,13 +38,13 @@ def collect_garbage(library: Path, *, keep: int | None = None, dry_run: bool = F
     """
     if keep is not None and keep < 1:
         raise AdapterError("keep at least one version of each name; `loracast rm NAME` deletes all")
-    if not is_ready(library):
+    if not files.is_ready(library):
         return Collected((), 0)
     if dry_run:
         with Register.reading(library) as register:
             named = {e.version for name in register.names() for e in register.versions_of(name)[:keep]}
             gone = sorted(_everywhere(library, register) - named)
-        return Collected(tuple(gone), sum(size_of(home_of(library, version)) for version in gone))
+        return Collected(tuple(gone), sum(files.size_of(files.home_of(library, version)) for version in gone))
     with Register.writing(library) as register:
         if keep is not None:
             register.drop_older(keep)
@@ -61,16 +52,16 @@ def collect_garbage(library: Path, *, keep: int | None = None, dry_run: bool = F
         gone = sorted(_everywhere(library, register) - set(register.all_versions()))
         for version in gone:
             register.mark_unrecovered(version)
-    n_bytes = sum(size_of(home_of(library, version)) for version in gone)
-    recover(library)
+    n_bytes = sum(files.size_of(files.home_of(library, version)) for version in gone)
+    files.recover(library)
     tidy(library)
     return Collected(tuple(gone), n_bytes)
 
 
 def _everywhere(library: Path, register: Register) -> set[str]:
     """The versions on this machine or in the library's store."""
-    store = store_in(register)
-    return folders(library).keys() | (set() if store is None else store.versions())
+    store = files.store_in(register)
+    return files.folders(library).keys() | (set() if store is None else store.versions())
 
 
 def use_store(library: Path, url: str, *, take_over: bool = False) -> int:
@@ -83,7 +74,7 @@ def use_store(library: Path, url: str, *, take_over: bool = False) -> int:
         how many adapters the store holds now.
     """
     library.mkdir(parents=True, exist_ok=True)
-    is_ready(library)
+    files.is_ready(library)
     store = Store(url)
     with Register.writing(library) as register:
         owner = register.setting("id") or uuid.uuid4().hex
@@ -92,32 +83,32 @@ def use_store(library: Path, url: str, *, take_over: bool = False) -> int:
     with Register.reading(library) as register:
         known = register.all_versions()
     for version in known:
-        store.put(version, ensure_local(library, version))
+        store.put(version, files.ensure_local(library, version))
     with Register.writing(library) as register:
-        register.set(STORE, url)
+        register.set(files.STORE, url)
     others = {version for version in store.versions() if store.has(version)} - set(known) if take_over else set()
     for version in sorted(others):
-        home = ensure_local(library, version)
+        home = files.ensure_local(library, version)
         with Register.writing(library) as register:
-            enter(register, Manifest.read(home / "adapter.json"), home)
+            files.enter(register, Manifest.read(home / "adapter.json"), home)
     return len(known) + len(others)
 
 
 def store_url(library: Path) -> str | None:
     """The URL of a library's store; None where adapters lie on this machine alone."""
-    with reading(library) as register:
-        return register.setting(STORE)
+    with files.reading(library) as register:
+        return register.setting(files.STORE)
 
 
 def leave_store(library: Path) -> None:
     """Fetch all adapters to this machine and use the store no longer. Its files stay where they are."""
-    if is_ready(library):
+    if files.is_ready(library):
         with Register.reading(library) as register:
             known = register.all_versions()
         for version in known:
-            ensure_local(library, version)
+            files.ensure_local(library, version)
         with Register.writing(library) as register:
-            register.set(STORE, None)
+            register.set(files.STORE, None)
 
 
 def evict(library: Path) -> int:
@@ -128,12 +119,39 @@ def evict(library: Path) -> int:
             "this library has no store: its adapters lie on this machine alone (`loracast store URL` sets one)"
         )
     store, n_bytes = Store(url), 0
-    for version, folder in folders(library).items():
+    for version, folder in files.folders(library).items():
         if store.has(version):
-            n_bytes += size_of(folder)
+            n_bytes += files.size_of(folder)
             with work_folder(library, "rm") as grave:
                 os.replace(folder, grave / folder.name)
     return n_bytes
+
+
+def compact(library: Path, reference: str, storage: Storage) -> Adapter:
+    """Keep an adapter in a smaller storage, as a new version; the one that it was made from stays until it is removed.
+
+    Raises:
+        AdapterError: there is none, or it takes no more space now; only a document can be kept as text.
+    """
+    adapter = open_adapter(library, reference)
+    m = adapter.manifest
+    if STORAGE.index(storage) <= STORAGE.index(m.storage):
+        raise AdapterError(
+            f"{adapter.name!r} is kept as {m.storage} and cannot become {storage}: learn the document again"
+        )
+    if storage == "text" and m.kind != "document":
+        raise AdapterError(
+            f"{adapter.name!r} was not made from a document: only a document's factors can be made again from its text"
+        )
+    smaller = replace(m, name=adapter.name, storage=storage)
+    with AdapterWriter(library, smaller, read_chunks(adapter.index)) as writer:
+        if storage != "text":
+            for i in range(m.n_chunks):
+                rows = adapter.rows([i])
+                if i == 0:
+                    writer.open_factors({name: value for name, value in rows.items() if STATIC in name})
+                writer.add({kind: (rows[f"{kind}.a"], rows[f"{kind}.b"]) for kind in m.target.kinds})
+        return writer.finish(replace=True)
 
 
 def verify(library: Path, names: Sequence[str] = ()) -> list[str]:
@@ -144,27 +162,27 @@ def verify(library: Path, names: Sequence[str] = ()) -> list[str]:
     """
     if names:
         return [problem for name in names for problem in _verify_one(library, find(library, name).version)]
-    if not is_ready(library):
+    if not files.is_ready(library):
         return []
     with Register.reading(library) as register:
         problems = register.problems()
         known = set(register.all_versions())
         unrecovered = set(register.unrecovered())
-        store = store_in(register)
+        store = files.store_in(register)
     stored = set() if store is None else {version for version in store.versions() if store.has(version)}
     for version in sorted(known):
-        if store is None or home_of(library, version).exists():
+        if store is None or files.home_of(library, version).exists():
             problems += _verify_one(library, version)
         if store is not None and version not in stored:
             problems.append(f"the version {version[:VERSION_DIGITS]} is not at {store.url}")
-    for version in sorted((folders(library).keys() | stored) - known - unrecovered):
+    for version in sorted((files.folders(library).keys() | stored) - known - unrecovered):
         problems.append(f"the version {version[:VERSION_DIGITS]} belongs to no name: `loracast gc` deletes it")
-    problems += [f"{folder} cannot be taken into the register: {why}" for folder, why in orphans(library)[1]]
+    problems += [f"{folder} cannot be taken into the register: {why}" for folder, why in files.orphans(library)[1]]
     return problems
 
 
 def _verify_one(library: Path, version: str) -> list[str]:
-    home = home_of(library, version)
+    home = files.home_of(library, version)
     try:
         adapter = Adapter(home)
     except AdapterError as error:

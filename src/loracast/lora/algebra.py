@@ -8,7 +8,7 @@ sum instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -76,13 +76,7 @@ class LoRA:
         return self.dense[name] if name in self.dense else self.factors[name].delta()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LoRA:
-        def move(t: Tensor) -> Tensor:
-            return t.to(device=device, dtype=dtype)
-
-        return LoRA(
-            {name: Factors(move(a), move(b)) for name, (a, b) in self.factors.items()},
-            {name: move(delta) for name, delta in self.dense.items()},
-        )
+        return LoRA(*_each_tensor(self, lambda tensor: tensor.to(device=device, dtype=dtype)))
 
     def scale(self, strength: float) -> LoRA:
         """The same LoRA with its delta multiplied by `strength` (0 switches it off, a negative one subtracts it)."""
@@ -98,6 +92,14 @@ class LoRA:
             a, b = a.double(), b.double()
             norms[name] = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt().item()
         return norms
+
+
+def _each_tensor(
+    lora: LoRA | LoRABatch, change: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """The factors and dense deltas of a LoRA or batch, each tensor changed."""
+    factors = {name: Factors(change(a), change(b)) for name, (a, b) in lora.factors.items()}
+    return factors, {name: change(delta) for name, delta in lora.dense.items()}
 
 
 def _check_same_shapes(loras: Sequence[LoRA]) -> None:
@@ -211,8 +213,7 @@ class LoRABatch:
 
     def to(self, place: torch.device | torch.dtype | str) -> LoRABatch:
         """The batch on a device, or in a dtype."""
-        factors = {name: Factors(a.to(place), b.to(place)) for name, (a, b) in self.factors.items()}
-        return LoRABatch(self.n, factors, {name: delta.to(place) for name, delta in self.dense.items()})
+        return LoRABatch(self.n, *_each_tensor(self, lambda tensor: tensor.to(place)))
 
     def take(self, rows: Sequence[int]) -> LoRABatch:
         """Some rows, in this order, as a batch of their own."""
@@ -220,11 +221,7 @@ class LoRABatch:
         return self._some(len(order), order)
 
     def _some(self, n: int, rows: slice | list[int]) -> LoRABatch:
-        def of(stacked: Tensor) -> Tensor:
-            return stacked if stacked.shape[0] == 1 else stacked[rows]
-
-        factors = {name: Factors(of(a), of(b)) for name, (a, b) in self.factors.items()}
-        return LoRABatch(n, factors, {name: of(delta) for name, delta in self.dense.items()})
+        return LoRABatch(n, *_each_tensor(self, lambda tensor: tensor if tensor.shape[0] == 1 else tensor[rows]))
 
     def squared_norms(self) -> Tensor:
         """The squared Frobenius norm of each row's delta, over all modules [n], differentiable."""
@@ -246,12 +243,11 @@ class LoRABatch:
             for name, delta in self.dense.items()
             if name in other.dense
         ]
-        mixed = [
-            (one, two, name) for one, two in ((self, other), (other, self)) for name in one.dense if name in two.factors
-        ]
         products += [
             ((one.dense[name].float() @ two.factors[name].a.float().mT) * two.factors[name].b.float()).sum((1, 2))
-            for one, two, name in mixed
+            for one, two in ((self, other), (other, self))
+            for name in one.dense
+            if name in two.factors
         ]
         return torch.stack(products).sum(0) if products else torch.zeros(self.n)
 
@@ -275,8 +271,7 @@ class LoRABatch:
 
     def row(self, i: int) -> LoRA:
         """One row as a LoRA, views and not copies."""
-        factors = {name: Factors(a[i], b[i]) for name, (a, b) in self.factors.items()}
-        return LoRA(factors, {name: delta[i] for name, delta in self.dense.items()})
+        return LoRA(*_each_tensor(self, lambda tensor: tensor[i]))
 
 
 def stack(loras: Sequence[LoRA | None]) -> LoRABatch:
@@ -285,20 +280,13 @@ def stack(loras: Sequence[LoRA | None]) -> LoRABatch:
     Raises:
         AdapterError: the LoRAs have other shapes for the same module.
     """
-    _check_same_shapes([lora for lora in loras if lora])
-    distinct = {id(lora): lora for lora in loras}
-    if len(distinct) == 1:  # the same for all rows: nothing to pad, nothing to copy
-        lora = loras[0]
-        if lora is None:
-            return LoRABatch(1, {}, {})
-        alone = {name: Factors(a[None], b[None]) for name, (a, b) in lora.factors.items()}
-        return LoRABatch(1, alone, {name: delta[None] for name, delta in lora.dense.items()})
-    rows = list(loras)
-    factor_names = dict.fromkeys(name for lora in rows if lora for name in lora.factors)
-    dense_names = dict.fromkeys(name for lora in rows if lora for name in lora.dense)
+    rows = [LoRA() if lora is None else lora for lora in loras]
+    _check_same_shapes(rows)
+    if len({id(lora) for lora in loras}) == 1:  # the same for all rows: nothing to pad, nothing to copy
+        return LoRABatch(1, *_each_tensor(rows[0], lambda tensor: tensor[None]))
     factors: dict[str, Factors] = {}
-    for name in factor_names:
-        per_row = [lora.factors.get(name) if lora else None for lora in rows]
+    for name in dict.fromkeys(name for lora in rows for name in lora.factors):
+        per_row = [lora.factors.get(name) for lora in rows]
         present = [f for f in per_row if f is not None]
         rank = max(f.rank for f in present)
         a = present[0].a.new_zeros(len(rows), rank, present[0].a.shape[1])
@@ -309,9 +297,7 @@ def stack(loras: Sequence[LoRA | None]) -> LoRABatch:
                 b[i, :, : f.rank] = f.b
         factors[name] = Factors(a, b)
     dense: dict[str, Tensor] = {}
-    for name in dense_names:
-        like = next(lora.dense[name] for lora in rows if lora and name in lora.dense)
-        dense[name] = torch.stack(
-            [lora.dense[name] if lora and name in lora.dense else torch.zeros_like(like) for lora in rows]
-        )
+    for name in dict.fromkeys(name for lora in rows for name in lora.dense):
+        zeros = torch.zeros_like(next(lora.dense[name] for lora in rows if name in lora.dense))
+        dense[name] = torch.stack([lora.dense.get(name, zeros) for lora in rows])
     return LoRABatch(len(rows), factors, dense)

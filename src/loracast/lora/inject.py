@@ -38,7 +38,10 @@ def inject(model: nn.Module, loras: LoRA | LoRABatch | Sequence[LoRA | None] | N
         for name, module in modules.items():
             chains: list[Sequence[Tensor]] = [batch.factors[name]] if name in batch.factors else []
             chains += [[batch.dense[name]]] if name in batch.dense else []
-            chains = [[_like(module.weight, matrix) for matrix in chain] for chain in chains]
+            # On the weight's device and, unless that is quantised, in its type: once here, not for every token.
+            w = module.weight
+            dtype = w.dtype if w.is_floating_point() else None
+            chains = [[matrix.to(w.device, dtype) for matrix in chain] for chain in chains]
             handles.append(module.register_forward_hook(_hook(n_rows, chains)))
         yield model
     finally:
@@ -75,11 +78,6 @@ def _modules_for(model: nn.Module, batch: LoRABatch) -> dict[str, nn.Linear]:
     return modules
 
 
-def _like(weight: Tensor, value: Tensor) -> Tensor:
-    """On the weight's device and, unless that is quantised, in its type: converted once here, not for every token."""
-    return value.to(weight.device, weight.dtype if weight.is_floating_point() else None)
-
-
 def _hook(
     n_rows: int | None, chains: Sequence[Sequence[Tensor]]
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -94,16 +92,9 @@ def _hook(
         for chain in chains:
             y = x
             for matrix in chain:  # [rows, tokens, in] -> [rows, tokens, r] -> [rows, tokens, out]
-                y = _matmul(y, matrix)
+                matrix = matrix.to(y.dtype)  # [rows or 1, out, in]
+                y = nn.functional.linear(y, matrix[0]) if matrix.shape[0] == 1 else torch.bmm(y, matrix.mT)
             output = output + y
         return output
 
     return add_delta
-
-
-def _matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x [rows, tokens, d] times the transpose of weight [n, e, d], n being rows or 1 -> [rows, tokens, e]."""
-    weight = weight.to(x.dtype)
-    if weight.shape[0] == 1:
-        return nn.functional.linear(x, weight[0])
-    return torch.bmm(x, weight.transpose(1, 2))

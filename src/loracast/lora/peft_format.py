@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
     faults += more
     tensors = load_file(folder / "adapter_model.safetensors") if header and not more else {}
     modules = sorted({name.removesuffix(end) for name in header for end in (_A, _B) if name.endswith(end)})
-    faults += [f"{name[:200]}: not a factor of a linear module" for name in header if not _is_factor(name)]
+    others = [name for name in header if not (name.startswith(_PREFIX) and name.endswith((_A, _B)))]
+    faults += [f"{name[:200]}: not a factor of a linear module" for name in others]
     for module in modules:
         faults += [f"{module}{end[:-7]} is missing" for end in (_A, _B) if module + end not in header]
         if module.startswith(_PREFIX) and {module + _A, module + _B} <= header.keys():
@@ -55,10 +57,6 @@ def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
         name = module.removeprefix(_PREFIX)
         factors[name] = Factors(a, b * _scale(config, name, a.shape[0]))
     return LoRA(factors)
-
-
-def _is_factor(name: str) -> bool:
-    return name.startswith(_PREFIX) and name.endswith((_A, _B))
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -97,8 +95,6 @@ def _faults_of(name: str, a: TensorInfo, b: TensorInfo, shapes: Mapping[str, tup
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """What PEFT multiplies a module's delta with."""
-    import re
-
     # PEFT's own rule: a pattern names a module by the end of its path, or as a regular expression that ends it.
     patterns = config.get("alpha_pattern") or {}
     found = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)

@@ -25,10 +25,9 @@ SCALE = ".scale"
 
 def check_storage(storage: str) -> Storage:
     """`storage` itself; raises AdapterError where it is unknown."""
-    for known in STORAGE:
-        if storage == known:
-            return known
-    raise AdapterError(f"unknown storage {storage!r}; one of {', '.join(STORAGE)}")
+    if storage not in STORAGE:
+        raise AdapterError(f"unknown storage {storage!r}; one of {', '.join(STORAGE)}")
+    return storage
 
 
 def quantise(values: Tensor, axis: int = -1, floor: float = 1e-30) -> tuple[Tensor, Tensor]:

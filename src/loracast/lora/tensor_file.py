@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""Of one number, by safetensors' name of its type; other types occur in no adapter."""
+"""Bytes of one number, by safetensors' name of its type; other types occur in no adapter."""
 MAX_ABS = 1e4
 """Largest number in a factor: no training makes larger ones, and their products in bf16 are no weights."""
 _MAX_HEADER = 100_000_000  # as the library has it
@@ -27,7 +27,7 @@ _MAX_HEADER = 100_000_000  # as the library has it
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor."""
+    """Type and shape of one tensor in a safetensors file."""
 
     dtype: str
     shape: tuple[int, ...]
