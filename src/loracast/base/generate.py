@@ -20,15 +20,10 @@ class Sampling:
     """How tokens are chosen; the default is greedy."""
 
     max_new_tokens: int = 128
-    """Largest number of tokens in an answer."""
     min_new_tokens: int = 0
-    """Smallest number of tokens in an answer."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; above 0, tokens are sampled."""
-    top_p: float = 1.0
-    """Sample from the likeliest tokens that together have this probability."""
-    seed: int | None = None
-    """Seed of the sampling; None for another answer each time."""
+    temperature: float = 0.0  # 0 takes the likeliest token; above 0, tokens are sampled
+    top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
+    seed: int | None = None  # of the sampling; None for another answer each time
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ _NOT_SPACE = re.compile(r"\S")
 
 @dataclass(frozen=True)
 class Chunk:
+    """A contiguous piece of a document that is cast at once."""
+
     text: str
     """Exactly the document's text[start:end], without white space at its ends."""
     start: int

@@ -30,22 +30,14 @@ class Document:
 class Limits:
     """Bounds on one file. The last three hold the child process that parses PDF, DOCX and HTML."""
 
-    max_bytes: int = 100_000_000
-    """Size of the file itself."""
-    max_pages: int = 2_000
-    """Pages of a PDF."""
-    max_unpacked_bytes: int = 500_000_000
-    """Sum of the parts of a DOCX when unpacked."""
-    max_ratio: int = 200
-    """Unpacked over packed size of a part of a DOCX; only parts over 1 MB are judged."""
-    max_text_bytes: int = 100_000_000
-    """Size of the resulting text in UTF-8."""
-    max_memory_bytes: int = 2 << 30
-    """Address space of the child."""
-    max_cpu_s: int = 120
-    """Processor time of the child."""
-    timeout_s: float = 180.0
-    """Wall time of the child."""
+    max_bytes: int = 100_000_000  # of the file itself
+    max_pages: int = 2_000  # of a PDF
+    max_unpacked_bytes: int = 500_000_000  # of all parts of a DOCX together
+    max_ratio: int = 200  # unpacked over packed size of a part of a DOCX; only parts over 1 MB are judged
+    max_text_bytes: int = 100_000_000  # of the resulting text in UTF-8
+    max_memory_bytes: int = 2 << 30  # address space of the child
+    max_cpu_s: int = 120  # processor time of the child
+    timeout_s: float = 180.0  # wall time of the child
 
 
 @dataclass(frozen=True)
