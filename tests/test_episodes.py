@@ -17,7 +17,7 @@ from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
 from loracast.lora.target import target_from_config
 from loracast.scoring.episodes import Episode, Question, common_prefix, pack
-from loracast.training.objective import answer_questions
+from loracast.training.doc import answer_questions
 from tiny import make_model
 
 MODEL = make_model()

@@ -64,7 +64,7 @@ def run(model: Toy, out: Path, config: TrainConfig, stop_after: int | None = Non
 
     return train(
         model,
-        lambda step, micro: (model(step * config.accumulate + micro), {"seen": 1.0}),
+        lambda number: (model(number), {"seen": 1.0}),
         config,
         out,
         save_model=lambda folder: (folder / "saved").write_text("model"),
@@ -261,7 +261,7 @@ def test_a_budget_ends_a_run_and_the_next_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr("loracast.training.loop.time", clock)
     model = Toy()
 
-    def slow(step: int, micro: int):
+    def slow(step: int):
         clock.now_s += 2.0
         return model(step), {}
 
@@ -278,7 +278,7 @@ def test_signals_stop_after_the_step_and_are_handed_back(tmp_path):
         out = tmp_path / str(number)
         model = Toy()
 
-        def objective(step: int, micro: int, model=model, number=number):
+        def objective(step: int, model=model, number=number):
             if step == 2:
                 signal.raise_signal(number)
             return model(step), {}
@@ -289,7 +289,7 @@ def test_signals_stop_after_the_step_and_are_handed_back(tmp_path):
 
 
 def test_asked_twice_it_does_not_wait_for_the_step(tmp_path):
-    def stuck(step: int, micro: int):
+    def stuck(step: int):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("went on")
@@ -311,7 +311,7 @@ def test_it_trains_in_a_thread_too(tmp_path):
 def test_what_is_not_finite_ends_the_run_and_leaves_the_last_good_state(sick, tmp_path):
     model = Toy()
 
-    def objective(step: int, micro: int):
+    def objective(step: int):
         loss = model(step)
         if step == 5:
             zero = (model.latents * 0).sum()
@@ -334,7 +334,7 @@ def test_metrics_are_json_lines_each_step_once_however_often_it_is_killed(tmp_pa
         return on_metrics
 
     model = Toy()
-    objective = lambda step, micro: (model(step), {"exact": 0.5})  # noqa: E731
+    objective = lambda number: (model(number), {"exact": 0.5})  # noqa: E731
     every_step = config(steps=6, save_every_s=0.0)
     for n in (1, 3, 5):  # before the first checkpoint, and twice after one
         with pytest.raises(Killed):
@@ -350,7 +350,7 @@ def test_metrics_are_json_lines_each_step_once_however_often_it_is_killed(tmp_pa
 def test_metrics_are_means_over_the_steps_between_two_lines(tmp_path):
     model = Toy()
     steps = config(steps=7, log_every=3)
-    train(model, lambda step, micro: (model(step), {"x": float(step)}), steps, tmp_path, save_model=lambda folder: None)
+    train(model, lambda number: (model(number), {"x": float(number)}), steps, tmp_path, save_model=lambda folder: None)
     assert [(row["step"], row["x"]) for row in metrics_of(tmp_path)] == [(3, 1.0), (6, 4.0), (7, 6.0)]
 
 

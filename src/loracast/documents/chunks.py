@@ -19,8 +19,7 @@ from loracast.documents.seams import INSIDE, WORD, Seam, SeamFinder
 Encode = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
 
 MIN_TOKENS = 16
-DEFAULT_CHUNK_TOKENS = 192
-"""Longest chunk by default, in tokens (measured: docs/experiments.md)."""
+DEFAULT_CHUNK_TOKENS = 192  # longest chunk by default (measured: docs/experiments.md)
 _HEADING_TOKENS = 24
 _BLOCK = 16_384  # characters handed to the tokenizer at once
 _SLACK = 2  # tokens: a word at the start of a chunk has lost the space before it, and may be encoded otherwise
@@ -33,15 +32,11 @@ _NOT_SPACE = re.compile(r"\S")
 class Chunk:
     """A contiguous piece of a document that is cast at once."""
 
-    text: str
-    """Exactly the document's text[start:end], without white space at its ends."""
-    start: int
+    text: str  # exactly the document's text[start:end], without white space at its ends
+    start: int  # in characters
     end: int
-    """Offsets in characters."""
-    heading: str
-    """The document's title and the nearest heading at or above `start`, e.g. "Manual X / Warranty"; may be empty."""
-    n_tokens: int
-    """Of `prompt`, without special tokens."""
+    heading: str  # the document's title and the nearest heading at or above `start`, as in "Manual X / Warranty", or ""
+    n_tokens: int  # of `prompt`, without special tokens
 
     @property
     def prompt(self) -> str:
@@ -60,11 +55,7 @@ def split_text(text: str, encode: Encode, *, max_tokens: int = DEFAULT_CHUNK_TOK
     if not text.strip():
         return []
     splitter = _Splitter(text, encode, max_tokens, title)
-    chunks: list[Chunk] = []
-    cuts = splitter.cuts()
-    for start, end in pairwise(cuts):
-        chunks += splitter.fit(start, end)
-    return chunks
+    return [chunk for start, end in pairwise(splitter.cuts()) for chunk in splitter.fit(start, end)]
 
 
 class _Splitter:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import codecs
 import re
 import unicodedata
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import PurePath
 
 from loracast.documents.kind import READABLE
@@ -34,26 +36,25 @@ def decode(data: bytes, label: str, declared: str | None = None) -> str:
                 return data.decode(declared)
             except (UnicodeDecodeError, LookupError):
                 raise DocumentError(f"{label} declares the encoding {declared} but is not written in it") from None
-        raise DocumentError(_say_encoding(data, encoding, error, label)) from None
+        if encoding != "utf-8":
+            said = f"starts as {encoding.upper()} but breaks off at byte {error.start}: save it again as UTF-8"
+        elif b"\0" in data:
+            said = f"is a binary file of an unknown kind: {READABLE}"
+        else:
+            said = (
+                f"is not UTF-8 (byte 0x{data[error.start]:02X} at offset {error.start}): find its encoding out and "
+                "convert it, e.g. `iconv -f WINDOWS-1252 -t UTF-8 in.txt > out.txt`"
+            )
+        raise DocumentError(f"{label} {said}") from None
     if text.count("\0") > len(text) // 4:  # every second byte of Latin text in UTF-16
         raise DocumentError(
             f"{label} looks like UTF-16 or UTF-32 without a byte order mark: "
             "convert it with `iconv -f UTF-16LE -t UTF-8` (or UTF-16BE) and read the result"
         )
-    if len(_CONTROLS.findall(text[:100_000])) + text[:100_000].count("\0") > len(text[:100_000]) // 20:
+    head = text[:100_000]
+    if len(_CONTROLS.findall(head)) + head.count("\0") > len(head) // 20:
         raise DocumentError(f"{label} is a binary file of an unknown kind: {READABLE}")
     return text
-
-
-def _say_encoding(data: bytes, encoding: str, error: UnicodeDecodeError, label: str) -> str:
-    if encoding != "utf-8":
-        return f"{label} starts as {encoding.upper()} but breaks off at byte {error.start}: save it again as UTF-8"
-    if b"\0" in data:
-        return f"{label} is a binary file of an unknown kind: {READABLE}"
-    return (
-        f"{label} is not UTF-8 (byte 0x{data[error.start]:02X} at offset {error.start}): find its encoding out and "
-        "convert it, e.g. `iconv -f WINDOWS-1252 -t UTF-8 in.txt > out.txt`"
-    )
 
 
 # Invisible: soft hyphen, Mongolian separator, zero-width space, bidirectional marks and overrides, word joiner and the
@@ -79,6 +80,14 @@ def normalise(text: str) -> str:
     # Line by line: a pattern such as `[ ]+\n` takes quadratic time on a long run of spaces.
     text = "\n".join(line.rstrip() for line in text.split("\n"))
     return _BLANK_LINES.sub("\n\n", text).strip("\n")
+
+
+def join_blocks(blocks: Iterable[str]) -> str:
+    """Blocks of text as paragraphs after blank lines; items of one list stay together."""
+    parts: list[str] = []
+    for above, block in pairwise(["", *filter(None, blocks)]):
+        parts += ["\n" if above.startswith("- ") and block.startswith("- ") else "\n\n", block]
+    return "".join(parts)
 
 
 _FILE_LIKE = re.compile(r"\.(docx?|pdf|indd|tex|dvi|rtf|odt|html?|txt|xlsx?|pptx?|qxd|pmd)$", re.I)

@@ -9,21 +9,14 @@ from dataclasses import dataclass
 class Document:
     """The normalised text of one file, with its title, name, hash and warnings."""
 
-    title: str
-    """The document's own title, else its file name made readable; empty when it has neither."""
-    text: str
-    """NFC, unix newlines, headings as markdown lines; never empty."""
-    file_name: str | None
-    """The name without its folders; None for standard input and nameless streams."""
-    media_type: str
-    """Media type of the content, whatever the file name says."""
-    sha256: str
-    """Hash of the file's bytes, in hexadecimal: the document's identity."""
+    title: str  # the document's own, else its file name made readable; empty when it has neither
+    text: str  # NFC, unix newlines, headings as markdown lines; never empty
+    file_name: str | None  # without its folders; None for standard input and nameless streams
+    media_type: str  # of the content, whatever the file name says
+    sha256: str  # hash of the file's bytes, in hexadecimal: the document's identity
     n_bytes: int
-    n_pages: int | None = None
-    """PDF only."""
-    warnings: tuple[str, ...] = ()
-    """What may be missing from the text (a page without a text layer, a damaged object), one sentence each."""
+    n_pages: int | None = None  # PDF only
+    warnings: tuple[str, ...] = ()  # what may be missing from the text (an unread page, say), one sentence each
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from docx.opc.constants import RELATIONSHIP_TYPE
 from docx.oxml import parse_xml
 from docx.oxml.ns import qn
 
-from loracast.documents.clean import brief, normalise, sensible_title
+from loracast.documents.clean import brief, join_blocks, normalise, sensible_title
 from loracast.documents.document import Limits, Parsed
 from loracast.documents.kind import READABLE
 from loracast.documents.tables import rows_to_lines
@@ -43,13 +43,12 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
         title = sensible_title(document.core_properties.title)
     except (MemoryError, RecursionError, DocumentError):
         raise
-    except ValueError as error:
-        if "macroEnabled" in str(error) or "template" in str(error):
-            raise DocumentError(f"{label} is a Word file with macros or a template: save it as .docx") from None
-        raise DocumentError(_say_damaged(label, error)) from None
     except Exception as error:  # whatever a damaged package makes python-docx or lxml raise
-        raise DocumentError(_say_damaged(label, error)) from None
-    text = normalise(_join(blocks))
+        if isinstance(error, ValueError) and ("macroEnabled" in str(error) or "template" in str(error)):
+            raise DocumentError(f"{label} is a Word file with macros or a template: save it as .docx") from None
+        damage = f"a damaged Word file ({brief(error)})"
+        raise DocumentError(f"{label} is {damage}: open it in Word and save it again") from None
+    text = normalise(join_blocks(blocks))
     if not text.strip():
         raise DocumentError(f"{label} holds no text: if its pages are pictures, save it as PDF and run `ocrmypdf`")
     first_heading = next((block.lstrip("# ") for block in blocks if block.startswith("#")), "")
@@ -66,7 +65,8 @@ def check_package(data: bytes, label: str, limits: Limits) -> None:
                 raise DocumentError(f"{label} is {_say_zip(names)}")
             unpacked = sum(part.file_size for part in parts)
             is_bomb = unpacked > limits.max_unpacked_bytes or len(parts) > _MAX_PARTS
-            if is_bomb or any(_ratio(part) > limits.max_ratio for part in parts if part.file_size > _SMALL_PART):
+            ratios = [part.file_size / max(part.compress_size, 1) for part in parts if part.file_size > _SMALL_PART]
+            if is_bomb or any(ratio > limits.max_ratio for ratio in ratios):
                 raise DocumentError(
                     f"{label} unpacks to {unpacked / 1e6:,.0f} MB from {len(data) / 1e6:,.1f} MB, as a zip bomb does: "
                     "remove its pictures and empty tables and save it again"
@@ -85,10 +85,6 @@ def check_package(data: bytes, label: str, limits: Limits) -> None:
         ) from None
 
 
-def _ratio(part: zipfile.ZipInfo) -> float:
-    return part.file_size / max(part.compress_size, 1)
-
-
 def _say_zip(names: set[str]) -> str:
     if any(name.startswith("xl/") for name in names):
         return "an Excel file: save each sheet as CSV"
@@ -99,10 +95,6 @@ def _say_zip(names: set[str]) -> str:
     if "content.xml" in names:
         return "an OpenDocument file: convert it with `soffice --headless --convert-to docx`"
     return f"a zip archive: unpack it and name the files in it ({READABLE})"
-
-
-def _say_damaged(label: str, error: Exception) -> str:
-    return f"{label} is a damaged Word file ({brief(error)}): open it in Word and save it again"
 
 
 def _styles(document: Any) -> tuple[dict[str, int], set[str]]:
@@ -213,13 +205,3 @@ def _runs(element: Any) -> Iterator[str]:
             yield _BREAKS[child.tag]
         else:
             yield from _runs(child)
-
-
-def _join(blocks: list[str]) -> str:
-    parts: list[str] = []
-    previous = ""
-    for block in filter(None, blocks):
-        is_next_item = block.startswith("- ") and previous.startswith("- ")
-        parts += ["\n" if is_next_item else "\n\n", block]
-        previous = block
-    return "".join(parts)

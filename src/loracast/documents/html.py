@@ -7,7 +7,7 @@ from typing import Any
 
 from lxml import etree
 
-from loracast.documents.clean import decode, normalise
+from loracast.documents.clean import decode, join_blocks, normalise
 from loracast.documents.document import Limits, Parsed
 from loracast.documents.tables import rows_to_lines
 from loracast.errors import DocumentError
@@ -18,19 +18,7 @@ _KNOWN_CHARSETS = re.compile(
     r"(windows-12\d\d|iso-8859-\d+|latin-?\d|us-ascii|koi8-[ru]|shift_jis|euc-(jp|kr)|gb(k|2312|18030)|big5|macintosh)$",
     re.I,
 )
-_UNSEEN = {
-    "script",
-    "style",
-    "template",
-    "noscript",
-    "svg",
-    "annotation",
-    "iframe",
-    "object",
-    "canvas",
-    "select",
-    "textarea",
-}
+_UNSEEN = re.compile("script|style|template|noscript|svg|annotation|iframe|object|canvas|select|textarea")
 _INVISIBLE_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
 _INLINE = re.compile(
     "a|abbr|acronym|b|bdi|bdo|big|cite|code|data|del|dfn|em|font|i|img|input|ins|kbd|label|mark|math|mi|mn|mo|mrow|ms|"
@@ -53,19 +41,13 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
         root = None
     if any(entry.level_name == "FATAL" for entry in parser.error_log):  # it stopped, and would have lost the rest
         raise RecursionError
-    if root is None:
-        raise DocumentError(_say_nothing(label))
-    title = root.findtext(".//title") or root.findtext(".//h1") or ""
     writer = _Writer()
-    writer.walk(root)
-    text = normalise(writer.text())
-    if not text.strip():
-        raise DocumentError(_say_nothing(label))
-    return Parsed(text, title)
-
-
-def _say_nothing(label: str) -> str:
-    return f"{label} holds no visible text: save the page from a browser after its scripts have run"
+    if root is not None:
+        writer.walk(root)
+    text = normalise(join_blocks(writer.blocks))
+    if root is None or not text.strip():
+        raise DocumentError(f"{label} holds no visible text: save the page from a browser after its scripts have run")
+    return Parsed(text, root.findtext(".//title") or root.findtext(".//h1") or "")
 
 
 class _Writer:
@@ -76,14 +58,6 @@ class _Writer:
         self.line: list[str] = []
         self.prefix = ""
         self.n_pre = 0
-
-    def text(self) -> str:
-        # Items of one list stay together; everything else is a paragraph of its own.
-        parts: list[str] = []
-        for block in self.blocks:
-            is_item = bool(parts) and block.startswith("- ") and parts[-1].startswith("- ")
-            parts += ["\n" if is_item else "\n\n", block] if parts else [block]
-        return "".join(parts)
 
     def flush(self) -> None:
         """Ends a block: what was collected becomes one paragraph."""
@@ -156,9 +130,8 @@ class _Writer:
 
 
 def _is_unseen(element: Any, tag: str) -> bool:
-    if tag in _UNSEEN or element.get("hidden") is not None:
-        return True
-    return bool(_INVISIBLE_STYLE.search(element.get("style") or ""))
+    is_hidden = element.get("hidden") is not None or _INVISIBLE_STYLE.search(element.get("style") or "")
+    return bool(is_hidden or _UNSEEN.fullmatch(tag))
 
 
 def _cell_text(cell: Any) -> str:

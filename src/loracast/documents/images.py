@@ -1,7 +1,4 @@
-"""Reads an image file with Pillow, the only way in for images. Decompression bombs and damaged files are refused.
-
-Whatever is wrong with a file raises one DocumentError that says what, and what to do.
-"""
+"""Reads an image file with Pillow, the only way in for images. Decompression bombs and damaged files are refused."""
 
 from __future__ import annotations
 
@@ -29,23 +26,18 @@ _MAGIC = {
     b"II*\x00": "TIFF",
     b"MM\x00*": "TIFF",
 }
-MAX_PIXELS = 50_000_000
-"""Width times height of an image; more is a bomb, or nothing that an encoder of 224 x 224 would see."""
+MAX_PIXELS = 50_000_000  # more is a bomb, or nothing that an encoder of 224 x 224 would see
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFile:
     """One image as it has been read."""
 
-    title: str
-    """The file's name made readable; empty where it has none."""
-    image: Image
-    """RGB, upright."""
-    file_name: str | None
-    """The name without its folders."""
+    title: str  # the file's name made readable; empty where it has none
+    image: Image  # RGB, upright
+    file_name: str | None  # without its folders
     media_type: str
-    sha256: str
-    """Hash of the file's bytes: the picture's identity."""
+    sha256: str  # hash of the file's bytes: the picture's identity
     n_bytes: int
 
 
@@ -75,8 +67,7 @@ def read_image_file(
 ) -> ImageFile:
     """Reads an image from a path or an open binary stream: JPEG, PNG, WebP, GIF (its first frame), BMP or TIFF.
 
-    Raises:
-        DocumentError: it is none of these, larger than MAX_PIXELS, or damaged.
+    Raises DocumentError if it is none of these, larger than MAX_PIXELS, or damaged.
     """
     data, file_name, label = read_bytes(source, file_name, limits or Limits())
     kind = image_format(data)
@@ -114,14 +105,9 @@ def decode_image(data: bytes, kind: str, label: str) -> Image:
                 image.alpha_composite(clear)
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError) as error:
-        told = (
-            "nothing in it is an image"
-            if isinstance(error, UnidentifiedImageError)
-            else (str(error).splitlines() or [""])[0]
-        )
-        raise DocumentError(
-            f"{label} is a damaged {kind} image ({told[:200] or type(error).__name__}): get or export it again"
-        ) from error
+        told = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        told = "nothing in it is an image" if isinstance(error, UnidentifiedImageError) else told
+        raise DocumentError(f"{label} is a damaged {kind} image ({told}): get or export it again") from error
     except Image.DecompressionBombError as error:  # Pillow's own, or ours above
         raise DocumentError(
             f"{label} has more than {MAX_PIXELS / 1e6:.0f} million pixels, the most that are read: scale it down"

@@ -21,30 +21,21 @@ MEDIA_TYPES = {
 READABLE = "loracast reads txt, md, html, pdf, docx and csv"
 
 EXTENSIONS = {
-    ".md": "markdown",
-    ".markdown": "markdown",
-    ".html": "html",
-    ".htm": "html",
-    ".xhtml": "html",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".pdf": "pdf",
-    ".docx": "docx",
-}
+    ".md": "markdown", ".markdown": "markdown", ".html": "html", ".htm": "html", ".xhtml": "html",
+    ".csv": "csv", ".tsv": "csv", ".pdf": "pdf", ".docx": "docx",
+}  # fmt: skip
 # The start of common files that are no text. The remedy is the best known way to one that loracast reads.
 MAGIC = (
     (b"\x89PNG", "a PNG image", "recognise its text first, e.g. with `ocrmypdf --image-dpi 300 in.png out.pdf`"),
     (b"\xff\xd8\xff", "a JPEG image", "recognise its text first, e.g. with `ocrmypdf --image-dpi 300 in.jpg out.pdf`"),
     (b"GIF8", "a GIF image", "convert it to a PDF with a text layer"),
-    (b"II*\x00", "a TIFF image", "recognise its text first, e.g. with `img2pdf` and `ocrmypdf`"),
-    (b"MM\x00*", "a TIFF image", "recognise its text first, e.g. with `img2pdf` and `ocrmypdf`"),
+    ((b"II*\x00", b"MM\x00*"), "a TIFF image", "recognise its text first, e.g. with `img2pdf` and `ocrmypdf`"),
     (b"\x1f\x8b", "a gzip archive", "unpack it first with `gunzip`"),
     (b"BZh", "a bzip2 archive", "unpack it first with `bunzip2`"),
     (b"\xfd7zXZ\x00", "an xz archive", "unpack it first with `unxz`"),
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it first"),
     (b"Rar!", "a RAR archive", "unpack it first"),
-    (b"\x7fELF", "a program", READABLE),
-    (b"MZ\x90", "a program", READABLE),
+    ((b"\x7fELF", b"MZ\x90"), "a program", READABLE),
     (b"SQLite format 3\x00", "an SQLite database", "export the table as CSV"),
     (b"%!PS", "a PostScript file", "convert it with `ps2pdf`"),
     (rb"{\rtf", "an RTF file", "convert it with `soffice --headless --convert-to docx`"),
@@ -70,19 +61,14 @@ def sniff(data: bytes, file_name: str | None, label: str) -> str:
     for magic, what, remedy in MAGIC:
         if head.startswith(magic):
             raise DocumentError(f"{label} is {what}: {remedy}")
-    found = "html" if _is_html(head) else None
+    start = head.decode("utf-16", "ignore").encode() if head.startswith((b"\xff\xfe", b"\xfe\xff")) else head
+    found = "html" if _HTML.match(start.removeprefix(b"\xef\xbb\xbf")) else None
     if named in ("pdf", "docx"):
         what = "HTML (often the error page of a failed download)" if found else "something else"
         raise DocumentError(
             f"{label} is named {suffix} but its content is {what}: get the file again, or rename it to what it is"
         )
     return found or named
-
-
-def _is_html(head: bytes) -> bool:
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        head = head.decode("utf-16", "ignore").encode()
-    return bool(_HTML.match(head.removeprefix(b"\xef\xbb\xbf")))
 
 
 def _say_ole(data: bytes, label: str) -> str:

@@ -24,6 +24,8 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
     """The text of a PDF, its metadata's title or else its largest heading on the first page, and its page count."""
     if b"%%EOF" not in data.rstrip(b"\0\r\n\t ")[-_TAIL:]:
         raise DocumentError(f"{label} is a truncated PDF (its end is missing): copy or download it again")
+    remedy = "remove its password with `qpdf --password=... --decrypt in.pdf out.pdf` and read out.pdf"
+    encrypted = f"{label} is encrypted: {remedy}"
     complaints = _Complaints()
     logger = logging.getLogger("pypdf")
     logger.addHandler(complaints)
@@ -32,7 +34,7 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
     try:
         reader = pypdf.PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
-            raise DocumentError(_say_encrypted(label))
+            raise DocumentError(encrypted)
         n_pages = len(reader.pages)
         if n_pages > limits.max_pages:
             raise DocumentError(
@@ -49,7 +51,7 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
             if not pages[-1] and _has_image(page):
                 scans.append(page_number)
     except DependencyError:  # AES needs a library that loracast does not ask for
-        raise DocumentError(_say_encrypted(label)) from None
+        raise DocumentError(encrypted) from None
     except (MemoryError, RecursionError, DocumentError):
         raise
     except LimitReachedError as error:
@@ -69,7 +71,10 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
             f"{label} has no text layer (a scan?{damage}): recognise its text with `ocrmypdf in.pdf out.pdf` and "
             "read out.pdf"
         )
-    text = normalise(_whole_characters(join_lines([line for lines in pages for line in lines])))
+    text = join_lines([line for lines in pages for line in lines])
+    if any("\ud800" <= c <= "\udfff" for c in text):  # join surrogate pairs; lone halves cannot be written
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = normalise(text)
     n_unknown = text.count("\ufffd") + sum("\ue000" <= c <= "\uf8ff" for c in text)
     if n_unknown > len(text) // 5:
         raise DocumentError(
@@ -146,17 +151,3 @@ class _Complaints(logging.Handler):
 
     def sentences(self) -> list[str]:
         return [f"damaged in places: {message}" for message, _ in self.messages.most_common(5)]
-
-
-def _whole_characters(text: str) -> str:
-    """`text` with surrogate pairs joined and lone halves, which no encoding can write, replaced."""
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _say_encrypted(label: str) -> str:
-    return (
-        f"{label} is encrypted: remove its password with `qpdf --password=... --decrypt in.pdf out.pdf` "
-        "and read out.pdf"
-    )

@@ -35,14 +35,9 @@ def parse_in_child(kind: str, data: bytes, label: str, limits: Limits) -> Parsed
     with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as complaints:
         try:
             done = subprocess.run(
-                command,
-                check=False,
-                input=data,
-                stdout=answer,
-                stderr=complaints,
-                timeout=limits.timeout_s,
-                env=environment,
-            )
+                command, check=False, input=data, stdout=answer, stderr=complaints,
+                timeout=limits.timeout_s, env=environment,
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise DocumentError(
                 f"{label} took more than {limits.timeout_s:g} s to parse and was stopped: "
@@ -54,17 +49,15 @@ def parse_in_child(kind: str, data: bytes, label: str, limits: Limits) -> Parsed
             reply = json.loads(answer.read())
             if "error" in reply:
                 raise DocumentError(reply["error"])
-            return Parsed(reply["text"], reply["title"], reply["n_pages"], tuple(reply["warnings"]))
+            return Parsed(**{**reply, "warnings": tuple(reply["warnings"])})
         complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - 500))
         last_words = complaints.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
-    raise DocumentError(_say_death(done.returncode, last_words, label, limits))
-
-
-def _say_death(returncode: int, last_words: str, label: str, limits: Limits) -> str:
-    if _SIGXCPU is not None and returncode == -_SIGXCPU:
-        return (
+    if _SIGXCPU is not None and done.returncode == -_SIGXCPU:
+        raise DocumentError(
             f"{label} took more than {limits.max_cpu_s} s of processor time to parse and was stopped: "
             "it is damaged, malicious or needs to be split"
         )
-    how = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
-    return f"{label} made its parser fail ({how}; {last_words or 'no message'}): the file is damaged; export it again"
+    how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+    raise DocumentError(
+        f"{label} made its parser fail ({how}; {last_words or 'no message'}): the file is damaged; export it again"
+    )

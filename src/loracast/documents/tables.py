@@ -11,8 +11,7 @@ def rows_to_lines(rows: Sequence[Sequence[str]], has_header: bool | None = None)
 
     `has_header` None lets the cells decide. Two columns without a known header are names and values: "name: value".
     """
-    cells = [[" ".join(cell.split()) for cell in row] for row in rows]
-    cells = [row for row in cells if any(row)]
+    cells = [row for row in ([" ".join(cell.split()) for cell in row] for row in rows) if any(row)]
     if not cells:
         return []
     width = max(map(len, cells))
@@ -28,9 +27,8 @@ def rows_to_lines(rows: Sequence[Sequence[str]], has_header: bool | None = None)
 def looks_like_header(row: Sequence[str]) -> bool:
     """Distinct names, none of which is a number or a date."""
     names = [cell for cell in row if cell]
-    return (
-        bool(names) and len(set(names)) == len(names) and not any(re.match(r"[-+€$£]?[\d.,]", name) for name in names)
-    )
+    has_number = any(re.match(r"[-+€$£]?[\d.,]", name) for name in names)
+    return bool(names) and len(set(names)) == len(names) and not has_number
 
 
 def named_row(header: Sequence[str], row: Sequence[str]) -> str:

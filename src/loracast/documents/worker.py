@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from loracast.documents.document import Limits
@@ -73,12 +74,7 @@ def main() -> None:
         parse = importlib.import_module(f"loracast.documents.{kind}").parse
         forbid_side_effects()
         parsed = parse(data, label, limits)
-        reply = {
-            "text": parsed.text,
-            "title": parsed.title,
-            "n_pages": parsed.n_pages,
-            "warnings": parsed.warnings,
-        }
+        reply = asdict(parsed)
         if len(parsed.text.encode()) > limits.max_text_bytes:
             reply = {"error": f"{label} unfolds into more than {limits.max_text_bytes:,} bytes of text: split it"}
     except DocumentError as error:

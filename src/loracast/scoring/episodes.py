@@ -26,12 +26,9 @@ class Question:
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
-    is_unrelated: bool = False
-    """Whether it is unrelated to the document, so that the base shall answer as it does without a LoRA."""
-    window_prompt: tuple[int, ...] = ()
-    """The same question after the document, for a teacher that sees it; empty without such a teacher."""
-    soft: SoftTargets | None = field(default=None, compare=False)
-    """A teacher's distributions at the answer's tokens."""
+    is_unrelated: bool = False  # to the document, so that the base shall answer as it does without a LoRA
+    window_prompt: tuple[int, ...] = ()  # the question after the document, for a teacher that sees it, if there is one
+    soft: SoftTargets | None = field(default=None, compare=False)  # a teacher's distributions at the answer's tokens
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,8 @@ class Episode:
 
     chunks: tuple[tuple[int, ...], ...]
     questions: tuple[Question, ...]
-    task: str = ""
-    """The kind of the episode, such as "needle": accuracies are logged by it."""
-    token_labels: tuple[TokenLabel, ...] = ()
-    """Span supervision of the chunks, where it is known."""
+    task: str = ""  # the kind of the episode, such as "needle": accuracies are logged by it
+    token_labels: tuple[TokenLabel, ...] = ()  # span supervision of the chunks, where it is known
 
 
 @dataclass(frozen=True)
@@ -83,11 +78,8 @@ class Batch:
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest prefix that all sequences share, without the last token of the shortest."""
     length = min(len(sequence) for sequence in sequences) - 1
-    first = sequences[0]
-    for i in range(length):
-        if any(sequence[i] != first[i] for sequence in sequences):
-            return i
-    return length
+    differing = (i for i in range(length) if any(sequence[i] != sequences[0][i] for sequence in sequences))
+    return next(differing, length)
 
 
 def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:

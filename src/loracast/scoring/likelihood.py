@@ -25,9 +25,7 @@ class AnswerScores:
     by_question: Tensor  # [questions] mean cross-entropy of each answer's tokens
     divergence: Tensor  # [questions] mean divergence from the teacher; 0 where a question has none
     is_unrelated: Tensor  # [questions] bool
-    exact: (
-        float  # share of related questions whose answer tokens are all the likeliest, given the true ones before them
-    )
+    exact: float  # share of related questions whose answer tokens are all the likeliest, given the true ones before
     token_accuracy: float  # share of their answer tokens that are the likeliest
     logits: Tensor  # [n, vocabulary] where the answer tokens are predicted
     module_inputs: Mapping[str, Tensor] = field(default_factory=dict)  # by watched module [n, in], at the same places
@@ -51,8 +49,7 @@ class AnswerScores:
 def score_answers(model: Any, loras: LoRABatch, batch: Batch, watched: Sequence[str] = ()) -> AnswerScores:
     """Run the base on a batch, each row with its own LoRA, and score the answers.
 
-    Args:
-        watched: names of modules whose inputs are kept where answers are predicted.
+    The inputs of the `watched` modules are kept where answers are predicted.
     """
     decoder = model.get_decoder()
     with (
@@ -64,10 +61,7 @@ def score_answers(model: Any, loras: LoRABatch, batch: Batch, watched: Sequence[
         if decoder.config._attn_implementation == "eager":  # which adds its mask to the scores
             mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
         hidden = decoder(
-            input_ids=batch.input_ids,
-            attention_mask=mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
+            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
         ).last_hidden_state  # [d, t, hidden]
     # Contiguous before the head: a strided slice made the product seconds slower on a CPU.
     at = batch.answer_rows, batch.answer_positions

@@ -29,11 +29,8 @@ def soften(logits: Tensor, k: int = TOP_K) -> SoftTargets:
 def divergence(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
     """Divergence of a student from its teacher [n]: sum of p (log p - log q) over the teacher's likeliest tokens.
 
-    It lacks the terms of all other tokens to be the Kullback-Leibler divergence.
-
-    Args:
-        logits: the student's [n, vocabulary], normalised here over the whole vocabulary.
-        ids, log_probs: the teacher's likeliest tokens [n, k].
+    It lacks the terms of all other tokens to be the Kullback-Leibler divergence. The student's logits [n, vocabulary]
+    are normalised here over the whole vocabulary; the teacher's likeliest tokens are `ids` and `log_probs` [n, k].
     """
     student = logits.float().log_softmax(-1).gather(1, ids.long())  # [n, k]
     teacher = log_probs.float()

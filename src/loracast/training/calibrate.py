@@ -29,12 +29,8 @@ def calibrate(
 ) -> None:
     """Standardise the features of `hypernet` on real text, and set the units of its memory, if it has one.
 
-    The first token of a row is left out: its activations are an attention sink, hundreds of times larger than any
-    other's.
-
-    Args:
-        rows: token ids of real text, each [1, t].
-        episodes: documents with questions, for the memory.
+    `rows` are token ids of real text, each [1, t]; `episodes` are documents with questions, for the memory. The first
+    token of a row is left out: its activations are an attention sink, hundreds of times larger than any other's.
     """
     features = [encoder(row) for row in rows]
     hypernet.standardise(torch.cat([f.states[..., 1:, :].float().flatten(0, -2) for f in features]))

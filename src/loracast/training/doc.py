@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,17 @@ from torch import Tensor
 
 from loracast.base.chat import encode_text
 from loracast.base.load import Base
+from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.errors import ConfigError
-from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig, MergedCast
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import target_from_config
-from loracast.scoring.episodes import Episode, pack
+from loracast.scoring.episodes import Batch, Episode, pack
+from loracast.scoring.likelihood import AnswerScores, score_answers
 from loracast.training.calibrate import calibrate, set_memory_units
 from loracast.training.loop import OnMetrics, TrainConfig
-from loracast.training.objective import answer_questions
-from loracast.training.recipe import keys_of, read_recipe_as
+from loracast.training.memory_losses import MemoryLosses, retrieval_loss, write_loss
+from loracast.training.recipe import keys_of, read_recipe_as, recorded
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
 from loracast.training.sources import DataConfig, EpisodeSource
@@ -87,16 +88,17 @@ def read_doc_recipe(path: Path | None, overrides: Sequence[str] = ()) -> DocReci
 def build_doc_hypernet(base: Base, recipe: DocRecipe, source: EpisodeSource) -> DocToLoRA:
     """A fresh hypernetwork for a base, its units measured on the data."""
     torch.manual_seed(recipe.training.seed)
-    target = target_from_config(base.model.config, recipe.kinds, recipe.layers)
-    d_features = base.model.config.get_text_config().hidden_size + recipe.hypernetwork.get("d_values", 0)
+    base_config = base.model.config
+    d_features = base_config.get_text_config().hidden_size + recipe.hypernetwork.get("d_values", 0)
     options = {"prefix": tuple(encode_text(base.tokenizer, "\n"))[:1], **recipe.hypernetwork}
     if recipe.memory_layers:
-        options["memory_modules"] = _memory_modules(base, recipe)
+        options["memory_modules"] = target_from_config(base_config, ("o_proj",), recipe.memory_layers).rows
     if recipe.static_kinds:
-        options["static_modules"] = target_from_config(base.model.config, recipe.static_kinds, recipe.layers).rows
+        options["static_modules"] = target_from_config(base_config, recipe.static_kinds, recipe.layers).rows
     if recipe.encoder_kinds:
         depth = max(options.get("reader_layers", DocToLoRAConfig.reader_layers))
-        options["encoder_modules"] = target_from_config(base.model.config, recipe.encoder_kinds, range(depth)).rows
+        options["encoder_modules"] = target_from_config(base_config, recipe.encoder_kinds, range(depth)).rows
+    target = target_from_config(base_config, recipe.kinds, recipe.layers)
     hypernet = DocToLoRA(DocToLoRAConfig.for_target(target, d_features, **options))
     calibrate(hypernet, base, hypernet.hidden_states_encoder(base), *calibration_data(base, recipe, source))
     return hypernet
@@ -104,10 +106,10 @@ def build_doc_hypernet(base: Base, recipe: DocRecipe, source: EpisodeSource) -> 
 
 def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSource) -> DocToLoRA:
     """Add the recipe's parts to a hypernetwork: memory layers, static modules (zero at first), low-rank heads."""
-    c = hypernet.config
+    c, base_config = hypernet.config, base.model.config
     changes: dict[str, Any] = {}
     if recipe.memory_layers:
-        changes["memory_modules"] = modules = _memory_modules(base, recipe)
+        changes["memory_modules"] = modules = target_from_config(base_config, ("o_proj",), recipe.memory_layers).rows
         if not set(c.memory_modules) < set(modules):
             raise ConfigError(
                 f"the checkpoint has a memory in the layers {[layer for _, layer, *_ in c.memory_modules]}; "
@@ -116,7 +118,7 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
     if recipe.static_kinds:
         if c.static_modules:
             raise ConfigError("the checkpoint has static modules already; leave static_kinds out of the recipe")
-        changes["static_modules"] = target_from_config(base.model.config, recipe.static_kinds, c.layers).rows
+        changes["static_modules"] = target_from_config(base_config, recipe.static_kinds, c.layers).rows
         changes["static_modules_rank"] = recipe.hypernetwork.get("static_modules_rank", c.static_modules_rank)
     head_rank = recipe.hypernetwork.get("head_shared_rank")
     if head_rank is not None:
@@ -144,10 +146,6 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
     return grown
 
 
-def _memory_modules(base: Base, recipe: DocRecipe) -> tuple[tuple[str, int, str, int, int], ...]:
-    return target_from_config(base.model.config, ("o_proj",), recipe.memory_layers).rows
-
-
 def calibration_data(base: Base, recipe: DocRecipe, source: EpisodeSource) -> tuple[list[Tensor], list[Episode]]:
     """Token ids [1, t] of text like that of the documents, and documents with questions."""
     rng = random.Random(recipe.data.seed)
@@ -161,6 +159,23 @@ def calibration_data(base: Base, recipe: DocRecipe, source: EpisodeSource) -> tu
     return [torch.tensor([text]) for text in texts], episodes
 
 
+def answer_questions(
+    model: Any, encoder: HiddenStatesEncoder, hypernet: Callable[..., MergedCast], batch: Batch
+) -> tuple[AnswerScores, MemoryLosses, MergedCast]:
+    """Documents -> features -> LoRAs -> scores of their questions' answers, losses of the memory, and what was cast."""
+    cast = hypernet(encoder(batch.chunk_ids, batch.chunk_mask), batch.chunks_per_document)
+    scores = score_answers(model, cast.loras, batch, encoder.key_modules)
+    if cast.writes is None:
+        return scores, MemoryLosses(), cast
+    # By module A [d, k * r, in], x [n, in].
+    keys = {name: (cast.loras.factors[name].a, x) for name, x in scores.module_inputs.items()}
+    written, retrieved = write_loss(cast.writes, batch), retrieval_loss(keys, cast.writes, batch)
+    if written.loss is None or retrieved is None:
+        return scores, written, cast
+    loss, accuracy = retrieved
+    return scores, MemoryLosses(written.loss + loss, {**written.figures, "retrieval_accuracy": accuracy}), cast
+
+
 def train_doc(
     base: Base,
     recipe: DocRecipe,
@@ -172,17 +187,12 @@ def train_doc(
     workers: Workers | None = None,
     on_metrics: OnMetrics = lambda metrics: None,
 ) -> dict[str, float]:
-    """Train a hypernetwork for `base`, or resume the run in `out_dir` if it has the same settings.
+    """Train a hypernetwork for `base`, or resume the run in `out_dir`. Returns the last metrics, as `train_hypernet`.
 
     Args:
-        init_from: hypernetwork folder whose weights and config a fresh run starts from; of the recipe's
-            `[hypernetwork]` table only keys that add or shrink a part are allowed then.
-        teacher: LoRA (of `train_reader`) with which the teacher of `distillation_weight` reads the document; none if
-            None.
-        command: recorded in the checkpoint's provenance.
-
-    Returns:
-        the last metrics. The hypernetwork lies in `out_dir` (fp32), the metrics in `metrics.jsonl`.
+        init_from: hypernetwork that a fresh run starts from; of the recipe's `[hypernetwork]` table only keys that add
+            or shrink a part are allowed then.
+        teacher: LoRA (of `train_reader`) with which the teacher of `distillation_weight` reads the document, if any.
     """
     workers = workers or Workers.join(base.device.type)
     distils = recipe.distillation_weight > 0
@@ -199,7 +209,6 @@ def train_doc(
     hypernet.to(workers.device).train()
     encoder = hypernet.hidden_states_encoder(base)
     wrapped = workers.wrap(hypernet)
-    n_micro = recipe.training.accumulate
     weights = {
         "answer_loss": 1 - recipe.distillation_weight,
         "distillation_loss": recipe.distillation_weight,
@@ -208,11 +217,10 @@ def train_doc(
         "l1": recipe.l1_weight,
     }
 
-    def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
-        episodes = distillation.with_soft_targets(source.step(step * n_micro + micro, workers.rank))
+    def objective(number: int) -> tuple[Tensor, dict[str, float]]:
+        episodes = distillation.with_soft_targets(source.step(number, workers.rank))
         batch = pack(episodes, base.pad_id).to(workers.device)
-        autocast = torch.autocast(workers.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
-        with autocast:
+        with recipe.training.autocast(workers.device):
             scores, memory, cast = answer_questions(base.model, encoder, wrapped, batch)
         losses = {
             "answer_loss": scores.loss,
@@ -235,12 +243,8 @@ def train_doc(
             "context_tokens": batch.chunk_ids.numel(),
         }
 
-    # The names of the files, not their folders on this machine.
-    files = {
-        key: [Path(name).name for name in getattr(recipe.data, key)] for key in ("texts", "documents", "unrelated")
-    }
     return train_hypernet(
         hypernet, objective, recipe.training, out_dir,
-        base=base, init_from=init_from, about={"data": {**dataclasses.asdict(recipe.data), **files}},
+        base=base, init_from=init_from, about={"data": recorded(recipe.data)},
         command=command, workers=workers, on_metrics=on_metrics,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,13 +69,17 @@ class TrainConfig:
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
         return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The precision of a forward pass on a device."""
+        return torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
 
 _DIVERGED = (
     "start a new run from the last checkpoint (--init-from, another --out) with a lower rate (--set training.lr=...)"
 )
 
-Objective = Callable[[int, int], tuple[Tensor, dict[str, float]]]
-"""(step, micro-batch) -> loss, and figures to log."""
+Objective = Callable[[int], tuple[Tensor, dict[str, float]]]
+"""Number of the batch -> loss, and figures to log."""
 OnMetrics = Callable[[dict[str, float]], None]
 """Receives each line of metrics."""
 
@@ -124,13 +129,8 @@ def train(
     """Train `model` on `objective`; resume where `out_dir` holds the state of an earlier run with the same settings.
 
     Writes `metrics.jsonl`, `state.json` and `state-<step>/` into `out_dir`, and the model with `save_model(out_dir)`
-    beside every state.
-
-    Returns:
-        the last metrics.
-
-    Raises:
-        TrainingError: the state has other settings, or a loss or gradient is not finite (the last good state stays).
+    beside every state. Returns the last metrics. Raises TrainingError if the state has other settings, or a loss or
+    gradient is not finite (the last good state stays).
     """
     workers = workers or Workers.join(next(model.parameters()).device.type)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -141,11 +141,13 @@ def train(
     figures = _Means()
     last = _resume_metrics(out_dir / "metrics.jsonl", step) if workers.is_first else {}
 
+    def elapsed_s() -> float:
+        return elapsed_before_s + time.monotonic() - started_s
+
     def save() -> None:
         if workers.is_first:
             save_model(out_dir)
-            elapsed_s = elapsed_before_s + time.monotonic() - started_s
-            save_state(out_dir, model, optimizer, step, elapsed_s, settings=fixed)
+            save_state(out_dir, model, optimizer, step, elapsed_s(), settings=fixed)
 
     with Stop() as stop, open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as log:
         while step < config.steps:
@@ -155,8 +157,7 @@ def train(
             figures.add(_optimizer_step(model, objective, optimizer, config, step))
             step += 1
             if step % config.log_every == 0 or step == config.steps:
-                elapsed_s = elapsed_before_s + time.monotonic() - started_s
-                last = {"step": step, "elapsed_s": round(elapsed_s, 1), **figures.take()}
+                last = {"step": step, "elapsed_s": round(elapsed_s(), 1), **figures.take()}
                 if workers.is_first:
                     log.write(json.dumps(last) + "\n")
                     log.flush()
@@ -174,7 +175,7 @@ def _optimizer_step(
     """Update the model once from `accumulate` batches, at the learning rate of the schedule."""
     means = _Means()
     for micro in range(config.accumulate):
-        loss, others = objective(step, micro)
+        loss, others = objective(step * config.accumulate + micro)
         if not torch.isfinite(loss):
             raise TrainingError(f"the loss of step {step} is {loss.item()}; {_DIVERGED}")
         (loss / config.accumulate).backward()
@@ -202,9 +203,8 @@ class _Means:
 
     def take(self) -> dict[str, float]:
         """The means so far; the count starts anew."""
-        means = {name: sum(values) / len(values) for name, values in self._values.items()}
-        self._values = {}
-        return means
+        taken, self._values = self._values, {}
+        return {name: sum(values) / len(values) for name, values in taken.items()}
 
 
 def _resume_metrics(path: Path, step: int) -> dict[str, float]:
@@ -225,8 +225,6 @@ def _resume_metrics(path: Path, step: int) -> dict[str, float]:
 
 def resumable_settings(config: TrainConfig, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings that a resumed run must share, in JSON's types; duration and intervals may change."""
-    free = {"budget_s", "save_every_s", "log_every"}
-    if config.schedule == "constant":
-        free.add("steps")  # nothing depends on where it ends
+    free = {"budget_s", "save_every_s", "log_every"} | ({"steps"} if config.schedule == "constant" else set())
     training = {name: value for name, value in asdict(config).items() if name not in free}
     return json.loads(json.dumps({"training": training, **(others or {})}))

@@ -56,13 +56,9 @@ def retrieval_loss(
     """Cross-entropy of retrieving, among all written tokens, the one that each answer token repeats.
 
     The answers' own loss asks for the same through all later layers of the base; this loss asks the keys alone. First
-    tokens, which decide whose answer it is, have half of the weight.
-
-    Args:
-        keys: by module the written keys A [d, k * r, in], and its inputs where answer tokens are predicted [n, in].
-
-    Returns:
-        the loss, and the share of tokens that are retrieved; None where no label says what an answer repeats.
+    tokens, which decide whose answer it is, have half of the weight. `keys` has by module the written keys A
+    [d, k * r, in], and its inputs where answer tokens are predicted [n, in]. Returns the loss and the share of tokens
+    that are retrieved; None where no label says what an answer repeats.
     """
     assert writes.tokens is not None and writes.weights is not None
     k, rank = batch.chunks_per_document, next(iter(keys.values()))[0].shape[1] // batch.chunks_per_document

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from loracast.scoring.episodes import pack
 from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import OnMetrics, TrainConfig
 from loracast.training.modality_source import ModalityDataConfig, ModalitySource
-from loracast.training.recipe import read_recipe_as
+from loracast.training.recipe import read_recipe_as, recorded
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
 from loracast.training.teacher import Distillation, Teacher
@@ -94,8 +93,7 @@ def train_modality(
     """Train a hypernetwork for `base` and `encoder`, or resume the run in `out_dir`. Returns the last metrics.
 
     Args:
-        init_from: hypernetwork folder whose weights and config a fresh run starts from; the recipe's `[hypernetwork]`
-            must be empty.
+        init_from: hypernetwork that a fresh run starts from; the recipe's `[hypernetwork]` must be empty.
         on_encoded: receives (done, total) while examples are encoded for the first time.
     """
     workers = workers or Workers.join(base.device.type)
@@ -103,20 +101,18 @@ def train_modality(
     workers.any(False)  # the others wait for the features
     source = made or ModalitySource(recipe.data, labelled, encoder, base.chat)
     if init_from is not None:
-        hypernet = start_from(init_from, DocToLoRA, base, recipe.given)
-        c = hypernet.config
+        c = (hypernet := start_from(init_from, DocToLoRA, base, recipe.given)).config
         check_encoder(c.encoder, c.encoder_fingerprint, c.d_features, encoder)
     else:
         hypernet = build_modality_hypernet(base, recipe, encoder, source)
     hypernet.to(workers.device).train()
     wrapped = workers.wrap(hypernet)
     distillation = Distillation(Teacher(base.model, base.pad_id), None)
-    n_micro = recipe.training.accumulate
 
-    def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
-        features, episodes = source.step(step * n_micro + micro, workers.rank)
+    def objective(number: int) -> tuple[Tensor, dict[str, float]]:
+        features, episodes = source.step(number, workers.rank)
         batch = pack(distillation.with_soft_targets(episodes), base.pad_id).to(workers.device)
-        with torch.autocast(workers.device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext():
+        with recipe.training.autocast(workers.device):
             cast = wrapped(features.to(workers.device))
             scores = score_answers(base.model, cast.loras, batch)
         loss, kl = scores.loss, scores.kl_to_base
@@ -127,7 +123,7 @@ def train_modality(
         return loss, {**figures, "questions": batch.n_questions, "tokens": batch.n_tokens}
 
     about = {
-        "data": {**asdict(recipe.data), "unrelated": [Path(name).name for name in recipe.data.unrelated]},
+        "data": recorded(recipe.data),
         "examples": labelled.fingerprint,
         "encoder": encoder.fingerprint,
     }

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,9 @@ def train_lora(
     config = training if budget_s is None else dataclasses.replace(training, budget_s=budget_s)
     with _with_lora(base, lora, training.seed) as (wrapped, factors):
 
-        def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
-            batch = pack(episodes(step * config.accumulate + micro), base.pad_id).to(base.device)
-            with torch.autocast(base.device.type, torch.bfloat16) if config.bf16 else nullcontext():
+        def objective(number: int) -> tuple[Tensor, dict[str, float]]:
+            batch = pack(episodes(number), base.pad_id).to(base.device)
+            with config.autocast(base.device):
                 scores = score_answers(base.model, LoRABatch(1, {}, {}), batch)  # PEFT adds the LoRA
             figures = {"exact": scores.exact, "token_accuracy": scores.token_accuracy, "tokens": batch.n_tokens}
             return scores.loss, figures

@@ -26,11 +26,8 @@ _ELSEWHERE = "elsewhere"
 def fit_position_probes(base: Base, lora: LoRABatch, names: Sequence[str], source: TaskSource) -> Tensor:
     """Probes [modules, positions, in], each about 1 at its position (of `POSITIONS`) and 0 at the others.
 
-    Weighted least squares on training examples; every position has the same weight.
-
-    Args:
-        lora: the LoRA that the base carries while it reads.
-        names: of the modules.
+    Weighted least squares on training examples; every position has the same weight. The base carries `lora` while it
+    reads; `names` are those of the modules.
     """
     rows = _examples(base, source)
     n_of = {position: max(1, sum(at.count(position) for _, at in rows)) for position in (*POSITIONS, _ELSEWHERE)}

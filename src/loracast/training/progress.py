@@ -30,19 +30,13 @@ class ProgressLine:
         """Show the figures of a log entry."""
         if not self.enabled:
             return
-        named = [
-            (name, metrics[name])
-            for name in ("loss", "exact", "token_accuracy", "relative_error", "grad_norm")
-            if name in metrics
-        ]
-        figures = "  ".join(f"{name} {value:.3f}" for name, value in named)
+        shown = ("loss", "exact", "token_accuracy", "relative_error", "grad_norm")
+        figures = "  ".join(f"{name} {metrics[name]:.3f}" for name in shown if name in metrics)
         if self._bar:
             self._bar.update(self._task, completed=metrics["step"], figures=figures)
         else:
-            elapsed_s = metrics["elapsed_s"]
-            print(
-                f"step {metrics['step']}/{self.config.steps}  {elapsed_s:.0f} s  {figures}", file=sys.stderr, flush=True
-            )
+            done = f"step {metrics['step']}/{self.config.steps}  {metrics['elapsed_s']:.0f} s"
+            print(f"{done}  {figures}", file=sys.stderr, flush=True)
 
     def __exit__(self, *_: object) -> None:
         if self._bar:

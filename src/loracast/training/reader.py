@@ -6,7 +6,6 @@ much as their documents.
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from loracast.training.document_source import answered_questions
 from loracast.training.episode_maker import reading_prompt
 from loracast.training.loop import OnMetrics, TrainConfig
 from loracast.training.peft_training import PeftConfig, read_about, train_lora
-from loracast.training.recipe import read_lora_recipe
+from loracast.training.recipe import read_lora_recipe, recorded
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,9 @@ def train_reader(
 ) -> bool:
     """Train the reader, or resume. Returns whether it is finished."""
     source = ReaderSource(recipe.data, base)
-    files = [Path(name).name for name in recipe.data.documents]
     return train_lora(
         base, recipe.lora, recipe.training, source.episodes, out_dir,
-        about={"data": {**dataclasses.asdict(recipe.data), "documents": files}, "is_reader": True},
+        about={"data": recorded(recipe.data), "is_reader": True},
         command=command, budget_s=budget_s, on_metrics=on_metrics,
     )  # fmt: skip
 

@@ -93,6 +93,13 @@ def file_overrides(**files: Sequence[str] | None) -> list[str]:
     return [f"data.{key}={json.dumps(list(given))}" for key, given in files.items() if given]
 
 
+def recorded(data: Any) -> dict[str, Any]:
+    """A data config as a run records it: with the names of its files, not their folders on this machine."""
+    files = {"texts", "documents", "unrelated"}
+    values = dataclasses.asdict(data).items()
+    return {key: [Path(name).name for name in value] if key in files else value for key, value in values}
+
+
 def keys_of(config: type) -> set[str]:
     """The fields of a dataclass."""
     return {field.name for field in dataclasses.fields(config)}

@@ -23,8 +23,7 @@ from loracast.hypernets.text_to_lora import TextToLoRAConfig
 from loracast.lora.algebra import LoRABatch, stack
 from loracast.training.oracle import oracles_in, read_oracle
 
-Match = Literal["product", "factors"]
-"""What must match between a generated LoRA and the oracle."""
+Match = Literal["product", "factors"]  # what must match between a generated LoRA and the oracle
 
 
 def tasks_with_oracles(tasks: Sequence[Task], library: Path) -> list[Task]:
@@ -45,8 +44,7 @@ def read_library(
 ) -> LoRABatch:
     """Read the oracles of some tasks: A [tasks, r, in] and B [tasks, out, r] of every module.
 
-    Raises:
-        ConfigError: the oracles have other modules than the hypernetwork, or a rank that it cannot reach.
+    Raises ConfigError if they have other modules than the hypernetwork, or a rank that it cannot reach.
     """
     loras = [read_oracle(library / task.name, base) for task in tasks]
     for task, lora in zip(tasks, loras, strict=True):
@@ -83,13 +81,12 @@ def matching(library: LoRABatch, match: Match) -> Callable[[LoRABatch, Sequence[
     def loss(made: LoRABatch, rows: Sequence[int]) -> Tensor:
         wanted = library.take(rows).factors
         # Mean absolute difference of the z-scored numbers; their means over the library cancel.
-        return torch.stack(
-            [
-                ((one - other) / deviation).abs().mean()
-                for name, pair in made.factors.items()
-                for deviation, one, other in zip(deviations[name], pair, wanted[name], strict=True)
-            ]
-        ).mean()
+        apart = [
+            ((one - other) / deviation).abs().mean()
+            for name, pair in made.factors.items()
+            for deviation, one, other in zip(deviations[name], pair, wanted[name], strict=True)
+        ]
+        return torch.stack(apart).mean()
 
     return loss
 

@@ -51,6 +51,8 @@ def train_hypernet(
 ) -> dict[str, float]:
     """Train a hypernetwork, or resume the run in `out_dir`. Returns the last metrics.
 
+    The hypernetwork lies in `out_dir` afterwards (fp32), the metrics in `metrics.jsonl`.
+
     Args:
         about: what is trained on, for the checkpoint's provenance; a run with other values is not resumed.
         command: recorded in the provenance too.

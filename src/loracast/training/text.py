@@ -11,7 +11,6 @@ import dataclasses
 import random
 import string
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -48,8 +47,7 @@ from loracast.training.run import check_not_given, start_from, train_hypernet
 from loracast.training.runtime import Workers
 from loracast.training.task_source import DrawnTasks, TaskDataConfig, TaskSource
 
-N_GIBBERISH = 256
-"""Strings without meaning, drawn once."""
+N_GIBBERISH = 256  # strings without meaning, drawn once
 
 
 @dataclass(frozen=True)
@@ -89,12 +87,8 @@ class TextRecipe:
 _ATTENTION_DELTA = "attention_delta"
 _DERIVED = {"modules", "d_text", "d_state", "n_seen", "bank_sizes"}
 """Keys of the configs that follow from the base and the data."""
-_BY_EXAMPLES = (
-    "l1_weight",
-    "null_condition_weight",
-    "encoder_lora_is_trained",
-    "task_bank_only",
-)  # of the table [objective]
+# Keys of the table [objective].
+_BY_EXAMPLES = ("l1_weight", "null_condition_weight", "encoder_lora_is_trained", "task_bank_only")
 _BY_ORACLES = ("match",)
 
 
@@ -160,14 +154,11 @@ def train_text(
 
     Args:
         oracles: library of `train_oracles`: learn by reconstruction of its LoRAs instead of the tasks' examples.
-        init_from: hypernetwork folder whose weights and config a fresh run starts from; the recipe's `[hypernetwork]`
-            may only have the keys that the hypernetwork lists as `changeable`.
-        shared_from: folder of a LoRA trained on all tasks (`train_multitask`), from which a fresh run's shared factors
-            start.
-        command: recorded in the checkpoint's provenance.
+        init_from: hypernetwork that a fresh run starts from; the recipe's `[hypernetwork]` may only have the keys that
+            the hypernetwork lists as `changeable`.
+        shared_from: LoRA trained on all tasks (`train_multitask`), from which a fresh run's shared factors start.
 
-    Returns:
-        the last metrics. The hypernetwork lies in `out_dir` (fp32), the metrics in `metrics.jsonl`.
+    Returns the last metrics, as `train_hypernet`.
     """
     workers = workers or Workers.join(base.device.type)
     by_examples = oracles is None
@@ -197,8 +188,7 @@ def train_text(
         library = read_library(source.tasks, oracles, base.fingerprint, hypernet.config, recipe.match)
         of_step = _by_oracles(wrapped, source, library.to(workers.device), recipe.match, encoder)
 
-    def objective(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
-        number = step * recipe.training.accumulate + micro
+    def objective(number: int) -> tuple[Tensor, dict[str, float]]:
         drawn = source.draw(number, workers.rank)
         torch.manual_seed(number)  # dropout depends on the step alone, so resumed training is the same on any device
         return of_step(number, drawn)
@@ -262,8 +252,7 @@ def _by_examples(
 ) -> OfStep:
     """The objective in which the base does the tasks' examples, each with the LoRA of its task's description.
 
-    Args:
-        wrapped: the hypernetwork as its workers call it.
+    `wrapped` is the hypernetwork as its workers call it.
     """
     nonsense = gibberish(random.Random(recipe.data.seed), N_GIBBERISH)
     device = base.device
@@ -279,18 +268,15 @@ def _by_examples(
                 meaningless = encoder(rng.sample(nonsense, (n + 1) // 2)).to(device)
             free = hypernet.meaningless(n // 2, torch.Generator().manual_seed(rng.randrange(2**31)))
             conditions = torch.cat([conditions, meaningless, hypernet.constant().to(free), free])
-        autocast = torch.autocast(device.type, torch.bfloat16) if recipe.training.bf16 else nullcontext()
-        with autocast:
+        with recipe.training.autocast(device):
             both = wrapped(conditions)
             loras = both.rows(0, n)
             scores = score_answers(base.model, loras, batch)
-        squares = both.squared_norms()
-        of_descriptions, of_null = squares[:n], squares[n:]
+        of_descriptions, of_null = (squares := both.squared_norms())[:n], squares[n:]
         # A LoRA that is still near zero is no unit: at least 1.
         null_condition = of_null.sum() / max(1, len(of_null)) / of_descriptions.mean().detach().clamp_min(1.0)
-        size = torch.stack(
-            [a.float().square().mean() + b.float().square().mean() for a, b in loras.factors.values()]
-        ).mean()
+        squares_of = [a.float().square().mean() + b.float().square().mean() for a, b in loras.factors.values()]
+        size = torch.stack(squares_of).mean()
         loss = scores.loss + recipe.l1_weight * size + recipe.null_condition_weight * null_condition
         return loss, {
             "answer_loss": scores.loss.item(),
