@@ -15,12 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test marked `base` where the embedded base, or an encoder that the mark names, has not been fetched."""
     for mark in item.iter_markers("base"):
-        from loracast.base.load import DEFAULT_BASE, base_folder
-        from loracast.encoders.image import EMBEDDED_IMAGE_ENCODERS
-        from loracast.paths import encoders_dir
+        from loracast.base.embedded import DEFAULT_BASE, embedded_folder
 
-        folders = {"": base_folder(DEFAULT_BASE)}
-        folders |= {f" {name}": encoders_dir() / f"{name}-{EMBEDDED_IMAGE_ENCODERS[name].digest}" for name in mark.args}
+        folders = {"": embedded_folder(DEFAULT_BASE)}
+        folders |= {f" {name}": embedded_folder(name) for name in mark.args}
         for name, folder in folders.items():
             if not folder.is_dir():
                 pytest.skip(f"run `loracast pull{name}` first")

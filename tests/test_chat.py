@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loracast.base.chat import ChatFormat, control_ids, encode_text, encode_with_offsets
-from loracast.base.load import DEFAULT_BASE, base_folder
+from loracast.base.embedded import DEFAULT_BASE, embedded_folder
 from loracast.errors import BaseModelError
 from tiny import CHAT_TEMPLATE, PROSE, make_tokenizer
 
@@ -211,7 +211,7 @@ def test_end_of_turn_is_the_control_token_after_the_answer():
 def test_the_embedded_base():
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base_folder(DEFAULT_BASE))
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder(DEFAULT_BASE))
     chat = ChatFormat(tokenizer)
     assert tokenizer.convert_ids_to_tokens(chat.end_of_turn) == "<|im_end|>"
     for conversation in CONVERSATIONS:

@@ -294,7 +294,7 @@ def test_wrong_usage_is_2(run, arguments):
         (("chat", "-a", "nobody"), "no adapter is called 'nobody'"),
         (("show", "nobody"), "no adapter is called 'nobody'"),
         (("rm", "nobody", "--yes"), "no adapter is called 'nobody'"),
-        (("pull", "gpt-9"), "no embedded base is called 'gpt-9'"),
+        (("pull", "gpt-9"), "no embedded base or encoder is called 'gpt-9'"),
         (("ask", "hello", "--base", "/no/such/base"), "cannot load the base"),
     ],
 )
@@ -669,7 +669,7 @@ def test_pull_reports(run, tmp_path, monkeypatch):
         say("fetching")
         return tmp_path / "base"
 
-    monkeypatch.setattr("loracast.base.load.pull", pull)
+    monkeypatch.setattr("loracast.base.embedded.pull", pull)
     result = run("pull", "--json")
     report = only_json(result)
     assert report["n_bytes"] == 5 and not report["was_there"] and result.stderr == "fetching\n"

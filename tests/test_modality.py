@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from loracast.base import embedded
 from loracast.cast.load import load_caster
 from loracast.cli import app
 from loracast.data.labelled import Labelled
 from loracast.documents.images import read_image_file
-from loracast.encoders import image as image_encoders
 from loracast.encoders.features import Encoder, Features
 from loracast.encoders.image import ImageEncoder, load_image_encoder
 from loracast.errors import BaseModelError, ConfigError, EncoderError, HypernetworkError
@@ -114,7 +114,7 @@ def test_the_packaged_weights_become_timms_model(tmp_path):
     }
     (tmp_path / "unpacked").mkdir()
     torch.save(renamed, tmp_path / "unpacked" / "efficientnet-lite0-57934424.pth", _use_new_zipfile_serialization=False)
-    image_encoders._convert(tmp_path / "unpacked", tmp_path / "built")
+    embedded.EMBEDDED["efficientnet-lite0"].convert(tmp_path / "unpacked", tmp_path / "built")
     encoder = ImageEncoder("efficientnet-lite0", tmp_path / "built")
     image = gradient(224, 224)
     pixels = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() - 127) / 128
@@ -221,7 +221,7 @@ def test_what_is_measured_is_what_merged_weights_say(base, trained, tmp_path):
     prompt = base.chat.prompt(wordings("image").test, "")
     for one in answered[:8]:
         merged = copy.deepcopy(base.model)
-        for name, pair in caster.loras(test.load(one.place)[None]).row(0).factors.items():
+        for name, pair in caster.loras_of(caster.encode(test.load(one.place)[None])).row(0).factors.items():
             merged.get_submodule(name).weight.data += (pair.b @ pair.a).detach()
         losses = []
         for name in seen_names:
@@ -325,7 +325,8 @@ def test_a_photo_is_learned_like_a_document(tiny_folder, tiny_hypernet_folder, s
     adapter = model.learn(photo)
     assert (adapter.name, adapter.manifest.kind, adapter.manifest.source) == ("photo", "image", "photo.jpg")
     assert adapter.manifest.source_sha256 == read_image_file(photo).sha256
-    made = load_caster(seeing, "image").loras([read_image_file(photo).image]).row(0)
+    caster = load_caster(seeing, "image")
+    made = caster.loras_of(caster.encode([read_image_file(photo).image])).row(0)
     kept = adapter.lora()
     for name, pair in made.factors.items():
         torch.testing.assert_close(

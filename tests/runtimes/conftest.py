@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from loracast.base.embedded import DEFAULT_BASE, embedded_folder
 from loracast.base.generate import Sampling, _generate
-from loracast.base.load import DEFAULT_BASE, Base, base_folder
+from loracast.base.load import Base
 from loracast.data.facts import make_sheet
 from loracast.library.adapter import Adapter
 from loracast.lora.algebra import LoRA
@@ -29,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(item.fspath).parent == Path(__file__).parent:
             item.add_marker(pytest.mark.runtime)
             item.add_marker(pytest.mark.timeout(3600))
-            if not base_folder(DEFAULT_BASE).is_dir():
+            if not embedded_folder(DEFAULT_BASE).is_dir():
                 item.add_marker(pytest.mark.skip(reason="run `loracast pull` first"))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from agreement import assert_agrees
 
-from loracast.base.load import DEFAULT_BASE
+from loracast.base.embedded import DEFAULT_BASE
 from loracast.export.adapter import export_adapter
 from loracast.export.base import base_gguf
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from agreement import assert_agrees
 
-from loracast.base.load import DEFAULT_BASE, base_folder
+from loracast.base.embedded import DEFAULT_BASE, embedded_folder
 from loracast.export.adapter import export_adapter
 
 
@@ -45,14 +45,14 @@ def test_peft(asked, base, tmp_path):
 
     def answers(adapter, file):
         export_adapter(adapter, "peft", tmp_path / adapter.name)
-        model = PeftModel.from_pretrained(_loaded(base_folder(DEFAULT_BASE)), str(tmp_path / adapter.name))
+        model = PeftModel.from_pretrained(_loaded(embedded_folder(DEFAULT_BASE)), str(tmp_path / adapter.name))
         return _answers(model, model.disable_adapter, model, base, file)
 
     assert_agrees("PEFT", asked, tmp_path, answers)
 
 
 def test_merged(asked, model, base, tmp_path):
-    plain = _loaded(base_folder(DEFAULT_BASE))
+    plain = _loaded(embedded_folder(DEFAULT_BASE))
 
     def answers(adapter, file):
         export_adapter(adapter, "merged", tmp_path / adapter.name, load=lambda name: model.base)

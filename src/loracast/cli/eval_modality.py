@@ -36,8 +36,8 @@ def image(
 
     A linear probe on the same features is the baseline.
     """
+    from loracast.base.embedded import DEFAULT_BASE
     from loracast.base.fingerprint import check
-    from loracast.base.load import DEFAULT_BASE
     from loracast.cast.load import load_caster, shipped_hypernetwork
     from loracast.data.labelled import read_images
     from loracast.evaluation.modality import evaluate_modality

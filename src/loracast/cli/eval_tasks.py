@@ -42,7 +42,7 @@ def tasks(
     results: Results,
 ) -> None:
     """Descriptions as adapters, on tasks that no training has seen, beside descriptions and examples in the prompt."""
-    from loracast.base.load import DEFAULT_BASE
+    from loracast.base.embedded import DEFAULT_BASE
     from loracast.evaluation.task_baselines import TaskSetup
     from loracast.evaluation.tasks import evaluate_tasks
     from loracast.training.oracle import average_of_oracles, read_multitask
@@ -84,7 +84,7 @@ def map_(config: MapConfig, models: Models, results: Results) -> None:
 
 def _caster(models: Models, base: Base | None = None) -> TaskCaster:
     """Load what casts descriptions; the base is loaded only for a hypernetwork that needs it."""
-    from loracast.base.load import DEFAULT_BASE
+    from loracast.base.embedded import DEFAULT_BASE
     from loracast.cast.load import load_caster, shipped_hypernetwork
     from loracast.cast.task import TaskCaster
 

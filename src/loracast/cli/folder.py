@@ -31,7 +31,7 @@ class FolderLearner:
     """
 
     def __init__(self, folder: Path, learning: Learning, *, again: bool = False, remove_gone: bool = False):
-        from loracast.base.load import DEFAULT_BASE
+        from loracast.base.embedded import DEFAULT_BASE
         from loracast.cast.load import shipped_hypernetwork
         from loracast.files import file_sha256
 

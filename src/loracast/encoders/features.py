@@ -47,23 +47,13 @@ class Features:
 class Encoder(Protocol):
     """An encoder of any modality. A hypernetwork's config names the one it was trained with."""
 
-    @property
-    def name(self) -> str:
-        """The name that a user gives."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of all that decides its features: weights and preparation; a hypernetwork refuses any other."""
-        ...
-
-    @property
-    def d_features(self) -> int:
-        """Width of its states."""
-        ...
-
-    @property
-    def device(self) -> torch.device: ...
+    name: str
+    """The name that a user gives."""
+    fingerprint: str
+    """Hash of all that decides its features: weights and preparation; a hypernetwork refuses any other."""
+    d_features: int
+    """Width of its states."""
+    device: torch.device
 
     def __call__(self, inputs: Any, /) -> Features:
         """n inputs (token ids, images) -> their features, without a gradient."""

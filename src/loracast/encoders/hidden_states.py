@@ -119,27 +119,18 @@ class HiddenStatesEncoder:
 
     def _read(self, input_ids: Tensor) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         """States [n, t, d] by block, and inputs [n, t, in] of the key modules by name."""
-        n_prefix = len(self.prefix)
-        states: dict[int, Tensor] = {}
-
-        def keep_state(layer: int):
-            def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
-                states[layer] = (output if isinstance(output, Tensor) else output[0])[:, n_prefix:]
-
-            return hook
-
-        handles = [self._decoder.layers[n - 1].register_forward_hook(keep_state(n)) for n in set(self.layers) if n > 0]
-        try:
-            prefix = torch.tensor(self.prefix, dtype=input_ids.dtype, device=input_ids.device)
-            read = torch.cat([prefix.expand(input_ids.shape[0], -1), input_ids], dim=1)
-            embedded = self._decoder.get_input_embeddings()(read)
-            states[0] = embedded[:, n_prefix:]
-            with capture_inputs(self._model, self.key_modules) as keys:
-                self._decoder(inputs_embeds=embedded, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return states, {name: entered[:, n_prefix:] for name, entered in keys.items()}
+        n_prefix, n_blocks = len(self.prefix), len(self._decoder.layers)
+        prefix = torch.tensor(self.prefix, dtype=input_ids.dtype, device=input_ids.device)
+        read = torch.cat([prefix.expand(input_ids.shape[0], -1), input_ids], dim=1)
+        embedded = self._decoder.get_input_embeddings()(read)
+        # The state after a block is what enters the next one; after the last, the norm.
+        after = {n: "norm" if n == n_blocks else f"layers.{n}" for n in self.layers if n > 0}
+        blocks = list(after.values())
+        with capture_inputs(self._decoder, blocks) as inputs, capture_inputs(self._model, self.key_modules) as keys:
+            self._decoder(inputs_embeds=embedded, use_cache=False)
+        states = {0: embedded} | {n: inputs[name] for n, name in after.items()}
+        kept = {name: rows[:, n_prefix:] for name, rows in keys.items()}
+        return {n: rows[:, n_prefix:] for n, rows in states.items()}, kept
 
     @torch.no_grad()
     def values(self, input_ids: Tensor) -> Tensor:

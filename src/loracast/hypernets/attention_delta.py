@@ -27,16 +27,15 @@ from loracast.encoders.attention_delta import ATTENTION_DELTA, POSITIONS, Attent
 from loracast.encoders.sentence import TextEncoder
 from loracast.errors import ConfigError, EncoderError
 from loracast.hypernets.descriptions import DescriptionHypernetwork, make_gate, shared_factors
-from loracast.hypernets.doc_config import ModuleRow
+from loracast.hypernets.doc_config import ArchitectureConfig, ModuleRow
 from loracast.hypernets.heads import StaticLoRA, lora_of, per_layer, static_loras
 from loracast.hypernets.protocol import Say
 from loracast.hypernets.task_bank import TaskBank
 from loracast.lora.algebra import Factors, LoRA, LoRABatch
-from loracast.lora.target import Target, TargetModule, problems_of
 
 
 @dataclass(frozen=True)
-class AttentionDeltaToLoRAConfig:
+class AttentionDeltaToLoRAConfig(ArchitectureConfig):
     """Everything that fixes the architecture; the shapes of the base are in `modules`."""
 
     d_state: int
@@ -66,8 +65,8 @@ class AttentionDeltaToLoRAConfig:
     n_seen: int = 0
     """Number of seen descriptions: those of the training, kept for the OOD threshold."""
 
-    def __post_init__(self) -> None:
-        problems = problems_of(self.modules)
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
         widths = {d_out for _, _, kind, _, d_out in self.modules if kind == self.kind}
         if widths != {self.d_state}:
             problems.append(
@@ -83,12 +82,7 @@ class AttentionDeltaToLoRAConfig:
             )
         if not self.layers:
             problems.append(f"no module of the kind {self.kind} lies within a depth of {self.depth}")
-        if problems:
-            raise ConfigError("bad AttentionDeltaToLoRAConfig: " + "; ".join(problems))
-
-    @property
-    def target(self) -> Target:
-        return Target(tuple(TargetModule(*module) for module in self.modules))
+        return problems
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -118,6 +112,10 @@ class AttentionDeltaToLoRAConfig:
         return self.rank + self.shared_rank + self.task_bank_rank
 
 
+def _task_bank(c: AttentionDeltaToLoRAConfig) -> TaskBank:
+    return TaskBank(c.target, len(POSITIONS) * c.d_state, c.task_bank_rank, c.task_bank_width, c.bank_sizes)
+
+
 class AttentionDeltaToLoRA(DescriptionHypernetwork):
     """The hypernetwork that turns the attention deltas of a description into a LoRA."""
 
@@ -142,15 +140,11 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         self.shared = static_loras(c.modules, c.shared_rank)
         self.encoder_lora = static_loras(c.modules, c.shared_rank)
         self.encoder_lora.requires_grad_(False)  # fixed: the rest is trained on the features that it gives
-        self.task_bank: TaskBank | None = self._new_task_bank() if c.bank_sizes else None
+        self.task_bank: TaskBank | None = _task_bank(c) if c.bank_sizes else None
         self.gate = make_gate(c.d_state)
         self.register_buffer("mean", torch.zeros(c.d_text))
         self.register_buffer("std", torch.ones(c.d_text))
         self.register_buffer("seen", torch.zeros(c.n_seen, c.d_state))
-
-    def _new_task_bank(self) -> TaskBank:
-        c = self.config
-        return TaskBank(c.target, len(POSITIONS) * c.d_state, c.task_bank_rank, c.task_bank_width, c.bank_sizes)
 
     @property
     def needs_base(self) -> bool:
@@ -166,7 +160,7 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         return AttentionDeltaEncoder(base, c.layers, c.kind, c.dummy_input, c.dummy_answer, lora, is_training)
 
     def start_shared_from(self, lora: LoRA) -> None:
-        """Start encoder LoRA and shared factors from a multi-task LoRA. Raises ConfigError if it does not fit."""
+        """As well as the shared factors, the encoder LoRA starts from it."""
         target = self.config.target
         for kind in target.kinds:
             a, b = shared_factors(lora, target.of_kind(kind), self.config.shared_rank)
@@ -185,11 +179,6 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         self.mean.copy_(conditions.mean(0))
         self.std.copy_(conditions.std(0).clamp_min(1e-6))
 
-    def remember_seen(self, conditions: Tensor) -> None:
-        """Keep the pooled descriptions seen in training, from their conditions [m, d_text]."""
-        self.config = replace(self.config, n_seen=len(conditions))
-        self.seen = self.pooled(conditions)
-
     def start_task_bank(self, conditions: Tensor, n_descriptions: Sequence[int]) -> None:
         """Add a task bank whose cores are zero.
 
@@ -198,7 +187,7 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
             n_descriptions: number of descriptions of each task.
         """
         self.config = replace(self.config, bank_sizes=tuple(n_descriptions))
-        self.task_bank = self._new_task_bank().to(conditions.device)
+        self.task_bank = _task_bank(self.config).to(conditions.device)
         self.task_bank.take_directions(self.shared)
         self.task_bank.fit_keys(self._for_task_bank(conditions))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -62,7 +63,8 @@ class DescriptionHypernetwork(Hypernetwork):
 
     def remember_seen(self, conditions: Tensor) -> None:
         """Keep the pooled descriptions seen in training, from their conditions [m, d_text]."""
-        raise NotImplementedError
+        self.config = replace(self.config, n_seen=len(conditions))
+        self.seen = self.pooled(conditions).detach().clone()
 
     def start_shared_from(self, lora: LoRA) -> None:
         """Start the shared factors from a multi-task LoRA. Raises ConfigError if it does not fit."""

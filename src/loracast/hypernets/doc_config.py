@@ -1,4 +1,4 @@
-"""The config of Doc-to-LoRA: every choice that fixes its architecture, checked together."""
+"""What all configs of hypernetworks share, and the config of Doc-to-LoRA: every choice that fixes its architecture."""
 
 from __future__ import annotations
 
@@ -13,8 +13,25 @@ ModuleRow = tuple[str, int, str, int, int]
 """(name, layer, kind, d_in, d_out) of one module."""
 
 
+class ArchitectureConfig:
+    """The base of a hypernetwork's config (a frozen dataclass): its target, and one error for all that is wrong."""
+
+    modules: tuple[ModuleRow, ...]
+
+    def __post_init__(self) -> None:
+        if problems := self._problems():
+            raise ConfigError(f"bad {type(self).__name__}: " + "; ".join(problems))
+
+    def _problems(self) -> list[str]:
+        return problems_of(self.modules)
+
+    @property
+    def target(self) -> Target:
+        return Target(tuple(TargetModule(*module) for module in self.modules))
+
+
 @dataclass(frozen=True)
-class DocToLoRAConfig:
+class DocToLoRAConfig(ArchitectureConfig):
     """Everything that fixes the architecture; the shapes of the base are in `modules`."""
 
     d_features: int
@@ -78,12 +95,8 @@ class DocToLoRAConfig:
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
 
-    def __post_init__(self) -> None:
-        if problems := self._problems():
-            raise ConfigError(f"bad {type(self).__name__}: " + "; ".join(problems))
-
     def _problems(self) -> list[str]:
-        problems = problems_of(self.modules)
+        problems = super()._problems()
         if len(self.reader_layers) != 1:
             problems.append("reader_layers must name one layer")
         if min(self.n_decoder_blocks, self.rank, self.n_kv_heads) < 1 or self.n_heads % self.n_kv_heads:

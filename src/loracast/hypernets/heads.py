@@ -95,10 +95,6 @@ class StaticLoRA(nn.Module):
         self.a = nn.Parameter(torch.randn(n_layers, rank, d_in) * 0.2 / (d_in * rank) ** 0.5)
         self.b = nn.Parameter(torch.zeros(n_layers, rank, d_out))
 
-    def factors(self) -> list[Factors]:
-        """A [r, in] and B [out, r] of each module, as views."""
-        return [Factors(a, b.T) for a, b in zip(self.a.unbind(0), self.b.unbind(0), strict=True)]
-
 
 def static_loras(modules: Sequence[ModuleRow], rank: int) -> nn.ModuleDict:
     """A `StaticLoRA` for each kind of the modules."""
@@ -110,8 +106,9 @@ def lora_of(parts: nn.ModuleDict, modules: Sequence[ModuleRow]) -> LoRABatch | N
     factors: dict[str, Factors] = {}
     for kind, part in parts.items():
         names = [name for name, _, of_kind, _, _ in modules if of_kind == kind]
-        for name, (a, b) in zip(names, cast(StaticLoRA, part).factors(), strict=True):
-            factors[name] = Factors(a[None], b[None])
+        part = cast(StaticLoRA, part)
+        for name, a, b in zip(names, part.a.unbind(0), part.b.unbind(0), strict=True):
+            factors[name] = Factors(a[None], b.T[None])
     return LoRABatch(1, factors, {}) if factors else None
 
 

@@ -218,10 +218,6 @@ class Caster:
                 f"ranks ask for {wanted}: A is [n, modules, r, in], B rows are [n, modules, r, out]"
             )
 
-    def loras(self, inputs: Any) -> LoRABatch:
-        """Encode and cast at once: n inputs -> their n LoRAs."""
-        return self.loras_of(self.encode(inputs))
-
     @torch.inference_mode()
     def loras_of(self, features: Features) -> LoRABatch:
         """Features of n inputs -> their n LoRAs, the static LoRA included."""

@@ -98,7 +98,13 @@ def from_pretrained(source: str | Path, architecture: type[H] = Hypernetwork) ->
 
     folder = _folder_of(source)
     stored = _stored(folder)
-    found = _architecture(stored, folder)
+    name, written_as = stored.get("architecture"), stored.get("format")
+    if written_as not in (1, FORMAT) or name not in _ARCHITECTURES:
+        raise HypernetworkError(
+            f"{folder} holds {name!r} in format {written_as!r}; this version of loracast reads "
+            f"{', '.join(_ARCHITECTURES)} in formats 1 and {FORMAT}: update loracast"
+        )
+    found = _ARCHITECTURES[name]
     if not issubclass(found, architecture):
         raise HypernetworkError(f"{folder} holds a {found.__name__}; this takes a {architecture.__name__}")
     try:
@@ -211,7 +217,19 @@ def _checked(hypernet: Hypernetwork, tensors: dict[str, Tensor], folder: Path) -
 
 
 def _folder_of(source: str | Path) -> Path:
-    return Path(source) if Path(source).is_dir() else _download(str(source))
+    """The folder itself, or a copy of what a hub repository holds."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["config.json", "model.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise HypernetworkError(
+            f"no hypernetwork at {str(source)!r}: give a folder with config.json and model.safetensors, or a hub "
+            f"repository that this machine can reach ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _stored(folder: Path) -> dict[str, Any]:
@@ -228,29 +246,5 @@ def _stored(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def _architecture(stored: dict[str, Any], source: str | Path) -> type[Hypernetwork]:
-    """The stored architecture. Raises HypernetworkError where this version cannot read it."""
-    name, written_as = stored.get("architecture"), stored.get("format")
-    if written_as not in (1, FORMAT) or name not in _ARCHITECTURES:
-        raise HypernetworkError(
-            f"{source} holds {name!r} in format {written_as!r}; this version of loracast reads "
-            f"{', '.join(_ARCHITECTURES)} in formats 1 and {FORMAT}: update loracast"
-        )
-    return _ARCHITECTURES[str(name)]
-
-
 def _not_whole(folder: Path, error: Exception) -> str:
     return f"{folder} is not a hypernetwork: it needs a config.json and a whole model.safetensors ({error})"
-
-
-def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=["config.json", "model.safetensors"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise HypernetworkError(
-            f"no hypernetwork at {repository!r}: give a folder with config.json and model.safetensors, or a hub "
-            f"repository that this machine can reach ({str(error).splitlines()[0]})"
-        ) from error

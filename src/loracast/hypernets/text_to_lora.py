@@ -9,7 +9,7 @@ What a head makes depends on the variant: `L` both factors at once; `M` one fact
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
@@ -19,18 +19,17 @@ from torch.nn import functional
 from loracast.base.load import Base
 from loracast.encoders.features import OF_THE_BASE
 from loracast.encoders.sentence import TextEncoder, load_text_encoder
-from loracast.errors import ConfigError
 from loracast.hypernets.descriptions import DescriptionHypernetwork, shared_factors
-from loracast.hypernets.doc_config import ModuleRow
+from loracast.hypernets.doc_config import ArchitectureConfig, ModuleRow
+from loracast.hypernets.heads import shapes_by_kind
 from loracast.hypernets.protocol import Say
 from loracast.lora.algebra import Factors, LoRA, LoRABatch
-from loracast.lora.target import Target, TargetModule, problems_of
 
 Variant = Literal["L", "M", "S"]
 
 
 @dataclass(frozen=True)
-class TextToLoRAConfig:
+class TextToLoRAConfig(ArchitectureConfig):
     """Everything that fixes the architecture; the shapes of the base are in `modules`."""
 
     d_text: int
@@ -54,18 +53,13 @@ class TextToLoRAConfig:
     n_seen: int = 0
     """Number of seen descriptions: those of the training, kept for the OOD threshold."""
 
-    def __post_init__(self) -> None:
-        problems = problems_of(self.modules)
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
         if self.variant not in get_args(Variant):
             problems.append(f"unknown variant {self.variant!r}; one of {', '.join(get_args(Variant))}")
         if self.width % 4 or min(self.d_text, self.rank, self.width, self.head_width) < 1:
             problems.append("d_text, rank, width and head_width must be positive, and width a multiple of 4")
-        if problems:
-            raise ConfigError("bad TextToLoRAConfig: " + "; ".join(problems))
-
-    @property
-    def target(self) -> Target:
-        return Target(tuple(TargetModule(*module) for module in self.modules))
+        return problems
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -96,7 +90,7 @@ class TextToLoRA(DescriptionHypernetwork):
             nn.Sequential(nn.LayerNorm(c.width), _mlp(c.width, c.width, c.dropout)) for _ in range(2)
         )
         self.last = nn.Sequential(nn.LayerNorm(c.width), _mlp(c.width, c.head_width, c.dropout))
-        self.heads = nn.ModuleDict({kind: _Head(c, len(target.layers), *_shape(target, kind)) for kind in target.kinds})
+        self.heads = nn.ModuleDict({kind: _Head(c, *shape) for kind, shape in shapes_by_kind(c.modules).items()})
         if c.variant in ("M", "S"):  # embeddings that select the factor of each kind, and in S its row
             n_rows = c.rank if c.variant == "S" else 1
             self.asked = nn.Parameter(torch.randn(len(target.kinds), 2, n_rows, c.width))
@@ -113,11 +107,6 @@ class TextToLoRA(DescriptionHypernetwork):
     def text_encoder(self, base: Base | None, encoder: str | None = None, say: Say = lambda text: None) -> TextEncoder:
         return load_text_encoder(encoder or self.config.encoder, base, say)
 
-    def remember_seen(self, embeddings: Tensor) -> None:
-        """Keep the embeddings of the descriptions seen in training [m, d_text]."""
-        self.config = replace(self.config, n_seen=len(embeddings))
-        self.seen = embeddings.detach().clone()
-
     def pooled(self, conditions: Tensor) -> Tensor:
         """The embeddings themselves [n, d_text]."""
         return conditions
@@ -132,7 +121,6 @@ class TextToLoRA(DescriptionHypernetwork):
         return functional.normalize(free, dim=-1) * self.config.d_text**0.5
 
     def start_shared_from(self, lora: LoRA) -> None:
-        """Start the shared factors from a multi-task LoRA. Raises ConfigError if it does not fit."""
         for kind in self.config.target.kinds:
             head = cast(_Head, self.heads[kind])
             a, b = shared_factors(lora, self.config.target.of_kind(kind), self.config.rank)
@@ -193,8 +181,3 @@ class _Head(nn.Module):
 
 def _mlp(d: int, d_out: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(nn.Linear(d, 4 * d), nn.SiLU(), nn.Dropout(dropout), nn.Linear(4 * d, d_out), nn.SiLU())
-
-
-def _shape(target: Target, kind: str) -> tuple[int, int]:
-    module = target.of_kind(kind)[0]
-    return module.d_in, module.d_out

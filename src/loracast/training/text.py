@@ -18,9 +18,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from loracast.base.embedded import DEFAULT_ENCODER
 from loracast.base.load import Base
 from loracast.data.tasks import Task
-from loracast.encoders.sentence import DEFAULT_ENCODER, TextEncoder, load_text_encoder
+from loracast.encoders.sentence import TextEncoder, load_text_encoder
 from loracast.errors import ConfigError
 from loracast.files import file_sha256
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA, AttentionDeltaToLoRAConfig
