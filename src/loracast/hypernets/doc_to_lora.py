@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.base.load import Base
+from loracast.base.packages import Say
 from loracast.batching import pad_right
 from loracast.encoders.features import OF_THE_BASE, Features, check_encoder
 from loracast.encoders.hidden_states import HiddenStatesEncoder
@@ -28,7 +29,7 @@ from loracast.hypernets.doc_config import DocToLoRAConfig
 from loracast.hypernets.heads import FactorHead, StaticLoRA, ValuePointer, lora_of, shapes_by_kind, static_loras
 from loracast.hypernets.memory import AssociativeMemory, MemoryWrites
 from loracast.hypernets.perceiver import Perceiver, Queries
-from loracast.hypernets.protocol import Cast, Hypernetwork, Modality, Rows, Say
+from loracast.hypernets.protocol import Cast, Hypernetwork, Modality, Rows
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.merge import Merging
 

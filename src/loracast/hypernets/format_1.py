@@ -54,28 +54,23 @@ _UNITS = (".in_scale", ".out_scale")
 """Endings of names of buffers that were all ones unless `whitened` was set."""
 
 
-def architecture(name: str) -> str:
-    """The current name of an architecture."""
-    return _ARCHITECTURES.get(name, name)
-
-
-def config(values: Mapping[str, Any], of: str) -> dict[str, Any]:
-    """A config of format 1 under the current keys.
-
-    Args:
-        of: the current name of its architecture; `shared_rank` means something else in each.
+def current(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Architecture and config of a config.json of format 1, under their current names.
 
     Raises:
         ConfigError: it uses an option that is gone.
     """
+    architecture = str(stored.get("architecture"))
+    architecture, values = _ARCHITECTURES.get(architecture, architecture), stored["config"]
     used = [key for key, idle in _GONE.items() if idle is not None and values.get(key, idle) != idle]
     if used:
         raise ConfigError(
             f"this hypernetwork was trained with {', '.join(used)}, which this version of loracast no longer has: use "
             "loracast 0.1.0"
         )
-    keys = {**_CONFIG_KEYS, "shared_rank": "static_modules_rank"} if of == "DocToLoRA" else _CONFIG_KEYS
-    return {keys.get(key, key): value for key, value in values.items() if key not in _GONE}
+    keys = _CONFIG_KEYS | ({"shared_rank": "static_modules_rank"} if architecture == "DocToLoRA" else {})
+    config = {keys.get(key, key): value for key, value in values.items() if key not in _GONE}
+    return {"architecture": architecture, "config": config}
 
 
 def tensors(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loracast.base.fingerprint import Fingerprint, check
+from loracast.base.packages import Say
 from loracast.encoders.features import Features
 from loracast.errors import HypernetworkError
 from loracast.lora.algebra import Factors, LoRABatch
@@ -32,8 +33,6 @@ Modality = Literal["document", "task", "image"]
 """What a hypernetwork casts."""
 Rows = dict[str, tuple[Tensor, Tensor]]
 """By module kind, A [n, modules, r, in] and B rows [n, modules, r, out]; B's rows are the columns of the factor B."""
-Say = Callable[[str], None]
-"""Receives progress messages, a line at a time."""
 
 
 class Cast(NamedTuple):
@@ -158,7 +157,6 @@ class Hypernetwork(nn.Module):
         Args:
             base: may be None where `needs_base` is false.
             encoder: where the encoder lies now, if not where it lay in training.
-            say: receives messages where the encoder has to be fetched first.
 
         Raises:
             BaseModelError: it was made for another base.

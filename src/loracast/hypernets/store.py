@@ -241,8 +241,7 @@ def _stored(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise HypernetworkError(_not_whole(folder, error)) from error
     if stored.get("format") == 1 and isinstance(stored.get("config"), dict):
-        name = format_1.architecture(str(stored.get("architecture")))
-        stored |= {"architecture": name, "config": format_1.config(stored["config"], name)}
+        stored |= format_1.current(stored)
     return stored
 
 
