@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loracast.base.fingerprint import config_fingerprint
 from loracast.base.embedded import DEFAULT_BASE, embedded, embedded_folder, pull
+from loracast.base.fingerprint import config_fingerprint
 from loracast.errors import BaseModelError
 from loracast.library.adapter import Adapter
 
