@@ -50,7 +50,7 @@ def write_mlx(request: Request) -> Path:
 
 
 def _place(name: str) -> tuple[int, str]:
-    """(layer, path inside the layer) of a module."""
+    """The layer of a module, and its path inside the layer."""
     found = re.search(r"layers\.(\d+)\.(.+)$", name)
     assert found is not None, name
     return int(found[1]), found[2]

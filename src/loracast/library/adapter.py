@@ -67,7 +67,7 @@ class Adapter:
 
     @property
     def n_bytes(self) -> int:
-        """Size of its files."""
+        """Size of the adapter's files."""
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
     def lora(

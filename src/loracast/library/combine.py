@@ -1,4 +1,4 @@
-"""Adapters added up into one: weights, subtraction, a rank budget with its error."""
+"""Adds adapters up into one LoRA, each with its weight (negative ones subtract), compressed to a rank if wanted."""
 
 from __future__ import annotations
 

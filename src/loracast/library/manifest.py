@@ -80,12 +80,12 @@ class Manifest:
 
     @property
     def merging(self) -> Merging:
-        """How its chunks become one LoRA."""
+        """How the rows of several chunks become one LoRA."""
         return Merging(self.max_unscaled_chunks, self.key_decorrelation)
 
     @property
     def version(self) -> str:
-        """Hash of what the adapter is and was made from, but not of its name, nor of when and how fast it was made."""
+        """Hash of the content: of all but the name, and when and how fast the adapter was made."""
         left_out = ("name", "created", "learn_s", "chunks_sha256")
         hashed = {key: value for key, value in self._stored().items() if key not in left_out}
         if self.storage == "bf16":  # these two are younger than the first versions
@@ -109,7 +109,7 @@ class Manifest:
 
     @property
     def rank_text(self) -> str:
-        """The ranks in words."""
+        """The rank in each module kind, in words."""
         return ", ".join(f"{rank} in {kind}" for kind, rank in self.ranks.items() if rank)
 
     @classmethod

@@ -276,7 +276,7 @@ class Register:
     def describe(
         self, name: str, owner: str | None, note: str | None, tags: Sequence[str], untag: Sequence[str]
     ) -> None:
-        """Change what a name says of itself; None keeps its owner or note."""
+        """Change a name's owner and note (None keeps them), and add and remove tags."""
         for column, value in (("owner", owner), ("note", note)):
             if value is not None:
                 self._db.execute(f"UPDATE names SET {column} = ? WHERE name = ?", (value, name))
@@ -355,7 +355,7 @@ def _connected(library: Path, mode: str) -> Iterator[sqlite3.Connection]:
 
 
 def _migrate(database: sqlite3.Connection) -> None:
-    """Run the scripts that the file has not seen, inside the open transaction."""
+    """Bring the schema up to date: run the scripts that the file has not seen, inside the open transaction."""
     (found,) = database.execute("PRAGMA user_version").fetchone()
     for number in range(found, len(MIGRATIONS)):
         for statement in MIGRATIONS[number].split(";"):

@@ -154,7 +154,7 @@ def _stacked(lora: LoRA, target: Target) -> Rows:
 
 
 def source_of(title: str) -> str:
-    """The hash of a source that is a text for people: the description of a task."""
+    """The source hash of an adapter that was made from its title alone, such as a task's description."""
     return hashlib.sha256(title.encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Hidden folders of a library, each locked by the process that works in it; `tidy` deletes those of dead ones."""
+"""Hidden work folders of a library, each locked by its process; `tidy` deletes those of killed processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing an adapter's files chunk after chunk, so that a long document never lies in memory."""
+"""Writes an adapter's files chunk after chunk, so that a long document never lies in memory."""
 
 from __future__ import annotations
 

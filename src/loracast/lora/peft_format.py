@@ -60,7 +60,7 @@ def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """adapter_config.json, and what in it is not a plain LoRA's."""
+    """Read adapter_config.json, with its faults: whatever makes it more than a plain LoRA's."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -94,7 +94,7 @@ def _faults_of(name: str, a: TensorInfo, b: TensorInfo, shapes: Mapping[str, tup
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """What PEFT multiplies a module's delta with."""
+    """The factor with which PEFT multiplies the delta of a module."""
     # PEFT's own rule: a pattern names a module by the end of its path, or as a regular expression that ends it.
     patterns = config.get("alpha_pattern") or {}
     found = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)

@@ -24,7 +24,7 @@ SCALE = ".scale"
 
 
 def check_storage(storage: str) -> Storage:
-    """`storage` itself; raises AdapterError where it is unknown."""
+    """Return a storage that exists. Raises AdapterError for any other."""
     if storage not in STORAGE:
         raise AdapterError(f"unknown storage {storage!r}; one of {', '.join(STORAGE)}")
     return storage

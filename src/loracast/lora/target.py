@@ -110,7 +110,7 @@ def target_from_config(
     layers: Sequence[int] | None = None,
     prefix: str | None = None,
 ) -> Target:
-    """The target of a base.
+    """Choose the modules of a base that receive a LoRA, from the base's config.
 
     Args:
         config: a transformers config (attributes as in LlamaConfig).
