@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 @config_from("loracast.evaluation.modality")
 def image(
     images: Annotated[
-        Path,
-        typer.Option("--images", help="Images to measure on: a folder or zip file with a folder for each class."),
+        Path, typer.Option("--images", help="Images to measure on: a folder or zip file with a folder for each class.")
     ],
     trained_on: Annotated[
         Path, typer.Option("--trained-on", help="Images of the training, from which the linear probe learns.")

@@ -172,11 +172,7 @@ def _columns(kinds: Sequence[EpisodeKind]) -> list[Column]:
         label="variant", parameters_m=("M parameters", 1), chunk_kb=("kB a chunk", 0), steps=("steps", 0),
         step_s=("s a step", 2),
     )  # fmt: skip
-    return [
-        *figures,
-        *by_kind,
-        Column("tokens %, mean of the kinds", lambda row: f"{100 * row['accuracy']:.1f}"),
-    ]
+    return [*figures, *by_kind, Column("tokens %, mean of the kinds", lambda row: f"{100 * row['accuracy']:.1f}")]
 
 
 def _by_seed(key: str, header: str) -> Column:

@@ -28,10 +28,7 @@ class Choice:
 
 
 def likeliest(
-    base: Base,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[str]],
-    loras: Sequence[LoRA | None],
+    base: Base, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[str]], loras: Sequence[LoRA | None]
 ) -> list[Choice]:
     """For each prompt, the likeliest of its answers; arguments as in `negative_log_likelihood`."""
     chosen = []
@@ -43,10 +40,7 @@ def likeliest(
 
 @torch.no_grad()
 def negative_log_likelihood(
-    base: Base,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[str]],
-    loras: Sequence[LoRA | None],
+    base: Base, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[str]], loras: Sequence[LoRA | None]
 ) -> list[Tensor]:
     """The negative log-likelihood of each answer of each prompt, summed over the answer's tokens [answers].
 

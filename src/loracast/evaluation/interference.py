@@ -52,13 +52,8 @@ class InterferenceConfig(QuestionedConfig, RoutedConfig):
             raise ConfigError("counts must not be negative")
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The choice for one question."""
-
-    place: int
-    """Of the likeliest answer among the choices."""
-    is_right: bool
+Chosen = tuple[int, bool]
+"""The place of the likeliest answer among a question's choices, and whether it is right."""
 
 
 def evaluate_interference(
@@ -107,10 +102,8 @@ def _choose(setup: DocumentSetup, rows: Sequence[Example], learned: Sequence[InM
     setup.prepare(requests)
     choices = [row.choices for row in rows]
     found = likeliest(setup.base, [r.prompt for r in requests], choices, made(setup.base, requests))
-    return [
-        Chosen(choice.by_byte, row.choices[choice.by_byte] in row.outputs)
-        for row, choice in zip(rows, found, strict=True)
-    ]
+    places = [choice.by_byte for choice in found]
+    return [(place, row.choices[place] in row.outputs) for row, place in zip(rows, places, strict=True)]
 
 
 def _rows(name: str, chosen: Mapping[int, Sequence[Chosen]]) -> list[dict[str, Any]]:
@@ -118,18 +111,12 @@ def _rows(name: str, chosen: Mapping[int, Sequence[Chosen]]) -> list[dict[str, A
     before = chosen[0]
     rows = []
     for count, now in chosen.items():
-        accuracy, low, high = mean_with_interval([[float(one.is_right)] for one in now])
-        row: dict[str, Any] = {
-            "benchmark": name,
-            "n_documents": count,
-            "n": len(now),
-            "accuracy": accuracy,
-            "low": low,
-            "high": high,
-        }
+        row: dict[str, Any] = {"benchmark": name, "n_documents": count, "n": len(now)}
+        row["accuracy"], row["low"], row["high"] = mean_with_interval([[float(is_right)] for _, is_right in now])
         if count:
-            changes = [[float(a.is_right) - float(b.is_right)] for a, b in zip(now, before, strict=True)]
+            pairs = list(zip(now, before, strict=True))
+            changes = [[float(a) - float(b)] for (_, a), (_, b) in pairs]
             row["change"], row["change_low"], row["change_high"] = mean_with_interval(changes)
-            row["same"] = mean([a.place == b.place for a, b in zip(now, before, strict=True)])
+            row["same"] = mean([a == b for (a, _), (b, _) in pairs])
         rows.append(row)
     return rows

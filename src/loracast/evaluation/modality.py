@@ -1,5 +1,7 @@
 """`loracast eval image`: what a text-only base says with the LoRA of an image.
 
+It does without baseline.py and runner.py: most of its rows are classifiers or rankings of names, which no prompt gives.
+
 Baselines are chance, the base alone, LoRAs of other examples, and two classifiers on the hypernetwork's features: the
 nearest centroid and a linear probe, which is the ceiling. Some names are likely whatever is shown, above all those that
 were never trained on; so names are also compared by what an example's LoRA adds to their log-likelihood over the
@@ -28,7 +30,7 @@ from loracast.data.labelled import Labelled
 from loracast.encoders.features import Features
 from loracast.errors import ConfigError
 from loracast.evaluation.choice import negative_log_likelihood
-from loracast.evaluation.intervals import wilson
+from loracast.evaluation.intervals import mean, wilson
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 from loracast.hypernets.protocol import Caster
 from loracast.lora.algebra import LoRA
@@ -185,17 +187,9 @@ class _Scorer:
 
 
 def _row(part: str, baseline: str, hits: Sequence[bool], chance: float) -> dict[str, Any]:
+    named: dict[str, Any] = {"part": part, "baseline": baseline, "label": LABELS[baseline], "n": len(hits)}
     low, high = wilson(sum(hits), len(hits))
-    return {
-        "part": part,
-        "baseline": baseline,
-        "label": LABELS[baseline],
-        "n": len(hits),
-        "accuracy": sum(hits) / len(hits),
-        "low": low,
-        "high": high,
-        "chance": chance,
-    }
+    return {**named, "accuracy": mean(hits), "low": low, "high": high, "chance": chance}
 
 
 def _chosen(test: Labelled, config: ModalityEvalConfig) -> list[int]:

@@ -17,8 +17,9 @@ from loracast.evaluation import plots
 from loracast.evaluation.baseline import check_positive
 from loracast.evaluation.documents import DocumentCase
 from loracast.evaluation.in_memory import InMemoryAdapter
+from loracast.evaluation.intervals import mean_if_any
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
-from loracast.evaluation.runner import Answered
+from loracast.evaluation.runner import Answered, grouped
 from loracast.evaluation.synthetic import ANSWER_COLUMNS, Series, SyntheticConfig, answers_exactly, evaluate_sizes
 from loracast.model import Model
 
@@ -109,16 +110,10 @@ def _series(model: Model, config: NeedleConfig, haystack: Haystack, length: int)
 
 def _by_depth(answered: Sequence[Answered[DocumentCase]]) -> dict[str, Any]:
     """Exact match in each fifth of the documents."""
-    hits: list[list[bool]] = [[] for _ in range(N_DEPTH_BINS)]
-    for a in answered:
-        hits[min(N_DEPTH_BINS - 1, int((a.case.depth or 0.0) * N_DEPTH_BINS))].append(answers_exactly(a))
-    depths = [
-        {
-            "low": i / N_DEPTH_BINS,
-            "high": (i + 1) / N_DEPTH_BINS,
-            "n": len(here),
-            "exact": sum(here) / len(here) if here else None,
-        }
-        for i, here in enumerate(hits)
-    ]
+    by_bin = grouped(answered, lambda a: min(N_DEPTH_BINS - 1, int((a.case.depth or 0.0) * N_DEPTH_BINS)))
+    depths = []
+    for i in range(N_DEPTH_BINS):
+        hits = [answers_exactly(a) for a in by_bin.get(i, [])]
+        share = mean_if_any(hits)
+        depths.append({"low": i / N_DEPTH_BINS, "high": (i + 1) / N_DEPTH_BINS, "n": len(hits), "exact": share})
     return {"depths": depths}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import groupby
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,11 @@ from loracast.errors import ConfigError
 from loracast.evaluation.baseline import Baseline, check_positive, choose_baselines
 from loracast.evaluation.documents import DocumentCase, DocumentSetup, QuestionedConfig, RoutedConfig
 from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.intervals import mean, mean_if_any, mean_with_interval
+from loracast.evaluation.intervals import cluster_bootstrap, mean
 from loracast.evaluation.peak import peak_memory
 from loracast.evaluation.qa_baselines import BASELINES
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
-from loracast.evaluation.runner import Answered, Deadline, ask, figures, groups, warm_up
+from loracast.evaluation.runner import Answered, Deadline, ask, figures, grouped, groups, warm_up
 from loracast.lora.algebra import LoRA
 from loracast.model import Model
 
@@ -62,14 +60,8 @@ class QaConfig(QuestionedConfig, RoutedConfig):
         check_positive(self, "max_documents", "max_questions", "route")
 
 
-@dataclass
-class Tally:
-    """The answers so far, and what the updates of documents took, by baseline."""
-
-    scored: list[Scored] = field(default_factory=list)
-    update_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    update_mib: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """The most memory that any update took above what was held before."""
+Updates = dict[str, list[tuple[float, float]]]
+"""By baseline, what the update of each document took: seconds, and MiB above what was held before."""
 
 
 @dataclass(frozen=True)
@@ -99,20 +91,22 @@ def evaluate_qa(
     baselines = choose_baselines(BASELINES, config.baselines, missing)
     chosen = choose(config)
     writer = ReportWriter(out, "qa", COLUMNS, config, model.base, model.documents.id)
-    tally, deadline, n_done = Tally(), Deadline(config.budget_s), 0
+    scored: list[Scored] = []
+    updates: Updates = {name: [] for name in baselines}
+    deadline, n_done = Deadline(config.budget_s), 0
     warm_up(model.base)
-    for _, some in _by_source(chosen):
+    for some in grouped(chosen, _source).values():
         if n_done and deadline.is_over:
             break
         for i, group in enumerate(_groups(model, config, some, deadline)):
             for name, baseline in baselines.items():
-                new = _answer(setup, name, baseline, group, tally, n_timed=0 if i else _N_TIMED)
+                new = _answer(setup, name, baseline, group, updates[name], n_timed=0 if i else _N_TIMED)
                 writer.add_answers(map(_line, new))
-                tally.scored += new
+                scored += new
             n_done += len(group)
             progress(n_done, len(chosen))
-            writer.write(_tables(tally), is_complete=False)
-    return writer.write(_tables(tally), is_complete=n_done == len(chosen))
+            writer.write(_tables(scored, updates), is_complete=False)
+    return writer.write(_tables(scored, updates), is_complete=n_done == len(chosen))
 
 
 def draw(report: Report, out: Path) -> None:
@@ -129,7 +123,7 @@ def draw(report: Report, out: Path) -> None:
 def choose(config: QaConfig) -> list[QuestionedDocument]:
     """Draw the documents and their questions, source by source. Raises ConfigError where none is left."""
     chosen: list[QuestionedDocument] = []
-    for source, of_source in _by_source(sorted(config.read(), key=lambda document: document.source)):
+    for source, of_source in grouped(sorted(config.read(), key=_source), _source).items():
         rng = random.Random(f"{config.seed}/{source}")
         some = rng.sample(of_source, min(config.max_documents, len(of_source)))
         for document in some:
@@ -143,8 +137,8 @@ def choose(config: QaConfig) -> list[QuestionedDocument]:
     return chosen
 
 
-def _by_source(documents: Sequence[QuestionedDocument]) -> Iterator[tuple[str, list[QuestionedDocument]]]:
-    return ((source, list(some)) for source, some in groupby(documents, key=lambda document: document.source))
+def _source(document: QuestionedDocument) -> str:
+    return document.source
 
 
 def _groups(
@@ -179,7 +173,7 @@ def _answer(
     name: str,
     baseline: Baseline[DocumentSetup, DocumentCase],
     group: Sequence[Sequence[DocumentCase]],
-    tally: Tally,
+    updates: list[tuple[float, float]],
     n_timed: int,
 ) -> list[Scored]:
     """One baseline's answers to all questions about some documents, which are learned one by one as a user would."""
@@ -188,8 +182,8 @@ def _answer(
             started = time.perf_counter()
             if baseline.learn is not None:
                 baseline.learn(setup, first)
-            tally.update_s[name].append(time.perf_counter() - started)
-        tally.update_mib[name] = max(tally.update_mib[name], peak.above_mib)
+            seconds = time.perf_counter() - started
+        updates.append((seconds, peak.above_mib))
     cases = {name: [case for of_document in group for case in of_document]}
     answered = ask(setup, {name: baseline}, cases, Sampling(max_new_tokens=setup.max_new_tokens), n_timed)
     return [
@@ -198,19 +192,16 @@ def _answer(
     ]
 
 
-def _tables(tally: Tally) -> list[dict[str, Any]]:
+def _tables(scored: Sequence[Scored], updates: Updates) -> list[dict[str, Any]]:
     """The rows of every source by itself, of all of them, and of every length."""
-    parts: dict[str, list[Scored]] = {}
-    for s in tally.scored:
-        parts.setdefault(s.case.source or "documents", []).append(s)
+    parts = grouped(scored, lambda s: s.case.source or "documents")
     if len(parts) > 1:
-        parts["all"] = tally.scored
-    by_length: dict[int, list[Scored]] = defaultdict(list)
-    for s in tally.scored:
-        by_length[sum(s.case.document.n_tokens >= limit for limit in LENGTHS)].append(s)
-    rows = [row for part, some in parts.items() for row in _rows(part, some, tally, "source")]
+        parts["all"] = list(scored)
+    by_length = grouped(scored, lambda s: sum(s.case.document.n_tokens >= limit for limit in LENGTHS))
+    rows = [row for part, some in parts.items() for row in _rows(part, some, updates, "source")]
     if len(by_length) > 1:
-        rows += [row for i, some in sorted(by_length.items()) for row in _rows(_length_name(i), some, tally, "length")]
+        for i, some in sorted(by_length.items()):
+            rows += _rows(_length_name(i), some, updates, "length")
     return rows
 
 
@@ -219,16 +210,14 @@ def _length_name(i: int) -> str:
     return f"{low} to {high - 1} tokens" if high else f"{low} tokens or more"
 
 
-def _rows(part: str, scored: Sequence[Scored], tally: Tally, kind: str) -> list[dict[str, Any]]:
+def _rows(part: str, scored: Sequence[Scored], updates: Updates, kind: str) -> list[dict[str, Any]]:
     """One row a baseline, over some documents."""
-    by_baseline: dict[str, list[Scored]] = {}
-    for s in scored:
-        by_baseline.setdefault(s.answered.baseline, []).append(s)
+    by_baseline = grouped(scored, lambda s: s.answered.baseline)
     f1 = {name: mean([s.f1 for s in some]) for name, some in by_baseline.items()}
     rows = []
     for name, some in by_baseline.items():
         by_document = _by_document(some)
-        _, low, high = mean_with_interval(list(by_document.values()))
+        low, high = cluster_bootstrap(list(by_document.values()))
         row: dict[str, Any] = {
             "kind": kind,
             "part": part,
@@ -244,24 +233,21 @@ def _rows(part: str, scored: Sequence[Scored], tally: Tally, kind: str) -> list[
             "of_window": f1[name] / f1["window"] if f1.get("window") else None,
             "of_ceiling": f1[name] / f1["ceiling"] if f1.get("ceiling") else None,
             "document_tokens": mean([s.case.document.n_tokens for s in some]),
-            "update_s": mean_if_any(tally.update_s[name]),
-            "update_mib": tally.update_mib.get(name),
+            "update_s": mean([seconds for seconds, _ in updates[name]]),
+            "update_mib": max(mib for _, mib in updates[name]),
         }
         if "adapter" in by_baseline and name != "adapter":
             mine = _by_document(by_baseline["adapter"])
             gains = [[x - y for x, y in zip(mine[key], by_document[key], strict=True)] for key in mine]
             row["difference"] = f1["adapter"] - f1[name]
-            _, row["difference_low"], row["difference_high"] = mean_with_interval(gains)
+            row["difference_low"], row["difference_high"] = cluster_bootstrap(gains)
         rows.append(row)
     return rows
 
 
 def _by_document(scored: Sequence[Scored]) -> dict[str, list[float]]:
     """The F1 of each document's questions."""
-    scores: dict[str, list[float]] = defaultdict(list)
-    for s in scored:
-        scores[s.case.doc_id].append(s.f1)
-    return scores
+    return {key: [s.f1 for s in some] for key, some in grouped(scored, lambda s: s.case.doc_id).items()}
 
 
 def _line(s: Scored) -> dict[str, Any]:

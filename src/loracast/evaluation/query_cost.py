@@ -23,7 +23,7 @@ from loracast.evaluation.benchmarks import TasksFrom
 from loracast.evaluation.flops import QueryFlops, counted
 from loracast.evaluation.plots import costs, require_matplotlib
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
-from loracast.evaluation.runner import in_turn
+from loracast.evaluation.runner import grouped, in_turn
 from loracast.evaluation.task_baselines import ADAPTER, BASELINES, Drawn, TaskCase, TaskSetup
 from loracast.evaluation.tasks import draw
 from loracast.scoring.episodes import common_prefix
@@ -84,12 +84,10 @@ def evaluate_cost(setup: TaskSetup, config: CostConfig, out: Path, progress: Pro
     for i in range(len(tasks)):
         rows += _measure(setup, formula, draw(tasks, i, config.seed), document, config)
         progress(i + 1, len(tasks))
-    means = [
-        _mean_of([row for row in rows if row["baseline"] == name])
-        for name in dict.fromkeys(r["baseline"] for r in rows)
-    ]
+    means = [_mean_of(some) for some in grouped(rows, lambda row: row["baseline"]).values()]
     rows += [{**_against(row, next(r for r in means if r["baseline"] == ADAPTER)), **row} for row in means]
-    writer.environment["making"] = _making(rows)
+    # What making an adapter from its description costs, text encoder included: mean over the tasks.
+    writer.environment["making"] = {key: statistics.mean(row[key] for row in rows) for key in ("make_gflops", "make_s")}
     report = writer.write(rows)
     costs(out / "cost.png", [row for row in rows if row["task"] != _ALL], reference=ADAPTER)
     return report
@@ -187,8 +185,3 @@ def _mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     )  # fmt: skip
     row = {key: statistics.mean(r[key] for r in rows) for key in keys}
     return {"task": _ALL, "baseline": rows[0]["baseline"], "label": rows[0]["label"], **row}
-
-
-def _making(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What making an adapter from its description costs, text encoder included: mean over the tasks."""
-    return {key: statistics.mean(row[key] for row in rows) for key in ("make_gflops", "make_s")}

@@ -6,7 +6,7 @@ Knows nothing of what a question is about: baselines turn cases into requests (b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Generic, Protocol, TypeVar
@@ -20,6 +20,7 @@ from loracast.evaluation.peak import peak_memory
 from loracast.lora.algebra import LoRA
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 MAX_ROWS = 32
 MAX_PROMPT_TOKENS = 8192
@@ -133,6 +134,14 @@ def batches(requests: Sequence[Request]) -> Iterator[list[Request]]:
         batch.append(request)
     if batch:
         yield batch
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """The items by their keys, in the order in which the keys first come."""
+    found: dict[K, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
 
 
 def figures(answered: Sequence[Answered[Case]]) -> dict[str, Any]:

@@ -65,10 +65,7 @@ def evaluate_map(caster: TaskCaster, config: MapConfig, out: Path) -> Report:
     names = [task.name for task, _ in points]
     groups = [task.group if task.group in families else "" for task, _ in points]
     embeddings = torch.nn.functional.normalize(caster.embeddings(texts).double(), dim=-1)
-    distances = {
-        "embeddings": 1 - embeddings @ embeddings.T,
-        "weights": 1 - stack(caster.loras(texts)).cosines(),
-    }
+    distances = {"embeddings": 1 - embeddings @ embeddings.T, "weights": 1 - stack(caster.loras(texts)).cosines()}
     rows: list[dict[str, Any]] = []
     places: dict[str, np.ndarray] = {}
     for name, between in distances.items():

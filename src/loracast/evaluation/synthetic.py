@@ -22,7 +22,7 @@ from loracast.evaluation.documents import (
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.intervals import mean, mean_if_any, wilson
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns
-from loracast.evaluation.runner import Answered, Deadline, ask, figures, groups, warm_up
+from loracast.evaluation.runner import Answered, Deadline, ask, figures, grouped, groups, warm_up
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 from loracast.model import ASK_SYSTEM_TURN, Model
 
@@ -148,8 +148,7 @@ def evaluate_sizes(
             progress(n_before + n_done, total)
         n_before += one.n
         progress(n_before, total)
-        for name in dict.fromkeys(a.baseline for a in answered):
-            mine = [a for a in answered if a.baseline == name]
+        for mine in grouped(answered, lambda a: a.baseline).values():
             rows.append({size_key: one.size, **answer_row(setup, mine), **rows_of(mine)})
         writer.add_answers({size_key: one.size, **answer_line(a)} for a in answered)
         writer.write(rows, is_complete=False)
@@ -176,7 +175,7 @@ def answer_row(setup: DocumentSetup, answered: Sequence[Answered[DocumentCase]])
     """The figures of one baseline over its answers, and the mean size of their documents."""
     hits = [answers_exactly(a) for a in answered]
     low, high = wilson(sum(hits), len(hits))
-    documents = list(dict.fromkeys(a.case.document for a in answered))
+    documents = {a.case.document: None for a in answered}
     return {
         "baseline": answered[0].baseline,
         "label": BASELINES[answered[0].baseline].label.format(route=setup.route),
@@ -201,10 +200,8 @@ def answer_line(a: Answered[DocumentCase]) -> dict[str, Any]:
 
 def by_document(answered: Sequence[Answered[DocumentCase]]) -> list[list[float]]:
     """For each document, which of its questions were answered exactly."""
-    hits: dict[InMemoryAdapter, list[float]] = {}
-    for a in answered:
-        hits.setdefault(a.case.document, []).append(float(answers_exactly(a)))
-    return list(hits.values())
+    of_documents = grouped(answered, lambda a: a.case.document).values()
+    return [[float(answers_exactly(a)) for a in some] for some in of_documents]
 
 
 def answers_exactly(a: Answered[DocumentCase]) -> bool:
