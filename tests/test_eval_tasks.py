@@ -16,11 +16,11 @@ from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
 from loracast.cli import app
 from loracast.data.answer_metrics import is_right, last_number
+from loracast.data.benchmarks import read_benchmark
 from loracast.data.tasks import Example, read_tasks
 from loracast.errors import ConfigError
 from loracast.evaluation import runner
 from loracast.evaluation import tasks as evaluation
-from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import Choice, likeliest
 from loracast.evaluation.intervals import paired_bootstrap
 from loracast.evaluation.task_baselines import BASELINES, TaskCase, TaskSetup

@@ -169,8 +169,8 @@ def oracle(
     One task after the other, each in a folder of its name in --out; it stops cleanly at the budget, on Ctrl-C and
     SIGTERM, and the same command goes on from there.
     """
+    from loracast.data.benchmarks import tasks_or_benchmarks
     from loracast.errors import ConfigError
-    from loracast.evaluation.benchmarks import tasks_or_benchmarks
     from loracast.training.oracle import read_oracle_recipe, train_oracles
 
     settings = read_oracle_recipe(run.recipe, run.overrides)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loracast.data.benchmarks import read_benchmark
 from loracast.data.tasks import Example
 from loracast.errors import ConfigError
 from loracast.evaluation.baseline import Request, check_positive
-from loracast.evaluation.benchmarks import read_benchmark
 from loracast.evaluation.choice import likeliest
 from loracast.evaluation.documents import DocumentSetup, QuestionedConfig, RoutedConfig, adapters, pick, plain
 from loracast.evaluation.in_memory import InMemoryAdapter

@@ -19,13 +19,12 @@ from loracast.base.generate import Sampling, answer
 from loracast.data.rows import read_texts
 from loracast.data.tasks import Example
 from loracast.errors import ConfigError
-from loracast.evaluation.benchmarks import TasksFrom
 from loracast.evaluation.flops import QueryFlops, counted
 from loracast.evaluation.plots import costs, require_matplotlib
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 from loracast.evaluation.runner import grouped, in_turn
 from loracast.evaluation.task_baselines import ADAPTER, BASELINES, Drawn, TaskCase, TaskSetup
-from loracast.evaluation.tasks import draw
+from loracast.evaluation.tasks import TasksFrom, draw
 from loracast.scoring.episodes import common_prefix
 
 DOCUMENT = "document"

@@ -14,10 +14,10 @@ from typing import Any
 
 from loracast.base.generate import Sampling
 from loracast.data.answer_metrics import is_right
+from loracast.data.benchmarks import check_one_source, tasks_or_benchmarks
 from loracast.data.tasks import DescriptionKind, Metric, Task
 from loracast.errors import ConfigError
 from loracast.evaluation.baseline import check_names, check_positive, choose_baselines
-from loracast.evaluation.benchmarks import TasksFrom
 from loracast.evaluation.choice import Choice, likeliest
 from loracast.evaluation.intervals import mean, mean_if_any, paired_bootstrap
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
@@ -34,6 +34,35 @@ COLUMNS = columns(
     difference=("adapter minus it, points (95 %)", "change"), difference_near=("near", "change"),
     difference_far=("far", "change"), prompt_tokens=("prompt tokens", 0),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TasksFrom:
+    """Which tasks an experiment takes."""
+
+    tasks: str | None = None
+    """A folder of task files, or a file of examples."""
+    benchmarks: tuple[str, ...] = ()
+    """Files of benchmarks, in place of tasks."""
+    heldout: bool = True
+    """Take the tasks that no training has seen; or else those of the training."""
+
+    def __post_init__(self) -> None:
+        check_one_source(self.tasks, self.benchmarks)
+        if self.benchmarks and not self.heldout:
+            raise ConfigError("benchmarks are held out: leave --trained out")
+
+    def read(self, descriptions: DescriptionKind = "heldout") -> list[Task]:
+        """Read the tasks that have test rows, and descriptions of a kind. Raises ConfigError where there is none."""
+        known = tasks_or_benchmarks(self.tasks, self.benchmarks)
+        tasks = [t for t in known if t.is_heldout == self.heldout and t.test and t.descriptions.get(descriptions)]
+        if not tasks:
+            which = "held-out" if self.heldout else "training"
+            raise ConfigError(
+                f"{self.tasks or self.benchmarks} has no {which} task with test rows and descriptions of the kind "
+                f"{descriptions!r}"
+            )
+        return tasks
 
 
 @dataclass(frozen=True)

@@ -7,49 +7,16 @@ examples for the prompts of `NAME_test.jsonl.gz` come from `NAME_train.jsonl.gz`
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from loracast.data.rows import each_row
-from loracast.data.tasks import DescriptionKind, Example, Task, read_tasks
+from loracast.data.rows import each_row, read_content
+from loracast.data.tasks import Example, Task, read_tasks
 from loracast.errors import ConfigError
 
 _N_SHOWN = 100
 """Rows that serve as examples and are never asked, in a file without one for training."""
-
-
-@dataclass(frozen=True)
-class TasksFrom:
-    """Which tasks an experiment takes."""
-
-    tasks: str | None = None
-    """A folder of task files, or a file of examples."""
-    benchmarks: tuple[str, ...] = ()
-    """Files of benchmarks, in place of tasks."""
-    heldout: bool = True
-    """Take the tasks that no training has seen; or else those of the training."""
-
-    def __post_init__(self) -> None:
-        check_one_source(self.tasks, self.benchmarks)
-        if self.benchmarks and not self.heldout:
-            raise ConfigError("benchmarks are held out: leave --trained out")
-
-    def read(self, descriptions: DescriptionKind = "heldout") -> list[Task]:
-        """Read the tasks that have test rows, and descriptions of a kind. Raises ConfigError where there is none."""
-        known = tasks_or_benchmarks(self.tasks, self.benchmarks)
-        tasks = [t for t in known if t.is_heldout == self.heldout and t.test and t.descriptions.get(descriptions)]
-        if not tasks:
-            which = "held-out" if self.heldout else "training"
-            raise ConfigError(
-                f"{self.tasks or self.benchmarks} has no {which} task with test rows and descriptions of the kind "
-                f"{descriptions!r}"
-            )
-        return tasks
 
 
 def check_one_source(tasks: str | Path | None, benchmarks: Sequence[str | Path]) -> None:
@@ -75,10 +42,11 @@ def read_benchmark(path: Path, *, lists_choices: bool = True) -> Task:
     """
     stem = re.sub(r"\.jsonl(\.gz)?$", "", path.name)
     name = re.sub(r"^bench_|_(test|train|sample)$", "", stem)
-    if (about := _descriptions().get(name)) is None:
+    known = read_content("benchmarks")
+    if (about := known.get(name)) is None:
         raise ConfigError(
             f"nothing is known of a benchmark {name!r}; write it as a task file (docs/tasks.md). "
-            f"Known: {', '.join(sorted(_descriptions()))}"
+            f"Known: {', '.join(sorted(known))}"
         )
     rows = _examples(path, lists_choices)
     beside = path.with_name(path.name.replace("_test.", "_train."))
@@ -112,9 +80,3 @@ def _examples(path: Path, lists_choices: bool) -> list[Example]:
 
     each_row(path, take)
     return found
-
-
-@cache
-def _descriptions() -> dict[str, dict[str, Any]]:
-    source = files("loracast.evaluation") / "content" / "benchmarks.toml"
-    return tomllib.loads(source.read_text(encoding="utf-8"))
