@@ -73,14 +73,14 @@ class HiddenStatesEncoder:
         """
         self.fingerprint, self.device = fingerprint, model.device
         self._model, self._lora = model, lora
-        self.d_features: int = model.get_output_embeddings().weight.shape[1] * (2 if with_values else 1)
+        weight = model.get_output_embeddings().weight
+        self.d_features: int = weight.shape[1] * (2 if with_values else 1)
         self.layers, self.prefix = tuple(layers), tuple(prefix)
         self._tokenizer = tokenizer
         self._starts: dict[int, int] = {}
         self._embeddings = model.get_output_embeddings() if with_values else None
         decoder = model.get_decoder()
         if with_values:
-            weight = model.get_output_embeddings().weight
             self._mean = weight.float().mean(0)
             self._gain = decoder.norm(torch.ones(1, 1, weight.shape[1], device=weight.device)).float()[0, 0]
         depth = max(self.layers)

@@ -183,10 +183,6 @@ class Caster:
             raise HypernetworkError("this hypernetwork names no base that it was made for")
         return self.hypernetwork.made_for
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.hypernetwork.parameters()).device
-
     @torch.inference_mode()
     def encode(self, inputs: Any) -> Features:
         """Rows of token ids, descriptions or images in RGB, n of them -> their features."""
@@ -195,8 +191,9 @@ class Caster:
     @torch.inference_mode()
     def cast(self, features: Features) -> Cast:
         """Features of n inputs -> their LoRA rows."""
-        with torch.autocast(self.device.type, self._dtype) if self._dtype else nullcontext():
-            cast = self.hypernetwork.cast(features.to(self.device))
+        device = next(self.hypernetwork.parameters()).device
+        with torch.autocast(device.type, self._dtype) if self._dtype else nullcontext():
+            cast = self.hypernetwork.cast(features.to(device))
         self._check(cast.rows, features.n_chunks)
         return cast
 
