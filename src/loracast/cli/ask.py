@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import typer
 
@@ -42,15 +43,11 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
         if not given.finished:
             say(f"(cut after {given.n_tokens} tokens; --max-tokens allows more)")
         return
-    chosen = {
-        name: {
-            "chunks": list(range(adapter.manifest.n_chunks) if route.chunks is None else route.chunks),
-            "scores": list(route.scores),
-            "weights": list(route.weights),
-            "reason": route.reason,
-        }
-        for adapter, (name, route) in zip(adapters.values(), routes.items(), strict=True)
-    }
+    chosen: dict[str, dict[str, Any]] = {}
+    for adapter, (name, route) in zip(adapters.values(), routes.items(), strict=True):
+        chunks = range(adapter.manifest.n_chunks) if route.chunks is None else route.chunks
+        figures = {"scores": list(route.scores), "weights": list(route.weights), "reason": route.reason}
+        chosen[name] = {"chunks": list(chunks), **figures}
     print_json(
         {
             "question": question,

@@ -90,15 +90,12 @@ class Talk:
         self.turns: list[Message] = []
         self.used: dict[str, Adapter] = {}
 
-    def use(self, name: str) -> None:
-        self.used[name] = self.answerer.adapter(name)
-
     def obey(self, line: str) -> None:
         """Carry out a command."""
         command, _, name = line.partition(" ")
         name = name.strip()
         if command == "/use" and name:
-            self.use(name)
+            self.used[name] = self.answerer.adapter(name)
             say(f"(using {' + '.join(self.used)})")
         elif command == "/drop" and name:
             if self.used.pop(name, None) is None:

@@ -107,7 +107,12 @@ def flattened(function: Callable[..., None]) -> Callable[..., None]:
     def call(**values: Any) -> None:
         for name, (config, options) in configs.items():
             defaults = {field.name: field.default for field in dataclasses.fields(config)}
-            given = {option: _as_field(values.pop(option), defaults[option]) for option in options}
+            given = {option: values.pop(option) for option in options}
+            for option, value in given.items():  # typer gives a list for a tuple, and None for one without values
+                if isinstance(value, list):
+                    given[option] = tuple(value)
+                elif value is None and isinstance(defaults[option], tuple):
+                    given[option] = defaults[option]
             values[name] = config(**given) if hints[name] is config else partial(config, **given)
         function(**values)
 
@@ -177,13 +182,6 @@ def _annotated(field: dataclasses.Field, hint: Any, text: str) -> tuple[Any, Any
     if kind is bool and default is True and name not in _SPELLINGS:
         spelling = (f"{spelling[0]}/--no-{spelling[0][2:]}",)
     return Annotated[hint, typer.Option(*spelling, help=text)], default
-
-
-def _as_field(value: Any, default: Any) -> Any:
-    """An option's value as its field has it: typer gives a list for a tuple, and None for one without values."""
-    if isinstance(value, list):
-        return tuple(value)
-    return default if value is None and isinstance(default, tuple) else value
 
 
 def _listed(kind: type) -> Callable[[str], tuple[Any, ...]]:

@@ -19,8 +19,8 @@ def list_(
     tag: Annotated[str, "Only adapters with this tag."] = "",
     owner: Annotated[str, "Only adapters of this owner."] = "",
     kind: Annotated[str, "Only adapters of a kind: document, task, image, combined or imported."] = "",
-    page: Annotated[int, typer.Option("--page", min=1, help="Which page.")] = 1,
-    per_page: Annotated[int, typer.Option("--per-page", min=1, help="Adapters on a page.")] = 100,
+    page: Annotated[int, typer.Option(min=1, help="Which page.")] = 1,
+    per_page: Annotated[int, typer.Option(min=1, help="Adapters on a page.")] = 100,
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:
@@ -51,7 +51,7 @@ def list_(
 def search(
     words: Annotated[list[str], "All of them must stand in one chunk."],
     *,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Most places shown.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Most places shown.")] = 20,
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:

@@ -45,19 +45,16 @@ Question = Annotated[str, "The question."]
 Replace = Annotated[bool, "Replace an adapter that has this name already."]
 Again = Annotated[bool, "Of a folder, also learn files that have not changed or that failed before."]
 Rank = Annotated[
-    int | None,
-    typer.Option("--rank", min=1, help="Compress the LoRA to at most this rank, and report how much is lost."),
+    int | None, typer.Option(min=1, help="Compress the LoRA to at most this rank, and report how much is lost.")
 ]
 Base = Annotated[str | None, "Language model: an embedded base, a local folder or a hub id."]
 Hypernetwork = Annotated[str | None, "Folder or hub id of a hypernetwork; the one shipped for the base by default."]
 Encoder = Annotated[str | None, "Folder or hub id of the hypernetwork's encoder, if it has moved since training."]
 Library = Annotated[
-    Path,
-    typer.Option("--library", default_factory=library_dir, show_default="your own library", help="Folder of adapters."),
+    Path, typer.Option(default_factory=library_dir, show_default="your own library", help="Folder of adapters.")
 ]
 Device = Annotated[
-    str | None,
-    typer.Option("--device", callback=check_device, help="cpu, cuda, cuda:N or mps; the fastest there is by default."),
+    str | None, typer.Option(callback=check_device, help="cpu, cuda, cuda:N or mps; the fastest there is by default.")
 ]
 Json = Annotated[bool, "Print one JSON object on standard output."]
 Adapters = Annotated[
@@ -70,7 +67,7 @@ Route = Annotated[
         "--route", parser=parse_route, metavar="N|all", help="How many chunks of each document a question is given."
     ),
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 
 TASKS = "Tasks: a folder of JSON files, or a JSONL(.gz) file of examples."
 Tasks = Annotated[Path, TASKS]
@@ -114,9 +111,7 @@ class Models(BaseChoice):
 class Learning(Models):
     """How documents are learned, and where their adapters are kept."""
 
-    chunk_tokens: Annotated[int, typer.Option("--chunk-tokens", min=16, help="Most tokens of a chunk.")] = (
-        DEFAULT_CHUNK_TOKENS
-    )
+    chunk_tokens: Annotated[int, typer.Option(min=16, help="Most tokens of a chunk.")] = DEFAULT_CHUNK_TOKENS
     storage: Annotated[
         Storage | None,
         typer.Option(
@@ -138,14 +133,11 @@ class Answering(BaseChoice):
     adapters: Adapters = None
     route: Route = DEFAULT_ROUTE
     max_tokens: MaxTokens = 128
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")
-    ] = 0.0
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0
     top_p: Annotated[
-        float,
-        typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the likeliest tokens that have this probability."),
+        float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens that have this probability.")
     ] = 1.0
-    seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the draw.")] = None
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the draw.")] = None
     system: Annotated[str | None, "Text of the system turn; an empty one by default."] = None
     hypernetwork: Annotated[str | None, "For adapters that keep only their text: the hypernetwork that cast them."] = (
         None

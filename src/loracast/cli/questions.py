@@ -30,7 +30,7 @@ def make_questions(
     model: Annotated[str | None, "Name of the endpoint's model."] = None,
     api_key_env: Annotated[str, "Environment variable with the endpoint's key, if it needs one."] = "OPENAI_API_KEY",
     config: MakeConfig,
-    passage_tokens: Annotated[int, typer.Option("--passage-tokens", min=64, help="Most tokens of a passage.")] = 384,
+    passage_tokens: Annotated[int, typer.Option(min=64, help="Most tokens of a passage.")] = 384,
     choice: options.BaseChoice,
     as_json: options.Json = False,
 ) -> None:

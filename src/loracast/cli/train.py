@@ -36,8 +36,7 @@ class Run(BaseChoice):
     out: Annotated[Path, "Folder for what is trained; a run found there goes on."]
     change: Change = None
     budget: Annotated[
-        float | None,
-        typer.Option("--budget", parser=seconds, metavar="TIME", help="Stop after this time: 90s, 45m, 2h."),
+        float | None, typer.Option(parser=seconds, metavar="TIME", help="Stop after this time: 90s, 45m, 2h.")
     ] = None
     as_json: Json = False
 
@@ -306,9 +305,7 @@ def _say_lora(run: Run, done: bool) -> None:
     run.say_done({"done": done}, where)
 
 
-app = typer.Typer(
-    cls=CommandGroup, help="Train hypernetworks, and the LoRAs that they are measured by.", no_args_is_help=True
-)
+app = typer.Typer(cls=CommandGroup, no_args_is_help=True)
 
 
 @app.callback()

@@ -27,7 +27,7 @@ from loracast.lora.quantize import Storage
 def edit(
     name: options.Adapter,
     *,
-    rename: Annotated[str | None, typer.Option("--rename", metavar="NEW", help="Another name.")] = None,
+    rename: Annotated[str | None, typer.Option(metavar="NEW", help="Another name.")] = None,
     tag: Annotated[list[str] | None, "Add a tag. Repeatable."] = None,
     untag: Annotated[list[str] | None, "Take a tag away. Repeatable."] = None,
     note: Annotated[str | None, 'A note for people; "" for none.'] = None,
@@ -146,7 +146,7 @@ def is_terminal() -> bool:
 def gc(
     *,
     keep: Annotated[
-        int | None, typer.Option("--keep", min=1, help="Keep only the newest N versions of each name; all by default.")
+        int | None, typer.Option(min=1, help="Keep only the newest N versions of each name; all by default.")
     ] = None,
     dry_run: Annotated[bool, "Only say what would be deleted."] = False,
     library: options.Library,
