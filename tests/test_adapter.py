@@ -415,7 +415,7 @@ def test_how_chunks_are_merged_keeps_its_keys_of_format_1(tmp_path):
 @pytest.mark.parametrize("storage", VERSIONS)
 @pytest.mark.parametrize("is_early", [False, True])
 def test_an_adapter_of_format_1_is_opened_as_it_always_was(storage, is_early, tmp_path):
-    """Files that were written once and are never written again; a change that needs other files needs another format beside this one."""
+    """Files that are never written again; a change that needs other files needs another format beside this one."""
     shutil.copytree(GOLDEN / storage, tmp_path / "doc")
     if is_early:  # from before these were kept
         path = tmp_path / "doc" / "adapter.json"

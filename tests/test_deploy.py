@@ -1,4 +1,4 @@
-"""Adapters on a server: a small HTTP server that behaves as vLLM's runtime API does, and vLLM's plugin registry stood in for by two modules."""
+"""Adapters on a server: an HTTP server that behaves as vLLM's runtime API, and two modules in place of its registry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exported adapters, loaded as their runtimes load them: the same answers, to the last digits that arithmetic leaves."""
+"""Exported adapters, loaded as their runtimes load them, give the same answers up to rounding."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_peft_loads_it_and_answers_the_same(name, adapter, base, tmp_path):
 
 @pytest.mark.parametrize(("to", "rank"), [("peft", None), ("vllm", None), ("peft", 20)])
 def test_what_is_written_of_many_chunks_is_as_near_to_their_sum_as_the_report_says(to, rank, tmp_path):
-    """Forty chunks of rank 2 outgrow modules of 48 rows: they are compressed, and must not be rounded to bf16 unsaid."""
+    """Forty chunks of rank 2 outgrow modules of 48 rows: they are compressed, and no rounding goes unreported."""
     many = write(tmp_path / "library", 40)
     assert many.lora().dense
     (made,) = export_adapter(many, to, tmp_path / "out", max_rank=rank)
@@ -167,7 +167,7 @@ def test_gguf_has_the_rows_of_q_and_k_as_llama_cpp_keeps_them(base, tmp_path):
 
 
 def test_mlx_finds_its_own_layout(base, tmp_path):
-    """mlx-lm adds scale * (x a) b to the same modules of the last so many layers, and refuses tensors that it has no place for."""
+    """mlx-lm adds scale * (x a) b to the same modules of the last so many layers, and refuses any other tensor."""
     from loracast.export.mlx import write_mlx
 
     wanted = request(random_lora(base.model, layers=(1, 3)), base, tmp_path)

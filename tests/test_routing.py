@@ -66,7 +66,7 @@ words = st.sampled_from(["zork", "blib", "quax", "frob", "wug"])
     st.integers(1, 8),
 )
 def test_scores_are_bm25_by_its_formula(documents, question, k):
-    """k1 = 1.2, b = 0.75; a word in the heading counts half; lengths are of heading and text together; pairs of words count half."""
+    """k1 = 1.2, b = 0.75; words in the heading and pairs of words count half; lengths include the heading."""
     asked = sorted(question)
     chunks = chunks_of([" ".join(text) for _, text in documents], [" ".join(heading) for heading, _ in documents])
     with sqlite3.connect(":memory:") as database:
@@ -148,7 +148,10 @@ def test_k(index):
 
 @pytest.mark.parametrize(
     "question",
-    ['"kettle', "kettle OR", "NEAR(kettle, 2", "heading: kettle", "kettle*", "-kettle", "(kettle", "^kettle", "'; DROP TABLE chunks; --kettle"],
+    [
+        '"kettle', "kettle OR", "NEAR(kettle, 2", "heading: kettle", "kettle*", "-kettle", "(kettle", "^kettle",
+        "'; DROP TABLE chunks; --kettle",
+    ],
 )  # fmt: skip
 def test_query_syntax_in_a_question_is_text(index, question):
     assert 0 in [i for i, _ in search(index, question, 5)]

@@ -15,7 +15,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 def write_vllm(request: Request) -> Path:
     """Write a LoRA for vLLM; returns the folder.
 
-    Requests to the server call it by its version, which never means other weights: vLLM's prefix cache goes by the name.
+    vLLM's prefix cache goes by the adapter's name, so requests call it by its version, which never means other weights.
     """
     made, name = request.made, request.version
     out = write_peft(request)
@@ -24,8 +24,8 @@ def write_vllm(request: Request) -> Path:
 
     vllm serve BASE --enable-lora --max-lora-rank {made.rank} --lora-modules {name}={out.name}
 
-BASE is a folder with the base's weights ({request.base}; `loracast export-base --out FOLDER` writes the embedded one). Requests
-name the adapter as their model: `"model": "{name}"`. It targets {", ".join(sorted(short))}.
+BASE is a folder with the base's weights ({request.base}; `loracast export-base --out FOLDER` writes the embedded one).
+Requests name the adapter as their model: `"model": "{name}"`. It targets {", ".join(sorted(short))}.
 
 To load it into a server that runs (started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True):
 

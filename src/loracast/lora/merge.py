@@ -33,7 +33,7 @@ class Merging:
 
 
 def decorrelate_keys(a: Tensor, b: Tensor, ridge: float) -> Tensor:
-    """Change each chunk's keys so that they respond less to other chunks' keys: A [..., chunks, r, in], same shape back.
+    """Change each chunk's keys so that they respond less to other chunks' keys: A [..., chunks, r, in] -> same shape.
 
     An associative memory solves for the keys k of one chunk by least squares (hypernets/memory.py): (G + ridge)^-1 k,
     where G holds their cosines, each key weighted by the norm of its row of B. Here G over all chunks takes the place
