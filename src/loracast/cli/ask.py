@@ -48,17 +48,16 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
         chunks = range(adapter.manifest.n_chunks) if route.chunks is None else route.chunks
         figures = {"scores": list(route.scores), "weights": list(route.weights), "reason": route.reason}
         chosen[name] = {"chunks": list(chunks), **figures}
-    print_json(
-        {
-            "question": question,
-            "answer": given.text,
-            "finished": given.finished,
-            "adapters": chosen,
-            "base": answerer.base.name,
-            "n_prompt_tokens": given.n_prompt_tokens,
-            "n_tokens": given.n_tokens,
-            "load_s": round(load_s, 3),
-            "first_token_s": round(given.first_token_s, 3),
-            "total_s": round(given.total_s, 3),
-        }
-    )
+    facts = {
+        "question": question,
+        "answer": given.text,
+        "finished": given.finished,
+        "adapters": chosen,
+        "base": answerer.base.name,
+        "n_prompt_tokens": given.n_prompt_tokens,
+        "n_tokens": given.n_tokens,
+        "load_s": round(load_s, 3),
+        "first_token_s": round(given.first_token_s, 3),
+        "total_s": round(given.total_s, 3),
+    }
+    print_json(facts)

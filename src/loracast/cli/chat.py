@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loracast.base.chat import ChatFormat, Message
+from loracast.base.chat import Message
 from loracast.cli.options import Answering, MaxTokens
 from loracast.cli.output import Stream, printable, say
 from loracast.cli.session import open_answerer
@@ -64,9 +65,7 @@ def _lines() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from filter(None, map(str.strip, sys.stdin))
         return
-    import contextlib
-
-    with contextlib.suppress(ImportError):  # not on Windows; it gives input() a history
+    with suppress(ImportError):  # not on Windows; it gives input() a history
         import readline  # noqa: F401
     while True:
         try:
@@ -121,8 +120,10 @@ class Talk:
 
         base = self.answerer.base
         lora, _ = self.answerer.lora_for(search_query(question, self.turns), list(self.used.values()), self.route)
-        turns = [*self.turns, {"role": "user", "content": question}]
-        turns, n_dropped = fit_window(base.chat, self.system, turns, base.window - self.sampling.max_new_tokens)
+        turns: list[Message] = [*self.turns, {"role": "user", "content": question}]
+        room, n_dropped = base.window - self.sampling.max_new_tokens, 0
+        while len(turns) > 2 and len(base.chat.conversation([self.system, *turns])) > room:
+            turns, n_dropped = turns[2:], n_dropped + 1  # forget the oldest question with its answer
         if n_dropped:
             say(f"(the oldest {n_dropped} question(s) no longer fit into the window and are forgotten)")
         stream = Stream()
@@ -145,15 +146,3 @@ def search_query(question: str, turns: Sequence[Message]) -> str:
         return question
     before = [turn["content"] for turn in turns if turn["role"] == "user"][-2:]
     return " ".join([*before, question])
-
-
-def fit_window(chat: ChatFormat, system: Message, turns: Sequence[Message], room: int) -> tuple[list[Message], int]:
-    """Forget the oldest questions with their answers until the prompt has at most `room` tokens; the last one stays.
-
-    Returns:
-        the turns that are left, and how many questions were forgotten.
-    """
-    kept = list(turns)
-    while len(kept) > 2 and len(chat.conversation([system, *kept])) > room:
-        kept = kept[2:]
-    return kept, (len(turns) - len(kept)) // 2

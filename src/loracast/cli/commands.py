@@ -40,7 +40,6 @@ _SPELLINGS = {
 """Options that are not called as their fields or parameters are."""
 _ONE_EACH = {"adapters", "benchmarks", "documents", "held_out", "texts", "unrelated"}
 """Fields whose option is given once for each value; the values of other tuples have commas between them."""
-_UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 class CommandGroup(TyperGroup):
@@ -201,7 +200,7 @@ def seconds(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     if not match:
         raise typer.BadParameter("write a duration as 90, 90s, 45m or 2.5h")
-    return float(match[1]) * _UNITS[match[2] or "s"]
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def field_docs(config: type) -> dict[str, str]:

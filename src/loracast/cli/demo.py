@@ -52,24 +52,13 @@ def demo(
             plain = model.answer(question, sampling=sampling)
             started = time.perf_counter()
             given = model.answer(question, adapter, sampling=sampling)
-            rows.append(
-                {
-                    "question": question,
-                    "plain": plain.text,
-                    "adapter": given.text,
-                    "expected": expected,
-                    "is_right": expected.casefold() in given.text.casefold(),
-                    "plain_s": round(plain.total_s, 3),
-                    "adapter_s": round(time.perf_counter() - started, 3),
-                }
-            )
+            row = {"question": question, "plain": plain.text, "adapter": given.text, "expected": expected}
+            seconds = {"plain_s": round(plain.total_s, 3), "adapter_s": round(time.perf_counter() - started, 3)}
+            rows.append({**row, "is_right": expected.casefold() in given.text.casefold(), **seconds})
     if as_json:
         print_json({**report(adapter), "answers": rows})
-    elif rows:
-        _print_answers(rows)
-
-
-def _print_answers(rows: list[dict[str, Any]]) -> None:
+    if as_json or not rows:
+        return
     from rich.table import Table
     from rich.text import Text
 

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli.options import Again, Json, Learning
 from loracast.cli.output import print_result, printable, progress_bar, say
 from loracast.cli.session import open_model
+from loracast.files import file_sha256
+from loracast.paths import journals_dir
 
 if TYPE_CHECKING:
     from loracast.library.sync import BulkReport, FileReport, Outcome
@@ -31,9 +34,7 @@ class FolderLearner:
     """
 
     def __init__(self, folder: Path, learning: Learning, *, again: bool = False, remove_gone: bool = False):
-        from loracast.base.embedded import DEFAULT_BASE
         from loracast.cast.load import shipped_hypernetwork
-        from loracast.files import file_sha256
 
         base = learning.base or DEFAULT_BASE
         where = Path(learning.hypernetwork) if learning.hypernetwork else shipped_hypernetwork(base)
@@ -57,7 +58,6 @@ class FolderLearner:
     def run(self) -> BulkReport:
         """Go through the folder once; files that fail are reported on the way."""
         from loracast.library.sync import learn_folder
-        from loracast.paths import journals_dir
 
         with progress_bar("files", str(self.folder)) as progress:
 

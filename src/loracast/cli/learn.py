@@ -100,22 +100,22 @@ def task(
     manifest = adapter.manifest
     for warning in manifest.warnings:
         warn(warning)
-    print_result(
-        as_json,
-        {
-            **_made(adapter),
-            "description": manifest.title,
-            "distance": caster.distances([description])[0],
-            "ood_threshold": caster.ood_threshold,
-            "strength": strength,
-            "ranks": manifest.ranks,
-            "cast_s": manifest.learn_s,
-            "total_s": round(time.perf_counter() - started, 3),
-        },
+    facts = {
+        **_made(adapter),
+        "description": manifest.title,
+        "distance": caster.distances([description])[0],
+        "ood_threshold": caster.ood_threshold,
+        "strength": strength,
+        "ranks": manifest.ranks,
+        "cast_s": manifest.learn_s,
+        "total_s": round(time.perf_counter() - started, 3),
+    }
+    text = (
         f"cast {adapter.name} ({manifest.title})\n"
         f"rank {manifest.rank_text}, {size(adapter.n_bytes)}, {1000 * manifest.learn_s:.0f} ms\n"
-        f'use it: loracast ask "..." -a {adapter.name}',
+        f'use it: loracast ask "..." -a {adapter.name}'
     )
+    print_result(as_json, facts, text)
 
 
 def report(adapter: Adapter) -> dict[str, Any]:

