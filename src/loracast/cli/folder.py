@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from loracast.library.sync import BulkReport, FileReport, Outcome
     from loracast.model import Model
 
-
 _LOOK_EVERY_MS = 10_000
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of documents.", exists=True, file_okay=False)]
 

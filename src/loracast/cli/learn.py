@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli import options
 from loracast.cli.folder import FolderLearner, learn_files
 from loracast.cli.output import plural, print_result, say, size, warn
@@ -58,7 +59,6 @@ def learn(
 
 def _learn_image(file: str, naming: options.Naming, learning: options.Learning) -> Adapter:
     """Learn an image: this takes an image encoder and a hypernetwork; the base is not loaded."""
-    from loracast.base.embedded import DEFAULT_BASE
     from loracast.cast.image import learn_image
     from loracast.cast.load import load_caster, shipped_hypernetwork
     from loracast.documents.images import read_image_file
@@ -86,7 +86,6 @@ def task(
 
     The base is loaded only for hypernetworks that read the description with it, as the shipped one does.
     """
-    from loracast.base.embedded import DEFAULT_BASE
     from loracast.cast.load import load_base_for, load_caster, shipped_hypernetwork
     from loracast.cast.task import TaskCaster
     from loracast.library.save import source_of

@@ -117,13 +117,12 @@ def chunk_norms(adapter: Adapter) -> dict[str, dict[str, float]]:
     }
 
 
+Other = Annotated[str, "The adapter to compare it with."]
+Plot = Annotated[Path | None, "Draw the differences into this PNG file."]
+
+
 def diff(
-    name: options.Adapter,
-    other: Annotated[str, "The adapter to compare it with."],
-    *,
-    plot: Annotated[Path | None, "Draw the differences into this PNG file."] = None,
-    library: options.Library,
-    as_json: options.Json = False,
+    name: options.Adapter, other: Other, *, plot: Plot = None, library: options.Library, as_json: options.Json = False
 ) -> None:
     """Show how two adapters differ, layer by layer, all chunks of a document merged."""
     from loracast.base.fingerprint import check

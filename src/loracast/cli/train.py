@@ -8,16 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from loracast.base.load import Base, load_base
 from loracast.cli.commands import CommandGroup, add, seconds
 from loracast.cli.options import TASKS, BaseChoice, Json, Tasks
 from loracast.cli.output import print_result, say
-
-if TYPE_CHECKING:
-    from loracast.base.load import Base
 
 Change = Annotated[list[str] | None, "Change a key of the recipe: training.lr=2e-4. Repeatable."]
 _DOCUMENTS = "Documents with questions: JSONL(.gz) rows. Repeatable."
@@ -182,10 +180,7 @@ def oracle(
 
 
 def multitask(
-    run: Run,
-    *,
-    tasks: Tasks,
-    described: Annotated[bool, "With a description of the task in every prompt."] = False,
+    run: Run, *, tasks: Tasks, described: Annotated[bool, "With a description of the task in every prompt."] = False
 ) -> None:
     """Train one LoRA on all tasks that are not held out: what is left of Text-to-LoRA without descriptions."""
     from loracast.data.tasks import read_tasks
@@ -285,7 +280,6 @@ def _train_lora(
 
 
 def _open_base(run: Run, device: str | None = None) -> Base:
-    from loracast.base.load import load_base
     from loracast.training.runtime import keep_freed_memory
 
     keep_freed_memory()
