@@ -18,6 +18,7 @@ from typing import Any
 
 from loracast.base.load import Base
 from loracast.errors import ConfigError
+from loracast.evaluation.documents import DocumentSetup
 from loracast.evaluation.report import Column, Progress, Report, ReportWriter, columns, no_progress
 from loracast.evaluation.teacher_forced import TeacherForcedConfig, evaluate_teacher_forced
 from loracast.files import write_atomically
@@ -119,7 +120,6 @@ def _run(base: Base, config: AblationConfig, recipe: DocRecipe, folder: Path) ->
     run = folder / "run"
     trained = train_doc(base, recipe, run)
     model = Model(base, folder / "library", run)
-    hypernet = model.documents.hypernetwork
     documents = config.held_out or recipe.data.documents
     data = replace(recipe.data, documents=documents, document_sources=config.held_out_sources, unrelated=(), seed=0)
     report = evaluate_teacher_forced(model, TeacherForcedConfig(data, config.kinds, config.steps), folder / "forced")
@@ -132,10 +132,8 @@ def _run(base: Base, config: AblationConfig, recipe: DocRecipe, folder: Path) ->
         },
         "steps": trained["step"],
         "step_s": trained["elapsed_s"] / trained["step"],
-        "parameters_m": sum(p.numel() for p in hypernet.parameters()) / 1e6,
-        "chunk_kb": 2
-        * sum(hypernet.config.ranks[m.kind] * (m.d_in + m.d_out) for m in hypernet.config.target.modules)
-        / 1000,
+        "parameters_m": sum(p.numel() for p in model.documents.hypernetwork.parameters()) / 1e6,
+        "chunk_kb": DocumentSetup(model).chunk_bytes / 1000,
     }
     write_atomically(folder / "results.json", json.dumps(figures, indent=1).encode())
 

@@ -14,7 +14,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -160,8 +160,7 @@ class _Scorer:
         """The negative log-likelihood of each answer with the LoRA of each example [rows, answers]."""
         prompt = self.base.chat.prompt(question, "")
         found: list[Tensor] = []
-        for first in range(0, len(rows), _AT_ONCE):
-            loras = self._loras(states, rows[first : first + _AT_ONCE])
+        for loras in self._loras(states, rows):
             found += negative_log_likelihood(self.base, [prompt] * len(loras), [answers] * len(loras), loras)
             self._done += len(loras)
             self.progress(min(self._done, self.total), self.total)
@@ -176,14 +175,15 @@ class _Scorer:
         """What the base writes with the LoRA of each example."""
         prompt = self.base.chat.prompt(question, "")
         answers: list[str] = []
-        for first in range(0, len(states), _AT_ONCE):
-            loras = self._loras(states, range(first, min(first + _AT_ONCE, len(states))))
+        for loras in self._loras(states, range(len(states))):
             answers += answer_batch(self.base, [prompt] * len(loras), loras, Sampling(max_new_tokens=16))
         return answers
 
-    def _loras(self, states: Tensor, rows: Sequence[int]) -> list[LoRA]:
-        batch = self.caster.loras_of(Features(states[list(rows)].float()))
-        return [batch.row(i) for i in range(batch.n)]
+    def _loras(self, states: Tensor, rows: Sequence[int]) -> Iterator[list[LoRA]]:
+        """The LoRAs of these examples, a few at a time."""
+        for first in range(0, len(rows), _AT_ONCE):
+            batch = self.caster.loras_of(Features(states[list(rows[first : first + _AT_ONCE])].float()))
+            yield [batch.row(i) for i in range(batch.n)]
 
 
 def _row(part: str, baseline: str, hits: Sequence[bool], chance: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ every row of every training task.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 from loracast.data.answer_metrics import normalise
 from loracast.data.tasks import Example, read_tasks
 from loracast.errors import ConfigError
+from loracast.evaluation.intervals import mean
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 
 COLUMNS = columns(
@@ -70,9 +71,9 @@ def evaluate_overlap(config: OverlapConfig, out: Path, progress: Progress = no_p
                 "task": task.name,
                 "is_near": task.is_near,
                 "n": len(task.test),
-                "same": _share(not pairs.isdisjoint(_pairs(row)) for row in task.test),
-                "same_input": _share(same),
-                "near_input": _share(near),
+                "same": mean([not pairs.isdisjoint(_pairs(row)) for row in task.test]),
+                "same_input": mean(same),
+                "near_input": mean(near),
                 "near_task": max(sorted(set(homes)), key=homes.count) if homes else "-",
                 "description": float(closeness[best].max(initial=0.0)) if best is not None else None,
                 "description_task": described[int(np.argmax(closeness[best]))][0]
@@ -112,8 +113,3 @@ def _words(text: str) -> set[str]:
 
 def _pairs(row: Example) -> set[tuple[str, str]]:
     return {(normalise(row.input), normalise(output)) for output in row.outputs}
-
-
-def _share(flags: Iterable[bool]) -> float:
-    known = list(flags)
-    return sum(known) / len(known)

@@ -67,10 +67,9 @@ def evaluate_map(caster: TaskCaster, config: MapConfig, out: Path) -> Report:
     embeddings = torch.nn.functional.normalize(caster.embeddings(texts).double(), dim=-1)
     distances = {"embeddings": 1 - embeddings @ embeddings.T, "weights": 1 - stack(caster.loras(texts)).cosines()}
     rows: list[dict[str, Any]] = []
-    places: dict[str, np.ndarray] = {}
     for name, between in distances.items():
         table = between.clamp_min(0).fill_diagonal_(0).numpy()
-        places[name] = _in_two_dimensions(table, config.seed)
+        places = _in_two_dimensions(table, config.seed)
         rows.append(
             {
                 "baseline": name,
@@ -83,7 +82,7 @@ def evaluate_map(caster: TaskCaster, config: MapConfig, out: Path) -> Report:
                 "by_group_by_chance": _by_chance(table, names, groups, config.seed),
                 "points": [
                     {"task": task, "group": group, "x": float(x), "y": float(y)}
-                    for task, group, (x, y) in zip(names, groups, places[name], strict=True)
+                    for task, group, (x, y) in zip(names, groups, places, strict=True)
                 ],
             }
         )

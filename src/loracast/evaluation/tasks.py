@@ -250,11 +250,11 @@ def _rows(tasks: Sequence[Task], tallies: Mapping[str, Tally]) -> list[dict[str,
         for key, is_counted in _KINDS.items():
             some = [i for i, task in enumerate(tasks) if is_counted(task)]
             row[key] = mean_if_any([shares[i] for i in some])
-            if some and ADAPTER in tallies and name != ADAPTER:
+            if ADAPTER in tallies and name != ADAPTER:
                 gain = f"difference_{key}".removesuffix("_exact")
-                row[gain], row[f"{gain}_low"], row[f"{gain}_high"] = paired_bootstrap(
-                    [tallies[ADAPTER].exact[i] for i in some], [tally.exact[i] for i in some]
-                )
+                pair = ([t.exact[i] for i in some] for t in (tallies[ADAPTER], tally))
+                found = paired_bootstrap(*pair) if some else (None, None, None)
+                row[gain], row[f"{gain}_low"], row[f"{gain}_high"] = found
         rows.append(row)
     return rows
 
