@@ -23,6 +23,7 @@ def data(tmp_path) -> DataConfig:
 
 def test_figures_are_those_of_each_question_alone(base, data, tmp_path):
     model = Model(base, tmp_path / "library", make_hypernet(base))
+    caster = model.documents
     config = TeacherForcedConfig(data=data, kinds=("facts", "questions"), steps=2)
     report = evaluate_teacher_forced(model, config, tmp_path / "out")
     source = EpisodeSource(data, base.tokenizer, base.chat, split="dev")
@@ -30,7 +31,7 @@ def test_figures_are_those_of_each_question_alone(base, data, tmp_path):
         right: list[list[bool]] = []
         for step in range(2):
             for episode in source.of_kind(kind, step):
-                parts = [model.documents.loras([chunk]).row(0) for chunk in episode.chunks]
+                parts = [caster.loras_of(caster.encode([chunk])).row(0) for chunk in episode.chunks]
                 factors = {
                     name: type(pair)(
                         torch.cat([part.factors[name].a for part in parts]),
