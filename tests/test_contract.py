@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from loracast.hypernets.protocol import Cast, Hypernetwork
 from loracast.hypernets.store import from_pretrained, read_made_for, save_pretrained, with_config
 from loracast.library.library import versions
 from loracast.lora.target import Target, TargetModule, target_from_config
-from loracast.model import Model, load, load_answerer
+from loracast.model import Model, load
 from tiny import DESCRIPTIONS, make_attention_delta, make_hypernet, make_model, make_tokenizer
 
 architectures = pytest.mark.parametrize("architecture", ["document", "memory", "published", "task", "attention_delta"])
@@ -211,15 +212,15 @@ def test_without_a_base_a_hypernetwork_of_another_one_is_refused_before_the_defa
     hypernet = make("document")
     save_pretrained(hypernet, tmp_path / "other")
     monkeypatch.setattr("loracast.cast.load.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
-    for loader in (load, load_answerer):
+    for loader in (load, partial(load, eager=False)):
         with pytest.raises(BaseModelError, match=f"was made for the base {hypernet.made_for.base!r}, .*--base"):
             loader(hypernetwork=tmp_path / "other")
     with pytest.raises(BaseModelError, match="was made for the base"):
         load(task_hypernetwork=tmp_path / "other")
     loaded = []
     monkeypatch.setattr("loracast.cast.load.load_base", lambda base, **_: loaded.append(base))
-    load_answerer(hypernetwork=shipped_hypernetwork("smollm2-135m-instruct"))  # made for the default
-    load_answerer("another", hypernetwork=tmp_path / "other")  # the base itself is checked later
+    load(hypernetwork=shipped_hypernetwork("smollm2-135m-instruct"), eager=False)  # made for the default
+    load("another", hypernetwork=tmp_path / "other", eager=False)  # the base itself is checked later
     assert loaded == [None, "another"]
 
 

@@ -18,7 +18,7 @@ from loracast.library.adapter import Adapter
 from loracast.library.library import find, open_adapter, versions
 from loracast.library.upkeep import collect_garbage, compact, verify
 from loracast.lora.quantize import DEFAULT_STORAGE, check_storage, dequantise, quantise
-from loracast.model import load, load_answerer
+from loracast.model import load
 from tiny import PROSE, for_base, make_hypernet
 
 QUESTION = "What is the code of the amber lantern?"
@@ -94,7 +94,7 @@ def test_a_document_kept_as_text_answers_as_the_whole_one(model, document, tiny_
         for name in one.names:
             torch.testing.assert_close(other.delta(name), one.delta(name), rtol=0.05, atol=1e-2)
     assert model.ask(QUESTION, "text") == model.ask(QUESTION, whole)
-    answerer = load_answerer(tiny_folder, tiny_hypernet_folder, library=model.library, device="cpu")
+    answerer = load(tiny_folder, tiny_hypernet_folder, library=model.library, device="cpu", eager=False)
     assert answerer.ask(QUESTION, "text") == model.ask(QUESTION, whole)
 
     with pytest.raises(AdapterError, match=r"keeps only its text.*--storage bf16"):
@@ -104,7 +104,7 @@ def test_a_document_kept_as_text_answers_as_the_whole_one(model, document, tiny_
     with pytest.raises(HypernetworkError, match="not the hypernetwork that it was learned with"):
         load(tiny_folder, tmp_path / "other", library=model.library, device="cpu").ask(QUESTION, "text")
     with pytest.raises(HypernetworkError, match="no hypernetwork is shipped"):
-        load_answerer(tiny_folder, library=model.library, device="cpu").ask(QUESTION, "text")
+        load(tiny_folder, library=model.library, device="cpu", eager=False).ask(QUESTION, "text")
 
 
 def test_nothing_becomes_larger_or_what_it_cannot_be(tmp_path):

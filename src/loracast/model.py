@@ -208,6 +208,7 @@ def load(
     image_hypernetwork: str | Path | None = None,
     library: str | Path | None = None,
     device: str | None = None,
+    eager: bool = True,
     say: Say = lambda text: None,
 ) -> Model:
     """Load a base and its hypernetwork.
@@ -218,6 +219,8 @@ def load(
         task_hypernetwork, image_hypernetwork: the same for `Model.task` and for images in `Model.learn`.
         library: where adapters are kept; the user's own library if None.
         device: "cpu", "cuda" or "mps"; the fastest available if None.
+        eager: read the hypernetwork for documents at once, so that a wrong one is refused now; False for a model that
+            answers and does not learn.
         say: receives progress messages where an embedded base has to be fetched first.
 
     Raises:
@@ -225,17 +228,6 @@ def load(
     """
     given = (hypernetwork, task_hypernetwork, image_hypernetwork)
     model = Model(load_base_for(base, given, device, say), Path(library or library_dir()), *given)
-    _ = model.documents  # refused now, not at the first document
+    if eager:
+        _ = model.documents
     return model
-
-
-def load_answerer(
-    base: str | Path | None = None,
-    hypernetwork: str | Path | None = None,
-    *,
-    library: str | Path | None = None,
-    device: str | None = None,
-    say: Say = lambda text: None,
-) -> Answerer:
-    """Load a base that answers but does not learn; arguments as in `load`."""
-    return Answerer(load_base_for(base, [hypernetwork], device, say), Path(library or library_dir()), hypernetwork)

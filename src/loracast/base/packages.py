@@ -29,12 +29,9 @@ class PackagedModel:
     """A model inside a PyPI package, pinned by the hashes of its files."""
 
     name: str
-    requirement: str
-    """The package with its version, as pip takes it."""
-    prefix: str
-    """Folder inside the package, ending in a slash."""
-    files: Mapping[str, str]
-    """Path below the prefix -> sha256."""
+    requirement: str  # the package with its version, as pip takes it
+    prefix: str  # folder inside the package, ending in a slash
+    files: Mapping[str, str]  # path below the prefix -> sha256
     licence: str
     what: str
     """What it is for: "base", "text encoder" or "image encoder"."""

@@ -98,9 +98,9 @@ def harness(config: HarnessConfig, choice: BaseChoice, *, library: Library, resu
     from loracast.evaluation.harness import evaluate_harness
 
     with loading(choice.device) as tell:
-        from loracast.model import load_answerer
+        from loracast.model import load
 
-        answerer = load_answerer(choice.base, library=library, device=choice.device, say=tell)
+        answerer = load(choice.base, library=library, device=choice.device, say=tell, eager=False)
     results.show(evaluate_harness(answerer, config, results.out))
 
 

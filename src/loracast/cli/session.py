@@ -59,10 +59,15 @@ def open_answerer(answering: Answering) -> tuple[Answerer, dict[str, Adapter], S
         open_adapter(answering.library, name)
     with loading(answering.device) as tell:
         from loracast.base.generate import Sampling
-        from loracast.model import load_answerer
+        from loracast.model import load
 
-        answerer = load_answerer(
-            answering.base, answering.hypernetwork, library=answering.library, device=answering.device, say=tell
+        answerer = load(
+            answering.base,
+            answering.hypernetwork,
+            library=answering.library,
+            device=answering.device,
+            say=tell,
+            eager=False,
         )
     opened: dict[str, Adapter] = {}
     for name in answering.adapters or ():

@@ -75,8 +75,7 @@ class Entry:
     """A name with one of its versions."""
 
     name: str
-    version: str
-    """Content hash."""
+    version: str  # content hash
     kind: str
     title: str
     source: str | None
@@ -87,12 +86,9 @@ class Entry:
     n_chunks: int
     n_tokens: int
     n_bytes: int
-    created: str
-    """When the adapter was made; UTC, ISO 8601."""
-    added: str
-    """When the name was given to it."""
-    n_versions: int
-    """That the name has."""
+    created: str  # when the adapter was made; UTC, ISO 8601
+    added: str  # when the name was given to it
+    n_versions: int  # that the name has
     owner: str
     note: str
     tags: tuple[str, ...]
@@ -106,8 +102,7 @@ class Hit:
     version: str
     chunk: int
     heading: str
-    snippet: str
-    """The surroundings of the words, each word between [ and ]."""
+    snippet: str  # the surroundings of the words, each word between [ and ]
 
 
 _JOINED = "aliases JOIN names ON names.name = aliases.name JOIN versions ON versions.id = aliases.version"
