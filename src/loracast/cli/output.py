@@ -82,8 +82,7 @@ def progress_bar(unit: str, title: str = "", *, is_kept: bool = False) -> Iterat
 
     columns = [parts.TextColumn("{task.description}", markup=False), parts.BarColumn(), parts.MofNCompleteColumn()]
     columns += [parts.TextColumn(unit), *([parts.TimeElapsedColumn()] if is_kept else []), parts.TimeRemainingColumn()]
-    is_hidden = not sys.stderr.isatty()
-    bar = parts.Progress(*columns, console=stderr(), transient=not is_kept, disable=is_hidden)
+    bar = parts.Progress(*columns, console=stderr(), transient=not is_kept, disable=not sys.stderr.isatty())
     with bar:
         task = bar.add_task(printable(title), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -31,7 +31,8 @@ def route(
     exported: Annotated[
         Path | None,
         typer.Option(
-            exists=True, file_okay=False, help="A folder that `export --each-chunk` wrote: show which of its adapters to load.",
+            exists=True, file_okay=False,
+            help="A folder that `export --each-chunk` wrote: show which of its adapters to load.",
         ),
     ] = None,
     library: options.Library,
