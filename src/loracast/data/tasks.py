@@ -160,33 +160,26 @@ def _from_rows(paths: Sequence[Path]) -> list[Task]:
     for path in paths:
         each_row(path, take_example)
     if not descriptions:
-        if (described := _beside(paths[0], "task_descriptions")) is None:
+        if (beside := _beside(paths[0], "task_descriptions")) is None:
             raise ConfigError(
                 f"{paths[0]} needs the descriptions of its tasks beside it, in task_descriptions.jsonl or "
                 "task_descriptions.jsonl.gz"
             )
-        each_row(described, take_description)
+        each_row(beside, take_description)
     if (meta := _beside(paths[0], "tasks_meta")) is not None:
         each_row(meta, take_about)
     if unknown := sorted((descriptions.keys() | about.keys()) - examples.keys()):
         raise ConfigError(f"{paths[0]} has no examples of tasks that are described beside it: {', '.join(unknown)}")
     tasks = []
     for name, rows in examples.items():
-        train, test = _split(rows)
+        described = {kind: tuple(texts) for kind, texts in descriptions.get(name, {}).items()}
         known = about.get(name, {})
-        tasks.append(
-            Task(
-                name,
-                {kind: tuple(texts) for kind, texts in descriptions.get(name, {}).items()},
-                train,
-                test,
-                labels=tuple(known.get("labels") or ()),
-                group=known.get("group", ""),
-                is_heldout=name in heldout,
-                is_near=known.get("heldout_kind") == "near",
-                metric=known.get("metric", "exact"),
-            )
-        )
+        task = Task(
+            name, described, *_split(rows), labels=tuple(known.get("labels") or ()), group=known.get("group", ""),
+            is_heldout=name in heldout, is_near=known.get("heldout_kind") == "near",
+            metric=known.get("metric", "exact"),
+        )  # fmt: skip
+        tasks.append(task)
     return tasks
 
 

@@ -17,14 +17,12 @@ from loracast.errors import DocumentError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_MAGIC = {
+_MAGIC: dict[bytes | tuple[bytes, ...], str] = {
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"\xff\xd8\xff": "JPEG",
-    b"GIF87a": "GIF",
-    b"GIF89a": "GIF",
+    (b"GIF87a", b"GIF89a"): "GIF",
     b"BM": "BMP",
-    b"II*\x00": "TIFF",
-    b"MM\x00*": "TIFF",
+    (b"II*\x00", b"MM\x00*"): "TIFF",
 }
 MAX_PIXELS = 50_000_000  # more is a bomb, or nothing that an encoder of 224 x 224 would see
 

@@ -76,13 +76,9 @@ _DERIVED = {"modules", "memory_modules", "static_modules", "encoder_modules", "d
 def read_doc_recipe(path: Path | None, overrides: Sequence[str] = ()) -> DocRecipe:
     """Read a recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables`."""
     return read_recipe_as(
-        DocRecipe,
-        path,
-        overrides,
-        hypernetwork=keys_of(DocToLoRAConfig) - _DERIVED,
-        fields=_FIELDS,
-        objective={"memory_loss_weight", "distillation_weight", "kl_to_base_weight", "l1_weight"},
-    )
+        DocRecipe, path, overrides, hypernetwork=keys_of(DocToLoRAConfig) - _DERIVED,
+        fields=_FIELDS, objective={"memory_loss_weight", "distillation_weight", "kl_to_base_weight", "l1_weight"},
+    )  # fmt: skip
 
 
 def build_doc_hypernet(base: Base, recipe: DocRecipe, source: EpisodeSource) -> DocToLoRA:
@@ -209,13 +205,6 @@ def train_doc(
     hypernet.to(workers.device).train()
     encoder = hypernet.hidden_states_encoder(base)
     wrapped = workers.wrap(hypernet)
-    weights = {
-        "answer_loss": 1 - recipe.distillation_weight,
-        "distillation_loss": recipe.distillation_weight,
-        "memory_loss": recipe.memory_loss_weight,
-        "kl_to_base": recipe.kl_to_base_weight,
-        "l1": recipe.l1_weight,
-    }
 
     def objective(number: int) -> tuple[Tensor, dict[str, float]]:
         episodes = distillation.with_soft_targets(source.step(number, workers.rank))
@@ -223,16 +212,16 @@ def train_doc(
         with recipe.training.autocast(workers.device):
             scores, memory, cast = answer_questions(base.model, encoder, wrapped, batch)
         losses = {
-            "answer_loss": scores.loss,
-            "distillation_loss": scores.distillation_loss,
-            "memory_loss": memory.loss,
-            "kl_to_base": scores.kl_to_base,
-            "l1": cast.mean_absolute() if recipe.l1_weight > 0 else None,
+            "answer_loss": (1 - recipe.distillation_weight, scores.loss),
+            "distillation_loss": (recipe.distillation_weight, scores.distillation_loss),
+            "memory_loss": (recipe.memory_loss_weight, memory.loss),
+            "kl_to_base": (recipe.kl_to_base_weight, scores.kl_to_base),
+            "l1": (recipe.l1_weight, cast.mean_absolute() if recipe.l1_weight > 0 else None),
         }
-        present = {name: loss for name, loss in losses.items() if loss is not None and weights[name] > 0}
-        total = torch.stack([weights[name] * loss for name, loss in present.items()]).sum()
+        present = {name: (w, loss) for name, (w, loss) in losses.items() if loss is not None and w > 0}
+        total = torch.stack([weight * loss for weight, loss in present.values()]).sum()
         return total, {
-            **{name: loss.item() for name, loss in present.items()},
+            **{name: loss.item() for name, (_, loss) in present.items()},
             **memory.figures,
             "exact": scores.exact,
             f"exact_{episodes[0].task}": scores.exact,

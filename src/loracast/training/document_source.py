@@ -122,11 +122,10 @@ class DocumentSource:
             if answered:
                 title = document.title if rng.random() < 0.5 else ""
                 texts = self.maker.chunk_texts(document.text, self.max_chunk_tokens, title)
-                episodes.append(
-                    self.maker.episode(
-                        rng, texts, answered, task, asks_unrelated=asks_unrelated, document=document.text
-                    )
+                episode = self.maker.episode(
+                    rng, texts, answered, task, asks_unrelated=asks_unrelated, document=document.text
                 )
+                episodes.append(episode)
                 n_asked += len(answered)
         if not episodes:
             raise TrainingError("the documents have no question whose answer stands in them")

@@ -53,13 +53,9 @@ class ModalityRecipe:
 def read_modality_recipe(path: Path | None, overrides: Sequence[str] = ()) -> ModalityRecipe:
     """Read a recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables`."""
     return read_recipe_as(
-        ModalityRecipe,
-        path,
-        overrides,
-        hypernetwork=_OPTIONS,
-        fields=("kinds", "layers"),
-        objective={"kl_to_base_weight"},
-    )
+        ModalityRecipe, path, overrides, hypernetwork=_OPTIONS,
+        fields=("kinds", "layers"), objective={"kl_to_base_weight"},
+    )  # fmt: skip
 
 
 def build_modality_hypernet(base: Base, recipe: ModalityRecipe, encoder: Encoder, source: ModalitySource) -> DocToLoRA:

@@ -45,8 +45,7 @@ class OracleRecipe:
     training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100, lr=1e-3, warmup_steps=10))
 
 
-MULTITASK = OracleRecipe(data=TaskDataConfig(), training=TrainConfig())
-"""Default recipe of the multi-task LoRA: the data and training defaults of Text-to-LoRA."""
+MULTITASK = OracleRecipe(data=TaskDataConfig(), training=TrainConfig())  # with the defaults of Text-to-LoRA
 
 
 def read_oracle_recipe(

@@ -34,8 +34,7 @@ def plot_metrics(metrics: Path, plot: Path) -> bool:
     right.set(xlabel="step", ylim=(0, highest), title="in training")
     if figures:
         right.legend(loc="lower left")
-    hours = rows[-1]["elapsed_s"] / 3600
-    figure.suptitle(f"{rows[-1]['step']} steps in {hours:.1f} h")
+    figure.suptitle(f"{rows[-1]['step']} steps in {rows[-1]['elapsed_s'] / 3600:.1f} h")
     figure.savefig(plot, dpi=120)
     plt.close(figure)
     return True

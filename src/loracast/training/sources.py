@@ -140,13 +140,10 @@ class EpisodeSource:
         self.documents: DocumentSource | None = None
         if config.documents:
             self.documents = DocumentSource(
-                read_questioned(config.documents, config.document_sources, "train"),
-                self.maker,
-                max_chunk_tokens=config.max_chunk_tokens,
-                max_chunks=config.max_chunks,
-                max_questions=config.max_questions,
-                reading_chunk_tokens=config.reading_chunk_tokens,
-            )
+                read_questioned(config.documents, config.document_sources, "train"), self.maker,
+                max_chunk_tokens=config.max_chunk_tokens, max_chunks=config.max_chunks,
+                max_questions=config.max_questions, reading_chunk_tokens=config.reading_chunk_tokens,
+            )  # fmt: skip
 
     def step(self, number: int, worker: int = 0) -> list[Episode]:
         """The episodes of step `number` on one of several workers."""

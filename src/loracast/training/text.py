@@ -96,13 +96,9 @@ _BY_ORACLES = ("match",)
 def read_text_recipe(path: Path | None, overrides: Sequence[str] = ()) -> TextRecipe:
     """Read a recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables`."""
     return read_recipe_as(
-        TextRecipe,
-        path,
-        overrides,
-        hypernetwork=(keys_of(TextToLoRAConfig) | keys_of(AttentionDeltaToLoRAConfig)) - _DERIVED,
-        fields=("kinds", "layers", "encoder"),
-        objective=(*_BY_EXAMPLES, *_BY_ORACLES),
-    )
+        TextRecipe, path, overrides, hypernetwork=(keys_of(TextToLoRAConfig) | keys_of(AttentionDeltaToLoRAConfig)) - _DERIVED,
+        fields=("kinds", "layers", "encoder"), objective=(*_BY_EXAMPLES, *_BY_ORACLES),
+    )  # fmt: skip
 
 
 def gibberish(rng: random.Random, n: int) -> list[str]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from loracast.data.spans import FactSpan
 
 # A wrapped line is no end, but a table's row is.
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+|\n\s*\n|\n(?=[^\n]*\|)")
 _WORD = re.compile(r"\w+")
-_STEM = 5
-"""Words that begin with the same five characters count as the same: "settled" and "settling"."""
+_STEM = 5  # words that begin with as many equal characters count as the same: "settled" and "settling"
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
@@ -45,13 +44,10 @@ def find_answer(text: str, question: str, answers: Sequence[str]) -> FactSpan | 
     return FactSpan(text[low:high], "", value, start - low)
 
 
-def _places(text: str, answer: str) -> Iterator[tuple[int, int]]:
+def _places(text: str, answer: str) -> list[tuple[int, int]]:
     """Where an answer stands in a text as whole words, ignoring case."""
-    if not answer.strip():
-        return
-    pattern = re.escape(answer.strip())
-    for match in re.finditer(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE):
-        yield match.span()
+    pattern = rf"(?<!\w){re.escape(answer.strip())}(?!\w)"
+    return [match.span() for match in re.finditer(pattern, text, re.IGNORECASE)] if answer.strip() else []
 
 
 def _stems(text: str) -> set[str]:
