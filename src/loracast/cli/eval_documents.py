@@ -1,4 +1,4 @@
-"""`loracast eval` for documents: qa, needle, facts, verbatim, interference, teacher-forced, ablations, latency and memory."""
+"""The commands of `loracast eval` for documents: qa, needle, facts, verbatim and others, latency and memory too."""
 
 from __future__ import annotations
 
