@@ -31,7 +31,7 @@ class Needle:
 def make_needles(rng: random.Random, n_needles: int, *, split: Split, kind: str | None = None) -> list[Needle]:
     """Draw the needles of one document: a single one may lack a key, several have different keys.
 
-    All values are of `kind`, one of `[kinds]` of the content; if None each needle draws one, 4-digit numbers most often.
+    All values are of `kind`, one of `[kinds]` of the content; with None each draws one, 4-digit numbers most often.
     """
     content = read_content("needles")
     frames = content["plain"] if n_needles == 1 and rng.random() < 0.3 else content["keyed"]

@@ -20,14 +20,14 @@ OF_THE_BASE = "base"
 class Features:
     """Features of n chunks, images or descriptions of t tokens each, padding included."""
 
-    states: Tensor
-    """[n, t, d], or [n, layers, t, d] if each layer reads features of its own; the last columns may be values."""
-    starts: Tensor | None = None
-    """[n, t, d_values]: values of the tokens that begin an answer with the same text; for an associative memory."""
-    keys: Tensor | None = None
-    """[n, modules, t, d_in]: inputs of the modules that hold an associative memory."""
-    mask: Tensor | None = None
-    """[n, t] bool, true at real tokens; None where all are. A chunk without a real token gets rows of zero."""
+    states: (
+        Tensor  # [n, t, d], or [n, layers, t, d] where each layer reads its own; the last columns may be values to copy
+    )
+    starts: Tensor | None = None  # [n, t, d_values], values that begin an answer with the token; for a memory
+    keys: Tensor | None = None  # [n, modules, t, d_in], inputs of the modules that hold a memory
+    mask: Tensor | None = (
+        None  # [n, t] bool, true where a token is real, None: all are; `cast` gives padding rows of zero
+    )
 
     def to(self, device: torch.device) -> Features:
         """The same on a device."""

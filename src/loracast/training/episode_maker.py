@@ -49,7 +49,7 @@ class EpisodeMaker:
         unrelated: Sequence[tuple[str, str]] = (),
         shows_documents: bool = False,
     ):
-        """`unrelated` are (question, answer) pairs that are unrelated to any document; with `shows_documents`, questions
+        """`unrelated` are (question, answer) pairs unrelated to any document; with `shows_documents`, questions
         about real documents also get the prompt of a teacher that sees the document.
         """
         self.tokenizer, self.chat = tokenizer, chat

@@ -109,7 +109,7 @@ def train_reader(
 
 
 def read_reader(folder: Path, base: Fingerprint) -> LoRA:
-    """Read the LoRA that `train_reader` made for a base. Raises AdapterError if there is none, or it is not finished."""
+    """Read the LoRA that `train_reader` made for a base. Raises AdapterError if there is none, or it is unfinished."""
     about = read_about(folder, base, "loracast train reader")
     if not about["settings"].get("is_reader"):
         raise AdapterError(f"{folder} holds another LoRA; give what `loracast train reader` makes")

@@ -1,8 +1,8 @@
 """Train Text-to-LoRA (arXiv 2506.06105, section 3.2): with a description's LoRA, the base does the task's examples.
 
-Or by reconstruction (section 3.1, `reconstruction.py`). Two terms join the answers' cross-entropy: generated numbers stay
-small, and null conditions (gibberish, random vectors) yield hardly any LoRA, which makes descriptions matter: without it
-training partly learns one LoRA for all tasks.
+Or by reconstruction (section 3.1, `reconstruction.py`). Two terms join the answers' cross-entropy: generated numbers
+stay small, and null conditions (gibberish, random vectors) yield hardly any LoRA, which makes descriptions matter:
+without it training partly learns one LoRA for all tasks.
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ _BY_ORACLES = ("match",)
 def read_text_recipe(path: Path | None, overrides: Sequence[str] = ()) -> TextRecipe:
     """Read a recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables`."""
     return read_recipe_as(
-        TextRecipe, path, overrides, hypernetwork=(keys_of(TextToLoRAConfig) | keys_of(AttentionDeltaToLoRAConfig)) - _DERIVED,
+        TextRecipe,
+        path,
+        overrides,
+        hypernetwork=(keys_of(TextToLoRAConfig) | keys_of(AttentionDeltaToLoRAConfig)) - _DERIVED,
         fields=("kinds", "layers", "encoder"), objective=(*_BY_EXAMPLES, *_BY_ORACLES),
     )  # fmt: skip
 
