@@ -21,7 +21,7 @@ from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.library.library import adapter_names
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import target_from_config
-from loracast.model import Answerer, load
+from loracast.model import Model, load
 from tiny import for_base, make_sentence_encoder, make_task_hypernet
 
 KNOWN = ["Answer with the opposite word.", "Give the antonym of the word.", "Translate the word to French."]
@@ -67,7 +67,7 @@ def test_a_description_becomes_an_adapter_that_answers(caster, base):
     (lora,) = caster.loras([SENTENCE])
     assert close(lora, adapter.lora())  # but for bf16
     adapter.verify()
-    answerer = Answerer(base, caster.library)
+    answerer = Model(base, caster.library)
     few = Sampling(max_new_tokens=6)
     assert answerer.ask("hot", "opposite", sampling=few) != answerer.ask("hot", sampling=few)
 
@@ -190,7 +190,7 @@ def test_the_command_reads_with_the_base_where_the_hypernetwork_does(base, tiny_
     assert done.exit_code == 0 and json.loads(done.stdout)["distance"] is None
     with torch.no_grad():
         expected = hypernet.eval()(BaseTextEncoder(load_base(tiny_folder, device="cpu"))([SENTENCE])).row(0)
-    assert close(expected, Answerer(base, tmp_path / "l").adapter("t").lora())
+    assert close(expected, Model(base, tmp_path / "l").adapter("t").lora())
     save_pretrained(for_base(hypernet, dataclasses.replace(base.fingerprint, norms="0" * 16)), tmp_path / "h")
     done = CliRunner().invoke(app, [*arguments, "--replace", "--base", str(tiny_folder)])
     assert done.exit_code == 1 and "the weights differ" in done.stderr.replace("\n", " ")

@@ -693,7 +693,7 @@ def test_demo_learns_the_manual_and_asks(run, learning, library):
 
 def test_demo_counts_right_answers(run, learning, monkeypatch):
     from loracast.cli.demo import QUESTIONS
-    from loracast.model import Answerer
+    from loracast.model import Model
 
     right = {question: expected.upper() for question, expected in QUESTIONS[:3]}
 
@@ -701,7 +701,7 @@ def test_demo_counts_right_answers(run, learning, monkeypatch):
         text = f"It is {right[question]}." if adapter and question in right else "I do not know."
         return loracast.base.generate.Answer(text, 1, 1, 0.1, 0.1, True)
 
-    monkeypatch.setattr(Answerer, "answer", answer)
+    monkeypatch.setattr(Model, "answer", answer)
     example = ("demo", ROOT / "examples" / "manual.md", *learning)
     assert "3 of 5 right with the adapter" in run(*example).stdout
     answers = only_json(run(*example, "--json"))["answers"]

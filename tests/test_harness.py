@@ -15,7 +15,7 @@ from loracast.cast.task import TaskCaster
 from loracast.cli import app
 from loracast.evaluation.harness import HarnessConfig, evaluate_harness
 from loracast.lora.inject import inject
-from loracast.model import Answerer
+from loracast.model import Model
 from suites import write_rows
 
 WORDS = ("lamp", "bridge", "museum", "machine", "kettle", "code", "river", "line", "north", "desk", "litres", "water")
@@ -67,8 +67,8 @@ def test_the_harness_sees_the_adapter(base, hypernetwork, tiny_folder, task_fold
     caster = TaskCaster(load_caster(hypernetwork, "task", base))
     caster.task("the lamp please", "lamp", strength=3.0)
     config = HarnessConfig(("desk",), ("lamp",), str(task_folder), chat=False, batch_size=5)
-    (row,) = evaluate_harness(Answerer(base, caster.library), config, tmp_path / "out").rows
-    lora = Answerer(base, caster.library).lora_for("", ["lamp"], None)[0]
+    (row,) = evaluate_harness(Model(base, caster.library), config, tmp_path / "out").rows
+    lora = Model(base, caster.library).lora_for("", ["lamp"], None)[0]
     assert (row["task"], row["metric"], row["n"]) == ("desk", "acc", 12)
     assert row["base"] == pytest.approx(accuracy(base, None))
     assert row["adapter"] == pytest.approx(accuracy(base, lora)) and row["base"] != row["adapter"]

@@ -39,22 +39,34 @@ ASK_SYSTEM_TURN = ""
 """System turn of a question, empty as in training; the template's own would cost 25 tokens of prefill for nothing."""
 
 
-class Answerer:
-    """A base that answers with the adapters of a library.
+class Model:
+    """A base that learns documents, tasks and images, and answers with the adapters of a library.
 
-    It needs no hypernetwork, except for adapters with storage `text`, which are cast at each question.
+    Each hypernetwork is read when it is first needed: to learn, or to answer with adapters of storage `text`.
     """
 
-    def __init__(self, base: Base, library: Path, hypernetwork: str | Path | Hypernetwork | None = None):
+    def __init__(
+        self,
+        base: Base,
+        library: Path,
+        hypernetwork: str | Path | Hypernetwork | None = None,
+        task_hypernetwork: str | Path | Hypernetwork | None = None,
+        image_hypernetwork: str | Path | Hypernetwork | None = None,
+    ):
         """
         Args:
-            hypernetwork: the one for documents, or its folder or hub repository; the shipped one if None.
+            hypernetwork, task_hypernetwork, image_hypernetwork: hypernetworks, or their folders or hub repositories;
+                the shipped ones if None.
         """
         self.base, self.library = base, library
-        self._hypernetworks: dict[Modality, str | Path | Hypernetwork | None] = {"document": hypernetwork}
+        self._hypernetworks: dict[Modality, str | Path | Hypernetwork | None] = {
+            "document": hypernetwork,
+            "task": task_hypernetwork,
+            "image": image_hypernetwork,
+        }
 
     def _load(self, modality: Modality) -> Caster:
-        where = self._hypernetworks.get(modality) or shipped_hypernetwork(self.base, modality)
+        where = self._hypernetworks[modality] or shipped_hypernetwork(self.base, modality)
         if isinstance(where, Hypernetwork):
             return where.to(self.base.device).bind(self.base)
         return load_caster(where, modality, self.base)
@@ -119,26 +131,6 @@ class Answerer:
             return None, named
         loras = loras_together([(a, r.picked) for a, r in zip(opened, routes, strict=True)])
         return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device), named
-
-
-class Model(Answerer):
-    """A base that learns documents, tasks and images, and answers with them."""
-
-    def __init__(
-        self,
-        base: Base,
-        library: Path,
-        hypernetwork: str | Path | Hypernetwork | None = None,
-        task_hypernetwork: str | Path | Hypernetwork | None = None,
-        image_hypernetwork: str | Path | Hypernetwork | None = None,
-    ):
-        """
-        Args:
-            hypernetwork, task_hypernetwork, image_hypernetwork: hypernetworks, or their folders or hub repositories;
-                the shipped ones if None. Each is read when it is first needed.
-        """
-        super().__init__(base, library, hypernetwork)
-        self._hypernetworks |= {"task": task_hypernetwork, "image": image_hypernetwork}
 
     def learn(
         self,

@@ -14,11 +14,12 @@ from loracast.base.load import Base
 from loracast.documents import Chunk, Document, split_text
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError, DocumentError
-from loracast.hypernets.protocol import Caster, Rows
+from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import Adapter
 from loracast.library.library import check_free, find_cached, give_name
 from loracast.library.manifest import Manifest, utc_now
 from loracast.library.save import save_rows, static_tensors
+from loracast.lora.algebra import Rows
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
 TOKENS_PER_BATCH = 4096
@@ -121,7 +122,14 @@ def learn_document(
         return give_name(library, name, version, replace=replace)
     if not replace:
         check_free(library, name)  # now, not after the work
-    prompts = [] if storage == "text" else [chunk.prompt for chunk in chunks]  # this storage is cast at each question
-    batches, static = cast_chunks(caster, base, prompts), hypernetwork.static_rows()
-    seconds = lambda: time.perf_counter() - started  # noqa: E731
-    return save_rows(library, manifest, chunks, batches, static, seconds, replace=replace, progress=progress)
+    batches = cast_chunks(caster, base, [chunk.prompt for chunk in chunks])
+    return save_rows(
+        library,
+        manifest,
+        chunks,
+        batches,
+        hypernetwork.static_rows(),
+        lambda: time.perf_counter() - started,
+        replace=replace,
+        progress=progress,
+    )

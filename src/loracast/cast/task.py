@@ -13,13 +13,13 @@ import torch
 from loracast.encoders.features import Features
 from loracast.errors import AdapterError
 from loracast.hypernets.descriptions import DescriptionHypernetwork
-from loracast.hypernets.protocol import Caster, Rows
+from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import Adapter
 from loracast.library.library import check_free
 from loracast.library.manifest import check_name, name_from
 from loracast.library.save import save_single, source_of
 from loracast.library.writer import check_finite
-from loracast.lora.algebra import LoRA
+from loracast.lora.algebra import LoRA, Rows
 from loracast.paths import library_dir
 
 _AT_ONCE = 50

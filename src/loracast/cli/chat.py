@@ -17,7 +17,7 @@ from loracast.errors import LoracastError
 if TYPE_CHECKING:
     from loracast.base.generate import Sampling
     from loracast.library.adapter import Adapter
-    from loracast.model import Answerer
+    from loracast.model import Model
 
 HELP = """\
 /use NAME    answer with this adapter too
@@ -83,7 +83,7 @@ def _lines() -> Iterator[str]:
 class Talk:
     """A conversation and the adapters that it uses."""
 
-    def __init__(self, answerer: Answerer, system: str, route: int | None, sampling: Sampling):
+    def __init__(self, answerer: Model, system: str, route: int | None, sampling: Sampling):
         self.answerer, self.route, self.sampling = answerer, route, sampling
         self.system: Message = {"role": "system", "content": system}
         self.turns: list[Message] = []

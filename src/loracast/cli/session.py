@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loracast.base.load import Base
     from loracast.documents import Document
     from loracast.library.adapter import Adapter
-    from loracast.model import Answerer, Model
+    from loracast.model import Model
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def open_base(choice: BaseChoice) -> Base:
         return load_base(choice.base, device=choice.device, say=tell)
 
 
-def open_answerer(answering: Answering) -> tuple[Answerer, dict[str, Adapter], Sampling]:
+def open_answerer(answering: Answering) -> tuple[Model, dict[str, Adapter], Sampling]:
     """Load the base alone, and what it answers with. A wrong name is reported before a model is loaded."""
     from loracast.library.library import open_adapter
 

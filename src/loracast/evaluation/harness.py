@@ -13,7 +13,7 @@ from loracast.evaluation.report import Report, ReportWriter, columns
 from loracast.library.adapter import Adapter
 from loracast.lora.algebra import LoRA
 from loracast.lora.inject import inject
-from loracast.model import Answerer
+from loracast.model import Model
 
 COLUMNS = columns(
     task="task", metric="metric", n=("n", 0), base=("base", 4), base_stderr=("±", 4),
@@ -47,7 +47,7 @@ class HarnessConfig:
             raise ConfigError("name at least one task")
 
 
-def evaluate_harness(model: Answerer, config: HarnessConfig, out: Path) -> Report:
+def evaluate_harness(model: Model, config: HarnessConfig, out: Path) -> Report:
     """Run the harness on the base, and on the base with adapters.
 
     Raises:
@@ -79,7 +79,7 @@ Figures = dict[tuple[str, str], tuple[float, float | None, int]]
 """(task, metric) -> value, its standard error, rows"""
 
 
-def _run(model: Answerer, config: HarnessConfig, manager: Any, lora: LoRA | None) -> Figures:
+def _run(model: Model, config: HarnessConfig, manager: Any, lora: LoRA | None) -> Figures:
     """Run the harness once on transformers' own model, with the LoRA injected."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -15,8 +15,8 @@ from loracast.base.packages import Say
 from loracast.encoders.features import Features
 from loracast.encoders.sentence import TextEncoder
 from loracast.errors import ConfigError, HypernetworkError
-from loracast.hypernets.protocol import Cast, Hypernetwork, Modality, Rows
-from loracast.lora.algebra import LoRA, LoRABatch
+from loracast.hypernets.protocol import Cast, Hypernetwork, Modality
+from loracast.lora.algebra import LoRA, LoRABatch, Rows
 from loracast.lora.target import Target, TargetModule
 
 _GATE_WIDTH = 64

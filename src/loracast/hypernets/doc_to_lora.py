@@ -29,8 +29,8 @@ from loracast.hypernets.doc_config import DocToLoRAConfig
 from loracast.hypernets.heads import FactorHead, StaticLoRA, ValuePointer, lora_of, shapes_by_kind, static_loras
 from loracast.hypernets.memory import AssociativeMemory, MemoryWrites
 from loracast.hypernets.perceiver import Perceiver, Queries
-from loracast.hypernets.protocol import Cast, Hypernetwork, Modality, Rows
-from loracast.lora.algebra import LoRABatch
+from loracast.hypernets.protocol import Cast, Hypernetwork, Modality
+from loracast.lora.algebra import LoRABatch, Rows
 from loracast.lora.merge import Merging
 
 

@@ -22,7 +22,7 @@ from loracast.base.fingerprint import Fingerprint, check
 from loracast.base.packages import Say
 from loracast.encoders.features import Features
 from loracast.errors import HypernetworkError
-from loracast.lora.algebra import Factors, LoRABatch
+from loracast.lora.algebra import Factors, LoRABatch, Rows
 from loracast.lora.merge import Merging
 from loracast.lora.target import Target
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 Modality = Literal["document", "task", "image"]
 """What a hypernetwork casts."""
-Rows = dict[str, tuple[Tensor, Tensor]]
-"""By module kind, A [n, modules, r, in] and B rows [n, modules, r, out]; B's rows are the columns of the factor B."""
 
 
 class Cast(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,12 +16,10 @@ from loracast.errors import AdapterError
 from loracast.library.adapter import STATIC, Adapter
 from loracast.library.manifest import AdapterKind, Manifest, utc_now
 from loracast.library.writer import AdapterWriter
-from loracast.lora.algebra import LoRA, compress
+from loracast.lora.algebra import LoRA, Rows, compress
 from loracast.lora.target import KINDS, Target, TargetModule
 
 _MODULE = re.compile(rf".*\blayers\.(\d+)\..*?\b({'|'.join(KINDS)})")
-Rows = Mapping[str, tuple[Tensor, Tensor]]
-"""By module kind, A [n, modules, r, in] and B rows [n, modules, r, out] of n chunks."""
 
 
 def save_rows(
@@ -52,7 +50,7 @@ def save_rows(
         if manifest.storage != "text":
             writer.open_factors(static_tensors(static))
             for rows in batches:
-                writer.add(dict(rows))
+                writer.add(rows)
                 done += next(iter(rows.values()))[0].shape[0]
                 progress(done, len(chunks))
         return writer.finish(replace=replace, learn_s=seconds())

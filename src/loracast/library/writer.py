@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loracast.documents import Chunk
+    from loracast.lora.algebra import Rows
 
 
 class AdapterWriter:
@@ -81,7 +82,7 @@ class AdapterWriter:
         for name, value in static.items():
             self._write(name, 0, value.detach().bfloat16())
 
-    def add(self, expanded: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def add(self, expanded: Rows) -> None:
         """Append the factors of the next n chunks: by kind, A [n, modules, r, in] and B [n, modules, r, out]."""
         check_finite(expanded, "this document")
         n = 0
@@ -127,7 +128,7 @@ class AdapterWriter:
         return add_adapter(self.library, whole.name, self._folder, whole, replace=replace)
 
 
-def check_finite(rows: Mapping[str, tuple[Tensor, Tensor]], source: str) -> None:
+def check_finite(rows: Rows, source: str) -> None:
     """Raise AdapterError where a hypernetwork gave numbers that are not finite."""
     if not all(side.isfinite().all() for pair in rows.values() for side in pair):
         raise AdapterError(f"the hypernetwork gave numbers that are not finite for {source}; nothing is kept")

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from loracast.errors import AdapterError
 
+Rows = dict[str, tuple[Tensor, Tensor]]
+"""By module kind, A [n, modules, r, in] and B rows [n, modules, r, out]; B's rows are the columns of the factor B."""
+
 
 class Factors(NamedTuple):
     """The two factors of one module."""
