@@ -289,6 +289,26 @@ def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):
     assert "95 % by sheet" in (tmp_path / "table.md").read_text()
 
 
+def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monkeypatch):
+    from loracast.data.everyday import KINDS
+    from loracast.evaluation import everyday, synthetic
+    from loracast.evaluation.synthetic import BASELINES
+
+    monkeypatch.setattr(synthetic, "N_TIMED", 1)
+    config = everyday.EverydayConfig(documents=6, questions=4, chunk_tokens=128, split="dev")
+    everyday.evaluate_everyday(model, config, tmp_path)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["baseline"] for row in rows] == list(BASELINES)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    for row in rows:
+        mine = [answer for answer in answers if answer["baseline"] == row["baseline"]]
+        assert row["n"] == len(mine) == 24 and row["documents"] == 6
+        assert row["right"] == pytest.approx(sum(answer["right"] for answer in mine) / 24)
+        for kind in KINDS:
+            assert row[f"n {kind}"] == sum(answer["kind"] == kind for answer in mine)
+    assert "95 % by document" in (tmp_path / "table.md").read_text()
+
+
 def test_latency_compares_the_three(model, texts, tmp_path):
     from loracast.evaluation.cost import LatencyConfig, evaluate_latency
 

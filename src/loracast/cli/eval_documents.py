@@ -1,4 +1,4 @@
-"""The commands of `loracast eval` for documents: qa, needle, facts, verbatim and others, latency and memory too."""
+"""The commands of `loracast eval` for documents: qa, needle, facts, everyday and others, latency and memory too."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from loracast.cli.session import open_base, open_model
 if TYPE_CHECKING:
     from loracast.evaluation.ablations import AblationConfig
     from loracast.evaluation.cost import LatencyConfig, MemoryConfig
+    from loracast.evaluation.everyday import EverydayConfig
     from loracast.evaluation.facts import FactsConfig
     from loracast.evaluation.interference import InterferenceConfig
     from loracast.evaluation.needle import NeedleConfig
@@ -68,6 +69,14 @@ def facts(config: FactsConfig, models: Models, results: Results) -> None:
     from loracast.evaluation.facts import evaluate_facts
 
     results.of("sheets", evaluate_facts, open_model(models), config)
+
+
+@config_from("loracast.evaluation.everyday")
+def everyday(config: EverydayConfig, models: Models, results: Results) -> None:
+    """E-mails, contracts, recipes, price lists and others, in layouts and wordings that no training has seen."""
+    from loracast.evaluation.everyday import evaluate_everyday
+
+    results.of("documents", evaluate_everyday, open_model(models), config)
 
 
 @config_from("loracast.evaluation.verbatim")

@@ -46,11 +46,20 @@ def is_right(answer: str, outputs: Sequence[str], metric: str) -> bool:
     return any(is_exact(answer, output) for output in outputs)
 
 
-def has_value(answer: str, value: str) -> bool:
-    """Whether the value stands in the answer as whole words, a number as a whole number."""
+def find_value(answer: str, value: str) -> int | None:
+    """Where a value stands in the answer as whole words, a number as a whole number; None where it does not.
+
+    The place is an offset in the answer in lower case with single spaces.
+    """
     wanted = re.escape(normalise(value))
     inside = rf"(?<!\w)(?<!\d[.,]){wanted}(?!\w)(?![.,]\d)"
-    return re.search(inside, " ".join(answer.lower().split())) is not None
+    found = re.search(inside, " ".join(answer.lower().split()))
+    return found.start() if found else None
+
+
+def has_value(answer: str, value: str) -> bool:
+    """Whether the value stands in the answer, as `find_value` looks for it."""
+    return find_value(answer, value) is not None
 
 
 def squad_normalise(text: str) -> str:

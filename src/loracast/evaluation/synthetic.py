@@ -130,12 +130,14 @@ def evaluate_sizes(
     series: Sequence[Series[T]],
     rows_of: Callable[[Sequence[Answered[DocumentCase]]], dict[str, Any]],
     progress: Progress,
+    line_of: Callable[[Answered[DocumentCase]], dict[str, Any]] | None = None,
 ) -> Report:
     """Ask every baseline every question, size by size; tables and answers are written after every size.
 
     Args:
         size_key: what a size is called in the rows.
         rows_of: the figures of one baseline at one size, besides those of `answer_row`.
+        line_of: what a line of answers.jsonl says, besides what `answer_line` does.
     """
     setup = DocumentSetup(model, config.route)
     deadline, rows = Deadline(config.budget_s), list[dict[str, Any]]()
@@ -150,7 +152,8 @@ def evaluate_sizes(
         progress(n_before, total)
         for mine in grouped(answered, lambda a: a.baseline).values():
             rows.append({size_key: one.size, **answer_row(setup, mine), **rows_of(mine)})
-        writer.add_answers({size_key: one.size, **answer_line(a)} for a in answered)
+        lines = ({size_key: one.size, **answer_line(a), **(line_of(a) if line_of else {})} for a in answered)
+        writer.add_answers(lines)
         writer.write(rows, is_complete=False)
     return writer.write(rows)
 

@@ -1,4 +1,4 @@
-"""Draw the documents and questions of each training step from a mixture of needles, fact sheets and real documents.
+"""Draw the documents and questions of each training step: needles, fact sheets, everyday and real documents.
 
 A step depends on the seed and its number alone, so training resumes exactly, on any machine, at any step.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from loracast.base.chat import ChatFormat
+from loracast.data.everyday import EverydayFact, make_document
 from loracast.data.facts import Split, make_sheet
 from loracast.data.needles import hide, make_needles, sentences
 from loracast.data.qa import read_questioned
@@ -21,7 +22,7 @@ from loracast.scoring.episodes import Episode
 from loracast.training.document_source import DocumentSource
 from loracast.training.episode_maker import EpisodeMaker
 
-EpisodeKind = Literal["needle", "questions", "cloze", "reading", "facts"]
+EpisodeKind = Literal["needle", "questions", "cloze", "reading", "everyday", "facts"]
 KINDS: tuple[EpisodeKind, ...] = get_args(EpisodeKind)
 """Kinds of episodes, in the order in which a step draws one; fact sheets get the share that the others leave."""
 
@@ -71,7 +72,9 @@ class DataConfig:
     document_sources: tuple[str, ...] = ()
     """Of rows with a `source` field, take only these sources."""
     max_questions: int = 8
-    """Most questions about one document in a step."""
+    """Most questions about one real or everyday document in a step."""
+    everyday_share: float = 0.0
+    """Share of steps with generated everyday documents: e-mails, contracts, recipes, price lists and others."""
     unrelated: tuple[str, ...] = ()
     """Files of questions unrelated to any document; the base shall answer them as it does without a LoRA."""
 
@@ -80,8 +83,9 @@ class DataConfig:
             raise ConfigError("needles and diluted sheets need prose around them: give a file of texts (--texts FILE)")
         if self.document_share > 0 and not self.documents:
             raise ConfigError("questions and reading need documents: give a file of them (--documents FILE)")
-        if self.needle_share + self.document_share > 1 + 1e-9:
-            raise ConfigError("needle_share, question_share, cloze_share and reading_share are more than 1 together")
+        if self.needle_share + self.document_share + self.everyday_share > 1 + 1e-9:
+            shares = "needle_share, question_share, cloze_share, reading_share and everyday_share"
+            raise ConfigError(f"{shares} are more than 1 together")
 
     @property
     def document_share(self) -> float:
@@ -149,7 +153,7 @@ class EpisodeSource:
         """The episodes of step `number` on one of several workers."""
         rng = random.Random(f"{self.config.seed}/{worker}/{number}")
         c = self.config
-        shares = (c.needle_share, c.question_share, c.cloze_share, c.reading_share)
+        shares = (c.needle_share, c.question_share, c.cloze_share, c.reading_share, c.everyday_share)
         drawn = rng.random()
         kind: EpisodeKind = "facts"
         for of_share, share in zip(KINDS, shares, strict=False):
@@ -169,6 +173,8 @@ class EpisodeSource:
             return self._fact_step(rng)
         if kind == "needle":
             return self._needle_step(rng)
+        if kind == "everyday":
+            return self._everyday_step(rng)
         if self.documents is None:
             raise ConfigError(f"{kind} need documents: give a file of them (--documents FILE)")
         ask = {"questions": self.documents.asked_by_people, "cloze": self.documents.asked_by_rule}
@@ -197,6 +203,30 @@ class EpisodeSource:
         asks_unrelated = self.maker.asks_unrelated(rng)
         n_documents = max(1, c.questions_per_step // n_facts)
         return [self.fact_episode(rng, n_facts, n_tokens, asks_unrelated) for _ in range(n_documents)]
+
+    def _everyday_step(self, rng: random.Random) -> list[Episode]:
+        """Everyday documents whose questions are all different, until the step has its questions."""
+        c = self.config
+        asks_unrelated = self.maker.asks_unrelated(rng)
+        episodes: list[Episode] = []
+        asked: set[str] = set()
+        while (n_left := c.questions_per_step - len(asked)) > 0:
+            episodes.append(self.everyday_episode(rng, min(c.max_questions, n_left), asked, asks_unrelated))
+        return episodes
+
+    def everyday_episode(
+        self, rng: random.Random, n_questions: int, asked: set[str], asks_unrelated: bool = False
+    ) -> Episode:
+        """An everyday document with at most so many questions, none of which is in `asked`; they join it."""
+        facts: list[EverydayFact] = []
+        while not facts:
+            document = make_document(rng, split=self.split)
+            new = [fact for fact in document.facts if fact.question not in asked]
+            facts = rng.sample(new, min(n_questions, len(new)))
+        asked.update(fact.question for fact in facts)
+        texts = self.maker.chunk_texts(document.text, self.config.max_chunk_tokens, document.title)
+        answered = [(f.question, f.answer, FactSpan(f.statement, f.subject, f.answer, f.value_at)) for f in facts]
+        return self.maker.episode(rng, texts, answered, "everyday", asks_unrelated=asks_unrelated)
 
     def sample_text(self, rng: random.Random, n_tokens: int) -> str:
         """Text like that of the documents, for measuring a base's activations."""
