@@ -58,7 +58,7 @@ def test_learned_factors_are_the_hypernetworks_own(model, tmp_path):
     expected = list(cast_chunks(model.documents, model.base, prompts))
     stored = load_file(adapter.folder / "factors.safetensors")
     for i, side in enumerate("ab"):
-        rows = torch.cat([batch["down_proj"][i] for batch in expected])
+        rows = torch.cat([batch["down_proj"][i] for batch, _ in expected])
         assert torch.equal(stored[f"down_proj.{side}"], rows.bfloat16())
     lora = adapter.lora([1])
     for layer, module in enumerate(model.documents.hypernetwork.config.target.modules):
@@ -244,7 +244,8 @@ def test_a_flipped_bit_is_found_by_its_hash(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format=2), "update loracast"),
+        (lambda m: m.update(format=3), "update loracast"),
+        (lambda m: m.update(memory_kinds=["o_proj"]), "damaged.*memory"),
         (lambda m: m.pop("format"), "update loracast"),
         (lambda m: m.pop("ranks"), "damaged"),
         (lambda m: m.update(secret=1), "damaged"),
@@ -404,7 +405,7 @@ def test_how_chunks_are_merged_keeps_its_keys_of_format_1(tmp_path):
     stored = json.loads((adapter.folder / "adapter.json").read_text())
     assert stored["most_summed"] == {"q_proj": 2} and stored["merge_ridges"] == {"down_proj": 3.0}
     # The version is the hash of these keys, as docs/adapter-format.md defines it: it must not move.
-    for key in ("name", "created", "learn_s", "chunks_sha256", "storage"):
+    for key in ("name", "created", "learn_s", "chunks_sha256", "storage", "memory_kinds"):
         del stored[key]
     content = json.dumps(stored, sort_keys=True, ensure_ascii=False).encode()
     assert adapter.manifest.version == hashlib.sha256(content).hexdigest()

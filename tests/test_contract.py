@@ -94,7 +94,7 @@ def test_rows_give_the_deltas_of_the_plain_forward(make, base, architecture):
             expected = plain.factors[module.name].b @ plain.factors[module.name].a
             assert expected.abs().max() > 0
             for n in range(3):
-                delta = b[n, i].T @ a[n, i]
+                delta = b[n].expand(len(a[n]), -1, -1)[i].T @ a[n, i]
                 if kind in static:
                     delta = delta + static[kind][1][i].T @ static[kind][0][i]
                 torch.testing.assert_close(delta, expected[n], atol=1e-5, rtol=1e-4)
@@ -104,7 +104,7 @@ def test_rows_of_a_memory_name_the_tokens_whose_values_they_hold(make, base):
     caster = make("memory").bind(base)
     found = caster.cast(caster.encode(CHUNKS))
     assert found.tokens is not None and set(found.tokens) == {"o_proj"}
-    b = found.rows["o_proj"][1]  # [n, modules, r, out]
+    b = found.rows["o_proj"][1]  # [n, 1, r, out]: the same in all modules
     weight = base.model.lm_head.weight.float()
     values = (weight - weight.mean(0)) * base.model.model.norm.weight
     for n, chunk in enumerate(CHUNKS):

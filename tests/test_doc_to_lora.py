@@ -205,7 +205,7 @@ def test_with_a_ridge_only_the_memorys_keys_of_several_chunks_change():
     free, apart = (make("memory", key_decorrelation=ridge) for ridge in (None, 3.0))
     torch.testing.assert_close(*(deltas(row(loras(net, features), 4)) for net in (free, apart)))
     one, other = (row(loras(net, features, None, 3), 1) for net in (free, apart))
-    a, b = free.cast(features).rows["o_proj"]
+    a, b = free.cast_and_write(features)[0]["o_proj"]
     keys = decorrelate_keys(*(side[3:].transpose(0, 1) for side in (a, b)), 3.0)  # [modules, chunks, r, in]
     for name in one.names:
         if "o_proj" in name:
@@ -570,7 +570,7 @@ def test_a_memory_maps_the_end_of_a_sentence_to_its_question():
     places = torch.randn(2, 8, 64, generator=FREE)
     memory.set_question_map(ends[:, :400], answers[:, :400], places)
     features = dataclasses.replace(make_features(hypernet, n=1), keys=ends[None, :, 400:406])
-    a = hypernet.cast(features)[0]["o_proj"][0]  # [1, modules, 6, in]
+    a = hypernet.cast_and_write(features)[0]["o_proj"][0]  # [1, modules, 6, in]
     centred = features.keys.mean(2) - ends[:, :400].mean(1)
     expected = (centred[:, :, None] @ memory.from_end @ memory.to_question).squeeze(2)
     expected = torch.nn.functional.normalize(expected, dim=-1) / 64**0.5
@@ -591,7 +591,7 @@ def test_a_memory_keeps_the_tokens_whose_gates_are_most_open():
     for h in (hypernet, whole):  # keys know of one another: of all of them, or of the four
         h.memory.log_ridge.data.fill_(1.6)
     factors, _ = hypernet.cast_and_write(features)
-    for side, all_tokens in zip(factors["o_proj"], whole.cast(features)[0]["o_proj"], strict=True):
+    for side, all_tokens in zip(factors["o_proj"], whole.cast_and_write(features)[0]["o_proj"], strict=True):
         for chunk in range(3):
             torch.testing.assert_close(side[chunk], all_tokens[chunk][:, open_most[chunk]])
 

@@ -166,7 +166,6 @@ def test_a_document_in_memory_gives_the_same_lora_as_its_adapter(base, tmp_path,
     import torch
 
     from loracast.evaluation.in_memory import InMemoryAdapter, cast
-    from loracast.library.routing import route
     from loracast.model import Model
     from tiny import make_hypernet
 
@@ -184,7 +183,7 @@ def test_a_document_in_memory_gives_the_same_lora_as_its_adapter(base, tmp_path,
         assert ours.names == theirs.names
         for name in ours.names:
             torch.testing.assert_close(ours.delta(name), theirs.delta(name), rtol=2e-2, atol=2e-2)
-    assert document.route("Which chapel was old?", 2) == route(adapter, "Which chapel was old?", 2)
+    assert document.route("Which chapel was old?", 2) == adapter.route("Which chapel was old?", 2)
 
 
 def test_only_what_is_wanted_is_cast(model):

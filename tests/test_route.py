@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 from loracast.cli import app
 from loracast.export.adapter import export_adapter
 from loracast.library.library import open_adapter
-from loracast.library.routing import route
 from loracast.library.save import save_lora
 from loracast.lora.peft_format import read_peft
 from loracast.model import load
@@ -39,7 +38,7 @@ def test_the_chunks_of_an_adapter_are_those_that_ask_takes(library):
     question = "Who built the bridge over the river?"
     report = json.loads(run(library, question, "-a", "prose", "-a", "shout", "--route", 2, "--json").stdout)
     prose, shout = report["adapters"]
-    expected = route(open_adapter(library, "prose"), question, 2)
+    expected = open_adapter(library, "prose").route(question, 2)
     assert [chunk["chunk"] for chunk in prose["chunks"]] == list(expected.chunks)
     assert [chunk["weight"] for chunk in prose["chunks"]] == pytest.approx(list(expected.weights), abs=1e-3)
     assert "bridge" in prose["chunks"][0]["text"] and prose["reason"] == expected.reason
@@ -66,7 +65,7 @@ def test_the_adapters_of_an_exported_document(library, tmp_path):
     (found,) = json.loads(run(library, question, "--exported", tmp_path / "out", "--route", 2, "--json").stdout)[
         "adapters"
     ]
-    expected = route(adapter, question, 2)
+    expected = adapter.route(question, 2)
     assert [chunk["chunk"] for chunk in found["chunks"]] == list(expected.chunks)
     assert [chunk["path"] for chunk in found["chunks"]] == [
         str(tmp_path / f"out/chunk-{i:05d}") for i in expected.chunks

@@ -30,7 +30,7 @@ from loracast.hypernets.protocol import Caster, Hypernetwork, Modality
 from loracast.library.adapter import Adapter, loras_together
 from loracast.library.library import open_adapter
 from loracast.library.manifest import name_for
-from loracast.library.routing import DEFAULT_ROUTE, Route, route
+from loracast.library.routing import DEFAULT_ROUTE, Route
 from loracast.lora.algebra import LoRA, concat
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
 from loracast.paths import library_dir
@@ -124,12 +124,12 @@ class Model:
         """
         chosen = [adapter] if isinstance(adapter, (Adapter, str)) else list(adapter)
         opened = [self.adapter(a) if isinstance(a, str) else a for a in chosen]
-        routes = [route(a, question, k) for a in opened]
+        routes = [a.route(question, k) for a in opened]
         names = Counter(a.name for a in opened)
         named = {a.name if names[a.name] == 1 else a.version: r for a, r in zip(opened, routes, strict=True)}
         if not opened:
             return None, named
-        loras = loras_together([(a, r.picked) for a, r in zip(opened, routes, strict=True)])
+        loras = loras_together(list(zip(opened, routes, strict=True)))
         return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device), named
 
     def learn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -13,13 +14,14 @@ from loracast.base.chat import encode_text, encode_with_offsets
 from loracast.base.load import Base
 from loracast.documents import Chunk, Document, split_text
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
+from loracast.documents.sentences import sentence_spans, token_sentences
 from loracast.errors import ConfigError, DocumentError
 from loracast.hypernets.protocol import Caster
-from loracast.library.adapter import Adapter
+from loracast.library.adapter import SENTENCE, Adapter
 from loracast.library.library import check_free, find_cached, give_name
 from loracast.library.manifest import Manifest, utc_now
 from loracast.library.save import save_rows, static_tensors
-from loracast.lora.algebra import Rows
+from loracast.library.writer import ChunkRows
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
 TOKENS_PER_BATCH = 4096
@@ -60,10 +62,29 @@ def token_batches(base: Base, prompts: Sequence[str]) -> Iterator[list[list[int]
             batch = []
 
 
-def cast_chunks(caster: Caster, base: Base, prompts: Sequence[str]) -> Iterator[Rows]:
-    """The rows of chunks, in order, a batch at a time."""
+def cast_chunks(caster: Caster, base: Base, prompts: Sequence[str]) -> Iterator[ChunkRows]:
+    """The rows of chunks, in order, a batch at a time, and the sentences of those that belong to tokens."""
+    places = iter(prompts)
     for batch in token_batches(base, prompts):
-        yield caster.cast(caster.encode(batch)).rows
+        cast = caster.cast(caster.encode(batch))
+        owners = [_token_sentences(base, prompt) for prompt in islice(places, len(batch))]
+        yield cast.rows, {kind: _row_sentences(tokens.cpu(), owners, cast.rows[kind][0].shape[2])
+                          for kind, tokens in (cast.tokens or {}).items()}  # fmt: skip
+
+
+def _token_sentences(base: Base, prompt: str) -> list[int]:
+    """For each token of a chunk the number of its sentence in the chunk."""
+    return token_sentences(sentence_spans(prompt), encode_with_offsets(base.tokenizer, prompt)[1])
+
+
+def _row_sentences(tokens: Tensor, owners: Sequence[Sequence[int]], rank: int) -> Tensor:
+    """The sentence of each row of a memory [n, rank], -1 for rows that are filled up, from their tokens [n, r]."""
+    sentences = torch.full((len(owners), rank), -1, dtype=torch.int16)
+    for i, (row, owner) in enumerate(zip(tokens.tolist(), owners, strict=True)):
+        for j, token in enumerate(row):
+            if token < len(owner):  # others are of the batch's padding
+                sentences[i, j] = owner[token]
+    return sentences
 
 
 def recast(caster: Caster, base: Base, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -71,9 +92,11 @@ def recast(caster: Caster, base: Base, prompts: Sequence[str]) -> dict[str, Tens
     batches = list(cast_chunks(caster, base, prompts))
     static = static_tensors(caster.hypernetwork.static_rows())
     rows = {name: value.bfloat16().cpu() for name, value in static.items()}
-    for kind in batches[0]:
+    for kind in batches[0][0]:
         for i, side in enumerate("ab"):
-            rows[f"{kind}.{side}"] = torch.cat([batch[kind][i] for batch in batches]).bfloat16().cpu()
+            rows[f"{kind}.{side}"] = torch.cat([batch[kind][i] for batch, _ in batches]).bfloat16().cpu()
+    for kind in batches[0][1]:
+        rows[f"{kind}{SENTENCE}"] = torch.cat([sentences[kind] for _, sentences in batches])
     return rows
 
 
@@ -109,6 +132,7 @@ def learn_document(
         ranks=config.ranks,
         max_unscaled_chunks=dict(hypernetwork.merging.max_unscaled_chunks),
         key_decorrelation=dict(hypernetwork.merging.ridges),
+        memory_kinds=hypernetwork.memory_kinds,
         n_chunks=len(chunks),
         n_tokens=sum(chunk.n_tokens for chunk in chunks),
         max_chunk_tokens=max_chunk_tokens,

@@ -94,11 +94,7 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
 
 def _picked(adapter: Adapter, question: str, k: int | None) -> dict[str, Any]:
     """The chunks of one adapter that a question would be answered with."""
-    from loracast.library.routing import route as route_question
-
-    if adapter.manifest.kind != "document":
-        return {"adapter": adapter.name, "reason": f"{adapter.manifest.kind}: always whole", "chunks": []}
-    picked = route_question(adapter, question, k)
+    picked = adapter.route(question, k)
     chunks = _described(adapter.index, picked.chunks or (), picked.scores, picked.weights)
     return {"adapter": adapter.name, "reason": picked.reason, "chunks": chunks}
 

@@ -21,7 +21,7 @@ CLAUSE, WORD, IDEOGRAPH, INSIDE = 8.0, 10.0, 12.0, 100.0
 DANGLING = 11.0  # between a heading and what it heads
 
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
-_SENTENCE = re.compile(r"""([.!?…]+)["'”’»)\]]*(?=\s)|[。！？]+[」』”’]*(?=\S)""")
+SENTENCE_END = re.compile(r"""(?P<stop>[.!?…]+)["'”’»)\]]*(?=\s)|[。！？]+[」』”’]*(?=\S)""")
 _CLAUSE = re.compile(r"[;:,–—](?=\s)")
 _SPACE = re.compile(r"\s")
 _WORD_BEFORE = re.compile(r"[\w.]*$")
@@ -77,12 +77,12 @@ class SeamFinder:
             return found
         newline = text.find("\n", low, high + 1)
         while newline >= 0:
-            offer(newline, self._line_cost(newline))
+            offer(newline, self.line_cost(newline))
             newline = text.find("\n", newline + 1, high + 1)
         if found is not None and found.cost <= LINE:
             return found
-        for match in _SENTENCE.finditer(text, low, high + 1):
-            if match[1] is None or ends_sentence(text, match.start(1), match.end()):
+        for match in SENTENCE_END.finditer(text, low, high + 1):
+            if match["stop"] is None or ends_sentence(text, match.start("stop"), match.end()):
                 offer(match.end(), SENTENCE)
         if found is not None and found.cost <= SENTENCE:
             return found
@@ -98,7 +98,7 @@ class SeamFinder:
                 offer(*self._inside(offset))
         return found
 
-    def _line_cost(self, newline: int) -> float:
+    def line_cost(self, newline: int) -> float:
         """What a single newline is worth: the end of an item or a row, or merely the wrapping of a sentence."""
         text = self.text
         if newline in self.heading_ends:

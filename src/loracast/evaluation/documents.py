@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -17,7 +17,7 @@ from loracast.errors import ConfigError
 from loracast.evaluation.baseline import LoRASource, Request, fixed
 from loracast.evaluation.cut import without_middle
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
-from loracast.library.routing import DEFAULT_ROUTE
+from loracast.library.routing import DEFAULT_ROUTE, Route
 from loracast.lora.algebra import Factors, LoRA, concat
 from loracast.model import ASK_SYSTEM_TURN, Model
 
@@ -119,28 +119,28 @@ def plain(setup: DocumentSetup, question: str) -> tuple[int, ...]:
     return tuple(setup.base.chat.prompt(question, ASK_SYSTEM_TURN))
 
 
-def pick(setup: DocumentSetup, document: InMemoryAdapter, question: str) -> Mapping[int, float] | None:
-    """The chunks that BM25 picks for a question with their weights; None for all chunks."""
-    return document.route(question, setup.route).picked
+def pick(setup: DocumentSetup, document: InMemoryAdapter, question: str) -> Route:
+    """What of a document a question gets, as in `loracast ask`."""
+    return document.route(question, setup.route)
 
 
-def adapters(
-    setup: DocumentSetup, picked: Sequence[tuple[InMemoryAdapter, Mapping[int, float] | None]]
-) -> LoRASource | None:
+def adapters(setup: DocumentSetup, picked: Sequence[tuple[InMemoryAdapter, Route]]) -> LoRASource | None:
     """The sum of the LoRAs of some documents, as `loracast ask -a one -a two` adds them up; None without a document.
 
     Args:
-        picked: each document with its picked chunks and their weights, or None for all its chunks.
+        picked: each document with what a question gets of it.
     """
     if not picked:
         return None
-    chunks = tuple((d, tuple(range(len(d.chunks)) if some is None else sorted(some))) for d, some in picked)
-    key = tuple((d, None if some is None else tuple(sorted(some.items()))) for d, some in picked)
+    chunks = tuple((d, tuple(range(len(d.chunks)) if r.chunks is None else sorted(r.chunks))) for d, r in picked)
+    key = tuple((d, r.chunks, r.weights, r.sentences) for d, r in picked)
     n_bytes = setup.chunk_bytes * sum(len(some) for _, some in chunks)
+
     # What the hypernetwork gives every document alike counts once.
-    return LoRASource(
-        key, lambda: concat([d.lora(some, static=i == 0) for i, (d, some) in enumerate(picked)]), n_bytes, chunks
-    )
+    def make() -> LoRA:
+        return concat([d.lora(r.picked, r.sentence_weights, static=i == 0) for i, (d, r) in enumerate(picked)])
+
+    return LoRASource(key, make, n_bytes, chunks)
 
 
 def no_document(setup: DocumentSetup, case: DocumentCase) -> Request:
@@ -157,10 +157,11 @@ def adapter(*whose: Whose, is_routed: bool = True) -> Callable[[DocumentSetup, D
 
     def request(setup: DocumentSetup, case: DocumentCase) -> Request:
         documents: list[InMemoryAdapter] = [getattr(case, name) for name in whose]
-        picked = [(d, pick(setup, d, case.question) if is_routed else None) for d in documents]
+        picked = [(d, pick(setup, d, case.question) if is_routed else Route()) for d in documents]
         found = None
         if is_routed and whose == ("document",) and case.chunk is not None:
-            found = picked[0][1] is None or case.chunk in picked[0][1]
+            chunks = picked[0][1].chunks
+            found = chunks is None or case.chunk in chunks
         return Request(plain(setup, case.question), adapters(setup, picked), found)
 
     return request

@@ -16,9 +16,9 @@ from torch import Tensor
 from loracast.cast.document import cast_chunks, split_document
 from loracast.documents import Document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.library.adapter import join_chunks
+from loracast.library.adapter import SENTENCE, join_chunks
 from loracast.library.index import write_index
-from loracast.library.routing import Route, pick
+from loracast.library.routing import Route, SentenceWeights, pick
 from loracast.library.save import static_tensors
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored
@@ -68,8 +68,13 @@ class InMemoryAdapter:
         """Whether a chunk's factors have yet to be cast."""
         return not self._is_cast[chunk]
 
-    def put(self, chunk: int, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Keep one chunk's factors, by kind A [layers, r, in] and B [layers, r, out]."""
+    def put(self, chunk: int, factors: dict[str, tuple[Tensor, Tensor]], sentences: Mapping[str, Tensor]) -> None:
+        """Keep one chunk's factors, by kind A [layers, r, in] and B [layers, r, out], and its rows' sentences [r]."""
+        for kind, numbers in sentences.items():
+            name = f"{kind}{SENTENCE}"
+            if name not in self._factors:
+                self._factors[name] = torch.full((len(self.chunks), *numbers.shape), -1, dtype=numbers.dtype)
+            self._factors[name][chunk] = numbers
         for kind, pair in factors.items():
             for side, rows in zip(("a", "b"), pair, strict=True):
                 name = f"{kind}.{side}"
@@ -79,16 +84,23 @@ class InMemoryAdapter:
                 self._factors[name][chunk].copy_(as_stored(rows, self._storage))
         self._is_cast[chunk] = True
 
-    def lora(self, chunks: Sequence[int] | Mapping[int, float] | None = None, *, static: bool = True) -> LoRA:
+    def lora(
+        self,
+        chunks: Sequence[int] | Mapping[int, float] | None = None,
+        sentences: SentenceWeights | None = None,
+        *,
+        static: bool = True,
+    ) -> LoRA:
         """The LoRA of some chunks, or of all (None), as `Adapter.lora` has it."""
         common = self._shared if static else {}
         wanted = sorted(set(range(len(self.chunks)) if chunks is None else chunks))
         weights = [chunks[i] for i in wanted] if isinstance(chunks, Mapping) else None
+        of_chunks = None if sentences is None else [sentences[i] for i in wanted]
         if len(wanted) == len(self.chunks):
-            return join_chunks(self._target, self._factors | common, self._merging, weights)
+            return join_chunks(self._target, self._factors | common, self._merging, weights, of_chunks)
         picked = torch.tensor(wanted)
         rows = {name: value.index_select(0, picked.to(value.device)) for name, value in self._factors.items()}
-        return join_chunks(self._target, rows | common, self._merging, weights)
+        return join_chunks(self._target, rows | common, self._merging, weights, of_chunks)
 
     def close(self) -> None:
         """Free the index and the factors; chunks and text stay."""
@@ -103,7 +115,8 @@ def cast(model: Model, wanted: Iterable[tuple[InMemoryAdapter, Sequence[int]]]) 
     todo = list(dict.fromkeys(todo))
     places = iter(todo)
     prompts = [document.chunks[i].prompt for document, i in todo]
-    for expanded in cast_chunks(model.documents, model.base, prompts):
+    for expanded, sentences in cast_chunks(model.documents, model.base, prompts):
         n = next(iter(expanded.values()))[0].shape[0]
         for row, (document, i) in enumerate(islice(places, n)):
-            document.put(i, {kind: (a[row], b[row]) for kind, (a, b) in expanded.items()})
+            factors = {kind: (a[row], b[row]) for kind, (a, b) in expanded.items()}
+            document.put(i, factors, {kind: numbers[row] for kind, numbers in sentences.items()})

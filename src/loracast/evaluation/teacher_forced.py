@@ -21,9 +21,15 @@ from loracast.lora.algebra import LoRABatch
 from loracast.model import Model
 from loracast.scoring.episodes import Batch, pack
 from loracast.scoring.likelihood import score_answers
+from loracast.training.sentence_gates import sentence_gates
 from loracast.training.sources import KINDS, DataConfig, EpisodeKind, EpisodeSource
 
-LABELS = {"adapter": "its own LoRA", "other": "another document's LoRA", "none": "no LoRA"}
+LABELS = {
+    "adapter": "its own LoRA, by sentence",
+    "merged": "its own LoRA, merged",
+    "other": "another document's LoRA",
+    "none": "no LoRA",
+}
 COLUMNS = columns(
     kind="kind", label="what answers", documents=("documents", 0), questions=("questions", 0),
     exact=("all tokens right %", "%"), exact_low=("95 %", "interval"), accuracy=("tokens right %", "%"),
@@ -75,13 +81,23 @@ def _answered(model: Model, batch: Batch) -> dict[str, list[tuple[list[float], l
     autocast = torch.autocast(base.device.type, torch.bfloat16) if base.model.dtype == torch.bfloat16 else nullcontext()
     with autocast:
         chunks = [ids[real].tolist() for ids, real in zip(batch.chunk_ids, batch.chunk_mask.bool(), strict=True)]
-        rows = documents.cast(documents.encode(chunks)).rows
+        rows, tokens = documents.cast(documents.encode(chunks))
         loras = documents.hypernetwork.merge(rows, batch.chunks_per_document)
         n = loras.n
-        loras_of = {"adapter": loras, "other": loras.take([*range(1, n), 0]), "none": LoRABatch(1, {}, {})}
+        loras_of = {
+            "adapter": loras, "merged": loras, "other": loras.take([*range(1, n), 0]), "none": LoRABatch(1, {}, {})
+        }  # fmt: skip
+        gates = {
+            module.name: sentence_gates(tokens[module.kind], batch, loras.factors[module.name].rank)
+            for module in documents.hypernetwork.config.target.modules
+            if tokens and module.kind in tokens
+        }
         if n == 1:  # a step of one document has no other
             del loras_of["other"]
-        return {name: _right(score_answers(base.model, some, batch).logits, batch) for name, some in loras_of.items()}
+        return {
+            name: _right(score_answers(base.model, some, batch, gates=gates if name == "adapter" else {}).logits, batch)
+            for name, some in loras_of.items()
+        }
 
 
 def _right(logits: torch.Tensor, batch: Batch) -> list[tuple[list[float], list[float]]]:

@@ -186,6 +186,10 @@ class DocToLoRA(Hypernetwork):
         return {kind: (part.a, part.b) for kind, part in parts.items() if part is not None}
 
     @property
+    def memory_kinds(self) -> tuple[str, ...]:
+        return tuple({kind for _, _, kind, *_ in self.config.memory_modules})
+
+    @property
     def merging(self) -> Merging:
         return self.config.merging
 
@@ -227,8 +231,13 @@ class DocToLoRA(Hypernetwork):
             rows[kind] = (a.to(dtype), b.to(dtype))
         return rows
 
-    def cast_and_write(self, features: Features) -> tuple[Rows, MemoryWrites | None]:
-        """Features of n chunks -> their rows, zero for padding, and what the memory wrote; differentiable."""
+    def cast_and_write(self, features: Features, folds: bool = False) -> tuple[Rows, MemoryWrites | None]:
+        """Features of n chunks -> their rows, zero for padding, and what the memory wrote; differentiable.
+
+        Args:
+            folds: the factors of the memory's modules go into A, so that B rows [n, 1, r, out] are kept once for all
+                modules. Training has them in B, since the memory losses compare keys as they are.
+        """
         n, t = features.n_chunks, features.states.shape[-2]
         mask = features.mask
         mask = torch.ones(n, t, dtype=torch.bool, device=features.states.device) if mask is None else mask.bool()
@@ -238,7 +247,8 @@ class DocToLoRA(Hypernetwork):
         rows, writes = self.expand(self.latents(states, mask)), None
         if self.memory is not None:
             a, b, writes = self.memory(self._standard(states), features, mask)
-            rows[self.config.memory_modules[0][2]] = (a, b)
+            scales = self.memory.scales
+            rows[self.config.memory_modules[0][2]] = (a * scales, b[:, None]) if folds else (a, b[:, None] * scales)
         for kind, (n_modules, d_in, d_out) in shapes_by_kind(self.config.static_modules).items():
             rows[kind] = (states.new_zeros(n, n_modules, 0, d_in), states.new_zeros(n, n_modules, 0, d_out))
         if not is_real.all():
@@ -247,10 +257,10 @@ class DocToLoRA(Hypernetwork):
 
     def cast(self, features: Features) -> Cast:
         """Features of n chunks or images -> their rows, and for rows of a memory the token that each belongs to."""
-        rows, writes = self.cast_and_write(features)
+        rows, writes = self.cast_and_write(features, folds=True)
         if writes is None or writes.tokens is None:
             return Cast(rows)
-        return Cast(rows, {self.config.memory_modules[0][2]: writes.tokens})
+        return Cast(rows, dict.fromkeys(self.memory_kinds, writes.tokens))
 
     def forward(self, features: Features, chunks_per_document: int = 1) -> MergedCast:
         """Chunks -> one merged LoRA for each document, with what the memory wrote and the chunks' own rows.

@@ -63,7 +63,9 @@ class MemoryWrites:
 
 
 class AssociativeMemory(nn.Module):
-    """Features of n chunks -> A [n, modules, r, in] and B rows [n, modules, r, out], one row for each token written.
+    """Features of n chunks -> A [n, modules, r, in] and B rows [n, r, out], one row for each token written.
+
+    A token's row of B is the same in all modules but for the module's factor (`scales`).
 
     The r tokens whose gates are most open are written. It starts as an exact no-op, because `scale` starts at zero.
     """
@@ -202,7 +204,7 @@ class AssociativeMemory(nn.Module):
         return x, MemoryWrites(scores, gates, places)
 
     def forward(self, standard: Tensor, features: Features, mask: Tensor) -> tuple[Tensor, Tensor, MemoryWrites]:
-        """Choose and write the tokens of n chunks: A, B rows and the decisions behind them.
+        """Choose and write the tokens of n chunks: A, B rows without `scales`, and the decisions behind them.
 
         Args:
             standard: the features' states in the hypernetwork's units [n, t, d].
@@ -242,4 +244,9 @@ class AssociativeMemory(nn.Module):
             a, b = (functional.pad(side, (0, 0, 0, self.rank - rank)) for side in (a, b))
         weights = self.scale.detach().abs() + 1e-9  # equal shares while all scales are zero
         writes = replace(writes, tokens=chosen, weights=weights / weights.sum())
-        return a, b[:, None] * (_SCALE_RATE * self.scale)[:, None, None], writes
+        return a, b, writes
+
+    @property
+    def scales(self) -> Tensor:
+        """The factor of each module's delta [modules, 1, 1]."""
+        return (_SCALE_RATE * self.scale)[:, None, None]

@@ -38,7 +38,9 @@ class Cast(NamedTuple):
 
     rows: Rows
     tokens: dict[str, Tensor] | None = None
-    """By kind of a memory's modules, the token of the chunk that each row belongs to [n, r]; None without a memory."""
+    """By kind of a memory's modules, the token of the chunk that each row belongs to [n, r]; None without a memory.
+
+    B rows of such a kind are the same in all modules: [n, 1, r, out]."""
 
 
 class Hypernetwork(nn.Module):
@@ -92,6 +94,11 @@ class Hypernetwork(nn.Module):
         return {}
 
     @property
+    def memory_kinds(self) -> tuple[str, ...]:
+        """The kinds whose rows belong to tokens, as `Cast.tokens` says; empty without a memory."""
+        return ()
+
+    @property
     def merging(self) -> Merging:
         """How the rows of a document's chunks are combined; by default they are joined along the rank."""
         return Merging()
@@ -126,6 +133,7 @@ class Hypernetwork(nn.Module):
         """
         if static and not a.shape[2]:
             return static[0][:, None].unbind(0), static[1][:, None].unbind(0)
+        b = b.expand(-1, a.shape[1], -1, -1)  # B rows that all modules share
 
         def by_document(rows: Tensor) -> Tensor:  # [n, modules, r, d] -> [modules, documents, K, r, d]
             return rows.unflatten(0, (-1, k)).permute(2, 0, 1, 3, 4)
@@ -192,10 +200,10 @@ class Caster:
         device = next(self.hypernetwork.parameters()).device
         with torch.autocast(device.type, self._dtype) if self._dtype else nullcontext():
             cast = self.hypernetwork.cast(features.to(device))
-        self._check(cast.rows, features.n_chunks)
+        self._check(cast, features.n_chunks)
         return cast
 
-    def _check(self, rows: Rows, n: int) -> None:
+    def _check(self, cast: Cast, n: int) -> None:
         """Refuse rows of other kinds or shapes than the config says, which would be kept wrongly."""
         config = self.hypernetwork.config
         target: Target = config.target
@@ -203,8 +211,9 @@ class Caster:
         for kind in target.kinds:
             modules = target.of_kind(kind)
             shape = (n, len(modules), config.ranks[kind])
-            wanted[kind] = ((*shape, modules[0].d_in), (*shape, modules[0].d_out))
-        found = {kind: (tuple(a.shape), tuple(b.shape)) for kind, (a, b) in rows.items()}
+            of_b = (n, 1, config.ranks[kind]) if kind in (cast.tokens or {}) else shape
+            wanted[kind] = ((*shape, modules[0].d_in), (*of_b, modules[0].d_out))
+        found = {kind: (tuple(a.shape), tuple(b.shape)) for kind, (a, b) in cast.rows.items()}
         if found != wanted:
             raise HypernetworkError(
                 f"{type(self.hypernetwork).__name__} cast rows of the shapes {found}, and its config's target and "

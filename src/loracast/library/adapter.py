@@ -20,6 +20,7 @@ from loracast.errors import AdapterError
 from loracast.files import file_sha256
 from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS, Manifest
+from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, pick
 from loracast.lora.quantize import SCALE, dequantise
 from loracast.lora.target import Target
 from loracast.lora.tensor_file import TensorInfo, number_faults, read_header
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from loracast.lora.merge import Merging
 
 FACTORS, INDEX, MANIFEST = "factors.safetensors", "chunks.sqlite", "adapter.json"
+SENTENCE = ".sentence"
+"""Suffix of the tensor that holds the sentence of each row of a memory."""
 STATIC = ".shared."
 """Part of the names of the tensors that hold the static LoRA, which all documents of a hypernetwork have in common."""
 _KEPT_IN_MEMORY = 8  # LoRAs or sets of factors: a conversation tends to stay with the same chunks
@@ -70,13 +73,26 @@ class Adapter:
         """Size of the adapter's files."""
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
+    def route(self, question: str, k: int | None = DEFAULT_ROUTE) -> Route:
+        """The chunks and sentences of a document that a question gets, as `routing.pick` finds them."""
+        if self.manifest.kind != "document":
+            return Route(reason=f"{self.manifest.kind}: always whole")
+        return pick(self.index, self.manifest.n_chunks, question, k)
+
     def lora(
-        self, chunks: Sequence[int] | Mapping[int, float] | None = None, *, static: bool = True, dense: bool = True
+        self,
+        chunks: Sequence[int] | Mapping[int, float] | None = None,
+        sentences: SentenceWeights | None = None,
+        *,
+        static: bool = True,
+        dense: bool = True,
     ) -> LoRA:
         """The LoRA of some chunks, or of all (None), merged along the rank.
 
         Args:
             chunks: their numbers; or the weight of each chunk's LoRA, by its number.
+            sentences: by chunk, the weights of its sentences, which a memory's rows get in place of the chunk's; rows
+                of weight 0 are left out.
             static: with the static LoRA, whose weight is always 1; False where another adapter of the same hypernetwork
                 brings it along (`loras_together`).
             dense: a module whose factors outweigh their product holds the product, rounded to bf16; False keeps the
@@ -90,12 +106,19 @@ class Adapter:
         if not wanted or wanted[0] < 0 or wanted[-1] >= n_chunks:
             raise AdapterError(f"{self.name!r} has the chunks 0..{n_chunks - 1}, not {list(wanted)}")
         weights = [chunks[i] for i in wanted] if isinstance(chunks, Mapping) else None
-        if weights is None and dense:
+        if weights is None and sentences is None and dense:
             return self._merged(wanted, static)
-        return self._join(self._checked_rows(wanted, static), weights, dense)
+        of_chunks = None if sentences is None else [sentences[i] for i in wanted]
+        return self._join(self._checked_rows(wanted, static), weights, of_chunks, dense)
 
-    def _join(self, rows: Mapping[str, Tensor], weights: Sequence[float] | None = None, dense: bool = True) -> LoRA:
-        return join_chunks(self.manifest.target, rows, self.manifest.merging, weights, dense)
+    def _join(
+        self,
+        rows: Mapping[str, Tensor],
+        weights: Sequence[float] | None = None,
+        sentences: Sequence[Sequence[float]] | None = None,
+        dense: bool = True,
+    ) -> LoRA:
+        return join_chunks(self.manifest.target, rows, self.manifest.merging, weights, sentences, dense)
 
     @cached_property
     def static_lora(self) -> LoRA:
@@ -138,9 +161,12 @@ class Adapter:
                 return stored[:]
             return torch.cat([stored[i : i + 1] for i in wanted])
 
-        names = [n for n in self._reader.keys() if STATIC not in n and not n.endswith(SCALE)]  # noqa: SIM118
-        is_int8 = self.manifest.storage == "int8"
-        rows = {name: dequantise(take(name), take(name + SCALE)) if is_int8 else take(name) for name in names}
+        rows = {}
+        for name in self._reader.keys():  # noqa: SIM118  (not a dict)
+            if STATIC in name or name.endswith(SCALE):
+                continue
+            is_int8 = self.manifest.storage == "int8" and not name.endswith(SENTENCE)
+            rows[name] = dequantise(take(name), take(name + SCALE)) if is_int8 else take(name)
         return rows | (self._static_rows if static else {})
 
     def _read_checked(self, wanted: tuple[int, ...], static: bool) -> dict[str, Tensor]:
@@ -215,17 +241,19 @@ class Adapter:
         except AdapterError as error:
             found.append(str(error))
         if has_factors and not (header := self.header_faults()):
-            names = [name for name, info in read_header(self.folder / FACTORS)[0].items() if info.dtype != "I8"]
+            header_types = read_header(self.folder / FACTORS)[0]
+            names = [name for name, info in header_types.items() if info.dtype not in ("I8", "I16")]
             return found + number_faults((name, self._reader.get_tensor(name)) for name in names)
         return found + (header if has_factors else [])
 
 
-def loras_together(picked: Sequence[tuple[Adapter, Mapping[int, float] | None]]) -> list[LoRA]:
-    """The LoRAs of adapters to be added up, each of its picked chunks or all (None); a static LoRA comes in once."""
-    if len(picked) == 1:
-        return [adapter.lora(chunks) for adapter, chunks in picked]
-    brings_static = first_with_static([adapter for adapter, _ in picked])
-    return [a.lora(chunks, static=is_first) for (a, chunks), is_first in zip(picked, brings_static, strict=True)]
+def loras_together(picked: Sequence[tuple[Adapter, Route]]) -> list[LoRA]:
+    """The LoRAs of adapters to be added up, each of what was picked; a static LoRA comes in once."""
+    brings_static = [True] if len(picked) == 1 else first_with_static([adapter for adapter, _ in picked])
+    return [
+        adapter.lora(route.picked, route.sentence_weights, static=is_first)
+        for (adapter, route), is_first in zip(picked, brings_static, strict=True)
+    ]
 
 
 def first_with_static(adapters: Sequence[Adapter]) -> list[bool]:
@@ -250,12 +278,28 @@ def layout(m: Manifest, static: Mapping[str, tuple[int, ...]]) -> dict[str, Tens
     found = {}
     for kind in m.target.kinds:
         modules = m.target.of_kind(kind)
-        rows = (m.n_chunks, len(modules), m.ranks[kind])
-        for name, d in ((f"{kind}.a", modules[0].d_in), (f"{kind}.b", modules[0].d_out)):
-            found[name] = TensorInfo("I8" if m.storage == "int8" else "BF16", (*rows, d))
+        in_memory = kind in m.memory_kinds
+        for side, n, d in (
+            ("a", len(modules), modules[0].d_in),
+            ("b", 1 if in_memory else len(modules), modules[0].d_out),
+        ):
+            rows = (m.n_chunks, n, m.ranks[kind])
+            found[f"{kind}.{side}"] = TensorInfo("I8" if m.storage == "int8" else "BF16", (*rows, d))
             if m.storage == "int8":
-                found[name + SCALE] = TensorInfo("BF16", (*rows, 1))
+                found[f"{kind}.{side}{SCALE}"] = TensorInfo("BF16", (*rows, 1))
+        if in_memory:
+            found[f"{kind}{SENTENCE}"] = TensorInfo("I16", (m.n_chunks, m.ranks[kind]))
     return found | {name: TensorInfo("BF16", shape) for name, shape in static.items()}
+
+
+def row_weights(owners: Tensor, sentences: Sequence[Sequence[float]]) -> Tensor:
+    """The weight of each row of a memory [chunks, r], from its sentence [chunks, r] and the sentences' weights."""
+    import torch
+
+    found = torch.zeros(owners.shape)
+    for i, (row, weights) in enumerate(zip(owners.tolist(), sentences, strict=True)):
+        found[i] = torch.tensor([weights[s] if 0 <= s < len(weights) else 0.0 for s in row])
+    return found
 
 
 def _static_shapes(target: Target, stored: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
@@ -274,13 +318,16 @@ def join_chunks(
     rows: Mapping[str, Tensor],
     merging: Merging,
     weights: Sequence[float] | None = None,
+    sentences: Sequence[Sequence[float]] | None = None,
     dense: bool = True,
 ) -> LoRA:
     """The LoRA of chunks: their factors merged, and the static ones once, if `rows` has any.
 
     Args:
-        rows: named as in the file: "down_proj.a" [chunks, layers, r, in], "down_proj.shared.a" [layers, r, in].
+        rows: named as in the file: "down_proj.a" [chunks, layers, r, in], "down_proj.shared.a" [layers, r, in],
+            "o_proj.sentence" [chunks, r].
         weights: what the LoRA of each chunk is multiplied with; 1 if None.
+        sentences: of each chunk, the weights of its sentences, as in `Adapter.lora`.
         dense: as in `Adapter.lora`.
     """
     import torch
@@ -289,10 +336,18 @@ def join_chunks(
 
     joined: dict[str, Factors] = {}
     for kind in target.kinds:
-        a, b = (rows[f"{kind}.{side}"].transpose(0, 1) for side in "ab")  # [layers, chunks, r, d]
-        if weights is not None:
+        a, b = (rows[f"{kind}.{side}"].transpose(0, 1) for side in "ab")  # [layers or 1, chunks, r, d]
+        kept = None
+        if sentences is not None and (owners := rows.get(f"{kind}{SENTENCE}")) is not None:
+            of_rows = row_weights(owners, sentences)  # [chunks, r]
+            b = b * of_rows.to(b)[..., None]
+            kept = of_rows.flatten().nonzero()[:, 0]
+        elif weights is not None:
             b = b * torch.tensor(weights).to(b)[:, None, None]
         sides = list(merging.join(kind, a, b))  # [layers, chunks * r, d]
+        if kept is not None:
+            sides = [side.index_select(1, kept.to(side.device)) for side in sides]
+        sides[1] = sides[1].expand(len(sides[0]), -1, -1)
         for i, side in enumerate("ab"):
             if (static := rows.get(f"{kind}{STATIC}{side}")) is not None:
                 sides[i] = torch.cat([sides[i], static], dim=1)

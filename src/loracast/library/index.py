@@ -1,4 +1,4 @@
-"""chunks.sqlite: text and offsets of an adapter's chunks, with SQLite's full-text index (FTS5) over them."""
+"""chunks.sqlite: text and offsets of an adapter's chunks, with full-text indices (FTS5) over chunks and sentences."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from loracast.documents.sentences import sentence_spans
 from loracast.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -17,10 +18,21 @@ Index = Path | sqlite3.Connection
 """An index: a file (an adapter's), or an open database (in memory, for evaluations that keep nothing)."""
 
 
+class SentencePlace(NamedTuple):
+    """Where a sentence stands: its chunk, and its (start, end) characters in the chunk's prompt."""
+
+    chunk: int
+    start: int
+    end: int
+
+
+_STEMMED = "tokenize = 'porter unicode61'"
+
+
 def write_index(index: Index, chunks: Sequence[Chunk]) -> None:
-    """Store the chunks' text and offsets with a full-text index over heading and text."""
+    """Store the chunks' text and offsets with full-text indices over heading and text, and over the sentences."""
     with _opened(index, sqlite3.connect) as database, database:
-        database.execute("CREATE VIRTUAL TABLE chunks USING fts5(heading, text, tokenize = 'porter unicode61')")
+        database.execute(f"CREATE VIRTUAL TABLE chunks USING fts5(heading, text, {_STEMMED})")
         database.execute(
             "CREATE TABLE places (chunk INTEGER PRIMARY KEY, start INTEGER, stop INTEGER, n_tokens INTEGER)"
         )
@@ -28,6 +40,43 @@ def write_index(index: Index, chunks: Sequence[Chunk]) -> None:
             row = (i, chunk.heading, chunk.text)
             database.execute("INSERT INTO chunks (rowid, heading, text) VALUES (?, ?, ?)", row)
             database.execute("INSERT INTO places VALUES (?, ?, ?, ?)", (i, chunk.start, chunk.end, chunk.n_tokens))
+    write_sentences(index, [chunk.prompt for chunk in chunks])
+
+
+def write_sentences(index: Index, prompts: Sequence[str]) -> None:
+    """Store the places of the sentences in the chunks' prompts, numbered through, with a full-text index over them.
+
+    The index keeps no second copy of the text.
+    """
+    with _opened(index, sqlite3.connect) as database, database:
+        database.execute(f"CREATE VIRTUAL TABLE sentences USING fts5(text, content = '', {_STEMMED})")
+        database.execute(
+            "CREATE TABLE sentence_places (sentence INTEGER PRIMARY KEY, chunk INTEGER, start INTEGER, stop INTEGER)"
+        )
+        database.execute("CREATE INDEX sentences_by_chunk ON sentence_places (chunk)")
+        for number, (chunk, start, end) in enumerate(sentences_of(prompts)):
+            text = prompts[chunk][start:end]
+            database.execute("INSERT INTO sentences (rowid, text) VALUES (?, ?)", (number, text))
+            database.execute("INSERT INTO sentence_places VALUES (?, ?, ?, ?)", (number, chunk, start, end))
+
+
+def sentences_of(prompts: Sequence[str]) -> list[SentencePlace]:
+    """The sentences of chunks in order; the number of a sentence is its place in this list."""
+    return [SentencePlace(i, *span) for i, prompt in enumerate(prompts) for span in sentence_spans(prompt)]
+
+
+def read_sentences(index: Index) -> list[SentencePlace]:
+    """The sentences of a document in order; empty in an index from before sentences were kept."""
+    with open_index(index) as database:
+        if not has_sentences(database):
+            return []
+        rows = database.execute("SELECT chunk, start, stop FROM sentence_places ORDER BY sentence").fetchall()
+    return [SentencePlace(*row) for row in rows]
+
+
+def has_sentences(database: sqlite3.Connection) -> bool:
+    """Whether an index holds sentences: those that older versions wrote do not."""
+    return bool(database.execute("SELECT 1 FROM sqlite_master WHERE name = 'sentence_places'").fetchone())
 
 
 def read_chunks(index: Index, chunks: Sequence[int] | None = None) -> list[Chunk]:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from loracast.documents import Document
     from loracast.documents.images import ImageFile
 
-FORMAT = 1
+FORMAT = 2
+"""Of what is written. Format 1 has no sentences: its documents are routed by chunk."""
 VERSION_DIGITS = 12
 """Digits of a version's hash by which people and servers call it."""
 AdapterKind = Literal["document", "task", "image", "combined", "imported"]
@@ -71,6 +72,8 @@ class Manifest:
     """By module kind, the ridge with which merging decorrelates the keys of different chunks (lora/merge.py)."""
     storage: Storage = "bf16"
     """How the factors are kept; bf16 where adapter.json does not say."""
+    memory_kinds: tuple[str, ...] = ()
+    """Module kinds whose rows belong to a sentence each; their B rows are the same in all modules and kept once."""
     strength: float = 1.0
     """Of a task: factor on every delta, folded in already."""
 
@@ -92,6 +95,8 @@ class Manifest:
             del hashed["storage"]
         if not self.key_decorrelation:
             del hashed[_STORED_AS["key_decorrelation"]]
+        if not self.memory_kinds:
+            del hashed["memory_kinds"]
         return _hash(hashed)
 
     def cache_keys(self, former_ids: Sequence[str] = ()) -> list[str]:
@@ -119,9 +124,9 @@ class Manifest:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise AdapterError(f"{path.parent} is not an adapter: its adapter.json cannot be read ({error})") from error
-        if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+        if not isinstance(stored, dict) or stored.get("format") not in (1, FORMAT):
             raise AdapterError(
-                f"{path} is not of format {FORMAT}; this version of loracast cannot read it: update loracast"
+                f"{path} is not of format 1 or {FORMAT}; this version of loracast cannot read it: update loracast"
             )
         try:
             names = {_STORED_AS.get(f.name, f.name): f.name for f in fields(cls)}
@@ -130,6 +135,7 @@ class Manifest:
             stored["made_for"] = Fingerprint(**stored["made_for"])
             stored["modules"] = tuple(tuple(module) for module in stored["modules"])
             stored["warnings"] = tuple(stored["warnings"])
+            stored["memory_kinds"] = tuple(stored.get("memory_kinds", ()))
             manifest = cls(**{names[key]: value for key, value in stored.items()})
             manifest._check()
             return manifest
@@ -152,6 +158,8 @@ class Manifest:
             raise ValueError("a ridge in it is not a positive number")
         if unknown := set(self.target.kinds) ^ {module.kind for module in self.target.modules}:
             raise ValueError(f"unknown module kinds {sorted(unknown)}")
+        if not set(self.memory_kinds) <= set(self.target.kinds):
+            raise ValueError("its memory is in modules that it does not target")
         if self.kind not in get_args(AdapterKind):
             raise ValueError(f"unknown kind {self.kind!r}")
         if self.storage not in STORAGE:

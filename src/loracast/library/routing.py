@@ -1,8 +1,9 @@
-"""Routing: BM25 picks the chunks of a document that a question is about, over the chunks' full-text index (index.py).
+"""Routing: BM25 picks the chunks and sentences of a document that a question is about, over its index (index.py).
 
 The sum of hundreds of LoRAs drowns each one; a question needs the few chunks that speak of it. The scores are
 SQLite's own `bm25` (Porter stemming, k1 = 1.2, b = 0.75), since the index is SQLite's anyway. Only a word's rarity is
 weighed here: SQLite gives no weight to a word in half of the chunks, as most words of a short manual are.
+A row of a memory belongs to a token, so to a sentence, and weighs as much as that matches the question.
 Neighbouring words of the question count once more where a chunk has them side by side (Metzler and Croft, A Markov
 random field model for term dependencies, 2005).
 """
@@ -11,16 +12,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from sqlite3 import Connection
 
 from loracast.errors import AdapterError
-from loracast.library.index import Index, open_index
-
-if TYPE_CHECKING:
-    from loracast.library.adapter import Adapter
+from loracast.library.index import Index, has_sentences, open_index
 
 DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/experiments.md)."""
@@ -28,6 +26,7 @@ DEFAULT_ROUTE = 2
 _WORD = re.compile(r"\w+")
 _LEAST_IDF = 1e-6  # SQLite's own floor, a factor of its scores
 _PAIR_WEIGHT = 0.5
+_NEIGHBOUR_SHARE = 0.0
 _SHARPNESS = 8  # of the weights of chunks picked from many
 _LEAST_WEIGHT = 0.3  # of a chunk of a document that is given whole
 
@@ -42,37 +41,81 @@ _STOP = frozenset(
 )
 
 
+SentenceWeights = Mapping[int, Sequence[float]]
+"""By chunk, the weight of each of its sentences."""
+
+
 @dataclass(frozen=True)
 class Route:
-    """The chunks picked for a question, best first, and why."""
+    """What of a document a question gets: the chunks, best first, the weights of their sentences, and why."""
 
-    chunks: tuple[int, ...] | None
+    chunks: tuple[int, ...] | None = None
     """None: all of them, merged."""
-    scores: tuple[float, ...]
-    weights: tuple[float, ...]
+    scores: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
     """What each chunk's LoRA is multiplied with: 1 for the best one."""
-    reason: str
+    sentences: tuple[tuple[float, ...], ...] | None = None
+    """Of each picked chunk, the weights of its sentences; None: all rows weigh like their chunk."""
+    reason: str = "all chunks"
 
     @property
     def picked(self) -> dict[int, float] | None:
         """The weight of each picked chunk; None: all of them, merged."""
         return None if self.chunks is None else dict(zip(self.chunks, self.weights, strict=True))
 
+    @property
+    def sentence_weights(self) -> SentenceWeights | None:
+        """The weights of the sentences by chunk; None: all rows weigh like their chunk."""
+        if self.sentences is None:
+            return None
+        return dict(
+            zip(range(len(self.sentences)) if self.chunks is None else self.chunks, self.sentences, strict=True)
+        )
+
 
 def search(index: Index, question: str, k: int) -> list[tuple[int, float]]:
     """The k chunks that match a question best, as (chunk, score), higher scores first; fewer where fewer match."""
-    scores: dict[int, float] = {}
     with open_index(index) as database:
         (n_chunks,) = database.execute("SELECT count(*) FROM places").fetchone()
-        for phrase, weight in _phrases(question):
-            rows = database.execute(
-                "SELECT rowid, -bm25(chunks, 0.5, 1.0) FROM chunks WHERE chunks MATCH ?", (f'"{phrase}"',)
-            ).fetchall()
-            odds = (n_chunks - len(rows) + 0.5) / (len(rows) + 0.5)
-            theirs, ours = max(math.log(odds), _LEAST_IDF), math.log(1 + odds)
-            for chunk, score in rows:
-                scores[chunk] = scores.get(chunk, 0.0) + weight * ours / theirs * score
+        scores = _scores(database, "chunks", "bm25(chunks, 0.5, 1.0)", n_chunks, question)
     return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[:k]
+
+
+def sentence_scores(index: Index, question: str) -> list[float] | None:
+    """How well each sentence of a document matches a question, 0 where no word does; None if none matches at all.
+
+    A sentence gets a share of its neighbours' scores, since it may continue what they speak of ("It weighs 3 kg.").
+    None also for an index without sentences.
+    """
+    with open_index(index) as database:
+        if not has_sentences(database):
+            return None
+        (n_sentences,) = database.execute("SELECT count(*) FROM sentence_places").fetchone()
+        scores = _scores(database, "sentences", "bm25(sentences)", n_sentences, question)
+    if not scores:
+        return None
+    own = [scores.get(i, 0.0) for i in range(n_sentences)]
+    around = zip([0.0, *own], own, [*own[1:], 0.0], strict=False)
+    return [max(score, _NEIGHBOUR_SHARE * before, _NEIGHBOUR_SHARE * after) for before, score, after in around]
+
+
+def sentence_weights(index: Index, question: str) -> list[float] | None:
+    """The weight of each sentence of a document for a question: 1 for the best; None as in `sentence_scores`."""
+    scores = sentence_scores(index, question)
+    return None if scores is None else [score / max(scores) for score in scores]
+
+
+def _scores(database: Connection, table: str, rank: str, n_rows: int, question: str) -> dict[int, float]:
+    """BM25 of the rows of a full-text table that match a question."""
+    scores: dict[int, float] = {}
+    for phrase, weight in _phrases(question):
+        rows = database.execute(f"SELECT rowid, -{rank} FROM {table} WHERE {table} MATCH ?", (f'"{phrase}"',))
+        found = rows.fetchall()
+        odds = (n_rows - len(found) + 0.5) / (len(found) + 0.5)
+        theirs, ours = max(math.log(odds), _LEAST_IDF), math.log(1 + odds)
+        for row, score in found:
+            scores[row] = scores.get(row, 0.0) + weight * ours / theirs * score
+    return scores
 
 
 def _phrases(question: str) -> list[tuple[str, float]]:
@@ -83,13 +126,8 @@ def _phrases(question: str) -> list[tuple[str, float]]:
     return [(word, 1.0) for word in telling] + [(f"{one} {other}", _PAIR_WEIGHT) for one, other in pairs]
 
 
-def route(adapter: Adapter, question: str, k: int | None = DEFAULT_ROUTE) -> Route:
-    """Pick the chunks of an adapter for a question, as `pick` does."""
-    return pick(adapter.index, adapter.manifest.n_chunks, question, k)
-
-
 def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROUTE) -> Route:
-    """Pick the chunks for a question: at most `k` of the document's `n_chunks`, or all (None).
+    """Pick what a question gets: at most `k` of the document's `n_chunks`, or all (None), and in them the sentences.
 
     The lower a chunk's score beside the best one's, the less it weighs, so that a poor match does not drown a good
     one (measured: docs/experiments.md). A document of k chunks or fewer is given whole, and each of its chunks keeps
@@ -98,11 +136,13 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
     """
     if k is not None and k < 1:
         raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
-    if k is None or n_chunks == 1:
-        return Route(None, (), (), "all chunks" if k is None else "the document has only one chunk")
+    if k is None:
+        return Route()
+    if n_chunks == 1:
+        return Route(sentences=_weighed(index, question, [0]), reason="the document has only one chunk")
     found = search(index, question, k)
     if not found:
-        return Route(None, (), (), "no word of the question occurs in the document: all chunks")
+        return Route(reason="no word of the question occurs in the document: all chunks")
     if n_chunks > k:
         weights: Sequence[float] = [(score / found[0][1]) ** _SHARPNESS for _, score in found]
         reason = f"best {len(found)} by BM25"
@@ -112,4 +152,20 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
         weights = [max(_LEAST_WEIGHT, score / found[0][1]) for _, score in found]
         reason = f"all {n_chunks} chunks, weighed by BM25"
     chunks, scores = zip(*found, strict=True)
-    return Route(chunks, scores, tuple(weights), reason)
+    return Route(chunks, scores, tuple(weights), _weighed(index, question, chunks), reason)
+
+
+def _weighed(index: Index, question: str, chunks: Sequence[int]) -> tuple[tuple[float, ...], ...] | None:
+    """The weights of the sentences of some chunks, 1 for the best of them; None where no sentence matches."""
+    scores = sentence_scores(index, question)
+    if scores is None:
+        return None
+    with open_index(index) as database:
+        found = [
+            tuple(scores[i] for (i,) in database.execute(
+                "SELECT sentence FROM sentence_places WHERE chunk = ? ORDER BY sentence", (chunk,)
+            ))
+            for chunk in chunks
+        ]  # fmt: skip
+    best = max((score for of_chunk in found for score in of_chunk), default=0.0)
+    return tuple(tuple(score / best for score in of_chunk) for of_chunk in found) if best > 0 else None

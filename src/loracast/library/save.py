@@ -15,7 +15,7 @@ from loracast.documents import Chunk
 from loracast.errors import AdapterError
 from loracast.library.adapter import STATIC, Adapter
 from loracast.library.manifest import AdapterKind, Manifest, utc_now
-from loracast.library.writer import AdapterWriter
+from loracast.library.writer import AdapterWriter, ChunkRows
 from loracast.lora.algebra import LoRA, Rows, compress
 from loracast.lora.target import KINDS, Target, TargetModule
 
@@ -26,7 +26,7 @@ def save_rows(
     library: Path,
     manifest: Manifest,
     chunks: Sequence[Chunk],
-    batches: Iterable[Rows],
+    batches: Iterable[ChunkRows],
     static: Rows,
     seconds: Callable[[], float],
     *,
@@ -49,8 +49,8 @@ def save_rows(
         progress(done, len(chunks))
         if manifest.storage != "text":
             writer.open_factors(static_tensors(static))
-            for rows in batches:
-                writer.add(rows)
+            for rows, sentences in batches:
+                writer.add(rows, sentences)
                 done += next(iter(rows.values()))[0].shape[0]
                 progress(done, len(chunks))
         return writer.finish(replace=replace, learn_s=seconds())
@@ -112,7 +112,7 @@ def save_single(
         warnings=warnings,
     )
     only = Chunk(text=title, start=0, end=len(title), heading="", n_tokens=0)
-    return save_rows(library, manifest, [only], [rows], static or {}, lambda: seconds, replace=replace)
+    return save_rows(library, manifest, [only], [(rows, {})], static or {}, lambda: seconds, replace=replace)
 
 
 def save_lora(lora: LoRA, library: Path, name: str, *, static: LoRA = LoRA(), **about) -> Adapter:

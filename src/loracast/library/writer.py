@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace as with_changes
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from loracast.errors import AdapterError
 from loracast.files import file_sha256, sync_folder
-from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter, layout
+from loracast.library.adapter import FACTORS, INDEX, MANIFEST, SENTENCE, Adapter, layout
 from loracast.library.files import recover
 from loracast.library.index import write_index
 from loracast.library.library import add_adapter
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
     from loracast.documents import Chunk
     from loracast.lora.algebra import Rows
+
+
+ChunkRows = tuple["Rows", "Mapping[str, Tensor]"]
+"""The rows of n chunks, and by kind of a memory the sentence of each row in its chunk [n, r], -1 for none."""
 
 
 class AdapterWriter:
@@ -82,8 +87,12 @@ class AdapterWriter:
         for name, value in static.items():
             self._write(name, 0, value.detach().bfloat16())
 
-    def add(self, expanded: Rows) -> None:
-        """Append the factors of the next n chunks: by kind, A [n, modules, r, in] and B [n, modules, r, out]."""
+    def add(self, expanded: Rows, sentences: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Append the factors of the next n chunks: by kind, A [n, modules, r, in] and B [n, modules, r, out].
+
+        Args:
+            sentences: by kind of a memory, whose B is [n, 1, r, out], the sentence of each row in its chunk [n, r].
+        """
         check_finite(expanded, "this document")
         n = 0
         for kind, pair in expanded.items():
@@ -96,6 +105,8 @@ class AdapterWriter:
                     stored = list(quantise(stored[0]))
                 for part, value in zip((name, name + SCALE), stored, strict=False):
                     self._write(part, self._n_added * value[0].numel() * value.element_size(), value)
+        for kind, numbers in sentences.items():
+            self._write(f"{kind}{SENTENCE}", self._n_added * numbers[0].numel() * numbers.element_size(), numbers)
         self._n_added += n
 
     def _write(self, name: str, offset: int, value: Tensor) -> None:

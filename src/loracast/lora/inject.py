@@ -7,8 +7,9 @@ cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,17 @@ from loracast.lora.algebra import LoRA, LoRABatch, stack
 
 
 @contextmanager
-def inject(model: nn.Module, loras: LoRA | LoRABatch | Sequence[LoRA | None] | None) -> Iterator[nn.Module]:
+def inject(
+    model: nn.Module,
+    loras: LoRA | LoRABatch | Sequence[LoRA | None] | None,
+    gates: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Iterator[nn.Module]:
     """Apply LoRAs to `model` while the context lasts.
 
     Args:
         model: the base, a module whose submodules the LoRAs name.
         loras: one LoRA for all rows, a list with one LoRA or None for each row of the batch, or a ready LoRABatch.
+        gates: by module, weights [rows, tokens, r] of the LoRA's ranks at each token of the input.
 
     Raises:
         AdapterError: a LoRA names a module that the base lacks, or has other shapes; all of them in one message.
@@ -42,7 +48,7 @@ def inject(model: nn.Module, loras: LoRA | LoRABatch | Sequence[LoRA | None] | N
             w = module.weight
             dtype = w.dtype if w.is_floating_point() else None
             chains = [[matrix.to(w.device, dtype) for matrix in chain] for chain in chains]
-            handles.append(module.register_forward_hook(_hook(n_rows, chains)))
+            handles.append(module.register_forward_hook(_hook(n_rows, chains, gates.get(name))))
         yield model
     finally:
         for handle in handles:
@@ -79,9 +85,12 @@ def _modules_for(model: nn.Module, batch: LoRABatch) -> dict[str, nn.Linear]:
 
 
 def _hook(
-    n_rows: int | None, chains: Sequence[Sequence[Tensor]]
+    n_rows: int | None, chains: Sequence[Sequence[Tensor]], gate: Tensor | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A hook that adds the input times each chain of matrices (A, B or a dense delta). `n_rows` None fits any batch."""
+    """A hook that adds the input times each chain of matrices (A, B or a dense delta). `n_rows` None fits any batch.
+
+    A gate [rows, tokens, r] multiplies what A, the first matrix of the first chain, gives.
+    """
 
     def add_delta(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]  # [rows, tokens, in]
@@ -89,11 +98,13 @@ def _hook(
             raise AdapterError(
                 f"{n_rows} LoRAs were given for a batch of {x.shape[0]} rows; give one for each row, or one for all"
             )
-        for chain in chains:
+        for n_chain, chain in enumerate(chains):
             y = x
-            for matrix in chain:  # [rows, tokens, in] -> [rows, tokens, r] -> [rows, tokens, out]
+            for n_matrix, matrix in enumerate(chain):  # [rows, tokens, in] -> [rows, tokens, r] -> [rows, tokens, out]
                 matrix = matrix.to(y.dtype)  # [rows or 1, out, in]
                 y = nn.functional.linear(y, matrix[0]) if matrix.shape[0] == 1 else torch.bmm(y, matrix.mT)
+                if gate is not None and n_chain == n_matrix == 0:
+                    y = y * gate.to(y.dtype)
             output = output + y
         return output
 

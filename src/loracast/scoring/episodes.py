@@ -9,11 +9,13 @@ one matmul.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from loracast.batching import pad_right
 from loracast.data.spans import TokenLabel
@@ -28,6 +30,7 @@ class Question:
     answer: tuple[int, ...]
     is_unrelated: bool = False  # to the document, so that the base shall answer as it does without a LoRA
     window_prompt: tuple[int, ...] = ()  # the question after the document, for a teacher that sees it, if there is one
+    sentence_weights: tuple[float, ...] = ()  # of the document's sentences for this question; empty: 1 for all
     soft: SoftTargets | None = field(default=None, compare=False)  # a teacher's distributions at the answer's tokens
 
 
@@ -39,6 +42,11 @@ class Episode:
     questions: tuple[Question, ...]
     task: str = ""  # the kind of the episode, such as "needle": accuracies are logged by it
     token_labels: tuple[TokenLabel, ...] = ()  # span supervision of the chunks, where it is known
+    token_sentences: tuple[tuple[int, ...], ...] = ()  # of each chunk's tokens, the document's sentence they stand in
+
+    def merged(self) -> Episode:
+        """The episode with the whole memory for each question, as in a merged LoRA."""
+        return replace(self, questions=tuple(replace(question, sentence_weights=()) for question in self.questions))
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,10 @@ class Batch:
     soft_ids: Tensor  # [soft, k] the teacher's likeliest tokens
     soft_log_probs: Tensor  # [soft, k]
     token_labels: Tensor  # [m, 7] a TokenLabel in each row, with the row of chunk_ids as its chunk
+    token_sentences: Tensor  # [d * k, c] the sentence of each token of a chunk, -1 for padding
+    sentence_weights: Tensor  # [questions, s] by the sentence's number in the document
+    is_routed: Tensor  # [questions] bool, whether its sentences have weights; where not, all count
+    token_question: Tensor  # [d, t] the question that a token belongs to; -1 for the prefix and padding
 
     @property
     def n_questions(self) -> int:
@@ -90,7 +102,7 @@ def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
     chunk_ids, chunk_mask = pad_right(filled, pad_id)
     rows: list[list[int]] = []
     positions: list[list[int]] = []
-    branches: list[list[int]] = []  # of each token: 0 for the prefix, then the questions from 1 on
+    branches: list[list[int]] = []  # of each token: 0 for the prefix, then the batch's questions from 1 on
     answers: list[tuple[int, int, int, int]] = []  # row, position, token, question
     n_questions = 0
     for row, episode in enumerate(episodes):
@@ -98,14 +110,14 @@ def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
         ids = list(episode.questions[0].prompt[:shared])
         position = list(range(shared))
         branch = [0] * shared
-        for number, question in enumerate(episode.questions, start=1):
+        for question in episode.questions:
             tail = [*question.prompt[shared:], *question.answer[:-1]]  # the last answer token is predicted, never read
             first = len(ids) + len(question.prompt) - shared - 1
             answers += [(row, first + i, token, n_questions) for i, token in enumerate(question.answer)]
             n_questions += 1
             ids += tail
             position += range(shared, shared + len(tail))
-            branch += [number] * len(tail)
+            branch += [n_questions] * len(tail)
         rows.append(ids)
         positions.append(position)
         branches.append(branch)
@@ -121,6 +133,10 @@ def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
     questions = [question for episode in episodes for question in episode.questions]
     soft = [question.soft for question in questions if question.soft is not None]
     is_soft = [question.soft is not None for question in questions for _ in question.answer]
+    sentences = [
+        s for e in episodes for s in (e.token_sentences or empty * len(e.chunks)) + empty * (k - len(e.chunks))
+    ]
+    weights = [torch.tensor(question.sentence_weights) for question in questions]
     labels = [(row * k + chunk, *rest) for row, episode in enumerate(episodes) for chunk, *rest in episode.token_labels]
     return Batch(
         chunk_ids, chunk_mask, k, input_ids, position_ids, attention_mask,
@@ -130,4 +146,8 @@ def pack(episodes: Sequence[Episode], pad_id: int) -> Batch:
         torch.cat([targets.ids for targets in soft]).long() if soft else torch.zeros(0, 1, dtype=torch.long),
         torch.cat([targets.log_probs for targets in soft]).float() if soft else torch.zeros(0, 1),
         torch.tensor(labels, dtype=torch.long).view(-1, len(TokenLabel._fields)),
+        functional.pad(padded := pad_right(sentences, -1)[0], (0, chunk_ids.shape[1] - padded.shape[1]), value=-1),
+        pad_sequence(weights, batch_first=True),
+        torch.tensor([bool(question.sentence_weights) for question in questions]),
+        branch_ids.clamp_min(0) - 1,
     )  # fmt: skip

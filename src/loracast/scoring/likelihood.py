@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,14 +47,20 @@ class AnswerScores:
         return self.divergence[self.is_unrelated].mean() if self.is_unrelated.any() else None
 
 
-def score_answers(model: Any, loras: LoRABatch, batch: Batch, watched: Sequence[str] = ()) -> AnswerScores:
+def score_answers(
+    model: Any,
+    loras: LoRABatch,
+    batch: Batch,
+    watched: Sequence[str] = (),
+    gates: Mapping[str, Tensor] = MappingProxyType({}),
+) -> AnswerScores:
     """Run the base on a batch, each row with its own LoRA, and score the answers.
 
-    The inputs of the `watched` modules are kept where answers are predicted.
+    The inputs of the `watched` modules are kept where answers are predicted; `gates` as in `inject`.
     """
     decoder = model.get_decoder()
     with (
-        inject(model, loras),
+        inject(model, loras, gates),
         _attention_for_training(decoder.config, model.device),
         capture_inputs(model, watched) as inputs,
     ):

@@ -17,6 +17,7 @@ from loracast.base.chat import encode_text
 from loracast.base.load import Base
 from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.errors import ConfigError
+from loracast.hypernets.doc_config import ModuleRow
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig, MergedCast
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import target_from_config
@@ -28,6 +29,7 @@ from loracast.training.memory_losses import MemoryLosses, retrieval_loss, write_
 from loracast.training.recipe import keys_of, read_recipe_as, recorded
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
+from loracast.training.sentence_gates import sentence_gates
 from loracast.training.sources import DataConfig, EpisodeSource
 from loracast.training.teacher import Distillation, Teacher
 
@@ -49,7 +51,7 @@ class DocRecipe:
     static_kinds: tuple[str, ...] = ()
     """Module kinds, in the targeted layers, that receive a static LoRA: the same for every document."""
     encoder_kinds: tuple[str, ...] = ()
-    """Module kinds that carry a trained LoRA while the base reads a document, up to the deepest layer that is read."""
+    """Module kinds that carry a trained LoRA while the base reads a document, up to the deepest block that is read."""
     calibration_questions: int = 3000
     """Questions on which a new memory's units are measured before training."""
     memory_loss_weight: float = 0.3
@@ -66,7 +68,10 @@ class DocRecipe:
     """Keys that the table `[hypernetwork]` has; `--init-from` refuses those that the checkpoint fixes."""
 
 
-_GROWABLE = {"memory_layers", "calibration_questions", "static_kinds", "static_modules_rank", "head_shared_rank"}
+_GROWABLE = {
+    "encoder_kinds", "encoder_rank", "memory_layers", "calibration_questions", "static_kinds", "static_modules_rank",
+    "head_shared_rank",
+}  # fmt: skip
 """Keys allowed with --init-from: they add a missing part, or make a part smaller."""
 _FIELDS = ("kinds", "layers", "memory_layers", "static_kinds", "encoder_kinds", "calibration_questions")
 _DERIVED = {"modules", "memory_modules", "static_modules", "encoder_modules", "d_features"}
@@ -92,16 +97,29 @@ def build_doc_hypernet(base: Base, recipe: DocRecipe, source: EpisodeSource) -> 
     if recipe.static_kinds:
         options["static_modules"] = target_from_config(base_config, recipe.static_kinds, recipe.layers).rows
     if recipe.encoder_kinds:
-        depth = max(options.get("reader_layers", DocToLoRAConfig.reader_layers))
-        options["encoder_modules"] = target_from_config(base_config, recipe.encoder_kinds, range(depth)).rows
+        read = options.get("reader_layers", DocToLoRAConfig.reader_layers)
+        options["encoder_modules"] = encoder_modules(base, recipe, read, options.get("memory_modules", ()))
     target = target_from_config(base_config, recipe.kinds, recipe.layers)
     hypernet = DocToLoRA(DocToLoRAConfig.for_target(target, d_features, **options))
     calibrate(hypernet, base, hypernet.hidden_states_encoder(base), *calibration_data(base, recipe, source))
     return hypernet
 
 
+def encoder_modules(
+    base: Base, recipe: DocRecipe, read: Sequence[int], memory: Sequence[ModuleRow]
+) -> tuple[ModuleRow, ...]:
+    """The modules of the recipe's `encoder_kinds` in all blocks that are computed while the base reads a document.
+
+    Args:
+        read: blocks after which states are read.
+        memory: modules whose inputs are read as well.
+    """
+    depth = max([*read, *(layer + 1 for _, layer, *_ in memory)])
+    return target_from_config(base.model.config, recipe.encoder_kinds, range(depth)).rows
+
+
 def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSource) -> DocToLoRA:
-    """Add the recipe's parts to a hypernetwork: memory layers, static modules (zero at first), low-rank heads."""
+    """Add the recipe's parts to a hypernetwork: memory layers, static modules, an encoder LoRA, low-rank heads."""
     c, base_config = hypernet.config, base.model.config
     changes: dict[str, Any] = {}
     if recipe.memory_layers:
@@ -116,6 +134,11 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
             raise ConfigError("the checkpoint has static modules already; leave static_kinds out of the recipe")
         changes["static_modules"] = target_from_config(base_config, recipe.static_kinds, c.layers).rows
         changes["static_modules_rank"] = recipe.hypernetwork.get("static_modules_rank", c.static_modules_rank)
+    if recipe.encoder_kinds:
+        if c.encoder_modules:
+            raise ConfigError("the checkpoint has an encoder LoRA already; leave encoder_kinds out of the recipe")
+        changes["encoder_modules"] = encoder_modules(base, recipe, c.reader_layers, c.memory_modules)
+        changes["encoder_rank"] = recipe.hypernetwork.get("encoder_rank", c.encoder_rank)
     head_rank = recipe.hypernetwork.get("head_shared_rank")
     if head_rank is not None:
         if c.head_shared_rank is not None:
@@ -160,7 +183,12 @@ def answer_questions(
 ) -> tuple[AnswerScores, MemoryLosses, MergedCast]:
     """Documents -> features -> LoRAs -> scores of their questions' answers, losses of the memory, and what was cast."""
     cast = hypernet(encoder(batch.chunk_ids, batch.chunk_mask), batch.chunks_per_document)
-    scores = score_answers(model, cast.loras, batch, encoder.key_modules)
+    gates: dict[str, Tensor] = {}
+    if cast.writes is not None and batch.is_routed.any():
+        assert cast.writes.tokens is not None
+        rank = cast.loras.factors[encoder.key_modules[0]].rank
+        gates = dict.fromkeys(encoder.key_modules, sentence_gates(cast.writes.tokens, batch, rank))
+    scores = score_answers(model, cast.loras, batch, encoder.key_modules, gates)
     if cast.writes is None:
         return scores, MemoryLosses(), cast
     # By module A [d, k * r, in], x [n, in].

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from loracast.base.chat import ChatFormat, encode_with_offsets
 from loracast.data.spans import INSIDE, FactSpan, TokenLabel, label_tokens
 from loracast.documents import split_text
+from loracast.documents.sentences import sentence_spans, token_sentences
 from loracast.scoring.episodes import Episode, Question
+from loracast.training.sentence_gates import weights_of
 
 # System turns of training prompts; most are empty, since the template's own (None) is longer than a question.
 SYSTEM_TURNS = ("", "", "", "Answer briefly.", "You answer questions.", None)
@@ -79,6 +82,7 @@ class EpisodeMaker:
         `document` is the text that a teacher may see; an unrelated question comes last if `asks_unrelated`.
         """
         system = rng.choice(SYSTEM_TURNS)
+        asked = [text for text, *_ in answered]
         questions = []
         for text, answer, _ in answered:
             shown = reading_prompt(self.chat, document, text) if document and self.shows_documents else ()
@@ -86,6 +90,7 @@ class EpisodeMaker:
             questions.append(Question(prompt, tuple(self.chat.answer(answer)), window_prompt=tuple(shown)))
         if asks_unrelated:
             text, answer = rng.choice(self.unrelated)
+            asked.append(text)
             prompt = tuple(self.chat.prompt(text, system))
             questions.append(Question(prompt, tuple(self.chat.reply(answer)), is_unrelated=True))
         chunks: list[tuple[int, ...]] = []
@@ -94,7 +99,19 @@ class EpisodeMaker:
             ids, offsets = encode_with_offsets(self.tokenizer, text)
             chunks.append(tuple(ids))
             labels += label_tokens(i, text, offsets, [fact for *_, fact in answered])
-        return Episode(tuple(chunks), tuple(questions), task, tuple(labels))
+        return self._weighed(Episode(tuple(chunks), tuple(questions), task, tuple(labels)), texts, asked)
+
+    def _weighed(self, episode: Episode, texts: Sequence[str], asked: Sequence[str]) -> Episode:
+        """The episode with the weights that its questions, whose texts are `asked`, give the document's sentences."""
+        sentences, n = [], 0
+        for text in texts:
+            spans = sentence_spans(text)
+            _, offsets = encode_with_offsets(self.tokenizer, text)
+            sentences.append(tuple(n + i for i in token_sentences(spans, offsets)))
+            n += len(spans)
+        pairs = zip(episode.questions, weights_of(texts, asked), strict=True)
+        questions = tuple(replace(question, sentence_weights=weights) for question, weights in pairs)
+        return replace(episode, questions=questions, token_sentences=tuple(sentences))
 
     def passages(self, rng: random.Random, texts: Sequence[str], n: int) -> Episode:
         """A document with at most `n` passages, none overlapping, to continue word for word from their first tokens."""
@@ -103,12 +120,14 @@ class EpisodeMaker:
         for i, (ids, _) in enumerate(encoded):
             last = len(ids) - START_TOKENS - _FEWEST_CONTINUED
             places += [(i, first) for first in range(rng.randrange(PASSAGE_TOKENS), last + 1, PASSAGE_TOKENS)]
-        questions, labels = [], []
+        questions, labels, asked = [], [], []
         for number, (chunk, first) in enumerate(rng.sample(places, min(n, len(places)))):
             ids, offsets = encoded[chunk]
             start, answer = split_passage(texts[chunk], ids, offsets, first)
-            prompt = self.chat.prompt(rng.choice(CONTINUE).format(start), rng.choice(("", None)))
+            asked.append(rng.choice(CONTINUE).format(start))
+            prompt = self.chat.prompt(asked[-1], rng.choice(("", None)))
             questions.append(Question(tuple(prompt), answer))
             token = first + START_TOKENS
             labels += [TokenLabel(chunk, token + i, INSIDE, -1, i, -1, number) for i in range(len(answer))]
-        return Episode(tuple(tuple(ids) for ids, _ in encoded), tuple(questions), "reading", tuple(labels))
+        episode = Episode(tuple(tuple(ids) for ids, _ in encoded), tuple(questions), "reading", tuple(labels))
+        return self._weighed(episode, texts, asked)

@@ -71,6 +71,8 @@ class DataConfig:
     """Files of documents with questions: JSONL (optionally gzipped) rows of `document` and `questions`."""
     document_sources: tuple[str, ...] = ()
     """Of rows with a `source` field, take only these sources."""
+    merged_share: float = 0.25
+    """Share of steps whose questions get the whole memory; in the others they weigh it by sentence, as `ask` does."""
     max_questions: int = 8
     """Most questions about one real or everyday document in a step."""
     everyday_share: float = 0.0
@@ -161,7 +163,9 @@ class EpisodeSource:
                 kind = of_share
                 break
             drawn -= share
-        return self._draw(kind, rng)
+        episodes = self._draw(kind, rng)
+        is_merged = random.Random(f"{self.config.seed}/{worker}/{number}/merged").random() < c.merged_share
+        return [episode.merged() for episode in episodes] if is_merged else episodes
 
     def of_kind(self, kind: EpisodeKind, number: int) -> list[Episode]:
         """The episodes of one step of a kind, whatever its share."""

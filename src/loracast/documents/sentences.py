@@ -1,0 +1,47 @@
+"""Splits a text into sentences, table rows, list items and headings: what routing weighs one against another."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from loracast.documents.seams import CLAUSE, SENTENCE_END, SeamFinder, ends_sentence
+
+_BREAK = re.compile(rf"(?P<semicolon>;)(?=\s)|(?P<lines>\s*\n\s*)|{SENTENCE_END.pattern}")
+_BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
+
+
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """The sentences of a text as (start, end) characters, in order, without the blanks between them.
+
+    A semicolon ends one, and so does a line that is more than wrapped prose: a heading, an item, a row.
+    """
+    cuts = [0, *_cuts(text), len(text)]
+    spans = []
+    for start, end in pairwise(cuts):
+        piece = text[start:end]
+        if stripped := piece.strip():
+            first = start + piece.index(stripped[0])
+            spans.append((first, first + len(stripped)))
+    return spans
+
+
+def token_sentences(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """For each token, given by its (start, end) characters, the index of the sentence that it belongs to."""
+    starts = [start for start, _ in spans]
+    return [max(0, bisect_right(starts, max(start, end - 1)) - 1) for start, end in offsets]
+
+
+def _cuts(text: str) -> Iterator[int]:
+    finder = SeamFinder(text)
+    for match in _BREAK.finditer(text):
+        if match["semicolon"]:
+            yield match.end()
+        elif lines := match["lines"]:
+            newline = match.start() + lines.index("\n")
+            if _BLANK_LINE.search(lines) or finder.line_cost(newline) != CLAUSE:
+                yield match.end()
+        elif match["stop"] is None or ends_sentence(text, match.start("stop"), match.end()):
+            yield match.end()

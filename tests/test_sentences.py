@@ -1,0 +1,214 @@
+"""Routing by sentence: how texts are split, which sentence a memory's rows belong to, and what a question gets of them."""
+
+import sqlite3
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+
+from loracast.base.chat import encode_with_offsets
+from loracast.documents.sentences import sentence_spans, token_sentences
+from loracast.evaluation.in_memory import InMemoryAdapter
+from loracast.evaluation.in_memory import cast as cast_in_memory
+from loracast.library.adapter import SENTENCE
+from loracast.library.index import read_chunks, read_sentences, sentences_of, write_sentences
+from loracast.library.routing import pick, sentence_scores, sentence_weights
+from loracast.lora.merge import decorrelate_keys
+from loracast.lora.target import target_from_config
+from loracast.model import Model
+from loracast.scoring.episodes import Episode, Question, pack
+from loracast.scoring.likelihood import score_answers
+from loracast.training.doc import answer_questions
+from loracast.training.sentence_gates import weights_of
+from tiny import make_hypernet
+
+RANK = 12
+MANUAL = """# Velmo kettle
+
+The kettle weighs 3 kg. Dr. Smith likes it; it costs 40 euros.
+A line that is wrapped because it is much longer than a row of a table
+goes on here.
+
+- The blue bin is emptied on Mondays.
+- The green bin is emptied on Thursdays.
+Colour: red
+"""
+
+
+@pytest.fixture
+def model(base, tmp_path):
+    modules = target_from_config(base.model.config, ("o_proj",), (1, 3)).rows
+    memory = {"d_values": 48, "memory_modules": modules, "memory_rank": RANK, "memory_blocks": 1}
+    hypernet = make_hypernet(base, static_rank=1, key_decorrelation=3.0, **memory)
+    hypernet.memory.scale.data.copy_(torch.tensor([0.01, -0.02]))
+    return Model(base, tmp_path, hypernet)
+
+
+def test_a_text_is_split_where_a_reader_would():
+    assert [MANUAL[start:end] for start, end in sentence_spans(MANUAL)] == [
+        "# Velmo kettle",
+        "The kettle weighs 3 kg.",
+        "Dr. Smith likes it;",
+        "it costs 40 euros.",
+        "A line that is wrapped because it is much longer than a row of a table\ngoes on here.",
+        "- The blue bin is emptied on Mondays.",
+        "- The green bin is emptied on Thursdays.",
+        "Colour: red",
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "  \n ", "One", "a\nb\n\nc", "Ende。次の文。最後", "x" * 5000, "A. B. C. " * 400])
+def test_sentences_cover_all_but_blanks_in_order(text):
+    spans = sentence_spans(text)
+    kept = "".join(text[start:end] for start, end in spans)
+    assert "".join(kept.split()) == "".join(text.split())
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+def test_splitting_takes_time_in_proportion_to_the_text():
+    def seconds(n):
+        started = time.perf_counter()
+        sentence_spans(MANUAL * n)
+        return time.perf_counter() - started
+
+    seconds(10)
+    assert seconds(1600) < 100 * min(seconds(100) for _ in range(3))
+
+
+def test_every_token_has_the_sentence_that_holds_it(base):
+    _, offsets = encode_with_offsets(base.tokenizer, MANUAL)
+    spans = sentence_spans(MANUAL)
+    for owner, (start, end) in zip(token_sentences(spans, offsets), offsets, strict=True):
+        if MANUAL[start:end].strip():
+            low, high = spans[owner]
+            assert low < end and start < high
+
+
+def test_the_index_finds_sentences_by_their_stems_and_pairs_of_words():
+    index = sqlite3.connect(":memory:")
+    prompts = [MANUAL, "The Trask drill weighs 7 kg. It is yellow."]
+    write_sentences(index, prompts)
+    places = sentences_of(prompts)
+    texts = [prompts[chunk][start:end] for chunk, start, end in places]
+
+    def best(question):
+        scores = sentence_scores(index, question)
+        return texts[scores.index(max(scores))]
+
+    assert len(sentence_scores(index, "kettle")) == len(texts)
+    assert best("How much did the drills weigh?") == "The Trask drill weighs 7 kg."
+    assert best("When is the green bin emptied?") == "- The green bin is emptied on Thursdays."
+    assert max(sentence_weights(index, "Which colour?")) == 1
+    assert sentence_scores(index, "Who wrote Hamlet?") is None
+
+
+def test_a_question_gets_the_weights_of_the_sentences_in_its_chunks(model):
+    document = InMemoryAdapter(model, MANUAL * 3, max_chunk_tokens=64)
+    n = len(document.chunks)
+    assert n > 3
+    route = document.route("How heavy is the kettle of Dr. Smith?", 2)
+    spans = [sentence_spans(document.chunks[i].prompt) for i in route.chunks]
+    assert [len(weights) for weights in route.sentences] == [len(of_chunk) for of_chunk in spans]
+    assert max(max(weights) for weights in route.sentences) == 1
+    for chunk, of_chunk, weights in zip(route.chunks, spans, route.sentences, strict=True):
+        for (start, end), weight in zip(of_chunk, weights, strict=True):
+            text = document.chunks[chunk].prompt[start:end].lower()
+            assert (weight > 0) == any(word in text for word in ("kettle", "smith", "dr."))
+    assert document.route("How heavy is the kettle?", None).sentences is None
+
+
+def test_an_index_without_sentences_is_routed_by_chunk(model):
+    adapter = model.learn(InMemoryAdapter(model, MANUAL).document, "manual")
+    with sqlite3.connect(adapter.index) as database:
+        for table in ("sentences", "sentence_places"):
+            database.execute(f"DROP TABLE {table}")
+    database.close()
+    assert read_sentences(adapter.index) == []
+    route = pick(adapter.index, adapter.manifest.n_chunks, "How heavy is the kettle?", 2)
+    assert route.sentences is None and route.sentence_weights is None
+
+
+@pytest.mark.parametrize("storage", ["bf16", "int8", "text"])
+def test_a_lora_holds_the_rows_that_count_and_no_others(model, storage):
+    """By the formula: the sum over the rows of a memory, each times the weight of the sentence its token stands in."""
+    document = InMemoryAdapter(model, MANUAL, max_chunk_tokens=64, storage=storage)
+    adapter = model.adapter(model.learn(document.document, "manual", max_chunk_tokens=64, storage=storage).name)
+    prompts = [chunk.prompt for chunk in read_chunks(adapter.index)]
+    chunks = range(len(prompts))
+    weights = {i: [0.25 * (s % 3) for s in range(len(sentence_spans(prompts[i])))] for i in chunks}
+    found = adapter.lora(None, weights, dense=False)
+    rows = adapter.rows(list(chunks))
+    a, b, owners = (rows[f"o_proj{suffix}"] for suffix in (".a", ".b", SENTENCE))
+    assert b.shape[1] == 1 and a.shape[1] == 2
+    row_weights = torch.tensor([[weights[i][s] if s >= 0 else 0.0 for s in owners[i].tolist()] for i in chunks])
+    assert 0 < (row_weights > 0).sum() < row_weights.numel()
+    weighed = b[:, 0] * row_weights[..., None].to(b)
+    for module, name in enumerate(m.name for m in adapter.manifest.target.of_kind("o_proj")):
+        keys = decorrelate_keys(a[:, module], weighed, 3.0) if len(prompts) > 1 else a[:, module]
+        expected = torch.einsum("cro,cri->oi", weighed.float(), keys.float())
+        torch.testing.assert_close(found.delta(name).float(), expected, atol=2e-2 * expected.abs().max().item(), rtol=0)
+        assert found.factors[name].rank == (row_weights > 0).sum()
+    cast_in_memory(model, [(document, chunks)])
+    in_memory = document.lora(None, weights)
+    for name in found.names:
+        torch.testing.assert_close(in_memory.delta(name), found.delta(name), rtol=2e-2, atol=2e-2)
+
+
+def test_rows_belong_to_the_sentence_of_their_token(model):
+    """Each row of B is the value of a token of its sentence."""
+    gate = model.documents.hypernetwork.memory.gate
+    gate.weight.data[1:], gate.bias.data[1:] = 0, -60  # a row is its token's value alone
+    document = InMemoryAdapter(model, MANUAL, max_chunk_tokens=64, storage="bf16")
+    adapter = model.learn(document.document, "manual", max_chunk_tokens=64, storage="bf16")
+    base = model.base
+    weight = base.model.lm_head.weight.float()
+    values = torch.nn.functional.normalize((weight - weight.mean(0)) * base.model.model.norm.weight, dim=-1)
+    prompts = [chunk.prompt for chunk in read_chunks(adapter.index)]
+    rows = adapter.rows(list(range(len(prompts))))
+    seen = 0
+    for prompt, b, owners in zip(prompts, rows["o_proj.b"][:, 0], rows[f"o_proj{SENTENCE}"], strict=True):
+        ids, offsets = encode_with_offsets(base.tokenizer, prompt)
+        in_sentence = token_sentences(sentence_spans(prompt), offsets)
+        for row, owner in zip(b.float(), owners.tolist(), strict=True):
+            if owner >= 0 and row.norm() > 1e-3:
+                told = [values[i] for i, s in zip(ids, in_sentence, strict=True) if s == owner]
+                assert torch.cosine_similarity(row, torch.stack(told)).max() > 0.99
+                seen += 1
+    assert seen >= RANK
+
+
+def test_training_weighs_rows_as_asking_does(model):
+    """Questions that share one row of a batch are scored as each would be alone, with its own LoRA by sentence."""
+    base, hypernet = model.base, model.documents.hypernetwork
+    prompts = [MANUAL[:120], "The Trask drill weighs 7 kg. It is yellow and it is old. Mr. Brown has it."]
+    encoded = [encode_with_offsets(base.tokenizer, prompt) for prompt in prompts]
+    asked = ["How heavy is the drill?", "How heavy is the kettle?", "Who is Brown?", "Who wrote Hamlet?"]
+    weights = weights_of(prompts, asked)
+    assert [bool(some) for some in weights] == [True, True, True, False]
+    questions = [
+        Question(tuple(encode_with_offsets(base.tokenizer, text)[0]), tuple(range(5, 8)), sentence_weights=some)
+        for text, some in zip(asked, weights, strict=True)
+    ]
+    owners, n = [], 0
+    for prompt, (_, offsets) in zip(prompts, encoded, strict=True):
+        spans = sentence_spans(prompt)
+        owners.append(tuple(n + i for i in token_sentences(spans, offsets)))
+        n += len(spans)
+    episode = Episode(tuple(tuple(ids) for ids, _ in encoded), tuple(questions), token_sentences=tuple(owners))
+    batch = pack([episode], base.pad_id)
+    encoder = hypernet.hidden_states_encoder(base)
+    # Of one chunk, since in training keys are decorrelated once for all questions.
+    single = pack([Episode(episode.chunks[:1], episode.questions[1:2], token_sentences=episode.token_sentences[:1])], 0)
+    with torch.no_grad():
+        together, _, _ = answer_questions(base.model, encoder, hypernet, batch)
+        merged, _, _ = answer_questions(base.model, encoder, hypernet, pack([episode.merged()], base.pad_id))
+        alone, _, _ = answer_questions(base.model, encoder, hypernet, single)
+        rows, tokens = hypernet.cast(encoder(single.chunk_ids, single.chunk_mask))
+        of_rows = torch.tensor([weights[1][owners[0][token]] for token in tokens["o_proj"][0].tolist()])
+        a, b = rows["o_proj"]
+        rows["o_proj"] = a[:, :, : len(of_rows)], b[:, :, : len(of_rows)] * of_rows[:, None]
+        expected = score_answers(base.model, hypernet.merge(rows, 1), single)
+    torch.testing.assert_close(alone.by_question, expected.by_question, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together.by_question[:3], merged.by_question[:3], atol=1e-4)
+    torch.testing.assert_close(together.by_question[3], merged.by_question[3])
