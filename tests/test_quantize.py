@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from loracast.hypernets.store import save_pretrained
 from loracast.library.adapter import Adapter
 from loracast.library.library import find, open_adapter, versions
 from loracast.library.upkeep import collect_garbage, compact, verify
-from loracast.lora.quantize import DEFAULT_STORAGE, check_storage, dequantise, quantise
+from loracast.lora.quantize import DEFAULT_STORAGE, check_storage, dequantise, pack, packed, quantise, unpack
 from loracast.model import load
 from tiny import PROSE, for_base, make_hypernet
 
@@ -42,8 +43,26 @@ def test_bytes_come_back_but_for_half_a_step():
     assert ((back.float() - rows).abs() <= 0.5 * step + rows.abs() / 128).all()  # the second: bf16 itself
     columns, column_scale = quantise(rows.mT, axis=-2)
     assert torch.equal(columns, kept.mT) and torch.equal(column_scale, scale.mT)
-    with pytest.raises(AdapterError, match="bf16, int8, text"):
-        check_storage("int4")
+    with pytest.raises(AdapterError, match="bf16, int8, int4, text"):
+        check_storage("int2")
+
+
+@pytest.mark.parametrize("d", [48, 64, 96, 50])
+def test_half_bytes_come_back_but_for_half_a_step_of_their_group(d):
+    rows = torch.randn(3, 4, d, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 4)[:, None]
+    rows[0, 0] = 0
+    parts = pack(rows, "int4")
+    group = math.gcd(d, 32)
+    assert {suffix: (value.dtype, value.shape[-1]) for suffix, value in parts.items()} == {
+        "": (torch.uint8, d // 2), ".scale": (torch.bfloat16, d // group),
+    }  # fmt: skip
+    assert packed(d, "int4") == {"": ("U8", d // 2), ".scale": ("BF16", d // group)}
+    back = unpack(parts, "int4")
+    assert back.shape == rows.shape and not back[0, 0].any()
+    step = rows.unflatten(-1, (-1, group)).abs().amax(-1, keepdim=True).expand(-1, -1, -1, group).flatten(-2) / 7
+    assert ((back.float() - rows).abs() <= 0.51 * step + rows.abs() / 64).all()
+    with pytest.raises(AdapterError, match="even number; use int8"):
+        pack(rows[..., :-1], "int4")
 
 
 def test_an_adapter_of_bytes_is_half_the_size_and_nearly_the_same(tmp_path):

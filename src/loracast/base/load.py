@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loracast.base.embedded import DEFAULT_BASE, embedded, pull, quiet_transformers
 from loracast.base.packages import Say
+from loracast.base.precision import has_fast_bf16
 from loracast.errors import BaseModelError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def load_base(
     source: str | Path | None = None,
     *,
     device: str | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     say: Say = lambda text: None,
 ) -> Base:
     """Load a base.
@@ -77,7 +78,7 @@ def load_base(
     Args:
         source: the name of an embedded base (the default), a local folder or a hub id of a causal language model.
         device: "cpu", "cuda" or "mps"; the fastest available if None.
-        dtype: of the weights.
+        dtype: of the weights, such as "bfloat16"; the fastest on the device if None (base/precision.py).
 
     Raises:
         BaseModelError: it cannot be found, fetched or used; the message says what to do.
@@ -89,6 +90,7 @@ def load_base(
 
     name, where = _find(source, say)
     device = device or fastest_device()
+    dtype = dtype or ("bfloat16" if has_fast_bf16(torch.device(device).type) else "float32")
     try:
         with quiet_transformers():
             model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))

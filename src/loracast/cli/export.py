@@ -36,7 +36,8 @@ def export(
     folder = out or Path(f"{name}-{to}")
     made = export_adapter(
         open_adapter(library, name), to, folder,
-        max_rank=rank, each_chunk=each_chunk, base=base, load=lambda wanted: load_base(wanted, say=say), say=say,
+        max_rank=rank, each_chunk=each_chunk, base=base, say=say,
+        load=lambda wanted: load_base(wanted, dtype="bfloat16", say=say),
     )  # fmt: skip
     n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     text = f"exported {f'{len(made)} chunks' if each_chunk else name} to {folder} ({size(n_bytes)})"

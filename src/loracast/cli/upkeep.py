@@ -163,7 +163,7 @@ def compact(
         Storage,
         typer.Option(
             "-s", "--storage",
-            help="int8 takes half the space; text keeps no factors: they are cast again when asked for.",
+            help="int8 takes half the space, int4 a quarter; text keeps no factors: they are cast again.",
         ),
     ] = "int8",
     library: options.Library,

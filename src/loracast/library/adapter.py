@@ -21,7 +21,7 @@ from loracast.files import file_sha256
 from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, pick
-from loracast.lora.quantize import SCALE, dequantise
+from loracast.lora.quantize import SCALE, packed, unpack
 from loracast.lora.target import Target
 from loracast.lora.tensor_file import TensorInfo, number_faults, read_header
 
@@ -165,8 +165,9 @@ class Adapter:
         for name in self._reader.keys():  # noqa: SIM118  (not a dict)
             if STATIC in name or name.endswith(SCALE):
                 continue
-            is_int8 = self.manifest.storage == "int8" and not name.endswith(SENTENCE)
-            rows[name] = dequantise(take(name), take(name + SCALE)) if is_int8 else take(name)
+            is_packed = self.manifest.storage != "bf16" and not name.endswith(SENTENCE)
+            parts = {suffix: take(name + suffix) for suffix in (("", SCALE) if is_packed else ("",))}
+            rows[name] = unpack(parts, self.manifest.storage) if is_packed else parts[""]
         return rows | (self._static_rows if static else {})
 
     def _read_checked(self, wanted: tuple[int, ...], static: bool) -> dict[str, Tensor]:
@@ -242,7 +243,7 @@ class Adapter:
             found.append(str(error))
         if has_factors and not (header := self.header_faults()):
             header_types = read_header(self.folder / FACTORS)[0]
-            names = [name for name, info in header_types.items() if info.dtype not in ("I8", "I16")]
+            names = [name for name, info in header_types.items() if info.dtype not in ("I8", "U8", "I16")]
             return found + number_faults((name, self._reader.get_tensor(name)) for name in names)
         return found + (header if has_factors else [])
 
@@ -283,10 +284,8 @@ def layout(m: Manifest, static: Mapping[str, tuple[int, ...]]) -> dict[str, Tens
             ("a", len(modules), modules[0].d_in),
             ("b", 1 if in_memory else len(modules), modules[0].d_out),
         ):
-            rows = (m.n_chunks, n, m.ranks[kind])
-            found[f"{kind}.{side}"] = TensorInfo("I8" if m.storage == "int8" else "BF16", (*rows, d))
-            if m.storage == "int8":
-                found[f"{kind}.{side}{SCALE}"] = TensorInfo("BF16", (*rows, 1))
+            for suffix, (dtype, size) in packed(d, m.storage).items():
+                found[f"{kind}.{side}{suffix}"] = TensorInfo(dtype, (m.n_chunks, n, m.ranks[kind], size))
         if in_memory:
             found[f"{kind}{SENTENCE}"] = TensorInfo("I16", (m.n_chunks, m.ranks[kind]))
     return found | {name: TensorInfo("BF16", shape) for name, shape in static.items()}

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from loracast.errors import AdapterError
 from loracast.library import files
-from loracast.library.adapter import STATIC, Adapter
+from loracast.library.adapter import SENTENCE, STATIC, Adapter
 from loracast.library.index import read_chunks
 from loracast.library.library import find, open_adapter
-from loracast.library.manifest import VERSION_DIGITS, Manifest
+from loracast.library.manifest import FORMAT, VERSION_DIGITS, Manifest
 from loracast.library.register import Register
 from loracast.library.store import Store
 from loracast.library.workfolders import tidy, work_folder
@@ -143,14 +143,15 @@ def compact(library: Path, reference: str, storage: Storage) -> Adapter:
         raise AdapterError(
             f"{adapter.name!r} was not made from a document: only a document's factors can be made again from its text"
         )
-    smaller = replace(m, name=adapter.name, storage=storage)
+    smaller = replace(m, name=adapter.name, storage=storage, format=FORMAT)
     with AdapterWriter(library, smaller, read_chunks(adapter.index)) as writer:
         if storage != "text":
             for i in range(m.n_chunks):
                 rows = adapter.rows([i])
                 if i == 0:
                     writer.open_factors({name: value for name, value in rows.items() if STATIC in name})
-                writer.add({kind: (rows[f"{kind}.a"], rows[f"{kind}.b"]) for kind in m.target.kinds})
+                factors = {kind: (rows[f"{kind}.a"], rows[f"{kind}.b"]) for kind in m.target.kinds}
+                writer.add(factors, {kind: rows[f"{kind}{SENTENCE}"] for kind in m.memory_kinds})
         return writer.finish(replace=True)
 
 

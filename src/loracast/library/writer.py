@@ -20,7 +20,7 @@ from loracast.library.index import write_index
 from loracast.library.library import add_adapter
 from loracast.library.manifest import FORMAT, Manifest, check_name
 from loracast.library.workfolders import tidy, work_folder
-from loracast.lora.quantize import SCALE, quantise
+from loracast.lora.quantize import pack
 from loracast.lora.tensor_file import BYTES
 
 if TYPE_CHECKING:
@@ -100,11 +100,9 @@ class AdapterWriter:
             for side, rows in zip("ab", pair, strict=True):
                 if not rows.numel():  # chunks have none of the kinds that receive the static LoRA alone
                     continue
-                name, stored = f"{kind}.{side}", [rows.detach().bfloat16()]
-                if self.manifest.storage == "int8":
-                    stored = list(quantise(stored[0]))
-                for part, value in zip((name, name + SCALE), stored, strict=False):
-                    self._write(part, self._n_added * value[0].numel() * value.element_size(), value)
+                for suffix, value in pack(rows.detach().bfloat16(), self.manifest.storage).items():
+                    offset = self._n_added * value[0].numel() * value.element_size()
+                    self._write(f"{kind}.{side}{suffix}", offset, value)
         for kind, numbers in sentences.items():
             self._write(f"{kind}{SENTENCE}", self._n_added * numbers[0].numel() * numbers.element_size(), numbers)
         self._n_added += n

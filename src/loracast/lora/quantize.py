@@ -2,11 +2,14 @@
 
 bf16    16 bits a number, as the hypernetwork gives them
 int8    a byte a number and a scale for each row: half the size, and answers as good (docs/library.md has the figures)
+int4    half a byte a number and a scale for each 32 of them
 text    only the chunks' text; the hypernetwork casts the factors anew whenever they are needed
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, get_args
 
 from loracast.errors import AdapterError
@@ -14,13 +17,14 @@ from loracast.errors import AdapterError
 if TYPE_CHECKING:
     from torch import Tensor
 
-Storage = Literal["bf16", "int8", "text"]
+Storage = Literal["bf16", "int8", "int4", "text"]
 STORAGE: tuple[Storage, ...] = get_args(Storage)
 """Every storage, the largest first."""
 DEFAULT_STORAGE: Storage = "int8"
 """Storage of learned documents unless the user says otherwise; single LoRAs (tasks, images, imports) are in bf16."""
 SCALE = ".scale"
-"""Suffix of the tensor that holds the scales of an int8 tensor in an adapter's file."""
+"""Suffix of the tensor that holds the scales of a quantised tensor in an adapter's file."""
+_LARGEST_GROUP = 32
 
 
 def check_storage(storage: str) -> Storage:
@@ -50,6 +54,48 @@ def dequantise(values: Tensor, scale: Tensor) -> Tensor:
     return (values.float() * scale.float()).bfloat16()
 
 
+def pack(rows: Tensor, storage: Storage) -> dict[str, Tensor]:
+    """Rows [..., d] as an adapter's file holds them: its tensors by the suffix of their names ("" and SCALE)."""
+    if storage == "int8":
+        return dict(zip(("", SCALE), quantise(rows), strict=True))
+    if storage == "int4":
+        groups = rows.float().unflatten(-1, (-1, _group(rows.shape[-1])))
+        scale = (groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 7).bfloat16()
+        digits = (groups / scale.float()).round().clamp(-7, 7).flatten(-2) + 8  # 1..15
+        low, high = digits.byte().unflatten(-1, (-1, 2)).unbind(-1)
+        return {"": low | (high << 4), SCALE: scale[..., 0]}
+    return {"": rows.bfloat16()}
+
+
+def unpack(parts: Mapping[str, Tensor], storage: Storage) -> Tensor:
+    """The rows [..., d], in bf16, of which `pack` made `parts`."""
+    import torch
+
+    if storage == "int8":
+        return dequantise(parts[""], parts[SCALE])
+    if storage == "int4":
+        digits = torch.stack([parts[""] & 15, parts[""] >> 4], dim=-1).flatten(-2).float() - 8
+        n_groups = parts[SCALE].shape[-1]
+        return (digits.unflatten(-1, (n_groups, -1)) * parts[SCALE].float()[..., None]).flatten(-2).bfloat16()
+    return parts[""]
+
+
+def packed(d: int, storage: Storage) -> dict[str, tuple[str, int]]:
+    """By suffix, safetensors' type and the last size of the tensors that hold rows [..., d]."""
+    if storage == "int8":
+        return {"": ("I8", d), SCALE: ("BF16", 1)}
+    if storage == "int4":
+        return {"": ("U8", d // 2), SCALE: ("BF16", d // _group(d))}
+    return {"": ("BF16", d)}
+
+
+def _group(d: int) -> int:
+    """How many numbers of a row of d share a scale in int4."""
+    if d % 2:
+        raise AdapterError(f"rows of {d} numbers cannot be kept as int4, which needs an even number; use int8")
+    return math.gcd(d, _LARGEST_GROUP)
+
+
 def as_stored(rows: Tensor, storage: Storage) -> Tensor:
     """Rows [..., d] as they come back from an adapter of that storage, in bf16."""
-    return dequantise(*quantise(rows)) if storage == "int8" else rows.bfloat16()
+    return unpack(pack(rows.bfloat16(), storage), storage)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from loracast.base.precision import has_fast_bf16
 from loracast.errors import ConfigError, TrainingError
 from loracast.files import write_atomically
 from loracast.training.checkpoint import load_state, save_state
@@ -54,7 +55,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights."""
     bf16: bool = True
-    """Whether the forward pass runs under bf16 autocast; weights and optimizer stay fp32."""
+    """Whether the forward pass runs under bf16 autocast, where the device is fast at it; weights stay fp32."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.accumulate < 1 or self.log_every < 1:
@@ -71,7 +72,9 @@ class TrainConfig:
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """The precision of a forward pass on a device."""
-        return torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        return (
+            torch.autocast(device.type, torch.bfloat16) if self.bf16 and has_fast_bf16(device.type) else nullcontext()
+        )
 
 
 _DIVERGED = (
