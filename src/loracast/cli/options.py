@@ -114,7 +114,7 @@ class Learning(Models):
         Storage | None,
         typer.Option(
             "-s", "--storage", show_default=DEFAULT_STORAGE,
-            help="How a document is kept: int8, int4 (half of it), bf16 (twice), or text (no factors; they are cast again).",
+            help="How factors are kept: int8, int4 (half), bf16 (twice), or text (none; they are cast again).",
         ),
     ] = None  # fmt: skip
     library: Library
