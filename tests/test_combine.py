@@ -14,6 +14,7 @@ from loracast.errors import AdapterError, BaseModelError
 from loracast.library.adapter import Adapter, loras_together
 from loracast.library.combine import Part, combined
 from loracast.library.library import open_adapter
+from loracast.library.routing import Route
 from loracast.library.save import save_lora, target_of
 from loracast.lora.algebra import Factors, LoRA, concat
 from loracast.lora.inject import inject
@@ -87,7 +88,7 @@ def test_the_static_lora_comes_in_once_whatever_the_order_the_weights_and_the_co
     )
     assert kept.faults() == []
     assert_sum([Adapter(kept.folder).lora()], (1, -1))
-    for picked in ([(kept, None), (a, None)], [(a, None), (kept, None)]):
+    for picked in ([(kept, Route()), (a, Route())], [(a, Route()), (kept, Route())]):
         assert_sum(loras_together(picked), (2, -1))
     assert_sum([(again := combined([Part(kept), Part(b)])).lora, again.static], (1, 0))
     other = write(
