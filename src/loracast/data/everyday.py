@@ -25,6 +25,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 """Kinds of questions; only the answer to a span question is copied from the document."""
 Wordings = Mapping[Split, Sequence[str]]
 
+_MARK = re.compile(r"<(say|list|filler|#)>")
+_SENTENCE_END = re.compile(r"(?<=[.!?])(\s+)")
+
 NOT_SAID = "The document does not say."
 FEWEST_WORDS, MOST_WORDS = 60, 350  # of a document
 P_CHECK = 0.25  # of a value: asked for with yes or no too
@@ -32,10 +35,6 @@ P_BACKWARDS = 0.3  # of a line in a list: its item is asked for, by a value
 MOST_LISTED = 6  # questions for values in a list
 MOST_NOT_SAID = 2
 N_TRIES = 200  # draws for a fresh value before the whole document is drawn anew
-
-_MARK = re.compile(r"<(say|list|filler|#)>")
-_SLOT = re.compile(r"\{(\w+)\}")
-_SENTENCE_END = re.compile(r"(?<=[.!?])(\s+)")
 
 
 @dataclass(frozen=True)
@@ -142,8 +141,9 @@ def make_document(rng: random.Random, *, split: Split, genre: str | None = None)
     genres = load_genres()
     chosen = genres[genre or rng.choice(list(genres))]
     while True:
-        document = _Draft(rng, chosen, split).finish()
-        if FEWEST_WORDS <= len(document.text.split()) <= MOST_WORDS and _is_clear(document):
+        draft = _Draft(rng, chosen, split)
+        document = draft.finish()
+        if draft.is_fresh and FEWEST_WORDS <= len(document.text.split()) <= MOST_WORDS and _is_clear(document):
             return document
 
 
@@ -163,11 +163,12 @@ class _Draft:
 
     def __init__(self, rng: random.Random, genre: Genre, split: Split):
         self.rng, self.genre, self.split = rng, genre, split
+        self.is_fresh = True  # whether no value is part of another one, so that each belongs to one question
         self.names = {"s": make_entity(rng, rng.choice(genre.subjects), split)}
         for name, pattern in genre.names.items():
             self.names[name] = self.fresh(pattern, self.names.values())
         self.facts: list[EverydayFact] = []
-        self.used = list(self.names.values())  # no value is one of these, or a part of one
+        self.used = list(self.names.values())
 
     def finish(self) -> EverydayDocument:
         """Fill a layout, and ask for what it left out."""
@@ -220,12 +221,13 @@ class _Draft:
         return self.fill(self.choose(wordings), **slots)
 
     def fresh(self, pattern: str, taken: Iterable[str]) -> str:
-        """Draw what is no part of anything taken, nor the other way round, as far as the pattern allows."""
+        """Draw what is no part of anything taken, nor the other way round; if there is none, nothing is fresh."""
         taken = [one.lower() for one in taken]
         for _ in range(N_TRIES):
             drawn = expand(self.rng, pattern)
             if not any(drawn.lower() in one or one in drawn.lower() for one in taken):
                 return drawn
+        self.is_fresh = False
         return drawn
 
     def say(self, saying: Saying) -> str:
