@@ -432,17 +432,16 @@ def test_route_all_takes_every_chunk_and_an_adapter_counts_once(run, tiny, lante
 def test_two_versions_of_a_name_are_both_reported_and_each_is_routed_once(
     run, tiny, learning, lanterns, manual, monkeypatch
 ):
-    import loracast.model
+    from loracast.library.adapter import Adapter
 
     first = open_adapter(lanterns, "lanterns").version
     manual.write_text(MANUAL.replace("lantern", "kettle"))
     assert run("learn", manual, "--replace", *learning).exit_code == 0
     second = open_adapter(lanterns, "lanterns").version
-    routed, route = [], loracast.model.route
+    routed, route = [], Adapter.route
     monkeypatch.setattr(
-        "loracast.model.route", lambda adapter, *more: routed.append(adapter.version) or route(adapter, *more)
+        Adapter, "route", lambda adapter, *more: routed.append(adapter.version) or route(adapter, *more)
     )
-    monkeypatch.setattr("loracast.library.routing.route", lambda *ignored: pytest.fail("routed a second time"))
     question = ("ask", "What is the code of the blue kettle?", "--json", "--max-tokens", "4", "--route", "2", *tiny)
     report = only_json(run(*question, "-a", first, "-a", "lanterns", "-a", second))
     assert list(report["adapters"]) == routed == [first, second]
