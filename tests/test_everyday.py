@@ -315,8 +315,8 @@ def test_questions_of_a_step_are_distinct_and_other_steps_are_as_without_a_share
         DataConfig(everyday_share=1.1)
 
 
-def fact(kind: str, answer: str, options: Sequence[str] = ()) -> EverydayFact:
-    return EverydayFact(kind, "", "", "", answer, options=tuple(options))  # type: ignore[arg-type]
+def fact(kind: str, answer: str, options: Sequence[str] = (), question: str = "") -> EverydayFact:
+    return EverydayFact(kind, "", "", question, answer, options=tuple(options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -324,6 +324,9 @@ def fact(kind: str, answer: str, options: Sequence[str] = ()) -> EverydayFact:
     [
         ("It costs £41.", fact("span", "£41"), True),
         ("It costs £415.", fact("span", "£41"), False),
+        ("43", fact("span", "43 people", question="How many may come?"), True),
+        ("143 people", fact("span", "43 people", question="How many may come?"), False),
+        ("43", fact("span", "43 minutes", question="How long is it baked?"), False),
         ("Yes, it may.", fact("yes/no", "Yes", ("Yes", "No")), True),
         ("No. Yes.", fact("yes/no", "Yes", ("Yes", "No")), False),
         ("Nobody knows", fact("yes/no", "No", ("Yes", "No")), False),

@@ -26,6 +26,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Wordings = Mapping[Split, Sequence[str]]
 
 _MARK = re.compile(r"<(say|list|filler|#)>")
+_LINE_START = re.compile(r"^the\b", re.MULTILINE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])(\s+)")
 
 NOT_SAID = "The document does not say."
@@ -192,8 +193,9 @@ class _Draft:
             number += 1
             return str(number)
 
-        # Only names are filled in first: what a mark stands for is filled on its own.
-        text = _MARK.sub(put, expand(rng, self.fill(layout)))
+        # Names are filled in first, since what a mark stands for is filled on its own; a line begins with a capital.
+        outline = _LINE_START.sub("The", expand(rng, self.fill(layout)))
+        text = _MARK.sub(put, outline)
         self.ask_unsaid([saying for saying in genre.sayings if saying not in said])
         title = expand(rng, self.word(genre.titles))
         return EverydayDocument(genre.name, title, text.strip(), tuple(self.facts))

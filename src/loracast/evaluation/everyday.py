@@ -90,8 +90,8 @@ def _series(model: Model, config: EverydayConfig) -> Series[EverydayDocument]:
 def is_right(answer: str, fact: EverydayFact) -> bool:
     """Whether an answer contains the right one.
 
-    Of the options of a question the first one that the answer names counts; a number may be a word; and that the
-    document does not say can be said in several ways.
+    Of the options of a question the first one that the answer names counts; a count may be a word; where a question
+    asks how many, the number is enough; and that the document does not say can be said in several ways.
     """
     if fact.kind == "not said":
         return any(phrase in answer.lower().replace("n't", " not") for phrase in _NOT_SAID)
@@ -100,6 +100,8 @@ def is_right(answer: str, fact: EverydayFact) -> bool:
     if fact.options:
         places = {option: place for option in fact.options if (place := find_value(answer, option)) is not None}
         return bool(places) and min(places, key=lambda option: places[option]) == fact.answer
+    if "how many" in fact.question.lower():
+        return has_value(answer, fact.answer.split()[0])
     return has_value(answer, fact.answer)
 
 
