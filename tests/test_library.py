@@ -24,7 +24,7 @@ from loracast.documents import Chunk
 from loracast.errors import AdapterError
 from loracast.library import files as library_files
 from loracast.library import library as library_module
-from loracast.library import register, workfolders
+from loracast.library import register, schema, workfolders
 from loracast.library import writer as writer_module
 from loracast.library.files import recover
 from loracast.library.index import read_chunks
@@ -278,23 +278,23 @@ def test_a_register_of_a_newer_loracast_is_left_alone(tmp_path):
 def test_a_register_of_an_older_loracast_is_brought_up_to_date(tmp_path, monkeypatch):
     write(tmp_path)
     more = "CREATE TABLE later (x TEXT); INSERT INTO later VALUES ('new')"
-    monkeypatch.setattr(register, "MIGRATIONS", (*register.MIGRATIONS, more))
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, more))
     assert adapter_names(tmp_path) == ["doc"]
     with sqlite3.connect(tmp_path / "register.sqlite") as database:
         assert database.execute("SELECT * FROM later").fetchall() == [("new",)]
-        assert database.execute("PRAGMA user_version").fetchone() == (len(register.MIGRATIONS),)
+        assert database.execute("PRAGMA user_version").fetchone() == (len(schema.MIGRATIONS),)
 
 
 def test_a_register_of_the_first_schemas_opens_with_everything_in_it(tmp_path):
     """Written by hand in the words of then: tables namings and unsettled, column made_from."""
     adapter = write(tmp_path, seed=1)
     m, path = adapter.manifest, tmp_path / "register.sqlite"
-    for schema in (1, 2):
+    for n_scripts in (1, 2):
         path.unlink()
         with contextlib.closing(sqlite3.connect(path)) as database, database:
-            for script in register.MIGRATIONS[:schema]:
+            for script in schema.MIGRATIONS[:n_scripts]:
                 database.executescript(script)
-            database.execute(f"PRAGMA user_version = {schema}")
+            database.execute(f"PRAGMA user_version = {n_scripts}")
             row = (
                 m.version,
                 m.cache_keys()[0],

@@ -7,8 +7,8 @@ print(model.ask("How long is the warranty?", manual))
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
@@ -31,12 +31,20 @@ from loracast.library.adapter import Adapter, loras_together
 from loracast.library.library import open_adapter
 from loracast.library.manifest import name_for
 from loracast.library.routing import DEFAULT_ROUTE, Route
+from loracast.library.wide_route import Source, route_adapters, sources
 from loracast.lora.algebra import LoRA, concat
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
 from loracast.paths import library_dir
 
 ASK_SYSTEM_TURN = ""
 """System turn of a question, empty as in training; the template's own would cost 25 tokens of prefill for nothing."""
+
+
+@dataclass(frozen=True)
+class SourcedAnswer(Answer):
+    """An answer, what it cost, and where in which documents it comes from."""
+
+    sources: tuple[Source, ...] = ()
 
 
 class Model:
@@ -90,7 +98,11 @@ class Model:
         return found
 
     def ask(self, question: str, adapter: Adapter | str | Sequence[Adapter | str] = (), **options) -> str:
-        """Answer a question with one adapter, several, or none (the plain base). Options as in `answer`."""
+        """Answer a question with one adapter, several, or none (the plain base); with "*", from the whole library.
+
+        A pattern such as "manuals-*" stands for all documents with such names, and the option `tag` for those with that
+        tag: only those that match the question are opened. Options as in `answer`.
+        """
         return self.answer(question, adapter, **options).text
 
     def answer(
@@ -98,39 +110,44 @@ class Model:
         question: str,
         adapter: Adapter | str | Sequence[Adapter | str] = (),
         *,
+        tag: str = "",
         route: int | None = DEFAULT_ROUTE,
         system: str | None = ASK_SYSTEM_TURN,
         sampling: Sampling = Sampling(),
         on_text: Callable[[str], None] = lambda text: None,
-    ) -> Answer:
-        """Like `ask`, with what the answer cost.
+    ) -> SourcedAnswer:
+        """Like `ask`, with what the answer cost and where it comes from.
 
         Args:
-            route: number of chunks of each document that are merged for the question; None merges them all.
+            tag: choose among the documents with this tag.
+            route: number of chunks that are merged for the question, of each document that is named and of all that a
+                pattern or a tag stands for; None merges all of those that are named.
             system: the system turn, "" for an empty one, None for the template's own.
             on_text: receives each piece of the answer as it is generated.
         """
         messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": question})
-        lora, _ = self.lora_for(question, adapter, route)
-        return answer(self.base, self.base.chat.conversation(messages), lora, sampling, on_text)
+        lora, routed = self.lora_for(question, adapter, route, tag)
+        given = answer(self.base, self.base.chat.conversation(messages), lora, sampling, on_text)
+        return SourcedAnswer(**vars(given), sources=sources(routed))
 
     def lora_for(
-        self, question: str, adapter: Adapter | str | Sequence[Adapter | str], k: int | None = DEFAULT_ROUTE
-    ) -> tuple[LoRA | None, dict[str, Route]]:
-        """The LoRA that a question is answered with, and the chunks it came from by adapter.
+        self,
+        question: str,
+        adapter: Adapter | str | Sequence[Adapter | str],
+        k: int | None = DEFAULT_ROUTE,
+        tag: str = "",
+    ) -> tuple[LoRA | None, list[tuple[Adapter, Route]]]:
+        """The LoRA that a question is answered with, and the adapters it came from with what was taken of each.
 
-        Adapters go by their names, or by their versions where two have one name.
+        Arguments as in `answer`; None where no adapter is chosen or no document matches.
         """
-        chosen = [adapter] if isinstance(adapter, (Adapter, str)) else list(adapter)
-        opened = [self.adapter(a) if isinstance(a, str) else a for a in chosen]
-        routes = [a.route(question, k) for a in opened]
-        names = Counter(a.name for a in opened)
-        named = {a.name if names[a.name] == 1 else a.version: r for a, r in zip(opened, routes, strict=True)}
-        if not opened:
-            return None, named
-        loras = loras_together(list(zip(opened, routes, strict=True)))
-        return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device), named
+        chosen = [adapter] if isinstance(adapter, (Adapter, str)) else adapter
+        routed = route_adapters(self.library, question, chosen, k, tag, self.adapter)
+        loras = loras_together(routed) if routed else []
+        if not loras:
+            return None, routed
+        return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device), routed
 
     def learn(
         self,

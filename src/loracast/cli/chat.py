@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from loracast.base.chat import Message
 from loracast.cli.options import Answering, MaxTokens
 from loracast.cli.output import Stream, printable, say
-from loracast.cli.session import open_answerer
+from loracast.cli.session import open_answerer, say_sources
 from loracast.errors import LoracastError
+from loracast.library.wide_route import check_patterns, patterns_in
 
 if TYPE_CHECKING:
     from loracast.base.generate import Sampling
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from loracast.model import Model
 
 HELP = """\
-/use NAME    answer with this adapter too
+/use NAME    answer with this adapter too; NAME may be a pattern: * for whatever document matches a question
 /drop NAME   answer without it
 /list        the adapters there are; * marks those in use
 /clear       forget the conversation
@@ -44,7 +45,7 @@ def chat(answering: Chatting) -> None:
 
     from loracast.model import ASK_SYSTEM_TURN
 
-    talk = Talk(answerer, answering.system or ASK_SYSTEM_TURN, answering.route, sampling)
+    talk = Talk(answerer, answering.system or ASK_SYSTEM_TURN, answering.route, sampling, answering.tag)
     talk.used = adapters
     if sys.stdin.isatty():
         say(f"{' + '.join(talk.used) or 'no adapter'} on {answerer.base.name}; /help lists the commands, Ctrl-D leaves")
@@ -83,18 +84,23 @@ def _lines() -> Iterator[str]:
 class Talk:
     """A conversation and the adapters that it uses."""
 
-    def __init__(self, answerer: Model, system: str, route: int | None, sampling: Sampling):
-        self.answerer, self.route, self.sampling = answerer, route, sampling
+    def __init__(self, answerer: Model, system: str, route: int | None, sampling: Sampling, tag: str = ""):
+        self.answerer, self.route, self.sampling, self.tag = answerer, route, sampling, tag
         self.system: Message = {"role": "system", "content": system}
         self.turns: list[Message] = []
-        self.used: dict[str, Adapter] = {}
+        self.used: dict[str, Adapter | str] = {}
+        """Adapters by name, and patterns of names."""
 
     def obey(self, line: str) -> None:
         """Carry out a command."""
         command, _, name = line.partition(" ")
         name = name.strip()
         if command == "/use" and name:
-            self.used[name] = self.answerer.adapter(name)
+            if patterns_in([name]):
+                check_patterns(self.answerer.library, [name], self.tag)
+                self.used[name] = name
+            else:
+                self.used[name] = self.answerer.adapter(name)
             say(f"(using {' + '.join(self.used)})")
         elif command == "/drop" and name:
             if self.used.pop(name, None) is None:
@@ -119,7 +125,10 @@ class Talk:
         from loracast.base.generate import answer
 
         base = self.answerer.base
-        lora, _ = self.answerer.lora_for(search_query(question, self.turns), list(self.used.values()), self.route)
+        chosen = list(self.used.values())
+        wide = patterns_in(chosen)
+        tag = self.tag if wide else ""  # without a pattern it would stand for all documents
+        lora, routed = self.answerer.lora_for(search_query(question, self.turns), chosen, self.route, tag)
         turns: list[Message] = [*self.turns, {"role": "user", "content": question}]
         room, n_dropped = base.window - self.sampling.max_new_tokens, 0
         while len(turns) > 2 and len(base.chat.conversation([self.system, *turns])) > room:
@@ -137,6 +146,8 @@ class Talk:
             stream.end()
         if cut:
             say(cut)
+        if wide:
+            say_sources(routed, len(chosen) - len(wide))
         self.turns = [*turns, {"role": "assistant", "content": said}]
 
 

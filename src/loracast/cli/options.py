@@ -13,6 +13,7 @@ from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.library.library import check_free
 from loracast.library.manifest import check_name
 from loracast.library.routing import DEFAULT_ROUTE
+from loracast.library.wide_route import patterns_in
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 from loracast.paths import library_dir
 
@@ -57,14 +58,20 @@ Device = Annotated[
 Json = Annotated[bool, "Print one JSON object on standard output."]
 Adapters = Annotated[
     list[str] | None,
-    typer.Option("-a", "--adapter", metavar="NAME", callback=distinct, help="Adapter to answer with. Repeatable."),
-]
+    typer.Option(
+        "-a", "--adapter", metavar="NAME", callback=distinct,
+        help="Adapter to answer with, or a pattern of documents' names such as 'manuals-*'. Repeatable.",
+    ),
+]  # fmt: skip
 Route = Annotated[
     int | None,
     typer.Option(
-        "--route", parser=parse_route, metavar="N|all", help="How many chunks of each document a question is given."
+        "--route", parser=parse_route, metavar="N|all",
+        help="How many chunks a question is given: of each document that is named, and of all others together.",
     ),
-]
+]  # fmt: skip
+All = Annotated[bool, typer.Option("--all", help="Answer from whichever documents of the library match the question.")]
+Tag = Annotated[str, typer.Option("--tag", help="Answer from whichever documents with this tag match the question.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 
 TASKS = "Tasks: a folder of JSON files, or a JSONL(.gz) file of examples."
@@ -129,6 +136,8 @@ class Answering(BaseChoice):
     """Which adapters answer, and how the answer is generated."""
 
     adapters: Adapters = None
+    all_documents: All = False
+    tag: Tag = ""
     route: Route = DEFAULT_ROUTE
     max_tokens: MaxTokens = 128
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0
@@ -141,3 +150,9 @@ class Answering(BaseChoice):
         None
     )
     library: Library
+
+    @property
+    def chosen(self) -> list[str]:
+        """The adapters that are named, and the patterns of documents among which the question chooses."""
+        wide = patterns_in(self.adapters or (), self.tag) or ["*"] * self.all_documents
+        return list(dict.fromkeys([*(self.adapters or ()), *wide]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loracast.base.load import Base
     from loracast.documents import Document
     from loracast.library.adapter import Adapter
+    from loracast.library.routing import Route
     from loracast.model import Model
 
 
@@ -51,12 +52,20 @@ def open_base(choice: BaseChoice) -> Base:
         return load_base(choice.base, device=choice.device, say=tell)
 
 
-def open_answerer(answering: Answering) -> tuple[Model, dict[str, Adapter], Sampling]:
-    """Load the base alone, and what it answers with. A wrong name is reported before a model is loaded."""
-    from loracast.library.library import open_adapter
+def open_answerer(answering: Answering) -> tuple[Model, dict[str, Adapter | str], Sampling]:
+    """Load the base alone, and what it answers with: adapters by name, and patterns as they are.
 
-    for name in answering.adapters or ():
+    A wrong name, and a pattern or a tag without documents, is reported before a model is loaded.
+    """
+    from loracast.library.library import open_adapter
+    from loracast.library.wide_route import check_patterns, patterns_in
+
+    patterns = patterns_in(answering.chosen)
+    names = [name for name in answering.chosen if name not in patterns]
+    for name in names:
         open_adapter(answering.library, name)
+    if patterns:
+        check_patterns(answering.library, patterns, answering.tag)
     with loading(answering.device) as tell:
         from loracast.base.generate import Sampling
         from loracast.model import load
@@ -69,13 +78,31 @@ def open_answerer(answering: Answering) -> tuple[Model, dict[str, Adapter], Samp
             say=tell,
             eager=False,
         )
-    opened: dict[str, Adapter] = {}
-    for name in answering.adapters or ():
+    opened: dict[str, Adapter | str] = {}
+    versions = set()
+    for name in names:
         adapter = answerer.adapter(name)
-        if all(adapter.version != other.version for other in opened.values()):  # NAME and NAME@HASH may be one version
+        if adapter.version not in versions:  # NAME and NAME@HASH may be one version
             opened[name] = adapter
+        versions.add(adapter.version)
+    opened |= {pattern: pattern for pattern in patterns}
     sampling = Sampling(answering.max_tokens, 0, answering.temperature, answering.top_p, answering.seed)
     return answerer, opened, sampling
+
+
+def say_sources(routed: Sequence[tuple[Adapter, Route]], n_named: int) -> None:
+    """Say which chunks an answer from the library came from.
+
+    Args:
+        routed: what the answer was given, the adapters that the user named first.
+        n_named: how many those are.
+    """
+    from loracast.library.wide_route import sources
+
+    for source in sources(routed[n_named:]):
+        say(f"(from {source})")
+    if len(routed) == n_named:
+        say("(no document of the library matches the question: the answer is not from it)")
 
 
 def learn_visibly(model: Model, document: Document, name: str, **options: Any) -> Adapter:

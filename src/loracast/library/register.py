@@ -1,7 +1,7 @@
 """The register of a library, one SQLite file: names, their versions, tags, notes, owners, and text to search in.
 
 What belongs to an adapter stands in its own folder as well, from which a lost register can be made again (files.py).
-Schema changes are numbered scripts that are only ever appended.
+Its tables: schema.py.
 """
 
 from __future__ import annotations
@@ -17,57 +17,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from loracast.errors import AdapterError
+from loracast.library import schema
 from loracast.library.manifest import Manifest, utc_now
+from loracast.library.routing import match_scores
 
 FILE = "register.sqlite"
 _WAIT_S = 30.0  # for another process to finish its write
-
-MIGRATIONS: tuple[str, ...] = (
-    """
-    CREATE TABLE versions (
-        id TEXT PRIMARY KEY, made_from TEXT NOT NULL, kind TEXT NOT NULL, title TEXT NOT NULL, source TEXT,
-        source_sha256 TEXT NOT NULL, base TEXT NOT NULL, hypernetwork TEXT NOT NULL, ranks TEXT NOT NULL,
-        n_chunks INTEGER NOT NULL, n_tokens INTEGER NOT NULL, n_bytes INTEGER NOT NULL, created TEXT NOT NULL
-    );
-    CREATE INDEX versions_by_making ON versions (made_from);
-    CREATE TABLE names (name TEXT PRIMARY KEY, owner TEXT NOT NULL DEFAULT '', note TEXT NOT NULL DEFAULT '');
-    CREATE TABLE namings (
-        number INTEGER PRIMARY KEY AUTOINCREMENT,
-        name TEXT NOT NULL REFERENCES names (name) ON UPDATE CASCADE ON DELETE CASCADE,
-        version TEXT NOT NULL REFERENCES versions (id),
-        added TEXT NOT NULL
-    );
-    CREATE INDEX namings_by_name ON namings (name, number);
-    CREATE INDEX namings_by_version ON namings (version);
-    CREATE TABLE tags (
-        name TEXT NOT NULL REFERENCES names (name) ON UPDATE CASCADE ON DELETE CASCADE, tag TEXT NOT NULL,
-        PRIMARY KEY (name, tag)
-    );
-    CREATE INDEX tags_by_tag ON tags (tag);
-    CREATE VIRTUAL TABLE texts USING fts5 (heading, text, tokenize = 'porter unicode61');
-    CREATE TABLE texts_of (
-        version TEXT PRIMARY KEY REFERENCES versions (id) ON DELETE CASCADE, first INTEGER NOT NULL, last INTEGER NOT
-        NULL
-    );
-    CREATE INDEX texts_of_by_first ON texts_of (first);
-    CREATE TABLE unsettled (id TEXT PRIMARY KEY);
-    """,
-    """
-    CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-    """,
-    """
-    ALTER TABLE namings RENAME TO aliases;
-    DROP INDEX namings_by_name;
-    DROP INDEX namings_by_version;
-    CREATE INDEX aliases_by_name ON aliases (name, number);
-    CREATE INDEX aliases_by_version ON aliases (version);
-    ALTER TABLE unsettled RENAME TO unrecovered;
-    ALTER TABLE versions RENAME COLUMN made_from TO cache_key;
-    DROP INDEX versions_by_making;
-    CREATE INDEX versions_by_cache_key ON versions (cache_key);
-    """,
-)
-"""Script k brings the schema from version k to k + 1. Append; never change one that was released."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +58,17 @@ class Hit:
     chunk: int
     heading: str
     snippet: str  # the surroundings of the words, each word between [ and ]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A chunk of a document that shares words with a question."""
+
+    name: str
+    version: str
+    n_chunks: int  # of the document
+    chunk: int
+    score: float  # BM25, on one scale for the whole library
 
 
 _JOINED = "aliases JOIN names ON names.name = aliases.name JOIN versions ON versions.id = aliases.version"
@@ -196,6 +162,44 @@ class Register:
         )
         return [Hit(*row) for row in rows]
 
+    def best_chunks(self, question: str, limit: int, patterns: Sequence[str] = ("*",), tag: str = "") -> list[Match]:
+        """The chunks of documents' newest versions that match a question best, best first.
+
+        A chunk's text and heading, which begins with the document's title, count, and the name of its adapter. How rare
+        a word is is counted over the whole library.
+
+        Args:
+            patterns: only documents whose name fits one of these, as in a shell.
+            tag: only documents with this tag.
+        """
+        n_chunks = self._one("SELECT coalesce(sum(last - first + 1), 0) FROM texts_of")
+        scores = match_scores(self._db, "texts", "bm25(texts, 0.5, 1.0)", n_chunks, question)
+        n_names = self._one("SELECT count(*) FROM aliases")
+        for number, score in match_scores(self._db, "name_words", "bm25(name_words)", n_names, question).items():
+            span = "SELECT first, last FROM texts_of JOIN aliases USING (version) WHERE number = ?"
+            for first, last in self._db.execute(span, (number,)):
+                scores |= {row: scores[row] + score for row in range(first, last + 1) if row in scores}
+                scores.setdefault(first, score)  # where only the name matches, the beginning says what a document is
+        meant, values = _meant(patterns, tag)
+        query = f"""
+            SELECT names.name, versions.id, n_chunks, ? - first
+            FROM {_JOINED} JOIN texts_of ON texts_of.version = versions.id
+            WHERE texts_of.first = (SELECT max(first) FROM texts_of WHERE first <= ?) AND {meant}
+            ORDER BY names.name LIMIT 1
+        """
+        found: list[Match] = []
+        for row in sorted(scores, key=lambda row: (-scores[row], row)):
+            if len(found) == limit:
+                break
+            if (owner := self._db.execute(query, (row, row, *values)).fetchone()) is not None:
+                found.append(Match(*(*owner, scores[row])))
+        return found
+
+    def has_documents(self, patterns: Sequence[str], tag: str = "") -> bool:
+        """Whether there is a document that `best_chunks` may find."""
+        meant, values = _meant(patterns, tag)
+        return self._one(f"SELECT 1 FROM {_JOINED} WHERE {meant} LIMIT 1", *values) is not None
+
     def setting(self, key: str) -> str | None:
         return self._one("SELECT value FROM settings WHERE key = ?", key)
 
@@ -206,7 +210,7 @@ class Register:
 
     def is_current(self) -> bool:
         """Whether the schema is this version's."""
-        return self._one("PRAGMA user_version") == len(MIGRATIONS)
+        return schema.version(self._db) == len(schema.MIGRATIONS)
 
     # ---- changing
 
@@ -294,7 +298,7 @@ class Register:
     def empty(cls) -> Iterator[Self]:
         """A register in memory, of a library that is not there."""
         with closing(sqlite3.connect(":memory:")) as database:
-            _migrate(database)
+            schema.migrate(database)
             yield cls(database)
 
     @classmethod
@@ -313,7 +317,7 @@ class Register:
         with _connected(library, "rwc") as database:
             database.execute("BEGIN IMMEDIATE")
             try:
-                _migrate(database)
+                schema.migrate(database)
                 yield cls(database)
                 database.execute("COMMIT")
             except BaseException:
@@ -331,8 +335,7 @@ def _connected(library: Path, mode: str) -> Iterator[sqlite3.Connection]:
         )
         try:
             database.execute("PRAGMA foreign_keys = ON")
-            (found,) = database.execute("PRAGMA user_version").fetchone()
-            if found > len(MIGRATIONS):
+            if (found := schema.version(database)) > len(schema.MIGRATIONS):
                 raise AdapterError(f"{path} was written by a newer loracast (its schema is {found}); update loracast")
             yield database
         finally:
@@ -349,18 +352,15 @@ def _connected(library: Path, mode: str) -> Iterator[sqlite3.Connection]:
         raise AdapterError(f"{path} cannot be used: {said}") from error
 
 
-def _migrate(database: sqlite3.Connection) -> None:
-    """Bring the schema up to date: run the scripts that the file has not seen, inside the open transaction."""
-    (found,) = database.execute("PRAGMA user_version").fetchone()
-    for number in range(found, len(MIGRATIONS)):
-        for statement in MIGRATIONS[number].split(";"):
-            if statement.strip():
-                database.execute(statement)
-        database.execute(f"PRAGMA user_version = {number + 1}")
-
-
 def _entry(row: tuple[Any, ...]) -> Entry:
     values = list(row)
     values[8] = json.loads(values[8])
     values[-1] = tuple(json.loads(values[-1]))
     return Entry(*values)
+
+
+def _meant(patterns: Sequence[str], tag: str) -> tuple[str, tuple[str, ...]]:
+    """The condition for newest versions of documents with a name that fits a pattern and with a tag, and its values."""
+    fits = " OR ".join(["names.name GLOB ?"] * len(patterns))
+    tagged = "(? = '' OR EXISTS (SELECT 1 FROM tags WHERE tags.name = names.name AND tag = ?))"
+    return f"kind = 'document' AND ({fits}) AND {tagged} AND {_NEWEST}", (*patterns, tag, tag)

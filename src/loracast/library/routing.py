@@ -27,7 +27,8 @@ _WORD = re.compile(r"\w+")
 _LEAST_IDF = 1e-6  # SQLite's own floor, a factor of its scores
 _PAIR_WEIGHT = 0.5
 _NEIGHBOUR_SHARE = 0.0
-_SHARPNESS = 8  # of the weights of chunks picked from many
+SHARPNESS = 8
+"""Power of a score beside the best one, which is the weight of a chunk picked from many."""
 _LEAST_WEIGHT = 0.3  # of a chunk of a document that is given whole
 
 # Words of nearly every question that do not tell where its answer is. FTS5 has no stop list of its own, and in a
@@ -77,7 +78,7 @@ def search(index: Index, question: str, k: int) -> list[tuple[int, float]]:
     """The k chunks that match a question best, as (chunk, score), higher scores first; fewer where fewer match."""
     with open_index(index) as database:
         (n_chunks,) = database.execute("SELECT count(*) FROM places").fetchone()
-        scores = _scores(database, "chunks", "bm25(chunks, 0.5, 1.0)", n_chunks, question)
+        scores = match_scores(database, "chunks", "bm25(chunks, 0.5, 1.0)", n_chunks, question)
     return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[:k]
 
 
@@ -91,7 +92,7 @@ def sentence_scores(index: Index, question: str) -> list[float] | None:
         if not has_sentences(database):
             return None
         (n_sentences,) = database.execute("SELECT count(*) FROM sentence_places").fetchone()
-        scores = _scores(database, "sentences", "bm25(sentences)", n_sentences, question)
+        scores = match_scores(database, "sentences", "bm25(sentences)", n_sentences, question)
     if not scores:
         return None
     own = [scores.get(i, 0.0) for i in range(n_sentences)]
@@ -105,8 +106,13 @@ def sentence_weights(index: Index, question: str) -> list[float] | None:
     return None if scores is None else [score / max(scores) for score in scores]
 
 
-def _scores(database: Connection, table: str, rank: str, n_rows: int, question: str) -> dict[int, float]:
-    """BM25 of the rows of a full-text table that match a question."""
+def match_scores(database: Connection, table: str, rank: str, n_rows: int, question: str) -> dict[int, float]:
+    """BM25 of the rows of a full-text table that match a question, by their numbers.
+
+    Args:
+        rank: the call of SQLite's `bm25` with the weights of the columns.
+        n_rows: of the table.
+    """
     scores: dict[int, float] = {}
     for phrase, weight in _phrases(question):
         rows = database.execute(f"SELECT rowid, -{rank} FROM {table} WHERE {table} MATCH ?", (f'"{phrase}"',))
@@ -144,7 +150,7 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
     if not found:
         return Route(reason="no word of the question occurs in the document: all chunks")
     if n_chunks > k:
-        weights: Sequence[float] = [(score / found[0][1]) ** _SHARPNESS for _, score in found]
+        weights: Sequence[float] = [(score / found[0][1]) ** SHARPNESS for _, score in found]
         reason = f"best {len(found)} by BM25"
     else:
         matching = dict(found)

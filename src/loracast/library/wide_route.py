@@ -1,0 +1,144 @@
+"""Routing over a whole library: the documents that a question is about, and what of each it gets.
+
+The register ranks the chunks of all documents at once (`Register.best_chunks`). The documents that own the best of them
+share the places of a route, so that a question gets no more chunks of many documents than of one, and each document
+then picks its own chunks and sentences as if it had been named. A document whose best chunk matches worse than the best
+one's weighs less, by the rule of chunks in one document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from loracast.errors import AdapterError
+from loracast.library.files import reading
+from loracast.library.index import read_chunks
+from loracast.library.register import Match
+from loracast.library.routing import SHARPNESS, Route
+
+if TYPE_CHECKING:
+    from loracast.library.adapter import Adapter
+
+
+class Routed(Protocol):
+    """A document that picks its own chunks, on disk or in memory."""
+
+    def route(self, question: str, k: int | None) -> Route: ...
+
+
+Document = TypeVar("Document", bound=Routed)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A chunk that an answer came from, and where it stands in its document."""
+
+    adapter: str
+    title: str
+    heading: str
+    chunk: int
+    start: int
+    """Its first character in the document's text."""
+    end: int
+    weight: float
+    """What its LoRA was multiplied with."""
+
+    def __str__(self) -> str:
+        where = self.heading or self.title
+        return f"{self.adapter}, chunk {self.chunk}" + (f": {where}" if where else "")
+
+
+def patterns_in(chosen: Iterable[object], tag: str = "") -> list[str]:
+    """Those of the chosen adapters that are patterns of names, as in a shell; all documents for a tag without one."""
+    patterns = [one for one in chosen if isinstance(one, str) and any(sign in one for sign in "*?[")]
+    return patterns or ["*"] * bool(tag)
+
+
+def route_adapters(
+    library: Path,
+    question: str,
+    chosen: Iterable[Adapter | str],
+    k: int | None,
+    tag: str,
+    open_named: Callable[[str], Adapter],
+) -> list[tuple[Adapter, Route]]:
+    """What a question gets of each adapter that is named, and of the documents that patterns and a tag stand for.
+
+    Args:
+        chosen: adapters, their names, or patterns of documents' names, among which the question chooses.
+        k: chunks of each named document, and of all others together.
+        tag: only documents with this tag are chosen among; "" for any. Without a pattern, all of them.
+        open_named: opens a name or a version `name@hash`.
+
+    Raises:
+        AdapterError: there is no such adapter, no document fits, or a library is to be given as a whole (k is None).
+    """
+    chosen = list(chosen)
+    patterns = patterns_in(chosen, tag)
+    named = [open_named(one) if isinstance(one, str) else one for one in chosen if one not in patterns]
+    routed = [(adapter, adapter.route(question, k)) for adapter in named]
+    if patterns:
+        if k is None:
+            raise AdapterError("of many documents a question gets some chunks: give a number (--route 2), not all")
+        check_patterns(library, patterns, tag)
+        with reading(library) as register:
+            matches = register.best_chunks(question, k, patterns, tag)
+        versions = {adapter.manifest.version for adapter in named}
+        others = [match for match in matches if match.version not in versions]
+        routed += share_out(others, question, k, lambda match: open_named(f"{match.name}@{match.version}"))
+    return routed
+
+
+def check_patterns(library: Path, patterns: Sequence[str], tag: str = "") -> None:
+    """Raise AdapterError where patterns and a tag stand for no document."""
+    with reading(library) as register:
+        if not register.has_documents(patterns, tag):
+            meant = f"is called {' or '.join(patterns)}" + (f" and has the tag {tag!r}" if tag else "")
+            raise AdapterError(f"no document of {library} {meant}; `loracast list` shows what there is")
+
+
+def share_out(
+    matches: Sequence[Match], question: str, k: int, open_document: Callable[[Match], Document]
+) -> list[tuple[Document, Route]]:
+    """What a question gets of each document that owns one of the best chunks of a library, the best one first.
+
+    Args:
+        matches: those chunks, best first.
+        k: the places of the route; the best document gets those that no chunk takes.
+        open_document: gives the document of a match.
+    """
+    found: list[tuple[Document, Route]] = []
+    for version in dict.fromkeys(match.version for match in matches):
+        own = [match for match in matches if match.version == version]
+        document, n_places = open_document(own[0]), len(own) + (0 if found else k - len(matches))
+        route = document.route(question, n_places)
+        if route.chunks is None and own[0].n_chunks > n_places:
+            chunks = tuple(range(n_places))
+            route = Route(chunks, weights=(1.0,) * n_places, reason="only the document's name matches: its beginning")
+        weight = (own[0].score / matches[0].score) ** SHARPNESS
+        found.append((document, route if weight == 1.0 else _weighed(route, own[0].n_chunks, weight)))
+    return found
+
+
+def _weighed(route: Route, n_chunks: int, weight: float) -> Route:
+    """The route of a document of so many chunks, with all weights multiplied."""
+    chunks = tuple(range(n_chunks)) if route.chunks is None else route.chunks
+    weights = tuple(weight * one for one in route.weights or (1.0,) * len(chunks))
+    sentences = route.sentences and tuple(tuple(weight * one for one in of_chunk) for of_chunk in route.sentences)
+    return replace(route, chunks=chunks, weights=weights, sentences=sentences)
+
+
+def sources(picked: Iterable[tuple[Adapter, Route]]) -> tuple[Source, ...]:
+    """The chunks that were picked from documents, those with most weight first; none of documents taken as a whole."""
+    found = []
+    for adapter, route in picked:
+        if adapter.manifest.kind == "document" and (route.chunks or adapter.manifest.n_chunks == 1):
+            chunks = route.chunks or (0,)
+            weights = route.weights or (1.0,)
+            for i, weight, chunk in zip(chunks, weights, read_chunks(adapter.index, chunks), strict=True):
+                place = (adapter.manifest.title, chunk.heading, i, chunk.start, chunk.end)
+                found.append(Source(adapter.name, *place, weight))
+    return tuple(sorted(found, key=lambda source: -source.weight))

@@ -1,0 +1,251 @@
+"""Asking the whole library: which documents a question finds, and what it is answered with."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import loracast
+from loracast.cli import app
+from loracast.errors import AdapterError
+from loracast.library.index import read_chunks
+from loracast.library.library import adapter_names, describe_adapter, remove_adapter, rename_adapter
+from loracast.library.register import Match
+from loracast.library.routing import Route
+from loracast.library.save import save_lora
+from loracast.library.wide_route import share_out, sources
+from loracast.lora.algebra import concat
+
+TEXTS = {
+    "manual-kettle": (
+        "# The kettle\n\nIt holds 1.7 litres of water and weighs 900 grams.\n\n"
+        "## Warranty\n\nThe warranty of the kettle is 24 months. Scale is removed with vinegar."
+    ),
+    "manual-lamp": (
+        "# The lamp\n\nThe lamp on the desk was made in the north. Its bulb has 40 watts.\n\n"
+        "## Warranty\n\nThe warranty of the lamp is 36 months. The shade is washed by hand."
+    ),
+    "museum": "# The museum\n\nThe museum opens at nine on Tuesday mornings. Nobody knew who had built the old bridge.",
+}
+
+
+def make_library(base: Path, hypernetwork: Path, folder: Path):
+    """A model with a library of three documents, two of them manuals, one tagged, and a task."""
+    model = loracast.load(base, hypernetwork, library=folder, device="cpu")
+    for name, text in TEXTS.items():
+        write(model, name, text)
+    describe_adapter(folder, "museum", tags=["town"])
+    lora = model.adapter("museum").lora()
+    save_lora(lora, folder, "shout", kind="task", title="Shout of the museum.", made_for=model.base.fingerprint)
+    return model
+
+
+def write(model, name, text, **options):
+    (path := model.library.parent / f"{name}.md").write_text(text)
+    return model.learn(path, name, max_chunk_tokens=40, **options)
+
+
+@pytest.fixture(scope="module")
+def asked(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
+    """A library that no test changes."""
+    return make_library(tiny_folder, tiny_hypernet_folder, tmp_path_factory.mktemp("asked") / "library")
+
+
+@pytest.fixture
+def changing(tiny_folder, tiny_hypernet_folder, tmp_path):
+    return make_library(tiny_folder, tiny_hypernet_folder, tmp_path / "library")
+
+
+def found(model, question, chosen="*", **options):
+    """What a question gets of each adapter, by name."""
+    return {adapter.name: route for adapter, route in model.lora_for(question, chosen, **options)[1]}
+
+
+def assert_same(one, other):
+    assert one.names == other.names
+    for name in other.names:
+        torch.testing.assert_close(one.delta(name), other.delta(name), rtol=0, atol=0)
+
+
+# ---- which documents
+
+
+@pytest.mark.parametrize(
+    ("question", "name"),
+    [
+        ("How bright is the bulb?", "manual-lamp"),
+        ("How much water does it hold?", "manual-kettle"),
+        ("When does the museum open?", "museum"),
+        ("Who built the bridges?", "museum"),
+    ],
+)
+def test_where_only_one_document_matches_the_answer_is_that_of_naming_it(asked, question, name):
+    wide, routed = asked.lora_for(question, "*")
+    assert [adapter.name for adapter, _ in routed] == [name]
+    assert routed[0][1] == asked.adapter(name).route(question)
+    assert_same(wide, asked.lora_for(question, name)[0])
+
+
+def test_documents_share_the_places_of_one_route(asked):
+    question = "Is the warranty 24 months, and is the shade washed by hand?"
+    first, second = found(asked, question).items()
+    assert [name for name, _ in (first, second)] == ["manual-lamp", "manual-kettle"]
+    assert [len(route.chunks) for _, route in (first, second)] == [1, 1]
+    assert first[1].weights == (1.0,) and 0 < second[1].weights[0] < 1
+    lora, routed = asked.lora_for(question, "*")
+    parts = [adapter.lora(route.picked, static=i == 0) for i, (adapter, route) in enumerate(routed)]
+    assert_same(lora, concat(parts))
+
+
+def test_a_pattern_and_a_tag_leave_other_documents_out(asked):
+    question = "How many months of warranty has the museum?"
+    assert found(asked, question).keys() & {"museum"}
+    assert found(asked, question, "manual-*").keys() == {"manual-kettle", "manual-lamp"}
+    assert found(asked, question, "m*-lamp").keys() == {"manual-lamp"}
+    assert found(asked, question, ["*-lamp", "*-kettle"]).keys() == {"manual-kettle", "manual-lamp"}
+    assert found(asked, question, (), tag="town").keys() == {"museum"}
+    assert found(asked, "How many months of warranty?", "*", tag="town") == {}
+    for chosen, tag, told in (("nothing-*", "", "nothing-*"), ((), "village", "'village'")):
+        with pytest.raises(AdapterError, match=told.replace("*", r"\*")):
+            asked.lora_for(question, chosen, tag=tag)
+    with pytest.raises(AdapterError, match="--route 2"):
+        asked.lora_for(question, "*", None)
+
+
+def test_an_adapter_that_is_named_too_comes_in_once(asked):
+    routed = asked.lora_for("When does the museum open, and how long is the warranty?", ["museum", "shout", "*"])[1]
+    assert [adapter.name for adapter, _ in routed][:2] == ["museum", "shout"]
+    assert len({adapter.version for adapter, _ in routed}) == len(routed)
+
+
+def test_names_and_titles_count(changing):
+    """Two documents of one text: a question finds the one that it names."""
+    text = "The hinge is oiled every spring.\n\n" + "Nothing else is said here. " * 12
+    for name in ("door-trask", "door-quillmere"):
+        write(changing, name, text + name.title()[:1])  # another letter, so that the two are not one adapter
+    assert next(iter(found(changing, "When is the hinge of the Quillmere oiled?"))) == "door-quillmere"
+    assert next(iter(found(changing, "When is the hinge of the Trask oiled?"))) == "door-trask"
+    rename_adapter(changing.library, "door-trask", "gate-osla")
+    assert next(iter(found(changing, "When is the hinge of the Osla oiled?"))) == "gate-osla"
+    ((name, route),) = found(changing, "Osla?").items()
+    assert name == "gate-osla" and route.chunks == (0, 1) and "beginning" in route.reason
+
+
+def test_where_nothing_matches_the_plain_base_answers(asked):
+    assert asked.lora_for("Zebra crossings?", "*") == (None, [])
+    assert asked.ask("Zebra crossings?", "*") == asked.ask("Zebra crossings?")
+
+
+# ---- a library that changes
+
+
+def test_a_document_that_was_learned_anew_is_found_by_its_new_text_alone(changing):
+    write(changing, "manual-lamp", TEXTS["manual-lamp"].replace("bulb has 40", "filament has 60"), replace=True)
+    assert found(changing, "How bright is the bulb?") == {}
+    (name,) = found(changing, "How bright is the filament?")
+    answer = changing.answer("How many watts has the filament?", "*")
+    texts = [chunk.text for chunk in read_chunks(changing.adapter(name).index, [s.chunk for s in answer.sources])]
+    assert "60 watts" in texts[0] and not any("40 watts" in text for text in texts)
+
+
+def test_a_document_that_was_removed_is_not_found_any_more(changing):
+    assert found(changing, "When does the museum open?").keys() == {"museum"}
+    remove_adapter(changing.library, "museum")
+    assert found(changing, "When does the museum open?") == {}
+    assert adapter_names(changing.library) == ["manual-kettle", "manual-lamp", "shout"]
+
+
+def test_a_document_of_before_sentences_were_kept_takes_part_by_chunk(changing):
+    index = changing.adapter("museum").index
+    with sqlite3.connect(index) as database:
+        for table in ("sentences", "sentence_places"):
+            database.execute(f"DROP TABLE {table}")
+    database.close()
+    question = "When does the museum open?"
+    assert found(changing, question)["museum"].sentences is None
+    assert_same(changing.lora_for(question, "*")[0], changing.lora_for(question, "museum")[0])
+
+
+# ---- weights
+
+
+class Always:
+    """A document that always gives the same route."""
+
+    def __init__(self, route):
+        self.given, self.places = route, []
+
+    def route(self, question, k):
+        self.places.append(k)
+        return self.given
+
+
+def test_a_worse_document_weighs_less_in_chunks_and_sentences():
+    one = Always(Route((4,), (3.0,), (1.0,), ((0.5, 1.0),)))
+    two = Always(Route(sentences=((1.0, 0.0),)))
+    matches = [Match("a", "va", 9, 4, 8.0), Match("b", "vb", 1, 0, 6.0)]
+    shared = share_out(matches, "?", 3, lambda match: {"a": one, "b": two}[match.name])
+    assert (one.places, two.places) == ([2], [1])  # the place that no chunk takes goes to the best document
+    assert shared[0] == (one, one.given)
+    weight = (6 / 8) ** 8
+    assert shared[1][1].picked == pytest.approx({0: weight})
+    assert shared[1][1].sentence_weights[0] == pytest.approx((weight, 0.0))
+
+
+# ---- where an answer comes from
+
+
+def test_sources_are_the_places_in_the_text(asked):
+    question = "How long is the warranty of the lamp?"
+    given = asked.answer(question, "*")
+    assert given.text == asked.ask(question, "*") and given.sources
+    first = given.sources[0]
+    assert (first.adapter, first.title, first.weight) == ("manual-lamp", "The lamp", 1.0)
+    assert "36 months" in TEXTS["manual-lamp"][first.start : first.end] and "Warranty" in first.heading
+    assert sources([(asked.adapter("shout"), Route()), (asked.adapter("manual-lamp"), Route())]) == ()
+
+
+def run(model, base, *arguments, **options):
+    where = ("--base", str(base), "--library", str(model.library), "--device", "cpu", "--max-tokens", "4")
+    done = CliRunner().invoke(app, [*arguments, *where], **options)
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def test_ask_says_where_the_answer_comes_from(asked, tiny_folder):
+    question = "How long is the warranty of the lamp?"
+    for chosen in (["--all"], ["-a", "manual-*"], ["-a", "*"]):
+        shown = run(asked, tiny_folder, "ask", question, *chosen)
+        assert "(from manual-lamp, chunk 1: The lamp / Warranty)" in shown.stderr
+        told = json.loads(run(asked, tiny_folder, "ask", question, *chosen, "--json").stdout)
+        source = told["sources"][0]
+        assert (source["adapter"], source["heading"], source["chunk"]) == ("manual-lamp", "The lamp / Warranty", 1)
+        assert "36 months" in TEXTS["manual-lamp"][source["start"] : source["end"]]
+        assert told["adapters"].keys() == {source["adapter"] for source in told["sources"]}
+    told = json.loads(run(asked, tiny_folder, "ask", question, "--tag", "town", "--json").stdout)
+    assert told["sources"] == [] and told["adapters"] == {}
+    shown = run(asked, tiny_folder, "ask", "Zebra crossings?", "--all")
+    assert "no document of the library matches" in shown.stderr
+    assert "no document" not in run(asked, tiny_folder, "ask", question, "-a", "manual-lamp").stderr
+
+
+def test_ask_refuses_a_pattern_without_documents_before_a_model_is_loaded(asked, monkeypatch):
+    monkeypatch.setattr("loracast.model.load", None)
+    for chosen in (["-a", "x-*"], ["--tag", "x"], ["-a", "shou*"]):
+        done = CliRunner().invoke(app, ["ask", "Why?", *chosen, "--library", str(asked.library)])
+        assert done.exit_code == 1 and "no document" in done.stderr
+
+
+def test_chat_asks_the_library_too(asked, tiny_folder):
+    said = (
+        "How long is the warranty of the lamp?\n/drop *\n/use museum*\nWhen does the museum open tomorrow or today?\n"
+    )
+    told = run(asked, tiny_folder, "chat", "--all", input=said).stderr
+    assert (
+        told.index("(from manual-lamp, chunk 1") < told.index("(using museum*)") < told.index("(from museum, chunk 0")
+    )
