@@ -760,7 +760,7 @@ import json, os, signal, sys
 from pathlib import Path
 import rich.progress, rich.status, typer.main
 import loracast.model
-from loracast.library.library import adapters
+from loracast.library.library import adapter_names, open_adapter
 from loracast.cli import app
 
 library, base, hypernet, *arguments = sys.argv[1:]
@@ -784,7 +784,7 @@ while not outcomes or outcomes[-1][0] == -signal.SIGKILL:
         die_at(len(outcomes) + 1)
         app(arguments)  # exits
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    listed = list(adapters(Path(library)))
+    listed = [open_adapter(Path(library), name) for name in adapter_names(Path(library))]
     for adapter in listed:
         adapter.verify()
         adapter.lora()

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from adapters import write
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError
-from loracast.library.library import adapter_names, adapters, open_adapter, remove_adapter, search
+from loracast.library.library import adapter_names, open_adapter, remove_adapter, search
 from loracast.library.remote import factor_bytes, model_card, pull_adapter, push_adapter
 from loracast.library.upkeep import collect_garbage, evict, leave_store, store_url, use_store, verify
 
@@ -99,7 +99,7 @@ def test_a_library_lies_at_a_store(place, tmp_path):
     evict(library)
     leave_store(library)
     assert store_url(library) is None and len(files_at(place)) == 2
-    assert [a.faults() for a in adapters(library)] == [[], []]
+    assert [open_adapter(library, name).faults() for name in adapter_names(library)] == [[], []]
 
 
 def test_a_store_is_one_library_s(place, tmp_path):

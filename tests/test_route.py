@@ -53,8 +53,8 @@ def test_without_an_adapter_the_whole_library_is_looked_through(library):
         "lamp",
         "prose",
     }  # a document of one chunk too, a task never
-    scores = [one["chunks"][0]["score"] for one in report["adapters"]]
-    assert scores == sorted(scores, reverse=True) and scores[0] > 0
+    weights = [chunk["weight"] for one in report["adapters"] for chunk in one["chunks"]]
+    assert weights == sorted(weights, reverse=True) and weights[0] == 1 and weights[-1] > 0
     assert "has a word of the question" in run(library, "zzz").stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,15 +13,15 @@ import typer
 from loracast.cli import options
 from loracast.cli.output import print_json, print_table, say
 from loracast.library.index import read_chunks
-from loracast.library.library import adapters as all_adapters
 from loracast.library.library import open_adapter
 from loracast.library.routing import DEFAULT_ROUTE
+from loracast.library.wide_route import route_adapters
 
 if TYPE_CHECKING:
     from loracast.library.adapter import Adapter
+    from loracast.library.routing import Route
 
 _SHOWN = 90  # characters of a chunk's text
-_BEST = 3  # chunks of each document of the library
 
 
 def route(
@@ -40,18 +41,16 @@ def route(
 ) -> None:  # fmt: skip
     """Show which chunks a question would be answered with, and the weight of each.
 
-    Without -a, all documents of the library are searched, and the best matches come first. Scores of different
-    documents are only roughly comparable: a word's weight depends on how rare it is in its document.
+    Without -a, these are the chunks that `ask --all` would take.
     """
     if exported is not None:
         if adapters:
             raise typer.BadParameter("give adapters of the library or an exported folder", param_hint="--exported")
         found = [_exported(exported, question, k)]
-    elif adapters:
-        found = [_picked(open_adapter(library, name), question, k) for name in adapters]
     else:
-        found = [_matching(one, question) for one in all_adapters(library) if one.manifest.kind == "document"]
-        found = sorted((one for one in found if one["chunks"]), key=lambda one: -one["chunks"][0]["score"])
+        chosen = adapters or ["*"]
+        routed = route_adapters(library, question, chosen, k, "", partial(open_adapter, library))
+        found = [_picked(*one) for one in routed]
     if as_json:
         print_json({"question": question, "adapters": found})
         return
@@ -65,8 +64,9 @@ def route(
         for chunk in one["chunks"]:
             text = " ".join(f"{chunk['heading']} {chunk['text']}".split())
             shown = text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
-            weight = "" if chunk["weight"] is None else f"{chunk['weight']:.2f}"
-            rows.append((chunk.get("path", one["adapter"]), chunk["chunk"], f"{chunk['score']:.2f}", weight, shown))
+            score = "" if chunk["score"] is None else f"{chunk['score']:.2f}"
+            weight = f"{chunk['weight']:.2f}"
+            rows.append((chunk.get("path", one["adapter"]), chunk["chunk"], score, weight, shown))
     print_table(("adapter", ">chunk", ">score", ">weight", "text"), rows)
 
 
@@ -92,29 +92,22 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     return {"adapter": name, "reason": picked.reason, "chunks": placed}
 
 
-def _picked(adapter: Adapter, question: str, k: int | None) -> dict[str, Any]:
-    """The chunks of one adapter that a question would be answered with."""
-    picked = adapter.route(question, k)
-    chunks = _described(adapter.index, picked.chunks or (), picked.scores, picked.weights)
-    return {"adapter": adapter.name, "reason": picked.reason, "chunks": chunks}
-
-
-def _matching(adapter: Adapter, question: str) -> dict[str, Any]:
-    """The chunks of one document that match a question best."""
-    from loracast.library.routing import search
-
-    found = search(adapter.index, question, _BEST)
-    chunks = _described(adapter.index, [i for i, _ in found], [score for _, score in found])
-    return {"adapter": adapter.name, "reason": "", "chunks": chunks}
+def _picked(adapter: Adapter, picked: Route) -> dict[str, Any]:
+    """The chunks of one adapter that a question would be answered with; none where it is taken as a whole."""
+    is_one_chunk = adapter.manifest.kind == "document" and adapter.manifest.n_chunks == 1
+    chunks = picked.chunks or (0,) * is_one_chunk
+    described = _described(
+        adapter.index, chunks, picked.scores or [None] * len(chunks), picked.weights or [1.0] * len(chunks)
+    )
+    return {"adapter": adapter.name, "reason": picked.reason, "chunks": described}
 
 
 def _described(
-    index: Path, chunks: Sequence[int], scores: Sequence[float], weights: Sequence[float] | None = None
+    index: Path, chunks: Sequence[int], scores: Sequence[float | None], weights: Sequence[float]
 ) -> list[dict[str, Any]]:
     """The number, score, weight, place and text of each chunk."""
-    rounded = [None] * len(chunks) if weights is None else [round(weight, 3) for weight in weights]
     return [
-        {"chunk": i, "score": round(score, 3), "weight": weight}
+        {"chunk": i, "score": None if score is None else round(score, 3), "weight": round(weight, 3)}
         | {field: getattr(chunk, field) for field in ("heading", "start", "end", "text")}
-        for i, score, weight, chunk in zip(chunks, scores, rounded, read_chunks(index, chunks), strict=True)
+        for i, score, weight, chunk in zip(chunks, scores, weights, read_chunks(index, chunks), strict=True)
     ]

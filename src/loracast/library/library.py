@@ -10,7 +10,7 @@ register, and a row goes before its files: whenever a process is killed, the reg
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -51,12 +51,6 @@ def find_cached(library: Path, cache_keys: Sequence[str]) -> str | None:
     """The version that was cast from the same source in the same way, or None; `cache_keys` as in `Manifest`."""
     with reading(library) as register:
         return next((version for key in cache_keys if (version := register.cached(key)) is not None), None)
-
-
-def adapters(library: Path) -> Iterator[Adapter]:
-    """The newest adapter of each name."""
-    for name in adapter_names(library):
-        yield open_adapter(library, name)
 
 
 def open_adapter(library: Path, reference: str) -> Adapter:
