@@ -24,7 +24,7 @@ from loracast.data.everyday import (
     make_document,
 )
 from loracast.data.facts import Split, entity_split, expand, load_content, variants
-from loracast.data.spans import AFTER, BEGIN
+from loracast.data.spans import AFTER, BEGIN, INSIDE
 from loracast.errors import ConfigError
 from loracast.evaluation.everyday import is_right
 from loracast.training.sources import DataConfig, EpisodeSource
@@ -286,10 +286,10 @@ def test_labels_lie_on_the_answers_and_questions_without_a_span_have_none(base) 
         for episode in episodes:
             spelled: dict[int, list[int]] = {}
             for label in episode.token_labels:
-                if label.gate != AFTER:
+                if label.gate != AFTER and label.statement >= 0:
                     spelled.setdefault(label.statement, []).append(episode.chunks[label.chunk][label.token])
             begun = Counter(label.statement for label in episode.token_labels if label.gate == BEGIN)
-            assert all(n == 1 for n in begun.values())
+            assert all(n == 1 for statement, n in begun.items() if statement >= 0)
             for i, question in enumerate(episode.questions):
                 answer = base.tokenizer.decode(question.answer, skip_special_tokens=True).strip()
                 if answer in ("Yes", "No", NOT_SAID):
@@ -299,6 +299,28 @@ def test_labels_lie_on_the_answers_and_questions_without_a_span_have_none(base) 
                     assert answer in base.tokenizer.decode(spelled[i])
                     n_values += 1
     assert n_values > 40 and n_without > 5
+
+
+def test_values_that_no_question_asks_for_are_labelled_too(base) -> None:
+    source = EpisodeSource(DataConfig(max_chunk_tokens=2_000), base.tokenizer, base.chat)
+    n_unasked = 0
+    for seed in range(12):
+        episode = source.everyday_episode(random.Random(seed), 3, set())
+        assert len(episode.chunks) == 1 and len(episode.questions) == 3
+        document = make_document(random.Random(seed), split="train")
+        ids, spelled = episode.chunks[0], set[str]()
+        begins = [label.token for label in episode.token_labels if label.gate == BEGIN]
+        inside = {label.token for label in episode.token_labels if label.gate == INSIDE}
+        for token in begins:
+            end = token + 1
+            while end in inside:
+                end += 1
+            spelled.add(base.tokenizer.decode(ids[token:end]).strip())
+        n_unasked += sum(label.statement == -1 for label in episode.token_labels)
+        for fact in (*document.facts, *document.unasked):
+            if fact.kind == "span":
+                assert any(fact.answer in text for text in spelled), fact
+    assert n_unasked > 100
 
 
 def test_questions_of_a_step_are_distinct_and_other_steps_are_as_without_a_share(base) -> None:

@@ -54,12 +54,16 @@ class EverydayFact:
 
 @dataclass(frozen=True)
 class EverydayDocument:
-    """A text with all the questions that its genre has for it; `genre` is its name in the content."""
+    """A text with questions; `genre` is its name in the content.
+
+    `unasked` are the span facts of its list that are left over, so that all values of the document are known.
+    """
 
     genre: str
     title: str
     text: str
     facts: tuple[EverydayFact, ...]
+    unasked: tuple[EverydayFact, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,7 @@ class _Draft:
         for name, pattern in genre.names.items():
             self.names[name] = self.fresh(pattern, self.names.values())
         self.facts: list[EverydayFact] = []
+        self.unasked: list[EverydayFact] = []
         self.used = list(self.names.values())
 
     def finish(self) -> EverydayDocument:
@@ -198,7 +203,7 @@ class _Draft:
         text = _MARK.sub(put, outline)
         self.ask_unsaid([saying for saying in genre.sayings if saying not in said])
         title = expand(rng, self.word(genre.titles))
-        return EverydayDocument(genre.name, title, text.strip(), tuple(self.facts))
+        return EverydayDocument(genre.name, title, text.strip(), tuple(self.facts), tuple(self.unasked))
 
     def with_asides(self, layout: str) -> str:
         """The layout with any number of its genre's asides between its paragraphs."""
@@ -294,7 +299,9 @@ class _Draft:
             for k in range(per_row):
                 suffix = str(k + 1) if k else ""
                 spans += self.of_row(listing, row, suffix, slots, rows[-1])
-        self.facts += rng.sample(spans, min(MOST_LISTED, len(spans)))
+        rng.shuffle(spans)
+        self.facts += spans[:MOST_LISTED]
+        self.unasked += spans[MOST_LISTED:]
         self.ask_about_list(listing, items, columns)
         return "\n".join([*head, between.join(rows)])
 
@@ -309,19 +316,20 @@ class _Draft:
     def of_row(
         self, listing: Listing, row: str, suffix: str, slots: Mapping[str, str], statement: str
     ) -> list[EverydayFact]:
-        """Span questions for one item of a list: for each of its values, or for the item itself."""
+        """Span questions for one item of a list: for each of its values, or for the item itself by that value."""
         item = slots[f"item{suffix}"]
         facts = []
         for name in listing.columns:
             value = slots[f"{name}{suffix}"]
-            if name in listing.backwards and self.rng.random() < P_BACKWARDS:
+            at = self.offset(row, f"{name}{suffix}", slots)
+            fact = _span(item, name, self.word(listing.ask[name], item=item), value, statement, at)
+            if name in listing.backwards:
                 question = self.word(listing.backwards[name], **{name: value})
                 at = self.offset(row, f"item{suffix}", slots)
-                facts.append(_span(value, f"item of {name}", question, item, statement, at))
-            else:
-                question = self.word(listing.ask[name], item=item)
-                at = self.offset(row, f"{name}{suffix}", slots)
-                facts.append(_span(item, name, question, value, statement, at))
+                other = _span(value, f"item of {name}", question, item, statement, at)
+                fact, other = (other, fact) if self.rng.random() < P_BACKWARDS else (fact, other)
+                self.unasked.append(other)
+            facts.append(fact)
         return facts
 
     def ask_about_list(self, listing: Listing, items: Sequence[str], columns: Mapping[str, Sequence[str]]) -> None:

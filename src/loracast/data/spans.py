@@ -31,7 +31,7 @@ class TokenLabel(NamedTuple):
     owner: int  # the last token of the owner's name; -1 if there is none
     place: int  # index of the token in the answer
     end: int  # the last token of the statement; -1 if unknown
-    statement: int  # index of the statement in the document
+    statement: int  # index of the statement in the document, which is its question's; -1 if no question asks for it
 
 
 def label_tokens(

@@ -75,7 +75,8 @@ def set_memory_units(
     first_chunk = first_question = 0
     for episode in episodes:
         for label in episode.token_labels:
-            stated[first_chunk + label.chunk].add((label.end, first_question + label.statement))
+            if label.statement >= 0:
+                stated[first_chunk + label.chunk].add((label.end, first_question + label.statement))
         first_chunk += len(episode.chunks)
         first_question += len(episode.questions)
     ends, answers = [], []

@@ -70,7 +70,8 @@ def retrieval_loss(
     starts = is_first.nonzero().squeeze(1)  # [questions] the first answer token of each
     first_question = torch.searchsorted(batch.answer_rows[starts], torch.arange(len(tokens), device=tokens.device))
     lengths = torch.bincount(batch.answer_question)
-    rows, labelled, _, _, places, _, statements = batch.token_labels.unbind(1)
+    asked = batch.token_labels[batch.token_labels[:, -1] >= 0]
+    rows, labelled, _, _, places, _, statements = asked.unbind(1)
     documents = rows // k
     questions = first_question[documents] + statements
     answers = starts[questions] + places  # [m] the answer token that repeats the labelled one
