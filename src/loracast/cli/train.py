@@ -15,7 +15,7 @@ import typer
 from loracast.base.load import Base, load_base
 from loracast.cli.commands import CommandGroup, add, seconds
 from loracast.cli.options import TASKS, BaseChoice, Json, Tasks
-from loracast.cli.output import print_result, say
+from loracast.cli.output import print_result, print_table, say
 
 Change = Annotated[list[str] | None, "Change a key of the recipe: training.lr=2e-4. Repeatable."]
 _DOCUMENTS = "Documents with questions: JSONL(.gz) rows. Repeatable."
@@ -201,6 +201,39 @@ def reader(run: Run, *, documents: Annotated[list[str], _DOCUMENTS]) -> None:
     _say_lora(run, _train_lora(run, ["reader"], train_reader, settings, on_metrics=show))
 
 
+def relevance(
+    *,
+    out: Annotated[Path, "File to write: the relevance.toml that the package reads."],
+    documents: Annotated[list[str], _DOCUMENTS],
+    unrelated: Annotated[list[str], "Questions that are about no document: JSONL(.gz). Repeatable."],
+    source: Annotated[list[str] | None, "Take only documents of this source. Repeatable."] = None,
+    dev_documents: Annotated[list[str] | None, "Measure on these documents with questions. Repeatable."] = None,
+    dev_unrelated: Annotated[list[str] | None, "Measure with these unrelated questions. Repeatable."] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit how `ask` tells whether a question is about a document at all: minutes on one core, without a base."""
+    from loracast.data.qa import read_questioned
+    from loracast.training.relevance import measure, read_unrelated_files, train_relevance
+
+    fit = train_relevance(read_questioned(documents, source or ()), read_unrelated_files(unrelated))
+    fit.write(out)
+    kinds: list[dict[str, Any]] = []
+    points: list[dict[str, float]] = []
+    if dev_documents and dev_unrelated:
+        kinds, points = measure(fit, read_questioned(dev_documents), read_unrelated_files(dev_unrelated))
+    if as_json:
+        print(json.dumps({"out": str(out), "kinds": kinds, "points": points}))
+        return
+    say(f"{out.stat().st_size / 1e3:.1f} kB in {out}")
+    rows = [
+        (row["group"], row["source"], "yes" if row["is_about"] else "no", row["n"], f"{row['passed']:.1%}")
+        for row in kinds
+    ]
+    print_table(("question", "source", "about", ">n", ">taken to be about it"), rows)
+    shares = [[f"{value:.3f}" for value in point.values()] for point in points]
+    print_table((">refused", ">threshold", ">unrelated pass", ">another product's pass"), shares)
+
+
 def export(
     run: Annotated[Path, "Folder of a training run, or any hypernetwork."],
     *,
@@ -307,4 +340,4 @@ def main() -> None:
 
 add(app, doc, text, image, panel="Hypernetworks")
 add(app, oracle, multitask, reader, panel="LoRAs to compare with")
-add(app, export, panel="To ship")
+add(app, export, relevance, panel="To ship")

@@ -1,0 +1,233 @@
+"""Whether a question is about a document: the features against a plain count, and the fitted coefficients on texts."""
+
+from __future__ import annotations
+
+import math
+import random
+import sqlite3
+import time
+import tomllib
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loracast.data.qa import DocumentQuestion, QuestionedDocument
+from loracast.documents import Chunk
+from loracast.errors import AdapterError, TrainingError
+from loracast.library.index import write_index
+from loracast.library.relevance import FEATURES, THRESHOLD, WordTable, about, features, read_question, shipped_words
+from loracast.training import relevance_pairs
+from loracast.training.relevance import fit_logistic, make_table, observe, train_relevance
+from loracast.training.relevance_pairs import draw_asked
+
+KETTLE = [
+    ("The Velmo kettle / Warranty", "The Velmo kettle is guaranteed for 24 months from the day of purchase. Keep the receipt."),
+    ("The Velmo kettle / Care", "To descale the kettle, boil a litre of vinegar in it and rinse twice. The lid comes off."),
+    ("The Velmo kettle / Technical data", "It holds 1.7 litres and takes 2,200 watts. The cord is 75 cm long."),
+]  # fmt: skip
+MEETING = [
+    (
+        "",
+        "Notes of the allotment club. Present: Ines Moreau, Tom Ritter and nine others. The water pump is mended, and",
+    ),
+    ("", "Tom Ritter collects the fees until 4 May. The summer party is on the lawn; everybody brings a salad."),
+]
+
+
+def write(texts: list[tuple[str, str]], database: sqlite3.Connection) -> None:
+    write_index(database, [Chunk(text, 0, len(text), heading, len(text.split())) for heading, text in texts])
+
+
+def probability(texts: list[tuple[str, str]], question: str) -> float:
+    with closing(sqlite3.connect(":memory:")) as database:
+        write(texts, database)
+        return about(database, question)
+
+
+@pytest.mark.parametrize(
+    ("texts", "question"),
+    [
+        (KETTLE, "How long is the Velmo kettle covered for repairs?"),
+        (KETTLE, "how long is the velmo kettle guaranteed"),
+        (KETTLE, "How do I descale it?"),
+        (KETTLE, "How many watts does the kettle take?"),
+        (KETTLE, "What is this manual about?"),
+        (MEETING, "Who collects the fees?"),
+        (MEETING, "By when does Tom Ritter want the money?"),
+        (MEETING, "What should I bring to the summer party?"),
+    ],
+)
+def test_questions_about_the_document_pass(texts, question):
+    assert probability(texts, question) >= THRESHOLD
+
+
+@pytest.mark.parametrize("texts", [KETTLE, MEETING])
+@pytest.mark.parametrize(
+    "question",
+    [
+        "How long is the Zarkona toaster covered for repairs?",
+        "What is the warranty of the Brimdal 4000?",
+        "What is the capital of France?",
+        "Write a poem about the sea.",
+        "How are you?",
+        "What is 12 times 7?",
+        "is there a season 5 of vampire diaries",
+        "Which gas do plants take from the air?\n- oxygen\n- carbon dioxide\n- helium",
+    ],
+)
+def test_other_questions_do_not(texts, question):
+    assert probability(texts, question) < THRESHOLD
+
+
+def test_another_products_manual_is_told_by_its_name():
+    own = "How long is the Velmo kettle covered for repairs?"
+    assert probability(KETTLE, own) > 0.8 > 0.2 > probability(KETTLE, own.replace("Velmo", "Zarkona"))
+
+
+def test_words_of_a_question():
+    table = WordTable({stem: i for i, stem in enumerate(["of", *(f"w{i}x" for i in range(98)), "kettl"])}, frozenset())
+    words = read_question("Kettles of the Velmo, 24 cafés: Old my_pump", table)
+    assert [word.stem for word in words] == ["kettl", "of", "the", "velmo", "24", "cafe", "old", "my", "pump"]
+    assert [word.is_name for word in words] == [False, False, False, True, True, False, False, True, True]
+    assert words[0].weight == pytest.approx(math.log(99 / 50))  # rank 99, of which the first 50 have no weight
+    assert words[1].weight == 0
+    assert words[3].weight == pytest.approx(math.log(200 / 50))  # unlisted: as if twice as rare as the rarest
+    assert words[4].weight == words[3].weight < 2 * math.log(10)
+    assert read_question("7", shipped_words())[0].weight == pytest.approx(math.log(10))  # ten numbers of one digit
+
+
+words = st.sampled_from(["zork", "blib", "quax", "frob", "wug", "the"])
+TABLE = WordTable({"the": 0} | {f"{i}": i for i in range(1, 60)} | {"zork": 60, "blib": 80, "quax": 99}, frozenset({"blib"}))  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.lists(words, max_size=2), st.lists(words, min_size=1, max_size=60)), min_size=1, max_size=5),
+    st.lists(words, min_size=1, max_size=5),
+)
+def test_features_are_plain_counts(texts, asked):
+    weight = {"zork": math.log(60 / 50), "blib": math.log(80 / 50), "quax": math.log(99 / 50), "the": 0.0}
+    weight |= dict.fromkeys(["frob", "wug"], math.log(2 * 63 / 50))
+    with closing(sqlite3.connect(":memory:")) as database:
+        write([(" ".join(heading), " ".join(text)) for heading, text in texts], database)
+        found = dict(zip(FEATURES, features(database, " ".join(asked), TABLE), strict=True))
+    telling = {word for word in asked if weight[word]}
+
+    def mass(some) -> float:
+        return sum(weight[word] for word in telling & set(some))
+
+    everywhere = {word for heading, text in texts for word in (*heading, *text)}
+    pairs = {pair for pair in pairwise(asked) if set(pair) <= telling and pair[0] != pair[1]}
+    side_by_side = {pair for _, text in texts for pair in pairwise(text)}
+    absent = telling - everywhere
+    assert found == pytest.approx(
+        {
+            "share": max(mass(heading + text) for heading, text in texts) / (mass(asked) or 1),
+            "window": max(mass(h + text[i : i + 25]) for h, text in texts for i in range(len(text))) / 10,
+            "absent": sum(0.3 if word == "blib" else 1 + weight[word] / 3 for word in absent) / 10,
+            "missing_name": 0,
+            "neighbours": len(pairs & side_by_side) / (len(pairs) or 1),
+            "refers": 0,
+            "empty": 0 if telling else 1,
+            "length": math.log(1 + sum(len(text) for _, text in texts)) / 5,
+        }
+    )
+
+
+def test_names_and_references():
+    with closing(sqlite3.connect(":memory:")) as database:
+        write(KETTLE, database)
+        at = FEATURES.index("missing_name"), FEATURES.index("refers")
+
+        def two(question: str) -> list[float]:
+            found = features(database, question, TABLE)
+            return [found[i] for i in at]
+
+        unlisted = math.log(2 * 63 / 50)
+        assert two("Is the Velmo kettle here?") == [0, 0]
+        assert two("Is the Zarkona kettle here?") == pytest.approx([unlisted / 5, 0])
+        assert two("is the zarkona kettle here?") == [0, 0]  # not written as a name
+        assert two("Is it the wug?") == pytest.approx([0, 1 / 3])  # beside two telling words: is, wug
+
+
+def test_a_document_of_500_chunks_takes_less_than_15_ms(tmp_path):
+    rng = np.random.default_rng(0)
+    common = list(shipped_words().ranks)
+    n = len(common)
+    zipf = 1 / np.arange(10, n + 10)
+    texts = [("A heading", " ".join(rng.choice(common, 150, p=zipf / zipf.sum()))) for _ in range(500)]
+    with closing(sqlite3.connect(tmp_path / "chunks.sqlite")) as database:
+        write(texts, database)
+    about(tmp_path / "chunks.sqlite", "warm up")
+    seconds = []
+    for i in range(7):  # the fastest: other processes run too
+        start = time.perf_counter()
+        about(
+            tmp_path / "chunks.sqlite",
+            f"How many litres of water does the Velmo kettle number {i} boil in two minutes?",
+        )
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.015
+
+
+def test_a_damaged_index_is_an_error(tmp_path):
+    (tmp_path / "chunks.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(AdapterError, match="learn the document again"):
+        about(tmp_path / "chunks.sqlite", "What?")
+
+
+def test_regression_finds_the_log_odds():
+    """With one feature of 0 and 1, the coefficients of logistic regression are the log odds of the two groups."""
+    x = np.array([[0.0]] * 40 + [[1.0]] * 40)
+    y = np.array([True] * 10 + [False] * 30 + [True] * 20 + [False] * 20)
+    weights = np.array([1.0] * 40 + [2.0] * 20 + [1.0] * 20)
+    bias, (coefficient,) = fit_logistic(x, y, weights)
+    assert bias == pytest.approx(math.log(10 / 30), abs=0.02)
+    assert bias + coefficient == pytest.approx(math.log(40 / 20), abs=0.02)
+    with pytest.raises(TrainingError):  # no question of the other kind
+        fit_logistic(x, np.ones_like(y), weights)
+
+
+def document(i: int, source: str) -> QuestionedDocument:
+    text = f"The lamp number {i} stands in the garden. It was bought by Anna. She paints it every spring and autumn."
+    text += " " + " ".join(f"filler{j} {j}th" for j in range(60))
+    questions = tuple(DocumentQuestion(q, ("Anna",), True) for q in (f"Who bought lamp {i}?", "Why is it painted?"))
+    return QuestionedDocument(f"{source}/{i}", text, questions, source=source)
+
+
+def test_the_fit_is_reproduced(tmp_path, monkeypatch):
+    for sizes in (relevance_pairs._N_SHEETS, relevance_pairs._N_EVERYDAY, relevance_pairs._N_NEEDLES):
+        monkeypatch.setitem(sizes, "train", 25)
+    monkeypatch.setitem(relevance_pairs._N_SINGLE, "train", 10)
+    documents = [document(i, source) for source in ("one", "two", "three") for i in range(10)]
+    unrelated = {"quiz": ["What is the largest planet?", "Do fish sleep?", "Who wrote Faust?"]}
+    for name in ("a.toml", "b.toml"):
+        fit = train_relevance(documents, unrelated)
+        fit.write(tmp_path / name)
+    assert (tmp_path / "a.toml").read_bytes() == (tmp_path / "b.toml").read_bytes()
+    fitted = tomllib.loads((tmp_path / "a.toml").read_text())
+    assert list(fitted["coefficients"]) == list(FEATURES)
+    assert {"lamp", "garden"} <= set(fitted["stems"].split())
+    x, pairs = observe(draw_asked(random.Random(1), documents, unrelated, "train"), fit.table)
+    found = fit.probabilities(x)
+    is_about = np.array([pair.is_about for pair in pairs])
+    assert found[is_about].mean() > found[~is_about].mean() + 0.3
+
+
+def test_the_table_has_words_of_three_sources_and_those_of_asking(monkeypatch):
+    monkeypatch.setattr("loracast.training.relevance.N_FUNCTION", 3)
+    documents = [document(i, source) for source in ("one", "two", "three") for i in range(10)]
+    table = make_table([*documents, document(0, "four")], {"quiz": ["Do penguins bark?"]})
+    assert "lamp" in table.ranks and "penguin" not in table.ranks and "3" not in table.ranks
+    assert {"who", "why"} <= table.asking and table.asking.isdisjoint({"lamp", "bought", "paint"})
+
+
+def test_the_shipped_table_is_small():
+    path = Path(relevance_pairs.__file__).parents[1] / "data" / "content" / "relevance.toml"
+    assert path.stat().st_size < 60_000
+    assert {"why", "kind"} <= shipped_words().asking and "kettl" in shipped_words().ranks
