@@ -108,9 +108,9 @@ class Manifest:
         source = (self.kind, self.title, self.source, self.source_sha256)
         options = (self.max_chunk_tokens, self.storage, self.strength)
         # An earlier id is a hash of the weights, which does not say how chunks are merged.
-        merging = (self.key_decorrelation,) if self.key_decorrelation else ()
+        given = (self.key_decorrelation, self.memory_kinds)  # adapters of format 1 have no sentences
         ids = (self.hypernetwork, *former_ids)
-        return [_hash([*source, one, asdict(self.made_for), *options, *merging]) for one in ids]
+        return [_hash([*source, one, asdict(self.made_for), *options, *filter(None, given)]) for one in ids]
 
     @property
     def rank_text(self) -> str:
