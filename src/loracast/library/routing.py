@@ -26,7 +26,10 @@ DEFAULT_ROUTE = 2
 _WORD = re.compile(r"\w+")
 _LEAST_IDF = 1e-6  # SQLite's own floor, a factor of its scores
 _PAIR_WEIGHT = 0.5
-_NEIGHBOUR_SHARE = 0.0
+_NEIGHBOUR_SHARE = 0.5  # of a sentence's score, for the sentences before and after it
+_LEAST_SENTENCE_WEIGHT = 0.2
+_SENTENCE_SHARPNESS = 0.5
+_NEGLIGIBLE = 0.02  # rows of a smaller weight are left out
 SHARPNESS = 8
 """Power of a score beside the best one, which is the weight of a chunk picked from many."""
 _LEAST_WEIGHT = 0.3  # of a chunk of a document that is given whole
@@ -103,7 +106,7 @@ def sentence_scores(index: Index, question: str) -> list[float] | None:
 def sentence_weights(index: Index, question: str) -> list[float] | None:
     """The weight of each sentence of a document for a question: 1 for the best; None as in `sentence_scores`."""
     scores = sentence_scores(index, question)
-    return None if scores is None else [score / max(scores) for score in scores]
+    return None if scores is None else [_weight(score, max(scores)) for score in scores]
 
 
 def match_scores(database: Connection, table: str, rank: str, n_rows: int, question: str) -> dict[int, float]:
@@ -145,7 +148,7 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
     if k is None:
         return Route()
     if n_chunks == 1:
-        return Route(sentences=_weighed(index, question, [0]), reason="the document has only one chunk")
+        return Route(sentences=_weighed(index, question, [0], [1.0]), reason="the document has only one chunk")
     found = search(index, question, k)
     if not found:
         return Route(reason="no word of the question occurs in the document: all chunks")
@@ -158,11 +161,13 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
         weights = [max(_LEAST_WEIGHT, score / found[0][1]) for _, score in found]
         reason = f"all {n_chunks} chunks, weighed by BM25"
     chunks, scores = zip(*found, strict=True)
-    return Route(chunks, scores, tuple(weights), _weighed(index, question, chunks), reason)
+    return Route(chunks, scores, tuple(weights), _weighed(index, question, chunks, weights), reason)
 
 
-def _weighed(index: Index, question: str, chunks: Sequence[int]) -> tuple[tuple[float, ...], ...] | None:
-    """The weights of the sentences of some chunks, 1 for the best of them; None where no sentence matches."""
+def _weighed(
+    index: Index, question: str, chunks: Sequence[int], weights: Sequence[float]
+) -> tuple[tuple[float, ...], ...] | None:
+    """The weights of the sentences of some weighed chunks, 1 for the best of them; None where no sentence matches."""
     scores = sentence_scores(index, question)
     if scores is None:
         return None
@@ -174,4 +179,17 @@ def _weighed(index: Index, question: str, chunks: Sequence[int]) -> tuple[tuple[
             for chunk in chunks
         ]  # fmt: skip
     best = max((score for of_chunk in found for score in of_chunk), default=0.0)
-    return tuple(tuple(score / best for score in of_chunk) for of_chunk in found) if best > 0 else None
+    if best <= 0:
+        return None
+    pairs = zip(found, weights, strict=True)
+    return tuple(tuple(_weight(score, best, weight) for score in of_chunk) for of_chunk, weight in pairs)
+
+
+def _weight(score: float, best: float, of_chunk: float = 1.0) -> float:
+    """The weight of a sentence beside the best one's score, in a chunk of a weight of its own.
+
+    A sentence that shares no word with the question keeps a little, since it may say in other words what is asked.
+    """
+    least = _LEAST_SENTENCE_WEIGHT * of_chunk
+    weight = least + (1 - least) * (score / best) ** _SENTENCE_SHARPNESS
+    return weight if weight >= _NEGLIGIBLE else 0.0
