@@ -107,7 +107,7 @@ class Listing:
     backwards: Mapping[str, Wordings] = field(default_factory=dict)  # for the item, by column
     count: Wordings = field(default_factory=dict)
     compare: Sequence[Comparison] = ()
-    ascending: str = ""  # the column whose values rise down the list
+    order: str = ""  # the column by which the list is sorted; "-column" for falling values
 
 
 @dataclass(frozen=True)
@@ -285,8 +285,8 @@ class _Draft:
             for _ in range(n):
                 columns[name].append(self.fresh(pattern, self.used))
                 self.used.append(columns[name][-1])
-        if listing.ascending:
-            columns[listing.ascending].sort(key=_size)
+        if listing.order:
+            columns[listing.order.removeprefix("-")].sort(key=_size, reverse=listing.order.startswith("-"))
         rows: list[str] = []
         spans: list[EverydayFact] = []
         for first in range(0, n, per_row):
