@@ -22,7 +22,8 @@ def main() -> None:
 add(
     app,
     *(eval_documents.qa, eval_documents.needle, eval_documents.facts, eval_documents.everyday),
-    *(eval_documents.verbatim, eval_documents.interference, eval_documents.teacher_forced, eval_documents.ablations),
+    *(eval_documents.library, eval_documents.verbatim, eval_documents.interference),
+    *(eval_documents.teacher_forced, eval_documents.ablations),
     panel="Documents",
 )
 add(app, eval_tasks.tasks, eval_tasks.overlap, eval_tasks.map_, eval_tasks.harness, panel="Tasks")

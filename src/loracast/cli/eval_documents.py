@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loracast.evaluation.qa import QaConfig
     from loracast.evaluation.teacher_forced import TeacherForcedConfig
     from loracast.evaluation.verbatim import VerbatimConfig
+    from loracast.evaluation.whole_library import LibraryConfig
 
 Change = Annotated[list[str] | None, typer.Option("--set", help="Change a key of the recipe. Repeatable.")]
 Texts = Annotated[
@@ -93,6 +94,14 @@ def interference(config: InterferenceConfig, models: Models, results: Results) -
     from loracast.evaluation.interference import evaluate_interference
 
     results.of("questions", evaluate_interference, open_model(models), config)
+
+
+@config_from("loracast.evaluation.whole_library")
+def library(config: LibraryConfig, models: Models, results: Results) -> None:
+    """Questions to a library of many documents, none of them named: is the right one found, and the answer as good?"""
+    from loracast.evaluation.whole_library import evaluate_library
+
+    results.of("documents", evaluate_library, open_model(models), config)
 
 
 @config_from("loracast.evaluation.teacher_forced", without=("data",))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sqlite3
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 from itertools import islice
 
 import torch
@@ -36,7 +37,8 @@ class InMemoryAdapter:
         max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         storage: Storage = DEFAULT_STORAGE,
     ):
-        self.document = Document(title, text, None, "text/plain", sha256="", n_bytes=len(text.encode()))
+        encoded = text.encode()
+        self.document = Document(title, text, None, "text/plain", sha256(encoded).hexdigest(), len(encoded))
         self.chunks = split_document(model.base, self.document, max_chunk_tokens)
         self._index = sqlite3.connect(":memory:")
         write_index(self._index, self.chunks)

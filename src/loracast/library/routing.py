@@ -117,7 +117,7 @@ def match_scores(database: Connection, table: str, rank: str, n_rows: int, quest
         n_rows: of the table.
     """
     scores: dict[int, float] = {}
-    for phrase, weight in _phrases(question):
+    for phrase, weight in phrases(question):
         rows = database.execute(f"SELECT rowid, -{rank} FROM {table} WHERE {table} MATCH ?", (f'"{phrase}"',))
         found = rows.fetchall()
         odds = (n_rows - len(found) + 0.5) / (len(found) + 0.5)
@@ -127,7 +127,7 @@ def match_scores(database: Connection, table: str, rank: str, n_rows: int, quest
     return scores
 
 
-def _phrases(question: str) -> list[tuple[str, float]]:
+def phrases(question: str) -> list[tuple[str, float]]:
     """The question's telling words and the pairs of them that are neighbours, each with its weight."""
     words = [word.lower() for word in _WORD.findall(question)]
     telling = [word for word in dict.fromkeys(words) if word not in _STOP]
