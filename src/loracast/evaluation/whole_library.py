@@ -69,7 +69,7 @@ class LibraryConfig(QuestionedConfig, RoutedConfig):
     answered: int = 60
     """Most questions that are answered, drawn at random; 0 for none."""
     timed: int = 12
-    """Most of those whose first token is timed, with adapters on disk."""
+    """Most of those whose first token is timed, with adapters on disk, after one that is not counted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,8 +122,8 @@ def evaluate_library(model: Model, config: LibraryConfig, out: Path, progress: P
         answered = _answer(library, some, config, progress)
         writer.add_answers(_line(library, one) for one in answered)
         rows += _answers(answered)
-        if times := _time(library, some[: config.timed + _N_WARM_UP], config.route):
-            rows += _times(times)
+        if config.timed and some:
+            rows += _times(_time(library, some[: config.timed + _N_WARM_UP], config.route))
     return writer.write(rows)
 
 
@@ -188,14 +188,17 @@ class TemporaryLibrary:
 
     def learn_for(self, about: Asked, route: int) -> None:
         """Have the adapters that a question picks on disk, and that of its document."""
+        while missing := {self.name(about.place), *self._picked(about, route)} - self._on_disk:
+            for name in sorted(missing):
+                remove_adapter(self.model.library, name)  # it has a row in the register and no files
+                document = self.document(self.place(name))
+                self.model.learn(document.document, name, max_chunk_tokens=self.chunk_tokens)
+                document.close()
+                self._on_disk.add(name)  # it is now the youngest: of equal chunks others may come first
+
+    def _picked(self, about: Asked, route: int) -> list[str]:
         with reading(self.model.library) as register:
-            picked = [match.name for match in register.best_chunks(about.asked.question, route)]
-        for name in {self.name(about.place), *picked} - self._on_disk:
-            remove_adapter(self.model.library, name)  # it has a row in the register and no files
-            document = self.document(self.place(name))
-            self.model.learn(document.document, name, max_chunk_tokens=self.chunk_tokens)
-            document.close()
-            self._on_disk.add(name)
+            return [match.name for match in register.best_chunks(about.asked.question, route)]
 
 
 def _answer(
@@ -233,7 +236,7 @@ def _time(library: TemporaryLibrary, some: Sequence[Asked], route: int) -> dict[
             said = answer(model.base, prompt, lora, Sampling(max_new_tokens=1))
             if i >= _N_WARM_UP:
                 times[name].append((prepare_s, prepare_s + said.first_token_s))
-    return times if any(times.values()) else {}
+    return times
 
 
 def _parts(asked: Sequence[Any], about: Callable[[Any], Asked]) -> dict[str, list[Any]]:
@@ -296,7 +299,7 @@ def _times(times: dict[str, list[tuple[float, float]]]) -> list[dict[str, Any]]:
     medians = {name: [statistics.median(column) for column in zip(*some, strict=True)] for name, some in times.items()}
     return [
         {
-            "questions": "timed, adapters on disk", "baseline": name, "label": BASELINES[name].label, "n": len(times[name]),
+            "questions": "timed, on disk", "baseline": name, "label": BASELINES[name].label, "n": len(times[name]),
             "prepare_s": prepare_s, "first_token_s": first_token_s, "ratio": first_token_s / medians["named"][1],
         }
         for name, (prepare_s, first_token_s) in medians.items()
