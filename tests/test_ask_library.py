@@ -188,11 +188,11 @@ class Always:
 def test_a_worse_document_weighs_less_in_chunks_and_sentences():
     one = Always(Route((4,), (3.0,), (1.0,), ((0.5, 1.0),)))
     two = Always(Route(sentences=((1.0, 0.0),)))
-    matches = [Match("a", "va", 9, 4, 8.0), Match("b", "vb", 1, 0, 6.0)]
+    matches = [Match("a", "va", 9, 4, 8.0), Match("b", "vb", 1, 0, 7.0), Match("c", "vc", 5, 3, 4.0)]
     shared = share_out(matches, "?", 3, lambda match: {"a": one, "b": two}[match.name])
-    assert (one.places, two.places) == ([2], [1])  # the place that no chunk takes goes to the best document
+    assert (one.places, two.places) == ([2], [1])  # c matches too little: its place goes to the best document
     assert shared[0] == (one, one.given)
-    weight = (6 / 8) ** 8
+    weight = (7 / 8) ** 8
     assert shared[1][1].picked == pytest.approx({0: weight})
     assert shared[1][1].sentence_weights[0] == pytest.approx((weight, 0.0))
 

@@ -29,6 +29,9 @@ class Routed(Protocol):
     def route(self, question: str, k: int | None) -> Route: ...
 
 
+_LEAST_WEIGHT = 0.1
+"""Weight of another document beside the best one from which on it gets a place (dev: level from 0 to 0.3)."""
+
 Document = TypeVar("Document", bound=Routed)
 
 
@@ -105,20 +108,24 @@ def share_out(
 ) -> list[tuple[Document, Route]]:
     """What a question gets of each document that owns one of the best chunks of a library, the best one first.
 
+    A document's weight is its best chunk's score beside the best one of all, raised as in one document (routing.py).
+
     Args:
         matches: those chunks, best first.
-        k: the places of the route; the best document gets those that no chunk takes.
+        k: the places of the route; the best document gets those of chunks that match too little, and those left over.
         open_document: gives the document of a match.
     """
+    weights = {match: (match.score / matches[0].score) ** SHARPNESS for match in matches}
+    close = [match for match in matches if weights[match] >= _LEAST_WEIGHT]
     found: list[tuple[Document, Route]] = []
-    for version in dict.fromkeys(match.version for match in matches):
-        own = [match for match in matches if match.version == version]
-        document, n_places = open_document(own[0]), len(own) + (0 if found else k - len(matches))
+    for version in dict.fromkeys(match.version for match in close):
+        own = [match for match in close if match.version == version]
+        document, n_places = open_document(own[0]), len(own) + (0 if found else k - len(close))
         route = document.route(question, n_places)
         if route.chunks is None and own[0].n_chunks > n_places:
             chunks = tuple(range(n_places))
             route = Route(chunks, weights=(1.0,) * n_places, reason="only the document's name matches: its beginning")
-        weight = (own[0].score / matches[0].score) ** SHARPNESS
+        weight = weights[own[0]]
         found.append((document, route if weight == 1.0 else _weighed(route, own[0].n_chunks, weight)))
     return found
 
