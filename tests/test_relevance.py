@@ -175,6 +175,12 @@ def test_a_document_of_500_chunks_takes_less_than_15_ms(tmp_path):
     assert min(seconds) < 0.015
 
 
+def test_questions_of_any_length():
+    assert probability(KETTLE, " ".join(f"unknown{i}" for i in range(5000))) == 0
+    assert 0 <= probability(KETTLE, "") <= 1
+    assert 0 <= probability([("", "?")], "What?") <= 1
+
+
 def test_a_damaged_index_is_an_error(tmp_path):
     (tmp_path / "chunks.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(AdapterError, match="learn the document again"):

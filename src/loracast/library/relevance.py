@@ -21,7 +21,7 @@ from itertools import pairwise
 from loracast.data.rows import read_content
 from loracast.library.index import Index, open_index
 
-THRESHOLD = 0.2
+THRESHOLD = 0.25
 """Probability from which on a question is taken to be about a document (chosen on dev: docs/training.md)."""
 
 FEATURES = ("share", "window", "absent", "missing_name", "neighbours", "refers", "empty", "length")
@@ -87,7 +87,7 @@ def about(index: Index, question: str) -> float:
     fitted = read_content("relevance")
     found = zip(FEATURES, features(index, question, shipped_words()), strict=True)
     logit = fitted["bias"] + sum(fitted["coefficients"][name] * value for name, value in found)
-    return 1 / (1 + math.exp(-logit))
+    return (1 + math.tanh(logit / 2)) / 2  # the logistic function, which does not overflow
 
 
 def features(index: Index, question: str, table: WordTable) -> tuple[float, ...]:
