@@ -21,7 +21,7 @@ from itertools import pairwise
 from loracast.data.rows import read_content
 from loracast.library.index import Index, open_index
 
-THRESHOLD = 0.25
+THRESHOLD = 0.2
 """Probability from which on a question is taken to be about a document (chosen on dev: docs/training.md)."""
 
 FEATURES = ("share", "window", "absent", "missing_name", "neighbours", "refers", "empty", "length")

@@ -132,7 +132,7 @@ def _everyday(rng: random.Random, split: Split) -> Iterator[Asked]:
     for document in documents:
         answered = [fact for fact in document.facts if fact.kind != "not said"]
         pairs = [Pair(fact.question, "everyday") for fact in rng.sample(answered, min(4, len(answered)))]
-        others = rng.choice(by_genre[document.genre]).facts
+        others = [fact for fact in rng.choice(by_genre[document.genre]).facts if fact.kind in ("span", "yes/no")]
         named = [fact for fact in others if fact.subject.lower() in fact.question.lower()]
         near = [fact for fact in named if fact.subject.lower() not in document.text.lower()]
         pairs += [Pair(fact.question, "another everyday") for fact in rng.sample(near, min(2, len(near)))]
