@@ -158,6 +158,10 @@ def test_a_document_that_was_removed_is_not_found_any_more(changing):
     remove_adapter(changing.library, "museum")
     assert found(changing, "When does the museum open?") == {}
     assert adapter_names(changing.library) == ["manual-kettle", "manual-lamp", "shout"]
+    with sqlite3.connect(changing.library / "register.sqlite") as database:
+        words = database.execute("SELECT name FROM name_words ORDER BY name").fetchall()
+    assert words == [("manual-kettle",), ("manual-lamp",), ("shout",)]
+    database.close()
 
 
 def test_a_document_of_before_sentences_were_kept_takes_part_by_chunk(changing):

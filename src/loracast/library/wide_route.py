@@ -29,10 +29,9 @@ class Routed(Protocol):
     def route(self, question: str, k: int | None) -> Route: ...
 
 
+Document = TypeVar("Document", bound=Routed)
 _LEAST_WEIGHT = 0.1
 """Weight of another document beside the best one from which on it gets a place (dev: level from 0 to 0.3)."""
-
-Document = TypeVar("Document", bound=Routed)
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,11 @@ def check_patterns(library: Path, patterns: Sequence[str], tag: str = "") -> Non
     """Raise AdapterError where patterns and a tag stand for no document."""
     with reading(library) as register:
         if not register.has_documents(patterns, tag):
-            meant = f"is called {' or '.join(patterns)}" + (f" and has the tag {tag!r}" if tag else "")
-            raise AdapterError(f"no document of {library} {meant}; `loracast list` shows what there is")
+            called = "" if "*" in patterns else f" called {' or '.join(patterns)}"
+            tagged = f" with the tag {tag!r}" if tag else ""
+            raise AdapterError(
+                f"there is no document{called}{tagged} in {library}; `loracast list` shows what there is"
+            )
 
 
 def share_out(
