@@ -132,7 +132,7 @@ def test_names_and_titles_count(changing):
     assert next(iter(found(changing, "When is the hinge of the Trask oiled?"))) == "door-trask"
     rename_adapter(changing.library, "door-trask", "gate-osla")
     assert next(iter(found(changing, "When is the hinge of the Osla oiled?"))) == "gate-osla"
-    ((name, route),) = found(changing, "Osla?").items()
+    ((name, route),) = found(changing, "Osla?", always=True).items()
     assert name == "gate-osla" and route.chunks == (0, 1) and "beginning" in route.reason
 
 
@@ -184,7 +184,7 @@ class Always:
     def __init__(self, route):
         self.given, self.places = route, []
 
-    def route(self, question, k):
+    def route(self, question, k, always):
         self.places.append(k)
         return self.given
 
@@ -253,3 +253,31 @@ def test_chat_asks_the_library_too(asked, tiny_folder):
     assert (
         told.index("(from manual-lamp, chunk 1") < told.index("(using museum*)") < told.index("(from museum, chunk 0")
     )
+
+
+# ---- questions that are about no document
+
+
+def test_a_question_about_something_else_gets_nothing_of_a_document(asked):
+    question = "Who wrote the play about the prince of Denmark?"
+    lora, ((adapter, route),) = asked.lora_for(question, "manual-lamp")
+    assert lora is None and adapter.name == "manual-lamp" and route.is_empty and route.about < 0.2
+    assert asked.ask(question, "manual-lamp") == asked.ask(question)
+    lora, ((_, route),) = asked.lora_for(question, "manual-lamp", always=True)
+    assert lora is not None and not route.is_empty and route.about is None
+    both, routed = asked.lora_for("How long is the warranty of the lamp?", ["museum", "manual-lamp"])
+    assert [route.is_empty for _, route in routed] == [True, False]
+    assert_same(both, asked.lora_for("How long is the warranty of the lamp?", "manual-lamp")[0])
+    assert {source.adapter for source in sources(routed)} == {"manual-lamp"}
+    lora, _ = asked.lora_for(question, ["shout", "manual-lamp"])  # a task is always whole
+    assert_same(lora, asked.lora_for(question, "shout")[0])
+
+
+def test_ask_says_that_a_document_does_not_speak_of_it(asked, tiny_folder):
+    question = "Who wrote the play about the prince of Denmark?"
+    done = run(asked, tiny_folder, "ask", question, "-a", "manual-lamp")
+    assert done.exit_code == 0 and "manual-lamp does not speak of this" in done.stderr and "--always" in done.stderr
+    done = run(asked, tiny_folder, "ask", question, "-a", "manual-lamp", "--always")
+    assert done.exit_code == 0 and "does not speak" not in done.stderr
+    done = run(asked, tiny_folder, "chat", "-a", "manual-lamp", input=f"{question}\n")
+    assert "manual-lamp does not speak of this" in done.stderr

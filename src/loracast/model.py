@@ -111,6 +111,7 @@ class Model:
         adapter: Adapter | str | Sequence[Adapter | str] = (),
         *,
         tag: str = "",
+        always: bool = False,
         route: int | None = DEFAULT_ROUTE,
         system: str | None = ASK_SYSTEM_TURN,
         sampling: Sampling = Sampling(),
@@ -120,6 +121,8 @@ class Model:
 
         Args:
             tag: choose among the documents with this tag.
+            always: answer with the documents' adapters even where the question is not about them at all; otherwise the
+                plain base answers then (library/relevance.py).
             route: number of chunks that are merged for the question, of each document that is named and of all that a
                 pattern or a tag stands for; None merges all of those that are named.
             system: the system turn, "" for an empty one, None for the template's own.
@@ -127,7 +130,7 @@ class Model:
         """
         messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": question})
-        lora, routed = self.lora_for(question, adapter, route, tag)
+        lora, routed = self.lora_for(question, adapter, route, tag, always)
         given = answer(self.base, self.base.chat.conversation(messages), lora, sampling, on_text)
         return SourcedAnswer(**vars(given), sources=sources(routed))
 
@@ -137,13 +140,14 @@ class Model:
         adapter: Adapter | str | Sequence[Adapter | str],
         k: int | None = DEFAULT_ROUTE,
         tag: str = "",
+        always: bool = False,
     ) -> tuple[LoRA | None, list[tuple[Adapter, Route]]]:
         """The LoRA that a question is answered with, and the adapters it came from with what was taken of each.
 
-        Arguments as in `answer`; None where no adapter is chosen or no document matches.
+        Arguments as in `answer`; None where no adapter is chosen or the question is about no document.
         """
         chosen = [adapter] if isinstance(adapter, (Adapter, str)) else adapter
-        routed = route_adapters(self.library, question, chosen, k, tag, self.adapter)
+        routed = route_adapters(self.library, question, chosen, k, tag, self.adapter, always)
         loras = loras_together(routed) if routed else []
         if not loras:
             return None, routed

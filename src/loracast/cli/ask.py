@@ -12,7 +12,7 @@ import typer
 from loracast.base.chat import Message
 from loracast.cli.options import Answering, Json, Question
 from loracast.cli.output import Stream, print_json, say
-from loracast.cli.session import open_answerer, say_sources
+from loracast.cli.session import open_answerer, say_sources, say_unused
 from loracast.library.wide_route import patterns_in, sources
 
 
@@ -31,7 +31,7 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
     from loracast.base.generate import answer
     from loracast.model import ASK_SYSTEM_TURN
 
-    lora, routed = answerer.lora_for(question, list(chosen.values()), answering.route, answering.tag)
+    lora, routed = answerer.lora_for(question, list(chosen.values()), answering.route, answering.tag, answering.always)
     turns: list[Message] = [
         {"role": "system", "content": answering.system or ASK_SYSTEM_TURN},
         {"role": "user", "content": question},
@@ -46,6 +46,7 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
     if not as_json:
         if not given.finished:
             say(f"(cut after {given.n_tokens} tokens; --max-tokens allows more)")
+        say_unused(routed)
         if wide := patterns_in(chosen.values()):
             say_sources(routed, len(chosen) - len(wide))
         return
@@ -53,7 +54,12 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
     used: dict[str, dict[str, Any]] = {}
     for adapter, route in routed:
         chunks = range(adapter.manifest.n_chunks) if route.chunks is None else route.chunks
-        figures = {"scores": list(route.scores), "weights": list(route.weights), "reason": route.reason}
+        figures = {
+            "scores": list(route.scores),
+            "weights": list(route.weights),
+            "reason": route.reason,
+            "about": route.about,
+        }
         used[adapter.name if names[adapter.name] == 1 else adapter.version] = {"chunks": list(chunks), **figures}
     facts = {
         "question": question,

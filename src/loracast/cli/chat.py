@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from loracast.base.chat import Message
 from loracast.cli.options import Answering, MaxTokens
 from loracast.cli.output import Stream, printable, say
-from loracast.cli.session import open_answerer, say_sources
+from loracast.cli.session import open_answerer, say_sources, say_unused
 from loracast.errors import LoracastError
 from loracast.library.wide_route import check_patterns, patterns_in
 
@@ -45,7 +45,9 @@ def chat(answering: Chatting) -> None:
 
     from loracast.model import ASK_SYSTEM_TURN
 
-    talk = Talk(answerer, answering.system or ASK_SYSTEM_TURN, answering.route, sampling, answering.tag)
+    talk = Talk(
+        answerer, answering.system or ASK_SYSTEM_TURN, answering.route, sampling, answering.tag, answering.always
+    )
     talk.used = adapters
     if sys.stdin.isatty():
         say(f"{' + '.join(talk.used) or 'no adapter'} on {answerer.base.name}; /help lists the commands, Ctrl-D leaves")
@@ -84,8 +86,10 @@ def _lines() -> Iterator[str]:
 class Talk:
     """A conversation and the adapters that it uses."""
 
-    def __init__(self, answerer: Model, system: str, route: int | None, sampling: Sampling, tag: str = ""):
-        self.answerer, self.route, self.sampling, self.tag = answerer, route, sampling, tag
+    def __init__(
+        self, answerer: Model, system: str, route: int | None, sampling: Sampling, tag: str = "", always: bool = False
+    ):
+        self.answerer, self.route, self.sampling, self.tag, self.always = answerer, route, sampling, tag, always
         self.system: Message = {"role": "system", "content": system}
         self.turns: list[Message] = []
         self.used: dict[str, Adapter | str] = {}
@@ -128,7 +132,8 @@ class Talk:
         chosen = list(self.used.values())
         wide = patterns_in(chosen)
         tag = self.tag if wide else ""  # without a pattern it would stand for all documents
-        lora, routed = self.answerer.lora_for(search_query(question, self.turns), chosen, self.route, tag)
+        query = search_query(question, self.turns)
+        lora, routed = self.answerer.lora_for(query, chosen, self.route, tag, self.always)
         turns: list[Message] = [*self.turns, {"role": "user", "content": question}]
         room, n_dropped = base.window - self.sampling.max_new_tokens, 0
         while len(turns) > 2 and len(base.chat.conversation([self.system, *turns])) > room:
@@ -146,6 +151,7 @@ class Talk:
             stream.end()
         if cut:
             say(cut)
+        say_unused(routed)
         if wide:
             say_sources(routed, len(chosen) - len(wide))
         self.turns = [*turns, {"role": "assistant", "content": said}]

@@ -105,6 +105,13 @@ def say_sources(routed: Sequence[tuple[Adapter, Route]], n_named: int) -> None:
         say("(no document of the library matches the question: the answer is not from it)")
 
 
+def say_unused(routed: Sequence[tuple[Adapter, Route]]) -> None:
+    """Say which documents the question is not about, so that their adapters did not answer."""
+    for adapter, route in routed:
+        if route.is_empty:
+            say(f"({adapter.name} does not speak of this: the answer is not from it; --always asks it all the same)")
+
+
 def learn_visibly(model: Model, document: Document, name: str, **options: Any) -> Adapter:
     """Learn a document (options as in `Model.learn`) with a progress bar; its warnings go to standard error."""
     for warning in document.warnings:

@@ -130,6 +130,7 @@ def adapters(setup: DocumentSetup, picked: Sequence[tuple[InMemoryAdapter, Route
     Args:
         picked: each document with what a question gets of it.
     """
+    picked = [(document, route) for document, route in picked if not route.is_empty]
     if not picked:
         return None
     chunks = tuple((d, tuple(range(len(d.chunks)) if r.chunks is None else sorted(r.chunks))) for d, r in picked)

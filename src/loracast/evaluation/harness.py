@@ -57,7 +57,7 @@ def evaluate_harness(model: Model, config: HarnessConfig, out: Path) -> Report:
     if find_spec("lm_eval") is None:
         raise LoracastError("this needs the lm-evaluation-harness: pip install 'loracast[harness]'")
     opened: Sequence[Adapter | str] = [model.adapter(name) for name in config.adapters]
-    lora, _ = model.lora_for("", opened, None)
+    lora, _ = model.lora_for("", opened, None, always=True)
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=config.include)

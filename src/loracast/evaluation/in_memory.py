@@ -19,7 +19,7 @@ from loracast.documents import Document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.library.adapter import SENTENCE, join_chunks
 from loracast.library.index import write_index
-from loracast.library.routing import Route, SentenceWeights, pick
+from loracast.library.routing import Route, SentenceWeights, route_question
 from loracast.library.save import static_tensors
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored
@@ -63,8 +63,9 @@ class InMemoryAdapter:
         """The number of the chunk in which a character of the text lies."""
         return max(0, bisect_right(self.chunks, offset, key=lambda chunk: chunk.start) - 1)
 
-    def route(self, question: str, k: int | None) -> Route:
-        return pick(self._index, len(self.chunks), question, k)
+    def route(self, question: str, k: int | None, always: bool = False) -> Route:
+        """What a question gets of the document, as `Adapter.route` says it."""
+        return route_question(self._index, len(self.chunks), question, k, always)
 
     def needs(self, chunk: int) -> bool:
         """Whether a chunk's factors have yet to be cast."""

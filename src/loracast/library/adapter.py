@@ -20,7 +20,7 @@ from loracast.errors import AdapterError
 from loracast.files import file_sha256
 from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS, Manifest
-from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, pick
+from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, route_question
 from loracast.lora.quantize import SCALE, packed, unpack
 from loracast.lora.target import Target
 from loracast.lora.tensor_file import TensorInfo, number_faults, read_header
@@ -73,11 +73,11 @@ class Adapter:
         """Size of the adapter's files."""
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
-    def route(self, question: str, k: int | None = DEFAULT_ROUTE) -> Route:
-        """The chunks and sentences of a document that a question gets, as `routing.pick` finds them."""
+    def route(self, question: str, k: int | None = DEFAULT_ROUTE, always: bool = False) -> Route:
+        """The chunks and sentences of a document that a question gets (`routing.route_question`)."""
         if self.manifest.kind != "document":
             return Route(reason=f"{self.manifest.kind}: always whole")
-        return pick(self.index, self.manifest.n_chunks, question, k)
+        return route_question(self.index, self.manifest.n_chunks, question, k, always)
 
     def lora(
         self,
@@ -249,7 +249,8 @@ class Adapter:
 
 
 def loras_together(picked: Sequence[tuple[Adapter, Route]]) -> list[LoRA]:
-    """The LoRAs of adapters to be added up, each of what was picked; a static LoRA comes in once."""
+    """The LoRAs of adapters to be added up, each of what was picked, if anything; a static LoRA comes in once."""
+    picked = [(adapter, route) for adapter, route in picked if not route.is_empty]
     brings_static = [True] if len(picked) == 1 else first_with_static([adapter for adapter, _ in picked])
     return [
         adapter.lora(route.picked, route.sentence_weights, static=is_first)

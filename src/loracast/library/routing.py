@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from sqlite3 import Connection
 
 from loracast.errors import AdapterError
 from loracast.library.index import Index, has_sentences, open_index
+from loracast.library.relevance import THRESHOLD, about
 
 DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/experiments.md)."""
@@ -61,6 +62,13 @@ class Route:
     sentences: tuple[tuple[float, ...], ...] | None = None
     """Of each picked chunk, the weights of its sentences; None: all rows weigh like their chunk."""
     reason: str = "all chunks"
+    about: float | None = None
+    """The probability that the document speaks of what is asked; None where nobody looked."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the question gets nothing of the document."""
+        return self.chunks == ()
 
     @property
     def picked(self) -> dict[int, float] | None:
@@ -133,6 +141,22 @@ def phrases(question: str) -> list[tuple[str, float]]:
     telling = [word for word in dict.fromkeys(words) if word not in _STOP]
     pairs = [(one, other) for one, other in dict.fromkeys(pairwise(words)) if _STOP.isdisjoint((one, other))]
     return [(word, 1.0) for word in telling] + [(f"{one} {other}", _PAIR_WEIGHT) for one, other in pairs]
+
+
+def route_question(index: Index, n_chunks: int, question: str, k: int | None, always: bool) -> Route:
+    """What a question gets of a document: what `pick` gives, or nothing where it is not about the document at all.
+
+    Args:
+        always: do not look whether the question is about the document.
+    """
+    if always:
+        return pick(index, n_chunks, question, k)
+    probability = about(index, question)
+    if probability < THRESHOLD:
+        return Route(
+            (), reason=f"the question is not about the document (probability {probability:.2f})", about=probability
+        )
+    return replace(pick(index, n_chunks, question, k), about=probability)
 
 
 def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROUTE) -> Route:

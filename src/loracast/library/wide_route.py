@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Routed(Protocol):
     """A document that picks its own chunks, on disk or in memory."""
 
-    def route(self, question: str, k: int | None) -> Route: ...
+    def route(self, question: str, k: int | None, always: bool) -> Route: ...
 
 
 Document = TypeVar("Document", bound=Routed)
@@ -66,6 +66,7 @@ def route_adapters(
     k: int | None,
     tag: str,
     open_named: Callable[[str], Adapter],
+    always: bool = False,
 ) -> list[tuple[Adapter, Route]]:
     """What a question gets of each adapter that is named, and of the documents that patterns and a tag stand for.
 
@@ -74,6 +75,7 @@ def route_adapters(
         k: chunks of each named document, and of all others together.
         tag: only documents with this tag are chosen among; "" for any. Without a pattern, all of them.
         open_named: opens a name or a version `name@hash`.
+        always: do not look whether the question is about a document.
 
     Raises:
         AdapterError: there is no such adapter, no document fits, or a library is to be given as a whole (k is None).
@@ -81,7 +83,7 @@ def route_adapters(
     chosen = list(chosen)
     patterns = patterns_in(chosen, tag)
     named = [open_named(one) if isinstance(one, str) else one for one in chosen if one not in patterns]
-    routed = [(adapter, adapter.route(question, k)) for adapter in named]
+    routed = [(adapter, adapter.route(question, k, always)) for adapter in named]
     if patterns:
         if k is None:
             raise AdapterError("of many documents a question gets some chunks: give a number (--route 2), not all")
@@ -90,7 +92,7 @@ def route_adapters(
             matches = register.best_chunks(question, k, patterns, tag)
         versions = {adapter.manifest.version for adapter in named}
         others = [match for match in matches if match.version not in versions]
-        routed += share_out(others, question, k, lambda match: open_named(f"{match.name}@{match.version}"))
+        routed += share_out(others, question, k, lambda match: open_named(f"{match.name}@{match.version}"), always)
     return routed
 
 
@@ -106,7 +108,7 @@ def check_patterns(library: Path, patterns: Sequence[str], tag: str = "") -> Non
 
 
 def share_out(
-    matches: Sequence[Match], question: str, k: int, open_document: Callable[[Match], Document]
+    matches: Sequence[Match], question: str, k: int, open_document: Callable[[Match], Document], always: bool = False
 ) -> list[tuple[Document, Route]]:
     """What a question gets of each document that owns one of the best chunks of a library, the best one first.
 
@@ -116,18 +118,23 @@ def share_out(
         matches: those chunks, best first.
         k: the places of the route; the best document gets those of chunks that match too little, and those left over.
         open_document: gives the document of a match.
+        always: do not look whether the question is about a document; others are left out.
     """
     weights = {match: (match.score / matches[0].score) ** SHARPNESS for match in matches}
     close = [match for match in matches if weights[match] >= _LEAST_WEIGHT]
     found: list[tuple[Document, Route]] = []
+    best = 1.0
     for version in dict.fromkeys(match.version for match in close):
         own = [match for match in close if match.version == version]
         document, n_places = open_document(own[0]), len(own) + (0 if found else k - len(close))
-        route = document.route(question, n_places)
+        route = document.route(question, n_places, always)
+        if route.is_empty:
+            continue
         if route.chunks is None and own[0].n_chunks > n_places:
             chunks = tuple(range(n_places))
             route = Route(chunks, weights=(1.0,) * n_places, reason="only the document's name matches: its beginning")
-        weight = weights[own[0]]
+        best = weights[own[0]] if not found else best
+        weight = weights[own[0]] / best
         found.append((document, route if weight == 1.0 else _weighed(route, own[0].n_chunks, weight)))
     return found
 
@@ -144,7 +151,11 @@ def sources(picked: Iterable[tuple[Adapter, Route]]) -> tuple[Source, ...]:
     """The chunks that were picked from documents, those with most weight first; none of documents taken as a whole."""
     found = []
     for adapter, route in picked:
-        if adapter.manifest.kind == "document" and (route.chunks or adapter.manifest.n_chunks == 1):
+        if (
+            adapter.manifest.kind == "document"
+            and not route.is_empty
+            and (route.chunks or adapter.manifest.n_chunks == 1)
+        ):
             chunks = route.chunks or (0,)
             weights = route.weights or (1.0,)
             for i, weight, chunk in zip(chunks, weights, read_chunks(adapter.index, chunks), strict=True):

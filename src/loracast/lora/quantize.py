@@ -2,7 +2,7 @@
 
 bf16    16 bits a number, as the hypernetwork gives them
 int8    a byte a number and a scale for each row: half the size, and answers as good (docs/library.md has the figures)
-int4    half a byte a number and a scale for each 32 of them
+int4    half a byte a number and a scale for each 16 of them
 text    only the chunks' text; the hypernetwork casts the factors anew whenever they are needed
 """
 
@@ -24,7 +24,7 @@ DEFAULT_STORAGE: Storage = "int8"
 """Storage of learned documents unless the user says otherwise; single LoRAs (tasks, images, imports) are in bf16."""
 SCALE = ".scale"
 """Suffix of the tensor that holds the scales of a quantised tensor in an adapter's file."""
-_LARGEST_GROUP = 32
+_LARGEST_GROUP = 16
 
 
 def check_storage(storage: str) -> Storage:
