@@ -70,6 +70,7 @@ def show(
         facts["learned"] = f"{manifest.created}, in {manifest.learn_s:.1f} s"
         in_chunks = f"{plural(manifest.n_chunks, 'chunk')} of at most {manifest.max_chunk_tokens}"
         facts["document"] = f"{manifest.n_tokens:,} tokens in {in_chunks}"
+        facts["routing"] = _routing(adapter)
     each = " for each chunk" * (manifest.kind == "document")
     facts |= {
         "factors": f"rank {manifest.rank_text}{each}, layers {targeted[0]} to {targeted[-1]}; "
@@ -102,6 +103,13 @@ def show(
             (">layer", "module", ">norm", ">rank", ">effective rank"),
             [(m.layer, m.kind, f"{m.norm:.3g}", m.rank, f"{m.effective_rank:.1f}") for m in modules],
         )
+
+
+def _routing(adapter: Adapter) -> str:
+    """How a question chooses among the rows of a document."""
+    if adapter.manifest.format == 1:
+        return "by chunk: an older version made the adapter; learn the document again to route it by sentence"
+    return "by chunk and sentence" if adapter.manifest.memory_kinds else "by chunk"
 
 
 def chunk_norms(adapter: Adapter) -> dict[str, dict[str, float]]:
