@@ -202,11 +202,11 @@ def test_a_memory_can_grow_by_further_layers(base, tmp_path):
     assert [layer for _, layer, *_ in grown.config.memory_modules] == [1, 3]
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
-        before, after = (h.cast(h.hidden_states_encoder(base)(ids)) for h in (old, grown))
-    for side, other in zip(before.rows["o_proj"], after.rows["o_proj"], strict=True):
+        before, after = (h.cast_and_write(h.hidden_states_encoder(base)(ids))[0] for h in (old, grown))
+    for side, other in zip(before["o_proj"], after["o_proj"], strict=True):
         torch.testing.assert_close(side[:, 0], other[:, 1])
-    assert before.rows["o_proj"][1].any() and after.rows["o_proj"][1][:, 0].abs().max() < 1e-6
-    assert after.rows["o_proj"][0][:, 0].any() and (grown.memory.key_std[0] != 1).all()
+    assert before["o_proj"][1].any() and after["o_proj"][1][:, 0].abs().max() < 1e-6
+    assert after["o_proj"][0][:, 0].any() and (grown.memory.key_std[0] != 1).all()
 
 
 def test_the_loss_falls_on_something_that_can_be_memorised(tmp_path):
