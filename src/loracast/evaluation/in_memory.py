@@ -22,7 +22,7 @@ from loracast.library.index import write_index
 from loracast.library.routing import Route, SentenceWeights, route_question
 from loracast.library.save import static_tensors
 from loracast.lora.algebra import LoRA
-from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored, storage_of
 from loracast.model import Model
 
 
@@ -84,7 +84,8 @@ class InMemoryAdapter:
                 if name not in self._factors:
                     shape = (len(self.chunks), *rows.shape)
                     self._factors[name] = torch.empty(shape, dtype=torch.bfloat16, device=rows.device)
-                self._factors[name][chunk].copy_(as_stored(rows, self._storage))
+                storage = storage_of(self._storage, side == "a" and kind in sentences)
+                self._factors[name][chunk].copy_(as_stored(rows, storage))
         self._is_cast[chunk] = True
 
     def lora(

@@ -21,7 +21,7 @@ from loracast.files import file_sha256
 from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, route_question
-from loracast.lora.quantize import SCALE, packed, unpack
+from loracast.lora.quantize import SCALE, packed, storage_of, unpack
 from loracast.lora.target import Target
 from loracast.lora.tensor_file import TensorInfo, number_faults, read_header
 
@@ -167,7 +167,9 @@ class Adapter:
                 continue
             is_packed = self.manifest.storage != "bf16" and not name.endswith(SENTENCE)
             parts = {suffix: take(name + suffix) for suffix in (("", SCALE) if is_packed else ("",))}
-            rows[name] = unpack(parts, self.manifest.storage) if is_packed else parts[""]
+            kind, _, side = name.rpartition(".")
+            storage = storage_of(self.manifest.storage, side == "a" and kind in self.manifest.memory_kinds)
+            rows[name] = unpack(parts, storage) if is_packed else parts[""]
         return rows | (self._static_rows if static else {})
 
     def _read_checked(self, wanted: tuple[int, ...], static: bool) -> dict[str, Tensor]:
@@ -285,7 +287,7 @@ def layout(m: Manifest, static: Mapping[str, tuple[int, ...]]) -> dict[str, Tens
             ("a", len(modules), modules[0].d_in),
             ("b", 1 if in_memory else len(modules), modules[0].d_out),
         ):
-            for suffix, (dtype, size) in packed(d, m.storage).items():
+            for suffix, (dtype, size) in packed(d, storage_of(m.storage, side == "a" and in_memory)).items():
                 found[f"{kind}.{side}{suffix}"] = TensorInfo(dtype, (m.n_chunks, n, m.ranks[kind], size))
         if in_memory:
             found[f"{kind}{SENTENCE}"] = TensorInfo("I16", (m.n_chunks, m.ranks[kind]))

@@ -20,7 +20,7 @@ from loracast.library.index import write_index
 from loracast.library.library import add_adapter
 from loracast.library.manifest import FORMAT, Manifest, check_name
 from loracast.library.workfolders import tidy, work_folder
-from loracast.lora.quantize import pack
+from loracast.lora.quantize import pack, storage_of
 from loracast.lora.tensor_file import BYTES
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ class AdapterWriter:
             for side, rows in zip("ab", pair, strict=True):
                 if not rows.numel():  # chunks have none of the kinds that receive the static LoRA alone
                     continue
-                for suffix, value in pack(rows.detach().bfloat16(), self.manifest.storage).items():
+                storage = storage_of(self.manifest.storage, side == "a" and kind in self.manifest.memory_kinds)
+                for suffix, value in pack(rows.detach().bfloat16(), storage).items():
                     offset = self._n_added * value[0].numel() * value.element_size()
                     self._write(f"{kind}.{side}{suffix}", offset, value)
         for kind, numbers in sentences.items():

@@ -2,7 +2,7 @@
 
 bf16    16 bits a number, as the hypernetwork gives them
 int8    a byte a number and a scale for each row: half the size, and answers as good (docs/library.md has the figures)
-int4    half a byte a number and a scale for each 16 of them
+int4    half a byte a number and a scale for each 16 of them, but int8 for the keys of a memory, which tell facts apart
 text    only the chunks' text; the hypernetwork casts the factors anew whenever they are needed
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Storage = Literal["bf16", "int8", "int4", "text"]
 STORAGE: tuple[Storage, ...] = get_args(Storage)
 """Every storage, the largest first."""
-DEFAULT_STORAGE: Storage = "int8"
+DEFAULT_STORAGE: Storage = "int4"
 """Storage of learned documents unless the user says otherwise; single LoRAs (tasks, images, imports) are in bf16."""
 SCALE = ".scale"
 """Suffix of the tensor that holds the scales of a quantised tensor in an adapter's file."""
@@ -52,6 +52,11 @@ def quantise(values: Tensor, axis: int = -1, floor: float = 1e-30) -> tuple[Tens
 def dequantise(values: Tensor, scale: Tensor) -> Tensor:
     """The numbers, in bf16, that `quantise` gave as int8 `values` with their `scale`."""
     return (values.float() * scale.float()).bfloat16()
+
+
+def storage_of(storage: Storage, is_key: bool) -> Storage:
+    """How an adapter of a storage keeps one tensor; `is_key` for the A rows of an associative memory."""
+    return "int8" if storage == "int4" and is_key else storage
 
 
 def pack(rows: Tensor, storage: Storage) -> dict[str, Tensor]:
