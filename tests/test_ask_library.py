@@ -136,6 +136,17 @@ def test_names_and_titles_count(changing):
     assert name == "gate-osla" and route.chunks == (0, 1) and "beginning" in route.reason
 
 
+def test_a_name_in_all_chunks_of_one_document_is_rare_among_documents(changing):
+    """BM25 over chunks would take it for common and give another document's designer a place."""
+    parts = (
+        f"## Part {i}\n\nThe Trask has a part called {word}. Every spring it is oiled." for i, word in enumerate(TEXTS)
+    )
+    write(changing, "drill", "# Trask\n\nThe Trask was designed by Osla.\n\n" + "\n\n".join(parts))
+    write(changing, "juicer", "# Halvorsen\n\nIt was designed by Mina, who also designed its box.")
+    assert found(changing, "Who designed the Trask?").keys() == {"drill"}
+    assert next(iter(found(changing, "Who designed the Halvorsen?"))) == "juicer"
+
+
 def test_where_nothing_matches_the_plain_base_answers(asked):
     assert asked.lora_for("Zebra crossings?", "*") == (None, [])
     assert asked.ask("Zebra crossings?", "*") == asked.ask("Zebra crossings?")

@@ -165,15 +165,16 @@ class Register:
     def best_chunks(self, question: str, limit: int, patterns: Sequence[str] = ("*",), tag: str = "") -> list[Match]:
         """The chunks of documents' newest versions that match a question best, best first.
 
-        A chunk's text and heading, which begins with the document's title, count, and the name of its adapter. How rare
-        a word is is counted over the whole library.
+        A chunk's text and heading, which begins with the document's title, count, and the name of its adapter. The
+        rarity of a word is counted over the documents of the whole library.
 
         Args:
             patterns: only documents whose name fits one of these, as in a shell.
             tag: only documents with this tag.
         """
         n_chunks = self._one("SELECT coalesce(sum(last - first + 1), 0) FROM texts_of")
-        scores = match_scores(self._db, "texts", "bm25(texts, 0.5, 1.0)", n_chunks, question)
+        firsts = [first for (first,) in self._db.execute("SELECT first FROM texts_of ORDER BY first")]
+        scores = match_scores(self._db, "texts", "bm25(texts, 0.5, 1.0)", n_chunks, question, firsts)
         n_names = self._one("SELECT count(*) FROM aliases")
         for number, score in match_scores(self._db, "name_words", "bm25(name_words)", n_names, question).items():
             span = "SELECT first, last FROM texts_of JOIN aliases USING (version) WHERE number = ?"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -117,22 +118,32 @@ def sentence_weights(index: Index, question: str) -> list[float] | None:
     return None if scores is None else [_weight(score, max(scores)) for score in scores]
 
 
-def match_scores(database: Connection, table: str, rank: str, n_rows: int, question: str) -> dict[int, float]:
+def match_scores(
+    database: Connection, table: str, rank: str, n_rows: int, question: str, firsts: Sequence[int] = ()
+) -> dict[int, float]:
     """BM25 of the rows of a full-text table that match a question, by their numbers.
 
     Args:
         rank: the call of SQLite's `bm25` with the weights of the columns.
         n_rows: of the table.
+        firsts: the first row of each document, ascending, where a word's rarity is counted over documents: a product's
+            name in all chunks of its manual is rare if no other manual has it. Over rows if empty.
     """
     scores: dict[int, float] = {}
     for phrase, weight in phrases(question):
         rows = database.execute(f"SELECT rowid, -{rank} FROM {table} WHERE {table} MATCH ?", (f'"{phrase}"',))
         found = rows.fetchall()
-        odds = (n_rows - len(found) + 0.5) / (len(found) + 0.5)
-        theirs, ours = max(math.log(odds), _LEAST_IDF), math.log(1 + odds)
+        owners = {bisect_right(firsts, row) for row, _ in found}
+        theirs = max(math.log(_odds(len(found), n_rows)), _LEAST_IDF)
+        ours = math.log(1 + (_odds(len(owners), len(firsts)) if firsts else _odds(len(found), n_rows)))
         for row, score in found:
             scores[row] = scores.get(row, 0.0) + weight * ours / theirs * score
     return scores
+
+
+def _odds(n_holders: int, n: int) -> float:
+    """The odds against a word that n_holders of n texts hold, as BM25 smooths them."""
+    return (n - n_holders + 0.5) / (n_holders + 0.5)
 
 
 def phrases(question: str) -> list[tuple[str, float]]:
