@@ -91,11 +91,12 @@ def test_an_adapter_of_bytes_is_half_the_size_and_nearly_the_same(tmp_path):
         assert fault in str(caught.value)
 
 
-def test_a_document_learned_as_bytes_is_that_of_16_bits_made_smaller(model, document):
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_a_document_learned_small_is_that_of_16_bits_made_smaller(model, document, storage):
     model.learn(document, "whole", max_chunk_tokens=64, storage="bf16")
-    made_smaller = compact(model.library, "whole", "int8")
-    learned = model.learn(document, "small", max_chunk_tokens=64)
-    assert learned.manifest.storage == DEFAULT_STORAGE == "int8"
+    made_smaller = compact(model.library, "whole", storage)
+    learned = model.learn(document, "small", max_chunk_tokens=64, storage=storage)
+    assert learned.manifest.storage == storage and DEFAULT_STORAGE == "int4"
     assert learned.manifest.version == made_smaller.manifest.version
     assert find(model.library, "whole").n_versions == 2
     before = collect_garbage(model.library, keep=1).n_bytes

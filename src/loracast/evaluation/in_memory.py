@@ -19,6 +19,7 @@ from loracast.documents import Document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.library.adapter import SENTENCE, join_chunks
 from loracast.library.index import write_index
+from loracast.library.relevance import THRESHOLD
 from loracast.library.routing import Route, SentenceWeights, route_question
 from loracast.library.save import static_tensors
 from loracast.lora.algebra import LoRA
@@ -63,9 +64,9 @@ class InMemoryAdapter:
         """The number of the chunk in which a character of the text lies."""
         return max(0, bisect_right(self.chunks, offset, key=lambda chunk: chunk.start) - 1)
 
-    def route(self, question: str, k: int | None, always: bool = False) -> Route:
+    def route(self, question: str, k: int | None, threshold: float = THRESHOLD) -> Route:
         """What a question gets of the document, as `Adapter.route` says it."""
-        return route_question(self._index, len(self.chunks), question, k, always)
+        return route_question(self._index, len(self.chunks), question, k, threshold)
 
     def needs(self, chunk: int) -> bool:
         """Whether a chunk's factors have yet to be cast."""
@@ -84,7 +85,7 @@ class InMemoryAdapter:
                 if name not in self._factors:
                     shape = (len(self.chunks), *rows.shape)
                     self._factors[name] = torch.empty(shape, dtype=torch.bfloat16, device=rows.device)
-                storage = storage_of(self._storage, side == "a" and kind in sentences)
+                storage = storage_of(self._storage, kind in sentences)
                 self._factors[name][chunk].copy_(as_stored(rows, storage))
         self._is_cast[chunk] = True
 

@@ -17,11 +17,12 @@ from loracast.data.tasks import Example
 from loracast.errors import ConfigError
 from loracast.evaluation.baseline import Request, check_positive
 from loracast.evaluation.choice import likeliest
-from loracast.evaluation.documents import DocumentSetup, QuestionedConfig, RoutedConfig, adapters, pick, plain
+from loracast.evaluation.documents import DocumentSetup, QuestionedConfig, RoutedConfig, adapters, plain
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.intervals import mean, mean_with_interval
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 from loracast.evaluation.runner import made
+from loracast.library.relevance import THRESHOLD, THRESHOLD_OF_MANY
 from loracast.model import Model
 
 _QUESTIONS_AT_ONCE = 16  # whose LoRAs are held at once
@@ -97,7 +98,8 @@ def _choose(setup: DocumentSetup, rows: Sequence[Example], learned: Sequence[InM
     """The likeliest choice of each row with these documents learned, each routed."""
     requests = []
     for row in rows:
-        picked = [(document, pick(setup, document, row.input)) for document in learned]
+        threshold = THRESHOLD if len(learned) == 1 else THRESHOLD_OF_MANY
+        picked = [(document, document.route(row.input, setup.route, threshold)) for document in learned]
         requests.append(Request(plain(setup, row.input), adapters(setup, picked)))
     setup.prepare(requests)
     choices = [row.choices for row in rows]

@@ -39,6 +39,7 @@ from loracast.library.files import reading
 from loracast.library.library import remove_adapter
 from loracast.library.manifest import Manifest, utc_now
 from loracast.library.register import Register
+from loracast.library.relevance import THRESHOLD_OF_MANY
 from loracast.library.routing import Route, phrases
 from loracast.library.wide_route import share_out
 from loracast.model import Model
@@ -183,7 +184,7 @@ class TemporaryLibrary:
         question, own = about.asked.question, document(about.place)
         with reading(self.model.library) as register:
             matches = register.best_chunks(question, route)
-        picked = share_out(matches, question, route, lambda match: document(self.place(match.name)))
+        picked = share_out(matches, question, route, lambda match: document(self.place(match.name)), THRESHOLD_OF_MANY)
         return LibraryCase(about, [(own, own.route(question, route))], picked)
 
     def learn_for(self, about: Asked, route: int) -> None:

@@ -20,6 +20,7 @@ from loracast.errors import AdapterError
 from loracast.files import file_sha256
 from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS, Manifest
+from loracast.library.relevance import THRESHOLD
 from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, route_question
 from loracast.lora.quantize import SCALE, packed, storage_of, unpack
 from loracast.lora.target import Target
@@ -73,11 +74,11 @@ class Adapter:
         """Size of the adapter's files."""
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
-    def route(self, question: str, k: int | None = DEFAULT_ROUTE, always: bool = False) -> Route:
+    def route(self, question: str, k: int | None = DEFAULT_ROUTE, threshold: float = THRESHOLD) -> Route:
         """The chunks and sentences of a document that a question gets (`routing.route_question`)."""
         if self.manifest.kind != "document":
             return Route(reason=f"{self.manifest.kind}: always whole")
-        return route_question(self.index, self.manifest.n_chunks, question, k, always)
+        return route_question(self.index, self.manifest.n_chunks, question, k, threshold)
 
     def lora(
         self,
@@ -167,8 +168,7 @@ class Adapter:
                 continue
             is_packed = self.manifest.storage != "bf16" and not name.endswith(SENTENCE)
             parts = {suffix: take(name + suffix) for suffix in (("", SCALE) if is_packed else ("",))}
-            kind, _, side = name.rpartition(".")
-            storage = storage_of(self.manifest.storage, side == "a" and kind in self.manifest.memory_kinds)
+            storage = storage_of(self.manifest.storage, name.rpartition(".")[0] in self.manifest.memory_kinds)
             rows[name] = unpack(parts, storage) if is_packed else parts[""]
         return rows | (self._static_rows if static else {})
 
@@ -287,7 +287,7 @@ def layout(m: Manifest, static: Mapping[str, tuple[int, ...]]) -> dict[str, Tens
             ("a", len(modules), modules[0].d_in),
             ("b", 1 if in_memory else len(modules), modules[0].d_out),
         ):
-            for suffix, (dtype, size) in packed(d, storage_of(m.storage, side == "a" and in_memory)).items():
+            for suffix, (dtype, size) in packed(d, storage_of(m.storage, in_memory)).items():
                 found[f"{kind}.{side}{suffix}"] = TensorInfo(dtype, (m.n_chunks, n, m.ranks[kind], size))
         if in_memory:
             found[f"{kind}{SENTENCE}"] = TensorInfo("I16", (m.n_chunks, m.ranks[kind]))

@@ -23,6 +23,8 @@ from loracast.library.index import Index, open_index
 
 THRESHOLD = 0.2
 """Probability from which on a question is taken to be about a document (chosen on dev: docs/training.md)."""
+THRESHOLD_OF_MANY = 0.5
+"""The same where several documents are asked at once, each of which may pass by chance."""
 
 FEATURES = ("share", "window", "absent", "missing_name", "neighbours", "refers", "empty", "length")
 """What the regression sees of a question and a document, in the order of `features`."""

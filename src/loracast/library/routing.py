@@ -20,7 +20,7 @@ from sqlite3 import Connection
 
 from loracast.errors import AdapterError
 from loracast.library.index import Index, has_sentences, open_index
-from loracast.library.relevance import THRESHOLD, about
+from loracast.library.relevance import about
 
 DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/experiments.md)."""
@@ -154,16 +154,16 @@ def phrases(question: str) -> list[tuple[str, float]]:
     return [(word, 1.0) for word in telling] + [(f"{one} {other}", _PAIR_WEIGHT) for one, other in pairs]
 
 
-def route_question(index: Index, n_chunks: int, question: str, k: int | None, always: bool) -> Route:
+def route_question(index: Index, n_chunks: int, question: str, k: int | None, threshold: float) -> Route:
     """What a question gets of a document: what `pick` gives, or nothing where it is not about the document at all.
 
     Args:
-        always: do not look whether the question is about the document.
+        threshold: the least probability that it is; 0 for questions that get something whatever they ask.
     """
-    if always:
+    if threshold <= 0:
         return pick(index, n_chunks, question, k)
     probability = about(index, question)
-    if probability < THRESHOLD:
+    if probability < threshold:
         return Route(
             (), reason=f"the question is not about the document (probability {probability:.2f})", about=probability
         )

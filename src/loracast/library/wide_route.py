@@ -8,6 +8,7 @@ one's weighs less, by the rule of chunks in one document.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from loracast.errors import AdapterError
 from loracast.library.files import reading
 from loracast.library.index import read_chunks
 from loracast.library.register import Match
-from loracast.library.routing import SHARPNESS, Route
+from loracast.library.relevance import THRESHOLD, THRESHOLD_OF_MANY
+from loracast.library.routing import SHARPNESS, Route, phrases
 
 if TYPE_CHECKING:
     from loracast.library.adapter import Adapter
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 class Routed(Protocol):
     """A document that picks its own chunks, on disk or in memory."""
 
-    def route(self, question: str, k: int | None, always: bool) -> Route: ...
+    def route(self, question: str, k: int | None, threshold: float) -> Route: ...
 
 
 Document = TypeVar("Document", bound=Routed)
@@ -83,7 +85,9 @@ def route_adapters(
     chosen = list(chosen)
     patterns = patterns_in(chosen, tag)
     named = [open_named(one) if isinstance(one, str) else one for one in chosen if one not in patterns]
-    routed = [(adapter, adapter.route(question, k, always)) for adapter in named]
+    several = patterns or sum(adapter.manifest.kind == "document" for adapter in named) > 1
+    threshold = 0.0 if always else THRESHOLD_OF_MANY if several else THRESHOLD
+    routed = [(adapter, adapter.route(question, k, threshold)) for adapter in named]
     if patterns:
         if k is None:
             raise AdapterError("of many documents a question gets some chunks: give a number (--route 2), not all")
@@ -92,7 +96,7 @@ def route_adapters(
             matches = register.best_chunks(question, k, patterns, tag)
         versions = {adapter.manifest.version for adapter in named}
         others = [match for match in matches if match.version not in versions]
-        routed += share_out(others, question, k, lambda match: open_named(f"{match.name}@{match.version}"), always)
+        routed += share_out(others, question, k, lambda match: open_named(f"{match.name}@{match.version}"), threshold)
     return routed
 
 
@@ -108,7 +112,7 @@ def check_patterns(library: Path, patterns: Sequence[str], tag: str = "") -> Non
 
 
 def share_out(
-    matches: Sequence[Match], question: str, k: int, open_document: Callable[[Match], Document], always: bool = False
+    matches: Sequence[Match], question: str, k: int, open_document: Callable[[Match], Document], threshold: float
 ) -> list[tuple[Document, Route]]:
     """What a question gets of each document that owns one of the best chunks of a library, the best one first.
 
@@ -118,7 +122,7 @@ def share_out(
         matches: those chunks, best first.
         k: the places of the route; the best document gets those of chunks that match too little, and those left over.
         open_document: gives the document of a match.
-        always: do not look whether the question is about a document; others are left out.
+        threshold: least probability that the question is about a document; others are left out.
     """
     weights = {match: (match.score / matches[0].score) ** SHARPNESS for match in matches}
     close = [match for match in matches if weights[match] >= _LEAST_WEIGHT]
@@ -127,7 +131,7 @@ def share_out(
     for version in dict.fromkeys(match.version for match in close):
         own = [match for match in close if match.version == version]
         document, n_places = open_document(own[0]), len(own) + (0 if found else k - len(close))
-        route = document.route(question, n_places, always)
+        route = document.route(question, n_places, 0.0 if _names(question, own[0].name) else threshold)
         if route.is_empty:
             continue
         if route.chunks is None and own[0].n_chunks > n_places:
@@ -137,6 +141,11 @@ def share_out(
         weight = weights[own[0]] / best
         found.append((document, route if weight == 1.0 else _weighed(route, own[0].n_chunks, weight)))
     return found
+
+
+def _names(question: str, name: str) -> bool:
+    """Whether a question has a word of an adapter's name, which the document itself need not hold."""
+    return not set(re.split(r"[-._]+", name)).isdisjoint(word for word, _ in phrases(question))
 
 
 def _weighed(route: Route, n_chunks: int, weight: float) -> Route:

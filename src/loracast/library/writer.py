@@ -100,7 +100,7 @@ class AdapterWriter:
             for side, rows in zip("ab", pair, strict=True):
                 if not rows.numel():  # chunks have none of the kinds that receive the static LoRA alone
                     continue
-                storage = storage_of(self.manifest.storage, side == "a" and kind in self.manifest.memory_kinds)
+                storage = storage_of(self.manifest.storage, kind in self.manifest.memory_kinds)
                 for suffix, value in pack(rows.detach().bfloat16(), storage).items():
                     offset = self._n_added * value[0].numel() * value.element_size()
                     self._write(f"{kind}.{side}{suffix}", offset, value)

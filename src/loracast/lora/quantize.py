@@ -2,7 +2,7 @@
 
 bf16    16 bits a number, as the hypernetwork gives them
 int8    a byte a number and a scale for each row: half the size, and answers as good (docs/library.md has the figures)
-int4    half a byte a number and a scale for each 16 of them, but int8 for the keys of a memory, which tell facts apart
+int4    half a byte a number and a scale for each 16 of them, but int8 in a memory, whose rows tell facts apart
 text    only the chunks' text; the hypernetwork casts the factors anew whenever they are needed
 """
 
@@ -54,9 +54,9 @@ def dequantise(values: Tensor, scale: Tensor) -> Tensor:
     return (values.float() * scale.float()).bfloat16()
 
 
-def storage_of(storage: Storage, is_key: bool) -> Storage:
-    """How an adapter of a storage keeps one tensor; `is_key` for the A rows of an associative memory."""
-    return "int8" if storage == "int4" and is_key else storage
+def storage_of(storage: Storage, in_memory: bool) -> Storage:
+    """How an adapter of a storage keeps the rows of a module kind, which may be that of an associative memory."""
+    return "int8" if storage == "int4" and in_memory else storage
 
 
 def pack(rows: Tensor, storage: Storage) -> dict[str, Tensor]:
