@@ -548,7 +548,7 @@ def at_work_for_ever(library: Path, seed: int) -> None:
 
 
 def test_sigkill_in_a_loop_never_leaves_half_an_adapter(tmp_path, monkeypatch):
-    """As many kills as LORACAST_KILLS says (docs/experiments.md has a run of a hundred)."""
+    """As many kills as LORACAST_KILLS says (docs/notebook has a run of a hundred)."""
     monkeypatch.setattr(workfolders, "_GRACE_S", 0.0)
     kept = write(tmp_path, 2, name="kept", seed=9)
     for i in range(int(os.environ.get("LORACAST_KILLS", "8"))):

@@ -23,7 +23,7 @@ from loracast.lora.algebra import LoRA, Rows
 from loracast.paths import library_dir
 
 _AT_ONCE = 50
-"""Descriptions in one forward pass of the hypernetwork; with twice as many, each takes longer (docs/experiments.md)."""
+"""Descriptions in one forward pass of the hypernetwork; with twice as many, each takes longer (docs/notebook)."""
 
 
 class TaskCaster:

@@ -19,7 +19,7 @@ from loracast.documents.seams import INSIDE, WORD, Seam, SeamFinder
 Encode = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
 
 MIN_TOKENS = 16
-DEFAULT_CHUNK_TOKENS = 192  # longest chunk by default (measured: docs/experiments.md)
+DEFAULT_CHUNK_TOKENS = 192  # longest chunk by default (measured: docs/notebook)
 _HEADING_TOKENS = 24
 _BLOCK = 16_384  # characters handed to the tokenizer at once
 _SLACK = 2  # tokens: a word at the start of a chunk has lost the space before it, and may be encoded otherwise

@@ -72,4 +72,4 @@ PROMPTS: dict[str, Prompt] = {
     "twice": _prompt(_twice),
 }
 BEST = "quoting"
-"""The best of them on the dev split (docs/experiments.md)."""
+"""The best of them on the dev split (docs/notebook)."""

@@ -23,7 +23,7 @@ from loracast.library.index import Index, has_sentences, open_index
 from loracast.library.relevance import about
 
 DEFAULT_ROUTE = 2
-"""Chunks that a question is given by default (measured: docs/experiments.md)."""
+"""Chunks that a question is given by default (measured: docs/notebook)."""
 
 _WORD = re.compile(r"\w+")
 _LEAST_IDF = 1e-6  # SQLite's own floor, a factor of its scores
@@ -174,7 +174,7 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
     """Pick what a question gets: at most `k` of the document's `n_chunks`, or all (None), and in them the sentences.
 
     The lower a chunk's score beside the best one's, the less it weighs, so that a poor match does not drown a good
-    one (measured: docs/experiments.md). A document of k chunks or fewer is given whole, and each of its chunks keeps
+    one (measured: docs/notebook). A document of k chunks or fewer is given whole, and each of its chunks keeps
     a least weight. Where no word of the question occurs in the document, all chunks are merged. Raises AdapterError
     for k < 1.
     """

@@ -16,7 +16,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 def keep_freed_memory() -> bool:
     """Ask glibc to keep freed memory instead of returning it to the kernel. Returns whether it took effect.
 
-    A step allocates and frees gigabytes; without this, page faults took 40 % of its time (docs/experiments.md).
+    A step allocates and frees gigabytes; without this, page faults took 40 % of its time (docs/notebook).
     """
     if not sys.platform.startswith("linux"):
         return False
