@@ -9,12 +9,16 @@ import torch
 
 from loracast.base.chat import encode_with_offsets
 from loracast.documents.sentences import sentence_spans, token_sentences
+from loracast.errors import AdapterError
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.in_memory import cast as cast_in_memory
+from loracast.export.adapter import export_adapter
 from loracast.library.adapter import SENTENCE
 from loracast.library.index import read_chunks, read_sentences, sentences_of, write_sentences
-from loracast.library.routing import pick, sentence_scores, sentence_weights
+from loracast.library.routing import pick, route_set, sentence_scores, sentence_weights
+from loracast.lora.inject import linear_shapes
 from loracast.lora.merge import decorrelate_keys
+from loracast.lora.peft_format import read_peft
 from loracast.lora.target import target_from_config
 from loracast.model import Model
 from loracast.scoring.episodes import Episode, Question, pack
@@ -219,3 +223,26 @@ def test_training_weighs_rows_as_asking_does(model):
     torch.testing.assert_close(alone.by_question, expected.by_question, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(together.by_question[:3], merged.by_question[:3], atol=1e-4)
     torch.testing.assert_close(together.by_question[3], merged.by_question[3])
+
+
+def test_one_lora_serves_a_fixed_set_of_questions(model, tmp_path):
+    """Of one question it is what asking uses; of several, every row has its highest weight. Exported, it is the same."""
+    adapter = model.learn(InMemoryAdapter(model, MANUAL * 3).document, "manual", max_chunk_tokens=64, storage="bf16")
+    index, n = adapter.index, adapter.manifest.n_chunks
+    asked = ["How heavy is the kettle?", "When is the green bin emptied?"]
+    routes = [pick(index, n, question) for question in asked]
+    alone = route_set(index, n, asked[:1])
+    assert alone.picked == routes[0].picked and alone.sentence_weights == routes[0].sentence_weights
+    together = route_set(index, n, asked)
+    for chunk, weights in together.sentence_weights.items():
+        given = [route.sentence_weights[chunk] for route in routes if chunk in route.picked]
+        assert list(weights) == [max(column) for column in zip(*given, strict=True)]
+    assert together.picked.keys() == routes[0].picked.keys() | routes[1].picked.keys()
+    assert route_set(index, n, ["Who wrote Hamlet?", *asked]).chunks is None
+    (made,) = export_adapter(adapter, "peft", tmp_path / "out", questions=asked)
+    written = read_peft(made.path, linear_shapes(model.base.model))
+    expected = adapter.lora(together.picked, together.sentence_weights, dense=False).to(dtype=torch.float32)
+    for name in expected.names:
+        torch.testing.assert_close(written.delta(name).float(), expected.delta(name), rtol=1e-2, atol=1e-2)
+    with pytest.raises(AdapterError, match="leave out --questions"):
+        export_adapter(adapter, "peft", tmp_path / "no", questions=asked, each_chunk=True)

@@ -24,19 +24,34 @@ def export(
         bool,
         typer.Option("--each-chunk", help="Write a document's chunks one by one, with chunks.json and their index."),
     ] = False,
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            "--questions", exists=True, dir_okay=False, help="Questions, one a line: write the LoRA for them."
+        ),
+    ] = None,
     base: options.Base = None,
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:
     """Write an adapter for another runtime."""
     from loracast.base.load import load_base
+    from loracast.errors import ConfigError
     from loracast.export.adapter import export_adapter
     from loracast.library.library import open_adapter
 
+    asked = (
+        []
+        if questions is None
+        else [line for line in questions.read_text(encoding="utf-8").splitlines() if line.strip()]
+    )
+    if questions is not None and not asked:
+        raise ConfigError(f"{questions} holds no question; give one a line")
     folder = out or Path(f"{name}-{to}")
     made = export_adapter(
         open_adapter(library, name), to, folder,
         max_rank=rank, each_chunk=each_chunk, base=base, say=say,
+        questions=asked,
         load=lambda wanted: load_base(wanted, dtype="bfloat16", say=say),
     )  # fmt: skip
     n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

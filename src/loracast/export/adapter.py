@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from loracast.files import write_atomically
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS
+from loracast.library.routing import Route, route_set
 from loracast.lora.algebra import LoRA
 
 
@@ -40,6 +41,7 @@ def export_adapter(
     *,
     max_rank: int | None = None,
     each_chunk: bool = False,
+    questions: Sequence[str] = (),
     base: str | None = None,
     load: Callable[[str], Base] | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -51,6 +53,7 @@ def export_adapter(
         out: a folder, made if need be; of the format `gguf` the file NAME.gguf in it.
         max_rank: a higher rank is compressed to it; None compresses only as far as the runtime demands.
         each_chunk: write a document's chunks one by one, with chunks.json and the index that `loracast route` reads.
+        questions: write the LoRA that these questions need, each at its best; all of a document if empty.
         base: the base's name, folder or hub id, if not the one that the adapter was made for.
         load: loads a base: needed for `merged`.
         say: receives messages where the embedded base has to be fetched first.
@@ -67,13 +70,16 @@ def export_adapter(
     m = adapter.manifest
     if each_chunk and m.n_chunks == 1:
         raise AdapterError(f"{adapter.name!r} has one chunk: leave out --each-chunk")
+    if questions and (each_chunk or m.kind != "document"):
+        raise AdapterError("questions choose among the sentences of a document as a whole: leave out --questions")
     adapter.verify()
+    route = route_set(adapter.index, m.n_chunks, questions) if questions else Route()
     base = base or m.made_for.base
     if form is None:
         assert load is not None, "merging needs the base"
         loaded = load(base)
         check(m.made_for, loaded.fingerprint, f"the adapter {adapter.name!r}")
-        write_merged(adapter.lora(dense=False), out, loaded)
+        write_merged(adapter.lora(route.picked, route.sentence_weights, dense=False), out, loaded)
         return [Exported(out, None, 0.0)]
     config = base_config(base, adapter, say) if form.needs_config else None
     kept = ("version", "title", "factors_sha256", "source_sha256", "hypernetwork")
@@ -87,7 +93,7 @@ def export_adapter(
         return Exported(path, made.rank, made.error)
 
     if not each_chunk:
-        return [write(adapter.lora(dense=False), out, adapter.name)]
+        return [write(adapter.lora(route.picked, route.sentence_weights, dense=False), out, adapter.name)]
     made, chunks = [], []
     for i, chunk in enumerate(read_chunks(adapter.index)):
         made.append(write(adapter.lora([i], dense=False), out / f"chunk-{i:05d}", f"{adapter.name}-{i}"))

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from sqlite3 import Connection
 
 from loracast.errors import AdapterError
-from loracast.library.index import Index, has_sentences, open_index
+from loracast.library.index import Index, has_sentences, open_index, read_sentences
 from loracast.library.relevance import about
 
 DEFAULT_ROUTE = 2
@@ -168,6 +169,27 @@ def route_question(index: Index, n_chunks: int, question: str, k: int | None, th
             (), reason=f"the question is not about the document (probability {probability:.2f})", about=probability
         )
     return replace(pick(index, n_chunks, question, k), about=probability)
+
+
+def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | None = DEFAULT_ROUTE) -> Route:
+    """What a fixed set of questions gets of a document: each chunk and sentence at the highest weight of any question.
+
+    So one LoRA, merged or exported, serves them all; the fewer they are, the less it holds of what none of them asks.
+    """
+    routes = [pick(index, n_chunks, question, k) for question in questions]
+    if any(route.chunks is None and route.sentences is None for route in routes):
+        return Route(reason="a question gets all chunks")
+    counts = Counter(place.chunk for place in read_sentences(index))
+    chunks: dict[int, float] = {}
+    sentences: dict[int, list[float]] = {}
+    for route in routes:
+        of_sentences = route.sentence_weights
+        for chunk, weight in (route.picked or dict.fromkeys(range(n_chunks), 1.0)).items():
+            chunks[chunk] = max(weight, chunks.get(chunk, 0.0))
+            new = of_sentences[chunk] if of_sentences else [weight] * counts[chunk]
+            sentences[chunk] = list(map(max, new, sentences.get(chunk, new)))
+    of_chunks = tuple(tuple(sentences[chunk]) for chunk in chunks) if counts else None
+    return Route(tuple(chunks), (), tuple(chunks.values()), of_chunks, f"what {len(questions)} questions get")
 
 
 def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROUTE) -> Route:
