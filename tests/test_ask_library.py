@@ -137,15 +137,13 @@ def test_names_and_titles_count(changing):
     assert name == "gate-osla" and route.chunks == (0, 1) and "beginning" in route.reason
 
 
-def test_a_name_in_all_chunks_of_one_document_is_rare_among_documents(changing):
-    """BM25 over chunks would take it for common and give another document's designer a place."""
-    parts = (
-        f"## Part {i}\n\nThe Trask has a part called {word}. Every spring it is oiled." for i, word in enumerate(TEXTS)
-    )
-    write(changing, "drill", "# Trask\n\nThe Trask was designed by Osla.\n\n" + "\n\n".join(parts))
-    write(changing, "juicer", "# Halvorsen\n\nIt was designed by Mina, who also designed its box.")
-    assert found(changing, "Who designed the Trask?").keys() == {"drill"}
-    assert next(iter(found(changing, "Who designed the Halvorsen?"))) == "juicer"
+def test_a_name_in_all_chunks_of_one_document_is_rare_among_documents(model):
+    """BM25 over chunks would take the name for common, and "designed", which both documents have, for rare."""
+    parts = (f"## Part {i}\n\nThe Trask has a part with the number {i}. Every spring it is oiled." for i in range(8))
+    write(model, "drill", "# Trask\n\nThe Trask was designed by Osla.\n\n" + "\n\n".join(parts))
+    write(model, "juicer", "# Halvorsen\n\nIt was designed by Mina, who also designed its box.")
+    assert found(model, "Who designed the Trask?").keys() == {"drill"}
+    assert next(iter(found(model, "Who designed the Halvorsen?"))) == "juicer"
 
 
 def test_where_nothing_matches_the_plain_base_answers(asked):
