@@ -573,7 +573,7 @@ def test_a_question_longer_than_the_window_is_refused_and_forgotten(run, tiny):
 
 
 def test_a_short_question_is_looked_up_with_those_before_it():
-    from loracast.cli.chat import search_query
+    from loracast.base.chat import search_query
 
     turns = [
         {"role": role, "content": text}

@@ -19,11 +19,11 @@ from loracast.errors import AdapterError, BaseModelError
 from loracast.export.adapter import export_adapter
 from loracast.export.format import FORMATS, MERGED, Request
 from loracast.export.merged import write_merged
-from loracast.export.uniform import uniform
 from loracast.export.vllm import RANKS
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
 from loracast.lora.peft_format import read_peft
+from loracast.lora.uniform import uniform
 from loracast.model import load
 from tiny import PROSE, make_model
 

@@ -10,20 +10,35 @@ from typing import TYPE_CHECKING, Any
 from loracast.errors import LoracastError
 
 if TYPE_CHECKING:
+    from loracast.base.generate import Sampling
     from loracast.base.load import load_base
     from loracast.documents import Document, read_document
+    from loracast.hypernets.protocol import Hypernetwork
     from loracast.library.adapter import Adapter
     from loracast.lora.algebra import LoRA
     from loracast.model import Model, load
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "Document", "LoRA", "LoracastError", "Model", "load", "load_base", "read_document"]
+__all__ = [
+    "Adapter",
+    "Document",
+    "Hypernetwork",
+    "LoRA",
+    "LoracastError",
+    "Model",
+    "Sampling",
+    "load",
+    "load_base",
+    "read_document",
+]
 
 _HOMES = {
     "Adapter": "loracast.library.adapter",
     "Document": "loracast.documents",
+    "Hypernetwork": "loracast.hypernets.protocol",
     "LoRA": "loracast.lora.algebra",
     "Model": "loracast.model",
+    "Sampling": "loracast.base.generate",
     "load": "loracast.model",
     "load_base": "loracast.base.load",
     "read_document": "loracast.documents",

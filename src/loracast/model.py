@@ -7,25 +7,25 @@ print(model.ask("How long is the warranty?", manual))
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from loracast.base.chat import Message
+from loracast.base.chat import Message, search_query
 from loracast.base.fingerprint import check
-from loracast.base.generate import Answer, Sampling, answer
-from loracast.base.load import Base
+from loracast.base.generate import Answer, Sampling, answer, answers, stream
+from loracast.base.load import Base, load_base
 from loracast.base.packages import Say
-from loracast.cast.document import Progress, learn_document, recast
-from loracast.cast.image import learn_image
-from loracast.cast.load import load_base_for, load_caster, shipped_hypernetwork
+from loracast.cast.document import Progress, cast_document, learn_document, recast
+from loracast.cast.image import cast_image, learn_image
+from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork
 from loracast.cast.task import TaskCaster
 from loracast.documents import Document, read_document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.documents.images import ImageFile, is_image_file, read_image_file
-from loracast.errors import HypernetworkError
+from loracast.errors import AdapterError, ConfigError, DocumentError, HypernetworkError
 from loracast.hypernets.protocol import Caster, Hypernetwork, Modality
 from loracast.library.adapter import Adapter, loras_together
 from loracast.library.library import open_adapter
@@ -34,7 +34,12 @@ from loracast.library.routing import DEFAULT_ROUTE, Route
 from loracast.library.wide_route import Source, route_adapters, sources
 from loracast.lora.algebra import LoRA, concat
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
+from loracast.options import Asking, Chosen, Keeping, Question, Readable
 from loracast.paths import library_dir
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ASK_SYSTEM_TURN = ""
 """System turn of a question, empty as in training; the template's own would cost 25 tokens of prefill for nothing."""
@@ -47,10 +52,24 @@ class SourcedAnswer(Answer):
     sources: tuple[Source, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Request:
+    """One question, ready to be generated: its prompt, its LoRA and where that comes from."""
+
+    prompt: list[int]
+    lora: LoRA | None
+    sources: tuple[Source, ...]
+    sampling: Sampling
+
+
 class Model:
     """A base that learns documents, tasks and images, and answers with the adapters of a library.
 
     Each hypernetwork is read when it is first needed: to learn, or to answer with adapters of storage `text`.
+
+    Threads may share a model. The base runs for one of them at a time, under a lock that all users of the base share
+    (`Base.lock`), since a LoRA is seen by every forward pass while it is applied; a document that is learned gives
+    way after each batch of chunks.
     """
 
     def __init__(
@@ -97,97 +116,182 @@ class Model:
             found.recast = partial(recast, self.documents, self.base)
         return found
 
-    def ask(self, question: str, adapter: Adapter | str | Sequence[Adapter | str] = (), **options) -> str:
-        """Answer a question with one adapter, several, or none (the plain base); with "*", from the whole library.
+    @overload
+    def ask(self, question: str | list[Message], adapter: Chosen = (), **options: Unpack[Asking]) -> str: ...
+    @overload
+    def ask(
+        self, question: list[str] | list[list[Message]], adapter: Chosen | Sequence[Chosen] = (),
+        **options: Unpack[Asking],
+    ) -> list[str]: ...  # fmt: skip
+    def ask(self, question: Any, adapter: Any = (), **options: Unpack[Asking]) -> str | list[str]:
+        """Answer a question, or a list of questions in one batch.
 
-        A pattern such as "manuals-*" stands for all documents with such names, and the option `tag` for those with that
-        tag: only those that match the question are opened. Options as in `answer`.
+            model.ask("How long is the warranty?", "manual")
+            model.ask(["How long is the warranty?", "Who is the landlord?"], ["manual", "contract"])
+            model.ask([{"role": "user", "content": "How long is the warranty?"}], "manual")
+
+        Args:
+            question: a question or the messages of a chat; or a list of either.
+            adapter: what it is answered with (`Chosen`). For a list of questions a list with one entry for each, or
+                one adapter for all of them.
+            options: as in `Asking`.
         """
-        return self.answer(question, adapter, **options).text
+        given = self.answer(question, adapter, **options)
+        return [one.text for one in given] if isinstance(given, list) else given.text
 
+    @overload
     def answer(
+        self, question: str | list[Message], adapter: Chosen = (), **options: Unpack[Asking]
+    ) -> SourcedAnswer: ...
+    @overload
+    def answer(
+        self, question: list[str] | list[list[Message]], adapter: Chosen | Sequence[Chosen] = (),
+        **options: Unpack[Asking],
+    ) -> list[SourcedAnswer]: ...  # fmt: skip
+    def answer(
+        self, question: Any, adapter: Any = (), **options: Unpack[Asking]
+    ) -> SourcedAnswer | list[SourcedAnswer]:
+        """Like `ask`, with what the answer cost and the chunks that it comes from (`SourcedAnswer`)."""
+        if not _is_batch(question):
+            request = self._request(question, adapter, **options)
+            return _sourced(answer(self.base, request.prompt, request.lora, request.sampling), request)
+        chosen = adapter if isinstance(adapter, (list, tuple)) and adapter else [adapter] * len(question)
+        if len(chosen) != len(question):
+            raise AdapterError(
+                f"{len(chosen)} adapters for {len(question)} questions: give one for each, () for none, or one for all"
+            )
+        requests = [self._request(*pair, **options) for pair in zip(question, chosen, strict=True)]
+        prompts, loras = [one.prompt for one in requests], [one.lora for one in requests]
+        given = answers(self.base, prompts, loras, options.get("sampling", Sampling()))
+        return [_sourced(one, request) for one, request in zip(given, requests, strict=True)]
+
+    def stream(
+        self, question: str | list[Message], adapter: Chosen = (), **options: Unpack[Asking]
+    ) -> Generator[str, None, SourcedAnswer]:
+        """Yield the answer to a question piece by piece; the value of the generator is the whole answer with its cost.
+
+            for piece in model.stream("How long is the warranty?", "manual"):
+                print(piece, end="")
+
+        Leaving the loop stops the generation. Another thread generates, so it must not run while this thread holds the
+        base with `lora.applied`. Arguments as in `ask`.
+        """
+        request = self._request(question, adapter, **options)
+        given = yield from stream(self.base, request.prompt, request.lora, request.sampling)
+        return _sourced(given, request)
+
+    def _request(
         self,
-        question: str,
-        adapter: Adapter | str | Sequence[Adapter | str] = (),
+        question: Question,
+        adapter: Chosen,
         *,
         tag: str = "",
         always: bool = False,
         route: int | None = DEFAULT_ROUTE,
         system: str | None = ASK_SYSTEM_TURN,
         sampling: Sampling = Sampling(),
-        on_text: Callable[[str], None] = lambda text: None,
-    ) -> SourcedAnswer:
-        """Like `ask`, with what the answer cost and where it comes from.
-
-        Args:
-            tag: choose among the documents with this tag.
-            always: answer with the documents' adapters even where the question is not about them at all; otherwise the
-                plain base answers then (library/relevance.py).
-            route: number of chunks that are merged for the question, of each document that is named and of all that a
-                pattern or a tag stands for; None merges all of those that are named.
-            system: the system turn, "" for an empty one, None for the template's own.
-            on_text: receives each piece of the answer as it is generated.
-        """
-        messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        messages.append({"role": "user", "content": question})
-        lora, routed = self.lora_for(question, adapter, route, tag, always)
-        given = answer(self.base, self.base.chat.conversation(messages), lora, sampling, on_text)
-        return SourcedAnswer(**vars(given), sources=sources(routed))
+    ) -> _Request:
+        turns: list[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else [*question]
+        if not turns or turns[-1]["role"] != "user":
+            raise ConfigError("there is nothing to answer: the last message of a chat must be the user's")
+        if system is not None and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": system}, *turns]
+        lora, routed = self.lora_for(search_query(turns[-1]["content"], turns[:-1]), adapter, route, tag, always)
+        return _Request(self.base.chat.conversation(turns), lora, sources(routed), sampling)
 
     def lora_for(
         self,
         question: str,
-        adapter: Adapter | str | Sequence[Adapter | str],
+        adapter: Chosen,
         k: int | None = DEFAULT_ROUTE,
         tag: str = "",
         always: bool = False,
     ) -> tuple[LoRA | None, list[tuple[Adapter, Route]]]:
         """The LoRA that a question is answered with, and the adapters it came from with what was taken of each.
 
-        Arguments as in `answer`; None where no adapter is chosen or the question is about no document.
+        Arguments as in `ask`; None where no adapter is chosen or the question is about no document.
         """
+        if isinstance(adapter, LoRA):
+            return adapter.to(self.base.device), []
         chosen = [adapter] if isinstance(adapter, (Adapter, str)) else adapter
+        if any(isinstance(one, LoRA) for one in chosen):  # a static LoRA in it would come in twice
+            raise AdapterError("a LoRA answers alone: keep it with `learn` to answer with several adapters")
         routed = route_adapters(self.library, question, chosen, k, tag, self.adapter, always)
         loras = loras_together(routed) if routed else []
         if not loras:
             return None, routed
         return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device), routed
 
+    @overload
+    def cast(self, source: Readable, *, max_chunk_tokens: int = ...) -> LoRA: ...
+    @overload
+    def cast(self, source: list[Readable], *, max_chunk_tokens: int = ...) -> list[LoRA]: ...
+    def cast(
+        self, source: Readable | list[Readable], *, max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    ) -> LoRA | list[LoRA]:
+        """Cast a document or an image into a LoRA and keep nothing; a list of them into one LoRA each.
+
+            lora = model.cast("manual.pdf")
+            lora = model.cast(Document.from_text("The warranty is 24 months."))
+
+        All chunks of a document are merged into its LoRA. `learn` instead where a document is longer than a few
+        chunks: its questions are then routed to the chunks that they are about.
+
+        Args and errors as in `learn`.
+        """
+        if isinstance(source, list):
+            return [self.cast(one, max_chunk_tokens=max_chunk_tokens) for one in source]
+        read = _read(source)
+        if isinstance(read, ImageFile):
+            return cast_image(self.images, read)
+        return cast_document(self.documents, self.base, read, max_chunk_tokens)
+
+    @overload
+    def learn(self, source: Readable, name: str | None = None, **options: Unpack[Keeping]) -> Adapter: ...
+    @overload
     def learn(
-        self,
-        source: str | Path | BinaryIO | Document | ImageFile,
-        name: str | None = None,
-        *,
-        max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
-        storage: Storage = DEFAULT_STORAGE,
-        replace: bool = False,
-        progress: Progress = lambda done, total: None,
-    ) -> Adapter:
-        """Cast a document or an image into an adapter and keep it.
+        self, source: list[Readable], name: list[str] | None = None, **options: Unpack[Keeping]
+    ) -> list[Adapter]: ...
+    def learn(self, source: Any, name: Any = None, **options: Unpack[Keeping]) -> Adapter | list[Adapter]:
+        """Cast a document or an image into an adapter and keep it; a list of them into one adapter each.
 
         Args:
-            source: a path, "-" for standard input, a binary stream, a Document or an ImageFile.
-            name: of the adapter; made from the file's name or the document's title if None.
-            max_chunk_tokens: longest chunk; the shipped hypernetwork was trained with up to 256.
-            storage: how a document's factors are kept (lora/quantize.py); an image's are in bf16.
-            replace: whether an adapter of that name is replaced.
+            source: a path, "-" for standard input, a binary stream, a Document or an ImageFile; or a list of those.
+            name: of the adapter; made from the file's name or the document's title if None. A list for a list.
+            options: as in `Keeping`.
 
         Raises:
             DocumentError: the file cannot be read.
             AdapterError: the name is taken or not allowed.
             ConfigError: no chunk can be so short.
         """
-        if isinstance(source, (str, Path)) and is_image_file(source):
-            source = read_image_file(source)
-        if isinstance(source, ImageFile):
-            return learn_image(self.images, source, self.library, name or name_for(source), replace=replace)
-        document = source if isinstance(source, Document) else read_document(source)
+        if not isinstance(source, list):
+            return self._learn(_read(source), name, **options)
+        documents = [_read(one) for one in source]  # one that cannot be read is refused before anything is kept
+        names = [None] * len(documents) if name is None else name
+        if len(names) != len(documents):
+            raise AdapterError(f"{len(names)} names for {len(documents)} documents: give one for each, or none")
+        return [self._learn(*pair, **options) for pair in zip(documents, names, strict=True)]
+
+    def _learn(
+        self,
+        read: Document | ImageFile,
+        name: str | None,
+        *,
+        max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        storage: Storage = DEFAULT_STORAGE,
+        replace: bool = False,
+        progress: Progress = lambda done, total: None,
+    ) -> Adapter:
+        name = name or name_for(read)
+        if isinstance(read, ImageFile):
+            return learn_image(self.images, read, self.library, name, replace=replace)
         return learn_document(
             self.documents,
             self.base,
-            document,
+            read,
             self.library,
-            name or name_for(document),
+            name,
             max_chunk_tokens=max_chunk_tokens,
             storage=check_storage(storage),
             replace=replace,
@@ -204,43 +308,83 @@ class Model:
         """The caster of task descriptions. Raises HypernetworkError if none was given and none ships for the base."""
         return TaskCaster(self._load("task"), self.library)
 
-    def task(self, description: str, name: str | None = None, **options) -> Adapter:
-        """Cast the description of a task into an adapter and keep it; options and errors as in `TaskCaster.tasks`."""
-        return self.described.task(description, name, **options)
+    def task(
+        self, description: str, name: str | None = None, *, strength: float = 1.0, replace: bool = False
+    ) -> Adapter:
+        """Cast the description of a task into an adapter and keep it; options and errors as in `tasks`."""
+        return self.described.task(description, name, strength=strength, replace=replace)
 
-    def tasks(self, descriptions: Sequence[str], names: Sequence[str] | None = None, **options) -> list[Adapter]:
-        """Cast several descriptions and keep their adapters; options and errors as in `TaskCaster.tasks`."""
-        return self.described.tasks(descriptions, names, **options)
+    def tasks(
+        self,
+        descriptions: Sequence[str],
+        names: Sequence[str] | None = None,
+        *,
+        strength: float = 1.0,
+        replace: bool = False,
+    ) -> list[Adapter]:
+        """Cast several descriptions and keep their adapters; arguments and errors as in `TaskCaster.tasks`."""
+        return self.described.tasks(descriptions, names, strength=strength, replace=replace)
+
+
+def _read(source: Readable) -> Document | ImageFile:
+    if isinstance(source, (Document, ImageFile)):
+        return source
+    if isinstance(source, str) and "\n" in source:
+        raise DocumentError("this is a text and not a path: give Document.from_text(text)")
+    if isinstance(source, (str, Path)) and is_image_file(source):
+        return read_image_file(source)
+    return read_document(source)
+
+
+def _is_batch(question: str | Sequence[Any]) -> bool:
+    """Whether this is a list of questions, not a question or the messages of a chat."""
+    return not isinstance(question, str) and not (question and isinstance(question[0], dict))
+
+
+def _sourced(given: Answer, request: _Request) -> SourcedAnswer:
+    return SourcedAnswer(**vars(given), sources=request.sources)
 
 
 def load(
-    base: str | Path | None = None,
-    hypernetwork: str | Path | None = None,
+    model: str | Path | PreTrainedModel | None = None,
+    hypernetwork: str | Path | Hypernetwork | None = None,
     *,
-    task_hypernetwork: str | Path | None = None,
-    image_hypernetwork: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    task_hypernetwork: str | Path | Hypernetwork | None = None,
+    image_hypernetwork: str | Path | Hypernetwork | None = None,
     library: str | Path | None = None,
     device: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
     eager: bool = True,
     say: Say = lambda text: None,
 ) -> Model:
     """Load a base and its hypernetwork.
 
+        model = loracast.load()
+        model = loracast.load(model=hf_model, tokenizer=tokenizer, hypernetwork="me/my-hypernetwork")
+
     Args:
-        base: an embedded base (the default), a local folder or a hub id.
-        hypernetwork: a folder or hub repository; the shipped one if None.
+        model, tokenizer, device, device_map, dtype, revision: the base and how it is loaded (`load_base`).
+        hypernetwork: a hypernetwork, its folder or hub repository; the shipped one if None.
         task_hypernetwork, image_hypernetwork: the same for `Model.task` and for images in `Model.learn`.
         library: where adapters are kept; the user's own library if None.
-        device: "cpu", "cuda" or "mps"; the fastest available if None.
         eager: read the hypernetwork for documents at once, so that a wrong one is refused now; False for a model that
             answers and does not learn.
         say: receives progress messages where an embedded base has to be fetched first.
 
     Raises:
         BaseModelError, HypernetworkError: the base or the hypernetwork for documents cannot be read, or does not fit.
+        ConfigError: options contradict each other.
     """
     given = (hypernetwork, task_hypernetwork, image_hypernetwork)
-    model = Model(load_base_for(base, given, device, say), Path(library or library_dir()), *given)
+    if model is None:
+        check_default_base(given)
+    base = load_base(
+        model, tokenizer=tokenizer, device=device, device_map=device_map, dtype=dtype, revision=revision, say=say
+    )
+    loaded = Model(base, Path(library or library_dir()), *given)
     if eager:
-        _ = model.documents
-    return model
+        _ = loaded.documents
+    return loaded

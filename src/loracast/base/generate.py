@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
+from queue import SimpleQueue
+from threading import Event
 
 import torch
 
@@ -17,13 +20,18 @@ from loracast.lora.inject import inject
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; the default is greedy."""
+    """How tokens are chosen, under the names of transformers' `generate`; the default is greedy."""
 
     max_new_tokens: int = 128
     min_new_tokens: int = 0
     temperature: float = 0.0  # 0 takes the likeliest token; above 0, tokens are sampled
     top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
     seed: int | None = None  # of the sampling; None for another answer each time
+    top_k: int = 0  # sample from so many likeliest tokens; 0 for all
+    repetition_penalty: float | None = (
+        None  # above 1, tokens that occurred already become less likely; None: base's own
+    )
+    no_repeat_ngram_size: int | None = None  # no sequence of so many tokens occurs twice; None: base's own rule
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Answer:
     n_prompt_tokens: int
     n_tokens: int
     first_token_s: float
+    """Of a batch, the time in which all of its answers had their first token."""
     total_s: float
     finished: bool
     """False where the answer was cut at max_new_tokens."""
@@ -46,22 +55,26 @@ class _Streamer:
         self.base, self.on_text = base, on_text
         self.ids: list[int] = []
         self.shown = ""
-        self.first_token_at: float | None = None
         self._is_prompt = True
 
     def put(self, ids: torch.Tensor) -> None:
         if self._is_prompt:
             self._is_prompt = False
             return
-        self.first_token_at = self.first_token_at or time.perf_counter()
         self.ids += [i for i in ids.flatten().tolist() if i not in self.base.end_ids]
-        text = self.base.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
+        text = self._text()
         if not text.endswith("\ufffd"):  # a character whose bytes are still incomplete waits for the next token
-            self.on_text(text[len(self.shown) :])
-            self.shown = text
+            self._say(text)
 
     def end(self) -> None:
-        pass
+        self._say(self._text())
+
+    def _text(self) -> str:
+        return self.base.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
+
+    def _say(self, text: str) -> None:
+        self.on_text(text[len(self.shown) :])
+        self.shown = text
 
 
 def answer(
@@ -72,23 +85,67 @@ def answer(
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Answer:
     """Answer one prompt of token ids; `on_text` receives each piece of text as it is generated."""
-    streamer = _Streamer(base, on_text)
-    started = time.perf_counter()
-    ids = _generate(base, [prompt], [lora], sampling, streamer)[0]
-    ended = time.perf_counter()
-    finished = any(i in base.end_ids for i in ids)
-    ids = _until(ids, base.end_ids)
-    text = base.tokenizer.decode(ids, skip_special_tokens=True)
-    first_token_s = (streamer.first_token_at or ended) - started
-    return Answer(text.strip(), len(prompt), len(ids), first_token_s, ended - started, finished)
+    return _answers(base, [prompt], [lora], sampling, _Streamer(base, on_text))[0]
+
+
+def answers(
+    base: Base, prompts: Sequence[Sequence[int]], loras: Sequence[LoRA | None], sampling: Sampling = Sampling()
+) -> list[Answer]:
+    """Answer several prompts in one batch, each with a LoRA of its own or none."""
+    return _answers(base, prompts, loras, sampling, None)
 
 
 def answer_batch(
     base: Base, prompts: Sequence[Sequence[int]], loras: Sequence[LoRA | None], sampling: Sampling = Sampling()
 ) -> list[str]:
-    """Answer several prompts in one batch, each with a LoRA of its own or none."""
-    rows = _generate(base, prompts, loras, sampling, None)
-    return [base.tokenizer.decode(_until(row, base.end_ids), skip_special_tokens=True).strip() for row in rows]
+    """The texts of `answers`."""
+    return [given.text for given in answers(base, prompts, loras, sampling)]
+
+
+def stream(
+    base: Base, prompt: Sequence[int], lora: LoRA | None = None, sampling: Sampling = Sampling()
+) -> Generator[str, None, Answer]:
+    """Yield the pieces of an answer as they are generated, by another thread; the generator's value is the answer.
+
+    Closing the generator stops the generation.
+    """
+    pieces: SimpleQueue[str | None] = SimpleQueue()
+    is_closed = Event()
+
+    def keep(piece: str) -> None:
+        if is_closed.is_set():
+            raise GeneratorExit
+        if piece:
+            pieces.put(piece)
+
+    with ThreadPoolExecutor(1) as pool:
+        given = pool.submit(answer, base, prompt, lora, sampling, keep)
+        given.add_done_callback(lambda done: pieces.put(None))
+        try:
+            yield from iter(pieces.get, None)
+        finally:
+            is_closed.set()
+    return given.result()
+
+
+def _answers(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    loras: Sequence[LoRA | None],
+    sampling: Sampling,
+    streamer: _Streamer | None,
+) -> list[Answer]:
+    token_times: list[float] = []
+    started = time.perf_counter()
+    rows = _generate(base, prompts, loras, sampling, streamer, lambda: token_times.append(time.perf_counter()))
+    total_s = time.perf_counter() - started
+    given = []
+    for prompt, ids in zip(prompts, rows, strict=True):
+        said = _until(ids, base.end_ids)
+        text = base.tokenizer.decode(said, skip_special_tokens=True).strip()
+        figures = (len(prompt), len(said), token_times[0] - started, total_s)
+        given.append(Answer(text, *figures, finished=any(i in base.end_ids for i in ids)))
+    return given
 
 
 def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
@@ -102,9 +159,13 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     loras: Sequence[LoRA | None],
     sampling: Sampling,
-    streamer: _Streamer | None,
+    streamer: _Streamer | None = None,
+    on_token: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
-    """New token ids for each prompt. Prompts are padded on the left, where the mask hides the padding."""
+    """New token ids for each prompt. Prompts are padded on the left, where the mask hides the padding.
+
+    `on_token` is called when each prompt has one more token.
+    """
     longest = max(len(prompt) for prompt in prompts)
     if longest + sampling.max_new_tokens > base.window:
         raise BaseModelError(
@@ -118,10 +179,20 @@ def _generate(
         mask[row, longest - len(prompt) :] = 1
     options: dict[str, object] = {"do_sample": False}
     if sampling.temperature > 0:
-        options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        if sampling.seed is not None:
-            torch.manual_seed(sampling.seed)
+        chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        options = {"do_sample": True, **chosen}
+    rules = {"repetition_penalty": sampling.repetition_penalty, "no_repeat_ngram_size": sampling.no_repeat_ngram_size}
+    options |= {name: value for name, value in rules.items() if value is not None}
+
+    def count(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        on_token()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    from transformers import StoppingCriteriaList
+
     with inject(base.model, list(loras)):
+        if sampling.temperature > 0 and sampling.seed is not None:
+            torch.manual_seed(sampling.seed)  # while no other thread generates
         out = base.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -130,6 +201,7 @@ def _generate(
             eos_token_id=list(base.end_ids),
             pad_token_id=base.pad_id,
             streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([count]),
             **options,
         )
     return out[:, longest:].tolist()

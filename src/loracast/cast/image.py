@@ -5,11 +5,19 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import torch
+
 from loracast.documents.images import ImageFile
 from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import Adapter
 from loracast.library.save import save_single
 from loracast.library.writer import check_finite
+from loracast.lora.algebra import LoRA
+
+
+def cast_image(caster: Caster, image: ImageFile) -> LoRA:
+    """Cast an image into a LoRA and keep nothing."""
+    return caster.loras_of(caster.encode([image.image])).row(0).to(dtype=torch.bfloat16)
 
 
 def learn_image(caster: Caster, image: ImageFile, library: Path, name: str, *, replace: bool = False) -> Adapter:

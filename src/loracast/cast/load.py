@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from loracast.base.embedded import DEFAULT_BASE
-from loracast.base.load import Base, load_base
+from loracast.base.load import Base
 from loracast.base.packages import Say
 from loracast.errors import BaseModelError, HypernetworkError
 from loracast.hypernets.protocol import Caster, Hypernetwork, Modality
@@ -43,25 +43,23 @@ def shipped_hypernetwork(base: Base | str, modality: Modality = "document") -> P
     )
 
 
-def load_base_for(
-    base: str | Path | None,
-    hypernetworks: Iterable[str | Path | None],
-    device: str | None = None,
-    say: Say = lambda text: None,
-) -> Base:
-    """Load a base as `load_base` does; the default one only once each hypernetwork is known to be made for it.
+def check_default_base(hypernetworks: Iterable[str | Path | Hypernetwork | None]) -> None:
+    """Check that each hypernetwork is made for the default base, before that is loaded.
 
     Raises:
-        BaseModelError: no base is given and a hypernetwork needs another one than the default; nothing is fetched then.
+        BaseModelError: one of them needs another base, which its user did not name; nothing is fetched then.
     """
-    for where in [given for given in hypernetworks if given and base is None]:
-        made_for, ours = read_made_for(where), read_made_for(shipped_hypernetwork(DEFAULT_BASE))
-        if made_for.base != DEFAULT_BASE and (made_for.config, made_for.norms) != (ours.config, ours.norms):
+    ours = read_made_for(shipped_hypernetwork(DEFAULT_BASE))
+    for given in hypernetworks:
+        made_for = given.made_for if isinstance(given, Hypernetwork) else given and read_made_for(given)
+        if not made_for or made_for.base == DEFAULT_BASE:
+            continue
+        if (made_for.config, made_for.norms) != (ours.config, ours.norms):
+            what = "that is given" if isinstance(given, Hypernetwork) else given
             raise BaseModelError(
-                f"the hypernetwork {where} was made for the base {made_for.base!r}, not for {DEFAULT_BASE}, "
+                f"the hypernetwork {what} was made for the base {made_for.base!r}, not for {DEFAULT_BASE}, "
                 f"which is used if no base is given: give that base (--base {made_for.base})"
             )
-    return load_base(base, device=device, say=say)
 
 
 def load_caster(

@@ -67,9 +67,12 @@ class TaskCaster:
         """Distance (1 - cosine) of each description to the nearest seen one; None if the hypernetwork holds none."""
         return self._distances(self._encode(descriptions))
 
-    def task(self, description: str, name: str | None = None, **options) -> Adapter:
+    def task(
+        self, description: str, name: str | None = None, *, strength: float = 1.0, replace: bool = False
+    ) -> Adapter:
         """Cast one description into an adapter and keep it; options and errors as in `tasks`."""
-        return self.tasks([description], None if name is None else [name], **options)[0]
+        names = None if name is None else [name]
+        return self.tasks([description], names, strength=strength, replace=replace)[0]
 
     def tasks(
         self,

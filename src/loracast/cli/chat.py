@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loracast.base.chat import Message
+from loracast.base.chat import Message, search_query
 from loracast.cli.options import Answering, MaxTokens
 from loracast.cli.output import Stream, printable, say
 from loracast.cli.session import open_answerer, say_sources, say_unused
@@ -27,9 +27,6 @@ HELP = """\
 /clear       forget the conversation
 /help        this list
 /quit        leave (as Ctrl-D does); Ctrl-C stops an answer"""
-
-_STANDS_ALONE = 7
-"""A question of fewer words is looked up together with the turns before it ("And in winter?")."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +152,3 @@ class Talk:
         if wide:
             say_sources(routed, len(chosen) - len(wide))
         self.turns = [*turns, {"role": "assistant", "content": said}]
-
-
-def search_query(question: str, turns: Sequence[Message]) -> str:
-    """What routing looks for: the question, after the last two questions where it is too short to stand alone."""
-    if len(question.split()) >= _STANDS_ALONE:
-        return question
-    before = [turn["content"] for turn in turns if turn["role"] == "user"][-2:]
-    return " ".join([*before, question])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,14 +85,20 @@ def task(
 
     The base is loaded only for hypernetworks that read the description with it, as the shipped one does.
     """
-    from loracast.cast.load import load_base_for, load_caster, shipped_hypernetwork
+    from loracast.base.load import Base, load_base
+    from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork
     from loracast.cast.task import TaskCaster
     from loracast.library.save import source_of
 
     started = time.perf_counter()
     name = naming.checked(library, name_from(description), source_of(description.strip()))
     where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "task")
-    load = partial(load_base_for, base, [where], say=say)
+
+    def load() -> Base:
+        if base is None:
+            check_default_base([where])
+        return load_base(base, say=say)
+
     caster = TaskCaster(load_caster(where, "task", load, encoder=encoder, say=say), library)
     adapter = caster.task(description, name, strength=strength, replace=naming.replace)
     manifest = adapter.manifest

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+
+from loracast.errors import DocumentError
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,21 @@ class Document:
     n_bytes: int
     n_pages: int | None = None  # PDF only
     warnings: tuple[str, ...] = ()  # what may be missing from the text (an unread page, say), one sentence each
+
+    @classmethod
+    def from_text(cls, text: str, title: str = "") -> Document:
+        """A document of a text in memory: markdown, whose first heading is the title if none is given.
+
+        Raises DocumentError if the text is empty.
+        """
+        from loracast.documents.clean import normalise
+        from loracast.documents.headings import markdown_title
+
+        data, text = text.encode(), normalise(text)
+        if not text.strip():
+            raise DocumentError("the text holds only white space: there is nothing to learn from it")
+        sha256 = hashlib.sha256(data).hexdigest()
+        return cls(title or markdown_title(text), text, None, "text/markdown", sha256, len(data))
 
 
 @dataclass(frozen=True)

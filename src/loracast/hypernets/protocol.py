@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -170,14 +170,26 @@ class Hypernetwork(nn.Module):
         """
         if base is not None and self.made_for is not None:
             check(self.made_for, base.fingerprint, f"the hypernetwork for {self.modality}s")
-        return Caster(self, self.encoder_for(base, encoder, say), self.computes_in_bf16(base))
+        lock = None if base is None else base.lock
+        return Caster(self, self.encoder_for(base, encoder, say), self.computes_in_bf16(base), lock)
 
 
 class Caster:
     """A hypernetwork bound to a base: encodes inputs and casts their features, without gradients."""
 
-    def __init__(self, hypernetwork: Hypernetwork, encoder: Callable[[Any], Features], in_bf16: bool = False):
+    def __init__(
+        self,
+        hypernetwork: Hypernetwork,
+        encoder: Callable[[Any], Features],
+        in_bf16: bool = False,
+        lock: AbstractContextManager[Any] | None = None,
+    ):
+        """
+        Args:
+            lock: held while the encoder runs: the base's, so that it reads without another thread's LoRA.
+        """
         self.hypernetwork = hypernetwork.eval()
+        self._lock = nullcontext() if lock is None else lock
         self.encoder: Any = encoder
         self.id = hypernetwork.id
         self._dtype = torch.bfloat16 if in_bf16 else None
@@ -192,7 +204,8 @@ class Caster:
     @torch.inference_mode()
     def encode(self, inputs: Any) -> Features:
         """Rows of token ids, descriptions or images in RGB, n of them -> their features."""
-        return self.encoder(inputs)
+        with self._lock:
+            return self.encoder(inputs)
 
     @torch.inference_mode()
     def cast(self, features: Features) -> Cast:

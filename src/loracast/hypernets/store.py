@@ -18,6 +18,7 @@ from torch import Tensor
 from loracast.base.fingerprint import Fingerprint
 from loracast.errors import ConfigError, HypernetworkError
 from loracast.files import write_atomically
+from loracast.hub import folder_of
 from loracast.hypernets import format_1
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
 from loracast.hypernets.doc_to_lora import DocToLoRA
@@ -216,20 +217,9 @@ def _checked(hypernet: Hypernetwork, tensors: dict[str, Tensor], folder: Path) -
     return weights
 
 
-def _folder_of(source: str | Path) -> Path:
+def _folder_of(source: str | Path, revision: str | None = None) -> Path:
     """The folder itself, or a copy of what a hub repository holds."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=["config.json", "model.safetensors"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise HypernetworkError(
-            f"no hypernetwork at {str(source)!r}: give a folder with config.json and model.safetensors, or a hub "
-            f"repository that this machine can reach ({str(error).splitlines()[0]})"
-        ) from error
+    return folder_of(source, ("config.json", "model.safetensors"), "hypernetwork", HypernetworkError, revision)
 
 
 def _stored(folder: Path) -> dict[str, Any]:

@@ -115,7 +115,18 @@ def save_single(
     return save_rows(library, manifest, [only], [(rows, {})], static or {}, lambda: seconds, replace=replace)
 
 
-def save_lora(lora: LoRA, library: Path, name: str, *, static: LoRA = LoRA(), **about) -> Adapter:
+def save_lora(
+    lora: LoRA,
+    library: Path,
+    name: str,
+    *,
+    kind: AdapterKind,
+    title: str,
+    made_for: Fingerprint,
+    source: str | None = None,
+    static: LoRA = LoRA(),
+    replace: bool = False,
+) -> Adapter:
     """Keep a LoRA as an adapter of one chunk, in bf16.
 
     Modules of one kind have one rank in an adapter: smaller ones are padded with zeros, and a dense delta becomes the
@@ -123,7 +134,7 @@ def save_lora(lora: LoRA, library: Path, name: str, *, static: LoRA = LoRA(), **
 
     Args:
         static: a static LoRA that other adapters have too; it is kept apart from `lora`, which is without it.
-        about: as in `save_single`.
+        kind, title, made_for, source, replace: as in `save_single`.
 
     Raises:
         AdapterError: a module that no base of ours has, and as in `save_single`.
@@ -133,7 +144,10 @@ def save_lora(lora: LoRA, library: Path, name: str, *, static: LoRA = LoRA(), **
     target = target_of(LoRA({**static.factors, **lora.factors}))
     rows = {kind: (a[None], b[None]) for kind, (a, b) in _stacked(lora, target).items()}
     kept_apart = {kind: pair for kind, pair in _stacked(static, target).items() if pair[0].shape[1]}
-    return save_single(rows, target, library, name, static=kept_apart, **about)
+    return save_single(
+        rows, target, library, name, kind=kind, title=title, made_for=made_for, source=source, static=kept_apart,
+        replace=replace,
+    )  # fmt: skip
 
 
 def _stacked(lora: LoRA, target: Target) -> Rows:

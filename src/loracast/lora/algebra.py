@@ -1,4 +1,4 @@
-"""The in-memory LoRA and its algebra: sum, scale, compress, norms, batches. It knows torch alone.
+"""The in-memory LoRA and its algebra: sum, scale, compress, norms, batches.
 
 A LoRA adds `delta = B @ A` to a module's weight [out, in], with A [r, in] and B [out, r]; the scale is folded into B
 the moment a LoRA is born, so that nothing after this needs to know it. Where many chunks have been merged, the
@@ -9,8 +9,10 @@ sum instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +97,51 @@ class LoRA:
             a, b = a.double(), b.double()
             norms[name] = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt().item()
         return norms
+
+    def applied(self, model: torch.nn.Module) -> AbstractContextManager[torch.nn.Module]:
+        """Apply the LoRA to a transformers model while a `with` block lasts.
+
+            with lora.applied(hf_model):
+                hf_model.generate(...)
+
+        The weights stay untouched, and other threads that use the model through loracast wait until the block ends.
+        Raises AdapterError where the LoRA does not fit the model.
+        """
+        from loracast.lora.inject import inject
+
+        return inject(model, self)
+
+    def to_peft(self, model: Any, name: str = "default") -> Any:
+        """A `peft.PeftModel` around a transformers model with this LoRA as the adapter `name`.
+
+        PEFT puts its layers into the model that is given; `unload()` of what is returned takes them out. A PeftModel
+        gets the LoRA as one more adapter. Raises AdapterError where the LoRA does not fit, PackageError without PEFT.
+        """
+        from loracast.lora.peft_format import peft_model
+
+        return peft_model(self, model, name)
+
+    def save_pretrained(self, folder: str | Path, base: str | None = None) -> Path:
+        """Write the LoRA in PEFT's format, which `PeftModel.from_pretrained` loads; returns the folder.
+
+        Nothing is lost: modules get one rank, smaller ones padded with zeros, and dense deltas become factors of full
+        rank. `base` names the base for whoever finds the folder.
+        """
+        from loracast.lora.peft_format import write_peft_folder
+        from loracast.lora.uniform import uniform
+
+        return write_peft_folder(uniform(self), Path(folder), base)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> LoRA:
+        """The LoRA in a folder or hub repository in PEFT's format, its scale folded into B.
+
+        Raises AdapterError where there is none, or more than a LoRA on linear modules; with every fault that there is.
+        """
+        from loracast.hub import folder_of
+        from loracast.lora.peft_format import PEFT_FILES, read_peft
+
+        return read_peft(folder_of(source, PEFT_FILES, "adapter in PEFT's format", AdapterError, revision))
 
 
 def _each_tensor(

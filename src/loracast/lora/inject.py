@@ -3,19 +3,33 @@
 A forward hook on each target module adds `(x A') B'` to the module's output: two small matmuls for each LoRA and row,
 no copy of a factor per token, the base's weights untouched. Works under autograd and under generation with a KV
 cache.
+
+The hooks are seen by every thread that runs the model, so each model has a lock: it is held while LoRAs are applied,
+and whoever reads the model without one takes it too.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from loracast.errors import AdapterError
 from loracast.lora.algebra import LoRA, LoRABatch, stack
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def model_lock(model: nn.Module) -> threading.RLock:
+    """The lock of a model, the same one for everybody who has the model; a thread may take it several times."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 @contextmanager
@@ -24,7 +38,7 @@ def inject(
     loras: LoRA | LoRABatch | Sequence[LoRA | None] | None,
     gates: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Iterator[nn.Module]:
-    """Apply LoRAs to `model` while the context lasts.
+    """Apply LoRAs to `model` while the context lasts; other threads that use the model wait until then.
 
     Args:
         model: the base, a module whose submodules the LoRAs name.
@@ -39,20 +53,21 @@ def inject(
     # A list holds one for each row, also where all of them are the same and were stacked once.
     n_rows = len(loras) if isinstance(loras, Sequence) else batch.n if batch.n > 1 else None
     modules = _modules_for(model, batch)
-    handles = []
-    try:
-        for name, module in modules.items():
-            chains: list[Sequence[Tensor]] = [batch.factors[name]] if name in batch.factors else []
-            chains += [[batch.dense[name]]] if name in batch.dense else []
-            # On the weight's device and, unless that is quantised, in its type: once here, not for every token.
-            w = module.weight
-            dtype = w.dtype if w.is_floating_point() else None
-            chains = [[matrix.to(w.device, dtype) for matrix in chain] for chain in chains]
-            handles.append(module.register_forward_hook(_hook(n_rows, chains, gates.get(name))))
-        yield model
-    finally:
-        for handle in handles:
-            handle.remove()
+    with model_lock(model):
+        handles = []
+        try:
+            for name, module in modules.items():
+                chains: list[Sequence[Tensor]] = [batch.factors[name]] if name in batch.factors else []
+                chains += [[batch.dense[name]]] if name in batch.dense else []
+                # On the weight's device and, unless that is quantised, in its type: once here, not for every token.
+                w = module.weight
+                dtype = w.dtype if w.is_floating_point() else None
+                chains = [[matrix.to(w.device, dtype) for matrix in chain] for chain in chains]
+                handles.append(module.register_forward_hook(_hook(n_rows, chains, gates.get(name))))
+            yield model
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,7 @@
-"""Reads a LoRA from a folder in PEFT's format (adapter_config.json, adapter_model.safetensors), and checks it first."""
+"""LoRAs in PEFT's format: folders with adapter_config.json and adapter_model.safetensors, and adapters of a PeftModel.
+
+What is read is checked first.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,26 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from loracast.errors import AdapterError
+from loracast.errors import AdapterError, PackageError
+from loracast.files import write_atomically
 from loracast.lora.algebra import Factors, LoRA
+from loracast.lora.inject import inject
 from loracast.lora.tensor_file import TensorInfo, number_faults, read_header
+from loracast.lora.uniform import Uniform, uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-FACTOR_NAMES = (f"{_PREFIX}{{}}{_A}", f"{_PREFIX}{{}}{_B}")
+_FACTOR_NAMES = (f"{_PREFIX}{{}}{_A}", f"{_PREFIX}{{}}{_B}")
 """How PEFT calls A [r, in] and B [out, r] of a module."""
 MAX_RANK = 512
-"""The largest that vLLM serves."""
+"""The largest that vLLM serves; a module that is larger on both sides may have more, up to its smaller side."""
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _TYPES = ("F32", "BF16", "F16")
 
 
@@ -59,6 +70,78 @@ def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
     return LoRA(factors)
 
 
+def write_peft_folder(
+    made: Uniform, folder: Path, base: str | None = None, about: Mapping[str, str] = MappingProxyType({})
+) -> Path:
+    """Write a LoRA as PEFT does; returns the folder, made if need be.
+
+    Args:
+        base: name of the base, for people: PEFT is given the base by its user.
+        about: provenance, which goes into the weights' metadata, since PEFT drops keys of its config that it does not
+            know.
+    """
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: factor.contiguous() for name, factor in _peft_tensors(made).items()}
+    write_atomically(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt", **about}))
+    write_atomically(folder / "adapter_config.json", json.dumps(_peft_config(made, base), indent=2).encode())
+    return folder
+
+
+def peft_model(lora: LoRA, model: Any, name: str) -> Any:
+    """A PeftModel around a transformers model, or the PeftModel that is given, with the LoRA as the adapter `name`.
+
+    Raises:
+        AdapterError: the LoRA does not fit the model. PackageError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+    except ImportError as error:
+        raise PackageError("to_peft needs PEFT: pip install peft") from error
+    made = uniform(lora)
+    config = LoraConfig(**_peft_config(made, getattr(model, "name_or_path", None)))
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+    else:
+        with inject(model, lora):  # raises for a LoRA that does not fit, before PEFT changes the model
+            pass
+        model = PeftModel(model, config, adapter_name=name)
+    set_peft_model_state_dict(model, _peft_tensors(made), adapter_name=name)
+    return model
+
+
+def _peft_tensors(made: Uniform) -> dict[str, Tensor]:
+    """The factors under PEFT's names."""
+    return {
+        name.format(module): factor
+        for module, pair in made.lora.factors.items()
+        for name, factor in zip(_FACTOR_NAMES, pair, strict=True)
+    }
+
+
+def _peft_config(made: Uniform, base: str | None) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": None,
+        "inference_mode": True,
+        "r": made.rank,
+        "lora_alpha": made.rank,
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": sorted(made.lora.factors),  # whole paths: a kind's name alone would mean every layer
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
 def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Read adapter_config.json, with its faults: whatever makes it more than a plain LoRA's."""
     try:
@@ -83,9 +166,9 @@ def _faults_of(name: str, a: TensorInfo, b: TensorInfo, shapes: Mapping[str, tup
     faults = [f"{name}: factors of type {info.dtype}" for info in (a, b) if info.dtype not in _TYPES]
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         return [*faults, f"{name}: A {list(a.shape)} and B {list(b.shape)} are no factors of one matrix"]
-    if not 1 <= a.shape[0] <= MAX_RANK:
-        faults.append(f"{name}: rank {a.shape[0]} is not from 1 to {MAX_RANK}")
     found = (b.shape[0], a.shape[1])
+    if not 1 <= a.shape[0] <= (most := max(MAX_RANK, min(found))):
+        faults.append(f"{name}: rank {a.shape[0]} is not from 1 to {most}")
     if shapes is not None and name not in shapes:
         faults.append(f"{name}: the base has no such linear module")
     elif shapes is not None and found != shapes[name]:

@@ -1,0 +1,52 @@
+"""What the methods of the public `Model` take: documents, questions, adapters, and their keyword arguments by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, TypedDict
+
+from loracast.base.chat import Message
+from loracast.base.generate import Sampling
+from loracast.cast.document import Progress
+from loracast.documents import Document
+from loracast.documents.images import ImageFile
+from loracast.library.adapter import Adapter
+from loracast.lora.algebra import LoRA
+from loracast.lora.quantize import Storage
+
+Readable = str | Path | BinaryIO | Document | ImageFile
+"""A path, "-" for standard input, an open binary stream, or what has been read already. A text is no path: it is given
+as `Document.from_text(text)`."""
+Question = str | Sequence[Message]
+"""A question, or the messages of a chat, the last one the user's."""
+Chosen = Adapter | LoRA | str | Sequence[Adapter | str]
+"""What a question is answered with: an adapter or its name, several, none (the plain base), or one LoRA. "*" is the
+whole library and a pattern such as "manuals-*" all documents with such names, of which those that match are opened."""
+
+
+class Asking(TypedDict, total=False):
+    """Options of `Model.ask`, `answer` and `stream`."""
+
+    tag: str
+    """Choose among the documents with this tag."""
+    route: int | None
+    """Number of chunks that are merged for the question, of each document that is named and of all that a pattern or a
+    tag stands for; None merges all of those that are named. 2 by default."""
+    system: str | None
+    """The system turn, "" for an empty one (the default), None for the template's own. A chat may have one."""
+    sampling: Sampling
+    """How tokens are chosen; greedily by default."""
+
+
+class Keeping(TypedDict, total=False):
+    """Options of `Model.learn`."""
+
+    max_chunk_tokens: int
+    """Longest chunk; the shipped hypernetwork was trained with up to 256."""
+    storage: Storage
+    """How a document's factors are kept (lora/quantize.py), "int8" by default; an image's are in bf16."""
+    replace: bool
+    """Whether an adapter of that name is replaced."""
+    progress: Progress
+    """Called with the chunks done and the chunks in all."""
