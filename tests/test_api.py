@@ -12,7 +12,7 @@ import torch
 
 import loracast
 from loracast.base.generate import Answer
-from loracast.errors import AdapterError, BaseModelError, ConfigError, DocumentError
+from loracast.errors import AdapterError, BaseModelError, ConfigError, DocumentError, LoracastError
 from loracast.lora.merge import Merging
 from tiny import PROSE, make_model, make_tokenizer
 
@@ -261,6 +261,9 @@ def test_a_stream_gives_the_pieces_of_the_answer(learned):
     assert isinstance(answer, Answer) and answer.sources[0].adapter == "note"
     with pytest.raises(BaseModelError, match="window"):
         list(learned.stream(QUESTIONS[0], sampling=loracast.Sampling(max_new_tokens=10_000)))
+    applied = learned.cast(loracast.Document.from_text(NOTE)).applied(learned.base.model)
+    with applied, pytest.raises(LoracastError, match="applies a LoRA"):
+        list(learned.stream(QUESTIONS[0]))
 
 
 def test_leaving_a_stream_stops_the_generation(learned, monkeypatch):

@@ -211,14 +211,14 @@ def test_without_a_base_a_hypernetwork_of_another_one_is_refused_before_the_defa
 ):
     hypernet = make("document")
     save_pretrained(hypernet, tmp_path / "other")
-    monkeypatch.setattr("loracast.cast.load.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
+    monkeypatch.setattr("loracast.model.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
     for loader in (load, partial(load, eager=False)):
         with pytest.raises(BaseModelError, match=f"was made for the base {hypernet.made_for.base!r}, .*--base"):
             loader(hypernetwork=tmp_path / "other")
     with pytest.raises(BaseModelError, match="was made for the base"):
         load(task_hypernetwork=tmp_path / "other")
     loaded = []
-    monkeypatch.setattr("loracast.cast.load.load_base", lambda base, **_: loaded.append(base))
+    monkeypatch.setattr("loracast.model.load_base", lambda base, **_: loaded.append(base))
     load(hypernetwork=shipped_hypernetwork("smollm2-135m-instruct"), eager=False)  # made for the default
     load("another", hypernetwork=tmp_path / "other", eager=False)  # the base itself is checked later
     assert loaded == [None, "another"]

@@ -173,8 +173,8 @@ class Model:
             for piece in model.stream("How long is the warranty?", "manual"):
                 print(piece, end="")
 
-        Leaving the loop stops the generation. Another thread generates, so it must not run while this thread holds the
-        base with `lora.applied`. Arguments as in `ask`.
+        Leaving the loop stops the generation. Another thread generates, so `stream` is refused inside a block of
+        `lora.applied`. Arguments as in `ask`.
         """
         request = self._request(question, adapter, **options)
         given = yield from stream(self.base, request.prompt, request.lora, request.sampling)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import chain, pairwise
+from threading import Lock
 from typing import Any
 
 from loracast.errors import BaseModelError
 
+_ENCODING = Lock()
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": ...}`"""
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text in which a string such as `<|im_end|>` is text, not a control token."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    ids = _encode(tokenizer, text, split_special_tokens=True)["input_ids"]
     return ids if control_ids(tokenizer).isdisjoint(ids) else encode_with_offsets(tokenizer, text)[0]
 
 
@@ -30,9 +32,7 @@ def encode_inside(tokenizer: Any, text: str) -> list[int]:
 
 def encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """As `encode_text`, with the character offsets of each token."""
-    encoded = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-    )
+    encoded = _encode(tokenizer, text, split_special_tokens=True, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     control = control_ids(tokenizer)
     # The tokenizer splits special tokens, but not other markers of the template: these are cut in two here.
@@ -54,7 +54,7 @@ def control_ids(tokenizer: Any) -> frozenset[int]:
     added = tokenizer.added_tokens_decoder.items()
     control = frozenset(i for i, t in added if t.special or (t.content.strip() and t.content in template))
     # The token for unknown characters occurs in ordinary text.
-    unknown = tokenizer("\U000f1234", add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    unknown = _encode(tokenizer, "\U000f1234", split_special_tokens=True)["input_ids"]
     return control.difference(unknown)
 
 
@@ -163,4 +163,10 @@ class ChatFormat:
 
 def _encode_template(tokenizer: Any, text: str) -> list[int]:
     """Token ids of the template's own text, in which markers become control tokens."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+    return _encode(tokenizer, text)["input_ids"] if text else []
+
+
+def _encode(tokenizer: Any, text: str, **options: bool) -> Any:
+    """What a tokenizer makes of a text, for one thread at a time: its options become its state while it encodes."""
+    with _ENCODING:
+        return tokenizer(text, add_special_tokens=False, verbose=False, **options)

@@ -13,7 +13,7 @@ from threading import Event
 import torch
 
 from loracast.base.load import Base
-from loracast.errors import BaseModelError
+from loracast.errors import BaseModelError, LoracastError
 from loracast.lora.algebra import LoRA
 from loracast.lora.inject import inject
 
@@ -109,6 +109,8 @@ def stream(
 
     Closing the generator stops the generation.
     """
+    if base.lock._is_owned():  # type: ignore[attr-defined]  # the generating thread would wait for ever
+        raise LoracastError("this thread applies a LoRA to the base: stream outside of that block, or call answer")
     pieces: SimpleQueue[str | None] = SimpleQueue()
     is_closed = Event()
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from threading import RLock
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -186,10 +187,11 @@ class Caster:
     ):
         """
         Args:
-            lock: held while the encoder runs: the base's, so that it reads without another thread's LoRA.
+            lock: held while the encoder runs: the base's, so that it reads without another thread's LoRA; one of its
+                own if None.
         """
         self.hypernetwork = hypernetwork.eval()
-        self._lock = nullcontext() if lock is None else lock
+        self._lock = RLock() if lock is None else lock
         self.encoder: Any = encoder
         self.id = hypernetwork.id
         self._dtype = torch.bfloat16 if in_bf16 else None
