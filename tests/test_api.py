@@ -21,7 +21,7 @@ QUESTIONS = [
     "What is the access number of the amber lantern?", "How long is the warranty?", "Who built the old bridge?",
     "When does the museum open?",
 ]  # fmt: skip
-SHORT = loracast.Sampling(max_new_tokens=8)
+ALWAYS = {"sampling": loracast.Sampling(max_new_tokens=8), "always": True}  # also where a question is about no document
 IDS = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
@@ -63,7 +63,7 @@ def test_a_model_of_transformers_is_used_as_it_is(tiny_hypernet_folder, tmp_path
     model = loracast.load(model=mine, tokenizer=make_tokenizer(), hypernetwork=tiny_hypernet_folder, library=tmp_path)
     assert model.base.model is mine and not mine.training and not any(p.requires_grad for p in mine.parameters())
     adapter = model.learn(note, "note", storage="bf16")
-    said = model.ask(QUESTIONS[0], adapter, sampling=SHORT, route=None)
+    said = model.ask(QUESTIONS[0], adapter, **ALWAYS, route=None)
     with adapter.lora().applied(mine):
         assert said == generated(model.base, model.base.chat.prompt(QUESTIONS[0], ""))
     assert all(torch.equal(value, before[name]) for name, value in mine.state_dict().items())
@@ -221,17 +221,17 @@ def test_a_lora_that_does_not_fit_leaves_the_model_alone(model, note, tmp_path):
 
 def test_a_batch_answers_as_one_question_after_the_other(learned, note):
     chosen = ["note", ["manual", "house"], learned.cast(note), ()]
-    assert learned.ask(QUESTIONS, chosen, sampling=SHORT) == [
-        learned.ask(*pair, sampling=SHORT) for pair in zip(QUESTIONS, chosen, strict=True)
+    assert learned.ask(QUESTIONS, chosen, **ALWAYS) == [
+        learned.ask(*pair, **ALWAYS) for pair in zip(QUESTIONS, chosen, strict=True)
     ]
-    answers = learned.answer(QUESTIONS, "manual", sampling=SHORT)
+    answers = learned.answer(QUESTIONS, "manual", **ALWAYS)
     for one, question in zip(answers, QUESTIONS, strict=True):
-        alone = learned.answer(question, "manual", sampling=SHORT)
+        alone = learned.answer(question, "manual", **ALWAYS)
         assert (one.text, one.sources, one.n_prompt_tokens, one.n_tokens, one.finished) == (
             alone.text, alone.sources, alone.n_prompt_tokens, alone.n_tokens, alone.finished
         )  # fmt: skip
         assert 0 < one.first_token_s <= one.total_s
-    assert len({one.text for one in learned.answer([QUESTIONS[0]] * 3, ["note", "manual", ()], sampling=SHORT)}) == 3
+    assert len({one.text for one in learned.answer([QUESTIONS[0]] * 3, ["note", "manual", ()], **ALWAYS)}) == 3
     with pytest.raises(AdapterError, match="2 adapters for 4 questions"):
         learned.ask(QUESTIONS, ["note", "manual"])
     with pytest.raises(AdapterError, match="a LoRA answers alone"):
@@ -239,7 +239,7 @@ def test_a_batch_answers_as_one_question_after_the_other(learned, note):
 
 
 def test_an_answer_names_the_chunks_that_were_used(learned):
-    answer = learned.answer("What is the access number of the amber lantern?", "note", sampling=SHORT)
+    answer = learned.answer("What is the access number of the amber lantern?", "note", **ALWAYS)
     (source,) = answer.sources
     assert (source.adapter, source.heading) == ("note", "Lantern") and "5283" in NOTE[source.start : source.end]
 
@@ -289,16 +289,16 @@ def test_messages_of_a_chat(learned):
         {"role": "assistant", "content": "The lamp."},
         {"role": "user", "content": "And what else?"},
     ]
-    answer = learned.answer(chat, "manual", sampling=SHORT)
+    answer = learned.answer(chat, "manual", **ALWAYS)
     theirs = learned.base.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert answer.n_prompt_tokens == len(theirs)
-    lora, _ = learned.lora_for("What is made in the north? And what else?", "manual")
+    lora, _ = learned.lora_for("What is made in the north? And what else?", "manual", always=True)
     with lora.applied(learned.base.model):
         assert answer.text == generated(learned.base, theirs)
-    assert learned.ask([chat, chat[:2]], "manual", sampling=SHORT) == [
-        answer.text, learned.ask(chat[:2], "manual", sampling=SHORT)
+    assert learned.ask([chat, chat[:2]], "manual", **ALWAYS) == [
+        answer.text, learned.ask(chat[:2], "manual", **ALWAYS)
     ]  # fmt: skip
-    assert learned.ask(chat[1:2], "note", sampling=SHORT) == learned.ask(chat[1]["content"], "note", sampling=SHORT)
+    assert learned.ask(chat[1:2], "note", **ALWAYS) == learned.ask(chat[1]["content"], "note", **ALWAYS)
     with pytest.raises(ConfigError, match="must be the user's"):
         learned.ask(chat[:3], "manual")
 
@@ -337,7 +337,7 @@ def test_threads_get_the_answers_that_they_would_get_alone(learned, tiny_hyperne
         learned.base.model, tiny_hypernet_folder, tokenizer=learned.base.tokenizer, library=learned.library
     )
     chosen = ["note", "manual", "house", ()]
-    expected = [learned.ask(QUESTIONS[0], one, sampling=SHORT) for one in chosen]
+    expected = [learned.ask(QUESTIONS[0], one, **ALWAYS) for one in chosen]
     assert len(set(expected)) == 4
     document = loracast.Document.from_text(PROSE * 2)
     lora = learned.cast(document, max_chunk_tokens=40)
@@ -346,8 +346,8 @@ def test_threads_get_the_answers_that_they_would_get_alone(learned, tiny_hyperne
     def ask(number: int) -> list[str]:
         model = (learned, beside)[number % 2]
         start.wait(30)
-        said = [model.ask(QUESTIONS[0], chosen[number], sampling=SHORT) for _ in range(4)]
-        return [*said, "".join(model.stream(QUESTIONS[0], chosen[number], sampling=SHORT)).strip()]
+        said = [model.ask(QUESTIONS[0], chosen[number], **ALWAYS) for _ in range(4)]
+        return [*said, "".join(model.stream(QUESTIONS[0], chosen[number], **ALWAYS)).strip()]
 
     def cast(number: int):
         start.wait(30)

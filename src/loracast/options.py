@@ -30,6 +30,9 @@ class Asking(TypedDict, total=False):
 
     tag: str
     """Choose among the documents with this tag."""
+    always: bool
+    """Answer with the documents' adapters even where the question is not about them at all; otherwise the plain base
+    answers then (library/relevance.py)."""
     route: int | None
     """Number of chunks that are merged for the question, of each document that is named and of all that a pattern or a
     tag stands for; None merges all of those that are named. 2 by default."""
@@ -45,7 +48,7 @@ class Keeping(TypedDict, total=False):
     max_chunk_tokens: int
     """Longest chunk; the shipped hypernetwork was trained with up to 256."""
     storage: Storage
-    """How a document's factors are kept (lora/quantize.py), "int8" by default; an image's are in bf16."""
+    """How a document's factors are kept (lora/quantize.py), "int4" by default; an image's are in bf16."""
     replace: bool
     """Whether an adapter of that name is replaced."""
     progress: Progress
