@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Processes that run tests side by side: one for each processor, or a number.
 WORKERS ?= logical
 
-.PHONY: demo test runtimes lint setup setup-dev clean
+.PHONY: demo test runtimes lint docs setup setup-dev clean
 
 demo: setup
 	$(BIN)/loracast demo examples/manual.pdf
@@ -22,6 +22,10 @@ lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The pages as a site, in build/site: every broken link or name is an error. Needs no network once it is installed.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 
@@ -33,6 +37,10 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	touch $@
 
 clean:
