@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import loracast
 from loracast.cli import app
 from loracast.errors import AdapterError
+from loracast.library.files import reading
 from loracast.library.index import read_chunks
 from loracast.library.library import adapter_names, describe_adapter, remove_adapter, rename_adapter
 from loracast.library.register import Match
@@ -142,8 +143,9 @@ def test_a_name_in_all_chunks_of_one_document_is_rare_among_documents(model):
     parts = (f"## Part {i}\n\nThe Trask has a part with the number {i}. Every spring it is oiled." for i in range(8))
     write(model, "drill", "# Trask\n\nThe Trask was designed by Osla.\n\n" + "\n\n".join(parts))
     write(model, "juicer", "# Halvorsen\n\nIt was designed by Mina, who also designed its box.")
-    assert found(model, "Who designed the Trask?").keys() == {"drill"}
-    assert next(iter(found(model, "Who designed the Halvorsen?"))) == "juicer"
+    with reading(model.library) as register:
+        for question, name in (("Who designed the Trask?", "drill"), ("Who designed the Halvorsen?", "juicer")):
+            assert {match.name for match in register.best_chunks(question, 2)} == {name}
 
 
 def test_where_nothing_matches_the_plain_base_answers(asked):
