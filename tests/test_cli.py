@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import loracast
 from adapters import write
+from commands import every_command
 from loracast.cli import app
 from loracast.documents import Chunk
 from loracast.library.library import adapter_names, open_adapter
@@ -171,23 +172,6 @@ def test_light_commands_import_nothing_heavy(command, tmp_path):
 
 def test_version(run):
     assert run("--version").stdout == f"loracast {loracast.__version__}\n"
-
-
-def test_the_page_of_the_command_line_has_every_command():
-    page = (ROOT / "docs" / "command-line.md").read_text()
-    assert re.findall(r"^### `loracast ([\w-]+)`$", page, re.MULTILINE) == list(typer.main.get_command(app).commands)
-
-
-def every_command(group=None, path=()):
-    """Every command that takes options, with all of them, by its words."""
-    group = group or typer.main.get_command(app)
-    context = typer.Context(group)
-    for name in group.list_commands(context):
-        _, command, _ = group.resolve_command(context, [name])
-        if hasattr(command, "list_commands"):
-            yield from every_command(command, (*path, name))
-        else:
-            yield (*path, name), command
 
 
 def test_every_option_of_every_command_is_in_its_help(run):
