@@ -1,7 +1,8 @@
-"""Hooks of mkdocs: the pages of the repository's root become pages of the site, and links between both keep working."""
+"""Hooks of mkdocs: pages of the repository's root and the tutorial's notebook become pages, and links keep working."""
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -14,10 +15,21 @@ ROOT_PAGES = {"README.md": "index.md"} | {name: name for name in ("CHANGELOG.md"
 
 
 def on_files(files, config):
-    """Add the pages of the root to those of docs."""
+    """Add the pages of the root, and the tutorial, to those of docs."""
     for name, page in ROOT_PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / name)))
+    notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())
+    files.append(File.generated(config, "tutorial.md", content="\n\n".join(map(cell_text, notebook["cells"]))))
     return files
+
+
+def cell_text(cell):
+    """A cell of a notebook as Markdown, with what it printed."""
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return source
+    printed = "".join(line for output in cell["outputs"] for line in output["text"])
+    return f"```python\n{source}\n```" + f"\n\n```text\n{printed}```" * bool(printed)
 
 
 def on_page_markdown(markdown, page, config, files):
