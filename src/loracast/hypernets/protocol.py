@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,50 @@ class Hypernetwork(nn.Module):
     """The base that it was trained for; None until it is trained or loaded."""
     former_ids: tuple[str, ...] = ()
     """Ids under which earlier releases knew the same hypernetwork: adapters that name one of them belong to it."""
+    provenance: Mapping[str, Any] = MappingProxyType({})
+    """How it was made, as its config.json says; empty until it is trained or loaded."""
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Self:
+        """Read a hypernetwork of this class (of any, from `Hypernetwork`) from a folder or a hub repository.
+
+            hypernetwork = loracast.Hypernetwork.from_pretrained("me/my-hypernetwork")
+            model = loracast.load("me/my-base", hypernetwork)
+
+        Args:
+            revision: branch, tag or commit of the repository.
+
+        Raises:
+            HypernetworkError: missing, damaged, or of another class; with every fault.
+        """
+        from loracast.hypernets.store import from_pretrained
+
+        return from_pretrained(source, cls, revision)
+
+    def save_pretrained(
+        self, folder: str | Path, *, storage: str = "bfloat16", provenance: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write config.json, model.safetensors and a model card, README.md; arguments as in `store.save_pretrained`."""
+        from loracast.hypernets.store import save_pretrained
+
+        save_pretrained(self, Path(folder), storage=storage, provenance=provenance)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        storage: str = "bfloat16",
+        private: bool | None = None,
+        revision: str | None = None,
+        message: str = "Upload a hypernetwork",
+    ) -> str:
+        """Write it to a repository of the Hugging Face hub, made if need be; returns the commit's address.
+
+        A model card that the repository has already stays. Arguments and errors as in `store.push_to_hub`.
+        """
+        from loracast.hypernets.store import push_to_hub
+
+        return push_to_hub(self, repository, storage=storage, private=private, revision=revision, message=message)
 
     @property
     def id(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from loracast.files import write_atomically
 from loracast.hub import folder_of
 from loracast.hypernets import format_1
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
+from loracast.hypernets.card import CARD, GENERATED, model_card
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.protocol import Hypernetwork
 from loracast.hypernets.published import PublishedDocToLoRA
@@ -44,15 +46,16 @@ def save_pretrained(
     folder: Path,
     *,
     storage: str = "bfloat16",
-    provenance: dict[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a hypernetwork.
+    """Write a hypernetwork: config.json, model.safetensors, and a model card where its author has not written one.
 
     Args:
         folder: created if need be; config.json is written last, so that no half-written folder can be read.
         storage: "float32", "bfloat16", or "int8": large matrices in int8 with one scale for each output column, the
-            rest in bfloat16.
-        provenance: how it was made (command, seed, data), kept in config.json.
+            rest in bfloat16. Only float32 keeps its id.
+        provenance: how it was made (command, seed, data; `licence` and `figures` for the card), kept in config.json;
+            its own if None.
     """
     from safetensors.torch import save
 
@@ -62,6 +65,7 @@ def save_pretrained(
         )
     if storage not in STORAGE:
         raise ConfigError(f"unknown storage {storage!r}; one of {', '.join(STORAGE)}")
+    provenance = hypernet.provenance if provenance is None else provenance
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for name, value in hypernet.state_dict().items():
@@ -76,17 +80,68 @@ def save_pretrained(
         "architecture": type(hypernet).__name__,
         "made_for": hypernet.made_for.to_dict(),
         "config": dataclasses.asdict(hypernet.config),
-        "provenance": provenance or {},
+        "provenance": dict(provenance),
     }
     write_atomically(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    card = folder / CARD
+    if not card.exists() or GENERATED in card.read_text(encoding="utf-8"):
+        write_atomically(card, model_card(hypernet, provenance).encode())
     write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
 
 
-def from_pretrained(source: str | Path, architecture: type[H] = Hypernetwork) -> H:  # type: ignore[assignment]
+def push_to_hub(
+    hypernet: Hypernetwork,
+    repository: str,
+    *,
+    storage: str = "bfloat16",
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str = "Upload a hypernetwork",
+) -> str:
+    """Write a hypernetwork to a hub repository, made if need be; returns the commit's address.
+
+    Args:
+        repository: `name`, or `owner/name`.
+        storage: as in `save_pretrained`.
+        private: whether a new repository is private; the owner's default if None.
+        revision: branch, made if need be; the main branch if None.
+        message: of the commit.
+
+    Raises:
+        HypernetworkError: the hub cannot be reached or refuses it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    hub = HfApi()
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(hypernet, Path(folder), storage=storage)
+        try:
+            made = hub.create_repo(repository, private=private, exist_ok=True).repo_id
+            if revision is not None:
+                hub.create_branch(made, branch=revision, exist_ok=True)
+            has_card = hub.file_exists(made, CARD, revision=revision)
+            return hub.upload_folder(
+                repo_id=made, folder_path=folder, revision=revision, commit_message=message,
+                ignore_patterns=[CARD] if has_card else None,
+            ).commit_url  # fmt: skip
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise HypernetworkError(
+                f"the hub did not take the hypernetwork as {repository!r}: log in with `hf auth login`, and check the "
+                f"name ({(str(error).splitlines() or [type(error).__name__])[0]})"
+            ) from error
+
+
+def from_pretrained(
+    source: str | Path,
+    architecture: type[H] = Hypernetwork,  # type: ignore[assignment]
+    revision: str | None = None,
+) -> H:
     """Read a hypernetwork from a folder or a hub repository.
 
     Args:
         architecture: the class wanted, or a common base class such as `DescriptionHypernetwork`; any if left out.
+        revision: branch, tag or commit of the repository.
 
     Returns:
         the hypernetwork in fp32, in evaluation mode, with the base that it was made for.
@@ -97,7 +152,7 @@ def from_pretrained(source: str | Path, architecture: type[H] = Hypernetwork) ->
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = _folder_of(source)
+    folder = _folder_of(source, revision)
     stored = _stored(folder)
     name, written_as = stored.get("architecture"), stored.get("format")
     if written_as not in (1, FORMAT) or name not in _ARCHITECTURES:
@@ -120,7 +175,7 @@ def from_pretrained(source: str | Path, architecture: type[H] = Hypernetwork) ->
         raise HypernetworkError(f"the config.json of {folder} is damaged ({type(error).__name__}: {error})") from error
     weights = _checked(hypernet, format_1.tensors(tensors), folder)
     hypernet.load_state_dict(weights, assign=True)
-    hypernet.made_for = made_for
+    hypernet.made_for, hypernet.provenance = made_for, stored.get("provenance", {})
     hypernet.former_ids = tuple(stored.get("former_ids", ()))
     if stored["format"] == 1:
         hypernet.former_ids = (format_1.former_id(weights, tensors),)

@@ -1,0 +1,162 @@
+"""Hub repositories, as they lie in the hub's cache: the hub's own code finds revisions there without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+
+import loracast
+from loracast.errors import AdapterError, BaseModelError, HypernetworkError
+from loracast.hypernets.card import GENERATED
+from tiny import make_hypernet, make_model, make_tokenizer
+
+DATA = {"texts": ["prose.jsonl.gz"], "text_sources": ["squad"], "needle_kinds": ["code"], "seed": 3}
+STEP = {"command": "loracast train doc recipe.toml", "data": DATA}
+OTHER = {"command": "loracast train doc next.toml --init-from run", "data": {}}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of the hub; `hub(folder, repository, revision)` puts a folder into it as a revision of a repository."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    def publish(folder: Path, repository: str, revision: str = "main", ignored=()) -> None:
+        place = cache / f"models--{repository.replace('/', '--')}"
+        commit = hashlib.sha1(f"{folder}{revision}".encode()).hexdigest()
+        shutil.copytree(
+            folder, place / "snapshots" / commit, ignore=shutil.ignore_patterns(*ignored), dirs_exist_ok=True
+        )
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / revision).write_text(commit)
+
+    return publish
+
+
+def test_a_revision_of_a_base(hub, tmp_path):
+    for seed, revision in enumerate(("main", "v2")):
+        make_model(seed=seed).save_pretrained(tmp_path / revision)
+        make_tokenizer().save_pretrained(tmp_path / revision)
+        hub(tmp_path / revision, "me/tiny", revision)
+    for seed, revision in ((0, None), (0, "main"), (1, "v2")):
+        base = loracast.load_base("me/tiny", revision=revision, dtype="float32", device="cpu")
+        assert base.name == "me/tiny" and torch.equal(base.model.lm_head.weight, make_model(seed=seed).lm_head.weight)
+    with pytest.raises(BaseModelError, match="cannot load the base 'me/tiny'"):
+        loracast.load_base("me/tiny", revision="v3", device="cpu")
+
+
+def test_a_revision_of_a_lora_and_of_a_hypernetwork(hub, base, tmp_path):
+    lora = make_hypernet(base).bind(base)
+    one = lora.loras_of(lora.encode([[5, 6, 7]])).row(0)
+    for strength, revision in ((1, "main"), (3, "strong")):
+        one.scale(strength).save_pretrained(tmp_path / revision)
+        hub(tmp_path / revision, "me/lora", revision)
+        make_hypernet(base, seed=strength).save_pretrained(tmp_path / f"h-{revision}", storage="float32")
+        hub(tmp_path / f"h-{revision}", "me/hypernetwork", revision)
+    name = one.names[0]
+    torch.testing.assert_close(loracast.LoRA.from_pretrained("me/lora").delta(name), one.delta(name))
+    strong = loracast.LoRA.from_pretrained("me/lora", revision="strong")
+    torch.testing.assert_close(strong.delta(name), 3 * one.delta(name))
+    for seed, revision in ((1, None), (3, "strong")):
+        read = loracast.Hypernetwork.from_pretrained("me/hypernetwork", revision=revision)
+        assert read.id == make_hypernet(base, seed=seed).id
+    with pytest.raises(AdapterError, match="no adapter in PEFT's format at 'me/lora'"):
+        loracast.LoRA.from_pretrained("me/lora", revision="gone")
+    with pytest.raises(HypernetworkError, match="no hypernetwork at 'me/hypernetwork'"):
+        loracast.Hypernetwork.from_pretrained("me/hypernetwork", revision="gone")
+
+
+def test_a_hypernetwork_is_pushed_and_loaded_from_the_hub(hub, base, tiny_folder, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        HfApi,
+        "create_repo",
+        lambda self, name, **options: calls.append((name, options)) or SimpleNamespace(repo_id=f"me/{name}"),
+    )
+    monkeypatch.setattr(HfApi, "create_branch", lambda self, name, *, branch, exist_ok: calls.append((name, branch)))
+    monkeypatch.setattr(HfApi, "file_exists", lambda self, name, file, *, revision: revision == "v2")
+
+    def upload_folder(self, *, repo_id, folder_path, revision, commit_message, ignore_patterns):
+        hub(Path(folder_path), repo_id, revision or "main", ignore_patterns or ())
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    made = make_hypernet(base)
+    made.provenance = {"history": [STEP]}
+    assert made.push_to_hub("hyper", storage="float32", private=True) == "https://hub/me/hyper/commit/1"
+    made.push_to_hub("hyper", storage="float32", revision="v2")
+    assert calls == [
+        ("hyper", {"private": True, "exist_ok": True}), ("hyper", {"private": None, "exist_ok": True}), ("me/hyper", "v2")
+    ]  # fmt: skip
+    cards = {path.parent.name for path in (tmp_path / "cache").rglob("README.md")}
+    assert len(cards) == 1  # the branch has one already, which stays
+    read = loracast.Hypernetwork.from_pretrained("me/hyper")
+    assert (read.id, read.provenance) == (made.id, made.provenance)
+    model = loracast.load(tiny_folder, read, library=tmp_path / "library", device="cpu")
+    note = loracast.Document.from_text("The lamp was made in the north.")
+    assert model.learn(note, "note").manifest.hypernetwork == made.id
+    by_name = loracast.load(tiny_folder, "me/hyper", library=tmp_path / "library", device="cpu")
+    assert by_name.cast(note).delta(read.config.target.names[0]).any()
+
+
+def test_a_refusal_of_the_hub_is_said_plainly(base, monkeypatch):
+    def refuse(self, *args, **options):
+        raise OSError("no token")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(HypernetworkError, match=r"hf auth login.*no token"):
+        make_hypernet(base).push_to_hub("me/hyper")
+
+
+def test_the_model_card_says_what_is_known(base, hypernetwork, tmp_path):
+    made = make_hypernet(base)
+    about = {
+        "average_of": [{"history": [STEP, OTHER]}, {"history": [STEP]}], "licence": "apache-2.0",
+        "figures": {"exact match on 400 needles": "100 %"},
+    }  # fmt: skip
+    made.save_pretrained(tmp_path / "h", provenance=about)
+    card = ModelCard.load(tmp_path / "h" / "README.md")  # the hub's own reader
+    assert (card.data.license, card.data.library_name, card.data.base_model) == ("apache-2.0", "loracast", None)
+    assert "hypernetwork" in card.data.tags and "document-to-lora" in card.data.tags
+    text = (tmp_path / "h" / "README.md").read_text()
+    assert base.name not in text and Path(base.name).name in text  # not where the base lies
+    for said in (
+        "- prose.jsonl.gz\n- squad\n",
+        "- exact match on 400 needles: 100 %",
+        "rank 2 in down_proj",
+        made.made_for.norms,
+    ):
+        assert said in text
+    assert text.count(STEP["command"]) == text.count(OTHER["command"]) == 1 and "\n- code" not in text
+    assert json.loads((tmp_path / "h" / "config.json").read_text())["provenance"] == about
+    loracast.Hypernetwork.from_pretrained(tmp_path / "h").save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == text
+    plain = make_hypernet(base)
+    plain.save_pretrained(tmp_path / "h")  # another one: the card is written anew
+    changed = (tmp_path / "h" / "README.md").read_text()
+    assert changed.count("Not recorded") == 4 and "license: other" in changed
+    (tmp_path / "h" / "README.md").write_text(changed.replace(GENERATED, "Mine."))
+    made.save_pretrained(tmp_path / "h")
+    assert "Mine." in (tmp_path / "h" / "README.md").read_text()
+    named = make_hypernet(base)
+    named.made_for = type(named.made_for)("me/base", *("0" * 16,) * 3)
+    named.save_pretrained(tmp_path / "named")
+    assert ModelCard.load(tmp_path / "named" / "README.md").data.base_model == "me/base"
+    task = loracast.Hypernetwork.from_pretrained(hypernetwork)
+    task.save_pretrained(tmp_path / "task")
+    assert "task_hypernetwork=" in (tmp_path / "task" / "README.md").read_text()
+
+
+def test_another_class_of_hypernetwork_is_refused(tiny_hypernet_folder, hypernetwork):
+    from loracast.hypernets.doc_to_lora import DocToLoRA
+
+    assert type(DocToLoRA.from_pretrained(tiny_hypernet_folder)) is DocToLoRA
+    with pytest.raises(HypernetworkError, match="holds a TextToLoRA; this takes a DocToLoRA"):
+        DocToLoRA.from_pretrained(hypernetwork)
