@@ -22,9 +22,9 @@ lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The pages as a site, in build/site: every broken link or name is an error. Needs no network once it is installed.
+# The pages as a site, in build/site: every broken link or name is an error (but not with --quiet, which counts none).
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
