@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import loracast
+from loracast.base.chat import encode_text
 from loracast.base.generate import Answer
 from loracast.errors import AdapterError, BaseModelError, ConfigError, DocumentError, LoracastError
 from loracast.lora.merge import Merging
@@ -232,6 +233,7 @@ def test_a_batch_answers_as_one_question_after_the_other(learned, note):
         )  # fmt: skip
         assert 0 < one.first_token_s <= one.total_s
     assert len({one.text for one in learned.answer([QUESTIONS[0]] * 3, ["note", "manual", ()], **ALWAYS)}) == 3
+    assert learned.ask([]) == []
     with pytest.raises(AdapterError, match="2 adapters for 4 questions"):
         learned.ask(QUESTIONS, ["note", "manual"])
     with pytest.raises(AdapterError, match="a LoRA answers alone"):
@@ -363,5 +365,19 @@ def test_threads_get_the_answers_that_they_would_get_alone(learned, tiny_hyperne
                 assert all(torch.equal(one.delta(name), lora.delta(name)) for one in (*loras, kept))
 
 
+def test_threads_encode_as_one_after_the_other(base):
+    """A tokenizer keeps as state whether control tokens are split; a template and a text want it in other ways."""
+    text = "The lamp <|im_end|> was made in the north. " * 3
+    expected = base.chat.prompt("Who?"), encode_text(base.tokenizer, text)
+
+    def encode(number: int) -> bool:
+        made = base.chat.prompt("Who?") if number % 2 == 0 else encode_text(base.tokenizer, text)
+        return made == expected[number % 2]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(encode, range(2000)))
+
+
 def test_the_package_says_that_it_is_typed():
+    """What its types say is in typed_api.py, for mypy."""
     assert (Path(loracast.__file__).parent / "py.typed").is_file()

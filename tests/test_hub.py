@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -75,26 +76,35 @@ def test_a_revision_of_a_lora_and_of_a_hypernetwork(hub, base, tmp_path):
 
 def test_a_hypernetwork_is_pushed_and_loaded_from_the_hub(hub, base, tiny_folder, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        HfApi,
-        "create_repo",
-        lambda self, name, **options: calls.append((name, options)) or SimpleNamespace(repo_id=f"me/{name}"),
-    )
-    monkeypatch.setattr(HfApi, "create_branch", lambda self, name, *, branch, exist_ok: calls.append((name, branch)))
-    monkeypatch.setattr(HfApi, "file_exists", lambda self, name, file, *, revision: revision == "v2")
 
-    def upload_folder(self, *, repo_id, folder_path, revision, commit_message, ignore_patterns):
-        hub(Path(folder_path), repo_id, revision or "main", ignore_patterns or ())
-        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+    def fake(name, function):
+        """Replace a method of the hub's client by a function, which takes what the method takes."""
+        signature = inspect.signature(getattr(HfApi, name))
 
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+        def called(*args, **options):
+            bound = signature.bind(*args, **options).arguments
+            calls.append((name, bound["repo_id"], bound.get("private"), bound.get("branch") or bound.get("revision")))
+            return function(bound)
+
+        monkeypatch.setattr(HfApi, name, called)
+
+    def upload(given):
+        hub(Path(given["folder_path"]), given["repo_id"], given["revision"] or "main", given["ignore_patterns"] or ())
+        return SimpleNamespace(commit_url=f"https://hub/{given['repo_id']}/commit/1")
+
+    fake("create_repo", lambda given: SimpleNamespace(repo_id=f"me/{given['repo_id']}"))
+    fake("create_branch", lambda given: None)
+    fake("file_exists", lambda given: given["revision"] == "v2")
+    fake("upload_folder", upload)
     made = make_hypernet(base)
     made.provenance = {"history": [STEP]}
     assert made.push_to_hub("hyper", storage="float32", private=True) == "https://hub/me/hyper/commit/1"
     made.push_to_hub("hyper", storage="float32", revision="v2")
-    assert calls == [
-        ("hyper", {"private": True, "exist_ok": True}), ("hyper", {"private": None, "exist_ok": True}), ("me/hyper", "v2")
-    ]  # fmt: skip
+    assert [call for call in calls if call[0].startswith("create")] == [
+        ("create_repo", "hyper", True, None),
+        ("create_repo", "hyper", None, None),
+        ("create_branch", "me/hyper", None, "v2"),
+    ]
     cards = {path.parent.name for path in (tmp_path / "cache").rglob("README.md")}
     assert len(cards) == 1  # the branch has one already, which stays
     read = loracast.Hypernetwork.from_pretrained("me/hyper")
@@ -102,6 +112,8 @@ def test_a_hypernetwork_is_pushed_and_loaded_from_the_hub(hub, base, tiny_folder
     model = loracast.load(tiny_folder, read, library=tmp_path / "library", device="cpu")
     note = loracast.Document.from_text("The lamp was made in the north.")
     assert model.learn(note, "note").manifest.hypernetwork == made.id
+    with pytest.raises(HypernetworkError, match="the hypernetwork casts documents, and tasks are wanted"):
+        loracast.load(tiny_folder, read, task_hypernetwork=read, device="cpu").task("Do it.")
     by_name = loracast.load(tiny_folder, "me/hyper", library=tmp_path / "library", device="cpu")
     assert by_name.cast(note).delta(read.config.target.names[0]).any()
 

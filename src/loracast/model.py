@@ -21,7 +21,7 @@ from loracast.base.packages import Say
 from loracast.cast.document import Progress, cast_document, learn_document, recast
 from loracast.cast.image import cast_image, learn_image
 from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork
-from loracast.cast.task import TaskCaster
+from loracast.cast.task import TaskCaster, TaskOptions
 from loracast.documents import Document, read_document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.documents.images import ImageFile, is_image_file, read_image_file
@@ -94,8 +94,6 @@ class Model:
 
     def _load(self, modality: Modality) -> Caster:
         where = self._hypernetworks[modality] or shipped_hypernetwork(self.base, modality)
-        if isinstance(where, Hypernetwork):
-            return where.to(self.base.device).bind(self.base)
         return load_caster(where, modality, self.base)
 
     @cached_property
@@ -185,11 +183,11 @@ class Model:
         question: Question,
         adapter: Chosen,
         *,
+        sampling: Sampling = Sampling(),
+        system: str | None = ASK_SYSTEM_TURN,
+        route: int | None = DEFAULT_ROUTE,
         tag: str = "",
         always: bool = False,
-        route: int | None = DEFAULT_ROUTE,
-        system: str | None = ASK_SYSTEM_TURN,
-        sampling: Sampling = Sampling(),
     ) -> _Request:
         turns: list[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else [*question]
         if not turns or turns[-1]["role"] != "user":
@@ -223,12 +221,12 @@ class Model:
         return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device), routed
 
     @overload
-    def cast(self, source: Readable, *, max_chunk_tokens: int = ...) -> LoRA: ...
+    def cast(  # type: ignore[overload-overlap]  # a string is a path, and no sequence of documents
+        self, source: Readable, *, max_chunk_tokens: int = ...
+    ) -> LoRA: ...
     @overload
-    def cast(self, source: list[Readable], *, max_chunk_tokens: int = ...) -> list[LoRA]: ...
-    def cast(
-        self, source: Readable | list[Readable], *, max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-    ) -> LoRA | list[LoRA]:
+    def cast(self, source: Sequence[Readable], *, max_chunk_tokens: int = ...) -> list[LoRA]: ...
+    def cast(self, source: Any, *, max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS) -> LoRA | list[LoRA]:
         """Cast a document or an image into a LoRA and keep nothing; a list of them into one LoRA each.
 
             lora = model.cast("manual.pdf")
@@ -239,7 +237,7 @@ class Model:
 
         Args and errors as in `learn`.
         """
-        if isinstance(source, list):
+        if isinstance(source, (list, tuple)):
             return [self.cast(one, max_chunk_tokens=max_chunk_tokens) for one in source]
         read = _read(source)
         if isinstance(read, ImageFile):
@@ -247,10 +245,12 @@ class Model:
         return cast_document(self.documents, self.base, read, max_chunk_tokens)
 
     @overload
-    def learn(self, source: Readable, name: str | None = None, **options: Unpack[Keeping]) -> Adapter: ...
+    def learn(  # type: ignore[overload-overlap]
+        self, source: Readable, name: str | None = None, **options: Unpack[Keeping]
+    ) -> Adapter: ...
     @overload
     def learn(
-        self, source: list[Readable], name: list[str] | None = None, **options: Unpack[Keeping]
+        self, source: Sequence[Readable], name: Sequence[str] | None = None, **options: Unpack[Keeping]
     ) -> list[Adapter]: ...
     def learn(self, source: Any, name: Any = None, **options: Unpack[Keeping]) -> Adapter | list[Adapter]:
         """Cast a document or an image into an adapter and keep it; a list of them into one adapter each.
@@ -265,7 +265,7 @@ class Model:
             AdapterError: the name is taken or not allowed.
             ConfigError: no chunk can be so short.
         """
-        if not isinstance(source, list):
+        if not isinstance(source, (list, tuple)):
             return self._learn(_read(source), name, **options)
         documents = [_read(one) for one in source]  # one that cannot be read is refused before anything is kept
         names = [None] * len(documents) if name is None else name
@@ -308,22 +308,15 @@ class Model:
         """The caster of task descriptions. Raises HypernetworkError if none was given and none ships for the base."""
         return TaskCaster(self._load("task"), self.library)
 
-    def task(
-        self, description: str, name: str | None = None, *, strength: float = 1.0, replace: bool = False
-    ) -> Adapter:
-        """Cast the description of a task into an adapter and keep it; options and errors as in `tasks`."""
-        return self.described.task(description, name, strength=strength, replace=replace)
+    def task(self, description: str, name: str | None = None, **options: Unpack[TaskOptions]) -> Adapter:
+        """Cast the description of a task into an adapter and keep it; errors as in `TaskCaster.tasks`."""
+        return self.described.task(description, name, **options)
 
     def tasks(
-        self,
-        descriptions: Sequence[str],
-        names: Sequence[str] | None = None,
-        *,
-        strength: float = 1.0,
-        replace: bool = False,
+        self, descriptions: Sequence[str], names: Sequence[str] | None = None, **options: Unpack[TaskOptions]
     ) -> list[Adapter]:
-        """Cast several descriptions and keep their adapters; arguments and errors as in `TaskCaster.tasks`."""
-        return self.described.tasks(descriptions, names, strength=strength, replace=replace)
+        """Cast several descriptions in one go and keep their adapters; names and errors as in `TaskCaster.tasks`."""
+        return self.described.tasks(descriptions, names, **options)
 
 
 def _read(source: Readable) -> Document | ImageFile:

@@ -92,7 +92,7 @@ def answers(
     base: Base, prompts: Sequence[Sequence[int]], loras: Sequence[LoRA | None], sampling: Sampling = Sampling()
 ) -> list[Answer]:
     """Answer several prompts in one batch, each with a LoRA of its own or none."""
-    return _answers(base, prompts, loras, sampling, None)
+    return _answers(base, prompts, loras, sampling, None) if prompts else []
 
 
 def answer_batch(

@@ -63,7 +63,7 @@ def check_default_base(hypernetworks: Iterable[str | Path | Hypernetwork | None]
 
 
 def load_caster(
-    source: str | Path,
+    source: str | Path | Hypernetwork,
     modality: Modality,
     base: Base | Callable[[], Base] | None = None,
     *,
@@ -73,7 +73,7 @@ def load_caster(
     """Read a hypernetwork, check that it casts this modality, and bind it to a base.
 
     Args:
-        source: a folder or hub repository.
+        source: a folder or hub repository, or a hypernetwork that has been read already.
         base: a loaded base; or a function that loads it, called only if the hypernetwork's encoder is the base.
         encoder: the encoder's folder or hub id, if another one than in training.
 
@@ -81,10 +81,11 @@ def load_caster(
         HypernetworkError, EncoderError: it cannot be read, casts something else, or its encoder cannot be loaded.
         BaseModelError: it belongs to another base.
     """
-    hypernetwork = from_pretrained(source, Hypernetwork)
+    hypernetwork = source if isinstance(source, Hypernetwork) else from_pretrained(source)
     if hypernetwork.modality != modality:
+        what = "the hypernetwork" if isinstance(source, Hypernetwork) else source
         raise HypernetworkError(
-            f"{source} casts {hypernetwork.modality}s, and {modality}s are wanted: give a hypernetwork that `loracast "
+            f"{what} casts {hypernetwork.modality}s, and {modality}s are wanted: give a hypernetwork that `loracast "
             f"train {_TRAINED_BY[modality]}` made"
         )
     if callable(base):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import TypedDict, Unpack, cast
 
 import torch
 
@@ -24,6 +24,15 @@ from loracast.paths import library_dir
 
 _AT_ONCE = 50
 """Descriptions in one forward pass of the hypernetwork; with twice as many, each takes longer (docs/notebook)."""
+
+
+class TaskOptions(TypedDict, total=False):
+    """Options of `Model.task` and `tasks`."""
+
+    strength: float
+    """Factor on every delta; 0 does nothing, 1 (the default) is as in training."""
+    replace: bool
+    """Whether an adapter of the same name is replaced."""
 
 
 class TaskCaster:
@@ -67,12 +76,9 @@ class TaskCaster:
         """Distance (1 - cosine) of each description to the nearest seen one; None if the hypernetwork holds none."""
         return self._distances(self._encode(descriptions))
 
-    def task(
-        self, description: str, name: str | None = None, *, strength: float = 1.0, replace: bool = False
-    ) -> Adapter:
+    def task(self, description: str, name: str | None = None, **options: Unpack[TaskOptions]) -> Adapter:
         """Cast one description into an adapter and keep it; options and errors as in `tasks`."""
-        names = None if name is None else [name]
-        return self.tasks([description], names, strength=strength, replace=replace)[0]
+        return self.tasks([description], None if name is None else [name], **options)[0]
 
     def tasks(
         self,

@@ -95,11 +95,21 @@ class Hypernetwork(nn.Module):
     ) -> str:
         """Write it to a repository of the Hugging Face hub, made if need be; returns the commit's address.
 
-        A model card that the repository has already stays. Arguments and errors as in `store.push_to_hub`.
-        """
-        from loracast.hypernets.store import push_to_hub
+        A model card that the repository has already stays.
 
-        return push_to_hub(self, repository, storage=storage, private=private, revision=revision, message=message)
+        Args:
+            repository: `name`, or `owner/name`.
+            storage: as in `save_pretrained`.
+            private: whether a new repository is private; the owner's default if None.
+            revision: branch, made if need be; the main branch if None.
+            message: of the commit.
+
+        Raises:
+            HypernetworkError: the hub cannot be reached or refuses it.
+        """
+        from loracast.hypernets.store import upload
+
+        return upload(self, repository, storage, private, revision, message)
 
     @property
     def id(self) -> str:

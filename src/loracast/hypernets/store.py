@@ -89,27 +89,10 @@ def save_pretrained(
     write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
 
 
-def push_to_hub(
-    hypernet: Hypernetwork,
-    repository: str,
-    *,
-    storage: str = "bfloat16",
-    private: bool | None = None,
-    revision: str | None = None,
-    message: str = "Upload a hypernetwork",
+def upload(
+    hypernet: Hypernetwork, repository: str, storage: str, private: bool | None, revision: str | None, message: str
 ) -> str:
-    """Write a hypernetwork to a hub repository, made if need be; returns the commit's address.
-
-    Args:
-        repository: `name`, or `owner/name`.
-        storage: as in `save_pretrained`.
-        private: whether a new repository is private; the owner's default if None.
-        revision: branch, made if need be; the main branch if None.
-        message: of the commit.
-
-    Raises:
-        HypernetworkError: the hub cannot be reached or refuses it.
-    """
+    """Write a hypernetwork to a hub repository; arguments, result and errors as in `Hypernetwork.push_to_hub`."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
