@@ -28,10 +28,8 @@ class Sampling:
     top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
     seed: int | None = None  # of the sampling; None for another answer each time
     top_k: int = 0  # sample from so many likeliest tokens; 0 for all
-    repetition_penalty: float | None = (
-        None  # above 1, tokens that occurred already become less likely; None: base's own
-    )
-    no_repeat_ngram_size: int | None = None  # no sequence of so many tokens occurs twice; None: base's own rule
+    repetition_penalty: float | None = None  # above 1, tokens that occurred become less likely; None: the base's own
+    no_repeat_ngram_size: int | None = None  # no sequence of so many tokens occurs twice; None: the base's own rule
 
 
 @dataclass(frozen=True)
