@@ -1,19 +1,19 @@
-"""Hub repositories, as they lie in the hub's cache: the hub's own code finds revisions there without a network."""
+"""Hub repositories, by the hub's own client: those that lie in its cache, and those of a server in the hub's place."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import close_session
 
 import loracast
+from fake_hub import running
 from loracast.errors import AdapterError, BaseModelError, HypernetworkError
 from loracast.hypernets.card import GENERATED
 from tiny import make_hypernet, make_model, make_tokenizer
@@ -29,12 +29,10 @@ def hub(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
 
-    def publish(folder: Path, repository: str, revision: str = "main", ignored=()) -> None:
+    def publish(folder: Path, repository: str, revision: str = "main") -> None:
         place = cache / f"models--{repository.replace('/', '--')}"
         commit = hashlib.sha1(f"{folder}{revision}".encode()).hexdigest()
-        shutil.copytree(
-            folder, place / "snapshots" / commit, ignore=shutil.ignore_patterns(*ignored), dirs_exist_ok=True
-        )
+        shutil.copytree(folder, place / "snapshots" / commit, dirs_exist_ok=True)
         (place / "refs").mkdir(exist_ok=True)
         (place / "refs" / revision).write_text(commit)
 
@@ -74,57 +72,51 @@ def test_a_revision_of_a_lora_and_of_a_hypernetwork(hub, base, tmp_path):
         loracast.Hypernetwork.from_pretrained("me/hypernetwork", revision="gone")
 
 
-def test_a_hypernetwork_is_pushed_and_loaded_from_the_hub(hub, base, tiny_folder, tmp_path, monkeypatch):
-    calls = []
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server in the hub's place, with a cache of its own."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    close_session()  # it remembers proxies
+    with running() as hub:
+        for name, value in {
+            "ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+            "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache"),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        yield hub
+    close_session()
 
-    def fake(name, function):
-        """Replace a method of the hub's client by a function, which takes what the method takes."""
-        signature = inspect.signature(getattr(HfApi, name))
 
-        def called(*args, **options):
-            bound = signature.bind(*args, **options).arguments
-            calls.append((name, bound["repo_id"], bound.get("private"), bound.get("branch") or bound.get("revision")))
-            return function(bound)
-
-        monkeypatch.setattr(HfApi, name, called)
-
-    def upload(given):
-        hub(Path(given["folder_path"]), given["repo_id"], given["revision"] or "main", given["ignore_patterns"] or ())
-        return SimpleNamespace(commit_url=f"https://hub/{given['repo_id']}/commit/1")
-
-    fake("create_repo", lambda given: SimpleNamespace(repo_id=f"me/{given['repo_id']}"))
-    fake("create_branch", lambda given: None)
-    fake("file_exists", lambda given: given["revision"] == "v2")
-    fake("upload_folder", upload)
+def test_a_hypernetwork_is_pushed_and_loaded_from_the_hub(server, base, tiny_folder, tmp_path):
     made = make_hypernet(base)
     made.provenance = {"history": [STEP]}
-    assert made.push_to_hub("hyper", storage="float32", private=True) == "https://hub/me/hyper/commit/1"
-    made.push_to_hub("hyper", storage="float32", revision="v2")
-    assert [call for call in calls if call[0].startswith("create")] == [
-        ("create_repo", "hyper", True, None),
-        ("create_repo", "hyper", None, None),
-        ("create_branch", "me/hyper", None, "v2"),
-    ]
-    cards = {path.parent.name for path in (tmp_path / "cache").rglob("README.md")}
-    assert len(cards) == 1  # the branch has one already, which stays
+    address = made.push_to_hub("hyper", storage="float32", private=True)
+    assert address == f"{server.url}/me/hyper/commit/{server.commit('me/hyper', 'main')}"
+    (asked,) = server.made
+    assert asked["name"] == "hyper" and (asked.get("private") or asked["visibility"] == "private")
+    files = server.branches["me/hyper", "main"]
+    assert files.keys() == {"README.md", "config.json", "model.safetensors"}
+    files["README.md"] = b"Mine."
+    other = make_hypernet(base, seed=1)
+    other.push_to_hub("hyper", storage="float32", revision="v2")
+    assert server.branches["me/hyper", "v2"]["README.md"] == b"Mine."  # a card that is there stays
     read = loracast.Hypernetwork.from_pretrained("me/hyper")
     assert (read.id, read.provenance) == (made.id, made.provenance)
+    assert loracast.Hypernetwork.from_pretrained("me/hyper", revision="v2").id == other.id
     model = loracast.load(tiny_folder, read, library=tmp_path / "library", device="cpu")
     note = loracast.Document.from_text("The lamp was made in the north.")
     assert model.learn(note, "note").manifest.hypernetwork == made.id
-    with pytest.raises(HypernetworkError, match="the hypernetwork casts documents, and tasks are wanted"):
-        loracast.load(tiny_folder, read, task_hypernetwork=read, device="cpu").task("Do it.")
     by_name = loracast.load(tiny_folder, "me/hyper", library=tmp_path / "library", device="cpu")
     assert by_name.cast(note).delta(read.config.target.names[0]).any()
+    with pytest.raises(HypernetworkError, match="the hypernetwork casts documents, and tasks are wanted"):
+        loracast.load(tiny_folder, read, task_hypernetwork=read, device="cpu").task("Do it.")
 
 
-def test_a_refusal_of_the_hub_is_said_plainly(base, monkeypatch):
-    def refuse(self, *args, **options):
-        raise OSError("no token")
-
-    monkeypatch.setattr(HfApi, "create_repo", refuse)
-    with pytest.raises(HypernetworkError, match=r"hf auth login.*no token"):
-        make_hypernet(base).push_to_hub("me/hyper")
+def test_a_refusal_of_the_hub_is_said_plainly(server, base, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(HypernetworkError, match=r"did not take .*'hyper'.*hf auth login.*401"):
+        make_hypernet(base).push_to_hub("hyper")
 
 
 def test_the_model_card_says_what_is_known(base, hypernetwork, tmp_path):
