@@ -167,7 +167,8 @@ def _faults_of(name: str, a: TensorInfo, b: TensorInfo, shapes: Mapping[str, tup
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         return [*faults, f"{name}: A {list(a.shape)} and B {list(b.shape)} are no factors of one matrix"]
     found = (b.shape[0], a.shape[1])
-    if not 1 <= a.shape[0] <= (most := max(MAX_RANK, min(found))):
+    most = max(MAX_RANK, min(found))
+    if not 1 <= a.shape[0] <= most:
         faults.append(f"{name}: rank {a.shape[0]} is not from 1 to {most}")
     if shapes is not None and name not in shapes:
         faults.append(f"{name}: the base has no such linear module")
