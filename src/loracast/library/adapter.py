@@ -342,6 +342,9 @@ def join_chunks(
         kept = None
         if sentences is not None and (owners := rows.get(f"{kind}{SENTENCE}")) is not None:
             of_rows = row_weights(owners, sentences)  # [chunks, r]
+            # Chunks without a row that counts change nothing for the others, and a single one needs no decorrelation.
+            counts = of_rows.any(1)
+            a, b, of_rows = a[:, counts.to(a.device)], b[:, counts.to(b.device)], of_rows[counts]
             b = b * of_rows.to(b)[..., None]
             kept = of_rows.flatten().nonzero()[:, 0]
         elif weights is not None:

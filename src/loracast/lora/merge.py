@@ -48,13 +48,17 @@ def decorrelate_keys(a: Tensor, b: Tensor, ridge: float) -> Tensor:
         units = keys / length
         weight = torch.linalg.vector_norm(b.detach().float(), dim=-1, keepdim=True)  # [..., chunks, r, 1]
         weighted = units * (weight / weight.amax((-3, -2), keepdim=True).clamp_min(1e-12))
-        alone = (weighted @ weighted.mT) @ units + ridge * units
-        weighted, alone = weighted.flatten(-3, -2), alone.flatten(-3, -2)  # [..., m, in]
-        m, d_in = weighted.shape[-2:]
+        n_chunks, r = keys.shape[-3:-1]
+        flat, units = weighted.flatten(-3, -2), units.flatten(-3, -2)  # [..., m, in]
+        m, d_in = flat.shape[-2:]
         ridges = ridge * torch.eye(min(m, d_in), device=a.device)
         if m <= d_in:
-            found = torch.linalg.solve(weighted @ weighted.mT + ridges, alone)
+            gram = flat @ flat.mT
+            in_one_chunk = torch.block_diag(*[torch.ones(r, r, device=a.device)] * n_chunks)
+            # Solved for the m x m map first: its right side is smaller than the keys.
+            found = torch.linalg.solve(gram + ridges, gram * in_one_chunk + ridges) @ units
         else:  # the same (Woodbury), whose cost grows with the number of chunks and not with its cube
-            inner = torch.linalg.solve(weighted.mT @ weighted + ridges, weighted.mT @ alone)
-            found = (alone - weighted @ inner) / ridge
+            alone = ((weighted @ weighted.mT) @ units.view(keys.shape)).flatten(-3, -2) + ridge * units
+            inner = torch.linalg.solve(flat.mT @ flat + ridges, flat.mT @ alone)
+            found = (alone - flat @ inner) / ridge
     return (length * found.view(a.shape)).to(a.dtype)
