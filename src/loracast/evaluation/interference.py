@@ -22,7 +22,7 @@ from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.intervals import mean, mean_with_interval
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 from loracast.evaluation.runner import made
-from loracast.library.relevance import THRESHOLD, THRESHOLD_OF_MANY
+from loracast.library.relevance import threshold_for
 from loracast.model import Model
 
 _QUESTIONS_AT_ONCE = 16  # whose LoRAs are held at once
@@ -98,7 +98,7 @@ def _choose(setup: DocumentSetup, rows: Sequence[Example], learned: Sequence[InM
     """The likeliest choice of each row with these documents learned, each routed."""
     requests = []
     for row in rows:
-        threshold = THRESHOLD if len(learned) == 1 else THRESHOLD_OF_MANY
+        threshold = threshold_for(len(learned))
         picked = [(document, document.route(row.input, setup.route, threshold)) for document in learned]
         requests.append(Request(plain(setup, row.input), adapters(setup, picked)))
     setup.prepare(requests)

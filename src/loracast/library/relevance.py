@@ -26,6 +26,12 @@ THRESHOLD = 0.2
 THRESHOLD_OF_MANY = 0.5
 """The same where several documents are asked at once, each of which may pass by chance."""
 
+
+def threshold_for(n_documents: int) -> float:
+    """The threshold where a question is asked of so many documents at once."""
+    return THRESHOLD if n_documents == 1 else THRESHOLD_OF_MANY
+
+
 FEATURES = ("share", "window", "absent", "missing_name", "neighbours", "refers", "empty", "length")
 """What the regression sees of a question and a document, in the order of `features`."""
 

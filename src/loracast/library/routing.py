@@ -163,12 +163,12 @@ def route_question(index: Index, n_chunks: int, question: str, k: int | None, th
     """
     if threshold <= 0:
         return pick(index, n_chunks, question, k)
-    probability = about(index, question)
-    if probability < threshold:
-        return Route(
-            (), reason=f"the question is not about the document (probability {probability:.2f})", about=probability
-        )
-    return replace(pick(index, n_chunks, question, k), about=probability)
+    with open_index(index) as database:  # once for all look-ups
+        probability = about(database, question)
+        if probability >= threshold:
+            return replace(pick(database, n_chunks, question, k), about=probability)
+    reason = f"the question is not about the document (probability {probability:.2f})"
+    return Route((), reason=reason, about=probability)
 
 
 def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | None = DEFAULT_ROUTE) -> Route:

@@ -18,7 +18,7 @@ from loracast.errors import AdapterError
 from loracast.library.files import reading
 from loracast.library.index import read_chunks
 from loracast.library.register import Match
-from loracast.library.relevance import THRESHOLD, THRESHOLD_OF_MANY
+from loracast.library.relevance import THRESHOLD_OF_MANY, threshold_for
 from loracast.library.routing import SHARPNESS, Route, phrases
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def route_adapters(
     chosen = list(chosen)
     patterns = patterns_in(chosen, tag)
     named = [open_named(one) if isinstance(one, str) else one for one in chosen if one not in patterns]
-    several = patterns or sum(adapter.manifest.kind == "document" for adapter in named) > 1
-    threshold = 0.0 if always else THRESHOLD_OF_MANY if several else THRESHOLD
+    n_documents = sum(adapter.manifest.kind == "document" for adapter in named)
+    threshold = 0.0 if always else THRESHOLD_OF_MANY if patterns else threshold_for(n_documents)
     routed = [(adapter, adapter.route(question, k, threshold)) for adapter in named]
     if patterns:
         if k is None:

@@ -93,25 +93,12 @@ class EpisodeMaker:
             asked.append(text)
             prompt = tuple(self.chat.prompt(text, system))
             questions.append(Question(prompt, tuple(self.chat.reply(answer)), is_unrelated=True))
-        chunks: list[tuple[int, ...]] = []
+        encoded = [encode_with_offsets(self.tokenizer, text) for text in texts]
         labels: list[TokenLabel] = []
-        for i, text in enumerate(texts):
-            ids, offsets = encode_with_offsets(self.tokenizer, text)
-            chunks.append(tuple(ids))
+        for i, (text, (_, offsets)) in enumerate(zip(texts, encoded, strict=True)):
             labels += label_tokens(i, text, offsets, [fact for *_, fact in answered])
-        return self._weighed(Episode(tuple(chunks), tuple(questions), task, tuple(labels)), texts, asked)
-
-    def _weighed(self, episode: Episode, texts: Sequence[str], asked: Sequence[str]) -> Episode:
-        """The episode with the weights that its questions, whose texts are `asked`, give the document's sentences."""
-        sentences, n = [], 0
-        for text in texts:
-            spans = sentence_spans(text)
-            _, offsets = encode_with_offsets(self.tokenizer, text)
-            sentences.append(tuple(n + i for i in token_sentences(spans, offsets)))
-            n += len(spans)
-        pairs = zip(episode.questions, weights_of(texts, asked), strict=True)
-        questions = tuple(replace(question, sentence_weights=weights) for question, weights in pairs)
-        return replace(episode, questions=questions, token_sentences=tuple(sentences))
+        episode = Episode(tuple(tuple(ids) for ids, _ in encoded), tuple(questions), task, tuple(labels))
+        return _weighed(episode, texts, [offsets for _, offsets in encoded], asked)
 
     def passages(self, rng: random.Random, texts: Sequence[str], n: int) -> Episode:
         """A document with at most `n` passages, none overlapping, to continue word for word from their first tokens."""
@@ -130,4 +117,23 @@ class EpisodeMaker:
             token = first + START_TOKENS
             labels += [TokenLabel(chunk, token + i, INSIDE, -1, i, -1, number) for i in range(len(answer))]
         episode = Episode(tuple(tuple(ids) for ids, _ in encoded), tuple(questions), "reading", tuple(labels))
-        return self._weighed(episode, texts, asked)
+        return _weighed(episode, texts, [offsets for _, offsets in encoded], asked)
+
+
+def _weighed(
+    episode: Episode, texts: Sequence[str], offsets: Sequence[Sequence[tuple[int, int]]], asked: Sequence[str]
+) -> Episode:
+    """The episode with the weights that its questions give the document's sentences.
+
+    Args:
+        offsets: the (start, end) characters of each chunk's tokens.
+        asked: the questions' texts.
+    """
+    sentences, n = [], 0
+    for text, of_text in zip(texts, offsets, strict=True):
+        spans = sentence_spans(text)
+        sentences.append(tuple(n + i for i in token_sentences(spans, of_text)))
+        n += len(spans)
+    pairs = zip(episode.questions, weights_of(texts, asked), strict=True)
+    questions = tuple(replace(question, sentence_weights=weights) for question, weights in pairs)
+    return replace(episode, questions=questions, token_sentences=tuple(sentences))
