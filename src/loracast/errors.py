@@ -27,6 +27,14 @@ class AdapterError(LoracastError):
     """An adapter file that is damaged, foreign or does not fit the base in use."""
 
 
+class NoSuchAdapterError(AdapterError):
+    """A name, version or pattern that no adapter of the library has."""
+
+
+class NameTakenError(AdapterError):
+    """A name that another adapter of the library has already."""
+
+
 class HypernetworkError(LoracastError):
     """A hypernetwork checkpoint that is damaged or belongs to another base."""
 

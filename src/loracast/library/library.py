@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from loracast.errors import AdapterError
+from loracast.errors import AdapterError, NameTakenError, NoSuchAdapterError
 from loracast.library.adapter import Adapter
 from loracast.library.files import ensure_local, home_of, move_in, reading, recover, size_of, store_in, texts_in
 from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
@@ -74,7 +74,7 @@ def find(library: Path, reference: str) -> Entry:
     if at and len(matching) != 1:
         problem = "is none of its versions" if not matching else "begins several of its versions"
         told = ", ".join(entry.version[:VERSION_DIGITS] for entry in there)
-        raise AdapterError(f"{name!r} is there, but {digits!r} {problem}: {told}")
+        raise NoSuchAdapterError(f"{name!r} is there, but {digits!r} {problem}: {told}")
     return matching[0]
 
 
@@ -90,7 +90,7 @@ def versions(library: Path, name: str) -> list[Entry]:
         told = f"near it are: {', '.join(near)}" if near else f"`loracast list` shows the {len(known):,} there are"
     else:
         told = f"there are: {', '.join(known) or 'none yet: `loracast learn FILE` makes one'}"
-    raise AdapterError(f"no adapter is called {name!r}; {told}")
+    raise NoSuchAdapterError(f"no adapter is called {name!r}; {told}")
 
 
 # ---- adding and taking away
@@ -117,8 +117,8 @@ def _check_may_mean(register: Register, name: str, version: str, replace: bool) 
         raise _taken(name)
 
 
-def _taken(name: str) -> AdapterError:
-    return AdapterError(f"there is an adapter called {name!r} already; choose another --name or give --replace")
+def _taken(name: str) -> NameTakenError:
+    return NameTakenError(f"there is an adapter called {name!r} already; choose another --name or give --replace")
 
 
 def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, replace: bool) -> Adapter:
@@ -181,7 +181,7 @@ def rename_adapter(library: Path, name: str, new: str) -> None:
     versions(library, name)
     with Register.writing(library) as register:
         if register.newest(new) is not None:
-            raise AdapterError(f"there is an adapter called {new!r} already")
+            raise NameTakenError(f"there is an adapter called {new!r} already")
         register.rename(name, new)
 
 

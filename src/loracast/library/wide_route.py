@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from loracast.errors import AdapterError
+from loracast.errors import AdapterError, NoSuchAdapterError
 from loracast.library.files import reading
 from loracast.library.index import read_chunks
 from loracast.library.register import Match
@@ -101,12 +101,12 @@ def route_adapters(
 
 
 def check_patterns(library: Path, patterns: Sequence[str], tag: str = "") -> None:
-    """Raise AdapterError where patterns and a tag stand for no document."""
+    """Raise NoSuchAdapterError where patterns and a tag stand for no document."""
     with reading(library) as register:
         if not register.has_documents(patterns, tag):
             called = "" if "*" in patterns else f" called {' or '.join(patterns)}"
             tagged = f" with the tag {tag!r}" if tag else ""
-            raise AdapterError(
+            raise NoSuchAdapterError(
                 f"there is no document{called}{tagged} in {library}; `loracast list` shows what there is"
             )
 

@@ -1,0 +1,50 @@
+"""The HTTP API as one application: `create_app(model, engine, settings)`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+from loracast import __version__
+from loracast.serving.errors import add_handlers
+from loracast.serving.guard import Guard
+from loracast.serving.routes import health
+from loracast.serving.service import Service
+from loracast.serving.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from loracast.model import Model
+
+ROUTERS = (health.router,)
+
+
+def create_app(model: Model, engine: Any, settings: ServerSettings = ServerSettings()) -> FastAPI:
+    """The HTTP API of a model whose answers an engine generates. When the application ends, the engine is drained."""
+    service = Service(model, engine, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.is_draining = True
+        engine.drain(settings.drain_timeout_s)
+        engine.close()
+
+    # Pages of docs would be fetched from a CDN.
+    app = FastAPI(title="loracast", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    add_handlers(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    app.add_middleware(Guard, settings=settings)  # added last, so that it sees a request first
+    return app

@@ -1,0 +1,122 @@
+"""Errors of the HTTP API in OpenAI's body, {"error": {message, type, param, code}}, and the status of each of ours."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from loracast.errors import (
+    AdapterError,
+    BaseModelError,
+    ConfigError,
+    DocumentError,
+    HypernetworkError,
+    LoracastError,
+    NameTakenError,
+    NoSuchAdapterError,
+)
+
+log = logging.getLogger("loracast.serving")
+_STATUS: tuple[tuple[type[LoracastError], int], ...] = (
+    (NoSuchAdapterError, 404),
+    (NameTakenError, 409),
+    (DocumentError, 422),
+    (AdapterError, 400),
+    (ConfigError, 400),
+    (BaseModelError, 400),
+    (HypernetworkError, 400),
+)
+"""The first that an error is an instance of says its status; any other is 500."""
+_TYPES = {403: "permission_error", 429: "rate_limit_error"}
+
+
+class ApiError(LoracastError):
+    """A refusal with a status of its own."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] = {},
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's body of an error."""
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of an error; one that nobody foresaw is logged, and told without its message."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, NoSuchAdapterError):
+        return ApiError(404, str(error), param="model", code="model_not_found")
+    for kind, status in _STATUS:
+        if isinstance(error, kind):
+            return ApiError(status, str(error))
+    log_failure(error)
+    return ApiError(500, "the server failed to answer this; its log says where")
+
+
+def log_failure(error: BaseException) -> None:
+    """Log where an error came from. Its message is left out, since it may hold the text of a document."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = " < ".join(f"{frame.name} ({frame.filename}:{frame.lineno})" for frame in reversed(frames))
+    log.error("%s in %s", type(error).__name__, where)
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """The response that tells an error."""
+    told = as_api_error(error)
+    body = error_body(told.status, str(told), told.param, told.code)
+    return JSONResponse(body, told.status, headers=dict(told.headers))
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer every error with OpenAI's body."""
+
+    async def refuse(request: Request, error: Exception) -> JSONResponse:
+        return error_response(error)
+
+    async def refuse_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        message = error.detail
+        if error.detail == HTTPStatus(error.status_code).phrase:
+            message = f"{error.detail}: {request.method} {request.url.path[:200]}"
+        return error_response(ApiError(error.status_code, message, headers=error.headers or {}))
+
+    async def refuse_invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return error_response(_invalid(error.errors()))
+
+    app.add_exception_handler(LoracastError, refuse)
+    app.add_exception_handler(HTTPException, refuse_http)
+    app.add_exception_handler(RequestValidationError, refuse_invalid)
+
+
+def _invalid(faults: Sequence[Mapping[str, Any]]) -> ApiError:
+    """What a client is told of a body that does not fit the schema: the first fault, without the text it sent."""
+    fault = faults[0]
+    place = fault["loc"][1:] if fault["loc"][:1] in (("body",), ("query",), ("path",)) else fault["loc"]
+    param = ".".join(str(part)[:64] for part in place)
+    if fault["type"] == "json_invalid":
+        return ApiError(400, "the body is not valid JSON")
+    if fault["type"] == "extra_forbidden":
+        return ApiError(400, f"unrecognized request argument supplied: {param}", param=param)
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    return ApiError(400, f"{param}: {message}" if param else message, param=param or None)

@@ -1,0 +1,113 @@
+"""Looks at every request before a route does: its host, origin, key, type and size."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+
+from loracast.serving.auth import granted
+from loracast.serving.errors import ApiError, error_response
+from loracast.serving.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+OPEN = ("/", "/health", "/ready")
+"""Paths that need no key: a browser has to load the page before it can ask for one."""
+OPEN_FOLDER = "/page/"
+_SAFE = ("GET", "HEAD", "OPTIONS")
+
+
+class Guard:
+    """ASGI middleware that refuses what no route should see."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings):
+        self.app, self.settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        is_answered = False
+
+        async def watched(message: Message) -> None:
+            nonlocal is_answered
+            is_answered = is_answered or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            limited = self._checked(scope, receive)
+            await self.app(scope, limited, watched)
+        except Exception as error:
+            response = error_response(error)
+            if not is_answered:
+                await response(scope, receive, send)
+
+    def _checked(self, scope: Scope, receive: Receive) -> Receive:
+        """Raise ApiError for a request that is refused; else what receives its body, up to the limits."""
+        headers, method = Headers(scope=scope), scope["method"]
+        if not self.settings.allows_host(headers.get("host", "")):
+            raise ApiError(
+                421, "this server is not called by that name (Host header); --allowed-host permits another one"
+            )
+        origin = headers.get("origin")
+        if origin is not None and method not in _SAFE and not self._is_own(origin, headers["host"]):
+            raise ApiError(403, "pages of other origins may not call this server; --cors-origin permits one")
+        is_preflight = method == "OPTIONS"  # a browser asks without the key whether it may send one
+        scope.setdefault("state", {})["scope"] = None if is_preflight else self._scope(scope["path"], headers)
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        length = headers.get("content-length", "")
+        has_body = length not in ("", "0") or "transfer-encoding" in headers
+        if has_body and kind not in ("application/json", "multipart/form-data"):
+            raise ApiError(415, "send the body as application/json, or files as multipart/form-data")
+        settings = self.settings
+        most = settings.max_upload_bytes if kind == "multipart/form-data" else settings.max_body_bytes
+        if length.isdigit() and int(length) > most:
+            raise _too_large(most)
+        return _Limited(receive, most, settings.body_timeout_s)
+
+    def _is_own(self, origin: str, host: str) -> bool:
+        return origin in self.settings.cors_origins or origin.partition("://")[2] == host
+
+    def _scope(self, path: str, headers: Headers) -> str | None:
+        """What the request's key allows. Raises ApiError where a key is needed and none is known."""
+        if not self.settings.keys:
+            return "admin"
+        scope = granted(self.settings.keys, headers.get("authorization"))
+        if scope is None and path not in OPEN and not path.startswith(OPEN_FOLDER):
+            raise ApiError(
+                401,
+                "this server wants an API key: send it as `Authorization: Bearer KEY`",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return scope
+
+
+class _Limited:
+    """Receives a body piece by piece, and refuses one that is too long or too slow."""
+
+    def __init__(self, receive: Receive, max_bytes: int, timeout_s: float):
+        self._receive, self._max_bytes, self._timeout_s = receive, max_bytes, timeout_s
+        self._n_bytes, self._is_whole = 0, False
+
+    async def __call__(self) -> Message:
+        if self._is_whole:  # from here on it tells when the client leaves
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), self._timeout_s)
+        except TimeoutError as error:
+            raise HTTPException(408, "the request's body came too slowly") from error
+        self._n_bytes += len(message.get("body", b""))
+        self._is_whole = not message.get("more_body", False)
+        if self._n_bytes > self._max_bytes:
+            refused = _too_large(self._max_bytes)
+            raise HTTPException(refused.status, str(refused))  # FastAPI lets only these pass while it reads
+        return message
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(413, f"the request's body may have {max_bytes:,} bytes at most")
