@@ -12,14 +12,14 @@ from fastapi.middleware.cors import CORSMiddleware
 from loracast import __version__
 from loracast.serving.errors import add_handlers
 from loracast.serving.guard import Guard
-from loracast.serving.routes import health
+from loracast.serving.routes import health, page
 from loracast.serving.service import Service
 from loracast.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
     from loracast.model import Model
 
-ROUTERS = (health.router,)
+ROUTERS = (health.router, page.router)
 
 
 def create_app(model: Model, engine: Any, settings: ServerSettings = ServerSettings()) -> FastAPI:

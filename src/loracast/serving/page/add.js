@@ -1,0 +1,73 @@
+// Learning: files and folders that are dropped or picked, and descriptions of tasks, become jobs with progress.
+
+import { byId } from "./dom.js";
+import { runJob } from "./jobs.js";
+import { guarded } from "./problem.js";
+
+/** Learn files one after another: a folder of hundreds does not fill the server's queue at once. */
+async function learn(files) {
+  for (const file of files.filter((one) => !one.name.startsWith("."))) {
+    await runJob(byId("jobs"), file.name, "v1/adapters", () => {
+      const form = new FormData();
+      form.append("file", file, file.name);
+      return { form };
+    });
+  }
+}
+
+/** The files of what was dropped, those in folders too. */
+async function filesOf(transfer) {
+  const found = [];
+  const walk = async (entry) => {
+    if (entry.isFile) {
+      found.push(await new Promise((resolve, reject) => entry.file(resolve, reject)));
+      return;
+    }
+    const reader = entry.createReader();
+    for (;;) { // a reader gives a hundred entries at a time
+      const entries = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+      if (!entries.length) return;
+      for (const one of entries) await walk(one);
+    }
+  };
+  const entries = [...transfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+  for (const entry of entries) await walk(entry);
+  return found;
+}
+
+function startDropping() {
+  const zone = byId("drop");
+  const isFiles = (event) => [...event.dataTransfer.types].includes("Files");
+  // The whole page takes a drop, so that a file that misses the zone does not replace the page.
+  document.addEventListener("dragover", (event) => {
+    if (!isFiles(event)) return;
+    event.preventDefault();
+    zone.classList.add("over");
+  });
+  document.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) zone.classList.remove("over");
+  });
+  document.addEventListener("drop", (event) => {
+    if (!isFiles(event)) return;
+    zone.classList.remove("over");
+    guarded(async () => learn(await filesOf(event.dataTransfer)))(event);
+  });
+}
+
+export function startAdding() {
+  startDropping();
+  for (const [button, input] of [["pick-files", "files"], ["pick-folder", "folder"]]) {
+    byId(button).addEventListener("click", () => byId(input).click());
+    byId(input).addEventListener("change", guarded(async () => {
+      const files = [...byId(input).files];
+      byId(input).value = "";
+      await learn(files);
+    }));
+  }
+  byId("task-form").addEventListener("submit", guarded(async () => {
+    const description = byId("task").value.trim();
+    if (!description) return;
+    byId("task").value = "";
+    await runJob(byId("jobs"), description, "v1/adapters", () => ({ json: { description } }));
+  }));
+}

@@ -1,0 +1,121 @@
+// A chat with its history: answered with the chosen adapters, and with a memory and a style where the server has them.
+
+import { addCost } from "./cost.js";
+import { byId, count, duration, fill, h, sendOnEnter } from "./dom.js";
+import { guarded, hideProblem } from "./problem.js";
+import { state } from "./state.js";
+import { streamChat } from "./stream.js";
+
+const CHAT = "loracast.chat";
+const MOST_TOKENS = 256;
+
+let messages = JSON.parse(sessionStorage.getItem(CHAT) ?? "[]");
+let running = null; // the AbortController of the reply that streams
+
+function keep() {
+  sessionStorage.setItem(CHAT, JSON.stringify(messages));
+}
+
+function bubble({ role, content, note }) {
+  const who = role === "user" ? "You" : "Answer";
+  const text = h("p", { class: "text" }, content);
+  const foot = h("p", { class: "note" }, note ?? "");
+  byId("messages").append(h("li", { class: role }, h("span", { class: "unseen" }, `${who}: `), text, foot));
+  return { text, foot };
+}
+
+function showAll() {
+  fill(byId("messages"));
+  if (!messages.length) {
+    fill(byId("messages"), h("li", { class: "empty" }, "What is chosen beside the chat answers, and nothing of it stands in the prompt."));
+  }
+  messages.forEach(bubble);
+}
+
+function toEnd() {
+  byId("messages").scrollTop = byId("messages").scrollHeight;
+}
+
+/** The fields of a request beside its messages: memory and style where they are chosen. */
+function extras() {
+  const chosen = (id) => byId(id)?.value.trim() || undefined;
+  return { memory: chosen("memory"), style: chosen("style") };
+}
+
+async function send(content) {
+  hideProblem();
+  running?.abort();
+  const mine = new AbortController();
+  running = mine;
+  if (!messages.length) fill(byId("messages"));
+  const turn = { role: "user", content };
+  bubble(turn);
+  const { text, foot } = bubble({ role: "assistant", content: "" });
+  text.classList.add("waits");
+  toEnd();
+  const history = [...messages, turn].map(({ role, content: said }) => ({ role, content: said }));
+  const body = { model: state.model, messages: history, max_tokens: MOST_TOKENS, ...extras() };
+  const onText = (piece) => {
+    text.classList.remove("waits");
+    text.append(piece);
+    toEnd();
+  };
+  try {
+    const answer = await streamChat(body, { onText, signal: mine.signal });
+    const used = [...new Set((answer.loracast.sources ?? []).map((one) => one.heading || one.title || one.adapter))];
+    const figures = [`${count(answer.usage.prompt_tokens)} prompt tokens`];
+    if (answer.firstMs !== null) figures.unshift(`first token ${duration(answer.firstMs)}`);
+    foot.textContent = [...figures, ...used.slice(0, 2)].join(" · ");
+    messages.push(turn, { role: "assistant", content: answer.text, note: foot.textContent });
+    keep();
+    addCost(answer.usage, null, state.chosenOf("document"));
+  } catch (error) {
+    foot.textContent = error.name === "AbortError" ? "Stopped." : error.message;
+    foot.classList.add("failed");
+  } finally {
+    text.classList.remove("waits");
+    if (running === mine) running = null;
+    toEnd();
+  }
+}
+
+/** The choice of a memory and of a style, as far as the server has them. */
+function showOptions() {
+  const { features } = state.settings;
+  const options = [];
+  if (features.style) {
+    const styles = state.adapters.filter((one) => one.kind === "task").map((one) => h("option", { value: one.name }, one.name));
+    options.push(h("label", {}, "Style ", h("select", { id: "style" }, h("option", { value: "" }, "none"), styles)));
+  }
+  if (features.memory) {
+    options.push(h("label", {}, "Memory ", h("input", {
+      id: "memory", autocomplete: "off", placeholder: "off", maxlength: "64", pattern: "[a-z0-9][a-z0-9._\\-]*",
+      title: "A name: what you tell is kept under it",
+    })));
+  }
+  const before = extras();
+  fill(byId("chat-options"), options);
+  for (const [id, value] of Object.entries(before)) if (value && byId(id)) byId(id).value = value;
+}
+
+export function startChat() {
+  showAll();
+  sendOnEnter(byId("message"));
+  byId("chat-form").addEventListener("submit", guarded(async () => {
+    const content = byId("message").value.trim();
+    if (!content) return;
+    byId("message").value = "";
+    await send(content);
+  }));
+  byId("new-chat").addEventListener("click", () => {
+    running?.abort();
+    messages = [];
+    keep();
+    showAll();
+    byId("message").focus();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") running?.abort();
+  });
+  state.addEventListener("adapters", showOptions);
+}

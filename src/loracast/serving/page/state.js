@@ -1,0 +1,57 @@
+// What all views share: the server's settings, the adapters of the library, and which of them answer.
+
+import { fetchJson } from "./api.js";
+
+const CHOSEN = "loracast.chosen";
+
+class State extends EventTarget {
+  settings = null;
+  adapters = [];
+  /** Names of the adapters that answer, in the order in which they were chosen. */
+  chosen = new Set(JSON.parse(localStorage.getItem(CHOSEN) ?? "[]"));
+
+  /** What the chosen names meant when the adapters were loaded last. */
+  #versions = null;
+
+  async loadSettings() {
+    this.settings = await fetchJson("page/settings");
+    this.#tell("settings");
+  }
+
+  async loadAdapters() {
+    this.adapters = (await fetchJson("v1/adapters")).data;
+    const names = new Set(this.adapters.map((adapter) => adapter.name));
+    for (const name of this.chosen) if (!names.has(name)) this.chosen.delete(name);
+    this.#tell("adapters");
+    const versions = [...this.chosen].map((name) => `${name}@${this.adapter(name).version}`).join();
+    if (versions !== this.#versions) this.#tell("chosen"); // else an answer keeps its highlights
+    this.#versions = versions;
+  }
+
+  choose(name, isChosen) {
+    if (isChosen) this.chosen.add(name);
+    else this.chosen.delete(name);
+    localStorage.setItem(CHOSEN, JSON.stringify([...this.chosen]));
+    this.#tell("chosen");
+  }
+
+  adapter(name) {
+    return this.adapters.find((one) => one.name === name);
+  }
+
+  /** The chosen adapters of a kind. */
+  chosenOf(kind) {
+    return [...this.chosen].map((name) => this.adapter(name)).filter((one) => one?.kind === kind);
+  }
+
+  /** The model that a request names: the chosen adapters joined with +, or the base. */
+  get model() {
+    return [...this.chosen].join("+") || this.settings.base;
+  }
+
+  #tell(type) {
+    this.dispatchEvent(new Event(type));
+  }
+}
+
+export const state = new State();
