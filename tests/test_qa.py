@@ -11,12 +11,12 @@ import torch
 from typer.testing import CliRunner
 
 from loracast.base.chat import encode_with_offsets
+from loracast.base.cut import without_middle
 from loracast.base.load import Base
 from loracast.cli import app
 from loracast.data.answer_metrics import best, exact_match, rouge_l, squad_normalise, token_f1
 from loracast.data.qa import read_questioned
 from loracast.errors import AdapterError, ConfigError
-from loracast.evaluation.cut import without_middle
 from loracast.evaluation.documents import DocumentSetup, static_lora
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.interference import InterferenceConfig, evaluate_interference

@@ -12,10 +12,10 @@ import random
 import torch
 from torch import Tensor
 
+from loracast.base.cut import without_middle
 from loracast.base.generate import Sampling, answer_batch
 from loracast.data.questions.cloze import make_clozes
 from loracast.evaluation.baseline import Request, fixed
-from loracast.evaluation.cut import without_middle
 from loracast.evaluation.documents import DocumentCase, DocumentSetup, plain
 from loracast.evaluation.qa_prompts import BEST, PROMPTS
 from loracast.lora.algebra import Factors, LoRA, LoRABatch

@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 
 from loracast.base.chat import ChatFormat
+from loracast.base.cut import without_middle
 from loracast.base.load import Base
 from loracast.data.qa import QuestionedDocument, read_questioned
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.baseline import LoRASource, Request, fixed
-from loracast.evaluation.cut import without_middle
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
 from loracast.library.routing import DEFAULT_ROUTE, Route
 from loracast.lora.algebra import Factors, LoRA, concat

@@ -1,4 +1,4 @@
-"""Cut a text to fit a window."""
+"""Cut a text to fit a window: its middle gives way."""
 
 from __future__ import annotations
 
