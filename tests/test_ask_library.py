@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import loracast
 from loracast.cli import app
 from loracast.errors import AdapterError
+from loracast.library.adapter import routing_key
 from loracast.library.files import reading
 from loracast.library.index import read_chunks
 from loracast.library.library import adapter_names, describe_adapter, remove_adapter, rename_adapter
@@ -293,3 +295,36 @@ def test_ask_says_that_a_document_does_not_speak_of_it(asked, tiny_folder):
     assert done.exit_code == 0 and "does not speak" not in done.stderr
     done = run(asked, tiny_folder, "chat", "-a", "manual-lamp", input=f"{question}\n")
     assert "manual-lamp does not speak of this" in done.stderr
+
+
+def test_scales_multiply_what_adapters_add_and_zero_takes_one_out(asked):
+    question = "How long is the warranty of the lamp?"
+    prepare = partial(asked.prepare, question, ["manual-lamp", "shout"])
+    whole = prepare()
+    hashes = {adapter.name: adapter.manifest.version for adapter, _ in whole.routed}
+    alone = {name: asked.lora_for(question, name, always=True)[0] for name in hashes}
+
+    lora = asked.lora_of(prepare(scales={hashes["shout"]: -0.5}).routed)
+    for name in lora.names:
+        wanted = sum(
+            scale * alone[key].delta(name)
+            for key, scale in (("manual-lamp", 1), ("shout", -0.5))
+            if name in alone[key].names
+        )
+        torch.testing.assert_close(lora.delta(name), wanted, rtol=1e-2, atol=1e-3)
+    assert_same(asked.lora_of(prepare(scales={hashes["shout"]: 0}).routed), alone["manual-lamp"])
+
+
+def test_the_key_of_a_routing_names_all_that_makes_its_lora(asked):
+    question, other = "How long is the warranty of the lamp?", "Who made the lamp on the desk?"
+    version = asked.adapter("manual-lamp").manifest.version
+    given = [
+        asked.prepare(question, "manual-lamp"),
+        asked.prepare(other, "manual-lamp"),
+        asked.prepare(question, ["manual-lamp", "shout"]),
+        asked.prepare(question, "manual-lamp", scales={version: 2}),
+    ]
+    keys = [routing_key(one.routed) for one in given]
+    assert len(set(keys)) == len(keys)
+    assert routing_key(asked.prepare(question, "manual-lamp").routed) == keys[0]
+    assert routing_key(asked.prepare("Zebra crossings?", "*").routed) is None

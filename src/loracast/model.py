@@ -7,7 +7,7 @@ print(model.ask("How long is the warranty?", manual))
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from loracast.library.adapter import Adapter, loras_together
 from loracast.library.library import open_adapter
 from loracast.library.manifest import name_for
 from loracast.library.routing import DEFAULT_ROUTE, Route
-from loracast.library.wide_route import Source, route_adapters, sources
+from loracast.library.wide_route import Source, route_adapters, scaled, sources
 from loracast.lora.algebra import LoRA, concat
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
 from loracast.options import Asking, Chosen, Keeping, Question, Readable
@@ -53,13 +53,12 @@ class SourcedAnswer(Answer):
 
 
 @dataclass(frozen=True)
-class _Request:
-    """One question, ready to be generated: its prompt, its LoRA and where that comes from."""
+class Prepared:
+    """One question, ready to be generated: its prompt, and what of which adapters it is answered with."""
 
     prompt: list[int]
-    lora: LoRA | None
+    routed: list[tuple[Adapter, Route]]
     sources: tuple[Source, ...]
-    sampling: Sampling
 
 
 class Model:
@@ -151,17 +150,17 @@ class Model:
     ) -> SourcedAnswer | list[SourcedAnswer]:
         """Like `ask`, with what the answer cost and the chunks that it comes from (`SourcedAnswer`)."""
         if not _is_batch(question):
-            request = self._request(question, adapter, **options)
-            return _sourced(answer(self.base, request.prompt, request.lora, request.sampling), request)
+            prepared, lora, sampling = self._request(question, adapter, **options)
+            return _sourced(answer(self.base, prepared.prompt, lora, sampling), prepared)
         chosen = adapter if isinstance(adapter, (list, tuple)) and adapter else [adapter] * len(question)
         if len(chosen) != len(question):
             raise AdapterError(
                 f"{len(chosen)} adapters for {len(question)} questions: give one for each, () for none, or one for all"
             )
         requests = [self._request(*pair, **options) for pair in zip(question, chosen, strict=True)]
-        prompts, loras = [one.prompt for one in requests], [one.lora for one in requests]
+        prompts, loras = [prepared.prompt for prepared, _, _ in requests], [lora for _, lora, _ in requests]
         given = answers(self.base, prompts, loras, options.get("sampling", Sampling()))
-        return [_sourced(one, request) for one, request in zip(given, requests, strict=True)]
+        return [_sourced(one, prepared) for one, (prepared, _, _) in zip(given, requests, strict=True)]
 
     def stream(
         self, question: str | list[Message], adapter: Chosen = (), **options: Unpack[Asking]
@@ -174,36 +173,44 @@ class Model:
         Leaving the loop stops the generation. Another thread generates, so `stream` is refused inside a block of
         `lora.applied`. Arguments as in `ask`.
         """
-        request = self._request(question, adapter, **options)
-        given = yield from stream(self.base, request.prompt, request.lora, request.sampling)
-        return _sourced(given, request)
+        prepared, lora, sampling = self._request(question, adapter, **options)
+        given = yield from stream(self.base, prepared.prompt, lora, sampling)
+        return _sourced(given, prepared)
 
     def _request(
+        self, question: Question, adapter: Chosen, *, sampling: Sampling = Sampling(), **options: Any
+    ) -> tuple[Prepared, LoRA | None, Sampling]:
+        if isinstance(adapter, LoRA):
+            return self.prepare(question, **options), adapter.to(self.base.device), sampling
+        prepared = self.prepare(question, adapter, **options)
+        return prepared, self.lora_of(prepared.routed), sampling
+
+    def prepare(
         self,
         question: Question,
-        adapter: Chosen,
+        adapter: Chosen = (),
         *,
-        sampling: Sampling = Sampling(),
         system: str | None = ASK_SYSTEM_TURN,
         route: int | None = DEFAULT_ROUTE,
         tag: str = "",
         always: bool = False,
-    ) -> _Request:
+        scales: Mapping[str, float] = {},
+    ) -> Prepared:
+        """The prompt of a question, and what of the adapters it gets; no LoRA is read yet (`lora_of` does).
+
+        Args:
+            scales: factors on adapters' LoRAs, by their versions' hashes; 1 for those that are not named.
+        """
         turns: list[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else [*question]
         if not turns or turns[-1]["role"] != "user":
             raise ConfigError("there is nothing to answer: the last message of a chat must be the user's")
         if system is not None and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": system}, *turns]
-        lora, routed = self.lora_for(search_query(turns[-1]["content"], turns[:-1]), adapter, route, tag, always)
-        return _Request(self.base.chat.conversation(turns), lora, sources(routed), sampling)
+        routed = self._route(search_query(turns[-1]["content"], turns[:-1]), adapter, route, tag, always)
+        return Prepared(self.base.chat.conversation(turns), scaled(routed, scales), sources(routed))
 
     def lora_for(
-        self,
-        question: str,
-        adapter: Chosen,
-        k: int | None = DEFAULT_ROUTE,
-        tag: str = "",
-        always: bool = False,
+        self, question: str, adapter: Chosen, k: int | None = DEFAULT_ROUTE, tag: str = "", always: bool = False
     ) -> tuple[LoRA | None, list[tuple[Adapter, Route]]]:
         """The LoRA that a question is answered with, and the adapters it came from with what was taken of each.
 
@@ -211,14 +218,23 @@ class Model:
         """
         if isinstance(adapter, LoRA):
             return adapter.to(self.base.device), []
+        routed = self._route(question, adapter, k, tag, always)
+        return self.lora_of(routed), routed
+
+    def _route(
+        self, question: str, adapter: Chosen, k: int | None, tag: str, always: bool
+    ) -> list[tuple[Adapter, Route]]:
         chosen = [adapter] if isinstance(adapter, (Adapter, str)) else adapter
-        if any(isinstance(one, LoRA) for one in chosen):  # a static LoRA in it would come in twice
+        if isinstance(chosen, LoRA) or any(isinstance(one, LoRA) for one in chosen):  # a static LoRA would come twice
             raise AdapterError("a LoRA answers alone: keep it with `learn` to answer with several adapters")
-        routed = route_adapters(self.library, question, chosen, k, tag, self.adapter, always)
+        return route_adapters(self.library, question, chosen, k, tag, self.adapter, always)
+
+    def lora_of(self, routed: Sequence[tuple[Adapter, Route]]) -> LoRA | None:
+        """The LoRA of what was picked of adapters, on the base's device; None where nothing was."""
         loras = loras_together(routed) if routed else []
         if not loras:
-            return None, routed
-        return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device), routed
+            return None
+        return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device)
 
     @overload
     def cast(  # type: ignore[overload-overlap]  # a string is a path, and no sequence of documents
@@ -334,8 +350,8 @@ def _is_batch(question: str | Sequence[Any]) -> bool:
     return not isinstance(question, str) and not (question and isinstance(question[0], dict))
 
 
-def _sourced(given: Answer, request: _Request) -> SourcedAnswer:
-    return SourcedAnswer(**vars(given), sources=request.sources)
+def _sourced(given: Answer, prepared: Prepared) -> SourcedAnswer:
+    return SourcedAnswer(**vars(given), sources=prepared.sources)
 
 
 def load(

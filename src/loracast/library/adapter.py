@@ -11,6 +11,7 @@ Factors are mapped, not loaded, so that asking never holds a whole document in m
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -258,6 +259,16 @@ def loras_together(picked: Sequence[tuple[Adapter, Route]]) -> list[LoRA]:
         adapter.lora(route.picked, route.sentence_weights, static=is_first)
         for (adapter, route), is_first in zip(picked, brings_static, strict=True)
     ]
+
+
+def routing_key(picked: Sequence[tuple[Adapter, Route]]) -> str | None:
+    """Names the LoRA of `loras_together`: versions, chunks and all weights. None where nothing was picked."""
+    parts = [
+        (adapter.manifest.version, route.chunks, route.weights, route.sentences)
+        for adapter, route in picked
+        if not route.is_empty
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest() if parts else None
 
 
 def first_with_static(adapters: Sequence[Adapter]) -> list[bool]:

@@ -9,7 +9,7 @@ one's weighs less, by the rule of chunks in one document.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -149,11 +149,27 @@ def _names(question: str, name: str) -> bool:
 
 
 def _weighed(route: Route, n_chunks: int, weight: float) -> Route:
-    """The route of a document of so many chunks, with all weights multiplied."""
+    """The route of an adapter of so many chunks, with all weights multiplied."""
     chunks = tuple(range(n_chunks)) if route.chunks is None else route.chunks
     weights = tuple(weight * one for one in route.weights or (1.0,) * len(chunks))
     sentences = route.sentences and tuple(tuple(weight * one for one in of_chunk) for of_chunk in route.sentences)
     return replace(route, chunks=chunks, weights=weights, sentences=sentences)
+
+
+def scaled(picked: Iterable[tuple[Adapter, Route]], scales: Mapping[str, float]) -> list[tuple[Adapter, Route]]:
+    """What was picked, with the weights of adapters multiplied by factors, which go by their versions' hashes.
+
+    A factor of 0 takes an adapter out. The static LoRA of documents keeps its weight of 1, as in combinations.
+    """
+    found = []
+    for adapter, route in picked:
+        scale = scales.get(adapter.manifest.version, 1.0)
+        if scale == 0:
+            route = Route((), reason="its scale is 0", about=route.about)
+        elif scale != 1 and not route.is_empty:
+            route = _weighed(route, adapter.manifest.n_chunks, scale)
+        found.append((adapter, route))
+    return found
 
 
 def sources(picked: Iterable[tuple[Adapter, Route]]) -> tuple[Source, ...]:
