@@ -60,6 +60,14 @@ class Settings:
     """Stop after this time."""
 
 
+SEEN: list[Settings] = []
+
+
+def measure(config: Settings) -> None:
+    """What it does."""
+    SEEN.append(config)
+
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = (sys.executable, "-c", "from loracast.cli import main; main()")
 MANUAL = "\n\n".join(
@@ -215,15 +223,10 @@ def test_inherited_fields_are_options_too_and_come_last():
 def test_options_become_the_fields_of_a_config(tmp_path):
     from loracast.cli.commands import add
 
-    seen = []
+    seen = SEEN
     alone = typer.Typer(cls=typer.main.get_command(app).__class__.__base__)
     alone.callback()(lambda: None)
-
-    def measure(config: Settings) -> None:
-        """What it does."""
-        seen.append(config)
-
-    add(alone, measure)
+    add(alone, f"{__name__}:measure")
     assert CliRunner().invoke(alone, ["measure"]).exit_code == 0 and seen.pop() == Settings()
     given = "--sizes 3,4 --names a,b --texts x --texts y --no-is-chat --budget 2m --benchmark z"
     assert CliRunner().invoke(alone, ["measure", *given.split()]).exit_code == 0

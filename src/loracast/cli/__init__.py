@@ -16,22 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from loracast import LoracastError, __version__
-from loracast.cli import (
-    ask,
-    chat,
-    demo,
-    eval,
-    export,
-    folder,
-    learn,
-    list,
-    questions,
-    remote,
-    route,
-    show,
-    train,
-    upkeep,
-)
+from loracast.cli import eval
 from loracast.cli.commands import CommandGroup, add
 from loracast.cli.output import printable
 
@@ -100,17 +85,24 @@ def root(
             os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers and of the hub
 
 
-add(app, learn.learn, learn.task, ask.ask, chat.chat, list.list_, panel="Learn and ask")
+_train = typer.Typer(
+    cls=CommandGroup, help="Train hypernetworks, and the LoRAs that they are measured by.", no_args_is_help=True
+)
+add(_train, ".train:doc", ".train:text", ".train:image", panel="Hypernetworks")
+add(_train, ".train:oracle", ".train:multitask", ".train:reader", panel="LoRAs to compare with")
+add(_train, ".train:export", ".train:relevance", panel="To ship")
+
+add(app, ".learn:learn", ".learn:task", ".ask:ask", ".chat:chat", ".list:list_", panel="Learn and ask")
 add(
     app,
-    *(folder.sync, folder.watch, list.search, route.route, show.show, show.diff, upkeep.edit, upkeep.combine),
-    *(upkeep.rm, upkeep.gc, upkeep.compact, upkeep.verify),
-    *(remote.store, remote.push_adapter, remote.pull_adapter, remote.pull),
+    *(".folder:sync", ".folder:watch", ".list:search", ".route:route", ".show:show", ".show:diff"),
+    *(".upkeep:edit", ".upkeep:combine", ".upkeep:rm", ".upkeep:gc", ".upkeep:compact", ".upkeep:verify"),
+    *(".remote:store", ".remote:push_adapter", ".remote:pull_adapter", ".remote:pull"),
     panel="Library",
 )
-add(app, export.export, export.export_base, upkeep.import_, remote.deploy, panel="Other runtimes")
-add(app, demo.demo, questions.make_questions, panel=RESEARCH)
-app.add_typer(train.app, name="train", rich_help_panel=RESEARCH)
+add(app, ".export:export", ".export:export_base", ".upkeep:import_", ".remote:deploy", panel="Other runtimes")
+add(app, ".demo:demo", ".questions:make_questions", panel=RESEARCH)
+app.add_typer(_train, name="train", rich_help_panel=RESEARCH)
 app.add_typer(eval.app, name="eval", rich_help_panel=RESEARCH)
 
 

@@ -4,8 +4,9 @@ The name, type and default of an option are the parameter's or the field's. Its 
 `Annotated[type, "help"]`, or the docstring below the field, so that a setting is written once. What has more to say
 (bounds, a short form) is `Annotated[type, typer.Option(...)]`. A parameter before the `*` becomes an argument.
 
-A command is built only when it is called or its own --help is asked for: the dataclasses of an evaluation need torch,
-and `loracast --help` must not.
+A command's module is imported when the command is called or listed, and the command is built only when it is called or
+its own --help is asked for: `loracast ask` waits for no other command's imports, and the dataclasses of an evaluation
+need torch, which `loracast --help` must not import.
 """
 
 from __future__ import annotations
@@ -43,7 +44,13 @@ _ONE_EACH = {"adapters", "benchmarks", "documents", "held_out", "texts", "unrela
 
 
 class CommandGroup(TyperGroup):
-    """A group whose commands are listed by their docstrings, and built when they are called."""
+    """A group of commands that are listed by their docstrings, and imported and built when they are needed."""
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        command = super().get_command(ctx, name)
+        if function := _function_of(command):
+            command.help = inspect.getdoc(function)
+        return command
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
@@ -52,7 +59,7 @@ class CommandGroup(TyperGroup):
 
 def whole(command: Any) -> Any:
     """The command with all its arguments and options, where `command` is only what is listed."""
-    function = getattr(command.callback, "function", None)
+    function = _function_of(command)
     if function is None:
         return command
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -60,15 +67,24 @@ def whole(command: Any) -> Any:
     return typer.main.get_command(alone)
 
 
-def add(app: typer.Typer, *functions: Callable[..., None], panel: str | None = None) -> None:
-    """List functions as commands of `app`, under their names with dashes."""
-    for function in functions:
+def _function_of(command: Any) -> Callable[..., None] | None:
+    """The function of a command that `add` has listed, imported; None for groups."""
+    where = getattr(command and command.callback, "where", None)
+    if where is None:
+        return None
+    module, name = where.split(":")
+    return getattr(import_module(module, "loracast.cli"), name)
+
+
+def add(app: typer.Typer, *places: str, panel: str | None = None) -> None:
+    """List functions as commands of `app`, under their names with dashes; a place is ".module:function"."""
+    for place in places:
 
         def listed() -> None: ...
 
-        listed.__doc__ = function.__doc__
-        vars(listed)["function"] = function
-        app.command(function.__name__.strip("_").replace("_", "-"), rich_help_panel=panel)(listed)
+        vars(listed)["where"] = place
+        name = place.partition(":")[2].strip("_").replace("_", "-")
+        app.command(name, rich_help_panel=panel)(listed)
 
 
 def config_from(module: str, *, without: tuple[str, ...] = ()) -> Callable[[F], F]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import typer
 
-from loracast.cli import eval_documents, eval_modality, eval_tasks
 from loracast.cli.commands import CommandGroup, add
 
 app = typer.Typer(
@@ -19,13 +18,8 @@ def main() -> None:
     """Measure adapters beside baselines."""
 
 
-add(
-    app,
-    *(eval_documents.qa, eval_documents.needle, eval_documents.facts, eval_documents.everyday),
-    *(eval_documents.library, eval_documents.verbatim, eval_documents.interference),
-    *(eval_documents.teacher_forced, eval_documents.ablations),
-    panel="Documents",
-)
-add(app, eval_tasks.tasks, eval_tasks.overlap, eval_tasks.map_, eval_tasks.harness, panel="Tasks")
-add(app, eval_modality.image, panel="Images")
-add(app, eval_documents.latency, eval_documents.memory, eval_tasks.cost, panel="Cost")
+_DOCUMENTS = "qa needle facts everyday library verbatim interference teacher_forced ablations"
+add(app, *(f".eval_documents:{name}" for name in _DOCUMENTS.split()), panel="Documents")
+add(app, *(f".eval_tasks:{name}" for name in ("tasks", "overlap", "map_", "harness")), panel="Tasks")
+add(app, ".eval_modality:image", panel="Images")
+add(app, ".eval_documents:latency", ".eval_documents:memory", ".eval_tasks:cost", panel="Cost")

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from loracast.base.load import Base, load_base
-from loracast.cli.commands import CommandGroup, add, seconds
+from loracast.cli.commands import seconds
 from loracast.cli.options import TASKS, BaseChoice, Json, Tasks
 from loracast.cli.output import print_result, print_table, say
 
@@ -328,16 +328,3 @@ def _show_lora(task: str, figures: dict[str, float]) -> None:
 def _say_lora(run: Run, done: bool) -> None:
     where = f"the LoRA is in {run.out}" if done else f"not done yet; the same command goes on in {run.out}"
     run.say_done({"done": done}, where)
-
-
-app = typer.Typer(cls=CommandGroup, no_args_is_help=True)
-
-
-@app.callback()
-def main() -> None:
-    """Train hypernetworks, and the LoRAs that they are measured by."""
-
-
-add(app, doc, text, image, panel="Hypernetworks")
-add(app, oracle, multitask, reader, panel="LoRAs to compare with")
-add(app, export, relevance, panel="To ship")
