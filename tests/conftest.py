@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,19 @@ def word_encoder(monkeypatch) -> None:
 
     for module in ("loracast.training.text", "loracast.hypernets.text_to_lora"):
         monkeypatch.setattr(f"{module}.load_text_encoder", lambda *known: WordCounts())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of the hub; `hub(folder, repository, revision)` puts a folder into it as a revision of a repository."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    def publish(folder: Path, repository: str, revision: str = "main") -> None:
+        place = cache / f"models--{repository.replace('/', '--')}"
+        commit = hashlib.sha1(f"{folder}{revision}".encode()).hexdigest()
+        shutil.copytree(folder, place / "snapshots" / commit, dirs_exist_ok=True)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / revision).write_text(commit)
+
+    return publish

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import pickle
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from loracast.lora.algebra import LoRA, LoRABatch, concat
 from loracast.lora.inject import inject
 from loracast.lora.merge import decorrelate_keys
 from loracast.lora.target import target_from_config
-from published import DOC_TO_LORA, doc_to_lora, read_checkpoint
 from tiny import for_base, make_model
 
 MODEL = make_model()
@@ -459,57 +457,6 @@ def test_a_damaged_tensor_file_is_refused(damage, tmp_path):
 def test_an_unknown_storage_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="float32, bfloat16, int8"):
         save_pretrained(for_base(make(), MADE_FOR), tmp_path, storage="int4")
-
-
-# ---- the published architecture
-
-
-def published_hypernet(name: str) -> tuple[DocToLoRA, dict, dict]:
-    from transformers import AutoConfig
-
-    folder = DOC_TO_LORA / name
-    base = AutoConfig.from_pretrained(folder)
-    n_layers = base.num_hidden_layers
-    reader = tuple(range(n_layers)) if name == "per-layer-reader" else (n_layers // 4,)
-    hypernet = doc_to_lora(read_checkpoint(folder / "pytorch_model.bin"), base, reader)
-    return hypernet, load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
-
-
-@pytest.mark.parametrize("name", ["one-layer-reader", "per-layer-reader"])
-def test_published_checkpoints_are_reproduced(name):
-    hypernet, inputs, expected = published_hypernet(name)
-    scale = hypernet.config.scale
-    assert scale == 16.0 == json.loads((DOC_TO_LORA / name / "about.json").read_text())["scaling"]
-    features, mask = inputs["features"], inputs["attention_mask"]
-    a, b = hypernet.expand(hypernet.latents(features, mask))["down_proj"]
-    torch.testing.assert_close(a, expected["chunks.down_proj.A"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(b / scale, expected["chunks.down_proj.B"], atol=1e-5, rtol=1e-5)
-    batch = loras(hypernet, Features(features), mask, 3)
-    assert batch.n == 1
-    for layer, factors in enumerate(batch.factors.values()):
-        torch.testing.assert_close(factors.a[0], expected["combined.down_proj.A"][0, layer], atol=1e-5, rtol=1e-5)
-        b_rows = factors.b[0].T / scale
-        torch.testing.assert_close(b_rows, expected["combined.down_proj.B"][0, layer], atol=1e-5, rtol=1e-5)
-
-
-def test_a_published_checkpoint_survives_our_own_file(tmp_path):
-    hypernet, inputs, expected = published_hypernet("one-layer-reader")
-    save_pretrained(for_base(hypernet, MADE_FOR), tmp_path, storage="float32")
-    read = from_pretrained(tmp_path, PublishedDocToLoRA)
-    a, _ = read.expand(read.latents(inputs["features"], inputs["attention_mask"]))["down_proj"]
-    torch.testing.assert_close(a, expected["chunks.down_proj.A"], atol=1e-5, rtol=1e-5)
-
-
-def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "exploded",)
-
-    with zipfile.ZipFile(tmp_path / "bomb.bin", "w") as archive:
-        archive.writestr("pytorch_model/data.pkl", pickle.dumps(Bomb()))
-    with pytest.raises(pickle.UnpicklingError, match="no business"):
-        read_checkpoint(tmp_path / "bomb.bin")
-    assert not (tmp_path / "exploded").exists()
 
 
 def test_b_rows_copy_the_values_that_the_latents_point_to():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -21,22 +19,6 @@ from tiny import make_hypernet, make_model, make_tokenizer
 DATA = {"texts": ["prose.jsonl.gz"], "text_sources": ["squad"], "needle_kinds": ["code"], "seed": 3}
 STEP = {"command": "loracast train doc recipe.toml", "data": DATA}
 OTHER = {"command": "loracast train doc next.toml --init-from run", "data": {}}
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A cache of the hub; `hub(folder, repository, revision)` puts a folder into it as a revision of a repository."""
-    cache = tmp_path / "cache"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-
-    def publish(folder: Path, repository: str, revision: str = "main") -> None:
-        place = cache / f"models--{repository.replace('/', '--')}"
-        commit = hashlib.sha1(f"{folder}{revision}".encode()).hexdigest()
-        shutil.copytree(folder, place / "snapshots" / commit, dirs_exist_ok=True)
-        (place / "refs").mkdir(exist_ok=True)
-        (place / "refs" / revision).write_text(commit)
-
-    return publish
 
 
 def test_a_revision_of_a_base(hub, tmp_path):

@@ -23,7 +23,6 @@ from loracast.cast.image import cast_image, learn_image
 from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork
 from loracast.cast.task import TaskCaster, TaskOptions
 from loracast.documents import Document, read_document
-from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.documents.images import ImageFile, is_image_file, read_image_file
 from loracast.errors import AdapterError, ConfigError, DocumentError, HypernetworkError
 from loracast.hypernets.protocol import Caster, Hypernetwork, Modality
@@ -238,11 +237,11 @@ class Model:
 
     @overload
     def cast(  # type: ignore[overload-overlap]  # a string is a path, and no sequence of documents
-        self, source: Readable, *, max_chunk_tokens: int = ...
+        self, source: Readable, *, max_chunk_tokens: int | None = ...
     ) -> LoRA: ...
     @overload
-    def cast(self, source: Sequence[Readable], *, max_chunk_tokens: int = ...) -> list[LoRA]: ...
-    def cast(self, source: Any, *, max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS) -> LoRA | list[LoRA]:
+    def cast(self, source: Sequence[Readable], *, max_chunk_tokens: int | None = ...) -> list[LoRA]: ...
+    def cast(self, source: Any, *, max_chunk_tokens: int | None = None) -> LoRA | list[LoRA]:
         """Cast a document or an image into a LoRA and keep nothing; a list of them into one LoRA each.
 
             lora = model.cast("manual.pdf")
@@ -294,7 +293,7 @@ class Model:
         read: Document | ImageFile,
         name: str | None,
         *,
-        max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        max_chunk_tokens: int | None = None,
         storage: Storage = DEFAULT_STORAGE,
         replace: bool = False,
         progress: Progress = lambda done, total: None,

@@ -45,8 +45,8 @@ class Asking(TypedDict, total=False):
 class Keeping(TypedDict, total=False):
     """Options of `Model.learn`."""
 
-    max_chunk_tokens: int
-    """Longest chunk; the shipped hypernetwork was trained with up to 256."""
+    max_chunk_tokens: int | None
+    """Longest chunk, the hypernetwork's own by default: 192 for the shipped one, trained with up to 256."""
     storage: Storage
     """How a document's factors are kept (lora/quantize.py), "int4" by default; an image's are in bf16."""
     replace: bool

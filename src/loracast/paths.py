@@ -28,6 +28,11 @@ def journals_dir() -> Path:
     return _cache_dir() / "journals"
 
 
+def converted_dir() -> Path:
+    """Published hypernetworks in loracast's form; may be deleted at any time and are converted again."""
+    return _cache_dir() / "converted"
+
+
 def exports_dir() -> Path:
     """Adapters exported for servers; may be deleted while no server uses them, and are written again."""
     return _cache_dir() / "exports"

@@ -127,6 +127,17 @@ class ChatFormat:
     def _control(self, ids: Iterable[int]) -> list[int]:
         return [i for i in ids if i in control_ids(self.tokenizer)]
 
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Token ids before and after a user's only message, with an empty system turn, up to the assistant's turn.
+
+        Where the template has no system turn, an empty text and an empty line stand in front of the message.
+        """
+        if self.has_system_turn:
+            first, between, last = self._pieces(("system", "user"), True)
+        else:
+            (first, last), between = self._pieces(("user",), True), "\n\n"
+        return _encode_template(self.tokenizer, first + between), _encode_template(self.tokenizer, last)
+
     def answer(self, text: str) -> list[int]:
         """Token ids of an answer in training, its end of turn included.
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from loracast.errors import BaseModelError
@@ -42,17 +45,49 @@ def config_fingerprint(config: Any) -> str:
 
 def fingerprint(model: Any, name: str) -> Fingerprint:
     """The fingerprint of a loaded base; it reads a few thousand numbers, however large the base is."""
+    return _of_weights(model.config, sorted(model.get_decoder().state_dict().items()), name)
+
+
+def fingerprint_of_files(config: Any, folder: Path, name: str) -> Fingerprint:
+    """The fingerprint of a base that lies in a folder, one matrix in memory at a time.
+
+    Raises:
+        BaseModelError: the folder lacks weights of the base, or has them in another format than safetensors.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    wanted = sorted(decoder.state_dict())
+    try:
+        with ExitStack() as files:
+            opened = [files.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("*.safetensors"))]
+            stored = {key: file for file in opened for key in file.keys()}  # noqa: SIM118  (not a dict)
+            weights = ((key, stored[f"{prefix}.{key}"].get_tensor(f"{prefix}.{key}")) for key in wanted)
+            return _of_weights(config, weights, name)
+    except (KeyError, OSError, SafetensorError) as error:
+        raise BaseModelError(
+            f"the folder of the base {name!r} has no safetensors with all of its weights (missing or damaged: {error})"
+        ) from error
+
+
+def _of_weights(config: Any, weights: Iterable[tuple[str, Any]], name: str) -> Fingerprint:
+    """The fingerprint from the decoder's weights in the order of their names."""
     import torch
 
     norms, matrices = hashlib.sha256(), hashlib.sha256()
-    for key, weight in sorted(model.get_decoder().state_dict().items()):
+    for key, weight in weights:
         values = weight.detach().flatten()
         if weight.ndim == 1 and "norm" in key:
             norms.update(values.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
         elif weight.ndim == 2:
             sample = values[:: max(1, values.numel() // 97)]
             matrices.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
-    return Fingerprint(name, config_fingerprint(model.config), norms.hexdigest()[:16], matrices.hexdigest()[:16])
+    return Fingerprint(name, config_fingerprint(config), norms.hexdigest()[:16], matrices.hexdigest()[:16])
 
 
 def check(made_for: Fingerprint, base: Fingerprint, what: str) -> None:

@@ -18,7 +18,7 @@ from loracast.base.embedded import DEFAULT_BASE, embedded, pull, quiet_transform
 from loracast.base.packages import Say
 from loracast.base.precision import dtype_of, fastest_dtype
 from loracast.errors import BaseModelError, ConfigError
-from loracast.hub import check_revision
+from loracast.hub import check_revision, needs_access
 
 if TYPE_CHECKING:
     import threading
@@ -126,7 +126,8 @@ def load_base(
             )
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
-            f"cannot load the base {name!r}: give one of {', '.join(embedded('base'))}, a folder with config.json, "
+            needs_access(error, name)
+            or f"cannot load the base {name!r}: give one of {', '.join(embedded('base'))}, a folder with config.json, "
             f"safetensors and a tokenizer, or a hub id that this machine can reach ({str(error).splitlines()[0]})"
         ) from error
     base = _frozen(name, model, tokenizer or _read_tokenizer(name, where, revision))
@@ -171,7 +172,8 @@ def _read_tokenizer(name: str, where: str, revision: str | None = None) -> Any:
             return AutoTokenizer.from_pretrained(where, revision=revision or "main")
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
-            f"cannot load the tokenizer of the base {name!r} ({str(error).splitlines()[0]})"
+            needs_access(error, name)
+            or f"cannot load the tokenizer of the base {name!r} ({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from loracast.base.chat import encode_text, encode_with_offsets
 from loracast.base.load import Base
 from loracast.documents import Chunk, Document, split_text
-from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.documents.sentences import sentence_spans, token_sentences
 from loracast.errors import ConfigError, DocumentError
 from loracast.hypernets.protocol import Caster
@@ -101,10 +100,10 @@ def recast(caster: Caster, base: Base, prompts: Sequence[str]) -> dict[str, Tens
     return rows
 
 
-def cast_document(caster: Caster, base: Base, document: Document, max_chunk_tokens: int) -> LoRA:
+def cast_document(caster: Caster, base: Base, document: Document, max_chunk_tokens: int | None) -> LoRA:
     """Cast a document into a LoRA, all of its chunks merged, and keep nothing."""
-    chunks = split_document(base, document, max_chunk_tokens)
     hypernetwork = caster.hypernetwork
+    chunks = split_document(base, document, max_chunk_tokens or hypernetwork.chunk_tokens)
     rows = recast(caster, base, [chunk.prompt for chunk in chunks])
     return join_chunks(hypernetwork.config.target, rows, hypernetwork.merging)
 
@@ -116,7 +115,7 @@ def learn_document(
     library: Path,
     name: str,
     *,
-    max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    max_chunk_tokens: int | None = None,
     storage: Storage = DEFAULT_STORAGE,
     replace: bool = False,
     progress: Progress = lambda done, total: None,
@@ -124,11 +123,13 @@ def learn_document(
     """Cast a document into an adapter and keep it under `name`.
 
     If the library has an adapter of the same document, cast in the same way, that one gets the name. The adapter
-    appears in the library once it is complete: casting that fails or is killed leaves nothing behind.
+    appears in the library once it is complete: casting that fails or is killed leaves nothing behind. Chunks are as
+    long as the hypernetwork was made for where `max_chunk_tokens` is None.
     """
     started = time.perf_counter()
     hypernetwork = caster.hypernetwork
     config = hypernetwork.config
+    max_chunk_tokens = max_chunk_tokens or hypernetwork.chunk_tokens
     chunks = split_document(base, document, max_chunk_tokens)
     manifest = Manifest(
         name=name,

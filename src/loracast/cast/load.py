@@ -9,6 +9,7 @@ from pathlib import Path
 from loracast.base.embedded import DEFAULT_BASE
 from loracast.base.load import Base
 from loracast.base.packages import Say
+from loracast.cast.published import BaseFacts, base_named_in, converted, published_file
 from loracast.errors import BaseModelError, HypernetworkError
 from loracast.hypernets.protocol import Caster, Hypernetwork, Modality
 from loracast.hypernets.store import from_pretrained, read_made_for
@@ -51,15 +52,36 @@ def check_default_base(hypernetworks: Iterable[str | Path | Hypernetwork | None]
     """
     ours = read_made_for(shipped_hypernetwork(DEFAULT_BASE))
     for given in hypernetworks:
-        made_for = given.made_for if isinstance(given, Hypernetwork) else given and read_made_for(given)
-        if not made_for or made_for.base == DEFAULT_BASE:
+        if given is None:
             continue
-        if (made_for.config, made_for.norms) != (ours.config, ours.norms):
+        if not isinstance(given, Hypernetwork) and (file := published_file(given)):
+            name, is_ours = base_named_in(file), False
+        else:
+            made_for = given.made_for if isinstance(given, Hypernetwork) else read_made_for(given)
+            if made_for is None:
+                continue
+            name = made_for.base
+            is_ours = name == DEFAULT_BASE or (made_for.config, made_for.norms) == (ours.config, ours.norms)
+        if not is_ours:
             what = "that is given" if isinstance(given, Hypernetwork) else given
             raise BaseModelError(
-                f"the hypernetwork {what} was made for the base {made_for.base!r}, not for {DEFAULT_BASE}, "
-                f"which is used if no base is given: give that base (--base {made_for.base})"
+                f"the hypernetwork {what} was made for the base {name!r}, not for {DEFAULT_BASE}, which is used if no "
+                f"base is given: give that base (--base {name})"
             )
+
+
+def open_hypernetwork(source: str | Path, base: Base | Callable[[], Base] | None = None) -> Hypernetwork:
+    """Read a hypernetwork from a folder or hub repository; a published checkpoint is converted first, once.
+
+    Args:
+        source: OWNER/NAME/FOLDER for one of several in a repository.
+        base: the base that a published checkpoint is to work on, if it is loaded already.
+    """
+    file = published_file(source)
+    if file is None:
+        return from_pretrained(source)
+    facts = BaseFacts.of(base) if isinstance(base, Base) else BaseFacts.read(base_named_in(file))
+    return from_pretrained(converted(file, facts))
 
 
 def load_caster(
@@ -81,7 +103,7 @@ def load_caster(
         HypernetworkError, EncoderError: it cannot be read, casts something else, or its encoder cannot be loaded.
         BaseModelError: it belongs to another base.
     """
-    hypernetwork = source if isinstance(source, Hypernetwork) else from_pretrained(source)
+    hypernetwork = source if isinstance(source, Hypernetwork) else open_hypernetwork(source, base)
     if hypernetwork.modality != modality:
         what = "the hypernetwork" if isinstance(source, Hypernetwork) else source
         raise HypernetworkError(

@@ -101,7 +101,7 @@ add(
     panel="Library",
 )
 add(app, ".export:export", ".export:export_base", ".upkeep:import_", ".remote:deploy", panel="Other runtimes")
-add(app, ".demo:demo", ".questions:make_questions", panel=RESEARCH)
+add(app, ".demo:demo", ".questions:make_questions", ".convert:convert", panel=RESEARCH)
 app.add_typer(_train, name="train", rich_help_panel=RESEARCH)
 app.add_typer(eval.app, name="eval", rich_help_panel=RESEARCH)
 

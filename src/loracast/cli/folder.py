@@ -13,6 +13,7 @@ from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli.options import Again, Json, Learning
 from loracast.cli.output import print_result, printable, progress_bar, say
 from loracast.cli.session import open_model
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.files import file_sha256
 from loracast.paths import journals_dir
 
@@ -34,13 +35,14 @@ class FolderLearner:
 
     def __init__(self, folder: Path, learning: Learning, *, again: bool = False, remove_gone: bool = False):
         from loracast.cast.load import shipped_hypernetwork
+        from loracast.cast.published import DOC_FILE, OWN_FILES
 
         base = learning.base or DEFAULT_BASE
         where = Path(learning.hypernetwork) if learning.hypernetwork else shipped_hypernetwork(base)
-        files = [where / name for name in ("config.json", "model.safetensors")]
+        files = [path for name in (*OWN_FILES, DOC_FILE) if (path := where / name).is_file()]
         hypernet = " ".join(map(file_sha256, files)) if where.is_dir() else str(where)
         self.folder, self.learning, self.again, self.remove_gone = folder, learning, again, remove_gone
-        self.made_by = f"{base} {hypernet} {learning.chunk_tokens} {learning.document_storage}"
+        self.made_by = f"{base} {hypernet} {learning.chunk_tokens or DEFAULT_CHUNK_TOKENS} {learning.document_storage}"
         self._model: Model | None = None
         self._told: set[tuple[str, str | None]] = set()
 

@@ -116,7 +116,13 @@ class Models(BaseChoice):
 class Learning(Models):
     """How documents are learned, and where their adapters are kept."""
 
-    chunk_tokens: Annotated[int, typer.Option(min=16, help="Most tokens of a chunk.")] = DEFAULT_CHUNK_TOKENS
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=16, show_default=f"the hypernetwork's own, {DEFAULT_CHUNK_TOKENS} for the shipped one",
+            help="Most tokens of a chunk.",
+        ),
+    ] = None  # fmt: skip
     storage: Annotated[
         Storage | None,
         typer.Option(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli.options import Answering, BaseChoice, Models
 from loracast.cli.output import progress_bar, say, stderr, warn
 from loracast.errors import BaseModelError
@@ -62,8 +63,7 @@ def open_answerer(answering: Answering) -> tuple[Model, dict[str, Adapter | str]
 
     patterns = patterns_in(answering.chosen)
     names = [name for name in answering.chosen if name not in patterns]
-    for name in names:
-        open_adapter(answering.library, name)
+    found = [open_adapter(answering.library, name) for name in names]
     if patterns:
         check_patterns(answering.library, patterns, answering.tag)
     with loading(answering.device) as tell:
@@ -71,7 +71,7 @@ def open_answerer(answering: Answering) -> tuple[Model, dict[str, Adapter | str]
         from loracast.model import load
 
         answerer = load(
-            answering.base,
+            answering.base or base_of(found),
             answering.hypernetwork,
             library=answering.library,
             device=answering.device,
@@ -88,6 +88,19 @@ def open_answerer(answering: Answering) -> tuple[Model, dict[str, Adapter | str]
     opened |= {pattern: pattern for pattern in patterns}
     sampling = Sampling(answering.max_tokens, 0, answering.temperature, answering.top_p, answering.seed)
     return answerer, opened, sampling
+
+
+def base_of(adapters: Sequence[Adapter]) -> str | None:
+    """The base that adapters were made for, under the name that it was loaded by; None for the default one.
+
+    Raises:
+        BaseModelError: they were made for several.
+    """
+    bases = {adapter.manifest.made_for.config: adapter.manifest.made_for.base for adapter in adapters}
+    if len(bases) > 1:
+        raise BaseModelError(f"these adapters were made for several bases, {', '.join(sorted(bases.values()))}")
+    name = next(iter(bases.values()), None)
+    return None if name == DEFAULT_BASE else name
 
 
 def say_sources(routed: Sequence[tuple[Adapter, Route]], n_named: int) -> None:

@@ -55,11 +55,12 @@ class HiddenStatesEncoder:
         tokenizer: Any = None,
         fingerprint: str = "",
         lora: Callable[[], LoRABatch | None] = lambda: None,
+        with_final_norm: bool = False,
     ):
         """
         Args:
             model: the base (a causal LM).
-            layers: blocks after which states are read; 0 means the embeddings.
+            layers: blocks after which states are read; 0 means what enters the first block.
             with_values: append each token's value to its features: the unit vector that, added to the last hidden
                 state, makes the base generate that token (its output embedding, centred and weighted like the final
                 norm does).
@@ -70,6 +71,8 @@ class HiddenStatesEncoder:
             fingerprint: the base's own, of its weights.
             lora: gives the encoder LoRA, which the base carries while it reads, or None; with one, features are
                 differentiable.
+            with_final_norm: the states after the last of `layers` pass the base's final norm, as the last one of
+                transformers' `hidden_states` does.
         """
         self.fingerprint, self.device = fingerprint, model.device
         self._model, self._lora = model, lora
@@ -92,6 +95,7 @@ class HiddenStatesEncoder:
             self.key_modules += found
             depth = max(depth, layer + 1) if found else depth
         self._decoder = cut(decoder, depth)
+        self._final_norm = decoder.norm if with_final_norm else nn.Identity()
         if missing := [name for name in key_modules if name not in modules]:
             raise EncoderError(
                 f"the base has no module {missing[0]}, whose inputs are read: give the base that the hypernetwork was "
@@ -124,11 +128,12 @@ class HiddenStatesEncoder:
         read = torch.cat([prefix.expand(input_ids.shape[0], -1), input_ids], dim=1)
         embedded = self._decoder.get_input_embeddings()(read)
         # The state after a block is what enters the next one; after the last, the norm.
-        after = {n: "norm" if n == n_blocks else f"layers.{n}" for n in self.layers if n > 0}
+        after = {n: "norm" if n == n_blocks else f"layers.{n}" for n in self.layers}
         blocks = list(after.values())
         with capture_inputs(self._decoder, blocks) as inputs, capture_inputs(self._model, self.key_modules) as keys:
             self._decoder(inputs_embeds=embedded, use_cache=False)
-        states = {0: embedded} | {n: inputs[name] for n, name in after.items()}
+        states = {n: inputs[name] for n, name in after.items()}
+        states[max(states)] = self._final_norm(states[max(states)])
         kept = {name: rows[:, n_prefix:] for name, rows in keys.items()}
         return {n: rows[:, n_prefix:] for n, rows in states.items()}, kept
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from loracast.base.fingerprint import Fingerprint, check
 from loracast.base.packages import Say
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.encoders.features import Features
 from loracast.errors import HypernetworkError
 from loracast.lora.algebra import Factors, LoRABatch, Rows
@@ -129,6 +130,11 @@ class Hypernetwork(nn.Module):
     def needs_base(self) -> bool:
         """Whether its encoder is the base itself."""
         raise self._undefined("needs_base")
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Longest chunk of a document where nobody says otherwise."""
+        return DEFAULT_CHUNK_TOKENS
 
     def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> Callable[[Any], Features]:
         """The encoder that it was trained with.

@@ -1,10 +1,12 @@
-"""What only published Doc-to-LoRA checkpoints need: latents that read first, a gated projection, MLPs in each layer.
+"""What only published checkpoints need: of Doc-to-LoRA latents that read first, a gated projection, MLPs in each layer
+and chat markers around each chunk; of Text-to-LoRA the variant S.
 
-Source: Charakorn et al., arXiv 2602.15902, appendix on the architecture.
+Sources: Charakorn et al., arXiv 2602.15902, appendix on the architecture; arXiv 2506.06105.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,10 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loracast.base.load import Base
+from loracast.base.packages import Say
+from loracast.encoders.features import Features
+from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.hypernets.doc_config import DocToLoRAConfig
 from loracast.hypernets.doc_to_lora import DocToLoRA, RankCodes
 from loracast.hypernets.heads import per_layer
 from loracast.hypernets.perceiver import GatedMLP, Perceiver, Queries
+from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,14 @@ class PublishedDocToLoRAConfig(DocToLoRAConfig):
     """Latents of the encoder."""
     n_latent_mlps: int = 0
     """Residual MLPs with weights for each layer, between the decoder and the heads."""
+    chat_prefix: tuple[int, ...] = ()
+    """Token ids in front of each chunk that are read like the chunk's own: the chat template's turn of the user."""
+    chat_suffix: tuple[int, ...] = ()
+    """Token ids behind each chunk that are read like the chunk's own: where the assistant's turn begins."""
+    with_final_norm: bool = False
+    """Whether the states after the last of `reader_layers` pass the base's final norm."""
+    chunk_tokens: int = 512
+    """Longest chunk by default: as long as in the published training."""
 
     def _problems(self) -> list[str]:
         problems = [problem for problem in super()._problems() if not problem.startswith("reader_layers")]
@@ -60,6 +75,20 @@ class PublishedDocToLoRA(DocToLoRA):
         self.rank_latents = Queries(groups, len(c.kinds) * c.rank, c.width, factorised=False)
         self.decoder = Perceiver(c.n_decoder_blocks, *block)
         self.latent_mlps = nn.ModuleList(LatentMLP(len(c.layers), c.width) for _ in range(c.n_latent_mlps))
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.config.chunk_tokens
+
+    def hidden_states_encoder(self, base: Base) -> HiddenStatesEncoder:
+        c = self.config
+        return HiddenStatesEncoder(
+            base.model, c.reader_layers, fingerprint=base.fingerprint.matrices, with_final_norm=c.with_final_norm
+        )
+
+    def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> Callable[[Any], Features]:
+        encode, c = super().encoder_for(base, encoder, say), self.config
+        return lambda rows: encode([[*c.chat_prefix, *row, *c.chat_suffix] for row in rows])
 
     def latents(self, features: Tensor, mask: Tensor | None = None) -> RankCodes:
         """The rank codes of chunks.
@@ -99,3 +128,29 @@ class LatentMLP(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:  # [n, layers, q, w] -> [n, layers, q, w]
         inner = functional.silu(per_layer(self.norm_in(latents), self.w1) + self.b1)
         return latents + self.norm_out(per_layer(inner, self.w2) + self.b2)
+
+
+@dataclass(frozen=True)
+class PublishedTextToLoRAConfig(TextToLoRAConfig):
+    """The config of a published checkpoint of Text-to-LoRA in its variant S."""
+
+    def _problems(self) -> list[str]:
+        return [*super()._problems(), *(["L and M are a TextToLoRA as they are"] if self.variant != "S" else [])]
+
+
+class PublishedTextToLoRA(TextToLoRA):
+    """Text-to-LoRA S as published: the row of a factor is asked for after the second block, by its position."""
+
+    config_class: ClassVar[Any] = PublishedTextToLoRAConfig
+
+    def __init__(self, config: PublishedTextToLoRAConfig):
+        super().__init__(config)
+        self.asked = nn.Parameter(torch.randn(len(config.target.kinds), 2, 1, config.width))
+        self.position = nn.Sequential(nn.Embedding(config.rank, config.width), nn.LayerNorm(config.width))
+
+    def latents(self, embeddings: Tensor) -> Tensor:
+        """The heads' input [n, layers, kinds, sides, rows, head_width]."""
+        second = self.blocks[1]
+        x = self.module_conditions(embeddings)[..., None, None, :] + self.asked_norm(self.asked)
+        row = self.position(torch.arange(self.config.rank, device=x.device))  # [rows, w]
+        return self.last(x + second(x) + row + second(row))

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from loracast.base.fingerprint import Fingerprint
 from loracast.errors import ConfigError, HypernetworkError
-from loracast.files import write_atomically
+from loracast.files import write_atomically, write_with
 from loracast.hub import folder_of
 from loracast.hypernets import format_1
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
 from loracast.hypernets.card import CARD, GENERATED, model_card
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.protocol import Hypernetwork
-from loracast.hypernets.published import PublishedDocToLoRA
+from loracast.hypernets.published import PublishedDocToLoRA, PublishedTextToLoRA
 from loracast.hypernets.text_to_lora import TextToLoRA
 from loracast.lora.quantize import quantise
 
@@ -33,7 +33,7 @@ H = TypeVar("H", bound=Hypernetwork)
 C = TypeVar("C")
 _ARCHITECTURES: dict[str, type[Hypernetwork]] = {
     architecture.__name__: architecture
-    for architecture in (DocToLoRA, PublishedDocToLoRA, TextToLoRA, AttentionDeltaToLoRA)
+    for architecture in (DocToLoRA, PublishedDocToLoRA, TextToLoRA, PublishedTextToLoRA, AttentionDeltaToLoRA)
 }
 FORMAT = 2
 STORAGE = ("float32", "bfloat16", "int8")
@@ -57,7 +57,7 @@ def save_pretrained(
         provenance: how it was made (command, seed, data; `licence` and `figures` for the card), kept in config.json;
             its own if None.
     """
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     if hypernet.made_for is None:
         raise HypernetworkError(
@@ -82,7 +82,7 @@ def save_pretrained(
         "config": dataclasses.asdict(hypernet.config),
         "provenance": dict(provenance),
     }
-    write_atomically(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_with(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     card = folder / CARD
     if not card.exists() or GENERATED in card.read_text(encoding="utf-8"):
         write_atomically(card, model_card(hypernet, provenance).encode())

@@ -141,15 +141,19 @@ class TextToLoRA(DescriptionHypernetwork):
 
     def latents(self, embeddings: Tensor) -> Tensor:
         """The heads' input [n, layers, kinds, sides, rows, head_width]; sides and rows are 1 if made at once."""
+        x = self.module_conditions(embeddings)[..., None, None, :]
+        if self.config.variant in ("M", "S"):
+            x = x + self.asked_norm(self.asked)
+        return self.last(x + self.blocks[1](x))
+
+    def module_conditions(self, embeddings: Tensor) -> Tensor:
+        """What each module is told of each description [n, layers, kinds, width], after the first block."""
         task = self.task(embeddings)[:, None, None]  # [n, 1, 1, w / 2]
         layer = self.layer(torch.arange(len(self.config.target.layers), device=task.device))[None, :, None]
         kind = self.kind(torch.arange(len(self.config.target.kinds), device=task.device))[None, None]
         shape = (task.shape[0], layer.shape[1], kind.shape[2], -1)
         x = self.mixer(torch.cat([side.expand(shape) for side in (task, layer, kind)], dim=-1))
-        x = (x + self.blocks[0](x))[..., None, None, :]
-        if self.config.variant in ("M", "S"):
-            x = x + self.asked_norm(self.asked)
-        return self.last(x + self.blocks[1](x))
+        return x + self.blocks[0](x)
 
 
 class _Head(nn.Module):
