@@ -47,7 +47,7 @@ class CommandGroup(TyperGroup):
     """A group of commands that are listed by their docstrings, and imported and built when they are needed."""
 
     def get_command(self, ctx: Any, name: str) -> Any:
-        command = super().get_command(ctx, name)
+        command: Any = super().get_command(ctx, name)
         if function := _function_of(command):
             command.help = inspect.getdoc(function)
         return command
