@@ -12,24 +12,27 @@ from fastapi.middleware.cors import CORSMiddleware
 from loracast import __version__
 from loracast.serving.errors import add_handlers
 from loracast.serving.guard import Guard
-from loracast.serving.routes import health, page
+from loracast.serving.routes import health, page, server
 from loracast.serving.service import Service
 from loracast.serving.settings import ServerSettings
+from loracast.serving.watching import Watcher
 
 if TYPE_CHECKING:
     from loracast.model import Model
 
-ROUTERS = (health.router, page.router)
+ROUTERS = (health.router, page.router, server.router)
 
 
 def create_app(model: Model, engine: Any, settings: ServerSettings = ServerSettings()) -> FastAPI:
     """The HTTP API of a model whose answers an engine generates. When the application ends, the engine is drained."""
-    service = Service(model, engine, settings)
+    service = Service(model, engine, settings, Watcher(model, settings.watched))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.watcher.start()
         yield
         service.is_draining = True
+        service.watcher.close()
         engine.drain(settings.drain_timeout_s)
         engine.close()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Depends, Request
 
 from loracast.serving.settings import ServerSettings
+from loracast.serving.watching import Watcher
 
 if TYPE_CHECKING:
     from loracast.model import Model
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Service:
-    """The model, the engine and the settings of a server."""
+    """The model, the engine and the settings of a server, and the folders that it watches."""
 
     model: Model
     engine: Any
     settings: ServerSettings
+    watcher: Watcher
     is_draining: bool = False
     """Set when the server is told to stop: it finishes what runs and takes nothing new."""
 

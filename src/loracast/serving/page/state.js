@@ -14,7 +14,7 @@ class State extends EventTarget {
   #versions = null;
 
   async loadSettings() {
-    this.settings = await fetchJson("page/settings");
+    this.settings = await fetchJson("v1/server");
     this.#tell("settings");
   }
 

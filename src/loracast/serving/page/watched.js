@@ -10,5 +10,10 @@ export function showWatched() {
     h("h2", { id: "watched-title" }, "Watched folders"),
     h("ul", {}, folders.map((one) => h("li", {},
       h("span", { class: "name" }, one.folder),
-      h("span", { class: "note" }, `${plural(one.n_learned, "file")} learned, ${one.n_failed} failed`)))));
+      h("span", { class: "note" }, one.error ?? said(one)),
+      one.failed.length > 0 && h("details", {},
+        h("summary", { class: "note failed" }, `${plural(one.failed.length, "file")} failed`),
+        h("ul", {}, one.failed.map(([path, why]) => h("li", { class: "note" }, h("b", {}, path), ` ${why}`))))))));
 }
+
+const said = (one) => `${plural(one.n_documents, "document")}${one.is_learning ? ", learning …" : ""}`;

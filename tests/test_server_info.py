@@ -1,0 +1,32 @@
+"""What a server says of itself: its base, the cost of a token, the folders that it watches."""
+
+from __future__ import annotations
+
+import torch
+from fastapi.testclient import TestClient
+
+from loracast.serving.app import create_app
+from loracast.serving.routes.server import kv_bytes_per_token
+from loracast.serving.settings import ServerSettings
+from test_serving_guard import NoEngine
+from test_watching import wait_for
+
+
+def test_a_token_costs_what_the_bases_own_cache_takes(base):
+    with torch.no_grad():
+        cache = base.model(torch.tensor([[5, 6, 7, 8]]), use_cache=True).past_key_values
+    held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    assert held == 4 * kv_bytes_per_token(base)
+
+
+def test_a_server_tells_of_its_base_and_of_watched_folders(model, tmp_path, home):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "kettle.txt").write_text("The kettle holds 1.7 litres.")
+    app = create_app(model, NoEngine(), ServerSettings(watched=(folder,)))
+    with TestClient(app, base_url="http://127.0.0.1:8000") as api:
+        wait_for(lambda: api.get("/v1/server").json()["watched"][0]["n_documents"] == 1)
+        told = api.get("/v1/server").json()
+        assert told["base"] == model.base.name and told["window"] == model.base.window
+        assert told["watched"][0]["folder"] == "notes" and told["watched"][0]["failed"] == []
+    assert not app.state.service.watcher._thread.is_alive()
