@@ -360,8 +360,8 @@ def _entry(row: tuple[Any, ...]) -> Entry:
     return Entry(*values)
 
 
-def _meant(patterns: Sequence[str], tag: str) -> tuple[str, tuple[str, ...]]:
+def _meant(patterns: Sequence[str], tag: str) -> tuple[str, tuple[str, str, str]]:
     """The condition for newest versions of documents with a name that fits a pattern and with a tag, and its values."""
-    fits = " OR ".join(["names.name GLOB ?"] * len(patterns))
+    fits = "EXISTS (SELECT 1 FROM json_each(?) AS pattern WHERE names.name GLOB pattern.value)"
     tagged = "(? = '' OR EXISTS (SELECT 1 FROM tags WHERE tags.name = names.name AND tag = ?))"
-    return f"kind = 'document' AND ({fits}) AND {tagged} AND {_NEWEST}", (*patterns, tag, tag)
+    return f"kind = 'document' AND {fits} AND {tagged} AND {_NEWEST}", (json.dumps(patterns), tag, tag)

@@ -6,6 +6,7 @@ Changes are numbered scripts that are only ever appended.
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 
 MIGRATIONS: tuple[str, ...] = (
     """
@@ -74,11 +75,11 @@ def version(database: sqlite3.Connection) -> int:
     return found
 
 
-def migrate(database: sqlite3.Connection) -> None:
+def migrate(database: sqlite3.Connection, scripts: Sequence[str] = MIGRATIONS) -> None:
     """Bring the schema up to date: run the scripts that the file has not seen, inside the open transaction."""
-    for number in range(version(database), len(MIGRATIONS)):
+    for number in range(version(database), len(scripts)):
         statement = ""
-        for piece in MIGRATIONS[number].split(";"):
+        for piece in scripts[number].split(";"):
             statement += piece + ";"
             if sqlite3.complete_statement(statement):  # a trigger has semicolons inside
                 database.execute(statement)

@@ -1,0 +1,326 @@
+"""Jobs that make adapters: a queue on the disk and one thread that works on it, so that a kill loses no job.
+
+A job is in the records (state.py) before a client hears of it. A server that starts again takes up what was running
+when it was killed; where several servers share a library, one of them works and the others wait for its lock.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from loracast.cast.document import Progress
+from loracast.errors import DocumentError, HypernetworkError, LoracastError, NameTakenError
+from loracast.library.adapter import Adapter
+from loracast.serving.errors import ApiError, log_failure
+from loracast.serving.state import Paging, Row, State, encode, new_id, not_found, now, one_row, page_of
+
+JobKind = Literal["document", "task", "combination"]
+JobStatus = Literal["queued", "running", "completed", "failed", "cancelled"]
+Maker = Callable[["Job", Progress], Adapter]
+"""Makes the adapter of a job, and says how far it is."""
+_MAX_STARTS = 3
+"""A job that was running each time when the server died is given up then: it may be what kills it."""
+_RETRY_AFTER_S = 5
+_WAIT_S = 1.0
+"""Seconds until the worker looks for jobs that another server took in."""
+_TIDY_S = 60.0
+_KEPT_S = 7 * 86_400
+"""Seconds that jobs stay in the records after their end."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter to be made."""
+
+    id: str
+    kind: JobKind
+    adapter: str
+    """The name that the adapter gets."""
+    file: str | None
+    """Id of the upload that it is made from."""
+    work: Mapping[str, Any]
+    """What the maker needs to know besides."""
+    status: JobStatus
+    done: int
+    """Chunks."""
+    total: int
+    error: Mapping[str, str] | None
+    """`code`, which is one of OpenAI's for a file of a vector store, and `message`."""
+    version: str | None
+    """Hash of the adapter that was made."""
+    revision: int
+    """Grows with every change: the id of the job's newest event."""
+    created_at: int
+    ended_at: int | None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.ended_at is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the API says of it."""
+        shown = ("id", "kind", "status", "done", "total", "adapter", "version", "error", "created_at", "ended_at")
+        return {"object": "job", **{key: getattr(self, key) for key in shown}}
+
+
+class Jobs:
+    """The queue of a server, and the thread that works on it."""
+
+    def __init__(
+        self, state: State, makers: Mapping[JobKind, Maker], tidy: Callable[[], None], max_active: int
+    ) -> None:
+        """
+        Args:
+            makers: how each kind of job is done.
+            tidy: called when the worker begins, when it has done its jobs, and every minute.
+            max_active: most jobs that wait or run.
+        """
+        self._state, self._makers, self._tidy, self._max_active = state, makers, tidy, max_active
+        self._wake, self._stopping = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # ---- from any thread
+
+    def add(self, kind: JobKind, adapter: str, work: Mapping[str, Any], *, file: str | None = None) -> Job:
+        """Take a job in. When this returns, the job is on the disk.
+
+        Raises:
+            ApiError: the queue is full (429). NameTakenError: another job is making an adapter of that name.
+        """
+        with self._state.writing() as db:
+            same = "SELECT 1 FROM jobs WHERE adapter = ? AND ended_at IS NULL"
+            if one_row(db, same, adapter) is not None:
+                raise NameTakenError(f"an adapter called {adapter!r} is being made already; choose another name")
+            id = self.insert(db, kind, adapter, work, file=file)
+        self.wake()
+        return self.find(id)
+
+    def insert(
+        self,
+        db: sqlite3.Connection,
+        kind: JobKind,
+        adapter: str,
+        work: Mapping[str, Any],
+        *,
+        file: str | None = None,
+        for_stores: bool = False,
+    ) -> str:
+        """Take a job in within a transaction; `wake` the worker after it. Raises ApiError for a full queue (429).
+
+        Args:
+            for_stores: its adapter belongs to vector stores, and goes with the last one that holds its file.
+        """
+        row = one_row(db, "SELECT count(*) AS n FROM jobs WHERE ended_at IS NULL")
+        if row is not None and row["n"] >= self._max_active:
+            raise ApiError(
+                429,
+                f"{row['n']:,} documents are waiting to be learned; try again later",
+                headers={"Retry-After": str(_RETRY_AFTER_S)},
+            )
+        id = new_id("job-")
+        db.execute(
+            "INSERT INTO jobs (id, kind, adapter, file, work, for_stores, created_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (id, kind, adapter, file, encode(work), for_stores, now()),
+        )
+        return id
+
+    def wake(self) -> None:
+        """Have the worker look for new jobs now."""
+        self._wake.set()
+
+    def find(self, id: str) -> Job:
+        """The job with an id. Raises ApiError (404)."""
+        with self._state.reading() as db:
+            row = one_row(db, "SELECT * FROM jobs WHERE id = ?", id)
+        if row is None:
+            raise not_found("job", id)
+        return _job(row)
+
+    def page(self, paging: Paging) -> tuple[list[Job], bool]:
+        """A page of the jobs, and whether more follow."""
+        with self._state.reading() as db:
+            rows, has_more = page_of(db, "SELECT * FROM jobs", (), paging, "job")
+        return [_job(row) for row in rows], has_more
+
+    def cancel(self, id: str) -> Job:
+        """Cancel a job: at once if it waits, before its next batch of chunks if it runs. One that has ended stays so.
+
+        Raises ApiError (404).
+        """
+        with self._state.writing() as db:
+            cancel_in(db, "id = ?", id)
+        return self.find(id)
+
+    def count_active(self) -> int:
+        """Jobs that wait or run."""
+        with self._state.reading() as db:
+            row = one_row(db, "SELECT count(*) AS n FROM jobs WHERE ended_at IS NULL")
+        return row["n"] if row else 0
+
+    # ---- the worker
+
+    def start(self) -> None:
+        """Start the worker."""
+        self._thread = threading.Thread(target=self._work, name="loracast-jobs", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the worker before its next batch of chunks; its job goes on when a server starts again."""
+        self._stopping.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        lock: int | None = None
+        tidied = -math.inf
+        while not self._stopping.is_set():
+            self._wake.clear()
+            try:
+                if lock is None and (lock := self._lock()) is not None:
+                    self._requeue()
+                while lock is not None and not self._stopping.is_set() and (job := self._claim()) is not None:
+                    self._make(job)
+                    tidied = -math.inf
+                if lock is not None and time.monotonic() - tidied > _TIDY_S:
+                    self._tidy()
+                    tidied = time.monotonic()
+            except Exception as error:  # a full disk, say: the jobs are still there
+                log_failure(error)
+            self._wake.wait(_WAIT_S)
+        if lock is not None:
+            os.close(lock)
+
+    def _lock(self) -> int | None:
+        """The lock of the worker of this library, held until it is closed or the process dies; None if it is taken."""
+        descriptor = os.open(self._state.folder / "worker.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(descriptor)
+                return None
+        return descriptor
+
+    def _requeue(self) -> None:
+        """Put back what was running when a server was killed."""
+        with self._state.writing() as db:
+            db.execute("UPDATE jobs SET status = 'queued', revision = revision + 1 WHERE status = 'running'")
+
+    def _claim(self) -> Job | None:
+        with self._state.writing() as db:
+            row = one_row(
+                db,
+                "UPDATE jobs SET status = 'running', n_starts = n_starts + 1, done = 0, total = 0, "
+                "revision = revision + 1 WHERE number = "
+                "(SELECT number FROM jobs WHERE status = 'queued' ORDER BY number LIMIT 1) RETURNING *",
+            )
+        if row is None:
+            return None
+        if row["n_starts"] <= _MAX_STARTS:
+            return _job(row)
+        told = f"the server died {_MAX_STARTS} times while it was learning this: it is given up"
+        self._end(row["id"], "failed", {"code": "server_error", "message": told})
+        return self._claim()
+
+    def _make(self, job: Job) -> None:
+        """Do a job. Whatever goes wrong in it is its error and nobody else's."""
+        try:
+            made = self._makers[job.kind](job, lambda done, total: self._progress(job.id, done, total))
+        except _Cancelled:
+            self._end(job.id, "cancelled")
+        except _Stopped:
+            with self._state.writing() as db:
+                db.execute(
+                    "UPDATE jobs SET status = 'queued', n_starts = n_starts - 1, revision = revision + 1 WHERE id = ?",
+                    (job.id,),
+                )
+        except LoracastError as error:
+            self._end(job.id, "failed", {"code": _code(error), "message": str(error)})
+        except Exception as error:
+            log_failure(error)
+            told = f"the server failed to learn this ({type(error).__name__}); its log says where"
+            self._end(job.id, "failed", {"code": "server_error", "message": told})
+        else:
+            with self._state.writing() as db:
+                n_chunks = made.manifest.n_chunks
+                values = (made.n_bytes, made.manifest.version, n_chunks, n_chunks, job.id)
+                db.execute("UPDATE jobs SET n_bytes = ?, version = ?, done = ?, total = ? WHERE id = ?", values)
+                _end_in(db, job.id, "completed")
+
+    def _progress(self, id: str, done: int, total: int) -> None:
+        with self._state.writing() as db:
+            row = one_row(
+                db,
+                "UPDATE jobs SET done = ?, total = ?, revision = revision + 1 WHERE id = ? RETURNING wants_cancel",
+                done,
+                total,
+                id,
+            )
+        if row is None or row["wants_cancel"]:
+            raise _Cancelled
+        if self._stopping.is_set():
+            raise _Stopped
+
+    def _end(self, id: str, status: JobStatus, error: Mapping[str, str] | None = None) -> None:
+        with self._state.writing() as db:
+            _end_in(db, id, status, error)
+
+    @staticmethod
+    def drop_old(db: sqlite3.Connection) -> None:
+        """Forget jobs that ended long ago and that no vector store needs."""
+        db.execute(
+            "DELETE FROM jobs WHERE ended_at < ? AND NOT (for_stores AND version IS NOT NULL) "
+            "AND id NOT IN (SELECT job FROM store_files) AND id NOT IN (SELECT job FROM batch_files)",
+            (now() - _KEPT_S,),
+        )
+
+
+class _Cancelled(Exception):
+    """The job that runs was cancelled."""
+
+
+class _Stopped(Exception):
+    """The server stops."""
+
+
+def cancel_in(db: sqlite3.Connection, where: str, *values: Any) -> None:
+    """Cancel the jobs that a condition selects, within a transaction; as `Jobs.cancel`."""
+    db.execute(
+        f"UPDATE jobs SET status = 'cancelled', ended_at = ?, revision = revision + 1 "
+        f"WHERE status = 'queued' AND {where}",
+        (now(), *values),
+    )
+    db.execute(f"UPDATE jobs SET wants_cancel = 1 WHERE status = 'running' AND {where}", values)
+
+
+def _end_in(db: sqlite3.Connection, id: str, status: JobStatus, error: Mapping[str, str] | None = None) -> None:
+    told = None if error is None else encode(error)
+    db.execute(
+        "UPDATE jobs SET status = ?, error = ?, ended_at = ?, revision = revision + 1 WHERE id = ?",
+        (status, told, now(), id),
+    )
+
+
+def _code(error: LoracastError) -> str:
+    """OpenAI's code for what was wrong with a file."""
+    if isinstance(error, DocumentError):
+        return "invalid_file"
+    return "unsupported_file" if isinstance(error, HypernetworkError) else "server_error"
+
+
+def _job(row: Row) -> Job:
+    values = {key: row[key] for key in Job.__dataclass_fields__}
+    values["work"] = json.loads(row["work"])
+    values["error"] = None if row["error"] is None else json.loads(row["error"])
+    return Job(**values)

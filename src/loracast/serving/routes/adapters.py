@@ -1,0 +1,273 @@
+"""`/v1/adapters`: the library over HTTP. Documents, images and descriptions come in, and adapters for others go out."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse, JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from starlette.background import BackgroundTask
+from starlette.datastructures import UploadFile
+
+from loracast.export.adapter import export_adapter
+from loracast.library.adapter import Adapter
+from loracast.library.index import read_chunks, read_sentences
+from loracast.library.library import (
+    describe_adapter,
+    entries,
+    find,
+    open_adapter,
+    remove_adapter,
+    rename_adapter,
+    versions,
+)
+from loracast.library.register import Entry
+from loracast.library.routing import DEFAULT_ROUTE, Route
+from loracast.library.wide_route import route_adapters
+from loracast.serving.auth import needs
+from loracast.serving.errors import ApiError
+from loracast.serving.jobs import Job
+from loracast.serving.service import Shared
+
+router = APIRouter(prefix="/v1/adapters")
+Name = Annotated[str, StringConstraints(max_length=200)]
+Formats = Literal["peft", "vllm", "gguf", "mlx", "ollama"]
+Checked = TypeVar("Checked", bound=BaseModel)
+_exports = threading.BoundedSemaphore(2)
+"""Exports compute for seconds and take disk space meanwhile."""
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Naming(_Body):
+    name: Name | None = None
+    tags: list[Name] = Field(default=[], max_length=32)
+    replace: bool = False
+
+
+class _NewTask(_Naming):
+    description: str = Field(min_length=1, max_length=4096)
+
+
+class _Part(_Body):
+    id: Name
+    scale: float = Field(default=1.0, ge=-10, le=10)
+
+
+class _Combination(_Naming):
+    name: Name
+    parts: list[_Part] = Field(min_length=1, max_length=32)
+
+
+class _Changes(_Body):
+    name: Name | None = None
+    tags: list[Name] | None = Field(default=None, max_length=32)
+    note: str | None = Field(default=None, max_length=2000)
+
+
+class _Question(_Body):
+    question: str = Field(min_length=1, max_length=4096)
+    adapters: list[Name] = Field(default=["*"], min_length=1, max_length=32)
+    route: int = Field(default=DEFAULT_ROUTE, ge=1, le=50)
+    tag: Name = ""
+
+
+@router.get("", dependencies=[needs("read")])
+def list_adapters(
+    service: Shared,
+    q: Annotated[str, Query(max_length=200)] = "",
+    tag: Annotated[str, Query(max_length=64)] = "",
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    offset: Annotated[int, Query(ge=0)] = 0,
+) -> dict[str, Any]:
+    """The adapters by name: those with `q` in their name, title or note, and those with a tag."""
+    found, total = entries(service.model.library, like=q, tag=tag, limit=limit, offset=offset)
+    has_more = offset + len(found) < total
+    return {"object": "list", "data": [_adapter(one) for one in found], "total": total, "has_more": has_more}
+
+
+@router.post("", status_code=202, dependencies=[needs("write")])
+async def make_adapter(service: Shared, request: Request) -> JSONResponse:
+    """Make an adapter of a document or an image (multipart: file, name, tags, replace), or of a task's description.
+
+    The answer is a job, which is on the disk by then.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        task = _checked(_NewTask, await request.body())
+        job = await run_in_threadpool(
+            service.learning.cast_task, task.description, task.name, tags=task.tags, replace=task.replace
+        )
+        return _accepted(job)
+    async with request.form(max_files=1, max_fields=40) as form:
+        file = form.get("file")
+        if not isinstance(file, UploadFile):
+            raise ApiError(400, "send a `file`, or JSON with a `description`", param="file")
+        given: dict[str, Any] = {key: form[key] for key in form if key not in ("file", "tags")}
+        given["tags"] = [
+            tag for text in form.getlist("tags") if isinstance(text, str) for tag in text.split(",") if tag
+        ]
+        naming = _checked(_Naming, given)
+        job = await run_in_threadpool(
+            service.learning.learn, file.file, file.filename, naming.name, tags=naming.tags, replace=naming.replace
+        )
+    return _accepted(job)
+
+
+@router.post("/combine", status_code=202, dependencies=[needs("write")])
+def combine_adapters(service: Shared, body: _Combination) -> JSONResponse:
+    """Add adapters up into a new one, each with its scale. The answer is a job."""
+    parts = [(part.id, part.scale) for part in body.parts]
+    return _accepted(service.learning.combine(parts, body.name, tags=body.tags, replace=body.replace))
+
+
+@router.post("/route", dependencies=[needs("read")])
+def route_question(service: Shared, body: _Question) -> dict[str, Any]:
+    """The chunks and sentences that a question would be answered with, and their weights."""
+    model = service.model
+    routed = route_adapters(model.library, body.question, body.adapters, body.route, body.tag, model.adapter)
+    return {"question": body.question, "adapters": [_routed(adapter, route) for adapter, route in routed]}
+
+
+@router.get("/{name}", dependencies=[needs("read")])
+def get_adapter(service: Shared, name: str) -> dict[str, Any]:
+    """What is known of an adapter, with its manifest and its versions."""
+    library = service.model.library
+    adapter, entry = open_adapter(library, name), find(library, name)
+    there = [{"version": one.version, "added": one.added} for one in versions(library, entry.name)]
+    manifest = {key: value for key, value in asdict(adapter.manifest).items() if key != "modules"}
+    return {**_adapter(entry), "manifest": manifest, "versions": there}
+
+
+@router.patch("/{name}", dependencies=[needs("write")])
+def change_adapter(service: Shared, name: str, body: _Changes) -> dict[str, Any]:
+    """Change an adapter's tags or note, or give it another name. What it holds never changes."""
+    library = service.model.library
+    entry = find(library, name)
+    if body.tags is not None or body.note is not None:
+        gone = [] if body.tags is None else [tag for tag in entry.tags if tag not in body.tags]
+        describe_adapter(library, entry.name, note=body.note, tags=body.tags or (), untag=gone)
+    if body.name is not None and body.name != entry.name:
+        rename_adapter(library, entry.name, body.name)
+        service.learning.stores.adapter_renamed(entry.name, body.name)
+        entry = find(library, body.name)
+    return _adapter(find(library, entry.name))
+
+
+@router.delete("/{name}", dependencies=[needs("admin")])
+def delete_adapter(service: Shared, name: str) -> dict[str, Any]:
+    """Delete a name with all its versions, or one version (`name@hash`)."""
+    library = service.model.library
+    entry = find(library, name)
+    remove_adapter(library, name)
+    service.learning.stores.adapter_deleted(entry.name)
+    return {"id": name, "object": "adapter.deleted", "deleted": True}
+
+
+@router.get("/{name}/chunks", dependencies=[needs("read")])
+def list_chunks(
+    service: Shared,
+    name: str,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+    offset: Annotated[int, Query(ge=0)] = 0,
+) -> dict[str, Any]:
+    """The chunks of a document, in order, with their places in its text."""
+    chunks = read_chunks(open_adapter(service.model.library, name).index)
+    shown = [{"chunk": i, **asdict(chunk)} for i, chunk in enumerate(chunks)][offset : offset + limit]
+    return {"object": "list", "data": shown, "total": len(chunks), "has_more": offset + len(shown) < len(chunks)}
+
+
+@router.get("/{name}/export", dependencies=[needs("read")])
+def export(
+    service: Shared,
+    name: str,
+    to: Formats,
+    rank: Annotated[int | None, Query(ge=1, le=512)] = None,
+    each_chunk: bool = False,
+) -> FileResponse:
+    """The adapter for another runtime, as a zip file."""
+    adapter = service.model.adapter(name)
+    if not _exports.acquire(blocking=False):
+        raise ApiError(429, "other exports are running; try again in a moment", headers={"Retry-After": "5"})
+    folder = Path(tempfile.mkdtemp(prefix="loracast-export-"))
+    try:
+        out, archive = folder / "out", folder / "adapter.zip"
+        out.mkdir()
+        export_adapter(adapter, to, out, max_rank=rank, each_chunk=each_chunk, base=service.model.base.name)
+        with zipfile.ZipFile(archive, "w") as file:  # stored as it is: numbers hardly compress
+            for path in sorted(path for path in out.rglob("*") if path.is_file()):
+                file.write(path, path.relative_to(out))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        _exports.release()
+    return FileResponse(
+        archive,
+        media_type="application/zip",
+        filename=f"{adapter.name}-{to}.zip",
+        background=BackgroundTask(shutil.rmtree, folder, ignore_errors=True),
+    )
+
+
+def _checked(model: type[Checked], given: bytes | dict[str, Any]) -> Checked:
+    """A body that FastAPI does not check, since there are two kinds of it. Raises ApiError (400)."""
+    try:
+        return model.model_validate_json(given) if isinstance(given, bytes) else model.model_validate(given)
+    except ValidationError as error:
+        fault = error.errors(include_input=False)[0]
+        param = ".".join(map(str, fault["loc"])) or None
+        raise ApiError(400, f"{param}: {fault['msg']}" if param else fault["msg"], param=param) from None
+
+
+def _accepted(job: Job) -> JSONResponse:
+    return JSONResponse(job.to_dict(), 202, headers={"Location": f"/v1/jobs/{job.id}"})
+
+
+def _adapter(entry: Entry) -> dict[str, Any]:
+    return {"id": entry.name, "object": "adapter", **asdict(entry)}
+
+
+def _routed(adapter: Adapter, route: Route) -> dict[str, Any]:
+    """What a question gets of an adapter; no chunks where it is taken as a whole, or not at all."""
+    is_document = adapter.manifest.kind == "document"
+    picked = route.chunks or (() if route.is_empty or adapter.manifest.n_chunks > 1 or not is_document else (0,))
+    places = read_sentences(adapter.index)
+    chunks = []
+    for i, (number, chunk) in enumerate(zip(picked, read_chunks(adapter.index, picked), strict=True)):
+        described: dict[str, Any] = {
+            "chunk": number,
+            "score": route.scores[i] if route.scores else None,
+            "weight": route.weights[i] if route.weights else 1.0,
+            **asdict(chunk),
+        }
+        if route.sentences is not None:
+            first = chunk.start - (len(chunk.prompt) - len(chunk.text))  # of the prompt, which begins with the heading
+            spans = [(first + place.start, first + place.end) for place in places if place.chunk == number]
+            weighed = zip(spans, route.sentences[i], strict=True)
+            described["sentences"] = [
+                {"start": max(start, chunk.start), "end": end, "weight": round(weight, 4)}
+                for (start, end), weight in weighed
+                if end > chunk.start
+            ]
+        chunks.append(described)
+    return {
+        "adapter": adapter.name,
+        "version": adapter.manifest.version,
+        "kind": adapter.manifest.kind,
+        "title": adapter.manifest.title,
+        "is_used": not route.is_empty,
+        "reason": route.reason,
+        "about": route.about,
+        "chunks": chunks,
+    }

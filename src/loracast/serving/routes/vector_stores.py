@@ -1,0 +1,324 @@
+"""`/v1/vector_stores`: sets of files that questions are answered from, as in OpenAI's API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
+from loracast.library.index import read_chunks
+from loracast.library.library import open_adapter
+from loracast.serving.auth import needs
+from loracast.serving.errors import ApiError
+from loracast.serving.routes.lists import Page, listing
+from loracast.serving.service import Shared
+from loracast.serving.store_search import Filter, search
+from loracast.serving.vector_stores import Attachment, FileBatch, FileStatus, StoreFile, VectorStore
+
+router = APIRouter(prefix="/v1/vector_stores")
+_MAX_FILES = 2000
+Id = Annotated[str, StringConstraints(max_length=80)]
+Key = Annotated[str, StringConstraints(max_length=64)]
+Text = Annotated[str, StringConstraints(max_length=512)]
+Attributes = Annotated[dict[Key, bool | float | Text], Field(max_length=16)]
+Metadata = Annotated[dict[Key, Text], Field(max_length=16)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _ExpiresAfter(_Body):
+    anchor: Literal["last_active_at"]
+    days: int = Field(ge=1, le=365)
+
+
+class _StaticSizes(_Body):
+    max_chunk_size_tokens: int = Field(ge=100, le=4096)
+    chunk_overlap_tokens: int = Field(ge=0, le=2048)
+
+
+class _Chunking(_Body):
+    """How a file is cut. Chunks are cast without an overlap, and none is longer than the hypernetwork is good for."""
+
+    type: Literal["auto", "static"]
+    static: _StaticSizes | None = None
+
+    @property
+    def max_chunk_tokens(self) -> int:
+        if self.static is None:
+            return DEFAULT_CHUNK_TOKENS
+        return min(self.static.max_chunk_size_tokens, DEFAULT_CHUNK_TOKENS)
+
+
+class _File(_Body):
+    file_id: Id
+    attributes: Attributes | None = None
+    chunking_strategy: _Chunking | None = None
+
+    @property
+    def attachment(self) -> Attachment:
+        tokens = (self.chunking_strategy or _Chunking(type="auto")).max_chunk_tokens
+        return Attachment(self.file_id, self.attributes or {}, tokens)
+
+
+class _Files(_Body):
+    file_ids: Annotated[list[Id], Field(max_length=_MAX_FILES)] | None = None
+    files: Annotated[list[_File], Field(max_length=_MAX_FILES)] | None = None
+    attributes: Attributes | None = None
+    chunking_strategy: _Chunking | None = None
+
+
+class _NewStore(_Body):
+    name: Annotated[str, StringConstraints(max_length=256)] = ""
+    description: Annotated[str, StringConstraints(max_length=512)] | None = None
+    file_ids: list[Id] = Field(default=[], max_length=_MAX_FILES)
+    metadata: Metadata | None = None
+    expires_after: _ExpiresAfter | None = None
+    chunking_strategy: _Chunking | None = None
+
+
+class _StoreChanges(_Body):
+    name: Annotated[str, StringConstraints(max_length=256)] | None = None
+    metadata: Metadata | None = None
+    expires_after: _ExpiresAfter | None = None
+
+
+class _FileChanges(_Body):
+    attributes: Attributes | None
+
+
+class _Ranking(_Body):
+    ranker: str | None = None
+    score_threshold: float = Field(default=0.0, ge=0, le=1)
+
+
+class _Search(_Body):
+    query: (
+        Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+        | Annotated[
+            list[Annotated[str, StringConstraints(min_length=1, max_length=4096)]], Field(min_length=1, max_length=16)
+        ]
+    )
+    filters: Filter | None = None
+    max_num_results: int = Field(default=10, ge=1, le=50)
+    ranking_options: _Ranking = _Ranking()
+    rewrite_query: bool = False
+
+
+# ---- stores
+
+
+@router.post("", dependencies=[needs("write")])
+def create_store(service: Shared, body: _NewStore) -> dict[str, Any]:
+    """Make a vector store and attach files to it."""
+    days = None if body.expires_after is None else body.expires_after.days
+    files = [_File(file_id=id, chunking_strategy=body.chunking_strategy).attachment for id in body.file_ids]
+    return _store(service.learning.stores.create(body.name, files, body.metadata or {}, days))
+
+
+@router.get("", dependencies=[needs("read")])
+def list_stores(service: Shared, paging: Page) -> dict[str, Any]:
+    """The vector stores, newest first."""
+    found, has_more = service.learning.stores.page(paging)
+    return listing([_store(one) for one in found], has_more)
+
+
+@router.get("/{store_id}", dependencies=[needs("read")])
+def get_store(service: Shared, store_id: str) -> dict[str, Any]:
+    """What is known of a vector store."""
+    return _store(service.learning.stores.find(store_id))
+
+
+@router.post("/{store_id}", dependencies=[needs("write")])
+def update_store(service: Shared, store_id: str, body: _StoreChanges) -> dict[str, Any]:
+    """Change a vector store's name, metadata or expiry."""
+    changes: dict[str, Any] = {}
+    if body.name is not None:
+        changes["name"] = body.name
+    if "metadata" in body.model_fields_set:
+        changes["metadata"] = body.metadata or {}
+    if "expires_after" in body.model_fields_set:
+        changes["expires_days"] = None if body.expires_after is None else body.expires_after.days
+    return _store(service.learning.stores.update(store_id, changes))
+
+
+@router.delete("/{store_id}", dependencies=[needs("admin")])
+def delete_store(service: Shared, store_id: str) -> dict[str, Any]:
+    """Delete a vector store, and the adapters that no other one needs; the files stay."""
+    service.learning.stores.delete(store_id)
+    return {"id": store_id, "object": "vector_store.deleted", "deleted": True}
+
+
+@router.post("/{store_id}/search", dependencies=[needs("read")])
+def search_store(service: Shared, store_id: str, body: _Search) -> dict[str, Any]:
+    """The chunks of a vector store that match a query best."""
+    queries = [body.query] if isinstance(body.query, str) else body.query
+    files = service.learning.stores.documents([store_id])
+    found = search(
+        service.model.library, files, queries, body.max_num_results, body.filters, body.ranking_options.score_threshold
+    )
+    data = [
+        {
+            "file_id": one.file.id,
+            "filename": one.file.filename,
+            "score": round(one.score, 4),
+            "attributes": dict(one.file.attributes),
+            "content": [{"type": "text", "text": one.text}],
+        }
+        for one in found
+    ]
+    page = {"object": "vector_store.search_results.page", "search_query": queries, "data": data}
+    return {**page, "has_more": False, "next_page": None}
+
+
+# ---- their files
+
+
+@router.post("/{store_id}/files", dependencies=[needs("write")])
+def attach_file(service: Shared, store_id: str, body: _File) -> dict[str, Any]:
+    """Attach a file, which is cast into an adapter from now on."""
+    service.learning.stores.attach(store_id, [body.attachment])
+    return _file(service.learning.stores.file(store_id, body.file_id))
+
+
+@router.get("/{store_id}/files", dependencies=[needs("read")])
+def list_store_files(
+    service: Shared, store_id: str, paging: Page, filter: FileStatus | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """The files of a vector store, newest first."""
+    found, has_more = service.learning.stores.files(store_id, paging, filter)
+    return listing([_file(one) for one in found], has_more)
+
+
+@router.get("/{store_id}/files/{file_id}", dependencies=[needs("read")])
+def get_store_file(service: Shared, store_id: str, file_id: str) -> dict[str, Any]:
+    """What is known of a file of a vector store."""
+    return _file(service.learning.stores.file(store_id, file_id))
+
+
+@router.post("/{store_id}/files/{file_id}", dependencies=[needs("write")])
+def update_store_file(service: Shared, store_id: str, file_id: str, body: _FileChanges) -> dict[str, Any]:
+    """Change the attributes that a file is filtered by."""
+    return _file(service.learning.stores.set_attributes(store_id, file_id, body.attributes or {}))
+
+
+@router.delete("/{store_id}/files/{file_id}", dependencies=[needs("admin")])
+def detach_file(service: Shared, store_id: str, file_id: str) -> dict[str, Any]:
+    """Take a file out of a vector store; the file itself stays."""
+    service.learning.stores.detach(store_id, file_id)
+    return {"id": file_id, "object": "vector_store.file.deleted", "deleted": True}
+
+
+@router.get("/{store_id}/files/{file_id}/content", dependencies=[needs("read")])
+def get_store_file_content(service: Shared, store_id: str, file_id: str) -> dict[str, Any]:
+    """The chunks that a file was cut into."""
+    file = service.learning.stores.file(store_id, file_id)
+    if file.status != "completed":
+        raise ApiError(409, f"the file is {file.status.replace('_', ' ')}: it has chunks once it is completed")
+    chunks = read_chunks(open_adapter(service.model.library, f"{file.adapter}@{file.version}").index)
+    data = [{"type": "text", "text": chunk.text} for chunk in chunks]
+    return {"object": "vector_store.file_content.page", "data": data, "has_more": False, "next_page": None}
+
+
+# ---- batches
+
+
+@router.post("/{store_id}/file_batches", dependencies=[needs("write")])
+def create_batch(service: Shared, store_id: str, body: _Files) -> dict[str, Any]:
+    """Attach several files at once."""
+    if (body.file_ids is None) == (body.files is None):
+        raise ApiError(400, "give either file_ids or files", param="file_ids")
+    files = body.files or [
+        _File(file_id=id, attributes=body.attributes, chunking_strategy=body.chunking_strategy)
+        for id in body.file_ids or ()
+    ]
+    if not files:
+        raise ApiError(400, "a batch needs at least one file", param="file_ids")
+    return _batch(service.learning.stores.attach(store_id, [file.attachment for file in files]))
+
+
+@router.get("/{store_id}/file_batches/{batch_id}", dependencies=[needs("read")])
+def get_batch(service: Shared, store_id: str, batch_id: str) -> dict[str, Any]:
+    """How far a batch is."""
+    return _batch(service.learning.stores.batch(store_id, batch_id))
+
+
+@router.post("/{store_id}/file_batches/{batch_id}/cancel", dependencies=[needs("write")])
+def cancel_batch(service: Shared, store_id: str, batch_id: str) -> dict[str, Any]:
+    """Cancel what of a batch has not been cast yet."""
+    return _batch(service.learning.stores.cancel_batch(store_id, batch_id))
+
+
+@router.get("/{store_id}/file_batches/{batch_id}/files", dependencies=[needs("read")])
+def list_batch_files(
+    service: Shared, store_id: str, batch_id: str, paging: Page, filter: FileStatus | None = None
+) -> dict[str, Any]:
+    """The files of a batch, newest first."""
+    service.learning.stores.batch(store_id, batch_id)
+    found, has_more = service.learning.stores.files(store_id, paging, filter, batch_id)
+    return listing([_file(one) for one in found], has_more)
+
+
+# ---- objects
+
+
+def _counts(counts: Mapping[FileStatus, int]) -> dict[str, int]:
+    told = {status: counts.get(status, 0) for status in ("in_progress", "completed", "failed", "cancelled")}
+    return {**told, "total": sum(told.values())}
+
+
+def _store(store: VectorStore) -> dict[str, Any]:
+    is_busy = store.counts.get("in_progress", 0) > 0
+    days = store.expires_days
+    return {
+        "id": store.id,
+        "object": "vector_store",
+        "created_at": store.created_at,
+        "name": store.name,
+        "usage_bytes": store.n_bytes,
+        "file_counts": _counts(store.counts),
+        "status": "expired" if store.is_expired else "in_progress" if is_busy else "completed",
+        "expires_after": None if days is None else {"anchor": "last_active_at", "days": days},
+        "expires_at": store.expires_at,
+        "last_active_at": store.last_active_at,
+        "metadata": dict(store.metadata),
+    }
+
+
+def _file(file: StoreFile) -> dict[str, Any]:
+    """A file of a store; its chunking strategy is the one that is used, whatever was wished for."""
+    sizes = {"max_chunk_size_tokens": file.max_chunk_tokens, "chunk_overlap_tokens": 0}
+    return {
+        "id": file.id,
+        "object": "vector_store.file",
+        "created_at": file.created_at,
+        "usage_bytes": file.n_bytes,
+        "vector_store_id": file.store,
+        "status": file.status,
+        "last_error": file.last_error,
+        "attributes": dict(file.attributes),
+        "chunking_strategy": {"type": "static", "static": sizes},
+    }
+
+
+def _batch(batch: FileBatch) -> dict[str, Any]:
+    counts = _counts(batch.counts)
+    status = "completed"
+    if counts["in_progress"]:
+        status = "in_progress"
+    elif counts["cancelled"]:
+        status = "cancelled"
+    elif counts["failed"] == counts["total"]:
+        status = "failed"
+    return {
+        "id": batch.id,
+        "object": "vector_store.files_batch",
+        "created_at": batch.created_at,
+        "vector_store_id": batch.store,
+        "status": status,
+        "file_counts": counts,
+    }

@@ -1,0 +1,179 @@
+"""What a server has been given, in one SQLite file: uploads, jobs and vector stores, so that a kill loses none of them.
+
+    LIBRARY/serving/state.sqlite     a row for each upload, job, vector store and file in one
+    LIBRARY/serving/files/ID         the bytes of an upload; they are on the disk before their row is
+
+Every change is one transaction that is flushed to the disk before a client hears of success. Servers on one library
+share the file.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from loracast.errors import LoracastError
+from loracast.library import schema
+from loracast.serving.errors import ApiError
+
+FOLDER = "serving"
+"""The folder in the library."""
+_WAIT_S = 30.0  # for another thread or process to finish its write
+_MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE files (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, filename TEXT NOT NULL, purpose TEXT NOT
+        NULL, n_bytes INTEGER NOT NULL, sha256 TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER
+    );
+    CREATE TABLE jobs (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, adapter TEXT NOT NULL,
+        file TEXT, work TEXT NOT NULL, for_stores INTEGER NOT NULL, status TEXT NOT NULL DEFAULT 'queued',
+        wants_cancel INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0, total INTEGER NOT NULL DEFAULT 0,
+        error TEXT, n_starts INTEGER NOT NULL DEFAULT 0, n_bytes INTEGER NOT NULL DEFAULT 0, version TEXT,
+        revision INTEGER NOT NULL DEFAULT 1, created_at INTEGER NOT NULL, ended_at INTEGER
+    );
+    CREATE INDEX jobs_by_status ON jobs (status, number);
+    CREATE INDEX jobs_by_file ON jobs (file);
+    CREATE TABLE stores (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, name TEXT NOT NULL, metadata TEXT NOT NULL,
+        created_at INTEGER NOT NULL, last_active_at INTEGER NOT NULL, expires_days INTEGER, is_expired INTEGER NOT NULL
+        DEFAULT 0
+    );
+    CREATE TABLE store_files (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, store TEXT NOT NULL REFERENCES stores (id) ON DELETE CASCADE,
+        id TEXT NOT NULL REFERENCES files (id) ON DELETE CASCADE, job TEXT NOT NULL REFERENCES jobs (id),
+        attributes TEXT NOT NULL, created_at INTEGER NOT NULL, UNIQUE (store, id)
+    );
+    CREATE INDEX store_files_by_id ON store_files (id);
+    CREATE INDEX store_files_by_job ON store_files (job);
+    CREATE TABLE batches (
+        id TEXT PRIMARY KEY, store TEXT NOT NULL REFERENCES stores (id) ON DELETE CASCADE, created_at INTEGER NOT NULL
+    );
+    CREATE TABLE batch_files (
+        batch TEXT NOT NULL REFERENCES batches (id) ON DELETE CASCADE, file TEXT NOT NULL, job TEXT NOT NULL,
+        PRIMARY KEY (batch, file)
+    );
+    """,
+)
+"""As in library/schema.py: append, and never change a script that was released."""
+Row = sqlite3.Row
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody can guess: `prefix` and 24 hexadecimal digits."""
+    return prefix + secrets.token_hex(12)
+
+
+def now() -> int:
+    """Seconds since 1970."""
+    return int(time.time())
+
+
+def not_found(what: str, id: str) -> ApiError:
+    """The refusal of an id that is not there."""
+    return ApiError(404, f"there is no {what} with the id {id[:80]!r}")
+
+
+@dataclass(frozen=True)
+class Paging:
+    """Which part of a list a client wants, as in OpenAI's API: after or before an id, newest first by default."""
+
+    after: str | None = None
+    before: str | None = None
+    limit: int = 20
+    order: Literal["asc", "desc"] = "desc"
+
+
+class State:
+    """The file with a server's records; each thread opens it for itself."""
+
+    def __init__(self, library: Path):
+        self.folder = library / FOLDER
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._connected() as db:
+            db.execute("PRAGMA journal_mode = WAL")  # kept in the file: readers do not wait for a writer
+            if schema.version(db) > len(_MIGRATIONS):
+                raise LoracastError(f"{self._path} was written by a newer loracast; update loracast")
+        with self.writing() as db:
+            schema.migrate(db, _MIGRATIONS)
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / "state.sqlite"
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """The records as they are at one moment."""
+        with self._connected() as db:
+            db.execute("BEGIN")
+            yield db
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """The records under the write lock. On return the change is on the disk; an error undoes all of it."""
+        with self._connected() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        db = sqlite3.connect(self._path, timeout=_WAIT_S, isolation_level=None)
+        try:
+            db.row_factory = Row
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA foreign_keys = ON")
+            yield db
+        except sqlite3.OperationalError as error:
+            raise LoracastError(f"the server's records cannot be used ({error}): is the disk full?") from error
+        finally:
+            db.close()
+
+
+def one_row(db: sqlite3.Connection, query: str, *values: Any) -> Row | None:
+    """The first row of a query."""
+    return db.execute(query, values).fetchone()
+
+
+def page_of(
+    db: sqlite3.Connection, query: str, values: Sequence[Any], paging: Paging, what: str = "item"
+) -> tuple[list[Row], bool]:
+    """A page of the rows of a query that selects `number` and `id`, and whether more follow.
+
+    Raises ApiError for a cursor that is not in the list.
+    """
+    where, bounds = [], []
+    descending = paging.order == "desc"
+    for cursor, is_after in ((paging.after, True), (paging.before, False)):
+        if cursor is not None:
+            row = one_row(db, f"SELECT number FROM ({query}) WHERE id = ?", *values, cursor)
+            if row is None:
+                raise not_found(what, cursor)
+            where.append(f"number {'<' if descending == is_after else '>'} ?")
+            bounds.append(row["number"])
+    # Before a cursor alone: the rows next to it, then turned round.
+    is_reversed = paging.before is not None and paging.after is None
+    order = "DESC" if descending != is_reversed else "ASC"
+    condition = f"WHERE {' AND '.join(where)}" if where else ""
+    rows = db.execute(
+        f"SELECT * FROM ({query}) {condition} ORDER BY number {order} LIMIT ?", (*values, *bounds, paging.limit + 1)
+    ).fetchall()
+    page = rows[: paging.limit]
+    return page[::-1] if is_reversed else page, len(rows) > paging.limit
+
+
+def encode(value: object) -> str:
+    """A value as JSON for a column."""
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,381 @@
+"""Vector stores as in OpenAI's API: named sets of uploads, each of which is cast into an adapter when it is attached.
+
+A file of a store is a row that points at the job that casts it, and its status is the job's. A file that several stores
+hold is cast once; its adapter goes with the last of them.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
+from loracast.errors import NoSuchAdapterError
+from loracast.library.library import remove_adapter
+from loracast.library.manifest import name_from
+from loracast.serving.errors import ApiError
+from loracast.serving.jobs import Jobs, cancel_in
+from loracast.serving.state import Paging, Row, State, encode, new_id, not_found, now, one_row, page_of
+from loracast.serving.uploads import Uploads
+
+FileStatus = Literal["in_progress", "completed", "failed", "cancelled"]
+Attributes = Mapping[str, str | float | bool]
+_DAY_S = 86_400
+_STATUS: Mapping[str, FileStatus] = {
+    "queued": "in_progress",
+    "running": "in_progress",
+    "completed": "completed",
+    "failed": "failed",
+    "cancelled": "cancelled",
+}
+"""Status of a job -> status of its file in a store."""
+_FILES = """
+    SELECT store_files.number, store_files.id, store, store_files.created_at, attributes, jobs.id AS job, status, error,
+        work, jobs.n_bytes, adapter, version, filename
+    FROM store_files JOIN jobs ON jobs.id = job JOIN files ON files.id = store_files.id
+"""
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A file to be attached."""
+
+    file: str
+    """Its id."""
+    attributes: Attributes
+    max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+
+
+@dataclass(frozen=True)
+class StoreFile:
+    """A file of a vector store."""
+
+    id: str
+    store: str
+    filename: str
+    created_at: int
+    status: FileStatus
+    last_error: Mapping[str, str] | None
+    attributes: Attributes
+    max_chunk_tokens: int
+    n_bytes: int
+    """Of its adapter."""
+    adapter: str
+    """Its adapter's name, which is there once the status is completed."""
+    version: str | None
+
+
+@dataclass(frozen=True)
+class VectorStore:
+    """A named set of uploads."""
+
+    id: str
+    name: str
+    metadata: Mapping[str, str]
+    created_at: int
+    last_active_at: int
+    expires_days: int | None
+    """Days after its last use after which it is no longer of use; None: never."""
+    is_expired: bool
+    counts: Mapping[FileStatus, int]
+    n_bytes: int
+
+    @property
+    def expires_at(self) -> int | None:
+        return None if self.expires_days is None else self.last_active_at + _DAY_S * self.expires_days
+
+
+@dataclass(frozen=True)
+class FileBatch:
+    """Files that were attached in one request."""
+
+    id: str
+    store: str
+    created_at: int
+    counts: Mapping[FileStatus, int]
+
+
+class VectorStores:
+    """The vector stores of a server."""
+
+    def __init__(self, state: State, uploads: Uploads, jobs: Jobs, library: Path):
+        self._state, self._uploads, self._jobs, self._library = state, uploads, jobs, library
+
+    # ---- stores
+
+    def create(
+        self, name: str, files: Sequence[Attachment], metadata: Mapping[str, str], expires_days: int | None
+    ) -> VectorStore:
+        """Make a store and attach files. Errors as in `attach`; there is no store then."""
+        id = new_id("vs_")
+        with self._state.writing() as db:
+            db.execute(
+                "INSERT INTO stores (id, name, metadata, created_at, last_active_at, expires_days) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                (id, name, encode(metadata), now(), now(), expires_days),
+            )
+            self._attach(db, id, files)
+        self._jobs.wake()
+        return self.find(id)
+
+    def find(self, id: str) -> VectorStore:
+        """The store with an id. Raises ApiError (404)."""
+        with self._state.reading() as db:
+            return _store(db, _store_row(db, id))
+
+    def page(self, paging: Paging) -> tuple[list[VectorStore], bool]:
+        """A page of the stores, and whether more follow."""
+        with self._state.reading() as db:
+            rows, has_more = page_of(db, "SELECT * FROM stores", (), paging, "vector store")
+            return [_store(db, row) for row in rows], has_more
+
+    def update(self, id: str, changes: Mapping[str, Any]) -> VectorStore:
+        """Change a store's `name`, `metadata` or `expires_days`. Raises ApiError (404)."""
+        with self._state.writing() as db:
+            _store_row(db, id)
+            for column in ("name", "metadata", "expires_days"):
+                if column in changes:
+                    value = encode(changes[column]) if column == "metadata" else changes[column]
+                    db.execute(f"UPDATE stores SET {column} = ? WHERE id = ?", (value, id))
+        return self.find(id)
+
+    def delete(self, id: str) -> None:
+        """Delete a store, and the adapters that no other store needs. Raises ApiError (404)."""
+        with self._state.writing() as db:
+            _store_row(db, id)
+            db.execute("DELETE FROM stores WHERE id = ?", (id,))
+            self.tidy(db)
+
+    # ---- their files
+
+    def attach(self, store: str, files: Sequence[Attachment]) -> FileBatch:
+        """Attach files, which are cast from now on; one that is in the store already stays, with the new attributes.
+
+        Raises:
+            ApiError: there is no such store or file (404), the store has expired (400), the queue is full (429).
+        """
+        with self._state.writing() as db:
+            batch = self._attach(db, store, files)
+        self._jobs.wake()
+        return self.batch(store, batch)
+
+    def _attach(self, db: sqlite3.Connection, store: str, files: Sequence[Attachment]) -> str:
+        _touch(db, store)
+        batch = new_id("vsfb_")
+        db.execute("INSERT INTO batches VALUES (?, ?, ?)", (batch, store, now()))
+        for one in files:
+            job = self._job_for(db, one)
+            db.execute(
+                "INSERT INTO store_files (store, id, job, attributes, created_at) VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT (store, id) DO UPDATE SET job = excluded.job, attributes = excluded.attributes",
+                (store, one.file, job, encode(one.attributes), now()),
+            )
+            db.execute("INSERT OR REPLACE INTO batch_files VALUES (?, ?, ?)", (batch, one.file, job))
+        return batch
+
+    def _job_for(self, db: sqlite3.Connection, wanted: Attachment) -> str:
+        """The job that casts a file in this way: one that is there, or a new one."""
+        upload = self._uploads.find_in(db, wanted.file)
+        name = f"{name_from(PurePath(upload.filename).stem)[:40].strip('-')}-{upload.id[-12:]}"
+        if wanted.max_chunk_tokens != DEFAULT_CHUNK_TOKENS:
+            name += f"-{wanted.max_chunk_tokens}"
+        same = "SELECT id FROM jobs WHERE file = ? AND adapter = ? AND for_stores AND NOT wants_cancel AND status IN "
+        row = one_row(db, same + "('queued', 'running', 'completed')", upload.id, name)
+        if row is not None:
+            return row["id"]
+        work = {"max_chunk_tokens": wanted.max_chunk_tokens, "replace": True, "tags": []}
+        return self._jobs.insert(db, "document", name, work, file=upload.id, for_stores=True)
+
+    def file(self, store: str, file: str) -> StoreFile:
+        """A file of a store. Raises ApiError (404)."""
+        with self._state.reading() as db:
+            _store_row(db, store)
+            row = one_row(db, f"{_FILES} WHERE store = ? AND store_files.id = ?", store, file)
+        if row is None:
+            raise not_found("file in this vector store", file)
+        return _store_file(row)
+
+    def files(
+        self, store: str, paging: Paging, status: FileStatus | None = None, batch: str | None = None
+    ) -> tuple[list[StoreFile], bool]:
+        """A page of a store's files, perhaps only those with a status or of a batch, and whether more follow."""
+        query, values = f"{_FILES} WHERE store = ?", [store]
+        if status is not None:
+            wanted = [one for one, told in _STATUS.items() if told == status]
+            query += f" AND status IN ({', '.join('?' * len(wanted))})"
+            values += wanted
+        if batch is not None:
+            query += " AND store_files.id IN (SELECT file FROM batch_files WHERE batch = ?)"
+            values.append(batch)
+        with self._state.reading() as db:
+            _store_row(db, store)
+            rows, has_more = page_of(db, query, values, paging, "file in this vector store")
+        return [_store_file(row) for row in rows], has_more
+
+    def set_attributes(self, store: str, file: str, attributes: Attributes) -> StoreFile:
+        """Change what a file is filtered by. Raises ApiError (404)."""
+        self.file(store, file)
+        with self._state.writing() as db:
+            db.execute(
+                "UPDATE store_files SET attributes = ? WHERE store = ? AND id = ?", (encode(attributes), store, file)
+            )
+        return self.file(store, file)
+
+    def detach(self, store: str, file: str) -> None:
+        """Take a file out of a store; the upload stays, and its adapter if another store has it. Raises ApiError."""
+        self.file(store, file)
+        with self._state.writing() as db:
+            db.execute("DELETE FROM store_files WHERE store = ? AND id = ?", (store, file))
+            self.tidy(db)
+
+    # ---- batches
+
+    def batch(self, store: str, id: str) -> FileBatch:
+        """A batch of a store. Raises ApiError (404)."""
+        with self._state.reading() as db:
+            _store_row(db, store)
+            row = one_row(db, "SELECT * FROM batches WHERE id = ? AND store = ?", id, store)
+            if row is None:
+                raise not_found("file batch in this vector store", id)
+            counts = _counts(db, "batch_files WHERE batch = ?", id)
+        return FileBatch(id, store, row["created_at"], counts)
+
+    def cancel_batch(self, store: str, id: str) -> FileBatch:
+        """Cancel those jobs of a batch that no other store waits for. Raises ApiError (404)."""
+        self.batch(store, id)
+        with self._state.writing() as db:
+            cancel_in(
+                db,
+                "id IN (SELECT job FROM batch_files WHERE batch = ?) "
+                "AND id NOT IN (SELECT job FROM store_files WHERE store != ?)",
+                id,
+                store,
+            )
+        return self.batch(store, id)
+
+    # ---- use
+
+    def documents(self, stores: Sequence[str]) -> list[StoreFile]:
+        """The files of some stores that have been cast; this counts as a use of the stores.
+
+        Raises:
+            ApiError: there is no such store (404), or it has expired (400).
+        """
+        with self._state.writing() as db:
+            for store in stores:
+                _touch(db, store)
+            rows = [
+                row
+                for store in dict.fromkeys(stores)
+                for row in db.execute(f"{_FILES} WHERE store = ? AND status = 'completed'", (store,))
+            ]
+        return [_store_file(row) for row in rows]
+
+    # ---- tidying
+
+    def tidy(self, db: sqlite3.Connection) -> None:
+        """Note which stores have expired, and undo the jobs whose files no store holds any more, within a transaction.
+
+        Adapters are removed within it too, so that no job that makes the same one begins meanwhile.
+        """
+        db.execute(
+            f"UPDATE stores SET is_expired = 1 WHERE NOT is_expired AND last_active_at + {_DAY_S} * expires_days <= ?",
+            (now(),),
+        )
+        unneeded = (
+            "for_stores AND id NOT IN "
+            "(SELECT job FROM store_files JOIN stores ON stores.id = store WHERE NOT is_expired)"
+        )
+        cancel_in(db, unneeded)
+        db.execute(
+            f"UPDATE jobs SET status = 'cancelled', revision = revision + 1 WHERE status = 'completed' AND {unneeded}"
+        )
+        gone = "FROM jobs WHERE for_stores AND status = 'cancelled' AND version IS NOT NULL"
+        for row in db.execute(f"SELECT adapter, version {gone}").fetchall():
+            other = "SELECT 1 FROM jobs WHERE adapter = ? AND status IN ('running', 'completed')"
+            if one_row(db, other, row["adapter"]) is None:
+                with suppress(NoSuchAdapterError):  # somebody deleted it, or gave it another name
+                    remove_adapter(self._library, f"{row['adapter']}@{row['version']}")
+        db.execute(f"UPDATE jobs SET version = NULL WHERE id IN (SELECT id {gone})")
+
+    def adapter_renamed(self, name: str, new: str) -> None:
+        """Follow an adapter to its new name."""
+        with self._state.writing() as db:
+            db.execute("UPDATE jobs SET adapter = ? WHERE adapter = ? AND status = 'completed'", (new, name))
+
+    def adapter_deleted(self, name: str) -> None:
+        """Note that a file of a store has lost its adapter, so that the store does not answer as if it had it."""
+        error = encode({"code": "server_error", "message": "the adapter of this file was deleted; attach it again"})
+        with self._state.writing() as db:
+            db.execute(
+                "UPDATE jobs SET status = 'failed', error = ?, version = NULL, revision = revision + 1 "
+                "WHERE adapter = ? AND status = 'completed' AND for_stores",
+                (error, name),
+            )
+
+
+def _store_row(db: sqlite3.Connection, id: str) -> Row:
+    row = one_row(db, "SELECT * FROM stores WHERE id = ?", id)
+    if row is None:
+        raise not_found("vector store", id)
+    return row
+
+
+def _touch(db: sqlite3.Connection, id: str) -> None:
+    """Note that a store is used now. Raises ApiError where there is none (404) or it has expired (400)."""
+    if _is_expired(_store_row(db, id)):
+        raise ApiError(400, f"the vector store {id!r} has expired: make a new one with its files", code="expired")
+    db.execute("UPDATE stores SET last_active_at = ? WHERE id = ?", (now(), id))
+
+
+def _is_expired(row: Row) -> bool:
+    days = row["expires_days"]
+    return bool(row["is_expired"]) or (days is not None and row["last_active_at"] + _DAY_S * days <= now())
+
+
+def _counts(db: sqlite3.Connection, files: str, id: str) -> Counter[FileStatus]:
+    """How many files of a table there are of each status."""
+    query = f"SELECT status, count(*) AS n FROM jobs JOIN (SELECT job FROM {files}) AS f ON f.job = jobs.id"
+    counts: Counter[FileStatus] = Counter()
+    for row in db.execute(f"{query} GROUP BY status", (id,)):
+        counts[_STATUS[row["status"]]] += row["n"]
+    return counts
+
+
+def _store(db: sqlite3.Connection, row: Row) -> VectorStore:
+    id = row["id"]
+    size = one_row(db, "SELECT coalesce(sum(n_bytes), 0) AS n FROM jobs WHERE status = 'completed' AND id IN "
+                   "(SELECT job FROM store_files WHERE store = ?)", id)  # fmt: skip
+    return VectorStore(
+        id=id,
+        name=row["name"],
+        metadata=json.loads(row["metadata"]),
+        created_at=row["created_at"],
+        last_active_at=row["last_active_at"],
+        expires_days=row["expires_days"],
+        is_expired=_is_expired(row),
+        counts=_counts(db, "store_files WHERE store = ?", id),
+        n_bytes=size["n"] if size else 0,
+    )
+
+
+def _store_file(row: Row) -> StoreFile:
+    return StoreFile(
+        id=row["id"],
+        store=row["store"],
+        filename=row["filename"],
+        created_at=row["created_at"],
+        status=_STATUS[row["status"]],
+        last_error=None if row["error"] is None else json.loads(row["error"]),
+        attributes=json.loads(row["attributes"]),
+        max_chunk_tokens=json.loads(row["work"])["max_chunk_tokens"],
+        n_bytes=row["n_bytes"],
+        adapter=row["adapter"],
+        version=row["version"],
+    )
