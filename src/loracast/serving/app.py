@@ -12,7 +12,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from loracast import __version__
 from loracast.serving.errors import add_handlers
 from loracast.serving.guard import Guard
-from loracast.serving.routes import health, page, server
+from loracast.serving.learning import Learning
+from loracast.serving.routes import adapters, files, health, jobs, page, server, vector_stores
 from loracast.serving.service import Service
 from loracast.serving.settings import ServerSettings
 from loracast.serving.watching import Watcher
@@ -20,19 +21,21 @@ from loracast.serving.watching import Watcher
 if TYPE_CHECKING:
     from loracast.model import Model
 
-ROUTERS = (health.router, page.router, server.router)
+ROUTERS = tuple(part.router for part in (health, page, server, files, vector_stores, adapters, jobs))
 
 
 def create_app(model: Model, engine: Any, settings: ServerSettings = ServerSettings()) -> FastAPI:
     """The HTTP API of a model whose answers an engine generates. When the application ends, the engine is drained."""
-    service = Service(model, engine, settings, Watcher(model, settings.watched))
+    service = Service(model, engine, settings, Learning(model, settings), Watcher(model, settings.watched))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.learning.start()
         service.watcher.start()
         yield
         service.is_draining = True
         service.watcher.close()
+        service.learning.close()
         engine.drain(settings.drain_timeout_s)
         engine.close()
 

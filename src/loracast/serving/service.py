@@ -12,15 +12,17 @@ from loracast.serving.watching import Watcher
 
 if TYPE_CHECKING:
     from loracast.model import Model
+    from loracast.serving.learning import Learning
 
 
 @dataclass
 class Service:
-    """The model, the engine and the settings of a server, and the folders that it watches."""
+    """The model, the engine and the settings of a server, what it learns, and the folders that it watches."""
 
     model: Model
     engine: Any
     settings: ServerSettings
+    learning: Learning
     watcher: Watcher
     is_draining: bool = False
     """Set when the server is told to stop: it finishes what runs and takes nothing new."""

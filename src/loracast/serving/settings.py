@@ -34,6 +34,10 @@ class ServerSettings:
     """Longest body of a JSON request."""
     max_upload_bytes: int = 64 * MIB
     """Longest body of an upload (multipart/form-data)."""
+    max_stored_bytes: int = 4096 * MIB
+    """Most bytes of all uploads together."""
+    max_queued_jobs: int = 2500
+    """Most documents, images and tasks that wait to be learned; OpenAI's clients attach up to 2,000 files at once."""
     max_tokens: int = 4096
     """Most tokens of an answer that a request may ask for."""
     max_prompt_tokens: int = 8192

@@ -133,7 +133,10 @@ def combine_adapters(service: Shared, body: _Combination) -> JSONResponse:
 
 @router.post("/route", dependencies=[needs("read")])
 def route_question(service: Shared, body: _Question) -> dict[str, Any]:
-    """The chunks and sentences that a question would be answered with, and their weights."""
+    """The chunks and sentences that a question would be answered with, and their weights.
+
+    A sentence's start and end are characters of its chunk's text.
+    """
     model = service.model
     routed = route_adapters(model.library, body.question, body.adapters, body.route, body.tag, model.adapter)
     return {"question": body.question, "adapters": [_routed(adapter, route) for adapter, route in routed]}
@@ -144,7 +147,8 @@ def get_adapter(service: Shared, name: str) -> dict[str, Any]:
     """What is known of an adapter, with its manifest and its versions."""
     library = service.model.library
     adapter, entry = open_adapter(library, name), find(library, name)
-    there = [{"version": one.version, "added": one.added} for one in versions(library, entry.name)]
+    shown = ("version", "created", "added")
+    there = [{key: getattr(one, key) for key in shown} for one in versions(library, entry.name)]
     manifest = {key: value for key, value in asdict(adapter.manifest).items() if key != "modules"}
     return {**_adapter(entry), "manifest": manifest, "versions": there}
 
@@ -178,7 +182,7 @@ def delete_adapter(service: Shared, name: str) -> dict[str, Any]:
 def list_chunks(
     service: Shared,
     name: str,
-    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     offset: Annotated[int, Query(ge=0)] = 0,
 ) -> dict[str, Any]:
     """The chunks of a document, in order, with their places in its text."""
@@ -252,13 +256,12 @@ def _routed(adapter: Adapter, route: Route) -> dict[str, Any]:
             **asdict(chunk),
         }
         if route.sentences is not None:
-            first = chunk.start - (len(chunk.prompt) - len(chunk.text))  # of the prompt, which begins with the heading
-            spans = [(first + place.start, first + place.end) for place in places if place.chunk == number]
-            weighed = zip(spans, route.sentences[i], strict=True)
+            n_heading = len(chunk.prompt) - len(chunk.text)  # sentences are numbered in both, and placed in the text
+            spans = [(place.start - n_heading, place.end - n_heading) for place in places if place.chunk == number]
             described["sentences"] = [
-                {"start": max(start, chunk.start), "end": end, "weight": round(weight, 4)}
-                for (start, end), weight in weighed
-                if end > chunk.start
+                {"start": max(start, 0), "end": end, "weight": round(weight, 4)}
+                for (start, end), weight in zip(spans, route.sentences[i], strict=True)
+                if end > 0
             ]
         chunks.append(described)
     return {

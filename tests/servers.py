@@ -1,0 +1,50 @@
+"""Servers for tests: an application behind a real uvicorn on a free port of 127.0.0.1, and documents to be learned."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import uvicorn
+from fastapi import FastAPI
+
+T = TypeVar("T")
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """The URL of an application while it is served."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        eventually(lambda: server.started)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def eventually(look: Callable[[], T], timeout_s: float = 30.0) -> T:
+    """What a function gives once that is true."""
+    until = time.monotonic() + timeout_s
+    while not (found := look()):
+        assert time.monotonic() < until, f"it did not come true in {timeout_s} s"
+        time.sleep(0.02)
+    return found
+
+
+def manual(number: int, n_sections: int = 1) -> bytes:
+    """A document about a machine of its own, with sections of about a chunk each."""
+    sections = [
+        f"# Part {i}\n\nThe warranty of the K{number}-{i} is {number + 10 * i} months. "
+        f"The service line of the K{number}-{i} is 555-{number:04d}. " + "It must be descaled every month. " * 12
+        for i in range(n_sections)
+    ]
+    return "\n\n".join(sections).encode()
