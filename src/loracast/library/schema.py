@@ -75,8 +75,13 @@ def version(database: sqlite3.Connection) -> int:
     return found
 
 
-def migrate(database: sqlite3.Connection, scripts: Sequence[str] = MIGRATIONS) -> None:
-    """Bring the schema up to date: run the scripts that the file has not seen, inside the open transaction."""
+def migrate(database: sqlite3.Connection, scripts: Sequence[str] | None = None) -> None:
+    """Bring the schema up to date: run the scripts that the file has not seen, inside the open transaction.
+
+    Args:
+        scripts: those of another file than a register; `MIGRATIONS` if None.
+    """
+    scripts = MIGRATIONS if scripts is None else scripts
     for number in range(version(database), len(scripts)):
         statement = ""
         for piece in scripts[number].split(";"):
