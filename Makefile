@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Processes that run tests side by side: one for each processor, or a number.
 WORKERS ?= logical
 
-.PHONY: demo test runtimes lint docs setup setup-dev clean
+.PHONY: demo test bases runtimes lint docs setup setup-dev clean
 
 demo: setup
 	$(BIN)/loracast demo examples/manual.pdf
@@ -13,6 +13,10 @@ demo: setup
 # One thread for each worker: more of them only wait for each other.
 test: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
+# One training for each type of base; writes a table into docs/any-base.md.
+bases: setup-dev
+	$(BIN)/python -m pytest tests/bases
 
 runtimes: setup-dev
 	$(BIN)/python -m pytest tests/runtimes -s

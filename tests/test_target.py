@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loracast.errors import BaseModelError, ConfigError
-from loracast.lora.target import KINDS, target_from_config
+from loracast.lora.target import KINDS, layers_at, target_from_config
 from tiny import FAMILIES, make_model
 
 
@@ -24,11 +24,38 @@ def linears(model) -> dict[str, tuple[int, int]]:
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "olmo2"])
 def test_config_alone_gives_names_and_shapes_of_the_real_model(family):
     model = make_model(family)
     target = target_from_config(model.config, KINDS)
     assert {m.name: (m.d_in, m.d_out) for m in target.modules} == linears(model)
+
+
+def test_matrices_that_a_type_fuses_cannot_be_targeted():
+    model = make_model("phi3")
+    target = target_from_config(model.config, ("o_proj", "down_proj"))
+    assert {m.name: (m.d_in, m.d_out) for m in target.modules}.items() <= linears(model).items()
+    with pytest.raises(ConfigError, match=r"'phi3' has no module q_proj of its own \(kinds: o_proj, down_proj\)"):
+        target_from_config(model.config, ("q_proj", "o_proj"))
+
+
+@pytest.mark.parametrize(
+    ("where", "n_layers", "expected"),
+    [
+        (None, 3, [0, 1, 2]),
+        (0.2, 30, list(range(6, 30))),
+        (0.2, 4, [1, 2, 3]),
+        (1.0, 4, [3]),
+        ((0.37, 0.53, 0.97), 30, [11, 16, 29]),
+        ((0.37, 0.4, 0.97), 4, [1, 2, 3]),
+        ((0.9, 1.0), 4, [3]),
+        ((2, 0), 4, [0, 2]),
+    ],
+)
+def test_layers_by_number_or_by_share_of_the_depth(where, n_layers, expected):
+    assert layers_at(where, n_layers) == expected
+    with pytest.raises(ConfigError, match="shares of the depth must be"):
+        layers_at((1.5,), n_layers)
 
 
 @pytest.mark.parametrize("heads", [(4, 4, None), (6, 1, None), (4, 2, 24)])

@@ -20,7 +20,7 @@ from loracast.base.load import Base, load_base
 from loracast.base.packages import Say
 from loracast.cast.document import Progress, cast_document, learn_document, recast
 from loracast.cast.image import cast_image, learn_image
-from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork
+from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork, trained_template
 from loracast.cast.task import TaskCaster, TaskOptions
 from loracast.documents import Document, read_document
 from loracast.documents.images import ImageFile, is_image_file, read_image_file
@@ -365,6 +365,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
+    chat_template: str | Path | None = None,
     eager: bool = True,
     say: Say = lambda text: None,
 ) -> Model:
@@ -374,7 +375,8 @@ def load(
         model = loracast.load(model=hf_model, tokenizer=tokenizer, hypernetwork="me/my-hypernetwork")
 
     Args:
-        model, tokenizer, device, device_map, dtype, revision: the base and how it is loaded (`load_base`).
+        model, tokenizer, device, device_map, dtype, revision, chat_template: the base and how it is loaded
+            (`load_base`); the chat template is the one that the hypernetwork was trained with if None.
         hypernetwork: a hypernetwork, its folder or hub repository; the shipped one if None.
         task_hypernetwork, image_hypernetwork: the same for `Model.task` and for images in `Model.learn`.
         library: where adapters are kept; the user's own library if None.
@@ -390,8 +392,9 @@ def load(
     if model is None:
         check_default_base(given)
     base = load_base(
-        model, tokenizer=tokenizer, device=device, device_map=device_map, dtype=dtype, revision=revision, say=say
-    )
+        model, tokenizer=tokenizer, device=device, device_map=device_map, dtype=dtype, revision=revision,
+        chat_template=chat_template or trained_template(given), say=say,
+    )  # fmt: skip
     loaded = Model(base, Path(library or library_dir()), *given)
     if eager:
         _ = loaded.documents

@@ -10,6 +10,11 @@ from typing import Any
 
 from loracast.errors import BaseModelError
 
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+)
+"""For a base that was never tuned to a chat: a line for each message, and the end of a text after each answer."""
 _ENCODING = Lock()
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": ...}`"""
@@ -80,7 +85,8 @@ class ChatFormat:
     def __init__(self, tokenizer: Any):
         if not tokenizer.chat_template:
             raise BaseModelError(
-                "this base has no chat template; use an instruction-tuned base (its tokenizer defines one)"
+                "this base has no chat template: use an instruction-tuned base, whose tokenizer defines one, or give "
+                "one with --chat-template FILE, or 'plain' for a simple one"
             )
         self.tokenizer = tokenizer
         closed = self._pieces(("user", "assistant"), False)
@@ -157,7 +163,7 @@ class ChatFormat:
         messages = [{"role": role, "content": text} for role, text in zip(roles, placeholders, strict=True)]
         try:
             rendered = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
             )
         except Exception as error:  # jinja's errors, and any that a template raises for a role
             raise BaseModelError(f"the base's chat template refuses the roles {list(roles)}: {error}") from error

@@ -1,5 +1,7 @@
 """Fingerprints of a base, by which hypernetworks and adapters name it: one of its shapes and two of its weights.
 
+A chat template that a user gave for a base goes along, so that whoever opens the adapter asks in the same form.
+
 Norm weights are left alone by every quantisation and changed by every training, so their hash tells models apart; the
 hash of a sample of the matrices tells quantisations of one model apart.
 """
@@ -31,9 +33,11 @@ class Fingerprint:
     """Hash of the norm weights; another one means another model."""
     matrices: str
     """Hash of a sample of the matrices; another one means another quantisation of the same model."""
+    chat_template: str = ""
+    """The chat template that was given for it, in place of its tokenizer's own; it is not compared."""
 
     def to_dict(self) -> dict[str, str]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "chat_template" or value}
 
 
 def config_fingerprint(config: Any) -> str:

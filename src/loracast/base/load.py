@@ -9,7 +9,7 @@ in about a second.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,8 @@ class Base:
     name: str
     model: Any
     tokenizer: Any
+    chat_template: str = ""
+    """The chat template that was given in place of the tokenizer's own; "" if none was."""
 
     @cached_property
     def chat(self) -> ChatFormat:
@@ -48,7 +50,7 @@ class Base:
     def fingerprint(self) -> Fingerprint:
         from loracast.base.fingerprint import fingerprint
 
-        return fingerprint(self.model, self.name)
+        return replace(fingerprint(self.model, self.name), chat_template=self.chat_template)
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +89,7 @@ def load_base(
     device_map: str | dict[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
+    chat_template: str | Path | None = None,
     say: Say = lambda text: None,
 ) -> Base:
     """Load a base.
@@ -100,6 +103,7 @@ def load_base(
         dtype: of the weights, such as "bfloat16" or torch.bfloat16; the fastest on the device if None
             (base/precision.py).
         revision: branch, tag or commit of a hub repository.
+        chat_template: in place of the tokenizer's own: a file, a template in Jinja, or "plain" for a simple one.
 
     Raises:
         BaseModelError: it cannot be found, fetched or used; the message says what to do.
@@ -113,7 +117,7 @@ def load_base(
             raise ConfigError(f"{', '.join(named)}: the model is loaded already; give these where it is loaded")
         if tokenizer is None:
             raise ConfigError("a model needs its tokenizer: load(model=model, tokenizer=tokenizer)")
-        return _frozen(source.name_or_path or type(source).__name__, source, tokenizer)
+        return _frozen(source.name_or_path or type(source).__name__, source, tokenizer, chat_template)
     if device is not None and device_map is not None:
         raise ConfigError("device and device_map: give one of them")
     name, where = _find(source, revision, say)
@@ -130,13 +134,13 @@ def load_base(
             or f"cannot load the base {name!r}: give one of {', '.join(embedded('base'))}, a folder with config.json, "
             f"safetensors and a tokenizer, or a hub id that this machine can reach ({str(error).splitlines()[0]})"
         ) from error
-    base = _frozen(name, model, tokenizer or _read_tokenizer(name, where, revision))
+    base = _frozen(name, model, tokenizer or _read_tokenizer(name, where, revision), chat_template)
     if device_map is None:
         model.to(device)
     return base
 
 
-def _frozen(name: str, model: Any, tokenizer: Any) -> Base:
+def _frozen(name: str, model: Any, tokenizer: Any, chat_template: str | Path | None) -> Base:
     """A base of a loaded model, frozen and in evaluation mode. Raises BaseModelError where it cannot carry LoRAs."""
     from loracast.lora.target import text_config
 
@@ -144,7 +148,26 @@ def _frozen(name: str, model: Any, tokenizer: Any) -> Base:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise BaseModelError(f"parts of the base {name!r} are offloaded: give a device_map that keeps it in memory")
     _check_fast(name, tokenizer)
-    return Base(name, model.eval().requires_grad_(False), tokenizer)
+    template = _template_text(chat_template)
+    if template:
+        tokenizer.chat_template = template
+    return Base(name, model.eval().requires_grad_(False), tokenizer, template)
+
+
+def _template_text(given: str | Path | None) -> str:
+    """The text of a chat template: a file's, the plain one, or what is given itself. Raises ConfigError."""
+    from loracast.base.chat import PLAIN_TEMPLATE
+
+    if given is None or given == "":
+        return ""
+    if given == "plain":
+        return PLAIN_TEMPLATE
+    if isinstance(given, str) and "{" in given:  # a path with a brace is given as a Path
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the chat template {given}: {error}; give a file, or 'plain'") from error
 
 
 def fastest_device() -> str:

@@ -70,6 +70,18 @@ def check_default_base(hypernetworks: Iterable[str | Path | Hypernetwork | None]
             )
 
 
+def trained_template(hypernetworks: Iterable[str | Path | Hypernetwork | None]) -> str:
+    """The chat template that a hypernetwork's base was given in training, in place of its own; "" where none was."""
+    for given in hypernetworks:
+        if isinstance(given, Hypernetwork):
+            made_for = given.made_for
+        else:
+            made_for = None if given is None or published_file(given) else read_made_for(given)
+        if made_for is not None and made_for.chat_template:
+            return made_for.chat_template
+    return ""
+
+
 def open_hypernetwork(source: str | Path, base: Base | Callable[[], Base] | None = None) -> Hypernetwork:
     """Read a hypernetwork from a folder or hub repository; a published checkpoint is converted first, once.
 

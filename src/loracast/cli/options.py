@@ -102,6 +102,9 @@ class BaseChoice:
     """Which base to load, and where it runs."""
 
     base: Base = None
+    chat_template: Annotated[
+        str | None, "Chat template for a base without one: a file with a template in Jinja, or 'plain'."
+    ] = None
     device: Device = None
 
 

@@ -43,14 +43,21 @@ def open_model(models: Models, library: Path | None = None) -> Model:
     with loading(models.device) as tell:
         from loracast.model import load
 
-        return load(models.base, models.hypernetwork, library=library, device=models.device, say=tell)
+        return load(
+            models.base,
+            models.hypernetwork,
+            library=library,
+            device=models.device,
+            chat_template=models.chat_template,
+            say=tell,
+        )
 
 
 def open_base(choice: BaseChoice) -> Base:
     with loading(choice.device) as tell:
         from loracast.base.load import load_base
 
-        return load_base(choice.base, device=choice.device, say=tell)
+        return load_base(choice.base, device=choice.device, chat_template=choice.chat_template, say=tell)
 
 
 def open_answerer(answering: Answering) -> tuple[Model, dict[str, Adapter | str], Sampling]:
@@ -75,6 +82,7 @@ def open_answerer(answering: Answering) -> tuple[Model, dict[str, Adapter | str]
             answering.hypernetwork,
             library=answering.library,
             device=answering.device,
+            chat_template=answering.chat_template or next((a.manifest.made_for.chat_template for a in found), ""),
             say=tell,
             eager=False,
         )

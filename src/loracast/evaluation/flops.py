@@ -35,7 +35,7 @@ class QueryFlops:
         return cls(
             n_layers=text.num_hidden_layers,
             layer_weights=sum(d_in * d_out for d_in, d_out in shapes.values()),
-            attention_width=shapes["q_proj"][1],
+            attention_width=shapes["o_proj"][0],
             kv_width=shapes["k_proj"][1] + shapes["v_proj"][1],
             head_weights=text.hidden_size * text.vocab_size,
         )

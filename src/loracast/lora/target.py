@@ -16,7 +16,28 @@ KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 """The module kinds that can be targeted, in the order they take inside a layer."""
 
 _PARENT = {kind: "self_attn" if kind in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp" for kind in KINDS}
-_SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3")
+_SUPPORTED = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "phi3", "olmo2",
+)  # fmt: skip
+_FUSED = {"phi3": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")}
+"""By type of base, kinds that are parts of a larger matrix there and cannot be targeted one by one."""
+
+Layers = Sequence[int | float] | float | None
+"""Which layers of a base: their numbers; or where they are, as shares of the depth, so that it fits any base. One share
+alone stands for all layers from there on, None for all."""
+
+
+def layers_at(where: Layers, n_layers: int) -> list[int]:
+    """The numbers of layers of a base of `n_layers`, in order. Raises ConfigError for a share outside of 0..1."""
+    if where is None:
+        return list(range(n_layers))
+    given = [where] if isinstance(where, float) else list(where)
+    if bad := [share for share in given if isinstance(share, float) and not 0 <= share <= 1]:
+        raise ConfigError(f"layers as shares of the depth must be from 0.0 to 1.0, not {', '.join(map(str, bad))}")
+    if isinstance(where, float):
+        return list(range(min(round(where * n_layers), n_layers - 1), n_layers))
+    numbers = [min(round(n * n_layers), n_layers - 1) if isinstance(n, float) else n for n in given]
+    return sorted(set(numbers))
 
 
 @dataclass(frozen=True)
@@ -87,13 +108,13 @@ def text_config(config: Any) -> Any:
 
 
 def module_shapes(config: Any) -> dict[str, tuple[int, int]]:
-    """`kind -> (d_in, d_out)` for every kind, grouped-query attention included."""
+    """`kind -> (d_in, d_out)` for every kind that the base has as a module, grouped-query attention included."""
     config = text_config(config)
     hidden, inner = config.hidden_size, config.intermediate_size
     n_heads = config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     head_dim = getattr(config, "head_dim", None) or hidden // n_heads
-    return {
+    shapes = {
         "q_proj": (hidden, n_heads * head_dim),
         "k_proj": (hidden, n_kv_heads * head_dim),
         "v_proj": (hidden, n_kv_heads * head_dim),
@@ -102,12 +123,13 @@ def module_shapes(config: Any) -> dict[str, tuple[int, int]]:
         "up_proj": (hidden, inner),
         "down_proj": (inner, hidden),
     }
+    return {kind: shape for kind, shape in shapes.items() if kind not in _FUSED.get(config.model_type, ())}
 
 
 def target_from_config(
     config: Any,
     kinds: Iterable[str] = ("down_proj",),
-    layers: Sequence[int] | None = None,
+    layers: Layers = None,
     prefix: str | None = None,
 ) -> Target:
     """Choose the modules of a base that receive a LoRA, from the base's config.
@@ -115,7 +137,7 @@ def target_from_config(
     Args:
         config: a transformers config (attributes as in LlamaConfig).
         kinds: which of `KINDS`; their order does not matter, the result always follows `KINDS`.
-        layers: which layers, all of them if None.
+        layers: which layers (`Layers`).
         prefix: where the base keeps its decoder layers; None for transformers' own place, which is deeper in a
             multimodal base.
 
@@ -128,14 +150,16 @@ def target_from_config(
     n_layers = text.num_hidden_layers
     if prefix is None:
         prefix = "model.layers" if text is config else "model.language_model.layers"
-    chosen = list(range(n_layers)) if layers is None else sorted(set(layers))
+    chosen = layers_at(layers, n_layers)
+    shapes = module_shapes(config)
     problems = [f"unknown module kind {kind!r}" for kind in sorted(wanted - set(KINDS))]
     problems += [f"layer {layer} is outside 0..{n_layers - 1}" for layer in chosen if not 0 <= layer < n_layers]
     if not wanted or not chosen:
         problems.append("no module is targeted")
+    fused = sorted(wanted & set(KINDS) - shapes.keys())
+    problems += [f"a base of type {text.model_type!r} has no module {kind} of its own" for kind in fused]
     if problems:
-        raise ConfigError(f"bad target: {'; '.join(problems)} (kinds: {', '.join(KINDS)})")
-    shapes = module_shapes(config)
+        raise ConfigError(f"bad target: {'; '.join(problems)} (kinds: {', '.join(shapes)})")
     return Target(
         tuple(
             TargetModule(f"{prefix}.{layer}.{_PARENT[kind]}.{kind}", layer, kind, *shapes[kind])

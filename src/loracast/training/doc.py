@@ -20,7 +20,7 @@ from loracast.errors import ConfigError
 from loracast.hypernets.doc_config import ModuleRow
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig, MergedCast
 from loracast.lora.algebra import LoRA
-from loracast.lora.target import target_from_config
+from loracast.lora.target import Layers, target_from_config
 from loracast.scoring.episodes import Batch, Episode, pack
 from loracast.scoring.likelihood import AnswerScores, score_answers
 from loracast.training.calibrate import calibrate, set_memory_units
@@ -42,12 +42,13 @@ class DocRecipe:
 
     kinds: tuple[str, ...] = ("down_proj",)
     """Module kinds that receive a LoRA."""
-    layers: tuple[int, ...] | None = None
-    """Layers that receive a LoRA; all if None."""
+    layers: Layers = 0.2
+    """Layers that receive a LoRA, by number or as shares of the base's depth (`lora.target.Layers`)."""
     hypernetwork: Mapping[str, Any] = field(default_factory=dict)
-    """Options of DocToLoRAConfig other than the target."""
-    memory_layers: tuple[int, ...] = ()
-    """Layers whose attention output (`o_proj`) holds an associative memory."""
+    """Options of DocToLoRAConfig other than the target. `d_values` may be "auto", as wide as the base, and
+    `reader_layers` a share of the depth."""
+    memory_layers: tuple[int | float, ...] = ()
+    """Layers whose attention output (`o_proj`) holds an associative memory, by number or as shares of the depth."""
     static_kinds: tuple[str, ...] = ()
     """Module kinds, in the targeted layers, that receive a static LoRA: the same for every document."""
     encoder_kinds: tuple[str, ...] = ()
@@ -74,6 +75,8 @@ _GROWABLE = {
 }  # fmt: skip
 """Keys allowed with --init-from: they add a missing part, or make a part smaller."""
 _FIELDS = ("kinds", "layers", "memory_layers", "static_kinds", "encoder_kinds", "calibration_questions")
+_ANY_BASE: Mapping[str, Any] = {"reader_layers": (0.27,), "d_values": "auto"}
+"""Options of a recipe that does not name them; they fit any base."""
 _DERIVED = {"modules", "memory_modules", "static_modules", "encoder_modules", "d_features"}
 """Options of DocToLoRAConfig that follow from the recipe and the base."""
 
@@ -90,15 +93,20 @@ def build_doc_hypernet(base: Base, recipe: DocRecipe, source: EpisodeSource) -> 
     """A fresh hypernetwork for a base, its units measured on the data."""
     torch.manual_seed(recipe.training.seed)
     base_config = base.model.config
-    d_features = base_config.get_text_config().hidden_size + recipe.hypernetwork.get("d_values", 0)
-    options = {"prefix": tuple(encode_text(base.tokenizer, "\n"))[:1], **recipe.hypernetwork}
+    options = {"prefix": tuple(encode_text(base.tokenizer, "\n"))[:1], **_ANY_BASE, **recipe.hypernetwork}
+    text = base_config.get_text_config()
+    if options["d_values"] == "auto":
+        options["d_values"] = text.hidden_size
+    read = options["reader_layers"]
+    options["reader_layers"] = tuple(n if isinstance(n, int) else round(n * text.num_hidden_layers) for n in read)
+    d_features = text.hidden_size + options["d_values"]
     if recipe.memory_layers:
         options["memory_modules"] = target_from_config(base_config, ("o_proj",), recipe.memory_layers).rows
     if recipe.static_kinds:
         options["static_modules"] = target_from_config(base_config, recipe.static_kinds, recipe.layers).rows
     if recipe.encoder_kinds:
-        read = options.get("reader_layers", DocToLoRAConfig.reader_layers)
-        options["encoder_modules"] = encoder_modules(base, recipe, read, options.get("memory_modules", ()))
+        memory = options.get("memory_modules", ())
+        options["encoder_modules"] = encoder_modules(base, recipe, options["reader_layers"], memory)
     target = target_from_config(base_config, recipe.kinds, recipe.layers)
     hypernet = DocToLoRA(DocToLoRAConfig.for_target(target, d_features, **options))
     calibrate(hypernet, base, hypernet.hidden_states_encoder(base), *calibration_data(base, recipe, source))

@@ -14,7 +14,7 @@ from loracast.base.load import Base
 from loracast.data.labelled import Labelled
 from loracast.encoders.features import Encoder, check_encoder
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
-from loracast.lora.target import target_from_config
+from loracast.lora.target import Layers, target_from_config
 from loracast.scoring.episodes import pack
 from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import OnMetrics, TrainConfig
@@ -38,7 +38,7 @@ class ModalityRecipe:
 
     kinds: tuple[str, ...] = ("down_proj",)
     """Module kinds that receive a LoRA."""
-    layers: tuple[int, ...] | None = None
+    layers: Layers = None
     """Layers that receive a LoRA; all if None."""
     hypernetwork: Mapping[str, Any] = field(default_factory=dict)
     """Options of DocToLoRAConfig."""

@@ -22,7 +22,7 @@ from loracast.base.load import Base
 from loracast.errors import AdapterError, ConfigError, TrainingError
 from loracast.files import write_atomically
 from loracast.lora.algebra import LoRABatch
-from loracast.lora.target import target_from_config
+from loracast.lora.target import Layers, target_from_config
 from loracast.scoring.episodes import Episode, pack
 from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import OnMetrics, TrainConfig, resumable_settings, train
@@ -37,7 +37,7 @@ class PeftConfig:
 
     kinds: tuple[str, ...] = ("q_proj", "v_proj")
     """Module kinds that receive a LoRA."""
-    layers: tuple[int, ...] | None = None
+    layers: Layers = None
     """Layers that receive a LoRA; all if None."""
     rank: int = 8
     """Rank of the LoRA."""

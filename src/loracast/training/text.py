@@ -29,7 +29,7 @@ from loracast.hypernets.descriptions import DescriptionHypernetwork
 from loracast.hypernets.store import with_config
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.algebra import LoRABatch
-from loracast.lora.target import target_from_config
+from loracast.lora.target import Layers, target_from_config
 from loracast.scoring.episodes import pack
 from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import OnMetrics, TrainConfig
@@ -57,7 +57,7 @@ class TextRecipe:
 
     kinds: tuple[str, ...] = ("q_proj", "v_proj")
     """Module kinds that receive a LoRA."""
-    layers: tuple[int, ...] | None = None
+    layers: Layers = None
     """Layers that receive a LoRA; all if None."""
     encoder: str = DEFAULT_ENCODER
     """The text encoder."""
