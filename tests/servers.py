@@ -11,6 +11,14 @@ from typing import TypeVar
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from loracast.documents import Document
+from loracast.library.library import describe_adapter
+from loracast.library.save import save_lora
+from loracast.serving.app import create_app
+from loracast.serving.engine import LocalEngine
+from loracast.serving.settings import ServerSettings
 
 T = TypeVar("T")
 
@@ -48,3 +56,24 @@ def manual(number: int, n_sections: int = 1) -> bytes:
         for i in range(n_sections)
     ]
     return "\n\n".join(sections).encode()
+
+
+TEXTS = {
+    "manual": "# Kettle\n\nThe kettle holds 1.7 litres of water.\n\n## Warranty\n\nThe warranty is 24 months, and it begins in May.",
+    "museum": "# Museum\n\nThe museum opens at nine on Tuesday mornings. Nobody knew who had built the old bridge.",
+}
+
+
+def fill(model) -> None:
+    """Learn two documents, tag one of them, and keep a task."""
+    for name, text in TEXTS.items():
+        model.learn(Document.from_text(text, title=name.title()), name, max_chunk_tokens=24)
+    describe_adapter(model.library, "museum", tags=["town"])
+    lora = model.adapter("museum").lora()
+    save_lora(lora, model.library, "shout", kind="task", title="Shout.", made_for=model.base.fingerprint)
+
+
+def in_process(model, engine=None, **settings) -> TestClient:
+    """A client of an application in this process."""
+    app = create_app(model, engine or LocalEngine(model.base), ServerSettings(**settings))
+    return TestClient(app, base_url="http://127.0.0.1:8000")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -13,18 +13,32 @@ from loracast import __version__
 from loracast.serving.errors import add_handlers
 from loracast.serving.guard import Guard
 from loracast.serving.learning import Learning
-from loracast.serving.routes import adapters, files, health, jobs, page, server, vector_stores
+from loracast.serving.routes import (
+    adapters,
+    chat,
+    completions,
+    files,
+    health,
+    jobs,
+    models,
+    page,
+    server,
+    vector_stores,
+)
 from loracast.serving.service import Service
 from loracast.serving.settings import ServerSettings
 from loracast.serving.watching import Watcher
 
 if TYPE_CHECKING:
     from loracast.model import Model
+    from loracast.serving.engine import Engine
 
-ROUTERS = tuple(part.router for part in (health, page, server, files, vector_stores, adapters, jobs))
+ROUTERS = tuple(
+    part.router for part in (health, page, server, models, chat, completions, files, vector_stores, adapters, jobs)
+)
 
 
-def create_app(model: Model, engine: Any, settings: ServerSettings = ServerSettings()) -> FastAPI:
+def create_app(model: Model, engine: Engine, settings: ServerSettings = ServerSettings()) -> FastAPI:
     """The HTTP API of a model whose answers an engine generates. When the application ends, the engine is drained."""
     service = Service(model, engine, settings, Learning(model, settings), Watcher(model, settings.watched))
 

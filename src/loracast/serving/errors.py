@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import traceback
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -23,10 +24,11 @@ from loracast.errors import (
     NameTakenError,
     NoSuchAdapterError,
 )
+from loracast.serving.request import EngineBusy, EngineStopped
 
 log = logging.getLogger("loracast.serving")
 _STATUS: tuple[tuple[type[LoracastError], int], ...] = (
-    (NoSuchAdapterError, 404),
+    (EngineStopped, 503),
     (NameTakenError, 409),
     (DocumentError, 422),
     (AdapterError, 400),
@@ -64,6 +66,9 @@ def as_api_error(error: Exception) -> ApiError:
     """What a client is told of an error; one that nobody foresaw is logged, and told without its message."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, EngineBusy):
+        after = {"Retry-After": str(math.ceil(error.retry_after_s))}
+        return ApiError(429, str(error), code="rate_limit_exceeded", headers=after)
     if isinstance(error, NoSuchAdapterError):
         return ApiError(404, str(error), param="model", code="model_not_found")
     for kind, status in _STATUS:

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
+from loracast.serving.metrics import Metrics
+from loracast.serving.resolve import Names
 from loracast.serving.settings import ServerSettings
 from loracast.serving.watching import Watcher
 
 if TYPE_CHECKING:
     from loracast.model import Model
+    from loracast.serving.engine import Engine
     from loracast.serving.learning import Learning
 
 
 @dataclass
 class Service:
-    """The model, the engine and the settings of a server, what it learns, and the folders that it watches."""
+    """The model, the engine and the settings of a server, and what is kept for all of its requests."""
 
     model: Model
-    engine: Any
+    engine: Engine
     settings: ServerSettings
     learning: Learning
     watcher: Watcher
     is_draining: bool = False
     """Set when the server is told to stop: it finishes what runs and takes nothing new."""
+
+    @cached_property
+    def names(self) -> Names:
+        """What the models of requests mean."""
+        return Names(self.model, self.settings.max_adapters)
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return Metrics(self.engine)
 
 
 def _service(request: Request) -> Service:

@@ -1,0 +1,303 @@
+"""One request from its words to its last token: names, routing, prompts, the engine, and what came of it.
+
+Routing and reading LoRAs happen in a worker thread, tokens arrive in the event loop. Whatever ends a request early (the
+client leaves, its time is over, another prompt of it fails) takes all of its answers out of the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from loracast.base.chat import Message, encode_text
+from loracast.base.generate import Sampling
+from loracast.library.adapter import routing_key
+from loracast.library.wide_route import Source
+from loracast.model import ASK_SYSTEM_TURN, Prepared
+from loracast.serving.errors import ApiError
+from loracast.serving.request import Finish, GenerationRequest, Token
+from loracast.serving.resolve import Resolved
+from loracast.serving.schema import Extensions
+from loracast.serving.service import Service
+from loracast.serving.ticket import Ticket
+from loracast.serving.window import Windowed, in_window
+
+DEFAULT_MAX_TOKENS = 512
+"""Tokens of an answer where the request does not say, as far as the window has room."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, whichever route it came by."""
+
+    model: str
+    extensions: Extensions
+    sampling: Sampling
+    """`max_new_tokens` of 0 leaves it to the server."""
+    turns: Sequence[Message] = ()
+    """The messages of a chat; or else `prompts`."""
+    prompts: Sequence[str | Sequence[int]] = ()
+    """Texts or token ids that are continued as they stand."""
+    references: Sequence[str] = ()
+    """More adapters, such as those of vector stores."""
+    window: Sequence[str] = ()
+    """Adapters whose text goes into the prompt."""
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    n_logprobs: int | None = None
+
+
+@dataclass
+class Answered:
+    """What has been generated of one answer."""
+
+    ticket: Ticket
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+
+    def add(self, token: Token) -> None:
+        self.text += token.text
+        if token.id is not None:
+            self.tokens.append(token)
+
+    @property
+    def finish(self) -> Finish:
+        return self.ticket.finish or "length"
+
+
+class Call:
+    """A request that is being answered. Whoever makes one closes it."""
+
+    def __init__(self, service: Service, asked: Asked):
+        self.service, self.asked = service, asked
+        self.answers: list[Answered] = []
+        """`n` for each prompt."""
+        self.prepared: list[Prepared] = []
+        self.created = int(time.time())
+        self._resolved = Resolved((), {})
+        self._windowed: Windowed | None = None
+        self._started = time.perf_counter()
+        self._is_late = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def begin(self) -> None:
+        """Route the question and queue the answers. Raises what the request is refused with."""
+        limits = self.service.settings
+        if self.asked.n * max(1, len(self.asked.prompts)) > limits.max_answers:
+            raise ApiError(400, f"a request gets {limits.max_answers} answers at most", param="n")
+        if self.asked.sampling.max_new_tokens > limits.max_tokens:
+            raise ApiError(400, f"an answer has {limits.max_tokens:,} tokens at most", param="max_tokens")
+        self._timer = asyncio.get_running_loop().call_later(limits.answer_timeout_s, self._expire)
+        await run_in_threadpool(self._begin)
+
+    def _begin(self) -> None:
+        asked, given = self.asked, self.asked.extensions
+        names, model = self.service.names, self.service.model
+        parts = [(part.id, part.scale) for part in given.adapters] + [(one, 1.0) for one in asked.references]
+        self._resolved = names.resolve(asked.model, parts, given.tag)
+        chosen, scales = self._resolved.chosen, self._resolved.scales
+        routing: dict[str, Any] = {"route": given.route, "tag": given.tag, "always": given.always, "scales": scales}
+        if asked.prompts:
+            for prompt in asked.prompts:
+                ids, text = self._raw(prompt)
+                self.prepared.append(replace(model.prepare(text, chosen, **routing), prompt=ids))
+        else:
+            turns = list(asked.turns)
+            if asked.window:
+                turns = self._put_in_window(turns)
+            self.prepared.append(model.prepare(turns, chosen, **routing))
+        requests = [self._request(prepared, i) for prepared in self.prepared for i in range(asked.n)]
+        for request in requests:
+            self.answers.append(Answered(self.service.engine.submit(request)))
+
+    def _put_in_window(self, turns: list[Message]) -> list[Message]:
+        if self._resolved.chosen:
+            raise ApiError(400, "`window` puts texts before the question in place of adapters: name the base as model")
+        if turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": ASK_SYSTEM_TURN}, *turns]
+        shown = [self.service.names.adapter(reference) for reference in self.asked.window]
+        n_answer = self.asked.sampling.max_new_tokens or DEFAULT_MAX_TOKENS
+        self._windowed = in_window(self.service.model.base, shown, turns, n_answer)
+        return self._windowed.messages
+
+    def _raw(self, prompt: str | Sequence[int]) -> tuple[list[int], str]:
+        """The token ids and the text of a prompt that is continued as it stands."""
+        tokenizer = self.service.model.base.tokenizer
+        if isinstance(prompt, str):
+            return encode_text(tokenizer, prompt), prompt
+        if not all(0 <= id < len(tokenizer) for id in prompt):
+            raise ApiError(400, f"token ids go from 0 to {len(tokenizer) - 1}", param="prompt")
+        return list(prompt), tokenizer.decode(prompt, skip_special_tokens=True)
+
+    def _request(self, prepared: Prepared, i: int) -> GenerationRequest:
+        asked, base, limits = self.asked, self.service.model.base, self.service.settings
+        n_prompt, wanted = len(prepared.prompt), asked.sampling.max_new_tokens
+        room = min(base.window, limits.max_prompt_tokens + limits.max_tokens) - n_prompt
+        if n_prompt > limits.max_prompt_tokens or room < max(1, wanted):
+            raise ApiError(
+                400,
+                f"the prompt has {n_prompt} tokens and the answer may have {wanted or 'some'}: the base's window holds "
+                f"{base.window}, and a prompt here {limits.max_prompt_tokens} at most",
+                param="prompt" if asked.prompts else "messages",
+                code="context_length_exceeded",
+            )
+        seed = None if asked.sampling.seed is None else (asked.sampling.seed + i) % 2**63
+        sampling = replace(
+            asked.sampling, max_new_tokens=wanted or min(DEFAULT_MAX_TOKENS, limits.max_tokens, room), seed=seed
+        )
+        model, key = self.service.model, routing_key(prepared.routed)
+        return GenerationRequest(
+            prepared.prompt,
+            None if key is None else lambda: model.lora_of(prepared.routed),
+            key,
+            sampling,
+            asked.stop,
+            asked.n_logprobs,
+            strips=not asked.prompts,
+        )
+
+    # ---- the tokens
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Token]]:
+        """The tokens of all answers as they come, each with the number of its answer."""
+        if len(self.answers) == 1:
+            async for token in self.answers[0].ticket:
+                self.answers[0].add(token)
+                yield 0, token
+        else:
+            merged: asyncio.Queue[tuple[int, Token] | BaseException | None] = asyncio.Queue()
+            feeds = [asyncio.create_task(self._feed(i, merged)) for i in range(len(self.answers))]
+            try:
+                n_ended = 0
+                while n_ended < len(feeds):
+                    given = await merged.get()
+                    if given is None:
+                        n_ended += 1
+                    elif isinstance(given, BaseException):
+                        raise given
+                    else:
+                        self.answers[given[0]].add(given[1])
+                        yield given
+            finally:
+                for feed in feeds:
+                    feed.cancel()
+        if self._is_late:
+            raise ApiError(408, f"the answer took longer than {self.service.settings.answer_timeout_s:g} s")
+
+    async def _feed(self, i: int, merged: asyncio.Queue[tuple[int, Token] | BaseException | None]) -> None:
+        try:
+            async for token in self.answers[i].ticket:
+                merged.put_nowait((i, token))
+            merged.put_nowait(None)
+        except Exception as error:
+            merged.put_nowait(error)
+
+    async def finish(self) -> None:
+        """Wait for all answers."""
+        async for _ in self.pieces():
+            pass
+
+    def _expire(self) -> None:
+        self._is_late = True
+        self._cancel()
+
+    def _cancel(self) -> None:
+        for answer in self.answers:
+            answer.ticket.cancel()
+
+    def close(self) -> None:
+        """Free the slots of answers that are not whole yet, and count what was generated."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._cancel()
+        self.service.metrics.count_answers([answer.ticket for answer in self.answers])
+
+    # ---- what came of it
+
+    @property
+    def sources(self) -> list[Source]:
+        """The chunks that the answers came from."""
+        return [source for prepared in self.prepared for source in prepared.sources]
+
+    @property
+    def n_prompt_tokens(self) -> int:
+        return sum(len(prepared.prompt) for prepared in self.prepared)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(answer.ticket.n_tokens for answer in self.answers)
+
+    @property
+    def n_cached_tokens(self) -> int:
+        """Of the prompts, each counted once."""
+        return sum(self.answers[i].ticket.n_cached_tokens for i in range(0, len(self.answers), self.asked.n))
+
+    def account(self) -> dict[str, Any]:
+        """What an answer says of its adapters, sources and times: the field `loracast`.
+
+        An adapter with `is_used` false gave nothing, since the question is not about its document; where none is used,
+        the plain base answered.
+        """
+        used = [
+            {
+                "id": adapter.version,
+                "scale": self._resolved.scales.get(adapter.manifest.version, 1.0),
+                "is_used": not route.is_empty,
+                "chunks": None if route.chunks is None else list(route.chunks),
+                "reason": route.reason,
+            }
+            for prepared in self.prepared
+            for adapter, route in prepared.routed
+        ]
+        firsts = [answer.ticket.first_token_s for answer in self.answers if answer.ticket.first_token_s is not None]
+        account: dict[str, Any] = {
+            "adapters": used,
+            "sources": [asdict(source) for source in self.sources],
+            "first_token_ms": round(1000 * min(firsts), 1) if firsts else None,
+            "total_ms": round(1000 * (time.perf_counter() - self._started), 1),
+        }
+        if self._windowed is not None:
+            account["window"] = {"n_tokens": self._windowed.n_tokens, "n_shown": self._windowed.n_shown}
+        return account
+
+    def citations(self, index: int) -> list[dict[str, Any]]:
+        """OpenAI's `file_citation` annotations of an answer, one for each chunk that it came from, best first.
+
+        The chunk's number and its place in the document's text are additions.
+
+        Args:
+            index: the character of the answer where they stand.
+        """
+        return [
+            {
+                "type": "file_citation",
+                "file_id": source.adapter,
+                "filename": source.title,
+                "index": index,
+                "chunk": source.chunk,
+                "start": source.start,
+                "end": source.end,
+            }
+            for source in self.sources
+        ]
+
+
+async def unless_left(request: Request, call: Call) -> bool:
+    """Wait for all answers of a call; False where the client leaves before."""
+    finished = asyncio.ensure_future(call.finish())
+    left = asyncio.ensure_future(request.receive())  # the body is read: what comes next is that the client leaves
+    try:
+        await asyncio.wait({finished, left}, return_when=asyncio.FIRST_COMPLETED)
+        if finished.done():
+            await finished
+            return True
+        return False
+    finally:
+        finished.cancel()
+        left.cancel()

@@ -1,0 +1,137 @@
+"""Which adapters the `model` of a request names: a name that nothing has is an error, never the plain base.
+
+manual                        the newest version of an adapter
+manual@3f9a12c0               one version
+manual+sentiment              several, added up
+manuals-*                     whichever documents with such names match the question
+smollm2-135m-instruct         the plain base
+smollm2-135m-instruct:manual  the same as `manual`; an adapter may have the base's name
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from loracast.base.load import Base
+from loracast.errors import NoSuchAdapterError
+from loracast.library.adapter import MANIFEST, Adapter
+from loracast.library.files import home_of
+from loracast.library.library import entries, find
+from loracast.library.manifest import Manifest
+from loracast.library.register import Entry
+from loracast.library.wide_route import check_patterns, patterns_in
+from loracast.model import Model
+from loracast.serving.errors import ApiError
+
+_REFERENCE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(@[0-9a-f]{4,64})?")
+_PATTERN = re.compile(r"[a-z0-9._*?\[\]!-]{1,64}")
+_MAX_OPEN = 256
+_MAX_KNOWN = 65_536
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a request is answered with."""
+
+    chosen: tuple[Adapter | str, ...]
+    """Adapters, and patterns of names."""
+    scales: dict[str, float]
+    """Factors on their LoRAs, by their versions' hashes."""
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """Those that are named."""
+        return [one for one in self.chosen if isinstance(one, Adapter)]
+
+
+class Names:
+    """The models that a server has: its base, and the adapters of its library."""
+
+    def __init__(self, model: Model, max_adapters: int):
+        self._model, self._max_adapters = model, max_adapters
+        self.base = served_name(model.base)
+        self._fits = lru_cache(_MAX_KNOWN)(self._is_for_base)
+        # By name and version: factors stay mapped, and LoRAs that were read lately stay with the adapter.
+        self._open = lru_cache(_MAX_OPEN)(lambda name, version: model.adapter(f"{name}@{version}"))
+
+    def adapters(self) -> list[Entry]:
+        """The newest version of each name, of adapters that were made for this base."""
+        return [entry for entry in entries(self._model.library)[0] if self._fits(entry.version, entry.base)]
+
+    def _is_for_base(self, version: str, base: str) -> bool:
+        path = home_of(self._model.library, version) / MANIFEST
+        if not path.is_file():  # in the library's remote store: it is not fetched to be listed
+            return base == self._model.base.name
+        made_for, ours = Manifest.read(path).made_for, self._model.base.fingerprint
+        return (made_for.config, made_for.norms) == (ours.config, ours.norms)
+
+    def adapter(self, reference: str) -> Adapter:
+        """The adapter `name` or `name@hash`. Raises ApiError (404), or BaseModelError where it is for another base."""
+        if not _REFERENCE.fullmatch(reference):
+            raise unknown_model(reference)
+        try:
+            entry = find(self._model.library, reference)
+            return self._open(entry.name, entry.version)
+        except NoSuchAdapterError as error:
+            raise unknown_model(reference) from error
+
+    def resolve(self, model: str, parts: Sequence[tuple[str, float]] = (), tag: str = "") -> Resolved:
+        """What a request's `model` and `adapters` (references and scales) name.
+
+        Raises ApiError: 404 where one is unknown, 400 where one is named twice or there are too many.
+        """
+        named = [(reference, 1.0) for reference in self._split(model)] + list(parts)
+        if len(named) > self._max_adapters:
+            raise ApiError(400, f"a request may add up {self._max_adapters} adapters, not {len(named)}", param="model")
+        patterns = patterns_in([reference for reference, _ in named], tag)
+        chosen: list[Adapter | str] = []
+        scales: dict[str, float] = {}
+        for reference, scale in named:
+            if reference in patterns:
+                self._check_pattern(reference, scale, tag)
+                chosen.append(reference)
+                continue
+            adapter = self.adapter(reference)
+            if adapter.manifest.version in scales:
+                raise ApiError(400, f"the adapter {reference!r} is named twice", param="model")
+            chosen.append(adapter)
+            scales[adapter.manifest.version] = scale
+        if tag and not named:
+            self._check_pattern("*", 1.0, tag)
+        return Resolved(tuple(chosen), scales)
+
+    def _split(self, model: str) -> list[str]:
+        """The references in a model's name; none for the plain base. Raises ApiError (404) for another base."""
+        if model == self.base:
+            return []
+        base, colon, rest = model.rpartition(":")
+        if colon and base != self.base:
+            raise unknown_model(model)
+        return rest.split("+")
+
+    def _check_pattern(self, pattern: str, scale: float, tag: str) -> None:
+        if scale != 1:
+            raise ApiError(400, f"{pattern[:64]!r} stands for any documents: it takes no scale", param="adapters")
+        if not _PATTERN.fullmatch(pattern):
+            raise unknown_model(pattern)
+        try:
+            check_patterns(self._model.library, [pattern], tag)
+        except NoSuchAdapterError as error:
+            what = f"with the tag {tag[:64]!r}" if tag else f"called {pattern!r}"
+            raise ApiError(404, f"there is no document {what}", param="model", code="model_not_found") from error
+
+
+def served_name(base: Base) -> str:
+    """What a base is called in requests: its name, or the last part of its folder's path."""
+    return Path(base.name).resolve().name if Path(base.name).is_dir() else base.name
+
+
+def unknown_model(name: str) -> ApiError:
+    """OpenAI's error for a model that does not exist."""
+    shown = name if len(name) <= 100 else f"{name[:100]}..."
+    message = f"The model `{shown}` does not exist; GET /v1/models lists those that do"
+    return ApiError(404, message, param="model", code="model_not_found")
