@@ -17,7 +17,7 @@ from loracast.library.register import Match
 from loracast.library.relevance import about
 from loracast.serving.vector_stores import Attributes, StoreFile
 
-Value = bool | float | Annotated[str, Field(max_length=512)]
+Value = bool | int | float | Annotated[str, Field(max_length=512)]
 _COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
     "eq": operator.eq,
     "ne": operator.ne,

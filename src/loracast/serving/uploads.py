@@ -20,7 +20,10 @@ INTERNAL = ""
 """Purpose of an upload that only a job needs: no list shows it, and it goes when the job has ended."""
 _PIECE = 2**20
 _GRACE_S = 3600.0
-_COLUMNS = "number, id, filename, purpose, n_bytes, sha256, created_at, expires_at"
+_LISTED = """
+    SELECT number, id, filename, purpose, n_bytes, sha256, created_at, expires_at FROM files
+    WHERE purpose != ? AND (expires_at IS NULL OR expires_at > ?)
+"""
 
 
 @dataclass(frozen=True)
@@ -113,15 +116,15 @@ class Uploads:
     @staticmethod
     def find_in(db: sqlite3.Connection, id: str) -> Upload:
         """As `find`, within a transaction."""
-        row = one_row(db, f"SELECT {_COLUMNS} FROM files WHERE id = ? AND purpose != ?", id, INTERNAL)
+        row = one_row(db, f"{_LISTED} AND id = ?", INTERNAL, now(), id)
         if row is None:
             raise not_found("file", id)
         return _upload(row)
 
     def page(self, paging: Paging, purpose: str | None = None) -> tuple[list[Upload], bool]:
         """A page of the uploads, and whether more follow."""
-        query = f"SELECT {_COLUMNS} FROM files WHERE purpose != ?"
-        values = [INTERNAL]
+        query = _LISTED
+        values: list[str | int] = [INTERNAL, now()]
         if purpose is not None:
             query += " AND purpose = ?"
             values.append(purpose)

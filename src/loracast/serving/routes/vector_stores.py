@@ -23,7 +23,7 @@ _MAX_FILES = 2000
 Id = Annotated[str, StringConstraints(max_length=80)]
 Key = Annotated[str, StringConstraints(max_length=64)]
 Text = Annotated[str, StringConstraints(max_length=512)]
-Attributes = Annotated[dict[Key, bool | float | Text], Field(max_length=16)]
+Attributes = Annotated[dict[Key, bool | int | float | Text], Field(max_length=16)]
 Metadata = Annotated[dict[Key, Text], Field(max_length=16)]
 
 

@@ -1,0 +1,461 @@
+"""Files, vector stores, adapters and jobs over HTTP, with the real `openai` client and a real server."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+import zipfile
+
+import httpx
+import openai
+import pytest
+import torch
+
+import loracast
+from loracast.library.library import adapter_names, open_adapter
+from loracast.serving import state, uploads, vector_stores
+from loracast.serving.app import create_app
+from loracast.serving.auth import keys_in
+from loracast.serving.engine import LocalEngine
+from loracast.serving.settings import ServerSettings
+from servers import eventually, manual, served
+
+READ, WRITE, ADMIN = (f"sk-{scope}-0123456789" for scope in ("read", "write", "admin"))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder, tiny_hypernet_folder, hypernetwork, tmp_path_factory):
+    library = tmp_path_factory.mktemp("serving") / "adapters"
+    return loracast.load(
+        tiny_folder, tiny_hypernet_folder, task_hypernetwork=hypernetwork, library=library, device="cpu"
+    )
+
+
+@pytest.fixture(scope="module")
+def url(model):
+    settings = ServerSettings(keys=keys_in(f"read:{READ},write:{WRITE},admin:{ADMIN}"))
+    with served(create_app(model, LocalEngine(model.base), settings)) as found:
+        yield found
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=ADMIN, max_retries=0) as found:
+        yield found
+
+
+@pytest.fixture
+def api(url):
+    with httpx.Client(base_url=f"{url}/v1", headers={"Authorization": f"Bearer {ADMIN}"}) as found:
+        yield found
+
+
+def upload(client, data: bytes, name: str = "manual.md", **options):
+    return client.files.create(file=(name, data), purpose="assistants", **options)
+
+
+def learned(api, answer):
+    """The job that a request was answered with, at its end."""
+    assert answer.status_code == 202, answer.text
+    assert answer.headers["location"] == f"/v1/jobs/{answer.json()['id']}"
+    return eventually(lambda: job if (job := api.get(answer.headers["location"][3:]).json())["ended_at"] else None)
+
+
+def learn(api, data: bytes, name: str, **fields):
+    job = learned(api, api.post("/adapters", files={"file": (f"{name}.md", data)}, data=fields))
+    assert job["status"] == "completed", job
+    return job
+
+
+# ---- files
+
+
+def test_files_come_back_as_they_went_in(client):
+    data = bytes(range(256)) * 20
+    kept = upload(client, data, "../../x/<b>Böse\r\n.md", expires_after={"anchor": "created_at", "seconds": 3600})
+    assert (kept.object, kept.bytes, kept.purpose, kept.status) == ("file", len(data), "assistants", "processed")
+    assert "/" not in kept.filename
+    assert kept.filename.endswith(".md")
+    assert kept.expires_at == kept.created_at + 3600
+    assert client.files.retrieve(kept.id) == kept
+    content = client.files.content(kept.id)
+    assert content.read() == data
+    assert content.response.headers["content-disposition"].startswith("attachment")
+    assert content.response.headers["x-content-type-options"] == "nosniff"
+    assert kept in list(client.files.list(purpose="assistants", limit=1))
+    assert kept not in list(client.files.list(purpose="vision"))
+    assert client.files.delete(kept.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(kept.id)
+
+
+def test_a_file_that_expires_goes_with_its_adapter(client, model, monkeypatch, url):
+    kept = upload(client, manual(50), expires_after={"anchor": "created_at", "seconds": 3600})
+    store = client.vector_stores.create(file_ids=[kept.id])
+    client.vector_stores.files.poll(kept.id, vector_store_id=store.id)
+    name = next(one for one in adapter_names(model.library) if one.endswith(kept.id[-12:]))
+    later = int(time.time()) + 3601
+    for module in (state, uploads, vector_stores):
+        monkeypatch.setattr(module, "now", lambda: later)
+    learn_something = httpx.post(
+        f"{url}/v1/adapters", files={"file": ("other.md", manual(51))}, headers={"Authorization": f"Bearer {ADMIN}"}
+    )
+    assert learn_something.status_code == 202  # after a job the server tidies up
+    eventually(lambda: name not in adapter_names(model.library))
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(kept.id)
+    assert client.vector_stores.retrieve(store.id).file_counts.total == 0
+
+
+# ---- vector stores
+
+
+def test_a_program_for_file_search_prepares_its_store(client, model):
+    store = client.vector_stores.create(
+        name="Manuals", metadata={"owner": "kitchen"}, expires_after={"anchor": "last_active_at", "days": 7}
+    )
+    assert (store.name, store.status, store.file_counts.total) == ("Manuals", "completed", 0)
+    assert store.expires_at == store.last_active_at + 7 * 86_400
+    file = client.vector_stores.files.upload_and_poll(
+        vector_store_id=store.id, file=("coffee maker.md", manual(1, 3)), attributes={"year": 2024, "is_new": True}
+    )
+    assert (file.status, file.last_error) == ("completed", None)
+    assert file.attributes == {"year": 2024, "is_new": True}
+    assert file.chunking_strategy.static.max_chunk_size_tokens == 192
+    store = client.vector_stores.retrieve(store.id)
+    assert (store.status, store.file_counts.completed, store.file_counts.total) == ("completed", 1, 1)
+    name = next(one for one in adapter_names(model.library) if one.startswith("coffee-maker-"))
+    adapter = open_adapter(model.library, name)
+    assert store.usage_bytes == file.usage_bytes == adapter.n_bytes
+    content = list(client.vector_stores.files.content(file.id, vector_store_id=store.id))
+    assert len(content) == adapter.manifest.n_chunks
+    assert "K1-0" in content[0].text
+    assert client.vector_stores.files.update(file.id, vector_store_id=store.id, attributes={"a": "b"}).attributes == {
+        "a": "b"
+    }
+    renamed = client.vector_stores.update(store.id, name="Books", metadata=None)
+    assert (renamed.name, renamed.metadata, renamed.expires_after.days) == ("Books", {}, 7)
+    assert store.id in [one.id for one in client.vector_stores.list(limit=1)]
+
+
+def test_a_batch_counts_what_failed_and_says_why(client):
+    store = client.vector_stores.create()
+    files = [("one.md", manual(2)), ("two.md", manual(3)), ("bad.pdf", b"%PDF-1.7 nothing")]
+    batch = client.vector_stores.file_batches.upload_and_poll(store.id, files=[(n, io.BytesIO(d)) for n, d in files])
+    assert batch.status == "completed"
+    counts = batch.file_counts
+    assert (counts.completed, counts.failed, counts.total) == (2, 1, 3)
+    failed = list(client.vector_stores.files.list(store.id, filter="failed"))
+    assert [one.last_error.code for one in failed] == ["invalid_file"]
+    assert "bad.pdf" in failed[0].last_error.message
+    in_batch = list(client.vector_stores.file_batches.list_files(batch.id, vector_store_id=store.id, limit=2))
+    assert len(in_batch) == 3
+    assert client.vector_stores.retrieve(store.id).file_counts.failed == 1
+
+
+def test_a_batch_is_cancelled(client, model):
+    store = client.vector_stores.create()
+    ids = [upload(client, manual(60 + i, 30)).id for i in range(3)]
+    batch = client.vector_stores.file_batches.create(store.id, file_ids=ids)
+    assert batch.status == "in_progress"
+    client.vector_stores.file_batches.cancel(batch.id, vector_store_id=store.id)
+    batch = client.vector_stores.file_batches.poll(batch.id, vector_store_id=store.id)
+    assert batch.status == "cancelled"
+    assert batch.file_counts.cancelled >= 2
+    again = client.vector_stores.files.create_and_poll(ids[-1], vector_store_id=store.id)  # it may be attached anew
+    assert again.status == "completed"
+
+
+def test_search_finds_the_chunk_of_the_right_file(client):
+    store = client.vector_stores.create()
+    for number, year in ((4, 2023), (5, 2024)):
+        file = upload(client, manual(number, 3), f"k{number}.md")
+        client.vector_stores.files.create_and_poll(file.id, vector_store_id=store.id, attributes={"year": year})
+
+    def found(query, **options):
+        return list(client.vector_stores.search(store.id, query=query, **options))
+
+    best = found("How long is the warranty of the K5-2?")
+    assert best[0].filename == "k5.md"
+    assert "K5-2 is 25 months" in best[0].content[0].text
+    assert best[0].attributes == {"year": 2024}
+    assert all(0 <= one.score <= 1 for one in best)
+    assert [one.score for one in best] == sorted((one.score for one in best), reverse=True)
+    assert len(found("warranty", max_num_results=3)) == 3
+    only = {"type": "and", "filters": [{"type": "lt", "key": "year", "value": 2024},
+                                       {"type": "in", "key": "year", "value": [2023, 2020]}]}  # fmt: skip
+    assert {one.filename for one in found("warranty of the K5-2", filters=only)} == {"k4.md"}
+    assert found("warranty", filters={"type": "eq", "key": "colour", "value": "red"}) == []
+    assert found("zebra crossing") == []
+    several = found(["service line K4-1", "service line K5-1"])
+    assert {one.filename for one in several[:2]} == {"k4.md", "k5.md"}
+    assert len(several) == len({(one.file_id, one.content[0].text) for one in several})
+    assert all(one.score >= 0.5 for one in found("warranty of the K5-2", ranking_options={"score_threshold": 0.5}))
+
+
+def test_a_file_of_two_stores_is_cast_once_and_goes_with_the_last(client, model, api):
+    file = upload(client, manual(6), "shared.md")
+    stores = [client.vector_stores.create(file_ids=[file.id]) for _ in range(2)]
+    for store in stores:
+        assert client.vector_stores.files.poll(file.id, vector_store_id=store.id).status == "completed"
+
+    def there():
+        return [name for name in adapter_names(model.library) if name.startswith("shared-")]
+
+    assert len(there()) == 1
+    assert client.vector_stores.delete(stores[0].id).deleted
+    assert len(there()) == 1
+    assert client.vector_stores.files.delete(file.id, vector_store_id=stores[1].id).deleted
+    assert there() == []
+    assert client.files.retrieve(file.id).id == file.id  # only the file's own deletion deletes it
+    again = client.vector_stores.files.create_and_poll(file.id, vector_store_id=stores[1].id)
+    assert again.status == "completed"
+    client.files.delete(file.id)
+    assert there() == []
+    assert client.vector_stores.retrieve(stores[1].id).file_counts.total == 0
+
+
+def test_a_store_that_has_expired_answers_no_more(client, model, monkeypatch):
+    file = upload(client, manual(7), "brief.md")
+    store = client.vector_stores.create(file_ids=[file.id], expires_after={"anchor": "last_active_at", "days": 1})
+    client.vector_stores.files.poll(file.id, vector_store_id=store.id)
+    later = int(time.time()) + 86_401
+    monkeypatch.setattr(vector_stores, "now", lambda: later)
+    assert client.vector_stores.retrieve(store.id).status == "expired"
+    with pytest.raises(openai.BadRequestError, match="expired"):
+        client.vector_stores.search(store.id, query="warranty")
+    with pytest.raises(openai.BadRequestError, match="expired"):
+        client.vector_stores.files.create(store.id, file_id=file.id)
+
+
+def test_an_adapter_that_is_deleted_is_missing_in_its_store(client, api, model):
+    file = upload(client, manual(8), "lost.md")
+    store = client.vector_stores.create(file_ids=[file.id])
+    client.vector_stores.files.poll(file.id, vector_store_id=store.id)
+    name = next(one for one in adapter_names(model.library) if one.startswith("lost-"))
+    assert api.patch(f"/adapters/{name}", json={"name": "found"}).status_code == 200
+    assert [one.filename for one in client.vector_stores.search(store.id, query="warranty")] == ["lost.md"]
+    assert api.delete("/adapters/found").json()["deleted"]
+    missing = client.vector_stores.files.retrieve(file.id, vector_store_id=store.id)
+    assert (missing.status, missing.last_error.code) == ("failed", "server_error")
+    assert list(client.vector_stores.search(store.id, query="warranty")) == []
+    assert client.vector_stores.files.create_and_poll(file.id, vector_store_id=store.id).status == "completed"
+
+
+@pytest.mark.parametrize("size, used", [(100, 100), (4096, 192)])
+def test_chunks_are_as_long_as_the_hypernetwork_is_good_for(client, size, used):
+    file = upload(client, manual(9, 2))
+    strategy = {"type": "static", "static": {"max_chunk_size_tokens": size, "chunk_overlap_tokens": 50}}
+    store = client.vector_stores.create()
+    attached = client.vector_stores.files.create_and_poll(file.id, vector_store_id=store.id, chunking_strategy=strategy)
+    assert attached.chunking_strategy.static.max_chunk_size_tokens == used
+
+
+# ---- adapters
+
+
+def test_the_library_over_http(api, model):
+    learn(api, manual(20, 3), "dish-washer", tags="kitchen,new")
+    job = learned(api, api.post("/adapters", json={"description": "Answer in French.", "name": "french"}))
+    assert (job["kind"], job["adapter"], job["status"]) == ("task", "french", "completed")
+    found = api.get("/adapters", params={"q": "washer"}).json()
+    assert (found["total"], found["data"][0]["name"], found["data"][0]["tags"]) == (
+        1,
+        "dish-washer",
+        ["kitchen", "new"],
+    )
+    assert [one["name"] for one in api.get("/adapters", params={"tag": "kitchen"}).json()["data"]] == ["dish-washer"]
+    page = api.get("/adapters", params={"limit": 1}).json()
+    assert (len(page["data"]), page["has_more"]) == (1, True)
+    one = api.get("/adapters/french").json()
+    assert (one["kind"], one["manifest"]["title"]) == ("task", "Answer in French.")
+    version = api.get("/adapters/dish-washer").json()["version"]
+    assert api.get(f"/adapters/dish-washer@{version[:12]}").json()["version"] == version
+    chunks = api.get("/adapters/dish-washer/chunks").json()
+    assert chunks["total"] == open_adapter(model.library, "dish-washer").manifest.n_chunks == len(chunks["data"])
+    assert "K20-0 is 20 months" in chunks["data"][0]["text"]
+    changed = api.patch("/adapters/dish-washer", json={"name": "washer", "tags": ["new"], "note": "in the cellar"})
+    assert {key: changed.json()[key] for key in ("name", "tags", "note")} == {
+        "name": "washer", "tags": ["new"], "note": "in the cellar",
+    }  # fmt: skip
+    assert api.get("/adapters/dish-washer").status_code == 404
+    assert api.patch("/adapters/washer", json={"name": "french"}).status_code == 409
+    assert api.post("/adapters", json={"description": "Answer in German.", "name": "french"}).status_code == 409
+    assert api.delete("/adapters/washer").status_code == 200
+    assert api.get("/adapters/washer/chunks").status_code == 404
+
+
+def test_a_route_says_what_the_model_takes(api, model):
+    learn(api, manual(21, 4), "toaster")
+    question = "How long is the warranty of the K21-2?"
+    told = api.post("/adapters/route", json={"question": question, "adapters": ["toaster"]}).json()["adapters"][0]
+    (_, route), = model.prepare(question, "toaster").routed  # fmt: skip
+    assert [one["chunk"] for one in told["chunks"]] == list(route.chunks)
+    assert [one["weight"] for one in told["chunks"]] == list(route.weights)
+    best = told["chunks"][0]
+    assert "K21-2 is 41 months" in best["text"]
+    heaviest = max(best["sentences"], key=lambda one: one["weight"])
+    assert "K21-2 is 41 months" in best["text"][heaviest["start"] : heaviest["end"]]
+    nothing = api.post(
+        "/adapters/route", json={"question": "What is the capital of France?", "adapters": ["toaster"]}
+    ).json()
+    assert nothing["adapters"][0]["is_used"] is False
+    assert api.post("/adapters/route", json={"question": "?", "adapters": ["nobody"]}).status_code == 404
+
+
+def test_adapters_are_added_up(api, model):
+    learn(api, manual(22), "one")
+    learn(api, manual(23), "two")
+    parts = [{"id": "one", "scale": 0.5}, {"id": "two"}]
+    job = learned(api, api.post("/adapters/combine", json={"parts": parts, "name": "sum"}))
+    assert (job["status"], job["kind"]) == ("completed", "combination")
+    one, two, both = (open_adapter(model.library, name).lora() for name in ("one", "two", "sum"))
+    for name in both.names:
+        wanted = 0.5 * one.delta(name) + two.delta(name)
+        assert torch.allclose(both.delta(name), wanted, atol=0.02 * wanted.abs().max())
+
+
+def test_an_export_is_what_peft_reads(api, model, tmp_path):
+    from loracast.lora.inject import linear_shapes
+    from loracast.lora.peft_format import read_peft
+
+    learn(api, manual(24, 2), "kettle")
+    answer = api.get("/adapters/kettle/export", params={"to": "peft"})
+    assert answer.headers["content-disposition"] == 'attachment; filename="kettle-peft.zip"'
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        assert archive.testzip() is None
+        archive.extractall(tmp_path)
+    read = read_peft(tmp_path, linear_shapes(model.base.model))
+    kept = open_adapter(model.library, "kettle").lora(dense=False)
+    for name in kept.names:
+        assert torch.allclose(read.delta(name), kept.delta(name), atol=0.02 * kept.delta(name).abs().max())
+    assert api.get("/adapters/kettle/export", params={"to": "pickle"}).status_code == 400
+    gguf = zipfile.ZipFile(io.BytesIO(api.get("/adapters/kettle/export", params={"to": "gguf"}).content))
+    assert [name for name in gguf.namelist() if name.endswith(".gguf")]
+
+
+# ---- jobs
+
+
+def events(api, id: str, **headers) -> list[tuple[int, dict]]:
+    """The events of a job, up to the end of the stream."""
+    found = []
+    with api.stream("GET", f"/jobs/{id}/events", headers=headers) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        for line in stream.iter_lines():
+            if line.startswith("id: "):
+                found.append(int(line[4:]))
+            if line.startswith("data: "):
+                found[-1] = found[-1], json.loads(line[6:])
+    return found
+
+
+def test_events_tell_the_progress_and_go_on_where_a_client_left(api, monkeypatch):
+    monkeypatch.setattr("loracast.cast.document.TOKENS_PER_BATCH", 600)
+    job = api.post("/adapters", files={"file": ("long.md", manual(30, 20))}).json()
+    told = events(api, job["id"])
+    ids, jobs = [id for id, _ in told], [one for _, one in told]
+    assert ids == sorted(set(ids))
+    assert [one["done"] for one in jobs] == sorted(one["done"] for one in jobs)
+    assert len({one["done"] for one in jobs}) > 2
+    assert jobs[-1] == api.get(f"/jobs/{job['id']}").json()
+    assert jobs[-1]["status"] == "completed"
+    assert jobs[-1]["done"] == jobs[-1]["total"] >= 20
+    assert [id for id, _ in events(api, job["id"], **{"Last-Event-ID": str(ids[-2])})] == ids[-1:]
+    seen = api.get(f"/jobs/{job['id']}/events", headers={"Last-Event-ID": str(ids[-1])})
+    assert seen.status_code == 204
+    assert api.get("/jobs", params={"limit": 1}).json()["data"][0]["id"] == job["id"]
+
+
+def test_a_job_is_cancelled_over_http(api, model):
+    long = api.post("/adapters", files={"file": ("very-long.md", manual(31, 60))}).json()
+    api.post(f"/jobs/{long['id']}/cancel")
+    assert events(api, long["id"])[-1][1]["status"] == "cancelled"
+    assert "very-long" not in adapter_names(model.library)
+
+
+# ---- what is refused
+
+
+def test_each_route_needs_its_scope(url):
+    wanted = {
+        READ: [("GET", "/files"), ("GET", "/vector_stores"), ("GET", "/adapters"), ("GET", "/jobs")],
+        WRITE: [("POST", "/vector_stores"), ("PATCH", "/adapters/a"), ("POST", "/adapters")],
+        ADMIN: [("DELETE", "/files/a"), ("DELETE", "/vector_stores/a"), ("DELETE", "/adapters/a")],
+    }
+    keys = list(wanted)
+    for i, (key, routes) in enumerate(wanted.items()):
+        for method, path in routes:
+            for other in keys:
+                answer = httpx.request(
+                    method, f"{url}/v1{path}", headers={"Authorization": f"Bearer {other}"}, json={} if i else None
+                )
+                assert (answer.status_code == 403) == (keys.index(other) < keys.index(key)), (method, path, other)
+
+
+BAD_REQUESTS = [
+    ("POST", "/vector_stores", {"json": {"file_ids": ["file-nothing"]}}, 404),
+    ("POST", "/vector_stores", {"json": {"name": 3}}, 400),
+    ("POST", "/vector_stores", {"json": {"unknown": 3}}, 400),
+    ("POST", "/vector_stores", {"json": {"metadata": {str(i): "x" for i in range(17)}}}, 400),
+    ("POST", "/vector_stores", {"json": {"expires_after": {"anchor": "last_active_at", "days": 0}}}, 400),
+    ("POST", "/vector_stores/x/search", {"json": {"query": "a"}}, 404),
+    ("GET", "/vector_stores?limit=0", {}, 400),
+    ("GET", "/vector_stores?after=vs_none", {}, 404),
+    ("GET", "/vector_stores/%2e%2e%2fetc", {}, 404),
+    ("GET", "/files/..%2Fstate.sqlite", {}, 404),
+    ("GET", "/files/..%2F..%2Fstate.sqlite/content", {}, 404),
+    ("POST", "/files", {"files": {"file": ("a.md", b"x")}, "data": {"purpose": "mischief"}}, 400),
+    ("POST", "/files", {"files": {"file": ("a.md", b"x")}}, 400),
+    ("POST", "/files", {"json": {"purpose": "assistants"}}, 400),
+    ("POST", "/adapters", {"json": {"description": ""}}, 400),
+    ("POST", "/adapters", {"json": {"description": "x", "name": "../up"}}, 400),
+    ("POST", "/adapters", {"json": {"description": "x" * 5000}}, 400),
+    ("POST", "/adapters", {"content": b"{nonsense", "headers": {"Content-Type": "application/json"}}, 400),
+    ("POST", "/adapters", {"content": b"[[[[" * 9999, "headers": {"Content-Type": "application/json"}}, 400),
+    ("POST", "/adapters", {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400),
+    ("POST", "/adapters", {"files": {"file": ("a.md", b"x")}, "data": {"name": "Ümläut 🙂"}}, 400),
+    ("POST", "/adapters", {"files": {"file": ("a.md", b"x")}, "data": {"tags": "bad tag"}}, 400),
+    ("POST", "/adapters", {"files": {"other": ("a.md", b"x")}}, 400),
+    ("POST", "/adapters/combine", {"json": {"parts": [{"id": "a", "scale": 1e9}], "name": "b"}}, 400),
+    ("POST", "/adapters/combine", {"json": {"parts": [{"id": "nobody"}], "name": "b"}}, 404),
+    ("POST", "/adapters/route", {"json": {"question": "a", "route": 10**12}}, 400),
+    ("GET", "/adapters/" + "x" * 10_000, {}, 400),
+    ("GET", "/adapters/a@zzzz", {}, 400),
+    ("GET", "/jobs/job-nothing/events", {}, 404),
+]
+
+
+@pytest.mark.parametrize("method, path, request_, status", BAD_REQUESTS)
+def test_bad_requests_are_refused_with_openais_body(api, method, path, request_, status):
+    answer = api.request(method, path, **request_)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert len(answer.text) < 1000
+
+
+# ---- deleting while it is used
+
+
+def test_an_answer_goes_on_while_its_adapter_is_replaced_and_deleted(api, model):
+    from loracast.base.generate import Sampling
+    from loracast.serving.request import GenerationRequest
+
+    learn(api, manual(40, 2), "used")
+    prepared = model.prepare("How long is the warranty of the K40-1?", "used", always=True)
+    lora = model.lora_of(prepared.routed)
+    ask = GenerationRequest(prepared.prompt, lora, sampling=Sampling(max_new_tokens=60))
+    engine = LocalEngine(model.base)
+    undisturbed = engine.submit(ask).text()
+    ticket = engine.submit(ask)
+    first = next(iter(ticket))
+    assert api.post("/adapters", files={"file": ("used.md", manual(41))}, data={"replace": "true"}).status_code == 202
+    assert api.delete("/adapters/used").status_code in (200, 404)
+    eventually(lambda: not api.get("/adapters", params={"q": "used"}).json()["total"] or api.delete("/adapters/used"))
+    assert ticket.text() == undisturbed
+    assert undisturbed.startswith(first.text)
+    # Its files, which are mapped, stay readable for who opened them before.
+    opened = prepared.routed[0][0]
+    assert torch.equal(opened.lora([0]).delta(lora.names[0]), opened.lora([0]).delta(lora.names[0]))
+    engine.close()
