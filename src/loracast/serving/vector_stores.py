@@ -273,7 +273,10 @@ class VectorStores:
             rows = [
                 row
                 for store in dict.fromkeys(stores)
-                for row in db.execute(f"{_FILES} WHERE store = ? AND status = 'completed'", (store,))
+                for row in db.execute(
+                    f"{_FILES} WHERE store = ? AND status = 'completed' AND (expires_at IS NULL OR expires_at > ?)",
+                    (store, now()),
+                )
             ]
         return [_store_file(row) for row in rows]
 
