@@ -1,43 +1,120 @@
-"""The blocks of docs/python.md run, in their order, with a tiny base and its hypernetworks in place of the real ones."""
+"""The Python examples of docs and docstrings run, with a tiny base and its hypernetworks in place of the real ones."""
 
 from __future__ import annotations
 
+import ast
 import re
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import loracast
+from loracast.library.library import describe_adapter, versions
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+COMPILED = {"images.md": "the readings and the table of questions of its modality are the reader's own"}
+"""Pages whose blocks are compiled and do not run, with the reason."""
+TUTORIAL = "tutorial.ipynb"  # its own test runs it
+OTHERS = "integrations.md"  # below, a library at a time
 
 
 def blocks(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.S | re.M)
 
 
-def test_every_block_runs(tiny_folder, tiny_hypernet_folder, hypernetwork, tmp_path, monkeypatch, capsys):
+def docstring_examples() -> Iterator[tuple[str, str]]:
+    """The indented blocks of the docstrings of `src` that are Python and call something, with where they stand."""
+    for file in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            text = ast.get_docstring(node, clean=not isinstance(node, ast.Module)) or ""
+            for block in re.findall(r"\n\n((?: {4}.*\n?)+)", text):
+                try:
+                    calls = any(isinstance(part, ast.Call) for part in ast.walk(ast.parse(textwrap.dedent(block))))
+                except SyntaxError:
+                    continue
+                if calls:
+                    name = getattr(node, "name", "")
+                    yield f"{file.relative_to(ROOT / 'src' / 'loracast')}:{name}", textwrap.dedent(block)
+
+
+EXAMPLES = list(docstring_examples())
+
+
+@pytest.fixture
+def folder(tiny_folder, tiny_hypernet_folder, hypernetwork, tmp_path, monkeypatch) -> Path:
+    """An own folder, in which `loracast.load` loads the tiny base and its hypernetworks where no others are named."""
     load = loracast.load
 
-    def load_tiny(model=None, hypernet=tiny_hypernet_folder, **options):
-        where = {"hypernetwork": hypernet, "task_hypernetwork": hypernetwork, "library": tmp_path / "library"}
+    def load_tiny(model=None, hypernetwork_=tiny_hypernet_folder, **options):
+        where = {"hypernetwork": hypernetwork_, "task_hypernetwork": hypernetwork, "library": tmp_path / "library"}
         assert options.pop("revision", "main") == "main"  # a folder has none
         return load(tiny_folder if model is None else model, **{**where, **options})
 
     monkeypatch.setattr(loracast, "load", load_tiny)
-    (tmp_path / "examples").symlink_to(DOCS.parent / "examples")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").symlink_to(tiny_hypernet_folder)
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_block_of_the_page_about_python_runs(folder, tiny_folder, capsys):
     names: dict = {}
     found = blocks("python.md")
     for block in found:
         exec(block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny_folder)), names)
-    assert len(found) >= 7 and (tmp_path / "mine-to-share" / "README.md").is_file()
+    assert len(found) >= 7 and (folder / "mine-to-share" / "README.md").is_file()
     assert names["wrapped"] is not None
     kept = [names[name].name for name in ("lantern", "manual", "sentiment")]
     assert kept == ["lantern", "manual", "sentiment"]
     assert names["answer"].sources[0].adapter == "manual" and "manual, chunk" in capsys.readouterr().out
+
+
+def test_the_block_of_the_page_about_the_library_runs(folder):
+    for name in ("manual", "manuals-dehumidifier"):
+        loracast.load().learn("examples/manual.pdf", name)
+    describe_adapter(folder / "library", "manuals-dehumidifier", tags=["machine", "kitchen"])
+    digits = versions(folder / "library", "manual")[0].version[:8]
+    names = {"loracast": loracast, "folder": folder / "library"}
+    (block,) = blocks("library.md")
+    exec(block.replace("3f9a12c0", digits), names)
+    assert names["found"] and names["sources"][0].adapter == "manual"
+
+
+def test_every_page_with_python_is_run_or_compiled():
+    pages = {page.name for page in DOCS.glob("*.md") if blocks(page.name)}
+    assert pages == {"python.md", "library.md", OTHERS, *COMPILED}
+    for page in COMPILED:
+        for block in blocks(page):
+            compile(block, page, "exec")
+
+
+def test_there_are_examples_in_docstrings():
+    assert {"model.py:", "model.py:load", "model.py:ask", "lora/algebra.py:applied"} <= {where for where, _ in EXAMPLES}
+
+
+@pytest.mark.parametrize("example", [text for _, text in EXAMPLES], ids=[where for where, _ in EXAMPLES])
+def test_an_example_of_a_docstring_runs(example, folder, tiny_folder, tiny_hypernet_folder):
+    (folder / "manual.pdf").symlink_to(ROOT / "examples" / "manual.pdf")
+    model = loracast.load()
+    model.learn(["manual.pdf", "examples/note.txt"], ["manual", "contract"])
+    names = {
+        "loracast": loracast,
+        "Document": loracast.Document,
+        "model": model,
+        "hf_model": model.base.model,
+        "tokenizer": model.base.tokenizer,
+        "prompt": model.base.tokenizer("The lantern", return_tensors="pt"),
+        "lora": model.cast("examples/note.txt"),
+    }
+    for remote, local in (("me/my-base", tiny_folder), ("me/my-hypernetwork", tiny_hypernet_folder)):
+        example = example.replace(remote, str(local))
+    exec(example, names)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +126,7 @@ def test_other_frameworks_ask_an_adapter(number, library, model, monkeypatch, ca
     monkeypatch.setattr(loracast, "load", lambda: model)
     monkeypatch.chdir(DOCS.parent)
     names: dict = {}
-    start, *others = blocks("integrations.md")
+    start, *others = blocks(OTHERS)
     exec(start, names)
     capsys.readouterr()
     exec(others[number - 1], names)

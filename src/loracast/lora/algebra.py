@@ -102,7 +102,7 @@ class LoRA:
         """Apply the LoRA to a transformers model while a `with` block lasts.
 
             with lora.applied(hf_model):
-                hf_model.generate(...)
+                hf_model.generate(**prompt)
 
         The weights stay untouched, and other threads that use the model through loracast wait until the block ends.
         Raises AdapterError where the LoRA does not fit the model.

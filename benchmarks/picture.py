@@ -1,0 +1,77 @@
+"""Draw the picture of README from the figures of docs/results: right answers, prompt tokens and time of each way to ask.
+
+    python benchmarks/picture.py     # writes docs/images/results.svg
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+FIGURES = ROOT / "docs" / "results"
+PICTURE = ROOT / "docs" / "images" / "results.svg"
+WAYS = {
+    "adapter": ("xquad", "adapter", "adapter"),
+    "passage found by BM25\nin the prompt": ("xquad-bm25", "BM25, 1 passage", None),
+    "whole text in the prompt": ("xquad-window", "in the window", "in the window"),
+    "no document": ("xquad-none", "no document", "no document"),
+}
+"""What answers, from top to bottom: the file and the label of its figures, and its label in the file of times."""
+COLOURS = ("#3949ab", "#9aa0b4", "#9aa0b4", "#9aa0b4")
+
+
+def row(folder: Path, name: str, label: str) -> Mapping[str, Any]:
+    """The figures of a file that have this label, or one that begins so. Raises SystemExit if they are not there."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: `python benchmarks/results.py run` measures it")
+    rows = [one for one in json.loads(path.read_text(encoding="utf-8"))["rows"] if one.get("kind", "source") == "source"]
+    found = [one for one in rows if one["label"] == label] or [one for one in rows if one["label"].startswith(label)]
+    if len(found) != 1:
+        raise SystemExit(f"{path} has {len(found)} rows {label!r}")
+    return found[0]
+
+
+def bars(folder: Path = FIGURES) -> dict[str, list[tuple[str, float]]]:
+    """By the title of a panel, its bars from top to bottom: what answers and the figure, where there is one."""
+    answered = {way: row(folder, name, label) for way, (name, label, _) in WAYS.items()}
+    timed = {way: row(folder, "first-token", label) for way, (_, _, label) in WAYS.items() if label}
+    return {
+        "answers that contain a right one, %": [(way, 100 * one["contained"]) for way, one in answered.items()],
+        "tokens in the prompt": [(way, one["prompt_tokens"]) for way, one in answered.items()],
+        "first token, ms (text of 1,024 tokens)": [(way, 1000 * one["first_token_s"]) for way, one in timed.items()],
+    }
+
+
+def draw(panels: Mapping[str, list[tuple[str, float]]], path: Path) -> None:
+    """Draw the panels beside each other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "svg.hashsalt": "loracast"})
+    figure, axes = plt.subplots(1, len(panels), figsize=(9.4, 2.3), sharey=True)
+    for axis, (title, shown) in zip(axes, panels.items(), strict=True):
+        places = [list(WAYS).index(way) for way, _ in shown]
+        drawn = axis.barh(places, [value for _, value in shown], color=[COLOURS[i] for i in places], height=0.62)
+        axis.bar_label(drawn, labels=[f"{value:,.0f}" for _, value in shown], padding=3)
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.set_yticks(range(len(WAYS)), list(WAYS))
+        axis.set_xlim(0, 1.2 * max(value for _, value in shown))
+        axis.xaxis.set_visible(False)
+        axis.tick_params(left=False)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, facecolor="white", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    draw(bars(), PICTURE)
+    print(PICTURE.relative_to(ROOT), file=sys.stderr)
