@@ -1,6 +1,6 @@
-"""Draw the picture of README from the figures of docs/results: right answers, prompt tokens and time of each way to ask.
+"""Draw README's picture, docs/images/results.svg, from the figures of docs/results: `python benchmarks/picture.py`.
 
-    python benchmarks/picture.py     # writes docs/images/results.svg
+Each way to answer has its right answers, the tokens in its prompt and the time to its first token.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def row(folder: Path, name: str, label: str) -> Mapping[str, Any]:
     path = folder / f"{name}.json"
     if not path.exists():
         raise SystemExit(f"{path} is missing: `python benchmarks/results.py run` measures it")
-    rows = [one for one in json.loads(path.read_text(encoding="utf-8"))["rows"] if one.get("kind", "source") == "source"]
+    rows = [
+        one for one in json.loads(path.read_text(encoding="utf-8"))["rows"] if one.get("kind", "source") == "source"
+    ]
     found = [one for one in rows if one["label"] == label] or [one for one in rows if one["label"].startswith(label)]
     if len(found) != 1:
         raise SystemExit(f"{path} has {len(found)} rows {label!r}")
