@@ -8,32 +8,43 @@ print(model.ask("How long is the warranty?", manual))
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from loracast.base.chat import Message, search_query
 from loracast.base.fingerprint import check
-from loracast.base.generate import Answer, Sampling, answer, answers, stream
+from loracast.base.generate import Sampling, answer, answers, stream
 from loracast.base.load import Base, load_base
 from loracast.base.packages import Say
 from loracast.cast.document import Progress, cast_document, learn_document, recast
 from loracast.cast.image import cast_image, learn_image
 from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork, trained_template
 from loracast.cast.task import TaskCaster, TaskOptions
-from loracast.documents import Document, read_document
-from loracast.documents.images import ImageFile, is_image_file, read_image_file
-from loracast.errors import AdapterError, ConfigError, DocumentError, HypernetworkError
+from loracast.documents import Document
+from loracast.documents.images import ImageFile
+from loracast.errors import AdapterError, ConfigError, HypernetworkError
 from loracast.hypernets.protocol import Caster, Hypernetwork, Modality
 from loracast.library.adapter import Adapter, loras_together
 from loracast.library.library import open_adapter
 from loracast.library.manifest import name_for
+from loracast.library.overview import overview
 from loracast.library.routing import DEFAULT_ROUTE, Route
-from loracast.library.wide_route import Source, route_adapters, scaled, sources
+from loracast.library.wide_route import route_adapters, scaled, sources
 from loracast.lora.algebra import LoRA, concat
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
-from loracast.options import Asking, Chosen, Keeping, Question, Readable
+from loracast.options import (
+    Asking,
+    Chosen,
+    Keeping,
+    Prepared,
+    Question,
+    Readable,
+    SourcedAnswer,
+    is_batch,
+    listed,
+    read_source,
+)
 from loracast.paths import library_dir
 
 if TYPE_CHECKING:
@@ -42,22 +53,6 @@ if TYPE_CHECKING:
 
 ASK_SYSTEM_TURN = ""
 """System turn of a question, empty as in training; the template's own would cost 25 tokens of prefill for nothing."""
-
-
-@dataclass(frozen=True)
-class SourcedAnswer(Answer):
-    """An answer, what it cost, and where in which documents it comes from."""
-
-    sources: tuple[Source, ...] = ()
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """One question, ready to be generated: its prompt, and what of which adapters it is answered with."""
-
-    prompt: list[int]
-    routed: list[tuple[Adapter, Route]]
-    sources: tuple[Source, ...]
 
 
 class Model:
@@ -148,18 +143,19 @@ class Model:
         self, question: Any, adapter: Any = (), **options: Unpack[Asking]
     ) -> SourcedAnswer | list[SourcedAnswer]:
         """Like `ask`, with what the answer cost and the chunks that it comes from (`SourcedAnswer`)."""
-        if not _is_batch(question):
+        if not is_batch(question):
             prepared, lora, sampling = self._request(question, adapter, **options)
-            return _sourced(answer(self.base, prepared.prompt, lora, sampling), prepared)
+            return prepared.answer or prepared.sourced(answer(self.base, prepared.prompt, lora, sampling))
         chosen = adapter if isinstance(adapter, (list, tuple)) and adapter else [adapter] * len(question)
         if len(chosen) != len(question):
             raise AdapterError(
                 f"{len(chosen)} adapters for {len(question)} questions: give one for each, () for none, or one for all"
             )
         requests = [self._request(*pair, **options) for pair in zip(question, chosen, strict=True)]
-        prompts, loras = [prepared.prompt for prepared, _, _ in requests], [lora for _, lora, _ in requests]
-        given = answers(self.base, prompts, loras, options.get("sampling", Sampling()))
-        return [_sourced(one, prepared) for one, (prepared, _, _) in zip(given, requests, strict=True)]
+        asked = [(prepared.prompt, lora) for prepared, lora, _ in requests if prepared.answer is None]
+        prompts, loras = [prompt for prompt, _ in asked], [lora for _, lora in asked]
+        given = iter(answers(self.base, prompts, loras, options.get("sampling", Sampling())))
+        return [prepared.answer or prepared.sourced(next(given)) for prepared, _, _ in requests]
 
     def stream(
         self, question: str | list[Message], adapter: Chosen = (), **options: Unpack[Asking]
@@ -173,8 +169,11 @@ class Model:
         `lora.applied`. Arguments as in `ask`.
         """
         prepared, lora, sampling = self._request(question, adapter, **options)
+        if prepared.answer is not None:
+            yield prepared.answer.text
+            return prepared.answer
         given = yield from stream(self.base, prepared.prompt, lora, sampling)
-        return _sourced(given, prepared)
+        return prepared.sourced(given)
 
     def _request(
         self, question: Question, adapter: Chosen, *, sampling: Sampling = Sampling(), **options: Any
@@ -205,8 +204,17 @@ class Model:
             raise ConfigError("there is nothing to answer: the last message of a chat must be the user's")
         if system is not None and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": system}, *turns]
+        if (told := self.overview(turns[-1]["content"], adapter)) is not None:
+            return Prepared([], [], (), SourcedAnswer(told, 0, 0, 0.0, 0.0, True))
         routed = self._route(search_query(turns[-1]["content"], turns[:-1]), adapter, route, tag, always)
         return Prepared(self.base.chat.conversation(turns), scaled(routed, scales), sources(routed))
+
+    def overview(self, question: str, adapter: Chosen) -> str | None:
+        """The answer to a question about documents as a whole ("What is this document about?"), from their outlines.
+
+        None for any other question, and where no document is named: a pattern names none.
+        """
+        return None if isinstance(adapter, LoRA) else overview(question, listed(adapter), self.adapter)
 
     def lora_for(
         self, question: str, adapter: Chosen, k: int | None = DEFAULT_ROUTE, tag: str = "", always: bool = False
@@ -254,7 +262,7 @@ class Model:
         """
         if isinstance(source, (list, tuple)):
             return [self.cast(one, max_chunk_tokens=max_chunk_tokens) for one in source]
-        read = _read(source)
+        read = read_source(source)
         if isinstance(read, ImageFile):
             return cast_image(self.images, read)
         return cast_document(self.documents, self.base, read, max_chunk_tokens)
@@ -281,8 +289,8 @@ class Model:
             ConfigError: no chunk can be so short.
         """
         if not isinstance(source, (list, tuple)):
-            return self._learn(_read(source), name, **options)
-        documents = [_read(one) for one in source]  # one that cannot be read is refused before anything is kept
+            return self._learn(read_source(source), name, **options)
+        documents = [read_source(one) for one in source]  # one that cannot be read is refused before anything is kept
         names = [None] * len(documents) if name is None else name
         if len(names) != len(documents):
             raise AdapterError(f"{len(names)} names for {len(documents)} documents: give one for each, or none")
@@ -332,25 +340,6 @@ class Model:
     ) -> list[Adapter]:
         """Cast several descriptions in one go and keep their adapters; names and errors as in `TaskCaster.tasks`."""
         return self.described.tasks(descriptions, names, **options)
-
-
-def _read(source: Readable) -> Document | ImageFile:
-    if isinstance(source, (Document, ImageFile)):
-        return source
-    if isinstance(source, str) and "\n" in source:
-        raise DocumentError("this is a text and not a path: give Document.from_text(text)")
-    if isinstance(source, (str, Path)) and is_image_file(source):
-        return read_image_file(source)
-    return read_document(source)
-
-
-def _is_batch(question: str | Sequence[Any]) -> bool:
-    """Whether this is a list of questions, not a question or the messages of a chat."""
-    return not isinstance(question, str) and not (question and isinstance(question[0], dict))
-
-
-def _sourced(given: Answer, prepared: Prepared) -> SourcedAnswer:
-    return SourcedAnswer(**vars(given), sources=prepared.sources)
 
 
 def load(

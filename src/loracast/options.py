@@ -1,17 +1,21 @@
-"""What the methods of the public `Model` take: documents, questions, adapters, and their keyword arguments by name."""
+"""What the methods of the public `Model` take and give: documents, questions, adapters, options by name, answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypedDict
+from typing import Any, BinaryIO, TypedDict
 
 from loracast.base.chat import Message
-from loracast.base.generate import Sampling
+from loracast.base.generate import Answer, Sampling
 from loracast.cast.document import Progress
-from loracast.documents import Document
-from loracast.documents.images import ImageFile
+from loracast.documents import Document, read_document
+from loracast.documents.images import ImageFile, is_image_file, read_image_file
+from loracast.errors import DocumentError
 from loracast.library.adapter import Adapter
+from loracast.library.routing import Route
+from loracast.library.wide_route import Source
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import Storage
 
@@ -23,6 +27,28 @@ Question = str | Sequence[Message]
 Chosen = Adapter | LoRA | str | Sequence[Adapter | str]
 """What a question is answered with: an adapter or its name, several, none (the plain base), or one LoRA. "*" is the
 whole library and a pattern such as "manuals-*" all documents with such names, of which those that match are opened."""
+
+
+@dataclass(frozen=True)
+class SourcedAnswer(Answer):
+    """An answer, what it cost, and where in which documents it comes from."""
+
+    sources: tuple[Source, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One question, ready to be generated: its prompt, and what of which adapters it is answered with."""
+
+    prompt: list[int]
+    routed: list[tuple[Adapter, Route]]
+    sources: tuple[Source, ...]
+    answer: SourcedAnswer | None = None
+    """The answer, where the outlines of the documents give it and no model is needed (`Model.overview`)."""
+
+    def sourced(self, given: Answer) -> SourcedAnswer:
+        """What the base answered, with its sources."""
+        return SourcedAnswer(**vars(given), sources=self.sources)
 
 
 class Asking(TypedDict, total=False):
@@ -53,3 +79,24 @@ class Keeping(TypedDict, total=False):
     """Whether an adapter of that name is replaced."""
     progress: Progress
     """Called with the chunks done and the chunks in all."""
+
+
+def read_source(source: Readable) -> Document | ImageFile:
+    """A document or an image, read unless it has been read already."""
+    if isinstance(source, (Document, ImageFile)):
+        return source
+    if isinstance(source, str) and "\n" in source:
+        raise DocumentError("this is a text and not a path: give Document.from_text(text)")
+    if isinstance(source, (str, Path)) and is_image_file(source):
+        return read_image_file(source)
+    return read_document(source)
+
+
+def is_batch(question: str | Sequence[Any]) -> bool:
+    """Whether this is a list of questions, not a question or the messages of a chat."""
+    return not isinstance(question, str) and not (question and isinstance(question[0], dict))
+
+
+def listed(adapter: Adapter | str | Sequence[Adapter | str]) -> Sequence[Adapter | str]:
+    """What was chosen, as a list also where it is one adapter."""
+    return [adapter] if isinstance(adapter, (Adapter, str)) else adapter

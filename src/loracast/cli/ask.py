@@ -11,7 +11,7 @@ import typer
 
 from loracast.base.chat import Message
 from loracast.cli.options import Answering, Json, Question
-from loracast.cli.output import Stream, print_json, say
+from loracast.cli.output import Stream, print_json, print_result, say
 from loracast.cli.session import open_answerer, say_sources, say_unused
 from loracast.library.wide_route import patterns_in, sources
 
@@ -31,6 +31,9 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
     from loracast.base.generate import answer
     from loracast.model import ASK_SYSTEM_TURN
 
+    if (told := answerer.overview(question, list(chosen.values()))) is not None:
+        print_result(as_json, {"question": question, "answer": told, "base": None}, told)
+        return
     lora, routed = answerer.lora_for(question, list(chosen.values()), answering.route, answering.tag, answering.always)
     turns: list[Message] = [
         {"role": "system", "content": answering.system or ASK_SYSTEM_TURN},

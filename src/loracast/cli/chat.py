@@ -127,6 +127,10 @@ class Talk:
 
         base = self.answerer.base
         chosen = list(self.used.values())
+        if (told := self.answerer.overview(question, chosen)) is not None:
+            print(printable(told), flush=True)
+            self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": told}]
+            return
         wide = patterns_in(chosen)
         tag = self.tag if wide else ""  # without a pattern it would stand for all documents
         query = search_query(question, self.turns)

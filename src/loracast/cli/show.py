@@ -11,10 +11,12 @@ from loracast.cli import options
 from loracast.cli.output import plural, print_json, print_table, printable, size, stdout
 from loracast.library.index import read_chunks
 from loracast.library.library import find, open_adapter, versions
+from loracast.library.summary import read_outline
 
 if TYPE_CHECKING:
     from loracast.library.adapter import Adapter
     from loracast.library.inspect import ModuleDifference, ModuleSize
+    from loracast.library.summary import Outline
 
 _MOST_CHUNKS = 64
 """Chunks whose norms are looked at: enough for a summary of a book."""
@@ -37,6 +39,7 @@ def show(
     adapter.verify()
     manifest = adapter.manifest
     places = read_chunks(adapter.index) if chunks else []
+    outline = read_outline(adapter.index) if manifest.kind == "document" else None
     norms = {} if manifest.storage == "text" else chunk_norms(adapter)
     modules: list[ModuleSize] = []
     if layers or plot:
@@ -50,6 +53,7 @@ def show(
         report["versions"] = [other.version for other in versions(library, adapter.name)]
         report |= {"owner": entry.owner, "note": entry.note, "tags": list(entry.tags)}
         report |= {"folder": str(adapter.folder), "n_bytes": adapter.n_bytes, "norms": norms}
+        report["outline"] = outline and asdict(outline)
         if chunks:
             report["chunks"] = [{k: v for k, v in asdict(place).items() if k != "text"} for place in places]
         if modules:
@@ -71,6 +75,7 @@ def show(
         in_chunks = f"{plural(manifest.n_chunks, 'chunk')} of at most {manifest.max_chunk_tokens}"
         facts["document"] = f"{manifest.n_tokens:,} tokens in {in_chunks}"
         facts["routing"] = _routing(adapter)
+        facts |= _told(outline)
     each = " for each chunk" * (manifest.kind == "document")
     facts |= {
         "factors": f"rank {manifest.rank_text}{each}, layers {targeted[0]} to {targeted[-1]}; "
@@ -103,6 +108,14 @@ def show(
             (">layer", "module", ">norm", ">rank", ">effective rank"),
             [(m.layer, m.kind, f"{m.norm:.3g}", m.rank, f"{m.effective_rank:.1f}") for m in modules],
         )
+
+
+def _told(outline: Outline | None) -> dict[str, str]:
+    """What a document is about."""
+    if outline is None:
+        return {"outline": "none: an older version made the adapter; remove it and learn the document again for one"}
+    facts = {"sections": "; ".join(outline.top_headings()), "summary": " ".join(text for _, text in outline.summary)}
+    return {key: text for key, text in facts.items() if text}
 
 
 def _routing(adapter: Adapter) -> str:

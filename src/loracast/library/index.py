@@ -31,7 +31,7 @@ _STEMMED = "tokenize = 'porter unicode61'"
 
 def write_index(index: Index, chunks: Sequence[Chunk]) -> None:
     """Store the chunks' text and offsets with full-text indices over heading and text, and over the sentences."""
-    with _opened(index, sqlite3.connect) as database, database:
+    with changing_index(index) as database:
         database.execute(f"CREATE VIRTUAL TABLE chunks USING fts5(heading, text, {_STEMMED})")
         database.execute(
             "CREATE TABLE places (chunk INTEGER PRIMARY KEY, start INTEGER, stop INTEGER, n_tokens INTEGER)"
@@ -48,7 +48,7 @@ def write_sentences(index: Index, prompts: Sequence[str]) -> None:
 
     The index keeps no second copy of the text.
     """
-    with _opened(index, sqlite3.connect) as database, database:
+    with changing_index(index) as database:
         database.execute(f"CREATE VIRTUAL TABLE sentences USING fts5(text, content = '', {_STEMMED})")
         database.execute(
             "CREATE TABLE sentence_places (sentence INTEGER PRIMARY KEY, chunk INTEGER, start INTEGER, stop INTEGER)"
@@ -89,6 +89,13 @@ def read_chunks(index: Index, chunks: Sequence[int] | None = None) -> list[Chunk
             " ORDER BY places.chunk"
         ).fetchall()
     return [Chunk(*row) for row in (rows if chunks is None else [rows[i] for i in chunks])]
+
+
+@contextmanager
+def changing_index(index: Index) -> Iterator[sqlite3.Connection]:
+    """An index's database, made if it is not there, to write to in one transaction."""
+    with _opened(index, sqlite3.connect) as database, database:
+        yield database
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from loracast.library.files import recover
 from loracast.library.index import write_index
 from loracast.library.library import add_adapter
 from loracast.library.manifest import FORMAT, Manifest, check_name
+from loracast.library.summary import write_outline
 from loracast.library.workfolders import tidy, work_folder
 from loracast.lora.quantize import pack, storage_of
 from loracast.lora.tensor_file import BYTES
@@ -60,6 +61,8 @@ class AdapterWriter:
         with ExitStack() as stack:
             self._folder = stack.enter_context(work_folder(self.library, "new"))
             write_index(self._folder / INDEX, self.chunks)
+            if self.manifest.kind == "document":
+                write_outline(self._folder / INDEX, self.manifest.title)
             self._cleanup = stack.pop_all()
         return self
 
