@@ -326,6 +326,7 @@ def test_memory_is_measured_in_a_process_of_its_own(model, tiny_folder, tiny_hyp
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert row["n_chunks"] >= 3 and row["base_mib"] > 50 and 0 <= row["above_base_mib"] < 500
     assert row["ratio"] == pytest.approx(row["cast_s"] / row["encode_s"]) and row["learn_s"] > 0
+    assert row["kb_per_token"] == pytest.approx(row["adapter_mib"] * 1.048576 * 1000 / row["n_tokens"])
 
 
 def test_settings_that_make_no_sense_are_refused_together(texts):

@@ -10,7 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from loracast.cli import app
+from loracast.data.rows import each_row
 from loracast.data.tasks import Example, read_tasks
+from loracast.errors import ConfigError
 from loracast.evaluation.overlap import OverlapConfig, WordIndex, evaluate_overlap
 from suites import DATA, write_rows, write_suite
 
@@ -54,6 +56,43 @@ def test_the_command_and_its_refusals(tmp_path):
     suite.write_text(suite.read_text().replace("heldout", "train"))
     refused = CliRunner().invoke(app, ["eval", "overlap", "--tasks", str(suite), "--out", "x"])
     assert refused.exit_code != 0 and "needs held-out tasks" in refused.output
+
+
+def test_documents_that_hold_a_held_out_paragraph(tmp_path):
+    """Shingles counted by hand: a held-out text of 22 words has ten, and its first 14 words have two of them."""
+    words = [f"word{i}" for i in range(22)]
+    held_out = " ".join(words)
+    texts = {
+        "whole": f"Before it. {held_out.upper()}! And after it.",
+        "two of ten": " ".join([*words[:14], "and", "then", "others"]),
+        "one of ten": " ".join([*words[:13], "and", "then", "others"]),
+        "in another order": " ".join(reversed(words)),
+    }
+    train = [{"document": text, "source": source, "questions": []} for source, text in texts.items()]
+    write_rows(tmp_path / "train.jsonl", train)
+    write_rows(tmp_path / "test.jsonl", [{"text": held_out}, {"document": "too short to be cut", "source": "short"}])
+    files = {"documents": (str(tmp_path / "train.jsonl"),), "held_out": (str(tmp_path / "test.jsonl"),)}
+    keep = tmp_path / "kept.jsonl.gz"
+    report = evaluate_overlap(OverlapConfig(**files, keep=str(keep)), tmp_path / "out")
+    *found, whole = report.rows
+    assert [(row["source"], row["n_sharing"], row["n_shared"]) for row in found] == [
+        ("two of ten", 1, 1),
+        ("whole", 1, 1),
+    ]
+    assert (whole["n"], whole["n_sharing"], whole["n_held_out"], whole["n_shared"]) == (4, 2, 2, 1)
+    kept: list[dict] = []
+    each_row(keep, kept.append)
+    assert kept == train[2:]
+    (row, _) = evaluate_overlap(OverlapConfig(**files, shared=0.3), tmp_path / "out").rows
+    assert row["source"] == "whole"
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"tasks": "a", "documents": ("b",)}, {"documents": ("b",)}, {"held_out": ("b",)}]
+)
+def test_tasks_or_documents_are_compared(given):
+    with pytest.raises(ConfigError, match="either --tasks, or --documents"):
+        OverlapConfig(**given)
 
 
 def test_overlap_of_public_tasks_against_sets(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import sqlite3
@@ -17,13 +18,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loracast.data.qa import DocumentQuestion, QuestionedDocument
+from loracast.data.rows import read_content
 from loracast.documents import Chunk
+from loracast.documents.chunks import split_text
 from loracast.errors import AdapterError, TrainingError
+from loracast.evaluation.gate import GateConfig, evaluate_gate
 from loracast.library.index import write_index
 from loracast.library.relevance import FEATURES, THRESHOLD, WordTable, about, features, read_question, shipped_words
 from loracast.training import relevance_pairs
-from loracast.training.relevance import fit_logistic, make_table, observe, train_relevance
+from loracast.training.relevance import (
+    _words_as_tokens,
+    fit_logistic,
+    make_table,
+    observe,
+    shipped_fit,
+    train_relevance,
+)
 from loracast.training.relevance_pairs import draw_asked
+from suites import write_rows
 
 KETTLE = [
     ("The Velmo kettle / Warranty", "The Velmo kettle is guaranteed for 24 months from the day of purchase. Keep the receipt."),
@@ -237,3 +249,35 @@ def test_the_shipped_table_is_small():
     path = Path(relevance_pairs.__file__).parents[1] / "data" / "content" / "relevance.toml"
     assert path.stat().st_size < 60_000
     assert {"why", "kind"} <= shipped_words().asking and "kettl" in shipped_words().ranks
+
+
+def test_the_gate_is_measured_with_the_parameters_that_ship(tmp_path, monkeypatch):
+    for sizes in (
+        relevance_pairs._N_SHEETS, relevance_pairs._N_EVERYDAY, relevance_pairs._N_NEEDLES, relevance_pairs._N_SINGLE,
+    ):  # fmt: skip
+        monkeypatch.setitem(sizes, "test", 4)
+    documents = [document(i, "letters") for i in range(3)]
+    rows = [
+        {"document": one.text, "source": one.source, "questions": [dataclasses.asdict(q) | {"span": True} for q in one.questions]}
+        for one in documents
+    ]  # fmt: skip
+    write_rows(tmp_path / "documents.jsonl", rows)
+    quiz = ["What is the largest planet?", "Do penguins bark?"]
+    write_rows(tmp_path / "quiz.jsonl", [{"question": question, "answer": "x"} for question in quiz])
+    config = GateConfig((str(tmp_path / "documents.jsonl"),), (str(tmp_path / "quiz.jsonl"),))
+    found = {(row["about"], row["group"], row["source"]): row for row in evaluate_gate(config, tmp_path / "out").rows}
+    own, other = found["yes", "text", "letters"], found["no", "unrelated", "quiz"]
+    assert own["low"] <= own["passed"] <= own["high"] and other["passed"] < 0.5
+    fit = shipped_fit()
+    for asked in (*quiz, "Who bought lamp 1?"):
+        with closing(sqlite3.connect(":memory:")) as database:
+            write_index(database, split_text(documents[1].text, _words_as_tokens, max_tokens=200))
+            (probability,) = fit.probabilities(np.array([features(database, asked, fit.table)]))
+            assert probability == pytest.approx(about(database, asked), abs=1e-9)
+
+
+def test_the_splits_of_small_talk_share_nothing():
+    talk = read_content("small_talk")
+    for group in ("", "any_document_"):
+        parts = [{text.lower().strip(".!?") for text in talk[f"{group}{split}"]} for split in ("train", "dev", "test")]
+        assert sum(map(len, parts)) == len(set.union(*parts))

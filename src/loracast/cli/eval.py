@@ -18,7 +18,7 @@ def main() -> None:
     """Measure adapters beside baselines."""
 
 
-_DOCUMENTS = "qa needle facts everyday library verbatim interference teacher_forced ablations"
+_DOCUMENTS = "qa needle facts everyday library gate verbatim interference teacher_forced ablations"
 add(app, *(f".eval_documents:{name}" for name in _DOCUMENTS.split()), panel="Documents")
 add(app, *(f".eval_tasks:{name}" for name in ("tasks", "overlap", "map_", "harness")), panel="Tasks")
 add(app, ".eval_modality:image", panel="Images")

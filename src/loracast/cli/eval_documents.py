@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loracast.evaluation.cost import LatencyConfig, MemoryConfig
     from loracast.evaluation.everyday import EverydayConfig
     from loracast.evaluation.facts import FactsConfig
+    from loracast.evaluation.gate import GateConfig
     from loracast.evaluation.interference import InterferenceConfig
     from loracast.evaluation.needle import NeedleConfig
     from loracast.evaluation.qa import QaConfig
@@ -78,6 +79,14 @@ def everyday(config: EverydayConfig, models: Models, results: Results) -> None:
     from loracast.evaluation.everyday import evaluate_everyday
 
     results.of("documents", evaluate_everyday, open_model(models), config)
+
+
+@config_from("loracast.evaluation.gate")
+def gate(config: GateConfig, results: Results) -> None:
+    """Questions about a document and about something else: which does `ask` take to be about it? No model is loaded."""
+    from loracast.evaluation.gate import evaluate_gate
+
+    results.of("runs", evaluate_gate, config)
 
 
 @config_from("loracast.evaluation.verbatim")

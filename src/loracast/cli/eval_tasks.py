@@ -106,7 +106,7 @@ def harness(config: HarnessConfig, choice: BaseChoice, *, library: Library, resu
 
 @config_from("loracast.evaluation.overlap")
 def overlap(config: OverlapConfig, results: Results) -> None:
-    """What held-out tasks share with those of the training: rows, nearly the same inputs, descriptions."""
+    """What held-out tasks or documents share with those of the training: rows, near inputs, descriptions, passages."""
     from loracast.evaluation.overlap import evaluate_overlap
 
-    results.of("tasks", evaluate_overlap, config)
+    results.of("tasks" if config.tasks else "documents", evaluate_overlap, config)

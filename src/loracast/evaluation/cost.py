@@ -41,6 +41,7 @@ MEMORY_COLUMNS = columns(
     n_tokens=("tokens", 0), n_chunks=("chunks", 0), base_mib=("loaded base MiB", 0),
     above_base_mib=("peak above it MiB", 0), learn_s=("learn s, all", 2), cast_s=("encode + cast s", 2),
     encode_s=("encoder alone s", 2), ratio=("ratio", 3), adapter_mib=("adapter MiB", 0),
+    kb_per_token=("kB a token", 1),
 )  # fmt: skip
 
 

@@ -80,8 +80,9 @@ def evaluate_interference(
             some = asked[first : first + _QUESTIONS_AT_ONCE]
             texts = rng.sample(documents, counts[-1])  # each few questions meet documents of their own
             learned = [InMemoryAdapter(model, d.text, d.title, config.chunk_tokens) for d in texts]
+            plainly = _choose(setup, some)
             for count in counts:
-                of_task[count] += _choose(setup, some, learned[:count])
+                of_task[count] += _choose(setup, some, learned[:count], plainly) if count else plainly
             for one in learned:
                 one.close()
             progress(done * config.questions + first + len(some), len(tasks) * config.questions)
@@ -94,18 +95,30 @@ def evaluate_interference(
     return writer.write(rows)
 
 
-def _choose(setup: DocumentSetup, rows: Sequence[Example], learned: Sequence[InMemoryAdapter]) -> list[Chosen]:
-    """The likeliest choice of each row with these documents learned, each routed."""
+def _choose(
+    setup: DocumentSetup,
+    rows: Sequence[Example],
+    learned: Sequence[InMemoryAdapter] = (),
+    plainly: Sequence[Chosen] = (),
+) -> list[Chosen]:
+    """The likeliest choice of each row with these documents learned, each routed.
+
+    Args:
+        plainly: the choices without a document, which stay where a question gets nothing of the documents.
+    """
     requests = []
     for row in rows:
         threshold = threshold_for(len(learned))
         picked = [(document, document.route(row.input, setup.route, threshold)) for document in learned]
         requests.append(Request(plain(setup, row.input), adapters(setup, picked)))
-    setup.prepare(requests)
-    choices = [row.choices for row in rows]
-    found = likeliest(setup.base, [r.prompt for r in requests], choices, made(setup.base, requests))
-    places = [choice.by_byte for choice in found]
-    return [(place, row.choices[place] in row.outputs) for row, place in zip(rows, places, strict=True)]
+    chosen = dict(enumerate(plainly))
+    asked = [i for i, request in enumerate(requests) if not plainly or request.lora is not None]
+    setup.prepare([requests[i] for i in asked])
+    loras = made(setup.base, [requests[i] for i in asked])
+    found = likeliest(setup.base, [requests[i].prompt for i in asked], [rows[i].choices for i in asked], loras)
+    for i, choice in zip(asked, found, strict=True):
+        chosen[i] = choice.by_byte, rows[i].choices[choice.by_byte] in rows[i].outputs
+    return [chosen[i] for i in range(len(rows))]
 
 
 def _rows(name: str, chosen: Mapping[int, Sequence[Chosen]]) -> list[dict[str, Any]]:

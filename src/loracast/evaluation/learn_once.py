@@ -47,6 +47,7 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
         "encode_s": encode_s,
         "ratio": cast_s / encode_s,
         "adapter_mib": adapter.n_bytes / _MIB,
+        "kb_per_token": adapter.n_bytes / 1000 / adapter.manifest.n_tokens,
     }
 
 

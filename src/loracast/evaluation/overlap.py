@@ -1,7 +1,7 @@
 """`loracast eval overlap`: what held-out tasks share with training tasks, in rows and in descriptions.
 
-Texts are compared as sets of words (lower case, no punctuation) by their Jaccard index, each held-out test row with
-every row of every training task.
+Texts of tasks are compared as sets of words (lower case, no punctuation) by their Jaccard index, each held-out test
+row with every row of every training task. Documents are compared by document_overlap.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from loracast.data.answer_metrics import normalise
 from loracast.data.tasks import Example, read_tasks
 from loracast.errors import ConfigError
+from loracast.evaluation.document_overlap import evaluate_document_overlap
 from loracast.evaluation.intervals import mean
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 
@@ -30,22 +31,36 @@ COLUMNS = columns(
 class OverlapConfig:
     """What `loracast eval overlap` compares."""
 
-    tasks: str
+    tasks: str | None = None
     """A folder of task files, or a file of examples."""
+    documents: tuple[str, ...] = ()
+    """Documents of the training, in place of tasks: JSONL(.gz) rows."""
+    held_out: tuple[str, ...] = ()
+    """Documents that are held out: JSONL(.gz) rows."""
     near: float = 0.8
-    """Jaccard index of their words from which two inputs count as nearly the same."""
+    """Jaccard index of their words from which two inputs of tasks count as nearly the same."""
+    shared: float = 0.2
+    """Share of the shingles (runs of 13 words) of a held-out document from which a training document shares it."""
+    keep: str | None = None
+    """Write the training documents that share no held-out one to this JSONL.gz file."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.near <= 1:
-            raise ConfigError("near must lie above 0 and be at most 1")
+        if not 0 < self.near <= 1 or not 0 < self.shared <= 1:
+            raise ConfigError("near and shared must lie above 0 and be at most 1")
+        if bool(self.tasks) == bool(self.documents) or bool(self.documents) != bool(self.held_out):
+            raise ConfigError("give either --tasks, or --documents of the training and documents that are --held-out")
 
 
 def evaluate_overlap(config: OverlapConfig, out: Path, progress: Progress = no_progress) -> Report:
-    """Compare every held-out task with all training tasks.
+    """Compare every held-out task with all training tasks, or held-out documents with those of the training.
 
     Raises:
         ConfigError: there are no held-out tasks, or no others.
     """
+    if config.tasks is None:
+        keep = None if config.keep is None else Path(config.keep)
+        files = config.documents, config.held_out
+        return evaluate_document_overlap(*files, config.shared, keep, config, out, progress)
     tasks = read_tasks(config.tasks)
     heldout = [task for task in tasks if task.is_heldout and task.test]
     training = [task for task in tasks if not task.is_heldout]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loracast.base.generate import Sampling
-from loracast.data.answer_metrics import best, exact_match, rouge_l, token_f1
+from loracast.data.answer_metrics import best, exact_match, has_value, rouge_l, token_f1
 from loracast.data.qa import QuestionedDocument
 from loracast.errors import ConfigError
 from loracast.evaluation.baseline import Baseline, check_positive, choose_baselines
@@ -33,8 +33,8 @@ _N_TIMED = 3
 
 COLUMNS = columns(
     part="documents", label="what answers", documents=("n", 0), n=("questions", 0), exact=("exact %", "%"),
-    f1=("F1 %", "%"), f1_low=("95 %", "interval"), rouge_l=("ROUGE-L %", "%"), of_window=("% of window", "%"),
-    of_ceiling=("% of ceiling", "%"), difference=("adapter minus it (95 %)", "change"),
+    contained=("in answer %", "%"), f1=("F1 %", "%"), f1_low=("95 %", "interval"), rouge_l=("ROUGE-L %", "%"),
+    of_window=("% of window", "%"), of_ceiling=("% of ceiling", "%"), difference=("adapter minus it (95 %)", "change"),
     prompt_tokens=("prompt tokens", 0), update_s=("update s", 2), answer_s=("answer s", 2),
     update_mib=("update MiB", 0), answer_mib=("answer MiB", 0),
 )  # fmt: skip
@@ -70,6 +70,8 @@ class Scored:
 
     answered: Answered[DocumentCase]
     exact: float
+    contained: float
+    """1 where a right answer stands in what was said, as whole words."""
     f1: float
     rouge_l: float
 
@@ -186,10 +188,8 @@ def _answer(
         updates.append((seconds, peak.above_mib))
     cases = {name: [case for of_document in group for case in of_document]}
     answered = ask(setup, {name: baseline}, cases, Sampling(max_new_tokens=setup.max_new_tokens), n_timed)
-    return [
-        Scored(a, *(best(score, a.text, a.case.answers) for score in (exact_match, token_f1, rouge_l)))
-        for a in answered
-    ]
+    scores = (exact_match, has_value, token_f1, rouge_l)
+    return [Scored(a, *(best(score, a.text, a.case.answers) for score in scores)) for a in answered]
 
 
 def _tables(scored: Sequence[Scored], updates: Updates) -> list[dict[str, Any]]:
@@ -226,6 +226,7 @@ def _rows(part: str, scored: Sequence[Scored], updates: Updates, kind: str) -> l
             "documents": len(by_document),
             **figures([s.answered for s in some]),
             "exact": mean([s.exact for s in some]),
+            "contained": mean([s.contained for s in some]),
             "f1": f1[name],
             "f1_low": low,
             "f1_high": high,
@@ -254,6 +255,6 @@ def _line(s: Scored) -> dict[str, Any]:
     """One line of answers.jsonl."""
     return {
         "baseline": s.answered.baseline, "source": s.case.source, "doc_id": s.case.doc_id, "question": s.case.question,
-        "answers": s.case.answers, "answer": s.answered.text, "exact": s.exact, "f1": round(s.f1, 4),
-        "rouge_l": round(s.rouge_l, 4), "document_tokens": s.case.document.n_tokens,
+        "answers": s.case.answers, "answer": s.answered.text, "exact": s.exact, "contained": s.contained,
+        "f1": round(s.f1, 4), "rouge_l": round(s.rouge_l, 4), "document_tokens": s.case.document.n_tokens,
     }  # fmt: skip

@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loracast.data.qa import QuestionedDocument
-from loracast.data.rows import read_unrelated
+from loracast.data.rows import read_content, read_unrelated
 from loracast.documents.chunks import split_text
 from loracast.errors import TrainingError
 from loracast.files import write_atomically
 from loracast.library.index import write_index
-from loracast.library.relevance import FEATURES, N_FUNCTION, THRESHOLD, WordTable, features
-from loracast.training.relevance_pairs import SHARES, Asked, Pair, draw_asked
+from loracast.library.relevance import FEATURES, N_FUNCTION, THRESHOLD, WordTable, features, shipped_words
+from loracast.training.relevance_pairs import SHARES, Asked, Pair, Split, draw_asked
 
 _N_STEMS = 7000
 _LEAST_SOURCES = 3  # of texts or questions that use a stem: the names of one source are no common words
@@ -182,17 +182,27 @@ def fit_logistic(x: Floats, y: NDArray[np.bool_], weights: Floats) -> tuple[floa
     return float(theta[0] - coefficients @ mean), tuple(map(float, coefficients))
 
 
+def shipped_fit() -> Fit:
+    """The parameters of data/content/relevance.toml, with which `loracast ask` decides."""
+    fitted = read_content("relevance")
+    return Fit(shipped_words(), fitted["bias"], tuple(fitted["coefficients"][name] for name in FEATURES))
+
+
 def measure(
-    fit: Fit, documents: Sequence[QuestionedDocument], unrelated: Mapping[str, Sequence[str]], seed: int = 1
+    fit: Fit,
+    documents: Sequence[QuestionedDocument],
+    unrelated: Mapping[str, Sequence[str]],
+    seed: int = 1,
+    split: Split = "dev",
 ) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
-    """Put questions of the dev split, and those of dev files whose answers stand in their documents, to documents.
+    """Put questions of a split, and those of its files whose answers stand in their documents, to documents.
 
     Gives a row for each kind of question, with the share at or over THRESHOLD, and a row for each share of answerable
     questions (sheets, everyday documents and texts, each a third) that may be refused, with the threshold for it and
     the shares of wrong questions that pass.
     """
     spans = [replace(document, questions=tuple(document.spans)) for document in documents if document.spans]
-    x, pairs = observe(draw_asked(random.Random(seed), spans, unrelated, "dev"), fit.table)
+    x, pairs = observe(draw_asked(random.Random(seed), spans, unrelated, split), fit.table)
     by_kind: dict[tuple[bool, str, str], list[float]] = defaultdict(list)
     by_group: dict[str, list[float]] = defaultdict(list)
     for pair, probability in zip(pairs, fit.probabilities(x), strict=True):

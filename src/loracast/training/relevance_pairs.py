@@ -19,7 +19,7 @@ from loracast.data.needles import hide, make_needles, sentences
 from loracast.data.qa import QuestionedDocument
 from loracast.data.rows import read_content
 
-Split = Literal["train", "dev"]
+Split = Literal["train", "dev", "test"]
 
 SHARES = {
     "sheet": 0.1,
@@ -39,10 +39,10 @@ SHARES = {
 ABOUT = frozenset({"sheet", "everyday", "needle", "text", "unnamed", "any document"})
 """The groups of questions that are about their document."""
 
-_N_SHEETS = {"train": 1000, "dev": 250}
-_N_SINGLE = {"train": 300, "dev": 100}  # sheets about one subject, which a question need not name
-_N_EVERYDAY = {"train": 1000, "dev": 250}
-_N_NEEDLES = {"train": 500, "dev": 120}
+_N_SHEETS = {"train": 1000, "dev": 250, "test": 250}
+_N_SINGLE = {"train": 300, "dev": 100, "test": 100}  # sheets about one subject, which a question need not name
+_N_EVERYDAY = {"train": 1000, "dev": 250, "test": 250}
+_N_NEEDLES = {"train": 500, "dev": 120, "test": 120}
 _MOST_TEXTS = 2000  # of one source
 _LENGTHS = (1,) * 12 + (4,) * 6 + (16,) * 4 + (64,) * 2 + (256,)  # texts in one document
 _P_LOWER = 0.3  # of training questions in lower case, as many people write
@@ -98,7 +98,7 @@ def _sheets(rng: random.Random, split: Split) -> Iterator[Asked]:
     def draw(n_facts: int, n_subjects: int | None = None) -> FactSheet:
         return make_sheet(rng, n_facts, split=split, n_subjects=n_subjects)
 
-    sheets = [draw(20 if split == "dev" else rng.randint(5, 22)) for _ in range(_N_SHEETS[split])]
+    sheets = [draw(rng.randint(5, 22) if split == "train" else 20) for _ in range(_N_SHEETS[split])]
     sheets += [draw(rng.randint(5, 10), 1) for _ in range(_N_SINGLE[split])]
     by_domain: dict[frozenset[str], list[FactSheet]] = defaultdict(list)
     for sheet in sheets:

@@ -1,0 +1,352 @@
+"""Measure what ships, and write docs/results.md and the table of README.md from the figures.
+
+    python benchmarks/results.py list                             what is measured, what is missing, how long it takes
+    python benchmarks/results.py run --data DATA [--runs RUNS]    measure what is missing or was made with other weights
+    python benchmarks/results.py page                             write the page and the table anew
+
+benchmarks/results.toml says what is measured: each measurement is a `loracast eval` command, run as it stands there.
+Its figures are kept in docs/results/ID.json with date, machine, version and the id of the hypernetwork. Figures of
+other weights, or of another command, are not shown but measured again. DATA is the folder of the data sets, RUNS that
+of LoRAs that baselines need (docs/results.md says where both come from).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PLAN = ROOT / "benchmarks" / "results.toml"
+FIGURES = ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of results -->"
+UNMEASURED = "not measured with these weights yet"
+SHIPPED = {"document": "doc-smollm2-135m", "task": "text-smollm2-135m", "image": "image-smollm2-135m"}
+"""By what a measurement depends on, the shipped hypernetwork; `gate` is relevance.toml, `none` is the base alone."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One command and what is shown of it."""
+
+    id: str
+    says: str
+    """What is measured, in plain words."""
+    command: str
+    """As a user types it, with DATA and RUNS for folders, without --out."""
+    depends: str
+    """The hypernetwork whose weights decide the figures: a key of SHIPPED, `gate` or `none`."""
+    minutes: float
+    """About how long it takes on one core."""
+    label: str = "{label}"
+    """The first cell of a row of the table, from the keys of a row of results.json."""
+    rows: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """By key, the values of rows that are shown; all rows if empty."""
+    note: str = ""
+    """What a reader must know besides, such as a choice that was made on these data."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of the rows, as a column of a table."""
+
+    header: str
+    form: str | int
+    """`%`, `change` (points with a sign), `ms`, or the digits behind the point."""
+    low: str = ""
+    """Key of the interval's lower end; the upper one has `high` in its place."""
+    key: str = ""
+    """Key of the figure; the column's name if empty."""
+
+    @property
+    def keys(self) -> list[str]:
+        """The figure, and the ends of its interval."""
+        return [self.key, *([self.low, self.high] if self.low else [])]
+
+    @property
+    def high(self) -> str:
+        return self.low.removesuffix("low") + "high"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading of the page with a text, and a table of all rows of its measurements."""
+
+    title: str
+    text: str
+    first: str
+    """Header of the first column."""
+    columns: Sequence[str]
+    """Names of the further columns."""
+    measurements: tuple[Measurement, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that benchmarks/results.toml says."""
+
+    sections: tuple[Section, ...]
+    columns: Mapping[str, Column]
+    readme: Mapping[str, Any]
+    intro: str
+    ending: str
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        return [one for section in self.sections for one in section.measurements]
+
+
+def read_plan(path: Path = PLAN) -> Plan:
+    """Read what is to be measured."""
+    told = tomllib.loads(path.read_text(encoding="utf-8"))
+    sections = tuple(
+        Section(**{**one, "measurements": tuple(Measurement(**each) for each in one["measurements"])})
+        for one in told.pop("sections")
+    )
+    columns = {name: Column(**{"key": name, **one}) for name, one in told.pop("columns").items()}
+    plan = Plan(sections=sections, columns=columns, **told)
+    ids = [one.id for one in plan.measurements]
+    assert len(ids) == len(set(ids)), "two measurements have the same id"
+    return plan
+
+
+@cache
+def weights_id(depends: str) -> str | None:
+    """The id of the weights that ship now, or None for a measurement of the base alone."""
+    if depends == "none":
+        return None
+    package = ROOT / "src" / "loracast"
+    if depends == "gate":
+        return hashlib.sha256((package / "data" / "content" / "relevance.toml").read_bytes()).hexdigest()[:16]
+    from loracast.hypernets.store import from_pretrained
+
+    return from_pretrained(package / "pretrained" / SHIPPED[depends]).id
+
+
+def figures_of(one: Measurement, folder: Path = FIGURES) -> dict[str, Any] | None:
+    """The kept figures of a measurement, None where there are none of these weights and this command."""
+    path = folder / f"{one.id}.json"
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    is_current = kept["hypernetwork"] == weights_id(one.depends) and kept["command"] == one.command
+    return kept if is_current else None
+
+
+# ---- measuring ----
+
+Runner = Callable[[Sequence[str]], None]
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Run `loracast` with these arguments in a process of its own. Raises CalledProcessError."""
+    subprocess.run([sys.executable, "-W", "ignore", "-m", "loracast", *arguments], check=True)
+
+
+def measure(
+    one: Measurement, keys: Sequence[str], folders: Mapping[str, Path], folder: Path, run: Runner = run_command
+) -> dict[str, Any]:
+    """Run a measurement and keep its figures.
+
+    Args:
+        keys: the figures to keep.
+        folders: what DATA and RUNS stand for.
+        folder: where the figures are kept.
+    """
+    arguments = shlex.split(one.command)[1:]
+    for name, path in folders.items():
+        arguments = [re.sub(rf"\b{name}\b", str(path), argument) for argument in arguments]
+    with tempfile.TemporaryDirectory(prefix="loracast-results-") as scratch:
+        started = time.monotonic()
+        run([*arguments, "--out", scratch])
+        minutes = (time.monotonic() - started) / 60
+        report = json.loads((Path(scratch) / "results.json").read_text(encoding="utf-8"))
+    if not report["is_complete"]:
+        raise SystemExit(f"{one.id} did not come to its end; give it more time")
+    if one.depends in SHIPPED and report["hypernetwork"] != weights_id(one.depends):
+        raise SystemExit(f"{one.id} was measured with {report['hypernetwork']}, and {weights_id(one.depends)} ships")
+    needed = {*keys, *one.rows, *re.findall(r"{(\w+)", one.label)}
+    machine = report["machine"]
+    kept = {
+        "command": one.command,
+        "hypernetwork": weights_id(one.depends),
+        "date": report["date"][:10],
+        "machine": {key: machine[key] for key in ("cpu", "cores", "threads", "device")},
+        "loracast": report["versions"]["loracast"],
+        "minutes": round(minutes, 1),
+        "rows": [{key: _short(row[key]) for key in row if key in needed} for row in report["rows"]],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{one.id}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return kept
+
+
+def _short(value: Any) -> Any:
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def keys_of(plan: Plan, section: Section) -> list[str]:
+    """The figures that the table of a section needs, with the ends of their intervals, and those of README's table."""
+    of_readme = [cell[2] for row in plan.readme["rows"] for cell in row["cells"] if not isinstance(cell, str)]
+    return [key for name in ("n", *section.columns, *of_readme) for key in plan.columns[name].keys]
+
+
+# ---- the page ----
+
+
+def cell(row: Mapping[str, Any], column: Column, has_interval: bool = True) -> str:
+    """A figure, with its interval where it has one, as the page shows it."""
+    value = row.get(column.key)
+    if value is None:
+        return "-"
+    if not isinstance(value, int | float):
+        return str(value)
+    factor, digits = {"%": (100, 1), "change": (100, 1), "ms": (1000, 0)}.get(str(column.form), (1, column.form))
+    sign = "+" if column.form == "change" else ""
+    said = [f"{factor * row[key]:{sign},.{digits}f}" for key in column.keys if row.get(key) is not None]
+    return f"{said[0]} ({said[1]} to {said[2]})" if has_interval and len(said) == 3 else said[0]
+
+
+def shown(one: Measurement, kept: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of a measurement that the page shows."""
+    return [row for row in kept["rows"] if all(row.get(key) in values for key, values in one.rows.items())]
+
+
+def page(plan: Plan, folder: Path = FIGURES) -> str:
+    """The whole page."""
+    parts = ["# Results", plan.intro.strip()]
+    for section in plan.sections:
+        headers = [section.first, *(plan.columns[name].header for name in section.columns)]
+        lines = [headers, ["---"] * len(headers)]
+        about = []
+        for one in section.measurements:
+            kept = figures_of(one, folder)
+            about.append(_about(one, kept))
+            if kept is None:
+                lines.append([one.says, _unmeasured(one), *[""] * (len(headers) - 2)])
+                continue
+            for row in shown(one, kept):
+                cells = [cell(row, plan.columns[name]) for name in section.columns]
+                lines.append([one.label.format_map(row), *cells])
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts += [f"## {section.title}", section.text.strip(), table, *about]
+    return "\n\n".join([*parts, plan.ending.strip()]) + "\n"
+
+
+def _about(one: Measurement, kept: Mapping[str, Any] | None) -> str:
+    """The command of a measurement, and with what it was run."""
+    lines = [f"{one.says[0].upper()}{one.says[1:]}: {_made(one, kept)}."]
+    if one.note:
+        lines.append(one.note.strip())
+    return "\n".join(lines) + f"\n\n    {one.command} --out OUT"
+
+
+def _made(one: Measurement, kept: Mapping[str, Any] | None) -> str:
+    if kept is None:
+        return f"{_unmeasured(one)}; it takes about {one.minutes:g} minutes"
+    weights = {"none": "the base alone", "gate": "the gate"}.get(one.depends, SHIPPED.get(one.depends, ""))
+    weights += f" `{kept['hypernetwork']}`" if kept["hypernetwork"] else ""
+    machine = kept["machine"]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    where = f"{machine['cpu']}, {machine['cores']} cores, {threads}"
+    took = f", {kept['minutes']:g} minutes" if kept["minutes"] else ""
+    copied = f"; {kept['copied']}" if "copied" in kept else ""
+    return f"{weights}, {kept['date']}, loracast {kept['loracast']}, {where}{took}{copied}"
+
+
+def _unmeasured(one: Measurement) -> str:
+    return "not measured yet" if one.depends == "none" else UNMEASURED
+
+
+def readme_table(plan: Plan, folder: Path = FIGURES) -> str:
+    """The table of README.md: cells of the page, found by measurement, values of a row, and column."""
+    by_id = {one.id: one for one in plan.measurements}
+
+    def said(reference: Any) -> str:
+        if isinstance(reference, str):
+            return reference
+        name, values, column = reference
+        kept = figures_of(by_id[name], folder)
+        if kept is None:
+            return "not measured yet"
+        (row,) = [row for row in kept["rows"] if all(row.get(k) == value for k, value in values.items())]
+        return cell(row, plan.columns[column], has_interval=False)
+
+    lines = [plan.readme["columns"], ["---"] * len(plan.readme["columns"])]
+    lines += [[row["says"], *map(said, row["cells"])] for row in plan.readme["rows"]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def with_table(readme: str, table: str) -> str:
+    """README.md with this table between its two marks."""
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}"
+
+
+def write_pages(plan: Plan) -> None:
+    """Write docs/results.md, and the table of README.md where it has the marks for it."""
+    PAGE.write_text(page(plan), encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
+    if BEGIN not in readme:
+        print(f"README.md has no line {BEGIN!r}: its table is not written", flush=True)
+        return
+    README.write_text(with_table(readme, readme_table(plan)), encoding="utf-8")
+
+
+# ---- the command ----
+
+
+def main() -> None:
+    """Parse the command line and do what it says."""
+    parser = argparse.ArgumentParser(description="Measure what ships, and write docs/results.md.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("page", help="write the page and README's table from the figures that are kept")
+    commands.add_parser("list", help="say what is measured and what is missing")
+    run = commands.add_parser("run", help="measure what is missing or was made with other weights")
+    run.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    run.add_argument("--runs", type=Path, help="folder of trained LoRAs for baselines")
+    run.add_argument("--only", action="append", default=[], metavar="ID", help="only this measurement; repeatable")
+    run.add_argument("--depends", action="append", default=[], choices=[*SHIPPED, "gate", "none"], help="only of these")
+    given = parser.parse_args()
+    plan = read_plan()
+    if given.command == "page":
+        write_pages(plan)
+        return
+    for section in plan.sections:
+        for one in section.measurements:
+            is_kept = figures_of(one) is not None
+            if given.command == "list":
+                print(f"{one.id:24} {one.depends:9} {one.minutes:5g} min  {'measured' if is_kept else 'missing'}")
+                continue
+            wanted = one.id in (given.only or [one.id]) and one.depends in (given.depends or [one.depends])
+            if is_kept or not wanted:
+                continue
+            if "RUNS" in one.command and given.runs is None:
+                print(f"{one.id}: left out, it needs trained LoRAs (--runs FOLDER)", flush=True)
+                continue
+            print(f"{one.id}: {one.says}, about {one.minutes:g} minutes", flush=True)
+            folders = {"DATA": given.data.resolve()} | ({"RUNS": given.runs.resolve()} if given.runs else {})
+            try:
+                measure(one, keys_of(plan, section), folders, FIGURES)
+            except subprocess.CalledProcessError as error:
+                print(f"{one.id}: failed with exit status {error.returncode}", flush=True)
+                continue
+            write_pages(plan)
+
+
+if __name__ == "__main__":
+    main()
