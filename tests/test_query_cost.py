@@ -49,7 +49,7 @@ def test_a_kept_beginning_costs_nothing_again(base):
     ) + 2 * formula.head_weights - (4 * formula.n_layers * formula.attention_width * (50 * 50 - 30 * 30 - 20 * 50))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "phi3"])
 def test_one_forward_of_other_bases_too(model_type):
     model = make_model(model_type)
     model.config._attn_implementation = "eager"

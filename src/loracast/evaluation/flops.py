@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loracast.lora.algebra import LoRA
-from loracast.lora.target import module_shapes, text_config
+from loracast.lora.target import layer_shapes, text_config
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class QueryFlops:
     @classmethod
     def of(cls, config: Any) -> QueryFlops:
         """From a transformers config."""
-        text, shapes = text_config(config), module_shapes(config)
+        text, shapes = text_config(config), layer_shapes(config)
         return cls(
             n_layers=text.num_hidden_layers,
             layer_weights=sum(d_in * d_out for d_in, d_out in shapes.values()),
-            attention_width=shapes["o_proj"][0],
+            attention_width=shapes["q_proj"][1],
             kv_width=shapes["k_proj"][1] + shapes["v_proj"][1],
             head_weights=text.hidden_size * text.vocab_size,
         )

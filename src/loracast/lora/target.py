@@ -108,13 +108,19 @@ def text_config(config: Any) -> Any:
 
 
 def module_shapes(config: Any) -> dict[str, tuple[int, int]]:
-    """`kind -> (d_in, d_out)` for every kind that the base has as a module, grouped-query attention included."""
+    """`kind -> (d_in, d_out)` for every kind that the base has as a module of its own."""
+    fused = _FUSED.get(text_config(config).model_type, ())
+    return {kind: shape for kind, shape in layer_shapes(config).items() if kind not in fused}
+
+
+def layer_shapes(config: Any) -> dict[str, tuple[int, int]]:
+    """`kind -> (d_in, d_out)` for every kind, grouped-query attention included."""
     config = text_config(config)
     hidden, inner = config.hidden_size, config.intermediate_size
     n_heads = config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     head_dim = getattr(config, "head_dim", None) or hidden // n_heads
-    shapes = {
+    return {
         "q_proj": (hidden, n_heads * head_dim),
         "k_proj": (hidden, n_kv_heads * head_dim),
         "v_proj": (hidden, n_kv_heads * head_dim),
@@ -123,7 +129,6 @@ def module_shapes(config: Any) -> dict[str, tuple[int, int]]:
         "up_proj": (hidden, inner),
         "down_proj": (inner, hidden),
     }
-    return {kind: shape for kind, shape in shapes.items() if kind not in _FUSED.get(config.model_type, ())}
 
 
 def target_from_config(
