@@ -25,7 +25,7 @@ from loracast.serving.request import Finish, GenerationRequest, Token
 from loracast.serving.resolve import Resolved
 from loracast.serving.schema import Extensions
 from loracast.serving.service import Service
-from loracast.serving.ticket import Ticket
+from loracast.serving.ticket import Ticket, told
 from loracast.serving.window import Windowed, in_window
 
 DEFAULT_MAX_TOKENS = 512
@@ -112,9 +112,14 @@ class Call:
             if asked.window:
                 turns = self._put_in_window(turns)
             self.prepared.append(model.prepare(turns, chosen, **routing))
-        requests = [self._request(prepared, i) for prepared in self.prepared for i in range(asked.n)]
+        requests = [
+            told(prepared.answer.text) if prepared.answer else self._request(prepared, i)
+            for prepared in self.prepared
+            for i in range(asked.n)
+        ]
         for request in requests:
-            self.answers.append(Answered(self.service.engine.submit(request)))
+            ticket = request if isinstance(request, Ticket) else self.service.engine.submit(request)
+            self.answers.append(Answered(ticket))
 
     def _put_in_window(self, turns: list[Message]) -> list[Message]:
         if self._resolved.chosen:
