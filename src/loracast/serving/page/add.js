@@ -3,16 +3,22 @@
 import { byId } from "./dom.js";
 import { runJob } from "./jobs.js";
 import { guarded } from "./problem.js";
+import { ALL, state } from "./state.js";
 
 /** Learn files one after another: a folder of hundreds does not fill the server's queue at once. */
 async function learn(files) {
-  for (const file of files.filter((one) => !one.name.startsWith("."))) {
-    await runJob(byId("jobs"), file.name, "v1/adapters", () => {
+  const wanted = files.filter((one) => !one.name.startsWith("."));
+  let learned = null;
+  for (const file of wanted) {
+    const made = await runJob(byId("jobs"), file.name, "v1/adapters", (replace) => {
       const form = new FormData();
       form.append("file", file, file.name);
+      form.append("replace", replace);
       return { form };
     });
+    learned = made ?? learned;
   }
+  if (learned) state.chooseOnly(wanted.length > 1 ? ALL : learned);
 }
 
 /** The files of what was dropped, those in folders too. */
@@ -68,6 +74,7 @@ export function startAdding() {
     const description = byId("task").value.trim();
     if (!description) return;
     byId("task").value = "";
-    await runJob(byId("jobs"), description, "v1/adapters", () => ({ json: { description } }));
+    const made = await runJob(byId("jobs"), description, "v1/adapters", (replace) => ({ json: { description, replace } }));
+    if (made) state.chooseOnly(made);
   }));
 }

@@ -3,7 +3,7 @@
 import { fetchJson } from "./api.js";
 import { Column } from "./column.js";
 import { addCost, showCost } from "./cost.js";
-import { showDocument, showRoute } from "./document.js";
+import { showChosen, showRoute } from "./document.js";
 import { byId, fill, sendOnEnter } from "./dom.js";
 import { guarded, hideProblem } from "./problem.js";
 import { state } from "./state.js";
@@ -20,10 +20,13 @@ let running = null; // the AbortController of the question that is being answere
 
 function nameColumns() {
   const names = [...state.chosen];
-  columns.adapter.title.textContent = names.length ? names.join(" + ") : "Adapter";
-  const isTask = names.length && !state.chosenOf("document").length;
-  columns.window.title.textContent = isTask ? "Description in the prompt" : "Document in the window";
+  const isTask = names.length > 0 && !state.chosenDocuments.length;
+  columns.adapter.title.textContent = state.isAll ? "All documents" : names.join(" + ") || "Adapter";
   columns.adapter.explanation.textContent = names.length ? "The text is in the weights." : "Choose or learn something.";
+  columns.window.title.textContent = isTask ? "Description in the prompt" : "Document in the window";
+  columns.window.explanation.textContent = state.isAll
+    ? "Choose documents by name to compare."
+    : "The text stands before the question.";
 }
 
 function body(question, fields) {
@@ -33,11 +36,11 @@ function body(question, fields) {
 /** The requests of a question, in the order in which they start. */
 function requests(question) {
   const found = [];
-  const names = [...state.chosen].join("+");
-  if (names) found.push(["adapter", body(question, { model: state.model })]);
-  if (byId("with-base").checked || !names) found.push(["base", body(question, { model: state.settings.base })]);
-  if (byId("with-window").checked && names) {
-    found.push(["window", body(question, { model: state.settings.base, window: names })]);
+  const isChosen = state.chosen.size > 0;
+  if (isChosen) found.push(["adapter", body(question, { model: state.model })]);
+  if (byId("with-base").checked || !isChosen) found.push(["base", body(question, { model: state.settings.base })]);
+  if (byId("with-window").checked && isChosen && !state.isAll) {
+    found.push(["window", body(question, { model: state.settings.base, window: [...state.chosen] })]);
   }
   return found;
 }
@@ -67,14 +70,14 @@ async function ask(question) {
   }
   await Promise.all(ends);
   if (running === mine) running = null;
-  if (answers.adapter?.usage) addCost(answers.adapter.usage, answers.window?.usage, state.chosenOf("document"));
+  if (answers.adapter?.usage) addCost(answers.adapter.usage, answers.window?.usage);
 }
 
 /** Highlight what a question gets of the documents, while the answers stream. */
 function showRouteOf(question, names, signal) {
   guarded(async () => {
     const routes = await fetchJson("v1/adapters/route", { json: { question, adapters: names }, signal });
-    await showRoute(routes.data);
+    await showRoute(routes.adapters);
   })();
 }
 
@@ -94,7 +97,7 @@ export function startAsking() {
   });
   state.addEventListener("chosen", () => {
     nameColumns();
-    guarded(() => showDocument(state.chosenOf("document")))();
+    guarded(showChosen)();
   });
   showCost();
 }

@@ -62,13 +62,13 @@ async function send(content) {
   };
   try {
     const answer = await streamChat(body, { onText, signal: mine.signal });
-    const used = [...new Set((answer.loracast.sources ?? []).map((one) => one.heading || one.title || one.adapter))];
+    const used = [...new Set(answer.loracast.sources.map((one) => one.heading || one.title || one.adapter))];
     const figures = [`${count(answer.usage.prompt_tokens)} prompt tokens`];
     if (answer.firstMs !== null) figures.unshift(`first token ${duration(answer.firstMs)}`);
     foot.textContent = [...figures, ...used.slice(0, 2)].join(" · ");
     messages.push(turn, { role: "assistant", content: answer.text, note: foot.textContent });
     keep();
-    addCost(answer.usage, null, state.chosenOf("document"));
+    addCost(answer.usage);
   } catch (error) {
     foot.textContent = error.name === "AbortError" ? "Stopped." : error.message;
     foot.classList.add("failed");
@@ -81,13 +81,13 @@ async function send(content) {
 
 /** The choice of a memory and of a style, as far as the server has them. */
 function showOptions() {
-  const { features } = state.settings;
+  const { has_memory: hasMemory, has_styles: hasStyles } = state.settings;
   const options = [];
-  if (features.style) {
+  if (hasStyles) {
     const styles = state.adapters.filter((one) => one.kind === "task").map((one) => h("option", { value: one.name }, one.name));
     options.push(h("label", {}, "Style ", h("select", { id: "style" }, h("option", { value: "" }, "none"), styles)));
   }
-  if (features.memory) {
+  if (hasMemory) {
     options.push(h("label", {}, "Memory ", h("input", {
       id: "memory", autocomplete: "off", placeholder: "off", maxlength: "64", pattern: "[a-z0-9][a-z0-9._\\-]*",
       title: "A name: what you tell is kept under it",

@@ -1,7 +1,7 @@
 // The list of adapters beside the question: a check box each, those that are checked answer.
 
 import { byId, count, fill, h, plural } from "./dom.js";
-import { state } from "./state.js";
+import { ALL, state } from "./state.js";
 
 const MANY = 8; // from so many on, the list has a filter
 
@@ -10,17 +10,17 @@ function about(adapter) {
   return `${count(adapter.n_tokens)} tokens, ${plural(adapter.n_chunks, "chunk")}`;
 }
 
-function choice(adapter) {
-  const box = h("input", {
-    type: "checkbox",
-    value: adapter.name,
-    onchange: (event) => state.choose(adapter.name, event.target.checked),
-  });
-  box.checked = state.chosen.has(adapter.name);
-  return h("li", {}, h("label", { title: adapter.title },
+function choice(value, name, explanation, title) {
+  const box = h("input", { type: "checkbox", value, onchange: () => state.choose(value, box.checked) });
+  box.checked = state.chosen.has(value);
+  return h("li", {}, h("label", { title },
     box,
-    h("span", { class: "name" }, adapter.name),
-    h("span", { class: "about" }, about(adapter))));
+    h("span", { class: "name" }, name),
+    h("span", { class: "about" }, explanation)));
+}
+
+function all() {
+  return choice(ALL, "All documents", "each question finds its own");
 }
 
 function show() {
@@ -29,7 +29,10 @@ function show() {
   const words = filter.hidden ? "" : filter.value.toLowerCase();
   const shown = state.adapters.filter((one) => `${one.name} ${one.title}`.toLowerCase().includes(words));
   const nothing = state.adapters.length ? "Nothing is called so." : "Nothing is learned yet. The plain base answers.";
-  fill(byId("choices"), shown.length ? shown.map(choice) : h("li", { class: "empty" }, nothing));
+  fill(byId("choices"),
+    state.documents.length > 1 && !words && all(),
+    shown.map((one) => choice(one.name, one.name, about(one), one.title)),
+    !shown.length && h("li", { class: "empty" }, nothing));
 }
 
 /** Bring check boxes up to date in place, so that the one with the focus keeps it. */

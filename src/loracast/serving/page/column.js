@@ -71,6 +71,9 @@ export class Column {
       this.values.Memory.textContent = bytes(memory({ usage, loracast }));
       if (cached) this.note.textContent = `${count(cached)} of the prompt's tokens were in the cache of an earlier question.`;
     }
+    if (loracast.adapters.length && !loracast.adapters.some((one) => one.is_used)) {
+      this.note.textContent = "The question is not about this document, so the plain base answered.";
+    }
     const cut = loracast.window;
     if (cut && cut.n_shown < cut.n_tokens) {
       this.note.textContent = `The window is full: it holds ${count(cut.n_shown)} of ${count(cut.n_tokens)} tokens.`;

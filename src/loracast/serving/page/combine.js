@@ -36,6 +36,6 @@ export function showCombine(names) {
   byId("combine-form").addEventListener("submit", guarded(async () => {
     const parts = names.map((name) => ({ id: name, scale: scales.get(name) ?? 1 }));
     const name = byId("combine-name").value.trim();
-    await runJob(byId("combine-jobs"), name, "v1/adapters/combine", () => ({ json: { parts, name } }));
+    await runJob(byId("combine-jobs"), name, "v1/adapters/combine", (replace) => ({ json: { parts, name, replace } }));
   }));
 }

@@ -1,6 +1,7 @@
 // The cost counter: the prompt tokens of all questions so far, beside what they are with the documents in the window.
 
 import { byId, count, fill, h, plural } from "./dom.js";
+import { state } from "./state.js";
 
 const COST = "loracast.cost";
 
@@ -8,17 +9,18 @@ const none = { questions: 0, spent: 0, windowed: 0 };
 let cost = { ...none, ...JSON.parse(localStorage.getItem(COST) ?? "{}") };
 
 /**
- * Count a question that adapters of documents answered.
+ * Count a question that the chosen documents' adapters answered.
  *
- * Args: the usage of its answer; that of the answer with the documents in the window where there is one; the documents,
- * whose tokens stand for it where there is none.
+ * Takes the usage of its answer, and that of the answer with the documents in the window; where there is none, their
+ * tokens stand for it, as many as the window holds.
  */
-export function addCost(usage, windowUsage, documents) {
+export function addCost(usage, windowUsage) {
+  const documents = state.chosenDocuments;
   if (!documents.length) return;
-  const n_tokens = documents.reduce((sum, one) => sum + one.n_tokens, 0);
+  const length = documents.reduce((sum, one) => sum + one.n_tokens, usage.prompt_tokens);
   cost.questions += 1;
   cost.spent += usage.prompt_tokens;
-  cost.windowed += windowUsage?.prompt_tokens ?? usage.prompt_tokens + n_tokens;
+  cost.windowed += windowUsage?.prompt_tokens ?? Math.min(length, state.settings.window);
   keep();
 }
 

@@ -2,6 +2,7 @@
 
 import { fetchJson } from "./api.js";
 import { byId, count, fill, h, plural } from "./dom.js";
+import { state } from "./state.js";
 
 const LEAST_WEIGHT = 0.3; // of a sentence that is highlighted: most sentences of a chunk get a little weight
 const KEPT = 8; // documents whose chunks stay in memory
@@ -19,14 +20,17 @@ async function chunks(document) {
   return chunksOf.get(key);
 }
 
-/** Show documents without highlights. */
-export async function showDocument(documents) {
-  shown = await Promise.all(documents.map(async (one) => ({ ...one, chunks: await chunks(one) })));
+const withChunks = (documents) => Promise.all(documents.map(async (one) => ({ ...one, chunks: await chunks(one) })));
+
+/** Show the documents that are chosen by name, without highlights. */
+export async function showChosen() {
+  shown = await withChunks(state.isAll ? [] : state.chosenDocuments);
   render([]);
 }
 
-/** Highlight what a question gets of the documents; `routes` is what the server says of each adapter. */
+/** Highlight what a question gets of documents; `routes` is what the server says of each adapter. */
 export async function showRoute(routes) {
+  shown = await withChunks(routes.map((route) => state.adapter(route.adapter)).filter((one) => one?.kind === "document"));
   render(routes);
 }
 

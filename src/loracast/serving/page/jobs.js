@@ -4,6 +4,7 @@ import { ApiError, call, events, fetchJson } from "./api.js";
 import { fill, h } from "./dom.js";
 import { state } from "./state.js";
 
+const TAKEN = 409; // the status of a name that has an adapter already
 const SHOWN_S = 8; // a job that is done leaves the list after so long
 
 /** A line in the list of jobs. */
@@ -30,22 +31,31 @@ class JobLine {
     setTimeout(() => this.line.remove(), 1000 * SHOWN_S);
   }
 
-  fail(message) {
+  /** Say what went wrong; `again`, where it is given, replaces the adapter that has the name. */
+  fail(message, again) {
     this.bar.remove();
     this.line.classList.add("failed");
-    fill(this.note, message, h("button", { type: "button", onclick: () => this.line.remove() }, "Close"));
+    const close = () => this.line.remove();
+    const replace = () => {
+      close();
+      again();
+    };
+    fill(this.note, message, h("span", { class: "buttons" },
+      again && h("button", { type: "button", onclick: replace }, "Replace it"),
+      h("button", { type: "button", onclick: close }, "Close")));
   }
 }
 
 /**
- * Start a job, wait where the server's queue is full, follow its events, and choose the adapter that it makes.
+ * Start a job, wait where the server's queue is full, and follow its events. Gives the name of the adapter that it
+ * made, or null where it failed (the list then says why).
  *
- * `list` is where its progress is shown, `body()` gives the request's json or form.
+ * `list` is where its progress is shown, `body(replace)` gives the request's json or form.
  */
-export async function runJob(list, title, path, body) {
+export async function runJob(list, title, path, body, replace = false) {
   const line = new JobLine(list, title);
   try {
-    let job = await started(path, body);
+    let job = await started(path, () => body(replace));
     line.show(job);
     for await (const event of events(await call(`v1/jobs/${encodeURIComponent(job.id)}/events`))) {
       job = event;
@@ -54,9 +64,12 @@ export async function runJob(list, title, path, body) {
     if (job.status !== "completed") throw new ApiError(job.error?.message ?? "The job was given up.");
     line.done("done");
     await state.loadAdapters();
-    state.choose(job.adapter, true);
+    return job.adapter;
   } catch (error) {
-    line.fail(error.message);
+    const again = () => runJob(list, title, path, body, true);
+    if (error.status === TAKEN && !replace) line.fail("Another adapter has this name.", again);
+    else line.fail(error.message);
+    return null;
   }
 }
 

@@ -3,6 +3,8 @@
 import { fetchJson } from "./api.js";
 
 const CHOSEN = "loracast.chosen";
+/** The choice of all documents, of which each question finds its own; it stands alone. */
+export const ALL = "*";
 
 class State extends EventTarget {
   settings = null;
@@ -21,16 +23,29 @@ class State extends EventTarget {
   async loadAdapters() {
     this.adapters = (await fetchJson("v1/adapters")).data;
     const names = new Set(this.adapters.map((adapter) => adapter.name));
-    for (const name of this.chosen) if (!names.has(name)) this.chosen.delete(name);
+    for (const name of this.chosen) if (name !== ALL && !names.has(name)) this.chosen.delete(name);
     this.#tell("adapters");
-    const versions = [...this.chosen].map((name) => `${name}@${this.adapter(name).version}`).join();
+    const versions = [...this.chosen].map((name) => `${name}@${this.adapter(name)?.version}`).join();
     if (versions !== this.#versions) this.#tell("chosen"); // else an answer keeps its highlights
     this.#versions = versions;
   }
 
   choose(name, isChosen) {
-    if (isChosen) this.chosen.add(name);
+    if (isChosen && name === ALL) {
+      this.chooseOnly(ALL);
+      return;
+    }
+    if (isChosen) this.chosen.add(name).delete(ALL);
     else this.chosen.delete(name);
+    this.#keepChoice();
+  }
+
+  chooseOnly(name) {
+    this.chosen = new Set([name]);
+    this.#keepChoice();
+  }
+
+  #keepChoice() {
     localStorage.setItem(CHOSEN, JSON.stringify([...this.chosen]));
     this.#tell("chosen");
   }
@@ -39,9 +54,19 @@ class State extends EventTarget {
     return this.adapters.find((one) => one.name === name);
   }
 
-  /** The chosen adapters of a kind. */
-  chosenOf(kind) {
-    return [...this.chosen].map((name) => this.adapter(name)).filter((one) => one?.kind === kind);
+  /** Whether all documents are chosen, not some by name. */
+  get isAll() {
+    return this.chosen.has(ALL);
+  }
+
+  /** The adapters of documents. */
+  get documents() {
+    return this.adapters.filter((one) => one.kind === "document");
+  }
+
+  /** The documents that are chosen. */
+  get chosenDocuments() {
+    return this.isAll ? this.documents : this.documents.filter((one) => this.chosen.has(one.name));
   }
 
   /** The model that a request names: the chosen adapters joined with +, or the base. */
