@@ -110,9 +110,9 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-        self.driver.get(f"{self.url}/health")
-        self.driver.execute_script("localStorage.clear(); sessionStorage.clear()")
         self.driver.get(f"{self.url}/#{view}")
+        self.driver.execute_script("localStorage.clear(); sessionStorage.clear()")
+        self.driver.refresh()
         return self
 
     def all(self, selector: str) -> list[Any]:

@@ -15,13 +15,15 @@ from loracast.serving.app import create_app
 from loracast.serving.auth import keys_in
 from loracast.serving.engine import LocalEngine
 from loracast.serving.settings import ServerSettings
-from servers import serving
+from servers import served
 
 LAMP = (
     "# Lamp\n\nThe lamp on the desk was made in the north. Its cable is two metres long.\n\n"
     "## Warranty\n\nThe warranty of the lamp is 24 months. The service line opens at nine."
 )
-HOSTILE = '<script>window.hacked = 1</script><img src="/page/none.png" onerror="window.hacked = 2"> &lt;b&gt;bold&lt;/b&gt;'
+HOSTILE = (
+    '<script>window.hacked = 1</script><img src="/page/none.png" onerror="window.hacked = 2"> &lt;b&gt;bold&lt;/b&gt;'
+)
 ENTER, ESCAPE = "\ue007", "\ue00c"
 
 
@@ -41,7 +43,7 @@ def page(driver, model, home):
     """The page of a server of the tiny base, whose library holds a document in several chunks and a short one."""
     model.learn(Document.from_text(LAMP, title="Lamp"), "lamp", max_chunk_tokens=32)
     model.learn(Document.from_text("The kettle holds 1.7 litres of water.", title="Kettle"), "kettle")
-    with serving(create_app(model, LocalEngine(model.base), ServerSettings())) as url:
+    with served(create_app(model, LocalEngine(model.base), ServerSettings())) as url:
         page = Page(driver, url)
         page.complaints()
         yield page
@@ -259,7 +261,7 @@ def test_watched_folders_are_listed_with_what_failed(driver, model, home, tmp_pa
     watched.mkdir()
     (watched / "note.txt").write_text("The note says 17.")
     (watched / "empty.txt").write_text("")
-    with serving(create_app(model, LocalEngine(model.base), ServerSettings(watched=(watched,)))) as url:
+    with served(create_app(model, LocalEngine(model.base), ServerSettings(watched=(watched,)))) as url:
         page = Page(driver, url)
 
         def shown():
@@ -277,8 +279,10 @@ def test_a_chat_sends_its_history_and_survives_a_reload(page):
     page.script(
         """const real = window.fetch; window.sent = [];
         window.fetch = (path, options) => {
-          if (String(path).includes("completions")) window.sent.push(JSON.parse(options.body));
-          return real(path, options);
+          if (!String(path).includes("completions")) return real(path, options);
+          const body = { ...JSON.parse(options.body), max_tokens: 8 }; // the tiny base's window is soon full
+          window.sent.push(body);
+          return real(path, { ...options, body: JSON.stringify(body) });
         };"""
     )
     for number, text in enumerate(("The lamp is mine.", "Whose is the lamp?"), 1):
@@ -299,7 +303,7 @@ def test_a_chat_sends_its_history_and_survives_a_reload(page):
 
 def test_a_key_is_asked_for_once_and_sent(driver, model, home):
     secret = "sk-admin-0123456789"
-    with serving(create_app(model, LocalEngine(model.base), ServerSettings(keys=keys_in(f"admin:{secret}")))) as url:
+    with served(create_app(model, LocalEngine(model.base), ServerSettings(keys=keys_in(f"admin:{secret}")))) as url:
         page = Page(driver, url).open()
         page.until(lambda: page.all("#key-dialog[open]"), "the dialog")
         page.one("#key").send_keys(secret, ENTER)

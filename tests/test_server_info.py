@@ -6,10 +6,10 @@ import torch
 from fastapi.testclient import TestClient
 
 from loracast.serving.app import create_app
+from loracast.serving.engine import LocalEngine
 from loracast.serving.routes.server import kv_bytes_per_token
 from loracast.serving.settings import ServerSettings
-from test_serving_guard import NoEngine
-from test_watching import wait_for
+from servers import eventually
 
 
 def test_a_token_costs_what_the_bases_own_cache_takes(base):
@@ -23,10 +23,10 @@ def test_a_server_tells_of_its_base_and_of_watched_folders(model, tmp_path, home
     folder = tmp_path / "notes"
     folder.mkdir()
     (folder / "kettle.txt").write_text("The kettle holds 1.7 litres.")
-    app = create_app(model, NoEngine(), ServerSettings(watched=(folder,)))
+    app = create_app(model, LocalEngine(model.base), ServerSettings(watched=(folder,)))
     with TestClient(app, base_url="http://127.0.0.1:8000") as api:
-        wait_for(lambda: api.get("/v1/server").json()["watched"][0]["n_documents"] == 1)
+        eventually(lambda: api.get("/v1/server").json()["watched"][0]["n_documents"] == 1)
         told = api.get("/v1/server").json()
-        assert told["base"] == model.base.name and told["window"] == model.base.window
+        assert told["base"] == api.get("/v1/models").json()["data"][0]["id"] and told["window"] == model.base.window
         assert told["watched"][0]["folder"] == "notes" and told["watched"][0]["failed"] == []
     assert not app.state.service.watcher._thread.is_alive()

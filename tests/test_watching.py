@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from loracast.library.library import adapter_names
 from loracast.serving.watching import Watcher
-
-
-def wait_for(condition, timeout_s: float = 30.0) -> None:
-    """Return once the condition holds; fails after the time."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.05)
+from servers import eventually
 
 
 @pytest.fixture
@@ -30,13 +21,13 @@ def test_files_come_and_go_while_it_watches(model, folder):
     watcher = Watcher(model, [folder])
     watcher.start()
     try:
-        wait_for(lambda: watcher.states[0].n_documents == 1)
+        eventually(lambda: watcher.states[0].n_documents == 1)
         assert adapter_names(model.library) == ["kettle"]
         (folder / "lamp.txt").write_text("The lamp was made in the north.")
-        wait_for(lambda: adapter_names(model.library) == ["kettle", "lamp"])
+        eventually(lambda: adapter_names(model.library) == ["kettle", "lamp"])
         (folder / "kettle.txt").unlink()
-        wait_for(lambda: adapter_names(model.library) == ["lamp"])
-        wait_for(lambda: not watcher.states[0].is_learning)
+        eventually(lambda: adapter_names(model.library) == ["lamp"])
+        eventually(lambda: not watcher.states[0].is_learning)
         assert watcher.states[0].n_documents == 1
     finally:
         watcher.close()
@@ -48,7 +39,7 @@ def test_faults_are_told_and_end_nothing(model, folder):
     watcher = Watcher(model, [gone, folder])
     watcher.start()
     try:
-        wait_for(lambda: watcher.states[1].n_documents == 1)
+        eventually(lambda: watcher.states[1].n_documents == 1)
         missing, notes = watcher.states
         assert missing.folder == "gone" and "not a folder" in missing.error
         assert [path for path, _ in notes.failed] == ["empty.txt"] and "empty" in notes.failed[0][1]

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter
 
 from loracast import __version__
-from loracast.export.format import FORMATS
+from loracast.export.format import FORMATS, MERGED
 from loracast.lora.target import target_from_config
 from loracast.serving.auth import needs
+from loracast.serving.schema import ChatRequest
 from loracast.serving.service import Shared
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ def describe_server(service: Shared) -> dict[str, Any]:
     return {
         "object": "server",
         "version": __version__,
-        "base": base.name,
+        "base": service.names.base,
         "window": base.window,
         "kv_bytes_per_token": kv_bytes_per_token(base),
-        "export_formats": [{"name": name, "label": label} for name, label in FORMATS.items()],
+        "export_formats": [{"name": name, "label": label} for name, label in FORMATS.items() if name != MERGED],
+        "has_memory": "memory" in ChatRequest.model_fields,
+        "has_styles": "style" in ChatRequest.model_fields,
         "watched": [asdict(folder) for folder in service.watcher.states],
     }
 
