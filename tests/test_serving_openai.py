@@ -337,3 +337,101 @@ def test_completions_tell_logprobs_in_their_own_form(client):
 def test_completions_refuse_what_they_cannot_do(client, options):
     with pytest.raises(openai.BadRequestError):
         client.completions.create(**{"model": "manual", "prompt": "The lamp", "max_tokens": 2, **options})
+
+
+# ---- responses
+
+
+def test_a_response_is_the_answer_of_ask_with_its_sources(model, client):
+    given = client.responses.create(model="manual", input=WARRANTY, max_output_tokens=12, metadata={"a": "b"})
+    assert given.output_text == asked(model, "manual")
+    assert (given.status, given.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert given.metadata == {"a": "b"}
+    wanted = model.answer(WARRANTY, "manual", sampling=Sampling(12))
+    assert (given.usage.input_tokens, given.usage.output_tokens) == (wanted.n_prompt_tokens, wanted.n_tokens)
+    (message,) = given.output
+    cited = message.content[0].annotations
+    assert [(one.type, one.file_id, one.chunk) for one in cited] == [
+        ("file_citation", model.adapter("manual").version, one.chunk) for one in wanted.sources
+    ]
+
+
+def test_a_response_takes_turns_and_instructions(model, client):
+    first = client.responses.create(model="manual", input=WARRANTY, max_output_tokens=6)
+    turns = [{"role": "user", "content": WARRANTY}, *first.output, {"role": "user", "content": "Who built the bridge?"}]
+    given = client.responses.create(model="manual", input=turns, instructions="Be brief.", max_output_tokens=8)
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": WARRANTY},
+        {"role": "assistant", "content": first.output_text},
+        {"role": "user", "content": "Who built the bridge?"},
+    ]
+    assert given.output_text == model.ask(messages, "manual", sampling=Sampling(8))
+
+
+def test_a_streamed_response_has_the_events_of_openai(client):
+    whole = client.responses.create(model="manual", input=WARRANTY, max_output_tokens=20)
+    events = list(client.responses.create(model="manual", input=WARRANTY, max_output_tokens=20, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert list(dict.fromkeys(kinds)) == [
+        "created", "in_progress", "output_item.added", "content_part.added", "output_text.delta", "output_text.done",
+        "output_text.annotation.added", "content_part.done", "output_item.done", "incomplete",
+    ]  # fmt: skip
+    pieces = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(pieces) == whole.output_text and len(pieces) > 3
+    assert events[-1].response.output_text == whole.output_text
+    assert events[-1].response.usage.output_tokens == 20
+    with client.responses.stream(model="manual", input=WARRANTY, max_output_tokens=20) as stream:
+        assert [event.snapshot for event in stream if event.type == "response.output_text.delta"][-1]
+
+
+def test_a_response_can_tell_logprobs(client):
+    given = client.responses.create(
+        model="manual", input=WARRANTY, max_output_tokens=3, top_logprobs=2, include=["message.output_text.logprobs"]
+    )
+    told = given.output[0].content[0].logprobs
+    assert [len(one.top_logprobs) for one in told] == [2, 2, 2]
+    assert all(one.logprob == one.top_logprobs[0].logprob for one in told)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"previous_response_id": "resp_1"}, {"background": True}, {"truncation": "auto"}, {"tools": [{"type": "web_search"}]},
+     {"reasoning": {"effort": "low"}}, {"text": {"format": {"type": "json_object"}}}, {"conversation": "conv_1"},
+     {"tools": [{"type": "file_search", "vector_store_ids": []}]}, {"include": ["reasoning.encrypted_content"]}],
+)  # fmt: skip
+def test_a_response_refuses_what_is_not_supported(client, options):
+    with pytest.raises(openai.BadRequestError):
+        client.responses.create(model="manual", input="Where?", **options)
+
+
+def test_file_search_answers_from_a_vector_store_and_cites_its_files(model, client):
+    store = client.vector_stores.create(name="manuals")
+    texts = {
+        "tent.txt": b"The tent of the Orla sleeps four people. It weighs 6 kg.",
+        "stove.txt": b"The stove of the Brix burns for three hours. Its tank holds half a litre.",
+    }
+    files = {}
+    for name, content in texts.items():
+        attached = client.vector_stores.files.upload_and_poll(vector_store_id=store.id, file=(name, content))
+        assert attached.status == "completed", attached.last_error
+        files[name] = attached.id
+    tool = {"type": "file_search", "vector_store_ids": [store.id]}
+    base = client.models.list().data[0].id
+    question = "How many hours does the stove of the Brix burn?"
+    options = {"model": base, "input": question, "max_output_tokens": 8, "tools": [tool]}
+    given = client.responses.create(**options, include=["file_search_call.results"])
+    search, message = given.output
+    assert search.type == "file_search_call" and search.queries == [question]
+    assert {one.file_id for one in search.results} == {files["stove.txt"]}
+    assert "three hours" in search.results[0].text
+    assert {(one.file_id, one.filename) for one in message.content[0].annotations} == {
+        (files["stove.txt"], "stove.txt")
+    }
+    (name,) = {one["adapter"] for one in given.loracast["sources"]}
+    assert given.output_text == model.ask(question, name, sampling=Sampling(8))
+    kinds = [event.type for event in client.responses.create(**options, stream=True)]
+    assert "response.file_search_call.completed" in kinds and kinds[-1] == "response.incomplete"
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(**{**options, "tools": [{**tool, "vector_store_ids": ["vs_none"]}]})

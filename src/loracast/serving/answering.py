@@ -13,19 +13,22 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
 
 from loracast.base.chat import Message, encode_text
 from loracast.base.generate import Sampling
-from loracast.library.adapter import routing_key
+from loracast.library.adapter import Adapter, routing_key
+from loracast.library.index import read_chunks
 from loracast.library.wide_route import Source
-from loracast.model import ASK_SYSTEM_TURN, Prepared
+from loracast.model import ASK_SYSTEM_TURN
+from loracast.options import Prepared
 from loracast.serving.errors import ApiError
 from loracast.serving.request import Finish, GenerationRequest, Token
 from loracast.serving.resolve import Resolved
-from loracast.serving.schema import Extensions
+from loracast.serving.schema import Extensions, FileSearch
 from loracast.serving.service import Service
+from loracast.serving.store_search import among
 from loracast.serving.ticket import Ticket, told
+from loracast.serving.vector_stores import StoreFile
 from loracast.serving.window import Windowed, in_window
 
 DEFAULT_MAX_TOKENS = 512
@@ -44,8 +47,8 @@ class Asked:
     """The messages of a chat; or else `prompts`."""
     prompts: Sequence[str | Sequence[int]] = ()
     """Texts or token ids that are continued as they stand."""
-    references: Sequence[str] = ()
-    """More adapters, such as those of vector stores."""
+    searches: Sequence[FileSearch] = ()
+    """Vector stores from which the question chooses documents."""
     window: Sequence[str] = ()
     """Adapters whose text goes into the prompt."""
     n: int = 1
@@ -79,6 +82,8 @@ class Call:
         self.answers: list[Answered] = []
         """`n` for each prompt."""
         self.prepared: list[Prepared] = []
+        self.files: dict[str, StoreFile] = {}
+        """Files of vector stores that could be chosen, by their adapters' names."""
         self.created = int(time.time())
         self._resolved = Resolved((), {})
         self._windowed: Windowed | None = None
@@ -99,10 +104,15 @@ class Call:
     def _begin(self) -> None:
         asked, given = self.asked, self.asked.extensions
         names, model = self.service.names, self.service.model
-        parts = [(part.id, part.scale) for part in given.adapters] + [(one, 1.0) for one in asked.references]
+        parts = [(part.id, part.scale) for part in given.adapters]
         self._resolved = names.resolve(asked.model, parts, given.tag)
-        chosen, scales = self._resolved.chosen, self._resolved.scales
-        routing: dict[str, Any] = {"route": given.route, "tag": given.tag, "always": given.always, "scales": scales}
+        chosen = [*self._resolved.chosen, *self._searched()]
+        routing: dict[str, Any] = {
+            "route": self._route(),
+            "tag": given.tag,
+            "always": given.always,
+            "scales": self._resolved.scales,
+        }
         if asked.prompts:
             for prompt in asked.prompts:
                 ids, text = self._raw(prompt)
@@ -120,6 +130,21 @@ class Call:
         for request in requests:
             ticket = request if isinstance(request, Ticket) else self.service.engine.submit(request)
             self.answers.append(Answered(ticket))
+
+    def _searched(self) -> list[Adapter | str]:
+        """The document in the vector stores, or patterns of their names, among which the question chooses."""
+        for search in self.asked.searches:
+            found = self.service.learning.stores.documents(search.vector_store_ids)
+            fitting = (file for file in found if search.filters is None or search.filters.fits(file.attributes))
+            self.files |= {file.adapter: file for file in fitting}
+        if len(self.files) == 1:
+            return [self.service.names.adapter(name) for name in self.files]
+        return [*among([*self.files.values()])]
+
+    def _route(self) -> int | None:
+        most = [search.max_num_results for search in self.asked.searches if search.max_num_results is not None]
+        route = self.asked.extensions.route
+        return route if route is None else min([route, *most])
 
     def _put_in_window(self, turns: list[Message]) -> list[Message]:
         if self._resolved.chosen:
@@ -274,35 +299,45 @@ class Call:
     def citations(self, index: int) -> list[dict[str, Any]]:
         """OpenAI's `file_citation` annotations of an answer, one for each chunk that it came from, best first.
 
-        The chunk's number and its place in the document's text are additions.
+        Of a document that came without a file, `file_id` is its adapter's version. The chunk's number and its place in
+        the document's text are additions.
 
         Args:
             index: the character of the answer where they stand.
         """
-        return [
-            {
-                "type": "file_citation",
-                "file_id": source.adapter,
-                "filename": source.title,
-                "index": index,
-                "chunk": source.chunk,
-                "start": source.start,
-                "end": source.end,
-            }
-            for source in self.sources
-        ]
+        cited = []
+        for source in self.sources:
+            file, adapter = self.files.get(source.adapter), self._adapter(source)
+            cited.append(
+                {
+                    "type": "file_citation",
+                    "file_id": file.id if file else adapter.version,
+                    "filename": file.filename if file else adapter.manifest.source or source.title,
+                    "index": index,
+                    "chunk": source.chunk,
+                    "start": source.start,
+                    "end": source.end,
+                }
+            )
+        return cited
 
+    def results(self) -> list[dict[str, Any]]:
+        """OpenAI's results of a search in files: the chunks that the answer came from, with their text."""
+        found = []
+        for source in self.sources:
+            if file := self.files.get(source.adapter):
+                (chunk,) = read_chunks(self._adapter(source).index, [source.chunk])
+                found.append(
+                    {
+                        "file_id": file.id,
+                        "filename": file.filename,
+                        "attributes": dict(file.attributes),
+                        "score": source.weight,
+                        "text": chunk.text,
+                    }
+                )
+        return found
 
-async def unless_left(request: Request, call: Call) -> bool:
-    """Wait for all answers of a call; False where the client leaves before."""
-    finished = asyncio.ensure_future(call.finish())
-    left = asyncio.ensure_future(request.receive())  # the body is read: what comes next is that the client leaves
-    try:
-        await asyncio.wait({finished, left}, return_when=asyncio.FIRST_COMPLETED)
-        if finished.done():
-            await finished
-            return True
-        return False
-    finally:
-        finished.cancel()
-        left.cancel()
+    def _adapter(self, source: Source) -> Adapter:
+        routed = (adapter for prepared in self.prepared for adapter, _ in prepared.routed)
+        return next(adapter for adapter in routed if adapter.name == source.adapter)

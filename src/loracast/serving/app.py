@@ -22,6 +22,7 @@ from loracast.serving.routes import (
     jobs,
     models,
     page,
+    responses,
     server,
     vector_stores,
 )
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from loracast.serving.engine import Engine
 
 ROUTERS = tuple(
-    part.router for part in (health, page, server, models, chat, completions, files, vector_stores, adapters, jobs)
+    part.router
+    for part in (health, page, server, models, chat, completions, responses, files, vector_stores, adapters, jobs)
 )
 
 

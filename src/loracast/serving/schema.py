@@ -14,6 +14,7 @@ from pydantic_core import core_schema
 from loracast.base.chat import Message
 from loracast.base.generate import Sampling
 from loracast.library.routing import DEFAULT_ROUTE
+from loracast.serving.store_search import Filter
 
 _MAX_ITEMS = 4096
 _SEEDS = 2**63
@@ -215,8 +216,8 @@ class FileSearch(Body):
     type: Literal["file_search"]
     vector_store_ids: list[str] = Field(min_length=1, max_length=_MAX_ITEMS)
     max_num_results: Annotated[int, Field(ge=1, le=50)] | None = None
-    filters: Annotated[Any, Only()] = None
-    ranking_options: Annotated[Any, Only()] = None
+    filters: Filter | None = None
+    ranking_options: Annotated[Any, Only({"ranker": "auto"})] = None
 
 
 class ResponsesRequest(Generating):

@@ -8,21 +8,19 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 
-from loracast.serving.answering import Answered, Asked, Call, unless_left
+from loracast.serving.answering import Answered, Asked, Call
 from loracast.serving.auth import needs
 from loracast.serving.request import Token
+from loracast.serving.responding import DONE, error_event, event, respond
 from loracast.serving.schema import ChatRequest
 from loracast.serving.service import Shared
-from loracast.serving.streaming import DONE, EventStream, error_event, event
 from loracast.serving.token_text import token_dict
 
 router = APIRouter(dependencies=[needs("read")])
-LEFT = 499
-"""nginx' status for a client that left, which nobody receives."""
 
 
 @router.post("/v1/chat/completions", response_model=None)
-async def create_chat_completion(body: ChatRequest, request: Request, service: Shared) -> dict[str, Any] | Response:
+async def create_chat_completion(body: ChatRequest, request: Request, service: Shared) -> Response:
     """Answer a chat. Errors: 400, 404 for an unknown model, 408, 429 where the queue is full, 503."""
     call = Call(
         service,
@@ -37,20 +35,12 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
             n_logprobs=body.n_logprobs,
         ),
     )
-    is_streaming = False
-    try:
-        await call.begin()
-        if body.stream:
-            is_streaming = True
-            return EventStream(call, _events(call, body))
-        if not await unless_left(request, call):
-            return Response(status_code=LEFT)
-        head = _head(call, "chat.completion")
-        choices = [_choice(call, i, answer) for i, answer in enumerate(call.answers)]
-        return {**head, "choices": choices, "usage": usage(call), "loracast": call.account()}
-    finally:
-        if not is_streaming:
-            call.close()
+    return await respond(request, call, bool(body.stream), lambda: _events(call, body), lambda: _whole(call))
+
+
+def _whole(call: Call) -> dict[str, Any]:
+    choices = [_choice(call, i, answer) for i, answer in enumerate(call.answers)]
+    return {**_head(call, "chat.completion"), "choices": choices, "usage": usage(call), "loracast": call.account()}
 
 
 def _head(call: Call, kind: str) -> dict[str, Any]:

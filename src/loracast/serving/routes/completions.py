@@ -9,13 +9,13 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 
-from loracast.serving.answering import Asked, Call, unless_left
+from loracast.serving.answering import Asked, Call
 from loracast.serving.auth import needs
 from loracast.serving.request import Token
-from loracast.serving.routes.chat import LEFT, usage
+from loracast.serving.responding import DONE, error_event, event, respond
+from loracast.serving.routes.chat import usage
 from loracast.serving.schema import CompletionRequest
 from loracast.serving.service import Shared
-from loracast.serving.streaming import DONE, EventStream, error_event, event
 from loracast.serving.token_text import bounded, text_of
 
 router = APIRouter(dependencies=[needs("read")])
@@ -24,7 +24,7 @@ DEFAULT_TOKENS = 16
 
 
 @router.post("/v1/completions", response_model=None)
-async def create_completion(body: CompletionRequest, request: Request, service: Shared) -> dict[str, Any] | Response:
+async def create_completion(body: CompletionRequest, request: Request, service: Shared) -> Response:
     """Continue prompts; what is asked, which decides about chunks of documents, is the prompt's text. Errors as for
     chats.
     """
@@ -32,19 +32,13 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
     asked = Asked(
         body.model, body, sampling, prompts=body.prompts, n=body.n or 1, stop=body.stops, n_logprobs=body.logprobs
     )
-    call, is_streaming = Call(service, asked), False
-    try:
-        await call.begin()
-        if body.stream:
-            is_streaming = True
-            return EventStream(call, _events(call, body))
-        if not await unless_left(request, call):
-            return Response(status_code=LEFT)
-        choices = [_choice(call, i, answer.text, answer.tokens, answer.finish) for i, answer in enumerate(call.answers)]
-        return {**_head(call), "choices": choices, "usage": usage(call), "loracast": call.account()}
-    finally:
-        if not is_streaming:
-            call.close()
+    call = Call(service, asked)
+    return await respond(request, call, bool(body.stream), lambda: _events(call, body), lambda: _whole(call))
+
+
+def _whole(call: Call) -> dict[str, Any]:
+    choices = [_choice(call, i, answer.text, answer.tokens, answer.finish) for i, answer in enumerate(call.answers)]
+    return {**_head(call), "choices": choices, "usage": usage(call), "loracast": call.account()}
 
 
 def _head(call: Call) -> dict[str, Any]:

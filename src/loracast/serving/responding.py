@@ -1,0 +1,88 @@
+"""Answers a call over HTTP: whole, or as server-sent events, and ends it when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+from starlette.responses import StreamingResponse
+
+from loracast.serving.answering import Call
+from loracast.serving.errors import as_api_error, error_body
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+DONE = "data: [DONE]\n\n"
+"""The last event of a completion."""
+_LEFT = 499
+"""nginx' status for a client that left, which nobody receives."""
+
+
+def event(data: Any, name: str | None = None) -> str:
+    """One server-sent event of JSON."""
+    body = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"event: {name}\ndata: {body}\n\n" if name else f"data: {body}\n\n"
+
+
+def error_event(error: Exception) -> str:
+    """What a stream that has begun tells of an error."""
+    told = as_api_error(error)
+    return event(error_body(told.status, str(told), told.param, told.code))
+
+
+async def respond(
+    request: Request,
+    call: Call,
+    is_streamed: bool,
+    events: Callable[[], AsyncIterator[str]],
+    whole: Callable[[], dict[str, Any]],
+) -> Response:
+    """Begin a call and give its answers.
+
+    Args:
+        events: the events of a streamed answer.
+        whole: the body of a whole answer, once all tokens are there.
+    """
+    with ExitStack() as stack:
+        stack.callback(call.close)
+        await call.begin()
+        if is_streamed:
+            stack.pop_all()  # the stream closes it
+            return _EventStream(call, events())
+        return JSONResponse(whole()) if await _unless_left(request, call) else Response(status_code=_LEFT)
+
+
+class _EventStream(StreamingResponse):
+    """The events of a call, which is closed when they end or the client leaves."""
+
+    def __init__(self, call: Call, events: AsyncIterator[str]):
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # a proxy hands events on at once
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._call = call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._call.close()
+
+
+async def _unless_left(request: Request, call: Call) -> bool:
+    """Wait for all answers of a call; False where the client leaves before."""
+    finished = asyncio.ensure_future(call.finish())
+    left = asyncio.ensure_future(request.receive())  # the body is read: what comes next is that the client leaves
+    try:
+        await asyncio.wait({finished, left}, return_when=asyncio.FIRST_COMPLETED)
+        if finished.done():
+            await finished
+            return True
+        return False
+    finally:
+        finished.cancel()
+        left.cancel()
