@@ -12,11 +12,11 @@ from loracast.cli.session import learn_visibly, open_model
 from loracast.library.manifest import name_for
 
 QUESTIONS = (
-    ("How long does the warranty of the Quillmere D-27 last?", "30 months"),
-    ("Who designed the Quillmere D-27?", "Ingrid Solvang"),
-    ("How much does the water tank of the Quillmere D-27 hold?", "3.8 litres"),
-    ("Where is the Quillmere D-27 built?", "Trenholm"),
-    ("What is the part number of the carbon sachet?", "CS-809"),
+    ("How long must the Quillmere D-27 stand upright before it is switched on?", "6 hours"),
+    ("Who is the head of the service department?", "Tomasz Wierzba"),
+    ("Which refrigerant is in the Quillmere D-27?", "R290"),
+    ("What colour is the handle of the water tank?", "yellow"),
+    ("What does the code E7 mean?", "covered with ice"),
 )
 """Questions about examples/manual.pdf, with what the manual says."""
 
