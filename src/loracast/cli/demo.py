@@ -12,11 +12,11 @@ from loracast.cli.session import learn_visibly, open_model
 from loracast.library.manifest import name_for
 
 QUESTIONS = (
-    ("How long must the Quillmere D-27 stand upright before it is switched on?", "6 hours"),
-    ("Who is the head of the service department?", "Tomasz Wierzba"),
-    ("Which refrigerant is in the Quillmere D-27?", "R290"),
-    ("What colour is the handle of the water tank?", "yellow"),
-    ("What does the code E7 mean?", "covered with ice"),
+    ("How long is the drain hose?", "1.4 metres"),
+    ("What is the document number of the manual?", "QM-2718"),
+    ("How loud is the Quillmere D-27 in night mode?", "34 decibels"),
+    ("How much does the Quillmere D-27 weigh?", "13.6 kilograms"),
+    ("What bonus does Quillmere pay for an old dehumidifier?", "15 euros"),
 )
 """Questions about examples/manual.pdf, with what the manual says."""
 
