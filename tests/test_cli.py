@@ -508,11 +508,12 @@ def test_chat_ends_with_its_input(run, tiny):
 
 
 @pytest.fixture
-def talk(model):
-    from loracast.base.generate import Sampling
-    from loracast.cli.chat import Talk
+def talk(model, tiny_folder):
+    from loracast.cli.answerer import Local
+    from loracast.cli.chat import Chatting, Talk
 
-    return Talk(model, "", 4, Sampling(max_new_tokens=8))
+    answering = Chatting(base=str(tiny_folder), device="cpu", route=4, max_tokens=8, library=model.library)
+    return Talk(Local(answering), model.library)
 
 
 def test_a_conversation_is_remembered(talk, monkeypatch):
@@ -543,13 +544,13 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(talk, monkeypatch, capsy
     assert capsys.readouterr() == ("It was \n", "(stopped)\n")
 
 
-def test_the_conversation_stays_inside_the_window(talk, capsys):
+def test_the_conversation_stays_inside_the_window(talk, base, capsys):
     for i in range(12):
         talk.reply(f"Tell me about hall {i} " + "and the kettle " * 5)
-    base = talk.answerer.base
     assert "no longer fit" in capsys.readouterr().err
     assert talk.turns[-2]["content"].startswith("Tell me about hall 11 ")
-    assert len(base.chat.conversation([talk.system, *talk.turns[:-1]])) + 8 <= base.window
+    system = {"role": "system", "content": ""}
+    assert len(base.chat.conversation([system, *talk.turns[:-1]])) + 8 <= base.window
     assert [turn["role"] for turn in talk.turns] == ["user", "assistant"] * (len(talk.turns) // 2)
 
 

@@ -15,6 +15,10 @@ class BaseModelError(LoracastError):
     """A base that cannot be fetched, verified, loaded or targeted."""
 
 
+class PromptTooLong(BaseModelError):
+    """A prompt that the base's window has no room for beside the answer."""
+
+
 class PackageError(LoracastError):
     """A packaged model that cannot be fetched or is not the pinned one."""
 

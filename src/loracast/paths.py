@@ -47,3 +47,12 @@ def library_dir() -> Path:
     """The adapters on this machine: what the user made, not a cache."""
     home = os.environ.get("LORACAST_HOME")
     return (Path(home) if home else Path(platformdirs.user_data_dir("loracast", appauthor=False))) / "adapters"
+
+
+def servers_dir() -> Path:
+    """What running servers say of themselves, and the log of those in the background; a server that ends takes it away.
+
+    Only its user may look into it: the files hold keys.
+    """
+    home = os.environ.get("LORACAST_HOME")
+    return (Path(home) if home else Path(platformdirs.user_state_dir("loracast", appauthor=False))) / "servers"

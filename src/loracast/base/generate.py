@@ -13,7 +13,7 @@ from threading import Event
 import torch
 
 from loracast.base.load import Base
-from loracast.errors import BaseModelError, LoracastError
+from loracast.errors import LoracastError, PromptTooLong
 from loracast.lora.algebra import LoRA
 from loracast.lora.inject import inject
 
@@ -168,7 +168,7 @@ def _generate(
     """
     longest = max(len(prompt) for prompt in prompts)
     if longest + sampling.max_new_tokens > base.window:
-        raise BaseModelError(
+        raise PromptTooLong(
             f"the prompt has {longest} tokens and the base's window holds {base.window}; learn the long text as a "
             "document, or ask for a shorter answer (--max-tokens)"
         )

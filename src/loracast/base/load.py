@@ -148,13 +148,13 @@ def _frozen(name: str, model: Any, tokenizer: Any, chat_template: str | Path | N
     if any(parameter.is_meta for parameter in model.parameters()):
         raise BaseModelError(f"parts of the base {name!r} are offloaded: give a device_map that keeps it in memory")
     _check_fast(name, tokenizer)
-    template = _template_text(chat_template)
+    template = template_text(chat_template)
     if template:
         tokenizer.chat_template = template
     return Base(name, model.eval().requires_grad_(False), tokenizer, template)
 
 
-def _template_text(given: str | Path | None) -> str:
+def template_text(given: str | Path | None) -> str:
     """The text of a chat template: a file's, the plain one, or what is given itself. Raises ConfigError."""
     from loracast.base.chat import PLAIN_TEMPLATE
 

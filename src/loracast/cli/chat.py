@@ -6,19 +6,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loracast.base.chat import Message, search_query
-from loracast.cli.options import Answering, MaxTokens
+from loracast.cli.answerer import Answerer, open_answerer, say_sources, say_unused
+from loracast.cli.options import Answering, MaxTokens, distinct
 from loracast.cli.output import Stream, printable, say
-from loracast.cli.session import open_answerer, say_sources, say_unused
-from loracast.errors import LoracastError
+from loracast.errors import LoracastError, PromptTooLong
+from loracast.library.overview import overview
 from loracast.library.wide_route import check_patterns, patterns_in
 
 if TYPE_CHECKING:
-    from loracast.base.generate import Sampling
-    from loracast.library.adapter import Adapter
-    from loracast.model import Model
+    from loracast.base.chat import Message
 
 HELP = """\
 /use NAME    answer with this adapter too; NAME may be a pattern: * for whatever document matches a question
@@ -38,16 +37,11 @@ class Chatting(Answering):
 
 def chat(answering: Chatting) -> None:
     """Talk with learned documents, or with the plain base."""
-    answerer, adapters, sampling = open_answerer(answering)
-
-    from loracast.model import ASK_SYSTEM_TURN
-
-    talk = Talk(
-        answerer, answering.system or ASK_SYSTEM_TURN, answering.route, sampling, answering.tag, answering.always
-    )
-    talk.used = adapters
+    answerer, chosen = open_answerer(answering)
+    talk = Talk(answerer, answering.library, answering.tag)
+    talk.used = chosen
     if sys.stdin.isatty():
-        say(f"{' + '.join(talk.used) or 'no adapter'} on {answerer.base.name}; /help lists the commands, Ctrl-D leaves")
+        say(f"{' + '.join(talk.used) or 'no adapter'} on {answerer.base}; /help lists the commands, Ctrl-D leaves")
     for line in _lines():
         if line in ("/quit", "/exit"):
             break
@@ -83,14 +77,11 @@ def _lines() -> Iterator[str]:
 class Talk:
     """A conversation and the adapters that it uses."""
 
-    def __init__(
-        self, answerer: Model, system: str, route: int | None, sampling: Sampling, tag: str = "", always: bool = False
-    ):
-        self.answerer, self.route, self.sampling, self.tag, self.always = answerer, route, sampling, tag, always
-        self.system: Message = {"role": "system", "content": system}
+    def __init__(self, answerer: Answerer, library: Path, tag: str = ""):
+        self.answerer, self.library, self.tag = answerer, library, tag
         self.turns: list[Message] = []
-        self.used: dict[str, Adapter | str] = {}
-        """Adapters by name, and patterns of names."""
+        self.used: list[str] = []
+        """Names of adapters, and patterns of names."""
 
     def obey(self, line: str) -> None:
         """Carry out a command."""
@@ -98,20 +89,21 @@ class Talk:
         name = name.strip()
         if command == "/use" and name:
             if patterns_in([name]):
-                check_patterns(self.answerer.library, [name], self.tag)
-                self.used[name] = name
+                check_patterns(self.library, [name], self.tag)
             else:
-                self.used[name] = self.answerer.adapter(name)
+                self.answerer.open(name)
+            self.used = distinct([*self.used, name])
             say(f"(using {' + '.join(self.used)})")
         elif command == "/drop" and name:
-            if self.used.pop(name, None) is None:
+            if name not in self.used:
                 say(f"({printable(name)} is not in use)")
             else:
+                self.used.remove(name)
                 say(f"(using {' + '.join(self.used) or 'no adapter'})")
         elif command == "/list":
             from loracast.library.library import adapter_names
 
-            for there in adapter_names(self.answerer.library):
+            for there in adapter_names(self.library):
                 print(f"{'*' if there in self.used else ' '} {there}", flush=True)
         elif command == "/clear":
             self.turns = []
@@ -123,36 +115,30 @@ class Talk:
 
     def reply(self, question: str) -> None:
         """Answer, and remember both; after Ctrl-C what has been said so far."""
-        from loracast.base.generate import answer
-
-        base = self.answerer.base
-        chosen = list(self.used.values())
-        if (told := self.answerer.overview(question, chosen)) is not None:
-            print(printable(told), flush=True)
-            self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": told}]
-            return
-        wide = patterns_in(chosen)
-        tag = self.tag if wide else ""  # without a pattern it would stand for all documents
-        query = search_query(question, self.turns)
-        lora, routed = self.answerer.lora_for(query, chosen, self.route, tag, self.always)
         turns: list[Message] = [*self.turns, {"role": "user", "content": question}]
-        room, n_dropped = base.window - self.sampling.max_new_tokens, 0
-        while len(turns) > 2 and len(base.chat.conversation([self.system, *turns])) > room:
-            turns, n_dropped = turns[2:], n_dropped + 1  # forget the oldest question with its answer
-        if n_dropped:
-            say(f"(the oldest {n_dropped} question(s) no longer fit into the window and are forgotten)")
-        stream = Stream()
+        if (told := overview(question, self.used, self.answerer.open)) is not None:
+            print(printable(told), flush=True)
+            self.turns = [*turns, {"role": "assistant", "content": told}]
+            return
+        stream, reply = Stream(), None
         try:
-            given = answer(base, base.chat.conversation([self.system, *turns]), lora, self.sampling, stream)
-            said = given.text
-            cut = "" if given.finished else f"(cut after {given.n_tokens} tokens; --max-tokens allows more)"
+            while reply is None:
+                try:
+                    reply = self.answerer.reply(turns, self.used, stream)
+                except PromptTooLong:
+                    if len(turns) <= 2:
+                        raise
+                    turns = turns[2:]
+                    say("(the oldest question no longer fits into the window and is forgotten)")
+            said = reply.text
+            cut = "" if reply.is_finished else f"(cut after {reply.n_tokens} tokens; --max-tokens allows more)"
         except KeyboardInterrupt:
             said, cut = stream.text, "(stopped)"
         if stream.text:
             stream.end()
         if cut:
             say(cut)
-        say_unused(routed)
-        if wide:
-            say_sources(routed, len(chosen) - len(wide))
+        if reply is not None:
+            say_unused(reply)
+            say_sources(reply, self.used)
         self.turns = [*turns, {"role": "assistant", "content": said}]

@@ -72,6 +72,7 @@ Route = Annotated[
 ]  # fmt: skip
 All = Annotated[bool, typer.Option("--all", help="Answer from whichever documents of the library match the question.")]
 Tag = Annotated[str, typer.Option("--tag", help="Answer from whichever documents with this tag match the question.")]
+Local = Annotated[bool, "Load the models in this process, also where a server that has them is running."]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 
 TASKS = "Tasks: a folder of JSON files, or a JSONL(.gz) file of examples."
@@ -159,6 +160,7 @@ class Answering(BaseChoice):
     hypernetwork: Annotated[str | None, "For adapters that keep only their text: the hypernetwork that cast them."] = (
         None
     )
+    local: Local = False
     library: Library
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -52,6 +53,8 @@ class ServerSettings:
     """Longest time for an answer, its wait in the queue included."""
     drain_timeout_s: float = 30.0
     """Time that running answers have to finish after SIGTERM."""
+    instance: str = field(default_factory=lambda: secrets.token_hex(16))
+    """Told by /health: by it commands know the server that their user started (found.py)."""
 
     def __post_init__(self) -> None:
         if not self.is_loopback and not self.keys:

@@ -11,9 +11,9 @@ router = APIRouter()
 
 
 @router.get("/health")
-async def health() -> dict[str, str]:
-    """The process lives."""
-    return {"status": "ok"}
+async def health(service: Shared) -> dict[str, str]:
+    """The process lives. The instance is another one each time that a server starts."""
+    return {"status": "ok", "instance": service.settings.instance}
 
 
 @router.get("/ready")

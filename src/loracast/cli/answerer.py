@@ -1,0 +1,251 @@
+"""What `ask` and `chat` get answers from: a base in this process, or a running server that has the same one loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from loracast.cli.options import Answering
+from loracast.cli.output import say
+from loracast.cli.session import base_of, loading, what_loads
+from loracast.errors import LoracastError, PromptTooLong
+from loracast.library.library import open_adapter
+from loracast.library.wide_route import Source, check_patterns, patterns_in
+
+if TYPE_CHECKING:
+    from loracast.base.chat import Message
+    from loracast.library.adapter import Adapter
+    from loracast.library.routing import Route
+    from loracast.serving.found import Running
+
+OnText = Callable[[str], None]
+"""Receives each piece of an answer."""
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a question got of one adapter, as `Route` says it."""
+
+    name: str
+    version: str
+    """`name@hash`."""
+    chunks: tuple[int, ...]
+    scores: tuple[float, ...]
+    weights: tuple[float, ...]
+    reason: str
+    about: float | None
+
+    def facts(self) -> dict[str, Any]:
+        """What --json says of it."""
+        lists = {key: list(getattr(self, key)) for key in ("chunks", "scores", "weights")}
+        return {**lists, "reason": self.reason, "about": self.about}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, what it cost and where it comes from."""
+
+    text: str
+    is_finished: bool
+    """False where it was cut."""
+    n_prompt_tokens: int
+    n_tokens: int
+    first_token_s: float
+    total_s: float
+    used: tuple[Used, ...]
+    """The adapters that the user named, in their order, and then those that the question chose."""
+    sources: tuple[Source, ...]
+
+
+class Answerer(Protocol):
+    """A base that answers with adapters of a library. `base` is its name."""
+
+    base: str
+
+    def open(self, name: str) -> Adapter:
+        """An adapter, checked against the base. Raises AdapterError and others as `Model.adapter` does."""
+
+    def reply(self, turns: Sequence[Message], chosen: Sequence[str], on_text: OnText) -> Reply:
+        """Answer the last message of a conversation with these adapters and patterns of names.
+
+        Raises PromptTooLong before any text where the conversation does not fit into the window.
+        """
+
+
+def open_answerer(answering: Answering) -> tuple[Answerer, list[str]]:
+    """Load the base, or find a server that has; and the adapters and patterns that were chosen, each version once.
+
+    A wrong name, and a pattern or a tag without documents, is reported before a model is loaded.
+    """
+    patterns = patterns_in(answering.chosen)
+    names = [name for name in answering.chosen if name not in patterns]
+    found = [open_adapter(answering.library, name) for name in names]
+    template = answering.chat_template or next((one.manifest.made_for.chat_template for one in found), "")
+    answering = replace(answering, base=answering.base or base_of(found), chat_template=template)
+    if patterns:
+        check_patterns(answering.library, patterns, answering.tag)
+    server = _server_for(answering)
+    answerer: Answerer = Local(answering) if server is None else Served(server, answering)
+    by_version: dict[str, str] = {}  # NAME and NAME@HASH may be one version
+    for name in names:
+        by_version.setdefault(answerer.open(name).version, name)
+    return answerer, [*by_version.values(), *patterns]
+
+
+def _server_for(answering: Answering) -> Running | None:
+    if answering.local:
+        return None
+    from loracast.serving.found import find
+
+    hypernetworks = {"document": answering.hypernetwork} if answering.hypernetwork else {}
+    return find(what_loads(answering, answering.library, hypernetworks))
+
+
+class Local:
+    """A base that this process loads."""
+
+    def __init__(self, answering: Answering):
+        with loading(answering.device) as tell:
+            from loracast.base.generate import Sampling
+            from loracast.model import load
+
+            self._model = load(
+                answering.base,
+                answering.hypernetwork,
+                library=answering.library,
+                device=answering.device,
+                chat_template=answering.chat_template,
+                say=tell,
+                eager=False,
+            )
+        self.base = self._model.base.name
+        self._answering = answering
+        self._sampling = Sampling(answering.max_tokens, 0, answering.temperature, answering.top_p, answering.seed)
+        self._opened: dict[str, Adapter] = {}
+
+    def open(self, name: str) -> Adapter:
+        if name not in self._opened:
+            self._opened[name] = self._model.adapter(name)
+        return self._opened[name]
+
+    def reply(self, turns: Sequence[Message], chosen: Sequence[str], on_text: OnText) -> Reply:
+        from loracast.base.generate import answer
+        from loracast.model import ASK_SYSTEM_TURN
+
+        given, patterns = self._answering, patterns_in(chosen)
+        prepared = self._model.prepare(
+            turns, [one if one in patterns else self.open(one) for one in chosen],
+            system=given.system or ASK_SYSTEM_TURN, route=given.route, tag=tag_for(given, chosen), always=given.always,
+        )  # fmt: skip
+        lora = self._model.lora_of(prepared.routed)
+        said = answer(self._model.base, prepared.prompt, lora, self._sampling, on_text)
+        figures = (said.n_prompt_tokens, said.n_tokens, said.first_token_s, said.total_s)
+        used = tuple(_used(adapter, route) for adapter, route in prepared.routed)
+        return Reply(said.text, said.finished, *figures, used, prepared.sources)
+
+
+def _used(adapter: Adapter, route: Route) -> Used:
+    chunks = tuple(range(adapter.manifest.n_chunks)) if route.chunks is None else route.chunks
+    return Used(adapter.name, adapter.version, chunks, route.scores, route.weights, route.reason, route.about)
+
+
+class Served:
+    """A running server. What it refuses, since its limits are narrower, this process answers by itself."""
+
+    def __init__(self, server: Running, answering: Answering):
+        self.base = server.fingerprint["base"]
+        self._server, self._answering = server, answering
+
+    @cached_property
+    def _local(self) -> Local:
+        return Local(self._answering)
+
+    def open(self, name: str) -> Adapter:
+        from loracast.base.fingerprint import Fingerprint, check
+
+        found = open_adapter(self._answering.library, name)
+        check(found.manifest.made_for, Fingerprint(**self._server.fingerprint), f"the adapter {name!r}")
+        return found
+
+    def reply(self, turns: Sequence[Message], chosen: Sequence[str], on_text: OnText) -> Reply:
+        from loracast.serving.client import Refused
+
+        pieces: list[str] = []
+        end: dict[str, Any] = {}
+        try:
+            for event in self._server.client().stream("/v1/chat/completions", self._body(turns, chosen)):
+                for choice in event["choices"]:
+                    end["finish"] = choice["finish_reason"]
+                    if piece := choice["delta"].get("content"):
+                        pieces.append(piece)
+                        on_text(piece)
+                end |= {key: event[key] for key in ("usage", "loracast") if event.get(key)}
+        except Refused as refused:
+            if pieces or refused.status >= 500 or refused.status == 429:
+                raise
+            if refused.code == "context_length_exceeded" and len(turns) > 1:
+                raise PromptTooLong(str(refused)) from refused
+            return self._local.reply(turns, chosen, on_text)
+        if "loracast" not in end:
+            raise LoracastError("the server broke the answer off; ask again, or give --local")
+        return _served("".join(pieces), end)
+
+    def _body(self, turns: Sequence[Message], chosen: Sequence[str]) -> dict[str, Any]:
+        given = self._answering
+        body = {
+            "model": self._server.model,
+            "messages": [{"role": "system", "content": given.system or ""}, *turns],
+            "adapters": [{"id": one} for one in chosen],
+            "route": given.route,
+            "tag": tag_for(given, chosen),
+            "always": given.always,
+            "max_tokens": given.max_tokens,
+            "temperature": given.temperature,
+            "top_p": given.top_p,
+            "seed": given.seed,
+        }
+        return {**body, "stream": True, "stream_options": {"include_usage": True}}
+
+
+def _served(text: str, end: Mapping[str, Any]) -> Reply:
+    usage, account = end["usage"], end["loracast"]
+    used = []
+    for one in account["adapters"]:
+        chunks = range(one["n_chunks"]) if one["chunks"] is None else one["chunks"]
+        lists = (tuple(chunks), tuple(one["scores"]), tuple(one["weights"]))
+        used.append(Used(one["id"].partition("@")[0], one["id"], *lists, one["reason"], one["about"]))
+    return Reply(
+        text,
+        end["finish"] == "stop",
+        usage["prompt_tokens"],
+        usage["completion_tokens"],
+        (account["first_token_ms"] or account["total_ms"]) / 1000,
+        account["total_ms"] / 1000,
+        tuple(used),
+        tuple(Source(**one) for one in account["sources"]),
+    )
+
+
+def tag_for(answering: Answering, chosen: Iterable[str]) -> str:
+    """The tag where something is chosen by it: alone it would stand for all documents, also after `/drop`."""
+    return answering.tag if patterns_in(chosen) else ""
+
+
+def say_unused(reply: Reply) -> None:
+    """Say which documents the question is not about, so that their adapters did not answer."""
+    for used in reply.used:
+        if not used.chunks:
+            say(f"({used.name} does not speak of this: the answer is not from it; --always asks it all the same)")
+
+
+def say_sources(reply: Reply, chosen: Sequence[str]) -> None:
+    """Say which chunks an answer came from, of the documents that patterns stand for."""
+    wide = patterns_in(chosen)
+    found = {used.name for used in reply.used[len(chosen) - len(wide) :]}
+    for source in reply.sources:
+        if source.adapter in found:
+            say(f"(from {source})")
+    if wide and not found:
+        say("(no document of the library matches the question: the answer is not from it)")
