@@ -1,7 +1,7 @@
 """The sessions of README and of the docs print what they show, on the embedded base.
 
 A session is an indented block whose lines after `$ ` are commands; what is shown below a command is what it prints.
-Sizes and times may differ. `python tests/test_readme.py` runs README's sessions and writes their outputs anew.
+Sizes and times may differ. `python tests/test_readme.py` prints README with the outputs of now where they differ.
 """
 
 from __future__ import annotations
@@ -107,7 +107,11 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as library:
 
         def written(session: re.Match) -> str:
-            printed = "".join(f"    {line}\n" for line in run(session[1], Path(library)))
-            return f"    $ {session[1]}\n{printed}\n"
+            command, shown = session.groups()
+            printed = run(command, Path(library))
+            if same([line[4:] for line in shown.splitlines() if line.strip()], printed):
+                return session[0]
+            after = re.search(r"\n*\Z", shown)[0].removeprefix("\n" * bool(shown.strip()))
+            return f"    $ {command}\n" + "".join(f"    {line}\n" for line in printed) + after
 
         sys.stdout.write(SESSION.sub(written, README.read_text()))
