@@ -1,19 +1,29 @@
-"""The engine: its tokens are those of transformers' generate for each request alone, whatever runs beside it."""
+"""The engine: every request gets the tokens that transformers' generate gives it alone, whatever runs beside it."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
+from functools import cache
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loracast.base.generate import Sampling, answer
-from loracast.errors import BaseModelError
-from loracast.lora.algebra import Factors, LoRA
+from loracast.base.load import Base
+from loracast.errors import AdapterError, BaseModelError, ConfigError
+from loracast.lora.algebra import Factors, LoRA, concat
 from loracast.serving.answer_text import AnswerText
 from loracast.serving.engine import LocalEngine
-from loracast.serving.request import EngineStopped, GenerationRequest
-from tiny import PROSE
+from loracast.serving.engine_config import EngineConfig
+from loracast.serving.request import EngineBusy, EngineStopped, GenerationRequest
+from tiny import FAMILIES, PROSE, make_model, make_tokenizer
+
+SMALL = EngineConfig(n_slots=4, slot_tokens=48, prefill_tokens=5, prefill_tokens_alone=9)
+"""Prompts are read in several pieces, and some requests are longer than a slot."""
 
 
 def make_lora(base, seed: int, rank: int = 3, kinds=("down_proj", "o_proj")) -> LoRA:
@@ -27,6 +37,43 @@ def make_lora(base, seed: int, rank: int = 3, kinds=("down_proj", "o_proj")) -> 
     return LoRA(factors)
 
 
+def memory_like(base, seed: int, static: LoRA) -> LoRA:
+    """A LoRA as documents have it: the same B in o_proj of all layers, and the static LoRA in the middle of it."""
+    free = torch.Generator().manual_seed(seed)
+    b = 0.1 * torch.randn(base.model.config.hidden_size, 6, generator=free)
+    own = make_lora(base, seed, 2, ("down_proj",))
+    keys = {
+        name: Factors(torch.randn(6, module.in_features, generator=free), b)
+        for name, module in base.model.named_modules()
+        if name.endswith("o_proj")
+    }
+    return concat([LoRA(keys), static, own])
+
+
+def dense(lora: LoRA) -> LoRA:
+    return LoRA({}, {name: lora.delta(name) for name in lora.names})
+
+
+@cache
+def family(name: str) -> Base:
+    return Base(name, make_model(name), make_tokenizer())
+
+
+@cache
+def loras(name: str) -> list[LoRA | None]:
+    """Of several ranks and modules, dense and shared; None for the plain base."""
+    base = family(name)
+    static = make_lora(base, 9, 2, ("q_proj", "v_proj", "down_proj"))
+    made = [make_lora(base, 1), make_lora(base, 2, 5), dense(make_lora(base, 3)), make_lora(base, 4, 3, ("gate_proj",))]
+    return [None, *made, *(memory_like(base, seed, static) for seed in (5, 6, 7))]
+
+
+@cache
+def expected(name: str, ids: tuple[int, ...], which: int, n_tokens: int) -> tuple[str, int]:
+    given = answer(family(name), ids, loras(name)[which], Sampling(n_tokens))
+    return given.text, given.n_tokens
+
+
 @pytest.fixture
 def engine(base):
     made = LocalEngine(base)
@@ -34,24 +81,115 @@ def engine(base):
     made.close()
 
 
-def prompt(base, words: int) -> list[int]:
-    return base.chat.prompt(" ".join(PROSE.split()[:words]))
+def prompt(base, words: int, skip: int = 0) -> list[int]:
+    return base.chat.prompt(" ".join((PROSE * 3).split()[skip : skip + words]))
 
 
-def test_text_and_figures_of_an_answer(base, engine):
-    lora = make_lora(base, 1)
-    expected = answer(base, prompt(base, 9), lora, Sampling(12))
-    ticket = engine.submit(GenerationRequest(prompt(base, 9), lora, sampling=Sampling(12)))
-    assert ticket.text() == expected.text != answer(base, prompt(base, 9), None, Sampling(12)).text
-    assert (ticket.n_prompt_tokens, ticket.n_tokens) == (expected.n_prompt_tokens, expected.n_tokens)
-    assert ticket.finish == ("stop" if expected.finished else "length")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_of_every_family_answer_as_they_do_alone(name):
+    """Mixed lengths, LoRAs of all sorts, prompts in pieces, long rows, and requests that come in the middle."""
+    base, engine = family(name), LocalEngine(family(name), SMALL)
+    asked = [(tuple(prompt(base, 2 + 5 * i % 17, i)), i % 8, 5 + 3 * i % 11) for i in range(16)]
+    tickets = []
+    for i, (ids, which, n_tokens) in enumerate(asked):
+        key = f"lora {which}" if i % 3 else None
+        tickets.append(engine.submit(GenerationRequest(ids, loras(name)[which], key, Sampling(n_tokens))))
+        if i % 5 == 4:
+            next(iter(tickets[-1]))
+    for (ids, which, n_tokens), ticket in zip(asked, tickets, strict=True):
+        assert (ticket.text(), ticket.n_tokens) == expected(name, ids, which, n_tokens)
+    engine.close()
+
+
+SCHEDULES = st.lists(
+    st.tuples(
+        st.integers(1, 25), st.integers(0, 7), st.integers(1, 12), st.booleans(), st.none() | st.integers(0, 5)
+    ),
+    min_size=1,
+    max_size=12,
+)  # fmt: skip
+"""Words of the prompt, LoRA, new tokens, whether it has a key, tokens after which it is cancelled if at all."""
+
+
+@settings(max_examples=25, deadline=None)
+@given(SCHEDULES, st.integers(1, 5), st.integers(1, 40), st.sampled_from([20, 60, 600]), st.sampled_from([0, 10**9]))
+def test_any_schedule_gives_the_same_tokens(schedule, n_slots, prefill_tokens, slot_tokens, prefix_bytes):
+    config = EngineConfig(
+        n_slots, slot_tokens=slot_tokens, prefill_tokens=prefill_tokens, prefill_tokens_alone=prefill_tokens,
+        prefix_bytes=prefix_bytes, adapter_bytes=30_000,
+    )  # fmt: skip
+    base, engine = family("llama"), LocalEngine(family("llama"), config)
+    try:
+        tickets = []
+        for words, which, n_tokens, has_key, cancelled_after in schedule:
+            key = f"lora {which}" if has_key else None
+            ids = tuple(prompt(base, words))
+            ticket = engine.submit(GenerationRequest(ids, loras("llama")[which], key, Sampling(n_tokens)))
+            tickets.append((ticket, expected("llama", ids, which, n_tokens)))
+            if cancelled_after is not None:
+                for _, _token in zip(range(cancelled_after), ticket, strict=False):
+                    pass
+                ticket.cancel()
+        for ticket, (text, n_tokens) in tickets:
+            if ticket.is_cancelled:
+                assert text.startswith(ticket.text())
+            else:
+                assert (ticket.text(), ticket.n_tokens) == (text, n_tokens)
+        assert engine.drain(30)
+        assert engine.stats().n_running == engine.stats().n_queued == 0
+    finally:
+        engine.close()
+
+
+def test_figures_of_an_answer(base, engine):
+    ids = prompt(base, 9)
+    given = answer(base, ids, None, Sampling(12))
+    ticket = engine.submit(GenerationRequest(ids, sampling=Sampling(12)))
+    assert ticket.text() == given.text
+    assert (ticket.n_prompt_tokens, ticket.n_tokens) == (given.n_prompt_tokens, given.n_tokens)
+    assert ticket.finish == ("stop" if given.finished else "length")
     assert 0 < ticket.first_token_s <= ticket.total_s
 
 
-def test_a_lora_may_be_read_by_a_function(base, engine):
-    lora = make_lora(base, 2)
-    ticket = engine.submit(GenerationRequest(prompt(base, 5), lambda: lora, "two", Sampling(8)))
-    assert ticket.text() == answer(base, prompt(base, 5), lora, Sampling(8)).text
+def test_a_lora_is_read_once_for_its_key(base, engine):
+    lora, n_reads = make_lora(base, 2), []
+
+    def read():
+        n_reads.append(1)
+        return lora
+
+    asked = GenerationRequest(prompt(base, 5), read, "two", Sampling(8))
+    texts = [engine.submit(asked).text() for _ in range(3)]
+    assert texts == [answer(base, prompt(base, 5), lora, Sampling(8)).text] * 3
+    assert len(n_reads) == engine.stats().n_adapters_in_memory == 1
+
+
+def test_loras_leave_memory_under_a_budget(base):
+    one = sum(t.numel() * 4 for pair in make_lora(base, 0).factors.values() for t in pair)
+    engine = LocalEngine(base, EngineConfig(adapter_bytes=2 * one))
+    for i in range(5):
+        engine.submit(GenerationRequest(prompt(base, 4), make_lora(base, i), str(i), Sampling(2))).text()
+    assert (engine.stats().n_adapters_in_memory, engine.stats().adapter_bytes) == (2, 2 * one)
+    engine.close()
+
+
+def test_prompts_come_from_the_prefix_cache(base, engine):
+    """The prompt of several answers, and a conversation that goes on; never with another LoRA."""
+    ids, lora = prompt(base, 12), make_lora(base, 3)
+    tickets = [engine.submit(GenerationRequest(ids, lora, "three", Sampling(6))) for _ in range(3)]
+    expected = answer(base, ids, lora, Sampling(6)).text
+    assert [ticket.text() for ticket in tickets] == [expected] * 3
+    assert [ticket.n_cached_tokens for ticket in tickets] == [0, len(ids) - 1, len(ids) - 1]
+    said = [token.id for token in tickets[0] if token.id is not None]
+    more = [*ids, *said, *prompt(base, 4, 20)]
+    on = engine.submit(GenerationRequest(more, lora, "three", Sampling(6)))
+    assert on.text() == answer(base, more, lora, Sampling(6)).text
+    assert on.n_cached_tokens >= len(ids) + len(said) - 1
+    for other, key in ((None, None), (make_lora(base, 4), "four"), (lora, None)):
+        ticket = engine.submit(GenerationRequest(ids, other, key, Sampling(6)))
+        assert ticket.text() == answer(base, ids, other, Sampling(6)).text
+        assert ticket.n_cached_tokens == 0
+    assert engine.stats().n_cached_tokens == 2 * (len(ids) - 1) + on.n_cached_tokens
 
 
 def test_asyncio_gets_the_same_tokens(base, engine):
@@ -60,7 +198,7 @@ def test_asyncio_gets_the_same_tokens(base, engine):
 
     ticket = engine.submit(GenerationRequest(prompt(base, 5), sampling=Sampling(8)))
     assert asyncio.run(read(ticket)) == list(ticket)
-    assert len(list(ticket)) >= ticket.n_tokens
+    assert len([token for token in ticket if token.id is not None]) == ticket.n_tokens > 0
 
 
 def test_logprobs_are_those_of_the_base(base, engine):
@@ -72,15 +210,83 @@ def test_logprobs_are_those_of_the_base(base, engine):
     assert [i for i, _ in first.top_logprobs] == logprobs.topk(4).indices.tolist()
 
 
-def test_a_seed_gives_the_same_answer_again(base, engine):
-    sampling = Sampling(10, temperature=1.5, top_p=0.9, seed=7)
-    one, two = (engine.submit(GenerationRequest(prompt(base, 6), sampling=sampling)).text() for _ in range(2))
-    assert one == two
+@pytest.mark.parametrize(
+    "rules", [{"repetition_penalty": 1.8}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 30}], ids=str
+)
+def test_rules_are_those_of_generate(base, engine, rules):
+    sampling = Sampling(30, **rules)
+    ids = prompt(base, 8)
+    lora = make_lora(base, 1) if "min_new_tokens" in rules else None  # whose answer ends early
+    given = answer(base, ids, lora, sampling)
+    assert engine.submit(GenerationRequest(ids, lora, sampling=sampling)).text() == given.text
+    assert given.text != answer(base, ids, lora, Sampling(30)).text
 
 
-def test_too_long_a_prompt_is_refused(base, engine):
+def test_a_seed_gives_the_same_answer_beside_others(base, engine):
+    asked = GenerationRequest(prompt(base, 6), sampling=Sampling(10, temperature=1.5, top_p=0.9, seed=7))
+    others = GenerationRequest(prompt(base, 9), sampling=Sampling(10, temperature=1.5))
+    alone = engine.submit(asked).text()
+    tickets = [engine.submit(one) for one in (others, asked, others, asked)]
+    assert [ticket.text() for ticket in tickets][1::2] == [alone, alone]
+    assert tickets[0].text() != alone
+
+
+def test_tokens_are_drawn_with_their_probability(base):
+    """Of the two likeliest tokens only, as often as their logits at this temperature say."""
+    ids, n = prompt(base, 6), 400
+    engine = LocalEngine(base, EngineConfig(n_slots=50, max_queued=n))
+    sampling = [Sampling(1, temperature=2.0, top_k=2, seed=seed, min_new_tokens=1) for seed in range(n)]
+    tickets = [engine.submit(GenerationRequest(ids, sampling=one)) for one in sampling]
+    drawn = [next(iter(ticket)).id for ticket in tickets]
+    engine.close()
+    with torch.no_grad():
+        logits = base.model(torch.tensor([ids])).logits[0, -1]
+    logits[list(base.end_ids)] = float("-inf")
+    best = logits.topk(2)
+    share = (best.values / 2).softmax(-1)[0].item()
+    assert set(drawn) == set(best.indices.tolist())
+    assert drawn.count(best.indices[0].item()) / n == pytest.approx(share, abs=4 * (share * (1 - share) / n) ** 0.5)
+
+
+def test_a_request_that_cannot_be_served_is_refused_at_once(base, engine):
     with pytest.raises(BaseModelError, match="window"):
         engine.submit(GenerationRequest([5] * 500, sampling=Sampling(100)))
+    with pytest.raises(ConfigError, match="at least one token"):
+        engine.submit(GenerationRequest([]))
+    wrong = Factors(torch.ones(2, 7), torch.ones(9, 2))
+    with pytest.raises(AdapterError, match="does not fit"):
+        engine.submit(GenerationRequest([5, 6], LoRA({"model.layers.0.mlp.down_proj": wrong})))
+    small = LocalEngine(base, EngineConfig(kv_bytes=10_000))
+    with pytest.raises(BaseModelError, match="kv_bytes"):
+        small.submit(GenerationRequest([5] * 100))
+    small.close()
+
+
+def test_a_full_queue_refuses(base):
+    engine = LocalEngine(base, EngineConfig(n_slots=1, max_queued=2))
+    with base.lock:  # nothing moves
+        tickets = [engine.submit(GenerationRequest(prompt(base, 3), sampling=Sampling(3)))]
+        with pytest.raises(EngineBusy) as refused:
+            for _ in range(4):
+                tickets.append(engine.submit(GenerationRequest(prompt(base, 3), sampling=Sampling(3))))
+    assert refused.value.retry_after_s >= 1
+    assert len({ticket.text() for ticket in tickets}) == 1
+    engine.close()
+
+
+def test_cancelled_requests_leave_the_queue_and_the_slots(base):
+    engine = LocalEngine(base, EngineConfig(n_slots=1))
+    long = Sampling(400, min_new_tokens=400)
+    running, waiting, last = (engine.submit(GenerationRequest(prompt(base, 3), sampling=long)) for _ in range(3))
+    next(iter(running))
+    waiting.cancel()
+    running.cancel()
+    next(iter(last))
+    assert (running.finish, waiting.finish, waiting.n_tokens) == (None, None, 0)
+    assert 0 < running.n_tokens < 400
+    last.cancel()
+    assert engine.drain(10)
+    engine.close()
 
 
 def test_a_drained_engine_takes_nothing_more(base, engine):
@@ -89,6 +295,86 @@ def test_a_drained_engine_takes_nothing_more(base, engine):
     assert ticket.finish
     with pytest.raises(EngineStopped):
         engine.submit(GenerationRequest(prompt(base, 6)))
+
+
+def test_closing_fails_what_is_not_done(base):
+    engine = LocalEngine(base, EngineConfig(n_slots=1))
+    sampling = Sampling(400, min_new_tokens=400)
+    tickets = [engine.submit(GenerationRequest(prompt(base, 6), sampling=sampling)) for _ in range(2)]
+    next(iter(tickets[0]))
+    engine.close()
+    for ticket in tickets:
+        with pytest.raises(EngineStopped):
+            list(ticket)
+
+
+def test_a_step_that_fails_is_told_and_the_engine_goes_on(base, engine, monkeypatch):
+    lora = make_lora(base, 1)
+
+    def explode(*given, **options):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("loracast.serving.lora_batch._Step.apply", explode)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.submit(GenerationRequest(prompt(base, 5), lora, "one", Sampling(5))).text()
+    again = engine.submit(GenerationRequest(prompt(base, 5), lora, "one", Sampling(5)))
+    assert again.text() == answer(base, prompt(base, 5), lora, Sampling(5)).text
+
+
+def test_a_lora_that_overflows_fails_alone(base):
+    engine = LocalEngine(base, EngineConfig(n_slots=2))
+    good, ids = make_lora(base, 1), prompt(base, 9)
+    expected = answer(base, ids, good, Sampling(40)).text
+    bad = make_lora(base, 2).scale(1e38)
+    for _ in range(2):
+        beside = engine.submit(GenerationRequest(ids, good, "good", Sampling(40)))
+        with pytest.raises(AdapterError, match="overflow"):
+            engine.submit(GenerationRequest(ids, bad, "bad", Sampling(4))).text()
+        assert beside.text() == expected
+    assert [engine.submit(GenerationRequest(ids, good, str(i), Sampling(40))).text() for i in range(2)] == [
+        expected
+    ] * 2
+    engine.close()
+
+
+def test_others_use_the_base_while_requests_run(base, engine):
+    """Learning takes the base's lock again and again; neither waits for the other to end, and both compute right."""
+    ids = torch.tensor([prompt(base, 6)])
+    with torch.no_grad():
+        before = base.model(ids).logits
+    sampling = Sampling(300, min_new_tokens=300)
+    ticket = engine.submit(GenerationRequest(prompt(base, 9), make_lora(base, 1), "one", sampling))
+    next(iter(ticket))
+    for _ in range(5):
+        with base.lock, torch.no_grad():
+            time.sleep(0.01)
+            assert torch.equal(base.model(ids).logits, before)
+    assert ticket.total_s is None
+    assert ticket.text() == answer(base, prompt(base, 9), make_lora(base, 1), sampling).text
+
+
+def test_the_lock_goes_to_who_asked_first(base):
+    got = []
+
+    def take(i: int) -> None:
+        with base.lock, base.lock:
+            got.append(i)
+
+    with base.lock:
+        threads = []
+        for i in range(4):
+            threads.append(threading.Thread(target=take, args=(i,)))
+            threads[-1].start()
+            time.sleep(0.02)
+        assert not got
+        assert base.lock.is_owned()
+    for thread in threads:
+        thread.join()
+    assert got == [0, 1, 2, 3]
+    assert not base.lock.is_owned()
+    with pytest.raises(RuntimeError):
+        base.lock.release()
 
 
 @pytest.mark.parametrize("stop", [(), ("the lamp",), ("e l", "desk"), ("zzz",), ("  ",)])
@@ -105,3 +391,11 @@ def test_pieces_add_up_to_the_text_before_a_stop_string(base, stop):
         shown += stream.rest()
     ends = [at for one in stop if (at := text.lstrip().find(one)) >= 0]
     assert shown == text.lstrip()[: min(ends, default=None)].rstrip()
+
+
+def test_a_stop_string_ends_an_answer(base, engine):
+    whole = answer(base, prompt(base, 7), None, Sampling(30)).text
+    stop = whole[len(whole) // 2 :][:3]
+    ticket = engine.submit(GenerationRequest(prompt(base, 7), sampling=Sampling(30), stop=(stop,)))
+    assert ticket.text() == whole[: whole.index(stop)].rstrip()
+    assert ticket.finish == "stop"

@@ -107,7 +107,7 @@ def stream(
 
     Closing the generator stops the generation.
     """
-    if base.lock._is_owned():  # type: ignore[attr-defined]  # the generating thread would wait for ever
+    if base.lock.is_owned():  # the generating thread would wait for ever
         raise LoracastError("this thread applies a LoRA to the base: stream outside of that block, or call answer")
     pieces: SimpleQueue[str | None] = SimpleQueue()
     is_closed = Event()

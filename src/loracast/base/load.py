@@ -21,13 +21,12 @@ from loracast.errors import BaseModelError, ConfigError
 from loracast.hub import check_revision, needs_access
 
 if TYPE_CHECKING:
-    import threading
-
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from loracast.base.chat import ChatFormat
     from loracast.base.fingerprint import Fingerprint
+    from loracast.lora.lock import FairLock
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Base:
         return self.model.device
 
     @property
-    def lock(self) -> threading.RLock:
+    def lock(self) -> FairLock:
         """Held by the thread that runs the model: LoRAs are applied to all of its forward passes."""
         from loracast.lora.inject import model_lock
 

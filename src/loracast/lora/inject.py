@@ -21,15 +21,16 @@ from torch import Tensor, nn
 
 from loracast.errors import AdapterError
 from loracast.lora.algebra import LoRA, LoRABatch, stack
+from loracast.lora.lock import FairLock
 
-_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_LOCKS: WeakKeyDictionary[nn.Module, FairLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
 
 
-def model_lock(model: nn.Module) -> threading.RLock:
+def model_lock(model: nn.Module) -> FairLock:
     """The lock of a model, the same one for everybody who has the model; a thread may take it several times."""
     with _LOCKS_LOCK:
-        return _LOCKS.setdefault(model, threading.RLock())
+        return _LOCKS.setdefault(model, FairLock())
 
 
 @contextmanager
@@ -52,7 +53,9 @@ def inject(
     batch = loras if isinstance(loras, LoRABatch) else stack(loras if isinstance(loras, Sequence) else [loras])
     # A list holds one for each row, also where all of them are the same and were stacked once.
     n_rows = len(loras) if isinstance(loras, Sequence) else batch.n if batch.n > 1 else None
-    modules = _modules_for(model, batch)
+    shapes = {name: (b.shape[1], a.shape[2]) for name, (a, b) in batch.factors.items()}
+    shapes |= {name: (delta.shape[1], delta.shape[2]) for name, delta in batch.dense.items()}
+    modules = check_fits(model, shapes)
     with model_lock(model):
         handles = []
         try:
@@ -75,13 +78,14 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
-def _modules_for(model: nn.Module, batch: LoRABatch) -> dict[str, nn.Linear]:
-    """The base's modules that a batch touches, checked to exist and fit."""
+def check_fits(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, nn.Linear]:
+    """The base's modules that a LoRA of these shapes, `module -> (out, in)`, touches.
+
+    Raises AdapterError, with all faults, where they do not exist or have other shapes.
+    """
     modules: dict[str, nn.Linear] = {}
     problems = []
-    shapes = [(name, b.shape[1], a.shape[2]) for name, (a, b) in batch.factors.items()]
-    shapes += [(name, delta.shape[1], delta.shape[2]) for name, delta in batch.dense.items()]
-    for name, d_out, d_in in shapes:
+    for name, (d_out, d_in) in shapes.items():
         try:
             module: nn.Module | None = model.get_submodule(name)
         except AttributeError:

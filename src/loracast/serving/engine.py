@@ -1,62 +1,56 @@
-"""The engine: one thread that runs the base for all requests of a server."""
+"""The engine: continuous batching on a base in this process, with another LoRA for every row.
+
+One thread runs the base for all requests. Each step is one forward pass that takes every running request one token
+further and reads a piece of the prompts that came in meanwhile (batch.py). A request joins the batch when a slot is
+free and leaves it with its last token, so nobody waits for others' answers to end.
+
+    request.py            what is asked for; ticket.py: the tokens as they come
+    adapters_in_memory.py LoRAs under a budget; packed_lora.py: one of them, without what it shares with others
+    lora_batch.py         the LoRAs of a batch, stacked, and their products
+    attention.py          attention over rows of different lengths; kv_cache.py: their keys and values
+    prefix_cache.py       keys and values of prompts that were read before
+    sampler.py            the next token; answer_text.py: text from tokens
+
+LoRAs are read and packed by the thread that submits a request. The base's lock is held for a step, or for as long as
+the engine had to wait for it, so that learning and decoding get half of the time each while both have work.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import Protocol
-
-import torch
+from typing import NamedTuple, Protocol
 
 from loracast.base.load import Base
-from loracast.errors import BaseModelError
+from loracast.errors import BaseModelError, ConfigError
 from loracast.lora.algebra import LoRA
-from loracast.lora.inject import inject
-from loracast.serving.answer_text import AnswerText
-from loracast.serving.request import EngineBusy, EngineStopped, Finish, GenerationRequest, Token
-from loracast.serving.sampler import Sampler, top_logprobs
+from loracast.lora.inject import check_fits
+from loracast.serving.adapters_in_memory import AdaptersInMemory
+from loracast.serving.batch import Batch, token_bytes, tokens_needed
+from loracast.serving.engine_config import EngineConfig, EngineStats
+from loracast.serving.packed_lora import PackedLoRA, SharedParts
+from loracast.serving.request import EngineBusy, EngineStopped, GenerationRequest
 from loracast.serving.ticket import Ticket
 
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Sizes of an engine."""
-
-    n_slots: int = 32
-    """Requests that are decoded at the same time."""
-    max_queued: int = 256
-    """Requests that may wait for a slot; more are refused with EngineBusy."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What an engine is doing, and what it has done since it started."""
-
-    n_slots: int
-    n_queued: int
-    n_running: int
-    n_steps: int = 0
-    """Forward passes."""
-    n_decoded_rows: int = 0
-    """Rows of all forward passes: divided by `n_steps` it is the mean batch size."""
-    n_generated_tokens: int = 0
-    n_prompt_tokens: int = 0
-    n_cached_tokens: int = 0
-    """Tokens of prompts that came from the prefix cache."""
-    n_prefix_hits: int = 0
-    n_prefix_misses: int = 0
-    prefix_bytes: int = 0
-    n_adapters_in_memory: int = 0
-    adapter_bytes: int = 0
+_MAX_HOLD_S = 2.0
+"""Longest time in which the engine keeps the base's lock."""
+_BASE_ALONE = "base"
+"""Key of the prefix cache for requests without a LoRA."""
 
 
 class Engine(Protocol):
     """What the HTTP API needs of an engine."""
 
     def submit(self, request: GenerationRequest) -> Ticket:
-        """Queue a request. Raises EngineBusy, EngineStopped, or BaseModelError where the prompt is too long."""
+        """Queue a request.
+
+        Raises:
+            EngineBusy: too many requests wait already.
+            EngineStopped: the engine takes no more requests.
+            BaseModelError: the prompt is empty or too long.
+            AdapterError: the LoRA does not fit the base.
+        """
 
     def stats(self) -> EngineStats: ...
 
@@ -67,49 +61,98 @@ class Engine(Protocol):
         """Stop at once: requests that are not done fail with EngineStopped."""
 
 
+class _Queued(NamedTuple):
+    ticket: Ticket
+    packed: PackedLoRA | None
+    prefix_key: str | None
+
+
 class LocalEngine:
-    """An engine on a base in this process."""
+    """An engine on a base in this process; methods as in `Engine`."""
 
     def __init__(self, base: Base, config: EngineConfig = EngineConfig()):
+        """Raises BaseModelError for a base whose requests cannot be computed side by side."""
         self.base, self.config = base, config
-        self._queue: deque[tuple[Ticket, LoRA | None]] = deque()
+        self._batch = Batch(base, config)
+        self._shared = SharedParts(base.device, base.model.dtype)
+        self._adapters = AdaptersInMemory(config.adapter_bytes)
+        self._queue: deque[_Queued] = deque()
         self._changed = threading.Condition()
         self._is_draining = self._is_closed = False
-        self._n_running = self._n_generated = self._n_prompt = self._n_steps = 0
+        self._mean_s = 1.0  # of a request from its start to its end
         self._thread = threading.Thread(target=self._run, name="loracast-engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: GenerationRequest) -> Ticket:
-        window, n_prompt = self.base.window, len(request.prompt)
-        if n_prompt + request.sampling.max_new_tokens > window:
+        self._check(request)
+        with self._changed:
+            self._refuse_if_full()
+        packed = self._packed(request)
+        prefix_key = _BASE_ALONE if packed is None else request.lora_key and f"lora {request.lora_key}"
+        ticket = Ticket(request)
+        with self._changed:
+            self._refuse_if_full()
+            self._queue.append(_Queued(ticket, packed, prefix_key))
+            self._changed.notify_all()
+        return ticket
+
+    def _check(self, request: GenerationRequest) -> None:
+        window, n_prompt, n_new = self.base.window, len(request.prompt), request.sampling.max_new_tokens
+        if not n_prompt or n_new < 1:
+            raise ConfigError("a request needs a prompt of at least one token, and room for one new token")
+        if n_prompt + n_new > window:
             raise BaseModelError(
                 f"the prompt has {n_prompt} tokens and the base's window holds {window}; learn the long text as a "
                 "document, or ask for a shorter answer"
             )
-        if not n_prompt:
-            raise BaseModelError("the prompt is empty: give at least one token")
-        ticket = Ticket(request)
-        lora = request.lora if request.lora is None or isinstance(request.lora, LoRA) else request.lora()
-        with self._changed:
-            if self._is_draining or self._is_closed:
-                raise EngineStopped
-            if len(self._queue) >= self.config.max_queued:
-                raise EngineBusy(len(self._queue), 1.0)
-            self._queue.append((ticket, lora))
-            self._changed.notify_all()
-        return ticket
+        if tokens_needed(request) * token_bytes(self.base) > self.config.kv_bytes:
+            raise BaseModelError(
+                f"{n_prompt} tokens of prompt and {n_new} of answer do not fit into the engine's memory for keys and "
+                "values; ask for a shorter answer, or raise EngineConfig.kv_bytes"
+            )
+
+    def _refuse_if_full(self) -> None:
+        if self._is_draining:
+            raise EngineStopped
+        if (n := len(self._queue)) >= self.config.max_queued:
+            raise EngineBusy(n, max(1.0, self._mean_s * n / self.config.n_slots))
+
+    def _packed(self, request: GenerationRequest) -> PackedLoRA | None:
+        """The LoRA of a request, from memory or read in this thread."""
+
+        def load() -> PackedLoRA | None:
+            lora = request.lora if request.lora is None or isinstance(request.lora, LoRA) else request.lora()
+            if lora is None or not lora.names:
+                return None
+            check_fits(self.base.model, lora.shapes)
+            return self._shared.pack(lora)
+
+        if request.lora is None or request.lora_key is None:
+            return load()
+        return self._adapters.get(request.lora_key, load)
 
     def stats(self) -> EngineStats:
+        batch, prefixes = self._batch, self._batch.prefixes
         with self._changed:
             return EngineStats(
-                self.config.n_slots, len(self._queue), self._n_running, self._n_steps, self._n_steps,
-                self._n_generated, self._n_prompt,
-            )  # fmt: skip
+                n_slots=self.config.n_slots,
+                n_queued=len(self._queue),
+                n_running=batch.n_rows,
+                n_steps=batch.n_steps,
+                n_generated_tokens=batch.n_generated,
+                n_prompt_tokens=batch.n_prompt,
+                n_cached_tokens=batch.n_cached,
+                n_prefix_hits=prefixes.n_hits,
+                n_prefix_misses=prefixes.n_misses,
+                prefix_bytes=prefixes.n_bytes,
+                n_adapters_in_memory=len(self._adapters),
+                adapter_bytes=self._adapters.n_bytes,
+            )
 
     def drain(self, timeout_s: float) -> bool:
         with self._changed:
             self._is_draining = True
-            return self._changed.wait_for(lambda: not self._queue and not self._n_running, timeout_s)
+            return self._changed.wait_for(lambda: not self._queue and not self._batch.n_rows, timeout_s)
 
     def close(self) -> None:
         with self._changed:
@@ -117,54 +160,59 @@ class LocalEngine:
             self._changed.notify_all()
         self._thread.join()
 
+    # ---- the engine's thread
+
     def _run(self) -> None:
+        batch = self._batch
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._is_closed)
-                if self._is_closed:
-                    for ticket, _ in self._queue:
-                        ticket.end(None, EngineStopped())
-                    return
-                ticket, lora = self._queue.popleft()
-                self._n_running = 1
-            try:
-                ticket.end(self._answer(ticket, lora))
-            except Exception as error:  # the engine goes on with the next request
-                ticket.end(None, error)
-            with self._changed:
-                self._n_running = 0
                 self._changed.notify_all()
+                self._changed.wait_for(lambda: self._queue or batch.n_rows or self._is_closed)
+                if self._is_closed:
+                    break
+            asked = time.perf_counter()
+            with self.base.lock:
+                got = time.perf_counter()
+                until = got + min(got - asked, _MAX_HOLD_S)
+                while not self._is_closed and self._step() and time.perf_counter() < until:
+                    pass
+        batch.fail(EngineStopped())
+        for queued in self._queue:
+            queued.ticket.end(None, EngineStopped())
+        self._queue.clear()
 
-    @torch.no_grad()
-    def _answer(self, ticket: Ticket, lora: LoRA | None) -> Finish | None:
-        request, base = ticket.request, self.base
-        sampler = Sampler(base, request.sampling, request.prompt)
-        text = AnswerText(base.tokenizer, request.stop, request.strips)
-        ids, fresh, cache = list(request.prompt), list(request.prompt), None
-        self._n_prompt += len(ids)
-        finish: Finish | None = "length"
-        for _ in range(request.sampling.max_new_tokens):
-            if ticket.is_cancelled:
-                return None
-            if self._is_closed:
-                raise EngineStopped
-            with inject(base.model, lora):
-                given = base.model(input_ids=torch.tensor([fresh], device=base.device), cache=cache, use_cache=True)
-            cache, logits = given.cache, given.logits[0, -1]
-            self._n_steps += 1
-            time.sleep(0)  # others may take the base's lock
-            chosen = sampler.choose(logits, ids)
-            if chosen in base.end_ids:
-                finish = "stop"
+    def _step(self) -> bool:
+        """Let requests in and go one step; whether there was anything to do."""
+        batch = self._batch
+        try:
+            batch.drop_cancelled()
+            self._admit()
+            if not batch.n_rows:
+                return False
+            batch.step()
+        except Exception as error:  # whoever runs is told, and the engine goes on with the next requests
+            batch.fail(error)
+        return True
+
+    def _admit(self) -> None:
+        """Start waiting requests, first come, first served."""
+        batch, waits = self._batch, deque[_Queued]()
+        while True:
+            with self._changed:
+                if not self._queue:
+                    break
+                queued = self._queue.popleft()
+            if queued.ticket.is_cancelled:
+                queued.ticket.end(None)
+            elif batch.is_reading(queued.ticket.request, queued.prefix_key):
+                waits.append(queued)  # for the keys and values of the same prompt
+            elif batch.has_room(queued.ticket.request):
+                try:
+                    batch.add(*queued)
+                except Exception as error:
+                    queued.ticket.end(None, error)
+            else:
+                waits.append(queued)
                 break
-            self._n_generated += 1
-            ids.append(chosen)
-            fresh = [chosen]
-            piece, is_stopped = text.add(chosen)
-            logprobs = () if request.n_logprobs is None else top_logprobs(logits, chosen, request.n_logprobs)
-            ticket.put(Token(chosen, piece, *logprobs))
-            if is_stopped:
-                return "stop"
-        if rest := text.rest():
-            ticket.put(Token(None, rest))
-        return finish
+        with self._changed:
+            self._queue.extendleft(reversed(waits))

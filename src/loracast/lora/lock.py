@@ -1,0 +1,67 @@
+"""A reentrant lock that threads get in the order in which they ask for it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+
+class FairLock:
+    """As `threading.RLock`, but first come, first served.
+
+    A thread that runs a model step after step takes its lock again at once, and with an RLock others could wait for
+    ever.
+    """
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._waiting: deque[tuple[int, threading.Lock]] = deque()
+        self._owner: int | None = None
+        self._depth = 0
+
+    def acquire(self) -> bool:
+        """Wait for the lock and take it."""
+        me = threading.get_ident()
+        with self._mutex:
+            if self._owner in (None, me):
+                self._owner = me
+                self._depth += 1
+                return True
+            turn = (me, threading.Lock())
+            turn[1].acquire()
+            self._waiting.append(turn)
+        try:
+            turn[1].acquire()  # until `release` hands the lock over
+        except BaseException:  # the wait was interrupted
+            with self._mutex:
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
+                    raise
+            self.release()
+            raise
+        return True
+
+    def release(self) -> None:
+        """Give the lock back, to the thread that has waited longest. Raises RuntimeError for any but the owner."""
+        with self._mutex:
+            if self._owner != threading.get_ident():
+                raise RuntimeError("this thread does not hold the lock")
+            self._depth -= 1
+            if self._depth:
+                return
+            self._owner = None
+            if self._waiting:
+                self._owner, turn = self._waiting.popleft()
+                self._depth = 1
+                turn.release()
+
+    def is_owned(self) -> bool:
+        """Whether the calling thread holds the lock."""
+        return self._owner == threading.get_ident()
+
+    def __enter__(self) -> FairLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.release()
