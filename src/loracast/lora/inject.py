@@ -11,7 +11,7 @@ and whoever reads the model without one takes it too.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from weakref import WeakKeyDictionary
@@ -53,8 +53,8 @@ def inject(
     batch = loras if isinstance(loras, LoRABatch) else stack(loras if isinstance(loras, Sequence) else [loras])
     # A list holds one for each row, also where all of them are the same and were stacked once.
     n_rows = len(loras) if isinstance(loras, Sequence) else batch.n if batch.n > 1 else None
-    shapes = {name: (b.shape[1], a.shape[2]) for name, (a, b) in batch.factors.items()}
-    shapes |= {name: (delta.shape[1], delta.shape[2]) for name, delta in batch.dense.items()}
+    shapes = [(name, (b.shape[1], a.shape[2])) for name, (a, b) in batch.factors.items()]
+    shapes += [(name, (delta.shape[1], delta.shape[2])) for name, delta in batch.dense.items()]
     modules = check_fits(model, shapes)
     with model_lock(model):
         handles = []
@@ -78,14 +78,14 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
-def check_fits(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, nn.Linear]:
-    """The base's modules that a LoRA of these shapes, `module -> (out, in)`, touches.
+def check_fits(model: nn.Module, shapes: Iterable[tuple[str, tuple[int, int]]]) -> dict[str, nn.Linear]:
+    """The base's modules that a LoRA of these shapes, (module, (out, in)), touches.
 
     Raises AdapterError, with all faults, where they do not exist or have other shapes.
     """
     modules: dict[str, nn.Linear] = {}
     problems = []
-    for name, (d_out, d_in) in shapes.items():
+    for name, (d_out, d_in) in shapes:
         try:
             module: nn.Module | None = model.get_submodule(name)
         except AttributeError:

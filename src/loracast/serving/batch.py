@@ -82,7 +82,7 @@ class Batch:
     def __init__(self, base: Base, config: EngineConfig):
         _check_base(base)
         self.base, self.config = base, config
-        self.n_steps = self.n_generated = self.n_prompt = self.n_cached = self.n_reserved = 0
+        self.n_steps = self.n_decoded_rows = self.n_generated = self.n_prompt = self.n_cached = self.n_reserved = 0
         self.prefixes = PrefixCache(config.prefix_bytes)
         self._max_tokens = config.kv_bytes // token_bytes(base)
         self._loras = LoRABatcher(base.model, config.n_slots)
@@ -182,6 +182,7 @@ class Batch:
                 rows=batch,
             )
         self.n_steps += 1
+        self.n_decoded_rows += len(asking)
         for row, n in spans:
             row.n_done += n
         self._choose(asking, given.logits[0])

@@ -124,7 +124,7 @@ class LocalEngine:
             lora = request.lora if request.lora is None or isinstance(request.lora, LoRA) else request.lora()
             if lora is None or not lora.names:
                 return None
-            check_fits(self.base.model, lora.shapes)
+            check_fits(self.base.model, lora.shapes.items())
             return self._shared.pack(lora)
 
         if request.lora is None or request.lora_key is None:
@@ -139,6 +139,7 @@ class LocalEngine:
                 n_queued=len(self._queue),
                 n_running=batch.n_rows,
                 n_steps=batch.n_steps,
+                n_decoded_rows=batch.n_decoded_rows,
                 n_generated_tokens=batch.n_generated,
                 n_prompt_tokens=batch.n_prompt,
                 n_cached_tokens=batch.n_cached,

@@ -39,6 +39,8 @@ class EngineStats:
     n_running: int
     n_steps: int
     """Forward passes."""
+    n_decoded_rows: int
+    """Tokens chosen in all of them: divided by `n_steps` it is the mean size of the batch."""
     n_generated_tokens: int
     n_prompt_tokens: int
     n_cached_tokens: int
