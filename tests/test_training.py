@@ -19,7 +19,9 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from typer.testing import CliRunner
 
+from loracast.cli import app
 from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
@@ -475,3 +477,10 @@ def test_a_damaged_state_is_refused_and_not_taken_for_a_fresh_start(damage, tmp_
         shutil.rmtree(tmp_path / "state-2")
     with pytest.raises(TrainingError, match="cannot be read"):
         run(Toy(), tmp_path, config(steps=2))
+
+
+def test_a_curve_that_cannot_be_drawn_is_said_before_the_training(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("loracast.training.plots.find_spec", lambda name: None)
+    refused = CliRunner().invoke(app, ["train", "doc", "--base", str(tiny_folder), "--out", str(tmp_path / "run")])
+    assert refused.exit_code == 1 and not (tmp_path / "run").exists()
+    assert "loracast[train]" in refused.output

@@ -40,7 +40,7 @@ def shipped_hypernetwork(base: Base | str, modality: Modality = "document") -> P
             return folder
     raise HypernetworkError(
         f"no hypernetwork is shipped for the base {name!r}: train one (`loracast train {_TRAINED_BY[modality]} --base "
-        f"{name}`) and give it with --hypernetwork FOLDER"
+        "FOLDER`, with the base's folder or hub id) and give it with --hypernetwork, or hypernetwork= from Python"
     )
 
 

@@ -287,10 +287,11 @@ def _train_hypernetwork(
         what: the command's name, for the checkpoint's record of how it was made.
         files: further files that `train` takes by these names; the record names them too.
     """
-    from loracast.training.plots import plot_metrics
+    from loracast.training.plots import plot_metrics, require_matplotlib
     from loracast.training.progress import ProgressLine
     from loracast.training.runtime import Workers
 
+    require_matplotlib()
     files = {"init_from": run.init_from, **(files or {})}
     workers = Workers.join(run.device)
     base = _open_base(run, str(workers.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from loracast.errors import LoracastError
@@ -10,12 +11,16 @@ from loracast.errors import LoracastError
 _SHARES = ("token_accuracy", "relative_error")
 
 
+def require_matplotlib() -> None:
+    """Raise LoracastError where the curve cannot be drawn: before the training, not after it."""
+    if find_spec("matplotlib") is None:
+        raise LoracastError("the curve of a training needs matplotlib: pip install 'loracast[train]'")
+
+
 def plot_metrics(metrics: Path, plot: Path) -> bool:
     """Plot loss, accuracies and relative errors over the steps; False if there are none. Needs the extra `train`."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise LoracastError("plots need matplotlib: pip install 'loracast[train]'") from error
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
