@@ -142,3 +142,12 @@ def test_folders_stand_for_their_names(plan, tmp_path):
     with pytest.raises(typer.Exit):
         results.measure(one, ["n"], {"DATA": Path("/some/where")}, tmp_path, run)
     assert not any("DATA" in argument for argument in asked) and any("/some/where/" in argument for argument in asked)
+
+
+@pytest.mark.parametrize("name", results.SHIPPED.values())
+def test_provenance_leads_back_to_a_run_that_starts_from_nothing(name):
+    config = json.loads((ROOT / "src" / "loracast" / "pretrained" / name / "config.json").read_text())
+    stages = config["provenance"].get("ancestors") or config["provenance"]["history"]
+    assert "--init-from" not in stages[0]["command"] and "--shared-from" not in stages[0]["command"]
+    assert all(stage.get("command") or stage.get("note") for stage in stages)
+    assert not re.search(r"/root|/work|/home", json.dumps(stages))

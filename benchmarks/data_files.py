@@ -1,0 +1,57 @@
+"""Split what is kept for choosing from the training documents: `python benchmarks/data_files.py DATA OUT`.
+
+DATA/docqa_train.jsonl.gz becomes OUT/squad_dev_articles.jsonl.gz, five articles of SQuAD's training set that were drawn
+once, and OUT/docqa_train_less_dev.jsonl.gz, all other rows. `loracast eval overlap --keep` then leaves out what test
+documents share (docs/training.md).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from loracast.data.rows import each_row
+
+SOURCE = "squad_v1_train_part"
+DEV_ARTICLES = frozenset(
+    {
+        "Alfred North Whitehead",
+        "Financial crisis of 2007–08",
+        "Genome",
+        "Sino-Tibetan relations during the Ming dynasty",
+        "Spectre (2015 film)",
+    }
+)
+
+
+def split(data: Path, out: Path) -> tuple[int, int]:
+    """Write both files and give their numbers of rows: those for choosing, and those for training."""
+    dev: list[dict[str, Any]] = []
+    train: list[dict[str, Any]] = []
+
+    def take(row: dict[str, Any]) -> None:
+        is_dev = row["source"] == SOURCE and row.get("title") in DEV_ARTICLES
+        (dev if is_dev else train).append(row)
+
+    each_row(data / "docqa_train.jsonl.gz", take, "training documents")
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "squad_dev_articles.jsonl.gz", dev)
+    write(out / "docqa_train_less_dev.jsonl.gz", train)
+    return len(dev), len(train)
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSONL, gzipped; the same rows give the same bytes."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(lines.encode(), mtime=0))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    n_dev, n_train = split(Path(sys.argv[1]), Path(sys.argv[2]))
+    print(f"{n_dev} rows to choose with, {n_train} to train on")
