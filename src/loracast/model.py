@@ -8,7 +8,7 @@ print(model.ask("How long is the warranty?", manual))
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -17,13 +17,14 @@ from loracast.base.fingerprint import check
 from loracast.base.generate import Sampling, answer, answers, stream
 from loracast.base.load import Base, load_base
 from loracast.base.packages import Say
-from loracast.cast.document import Progress, cast_document, learn_document, recast
+from loracast.cast.document import CachedRecast, Progress, cast_document, learn_document
 from loracast.cast.image import cast_image, learn_image
 from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork, trained_template
+from loracast.cast.memory import Memory
 from loracast.cast.task import TaskCaster, TaskOptions
 from loracast.documents import Document
 from loracast.documents.images import ImageFile
-from loracast.errors import AdapterError, ConfigError, HypernetworkError
+from loracast.errors import AdapterError, ConfigError
 from loracast.hypernets.protocol import Caster, Hypernetwork, Modality
 from loracast.library.adapter import Adapter, loras_together
 from loracast.library.library import open_adapter
@@ -94,17 +95,23 @@ class Model:
         """The caster of documents. Raises HypernetworkError if none was given and none ships for the base."""
         return self._load("document")
 
+    @cached_property
+    def _recast(self) -> CachedRecast:
+        return CachedRecast(self.documents, self.base)
+
+    def memory(self, name: str) -> Memory:
+        """What a user said in chats, kept under a name of the library: `remember`, `messages`, `forget`.
+
+        The name answers questions as any document does. Raises AdapterError if it is that of another adapter.
+        """
+        return Memory(self.documents, self.base, self.library, name, self._recast)
+
     def adapter(self, name: str) -> Adapter:
         """An adapter of the library, checked against the base. Raises HypernetworkError if it needs another one."""
         found = open_adapter(self.library, name)
         check(found.manifest.made_for, self.base.fingerprint, f"the adapter {name!r}")
         if found.manifest.storage == "text":
-            if found.manifest.hypernetwork not in (self.documents.id, *self.documents.hypernetwork.former_ids):
-                raise HypernetworkError(
-                    f"{name!r} keeps only its text, and this is not the hypernetwork that it was learned with "
-                    f"({found.manifest.hypernetwork}): give that one with --hypernetwork, or learn the document again"
-                )
-            found.recast = partial(recast, self.documents, self.base)
+            self._recast.attach(found)
         return found
 
     @overload

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from loracast.base.chat import encode_text, encode_with_offsets
 from loracast.base.load import Base
 from loracast.documents import Chunk, Document, split_text
 from loracast.documents.sentences import sentence_spans, token_sentences
-from loracast.errors import ConfigError, DocumentError
+from loracast.errors import ConfigError, DocumentError, HypernetworkError
 from loracast.hypernets.protocol import Caster
-from loracast.library.adapter import SENTENCE, Adapter, join_chunks
+from loracast.library.adapter import SENTENCE, STATIC, Adapter, join_chunks
 from loracast.library.library import check_free, find_cached, give_name
 from loracast.library.manifest import Manifest, utc_now
 from loracast.library.save import save_rows, static_tensors
@@ -100,6 +101,45 @@ def recast(caster: Caster, base: Base, prompts: Sequence[str]) -> dict[str, Tens
     return rows
 
 
+class CachedRecast:
+    """`recast` that keeps the factors of the last chunks in memory, about 2 MB each for the shipped hypernetwork."""
+
+    def __init__(self, caster: Caster, base: Base, most: int = 32):
+        self.caster, self.base, self.most = caster, base, most
+        self._rows: dict[str, dict[str, Tensor]] = {}  # by prompt, the one used last at the end
+        self._changing = Lock()
+
+    def attach(self, adapter: Adapter) -> None:
+        """Have the factors of an adapter of storage `text` cast here.
+
+        Raises:
+            HypernetworkError: another hypernetwork made it.
+        """
+        if adapter.manifest.hypernetwork not in (self.caster.id, *self.caster.hypernetwork.former_ids):
+            raise HypernetworkError(
+                f"{adapter.name!r} keeps only its text, and this is not the hypernetwork that it was learned with "
+                f"({adapter.manifest.hypernetwork}): give that one with --hypernetwork, or learn the document again"
+            )
+        adapter.recast = self
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As `recast`; prompts that are not in memory are cast in one go."""
+        with self._changing:
+            found = {prompt: self._rows[prompt] for prompt in prompts if prompt in self._rows}
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]:
+            cast = recast(self.caster, self.base, new)
+            for i, prompt in enumerate(new):
+                found[prompt] = {name: v if STATIC in name else v[i : i + 1].clone() for name, v in cast.items()}
+        with self._changing:
+            for prompt, rows in found.items():
+                self._rows.pop(prompt, None)
+                self._rows[prompt] = rows
+            for prompt in list(self._rows)[: -self.most]:
+                del self._rows[prompt]
+        each = [found[prompt] for prompt in prompts]
+        return {name: v if STATIC in name else torch.cat([rows[name] for rows in each]) for name, v in each[0].items()}
+
+
 def cast_document(caster: Caster, base: Base, document: Document, max_chunk_tokens: int | None) -> LoRA:
     """Cast a document into a LoRA, all of its chunks merged, and keep nothing."""
     hypernetwork = caster.hypernetwork
@@ -126,11 +166,38 @@ def learn_document(
     appears in the library once it is complete: casting that fails or is killed leaves nothing behind. Chunks are as
     long as the hypernetwork was made for where `max_chunk_tokens` is None.
     """
+    max_chunk_tokens = max_chunk_tokens or caster.hypernetwork.chunk_tokens
+    return learn_chunks(
+        caster,
+        base,
+        document,
+        split_document(base, document, max_chunk_tokens),
+        library,
+        name,
+        max_chunk_tokens=max_chunk_tokens,
+        storage=storage,
+        replace=replace,
+        progress=progress,
+    )
+
+
+def learn_chunks(
+    caster: Caster,
+    base: Base,
+    document: Document,
+    chunks: Sequence[Chunk],
+    library: Path,
+    name: str,
+    *,
+    max_chunk_tokens: int,
+    storage: Storage = DEFAULT_STORAGE,
+    replace: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Adapter:
+    """`learn_document` for a document that has been split already, none of its chunks longer than that."""
     started = time.perf_counter()
     hypernetwork = caster.hypernetwork
     config = hypernetwork.config
-    max_chunk_tokens = max_chunk_tokens or hypernetwork.chunk_tokens
-    chunks = split_document(base, document, max_chunk_tokens)
     manifest = Manifest(
         name=name,
         title=document.title,

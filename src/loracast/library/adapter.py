@@ -21,6 +21,7 @@ from loracast.errors import AdapterError
 from loracast.files import file_sha256
 from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS, Manifest
+from loracast.library.memory import route_memory
 from loracast.library.relevance import THRESHOLD
 from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, route_question
 from loracast.lora.quantize import SCALE, packed, storage_of, unpack
@@ -79,6 +80,8 @@ class Adapter:
         """The chunks and sentences of a document that a question gets (`routing.route_question`)."""
         if self.manifest.kind != "document":
             return Route(reason=f"{self.manifest.kind}: always whole")
+        if self.manifest.is_memory:
+            return route_memory(self.index, self.manifest.n_chunks, question, k, threshold)
         return route_question(self.index, self.manifest.n_chunks, question, k, threshold)
 
     def lora(

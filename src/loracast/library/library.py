@@ -175,6 +175,12 @@ def remove_adapter(library: Path, reference: str) -> None:
     recover(library)
 
 
+def erase_traces(library: Path) -> None:
+    """Rewrite the register, in whose free pages the text of removed adapters would stay readable."""
+    with Register.reading(library) as register:
+        register.vacuum()
+
+
 def rename_adapter(library: Path, name: str, new: str) -> None:
     """Give a name's adapters, tags and note another name. Raises AdapterError where that is taken."""
     check_name(new)

@@ -29,6 +29,8 @@ VERSION_DIGITS = 12
 """Digits of a version's hash by which people and servers call it."""
 AdapterKind = Literal["document", "task", "image", "combined", "imported"]
 """What an adapter was made from: a document, a task's description, an image, other adapters, another tool's LoRA."""
+MEMORY_SOURCE = "(chat)"
+"""The source of a document that is what a user said in chats (cast/memory.py)."""
 _STORED_AS = {"max_unscaled_chunks": "most_summed", "key_decorrelation": "merge_ridges"}
 """Fields whose key in adapter.json is older than their name; versions are hashes over these keys, so they stay."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -78,6 +80,11 @@ class Manifest:
     """Of a task: factor on every delta, folded in already."""
 
     @property
+    def is_memory(self) -> bool:
+        """Whether this is a document of what a user said in chats."""
+        return self.kind == "document" and self.source == MEMORY_SOURCE
+
+    @property
     def target(self) -> Target:
         return Target(tuple(TargetModule(*module) for module in self.modules))
 
@@ -110,7 +117,7 @@ class Manifest:
         # An earlier id is a hash of the weights, which does not say how chunks are merged.
         given = (self.key_decorrelation, self.memory_kinds)  # adapters of format 1 have no sentences
         ids = (self.hypernetwork, *former_ids)
-        return [_hash([*source, one, asdict(self.made_for), *options, *filter(None, given)]) for one in ids]
+        return [_hash([*source, one, self.made_for.to_dict(), *options, *filter(None, given)]) for one in ids]
 
     @property
     def rank_text(self) -> str:
@@ -172,7 +179,8 @@ class Manifest:
 
     def _stored(self) -> dict[str, Any]:
         """The manifest under the keys of adapter.json."""
-        return {_STORED_AS.get(key, key): value for key, value in asdict(self).items()}
+        stored = {**asdict(self), "made_for": self.made_for.to_dict()}
+        return {_STORED_AS.get(key, key): value for key, value in stored.items()}
 
 
 def _hash(value: object) -> str:

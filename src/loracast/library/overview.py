@@ -89,7 +89,8 @@ def overview(question: str, chosen: Sequence[Adapter | str], open_named: Callabl
         return None
     patterns = patterns_in(chosen)
     named = [open_named(one) if isinstance(one, str) else one for one in chosen if one not in patterns]
-    told = [_told(one, read_outline(one.index), wanted) for one in named if one.manifest.kind == "document"]
+    documents = [one for one in named if one.manifest.kind == "document" and not one.manifest.is_memory]
+    told = [_told(one, read_outline(one.index), wanted) for one in documents]
     return "\n\n".join(told) or None
 
 

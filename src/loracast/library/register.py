@@ -270,6 +270,11 @@ class Register:
     def recover(self, version: str) -> None:
         self._db.execute("DELETE FROM unrecovered WHERE id = ?", (version,))
 
+    def vacuum(self) -> None:
+        """Rewrite the file without what was deleted from it; not inside `writing`."""
+        self._db.execute("INSERT INTO texts (texts) VALUES ('optimize')")  # the index keeps words of deleted rows
+        self._db.execute("VACUUM")
+
     def rename(self, name: str, new: str) -> None:
         self._db.execute("UPDATE names SET name = ? WHERE name = ?", (new, name))
 

@@ -27,6 +27,18 @@ def work_folder(library: Path, purpose: str) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextmanager
+def exclusively(library: Path, what: str) -> Iterator[None]:
+    """Wait until nobody else does the same to this library, and keep them off meanwhile; on POSIX systems only."""
+    library.mkdir(parents=True, exist_ok=True)
+    with open(library / f"{_PREFIX}{what}.lock", "w") as file:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)  # of this open file, so that threads wait for each other too
+        yield
+
+
 def tidy(library: Path) -> None:
     """Delete the work folders of killed processes."""
     for folder in library.glob(f"{_PREFIX}*-*"):

@@ -1,0 +1,165 @@
+"""A memory that grows while a user talks: what they say becomes further chunks of a document adapter.
+
+    memory = model.memory("me")
+    memory.remember("My dog is called Bella.")
+    model.ask("What is my dog called?", "me")
+
+Only the text is kept (storage `text`), so that a new version takes a few kilobytes and no pass of the base; a chunk is
+cast when a question first needs it (`CachedRecast`), or in the background once it has been said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from loracast.base.load import Base
+from loracast.cast.document import CachedRecast, learn_chunks, split_document
+from loracast.documents import Chunk, Document
+from loracast.errors import AdapterError
+from loracast.hypernets.protocol import Caster
+from loracast.library.adapter import Adapter
+from loracast.library.files import home_of, reading
+from loracast.library.index import read_chunks
+from loracast.library.library import erase_traces, open_adapter, remove_adapter, versions
+from loracast.library.manifest import MEMORY_SOURCE, check_name
+from loracast.library.memory import MESSAGE_GAP, messages_in, statements_in
+from loracast.library.workfolders import exclusively
+
+MOST_MESSAGES = 256
+"""Messages of a memory; the oldest go when more come."""
+KEPT_VERSIONS = 8
+"""Versions of a memory that stay, the newest."""
+_BACKGROUND = ThreadPoolExecutor(1, "loracast-memory")
+"""Learns what `Memory.remember_later` is given, in order; a process that ends waits for it."""
+_TITLE = "What the user said"
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What `Memory.forget` did."""
+
+    message: str
+    n_removed: int
+    """Older versions that held the message and are gone."""
+    still_in: tuple[str, ...]
+    """Versions that hold it and stay, since they have another name as well."""
+
+
+class Memory:
+    """What a user said, kept under one name of a library. Threads and processes may share it."""
+
+    def __init__(self, caster: Caster, base: Base, library: Path, name: str, recast: CachedRecast):
+        """
+        Args:
+            recast: casts the chunks that have been said, so that a question need not wait for it.
+
+        Raises:
+            AdapterError: the name is not allowed, or is that of an adapter that is no memory.
+        """
+        self.caster, self.base, self.library, self.name = caster, base, library, check_name(name)
+        self._recast = recast
+        self._newest()
+
+    def _newest(self) -> Adapter | None:
+        with reading(self.library) as register:
+            if register.newest(self.name) is None:
+                return None
+        adapter = open_adapter(self.library, self.name)
+        if not adapter.manifest.is_memory:
+            raise AdapterError(
+                f"{self.name!r} is an adapter that no chat has made, and what is said would be mixed into it: give the "
+                "memory another name"
+            )
+        return adapter
+
+    def messages(self) -> list[str]:
+        """What has been said, the oldest first: only sentences that state something."""
+        adapter = self._newest()
+        return [] if adapter is None else messages_in(read_chunks(adapter.index))
+
+    def remember(self, message: str) -> Adapter | None:
+        """Add a message to the memory, as a new version; None where it states nothing or has been said already.
+
+        Of more than MOST_MESSAGES the oldest are dropped, and of more than KEPT_VERSIONS versions too.
+        """
+        said = statements_in(message)
+        if not said:
+            return None
+        with exclusively(self.library, "memory"):
+            before = self.messages()
+            if said in before:
+                return None
+            adapter = self._learn([*before, said][-MOST_MESSAGES:])
+            for entry in versions(self.library, self.name)[KEPT_VERSIONS:]:
+                remove_adapter(self.library, f"{self.name}@{entry.version}")
+        self._recast([chunk.prompt for chunk in self._split(said, 0)])
+        return adapter
+
+    def remember_later(self, message: str) -> Future[Adapter | None]:
+        """`remember` in the background. What fails there is logged, without the message."""
+        future = _BACKGROUND.submit(self.remember, message)
+        future.add_done_callback(_log_failure)
+        return future
+
+    def forget(self, number: int) -> Forgotten:
+        """Take a message out of the memory, and delete the older versions that hold it.
+
+        Copies of the adapter elsewhere (pushed, exported, backed up) stay.
+
+        Args:
+            number: its place in `messages`, from 1 on.
+
+        Raises:
+            AdapterError: there is no such message.
+        """
+        with exclusively(self.library, "memory"):
+            messages = self.messages()
+            if not 1 <= number <= len(messages):
+                raise AdapterError(
+                    f"the memory {self.name!r} has {len(messages)} messages, and none is number {number}"
+                )
+            message = messages[number - 1]
+            rest = [one for one in messages if one != message]
+            there = versions(self.library, self.name)
+            if rest:
+                self._learn(rest)
+            holding = [entry.version for entry in there if message in self._messages_of(entry.version)]
+            for version in holding:
+                remove_adapter(self.library, f"{self.name}@{version}")
+            erase_traces(self.library)
+            still_in = tuple(version for version in holding if home_of(self.library, version).exists())
+        return Forgotten(message, len(holding) - len(still_in), still_in)
+
+    def _messages_of(self, version: str) -> list[str]:
+        return messages_in(read_chunks(open_adapter(self.library, f"{self.name}@{version}").index))
+
+    def _learn(self, messages: Sequence[str]) -> Adapter:
+        text = MESSAGE_GAP.join(messages)
+        data = text.encode()
+        document = Document(_TITLE, text, MEMORY_SOURCE, "text/plain", hashlib.sha256(data).hexdigest(), len(data))
+        chunks: list[Chunk] = []
+        start = 0
+        for message in messages:
+            chunks += self._split(message, start)
+            start += len(message) + len(MESSAGE_GAP)
+        longest = self.caster.hypernetwork.chunk_tokens
+        where = (self.library, self.name)
+        return learn_chunks(
+            self.caster, self.base, document, chunks, *where, max_chunk_tokens=longest, storage="text", replace=True
+        )
+
+    def _split(self, message: str, start: int) -> list[Chunk]:
+        """The chunks of a message that begins at a character of the memory's text."""
+        alone = Document.from_text(message)
+        chunks = split_document(self.base, alone, self.caster.hypernetwork.chunk_tokens)
+        return [Chunk(one.text, start + one.start, start + one.end, "", one.n_tokens) for one in chunks]
+
+
+def _log_failure(future: Future[Adapter | None]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        logging.getLogger(__name__).error("a message could not be remembered: %s", type(error).__name__)

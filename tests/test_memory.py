@@ -1,0 +1,220 @@
+"""A memory that grows while a user talks: what is kept of a message, versions, forgetting, and what finds it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from loracast.cast import memory as module
+from loracast.cast.document import recast
+from loracast.cast.memory import Memory
+from loracast.documents import Document
+from loracast.errors import AdapterError
+from loracast.library.library import rename_adapter, versions
+from loracast.library.memory import statements_in
+from loracast.library.routing import pick
+
+SAID = [
+    "My dog is called Bella and she hates the stairs.",
+    "I keep the spare key under the blue flower pot.",
+    "My sister Ingrid lives in Bergen. She plays the cello.",
+]
+
+
+@pytest.fixture
+def memory(model) -> Memory:
+    found = model.memory("me")
+    for message in SAID:
+        found.remember(message)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("message", "kept"),
+    [
+        ("My dog is called Bella.", "My dog is called Bella."),
+        ("Hi there! I have just moved into a new flat.", "I have just moved into a new flat."),
+        ("Hello, my name is Anna.", "my name is Anna."),
+        ("Our wifi password is tangerine42. Do I need to change it?", "Our wifi password is tangerine42."),
+        ("I was   born in Leeds.\x07", "I was born in Leeds."),
+        ("When I was young, we lived in Galway.", "When I was young, we lived in Galway."),
+        ("How old is Bella?", ""),
+        ("what is my name", ""),
+        ("Can you help me with my tax return", ""),
+        ("Write a poem about my dog.", ""),
+        ("When is the concert", ""),
+        ("Thank you very much.", ""),
+        ("Good morning!", ""),
+        ("Yes.", ""),
+        ("", ""),
+    ],
+)
+def test_of_a_message_the_statements_are_kept(message, kept):
+    assert statements_in(message) == kept
+
+
+def test_what_is_said_becomes_chunks_of_an_adapter(memory, model):
+    adapter = model.adapter("me")
+    assert memory.messages() == SAID
+    assert adapter.manifest.n_chunks == 3 and adapter.manifest.is_memory and adapter.manifest.storage == "text"
+    lora, [(routed, route)] = model.lora_for("Where is my spare key?", "me")
+    assert routed.version == adapter.version and route.chunks[0] == 1
+    expected = pick(adapter.index, 3, "Where is my spare key?")
+    assert (route.chunks, route.weights, route.sentences) == (expected.chunks, expected.weights, expected.sentences)
+    assert lora.names
+
+
+def test_a_message_of_several_chunks_is_one_message(memory):
+    long = " ".join(
+        f"My cousin number {i} lives in house {i} of the long street, and her cat is grey." for i in range(30)
+    )
+    adapter = memory.remember(long)
+    memory.remember("I like tea with milk.")
+    assert adapter.manifest.n_chunks > 4
+    assert memory.messages() == [*SAID, long, "I like tea with milk."]
+    assert memory.forget(4).message == long
+    assert memory.messages() == [*SAID, "I like tea with milk."]
+
+
+def test_what_says_nothing_new_makes_no_version(memory, model):
+    n_versions = len(versions(model.library, "me"))
+    assert memory.remember("What is my dog called?") is None
+    assert memory.remember(SAID[0]) is None
+    assert len(versions(model.library, "me")) == n_versions == 3
+
+
+def test_the_oldest_messages_and_versions_go(model, monkeypatch):
+    monkeypatch.setattr(module, "MOST_MESSAGES", 3)
+    monkeypatch.setattr(module, "KEPT_VERSIONS", 2)
+    memory = model.memory("me")
+    for i in range(5):
+        memory.remember(f"My friend number {i} is tall.")
+    assert memory.messages() == [f"My friend number {i} is tall." for i in (2, 3, 4)]
+    assert len(versions(model.library, "me")) == 2
+    assert b"friend number 0" not in _bytes(model.library / "objects")
+
+
+def test_what_is_forgotten_is_in_no_file(memory, model):
+    assert b"Bella" in _bytes(model.library)
+    forgotten = memory.forget(1)
+    assert (forgotten.message, forgotten.n_removed, forgotten.still_in) == (SAID[0], 3, ())
+    assert memory.messages() == SAID[1:]
+    assert len(versions(model.library, "me")) == 1
+    assert not any(word in _bytes(model.library).lower() for word in (b"bella", b"hate"))
+    assert b"Ingrid" in _bytes(model.library)
+
+
+def test_older_versions_without_the_message_stay(memory, model):
+    older = [entry.version for entry in versions(model.library, "me")][1:]
+    assert memory.forget(3).n_removed == 1
+    assert [entry.version for entry in versions(model.library, "me")] == older
+    with pytest.raises(AdapterError, match="has 2 messages, and none is number 3"):
+        memory.forget(3)
+
+
+def test_a_version_that_has_another_name_is_told_of(memory, model):
+    from loracast.library.library import give_name
+
+    [newest, *_] = versions(model.library, "me")
+    give_name(model.library, "backup", newest.version, replace=False)
+    assert memory.forget(2).still_in == (newest.version,)
+    assert b"flower" in _bytes(model.library)
+
+
+def test_a_memory_without_messages_is_gone(memory, model):
+    for _ in SAID:
+        memory.forget(1)
+    assert memory.messages() == []
+    with pytest.raises(AdapterError, match="no adapter is called 'me'"):
+        model.adapter("me")
+    memory.remember(SAID[0])
+    assert memory.messages() == SAID[:1]
+
+
+def test_a_document_is_no_memory(model):
+    model.learn(Document.from_text("# Kettle\n\nIt holds 1.7 litres."), "kettle")
+    with pytest.raises(AdapterError, match="'kettle' is an adapter that no chat has made"):
+        model.memory("kettle")
+    with pytest.raises(AdapterError, match="cannot name an adapter"):
+        model.memory("../me")
+
+
+def test_a_memory_can_be_renamed(memory, model):
+    rename_adapter(model.library, "me", "myself")
+    assert model.memory("myself").messages() == SAID and model.memory("me").messages() == []
+
+
+def test_threads_lose_no_message(model):
+    memories = [model.memory("me") for _ in range(4)]
+
+    def talk(i: int) -> None:
+        for j in range(3):
+            memories[i].remember(f"My friend {i} has house {j}.")
+
+    threads = [threading.Thread(target=talk, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(memories[0].messages()) == sorted(f"My friend {i} has house {j}." for i in range(4) for j in range(3))
+
+
+def test_remembering_in_the_background(model, caplog, monkeypatch):
+    memory = model.memory("me")
+    futures = [memory.remember_later(message) for message in SAID]
+    assert [future.result(60).manifest.n_chunks for future in futures] == [1, 2, 3]
+    assert memory.messages() == SAID
+
+    def fail(*args, **kwargs):
+        raise OSError("secret words")
+
+    monkeypatch.setattr(module, "learn_chunks", fail)
+    with pytest.raises(OSError, match="secret"):
+        memory.remember_later("I like tea with milk.").result(60)
+    module._BACKGROUND.submit(int).result(60)  # the failure is logged before the next job begins
+    assert "a message could not be remembered: OSError" in caplog.text and "secret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("question", "is_empty"),
+    [
+        ("What is my dog called?", False),
+        ("Where do I keep the spare key?", False),
+        ("Where is the spare key, under which flower pot?", False),
+        ("What is my job?", True),
+        ("Good evening", True),
+        ("How many people live in Leeds?", True),
+        ("Which stairs are the longest in the world?", True),
+    ],
+)
+def test_what_a_memory_is_asked(memory, model, question, is_empty):
+    _, [(_, route)] = model.lora_for(question, "me")
+    assert route.is_empty == is_empty
+    assert not model.lora_for(question, "me", always=True)[1][0][1].is_empty
+
+
+def test_a_memory_has_no_outline_to_answer_with(memory, model):
+    assert model.overview("What is this document about?", "me") is None
+
+
+def test_factors_that_are_kept_in_memory_are_those_that_are_cast(memory, model, monkeypatch):
+    prompts = [SAID[1], SAID[0], SAID[1]]
+    cast = []
+    monkeypatch.setattr("loracast.cast.document.recast", lambda *args: cast.append(args[2]) or recast(*args))
+    found = model._recast(prompts)
+    assert cast == []  # they were cast when they were said
+    expected = recast(model.documents, model.base, prompts)
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name].float(), expected[name].float(), atol=1e-2) for name in expected)
+    model._recast.most = 1
+    model._recast(["new words", *prompts])
+    assert cast == [["new words"]]
+    model._recast([SAID[0]])
+    assert cast == [["new words"], [SAID[0]]]
+
+
+def _bytes(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
