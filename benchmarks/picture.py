@@ -24,6 +24,10 @@ WAYS = {
 COLOURS = ("#3949ab", "#9aa0b4", "#9aa0b4", "#9aa0b4")
 
 
+FILES = {*(name for name, _, _ in WAYS.values()), "first-token"}
+SAYS = "Bars for an adapter and for text in the prompt: right answers, tokens in the prompt, time to the first token"
+
+
 def row(folder: Path, name: str, label: str) -> Mapping[str, Any]:
     """The figures of a file that have this label, or one that begins so. Raises SystemExit if they are not there."""
     path = folder / f"{name}.json"
@@ -49,7 +53,7 @@ def bars(folder: Path = FIGURES) -> dict[str, list[tuple[str, float]]]:
     }
 
 
-def draw(panels: Mapping[str, list[tuple[str, float]]], path: Path) -> None:
+def draw(panels: Mapping[str, list[tuple[str, float]]], path: Path = PICTURE) -> None:
     """Draw the panels beside each other."""
     import matplotlib
 
@@ -75,5 +79,5 @@ def draw(panels: Mapping[str, list[tuple[str, float]]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(bars(), PICTURE)
+    draw(bars())
     print(PICTURE.relative_to(ROOT), file=sys.stderr)

@@ -28,6 +28,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+import picture
+
 ROOT = Path(__file__).parents[1]
 PLAN = ROOT / "benchmarks" / "results.toml"
 FIGURES = ROOT / "docs" / "results"
@@ -297,14 +300,25 @@ def with_table(readme: str, table: str) -> str:
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}"
 
 
+def picture_line(plan: Plan, folder: Path = FIGURES) -> str:
+    """README's line with the picture that `picture.py` draws, or "" until all of its figures are measured."""
+    by_id = {one.id: one for one in plan.measurements}
+    if any(figures_of(by_id[name], folder) is None for name in picture.FILES):
+        return ""
+    return f"![{picture.SAYS}]({picture.PICTURE.relative_to(ROOT)})\n\n"
+
+
 def write_pages(plan: Plan) -> None:
-    """Write docs/results.md, and the table of README.md where it has the marks for it."""
+    """Write docs/results.md, and the table and the picture of README.md where it has the marks for them."""
     PAGE.write_text(page(plan), encoding="utf-8")
     readme = README.read_text(encoding="utf-8")
     if BEGIN not in readme:
         print(f"README.md has no line {BEGIN!r}: its table is not written", flush=True)
         return
-    README.write_text(with_table(readme, readme_table(plan)), encoding="utf-8")
+    line = picture_line(plan)
+    if line:
+        picture.draw(picture.bars())
+    README.write_text(with_table(readme, line + readme_table(plan)), encoding="utf-8")
 
 
 # ---- the command ----

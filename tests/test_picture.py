@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import picture
+import results
 
 
 @pytest.fixture
@@ -52,3 +53,14 @@ def test_a_missing_figure_is_said(figures):
     (figures / "first-token.json").unlink()
     with pytest.raises(SystemExit, match="is missing"):
         picture.row(figures, "first-token", "adapter")
+
+
+def test_readme_shows_the_picture_once_its_figures_are_measured(figures):
+    plan = results.read_plan()
+    measured = {one.id: one for one in plan.measurements}
+    assert measured.keys() >= picture.FILES and results.picture_line(plan, figures / "none") == ""
+    for name in picture.FILES:
+        kept = json.loads((figures / f"{name}.json").read_text())
+        of = {"command": measured[name].command, "hypernetwork": results.weights_id(measured[name].depends)}
+        (figures / f"{name}.json").write_text(json.dumps({**kept, **of}))
+    assert results.picture_line(plan, figures).endswith("(docs/images/results.svg)\n\n")

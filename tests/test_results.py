@@ -41,7 +41,8 @@ def test_the_page_is_made_of_the_figures_that_are_kept(plan):
 
 def test_readme_has_the_table_of_the_page(plan):
     readme = (ROOT / "README.md").read_text()
-    assert results.with_table(readme, results.readme_table(plan)) == readme, "run `python benchmarks/results.py page`"
+    block = results.picture_line(plan) + results.readme_table(plan)
+    assert results.with_table(readme, block) == readme, "run `python benchmarks/results.py page`"
 
 
 def figures(markdown: str) -> set[str]:
