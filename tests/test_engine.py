@@ -399,3 +399,32 @@ def test_a_stop_string_ends_an_answer(base, engine):
     ticket = engine.submit(GenerationRequest(prompt(base, 7), sampling=Sampling(30), stop=(stop,)))
     assert ticket.text() == whole[: whole.index(stop)].rstrip()
     assert ticket.finish == "stop"
+
+
+@pytest.mark.base
+def test_documents_of_the_embedded_base_answer_as_they_do_alone(tmp_path):
+    """With the shipped hypernetwork: the static LoRA is found and kept once, and so is each memory's B."""
+    import loracast
+    from loracast.library.adapter import routing_key
+
+    model = loracast.load(library=tmp_path)
+    texts = [
+        "The harbour lantern was built in 1804. Its code is 4711. It weighs 35 kilograms.",
+        "The museum kettle holds 1.7 litres of water. The service line is 205. It is open on Tuesday mornings.",
+        "The old bridge over the river was painted green in 1950 by two brothers. The toll was three coins.",
+    ]
+    adapters = [model.learn(loracast.Document.from_text(text), str(i)) for i, text in enumerate(texts)]
+    asked = [("What is the code of the lantern?", 0), ("What is the service line?", 1), ("Who painted the bridge?", 2)]
+    engine, tickets, expected = LocalEngine(model.base), [], []
+    for question, which in [*asked, ("What is the code?", None), *asked[1:]]:
+        prepared = model.prepare(question, () if which is None else adapters[which], always=True)
+        lora, key = model.lora_of(prepared.routed), routing_key(prepared.routed)
+        tickets.append(engine.submit(GenerationRequest(prepared.prompt, lora, key, Sampling(16))))
+        expected.append(answer(model.base, prepared.prompt, lora, Sampling(16)).text)
+    assert [ticket.text() for ticket in tickets] == expected
+    config = model.documents.hypernetwork.config
+    packed = engine._packed(tickets[2].request)
+    assert packed.shared.pairs.keys() >= {name for name, *_ in config.static_modules}
+    assert {pair.rank for name, pair in packed.own.items() if "down_proj" in name} == {config.rank}
+    assert len({packed.same_b[name] for name in packed.own if "o_proj" in name}) == 1
+    engine.close()

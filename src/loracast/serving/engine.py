@@ -164,23 +164,31 @@ class LocalEngine:
     # ---- the engine's thread
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:  # whoever waits is told, also where the engine itself fails
+            with self._changed:
+                self._is_draining = self._is_closed = True
+                queued = [*self._queue]
+                self._queue.clear()
+            self._batch.fail(EngineStopped())
+            for one in queued:
+                one.ticket.end(None, EngineStopped())
+
+    def _serve(self) -> None:
         batch = self._batch
         while True:
             with self._changed:
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._queue or batch.n_rows or self._is_closed)
                 if self._is_closed:
-                    break
+                    return
             asked = time.perf_counter()
             with self.base.lock:
                 got = time.perf_counter()
                 until = got + min(got - asked, _MAX_HOLD_S)
                 while not self._is_closed and self._step() and time.perf_counter() < until:
                     pass
-        batch.fail(EngineStopped())
-        for queued in self._queue:
-            queued.ticket.end(None, EngineStopped())
-        self._queue.clear()
 
     def _step(self) -> bool:
         """Let requests in and go one step; whether there was anything to do."""

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from loracast.serving.packed_lora import PackedLoRA, SharedLoRA
 
+_GroupKey = tuple[tuple[tuple[str, int], ...], tuple[tuple[str, str], ...]]
+"""Of the LoRAs of a group: the rounded rank of each module, and the first module with the same B."""
 Where = slice | Tensor
 """Tokens of the flat batch."""
 
@@ -36,8 +38,9 @@ class Place:
 class Group:
     """Stacked factors of LoRAs whose modules have the same (rounded) ranks: A [places, r, in], B [places, r, out]."""
 
-    def __init__(self, ranks: Mapping[str, int], same_b: Mapping[str, str], n_places: int):
-        self.ranks, self.same_b, self.n_places = ranks, same_b, n_places
+    def __init__(self, key: _GroupKey, n_places: int):
+        self.key, self.n_places = key, n_places
+        self.ranks, self.same_b = dict(key[0]), dict(key[1])
         self.places: list[Place] = []
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
@@ -130,15 +133,15 @@ class LoRABatcher:
     def __init__(self, model: Any, n_places: int):
         self._model, self._n_places = model, n_places
         self._device, self._dtype = model.device, model.dtype
-        self._groups: dict[tuple[Any, ...], Group] = {}
+        self._groups: dict[_GroupKey, Group] = {}
         self._places: dict[int, Place] = {}
 
     def add(self, packed: PackedLoRA) -> Place:
         """Note that one more row uses a LoRA."""
         if (place := self._places.get(id(packed))) is None:
             ranks = {name: _rounded(pair.rank) for name, pair in packed.own.items()}
-            key = (tuple(ranks.items()), tuple(packed.same_b.items()))
-            group = self._groups.setdefault(key, Group(ranks, packed.same_b, self._n_places))
+            key = (tuple(ranks.items()), tuple(packed.same_b.items()))  # LoRAs of one group have equal keys
+            group = self._groups.setdefault(key, Group(key, self._n_places))
             dense = {name: delta.to(self._device, self._dtype) for name, delta in packed.dense.items()}
             place = self._places[id(packed)] = Place(packed, group, 0, dense)
             group.add(place, self._device, self._dtype)
@@ -151,6 +154,8 @@ class LoRABatcher:
         if not place.n_rows:
             del self._places[id(place.packed)]
             place.group.remove(place)
+            if not place.group.places:
+                del self._groups[place.group.key]
 
     @contextmanager
     def applied(self, decoded: Sequence[Place | None], runs: Sequence[tuple[slice, Place | None]]) -> Iterator[None]:
