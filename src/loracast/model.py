@@ -1,8 +1,10 @@
 """The public Python API: a base with its hypernetworks, which learns documents, tasks and images and answers with them.
 
-model = loracast.load()
-manual = model.learn("manual.pdf")
-print(model.ask("How long is the warranty?", manual))
+    model = loracast.load()
+    manual = model.learn("manual.pdf")
+    print(model.ask("How long is the warranty?", manual))
+
+`load` loads a base and gives a `Model`, whose methods learn, cast and ask.
 """
 
 from __future__ import annotations
