@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1-}" != inside ]; then
-    exec python -m termtosvg docs/images/first-example.svg -g 86x16 -m 60 -D 6000 -t window_frame \
+    exec python -m termtosvg docs/images/first-example.svg -g 86x20 -m 60 -D 6000 -t window_frame \
         -c "bash docs/recording.sh inside"
 fi
 
