@@ -130,7 +130,7 @@ function marked(text, sentences) {
   for (const { start, end, weight } of sentences) {
     if (weight < LEAST_WEIGHT || start < at) continue;
     const mark = h("mark", { title: `weight ${weight.toFixed(2)}` }, cut(start, end));
-    mark.style.setProperty("--weight", weight);
+    mark.style.setProperty("--strength", weight ** 3); // so that the best stands out among many that match a little
     parts.push(cut(at, start), mark);
     at = end;
   }

@@ -26,7 +26,7 @@ function showView() {
 }
 
 function onKey(event) {
-  const isTyping = event.target.matches("input, textarea, select");
+  const isTyping = event.target.matches("input:not([type=checkbox], [type=range]), textarea, select");
   if (event.key !== "/" || isTyping || event.ctrlKey || event.metaKey || event.altKey) return;
   const inputs = { ask: "question", chat: "message", library: "library-search" };
   event.preventDefault();
