@@ -289,6 +289,7 @@ class Call:
         account: dict[str, Any] = {
             "adapters": used,
             "sources": [asdict(source) for source in self.sources],
+            "lora_bytes": max((answer.ticket.n_lora_bytes for answer in self.answers), default=0),
             "first_token_ms": round(1000 * min(firsts), 1) if firsts else None,
             "total_ms": round(1000 * (time.perf_counter() - self._started), 1),
         }

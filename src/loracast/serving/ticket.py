@@ -24,6 +24,8 @@ class Ticket:
         self.n_prompt_tokens = len(request.prompt)
         self.n_cached_tokens = 0
         """Tokens of the prompt that came from the prefix cache."""
+        self.n_lora_bytes = 0
+        """Bytes that the request's LoRA takes in memory, without what it shares with others."""
         self.n_tokens = 0
         """Generated tokens, without the one that ended the answer."""
         self.first_token_s: float | None = None

@@ -9,7 +9,7 @@ const FIGURES = ["First token", "Prompt", "Memory", "Total"];
 /** What a request keeps in memory: the base's cache of its tokens, and its LoRA. */
 function memory(answer) {
   const n_tokens = answer.usage.prompt_tokens + answer.usage.completion_tokens;
-  return n_tokens * state.settings.kv_bytes_per_token + (answer.loracast.lora_bytes ?? 0);
+  return n_tokens * state.settings.kv_bytes_per_token + answer.loracast.lora_bytes;
 }
 
 export class Column {

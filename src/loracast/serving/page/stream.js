@@ -10,7 +10,7 @@ import { call, events } from "./api.js";
  */
 export async function streamChat(body, { onText, signal }) {
   const started = performance.now();
-  const answer = { text: "", firstMs: null, totalMs: null, usage: null, loracast: { adapters: [], sources: [] } };
+  const answer = { text: "", firstMs: null, totalMs: null, usage: null, loracast: { adapters: [], sources: [], lora_bytes: 0 } };
   const json = { ...body, stream: true, stream_options: { include_usage: true } };
   const response = await call("v1/chat/completions", { json, signal });
   for await (const event of events(response)) {
