@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from fastapi.testclient import TestClient
 
+from loracast.documents import Document
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
 from loracast.serving.routes.server import kv_bytes_per_token
@@ -30,3 +31,18 @@ def test_a_server_tells_of_its_base_and_of_watched_folders(model, tmp_path, home
         assert told["base"] == api.get("/v1/models").json()["data"][0]["id"] and told["window"] == model.base.window
         assert told["watched"][0]["folder"] == "notes" and told["watched"][0]["failed"] == []
     assert not app.state.service.watcher._thread.is_alive()
+
+
+def test_an_answer_says_what_its_lora_takes_in_memory(model):
+    adapter = model.learn(Document.from_text("The kettle holds 1.7 litres of water."), "kettle")
+    with TestClient(create_app(model, LocalEngine(model.base)), base_url="http://127.0.0.1:8000") as api:
+
+        def lora_bytes(name: str) -> int:
+            body = {"model": name, "max_tokens": 2, "always": True}
+            body["messages"] = [{"role": "user", "content": "How much water does the kettle hold?"}]
+            return api.post("/v1/chat/completions", json=body).json()["loracast"]["lora_bytes"]
+
+        base = api.get("/v1/models").json()["data"][0]["id"]
+        assert lora_bytes(base) == 0
+        numbers = sum(pair.a.numel() + pair.b.numel() for pair in adapter.lora().factors.values())
+        assert 0 < lora_bytes("kettle") <= numbers * model.base.model.dtype.itemsize

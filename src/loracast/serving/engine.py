@@ -90,6 +90,7 @@ class LocalEngine:
         packed = self._packed(request)
         prefix_key = _BASE_ALONE if packed is None else request.lora_key and f"lora {request.lora_key}"
         ticket = Ticket(request)
+        ticket.n_lora_bytes = 0 if packed is None else packed.n_bytes
         with self._changed:
             self._refuse_if_full()
             self._queue.append(_Queued(ticket, packed, prefix_key))
