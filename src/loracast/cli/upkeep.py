@@ -90,17 +90,11 @@ def import_(
     It is checked against the base: every module must be there, with the same shape.
     """
     from loracast.base.load import load_base
-    from loracast.library.save import save_lora
-    from loracast.lora.inject import linear_shapes
-    from loracast.lora.peft_format import read_peft
+    from loracast.library.save import import_lora
 
-    source = folder.resolve().name
-    name = naming.checked(library, name_from(source))
+    name = naming.checked(library, name_from(folder.resolve().name))
     loaded = load_base(base, device="cpu", say=say)
-    made = save_lora(
-        read_peft(folder, linear_shapes(loaded.model)), library, name, kind="imported",
-        title=f"LoRA from {source}", made_for=loaded.fingerprint, source=source, replace=naming.replace,
-    )  # fmt: skip
+    made = import_lora(loaded, folder, library, name, replace=naming.replace)
     manifest = made.manifest
     facts = {"name": name, "source": manifest.source, "ranks": manifest.ranks, "n_bytes": made.n_bytes}
     text = f"imported {name} ({manifest.source})\nrank {manifest.rank_text}, {size(made.n_bytes)}"

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from loracast.base.fingerprint import Fingerprint
+from loracast.base.load import Base
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
 from loracast.library.adapter import STATIC, Adapter
 from loracast.library.manifest import AdapterKind, Manifest, utc_now
 from loracast.library.writer import AdapterWriter, ChunkRows
 from loracast.lora.algebra import LoRA, Rows, compress
+from loracast.lora.inject import linear_shapes
+from loracast.lora.peft_format import read_peft
 from loracast.lora.target import KINDS, Target, TargetModule
 
 _MODULE = re.compile(rf".*\blayers\.(\d+)\..*?\b({'|'.join(KINDS)})")
@@ -147,6 +150,18 @@ def save_lora(
     return save_single(
         rows, target, library, name, kind=kind, title=title, made_for=made_for, source=source, static=kept_apart,
         replace=replace,
+    )  # fmt: skip
+
+
+def import_lora(base: Base, folder: Path, library: Path, name: str, *, replace: bool = False) -> Adapter:
+    """Keep a LoRA that another tool trained for a base, from a folder in PEFT's format.
+
+    Raises AdapterError where it is damaged or does not fit the base, or the name is taken or not allowed.
+    """
+    source = folder.resolve().name
+    return save_lora(
+        read_peft(folder, linear_shapes(base.model)), library, name, kind="imported", title=f"LoRA from {source}",
+        made_for=base.fingerprint, source=source, replace=replace,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from loracast.serving.routes import (
     files,
     health,
     jobs,
+    lora,
     models,
     page,
     responses,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 ROUTERS = tuple(
     part.router
-    for part in (health, page, server, models, chat, completions, responses, files, vector_stores, adapters, jobs)
+    for part in (health, page, server, models, chat, completions, responses, lora, files, vector_stores, adapters, jobs)
 )
 
 
@@ -68,5 +69,7 @@ def create_app(model: Model, engine: Engine, settings: ServerSettings = ServerSe
             allow_methods=["*"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    app.add_middleware(Guard, settings=settings)  # added last, so that it sees a request first
+    app.add_middleware(
+        Guard, settings=settings, count=service.metrics.count_request
+    )  # added last, so that it sees a request first
     return app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
@@ -24,18 +25,22 @@ _SAFE = ("GET", "HEAD", "OPTIONS")
 class Guard:
     """ASGI middleware that refuses what no route should see."""
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings):
-        self.app, self.settings = app, settings
+    def __init__(self, app: ASGIApp, settings: ServerSettings, count: Callable[[str, int], None]):
+        """
+        Args:
+            count: called with each request's route, as a pattern, and the status of its response.
+        """
+        self.app, self.settings, self.count = app, settings, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        is_answered = False
+        status = 0
 
         async def watched(message: Message) -> None:
-            nonlocal is_answered
-            is_answered = is_answered or message["type"] == "http.response.start"
+            nonlocal status
+            status = status or message.get("status", 0)
             await send(message)
 
         try:
@@ -43,8 +48,10 @@ class Guard:
             await self.app(scope, limited, watched)
         except Exception as error:
             response = error_response(error)
-            if not is_answered:
-                await response(scope, receive, send)
+            if not status:
+                await response(scope, receive, watched)
+        finally:
+            self.count(getattr(scope.get("route"), "path", "none"), status)
 
     def _checked(self, scope: Scope, receive: Receive) -> Receive:
         """Raise ApiError for a request that is refused; else what receives its body, up to the limits."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 from pydantic_core import core_schema
 
 from loracast.base.chat import Message
@@ -47,6 +47,16 @@ class Body(BaseModel):
     """A JSON object of known fields; numbers are finite, and of the type that the schema says."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_text(cls, given: Any) -> Any:
+        """Refuse half of a surrogate pair, which JSON can hold and no tokenizer or database takes."""
+        for value in given.values() if isinstance(given, dict) else ():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and not text.isascii() and any("\ud800" <= sign <= "\udfff" for sign in text):
+                    raise ValueError("a text is not valid Unicode: it has half of a surrogate pair")
+        return given
 
 
 class AdapterPart(Body):

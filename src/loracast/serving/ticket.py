@@ -72,7 +72,8 @@ class Ticket:
                 n_seen += len(tokens)
                 if has_ended:
                     return
-                await changed.wait()
+                if not tokens:  # an error may already follow those that were seen
+                    await changed.wait()
         finally:
             with self._changed:
                 self._listeners.remove(wake)

@@ -1,9 +1,11 @@
-"""Whether the server lives, and whether it takes requests."""
+"""Whether the server lives, whether it takes requests, and its figures for Prometheus."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
+from loracast.serving.auth import needs
 from loracast.serving.errors import ApiError
 from loracast.serving.service import Shared
 
@@ -22,3 +24,9 @@ async def ready(service: Shared) -> dict[str, str]:
     if service.is_draining:
         raise ApiError(503, "the server is stopping")
     return {"status": "ok"}
+
+
+@router.get("/metrics", dependencies=[needs("read")], response_class=Response)
+def metrics(service: Shared) -> Response:
+    """Figures in Prometheus' text format."""
+    return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
