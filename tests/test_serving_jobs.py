@@ -242,7 +242,7 @@ def test_the_name_of_a_job_that_cannot_begin_takes_no_room(model):
 
 
 BAD = {
-    "empty.md": b"", "white.txt": b" \n\t ", "empty.pdf": b"", "broken.pdf": b"%PDF-1.7\n1 0 obj <<",
+    "empty.md": b"", "white.txt": b" \n\t ", "nothing.pdf": b"", "broken.pdf": b"%PDF-1.7\n1 0 obj <<",
     "archive.zip": b"PK\x03\x04garbage", "picture.png": b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "page.pdf": b"<html>404</html>",
 }  # fmt: skip
 
