@@ -11,6 +11,9 @@ free and leaves it with its last token, so nobody waits for others' answers to e
     prefix_cache.py       keys and values of prompts that were read before
     sampler.py            the next token; answer_text.py: text from tokens
 
+transformers' own continuous batching is not used: it does not tell linear modules which token belongs to which request,
+and it gathers the blocks of keys and values of all rows anew in every layer of every step.
+
 LoRAs are read and packed by the thread that submits a request. The base's lock is held for a step, or for as long as
 the engine had to wait for it, so that learning and decoding get half of the time each while both have work.
 """
