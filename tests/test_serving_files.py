@@ -464,22 +464,3 @@ def test_an_answer_goes_on_while_its_adapter_is_replaced_and_deleted(api, model)
     opened = prepared.routed[0][0]
     assert torch.equal(opened.lora([0]).delta(lora.names[0]), opened.lora([0]).delta(lora.names[0]))
     engine.close()
-
-
-def test_a_question_gets_of_some_files_what_it_gets_of_all_of_a_store(client, model, app):
-    from loracast.serving.store_search import among, files_for
-
-    store = client.vector_stores.create()
-    files = [(f"k{number}.md", io.BytesIO(manual(number, 2))) for number in range(70, 74)]
-    client.vector_stores.file_batches.upload_and_poll(store.id, files=files)
-    kept = app.state.service.learning.stores.documents([store.id])
-    question = "How long is the warranty of the K72-1, and that of the K70-0?"
-    chosen = files_for(model.library, kept, question, 2)
-    assert {file.filename for file in chosen} == {"k72.md", "k70.md"}
-
-    def picked(adapters):
-        routed = model.prepare(question, adapters).routed
-        return [(adapter.name, route.picked, route.sentence_weights) for adapter, route in routed]
-
-    assert picked(among(chosen)) == picked(among(kept))
-    assert files_for(model.library, kept, "zebra crossing", 2) == []

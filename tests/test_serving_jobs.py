@@ -17,6 +17,7 @@ from adapters import write
 from loracast.errors import DocumentError, NameTakenError
 from loracast.library.library import adapter_names, entries, open_adapter
 from loracast.library.upkeep import verify
+from loracast.serving import jobs as jobs_module
 from loracast.serving.errors import ApiError
 from loracast.serving.jobs import Jobs
 from loracast.serving.learning import Learning
@@ -105,7 +106,7 @@ class Makers:
                     job.work["error"]
                 ]
             assert self.may_go.wait(30)
-        return write(self.library, name=job.adapter, seed=len(self.order))
+        return write(self.library, name=job.adapter, seed=len(set(self.order)))
 
 
 @pytest.fixture
@@ -199,12 +200,30 @@ def test_one_of_two_servers_on_a_library_works(tmp_path, jobs, makers):
 
 def test_a_job_that_kills_the_server_is_given_up(tmp_path, jobs, makers):
     job = jobs.add("document", "doc", {})
-    for _ in range(3):
+    for _ in range(10):
         assert jobs._claim().id == job.id
         jobs._requeue()  # as a server that starts after a kill
     assert jobs._claim() is None
     assert jobs.find(job.id).status == "failed"
     assert "died" in jobs.find(job.id).error["message"]
+
+
+def test_a_disk_that_is_full_for_a_while_loses_no_job(jobs, makers, monkeypatch):
+    makers.may_go.set()
+    note, n_failures = jobs_module._end_in, 0
+
+    def full(*args):
+        nonlocal n_failures
+        n_failures += 1
+        if n_failures <= 2:
+            raise OSError("disk full")
+        note(*args)
+
+    monkeypatch.setattr(jobs_module, "_end_in", full)
+    job = jobs.add("document", "doc", {})
+    jobs.start()
+    assert ended(jobs, job.id).status == "completed"
+    assert n_failures == 3
 
 
 # ---- with a model

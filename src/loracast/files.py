@@ -46,6 +46,24 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def try_lock(path: Path) -> int | None:
+    """Lock a file or folder until the descriptor is closed or this process dies; None where another one holds it.
+
+    Also None where the system has no such locks (Windows).
+    """
+    if os.name != "posix":
+        return None
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def _umask() -> int:
     """This process's umask, which can only be read by setting it."""
     mask = os.umask(0o077)

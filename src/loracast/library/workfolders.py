@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from loracast.files import try_lock
+
 _PREFIX = ".loracast-"
 _GRACE_S = 10.0
 
@@ -18,7 +20,7 @@ _GRACE_S = 10.0
 def work_folder(library: Path, purpose: str) -> Iterator[Path]:
     """A folder of this process alone, deleted afterwards; if the process is killed, `tidy` deletes it."""
     folder = Path(tempfile.mkdtemp(dir=library, prefix=f"{_PREFIX}{purpose}-"))
-    lock = _lock(folder)
+    lock = try_lock(folder)
     try:
         yield folder
     finally:
@@ -44,24 +46,9 @@ def tidy(library: Path) -> None:
     for folder in library.glob(f"{_PREFIX}*-*"):
         with suppress(OSError):  # another process may be tidying too
             is_new = time.time() - folder.stat().st_mtime < _GRACE_S  # perhaps made, but not yet locked
-            lock = None if is_new else _lock(folder)
+            lock = None if is_new else try_lock(folder)
             if lock is not None:
                 try:
                     shutil.rmtree(folder)
                 finally:
                     os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """Lock a folder until the descriptor is closed or this process dies; None where another process holds it."""
-    if os.name != "posix":
-        return None
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from loracast.cast.document import Progress
 from loracast.errors import DocumentError, HypernetworkError, LoracastError, NameTakenError
+from loracast.files import try_lock
 from loracast.library.adapter import Adapter
 from loracast.serving.errors import ApiError, log_failure
 from loracast.serving.state import Paging, Row, State, encode, new_id, not_found, now, one_row, page_of
@@ -26,7 +27,7 @@ JobKind = Literal["document", "task", "combination"]
 JobStatus = Literal["queued", "running", "completed", "failed", "cancelled"]
 Maker = Callable[["Job", Progress], Adapter]
 """Makes the adapter of a job, and says how far it is."""
-_MAX_STARTS = 3
+_MAX_STARTS = 10
 """A job that was running each time when the server died is given up then: it may be what kills it."""
 _RETRY_AFTER_S = 5
 _WAIT_S = 1.0
@@ -181,39 +182,31 @@ class Jobs:
 
     def _work(self) -> None:
         lock: int | None = None
-        tidied = -math.inf
+        is_ours, has_lost, tidied = False, True, -math.inf
         while not self._stopping.is_set():
             self._wake.clear()
             try:
-                if lock is None and (lock := self._lock()) is not None:
+                if not is_ours:
+                    lock = try_lock(self._state.folder)
+                    is_ours = lock is not None or os.name != "posix"  # without locks it has to be the only server
+                if is_ours and has_lost:
                     self._requeue()
-                while lock is not None and not self._stopping.is_set() and (job := self._claim()) is not None:
+                    has_lost = False
+                while is_ours and not self._stopping.is_set() and (job := self._claim()) is not None:
                     self._make(job)
                     tidied = -math.inf
-                if lock is not None and time.monotonic() - tidied > _TIDY_S:
+                if is_ours and time.monotonic() - tidied > _TIDY_S:
                     self._tidy()
                     tidied = time.monotonic()
-            except Exception as error:  # a full disk, say: the jobs are still there
+            except Exception as error:  # a full disk, say: the job is still there
                 log_failure(error)
+                has_lost = True
             self._wake.wait(_WAIT_S)
         if lock is not None:
             os.close(lock)
 
-    def _lock(self) -> int | None:
-        """The lock of the worker of this library, held until it is closed or the process dies; None if it is taken."""
-        descriptor = os.open(self._state.folder / "worker.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        if os.name == "posix":
-            import fcntl
-
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(descriptor)
-                return None
-        return descriptor
-
     def _requeue(self) -> None:
-        """Put back what was running when a server was killed."""
+        """Put back what was running when a server was killed, or could not note a job's end."""
         with self._state.writing() as db:
             db.execute("UPDATE jobs SET status = 'queued', revision = revision + 1 WHERE status = 'running'")
 

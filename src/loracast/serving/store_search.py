@@ -109,25 +109,5 @@ def search(
     return found
 
 
-def files_for(
-    library: Path, files: Sequence[StoreFile], question: str, k: int, filters: Filter | None = None
-) -> list[StoreFile]:
-    """The files that own the k chunks which match a question best, best first; none where no word matches.
-
-    A question that is routed among these files (`among`) gets the same chunks as among all of them.
-    """
-    by_name = {file.adapter: file for file in files if filters is None or filters.fits(file.attributes)}
-    if not by_name:
-        return []
-    with reading(library) as register:
-        matches = register.best_chunks(question, k, tuple(by_name))
-    return [by_name[name] for name in dict.fromkeys(match.name for match in matches)]
-
-
-def among(files: Sequence[StoreFile]) -> list[str]:
-    """Patterns of the names of files' adapters: a question chooses among them, and gets no chunks of each."""
-    return [f"[{file.adapter[0]}]{file.adapter[1:]}" for file in files]
-
-
 def _index(library: Path, match: Match) -> Path:
     return open_adapter(library, f"{match.name}@{match.version}").index

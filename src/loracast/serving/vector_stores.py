@@ -27,6 +27,8 @@ from loracast.serving.uploads import Uploads
 FileStatus = Literal["in_progress", "completed", "failed", "cancelled"]
 Attributes = Mapping[str, str | float | bool]
 _DAY_S = 86_400
+_TOUCH_S = 60
+"""Seconds between two notes of a store's use: a question does not wait for the disk."""
 _STATUS: Mapping[str, FileStatus] = {
     "queued": "in_progress",
     "running": "in_progress",
@@ -267,17 +269,20 @@ class VectorStores:
         Raises:
             ApiError: there is no such store (404), or it has expired (400).
         """
-        with self._state.writing() as db:
-            for store in stores:
-                _touch(db, store)
+        with self._state.reading() as db:
+            used = [_usable(db, store) for store in dict.fromkeys(stores)]
             rows = [
                 row
-                for store in dict.fromkeys(stores)
+                for store in used
                 for row in db.execute(
                     f"{_FILES} WHERE store = ? AND status = 'completed' AND (expires_at IS NULL OR expires_at > ?)",
-                    (store, now()),
+                    (store["id"], now()),
                 )
             ]
+        for store in used:
+            if now() - store["last_active_at"] > _TOUCH_S:
+                with self._state.writing() as db:
+                    _touch(db, store["id"])
         return [_store_file(row) for row in rows]
 
     # ---- tidying
@@ -330,10 +335,17 @@ def _store_row(db: sqlite3.Connection, id: str) -> Row:
     return row
 
 
-def _touch(db: sqlite3.Connection, id: str) -> None:
-    """Note that a store is used now. Raises ApiError where there is none (404) or it has expired (400)."""
-    if _is_expired(_store_row(db, id)):
+def _usable(db: sqlite3.Connection, id: str) -> Row:
+    """The row of a store. Raises ApiError where there is none (404) or it has expired (400)."""
+    row = _store_row(db, id)
+    if _is_expired(row):
         raise ApiError(400, f"the vector store {id!r} has expired: make a new one with its files", code="expired")
+    return row
+
+
+def _touch(db: sqlite3.Connection, id: str) -> None:
+    """Note that a store is used now. Raises ApiError as `_usable` does."""
+    _usable(db, id)
     db.execute("UPDATE stores SET last_active_at = ? WHERE id = ?", (now(), id))
 
 
