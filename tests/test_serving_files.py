@@ -144,6 +144,57 @@ def test_a_program_for_file_search_prepares_its_store(client, model):
     assert store.id in [one.id for one in client.vector_stores.list(limit=1)]
 
 
+def test_a_program_for_file_search_works_unchanged(client, model):
+    store, other = client.vector_stores.create(), client.vector_stores.create()
+    for number in (80, 81, 82):
+        file = (f"k{number}.md", manual(number, 3))
+        client.vector_stores.files.upload_and_poll(vector_store_id=store.id, file=file, attributes={"number": number})
+    client.vector_stores.files.upload_and_poll(vector_store_id=other.id, file=("k83.md", manual(83, 3)))
+    base = next(one.id for one in client.models.list() if one.parent is None)
+    question = "How long is the warranty of the K82-1?"
+
+    def answered(*stores, **options):
+        tool = {"type": "file_search", "vector_store_ids": [one.id for one in stores], **options}
+        return client.responses.create(
+            model=base, input=question, tools=[tool], max_output_tokens=12, include=["file_search_call.results"]
+        )
+
+    def alone(**options):
+        return client.responses.create(model=base, input=question, max_output_tokens=12, **options).output_text
+
+    search, message = answered(store, other).output
+    assert (search.type, search.status, search.queries) == ("file_search_call", "completed", [question])
+    cited = message.content[0].annotations
+    assert {(one.type, one.filename) for one in cited} == {("file_citation", "k82.md")}
+    assert client.files.retrieve(cited[0].file_id).filename == "k82.md"
+    assert "K82-1 is 92 months" in search.results[0].text
+    assert search.results[0].attributes == {"number": 82}
+    name = next(one for one in adapter_names(model.library) if one.endswith(cited[0].file_id[-12:]))
+    text = message.content[0].text
+    assert text == alone(extra_body={"adapters": [{"id": name}]}) != alone()
+
+    with client.responses.stream(
+        model=base, input=question, max_output_tokens=12,
+        tools=[{"type": "file_search", "vector_store_ids": [store.id]}],
+    ) as stream:  # fmt: skip
+        events = list(stream)
+    streamed = events[-1].response
+    assert streamed.output_text == text
+    assert [one.file_id for one in streamed.output[-1].content[0].annotations] == [one.file_id for one in cited]
+    assert "response.file_search_call.completed" in {event.type for event in events}
+    filters = {"type": "ne", "key": "number", "value": 82}
+    assert "k82.md" not in {one.filename for one in answered(store, filters=filters).output[-1].content[0].annotations}
+    assert len(answered(store, max_num_results=1).output[0].results) == 1
+    client.vector_stores.files.delete(cited[0].file_id, vector_store_id=store.id)
+    gone = answered(store)
+    assert "k82.md" not in {one.filename for one in gone.output[-1].content[0].annotations}
+    assert gone.output_text != text
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(
+            model=base, input=question, tools=[{"type": "file_search", "vector_store_ids": ["vs_nothing"]}]
+        )
+
+
 def test_a_batch_counts_what_failed_and_says_why(client):
     store = client.vector_stores.create()
     files = [("one.md", manual(2)), ("two.md", manual(3)), ("bad.pdf", b"%PDF-1.7 nothing")]

@@ -109,5 +109,10 @@ def search(
     return found
 
 
+def among(files: Sequence[StoreFile]) -> list[str]:
+    """Patterns of the names of files' adapters: a question chooses among them, and gets no chunks of each."""
+    return [f"[{file.adapter[0]}]{file.adapter[1:]}" for file in files]
+
+
 def _index(library: Path, match: Match) -> Path:
     return open_adapter(library, f"{match.name}@{match.version}").index
