@@ -18,6 +18,7 @@ DOCS = ROOT / "docs"
 COMPILED = {"images.md": "the readings and the table of questions of its modality are the reader's own"}
 """Pages whose blocks are compiled and do not run, with the reason."""
 TUTORIAL = "tutorial.ipynb"  # its own test runs it
+SERVING = "serving.md"  # test_serving_docs.py runs it with a server
 OTHERS = "integrations.md"  # below, a library at a time
 
 
@@ -88,7 +89,7 @@ def test_the_block_of_the_page_about_the_library_runs(folder):
 
 def test_every_page_with_python_is_run_or_compiled():
     pages = {page.name for page in DOCS.glob("*.md") if blocks(page.name)}
-    known = {"python.md", "library.md", OTHERS, *COMPILED}
+    known = {"python.md", "library.md", SERVING, OTHERS, *COMPILED}
     assert pages == known, "run a page's blocks in a test, or list it in COMPILED with the reason"
     for page in COMPILED:
         for block in blocks(page):
