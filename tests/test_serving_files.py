@@ -337,6 +337,8 @@ def test_the_library_over_http(api, model):
     }  # fmt: skip
     assert api.get("/adapters/dish-washer").status_code == 404
     assert api.patch("/adapters/washer", json={"name": "french"}).status_code == 409
+    assert api.patch("/adapters/washer", json={"name": "other", "tags": ["Not A Tag"]}).status_code == 400
+    assert api.get("/adapters/washer").status_code == 200
     assert api.post("/adapters", json={"description": "Answer in German.", "name": "french"}).status_code == 409
     assert api.delete("/adapters/washer").status_code == 200
     assert api.get("/adapters/washer/chunks").status_code == 404

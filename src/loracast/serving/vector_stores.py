@@ -317,14 +317,18 @@ class VectorStores:
         with self._state.writing() as db:
             db.execute("UPDATE jobs SET adapter = ? WHERE adapter = ? AND status = 'completed'", (new, name))
 
-    def adapter_deleted(self, name: str) -> None:
-        """Note that a file of a store has lost its adapter, so that the store does not answer as if it had it."""
+    def adapter_deleted(self, name: str, version: str | None) -> None:
+        """Note that a file of a store has lost its adapter, so that the store does not answer as if it had it.
+
+        Args:
+            version: that was deleted; None for all of them.
+        """
         error = encode({"code": "server_error", "message": "the adapter of this file was deleted; attach it again"})
         with self._state.writing() as db:
             db.execute(
                 "UPDATE jobs SET status = 'failed', error = ?, version = NULL, revision = revision + 1 "
-                "WHERE adapter = ? AND status = 'completed' AND for_stores",
-                (error, name),
+                "WHERE adapter = ? AND status = 'completed' AND for_stores AND coalesce(version = ?, TRUE)",
+                (error, name, version),
             )
 
 

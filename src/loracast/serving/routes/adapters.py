@@ -29,6 +29,7 @@ from loracast.library.library import (
     rename_adapter,
     versions,
 )
+from loracast.library.manifest import check_name
 from loracast.library.register import Entry
 from loracast.library.routing import DEFAULT_ROUTE, Route
 from loracast.library.wide_route import route_adapters
@@ -158,14 +159,16 @@ def change_adapter(service: Shared, name: str, body: _Changes) -> dict[str, Any]
     """Change an adapter's tags or note, or give it another name. What it holds never changes."""
     library = service.model.library
     entry = find(library, name)
+    for tag in body.tags or ():
+        check_name(tag)  # before anything changes
+    renamed = entry.name if body.name is None else body.name
+    if renamed != entry.name:
+        rename_adapter(library, entry.name, renamed)
+        service.learning.stores.adapter_renamed(entry.name, renamed)
     if body.tags is not None or body.note is not None:
         gone = [] if body.tags is None else [tag for tag in entry.tags if tag not in body.tags]
-        describe_adapter(library, entry.name, note=body.note, tags=body.tags or (), untag=gone)
-    if body.name is not None and body.name != entry.name:
-        rename_adapter(library, entry.name, body.name)
-        service.learning.stores.adapter_renamed(entry.name, body.name)
-        entry = find(library, body.name)
-    return _adapter(find(library, entry.name))
+        describe_adapter(library, renamed, note=body.note, tags=body.tags or (), untag=gone)
+    return _adapter(find(library, renamed))
 
 
 @router.delete("/{name}", dependencies=[needs("admin")])
@@ -174,7 +177,7 @@ def delete_adapter(service: Shared, name: str) -> dict[str, Any]:
     library = service.model.library
     entry = find(library, name)
     remove_adapter(library, name)
-    service.learning.stores.adapter_deleted(entry.name)
+    service.learning.stores.adapter_deleted(entry.name, entry.version if "@" in name else None)
     return {"id": name, "object": "adapter.deleted", "deleted": True}
 
 
