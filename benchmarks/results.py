@@ -333,7 +333,9 @@ def main() -> None:
     run = commands.add_parser("run", help="measure what is missing or was made with other weights")
     run.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     run.add_argument("--runs", type=Path, help="folder of trained LoRAs for baselines")
-    run.add_argument("--only", action="append", default=[], metavar="ID", help="only this measurement; repeatable")
+    run.add_argument(
+        "--only", action="append", default=[], metavar="ID", help="only this one, even if kept; repeatable"
+    )
     run.add_argument("--depends", action="append", default=[], choices=[*SHIPPED, "gate", "none"], help="only of these")
     given = parser.parse_args()
     plan = read_plan()
@@ -347,7 +349,7 @@ def main() -> None:
                 print(f"{one.id:24} {one.depends:9} {one.minutes:5g} min  {'measured' if is_kept else 'missing'}")
                 continue
             wanted = one.id in (given.only or [one.id]) and one.depends in (given.depends or [one.depends])
-            if is_kept or not wanted:
+            if (is_kept and one.id not in given.only) or not wanted:
                 continue
             if "RUNS" in one.command and given.runs is None:
                 print(f"{one.id}: left out, it needs trained LoRAs (--runs FOLDER)", flush=True)
