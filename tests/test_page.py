@@ -24,7 +24,7 @@ LAMP = (
 HOSTILE = (
     '<script>window.hacked = 1</script><img src="/page/none.png" onerror="window.hacked = 2"> &lt;b&gt;bold&lt;/b&gt;'
 )
-ENTER, ESCAPE = "\ue007", "\ue00c"
+ENTER, ESCAPE, TAB, LEFT = "\ue007", "\ue00c", "\ue004", "\ue012"
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_adapters_are_combined_with_the_weights_of_the_sliders(page, model):
     page.open("library").one("#library-table tbody tr")
     for box in page.all("#library-table tbody input"):
         box.click()
-    page.one("#combine input[type=range]").send_keys("\ue012" * 3)  # left: three tenths less
+    page.one("#combine input[type=range]").send_keys(LEFT * 3)  # left: three tenths less
     page.one("#combine-name").send_keys("both", ENTER)
     page.until(lambda: "both" in adapter_names(model.library), "the combination")
     assert model.adapter("both").manifest.title == "kettle:0.7 + lamp"
@@ -314,7 +314,7 @@ def test_a_key_is_asked_for_once_and_sent(driver, model, home):
 def test_everything_can_be_done_from_the_keyboard(page):
     page.open().one("#choices input")
     body = page.one("body")
-    body.send_keys("\ue004")  # Tab: the first stop leads past the navigation
+    body.send_keys(TAB)  # Tab: the first stop leads past the navigation
     assert page.script("return document.activeElement.className") == "skip"
     page.script("document.activeElement.blur()")
     body.send_keys("/")

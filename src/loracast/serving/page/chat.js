@@ -11,6 +11,7 @@ const MOST_TOKENS = 256;
 
 let messages = JSON.parse(sessionStorage.getItem(CHAT) ?? "[]");
 let running = null; // the AbortController of the reply that streams
+let exchange = Promise.resolve(); // the message and its reply that are under way
 
 function keep() {
   sessionStorage.setItem(CHAT, JSON.stringify(messages));
@@ -42,12 +43,22 @@ function extras() {
   return { memory: chosen("memory"), style: chosen("style") };
 }
 
+/** Where a source stands in its document: the last part of "Manual / Warranty", or what else it is called by. */
+const section = (source) => source.heading.split(" / ").pop() || source.title || source.adapter;
+
+/** Send a message. A reply that still streams is stopped, and what there is of it stays in the history. */
 async function send(content) {
-  hideProblem();
   running?.abort();
+  await exchange;
+  exchange = answered(content);
+  await exchange;
+}
+
+async function answered(content) {
+  hideProblem();
   const mine = new AbortController();
   running = mine;
-  if (!messages.length) fill(byId("messages"));
+  byId("messages").querySelector(".empty")?.remove();
   const turn = { role: "user", content };
   bubble(turn);
   const { text, foot } = bubble({ role: "assistant", content: "" });
@@ -62,19 +73,20 @@ async function send(content) {
   };
   try {
     const answer = await streamChat(body, { onText, signal: mine.signal });
-    const used = [...new Set(answer.loracast.sources.map((one) => one.heading || one.title || one.adapter))];
+    const used = [...new Set(answer.loracast.sources.map(section))];
     const figures = [`${count(answer.usage.prompt_tokens)} prompt tokens`];
     if (answer.firstMs !== null) figures.unshift(`first token ${duration(answer.firstMs)}`);
     foot.textContent = [...figures, ...used.slice(0, 2)].join(" · ");
     messages.push(turn, { role: "assistant", content: answer.text, note: foot.textContent });
-    keep();
     addCost(answer.usage);
   } catch (error) {
     foot.textContent = error.name === "AbortError" ? "Stopped." : error.message;
     foot.classList.add("failed");
+    if (text.textContent) messages.push(turn, { role: "assistant", content: text.textContent, note: foot.textContent });
   } finally {
     text.classList.remove("waits");
     if (running === mine) running = null;
+    keep();
     toEnd();
   }
 }
@@ -107,8 +119,9 @@ export function startChat() {
     byId("message").value = "";
     await send(content);
   }));
-  byId("new-chat").addEventListener("click", () => {
+  byId("new-chat").addEventListener("click", async () => {
     running?.abort();
+    await exchange;
     messages = [];
     keep();
     showAll();

@@ -66,10 +66,12 @@ export class Column {
     if (!text.trim()) fill(this.answer, h("em", {}, "(an empty answer)"));
     this.values["Total"].textContent = duration(totalMs);
     if (usage) {
-      const cached = usage.prompt_tokens_details?.cached_tokens;
+      const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
       this.values.Prompt.textContent = `${count(usage.prompt_tokens)} tokens`;
       this.values.Memory.textContent = bytes(memory({ usage, loracast }));
-      if (cached) this.note.textContent = `${count(cached)} of the prompt's tokens were in the cache of an earlier question.`;
+      if (2 * cached > usage.prompt_tokens) { // more than the template that all prompts begin with
+        this.note.textContent = `${count(cached)} of the prompt's tokens were in the cache of an earlier question.`;
+      }
     }
     if (loracast.adapters.length && !loracast.adapters.some((one) => one.is_used)) {
       this.note.textContent = "The question is not about this document, so the plain base answered.";

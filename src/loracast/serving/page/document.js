@@ -60,9 +60,11 @@ function said({ document, route }) {
     return h("span", { class: "said" }, `${document.name}: ${route?.reason ?? "nothing"}. `);
   }
   const links = route.chunks.map(({ chunk, weight }) =>
-    h("a", { href: `#${anchor(document, chunk)}`, onclick: jump }, `chunk ${chunk + 1}`, h("small", {}, weight.toFixed(2))));
+    h("a", { href: `#${anchor(document, chunk)}`, onclick: jump }, `chunk ${chunk + 1}`, h("small", {}, rounded(weight))));
   return h("span", { class: "said" }, h("b", {}, document.name), links);
 }
+
+const rounded = (weight) => (weight > 0 && weight < 0.005 ? "< 0.01" : weight.toFixed(2));
 
 const anchor = (document, chunk) => `chunk-${document.name}-${chunk}`;
 
@@ -106,7 +108,7 @@ function folded(pages) {
 
 function page(document, chunk, use) {
   const number = `Chunk ${chunk.chunk + 1}`;
-  const label = use ? `${number}, used with weight ${use.weight.toFixed(2)}` : number;
+  const label = use ? `${number}, used with weight ${rounded(use.weight)}` : number;
   return h("section", {
     class: use ? "chunk used" : "chunk",
     id: anchor(document, chunk.chunk),
@@ -117,7 +119,7 @@ function page(document, chunk, use) {
     h("header", {},
       h("span", { class: "number" }, String(chunk.chunk + 1)),
       h("span", { class: "heading" }, chunk.heading),
-      h("span", { class: "tokens" }, use ? `weight ${use.weight.toFixed(2)}` : plural(chunk.n_tokens, "token"))),
+      h("span", { class: "tokens" }, use ? `weight ${rounded(use.weight)}` : plural(chunk.n_tokens, "token"))),
     h("p", {}, marked(chunk.text, use?.sentences ?? [])));
 }
 
@@ -129,7 +131,7 @@ function marked(text, sentences) {
   let at = 0;
   for (const { start, end, weight } of sentences) {
     if (weight < LEAST_WEIGHT || start < at) continue;
-    const mark = h("mark", { title: `weight ${weight.toFixed(2)}` }, cut(start, end));
+    const mark = h("mark", { title: `weight ${rounded(weight)}` }, cut(start, end));
     mark.style.setProperty("--strength", weight ** 3); // so that the best stands out among many that match a little
     parts.push(cut(at, start), mark);
     at = end;

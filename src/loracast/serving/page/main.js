@@ -6,6 +6,7 @@ import { startChat } from "./chat.js";
 import { startChoosing } from "./choices.js";
 import { byId, fill, h } from "./dom.js";
 import { startLibrary } from "./library.js";
+import { startRemembering } from "./memory.js";
 import { showProblem } from "./problem.js";
 import { state } from "./state.js";
 
@@ -46,6 +47,7 @@ async function start() {
   startChoosing();
   startAsking();
   startChat();
+  startRemembering();
   startLibrary();
   state.addEventListener("settings", showServer);
   try {
