@@ -93,6 +93,7 @@ add(_train, ".train:oracle", ".train:multitask", ".train:reader", panel="LoRAs t
 add(_train, ".train:export", ".train:relevance", panel="To ship")
 
 add(app, ".learn:learn", ".learn:task", ".ask:ask", ".chat:chat", ".list:list_", panel="Learn and ask")
+add(app, ".serve:serve", ".serve:stop", panel="Serve")
 add(
     app,
     *(".folder:sync", ".folder:watch", ".list:search", ".route:route", ".show:show", ".show:diff"),

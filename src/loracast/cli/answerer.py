@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from loracast.cli.options import Answering
 from loracast.cli.output import say
-from loracast.cli.session import base_of, loading, what_loads
+from loracast.cli.session import base_of, loading, server_for
 from loracast.errors import LoracastError, PromptTooLong
 from loracast.library.library import open_adapter
 from loracast.library.wide_route import Source, check_patterns, patterns_in
@@ -86,21 +86,13 @@ def open_answerer(answering: Answering) -> tuple[Answerer, list[str]]:
     answering = replace(answering, base=answering.base or base_of(found), chat_template=template)
     if patterns:
         check_patterns(answering.library, patterns, answering.tag)
-    server = _server_for(answering)
+    given = answering.hypernetwork  # of adapters that keep only their text
+    server = server_for(answering, answering.library, "document", given, local=answering.local)
     answerer: Answerer = Local(answering) if server is None else Served(server, answering)
     by_version: dict[str, str] = {}  # NAME and NAME@HASH may be one version
     for name in names:
         by_version.setdefault(answerer.open(name).version, name)
     return answerer, [*by_version.values(), *patterns]
-
-
-def _server_for(answering: Answering) -> Running | None:
-    if answering.local:
-        return None
-    from loracast.serving.found import find
-
-    hypernetworks = {"document": answering.hypernetwork} if answering.hypernetwork else {}
-    return find(what_loads(answering, answering.library, hypernetworks))
 
 
 class Local:

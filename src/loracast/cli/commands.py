@@ -30,16 +30,21 @@ F = TypeVar("F", bound=Callable[..., None])
 
 _SPELLINGS = {
     "adapters": ("-a", "--adapter"),
+    "allowed_hosts": ("--allowed-host",),
     "as_json": ("--json",),
     "benchmarks": ("--benchmark",),
     "budget_s": ("--budget",),
     "change": ("--set",),
+    "cors_origins": ("--cors-origin",),
     "heldout": ("--heldout/--trained",),
     "max_new_tokens": ("--max-tokens",),
     "storage": ("-s", "--storage"),
+    "watched": ("--watch",),
 }
 """Options that are not called as their fields or parameters are."""
-_ONE_EACH = {"adapters", "benchmarks", "documents", "held_out", "texts", "unrelated"}
+_ONE_EACH = {
+    "adapters", "allowed_hosts", "benchmarks", "cors_origins", "documents", "held_out", "texts", "unrelated", "watched",
+}  # fmt: skip
 """Fields whose option is given once for each value; the values of other tuples have commas between them."""
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loracast.base.embedded import DEFAULT_BASE
-from loracast.cli.options import Again, Json, Learning
+from loracast.cli.options import Again, Json, Learning, Local
 from loracast.cli.output import print_result, printable, progress_bar, say
-from loracast.cli.session import open_model
+from loracast.cli.session import open_model, server_for
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.files import file_sha256
 from loracast.paths import journals_dir
@@ -20,6 +20,7 @@ from loracast.paths import journals_dir
 if TYPE_CHECKING:
     from loracast.library.sync import BulkReport, FileReport, Outcome
     from loracast.model import Model
+    from loracast.serving.found import Running
 
 _LOOK_EVERY_MS = 10_000
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of documents.", exists=True, file_okay=False)]
@@ -31,9 +32,12 @@ class FolderLearner:
     Args:
         again: learn everything, whether it has changed or not.
         remove_gone: delete the adapters of files that are no longer there.
+        local: use no server.
     """
 
-    def __init__(self, folder: Path, learning: Learning, *, again: bool = False, remove_gone: bool = False):
+    def __init__(
+        self, folder: Path, learning: Learning, *, again: bool = False, remove_gone: bool = False, local: bool = False
+    ):
         from loracast.cast.load import shipped_hypernetwork
         from loracast.cast.published import DOC_FILE, OWN_FILES
 
@@ -43,13 +47,21 @@ class FolderLearner:
         hypernet = " ".join(map(file_sha256, files)) if where.is_dir() else str(where)
         self.folder, self.learning, self.again, self.remove_gone = folder, learning, again, remove_gone
         self.made_by = f"{base} {hypernet} {learning.chunk_tokens or DEFAULT_CHUNK_TOKENS} {learning.document_storage}"
+        self._is_local = local
+        self._server: Running | None = None
         self._model: Model | None = None
         self._told: set[tuple[str, str | None]] = set()
 
     def _learn_file(self, path: Path, adapter_name: str) -> None:
         from loracast.documents import read_document
 
-        document, how = read_document(path), self.learning
+        how = self.learning
+        if self._server is not None:
+            from loracast.cli.served import learn_file
+
+            if learn_file(self._server, path, adapter_name, how, replace=True, progress=lambda done, total: None):
+                return
+        document = read_document(path)
         if self._model is None:
             self._model = open_model(how, how.library)
         self._model.learn(
@@ -60,6 +72,8 @@ class FolderLearner:
         """Go through the folder once; files that fail are reported on the way."""
         from loracast.library.sync import learn_folder
 
+        how = self.learning
+        self._server = server_for(how, how.library, "document", how.hypernetwork, local=self._is_local)
         with progress_bar("files", str(self.folder)) as progress:
 
             def on_file(done: int, total: int, file: FileReport) -> None:
@@ -96,19 +110,21 @@ def summary(result: BulkReport, with_removed: bool) -> str:
     return ", ".join(f"{result.count(outcome):,} {outcome}" for outcome in outcomes)
 
 
-def sync(folder: Folder, *, again: Again = False, learning: Learning, as_json: Json = False) -> None:
+def sync(
+    folder: Folder, *, again: Again = False, learning: Learning, local: Local = False, as_json: Json = False
+) -> None:
     """Learn what is new or has changed in a folder, and delete the adapters of files that are gone.
 
     Only adapters that were learned from this folder in this way, and are still the same, are deleted.
     """
-    learn_files(FolderLearner(folder, learning, again=again, remove_gone=True), as_json=as_json)
+    learn_files(FolderLearner(folder, learning, again=again, remove_gone=True, local=local), as_json=as_json)
 
 
-def watch(folder: Folder, learning: Learning) -> None:
+def watch(folder: Folder, *, learning: Learning, local: Local = False) -> None:
     """Do what `sync` does, and again whenever files change, until Ctrl-C."""
     import watchfiles
 
-    learner = FolderLearner(folder, learning, remove_gone=True)
+    learner = FolderLearner(folder, learning, remove_gone=True, local=local)
     say(f"watching {folder}; Ctrl-C ends it")
     # It also looks now and then: for what changed before the watch began, and for file systems that report no changes.
     looks = watchfiles.watch(folder, raise_interrupt=False, yield_on_timeout=True, rust_timeout=_LOOK_EVERY_MS)

@@ -11,12 +11,14 @@ import typer
 from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli import options
 from loracast.cli.folder import FolderLearner, learn_files
-from loracast.cli.output import plural, print_result, say, size, warn
-from loracast.cli.session import learn_visibly, open_model
+from loracast.cli.output import plural, print_result, progress_bar, say, size, warn
+from loracast.cli.session import learn_visibly, open_model, server_for
 from loracast.library.manifest import name_for, name_from
 
 if TYPE_CHECKING:
+    from loracast.documents import Document
     from loracast.library.adapter import Adapter
+    from loracast.serving.found import Running
 
 
 def learn(
@@ -27,6 +29,7 @@ def learn(
     naming: options.Naming,
     again: options.Again = False,
     learning: options.Learning,
+    local: options.Local = False,
     as_json: options.Json = False,
 ) -> None:
     """Learn a document, all documents of a folder, or an image.
@@ -37,7 +40,7 @@ def learn(
     if Path(file).is_dir():
         if naming.name is not None:
             raise typer.BadParameter("adapters of a folder are named after its files", param_hint="--name")
-        learn_files(FolderLearner(Path(file), learning, again=again), as_json=as_json)
+        learn_files(FolderLearner(Path(file), learning, again=again, local=local), as_json=as_json)
         return
     from loracast.documents import read_document
     from loracast.documents.images import is_image_file
@@ -46,14 +49,33 @@ def learn(
     if is_image_file(file):
         adapter = _learn_image(file, naming, learning)
     else:
-        document = read_document(file)
-        name = naming.checked(learning.library, name_for(document), document.sha256)
-        adapter = learn_visibly(
-            open_model(learning, learning.library), document, name,
-            max_chunk_tokens=learning.chunk_tokens, storage=learning.document_storage, replace=naming.replace,
-        )  # fmt: skip
+        adapter = (None if local or file == "-" else _learn_served(file, naming, learning)) or _learn(
+            read_document(file), naming, learning
+        )
     total_s = round(time.perf_counter() - started, 3)
     print_result(as_json, {**report(adapter), "total_s": total_s}, learned(adapter))
+
+
+def _learn(document: Document, naming: options.Naming, learning: options.Learning) -> Adapter:
+    name = naming.checked(learning.library, name_for(document), document.sha256)
+    return learn_visibly(
+        open_model(learning, learning.library), document, name,
+        max_chunk_tokens=learning.chunk_tokens, storage=learning.document_storage, replace=naming.replace,
+    )  # fmt: skip
+
+
+def _learn_served(file: str, naming: options.Naming, learning: options.Learning) -> Adapter | None:
+    """Have a running server learn a document; None where there is none, or it does not take the document."""
+    server = server_for(learning, learning.library, "document", learning.hypernetwork, local=False)
+    if server is None:
+        return None
+    from loracast.cli.served import learn_file
+
+    with progress_bar("chunks", f"learning {file}") as progress:
+        adapter = learn_file(server, file, naming.name, learning, replace=naming.replace, progress=progress)
+    for warning in adapter.manifest.warnings if adapter else ():
+        warn(warning)
+    return adapter
 
 
 def _learn_image(file: str, naming: options.Naming, learning: options.Learning) -> Adapter:
@@ -78,6 +100,7 @@ def task(
     hypernetwork: options.Hypernetwork = None,
     encoder: options.Encoder = None,
     base: options.Base = None,
+    local: options.Local = False,
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:
@@ -91,6 +114,12 @@ def task(
     from loracast.library.save import source_of
 
     started = time.perf_counter()
+    if not (as_json or encoder or strength != 1.0):  # the API takes no strength, and tells no distance
+        choice = options.BaseChoice(base=base)
+        server = server_for(choice, library, "task", hypernetwork, local=local)
+        if server is not None and (cast := _cast_served(server, library, description, naming)) is not None:
+            print_result(False, {}, _told_task(cast))
+            return
     name = naming.checked(library, name_from(description), source_of(description.strip()))
     where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "task")
 
@@ -114,12 +143,27 @@ def task(
         "cast_s": manifest.learn_s,
         "total_s": round(time.perf_counter() - started, 3),
     }
-    text = (
+    print_result(as_json, facts, _told_task(adapter))
+
+
+def _cast_served(server: Running, library: Path, description: str, naming: options.Naming) -> Adapter | None:
+    """Have a running server cast a task; None where it does not."""
+    from loracast.cli.served import cast_task
+
+    adapter = cast_task(server, library, description, naming.name, replace=naming.replace)
+    for warning in adapter.manifest.warnings if adapter else ():
+        warn(warning)
+    return adapter
+
+
+def _told_task(adapter: Adapter) -> str:
+    """What people are told about a task that was cast."""
+    manifest = adapter.manifest
+    return (
         f"cast {adapter.name} ({manifest.title})\n"
         f"rank {manifest.rank_text}, {size(adapter.n_bytes)}, {1000 * manifest.learn_s:.0f} ms\n"
         f'use it: loracast ask "..." -a {adapter.name}'
     )
-    print_result(as_json, facts, text)
 
 
 def report(adapter: Adapter) -> dict[str, Any]:

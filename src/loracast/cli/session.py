@@ -15,9 +15,10 @@ from loracast.errors import BaseModelError
 if TYPE_CHECKING:
     from loracast.base.load import Base
     from loracast.documents import Document
+    from loracast.hypernets.protocol import Modality
     from loracast.library.adapter import Adapter
     from loracast.model import Model
-    from loracast.serving.found import Loaded
+    from loracast.serving.found import Loaded, Running
 
 
 @contextmanager
@@ -72,11 +73,11 @@ def base_of(adapters: Sequence[Adapter]) -> str | None:
     return None if name == DEFAULT_BASE else name
 
 
-def what_loads(choice: BaseChoice, library: Path, hypernetworks: Mapping[str, str]) -> Loaded:
+def what_loads(choice: BaseChoice, library: Path, hypernetworks: Mapping[str, str | None]) -> Loaded:
     """What a command with these options loads, to be compared with what a running server has loaded.
 
     Args:
-        hypernetworks: those that the user gave in place of the ones that ship.
+        hypernetworks: by modality, as the user gave them; None for the one that ships.
     """
     from loracast.serving.found import Loaded, told
 
@@ -87,6 +88,17 @@ def what_loads(choice: BaseChoice, library: Path, hypernetworks: Mapping[str, st
         template = template_text(choice.chat_template)
     given = {modality: told(where) for modality, where in hypernetworks.items()}
     return Loaded(str(library.resolve()), told(choice.base), given, template, choice.device or "")
+
+
+def server_for(
+    choice: BaseChoice, library: Path, modality: Modality, hypernetwork: str | None, *, local: bool
+) -> Running | None:
+    """A running server that does what a command with these options would do by itself; None also with --local."""
+    if local:
+        return None
+    from loracast.serving.found import find
+
+    return find(what_loads(choice, library, {modality: hypernetwork}))
 
 
 def learn_visibly(model: Model, document: Document, name: str, **options: Any) -> Adapter:

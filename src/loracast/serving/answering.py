@@ -279,8 +279,12 @@ class Call:
                 "id": adapter.version,
                 "scale": self._resolved.scales.get(adapter.manifest.version, 1.0),
                 "is_used": not route.is_empty,
+                "n_chunks": adapter.manifest.n_chunks,
                 "chunks": None if route.chunks is None else list(route.chunks),
+                "scores": list(route.scores),
+                "weights": list(route.weights),
                 "reason": route.reason,
+                "about": route.about,
             }
             for prepared in self.prepared
             for adapter, route in prepared.routed

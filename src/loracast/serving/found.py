@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -21,14 +24,14 @@ from loracast.serving.client import Client, NoServer
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a server has loaded, and what a command would load: they must be equal for the one to use the other."""
+    """What a server has loaded, and what a command would load: the one serves the other where they agree."""
 
     library: str
     """The folder's real path."""
     base: str = ""
     """The base as `told` tells it."""
     hypernetworks: Mapping[str, str] = field(default_factory=dict)
-    """By modality, the hypernetworks that the user gave in place of those that ship, as `told` tells them."""
+    """By modality as `told` tells them; of a command, the one that it needs."""
     chat_template: str = ""
     """The text of a template in place of the base's own."""
     device: str = ""
@@ -37,8 +40,10 @@ class Loaded:
 
     def serves(self, wanted: Loaded) -> bool:
         """Whether a server with this may do what a command wants."""
-        is_same_device = wanted.device in ("", self.device)
-        return is_same_device and replace(self, device="") == replace(wanted, device="")
+        if wanted.device not in ("", self.device):
+            return False
+        own = {modality: self.hypernetworks.get(modality, "") for modality in wanted.hypernetworks}
+        return replace(self, hypernetworks=own, device=wanted.device) == wanted
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Running:
     """Of the base."""
     key: str = ""
     """The server's own key for its user's commands; "" where it asks for none."""
+    drain_timeout_s: float = 30.0
     pid: int = field(default_factory=os.getpid)
 
     @property
@@ -83,6 +89,20 @@ class Running:
     def client(self) -> Client:
         return Client(self.url, self.key)
 
+    def terminate(self) -> None:
+        """Tell the server to end when its answers are given."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the process has ended within this time."""
+        until = time.monotonic() + timeout_s
+        while lives(self.pid):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.02)
+        return True
+
 
 def told(source: str | os.PathLike[str] | None) -> str:
     """A base or hypernetwork that a user gave, as two processes can compare it; "" for the default.
@@ -104,6 +124,11 @@ def running(library: Path) -> list[Running]:
     """The servers of a library that live and answer, whatever they have loaded. Files of others are removed."""
     here = str(library.resolve())
     return [server for server in _known() if server.loaded.library == here and _answers(server)]
+
+
+def of_process(pid: int) -> Running | None:
+    """The server that a process runs, once it answers."""
+    return next((server for server in _known() if server.pid == pid and _answers(server)), None)
 
 
 def find(wanted: Loaded) -> Running | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -52,12 +52,20 @@ class Learning:
     # ---- what is asked for
 
     def learn(
-        self, source: BinaryIO, filename: str | None, name: str | None, *, tags: Sequence[str], replace: bool
+        self,
+        source: BinaryIO,
+        filename: str | None,
+        name: str | None,
+        *,
+        tags: Sequence[str],
+        replace: bool,
+        options: Mapping[str, Any] = {},
     ) -> Job:
         """Take in a document or an image.
 
         Args:
             name: of the adapter; made from the file's name if None.
+            options: `max_chunk_tokens` and `storage` of a document, where they are not the usual ones.
 
         Raises:
             NameTakenError, AdapterError: the name is taken, or a name or tag is not allowed.
@@ -67,7 +75,7 @@ class Learning:
         try:
             name = name or name_from(Path(upload.filename).stem)
             self._check(name, tags, upload.sha256, replace)
-            return self.jobs.add("document", name, {"tags": [*tags], "replace": replace}, file=upload.id)
+            return self.jobs.add("document", name, {"tags": [*tags], "replace": replace, **options}, file=upload.id)
         except BaseException:
             self.uploads.discard(upload.id)
             raise
@@ -115,8 +123,8 @@ class Learning:
         assert job.file is not None
         source = self._read(job.file)
         options: dict[str, Any] = {}
-        if "max_chunk_tokens" in job.work and isinstance(source, Document):
-            options["max_chunk_tokens"] = job.work["max_chunk_tokens"]
+        if isinstance(source, Document):
+            options = {key: job.work[key] for key in ("max_chunk_tokens", "storage") if key in job.work}
         made = self._model.learn(source, job.adapter, replace=job.work["replace"], progress=progress, **options)
         return self._tagged(made, job)
 

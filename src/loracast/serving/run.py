@@ -1,10 +1,15 @@
-"""Runs the application of a server until it is told to stop, and lets running answers finish then."""
+"""Runs the application of a server: SIGTERM lets running answers finish, Ctrl-C ends at once.
+
+Ending at once is safe: adapters, uploads and jobs are written so that a kill at any time leaves them whole.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -17,48 +22,83 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
+_INTERRUPTED = 130
 
-def run(app: FastAPI, settings: ServerSettings, on_start: Callable[[int], object] = lambda port: None) -> None:
-    """Serve until SIGTERM or SIGINT; requests that run then have `drain_timeout_s` to finish.
 
-    Args:
-        app: of `create_app`.
-        on_start: called with the port when requests are taken.
+@contextmanager
+def bound(settings: ServerSettings) -> Iterator[socket.socket]:
+    """A socket at the address of the settings. Connections are refused until `run` gets it.
 
     Raises:
         ConfigError: the address cannot be listened on.
     """
-    try:
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        listening = socket.create_server((settings.host, settings.port), family=family)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); give another --port"
-        ) from error
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        if os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((settings.host, settings.port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"cannot listen on {settings.host}, port {settings.port} ({error}); give another --port, or 0 for a "
+                "free one"
+            ) from error
+        yield sock
+
+
+def run(
+    app: FastAPI,
+    settings: ServerSettings,
+    sock: socket.socket,
+    on_start: Callable[[int], object] = lambda port: None,
+    on_stop: Callable[[], object] = lambda: None,
+) -> None:
+    """Serve until SIGTERM; requests that run then have `drain_timeout_s` to finish. SIGINT ends the process with 130.
+
+    Args:
+        app: of `create_app`.
+        sock: of `bound`.
+        on_start: called with the port when requests are taken.
+        on_stop: called at the signal.
+    """
     config = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
         server_header=False,
         proxy_headers=False,  # nobody in front is trusted to say who asks
-        timeout_graceful_shutdown=round(settings.drain_timeout_s),
+        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
     )
-    with closing(listening):
-        _Server(config, app, lambda: on_start(listening.getsockname()[1])).run(sockets=[listening])
+    _Server(config, app, lambda: on_start(sock.getsockname()[1]), on_stop).run(sockets=[sock])
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server; its application knows from the signal on that it is about to stop."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, on_start: Callable[[], object]):
+    def __init__(
+        self, config: uvicorn.Config, app: FastAPI, on_start: Callable[[], object], on_stop: Callable[[], object]
+    ):
         super().__init__(config)
-        self._app, self._on_start = app, on_start
+        self._app, self._on_start, self._on_stop = app, on_start, on_stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started:
+        if self.started and not self.should_exit:
             self._on_start()
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's own would raise SIGTERM again in the end, so that the exit code were not 0."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._on_stop()
+        if sig == signal.SIGINT:
+            os._exit(_INTERRUPTED)  # threads may be in the middle of a forward pass
         self._app.state.service.is_draining = True
-        super().handle_exit(sig, frame)
+        self.should_exit = True

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import zipfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -33,6 +34,7 @@ from loracast.library.manifest import check_name
 from loracast.library.register import Entry
 from loracast.library.routing import DEFAULT_ROUTE, Route
 from loracast.library.wide_route import route_adapters
+from loracast.lora.quantize import Storage
 from loracast.serving.auth import needs
 from loracast.serving.errors import ApiError
 from loracast.serving.jobs import Job
@@ -54,6 +56,11 @@ class _Naming(_Body):
     name: Name | None = None
     tags: list[Name] = Field(default=[], max_length=32)
     replace: bool = False
+
+
+class _NewDocument(_Naming):
+    chunk_tokens: int | None = Field(default=None, ge=16, le=4096)
+    storage: Storage | None = None
 
 
 class _NewTask(_Naming):
@@ -99,7 +106,7 @@ def list_adapters(
 
 @router.post("", status_code=202, dependencies=[needs("write")])
 async def make_adapter(service: Shared, request: Request) -> JSONResponse:
-    """Make an adapter of a document or an image (multipart: file, name, tags, replace), or of a task's description.
+    """Make an adapter of a document or an image (multipart: file, name, tags, replace, chunk_tokens, storage), or of a task.
 
     The answer is a job, which is on the disk by then.
     """
@@ -118,10 +125,12 @@ async def make_adapter(service: Shared, request: Request) -> JSONResponse:
         given["tags"] = [
             tag for text in form.getlist("tags") if isinstance(text, str) for tag in text.split(",") if tag
         ]
-        naming = _checked(_Naming, given)
+        how = _checked(_NewDocument, given)
+        options = {"max_chunk_tokens": how.chunk_tokens, "storage": how.storage}
         job = await run_in_threadpool(
-            service.learning.learn, file.file, file.filename, naming.name, tags=naming.tags, replace=naming.replace
-        )
+            partial(service.learning.learn, file.file, file.filename, how.name),
+            tags=how.tags, replace=how.replace, options={key: one for key, one in options.items() if one},
+        )  # fmt: skip
     return _accepted(job)
 
 

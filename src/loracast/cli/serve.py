@@ -1,0 +1,142 @@
+"""`loracast serve` and `stop`: the HTTP API and the page for a base with its library."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loracast.cli import options
+from loracast.cli.commands import config_from
+from loracast.cli.output import print_json, say, stderr, warn
+from loracast.cli.session import loading, what_loads
+from loracast.errors import ConfigError, LoracastError
+from loracast.paths import servers_dir
+
+if TYPE_CHECKING:
+    from loracast.serving.found import Running
+    from loracast.serving.settings import ServerSettings
+
+_STOP_S = 5.0
+"""Seconds that a server gets to end after its answers have had their time."""
+
+
+@config_from("loracast.serving.settings", without=("keys", "instance", "max_body_bytes", "body_timeout_s"))
+def serve(
+    config: partial[ServerSettings],
+    *,
+    keys: Annotated[
+        Path | None, "File with the keys that requests must bear, SCOPE:KEY a line; LORACAST_API_KEYS is another way."
+    ] = None,
+    models: options.Models,
+    task_hypernetwork: Annotated[str | None, "Folder or hub id of the hypernetwork for tasks."] = None,
+    image_hypernetwork: Annotated[str | None, "Folder or hub id of the hypernetwork for images."] = None,
+    library: options.Library,
+    background: Annotated[bool, "Come back when the server is ready; `loracast stop` ends it."] = False,
+    status: Annotated[bool, "Say which servers of the library are running, and end; with 1 if there are none."] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Serve the base with the library: OpenAI's API at /v1, and a page to try it on at /.
+
+    While it runs, `ask`, `chat`, `learn` and `task` use it and answer at once. Ctrl-C ends it; SIGTERM lets running
+    answers finish first.
+    """
+    if status:
+        _say_status(library, as_json)
+        return
+    if as_json:
+        raise typer.BadParameter("it goes with --status", param_hint="--json")
+    given = {"document": models.hypernetwork, "task": task_hypernetwork, "image": image_hypernetwork}
+    loaded = what_loads(models, library, given)
+    if background:
+        _serve_in_background()
+        return
+
+    from loracast.serving.auth import VARIABLE, keys_in, keys_in_file
+    from loracast.serving.run import listening, run
+
+    settings = config(keys=(*keys_in(os.environ.get(VARIABLE, "")), *(keys_in_file(keys) if keys else ())))
+    with listening(settings) as socket:  # a port that is taken is told before a model is loaded
+        with loading(models.device) as tell:
+            from loracast.model import load
+            from loracast.serving.engine import LocalEngine
+
+            model = load(
+                models.base, models.hypernetwork,
+                task_hypernetwork=task_hypernetwork, image_hypernetwork=image_hypernetwork,
+                library=library, device=models.device, chat_template=models.chat_template, say=tell, eager=False,
+            )  # fmt: skip
+        if not settings.is_loopback:
+            warn(f"{settings.host} can be reached from other machines; whoever has a key can ask, and learn or delete")
+        code = run(model, LocalEngine(model.base), settings, socket, loaded, _say_ready)
+    raise typer.Exit(code)
+
+
+def _say_ready(server: Running) -> None:
+    say(f"page   {server.url}/\nAPI    {server.url}/v1\nCtrl-C ends it")
+
+
+def _serve_in_background() -> None:
+    """Start the same command in a process of its own, without a terminal, and wait until it answers."""
+    from loracast.serving.found import of_process
+
+    folder = servers_dir()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = folder / "background.log"
+    arguments = [argument for argument in sys.argv[1:] if argument != "--background"]
+    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "loracast", *arguments],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+        )  # fmt: skip
+    try:
+        with stderr().status("starting"):
+            while (server := of_process(child.pid)) is None:
+                if child.poll() is not None:
+                    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                    raise LoracastError(lines[-1].removeprefix("error: ") if lines else "the server ended at once")
+                time.sleep(0.05)
+    except BaseException:
+        child.kill()
+        raise
+    say(f"page   {server.url}/\nAPI    {server.url}/v1\nlog    {log}\n`loracast stop` ends it")
+
+
+def _say_status(library: Path, as_json: bool) -> None:
+    from loracast.serving.found import running
+
+    servers = running(library)
+    if as_json:
+        shown = [{key: value for key, value in asdict(server).items() if key != "key"} for server in servers]
+        print_json({"library": str(library), "servers": shown})
+    else:
+        for server in servers:
+            print(f"{server.url} serves {server.fingerprint['base']} (process {server.pid})")
+        if not servers:
+            say(f"no server of the library {library} is running")
+    if not servers:
+        raise typer.Exit(1)
+
+
+def stop(*, library: options.Library) -> None:
+    """End the running servers of a library, those in the background too, when they have given the answers they owe."""
+    from loracast.serving.found import running
+
+    servers = running(library)
+    if not servers:
+        raise ConfigError(f"no server of the library {library} is running")
+    for server in servers:
+        server.terminate()
+    for server in servers:
+        with stderr().status(f"{server.url} finishes its answers"):
+            is_gone = server.wait(server.drain_timeout_s + _STOP_S)
+        if not is_gone:
+            raise LoracastError(f"the server at {server.url} (process {server.pid}) does not end")
+        print(f"stopped {server.url}")
