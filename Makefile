@@ -1,14 +1,18 @@
-# Two commands: `make demo` and `make test` set everything up by themselves.
+# `make demo`, `make serve` and `make test` set everything up by themselves.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Processes that run tests side by side: one for each processor, or a number.
 WORKERS ?= logical
 
-.PHONY: demo test bases runtimes lint docs setup setup-dev clean
+.PHONY: demo serve test bases runtimes lint docs setup setup-dev clean
 
 demo: setup
 	$(BIN)/loracast demo examples/manual.pdf
+
+# The page and the API for your own library, until Ctrl-C.
+serve: setup
+	$(BIN)/loracast serve
 
 # One thread for each worker: more of them only wait for each other.
 test: setup-dev

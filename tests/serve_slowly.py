@@ -8,7 +8,7 @@ import time
 import loracast
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
-from loracast.serving.run import run
+from loracast.serving.run import bound, run
 from loracast.serving.settings import ServerSettings
 
 if __name__ == "__main__":
@@ -17,4 +17,5 @@ if __name__ == "__main__":
     model.base.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
     settings = ServerSettings(port=0)
     app = create_app(model, LocalEngine(model.base), settings)
-    run(app, settings, lambda port: print(port, flush=True))
+    with bound(settings) as sock:
+        run(app, settings, sock, lambda port: print(port, flush=True))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,11 +20,11 @@ from loracast.cli import options
 from loracast.cli.commands import config_from
 from loracast.cli.output import print_json, say, stderr, warn
 from loracast.cli.session import loading, what_loads
-from loracast.errors import ConfigError, LoracastError
+from loracast.errors import ConfigError, HypernetworkError, LoracastError
 from loracast.paths import servers_dir
 
 if TYPE_CHECKING:
-    from loracast.serving.found import Running
+    from loracast.model import Model
     from loracast.serving.settings import ServerSettings
 
 _STOP_S = 5.0
@@ -59,14 +62,19 @@ def serve(
         _serve_in_background()
         return
 
-    from loracast.serving.auth import VARIABLE, keys_in, keys_in_file
-    from loracast.serving.run import listening, run
+    from loracast.serving.auth import VARIABLE, ApiKey, keys_in, keys_in_file
+    from loracast.serving.found import Running
+    from loracast.serving.run import bound, run
 
-    settings = config(keys=(*keys_in(os.environ.get(VARIABLE, "")), *(keys_in_file(keys) if keys else ())))
-    with listening(settings) as socket:  # a port that is taken is told before a model is loaded
+    allowed = (*keys_in(os.environ.get(VARIABLE, "")), *(keys_in_file(keys) if keys else ()))
+    own_key = secrets.token_urlsafe(32) if allowed else ""
+    settings = config(keys=(*allowed, ApiKey.read(f"admin:{own_key}")) if own_key else ())
+    with bound(settings) as socket:  # a port that is taken is told before a model is loaded
         with loading(models.device) as tell:
             from loracast.model import load
+            from loracast.serving.app import create_app
             from loracast.serving.engine import LocalEngine
+            from loracast.serving.resolve import served_name
 
             model = load(
                 models.base, models.hypernetwork,
@@ -75,12 +83,34 @@ def serve(
             )  # fmt: skip
         if not settings.is_loopback:
             warn(f"{settings.host} can be reached from other machines; whoever has a key can ask, and learn or delete")
-        code = run(model, LocalEngine(model.base), settings, socket, loaded, _say_ready)
-    raise typer.Exit(code)
+        about = Running(
+            settings.instance,
+            local_url(settings.host, socket.getsockname()[1]),
+            loaded,
+            served_name(model.base),
+            model.base.fingerprint.to_dict(),
+            own_key,
+            settings.drain_timeout_s,
+        )
+
+        def on_start(port: int) -> None:
+            about.write()
+            say(f"page   {about.url}/\nAPI    {about.url}/v1\nCtrl-C ends it")
+
+        Thread(target=_warm_up, args=(model,), daemon=True).start()
+        run(create_app(model, LocalEngine(model.base), settings), settings, socket, on_start, about.remove)
 
 
-def _say_ready(server: Running) -> None:
-    say(f"page   {server.url}/\nAPI    {server.url}/v1\nCtrl-C ends it")
+def _warm_up(model: Model) -> None:
+    """Read the hypernetwork, so that the first document need not wait for it. None may be there: answers need none."""
+    with suppress(HypernetworkError):
+        _ = model.documents
+
+
+def local_url(host: str, port: int) -> str:
+    """Where this machine reaches a server that listens on an address."""
+    reached = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
 def _serve_in_background() -> None:

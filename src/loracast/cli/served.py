@@ -48,16 +48,16 @@ def _made(
 
     client = server.client()
     try:
-        job = begin(client)
+        begun = job = begin(client)
     except Refused as refused:
         if refused.status == 429 or refused.status >= 500:
             raise
         return None
     try:
-        for job in client.stream(f"/v1/jobs/{job['id']}/events"):
+        for job in client.stream(f"/v1/jobs/{begun['id']}/events"):
             progress(job["done"], job["total"])
     except KeyboardInterrupt:
-        client.post(f"/v1/jobs/{job['id']}/cancel", {})
+        client.post(f"/v1/jobs/{begun['id']}/cancel", {})
         raise
     if job["status"] == "failed":
         return None

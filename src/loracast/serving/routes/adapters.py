@@ -106,9 +106,10 @@ def list_adapters(
 
 @router.post("", status_code=202, dependencies=[needs("write")])
 async def make_adapter(service: Shared, request: Request) -> JSONResponse:
-    """Make an adapter of a document or an image (multipart: file, name, tags, replace, chunk_tokens, storage), or of a task.
+    """Make an adapter of a document or an image, or of a task's description.
 
-    The answer is a job, which is on the disk by then.
+    Documents and images come as multipart: file, name, tags, replace, chunk_tokens, storage. The answer is a job, which
+    is on the disk by then.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":

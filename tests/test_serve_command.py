@@ -1,0 +1,378 @@
+"""Commands with a running server: found or not, the same output with and without it, and how a server ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import loracast
+from loracast.cli import app
+from loracast.documents import Document
+from loracast.library.library import adapter_names, open_adapter
+from loracast.library.save import save_lora
+from loracast.serving import found
+from loracast.serving.app import create_app
+from loracast.serving.client import Client, NoServer, Refused
+from loracast.serving.engine import LocalEngine
+from loracast.serving.found import Loaded, Running, told
+from loracast.serving.resolve import served_name
+from loracast.serving.settings import ServerSettings
+from other_processes import interruptible
+from servers import eventually, served
+
+ROOT = Path(__file__).parents[1]
+TEXTS = {
+    "kettle": "# Kettle\n\nThe kettle holds 1.7 litres of water and weighs 900 grams.\n\n## Warranty\n\n"
+    "The warranty of the kettle is 24 months. Scale is removed with vinegar.",
+    "museum": "# Museum\n\nThe museum opens at nine on Tuesday mornings. Nobody knew who had built the old bridge.",
+}
+MOVING = ("load_s", "first_token_s", "total_s", "learn_s", "folder")
+"""What differs between two runs of a command."""
+
+
+@pytest.fixture(scope="module")
+def library(tiny_folder, tiny_hypernet_folder, tmp_path_factory) -> Path:
+    """Two documents, in two versions the one, and a task."""
+    folder = tmp_path_factory.mktemp("commands") / "library"
+    model = loracast.load(tiny_folder, tiny_hypernet_folder, library=folder, device="cpu")
+    for name, text in TEXTS.items():
+        model.learn(Document.from_text(text, title=name.title()), name, max_chunk_tokens=24)
+    lora = model.adapter("museum").lora()
+    save_lora(lora, folder, "shout", kind="task", title="Shout.", made_for=model.base.fingerprint)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(library, tiny_folder, tiny_hypernet_folder):
+    """A server of that library, without a file that tells of it."""
+    model = loracast.load(tiny_folder, tiny_hypernet_folder, library=library, device="cpu")
+    settings = ServerSettings(max_adapters=3)
+    with served(create_app(model, LocalEngine(model.base), settings)) as url:
+        hypernetworks = {"document": told(tiny_hypernet_folder)}
+        loaded = Loaded(str(library.resolve()), told(tiny_folder), hypernetworks, "", "cpu")
+        fingerprint = model.base.fingerprint.to_dict()
+        yield Running(settings.instance, url, loaded, served_name(model.base), fingerprint)
+
+
+@pytest.fixture
+def running(address, home) -> Running:
+    """The server, to be found."""
+    address.write()
+    return address
+
+
+@pytest.fixture
+def run(tiny_folder, tiny_hypernet_folder, library):
+    """Runs a command on the library with the tiny base and hypernetwork."""
+    options = ("--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, "--library", library, "--device", "cpu")
+
+    def run(*arguments: object, **more):
+        return CliRunner().invoke(app, [str(one) for one in (*arguments, *options)], **more)
+
+    return run
+
+
+def without_times(result) -> tuple[int, object, str]:
+    """Exit code, output and errors of a command, without what differs between two runs."""
+    try:
+        out = {key: value for key, value in json.loads(result.stdout).items() if key not in MOVING}
+    except (ValueError, AttributeError):
+        out = re.sub(r", [\d.]+ s\n", "\n", result.stdout)
+    return result.exit_code, out, result.stderr
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """Bases that were loaded by a command."""
+    loaded, load = [], loracast.model.load
+    monkeypatch.setattr("loracast.model.load", lambda *given, **options: loaded.append("") or load(*given, **options))
+    return loaded
+
+
+# ---- the same with and without a server
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ask", "How long is the warranty of the kettle?", "-a", "kettle"),
+        ("ask", "How long is the warranty of the kettle?", "-a", "kettle", "--json"),
+        ("ask", "When does the museum open?", "--all"),
+        ("ask", "When does the museum open?", "--all", "-a", "shout", "--json"),
+        ("ask", "Why do birds sing at dawn?", "-a", "kettle", "-a", "museum"),
+        ("ask", "Why do birds sing at dawn?", "-a", "kettle", "--always", "--route", "all", "--json"),
+        ("ask", "Why do birds sing at dawn?", "--all"),
+        ("ask", "Hello", "--system", "Be kind.", "--max-tokens", "3", "--json"),
+        ("ask", "Hello", "--temperature", "1.5", "--top-p", "0.9", "--seed", "7", "--json"),
+        ("ask", "What is this document about?", "-a", "museum"),
+        ("chat", "-a", "kettle"),
+        ("chat", "--all", "--max-tokens", "4"),
+    ],
+)
+def test_a_server_changes_nothing_that_is_printed(run, running, loads, arguments):
+    said = "How long is the warranty?\n/use museum\nAnd when does it open?\n/use nobody\n/list\n/drop kettle\nHello\n"
+    options = {"input": said} if arguments[0] == "chat" else {}
+    through = run(*arguments, **options)
+    assert through.exit_code == 0 and not loads, through.output
+    alone = run(*arguments, "--local", **options)
+    assert len(loads) == 1
+    assert without_times(through) == without_times(alone)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ask", "Hello", "-a", "nobody"),
+        ("ask", "Hello", "-a", "../../etc"),
+        ("ask", "Hello", "-a", "kettle@0000"),
+        ("ask", "Hello", "-a", "nothing-*"),
+        ("ask", "Hello", "--tag", "nothing"),
+        ("ask", "Hello", "--all", "--route", "all"),
+        ("ask", "the kettle holds " * 400),
+        ("chat", "-a", "nobody"),
+        ("learn", "/no/such/file.pdf"),
+        ("learn", "EMPTY"),
+        ("learn", "OTHER", "--name", "kettle"),
+        ("learn", "OTHER", "--name", "../x"),
+    ],
+)
+def test_errors_are_the_same_too(run, running, tmp_path, arguments):
+    (tmp_path / "empty.md").write_text(" \n")
+    (tmp_path / "other.md").write_text("# Other\n\nThe lamp is lit at nine.\n")
+    files = {"EMPTY": tmp_path / "empty.md", "OTHER": tmp_path / "other.md"}
+    arguments = [files.get(one, one) for one in arguments]
+    through, alone = run(*arguments), run(*arguments, "--local")
+    assert through.exit_code == 1 and through.stderr.startswith("error: ")
+    assert without_times(through) == without_times(alone)
+
+
+def test_what_the_server_refuses_is_answered_without_it(run, running, library, loads):
+    """It adds up three adapters at most."""
+    names = [option for name in ("kettle", "museum", "shout", "*") for option in ("-a", name)]
+    through = run("ask", "How long is the warranty?", *names, "--json")
+    assert through.exit_code == 0 and len(loads) == 1
+    assert set(json.loads(through.stdout)["adapters"]) >= {"kettle", "museum", "shout"}
+
+
+def test_learn_goes_through_the_server_and_prints_the_same(run, running, library, tmp_path, loads):
+    file = tmp_path / "Lantern of Hall 4.md"
+    file.write_text("# Lantern\n\nThe amber lantern of hall 4 has the code 4711. It is lit at nine.\n")
+    through = run("learn", file, "--chunk-tokens", "24", "-s", "int8", "--json")
+    assert through.exit_code == 0 and not loads, through.output
+    learned = open_adapter(library, "lantern-of-hall-4")
+    assert learned.manifest.storage == "int8" and learned.manifest.max_chunk_tokens == 24
+    alone = run("learn", file, "--chunk-tokens", "24", "-s", "int8", "--json", "--local", "--replace")
+    assert without_times(through) == without_times(alone)
+    with file.open("a") as more:
+        more.write("One more lantern.\n")
+    assert "--replace" in run("learn", file).stderr
+    again = run("learn", file, "--replace")
+    assert again.exit_code == 0 and again.stdout.startswith("learned lantern-of-hall-4 (Lantern)\n")
+
+
+def test_a_folder_is_learned_through_the_server(run, running, library, tmp_path, loads):
+    (tmp_path / "texts").mkdir()
+    for i in range(3):
+        (tmp_path / "texts" / f"hall-{i}.md").write_text(f"# Hall {i}\n\nIts code is {4000 + i}.\n")
+    (tmp_path / "texts" / "empty.md").write_text(" ")
+    result = run("learn", tmp_path / "texts")
+    assert result.exit_code == 1 and "empty.md" in result.stderr and "3 learned, 0 unchanged, 1 failed" in result.stdout
+    assert not loads and {"hall-0", "hall-1", "hall-2"} <= set(adapter_names(library))
+
+
+# ---- which server
+
+
+def test_a_server_is_used_only_where_it_has_loaded_the_same(running, tiny_folder, tmp_path):
+    same = replace(running.loaded, device="")
+    assert found.find(same) == running
+    others = {
+        "library": str(tmp_path), "base": "other", "hypernetworks": {"document": "other"},
+        "chat_template": "{{ x }}", "device": "cuda", "version": "0.0.1",
+    }  # fmt: skip
+    for key, value in others.items():
+        assert found.find(replace(same, **{key: value})) is None, key
+    assert found.find(replace(same, hypernetworks={"task": ""})) == running  # the document's does not matter to a task
+    assert running.path.exists()
+
+
+def test_a_hypernetwork_that_was_trained_further_is_another(tmp_path):
+    (tmp_path / "h").mkdir()
+    (tmp_path / "h" / "model.safetensors").write_bytes(b"1")
+    before = told(tmp_path / "h")
+    os.utime(tmp_path / "h" / "model.safetensors", ns=(1, 10**9))
+    assert told(tmp_path / "h") != before
+    assert told(None) == told("smollm2-135m-instruct") == "" and told("me/other") == "me/other"
+
+
+def test_files_of_servers_that_are_gone_are_removed(address, home):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    gone = replace(address, instance="gone", pid=ended.pid)
+    another = replace(address, instance="another")  # a new server on the old one's port
+    closed = replace(address, instance="closed", url="http://127.0.0.1:9")
+    for server in (gone, another, closed, address):
+        server.write()
+    broken = gone.path.with_name("broken.json")
+    broken.write_text("{")
+    broken.chmod(0o600)
+    assert found.running(Path(address.loaded.library)) == [address]
+    assert sorted(gone.path.parent.iterdir()) == [address.path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions")
+def test_only_its_user_may_read_a_servers_file_and_others_are_not_believed(running):
+    assert running.path.stat().st_mode & 0o777 == 0o600 and running.path.parent.stat().st_mode & 0o777 == 0o700
+    running.path.chmod(0o666)
+    assert found.find(running.loaded) is None
+
+
+def test_the_key_is_shown_to_nobody_else(address, home):
+    """Another program on the port of a server that is gone gets no request with the key."""
+    import http.server
+    import threading
+
+    seen = []
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(dict(self.headers))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"instance": "mine"}')
+
+        def log_message(self, *about):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.handle_request, daemon=True).start()
+        stolen = replace(address, url=f"http://127.0.0.1:{other.server_port}", key="admin-secret", instance="theirs")
+        stolen.write()
+        assert found.find(stolen.loaded) is None
+    assert len(seen) == 1 and "admin-secret" not in str(seen) and not stolen.path.exists()
+
+
+def test_errors_of_the_connection_name_the_remedy():
+    with pytest.raises(NoServer, match="--local"):
+        Client("http://127.0.0.1:9").get("/v1/models")
+
+
+def test_a_refusal_tells_what_the_server_says(address):
+    with pytest.raises(Refused, match="does not exist") as caught:
+        Client(address.url).post("/v1/chat/completions", {"model": "x", "messages": [{"role": "user", "content": "?"}]})
+    assert caught.value.status == 404 and caught.value.code == "model_not_found"
+
+
+def test_a_question_to_a_server_imports_nothing_heavy(running, library, tiny_folder, tiny_hypernet_folder):
+    code = (
+        "import sys; from loracast.cli import app; app(sys.argv[1:], standalone_mode=False); "
+        "heavy = ('torch', 'transformers', 'numpy', 'tokenizers', 'fastapi', 'httpx', 'uvicorn'); "
+        "print([name for name in heavy if name in sys.modules], file=sys.stderr)"
+    )
+    options = ["--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, "--library", library]
+    question = ["ask", "How long is the warranty of the kettle?", "--all", "--json", *map(str, options)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code, *question], capture_output=True, text=True, env=environment)
+    assert done.stderr.strip().splitlines()[-1] == "[]" and json.loads(done.stdout)["answer"]
+
+
+# ---- real servers
+
+
+@pytest.fixture
+def command(tiny_folder, tiny_hypernet_folder, library, home):
+    """The words of a command as a process of its own, and its environment."""
+    options = ("--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, "--device", "cpu")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def command(*arguments: str, with_models: bool = True) -> dict:
+        words = [sys.executable, "-m", "loracast", *arguments, "--library", str(library)]
+        return {"args": [*words, *map(str, options if with_models else ())], "env": environment}
+
+    return command
+
+
+def start(command, *arguments: str) -> tuple[subprocess.Popen, Running]:
+    """A server in the foreground, once commands find it."""
+    process = subprocess.Popen(
+        **command("serve", "--port", "0", *arguments),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible,
+    )  # fmt: skip
+    try:
+        return process, eventually(lambda: process.poll() is not None or found.of_process(process.pid), 120)
+    except BaseException:
+        process.kill()
+        raise
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_ends_a_server_and_its_file(command, run, library, number, code):
+    process, server = start(command)
+    assert "1.7" not in run("ask", "Hello", "--max-tokens", "2").stderr
+    listed = json.loads(
+        subprocess.run(**command("serve", "--status", "--json"), capture_output=True, check=True).stdout
+    )
+    assert [one["pid"] for one in listed["servers"]] == [process.pid] and "key" not in listed["servers"][0]
+    answer = server.client().stream(
+        "/v1/chat/completions",
+        {"model": server.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 100, "stream": True},
+    )
+    next(answer)
+    began = time.monotonic()
+    process.send_signal(number)
+    if number == signal.SIGTERM:
+        assert list(answer)[-1]["loracast"]  # it is finished first
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code and "Traceback" not in err
+    assert f"page   {server.url}/\nAPI    {server.url}/v1\n" in err
+    assert time.monotonic() - began < (1.5 if number == signal.SIGINT else 30)
+    assert not server.path.exists()
+    assert run("ask", "Hello", "--max-tokens", "2").exit_code == 0
+
+
+def test_a_server_in_the_background_and_its_end(command):
+    begun = subprocess.run(
+        **command("serve", "--background", "--port", "0"), capture_output=True, text=True, timeout=120
+    )
+    assert begun.returncode == 0 and "page " in begun.stderr, begun.stderr
+    stop = command("stop", with_models=False)
+    stopped = subprocess.run(**stop, capture_output=True, text=True, timeout=60)
+    assert stopped.returncode == 0 and stopped.stdout.startswith("stopped http://127.0.0.1:")
+    again = subprocess.run(**stop, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 1 and "no server of the library" in again.stderr
+
+
+def test_a_server_that_cannot_start_says_why(command):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for words in (("--port", port), ("--port", port, "--background")):
+            done = subprocess.run(**command("serve", *words), capture_output=True, text=True, timeout=120)
+            assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+            assert done.stderr.startswith("error: cannot listen on 127.0.0.1") and "--port" in done.stderr
+    open_to_all = subprocess.run(**command("serve", "--host", "0.0.0.0"), capture_output=True, text=True, timeout=120)
+    assert open_to_all.returncode == 1 and "set a key" in open_to_all.stderr
+
+
+def test_a_server_with_keys_lets_its_users_commands_in(command, run, tmp_path, loads):
+    (tmp_path / "keys").write_text("read:0123456789abcdef\n")
+    (tmp_path / "keys").chmod(0o600)
+    process, server = start(command, "--keys", str(tmp_path / "keys"))
+    try:
+        with pytest.raises(Refused):
+            Client(server.url).get("/v1/models")
+        assert run("ask", "Hello", "--max-tokens", "2").exit_code == 0 and not loads
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
