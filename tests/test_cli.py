@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -23,6 +24,7 @@ from adapters import write
 from commands import every_command
 from loracast.cli import app
 from loracast.documents import Chunk
+from loracast.errors import BaseModelError
 from loracast.library.library import adapter_names, open_adapter
 from other_processes import interruptible
 
@@ -750,6 +752,7 @@ def test_a_reader_that_goes_away_is_no_crash(lanterns):
 KILLER = """
 import json, os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 import rich.progress, rich.status, typer.main
 import loracast.model
 from loracast.library.library import adapter_names, open_adapter
@@ -802,3 +805,17 @@ def test_a_killed_learn_leaves_nothing_that_is_listed(
     assert run(*arguments, "--replace").exit_code == 0
     entries = only_json(run("list", "--json", "--library", library))["adapters"]
     assert [entry["name"] for entry in entries] == ["lanterns"]
+
+
+def test_the_base_of_adapters_is_known_by_their_fingerprint(model, tmp_path):
+    from loracast.cli.session import _default_fingerprint, base_of
+
+    (tmp_path / "a.txt").write_text("The museum opens at nine.")
+    adapter = model.learn(tmp_path / "a.txt", "a")
+    assert base_of([]) is None and base_of([adapter, adapter]) == model.base.name
+    config, norms = _default_fingerprint()
+    made_for = dataclasses.replace(adapter.manifest.made_for, base="Owner/Another-Name", config=config, norms=norms)
+    shipped = SimpleNamespace(manifest=SimpleNamespace(made_for=made_for))
+    assert base_of([shipped]) is None
+    with pytest.raises(BaseModelError, match="made for several bases"):
+        base_of([adapter, shipped])

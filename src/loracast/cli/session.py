@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,14 +65,25 @@ def open_base(choice: BaseChoice) -> Base:
 def base_of(adapters: Sequence[Adapter]) -> str | None:
     """The base that adapters were made for, under the name that it was loaded by; None for the default one.
 
+    Another machine may have loaded the default base by another name: its fingerprint tells.
+
     Raises:
         BaseModelError: they were made for several.
     """
-    bases = {adapter.manifest.made_for.config: adapter.manifest.made_for.base for adapter in adapters}
+    bases = {(one.config, one.norms): one.base for one in (adapter.manifest.made_for for adapter in adapters)}
     if len(bases) > 1:
         raise BaseModelError(f"these adapters were made for several bases, {', '.join(sorted(bases.values()))}")
-    name = next(iter(bases.values()), None)
-    return None if name == DEFAULT_BASE else name
+    for key, name in bases.items():
+        if name != DEFAULT_BASE and key != _default_fingerprint():
+            return name
+    return None
+
+
+def _default_fingerprint() -> tuple[str, str]:
+    """The hashes of shapes and norms of the default base, from the config of what ships for it; torch is not needed."""
+    stored = files("loracast") / "pretrained" / "doc-smollm2-135m" / "config.json"
+    made_for = json.loads(stored.read_text(encoding="utf-8"))["made_for"]
+    return made_for["config"], made_for["norms"]
 
 
 def what_loads(choice: BaseChoice, library: Path, hypernetworks: Mapping[str, str | None]) -> Loaded:
