@@ -87,7 +87,7 @@ def test_what_says_nothing_new_makes_no_version(memory, model):
 
 
 def test_the_oldest_messages_and_versions_go(model, monkeypatch):
-    monkeypatch.setattr(module, "MOST_MESSAGES", 3)
+    monkeypatch.setattr(module, "MOST_CHUNKS", 3)
     monkeypatch.setattr(module, "KEPT_VERSIONS", 2)
     memory = model.memory("me")
     for i in range(5):

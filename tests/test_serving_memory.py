@@ -6,10 +6,12 @@ import openai
 import pytest
 
 import loracast
+from loracast.base.generate import Sampling
 from loracast.serving.app import create_app
+from loracast.serving.auth import keys_in
 from loracast.serving.engine import LocalEngine
 from loracast.serving.settings import ServerSettings
-from servers import fill, served
+from servers import eventually, fill, in_process, served
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +39,63 @@ def test_a_question_about_the_whole_document_is_answered_from_its_outline(server
     assert answer.usage.prompt_tokens == answer.usage.completion_tokens == 0
     pieces = chat(client, "manual", "What is this document about?", stream=True)
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == told
+
+
+# ---- a memory
+
+
+def remembered(model, n: int, name: str = "me") -> list[str]:
+    return eventually(lambda: len(found := model.memory(name).messages()) == n and found)
+
+
+def test_what_is_said_goes_into_the_memory_that_a_request_names(server):
+    model, client = server
+    base = client.models.list().data[0].id
+    chat(client, base, "My dog is called Bella.")
+    chat(client, base, "My kettle is called Bella.", extra_body={"memory": "me"})
+    assert remembered(model, 1) == ["My kettle is called Bella."]
+    question = "What is my kettle called?"
+    with_memory = chat(client, base, question, extra_body={"memory": "me"})
+    [used] = with_memory.loracast["adapters"]
+    assert used["id"] == model.adapter("me").version and used["is_used"] and used["chunks"] is None
+    assert with_memory.choices[0].message.content == model.ask(question, "me", sampling=Sampling(12))
+    assert chat(client, base, question).loracast["adapters"] == []
+    pieces = chat(client, "manual", "My lamp is red.", stream=True, extra_body={"memory": "me"})
+    assert len(list(pieces)) > 1
+    assert remembered(model, 2) == ["My kettle is called Bella.", "My lamp is red."]
+
+
+def test_a_message_is_taken_out_over_http(server):
+    model, client = server
+    model.memory("you").remember("My cat is grey.")
+    model.memory("you").remember("My bird is blue.")
+    listed = client.get("/memories/you", cast_to=object)
+    assert listed == {"object": "list", "data": ["My cat is grey.", "My bird is blue."]}
+    told = client.delete("/memories/you/1", cast_to=object)
+    assert told == {"name": "you", "deleted": True, "versions_removed": 2, "still_in": []}
+    assert model.memory("you").messages() == ["My bird is blue."]
+    with pytest.raises(openai.NotFoundError, match="no message 2"):
+        client.delete("/memories/you/2", cast_to=object)
+    with pytest.raises(openai.BadRequestError, match="'manual' is an adapter that no chat has made"):
+        client.get("/memories/manual", cast_to=object)
+    with pytest.raises(openai.BadRequestError, match="no chat has made"):
+        chat(client, "manual", "My cat is grey.", extra_body={"memory": "manual"})
+
+
+def test_a_memory_takes_a_key_that_may_write(model):
+    keys = keys_in("read:aaaaaaaaaaaaaaaaaaaa,write:bbbbbbbbbbbbbbbbbbbb")
+    client = in_process(model, keys=keys)
+
+    def ask(key: str, **fields) -> int:
+        body = {"model": client.get("/v1/models", headers=key_of(key)).json()["data"][0]["id"], "max_tokens": 2}
+        body["messages"] = [{"role": "user", "content": "My cat is grey."}]
+        return client.post("/v1/chat/completions", json={**body, **fields}, headers=key_of(key)).status_code
+
+    with client:
+        assert ask("a") == 200 and ask("a", memory="me") == 403 and ask("b", memory="me") == 200
+        assert client.get("/v1/memories/me", headers=key_of("a")).status_code == 403
+        assert remembered(model, 1) == ["My cat is grey."]
+
+
+def key_of(letter: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {20 * letter}"}

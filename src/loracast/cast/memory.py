@@ -14,7 +14,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loracast.base.load import Base
@@ -30,8 +30,8 @@ from loracast.library.manifest import MEMORY_SOURCE, check_name
 from loracast.library.memory import MESSAGE_GAP, messages_in, statements_in
 from loracast.library.workfolders import exclusively
 
-MOST_MESSAGES = 256
-"""Messages of a memory; the oldest go when more come."""
+MOST_CHUNKS = 256
+"""Chunks of a memory, which are messages unless those are long; the oldest messages go when more come."""
 KEPT_VERSIONS = 8
 """Versions of a memory that stay, the newest."""
 _BACKGROUND = ThreadPoolExecutor(1, "loracast-memory")
@@ -85,7 +85,7 @@ class Memory:
     def remember(self, message: str) -> Adapter | None:
         """Add a message to the memory, as a new version; None where it states nothing or has been said already.
 
-        Of more than MOST_MESSAGES the oldest are dropped, and of more than KEPT_VERSIONS versions too.
+        The oldest messages are dropped where there are more than MOST_CHUNKS chunks, and versions after KEPT_VERSIONS.
         """
         said = statements_in(message)
         if not said:
@@ -94,10 +94,10 @@ class Memory:
             before = self.messages()
             if said in before:
                 return None
-            adapter = self._learn([*before, said][-MOST_MESSAGES:])
+            adapter = self._learn([*before, said])
             for entry in versions(self.library, self.name)[KEPT_VERSIONS:]:
                 remove_adapter(self.library, f"{self.name}@{entry.version}")
-        self._recast([chunk.prompt for chunk in self._split(said, 0)])
+        self._recast([chunk.text for chunk in self._split(said)])
         return adapter
 
     def remember_later(self, message: str) -> Future[Adapter | None]:
@@ -139,13 +139,17 @@ class Memory:
         return messages_in(read_chunks(open_adapter(self.library, f"{self.name}@{version}").index))
 
     def _learn(self, messages: Sequence[str]) -> Adapter:
+        each = [self._split(message) for message in messages]
+        while sum(map(len, each)) > MOST_CHUNKS and len(each) > 1:
+            del each[0]
+        messages = messages[-len(each) :]
         text = MESSAGE_GAP.join(messages)
         data = text.encode()
         document = Document(_TITLE, text, MEMORY_SOURCE, "text/plain", hashlib.sha256(data).hexdigest(), len(data))
         chunks: list[Chunk] = []
         start = 0
-        for message in messages:
-            chunks += self._split(message, start)
+        for message, alone in zip(messages, each, strict=True):
+            chunks += [replace(one, start=start + one.start, end=start + one.end, heading="") for one in alone]
             start += len(message) + len(MESSAGE_GAP)
         longest = self.caster.hypernetwork.chunk_tokens
         where = (self.library, self.name)
@@ -153,11 +157,8 @@ class Memory:
             self.caster, self.base, document, chunks, *where, max_chunk_tokens=longest, storage="text", replace=True
         )
 
-    def _split(self, message: str, start: int) -> list[Chunk]:
-        """The chunks of a message that begins at a character of the memory's text."""
-        alone = Document.from_text(message)
-        chunks = split_document(self.base, alone, self.caster.hypernetwork.chunk_tokens)
-        return [Chunk(one.text, start + one.start, start + one.end, "", one.n_tokens) for one in chunks]
+    def _split(self, message: str) -> list[Chunk]:
+        return split_document(self.base, Document.from_text(message), self.caster.hypernetwork.chunk_tokens)
 
 
 def _log_failure(future: Future[Adapter | None]) -> None:

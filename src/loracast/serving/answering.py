@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 
 from loracast.base.chat import Message, encode_text
 from loracast.base.generate import Sampling
+from loracast.cast.memory import Memory
 from loracast.library.adapter import Adapter, routing_key
 from loracast.library.index import read_chunks
 from loracast.library.wide_route import Source
@@ -51,6 +52,8 @@ class Asked:
     """Vector stores from which the question chooses documents."""
     window: Sequence[str] = ()
     """Adapters whose text goes into the prompt."""
+    memory: str = ""
+    """Name of the memory that the last message goes into, and that answers too."""
     n: int = 1
     stop: tuple[str, ...] = ()
     n_logprobs: int | None = None
@@ -88,6 +91,7 @@ class Call:
         self._resolved = Resolved((), {})
         self._windowed: Windowed | None = None
         self._started = time.perf_counter()
+        self._memory: Memory | None = None
         self._is_late = False
         self._timer: asyncio.TimerHandle | None = None
 
@@ -105,6 +109,9 @@ class Call:
         asked, given = self.asked, self.asked.extensions
         names, model = self.service.names, self.service.model
         parts = [(part.id, part.scale) for part in given.adapters]
+        if asked.memory:
+            self._memory = model.memory(asked.memory)
+            parts += [(asked.memory, 1.0)] * bool(self._memory.messages())
         self._resolved = names.resolve(asked.model, parts, given.tag)
         chosen = [*self._resolved.chosen, *self._searched()]
         routing: dict[str, Any] = {
@@ -242,11 +249,13 @@ class Call:
             answer.ticket.cancel()
 
     def close(self) -> None:
-        """Free the slots of answers that are not whole yet, and count what was generated."""
+        """Free the slots of answers that are not whole yet, count what was generated, and remember what was said."""
         if self._timer is not None:
             self._timer.cancel()
         self._cancel()
         self.service.metrics.count_answers([answer.ticket for answer in self.answers])
+        if self._memory is not None and self.answers:
+            self._memory.remember_later(self.asked.turns[-1]["content"])
 
     # ---- what came of it
 

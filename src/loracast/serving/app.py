@@ -21,6 +21,7 @@ from loracast.serving.routes import (
     health,
     jobs,
     lora,
+    memories,
     models,
     page,
     responses,
@@ -37,7 +38,21 @@ if TYPE_CHECKING:
 
 ROUTERS = tuple(
     part.router
-    for part in (health, page, server, models, chat, completions, responses, lora, files, vector_stores, adapters, jobs)
+    for part in (
+        health,
+        page,
+        server,
+        models,
+        chat,
+        completions,
+        responses,
+        lora,
+        files,
+        vector_stores,
+        adapters,
+        memories,
+        jobs,
+    )
 )
 
 

@@ -82,12 +82,17 @@ def granted(keys: Iterable[ApiKey], authorization: str | None) -> Scope | None:
 def needs(scope: Scope) -> Any:
     """A dependency of a route: refuses requests whose key has a smaller scope."""
 
-    def check_scope(request: Request) -> None:
-        if SCOPES.index(request.state.scope) < SCOPES.index(scope):
-            raise ApiError(403, f"this needs a key of scope {scope!r}; yours has {request.state.scope!r}")
+    def check(request: Request) -> None:
+        check_scope(request, scope)
 
-    check_scope.scope = scope  # type: ignore[attr-defined]  # a test looks whether every route has one
-    return Depends(check_scope)
+    check.scope = scope  # type: ignore[attr-defined]  # a test looks whether every route has one
+    return Depends(check)
+
+
+def check_scope(request: Request, scope: Scope) -> None:
+    """Raise ApiError (403) for a request whose key has a smaller scope."""
+    if SCOPES.index(request.state.scope) < SCOPES.index(scope):
+        raise ApiError(403, f"this needs a key of scope {scope!r}; yours has {request.state.scope!r}")
 
 
 def _hash(key: str) -> bytes:
