@@ -87,9 +87,16 @@ def test_the_block_of_the_page_about_the_library_runs(folder):
     assert names["found"] and names["sources"][0].adapter == "manual"
 
 
+def test_the_block_of_the_page_about_memories_runs(folder):
+    names: dict = {}
+    (block,) = blocks("memory.md")
+    exec(block, names)
+    assert names["memory"].messages() == ["I keep the spare key under the blue flower pot."]
+
+
 def test_every_page_with_python_is_run_or_compiled():
     pages = {page.name for page in DOCS.glob("*.md") if blocks(page.name)}
-    known = {"python.md", "library.md", SERVING, OTHERS, *COMPILED}
+    known = {"python.md", "library.md", "memory.md", SERVING, OTHERS, *COMPILED}
     assert pages == known, "run a page's blocks in a test, or list it in COMPILED with the reason"
     for page in COMPILED:
         for block in blocks(page):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from loracast.base.generate import Sampling
 from loracast.cast import memory as module
 from loracast.cast.document import recast
 from loracast.cast.memory import Memory
+from loracast.cli import app
 from loracast.documents import Document
 from loracast.errors import AdapterError
-from loracast.library.library import rename_adapter, versions
+from loracast.library.library import adapter_names, rename_adapter, versions
 from loracast.library.memory import statements_in
 from loracast.library.routing import pick
 
@@ -218,3 +222,73 @@ def test_factors_that_are_kept_in_memory_are_those_that_are_cast(memory, model, 
 
 def _bytes(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+# ---- on the command line
+
+
+@pytest.fixture
+def chat(model, tiny_folder, tiny_hypernet_folder):
+    """Runs `loracast chat --remember me` over some lines; what it prints on standard output and on standard error."""
+
+    def run(*lines: str, options: tuple[str, ...] = ("--remember", "me")) -> tuple[str, str]:
+        where = ("--library", model.library, "--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder)
+        given = [str(one) for one in ("chat", *options, *where, "--device", "cpu", "--max-tokens", "4", "--local")]
+        result = CliRunner().invoke(app, given, input="\n".join(lines) + "\n")
+        assert result.exit_code == 0, result.output
+        return result.stdout, result.stderr
+
+    return run
+
+
+def test_chat_remembers_shows_and_forgets(chat, model):
+    shown, _ = chat(SAID[0], "What is my dog called?", SAID[1], "/memory")
+    assert shown.splitlines()[-2:] == [f"  1 {SAID[0]}", f"  2 {SAID[1]}"]
+    shown, said = chat("/memory", "/forget 1", "/memory", "/forget 7")
+    assert shown.splitlines() == [f"  1 {SAID[0]}", f"  2 {SAID[1]}", f"  1 {SAID[1]}"]
+    assert f"(forgotten: {SAID[0]})" in said and "error: the memory 'me' has 1 messages, and none is number 7" in said
+    assert model.memory("me").messages() == [SAID[1]]
+
+
+def test_chat_answers_with_what_earlier_chats_have_kept(chat, memory):
+    question = "Where do I keep the spare key?"
+    assert chat(question)[0] == chat(question, options=("-a", "me"))[0] != chat(question, options=())[0]
+
+
+def test_chat_remembers_nothing_unless_it_is_told_to(chat, model):
+    _, said = chat(SAID[0], "/memory", "/forget 1", options=())
+    assert said.count("error: this chat keeps no memory; begin it with --remember NAME") == 2
+    assert adapter_names(model.library) == []
+
+
+def test_chat_says_what_it_could_not_remember(chat, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AdapterError("the disk is full")
+
+    monkeypatch.setattr(module, "learn_chunks", fail)
+    _, said = chat(SAID[0], "/memory")
+    assert "(this could not be remembered: the disk is full)" in said
+
+
+# ---- a style
+
+
+def test_a_style_is_cast_once_and_goes_along(tiny_folder, hypernetwork, model, monkeypatch):
+    monkeypatch.setattr("loracast.model.shipped_hypernetwork", lambda base, modality: hypernetwork)
+    manual = model.learn(Document.from_text("# Kettle\n\nIt holds 1.7 litres."), "kettle")
+    question = "How much does the kettle hold?"
+
+    def ask(*options: str) -> dict:
+        where = ("--library", model.library, "--base", tiny_folder, "--device", "cpu", "--local", "--json")
+        given = [str(one) for one in ("ask", question, "-a", "kettle", *options, *where, "--max-tokens", "8")]
+        result = CliRunner().invoke(app, given)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    first = ask("--style", "Shout it.")
+    assert set(first["adapters"]) == {"kettle", "shout-it"} and model.adapter("shout-it").manifest.title == "Shout it."
+    assert model.adapter("shout-it").manifest.strength == 0.5
+    created = model.adapter("shout-it").manifest.created, versions(model.library, "shout-it")
+    assert ask("--style", "Shout it.")["answer"] == first["answer"]
+    assert (model.adapter("shout-it").manifest.created, versions(model.library, "shout-it")) == created
+    assert first["answer"] == model.ask(question, [manual, "shout-it"], sampling=Sampling(8))

@@ -7,8 +7,11 @@ import pytest
 
 import loracast
 from loracast.base.generate import Sampling
+from loracast.cast.memory import Forgotten
+from loracast.cli.answerer import _ServedMemory
 from loracast.serving.app import create_app
 from loracast.serving.auth import keys_in
+from loracast.serving.client import Client
 from loracast.serving.engine import LocalEngine
 from loracast.serving.settings import ServerSettings
 from servers import eventually, fill, in_process, served
@@ -72,7 +75,9 @@ def test_a_message_is_taken_out_over_http(server):
     listed = client.get("/memories/you", cast_to=object)
     assert listed == {"object": "list", "data": ["My cat is grey.", "My bird is blue."]}
     told = client.delete("/memories/you/1", cast_to=object)
-    assert told == {"name": "you", "deleted": True, "versions_removed": 2, "still_in": []}
+    assert told == {
+        "name": "you", "deleted": True, "message": "My cat is grey.", "versions_removed": 2, "still_in": [],
+    }  # fmt: skip
     assert model.memory("you").messages() == ["My bird is blue."]
     with pytest.raises(openai.NotFoundError, match="no message 2"):
         client.delete("/memories/you/2", cast_to=object)
@@ -99,3 +104,25 @@ def test_a_memory_takes_a_key_that_may_write(model):
 
 def key_of(letter: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {20 * letter}"}
+
+
+def test_chat_keeps_a_memory_on_a_server(server):
+    model, client = server
+    memory = _ServedMemory(Client(str(client.base_url).removesuffix("/v1/")), "them")
+    assert memory.messages() == []
+    memory.remember("My kettle is grey. Is yours?")
+    assert memory.messages() == model.memory("them").messages() == ["My kettle is grey."]
+    assert memory.forget(1) == Forgotten("My kettle is grey.", 1, ())
+    assert memory.messages() == []
+
+
+def test_a_style_is_a_task_that_goes_along(server):
+    model, client = server
+    question = "How long is the warranty of the kettle?"
+    styled = chat(client, "manual", question, extra_body={"style": "shout"})
+    assert styled.choices[0].message.content == model.ask(question, ["manual", "shout"], sampling=Sampling(12))
+    assert [one["id"].partition("@")[0] for one in styled.loracast["adapters"]] == ["manual", "shout"]
+    with pytest.raises(openai.BadRequestError, match="'museum' is of kind document"):
+        chat(client, "manual", question, extra_body={"style": "museum"})
+    with pytest.raises(openai.NotFoundError):
+        chat(client, "manual", question, extra_body={"style": "whisper"})

@@ -6,20 +6,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote
 
 from loracast.cli.options import Answering
 from loracast.cli.output import say
 from loracast.cli.session import base_of, loading, server_for
 from loracast.errors import LoracastError, PromptTooLong
-from loracast.library.library import open_adapter
+from loracast.library.library import entries, open_adapter
 from loracast.library.wide_route import Source, check_patterns, patterns_in
 
 if TYPE_CHECKING:
     from loracast.base.chat import Message
+    from loracast.cast.memory import Forgotten
     from loracast.library.adapter import Adapter
     from loracast.library.routing import Route
+    from loracast.serving.client import Client
     from loracast.serving.found import Running
 
+_STYLE_STRENGTH = 0.5
+"""Of the LoRA of a style; at 1 it drowns that of a document (docs/memory.md)."""
 OnText = Callable[[str], None]
 """Receives each piece of an answer."""
 
@@ -59,6 +64,16 @@ class Reply:
     sources: tuple[Source, ...]
 
 
+class Remembering(Protocol):
+    """What a user said in chats (`cast.memory.Memory`)."""
+
+    def messages(self) -> list[str]: ...
+
+    def remember(self, message: str) -> object: ...
+
+    def forget(self, number: int) -> Forgotten: ...
+
+
 class Answerer(Protocol):
     """A base that answers with adapters of a library. `base` is its name."""
 
@@ -66,6 +81,9 @@ class Answerer(Protocol):
 
     def open(self, name: str) -> Adapter:
         """An adapter, checked against the base. Raises AdapterError and others as `Model.adapter` does."""
+
+    def memory(self, name: str) -> Remembering:
+        """What was said in chats under this name. Raises AdapterError where that is another adapter's."""
 
     def reply(self, turns: Sequence[Message], chosen: Sequence[str], on_text: OnText) -> Reply:
         """Answer the last message of a conversation with these adapters and patterns of names.
@@ -79,6 +97,8 @@ def open_answerer(answering: Answering) -> tuple[Answerer, list[str]]:
 
     A wrong name, and a pattern or a tag without documents, is reported before a model is loaded.
     """
+    if answering.style:
+        answering = replace(answering, adapters=[*(answering.adapters or ()), _task_named(answering)])
     patterns = patterns_in(answering.chosen)
     names = [name for name in answering.chosen if name not in patterns]
     found = [open_adapter(answering.library, name) for name in names]
@@ -93,6 +113,19 @@ def open_answerer(answering: Answering) -> tuple[Answerer, list[str]]:
     for name in names:
         by_version.setdefault(answerer.open(name).version, name)
     return answerer, [*by_version.values(), *patterns]
+
+
+def _task_named(answering: Answering) -> str:
+    """The name of the task adapter of a style, which is cast and kept where the library has none of these words."""
+    style = answering.style.strip()
+    for entry in entries(answering.library, kind="task")[0]:
+        if entry.title == style:
+            return entry.name
+    with loading(answering.device) as tell:
+        from loracast.model import load
+
+        model = load(answering.base, library=answering.library, device=answering.device, say=tell, eager=False)
+    return model.task(style, strength=_STYLE_STRENGTH).name
 
 
 class Local:
@@ -118,9 +151,13 @@ class Local:
         self._opened: dict[str, Adapter] = {}
 
     def open(self, name: str) -> Adapter:
-        if name not in self._opened:
-            self._opened[name] = self._model.adapter(name)
-        return self._opened[name]
+        found = self._opened.get(name)
+        if found is None or found.manifest.is_memory:  # a memory has a new version whenever something was said
+            found = self._opened[name] = self._model.adapter(name)
+        return found
+
+    def memory(self, name: str) -> Remembering:
+        return self._model.memory(name)
 
     def reply(self, turns: Sequence[Message], chosen: Sequence[str], on_text: OnText) -> Reply:
         from loracast.base.generate import answer
@@ -161,6 +198,11 @@ class Served:
         check(found.manifest.made_for, Fingerprint(**self._server.fingerprint), f"the adapter {name!r}")
         return found
 
+    def memory(self, name: str) -> Remembering:
+        found = _ServedMemory(self._server.client(), name)
+        found.messages()  # refuses a name that is another adapter's
+        return found
+
     def reply(self, turns: Sequence[Message], chosen: Sequence[str], on_text: OnText) -> Reply:
         from loracast.serving.client import Refused
 
@@ -199,6 +241,25 @@ class Served:
             "seed": given.seed,
         }
         return {**body, "stream": True, "stream_options": {"include_usage": True}}
+
+
+class _ServedMemory:
+    """A memory that a server keeps."""
+
+    def __init__(self, client: Client, name: str):
+        self._client, self._path = client, f"/v1/memories/{quote(name, safe='')}"
+
+    def messages(self) -> list[str]:
+        return self._client.get(self._path)["data"]
+
+    def remember(self, message: str) -> None:
+        self._client.post(self._path, {"message": message})
+
+    def forget(self, number: int) -> Forgotten:
+        from loracast.cast.memory import Forgotten
+
+        told = self._client.delete(f"{self._path}/{number}")
+        return Forgotten(told["message"], told["versions_removed"], tuple(told["still_in"]))
 
 
 def _served(text: str, end: Mapping[str, Any]) -> Reply:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from loracast.cli.answerer import Answerer, open_answerer, say_sources, say_unused
+import typer
+
+from loracast.cli.answerer import Answerer, Remembering, open_answerer, say_sources, say_unused
 from loracast.cli.options import Answering, MaxTokens, distinct
 from loracast.cli.output import Stream, printable, say
 from loracast.errors import LoracastError, PromptTooLong
+from loracast.library.manifest import VERSION_DIGITS
 from loracast.library.overview import overview
 from loracast.library.wide_route import check_patterns, patterns_in
 
@@ -23,6 +27,8 @@ HELP = """\
 /use NAME    answer with this adapter too; NAME may be a pattern: * for whatever document matches a question
 /drop NAME   answer without it
 /list        the adapters there are; * marks those in use
+/memory      what --remember keeps, numbered
+/forget N    take message N out of it, and delete the older versions that hold it
 /clear       forget the conversation
 /help        this list
 /quit        leave (as Ctrl-D does); Ctrl-C stops an answer"""
@@ -33,6 +39,10 @@ class Chatting(Answering):
     """The options of `ask`, with room for longer answers."""
 
     max_tokens: MaxTokens = 256
+    remember: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Keep what you say under this name, and answer with it; /memory shows it."),
+    ] = None
 
 
 def chat(answering: Chatting) -> None:
@@ -40,6 +50,8 @@ def chat(answering: Chatting) -> None:
     answerer, chosen = open_answerer(answering)
     talk = Talk(answerer, answering.library, answering.tag)
     talk.used = chosen
+    if answering.remember:
+        talk.remember(answering.remember)
     if sys.stdin.isatty():
         say(f"{' + '.join(talk.used) or 'no adapter'} on {answerer.base}; /help lists the commands, Ctrl-D leaves")
     for line in _lines():
@@ -82,6 +94,14 @@ class Talk:
         self.turns: list[Message] = []
         self.used: list[str] = []
         """Names of adapters, and patterns of names."""
+        self._name: str | None = None
+        self._memory: Remembering | None = None
+        self._learning: Future[object] | None = None
+
+    def remember(self, name: str) -> None:
+        """Keep what is said from now on in a memory, in the background, and answer with that too."""
+        self._name, self._memory = name, self.answerer.memory(name)
+        self._background = ThreadPoolExecutor(1, "loracast-chat")
 
     def obey(self, line: str) -> None:
         """Carry out a command."""
@@ -105,6 +125,15 @@ class Talk:
 
             for there in adapter_names(self.library):
                 print(f"{'*' if there in self.used else ' '} {there}", flush=True)
+        elif command == "/memory":
+            for i, message in enumerate(self._remembered().messages(), 1):
+                print(printable(f"{i:3} {message}"), flush=True)
+        elif command == "/forget" and name.isdecimal():
+            forgotten = self._remembered().forget(int(name))
+            left = [f"{printable(self._name or '')}@{version[:VERSION_DIGITS]}" for version in forgotten.still_in]
+            say(f"(forgotten: {forgotten.message})")
+            if left:
+                say(f"(it is still in {', '.join(left)}, which another name has too)")
         elif command == "/clear":
             self.turns = []
             say("(the conversation is forgotten)")
@@ -113,10 +142,30 @@ class Talk:
         else:
             say(f"({printable(line)}: no such command; /help lists them)")
 
+    def _remembered(self) -> Remembering:
+        """The memory, with all that has been said. Raises LoracastError where there is none."""
+        if self._memory is None:
+            raise LoracastError("this chat keeps no memory; begin it with --remember NAME")
+        if self._learning is not None:
+            wait([self._learning])
+        return self._memory
+
     def reply(self, question: str) -> None:
-        """Answer, and remember both; after Ctrl-C what has been said so far."""
+        """Answer, and keep both in the conversation; after Ctrl-C what has been said so far."""
+        self._answer(question)
+        if self._memory is not None:
+            self._learning = self._background.submit(self._remember, self._memory, question)
+
+    def _remember(self, memory: Remembering, message: str) -> None:
+        try:
+            memory.remember(message)
+        except (LoracastError, OSError) as error:
+            say(f"(this could not be remembered: {error})")
+
+    def _answer(self, question: str) -> None:
+        used = [*self.used, *self._with_memory()]
         turns: list[Message] = [*self.turns, {"role": "user", "content": question}]
-        if (told := overview(question, self.used, self.answerer.open)) is not None:
+        if (told := overview(question, used, self.answerer.open)) is not None:
             print(printable(told), flush=True)
             self.turns = [*turns, {"role": "assistant", "content": told}]
             return
@@ -124,7 +173,7 @@ class Talk:
         try:
             while reply is None:
                 try:
-                    reply = self.answerer.reply(turns, self.used, stream)
+                    reply = self.answerer.reply(turns, used, stream)
                 except PromptTooLong:
                     if len(turns) <= 2:
                         raise
@@ -139,6 +188,12 @@ class Talk:
         if cut:
             say(cut)
         if reply is not None:
-            say_unused(reply)
-            say_sources(reply, self.used)
+            say_unused(replace(reply, used=tuple(one for one in reply.used if one.name != self._name)))
+            say_sources(reply, used)
         self.turns = [*turns, {"role": "assistant", "content": said}]
+
+    def _with_memory(self) -> list[str]:
+        """The memory's name, once it holds something."""
+        if self._name is None or self._name in self.used:
+            return []
+        return [self._name] if self._memory is not None and self._memory.messages() else []

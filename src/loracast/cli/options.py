@@ -156,6 +156,7 @@ class Answering(BaseChoice):
         float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens that have this probability.")
     ] = 1.0
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the draw.")] = None
+    style: Annotated[str, "How to answer, in words: cast into a task adapter that goes along (docs/memory.md)."] = ""
     system: Annotated[str | None, "Text of the system turn; an empty one by default."] = None
     hypernetwork: Annotated[str | None, "For adapters that keep only their text: the hypernetwork that cast them."] = (
         None

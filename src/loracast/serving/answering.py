@@ -54,6 +54,8 @@ class Asked:
     """Adapters whose text goes into the prompt."""
     memory: str = ""
     """Name of the memory that the last message goes into, and that answers too."""
+    style: str = ""
+    """Name of the task adapter that goes along."""
     n: int = 1
     stop: tuple[str, ...] = ()
     n_logprobs: int | None = None
@@ -109,6 +111,10 @@ class Call:
         asked, given = self.asked, self.asked.extensions
         names, model = self.service.names, self.service.model
         parts = [(part.id, part.scale) for part in given.adapters]
+        if asked.style:
+            if (kind := names.adapter(asked.style).manifest.kind) != "task":
+                raise ApiError(400, f"a style is a task's adapter; {asked.style!r} is of kind {kind}", param="style")
+            parts.append((asked.style, 1.0))
         if asked.memory:
             self._memory = model.memory(asked.memory)
             parts += [(asked.memory, 1.0)] * bool(self._memory.messages())

@@ -65,6 +65,10 @@ class Client:
         with self._post(path, body) as response:
             return json.loads(response.read())
 
+    def delete(self, path: str) -> Any:
+        with self._exchange("DELETE", path) as response:
+            return json.loads(response.read())
+
     def stream(self, path: str, body: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """The server-sent events of a response, each an object; leaving the loop closes the connection.
 

@@ -177,6 +177,8 @@ class ChatRequest(Sampled):
     messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_ITEMS)
     window: list[str] = Field([], max_length=_MAX_ITEMS)
     """Adapters whose text is put before the question instead, to compare with."""
+    style: str = Field("", max_length=128)
+    """Name of a task adapter that says how to answer."""
     memory: str = Field("", max_length=64)
     """Name of the memory that answers too, and that what the user says goes into."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None

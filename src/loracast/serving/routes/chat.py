@@ -33,6 +33,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
             [message.turn() for message in body.messages],
             window=body.window,
             memory=body.memory,
+            style=body.style,
             n=body.n or 1,
             stop=body.stops,
             n_logprobs=body.n_logprobs,

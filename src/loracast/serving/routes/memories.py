@@ -6,9 +6,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
 from fastapi.concurrency import run_in_threadpool
+from pydantic import Field
 
 from loracast.serving.auth import needs
 from loracast.serving.errors import ApiError
+from loracast.serving.schema import Body
 from loracast.serving.service import Shared
 
 router = APIRouter(prefix="/v1/memories")
@@ -21,6 +23,16 @@ def list_messages(name: Name, service: Shared) -> dict[str, Any]:
     return {"object": "list", "data": service.model.memory(name).messages()}
 
 
+class _Said(Body):
+    message: str = Field(min_length=1, max_length=65_536)
+
+
+@router.post("/{name}", dependencies=[needs("write")])
+def remember_message(name: Name, body: _Said, service: Shared) -> dict[str, Any]:
+    """Add what a message states. A chat request with `memory` does so by itself, after its answer."""
+    return {"name": name, "is_new": service.model.memory(name).remember(body.message) is not None}
+
+
 @router.delete("/{name}/{number}", dependencies=[needs("write")])
 async def forget_message(name: Name, number: int, service: Shared) -> dict[str, Any]:
     """Take a message out, counted from 1. Errors: 400, 404 where there is none."""
@@ -28,4 +40,5 @@ async def forget_message(name: Name, number: int, service: Shared) -> dict[str, 
     if not 1 <= number <= len(memory.messages()):
         raise ApiError(404, f"the memory has no message {number}")
     forgotten = await run_in_threadpool(memory.forget, number)
-    return {"name": name, "deleted": True, "versions_removed": forgotten.n_removed, "still_in": forgotten.still_in}
+    told = {"message": forgotten.message, "still_in": forgotten.still_in}
+    return {"name": name, "deleted": True, **told, "versions_removed": forgotten.n_removed}
