@@ -11,6 +11,8 @@ import argparse
 import json
 import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -65,19 +67,15 @@ def main() -> None:
             list(tokens)
             return first - started, time.perf_counter() - started
 
-        with httpx.Client() as client:
+        command = [sys.executable, __file__, "--client", url, str(given.max_tokens)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
+            assert client.stdin is not None and client.stdout is not None
+            asks, tells = client.stdin, client.stdout
 
             def through_http() -> tuple[float, float]:
-                body = {"model": "kettle", "messages": [{"role": "user", "content": QUESTION}], "stream": True}
-                body["max_tokens"] = given.max_tokens
-                started, first = time.perf_counter(), 0.0
-                with client.stream("POST", url, json=body) as answer:
-                    for line in answer.iter_lines():
-                        is_piece = line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get(
-                            "content"
-                        )
-                        first = first or (time.perf_counter() if is_piece else 0.0)
-                return first - started, time.perf_counter() - started
+                print(file=asks, flush=True)
+                first, total = map(float, tells.readline().split())
+                return first, total
 
             ways: dict[str, Callable[[], tuple[float, float]]] = {"engine": directly, "HTTP": through_http}
             for way in ways.values():
@@ -86,6 +84,7 @@ def main() -> None:
             for _ in range(given.requests):
                 for name, way in ways.items():
                     times[name].append(way())
+            asks.close()
         server.should_exit = True
         thread.join()
     print(
@@ -99,5 +98,22 @@ def main() -> None:
     print(f"| added by HTTP | {added[0]:.1f} | {added[1]:.1f} |")
 
 
+def ask_when_told(url: str, max_tokens: int) -> None:
+    """The client, a process of its own as clients are: a request for each line that it reads, and its two times."""
+    body = {"model": "kettle", "messages": [{"role": "user", "content": QUESTION}], "stream": True}
+    body["max_tokens"] = max_tokens
+    with httpx.Client() as client:
+        for _ in sys.stdin:
+            started, first = time.perf_counter(), 0.0
+            with client.stream("POST", url, json=body) as answer:
+                for line in answer.iter_lines():
+                    is_piece = line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content")
+                    first = first or (time.perf_counter() if is_piece else 0.0)
+            print(first - started, time.perf_counter() - started, flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--client"]:
+        ask_when_told(sys.argv[2], int(sys.argv[3]))
+    else:
+        main()
