@@ -203,9 +203,10 @@ def _short(value: Any) -> Any:
 
 
 def keys_of(plan: Plan, section: Section) -> list[str]:
-    """The figures that the table of a section needs, with the ends of their intervals, and those of README's table."""
-    of_readme = [cell[2] for row in plan.readme["rows"] for cell in row["cells"] if not isinstance(cell, str)]
-    return [key for name in ("n", *section.columns, *of_readme) for key in plan.columns[name].keys]
+    """What the table of a section needs of a row, with the ends of intervals, and what README's table needs."""
+    cells = [cell for row in plan.readme["rows"] for cell in row["cells"] if not isinstance(cell, str)]
+    names = ("n", *section.columns, *(column for _, _, column in cells))
+    return [*(key for name in names for key in plan.columns[name].keys), *(key for _, row, _ in cells for key in row)]
 
 
 # ---- the page ----
@@ -286,7 +287,7 @@ def readme_table(plan: Plan, folder: Path = FIGURES) -> str:
         kept = figures_of(by_id[name], folder)
         if kept is None:
             return "not measured yet"
-        (row,) = [row for row in kept["rows"] if all(row.get(k) == value for k, value in values.items())]
+        (row,) = [row for row in shown(by_id[name], kept) if all(row.get(k) == value for k, value in values.items())]
         return cell(row, plan.columns[column], has_interval=False)
 
     lines = [plan.readme["columns"], ["---"] * len(plan.readme["columns"])]
