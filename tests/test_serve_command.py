@@ -376,3 +376,22 @@ def test_a_server_with_keys_lets_its_users_commands_in(command, run, tmp_path, l
     finally:
         process.terminate()
         process.communicate(timeout=60)
+
+
+def test_watched_folders_are_learned_and_forgotten(command, library, tmp_path):
+    folders = [tmp_path / "invoices", tmp_path / "letters"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / f"{folder.name}.txt").write_text(f"The {folder.name} are in the drawer.")
+    before = adapter_names(library)
+    process, server = start(command, *(word for folder in folders for word in ("--watch", str(folder))))
+    try:
+        eventually(lambda: adapter_names(library) == sorted([*before, "invoices", "letters"]))
+        watched = server.client().get("/v1/server")["watched"]
+        assert [one["folder"] for one in watched] == ["invoices", "letters"]
+        for folder in folders:
+            (folder / f"{folder.name}.txt").unlink()
+        eventually(lambda: adapter_names(library) == before)
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
