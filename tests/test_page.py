@@ -298,6 +298,17 @@ def test_a_chat_sends_its_history_and_survives_a_reload(page):
     assert not page.all("#messages .user")
 
 
+def test_a_memory_is_named_shown_and_forgotten(page, model):
+    page.open("chat").one("#memory").send_keys("me", TAB)
+    page.one("#message").send_keys("My kettle is called Bella.", ENTER)
+    page.until(lambda: model.memory("me").messages() == ["My kettle is called Bella."], "the memory")
+    page.one("#remembered summary").click()
+    page.until(lambda: "Bella" in page.text("#messages-remembered"), "the message")
+    page.one("#messages-remembered button").click()
+    page.until(lambda: model.memory("me").messages() == [], "nothing")
+    page.until(lambda: page.text("#messages-remembered") == "Nothing yet.")
+
+
 # ---- keys, small screens, the dark, and those who do not see
 
 
