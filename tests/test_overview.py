@@ -266,6 +266,9 @@ def test_answers_about_the_whole_come_from_the_outline(model):
     model.learn(Document.from_text(GUIDE), "kiln")
     told = model.answer("What is this document about?", "kiln")
     assert told.n_tokens == told.n_prompt_tokens == 0  # no model was asked
+    (source,) = told.sources
+    assert (source.adapter, source.title, source.chunk) == ("kiln", "Halden kiln", None)
+    assert str(source) == "kiln: Halden kiln" and (source.start, source.end) == (0, len(GUIDE.strip()))
     assert told.text.startswith("Halden kiln\nSections: Firing; Cleaning.\nIn its own words: ")
     assert "Close the door of the kiln before each firing." in told.text and told.text.endswith("no model was asked.)")
     assert model.ask("List its sections.", "kiln") == (
@@ -294,7 +297,7 @@ def test_only_named_documents_have_an_outline(model, tmp_path):
     assert overview("What is this document about?", ["*", task], model.adapter) is None
     assert overview("What is it that fires clay?", [kiln], model.adapter) is None
     both = overview("What is this document about?", [kiln, "kiln"], model.adapter)
-    assert both.count("Halden kiln\n") == 2
+    assert both.text.count("Halden kiln\n") == 2
 
 
 def test_an_adapter_of_an_older_version_says_that_it_has_no_outline(tmp_path):
@@ -303,7 +306,7 @@ def test_an_adapter_of_an_older_version_says_that_it_has_no_outline(tmp_path):
     old = Adapter(folder)
     assert read_outline(old.index) is None
     told = overview("What is this document about?", [old], lambda name: old)
-    assert told.startswith(f"{old.name} keeps no outline, since an older version")
+    assert told.text.startswith(f"{old.name} keeps no outline, since an older version") and told.sources == ()
 
 
 def test_the_command_line_answers_from_the_outline(model, tiny_folder, tmp_path):
@@ -318,7 +321,8 @@ def test_the_command_line_answers_from_the_outline(model, tiny_folder, tmp_path)
 
     sections = model.ask("List its sections.", "kiln")
     assert run("ask", "List its sections.", *to_ask) == f"{sections}\n"
-    assert json.loads(run("ask", "List its sections.", "--json", *to_ask))["answer"] == sections
+    facts = json.loads(run("ask", "List its sections.", "--json", *to_ask))
+    assert facts["answer"] == sections and [one["adapter"] for one in facts["sources"]] == ["kiln"]
     assert run("chat", *to_ask, input="List its sections.\n") == f"{sections}\n"
     shown = run("show", "kiln", *at)
     assert re.search(r"title +Halden kiln *\n", shown) and re.search(r"sections +Firing; Cleaning *\n", shown)

@@ -195,6 +195,20 @@ def test_a_program_for_file_search_works_unchanged(client, model):
         )
 
 
+def test_the_outline_of_a_file_answers_and_cites_it(client):
+    store = client.vector_stores.create()
+    client.vector_stores.files.upload_and_poll(vector_store_id=store.id, file=("k84.md", manual(84, 3)))
+    base = next(one.id for one in client.models.list() if one.parent is None)
+    tool = {"type": "file_search", "vector_store_ids": [store.id]}
+    search, message = client.responses.create(
+        model=base, input="List its sections.", tools=[tool], include=["file_search_call.results"]
+    ).output
+    (part,) = message.content
+    assert "Sections: Part 1; Part 2." in part.text
+    assert [(one.type, one.filename) for one in part.annotations] == [("file_citation", "k84.md")]
+    assert [(one.filename, one.text) for one in search.results] == [("k84.md", part.text)]
+
+
 def test_a_batch_counts_what_failed_and_says_why(client):
     store = client.vector_stores.create()
     files = [("one.md", manual(2)), ("two.md", manual(3)), ("bad.pdf", b"%PDF-1.7 nothing")]

@@ -40,6 +40,10 @@ def test_a_question_about_the_whole_document_is_answered_from_its_outline(server
     assert [choice.message.content for choice in answer.choices] == [told, told]
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.prompt_tokens == answer.usage.completion_tokens == 0
+    (source,) = answer.loracast["sources"]
+    assert (source["adapter"], source["title"], source["chunk"], source["start"]) == ("manual", "Manual", None, 0)
+    (cited,) = answer.choices[0].message.annotations
+    assert (cited.file_id, cited.chunk, cited.index) == (model.adapter("manual").version, None, len(told))
     pieces = chat(client, "manual", "What is this document about?", stream=True)
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == told
 

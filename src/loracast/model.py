@@ -31,7 +31,7 @@ from loracast.hypernets.protocol import Caster, Hypernetwork, Modality
 from loracast.library.adapter import Adapter, loras_together
 from loracast.library.library import open_adapter
 from loracast.library.manifest import name_for
-from loracast.library.overview import overview
+from loracast.library.overview import Overview, overview
 from loracast.library.routing import DEFAULT_ROUTE, Route
 from loracast.library.wide_route import route_adapters, scaled, sources
 from loracast.lora.algebra import LoRA, concat
@@ -214,11 +214,11 @@ class Model:
         if system is not None and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": system}, *turns]
         if (told := self.overview(turns[-1]["content"], adapter)) is not None:
-            return Prepared([], [], (), SourcedAnswer(told, 0, 0, 0.0, 0.0, True))
+            return Prepared([], [], told.sources, SourcedAnswer(told.text, 0, 0, 0.0, 0.0, True, told.sources))
         routed = self._route(search_query(turns[-1]["content"], turns[:-1]), adapter, route, tag, always)
         return Prepared(self.base.chat.conversation(turns), scaled(routed, scales), sources(routed))
 
-    def overview(self, question: str, adapter: Chosen) -> str | None:
+    def overview(self, question: str, adapter: Chosen) -> Overview | None:
         """The answer to a question about documents as a whole ("What is this document about?"), from their outlines.
 
         None for any other question, and where no document is named: a pattern names none.

@@ -27,7 +27,8 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
     load_s = time.perf_counter() - started
 
     if (told := overview(question, chosen, answerer.open)) is not None:
-        print_result(as_json, {"question": question, "answer": told, "base": None}, told)
+        sources = [asdict(source) for source in told.sources]
+        print_result(as_json, {"question": question, "answer": told.text, "sources": sources, "base": None}, told.text)
         return
     stream = Stream()
     try:

@@ -166,8 +166,8 @@ class Talk:
         used = [*self.used, *self._with_memory()]
         turns: list[Message] = [*self.turns, {"role": "user", "content": question}]
         if (told := overview(question, used, self.answerer.open)) is not None:
-            print(printable(told), flush=True)
-            self.turns = [*turns, {"role": "assistant", "content": told}]
+            print(printable(told.text), flush=True)
+            self.turns = [*turns, {"role": "assistant", "content": told.text}]
             return
         stream, reply = Stream(), None
         try:

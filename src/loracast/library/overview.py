@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from loracast.library.adapter import Adapter
+from loracast.library.index import read_chunks
 from loracast.library.summary import Outline, read_outline
-from loracast.library.wide_route import patterns_in
+from loracast.library.wide_route import Source, patterns_in
 
 Wanted = Literal["about", "sections", "title"]
 """What a question wants to know of a document: what it is about, which sections it has, or its title."""
@@ -70,6 +72,14 @@ _TRAIL = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class Overview:
+    """An answer from outlines, and the documents whose outlines they are."""
+
+    text: str
+    sources: tuple[Source, ...]
+
+
 def wanted_of(question: str) -> Wanted | None:
     """What a question wants to know of a document as a whole; None for any other question."""
     text = " ".join(question.lower().replace("’", "'").split()).rstrip(" ?!.")
@@ -77,7 +87,7 @@ def wanted_of(question: str) -> Wanted | None:
     return next((wanted for wanted, rule in _RULES.items() if rule.fullmatch(text)), None)
 
 
-def overview(question: str, chosen: Sequence[Adapter | str], open_named: Callable[[str], Adapter]) -> str | None:
+def overview(question: str, chosen: Sequence[Adapter | str], open_named: Callable[[str], Adapter]) -> Overview | None:
     """The answer to a question about documents as a whole, from their outlines; None for any other question.
 
     Args:
@@ -90,8 +100,16 @@ def overview(question: str, chosen: Sequence[Adapter | str], open_named: Callabl
     patterns = patterns_in(chosen)
     named = [open_named(one) if isinstance(one, str) else one for one in chosen if one not in patterns]
     documents = [one for one in named if one.manifest.kind == "document" and not one.manifest.is_memory]
-    told = [_told(one, read_outline(one.index), wanted) for one in documents]
-    return "\n\n".join(told) or None
+    if not documents:
+        return None
+    outlines = [(one, read_outline(one.index)) for one in documents]
+    text = "\n\n".join(_told(one, outline, wanted) for one, outline in outlines)
+    return Overview(text, tuple(_whole(one) for one, outline in outlines if outline is not None))
+
+
+def _whole(adapter: Adapter) -> Source:
+    end = read_chunks(adapter.index)[-1].end
+    return Source(adapter.name, adapter.manifest.title, heading="", chunk=None, start=0, end=end, weight=1.0)
 
 
 def _told(adapter: Adapter, outline: Outline | None, wanted: Wanted) -> str:

@@ -38,21 +38,23 @@ _LEAST_WEIGHT = 0.1
 
 @dataclass(frozen=True)
 class Source:
-    """A chunk that an answer came from, and where it stands in its document."""
+    """A chunk that an answer came from, or a document as a whole, and where it stands in the document."""
 
     adapter: str
     title: str
     heading: str
-    chunk: int
+    chunk: int | None
+    """None where the outline of the whole document gave the answer."""
     start: int
     """Its first character in the document's text."""
     end: int
     weight: float
-    """What its LoRA was multiplied with."""
+    """What its LoRA was multiplied with; 1 for an outline."""
 
     def __str__(self) -> str:
         where = self.heading or self.title
-        return f"{self.adapter}, chunk {self.chunk}" + (f": {where}" if where else "")
+        chunk = "" if self.chunk is None else f", chunk {self.chunk}"
+        return f"{self.adapter}{chunk}" + (f": {where}" if where else "")
 
 
 def patterns_in(chosen: Iterable[object], tag: str = "") -> list[str]:

@@ -91,6 +91,7 @@ class Call:
         """Files of vector stores that could be chosen, by their adapters' names."""
         self.created = int(time.time())
         self._resolved = Resolved((), {})
+        self._named: list[Adapter] = []
         self._windowed: Windowed | None = None
         self._started = time.perf_counter()
         self._memory: Memory | None = None
@@ -120,6 +121,7 @@ class Call:
             parts += [(asked.memory, 1.0)] * bool(self._memory.messages())
         self._resolved = names.resolve(asked.model, parts, given.tag)
         chosen = [*self._resolved.chosen, *self._searched()]
+        self._named = [one for one in chosen if isinstance(one, Adapter)]
         routing: dict[str, Any] = {
             "route": self._route(),
             "tag": given.tag,
@@ -267,7 +269,7 @@ class Call:
 
     @property
     def sources(self) -> list[Source]:
-        """The chunks that the answers came from."""
+        """The chunks that the answers came from, or the documents whose outlines gave them."""
         return [source for prepared in self.prepared for source in prepared.sources]
 
     @property
@@ -317,10 +319,10 @@ class Call:
         return account
 
     def citations(self, index: int) -> list[dict[str, Any]]:
-        """OpenAI's `file_citation` annotations of an answer, one for each chunk that it came from, best first.
+        """OpenAI's `file_citation` annotations of an answer, one for each of its sources, best first.
 
-        Of a document that came without a file, `file_id` is its adapter's version. The chunk's number and its place in
-        the document's text are additions.
+        Of a document that came without a file, `file_id` is its adapter's version. The chunk's number (None: the whole
+        document) and its place in the document's text are additions.
 
         Args:
             index: the character of the answer where they stand.
@@ -342,22 +344,26 @@ class Call:
         return cited
 
     def results(self) -> list[dict[str, Any]]:
-        """OpenAI's results of a search in files: the chunks that the answer came from, with their text."""
-        found = []
-        for source in self.sources:
-            if file := self.files.get(source.adapter):
-                (chunk,) = read_chunks(self._adapter(source).index, [source.chunk])
-                found.append(
-                    {
-                        "file_id": file.id,
-                        "filename": file.filename,
-                        "attributes": dict(file.attributes),
-                        "score": source.weight,
-                        "text": chunk.text,
-                    }
-                )
-        return found
+        """OpenAI's results of a search in files: the chunks that the answer came from, or the outline that gave it."""
+        return [
+            {
+                "file_id": file.id,
+                "filename": file.filename,
+                "attributes": dict(file.attributes),
+                "score": source.weight,
+                "text": self._text(prepared, source),
+            }
+            for prepared in self.prepared
+            for source in prepared.sources
+            if (file := self.files.get(source.adapter))
+        ]
+
+    def _text(self, prepared: Prepared, source: Source) -> str:
+        if source.chunk is None:
+            return prepared.answer.text if prepared.answer else ""
+        (chunk,) = read_chunks(self._adapter(source).index, [source.chunk])
+        return chunk.text
 
     def _adapter(self, source: Source) -> Adapter:
-        routed = (adapter for prepared in self.prepared for adapter, _ in prepared.routed)
-        return next(adapter for adapter in routed if adapter.name == source.adapter)
+        routed = [adapter for prepared in self.prepared for adapter, _ in prepared.routed]
+        return next(adapter for adapter in [*routed, *self._named] if adapter.name == source.adapter)
