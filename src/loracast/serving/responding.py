@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,27 @@ def error_event(error: Exception) -> str:
     """What a stream that has begun tells of an error."""
     told = as_api_error(error)
     return event(error_body(told.status, str(told), told.param, told.code))
+
+
+def usage(call: Call) -> dict[str, Any]:
+    """What a completion cost, in tokens."""
+    return {
+        "prompt_tokens": call.n_prompt_tokens,
+        "completion_tokens": call.n_tokens,
+        "total_tokens": call.n_prompt_tokens + call.n_tokens,
+        "prompt_tokens_details": {"cached_tokens": call.n_cached_tokens},
+    }
+
+
+def with_account(call: Call, ends: list[dict[str, Any]], head: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The last chunks of a streamed completion, of which the very last one says what the answers came from.
+
+    Args:
+        ends: the last chunk of each answer.
+        head: fields of a chunk with the usage, which comes after them; None where the client wants none.
+    """
+    chunks = ends if head is None else [*ends, {**head, "choices": [], "usage": usage(call)}]
+    return [*chunks[:-1], {**chunks[-1], "loracast": call.account()}]
 
 
 async def respond(

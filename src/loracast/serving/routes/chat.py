@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from loracast.serving.answering import Answered, Asked, Call
 from loracast.serving.auth import check_scope, needs
 from loracast.serving.request import Token
-from loracast.serving.responding import DONE, error_event, event, respond
+from loracast.serving.responding import DONE, error_event, event, respond, usage, with_account
 from loracast.serving.schema import ChatRequest
 from loracast.serving.service import Shared
 from loracast.serving.token_text import token_dict
@@ -69,16 +69,6 @@ def _logprobs(call: Call, tokens: Sequence[Token]) -> dict[str, Any] | None:
     return {"content": [token_dict(tokenizer, token) for token in tokens], "refusal": None}
 
 
-def usage(call: Call) -> dict[str, Any]:
-    """What a completion cost, in tokens."""
-    return {
-        "prompt_tokens": call.n_prompt_tokens,
-        "completion_tokens": call.n_tokens,
-        "total_tokens": call.n_prompt_tokens + call.n_tokens,
-        "prompt_tokens_details": {"cached_tokens": call.n_cached_tokens},
-    }
-
-
 async def _events(call: Call, body: ChatRequest) -> AsyncIterator[str]:
     """The chunks of a streamed completion: a role for each answer, pieces of text, ends, usage."""
     head = _head(call, "chat.completion.chunk")
@@ -94,14 +84,12 @@ async def _events(call: Call, body: ChatRequest) -> AsyncIterator[str]:
         async for i, token in call.pieces():
             if token.text or body.logprobs:
                 yield event(chunk(i, {"content": token.text}, tokens=[token] if token.id is not None else []))
-        account = {"loracast": call.account()}
+        ends = []
         for i, answer in enumerate(call.answers):
             citations = call.citations(len(answer.text))
-            last = chunk(i, {"annotations": citations} if citations else {}, answer.finish)
-            is_end = i == len(call.answers) - 1 and not body.includes_usage
-            yield event(last | account if is_end else last)
-        if body.includes_usage:
-            yield event({**head, "choices": [], "usage": usage(call), **account})
+            ends.append(chunk(i, {"annotations": citations} if citations else {}, answer.finish))
+        for end in with_account(call, ends, head if body.includes_usage else None):
+            yield event(end)
     except Exception as error:
         yield error_event(error)
     yield DONE

@@ -12,8 +12,7 @@ from fastapi import APIRouter, Request, Response
 from loracast.serving.answering import Asked, Call
 from loracast.serving.auth import needs
 from loracast.serving.request import Token
-from loracast.serving.responding import DONE, error_event, event, respond
-from loracast.serving.routes.chat import usage
+from loracast.serving.responding import DONE, error_event, event, respond, usage, with_account
 from loracast.serving.schema import CompletionRequest
 from loracast.serving.service import Shared
 from loracast.serving.token_text import bounded, text_of
@@ -75,13 +74,10 @@ async def _events(call: Call, body: CompletionRequest) -> AsyncIterator[str]:
             if token.text or (body.logprobs is not None and tokens):
                 yield event({**head, "choices": [_choice(call, i, token.text, tokens, None, offsets[i])]})
             offsets[i] += len(token.text)
-        account = {"loracast": call.account()}
-        for i, answer in enumerate(call.answers):
-            last = {**head, "choices": [_choice(call, i, "", (), answer.finish, offsets[i])]}
-            is_end = i == len(call.answers) - 1 and not body.includes_usage
-            yield event(last | account if is_end else last)
-        if body.includes_usage:
-            yield event({**head, "choices": [], "usage": usage(call), **account})
+        choices = [_choice(call, i, "", (), answer.finish, offsets[i]) for i, answer in enumerate(call.answers)]
+        ends = [{**head, "choices": [choice]} for choice in choices]
+        for end in with_account(call, ends, head if body.includes_usage else None):
+            yield event(end)
     except Exception as error:
         yield error_event(error)
     yield DONE
