@@ -68,6 +68,18 @@ def model(tiny_folder, tiny_hypernet_folder, tmp_path):
     return loracast.load(tiny_folder, tiny_hypernet_folder, library=tmp_path / "adapters", device="cpu")
 
 
+@pytest.fixture(scope="module")
+def filled(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
+    """The tiny base and hypernetwork with a library of a module's own: two documents and a task."""
+    import loracast
+    from servers import fill
+
+    folder = tmp_path_factory.mktemp("served") / "library"
+    model = loracast.load(tiny_folder, tiny_hypernet_folder, library=folder, device="cpu")
+    fill(model)
+    return model
+
+
 @pytest.fixture(scope="session")
 def suite(tmp_path_factory) -> Path:
     """Three held-out tasks (one of them near) and one of the training, as files. Read only."""

@@ -28,14 +28,11 @@ KEY = "sk-read-0123456789"
 
 
 @pytest.fixture(scope="module")
-def server(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
+def server(filled):
     """The model of a server that wants a key, and its URL."""
-    folder = tmp_path_factory.mktemp("served") / "library"
-    model = loracast.load(tiny_folder, tiny_hypernet_folder, library=folder, device="cpu")
-    fill(model)
-    app = create_app(model, LocalEngine(model.base), ServerSettings(keys=keys_in(f"read:{KEY}")))
+    app = create_app(filled, LocalEngine(filled.base), ServerSettings(keys=keys_in(f"read:{KEY}")))
     with served(app) as url:
-        yield model, url
+        yield filled, url
 
 
 def test_langchain_asks_and_streams(server):

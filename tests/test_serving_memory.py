@@ -5,7 +5,6 @@ from __future__ import annotations
 import openai
 import pytest
 
-import loracast
 from loracast.base.generate import Sampling
 from loracast.cast.memory import Forgotten
 from loracast.cli.answerer import _ServedMemory
@@ -14,17 +13,14 @@ from loracast.serving.auth import keys_in
 from loracast.serving.client import Client
 from loracast.serving.engine import LocalEngine
 from loracast.serving.settings import ServerSettings
-from servers import eventually, fill, in_process, served
+from servers import eventually, in_process, served
 
 
 @pytest.fixture(scope="module")
-def server(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
+def server(filled):
     """The model of a server, and OpenAI's client of it."""
-    folder = tmp_path_factory.mktemp("served") / "library"
-    model = loracast.load(tiny_folder, tiny_hypernet_folder, library=folder, device="cpu")
-    fill(model)
-    with served(create_app(model, LocalEngine(model.base), ServerSettings(max_tokens=256))) as url:
-        yield model, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    with served(create_app(filled, LocalEngine(filled.base), ServerSettings(max_tokens=256))) as url:
+        yield filled, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
 def chat(client, model, said, **options):

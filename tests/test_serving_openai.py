@@ -10,20 +10,17 @@ from loracast.base.generate import Sampling
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
 from loracast.serving.settings import ServerSettings
-from servers import fill, served
+from servers import served
 
 WARRANTY = "How long is the warranty of the kettle?"
 ELSEWHERE = "Who painted the ceiling of the chapel in Rome, Ingrid?"
 
 
 @pytest.fixture(scope="module")
-def server(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
+def server(filled):
     """The model of a server, and OpenAI's client of it."""
-    folder = tmp_path_factory.mktemp("served") / "library"
-    model = loracast.load(tiny_folder, tiny_hypernet_folder, library=folder, device="cpu")
-    fill(model)
-    with served(create_app(model, LocalEngine(model.base), ServerSettings(max_tokens=256))) as url:
-        yield model, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    with served(create_app(filled, LocalEngine(filled.base), ServerSettings(max_tokens=256))) as url:
+        yield filled, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture

@@ -32,12 +32,9 @@ SECRET = "The vault's number is 814277"
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
+def model(filled):
     """A model with a library that no test changes."""
-    folder = tmp_path_factory.mktemp("served") / "library"
-    model = loracast.load(tiny_folder, tiny_hypernet_folder, library=folder, device="cpu")
-    fill(model)
-    return model
+    return filled
 
 
 class ByHand:
