@@ -252,13 +252,8 @@ class VectorStores:
         """Cancel those jobs of a batch that no other store waits for. Raises ApiError (404)."""
         self.batch(store, id)
         with self._state.writing() as db:
-            cancel_in(
-                db,
-                "id IN (SELECT job FROM batch_files WHERE batch = ?) "
-                "AND id NOT IN (SELECT job FROM store_files WHERE store != ?)",
-                id,
-                store,
-            )
+            ours = "id IN (SELECT job FROM batch_files WHERE batch = ?)"
+            cancel_in(db, f"{ours} AND id NOT IN (SELECT job FROM store_files WHERE store != ?)", id, store)
         return self.batch(store, id)
 
     # ---- use
