@@ -37,6 +37,7 @@ FIGURES = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of results -->"
+MISSING = "not measured yet"
 UNMEASURED = "not measured with these weights yet"
 SHIPPED = {"document": "doc-smollm2-135m", "task": "text-smollm2-135m", "image": "image-smollm2-135m"}
 """By what a measurement depends on, the shipped hypernetwork; `gate` is relevance.toml, `none` is the base alone."""
@@ -273,11 +274,14 @@ def _made(one: Measurement, kept: Mapping[str, Any] | None) -> str:
 
 
 def _unmeasured(one: Measurement) -> str:
-    return "not measured yet" if one.depends == "none" else UNMEASURED
+    return MISSING if one.depends == "none" else UNMEASURED
 
 
 def readme_table(plan: Plan, folder: Path = FIGURES) -> str:
-    """The table of README.md: cells of the page, found by measurement, values of a row, and column."""
+    """The table of README.md: cells of the page, found by measurement, values of a row, and column.
+
+    A row whose first figure, the adapter's, has not been measured is left out.
+    """
     by_id = {one.id: one for one in plan.measurements}
 
     def said(reference: Any) -> str:
@@ -286,12 +290,13 @@ def readme_table(plan: Plan, folder: Path = FIGURES) -> str:
         name, values, column = reference
         kept = figures_of(by_id[name], folder)
         if kept is None:
-            return "not measured yet"
+            return MISSING
         (row,) = [row for row in shown(by_id[name], kept) if all(row.get(k) == value for k, value in values.items())]
         return cell(row, plan.columns[column], has_interval=False)
 
     lines = [plan.readme["columns"], ["---"] * len(plan.readme["columns"])]
-    lines += [[row["says"], *map(said, row["cells"])] for row in plan.readme["rows"]]
+    rows = [[row["says"], *map(said, row["cells"])] for row in plan.readme["rows"]]
+    lines += [row for row in rows if row[1] != MISSING]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
