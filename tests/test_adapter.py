@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import hashlib
 import json
 import pickle
 import shutil
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -436,3 +438,17 @@ def test_an_adapter_of_format_1_is_opened_as_it_always_was(storage, is_early, tm
     expected = b[2, 1].T @ a[2, 1] + b[0, 1].T @ a[0, 1] + shared
     delta = adapter.lora([0, 2]).to(dtype=torch.float32).delta("model.layers.3.self_attn.q_proj")
     torch.testing.assert_close(delta, expected, atol=0.05, rtol=0.02)
+
+
+def test_an_adapter_leaves_memory_with_its_last_reference(model, tmp_path):
+    (tmp_path / "a.txt").write_text(PROSE)
+    model.learn(tmp_path / "a.txt", "prose")
+    adapter = model.adapter("prose")
+    adapter.lora()
+    left = weakref.ref(adapter)
+    gc.disable()
+    try:
+        del adapter
+        assert left() is None
+    finally:
+        gc.enable()

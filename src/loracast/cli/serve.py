@@ -74,6 +74,7 @@ def serve(
             from loracast.model import load
             from loracast.serving.app import create_app
             from loracast.serving.engine import LocalEngine
+            from loracast.serving.engine_config import EngineConfig
             from loracast.serving.resolve import served_name
 
             model = load(
@@ -98,7 +99,8 @@ def serve(
             say(f"page   {about.url}/\nAPI    {about.url}/v1\nCtrl-C ends it")
 
         Thread(target=_warm_up, args=(model,), daemon=True).start()
-        run(create_app(model, LocalEngine(model.base), settings), settings, socket, on_start, about.remove)
+        sizes = EngineConfig(adapter_bytes=settings.adapter_memory_bytes, prefix_bytes=settings.prompt_cache_bytes)
+        run(create_app(model, LocalEngine(model.base, sizes), settings), settings, socket, on_start, about.remove)
 
 
 def _warm_up(model: Model) -> None:

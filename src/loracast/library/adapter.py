@@ -12,6 +12,7 @@ Factors are mapped, not loaded, so that asking never holds a whole document in m
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -58,8 +59,10 @@ class Adapter:
         self.recast: Recast | None = None
         """Casts the factors of chunks anew: set by whoever opens an adapter that keeps only its text."""
         # Weights differ with every question: what they multiply is kept, and the LoRA itself only where there are none.
-        self._checked_rows = lru_cache(_KEPT_IN_MEMORY)(self._read_checked)
-        self._merged = lru_cache(_KEPT_IN_MEMORY)(lambda *which: self._join(self._read_checked(*which)))
+        # By a proxy: in a cycle of references the open file and the LoRAs would stay until the garbage is collected.
+        me = weakref.proxy(self)
+        self._checked_rows = lru_cache(_KEPT_IN_MEMORY)(lambda *which: me._read_checked(*which))
+        self._merged = lru_cache(_KEPT_IN_MEMORY)(lambda *which: me._join(me._read_checked(*which)))
 
     @property
     def index(self) -> Path:

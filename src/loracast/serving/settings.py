@@ -47,6 +47,10 @@ class ServerSettings:
     """Most answers to a prompt (`n`), and most prompts of a completion times `n`."""
     max_adapters: int = 8
     """Most adapters that a request may add up."""
+    adapter_memory_bytes: int = 512 * MIB
+    """LoRAs that are kept in memory; one that answers stays until its answer is whole."""
+    prompt_cache_bytes: int = 256 * MIB
+    """Keys and values that are kept of prompts and answers."""
     body_timeout_s: float = 30.0
     """Longest wait for the next piece of a request's body."""
     answer_timeout_s: float = 300.0

@@ -1,0 +1,209 @@
+"""What a run of load.py showed: the figures, what broke that must hold, a table and a picture."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+MOST_GROWTH = 1.05
+"""Resident size at the end, at most, over that at a fifth of the time."""
+PERCENTILES = (50, 95, 99)
+
+
+class Versions(Protocol):
+    """The versions of a name, oldest first."""
+
+    versions: list[str]
+
+
+@dataclass
+class Record:
+    """One request."""
+
+    kind: str
+    started_s: float
+    """Since the run began."""
+    status: int | None = None
+    first_s: float | None = None
+    """To the first token of a streamed answer."""
+    total_s: float = 0.0
+    n_tokens: int = 0
+    error: str | None = None
+    """What failed in the connection, or in the stream after a status of 200."""
+    is_expected: bool = True
+    """False for a 404 of an adapter that was there."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to the question for an adapter's number."""
+
+    name: str
+    known: Versions
+    least: int
+    """The oldest version that may answer: the last one whose learning was completed before the question was sent."""
+    is_gone: bool
+    """The adapter had been deleted before the question was sent, and was not learned again meanwhile."""
+    told: Mapping[str, Any]
+    """The text, and the server's account of what answered."""
+
+
+@dataclass
+class Run:
+    """What happened in a run."""
+
+    seconds: float
+    seconds_taken: float = 0.0
+    records: list[Record] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    numbers: dict[str, str] = field(default_factory=dict)
+    """The number that each version holds."""
+    sizes: list[tuple[float, int]] = field(default_factory=list)
+    """Seconds, and the server's resident size in bytes."""
+    engine: Mapping[str, float] = field(default_factory=dict)
+    n_jobs: int = 0
+    broken: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Lines of the server's log that tell an error."""
+
+    def read_log(self, log: str) -> None:
+        """Look for errors, and for text of documents, which no log may hold."""
+        self.failures = [line for line in log.splitlines() if re.search(r"error|Traceback", line, re.IGNORECASE)]
+        if leaked := {*re.findall(r"(?<![\d.:])\d{4}(?![\d.])", log)} & {*self.numbers.values()}:
+            self.broken.append(f"the server's log has numbers of documents: {sorted(leaked)}")
+
+
+def grade(run: Run) -> Counter[str]:
+    """How many answers hold the right number, another adapter's, or neither; what must not be goes to `run.broken`."""
+    grades: Counter[str] = Counter(dict.fromkeys(("right", "of another adapter", "other", "adapter not used"), 0))
+    held = {*run.numbers.values()}
+    for answer in run.answers:
+        used = answer.told["adapters"]
+        names = [one["id"].partition("@")[0] for one in used]
+        if names != [answer.name]:
+            run.broken.append(f"{names} answered for {answer.name}")
+            grades["of another adapter"] += 1
+            continue
+        shown = used[0]["id"].partition("@")[2]  # the first digits of the hash
+        version = next((one for one in run.numbers if one.startswith(shown)), "")
+        if answer.is_gone:
+            run.broken.append(f"{answer.name} answered after its deletion")
+        if version not in answer.known.versions[answer.least :]:
+            run.broken.append(f"{answer.name}: a version that had been replaced answered")
+        found = {*re.findall(r"\d+", answer.told["text"])}
+        right = run.numbers.get(version)
+        if right in found:
+            grades["right"] += 1
+        elif found & held:
+            grades["of another adapter"] += 1
+            run.broken.append(f"{answer.name} has {right}, and told {sorted(found & held)}")
+        else:
+            grades["other" if used[0]["is_used"] else "adapter not used"] += 1
+    return grades
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """All figures, as JSON takes them; `broken` lists what must hold and did not."""
+    grades = grade(run)
+    statuses = Counter(str(record.status) for record in run.records)
+    errors = Counter(f"{record.kind}: {record.error}" for record in run.records if record.error)
+    broken = list(run.broken)
+    if n := sum(1 for record in run.records if (record.status or 0) >= 500):
+        broken.append(f"{n} answers with a status of 5xx")
+    if errors:
+        broken.append(f"connections failed: {dict(errors)}")
+    if n := sum(not record.is_expected for record in run.records):
+        broken.append(f"{n} times an adapter that was there was not found")
+    early = min(run.sizes, key=lambda size: abs(size[0] - run.seconds / 5))[1]
+    growth = run.sizes[-1][1] / early
+    if growth > MOST_GROWTH:
+        broken.append(f"the server's resident size grew to {growth:.3f} times that at a fifth of the time")
+    kinds = sorted({record.kind for record in run.records})
+    n_generated = run.engine.get("generated_tokens_total", 0.0)
+    return {
+        "seconds": round(run.seconds_taken, 1),
+        "n_requests": len(run.records),
+        "n_jobs": run.n_jobs,
+        "statuses": dict(sorted(statuses.items())),
+        "kinds": {kind: _figures([one for one in run.records if one.kind == kind]) for kind in kinds},
+        "answers": dict(grades),
+        "tokens_per_second": round(n_generated / run.seconds_taken, 1),
+        "engine": run.engine,
+        "resident_mib": [(round(at, 1), round(size / 2**20, 1)) for at, size in run.sizes],
+        "growth": round(growth, 4),
+        "errors": dict(errors),
+        "log": run.failures[:20],
+        "broken": sorted(Counter(broken).items()),
+    }
+
+
+def _figures(records: Sequence[Record]) -> dict[str, Any]:
+    done = [one for one in records if one.status is not None and one.status < 300 and not one.error]
+    return {
+        "n": len(records),
+        "statuses": dict(sorted(Counter(str(one.status) for one in records).items())),
+        "first_token_ms": _percentiles([one.first_s for one in done if one.first_s is not None]),
+        "total_ms": _percentiles([one.total_s for one in done]),
+    }
+
+
+def _percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
+    if len(seconds) < 2:
+        return None
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    return {f"p{percent}": round(1000 * cuts[percent - 1], 1) for percent in PERCENTILES}
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The figures as Markdown."""
+
+    def shown(of: Mapping[str, float] | None) -> str:
+        return "" if of is None else " / ".join(f"{value:.0f}" for value in of.values())
+
+    lines = [
+        "| request | n | status | first token, ms: p50 / p95 / p99 | all, ms: p50 / p95 / p99 |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, of in figures["kinds"].items():
+        told = ", ".join(f"{n} x {status}" for status, n in of["statuses"].items())
+        lines.append(f"| {kind} | {of['n']} | {told} | {shown(of['first_token_ms'])} | {shown(of['total_ms'])} |")
+    engine = figures["engine"]
+    sizes = figures["resident_mib"]
+    lines += [
+        "",
+        f"{figures['n_requests']} requests in {figures['seconds']} s; {figures['n_jobs']} documents learned; "
+        f"statuses {figures['statuses']}",
+        f"answers: {figures['answers']}",
+        f"{figures['tokens_per_second']} tokens/s; adapters in memory at the end: "
+        f"{engine.get('adapters_in_memory', 0):.0f}, prompt tokens saved: "
+        f"{engine.get('prompt_tokens_saved_total', 0):.0f} of {engine.get('prompt_tokens_total', 0):.0f}",
+        f"resident size, MiB: {sizes[0][1]} at the start, {sizes[-1][1]} at the end, "
+        f"{figures['growth']} times that at a fifth of the time",
+        *(f"log: {line}" for line in figures["log"]),
+        *(f"BROKEN ({n} times): {what}" for what, n in figures["broken"]),
+    ]
+    return "\n".join(lines)
+
+
+def plot(run: Run, path: Path) -> None:
+    """Draw the latencies of answers and the resident size over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(8, 6), constrained_layout=True)
+    for kind in ("ask, streamed", "ask", "base"):
+        of = [one for one in run.records if one.kind == kind and one.status == 200 and not one.error]
+        above.plot([one.started_s for one in of], [one.total_s for one in of], ".", markersize=3, label=kind)
+    above.set(ylabel="seconds to the whole answer", yscale="log")
+    above.legend(frameon=False)
+    below.plot([at for at, _ in run.sizes], [size / 2**20 for _, size in run.sizes], "-o", markersize=3)
+    below.set(xlabel="seconds", ylabel="resident MiB", ylim=(0, None))
+    figure.savefig(path)
+    plt.close(figure)

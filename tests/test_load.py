@@ -1,0 +1,66 @@
+"""The load test: it runs against a server with the tiny base, and its grades tell whose number was told."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import load_report
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("shown", "text", "is_gone", "grade", "broken"),
+    [
+        ("doc-0@bb", "It is 2222.", False, "right", []),
+        ("doc-0@bb", "It is 2223.", False, "other", []),
+        ("doc-0@bb", "It is 3333.", False, "of another adapter", ["doc-0 has 2222, and told ['3333']"]),
+        ("doc-1@cc", "It is 3333.", False, "of another adapter", ["['doc-1'] answered for doc-0"]),
+        ("doc-0@aa", "It is 1111.", False, "right", ["doc-0: a version that had been replaced answered"]),
+        ("doc-0@bb", "It is 2222.", True, "right", ["doc-0 answered after its deletion"]),
+    ],
+)
+def test_an_answer_is_graded_by_the_version_that_gave_it(shown, text, is_gone, grade, broken):
+    known = SimpleNamespace(versions=["aaaa", "bbbb"])
+    told = {"text": text, "adapters": [{"id": shown, "is_used": True}]}
+    run = load_report.Run(1.0, numbers={"aaaa": "1111", "bbbb": "2222", "cccc": "3333"})
+    run.answers.append(load_report.Answer("doc-0", known, 1, is_gone, told))
+    grades = load_report.grade(run)
+    assert +grades == {grade: 1}
+    assert run.broken == broken
+
+
+def test_text_of_documents_in_the_log_is_found():
+    run = load_report.Run(1.0, numbers={"aaaa": "1111"})
+    run.read_log("page   http://127.0.0.1:1111/\n")
+    assert not run.broken and not run.failures
+    run.read_log("KeyError: the PIN is 1111\n")
+    assert len(run.broken) == len(run.failures) == 1
+
+
+def test_a_server_bears_mixed_load(tiny_folder, tiny_hypernet_folder, tmp_path):
+    figures = tmp_path / "figures.json"
+    options = [
+        "--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, "--minutes", 0.06, "--clients", 4,
+        "--adapters", 4, "--json", figures,
+    ]  # fmt: skip
+    command = [sys.executable, ROOT / "benchmarks" / "load.py", *options]
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "LORACAST_HOME": str(tmp_path),
+    }  # fmt: skip
+    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, timeout=240)
+    assert figures.exists(), done.stderr
+    told = json.loads(figures.read_text())
+    # A few seconds are too short for a size in memory that stays.
+    assert [what for what, _ in told["broken"] if "resident size" not in what] == []
+    assert told["answers"]["of another adapter"] == 0 and told["n_requests"] > 20
+    assert {"ask", "ask, streamed", "bad request"} <= set(told["kinds"])
