@@ -7,16 +7,17 @@ supported is refused by its name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loracast.errors import HypernetworkError
 from loracast.hypernets.pickled import Record
 from loracast.hypernets.published import PublishedDocToLoRA, PublishedDocToLoRAConfig
 from loracast.lora.target import target_from_config, text_config
 
+H = TypeVar("H", bound=nn.Module)
 HEAD_DIM = 128
 """Width of an attention head of the published Perceiver, which no config names."""
 _PERCEIVER = "aggregator.perceiver"
@@ -64,8 +65,17 @@ def doc_to_lora(
         state = _state(config, weights, getattr(published, "per_layer_processing", True))
     except (KeyError, AttributeError, IndexError) as error:
         raise HypernetworkError(f"this is no checkpoint of Doc-to-LoRA: it lacks {error}") from error
+    return with_weights(hypernet, state)
+
+
+def with_weights(hypernet: H, state: Mapping[str, Tensor]) -> H:
+    """A hypernetwork that was built on the meta device, with a converted checkpoint's tensors as its weights.
+
+    Raises:
+        HypernetworkError: a tensor is missing, unknown or of another shape; the message names all.
+    """
     if problems := _differences(hypernet.state_dict(), state):
-        raise HypernetworkError(f"the checkpoint does not fit its own config: {'; '.join(problems)}")
+        raise HypernetworkError(f"the checkpoint does not fit its own config or this base: {'; '.join(problems)}")
     hypernet.load_state_dict(state, assign=True)
     return hypernet.eval().requires_grad_(False)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loracast.errors import HypernetworkError
+from loracast.hypernets.convert_doc import with_weights
 from loracast.hypernets.published import PublishedTextToLoRA, PublishedTextToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.target import target_from_config
@@ -74,13 +75,7 @@ def _read(
             hypernet: TextToLoRA = PublishedTextToLoRA(PublishedTextToLoRAConfig(**settings))
         else:
             hypernet = TextToLoRA(TextToLoRAConfig(**settings))
-    state = _state(hypernet, theirs, order)
-    wanted = {name: tuple(value.shape) for name, value in hypernet.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    if wrong := [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]:
-        raise HypernetworkError(f"the checkpoint does not fit its own config or this base: {', '.join(wrong)}")
-    hypernet.load_state_dict(state, assign=True)
-    return hypernet.eval().requires_grad_(False)
+    return with_weights(hypernet, _state(hypernet, theirs, order))
 
 
 def _variant(args: Mapping[str, Any]) -> str:
