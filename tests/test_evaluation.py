@@ -321,9 +321,10 @@ def test_latency_compares_the_three(model, texts, tmp_path):
 def test_memory_is_measured_in_a_process_of_its_own(model, tiny_folder, tiny_hypernet_folder, texts, tmp_path):
     from loracast.evaluation.cost import MemoryConfig, evaluate_memory
 
-    config = MemoryConfig(texts, lengths=(600,))
+    config = MemoryConfig(texts, lengths=(300, 600))
     evaluate_memory(model, str(tiny_folder), str(tiny_hypernet_folder), config, tmp_path)
-    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    shorter, row = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert shorter["n_tokens"] < 0.7 * row["n_tokens"] and abs(row["n_tokens"] - 600) < 60
     assert row["n_chunks"] >= 3 and row["base_mib"] > 50 and 0 <= row["above_base_mib"] < 500
     assert row["ratio"] == pytest.approx(row["cast_s"] / row["encode_s"]) and row["learn_s"] > 0
     assert row["kb_per_token"] == pytest.approx(row["adapter_mib"] * 1.048576 * 1000 / row["n_tokens"])

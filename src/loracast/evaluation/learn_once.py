@@ -27,7 +27,7 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
     model = load(order["base"], order["hypernetwork"], library=order["library"], device=order["device"])
     caster = model.documents
     text = Path(order["text"]).read_text(encoding="utf-8")
-    document = Document("", text, None, "text/plain", sha256="", n_bytes=len(text.encode()))
+    document = Document.from_text(text)  # its hash tells it from the lengths before, which the library has
     with torch.inference_mode():  # reads all the weights: before their first use they may not be in memory at all
         warm = next(token_batches(model.base, ["Warm up."]))
         model.base.model(torch.tensor(warm, device=model.base.device))
