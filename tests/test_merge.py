@@ -18,9 +18,11 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("d_in", [16, 7], ids=["few rows", "more rows than inputs"])
-def test_chunks_are_told_apart_as_least_squares_would_have_it(d_in):
+@pytest.mark.parametrize("n_zeros", [0, 3])
+@pytest.mark.parametrize("d_in", [16, 10, 7], ids=["few rows", "few that count", "more rows than inputs"])
+def test_chunks_are_told_apart_as_least_squares_would_have_it(d_in, n_zeros):
     a, b = draw(2, 3, 4, d_in), draw(2, 3, 4, 5)  # modules, chunks, rank, width
+    b[:, 1, 4 - n_zeros :] = 0
     found = decorrelate_keys(a, b, 3.0)
     assert found.shape == a.shape
     for module in range(2):

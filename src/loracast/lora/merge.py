@@ -43,22 +43,27 @@ def decorrelate_keys(a: Tensor, b: Tensor, ridge: float) -> Tensor:
     import torch
 
     with torch.autocast(a.device.type, enabled=False):
-        keys = a.float()
-        length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_min(1e-12)
-        units = keys / length
+        n_chunks, r, d_in = a.shape[-3:]
         weight = torch.linalg.vector_norm(b.detach().float(), dim=-1, keepdim=True)  # [..., chunks, r, 1]
-        weighted = units * (weight / weight.amax((-3, -2), keepdim=True).clamp_min(1e-12))
-        n_chunks, r = keys.shape[-3:-1]
-        flat, units = weighted.flatten(-3, -2), units.flatten(-3, -2)  # [..., m, in]
-        m, d_in = flat.shape[-2:]
-        ridges = ridge * torch.eye(min(m, d_in), device=a.device)
-        if m <= d_in:
-            gram = flat @ flat.mT
-            in_one_chunk = torch.block_diag(*[torch.ones(r, r, device=a.device)] * n_chunks)
-            # Solved for the m x m map first: its right side is smaller than the keys.
-            found = torch.linalg.solve(gram + ridges, gram * in_one_chunk + ridges) @ units
+        weight = weight / weight.amax((-3, -2), keepdim=True).clamp_min(1e-12)
+        keys = a.flatten(-3, -2).float()  # [..., m, in]
+        length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_min(1e-12)
+        scale = weight.flatten(-3, -2) / length  # [..., m, 1]
+        # A row of B that is 0 changes no other row's key, and keeps its own.
+        counts = weight.flatten(-2).view(-1, n_chunks * r).any(0).nonzero()[:, 0]
+        ridges = ridge * torch.eye(min(len(counts), d_in), device=a.device)
+        if len(counts) <= d_in:
+            some, length, scale = (t.index_select(-2, counts) for t in (keys, length, scale))
+            gram = scale * (some @ some.mT) * scale.mT
+            of_chunk = counts // r
+            within = gram * (of_chunk[:, None] == of_chunk)
+            # Solved for the m x m map first, which is smaller than the keys.
+            change = torch.cholesky_solve(within + ridges, torch.linalg.cholesky(gram + ridges))
+            found = keys.index_copy(-2, counts, (length * change / length.mT) @ some)
         else:  # the same (Woodbury), whose cost grows with the number of chunks and not with its cube
-            alone = ((weighted @ weighted.mT) @ units.view(keys.shape)).flatten(-3, -2) + ridge * units
+            units, flat = keys / length, keys * scale
+            weighted = flat.view(*flat.shape[:-2], n_chunks, r, d_in)
+            alone = ((weighted @ weighted.mT) @ units.view(weighted.shape)).flatten(-3, -2) + ridge * units
             inner = torch.linalg.solve(flat.mT @ flat + ridges, flat.mT @ alone)
-            found = (alone - flat @ inner) / ridge
-    return (length * found.view(a.shape)).to(a.dtype)
+            found = length * (alone - flat @ inner) / ridge
+    return found.view(a.shape).to(a.dtype)
