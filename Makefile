@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Processes that run tests side by side: one for each processor, or a number.
 WORKERS ?= logical
+# Of `make fuzz`.
+SEED ?= 0
 
-.PHONY: demo serve test bases runtimes lint docs setup setup-dev clean
+.PHONY: demo serve test fuzz bases runtimes lint docs setup setup-dev clean
 
 demo: setup
 	$(BIN)/loracast demo examples/manual.pdf
@@ -17,6 +19,12 @@ serve: setup
 # One thread for each worker: more of them only wait for each other.
 test: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
+# Damaged files and requests for a few minutes; a run goes on where the last one of the seed ended.
+fuzz: setup-dev
+	for target in adapter hypernetwork checkpoint document http; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py $$target --count 100000 --seconds 120 --seed $(SEED) || exit 1; \
+	done
 
 # One training for each type of base; writes a table into docs/any-base.md.
 bases: setup-dev

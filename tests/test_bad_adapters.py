@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,9 @@ def test_factors_that_are_none(kind, peft, tiny_folder, tmp_path):
         ({"lora_alpha": float("nan")}, "alpha of 'lora_alpha' is nan"),
         ({"lora_alpha": None}, "alpha of 'lora_alpha' is None"),
         ({"alpha_pattern": {"q_proj": "16"}}, "alpha of 'q_proj' is '16'"),
+        ({"alpha_pattern": {"(a+)+x": 16}}, r"pattern '\(a\+\)\+x' names no modules"),
+        ({"alpha_pattern": {"[": 16}}, r"pattern '\[' names no modules"),
+        ({"lora_alpha": 10**400}, "alpha of 'lora_alpha' is 1000"),
     ],
 )
 def test_configs_that_are_none(values, message, peft):
@@ -172,15 +177,31 @@ def test_the_good_one_is_taken(peft):
     assert read_peft(peft, linear_shapes(make_model())).rank == 4
 
 
+def sql(path: Path, *commands: str) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        for command in commands:
+            database.execute(command)
+
+
+def endless(index: Path) -> None:
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n)"
+    columns = ", ".join(f"i AS {name}" for name in ("chunk", "start", "stop", "n_tokens"))
+    sql(index, "ALTER TABLE places RENAME TO gone", f"CREATE VIEW places AS {numbers} SELECT {columns} FROM n")
+
+
 IN_OURS = {
     "another file": (lambda f: (f / "x.py").write_text(""), "x.py does not belong there"),
     "a file missing": (lambda f: (f / "chunks.sqlite").unlink(), "chunks.sqlite is missing"),
     "a link": (lambda f: (shutil.move(f / "factors.safetensors", f.parent / "x"), (f / "factors.safetensors").symlink_to(f.parent / "x")), "is a link"),
     "other bytes": (lambda f: (f / "chunks.sqlite").write_bytes(b"SQLite format 3\0" + bytes(4000)), "chunks.sqlite is damaged"),
+    "a view that never ends": (lambda f: endless(f / "chunks.sqlite"), "'places' is neither a table nor a full-text index"),
+    "a trigger": (lambda f: sql(f / "chunks.sqlite", "CREATE TRIGGER t AFTER DELETE ON places BEGIN SELECT 1; END"), "'t' is neither a table"),
+    "text that is a number": (lambda f: sql(f / "chunks.sqlite", "UPDATE places SET start = 'x'"), "chunks that are none"),
+    "sentences beyond the text": (lambda f: sql(f / "chunks.sqlite", "UPDATE sentence_places SET stop = 999"), "sentences that are none"),
     "1e30": (lambda f: change_tensors(f / "factors.safetensors", lambda t: t["q_proj.a"][0].fill_(1e30)), r"up to 1e\+30"),
     "float64": (lambda f: change_tensors(f / "factors.safetensors", lambda t: t.update({"q_proj.a": t["q_proj.a"].double()})), "type F64, not BF16"),
     "no B": (lambda f: change_tensors(f / "factors.safetensors", lambda t: t.pop("q_proj.b")), "q_proj.b is missing"),
-    "fewer chunks": (lambda f: change_config(f / "adapter.json", n_chunks=2), "has 3 chunks, adapter.json says 2"),
+    "fewer chunks": (lambda f: change_config(f / "adapter.json", n_chunks=2), "has 3 chunks, and the manifest says 2"),
 }  # fmt: skip
 
 

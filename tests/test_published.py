@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -325,6 +326,25 @@ def test_a_class_that_is_not_listed_is_refused(tmp_path):
     torch.save({"when": datetime.date(2026, 1, 1)}, tmp_path / "date.bin")
     with pytest.raises(HypernetworkError, match=r"refused: it names datetime\.date"):
         read_pickled(tmp_path / "date.bin")
+
+
+@pytest.mark.parametrize("index", range(0, 300, 7))
+def test_a_pickle_without_one_of_its_bytes_is_refused_or_read(index, tmp_path):
+    torch.save({"a": torch.zeros(3), "b": [1, 2]}, tmp_path / "good.bin")
+    bad = patched(tmp_path / "good.bin", tmp_path / "bad.bin", lambda data: data[:index] + data[index + 1 :])
+    with contextlib.suppress(HypernetworkError):
+        assert read_pickled(bad)["a"].shape
+
+
+@pytest.mark.parametrize("damage", [{"r": [4]}, {"r": 0}, {"lora_alpha": "x"}])
+def test_settings_of_other_types_are_refused(damage):
+    folder = TEXT_TO_LORA / "variant-m"
+    args, adapter = (
+        yaml.safe_load((folder / "args.yaml").read_text()),
+        json.loads((folder / "adapter_config.json").read_text()),
+    )
+    with pytest.raises(HypernetworkError, match="damaged"):
+        text_to_lora(read_pickled(folder / "hypermod.pt"), args, adapter | damage, AutoConfig.from_pretrained(folder))
 
 
 BILLION = b"J" + (10**9).to_bytes(4, "little")

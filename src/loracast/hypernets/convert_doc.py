@@ -65,6 +65,10 @@ def doc_to_lora(
         state = _state(config, weights, getattr(published, "per_layer_processing", True))
     except (KeyError, AttributeError, IndexError) as error:
         raise HypernetworkError(f"this is no checkpoint of Doc-to-LoRA: it lacks {error}") from error
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise HypernetworkError(
+            f"this checkpoint of Doc-to-LoRA is damaged ({type(error).__name__}: {error})"
+        ) from error
     return with_weights(hypernet, state)
 
 

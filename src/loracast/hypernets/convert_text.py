@@ -51,6 +51,10 @@ def text_to_lora(
         return _read(checkpoint, args, adapter, base_config)
     except KeyError as error:
         raise HypernetworkError(f"this is no checkpoint of Text-to-LoRA: it lacks {error}") from error
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
+        raise HypernetworkError(
+            f"this checkpoint of Text-to-LoRA, or a file beside it, is damaged ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _read(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loracast.base.fingerprint import Fingerprint
 from loracast.errors import ConfigError, HypernetworkError
+from loracast.field_types import type_faults
 from loracast.files import write_atomically, write_with
 from loracast.hub import folder_of
 from loracast.hypernets import format_1
@@ -138,7 +139,7 @@ def from_pretrained(
     folder = _folder_of(source, revision)
     stored = _stored(folder)
     name, written_as = stored.get("architecture"), stored.get("format")
-    if written_as not in (1, FORMAT) or name not in _ARCHITECTURES:
+    if written_as not in (1, FORMAT) or not isinstance(name, str) or name not in _ARCHITECTURES:
         raise HypernetworkError(
             f"{folder} holds {name!r} in format {written_as!r}; this version of loracast reads "
             f"{', '.join(_ARCHITECTURES)} in formats 1 and {FORMAT}: update loracast"
@@ -154,7 +155,7 @@ def from_pretrained(
         tensors = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise HypernetworkError(_not_whole(folder, error)) from error
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise HypernetworkError(f"the config.json of {folder} is damaged ({type(error).__name__}: {error})") from error
     weights = _checked(hypernet, format_1.tensors(tensors), folder)
     hypernet.load_state_dict(weights, assign=True)
@@ -214,11 +215,14 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def read_config(values: dict[str, Any], config: type[C]) -> C:
-    """A config from its JSON form. Raises ConfigError for an unknown key."""
+    """A config from its JSON form. Raises ConfigError for an unknown key, and for values of other types."""
     known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     if unknown := sorted(values.keys() - known):
         raise ConfigError(f"unknown keys in a {config.__name__}: {', '.join(unknown)}")
-    return config(**{name: _frozen(value) for name, value in values.items()})
+    made = config(**{name: _frozen(value) for name, value in values.items()})
+    if faults := type_faults(made):
+        raise ConfigError(f"bad {config.__name__}: {'; '.join(faults)}")
+    return made
 
 
 def _frozen(value: Any) -> Any:
@@ -266,7 +270,7 @@ def _stored(folder: Path) -> dict[str, Any]:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(stored, dict):
             raise ValueError("it is no object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HypernetworkError(_not_whole(folder, error)) from error
     if stored.get("format") == 1 and isinstance(stored.get("config"), dict):
         stored |= format_1.current(stored)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from loracast.errors import AdapterError
 from loracast.files import file_sha256
-from loracast.library.index import read_chunks
+from loracast.library.index import index_faults, read_chunks
 from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.library.memory import route_memory
 from loracast.library.relevance import THRESHOLD
@@ -188,13 +188,18 @@ class Adapter:
     @cached_property
     def _reader(self) -> Any:
         """The mapped factors, after a look at the file's header."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if faults := self.header_faults():
             raise AdapterError(
                 f"the factors of {self.name!r} cannot be used: {'; '.join(faults)}; learn the document again"
             )
-        return safe_open(self.folder / FACTORS, framework="pt")
+        try:
+            return safe_open(self.folder / FACTORS, framework="pt")
+        except (OSError, SafetensorError) as error:  # what it finds is in `header_faults`, but for oddities of JSON
+            raise AdapterError(
+                f"the factors of {self.name!r} cannot be read: {error}; learn the document again"
+            ) from error
 
     # ---- checking
 
@@ -245,15 +250,14 @@ class Adapter:
         if found:
             return found
         found = self.problems()
-        try:
-            if (n := len(read_chunks(self.index))) != self.manifest.n_chunks:
-                found.append(f"{INDEX} has {n} chunks, {MANIFEST} says {self.manifest.n_chunks}")
-        except AdapterError as error:
-            found.append(str(error))
+        found += index_faults(self.index, self.manifest.n_chunks)
         if has_factors and not (header := self.header_faults()):
             header_types = read_header(self.folder / FACTORS)[0]
             names = [name for name, info in header_types.items() if info.dtype not in ("I8", "U8", "I16")]
-            return found + number_faults((name, self._reader.get_tensor(name)) for name in names)
+            try:
+                return found + number_faults((name, self._reader.get_tensor(name)) for name in names)
+            except AdapterError as error:
+                return [*found, str(error)]
         return found + (header if has_factors else [])
 
 

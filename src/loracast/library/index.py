@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from loracast.documents.sentences import sentence_spans
 from loracast.errors import AdapterError
+from loracast.field_types import type_faults
 
 if TYPE_CHECKING:
     from loracast.documents import Chunk
@@ -91,6 +92,30 @@ def read_chunks(index: Index, chunks: Sequence[int] | None = None) -> list[Chunk
     return [Chunk(*row) for row in (rows if chunks is None else [rows[i] for i in chunks])]
 
 
+def index_faults(index: Path, n_chunks: int) -> list[str]:
+    """What is wrong in the index of an adapter from elsewhere: its schema, its chunks, the places of its sentences."""
+    try:
+        chunks, sentences = read_chunks(index), read_sentences(index)
+        with open_index(index) as database:
+            numbers = [n for (n,) in database.execute("SELECT chunk FROM places ORDER BY chunk")]
+    except AdapterError as error:
+        return [str(error)]
+    faults = []
+    if len(chunks) != n_chunks:
+        faults.append(f"{index.name} has {len(chunks)} chunks, and the manifest says {n_chunks}")
+    if numbers != list(range(len(chunks))) or any(type_faults(chunk) for chunk in chunks):
+        faults.append(f"{index.name} holds chunks that are none")
+    elif not all(_is_place(place, chunks) for place in sentences):
+        faults.append(f"{index.name} holds sentences that are none")
+    return faults
+
+
+def _is_place(place: SentencePlace, chunks: Sequence[Chunk]) -> bool:
+    if not all(type(number) is int for number in place) or not 0 <= place.chunk < len(chunks):
+        return False
+    return 0 <= place.start <= place.end <= len(chunks[place.chunk].prompt)
+
+
 @contextmanager
 def changing_index(index: Index) -> Iterator[sqlite3.Connection]:
     """An index's database, made if it is not there, to write to in one transaction."""
@@ -111,13 +136,24 @@ def _opened(index: Index, connect: Callable[[Path], sqlite3.Connection]) -> Iter
     if isinstance(index, sqlite3.Connection):
         yield index
         return
-    database = connect(index)
-    try:
-        yield database
-    except sqlite3.DatabaseError as error:
-        raise AdapterError(f"the index {index} cannot be used ({error}); learn the document again") from error
-    finally:
-        database.close()
+    with closing(connect(index)) as database:
+        try:
+            _check_schema(database)
+            yield database
+        except UnicodeEncodeError:  # of what is asked, not of what is stored
+            raise
+        except (sqlite3.DatabaseError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+            raise AdapterError(f"the index {index} cannot be used ({error}); learn the document again") from error
+
+
+def _check_schema(database: sqlite3.Connection) -> None:
+    """Raise sqlite3.DatabaseError for a view or trigger: a stranger's query may never end."""
+    query = (
+        "SELECT name FROM sqlite_master WHERE type NOT IN ('table', 'index')"
+        " OR sql LIKE 'CREATE VIRTUAL%' AND sql NOT LIKE '%USING fts5(%'"
+    )
+    if found := database.execute(query).fetchone():
+        raise sqlite3.DatabaseError(f"{str(found[0])[:80]!r} is neither a table nor a full-text index")
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from loracast.base.fingerprint import Fingerprint
 from loracast.errors import AdapterError
+from loracast.field_types import type_faults
 from loracast.files import write_atomically
 from loracast.lora.merge import Merging
 from loracast.lora.quantize import STORAGE, Storage
@@ -33,6 +34,8 @@ MEMORY_SOURCE = "(chat)"
 """The source of a document that is what a user said in chats (cast/memory.py)."""
 _STORED_AS = {"max_unscaled_chunks": "most_summed", "key_decorrelation": "merge_ridges"}
 """Fields whose key in adapter.json is older than their name; versions are hashes over these keys, so they stay."""
+_LARGEST_SIZE = 10**7
+"""Chunks, ranks and widths beyond it are in no adapter; lists as long as they say would fill the memory."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -129,7 +132,7 @@ class Manifest:
         """The manifest in a file. Raises AdapterError where it is damaged, of another format or has unknown keys."""
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise AdapterError(f"{path.parent} is not an adapter: its adapter.json cannot be read ({error})") from error
         if not isinstance(stored, dict) or stored.get("format") not in (1, FORMAT):
             raise AdapterError(
@@ -146,11 +149,13 @@ class Manifest:
             manifest = cls(**{names[key]: value for key, value in stored.items()})
             manifest._check()
             return manifest
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise AdapterError(f"{path} is damaged: {error}; learn the document again") from error
 
     def _check(self) -> None:
         """Raise ValueError (or TypeError) for values that no adapter has."""
+        if faults := type_faults(self):
+            raise ValueError("; ".join(faults))
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"{self.name[:80]!r} is no adapter's name")
         sizes = [
@@ -159,8 +164,8 @@ class Manifest:
             self.n_chunks,
             *(d for m in self.modules for d in m[3:]),
         ]
-        if not self.modules or min(sizes) < 1:
-            raise ValueError("it targets nothing, or a size in it is not positive")
+        if not self.modules or min(sizes) < 1 or max(sizes) > _LARGEST_SIZE:
+            raise ValueError("it targets nothing, or a size in it is not from 1 to ten million")
         if not all(0 < ridge < math.inf for ridge in dict(self.key_decorrelation).values()):
             raise ValueError("a ridge in it is not a positive number")
         if unknown := set(self.target.kinds) ^ {module.kind for module in self.target.modules}:

@@ -6,7 +6,6 @@ What is read is checked first.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +30,9 @@ MAX_RANK = 512
 """The largest that vLLM serves; a module that is larger on both sides may have more, up to its smaller side."""
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _TYPES = ("F32", "BF16", "F16")
+_MAX_ALPHA = 1e6
+_ENDLESS = re.compile(r"\)[*+?{]|([*+?{].*){3}")
+"""Regular expressions that repeat a group, or repeat thrice: some of them take for ever to match a name."""
 
 
 def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None) -> LoRA:
@@ -43,12 +45,18 @@ def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
         AdapterError: there is no such adapter, it is damaged, does not fit, or is more than a LoRA on linear modules
             (DoRA, biases, trained embeddings); with every fault that there is.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     config, faults = _read_config(folder / "adapter_config.json")
     header, more = read_header(folder / "adapter_model.safetensors")
     faults += more
-    tensors = load_file(folder / "adapter_model.safetensors") if header and not more else {}
+    tensors: dict[str, Tensor] = {}
+    if header and not more:
+        try:
+            tensors = load_file(folder / "adapter_model.safetensors")
+        except (OSError, SafetensorError) as error:
+            faults.append(f"adapter_model.safetensors cannot be read: {error}")
     modules = sorted({name.removesuffix(end) for name in header for end in (_A, _B) if name.endswith(end)})
     others = [name for name in header if not (name.startswith(_PREFIX) and name.endswith((_A, _B)))]
     faults += [f"{name[:200]}: not a factor of a linear module" for name in others]
@@ -67,6 +75,8 @@ def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
         a, b = tensors[module + _A], tensors[module + _B]
         name = module.removeprefix(_PREFIX)
         factors[name] = Factors(a, b * _scale(config, name, a.shape[0]))
+    if faults := number_faults((f"B of {name}, scaled,", pair.b) for name, pair in factors.items()):
+        raise AdapterError(f"the adapter in {folder} is not a LoRA that can be used: {'; '.join(faults)}")
     return LoRA(factors)
 
 
@@ -154,11 +164,23 @@ def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     faults += [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
     faults += ["bias"] if config.get("bias", "none") != "none" or config.get("lora_bias") else []
     patterns = config.get("alpha_pattern") or {}
-    alphas = {"lora_alpha": config.get("lora_alpha"), **(patterns if isinstance(patterns, dict) else {"": patterns})}
+    if not isinstance(patterns, dict):
+        return config, [*faults, f"alpha_pattern {patterns!r}"[:200]]
+    alphas = {"lora_alpha": config.get("lora_alpha"), **patterns}
     for name, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        if type(alpha) not in (int, float) or not -_MAX_ALPHA <= alpha <= _MAX_ALPHA:
             faults.append(f"the alpha of {name!r} is {alpha!r}"[:200])
+        if _ENDLESS.search(name) or not _is_pattern(name):
+            faults.append(f"the pattern {name!r} names no modules"[:200])
     return config, faults
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(rf"(.*\.)?({text})$")
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def _faults_of(name: str, a: TensorInfo, b: TensorInfo, shapes: Mapping[str, tuple[int, int]] | None) -> list[str]:

@@ -59,13 +59,15 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
         return {}, [f"{path.name} is no safetensors file: its header is no JSON"]
     if not isinstance(header, dict):
         return {}, [f"{path.name} is no safetensors file: its header is no object"]
-    header.pop("__metadata__", None)
+    about = header.pop("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(text, str) for text in about.values()):
+        faults.append(f"the metadata of {path.name} are no texts")
     found: dict[str, TensorInfo] = {}
     spans = []
     for name, entry in header.items():
         try:
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+            if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             faults.append(f"{name[:200]}: its entry in the header is none")

@@ -96,7 +96,7 @@ def list_adapters(
     q: Annotated[str, Query(max_length=200)] = "",
     tag: Annotated[str, Query(max_length=64)] = "",
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
-    offset: Annotated[int, Query(ge=0)] = 0,
+    offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
 ) -> dict[str, Any]:
     """The adapters by name: those with `q` in their name, title or note, and those with a tag."""
     found, total = entries(service.model.library, like=q, tag=tag, limit=limit, offset=offset)

@@ -1,0 +1,44 @@
+"""Compares the values that a file gives a dataclass with the types that its fields state."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_LARGEST = 2**63
+"""A whole number beyond it is in no file that we write, and arithmetic with it would take memory or overflow."""
+
+
+def type_faults(value: Any) -> list[str]:
+    """The fields of a dataclass's instance whose values are not of their types; numbers have to be finite."""
+    hints = get_type_hints(type(value))
+    names = [
+        field.name for field in dataclasses.fields(value) if not _fits(getattr(value, field.name), hints[field.name])
+    ]
+    return [f"{name} is {repr(getattr(value, name))[:80]}" for name in names]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if kind is Literal:
+        return any(type(value) is type(one) and value == one for one in inner)
+    if kind is tuple:
+        if not isinstance(value, tuple):
+            return False
+        wanted = (inner[0],) * len(value) if inner[-1] is Ellipsis else inner
+        return len(wanted) == len(value) and all(map(_fits, value, wanted))
+    if kind is dict:
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if hint is float:
+        return type(value) in (int, float) and -_LARGEST < value < _LARGEST and math.isfinite(value)
+    if hint is int:
+        return type(value) is int and -_LARGEST < value < _LARGEST
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, hint) and not type_faults(value)  # type: ignore[arg-type]
+    return type(value) is (type(None) if hint is None else hint)
