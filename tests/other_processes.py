@@ -1,31 +1,20 @@
-"""Other processes: programs that can be interrupted, and the LoRAs that they cast from descriptions."""
+"""Other processes: programs that can be interrupted, functions in a process of their own, and another hash seed."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-SEEDS = ("0", "3")  # with these, sets of names of modules come in different orders
-_IN_ANOTHER_PROCESS = """
-import hashlib, sys
-from loracast.base.load import load_base
-from loracast.cast.load import load_caster
-from loracast.cast.task import TaskCaster
-base = load_base(sys.argv[1], device="cpu", dtype="float32")
-for folder in sys.argv[2].split(":"):
-    loras = TaskCaster(load_caster(folder, "task", base)).loras(sys.argv[3:])
-    digest = hashlib.sha256()
-    for lora in loras:
-        for name, factors in lora.factors.items():
-            digest.update(name.encode())
-            for factor in factors:
-                digest.update(factor.contiguous().numpy().tobytes())
-    print(digest.hexdigest())
-"""
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["transformers.models.llama.modeling_llama", "loracast.model", "loracast.serving.app"])
 
 
 def interruptible() -> None:
@@ -33,19 +22,109 @@ def interruptible() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def digests_in_other_processes(base: Path, hypernetworks: Sequence[Path], texts: Sequence[str]) -> set[tuple[str, ...]]:
-    """The hash of the LoRAs that descriptions become with each hypernetwork, in two processes with other hash seeds."""
-    folders = ":".join(str(folder) for folder in hypernetworks)
-    command = [sys.executable, "-c", _IN_ANOTHER_PROCESS, str(base), folders, *texts]
-    return {
-        tuple(
-            subprocess.run(
-                command,
-                env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.split()
-        )
-        for seed in SEEDS
-    }
+class Forked:
+    """A function that runs in a process of its own, forked from one that has imported torch and transformers.
+
+    A new Python takes five seconds of processor time to import them; here each worker pays that once. The function has
+    to be a module's. What it prints goes to two files in `folder`.
+    """
+
+    def __init__(self, folder: Path, function: Callable[..., None], *arguments: str):
+        number = next(n for n in itertools.count() if not (folder / f"out-{n}").exists())
+        self._out, self._err = folder / f"out-{number}", folder / f"err-{number}"
+        for file in (self._out, self._err):
+            file.touch()
+        what = (str(self._out), str(self._err), dict(os.environ), function, arguments)
+        self._process = _FORKS.Process(target=_run, args=what, daemon=True)
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    @property
+    def out(self) -> str:
+        """What it has printed so far."""
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        """What it has written to standard error so far."""
+        return self._err.read_text()
+
+    def lines(self, n: int, timeout_s: float = 60.0) -> list[str]:
+        """The first lines that it prints, as soon as there are that many, or it has ended."""
+        until = time.monotonic() + timeout_s
+        while self.out.count("\n") < n and self.has_not_ended:
+            assert time.monotonic() < until, f"fewer than {n} lines in {timeout_s} s: {self.out!r}, {self.err!r}"
+            time.sleep(0.005)
+        return self.out.splitlines()[:n]
+
+    @property
+    def has_not_ended(self) -> bool:
+        return self._process.is_alive()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout_s: float = 60.0) -> int:
+        """Its exit code, or the negative number of the signal that killed it."""
+        self._process.join(timeout_s)
+        assert self._process.exitcode is not None, f"it did not end in {timeout_s} s: {self.err}"
+        return self._process.exitcode
+
+
+def _run(
+    out: str, err: str, environment: Mapping[str, str], function: Callable[..., None], arguments: Sequence[str]
+) -> None:
+    import torch
+
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background of a script
+    torch.set_num_threads(1)
+    for stream, file in ((sys.stdout, out), (sys.stderr, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream.fileno())
+        stream.reconfigure(line_buffering=True)
+    function(*arguments)
+
+
+def loracast_command(*words: str) -> None:
+    """The program `loracast` with the words of a command, for `Forked`."""
+    from loracast.cli import main
+
+    sys.argv = ["loracast", *words]
+    main()
+
+
+def digests_of_loras(base_folder: str, hypernetworks: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """A hash of the LoRAs that descriptions become with each hypernetwork."""
+    from loracast.base.load import load_base
+    from loracast.cast.load import load_caster
+    from loracast.cast.task import TaskCaster
+
+    base = load_base(base_folder, device="cpu", dtype="float32")
+    found = []
+    for folder in hypernetworks:
+        digest = hashlib.sha256()
+        for lora in TaskCaster(load_caster(folder, "task", base)).loras(texts):
+            for name, factors in lora.factors.items():
+                digest.update(name.encode())
+                for factor in factors:
+                    digest.update(factor.contiguous().numpy().tobytes())
+        found.append(digest.hexdigest())
+    return found
+
+
+def digests_in_another_process(base_folder: Path, hypernetworks: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """`digests_of_loras` in a process whose hash seed puts sets of names of modules into another order than here."""
+    order = "print(list({'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'}))"
+    here = str(list({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}))
+
+    def run(seed: int, code: str) -> str:
+        environment = {
+            **os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    seed = next(seed for seed in itertools.count() if run(seed, order) != here)
+    what = (str(base_folder), list(hypernetworks), list(texts))
+    return run(seed, f"from other_processes import digests_of_loras; print(*digests_of_loras(*{what!r}))").split()

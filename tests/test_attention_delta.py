@@ -24,7 +24,7 @@ from loracast.training.peft_training import PeftConfig
 from loracast.training.position_probes import fit_position_probes
 from loracast.training.task_source import TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe, read_text_recipe, train_text
-from other_processes import digests_in_other_processes
+from other_processes import digests_in_another_process, digests_of_loras
 from suites import write_suite
 from tiny import ATTENTION_DELTA, DESCRIPTIONS, FAMILIES, for_base, make_attention_delta, make_model, make_tokenizer
 
@@ -307,5 +307,6 @@ def test_options_of_the_other_variants_are_refused(base, tmp_path):
 def test_another_process_and_hash_seed_make_the_same_bits(base, tiny_folder, hypernetwork, tmp_path):
     """Of text-to-LoRA too: its published code took its modules from a set, so that factors could swap."""
     save_pretrained(for_base(make_attention_delta(base), base.fingerprint), tmp_path / "delta", storage="bfloat16")
-    digests = digests_in_other_processes(tiny_folder, (tmp_path / "delta", hypernetwork), DESCRIPTIONS)
-    assert len(digests) == 1 and [len(digest) for digest in digests.pop()] == [64, 64]
+    hypernetworks = [str(tmp_path / "delta"), str(hypernetwork)]
+    here = digests_of_loras(str(tiny_folder), hypernetworks, DESCRIPTIONS)
+    assert len({*here}) == 2 and digests_in_another_process(tiny_folder, hypernetworks, DESCRIPTIONS) == here

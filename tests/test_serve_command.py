@@ -27,7 +27,7 @@ from loracast.serving.engine import LocalEngine
 from loracast.serving.found import Loaded, Running, told
 from loracast.serving.resolve import served_name
 from loracast.serving.settings import ServerSettings
-from other_processes import interruptible
+from other_processes import Forked, loracast_command
 from servers import eventually, served
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +115,7 @@ def loads(monkeypatch) -> list[str]:
         ("ask", "Hello", "--system", "Be kind.", "--max-tokens", "3", "--json"),
         ("ask", "Hello", "--temperature", "1.5", "--top-p", "0.9", "--seed", "7", "--json"),
         ("ask", "What is this document about?", "-a", "museum"),
-        ("chat", "-a", "kettle"),
+        ("chat", "-a", "kettle", "--max-tokens", "12"),
         ("chat", "--all", "--max-tokens", "4"),
     ],
 )
@@ -286,43 +286,41 @@ def test_a_question_to_a_server_imports_nothing_heavy(running, library, tiny_fol
     assert done.stderr.strip().splitlines()[-1] == "[]" and json.loads(done.stdout)["answer"]
 
 
-# ---- real servers
+# ---- servers in processes of their own
 
 
 @pytest.fixture
-def command(tiny_folder, tiny_hypernet_folder, library, home):
-    """The words of a command as a process of its own, and its environment."""
-    options = ("--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, "--device", "cpu")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-    def command(*arguments: str, with_models: bool = True) -> dict:
-        words = [sys.executable, "-m", "loracast", *arguments, "--library", str(library)]
-        return {"args": [*words, *map(str, options if with_models else ())], "env": environment}
-
-    return command
+def words(tiny_folder, tiny_hypernet_folder, library, home) -> tuple[str, ...]:
+    """The options of a command that loads the tiny models."""
+    options = ("--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, "--device", "cpu", "--library", library)
+    return tuple(map(str, options))
 
 
-def start(command, *arguments: str) -> tuple[subprocess.Popen, Running]:
-    """A server in the foreground, once commands find it."""
-    process = subprocess.Popen(
-        **command("serve", "--port", "0", *arguments),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible,
-    )  # fmt: skip
-    try:
-        return process, eventually(lambda: process.poll() is not None or found.of_process(process.pid), 120)
-    except BaseException:
-        process.kill()
-        raise
+@pytest.fixture
+def start(words, tmp_path):
+    """Starts a server in the foreground; it and what it tells of itself, once commands find it."""
+    started = []
+
+    def start(*arguments: str) -> tuple[Forked, Running]:
+        process = Forked(tmp_path, loracast_command, "serve", "--port", "0", *arguments, *words)
+        started.append(process)
+        server = eventually(lambda: found.of_process(process.pid) or not process.has_not_ended, 120)
+        assert server is not True, process.err
+        return process, server
+
+    yield start
+    for process in started:
+        if process.has_not_ended:
+            process.send_signal(signal.SIGTERM)
+        process.wait()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_a_signal_ends_a_server_and_its_file(command, run, library, number, code):
-    process, server = start(command)
+def test_a_signal_ends_a_server_and_its_file(start, run, library, number, code):
+    process, server = start()
     assert "1.7" not in run("ask", "Hello", "--max-tokens", "2").stderr
-    listed = json.loads(
-        subprocess.run(**command("serve", "--status", "--json"), capture_output=True, check=True).stdout
-    )
-    assert [one["pid"] for one in listed["servers"]] == [process.pid] and "key" not in listed["servers"][0]
+    (listed,) = json.loads(run("serve", "--status", "--json").stdout)["servers"]
+    assert listed["pid"] == process.pid and "key" not in listed
     answer = server.client().stream(
         "/v1/chat/completions",
         {"model": server.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 100, "stream": True},
@@ -332,66 +330,66 @@ def test_a_signal_ends_a_server_and_its_file(command, run, library, number, code
     process.send_signal(number)
     if number == signal.SIGTERM:
         assert list(answer)[-1]["loracast"]  # it is finished first
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == code and "Traceback" not in err
-    assert f"page   {server.url}/\nAPI    {server.url}/v1\n" in err
+    assert process.wait(30) == code and "Traceback" not in process.err
+    assert f"page   {server.url}/\nAPI    {server.url}/v1\n" in process.err
     assert time.monotonic() - began < (1.5 if number == signal.SIGINT else 30)
     assert not server.path.exists()
     assert run("ask", "Hello", "--max-tokens", "2").exit_code == 0
 
 
-def test_a_server_in_the_background_and_its_end(command):
-    begun = subprocess.run(
-        **command("serve", "--background", "--port", "0"), capture_output=True, text=True, timeout=120
-    )
+@pytest.fixture
+def program(words):
+    """Runs `python -m loracast` with a command's words."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def program(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "loracast", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    return program
+
+
+def test_a_server_in_the_background_and_its_end(program, words, library):
+    begun = program("serve", "--background", "--port", "0", *words)
     assert begun.returncode == 0 and "page " in begun.stderr, begun.stderr
-    stop = command("stop", with_models=False)
-    stopped = subprocess.run(**stop, capture_output=True, text=True, timeout=60)
+    stopped = program("stop", "--library", str(library))
     assert stopped.returncode == 0 and stopped.stdout.startswith("stopped http://127.0.0.1:")
-    again = subprocess.run(**stop, capture_output=True, text=True, timeout=60)
+    again = program("stop", "--library", str(library))
     assert again.returncode == 1 and "no server of the library" in again.stderr
 
 
-def test_a_server_that_cannot_start_says_why(command):
+def test_a_server_that_cannot_start_says_why(program, words, run):
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        for words in (("--port", port), ("--port", port, "--background")):
-            done = subprocess.run(**command("serve", *words), capture_output=True, text=True, timeout=120)
-            assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-            assert done.stderr.startswith("error: cannot listen on 127.0.0.1") and "--port" in done.stderr
-    open_to_all = subprocess.run(**command("serve", "--host", "0.0.0.0"), capture_output=True, text=True, timeout=120)
-    assert open_to_all.returncode == 1 and "set a key" in open_to_all.stderr
+        here, behind = run("serve", "--port", port), program("serve", "--port", port, "--background", *words)
+    for code, said in ((here.exit_code, here.stderr), (behind.returncode, behind.stderr)):
+        assert code == 1 and said.count("\n") == 1, said
+        assert said.startswith("error: cannot listen on 127.0.0.1") and "--port" in said
+    open_to_all = run("serve", "--host", "0.0.0.0")
+    assert open_to_all.exit_code == 1 and "set a key" in open_to_all.stderr
 
 
-def test_a_server_with_keys_lets_its_users_commands_in(command, run, tmp_path, loads):
+def test_a_server_with_keys_lets_its_users_commands_in(start, run, tmp_path, loads):
     (tmp_path / "keys").write_text("read:0123456789abcdef\n")
     (tmp_path / "keys").chmod(0o600)
-    process, server = start(command, "--keys", str(tmp_path / "keys"))
-    try:
-        with pytest.raises(Refused):
-            Client(server.url).get("/v1/models")
-        assert run("ask", "Hello", "--max-tokens", "2").exit_code == 0 and not loads
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
+    _, server = start("--keys", str(tmp_path / "keys"))
+    with pytest.raises(Refused):
+        Client(server.url).get("/v1/models")
+    assert run("ask", "Hello", "--max-tokens", "2").exit_code == 0 and not loads
 
 
-def test_watched_folders_are_learned_and_forgotten(command, library, tmp_path):
+def test_watched_folders_are_learned_and_forgotten(start, library, tmp_path):
     folders = [tmp_path / "invoices", tmp_path / "letters"]
     for folder in folders:
         folder.mkdir()
         (folder / f"{folder.name}.txt").write_text(f"The {folder.name} are in the drawer.")
     before = adapter_names(library)
-    process, server = start(command, *(word for folder in folders for word in ("--watch", str(folder))))
-    try:
-        eventually(lambda: adapter_names(library) == sorted([*before, "invoices", "letters"]))
-        watched = server.client().get("/v1/server")["watched"]
-        assert [one["folder"] for one in watched] == ["invoices", "letters"]
-        for folder in folders:
-            (folder / f"{folder.name}.txt").unlink()
-        eventually(lambda: adapter_names(library) == before)
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
+    _, server = start(*(word for folder in folders for word in ("--watch", str(folder))))
+    eventually(lambda: adapter_names(library) == sorted([*before, "invoices", "letters"]))
+    watched = server.client().get("/v1/server")["watched"]
+    assert [one["folder"] for one in watched] == ["invoices", "letters"]
+    for folder in folders:
+        (folder / f"{folder.name}.txt").unlink()
+    eventually(lambda: adapter_names(library) == before)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import signal
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +21,7 @@ from loracast.serving.learning import Learning
 from loracast.serving.settings import ServerSettings
 from loracast.serving.state import Paging, State
 from loracast.serving.uploads import INTERNAL, Uploads
+from other_processes import Forked
 from servers import eventually, manual
 
 
@@ -300,51 +298,37 @@ def test_combining_is_a_job_with_the_versions_of_when_it_was_asked_for(model):
 # ---- killed
 
 
-_SERVER = """
-import io, sys
-from pathlib import Path
-import loracast
-from loracast.serving.learning import Learning
-from loracast.serving.settings import ServerSettings
-sys.path.insert(0, {tests!r})
-from servers import eventually, manual
-model = loracast.load({base!r}, {hypernet!r}, library={library!r}, device="cpu")
-learning = Learning(model, ServerSettings())
-learning.start()
-first = int(sys.argv[1])
-for number in range(first, first + 3):
-    job = learning.learn(io.BytesIO(manual(number, 4)), f"doc-{{number}}.md", None, tags=("kept",), replace=False)
-    kept = learning.uploads.add(io.BytesIO(manual(number)), f"{{number}}.md", "assistants")
-    print(job.id, job.adapter, kept.id, flush=True)
-eventually(lambda: learning.jobs.count_active() == 0, 60)
-print("idle", flush=True)
-learning.close()
-"""
+def serve(base: str, hypernetwork: str, library: str, first: str) -> None:
+    """Learn three documents from a number on, and keep an upload with each; prints a line for what was answered."""
+    import loracast
+
+    model = loracast.load(base, hypernetwork, library=library, device="cpu")
+    learning = start(model)
+    for number in range(int(first), int(first) + 3):
+        data = io.BytesIO(manual(number, 4))
+        job = learning.learn(data, f"doc-{number}.md", None, tags=("kept",), replace=False)
+        kept = learning.uploads.add(io.BytesIO(manual(number)), f"{number}.md", "assistants")
+        print(job.id, job.adapter, kept.id, flush=True)
+    eventually(lambda: learning.jobs.count_active() == 0, 60)
+    print("idle", flush=True)
+    learning.close()
 
 
-def test_what_was_answered_survives_a_kill_at_any_moment(model, tiny_folder, tiny_hypernet_folder):
+def test_what_was_answered_survives_a_kill_at_any_moment(model, tiny_folder, tiny_hypernet_folder, tmp_path):
     """A server is killed again and again, at times from early in an upload to late in learning; the last one ends."""
-    script = _SERVER.format(
-        tests=str(Path(__file__).parent), base=str(tiny_folder), hypernet=str(tiny_hypernet_folder),
-        library=str(model.library),
-    )  # fmt: skip
+    where = (str(tiny_folder), str(tiny_hypernet_folder), str(model.library))
     answered: list[list[str]] = []
     for i, n_lines in enumerate((1, 2, 3, 3)):
-        server = subprocess.Popen(
-            [sys.executable, "-c", script, str(10 * i)], stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert server.stdout is not None
-        for _ in range(n_lines):
-            answered.append(server.stdout.readline().split())
+        server = Forked(tmp_path, serve, *where, str(10 * i))
+        assert len(server.lines(n_lines)) == n_lines
         if i == 2:
             eventually(lambda: adapter_names(model.library))
         server.send_signal(signal.SIGKILL)
-        for line in server.stdout:  # what it said before it died counts
-            if len(line.split()) == 3 and line.endswith("\n"):
-                answered.append(line.split())
         assert server.wait() == -signal.SIGKILL
-        server.stdout.close()
+        # what it said before it died counts
+        answered += [
+            line.split() for line in server.out.splitlines(True) if line.count(" ") == 2 and line.endswith("\n")
+        ]
     learning = Learning(model, ServerSettings())
     unfinished = [id for id, _, _ in answered if not learning.jobs.find(id).has_ended]
     assert unfinished  # otherwise this shows nothing

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import socket
-import subprocess
-import sys
-import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import openai
@@ -25,6 +21,7 @@ from loracast.serving.engine import EngineStats, LocalEngine
 from loracast.serving.request import EngineBusy, EngineStopped, Token
 from loracast.serving.settings import ServerSettings
 from loracast.serving.ticket import Ticket
+from other_processes import Forked
 from servers import eventually, fill, in_process, served
 
 CHAT = "/v1/chat/completions"
@@ -262,28 +259,30 @@ def test_a_library_that_cannot_be_written_still_answers(tiny_folder, tiny_hypern
     assert answer.json()["choices"][0]["message"]["content"] == wanted
 
 
-def test_sigterm_lets_running_answers_finish_and_ends_the_server(model, tiny_folder, tiny_hypernet_folder):
-    program = Path(__file__).parent / "serve_slowly.py"
-    command = [sys.executable, str(program), str(tiny_folder), str(tiny_hypernet_folder), str(model.library)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    ) as server:
-        watchdog = threading.Timer(120, server.kill)
-        watchdog.start()
-        try:
-            url = f"http://127.0.0.1:{int(server.stdout.readline())}"
-            with httpx.stream("POST", f"{url}{CHAT}", json=body(max_tokens=60, stream=True), timeout=60) as answer:
-                lines = answer.iter_lines()
-                next(line for line in lines if '"content":"' in line)
-                server.send_signal(signal.SIGTERM)
-                given = list(lines)
-            assert '"finish_reason":"length"' in given[-4] and given[-2:] == ["data: [DONE]", ""]
-            server.wait(30)
-            with pytest.raises(httpx.ConnectError):
-                httpx.get(f"{url}/health")
-        finally:
-            watchdog.cancel()
-            server.kill()
+def serve_slowly(base: str, hypernetwork: str, library: str) -> None:
+    """Serve a base whose forward passes take 20 ms, and print the port."""
+    from loracast.serving.run import bound, run
+
+    model = loracast.load(base, hypernetwork, library=library, device="cpu")
+    model.base.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    settings = ServerSettings(port=0)
+    with bound(settings) as sock:
+        run(create_app(model, LocalEngine(model.base), settings), settings, sock, lambda port: print(port, flush=True))
+
+
+def test_sigterm_lets_running_answers_finish_and_ends_the_server(model, tiny_folder, tiny_hypernet_folder, tmp_path):
+    server = Forked(tmp_path, serve_slowly, str(tiny_folder), str(tiny_hypernet_folder), str(model.library))
+    (port,) = server.lines(1)
+    url = f"http://127.0.0.1:{port}"
+    with httpx.stream("POST", f"{url}{CHAT}", json=body(max_tokens=60, stream=True), timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(line for line in lines if '"content":"' in line)
+        server.send_signal(signal.SIGTERM)
+        given = list(lines)
+    assert '"finish_reason":"length"' in given[-4] and given[-2:] == ["data: [DONE]", ""]
+    server.wait(30)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
 
 
 # ---- figures

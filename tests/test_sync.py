@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from loracast.cli import app
 from loracast.errors import AdapterError, DocumentError
 from loracast.library.library import adapter_names, open_adapter
 from loracast.library.sync import learn_folder, names_for
-from other_processes import interruptible
+from other_processes import Forked, loracast_command
 
 
 @pytest.fixture
@@ -206,23 +204,14 @@ def test_the_name_of_a_single_adapter_is_refused_for_a_folder(folder):
     assert done.exit_code == 2 and "named after its files" in done.output
 
 
-def test_a_folder_is_watched(folder, tiny_folder, tiny_hypernet_folder, home):
-    arguments = ["--base", str(tiny_folder), "--hypernetwork", str(tiny_hypernet_folder), "--device", "cpu"]
-    command = [sys.executable, "-m", "loracast", "watch", str(folder), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    errors = (folder.parent / "errors.txt").open("w+")
-    pipes = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
-    with subprocess.Popen(command, env=environment, preexec_fn=interruptible, **pipes) as process:
-        try:
-            first = {process.stdout.readline().split()[1] for _ in range(4)}
-            assert first == {"lamp", "old-lamp", "old-prices", "readme"}
-            (folder / "new.txt").write_text("The museum opens at nine.")
-            assert process.stdout.readline() == "learned new (new.txt)\n"
-            (folder / "lamp.txt").unlink()
-            assert process.stdout.readline() == "removed lamp (lamp.txt)\n"
-        finally:
-            process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
-    errors.seek(0)
-    said = errors.read()
-    assert said.count("failed: broken.pdf") == 1 and "watching" in said
+def test_a_folder_is_watched(folder, tiny_folder, tiny_hypernet_folder, home, tmp_path):
+    words = ["--base", str(tiny_folder), "--hypernetwork", str(tiny_hypernet_folder), "--device", "cpu"]
+    process = Forked(tmp_path, loracast_command, "watch", str(folder), *words)
+    assert {line.split()[1] for line in process.lines(4)} == {"lamp", "old-lamp", "old-prices", "readme"}
+    (folder / "new.txt").write_text("The museum opens at nine.")
+    assert process.lines(5)[4:] == ["learned new (new.txt)"]
+    (folder / "lamp.txt").unlink()
+    assert process.lines(6)[5:] == ["removed lamp (lamp.txt)"]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert process.err.count("failed: broken.pdf") == 1 and "watching" in process.err
