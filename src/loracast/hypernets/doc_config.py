@@ -9,6 +9,8 @@ from loracast.errors import ConfigError
 from loracast.lora.merge import Merging
 from loracast.lora.target import KINDS, Target, TargetModule, problems_of
 
+MOST_BLOCKS = 1000
+"""Most blocks, MLPs or heads of a kind: a config that claims millions would be built for minutes, and then refused."""
 ModuleRow = tuple[str, int, str, int, int]
 """(name, layer, kind, d_in, d_out) of one module."""
 
@@ -103,6 +105,8 @@ class DocToLoRAConfig(ArchitectureConfig):
             problems.append(
                 "n_decoder_blocks, rank and n_kv_heads must be at least 1 and n_heads a multiple of n_kv_heads"
             )
+        if max(self.n_decoder_blocks, self.memory_blocks, self.memory_heads) > MOST_BLOCKS:
+            problems.append(f"more than {MOST_BLOCKS} blocks or heads")
         if self.d_values and self.d_values not in {d_out for _, _, _, _, d_out in self.modules}:
             problems.append(
                 f"no target module writes outputs of {self.d_values} numbers for the values to be copied to"

@@ -18,7 +18,7 @@ from loracast.base.load import Base
 from loracast.base.packages import Say
 from loracast.encoders.features import Features
 from loracast.encoders.hidden_states import HiddenStatesEncoder
-from loracast.hypernets.doc_config import DocToLoRAConfig
+from loracast.hypernets.doc_config import MOST_BLOCKS, DocToLoRAConfig
 from loracast.hypernets.doc_to_lora import DocToLoRA, RankCodes
 from loracast.hypernets.heads import per_layer
 from loracast.hypernets.perceiver import GatedMLP, Perceiver, Queries
@@ -50,6 +50,8 @@ class PublishedDocToLoRAConfig(DocToLoRAConfig):
             problems.append(f"reader_layers must be one, or one for each of the {len(self.layers)} targeted layers")
         if (self.n_encoder_blocks > 0) != (self.n_latents > 0):
             problems.append("n_encoder_blocks and n_latents must both be zero or both be positive")
+        if max(self.n_encoder_blocks, self.n_latent_mlps) > MOST_BLOCKS:
+            problems.append(f"more than {MOST_BLOCKS} blocks or MLPs")
         if self.d_values or self.memory_modules:
             problems.append("published checkpoints copy no values and have no memory")
         return problems

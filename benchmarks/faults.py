@@ -1,0 +1,250 @@
+"""Kills and starves the commands that write a library, again and again, and looks at the library afterwards.
+
+    python benchmarks/faults.py [--rounds 200] [--seed 0] [--seconds 300] [--json FILE]
+
+A round draws a command (learn, combine, compact, edit, import, export, gc, rm) and a fault: SIGKILL or SIGINT at a
+random moment, a disk that is full after a random number of bytes, a library that may not be written, a register that
+another process holds, or a clock that is years off. Afterwards `loracast verify` must find no damage, every adapter
+must open, an adapter that the round did not name must be as before, and what the command has acknowledged must be
+there. The models are tiny and loaded once; each command runs in a forked process. Exit code 1: something broke.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+import time
+import unittest.mock
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import torch
+from typer.testing import CliRunner
+
+import loracast.model
+from loracast.base.load import load_base
+from loracast.cli import app
+from loracast.hypernets.store import save_pretrained
+from loracast.library import register, workfolders
+from loracast.library.library import adapter_names, open_adapter
+from loracast.library.upkeep import verify
+from loracast.lora.peft_format import write_peft_folder
+from loracast.lora.uniform import uniform
+from tiny import make_hypernet, make_model, make_tokenizer
+
+NAMES = ("lamp", "pump", "kettle", "sum")
+FAULTS = ("kill", "kill", "kill", "interrupt", "full disk", "read only", "locked", "clock", "none")
+YEARS_S = 10 * 365 * 86_400
+_NOBODY = 65_534
+
+
+class Rounds:
+    """A library, the commands that change it, and what must hold."""
+
+    def __init__(self, folder: Path, rng: random.Random):
+        self.folder, self.rng, self.library = folder, rng, folder / "library"
+        make_model().save_pretrained(folder / "base")
+        make_tokenizer().save_pretrained(folder / "base")
+        base = load_base(folder / "base", device="cpu")
+        save_pretrained(make_hypernet(base), folder / "hypernetwork", storage="float32")
+        self.model = loracast.model.load(folder / "base", folder / "hypernetwork", library=self.library, device="cpu")
+        for number, name in enumerate(NAMES):
+            self.model.learn(loracast.Document.from_text(self.text(number)), name)
+        write_peft_folder(uniform(self.model.adapter("lamp").lora()), folder / "peft")
+        for place in (folder, folder / "peft"):
+            place.chmod(0o755)
+        self.broken: list[str] = []
+        self.n_took_effect = 0
+
+    def text(self, number: int) -> str:
+        """A document that differs with its number."""
+        return f"# Part {number}\n\n" + f"The code of part {number} is {7919 * number % 10_000}. " * self.rng.randint(
+            5, 60
+        )
+
+    def commands(self) -> list[tuple[list[str], set[str]]]:
+        """The words of each command, for names at random, and the names that it may change."""
+        name, other = self.rng.sample(NAMES, 2)
+        document = self.folder / "document.md"
+        document.write_text(self.text(self.rng.randrange(1000)))
+        library = ["--library", str(self.library)]
+        models = [
+            "--base",
+            str(self.folder / "base"),
+            "--hypernetwork",
+            str(self.folder / "hypernetwork"),
+            "--device",
+            "cpu",
+        ]
+        out = self.folder / f"out-{self.rng.randrange(10**9)}"
+        return [([*words, *library], changed) for words, changed in (
+            (["learn", str(document), "--name", name, "--replace", *models], {name}),
+            (["combine", name, f"{other}:0.5", "--name", "sum", "--replace"], {"sum"}),
+            (["compact", name, "--storage", self.rng.choice(("int8", "int4", "text"))], {name}),
+            (["edit", name, "--tag", "a", "--note", f"note {self.rng.random()}"], set()),
+            (["edit", name, "--rename", f"{name}-2"], {name, f"{name}-2"}),
+            (["import", str(self.folder / "peft"), "--name", "lamp", "--replace", *models[:2]], {"lamp"}),
+            (["export", name, "--to", "peft", "--out", str(out)], set()),
+            (["gc", "--keep", "1"], set()),
+            (["rm", name, "--yes"], {name}),
+        )]  # fmt: skip
+
+    def warm(self) -> float:
+        """Run every command once in this process, which imports what they need; how long the longest takes, in s."""
+        longest_s = 0.0
+        for words, _ in self.commands():
+            began = time.monotonic()
+            with unittest.mock.patch("loracast.model.load", lambda *_, **__: self.model):
+                done = CliRunner().invoke(app, words)
+            assert done.exit_code in (0, 1), done.output
+            longest_s = max(longest_s, time.monotonic() - began)
+            self._mend(self.state())
+        return longest_s
+
+    def run(self, words: list[str], fault: str, longest_s: float) -> int:
+        """Run a command in a forked process with a fault; its exit status."""
+        n_bytes, ahead = self.rng.choice((0, 100, 5_000, 40_000, 100_000)), self.rng.choice((-1, 1)) * YEARS_S
+        lock = sqlite3.connect(self.library / register.FILE, isolation_level=None) if fault == "locked" else None
+        if lock is not None:
+            lock.execute("BEGIN IMMEDIATE")
+        child = os.fork()
+        if child == 0:
+            try:
+                self._in_child(words, fault, n_bytes, ahead)
+            except KeyboardInterrupt:  # before the command began, or after its end
+                os._exit(130)
+            finally:
+                os._exit(99)
+        if fault in ("kill", "interrupt"):
+            time.sleep(self.rng.random() * longest_s)
+            os.kill(child, signal.SIGKILL if fault == "kill" else signal.SIGINT)
+        began = time.monotonic()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if fault == "interrupt" and time.monotonic() - began > 1.0:
+            self.broken.append(f"{words[0]} ended {time.monotonic() - began:.1f} s after SIGINT")
+        if lock is not None:
+            lock.execute("ROLLBACK")
+            lock.close()
+        self.n_took_effect += status != 0
+        return status
+
+    def _in_child(self, words: list[str], fault: str, n_bytes: int, ahead: int) -> None:
+        loracast.model.load = lambda *_, **__: self.model
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        errors = io.StringIO()
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        if fault == "full disk":
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+        elif fault == "read only" and os.getuid() == 0:
+            os.setuid(_NOBODY)
+        elif fault == "locked":
+            register._WAIT_S = 0.05
+        elif fault == "clock":
+            now = time.time
+            time.time = lambda: now() + ahead
+        status = 99
+        with contextlib.redirect_stderr(errors):
+            try:
+                app(words)
+            except SystemExit as end:
+                status = end.code if isinstance(end.code, int) else 0
+            except KeyboardInterrupt:
+                status = 130
+            except BaseException as error:
+                os.write(2, f"{fault}, {words[0]}: {type(error).__name__}: {error}\n".encode())
+        if "Traceback" in errors.getvalue():
+            os.write(2, errors.getvalue().encode())
+            status = 99
+        os._exit(status)
+
+    def state(self) -> dict[str, str]:
+        """The newest version of every name."""
+        return {name: open_adapter(self.library, name).manifest.version for name in adapter_names(self.library)}
+
+    def round(self, fault: str, longest_s: float) -> str:
+        """One command with one fault; the command's name."""
+        before = self.state()
+        words, changed = self.rng.choice(self.commands())
+        status = self.run(words, fault, longest_s)
+        what = f"{words[0]} with {fault} (status {status})"
+        problems = [one for one in verify(self.library) if "belongs to no name" not in one]
+        after = self.state()
+        problems += [
+            f"{name} was changed"
+            for name in (before.keys() | after.keys()) - changed
+            if before.get(name) != after.get(name)
+        ]
+        for name in after:
+            adapter = open_adapter(self.library, name)
+            if adapter.manifest.storage != "text":
+                adapter.lora()
+        if status == 0 and words[0] in ("learn", "import", "combine") and not changed <= after.keys():
+            problems.append("it was acknowledged and is gone")
+        if status == 0 and words[0] == "rm" and changed & after.keys():
+            problems.append("it was removed and is there")
+        if status == 99:
+            problems.append("the command crashed")
+        self.broken += [f"{what}: {problem}" for problem in problems]
+        self._mend(after)
+        return words[0]
+
+    def _mend(self, after: dict[str, str]) -> None:
+        """Learn names anew that are gone, so that the next round has them all."""
+        for number, name in enumerate(NAMES):
+            if name not in after:
+                self.model.learn(loracast.Document.from_text(self.text(number)), name)
+        for out in self.folder.glob("out-*"):
+            shutil.rmtree(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=300, help="it ends after so many seconds at the latest")
+    parser.add_argument("--json", type=Path, help="also write the counts into this file")
+    given = parser.parse_args()
+    counts = run(given.rounds, given.seed, given.seconds)
+    if given.json is not None:
+        given.json.write_text(json.dumps(counts, indent=1))
+    print(json.dumps(counts, indent=1))
+    sys.exit(bool(counts["broken"]))
+
+
+def run(rounds: int, seed: int, seconds: float, on_round: Callable[[str], object] = lambda fault: None) -> dict:
+    """The counts of faults and commands, and all that broke."""
+    torch.set_num_threads(1)
+    workfolders._GRACE_S = 0.0
+    rng, faults, commands = random.Random(seed), Counter(), Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Rounds(Path(folder), rng)
+        began = time.monotonic()
+        longest_s = runs.warm()
+        while sum(faults.values()) < rounds and time.monotonic() - began < seconds:
+            fault = rng.choice(FAULTS)
+            commands[runs.round(fault, longest_s)] += 1
+            faults[fault] += 1
+            on_round(fault)
+        return {
+            "seed": seed, "rounds": sum(faults.values()), "took_effect": runs.n_took_effect, "faults": dict(faults),
+            "commands": dict(commands), "broken": runs.broken,
+        }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""SIGINT during long commands: they end within a second, with nothing half-written. Children are forked."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+from loracast.cli import app
+from loracast.library.library import adapter_names
+from loracast.library.upkeep import verify
+from servers import eventually
+from tiny import PROSE
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
+
+
+def interrupted(words: list[object], began, told: Path, times: int = 1) -> tuple[int, float, str]:
+    """Run a command, and interrupt it once `began()` is true: its status, the seconds until its end, what it said."""
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            torch.set_num_threads(1)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            errors = io.StringIO()
+            with redirect_stderr(errors), redirect_stdout(io.StringIO()):
+                try:
+                    app([str(word) for word in words])
+                except SystemExit as end:
+                    status = end.code or 0
+            told.write_text(errors.getvalue())
+        finally:
+            os._exit(status)
+    eventually(lambda: began() or os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT), 100)
+    for _ in range(times):
+        time.sleep(0.1)
+        os.kill(child, signal.SIGINT)
+    since = time.monotonic()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status, time.monotonic() - since, told.read_text()
+
+
+def test_learning(tiny_folder, tiny_hypernet_folder, tmp_path, home):
+    (tmp_path / "long.txt").write_text("".join(f"{i}. {PROSE}\n\n" for i in range(700)))
+    library = tmp_path / "library"
+    models = ["--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, "--device", "cpu"]
+    words = ["learn", tmp_path / "long.txt", "--library", library, *models]
+    status, seconds, said = interrupted(words, lambda: [*library.glob(".loracast-new*")], tmp_path / "said")
+    assert status == 130 and seconds < 1.5 and "Traceback" not in said, said
+    assert adapter_names(library) == [] and verify(library) == [] and not [*library.glob(".loracast-new*")]
+
+
+def test_training(tiny_folder, tmp_path, home):
+    (tmp_path / "texts.txt").write_text("".join(f"{i}. {PROSE}\n\n" for i in range(60)))
+    out = tmp_path / "run"
+    words = [
+        "train",
+        "doc",
+        "--base",
+        tiny_folder,
+        "--texts",
+        tmp_path / "texts.txt",
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--budget",
+        "90s",
+    ]
+    status, seconds, said = interrupted(words, out.exists, tmp_path / "said", times=2)  # once: after the step
+    assert status == 130 and seconds < 1.5 and "Traceback" not in said, said
+    assert not (out / "config.json").exists() and not [*out.rglob(".*.*")]
+
+
+def test_evaluation(suite, tiny_folder, hypernetwork, tmp_path, home):
+    out = tmp_path / "out"
+    words = [
+        "eval",
+        "tasks",
+        "--tasks",
+        suite,
+        "--hypernetwork",
+        hypernetwork,
+        "--base",
+        tiny_folder,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+    ]
+    status, seconds, said = interrupted(words, lambda: out.exists(), tmp_path / "said")
+    assert status == 130 and seconds < 1.5 and "Traceback" not in said, said
+    assert not (out / "report.json").exists()
