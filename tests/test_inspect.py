@@ -10,9 +10,11 @@ import torch
 from typer.testing import CliRunner
 
 from loracast.cli import app
+from loracast.documents import Document
 from loracast.library.inspect import differences, sizes
 from loracast.library.save import save_lora
 from loracast.lora.algebra import Factors, LoRA, effective_rank, svd
+from tiny import PROSE, make_model
 
 FREE = torch.Generator().manual_seed(2)
 NAMES = ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
@@ -61,6 +63,47 @@ def test_differences_by_hand():
         expected = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
         assert m.cosine == pytest.approx(expected, abs=1e-4)
     assert all(m.cosine == pytest.approx(1) and m.distance < 1e-4 for m in differences(one, one))
+
+
+def test_probes_tell_what_changes(base, tmp_path):
+    """The divergence by hand from PEFT's logits; nothing changes where the LoRA is zero."""
+    from loracast.library.probes import PROBES, probe
+    from loracast.lora.inject import linear_shapes
+
+    shapes = linear_shapes(base.model)
+    lora = LoRA({
+        name: Factors(torch.randn(2, shapes[name][1], generator=FREE), torch.randn(shapes[name][0], 2, generator=FREE))
+        for name in NAMES
+    })  # fmt: skip
+    found = probe(base, lora, PROBES[:3], n_tokens=4)
+    prompt = torch.tensor([base.chat.prompt(PROBES[1])])
+    plain = base.model(prompt).logits[0, -1]
+    adapted = lora.to_peft(make_model())(prompt).logits[0, -1]
+    p = torch.distributions.Categorical(logits=adapted)
+    wanted = torch.distributions.kl_divergence(p, torch.distributions.Categorical(logits=plain)).item()
+    assert found[1].kl == pytest.approx(wanted, rel=1e-3) and wanted > 0.01
+    assert [one.prompt for one in found] == list(PROBES[:3])
+    for one in probe(base, lora.scale(0.0), PROBES[:3], n_tokens=4):
+        assert one.kl < 1e-6 and one.plain == one.adapted
+
+
+def test_inspect_shows_norms_probes_and_the_whole_text(model, tiny_folder):
+    model.learn(Document.from_text(f"# Lamp\n\n{PROSE}\x1b[2J"), "lamp", storage="bf16", max_chunk_tokens=40)
+    words = ["inspect", "lamp", "--base", str(tiny_folder), "--device", "cpu", "--library", str(model.library)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    for said in ("effective rank", "What is 12 times 12?", "nats between the first tokens", "Lamp", "It is 4711."):
+        assert said in done.stdout
+    assert "\x1b" not in done.stdout
+    told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert len(told["probes"]) == 12 and "1.7 litres" in " ".join(part["text"] for part in told["text"])
+    adapter = model.adapter("lamp")
+    assert sum(m["norm"] ** 2 for m in told["modules"]) == pytest.approx(
+        sum(n**2 for n in adapter.lora().norms().values()), rel=1e-3
+    )
+    (adapter.folder / "chunks.sqlite").write_bytes(b"another text")
+    damaged = CliRunner().invoke(app, words)
+    assert damaged.exit_code == 1 and "chunks.sqlite is damaged" in damaged.stderr
 
 
 def test_the_commands(tmp_path, base):

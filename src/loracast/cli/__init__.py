@@ -96,7 +96,7 @@ add(app, ".learn:learn", ".learn:task", ".ask:ask", ".chat:chat", ".list:list_",
 add(app, ".serve:serve", ".serve:stop", panel="Serve")
 add(
     app,
-    *(".folder:sync", ".folder:watch", ".list:search", ".route:route", ".show:show", ".show:diff"),
+    *(".folder:sync", ".folder:watch", ".list:search", ".route:route", ".show:show", ".show:inspect", ".show:diff"),
     *(".upkeep:edit", ".upkeep:combine", ".upkeep:rm", ".upkeep:gc", ".upkeep:compact", ".upkeep:verify"),
     *(".remote:store", ".remote:push_adapter", ".remote:pull_adapter", ".remote:pull"),
     panel="Library",

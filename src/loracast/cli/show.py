@@ -1,4 +1,4 @@
-"""`loracast show` and `diff`: all that is known of an adapter, and how two differ."""
+"""`loracast show`, `inspect` and `diff`: what is known of an adapter, what it does, and how two differ."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from loracast.cli import options
 from loracast.cli.output import plural, print_json, print_table, printable, size, stdout
+from loracast.errors import AdapterError
 from loracast.library.index import read_chunks
 from loracast.library.library import find, open_adapter, versions
 from loracast.library.summary import read_outline
@@ -104,10 +105,61 @@ def show(
         print_table((">chunk", ">start", ">end", ">tokens", "heading"), rows, wrapped=("heading",))
     if layers:
         print()
-        print_table(
-            (">layer", "module", ">norm", ">rank", ">effective rank"),
-            [(m.layer, m.kind, f"{m.norm:.3g}", m.rank, f"{m.effective_rank:.1f}") for m in modules],
-        )
+        _print_modules(modules)
+
+
+def _print_modules(modules: Sequence[ModuleSize]) -> None:
+    print_table(
+        (">layer", "module", ">norm", ">rank", ">effective rank"),
+        [(m.layer, m.kind, f"{m.norm:.3g}", m.rank, f"{m.effective_rank:.1f}") for m in modules],
+    )
+
+
+def inspect(
+    name: options.Adapter,
+    *,
+    base: options.Base = None,
+    device: options.Device = None,
+    library: options.Library,
+    as_json: options.Json = False,
+) -> None:
+    """Show what an adapter does before you trust it.
+
+    The norm of every module; how it changes the answers to a fixed set of prompts that have nothing to do with it; and
+    all of the text that it was made from. All chunks of a document are merged, as if every question was about it.
+    """
+    from loracast.base.fingerprint import check
+    from loracast.cli.options import BaseChoice
+    from loracast.cli.session import base_of, open_base
+    from loracast.library.inspect import sizes
+    from loracast.library.probes import probe
+
+    adapter = open_adapter(library, name)
+    if faults := adapter.faults():
+        raise AdapterError(f"the adapter {name!r} is damaged: {'; '.join(faults)}")
+    lora = adapter.lora()
+    loaded = open_base(BaseChoice(base=base or base_of([adapter]), device=device))
+    check(adapter.manifest.made_for, loaded.fingerprint, f"the adapter {name!r}")
+    modules, probes = sizes(lora), probe(loaded, lora)
+    texts = [(chunk.heading, chunk.text) for chunk in read_chunks(adapter.index)]
+    if as_json:
+        report: dict[str, Any] = {
+            "name": adapter.name,
+            "version": adapter.manifest.version,
+            "kind": adapter.manifest.kind,
+        }
+        report |= {"modules": [asdict(m) for m in modules], "probes": [asdict(one) for one in probes]}
+        print_json(report | {"text": [{"heading": heading, "text": text} for heading, text in texts]})
+        return
+    _print_modules(modules)
+    print()
+    rows = [(one.prompt, f"{one.kl:.2f}", one.plain, one.adapted) for one in probes]
+    wrapped = ("prompt", "plain base", "with it")
+    print_table(("prompt", ">KL", "plain base", "with it"), rows, wrapped=wrapped)
+    print(f"KL: nats between the first tokens, on average {sum(one.kl for one in probes) / len(probes):.2f}")
+    for heading, text in texts:
+        print(f"\n--- {printable(heading)}\n" if heading else "\n---\n")
+        print(printable(text))
 
 
 def _told(outline: Outline | None) -> dict[str, str]:
