@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from adapters import TARGET, deltas, random_factors, some_chunks, some_manifest, write
 from loracast.base.fingerprint import Fingerprint, check, config_fingerprint, fingerprint
 from loracast.cast.document import cast_chunks, split_document
+from loracast.documents import Document
 from loracast.errors import AdapterError, BaseModelError, ConfigError
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
@@ -452,3 +453,19 @@ def test_an_adapter_leaves_memory_with_its_last_reference(model, tmp_path):
         assert left() is None
     finally:
         gc.enable()
+
+
+def test_adapters_that_stay_open_keep_few_factors_and_no_file(model, tmp_path):
+    for i in range(5):
+        model.learn(Document.from_text(f"{PROSE} Its number is {i}."), f"doc-{i}")
+    opened = [model.adapter(f"doc-{i}") for i in range(5)]
+    opened[0].lora()
+    one = opened[0].kept.n_bytes
+    assert all(adapter.kept is opened[0].kept for adapter in opened)
+    opened[0].kept.max_bytes = 2 * one
+    left = [weakref.ref(next(iter(adapter.lora().factors.values())).a) for adapter in opened]
+    gc.collect()
+    assert [tensor() is not None for tensor in left] == [False, False, False, True, True]
+    assert 0 < opened[0].kept.n_bytes <= 2 * one
+    if (maps := Path("/proc/self/maps")).exists():
+        assert str(model.library) not in maps.read_text()

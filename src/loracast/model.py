@@ -28,7 +28,7 @@ from loracast.documents import Document
 from loracast.documents.images import ImageFile
 from loracast.errors import AdapterError, ConfigError
 from loracast.hypernets.protocol import Caster, Hypernetwork, Modality
-from loracast.library.adapter import Adapter, loras_together
+from loracast.library.adapter import Adapter, factors_in_memory, loras_together
 from loracast.library.library import open_adapter
 from loracast.library.manifest import name_for
 from loracast.library.overview import Overview, overview
@@ -64,8 +64,8 @@ class Model:
     Each hypernetwork is read when it is first needed: to learn, or to answer with adapters of storage `text`.
 
     Threads may share a model. The base runs for one of them at a time, under a lock that all users of the base share
-    (`Base.lock`), since a LoRA is seen by every forward pass while it is applied; a document that is learned gives
-    way after each batch of chunks.
+    (`Base.lock`), since a LoRA is seen by every forward pass while it is applied; a document that is read gives
+    way before each block of the base.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Model:
                 the shipped ones if None.
         """
         self.base, self.library = base, library
+        self._kept = factors_in_memory()  # of all adapters, under one budget
         self._hypernetworks: dict[Modality, str | Path | Hypernetwork | None] = {
             "document": hypernetwork,
             "task": task_hypernetwork,
@@ -112,6 +113,7 @@ class Model:
         """An adapter of the library, checked against the base. Raises HypernetworkError if it needs another one."""
         found = open_adapter(self.library, name)
         check(found.manifest.made_for, self.base.fingerprint, f"the adapter {name!r}")
+        found.kept = self._kept
         if found.manifest.storage == "text":
             self._recast.attach(found)
         return found

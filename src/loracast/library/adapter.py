@@ -12,12 +12,12 @@ Factors are mapped, not loaded, so that asking never holds a whole document in m
 from __future__ import annotations
 
 import hashlib
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loracast.byte_cache import ByteCache
 from loracast.errors import AdapterError
 from loracast.files import file_sha256
 from loracast.library.index import index_faults, read_chunks
@@ -40,7 +40,8 @@ SENTENCE = ".sentence"
 """Suffix of the tensor that holds the sentence of each row of a memory."""
 STATIC = ".shared."
 """Part of the names of the tensors that hold the static LoRA, which all documents of a hypernetwork have in common."""
-_KEPT_IN_MEMORY = 8  # LoRAs or sets of factors: a conversation tends to stay with the same chunks
+_MOST_BYTES = 64 * 2**20
+"""Factors that an adapter keeps in memory: a conversation tends to stay with the same chunks."""
 Recast = Callable[[Sequence[str]], "dict[str, Tensor]"]
 """The prompts of chunks -> their factors and the static ones, named and shaped as in factors.safetensors."""
 
@@ -58,11 +59,8 @@ class Adapter:
         self.name = name or self.manifest.name
         self.recast: Recast | None = None
         """Casts the factors of chunks anew: set by whoever opens an adapter that keeps only its text."""
-        # Weights differ with every question: what they multiply is kept, and the LoRA itself only where there are none.
-        # By a proxy: in a cycle of references the open file and the LoRAs would stay until the garbage is collected.
-        me = weakref.proxy(self)
-        self._checked_rows = lru_cache(_KEPT_IN_MEMORY)(lambda *which: me._read_checked(*which))
-        self._merged = lru_cache(_KEPT_IN_MEMORY)(lambda *which: me._join(me._read_checked(*which)))
+        self.kept = factors_in_memory()
+        """Factors that were read lately; whoever opens many adapters gives them the same one."""
 
     @property
     def index(self) -> Path:
@@ -114,21 +112,18 @@ class Adapter:
         if not wanted or wanted[0] < 0 or wanted[-1] >= n_chunks:
             raise AdapterError(f"{self.name!r} has the chunks 0..{n_chunks - 1}, not {list(wanted)}")
         weights = [chunks[i] for i in wanted] if isinstance(chunks, Mapping) else None
-        if weights is None and sentences is None and dense:
-            return self._merged(wanted, static)
         of_chunks = None if sentences is None else [sentences[i] for i in wanted]
-        return self._join(self._checked_rows(wanted, static), weights, of_chunks, dense)
+        which = (self.manifest.version, wanted, static)
 
-    def _join(
-        self,
-        rows: Mapping[str, Tensor],
-        weights: Sequence[float] | None = None,
-        sentences: Sequence[Sequence[float]] | None = None,
-        dense: bool = True,
-    ) -> LoRA:
-        return join_chunks(self.manifest.target, rows, self.manifest.merging, weights, sentences, dense)
+        def join(rows: Mapping[str, Tensor]) -> LoRA:
+            return join_chunks(self.manifest.target, rows, self.manifest.merging, weights, of_chunks, dense)
 
-    @cached_property
+        # Weights differ with every question: what they multiply is kept, and the LoRA itself only where there are none.
+        if weights is None and sentences is None and dense:
+            return self.kept.get(("LoRA", *which), lambda: join(self._read_checked(wanted, static)))
+        return join(self.kept.get(which, lambda: self._read_checked(wanted, static)))
+
+    @property
     def static_lora(self) -> LoRA:
         """The static LoRA in the modules where it adds anything; empty where the adapter has none."""
         from loracast.lora.algebra import Factors, LoRA
@@ -142,13 +137,18 @@ class Adapter:
         }
         return LoRA({name: pair for name, pair in factors.items() if pair.b.any()})
 
-    @cached_property
+    @property
     def _static_rows(self) -> dict[str, Tensor]:
         """The factors of the static LoRA, named and shaped as in the file."""
-        if self.manifest.storage == "text":
-            return {name: value for name, value in self.rows([0]).items() if STATIC in name}
-        names = [name for name in self._reader.keys() if STATIC in name]  # noqa: SIM118  (not a dict)
-        return {name: self._reader.get_tensor(name) for name in names}
+
+        def read() -> dict[str, Tensor]:
+            if self.manifest.storage == "text":
+                return {name: value for name, value in self.rows([0]).items() if STATIC in name}
+            with self._reader() as file:
+                names = [name for name in file.keys() if STATIC in name]  # noqa: SIM118  (not a dict)
+                return {name: file.get_tensor(name).clone() for name in names}
+
+        return self.kept.get((self.manifest.version, STATIC), read)
 
     def rows(self, wanted: Sequence[int], *, static: bool = True) -> dict[str, Tensor]:
         """The factors of some chunks and, if wanted, of the static LoRA, in bf16, under their names in the file."""
@@ -163,20 +163,18 @@ class Adapter:
             rows = self.recast([chunk.prompt for chunk in read_chunks(self.index, wanted)])
             return {name: value for name, value in rows.items() if static or STATIC not in name}
 
-        def take(name: str) -> Tensor:
-            stored = self._reader.get_slice(name)  # mapped: chunks that are not wanted are not read
-            if list(wanted) == list(range(self.manifest.n_chunks)):
-                return stored[:]
-            return torch.cat([stored[i : i + 1] for i in wanted])
-
         rows = {}
-        for name in self._reader.keys():  # noqa: SIM118  (not a dict)
-            if STATIC in name or name.endswith(SCALE):
-                continue
-            is_packed = self.manifest.storage != "bf16" and not name.endswith(SENTENCE)
-            parts = {suffix: take(name + suffix) for suffix in (("", SCALE) if is_packed else ("",))}
-            storage = storage_of(self.manifest.storage, name.rpartition(".")[0] in self.manifest.memory_kinds)
-            rows[name] = unpack(parts, storage) if is_packed else parts[""]
+        with self._reader() as file:  # mapped: chunks that are not wanted are not read
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                if STATIC in name or name.endswith(SCALE):
+                    continue
+                is_packed = self.manifest.storage != "bf16" and not name.endswith(SENTENCE)
+                parts = {
+                    suffix: torch.cat([file.get_slice(name + suffix)[i : i + 1] for i in wanted])
+                    for suffix in (("", SCALE) if is_packed else ("",))
+                }
+                storage = storage_of(self.manifest.storage, name.rpartition(".")[0] in self.manifest.memory_kinds)
+                rows[name] = unpack(parts, storage) if is_packed else parts[""]
         return rows | (self._static_rows if static else {})
 
     def _read_checked(self, wanted: tuple[int, ...], static: bool) -> dict[str, Tensor]:
@@ -185,9 +183,11 @@ class Adapter:
             raise AdapterError(f"the factors of {self.name!r} are damaged: {'; '.join(damaged)}")
         return rows
 
-    @cached_property
     def _reader(self) -> Any:
-        """The mapped factors, after a look at the file's header."""
+        """The mapped factors, after a look at the file's header; a context manager.
+
+        What is read must be copied: a view keeps the pages of all that was read through the same mapping.
+        """
         from safetensors import SafetensorError, safe_open
 
         if faults := self.header_faults():
@@ -255,7 +255,8 @@ class Adapter:
             header_types = read_header(self.folder / FACTORS)[0]
             names = [name for name, info in header_types.items() if info.dtype not in ("I8", "U8", "I16")]
             try:
-                return found + number_faults((name, self._reader.get_tensor(name)) for name in names)
+                with self._reader() as file:
+                    return found + number_faults((name, file.get_tensor(name)) for name in names)
             except AdapterError as error:
                 return [*found, str(error)]
         return found + (header if has_factors else [])
@@ -296,6 +297,18 @@ def first_with_static(adapters: Sequence[Adapter]) -> list[bool]:
 
     statics = [adapter.static_lora.factors for adapter in adapters]
     return [not any(are_equal(one, other) for other in statics[:i]) for i, one in enumerate(statics)]
+
+
+def factors_in_memory() -> ByteCache[Any]:
+    """An empty cache for `Adapter.kept`: LoRAs, and sets of factors by name."""
+
+    def n_bytes(held: LoRA | Mapping[str, Tensor]) -> int:
+        from loracast.lora.algebra import LoRA
+
+        sides = held.values() if not isinstance(held, LoRA) else (*chain(*held.factors.values()), *held.dense.values())
+        return sum({(s := side.untyped_storage()).data_ptr(): s.nbytes() for side in sides}.values())
+
+    return ByteCache(_MOST_BYTES, n_bytes)
 
 
 def layout(m: Manifest, static: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:

@@ -5,7 +5,7 @@ further and reads a piece of the prompts that came in meanwhile (batch.py). A re
 free and leaves it with its last token, so nobody waits for others' answers to end.
 
     request.py            what is asked for; ticket.py: the tokens as they come
-    adapters_in_memory.py LoRAs under a budget; packed_lora.py: one of them, without what it shares with others
+    packed_lora.py        a LoRA without what it shares with others; some are kept in memory, under a budget of bytes
     lora_batch.py         the LoRAs of a batch, stacked, and their products
     attention.py          attention over rows of different lengths; kv_cache.py: their keys and values
     prefix_cache.py       keys and values of prompts that were read before
@@ -26,10 +26,10 @@ from collections import deque
 from typing import NamedTuple, Protocol
 
 from loracast.base.load import Base
+from loracast.byte_cache import ByteCache
 from loracast.errors import BaseModelError, ConfigError
 from loracast.lora.algebra import LoRA
 from loracast.lora.inject import check_fits
-from loracast.serving.adapters_in_memory import AdaptersInMemory
 from loracast.serving.batch import Batch, token_bytes, tokens_needed
 from loracast.serving.engine_config import EngineConfig, EngineStats
 from loracast.serving.packed_lora import PackedLoRA, SharedParts
@@ -78,7 +78,9 @@ class LocalEngine:
         self.base, self.config = base, config
         self._batch = Batch(base, config)
         self._shared = SharedParts(base.device, base.model.dtype)
-        self._adapters = AdaptersInMemory(config.adapter_bytes)
+        self._adapters = ByteCache[PackedLoRA | None](
+            config.adapter_bytes, lambda packed: packed.n_bytes if packed else 0
+        )
         self._queue: deque[_Queued] = deque()
         self._changed = threading.Condition()
         self._is_draining = self._is_closed = False

@@ -55,7 +55,7 @@ class Names:
         self._model, self._max_adapters = model, max_adapters
         self.base = served_name(model.base)
         self._fits = lru_cache(_MAX_KNOWN)(self._is_for_base)
-        # By name and version: factors stay mapped, and LoRAs that were read lately stay with the adapter.
+        # By name and version, so that a manifest is not read for every request.
         self._open = lru_cache(_MAX_OPEN)(lambda name, version: model.adapter(f"{name}@{version}"))
 
     def adapters(self) -> list[Entry]:
