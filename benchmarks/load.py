@@ -30,7 +30,7 @@ from typing import Any
 import httpx
 from bad_requests import BAD_DOCUMENTS, BAD_REQUESTS
 from load_adapters import PROSE, Known
-from load_report import Answer, Record, Run, plot, summary, table
+from load_report import Answer, Record, Run, Size, plot, summary, table
 
 from loracast.data.needles import make_needles
 from loracast.paths import bases_dir, encoders_dir
@@ -271,7 +271,7 @@ class Load:
         """Note the server's resident size every ten seconds, and at a fifth of the time."""
         for at in sorted({*range(0, int(self.run.seconds), 10), self.run.seconds / 5}):
             await asyncio.sleep(max(0.0, at - self.now_s))
-            self.run.sizes.append((self.now_s, resident_bytes(pid)))
+            self.run.sizes.append(resident(pid, self.now_s))
 
     async def go(self, pid: int) -> Run:
         async with self.http:
@@ -286,7 +286,7 @@ class Load:
             await asyncio.gather(*(self.client() for _ in range(self.given.clients)))
             self.run.seconds_taken = self.now_s
             watching.cancel()
-            self.run.sizes.append((self.now_s, resident_bytes(pid)))
+            self.run.sizes.append(resident(pid, self.now_s))
             after = await self.metrics()
             self.run.engine = {
                 name: value - before[name] if name.endswith("_total") else value for name, value in after.items()
@@ -300,9 +300,11 @@ class Load:
         return {name.removeprefix("loracast_"): float(value) for name, value in pairs}
 
 
-def resident_bytes(pid: int) -> int:
+def resident(pid: int, at_s: float) -> Size:
     """The resident size of a process; Linux alone has it there."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    lines = (line.partition(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    of = {key: int(value.split()[0]) * 1024 for key, _, value in lines if key in ("VmRSS", "RssAnon")}
+    return Size(at_s, of["VmRSS"], of["RssAnon"])
 
 
 def main() -> None:

@@ -15,6 +15,16 @@ MOST_GROWTH = 1.05
 PERCENTILES = (50, 95, 99)
 
 
+@dataclass(frozen=True)
+class Size:
+    """A process' resident size at one moment."""
+
+    at_s: float
+    n_bytes: int
+    n_anonymous: int
+    """Of those, bytes that belong to no file: what the process allocated. The rest are libraries and mapped files."""
+
+
 class Versions(Protocol):
     """The versions of a name, oldest first."""
 
@@ -63,8 +73,8 @@ class Run:
     answers: list[Answer] = field(default_factory=list)
     numbers: dict[str, str] = field(default_factory=dict)
     """The number that each version holds."""
-    sizes: list[tuple[float, int]] = field(default_factory=list)
-    """Seconds, and the server's resident size in bytes."""
+    sizes: list[Size] = field(default_factory=list)
+    """Of the server."""
     engine: Mapping[str, float] = field(default_factory=dict)
     n_jobs: int = 0
     broken: list[str] = field(default_factory=list)
@@ -119,8 +129,8 @@ def summary(run: Run) -> dict[str, Any]:
         broken.append(f"connections failed: {dict(errors)}")
     if n := sum(not record.is_expected for record in run.records):
         broken.append(f"{n} times an adapter that was there was not found")
-    early = min(run.sizes, key=lambda size: abs(size[0] - run.seconds / 5))[1]
-    growth = run.sizes[-1][1] / early
+    early = min(run.sizes, key=lambda size: abs(size.at_s - run.seconds / 5))
+    growth = run.sizes[-1].n_bytes / early.n_bytes
     if growth > MOST_GROWTH:
         broken.append(f"the server's resident size grew to {growth:.3f} times that at a fifth of the time")
     kinds = sorted({record.kind for record in run.records})
@@ -134,12 +144,19 @@ def summary(run: Run) -> dict[str, Any]:
         "answers": dict(grades),
         "tokens_per_second": round(n_generated / run.seconds_taken, 1),
         "engine": run.engine,
-        "resident_mib": [(round(at, 1), round(size / 2**20, 1)) for at, size in run.sizes],
+        "resident": [
+            {"s": round(size.at_s, 1), "mib": _mib(size.n_bytes), "anonymous_mib": _mib(size.n_anonymous)}
+            for size in run.sizes
+        ],
         "growth": round(growth, 4),
         "errors": dict(errors),
         "log": run.failures[:20],
         "broken": sorted(Counter(broken).items()),
     }
+
+
+def _mib(n_bytes: int) -> float:
+    return round(n_bytes / 2**20, 1)
 
 
 def _figures(records: Sequence[Record]) -> dict[str, Any]:
@@ -173,7 +190,7 @@ def table(figures: Mapping[str, Any]) -> str:
         told = ", ".join(f"{n} x {status}" for status, n in of["statuses"].items())
         lines.append(f"| {kind} | {of['n']} | {told} | {shown(of['first_token_ms'])} | {shown(of['total_ms'])} |")
     engine = figures["engine"]
-    sizes = figures["resident_mib"]
+    first, last = figures["resident"][0], figures["resident"][-1]
     lines += [
         "",
         f"{figures['n_requests']} requests in {figures['seconds']} s; {figures['n_jobs']} documents learned; "
@@ -182,8 +199,8 @@ def table(figures: Mapping[str, Any]) -> str:
         f"{figures['tokens_per_second']} tokens/s; adapters in memory at the end: "
         f"{engine.get('adapters_in_memory', 0):.0f}, prompt tokens saved: "
         f"{engine.get('prompt_tokens_saved_total', 0):.0f} of {engine.get('prompt_tokens_total', 0):.0f}",
-        f"resident size, MiB: {sizes[0][1]} at the start, {sizes[-1][1]} at the end, "
-        f"{figures['growth']} times that at a fifth of the time",
+        f"resident size, MiB (of which anonymous): {first['mib']} ({first['anonymous_mib']}) at the start, "
+        f"{last['mib']} ({last['anonymous_mib']}) at the end, {figures['growth']} times that at a fifth of the time",
         *(f"log: {line}" for line in figures["log"]),
         *(f"BROKEN ({n} times): {what}" for what, n in figures["broken"]),
     ]
@@ -203,7 +220,10 @@ def plot(run: Run, path: Path) -> None:
         above.plot([one.started_s for one in of], [one.total_s for one in of], ".", markersize=3, label=kind)
     above.set(ylabel="seconds to the whole answer", yscale="log")
     above.legend(frameon=False)
-    below.plot([at for at, _ in run.sizes], [size / 2**20 for _, size in run.sizes], "-o", markersize=3)
-    below.set(xlabel="seconds", ylabel="resident MiB", ylim=(0, None))
+    at = [size.at_s for size in run.sizes]
+    below.plot(at, [size.n_bytes / 2**20 for size in run.sizes], "-o", markersize=3, label="resident")
+    below.plot(at, [size.n_anonymous / 2**20 for size in run.sizes], "-o", markersize=3, label="of which anonymous")
+    below.set(xlabel="seconds", ylabel="MiB", ylim=(0, None))
+    below.legend(frameon=False)
     figure.savefig(path)
     plt.close(figure)

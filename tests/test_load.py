@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,32 @@ def test_a_server_bears_mixed_load(tiny_folder, tiny_hypernet_folder, tmp_path):
     assert [what for what, _ in told["broken"] if "resident size" not in what] == []
     assert told["answers"]["of another adapter"] == 0 and told["n_requests"] > 20
     assert {"ask", "ask, streamed", "bad request"} <= set(told["kinds"])
+
+
+HEAPS = """
+import ctypes, threading
+from loracast.serving.run import share_heaps
+libc, together = ctypes.CDLL(None), threading.Barrier(9)
+def allocate():
+    libc.malloc(1000), together.wait(), together.wait()
+CALL
+for _ in range(8):
+    threading.Thread(target=allocate).start()
+together.wait()
+libc.fdopen.restype = ctypes.c_void_p
+out = ctypes.c_void_p(libc.fdopen(1, b"w"))
+libc.malloc_info(0, out), libc.fflush(out), together.wait()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heaps of glibc")
+def test_the_threads_of_a_server_share_two_heaps():
+    environment = {key: value for key, value in os.environ.items() if key != "MALLOC_ARENA_MAX"}
+    environment["PYTHONPATH"] = str(ROOT / "src")
+
+    def n_heaps(call: str) -> int:
+        command = [sys.executable, "-c", HEAPS.replace("CALL", call)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.count("<heap nr=")
+
+    assert n_heaps("share_heaps()") <= 2 < n_heaps("")

@@ -64,8 +64,9 @@ def serve(
 
     from loracast.serving.auth import VARIABLE, ApiKey, keys_in, keys_in_file
     from loracast.serving.found import Running
-    from loracast.serving.run import bound, run
+    from loracast.serving.run import bound, run, share_heaps
 
+    share_heaps()
     allowed = (*keys_in(os.environ.get(VARIABLE, "")), *(keys_in_file(keys) if keys else ()))
     own_key = secrets.token_urlsafe(32) if allowed else ""
     settings = config(keys=(*allowed, ApiKey.read(f"admin:{own_key}")) if own_key else ())
