@@ -12,7 +12,8 @@ import pytest
 
 from adapters import write
 from loracast.errors import DocumentError, NameTakenError
-from loracast.library.library import adapter_names, entries, open_adapter
+from loracast.library.index import read_chunks
+from loracast.library.library import adapter_names, entries, open_adapter, versions
 from loracast.library.upkeep import verify
 from loracast.serving import jobs as jobs_module
 from loracast.serving.errors import ApiError
@@ -138,6 +139,19 @@ def test_two_jobs_never_make_one_name_at_once(jobs):
     jobs.add("document", "doc", {})
     with pytest.raises(NameTakenError):
         jobs.add("document", "doc", {})
+
+
+def test_uploads_that_may_replace_each_other_take_turns_and_the_last_one_stays(model):
+    learning = Learning(model, ServerSettings())
+    jobs = [learn(learning, manual(number), "doc", replace=True) for number in (1, 2, 3)]
+    with pytest.raises(NameTakenError):
+        learn(learning, manual(4), "doc")
+    learning.start()
+    made = [ended(learning.jobs, job.id) for job in jobs]
+    assert [job.status for job in made] == ["completed"] * 3
+    assert [entry.version for entry in versions(model.library, "doc")] == [job.version for job in made][::-1]
+    assert "555-0003" in read_chunks(open_adapter(model.library, "doc").index)[0].text
+    learning.close()
 
 
 def test_what_fails_in_a_job_is_its_error_and_the_next_one_goes_on(jobs, makers, caplog):

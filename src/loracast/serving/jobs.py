@@ -93,12 +93,16 @@ class Jobs:
     def add(self, kind: JobKind, adapter: str, work: Mapping[str, Any], *, file: str | None = None) -> Job:
         """Take a job in. When this returns, the job is on the disk.
 
+        Args:
+            work: with `replace` true, the job takes its turn after another one of the same name, and replaces what that
+                makes.
+
         Raises:
             ApiError: the queue is full (429). NameTakenError: another job is making an adapter of that name.
         """
         with self._state.writing() as db:
             same = "SELECT 1 FROM jobs WHERE adapter = ? AND ended_at IS NULL"
-            if one_row(db, same, adapter) is not None:
+            if not work.get("replace") and one_row(db, same, adapter) is not None:
                 raise NameTakenError(f"an adapter called {adapter!r} is being made already; choose another name")
             id = self.insert(db, kind, adapter, work, file=file)
         self.wake()
