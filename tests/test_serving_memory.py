@@ -68,6 +68,27 @@ def test_what_is_said_goes_into_the_memory_that_a_request_names(server):
     assert remembered(model, 2) == ["My kettle is called Bella.", "My lamp is red."]
 
 
+def test_a_response_has_a_memory_and_a_style(server):
+    model, client = server
+    base, question = client.models.list().data[0].id, "What is my boat called?"
+
+    def respond(said, **fields):
+        return client.responses.create(model=base, input=said, max_output_tokens=16, extra_body=fields)
+
+    respond("My boat is called Tern.", memory="sailor")
+    assert remembered(model, 1, "sailor") == ["My boat is called Tern."]
+    answer = respond(question, memory="sailor")
+    assert [one["id"] for one in answer.loracast["adapters"]] == [model.adapter("sailor").version]
+    assert answer.output_text == model.ask(question, "sailor", sampling=Sampling(16))
+    events = client.responses.create(
+        model="manual", input="My lamp is red.", max_output_tokens=16, stream=True, extra_body={"memory": "sailor"}
+    )
+    assert [event.type for event in events][-1] in ("response.completed", "response.incomplete")
+    assert remembered(model, 2, "sailor") == ["My boat is called Tern.", "My lamp is red."]
+    styled = respond(question, style="shout")
+    assert styled.output_text == model.ask(question, "shout", sampling=Sampling(16))
+
+
 def test_a_message_is_taken_out_over_http(server):
     model, client = server
     model.memory("you").remember("My cat is grey.")
@@ -98,6 +119,8 @@ def test_a_memory_takes_a_key_that_may_write(model):
 
     with client:
         assert ask("a") == 200 and ask("a", memory="me") == 403 and ask("b", memory="me") == 200
+        body = {"model": "any", "input": "My cat is grey.", "memory": "me"}
+        assert client.post("/v1/responses", json=body, headers=key_of("a")).status_code == 403
         assert client.get("/v1/memories/me", headers=key_of("a")).status_code == 403
         assert remembered(model, 1) == ["My cat is grey."]
 

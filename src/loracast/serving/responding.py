@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import StreamingResponse
 
 from loracast.serving.answering import Call
+from loracast.serving.auth import check_scope
 from loracast.serving.errors import as_api_error, error_body
 
 if TYPE_CHECKING:
@@ -69,7 +70,12 @@ async def respond(
     Args:
         events: the events of a streamed answer.
         whole: the body of a whole answer, once all tokens are there.
+
+    Raises:
+        ApiError: what the call is refused with; 403 where the key may not write to its memory.
     """
+    if call.asked.memory:
+        check_scope(request, "write")
     with ExitStack() as stack:
         stack.callback(call.close)
         await call.begin()

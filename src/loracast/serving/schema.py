@@ -171,16 +171,21 @@ class ChatMessage(Body):
         return {"role": role, "content": "\n".join(parts)}
 
 
-class ChatRequest(Sampled):
+class Chatting(Generating):
+    """What requests that answer messages share."""
+
+    style: str = Field("", max_length=128)
+    """Name of a task adapter that says how to answer."""
+    memory: str = Field("", max_length=64)
+    """Name of the memory that answers too, and that what the user says goes into."""
+
+
+class ChatRequest(Chatting, Sampled):
     """Body of /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_ITEMS)
     window: list[str] = Field([], max_length=_MAX_ITEMS)
     """Adapters whose text is put before the question instead, to compare with."""
-    style: str = Field("", max_length=128)
-    """Name of a task adapter that says how to answer."""
-    memory: str = Field("", max_length=64)
-    """Name of the memory that answers too, and that what the user says goes into."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -234,7 +239,7 @@ class FileSearch(Body):
     ranking_options: Annotated[Any, Only({"ranker": "auto"})] = None
 
 
-class ResponsesRequest(Generating):
+class ResponsesRequest(Chatting):
     """Body of /v1/responses."""
 
     input: str | Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_ITEMS)]

@@ -9,7 +9,7 @@ from uuid import uuid4
 from fastapi import APIRouter, Request, Response
 
 from loracast.serving.answering import Answered, Asked, Call
-from loracast.serving.auth import check_scope, needs
+from loracast.serving.auth import needs
 from loracast.serving.request import Token
 from loracast.serving.responding import DONE, error_event, event, respond, usage, with_account
 from loracast.serving.schema import ChatRequest
@@ -22,8 +22,6 @@ router = APIRouter(dependencies=[needs("read")])
 @router.post("/v1/chat/completions", response_model=None)
 async def create_chat_completion(body: ChatRequest, request: Request, service: Shared) -> Response:
     """Answer a chat. Errors: 400, 403, 404 for an unknown model, 408, 429 where the queue is full, 503."""
-    if body.memory:
-        check_scope(request, "write")
     call = Call(
         service,
         Asked(

@@ -29,6 +29,8 @@ async def create_response(body: ResponsesRequest, request: Request, service: Sha
         body.sampling(body.max_output_tokens),
         body.turns(),
         searches=body.tools or (),
+        memory=body.memory,
+        style=body.style,
         n_logprobs=body.n_logprobs,
     )
     call = Call(service, asked)
