@@ -53,12 +53,14 @@ def library(tiny_folder, tiny_hypernet_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(library, tiny_folder, tiny_hypernet_folder):
+def address(library, tiny_folder, tiny_hypernet_folder, hypernetwork):
     """A server of that library, without a file that tells of it."""
-    model = loracast.load(tiny_folder, tiny_hypernet_folder, library=library, device="cpu")
+    model = loracast.load(
+        tiny_folder, tiny_hypernet_folder, task_hypernetwork=hypernetwork, library=library, device="cpu"
+    )
     settings = ServerSettings(max_adapters=3)
     with served(create_app(model, LocalEngine(model.base), settings)) as url:
-        hypernetworks = {"document": told(tiny_hypernet_folder)}
+        hypernetworks = {"document": told(tiny_hypernet_folder), "task": told(hypernetwork)}
         loaded = Loaded(str(library.resolve()), told(tiny_folder), hypernetworks, "", "cpu")
         fingerprint = model.base.fingerprint.to_dict()
         yield Running(settings.instance, url, loaded, served_name(model.base), fingerprint)
@@ -87,7 +89,7 @@ def without_times(result) -> tuple[int, object, str]:
     try:
         out = {key: value for key, value in json.loads(result.stdout).items() if key not in MOVING}
     except (ValueError, AttributeError):
-        out = re.sub(r", [\d.]+ s\n", "\n", result.stdout)
+        out = re.sub(r", [\d.]+ m?s\n", "\n", result.stdout)
     return result.exit_code, out, result.stderr
 
 
@@ -180,6 +182,25 @@ def test_learn_goes_through_the_server_and_prints_the_same(run, running, library
     assert again.exit_code == 0 and again.stdout.startswith("learned lantern-of-hall-4 (Lantern)\n")
 
 
+def test_a_task_is_cast_through_the_server_and_prints_the_same(
+    running, library, tiny_folder, hypernetwork, tmp_path, monkeypatch
+):
+    def task(description: str, *more: str, library=library):
+        options = ("--base", tiny_folder, "--hypernetwork", hypernetwork, "--library", library)
+        return CliRunner().invoke(app, ["task", description, *more, *map(str, options)])
+
+    alone = task("Turn words around.", "--name", "turn", library=tmp_path / "library")
+    assert alone.exit_code == 0, alone.output
+    monkeypatch.setattr("loracast.cast.load.load_caster", None)  # the command itself cannot cast from here on
+    through = task("Turn words around.", "--name", "turn")
+    assert without_times(through) == without_times(alone)
+    version = open_adapter(tmp_path / "library", "turn").manifest.version
+    assert open_adapter(library, "turn").manifest.version == version
+    assert task("Answer in capitals.").stdout.startswith("cast answer-in-capitals (Answer in capitals.)\n")
+    refused = task("Say it twice.", "--name", "turn")
+    assert refused.exit_code == 1 and "--replace" in refused.stderr
+
+
 def test_a_folder_is_learned_through_the_server(run, running, library, tmp_path, loads):
     (tmp_path / "texts").mkdir()
     for i in range(3):
@@ -202,7 +223,8 @@ def test_a_server_is_used_only_where_it_has_loaded_the_same(running, tiny_folder
     }  # fmt: skip
     for key, value in others.items():
         assert found.find(replace(same, **{key: value})) is None, key
-    assert found.find(replace(same, hypernetworks={"task": ""})) == running  # the document's does not matter to a task
+    for_tasks = {"task": same.hypernetworks["task"]}
+    assert found.find(replace(same, hypernetworks=for_tasks)) == running  # the document's does not matter to a task
     assert running.path.exists()
 
 
