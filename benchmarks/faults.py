@@ -3,10 +3,11 @@
     python benchmarks/faults.py [--rounds 200] [--seed 0] [--seconds 300] [--json FILE]
 
 A round draws a command (learn, combine, compact, edit, import, export, gc, rm) and a fault: SIGKILL or SIGINT at a
-random moment, a disk that is full after a random number of bytes, a library that may not be written, a register that
-another process holds, or a clock that is years off. Afterwards `loracast verify` must find no damage, every adapter
-must open, an adapter that the round did not name must be as before, and what the command has acknowledged must be
-there. The models are tiny and loaded once; each command runs in a forked process. Exit code 1: something broke.
+random moment, a disk that is full after a random number of bytes (as root a small tmpfs), a library that may not be
+written, a register that another process holds, or a clock that is years off. Afterwards `loracast verify` must find no
+damage, every adapter must open, an adapter that the round did not name must be as before, and what the command has
+acknowledged must be there. The models are tiny and loaded once; each command runs in a forked process. Exit code 1:
+something broke.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import resource
 import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import time
 import unittest.mock
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -49,13 +50,18 @@ NAMES = ("lamp", "pump", "kettle", "sum")
 FAULTS = ("kill", "kill", "kill", "interrupt", "full disk", "read only", "locked", "clock", "none")
 YEARS_S = 10 * 365 * 86_400
 _NOBODY = 65_534
+_DISK_BYTES = 64 * 2**20
 
 
 class Rounds:
     """A library, the commands that change it, and what must hold."""
 
     def __init__(self, folder: Path, rng: random.Random):
-        self.folder, self.rng, self.library = folder, rng, folder / "library"
+        self.folder, self.rng, self.disk = folder, rng, folder / "disk"
+        self.disk.mkdir()
+        self.library = self.disk / "library"
+        mounted = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", str(self.disk)]
+        self.is_mounted = os.getuid() == 0 and not subprocess.run(mounted, capture_output=True, check=False).returncode
         make_model().save_pretrained(folder / "base")
         make_tokenizer().save_pretrained(folder / "base")
         base = load_base(folder / "base", device="cpu")
@@ -117,6 +123,9 @@ class Rounds:
     def run(self, words: list[str], fault: str, longest_s: float) -> int:
         """Run a command in a forked process with a fault; its exit status."""
         n_bytes, ahead = self.rng.choice((0, 100, 5_000, 40_000, 100_000)), self.rng.choice((-1, 1)) * YEARS_S
+        if fault == "full disk" and self.is_mounted:
+            filler = max(0, shutil.disk_usage(self.disk).free - n_bytes)
+            (self.disk / "filler").write_bytes(bytes(filler))
         lock = sqlite3.connect(self.library / register.FILE, isolation_level=None) if fault == "locked" else None
         if lock is not None:
             lock.execute("BEGIN IMMEDIATE")
@@ -138,8 +147,14 @@ class Rounds:
         if lock is not None:
             lock.execute("ROLLBACK")
             lock.close()
+        (self.disk / "filler").unlink(missing_ok=True)
         self.n_took_effect += status != 0
         return status
+
+    def close(self) -> None:
+        """Take the disk away."""
+        if self.is_mounted:
+            subprocess.run(["umount", "-l", str(self.disk)], check=True)
 
     def _in_child(self, words: list[str], fault: str, n_bytes: int, ahead: int) -> None:
         loracast.model.load = lambda *_, **__: self.model
@@ -147,7 +162,7 @@ class Rounds:
         errors = io.StringIO()
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, 1)
-        if fault == "full disk":
+        if fault == "full disk" and not self.is_mounted:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
         elif fault == "read only" and os.getuid() == 0:
@@ -226,20 +241,21 @@ def main() -> None:
     sys.exit(bool(counts["broken"]))
 
 
-def run(rounds: int, seed: int, seconds: float, on_round: Callable[[str], object] = lambda fault: None) -> dict:
+def run(rounds: int, seed: int, seconds: float) -> dict:
     """The counts of faults and commands, and all that broke."""
     torch.set_num_threads(1)
-    workfolders._GRACE_S = 0.0
     rng, faults, commands = random.Random(seed), Counter(), Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        runs = Rounds(Path(folder), rng)
+    with (
+        unittest.mock.patch.object(workfolders, "_GRACE_S", 0.0),
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.closing(Rounds(Path(folder), rng)) as runs,
+    ):
         began = time.monotonic()
         longest_s = runs.warm()
         while sum(faults.values()) < rounds and time.monotonic() - began < seconds:
             fault = rng.choice(FAULTS)
             commands[runs.round(fault, longest_s)] += 1
             faults[fault] += 1
-            on_round(fault)
         return {
             "seed": seed, "rounds": sum(faults.values()), "took_effect": runs.n_took_effect, "faults": dict(faults),
             "commands": dict(commands), "broken": runs.broken,

@@ -155,7 +155,7 @@ def test_the_same_document_becomes_the_same_bits(model, tiny_folder, tiny_hypern
     assert one.manifest.version == two.manifest.version
 
 
-def test_a_few_faults_leave_a_whole_library():
+def test_a_few_faults_leave_a_whole_library(home):
     """benchmarks/faults.py, which runs hundreds of them."""
     counts = faults.run(rounds=10, seed=5, seconds=120)
     assert counts["broken"] == [] and counts["rounds"] == 10 and counts["took_effect"] >= 3

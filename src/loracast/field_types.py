@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import cache
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -13,11 +14,15 @@ _LARGEST = 2**63
 
 def type_faults(value: Any) -> list[str]:
     """The fields of a dataclass's instance whose values are not of their types; numbers have to be finite."""
-    hints = get_type_hints(type(value))
-    names = [
-        field.name for field in dataclasses.fields(value) if not _fits(getattr(value, field.name), hints[field.name])
-    ]
+    names = [name for name, hint in _hints(type(value)).items() if not _fits(getattr(value, name), hint)]
     return [f"{name} is {repr(getattr(value, name))[:80]}" for name in names]
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, which take a while to find out."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _fits(value: Any, hint: Any) -> bool:

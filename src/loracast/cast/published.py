@@ -150,7 +150,7 @@ def _text_settings(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         args = yaml.safe_load((file.parent / TEXT_FILES[1]).read_text(encoding="utf-8"))
         adapter = json.loads((file.parent / TEXT_FILES[2]).read_text(encoding="utf-8"))
         return dict(args), dict(adapter)
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise HypernetworkError(
             f"{file} needs {TEXT_FILES[1]} and {TEXT_FILES[2]} beside it, and one is missing or damaged ({error})"
         ) from error
