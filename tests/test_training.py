@@ -274,7 +274,7 @@ def test_a_budget_ends_a_run_and_the_next_goes_on(tmp_path, monkeypatch):
     assert [row["elapsed_s"] for row in metrics_of(tmp_path)] == [2.0 * n for n in range(1, 13)]
 
 
-def test_signals_stop_after_the_step_and_are_handed_back(tmp_path):
+def test_signals_stop_after_the_step_and_are_handed_back(tmp_path, capfd):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     for number in (signal.SIGTERM, signal.SIGINT):
         out = tmp_path / str(number)
@@ -287,6 +287,7 @@ def test_signals_stop_after_the_step_and_are_handed_back(tmp_path):
 
         last = train(model, objective, config(steps=50), out, save_model=lambda folder: None)
         assert last["step"] == 3 and json.loads((out / "state.json").read_text())["step"] == 3
+    assert capfd.readouterr().err == "stopping after this step; Ctrl-C again stops at once\n"
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
 

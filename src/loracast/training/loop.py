@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -115,6 +116,8 @@ class Stop:
     def _request(self, number: int, _: object) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step; the last checkpoint stays
+        if number == signal.SIGINT:  # written past Python's buffers, which the signal may have come into
+            os.write(2, b"stopping after this step; Ctrl-C again stops at once\n")
         self.requested = True
 
 
