@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import hashlib
 import os
 import shutil
@@ -9,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tiny import make_hypernet, make_model, make_sentence_encoder, make_task_hypernet, make_tokenizer
+# torch is imported inside the functions: the process that hands the tests to the workers needs none of it
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+LONG = ("tutorial", "shipped", "readme", "memory_facts", "serve_command", "engine", "cli", "page", "load")
+"""Files whose tests take long: they go first, so that no worker is left with one of them at the end."""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -26,9 +31,26 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
                 pytest.skip(f"run `loracast pull{name}` first")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Keep the garbage collector from going through what the imports make, a million objects, now and in the tests."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """The tiny base as a Hugging Face folder, as a user would give it."""
+    from tiny import make_model, make_tokenizer
+
     folder = tmp_path_factory.mktemp("tiny-base")
     make_model().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -44,9 +66,31 @@ def base(tiny_folder):
 
 
 @pytest.fixture(scope="session")
+def load_embedded_base():
+    """`load_base` for the embedded base, which it loads once."""
+    from loracast.base.load import fastest_device, load_base
+
+    kept = functools.cache(load_base)
+
+    def load(source=None, *, device=None, chat_template=None, say=None, **others):
+        assert not any(others.values()), others
+        return kept(source, device=device or fastest_device(), chat_template=chat_template)
+
+    return load
+
+
+@pytest.fixture
+def one_embedded_base(load_embedded_base, monkeypatch) -> None:
+    """The embedded base is loaded once for all tests that ask for this; they must not change its modules."""
+    for module in ("loracast.model", "loracast.base.load"):
+        monkeypatch.setattr(f"{module}.load_base", load_embedded_base)
+
+
+@pytest.fixture(scope="session")
 def tiny_hypernet_folder(base, tmp_path_factory) -> Path:
     """The tiny hypernetwork, saved."""
     from loracast.hypernets.store import save_pretrained
+    from tiny import make_hypernet
 
     folder = tmp_path_factory.mktemp("tiny-hypernet")
     save_pretrained(make_hypernet(base), folder, storage="float32")
@@ -92,6 +136,7 @@ def suite(tmp_path_factory) -> Path:
 def hypernetwork(base, tmp_path_factory) -> Path:
     """The folder of a random hypernetwork for the tiny base that reads tasks with a tiny sentence encoder."""
     from loracast.hypernets.store import save_pretrained
+    from tiny import make_sentence_encoder, make_task_hypernet
 
     folder = tmp_path_factory.mktemp("hypernetwork")
     encoder = make_sentence_encoder(folder / "encoder")

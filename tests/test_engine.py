@@ -111,7 +111,7 @@ SCHEDULES = st.lists(
 """Words of the prompt, LoRA, new tokens, whether it has a key, tokens after which it is cancelled if at all."""
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(SCHEDULES, st.integers(1, 5), st.integers(1, 40), st.sampled_from([20, 60, 600]), st.sampled_from([0, 10**9]))
 def test_any_schedule_gives_the_same_tokens(schedule, n_slots, prefill_tokens, slot_tokens, prefix_bytes):
     config = EngineConfig(
@@ -402,6 +402,7 @@ def test_a_stop_string_ends_an_answer(base, engine):
 
 
 @pytest.mark.base
+@pytest.mark.usefixtures("one_embedded_base")
 def test_documents_of_the_embedded_base_answer_as_they_do_alone(tmp_path):
     """With the shipped hypernetwork: the static LoRA is found and kept once, and so is each memory's B."""
     import loracast

@@ -318,11 +318,20 @@ def test_latency_compares_the_three(model, texts, tmp_path):
     assert rows[0]["ratio"] == 1 and rows[2]["prompt_tokens"] > rows[0]["prompt_tokens"] == rows[1]["prompt_tokens"]
 
 
-def test_memory_is_measured_in_a_process_of_its_own(model, tiny_folder, tiny_hypernet_folder, texts, tmp_path):
-    from loracast.evaluation.cost import MemoryConfig, evaluate_memory
+def test_memory_is_measured_in_a_process_of_its_own(
+    model, tiny_folder, tiny_hypernet_folder, texts, tmp_path, monkeypatch
+):
+    from loracast.evaluation import cost, learn_once
 
-    config = MemoryConfig(texts, lengths=(300, 600))
-    evaluate_memory(model, str(tiny_folder), str(tiny_hypernet_folder), config, tmp_path)
+    in_fresh_process, processes = cost._in_fresh_process, []
+
+    def first_here(order):  # a new process for each takes seconds
+        processes.append(in_fresh_process if processes else learn_once.main)
+        return processes[-1](order)
+
+    monkeypatch.setattr(cost, "_in_fresh_process", first_here)
+    config = cost.MemoryConfig(texts, lengths=(300, 600))
+    cost.evaluate_memory(model, str(tiny_folder), str(tiny_hypernet_folder), config, tmp_path)
     shorter, row = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert shorter["n_tokens"] < 0.7 * row["n_tokens"] and abs(row["n_tokens"] - 600) < 60
     assert row["n_chunks"] >= 3 and row["base_mib"] > 50 and 0 <= row["above_base_mib"] < 500

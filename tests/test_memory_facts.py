@@ -16,7 +16,7 @@ from loracast.base.generate import Sampling
 
 pytestmark = pytest.mark.base
 CHATS = tomllib.loads((Path(__file__).parent / "files" / "chats.toml").read_text())
-SHORT = Sampling(max_new_tokens=24)
+SHORT = Sampling(max_new_tokens=12)
 
 
 def told(chats, library: Path):
@@ -28,6 +28,7 @@ def told(chats, library: Path):
     return model, memory
 
 
+@pytest.mark.usefixtures("one_embedded_base")
 def test_facts_come_back_in_a_new_chat_and_not_once_they_are_forgotten(tmp_path):
     model, memory = told(CHATS["test"], tmp_path)
     facts = [tuple(fact) for chat in CHATS["test"] for fact in chat["facts"]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -59,9 +60,20 @@ def same(shown: list[str], printed: list[str]) -> bool:
     )
 
 
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory, load_embedded_base) -> Path:
+    """A library with the manual."""
+    library = tmp_path_factory.mktemp("learned") / "library"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loracast.model.load_base", load_embedded_base)
+        loracast.load(library=library, device="cpu").learn(ROOT / "examples" / "manual.pdf")
+    return library
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """A folder with the examples and a photograph of a goldfish, where commands and blocks run."""
+def folder(tmp_path, monkeypatch, learned, one_embedded_base) -> Path:
+    """A folder with the examples, a photograph of a goldfish and a library, where commands and blocks run."""
+    shutil.copytree(learned, tmp_path / "library")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     PICTURES["goldfish"]().save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
@@ -71,7 +83,6 @@ def folder(tmp_path, monkeypatch) -> Path:
 @pytest.mark.base
 @pytest.mark.parametrize("page", [README, ROOT / "docs" / "library.md"], ids=lambda page: page.name)
 def test_sessions_print_what_they_show(page, folder):
-    loracast.load(library=folder / "library", device="cpu").learn("examples/manual.pdf")
     found = sessions(page)
     assert found
     for command, shown in found:
