@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 WORKERS ?= logical
 # Of `make fuzz`.
 SEED ?= 0
+# They come with packages that the tests import, and start slowly.
+UNUSED_PLUGINS := -p no:langsmith_plugin -p no:schemathesis
 
 .PHONY: demo serve test fuzz bases runtimes lint docs setup setup-dev clean
 
@@ -16,9 +18,10 @@ demo: setup
 serve: setup
 	$(BIN)/loracast serve
 
-# One thread for each worker: more of them only wait for each other.
+# One thread for each worker: more of them only wait for each other. Processes that tests start find modules compiled.
 test: setup-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal \
+	  $(UNUSED_PLUGINS)
 
 # Damaged files and requests for a few minutes; a run goes on where the last one of the seed ended.
 fuzz: setup-dev

@@ -26,7 +26,7 @@ from loracast.cli import app
 from loracast.documents import Chunk
 from loracast.errors import BaseModelError
 from loracast.library.library import adapter_names, open_adapter
-from other_processes import interruptible
+from other_processes import Forked, interruptible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -749,56 +749,57 @@ def test_a_reader_that_goes_away_is_no_crash(lanterns):
     assert process.returncode == 1 and "Traceback" not in err
 
 
-KILLER = """
-import json, os, signal, sys
-from pathlib import Path
-from types import SimpleNamespace
-import rich.progress, rich.status, typer.main
-import loracast.model
-from loracast.library.library import adapter_names, open_adapter
-from loracast.cli import app
+def die_at_every_event(library: str, base: str, hypernetwork: str, *words: str) -> None:
+    """Run a command in children, each killed one event in the library later; prints exit codes and adapters as JSON."""
+    import rich.progress
+    import rich.status  # noqa: F401
 
-library, base, hypernet, *arguments = sys.argv[1:]
-model = loracast.model.load(base, hypernet, library=library, device="cpu")  # once, for all the children
-loracast.model.load = lambda *ignored, **also: model
+    import loracast.model
 
-def die_at(event_no):
-    n_events = 0
-    def count(event, details):
-        nonlocal n_events
-        if any(isinstance(detail, (str, Path)) and library in str(detail) for detail in details):
-            n_events += 1
-            if n_events == event_no:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(count)
+    model = loracast.model.load(base, hypernetwork, library=library, device="cpu")  # once, for all the children
+    loracast.model.load = lambda *ignored, **also: model
 
-outcomes = []
-while not outcomes or outcomes[-1][0] == -signal.SIGKILL:
-    child = os.fork()
-    if child == 0:
-        die_at(len(outcomes) + 1)
-        app(arguments)  # exits
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    listed = [open_adapter(Path(library), name) for name in adapter_names(Path(library))]
-    for adapter in listed:
-        adapter.verify()
-        adapter.lora()
-    outcomes.append([status, [adapter.name for adapter in listed]])
-print(json.dumps(outcomes))
-"""
+    def die_at(event_no: int) -> None:
+        n_events = 0
+
+        def count(event, details) -> None:
+            nonlocal n_events
+            if any(isinstance(detail, str | Path) and library in str(detail) for detail in details):
+                n_events += 1
+                if n_events == event_no:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+
+    outcomes: list[tuple[int, list[str]]] = []
+    while not outcomes or outcomes[-1][0] == -signal.SIGKILL:
+        child = os.fork()
+        if child == 0:
+            sys.stdout = sys.stderr
+            die_at(len(outcomes) + 1)
+            try:
+                app(words)  # exits
+            except SystemExit as end:
+                os._exit(end.code or 0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        listed = [open_adapter(Path(library), name) for name in adapter_names(Path(library))]
+        for adapter in listed:
+            adapter.verify()
+            adapter.lora()
+        outcomes.append((status, [adapter.name for adapter in listed]))
+    print(json.dumps(outcomes))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 def test_a_killed_learn_leaves_nothing_that_is_listed(
-    learning, library, manual, tiny_folder, tiny_hypernet_folder, run
+    learning, library, manual, tiny_folder, tiny_hypernet_folder, run, tmp_path
 ):
     """SIGKILL before each thing that a run does in the library, one run for each: an adapter is whole or not there."""
     arguments = ("learn", str(manual), *learning)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = (sys.executable, "-c", KILLER, str(library), str(tiny_folder), str(tiny_hypernet_folder), *arguments)
-    killer = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert killer.returncode == 0, killer.stderr
-    *killed, last = json.loads(killer.stdout.splitlines()[-1])
+    where = (str(library), str(tiny_folder), str(tiny_hypernet_folder))
+    killer = Forked(tmp_path, die_at_every_event, *where, *arguments)
+    assert killer.wait(240) == 0, killer.err
+    *killed, last = json.loads(killer.out.splitlines()[-1])
     assert len(killed) > 5 and killed[0] == [-signal.SIGKILL, []]
     assert sum(names != [] for _, names in killed) <= 1  # a kill after the last rename finds it whole
     assert last[1] == ["lanterns"]

@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
 from loracast.cast.load import load_caster
@@ -62,6 +61,8 @@ def accuracy(base, lora) -> float:
 
 
 def test_the_harness_sees_the_adapter(base, hypernetwork, tiny_folder, task_folder, home, tmp_path, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
     only_own = partial(TaskManager, include_defaults=False)  # an index of its 14,000 files takes seconds
     monkeypatch.setattr("lm_eval.tasks.TaskManager", only_own)
     caster = TaskCaster(load_caster(hypernetwork, "task", base))

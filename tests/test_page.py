@@ -349,8 +349,7 @@ def test_escape_stops_the_answers(page):
     page.until(lambda: page.text("#answer-adapter .note") == "Stopped.", "the end")
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [320, 390, 800, 1280])
+@pytest.mark.parametrize(("width", "dark"), [(320, False), (390, True), (800, False), (1280, True)])
 def test_every_view_is_readable_and_named(page, model, width, dark):
     describe_adapter(model.library, "lamp", tags=["desk", "home"])
     page.open(width=width, dark=dark)

@@ -113,6 +113,7 @@ def test_a_reader_is_told_from_other_loras(base, reader_folder, tmp_path):
 
 def test_every_baseline_answers_every_question(model, documents, reader_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("loracast.evaluation.distilled._STEPS", 4)  # that more of them help has a test of its own
+    monkeypatch.setattr("loracast.evaluation.qa.MAX_NEW_TOKENS", 12)
     config = QaConfig(
         documents=(documents,), baselines=tuple(BASELINES), max_documents=2, spans_only=True, chunk_tokens=64
     )

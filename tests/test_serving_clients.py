@@ -10,10 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
-from langchain_openai import ChatOpenAI
 
 import loracast
 from loracast.base.generate import Sampling
@@ -36,6 +33,9 @@ def server(filled):
 
 
 def test_langchain_asks_and_streams(server):
+    from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+    from langchain_openai import ChatOpenAI
+
     model, url = server
     chat = ChatOpenAI(model="manual", base_url=f"{url}/v1", api_key=KEY, max_tokens=12, max_retries=0)
     wanted = model.ask(WARRANTY, "manual", sampling=Sampling(12))
@@ -104,6 +104,8 @@ def test_the_curl_examples_of_the_docs_run(server):
 @pytest.fixture(scope="module")
 def schema(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
     """The schema of an application whose answers are short."""
+    import schemathesis
+
     folder = tmp_path_factory.mktemp("schema") / "library"
     model = loracast.load(tiny_folder, tiny_hypernet_folder, library=folder, device="cpu")
     fill(model)
