@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from loracast.base.generate import Sampling, answer
 from loracast.base.load import Base
+from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.errors import AdapterError, BaseModelError, ConfigError
 from loracast.lora.algebra import Factors, LoRA, concat
 from loracast.serving.answer_text import AnswerText
@@ -352,6 +353,34 @@ def test_others_use_the_base_while_requests_run(base, engine):
             assert torch.equal(base.model(ids).logits, before)
     assert ticket.total_s is None
     assert ticket.text() == answer(base, prompt(base, 9), make_lora(base, 1), sampling).text
+
+
+def test_requests_go_on_between_the_blocks_of_a_text_that_is_read(base, engine):
+    encoder = HiddenStatesEncoder(base.model, (4,), key_modules=["model.layers.2.self_attn.o_proj"], with_values=True,
+                                  tokenizer=base.tokenizer)  # fmt: skip
+    ids = torch.tensor([prompt(base, 100)] * 16)
+    before, sampling = encoder(ids), Sampling(300, min_new_tokens=300)
+    ticket = engine.submit(GenerationRequest(prompt(base, 9), make_lora(base, 1), "one", sampling))
+    next(iter(ticket))
+    with base.lock:
+        n_steps = engine.stats().n_steps
+        read = encoder(ids)
+        assert engine.stats().n_steps > n_steps and ticket.total_s is None
+    assert torch.equal(read.states, before.states) and torch.equal(read.keys, before.keys)
+    assert ticket.text() == answer(base, prompt(base, 9), make_lora(base, 1), sampling).text
+
+
+def test_who_gives_way_has_the_lock_back_as_often_as_before(base):
+    got, other = [], threading.Thread(target=lambda: base.lock.acquire() and (got.append(1), base.lock.release()))
+    with base.lock, base.lock:
+        base.lock.give_way()  # to nobody
+        other.start()
+        while not got:
+            base.lock.give_way()
+        assert base.lock.is_owned()
+    assert not base.lock.is_owned()
+    with pytest.raises(RuntimeError):
+        base.lock.give_way()
 
 
 def test_the_lock_goes_to_who_asked_first(base):

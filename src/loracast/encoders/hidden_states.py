@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from loracast.base.capture import capture_inputs
 from loracast.base.chat import encode_inside
+from loracast.base.twin import twin
 from loracast.encoders.features import OF_THE_BASE, Features
 from loracast.errors import EncoderError
-from loracast.lora.inject import inject
+from loracast.lora.inject import inject, model_lock
 
 if TYPE_CHECKING:
     from loracast.lora.algebra import LoRABatch
@@ -41,7 +42,11 @@ def cut(decoder: Any, depth: int) -> Any:
 
 
 class HiddenStatesEncoder:
-    """Reads the base's hidden states: the `Encoder` of documents. It shares the base's weights."""
+    """Reads the base's hidden states: the `Encoder` of documents. It shares the base's weights.
+
+    A thread that reads under the base's lock gives way before each block to those who wait for the lock, so that nobody
+    waits for a whole batch. What they do to the base's modules meanwhile is not seen here, nor the other way round.
+    """
 
     name = OF_THE_BASE
 
@@ -75,20 +80,22 @@ class HiddenStatesEncoder:
                 transformers' `hidden_states` does.
         """
         self.fingerprint, self.device = fingerprint, model.device
-        self._model, self._lora = model, lora
+        self._lock, self._lora = model_lock(model), lora
+        self._model = twin(model)
+        self._is_apart = self._model is not model
         weight = model.get_output_embeddings().weight
         self.d_features: int = weight.shape[1] * (2 if with_values else 1)
         self.layers, self.prefix = tuple(layers), tuple(prefix)
         self._tokenizer = tokenizer
         self._starts: dict[int, int] = {}
         self._embeddings = model.get_output_embeddings() if with_values else None
-        decoder = model.get_decoder()
+        decoder = self._model.get_decoder()
         if with_values:
             self._mean = weight.float().mean(0)
             self._gain = decoder.norm(torch.ones(1, 1, weight.shape[1], device=weight.device)).float()[0, 0]
         depth = max(self.layers)
         self.key_modules: list[str] = []
-        modules = dict(model.named_modules())
+        modules = dict(self._model.named_modules())
         for layer, block in enumerate(decoder.layers):
             inside = {id(module) for module in block.modules()}
             found = [name for name in key_modules if id(modules.get(name)) in inside]
@@ -96,6 +103,9 @@ class HiddenStatesEncoder:
             depth = max(depth, layer + 1) if found else depth
         self._decoder = cut(decoder, depth)
         self._final_norm = decoder.norm if with_final_norm else nn.Identity()
+        if self._is_apart:
+            for block in self._decoder.layers:
+                block.register_forward_pre_hook(self._give_way)
         if missing := [name for name in key_modules if name not in modules]:
             raise EncoderError(
                 f"the base has no module {missing[0]}, whose inputs are read: give the base that the hypernetwork was "
@@ -120,6 +130,10 @@ class HiddenStatesEncoder:
                 return Features(features, mask=mask)
             starts = self.values(self._start_ids(input_ids)).to(features.dtype)
             return Features(features, starts, torch.stack([keys[name] for name in self.key_modules], dim=1), mask)
+
+    def _give_way(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self._lock.is_owned():
+            self._lock.give_way()
 
     def _read(self, input_ids: Tensor) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         """States [n, t, d] by block, and inputs [n, t, in] of the key modules by name."""
