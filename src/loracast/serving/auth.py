@@ -82,7 +82,7 @@ def granted(keys: Iterable[ApiKey], authorization: str | None) -> Scope | None:
 def needs(scope: Scope) -> Any:
     """A dependency of a route: refuses requests whose key has a smaller scope."""
 
-    def check(request: Request) -> None:
+    async def check(request: Request) -> None:  # one that is not async would be called in another thread
         check_scope(request, scope)
 
     check.scope = scope  # type: ignore[attr-defined]  # a test looks whether every route has one

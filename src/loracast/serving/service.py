@@ -41,7 +41,7 @@ class Service:
         return Metrics(self.engine)
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # a function that is not async would be called in another thread
     return request.app.state.service
 
 
