@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from fastapi.testclient import TestClient
 
 from loracast.documents import Document
+from loracast.library.library import describe_adapter, find, remove_adapter
+from loracast.serving import resolve
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
+from loracast.serving.errors import ApiError
+from loracast.serving.resolve import Names
 from loracast.serving.routes.server import kv_bytes_per_token
 from loracast.serving.settings import ServerSettings
 from servers import eventually
@@ -46,3 +51,22 @@ def test_an_answer_says_what_its_lora_takes_in_memory(model):
         assert lora_bytes(base) == 0
         numbers = sum(pair.a.numel() + pair.b.numel() for pair in adapter.lora().factors.values())
         assert 0 < lora_bytes("kettle") <= numbers * model.base.model.dtype.itemsize
+
+
+def test_a_name_is_looked_up_again_only_when_the_library_has_changed(model, monkeypatch):
+    names, looked_up = Names(model, 8), []
+    monkeypatch.setattr(resolve, "find", lambda *given: looked_up.append(given) or find(*given))
+    first = model.learn(Document.from_text("The kettle holds 1.7 litres."), "doc").manifest.version
+    for _ in range(3):
+        assert names.adapter("doc").manifest.version == names.adapter(f"doc@{first[:8]}").manifest.version == first
+    assert len(looked_up) == 2
+    second = model.learn(Document.from_text("The kettle holds 2 litres."), "doc", replace=True).manifest.version
+    assert names.adapter("doc").manifest.version == second != first
+    assert names.adapter(f"doc@{first[:8]}").manifest.version == first
+    assert len(looked_up) == 4
+    describe_adapter(model.library, "doc", tags=["kitchen"])
+    assert names.adapter("doc").manifest.version == second and len(looked_up) == 5
+    remove_adapter(model.library, "doc")
+    for _ in range(2):
+        with pytest.raises(ApiError, match="does not exist"):
+            names.adapter("doc")

@@ -332,6 +332,18 @@ class Register:
                 raise
 
 
+def change_counter(library: Path) -> tuple[int, bytes] | None:
+    """What differs after every change of a library's register; None where there is no register.
+
+    It is the file and the counter in SQLite's header, read in microseconds; opening the register takes a millisecond.
+    """
+    try:
+        with open(library / FILE, "rb", buffering=0) as file:
+            return os.fstat(file.fileno()).st_ino, file.read(28)[24:]
+    except OSError:
+        return None
+
+
 @contextmanager
 def _connected(library: Path, mode: str) -> Iterator[sqlite3.Connection]:
     path = library / FILE

@@ -22,7 +22,7 @@ from loracast.library.adapter import MANIFEST, Adapter
 from loracast.library.files import home_of
 from loracast.library.library import entries, find
 from loracast.library.manifest import Manifest
-from loracast.library.register import Entry
+from loracast.library.register import Entry, change_counter
 from loracast.library.wide_route import check_patterns, patterns_in
 from loracast.model import Model
 from loracast.serving.errors import ApiError
@@ -57,6 +57,7 @@ class Names:
         self._fits = lru_cache(_MAX_KNOWN)(self._is_for_base)
         # By name and version, so that a manifest is not read for every request.
         self._open = lru_cache(_MAX_OPEN)(lambda name, version: model.adapter(f"{name}@{version}"))
+        self._found: tuple[tuple[int, bytes] | None, dict[str, Entry]] = (None, {})
 
     def adapters(self) -> list[Entry]:
         """The newest version of each name, of adapters that were made for this base."""
@@ -74,10 +75,22 @@ class Names:
         if not _REFERENCE.fullmatch(reference):
             raise unknown_model(reference)
         try:
-            entry = find(self._model.library, reference)
+            entry = self._find(reference)
             return self._open(entry.name, entry.version)
         except NoSuchAdapterError as error:
             raise unknown_model(reference) from error
+
+    def _find(self, reference: str) -> Entry:
+        """As `find`, but from memory as long as the library has not changed."""
+        library = self._model.library
+        changes, found = change_counter(library), self._found
+        if found[0] != changes:
+            found = self._found = (changes, {})
+        if (entry := found[1].get(reference)) is None:
+            entry = find(library, reference)
+            if changes is not None and change_counter(library) == changes:  # nothing changed while it was looked up
+                found[1][reference] = entry
+        return entry
 
     def resolve(self, model: str, parts: Sequence[tuple[str, float]] = (), tag: str = "") -> Resolved:
         """What a request's `model` and `adapters` (references and scales) name.
