@@ -182,8 +182,9 @@ class Rounds:
                 status = 130
             except BaseException as error:
                 os.write(2, f"{fault}, {words[0]}: {type(error).__name__}: {error}\n".encode())
-        if "Traceback" in errors.getvalue():
-            os.write(2, errors.getvalue().encode())
+        said = errors.getvalue()
+        if "Traceback" in said and "Exception ignored in" not in said:  # extensions in C may swallow an interrupt
+            os.write(2, said.encode())
             status = 99
         os._exit(status)
 

@@ -31,6 +31,8 @@ MAX_RANK = 512
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _TYPES = ("F32", "BF16", "F16")
 _MAX_ALPHA = 1e6
+_MAX_CONFIG_BYTES = 10_000_000
+_MAX_PATTERNS = 10_000
 _ENDLESS = re.compile(r"\)[*+?{]|([*+?{].*){3}")
 """Regular expressions that repeat a group, or repeat thrice: some of them take for ever to match a name."""
 
@@ -71,10 +73,13 @@ def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
     if faults:
         raise AdapterError(f"the adapter in {folder} is not a LoRA that can be used: {'; '.join(faults)}")
     factors = {}
+    patterns = [(_pattern(key), alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()]
     for module in modules:
         a, b = tensors[module + _A], tensors[module + _B]
         name = module.removeprefix(_PREFIX)
-        factors[name] = Factors(a, b * _scale(config, name, a.shape[0]))
+        alpha = next((alpha for pattern, alpha in patterns if pattern.match(name)), config["lora_alpha"])
+        scale = alpha / a.shape[0] ** (0.5 if config.get("use_rslora") else 1)  # as PEFT multiplies the delta
+        factors[name] = Factors(a, b * scale)
     if faults := number_faults((f"B of {name}, scaled,", pair.b) for name, pair in factors.items()):
         raise AdapterError(f"the adapter in {folder} is not a LoRA that can be used: {'; '.join(faults)}")
     return LoRA(factors)
@@ -155,6 +160,8 @@ def _peft_config(made: Uniform, base: str | None) -> dict[str, Any]:
 def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Read adapter_config.json, with its faults: whatever makes it more than a plain LoRA's."""
     try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise ValueError(f"it has more than {_MAX_CONFIG_BYTES:,} bytes")
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it is no object")
@@ -164,20 +171,27 @@ def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     faults += [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
     faults += ["bias"] if config.get("bias", "none") != "none" or config.get("lora_bias") else []
     patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
+    if not isinstance(patterns, dict) or len(patterns) > _MAX_PATTERNS:
         return config, [*faults, f"alpha_pattern {patterns!r}"[:200]]
     alphas = {"lora_alpha": config.get("lora_alpha"), **patterns}
     for name, alpha in alphas.items():
         if type(alpha) not in (int, float) or not -_MAX_ALPHA <= alpha <= _MAX_ALPHA:
             faults.append(f"the alpha of {name!r} is {alpha!r}"[:200])
-        if _ENDLESS.search(name) or not _is_pattern(name):
+        if not _is_pattern(name):
             faults.append(f"the pattern {name!r} names no modules"[:200])
     return config, faults
 
 
+def _pattern(text: str) -> re.Pattern[str]:
+    """PEFT's own rule: a pattern names a module by the end of its path, or as a regular expression that ends it."""
+    return re.compile(rf"(.*\.)?({text})$")
+
+
 def _is_pattern(text: str) -> bool:
+    if _ENDLESS.search(text):
+        return False
     try:
-        re.compile(rf"(.*\.)?({text})$")
+        _pattern(text)
     except (re.error, OverflowError, RecursionError):
         return False
     return True
@@ -197,12 +211,3 @@ def _faults_of(name: str, a: TensorInfo, b: TensorInfo, shapes: Mapping[str, tup
     elif shapes is not None and found != shapes[name]:
         faults.append(f"{name}: the LoRA is for {list(found)}, the base has {list(shapes[name])}")
     return faults
-
-
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """The factor with which PEFT multiplies the delta of a module."""
-    # PEFT's own rule: a pattern names a module by the end of its path, or as a regular expression that ends it.
-    patterns = config.get("alpha_pattern") or {}
-    found = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
-    alpha = config["lora_alpha"] if found is None else patterns[found]
-    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
