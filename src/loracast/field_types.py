@@ -14,7 +14,7 @@ _LARGEST = 2**63
 
 def type_faults(value: Any) -> list[str]:
     """The fields of a dataclass's instance whose values are not of their types; numbers have to be finite."""
-    names = [name for name, hint in _hints(type(value)).items() if not _fits(getattr(value, name), hint)]
+    names = [name for name, hint in _hints(type(value)).items() if not _fits(getattr(value, name), hint)]  # type: ignore[arg-type]
     return [f"{name} is {repr(getattr(value, name))[:80]}" for name in names]
 
 
