@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import loracast
 from loracast.cli import app
-from loracast.errors import AdapterError
+from loracast.errors import AdapterError, ConfigError
 from loracast.library.adapter import routing_key
 from loracast.library.files import reading
 from loracast.library.index import read_chunks
@@ -295,6 +295,19 @@ def test_ask_says_that_a_document_does_not_speak_of_it(asked, tiny_folder):
     assert done.exit_code == 0 and "does not speak" not in done.stderr
     done = run(asked, tiny_folder, "chat", "-a", "manual-lamp", input=f"{question}\n")
     assert "manual-lamp does not speak of this" in done.stderr
+
+
+def test_a_strict_answer_comes_from_the_documents_or_says_that_they_do_not_say(asked):
+    question, about = "Who wrote the play about the prince of Denmark?", "How long is the warranty of the lamp?"
+    for chosen in ("manual-lamp", ["museum", "manual-lamp"], ["shout", "manual-lamp"], "*"):
+        given = asked.answer(question, chosen, strict=True)
+        assert given.text == "The document does not say." and given.n_prompt_tokens == 0 and not given.sources
+        assert "".join(asked.stream(question, chosen, strict=True)) == given.text
+        assert asked.ask(about, chosen, strict=True) == asked.ask(about, chosen)
+    assert asked.ask([question, about], "manual-lamp", strict=True) == [given.text, asked.ask(about, "manual-lamp")]
+    for chosen in ((), "shout", asked.lora_for(about, "manual-lamp")[0]):
+        with pytest.raises(ConfigError, match="strict answer comes from documents"):
+            asked.ask(about, chosen, strict=True)
 
 
 def test_scales_multiply_what_adapters_add_and_zero_takes_one_out(asked):

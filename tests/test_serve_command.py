@@ -114,6 +114,8 @@ def loads(monkeypatch) -> list[str]:
         ("ask", "Why do birds sing at dawn?", "-a", "kettle", "-a", "museum"),
         ("ask", "Why do birds sing at dawn?", "-a", "kettle", "--always", "--route", "all", "--json"),
         ("ask", "Why do birds sing at dawn?", "--all"),
+        ("ask", "Why do birds sing at dawn?", "-a", "kettle", "--strict", "--json"),
+        ("ask", "How long is the warranty of the kettle?", "--all", "--strict"),
         ("ask", "Hello", "--system", "Be kind.", "--max-tokens", "3", "--json"),
         ("ask", "Hello", "--temperature", "1.5", "--top-p", "0.9", "--seed", "7", "--json"),
         ("ask", "What is this document about?", "-a", "museum"),
@@ -135,6 +137,7 @@ def test_a_server_changes_nothing_that_is_printed(run, running, loads, arguments
     "arguments",
     [
         ("ask", "Hello", "-a", "nobody"),
+        ("ask", "Hello", "--strict"),
         ("ask", "Hello", "-a", "../../etc"),
         ("ask", "Hello", "-a", "kettle@0000"),
         ("ask", "Hello", "-a", "nothing-*"),

@@ -24,6 +24,7 @@ from loracast.cast.image import cast_image, learn_image
 from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork, trained_template
 from loracast.cast.memory import Memory
 from loracast.cast.task import TaskCaster, TaskOptions
+from loracast.data.everyday import NOT_SAID
 from loracast.documents import Document
 from loracast.documents.images import ImageFile
 from loracast.errors import AdapterError, ConfigError
@@ -33,7 +34,7 @@ from loracast.library.library import open_adapter
 from loracast.library.manifest import name_for
 from loracast.library.overview import Overview, overview
 from loracast.library.routing import DEFAULT_ROUTE, Route
-from loracast.library.wide_route import route_adapters, scaled, sources
+from loracast.library.wide_route import are_silent, patterns_in, route_adapters, scaled, sources
 from loracast.lora.algebra import LoRA, concat
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
 from loracast.options import (
@@ -203,6 +204,7 @@ class Model:
         route: int | None = DEFAULT_ROUTE,
         tag: str = "",
         always: bool = False,
+        strict: bool = False,
         scales: Mapping[str, float] = {},
     ) -> Prepared:
         """The prompt of a question, and what of the adapters it gets; no LoRA is read yet (`lora_of` does).
@@ -218,6 +220,8 @@ class Model:
         if (told := self.overview(turns[-1]["content"], adapter)) is not None:
             return Prepared([], [], told.sources, SourcedAnswer(told.text, 0, 0, 0.0, 0.0, True, told.sources))
         routed = self._route(search_query(turns[-1]["content"], turns[:-1]), adapter, route, tag, always)
+        if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
+            return Prepared([], routed, (), SourcedAnswer(NOT_SAID, 0, 0, 0.0, 0.0, True))
         return Prepared(self.base.chat.conversation(turns), scaled(routed, scales), sources(routed))
 
     def overview(self, question: str, adapter: Chosen) -> Overview | None:
@@ -225,7 +229,7 @@ class Model:
 
         None for any other question, and where no document is named: a pattern names none.
         """
-        return None if isinstance(adapter, LoRA) else overview(question, listed(adapter), self.adapter)
+        return overview(question, listed(adapter), self.adapter)
 
     def lora_for(
         self, question: str, adapter: Chosen, k: int | None = DEFAULT_ROUTE, tag: str = "", always: bool = False
@@ -242,8 +246,8 @@ class Model:
     def _route(
         self, question: str, adapter: Chosen, k: int | None, tag: str, always: bool
     ) -> list[tuple[Adapter, Route]]:
-        chosen = [adapter] if isinstance(adapter, (Adapter, str)) else adapter
-        if isinstance(chosen, LoRA) or any(isinstance(one, LoRA) for one in chosen):  # a static LoRA would come twice
+        chosen = listed(adapter)
+        if isinstance(adapter, LoRA) or any(isinstance(one, LoRA) for one in chosen):  # a static LoRA would come twice
             raise AdapterError("a LoRA answers alone: keep it with `learn` to answer with several adapters")
         return route_adapters(self.library, question, chosen, k, tag, self.adapter, always)
 

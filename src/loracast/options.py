@@ -44,7 +44,7 @@ class Prepared:
     routed: list[tuple[Adapter, Route]]
     sources: tuple[Source, ...]
     answer: SourcedAnswer | None = None
-    """The answer, where the outlines of the documents give it and no model is needed (`Model.overview`)."""
+    """The answer where no model is needed: from the outlines of the documents (`Model.overview`), or `NOT_SAID`."""
 
     def sourced(self, given: Answer) -> SourcedAnswer:
         """What the base answered, with its sources."""
@@ -59,6 +59,8 @@ class Asking(TypedDict, total=False):
     always: bool
     """Answer with the documents' adapters even where the question is not about them at all; otherwise the plain base
     answers then (library/relevance.py)."""
+    strict: bool
+    """Answer from the documents alone: where the question is about none of them, the answer is `NOT_SAID`."""
     route: int | None
     """Number of chunks that are merged for the question, of each document that is named and of all that a pattern or a
     tag stands for; None merges all of those that are named. 2 by default."""
@@ -97,6 +99,8 @@ def is_batch(question: str | Sequence[Any]) -> bool:
     return not isinstance(question, str) and not (question and isinstance(question[0], dict))
 
 
-def listed(adapter: Adapter | str | Sequence[Adapter | str]) -> Sequence[Adapter | str]:
-    """What was chosen, as a list also where it is one adapter."""
+def listed(adapter: Chosen) -> Sequence[Adapter | str]:
+    """The adapters that were chosen, as a list also where it is one; none of them is a single LoRA."""
+    if isinstance(adapter, LoRA):
+        return []
     return [adapter] if isinstance(adapter, (Adapter, str)) else adapter

@@ -160,16 +160,21 @@ class Local:
         return self._model.memory(name)
 
     def reply(self, turns: Sequence[Message], chosen: Sequence[str], on_text: OnText) -> Reply:
-        from loracast.base.generate import answer
+        from loracast.base.generate import Answer, answer
         from loracast.model import ASK_SYSTEM_TURN
 
         given, patterns = self._answering, patterns_in(chosen)
         prepared = self._model.prepare(
             turns, [one if one in patterns else self.open(one) for one in chosen],
             system=given.system or ASK_SYSTEM_TURN, route=given.route, tag=tag_for(given, chosen), always=given.always,
+            strict=given.strict,
         )  # fmt: skip
-        lora = self._model.lora_of(prepared.routed)
-        said = answer(self._model.base, prepared.prompt, lora, self._sampling, on_text)
+        said: Answer
+        if prepared.answer is not None:
+            on_text((said := prepared.answer).text)
+        else:
+            lora = self._model.lora_of(prepared.routed)
+            said = answer(self._model.base, prepared.prompt, lora, self._sampling, on_text)
         figures = (said.n_prompt_tokens, said.n_tokens, said.first_token_s, said.total_s)
         used = tuple(_used(adapter, route) for adapter, route in prepared.routed)
         return Reply(said.text, said.finished, *figures, used, prepared.sources)
@@ -235,6 +240,7 @@ class Served:
             "route": given.route,
             "tag": tag_for(given, chosen),
             "always": given.always,
+            "strict": given.strict,
             "max_tokens": given.max_tokens,
             "temperature": given.temperature,
             "top_p": given.top_p,

@@ -44,6 +44,8 @@ class Request:
     lora: LoRASource | None = None
     found: bool | None = field(default=None, compare=False)
     """Whether the chunk with the answer was among those picked; None where nothing is picked."""
+    answer: str | None = None
+    """The answer, where no model is asked."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -12,6 +12,7 @@ import torch
 from loracast.base.chat import ChatFormat
 from loracast.base.cut import without_middle
 from loracast.base.load import Base
+from loracast.data.everyday import NOT_SAID
 from loracast.data.qa import QuestionedDocument, read_questioned
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
@@ -166,6 +167,12 @@ def adapter(*whose: Whose, is_routed: bool = True) -> Callable[[DocumentSetup, D
         return Request(plain(setup, case.question), adapters(setup, picked), found)
 
     return request
+
+
+def strictly(setup: DocumentSetup, case: DocumentCase) -> Request:
+    """As `loracast ask --strict` answers: by the document's adapter, or without a model that the document is silent."""
+    request = adapter("document")(setup, case)
+    return replace(request, answer=NOT_SAID) if request.lora is None else request
 
 
 def static(setup: DocumentSetup, case: DocumentCase) -> Request:

@@ -96,6 +96,8 @@ def ask_one(setup: Setup, name: str, baseline: Baseline[Setup, Case], case: Case
     request = baseline.request(setup, case)
     (lora,) = made(setup.base, [request])
     prepared_s = time.perf_counter() - started
+    if request.answer is not None:
+        return Answered(name, case, request.answer, 0, request.found, prepared_s, prepared_s)
     said = answer(setup.base, request.prompt, lora, sampling)
     seconds = prepared_s + said.first_token_s, prepared_s + said.total_s
     return Answered(name, case, said.text, len(request.prompt), request.found, *seconds)
@@ -103,6 +105,7 @@ def ask_one(setup: Setup, name: str, baseline: Baseline[Setup, Case], case: Case
 
 def _answer_new(base: Base, requests: Sequence[Request], sampling: Sampling, known: dict[Request, str]) -> None:
     """Answer, in batches, the requests that have no answer yet."""
+    known |= {request: request.answer for request in requests if request.answer is not None}
     todo = [request for request in dict.fromkeys(requests) if request not in known]
     held: dict[LoRASource | None, LoRA | None] = {}
     for batch in batches(todo):

@@ -16,6 +16,7 @@ from loracast.evaluation.documents import (
     RoutedConfig,
     adapter,
     no_document,
+    strictly,
     whole,
     with_text,
 )
@@ -76,6 +77,7 @@ def passages(k: int | None) -> Callable[[DocumentSetup, DocumentCase], Request]:
 BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
     "merged": Baseline("adapter, one LoRA of all chunks (merged)", adapter("document", is_routed=False)),
     "routed": Baseline("adapter, routed {route}", adapter("document")),
+    "strict": Baseline("adapter, routed {route}, strict", strictly),
     "none": Baseline("no document", no_document),
     "other": Baseline("another document's adapter", adapter("other")),
     "window": Baseline("in the window", whole(window_prompt)),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from loracast.errors import AdapterError, NoSuchAdapterError
+from loracast.errors import AdapterError, ConfigError, NoSuchAdapterError
 from loracast.library.files import reading
 from loracast.library.index import read_chunks
 from loracast.library.register import Match
@@ -100,6 +100,14 @@ def route_adapters(
         others = [match for match in matches if match.version not in versions]
         routed += share_out(others, question, k, lambda match: open_named(f"{match.name}@{match.version}"), threshold)
     return routed
+
+
+def are_silent(routed: Iterable[tuple[Adapter, Route]], patterns: Sequence[str] = ()) -> bool:
+    """Whether a question gets nothing of any document. Raises ConfigError without documents and patterns."""
+    documents = [route for adapter, route in routed if adapter.manifest.kind == "document"]
+    if not documents and not patterns:
+        raise ConfigError("a strict answer comes from documents: choose one with -a NAME, or all with --all")
+    return all(route.is_empty for route in documents)
 
 
 def check_patterns(library: Path, patterns: Sequence[str], tag: str = "") -> None:

@@ -126,6 +126,7 @@ class Call:
             "route": self._route(),
             "tag": given.tag,
             "always": given.always,
+            "strict": given.strict,
             "scales": self._resolved.scales,
         }
         if asked.prompts:

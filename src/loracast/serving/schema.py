@@ -78,6 +78,8 @@ class Extensions(Body):
     """Choose among the documents with this tag."""
     always: bool = False
     """Answer with the documents' adapters even where the question is not about them."""
+    strict: bool = False
+    """Where a question is about none of the documents, answer that the document does not say."""
 
 
 class Generating(Extensions):
