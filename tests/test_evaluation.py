@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -219,11 +220,19 @@ def test_the_window_gets_the_document_and_loses_its_middle(model):
 ROW_KEYS = {"baseline", "label", "n", "exact", "exact_low", "exact_high", "has_value", "prompt_tokens", "answer_s"}
 
 
-def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
-    from loracast.evaluation import needle, synthetic
-    from loracast.evaluation.synthetic import BASELINES
+def short(monkeypatch) -> None:
+    """Few and short answers in the evaluations of generated documents."""
+    from loracast.evaluation import synthetic
 
     monkeypatch.setattr(synthetic, "N_TIMED", 1)
+    monkeypatch.setattr(synthetic, "DocumentSetup", partial(synthetic.DocumentSetup, max_new_tokens=6))
+
+
+def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
+    from loracast.evaluation import needle
+    from loracast.evaluation.synthetic import BASELINES
+
+    short(monkeypatch)
     config = needle.NeedleConfig(texts, lengths=(256, 900), samples=6, chunk_tokens=128, route=2)
     seen = []
     report = needle.evaluate_needle(model, config, tmp_path, lambda done, total: seen.append((done, total)))
@@ -275,10 +284,10 @@ def test_a_budget_stops_early_and_says_so(model, texts, tmp_path, monkeypatch):
 
 
 def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):
-    from loracast.evaluation import facts, synthetic
+    from loracast.evaluation import facts
     from loracast.evaluation.synthetic import BASELINES
 
-    monkeypatch.setattr(synthetic, "N_TIMED", 1)
+    short(monkeypatch)
     facts.evaluate_facts(model, facts.FactsConfig(facts=(2, 6), sheets=3, chunk_tokens=128), tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert [(row["facts"], row["baseline"]) for row in results["rows"]] == [(n, s) for n in (2, 6) for s in BASELINES]
@@ -290,10 +299,10 @@ def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):
 
 def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monkeypatch):
     from loracast.data.everyday import KINDS
-    from loracast.evaluation import everyday, synthetic
+    from loracast.evaluation import everyday
     from loracast.evaluation.synthetic import BASELINES
 
-    monkeypatch.setattr(synthetic, "N_TIMED", 1)
+    short(monkeypatch)
     config = everyday.EverydayConfig(documents=6, questions=4, chunk_tokens=128, split="dev")
     everyday.evaluate_everyday(model, config, tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]

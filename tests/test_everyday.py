@@ -155,7 +155,7 @@ def test_entities_of_splits_are_disjoint() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_statement_is_in_the_text_and_holds_its_answer(split: Split) -> None:
-    for document in documents(600, split):
+    for document in documents(300, split):
         assert FEWEST_WORDS <= len(document.text.split()) <= MOST_WORDS
         assert not re.search(r"[{}\[\]]|<(say|list|filler|#)>", document.text + document.title)
         for fact in document.facts:
@@ -170,7 +170,7 @@ def test_every_statement_is_in_the_text_and_holds_its_answer(split: Split) -> No
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_question_has_one_right_answer(split: Split) -> None:
-    for document in documents(600, split, seed=1):
+    for document in documents(300, split, seed=1):
         about = Counter((fact.subject, fact.attribute) for fact in document.facts)
         assert max(about.values()) == 1, about.most_common(1)
         questions = Counter(fact.question for fact in document.facts)
@@ -188,7 +188,7 @@ def test_every_question_has_one_right_answer(split: Split) -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_what_is_not_said_does_not_stand_in_the_document(split: Split) -> None:
     """No sentence of the text is a wording that would answer, and an item that is not listed is not named."""
-    for document in documents(600, split, seed=2):
+    for document in documents(300, split, seed=2):
         genre = GENRES[document.genre]
         for fact in document.facts:
             if fact.kind != "not said":

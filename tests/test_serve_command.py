@@ -119,13 +119,15 @@ def loads(monkeypatch) -> list[str]:
         ("ask", "Hello", "--system", "Be kind.", "--max-tokens", "3", "--json"),
         ("ask", "Hello", "--temperature", "1.5", "--top-p", "0.9", "--seed", "7", "--json"),
         ("ask", "What is this document about?", "-a", "museum"),
-        ("chat", "-a", "kettle", "--max-tokens", "12"),
+        ("chat", "-a", "kettle"),
         ("chat", "--all", "--max-tokens", "4"),
     ],
 )
 def test_a_server_changes_nothing_that_is_printed(run, running, loads, arguments):
     said = "How long is the warranty?\n/use museum\nAnd when does it open?\n/use nobody\n/list\n/drop kettle\nHello\n"
     options = {"input": said} if arguments[0] == "chat" else {}
+    if "--max-tokens" not in arguments:
+        arguments += ("--max-tokens", "16")
     through = run(*arguments, **options)
     assert through.exit_code == 0 and not loads, through.output
     alone = run(*arguments, "--local", **options)

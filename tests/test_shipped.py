@@ -79,36 +79,34 @@ def test_factors_are_those_of_the_file(learned, name):
         assert found[module][0] == pytest.approx(norm, rel=0.02) and error < 0.08, (module, error)
 
 
-@pytest.mark.parametrize(
-    ("name", "question", "expected"),
-    [
-        ("note", "Please name the access number of the amber lantern.", "5283"),
-        ("manual", "Who designed the Quillmere D-27?", "Ingrid Solvang"),
-        ("manual", "How long does the warranty of the Quillmere D-27 last?", "30 months"),
-        ("sentiment", "I loved every minute", "positive"),
-        ("sentiment", "The battery died after an hour.", "negative"),
-        ("opposite", "hot", "cold"),
-        *((name, "What does the picture show?", name) for name in PICTURES),
-    ],
-)
-def test_answers_are_right_and_the_base_alone_does_not_know(learned, name, question, expected):
+ASKED = [
+    ("note", "Please name the access number of the amber lantern.", "5283"),
+    ("manual", "Who designed the Quillmere D-27?", "Ingrid Solvang"),
+    ("manual", "How long does the warranty of the Quillmere D-27 last?", "30 months"),
+    ("sentiment", "I loved every minute", "positive"),
+    ("sentiment", "The battery died after an hour.", "negative"),
+    ("opposite", "hot", "cold"),
+    *((name, "What does the picture show?", name) for name in PICTURES),
+]
+
+
+def test_answers_are_right_and_the_base_alone_does_not_know(learned):
     model, adapters = learned
-    short = Sampling(max_new_tokens=12)
-    assert model.ask(question, adapters[name], sampling=short) == expected
-    assert expected not in model.ask(question, sampling=short)
+    questions, short = [question for _, question, _ in ASKED], Sampling(max_new_tokens=12)
+    given = model.ask(questions, [adapters[name] for name, _, _ in ASKED], sampling=short)
+    assert given == [expected for _, _, expected in ASKED]
+    known = model.ask(questions, sampling=short)
+    assert not [answer for answer, (_, _, expected) in zip(known, ASKED, strict=True) if expected in answer]
 
 
-def test_three_facts_of_five_on_sheets_of_the_test_split_are_answered(tmp_path):
-    """`loracast eval facts` has four of five over many such sheets (docs/results.md); here are two, of 20 facts each."""
-    model = loracast.load(library=tmp_path, device="cpu")
-    right = 0
-    for i in range(2):
-        sheet = make_sheet(random.Random(f"0/20/{i}"), 20, split="test")
-        adapter = model.learn(loracast.Document.from_text(sheet.text, title=sheet.title))
-        questions = [fact.question for fact in sheet.facts]
-        given = model.ask(questions, adapter, sampling=Sampling(max_new_tokens=12))
-        right += sum(is_exact(answer, fact.answer) for answer, fact in zip(given, sheet.facts, strict=True))
-    assert right >= 24
+def test_three_facts_of_five_on_a_sheet_of_the_test_split_are_answered(learned):
+    """`loracast eval facts` has four of five over many such sheets (docs/results.md); here is one, of 20 facts."""
+    model, _ = learned
+    sheet = make_sheet(random.Random("0/20/0"), 20, split="test")
+    adapter = model.learn(loracast.Document.from_text(sheet.text, title=sheet.title))
+    given = model.ask([fact.question for fact in sheet.facts], adapter, sampling=Sampling(max_new_tokens=12))
+    right = sum(is_exact(answer, fact.answer) for answer, fact in zip(given, sheet.facts, strict=True))
+    assert right >= 12
 
 
 if __name__ == "__main__":
