@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from loracast.base.capture import capture_inputs
 from loracast.base.chat import encode_inside
 from loracast.base.twin import twin
+from loracast.batching import length_groups
 from loracast.encoders.features import OF_THE_BASE, Features
 from loracast.errors import EncoderError
 from loracast.lora.inject import inject, model_lock
@@ -156,7 +158,7 @@ class HiddenStatesEncoder:
         """input_ids [...] -> for each token the unit vector [..., d] that makes the base generate it."""
         assert self._embeddings is not None
         embedded = self._embeddings.weight[input_ids].float() - self._mean
-        return torch.nn.functional.normalize(embedded * self._gain, dim=-1)
+        return functional.normalize(embedded * self._gain, dim=-1)
 
     def _start_ids(self, input_ids: Tensor) -> Tensor:
         """input_ids [n, t] -> for each token the one that begins an answer with the same text (after a space)."""
@@ -166,3 +168,28 @@ class HiddenStatesEncoder:
             known[i] = (encode_inside(self._tokenizer, text) or [i])[0] if text else i
         starts = [[known[i] for i in row] for row in input_ids.tolist()]
         return torch.tensor(starts, dtype=input_ids.dtype, device=input_ids.device)
+
+
+def read_in_groups(encoder: HiddenStatesEncoder, input_ids: Tensor, mask: Tensor, n: int) -> Features:
+    """The features of rows [c, t], read in at most `n` groups of similar length; those of padding mean nothing.
+
+    Args:
+        mask: [c, t], true where a token is real.
+    """
+    if n == 1:
+        return encoder(input_ids, mask)
+    lengths = mask.sum(1).clamp_min(1).tolist()
+    groups = length_groups(lengths, n)
+    read = [encoder(input_ids[rows, : lengths[rows[0]]]) for rows in groups]
+    order = torch.tensor([row for rows in groups for row in rows], device=input_ids.device).argsort()
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(one, name) for one in read]
+        if parts[0] is None:
+            return None
+        padded = [functional.pad(part, (0, 0, 0, input_ids.shape[1] - part.shape[-2])) for part in parts]
+        return torch.cat(padded)[order]
+
+    states = joined("states")
+    assert states is not None
+    return Features(states, joined("starts"), joined("keys"), mask)

@@ -82,6 +82,12 @@ class Batch:
         """Tokens that the base processes with a backward pass, padding included."""
         return self.input_ids.numel()
 
+    @property
+    def row_lengths(self) -> list[int]:
+        """Tokens of each row of `input_ids`, without padding: a row ends where its last answer token is predicted."""
+        lengths = torch.zeros(len(self.input_ids), dtype=torch.long, device=self.answer_rows.device)
+        return lengths.scatter_reduce(0, self.answer_rows, self.answer_positions + 1, "amax").tolist()
+
     def to(self, device: torch.device | str) -> Batch:
         moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
         return Batch(**moved)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from loracast.base.capture import capture_inputs
+from loracast.base.checkpointing import checkpointed_blocks
+from loracast.batching import length_groups
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
 from loracast.scoring.episodes import Batch
@@ -47,35 +49,88 @@ class AnswerScores:
         return self.divergence[self.is_unrelated].mean() if self.is_unrelated.any() else None
 
 
+@dataclass(frozen=True)
+class Passes:
+    """How the base runs on a batch: what costs less memory or time and changes no result."""
+
+    checkpoint_activations: bool = False
+    """Whether the backward pass computes each block of the base again, in place of keeping its activations."""
+    length_groups: int = 1
+    """Groups of rows of similar length, each padded to its own longest."""
+
+
 def score_answers(
     model: Any,
     loras: LoRABatch,
     batch: Batch,
     watched: Sequence[str] = (),
     gates: Mapping[str, Tensor] = MappingProxyType({}),
+    passes: Passes = Passes(),
 ) -> AnswerScores:
     """Run the base on a batch, each row with its own LoRA, and score the answers.
 
     The inputs of the `watched` modules are kept where answers are predicted; `gates` as in `inject`.
     """
     decoder = model.get_decoder()
-    with (
-        inject(model, loras, gates),
-        _attention_for_training(decoder.config, model.device),
-        capture_inputs(model, watched) as inputs,
-    ):
+    if passes.length_groups == 1:
+        hidden, inputs = _at_answers(model, loras, batch, watched, gates, passes)
+    else:
+        parts = [
+            (at, *_at_answers(model, loras.take(rows) if loras.n > 1 else loras, part, watched, some, passes))
+            for rows, at, part, some in _grouped(batch, gates, passes.length_groups)
+        ]
+        order = torch.cat([at for at, *_ in parts]).argsort()
+        hidden = torch.cat([states for _, states, _ in parts])[order]
+        inputs = {name: torch.cat([found[name] for *_, found in parts])[order] for name in watched}
+    # Contiguous before the head: a strided slice made the product seconds slower on a CPU.
+    logits = model.get_output_embeddings()(hidden.contiguous()).float()  # [n, vocabulary]
+    if cap := getattr(decoder.config, "final_logit_softcapping", None):  # Gemma 2, after its head
+        logits = cap * torch.tanh(logits / cap)
+    return score_logits(logits, batch, inputs)
+
+
+def _grouped(
+    batch: Batch, gates: Mapping[str, Tensor], n: int
+) -> Iterator[tuple[list[int], Tensor, Batch, dict[str, Tensor]]]:
+    """By group of rows of similar length: their numbers, those of their answer tokens, their batch, their gates."""
+    lengths = batch.row_lengths
+    for rows in length_groups(lengths, n):
+        t = lengths[rows[0]]
+        place = torch.full((len(lengths),), -1, device=batch.answer_rows.device)
+        place[rows] = torch.arange(len(rows), device=place.device)
+        at = (place[batch.answer_rows] >= 0).nonzero()[:, 0]
+        part = replace(
+            batch,
+            input_ids=batch.input_ids[rows, :t],
+            position_ids=batch.position_ids[rows, :t],
+            attention_mask=batch.attention_mask[rows, :, :t, :t],
+            answer_rows=place[batch.answer_rows[at]],
+            answer_positions=batch.answer_positions[at],
+        )
+        yield rows, at, part, {name: gate[rows, :t] for name, gate in gates.items()}
+
+
+def _at_answers(
+    model: Any, loras: LoRABatch, batch: Batch, watched: Sequence[str], gates: Mapping[str, Tensor], passes: Passes
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Last hidden states [n, hidden] and the watched modules' inputs [n, in], where a batch's answers are predicted."""
+    decoder = model.get_decoder()
+
+    @contextmanager
+    def prepared() -> Iterator[None]:
+        with inject(model, loras, gates), _attention_for_training(decoder.config, model.device):
+            yield
+
+    recomputed = checkpointed_blocks(decoder, prepared) if passes.checkpoint_activations else nullcontext()
+    with prepared(), recomputed, capture_inputs(model, watched) as inputs:
         mask = batch.attention_mask
         if decoder.config._attn_implementation == "eager":  # which adds its mask to the scores
             mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
         hidden = decoder(
             input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
         ).last_hidden_state  # [d, t, hidden]
-    # Contiguous before the head: a strided slice made the product seconds slower on a CPU.
     at = batch.answer_rows, batch.answer_positions
-    logits = model.get_output_embeddings()(hidden[at].contiguous()).float()  # [n, vocabulary]
-    if cap := getattr(decoder.config, "final_logit_softcapping", None):  # Gemma 2, after its head
-        logits = cap * torch.tanh(logits / cap)
-    return score_logits(logits, batch, {name: x[at] for name, x in inputs.items()})
+    return hidden[at], {name: x[at] for name, x in inputs.items()}
 
 
 def score_logits(logits: Tensor, batch: Batch, module_inputs: Mapping[str, Tensor] | None = None) -> AnswerScores:

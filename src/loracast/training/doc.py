@@ -15,14 +15,14 @@ from torch import Tensor
 
 from loracast.base.chat import encode_text
 from loracast.base.load import Base
-from loracast.encoders.hidden_states import HiddenStatesEncoder
+from loracast.encoders.hidden_states import HiddenStatesEncoder, read_in_groups
 from loracast.errors import ConfigError
 from loracast.hypernets.doc_config import ModuleRow
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig, MergedCast
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import Layers, target_from_config
 from loracast.scoring.episodes import Batch, Episode, pack
-from loracast.scoring.likelihood import AnswerScores, score_answers
+from loracast.scoring.likelihood import AnswerScores, Passes, score_answers
 from loracast.training.calibrate import calibrate, set_memory_units
 from loracast.training.loop import OnMetrics, TrainConfig
 from loracast.training.memory_losses import MemoryLosses, retrieval_loss, write_loss
@@ -187,16 +187,21 @@ def calibration_data(base: Base, recipe: DocRecipe, source: EpisodeSource) -> tu
 
 
 def answer_questions(
-    model: Any, encoder: HiddenStatesEncoder, hypernet: Callable[..., MergedCast], batch: Batch
+    model: Any,
+    encoder: HiddenStatesEncoder,
+    hypernet: Callable[..., MergedCast],
+    batch: Batch,
+    passes: Passes = Passes(),
 ) -> tuple[AnswerScores, MemoryLosses, MergedCast]:
     """Documents -> features -> LoRAs -> scores of their questions' answers, losses of the memory, and what was cast."""
-    cast = hypernet(encoder(batch.chunk_ids, batch.chunk_mask), batch.chunks_per_document)
+    features = read_in_groups(encoder, batch.chunk_ids, batch.chunk_mask, passes.length_groups)
+    cast = hypernet(features, batch.chunks_per_document)
     gates: dict[str, Tensor] = {}
     if cast.writes is not None and batch.is_routed.any():
         assert cast.writes.tokens is not None
         rank = cast.loras.factors[encoder.key_modules[0]].rank
         gates = dict.fromkeys(encoder.key_modules, sentence_gates(cast.writes.tokens, batch, rank))
-    scores = score_answers(model, cast.loras, batch, encoder.key_modules, gates)
+    scores = score_answers(model, cast.loras, batch, encoder.key_modules, gates, passes)
     if cast.writes is None:
         return scores, MemoryLosses(), cast
     # By module A [d, k * r, in], x [n, in].
@@ -246,7 +251,7 @@ def train_doc(
         episodes = distillation.with_soft_targets(source.step(number, workers.rank))
         batch = pack(episodes, base.pad_id).to(workers.device)
         with recipe.training.autocast(workers.device):
-            scores, memory, cast = answer_questions(base.model, encoder, wrapped, batch)
+            scores, memory, cast = answer_questions(base.model, encoder, wrapped, batch, recipe.training.passes)
         losses = {
             "answer_loss": (1 - recipe.distillation_weight, scores.loss),
             "distillation_loss": (recipe.distillation_weight, scores.distillation_loss),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from loracast.base.precision import has_fast_bf16
 from loracast.errors import ConfigError, TrainingError
 from loracast.files import write_atomically
+from loracast.scoring.likelihood import Passes
 from loracast.training.checkpoint import load_state, save_state
 from loracast.training.runtime import Workers
 
@@ -57,10 +58,20 @@ class TrainConfig:
     """Seed of the initial weights."""
     bf16: bool = True
     """Whether the forward pass runs under bf16 autocast, where the device is fast at it; weights stay fp32."""
+    checkpoint_activations: bool = False
+    """Whether the backward pass computes each block of the base again, in place of keeping its activations: a third
+    more computation for a fraction of the memory, and the same gradients."""
+    length_groups: int = 1
+    """Groups of similar length that go through the base one by one, each padded to its own longest; same gradients."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.accumulate < 1 or self.log_every < 1:
-            raise ConfigError("steps, accumulate and log_every must be at least 1")
+        if min(self.steps, self.accumulate, self.log_every, self.length_groups) < 1:
+            raise ConfigError("steps, accumulate, log_every and length_groups must be at least 1")
+
+    @property
+    def passes(self) -> Passes:
+        """How the base runs on a batch."""
+        return Passes(self.checkpoint_activations, self.length_groups)
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a step (counted from 0), as a share of the peak."""
@@ -231,6 +242,8 @@ def _resume_metrics(path: Path, step: int) -> dict[str, float]:
 
 def resumable_settings(config: TrainConfig, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings that a resumed run must share, in JSON's types; duration and intervals may change."""
-    free = {"budget_s", "save_every_s", "log_every"} | ({"steps"} if config.schedule == "constant" else set())
+    free = {"budget_s", "save_every_s", "log_every", "checkpoint_activations", "length_groups"} | (
+        {"steps"} if config.schedule == "constant" else set()
+    )
     training = {name: value for name, value in asdict(config).items() if name not in free}
     return json.loads(json.dumps({"training": training, **(others or {})}))

@@ -110,7 +110,7 @@ def train_modality(
         batch = pack(distillation.with_soft_targets(episodes), base.pad_id).to(workers.device)
         with recipe.training.autocast(workers.device):
             cast = wrapped(features.to(workers.device))
-            scores = score_answers(base.model, cast.loras, batch)
+            scores = score_answers(base.model, cast.loras, batch, passes=recipe.training.passes)
         loss, kl = scores.loss, scores.kl_to_base
         figures = {"answer_loss": loss.item(), "exact": scores.exact, "token_accuracy": scores.token_accuracy}
         if kl is not None:

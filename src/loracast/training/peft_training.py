@@ -83,7 +83,9 @@ def train_lora(
         def objective(number: int) -> tuple[Tensor, dict[str, float]]:
             batch = pack(episodes(number), base.pad_id).to(base.device)
             with config.autocast(base.device):
-                scores = score_answers(base.model, LoRABatch(1, {}, {}), batch)  # PEFT adds the LoRA
+                scores = score_answers(
+                    base.model, LoRABatch(1, {}, {}), batch, passes=config.passes
+                )  # PEFT adds the LoRA
             figures = {"exact": scores.exact, "token_accuracy": scores.token_accuracy, "tokens": batch.n_tokens}
             return scores.loss, figures
 

@@ -271,7 +271,7 @@ def _by_examples(
         with recipe.training.autocast(device):
             both = wrapped(conditions)
             loras = both.rows(0, n)
-            scores = score_answers(base.model, loras, batch)
+            scores = score_answers(base.model, loras, batch, passes=recipe.training.passes)
         of_descriptions, of_null = (squares := both.squared_norms())[:n], squares[n:]
         # A LoRA that is still near zero is no unit: at least 1.
         null_condition = of_null.sum() / max(1, len(of_null)) / of_descriptions.mean().detach().clamp_min(1.0)
