@@ -102,7 +102,7 @@ add(
     panel="Library",
 )
 add(app, ".export:export", ".export:export_base", ".upkeep:import_", ".remote:deploy", panel="Other runtimes")
-add(app, ".demo:demo", ".questions:make_questions", ".convert:convert", panel=RESEARCH)
+add(app, ".models:models", ".plan:plan", ".demo:demo", ".questions:make_questions", ".convert:convert", panel=RESEARCH)
 app.add_typer(_train, name="train", rich_help_panel=RESEARCH)
 app.add_typer(eval.app, name="eval", rich_help_panel=RESEARCH)
 

@@ -243,6 +243,16 @@ class DocToLoRA(Hypernetwork):
         mask = torch.ones(n, t, dtype=torch.bool, device=features.states.device) if mask is None else mask.bool()
         is_real = mask.any(-1)  # [n]
         mask = mask | ~is_real[:, None]  # a chunk of padding attends to its padding: attention to nothing is NaN
+        rows, writes = self.rows_and_writes(features, mask, folds)
+        if not is_real.all():
+            rows = {kind: (a, b * is_real[:, None, None, None]) for kind, (a, b) in rows.items()}
+        return rows, writes
+
+    def rows_and_writes(
+        self, features: Features, mask: Tensor, folds: bool = False
+    ) -> tuple[Rows, MemoryWrites | None]:
+        """The same for chunks [n, t] that all have real tokens, where the mask is true."""
+        n = features.n_chunks
         states = features.states.float()
         rows, writes = self.expand(self.latents(states, mask)), None
         if self.memory is not None:
@@ -251,8 +261,6 @@ class DocToLoRA(Hypernetwork):
             rows[self.config.memory_modules[0][2]] = (a * scales, b[:, None]) if folds else (a, b[:, None] * scales)
         for kind, (n_modules, d_in, d_out) in shapes_by_kind(self.config.static_modules).items():
             rows[kind] = (states.new_zeros(n, n_modules, 0, d_in), states.new_zeros(n, n_modules, 0, d_out))
-        if not is_real.all():
-            rows = {kind: (a, b * is_real[:, None, None, None]) for kind, (a, b) in rows.items()}
         return rows, writes
 
     def cast(self, features: Features) -> Cast:

@@ -118,7 +118,7 @@ def _at_answers(
 
     @contextmanager
     def prepared() -> Iterator[None]:
-        with inject(model, loras, gates), _attention_for_training(decoder.config, model.device):
+        with inject(model, loras, gates), attention_for_training(decoder.config, model.device):
             yield
 
     recomputed = checkpointed_blocks(decoder, prepared) if passes.checkpoint_activations else nullcontext()
@@ -159,7 +159,7 @@ def score_logits(logits: Tensor, batch: Batch, module_inputs: Mapping[str, Tenso
 
 
 @contextmanager
-def _attention_for_training(config: Any, device: torch.device) -> Iterator[None]:
+def attention_for_training(config: Any, device: torch.device) -> Iterator[None]:
     """On a CPU, use eager attention: the fused kernel's backward takes four times as long on rows as short as these."""
     usual = config._attn_implementation
     config._attn_implementation = "eager" if device.type == "cpu" else usual

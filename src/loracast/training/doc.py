@@ -92,8 +92,14 @@ def read_doc_recipe(path: Path | None, overrides: Sequence[str] = ()) -> DocReci
 def build_doc_hypernet(base: Base, recipe: DocRecipe, source: EpisodeSource) -> DocToLoRA:
     """A fresh hypernetwork for a base, its units measured on the data."""
     torch.manual_seed(recipe.training.seed)
-    base_config = base.model.config
-    options = {"prefix": tuple(encode_text(base.tokenizer, "\n"))[:1], **_ANY_BASE, **recipe.hypernetwork}
+    hypernet = DocToLoRA(doc_config(base.model.config, base.tokenizer, recipe))
+    calibrate(hypernet, base, hypernet.hidden_states_encoder(base), *calibration_data(base, recipe, source))
+    return hypernet
+
+
+def doc_config(base_config: Any, tokenizer: Any, recipe: DocRecipe) -> DocToLoRAConfig:
+    """The config of a fresh hypernetwork for a base, whose config is in transformers' form."""
+    options = {"prefix": tuple(encode_text(tokenizer, "\n"))[:1], **_ANY_BASE, **recipe.hypernetwork}
     text = base_config.get_text_config()
     if options["d_values"] == "auto":
         options["d_values"] = text.hidden_size
@@ -106,15 +112,13 @@ def build_doc_hypernet(base: Base, recipe: DocRecipe, source: EpisodeSource) -> 
         options["static_modules"] = target_from_config(base_config, recipe.static_kinds, recipe.layers).rows
     if recipe.encoder_kinds:
         memory = options.get("memory_modules", ())
-        options["encoder_modules"] = encoder_modules(base, recipe, options["reader_layers"], memory)
+        options["encoder_modules"] = encoder_modules(base_config, recipe, options["reader_layers"], memory)
     target = target_from_config(base_config, recipe.kinds, recipe.layers)
-    hypernet = DocToLoRA(DocToLoRAConfig.for_target(target, d_features, **options))
-    calibrate(hypernet, base, hypernet.hidden_states_encoder(base), *calibration_data(base, recipe, source))
-    return hypernet
+    return DocToLoRAConfig.for_target(target, d_features, **options)
 
 
 def encoder_modules(
-    base: Base, recipe: DocRecipe, read: Sequence[int], memory: Sequence[ModuleRow]
+    base_config: Any, recipe: DocRecipe, read: Sequence[int], memory: Sequence[ModuleRow]
 ) -> tuple[ModuleRow, ...]:
     """The modules of the recipe's `encoder_kinds` in all blocks that are computed while the base reads a document.
 
@@ -123,7 +127,7 @@ def encoder_modules(
         memory: modules whose inputs are read as well.
     """
     depth = max([*read, *(layer + 1 for _, layer, *_ in memory)])
-    return target_from_config(base.model.config, recipe.encoder_kinds, range(depth)).rows
+    return target_from_config(base_config, recipe.encoder_kinds, range(depth)).rows
 
 
 def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSource) -> DocToLoRA:
@@ -145,7 +149,7 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
     if recipe.encoder_kinds:
         if c.encoder_modules:
             raise ConfigError("the checkpoint has an encoder LoRA already; leave encoder_kinds out of the recipe")
-        changes["encoder_modules"] = encoder_modules(base, recipe, c.reader_layers, c.memory_modules)
+        changes["encoder_modules"] = encoder_modules(base_config, recipe, c.reader_layers, c.memory_modules)
         changes["encoder_rank"] = recipe.hypernetwork.get("encoder_rank", c.encoder_rank)
     head_rank = recipe.hypernetwork.get("head_shared_rank")
     if head_rank is not None:

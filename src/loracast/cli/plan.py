@@ -1,0 +1,109 @@
+"""`loracast plan`: what a training for a base would take, before anything is loaded."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from loracast.cli import options
+from loracast.cli.output import print_json, printable
+from loracast.cli.train import Change
+
+if TYPE_CHECKING:
+    from loracast.training.sources import DataConfig
+
+
+def plan(
+    *,
+    choice: options.BaseChoice,
+    recipe: Annotated[Path | None, "TOML file with the settings of the training; those of `train doc` without."] = None,
+    change: Change = None,
+    gpu: Annotated[str | None, "A GPU by its name, such as 'RTX 4090', or by its memory, such as 24GB."] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Say what training Doc-to-LoRA for a base takes: parameters, memory, tokens and hours, and the command.
+
+    Needs config.json and the tokenizer of the base; no weights are loaded.
+    """
+    import torch
+
+    from loracast.base.embedded import DEFAULT_BASE
+    from loracast.base.footprint import free_memory, read_base_config
+    from loracast.base.load import fastest_device, load_tokenizer, template_text
+    from loracast.base.precision import fastest_dtype, has_fast_bf16
+    from loracast.training.plan import MEASURE_S, UTILISATION, Planner, gpus
+    from loracast.training.plan_step import Machine
+
+    config, tokenizer = read_base_config(choice.base), load_tokenizer(choice.base)
+    if template := template_text(choice.chat_template):
+        tokenizer.chat_template = template
+    cards = gpus(gpu) if gpu else []
+    device = choice.device or fastest_device()
+    kind = "cuda" if cards else torch.device(device).type
+    dtype = torch.bfloat16 if cards else fastest_dtype(device)
+    planner = Planner(config, tokenizer, recipe, change or (), Machine(kind, dtype, bool(cards) or has_fast_bf16(kind)))
+    made = planner.plan()
+    available = cards[0].memory_gb * 1e9 if cards else free_memory(device)
+    fits = None if available is None else made.memory.total <= available
+    if cards:
+        speeds = {card.name: card.tflops * 1e12 * UTILISATION for card in cards}
+        how = f"the card's stated bf16 throughput, {UTILISATION:.0%} of which is taken to be reached"
+    else:
+        speeds = {f"this machine ({device})": planner.measured_flops_per_s(device)}
+        how = f"measured for {MEASURE_S:g} s on one block of the base"
+    facts: dict[str, Any] = {
+        "base": choice.base or DEFAULT_BASE,
+        "model_type": config.model_type,
+        **asdict(made),
+        "dtype": str(dtype).removeprefix("torch."),
+        "total_bytes": made.memory.total,
+        "available_bytes": available,
+        "fits": fits,
+        "remedies": planner.remedies(available) if available is not None and not fits else [],
+        "hours": {name: made.hours(speed) for name, speed in speeds.items()},
+        "command": _command(choice, recipe, change or (), planner.recipe.data),
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        print(printable(_told(facts, how)))
+
+
+def _command(choice: options.BaseChoice, recipe: Path | None, change: Sequence[str], data: DataConfig) -> str:
+    """The command that trains as planned; FILE stands for the files that the recipe needs."""
+    given = [("--base", choice.base), ("--chat-template", choice.chat_template), ("--device", choice.device)]
+    parts = ["loracast", "train", "doc", *([str(recipe)] if recipe else [])]
+    parts += [part for option, value in given if value for part in (option, value)]
+    parts += [part for one in change for part in ("--set", one)]
+    files = ["--texts FILE"] * (data.needle_share > 0 or data.diluted_share > 0)
+    files += ["--documents FILE"] * (data.document_share > 0)
+    return " ".join([shlex.join([*parts, "--out", "runs/mine"]), *files])
+
+
+def _told(facts: dict[str, Any], how: str) -> str:
+    """The plan as text for people."""
+    memory, steps = facts["memory"], facts["steps"]
+    parts = {
+        f"the base in {facts['dtype']}": memory["base"],
+        "the hypernetwork with AdamW's state, in float32": memory["hypernetwork"],
+        "gradients and activations of the largest step": memory["step"],
+        "CUDA's own, and fragments": memory["overhead"],
+    }
+    lines = [
+        f"base          {facts['base']}: {facts['model_type']}, {facts['base_parameters'] / 1e6:,.1f} M parameters",
+        f"hypernetwork  {facts['hypernetwork_parameters'] / 1e6:,.1f} M parameters",
+        f"a step        {facts['context_tokens']:,.0f} tokens of documents, {facts['row_tokens']:,.0f} of questions, "
+        f"{facts['flops'] / 1e12:,.2f} TFLOP",
+        f"memory        {facts['total_bytes'] / 1e9:,.1f} GB at the peak:",
+        *(f"  {n_bytes / 1e9:10,.1f} GB  {name}" for name, n_bytes in parts.items() if n_bytes),
+    ]
+    if facts["fits"] is not None:
+        verb = "fits" if facts["fits"] else "does NOT fit"
+        lines.append(f"              {verb} into {facts['available_bytes'] / 1e9:,.1f} GB")
+    lines += [f"              {remedy}" for remedy in facts["remedies"]]
+    lines.append(f"time          for {steps:,} steps, by {how}:")
+    lines += [f"  {h:10,.1f} h   {name}, {3600 * h / steps:,.2f} s a step" for name, h in facts["hours"].items()]
+    return "\n".join([*lines, f"command       {facts['command']}"])
