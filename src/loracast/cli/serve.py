@@ -64,7 +64,7 @@ def serve(
 
     from loracast.serving.auth import VARIABLE, ApiKey, keys_in, keys_in_file
     from loracast.serving.found import Running
-    from loracast.serving.run import bound, run, share_heaps
+    from loracast.serving.run import bound, make_engine, run, share_heaps
 
     share_heaps()
     allowed = (*keys_in(os.environ.get(VARIABLE, "")), *(keys_in_file(keys) if keys else ()))
@@ -74,8 +74,6 @@ def serve(
         with loading(models.device) as tell:
             from loracast.model import load
             from loracast.serving.app import create_app
-            from loracast.serving.engine import LocalEngine
-            from loracast.serving.engine_config import EngineConfig
             from loracast.serving.resolve import served_name
 
             model = load(
@@ -83,6 +81,7 @@ def serve(
                 task_hypernetwork=task_hypernetwork, image_hypernetwork=image_hypernetwork,
                 library=library, device=models.device, chat_template=models.chat_template, say=tell, eager=False,
             )  # fmt: skip
+            engine = make_engine(model.base, settings)
         if not settings.is_loopback:
             warn(f"{settings.host} can be reached from other machines; whoever has a key can ask, and learn or delete")
         about = Running(
@@ -100,8 +99,7 @@ def serve(
             say(f"page   {about.url}/\nAPI    {about.url}/v1\nCtrl-C ends it")
 
         Thread(target=_warm_up, args=(model,), daemon=True).start()
-        sizes = EngineConfig(adapter_bytes=settings.adapter_memory_bytes, prefix_bytes=settings.prompt_cache_bytes)
-        run(create_app(model, LocalEngine(model.base, sizes), settings), settings, socket, on_start, about.remove)
+        run(create_app(model, engine, settings), settings, socket, on_start, about.remove)
 
 
 def _warm_up(model: Model) -> None:

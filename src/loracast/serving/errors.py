@@ -24,11 +24,12 @@ from loracast.errors import (
     NameTakenError,
     NoSuchAdapterError,
 )
-from loracast.serving.request import EngineBusy, EngineStopped
+from loracast.serving.request import EngineBusy, EngineFailed, EngineStopped
 
 log = logging.getLogger("loracast.serving")
 _STATUS: tuple[tuple[type[LoracastError], int], ...] = (
     (EngineStopped, 503),
+    (EngineFailed, 503),
     (NameTakenError, 409),
     (DocumentError, 422),
     (AdapterError, 400),

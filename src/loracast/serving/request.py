@@ -62,3 +62,7 @@ class EngineStopped(LoracastError):
 
     def __init__(self) -> None:
         super().__init__("the engine is stopping and takes no more requests: send it again when the server is back")
+
+
+class EngineFailed(LoracastError):
+    """The server that generates for this one does not answer, or fails."""

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
+    from loracast.base.load import Base
+    from loracast.serving.engine import Engine
+
 _INTERRUPTED = 130
 _M_ARENA_MAX = -8
 """The option of mallopt (malloc.h) that says how many heaps there are at most."""
@@ -58,6 +61,20 @@ def bound(settings: ServerSettings) -> Iterator[socket.socket]:
                 "free one"
             ) from error
         yield sock
+
+
+def make_engine(base: Base, settings: ServerSettings) -> Engine:
+    """The engine that the settings name. Raises ConfigError, or EngineFailed, where there is no such vLLM server."""
+    from loracast.serving.engine_config import EngineConfig
+
+    sizes = EngineConfig(adapter_bytes=settings.adapter_memory_bytes, prefix_bytes=settings.prompt_cache_bytes)
+    if settings.engine == "local":
+        from loracast.serving.engine import LocalEngine
+
+        return LocalEngine(base, sizes)
+    from loracast.serving.vllm_server import vllm_engine
+
+    return vllm_engine(settings.engine, base, sizes)
 
 
 def run(

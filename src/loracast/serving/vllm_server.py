@@ -1,0 +1,142 @@
+"""Makes a vLLM engine: connects to the server at a URL, or starts one, and checks that it serves the same base."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from loracast.base.chat import encode_text
+from loracast.base.embedded import embedded, embedded_folder
+from loracast.base.load import Base
+from loracast.errors import ConfigError, LoracastError
+from loracast.library.workfolders import tidy, work_folder
+from loracast.paths import exports_dir
+from loracast.serving.engine_config import EngineConfig
+from loracast.serving.request import EngineFailed
+from loracast.serving.vllm import VllmEngine
+from loracast.serving.vllm_adapters import MAX_LOADED, PREFIX, LoadedLoRAs
+from loracast.serving.vllm_client import VllmClient
+
+KEY_VARIABLE = "VLLM_API_KEY"
+"""Environment variable with the key of a server at a URL; vLLM itself reads the same one."""
+_MAX_RANK = 128
+"""Rank of a server that is started: two chunks of the shipped hypernetwork, as questions get them, have up to 128."""
+_MAX_LORAS = 8
+"""Different LoRAs in a batch of a server that is started: each takes memory at the full rank."""
+_START_S = 900.0
+_STOP_S = 30.0
+_GIB = 2**30
+_PR_SET_PDEATHSIG = 1
+_PROBE = "The capital of France is Paris. Water boils at 100 degrees, and a week has seven days."
+_MOST_APART = 0.3
+"""Mean difference of log-probabilities of one base in two programs; in bf16 it is below 0.05."""
+
+
+def vllm_engine(where: str, base: Base, config: EngineConfig = EngineConfig()) -> VllmEngine:
+    """An engine on a vLLM server.
+
+    Args:
+        where: the server's URL; or the Python of an environment with vLLM, to start one ("vllm": this Python).
+
+    Raises:
+        ConfigError: no such Python; the server has another base, or takes no LoRAs.
+        EngineFailed: the server does not answer.
+        LoracastError: it does not start.
+    """
+    exports = exports_dir()
+    exports.mkdir(parents=True, exist_ok=True)
+    tidy(exports)
+    with ExitStack() as ends:
+        folder = ends.enter_context(work_folder(exports, "vllm"))
+        if "://" in where:
+            client = VllmClient(where, os.environ.get(KEY_VARIABLE, ""))
+        else:
+            client = ends.enter_context(_started(where, base, config, folder))
+        for name, root in client.loaded.items():  # of engines that were killed
+            if name.startswith(PREFIX) and not Path(root).is_dir():
+                client.unload(name)
+        _check_base(base, client)
+        return VllmEngine(base, client, LoadedLoRAs(base, client, folder), config, ends.pop_all().close)
+
+
+def _check_base(base: Base, client: VllmClient) -> None:
+    """Raise ConfigError where the server's base gives a text other probabilities than this one."""
+    prompt = encode_text(base.tokenizer, _PROBE)
+    there = torch.tensor(client.prompt_logprobs(prompt))
+    with base.lock, torch.no_grad():
+        logits = base.model(input_ids=torch.tensor([prompt], device=base.device)).logits[0, :-1].float().cpu()
+    here = logits.log_softmax(-1).gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    if not (apart := (here - there).abs().mean().item()) < _MOST_APART:
+        raise ConfigError(
+            f"the vLLM server at {client.url} serves another base than {base.name}: the log-probabilities of a "
+            f"sentence differ by {apart:.2f}; `loracast export-base` writes the embedded one"
+        )
+
+
+@contextmanager
+def _started(python: str, base: Base, config: EngineConfig, folder: Path) -> Iterator[VllmClient]:
+    """A server of its own for a base, and its client; its log is in the folder."""
+    found = sys.executable if python == "vllm" else shutil.which(python)
+    if found is None:
+        raise ConfigError(f"{python} is neither a URL (http://localhost:8000) nor the Python of an environment of vLLM")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    key = secrets.token_urlsafe(32)
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, config.kv_bytes // _GIB)), "VLLM_LOGGING_LEVEL": "WARNING",
+        **os.environ, KEY_VARIABLE: key, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1",
+    }  # fmt: skip
+    where = embedded_folder(base.name) if base.name in embedded("base") else base.name
+    command = [
+        found, "-m", "vllm.entrypoints.openai.api_server", "--model", where, "--served-model-name", "base",
+        "--host", "127.0.0.1", "--port", port, "--dtype", str(base.model.dtype).removeprefix("torch."),
+        "--enable-lora", "--max-lora-rank", _MAX_RANK, "--max-loras", _MAX_LORAS, "--max-cpu-loras", MAX_LOADED,
+        "--enable-prompt-tokens-details", "--disable-log-stats", "--disable-uvicorn-access-log",
+    ]  # fmt: skip
+    log = folder / "server.log"
+    with open(log, "w") as out:
+        server = subprocess.Popen(
+            [str(part) for part in command], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment,
+            preexec_fn=_end_with_parent(),
+        )  # fmt: skip
+    try:
+        yield _wait(server, f"http://127.0.0.1:{port}", key, log)
+    finally:
+        server.terminate()
+        try:
+            server.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _wait(server: subprocess.Popen[bytes], url: str, key: str, log: Path) -> VllmClient:
+    until = time.monotonic() + _START_S
+    while time.monotonic() < until:
+        if server.poll() is not None:
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            raise LoracastError("vLLM did not start:\n" + "\n".join(lines[-20:]))
+        with suppress(EngineFailed):
+            return VllmClient(url, key)
+        time.sleep(0.5)
+    raise LoracastError(f"vLLM did not start within {_START_S:g} s; its log: {log}")
+
+
+def _end_with_parent() -> Callable[[], object] | None:
+    """What a child runs before its program, so that it ends when this process is killed; Linux alone can do it."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
