@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,10 @@ class FakeHub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.made: list[dict] = []  # what repositories were asked for
         self.branches: dict[tuple[str, str], dict[str, bytes]] = {}
+        self.gated: dict[str, int] = {}
+        """What the files of a gated repository are answered with: 401, or 403 for a user who has not accepted."""
+        self.n_gets: Counter[str] = Counter()
+        """How often something of a repository was asked for."""
 
     def commit(self, repository: str, branch: str) -> str:
         return hashlib.sha1(f"{repository}@{branch}".encode()).hexdigest()
@@ -101,6 +106,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub, (first, *parts) = self.server, self.path.split("?")[0].strip("/").split("/")
+        repository = "/".join(parts[1:3] if first == "api" else (first, *parts[:1]))
+        hub.n_gets[repository] += 1
+        if code := hub.gated.get(repository):
+            self._send(code, X_Error_Code="GatedRepo", X_Error_Message="Access to this model is restricted.")
+            return
         if first != "api":  # OWNER/NAME/resolve/REVISION/FILE
             owner, (name, _, revision, file) = first, parts
             content = hub.files(f"{owner}/{name}", revision).get(file)

@@ -340,7 +340,7 @@ def test_memory_is_measured_in_a_process_of_its_own(
 
     monkeypatch.setattr(cost, "_in_fresh_process", first_here)
     config = cost.MemoryConfig(texts, lengths=(300, 600))
-    cost.evaluate_memory(model, str(tiny_folder), str(tiny_hypernet_folder), config, tmp_path)
+    cost.evaluate_memory(model, str(tiny_folder), str(tiny_hypernet_folder), {"device": "cpu"}, config, tmp_path)
     shorter, row = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert shorter["n_tokens"] < 0.7 * row["n_tokens"] and abs(row["n_tokens"] - 600) < 60
     assert row["n_chunks"] >= 3 and row["base_mib"] > 50 and 0 <= row["above_base_mib"] < 500

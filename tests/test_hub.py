@@ -146,3 +146,48 @@ def test_another_class_of_hypernetwork_is_refused(tiny_hypernet_folder, hypernet
     assert type(DocToLoRA.from_pretrained(tiny_hypernet_folder)) is DocToLoRA
     with pytest.raises(HypernetworkError, match="holds a TextToLoRA; this takes a DocToLoRA"):
         DocToLoRA.from_pretrained(hypernetwork)
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_gated_repository_is_one_sentence(server, tiny_folder, tiny_hypernet_folder, code):
+    from loracast.base.footprint import read_base_config
+
+    server.gated["meta/gated"] = code
+    page = f"accept its terms at {server.url}/meta/gated, and set HF_TOKEN"
+    for refused, error in (
+        (lambda: loracast.load_base("meta/gated", device="cpu"), BaseModelError),
+        (lambda: loracast.load(tiny_folder, "meta/gated", device="cpu"), HypernetworkError),
+        (lambda: read_base_config("meta/gated"), BaseModelError),
+    ):
+        with pytest.raises(error) as told:
+            refused()
+        assert page in str(told.value) and "\n" not in str(told.value)
+        assert str(told.value).startswith("the hub does not give 'meta/gated' to this user")
+
+
+def publish(server, repository, *folders):
+    """Let the server have the files of folders as a repository."""
+    files = {path.name: path.read_bytes() for folder in folders for path in folder.iterdir() if path.is_file()}
+    server.branches[repository, "main"] = files
+
+
+def test_nothing_is_asked_of_the_hub_offline(server, tiny_folder, monkeypatch):
+    publish(server, "me/tiny", tiny_folder)
+    loracast.load_base("me/tiny", device="cpu")
+    assert server.n_gets["me/tiny"]
+    server.n_gets.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
+    assert loracast.load_base("me/tiny", device="cpu").name == "me/tiny"  # what was fetched before
+    with pytest.raises(BaseModelError, match="cannot load the base 'me/other'"):
+        loracast.load_base("me/other", device="cpu")
+    assert not server.n_gets
+
+
+def test_a_hypernetwork_is_looked_up_once(server, tiny_folder, tiny_hypernet_folder):
+    publish(server, "me/hyper", tiny_hypernet_folder)
+    loracast.Hypernetwork.from_pretrained("me/hyper")
+    once = server.n_gets["me/hyper"]
+    server.n_gets.clear()
+    loracast.load(tiny_folder, "me/hyper", device="cpu")
+    assert 0 < server.n_gets["me/hyper"] <= once

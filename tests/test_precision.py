@@ -5,8 +5,10 @@ import platform
 import pytest
 import torch
 
+from loracast import Hypernetwork, load
 from loracast.base.load import load_base
 from loracast.base.precision import has_fast_bf16
+from loracast.cast.load import load_caster
 from loracast.training.loop import TrainConfig
 
 
@@ -48,3 +50,31 @@ def test_other_devices_and_processors_compute_in_bf16(processor):
 def test_a_fingerprint_does_not_depend_on_the_precision(tiny_folder):
     one, other = (load_base(tiny_folder, device="cpu", dtype=dtype).fingerprint for dtype in ("bfloat16", "float32"))
     assert one == other
+
+
+def test_a_hypernetwork_computes_in_its_own_type_and_on_its_own_device(tiny_folder, tiny_hypernet_folder, monkeypatch):
+    """What the base reads is moved where it goes into the hypernetwork, and only there."""
+    casts = {}
+    for dtype in ("bfloat16", "float16", "float32"):
+        model = load(tiny_folder, tiny_hypernet_folder, device="cpu", dtype=dtype)
+        caster = model.documents
+        assert next(caster.hypernetwork.parameters()).dtype == torch.float32
+        features = caster.encode([[5, 6, 7, 8], [9, 10]])
+        assert features.states.dtype == getattr(torch, dtype)
+        casts[dtype] = caster.cast(features).rows["down_proj"][1]
+    for dtype in ("float16", "bfloat16"):
+        torch.testing.assert_close(casts[dtype].float(), casts["float32"], rtol=0.1, atol=0.05)
+    cast, seen = caster.hypernetwork.cast(features), []
+    caster.hypernetwork.to("meta")  # a second device that every machine has; nothing can be computed on it
+    monkeypatch.setattr(caster.hypernetwork, "cast", lambda moved: seen.append(moved) or cast)
+    caster.cast(features)
+    assert {value.device.type for value in vars(seen[0]).values() if value is not None} == {"meta"}
+
+
+def test_a_hypernetwork_stays_on_the_gpu_that_it_is_on(base, tiny_hypernet_folder, monkeypatch):
+    on_cpu = Hypernetwork.from_pretrained(tiny_hypernet_folder)
+    elsewhere = Hypernetwork.from_pretrained(tiny_hypernet_folder).to("meta")
+    monkeypatch.setattr(Hypernetwork, "id", "x")  # otherwise hashed from numbers, which are not there
+    for given, device in ((on_cpu, "cpu"), (elsewhere, "meta")):
+        caster = load_caster(given, "document", base)
+        assert next(caster.hypernetwork.parameters()).device.type == device

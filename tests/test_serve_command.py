@@ -61,7 +61,7 @@ def address(library, tiny_folder, tiny_hypernet_folder, hypernetwork):
     settings = ServerSettings(max_adapters=3)
     with served(create_app(model, LocalEngine(model.base), settings)) as url:
         hypernetworks = {"document": told(tiny_hypernet_folder), "task": told(hypernetwork)}
-        loaded = Loaded(str(library.resolve()), told(tiny_folder), hypernetworks, "", "cpu")
+        loaded = Loaded(str(library.resolve()), told(tiny_folder), hypernetworks, "", {"device": "cpu"})
         fingerprint = model.base.fingerprint.to_dict()
         yield Running(settings.instance, url, loaded, served_name(model.base), fingerprint)
 
@@ -220,11 +220,11 @@ def test_a_folder_is_learned_through_the_server(run, running, library, tmp_path,
 
 
 def test_a_server_is_used_only_where_it_has_loaded_the_same(running, tiny_folder, tmp_path):
-    same = replace(running.loaded, device="")
+    same = replace(running.loaded, how={})
     assert found.find(same) == running
     others = {
         "library": str(tmp_path), "base": "other", "hypernetworks": {"document": "other"},
-        "chat_template": "{{ x }}", "device": "cuda", "version": "0.0.1",
+        "chat_template": "{{ x }}", "how": {"quantize": "4bit"}, "version": "0.0.1",
     }  # fmt: skip
     for key, value in others.items():
         assert found.find(replace(same, **{key: value})) is None, key

@@ -21,7 +21,14 @@ from loracast.base.load import Base, load_base
 from loracast.base.packages import Say
 from loracast.cast.document import CachedRecast, Progress, cast_document, learn_document
 from loracast.cast.image import cast_image, learn_image
-from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork, trained_template
+from loracast.cast.load import (
+    Found,
+    check_default_base,
+    find_hypernetwork,
+    load_caster,
+    shipped_hypernetwork,
+    trained_template,
+)
 from loracast.cast.memory import Memory
 from loracast.cast.task import TaskCaster, TaskOptions
 from loracast.data.everyday import NOT_SAID
@@ -73,9 +80,9 @@ class Model:
         self,
         base: Base,
         library: Path,
-        hypernetwork: str | Path | Hypernetwork | None = None,
-        task_hypernetwork: str | Path | Hypernetwork | None = None,
-        image_hypernetwork: str | Path | Hypernetwork | None = None,
+        hypernetwork: str | Path | Found | Hypernetwork | None = None,
+        task_hypernetwork: str | Path | Found | Hypernetwork | None = None,
+        image_hypernetwork: str | Path | Found | Hypernetwork | None = None,
     ):
         """
         Args:
@@ -84,7 +91,7 @@ class Model:
         """
         self.base, self.library = base, library
         self._kept = factors_in_memory()  # of all adapters, under one budget
-        self._hypernetworks: dict[Modality, str | Path | Hypernetwork | None] = {
+        self._hypernetworks: dict[Modality, str | Path | Found | Hypernetwork | None] = {
             "document": hypernetwork,
             "task": task_hypernetwork,
             "image": image_hypernetwork,
@@ -368,6 +375,7 @@ def load(
     device: str | None = None,
     device_map: str | dict[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
     revision: str | None = None,
     chat_template: str | Path | None = None,
     eager: bool = True,
@@ -379,8 +387,8 @@ def load(
         model = loracast.load(model=hf_model, tokenizer=tokenizer, hypernetwork="me/my-hypernetwork")
 
     Args:
-        model, tokenizer, device, device_map, dtype, revision, chat_template: the base and how it is loaded
-            (`load_base`); the chat template is the one that the hypernetwork was trained with if None.
+        model, tokenizer, device, device_map, dtype, quantize, revision, chat_template: the base and how it is
+            loaded (`load_base`); the chat template is the one that the hypernetwork was trained with if None.
         hypernetwork: a hypernetwork, its folder or hub repository; the shipped one if None.
         task_hypernetwork, image_hypernetwork: the same for `Model.task` and for images in `Model.learn`.
         library: where adapters are kept; the user's own library if None.
@@ -392,12 +400,12 @@ def load(
         BaseModelError, HypernetworkError: the base or the hypernetwork for documents cannot be read, or does not fit.
         ConfigError: options contradict each other.
     """
-    given = (hypernetwork, task_hypernetwork, image_hypernetwork)
+    given = [find_hypernetwork(one) for one in (hypernetwork, task_hypernetwork, image_hypernetwork)]
     if model is None:
         check_default_base(given)
     base = load_base(
-        model, tokenizer=tokenizer, device=device, device_map=device_map, dtype=dtype, revision=revision,
-        chat_template=chat_template or trained_template(given), say=say,
+        model, tokenizer=tokenizer, device=device, device_map=device_map, dtype=dtype, quantize=quantize,
+        revision=revision, chat_template=chat_template or trained_template(given), say=say,
     )  # fmt: skip
     loaded = Model(base, Path(library or library_dir()), *given)
     if eager:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loracast.base.quantized import is_plain
 from loracast.errors import BaseModelError
 from loracast.lora.target import module_shapes, text_config
 
@@ -85,6 +86,8 @@ def _of_weights(config: Any, weights: Iterable[tuple[str, Any]], name: str) -> F
 
     norms, matrices = hashlib.sha256(), hashlib.sha256()
     for key, weight in weights:
+        if not is_plain(weight):  # quantized: without it the hash of the matrices is another one
+            continue
         values = weight.detach().flatten()
         if weight.ndim == 1 and "norm" in key:
             norms.update(values.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())

@@ -9,16 +9,19 @@ in about a second.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loracast.base.embedded import DEFAULT_BASE, embedded, pull, quiet_transformers
+from loracast.base.memory import check_memory, devices_of
 from loracast.base.packages import Say
 from loracast.base.precision import dtype_of, fastest_dtype
+from loracast.base.quantized import check_quantize, quantization_config
 from loracast.errors import BaseModelError, ConfigError
-from loracast.hub import check_revision, needs_access
+from loracast.hub import check_revision, folder_of, needs_access
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +41,8 @@ class Base:
     tokenizer: Any
     chat_template: str = ""
     """The chat template that was given in place of the tokenizer's own; "" if none was."""
+    checkpoint: Path | None = None
+    """The folder that it was read from, if it was quantized on the way: it is the same base as without that."""
 
     @cached_property
     def chat(self) -> ChatFormat:
@@ -47,9 +52,13 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        from loracast.base.fingerprint import fingerprint
+        from loracast.base.fingerprint import fingerprint, fingerprint_of_files
 
-        return replace(fingerprint(self.model, self.name), chat_template=self.chat_template)
+        found = None
+        if self.checkpoint is not None:
+            with suppress(BaseModelError):  # in other files or under other names: `check` warns of another quantisation
+                found = fingerprint_of_files(self.model.config, self.checkpoint, self.name)
+        return replace(found or fingerprint(self.model, self.name), chat_template=self.chat_template)
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +96,7 @@ def load_base(
     device: str | None = None,
     device_map: str | dict[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
     revision: str | None = None,
     chat_template: str | Path | None = None,
     say: Say = lambda text: None,
@@ -101,17 +111,22 @@ def load_base(
         device_map: how transformers spreads the layers over devices, such as "auto", in place of `device`.
         dtype: of the weights, such as "bfloat16" or torch.bfloat16; the fastest on the device if None
             (base/precision.py).
+        quantize: "8bit" or "4bit" to keep the weights of linear modules so (base/quantized.py), which needs
+            `pip install 'loracast[quantize]'`; None for weights of type `dtype`.
         revision: branch, tag or commit of a hub repository.
         chat_template: in place of the tokenizer's own: a file, a template in Jinja, or "plain" for a simple one.
 
     Raises:
-        BaseModelError: it cannot be found, fetched or used; the message says what to do.
+        BaseModelError: it cannot be found, fetched or used, or is too large for the memory that is free; the message
+            says what to do.
         ConfigError: options contradict each other.
     """
-    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
     if isinstance(source, PreTrainedModel):
-        given = {"device": device, "device_map": device_map, "dtype": dtype, "revision": revision}
+        given = {
+            "device": device, "device_map": device_map, "dtype": dtype, "quantize": quantize, "revision": revision,
+        }  # fmt: skip
         if named := [name for name, value in given.items() if value is not None]:
             raise ConfigError(f"{', '.join(named)}: the model is loaded already; give these where it is loaded")
         if tokenizer is None:
@@ -119,24 +134,30 @@ def load_base(
         return _frozen(source.name_or_path or type(source).__name__, source, tokenizer, chat_template)
     if device is not None and device_map is not None:
         raise ConfigError("device and device_map: give one of them")
+    quantization = check_quantize(quantize)
     name, where = _find(source, revision, say)
     device = device or fastest_device()
     wanted = fastest_dtype(device) if dtype is None else dtype_of(dtype)
+    options: dict[str, Any] = {"revision": revision or "main"}
     try:
         with quiet_transformers():
+            config = AutoConfig.from_pretrained(where, **options)
+            check_memory(name, config, wanted, quantization, devices_of(device, device_map), say)
+            if quantization is not None:
+                options["quantization_config"] = quantization_config(quantization, wanted)
             model: Any = AutoModelForCausalLM.from_pretrained(
-                where, dtype=wanted, revision=revision or "main", device_map=device_map
+                where, config=config, dtype=wanted, device_map=device_map or device, **options
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseModelError(
             needs_access(error, name)
             or f"cannot load the base {name!r}: give one of {', '.join(embedded('base'))}, a folder with config.json, "
             f"safetensors and a tokenizer, or a hub id that this machine can reach ({str(error).splitlines()[0]})"
         ) from error
     base = _frozen(name, model, tokenizer or _read_tokenizer(name, where, revision), chat_template)
-    if device_map is None:
-        model.to(device)
-    return base
+    if quantization is None:
+        return base
+    return replace(base, checkpoint=folder_of(where, ("*.safetensors",), "base", BaseModelError, revision))
 
 
 def _frozen(name: str, model: Any, tokenizer: Any, chat_template: str | Path | None) -> Base:
@@ -207,6 +228,10 @@ def _check_fast(name: str, tokenizer: Any) -> None:
 def _find(source: str | Path | None, revision: str | None, say: Say) -> tuple[str, str]:
     """A base's name and its folder or hub id; an embedded one is fetched first."""
     name = str(source) if source is not None else DEFAULT_BASE
-    folder = pull(name, say=say) if name in embedded("base") else Path(name)
+    if name in embedded("base"):
+        folder = pull(name, say=say)
+    else:
+        folder = Path(name)
+        name = str(folder.absolute()) if folder.is_dir() else name  # an adapter names it wherever it is asked later
     check_revision(folder, revision)
     return name, str(folder) if folder.is_dir() else name

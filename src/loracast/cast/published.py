@@ -69,16 +69,21 @@ def published_file(source: str | Path) -> Path | None:
     Raises:
         HypernetworkError: the place cannot be reached, or holds several.
     """
+    return locate(source)[1]
+
+
+def locate(source: str | Path) -> tuple[Path, Path | None]:
+    """The folder of a hypernetwork or of a published checkpoint, and the latter's pickled file; errors as above."""
     folder = folder_of(source, (*OWN_FILES, DOC_FILE, *TEXT_FILES), "hypernetwork", HypernetworkError)
     if (folder / OWN_FILES[1]).is_file():
-        return None
+        return folder, None
     found = [path for name in (DOC_FILE, TEXT_FILES[0]) for path in sorted(folder.rglob(name))]
     if len(found) > 1:
         places = ", ".join(str(path.parent.relative_to(folder)) for path in found)
         raise HypernetworkError(f"{source} holds several checkpoints, in {places}: give one of these folders")
     if not found and not Path(source).is_dir():
         _refuse_whole_repository(str(source))
-    return found[0] if found else None
+    return folder, found[0] if found else None
 
 
 def _refuse_whole_repository(repository: str) -> None:

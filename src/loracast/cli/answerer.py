@@ -124,7 +124,7 @@ def _task_named(answering: Answering) -> str:
     with loading(answering.device) as tell:
         from loracast.model import load
 
-        model = load(answering.base, library=answering.library, device=answering.device, say=tell, eager=False)
+        model = load(answering.base, library=answering.library, **answering.how, say=tell, eager=False)
     return model.task(style, strength=_STYLE_STRENGTH).name
 
 
@@ -140,8 +140,7 @@ class Local:
                 answering.base,
                 answering.hypernetwork,
                 library=answering.library,
-                device=answering.device,
-                chat_template=answering.chat_template,
+                **answering.how,
                 say=tell,
                 eager=False,
             )

@@ -184,4 +184,4 @@ def memory(config: MemoryConfig, models: Models, results: Results) -> None:
     """Memory and time of learning a document, beside the encoder's own time; a fresh process for each length."""
     from loracast.evaluation.cost import evaluate_memory
 
-    results.of("documents", evaluate_memory, open_model(models), models.base, models.hypernetwork, config)
+    results.of("documents", evaluate_memory, open_model(models), models.base, models.hypernetwork, models.how, config)

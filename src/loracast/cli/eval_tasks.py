@@ -100,7 +100,7 @@ def harness(config: HarnessConfig, choice: BaseChoice, *, library: Library, resu
     with loading(choice.device) as tell:
         from loracast.model import load
 
-        answerer = load(choice.base, library=library, device=choice.device, say=tell, eager=False)
+        answerer = load(choice.base, library=library, **choice.how, say=tell, eager=False)
     results.show(evaluate_harness(answerer, config, results.out))
 
 

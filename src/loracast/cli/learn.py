@@ -99,7 +99,7 @@ def task(
     strength: Annotated[float, "Factor on the LoRA: 1 as it was trained, 0 for none."] = 1.0,
     hypernetwork: options.Hypernetwork = None,
     encoder: options.Encoder = None,
-    base: options.Base = None,
+    choice: options.BaseChoice,
     local: options.Local = False,
     library: options.Library,
     as_json: options.Json = False,
@@ -115,18 +115,17 @@ def task(
 
     started = time.perf_counter()
     if not (as_json or encoder or strength != 1.0):  # the API takes no strength, and tells no distance
-        choice = options.BaseChoice(base=base)
         server = server_for(choice, library, "task", hypernetwork, local=local)
         if server is not None and (cast := _cast_served(server, library, description, naming)) is not None:
             print_result(False, {}, _told_task(cast))
             return
     name = naming.checked(library, name_from(description), source_of(description.strip()))
-    where = hypernetwork or shipped_hypernetwork(base or DEFAULT_BASE, "task")
+    where = hypernetwork or shipped_hypernetwork(choice.base or DEFAULT_BASE, "task")
 
     def load() -> Base:
-        if base is None:
+        if choice.base is None:
             check_default_base([where])
-        return load_base(base, say=say)
+        return load_base(choice.base, **choice.how, say=say)
 
     caster = TaskCaster(load_caster(where, "task", load, encoder=encoder, say=say), library)
     adapter = caster.task(description, name, strength=strength, replace=naming.replace)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -99,14 +99,35 @@ class Naming:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseChoice:
-    """Which base to load, and where it runs."""
+class BaseName:
+    """Which base, and where it is to run."""
 
     base: Base = None
     chat_template: Annotated[
         str | None, "Chat template for a base without one: a file with a template in Jinja, or 'plain'."
     ] = None
     device: Device = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseChoice(BaseName):
+    """Which base to load, and how."""
+
+    device_map: Annotated[
+        str | None, "auto spreads a base that is too large for one GPU over all of them; in place of --device."
+    ] = None
+    dtype: Annotated[
+        str | None, "Type of the weights: bfloat16, float16 or float32; the fastest on the device by default."
+    ] = None
+    quantize: Annotated[
+        str | None, "Keep the weights in 8bit or 4bit; it needs `pip install 'loracast[quantize]'`."
+    ] = None
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How the base is loaded, as `loracast.load` and `load_base` take it."""
+        options = ("chat_template", "device", "device_map", "dtype", "quantize")
+        return {option: getattr(self, option) for option in options}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def plan(
     *,
-    choice: options.BaseChoice,
+    choice: options.BaseName,
     recipe: Annotated[Path | None, "TOML file with the settings of the training; those of `train doc` without."] = None,
     change: Change = None,
     gpu: Annotated[str | None, "A GPU by its name, such as 'RTX 4090', or by its memory, such as 24GB."] = None,
@@ -72,7 +72,7 @@ def plan(
         print(printable(_told(facts, how)))
 
 
-def _command(choice: options.BaseChoice, recipe: Path | None, change: Sequence[str], data: DataConfig) -> str:
+def _command(choice: options.BaseName, recipe: Path | None, change: Sequence[str], data: DataConfig) -> str:
     """The command that trains as planned; FILE stands for the files that the recipe needs."""
     given = [("--base", choice.base), ("--chat-template", choice.chat_template), ("--device", choice.device)]
     parts = ["loracast", "train", "doc", *([str(recipe)] if recipe else [])]

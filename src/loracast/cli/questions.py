@@ -57,7 +57,7 @@ def make_questions(
         if endpoint and model:
             writer = EndpointWriter(endpoint, model, os.environ.get(api_key_env))
     else:
-        loaded = load_base(choice.base, device=choice.device, chat_template=choice.chat_template, say=say)
+        loaded = load_base(choice.base, **choice.how, say=say)
         writer, tokenizer = BaseWriter(loaded), loaded.tokenizer
 
     def split(text: str) -> list[str]:

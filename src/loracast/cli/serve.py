@@ -79,7 +79,7 @@ def serve(
             model = load(
                 models.base, models.hypernetwork,
                 task_hypernetwork=task_hypernetwork, image_hypernetwork=image_hypernetwork,
-                library=library, device=models.device, chat_template=models.chat_template, say=tell, eager=False,
+                library=library, **models.how, say=tell, eager=False,
             )  # fmt: skip
             engine = make_engine(model.base, settings)
         if not settings.is_loopback:

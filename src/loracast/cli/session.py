@@ -49,8 +49,7 @@ def open_model(models: Models, library: Path | None = None) -> Model:
             models.base,
             models.hypernetwork,
             library=library,
-            device=models.device,
-            chat_template=models.chat_template,
+            **models.how,
             say=tell,
         )
 
@@ -59,7 +58,7 @@ def open_base(choice: BaseChoice) -> Base:
     with loading(choice.device) as tell:
         from loracast.base.load import load_base
 
-        return load_base(choice.base, device=choice.device, chat_template=choice.chat_template, say=tell)
+        return load_base(choice.base, **choice.how, say=tell)
 
 
 def base_of(adapters: Sequence[Adapter]) -> str | None:
@@ -100,7 +99,8 @@ def what_loads(choice: BaseChoice, library: Path, hypernetworks: Mapping[str, st
 
         template = template_text(choice.chat_template)
     given = {modality: told(where) for modality, where in hypernetworks.items()}
-    return Loaded(str(library.resolve()), told(choice.base), given, template, choice.device or "")
+    how = {option: value for option, value in choice.how.items() if value is not None and option != "chat_template"}
+    return Loaded(str(library.resolve()), told(choice.base), given, template, how)
 
 
 def server_for(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,8 +118,7 @@ def _print_modules(modules: Sequence[ModuleSize]) -> None:
 def inspect(
     name: options.Adapter,
     *,
-    base: options.Base = None,
-    device: options.Device = None,
+    choice: options.BaseChoice,
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:
@@ -129,7 +128,6 @@ def inspect(
     all of the text that it was made from. All chunks of a document are merged, as if every question was about it.
     """
     from loracast.base.fingerprint import check
-    from loracast.cli.options import BaseChoice
     from loracast.cli.session import base_of, open_base
     from loracast.library.inspect import sizes
     from loracast.library.probes import probe
@@ -138,7 +136,7 @@ def inspect(
     if faults := adapter.faults():
         raise AdapterError(f"the adapter {name!r} is damaged: {'; '.join(faults)}")
     lora = adapter.lora()
-    loaded = open_base(BaseChoice(base=base or base_of([adapter]), device=device))
+    loaded = open_base(replace(choice, base=choice.base or base_of([adapter])))
     check(adapter.manifest.made_for, loaded.fingerprint, f"the adapter {name!r}")
     modules, probes = sizes(lora), probe(loaded, lora)
     texts = [(chunk.heading, chunk.text) for chunk in read_chunks(adapter.index)]

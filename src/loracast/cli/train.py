@@ -317,7 +317,7 @@ def _open_base(run: Run, device: str | None = None) -> Base:
     from loracast.training.runtime import keep_freed_memory
 
     keep_freed_memory()
-    return load_base(run.base, device=device or run.device, chat_template=run.chat_template)
+    return load_base(run.base, **{**run.how, "device": None if run.device_map else device or run.device})
 
 
 def _show_lora(task: str, figures: dict[str, float]) -> None:

@@ -172,7 +172,7 @@ class AttentionDeltaEncoder:
         waiting: Tensor | float = 0.0
         for layer, (attention, x) in enumerate(deltas):
             projection = getattr(attention, self._kind)
-            projected: Tensor = projection(x.to(projection.weight.dtype))
+            projected: Tensor = projection(x.to(self._base.model.dtype))  # its weight may be quantized
             if getattr(projection, "bias", None) is not None:
                 projected = projected - projection.bias
             waiting = projected.float() + waiting

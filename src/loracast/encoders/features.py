@@ -29,9 +29,12 @@ class Features:
         None  # [n, t] bool, true where a token is real, None: all are; `cast` gives padding rows of zero
     )
 
-    def to(self, device: torch.device) -> Features:
-        """The same on a device."""
-        moved: dict[str, Any] = {key: None if value is None else value.to(device) for key, value in vars(self).items()}
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Features:
+        """The same on a device, their numbers in another type if one is given."""
+        moved: dict[str, Any] = {}
+        for key, value in vars(self).items():
+            to = dtype if value is not None and value.is_floating_point() else None
+            moved[key] = None if value is None else value.to(device, to)
         return Features(**moved)
 
     @property

@@ -94,7 +94,8 @@ class HiddenStatesEncoder:
         decoder = self._model.get_decoder()
         if with_values:
             self._mean = weight.float().mean(0)
-            self._gain = decoder.norm(torch.ones(1, 1, weight.shape[1], device=weight.device)).float()[0, 0]
+            ones = torch.ones(1, 1, weight.shape[1], device=weight.device)
+            self._gain = decoder.norm(ones).float()[0, 0].to(weight.device)
         depth = max(self.layers)
         self.key_modules: list[str] = []
         modules = dict(self._model.named_modules())
@@ -148,17 +149,19 @@ class HiddenStatesEncoder:
         blocks = list(after.values())
         with capture_inputs(self._decoder, blocks) as inputs, capture_inputs(self._model, self.key_modules) as keys:
             self._decoder(inputs_embeds=embedded, use_cache=False)
-        states = {n: inputs[name] for n, name in after.items()}
+        # A device map spreads the blocks over devices: what they give is gathered on the first one.
+        states = {n: inputs[name].to(self.device) for n, name in after.items()}
         states[max(states)] = self._final_norm(states[max(states)])
-        kept = {name: rows[:, n_prefix:] for name, rows in keys.items()}
+        kept = {name: rows[:, n_prefix:].to(self.device) for name, rows in keys.items()}
         return {n: rows[:, n_prefix:] for n, rows in states.items()}, kept
 
     @torch.no_grad()
     def values(self, input_ids: Tensor) -> Tensor:
         """input_ids [...] -> for each token the unit vector [..., d] that makes the base generate it."""
         assert self._embeddings is not None
-        embedded = self._embeddings.weight[input_ids].float() - self._mean
-        return functional.normalize(embedded * self._gain, dim=-1)
+        weight = self._embeddings.weight
+        embedded = weight[input_ids.to(weight.device)].float() - self._mean
+        return functional.normalize(embedded * self._gain, dim=-1).to(input_ids.device)
 
     def _start_ids(self, input_ids: Tensor) -> Tensor:
         """input_ids [n, t] -> for each token the one that begins an answer with the same text (after a space)."""

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,11 +134,15 @@ def evaluate_memory(
     model: Model,
     base: str | None,
     hypernetwork: str | None,
+    how: Mapping[str, Any],
     config: MemoryConfig,
     out: Path,
     progress: Progress = no_progress,
 ) -> Report:
     """Learn documents of several lengths, each in a fresh process that loads the same base and hypernetwork.
+
+    Args:
+        how: options of `load` for the base.
 
     Raises:
         LoracastError: such a process failed; the message ends with its last line.
@@ -151,7 +156,7 @@ def evaluate_memory(
             order = {
                 "base": base,
                 "hypernetwork": hypernetwork,
-                "device": str(model.base.device),
+                "how": dict(how),
                 "text": str(path),
                 "library": str(Path(scratch) / "adapters"),
                 "chunk_tokens": config.chunk_tokens,

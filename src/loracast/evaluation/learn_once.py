@@ -24,7 +24,7 @@ _MIB = 2**20
 
 def main(order: dict[str, Any]) -> dict[str, Any]:
     """Load, warm up, learn, then time casting against the encoder alone, batch by batch."""
-    model = load(order["base"], order["hypernetwork"], library=order["library"], device=order["device"])
+    model = load(order["base"], order["hypernetwork"], library=order["library"], **order["how"])
     caster = model.documents
     text = Path(order["text"]).read_text(encoding="utf-8")
     document = Document.from_text(text)  # its hash tells it from the lengths before, which the library has

@@ -8,6 +8,7 @@ import torch
 
 from loracast.base.embedded import quiet_transformers
 from loracast.base.load import Base
+from loracast.base.quantized import is_plain
 from loracast.errors import AdapterError
 from loracast.lora.algebra import LoRA
 
@@ -19,11 +20,15 @@ def write_merged(lora: LoRA, out: Path, base: Base, max_shard_size: str = "2GB")
         max_shard_size: largest file, as transformers takes it.
 
     Raises:
-        AdapterError: the base lacks a module of the LoRA.
+        AdapterError: the base lacks a module of the LoRA, or its weights are quantized.
     """
     modules = dict(base.model.named_modules())
     if missing := [name for name in lora.names if name not in modules]:
         raise AdapterError(f"the base has no {', '.join(missing)}")
+    if any(not is_plain(modules[name].weight) for name in lora.names):
+        raise AdapterError(
+            f"the base {base.name!r} is quantized, and a LoRA cannot be added to such weights: load it without quantize"
+        )
     lora = lora.to(dtype=torch.float32)
     kept = {name: modules[name].weight.data for name in lora.names}
     try:

@@ -273,10 +273,11 @@ class Caster:
 
     @torch.inference_mode()
     def cast(self, features: Features) -> Cast:
-        """Features of n inputs -> their LoRA rows."""
-        device = next(self.hypernetwork.parameters()).device
-        with torch.autocast(device.type, self._dtype) if self._dtype else nullcontext():
-            cast = self.hypernetwork.cast(features.to(device))
+        """Features of n inputs -> their LoRA rows, on the hypernetwork's device, which may not be the base's."""
+        weight = next(self.hypernetwork.parameters())
+        features = features.to(weight.device, None if self._dtype else weight.dtype)
+        with torch.autocast(weight.device.type, self._dtype) if self._dtype else nullcontext():
+            cast = self.hypernetwork.cast(features)
         self._check(cast, features.n_chunks)
         return cast
 

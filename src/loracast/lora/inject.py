@@ -62,9 +62,9 @@ def inject(
             for name, module in modules.items():
                 chains: list[Sequence[Tensor]] = [batch.factors[name]] if name in batch.factors else []
                 chains += [[batch.dense[name]]] if name in batch.dense else []
-                # On the weight's device and, unless that is quantised, in its type: once here, not for every token.
+                # On the weight's device and in the type that the base computes in: once here, not for every token.
                 w = module.weight
-                dtype = w.dtype if w.is_floating_point() else None
+                dtype = w.dtype if w.is_floating_point() else getattr(model, "dtype", None)
                 chains = [[matrix.to(w.device, dtype) for matrix in chain] for chain in chains]
                 handles.append(module.register_forward_hook(_hook(n_rows, chains, gates.get(name))))
             yield model

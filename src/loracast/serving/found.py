@@ -34,16 +34,16 @@ class Loaded:
     """By modality as `told` tells them; of a command, the one that it needs."""
     chat_template: str = ""
     """The text of a template in place of the base's own."""
-    device: str = ""
-    """The device that the user gave; "" for the fastest of the machine."""
+    how: Mapping[str, str] = field(default_factory=dict)
+    """Device, dtype and other options of loading that the user gave; a command takes whatever it did not ask for."""
     version: str = __version__
 
     def serves(self, wanted: Loaded) -> bool:
         """Whether a server with this may do what a command wants."""
-        if wanted.device not in ("", self.device):
+        if any(self.how.get(option) != value for option, value in wanted.how.items()):
             return False
         own = {modality: self.hypernetworks.get(modality, "") for modality in wanted.hypernetworks}
-        return replace(self, hypernetworks=own, device=wanted.device) == wanted
+        return replace(self, hypernetworks=own, how=wanted.how) == wanted
 
 
 @dataclass(frozen=True)
