@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from loracast.library.relevance import THRESHOLD
 from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, route_question
 from loracast.lora.quantize import SCALE, packed, storage_of, unpack
 from loracast.lora.target import Target
-from loracast.lora.tensor_file import TensorInfo, number_faults, read_header
+from loracast.lora.tensor_file import OpenTensors, TensorInfo, number_faults, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,15 +145,12 @@ class Adapter:
         def read() -> dict[str, Tensor]:
             if self.manifest.storage == "text":
                 return {name: value for name, value in self.rows([0]).items() if STATIC in name}
-            with self._reader() as file:
-                names = [name for name in file.keys() if STATIC in name]  # noqa: SIM118  (not a dict)
-                return {name: file.get_tensor(name).clone() for name in names}
+            return {name: self._file.tensor(name) for name in self._file.header if STATIC in name}
 
         return self.kept.get((self.manifest.version, STATIC), read)
 
     def rows(self, wanted: Sequence[int], *, static: bool = True) -> dict[str, Tensor]:
         """The factors of some chunks and, if wanted, of the static LoRA, in bf16, under their names in the file."""
-        import torch
 
         if self.manifest.storage == "text":
             if self.recast is None:
@@ -164,17 +162,14 @@ class Adapter:
             return {name: value for name, value in rows.items() if static or STATIC not in name}
 
         rows = {}
-        with self._reader() as file:  # mapped: chunks that are not wanted are not read
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                if STATIC in name or name.endswith(SCALE):
-                    continue
-                is_packed = self.manifest.storage != "bf16" and not name.endswith(SENTENCE)
-                parts = {
-                    suffix: torch.cat([file.get_slice(name + suffix)[i : i + 1] for i in wanted])
-                    for suffix in (("", SCALE) if is_packed else ("",))
-                }
-                storage = storage_of(self.manifest.storage, name.rpartition(".")[0] in self.manifest.memory_kinds)
-                rows[name] = unpack(parts, storage) if is_packed else parts[""]
+        for name in self._file.header:
+            if STATIC in name or name.endswith(SCALE):
+                continue
+            is_packed = self.manifest.storage != "bf16" and not name.endswith(SENTENCE)
+            suffixes = ("", SCALE) if is_packed else ("",)
+            parts = {suffix: self._file.items(name + suffix, wanted) for suffix in suffixes}
+            storage = storage_of(self.manifest.storage, name.rpartition(".")[0] in self.manifest.memory_kinds)
+            rows[name] = unpack(parts, storage) if is_packed else parts[""]
         return rows | (self._static_rows if static else {})
 
     def _read_checked(self, wanted: tuple[int, ...], static: bool) -> dict[str, Tensor]:
@@ -183,23 +178,14 @@ class Adapter:
             raise AdapterError(f"the factors of {self.name!r} are damaged: {'; '.join(damaged)}")
         return rows
 
-    def _reader(self) -> Any:
-        """The mapped factors, after a look at the file's header; a context manager.
-
-        What is read must be copied: a view keeps the pages of all that was read through the same mapping.
-        """
-        from safetensors import SafetensorError, safe_open
-
+    @cached_property
+    def _file(self) -> OpenTensors:
+        """The file of the factors, opened after a look at its header; it stays open while the adapter is used."""
         if faults := self.header_faults():
             raise AdapterError(
                 f"the factors of {self.name!r} cannot be used: {'; '.join(faults)}; learn the document again"
             )
-        try:
-            return safe_open(self.folder / FACTORS, framework="pt")
-        except (OSError, SafetensorError) as error:  # what it finds is in `header_faults`, but for oddities of JSON
-            raise AdapterError(
-                f"the factors of {self.name!r} cannot be read: {error}; learn the document again"
-            ) from error
+        return OpenTensors(self.folder / FACTORS)
 
     # ---- checking
 
@@ -255,8 +241,7 @@ class Adapter:
             header_types = read_header(self.folder / FACTORS)[0]
             names = [name for name, info in header_types.items() if info.dtype not in ("I8", "U8", "I16")]
             try:
-                with self._reader() as file:
-                    return found + number_faults((name, file.get_tensor(name)) for name in names)
+                return found + number_faults((name, self._file.tensor(name)) for name in names)
             except AdapterError as error:
                 return [*found, str(error)]
         return found + (header if has_factors else [])

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -96,7 +97,7 @@ class Manifest:
         """How the rows of several chunks become one LoRA."""
         return Merging(self.max_unscaled_chunks, self.key_decorrelation)
 
-    @property
+    @cached_property
     def version(self) -> str:
         """Hash of the content: of all but the name, and when and how fast the adapter was made."""
         left_out = ("name", "created", "learn_s", "chunks_sha256")

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import math
 import stat
+import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from loracast.errors import AdapterError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +26,10 @@ BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, 
 MAX_ABS = 1e4
 """Largest number in a factor: no training makes larger ones, and their products in bf16 are no weights."""
 _MAX_HEADER = 100_000_000  # as the library has it
+_TORCH_NAMES = {
+    "F64": "float64", "I64": "int64", "F32": "float32", "I32": "int32", "F16": "float16", "BF16": "bfloat16",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,51 @@ class TensorInfo:
 
     dtype: str
     shape: tuple[int, ...]
+    start: int = field(default=0, compare=False)
+    """Where its numbers begin in the file, in bytes."""
+
+
+class OpenTensors:
+    """Reads tensors of an open safetensors file, which may be removed meanwhile; nothing of it is mapped.
+
+    Mapped pages count as memory of the process for as long as the file is open, all that was ever read.
+    """
+
+    def __init__(self, path: Path):
+        """Raises OSError where the file cannot be opened. Its header must have been checked (`read_header`)."""
+        self.header, _ = read_header(path)
+        self._file = path.open("rb")
+        self._lock = threading.Lock()  # a file has one place at which it is read
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor."""
+        info = self.header[name]
+        return self._read(info, 0, math.prod(info.shape)).view(info.shape)
+
+    def items(self, name: str, wanted: Sequence[int]) -> Tensor:
+        """Items of a tensor [n, ...] by their numbers: [wanted, ...]."""
+        import torch
+
+        info = self.header[name]
+        size = math.prod(info.shape[1:])
+        runs = [(i, i + 1) for i in wanted]
+        if list(wanted) == list(range(wanted[0], wanted[-1] + 1)):
+            runs = [(wanted[0], wanted[-1] + 1)]
+        return torch.cat([self._read(info, i * size, end * size) for i, end in runs]).view(len(wanted), *info.shape[1:])
+
+    def _read(self, info: TensorInfo, first: int, end: int) -> Tensor:
+        """The numbers from `first` up to `end` of a tensor."""
+        import torch
+
+        dtype = getattr(torch, _TORCH_NAMES[info.dtype])
+        if end == first:
+            return torch.empty(0, dtype=dtype)
+        with self._lock:
+            self._file.seek(info.start + first * BYTES[info.dtype])
+            read = bytearray(self._file.read((end - first) * BYTES[info.dtype]))
+        if len(read) < (end - first) * BYTES[info.dtype]:
+            raise AdapterError(f"{self._file.name} was cut short after it was opened; learn the document again")
+        return torch.frombuffer(read, dtype=dtype)
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
@@ -76,7 +128,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
             faults.append(f"{name[:200]}: unknown type {str(dtype)[:20]!r}")
         elif end - start != BYTES[dtype] * math.prod(shape):
             faults.append(f"{name[:200]}: {end - start:,} bytes are no {dtype} of {list(shape)}")
-        found[name] = TensorInfo(str(dtype), shape)
+        found[name] = TensorInfo(str(dtype), shape, 8 + length + start)
         spans.append((start, end))
     at = 0
     for start, end in sorted(spans):
