@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+from loracast.data.task_examples import DEFAULT_STYLE, ToldTask
 from loracast.data.tasks import Task, read_tasks
 from loracast.scoring.episodes import Episode, pack
 from loracast.scoring.likelihood import score_answers
-from loracast.training.task_source import DrawnTasks, TaskDataConfig, TaskSource
+from loracast.training.episode_maker import SYSTEM_TURNS
+from loracast.training.task_source import DrawnTask, TaskDataConfig, TaskSource
 
 DATA = Path(__file__).parent / "files" / "data"
 """Excerpts of real task sets."""
@@ -85,8 +87,10 @@ class WordCounts:
 
 def episode_of(source: TaskSource, task: Task, seed: int) -> Episode:
     """Some examples of one task."""
-    drawn = DrawnTasks((task,), ("",), (None,), random.Random(seed), random.Random(seed))
-    return source.episodes(drawn)[0]
+    rng, n = random.Random(seed), source.config.examples_per_task
+    pool, system = source.short_enough(task), rng.choice(SYSTEM_TURNS)
+    rows = tuple(rng.sample(pool, min(n, len(pool))))
+    return source.episodes([DrawnTask(task, ToldTask(""), DEFAULT_STYLE, rows, system)])[0]
 
 
 def answer_loss(base, hypernet, descriptions: list[str], tasks: list[str], suite: Path) -> float:

@@ -114,7 +114,7 @@ def test_the_multi_task_lora_sees_the_rows_of_text_to_lora_and_no_held_out_task(
     episodes_of = TaskSource.episodes
 
     def episodes(self, drawn):
-        seen.append((drawn.descriptions, found := episodes_of(self, drawn)))
+        seen.append(([one.text for one in drawn], found := episodes_of(self, drawn)))
         return found
 
     monkeypatch.setattr(TaskSource, "episodes", episodes)
@@ -126,7 +126,7 @@ def test_the_multi_task_lora_sees_the_rows_of_text_to_lora_and_no_held_out_task(
     text_to_lora = TaskSource(recipe.data, tasks, base.chat)
     for number, (descriptions, rows) in enumerate(plain):
         drawn = text_to_lora.draw(number)
-        assert drawn.descriptions == descriptions and episodes_of(text_to_lora, drawn) == rows
+        assert [one.text for one in drawn] == descriptions and episodes_of(text_to_lora, drawn) == rows
     about = json.loads((tmp_path / "described" / "loracast.json").read_text())
     assert about["settings"]["described"] and about["settings"]["tasks"] == [t.name for t in tasks if not t.is_heldout]
     for (descriptions, rows), (again, others) in zip(plain, described, strict=True):

@@ -206,19 +206,19 @@ def test_a_share_of_the_draws_is_varied_and_all_else_is_drawn_the_same(base):
     plain, varied = (
         TaskSource(TaskDataConfig(**config, augmented_share=share), tasks, base.chat) for share in (0, 0.5)
     )
-    untold = TaskSource(TaskDataConfig(**config, augmented_share=0.5), tasks, base.chat, augmented=False)
+    untold = TaskSource(TaskDataConfig(**config, augmented_share=0.5), tasks, base.chat, is_told=False)
     n_varied = 0
     for number in range(60):
         one, two, three = (source.draw(number) for source in (plain, varied, untold))
-        assert one.tasks == two.tasks and one.descriptions == three.descriptions
+        assert [a.task for a in one] == [b.task for b in two] and one == three
         episodes = [source.episodes(drawn) for source, drawn in ((plain, one), (varied, two), (untold, three))]
         assert episodes[0] == episodes[2]
-        for i, variation in enumerate(two.augmentations):
-            n_varied += variation is not None
-            if variation is None:
-                assert episodes[0][i] == episodes[1][i] and one.descriptions[i] == two.descriptions[i]
+        for i, (whole, changed) in enumerate(zip(one, two, strict=True)):
+            n_varied += changed.augmentation is not None
+            if changed.augmentation is None:
+                assert episodes[0][i] == episodes[1][i] and whole == changed
             else:
-                assert two.descriptions[i] != one.descriptions[i]
+                assert whole.text != changed.text
     assert 40 < n_varied < 80
     assert varied.episodes(varied.draw(3)) == varied.episodes(varied.draw(3))
 

@@ -123,9 +123,10 @@ def test_a_step_holds_no_held_out_task_description_or_example(base, tmp_path):
     for number in range(20):
         drawn, again = source.draw(number), source.draw(number)
         episodes = source.episodes(drawn)
-        assert drawn.descriptions == again.descriptions and episodes == source.episodes(again)
-        assert set(drawn.descriptions) <= set(source.descriptions)
-        for description, episode in zip(drawn.descriptions, episodes, strict=True):
+        assert drawn == again and episodes == source.episodes(again)
+        descriptions = [one.text for one in drawn]
+        assert set(descriptions) <= set(source.descriptions)
+        for description, episode in zip(descriptions, episodes, strict=True):
             assert len({question.prompt for question in episode.questions}) == 4
             for question in episode.questions:
                 prompt, answer = (base.tokenizer.decode(ids) for ids in (question.prompt, question.answer))

@@ -32,6 +32,7 @@ from loracast.cast.load import (
 from loracast.cast.memory import Memory
 from loracast.cast.task import TaskCaster, TaskOptions
 from loracast.data.everyday import NOT_SAID
+from loracast.data.task_examples import ExampleLike
 from loracast.documents import Document
 from loracast.documents.images import ImageFile
 from loracast.errors import AdapterError, ConfigError
@@ -353,9 +354,21 @@ class Model:
         """The caster of task descriptions. Raises HypernetworkError if none was given and none ships for the base."""
         return TaskCaster(self._load("task"), self.library)
 
-    def task(self, description: str, name: str | None = None, **options: Unpack[TaskOptions]) -> Adapter:
-        """Cast the description of a task into an adapter and keep it; errors as in `TaskCaster.tasks`."""
-        return self.described.task(description, name, **options)
+    def task(
+        self,
+        description: str = "",
+        name: str | None = None,
+        *,
+        examples: Sequence[ExampleLike] = (),
+        **options: Unpack[TaskOptions],
+    ) -> Adapter:
+        """Cast a task into an adapter and keep it: its description, examples of it, or both.
+
+            model.task("Answer with the opposite word.", examples=[("hot", "cold"), ("big", "small")])
+
+        Arguments and errors as in `TaskCaster.task`.
+        """
+        return self.described.task(description, name, examples=examples, **options)
 
     def tasks(
         self, descriptions: Sequence[str], names: Sequence[str] | None = None, **options: Unpack[TaskOptions]

@@ -1,7 +1,8 @@
-"""Casts task descriptions into LoRAs and adapters."""
+"""Casts tasks, told by descriptions and examples, into LoRAs and adapters."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import TypedDict, Unpack, cast
 
 import torch
 
+from loracast.data.task_examples import ExampleLike, ToldTask, as_examples, told
 from loracast.encoders.features import Features
 from loracast.errors import AdapterError
 from loracast.hypernets.descriptions import DescriptionHypernetwork
@@ -17,13 +19,13 @@ from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import Adapter
 from loracast.library.library import check_free
 from loracast.library.manifest import check_name, name_from
-from loracast.library.save import save_single, source_of
+from loracast.library.save import save_single
 from loracast.library.writer import check_finite
 from loracast.lora.algebra import LoRA, Rows
 from loracast.paths import library_dir
 
 _AT_ONCE = 50
-"""Descriptions in one forward pass of the hypernetwork; with twice as many, each takes longer (docs/notebook)."""
+"""Tasks in one forward pass of the hypernetwork; with twice as many, each takes longer (docs/notebook)."""
 
 
 class TaskOptions(TypedDict, total=False):
@@ -36,7 +38,7 @@ class TaskOptions(TypedDict, total=False):
 
 
 class TaskCaster:
-    """Casts descriptions of tasks into LoRAs and keeps them in a library."""
+    """Casts tasks into LoRAs and keeps them in a library; a task is told by a description, examples, or both."""
 
     def __init__(self, caster: Caster, library: Path | None = None):
         """
@@ -54,13 +56,13 @@ class TaskCaster:
         """Distance to the seen descriptions beyond which one gets a warning; None if the hypernetwork holds none."""
         return self.hypernetwork.ood_threshold()
 
-    def loras(self, descriptions: Sequence[str], strength: float = 1.0) -> list[LoRA]:
-        """The LoRAs of n descriptions.
+    def loras(self, tasks: Sequence[str | ToldTask], strength: float = 1.0) -> list[LoRA]:
+        """The LoRAs of n tasks; a string is a description alone.
 
         Args:
             strength: factor on every delta; 0 gives no adapter, 1 is as in training.
         """
-        loras = self._loras(self._encode(descriptions))
+        loras = self._loras(self._encode(list(map(told, tasks))))
         return loras if strength == 1 else [lora.scale(strength) for lora in loras]
 
     def constant_lora(self) -> LoRA:
@@ -70,25 +72,46 @@ class TaskCaster:
     @torch.inference_mode()
     def embeddings(self, descriptions: Sequence[str]) -> torch.Tensor:
         """The vectors by which the hypernetwork compares descriptions, one each [n, d]."""
-        return self.hypernetwork.pooled(self._encode(descriptions).states[:, 0])
+        return self.hypernetwork.pooled(self._encode(list(map(told, descriptions))).states[:, 0])
 
-    def distances(self, descriptions: Sequence[str]) -> list[float | None]:
-        """Distance (1 - cosine) of each description to the nearest seen one; None if the hypernetwork holds none."""
-        return self._distances(self._encode(descriptions))
+    def distances(self, tasks: Sequence[str | ToldTask]) -> list[float | None]:
+        """Distance (1 - cosine) of each description to the nearest seen one.
 
-    def task(self, description: str, name: str | None = None, **options: Unpack[TaskOptions]) -> Adapter:
-        """Cast one description into an adapter and keep it; options and errors as in `tasks`."""
-        return self.tasks([description], None if name is None else [name], **options)[0]
+        None for a task with examples, which those descriptions were without, and if the hypernetwork holds none.
+        """
+        given = list(map(told, tasks))
+        return self._distances(given, self._encode(given))
+
+    def task(
+        self,
+        description: str = "",
+        name: str | None = None,
+        *,
+        examples: Sequence[ExampleLike] = (),
+        **options: Unpack[TaskOptions],
+    ) -> Adapter:
+        """Cast one task into an adapter and keep it; options and errors as in `tasks`.
+
+        Args:
+            description: what the model shall do; "" where the examples tell it.
+            examples: pairs of an input and its output. More than the hypernetwork reads at once are read in groups.
+
+        Raises:
+            ConfigError: an example is none.
+            EncoderError: an example is too long.
+        """
+        task = ToldTask(description, as_examples(examples))
+        return self.tasks([task], None if name is None else [name], **options)[0]
 
     def tasks(
         self,
-        descriptions: Sequence[str],
+        tasks: Sequence[str | ToldTask],
         names: Sequence[str] | None = None,
         *,
         strength: float = 1.0,
         replace: bool = False,
     ) -> list[Adapter]:
-        """Cast descriptions into adapters, all in one go, and keep them.
+        """Cast tasks into adapters, all in one go, and keep them; a string is a description alone.
 
         A description beyond the OOD threshold is cast as well, and its adapter's manifest holds a warning.
 
@@ -98,21 +121,21 @@ class TaskCaster:
             replace: whether an adapter of the same name is replaced.
 
         Raises:
-            AdapterError: a description is empty, or a name is taken or not allowed; nothing is kept then.
+            AdapterError: nothing is told of a task, or a name is taken or not allowed; nothing is kept then.
         """
-        descriptions = [text.strip() for text in descriptions]
-        names = [name_from(text) for text in descriptions] if names is None else list(names)
-        if len(names) != len(descriptions) or len(set(names)) != len(names):
+        given = [dataclasses.replace(task, description=task.description.strip()) for task in map(told, tasks)]
+        names = [name_from(task.title) for task in given] if names is None else list(names)
+        if len(names) != len(given) or len(set(names)) != len(names):
             raise AdapterError("give each description a name of its own")
-        for name, description in zip(names, descriptions, strict=True):
+        for name, task in zip(names, given, strict=True):
             check_name(name)
             if not replace:
-                check_free(self.library, name, unless_from=source_of(description))
+                check_free(self.library, name, unless_from=task.sha256)
         started = time.perf_counter()
-        features = self._encode(descriptions)
+        features = self._encode(given)
         batches = (self.caster.cast(Features(some)).rows for some in features.states.split(_AT_ONCE))
         rows = [one for batch in batches for one in _each(batch, strength)]
-        distances = self._distances(features)
+        distances = self._distances(given, features)
         seconds = (time.perf_counter() - started) / max(1, len(rows))
         for one in rows:
             check_finite(one, "these descriptions")
@@ -123,32 +146,37 @@ class TaskCaster:
                 self.library,
                 name,
                 kind="task",
-                title=description,
+                title=task.title,
+                source_sha256=task.sha256,
+                n_examples=len(task.examples),
                 made_for=self.caster.made_for,
                 hypernetwork=self.caster.id,
                 seconds=seconds,
                 strength=strength,
-                warnings=self._warnings(description, distance),
+                warnings=self._warnings(task.description, distance),
                 replace=replace,
             )
-            for name, description, one, distance in zip(names, descriptions, rows, distances, strict=True)
+            for name, task, one, distance in zip(names, given, rows, distances, strict=True)
         ]
 
-    def _encode(self, descriptions: Sequence[str]) -> Features:
-        if not all(text.strip() for text in descriptions):
-            raise AdapterError("the description of a task is empty; say in a sentence what the model shall do")
-        return self.caster.encode([text.strip() for text in descriptions])
+    def _encode(self, tasks: Sequence[ToldTask]) -> Features:
+        if not all(task.description.strip() or task.examples for task in tasks):
+            raise AdapterError(
+                "the description of a task is empty: say in a sentence what the model shall do, or give examples"
+            )
+        return self.caster.encode([dataclasses.replace(task, description=task.description.strip()) for task in tasks])
 
     def _loras(self, features: Features) -> list[LoRA]:
         batches = [self.caster.loras_of(Features(some)) for some in features.states.split(_AT_ONCE)]
         return [batch.row(i) for batch in batches for i in range(batch.n)]
 
     @torch.inference_mode()
-    def _distances(self, features: Features) -> list[float | None]:
+    def _distances(self, tasks: Sequence[ToldTask], features: Features) -> list[float | None]:
         conditions = features.states[:, 0]
         if not self.hypernetwork.config.n_seen:
             return [None] * len(conditions)
-        return list(self.hypernetwork.distances(conditions).tolist())
+        found = self.hypernetwork.distances(conditions).tolist()
+        return [None if task.examples else distance for task, distance in zip(tasks, found, strict=True)]
 
     def _warnings(self, description: str, distance: float | None) -> tuple[str, ...]:
         if distance is None or self.ood_threshold is None or distance <= self.ood_threshold:
@@ -160,7 +188,7 @@ class TaskCaster:
 
 
 def _each(rows: Rows, strength: float) -> list[Rows]:
-    """Rows of n descriptions -> the rows of each one, scaled by `strength`."""
+    """Rows of n tasks -> the rows of each one, scaled by `strength`."""
     n = next(iter(rows.values()))[0].shape[0]
     scaled = rows if strength == 1 else {kind: (a, b * strength) for kind, (a, b) in rows.items()}
     return [{kind: (a[i : i + 1], b[i : i + 1]) for kind, (a, b) in scaled.items()} for i in range(n)]

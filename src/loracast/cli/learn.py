@@ -16,6 +16,7 @@ from loracast.cli.session import learn_visibly, open_model, server_for
 from loracast.library.manifest import name_for, name_from
 
 if TYPE_CHECKING:
+    from loracast.data.task_examples import ToldTask
     from loracast.documents import Document
     from loracast.library.adapter import Adapter
     from loracast.serving.found import Running
@@ -93,8 +94,13 @@ def _learn_image(file: str, naming: options.Naming, learning: options.Learning) 
 
 
 def task(
-    description: Annotated[str, "What the model shall do, in a sentence."],
+    description: Annotated[
+        str, typer.Argument(metavar="[DESCRIPTION]", help="What the model shall do, in a sentence.")
+    ] = "",
     *,
+    examples: Annotated[
+        str | None, "File of examples, - for standard input: JSONL, CSV, or lines `input => output`."
+    ] = None,
     naming: options.Naming,
     strength: Annotated[float, "Factor on the LoRA: 1 as it was trained, 0 for none."] = 1.0,
     hypernetwork: options.Hypernetwork = None,
@@ -104,22 +110,25 @@ def task(
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:
-    """Cast the description of a task into an adapter.
+    """Cast a task into an adapter, from its description, examples of it, or both.
 
     The base is loaded only for hypernetworks that read the description with it, as the shipped one does.
     """
     from loracast.base.load import Base, load_base
     from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork
     from loracast.cast.task import TaskCaster
-    from loracast.library.save import source_of
+    from loracast.data.task_examples import ToldTask, read_examples
 
+    told = ToldTask(description.strip(), () if examples is None else read_examples(examples))
+    if not told.title:
+        raise typer.BadParameter("say what the model shall do, or give examples", param_hint="DESCRIPTION or --examples")
     started = time.perf_counter()
     if not (as_json or encoder or strength != 1.0):  # the API takes no strength, and tells no distance
         server = server_for(choice, library, "task", hypernetwork, local=local)
-        if server is not None and (cast := _cast_served(server, library, description, naming)) is not None:
+        if server is not None and (cast := _cast_served(server, library, told, naming)) is not None:
             print_result(False, {}, _told_task(cast))
             return
-    name = naming.checked(library, name_from(description), source_of(description.strip()))
+    name = naming.checked(library, name_from(told.title), told.sha256)
     where = hypernetwork or shipped_hypernetwork(choice.base or DEFAULT_BASE, "task")
 
     def load() -> Base:
@@ -128,14 +137,15 @@ def task(
         return load_base(choice.base, **choice.how, say=say)
 
     caster = TaskCaster(load_caster(where, "task", load, encoder=encoder, say=say), library)
-    adapter = caster.task(description, name, strength=strength, replace=naming.replace)
+    (adapter,) = caster.tasks([told], [name], strength=strength, replace=naming.replace)
     manifest = adapter.manifest
     for warning in manifest.warnings:
         warn(warning)
     facts = {
         **_made(adapter),
-        "description": manifest.title,
-        "distance": caster.distances([description])[0],
+        "description": told.description,
+        "n_examples": manifest.n_examples,
+        "distance": caster.distances([told])[0],
         "ood_threshold": caster.ood_threshold,
         "strength": strength,
         "ranks": manifest.ranks,
@@ -145,11 +155,11 @@ def task(
     print_result(as_json, facts, _told_task(adapter))
 
 
-def _cast_served(server: Running, library: Path, description: str, naming: options.Naming) -> Adapter | None:
+def _cast_served(server: Running, library: Path, told: ToldTask, naming: options.Naming) -> Adapter | None:
     """Have a running server cast a task; None where it does not."""
     from loracast.cli.served import cast_task
 
-    adapter = cast_task(server, library, description, naming.name, replace=naming.replace)
+    adapter = cast_task(server, library, told, naming.name, replace=naming.replace)
     for warning in adapter.manifest.warnings if adapter else ():
         warn(warning)
     return adapter
@@ -158,8 +168,9 @@ def _cast_served(server: Running, library: Path, description: str, naming: optio
 def _told_task(adapter: Adapter) -> str:
     """What people are told about a task that was cast."""
     manifest = adapter.manifest
+    read = f", {plural(manifest.n_examples, 'example')}" if manifest.n_examples else ""
     return (
-        f"cast {adapter.name} ({manifest.title})\n"
+        f"cast {adapter.name} ({manifest.title}{read})\n"
         f"rank {manifest.rank_text}, {size(adapter.n_bytes)}, {1000 * manifest.learn_s:.0f} ms\n"
         f'use it: loracast ask "..." -a {adapter.name}'
     )

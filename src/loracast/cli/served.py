@@ -14,6 +14,7 @@ from loracast.library.adapter import Adapter
 from loracast.library.library import open_adapter
 
 if TYPE_CHECKING:
+    from loracast.data.task_examples import ToldTask
     from loracast.serving.client import Client
     from loracast.serving.found import Running
 
@@ -34,9 +35,10 @@ def learn_file(
     )  # fmt: skip
 
 
-def cast_task(server: Running, library: Path, description: str, name: str | None, *, replace: bool) -> Adapter | None:
-    """Have a server cast a task's description; None as in `learn_file`."""
-    body = {"description": description, "name": name, "replace": replace}
+def cast_task(server: Running, library: Path, task: ToldTask, name: str | None, *, replace: bool) -> Adapter | None:
+    """Have a server cast a task; None as in `learn_file`."""
+    examples = [{"input": example.input, "output": example.outputs[0]} for example in task.examples]
+    body = {"description": task.description, "examples": examples, "name": name, "replace": replace}
     return _made(server, library, lambda client: client.post("/v1/adapters", body), lambda done, total: None)
 
 

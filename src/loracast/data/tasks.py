@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -104,7 +104,7 @@ def _from_file(path: Path) -> Task:
             raise ValueError(f"unknown keys {', '.join(unknown)}")
         descriptions = stored["descriptions"]
         by_kind = descriptions if isinstance(descriptions, dict) else {"train": descriptions}
-        train, test = _split([(row.get("split"), _example(row)) for row in stored["examples"]])
+        train, test = _split([(row.get("split"), example_from(row)) for row in stored["examples"]])
         return Task(
             name=stored.get("name", path.stem),
             descriptions={_one_of(kind, DescriptionKind): _texts(texts) for kind, texts in by_kind.items()},
@@ -145,7 +145,7 @@ def _from_rows(paths: Sequence[Path]) -> list[Task]:
             known = descriptions.setdefault(row["task_name"], {}).setdefault("train", [])
             known += [text for text in _texts([row["definition"]]) if text not in known]
             row = {"task": row["task_name"], "input": row["inputs"], "output": row["targets"]}
-        examples.setdefault(row["task"], []).append((row.get("split"), _example(row)))
+        examples.setdefault(row["task"], []).append((row.get("split"), example_from(row)))
         if _one_of(row.get("task_split", "train"), Literal["train", "heldout"]) == "heldout":
             heldout.add(row["task"])
 
@@ -192,7 +192,8 @@ def _split(rows: Sequence[tuple[str | None, Example]]) -> tuple[tuple[Example, .
     return train, tuple(example for kind, (_, example) in zip(kinds, rows, strict=True) if kind == "test")
 
 
-def _example(row: dict[str, Any]) -> Example:
+def example_from(row: Mapping[str, Any]) -> Example:
+    """An example from a row: `input`, `output`, perhaps `alts` and `choices`. Raises ValueError, TypeError, KeyError."""
     outputs = (*_texts(row["output"]), *_texts(row.get("alts", ())))
     if not outputs or not isinstance(row["input"], str):
         raise ValueError("an example needs an input and an output, both of them text")

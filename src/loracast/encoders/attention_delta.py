@@ -35,7 +35,10 @@ POSITIONS = ("start", "answer", "input", "turn")
 """Positions at which attention deltas are read, and at which the LoRA made from them writes: the token that begins the
 answer, the last token of the dummy answer, the input, and what the template has between input and answer."""
 MAX_TOKENS = 512
-_TEXTS_AT_ONCE = 25  # of about the same length, so that little is padding
+_TEXTS_AT_ONCE = 25
+_SHORT_TOKENS, _LONGER = 48, 1.6
+"""Texts are read together whose rows are this many times as long as the shortest one's at most, so that little is
+padding; rows of fewer tokens count as short, since a pass of its own costs more than their padding."""
 _RECORD = "loracast_attention_delta"
 
 
@@ -100,12 +103,24 @@ class AttentionDeltaEncoder:
         They are differentiable in the encoder LoRA. Raises EncoderError for a text that is too long.
         """
         rows = [self._row(text.strip()) for text in texts]
+        for _, end, _ in rows:
+            if end - self._n_before > MAX_TOKENS:
+                raise EncoderError(
+                    f"a description has {end - self._n_before} tokens and {MAX_TOKENS} are read: shorten it, or give "
+                    "it as a document"
+                )
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
         conditions = torch.zeros(len(rows), self.d_text, device=self._base.device)
-        for start in range(0, len(order), _TEXTS_AT_ONCE):
-            some = order[start : start + _TEXTS_AT_ONCE]
+        while order:
+            longest = _LONGER * max(_SHORT_TOKENS, len(rows[order[0]][0]))
+            n = sum(len(rows[i][0]) <= longest for i in order[:_TEXTS_AT_ONCE])
+            some, order = order[:n], order[n:]
             conditions[some] = self._read([rows[i] for i in some])
         return conditions
+
+    def fits(self, text: str) -> bool:
+        """Whether the text is short enough to be read."""
+        return self._row(text.strip())[1] - self._n_before <= MAX_TOKENS
 
     def _row(self, description: str) -> tuple[list[int], int, int]:
         """Token ids of prompt and dummy answer, the end of the description in them, and the length of the prompt."""
@@ -113,11 +128,6 @@ class AttentionDeltaEncoder:
         # The end that both prompts share; the dummy input's first token may change after a description.
         n_told = len(self._plain) - self._n_before
         end = len(prompt) - min(_common(prompt[::-1], self._plain[::-1]), n_told)
-        if end - self._n_before > MAX_TOKENS:
-            raise EncoderError(
-                f"a description has {end - self._n_before} tokens and {MAX_TOKENS} are read: shorten it, or give it as "
-                "a document"
-            )
         return [*prompt, *self._answer], end, len(prompt)
 
     def _read(self, rows: Sequence[tuple[list[int], int, int]]) -> Tensor:

@@ -37,6 +37,10 @@ class TextEncoder(Protocol):
         """Texts -> their vectors [n, d_text], fp32, of length sqrt(d_text)."""
         ...
 
+    def fits(self, text: str) -> bool:
+        """Whether it reads the whole text."""
+        ...
+
 
 def load_text_encoder(name: str, base: Base | None = None, say: Say = lambda text: None) -> TextEncoder:
     """Load a text encoder by name.
@@ -92,7 +96,7 @@ class SentenceEncoder:
         """n texts -> vectors [n, d_text], fp32, of length sqrt(d_text). Raises EncoderError for too long a text."""
         import torch
 
-        lengths = [len(ids) for ids in self._tokenizer(list(texts), verbose=False)["input_ids"]]
+        lengths = list(map(self._length, texts))
         if max(lengths) > self._max_tokens:
             raise EncoderError(
                 f"a description has {max(lengths)} tokens and the text encoder {self.name!r} reads {self._max_tokens}: "
@@ -105,6 +109,12 @@ class SentenceEncoder:
                 states = self._model(**some).last_hidden_state  # [n, t, d]
                 vectors.append(_pool(states, some["attention_mask"].bool(), self._pooling))
         return _unit(torch.cat(vectors))
+
+    def fits(self, text: str) -> bool:
+        return self._length(text) <= self._max_tokens
+
+    def _length(self, text: str) -> int:
+        return len(self._tokenizer(text, verbose=False)["input_ids"])
 
 
 class BaseTextEncoder:
@@ -132,6 +142,9 @@ class BaseTextEncoder:
                 states = self._base.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
                 vectors.append(_pool(states, mask, "lasttoken").float().cpu())
         return _unit(torch.cat(vectors))
+
+    def fits(self, text: str) -> bool:
+        return True  # as far as the base's window reaches
 
 
 def _pool(states: Tensor, mask: Tensor, how: str) -> Tensor:

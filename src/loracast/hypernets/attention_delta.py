@@ -27,7 +27,7 @@ from loracast.base.packages import Say
 from loracast.encoders.attention_delta import ATTENTION_DELTA, POSITIONS, AttentionDeltaEncoder
 from loracast.encoders.sentence import TextEncoder
 from loracast.errors import ConfigError, EncoderError
-from loracast.hypernets.descriptions import DescriptionHypernetwork, make_gate, shared_factors
+from loracast.hypernets.descriptions import EXAMPLES_AT_ONCE, DescriptionHypernetwork, make_gate, shared_factors
 from loracast.hypernets.doc_config import ArchitectureConfig, ModuleRow
 from loracast.hypernets.heads import StaticLoRA, lora_of, per_layer, static_loras
 from loracast.hypernets.task_bank import TaskBank
@@ -62,6 +62,8 @@ class AttentionDeltaToLoRAConfig(ArchitectureConfig):
     """Width of the coordinates in which the task bank compares descriptions."""
     bank_sizes: tuple[int, ...] = ()
     """Number of descriptions of each task in the task bank, in order."""
+    examples_at_once: int = EXAMPLES_AT_ONCE
+    """Most examples that are read in one text, as many as in training; more are read in groups."""
     n_seen: int = 0
     """Number of seen descriptions: those of the training, kept for the OOD threshold."""
 
@@ -76,6 +78,8 @@ class AttentionDeltaToLoRAConfig(ArchitectureConfig):
             problems.append(f"rank must be at least {len(POSITIONS)}, shared_rank and map_rank at least 1")
         if not (self.dummy_input and self.dummy_answer):
             problems.append("dummy_input and dummy_answer must not be empty")
+        if self.examples_at_once < 1:
+            problems.append("examples_at_once must be at least 1")
         if self.task_bank_rank < 0 or self.task_bank_width < 1 or (self.bank_sizes and not self.task_bank_rank):
             problems.append(
                 "task_bank_rank must not be negative, task_bank_width at least 1, and bank_sizes need a task_bank_rank"
@@ -121,7 +125,7 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
 
     config_class: ClassVar[Any] = AttentionDeltaToLoRAConfig
     changeable: ClassVar[frozenset[str]] = frozenset(
-        {"depth", "dummy_input", "dummy_answer", "task_bank_rank", "task_bank_width"}
+        {"depth", "dummy_input", "dummy_answer", "examples_at_once", "task_bank_rank", "task_bank_width"}
     )
     mean: Tensor
     std: Tensor
@@ -149,6 +153,10 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
     @property
     def needs_base(self) -> bool:
         return True
+
+    @property
+    def examples_at_once(self) -> int:
+        return self.config.examples_at_once
 
     def text_encoder(self, base: Base | None, encoder: str | None = None, say: Say = lambda text: None) -> TextEncoder:
         if base is None or encoder is not None:
@@ -229,11 +237,13 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         self.encoder_lora.requires_grad_(encoder_lora)
 
     def weights_for(self, config: AttentionDeltaToLoRAConfig) -> dict[str, Tensor]:
-        """The weights for a config with a smaller depth. Raises ConfigError for a larger one."""
+        """The weights for a config with a smaller depth, or without the task bank; ConfigError for a larger depth."""
         if missing := set(config.layers) - set(self.config.layers):
             raise ConfigError(f"the layers {sorted(missing)} were not trained; depth can only be made smaller")
         kept = [i for i, layer in enumerate(self.config.layers) if layer in config.layers]
         weights = self.state_dict()
+        if not config.bank_sizes:
+            weights = {name: value for name, value in weights.items() if not name.startswith("task_bank.")}
         for name in ("where", "mix", "down", "up"):
             weights[name] = weights[name][kept]
         for name in ("mean", "std"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +13,16 @@ from torch.nn import functional
 
 from loracast.base.load import Base
 from loracast.base.packages import Say
+from loracast.data.task_examples import ToldTask, told
 from loracast.encoders.features import Features
 from loracast.encoders.sentence import TextEncoder
-from loracast.errors import ConfigError, HypernetworkError
+from loracast.errors import ConfigError, EncoderError, HypernetworkError
 from loracast.hypernets.protocol import Cast, Hypernetwork, Modality
 from loracast.lora.algebra import LoRA, LoRABatch, Rows
 from loracast.lora.target import Target, TargetModule
 
+EXAMPLES_AT_ONCE = 3
+"""Examples in one text for hypernetworks that saw none in training; with 8 the one that ships did worse."""
 _GATE_WIDTH = 64
 _GATE_START = 3.0  # logit: open
 
@@ -109,6 +113,11 @@ class DescriptionHypernetwork(Hypernetwork):
     def select_trained(self, *, encoder_lora: bool, task_bank_only: bool) -> None:
         """Freeze the parameters that are not trained; all are unless a hypernetwork says otherwise."""
 
+    @property
+    def examples_at_once(self) -> int:
+        """Most examples that are read in one text; more are read in groups, whose conditions are averaged."""
+        return EXAMPLES_AT_ONCE
+
     def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> Callable[[Any], Features]:
         read = self.text_encoder(base, encoder, say)
         if read.d_text != self.config.d_text:
@@ -116,7 +125,31 @@ class DescriptionHypernetwork(Hypernetwork):
                 f"the hypernetwork reads embeddings of {self.config.d_text} numbers, the text encoder {read.name!r} "
                 f"gives {read.d_text}: give the encoder that it was trained with ({self.config.encoder!r})"
             )
-        return lambda descriptions: Features(read(descriptions)[:, None])
+        return lambda tasks: Features(self._read(read, [told(task) for task in tasks])[:, None])
+
+    def _read(self, read: TextEncoder, tasks: Sequence[ToldTask]) -> Tensor:
+        """What is told of n tasks -> conditions [n, d_text]: of several texts of a task their mean."""
+        texts = [self._texts(read, task) for task in tasks]
+        conditions = read([text for some in texts for text in some])
+        return torch.stack([part.mean(0) for part in conditions.split([len(some) for some in texts])])
+
+    def _texts(self, read: TextEncoder, task: ToldTask) -> list[str]:
+        """The texts in which a task is read: one, or one for each group of examples, groups of about one size.
+
+        Raises EncoderError for an example that does not fit even alone.
+        """
+        n = len(task.examples)
+        if not n:
+            return [task.text()]
+        for n_groups in range(-(-n // self.examples_at_once), n + 1):
+            ends = [i * n // n_groups for i in range(n_groups + 1)]
+            texts = [replace(task, examples=task.examples[i:j]).text() for i, j in pairwise(ends)]
+            if all(map(read.fits, texts)):
+                return texts
+        number = next(i for i, text in enumerate(texts, 1) if not read.fits(text))
+        raise EncoderError(
+            f"example {number} is too long to be read behind the description: shorten it, or leave it out"
+        )
 
     def cast(self, features: Features) -> Cast:
         """Features of n descriptions [n, 1, d_text] -> their rows; lower ranks of a kind are padded with zeros."""

@@ -82,6 +82,8 @@ class Manifest:
     """Module kinds whose rows belong to a sentence each; their B rows are the same in all modules and kept once."""
     strength: float = 1.0
     """Of a task: factor on every delta, folded in already."""
+    n_examples: int = 0
+    """Of a task: examples that were read beside its description; adapter.json does not say 0."""
 
     @property
     def is_memory(self) -> bool:
@@ -186,6 +188,8 @@ class Manifest:
     def _stored(self) -> dict[str, Any]:
         """The manifest under the keys of adapter.json."""
         stored = {**asdict(self), "made_for": self.made_for.to_dict()}
+        if not self.n_examples:
+            del stored["n_examples"]
         return {_STORED_AS.get(key, key): value for key, value in stored.items()}
 
 

@@ -81,6 +81,7 @@ def save_single(
     hypernetwork: str = "",
     seconds: float = 0.0,
     strength: float = 1.0,
+    n_examples: int = 0,
     warnings: tuple[str, ...] = (),
     replace: bool = False,
 ) -> Adapter:
@@ -112,6 +113,7 @@ def save_single(
         created=utc_now(),
         learn_s=0.0,
         strength=strength,
+        n_examples=n_examples,
         warnings=warnings,
     )
     only = Chunk(text=title, start=0, end=len(title), heading="", n_tokens=0)

@@ -14,7 +14,7 @@ from loracast.library.adapter import Adapter
 from loracast.library.combine import Part, combined
 from loracast.library.library import check_free, describe_adapter, find
 from loracast.library.manifest import check_name, name_from
-from loracast.library.save import save_lora, source_of
+from loracast.library.save import save_lora
 from loracast.serving.jobs import Job, Jobs
 from loracast.serving.settings import ServerSettings
 from loracast.serving.state import State
@@ -22,6 +22,7 @@ from loracast.serving.uploads import INTERNAL, Uploads
 from loracast.serving.vector_stores import VectorStores
 
 if TYPE_CHECKING:
+    from loracast.data.task_examples import ToldTask
     from loracast.model import Model
 
 
@@ -80,12 +81,13 @@ class Learning:
             self.uploads.discard(upload.id)
             raise
 
-    def cast_task(self, description: str, name: str | None, *, tags: Sequence[str], replace: bool) -> Job:
-        """Take in the description of a task; name and errors as in `learn`."""
-        description = description.strip()
-        name = name or name_from(description)
-        self._check(name, tags, source_of(description), replace)
-        return self.jobs.add("task", name, {"description": description, "tags": [*tags], "replace": replace})
+    def cast_task(self, task: ToldTask, name: str | None, *, tags: Sequence[str], replace: bool) -> Job:
+        """Take in a task; name and errors as in `learn`."""
+        name = name or name_from(task.title)
+        self._check(name, tags, task.sha256, replace)
+        examples = [(example.input, example.outputs[0]) for example in task.examples]
+        work = {"description": task.description, "examples": examples, "tags": [*tags], "replace": replace}
+        return self.jobs.add("task", name, work)
 
     def combine(self, parts: Sequence[tuple[str, float]], name: str, *, tags: Sequence[str], replace: bool) -> Job:
         """Add adapters up, each with its weight; errors as in `learn`, and NoSuchAdapterError for a part."""
@@ -138,7 +140,8 @@ class Learning:
 
     def _cast_task(self, job: Job, progress: Progress) -> Adapter:
         progress(0, 1)
-        made = self._model.task(job.work["description"], job.adapter, replace=job.work["replace"])
+        examples = job.work.get("examples", ())  # jobs of before have none
+        made = self._model.task(job.work["description"], job.adapter, examples=examples, replace=job.work["replace"])
         return self._tagged(made, job)
 
     def _combine(self, job: Job, progress: Progress) -> Adapter:

@@ -21,14 +21,14 @@ from loracast.errors import AdapterError, TrainingError
 from loracast.library.manifest import check_name
 from loracast.lora.algebra import LoRA, concat
 from loracast.lora.peft_format import read_peft
-from loracast.scoring.episodes import Episode, Question
+from loracast.scoring.episodes import Episode, Question, common_prefix
 from loracast.training.loop import OnMetrics, TrainConfig
 from loracast.training.peft_training import ABOUT, PeftConfig, read_about, train_lora
 from loracast.training.recipe import read_lora_recipe
 from loracast.training.task_source import TaskDataConfig, TaskSource
 
 _MADE_BY = "loracast train oracle"
-_TOKENS_IN_A_ROW = 384  # the cost of attention grows with the square of a row's length
+_TOKENS_IN_A_ROW = 384  # of questions; the cost of attention grows with the square of a row's length
 
 OnTaskMetrics = Callable[[str, dict[str, float]], None]
 """Receives (task, its latest metrics)."""
@@ -116,7 +116,7 @@ def train_multitask(
     `MULTITASK` is the recipe with the defaults of Text-to-LoRA; the class's own defaults are an oracle's. `described`
     puts the description that a step draws for a task into the prompts of its examples.
     """
-    source = TaskSource(recipe.data, tasks, base.chat, described=described, augmented=described)
+    source = TaskSource(recipe.data, tasks, base.chat, described=described, is_told=described)
     source.check_lengths()
     return _train(base, recipe, source, out_dir, command, budget_s, partial(on_metrics, out_dir.name), True)
 
@@ -176,13 +176,17 @@ def _train(
 
 
 def _rows(episodes: Sequence[Episode]) -> list[Episode]:
-    """The same questions in shorter rows, since all of them have the same LoRA."""
+    """The same questions in shorter rows, since all of them have the same LoRA.
+
+    What the prompts of an episode begin with, such as a description and examples, stands once in a row.
+    """
     rows = []
     for episode in episodes:
+        n_shared = common_prefix([question.prompt for question in episode.questions])
         row: list[Question] = []
         n_tokens = 0
         for question in episode.questions:
-            n = len(question.prompt) + len(question.answer)
+            n = len(question.prompt) - n_shared + len(question.answer)
             if row and n_tokens + n > _TOKENS_IN_A_ROW:
                 rows.append(dataclasses.replace(episode, questions=tuple(row)))
                 row, n_tokens = [], 0

@@ -1,7 +1,9 @@
-"""Draw the tasks, descriptions and examples of each training step.
+"""Draw the tasks of each training step: what is told of each, and rows that a model so told has to answer.
 
 Text-to-LoRA, the oracles and the multi-task LoRA share this source, so with one seed they see the same rows in the same
-steps.
+steps. With `examples_read`, examples of a task stand behind its description, as in MetaICL (arXiv 2110.15943), and
+never among the rows; where an augmented task's description does not tell what has changed, only they do, as in symbol
+tuning (arXiv 2305.08298).
 """
 
 from __future__ import annotations
@@ -17,10 +19,16 @@ from functools import cached_property
 
 from loracast.base.chat import ChatFormat
 from loracast.data.task_augmentation import EXAMPLES_TO_AUGMENT, Augmentation, augment, words_of
+from loracast.data.task_examples import DEFAULT_STYLE, STYLES, ToldTask
 from loracast.data.tasks import Example, Task, with_description
 from loracast.errors import ConfigError, TrainingError
 from loracast.scoring.episodes import Episode, Question
 from loracast.training.episode_maker import SYSTEM_TURNS
+
+_TELLING = 3
+"""Fewest examples that stand for a description which is left out."""
+_DEFAULT_STYLE_SHARE = 0.6
+"""Share of the texts whose examples are written as they are in use."""
 
 
 @dataclass(frozen=True)
@@ -32,39 +40,59 @@ class TaskDataConfig:
     tasks_per_step: int = 8
     """Different tasks in one step, each with one of its descriptions."""
     examples_per_task: int = 8
-    """Most examples of each task, all different."""
+    """Most rows of each task to answer, all different."""
     tokens_per_task: int = 512
-    """Most tokens of a task's examples together, answers included; one example is always kept."""
+    """Most tokens of a task's rows together, answers included; one row is always kept."""
     max_tokens: int = 256
-    """Longest example with its answer, in tokens; longer ones are left out."""
+    """Longest row with its answer, in tokens; longer ones are left out."""
     augmented_share: float = 0.0
     """Share of the drawn tasks that are augmented: turned into another task with a changed description."""
+    examples_read: int = 0
+    """Most examples that are read behind a description; how many is drawn log-uniformly from 1 to this."""
+    tokens_read: int = 384
+    """Most tokens of the examples that are read of a task; further ones are left out."""
+    description_only_share: float = 0.4
+    """Share of the drawn tasks of which the description alone is read."""
+    untold_share: float = 0.3
+    """Share of the tasks with examples whose description is left out, or does not tell of the augmentation."""
 
     def __post_init__(self) -> None:
         if min(self.tasks_per_step, self.examples_per_task, self.tokens_per_task, self.max_tokens) < 1:
             raise ConfigError("tasks_per_step, examples_per_task, tokens_per_task and max_tokens must be at least 1")
-        if not 0 <= self.augmented_share <= 1:
-            raise ConfigError("augmented_share is a share: from 0 to 1")
+        if self.examples_read < 0 or self.tokens_read < 1:
+            raise ConfigError("examples_read must not be negative, and tokens_read at least 1")
+        for name in ("augmented_share", "description_only_share", "untold_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is a share: from 0 to 1")
 
 
 @dataclass(frozen=True)
-class DrawnTasks:
-    """The tasks of one step with a description of each, "" if it has none; the generators draw examples later."""
+class DrawnTask:
+    """A task of one step: what is told of it, and the rows to answer."""
 
-    tasks: tuple[Task, ...]
-    descriptions: tuple[str, ...]
-    augmentations: tuple[Augmentation | None, ...]
-    rng: random.Random
-    augmentation_rng: random.Random
-    """A generator of its own, so that everything else is drawn the same with and without augmentation."""
+    task: Task
+    told: ToldTask
+    """The description, "" if the task has none, and the examples that are read."""
+    style: str
+    """How the examples are written."""
+    rows: tuple[Example, ...]
+    """Rows to answer, none of them among the examples that are read; those that are too many are not yet dropped."""
+    system: str | None
+    """The system turn of their prompts."""
+    augmentation: Augmentation | None = None
+
+    @property
+    def text(self) -> str:
+        """What is read of the task."""
+        return self.told.text(self.style)
 
 
 class TaskSource:
     """Endless steps of training tasks; a step depends on the seed and its number alone.
 
-    Held-out tasks take part only if `heldout_too`, to train their oracles. `described` puts the drawn description into
-    each prompt, for a baseline without an adapter. `augmented` says whether the config's `augmented_share` counts:
-    without descriptions, augmented tasks would contradict each other.
+    Held-out tasks take part only if `heldout_too`, to train their oracles. `described` puts what is told of a task into
+    each prompt, for a baseline without an adapter. `is_told` says whether a task is told at all, so that the config's
+    `augmented_share` and `examples_read` count: untold, augmented tasks would contradict each other.
     """
 
     def __init__(
@@ -75,10 +103,12 @@ class TaskSource:
         *,
         heldout_too: bool = False,
         described: bool = False,
-        augmented: bool = True,
+        is_told: bool = True,
     ):
         self.config, self.chat, self.described = config, chat, described
-        self.augmented_share = config.augmented_share if augmented and not heldout_too else 0.0
+        is_told = is_told and not heldout_too
+        self.augmented_share = config.augmented_share if is_told else 0.0
+        self.examples_read = config.examples_read if is_told else 0
         self._short: dict[str, list[Example]] = {}
         self.tasks = [t for t in tasks if t.train and (heldout_too or (t.seen_descriptions() and not t.is_heldout))]
         if not self.tasks:
@@ -118,44 +148,90 @@ class TaskSource:
         for task in self.tasks:
             self.short_enough(task)
 
-    def draw(self, number: int, worker: int = 0) -> DrawnTasks:
-        """The tasks and descriptions of step `number` on one of several workers."""
+    def draw(self, number: int, worker: int = 0) -> list[DrawnTask]:
+        """The tasks of step `number` on one of several workers.
+
+        Augmentation and the examples that are read have generators of their own, so that everything else is drawn the
+        same with and without them.
+        """
         c = self.config
-        rng = random.Random(f"{c.seed}/{worker}/{number}")
+        rng, of_augmentation, of_examples = (
+            random.Random(f"{c.seed}/{worker}/{number}{purpose}") for purpose in ("", "/varied", "/examples")
+        )
         chosen = rng.sample(self.tasks, min(c.tasks_per_step, len(self.tasks)))
         descriptions = [rng.choice(task.seen_descriptions() or ("",)) for task in chosen]
-        augmentation_rng = random.Random(f"{c.seed}/{worker}/{number}/varied")
-        augmentations: list[Augmentation | None] = [None] * len(chosen)
-        for i, task in enumerate(chosen):
-            if augmentation_rng.random() < self.augmented_share and len(self.short_enough(task)) >= EXAMPLES_TO_AUGMENT:
-                short = dataclasses.replace(task, train=tuple(self.short_enough(task)))
-                augmented = augmentations[i] = augment(short, descriptions[i], self._words, augmentation_rng)
-                descriptions[i] = augmented.description
-        return DrawnTasks(tuple(chosen), tuple(descriptions), tuple(augmentations), rng, augmentation_rng)
+        augmentations: list[Augmentation | None] = []
+        for task, description in zip(chosen, descriptions, strict=True):
+            short = self.short_enough(task)
+            augmentation = None
+            if of_augmentation.random() < self.augmented_share and len(short) >= EXAMPLES_TO_AUGMENT:
+                whole = dataclasses.replace(task, train=tuple(short))
+                augmentation = augment(whole, description, self._words, of_augmentation)
+            augmentations.append(augmentation)
+        drawn = []
+        for task, description, augmentation in zip(chosen, descriptions, augmentations, strict=True):
+            n_read = self._n_read(of_examples)
+            system, pool = rng.choice(SYSTEM_TURNS), self.short_enough(task)
+            rows = rng.sample(pool, min(c.examples_per_task, len(pool)))
+            if augmentation is not None:
+                n = EXAMPLES_TO_AUGMENT * (c.examples_per_task + n_read)
+                pool = augmentation.change(of_augmentation.sample(pool, min(n, len(pool))))
+                rows = pool[: c.examples_per_task]
+            style = self._style(of_examples) if n_read else DEFAULT_STYLE
+            read = self._read(pool, n_read, style, of_examples)
+            if read:
+                shown = {example.input for example in read}
+                rest = [example for example in pool if example.input not in shown]
+                rows = of_examples.sample(rest, min(c.examples_per_task, len(rest)))
+            told = ToldTask(self._described(description, augmentation, len(read), of_examples), read)
+            drawn.append(DrawnTask(task, told, style, tuple(rows), system, augmentation))
+        return drawn
 
-    def episodes(self, drawn: DrawnTasks) -> list[Episode]:
-        """An episode of examples for each drawn task; it uses up the random states of `drawn`, so call it once."""
-        return [self._episode(drawn, i) for i in range(len(drawn.tasks))]
+    def _n_read(self, rng: random.Random) -> int:
+        """How many examples are read of a task: log-uniform, since the first ones tell most and cost least."""
+        if not self.examples_read or rng.random() < self.config.description_only_share:
+            return 0
+        return int((self.examples_read + 1) ** rng.random())
 
-    def _episode(self, drawn: DrawnTasks, i: int) -> Episode:
-        """Examples of the i-th task under one system turn."""
-        n, task, augmentation = self.config.examples_per_task, drawn.tasks[i], drawn.augmentations[i]
-        description = drawn.descriptions[i] if self.described else None
-        system = drawn.rng.choice(SYSTEM_TURNS)
-        examples = self.short_enough(task)
-        chosen = drawn.rng.sample(examples, min(n, len(examples)))
-        if augmentation is not None:
-            several = drawn.augmentation_rng.sample(examples, min(EXAMPLES_TO_AUGMENT * n, len(examples)))
-            chosen = augmentation.change(several)[:n]
-        questions = [self._question(example, system) for example in chosen]
+    def _style(self, rng: random.Random) -> str:
+        return DEFAULT_STYLE if rng.random() < _DEFAULT_STYLE_SHARE else rng.choice(list(STYLES))
+
+    def _read(self, pool: Sequence[Example], n: int, style: str, rng: random.Random) -> tuple[Example, ...]:
+        """Draw up to n examples with different inputs and within `tokens_read`; half of the inputs stay for rows."""
+        different = list({example.input: example for example in pool}.values())
+        read: list[Example] = []
+        n_tokens = 0
+        for example in rng.sample(different, min(n, len(different) // 2)):
+            n_tokens += len(self.chat.reply(ToldTask("", (example,)).text(style)))
+            if n_tokens > self.config.tokens_read:
+                break
+            read.append(example)
+        return tuple(read)
+
+    def _described(self, description: str, augmentation: Augmentation | None, n_read: int, rng: random.Random) -> str:
+        """The description that stands before `n_read` examples: the right one, or one that leaves something to them."""
+        right = description if augmentation is None else augmentation.description
+        if n_read < _TELLING or rng.random() >= self.config.untold_share:
+            return right
+        # A rule that replaces the task would contradict the task's own description; other augmentations add to it.
+        keeps = augmentation is not None and description in augmentation.description
+        return description if keeps and rng.random() < 0.5 else ""
+
+    def episodes(self, drawn: Sequence[DrawnTask]) -> list[Episode]:
+        """An episode of rows to answer for each drawn task."""
+        return [self._episode(one) for one in drawn]
+
+    def _episode(self, drawn: DrawnTask) -> Episode:
+        """Rows of a task under one system turn, as many as there are tokens for."""
+        questions = [self._question(row, drawn.system) for row in drawn.rows]
         within = itertools.accumulate(len(question.prompt) + len(question.answer) for question in questions)
         n_kept = max(1, sum(n_tokens <= self.config.tokens_per_task for n_tokens in within))
-        if description is not None:  # the same examples as without
-            questions = [self._question(example, system, description) for example in chosen]
+        if self.described:  # the same rows as without
+            questions = [self._question(row, drawn.system, drawn.text) for row in drawn.rows]
         return Episode((), tuple(questions[:n_kept]), "tasks")
 
-    def _question(self, example: Example, system: str | None, description: str | None = None) -> Question:
-        text = example.input if description is None else with_description(description, example.input)
+    def _question(self, example: Example, system: str | None, told: str | None = None) -> Question:
+        text = example.input if told is None else with_description(told, example.input)
         return Question(tuple(self.chat.prompt(text, system)), tuple(self.chat.reply(example.outputs[0])))
 
     def short_enough(self, task: Task) -> list[Example]:

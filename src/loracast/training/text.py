@@ -46,7 +46,7 @@ from loracast.training.reconstruction import (
 )
 from loracast.training.run import check_not_given, start_from, train_hypernet
 from loracast.training.runtime import Workers
-from loracast.training.task_source import DrawnTasks, TaskDataConfig, TaskSource
+from loracast.training.task_source import DrawnTask, TaskDataConfig, TaskSource
 
 N_GIBBERISH = 256  # strings without meaning, drawn once
 
@@ -163,7 +163,8 @@ def train_text(
     workers = workers or Workers.join(base.device.type)
     by_examples = oracles is None
     used = tasks if oracles is None else tasks_with_oracles(tasks, oracles)
-    source = TaskSource(recipe.data, used, base.chat, augmented=by_examples)
+    source = TaskSource(recipe.data, used, base.chat, is_told=by_examples)
+    source.check_lengths()
     hypernet = _start_from(init_from, recipe, base) if init_from is not None else build_text_hypernet(base, recipe)
     hypernet.check_trainable(encoder_lora=recipe.encoder_lora_is_trained, task_bank_only=recipe.task_bank_only)
     encoder = hypernet.text_encoder(base)
@@ -181,7 +182,6 @@ def train_text(
     hypernet.select_trained(encoder_lora=recipe.encoder_lora_is_trained, task_bank_only=recipe.task_bank_only)
     wrapped = workers.wrap(hypernet)
     if oracles is None:
-        source.check_lengths()
         reader = encoder if recipe.encoder_lora_is_trained else CachedEncoder(encoder, source.descriptions, conditions)
         of_step = _by_examples(base, recipe, hypernet, wrapped, source, reader)
     else:
@@ -220,7 +220,10 @@ def _start_from(folder: Path, recipe: TextRecipe, base: Base) -> DescriptionHype
     hypernet = start_from(folder, DescriptionHypernetwork, base)
     changed = given & hypernet.changeable
     check_not_given(given - changed)
-    return with_config(hypernet, {name: recipe.hypernetwork[name] for name in changed}) if changed else hypernet
+    changes = {name: recipe.hypernetwork[name] for name in changed}
+    if changes.get("task_bank_rank") == 0:  # the bank goes, since another encoder LoRA would not find its tasks
+        changes["bank_sizes"] = ()
+    return with_config(hypernet, changes) if changes else hypernet
 
 
 class CachedEncoder:
@@ -237,8 +240,11 @@ class CachedEncoder:
             [self._conditions[self._row_of[text]] if text in self._row_of else next(read) for text in texts]
         )
 
+    def fits(self, text: str) -> bool:
+        return self._encoder.fits(text)
 
-OfStep = Callable[[int, DrawnTasks], tuple[Tensor, dict[str, float]]]
+
+OfStep = Callable[[int, Sequence[DrawnTask]], tuple[Tensor, dict[str, float]]]
 """(number of the step, drawn tasks) -> loss, and figures to log."""
 
 
@@ -250,19 +256,19 @@ def _by_examples(
     source: TaskSource,
     encoder: TextEncoder,
 ) -> OfStep:
-    """The objective in which the base does the tasks' examples, each with the LoRA of its task's description.
+    """The objective in which the base does the tasks' examples, each with the LoRA of what is told of its task.
 
     `wrapped` is the hypernetwork as its workers call it.
     """
     nonsense = gibberish(random.Random(recipe.data.seed), N_GIBBERISH)
     device = base.device
 
-    def of_step(number: int, drawn: DrawnTasks) -> tuple[Tensor, dict[str, float]]:
+    def of_step(number: int, drawn: Sequence[DrawnTask]) -> tuple[Tensor, dict[str, float]]:
         episodes = source.episodes(drawn)
         batch = pack(episodes, base.pad_id).to(device)
         n = len(episodes)
         rng = random.Random(f"{recipe.data.seed}/calm/{number}")
-        conditions = encoder(drawn.descriptions).to(device)
+        conditions = encoder([one.text for one in drawn]).to(device)
         if recipe.null_condition_weight > 0:
             with torch.no_grad():
                 meaningless = encoder(rng.sample(nonsense, (n + 1) // 2)).to(device)
@@ -299,9 +305,9 @@ def _by_oracles(
     loss_of = matching(library, match)
     device = next(iter(library.factors.values())).a.device
 
-    def of_step(number: int, drawn: DrawnTasks) -> tuple[Tensor, dict[str, float]]:
-        rows = [row_of[task.name] for task in drawn.tasks]
-        made = wrapped(encoder(drawn.descriptions).to(device))
+    def of_step(number: int, drawn: Sequence[DrawnTask]) -> tuple[Tensor, dict[str, float]]:
+        rows = [row_of[one.task.name] for one in drawn]
+        made = wrapped(encoder([one.text for one in drawn]).to(device))
         with torch.no_grad():
             error = relative_square_error(made, library.take(rows)).clamp_min(0).mean().sqrt().item()
         return loss_of(made, rows), {"relative_error": error, "tasks": len(rows)}

@@ -5,6 +5,8 @@ import { runJob } from "./jobs.js";
 import { guarded } from "./problem.js";
 import { ALL, state } from "./state.js";
 
+const ARROW = "=>";
+
 /** Learn files one after another: a folder of hundreds does not fill the server's queue at once. */
 async function learn(files) {
   const wanted = files.filter((one) => !one.name.startsWith("."));
@@ -41,6 +43,16 @@ async function filesOf(transfer) {
   return found;
 }
 
+/** Lines `input => output` as examples. */
+function examplesOf(text) {
+  return text.split("\n").filter((line) => line.trim()).map((line) => {
+    const [input, ...output] = line.split(ARROW);
+    const example = { input: input.trim(), output: output.join(ARROW).trim() };
+    if (!example.input || !example.output) throw new Error(`"${line}" is no example: write input ${ARROW} output`);
+    return example;
+  });
+}
+
 function startDropping() {
   const zone = byId("drop");
   const isFiles = (event) => [...event.dataTransfer.types].includes("Files");
@@ -72,9 +84,11 @@ export function startAdding() {
   }
   byId("task-form").addEventListener("submit", guarded(async () => {
     const description = byId("task").value.trim();
-    if (!description) return;
-    byId("task").value = "";
-    const made = await runJob(byId("jobs"), description, "v1/adapters", (replace) => ({ json: { description, replace } }));
+    const examples = examplesOf(byId("examples").value);
+    if (!description && !examples.length) return;
+    byId("task-form").reset();
+    const title = description || `${examples[0].input} ${ARROW} ${examples[0].output}`;
+    const made = await runJob(byId("jobs"), title, "v1/adapters", (replace) => ({ json: { description, examples, replace } }));
     if (made) state.chooseOnly(made);
   }));
 }

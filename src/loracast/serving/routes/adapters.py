@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from starlette.background import BackgroundTask
 from starlette.datastructures import UploadFile
 
+from loracast.data.task_examples import ToldTask, as_examples
 from loracast.export.adapter import export_adapter
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks, read_sentences
@@ -63,8 +64,14 @@ class _NewDocument(_Naming):
     storage: Storage | None = None
 
 
+class _Example(_Body):
+    input: str = Field(min_length=1, max_length=4096)
+    output: str = Field(min_length=1, max_length=4096)
+
+
 class _NewTask(_Naming):
-    description: str = Field(min_length=1, max_length=4096)
+    description: str = Field(default="", max_length=4096)
+    examples: list[_Example] = Field(default=[], max_length=256)
 
 
 class _Part(_Body):
@@ -106,7 +113,7 @@ def list_adapters(
 
 @router.post("", status_code=202, dependencies=[needs("write")])
 async def make_adapter(service: Shared, request: Request) -> JSONResponse:
-    """Make an adapter of a document or an image, or of a task's description.
+    """Make an adapter of a document or an image, or of a task's description, examples of it, or both.
 
     Documents and images come as multipart: file, name, tags, replace, chunk_tokens, storage. The answer is a job, which
     is on the disk by then.
@@ -114,8 +121,11 @@ async def make_adapter(service: Shared, request: Request) -> JSONResponse:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         task = _checked(_NewTask, await request.body())
+        told = ToldTask(task.description.strip(), as_examples([example.model_dump() for example in task.examples]))
+        if not told.title:
+            raise ApiError(400, "send a `description`, `examples`, or both", param="description")
         job = await run_in_threadpool(
-            service.learning.cast_task, task.description, task.name, tags=task.tags, replace=task.replace
+            service.learning.cast_task, told, task.name, tags=task.tags, replace=task.replace
         )
         return _accepted(job)
     async with request.form(max_files=1, max_fields=40) as form:
