@@ -17,19 +17,20 @@ from loracast.cast.task import TaskCaster
 from loracast.cli import app
 from loracast.data.answer_metrics import is_right, last_number
 from loracast.data.benchmarks import read_benchmark
+from loracast.data.task_examples import ToldTask
 from loracast.data.tasks import Example, read_tasks
 from loracast.errors import ConfigError
 from loracast.evaluation import runner
 from loracast.evaluation import tasks as evaluation
 from loracast.evaluation.choice import Choice, likeliest
 from loracast.evaluation.intervals import paired_bootstrap
-from loracast.evaluation.task_baselines import BASELINES, TaskCase, TaskSetup
+from loracast.evaluation.task_baselines import BASELINES, SHOTS, TaskCase, TaskSetup
 from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
 from loracast.training.loop import TrainConfig
 from loracast.training.oracle import OracleRecipe, average_of_oracles, train_multitask, train_oracles
-from suites import DATA, SEVEN_OPPOSITES, write_rows
+from suites import DATA, SEVEN_OPPOSITES, WordCounts, write_rows
 
 
 def test_what_each_baseline_is_given(base, suite):
@@ -78,7 +79,8 @@ def test_which_lora_each_baseline_answers_with(base, suite):
     drawn = evaluation.draw(tasks, 1, 0)
     setup = TaskSetup(base, Caster(), None, "multitask", "described", "average")
     case = TaskCase(drawn, drawn.task.test[0])
-    sources = {name: b.request(setup, case).lora for name, b in BASELINES.items() if name != "oracle"}
+    others = ("oracle", "nearest5", "refined", "refined_nothing", "refined_multitask")
+    sources = {name: b.request(setup, case).lora for name, b in BASELINES.items() if name not in others}
     loras = {name: source and source.make() for name, source in sources.items()}
     assert loras["adapter"] == drawn.description and loras["other"] == drawn.other_description
     assert loras["gibberish"] == drawn.gibberish and "please" not in drawn.gibberish
@@ -90,8 +92,26 @@ def test_which_lora_each_baseline_answers_with(base, suite):
     assert [loras[name] for name in ("average", "multitask", "multitask_described", "constant")] == [
         "average", "multitask", "described", "constant",
     ]  # fmt: skip
-    without = ["none", "described", "shots3", "shots5", "described_shots3", "described_shots5"]
+    without = ["none", "described", *(f"{told}shots{n}" for told in ("", "described_") for n in SHOTS)]
     assert all(loras[name] is None for name in without)
+    for n in SHOTS:
+        assert loras[f"adapter_shots{n}"] == ToldTask(drawn.description, drawn.shots[:n])
+    (other,) = (task for task in tasks if drawn.other_description in task.descriptions["heldout"])
+    assert loras["other_shots5"] == ToldTask(drawn.other_description, drawn.other_shots)
+    assert len(drawn.other_shots) == 5 and set(drawn.other_shots) <= set(other.train)
+
+
+def test_the_reader_is_told_as_in_training_and_the_nearest_examples_stand_last(base, suite):
+    tasks = [task for task in read_tasks(suite) if task.is_heldout]
+    drawn = evaluation.draw(tasks, 1, 0)
+    asked = Example("up", ("down",))
+    setup = TaskSetup(base, Caster(), multitask_described="reader")
+    reader = BASELINES["multitask_described_shots3"].request(setup, TaskCase(drawn, asked))
+    told = ToldTask(drawn.description, drawn.shots[:3]).text()
+    assert list(reader.prompt) == base.chat.prompt(f"{told}\n\nup", "") and reader.lora.make() == "reader"
+    setup.nearest.__dict__["_encoder"] = WordCounts()
+    words = [Example(text, (text.upper(),)) for text in ("red lamp", "old bridge", "red bridge", "tea")]
+    assert [e.input for e in setup.nearest("red lamp", words, 2)] == ["red bridge", "red lamp"]
 
 
 def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, monkeypatch):
@@ -294,6 +314,7 @@ def test_oracles_and_their_average_join_in(base, suite, hypernetwork, tiny_folde
         name
         for name in BASELINES
         if set(BASELINES[name].needs) <= {"oracles", "average", "multitask", "3 examples", "5 examples"}
+        and not BASELINES[name].is_optional
     ]
     assert list(rows["oracle"]["by_task"]) == ["first", "opposite"]
 

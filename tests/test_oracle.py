@@ -13,8 +13,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from loracast.cli import app
-from loracast.data.tasks import read_tasks
+from loracast.data.tasks import Example, Task, read_tasks
 from loracast.errors import AdapterError, BaseModelError, ConfigError, TrainingError
+from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
 from loracast.lora.peft_format import read_peft
 from loracast.scoring.episodes import pack
@@ -30,7 +31,7 @@ from loracast.training.oracle import (
     train_multitask,
     train_oracles,
 )
-from loracast.training.peft_training import PeftConfig
+from loracast.training.peft_training import PeftConfig, _by_length
 from loracast.training.task_source import TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe
 from suites import write_suite
@@ -52,8 +53,6 @@ def loss_of(base, task, lora) -> float:
     source = TaskSource(TaskDataConfig(examples_per_task=5), [task], base.chat, heldout_too=True)
     batch = pack(source.episodes(source.draw(0)), base.pad_id)
     with torch.no_grad(), inject(base.model, lora):
-        from loracast.lora.algebra import LoRABatch
-
         return score_answers(base.model, LoRABatch(1, {}, {}), batch).loss.item()
 
 
@@ -209,3 +208,15 @@ def test_the_commands(tiny_folder, tmp_path, home):
     assert run("multitask", "--out", tmp_path / "all", "--described")["done"]
     refused = CliRunner().invoke(app, ["train", "oracle", "--out", "x", "--only", "nothing", *map(str, common)])
     assert refused.exit_code != 0 and "nothing" in refused.output
+
+
+def test_rows_in_groups_of_one_length_give_the_loss_of_all_in_one(base, tasks):
+    long = tuple(Example(f"{i} " + "the lamp on the desk " * 8, ("lamp",)) for i in range(4))
+    mixed = [tasks[0], Task("long", {"train": ("Say lamp.",)}, long, ())]
+    source = TaskSource(TaskDataConfig(examples_per_task=3), mixed, base.chat)
+    rows = source.episodes(source.draw(0))
+    groups = _by_length(rows)
+    assert [len(group) for group in groups] == [1, 1] and sorted(map(id, sum(groups, []))) == sorted(map(id, rows))
+    losses = [score_answers(base.model, LoRABatch(1, {}, {}), pack(some, base.pad_id)).loss for some in (rows, *groups)]
+    n = [sum(len(row.questions) for row in some) for some in (rows, *groups)]
+    assert n[1] * losses[1] + n[2] * losses[2] == pytest.approx((n[0] * losses[0]).item(), rel=1e-4)

@@ -358,6 +358,22 @@ def test_the_library_over_http(api, model):
     assert api.get("/adapters/washer/chunks").status_code == 404
 
 
+def test_a_task_comes_with_examples(api, model):
+    examples = [{"input": "hot", "output": "cold"}, {"input": "big", "output": "small"}]
+    body = {"description": "Say the opposite.", "examples": examples, "name": "opposite"}
+    assert learned(api, api.post("/adapters", json=body))["status"] == "completed"
+    assert open_adapter(model.library, "opposite").manifest.n_examples == 2
+    alone = learned(api, api.post("/adapters", json={"examples": examples}))
+    assert (alone["adapter"], alone["status"]) == ("hot-cold", "completed")
+    for bad in (
+        {},
+        {"description": " "},
+        {"examples": [{"input": "hot"}]},
+        {"examples": [{"input": "", "output": "x"}]},
+    ):
+        assert api.post("/adapters", json=bad).status_code == 400
+
+
 def test_a_route_says_what_the_model_takes(api, model):
     learn(api, manual(21, 4), "toaster")
     question = "How long is the warranty of the K21-2?"

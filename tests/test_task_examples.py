@@ -104,7 +104,9 @@ def source_of(base, tasks, **options) -> TaskSource:
     return TaskSource(TaskDataConfig(**{**config, **options}), tasks, base.chat)
 
 
-WORDS = [f"{a}{b}" for a in ("lam", "riv", "sto", "kit", "bru") for b in ("p", "er", "ne", "chen", "sh", "ma", "lo", "ti")]
+WORDS = [
+    f"{a}{b}" for a in ("lam", "riv", "sto", "kit", "bru") for b in ("p", "er", "ne", "chen", "sh", "ma", "lo", "ti")
+]
 SHOUT = Task("shout", {"train": ("Say it louder.",)}, tuple(Example(w, (w.upper(),)) for w in WORDS), ())
 SIDE = Task(
     "side", {"train": ("Is it left or right?",)},
@@ -150,8 +152,7 @@ def test_untold_renamed_labels_stand_in_the_examples_only(base):
             is_renamed = one.task is SIDE and len(outputs) == 2 and not outputs & {"left", "right"}
             if is_renamed and len(one.told.examples) >= 3 and one.told.description == "Is it left or right?":
                 n_renamed += 1
-                assert not any(output in one.told.description for output in outputs)
-                assert {e.outputs[0] for e in one.told.examples} <= outputs
+                assert not outputs & set(one.told.description.lower().rstrip("?").split())
     assert n_renamed > 3
 
 

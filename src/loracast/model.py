@@ -360,6 +360,7 @@ class Model:
         name: str | None = None,
         *,
         examples: Sequence[ExampleLike] = (),
+        refine_s: float | None = None,
         **options: Unpack[TaskOptions],
     ) -> Adapter:
         """Cast a task into an adapter and keep it: its description, examples of it, or both.
@@ -367,8 +368,19 @@ class Model:
             model.task("Answer with the opposite word.", examples=[("hot", "cold"), ("big", "small")])
 
         Arguments and errors as in `TaskCaster.task`.
+
+        Args:
+            refine_s: seconds of gradient descent on the examples, from what was cast (`loracast.training.refine`).
+
+        Raises:
+            ConfigError: there are too few examples to refine on.
         """
-        return self.described.task(description, name, examples=examples, **options)
+        if refine_s is None:
+            return self.described.task(description, name, examples=examples, **options)
+        from loracast.training.refine import RefineConfig, refiner
+
+        refine = refiner(self.base, RefineConfig(seconds=refine_s))
+        return self.described.task(description, name, examples=examples, refine=refine, **options)
 
     def tasks(
         self, descriptions: Sequence[str], names: Sequence[str] | None = None, **options: Unpack[TaskOptions]

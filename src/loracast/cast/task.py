@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TypedDict, Unpack, cast
@@ -12,6 +12,7 @@ from typing import TypedDict, Unpack, cast
 import torch
 
 from loracast.data.task_examples import ExampleLike, ToldTask, as_examples, told
+from loracast.data.tasks import Example
 from loracast.encoders.features import Features
 from loracast.errors import AdapterError
 from loracast.hypernets.descriptions import DescriptionHypernetwork
@@ -21,11 +22,15 @@ from loracast.library.library import check_free
 from loracast.library.manifest import check_name, name_from
 from loracast.library.save import save_single
 from loracast.library.writer import check_finite
-from loracast.lora.algebra import LoRA, Rows
+from loracast.lora.algebra import LoRA, LoRABatch, Rows
 from loracast.paths import library_dir
 
 _AT_ONCE = 50
 """Tasks in one forward pass of the hypernetwork; with twice as many, each takes longer (docs/notebook)."""
+
+
+Refine = Callable[[Rows, Callable[[Rows], LoRABatch], Sequence[Example]], Rows]
+"""(rows of one LoRA, rows -> the LoRA that the base carries, examples) -> rows that do the examples better."""
 
 
 class TaskOptions(TypedDict, total=False):
@@ -88,6 +93,7 @@ class TaskCaster:
         name: str | None = None,
         *,
         examples: Sequence[ExampleLike] = (),
+        refine: Refine | None = None,
         **options: Unpack[TaskOptions],
     ) -> Adapter:
         """Cast one task into an adapter and keep it; options and errors as in `tasks`.
@@ -95,13 +101,14 @@ class TaskCaster:
         Args:
             description: what the model shall do; "" where the examples tell it.
             examples: pairs of an input and its output. More than the hypernetwork reads at once are read in groups.
+            refine: as in `tasks`.
 
         Raises:
             ConfigError: an example is none.
             EncoderError: an example is too long.
         """
         task = ToldTask(description, as_examples(examples))
-        return self.tasks([task], None if name is None else [name], **options)[0]
+        return self.tasks([task], None if name is None else [name], refine=refine, **options)[0]
 
     def tasks(
         self,
@@ -109,6 +116,7 @@ class TaskCaster:
         names: Sequence[str] | None = None,
         *,
         strength: float = 1.0,
+        refine: Refine | None = None,
         replace: bool = False,
     ) -> list[Adapter]:
         """Cast tasks into adapters, all in one go, and keep them; a string is a description alone.
@@ -118,6 +126,7 @@ class TaskCaster:
         Args:
             names: of the adapters; made from the descriptions if None.
             strength: factor on every delta.
+            refine: changes the rows of each task after casting (training/refine.py).
             replace: whether an adapter of the same name is replaced.
 
         Raises:
@@ -136,6 +145,8 @@ class TaskCaster:
         batches = (self.caster.cast(Features(some)).rows for some in features.states.split(_AT_ONCE))
         rows = [one for batch in batches for one in _each(batch, strength)]
         distances = self._distances(given, features)
+        if refine is not None:
+            rows = [refine(one, self.hypernetwork.loras, task.examples) for one, task in zip(rows, given, strict=True)]
         seconds = (time.perf_counter() - started) / max(1, len(rows))
         for one in rows:
             check_finite(one, "these descriptions")
@@ -149,6 +160,7 @@ class TaskCaster:
                 title=task.title,
                 source_sha256=task.sha256,
                 n_examples=len(task.examples),
+                is_refined=refine is not None,
                 made_for=self.caster.made_for,
                 hypernetwork=self.caster.id,
                 seconds=seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli import options
+from loracast.cli.commands import seconds
 from loracast.cli.folder import FolderLearner, learn_files
 from loracast.cli.output import plural, print_result, progress_bar, say, size, warn
 from loracast.cli.session import learn_visibly, open_model, server_for
@@ -101,6 +103,12 @@ def task(
     examples: Annotated[
         str | None, "File of examples, - for standard input: JSONL, CSV, or lines `input => output`."
     ] = None,
+    refine: Annotated[
+        float | None,
+        typer.Option(
+            parser=seconds, metavar="TIME", help="Gradient descent on the examples from what was cast: 30s, 2m."
+        ),
+    ] = None,
     naming: options.Naming,
     strength: Annotated[float, "Factor on the LoRA: 1 as it was trained, 0 for none."] = 1.0,
     hypernetwork: options.Hypernetwork = None,
@@ -116,14 +124,16 @@ def task(
     """
     from loracast.base.load import Base, load_base
     from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork
-    from loracast.cast.task import TaskCaster
+    from loracast.cast.task import Refine, TaskCaster
     from loracast.data.task_examples import ToldTask, read_examples
 
     told = ToldTask(description.strip(), () if examples is None else read_examples(examples))
     if not told.title:
-        raise typer.BadParameter("say what the model shall do, or give examples", param_hint="DESCRIPTION or --examples")
+        raise typer.BadParameter(
+            "say what the model shall do, or give examples", param_hint="DESCRIPTION or --examples"
+        )
     started = time.perf_counter()
-    if not (as_json or encoder or strength != 1.0):  # the API takes no strength, and tells no distance
+    if not (as_json or encoder or refine or strength != 1.0):  # the API takes none of these, and tells no distance
         server = server_for(choice, library, "task", hypernetwork, local=local)
         if server is not None and (cast := _cast_served(server, library, told, naming)) is not None:
             print_result(False, {}, _told_task(cast))
@@ -131,13 +141,19 @@ def task(
     name = naming.checked(library, name_from(told.title), told.sha256)
     where = hypernetwork or shipped_hypernetwork(choice.base or DEFAULT_BASE, "task")
 
+    @cache
     def load() -> Base:
         if choice.base is None:
             check_default_base([where])
         return load_base(choice.base, **choice.how, say=say)
 
     caster = TaskCaster(load_caster(where, "task", load, encoder=encoder, say=say), library)
-    (adapter,) = caster.tasks([told], [name], strength=strength, replace=naming.replace)
+    descent: Refine | None = None
+    if refine is not None:
+        from loracast.training.refine import RefineConfig, refiner
+
+        descent = refiner(load(), RefineConfig(seconds=refine))
+    (adapter,) = caster.tasks([told], [name], strength=strength, refine=descent, replace=naming.replace)
     manifest = adapter.manifest
     for warning in manifest.warnings:
         warn(warning)

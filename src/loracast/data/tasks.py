@@ -193,7 +193,7 @@ def _split(rows: Sequence[tuple[str | None, Example]]) -> tuple[tuple[Example, .
 
 
 def example_from(row: Mapping[str, Any]) -> Example:
-    """An example from a row: `input`, `output`, perhaps `alts` and `choices`. Raises ValueError, TypeError, KeyError."""
+    """An example from a row: `input`, `output`, perhaps `alts` and `choices`. Raises ValueError or KeyError."""
     outputs = (*_texts(row["output"]), *_texts(row.get("alts", ())))
     if not outputs or not isinstance(row["input"], str):
         raise ValueError("an example needs an input and an output, both of them text")

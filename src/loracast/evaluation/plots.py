@@ -76,6 +76,17 @@ def f1_by_cost(path: Path, rows: Sequence[Row]) -> None:
     _finish(figure, axis, path, "F1, %", "Questions about real documents, by what an answer costs")
 
 
+def exact_by_operations(path: Path, rows: Sequence[Row]) -> None:
+    """Exact match of every baseline over the operations of a query."""
+    figure, axis = pyplot().subplots(figsize=(8.5, 4.8), layout="constrained")
+    for row in rows:
+        axis.plot(row["gflops"], 100 * row["exact"], "o", markersize=9, label=row["label"])
+    axis.set_xscale("log")
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("operations of a query, GFLOP")
+    _finish(figure, axis, path, "exact match, %", "Tasks, by what a query costs")
+
+
 def costs(path: Path, rows: Sequence[Row], reference: str) -> None:
     """Operations of every baseline's queries, times those of `reference`: a point for each task, a bar at the mean."""
     plt = pyplot()

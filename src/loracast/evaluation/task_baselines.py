@@ -1,19 +1,55 @@
-"""Baselines of `loracast eval tasks`: description or examples in the prompt, trained LoRAs, LoRAs of descriptions."""
+"""Baselines of `loracast eval tasks`: description and examples in the prompt, trained LoRAs, LoRAs cast from either."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from loracast.base.chat import Message
+from loracast.base.embedded import DEFAULT_ENCODER
 from loracast.base.load import Base
 from loracast.cast.task import TaskCaster
+from loracast.data.task_examples import ToldTask
 from loracast.data.tasks import Example, Task, with_description
+from loracast.encoders.sentence import TextEncoder, load_text_encoder
 from loracast.evaluation.baseline import Baseline, LoRASource, Request, fixed
-from loracast.lora.algebra import LoRA
+from loracast.lora.algebra import Factors, LoRA
 from loracast.model import ASK_SYSTEM_TURN
 from loracast.training.oracle import read_oracle
+from loracast.training.refine import RefineConfig, refine_lora
+
+SHOTS = (1, 3, 5, 16, 32)
+"""Numbers of examples in prompts, and of those that adapters are cast from."""
+MOST_SHOTS = max(SHOTS)
+_USUAL_SHOTS = (3, 5)
+"""Numbers of examples of the baselines that run unless others are named."""
+_NEAREST = 5
+
+
+class NearestExamples:
+    """Chooses the examples most like an input, by the cosine of their embeddings; the encoder loads on first use."""
+
+    def __init__(self, encoder: str = DEFAULT_ENCODER):
+        self._name = encoder
+        self._vectors: dict[str, Tensor] = {}
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        return load_text_encoder(self._name)
+
+    def __call__(self, text: str, examples: Sequence[Example], n: int) -> tuple[Example, ...]:
+        """The n examples nearest to the text, the nearest last."""
+        inputs = [text, *(example.input for example in examples)]
+        if new := [one for one in dict.fromkeys(inputs) if one not in self._vectors]:
+            self._vectors.update(zip(new, self._encoder(new), strict=True))
+        query, *keys = (self._vectors[one] for one in inputs)
+        order = (torch.stack(keys) @ query).argsort().tolist()
+        return tuple(examples[i] for i in order[-n:])
 
 
 @dataclass(frozen=True)
@@ -31,6 +67,22 @@ class TaskSetup:
     """The same, trained with descriptions in its prompts."""
     average: LoRA | None = None
     """The mean of the oracles of training tasks."""
+    nearest: NearestExamples = field(default_factory=NearestExamples)
+    """Chooses examples for an input."""
+    refine_s: float = 30.0
+    """Seconds for which LoRAs are refined."""
+    _last: dict[Hashable, LoRA] = field(default_factory=dict)
+
+    def made_once(self, key: Hashable, make: Callable[[], LoRA]) -> LoRASource:
+        """A source whose LoRA is kept until another one is made: a task's rows follow each other, and need it often."""
+
+        def made() -> LoRA:
+            if key not in self._last:
+                self._last.clear()
+                self._last[key] = make()
+            return self._last[key]
+
+        return LoRASource(key, made)
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Nothing is quicker done for many requests at once."""
@@ -53,7 +105,9 @@ class Drawn:
     shuffled: str
     """Words of all descriptions in no order, of which training knows nothing."""
     shots: tuple[Example, ...]
-    """Examples from the task's training rows."""
+    """Examples from the task's training rows; fewer than `MOST_SHOTS` where the task has fewer."""
+    other_shots: tuple[Example, ...] = ()
+    """Examples of the task of the other description."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +131,9 @@ _GIVEN_BY = {
 """How a user gives what a TaskSetup holds."""
 
 
-def _prompt(base: Base, drawn: Drawn, asked: str, n_shots: int, is_described: bool) -> tuple[int, ...]:
+def _prompt(base: Base, drawn: Drawn, asked: str, shots: Sequence[Example], is_described: bool) -> tuple[int, ...]:
     """The conversation: the description, if it is told, before the first input; examples as turns; then the input."""
-    turns = [(example.input, example.outputs[0]) for example in drawn.shots[:n_shots]]
+    turns = [(example.input, example.outputs[0]) for example in shots]
     messages: list[Message] = [{"role": "system", "content": ASK_SYSTEM_TURN}]
     for user, assistant in [*turns, (asked, "")]:
         first = is_described and len(messages) == 1
@@ -96,18 +150,51 @@ def _baseline(
     is_described: bool = False,
     needs: tuple[str, ...] = (),
     is_drawn: bool = True,
+    is_optional: bool = False,
 ) -> TaskBaseline:
     """A baseline with some examples and perhaps the description in its prompt, and the LoRA of a source."""
 
     def request(setup: TaskSetup, case: TaskCase) -> Request:
-        prompt = _prompt(setup.base, case.drawn, case.row.input, n_shots, is_described)
+        prompt = _prompt(setup.base, case.drawn, case.row.input, case.drawn.shots[:n_shots], is_described)
         return Request(prompt, source(setup, case.drawn))
 
-    return Baseline(label, request, needs=needs, is_drawn=is_drawn)
+    return Baseline(label, request, needs=needs, is_drawn=is_drawn, is_optional=is_optional)
 
 
-def _shots(label: str, n_shots: int, is_described: bool = False) -> TaskBaseline:
-    return _baseline(label, n_shots=n_shots, is_described=is_described, needs=(f"{n_shots} examples",))
+def _shots(n_shots: int, is_described: bool = False) -> TaskBaseline:
+    what = f"{n_shots} example{'s' * (n_shots > 1)}"
+    label = f"description and {what}" if is_described else f"{what} in the prompt"
+    return _baseline(
+        label,
+        n_shots=n_shots,
+        is_described=is_described,
+        needs=(f"{n_shots} examples",),
+        is_optional=n_shots not in _USUAL_SHOTS,
+    )
+
+
+def _nearest_shots() -> TaskBaseline:
+    """The examples nearest to the input, of all those that are drawn."""
+
+    def request(setup: TaskSetup, case: TaskCase) -> Request:
+        shots = setup.nearest(case.row.input, case.drawn.shots, _NEAREST)
+        return Request(_prompt(setup.base, case.drawn, case.row.input, shots, is_described=False))
+
+    label = f"{_NEAREST} nearest of {MOST_SHOTS} examples"
+    return Baseline(label, request, needs=(f"{MOST_SHOTS} examples",), is_optional=True)
+
+
+def _reader_shots(n_shots: int) -> TaskBaseline:
+    """The LoRA that was trained to be told a task in its prompt, told as in training: the ceiling of what is cast."""
+
+    def request(setup: TaskSetup, case: TaskCase) -> Request:
+        told = ToldTask(case.drawn.description, case.drawn.shots[:n_shots]).text()
+        prompt = setup.base.chat.prompt(with_description(told, case.row.input), ASK_SYSTEM_TURN)
+        assert setup.multitask_described is not None
+        return Request(tuple(prompt), fixed(setup.multitask_described))
+
+    needs = ("multitask_described", f"{n_shots} examples")
+    return Baseline(f"multi-task LoRA, description and {n_shots} examples", request, needs=needs, is_optional=True)
 
 
 def _given(label: str, name: str, is_described: bool = False) -> TaskBaseline:
@@ -121,14 +208,61 @@ def _given(label: str, name: str, is_described: bool = False) -> TaskBaseline:
     )
 
 
-def _cast(label: str, description: Callable[[Drawn], str | None], needs: tuple[str, ...] = ("caster",)) -> TaskBaseline:
-    """A baseline with the LoRA of a text."""
+def _cast(
+    label: str,
+    told: Callable[[Drawn], str | ToldTask],
+    needs: tuple[str, ...] = ("caster",),
+    is_optional: bool = False,
+) -> TaskBaseline:
+    """A baseline with the LoRA of what is told of a task."""
 
     def source(setup: TaskSetup, drawn: Drawn) -> LoRASource:
-        text = description(drawn) or ""
-        return LoRASource(("cast", text), lambda: _caster(setup).loras([text])[0])
+        task = told(drawn)
+        return setup.made_once(("cast", task), lambda: _caster(setup).loras([task])[0])
 
-    return _baseline(label, source, needs=needs)
+    return _baseline(label, source, needs=needs, is_optional=is_optional)
+
+
+def _cast_from(n_shots: int) -> TaskBaseline:
+    label = f"adapter from description and {n_shots} example{'s' * (n_shots > 1)}"
+
+    def told(drawn: Drawn) -> ToldTask:
+        return ToldTask(drawn.description, drawn.shots[:n_shots])
+
+    return _cast(label, told, ("caster", f"{n_shots} examples"), is_optional=True)
+
+
+def _refined(label: str, start: Callable[[TaskSetup, Drawn], LoRA], needs: tuple[str, ...] = ()) -> TaskBaseline:
+    """A baseline with a LoRA that gradient descent on all drawn examples starts from."""
+
+    def source(setup: TaskSetup, drawn: Drawn) -> LoRASource:
+        def make() -> LoRA:
+            return refine_lora(setup.base, start(setup, drawn), drawn.shots, RefineConfig(seconds=setup.refine_s))
+
+        return setup.made_once((label, drawn.task.name, drawn.description, drawn.shots, setup.refine_s), make)
+
+    return _baseline(label, source, needs=(*needs, f"{MOST_SHOTS} examples"), is_optional=True)
+
+
+def _cast_from_all(setup: TaskSetup, drawn: Drawn) -> LoRA:
+    return _caster(setup).loras([ToldTask(drawn.description, drawn.shots)])[0]
+
+
+def _from_nothing(setup: TaskSetup, drawn: Drawn) -> LoRA:
+    """A LoRA of the caster's modules and ranks that does nothing yet: A drawn, B zero, as PEFT begins."""
+    free = torch.Generator().manual_seed(0)
+    shapes = _cast_from_all(setup, drawn).factors.items()
+    return LoRA(
+        {
+            name: Factors(torch.randn(a.shape, generator=free) / a.shape[1] ** 0.5, torch.zeros(b.shape))
+            for name, (a, b) in shapes
+        }
+    )
+
+
+def _multitask(setup: TaskSetup, drawn: Drawn) -> LoRA:
+    assert setup.multitask is not None
+    return setup.multitask
 
 
 def _caster(setup: TaskSetup) -> TaskCaster:
@@ -146,15 +280,22 @@ ADAPTER = "adapter"
 BASELINES: dict[str, TaskBaseline] = {
     "none": _baseline("base", is_drawn=False),
     "described": _baseline("description in the prompt", is_described=True),
-    "shots3": _shots("3 examples in the prompt", 3),
-    "shots5": _shots("5 examples in the prompt", 5),
-    "described_shots3": _shots("description and 3 examples", 3, is_described=True),
-    "described_shots5": _shots("description and 5 examples", 5, is_described=True),
+    **{f"shots{n}": _shots(n) for n in SHOTS},
+    **{f"described_shots{n}": _shots(n, is_described=True) for n in SHOTS},
+    f"nearest{_NEAREST}": _nearest_shots(),
     "average": _given("average of the oracles", "average"),
     "multitask": _given("multi-task LoRA", "multitask"),
     "multitask_described": _given("multi-task LoRA and description", "multitask_described", is_described=True),
+    **{f"multitask_described_shots{n}": _reader_shots(n) for n in SHOTS[:-1]},
     ADAPTER: _cast("adapter from the description", lambda drawn: drawn.description),
-    "other": _cast("adapter from another task's", lambda drawn: drawn.other_description, ("tasks", "caster")),
+    **{f"{ADAPTER}_shots{n}": _cast_from(n) for n in SHOTS},
+    "other": _cast("adapter from another task's", lambda drawn: drawn.other_description or "", ("tasks", "caster")),
+    "other_shots5": _cast(
+        "adapter from another task's description and 5 examples",
+        lambda drawn: ToldTask(drawn.other_description or "", drawn.other_shots),
+        ("tasks", "caster", "5 examples"),
+        is_optional=True,
+    ),
     "gibberish": _cast("adapter from random letters", lambda drawn: drawn.gibberish),
     "shuffled": _cast("adapter from shuffled words", lambda drawn: drawn.shuffled),
     "constant": _baseline(
@@ -162,6 +303,11 @@ BASELINES: dict[str, TaskBaseline] = {
         lambda setup, drawn: LoRASource("constant", lambda: _caster(setup).constant_lora()),
         needs=("caster",),
         is_drawn=False,
+    ),
+    "refined": _refined(f"adapter from description and {MOST_SHOTS} examples, refined", _cast_from_all, ("caster",)),
+    "refined_nothing": _refined(f"gradient descent from nothing on {MOST_SHOTS} examples", _from_nothing, ("caster",)),
+    "refined_multitask": _refined(
+        f"multi-task LoRA, refined on {MOST_SHOTS} examples", _multitask, ("caster", "multitask")
     ),
     "oracle": _baseline("oracle", _oracle, needs=("oracles",), is_drawn=False),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,32 @@ from loracast.data.tasks import DescriptionKind, Metric, Task
 from loracast.errors import ConfigError
 from loracast.evaluation.baseline import check_names, check_positive, choose_baselines
 from loracast.evaluation.choice import Choice, likeliest
+from loracast.evaluation.flops import QueryFlops
 from loracast.evaluation.intervals import mean, mean_if_any, paired_bootstrap
+from loracast.evaluation.plots import exact_by_operations, require_matplotlib
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 from loracast.evaluation.runner import Answered, Deadline, ask, made
-from loracast.evaluation.task_baselines import ADAPTER, BASELINES, Drawn, TaskBaseline, TaskCase, TaskSetup
+from loracast.evaluation.task_baselines import (
+    ADAPTER,
+    BASELINES,
+    MOST_SHOTS,
+    SHOTS,
+    Drawn,
+    TaskBaseline,
+    TaskCase,
+    TaskSetup,
+)
 from loracast.training.peft_training import ABOUT
 from loracast.training.text import gibberish
 
+_FIRST_SHOTS = 5
 _LONGEST: dict[Metric, int] = {"exact": 32, "number": 256}
 
 COLUMNS = columns(
     label="what answers", n_tasks=("tasks", 0), n=("rows", 0), exact=("exact %", "%"), near=("near %", "%"),
     far=("far %", "%"), choice=("chosen %", "%"), choice_by_byte=("by byte %", "%"),
     difference=("adapter minus it, points (95 %)", "change"), difference_near=("near", "change"),
-    difference_far=("far", "change"), prompt_tokens=("prompt tokens", 0),
+    difference_far=("far", "change"), prompt_tokens=("prompt tokens", 0), gflops=("GFLOP a query", 1),
 )  # fmt: skip
 
 
@@ -81,6 +93,8 @@ class TasksConfig(TasksFrom):
     """Take only tasks that have an oracle."""
     max_new_tokens: int | None = None
     """Longest answer in tokens; if None 32, or 256 where a number is worked out."""
+    refine_s: float = 30.0
+    """Seconds of gradient descent of the baselines that refine a LoRA."""
     budget_s: float | None = None
     """Begin no further task after this many seconds; the table shows how many there were."""
 
@@ -100,6 +114,8 @@ def evaluate_tasks(setup: TaskSetup, config: TasksConfig, out: Path, progress: P
     Raises:
         ConfigError: a baseline lacks what it needs, or there are too few tasks.
     """
+    require_matplotlib()
+    setup = replace(setup, refine_s=config.refine_s)
     tasks = _with_oracles(config.read(config.descriptions), config, setup)
     baselines = _choose_baselines(config, setup, tasks)
     hypernetwork = setup.caster.caster.id if setup.caster else None
@@ -123,6 +139,7 @@ def evaluate_tasks(setup: TaskSetup, config: TasksConfig, out: Path, progress: P
                 progress(n_done, n_rows)
             tallies[name].add(by_seed)
         report = writer.write(_rows(tasks[: i + 1], tallies), is_complete=i + 1 == len(tasks))
+    exact_by_operations(out / "tasks.png", report.rows)
     return report
 
 
@@ -134,6 +151,8 @@ class Scored:
     is_exact: bool
     choice: tuple[bool, bool] | None
     """Where there are choices: whether the likeliest is right, by its sum and for each byte."""
+    gflops: float
+    """Operations of the query with an answer as long as the right one, in units of 10^9 (flops.py)."""
 
 
 @dataclass
@@ -144,6 +163,7 @@ class Tally:
     choice: list[list[float]] = field(default_factory=list)
     choice_by_byte: list[list[float]] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
+    gflops: list[float] = field(default_factory=list)
 
     def add(self, by_seed: Sequence[Sequence[Scored]]) -> None:
         """Add the rows of another task, the same for each seed."""
@@ -152,6 +172,7 @@ class Tally:
         for i, shares in enumerate((self.choice, self.choice_by_byte)):
             shares.append([mean([one.choice[i] for one in row if one.choice]) for row in rows if row[0].choice])
         self.prompt_tokens += [one.answered.n_prompt_tokens for scored in by_seed for one in scored]
+        self.gflops += [one.gflops for scored in by_seed for one in scored]
 
 
 def _choose_baselines(config: TasksConfig, setup: TaskSetup, tasks: Sequence[Task]) -> dict[str, TaskBaseline]:
@@ -161,7 +182,7 @@ def _choose_baselines(config: TasksConfig, setup: TaskSetup, tasks: Sequence[Tas
     if any(d.other_description is None for d in drawn):
         missing["tasks"] = "for every task another one that is not related (of another `group`)"
     fewest = min(len(d.shots) for d in drawn)
-    missing |= {f"{n} examples": f"{n} training examples of every task" for n in (3, 5) if n > fewest}
+    missing |= {f"{n} examples": f"{n} training examples of every task" for n in SHOTS if n > fewest}
     return choose_baselines(BASELINES, config.baselines or (), missing)
 
 
@@ -184,9 +205,13 @@ def draw(tasks: Sequence[Task], i: int, seed: int, descriptions: DescriptionKind
     rng = random.Random(f"{seed}/{task.name}")
     unrelated = [t for t in tasks if t is not task and (not t.group or t.group != task.group)]
     other = rng.choice(unrelated) if unrelated else None
-    shots = rng.sample(task.train, min(5, len(task.train)))
+    shots = rng.sample(task.train, min(_FIRST_SHOTS, len(task.train)))
     description = rng.choice(task.descriptions[descriptions])
     other_description = rng.choice(other.descriptions[descriptions]) if other else None
+    more = random.Random(f"{seed}/{task.name}/more examples")  # of their own, so that all else is drawn as without
+    left = [example for example in task.train if example not in shots]
+    shots += more.sample(left, min(MOST_SHOTS - len(shots), len(left)))
+    other_shots = more.sample(other.train, min(_FIRST_SHOTS, len(other.train))) if other else []
     words = [word for t in tasks for text in t.descriptions[descriptions] for word in text.split()]
     return Drawn(
         task,
@@ -195,6 +220,7 @@ def draw(tasks: Sequence[Task], i: int, seed: int, descriptions: DescriptionKind
         gibberish=gibberish(rng, 1)[0],
         shuffled=" ".join(rng.sample(words, min(len(words), len(description.split())))),
         shots=tuple(shots),
+        other_shots=tuple(other_shots),
     )
 
 
@@ -206,9 +232,15 @@ def _answer(setup: TaskSetup, name: str, baseline: TaskBaseline, drawn: Drawn, c
     sampling = Sampling(max_new_tokens=config.max_new_tokens or _LONGEST[task.metric])
     answered = ask(setup, {name: baseline}, {name: cases}, sampling)
     choices = _choose(setup, baseline, cases)
-    return [
-        Scored(a, is_right(a.text, a.case.row.outputs, task.metric), choices.get(i)) for i, a in enumerate(answered)
-    ]
+    formula = QueryFlops.of(setup.base.model.config)
+    (lora,) = made(setup.base, [baseline.request(setup, cases[0])])
+    scored = []
+    for i, a in enumerate(answered):
+        n_new = len(setup.base.chat.reply(a.case.row.outputs[0]))
+        is_exact = is_right(a.text, a.case.row.outputs, task.metric)
+        gflops = formula.query(a.n_prompt_tokens, n_new, lora) / 1e9
+        scored.append(Scored(a, is_exact, choices.get(i), gflops))
+    return scored
 
 
 def _choose(setup: TaskSetup, baseline: TaskBaseline, cases: Sequence[TaskCase]) -> dict[int, tuple[bool, bool]]:
@@ -245,6 +277,7 @@ def _rows(tasks: Sequence[Task], tallies: Mapping[str, Tally]) -> list[dict[str,
             "choice": mean_if_any([mean(hits) for hits in tally.choice if hits]),
             "choice_by_byte": mean_if_any([mean(hits) for hits in tally.choice_by_byte if hits]),
             "prompt_tokens": mean_if_any(tally.prompt_tokens),
+            "gflops": mean_if_any(tally.gflops),
             "by_task": {task.name: share for task, share in zip(tasks, shares, strict=True)},
         }
         for key, is_counted in _KINDS.items():

@@ -83,7 +83,9 @@ class Manifest:
     strength: float = 1.0
     """Of a task: factor on every delta, folded in already."""
     n_examples: int = 0
-    """Of a task: examples that were read beside its description; adapter.json does not say 0."""
+    """Of a task: examples that were read beside its description."""
+    is_refined: bool = False
+    """Of a task: whether gradient descent on its examples went on from what was cast."""
 
     @property
     def is_memory(self) -> bool:
@@ -188,8 +190,9 @@ class Manifest:
     def _stored(self) -> dict[str, Any]:
         """The manifest under the keys of adapter.json."""
         stored = {**asdict(self), "made_for": self.made_for.to_dict()}
-        if not self.n_examples:
-            del stored["n_examples"]
+        for key in ("n_examples", "is_refined"):  # younger than the first versions
+            if not stored[key]:
+                del stored[key]
         return {_STORED_AS.get(key, key): value for key, value in stored.items()}
 
 

@@ -82,6 +82,7 @@ def save_single(
     seconds: float = 0.0,
     strength: float = 1.0,
     n_examples: int = 0,
+    is_refined: bool = False,
     warnings: tuple[str, ...] = (),
     replace: bool = False,
 ) -> Adapter:
@@ -114,6 +115,7 @@ def save_single(
         learn_s=0.0,
         strength=strength,
         n_examples=n_examples,
+        is_refined=is_refined,
         warnings=warnings,
     )
     only = Chunk(text=title, start=0, end=len(title), heading="", n_tokens=0)

@@ -124,9 +124,7 @@ async def make_adapter(service: Shared, request: Request) -> JSONResponse:
         told = ToldTask(task.description.strip(), as_examples([example.model_dump() for example in task.examples]))
         if not told.title:
             raise ApiError(400, "send a `description`, `examples`, or both", param="description")
-        job = await run_in_threadpool(
-            service.learning.cast_task, told, task.name, tags=task.tags, replace=task.replace
-        )
+        job = await run_in_threadpool(service.learning.cast_task, told, task.name, tags=task.tags, replace=task.replace)
         return _accepted(job)
     async with request.form(max_files=1, max_fields=40) as form:
         file = form.get("file")

@@ -1,0 +1,65 @@
+"""Write a development set of tasks: 24 training tasks, whole groups of them, in the place of the held-out ones.
+
+    python benchmarks/dev_tasks.py tasks.jsonl.gz --out dev
+
+`loracast train ... --tasks dev` then sees the other training tasks alone, and `loracast eval tasks --tasks dev` the 24.
+The held-out tasks are left out, so that nothing can be chosen by them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data_files import write
+
+from loracast.data.rows import each_row
+
+N_TASKS = 24
+SEED = "dev tasks 1"
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    rows: list[dict[str, Any]] = []
+    each_row(path, rows.append)
+    return rows
+
+
+def dev_tasks(meta: Iterable[dict[str, Any]]) -> set[str]:
+    """Names of 24 training tasks: groups in random order, each that still fits."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for row in meta:
+        if row["task_split"] == "train":
+            groups[row["group"]].append(row["task"])
+    order = sorted(groups)
+    random.Random(SEED).shuffle(order)
+    chosen: set[str] = set()
+    for group in order:
+        if len(chosen) + len(groups[group]) <= N_TASKS:
+            chosen |= set(groups[group])
+    return chosen
+
+
+def main() -> None:
+    """Read the tasks and write the development set beside each other."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tasks", type=Path, help="tasks.jsonl.gz, with its descriptions and metadata beside it")
+    parser.add_argument("--out", type=Path, required=True, help="Folder to write.")
+    given = parser.parse_args()
+    chosen = dev_tasks(rows_of(given.tasks.with_name("tasks_meta.jsonl.gz")))
+    given.out.mkdir(parents=True, exist_ok=True)
+    for name in ("tasks", "task_descriptions", "tasks_meta"):
+        rows = [r for r in rows_of(given.tasks.with_name(f"{name}.jsonl.gz")) if r["task_split"] == "train"]
+        for row in rows:
+            row["task_split"] = "heldout" if row["task"] in chosen else "train"
+        write(given.out / f"{name}.jsonl.gz", rows)
+    print(f"{len(chosen)} development tasks in {given.out}: {', '.join(sorted(chosen))}")
+
+
+if __name__ == "__main__":
+    main()
