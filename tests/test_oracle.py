@@ -212,11 +212,11 @@ def test_the_commands(tiny_folder, tmp_path, home):
 
 def test_rows_in_groups_of_one_length_give_the_loss_of_all_in_one(base, tasks):
     long = tuple(Example(f"{i} " + "the lamp on the desk " * 8, ("lamp",)) for i in range(4))
-    mixed = [tasks[0], Task("long", {"train": ("Say lamp.",)}, long, ())]
+    mixed = [tasks[1], Task("long", {"train": ("Say lamp.",)}, long, ())]
     source = TaskSource(TaskDataConfig(examples_per_task=3), mixed, base.chat)
     rows = source.episodes(source.draw(0))
     groups = _by_length(rows)
-    assert [len(group) for group in groups] == [1, 1] and sorted(map(id, sum(groups, []))) == sorted(map(id, rows))
+    assert sorted(map(id, rows)) == sorted(id(row) for (row,) in groups)
     losses = [score_answers(base.model, LoRABatch(1, {}, {}), pack(some, base.pad_id)).loss for some in (rows, *groups)]
     n = [sum(len(row.questions) for row in some) for some in (rows, *groups)]
     assert n[1] * losses[1] + n[2] * losses[2] == pytest.approx((n[0] * losses[0]).item(), rel=1e-4)

@@ -17,7 +17,9 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import fresh_tasks  # noqa: E402  (a script)
 
-TABLE = {"document": "| 2019 | 2018\n| (in millions) |\nSales | $ 1,452.4 | $ 1,146.2\nLosses | (57) | (13)\nNotes | see 1 | 2"}
+TABLE = {
+    "document": "| 2019 | 2018\n| (in millions) |\nSales | $ 1,452.4 | $ 1,146.2\nLosses | (57) | (13)\nNotes | see 1 | 2"
+}
 SCRIPT = {
     "document": "[Scene: Central Perk, Ross is waiting for his coffee.]\nRoss Geller: Breathe in.\nCarol Willick: Why me?\nRoss Geller: Count.\nSusan Bunch: Faster now.\nCarol Willick: No.\nSusan Bunch: Your son."
 }
@@ -45,7 +47,11 @@ def rows(name: str, source: dict) -> list[tuple[str, str]]:
         ("table_scale", TABLE, "millions"),
         ("scene_place", SCRIPT, "Central Perk"),
         ("commonsense_answer", {"question": "Where is milk?", "choices": ["desk", "fridge"], "answer": 1}, "fridge"),
-        ("hide_name", {"question": "Kai ate the soup of his cat. What will Kai do next?"}, "X ate the soup of his cat."),
+        (
+            "hide_name",
+            {"question": "Kai ate the soup of his cat. What will Kai do next?"},
+            "X ate the soup of his cat.",
+        ),
         ("review_domain", {"doc_id": "subjqa/movies_12", "document": "I liked every minute of it."}, "movie"),
     ],
 )
@@ -77,7 +83,9 @@ def test_rules_of_scripts():
                 assert output == speakers[-1]
             else:
                 assert [line.split(":")[0] for line in text.split("\n") if "?" in line] == [output]
-    assert all(f'{text.split()[0]} says: "{text.split(": ")[1]}"' == said for text, said in rows("reported_speech", SCRIPT))
+    assert all(
+        f'{text.split()[0]} says: "{text.split(": ")[1]}"' == said for text, said in rows("reported_speech", SCRIPT)
+    )
 
 
 def test_rules_of_stories():
@@ -114,7 +122,9 @@ def test_every_fresh_task_is_described_and_kept_apart_from_its_examples():
 
 def test_the_development_set_holds_whole_groups_of_training_tasks_and_no_held_out_one(tmp_path):
     script = BENCHMARKS / "dev_tasks.py"
-    subprocess.run([sys.executable, script, DATA / "tasks.jsonl.gz", "--out", tmp_path], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, script, DATA / "tasks.jsonl.gz", "--out", tmp_path], check=True, capture_output=True
+    )
     before, after = read_tasks(DATA / "tasks.jsonl.gz"), read_tasks(tmp_path)
     assert {t.name for t in after} == {t.name for t in before if not t.is_heldout}
     chosen = [task for task in after if task.is_heldout]
