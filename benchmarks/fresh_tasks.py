@@ -1,6 +1,6 @@
 """Write twenty fresh held-out tasks: rules over texts that no training task and no measure of harm was made from.
 
-    python benchmarks/fresh_tasks.py DATA --out fresh
+    python benchmarks/fresh_tasks.py DATA fresh
 
 DATA is the folder with docqa_train.jsonl.gz, docqa_test.jsonl.gz, bench_commonsenseqa.jsonl.gz and
 bench_social_iqa_test.jsonl.gz. Descriptions, groups and which tasks are near are in fresh_tasks.toml. The tasks were
@@ -10,17 +10,17 @@ Documents of docqa_test give the test rows, those of docqa_train the examples.
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data_files import write
+from dev_tasks import rows_of
 
-from loracast.data.rows import each_row
 from loracast.documents.sentences import sentence_spans
 
 SEED = "fresh tasks 1"
@@ -259,13 +259,6 @@ _SOURCES: dict[str, tuple[Rule, ...]] = {
 """By source: a source of documents, or a file of questions."""
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file."""
-    rows: list[dict[str, Any]] = []
-    each_row(path, rows.append)
-    return rows
-
-
 def made(rule: Rule, sources: list[dict[str, Any]], n: int, split: str, taken: set[str]) -> list[dict[str, str]]:
     """Up to n rows of a task with different inputs, none of them taken, and no output much commoner than the others."""
     rng = random.Random(f"{SEED}/{rule.__name__}/{split}")
@@ -288,18 +281,14 @@ def made(rule: Rule, sources: list[dict[str, Any]], n: int, split: str, taken: s
     return rows
 
 
-def main() -> None:
+def write_tasks(data: Path, out: Path) -> None:
     """Write the tasks, their descriptions and their metadata."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="Folder of the data files.")
-    parser.add_argument("--out", type=Path, required=True, help="Folder to write.")
-    given = parser.parse_args()
     about = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-    documents = {split: rows_of(given.data / f"docqa_{split}.jsonl.gz") for split in ("train", "test")}
+    documents = {split: rows_of(data / f"docqa_{split}.jsonl.gz") for split in ("train", "test")}
     rows: list[dict[str, str]] = []
     for source, rules in _SOURCES.items():
         if source.startswith("bench_"):
-            questions = rows_of(given.data / f"{source}.jsonl.gz")
+            questions = rows_of(data / f"{source}.jsonl.gz")
             by_split = {"train": questions[::2], "test": questions[1::2]}
         else:
             by_split = {split: [d for d in some if d["source"] == source] for split, some in documents.items()}
@@ -315,11 +304,13 @@ def main() -> None:
         labels = sorted(outputs) if len(outputs) <= 12 else []
         meta.append({"task": name, "group": about[name]["group"], "heldout_kind": kind, "labels": labels})
         descriptions += [{"task": name, "kind": "heldout", "description": d} for d in about[name]["descriptions"]]
-    given.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for file, some in (("tasks", rows), ("task_descriptions", descriptions), ("tasks_meta", meta)):
-        write(given.out / f"{file}.jsonl.gz", some)
-    print(f"{len(names)} tasks with {len(rows)} rows in {given.out}")
+        write(out / f"{file}.jsonl.gz", some)
+    print(f"{len(names)} tasks with {len(rows)} rows in {out}")
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    write_tasks(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -23,12 +23,9 @@ from loracast.scoring.episodes import Batch, Episode, Question, pack
 from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import TrainConfig, make_optimizer
 
-FEWEST_EXAMPLES = 4
-"""Fewest that can be refined on: three to learn from, and one held back."""
-_HELD_BACK = 4
-"""One example in so many is held back."""
-_PATIENCE = 4
-"""Descent stops after so many looks at the held-back examples without a smaller loss."""
+FEWEST_EXAMPLES = 4  # three to learn from, and one held back
+_HELD_BACK = 4  # one example in so many is held back
+_PATIENCE = 4  # descent stops after so many looks at the held-back examples without a smaller loss
 
 
 @dataclass(frozen=True)
@@ -58,11 +55,9 @@ class Refined:
     """Refined rows, and what it took."""
 
     rows: Rows
-    steps: int
-    """Steps after which the rows were kept; 0 if none made them better."""
+    steps: int  # after which the rows were kept; 0 if none made them better
     seconds: float
-    loss_before: float
-    """Mean loss of a held-back example's answer, before and after."""
+    loss_before: float  # mean loss of a held-back example's answer
     loss_after: float
 
 

@@ -25,10 +25,8 @@ from loracast.errors import ConfigError, TrainingError
 from loracast.scoring.episodes import Episode, Question
 from loracast.training.episode_maker import SYSTEM_TURNS
 
-_TELLING = 3
-"""Fewest examples that stand for a description which is left out."""
-_DEFAULT_STYLE_SHARE = 0.6
-"""Share of the texts whose examples are written as they are in use."""
+_TELLING = 3  # fewest examples that stand for a description which is left out
+_DEFAULT_STYLE_SHARE = 0.6  # of the texts, whose examples are written as they are in use
 
 
 @dataclass(frozen=True)
