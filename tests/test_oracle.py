@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from loracast.cli import app
-from loracast.data.tasks import Example, Task, read_tasks
+from loracast.data.tasks import read_tasks
 from loracast.errors import AdapterError, BaseModelError, ConfigError, TrainingError
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
@@ -31,7 +31,7 @@ from loracast.training.oracle import (
     train_multitask,
     train_oracles,
 )
-from loracast.training.peft_training import PeftConfig, _by_length
+from loracast.training.peft_training import PeftConfig
 from loracast.training.task_source import TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe
 from suites import write_suite
@@ -208,15 +208,3 @@ def test_the_commands(tiny_folder, tmp_path, home):
     assert run("multitask", "--out", tmp_path / "all", "--described")["done"]
     refused = CliRunner().invoke(app, ["train", "oracle", "--out", "x", "--only", "nothing", *map(str, common)])
     assert refused.exit_code != 0 and "nothing" in refused.output
-
-
-def test_rows_in_groups_of_one_length_give_the_loss_of_all_in_one(base, tasks):
-    long = tuple(Example(f"{i} " + "the lamp on the desk " * 8, ("lamp",)) for i in range(4))
-    mixed = [tasks[1], Task("long", {"train": ("Say lamp.",)}, long, ())]
-    source = TaskSource(TaskDataConfig(examples_per_task=3), mixed, base.chat)
-    rows = source.episodes(source.draw(0))
-    groups = _by_length(rows)
-    assert sorted(map(id, rows)) == sorted(id(row) for (row,) in groups)
-    losses = [score_answers(base.model, LoRABatch(1, {}, {}), pack(some, base.pad_id)).loss for some in (rows, *groups)]
-    n = [sum(len(row.questions) for row in some) for some in (rows, *groups)]
-    assert n[1] * losses[1] + n[2] * losses[2] == pytest.approx((n[0] * losses[0]).item(), rel=1e-4)
