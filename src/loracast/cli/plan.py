@@ -90,7 +90,7 @@ def _told(facts: dict[str, Any], how: str) -> str:
         f"the base in {facts['dtype']}": memory["base"],
         "the hypernetwork with AdamW's state, in float32": memory["hypernetwork"],
         "gradients and activations of the largest step": memory["step"],
-        "CUDA's own, and fragments": memory["overhead"],
+        "the allocator's, and CUDA's own on a GPU": memory["overhead"],
     }
     lines = [
         f"base          {facts['base']}: {facts['model_type']}, {facts['base_parameters'] / 1e6:,.1f} M parameters",

@@ -32,8 +32,10 @@ UTILISATION = 0.3
 """Share of a GPU's stated throughput that a training step is taken to reach: an assumption, not a measurement."""
 CUDA_BYTES = 800_000_000
 """What CUDA and its libraries keep for themselves: an assumption."""
-FRAGMENTS = 1.08
-"""How much more an allocator holds than is alive: an assumption."""
+FRAGMENTS = 0.08
+"""What a GPU's allocator holds beyond what is alive, as a share of all: an assumption."""
+CPU_BYTES = 250_000_000
+"""What a step on a CPU holds beyond its tensors: 0.17 to 0.34 GB was measured (docs/any-base.md)."""
 MEASURE_S = 10.0
 """How long this machine is measured."""
 _ADAM = 8
@@ -63,7 +65,7 @@ class Memory:
     step: int
     """Gradients and activations at the peak of the largest step."""
     overhead: int
-    """CUDA's own and fragments; 0 on a CPU."""
+    """CUDA's own, and what an allocator holds beyond what is alive."""
 
     @property
     def total(self) -> int:
@@ -152,7 +154,8 @@ class Planner:
                 sizes["rows"] += weight * sum(length for length, _ in shape.rows)
         flops = cost.flops * sizes["all"] / _size(self._largest)
         held = base.weights, (4 + _ADAM) * n, max(cost.peak, _ADAM * n)
-        overhead = round(CUDA_BYTES + (FRAGMENTS - 1) * sum(held)) if self.machine.device == "cuda" else 0
+        is_gpu = self.machine.device == "cuda"
+        overhead = round(CUDA_BYTES + FRAGMENTS * sum(held) if is_gpu else CPU_BYTES)
         memory = Memory(*held, overhead)
         return Plan(base.n_parameters, n, memory, sizes["context"], sizes["rows"], flops, training.steps)
 
@@ -198,7 +201,7 @@ def _throughput(base_config: Any, t: int, d: int, machine: Machine, device: str)
         if device.startswith("cuda"):
             torch.cuda.synchronize()
 
-    with Counter() as counter:
+    with Counter(model) as counter:
         run()
     n, started = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < MEASURE_S or not n:

@@ -101,18 +101,22 @@ def step_cost(
         model.to_empty(device="cpu").eval().requires_grad_(False)
         hypernet.to_empty(device="cpu").train()
         precision = torch.autocast("cpu", torch.bfloat16, enabled=machine.autocast)
-        with Counter() as counter:
+        with Counter(model, hypernet) as counter:
             _step(model, hypernet, even, torch.device(machine.device), precision, passes.checkpoint_activations)
         return StepCost(counter.peak, counter.flops)
 
 
 class Counter(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make, while they are alive, and floating-point operations."""
+    """Counts the bytes of all tensors that operations make, while they are alive, and floating-point operations.
 
-    def __init__(self) -> None:
+    Views of the weights of the given modules are no new tensors.
+    """
+
+    def __init__(self, *modules: torch.nn.Module) -> None:
         super().__init__()
         self.peak = self.flops = self._now = 0
-        self._known: set[int] = set()
+        held = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        self._known = {tensor.untyped_storage()._cdata for tensor in held}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
