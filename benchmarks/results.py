@@ -129,16 +129,22 @@ def read_plan(path: Path = PLAN) -> Plan:
 
 
 @cache
-def weights_id(depends: str) -> str | None:
-    """The id of the weights that ship now, or None for a measurement of the base alone."""
+def weights_ids(depends: str) -> tuple[str | None, ...]:
+    """The id of the weights that ship now and those that earlier releases gave them; None for the base alone."""
     if depends == "none":
-        return None
+        return (None,)
     package = ROOT / "src" / "loracast"
     if depends == "gate":
-        return hashlib.sha256((package / "data" / "content" / "relevance.toml").read_bytes()).hexdigest()[:16]
+        return (hashlib.sha256((package / "data" / "content" / "relevance.toml").read_bytes()).hexdigest()[:16],)
     from loracast.hypernets.store import from_pretrained
 
-    return from_pretrained(package / "pretrained" / SHIPPED[depends]).id
+    shipped = from_pretrained(package / "pretrained" / SHIPPED[depends])
+    return (shipped.id, *shipped.former_ids)
+
+
+def weights_id(depends: str) -> str | None:
+    """The id of the weights that ship now, or None for a measurement of the base alone."""
+    return weights_ids(depends)[0]
 
 
 def figures_of(one: Measurement, folder: Path = FIGURES) -> dict[str, Any] | None:
@@ -147,7 +153,7 @@ def figures_of(one: Measurement, folder: Path = FIGURES) -> dict[str, Any] | Non
     if not path.exists():
         return None
     kept = json.loads(path.read_text(encoding="utf-8"))
-    is_current = kept["hypernetwork"] == weights_id(one.depends) and kept["command"] == one.command
+    is_current = kept["hypernetwork"] in weights_ids(one.depends) and kept["command"] == one.command
     return kept if is_current else None
 
 

@@ -100,7 +100,7 @@ def test_a_measurement_is_run_kept_and_shown_until_the_weights_change(
     from loracast.hypernets.store import from_pretrained
 
     shipped = from_pretrained(tiny_hypernet_folder).id
-    monkeypatch.setattr(results, "weights_id", lambda depends: shipped)
+    monkeypatch.setattr(results, "weights_ids", lambda depends: (shipped,))
     before = results.page(small, tmp_path)
     assert results.UNMEASURED in before
     results.measure(one, results.keys_of(small, section), {}, tmp_path, run)
@@ -115,7 +115,7 @@ def test_a_measurement_is_run_kept_and_shown_until_the_weights_change(
 
     another = dataclasses.replace(one, command=one.command.replace("2", "3"))
     assert results.figures_of(one, tmp_path) is not None and results.figures_of(another, tmp_path) is None
-    monkeypatch.setattr(results, "weights_id", lambda depends: "other weights")
+    monkeypatch.setattr(results, "weights_ids", lambda depends: ("other weights",))
     assert results.page(small, tmp_path) == before
     with pytest.raises(SystemExit, match="other weights ships"):
         results.measure(one, results.keys_of(small, section), {}, tmp_path, run)

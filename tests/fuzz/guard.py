@@ -118,7 +118,8 @@ class Guard:
         real = os.path.realpath(os.fsdecode(path))
         if real == self.folder or real.startswith(self.folder + os.sep) or real == os.devnull:
             return True
-        return not writes and real.startswith(_CODE)
+        compiled = "__pycache__" in Path(real).parts  # Python keeps it of a module that is imported for the first time
+        return (compiled or not writes) and real.startswith(_CODE)
 
     def _refuse(self, what: str) -> None:
         self.seen = self.seen or what
