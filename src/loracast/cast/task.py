@@ -67,7 +67,7 @@ class TaskCaster:
         Args:
             strength: factor on every delta; 0 gives no adapter, 1 is as in training.
         """
-        loras = self._loras(self._encode(list(map(told, tasks))))
+        loras = self._loras(self._encode(_stripped(tasks)))
         return loras if strength == 1 else [lora.scale(strength) for lora in loras]
 
     def constant_lora(self) -> LoRA:
@@ -77,14 +77,14 @@ class TaskCaster:
     @torch.inference_mode()
     def embeddings(self, descriptions: Sequence[str]) -> torch.Tensor:
         """The vectors by which the hypernetwork compares descriptions, one each [n, d]."""
-        return self.hypernetwork.pooled(self._encode(list(map(told, descriptions))).states[:, 0])
+        return self.hypernetwork.pooled(self._encode(_stripped(descriptions)).states[:, 0])
 
     def distances(self, tasks: Sequence[str | ToldTask]) -> list[float | None]:
         """Distance (1 - cosine) of each description to the nearest seen one.
 
         None for a task with examples, which those descriptions were without, and if the hypernetwork holds none.
         """
-        given = list(map(told, tasks))
+        given = _stripped(tasks)
         return self._distances(given, self._encode(given))
 
     def task(
@@ -132,7 +132,7 @@ class TaskCaster:
         Raises:
             AdapterError: nothing is told of a task, or a name is taken or not allowed; nothing is kept then.
         """
-        given = [dataclasses.replace(task, description=task.description.strip()) for task in map(told, tasks)]
+        given = _stripped(tasks)
         names = [name_from(task.title) for task in given] if names is None else list(names)
         if len(names) != len(given) or len(set(names)) != len(names):
             raise AdapterError("give each description a name of its own")
@@ -172,11 +172,11 @@ class TaskCaster:
         ]
 
     def _encode(self, tasks: Sequence[ToldTask]) -> Features:
-        if not all(task.description.strip() or task.examples for task in tasks):
+        if not all(task.description or task.examples for task in tasks):
             raise AdapterError(
                 "the description of a task is empty: say in a sentence what the model shall do, or give examples"
             )
-        return self.caster.encode([dataclasses.replace(task, description=task.description.strip()) for task in tasks])
+        return self.caster.encode(tasks)
 
     def _loras(self, features: Features) -> list[LoRA]:
         batches = [self.caster.loras_of(Features(some)) for some in features.states.split(_AT_ONCE)]
@@ -197,6 +197,11 @@ class TaskCaster:
             f"{description!r} is far from every description seen in training (distance {distance:.2f}, usual are up to "
             f"{self.ood_threshold:.2f}): try the adapter before you rely on it, or say it in other words",
         )
+
+
+def _stripped(tasks: Sequence[str | ToldTask]) -> list[ToldTask]:
+    """What is told of each task, without white space around its description."""
+    return [dataclasses.replace(task, description=task.description.strip()) for task in map(told, tasks)]
 
 
 def _each(rows: Rows, strength: float) -> list[Rows]:

@@ -151,7 +151,6 @@ class Adapter:
 
     def rows(self, wanted: Sequence[int], *, static: bool = True) -> dict[str, Tensor]:
         """The factors of some chunks and, if wanted, of the static LoRA, in bf16, under their names in the file."""
-
         if self.manifest.storage == "text":
             if self.recast is None:
                 raise AdapterError(
@@ -238,9 +237,8 @@ class Adapter:
         found = self.problems()
         found += index_faults(self.index, self.manifest.n_chunks)
         if has_factors and not (header := self.header_faults()):
-            header_types = read_header(self.folder / FACTORS)[0]
-            names = [name for name, info in header_types.items() if info.dtype not in ("I8", "U8", "I16")]
             try:
+                names = [name for name, info in self._file.header.items() if info.dtype not in ("I8", "U8", "I16")]
                 return found + number_faults((name, self._file.tensor(name)) for name in names)
             except AdapterError as error:
                 return [*found, str(error)]
