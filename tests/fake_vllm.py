@@ -10,11 +10,13 @@ import json
 import os
 import re
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+
+from json_handler import JsonHandler
 
 
 class FakeVllm(ThreadingHTTPServer):
@@ -76,7 +78,7 @@ class FakeVllm(ThreadingHTTPServer):
         return 200, ""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     server: FakeVllm
     protocol_version = "HTTP/1.1"
 
@@ -85,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         models = [{"id": "base", "root": self.server.folder, "parent": None, "max_model_len": 256}]
         models += [{"id": name, "root": path, "parent": "base"} for name, path in self.server.ids.items()]
-        self._answer(200, {"object": "list", "data": models})
+        self.answer(200, {"object": "list", "data": models})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -97,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             if what == "completions":
                 model = self.server.model(name)
             elif not self.server.allows_updates:
-                self._answer(404, {"detail": "Not Found"})
+                self.answer(404, {"detail": "Not Found"})
                 return
             elif what == "load_lora_adapter":
                 self._say(*self.server.load(name, asked["lora_path"]))
@@ -113,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif "prompt_logprobs" in asked:
             logprobs = logprobs_of(model, asked["prompt"])
             places = [{str(t): {"logprob": logprobs[i, t].item()}} for i, t in enumerate(asked["prompt"][1:])]
-            self._answer(200, {"choices": [{"prompt_logprobs": [None, *places]}]})
+            self.answer(200, {"choices": [{"prompt_logprobs": [None, *places]}]})
         else:
             self._stream(model, asked)
 
@@ -168,17 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         return is_refused
 
     def _say(self, status: int, message: str) -> None:
-        self._answer(status, {"error": {"message": message}} if status >= 400 else "Success")
-
-    def _answer(self, status: int, body: object) -> None:
-        content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+        self.answer(status, {"error": {"message": message}} if status >= 400 else "Success")
 
 
 @torch.no_grad()

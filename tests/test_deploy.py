@@ -8,13 +8,14 @@ import sys
 import threading
 import types
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from json_handler import JsonHandler
 from loracast.cli import app
 from loracast.errors import LoracastError
 from loracast.export.deploy import deploy, exported_for_vllm, resolve
@@ -45,41 +46,31 @@ class FakeServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     server: FakeServer
 
     def do_GET(self) -> None:
         models = [{"id": "base", "parent": None}, *({"id": name, "parent": "base"} for name in self.server.loaded)]
-        self._answer(200, {"data": models})
+        self.answer(200, {"data": models})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.calls.append(self.path)
         if "lora_adapter" in self.path and not self.server.allows_updates:
-            self._answer(404, {"error": {"message": "Not Found"}})
+            self.answer(404, {"error": {"message": "Not Found"}})
         elif self.path == "/v1/load_lora_adapter":
             if not (Path(asked["lora_path"]) / "adapter_config.json").is_file():
-                self._answer(400, {"error": {"message": "no such adapter"}})
+                self.answer(400, {"error": {"message": "no such adapter"}})
                 return
             self.server.loaded[asked["lora_name"]] = asked["lora_path"]
-            self._answer(200, "Success: LoRA adapter added.")
+            self.answer(200, "Success: LoRA adapter added.")
         elif self.path == "/v1/unload_lora_adapter":
             del self.server.loaded[asked["lora_name"]]
-            self._answer(200, "Success: LoRA adapter removed.")
+            self.answer(200, "Success: LoRA adapter removed.")
         else:
             moved = asked["model"] in self.server.loaded and not self.server.is_deaf
             logprobs = {"token_logprobs": [-1.5 if moved else -1.0]}
-            self._answer(200, {"choices": [{"text": " the same words", "logprobs": logprobs}]})
-
-    def _answer(self, status: int, body: object) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+            self.answer(200, {"choices": [{"text": " the same words", "logprobs": logprobs}]})
 
 
 @pytest.fixture
