@@ -104,7 +104,9 @@ def test_every_page_with_python_is_run_or_compiled():
 
 
 def test_there_are_examples_in_docstrings():
-    assert {"model.py:", "model.py:load", "model.py:ask", "lora/algebra.py:applied"} <= {where for where, _ in EXAMPLES}
+    assert {"model.py:", "model.py:load", "question_answering.py:ask", "lora/algebra.py:applied"} <= {
+        where for where, _ in EXAMPLES
+    }
 
 
 @pytest.mark.parametrize("example", [text for _, text in EXAMPLES], ids=[where for where, _ in EXAMPLES])

@@ -19,7 +19,8 @@ from loracast.base.load import Base
 from loracast.data.facts import make_sheet
 from loracast.library.adapter import Adapter
 from loracast.lora.algebra import LoRA
-from loracast.model import ASK_SYSTEM_TURN, Model, load
+from loracast.model import Model, load
+from loracast.question_answering import ASK_SYSTEM_TURN
 
 N_DOCUMENTS = 10
 FACTS = 5

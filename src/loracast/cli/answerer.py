@@ -160,7 +160,7 @@ class Local:
 
     def reply(self, turns: Sequence[Message], chosen: Sequence[str], on_text: OnText) -> Reply:
         from loracast.base.generate import Answer, answer
-        from loracast.model import ASK_SYSTEM_TURN
+        from loracast.question_answering import ASK_SYSTEM_TURN
 
         given, patterns = self._answering, patterns_in(chosen)
         prepared = self._model.prepare(

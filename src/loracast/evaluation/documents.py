@@ -20,7 +20,8 @@ from loracast.evaluation.baseline import LoRASource, Request, fixed
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
 from loracast.library.routing import DEFAULT_ROUTE, Route
 from loracast.lora.algebra import Factors, LoRA, concat
-from loracast.model import ASK_SYSTEM_TURN, Model
+from loracast.model import Model
+from loracast.question_answering import ASK_SYSTEM_TURN
 
 Prompt = Callable[[ChatFormat, str, str], list[int]]
 """(chat, text, question) -> token ids of a prompt that shows the text."""

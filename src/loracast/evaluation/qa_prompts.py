@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from loracast.base.chat import ChatFormat, Message
 from loracast.evaluation.documents import Prompt
-from loracast.model import ASK_SYSTEM_TURN
+from loracast.question_answering import ASK_SYSTEM_TURN
 
 _EXAMPLE = (
     "The Hartwell Bridge was opened in 1897 and is 312 metres long. It was designed by Clara Menzies, who had built "

@@ -25,7 +25,8 @@ from loracast.evaluation.intervals import mean, mean_if_any, wilson
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns
 from loracast.evaluation.runner import Answered, Deadline, ask, figures, grouped, groups, warm_up
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
-from loracast.model import ASK_SYSTEM_TURN, Model
+from loracast.model import Model
+from loracast.question_answering import ASK_SYSTEM_TURN
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from loracast.data.tasks import Example, Task, with_description
 from loracast.encoders.sentence import TextEncoder, load_text_encoder
 from loracast.evaluation.baseline import Baseline, LoRASource, Request, fixed
 from loracast.lora.algebra import Factors, LoRA
-from loracast.model import ASK_SYSTEM_TURN
+from loracast.question_answering import ASK_SYSTEM_TURN
 from loracast.training.oracle import read_oracle
 from loracast.training.refine import RefineConfig, refine_lora
 

@@ -20,8 +20,8 @@ from loracast.cast.memory import Memory
 from loracast.library.adapter import Adapter, routing_key
 from loracast.library.index import read_chunks
 from loracast.library.wide_route import Source
-from loracast.model import ASK_SYSTEM_TURN
 from loracast.options import Prepared
+from loracast.question_answering import ASK_SYSTEM_TURN
 from loracast.serving.errors import ApiError
 from loracast.serving.request import Finish, GenerationRequest, Token
 from loracast.serving.resolve import Resolved
