@@ -45,6 +45,7 @@ LINES = {
         "unknown model", "`../x`", "negative, huge and NaN", "n=16384", "invalid JSON", "nesting 100 deep", "wrong content type", "disconnects",
         "delete or replace", "the same name twice", "full disk", "read-only or locked", "SIGKILL and SIGTERM", "two servers", "clock", "Ctrl-C",
     ),
+    "Releases": ("files of every version",),
 }  # fmt: skip
 """What has to have a row, by the section of the page."""
 

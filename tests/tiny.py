@@ -126,7 +126,7 @@ def make_attention_delta(base, kinds=("q_proj", "o_proj", "down_proj"), layers=N
     settings = {name: value for name, value in {**ATTENTION_DELTA, **options}.items() if name != "variant"}
     torch.manual_seed(1)
     target = target_from_config(base.model.config, kinds, layers)
-    hypernet = AttentionDeltaToLoRA(AttentionDeltaToLoRAConfig(48, target.rows, **settings))
+    hypernet = AttentionDeltaToLoRA(AttentionDeltaToLoRAConfig(base.model.config.hidden_size, target.rows, **settings))
     if not fresh:
         for part in (*hypernet.shared.values(), *hypernet.encoder_lora.values()):
             part.b.data.normal_()
