@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import inspect
 import json
+import logging
 import os
 import re
 import resource
@@ -359,6 +361,18 @@ def test_a_name_that_is_taken_is_refused_before_a_model_is_loaded(run, learning,
     assert open_adapter(lanterns, "lanterns").version == before
     assert run("learn", manual, "--replace", *learning).exit_code == 0
     assert open_adapter(lanterns, "lanterns").version != before
+
+
+def test_what_torchao_s_import_logs_is_not_shown(run, monkeypatch):
+    from torch.utils import _pytree
+
+    logged = []
+    monkeypatch.setattr(_pytree.log, "callHandlers", lambda record: logged.append(record.getMessage()))
+    assert run("list").exit_code == 0
+    _pytree.register_constant(enum.StrEnum("Colour", "AMBER"))  # as torchao does when it is imported
+    _pytree.log.warning("anything else")
+    assert logged == ["anything else"]
+    assert not logging.getLogger("torchao").isEnabledFor(logging.WARNING)
 
 
 def test_document_warnings_go_to_standard_error(run, learning, manual, monkeypatch):

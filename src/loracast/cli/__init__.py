@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -55,6 +56,11 @@ def _own_warnings_only(is_debug: bool) -> Iterator[None]:
         yield
 
 
+def _is_no_advice_to_torchao(record: logging.LogRecord) -> bool:
+    """Whether torch logs anything but its advice to torchao, which transformers imports with every model."""
+    return "Calling register_constant() on Enum subclasses" not in record.getMessage()
+
+
 app = typer.Typer(
     cls=Program,
     help="Cast documents into LoRAs for a frozen language model, and ask them.",
@@ -81,6 +87,8 @@ def root(
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        logging.getLogger("torch.utils._pytree").addFilter(_is_no_advice_to_torchao)
+        logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels for GPUs that are not there
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers and of the hub
 
