@@ -195,6 +195,12 @@ def test_every_option_of_every_command_is_in_its_help(run):
         assert all(option.help for option in options), words
         missing = [name for option in options for name in option.opts if not re.search(rf"{name}\b", shown)]
         assert not missing, (words, missing)
+        # Nothing of a help is taken for markup, and its paragraphs are wrapped at the terminal's width alone.
+        shown = " ".join(re.sub("[│]", " ", shown).split())
+        helps = [" ".join(option.help.replace("\\[", "[").split()) for option in options]
+        assert not [text for text in helps if text not in shown], words
+        about = [line for line in (command.help or "").split("\n\n") if not line.startswith(" ")]
+        assert not [text for text in about if "\n" in text.strip() and "\n " not in text], words
 
 
 def test_a_config_field_without_help_is_refused():

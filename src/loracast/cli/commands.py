@@ -24,6 +24,7 @@ from types import NoneType
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
+from rich.markup import escape
 from typer.core import TyperGroup
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -137,10 +138,15 @@ def flattened(function: Callable[..., None]) -> Callable[..., None]:
             values[name] = config(**given) if hints[name] is config else partial(config, **given)
         function(**values)
 
-    call.__name__, call.__doc__ = function.__name__, function.__doc__
+    call.__name__, call.__doc__ = function.__name__, _reflowed(inspect.getdoc(function) or "")
     call.__annotations__ = {}
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return call
+
+
+def _reflowed(text: str) -> str:
+    """A docstring whose paragraphs are one line each, to be wrapped at the terminal's width; indented lines stay."""
+    return re.sub(r"(?<=\S)\n(?=\S)", " ", text)
 
 
 def _options_of(config: Any, without: tuple[str, ...]) -> list[inspect.Parameter]:
@@ -171,11 +177,10 @@ def _with_help(name: str, hint: Any, parameter: inspect.Parameter | None = None)
     if not isinstance(about, str):
         return hint
     if parameter is None or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-        return Annotated[kind, typer.Option(*_spelling(name), help=about)]
+        return Annotated[kind, typer.Option(*_spelling(name), help=escape(about))]
     is_list = list in (get_origin(part) for part in (kind, *get_args(kind)))
     metavar = name.removesuffix("s" * is_list).upper()
-    metavar = metavar if parameter.default is inspect.Parameter.empty else f"[{metavar}]"
-    return Annotated[kind, typer.Argument(metavar=metavar + "..." * is_list, help=about)]
+    return Annotated[kind, typer.Argument(metavar=metavar + "..." * is_list, help=escape(about))]
 
 
 def _spelling(name: str) -> tuple[str, ...]:
@@ -184,7 +189,7 @@ def _spelling(name: str) -> tuple[str, ...]:
 
 def _annotated(field: dataclasses.Field, hint: Any, text: str) -> tuple[Any, Any]:
     """The annotation that typer reads, and the default that goes with it, for a field of a config."""
-    name, default = field.name, cast(Any, field.default)
+    name, default, text = field.name, cast(Any, field.default), escape(text)
     is_required = default is dataclasses.MISSING
     spelling = _spelling(name)
     kind = next((part for part in get_args(hint) if NoneType in get_args(hint) and part is not NoneType), hint)

@@ -97,7 +97,7 @@ def _learn_image(file: str, naming: options.Naming, learning: options.Learning) 
 
 def task(
     description: Annotated[
-        str, typer.Argument(metavar="[DESCRIPTION]", help="What the model shall do, in a sentence.")
+        str, typer.Argument(metavar="DESCRIPTION", help="What the model shall do, in a sentence.")
     ] = "",
     *,
     examples: Annotated[

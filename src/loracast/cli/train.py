@@ -29,7 +29,7 @@ class Run(BaseChoice):
     """What every training takes."""
 
     recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="TOML file with the settings of the training.")
+        Path | None, typer.Argument(metavar="RECIPE", help="TOML file with the settings of the training.")
     ] = None
     out: Annotated[Path, "Folder for what is trained; a run found there goes on."]
     change: Change = None
