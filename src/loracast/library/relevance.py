@@ -184,7 +184,7 @@ def _neighbours(words: Sequence[Word], places: Mapping[int, list[tuple[int, str]
 # ---- the words of a question
 
 
-@lru_cache(1024)  # one question is asked of many documents
+@lru_cache(32)  # one question is asked of many documents; not more, since each may have tens of thousands of words
 def read_question(question: str, table: WordTable) -> tuple[Word, ...]:
     """The words of a question in order, with their stems and weights."""
     matches = list(_WORD.finditer(question))

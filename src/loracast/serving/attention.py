@@ -80,7 +80,7 @@ class RowBatch:
         out = query.new_empty(n_tokens, heads, value.shape[-1])
         if n := len(self.lengths):
             slots, at = self._slots.to(key.device), self._positions.to(key.device)
-            keys, values = self.slots.layers[layer]
+            keys, values = self.slots.layer(layer)
             keys[slots, :, at] = key[:, :n].transpose(0, 1)
             values[slots, :, at] = value[:, :n].transpose(0, 1)
             grouped = query[:, :n].transpose(0, 1).reshape(n, n_kv, heads // n_kv, size)

@@ -87,6 +87,7 @@ class Batch:
         self._max_tokens = config.kv_bytes // token_bytes(base)
         self._loras = LoRABatcher(base.model, config.n_slots)
         self._slots = SlotCache(config.n_slots, config.slot_tokens)
+        self._n_layers = base.model.config.get_text_config().num_hidden_layers
         self._in_slots: list[_Row] = []  # in the order of their slots
         self._long: list[_Row] = []  # with caches of their own
         self._reading: list[_Row] = []  # whose prompt is not read to its end
@@ -121,7 +122,7 @@ class Batch:
         row.place = None if packed is None else self._loras.add(packed)
         needed = tokens_needed(request)
         is_long = needed > self.config.slot_tokens
-        row.cache = OwnCache(needed if is_long else len(request.prompt))
+        row.cache = OwnCache(self._n_layers, needed if is_long else len(request.prompt))
         if prefix_key is not None:
             row.n_done, held = self.prefixes.find(prefix_key, row.ids, len(row.ids) - 1)
             if held is not None:
@@ -216,8 +217,6 @@ class Batch:
         for row in done:
             self._remove(row, keep=True)
         for row in failed:
-            if row in self._in_slots:
-                self._slots.clear(self._in_slots.index(row), row.n_done)
             self._remove(row)
 
     def _read_to_end(self, row: _Row) -> None:
@@ -247,6 +246,7 @@ class Batch:
             if keep:
                 self._keep(row, self._slots.copy(slot, row.n_done))
             last = self._in_slots.pop()
+            self._slots.free(slot, row.n_done)
             if last is not row:
                 self._slots.move(len(self._in_slots), slot, last.n_done)
                 self._in_slots[slot] = last

@@ -17,7 +17,7 @@ class EngineConfig:
     """Requests that may wait; more are refused with EngineBusy."""
     slot_tokens: int = 1024
     """Requests of up to so many tokens, prompt and answer, are decoded side by side; longer ones one by one in a step,
-    which is a little slower. A slot takes memory for the tokens that it held at most."""
+    which is a little slower. A slot takes memory for the tokens that it holds."""
     prefill_tokens: int = 64
     """Tokens of new prompts that are read in a step in which others are decoded."""
     prefill_tokens_alone: int = 512

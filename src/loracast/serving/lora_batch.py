@@ -36,7 +36,11 @@ class Place:
 
 
 class Group:
-    """Stacked factors of LoRAs whose modules have the same (rounded) ranks: A [places, r, in], B [places, r, out]."""
+    """Stacked factors of LoRAs whose modules have the same (rounded) ranks: A [places, r, in], B [places, r, out].
+
+    All stacks lie in one block of memory, which the system takes back when the group's last LoRA leaves, and of which
+    only the places that were used take physical memory; a tensor for each stack would leave holes in the heap.
+    """
 
     def __init__(self, key: _GroupKey, n_places: int):
         self.key, self.n_places = key, n_places
@@ -48,14 +52,16 @@ class Group:
     def add(self, place: Place, device: torch.device, dtype: torch.dtype) -> None:
         index = place.index = len(self.places)
         self.places.append(place)
-        for name, rank in self.ranks.items():
-            own = place.packed.own[name]
-            sides = [(self.a, own.a)] + ([(self.b, own.b)] if self.same_b[name] == name else [])
-            for stacks, side in sides:
-                if name not in stacks:
-                    stacks[name] = torch.empty(self.n_places, rank, side.shape[1], device=device, dtype=dtype)
-                stacks[name][index, : own.rank] = side
-                stacks[name][index, own.rank :] = 0
+        sides = [(self.a, name, pair.a) for name, pair in place.packed.own.items()]
+        sides += [(self.b, name, place.packed.own[name].b) for name in set(self.same_b.values())]
+        if sides and not self.a:
+            sizes = [self.n_places * self.ranks[name] * side.shape[1] for _, name, side in sides]
+            block = torch.empty(sum(sizes), device=device, dtype=dtype)
+            for (stacks, name, _), part in zip(sides, block.split(sizes), strict=True):
+                stacks[name] = part.view(self.n_places, self.ranks[name], -1)
+        for stacks, name, side in sides:
+            stacks[name][index, : len(side)] = side
+            stacks[name][index, len(side) :] = 0
 
     def remove(self, place: Place) -> None:
         """Take a LoRA out; the last one takes its place."""
