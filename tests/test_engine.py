@@ -205,7 +205,7 @@ def test_asyncio_gets_the_same_tokens(base, engine):
 def test_logprobs_are_those_of_the_base(base, engine):
     ids = prompt(base, 6)
     first = next(iter(engine.submit(GenerationRequest(ids, sampling=Sampling(3, temperature=0.5), n_logprobs=4))))
-    with torch.no_grad():
+    with torch.no_grad(), base.lock:  # the engine goes on
         logprobs = base.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
     assert first.logprob == pytest.approx(logprobs[first.id].item(), abs=1e-4)
     assert [i for i, _ in first.top_logprobs] == logprobs.topk(4).indices.tolist()
