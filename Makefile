@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What looks at the dependencies has an environment of its own, so that it is none of them.
+TOOLS := build/tools
 # Processes that run tests side by side: one for each processor, or a number.
 WORKERS ?= logical
 # Of `make fuzz`.
@@ -9,7 +11,7 @@ SEED ?= 0
 # They come with packages that the tests import, and start slowly.
 UNUSED_PLUGINS := -p no:langsmith_plugin -p no:schemathesis
 
-.PHONY: demo serve test fuzz bases runtimes lint docs setup setup-dev clean
+.PHONY: demo serve test fuzz bases runtimes lint docs lock audit sbom setup setup-dev clean
 
 demo: setup
 	$(BIN)/loracast demo examples/manual.pdf
@@ -45,6 +47,23 @@ lint: setup-dev
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# What CI installs, by hash. Made anew after a change of the dependencies, and to take newer releases (UPGRADE=--upgrade).
+lock: $(TOOLS)/.installed
+	$(TOOLS)/bin/uv pip compile pyproject.toml --extra dev --extra docs --universal --python-version 3.11 \
+	  --generate-hashes --overrides requirements/overrides.txt --no-emit-index-url --no-annotate $(UPGRADE) \
+	  --custom-compile-command "make lock" --quiet --output-file requirements/ci.txt
+
+# Known vulnerabilities of what the lock names.
+audit: $(TOOLS)/.installed
+	$(TOOLS)/bin/python .ci/audit
+
+# The bill of materials of what users install (CycloneDX), in build/sbom.json.
+sbom: $(TOOLS)/.installed
+	rm -rf build/installed && $(PYTHON) -m venv --without-pip build/installed
+	$(PYTHON) -m pip --python build/installed/bin/python install --quiet .
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible \
+	  --output-file build/sbom.json build/installed/bin/python
+
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 
@@ -62,5 +81,10 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	touch $@
 
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet 'cyclonedx-bom>=7' 'pip-audit>=2.9' 'uv>=0.8'
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(TOOLS)

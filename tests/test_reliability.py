@@ -45,7 +45,9 @@ LINES = {
         "unknown model", "`../x`", "negative, huge and NaN", "n=16384", "invalid JSON", "nesting 100 deep", "wrong content type", "disconnects",
         "delete or replace", "the same name twice", "full disk", "read-only or locked", "SIGKILL and SIGTERM", "two servers", "clock", "Ctrl-C",
     ),
-    "Releases": ("files of every version",),
+    "Releases": (
+        "files of every version", "locked by hash", "licences", "known vulnerabilities", "bill of materials", "reproducible", "pinned actions",
+    ),
 }  # fmt: skip
 """What has to have a row, by the section of the page."""
 

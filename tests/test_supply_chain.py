@@ -1,0 +1,109 @@
+"""Dependencies: their licences are known ones, and the lock that CI installs from names and hashes all of them."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+PERMISSIVE = re.compile(
+    r"0BSD|apache( software)?( license|-2\.0)?,?( version)?( 2\.0)?( license)?|bsd( license)?|bsd[- ][234][- ]clause|bsl-1\.0|cc0-1\.0|"
+    r"cnri-python|dfsg approved|isc( license( \(iscl\))?)?|llvm-exception|(the )?mit( license)?( \(mit\))?|mit-(0|cmu)|"
+    r"psf(l|-2\.0)?|python software foundation license|unlicense|the unlicense \(unlicense\)|zlib|zpl-2\.1",
+    re.IGNORECASE,
+)
+FILE_BY_FILE = re.compile(r"mpl-2\.0|mozilla public license 2\.0 \(mpl 2\.0\)", re.IGNORECASE)
+"""Copyleft for a package's own files alone: asks nothing of what uses it."""
+OF_TESTS_ALONE = {"chardet": "LGPL-2.1-or-later", "fpdf2": "LGPL-3.0-only"}
+"""Copyleft that no user installs: fpdf2 makes the tests' PDFs, chardet comes with lm-eval."""
+
+
+def needed(requirements: list[str]) -> tuple[dict[str, metadata.Distribution], set[str]]:
+    """Distributions that requirements bring along, by name, and the names of those that are not installed."""
+    found: dict[str, metadata.Distribution] = {}
+    missing: set[str] = set()
+    todo, done = [Requirement(text) for text in requirements], set()
+    while todo:
+        one = todo.pop()
+        name, extras = canonicalize_name(one.name), ["", *sorted(one.extras)]
+        if (name, *extras) in done:
+            continue
+        done.add((name, *extras))
+        try:
+            found[name] = metadata.distribution(one.name)
+        except metadata.PackageNotFoundError:
+            missing.add(name)
+            continue
+        for wanted in map(Requirement, found[name].requires or ()):
+            if wanted.marker is None or any(wanted.marker.evaluate({"extra": extra}) for extra in extras):
+                todo.append(wanted)
+    return found, missing
+
+
+def licences(distribution: metadata.Distribution) -> list[str]:
+    """The licences that a distribution is under, as it names them; the first line where it quotes the text."""
+    about = distribution.metadata
+    if expression := about.get("License-Expression"):
+        return [part.strip("() ") for part in re.split(r" AND | OR | WITH ", expression)]
+    classifiers = [c.rpartition(" :: ")[2] for c in about.get_all("Classifier") or () if c.startswith("License ::")]
+    return classifiers or re.split(r" AND | OR ", (about.get("License") or "none is named").strip().splitlines()[0])
+
+
+def refused(distributions: dict[str, metadata.Distribution]) -> dict[str, list[str]]:
+    """Distributions with a licence that is on no list."""
+    of = {name: licences(found) for name, found in distributions.items() if name != "loracast"}
+    return {
+        name: there
+        for name, there in of.items()
+        if not all(PERMISSIVE.fullmatch(one) or FILE_BY_FILE.fullmatch(one) for one in there)
+    }
+
+
+def test_what_users_install_is_under_permissive_licences():
+    found, missing = needed(PROJECT["dependencies"])
+    assert not missing and len(found) > 40
+    assert refused(found) == {}
+
+
+def test_the_licences_of_all_extras_are_known():
+    found, _ = needed([one for extra in EXTRAS.values() for one in extra])
+    assert {"pytest", "peft", "timm"} <= found.keys()
+    assert refused(found).keys() <= OF_TESTS_ALONE.keys()
+    for name in refused(found):
+        assert OF_TESTS_ALONE[name] in (found[name].metadata["License-Expression"], found[name].metadata["License"])
+
+
+@pytest.mark.parametrize(
+    "licence", ["GPL-3.0-only", "AGPL-3.0-or-later", "Other/Proprietary License", "CC-BY-NC-4.0", ""]
+)
+def test_another_licence_is_found(licence, tmp_path):
+    about = tmp_path / "evil-1.0.dist-info" / "METADATA"
+    about.parent.mkdir()
+    about.write_text(f"Metadata-Version: 2.1\nName: evil\nVersion: 1.0\nLicense: {licence}\n")
+    assert refused({"evil": metadata.Distribution.at(about.parent)}).keys() == {"evil"}
+
+
+def test_the_lock_names_and_hashes_every_dependency_but_torch():
+    lock = (ROOT / "requirements" / "ci.txt").read_text(encoding="utf-8")
+    assert "://" not in lock and "+cpu" not in lock and "index-url" not in lock
+    pins: dict[str, list[str]] = {}
+    for entry in lock.replace("\\\n", " ").splitlines():
+        if entry.startswith("#"):
+            continue
+        requirement, *hashes = entry.split("--hash=")
+        name, version = re.fullmatch(r"([a-z0-9-]+)==([^ ;]+)( ;.*)?", requirement.strip()).group(1, 2)
+        assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}", one.strip()) for one in hashes), name
+        pins.setdefault(name, []).append(version)
+    direct = [*PROJECT["dependencies"], *(one for extra in EXTRAS.values() for one in extra)]
+    own = {"loracast", "torch", *(Requirement(one).name for one in EXTRAS["frameworks"])}  # CI installs those by name
+    for requirement in map(Requirement, direct):
+        if (name := canonicalize_name(requirement.name)) not in own:
+            assert any(requirement.specifier.contains(version) for version in pins[name]), requirement
