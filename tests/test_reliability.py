@@ -46,7 +46,7 @@ LINES = {
         "delete or replace", "the same name twice", "full disk", "read-only or locked", "SIGKILL and SIGTERM", "two servers", "clock", "Ctrl-C",
     ),
     "Releases": (
-        "files of every version", "locked by hash", "licences", "known vulnerabilities", "bill of materials", "reproducible", "pinned actions",
+        "files of every version", "locked by hash", "licences", "known vulnerabilities", "bill of materials", "adapters are signed", "reproducible", "pinned actions",
     ),
 }  # fmt: skip
 """What has to have a row, by the section of the page."""

@@ -51,22 +51,34 @@ def push_adapter(
     where: Where,
     *,
     public: Annotated[bool, "Let everybody see a repository that is made on the hub."] = False,
+    sign: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Sign it with this secret key of minisign.")
+    ] = None,
     library: options.Library,
 ) -> None:
     """Put an adapter, with the text it was made from and a model card, to where others can pull it."""
     from loracast.library.remote import push_adapter as push
 
     adapter = open_adapter(library, name)
-    push(adapter, where, private=not public)
-    print(f"{adapter.version} ({size(adapter.n_bytes)}) is at {where}")
+    push(adapter, where, private=not public, signing_key=sign)
+    print(f"{adapter.version} ({size(adapter.n_bytes)}) is at {where}{', signed' if sign else ''}")
 
 
-def pull_adapter(where: Where, *, naming: options.Naming, library: options.Library) -> None:
+def pull_adapter(
+    where: Where,
+    *,
+    signed_by: Annotated[
+        str | None, "Public key of minisign, or its file: an adapter that it has not signed is refused."
+    ] = None,
+    naming: options.Naming,
+    library: options.Library,
+) -> None:
     """Take an adapter from elsewhere into the library, after checking it."""
     from loracast.library.remote import pull_adapter as pull_from
 
-    adapter = pull_from(library, where, naming.name, replace=naming.replace)
-    print(f"pulled {adapter.version} ({printable(adapter.manifest.title)}), {size(adapter.n_bytes)}")
+    adapter = pull_from(library, where, naming.name, replace=naming.replace, signed_by=signed_by)
+    is_signed = ", the signature is right" if signed_by else ""
+    print(f"pulled {adapter.version} ({printable(adapter.manifest.title)}), {size(adapter.n_bytes)}{is_signed}")
 
 
 def pull(

@@ -1,7 +1,7 @@
 """Pushes adapters to, and pulls them from, URLs that fsspec knows (s3://, gs://, file://, ...) or the Hugging Face hub.
 
-Whatever is pulled is checked before the library takes it in: the sizes before anything large is fetched, then
-`Adapter.faults`.
+Whatever is pulled is checked before the library takes it in: its signature if a key is given, the sizes before anything
+large is fetched, then `Adapter.faults`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from getpass import getpass
 from pathlib import Path
 
 from loracast.errors import AdapterError
 from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter, layout
 from loracast.library.library import add_adapter
 from loracast.library.manifest import Manifest, check_name
+from loracast.library.signatures import SUFFIX, check_covers, sign, verify
 from loracast.library.store import file_system, told
 from loracast.library.workfolders import work_folder
 from loracast.lora.tensor_file import BYTES
@@ -23,51 +25,69 @@ from loracast.lora.tensor_file import BYTES
 CARD = "README.md"
 _FILES = (INDEX, FACTORS, MANIFEST)  # in this order: without a manifest an adapter is not whole
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SIGNATURE = MANIFEST + SUFFIX
 _MAX_MANIFEST_BYTES = 10_000_000
+_MAX_SIGNATURE_BYTES = 10_000
 _MAX_INDEX_BYTES_PER_TOKEN = 1_000
 _SLACK_BYTES = 10_000_000
 _BASES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Hub ids of embedded bases."""
 
 
-def push_adapter(adapter: Adapter, where: str, *, private: bool = True) -> None:
+def push_adapter(
+    adapter: Adapter,
+    where: str,
+    *,
+    private: bool = True,
+    signing_key: Path | None = None,
+    ask_password: Callable[[], str] = getpass,
+) -> None:
     """Copy an adapter's files, with a model card, to where `pull_adapter` finds them.
 
     Args:
         where: a URL, as a folder; or `owner/name` on the hub, made if need be.
         private: whether a repository that is made is private.
+        signing_key: file of a secret key of minisign, with which the adapter is signed.
+        ask_password: gives the key's password; called if it has one.
 
     Raises:
-        LoracastError: nothing can be written there. AdapterError: the adapter is damaged.
+        LoracastError: nothing can be written there. AdapterError: the adapter is damaged, or the key is none.
     """
     adapter.verify()
-    card = model_card(adapter).encode()
+    texts = {CARD: model_card(adapter).encode()}
+    if signing_key is not None:
+        texts[SIGNATURE] = sign(adapter.folder / MANIFEST, signing_key, ask_password)
     files = {name: str(adapter.folder / name) for name in _FILES if (adapter.folder / name).is_file()}
     if is_hub_id(where):
         from huggingface_hub import CommitOperationAdd, HfApi
 
         with told(where):
             HfApi().create_repo(where, private=private, exist_ok=True)
-            added = [CommitOperationAdd(CARD, card), *(CommitOperationAdd(n, path) for n, path in files.items())]
+            added = [CommitOperationAdd(name, content) for name, content in (texts | files).items()]
             HfApi().create_commit(where, added, commit_message=f"{adapter.version}, by loracast")
         return
     with file_system(where) as (fs, root):
         fs.makedirs(root, exist_ok=True)
-        fs.pipe_file(f"{root}/{CARD}", card)
+        for name, text in texts.items():
+            fs.pipe_file(f"{root}/{name}", text)
         for name, path in files.items():
             fs.put_file(path, f"{root}/{name}")
 
 
-def pull_adapter(library: Path, where: str, name: str | None = None, *, replace: bool = False) -> Adapter:
+def pull_adapter(
+    library: Path, where: str, name: str | None = None, *, replace: bool = False, signed_by: str | None = None
+) -> Adapter:
     """Fetch an adapter into the library.
 
     Args:
         where: as in `push_adapter`.
         name: the one it was made under if None.
+        signed_by: public key of minisign, or its file, that must have signed it; None asks for no signature.
 
     Raises:
         LoracastError: nothing can be read there.
-        AdapterError: there is no adapter, it is damaged (the message lists every fault), or the name is taken.
+        AdapterError: there is no adapter, it is damaged (the message lists every fault), the key has not signed it, or
+            the name is taken.
     """
     library.mkdir(parents=True, exist_ok=True)
     with work_folder(library, "new") as work:
@@ -79,11 +99,13 @@ def pull_adapter(library: Path, where: str, name: str | None = None, *, replace:
             with told(where):
                 there = HfApi().model_info(where, files_metadata=True).siblings or []
                 sizes = {file.rfilename: file.size or 0 for file in there}
-                _fetch_files(sizes, folder, lambda name: shutil.copyfile(hf_hub_download(where, name), folder / name))
+                _fetch_files(
+                    sizes, folder, lambda name: shutil.copyfile(hf_hub_download(where, name), folder / name), signed_by
+                )
         else:
             with file_system(where) as (fs, root):
                 sizes = {entry["name"].rpartition("/")[2]: entry["size"] or 0 for entry in fs.ls(root, detail=True)}
-                _fetch_files(sizes, folder, lambda name: fs.get_file(f"{root}/{name}", str(folder / name)))
+                _fetch_files(sizes, folder, lambda name: fs.get_file(f"{root}/{name}", str(folder / name)), signed_by)
         manifest = Manifest.read(folder / MANIFEST)
         if faults := Adapter(folder).faults():
             raise AdapterError(f"the adapter at {where} is not taken: {'; '.join(faults)}")
@@ -122,18 +144,27 @@ To use it with PEFT, vLLM, llama.cpp or mlx-lm: `loracast export {adapter.name} 
 """
 
 
-def _fetch_files(sizes: dict[str, int], folder: Path, fetch: Callable[[str], object]) -> None:
+def _fetch_files(sizes: dict[str, int], folder: Path, fetch: Callable[[str], object], signed_by: str | None) -> None:
     """Fetch the manifest, then the files that it speaks of, each after a look at its size.
 
     Args:
         sizes: the files there and their sizes in bytes.
         fetch: copies one file into the folder.
+        signed_by: as in `pull_adapter`; the manifest's signature is verified before the manifest is read.
     """
     if MANIFEST not in sizes:
         raise AdapterError(f"there is no adapter: {MANIFEST} is missing")
     _check_size(sizes, MANIFEST, _MAX_MANIFEST_BYTES)
     fetch(MANIFEST)
+    if signed_by is not None:
+        if SIGNATURE in sizes:
+            _check_size(sizes, SIGNATURE, _MAX_SIGNATURE_BYTES)
+            fetch(SIGNATURE)
+        verify(folder / MANIFEST, folder / SIGNATURE, signed_by)
+        (folder / SIGNATURE).unlink()
     manifest = Manifest.read(folder / MANIFEST)
+    if signed_by is not None:
+        check_covers(manifest)
     _check_size(sizes, INDEX, _SLACK_BYTES + _MAX_INDEX_BYTES_PER_TOKEN * max(0, manifest.n_tokens))
     wanted = [INDEX]
     if manifest.storage != "text":
