@@ -8,8 +8,12 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+import loracast
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -22,6 +26,8 @@ PERMISSIVE = re.compile(
 )
 FILE_BY_FILE = re.compile(r"mpl-2\.0|mozilla public license 2\.0 \(mpl 2\.0\)", re.IGNORECASE)
 """Copyleft for a package's own files alone: asks nothing of what uses it."""
+CUDA = re.compile(r"(nvidia|cuda)-.+")
+"""Libraries under NVIDIA's own terms, which PyTorch's builds for NVIDIA's GPUs bring; its builds for CPUs do not."""
 OF_TESTS_ALONE = {"chardet": "LGPL-2.1-or-later", "fpdf2": "LGPL-3.0-only"}
 """Copyleft that no user installs: fpdf2 makes the tests' PDFs, chardet comes with lm-eval."""
 
@@ -59,7 +65,7 @@ def licences(distribution: metadata.Distribution) -> list[str]:
 
 def refused(distributions: dict[str, metadata.Distribution]) -> dict[str, list[str]]:
     """Distributions with a licence that is on no list."""
-    of = {name: licences(found) for name, found in distributions.items() if name != "loracast"}
+    of = {name: licences(found) for name, found in distributions.items() if name != "loracast" and not CUDA.match(name)}
     return {
         name: there
         for name, there in of.items()
@@ -107,3 +113,15 @@ def test_the_lock_names_and_hashes_every_dependency_but_torch():
     for requirement in map(Requirement, direct):
         if (name := canonicalize_name(requirement.name)) not in own:
             assert any(requirement.specifier.contains(version) for version in pins[name]), requirement
+
+
+def test_the_conda_recipe_has_the_version_and_the_dependencies_of_the_package():
+    recipe = yaml.safe_load((ROOT / "packaging" / "recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["context"]["version"] == loracast.__version__
+    assert PROJECT["requires-python"] == f">={recipe['context']['python_min']}"
+    theirs = {"torch": "pytorch", "prometheus-client": "prometheus_client"}  # names there
+    wanted = {theirs.get(one.name, one.name): one.specifier for one in map(Requirement, PROJECT["dependencies"])}
+    found = [one.partition(" ")[::2] for one in recipe["requirements"]["run"] if not one.startswith("python >")]
+    assert {name: SpecifierSet(bounds) for name, bounds in found} == wanted
+    [script] = recipe["build"]["python"]["entry_points"]
+    assert script == f"loracast = {PROJECT['scripts']['loracast']}"

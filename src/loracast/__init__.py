@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loracast.lora.algebra import LoRA
     from loracast.model import Model, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Adapter",
     "Document",
