@@ -23,6 +23,11 @@ def features_dir() -> Path:
     return _cache_dir() / "features"
 
 
+def fetched_dir() -> Path:
+    """Copies of data files that URLs name; may be deleted at any time and are fetched again."""
+    return _cache_dir() / "fetched"
+
+
 def journals_dir() -> Path:
     """Journals of learned folders; may be deleted at any time, and the folders are learned anew."""
     return _cache_dir() / "journals"

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any
 
-from loracast.data.rows import each_row
+from loracast.data.rows import each_row, local_file
 from loracast.errors import ConfigError
 
 
@@ -55,7 +54,7 @@ def read_questioned(
     Raises ConfigError if a file does not exist, a row is malformed, or nothing is left.
     """
     documents: list[QuestionedDocument] = []
-    for path in map(Path, paths):
+    for path in map(local_file, paths):
         ids = map(f"{path.name}:{{}}".format, count(1))
 
         def take(row: dict[str, Any], ids: Iterator[str] = ids) -> None:

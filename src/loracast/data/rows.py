@@ -1,23 +1,52 @@
-"""Read rows of JSONL files, gzipped or not, the texts and unrelated questions in them, and the package's content."""
+"""Read rows of JSONL files, gzipped or not, on this machine or at a URL, and the package's content."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import os
 import tomllib
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from loracast.errors import ConfigError
+from loracast.paths import fetched_dir
 
 
 @cache
 def read_content(name: str) -> dict[str, Any]:
     """Read a TOML file of data/content, once."""
     return tomllib.loads((files("loracast.data") / "content" / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def local_file(name: str) -> Path:
+    """The file of that name, or a copy of the one at a URL that fsspec knows: s3://, https://, hf://datasets/, ...
+
+    A copy is kept in the cache, and fetched anew where the file has changed. Raises ConfigError if the URL cannot be
+    read.
+    """
+    if "://" not in name:
+        return Path(name)
+    import fsspec
+
+    try:
+        system, place = fsspec.core.url_to_fs(name)
+        version = hashlib.sha256(f"{name} {system.info(place)}".encode()).hexdigest()[:16]
+        copy = fetched_dir() / version / PurePosixPath(urlsplit(name).path).name
+        if not copy.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            part = copy.with_name(f"{copy.name}.{os.getpid()}.part")  # other processes fetch it at the same time
+            system.get_file(place, str(part))
+            os.replace(part, copy)
+        return copy
+    except Exception as error:  # each of these services has errors of its own
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"{name} cannot be read: {said[0]}") from error
 
 
 def each_row(path: Path, take: Callable[[dict[str, Any]], None], what: str = "rows") -> None:
@@ -51,7 +80,7 @@ def read_texts(paths: Sequence[str], sources: Sequence[str] = ()) -> list[str]:
         if not sources or row.get("source") in sources:
             texts.append(row["text"] if "text" in row else row["document"])
 
-    for path in map(Path, paths):
+    for path in map(local_file, paths):
         if path.is_file() and ".jsonl" not in path.name:
             texts.append(path.read_text(encoding="utf-8"))
         else:
@@ -77,5 +106,5 @@ def read_unrelated(paths: Sequence[str]) -> list[tuple[str, str]]:
             pairs.append((question, str(row["answer"])))
 
     for path in paths:
-        each_row(Path(path), take, "questions")
+        each_row(local_file(path), take, "questions")
     return pairs

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loracast.data.rows import each_row
+from loracast.data.rows import each_row, local_file
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 
 N_WORDS = 13
@@ -126,7 +126,7 @@ def evaluate_document_overlap(
 def _rows(files: Sequence[str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for file in files:
-        each_row(Path(file), found.append, "documents")
+        each_row(local_file(file), found.append, "documents")
     return found
 
 

@@ -1,6 +1,7 @@
-"""Save and load the state of a training run, for exact resumption: weights, optimizer, random state, position.
+"""Save and load the state of a training run, for exact resumption: weights, optimizer, position.
 
-The files are safetensors and JSON only (accelerate's checkpoints pickle the optimizer and the random state). A state is
+The random state of a batch follows from its number (`loop.py`), so none is kept. The files are safetensors and JSON
+only (accelerate's checkpoints pickle the optimizer). A state is
 a folder `state-<step>`; `state.json` names the current one and is replaced last, so a run killed at any moment leaves
 the previous state in force.
 """
@@ -34,7 +35,6 @@ def save_state(
     from safetensors.torch import save_file
 
     tensors = {f"model.{name}": value.detach().contiguous() for name, value in model.state_dict().items()}
-    tensors |= {f"random.{name}": generator.get_rng_state() for name, generator in _generators().items()}
     numbers: dict[str, float] = {}
     for parameter, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
@@ -83,9 +83,6 @@ def load_state(
             "another --out for a new run, or --init-from to start from its weights"
         )
     model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
-    for name, generator in _generators().items():
-        if f"random.{name}" in tensors:
-            generator.set_rng_state(tensors[f"random.{name}"])
     restored: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *state["numbers"].items()]:
         if key.startswith(_OPTIMIZER):
@@ -93,16 +90,6 @@ def load_state(
             restored.setdefault(int(parameter), {})[name] = value
     optimizer.load_state_dict({"state": restored, "param_groups": optimizer.state_dict()["param_groups"]})
     return state["step"], state["elapsed_s"]
-
-
-def _generators() -> dict[str, Any]:
-    """The random generators of this machine by name: torch's own, and that of the accelerator in use."""
-    generators: dict[str, Any] = {"torch": torch}
-    if torch.cuda.is_available():
-        generators["cuda"] = torch.cuda
-    elif torch.backends.mps.is_available():
-        generators["mps"] = torch.mps
-    return generators
 
 
 def _differences(wanted: dict[str, Any], found: dict[str, Any], prefix: str = "") -> list[str]:

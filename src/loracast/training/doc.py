@@ -249,13 +249,12 @@ def train_doc(
         hypernet = build_doc_hypernet(base, recipe, source)
     hypernet.to(workers.device).train()
     encoder = hypernet.hidden_states_encoder(base)
-    wrapped = workers.wrap(hypernet)
 
     def objective(number: int) -> tuple[Tensor, dict[str, float]]:
-        episodes = distillation.with_soft_targets(source.step(number, workers.rank))
+        episodes = distillation.with_soft_targets(source.step(number))
         batch = pack(episodes, base.pad_id).to(workers.device)
         with recipe.training.autocast(workers.device):
-            scores, memory, cast = answer_questions(base.model, encoder, wrapped, batch, recipe.training.passes)
+            scores, memory, cast = answer_questions(base.model, encoder, hypernet, batch, recipe.training.passes)
         losses = {
             "answer_loss": (1 - recipe.distillation_weight, scores.loss),
             "distillation_loss": (recipe.distillation_weight, scores.distillation_loss),

@@ -1,7 +1,7 @@
 """The training loop: AdamW with warm-up, schedule, clipping and gradient accumulation; it resumes exactly.
 
 The loop knows neither documents nor questions: an objective turns the number of a step into a loss. It stops after a
-number of steps, at a wall-clock budget or at SIGTERM, and runs under `accelerate launch` and torchrun as it is.
+number of steps, at a wall-clock budget or at SIGTERM. Processes of `accelerate launch` or torchrun share its batches.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
     accumulate: int = 1
-    """Batches in one optimizer step."""
+    """Batches in one optimizer step, shared out among the processes; their number must divide it."""
     budget_s: float | None = None
     """Stop after this many seconds of wall clock in this run; a later run goes on."""
     save_every_s: float = 180.0
@@ -94,7 +94,7 @@ _DIVERGED = (
 )
 
 Objective = Callable[[int], tuple[Tensor, dict[str, float]]]
-"""Number of the batch -> loss, and figures to log."""
+"""Number of the batch -> loss, and figures to log. It may depend on the number and torch's random state alone."""
 OnMetrics = Callable[[dict[str, float]], None]
 """Receives each line of metrics."""
 
@@ -146,14 +146,24 @@ def train(
     """Train `model` on `objective`; resume where `out_dir` holds the state of an earlier run with the same settings.
 
     Writes `metrics.jsonl`, `state.json` and `state-<step>/` into `out_dir`, and the model with `save_model(out_dir)`
-    beside every state. Returns the last metrics. Raises TrainingError if the state has other settings, or a loss or
-    gradient is not finite (the last good state stays).
+    beside every state. Torch's random state follows from a batch's number, so a run goes on exactly, with any number of
+    workers. Returns the last metrics.
+
+    Raises:
+        ConfigError: the workers cannot share the batches of a step evenly.
+        TrainingError: the state has other settings, or a loss or gradient is not finite, or another worker has ended;
+            the last good state stays.
     """
     workers = workers or Workers.join(next(model.parameters()).device.type)
     out_dir.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(model, config)
+    workers.batches(0, config.accumulate)  # raises before anything is written
     fixed = resumable_settings(config, settings)
     step, elapsed_before_s = load_state(out_dir, model, optimizer, settings=fixed)
+    if len(found := set(workers.gather(step))) > 1:
+        steps = " and ".join(map(str, sorted(found)))
+        raise TrainingError(f"the processes find states of step {steps} in {out_dir}; it must be one folder for all")
+    workers.copy_first(model)
     started_s = last_save_s = time.monotonic()
     figures = _Means()
     last = _resume_metrics(out_dir / "metrics.jsonl", step) if workers.is_first else {}
@@ -171,10 +181,10 @@ def train(
             is_over = config.budget_s is not None and time.monotonic() - started_s > config.budget_s
             if workers.any(stop.requested or is_over):
                 break
-            figures.add(_optimizer_step(model, objective, optimizer, config, step))
+            _optimizer_step(model, objective, optimizer, config, step, workers, figures)
             step += 1
             if step % config.log_every == 0 or step == config.steps:
-                last = {"step": step, "elapsed_s": round(elapsed_s(), 1), **figures.take()}
+                last = {"step": step, "elapsed_s": round(elapsed_s(), 1), **figures.take(workers)}
                 if workers.is_first:
                     log.write(json.dumps(last) + "\n")
                     log.flush()
@@ -187,25 +197,34 @@ def train(
 
 
 def _optimizer_step(
-    model: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer, config: TrainConfig, step: int
-) -> dict[str, float]:
-    """Update the model once from `accumulate` batches, at the learning rate of the schedule."""
-    means = _Means()
-    for micro in range(config.accumulate):
-        loss, others = objective(step * config.accumulate + micro)
+    model: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    step: int,
+    workers: Workers,
+    figures: _Means,
+) -> None:
+    """Update the model once from the batches of a step, at the learning rate of the schedule."""
+    bad: float | None = None
+    for number in workers.batches(step, config.accumulate):
+        torch.manual_seed(number)
+        loss, others = objective(number)
         if not torch.isfinite(loss):
-            raise TrainingError(f"the loss of step {step} is {loss.item()}; {_DIVERGED}")
+            bad = loss.item()
         (loss / config.accumulate).backward()
-        means.add({"loss": loss.item(), **others})
-    figures = means.take()
-    figures["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm).item()
-    if not math.isfinite(figures["grad_norm"]):  # an update would ruin the weights, and the next checkpoint with them
+        figures.add({"loss": loss.item(), **others})
+    workers.sum_gradients(model)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm).item()
+    if bad is not None:
+        raise TrainingError(f"the loss of step {step} is {bad}; {_DIVERGED}")
+    if not math.isfinite(norm):  # an update would ruin the weights, and the next checkpoint with them
         raise TrainingError(f"the gradient of step {step} is not finite; {_DIVERGED}")
+    figures.add({"grad_norm": norm})
     for group in optimizer.param_groups:
         group["lr"] = config.lr * config.lr_factor(step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return figures
 
 
 class _Means:
@@ -218,10 +237,14 @@ class _Means:
         for name, value in figures.items():
             self._values.setdefault(name, []).append(value)
 
-    def take(self) -> dict[str, float]:
-        """The means so far; the count starts anew."""
-        taken, self._values = self._values, {}
-        return {name: sum(values) / len(values) for name, values in taken.items()}
+    def take(self, workers: Workers) -> dict[str, float]:
+        """The means so far, over the batches of all workers; the count starts anew."""
+        together: dict[str, list[float]] = {}
+        for of_worker in workers.gather(self._values):
+            for name, values in of_worker.items():
+                together.setdefault(name, []).extend(values)
+        self._values = {}
+        return {name: sum(values) / len(values) for name, values in together.items()}
 
 
 def _resume_metrics(path: Path, step: int) -> dict[str, float]:

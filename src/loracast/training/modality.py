@@ -102,14 +102,13 @@ def train_modality(
     else:
         hypernet = build_modality_hypernet(base, recipe, encoder, source)
     hypernet.to(workers.device).train()
-    wrapped = workers.wrap(hypernet)
     distillation = Distillation(Teacher(base.model, base.pad_id), None)
 
     def objective(number: int) -> tuple[Tensor, dict[str, float]]:
-        features, episodes = source.step(number, workers.rank)
+        features, episodes = source.step(number)
         batch = pack(distillation.with_soft_targets(episodes), base.pad_id).to(workers.device)
         with recipe.training.autocast(workers.device):
-            cast = wrapped(features.to(workers.device))
+            cast = hypernet(features.to(workers.device))
             scores = score_answers(base.model, cast.loras, batch, passes=recipe.training.passes)
         loss, kl = scores.loss, scores.kl_to_base
         figures = {"answer_loss": loss.item(), "exact": scores.exact, "token_accuracy": scores.token_accuracy}

@@ -132,9 +132,9 @@ class ModalitySource:
         self.names = [labelled.names[labelled.labels[i]] for i in indices]
         self._unrelated = read_unrelated(config.unrelated)
 
-    def step(self, number: int, worker: int = 0) -> tuple[Features, list[Episode]]:
-        """The features of a step's examples, and an episode of questions for each."""
-        rng = random.Random(f"{self.config.seed}/{worker}/{number}")
+    def step(self, number: int) -> tuple[Features, list[Episode]]:
+        """The features of a batch's examples, and an episode of questions for each."""
+        rng = random.Random(f"{self.config.seed}/0/{number}")  # the 0 keeps what recipes drew before
         drawn = rng.sample(range(len(self.names)), min(self.config.examples_per_step, len(self.names)))
         has_unrelated = bool(self._unrelated) and rng.random() < UNRELATED_SHARE
         episodes = [self._episode(rng, self.names[i], has_unrelated) for i in drawn]

@@ -155,9 +155,9 @@ class EpisodeSource:
                 max_questions=config.max_questions, reading_chunk_tokens=config.reading_chunk_tokens,
             )  # fmt: skip
 
-    def step(self, number: int, worker: int = 0) -> list[Episode]:
-        """The episodes of step `number` on one of several workers."""
-        rng = random.Random(f"{self.config.seed}/{worker}/{number}")
+    def step(self, number: int) -> list[Episode]:
+        """The episodes of batch `number`."""
+        rng = random.Random(f"{self.config.seed}/0/{number}")  # the 0 keeps what recipes drew before
         c = self.config
         shares = (c.needle_share, c.question_share, c.cloze_share, c.reading_share, c.everyday_share)
         drawn = rng.random()
@@ -168,7 +168,7 @@ class EpisodeSource:
                 break
             drawn -= share
         episodes = self._draw(kind, rng)
-        is_merged = random.Random(f"{self.config.seed}/{worker}/{number}/merged").random() < c.merged_share
+        is_merged = random.Random(f"{self.config.seed}/0/{number}/merged").random() < c.merged_share
         return [episode.merged() for episode in episodes] if is_merged else episodes
 
     def of_kind(self, kind: EpisodeKind, number: int) -> list[Episode]:

@@ -146,15 +146,15 @@ class TaskSource:
         for task in self.tasks:
             self.short_enough(task)
 
-    def draw(self, number: int, worker: int = 0) -> list[DrawnTask]:
-        """The tasks of step `number` on one of several workers.
+    def draw(self, number: int) -> list[DrawnTask]:
+        """The tasks of batch `number`.
 
         Augmentation and the examples that are read have generators of their own, so that everything else is drawn the
         same with and without them.
         """
         c = self.config
         rng, of_augmentation, of_examples = (
-            random.Random(f"{c.seed}/{worker}/{number}{purpose}") for purpose in ("", "/varied", "/examples")
+            random.Random(f"{c.seed}/0/{number}{purpose}") for purpose in ("", "/varied", "/examples")
         )
         chosen = rng.sample(self.tasks, min(c.tasks_per_step, len(self.tasks)))
         descriptions = [rng.choice(task.seen_descriptions() or ("",)) for task in chosen]

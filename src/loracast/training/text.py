@@ -180,18 +180,15 @@ def train_text(
     hypernet.start_training(conditions, source.n_descriptions, is_fresh=init_from is None)
     hypernet.train()
     hypernet.select_trained(encoder_lora=recipe.encoder_lora_is_trained, task_bank_only=recipe.task_bank_only)
-    wrapped = workers.wrap(hypernet)
     if oracles is None:
         reader = encoder if recipe.encoder_lora_is_trained else CachedEncoder(encoder, source.descriptions, conditions)
-        of_step = _by_examples(base, recipe, hypernet, wrapped, source, reader)
+        of_step = _by_examples(base, recipe, hypernet, source, reader)
     else:
         library = read_library(source.tasks, oracles, base.fingerprint, hypernet.config, recipe.match)
-        of_step = _by_oracles(wrapped, source, library.to(workers.device), recipe.match, encoder)
+        of_step = _by_oracles(hypernet, source, library.to(workers.device), recipe.match, encoder)
 
     def objective(number: int) -> tuple[Tensor, dict[str, float]]:
-        drawn = source.draw(number, workers.rank)
-        torch.manual_seed(number)  # dropout depends on the step alone, so resumed training is the same on any device
-        return of_step(number, drawn)
+        return of_step(number, source.draw(number))
 
     @torch.no_grad()
     def remember_seen() -> None:
@@ -252,14 +249,10 @@ def _by_examples(
     base: Base,
     recipe: TextRecipe,
     hypernet: DescriptionHypernetwork,
-    wrapped: nn.Module,
     source: TaskSource,
     encoder: TextEncoder,
 ) -> OfStep:
-    """The objective in which the base does the tasks' examples, each with the LoRA of what is told of its task.
-
-    `wrapped` is the hypernetwork as its workers call it.
-    """
+    """The objective in which the base does the tasks' examples, each with the LoRA of what is told of its task."""
     nonsense = gibberish(random.Random(recipe.data.seed), N_GIBBERISH)
     device = base.device
 
@@ -275,7 +268,7 @@ def _by_examples(
             free = hypernet.meaningless(n // 2, torch.Generator().manual_seed(rng.randrange(2**31)))
             conditions = torch.cat([conditions, meaningless, hypernet.constant().to(free), free])
         with recipe.training.autocast(device):
-            both = wrapped(conditions)
+            both = hypernet(conditions)
             loras = both.rows(0, n)
             scores = score_answers(base.model, loras, batch, passes=recipe.training.passes)
         of_descriptions, of_null = (squares := both.squared_norms())[:n], squares[n:]
@@ -298,7 +291,7 @@ def _by_examples(
 
 
 def _by_oracles(
-    wrapped: nn.Module, source: TaskSource, library: LoRABatch, match: Match, encoder: TextEncoder
+    hypernet: nn.Module, source: TaskSource, library: LoRABatch, match: Match, encoder: TextEncoder
 ) -> OfStep:
     """The objective in which the LoRAs of descriptions match their tasks' oracles; the base is not run."""
     row_of = {task.name: i for i, task in enumerate(source.tasks)}
@@ -307,7 +300,7 @@ def _by_oracles(
 
     def of_step(number: int, drawn: Sequence[DrawnTask]) -> tuple[Tensor, dict[str, float]]:
         rows = [row_of[one.task.name] for one in drawn]
-        made = wrapped(encoder([one.text for one in drawn]).to(device))
+        made = hypernet(encoder([one.text for one in drawn]).to(device))
         with torch.no_grad():
             error = relative_square_error(made, library.take(rows)).clamp_min(0).mean().sqrt().item()
         return loss_of(made, rows), {"relative_error": error, "tasks": len(rows)}
