@@ -102,17 +102,19 @@ class Partly(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.always, self.odd, self.never = (nn.Parameter(torch.ones(3)) for _ in range(3))
+        self.register_buffer("turned", torch.arange(4.0).view(2, 2).T)  # not contiguous
 
     def forward(self, number: int) -> torch.Tensor:
-        x = torch.randn(3)
+        x = torch.randn(3) * self.turned.mean()
         return ((self.always + (self.odd if number % 2 else 0.0)) * x - 1).square().sum()
 
 
-def train_partly(out: str, accumulate: str = "4") -> None:
+def train_partly(out: str) -> None:
     model = Partly()
     if int(os.environ.get("RANK", "0")):
-        nn.init.zeros_(model.always)  # the first worker's weights are taken
-    options = TrainConfig(steps=3, accumulate=int(accumulate), warmup_steps=1, lr=0.1, log_every=2)
+        for value in model.state_dict().values():
+            value.zero_()  # the first worker's weights are taken
+    options = TrainConfig(steps=3, accumulate=4, warmup_steps=1, lr=0.1, log_every=2)
     save = lambda folder: torch.save(model.state_dict(), folder / "weights.pt")  # noqa: E731
     train(
         model, lambda number: (model(number), {f"of {number % 2}": float(number)}), options, Path(out), save_model=save

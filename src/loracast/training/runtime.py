@@ -82,7 +82,8 @@ class Workers:
         if self.n > 1:
             with _together():
                 for value in model.state_dict().values():
-                    torch.distributed.broadcast(value, 0)
+                    torch.distributed.broadcast(whole := value.contiguous(), 0)
+                    value.copy_(whole)
 
     def sum_gradients(self, model: nn.Module) -> None:
         """Add the gradients of all workers up. A parameter that has none on any of them has none afterwards.
