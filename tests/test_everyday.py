@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import pytest
 
@@ -41,9 +42,10 @@ def slots(text: str) -> set[str]:
     return set(re.findall(r"\{(\w+)\}", text))
 
 
-def documents(n: int, split: Split, seed: int = 0) -> Iterator[EverydayDocument]:
-    for i in range(n):
-        yield make_document(random.Random(f"{seed}/{i}"), split=split)
+@cache
+def documents(split: Split) -> list[EverydayDocument]:
+    """Six hundred documents of a split, made once for all tests."""
+    return [make_document(random.Random(f"0/{i}"), split=split) for i in range(600)]
 
 
 def spelled_out(wordings: Wordings, split: Split) -> list[str]:
@@ -141,7 +143,7 @@ def test_no_question_belongs_to_two_attributes_of_a_genre() -> None:
 def test_entities_of_splits_are_disjoint() -> None:
     subjects = {}
     for split in SPLITS:
-        drawn = list(documents(600, split, seed=3))
+        drawn = documents(split)
         subjects[split] = {fact.subject for d in drawn for fact in d.facts if fact.attribute == "count"}
         listed = [fact for d in drawn for fact in d.facts if d.genre in ("minutes", "staff directory")]
         people = {fact.subject for fact in listed if fact.kind == "span" and fact.attribute in ("task", "job")}
@@ -155,7 +157,7 @@ def test_entities_of_splits_are_disjoint() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_statement_is_in_the_text_and_holds_its_answer(split: Split) -> None:
-    for document in documents(300, split):
+    for document in documents(split):
         assert FEWEST_WORDS <= len(document.text.split()) <= MOST_WORDS
         assert not re.search(r"[{}\[\]]|<(say|list|filler|#)>", document.text + document.title)
         for fact in document.facts:
@@ -170,7 +172,7 @@ def test_every_statement_is_in_the_text_and_holds_its_answer(split: Split) -> No
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_question_has_one_right_answer(split: Split) -> None:
-    for document in documents(300, split, seed=1):
+    for document in documents(split):
         about = Counter((fact.subject, fact.attribute) for fact in document.facts)
         assert max(about.values()) == 1, about.most_common(1)
         questions = Counter(fact.question for fact in document.facts)
@@ -188,8 +190,10 @@ def test_every_question_has_one_right_answer(split: Split) -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_what_is_not_said_does_not_stand_in_the_document(split: Split) -> None:
     """No sentence of the text is a wording that would answer, and an item that is not listed is not named."""
-    for document in documents(300, split, seed=2):
-        genre = GENRES[document.genre]
+    for document in documents(split):
+        genre, rest = GENRES[document.genre], document.text
+        for filler in genre.fillers[split]:  # "There were songs and flags." does not say how many people came
+            rest = rest.replace(filler, "")
         for fact in document.facts:
             if fact.kind != "not said":
                 continue
@@ -201,13 +205,13 @@ def test_what_is_not_said_does_not_stand_in_the_document(split: Split) -> None:
                     wordings = [one for one in (saying.state, saying.yes, saying.no) if one]
                     for text in itertools.chain(*(spelled_out(one, split) for one in wordings)):
                         pattern = re.sub(r"\\{\w+\\}", "[^.]{1,40}?", re.escape(text))
-                        assert not re.search(pattern, document.text, re.IGNORECASE), (text, document.text)
+                        assert not re.search(pattern, rest, re.IGNORECASE), (text, document.text)
 
 
 def test_counts_and_comparisons_hold() -> None:
     """Counted and compared anew, from the rows of lists that have one item a line."""
     n_counted = n_compared = 0
-    for document in documents(1_500, "train", seed=4):
+    for document in documents("train"):
         for fact in document.facts:
             if fact.kind == "count" and document.genre == "menu" and "Dish | Price\n" in document.text:
                 table = document.text.split("Dish | Price\n")[1].split("\n\n")[0]
@@ -220,12 +224,12 @@ def test_counts_and_comparisons_hold() -> None:
                 pick = min if fact.attribute.startswith("low") else max
                 assert fact.answer == pick(prices, key=lambda option: prices[option])
                 n_compared += 1
-    assert n_counted > 10 and n_compared > 40
+    assert n_counted > 4 and n_compared > 16
 
 
 def test_yes_and_no_are_balanced_and_every_kind_is_asked() -> None:
     for split in SPLITS:
-        facts = [fact for document in documents(500, split, seed=5) for fact in document.facts]
+        facts = [fact for document in documents(split) for fact in document.facts]
         assert {fact.kind for fact in facts} == set(KINDS)
         answers = Counter(fact.answer for fact in facts if fact.kind == "yes/no")
         assert set(answers) == {"Yes", "No"} and 0.45 < answers["Yes"] / answers.total() < 0.55
@@ -234,7 +238,7 @@ def test_yes_and_no_are_balanced_and_every_kind_is_asked() -> None:
 
 
 def test_some_values_share_a_sentence_and_some_stand_behind_a_pronoun() -> None:
-    spans = [fact for document in documents(500, "train", seed=6) for fact in document.facts if fact.kind == "span"]
+    spans = [fact for document in documents("train") for fact in document.facts if fact.kind == "span"]
     statements = Counter(fact.statement for fact in spans)
     assert sum(n > 1 for n in statements.values()) > 200
     assert sum(fact.statement.startswith("It ") for fact in spans) > 100
@@ -258,7 +262,7 @@ def test_documents_are_the_same_in_every_process() -> None:
         for seed in ("0", "4711")
     }  # fmt: skip
     assert len(digests) == 1
-    assert list(documents(3, "train", 7)) != list(documents(3, "train", 8))
+    assert make_document(random.Random(0), split="train") != make_document(random.Random(1), split="train")
 
 
 def test_every_pattern_can_be_filled() -> None:
@@ -325,11 +329,11 @@ def test_values_that_no_question_asks_for_are_labelled_too(base) -> None:
 
 def test_questions_of_a_step_are_distinct_and_other_steps_are_as_without_a_share(base) -> None:
     tokenizer, chat = base.tokenizer, base.chat
-    source = EpisodeSource(DataConfig(everyday_share=0.5, questions_per_step=96), tokenizer, chat)
+    source = EpisodeSource(DataConfig(everyday_share=0.5, questions_per_step=32), tokenizer, chat)
     for episodes in (source.of_kind("everyday", number) for number in range(3)):
         system = {tuple(question.prompt) for episode in episodes for question in episode.questions}
-        assert len(system) == sum(len(episode.questions) for episode in episodes) == 96
-    without = EpisodeSource(DataConfig(), tokenizer, chat)
+        assert len(system) == sum(len(episode.questions) for episode in episodes) == 32
+    without = EpisodeSource(DataConfig(questions_per_step=32), tokenizer, chat)
     kinds = [episodes[0].task for episodes in map(source.step, range(6))]
     assert {"everyday", "facts"} == set(kinds)
     assert all(source.step(n) == without.step(n) for n, kind in enumerate(kinds) if kind == "facts")

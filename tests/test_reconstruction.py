@@ -56,15 +56,22 @@ def test_factors_are_compared_in_units_of_how_much_they_differ():
     assert matching(library, "product")(turned, rows).abs() < 1e-5 < 0.5 < matching(library, "factors")(turned, rows)
 
 
-@pytest.mark.parametrize(("match", "error"), [("product", 0.2), ("factors", 0.65)])
-def test_descriptions_give_back_the_oracles(match, error, base, word_encoder, tmp_path):
-    tasks = read_tasks(write_suite(tmp_path))
+@pytest.fixture(scope="module")
+def trained_oracles(base, tmp_path_factory):
+    """The folder of a suite, and in it the folder `library` of oracles of its two tasks for training."""
+    folder = tmp_path_factory.mktemp("oracles")
     recipe = OracleRecipe(
         PeftConfig(("q_proj", "v_proj", "down_proj"), rank=2),
         TaskDataConfig(tasks_per_step=1, examples_per_task=5),
         TrainConfig(steps=40, lr=5e-3, warmup_steps=4, bf16=False),
     )
-    train_oracles(base, recipe, tasks, tmp_path / "library")
+    train_oracles(base, recipe, read_tasks(write_suite(folder)), folder / "library")
+    return folder
+
+
+@pytest.mark.parametrize(("match", "error"), [("product", 0.2), ("factors", 0.65)])
+def test_descriptions_give_back_the_oracles(match, error, base, word_encoder, trained_oracles, tmp_path):
+    library, tasks = trained_oracles / "library", read_tasks(trained_oracles)
     text = TextRecipe(
         kinds=("q_proj", "v_proj", "down_proj"),
         hypernetwork={"rank": 2, "width": 16, "head_width": 16, "dropout": 0.0},
@@ -73,27 +80,25 @@ def test_descriptions_give_back_the_oracles(match, error, base, word_encoder, tm
         training=TrainConfig(steps=200, lr=1e-2, warmup_steps=10, log_every=10, bf16=False),
     )
     rows: list[dict[str, float]] = []
-    train_text(base, text, tasks, tmp_path / "run", oracles=tmp_path / "library", on_metrics=rows.append)
+    train_text(base, text, tasks, tmp_path / "run", oracles=library, on_metrics=rows.append)
     assert rows[0]["relative_error"] > 0.6 and rows[-1]["relative_error"] < error and rows[-1]["tasks"] == 2
     hypernet = from_pretrained(tmp_path / "run", TextToLoRA)
     descriptions = [f"train words for {name}" for name in ("opposite", "shout")]
-    made = answer_loss(base, hypernet, descriptions, ["opposite", "shout"], tmp_path)
-    swapped = answer_loss(base, hypernet, descriptions[::-1], ["opposite", "shout"], tmp_path)
+    made = answer_loss(base, hypernet, descriptions, ["opposite", "shout"], trained_oracles)
+    swapped = answer_loss(base, hypernet, descriptions[::-1], ["opposite", "shout"], trained_oracles)
     assert made < 0.7 * swapped
     plot_metrics(tmp_path / "run" / "metrics.jsonl", tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
     with torch.no_grad():
         lora = hypernet(WordCounts()(descriptions)).row(0)
-    own = read_oracle(tmp_path / "library" / "opposite", base.fingerprint)
+    own = read_oracle(library / "opposite", base.fingerprint)
     assert (dense(lora) - dense(own)).norm() < error * dense(own).norm()
     for change, message in (
         ({"kinds": ("q_proj",)}, "other modules"),
         ({"hypernetwork": {**text.hypernetwork, "rank": 1}}, "rank 2, the hypernetwork 1"),
     ):
         with pytest.raises(ConfigError, match=message):
-            train_text(
-                base, dataclasses.replace(text, **change), tasks, tmp_path / "other", oracles=tmp_path / "library"
-            )
+            train_text(base, dataclasses.replace(text, **change), tasks, tmp_path / "other", oracles=library)
 
 
 def test_factors_of_one_oracle_cannot_be_compared_and_another_library_is_no_resume(base, word_encoder, tmp_path):
