@@ -90,7 +90,7 @@ def prompt(base, words: int, skip: int = 0) -> list[int]:
 def test_rows_of_every_family_answer_as_they_do_alone(name):
     """Mixed lengths, LoRAs of all sorts, prompts in pieces, long rows, and requests that come in the middle."""
     base, engine = family(name), LocalEngine(family(name), SMALL)
-    asked = [(tuple(prompt(base, 2 + 5 * i % 17, i)), i % 8, 5 + 3 * i % 11) for i in range(16)]
+    asked = [(tuple(prompt(base, 2 + 5 * i % 17, i)), i % 8, 5 + 3 * i % 11) for i in range(10)]
     tickets = []
     for i, (ids, which, n_tokens) in enumerate(asked):
         key = f"lora {which}" if i % 3 else None
@@ -234,7 +234,7 @@ def test_a_seed_gives_the_same_answer_beside_others(base, engine):
 
 def test_tokens_are_drawn_with_their_probability(base):
     """Of the two likeliest tokens only, as often as their logits at this temperature say."""
-    ids, n = prompt(base, 6), 400
+    ids, n = prompt(base, 6), 200
     engine = LocalEngine(base, EngineConfig(n_slots=50, max_queued=n))
     sampling = [Sampling(1, temperature=2.0, top_k=2, seed=seed, min_new_tokens=1) for seed in range(n)]
     tickets = [engine.submit(GenerationRequest(ids, sampling=one)) for one in sampling]
@@ -344,7 +344,7 @@ def test_others_use_the_base_while_requests_run(base, engine):
     ids = torch.tensor([prompt(base, 6)])
     with torch.no_grad():
         before = base.model(ids).logits
-    sampling = Sampling(300, min_new_tokens=300)
+    sampling = Sampling(150, min_new_tokens=150)
     ticket = engine.submit(GenerationRequest(prompt(base, 9), make_lora(base, 1), "one", sampling))
     next(iter(ticket))
     for _ in range(5):
@@ -359,7 +359,7 @@ def test_requests_go_on_between_the_blocks_of_a_text_that_is_read(base, engine):
     encoder = HiddenStatesEncoder(base.model, (4,), key_modules=["model.layers.2.self_attn.o_proj"], with_values=True,
                                   tokenizer=base.tokenizer)  # fmt: skip
     ids = torch.tensor([prompt(base, 100)] * 16)
-    before, sampling = encoder(ids), Sampling(300, min_new_tokens=300)
+    before, sampling = encoder(ids), Sampling(150, min_new_tokens=150)
     ticket = engine.submit(GenerationRequest(prompt(base, 9), make_lora(base, 1), "one", sampling))
     next(iter(ticket))
     with base.lock:

@@ -192,7 +192,7 @@ def trained(base, tmp_path_factory, request):
         seen: list[dict] = []
         train_modality(
             base,
-            recipe("training.steps=150"),
+            recipe("training.steps=120"),
             make_waves(4, 24, n_held_out=1),
             WaveEncoder(),
             folder / "run",

@@ -65,6 +65,12 @@ def wide_window(monkeypatch):
     monkeypatch.setattr(Base, "window", 4096)
 
 
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    """Random answers seldom end by themselves."""
+    monkeypatch.setattr("loracast.evaluation.qa.MAX_NEW_TOKENS", 12)
+
+
 @pytest.fixture
 def documents(tmp_path):
     return write_documents(tmp_path / "qa.jsonl")
@@ -75,7 +81,7 @@ def reader_folder(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     data = ReaderDataConfig(documents=(write_documents(folder / "qa.jsonl"),), questions_per_step=6)
     recipe = ReaderRecipe(
-        data, PeftConfig(("v_proj", "down_proj"), rank=4), TrainConfig(steps=60, lr=1e-2, warmup_steps=2, bf16=False)
+        data, PeftConfig(("v_proj", "down_proj"), rank=4), TrainConfig(steps=40, lr=1e-2, warmup_steps=2, bf16=False)
     )
     losses = []
     assert train_reader(base, recipe, folder / "lora", on_metrics=lambda m: losses.append(m["loss"]))
@@ -113,9 +119,8 @@ def test_a_reader_is_told_from_other_loras(base, reader_folder, tmp_path):
 
 def test_every_baseline_answers_every_question(model, documents, reader_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("loracast.evaluation.distilled._STEPS", 4)  # that more of them help has a test of its own
-    monkeypatch.setattr("loracast.evaluation.qa.MAX_NEW_TOKENS", 12)
     config = QaConfig(
-        documents=(documents,), baselines=tuple(BASELINES), max_documents=2, spans_only=True, chunk_tokens=64
+        documents=(documents,), baselines=tuple(BASELINES), max_documents=1, spans_only=True, chunk_tokens=64
     )
     reader = read_reader(reader_folder, model.base.fingerprint)
     report = evaluate_qa(model, config, tmp_path / "out", reader=reader)
@@ -127,7 +132,7 @@ def test_every_baseline_answers_every_question(model, documents, reader_folder, 
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     for row in by_source:
         mine = [a for a in lines if a["baseline"] == row["baseline"] and row["part"] in (a["source"], "all")]
-        assert row["n"] == len(mine) == (12 if row["part"] == "all" else 6)
+        assert row["n"] == len(mine) == (6 if row["part"] == "all" else 3)
         assert row["documents"] == len({a["doc_id"] for a in mine})
         assert row["f1"] == pytest.approx(sum(a["f1"] for a in mine) / len(mine), abs=1e-4)
         assert 0 <= row["f1_low"] <= row["f1"] <= row["f1_high"] <= 1

@@ -62,6 +62,8 @@ def paired_bootstrap(
     means = np.empty(n_resamples)
     for i in range(n_resamples):
         drawn = [gains[j] for j in rng.integers(len(gains), size=len(gains))]
-        means[i] = np.mean([gain[rng.integers(len(gain), size=len(gain))].mean() for gain in drawn])
+        # np.mean takes three times as long for a few numbers
+        of_tasks = [np.add.reduce(gain[rng.integers(len(gain), size=len(gain))]) / len(gain) for gain in drawn]
+        means[i] = np.add.reduce(of_tasks) / len(drawn)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(np.mean([gain.mean() for gain in gains])), float(low), float(high)
