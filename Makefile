@@ -10,8 +10,11 @@ WORKERS ?= logical
 SEED ?= 0
 # They come with packages that the tests import, and start slowly.
 UNUSED_PLUGINS := -p no:langsmith_plugin -p no:schemathesis
+# One thread for each worker: more of them only wait for each other. Processes that tests start find modules compiled.
+TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 \
+  --dist worksteal $(UNUSED_PLUGINS)
 
-.PHONY: demo serve test fuzz bases runtimes lint docs lock audit sbom setup setup-dev clean
+.PHONY: demo serve test test-shipped fuzz bases runtimes lint docs lock audit sbom setup setup-dev clean
 
 demo: setup
 	$(BIN)/loracast demo examples/manual.pdf
@@ -20,10 +23,12 @@ demo: setup
 serve: setup
 	$(BIN)/loracast serve
 
-# One thread for each worker: more of them only wait for each other. Processes that tests start find modules compiled.
 test: setup-dev
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal \
-	  $(UNUSED_PLUGINS)
+	$(TESTS) -m 'not base and not browser'
+
+# What ships: the weights with README's examples and the tutorial, and the page in Chromium.
+test-shipped: setup-dev
+	$(TESTS) -m 'base or browser'
 
 # Damaged files and requests for a few minutes; a run goes on where the last one of the seed ended.
 fuzz: setup-dev

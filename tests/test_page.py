@@ -17,6 +17,8 @@ from loracast.serving.engine import LocalEngine
 from loracast.serving.settings import ServerSettings
 from servers import served
 
+pytestmark = pytest.mark.browser
+
 LAMP = (
     "# Lamp\n\nThe lamp on the desk was made in the north. Its cable is two metres long.\n\n"
     "## Warranty\n\nThe warranty of the lamp is 24 months. The service line opens at nine."
