@@ -105,11 +105,11 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def model(tiny_folder, tiny_hypernet_folder, tmp_path):
-    """The tiny base with its hypernetwork and an empty library."""
+def model(base, tiny_hypernet_folder, tmp_path):
+    """The tiny base, which all tests share, with its hypernetwork and an empty library."""
     import loracast
 
-    return loracast.load(tiny_folder, tiny_hypernet_folder, library=tmp_path / "adapters", device="cpu")
+    return loracast.Model(base, tmp_path / "adapters", tiny_hypernet_folder)
 
 
 @pytest.fixture(scope="module")

@@ -233,7 +233,7 @@ def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
     from loracast.evaluation.synthetic import BASELINES
 
     short(monkeypatch)
-    config = needle.NeedleConfig(texts, lengths=(256, 900), samples=6, chunk_tokens=128, route=2)
+    config = needle.NeedleConfig(texts, lengths=(256, 900), samples=3, chunk_tokens=128, route=2)
     seen = []
     report = needle.evaluate_needle(model, config, tmp_path, lambda done, total: seen.append((done, total)))
     results = json.loads((tmp_path / "results.json").read_text())
@@ -245,17 +245,17 @@ def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
     ]
     for row in results["rows"]:
         assert (
-            row.keys() >= ROW_KEYS and row["n"] == 6 and 0 <= row["exact_low"] <= row["exact"] <= row["exact_high"] <= 1
+            row.keys() >= ROW_KEYS and row["n"] == 3 and 0 <= row["exact_low"] <= row["exact"] <= row["exact_high"] <= 1
         )
         assert (
-            sum(d["n"] for d in row["depths"]) == 6 and row["n_timed"] == 1 and row["first_token_s"] <= row["answer_s"]
+            sum(d["n"] for d in row["depths"]) == 3 and row["n_timed"] == 1 and row["first_token_s"] <= row["answer_s"]
         )
         assert (row["recall"] is None) == (row["baseline"] in ("merged", "none", "other", "window"))
     assert report.rows[-1]["chunks"] > report.rows[0]["chunks"]
-    assert seen[-1] == (12, 12)
+    assert seen[-1] == (6, 6)
     table = (tmp_path / "table.md").read_text()
     assert "adapter, routed 2" in table and "another document's adapter" in table
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2 * 6 * len(BASELINES)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2 * 3 * len(BASELINES)
     for name in ("heatmap.png", "exact-match.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -263,6 +263,7 @@ def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
 def test_a_short_run_is_the_beginning_of_a_long_one(model, texts, tmp_path, monkeypatch):
     from loracast.evaluation import needle
 
+    short(monkeypatch)
     monkeypatch.setattr(needle, "_TOKENS_PER_GROUP", 400)  # two documents at a time
     shown = []
     for n in (3, 5):
@@ -288,12 +289,12 @@ def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):
     from loracast.evaluation.synthetic import BASELINES
 
     short(monkeypatch)
-    facts.evaluate_facts(model, facts.FactsConfig(facts=(2, 6), sheets=3, chunk_tokens=128), tmp_path)
+    facts.evaluate_facts(model, facts.FactsConfig(facts=(2, 4), sheets=2, chunk_tokens=128), tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [(row["facts"], row["baseline"]) for row in results["rows"]] == [(n, s) for n in (2, 6) for s in BASELINES]
+    assert [(row["facts"], row["baseline"]) for row in results["rows"]] == [(n, s) for n in (2, 4) for s in BASELINES]
     for row in results["rows"]:
         assert row.keys() >= ROW_KEYS | {"cluster_low", "cluster_high", "chunks", "document_tokens"}
-        assert row["n"] == 3 * row["facts"] and row["sheets"] == 3
+        assert row["n"] == 2 * row["facts"] and row["sheets"] == 2
     assert "95 % by sheet" in (tmp_path / "table.md").read_text()
 
 
@@ -303,15 +304,15 @@ def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monk
     from loracast.evaluation.synthetic import BASELINES
 
     short(monkeypatch)
-    config = everyday.EverydayConfig(documents=6, questions=4, chunk_tokens=128, split="dev")
+    config = everyday.EverydayConfig(documents=4, questions=4, chunk_tokens=128, split="dev")
     everyday.evaluate_everyday(model, config, tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["baseline"] for row in rows] == list(BASELINES)
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     for row in rows:
         mine = [answer for answer in answers if answer["baseline"] == row["baseline"]]
-        assert row["n"] == len(mine) == 24 and row["documents"] == 6
-        assert row["right"] == pytest.approx(sum(answer["right"] for answer in mine) / 24)
+        assert row["n"] == len(mine) == 16 and row["documents"] == 4
+        assert row["right"] == pytest.approx(sum(answer["right"] for answer in mine) / 16)
         for kind in KINDS:
             assert row[f"n {kind}"] == sum(answer["kind"] == kind for answer in mine)
     assert "95 % by document" in (tmp_path / "table.md").read_text()

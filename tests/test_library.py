@@ -581,15 +581,15 @@ def test_several_processes_write_at_once(tmp_path):
 # ---- many
 
 
-def test_ten_thousand_adapters_are_opened_and_listed_at_once(tmp_path):
+def test_thousands_of_adapters_are_opened_and_listed_at_once(tmp_path):
     adapter = write(tmp_path)
     stored = json.loads((adapter.folder / "adapter.json").read_text())
     with register.Register.writing(tmp_path) as r:
-        for i in range(10_000):
+        for i in range(3_000):
             manifest = some_manifest(3, name=f"manual-{i:05d}", title=f"Manual {i}", source_sha256=f"{i:064d}")
             r.add_version(manifest, 1000, [("", f"the text of number {i}")])
             r.name_version(manifest.name, manifest.version)
-            if i == 6_000:
+            if i == 2_000:
                 home = library_files.home_of(tmp_path, manifest.version)
                 shutil.copytree(adapter.folder, home)
                 changed = {**stored, "name": manifest.name, "title": manifest.title, "source_sha256": f"{i:064d}"}
@@ -603,13 +603,13 @@ def test_ten_thousand_adapters_are_opened_and_listed_at_once(tmp_path):
             times.append(time.perf_counter() - started)
         return sorted(times)[2]
 
-    assert seconds(lambda: open_adapter(tmp_path, "manual-06000")) < 0.02
-    for page in (0, 9_900):
+    assert seconds(lambda: open_adapter(tmp_path, "manual-02000")) < 0.02
+    for page in (0, 2_900):
         listed, n = entries(tmp_path, limit=100, offset=page)
-        assert len(listed) == 100 and n == 10_001
+        assert len(listed) == 100 and n == 3_001
         assert seconds(lambda page=page: entries(tmp_path, limit=100, offset=page)) < 0.2
-    assert seconds(lambda: entries(tmp_path, like="manual 77", limit=100)) < 0.2
-    assert seconds(lambda: search(tmp_path, "number 4321")) < 0.2
+    assert seconds(lambda: entries(tmp_path, like="manual 27", limit=100)) < 0.2
+    assert seconds(lambda: search(tmp_path, "number 2321")) < 0.2
 
 
 # ---- commands
