@@ -166,20 +166,22 @@ def test_import_and_help_are_quick():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(cpu_s(sys.executable, "-c", "import loracast") for _ in range(3)) < 0.2
-    assert min(cpu_s(*PROGRAM, "--help") for _ in range(3)) < 0.5
+    assert any(cpu_s(sys.executable, "-c", "import loracast") < 0.2 for _ in range(3))
+    assert any(cpu_s(*PROGRAM, "--help") < 0.5 for _ in range(3))
 
 
-@pytest.mark.parametrize("command", ["--help", "learn --help", "ask --help", "list", "train --help", "eval --help"])
-def test_light_commands_import_nothing_heavy(command, tmp_path):
-    code = (
-        "import sys; from loracast.cli import app; app({!r}.split(), standalone_mode=False); "
-        "heavy = ('torch', 'transformers', 'numpy', 'matplotlib'); "
-        "print([name for name in heavy if name in sys.modules], file=sys.stderr)"
-    )
+def test_light_commands_import_nothing_heavy(tmp_path):
+    code = """
+import sys
+from loracast.cli import app
+for command in ("--help", "learn --help", "ask --help", "list", "train --help", "eval --help"):
+    app(command.split(), standalone_mode=False)
+    loaded = {"torch", "transformers", "numpy", "matplotlib"} & sys.modules.keys()
+    assert not loaded, (command, loaded)
+"""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "LORACAST_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code.format(command)], capture_output=True, text=True, env=environment)
-    assert done.stderr.strip().splitlines()[-1] == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_version(run):
