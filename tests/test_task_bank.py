@@ -168,7 +168,7 @@ def test_what_was_read_once_is_not_read_again():
 
 def recipe(**options) -> TextRecipe:
     settings = {"task_bank_only": True, "hypernetwork": {"task_bank_rank": 2, "task_bank_width": 3}, **options}
-    training = TrainConfig(steps=40, lr=1e-2, log_every=10, warmup_steps=2, bf16=False)
+    training = TrainConfig(steps=25, lr=1e-2, log_every=5, warmup_steps=2, bf16=False)
     return TextRecipe(data=TaskDataConfig(tasks_per_step=2, examples_per_task=5), training=training, **settings)
 
 

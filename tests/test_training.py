@@ -120,11 +120,11 @@ def test_resumed_doc_to_lora_equals_uninterrupted(memory_layers, base, tmp_path)
         memory_layers=memory_layers,
         calibration_questions=40,
         data=DataConfig(needle_share=0.0, questions_per_step=4, max_facts=2, max_chunk_tokens=128),
-        training=TrainConfig(steps=8, log_every=1, warmup_steps=2, bf16=False),
+        training=TrainConfig(steps=4, log_every=1, warmup_steps=2, bf16=False),
     )  # fmt: skip
 
     def stop(metrics: dict[str, float]) -> None:
-        if metrics["step"] == 4:
+        if metrics["step"] == 2:
             signal.raise_signal(signal.SIGTERM)
 
     train_doc(base, recipe, tmp_path / "whole")

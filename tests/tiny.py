@@ -58,9 +58,7 @@ def make_model(model_type: str = "llama", seed: int = 0):
         max_position_embeddings=512, num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=0.2,
         tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
-    model.generation_config.eos_token_id = [2, *range(20, 600, 40)]  # or its random answers seldom end
-    return model
+    return AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
 
 
 def for_base(hypernet, fingerprint):
