@@ -1,6 +1,7 @@
 """Kills and starves the commands that write a library, again and again, and looks at the library afterwards.
 
     python benchmarks/faults.py [--rounds 200] [--seed 0] [--seconds 300] [--json FILE]
+    python benchmarks/faults.py --shared URL|folder|s3 [--rounds 1000] [--seed 0] [--seconds 300]
 
 A round draws a command (learn, combine, compact, edit, import, export, gc, rm) and a fault: SIGKILL or SIGINT at a
 random moment, a disk that is full after a random number of bytes (as root a small tmpfs), a library that may not be
@@ -8,6 +9,9 @@ written, a register that another process holds, or a clock that is years off. Af
 damage, every adapter must open, an adapter that the round did not name must be as before, and what the command has
 acknowledged must be there. The models are tiny and loaded once; each command runs in a forked process. Exit code 1:
 something broke.
+
+With --shared, two machines change the names of one shared library, so many writes each, and are killed at random
+(tests/shared_writers.py): at a URL, in a new folder, or at moto's S3 server.
 """
 
 from __future__ import annotations
@@ -32,10 +36,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import fsspec
 import torch
 from typer.testing import CliRunner
 
 import loracast.model
+import shared_writers
 from loracast.base.load import load_base
 from loracast.cli import app
 from loracast.hypernets.store import save_pretrained
@@ -44,6 +50,7 @@ from loracast.library.library import adapter_names, open_adapter
 from loracast.library.upkeep import verify
 from loracast.lora.peft_format import write_peft_folder
 from loracast.lora.uniform import uniform
+from s3 import BUCKET, s3_server
 from tiny import make_hypernet, make_model, make_tokenizer
 
 NAMES = ("lamp", "pump", "kettle", "sum")
@@ -234,12 +241,28 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=300, help="it ends after so many seconds at the latest")
     parser.add_argument("--json", type=Path, help="also write the counts into this file")
+    parser.add_argument("--shared", metavar="URL", help="names of a library shared at a URL, in a folder, or at s3")
     given = parser.parse_args()
-    counts = run(given.rounds, given.seed, given.seconds)
+    if given.shared:
+        counts = run_shared(given.shared, given.rounds, given.seed, given.seconds)
+    else:
+        counts = run(given.rounds, given.seed, given.seconds)
     if given.json is not None:
         given.json.write_text(json.dumps(counts, indent=1))
     print(json.dumps(counts, indent=1))
     sys.exit(bool(counts["broken"]))
+
+
+def run_shared(where: str, n_writes: int, seed: int, seconds: float) -> dict:
+    """The counts of `shared_writers.run`, and the seconds it took."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        url = f"{folder}/there" if where == "folder" else where
+        if where == "s3":
+            os.environ.update(stack.enter_context(s3_server()))
+            fsspec.filesystem("s3").mkdir(url := BUCKET)
+        began = time.monotonic()
+        counts = shared_writers.run(url, Path(folder), n_writes, seed, seconds)
+        return {**counts, "seconds": round(time.monotonic() - began)}
 
 
 def run(rounds: int, seed: int, seconds: float) -> dict:

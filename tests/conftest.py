@@ -167,3 +167,17 @@ def hub(tmp_path, monkeypatch):
         (place / "refs" / revision).write_text(commit)
 
     return publish
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """A bucket on a server that speaks S3."""
+    import fsspec
+
+    from s3 import BUCKET, s3_server
+
+    with pytest.MonkeyPatch.context() as patch, s3_server() as variables:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").mkdir(BUCKET)
+        yield BUCKET

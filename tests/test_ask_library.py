@@ -16,12 +16,12 @@ import loracast
 from loracast.cli import app
 from loracast.errors import AdapterError, ConfigError
 from loracast.library.adapter import routing_key
-from loracast.library.files import reading
 from loracast.library.index import read_chunks
 from loracast.library.library import adapter_names, describe_adapter, remove_adapter, rename_adapter
 from loracast.library.register import Match
 from loracast.library.routing import Route
 from loracast.library.save import save_lora
+from loracast.library.shared import reading
 from loracast.library.wide_route import share_out, sources
 from loracast.lora.algebra import concat
 

@@ -41,6 +41,7 @@ from loracast.library.library import (
     search,
     versions,
 )
+from loracast.library.shared import share
 from loracast.library.upkeep import collect_garbage, verify
 from loracast.library.workfolders import tidy
 from loracast.library.writer import AdapterWriter
@@ -64,75 +65,88 @@ def files_in(library: Path) -> set[str]:
     """What lies in a library, down to the adapters' folders."""
     not_counted = {
         "objects",
+        "shared.json",
         "register.sqlite-journal",
     }  # SQLite's own, which a killed process leaves and the next one uses
     return {path.name for path in library.iterdir()} - not_counted | {p.name for p in library.glob("objects/??/*")}
 
 
+@pytest.fixture(params=["local", "shared folder", "s3"])
+def anywhere(request, tmp_path) -> Path:
+    """An empty library: on this machine alone, or shared over a folder or an object store."""
+    library = tmp_path / "library"
+    library.mkdir()
+    if request.param == "shared folder":
+        share(library, str(tmp_path / "there"))
+    elif request.param == "s3":
+        share(library, f"{request.getfixturevalue('s3')}/{tmp_path.name}")
+    return library
+
+
 # ---- names and versions
 
 
-def test_list_open_replace_and_remove(tmp_path):
-    assert adapter_names(tmp_path / "nothing") == []
-    first = write(tmp_path, seed=1)
+def test_list_open_replace_and_remove(anywhere):
+    assert adapter_names(anywhere / "nothing") == []
+    first = write(anywhere, seed=1)
     with pytest.raises(AdapterError, match="--replace"):
-        write(tmp_path, seed=2)
-    assert has_factors_of(open_adapter(tmp_path, "doc"), 1)
-    second = write(tmp_path, 2, seed=2, replace=True)
-    new = open_adapter(tmp_path, "doc")
+        write(anywhere, seed=2)
+    assert has_factors_of(open_adapter(anywhere, "doc"), 1)
+    second = write(anywhere, 2, seed=2, replace=True)
+    new = open_adapter(anywhere, "doc")
     assert new.manifest.n_chunks == 2 and has_factors_of(new, 2, 2)
     assert first.manifest.n_chunks == 3 and first.version != second.version == new.version
-    assert [open_adapter(tmp_path, name).name for name in adapter_names(tmp_path)] == ["doc"]
-    assert [entry.version for entry in versions(tmp_path, "doc")] == [
+    assert [open_adapter(anywhere, name).name for name in adapter_names(anywhere)] == ["doc"]
+    assert [entry.version for entry in versions(anywhere, "doc")] == [
         second.manifest.version,
         first.manifest.version,
     ]
     for digits in (4, 12, 64):
-        old = open_adapter(tmp_path, f"doc@{first.manifest.version[:digits]}")
+        old = open_adapter(anywhere, f"doc@{first.manifest.version[:digits]}")
         assert has_factors_of(old, 1) and old.version == first.version
     with pytest.raises(AdapterError, match=f"none of its versions: {second.version.partition('@')[2]}, "):
-        open_adapter(tmp_path, "doc@" + "0" * 12)
+        open_adapter(anywhere, "doc@" + "0" * 12)
     for bad in ("doc@", "doc@12", "doc@xyzw", "doc@../x", "doc@" + "a" * 65, "@abcd"):
         with pytest.raises(AdapterError, match=r"names no version|cannot name"):
-            open_adapter(tmp_path, bad)
+            open_adapter(anywhere, bad)
     with pytest.raises(AdapterError, match="there are: doc"):
-        open_adapter(tmp_path, "other")
-    remove_adapter(tmp_path, "doc")
-    assert files_in(tmp_path) == {"register.sqlite"}
+        open_adapter(anywhere, "other")
+    remove_adapter(anywhere, "doc")
+    assert files_in(anywhere) == {"register.sqlite"}
     for gone in (open_adapter, remove_adapter, versions):
         with pytest.raises(AdapterError, match="none yet"):
-            gone(tmp_path, "doc")
+            gone(anywhere, "doc")
 
 
-def test_one_version_is_removed_and_the_others_stay(tmp_path):
-    first, second, third = (write(tmp_path, seed=seed, replace=True) for seed in (1, 2, 3))
-    remove_adapter(tmp_path, second.version)
-    assert [e.version for e in versions(tmp_path, "doc")] == [third.manifest.version, first.manifest.version]
-    remove_adapter(tmp_path, third.version)
-    assert has_factors_of(open_adapter(tmp_path, "doc"), 1)  # the one before is the newest again
-    remove_adapter(tmp_path, first.version)
-    assert adapter_names(tmp_path) == [] and files_in(tmp_path) == {"register.sqlite"}
+def test_one_version_is_removed_and_the_others_stay(anywhere):
+    first, second, third = (write(anywhere, seed=seed, replace=True) for seed in (1, 2, 3))
+    remove_adapter(anywhere, second.version)
+    assert [e.version for e in versions(anywhere, "doc")] == [third.manifest.version, first.manifest.version]
+    remove_adapter(anywhere, third.version)
+    assert has_factors_of(open_adapter(anywhere, "doc"), 1)  # the one before is the newest again
+    remove_adapter(anywhere, first.version)
+    assert adapter_names(anywhere) == [] and files_in(anywhere) == {"register.sqlite"}
 
 
-def test_a_version_that_is_named_again_is_the_newest_again(tmp_path):
-    first, second = (write(tmp_path, seed=seed, replace=True) for seed in (1, 2))
-    write(tmp_path, seed=1, replace=True)  # back to the first
-    assert open_adapter(tmp_path, "doc").version == first.version
-    assert [e.version for e in versions(tmp_path, "doc")] == [first.manifest.version, second.manifest.version]
-    assert collect_garbage(tmp_path, keep=1).versions == (second.manifest.version,)
-    assert has_factors_of(open_adapter(tmp_path, "doc"), 1)
+def test_a_version_that_is_named_again_is_the_newest_again(anywhere):
+    first, second = (write(anywhere, seed=seed, replace=True) for seed in (1, 2))
+    write(anywhere, seed=1, replace=True)  # back to the first
+    assert open_adapter(anywhere, "doc").version == first.version
+    assert [e.version for e in versions(anywhere, "doc")] == [first.manifest.version, second.manifest.version]
+    assert collect_garbage(anywhere, keep=1).versions == (second.manifest.version,)
+    assert has_factors_of(open_adapter(anywhere, "doc"), 1)
 
 
-def test_the_same_adapter_is_kept_once(tmp_path):
-    one = write(tmp_path, name="one")
-    other = write(tmp_path, name="other", created="2027-01-01T00:00:00+00:00", learn_s=9.0)
+def test_the_same_adapter_is_kept_once(anywhere):
+    one = write(anywhere, name="one")
+    other = write(anywhere, name="other", created="2027-01-01T00:00:00+00:00", learn_s=9.0)
     assert one.folder == other.folder and (one.name, other.name) == ("one", "other")
-    assert [open_adapter(tmp_path, name).name for name in ("one", "other")] == ["one", "other"]
-    write(tmp_path, name="one")  # again: it is the same, nothing is replaced
-    assert [e.n_versions for e in entries(tmp_path)[0]] == [1, 1]
-    remove_adapter(tmp_path, "one")
-    open_adapter(tmp_path, "other").verify()
-    remove_adapter(tmp_path, "other")
+    assert [open_adapter(anywhere, name).name for name in ("one", "other")] == ["one", "other"]
+    write(anywhere, name="one")  # again: it is the same, nothing is replaced
+    assert [e.n_versions for e in entries(anywhere)[0]] == [1, 1]
+    remove_adapter(anywhere, "one")
+    open_adapter(anywhere, "other").verify()
+    remove_adapter(anywhere, "other")
     assert not one.folder.exists()
 
 
@@ -147,14 +161,14 @@ def test_names_that_are_not_there_tell_which_come_near(tmp_path):
         open_adapter(tmp_path, "qqqq")
 
 
-def test_what_is_noted_about_a_name_goes_along_with_it(tmp_path):
-    write(tmp_path, name="press")
-    write(tmp_path, name="lamp", seed=2)
-    describe_adapter(tmp_path, "press", note="second floor", owner="mia", tags=("machine", "old"))
-    describe_adapter(tmp_path, "press", untag=("old",))
-    write(tmp_path, name="press", seed=3, replace=True)
-    rename_adapter(tmp_path, "press", "press-2")
-    entry = find(tmp_path, "press-2")
+def test_what_is_noted_about_a_name_goes_along_with_it(anywhere):
+    write(anywhere, name="press")
+    write(anywhere, name="lamp", seed=2)
+    describe_adapter(anywhere, "press", note="second floor", owner="mia", tags=("machine", "old"))
+    describe_adapter(anywhere, "press", untag=("old",))
+    write(anywhere, name="press", seed=3, replace=True)
+    rename_adapter(anywhere, "press", "press-2")
+    entry = find(anywhere, "press-2")
     assert (entry.note, entry.owner, entry.tags, entry.n_versions) == ("second floor", "mia", ("machine",), 2)
     for wanted in (
         {"tag": "machine"},
@@ -163,44 +177,44 @@ def test_what_is_noted_about_a_name_goes_along_with_it(tmp_path):
         {"like": "press"},
         {"kind": "document", "like": "2"},
     ):
-        found, n = entries(tmp_path, **wanted)
+        found, n = entries(anywhere, **wanted)
         assert [e.name for e in found] == ["press-2"] and n == 1
-    assert entries(tmp_path, like="%")[1] == 0 == entries(tmp_path, kind="task")[1]
-    assert [e.name for e in entries(tmp_path, limit=1, offset=1)[0]] == ["press-2"] and entries(tmp_path, limit=1)[
+    assert entries(anywhere, like="%")[1] == 0 == entries(anywhere, kind="task")[1]
+    assert [e.name for e in entries(anywhere, limit=1, offset=1)[0]] == ["press-2"] and entries(anywhere, limit=1)[
         1
     ] == 2
     with pytest.raises(AdapterError, match="already"):
-        rename_adapter(tmp_path, "lamp", "press-2")
+        rename_adapter(anywhere, "lamp", "press-2")
     with pytest.raises(AdapterError, match="cannot name"):
-        rename_adapter(tmp_path, "lamp", "../x")
+        rename_adapter(anywhere, "lamp", "../x")
     with pytest.raises(AdapterError, match="cannot name"):
-        describe_adapter(tmp_path, "lamp", tags=("a b",))
-    for change in (lambda: rename_adapter(tmp_path, "no", "new"), lambda: describe_adapter(tmp_path, "no", note="x")):
+        describe_adapter(anywhere, "lamp", tags=("a b",))
+    for change in (lambda: rename_adapter(anywhere, "no", "new"), lambda: describe_adapter(anywhere, "no", note="x")):
         with pytest.raises(AdapterError, match="no adapter is called 'no'"):
             change()
-    remove_adapter(tmp_path, "press-2")
-    write(tmp_path, name="press-2")
-    assert find(tmp_path, "press-2").tags == ()
+    remove_adapter(anywhere, "press-2")
+    write(anywhere, name="press-2")
+    assert find(anywhere, "press-2").tags == ()
 
 
-def test_words_are_found_in_all_that_was_learned(tmp_path):
+def test_words_are_found_in_all_that_was_learned(anywhere):
     texts = {"pump": ["The valve is red.", "Turn the valves off first."], "lamp": ["Nobody is here.", "A red lamp."]}
     for i, (name, some) in enumerate(texts.items()):
-        write(tmp_path, 2, name=name, seed=i, chunks=[Chunk(t, 0, len(t), f"{name} / part", 5) for t in some])
-    assert [(h.name, h.chunk) for h in search(tmp_path, "valve first")] == [("pump", 1)]
-    assert {(h.name, h.chunk) for h in search(tmp_path, "RED")} == {("pump", 0), ("lamp", 1)}
-    assert [h.snippet for h in search(tmp_path, "red lamp")] == ["A [red] [lamp]."]
-    assert len(search(tmp_path, "part", limit=3)) == 3
-    assert search(tmp_path, "absent") == [] == search(tmp_path / "nothing", "red")
+        write(anywhere, 2, name=name, seed=i, chunks=[Chunk(t, 0, len(t), f"{name} / part", 5) for t in some])
+    assert [(h.name, h.chunk) for h in search(anywhere, "valve first")] == [("pump", 1)]
+    assert {(h.name, h.chunk) for h in search(anywhere, "RED")} == {("pump", 0), ("lamp", 1)}
+    assert [h.snippet for h in search(anywhere, "red lamp")] == ["A [red] [lamp]."]
+    assert len(search(anywhere, "part", limit=3)) == 3
+    assert search(anywhere, "absent") == [] == search(anywhere / "nothing", "red")
     for text in ('"', "AND OR", "red* (", "' OR 1=1 --"):
-        assert len(search(tmp_path, text + " zzz")) == 0
+        assert len(search(anywhere, text + " zzz")) == 0
     with pytest.raises(AdapterError, match="no word"):
-        search(tmp_path, "?!")
-    write(tmp_path, 1, name="pump", seed=7, chunks=[Chunk("All is blue.", 0, 9, "", 5)], replace=True)
-    assert [h.name for h in search(tmp_path, "red")] == ["lamp"]  # only newest versions
-    assert [h.name for h in search(tmp_path, "blue")] == ["pump"]
-    remove_adapter(tmp_path, "pump")
-    assert search(tmp_path, "blue") == []
+        search(anywhere, "?!")
+    write(anywhere, 1, name="pump", seed=7, chunks=[Chunk("All is blue.", 0, 9, "", 5)], replace=True)
+    assert [h.name for h in search(anywhere, "red")] == ["lamp"]  # only newest versions
+    assert [h.name for h in search(anywhere, "blue")] == ["pump"]
+    remove_adapter(anywhere, "pump")
+    assert search(anywhere, "blue") == []
 
 
 def test_the_same_document_is_answered_from_the_library(model, tmp_path, monkeypatch):
@@ -401,12 +415,12 @@ def test_damage_is_found(file, damage, tmp_path):
 # ---- crashes
 
 
-def test_an_adapter_in_use_survives_its_replacement_and_removal(tmp_path):
-    write(tmp_path, seed=1)
-    using = open_adapter(tmp_path, "doc")
+def test_an_adapter_in_use_survives_its_replacement_and_removal(anywhere):
+    write(anywhere, seed=1)
+    using = open_adapter(anywhere, "doc")
     using.lora([0])
-    write(tmp_path, seed=2, replace=True)
-    remove_adapter(tmp_path, "doc")
+    write(anywhere, seed=2, replace=True)
+    remove_adapter(anywhere, "doc")
     assert using.lora([2]).rank == 2 and has_factors_of(using, 1)
 
 
@@ -448,11 +462,11 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
         assert has_factors_of(open_adapter(tmp_path, "doc"), 1) and verify(tmp_path) == []
 
 
-def test_two_writers_of_one_name(tmp_path):
+def test_two_writers_of_one_name(anywhere):
     with (
-        AdapterWriter(tmp_path, some_manifest(3), some_chunks(3)) as one,
-        AdapterWriter(tmp_path, some_manifest(3), some_chunks(3)) as other,
-        AdapterWriter(tmp_path, some_manifest(3), some_chunks(3)) as same,
+        AdapterWriter(anywhere, some_manifest(3), some_chunks(3)) as one,
+        AdapterWriter(anywhere, some_manifest(3), some_chunks(3)) as other,
+        AdapterWriter(anywhere, some_manifest(3), some_chunks(3)) as same,
     ):
         for writer, seed in ((one, 1), (other, 2), (same, 1)):
             writer.open_factors({})
@@ -461,7 +475,7 @@ def test_two_writers_of_one_name(tmp_path):
         with pytest.raises(AdapterError, match="already"):
             other.finish(replace=False)
         assert same.finish(replace=False).folder == first.folder
-    assert files_in(tmp_path) == {"register.sqlite", first.manifest.version}
+    assert files_in(anywhere) == {"register.sqlite", first.manifest.version}
 
 
 def in_child(target, *args, kill_after_s: float | None = None) -> int:
@@ -562,11 +576,11 @@ def test_sigkill_in_a_loop_never_leaves_half_an_adapter(tmp_path, monkeypatch):
         assert files_in(tmp_path) == {"register.sqlite", *named}
 
 
-def test_several_processes_write_at_once(tmp_path):
+def test_several_processes_write_at_once(anywhere):
     def write_some(first: int) -> None:
         torch.set_num_threads(1)
         for i in range(first, first + 5):
-            write(tmp_path, 1, name=f"doc-{i}", seed=i % 7)
+            write(anywhere, 1, name=f"doc-{i}", seed=i % 7)
 
     processes = [multiprocessing.get_context("fork").Process(target=write_some, args=(k * 5,)) for k in range(4)]
     for process in processes:
@@ -574,8 +588,8 @@ def test_several_processes_write_at_once(tmp_path):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4
-    assert len(adapter_names(tmp_path)) == 20 and verify(tmp_path) == []
-    assert len({entry.version for entry in entries(tmp_path)[0]}) == 7
+    assert len(adapter_names(anywhere)) == 20 and verify(anywhere) == []
+    assert len({entry.version for entry in entries(anywhere)[0]}) == 7
 
 
 # ---- many
@@ -619,34 +633,34 @@ def run(library: Path, *arguments: str):
     return CliRunner().invoke(app, [*arguments, "--library", str(library)])
 
 
-def test_commands_of_the_library(tmp_path):
-    first = write(tmp_path, name="press", title="The press", seed=1)
-    write(tmp_path, name="press", title="The press", seed=2, replace=True)
-    write(tmp_path, name="lamp", title="A lamp", seed=3)
-    assert run(tmp_path, "edit", "press", "--tag", "machine", "--note", "second floor", "--owner", "mia").exit_code == 0
-    assert run(tmp_path, "edit", "press").exit_code == 2
-    listed = json.loads(run(tmp_path, "list", "--json").stdout)
+def test_commands_of_the_library(anywhere):
+    first = write(anywhere, name="press", title="The press", seed=1)
+    write(anywhere, name="press", title="The press", seed=2, replace=True)
+    write(anywhere, name="lamp", title="A lamp", seed=3)
+    assert run(anywhere, "edit", "press", "--tag", "machine", "--note", "second floor", "--owner", "mia").exit_code == 0
+    assert run(anywhere, "edit", "press").exit_code == 2
+    listed = json.loads(run(anywhere, "list", "--json").stdout)
     assert listed["n_adapters"] == 2 and [a["name"] for a in listed["adapters"]] == ["lamp", "press"]
     assert listed["adapters"][1]["tags"] == ["machine"] and listed["adapters"][1]["n_versions"] == 2
-    shown = run(tmp_path, "list", "--tag", "machine").stdout
+    shown = run(anywhere, "list", "--tag", "machine").stdout
     assert "press" in shown and "of 2" in shown and "machine" in shown and "lamp" not in shown
-    paged = run(tmp_path, "list", "--per-page", "1", "--page", "2")
+    paged = run(anywhere, "list", "--per-page", "1", "--page", "2")
     assert "press" in paged.stdout and "page 2 of 2" in paged.stderr
-    assert "no such adapter" in run(tmp_path, "list", "zzz").stderr
-    shown = run(tmp_path, "show", "press").stdout
+    assert "no such adapter" in run(anywhere, "list", "zzz").stderr
+    shown = run(anywhere, "show", "press").stdout
     assert "one of 2" in shown and "second floor" in shown and "mia" in shown
-    old = json.loads(run(tmp_path, "show", first.version, "--json").stdout)
+    old = json.loads(run(anywhere, "show", first.version, "--json").stdout)
     assert old["version"] == first.manifest.version and len(old["versions"]) == 2
-    assert run(tmp_path, "edit", "press", "--rename", "press-2").stdout == "press is now called press-2\n"
-    hits = json.loads(run(tmp_path, "search", "word1", "chunk", "--json").stdout)["hits"]
+    assert run(anywhere, "edit", "press", "--rename", "press-2").stdout == "press is now called press-2\n"
+    hits = json.loads(run(anywhere, "search", "word1", "chunk", "--json").stdout)["hits"]
     assert {hit["name"] for hit in hits} == {"lamp", "press-2"} and all(hit["chunk"] == 1 for hit in hits)
-    assert "[word1]" in run(tmp_path, "search", "word1").stdout
-    assert "nothing in" in run(tmp_path, "search", "absent").stderr
-    assert "would delete 1 version," in run(tmp_path, "gc", "--keep", "1", "--dry-run").stdout
-    assert json.loads(run(tmp_path, "gc", "--keep", "1", "--json").stdout)["versions"] == [first.manifest.version]
-    assert run(tmp_path, "verify").stdout == "2 adapters whole\n"
-    (open_adapter(tmp_path, "lamp").folder / "factors.safetensors").write_bytes(b"")
-    damaged = run(tmp_path, "verify")
+    assert "[word1]" in run(anywhere, "search", "word1").stdout
+    assert "nothing in" in run(anywhere, "search", "absent").stderr
+    assert "would delete 1 version," in run(anywhere, "gc", "--keep", "1", "--dry-run").stdout
+    assert json.loads(run(anywhere, "gc", "--keep", "1", "--json").stdout)["versions"] == [first.manifest.version]
+    assert run(anywhere, "verify").stdout == "2 adapters whole\n"
+    (open_adapter(anywhere, "lamp").folder / "factors.safetensors").write_bytes(b"")
+    damaged = run(anywhere, "verify")
     assert damaged.exit_code == 1 and "factors.safetensors is damaged" in damaged.stdout
-    assert run(tmp_path, "rm", "lamp", "--yes").stdout == "removed lamp\n"
-    assert run(tmp_path, "verify", "press-2").stdout == "1 adapter whole\n"
+    assert run(anywhere, "rm", "lamp", "--yes").stdout == "removed lamp\n"
+    assert run(anywhere, "verify", "press-2").stdout == "1 adapter whole\n"

@@ -20,33 +20,6 @@ from loracast.library.remote import factor_bytes, model_card, pull_adapter, push
 from loracast.library.upkeep import collect_garbage, evict, leave_store, store_url, use_store, verify
 
 
-@pytest.fixture(scope="module")
-def s3(monkeypatch_module):
-    """A bucket on a server that speaks S3."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    values = {
-        "ENDPOINT_URL": f"http://{host}:{port}",
-        "ACCESS_KEY_ID": "x",
-        "SECRET_ACCESS_KEY": "x",
-        "DEFAULT_REGION": "us-east-1",
-    }
-    for name, value in values.items():
-        monkeypatch_module.setenv(f"AWS_{name}", value)
-    fsspec.filesystem("s3").mkdir("bucket")
-    yield "s3://bucket"
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
 @pytest.fixture(params=["path", "file", "memory", "s3"])
 def place(request, tmp_path) -> str:
     if request.param == "s3":

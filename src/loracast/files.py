@@ -31,6 +31,18 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
     sync_folder(path.parent)
 
 
+def create_once(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet, whole or not at all. Raises FileExistsError where another one is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        Path(file.name).chmod(0o666 & ~_umask())
+        os.link(file.name, path)  # unlike a rename, it never replaces a file
+    sync_folder(path.parent)
+
+
 def move_unless_there(folder: Path, target: Path) -> None:
     """Move a whole folder to its place; where another process was faster, its folder there is as good and stays."""
     try:

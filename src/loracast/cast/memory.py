@@ -23,11 +23,12 @@ from loracast.documents import Chunk, Document
 from loracast.errors import AdapterError
 from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import Adapter
-from loracast.library.files import home_of, reading
+from loracast.library.files import home_of
 from loracast.library.index import read_chunks
 from loracast.library.library import erase_traces, open_adapter, remove_adapter, versions
 from loracast.library.manifest import MEMORY_SOURCE, check_name
 from loracast.library.memory import MESSAGE_GAP, messages_in, statements_in
+from loracast.library.shared import reading
 from loracast.library.workfolders import exclusively
 
 MOST_CHUNKS = 256

@@ -13,6 +13,7 @@ from loracast.cli import options
 from loracast.cli.output import print_result, printable, say, size
 from loracast.library import upkeep
 from loracast.library.library import open_adapter
+from loracast.library.shared import share
 from loracast.paths import exports_dir
 
 Where = Annotated[str, "A URL (s3://, gs://, file:// ...), a path, or OWNER/NAME on the hub."]
@@ -21,6 +22,7 @@ Where = Annotated[str, "A URL (s3://, gs://, file:// ...), a path, or OWNER/NAME
 def store(
     url: Annotated[str | None, "Keep the adapters there from now on (s3://, gs://, file:// ...)."] = None,
     *,
+    shared: Annotated[bool, "Share it, names included, with all machines that give the same URL."] = False,
     take_over: Annotated[bool, "Use a store that was another library's, with all that lies there."] = False,
     evict: Annotated[bool, "Delete this machine's copies; they are fetched again when needed."] = False,
     leave: Annotated[bool, "Bring everything back and keep it on this machine alone."] = False,
@@ -29,12 +31,16 @@ def store(
 ) -> None:
     """Keep the library's adapters at a URL, with this machine's folder as a cache; without a URL, say where they lie.
 
-    The register of names stays on this machine. What is learned is copied to the URL before it gets its name, and what
-    is deleted is deleted there too.
+    The register of names stays on this machine, unless the library is shared. What is learned is copied to the URL
+    before it gets its name, and what is deleted is deleted there too.
     """
     if sum((url is not None, evict, leave)) > 1:
         raise typer.BadParameter("give a URL, --evict or --leave, one at a time")
-    if url is not None:
+    if shared and (url is None or take_over):
+        raise typer.BadParameter("--shared takes a URL, and no --take-over")
+    if shared and url is not None:
+        text = f"{share(library, url):,} adapters lie at {url}, shared"
+    elif url is not None:
         text = f"{upkeep.use_store(library, url, take_over=take_over):,} adapters lie at {url}"
     elif evict:
         text = f"{size(upkeep.evict(library))} deleted here"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from loracast.errors import AdapterError
@@ -14,28 +14,31 @@ from loracast.library.adapter import INDEX, MANIFEST, Adapter
 from loracast.library.index import read_chunks
 from loracast.library.manifest import Manifest
 from loracast.library.register import FILE, Register
+from loracast.library.shared_store import SharedStore
 from loracast.library.store import Store
 from loracast.library.workfolders import work_folder
 
 _OBJECTS = "objects"
 STORE = "store"
-"""The setting that holds the URL of the library's store."""
+"""The setting that holds the URL of a store that is this library's own."""
+SHARED = "shared.json"
+"""The file that holds the URL of a store that several libraries share (shared.py); it outlives a lost register."""
 
 
 def is_ready(library: Path) -> bool:
     """Whether the library has a register; a missing or old one is made or migrated now, and orphans are taken in."""
     if not library.is_dir():
         return False
-    is_new = not (library / FILE).is_file()
-    found_here, _ = orphans(library)
-    if is_new and not found_here and not folders(library):
+    is_new, is_shared = not (library / FILE).is_file(), shared_url(library) is not None
+    found_here = [] if is_shared else orphans(library)[0]  # of a shared library `verify` speaks of them
+    if is_new and not found_here and not folders(library) and not is_shared:
         return False
     if not is_new and not found_here:
         with Register.reading(library) as register:
             if register.is_current():
                 return True
     with Register.writing(library) as register:
-        if is_new:  # lost, or deleted: the adapters' own manifests say what it held
+        if is_new and not is_shared:  # lost, or deleted: the adapters' own manifests say what it held
             found = []
             for version, folder in folders(library).items():
                 with suppress(AdapterError):
@@ -44,7 +47,7 @@ def is_ready(library: Path) -> bool:
                         found.append((manifest, folder))
             for manifest, folder in sorted(found, key=lambda f: (f[0].created, f[0].version)):
                 enter(register, manifest, folder)
-        store = store_in(register)
+        store = store_in(library, register)
         for folder, manifest in found_here:  # of a library from before there was a register, or put there by hand
             if not folder.exists():  # another process was faster
                 continue
@@ -59,13 +62,6 @@ def is_ready(library: Path) -> bool:
     return True
 
 
-@contextmanager
-def reading(library: Path) -> Iterator[Register]:
-    """The register of a library, made ready first, for reading; an empty one where there is no library."""
-    with Register.reading(library) if is_ready(library) else Register.empty() as register:
-        yield register
-
-
 def move_in(folder: Path, home: Path) -> None:
     """Move an adapter's folder to its home, in place of whatever a killed process left there."""
     home.parent.mkdir(parents=True, exist_ok=True)
@@ -76,11 +72,7 @@ def move_in(folder: Path, home: Path) -> None:
 
 def enter(register: Register, manifest: Manifest, folder: Path) -> None:
     """Register an adapter that lies in its home, under the name that it was made under."""
-    try:
-        texts = texts_in(folder)
-    except AdapterError:
-        texts = []  # the index is damaged; `verify` says so
-    register.add_version(manifest, size_of(folder), texts)
+    register.add_version(manifest, size_of(folder), texts_of(folder))
     register.name_version(manifest.name, manifest.version)
 
 
@@ -111,8 +103,18 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
 
 
-def store_in(register: Register) -> Store | None:
+def shared_url(library: Path) -> str | None:
+    """The URL of the store that a library shares with others; None where it does not."""
+    try:
+        return json.loads((library / SHARED).read_bytes())["store"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def store_in(library: Path, register: Register) -> Store | None:
     """The store of a library, if it has one."""
+    if (url := shared_url(library)) is not None:
+        return SharedStore(url)
     url = register.setting(STORE)
     return None if url is None else Store(url)
 
@@ -127,7 +129,7 @@ def ensure_local(library: Path, version: str) -> Path:
     if home.exists():
         return home
     with Register.reading(library) as register:
-        store = store_in(register)
+        store = store_in(library, register)
     if store is None:
         return home  # missing: whoever opens it says so
     with work_folder(library, "new") as work:
@@ -150,13 +152,24 @@ def texts_in(folder: Path) -> list[tuple[str, str]]:
     return [(chunk.heading, chunk.text) for chunk in read_chunks(folder / INDEX)]
 
 
+def texts_of(folder: Path) -> list[tuple[str, str]]:
+    """As `texts_in`; none where the index is damaged, of which `verify` speaks."""
+    try:
+        return texts_in(folder)
+    except AdapterError:
+        return []
+
+
 def recover(library: Path) -> None:
-    """Finish what killed processes began: delete the files that were on their way out, or never fully came in."""
+    """Finish what killed processes began: delete the files that were on their way out, or never fully came in.
+
+    Those at a shared store stay, since another machine may be about to name them; `collect_garbage` deletes them.
+    """
     with ExitStack() as graves, Register.writing(library) as register:  # deleted once the lock is free again
-        store = store_in(register)
+        store = store_in(library, register)
         for version in register.unrecovered():
             if not register.has_version(version):
-                if store is not None:
+                if store is not None and not store.is_shared:
                     store.delete(version)
                 home = home_of(library, version)
                 if home.exists():

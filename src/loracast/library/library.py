@@ -16,9 +16,11 @@ from pathlib import Path
 
 from loracast.errors import AdapterError, NameTakenError, NoSuchAdapterError
 from loracast.library.adapter import Adapter
-from loracast.library.files import ensure_local, home_of, move_in, reading, recover, size_of, store_in, texts_in
+from loracast.library.entry import Entry, Hit
+from loracast.library.files import ensure_local, home_of, move_in, recover, size_of, store_in, texts_in
 from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
-from loracast.library.register import Entry, Hit, Register
+from loracast.library.register import Register
+from loracast.library.shared import changing, reading, refresh
 
 _HASH = re.compile(r"[0-9a-f]{4,64}")
 _MOST_NAMES_TOLD = 12
@@ -81,10 +83,13 @@ def find(library: Path, reference: str) -> Entry:
 def versions(library: Path, name: str) -> list[Entry]:
     """The versions of a name, newest first. Raises AdapterError where there is no such name."""
     check_name(name)
-    with reading(library) as register:
-        if found := register.versions_of(name):
-            return found
-        known = register.names()
+    for look_again in (True, False):
+        with reading(library) as register:
+            if found := register.versions_of(name):
+                return found
+            known = register.names()
+        if look_again:
+            refresh(library, [name])
     if len(known) > _MOST_NAMES_TOLD:
         near = get_close_matches(name, known, n=_MOST_NAMES_TOLD, cutoff=0.5)
         told = f"near it are: {', '.join(near)}" if near else f"`loracast list` shows the {len(known):,} there are"
@@ -134,29 +139,36 @@ def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, r
     texts, n_bytes = texts_in(folder), size_of(folder)
     with Register.writing(library) as register:
         register.mark_unrecovered(version)  # in a transaction of its own: a kill from here on leaves a trace
-        store = store_in(register)
+        store = store_in(library, register)
+
+    def add(register: Register) -> None:
+        _check_may_mean(register, name, version, replace)
+        if not register.has_version(version):
+            if folder.exists():  # otherwise an attempt that was overtaken has moved it
+                move_in(folder, home)
+            register.add_version(manifest, n_bytes, texts)
+        register.recover(version)
+        register.name_version(name, version)
+
     try:
         if store is not None:
             store.put(version, folder)
-        with Register.writing(library) as register:
-            _check_may_mean(register, name, version, replace)
-            if not register.has_version(version):
-                move_in(folder, home)
-                register.add_version(manifest, n_bytes, texts)
-            register.recover(version)
-            register.name_version(name, version)
+        changing(library, [name], add)
     except BaseException:
         recover(library)
         raise
-    return Adapter(home, name=name)
+    return Adapter(ensure_local(library, version), name=name)
 
 
 def give_name(library: Path, name: str, version: str, *, replace: bool) -> Adapter:
     """Make a version of the library the newest of a name. Raises AdapterError where the name is taken."""
     check_name(name)
-    with Register.writing(library) as register:
+
+    def give(register: Register) -> None:
         _check_may_mean(register, name, version, replace)
         register.name_version(name, version)
+
+    changing(library, [name], give)
     return Adapter(ensure_local(library, version), name=name)
 
 
@@ -166,12 +178,16 @@ def remove_adapter(library: Path, reference: str) -> None:
     Versions that another name has as well stay. A damaged adapter can be deleted too.
     """
     entry = find(library, reference)
-    with Register.writing(library) as register:
+
+    def remove(register: Register) -> None:
+        _check_is_there(register, entry.name)
         if "@" in reference:
             register.drop_alias(entry.name, entry.version)
         else:
             register.drop_name(entry.name)
         register.drop_unnamed()
+
+    changing(library, [entry.name], remove)
     recover(library)
 
 
@@ -185,10 +201,14 @@ def rename_adapter(library: Path, name: str, new: str) -> None:
     """Give a name's adapters, tags and note another name. Raises AdapterError where that is taken."""
     check_name(new)
     versions(library, name)
-    with Register.writing(library) as register:
+
+    def rename(register: Register) -> None:
+        _check_is_there(register, name)
         if register.newest(new) is not None:
             raise NameTakenError(f"there is an adapter called {new!r} already")
         register.rename(name, new)
+
+    changing(library, [new, name], rename)
 
 
 def describe_adapter(
@@ -204,5 +224,15 @@ def describe_adapter(
     versions(library, name)
     for tag in tags:
         check_name(tag)
-    with Register.writing(library) as register:
+
+    def describe(register: Register) -> None:
+        _check_is_there(register, name)
         register.describe(name, owner, note, tags, untag)
+
+    changing(library, [name], describe)
+
+
+def _check_is_there(register: Register, name: str) -> None:
+    """Raise NoSuchAdapterError for a name that another process or machine has removed just now."""
+    if register.newest(name) is None:
+        raise NoSuchAdapterError(f"no adapter is called {name!r} any more")

@@ -12,63 +12,17 @@ import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from loracast.errors import AdapterError
 from loracast.library import schema
+from loracast.library.entry import Entry, Hit, Match, NameState
 from loracast.library.manifest import Manifest, utc_now
 from loracast.library.routing import match_scores
 
 FILE = "register.sqlite"
 _WAIT_S = 30.0  # for another process to finish its write
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A name with one of its versions."""
-
-    name: str
-    version: str  # content hash
-    kind: str
-    title: str
-    source: str | None
-    source_sha256: str
-    base: str
-    hypernetwork: str
-    ranks: dict[str, int]
-    n_chunks: int
-    n_tokens: int
-    n_bytes: int
-    created: str  # when the adapter was made; UTC, ISO 8601
-    added: str  # when the name was given to it
-    n_versions: int  # that the name has
-    owner: str
-    note: str
-    tags: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A chunk that holds the words of a search."""
-
-    name: str
-    version: str
-    chunk: int
-    heading: str
-    snippet: str  # the surroundings of the words, each word between [ and ]
-
-
-@dataclass(frozen=True)
-class Match:
-    """A chunk of a document that shares words with a question."""
-
-    name: str
-    version: str
-    n_chunks: int  # of the document
-    chunk: int
-    score: float  # BM25, on one scale for the whole library
 
 
 _JOINED = "aliases JOIN names ON names.name = aliases.name JOIN versions ON versions.id = aliases.version"
@@ -204,6 +158,19 @@ class Register:
     def setting(self, key: str) -> str | None:
         return self._one("SELECT value FROM settings WHERE key = ?", key)
 
+    def state(self, name: str) -> NameState:
+        """All that is known of a name; the empty state where there is none."""
+        row = self._db.execute("SELECT owner, note FROM names WHERE name = ?", (name,)).fetchone()
+        if row is None:
+            return NameState()
+        versions = self._db.execute("SELECT version, added FROM aliases WHERE name = ? ORDER BY number", (name,))
+        tags = self._db.execute("SELECT tag FROM tags WHERE name = ? ORDER BY tag", (name,))
+        return NameState(tuple(versions), row[0], row[1], tuple(tag for (tag,) in tags))
+
+    def numbers(self) -> dict[str, int]:
+        """How many changes of each name, deleted ones included, this register has taken in from a shared store."""
+        return dict(self._db.execute("SELECT name, number FROM name_numbers"))
+
     def problems(self) -> list[str]:
         """What SQLite finds wrong in the file."""
         found = [row[0] for row in self._db.execute("PRAGMA integrity_check") if row[0] != "ok"]
@@ -287,6 +254,21 @@ class Register:
                 self._db.execute(f"UPDATE names SET {column} = ? WHERE name = ?", (value, name))
         self._db.executemany("INSERT OR IGNORE INTO tags VALUES (?, ?)", [(name, tag) for tag in tags])
         self._db.executemany("DELETE FROM tags WHERE name = ? AND tag = ?", [(name, tag) for tag in untag])
+
+    def set_state(self, name: str, state: NameState) -> None:
+        """Put a state in the place of all that is known of a name. Its versions have rows already."""
+        self.drop_name(name)
+        if state.versions:
+            self._db.execute("INSERT INTO names VALUES (?, ?, ?)", (name, state.owner, state.note))
+            rows = [(name, version, added) for version, added in state.versions]
+            self._db.executemany("INSERT INTO aliases (name, version, added) VALUES (?, ?, ?)", rows)
+            self._db.executemany("INSERT INTO tags VALUES (?, ?)", [(name, tag) for tag in state.tags])
+
+    def set_number(self, name: str, number: int) -> None:
+        self._db.execute("INSERT OR REPLACE INTO name_numbers VALUES (?, ?)", (name, number))
+
+    def forget_numbers(self) -> None:
+        self._db.execute("DELETE FROM name_numbers")
 
     def set(self, key: str, value: str | None) -> None:
         """Keep a setting of the library; None forgets it."""

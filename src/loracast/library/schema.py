@@ -65,6 +65,9 @@ MIGRATIONS: tuple[str, ...] = (
         UPDATE name_words SET name = new.name WHERE rowid = new.number;
     END;
     """,
+    """
+    CREATE TABLE name_numbers (name TEXT PRIMARY KEY, number INTEGER NOT NULL);
+    """,
 )
 """Script k brings the schema from version k to k + 1. Append; never change one that was released."""
 

@@ -1,6 +1,6 @@
 """Keeps a library's adapters at a URL (an object store, a network drive); the folder on this machine is then a cache.
 
-A store belongs to one library, whose register alone knows its names.
+A store belongs to one library, whose register alone knows its names, unless several share it (shared_store.py).
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from loracast.errors import AdapterError, LoracastError
+from loracast.files import write_atomically
 
-_MARK = "loracast-library.json"
+MARK = "loracast-library.json"
+SHARED = "shared"
+"""What the mark of a store says in the place of a library's id when libraries share it."""
 _LAST = "adapter.json"  # a version without it is not whole
 
 
@@ -41,8 +44,26 @@ def told(where: str) -> Iterator[None]:
         raise LoracastError(f"{where} cannot be used: {said[0]}") from error
 
 
+def is_local(fs: Any) -> bool:
+    """Whether a file system is made of folders: of this machine, or of a network drive."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(fs, LocalFileSystem)
+
+
+def write(fs: Any, path: str, content: bytes) -> None:
+    """Write a file so that nobody sees half of it, as object stores do by themselves."""
+    if is_local(fs):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(path), content)
+    else:
+        fs.pipe_file(path, content)
+
+
 class Store:
     """Adapters' files by version, at `URL/3f/3f9a.../`."""
+
+    is_shared = False
 
     def __init__(self, url: str):
         self.url = url
@@ -59,7 +80,10 @@ class Store:
         with self._at(version) as (fs, place):
             fs.makedirs(place, exist_ok=True)
             for path in sorted(folder.iterdir(), key=lambda path: path.name == _LAST):
-                fs.put_file(str(path), f"{place}/{path.name}")
+                if path.name == _LAST:
+                    write(fs, f"{place}/{_LAST}", path.read_bytes())
+                else:
+                    fs.put_file(str(path), f"{place}/{path.name}")
 
     def fetch(self, version: str, folder: Path) -> None:
         """Copy the files of a version into a folder. Raises AdapterError where the store lacks it."""
@@ -81,6 +105,7 @@ class Store:
 
     def has(self, version: str) -> bool:
         with self._at(version) as (fs, place):
+            fs.invalidate_cache()  # another machine may have deleted it
             return bool(fs.exists(f"{place}/{_LAST}"))
 
     def versions(self) -> set[str]:
@@ -90,16 +115,22 @@ class Store:
             found = fs.glob(f"{root}/??/*")
         return {path.rstrip("/").rpartition("/")[2] for path in found}
 
-    def claim(self, owner: str, *, take_over: bool) -> None:
-        """Make the store a library's own. Raises AdapterError where it is another's, unless it may be taken over."""
+    def claim(self, owner: str, *, take_over: bool = False, own: str | None = None) -> None:
+        """Mark the store as a library's own, or as `SHARED`. Raises AdapterError where it is another's.
+
+        Args:
+            take_over: another library's store may become this one's; one that is shared may not.
+            own: id of the library, whose own store may become a shared one.
+        """
         with self._at() as (fs, root):
             fs.makedirs(root, exist_ok=True)
-            mark = f"{root}/{_MARK}"
-            if fs.exists(mark) and not take_over:
-                found = json.loads(fs.cat_file(mark)).get("library")
-                if found != owner:
-                    raise AdapterError(
-                        f"{self.url} belongs to another library: give another URL, or --take-over to use what lies "
-                        "there in this one from now on"
-                    )
-            fs.pipe_file(mark, json.dumps({"library": owner}).encode())
+            mark = f"{root}/{MARK}"
+            found = json.loads(fs.cat_file(mark)).get("library") if fs.exists(mark) else owner
+            if found == SHARED != owner:
+                raise AdapterError(f"{self.url} is shared by libraries: `loracast store URL --shared` joins them")
+            if found not in (owner, own) and not take_over:
+                raise AdapterError(
+                    f"{self.url} belongs to another library: give another URL, or --take-over to use what lies there "
+                    "in this one from now on"
+                )
+            write(fs, mark, json.dumps({"library": owner}).encode())

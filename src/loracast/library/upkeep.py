@@ -15,6 +15,8 @@ from loracast.library.index import read_chunks
 from loracast.library.library import find, open_adapter
 from loracast.library.manifest import FORMAT, VERSION_DIGITS, Manifest
 from loracast.library.register import Register
+from loracast.library.shared import changing, reading, shared_store, take_in, unshare
+from loracast.library.shared_store import SharedStore
 from loracast.library.store import Store
 from loracast.library.workfolders import tidy, work_folder
 from loracast.library.writer import AdapterWriter
@@ -40,28 +42,40 @@ def collect_garbage(library: Path, *, keep: int | None = None, dry_run: bool = F
         raise AdapterError("keep at least one version of each name; `loracast rm NAME` deletes all")
     if not files.is_ready(library):
         return Collected((), 0)
+    shared = shared_store(library)
     if dry_run:
-        with Register.reading(library) as register:
+        with reading(library) as register:
             named = {e.version for name in register.names() for e in register.versions_of(name)[:keep]}
-            gone = sorted(_everywhere(library, register) - named)
-        return Collected(tuple(gone), sum(files.size_of(files.home_of(library, version)) for version in gone))
-    with Register.writing(library) as register:
+            gone = _everywhere(library, register) - named
+        gone |= set() if shared is None else set(shared.garbage(named))
+        return Collected(tuple(sorted(gone)), sum(files.size_of(files.home_of(library, version)) for version in gone))
+
+    def sweep(register: Register) -> tuple[set[str], set[str]]:
         if keep is not None:
             register.drop_older(keep)
         register.drop_unnamed()
-        gone = sorted(_everywhere(library, register) - set(register.all_versions()))
+        named = set(register.all_versions())
+        gone = _everywhere(library, register) - named
         for version in gone:
             register.mark_unrecovered(version)
+        return gone, named
+
+    gone, named = changing(library, None, sweep)
     n_bytes = sum(files.size_of(files.home_of(library, version)) for version in gone)
     files.recover(library)
     tidy(library)
-    return Collected(tuple(gone), n_bytes)
+    if shared is not None:
+        for version in shared.garbage(named):
+            shared.delete(version)
+            gone.add(version)
+        shared.tidy()
+    return Collected(tuple(sorted(gone)), n_bytes)
 
 
 def _everywhere(library: Path, register: Register) -> set[str]:
-    """The versions on this machine or in the library's store."""
-    store = files.store_in(register)
-    return files.folders(library).keys() | (set() if store is None else store.versions())
+    """The versions on this machine, or in a store that is this library's own."""
+    store = files.store_in(library, register)
+    return files.folders(library).keys() | (set() if store is None or store.is_shared else store.versions())
 
 
 def use_store(library: Path, url: str, *, take_over: bool = False) -> int:
@@ -75,6 +89,8 @@ def use_store(library: Path, url: str, *, take_over: bool = False) -> int:
     """
     library.mkdir(parents=True, exist_ok=True)
     files.is_ready(library)
+    if shared := files.shared_url(library):
+        raise AdapterError(f"the library is shared at {shared}: `loracast store --leave` first")
     store = Store(url)
     with Register.writing(library) as register:
         owner = register.setting("id") or uuid.uuid4().hex
@@ -96,19 +112,18 @@ def use_store(library: Path, url: str, *, take_over: bool = False) -> int:
 
 def store_url(library: Path) -> str | None:
     """The URL of a library's store; None where adapters lie on this machine alone."""
-    with files.reading(library) as register:
-        return register.setting(files.STORE)
+    with reading(library) as register:
+        return files.shared_url(library) or register.setting(files.STORE)
 
 
 def leave_store(library: Path) -> None:
     """Fetch all adapters to this machine and use the store no longer. Its files stay where they are."""
     if files.is_ready(library):
-        with Register.reading(library) as register:
+        with reading(library) as register:
             known = register.all_versions()
         for version in known:
             files.ensure_local(library, version)
-        with Register.writing(library) as register:
-            register.set(files.STORE, None)
+        unshare(library)
 
 
 def evict(library: Path) -> int:
@@ -165,21 +180,37 @@ def verify(library: Path, names: Sequence[str] = ()) -> list[str]:
         return [problem for name in names for problem in _verify_one(library, find(library, name).version)]
     if not files.is_ready(library):
         return []
+    shared = shared_store(library)
+    if shared is not None:
+        take_in(library, shared)
     with Register.reading(library) as register:
-        problems = register.problems()
+        problems = register.problems() + ([] if shared is None else _verify_names(register, shared))
         known = set(register.all_versions())
         unrecovered = set(register.unrecovered())
-        store = files.store_in(register)
+        store = files.store_in(library, register)
     stored = set() if store is None else {version for version in store.versions() if store.has(version)}
     for version in sorted(known):
         if store is None or files.home_of(library, version).exists():
             problems += _verify_one(library, version)
         if store is not None and version not in stored:
             problems.append(f"the version {version[:VERSION_DIGITS]} is not at {store.url}")
-    for version in sorted((files.folders(library).keys() | stored) - known - unrecovered):
+    ours = stored if shared is None else set()  # without a name, in a shared store, another machine may be adding it
+    for version in sorted((files.folders(library).keys() | ours) - known - unrecovered):
         problems.append(f"the version {version[:VERSION_DIGITS]} belongs to no name: `loracast gc` deletes it")
-    problems += [f"{folder} cannot be taken into the register: {why}" for folder, why in files.orphans(library)[1]]
+    good, bad = files.orphans(library)
+    problems += [f"{folder} cannot be taken into the register: {why}" for folder, why in bad]
+    problems += [f"{folder} is in no register: `loracast pull-adapter {folder}` takes it in" for folder, _ in good]
     return problems
+
+
+def _verify_names(register: Register, store: SharedStore) -> list[str]:
+    """Names that are not in the register what they are at a shared store, one a line."""
+    numbers, newest = register.numbers(), store.newest()
+    wrong = [name for name in register.names() if name not in newest]
+    for name, number in newest.items():
+        if numbers.get(name) == number and store.read(name, number) != register.state(name):
+            wrong.append(name)
+    return [f"{name} is not here what it is at {store.url}" for name in sorted(wrong)]
 
 
 def _verify_one(library: Path, version: str) -> list[str]:

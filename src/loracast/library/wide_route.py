@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from loracast.errors import AdapterError, ConfigError, NoSuchAdapterError
-from loracast.library.files import reading
 from loracast.library.index import read_chunks
 from loracast.library.register import Match
 from loracast.library.relevance import THRESHOLD_OF_MANY, threshold_for
 from loracast.library.routing import SHARPNESS, Route, phrases
+from loracast.library.shared import reading
 
 if TYPE_CHECKING:
     from loracast.library.adapter import Adapter

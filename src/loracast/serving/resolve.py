@@ -23,6 +23,7 @@ from loracast.library.files import home_of
 from loracast.library.library import entries, find
 from loracast.library.manifest import Manifest
 from loracast.library.register import Entry, change_counter
+from loracast.library.shared import refresh
 from loracast.library.wide_route import check_patterns, patterns_in
 from loracast.model import Model
 from loracast.serving.errors import ApiError
@@ -83,6 +84,7 @@ class Names:
     def _find(self, reference: str) -> Entry:
         """As `find`, but from memory as long as the library has not changed."""
         library = self._model.library
+        refresh(library)
         changes, found = change_counter(library), self._found
         if found[0] != changes:
             found = self._found = (changes, {})

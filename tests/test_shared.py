@@ -1,0 +1,299 @@
+"""A library that several machines share: each machine is a folder with a register of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import fsspec
+import pytest
+from typer.testing import CliRunner
+
+import shared_writers
+from adapters import write
+from loracast.cli import app
+from loracast.errors import AdapterError, LoracastError, NameTakenError
+from loracast.files import create_once
+from loracast.library import shared, shared_store
+from loracast.library.library import (
+    adapter_names,
+    describe_adapter,
+    find,
+    open_adapter,
+    remove_adapter,
+    rename_adapter,
+    search,
+    versions,
+)
+from loracast.library.register import Register
+from loracast.library.shared import share
+from loracast.library.shared_store import SharedStore
+from loracast.library.upkeep import collect_garbage, evict, leave_store, store_url, use_store, verify
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process."""
+
+
+@pytest.fixture(params=["folder", "s3"])
+def url(request, tmp_path) -> str:
+    return str(tmp_path / "there") if request.param == "folder" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+
+
+@pytest.fixture
+def machines(url, tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """Two machines that look for new names whenever they are asked."""
+    monkeypatch.setattr(shared, "REFRESH_S", 0.0)
+    for name in ("one", "two"):
+        share(tmp_path / name, url)
+    return tmp_path / "one", tmp_path / "two"
+
+
+def before_publishing(monkeypatch, name: str, act) -> None:
+    """Do something right before the state of a name is published for the first time."""
+    publish, waiting = SharedStore.publish, [act]
+
+    def published(self, what, number, state):
+        if what == name and waiting:
+            waiting.pop()()
+        publish(self, what, number, state)
+
+    monkeypatch.setattr(SharedStore, "publish", published)
+
+
+def stored_versions(url: str) -> set[str]:
+    return SharedStore(url).versions()
+
+
+def test_names_tags_and_notes_are_seen_by_all(machines):
+    one, two = machines
+    first = write(one, name="press", seed=1)
+    describe_adapter(one, "press", note="second floor", owner="mia", tags=("machine",))
+    second = write(two, name="press", seed=2, replace=True)
+    assert not (two / "objects" / first.manifest.version[:2] / first.manifest.version).exists()  # fetched when opened
+    assert [e.version for e in versions(one, "press")] == [second.manifest.version, first.manifest.version]
+    rename_adapter(two, "press", "press-2")
+    entry = find(one, "press-2")
+    assert (entry.note, entry.owner, entry.tags, entry.n_versions) == ("second floor", "mia", ("machine",), 2)
+    assert entry.n_bytes == second.n_bytes and entry.title == second.manifest.title
+    assert open_adapter(two, first.version.replace("press", "press-2")).faults() == []
+    assert {hit.name for hit in search(two, "word1")} == {"press-2"} and adapter_names(one) == ["press-2"]
+    with pytest.raises(NameTakenError):
+        write(one, name="press-2", seed=3)
+    remove_adapter(one, "press-2")
+    assert adapter_names(two) == [] and verify(one) == verify(two) == []
+    write(two, name="press-2", seed=4)
+    assert find(one, "press-2").tags == () and find(one, "press-2").n_versions == 1
+
+
+def test_an_overtaken_writer_tries_again(machines, monkeypatch):
+    one, two = machines
+    write(one, seed=1)
+    before_publishing(monkeypatch, "doc", lambda: write(two, seed=2, replace=True))
+    third = write(one, seed=3, replace=True)
+    assert find(one, "doc").n_versions == 3 and find(two, "doc").version == third.manifest.version
+    assert verify(one) == verify(two) == []
+
+
+def test_a_new_name_belongs_to_one_of_two_machines(machines, monkeypatch):
+    one, two = machines
+    before_publishing(monkeypatch, "doc", lambda: write(two, seed=2))
+    with pytest.raises(NameTakenError):
+        write(one, seed=3)
+    assert find(one, "doc").n_versions == 1 and verify(one) == verify(two) == []
+
+
+def test_a_rename_takes_along_what_is_added_meanwhile(machines, monkeypatch):
+    one, two = machines
+    write(one, name="old", seed=1)
+    before_publishing(monkeypatch, "old", lambda: write(two, name="old", seed=2, replace=True))
+    rename_adapter(one, "old", "new")  # "new" is there when "old" turns out to be another
+    for library in machines:
+        assert adapter_names(library) == ["new"] and find(library, "new").n_versions == 2
+
+
+def test_a_machine_that_dies_before_it_commits_has_changed_the_name_or_not(machines, monkeypatch):
+    one, two = machines
+    write(one, seed=1)
+    for target in (SharedStore.publish, Register.set_number):  # before, and after
+
+        def die(*_):
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SharedStore if target is SharedStore.publish else Register, target.__name__, die)
+            with pytest.raises(Killed):
+                write(one, seed=2, replace=True)
+        expected = 1 if target is SharedStore.publish else 2
+        assert [find(library, "doc").n_versions for library in machines] == [expected] * 2
+        assert open_adapter(one, "doc").faults() == [] and verify(one) == verify(two) == []
+
+
+def test_an_answer_that_is_lost_is_no_conflict(tmp_path, monkeypatch):
+    share(tmp_path / "one", str(tmp_path / "there"))
+
+    def create(path, content):
+        create_once(path, content)
+        raise OSError("the connection broke")
+
+    monkeypatch.setattr(shared_store, "create_once", create)
+    write(tmp_path / "one")
+    rename_adapter(tmp_path / "one", "doc", "manual")
+    assert adapter_names(tmp_path / "one") == ["manual"] and verify(tmp_path / "one") == []
+
+
+def test_a_lost_register_is_made_again_with_all_that_was_noted(machines):
+    one, _ = machines
+    write(one, seed=1)
+    write(one, seed=2, replace=True)
+    describe_adapter(one, "doc", note="second floor", owner="mia", tags=("machine",))
+    rename_adapter(one, "doc", "manual")
+    before = versions(one, "manual")
+    (one / "register.sqlite").unlink()
+    assert adapter_names(one) == ["manual"] and versions(one, "manual") == before and verify(one) == []
+    write(one, seed=3, name="manual", replace=True)
+    assert find(one, "manual").n_versions == 3
+
+
+def test_a_name_is_looked_for_before_it_is_missed(machines, monkeypatch):
+    one, two = machines
+    monkeypatch.setattr(shared, "REFRESH_S", 1000.0)
+    assert adapter_names(two) == []
+    write(one)
+    assert adapter_names(two) == []  # looked at a moment ago
+    assert find(two, "doc").n_versions == 1
+
+
+def test_without_the_store_reading_goes_on_and_writing_fails(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(shared, "REFRESH_S", 0.0)
+    library, there = tmp_path / "one", tmp_path / "there"
+    share(library, str(there))
+    write(library)
+    there.rename(tmp_path / "away")  # as a drive that is not mounted
+    assert adapter_names(library) == ["doc"] and open_adapter(library, "doc").faults() == []
+    assert caplog.messages and "the names of the library are those of 20" in caplog.text
+    with pytest.raises(LoracastError, match="no shared library at"):
+        remove_adapter(library, "doc")
+    with pytest.raises(LoracastError, match="no shared library at"):
+        write(library, seed=2, replace=True)
+    (tmp_path / "away").rename(there) if not there.exists() else (tmp_path / "away" / "names").rename(there / "names")
+    assert find(library, "doc").n_versions == 1
+
+
+def test_garbage_stays_for_a_day(machines, url, monkeypatch):
+    one, two = machines
+    gone, kept = write(one, name="gone", seed=1).manifest.version, write(one, name="kept", seed=2).manifest.version
+    remove_adapter(one, "gone")
+    assert collect_garbage(two).versions == () and stored_versions(url) == {gone, kept} and verify(two) == []
+    write(two, name="again", seed=1)  # it needs not be sent
+    remove_adapter(two, "again")
+    monkeypatch.setattr(shared_store, "_GRACE", timedelta(seconds=-1))  # times of S3 are whole seconds
+    assert collect_garbage(one, dry_run=True).versions == (gone,)
+    assert collect_garbage(one).versions == (gone,) and stored_versions(url) == {kept}
+    fs, root = fsspec.core.url_to_fs(url)
+    fs.invalidate_cache()
+    assert len(fs.find(f"{root}/names/gone")) == 1  # the state that says that it is deleted
+    write(one, name="gone", seed=3)
+    assert adapter_names(two) == ["gone", "kept"] and verify(two) == []
+    evict(two)
+    assert open_adapter(two, "kept").faults() == []
+
+
+def test_a_version_that_is_collected_while_it_gets_a_name_is_sent_again(machines, url, monkeypatch):
+    one, two = machines
+    version = write(one, name="gone", seed=1).manifest.version
+    write(two, name="other", seed=1)
+    mark_used, asked = SharedStore.mark_used, []
+
+    def marked(self, which):
+        asked.append(which)
+        if asked.count(version) == 2:  # once when it is put, once when it gets the name
+            SharedStore(url).delete(version)
+        mark_used(self, which)
+
+    monkeypatch.setattr(SharedStore, "mark_used", marked)
+    write(one, name="again", seed=1)
+    assert verify(one) == []
+
+
+def test_damage_at_the_store_is_found(machines, url):
+    one, two = machines
+    adapter = write(one, name="press", seed=1)
+    write(one, name="lamp", seed=2)
+    assert adapter_names(two) == ["lamp", "press"]
+    fs, root = fsspec.core.url_to_fs(url)
+    fs.rm_file(f"{root}/names/press/00000001.json")
+    assert any("press is not here what it is at" in problem for problem in verify(two))
+    fs.pipe_file(f"{root}/names/press/00000001.json", b'{"versions": [["../x", ""]], "owner": "", "note": ""}')
+    (two / "register.sqlite").unlink()
+    with pytest.raises(LoracastError, match="is damaged"):
+        verify(two)
+    fs.rm(f"{root}/names/press", recursive=True)
+    write(two, name="press", seed=3)
+    fs.rm_file(f"{root}/{adapter.manifest.version[:2]}/{adapter.manifest.version}/adapter.json")
+    assert f"the version {adapter.manifest.version[:12]} is not at {url}" in verify(one)
+
+
+def test_machines_join_with_names_of_their_own(tmp_path, url, monkeypatch):
+    monkeypatch.setattr(shared, "REFRESH_S", 0.0)
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    write(one, name="press", seed=1)
+    describe_adapter(one, "press", tags=("machine",))
+    use_store(one, url)
+    assert share(one, url) == 1 and share(one, url) == 1
+    write(two, name="press", seed=2)
+    write(two, name="lamp", seed=3)
+    with pytest.raises(AdapterError, match="press mean other adapters"):
+        share(two, url)
+    assert store_url(two) is None and adapter_names(two) == ["lamp", "press"] and adapter_names(one) == ["press"]
+    rename_adapter(two, "press", "press-2")
+    assert share(two, url) == 3 and adapter_names(one) == ["lamp", "press", "press-2"]
+    assert find(two, "press").tags == ("machine",)
+    with pytest.raises(AdapterError, match="shared by"):
+        use_store(three, url, take_over=True)
+    for use in (share, use_store):
+        with pytest.raises(AdapterError, match="--leave"):
+            use(two, str(tmp_path / "elsewhere"))
+    leave_store(two)
+    remove_adapter(one, "press")
+    assert adapter_names(two) == ["lamp", "press", "press-2"] and store_url(two) is None and verify(two) == []
+    assert all(open_adapter(two, name).faults() == [] for name in adapter_names(two))
+    use_store(three, str(tmp_path / "another"))
+    with pytest.raises(AdapterError, match="belongs to another library"):
+        share(tmp_path / "four", str(tmp_path / "another"))
+
+
+def test_a_place_that_cannot_create_on_condition_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(LoracastError, match="cannot be shared over memory"):
+        share(tmp_path / "one", "memory://somewhere")
+    with monkeypatch.context() as patch, pytest.raises(LoracastError, match="on condition"):
+
+        def no_links(*_):
+            raise PermissionError("no links on this drive")
+
+        patch.setattr(os, "link", no_links)
+        share(tmp_path / "one", str(tmp_path / "there"))
+    monkeypatch.setattr(shared_store, "create_once", lambda path, content: path.write_bytes(content))
+    with pytest.raises(LoracastError, match="overwrites files"):
+        share(tmp_path / "one", str(tmp_path / "there"))
+    assert store_url(tmp_path / "one") is None
+
+
+def test_machines_that_are_killed_lose_no_name(url, tmp_path):
+    """benchmarks/faults.py --shared makes a thousand writes on each machine."""
+    n_writes = 8 if url.startswith("s3") else 30
+    found = shared_writers.run(url, tmp_path, n_writes, seed=1)
+    assert found["broken"] == [] and found["writes"] == 2 * n_writes and found["kinds"]["add"] >= 4
+
+
+def test_the_command(tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(app, ["store", *(str(a) for a in arguments), "--library", str(tmp_path / "one")])
+
+    write(tmp_path / "one")
+    assert run(tmp_path / "there", "--shared").stdout == f"1 adapters lie at {tmp_path / 'there'}, shared\n"
+    assert json.loads(run("--json").stdout)["store"] == str(tmp_path / "there")
+    assert run("--shared").exit_code == 2 and run(tmp_path / "there", "--shared", "--take-over").exit_code == 2
+    assert run("--leave").exit_code == 0 and adapter_names(tmp_path / "one") == ["doc"]
