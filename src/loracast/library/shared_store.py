@@ -101,7 +101,10 @@ class SharedStore(Store):
     def read(self, name: str, number: int) -> NameState:
         """A state of a name. Raises LoracastError where it is missing or damaged."""
         with self._at() as (fs, root):
-            found = json.loads(fs.cat_file(f"{root}/names/{name}/{number:08d}.json"))
+            try:
+                found = json.loads(fs.cat_file(f"{root}/names/{name}/{number:08d}.json"))
+            except FileNotFoundError as error:  # SeaweedFS lists a file a moment before it can be read
+                raise OvertakenError(f"names/{name}/{number:08d}.json at {self.url} cannot be read yet") from error
         try:
             versions = tuple((version, added) for version, added in found["versions"])
             texts = [found["owner"], found["note"], *(added for _, added in versions)]
