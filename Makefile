@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What looks at the dependencies has an environment of its own, so that it is none of them.
 TOOLS := build/tools
-# Processes that run tests side by side: one for each processor, or a number.
-WORKERS ?= logical
+# Processes that run tests side by side: one more than processors, since some tests wait for other processes.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')
 # Of `make fuzz`.
 SEED ?= 0
 # They come with packages that the tests import, and start slowly.

@@ -66,6 +66,8 @@ def server(tmp_path, monkeypatch):
             "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache"),
         }.items():  # fmt: skip
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        # transformers keeps a client of the address that it saw first, and would ask a server that is gone for 45 s
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         yield hub
     close_session()
 
