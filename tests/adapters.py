@@ -20,6 +20,10 @@ MADE_FOR = Fingerprint("tiny", "c" * 16, "n" * 16, "m" * 16)
 Expanded = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
+class Killed(BaseException):
+    """Stands in for the end of the process."""
+
+
 def random_factors(n: int, seed: int = 0, rank: int = 2) -> Expanded:
     """Factors of n chunks, as a hypernetwork casts them."""
     g = torch.Generator().manual_seed(seed)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from adapters import TARGET, random_factors, some_chunks, some_manifest, write
+from adapters import TARGET, Killed, random_factors, some_chunks, some_manifest, write
 from loracast.cli import app
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
@@ -46,10 +46,6 @@ from loracast.library.upkeep import collect_garbage, verify
 from loracast.library.workfolders import tidy
 from loracast.library.writer import AdapterWriter
 from tiny import PROSE
-
-
-class Killed(BaseException):
-    """Stands in for the end of the process."""
 
 
 def first_factor(adapter) -> torch.Tensor:

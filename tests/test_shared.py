@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import shared_writers
-from adapters import write
+from adapters import Killed, write
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError, NameTakenError
 from loracast.files import create_once
@@ -31,10 +31,6 @@ from loracast.library.register import Register
 from loracast.library.shared import share
 from loracast.library.shared_store import SharedStore
 from loracast.library.upkeep import collect_garbage, evict, leave_store, store_url, use_store, verify
-
-
-class Killed(BaseException):
-    """Stands in for the end of the process."""
 
 
 @pytest.fixture(params=["folder", "s3"])
