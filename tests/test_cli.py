@@ -793,8 +793,10 @@ def die_at_every_event(library: str, base: str, hypernetwork: str, *words: str) 
 
         sys.addaudithook(count)
 
+    model.library = Path(f"{library}-of-parent")
     with pytest.raises(SystemExit):  # what is imported now, the children need not import
-        app([word.replace(library, f"{library}-of-parent") for word in words])
+        app([word.replace(library, str(model.library)) for word in words])
+    model.library = Path(library)
     outcomes: list[tuple[int, list[str]]] = []
     while not outcomes or outcomes[-1][0] == -signal.SIGKILL:
         child = os.fork()
