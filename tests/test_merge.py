@@ -18,13 +18,18 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
 
 
+def joined_keys(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The keys [..., m, in] of chunks [..., chunks, r, in] that are merged with a ridge of 3."""
+    return decorrelate_keys(a.flatten(-3, -2), b.flatten(-3, -2), [a.shape[-2]] * a.shape[-3], 3.0)
+
+
 @pytest.mark.parametrize("n_zeros", [0, 3])
-@pytest.mark.parametrize("d_in", [16, 10, 7], ids=["few rows", "few that count", "more rows than inputs"])
+@pytest.mark.parametrize("d_in", [16, 10, 7], ids=["few rows", "more rows than inputs", "many more"])
 def test_chunks_are_told_apart_as_least_squares_would_have_it(d_in, n_zeros):
     a, b = draw(2, 3, 4, d_in), draw(2, 3, 4, 5)  # modules, chunks, rank, width
     b[:, 1, 4 - n_zeros :] = 0
-    found = decorrelate_keys(a, b, 3.0)
-    assert found.shape == a.shape
+    found = joined_keys(a, b)
+    assert found.shape == (2, 12, d_in)
     for module in range(2):
         keys, values = (side[module].reshape(12, -1).double().numpy() for side in (a, b))
         length = np.linalg.norm(keys, axis=1, keepdims=True)
@@ -33,17 +38,30 @@ def test_chunks_are_told_apart_as_least_squares_would_have_it(d_in, n_zeros):
         together = np.outer(weight, weight) * (keys / length @ (keys / length).T)
         alone = np.kron(np.eye(3), np.ones((4, 4))) * together
         expected = length * (np.linalg.inv(together + 3 * np.eye(12)) @ (alone + 3 * np.eye(12)) @ (keys / length))
-        np.testing.assert_allclose(found[module].reshape(12, -1), expected, atol=1e-5, rtol=1e-4)
+        np.testing.assert_allclose(found[module], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_chunk_alone_and_chunks_without_a_common_key_stay_as_they_are():
     a, b = draw(2, 1, 4, 16), draw(2, 1, 4, 5)
-    torch.testing.assert_close(decorrelate_keys(a, b, 3.0), a)
+    torch.testing.assert_close(joined_keys(a, b), a.flatten(1, 2))
     separate = torch.zeros(1, 2, 4, 16)
     separate[0, 0, :, :8], separate[0, 1, :, 8:] = draw(4, 8), draw(4, 8)
-    torch.testing.assert_close(decorrelate_keys(separate, draw(1, 2, 4, 5), 3.0), separate)
+    torch.testing.assert_close(joined_keys(separate, draw(1, 2, 4, 5)), separate.flatten(1, 2))
     padded = torch.cat([a, torch.zeros_like(a)], dim=1)  # a chunk of padding
-    torch.testing.assert_close(decorrelate_keys(padded, torch.cat([b, torch.zeros_like(b)], dim=1), 3.0), padded)
+    torch.testing.assert_close(joined_keys(padded, torch.cat([b, torch.zeros_like(b)], dim=1)), padded.flatten(1, 2))
+
+
+@pytest.mark.parametrize("d_in", [16, 5], ids=["few rows", "more rows than inputs"])
+def test_rows_that_are_left_out_leave_the_others_as_rows_of_zeros_would(d_in):
+    a, b = draw(2, 3, 4, d_in), draw(2, 3, 4, 5)
+    kept = torch.tensor([0, 2, 3, 9, 10])  # one chunk is left out altogether
+    of_zeros = torch.zeros(12)
+    of_zeros[kept] = 1
+    merging = Merging(ridges={"o_proj": 3.0})
+    all_keys, all_values = merging.join("o_proj", a, b * of_zeros.view(3, 4, 1))
+    keys, values = merging.join("o_proj", a, b, kept)
+    torch.testing.assert_close(keys, all_keys[:, kept])
+    torch.testing.assert_close(values, all_values[:, kept])
 
 
 def test_a_question_for_one_chunk_hears_less_of_the_others():
@@ -64,7 +82,7 @@ def test_adapters_are_merged_as_their_manifest_says(tmp_path):
     kind = TARGET.kinds[0]
     plain, apart = write(tmp_path / "plain", 3), write(tmp_path / "apart", 3, key_decorrelation={kind: 3.0})
     a, b = (side.bfloat16() for side in random_factors(3)[kind])
-    keys = decorrelate_keys(a.transpose(0, 1), b.transpose(0, 1), 3.0)  # [layers, chunks, r, in]
+    keys = joined_keys(a.transpose(0, 1), b.transpose(0, 1)).unflatten(1, (3, -1))  # [layers, chunks, r, in]
     for layer, module in enumerate(TARGET.of_kind(kind)):
         torch.testing.assert_close(
             apart.lora().delta(module.name).float(),

@@ -355,6 +355,7 @@ def join_chunks(
 
     joined: dict[str, Factors] = {}
     for kind in target.kinds:
+        static = [rows[name] for side in "ab" if (name := f"{kind}{STATIC}{side}") in rows]  # each [layers, r, d]
         a, b = (rows[f"{kind}.{side}"].transpose(0, 1) for side in "ab")  # [layers or 1, chunks, r, d]
         kept = None
         if sentences is not None and (owners := rows.get(f"{kind}{SENTENCE}")) is not None:
@@ -366,13 +367,14 @@ def join_chunks(
             kept = of_rows.flatten().nonzero()[:, 0]
         elif weights is not None:
             b = b * torch.tensor(weights).to(b)[:, None, None]
-        sides = list(merging.join(kind, a, b))  # [layers, chunks * r, d]
-        if kept is not None:
-            sides = [side.index_select(1, kept.to(side.device)) for side in sides]
-        sides[1] = sides[1].expand(len(sides[0]), -1, -1)
-        for i, side in enumerate("ab"):
-            if (static := rows.get(f"{kind}{STATIC}{side}")) is not None:
-                sides[i] = torch.cat([sides[i], static], dim=1)
-        for layer, module in enumerate(target.of_kind(kind)):
-            joined[module.name] = Factors(sides[0][layer], sides[1][layer].T)
+        sides: Sequence[Tensor] = merging.join(kind, a, b, kept)  # each [layers or 1, m, d]
+        if static and not sides[0].shape[1]:
+            sides = static
+        elif static:
+            of_all = zip(sides, static, strict=True)
+            sides = [torch.cat([side.expand(len(more), -1, -1), more], dim=1) for side, more in of_all]
+        else:
+            sides = [sides[0], sides[1].expand(len(sides[0]), -1, -1)]
+        for module, *pair in zip(target.of_kind(kind), *(side.unbind(0) for side in sides), strict=True):
+            joined[module.name] = Factors(pair[0], pair[1].T)
     return concat([LoRA(joined)], dense)

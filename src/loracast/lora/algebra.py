@@ -154,6 +154,8 @@ def _each_tensor(
 
 def _check_same_shapes(loras: Sequence[LoRA]) -> None:
     """Raise AdapterError where LoRAs have other shapes for one module: they were made for different bases."""
+    if len(loras) == 1:
+        return
     seen: dict[str, set[tuple[int, int]]] = {}
     for lora in loras:
         for name, shape in lora.shapes.items():

@@ -85,11 +85,17 @@ def check_fits(model: nn.Module, shapes: Iterable[tuple[str, tuple[int, int]]]) 
     """
     modules: dict[str, nn.Linear] = {}
     problems = []
+    found: dict[str, nn.Module | None] = {"": model}
+
+    def submodule(name: str) -> nn.Module | None:
+        """As `model.get_submodule`, but parents that several modules have in common are looked up once."""
+        if name not in found:
+            parent, _, last = name.rpartition(".")
+            found[name] = getattr(submodule(parent), last, None)
+        return found[name]
+
     for name, (d_out, d_in) in shapes:
-        try:
-            module: nn.Module | None = model.get_submodule(name)
-        except AttributeError:
-            module = None
+        module = submodule(name)
         if not isinstance(module, nn.Linear):
             problems.append(f"{name}: the base has no such linear module")
         elif (module.out_features, module.in_features) != (d_out, d_in):

@@ -5,7 +5,7 @@ Training merges in the same way as adapters do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,48 +22,57 @@ class Merging:
     ridges: Mapping[str, float] = field(default_factory=dict)
     """The ridge of the kinds whose keys are decorrelated between chunks (`decorrelate_keys`)."""
 
-    def join(self, kind: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Join A [..., chunks, r, in] and B rows [..., chunks, r, out] to [..., chunks * r, in and out]."""
-        n_chunks = a.shape[-3]
+    def join(self, kind: str, a: Tensor, b: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Join A [..., chunks, r, in] and B rows [..., chunks, r, out] to [..., m, in and out].
+
+        Args:
+            kept: numbers of the m = chunks * r rows that are wanted, ascending; all if None.
+        """
+        n_chunks, r = a.shape[-3:-1]
         if (most := self.max_unscaled_chunks.get(kind, n_chunks)) < n_chunks:
             b = b * (most / n_chunks)
+        a, b = a.flatten(-3, -2), b.flatten(-3, -2)
+        if kept is not None:
+            a, b = (side.index_select(-2, kept.to(side.device)) for side in (a, b))
         if kind in self.ridges and n_chunks > 1:
-            a = decorrelate_keys(a, b, self.ridges[kind])
-        return a.flatten(-3, -2), b.flatten(-3, -2)
+            sizes = [r] * n_chunks if kept is None else (kept // r).bincount(minlength=n_chunks).tolist()
+            a = decorrelate_keys(a, b, sizes, self.ridges[kind])
+        return a, b
 
 
-def decorrelate_keys(a: Tensor, b: Tensor, ridge: float) -> Tensor:
-    """Change each chunk's keys so that they respond less to other chunks' keys: A [..., chunks, r, in] -> same shape.
+def decorrelate_keys(a: Tensor, b: Tensor, sizes: Sequence[int], ridge: float) -> Tensor:
+    """Change each chunk's keys so that they respond less to other chunks' keys: A [..., m, in] -> same shape.
 
     An associative memory solves for the keys k of one chunk by least squares (hypernets/memory.py): (G + ridge)^-1 k,
     where G holds their cosines, each key weighted by the norm of its row of B. Here G over all chunks takes the place
-    of each chunk's own: the keys are multiplied by (G_all + ridge)^-1 (G_own + ridge), which leaves a single chunk as
-    it is.
+    of each chunk's own: the keys are multiplied by (G_all + ridge)^-1 (G_own + ridge), which leaves a single chunk, and
+    a key whose row of B is 0, as they are.
+
+    Args:
+        b: rows of B [..., m, out].
+        sizes: the number of rows of each chunk; they are neighbours, and m in all.
     """
     import torch
 
     with torch.autocast(a.device.type, enabled=False):
-        n_chunks, r, d_in = a.shape[-3:]
-        weight = torch.linalg.vector_norm(b.detach().float(), dim=-1, keepdim=True)  # [..., chunks, r, 1]
-        weight = weight / weight.amax((-3, -2), keepdim=True).clamp_min(1e-12)
-        keys = a.flatten(-3, -2).float()  # [..., m, in]
+        weight = torch.linalg.vector_norm(b.detach().float(), dim=-1, keepdim=True)  # [..., m, 1]
+        weight = weight / weight.amax(-2, keepdim=True).clamp_min(1e-12)
+        keys = a.float()
         length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_min(1e-12)
-        scale = weight.flatten(-3, -2) / length  # [..., m, 1]
-        # A row of B that is 0 changes no other row's key, and keeps its own.
-        counts = weight.flatten(-2).view(-1, n_chunks * r).any(0).nonzero()[:, 0]
-        ridges = ridge * torch.eye(min(len(counts), d_in), device=a.device)
-        if len(counts) <= d_in:
-            some, length, scale = (t.index_select(-2, counts) for t in (keys, length, scale))
-            gram = scale * (some @ some.mT) * scale.mT
-            of_chunk = counts // r
+        scale = weight / length
+        m, d_in = keys.shape[-2:]
+        ridges = ridge * torch.eye(min(m, d_in), device=a.device)
+        if m <= d_in:
+            gram = scale * (keys @ keys.mT) * scale.mT
+            of_chunk = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(a.device)
             within = gram * (of_chunk[:, None] == of_chunk)
             # Solved for the m x m map first, which is smaller than the keys.
             change = torch.cholesky_solve(within + ridges, torch.linalg.cholesky(gram + ridges))
-            found = keys.index_copy(-2, counts, (length * change / length.mT) @ some)
+            found = (length * change / length.mT) @ keys
         else:  # the same (Woodbury), whose cost grows with the number of chunks and not with its cube
             units, flat = keys / length, keys * scale
-            weighted = flat.view(*flat.shape[:-2], n_chunks, r, d_in)
-            alone = ((weighted @ weighted.mT) @ units.view(weighted.shape)).flatten(-3, -2) + ridge * units
+            pairs = zip(flat.split(sizes, -2), units.split(sizes, -2), strict=True)
+            alone = torch.cat([(own @ own.mT) @ unit for own, unit in pairs], -2) + ridge * units
             inner = torch.linalg.solve(flat.mT @ flat + ridges, flat.mT @ alone)
             found = length * (alone - flat @ inner) / ridge
-    return found.view(a.shape).to(a.dtype)
+    return found.to(a.dtype)
