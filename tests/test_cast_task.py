@@ -18,6 +18,7 @@ from loracast.encoders.sentence import BaseTextEncoder
 from loracast.errors import AdapterError, HypernetworkError
 from loracast.hypernets.store import save_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
+from loracast.library.adapter import FACTORS
 from loracast.library.library import adapter_names
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import target_from_config
@@ -65,7 +66,15 @@ def test_a_description_becomes_an_adapter_that_answers(caster, base):
         base.fingerprint,
     )
     (lora,) = caster.loras([SENTENCE])
-    assert close(lora, adapter.lora())  # but for bf16
+    stored = adapter.lora()
+    assert close(lora, stored)  # but for int8
+    assert manifest.storage == "int8" and set(stored.factors) == set(lora.factors)
+    for name, (a, b) in lora.factors.items():  # each number within half a step of its row's scale, and bf16's rounding
+        for row, kept in ((a, stored.factors[name].a), (b.T, stored.factors[name].b.T)):
+            largest = row.abs().amax(1, keepdim=True)
+            assert ((row - kept).abs() <= largest * (0.5 / 127 + 2**-7)).all()
+    n_numbers = sum(a.numel() + b.numel() for a, b in lora.factors.values())
+    assert (adapter.folder / FACTORS).stat().st_size < 1.5 * n_numbers + 4096  # bf16 would take two bytes a number
     adapter.verify()
     answerer = Model(base, caster.library)
     few = Sampling(max_new_tokens=6)

@@ -20,6 +20,7 @@ from loracast.library.writer import AdapterWriter, ChunkRows
 from loracast.lora.algebra import LoRA, Rows, compress
 from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
+from loracast.lora.quantize import Storage
 from loracast.lora.target import KINDS, Target, TargetModule
 
 _MODULE = re.compile(rf".*\blayers\.(\d+)\..*?\b({'|'.join(KINDS)})")
@@ -84,9 +85,10 @@ def save_single(
     n_examples: int = 0,
     is_refined: bool = False,
     warnings: tuple[str, ...] = (),
+    storage: Storage = "bf16",
     replace: bool = False,
 ) -> Adapter:
-    """Keep the rows of one LoRA (n = 1) as an adapter of one chunk, in bf16.
+    """Keep the rows of one LoRA (n = 1) as an adapter of one chunk.
 
     Args:
         kind: what it was made from.
@@ -117,6 +119,7 @@ def save_single(
         n_examples=n_examples,
         is_refined=is_refined,
         warnings=warnings,
+        storage=storage,
     )
     only = Chunk(text=title, start=0, end=len(title), heading="", n_tokens=0)
     return save_rows(library, manifest, [only], [(rows, {})], static or {}, lambda: seconds, replace=replace)
