@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import os
 import signal
+import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from loracast.cli import app
+from loracast.cli import main
+from loracast.cli.interrupts import advice, prompt_interrupts
 from loracast.library.library import adapter_names
 from loracast.library.upkeep import verify
 from servers import eventually
@@ -21,27 +23,35 @@ from tiny import PROSE
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
 
-def interrupted(words: list[object], began, told: Path, times: int = 1) -> tuple[int, float, str]:
+def interrupted(words: list[object], began, told: Path) -> tuple[int, float, str]:
     """Run a command, and interrupt it once `began()` is true: its status, the seconds until its end, what it said."""
+
+    def run() -> None:
+        sys.argv = ["loracast", *(str(word) for word in words)]
+        main()
+
+    return interrupted_call(run, began, told)
+
+
+def interrupted_call(function: Callable[[], None], began, told: Path) -> tuple[int, float, str]:
+    """As `interrupted`, for a function."""
     child = os.fork()
     if child == 0:
         status = 99
         try:
             torch.set_num_threads(1)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            errors = io.StringIO()
-            with redirect_stderr(errors), redirect_stdout(io.StringIO()):
-                try:
-                    app([str(word) for word in words])
-                except SystemExit as end:
-                    status = end.code or 0
-            told.write_text(errors.getvalue())
+            os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT), 2)
+            sys.stdout, sys.stderr = io.StringIO(), os.fdopen(2, "w", buffering=1)
+            try:
+                function()
+            except SystemExit as end:
+                status = end.code or 0
         finally:
             os._exit(status)
     eventually(lambda: began() or os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT), 100)
-    for _ in range(times):
-        time.sleep(0.1)
-        os.kill(child, signal.SIGINT)
+    time.sleep(0.1)
+    os.kill(child, signal.SIGINT)
     since = time.monotonic()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return status, time.monotonic() - since, told.read_text()
@@ -74,9 +84,22 @@ def test_training(tiny_folder, tmp_path, home):
         "--budget",
         "90s",
     ]
-    status, seconds, said = interrupted(words, out.exists, tmp_path / "said", times=2)  # once: after the step
+    status, seconds, said = interrupted(words, out.exists, tmp_path / "said")
     assert status == 130 and seconds < 1.5 and "Traceback" not in said, said
+    assert "the same command goes on from what was saved last" in said
     assert not (out / "config.json").exists() and not [*out.rglob(".*.*")]
+
+
+def test_in_the_middle_of_one_long_call(tmp_path):
+    """A backward pass is one call, in which Python raises nothing."""
+
+    def compute() -> None:
+        with prompt_interrupts(), advice("it goes on"):
+            (tmp_path / "began").touch()
+            torch.linalg.eigvals(torch.rand(3000, 3000, dtype=torch.float64))  # for more than ten seconds
+
+    status, seconds, said = interrupted_call(compute, (tmp_path / "began").exists, tmp_path / "said")
+    assert status == 130 and seconds < 1.5 and said == "it goes on\n"
 
 
 def test_evaluation(suite, tiny_folder, hypernetwork, tmp_path, home):

@@ -19,6 +19,7 @@ import typer
 from loracast import LoracastError, __version__
 from loracast.cli import eval
 from loracast.cli.commands import CommandGroup, add
+from loracast.cli.interrupts import EXIT_CODE, prompt_interrupts
 from loracast.cli.output import printable
 
 RESEARCH = "Research"
@@ -33,7 +34,7 @@ class Program(CommandGroup):
             with _own_warnings_only(is_debug):
                 return super().invoke(ctx)
         except (KeyboardInterrupt, typer.Abort):  # Abort: at a question
-            raise typer.Exit(130) from None
+            raise typer.Exit(EXIT_CODE) from None
         except (LoracastError, OSError) as error:
             if is_debug or isinstance(error, BrokenPipeError):
                 raise
@@ -120,4 +121,5 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # an answer may have letters that the terminal lacks: print "?" for them
             stream.reconfigure(errors="replace")
-    app(prog_name="loracast")
+    with prompt_interrupts():
+        app(prog_name="loracast")

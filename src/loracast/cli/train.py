@@ -14,11 +14,13 @@ import typer
 
 from loracast.base.load import Base, load_base
 from loracast.cli.commands import seconds
+from loracast.cli.interrupts import advice
 from loracast.cli.options import TASKS, BaseChoice, Json, Tasks
 from loracast.cli.output import print_result, print_table, say
 
 Change = Annotated[list[str] | None, "Change a key of the recipe: training.lr=2e-4. Repeatable."]
 _DOCUMENTS = "Documents with questions: JSONL(.gz) rows. Repeatable."
+_STOPPED = "stopped at once; the same command goes on from what was saved last (SIGTERM, unlike Ctrl-C, saves first)"
 Unrelated = Annotated[
     list[str] | None, "Unrelated questions, whose answers stay the plain base's: JSONL(.gz). Repeatable."
 ]
@@ -82,8 +84,8 @@ def doc(
 ) -> None:
     """Train Doc-to-LoRA on needles, fact sheets and questions about real documents.
 
-    It saves every few minutes and stops cleanly on Ctrl-C and SIGTERM; the same command goes on from there. The same
-    command runs under `torchrun` and `accelerate launch`.
+    It saves every few minutes, at the end of --budget and on SIGTERM, and the same command goes on from there. Ctrl-C
+    stops it at once, without saving. The same command runs under `torchrun` and `accelerate launch`.
     """
     from loracast.training.doc import read_doc_recipe, train_doc
     from loracast.training.reader import read_reader
@@ -111,7 +113,8 @@ def text(
 ) -> None:
     """Train Text-to-LoRA on the tasks that are not held out.
 
-    It saves every few minutes and stops cleanly on Ctrl-C and SIGTERM; the same command goes on from there.
+    It saves every few minutes, at the end of --budget and on SIGTERM, and the same command goes on from there. Ctrl-C
+    stops it at once, without saving.
     """
     from loracast.data.tasks import read_tasks
     from loracast.training.text import read_text_recipe, train_text
@@ -163,8 +166,7 @@ def oracle(
 ) -> None:
     """Train a LoRA for each task on its own examples, with PEFT: the upper reference for descriptions.
 
-    One task after the other, each in a folder of its name in --out; it stops cleanly at the budget, on Ctrl-C and
-    SIGTERM, and the same command goes on from there.
+    One task after the other, each in a folder of its name in --out. It saves, stops and goes on as `train doc` does.
     """
     from loracast.data.benchmarks import tasks_or_benchmarks
     from loracast.errors import ConfigError
@@ -295,7 +297,7 @@ def _train_hypernetwork(
     files = {"init_from": run.init_from, **(files or {})}
     workers = Workers.join(run.device)
     base = _open_base(run, str(workers.device))
-    with ProgressLine(settings.training, enabled=workers.is_first) as line:
+    with advice(_STOPPED), ProgressLine(settings.training, enabled=workers.is_first) as line:
         last = train(
             base, settings, *data, run.out,
             **files, command=run.command(what, **files), workers=workers, on_metrics=line.show, **options,
@@ -310,7 +312,9 @@ def _train_lora(
 ) -> Any:
     """Load the base and train one or more LoRAs on it. Returns what `train` does: whether, or which, are finished."""
     shown = {"on_metrics": _show_lora, **options}
-    return train(_open_base(run), settings, *data, run.out, command=run.command(*what), budget_s=run.budget, **shown)
+    base = _open_base(run)
+    with advice(_STOPPED):
+        return train(base, settings, *data, run.out, command=run.command(*what), budget_s=run.budget, **shown)
 
 
 def _open_base(run: Run, device: str | None = None) -> Base:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -106,29 +105,22 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
 
 class Stop:
-    """Turns SIGTERM and SIGINT into a request to stop after the current step."""
+    """Turns SIGTERM into a request to stop after the current step; Ctrl-C waits for no step."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: dict[int, Any] = {}
+        self._previous: Any = None
 
     def __enter__(self) -> Stop:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._previous[number] = signal.signal(number, self._request)
-            except ValueError:  # not the main thread: the thread's owner decides when it stops
-                break
+        with suppress(ValueError):  # not the main thread: the thread's owner decides when it stops
+            self._previous = signal.signal(signal.SIGTERM, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
 
     def _request(self, number: int, _: object) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step; the last checkpoint stays
-        if number == signal.SIGINT:  # written past Python's buffers, which the signal may have come into
-            os.write(2, b"stopping after this step; Ctrl-C again stops at once\n")
         self.requested = True
 
 
