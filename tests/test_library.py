@@ -516,7 +516,7 @@ def test_the_next_run_clears_up_after_a_killed_one(tmp_path, monkeypatch):
         assert living.exists()  # another process is writing it: not ours to delete
     kept = write(tmp_path, seed=1)
     assert in_child(die_before_the_commit, tmp_path) == 9
-    assert len(files_in(tmp_path)) == 3 and verify(tmp_path) == []  # files that no row names
+    assert len(files_in(tmp_path)) == 4 and verify(tmp_path) == []  # files that no row names, and a work folder
     write(tmp_path, seed=1)
     assert files_in(tmp_path) == {"register.sqlite", kept.manifest.version}
     assert has_factors_of(open_adapter(tmp_path, "doc"), 1)

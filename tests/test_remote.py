@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,11 @@ from typer.testing import CliRunner
 from adapters import write
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError
+from loracast.library import workfolders
+from loracast.library.files import recover
 from loracast.library.library import adapter_names, open_adapter, remove_adapter, search
 from loracast.library.remote import factor_bytes, model_card, pull_adapter, push_adapter
+from loracast.library.store import Store
 from loracast.library.upkeep import collect_garbage, evict, leave_store, store_url, use_store, verify
 
 
@@ -123,6 +127,40 @@ def test_a_store_that_cannot_be_reached_loses_nothing(tmp_path, monkeypatch):
     write(library, name="lamp", seed=2)
     with pytest.raises(AdapterError, match="no store"):
         evict(tmp_path / "another")
+
+
+def test_what_is_on_its_way_to_a_store_is_left_to_its_process(tmp_path, monkeypatch):
+    library, there = tmp_path / "library", tmp_path / "there"
+    use_store(library, str(there))
+    monkeypatch.setattr(workfolders, "_GRACE_S", 0.0)
+    put = Store.put
+
+    def put_slowly(self, version, folder):
+        put(self, version, folder)
+        recover(library)  # as another process does that begins to learn
+        collect_garbage(library)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", put_slowly)
+        version = write(library, name="press").manifest.version
+    assert verify(library) == [] and Store(str(there)).versions() == {version}
+    evict(library)
+    assert open_adapter(library, "press").faults() == []
+
+
+def test_what_a_killed_process_was_sending_is_deleted(tmp_path, monkeypatch):
+    library, there = tmp_path / "library", tmp_path / "there"
+    use_store(library, str(there))
+    child = os.fork()
+    if child == 0:
+        put = Store.put
+        Store.put = lambda *what: (put(*what), os._exit(9))
+        write(library, name="press")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert len(Store(str(there)).versions()) == 1
+    monkeypatch.setattr(workfolders, "_GRACE_S", 0.0)
+    kept = write(library, name="lamp", seed=2).manifest.version
+    assert Store(str(there)).versions() == {kept} and verify(library) == []
 
 
 def test_the_store_command(tmp_path):

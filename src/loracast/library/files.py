@@ -16,7 +16,7 @@ from loracast.library.manifest import Manifest
 from loracast.library.register import FILE, Register
 from loracast.library.shared_store import SharedStore
 from loracast.library.store import Store
-from loracast.library.workfolders import work_folder
+from loracast.library.workfolders import is_at_work, work_folder
 
 _OBJECTS = "objects"
 STORE = "store"
@@ -160,14 +160,22 @@ def texts_of(folder: Path) -> list[tuple[str, str]]:
         return []
 
 
+def coming_in(version: str) -> str:
+    """The purpose of the work folder that a process has while it adds a version, to a store perhaps for minutes."""
+    return f"in-{version}"
+
+
 def recover(library: Path) -> None:
     """Finish what killed processes began: delete the files that were on their way out, or never fully came in.
 
-    Those at a shared store stay, since another machine may be about to name them; `collect_garbage` deletes them.
+    What living processes are adding is left to them. Files at a shared store stay, since another machine may be about
+    to name them; `collect_garbage` deletes them.
     """
     with ExitStack() as graves, Register.writing(library) as register:  # deleted once the lock is free again
         store = store_in(library, register)
         for version in register.unrecovered():
+            if is_at_work(library, coming_in(version)):
+                continue
             if not register.has_version(version):
                 if store is not None and not store.is_shared:
                     store.delete(version)

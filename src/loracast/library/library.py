@@ -17,10 +17,11 @@ from pathlib import Path
 from loracast.errors import AdapterError, NameTakenError, NoSuchAdapterError
 from loracast.library.adapter import Adapter
 from loracast.library.entry import Entry, Hit
-from loracast.library.files import ensure_local, home_of, move_in, recover, size_of, store_in, texts_in
+from loracast.library.files import coming_in, ensure_local, home_of, move_in, recover, size_of, store_in, texts_in
 from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
 from loracast.library.register import Register
 from loracast.library.shared import changing, reading, refresh
+from loracast.library.workfolders import work_folder
 
 _HASH = re.compile(r"[0-9a-f]{4,64}")
 _MOST_NAMES_TOLD = 12
@@ -137,9 +138,6 @@ def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, r
     """
     version, home = manifest.version, home_of(library, manifest.version)
     texts, n_bytes = texts_in(folder), size_of(folder)
-    with Register.writing(library) as register:
-        register.mark_unrecovered(version)  # in a transaction of its own: a kill from here on leaves a trace
-        store = store_in(library, register)
 
     def add(register: Register) -> None:
         _check_may_mean(register, name, version, replace)
@@ -151,9 +149,13 @@ def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, r
         register.name_version(name, version)
 
     try:
-        if store is not None:
-            store.put(version, folder)
-        changing(library, [name], add)
+        with work_folder(library, coming_in(version)):  # others leave the version alone meanwhile
+            with Register.writing(library) as register:
+                register.mark_unrecovered(version)  # in a transaction of its own: a kill from here on leaves a trace
+                store = store_in(library, register)
+            if store is not None:
+                store.put(version, folder)
+            changing(library, [name], add)
     except BaseException:
         recover(library)
         raise

@@ -29,6 +29,11 @@ def work_folder(library: Path, purpose: str) -> Iterator[Path]:
             os.close(lock)
 
 
+def is_at_work(library: Path, purpose: str) -> bool:
+    """Whether a process has such a work folder, or was killed with one that `tidy` has not deleted yet."""
+    return any(library.glob(f"{_PREFIX}{purpose}-*"))
+
+
 @contextmanager
 def exclusively(library: Path, what: str) -> Iterator[None]:
     """Wait until nobody else does the same to this library, and keep them off meanwhile; on POSIX systems only."""
