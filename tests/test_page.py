@@ -105,6 +105,21 @@ def test_a_name_that_is_taken_can_be_replaced(page, folder, model):
     page.until(lambda: find(model.library, "lamp").version != before, "the new version")
 
 
+def test_a_task_is_cast_from_its_description_and_examples(page, model, hypernetwork):
+    model._hypernetworks["task"] = hypernetwork
+    page.open().one("#task").send_keys("Say the opposite.")
+    page.one("#examples").send_keys("hot => cold\nbig =>")
+    page.one("#task-form button").click()
+    page.until(lambda: "write input => output" in page.text("main"), "what is wrong with the second line")
+    page.one("#examples").send_keys(" small")
+    page.one("#task-form button").click()
+    page.one("#choices input[value='say-the-opposite']:checked")
+    manifest = model.adapter("say-the-opposite").manifest
+    assert (manifest.kind, manifest.title, manifest.n_examples) == ("task", "Say the opposite.", 2)
+    assert not page.one("#examples").get_property("value")
+    assert not page.complaints()
+
+
 # ---- asking
 
 
