@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,13 +17,17 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import loracast
 from loracast.base.generate import Sampling
+from loracast.documents import Document
+from loracast.library import shared
+from loracast.library.shared import share
+from loracast.library.shared_store import SharedStore
 from loracast.serving.app import create_app
 from loracast.serving.engine import EngineStats, LocalEngine
 from loracast.serving.request import EngineBusy, EngineStopped, Token
 from loracast.serving.settings import ServerSettings
 from loracast.serving.ticket import Ticket
 from other_processes import Forked
-from servers import eventually, fill, in_process, served
+from servers import TEXTS, eventually, fill, in_process, served
 
 CHAT = "/v1/chat/completions"
 SECRET = "The vault's number is 814277"
@@ -240,6 +245,36 @@ def test_two_servers_answer_from_one_library(model):
         with served(create_app(model, LocalEngine(model.base), ServerSettings())) as url:
             answers.append(httpx.post(f"{url}{CHAT}", json=body(max_tokens=8), timeout=30).json())
     assert answers[0]["choices"] == answers[1]["choices"]
+
+
+def test_no_request_waits_for_the_names_of_a_slow_store(tiny_folder, tiny_hypernet_folder, tmp_path, monkeypatch):
+    one, two = (
+        loracast.load(tiny_folder, tiny_hypernet_folder, library=tmp_path / name, device="cpu") for name in "ab"
+    )
+    for model in (one, two):
+        share(model.library, str(tmp_path / "there"))
+    for model, name in ((one, "manual"), (two, "museum")):
+        model.learn(Document.from_text(TEXTS[name]), name, max_chunk_tokens=24)
+    monkeypatch.setattr(shared, "REFRESH_S", 0.05)
+    newest, is_waiting, goes_on = SharedStore.newest, threading.Event(), threading.Event()
+
+    def slowly(store, names=None):
+        if names is None:
+            is_waiting.set()
+            assert goes_on.wait(60)
+        return newest(store, names)
+
+    def listed() -> set[str]:
+        return {model["id"] for model in httpx.get(f"{url}/v1/models", timeout=20).json()["data"]}
+
+    app = create_app(one, LocalEngine(one.base), ServerSettings())
+    monkeypatch.setattr(SharedStore, "newest", slowly)
+    with served(app) as url:
+        assert is_waiting.wait(30)
+        assert {"manual"} == listed() & {"manual", "museum"}
+        assert httpx.post(f"{url}{CHAT}", json=body(max_tokens=4), timeout=20).status_code == 200
+        goes_on.set()
+        eventually(lambda: {"manual", "museum"} <= listed())
 
 
 def test_a_library_that_cannot_be_written_still_answers(tiny_folder, tiny_hypernet_folder, tmp_path):

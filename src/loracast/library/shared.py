@@ -2,8 +2,9 @@
 
 `reading` and `changing` are how the rest of the library gets at the register. Of a shared library the store holds the
 truth (shared_store.py) and the register a copy that `shared.json` lets a machine make again: readers bring it up to
-date every few seconds. A change runs in one transaction of the register, creates the next state of each name that it
-changed at the store, and then commits. Whoever finds that state taken rolls back, takes in what is new and tries again.
+date every few seconds, and a server has a thread for that (`refreshing`). A change runs in one transaction of the
+register, creates the next state of each name that it changed at the store, and then commits. Whoever finds that state
+taken rolls back, takes in what is new and tries again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,6 +40,7 @@ _ATTEMPTS = 12
 _LONGEST_CHANGE_S = 3600.0  # far below the day for which the store keeps what a slow change may rely on
 _log = logging.getLogger(__name__)
 _due: dict[Path, tuple[float, bool]] = {}  # when to look next at a library's store; whether it could be reached last
+_background: set[Path] = set()  # libraries that a thread of this process keeps up to date
 _Result = TypeVar("_Result")
 
 
@@ -115,7 +118,37 @@ def refresh(library: Path, names: Sequence[str] | None = None) -> None:
     if now < due and (names is None or not is_reachable):
         return
     if names is None:
+        if library in _background:
+            return
         _due[library] = (now + REFRESH_S, True)  # threads that come meanwhile need not wait
+    _look(library, names)
+
+
+@contextmanager
+def refreshing(library: Path) -> Iterator[None]:
+    """Take in what others changed every few seconds, in a thread, so that no reader here waits for a slow store.
+
+    Only a name that is not known is still looked for at once.
+    """
+    stopping = threading.Event()
+
+    def keep_up() -> None:
+        while not stopping.is_set():
+            if time.monotonic() >= _due.get(library, (0.0, True))[0]:
+                _look(library, None)
+            stopping.wait(REFRESH_S)
+
+    _background.add(library)
+    threading.Thread(target=keep_up, name="names", daemon=True).start()
+    try:
+        yield
+    finally:
+        stopping.set()  # the thread may be waiting for the store, which nobody else need do
+        _background.discard(library)
+
+
+def _look(library: Path, names: Sequence[str] | None) -> None:
+    """Take in what others changed, unless the store cannot be reached, of which a warning speaks."""
     store = shared_store(library)
     if store is None:
         return

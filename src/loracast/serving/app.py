@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from loracast import __version__
+from loracast.library.shared import refreshing
 from loracast.serving.errors import add_handlers
 from loracast.serving.guard import Guard
 from loracast.serving.learning import Learning
@@ -62,14 +63,15 @@ def create_app(model: Model, engine: Engine, settings: ServerSettings = ServerSe
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.learning.start()
-        service.watcher.start()
-        yield
-        service.is_draining = True
-        service.watcher.close()
-        service.learning.close()
-        engine.drain(settings.drain_timeout_s)
-        engine.close()
+        with refreshing(model.library):
+            service.learning.start()
+            service.watcher.start()
+            yield
+            service.is_draining = True
+            service.watcher.close()
+            service.learning.close()
+            engine.drain(settings.drain_timeout_s)
+            engine.close()
 
     # Pages of docs would be fetched from a CDN.
     app = FastAPI(title="loracast", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
