@@ -23,6 +23,8 @@ class FakeVllm(ThreadingHTTPServer):
     """The base of a folder, served. Tests change what the fields say while it runs."""
 
     daemon_threads = True
+    lock = threading.Lock()
+    """Of all servers: transformers cannot load two models at once."""
 
     def __init__(self, folder: Path | str, port: int = 0, max_lora_rank: int = 128, key: str = ""):
         from transformers import AutoModelForCausalLM
@@ -43,7 +45,6 @@ class FakeVllm(ThreadingHTTPServer):
         self.goes_on.set()
         self.n_left = 0
         """Streams whose client went away."""
-        self.lock = threading.Lock()
 
     @property
     def url(self) -> str:

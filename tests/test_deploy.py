@@ -163,7 +163,7 @@ def test_the_plugin_registers_and_resolves(library, tmp_path, monkeypatch):
     entry.load()()
     made = asyncio.run(registered["loracast"].resolve_lora("base", "loracast:lamp"))
     assert made.lora_name == open_adapter(library, "lamp").version and made.lora_path == str(tmp_path / made.lora_name)
-    assert 0 < made.lora_int_id < 2**31
+    assert 0 < made.lora_int_id < 2**63
     assert asyncio.run(registered["loracast"].resolve_lora("base", "someone/else")) is None
 
 

@@ -10,6 +10,17 @@ from loracast.files import write_atomically
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""
+MOST_LOST = 0.1
+"""A LoRA is compressed to a server's rank where that loses at most this share of its delta (Frobenius norm)."""
+
+
+def too_much_lost(rank: int, max_rank: int, error: float) -> str:
+    """What to say of a LoRA that a server's rank is too small for, up to what to do about it."""
+    enough = next((size for size in RANKS if size >= rank), max(RANKS))
+    return (
+        f"this LoRA has the rank {rank}, and the vLLM server takes {max_rank}, at which {error:.0%} of it is lost: "
+        f"start vLLM with --max-lora-rank {enough}"
+    )
 
 
 def write_vllm(request: Request) -> Path:

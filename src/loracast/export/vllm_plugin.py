@@ -25,7 +25,7 @@ def register() -> None:
             if folder is None:
                 return None
             sha = folder.name.rpartition("@")[2]
-            number = int(sha, 16) % (2**31 - 1) + 1  # of the weights: the same in every process
+            number = int(sha, 16) + 1  # vLLM 0.32 gives LoRAs of resolvers numbers of its own
             return LoRARequest(lora_name=folder.name, lora_int_id=number, lora_path=str(folder))
 
     LoRAResolverRegistry.register_resolver("loracast", LibraryResolver())

@@ -134,17 +134,23 @@ def ensure_local(library: Path, version: str) -> Path:
         return home  # missing: whoever opens it says so
     with work_folder(library, "new") as work:
         fetched = work / version
-        fetched.mkdir()
-        store.fetch(version, fetched)
-        adapter = Adapter(fetched)
-        faults = adapter.faults()
-        if adapter.manifest.version != version:
-            faults.append("it is another version")
-        if faults:
-            raise AdapterError(f"the version {version[:12]} at {store.url} is damaged: {'; '.join(faults)}")
+        fetch_whole(store, version, fetched)
         home.parent.mkdir(parents=True, exist_ok=True)
         move_unless_there(fetched, home)
     return home
+
+
+def fetch_whole(store: Store, version: str, folder: Path) -> Adapter:
+    """Fetch a version into a new folder. Raises AdapterError where the files in the store are damaged or missing."""
+    folder.mkdir()
+    store.fetch(version, folder)
+    adapter = Adapter(folder)
+    faults = adapter.faults()
+    if adapter.manifest.version != version:
+        faults.append("it is another version")
+    if faults:
+        raise AdapterError(f"the version {version[:12]} at {store.url} is damaged: {'; '.join(faults)}")
+    return adapter
 
 
 def texts_in(folder: Path) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ import platform
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -77,9 +77,19 @@ def make_engine(base: Base, settings: ServerSettings) -> Engine:
         from loracast.serving.engine import LocalEngine
 
         return LocalEngine(base, sizes)
+    from loracast.serving.vllm_replicas import VllmReplicas
     from loracast.serving.vllm_server import vllm_engine
 
-    return vllm_engine(settings.engine, base, sizes)
+    urls = settings.engine.split(",")
+    if len(urls) == 1:
+        return vllm_engine(settings.engine, base, sizes)
+    with ExitStack() as made:
+        engines = []
+        for url in urls:
+            engines.append(vllm_engine(url.strip(), base, sizes))
+            made.callback(engines[-1].close)
+        made.pop_all()
+        return VllmReplicas(engines)
 
 
 def run(

@@ -2,6 +2,7 @@
 
     vllm_adapters.py   LoRAs as folders that the server loads, and unloads when others need their place
     vllm_server.py     connects to a running server, or starts one
+    vllm_replicas.py   several servers
 
 Prompts go there as token ids and answers come back as token ids, so that text, stop strings and probabilities are those
 of the local engine. What the server refuses or fails to do is an error: the plain base never answers for an adapter.
@@ -28,8 +29,11 @@ from loracast.serving.vllm_client import VllmClient, told
 _NOT_FOUND = 404
 
 
-class _Ticket(Ticket):
+class VllmTicket(Ticket):
     """A ticket that ends as soon as it is cancelled: the server may be silent for long."""
+
+    n_failed = 0
+    """Servers that failed before the first token came."""
 
     def cancel(self) -> None:
         super().cancel()
@@ -41,7 +45,7 @@ class _Ticket(Ticket):
 
 
 class _Queued(NamedTuple):
-    ticket: _Ticket
+    ticket: VllmTicket
     lora: LoadedLoRA | None
 
 
@@ -61,10 +65,13 @@ class VllmEngine:
             on_close: called when the engine is closed: ends what was started for it.
         """
         self.base, self.config = base, config
+        self.url = client.url
+        self.hand_over: Callable[[VllmTicket], bool] = lambda ticket: False
+        """Gives a request that the server failed before its first token to another engine; whether there is one."""
         self._client, self._loras, self._on_close = client, loras, on_close
         self._queue: SimpleQueue[_Queued] = SimpleQueue()
         self._changed = threading.Condition()
-        self._live: set[_Ticket] = set()
+        self._live: set[VllmTicket] = set()
         self._n_running = self._n_prompt = self._n_generated = self._n_cached = self._n_hits = self._n_misses = 0
         self._is_draining = False
         self._mean_s = 1.0  # of a request from its start to its end
@@ -72,11 +79,17 @@ class VllmEngine:
             threading.Thread(target=self._work, name=f"loracast-vllm-{i}", daemon=True).start()
 
     def submit(self, request: GenerationRequest) -> Ticket:
+        ticket = VllmTicket(request)
+        self.enter(ticket)
+        return ticket
+
+    def enter(self, ticket: VllmTicket) -> None:
+        """Queue the request of a ticket that has no tokens yet; raises what `submit` raises."""
+        request = ticket.request
         self._check(request)
         with self._changed:
             self._refuse_if_full()
         lora = None if request.lora is None else self._loras.take(request.lora_key, lambda: _read(request))
-        ticket = _Ticket(request)
         ticket.n_lora_bytes = 0 if lora is None else lora.n_bytes
         try:
             with self._changed:
@@ -86,7 +99,6 @@ class VllmEngine:
             self._give_back(lora)
             raise
         self._queue.put(_Queued(ticket, lora))
-        return ticket
 
     def _check(self, request: GenerationRequest) -> None:
         n_prompt, n_new = len(request.prompt), request.sampling.max_new_tokens
@@ -148,7 +160,9 @@ class VllmEngine:
                 if ticket.total_s is None:
                     self._generate(ticket, lora)
             except Exception as error:  # whoever waits is told, and the thread goes on with the next request
-                ticket.end(None, error)
+                can_go_on = isinstance(error, EngineFailed) and not ticket.n_tokens and ticket.total_s is None
+                if not (can_go_on and self.hand_over(ticket)):
+                    ticket.end(None, error)
             finally:
                 self._give_back(lora)
                 with self._changed:
@@ -161,7 +175,7 @@ class VllmEngine:
         if lora is not None:
             self._loras.give_back(lora)
 
-    def _generate(self, ticket: _Ticket, lora: LoadedLoRA | None) -> None:
+    def _generate(self, ticket: VllmTicket, lora: LoadedLoRA | None) -> None:
         request = ticket.request
         text = AnswerText(self.base.tokenizer, request.stop, request.strips)
         finish: Finish | None = None
@@ -227,7 +241,7 @@ class VllmEngine:
             "logprobs": request.n_logprobs,
         }
 
-    def _count_prompt(self, ticket: _Ticket, usage: dict[str, Any] | None) -> None:
+    def _count_prompt(self, ticket: VllmTicket, usage: dict[str, Any] | None) -> None:
         """Note what the server says of the prompt, in an answer's last event."""
         if usage is None:
             return

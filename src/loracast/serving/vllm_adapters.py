@@ -18,7 +18,7 @@ from threading import Lock
 
 from loracast.base.load import Base
 from loracast.errors import AdapterError, LoracastError
-from loracast.export.vllm import RANKS
+from loracast.export.vllm import MOST_LOST, RANKS, too_much_lost
 from loracast.lora.algebra import LoRA
 from loracast.lora.inject import check_fits
 from loracast.lora.peft_format import write_peft_folder
@@ -30,8 +30,6 @@ MAX_LOADED = 32
 """LoRAs that stay loaded, and on the disk, while nobody uses them: give vLLM --max-cpu-loras of at least that many."""
 PREFIX = "loracast-"
 """What names of LoRAs on the server begin with."""
-_MOST_LOST = 0.1
-"""A LoRA is compressed to the server's rank where that loses at most this share of its delta (Frobenius norm)."""
 _RANK_THERE = re.compile(r"greater than max_lora_rank\D*(\d+)")
 
 
@@ -152,12 +150,8 @@ class LoadedLoRAs:
 
     def _write(self, one: LoadedLoRA, lora: LoRA) -> Uniform:
         made = uniform(lora, self._max_rank, RANKS)
-        if made.error > _MOST_LOST:
-            rank = next((rank for rank in RANKS if rank >= lora.rank), max(RANKS))
-            raise AdapterError(
-                f"this LoRA has the rank {lora.rank}, and the vLLM server takes {self._max_rank}, at which "
-                f"{made.error:.0%} of it is lost: start vLLM with --max-lora-rank {rank}, or ask with fewer chunks "
-                "(route) or adapters"
-            )
+        if made.error > MOST_LOST:
+            told = too_much_lost(lora.rank, self._max_rank, made.error)
+            raise AdapterError(f"{told}, or ask with fewer chunks (route) or adapters")
         write_peft_folder(made, one.folder, self._base.name)
         return made

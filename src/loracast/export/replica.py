@@ -1,0 +1,245 @@
+"""The LoRAs on the disk of a vLLM server: found by name, exported when they are first asked for, under a byte budget.
+
+Names and files come from a library on this machine, or straight from a store that libraries share. The LoRAs that
+were used least recently go first. One that a running request uses stays: vLLM reads its files whenever the LoRA has
+left memory, and ends when they are missing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Protocol
+
+from loracast.errors import AdapterError, ConfigError, LoracastError, NoSuchAdapterError
+from loracast.export.adapter import export_adapter
+from loracast.export.vllm import MOST_LOST, too_much_lost
+from loracast.files import move_unless_there, try_lock
+from loracast.library.adapter import Adapter
+from loracast.library.files import fetch_whole, size_of
+from loracast.library.library import open_adapter, versions
+from loracast.library.manifest import VERSION_DIGITS
+from loracast.library.shared import REFRESH_S
+from loracast.library.shared_store import SharedStore
+from loracast.library.workfolders import tidy, work_folder
+
+PREFIX = "loracast:"
+"""What a request may write before an adapter's name."""
+_ASKED = re.compile(r"([a-z0-9][a-z0-9._-]{0,63})(?:@([0-9a-f]{4,64}))?")
+_KEPT = re.compile(rf"[a-z0-9][a-z0-9._-]{{0,63}}@[0-9a-f]{{{VERSION_DIGITS}}}")
+_RETRY_S = 30.0  # after a store could not be reached
+_ID_DIGITS = 15
+_GRACE_S = 10.0
+"""Files stay so long after a request: the server may begin a step with it while its client is leaving."""
+
+
+class Source(Protocol):
+    """Where a replica finds adapters."""
+
+    def versions(self, name: str) -> list[str]:
+        """The versions of a name, newest first; none where there is no such name."""
+
+    @contextmanager
+    def opened(self, name: str, version: str, work: Path) -> Iterator[Adapter]:
+        """An adapter with its files on this machine; `work` is a folder for them."""
+
+
+class FromLibrary:
+    """A library on this machine, shared or not."""
+
+    def __init__(self, library: Path):
+        self._library = library
+
+    def versions(self, name: str) -> list[str]:
+        try:
+            return [entry.version for entry in versions(self._library, name)]
+        except NoSuchAdapterError:
+            return []
+
+    @contextmanager
+    def opened(self, name: str, version: str, work: Path) -> Iterator[Adapter]:
+        yield open_adapter(self._library, f"{name}@{version}")
+
+
+class FromStore:
+    """A store that libraries share, read without a library: a name costs two requests every few seconds.
+
+    Where the store cannot be reached, a name keeps the versions known last.
+    """
+
+    def __init__(self, url: str):
+        self._store = SharedStore(url)
+        self._known: dict[str, tuple[float, list[str]]] = {}  # when to look again, and the versions
+
+    def versions(self, name: str) -> list[str]:
+        due, known = self._known.get(name, (0.0, None))
+        if known is not None and time.monotonic() < due:
+            return known
+        try:
+            number = self._store.newest([name]).get(name)
+            found = [] if number is None else [v for v, _ in reversed(self._store.read(name, number).versions)]
+        except LoracastError:
+            if known is None:
+                raise
+            self._known[name] = time.monotonic() + _RETRY_S, known
+            return known
+        if found:
+            self._known[name] = time.monotonic() + REFRESH_S, found
+        else:
+            self._known.pop(name, None)
+        return found
+
+    @contextmanager
+    def opened(self, name: str, version: str, work: Path) -> Iterator[Adapter]:
+        fetched = fetch_whole(self._store, version, work / "fetched")
+        fetched.name = name
+        yield fetched
+        shutil.rmtree(work / "fetched")
+
+
+class Kept:
+    """A LoRA on the disk."""
+
+    def __init__(self, name: str, folder: Path):
+        self.name, self.folder = name, folder
+        """The name is `manual@3f9a...`, which never means other weights, as vLLM's prefix cache demands."""
+        self.number = 0
+        self.n_bytes = size_of(folder)
+        self.n_users = 0
+        self.free_at = 0.0
+        self.lock = Lock()
+        """Held while it is exported, so that requests for the same LoRA export it once."""
+
+
+class Replica:
+    """Exported LoRAs in a folder of one server's own. Thread-safe."""
+
+    def __init__(
+        self,
+        source: Source,
+        folder: Path,
+        *,
+        max_bytes: int,
+        max_rank: int,
+        on_drop: Callable[[str], object] = lambda name: None,
+    ):
+        """
+        Args:
+            folder: what an earlier server of the same rank left there is used again.
+            max_bytes: of files; those that requests use now, or used in the last seconds, may exceed it.
+            max_rank: of the server. A LoRA of a higher rank is compressed to it where that loses little.
+            on_drop: called with a LoRA's name before its files go.
+
+        Raises:
+            ConfigError: another server uses the folder.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._locked = try_lock(folder)
+        if self._locked is None and os.name == "posix":
+            raise ConfigError(f"another server uses {folder}: give each one a LORACAST_HOME of its own")
+        tidy(folder)
+        for other in folder.glob("rank-*"):
+            if other.name != f"rank-{max_rank}":
+                shutil.rmtree(other)
+        self._source, self._work, self._folder = source, folder, folder / f"rank-{max_rank}"
+        self._max_bytes, self._max_rank, self._on_drop = max_bytes, max_rank, on_drop
+        self._folder.mkdir(exist_ok=True)
+        there = [path for path in self._folder.iterdir() if _KEPT.fullmatch(path.name)]
+        there.sort(key=lambda path: path.stat().st_mtime)
+        self._kept = OrderedDict((path.name, Kept(path.name, path)) for path in there)
+        self._lock = Lock()
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all files."""
+        with self._lock:
+            return sum(one.n_bytes for one in self._kept.values())
+
+    def close(self) -> None:
+        """Let another server use the folder."""
+        if self._locked is not None:
+            os.close(self._locked)
+            self._locked = None
+
+    def take(self, asked: str) -> Kept | None:
+        """The LoRA of a name, exported in this thread if need be; `give_back` lets go of it.
+
+        Args:
+            asked: `manual` (its newest version) or `manual@3f9a`, with or without `loracast:` before it.
+
+        Returns:
+            None where no adapter has the name.
+
+        Raises:
+            AdapterError: the adapter is damaged, keeps no factors, or its rank is too high for the server.
+            LoracastError: the store cannot be reached.
+        """
+        match = _ASKED.fullmatch(asked.removeprefix(PREFIX))
+        if match is None:
+            return None
+        name, digits = match[1], match[2] or ""
+        found = [version for version in self._source.versions(name) if version.startswith(digits)]
+        if not found:
+            return None
+        if digits and len(found) > 1:
+            raise AdapterError(f"{digits!r} begins several versions of {name!r}: give more digits")
+        version = found[0]
+        key = f"{name}@{version[:VERSION_DIGITS]}"
+        with self._lock:
+            one = self._kept.setdefault(key, Kept(key, self._folder / key))
+            self._kept.move_to_end(key)
+            one.n_users += 1
+        try:
+            with one.lock:
+                if not one.folder.is_dir():
+                    self._export(one, name, version)
+                one.number = lora_number(version)
+                os.utime(one.folder)
+        except BaseException:
+            self.give_back(one)
+            raise
+        self._drop_over_budget()
+        return one
+
+    def give_back(self, one: Kept) -> None:
+        """Let go of a LoRA."""
+        with self._lock:
+            one.n_users -= 1
+            one.free_at = time.monotonic() + _GRACE_S
+            if not one.n_users and not one.n_bytes:  # it could not be exported
+                self._kept.pop(one.name, None)
+
+    def _export(self, one: Kept, name: str, version: str) -> None:
+        with work_folder(self._work, "new") as work, self._source.opened(name, version, work) as adapter:
+            (made,) = export_adapter(adapter, "vllm", work / one.name, max_rank=self._max_rank)
+            if made.error > MOST_LOST:
+                told = too_much_lost(adapter.lora(dense=False).rank, self._max_rank, made.error)
+                raise AdapterError(
+                    f"{told}, or ask through `loracast serve --engine`, which gives a question its chunks"
+                )
+            n_bytes = size_of(made.path)
+            move_unless_there(made.path, one.folder)
+        with self._lock:
+            one.n_bytes = n_bytes
+
+    def _drop_over_budget(self) -> None:
+        with ExitStack() as graves, self._lock:  # files are deleted once the lock is free again
+            over, now = sum(one.n_bytes for one in self._kept.values()) - self._max_bytes, time.monotonic()
+            for one in [*self._kept.values()]:
+                if over > 0 and not one.n_users and one.free_at <= now:
+                    del self._kept[one.name]
+                    self._on_drop(one.name)
+                    os.replace(one.folder, graves.enter_context(work_folder(self._work, "rm")) / one.name)
+                    over -= one.n_bytes
+
+
+def lora_number(version: str) -> int:
+    """The number by which vLLM tells LoRAs apart, from a version's hash: it is the same in every process, for ever."""
+    return int(version[:_ID_DIGITS], 16) + 1
