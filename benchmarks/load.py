@@ -307,7 +307,8 @@ def resident(pid: int, at_s: float) -> Size:
     return Size(at_s, of["VmRSS"], of["RssAnon"])
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
+    """Run the program with the words of a command line, those of this process by default."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=8)
@@ -320,7 +321,7 @@ def main() -> None:
     parser.add_argument("--prompt-cache-mib", type=float, default=4.0)
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--plot", type=Path, help="file for a picture of latencies and memory; needs matplotlib")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         home, log_path = Path(folder) / "home", Path(folder) / "log"
         home.mkdir()
@@ -329,17 +330,15 @@ def main() -> None:
                 (home / cache.name).symlink_to(cache)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        command = [
-            sys.executable, "-m", "loracast", "serve", "--port", port, "--library", home / "library",
+        serve = [
+            "serve", "--port", port, "--library", home / "library",
             "--max-queued-jobs", max(2, given.clients // 4),
             "--adapter-memory-bytes", int(given.adapter_memory_mib * MIB),
             "--prompt-cache-bytes", int(given.prompt_cache_mib * MIB),
             *(["--base", given.base] if given.base else []),
             *(["--hypernetwork", given.hypernetwork] if given.hypernetwork else []),
         ]  # fmt: skip
-        environment = {**os.environ, "LORACAST_HOME": str(home)}
-        with open(log_path, "w") as log:
-            server = subprocess.Popen([str(part) for part in command], env=environment, stdout=log, stderr=log)
+        server = start(list(map(str, serve)), home, log_path)
         try:
             url = f"http://127.0.0.1:{port}"
             wait_until_ready(url, server)
@@ -360,6 +359,13 @@ def main() -> None:
     if given.plot:
         plot(run, given.plot)
     sys.exit(1 if figures["broken"] else 0)
+
+
+def start(words: list[str], home: Path, log_path: Path) -> subprocess.Popen[bytes]:
+    """Start `loracast` with the words of a command in a process of its own, which writes to a log."""
+    environment = {**os.environ, "LORACAST_HOME": str(home)}
+    with open(log_path, "w") as log:
+        return subprocess.Popen([sys.executable, "-m", "loracast", *words], env=environment, stdout=log, stderr=log)
 
 
 def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:

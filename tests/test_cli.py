@@ -174,7 +174,7 @@ def test_light_commands_import_nothing_heavy(tmp_path):
     code = """
 import sys
 from loracast.cli import app
-for command in ("--help", "learn --help", "ask --help", "list", "train --help", "eval --help"):
+for command in ("--help", "learn --help", "ask --help", "list", "train --help", "eval --help", "serve --help"):
     app(command.split(), standalone_mode=False)
     loaded = {"torch", "transformers", "numpy", "matplotlib"} & sys.modules.keys()
     assert not loaded, (command, loaded)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ from types import SimpleNamespace
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import load
 import load_report
+
+from other_processes import Forked, loracast_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,19 +51,38 @@ def test_text_of_documents_in_the_log_is_found():
     assert len(run.broken) == len(run.failures) == 1
 
 
-def test_a_server_bears_mixed_load(tiny_folder, tiny_hypernet_folder, tmp_path):
+class Server(Forked):
+    """A server in a forked process, with what load.py asks of one."""
+
+    def poll(self) -> int | None:
+        return None if self.has_not_ended else self.wait()
+
+    def kill(self) -> None:
+        if self.has_not_ended:
+            self.send_signal(signal.SIGKILL)
+
+
+def serve(log: str, *words: str) -> None:
+    """`loracast` with the words of a command, which writes to a log."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(file, stream.fileno())
+    loracast_command(*words)
+
+
+def test_a_server_bears_mixed_load(tiny_folder, tiny_hypernet_folder, home, tmp_path, monkeypatch):
+    def start(words, home, log):
+        monkeypatch.setenv("LORACAST_HOME", str(home))
+        return Server(tmp_path, serve, str(log), *words)
+
+    monkeypatch.setattr(load, "start", start)
     figures = tmp_path / "figures.json"
     options = [
         "--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, "--minutes", 0.5, "--requests", 50,
         "--clients", 4, "--adapters", 4, "--json", figures,
     ]  # fmt: skip
-    command = [sys.executable, ROOT / "benchmarks" / "load.py", *options]
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-        "LORACAST_HOME": str(tmp_path),
-    }  # fmt: skip
-    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, timeout=240)
-    assert figures.exists(), done.stderr
+    with pytest.raises(SystemExit):
+        load.main([str(option) for option in options])
     told = json.loads(figures.read_text())
     # Fifty requests are too few for a size in memory that stays.
     assert [what for what, _ in told["broken"] if "resident size" not in what] == []
@@ -92,4 +115,4 @@ def test_the_threads_of_a_server_share_two_heaps():
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return done.stdout.count("<heap nr=")
 
-    assert n_heaps("from loracast.serving.run import share_heaps; share_heaps()") <= 2 < n_heaps("")
+    assert n_heaps("from loracast.serving.heaps import share_heaps; share_heaps()") <= 2 < n_heaps("")

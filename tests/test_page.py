@@ -12,8 +12,8 @@ from browser import Page, chromium
 from loracast.documents import Document
 from loracast.library.library import adapter_names, describe_adapter, find
 from loracast.serving.app import create_app
-from loracast.serving.auth import keys_in
 from loracast.serving.engine import LocalEngine
+from loracast.serving.keys import keys_in
 from loracast.serving.settings import ServerSettings
 from servers import served
 

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 import loracast
 from loracast.base.generate import Sampling
 from loracast.serving.app import create_app
-from loracast.serving.auth import keys_in
 from loracast.serving.engine import LocalEngine
+from loracast.serving.keys import keys_in
 from loracast.serving.settings import ServerSettings
 from servers import fill, served
 

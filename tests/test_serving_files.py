@@ -16,8 +16,8 @@ import loracast
 from loracast.library.library import adapter_names, open_adapter
 from loracast.serving import state, uploads, vector_stores
 from loracast.serving.app import create_app
-from loracast.serving.auth import keys_in
 from loracast.serving.engine import LocalEngine
+from loracast.serving.keys import keys_in
 from loracast.serving.settings import ServerSettings
 from servers import eventually, manual, served
 

@@ -9,9 +9,9 @@ from loracast.base.generate import Sampling
 from loracast.cast.memory import Forgotten
 from loracast.cli.answerer import _ServedMemory
 from loracast.serving.app import create_app
-from loracast.serving.auth import keys_in
 from loracast.serving.client import Client
 from loracast.serving.engine import LocalEngine
+from loracast.serving.keys import keys_in
 from loracast.serving.settings import ServerSettings
 from servers import eventually, in_process, served
 

@@ -62,9 +62,10 @@ def serve(
         _serve_in_background()
         return
 
-    from loracast.serving.auth import VARIABLE, ApiKey, keys_in, keys_in_file
     from loracast.serving.found import Running
-    from loracast.serving.run import bound, make_engine, run, share_heaps
+    from loracast.serving.heaps import share_heaps
+    from loracast.serving.keys import VARIABLE, ApiKey, keys_in, keys_in_file
+    from loracast.serving.run import bound, make_engine, run
 
     share_heaps()
     allowed = (*keys_in(os.environ.get(VARIABLE, "")), *(keys_in_file(keys) if keys else ()))

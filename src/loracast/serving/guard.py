@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
-from loracast.serving.auth import granted
 from loracast.serving.errors import ApiError, error_response
+from loracast.serving.keys import granted
 from loracast.serving.settings import ServerSettings
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from loracast.errors import ConfigError
-from loracast.serving.auth import ApiKey
+from loracast.serving.keys import ApiKey
 
 MIB = 2**20
 
@@ -25,7 +25,7 @@ class ServerSettings:
     """What generates: local; or vLLM, by the URL of a server (of several, with commas between them), or by the Python
     of an environment with vLLM, which starts one (`vllm`: the Python that runs this)."""
     keys: tuple[ApiKey, ...] = ()
-    """Keys that requests may bear (auth.py); none: whoever reaches the loopback address may do everything."""
+    """Keys that requests may bear (keys.py); none: whoever reaches the loopback address may do everything."""
     allowed_hosts: tuple[str, ...] = ()
     """Names under which the server may be called besides localhost and addresses (against DNS rebinding)."""
     cors_origins: tuple[str, ...] = ()
