@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,8 +12,11 @@ from typer.testing import CliRunner
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
 from loracast.cli import app
-from loracast.data.task_examples import as_examples
+from loracast.data.task_examples import ToldTask, as_examples
+from loracast.data.tasks import read_tasks
 from loracast.errors import ConfigError
+from loracast.evaluation.task_baselines import BASELINES, TaskCase, TaskSetup
+from loracast.evaluation.tasks import TasksConfig, draw, evaluate_tasks
 from loracast.hypernets.store import save_pretrained
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
@@ -93,6 +97,22 @@ def test_too_few_examples_and_bad_settings_are_refused(base, caster):
     for bad in ({"seconds": 0}, {"steps": 0}):
         with pytest.raises(ConfigError, match="seconds must be above 0"):
             RefineConfig(**bad)
+
+
+def test_the_evaluation_refines_for_the_steps_that_are_given(base, caster, suite):
+    tasks = [task for task in read_tasks(suite) if task.is_heldout]
+    drawn = dataclasses.replace(draw(tasks, 1, 0), shots=EXAMPLES)
+    cast = caster.loras([ToldTask(drawn.description, EXAMPLES)])[0]
+    for config in (dataclasses.replace(QUICK, steps=2), QUICK):
+        setup = TaskSetup(base, caster, refine=config)
+        found = BASELINES["refined"].request(setup, TaskCase(drawn, EXAMPLES[0])).lora.make()
+        expected = refine_lora(base, cast, EXAMPLES, config)
+        for name, (a, b) in expected.factors.items():
+            torch.testing.assert_close(found.factors[name].a, a)
+            torch.testing.assert_close(found.factors[name].b, b)
+            assert not torch.equal(a, cast.factors[name].a)
+    with pytest.raises(ConfigError, match="at least 1"):
+        evaluate_tasks(TaskSetup(base, caster), TasksConfig(tasks=str(suite), refine_steps=0), caster.library)
 
 
 def test_an_adapter_is_refined_in_python_and_by_the_command(base, caster, tiny_folder, tmp_path, home):

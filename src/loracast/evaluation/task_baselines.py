@@ -69,8 +69,8 @@ class TaskSetup:
     """The mean of the oracles of training tasks."""
     nearest: NearestExamples = field(default_factory=NearestExamples)
     """Chooses examples for an input."""
-    refine_s: float = 30.0
-    """Seconds for which LoRAs are refined."""
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    """How LoRAs are refined."""
     _last: dict[Hashable, LoRA] = field(default_factory=dict)
 
     def made_once(self, key: Hashable, make: Callable[[], LoRA]) -> LoRASource:
@@ -237,9 +237,9 @@ def _refined(label: str, start: Callable[[TaskSetup, Drawn], LoRA], needs: tuple
 
     def source(setup: TaskSetup, drawn: Drawn) -> LoRASource:
         def make() -> LoRA:
-            return refine_lora(setup.base, start(setup, drawn), drawn.shots, RefineConfig(seconds=setup.refine_s))
+            return refine_lora(setup.base, start(setup, drawn), drawn.shots, setup.refine)
 
-        return setup.made_once((label, drawn.task.name, drawn.description, drawn.shots, setup.refine_s), make)
+        return setup.made_once((label, drawn.task.name, drawn.description, drawn.shots, setup.refine), make)
 
     return _baseline(label, source, needs=(*needs, f"{MOST_SHOTS} examples"), is_optional=True)
 

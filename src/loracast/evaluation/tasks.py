@@ -35,6 +35,7 @@ from loracast.evaluation.task_baselines import (
     TaskSetup,
 )
 from loracast.training.peft_training import ABOUT
+from loracast.training.refine import RefineConfig
 from loracast.training.text import gibberish
 
 _FIRST_SHOTS = 5
@@ -95,6 +96,8 @@ class TasksConfig(TasksFrom):
     """Longest answer in tokens; if None 32, or 256 where a number is worked out."""
     refine_s: float = 30.0
     """Seconds of gradient descent of the baselines that refine a LoRA."""
+    refine_steps: int = 200
+    """Most steps of it."""
     budget_s: float | None = None
     """Begin no further task after this many seconds; the table shows how many there were."""
 
@@ -115,7 +118,7 @@ def evaluate_tasks(setup: TaskSetup, config: TasksConfig, out: Path, progress: P
         ConfigError: a baseline lacks what it needs, or there are too few tasks.
     """
     require_matplotlib()
-    setup = replace(setup, refine_s=config.refine_s)
+    setup = replace(setup, refine=RefineConfig(seconds=config.refine_s, steps=config.refine_steps))
     tasks = _with_oracles(config.read(config.descriptions), config, setup)
     baselines = _choose_baselines(config, setup, tasks)
     hypernetwork = setup.caster.caster.id if setup.caster else None
