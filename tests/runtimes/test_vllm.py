@@ -28,6 +28,18 @@ def post(url: str, path: str, body: dict | None = None):
         return json.loads(answer.read() or b"null")
 
 
+def wait_until_it_answers(process: subprocess.Popen, url: str, log: Path) -> None:
+    for _ in range(START_S):
+        if process.poll() is not None:
+            pytest.fail(f"vLLM ended: {log.read_text()[-3000:]}")
+        try:
+            post(url, "/v1/models")
+            return
+        except OSError:
+            time.sleep(1)
+    pytest.fail("vLLM does not answer")
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, model):
     """A server with the base, LoRAs allowed at run time, and loracast's plugin where it is installed beside vLLM."""
@@ -52,16 +64,7 @@ def server(tmp_path_factory, model):
     process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(START_S):
-            if process.poll() is not None:
-                pytest.fail(f"vLLM ended: {(folder / 'log.txt').read_text()[-3000:]}")
-            try:
-                post(url, "/v1/models")
-                break
-            except OSError:
-                time.sleep(1)
-        else:
-            pytest.fail("vLLM does not answer")
+        wait_until_it_answers(process, url, Path(log.name))
         yield url
     finally:
         process.terminate()

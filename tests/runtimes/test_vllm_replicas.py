@@ -1,7 +1,7 @@
 """Two vLLM servers answer for many adapters of one shared store, each as loracast does and none as another adapter.
 
-`LORACAST_REPLICA_ADAPTERS` says how many (20). Each is asked of one server, and every fourth of both. A server holds four LoRAs in a batch, eight in memory, and so few on its
-disk that half of them must be fetched and exported again.
+`LORACAST_REPLICA_ADAPTERS` says how many (20). Each is asked of one server, and every fourth of both. A server holds
+four LoRAs in a batch, eight in memory, and fewer on its disk than it is asked for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
-from test_vllm import PYTHON, START_S, post
+from test_vllm import PYTHON, post, wait_until_it_answers
 
 from loracast.base.embedded import DEFAULT_BASE, embedded_folder
 from loracast.base.generate import Sampling, _generate
@@ -93,18 +93,6 @@ def start(folder: Path, store: Path, dtype: str, max_bytes: int):
     return process, f"http://127.0.0.1:{port}", folder
 
 
-def wait_for(process, url: str, folder: Path) -> None:
-    for _ in range(START_S):
-        if process.poll() is not None:
-            pytest.fail(f"vLLM ended: {(folder / 'log.txt').read_text()[-3000:]}")
-        try:
-            post(url, "/v1/models")
-            return
-        except OSError:
-            time.sleep(1)
-    pytest.fail("vLLM does not answer")
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
@@ -130,13 +118,13 @@ def notes(model) -> list[Note]:
 def servers(model, notes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
     (made,) = export_adapter(notes[0].adapter, "vllm", folder / "one")
-    budget = max(N // 2, 12) * size_of(made.path)
+    budget = max(N // 2, 8) * size_of(made.path)
     print(f"an exported LoRA has the rank {made.rank} and {size_of(made.path) / 1e6:.1f} MB")
     dtype = str(model.base.model.dtype).removeprefix("torch.")
     running = [start(folder / name, model.library.parent / "store", dtype, budget) for name in ("a", "b")]
     try:
-        for one in running:
-            wait_for(*one)
+        for process, url, place in running:
+            wait_until_it_answers(process, url, place / "log.txt")
         yield [url for _, url, _ in running], [folder for _, _, folder in running], budget
     finally:
         for process, _, _ in running:

@@ -196,15 +196,14 @@ class Replica:
             one = self._kept.setdefault(key, Kept(key, self._folder / key))
             self._kept.move_to_end(key)
             one.n_users += 1
-        try:
+        with ExitStack() as failing:
+            failing.callback(self.give_back, one)
             with one.lock:
                 if not one.folder.is_dir():
                     self._export(one, name, version)
                 one.number = lora_number(version)
                 os.utime(one.folder)
-        except BaseException:
-            self.give_back(one)
-            raise
+            failing.pop_all()
         self._drop_over_budget()
         return one
 
