@@ -145,10 +145,15 @@ class CachedRecast:
 
 def cast_document(caster: Caster, base: Base, document: Document, max_chunk_tokens: int | None) -> LoRA:
     """Cast a document into a LoRA, all of its chunks merged, and keep nothing."""
+    chunks = split_document(base, document, max_chunk_tokens or caster.hypernetwork.chunk_tokens)
+    return merge_chunks(caster, base, chunks)
+
+
+def merge_chunks(caster: Caster, base: Base, chunks: Sequence[Chunk], *, dense: bool = True) -> LoRA:
+    """The LoRA of a document's chunks, all of them merged; `dense` as in `Adapter.lora`."""
     hypernetwork = caster.hypernetwork
-    chunks = split_document(base, document, max_chunk_tokens or hypernetwork.chunk_tokens)
     rows = recast(caster, base, [chunk.prompt for chunk in chunks])
-    return join_chunks(hypernetwork.config.target, rows, hypernetwork.merging)
+    return join_chunks(hypernetwork.config.target, rows, hypernetwork.merging, dense=dense)
 
 
 def learn_document(

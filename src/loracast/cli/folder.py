@@ -38,15 +38,8 @@ class FolderLearner:
     def __init__(
         self, folder: Path, learning: Learning, *, again: bool = False, remove_gone: bool = False, local: bool = False
     ):
-        from loracast.cast.load import shipped_hypernetwork
-        from loracast.cast.published import DOC_FILE, OWN_FILES
-
-        base = learning.base or DEFAULT_BASE
-        where = Path(learning.hypernetwork) if learning.hypernetwork else shipped_hypernetwork(base)
-        files = [path for name in (*OWN_FILES, DOC_FILE) if (path := where / name).is_file()]
-        hypernet = " ".join(map(file_sha256, files)) if where.is_dir() else str(where)
         self.folder, self.learning, self.again, self.remove_gone = folder, learning, again, remove_gone
-        self.made_by = f"{base} {hypernet} {learning.chunk_tokens or DEFAULT_CHUNK_TOKENS} {learning.document_storage}"
+        self.made_by = f"{made_by(learning)} {learning.document_storage}"
         self._is_local = local
         self._server: Running | None = None
         self._model: Model | None = None
@@ -87,6 +80,18 @@ class FolderLearner:
                 journals=journals_dir(), made_by=self.made_by,
                 again=self.again, remove_gone=self.remove_gone, on_file=on_file,
             )  # fmt: skip
+
+
+def made_by(learning: Learning) -> str:
+    """How documents are cast: base, hypernetwork (by its files where it is a folder) and chunk length."""
+    from loracast.cast.load import shipped_hypernetwork
+    from loracast.cast.published import DOC_FILE, OWN_FILES
+
+    base = learning.base or DEFAULT_BASE
+    where = Path(learning.hypernetwork) if learning.hypernetwork else shipped_hypernetwork(base)
+    files = [path for name in (*OWN_FILES, DOC_FILE) if (path := where / name).is_file()]
+    hypernet = " ".join(map(file_sha256, files)) if where.is_dir() else str(where)
+    return f"{base} {hypernet} {learning.chunk_tokens or DEFAULT_CHUNK_TOKENS}"
 
 
 def learn_files(learner: FolderLearner, *, as_json: bool) -> None:

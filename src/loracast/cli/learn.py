@@ -11,6 +11,7 @@ import typer
 
 from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli import options
+from loracast.cli.bulk import Folders, cast_into_folders
 from loracast.cli.commands import seconds
 from loracast.cli.folder import FolderLearner, learn_files
 from loracast.cli.output import plural, print_result, progress_bar, say, size, warn
@@ -26,20 +27,30 @@ if TYPE_CHECKING:
 
 def learn(
     file: Annotated[
-        str, "PDF, DOCX, HTML, Markdown, CSV or text; - for standard input; or a folder of them; or an image."
+        str,
+        "PDF, DOCX, HTML, Markdown, CSV or text; - for standard input; or a folder of them; or an image; with --out "
+        "also a URL.",
     ],
     *,
     naming: options.Naming,
     again: options.Again = False,
     learning: options.Learning,
     local: options.Local = False,
+    folders: Folders,
     as_json: options.Json = False,
 ) -> None:
     """Learn a document, all documents of a folder, or an image.
 
     It is cast into an adapter in one pass, without training. Of a folder, files that have not changed are left alone,
-    and one that cannot be read does not stop the others; adapters are named after the files' paths.
+    and one that cannot be read does not stop the others; adapters are named after the files' paths. With --out,
+    documents at any URL become PEFT folders at another, one a document, which vLLM and Ray Serve load.
     """
+    folders.check()
+    if folders.out is not None:
+        if naming.name is not None or naming.replace or learning.storage is not None:
+            raise typer.BadParameter("it takes no --name, --replace and --storage", param_hint="--out")
+        cast_into_folders(file, folders.out, folders, learning, again=again, as_json=as_json)
+        return
     if Path(file).is_dir():
         if naming.name is not None:
             raise typer.BadParameter("adapters of a folder are named after its files", param_hint="--name")

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -93,7 +93,7 @@ def learn_folder(
     if not folder.is_dir():
         raise AdapterError(f"{folder} is not a folder")
     paths = list(files_in(folder))
-    wanted = [path for path in paths if path.suffix.lower() in EXTENSIONS.keys() | _TEXT]
+    wanted = [path for path in paths if is_readable(path.name)]
     journal = _Journal(journals, folder, library, made_by)
     known = {path: entry["name"] for path, entry in journal.entries.items()}
     names = names_for([path.relative_to(folder).as_posix() for path in wanted], known)
@@ -125,6 +125,11 @@ def files_in(folder: Path) -> Iterator[Path]:
             path = Path(where) / name
             if not name.startswith(".") and path.is_file() and not path.is_symlink():
                 yield path
+
+
+def is_readable(path: str) -> bool:
+    """Whether a file's name is one of a document: its content is not looked at."""
+    return PurePosixPath(path).suffix.lower() in EXTENSIONS.keys() | _TEXT
 
 
 def names_for(paths: Sequence[str], known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:

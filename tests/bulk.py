@@ -1,0 +1,39 @@
+"""Documents to cast in bulk, some of them broken, and what the adapters in a folder hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FAULTS = {".pdf": b"no PDF", ".txt": b"", ".docx": b"PK\x03\x04 cut off"}
+"""Files that cannot be read, by their ending."""
+
+
+def make_documents(folder: Path, n: int, n_broken: int) -> Path:
+    """Write so many short texts, and so many files that cannot be read."""
+    folder.mkdir(exist_ok=True)
+    for i in range(n):
+        (folder / f"note-{i}.txt").write_text(
+            f"The lamp number {i} was made in the north. The code of lantern {i} is {7 * i}."
+        )
+    for i in range(n_broken):
+        ending = list(FAULTS)[i % len(FAULTS)]
+        (folder / f"broken-{i}{ending}").write_bytes(FAULTS[ending])
+    return folder
+
+
+def config_files(out: Path) -> list[Path]:
+    """The configs of the adapters in a folder: where one is there, the adapter is whole."""
+    return sorted(out.glob("*/adapter_config.json"))
+
+
+def weights_of(out: Path) -> dict[str, dict[str, list[float]]]:
+    """The tensors of all adapters in a folder, by the adapters' and the tensors' names."""
+    from safetensors.torch import load_file
+
+    return {
+        path.parent.name: {
+            name: tensor.flatten().tolist()
+            for name, tensor in load_file(path.parent / "adapter_model.safetensors").items()
+        }
+        for path in config_files(out)
+    }
