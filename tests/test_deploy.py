@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import sys
 import threading
-import types
-from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -18,7 +13,7 @@ from typer.testing import CliRunner
 from json_handler import JsonHandler
 from loracast.cli import app
 from loracast.errors import LoracastError
-from loracast.export.deploy import deploy, exported_for_vllm, resolve
+from loracast.export.deploy import deploy
 from loracast.library.library import open_adapter
 from loracast.model import load
 
@@ -116,55 +111,6 @@ def test_what_the_server_refuses_is_said(library, serve, tmp_path):
         deploy(adapter, "http://127.0.0.1:9", tmp_path)
     with pytest.raises(LoracastError, match="no server's address"):
         deploy(adapter, "file:///etc", tmp_path)
-
-
-def test_names_never_mean_other_weights(library, tiny_folder, tiny_hypernet_folder, tmp_path):
-    adapter = open_adapter(library, "lamp")
-    name = adapter.version
-    folder = resolve("loracast:lamp", library, tmp_path)
-    assert folder == tmp_path / name == resolve(name, library, tmp_path) == exported_for_vllm(adapter, tmp_path)
-    for other in (
-        "lamp",
-        "loracast:nobody",
-        "lamp@000000000000",
-        "loracast:lamp@000000000000",
-        "loracast:../lamp",
-        "meta/llama",
-    ):
-        assert resolve(other, library, tmp_path) is None
-    model = load(tiny_folder, tiny_hypernet_folder, library=library, device="cpu")
-    (tmp_path / "other.txt").write_text("Nobody knew who had built the old bridge.")
-    model.learn(tmp_path / "other.txt", "lamp", replace=True)
-    newer = resolve("loracast:lamp", library, tmp_path)
-    assert newer is not None and newer.name != name
-    assert resolve(name, library, tmp_path) == folder  # the old name still means the old weights
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted([name, newer.name])
-
-
-def test_the_plugin_registers_and_resolves(library, tmp_path, monkeypatch):
-    @dataclass
-    class LoRARequest:
-        lora_name: str
-        lora_int_id: int
-        lora_path: str
-
-    registered = {}
-    request, resolver = types.ModuleType("vllm.lora.request"), types.ModuleType("vllm.lora.resolver")
-    request.LoRARequest = LoRARequest
-    resolver.LoRAResolver = object
-    resolver.LoRAResolverRegistry = types.SimpleNamespace(register_resolver=registered.__setitem__)
-    for module in (types.ModuleType("vllm"), types.ModuleType("vllm.lora"), request, resolver):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    from loracast.export import vllm_plugin
-
-    monkeypatch.setattr(vllm_plugin, "library_dir", lambda: library)
-    monkeypatch.setattr(vllm_plugin, "exports_dir", lambda: tmp_path)
-    (entry,) = (e for e in entry_points(group="vllm.general_plugins") if e.name == "loracast")
-    entry.load()()
-    made = asyncio.run(registered["loracast"].resolve_lora("base", "loracast:lamp"))
-    assert made.lora_name == open_adapter(library, "lamp").version and made.lora_path == str(tmp_path / made.lora_name)
-    assert 0 < made.lora_int_id < 2**63
-    assert asyncio.run(registered["loracast"].resolve_lora("base", "someone/else")) is None
 
 
 def test_the_command(library, serve, home):

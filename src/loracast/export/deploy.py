@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 import urllib.error
 import urllib.request
@@ -15,11 +14,7 @@ from loracast.export.adapter import export_adapter
 from loracast.files import move_unless_there
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
-from loracast.library.library import open_adapter
-from loracast.library.manifest import VERSION_DIGITS
 
-_PREFIX = "loracast:"
-_NAMED = re.compile(rf"(?P<name>[^@]+)(?:@(?P<sha>[0-9a-f]{{{VERSION_DIGITS}}}))?")
 _TIMEOUT_S = 120
 _PROBE_TOKENS = 8
 
@@ -35,23 +30,6 @@ def exported_for_vllm(adapter: Adapter, exports: Path) -> Path:
         export_adapter(adapter, "vllm", built)
         move_unless_there(built, folder)
     return folder
-
-
-def resolve(asked: str, library: Path, exports: Path) -> Path | None:
-    """The exported folder of the model that a request names: `loracast:NAME` (newest version) or `NAME@HASH`.
-
-    None where this is not the name of an adapter, or the library has none of that name.
-    """
-    found = _NAMED.fullmatch(asked.removeprefix(_PREFIX))
-    if found is None or not (asked.startswith(_PREFIX) or found["sha"]):
-        return None
-    if found["sha"] and (folder := exports / found[0]).is_dir():  # also of weights that the library has no longer
-        return folder
-    try:
-        adapter = open_adapter(library, found[0])
-    except AdapterError:
-        return None
-    return exported_for_vllm(adapter, exports)
 
 
 def deploy(adapter: Adapter, url: str, exports: Path, *, path_there: str | None = None) -> str:
