@@ -3,12 +3,13 @@
     python benchmarks/faults.py [--rounds 200] [--seed 0] [--seconds 300] [--json FILE]
     python benchmarks/faults.py --shared URL|folder|s3 [--rounds 1000] [--seed 0] [--seconds 300]
 
-A round draws a command (learn, combine, compact, edit, import, export, gc, rm) and a fault: SIGKILL or SIGINT at a
-random moment, a disk that is full after a random number of bytes (as root a small tmpfs), a library that may not be
+A round draws a command (learn, task, combine, compact, edit, import, export, gc, rm) and a fault: SIGKILL or SIGINT at
+a random moment, a disk that is full after a random number of bytes (as root a small tmpfs), a library that may not be
 written, a register that another process holds, or a clock that is years off. Afterwards `loracast verify` must find no
 damage, every adapter must open, an adapter that the round did not name must be as before, and what the command has
-acknowledged must be there. The models are tiny and loaded once; each command runs in a forked process. Exit code 1:
-something broke.
+acknowledged must be there. In every tenth round a server is killed while it is sent documents, and another one must
+learn all that the first had taken. The models are tiny and loaded once; each command runs in a forked process. Exit
+code 1: something broke.
 
 With --shared, two machines change the names of one shared library, so many writes each, and are killed at random
 (tests/shared_writers.py): at a URL, in a new folder, or at moto's S3 server.
@@ -25,10 +26,12 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest.mock
 from collections import Counter
@@ -37,25 +40,37 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import fsspec
+import httpx
 import torch
 from typer.testing import CliRunner
 
 import loracast.model
+import loracast.serving.app  # servers are forked from here
 import shared_writers
 from loracast.base.load import load_base
 from loracast.cli import app
+from loracast.encoders.sentence import load_text_encoder
 from loracast.hypernets.store import save_pretrained
 from loracast.library import register, workfolders
-from loracast.library.library import adapter_names, open_adapter
+from loracast.library.library import adapter_names, open_adapter, versions
 from loracast.library.upkeep import verify
 from loracast.lora.peft_format import write_peft_folder
 from loracast.lora.uniform import uniform
 from s3 import BUCKET, s3_server
-from tiny import make_hypernet, make_model, make_tokenizer
+from servers import eventually
+from tiny import (
+    for_base,
+    make_hypernet,
+    make_model,
+    make_sentence_encoder,
+    make_task_hypernet,
+    make_tokenizer,
+)
 
 NAMES = ("lamp", "pump", "kettle", "sum")
 FAULTS = ("kill", "kill", "kill", "interrupt", "full disk", "read only", "locked", "clock", "none")
 YEARS_S = 10 * 365 * 86_400
+SERVE_EVERY = 10
 _NOBODY = 65_534
 _DISK_BYTES = 64 * 2**20
 
@@ -73,6 +88,10 @@ class Rounds:
         make_tokenizer().save_pretrained(folder / "base")
         base = load_base(folder / "base", device="cpu")
         save_pretrained(make_hypernet(base), folder / "hypernetwork", storage="float32")
+        encoder = make_sentence_encoder(folder / "encoder")
+        tasks = for_base(make_task_hypernet(base, encoder, 4, 30.0), base.fingerprint)
+        tasks.remember_seen(load_text_encoder(str(encoder))(["Answer in French.", "Say it in one word."]))
+        save_pretrained(tasks, folder / "tasks", storage="float32")
         self.model = loracast.model.load(folder / "base", folder / "hypernetwork", library=self.library, device="cpu")
         for number, name in enumerate(NAMES):
             self.model.learn(loracast.Document.from_text(self.text(number)), name)
@@ -81,6 +100,16 @@ class Rounds:
             place.chmod(0o755)
         self.broken: list[str] = []
         self.n_took_effect = 0
+
+    @property
+    def models(self) -> list[str]:
+        """The options that name the models."""
+        folders = {"--base": "base", "--hypernetwork": "hypernetwork"}
+        return [
+            *(part for option, name in folders.items() for part in (option, str(self.folder / name))),
+            "--device",
+            "cpu",
+        ]
 
     def text(self, number: int) -> str:
         """A document that differs with its number."""
@@ -94,17 +123,12 @@ class Rounds:
         document = self.folder / "document.md"
         document.write_text(self.text(self.rng.randrange(1000)))
         library = ["--library", str(self.library)]
-        models = [
-            "--base",
-            str(self.folder / "base"),
-            "--hypernetwork",
-            str(self.folder / "hypernetwork"),
-            "--device",
-            "cpu",
-        ]
         out = self.folder / f"out-{self.rng.randrange(10**9)}"
+        models, told = self.models, f"Say it in {self.rng.randrange(1000)} words."
+        tasks = ["--hypernetwork", str(self.folder / "tasks")]
         return [([*words, *library], changed) for words, changed in (
-            (["learn", str(document), "--name", name, "--replace", *models], {name}),
+            (["learn", str(document), "--name", name, "--replace", "--local", *models], {name}),
+            (["task", told, "--name", name, "--replace", "--local", *tasks], {name}),
             (["combine", name, f"{other}:0.5", "--name", "sum", "--replace"], {"sum"}),
             (["compact", name, "--storage", self.rng.choice(("int8", "int4", "text"))], {name}),
             (["edit", name, "--tag", "a", "--note", f"note {self.rng.random()}"], set()),
@@ -136,14 +160,7 @@ class Rounds:
         lock = sqlite3.connect(self.library / register.FILE, isolation_level=None) if fault == "locked" else None
         if lock is not None:
             lock.execute("BEGIN IMMEDIATE")
-        child = os.fork()
-        if child == 0:
-            try:
-                self._in_child(words, fault, n_bytes, ahead)
-            except KeyboardInterrupt:  # before the command began, or after its end
-                os._exit(130)
-            finally:
-                os._exit(99)
+        child = self._fork(words, fault, n_bytes, ahead)
         if fault in ("kill", "interrupt"):
             time.sleep(self.rng.random() * longest_s)
             os.kill(child, signal.SIGKILL if fault == "kill" else signal.SIGINT)
@@ -157,6 +174,66 @@ class Rounds:
         (self.disk / "filler").unlink(missing_ok=True)
         self.n_took_effect += status != 0
         return status
+
+    def _fork(self, words: list[str], fault: str = "none", n_bytes: int = 0, ahead: int = 0) -> int:
+        """Begin a command in a forked process; its number."""
+        child = os.fork()
+        if child == 0:
+            try:
+                self._in_child(words, fault, n_bytes, ahead)
+            except KeyboardInterrupt:  # before the command began, or after its end
+                os._exit(130)
+            finally:
+                os._exit(99)
+        return child
+
+    def serve(self) -> list[str]:
+        """Kill a server that is sent documents, start another, and see that it learns what the first had taken."""
+        rng = random.Random(self.rng.random())
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        words = ["serve", "--port", str(port), "--library", str(self.library), *self.models]
+        server, taken = self._fork(words), {}
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            eventually(lambda: self._is_ready(client))
+            killer = threading.Timer(rng.random(), os.kill, (server, signal.SIGKILL))
+            killer.start()
+            with contextlib.suppress(httpx.TransportError):
+                while True:
+                    name, file = rng.choice(NAMES), {"file": ("part.md", self.text(rng.randrange(1000)).encode())}
+                    answer = client.post("/v1/adapters", files=file, data={"name": name, "replace": "true"})
+                    if answer.status_code == 202:
+                        taken[answer.json()["id"]] = name
+                    time.sleep(0.02 if answer.status_code == 202 else 0.2)
+        killer.join()
+        os.waitpid(server, 0)
+        server = self._fork(words)
+        problems = []
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            eventually(lambda: self._is_ready(client))
+            for id, name in taken.items():
+                job = eventually(lambda id=id: self._ended(client, id))
+                if job["status"] != "completed" or job["version"] not in [
+                    e.version for e in versions(self.library, name)
+                ]:
+                    problems.append(f"what it had taken for {name} is {job['status']}: {job['error']}")
+        os.kill(server, signal.SIGTERM)
+        if (status := os.waitstatus_to_exitcode(os.waitpid(server, 0)[1])) != 0:
+            problems.append(f"it ended with {status}")
+        self.n_took_effect += 1
+        return problems
+
+    @staticmethod
+    def _is_ready(client: httpx.Client) -> bool:
+        try:
+            return client.get("/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    @staticmethod
+    def _ended(client: httpx.Client, id: str) -> dict | None:
+        job = client.get(f"/v1/jobs/{id}").raise_for_status().json()
+        return None if job["status"] in ("queued", "running") else job
 
     def close(self) -> None:
         """Take the disk away."""
@@ -204,8 +281,25 @@ class Rounds:
         before = self.state()
         words, changed = self.rng.choice(self.commands())
         status = self.run(words, fault, longest_s)
-        what = f"{words[0]} with {fault} (status {status})"
-        problems = [one for one in verify(self.library) if "belongs to no name" not in one]
+        problems = []
+        if status == 0 and words[0] in ("learn", "task", "import", "combine") and not changed <= self.state().keys():
+            problems.append("it was acknowledged and is gone")
+        if status == 0 and words[0] == "rm" and changed & self.state().keys():
+            problems.append("it was removed and is there")
+        if status == 99:
+            problems.append("the command crashed")
+        self._judge(f"{words[0]} with {fault} (status {status})", before, changed, problems)
+        return words[0]
+
+    def serve_round(self) -> str:
+        """A server that is killed."""
+        before = self.state()
+        self._judge("serve with kill", before, set(NAMES), self.serve())
+        return "serve"
+
+    def _judge(self, what: str, before: dict[str, str], changed: set[str], problems: list[str]) -> None:
+        """Note what is wrong with the library after a round, besides these problems, and mend it."""
+        problems += [one for one in verify(self.library) if "belongs to no name" not in one]
         after = self.state()
         problems += [
             f"{name} was changed"
@@ -216,15 +310,8 @@ class Rounds:
             adapter = open_adapter(self.library, name)
             if adapter.manifest.storage != "text":
                 adapter.lora()
-        if status == 0 and words[0] in ("learn", "import", "combine") and not changed <= after.keys():
-            problems.append("it was acknowledged and is gone")
-        if status == 0 and words[0] == "rm" and changed & after.keys():
-            problems.append("it was removed and is there")
-        if status == 99:
-            problems.append("the command crashed")
         self.broken += [f"{what}: {problem}" for problem in problems]
         self._mend(after)
-        return words[0]
 
     def _mend(self, after: dict[str, str]) -> None:
         """Learn names anew that are gone, so that the next round has them all."""
@@ -272,13 +359,15 @@ def run(rounds: int, seed: int, seconds: float) -> dict:
     with (
         unittest.mock.patch.object(workfolders, "_GRACE_S", 0.0),
         tempfile.TemporaryDirectory() as folder,
+        unittest.mock.patch.dict(os.environ, LORACAST_HOME=folder),
         contextlib.closing(Rounds(Path(folder), rng)) as runs,
     ):
         began = time.monotonic()
         longest_s = runs.warm()
         while sum(faults.values()) < rounds and time.monotonic() - began < seconds:
-            fault = rng.choice(FAULTS)
-            commands[runs.round(fault, longest_s)] += 1
+            is_server = sum(faults.values()) % SERVE_EVERY == 0
+            fault = "kill" if is_server else rng.choice(FAULTS)
+            commands[runs.serve_round() if is_server else runs.round(fault, longest_s)] += 1
             faults[fault] += 1
         return {
             "seed": seed, "rounds": sum(faults.values()), "took_effect": runs.n_took_effect, "faults": dict(faults),

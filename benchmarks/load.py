@@ -1,11 +1,13 @@
 """Mixed load on a `loracast serve` of its own: answers, learning, deletion, disconnects and bad requests at once.
 
     python benchmarks/load.py [--minutes 10] [--clients 8] [--adapters 24] [--seed 0] [--json FILE] [--plot FILE]
+    python benchmarks/load.py --minutes 60 --faults     # the server is also killed, and its databases are held
 
 Every adapter holds a number of its own, and many share their question, so that only the LoRA and its place in the
 caches tell them apart. The server keeps few LoRAs and prompts in memory (`--adapter-memory-bytes`,
-`--prompt-cache-bytes`), so that they are dropped and read again while others are answered. Exit code 1 says that
-something broke which must hold (load_report.py).
+`--prompt-cache-bytes`), so that they are dropped and read again while others are answered. In the end every adapter
+must be as it was acknowledged, and `verify` finds no damage. Exit code 1 says that something broke which must hold
+(load_report.py).
 """
 
 from __future__ import annotations
@@ -14,25 +16,24 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
 import os
 import random
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 from bad_requests import BAD_DOCUMENTS, BAD_REQUESTS
 from load_adapters import PROSE, Known
-from load_report import Answer, Record, Run, Size, plot, summary, table
+from load_client import Client, resident
+from load_faults import Server, cause_faults
+from load_report import Answer, Run, plot, summary, table
 
 from loracast.data.needles import make_needles
+from loracast.library.upkeep import verify
 from loracast.paths import bases_dir, encoders_dir
 
 MIB = 2**20
@@ -44,13 +45,12 @@ MIX = {
 """Kinds of work and how often each is drawn."""
 
 
-class Load:
+class Load(Client):
     """The clients of one run."""
 
-    def __init__(self, url: str, given: argparse.Namespace):
-        self.url, self.rng, self.given = url, random.Random(given.seed), given
-        self.run = Run(given.minutes * 60)
-        self.started = time.perf_counter()
+    def __init__(self, server: Server, given: argparse.Namespace):
+        super().__init__(server.url, given.clients, given.minutes * 60)
+        self.server, self.rng, self.given = server, random.Random(given.seed), given
         self.base = ""
         needles = make_needles(self.rng, N_QUESTIONS, split="dev", kind="number4")
         self.known = [
@@ -62,78 +62,16 @@ class Load:
         self._numbers = [f"{n}{sum(map(int, str(n))) % 10}" for n in range(100, 1000)]
         self.rng.shuffle(self._numbers)
         self._n_used = 0
+        self._jobs: set[str] = set()
+        self.is_over = asyncio.Event()
         self._bad_requests, self._bad_documents = itertools.cycle(BAD_REQUESTS), itertools.cycle(BAD_DOCUMENTS)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=given.clients)
-        self.http = httpx.AsyncClient(base_url=url, timeout=120, limits=limits)
-
-    @property
-    def now_s(self) -> float:
-        return time.perf_counter() - self.started
 
     def number(self) -> str:
         """A number that no adapter has had."""
         self._n_used += 1
         return self._numbers[self._n_used - 1]
 
-    # ---- requests
-
-    @asynccontextmanager
-    async def recorded(self, kind: str) -> AsyncIterator[Record]:
-        """Note when a request began and ended, and what went wrong in the connection."""
-        record = Record(kind, self.now_s)
-        self.run.records.append(record)
-        try:
-            yield record
-        except httpx.HTTPError as error:
-            record.error = type(error).__name__
-        record.total_s = self.now_s - record.started_s
-
-    async def send(self, kind: str, method: str, path: str, **content: Any) -> httpx.Response | None:
-        async with self.recorded(kind) as record:
-            response = await self.http.request(method, path, **content)
-            record.status = response.status_code
-            return response
-        return None
-
-    async def chat(self, kind: str, body: dict[str, Any], leave_after: int = 0) -> Mapping[str, Any] | None:
-        """Ask, and note the times; the text and the account of what answered.
-
-        Args:
-            leave_after: the number of pieces after which the client leaves; 0 stays to the end.
-        """
-        async with self.recorded(kind) as record:
-            if not body.get("stream"):
-                response = await self.http.post("/v1/chat/completions", json=body)
-                record.status, whole = response.status_code, response.json()
-                if response.is_error:
-                    return None
-                record.n_tokens = whole["usage"]["completion_tokens"]
-                return {"text": whole["choices"][0]["message"]["content"], **whole["loracast"]}
-            text, account, n_pieces, is_done = "", {}, 0, False
-            async with self.http.stream("POST", "/v1/chat/completions", json=body) as response:
-                record.status = response.status_code
-                if response.is_error:
-                    return None
-                async for line in response.aiter_lines():
-                    is_done = is_done or line == "data: [DONE]"
-                    if not line.startswith("data: {"):
-                        continue
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        record.error = f"in the stream: {event['error']['message']}"
-                        return None
-                    account |= event.get("loracast", {})
-                    record.n_tokens = (event.get("usage") or {}).get("completion_tokens", record.n_tokens)
-                    piece = "".join(choice["delta"].get("content") or "" for choice in event["choices"])
-                    if piece:
-                        record.first_s = record.first_s or self.now_s - record.started_s
-                        text, n_pieces = text + piece, n_pieces + 1
-                    if leave_after and n_pieces >= leave_after:
-                        return None
-            if not is_done:
-                record.error = "the stream has no end"
-            return {"text": text, **account}
-        return None
+    # ---- questions
 
     async def ask(self, kind: str, leave_after: int = 0) -> None:
         """Ask for an adapter's number, by one of its names, and note what answers."""
@@ -178,7 +116,7 @@ class Load:
         response = await self.send(kind, "POST", "/v1/adapters", files=file, data={"name": "bad", "replace": "true"})
         if response is not None and response.status_code == 202:
             job = await self.ended(response.json())
-            if job["status"] != "failed":
+            if job["status"] not in ("failed", "lost"):
                 self.run.broken.append(f"bad document {name!r}: its job is {job['status']}")
 
     # ---- changes of adapters
@@ -190,20 +128,36 @@ class Load:
             response = await self.send("look at a job", "GET", f"/v1/jobs/{job['id']}")
             if response is not None and response.status_code == 200:
                 job = response.json()
+            elif response is not None and response.status_code == 404:
+                self.run.broken.append(f"the job to learn {job['adapter']} was lost")
+                job = {**job, "status": "lost", "error": None}
         return job
+
+    async def taken(self, name: str) -> dict[str, Any] | None:
+        """The job of a document whose upload a kill cut off, if the server had taken it."""
+        while (response := await self.send("look at jobs", "GET", "/v1/jobs", params={"limit": 100})) is None:
+            await asyncio.sleep(0.2)
+        found = [job for job in response.json()["data"] if job["adapter"] == name and job["id"] not in self._jobs]
+        return found[0] if found else None
 
     async def learn(self, kind: str, one: Known, **form: str) -> None:
         """Learn a document with a new number, and note its version when the job is done."""
         number, one.n_learned, one.is_gone = self.number(), one.n_learned + 1, False
         file = {"file": (f"{one.name}.txt", one.document(self.rng, number))}
-        while True:
+        job = None
+        while job is None:
+            since = self.now_s
             response = await self.send(kind, "POST", "/v1/adapters", files=file, data={"name": one.name, **form})
-            if response is None or response.status_code != 429:
-                break
-            await asyncio.sleep(float(response.headers["Retry-After"]))
-        if response is None or response.status_code != 202:
-            return
-        job = await self.ended(response.json())
+            if response is None and self.run.was_down(since):
+                job = await self.taken(one.name)
+            elif response is not None and response.status_code == 429:
+                await asyncio.sleep(float(response.headers["Retry-After"]))
+            elif response is not None and response.status_code == 202:
+                job = response.json()
+            else:
+                return
+        self._jobs.add(job["id"])
+        job = await self.ended(job)
         self.run.n_jobs += 1
         if job["status"] != "completed":
             self.run.broken.append(f"a job to learn {one.name} is {job['status']}: {job['error']}")
@@ -225,25 +179,35 @@ class Load:
             return
         async with one.changing:
             one.n_deleted, one.deletes = one.n_deleted + 1, True
-            response = await self.send("delete", "DELETE", f"/v1/adapters/{one.name}")
+            is_deleted = await self.delete(one.name)
             one.is_there = one.deletes = False
             one.is_gone = True
-            if response is None or response.status_code != 200:
+            if not is_deleted:
                 self.run.broken.append(f"{one.name} was not deleted")
             await asyncio.sleep(self.rng.random())
             await self.learn("learn", one)
+
+    async def delete(self, name: str) -> bool:
+        """Delete an adapter, once more where a kill cut that off; whether it was there and is gone."""
+        response, is_again, since = None, False, self.now_s
+        while response is None and (not is_again or self.run.was_down(since)):
+            response = await self.send("delete", "DELETE", f"/v1/adapters/{name}")
+            is_again = is_again or response is None
+        return response is not None and (response.status_code == 200 or (is_again and response.status_code == 404))
 
     async def same_name_twice(self, kind: str) -> None:
         """Learn two documents under one name at once: one of them gets it, and the other is refused."""
         name = f"twin-{self._n_used}"
         files = [{"file": (f"{name}.txt", f"The PIN of the twin is {self.number()}.".encode())} for _ in range(2)]
         sent = [self.send(kind, "POST", "/v1/adapters", files=file, data={"name": name}) for file in files]
-        taken = [one for one in await asyncio.gather(*sent) if one is not None and one.status_code == 202]
+        answers = await asyncio.gather(*sent)
+        taken = [one for one in answers if one is not None and one.status_code == 202]
         jobs = [await self.ended(one.json()) for one in taken]
-        if taken and [job["status"] for job in jobs].count("completed") != 1:
+        is_told = None not in answers  # otherwise a kill leaves open who was first
+        if taken and is_told and [job["status"] for job in jobs].count("completed") != 1:
             self.run.broken.append(f"{name}: its jobs are {[job['status'] for job in jobs]}")
         if taken:
-            await self.send("delete", "DELETE", f"/v1/adapters/{name}")
+            await self.delete(name)
 
     # ---- the run
 
@@ -263,17 +227,31 @@ class Load:
     async def client(self) -> None:
         kinds, weights = zip(*MIX.items(), strict=True)
         while self.now_s < self.run.seconds and len(self.run.records) < self.given.requests:
+            await self.is_up.wait()
             if self._n_used > len(self._numbers) - 4 * self.given.clients:  # no new number is left
                 kinds, weights = kinds[:5], weights[:5]
             await self.do(self.rng.choices(kinds, weights)[0])
 
-    async def watch(self, pid: int) -> None:
+    async def watch(self) -> None:
         """Note the server's resident size every ten seconds, and at a fifth of the time."""
         for at in sorted({*range(0, int(self.run.seconds), 10), self.run.seconds / 5}):
             await asyncio.sleep(max(0.0, at - self.now_s))
-            self.run.sizes.append(resident(pid, self.now_s))
+            if self.is_up.is_set():
+                self.run.sizes.append(resident(self.server.pid, self.now_s))
 
-    async def go(self, pid: int) -> Run:
+    async def restart(self) -> None:
+        """Kill the server and start it anew. What it was asked meanwhile may fail."""
+        await self.count_tokens()
+        self.run.sizes.append(resident(self.server.pid, self.now_s))
+        self.is_up.clear()
+        self.run.downs.append((self.now_s, math.inf))
+        self.server.kill()
+        await asyncio.to_thread(self.server.start)
+        self.run.downs[-1] = (self.run.downs[-1][0], self.now_s)
+        self._before = {}
+        self.is_up.set()
+
+    async def go(self, library: Path) -> Run:
         async with self.http:
             models = (await self.http.get("/v1/models")).json()["data"]
             self.base = models[0]["id"]
@@ -281,30 +259,36 @@ class Load:
                 await self.learn("learn", one)
             self.started = time.perf_counter()
             self.run.records.clear()
-            watching = asyncio.create_task(self.watch(pid))
-            before = await self.metrics()
-            await asyncio.gather(*(self.client() for _ in range(self.given.clients)))
+            watching = asyncio.create_task(self.watch())
+            self._before = await self.metrics()
+            faults = [cause_faults(self, library, self.given.fault_every)] if self.given.faults else []
+            clients = [self.client() for _ in range(self.given.clients)]
+            await asyncio.gather(*faults, self.until_done(clients))
             self.run.seconds_taken = self.now_s
             watching.cancel()
-            self.run.sizes.append(resident(pid, self.now_s))
-            after = await self.metrics()
-            self.run.engine = {
-                name: value - before[name] if name.endswith("_total") else value for name, value in after.items()
-            }
+            self.run.sizes.append(resident(self.server.pid, self.now_s))
+            await self.count_tokens()
+            await self.check_kept()
         return self.run
 
-    async def metrics(self) -> dict[str, float]:
-        """The figures of the engine that /metrics tells."""
-        lines = (await self.http.get("/metrics")).text.splitlines()
-        pairs = (line.rsplit(" ", 1) for line in lines if line.startswith("loracast_") and "{" not in line)
-        return {name.removeprefix("loracast_"): float(value) for name, value in pairs}
+    async def until_done(self, clients: Sequence[Coroutine[Any, Any, None]]) -> None:
+        await asyncio.gather(*clients)
+        self.is_over.set()
 
+    async def check_kept(self) -> None:
+        """Every adapter has the newest version that was acknowledged, and what was deleted is gone."""
+        for one in self.known:
+            response = await self.http.get(f"/v1/adapters/{one.name}")
+            newest = response.json()["versions"][0]["version"] if response.status_code == 200 else None
+            if newest != (one.versions[-1] if one.is_there else None):
+                self.run.broken.append(f"{one.name} is not as it was acknowledged")
 
-def resident(pid: int, at_s: float) -> Size:
-    """The resident size of a process; Linux alone has it there."""
-    lines = (line.partition(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    of = {key: int(value.split()[0]) * 1024 for key, _, value in lines if key in ("VmRSS", "RssAnon")}
-    return Size(at_s, of["VmRSS"], of["RssAnon"])
+    async def count_tokens(self) -> None:
+        """Add what the engine has done in this life of the server."""
+        for name, value in (await self.metrics()).items():
+            is_count = name.endswith("_total")
+            so_far = self.run.engine.get(name, 0.0) - self._before.get(name, 0.0) if is_count else 0.0
+            self.run.engine[name] = value + so_far
 
 
 def main(words: list[str] | None = None) -> None:
@@ -315,6 +299,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--adapters", type=int, default=24)
     parser.add_argument("--requests", type=int, default=50_000, help="most requests")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", action="store_true", help="kill the server in the first third, hold its databases")
+    parser.add_argument("--fault-every", type=float, default=180.0, help="most seconds between two faults")
     parser.add_argument("--base", help="as of `loracast serve`")
     parser.add_argument("--hypernetwork", help="as of `loracast serve`")
     parser.add_argument("--adapter-memory-mib", type=float, default=8.0)
@@ -328,27 +314,22 @@ def main(words: list[str] | None = None) -> None:
         for cache in (bases_dir(), encoders_dir()):  # they are fetched already, and the rest is of this run alone
             if cache.exists():
                 (home / cache.name).symlink_to(cache)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
         serve = [
-            "serve", "--port", port, "--library", home / "library",
+            "serve", "--library", home / "library",
             "--max-queued-jobs", max(2, given.clients // 4),
             "--adapter-memory-bytes", int(given.adapter_memory_mib * MIB),
             "--prompt-cache-bytes", int(given.prompt_cache_mib * MIB),
             *(["--base", given.base] if given.base else []),
             *(["--hypernetwork", given.hypernetwork] if given.hypernetwork else []),
         ]  # fmt: skip
-        server = start(list(map(str, serve)), home, log_path)
+        server = Server(list(map(str, serve)), home, log_path)
         try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until_ready(url, server)
-            run = asyncio.run(Load(url, given).go(server.pid))
-            server.send_signal(signal.SIGTERM)
-            if (code := server.wait(60)) != 0:
+            run = asyncio.run(run_load(server, given, home / "library"))
+            if (code := server.stop()) != 0:
                 run.broken.append(f"the server ended with {code}")
+            run.broken += verify(home / "library")
         finally:
             server.kill()
-            server.wait()
             print(log_path.read_text(encoding="utf-8")[-2000:], file=sys.stderr)
         run.read_log(log_path.read_text(encoding="utf-8"))
     options = {key: value for key, value in vars(given).items() if key not in ("json", "plot")}
@@ -361,24 +342,8 @@ def main(words: list[str] | None = None) -> None:
     sys.exit(1 if figures["broken"] else 0)
 
 
-def start(words: list[str], home: Path, log_path: Path) -> subprocess.Popen[bytes]:
-    """Start `loracast` with the words of a command in a process of its own, which writes to a log."""
-    environment = {**os.environ, "LORACAST_HOME": str(home)}
-    with open(log_path, "w") as log:
-        return subprocess.Popen([sys.executable, "-m", "loracast", *words], env=environment, stdout=log, stderr=log)
-
-
-def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
-    """Raises SystemExit where the server ends before it is ready, or takes more than two minutes."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until and server.poll() is None:
-        try:
-            if httpx.get(f"{url}/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise SystemExit("the server does not start")
+async def run_load(server: Server, given: argparse.Namespace, library: Path) -> Run:
+    return await Load(server, given).go(library)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 MOST_GROWTH = 1.05
-"""Resident size at the end, at most, over that at a fifth of the time."""
+"""Resident size at the end of the server's last life, at most, over that after its first minutes."""
+FIRST_S = 300.0
+"""The first minutes of a life, in seconds, or a fifth of it where it is shorter."""
 PERCENTILES = (50, 95, 99)
 
 
@@ -23,6 +25,21 @@ class Size:
     n_bytes: int
     n_anonymous: int
     """Of those, bytes that belong to no file: what the process allocated. The rest are libraries and mapped files."""
+
+
+@dataclass(frozen=True)
+class Life:
+    """The server from a start to its end."""
+
+    begin_s: float
+    end_s: float
+    early: Size
+    """After its first minutes."""
+    last: Size
+
+    @property
+    def growth(self) -> float:
+        return self.last.n_bytes / self.early.n_bytes
 
 
 class Versions(Protocol):
@@ -45,6 +62,8 @@ class Record:
     n_tokens: int = 0
     error: str | None = None
     """What failed in the connection, or in the stream after a status of 200."""
+    is_excused: bool = False
+    """The server was killed meanwhile."""
     is_expected: bool = True
     """False for a 404 of an adapter that was there."""
 
@@ -75,11 +94,33 @@ class Run:
     """The number that each version holds."""
     sizes: list[Size] = field(default_factory=list)
     """Of the server."""
-    engine: Mapping[str, float] = field(default_factory=dict)
+    downs: list[tuple[float, float]] = field(default_factory=list)
+    """From when to when the server could not be reached, since it had been killed."""
+    n_held: int = 0
+    """How often another process held a database of the server's."""
+    engine: dict[str, float] = field(default_factory=dict)
     n_jobs: int = 0
     broken: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     """Lines of the server's log that tell an error."""
+
+    def was_down(self, since_s: float) -> bool:
+        """Whether the server could not be reached at some time since then."""
+        return any(until_s >= since_s for _, until_s in self.downs)
+
+    @property
+    def lives(self) -> list[Life]:
+        """The server's lives, but those so short that no size is known."""
+        begins = [0.0, *(until_s for _, until_s in self.downs)]
+        ends = [*(since_s for since_s, _ in self.downs), self.seconds_taken]
+        found = []
+        for begin_s, end_s in zip(begins, ends, strict=True):
+            sizes = [size for size in self.sizes if begin_s <= size.at_s <= end_s + 1]
+            early_s = begin_s + min(FIRST_S, (end_s - begin_s) / 5)
+            if sizes:
+                early = min(sizes, key=lambda size: abs(size.at_s - early_s))
+                found.append(Life(begin_s, end_s, early, sizes[-1]))
+        return found
 
     def read_log(self, log: str) -> None:
         """Look for errors, and for text of documents, which no log may hold."""
@@ -121,7 +162,7 @@ def summary(run: Run) -> dict[str, Any]:
     """All figures, as JSON takes them; `broken` lists what must hold and did not."""
     grades = grade(run)
     statuses = Counter(str(record.status) for record in run.records)
-    errors = Counter(f"{record.kind}: {record.error}" for record in run.records if record.error)
+    errors = Counter(f"{one.kind}: {one.error}" for one in run.records if one.error and not one.is_excused)
     broken = list(run.broken)
     if n := sum(1 for record in run.records if (record.status or 0) >= 500):
         broken.append(f"{n} answers with a status of 5xx")
@@ -129,10 +170,10 @@ def summary(run: Run) -> dict[str, Any]:
         broken.append(f"connections failed: {dict(errors)}")
     if n := sum(not record.is_expected for record in run.records):
         broken.append(f"{n} times an adapter that was there was not found")
-    early = min(run.sizes, key=lambda size: abs(size.at_s - run.seconds / 5))
-    growth = run.sizes[-1].n_bytes / early.n_bytes
+    lives = run.lives
+    growth = lives[-1].growth
     if growth > MOST_GROWTH:
-        broken.append(f"the server's resident size grew to {growth:.3f} times that at a fifth of the time")
+        broken.append(f"the server's resident size grew to {growth:.3f} times that after its first minutes")
     kinds = sorted({record.kind for record in run.records})
     n_generated = run.engine.get("generated_tokens_total", 0.0)
     return {
@@ -149,6 +190,18 @@ def summary(run: Run) -> dict[str, Any]:
             for size in run.sizes
         ],
         "growth": round(growth, 4),
+        "lives": [
+            {
+                "s": [round(life.begin_s, 1), round(life.end_s, 1)],
+                "early_mib": _mib(life.early.n_bytes),
+                "last_mib": _mib(life.last.n_bytes),
+                "growth": round(life.growth, 4),
+            }
+            for life in lives
+        ],
+        "n_kills": len(run.downs),
+        "n_held": run.n_held,
+        "n_cut_off": sum(one.is_excused for one in run.records),
         "errors": dict(errors),
         "log": run.failures[:20],
         "broken": sorted(Counter(broken).items()),
@@ -200,7 +253,13 @@ def table(figures: Mapping[str, Any]) -> str:
         f"{engine.get('adapters_in_memory', 0):.0f}, prompt tokens saved: "
         f"{engine.get('prompt_tokens_saved_total', 0):.0f} of {engine.get('prompt_tokens_total', 0):.0f}",
         f"resident size, MiB (of which anonymous): {first['mib']} ({first['anonymous_mib']}) at the start, "
-        f"{last['mib']} ({last['anonymous_mib']}) at the end, {figures['growth']} times that at a fifth of the time",
+        f"{last['mib']} ({last['anonymous_mib']}) at the end, {figures['growth']} times that after the first minutes "
+        "of the server's last life",
+        f"killed {figures['n_kills']} times, which cut off {figures['n_cut_off']} requests; a database was held "
+        f"{figures['n_held']} times; lives, s and MiB after the first minutes and at the end: "
+        + "; ".join(
+            f"{one['s'][0]:.0f}-{one['s'][1]:.0f}: {one['early_mib']}, {one['last_mib']}" for one in figures["lives"]
+        ),
         *(f"log: {line}" for line in figures["log"]),
         *(f"BROKEN ({n} times): {what}" for what, n in figures["broken"]),
     ]

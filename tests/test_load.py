@@ -15,6 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import load
+import load_faults
 import load_report
 
 from other_processes import Forked, loracast_command
@@ -52,7 +53,7 @@ def test_text_of_documents_in_the_log_is_found():
 
 
 class Server(Forked):
-    """A server in a forked process, with what load.py asks of one."""
+    """A server in a forked process, with what load_faults.py asks of one."""
 
     def poll(self) -> int | None:
         return None if self.has_not_ended else self.wait()
@@ -75,11 +76,11 @@ def test_a_server_bears_mixed_load(tiny_folder, tiny_hypernet_folder, home, tmp_
         monkeypatch.setenv("LORACAST_HOME", str(home))
         return Server(tmp_path, serve, str(log), *words)
 
-    monkeypatch.setattr(load, "start", start)
+    monkeypatch.setattr(load_faults, "start", start)
     figures = tmp_path / "figures.json"
     options = [
         "--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, "--minutes", 0.5, "--requests", 50,
-        "--clients", 4, "--adapters", 4, "--json", figures,
+        "--clients", 4, "--adapters", 4, "--json", figures, "--faults", "--fault-every", 4,
     ]  # fmt: skip
     with pytest.raises(SystemExit):
         load.main([str(option) for option in options])
@@ -87,6 +88,7 @@ def test_a_server_bears_mixed_load(tiny_folder, tiny_hypernet_folder, home, tmp_
     # Fifty requests are too few for a size in memory that stays.
     assert [what for what, _ in told["broken"] if "resident size" not in what] == []
     assert told["answers"]["of another adapter"] == 0 and told["n_requests"] > 20
+    assert told["n_kills"] >= 1 and len(told["lives"]) == told["n_kills"] + 1
     assert {"ask", "ask, streamed", "bad request"} <= set(told["kinds"])
 
 

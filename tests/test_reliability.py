@@ -162,3 +162,4 @@ def test_a_few_faults_leave_a_whole_library(home):
     """benchmarks/faults.py, which runs hundreds of them."""
     counts = faults.run(rounds=10, seed=5, seconds=120)
     assert counts["broken"] == [] and counts["rounds"] == 10 and counts["took_effect"] >= 3
+    assert counts["commands"]["serve"] == 1
