@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -212,6 +214,71 @@ def test_a_version_that_is_collected_while_it_gets_a_name_is_sent_again(machines
     monkeypatch.setattr(SharedStore, "mark_used", marked)
     write(one, name="again", seed=1)
     assert verify(one) == []
+
+
+def test_a_version_that_gets_a_name_right_before_it_is_deleted_stays(machines, url, monkeypatch):
+    one, two = machines
+    version = write(one, name="gone", seed=1).manifest.version
+    remove_adapter(one, "gone")
+    create, waiting = SharedStore._create, [lambda: write(two, name="again", seed=1)]
+
+    def created(self, fs, path, content):
+        if "/dying/" in path and waiting:
+            waiting.pop()()
+        create(self, fs, path, content)
+
+    is_older = SharedStore._is_older
+
+    def is_old_but_for_the_last_second(self, path, now, age):
+        return is_older(self, path, now, timedelta(seconds=-1) if len(waiting) else timedelta(days=1))
+
+    monkeypatch.setattr(SharedStore, "_create", created)
+    monkeypatch.setattr(SharedStore, "_is_older", is_old_but_for_the_last_second)
+    assert collect_garbage(one).versions == () and stored_versions(url) == {version}
+    assert verify(one) == verify(two) == [] and find(one, "again").version == version
+
+
+def test_who_names_a_version_waits_for_its_deletion_and_sends_it_again(machines, url, monkeypatch):
+    one, two = machines
+    version = write(one, name="gone", seed=1).manifest.version
+    remove_adapter(one, "gone")
+    monkeypatch.setattr(shared_store, "_GRACE", timedelta(seconds=-1))
+    delete, written = SharedStore.delete, []
+    naming = threading.Thread(target=lambda: written.append(write(two, name="again", seed=1)))
+
+    def deleted_slowly(self, which):
+        if not naming.ident:
+            naming.start()
+            time.sleep(1.0)
+            assert naming.is_alive()
+        delete(self, which)
+
+    monkeypatch.setattr(SharedStore, "delete", deleted_slowly)
+    assert collect_garbage(one).versions == (version,)
+    naming.join(60)
+    assert written and verify(one) == verify(two) == [] and stored_versions(url) == {version}
+    evict(two)
+    assert open_adapter(two, "again").faults() == []
+
+
+def test_what_a_killed_collector_began_to_delete_can_be_named_an_hour_later(machines, monkeypatch):
+    one, two = machines
+    write(one, name="gone", seed=1)
+    remove_adapter(one, "gone")
+    monkeypatch.setattr(shared_store, "_GRACE", timedelta(seconds=-1))
+    monkeypatch.setattr(shared_store, "_PATIENCE_S", 0.2)
+
+    def die(self, version):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(SharedStore, "delete", die)
+        collect_garbage(one)
+    with pytest.raises(LoracastError, match="another machine is deleting"):
+        write(two, name="again", seed=1)
+    monkeypatch.setattr(shared_store, "_LONGEST_DELETION", timedelta(seconds=-1))
+    write(two, name="again", seed=1)
+    assert verify(one) == verify(two) == []
 
 
 def test_damage_at_the_store_is_found(machines, url):

@@ -104,7 +104,7 @@ def changing(library: Path, names: Sequence[str] | None, change: Callable[[Regis
 def _keep(library: Path, store: SharedStore, versions: Sequence[tuple[str, str]]) -> None:
     """Have the store keep versions that get a name, and send it those that are gone in the meantime."""
     for version, _ in versions:
-        store.mark_used(version)
+        store.keep(version)
         if not store.has(version):
             home = files.home_of(library, version)
             if not home.is_dir():

@@ -2,17 +2,23 @@
 
     names/manual/00000012.json   all that is known of a name after its 12th change; without versions it is deleted
     uses/3f9a...                 written anew whenever a version is put or named, so that its age can be told
+    dying/3f9a...                there while a machine deletes a version
 
 A change of a name creates the file of the next number, which no file system here lets two machines do. Files of
 `names` are never changed; `tidy` deletes old ones that a newer one replaces.
+
+Who deletes a version writes `dying` and then looks at `uses`; who puts or names one writes `uses` and then looks at
+`dying` (Dekker's algorithm). So one of them sees the other: the first leaves the version alone, or the second waits.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import time
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -29,6 +35,9 @@ _STATE = re.compile(r".*/names/([a-z0-9][a-z0-9._-]{0,63})/(\d{8})\.json")
 _VERSION = re.compile(r"[0-9a-f]{64}")
 _GRACE = timedelta(days=1)
 """A version that nobody named or put for so long is garbage; a change takes an hour at most."""
+_LONGEST_DELETION = timedelta(hours=1)
+"""Whoever has not deleted a version by then was killed, or has to leave it alone."""
+_PATIENCE_S = 30.0  # with another machine that deletes a version
 
 
 class OvertakenError(LoracastError):
@@ -42,8 +51,25 @@ class SharedStore(Store):
 
     def put(self, version: str, folder: Path) -> None:
         """As `Store.put`; no other machine deletes the version within a day."""
-        self.mark_used(version)
+        self.keep(version)
         super().put(version, folder)
+
+    def keep(self, version: str) -> None:
+        """Have no machine delete a version within a day; whether it is there now is to be asked afterwards.
+
+        Raises LoracastError where another machine goes on deleting it, or was killed doing so within an hour.
+        """
+        until = time.monotonic() + _PATIENCE_S
+        while True:
+            self.mark_used(version)
+            if not self._exists(f"dying/{version}"):
+                return
+            if self._is_older(f"dying/{version}", self._now(), _LONGEST_DELETION):
+                self._remove(f"dying/{version}")
+            elif time.monotonic() > until:
+                raise LoracastError(f"another machine is deleting {version[:12]} at {self.url}; try again in an hour")
+            else:
+                time.sleep(0.1)
 
     def mark_used(self, version: str) -> None:
         """Keep `garbage` from a version for a day."""
@@ -144,23 +170,36 @@ class SharedStore(Store):
         """
         now = self._now()
         for version in sorted(self.versions() - named):
-            if _VERSION.fullmatch(version) and self._is_old(f"uses/{version}", now):
+            if _VERSION.fullmatch(version) and self._is_older(f"uses/{version}", now, _GRACE):
                 yield version
 
-    def delete(self, version: str) -> None:
-        super().delete(version)
-        with self._at() as (fs, root):
-            if fs.exists(f"{root}/uses/{version}"):
-                fs.rm_file(f"{root}/uses/{version}")
+    def delete_unless_used(self, version: str) -> bool:
+        """Delete a version that is garbage, unless a machine puts, names or deletes it just now; whether it did."""
+        began = time.time()
+        try:
+            with self._at() as (fs, root):
+                self._create(fs, f"{root}/dying/{version}", {})
+        except OvertakenError:
+            return False
+        is_awake = time.time() - began < _LONGEST_DELETION.total_seconds() / 2
+        is_garbage = is_awake and self._is_older(f"uses/{version}", self._now(), _GRACE)
+        if is_garbage:
+            self.delete(version)
+            self._remove(f"uses/{version}")
+        self._remove(f"dying/{version}")
+        return is_garbage
 
     def tidy(self) -> None:
-        """Delete states of names that a newer one has replaced for a day, and what killed processes left there."""
+        """Delete states of names that a newer one has replaced for a day, and what killed processes left."""
         newest, now = self.newest(), self._now()
         with self._at() as (fs, root):
             for path in fs.find(f"{root}/names"):
                 match = _STATE.fullmatch(path)
                 is_replaced = match is None or int(match[2]) < newest.get(match[1], 0)
-                if is_replaced and self._is_old(path.removeprefix(f"{root}/"), now):
+                if is_replaced and self._is_older(path.removeprefix(f"{root}/"), now, _GRACE):
+                    fs.rm_file(path)
+            for path in fs.find(f"{root}/dying"):
+                if self._is_older(path.removeprefix(f"{root}/"), now, _LONGEST_DELETION):
                     fs.rm_file(path)
 
     def _now(self) -> datetime:
@@ -170,8 +209,18 @@ class SharedStore(Store):
             fs.invalidate_cache()
             return fs.modified(f"{root}/uses/now")
 
-    def _is_old(self, path: str, now: datetime) -> bool:
-        """Whether a file is missing, or was written more than a day ago."""
+    def _is_older(self, path: str, now: datetime, age: timedelta) -> bool:
+        """Whether a file is missing, or was written longer ago than that."""
         with self._at() as (fs, root):
             fs.invalidate_cache()
-            return not fs.exists(f"{root}/{path}") or now - fs.modified(f"{root}/{path}") > _GRACE
+            return not fs.exists(f"{root}/{path}") or now - fs.modified(f"{root}/{path}") > age
+
+    def _exists(self, path: str) -> bool:
+        with self._at() as (fs, root):
+            fs.invalidate_cache()
+            return bool(fs.exists(f"{root}/{path}"))
+
+    def _remove(self, path: str) -> None:
+        """Delete a file, if it is there."""
+        with self._at() as (fs, root), suppress(FileNotFoundError):
+            fs.rm_file(f"{root}/{path}")

@@ -66,8 +66,8 @@ def collect_garbage(library: Path, *, keep: int | None = None, dry_run: bool = F
     tidy(library)
     if shared is not None:
         for version in shared.garbage(named):
-            shared.delete(version)
-            gone.add(version)
+            if shared.delete_unless_used(version):
+                gone.add(version)
         shared.tidy()
     return Collected(tuple(sorted(gone)), n_bytes)
 
