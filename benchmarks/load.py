@@ -17,7 +17,6 @@ import asyncio
 import itertools
 import json
 import math
-import os
 import random
 import sys
 import tempfile

@@ -94,9 +94,10 @@ def test_in_the_middle_of_one_long_call(tmp_path):
     """A backward pass is one call, in which Python raises nothing."""
 
     def compute() -> None:
+        matrix = torch.rand(3000, 3000, dtype=torch.float64)
         with prompt_interrupts(), advice("it goes on"):
             (tmp_path / "began").touch()
-            torch.linalg.eigvals(torch.rand(3000, 3000, dtype=torch.float64))  # for more than ten seconds
+            torch.linalg.eigvals(matrix)  # for more than ten seconds
 
     status, seconds, said = interrupted_call(compute, (tmp_path / "began").exists, tmp_path / "said")
     assert status == 130 and seconds < 1.5 and said == "it goes on\n"
