@@ -247,6 +247,19 @@ def test_two_servers_answer_from_one_library(model):
     assert answers[0]["choices"] == answers[1]["choices"]
 
 
+def test_a_prompt_that_is_too_long_is_refused_before_it_is_routed(model, monkeypatch):
+    api, routed = in_process(model, ByHand()), []
+    monkeypatch.setattr("loracast.question_answering.route_adapters", lambda *what: routed.append(what) or [])
+    long = "How long is the warranty? " * 10_000
+    for path, asked in (
+        (CHAT, body(messages=[{"role": "user", "content": long}])),
+        ("/v1/completions", {"model": "manual", "prompt": long}),
+    ):
+        answer = api.post(path, json=asked)
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+    assert routed == []
+
+
 def test_no_request_waits_for_the_names_of_a_slow_store(tiny_folder, tiny_hypernet_folder, tmp_path, monkeypatch):
     one, two = (
         loracast.load(tiny_folder, tiny_hypernet_folder, library=tmp_path / name, device="cpu") for name in "ab"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, overload
 
@@ -120,11 +120,13 @@ class QuestionAnswering(ABC):
         always: bool = False,
         strict: bool = False,
         scales: Mapping[str, float] = {},
+        check: Callable[[Sequence[int]], object] = lambda prompt: None,
     ) -> Prepared:
         """The prompt of a question, and what of the adapters it gets; no LoRA is read yet (`lora_of` does).
 
         Args:
             scales: factors on adapters' LoRAs, by their versions' hashes; 1 for those that are not named.
+            check: gets the token ids of the prompt before adapters are routed, and raises what they are refused with.
         """
         turns: list[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else [*question]
         if not turns or turns[-1]["role"] != "user":
@@ -133,10 +135,12 @@ class QuestionAnswering(ABC):
             turns = [{"role": "system", "content": system}, *turns]
         if (told := self.overview(turns[-1]["content"], adapter)) is not None:
             return Prepared([], [], told.sources, SourcedAnswer(told.text, 0, 0, 0.0, 0.0, True, told.sources))
+        prompt = self.base.chat.conversation(turns)
+        check(prompt)
         routed = self._route(search_query(turns[-1]["content"], turns[:-1]), adapter, route, tag, always)
         if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
             return Prepared([], routed, (), SourcedAnswer(NOT_SAID, 0, 0, 0.0, 0.0, True))
-        return Prepared(self.base.chat.conversation(turns), scaled(routed, scales), sources(routed))
+        return Prepared(prompt, scaled(routed, scales), sources(routed))
 
     def overview(self, question: str, adapter: Chosen) -> Overview | None:
         """The answer to a question about documents as a whole ("What is this document about?"), from their outlines.

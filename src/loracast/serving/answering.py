@@ -132,12 +132,13 @@ class Call:
         if asked.prompts:
             for prompt in asked.prompts:
                 ids, text = self._raw(prompt)
+                self._room(ids)
                 self.prepared.append(replace(model.prepare(text, chosen, **routing), prompt=ids))
         else:
             turns = list(asked.turns)
             if asked.window:
                 turns = self._put_in_window(turns)
-            self.prepared.append(model.prepare(turns, chosen, **routing))
+            self.prepared.append(model.prepare(turns, chosen, **routing, check=self._room))
         requests = [
             told(prepared.answer.text) if prepared.answer else self._request(prepared, i)
             for prepared in self.prepared
@@ -181,18 +182,23 @@ class Call:
             raise ApiError(400, f"token ids go from 0 to {len(tokenizer) - 1}", param="prompt")
         return list(prompt), tokenizer.decode(prompt, skip_special_tokens=True)
 
-    def _request(self, prepared: Prepared, i: int) -> GenerationRequest:
-        asked, base, limits = self.asked, self.service.model.base, self.service.settings
-        n_prompt, wanted = len(prepared.prompt), asked.sampling.max_new_tokens
-        room = min(base.window, limits.max_prompt_tokens + limits.max_tokens) - n_prompt
-        if n_prompt > limits.max_prompt_tokens or room < max(1, wanted):
+    def _room(self, prompt: Sequence[int]) -> int:
+        """Tokens that an answer may have after a prompt. Raises ApiError where they are too few."""
+        base, limits, wanted = self.service.model.base, self.service.settings, self.asked.sampling.max_new_tokens
+        room = min(base.window, limits.max_prompt_tokens + limits.max_tokens) - len(prompt)
+        if len(prompt) > limits.max_prompt_tokens or room < max(1, wanted):
             raise ApiError(
                 400,
-                f"the prompt has {n_prompt} tokens and the answer may have {wanted or 'some'}: the base's window holds "
-                f"{base.window}, and a prompt here {limits.max_prompt_tokens} at most",
-                param="prompt" if asked.prompts else "messages",
+                f"the prompt has {len(prompt)} tokens and the answer may have {wanted or 'some'}: the base's window "
+                f"holds {base.window}, and a prompt here {limits.max_prompt_tokens} at most",
+                param="prompt" if self.asked.prompts else "messages",
                 code="context_length_exceeded",
             )
+        return room
+
+    def _request(self, prepared: Prepared, i: int) -> GenerationRequest:
+        asked, limits, wanted = self.asked, self.service.settings, self.asked.sampling.max_new_tokens
+        room = self._room(prepared.prompt)
         seed = None if asked.sampling.seed is None else (asked.sampling.seed + i) % 2**63
         sampling = replace(
             asked.sampling, max_new_tokens=wanted or min(DEFAULT_MAX_TOKENS, limits.max_tokens, room), seed=seed
