@@ -15,8 +15,12 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-LONG = ("tutorial", "shipped", "readme", "memory_facts", "serve_command", "engine", "cli", "page", "load")
-"""Files whose tests take long: they go first, so that no worker is left with one of them at the end."""
+FIRST = (
+    "tutorial", "shipped", "readme", "memory_facts", "engine", "page",
+    "cli", "load", "serve_command", "serving_jobs", "serving_requests", "sync", "workers",
+)  # fmt: skip
+"""Files whose tests go first: those that take long, so that no worker is left with one of them at the end, and those
+that fork processes, so that one worker alone imports what the processes need (other_processes.py)."""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -32,7 +36,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in FIRST)
 
 
 @pytest.hookimpl(wrapper=True)

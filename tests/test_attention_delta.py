@@ -229,7 +229,7 @@ def recipe(**options) -> TextRecipe:
         kinds=("o_proj", "down_proj"),
         hypernetwork=ATTENTION_DELTA,
         data=TaskDataConfig(tasks_per_step=2, examples_per_task=5, augmented_share=0.3),
-        training=TrainConfig(steps=60, lr=1e-2, log_every=10, warmup_steps=5, bf16=False),
+        training=TrainConfig(steps=44, lr=1e-2, log_every=10, warmup_steps=5, bf16=False),
         **options,
     )
 

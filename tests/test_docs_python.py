@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,11 +112,20 @@ def test_there_are_examples_in_docstrings():
     }
 
 
+@pytest.fixture(scope="module")
+def learned(tiny_folder, tiny_hypernet_folder, tmp_path_factory) -> Path:
+    """A library with the adapters that the examples of docstrings ask."""
+    library = tmp_path_factory.mktemp("learned") / "library"
+    model = loracast.load(tiny_folder, tiny_hypernet_folder, library=library, device="cpu")
+    model.learn([ROOT / "examples" / "manual.pdf", ROOT / "examples" / "note.txt"], ["manual", "contract"])
+    return library
+
+
 @pytest.mark.parametrize("example", [text for _, text in EXAMPLES], ids=[where for where, _ in EXAMPLES])
-def test_an_example_of_a_docstring_runs(example, folder, tiny_folder, tiny_hypernet_folder):
+def test_an_example_of_a_docstring_runs(example, folder, learned, tiny_folder, tiny_hypernet_folder):
     (folder / "manual.pdf").symlink_to(ROOT / "examples" / "manual.pdf")
+    shutil.copytree(learned, folder / "library")
     model = loracast.load()
-    model.learn(["manual.pdf", "examples/note.txt"], ["manual", "contract"])
     names = {
         "loracast": loracast,
         "Document": loracast.Document,

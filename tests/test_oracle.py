@@ -40,7 +40,7 @@ from tiny import make_model
 RECIPE = OracleRecipe(
     PeftConfig(("q_proj", "v_proj", "down_proj"), rank=4),
     TaskDataConfig(tasks_per_step=1, examples_per_task=5),
-    TrainConfig(steps=40, lr=5e-3, warmup_steps=4, log_every=10, bf16=False),
+    TrainConfig(steps=24, lr=1e-2, warmup_steps=3, log_every=6, bf16=False),
 )
 
 

@@ -69,15 +69,15 @@ def trained_oracles(base, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("match", "error"), [("product", 0.2), ("factors", 0.65)])
-def test_descriptions_give_back_the_oracles(match, error, base, word_encoder, trained_oracles, tmp_path):
+@pytest.mark.parametrize(("match", "error", "steps", "lr"), [("product", 0.2, 110, 2e-2), ("factors", 0.65, 200, 1e-2)])
+def test_descriptions_give_back_the_oracles(match, error, steps, lr, base, word_encoder, trained_oracles, tmp_path):
     library, tasks = trained_oracles / "library", read_tasks(trained_oracles)
     text = TextRecipe(
         kinds=("q_proj", "v_proj", "down_proj"),
         hypernetwork={"rank": 2, "width": 16, "head_width": 16, "dropout": 0.0},
         match=match,
         data=TaskDataConfig(tasks_per_step=2),
-        training=TrainConfig(steps=200, lr=1e-2, warmup_steps=10, log_every=10, bf16=False),
+        training=TrainConfig(steps=steps, lr=lr, warmup_steps=10, log_every=10, bf16=False),
     )
     rows: list[dict[str, float]] = []
     train_text(base, text, tasks, tmp_path / "run", oracles=library, on_metrics=rows.append)

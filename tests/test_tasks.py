@@ -215,7 +215,7 @@ def train_on_two(base, out, **options) -> tuple[TextToLoRA, list[dict[str, float
         kinds=("q_proj", "v_proj", "down_proj"),
         hypernetwork={**TINY, "rank": 4, "dropout": 0.0},
         data=TaskDataConfig(tasks_per_step=2, examples_per_task=5),
-        training=TrainConfig(steps=40, lr=5e-3, log_every=10, warmup_steps=5, bf16=False),
+        training=TrainConfig(steps=26, lr=8e-3, log_every=10, warmup_steps=3, bf16=False),
         **options,
     )
     rows: list[dict[str, float]] = []

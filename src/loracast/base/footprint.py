@@ -25,6 +25,9 @@ _LIVE_HIDDEN, _LIVE_INNER = 6, 3
 """Tensors of the width of the residual stream, and of the MLP, that one block holds at once: the stream, its norm in
 float32 (twice as wide), the queries and what is added; gate, up and their product."""
 
+_COUNTED: dict[str, tuple[int, int]] = {}
+"""What `count_parameters` found, by config: a plan asks for each quantization of one base."""
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -84,10 +87,14 @@ def count_parameters(config: Any) -> tuple[int, int]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"), quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_config(config)
-    linear = [module for module in model.get_decoder().layers.modules() if isinstance(module, torch.nn.Linear)]
-    return sum(p.numel() for p in model.parameters()), sum(module.weight.numel() for module in linear)
+    key = config.to_json_string(use_diff=False)
+    if key not in _COUNTED:
+        with torch.device("meta"), quiet_transformers():
+            model: Any = AutoModelForCausalLM.from_config(config)
+        linear = [module for module in model.get_decoder().layers.modules() if isinstance(module, torch.nn.Linear)]
+        n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        _COUNTED[key] = n_parameters, sum(module.weight.numel() for module in linear)
+    return _COUNTED[key]
 
 
 def read_base_config(source: str | Path | None, say: Say = lambda text: None) -> Any:
