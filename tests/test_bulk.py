@@ -199,9 +199,7 @@ def test_a_fault_of_one_document_ends_nothing(bulk, tmp_path, monkeypatch):
         run = bulk(source, tmp_path / "out")
     assert run.count("learned") == 3
     told = {line.url.rpartition("/")[2]: line.error for line in run.failed()}
-    assert (
-        told["note-2.txt"] == "MemoryError: too large" and "chunks, and one LoRA drowns more than 5" in told["long.txt"]
-    )
+    assert told["note-2.txt"] == "MemoryError: too large" and "chunks, and at most 5 are merged" in told["long.txt"]
     read: list[str] = []
     run = bulk(source, tmp_path / "out", read=read)
     assert read == ["note-2.txt"], "the document's own fault is not tried again"

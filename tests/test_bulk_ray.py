@@ -65,6 +65,11 @@ def children(pid: int) -> list[tuple[int, str]]:
     return found
 
 
+def written_at(out: Path) -> dict[Path, int]:
+    """When each file and folder was changed, but for what the killed process left."""
+    return {path: path.stat().st_mtime_ns for path in out.rglob("[!.]*") if ".loracast-" not in str(path)}
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="needs Linux's /proc")
 def test_a_killed_worker_costs_nothing(start, documents, tmp_path):
     out, alone = tmp_path / "out", tmp_path / "alone"
@@ -74,7 +79,6 @@ def test_a_killed_worker_costs_nothing(start, documents, tmp_path):
         assert casting.poll() is None and time.monotonic() < until, casting.communicate(timeout=10)
         time.sleep(0.02)
     workers = [pid for pid, name in children(casting.pid) if re.match(r"ray::MapWorker\S*\.submit", name)]
-    assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     assert len(config_files(out)) < N, "it was killed too late"
     told, _ = casting.communicate(timeout=200)
@@ -82,11 +86,11 @@ def test_a_killed_worker_costs_nothing(start, documents, tmp_path):
     assert casting.returncode == 1 and (report["learned"], report["failed"]) == (N, BROKEN)
     assert len(config_files(out)) == N
 
-    written = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    written = written_at(out)
     second = start(documents, out, actors=2)
     report = json.loads(second.communicate(timeout=200)[0])
     assert (report["learned"], report["unchanged"], report["failed"]) == (0, N, BROKEN)
-    assert {path: path.stat().st_mtime_ns for path in out.iterdir() if not path.name.startswith(".")} == written
+    assert written_at(out) == written and not list(out.glob(".*")), "what the killed one left is gone"
 
     lines = [json.loads(line) for line in (out / "report.jsonl").read_text().splitlines()]
     assert parquet.read_table(out / "report.parquet").to_pylist() == lines

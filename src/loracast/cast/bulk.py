@@ -34,7 +34,7 @@ from loracast.lora.uniform import Uniform, uniform
 
 CONFIG = PEFT_FILES[0]
 MOST_CHUNKS = 256
-"""Chunks of a document at most: all of them are in memory at once, and one LoRA of rank 512 holds far fewer."""
+"""Chunks of a document at most. All of them are in memory at once: so many take 4.5 GB with the shipped models."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class FolderCaster:
         chunks = split_document(self.base, document, casting.chunk_tokens or self.caster.hypernetwork.chunk_tokens)
         if len(chunks) > MOST_CHUNKS:
             raise DocumentError(
-                f"it has {len(chunks):,} chunks, and one LoRA drowns more than {MOST_CHUNKS}: split it, or learn it "
-                "into a library, where each question is routed to the chunks that it is about"
+                f"it has {len(chunks):,} chunks, and at most {MOST_CHUNKS} are merged into one LoRA: split it, or "
+                "learn it into a library, where each question is routed to the chunks that it is about"
             )
         made = uniform(merge_chunks(self.caster, self.base, chunks, dense=False), casting.max_rank, RANKS)
         _write(casting.out, folder, made, casting.base_name, self._about(found.name, folder, document))

@@ -46,16 +46,16 @@ def cast_with_ray(
     ray = _import_ray()
 
     def cast(todo: Sequence[Found]) -> Iterator[Line]:
-        try:
-            with redirect_stdout(sys.stderr):  # Ray says there what has died
+        with redirect_stdout(sys.stderr):  # Ray says there what has died
+            try:
                 _start(ray, address)
                 yield from _lines(ray, todo, load, actors)
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None)
-            told = cause if isinstance(cause, LoracastError) else str(error).strip().rsplit("\n", 1)[-1]
-            raise LoracastError(f"Ray gave up: {told}") from error
-        finally:
-            ray.shutdown()
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None)
+                told = cause if isinstance(cause, LoracastError) else str(error).strip().rsplit("\n", 1)[-1]
+                raise LoracastError(f"Ray gave up: {told}") from error
+            finally:
+                ray.shutdown()
 
     return cast
 
