@@ -42,6 +42,10 @@ MIX = {
     "delete and learn": 3, "same name twice": 1,
 }  # fmt: skip
 """Kinds of work and how often each is drawn."""
+LATEST_S = 300.0
+"""How long after the run a job may end, in seconds."""
+N_WITHOUT_NUMBERS = 5
+"""How many of them, the first, need no new number."""
 
 
 class Load(Client):
@@ -121,9 +125,12 @@ class Load(Client):
     # ---- changes of adapters
 
     async def ended(self, job: dict[str, Any]) -> dict[str, Any]:
-        """A job when it has ended."""
+        """A job when it has ended, with the status "lost" where it is gone, or goes on long after the run."""
         while job["status"] in ("queued", "running"):
             await asyncio.sleep(0.2)
+            if self.now_s > self.run.seconds + LATEST_S:
+                self.run.broken.append(f"the job to learn {job['adapter']} does not end")
+                return {**job, "status": "lost", "error": None}
             response = await self.send("look at a job", "GET", f"/v1/jobs/{job['id']}")
             if response is not None and response.status_code == 200:
                 job = response.json()
@@ -227,9 +234,15 @@ class Load(Client):
         kinds, weights = zip(*MIX.items(), strict=True)
         while self.now_s < self.run.seconds and len(self.run.records) < self.given.requests:
             await self.is_up.wait()
-            if self._n_used > len(self._numbers) - 4 * self.given.clients:  # no new number is left
-                kinds, weights = kinds[:5], weights[:5]
-            await self.do(self.rng.choices(kinds, weights)[0])
+            n_kinds = len(kinds) if self.has_numbers else N_WITHOUT_NUMBERS
+            await self.do(self.rng.choices(kinds[:n_kinds], weights[:n_kinds])[0])
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether there are new numbers for now: as many as there are last for the whole time."""
+        n_spare = self.given.adapters + 4 * self.given.clients
+        n_due = (len(self._numbers) - n_spare - 4 * self.given.clients) * self.now_s / self.run.seconds
+        return self._n_used < n_spare + n_due
 
     async def watch(self) -> None:
         """Note the server's resident size every ten seconds, and at a fifth of the time."""
@@ -296,7 +309,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--adapters", type=int, default=24)
-    parser.add_argument("--requests", type=int, default=50_000, help="most requests")
+    parser.add_argument("--requests", type=int, default=300_000, help="most requests")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", action="store_true", help="kill the server in the first third, hold its databases")
     parser.add_argument("--fault-every", type=float, default=180.0, help="most seconds between two faults")
