@@ -41,6 +41,7 @@ TEXTS = {
 def make_library(base: Path, hypernetwork: Path, folder: Path):
     """A model with a library of three documents, two of them manuals, one tagged, and a task."""
     model = loracast.load(base, hypernetwork, library=folder, device="cpu")
+    model.base.model.generation_config.eos_token_id = [2, *range(20, 600, 20)]  # or random answers seldom end
     for name, text in TEXTS.items():
         write(model, name, text)
     describe_adapter(folder, "museum", tags=["town"])

@@ -706,7 +706,9 @@ def test_demo_learns_the_manual_and_asks(run, learning, library):
     assert adapter_names(library) == ["manual"]
 
 
-def test_demo_counts_right_answers(run, learning, monkeypatch):
+@pytest.fixture
+def three_right(monkeypatch):
+    """The model answers the first three questions of the demo right, at once."""
     from loracast.cli.demo import QUESTIONS
     from loracast.model import Model
 
@@ -717,13 +719,16 @@ def test_demo_counts_right_answers(run, learning, monkeypatch):
         return loracast.base.generate.Answer(text, 1, 1, 0.1, 0.1, True)
 
     monkeypatch.setattr(Model, "answer", answer)
+
+
+def test_demo_counts_right_answers(run, learning, three_right):
     example = ("demo", ROOT / "examples" / "manual.md", *learning)
     assert "3 of 5 right with the adapter" in run(*example).stdout
     answers = only_json(run(*example, "--json"))["answers"]
     assert [row["is_right"] for row in answers] == [True, True, True, False, False]
 
 
-def test_demo_replaces_no_adapter_unasked(run, learning, library, manual):
+def test_demo_replaces_no_adapter_unasked(run, learning, library, manual, three_right):
     example = ROOT / "examples" / "manual.md"
     assert run("learn", manual, "--name", "manual", *learning).exit_code == 0
     before = open_adapter(library, "manual").version

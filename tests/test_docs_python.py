@@ -8,6 +8,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,12 +28,18 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.S | re.M)
 
 
+def documented(node: Any) -> Iterator[Any]:
+    """A module, class or function and what is defined in it; `ast.walk` goes through every expression too."""
+    yield node
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from documented(child)
+
+
 def docstring_examples() -> Iterator[tuple[str, str]]:
     """The indented blocks of the docstrings of `src` that are Python and call something, with where they stand."""
     for file in sorted((ROOT / "src").rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                continue
+        for node in documented(ast.parse(file.read_text())):
             text = ast.get_docstring(node, clean=not isinstance(node, ast.Module)) or ""
             for block in re.findall(r"\n\n((?: {4}.*\n?)+)", text):
                 try:

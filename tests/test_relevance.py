@@ -220,8 +220,8 @@ def document(i: int, source: str) -> QuestionedDocument:
 
 def test_the_fit_is_reproduced(tmp_path, monkeypatch):
     for sizes in (relevance_pairs._N_SHEETS, relevance_pairs._N_EVERYDAY, relevance_pairs._N_NEEDLES):
-        monkeypatch.setitem(sizes, "train", 25)
-    monkeypatch.setitem(relevance_pairs._N_SINGLE, "train", 10)
+        monkeypatch.setitem(sizes, "train", 12)
+    monkeypatch.setitem(relevance_pairs._N_SINGLE, "train", 6)
     documents = [document(i, source) for source in ("one", "two", "three") for i in range(10)]
     unrelated = {"quiz": ["What is the largest planet?", "Do fish sleep?", "Who wrote Faust?"]}
     for name in ("a.toml", "b.toml"):
