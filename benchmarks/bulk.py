@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -90,6 +91,7 @@ def main() -> None:
                     flush=True,
                 )
                 rates += [rate] if run == "first" else []
+            shutil.rmtree(out)
         print(f"Ray / one process: {rates[1] / rates[0]:.2f}")
 
 

@@ -24,7 +24,7 @@ from loracast.cast.document import merge_chunks, split_document
 from loracast.documents import Document, Limits, read_document
 from loracast.errors import AdapterError, DocumentError, LoracastError
 from loracast.export.vllm import RANKS
-from loracast.files import move_unless_there, sync_folder
+from loracast.files import move_unless_there
 from loracast.hypernets.protocol import Caster
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.library.store import file_system, is_local
@@ -182,7 +182,6 @@ def _write(out: str, folder: str, made: Uniform, base: str, about: Mapping[str, 
                 if not (place / CONFIG).is_file():  # half of one, copied there by somebody
                     shutil.rmtree(place)
                     move_unless_there(built, place)
-            sync_folder(Path(root))
             return
         with tempfile.TemporaryDirectory() as work_name:
             local = write_peft_folder(made, Path(work_name), base, about)

@@ -48,7 +48,7 @@ def cast_with_ray(
     def cast(todo: Sequence[Found]) -> Iterator[Line]:
         with redirect_stdout(sys.stderr):  # Ray says there what has died
             try:
-                _start(ray, address)
+                _start(ray, address, actors)
                 yield from _lines(ray, todo, load, actors)
             except ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None)
@@ -91,11 +91,11 @@ def _import_ray() -> Any:
     return ray
 
 
-def _start(ray: Any, address: str) -> None:
+def _start(ray: Any, address: str, actors: int | None) -> None:
     quietly = {"logging_level": "error", "log_to_driver": False}
     if address == LOCAL:
-        n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ray.init("local", num_cpus=n_cpus, include_dashboard=False, object_store_memory=_STORE_BYTES, **quietly)
+        own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ray.init("local", num_cpus=actors or own, include_dashboard=False, object_store_memory=_STORE_BYTES, **quietly)
         return
     try:
         ray.init(address, **quietly)
