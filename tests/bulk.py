@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+NOT_LEARNED = {
+    "empty.txt": "",
+    "broken.pdf": "this is no PDF",
+    "picture.png": "not looked at",
+    ".hidden.txt": "not looked at",
+    ".git/config.txt": "not looked at",
+}
+"""Files of a folder that are no documents, or that cannot be read: the first two are reported."""
 FAULTS = {".pdf": b"no PDF", ".txt": b"", ".docx": b"PK\x03\x04 cut off"}
 """Files that cannot be read, by their ending."""
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bulk import config_files, make_documents, weights_of
+from bulk import NOT_LEARNED, config_files, make_documents, weights_of
 from loracast.cast.bulk import Casting, FolderCaster
 from loracast.cast.bulk_run import cast_all
 from loracast.cli import app
@@ -75,11 +75,7 @@ TEXTS = {
     "lamp.txt": "The lamp on the desk was made in the north.",
     "old/lamp.md": "# Lamp\n\nNobody knew who had built the old bridge.",
     "README": "Call the service line if the machine stops.",
-    "empty.txt": "",
-    "broken.pdf": "this is no PDF",
-    "picture.png": "not looked at",
-    ".hidden.txt": "not looked at",
-    ".git/config.txt": "not looked at",
+    **NOT_LEARNED,
 }
 
 

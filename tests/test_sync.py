@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from bulk import NOT_LEARNED
 from loracast.cli import app
 from loracast.errors import AdapterError, DocumentError
 from loracast.library.library import adapter_names, open_adapter
@@ -27,11 +28,7 @@ def folder(tmp_path) -> Path:
         "old/lamp.md": "# Lamp\n\nNobody knew who had built the old bridge.",
         "old/prices.csv": "item,price\nlamp,12\nkettle,20\n",
         "README": "Call the service line if the machine stops.",
-        "empty.txt": "",
-        "broken.pdf": "this is no PDF",
-        "picture.png": "not looked at",
-        ".hidden.txt": "not looked at",
-        ".git/config.txt": "not looked at",
+        **NOT_LEARNED,
     }
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
