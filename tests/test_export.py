@@ -113,6 +113,14 @@ def test_peft_loads_it_and_answers_the_same(name, adapter, base, tmp_path):
         )
 
 
+def test_what_is_written_twice_is_the_same_bytes(adapter, tmp_path):
+    first, second = (export_adapter(adapter("short"), "peft", tmp_path / name)[0].path for name in ("first", "second"))
+    for file in first.glob("adapter_*"):
+        assert file.read_bytes() == (second / file.name).read_bytes()
+    with safe_open(first / "adapter_model.safetensors", "pt") as weights:
+        assert len(weights.metadata()) > 4  # safetensors would write so many in another order each time
+
+
 @pytest.mark.parametrize(("to", "rank"), [("peft", None), ("vllm", None), ("peft", 20)])
 def test_what_is_written_of_many_chunks_is_as_near_to_their_sum_as_the_report_says(to, rank, tmp_path):
     """Forty chunks of rank 2 outgrow modules of 48 rows: they are compressed, and no rounding goes unreported."""

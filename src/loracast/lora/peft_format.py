@@ -16,7 +16,7 @@ from loracast.errors import AdapterError, PackageError
 from loracast.files import write_atomically
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
-from loracast.lora.tensor_file import TensorInfo, number_faults, read_header
+from loracast.lora.tensor_file import TensorInfo, in_one_order, number_faults, read_header
 from loracast.lora.uniform import Uniform, uniform
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def write_peft_folder(
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: factor.contiguous() for name, factor in _peft_tensors(made).items()}
-    write_atomically(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt", **about}))
+    weights = in_one_order(save(tensors, metadata={"format": "pt", **about}))
+    write_atomically(folder / "adapter_model.safetensors", weights)
     write_atomically(folder / "adapter_config.json", json.dumps(_peft_config(made, base), indent=2).encode())
     return folder
 

@@ -32,6 +32,19 @@ _TORCH_NAMES = {
 }  # fmt: skip
 
 
+def in_one_order(saved: bytes) -> bytes:
+    """A safetensors file with its metadata sorted, so that equal tensors and metadata are equal bytes.
+
+    safetensors itself writes metadata in an order that it draws anew each time.
+    """
+    start = 8 + int.from_bytes(saved[:8], "little")
+    header = json.loads(saved[8:start])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded + saved[start:]
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Type and shape of one tensor in a safetensors file."""
