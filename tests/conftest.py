@@ -7,6 +7,8 @@ import gc
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,15 +41,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in FIRST)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_collection():
-    """Keep the garbage collector from going through what the imports make, a million objects, now and in the tests."""
+@contextmanager
+def kept_from_collection() -> Iterator[None]:
+    """Keep the garbage collector from going through what imports make, a million objects, now and afterwards."""
     gc.disable()
     try:
-        return (yield)
+        yield
     finally:
         gc.enable()
         gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    with kept_from_collection():
+        return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +64,8 @@ def tiny_folder(tmp_path_factory) -> Path:
     from tiny import make_model, make_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny-base")
-    make_model().save_pretrained(folder)
+    with kept_from_collection():  # transformers imports the most when it makes its first model
+        make_model().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import multiprocessing
@@ -76,6 +77,7 @@ def _run(
 ) -> None:
     import torch
 
+    gc.freeze()  # or the child's garbage collector copies the pages of all that was imported
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background of a script

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import gc
 import inspect
 import json
 import logging
@@ -802,6 +803,7 @@ def die_at_every_event(library: str, base: str, hypernetwork: str, *words: str) 
     with pytest.raises(SystemExit):  # what is imported now, the children need not import
         app([word.replace(library, str(model.library)) for word in words])
     model.library = Path(library)
+    gc.freeze()
     outcomes: list[tuple[int, list[str]]] = []
     while not outcomes or outcomes[-1][0] == -signal.SIGKILL:
         child = os.fork()

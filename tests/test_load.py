@@ -79,13 +79,13 @@ def test_a_server_bears_mixed_load(tiny_folder, tiny_hypernet_folder, home, tmp_
     monkeypatch.setattr(load_faults, "start", start)
     figures = tmp_path / "figures.json"
     options = [
-        "--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, "--minutes", 0.5, "--requests", 50,
-        "--clients", 4, "--adapters", 4, "--json", figures, "--faults", "--fault-every", 4,
+        "--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, "--minutes", 0.5, "--requests", 100,
+        "--clients", 4, "--adapters", 4, "--json", figures, "--faults", "--fault-every", 2,
     ]  # fmt: skip
     with pytest.raises(SystemExit):
         load.main([str(option) for option in options])
     told = json.loads(figures.read_text())
-    # Fifty requests are too few for a size in memory that stays.
+    # A hundred requests are too few for a size in memory that stays.
     assert [what for what, _ in told["broken"] if "resident size" not in what] == []
     assert told["answers"]["of another adapter"] == 0 and told["n_requests"] > 20
     assert told["n_kills"] >= 1 and len(told["lives"]) == told["n_kills"] + 1
