@@ -215,6 +215,14 @@ def test_an_adapter_of_ours_from_elsewhere(kind, tmp_path):
     assert any(re.search(message, fault) for fault in faults), faults
 
 
+def test_a_title_with_half_of_a_surrogate_pair_is_refused(tmp_path):
+    """JSON can hold one, and no hash of the manifest could be made."""
+    adapter = write(tmp_path)
+    change_config(adapter.folder / "adapter.json", title="Lamp \ud800")
+    with pytest.raises(AdapterError, match="damaged"):
+        Adapter(adapter.folder)
+
+
 def test_all_faults_of_ours_are_told_at_once(tmp_path):
     adapter = write(tmp_path)
 

@@ -147,6 +147,7 @@ class Manifest:
             names = {_STORED_AS.get(f.name, f.name): f.name for f in fields(cls)}
             if unknown := stored.keys() - names.keys():
                 raise ValueError(f"unknown keys {sorted(unknown)}")
+            json.dumps(stored, ensure_ascii=False).encode()  # JSON can hold half of a surrogate pair, and UTF-8 cannot
             stored["made_for"] = Fingerprint(**stored["made_for"])
             stored["modules"] = tuple(tuple(module) for module in stored["modules"])
             stored["warnings"] = tuple(stored["warnings"])
