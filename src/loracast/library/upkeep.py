@@ -62,8 +62,8 @@ def collect_garbage(library: Path, *, keep: int | None = None, dry_run: bool = F
 
     gone, named = changing(library, None, sweep)
     n_bytes = sum(files.size_of(files.home_of(library, version)) for version in gone)
+    tidy(library)  # first: the folder of a killed process says that it is still at work
     files.recover(library)
-    tidy(library)
     if shared is not None:
         for version in shared.garbage(named):
             if shared.delete_unless_used(version):
