@@ -110,10 +110,10 @@ def _judge(url: str, fresh: Path, done: list[list[str]]) -> list[str]:
             if file != f"{len(states[name]):08d}.json":
                 problems.append(f"a state before {path} is missing")
     for name, found in states.items():
-        for before, after in pairwise([{"versions": []}, *found]):
+        for number, (before, after) in enumerate(pairwise([{"versions": []}, *found]), 1):
             old, new = before["versions"], after["versions"]
             if old and new and new not in (old, [*old, new[-1]]):  # neither made, deleted, noted about, nor added to
-                problems.append(f"a change of {name} was overwritten")
+                problems.append(f"state {number} of {name} takes versions away: {[before, after]}")
     for kind, name, said in done:
         if kind == "add" and all(said not in [v for v, _ in state["versions"]] for state in states[name]):
             problems.append(f"{said[:12]} was added to {name} and is lost")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import shared_writers
 from adapters import Killed, write
 from loracast.cli import app
-from loracast.errors import AdapterError, LoracastError, NameTakenError
+from loracast.errors import AdapterError, LoracastError, NameTakenError, NoSuchAdapterError
 from loracast.files import create_once
 from loracast.library import shared, shared_store
 from loracast.library.library import (
@@ -110,6 +110,34 @@ def test_a_rename_takes_along_what_is_added_meanwhile(machines, monkeypatch):
     rename_adapter(one, "old", "new")  # "new" is there when "old" turns out to be another
     for library in machines:
         assert adapter_names(library) == ["new"] and find(library, "new").n_versions == 2
+
+
+def test_a_rename_that_comes_too_late_leaves_no_half_of_itself(machines, monkeypatch):
+    one, two = machines
+    write(one, name="old", seed=1)
+    before_publishing(monkeypatch, "old", lambda: remove_adapter(two, "old"))
+    with pytest.raises(NoSuchAdapterError):
+        rename_adapter(one, "old", "new")  # "new" is there when "old" turns out to be gone
+    for library in machines:
+        assert adapter_names(library) == [] and verify(library) == []
+
+
+def test_a_rename_moves_what_the_name_means_in_the_end(machines, monkeypatch, url):
+    one, two = machines
+    first = write(one, name="old", seed=1)
+
+    def mean_another() -> None:
+        remove_adapter(two, "old")
+        write(two, name="old", seed=2)
+
+    before_publishing(monkeypatch, "old", mean_another)
+    rename_adapter(one, "old", "new")
+    for library in machines:
+        (only,) = versions(library, "new")
+        assert only.version != first.manifest.version and adapter_names(library) == ["new"]
+        assert open_adapter(library, "new").faults() == [] and verify(library) == []
+    states = [SharedStore(url).read("new", number).versions for number in (1, 2, 3)]
+    assert [len(found) for found in states] == [1, 0, 1]  # no state takes a version away from the one before
 
 
 def test_a_machine_that_dies_before_it_commits_has_changed_the_name_or_not(machines, monkeypatch):

@@ -73,32 +73,38 @@ def changing(library: Path, names: Sequence[str] | None, change: Callable[[Regis
         with Register.writing(library) as register:
             return change(register)
     files.is_ready(library)
-    ours: dict[str, tuple[int, NameState]] = {}  # what an attempt published: its number, and the state before
     for attempt in range(_ATTEMPTS):
         began = time.time()
-        with suppress(OvertakenError):
+        published: list[tuple[str, int, NameState, NameState]] = []  # name, number, the state before and the new one
+        try:
             take_in(library, store, names)
             with Register.writing(library) as register:
                 numbers = register.numbers()
-                published = {name: register.state(name) for name in (register.names() if names is None else names)}
-                for name, (number, before) in ours.items():
-                    if numbers.get(name) == number and all(register.has_version(v) for v, _ in before.versions):
-                        register.set_state(name, before)  # nobody built on it: the change runs as if it were the first
+                known = {name: register.state(name) for name in (register.names() if names is None else names)}
                 result = change(register)
-                for name, known in published.items():
+                for name, before in known.items():
                     state, number = register.state(name), numbers.get(name, 0) + 1
-                    if state == known:
+                    if state == before:
                         continue
-                    _keep(library, store, [one for one in state.versions if one not in known.versions])
+                    _keep(library, store, [one for one in state.versions if one not in before.versions])
                     if time.time() - began > _LONGEST_CHANGE_S:
                         raise OvertakenError("the machine slept")
                     store.publish(name, number, state)
-                    last, before = ours.get(name, (number - 1, known))
-                    ours[name] = number, before if last == number - 1 else known
+                    published.append((name, number, before, state))
                     register.set_number(name, number)
                 return result
+        except OvertakenError:
+            _take_back(library, store, published)
         time.sleep(random.random() * min(2.0, 0.05 * 2**attempt))
     raise AdapterError(f"others keep changing the same names at {store.url}; try again")
+
+
+def _take_back(library: Path, store: SharedStore, published: Sequence[tuple[str, int, NameState, NameState]]) -> None:
+    """Publish the states before a change that was overtaken half-way, but for names on which somebody built since."""
+    for name, number, before, state in reversed(published):
+        with suppress(OvertakenError):
+            _keep(library, store, [one for one in before.versions if one not in state.versions])
+            store.publish(name, number + 1, before)
 
 
 def _keep(library: Path, store: SharedStore, versions: Sequence[tuple[str, str]]) -> None:
