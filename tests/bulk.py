@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 NOT_LEARNED = {
@@ -34,14 +35,17 @@ def config_files(out: Path) -> list[Path]:
     return sorted(out.glob("*/adapter_config.json"))
 
 
-def weights_of(out: Path) -> dict[str, dict[str, list[float]]]:
-    """The tensors of all adapters in a folder, by the adapters' and the tensors' names."""
+def weights_of(out: Path) -> dict[str, dict[str, str]]:
+    """A hash of each tensor of all adapters in a folder, by the adapters' and the tensors' names."""
+    import torch
     from safetensors.torch import load_file
+
+    def hash_of(tensor: torch.Tensor) -> str:
+        return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
     return {
         path.parent.name: {
-            name: tensor.flatten().tolist()
-            for name, tensor in load_file(path.parent / "adapter_model.safetensors").items()
+            name: hash_of(tensor) for name, tensor in load_file(path.parent / "adapter_model.safetensors").items()
         }
         for path in config_files(out)
     }
