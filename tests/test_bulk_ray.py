@@ -77,6 +77,7 @@ def written_at(out: Path) -> dict[Path, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="needs Linux's /proc")
+@pytest.mark.timeout(4 * _SECONDS)
 def test_a_killed_worker_costs_nothing(start, documents, tmp_path):
     out, alone = tmp_path / "out", tmp_path / "alone"
     casting = start(documents, out, actors=2)

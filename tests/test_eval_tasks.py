@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from functools import partial
 
 import numpy as np
 import pytest
@@ -39,12 +38,6 @@ def short_answers(monkeypatch):
     """Random answers seldom end by themselves."""
     for metric in evaluation._LONGEST:
         monkeypatch.setitem(evaluation._LONGEST, metric, 8)
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    """Two thousand draws for each interval take longer than the answers."""
-    monkeypatch.setattr("loracast.evaluation.tasks.paired_bootstrap", partial(paired_bootstrap, n_resamples=200))
 
 
 def test_what_each_baseline_is_given(base, suite):
