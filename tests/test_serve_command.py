@@ -6,13 +6,17 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from typer.testing import CliRunner
 
 import loracast
@@ -21,6 +25,7 @@ from loracast.documents import Document
 from loracast.library.library import adapter_names, open_adapter
 from loracast.library.save import save_lora
 from loracast.serving import found
+from loracast.serving import run as serving_run
 from loracast.serving.app import create_app
 from loracast.serving.client import Client, NoServer, Refused
 from loracast.serving.engine import LocalEngine
@@ -311,6 +316,16 @@ def test_a_question_to_a_server_imports_nothing_heavy(running, library, tiny_fol
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code, *question], capture_output=True, text=True, env=environment)
     assert done.stderr.strip().splitlines()[-1] == "[]" and json.loads(done.stdout)["answer"]
+
+
+def test_clients_close_idle_connections_before_the_server_does(monkeypatch):
+    """A server that closes a connection while a client sends its next request on it gives no answer."""
+    kept: list[int] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: kept.append(self.config.timeout_keep_alive))
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        serving_run.run(FastAPI(), ServerSettings(), sock)
+    expiry = httpx.Limits().keepalive_expiry
+    assert expiry is not None and kept[0] > expiry + 1
 
 
 # ---- servers in processes of their own

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from loracast.serving.engine import Engine
 
 _INTERRUPTED = 130
+_KEEP_ALIVE_S = 75  # longer than clients keep an idle connection (httpx 5 s, proxies 60): who closes it loses nothing
 
 
 @contextmanager
@@ -94,6 +95,7 @@ def run(
         access_log=False,
         server_header=False,
         proxy_headers=False,  # nobody in front is trusted to say who asks
+        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
     )
     _Server(config, app, lambda: on_start(sock.getsockname()[1]), on_stop).run(sockets=[sock])
