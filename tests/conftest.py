@@ -18,11 +18,11 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 FIRST = (
-    "tutorial", "shipped", "readme", "memory_facts", "engine", "page",
-    "cli", "load", "serve_command", "serving_jobs", "serving_requests", "sync", "workers",
+    "cli", "serve_command", "load", "workers", "serving_jobs", "serving_requests", "sync", "attention_delta", "evaluation",
+    "tutorial", "shipped", "readme", "memory_facts", "engine", "page", "plan", "shared",
 )  # fmt: skip
-"""Files whose tests go first: those that take long, so that no worker is left with one of them at the end, and those
-that fork processes, so that one worker alone imports what the processes need (other_processes.py)."""
+"""Files whose tests go first, in this order: those that fork processes, so that one worker alone imports what the
+processes need (other_processes.py), and those that take long, so that no worker is left with one of them at the end."""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -38,7 +38,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in FIRST)
+    rank = {name: n for n, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem.removeprefix("test_"), len(rank)))
 
 
 @contextmanager

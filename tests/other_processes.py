@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import itertools
+import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,6 +18,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import pytest
+
+_SET_OF_MODULES = "list({'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'})"
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["transformers.models.llama.modeling_llama", "loracast.model", "loracast.serving.app"])
 
@@ -26,8 +33,8 @@ def interruptible() -> None:
 class Forked:
     """A function that runs in a process of its own, forked from one that has imported torch and transformers.
 
-    A new Python takes five seconds of processor time to import them; here each worker pays that once. The function has
-    to be a module's. What it prints goes to two files in `folder`.
+    A new Python takes five seconds of processor time to import them; here each worker pays that once. The process has
+    another hash seed than this one. The function has to be a module's. What it prints goes to two files in `folder`.
     """
 
     def __init__(self, folder: Path, function: Callable[..., None], *arguments: str):
@@ -36,6 +43,7 @@ class Forked:
         for file in (self._out, self._err):
             file.touch()
         what = (str(self._out), str(self._err), dict(os.environ), function, arguments)
+        _start_server_of_forks()
         self._process = _FORKS.Process(target=_run, args=what, daemon=True)
         self._process.start()
         self.pid: int = self._process.pid
@@ -72,6 +80,21 @@ class Forked:
         return self._process.exitcode
 
 
+@functools.cache
+def _start_server_of_forks() -> None:
+    """Start the process that is forked, with a hash seed that puts sets of modules' names into another order."""
+
+    def order_with(seed: int) -> str:
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        command = [sys.executable, "-S", "-c", f"print({_SET_OF_MODULES})"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    here = str(eval(_SET_OF_MODULES))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONHASHSEED", str(next(seed for seed in itertools.count() if order_with(seed) != here)))
+        multiprocessing.forkserver.ensure_running()
+
+
 def _run(
     out: str, err: str, environment: Mapping[str, str], function: Callable[..., None], arguments: Sequence[str]
 ) -> None:
@@ -96,6 +119,12 @@ def loracast_command(*words: str) -> None:
     main()
 
 
+def run_module(name: str, *words: str) -> None:
+    """`python -m NAME WORDS`, for `Forked`."""
+    sys.argv = [name, *words]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
 def digests_of_loras(base_folder: str, hypernetworks: Sequence[str], texts: Sequence[str]) -> list[str]:
     """A hash of the LoRAs that descriptions become with each hypernetwork."""
     from loracast.base.load import load_base
@@ -115,18 +144,18 @@ def digests_of_loras(base_folder: str, hypernetworks: Sequence[str], texts: Sequ
     return found
 
 
-def digests_in_another_process(base_folder: Path, hypernetworks: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """`digests_of_loras` in a process whose hash seed puts sets of names of modules into another order than here."""
-    order = "print(list({'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'}))"
-    here = str(list({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}))
+def print_digests(base_folder: str, hypernetworks: str, texts: str) -> None:
+    """Print how this process orders a set, and the digests of LoRAs; lists come as JSON."""
+    print(eval(_SET_OF_MODULES))
+    print(*digests_of_loras(base_folder, json.loads(hypernetworks), json.loads(texts)))
 
-    def run(seed: int, code: str) -> str:
-        environment = {
-            **os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        command = [sys.executable, "-c", code]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
-    seed = next(seed for seed in itertools.count() if run(seed, order) != here)
-    what = (str(base_folder), list(hypernetworks), list(texts))
-    return run(seed, f"from other_processes import digests_of_loras; print(*digests_of_loras(*{what!r}))").split()
+def digests_in_another_process(
+    folder: Path, base_folder: Path, hypernetworks: Sequence[str], texts: Sequence[str]
+) -> list[str]:
+    """`digests_of_loras` in a process that orders sets of names of modules in another way."""
+    other = Forked(folder, print_digests, str(base_folder), json.dumps(hypernetworks), json.dumps(texts))
+    assert other.wait() == 0, other.err
+    order, digests = other.out.splitlines()
+    assert order != str(eval(_SET_OF_MODULES))
+    return digests.split()

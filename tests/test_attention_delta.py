@@ -309,4 +309,5 @@ def test_another_process_and_hash_seed_make_the_same_bits(base, tiny_folder, hyp
     save_pretrained(for_base(make_attention_delta(base), base.fingerprint), tmp_path / "delta", storage="bfloat16")
     hypernetworks = [str(tmp_path / "delta"), str(hypernetwork)]
     here = digests_of_loras(str(tiny_folder), hypernetworks, DESCRIPTIONS)
-    assert len({*here}) == 2 and digests_in_another_process(tiny_folder, hypernetworks, DESCRIPTIONS) == here
+    assert len({*here}) == 2
+    assert digests_in_another_process(tmp_path, tiny_folder, hypernetworks, DESCRIPTIONS) == here

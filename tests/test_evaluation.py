@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 from functools import partial
 
@@ -12,6 +13,7 @@ import pytest
 from loracast.data.answer_metrics import has_value, is_exact, normalise
 from loracast.errors import ConfigError
 from loracast.evaluation.intervals import cluster_bootstrap, wilson
+from other_processes import Forked, run_module
 
 NOUNS = [
     "river",
@@ -330,18 +332,21 @@ def test_latency_compares_the_three(model, texts, tmp_path):
 def test_memory_is_measured_in_a_process_of_its_own(
     model, tiny_folder, tiny_hypernet_folder, texts, tmp_path, monkeypatch
 ):
-    from loracast.evaluation import cost, learn_once
+    from loracast.evaluation import cost
 
-    in_fresh_process, processes = cost._in_fresh_process, []
+    pids = set()
 
-    def first_here(order):  # a new process for each takes seconds
-        processes.append(in_fresh_process if processes else learn_once.main)
-        return processes[-1](order)
+    def run_forked(command, **options):
+        assert command[:2] == [sys.executable, "-m"] and options["capture_output"]
+        other = Forked(tmp_path, run_module, *command[2:])
+        pids.add(other.pid)
+        return subprocess.CompletedProcess(command, other.wait(), other.out, other.err)
 
-    monkeypatch.setattr(cost, "_in_fresh_process", first_here)
+    monkeypatch.setattr(cost.subprocess, "run", run_forked)
     config = cost.MemoryConfig(texts, lengths=(300, 600))
     cost.evaluate_memory(model, str(tiny_folder), str(tiny_hypernet_folder), {"device": "cpu"}, config, tmp_path)
     shorter, row = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert len(pids) == 2
     assert shorter["n_tokens"] < 0.7 * row["n_tokens"] and abs(row["n_tokens"] - 600) < 60
     assert row["n_chunks"] >= 3 and row["base_mib"] > 50 and 0 <= row["above_base_mib"] < 500
     assert row["ratio"] == pytest.approx(row["cast_s"] / row["encode_s"]) and row["learn_s"] > 0
