@@ -8,10 +8,10 @@ TOOLS := build/tools
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')
 # Of `make fuzz`.
 SEED ?= 0
-# They come with packages that the tests import, and start slowly.
-UNUSED_PLUGINS := -p no:langsmith_plugin -p no:schemathesis
+# They come with packages that the tests import, and start slowly; hypothesis would import trio for its plugin.
+UNUSED_PLUGINS := -p no:langsmith_plugin -p no:schemathesis -p no:anyio -p no:asyncio
 # One thread for each worker: more of them only wait for each other. Processes that tests start find modules compiled.
-TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 \
+TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= HYPOTHESIS_NO_PLUGINS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 \
   --dist worksteal $(UNUSED_PLUGINS)
 
 .PHONY: demo serve test test-shipped fuzz bases runtimes lint docs lock audit sbom setup setup-dev clean

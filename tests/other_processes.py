@@ -155,7 +155,7 @@ def digests_in_another_process(
 ) -> list[str]:
     """`digests_of_loras` in a process that orders sets of names of modules in another way."""
     other = Forked(folder, print_digests, str(base_folder), json.dumps(hypernetworks), json.dumps(texts))
-    assert other.wait() == 0, other.err
+    assert other.wait(240) == 0, other.err
     order, digests = other.out.splitlines()
     assert order != str(eval(_SET_OF_MODULES))
     return digests.split()

@@ -334,13 +334,13 @@ def test_memory_is_measured_in_a_process_of_its_own(
 ):
     from loracast.evaluation import cost
 
-    pids = set()
+    pids = set()  # forked, since a new Python would take five seconds to import torch
 
     def run_forked(command, **options):
         assert command[:2] == [sys.executable, "-m"] and options["capture_output"]
         other = Forked(tmp_path, run_module, *command[2:])
         pids.add(other.pid)
-        return subprocess.CompletedProcess(command, other.wait(), other.out, other.err)
+        return subprocess.CompletedProcess(command, other.wait(240), other.out, other.err)
 
     monkeypatch.setattr(cost.subprocess, "run", run_forked)
     config = cost.MemoryConfig(texts, lengths=(300, 600))
