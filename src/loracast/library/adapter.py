@@ -31,6 +31,7 @@ from loracast.lora.target import Target
 from loracast.lora.tensor_file import OpenTensors, TensorInfo, number_faults, read_header
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from loracast.lora.algebra import Factors, LoRA
@@ -93,6 +94,7 @@ class Adapter:
         *,
         static: bool = True,
         dense: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> LoRA:
         """The LoRA of some chunks, or of all (None), merged along the rank.
 
@@ -104,6 +106,7 @@ class Adapter:
                 brings it along (`loras_together`).
             dense: a module whose factors outweigh their product holds the product, rounded to bf16; False keeps the
                 factors, for what is computed in fp32.
+            dtype: converts what was merged in bf16, all layers at once; None leaves it.
 
         Raises:
             AdapterError: no such chunk, damaged factors, or an adapter of text alone without `recast`.
@@ -117,12 +120,12 @@ class Adapter:
         which = (self.manifest.version, wanted, static)
 
         def join(rows: Mapping[str, Tensor]) -> LoRA:
-            return join_chunks(self.manifest.target, rows, self.manifest.merging, weights, of_chunks, dense)
+            return join_chunks(self.manifest.target, rows, self.manifest.merging, weights, of_chunks, dense, dtype)
 
         # Weights differ with every question: what they multiply is kept, and the LoRA itself only where there are none.
         if weights is None and sentences is None and dense:
-            return self.kept.get(("LoRA", *which), lambda: join(self._read_checked(wanted, static)))
-        return join(self.kept.get(which, lambda: self._read_checked(wanted, static)))
+            return self.kept.get(("LoRA", dtype, *which), lambda: join(self.rows(wanted, static=static)))
+        return join(self.kept.get(which, lambda: self.rows(wanted, static=static)))
 
     @property
     def static_lora(self) -> LoRA:
@@ -145,12 +148,15 @@ class Adapter:
         def read() -> dict[str, Tensor]:
             if self.manifest.storage == "text":
                 return {name: value for name, value in self.rows([0]).items() if STATIC in name}
-            return {name: self._file.tensor(name) for name in self._file.header if STATIC in name}
+            return self._checked({name: self._file.tensor(name) for name in self._file.header if STATIC in name})
 
         return self.kept.get((self.manifest.version, STATIC), read)
 
     def rows(self, wanted: Sequence[int], *, static: bool = True) -> dict[str, Tensor]:
-        """The factors of some chunks and, if wanted, of the static LoRA, in bf16, under their names in the file."""
+        """The factors of some chunks and, if wanted, of the static LoRA, in bf16, under their names in the file.
+
+        Raises AdapterError where they are damaged, or where only the text is kept and nothing casts it anew.
+        """
         if self.manifest.storage == "text":
             if self.recast is None:
                 raise AdapterError(
@@ -158,7 +164,7 @@ class Adapter:
                     "else learn the document with --storage bf16"
                 )
             rows = self.recast([chunk.prompt for chunk in read_chunks(self.index, wanted)])
-            return {name: value for name, value in rows.items() if static or STATIC not in name}
+            return self._checked({name: value for name, value in rows.items() if static or STATIC not in name})
 
         rows = {}
         for name in self._file.header:
@@ -169,10 +175,10 @@ class Adapter:
             parts = {suffix: self._file.items(name + suffix, wanted) for suffix in suffixes}
             storage = storage_of(self.manifest.storage, name.rpartition(".")[0] in self.manifest.memory_kinds)
             rows[name] = unpack(parts, storage) if is_packed else parts[""]
-        return rows | (self._static_rows if static else {})
+        return self._checked(rows) | (self._static_rows if static else {})
 
-    def _read_checked(self, wanted: tuple[int, ...], static: bool) -> dict[str, Tensor]:
-        rows = self.rows(wanted, static=static)
+    def _checked(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same rows. Raises AdapterError where their numbers are none of a factor."""
         if damaged := number_faults(rows.items()):
             raise AdapterError(f"the factors of {self.name!r} are damaged: {'; '.join(damaged)}")
         return rows
@@ -245,12 +251,15 @@ class Adapter:
         return found + (header if has_factors else [])
 
 
-def loras_together(picked: Sequence[tuple[Adapter, Route]]) -> list[LoRA]:
-    """The LoRAs of adapters to be added up, each of what was picked, if anything; a static LoRA comes in once."""
+def loras_together(picked: Sequence[tuple[Adapter, Route]], dtype: torch.dtype | None = None) -> list[LoRA]:
+    """The LoRAs of adapters to be added up, each of what was picked, if anything; a static LoRA comes in once.
+
+    They are in the type `dtype`, or in bf16 if None.
+    """
     picked = [(adapter, route) for adapter, route in picked if not route.is_empty]
     brings_static = [True] if len(picked) == 1 else first_with_static([adapter for adapter, _ in picked])
     return [
-        adapter.lora(route.picked, route.sentence_weights, static=is_first)
+        adapter.lora(route.picked, route.sentence_weights, static=is_first, dtype=dtype)
         for (adapter, route), is_first in zip(picked, brings_static, strict=True)
     ]
 
@@ -339,6 +348,7 @@ def join_chunks(
     weights: Sequence[float] | None = None,
     sentences: Sequence[Sequence[float]] | None = None,
     dense: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> LoRA:
     """The LoRA of chunks: their factors merged, and the static ones once, if `rows` has any.
 
@@ -347,13 +357,14 @@ def join_chunks(
             "o_proj.sentence" [chunks, r].
         weights: what the LoRA of each chunk is multiplied with; 1 if None.
         sentences: of each chunk, the weights of its sentences, as in `Adapter.lora`.
-        dense: as in `Adapter.lora`.
+        dense, dtype: as in `Adapter.lora`.
     """
     import torch
 
-    from loracast.lora.algebra import Factors, LoRA, concat
+    from loracast.lora.algebra import Factors, LoRA, is_past_break_even
 
     joined: dict[str, Factors] = {}
+    products: dict[str, Tensor] = {}
     for kind in target.kinds:
         static = [rows[name] for side in "ab" if (name := f"{kind}{STATIC}{side}") in rows]  # each [layers, r, d]
         a, b = (rows[f"{kind}.{side}"].transpose(0, 1) for side in "ab")  # [layers or 1, chunks, r, d]
@@ -361,10 +372,10 @@ def join_chunks(
         if sentences is not None and (owners := rows.get(f"{kind}{SENTENCE}")) is not None:
             of_rows = row_weights(owners, sentences)  # [chunks, r]
             # Chunks without a row that counts change nothing for the others, and a single one needs no decorrelation.
-            counts = of_rows.any(1)
-            a, b, of_rows = a[:, counts.to(a.device)], b[:, counts.to(b.device)], of_rows[counts]
+            if not (counts := of_rows.any(1)).all():
+                a, b, of_rows = a[:, counts.to(a.device)], b[:, counts.to(b.device)], of_rows[counts]
             b = b * of_rows.to(b)[..., None]
-            kept = of_rows.flatten().nonzero()[:, 0]
+            kept = None if of_rows.all() else of_rows.flatten().nonzero()[:, 0]
         elif weights is not None:
             b = b * torch.tensor(weights).to(b)[:, None, None]
         sides: Sequence[Tensor] = merging.join(kind, a, b, kept)  # each [layers or 1, m, d]
@@ -373,8 +384,11 @@ def join_chunks(
         elif static:
             of_all = zip(sides, static, strict=True)
             sides = [torch.cat([side.expand(len(more), -1, -1), more], dim=1) for side, more in of_all]
+        modules, (_, rank, d_in), d_out = target.of_kind(kind), sides[0].shape, sides[1].shape[-1]
+        if dense and is_past_break_even(rank, d_in, d_out):
+            deltas = (sides[1].mT @ sides[0]).to(dtype)  # [layers, out, in]
+            products |= {module.name: delta for module, delta in zip(modules, deltas, strict=True)}
         else:
-            sides = [sides[0], sides[1].expand(len(sides[0]), -1, -1)]
-        for module, *pair in zip(target.of_kind(kind), *(side.unbind(0) for side in sides), strict=True):
-            joined[module.name] = Factors(pair[0], pair[1].T)
-    return concat([LoRA(joined)], dense)
+            a, b = (side.to(dtype).expand(len(modules), -1, -1) for side in sides)
+            joined |= {m.name: Factors(x, y.T) for m, x, y in zip(modules, a, b, strict=True)}
+    return LoRA(joined, products)

@@ -165,6 +165,11 @@ def _check_same_shapes(loras: Sequence[LoRA]) -> None:
         raise AdapterError("these LoRAs are for different bases, (out, in) of " + "; ".join(problems))
 
 
+def is_past_break_even(rank: int, d_in: int, d_out: int) -> bool:
+    """Whether the factors of a module outweigh the dense delta that they stand for."""
+    return rank > d_in * d_out // (d_in + d_out)
+
+
 def concat(loras: Sequence[LoRA], dense_past_break_even: bool = True) -> LoRA:
     """The exact sum of LoRAs: factors are concatenated along the rank, and become dense past the break-even rank.
 
@@ -191,7 +196,7 @@ def concat(loras: Sequence[LoRA], dense_past_break_even: bool = True) -> LoRA:
         d_in, d_out = a.shape[1], b.shape[0]
         if name in dense:
             dense[name] = dense[name] + b @ a
-        elif dense_past_break_even and a.shape[0] > d_in * d_out // (d_in + d_out):
+        elif dense_past_break_even and is_past_break_even(a.shape[0], d_in, d_out):
             dense[name] = b @ a
         else:
             joined[name] = Factors(a, b)

@@ -65,7 +65,7 @@ def inject(
                 # On the weight's device and in the type that the base computes in: once here, not for every token.
                 w = module.weight
                 dtype = w.dtype if w.is_floating_point() else getattr(model, "dtype", None)
-                chains = [[matrix.to(w.device, dtype) for matrix in chain] for chain in chains]
+                chains = [[matrix.to(w.device, dtype).mT for matrix in chain] for chain in chains]
                 handles.append(module.register_forward_hook(_hook(n_rows, chains, gates.get(name))))
             yield model
         finally:
@@ -112,7 +112,7 @@ def check_fits(model: nn.Module, shapes: Iterable[tuple[str, tuple[int, int]]]) 
 def _hook(
     n_rows: int | None, chains: Sequence[Sequence[Tensor]], gate: Tensor | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A hook that adds the input times each chain of matrices (A, B or a dense delta). `n_rows` None fits any batch.
+    """A hook that adds the input times each chain of matrices (A', B' or a dense delta'). `n_rows` None fits any batch.
 
     A gate [rows, tokens, r] multiplies what A, the first matrix of the first chain, gives.
     """
@@ -123,14 +123,21 @@ def _hook(
             raise AdapterError(
                 f"{n_rows} LoRAs were given for a batch of {x.shape[0]} rows; give one for each row, or one for all"
             )
-        for n_chain, chain in enumerate(chains):
+        for n_chain, (*firsts, last) in enumerate(chains):
             y = x
-            for n_matrix, matrix in enumerate(chain):  # [rows, tokens, in] -> [rows, tokens, r] -> [rows, tokens, out]
-                matrix = matrix.to(y.dtype)  # [rows or 1, out, in]
-                y = nn.functional.linear(y, matrix[0]) if matrix.shape[0] == 1 else torch.bmm(y, matrix.mT)
-                if gate is not None and n_chain == n_matrix == 0:
+            for first in firsts:  # [rows, tokens, in] -> [rows, tokens, r]
+                y = _product(y, first)
+                if gate is not None and n_chain == 0:
                     y = y * gate.to(y.dtype)
-            output = output + y
+            output = _product(y, last, output)  # [rows, tokens, out]
         return output
 
     return add_delta
+
+
+def _product(x: Tensor, matrix: Tensor, plus: Tensor | None = None) -> Tensor:
+    """The rows [rows, tokens, in] times a matrix each, or one for all, [rows or 1, in, out]; added to `plus`."""
+    matrix = matrix.to(x.dtype)
+    if len(matrix) != len(x):
+        return x @ matrix[0] if plus is None else plus + x @ matrix[0]
+    return torch.bmm(x, matrix) if plus is None else torch.baddbmm(plus, x, matrix)

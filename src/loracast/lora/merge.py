@@ -63,11 +63,11 @@ def decorrelate_keys(a: Tensor, b: Tensor, sizes: Sequence[int], ridge: float) -
         m, d_in = keys.shape[-2:]
         ridges = ridge * torch.eye(min(m, d_in), device=a.device)
         if m <= d_in:
-            gram = scale * (keys @ keys.mT) * scale.mT
+            gram = torch.addcmul(ridges, scale * (keys @ keys.mT), scale.mT)  # with the ridge
             of_chunk = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(a.device)
-            within = gram * (of_chunk[:, None] == of_chunk)
-            # Solved for the m x m map first, which is smaller than the keys.
-            change = torch.cholesky_solve(within + ridges, torch.linalg.cholesky(gram + ridges))
+            own = gram * (of_chunk[:, None] == of_chunk)
+            # The m x m map first, which is smaller than the keys; LU of many small matrices is quicker than Cholesky.
+            change = torch.linalg.solve(gram, own)
             found = (length * change / length.mT) @ keys
         else:  # the same (Woodbury), whose cost grows with the number of chunks and not with its cube
             units, flat = keys / length, keys * scale

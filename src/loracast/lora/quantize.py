@@ -53,7 +53,7 @@ def quantise(values: Tensor, axis: int = -1, floor: float = 1e-30) -> tuple[Tens
 
 def dequantise(values: Tensor, scale: Tensor) -> Tensor:
     """The numbers, in bf16, that `quantise` gave as int8 `values` with their `scale`."""
-    return (values.float() * scale.float()).bfloat16()
+    return values * scale  # bf16 holds every int8, and multiplies in fp32 before it rounds
 
 
 def storage_of(storage: Storage, in_memory: bool) -> Storage:
@@ -81,9 +81,9 @@ def unpack(parts: Mapping[str, Tensor], storage: Storage) -> Tensor:
     if storage == "int8":
         return dequantise(parts[""], parts[SCALE])
     if storage == "int4":
-        digits = torch.stack([parts[""] & 15, parts[""] >> 4], dim=-1).flatten(-2).float() - 8
-        n_groups = parts[SCALE].shape[-1]
-        return (digits.unflatten(-1, (n_groups, -1)) * parts[SCALE].float()[..., None]).flatten(-2).bfloat16()
+        digits = torch.stack([parts[""] & 15, parts[""] >> 4], dim=-1).flatten(-2).char() - 8
+        group = digits.shape[-1] // parts[SCALE].shape[-1]
+        return dequantise(digits, parts[SCALE].repeat_interleave(group, -1))
     return parts[""]
 
 
