@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 FIRST = (
     "cli", "serve_command", "load", "workers", "serving_jobs", "serving_requests", "sync", "attention_delta", "evaluation",
-    "tutorial", "shipped", "readme", "memory_facts", "engine", "page", "plan", "shared",
+    "vllm_engine", "tutorial", "shipped", "readme", "memory_facts", "engine", "page", "plan", "shared",
 )  # fmt: skip
 """Files whose tests go first, in this order: those that fork processes, so that one worker alone imports what the
 processes need (other_processes.py), and those that take long, so that no worker is left with one of them at the end."""

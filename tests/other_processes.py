@@ -80,6 +80,21 @@ class Forked:
         return self._process.exitcode
 
 
+class ForkedProgram(Forked):
+    """A forked process with the methods of `subprocess.Popen` that ask for its end and send signals."""
+
+    def poll(self) -> int | None:
+        return None if self.has_not_ended else self.wait()
+
+    def kill(self) -> None:
+        if self.has_not_ended:
+            self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        if self.has_not_ended:
+            self.send_signal(signal.SIGTERM)
+
+
 @functools.cache
 def _start_server_of_forks() -> None:
     """Start the process that is forked, with a hash seed that puts sets of modules' names into another order."""
@@ -121,6 +136,7 @@ def loracast_command(*words: str) -> None:
 
 def run_module(name: str, *words: str) -> None:
     """`python -m NAME WORDS`, for `Forked`."""
+    sys.path[:0] = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.argv = [name, *words]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -342,7 +343,7 @@ def test_memory_is_measured_in_a_process_of_its_own(
         pids.add(other.pid)
         return subprocess.CompletedProcess(command, other.wait(240), other.out, other.err)
 
-    monkeypatch.setattr(cost.subprocess, "run", run_forked)
+    monkeypatch.setattr(cost, "subprocess", SimpleNamespace(run=run_forked))
     config = cost.MemoryConfig(texts, lengths=(300, 600))
     cost.evaluate_memory(model, str(tiny_folder), str(tiny_hypernet_folder), {"device": "cpu"}, config, tmp_path)
     shorter, row = json.loads((tmp_path / "results.json").read_text())["rows"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import load
 import load_faults
 import load_report
 
-from other_processes import Forked, loracast_command
+from other_processes import ForkedProgram, loracast_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,17 +51,6 @@ def test_text_of_documents_in_the_log_is_found():
     assert len(run.broken) == len(run.failures) == 1
 
 
-class Server(Forked):
-    """A server in a forked process, with what load_faults.py asks of one."""
-
-    def poll(self) -> int | None:
-        return None if self.has_not_ended else self.wait()
-
-    def kill(self) -> None:
-        if self.has_not_ended:
-            self.send_signal(signal.SIGKILL)
-
-
 def serve(log: str, *words: str) -> None:
     """`loracast` with the words of a command, which writes to a log."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -74,7 +62,7 @@ def serve(log: str, *words: str) -> None:
 def test_a_server_bears_mixed_load(tiny_folder, tiny_hypernet_folder, home, tmp_path, monkeypatch):
     def start(words, home, log):
         monkeypatch.setenv("LORACAST_HOME", str(home))
-        return Server(tmp_path, serve, str(log), *words)
+        return ForkedProgram(tmp_path, serve, str(log), *words)
 
     monkeypatch.setattr(load_faults, "start", start)
     figures = tmp_path / "figures.json"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -16,6 +17,7 @@ from fake_vllm import FakeVllm, started_as_vllm
 from loracast.base.generate import Sampling
 from loracast.errors import AdapterError, BaseModelError, ConfigError, LoracastError
 from loracast.lora.algebra import Factors, LoRA
+from loracast.serving import vllm_server
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
 from loracast.serving.engine_config import EngineConfig
@@ -25,6 +27,7 @@ from loracast.serving.settings import ServerSettings
 from loracast.serving.vllm_adapters import LoadedLoRAs
 from loracast.serving.vllm_client import VllmClient
 from loracast.serving.vllm_server import vllm_engine
+from other_processes import ForkedProgram, run_module
 from servers import eventually, served
 from tiny import make_model, make_tokenizer
 
@@ -285,6 +288,16 @@ def test_closing_ends_what_runs(filled, vllm, engine):
 
 def test_a_server_is_started_with_a_key_of_its_own_and_ended(filled, home, tmp_path, monkeypatch):
     started_as_vllm(tmp_path, monkeypatch)
+
+    def fork(command, env, **options):  # a new Python would take five seconds to import torch
+        assert command[:2] == [sys.executable, "-m"]
+        with monkeypatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            return ForkedProgram(tmp_path, run_module, *command[2:])
+
+    popen = SimpleNamespace(Popen=fork, DEVNULL=None, TimeoutExpired=AssertionError)
+    monkeypatch.setattr(vllm_server, "subprocess", popen)
     engine = make_engine(filled.base, ServerSettings(engine=sys.executable))
     client = engine._client
     assert engine.submit(request(filled)).text() == filled.ask(QUESTIONS[0], "manual", sampling=Sampling(8))
