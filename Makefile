@@ -24,11 +24,11 @@ serve: setup
 	$(BIN)/loracast serve
 
 test: setup-dev
-	$(TESTS) -m 'not base and not browser'
+	$(TESTS) -m 'not base and not browser and not recipe'
 
-# What ships: the weights with README's examples and the tutorial, and the page in Chromium.
+# What ships: the weights with README's examples and the tutorial, recipes at full size, and the page in Chromium.
 test-shipped: setup-dev
-	$(TESTS) -m 'base or browser'
+	$(TESTS) -m 'base or browser or recipe'
 
 # Damaged files and requests for a few minutes; a run goes on where the last one of the seed ended.
 fuzz: setup-dev

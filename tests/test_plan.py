@@ -88,6 +88,7 @@ def test_checkpointing_trades_computation_for_memory():
     assert checkpointed.peak < plain.peak and checkpointed.flops > plain.flops
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("recipe", OF_TYPE)
 def test_the_recipes_for_one_gpu_fit_into_24_gb(recipe, only_config, monkeypatch):
     from transformers import AutoConfig
