@@ -148,20 +148,6 @@ def test_many_chunks_become_dense_and_stay_right(tmp_path):
     assert_close(lora, deltas(random_factors(n), list(range(n))))
 
 
-@pytest.mark.parametrize("n", [5, 40])  # as factors, and dense
-def test_another_type_is_that_of_what_was_merged_in_bf16(n, tmp_path):
-    adapter = write(tmp_path, n)
-    for chunks in (None, dict.fromkeys(range(n), 0.3)):
-        merged, given = adapter.lora(chunks), adapter.lora(chunks, dtype=torch.float32)
-        assert {name: delta.dtype for name, delta in merged.dense.items()} == dict.fromkeys(
-            merged.dense, torch.bfloat16
-        )
-        assert given.names == merged.names and (given.dense.keys() == set(TARGET.names)) == (n == 40)
-        for name, factors in merged.factors.items():
-            assert all(map(torch.equal, given.factors[name], (side.float() for side in factors)))
-        assert all(torch.equal(given.dense[name], delta.float()) for name, delta in merged.dense.items())
-
-
 @pytest.mark.parametrize("chunks", [[], [3], [-1], [0, 99]])
 def test_chunks_that_are_not_there_are_refused(chunks, tmp_path):
     with pytest.raises(AdapterError, match=r"0\.\.2"):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loracast.errors import AdapterError
 from loracast.lora.algebra import Factors, LoRA, LoRABatch, stack
-from loracast.lora.inject import _product, inject
+from loracast.lora.inject import inject
 from loracast.lora.target import KINDS, target_from_config
 from tiny import make_model
 
@@ -301,28 +301,6 @@ def test_factors_are_not_copied_for_each_token():
             generate(MODEL, IDS[:2].tolist(), n)
         counts.append(copies.n)
     assert counts[0] == counts[1]
-
-
-def test_one_thread_multiplies_few_tokens_and_all_threads_many(monkeypatch):
-    model = make_model()
-    seen = set()
-
-    def product(x, *others):
-        seen.add((x.shape[1], torch.get_num_threads()))
-        return _product(x, *others)
-
-    monkeypatch.setattr("loracast.lora.inject._product", product)
-    monkeypatch.setattr("loracast.lora.inject._FEW_NUMBERS", 1200)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with inject(model, make_lora(model, 1, kinds=("q_proj",))):
-            for n in (4, 100):
-                logits(model, torch.ones(1, n, dtype=torch.long))
-                assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-    assert seen == {(4, 1), (100, 3)}
 
 
 def test_a_bf16_lora_on_an_fp32_base_and_the_reverse():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import Any, Unpack, overload
 
 from loracast.base.chat import Message, search_query
 from loracast.base.generate import Sampling, answer, answers, stream
@@ -18,9 +18,6 @@ from loracast.library.routing import DEFAULT_ROUTE, Route
 from loracast.library.wide_route import are_silent, patterns_in, route_adapters, scaled, sources
 from loracast.lora.algebra import LoRA, concat
 from loracast.options import Asking, Chosen, Prepared, Question, SourcedAnswer, is_batch, listed
-
-if TYPE_CHECKING:
-    import torch
 
 ASK_SYSTEM_TURN = ""
 """System turn of a question, empty as in training; the template's own would cost 25 tokens of prefill for nothing."""
@@ -110,7 +107,7 @@ class QuestionAnswering(ABC):
         if isinstance(adapter, LoRA):
             return self.prepare(question, **options), adapter.to(self.base.device), sampling
         prepared = self.prepare(question, adapter, **options)
-        return prepared, self.lora_of(prepared.routed, self.base.model.dtype), sampling
+        return prepared, self.lora_of(prepared.routed), sampling
 
     def prepare(
         self,
@@ -162,7 +159,7 @@ class QuestionAnswering(ABC):
         if isinstance(adapter, LoRA):
             return adapter.to(self.base.device), []
         routed = self._route(question, adapter, k, tag, always)
-        return self.lora_of(routed, self.base.model.dtype), routed
+        return self.lora_of(routed), routed
 
     def _route(
         self, question: str, adapter: Chosen, k: int | None, tag: str, always: bool
@@ -172,12 +169,9 @@ class QuestionAnswering(ABC):
             raise AdapterError("a LoRA answers alone: keep it with `learn` to answer with several adapters")
         return route_adapters(self.library, question, chosen, k, tag, self.adapter, always)
 
-    def lora_of(self, routed: Sequence[tuple[Adapter, Route]], dtype: torch.dtype | None = None) -> LoRA | None:
-        """The LoRA of what was picked of adapters, on the base's device; None where nothing was.
-
-        It is in the type `dtype`, or in bf16 if None, which takes half the memory where the base computes in fp32.
-        """
-        loras = loras_together(routed, dtype) if routed else []
+    def lora_of(self, routed: Sequence[tuple[Adapter, Route]]) -> LoRA | None:
+        """The LoRA of what was picked of adapters, on the base's device; None where nothing was."""
+        loras = loras_together(routed) if routed else []
         if not loras:
             return None
         return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device)

@@ -172,7 +172,7 @@ class Local:
         if prepared.answer is not None:
             on_text((said := prepared.answer).text)
         else:
-            lora = self._model.lora_of(prepared.routed, self._model.base.model.dtype)
+            lora = self._model.lora_of(prepared.routed)
             said = answer(self._model.base, prepared.prompt, lora, self._sampling, on_text)
         figures = (said.n_prompt_tokens, said.n_tokens, said.first_token_s, said.total_s)
         used = tuple(_used(adapter, route) for adapter, route in prepared.routed)

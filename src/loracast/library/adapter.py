@@ -31,7 +31,6 @@ from loracast.lora.target import Target
 from loracast.lora.tensor_file import OpenTensors, TensorInfo, number_faults, read_header
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from loracast.lora.algebra import Factors, LoRA
@@ -94,7 +93,6 @@ class Adapter:
         *,
         static: bool = True,
         dense: bool = True,
-        dtype: torch.dtype | None = None,
     ) -> LoRA:
         """The LoRA of some chunks, or of all (None), merged along the rank.
 
@@ -106,7 +104,6 @@ class Adapter:
                 brings it along (`loras_together`).
             dense: a module whose factors outweigh their product holds the product, rounded to bf16; False keeps the
                 factors, for what is computed in fp32.
-            dtype: converts what was merged in bf16, all layers at once; None leaves it.
 
         Raises:
             AdapterError: no such chunk, damaged factors, or an adapter of text alone without `recast`.
@@ -120,11 +117,11 @@ class Adapter:
         which = (self.manifest.version, wanted, static)
 
         def join(rows: Mapping[str, Tensor]) -> LoRA:
-            return join_chunks(self.manifest.target, rows, self.manifest.merging, weights, of_chunks, dense, dtype)
+            return join_chunks(self.manifest.target, rows, self.manifest.merging, weights, of_chunks, dense)
 
         # Weights differ with every question: what they multiply is kept, and the LoRA itself only where there are none.
         if weights is None and sentences is None and dense:
-            return self.kept.get(("LoRA", dtype, *which), lambda: join(self.rows(wanted, static=static)))
+            return self.kept.get(("LoRA", *which), lambda: join(self.rows(wanted, static=static)))
         return join(self.kept.get(which, lambda: self.rows(wanted, static=static)))
 
     @property
@@ -251,15 +248,12 @@ class Adapter:
         return found + (header if has_factors else [])
 
 
-def loras_together(picked: Sequence[tuple[Adapter, Route]], dtype: torch.dtype | None = None) -> list[LoRA]:
-    """The LoRAs of adapters to be added up, each of what was picked, if anything; a static LoRA comes in once.
-
-    They are in the type `dtype`, or in bf16 if None.
-    """
+def loras_together(picked: Sequence[tuple[Adapter, Route]]) -> list[LoRA]:
+    """The LoRAs of adapters to be added up, each of what was picked, if anything; a static LoRA comes in once."""
     picked = [(adapter, route) for adapter, route in picked if not route.is_empty]
     brings_static = [True] if len(picked) == 1 else first_with_static([adapter for adapter, _ in picked])
     return [
-        adapter.lora(route.picked, route.sentence_weights, static=is_first, dtype=dtype)
+        adapter.lora(route.picked, route.sentence_weights, static=is_first)
         for (adapter, route), is_first in zip(picked, brings_static, strict=True)
     ]
 
@@ -348,7 +342,6 @@ def join_chunks(
     weights: Sequence[float] | None = None,
     sentences: Sequence[Sequence[float]] | None = None,
     dense: bool = True,
-    dtype: torch.dtype | None = None,
 ) -> LoRA:
     """The LoRA of chunks: their factors merged, and the static ones once, if `rows` has any.
 
@@ -357,7 +350,7 @@ def join_chunks(
             "o_proj.sentence" [chunks, r].
         weights: what the LoRA of each chunk is multiplied with; 1 if None.
         sentences: of each chunk, the weights of its sentences, as in `Adapter.lora`.
-        dense, dtype: as in `Adapter.lora`.
+        dense: as in `Adapter.lora`.
     """
     import torch
 
@@ -386,9 +379,9 @@ def join_chunks(
             sides = [torch.cat([side.expand(len(more), -1, -1), more], dim=1) for side, more in of_all]
         modules, (_, rank, d_in), d_out = target.of_kind(kind), sides[0].shape, sides[1].shape[-1]
         if dense and is_past_break_even(rank, d_in, d_out):
-            deltas = (sides[1].mT @ sides[0]).to(dtype)  # [layers, out, in]
+            deltas = sides[1].mT @ sides[0]  # [layers, out, in]
             products |= {module.name: delta for module, delta in zip(modules, deltas, strict=True)}
         else:
-            a, b = (side.to(dtype).expand(len(modules), -1, -1) for side in sides)
+            a, b = (side.expand(len(modules), -1, -1) for side in sides)
             joined |= {m.name: Factors(x, y.T) for m, x, y in zip(modules, a, b, strict=True)}
     return LoRA(joined, products)

@@ -25,11 +25,6 @@ from loracast.lora.lock import FairLock
 
 _LOCKS: WeakKeyDictionary[nn.Module, FairLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
-_FEW_NUMBERS = 2**16
-"""Numbers of an input up to which one thread multiplies it: to wake others takes longer than such a product.
-
-The number of threads is that of the calling thread; one that starts torch in that instant would begin with it too.
-"""
 
 
 def model_lock(model: nn.Module) -> FairLock:
@@ -128,19 +123,13 @@ def _hook(
             raise AdapterError(
                 f"{n_rows} LoRAs were given for a batch of {x.shape[0]} rows; give one for each row, or one for all"
             )
-        n_threads = torch.get_num_threads()
-        if x.numel() <= _FEW_NUMBERS:
-            torch.set_num_threads(1)
-        try:
-            for n_chain, (*firsts, last) in enumerate(chains):
-                y = x
-                for first in firsts:  # [rows, tokens, in] -> [rows, tokens, r]
-                    y = _product(y, first)
-                    if gate is not None and n_chain == 0:
-                        y = y * gate.to(y.dtype)
-                output = _product(y, last, output)  # [rows, tokens, out]
-        finally:
-            torch.set_num_threads(n_threads)
+        for n_chain, (*firsts, last) in enumerate(chains):
+            y = x
+            for first in firsts:  # [rows, tokens, in] -> [rows, tokens, r]
+                y = _product(y, first)
+                if gate is not None and n_chain == 0:
+                    y = y * gate.to(y.dtype)
+            output = _product(y, last, output)  # [rows, tokens, out]
         return output
 
     return add_delta
