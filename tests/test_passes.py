@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loracast.base.checkpointing import names_within
 from loracast.batching import length_groups
 from loracast.encoders.hidden_states import HiddenStatesEncoder, read_in_groups
 from loracast.lora.target import target_from_config
@@ -100,6 +101,12 @@ def test_a_block_is_itself_again_after_the_pass():
     model = make_model()
     scored("llama", Passes(True), False)
     assert all("forward" not in vars(block) for block in model.model.layers)
+
+
+def test_a_blocks_modules_have_their_names_in_the_whole_model():
+    model = make_model()
+    wanted = {name for name, _ in model.named_modules() if f"{name}.".startswith("model.layers.1.")}
+    assert names_within(model, model.model.layers[1]) == wanted and "model.layers.1.mlp.down_proj" in wanted
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 4))

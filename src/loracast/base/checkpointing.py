@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
-def checkpointed_blocks(decoder: Any, prepared: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+def checkpointed_blocks(decoder: Any, prepared: Callable[[nn.Module], AbstractContextManager[Any]]) -> Iterator[None]:
     """Keep only what enters each block during forward passes inside; the backward pass computes the rest again.
 
     Args:
         decoder: of a causal language model, frozen and in evaluation mode.
-        prepared: the state that the forward pass runs in, such as injected LoRAs; entered again when a block is
+        prepared: block -> the state that its forward pass runs in, such as injected LoRAs; entered when the block is
             computed again, since by then the forward pass has left it.
     """
+
+    def contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), prepared(block)
+
     own = [vars(block).get("forward") for block in decoder.layers]  # accelerate gives blocks one of their own
     for block in decoder.layers:
         block.forward = partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), prepared()),
+            context_fn=partial(contexts, block),
         )  # fmt: skip
     try:
         yield
@@ -33,3 +38,9 @@ def checkpointed_blocks(decoder: Any, prepared: Callable[[], AbstractContextMana
                 del block.forward
             else:
                 block.forward = forward
+
+
+def names_within(model: nn.Module, block: nn.Module) -> Collection[str]:
+    """The names that the modules of a block, itself included, have in the whole model."""
+    own = set(block.modules())
+    return {name for name, module in model.named_modules() if module in own}

@@ -8,7 +8,7 @@ sum instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -279,6 +279,11 @@ class LoRABatch:
 
     def _some(self, n: int, rows: slice | list[int]) -> LoRABatch:
         return LoRABatch(n, *_each_tensor(self, lambda tensor: tensor if tensor.shape[0] == 1 else tensor[rows]))
+
+    def only(self, names: Collection[str]) -> LoRABatch:
+        """The batch on the modules of these names alone."""
+        factors = {name: pair for name, pair in self.factors.items() if name in names}
+        return LoRABatch(self.n, factors, {name: delta for name, delta in self.dense.items() if name in names})
 
     def squared_norms(self) -> Tensor:
         """The squared Frobenius norm of each row's delta, over all modules [n], differentiable."""

@@ -9,11 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.base.capture import capture_inputs
-from loracast.base.checkpointing import checkpointed_blocks
+from loracast.base.checkpointing import checkpointed_blocks, names_within
 from loracast.batching import length_groups
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
@@ -117,8 +117,9 @@ def _at_answers(
     decoder = model.get_decoder()
 
     @contextmanager
-    def prepared() -> Iterator[None]:
-        with inject(model, loras, gates), attention_for_training(decoder.config, model.device):
+    def prepared(block: nn.Module | None = None) -> Iterator[None]:
+        some = loras if block is None else loras.only(names_within(model, block))
+        with inject(model, some, gates), attention_for_training(decoder.config, model.device):
             yield
 
     recomputed = checkpointed_blocks(decoder, prepared) if passes.checkpoint_activations else nullcontext()

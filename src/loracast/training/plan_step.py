@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from loracast.base.capture import capture_inputs
-from loracast.base.checkpointing import checkpointed_blocks
+from loracast.base.checkpointing import checkpointed_blocks, names_within
 from loracast.base.embedded import quiet_transformers
 from loracast.batching import length_groups
 from loracast.encoders.features import Features
@@ -182,8 +182,9 @@ def _run(
     gates = {name: torch.zeros(d, t, loras.factors[name].a.shape[1]) for name in keys}
 
     @contextmanager
-    def prepared() -> Iterator[None]:
-        with inject(model, loras, gates), attention_for_training(decoder.config, device):
+    def prepared(block: torch.nn.Module | None = None) -> Iterator[None]:
+        some = loras if block is None else loras.only(names_within(model, block))
+        with inject(model, some, gates), attention_for_training(decoder.config, device):
             yield
 
     recomputed = checkpointed_blocks(decoder, prepared) if is_checkpointed else nullcontext()
