@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ def checkpointed_blocks(decoder: Any, prepared: Callable[[nn.Module], AbstractCo
                 block.forward = forward
 
 
-def names_within(model: nn.Module, block: nn.Module) -> Collection[str]:
+def names_within(model: nn.Module, block: nn.Module) -> set[str]:
     """The names that the modules of a block, itself included, have in the whole model."""
     own = set(block.modules())
     return {name for name, module in model.named_modules() if module in own}

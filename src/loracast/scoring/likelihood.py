@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -110,18 +111,22 @@ def _grouped(
         yield rows, at, part, {name: gate[rows, :t] for name, gate in gates.items()}
 
 
+@contextmanager
+def under_loras(
+    model: Any, loras: LoRABatch, gates: Mapping[str, Tensor], device: torch.device, block: nn.Module | None = None
+) -> Iterator[None]:
+    """Inject LoRAs into a base and set its attention for training; where a block is given, inject its LoRAs alone."""
+    some = loras if block is None else loras.only(names_within(model, block))
+    with inject(model, some, gates), attention_for_training(model.get_decoder().config, device):
+        yield
+
+
 def _at_answers(
     model: Any, loras: LoRABatch, batch: Batch, watched: Sequence[str], gates: Mapping[str, Tensor], passes: Passes
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Last hidden states [n, hidden] and the watched modules' inputs [n, in], where a batch's answers are predicted."""
     decoder = model.get_decoder()
-
-    @contextmanager
-    def prepared(block: nn.Module | None = None) -> Iterator[None]:
-        some = loras if block is None else loras.only(names_within(model, block))
-        with inject(model, some, gates), attention_for_training(decoder.config, model.device):
-            yield
-
+    prepared = partial(under_loras, model, loras, gates, model.device)
     recomputed = checkpointed_blocks(decoder, prepared) if passes.checkpoint_activations else nullcontext()
     with prepared(), recomputed, capture_inputs(model, watched) as inputs:
         mask = batch.attention_mask

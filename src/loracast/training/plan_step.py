@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,15 +24,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from loracast.base.capture import capture_inputs
-from loracast.base.checkpointing import checkpointed_blocks, names_within
+from loracast.base.checkpointing import checkpointed_blocks
 from loracast.base.embedded import quiet_transformers
 from loracast.batching import length_groups
 from loracast.encoders.features import Features
 from loracast.hypernets.doc_config import DocToLoRAConfig
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.lora.algebra import LoRABatch
-from loracast.lora.inject import inject
-from loracast.scoring.likelihood import Passes, attention_for_training
+from loracast.scoring.likelihood import Passes, under_loras
 
 
 @dataclass(frozen=True)
@@ -180,13 +180,7 @@ def _run(
     decoder = model.get_decoder()
     d, t, n = len(shape.rows), max(length for length, _ in shape.rows), sum(n for _, n in shape.rows)
     gates = {name: torch.zeros(d, t, loras.factors[name].a.shape[1]) for name in keys}
-
-    @contextmanager
-    def prepared(block: torch.nn.Module | None = None) -> Iterator[None]:
-        some = loras if block is None else loras.only(names_within(model, block))
-        with inject(model, some, gates), attention_for_training(decoder.config, device):
-            yield
-
+    prepared = partial(under_loras, model, loras, gates, device)
     recomputed = checkpointed_blocks(decoder, prepared) if is_checkpointed else nullcontext()
     with prepared(), recomputed, capture_inputs(model, keys) as found:
         ids = torch.zeros(d, t, dtype=torch.long)
