@@ -86,7 +86,7 @@ def test_which_lora_each_baseline_answers_with(base, suite):
     drawn = evaluation.draw(tasks, 1, 0)
     setup = TaskSetup(base, Caster(), None, "multitask", "described", "average")
     case = TaskCase(drawn, drawn.task.test[0])
-    others = ("oracle", "nearest5", "refined", "refined_nothing", "refined_multitask")
+    others = ("oracle", "nearest5")
     sources = {name: b.request(setup, case).lora for name, b in BASELINES.items() if name not in others}
     loras = {name: source and source.make() for name, source in sources.items()}
     assert loras["adapter"] == drawn.description and loras["other"] == drawn.other_description

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from loracast.base.generate import Sampling, answer
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
 from loracast.cli import app
 from loracast.data.task_examples import ToldTask, as_examples
 from loracast.data.tasks import read_tasks
 from loracast.errors import ConfigError
-from loracast.evaluation.task_baselines import BASELINES, TaskCase, TaskSetup
-from loracast.evaluation.tasks import TasksConfig, draw, evaluate_tasks
+from loracast.evaluation.refining import STARTS, Mark, RefiningConfig, Start, descend, evaluate_refining
+from loracast.evaluation.task_baselines import TaskSetup
+from loracast.evaluation.tasks import draw
 from loracast.hypernets.store import save_pretrained
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
 from loracast.model import Model
-from loracast.training.refine import RefineConfig, refine, refine_lora, refiner
+from loracast.question_answering import ASK_SYSTEM_TURN
+from loracast.training.refine import RefineConfig, loras_of, refine, refiner, rows_of
 from tiny import for_base, make_attention_delta
 
 WORDS = ("lamp", "river", "stone", "kettle", "bridge", "museum", "north", "desk", "water", "code", "line", "morning")
@@ -52,7 +56,7 @@ def test_descent_learns_the_examples_and_leaves_the_start_and_the_base_alone(bas
     (lora,) = caster.loras([SENTENCE])
     before = {name: (a.clone(), b.clone()) for name, (a, b) in lora.factors.items()}
     weights = [p.clone() for p in base.model.parameters()]
-    refined = refine_lora(base, lora, EXAMPLES, QUICK)
+    refined = loras_of(refine(base, rows_of(lora), loras_of, EXAMPLES, QUICK).rows).row(0)
     assert refined.names == lora.names
     for name, (a, b) in lora.factors.items():
         assert torch.equal(a, before[name][0]) and torch.equal(b, before[name][1])
@@ -78,15 +82,7 @@ def test_it_starts_from_the_loras_own_factors(base):
     """From B = 0 the first loss is that of the plain base."""
     name = "model.layers.1.self_attn.q_proj"
     nothing = LoRA({name: Factors(torch.randn(2, 48), torch.zeros(64, 2))})
-    from loracast.lora.algebra import LoRABatch
-
-    def lora_of(rows):
-        (a, b) = rows[name]
-        return LoRABatch(1, {name: Factors(a[:, 0], b[:, 0].transpose(1, 2))}, {})
-
-    a, b = nothing.factors[name]
-    rows = {name: (a[None, None], b.T[None, None])}
-    done = refine(base, rows, lora_of, EXAMPLES[:4], RefineConfig(seconds=60, steps=1))
+    done = refine(base, rows_of(nothing), loras_of, EXAMPLES[:4], RefineConfig(seconds=60, steps=1))
     held = [answer_loss(base, LoRA(), e.input) for e in EXAMPLES[:4]]
     assert any(done.loss_before == pytest.approx(loss, abs=0.05) for loss in held)
 
@@ -99,20 +95,54 @@ def test_too_few_examples_and_bad_settings_are_refused(base, caster):
             RefineConfig(**bad)
 
 
-def test_the_evaluation_refines_for_the_steps_that_are_given(base, caster, suite):
+def test_a_stage_of_the_evaluation_is_what_refining_for_its_steps_gives(base, caster, suite):
     tasks = [task for task in read_tasks(suite) if task.is_heldout]
     drawn = dataclasses.replace(draw(tasks, 1, 0), shots=EXAMPLES)
+    start = Start("", STARTS["adapter"].make, QUICK.lr)
+    marks = [Mark("0 s", seconds=0), *(Mark(f"{n}", steps=n) for n in (2, 7, 24))]
+    stages = descend(TaskSetup(base, caster), drawn, start, marks)
     cast = caster.loras([ToldTask(drawn.description, EXAMPLES)])[0]
-    for config in (dataclasses.replace(QUICK, steps=2), QUICK):
-        setup = TaskSetup(base, caster, refine=config)
-        found = BASELINES["refined"].request(setup, TaskCase(drawn, EXAMPLES[0])).lora.make()
-        expected = refine_lora(base, cast, EXAMPLES, config)
-        for name, (a, b) in expected.factors.items():
-            torch.testing.assert_close(found.factors[name].a, a)
-            torch.testing.assert_close(found.factors[name].b, b)
-            assert not torch.equal(a, cast.factors[name].a)
+    for mark in marks:
+        ended = {"seconds": 1e-9} if math.isinf(mark.steps) else {"steps": int(mark.steps)}
+        config = dataclasses.replace(QUICK, **ended)
+        expected = refine(base, rows_of(cast), loras_of, EXAMPLES, config)
+        assert stages[mark.name].n_steps == expected.steps
+        for name, (a, b) in loras_of(expected.rows).row(0).factors.items():
+            torch.testing.assert_close(stages[mark.name].lora.factors[name].a, a)
+            torch.testing.assert_close(stages[mark.name].lora.factors[name].b, b)
+    assert stages["24"].n_steps > stages["2"].n_steps == 2 and stages["0 s"].n_steps == 0
+
+
+def test_the_evaluation_compares_starts_at_the_same_time(base, caster, suite, tmp_path):
+    (plain,) = caster.loras([SENTENCE])
+    config = RefiningConfig(tasks=str(suite), rows=2, seeds=(0, 1), seconds=(60,), steps=(2,))
+    report = evaluate_refining(TaskSetup(base, caster, multitask=plain), config, tmp_path)
+    rows = {(row["start"], row["at"]): row for row in report.rows}
+    assert list(rows) == [(start, at) for start in STARTS for at in ("0 s", "60 s", "2 steps")]
+    saved = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(saved) == len(rows) * 3 * 2 * 2 and (tmp_path / "refining.png").stat().st_size > 5000
+    sampling = Sampling(max_new_tokens=32)
+    for line in saved:
+        if line["at"] == "0 s" and line["start"] != "adapter":
+            lora = plain if line["start"] == "multitask" else None
+            prompt = base.chat.prompt(line["input"], ASK_SYSTEM_TURN)
+            assert line["answer"] == answer(base, prompt, lora, sampling).text
+    for (start, at), row in rows.items():
+        mine = [line["exact"] for line in saved if (line["start"], line["at"]) == (start, at)]
+        assert row["n_tasks"] == 3 and row["n"] == 6 and row["exact"] == pytest.approx(sum(mine) / 12)
+        assert (row["n_steps"] == 0) == (at == "0 s") or start == "adapter"
+        if start != "adapter":
+            assert row["difference"] == pytest.approx(rows["adapter", at]["exact"] - row["exact"])
     with pytest.raises(ConfigError, match="at least 1"):
-        evaluate_tasks(TaskSetup(base, caster), TasksConfig(tasks=str(suite), refine_steps=0), caster.library)
+        RefiningConfig(tasks=str(suite), steps=(0,))
+    three = tmp_path / "three"
+    three.mkdir()
+    (three / "few.json").write_text(
+        json.dumps({"heldout": True, "descriptions": {"heldout": ["Say it."]}, "examples": [
+            {"input": str(i), "output": "a", "split": "test" if i else "train"} for i in range(2)]})
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="takes 4 training examples; fewer have few"):
+        evaluate_refining(TaskSetup(base, caster), RefiningConfig(tasks=str(three)), tmp_path)
 
 
 def test_an_adapter_is_refined_in_python_and_by_the_command(base, caster, tiny_folder, tmp_path, home):

@@ -39,7 +39,6 @@ _SPELLINGS = {
     "cors_origins": ("--cors-origin",),
     "heldout": ("--heldout/--trained",),
     "max_new_tokens": ("--max-tokens",),
-    "refine_s": ("--refine",),
     "storage": ("-s", "--storage"),
     "watched": ("--watch",),
 }
@@ -203,7 +202,7 @@ def _annotated(field: dataclasses.Field, hint: Any, text: str) -> tuple[Any, Any
         metavar = f"{each.__name__.upper()},..."
         values = typer.Option(*spelling, parser=_listed(each), metavar=metavar, help=text)
         return Annotated[str | None, values], default if is_required else ",".join(map(str, default or ())) or None
-    if name in ("budget_s", "refine_s"):
+    if name == "budget_s":
         given = None if default is None else f"{default:g}s"  # typer parses a default too
         return Annotated[str | None, typer.Option(*spelling, parser=seconds, metavar="TIME", help=text)], given
     if kind is bool and default is True and name not in _SPELLINGS:

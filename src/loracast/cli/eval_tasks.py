@@ -1,4 +1,4 @@
-"""`loracast eval` for tasks: tasks, cost, map, harness and overlap."""
+"""`loracast eval` for tasks: tasks, refining, cost, map, harness and overlap."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loracast.evaluation.harness import HarnessConfig
     from loracast.evaluation.overlap import OverlapConfig
     from loracast.evaluation.query_cost import CostConfig
+    from loracast.evaluation.refining import RefiningConfig
     from loracast.evaluation.skill_map import MapConfig
     from loracast.evaluation.tasks import TasksConfig
 
@@ -59,6 +60,27 @@ def tasks(
         average=average_of_oracles(oracles, made_for) if oracles else None,
     )
     results.of("rows", evaluate_tasks, setup, config)
+
+
+@config_from("loracast.evaluation.refining")
+def refining(
+    config: RefiningConfig,
+    *,
+    multitask: Annotated[
+        Path | None, typer.Option("--multitask", help="LoRA of `loracast train multitask`, a further start.")
+    ] = None,
+    models: Models,
+    results: Results,
+) -> None:
+    """Gradient descent on the examples of a task, second by second: from the adapter and from nothing."""
+    from loracast.evaluation.refining import evaluate_refining
+    from loracast.evaluation.task_baselines import TaskSetup
+    from loracast.training.oracle import read_multitask
+
+    base = open_base(models)
+    start = read_multitask(multitask, base.fingerprint, False) if multitask else None
+    setup = TaskSetup(base, caster=_caster(models, base), multitask=start)
+    results.of("rows", evaluate_refining, setup, config)
 
 
 @config_from("loracast.evaluation.query_cost")

@@ -87,6 +87,17 @@ def exact_by_operations(path: Path, rows: Sequence[Row]) -> None:
     _finish(figure, axis, path, "exact match, %", "Tasks, by what a query costs")
 
 
+def exact_by_seconds(path: Path, rows: Sequence[Row]) -> None:
+    """Exact match over the seconds of gradient descent, a line for each start."""
+    figure, axis = pyplot().subplots(figsize=(8.5, 4.8), layout="constrained")
+    for label in dict.fromkeys(row["label"] for row in rows):
+        mine = [row for row in rows if row["label"] == label and row["seconds"] is not None]
+        axis.plot([row["seconds"] for row in mine], [100 * row["exact"] for row in mine], "o-", label=label)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("gradient descent on the examples of a task, seconds")
+    _finish(figure, axis, path, "exact match, %", "Tasks, by what refining a LoRA takes")
+
+
 def costs(path: Path, rows: Sequence[Row], reference: str) -> None:
     """Operations of every baseline's queries, times those of `reference`: a point for each task, a bar at the mean."""
     plt = pyplot()

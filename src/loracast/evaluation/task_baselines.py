@@ -18,10 +18,9 @@ from loracast.data.task_examples import ToldTask
 from loracast.data.tasks import Example, Task, with_description
 from loracast.encoders.sentence import TextEncoder, load_text_encoder
 from loracast.evaluation.baseline import Baseline, LoRASource, Request, fixed
-from loracast.lora.algebra import Factors, LoRA
+from loracast.lora.algebra import LoRA
 from loracast.question_answering import ASK_SYSTEM_TURN
 from loracast.training.oracle import read_oracle
-from loracast.training.refine import RefineConfig, refine_lora
 
 SHOTS = (1, 3, 5, 16, 32)
 """Numbers of examples in prompts, and of those that adapters are cast from."""
@@ -69,8 +68,6 @@ class TaskSetup:
     """The mean of the oracles of training tasks."""
     nearest: NearestExamples = field(default_factory=NearestExamples)
     """Chooses examples for an input."""
-    refine: RefineConfig = field(default_factory=RefineConfig)
-    """How LoRAs are refined."""
     _last: dict[Hashable, LoRA] = field(default_factory=dict)
 
     def made_once(self, key: Hashable, make: Callable[[], LoRA]) -> LoRASource:
@@ -131,7 +128,9 @@ _GIVEN_BY = {
 """How a user gives what a TaskSetup holds."""
 
 
-def _prompt(base: Base, drawn: Drawn, asked: str, shots: Sequence[Example], is_described: bool) -> tuple[int, ...]:
+def prompt_of(
+    base: Base, drawn: Drawn, asked: str, shots: Sequence[Example] = (), is_described: bool = False
+) -> tuple[int, ...]:
     """The conversation: the description, if it is told, before the first input; examples as turns; then the input."""
     turns = [(example.input, example.outputs[0]) for example in shots]
     messages: list[Message] = [{"role": "system", "content": ASK_SYSTEM_TURN}]
@@ -155,7 +154,7 @@ def _baseline(
     """A baseline with some examples and perhaps the description in its prompt, and the LoRA of a source."""
 
     def request(setup: TaskSetup, case: TaskCase) -> Request:
-        prompt = _prompt(setup.base, case.drawn, case.row.input, case.drawn.shots[:n_shots], is_described)
+        prompt = prompt_of(setup.base, case.drawn, case.row.input, case.drawn.shots[:n_shots], is_described)
         return Request(prompt, source(setup, case.drawn))
 
     return Baseline(label, request, needs=needs, is_drawn=is_drawn, is_optional=is_optional)
@@ -178,7 +177,7 @@ def _nearest_shots() -> TaskBaseline:
 
     def request(setup: TaskSetup, case: TaskCase) -> Request:
         shots = setup.nearest(case.row.input, case.drawn.shots, _NEAREST)
-        return Request(_prompt(setup.base, case.drawn, case.row.input, shots, is_described=False))
+        return Request(prompt_of(setup.base, case.drawn, case.row.input, shots, is_described=False))
 
     label = f"{_NEAREST} nearest of {MOST_SHOTS} examples"
     return Baseline(label, request, needs=(f"{MOST_SHOTS} examples",), is_optional=True)
@@ -232,39 +231,6 @@ def _cast_from(n_shots: int) -> TaskBaseline:
     return _cast(label, told, ("caster", f"{n_shots} examples"), is_optional=True)
 
 
-def _refined(label: str, start: Callable[[TaskSetup, Drawn], LoRA], needs: tuple[str, ...] = ()) -> TaskBaseline:
-    """A baseline with a LoRA that gradient descent on all drawn examples starts from."""
-
-    def source(setup: TaskSetup, drawn: Drawn) -> LoRASource:
-        def make() -> LoRA:
-            return refine_lora(setup.base, start(setup, drawn), drawn.shots, setup.refine)
-
-        return setup.made_once((label, drawn.task.name, drawn.description, drawn.shots, setup.refine), make)
-
-    return _baseline(label, source, needs=(*needs, f"{MOST_SHOTS} examples"), is_optional=True)
-
-
-def _cast_from_all(setup: TaskSetup, drawn: Drawn) -> LoRA:
-    return _caster(setup).loras([ToldTask(drawn.description, drawn.shots)])[0]
-
-
-def _from_nothing(setup: TaskSetup, drawn: Drawn) -> LoRA:
-    """A LoRA of the caster's modules and ranks that does nothing yet: A drawn, B zero, as PEFT begins."""
-    free = torch.Generator().manual_seed(0)
-    shapes = _cast_from_all(setup, drawn).factors.items()
-    return LoRA(
-        {
-            name: Factors(torch.randn(a.shape, generator=free) / a.shape[1] ** 0.5, torch.zeros(b.shape))
-            for name, (a, b) in shapes
-        }
-    )
-
-
-def _multitask(setup: TaskSetup, drawn: Drawn) -> LoRA:
-    assert setup.multitask is not None
-    return setup.multitask
-
-
 def _caster(setup: TaskSetup) -> TaskCaster:
     assert setup.caster is not None
     return setup.caster
@@ -303,11 +269,6 @@ BASELINES: dict[str, TaskBaseline] = {
         lambda setup, drawn: LoRASource("constant", lambda: _caster(setup).constant_lora()),
         needs=("caster",),
         is_drawn=False,
-    ),
-    "refined": _refined(f"adapter from description and {MOST_SHOTS} examples, refined", _cast_from_all, ("caster",)),
-    "refined_nothing": _refined(f"gradient descent from nothing on {MOST_SHOTS} examples", _from_nothing, ("caster",)),
-    "refined_multitask": _refined(
-        f"multi-task LoRA, refined on {MOST_SHOTS} examples", _multitask, ("caster", "multitask")
     ),
     "oracle": _baseline("oracle", _oracle, needs=("oracles",), is_drawn=False),
 }

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loracast.base.generate import Sampling
 from loracast.data.answer_metrics import is_right
 from loracast.data.benchmarks import check_one_source, tasks_or_benchmarks
-from loracast.data.tasks import DescriptionKind, Metric, Task
+from loracast.data.tasks import DescriptionKind, Example, Metric, Task
 from loracast.errors import ConfigError
 from loracast.evaluation.baseline import check_names, check_positive, choose_baselines
 from loracast.evaluation.choice import Choice, likeliest
@@ -35,7 +35,6 @@ from loracast.evaluation.task_baselines import (
     TaskSetup,
 )
 from loracast.training.peft_training import ABOUT
-from loracast.training.refine import RefineConfig
 from loracast.training.text import gibberish
 
 _FIRST_SHOTS = 5
@@ -94,10 +93,6 @@ class TasksConfig(TasksFrom):
     """Take only tasks that have an oracle."""
     max_new_tokens: int | None = None
     """Longest answer in tokens; if None 32, or 256 where a number is worked out."""
-    refine_s: float = 30.0
-    """Seconds of gradient descent of the baselines that refine a LoRA."""
-    refine_steps: int = 200
-    """Most steps of it."""
     budget_s: float | None = None
     """Begin no further task after this many seconds; the table shows how many there were."""
 
@@ -118,7 +113,6 @@ def evaluate_tasks(setup: TaskSetup, config: TasksConfig, out: Path, progress: P
         ConfigError: a baseline lacks what it needs, or there are too few tasks.
     """
     require_matplotlib()
-    setup = replace(setup, refine=RefineConfig(seconds=config.refine_s, steps=config.refine_steps))
     tasks = _with_oracles(config.read(config.descriptions), config, setup)
     baselines = _choose_baselines(config, setup, tasks)
     hypernetwork = setup.caster.caster.id if setup.caster else None
@@ -227,11 +221,15 @@ def draw(tasks: Sequence[Task], i: int, seed: int, descriptions: DescriptionKind
     )
 
 
+def test_rows(task: Task, n: int) -> list[Example]:
+    """At most n test rows of a task, always the same ones."""
+    return random.Random(task.name).sample(task.test, min(n, len(task.test)))
+
+
 def _answer(setup: TaskSetup, name: str, baseline: TaskBaseline, drawn: Drawn, config: TasksConfig) -> list[Scored]:
     """The task's test rows, the same for all baselines and seeds, as one baseline answers them."""
     task = drawn.task
-    rows = random.Random(task.name).sample(task.test, min(config.rows, len(task.test)))
-    cases = [TaskCase(drawn, row) for row in rows]
+    cases = [TaskCase(drawn, row) for row in test_rows(task, config.rows)]
     sampling = Sampling(max_new_tokens=config.max_new_tokens or _LONGEST[task.metric])
     answered = ask(setup, {name: baseline}, {name: cases}, sampling)
     choices = _choose(setup, baseline, cases)

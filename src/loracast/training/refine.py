@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +52,15 @@ class RefineConfig:
 
 @dataclass(frozen=True)
 class Refined:
-    """Refined rows, and what it took."""
+    """The rows that did best so far on the held-back examples, and what it took."""
 
     rows: Rows
-    steps: int  # after which the rows were kept; 0 if none made them better
+    steps: int
+    """Steps after which they were kept; 0 if none made them better."""
     seconds: float
-    loss_before: float  # mean loss of a held-back example's answer
+    """Seconds of the descent so far."""
+    loss_before: float
+    """Mean loss of a held-back example's answer."""
     loss_after: float
 
 
@@ -68,12 +71,29 @@ def refine(
     examples: Sequence[Example],
     config: RefineConfig = RefineConfig(),
 ) -> Refined:
-    """Refine the rows of one LoRA.
+    """Refine the rows of one LoRA, for the seconds and the steps that the config allows; arguments as in `descent`."""
+    for n_steps, refined in enumerate(descent(base, rows, loras_of, examples, config)):
+        if n_steps >= config.steps or refined.seconds >= config.seconds:
+            break
+    return refined
+
+
+def descent(
+    base: Base,
+    rows: Rows,
+    loras_of: Callable[[Rows], LoRABatch],
+    examples: Sequence[Example],
+    config: RefineConfig = RefineConfig(),
+) -> Iterator[Refined]:
+    """Refine the rows of one LoRA step by step, until the held-back examples have not got better for a while.
 
     Args:
         rows: by module kind, A [1, modules, r, in] and B rows [1, modules, r, out]; they stay as they are.
         loras_of: rows -> the LoRA that the base carries, differentiable (`Hypernetwork.loras`).
         examples: of the task.
+
+    Yields:
+        what was best so far, before the first step and after each.
 
     Raises:
         ConfigError: there are fewer than `FEWEST_EXAMPLES` examples.
@@ -99,14 +119,17 @@ def refine(
     def look() -> float:
         return loss_of(held).item()
 
-    def copied() -> list[Tensor]:
-        return [side.detach().clone() for side in sides]
+    def copied() -> Rows:
+        return _paired(rows, [side.detach().clone() for side in sides])
 
     optimizer = make_optimizer(sides, training)
     before = best = look()
     kept, kept_step, n_worse, step = copied(), 0, 0, 0
     queue: list[Example] = []
-    while step < config.steps and time.monotonic() - started < config.seconds and n_worse < _PATIENCE:
+    while True:
+        yield Refined(kept, kept_step, time.monotonic() - started, before, best)
+        if n_worse == _PATIENCE:
+            return
         if not queue:
             queue = rng.sample(learned, len(learned))
         some, queue = queue[: config.examples_per_step], queue[config.examples_per_step :]
@@ -120,9 +143,7 @@ def refine(
         if step % config.look_every == 0:
             n_worse += 1
             if (loss := look()) < best:
-                best, kept_step, n_worse = loss, step, 0
-                kept = copied()
-    return Refined(_paired(rows, kept), kept_step, time.monotonic() - started, before, best)
+                best, kept, kept_step, n_worse = loss, copied(), step, 0
 
 
 def refiner(base: Base, config: RefineConfig) -> Refine:
@@ -134,14 +155,14 @@ def refiner(base: Base, config: RefineConfig) -> Refine:
     return refined
 
 
-def refine_lora(base: Base, lora: LoRA, examples: Sequence[Example], config: RefineConfig) -> LoRA:
-    """Refine a LoRA of factors, each module on its own; errors as in `refine`."""
-    rows = {name: (a[None, None], b.T[None, None]) for name, (a, b) in lora.factors.items()}
+def rows_of(lora: LoRA) -> Rows:
+    """A LoRA of factors as rows, each module on its own; `loras_of` is the way back."""
+    return {name: (a[None, None], b.T[None, None]) for name, (a, b) in lora.factors.items()}
 
-    def lora_of(rows: Rows) -> LoRABatch:
-        return LoRABatch(1, {name: Factors(a[:, 0], b[:, 0].transpose(1, 2)) for name, (a, b) in rows.items()}, {})
 
-    return lora_of(refine(base, rows, lora_of, examples, config).rows).row(0)
+def loras_of(rows: Rows) -> LoRABatch:
+    """The LoRA of rows that have a module each."""
+    return LoRABatch(1, {name: Factors(a[:, 0], b[:, 0].transpose(1, 2)) for name, (a, b) in rows.items()}, {})
 
 
 def _paired(rows: Rows, sides: Sequence[Tensor]) -> Rows:
