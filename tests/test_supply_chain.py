@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 ALLOWED = re.compile(
-    r"0BSD|apache( software)?( license|-2\.0)?,?( version)?( 2\.0)?( license)?|bsd( license)?|bsd[- ][234][- ]clause|bsl-1\.0|cc0-1\.0|"
+    r"0BSD|apache( software)?( license|-2\.0)?,?( version)?( 2\.0)?( license)?|bsd( license)?|bsd[- ][234][- ]clause|"
+    r"[234]-clause bsd license|bsl-1\.0|cc0-1\.0|"
     r"cnri-python|dfsg approved|isc( license( \(iscl\))?)?|llvm-exception|(the )?mit( license)?( \(mit\))?|mit-(0|cmu)|"
     r"psf(l|-2\.0)?|python software foundation license|unlicense|the unlicense \(unlicense\)|zlib|zpl-2\.1|"
     r"mpl-2\.0|mozilla public license 2\.0 \(mpl 2\.0\)",  # copyleft for a package's own files alone
