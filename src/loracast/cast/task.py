@@ -23,7 +23,7 @@ from loracast.library.manifest import check_name, name_from
 from loracast.library.save import save_single
 from loracast.library.writer import check_finite
 from loracast.lora.algebra import LoRA, LoRABatch, Rows
-from loracast.lora.quantize import TASK_STORAGE
+from loracast.lora.quantize import DEFAULT_STORAGE
 from loracast.paths import library_dir
 
 _AT_ONCE = 50
@@ -167,7 +167,7 @@ class TaskCaster:
                 seconds=seconds,
                 strength=strength,
                 warnings=self._warnings(task.description, distance),
-                storage=TASK_STORAGE,
+                storage=DEFAULT_STORAGE,
                 replace=replace,
             )
             for name, task, one, distance in zip(names, given, rows, distances, strict=True)

@@ -25,11 +25,9 @@ from loracast.evaluation.plots import exact_by_seconds, require_matplotlib
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 from loracast.evaluation.runner import Answered, Deadline, ask, grouped
 from loracast.evaluation.task_baselines import ADAPTER, MOST_SHOTS, Drawn, TaskCase, TaskSetup, prompt_of
-from loracast.evaluation.tasks import TasksFrom, draw, test_rows
+from loracast.evaluation.tasks import LONGEST, TasksFrom, draw, test_rows
 from loracast.lora.algebra import Factors, LoRA
 from loracast.training.refine import FEWEST_EXAMPLES, RefineConfig, descent, loras_of, rows_of
-
-_MAX_NEW_TOKENS = 32
 
 COLUMNS = columns(
     label="what descent starts from", at="after", n_tasks=("tasks", 0), n=("rows", 0), exact=("exact %", "%"),
@@ -203,7 +201,7 @@ def _answer(
 
     cases = [TaskCase(drawn, row) for row in rows]
     baselines = {at: baseline(stage) for at, stage in stages.items()}
-    answered = ask(setup, baselines, dict.fromkeys(stages, cases), Sampling(max_new_tokens=_MAX_NEW_TOKENS))
+    answered = ask(setup, baselines, dict.fromkeys(stages, cases), Sampling(max_new_tokens=LONGEST[drawn.task.metric]))
     return grouped(answered, lambda one: one.baseline)
 
 

@@ -38,7 +38,8 @@ from loracast.training.peft_training import ABOUT
 from loracast.training.text import gibberish
 
 _FIRST_SHOTS = 5
-_LONGEST: dict[Metric, int] = {"exact": 32, "number": 256}
+LONGEST: dict[Metric, int] = {"exact": 32, "number": 256}
+"""Longest answer to a task, in tokens, by its metric."""
 
 COLUMNS = columns(
     label="what answers", n_tasks=("tasks", 0), n=("rows", 0), exact=("exact %", "%"), near=("near %", "%"),
@@ -230,7 +231,7 @@ def _answer(setup: TaskSetup, name: str, baseline: TaskBaseline, drawn: Drawn, c
     """The task's test rows, the same for all baselines and seeds, as one baseline answers them."""
     task = drawn.task
     cases = [TaskCase(drawn, row) for row in test_rows(task, config.rows)]
-    sampling = Sampling(max_new_tokens=config.max_new_tokens or _LONGEST[task.metric])
+    sampling = Sampling(max_new_tokens=config.max_new_tokens or LONGEST[task.metric])
     answered = ask(setup, {name: baseline}, {name: cases}, sampling)
     choices = _choose(setup, baseline, cases)
     formula = QueryFlops.of(setup.base.model.config)

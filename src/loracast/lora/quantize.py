@@ -21,9 +21,7 @@ Storage = Literal["bf16", "int8", "int4", "text"]
 STORAGE: tuple[Storage, ...] = get_args(Storage)
 """Every storage, the largest first."""
 DEFAULT_STORAGE: Storage = "int4"
-"""Storage of learned documents unless the user says otherwise; images, imports and combinations are in bf16."""
-TASK_STORAGE: Storage = "int8"
-"""Storage of tasks' adapters: half the size, and on a development set as many right answers (docs/notebook)."""
+"""Storage of documents unless the user says otherwise, and of tasks; images, imports and combinations are in bf16."""
 SCALE = ".scale"
 """Suffix of the tensor that holds the scales of a quantised tensor in an adapter's file."""
 _LARGEST_GROUP = 16
