@@ -202,7 +202,7 @@ def test_a_user_casts_a_description(base, tmp_path):
     hypernet = make_attention_delta(base)
     save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="float32")
     caster = TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), tmp_path / "library")
-    adapter = caster.task(DESCRIPTIONS[0], "opposite")
+    adapter = caster.task(DESCRIPTIONS[0], "opposite", storage="bf16")
     assert adapter.manifest.ranks == {"q_proj": 3, "o_proj": 8, "down_proj": 3}
     (lora,) = caster.loras([DESCRIPTIONS[0]])
     for name in lora.names:

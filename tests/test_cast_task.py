@@ -67,14 +67,16 @@ def test_a_description_becomes_an_adapter_that_answers(caster, base):
     )
     (lora,) = caster.loras([SENTENCE])
     stored = adapter.lora()
-    assert close(lora, stored)  # but for int8
-    assert manifest.storage == "int8" and set(stored.factors) == set(lora.factors)
-    for name, (a, b) in lora.factors.items():  # each number within half a step of its row's scale, and bf16's rounding
-        for row, kept in ((a, stored.factors[name].a), (b.T, stored.factors[name].b.T)):
-            largest = row.abs().amax(1, keepdim=True)
-            assert ((row - kept).abs() <= largest * (0.5 / 127 + 2**-7)).all()
+    assert manifest.storage == "int4" and set(stored.factors) == set(lora.factors)
+    for name, (
+        a,
+        b,
+    ) in lora.factors.items():  # each number within half a step of its group's scale, and bf16's rounding
+        for rows, kept in ((a, stored.factors[name].a), (b.T, stored.factors[name].b.T)):
+            largest = rows.unflatten(1, (-1, 16)).abs().amax(2).repeat_interleave(16, 1)
+            assert ((rows - kept).abs() <= largest * (0.5 / 7 + 2**-7)).all()
     n_numbers = sum(a.numel() + b.numel() for a, b in lora.factors.values())
-    assert (adapter.folder / FACTORS).stat().st_size < 1.5 * n_numbers + 4096  # bf16 would take two bytes a number
+    assert (adapter.folder / FACTORS).stat().st_size < 0.75 * n_numbers + 4096  # bf16 would take two bytes a number
     adapter.verify()
     answerer = Model(base, caster.library)
     few = Sampling(max_new_tokens=6)
@@ -86,13 +88,27 @@ def test_a_batch_is_one_pass_and_the_same_as_one_by_one(caster, monkeypatch):
     passes = []
     forward = TextToLoRA.forward
     monkeypatch.setattr(TextToLoRA, "forward", lambda self, x: (passes.append(len(x)), forward(self, x))[1])
-    adapters = caster.tasks(texts)
+    adapters = caster.tasks(texts, storage="bf16")
     assert passes == [4] and [a.name for a in adapters][:2] == [
         "answer-with-the-opposite-word",
         "give-the-antonym-of-the-word",
     ]
     for text, adapter in zip(texts, adapters, strict=True):
         assert close(caster.loras([text])[0], adapter.lora())
+
+
+@pytest.mark.parametrize(("storage", "bytes_each"), [("int4", 0.625), ("int8", 1.0), ("bf16", 2.0)])
+def test_a_task_is_kept_as_it_is_asked_for(caster, storage, bytes_each):
+    adapter = caster.task(SENTENCE, storage, storage=storage)
+    numbers = sum(a.numel() + b.numel() for a, b in adapter.lora().factors.values())
+    assert adapter.manifest.storage == storage
+    assert (adapter.folder / FACTORS).stat().st_size == pytest.approx(bytes_each * numbers, rel=0.2, abs=3000)
+
+
+@pytest.mark.parametrize("storage", ["text", "int3"])
+def test_a_storage_that_no_task_has_is_refused(caster, storage):
+    with pytest.raises(AdapterError, match="int8"):
+        caster.task(SENTENCE, storage=storage)
 
 
 def test_strength_scales_the_delta(caster):
@@ -194,6 +210,8 @@ def test_the_command_reads_with_the_base_where_the_hypernetwork_does(base, tiny_
         str(tmp_path / "h"),
         "--library",
         str(tmp_path / "l"),
+        "--storage",
+        "bf16",
     ]
     done = CliRunner().invoke(app, [*arguments, "--base", str(tiny_folder), "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["distance"] is None

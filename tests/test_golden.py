@@ -112,7 +112,7 @@ def test_a_hypernetwork_casts_what_it_always_cast(name, base, tmp_path):
     assert golden.manifest.hypernetwork in (hypernet.id, *hypernet.former_ids)
     model = loracast.Model(base, tmp_path / "new", hypernet, hypernet)
     if golden.manifest.kind == "task":
-        made = model.task(golden.manifest.title)
+        made = model.task(golden.manifest.title, storage=golden.manifest.storage)
     else:
         document = loracast.Document.from_text((GOLDEN / "manual.md").read_text(), title=golden.manifest.title)
         made = model.learn(document, max_chunk_tokens=48, storage=golden.manifest.storage)

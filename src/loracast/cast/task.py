@@ -23,7 +23,7 @@ from loracast.library.manifest import check_name, name_from
 from loracast.library.save import save_single
 from loracast.library.writer import check_finite
 from loracast.lora.algebra import LoRA, LoRABatch, Rows
-from loracast.lora.quantize import DEFAULT_STORAGE
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
 from loracast.paths import library_dir
 
 _AT_ONCE = 50
@@ -39,6 +39,8 @@ class TaskOptions(TypedDict, total=False):
 
     strength: float
     """Factor on every delta; 0 does nothing, 1 (the default) is as in training."""
+    storage: Storage
+    """How the factors are kept (lora/quantize.py): "int4" (the default), "int8" or "bf16"."""
     replace: bool
     """Whether an adapter of the same name is replaced."""
 
@@ -118,6 +120,7 @@ class TaskCaster:
         *,
         strength: float = 1.0,
         refine: Refine | None = None,
+        storage: Storage = DEFAULT_STORAGE,
         replace: bool = False,
     ) -> list[Adapter]:
         """Cast tasks into adapters, all in one go, and keep them; a string is a description alone.
@@ -128,11 +131,15 @@ class TaskCaster:
             names: of the adapters; made from the descriptions if None.
             strength: factor on every delta.
             refine: changes the rows of each task after casting (training/refine.py).
+            storage: how the factors are kept (lora/quantize.py); not "text", since what a task was told is not kept.
             replace: whether an adapter of the same name is replaced.
 
         Raises:
-            AdapterError: nothing is told of a task, or a name is taken or not allowed; nothing is kept then.
+            AdapterError: nothing is told of a task, a name is taken or not allowed, or tasks have no such storage;
+                nothing is kept then.
         """
+        if check_storage(storage) == "text":
+            raise AdapterError("what a task was told is not kept, to be cast again: use int4, int8 or bf16")
         given = _stripped(tasks)
         names = [name_from(task.title) for task in given] if names is None else list(names)
         if len(names) != len(given) or len(set(names)) != len(names):
@@ -167,7 +174,7 @@ class TaskCaster:
                 seconds=seconds,
                 strength=strength,
                 warnings=self._warnings(task.description, distance),
-                storage=DEFAULT_STORAGE,
+                storage=storage,
                 replace=replace,
             )
             for name, task, one, distance in zip(names, given, rows, distances, strict=True)

@@ -17,6 +17,7 @@ from loracast.cli.folder import FolderLearner, learn_files
 from loracast.cli.output import plural, print_result, progress_bar, say, size, warn
 from loracast.cli.session import learn_visibly, open_model, server_for
 from loracast.library.manifest import name_for, name_from
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
 if TYPE_CHECKING:
     from loracast.data.task_examples import ToldTask
@@ -122,6 +123,12 @@ def task(
     ] = None,
     naming: options.Naming,
     strength: Annotated[float, "Factor on the LoRA: 1 as it was trained, 0 for none."] = 1.0,
+    storage: Annotated[
+        Storage | None,
+        typer.Option(
+            "-s", "--storage", show_default=DEFAULT_STORAGE, help="How factors are kept: int4, int8 (twice) or bf16."
+        ),
+    ] = None,
     hypernetwork: options.Hypernetwork = None,
     encoder: options.Encoder = None,
     choice: options.BaseChoice,
@@ -144,7 +151,9 @@ def task(
             "say what the model shall do, or give examples", param_hint="DESCRIPTION or --examples"
         )
     started = time.perf_counter()
-    if not (as_json or encoder or refine or strength != 1.0):  # the API takes none of these, and tells no distance
+    if not (
+        as_json or encoder or refine or storage or strength != 1.0
+    ):  # the API takes none of these, and tells no distance
         server = server_for(choice, library, "task", hypernetwork, local=local)
         if server is not None and (cast := _cast_served(server, library, told, naming)) is not None:
             print_result(False, {}, _told_task(cast))
@@ -164,7 +173,9 @@ def task(
         from loracast.training.refine import RefineConfig, refiner
 
         descent = refiner(load(), RefineConfig(seconds=refine))
-    (adapter,) = caster.tasks([told], [name], strength=strength, refine=descent, replace=naming.replace)
+    (adapter,) = caster.tasks(
+        [told], [name], strength=strength, refine=descent, storage=storage or DEFAULT_STORAGE, replace=naming.replace
+    )
     manifest = adapter.manifest
     for warning in manifest.warnings:
         warn(warning)
