@@ -36,7 +36,7 @@ def learn_all(folder: Path, base: str | None = None) -> tuple[loracast.Model, di
     adapters = {
         "note": model.learn(EXAMPLES / "note.txt", "note", storage="bf16"),
         "manual": model.learn(EXAMPLES / "manual.pdf", "manual", storage="bf16"),
-        "sentiment": model.task(SENTIMENT, "sentiment"),
+        "sentiment": model.task(SENTIMENT, "sentiment", storage="bf16"),
         "opposite": model.task(OPPOSITE, "opposite"),
     }
     for name, draw in PICTURES.items():
