@@ -36,6 +36,7 @@ PLAN = ROOT / "benchmarks" / "results.toml"
 FIGURES = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
+TASKS_PICTURE = ROOT / "docs" / "images" / "tasks.png"
 BEGIN, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of results -->"
 MISSING = "not measured yet"
 UNMEASURED = "not measured with these weights yet"
@@ -323,6 +324,7 @@ def picture_line(plan: Plan, folder: Path = FIGURES) -> str:
 def write_pages(plan: Plan) -> None:
     """Write docs/results.md, and the table and the picture of README.md where it has the marks for them."""
     PAGE.write_text(page(plan), encoding="utf-8")
+    _draw_tasks(plan)
     readme = README.read_text(encoding="utf-8")
     if BEGIN not in readme:
         print(f"README.md has no line {BEGIN!r}: its table is not written", flush=True)
@@ -331,6 +333,15 @@ def write_pages(plan: Plan) -> None:
     if line:
         picture.draw(picture.bars())
     README.write_text(with_table(readme, line + readme_table(plan)), encoding="utf-8")
+
+
+def _draw_tasks(plan: Plan) -> None:
+    """Draw what answers tasks over the operations of a query, from the figures of the page."""
+    from loracast.evaluation.plots import exact_by_operations
+
+    (one,) = [one for one in plan.measurements if one.id == "tasks"]
+    if (kept := figures_of(one)) is not None:
+        exact_by_operations(TASKS_PICTURE, kept["rows"])
 
 
 # ---- the command ----

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loracast import __version__
 from loracast.base.load import Base
 from loracast.files import write_atomically
 
@@ -159,7 +159,7 @@ def environment(base: Base | None, hypernetwork: str | None = None) -> dict[str,
         "hypernetwork": hypernetwork,
         "versions": {
             "python": platform.python_version(),
-            "loracast": version("loracast"),
+            "loracast": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

@@ -255,7 +255,9 @@ BASELINES: dict[str, TaskBaseline] = {
     **{f"multitask_described_shots{n}": _reader_shots(n) for n in SHOTS[:-1]},
     ADAPTER: _cast("adapter from the description", lambda drawn: drawn.description),
     **{f"{ADAPTER}_shots{n}": _cast_from(n) for n in SHOTS},
-    "other": _cast("adapter from another task's", lambda drawn: drawn.other_description or "", ("tasks", "caster")),
+    "other": _cast(
+        "adapter from another task's description", lambda drawn: drawn.other_description or "", ("tasks", "caster")
+    ),
     "other_shots5": _cast(
         "adapter from another task's description and 5 examples",
         lambda drawn: ToldTask(drawn.other_description or "", drawn.other_shots),
