@@ -36,8 +36,8 @@ from suites import DATA, SEVEN_OPPOSITES, WordCounts, write_rows
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
     """Random answers seldom end by themselves."""
-    for metric in evaluation._LONGEST:
-        monkeypatch.setitem(evaluation._LONGEST, metric, 8)
+    for metric in evaluation.LONGEST:
+        monkeypatch.setitem(evaluation.LONGEST, metric, 8)
 
 
 def test_what_each_baseline_is_given(base, suite):
