@@ -269,7 +269,7 @@ def test_a_stream_gives_the_pieces_of_the_answer(learned):
 
 
 def test_leaving_a_stream_stops_the_generation(learned, monkeypatch):
-    n_forwards, forward = 0, learned.base.model.forward
+    n_forwards, forward, n_threads = 0, learned.base.model.forward, threading.active_count()
     before = _hooks(learned.base.model)  # transformers' own stay, once hidden states were asked for
 
     def counting(*args, **options):
@@ -280,7 +280,7 @@ def test_leaving_a_stream_stops_the_generation(learned, monkeypatch):
     monkeypatch.setattr(learned.base.model, "forward", counting)
     for _ in learned.stream(QUESTIONS[0], "note", sampling=loracast.Sampling(max_new_tokens=400, min_new_tokens=400)):
         break
-    assert 0 < n_forwards < 300 and threading.active_count() < 50
+    assert 0 < n_forwards < 300 and threading.active_count() <= n_threads + 1
     assert _hooks(learned.base.model) == before
 
 

@@ -67,7 +67,7 @@ def test_the_harness_sees_the_adapter(base, hypernetwork, tiny_folder, task_fold
     monkeypatch.setattr("lm_eval.tasks.TaskManager", only_own)
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # it runs `pip list` each time
     caster = TaskCaster(load_caster(hypernetwork, "task", base))
-    caster.task("the lamp please", "lamp", strength=3.0)
+    caster.task("the lamp please", "lamp", strength=3.0, storage="bf16")
     config = HarnessConfig(("desk",), ("lamp",), str(task_folder), chat=False, batch_size=5)
     (row,) = evaluate_harness(Model(base, caster.library), config, tmp_path / "out").rows
     lora = Model(base, caster.library).lora_for("", ["lamp"], None)[0]

@@ -97,9 +97,9 @@ class Makers:
 
     def __call__(self, job, progress):
         self.order.append(job.adapter)
-        self.begun.set()
         for done in range(3):
             progress(done, 3)
+            self.begun.set()  # after that look at whether the job is cancelled
             if "error" in job.work:
                 raise {"bug": RuntimeError("a secret text"), "file": DocumentError("x.md is empty: fill it")}[
                     job.work["error"]
