@@ -42,7 +42,7 @@ class Start:
     label: str
     make: Callable[[TaskSetup, Drawn], LoRA]
     lr: float
-    """Peak learning rate; each start has the one that was best for it on development tasks."""
+    """Peak learning rate, the best on development tasks; the multi-task LoRA has the adapter's."""
 
 
 def _cast(setup: TaskSetup, drawn: Drawn) -> LoRA:
