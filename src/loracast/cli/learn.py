@@ -151,9 +151,8 @@ def task(
             "say what the model shall do, or give examples", param_hint="DESCRIPTION or --examples"
         )
     started = time.perf_counter()
-    if not (
-        as_json or encoder or refine or storage or strength != 1.0
-    ):  # the API takes none of these, and tells no distance
+    # A server's API takes none of these, and tells no distance.
+    if not (as_json or encoder or refine or storage or strength != 1.0):
         server = server_for(choice, library, "task", hypernetwork, local=local)
         if server is not None and (cast := _cast_served(server, library, told, naming)) is not None:
             print_result(False, {}, _told_task(cast))
