@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from loracast.cli import main
 from loracast.cli.interrupts import advice, prompt_interrupts
 from loracast.library.library import adapter_names
 from loracast.library.upkeep import verify
+from loracast.library.writer import AdapterWriter
 from servers import eventually
 from tiny import PROSE
 
@@ -57,7 +59,13 @@ def interrupted_call(function: Callable[[], None], began, told: Path) -> tuple[i
     return status, time.monotonic() - since, told.read_text()
 
 
-def test_learning(tiny_folder, tiny_hypernet_folder, tmp_path, home):
+def test_learning(tiny_folder, tiny_hypernet_folder, tmp_path, home, monkeypatch):
+    def slow_add(self: AdapterWriter, *given: Any) -> None:  # so that learning lasts on a quick machine, too
+        time.sleep(0.05)
+        add(self, *given)
+
+    add = AdapterWriter.add
+    monkeypatch.setattr(AdapterWriter, "add", slow_add)
     (tmp_path / "long.txt").write_text("".join(f"{i}. {PROSE}\n\n" for i in range(700)))
     library = tmp_path / "library"
     models = ["--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, "--device", "cpu"]
