@@ -70,12 +70,13 @@ class TaskCaster:
         Args:
             strength: factor on every delta; 0 gives no adapter, 1 is as in training.
         """
-        loras = self._loras(self._encode(_stripped(tasks)))
+        given = _stripped(tasks)
+        loras = self._loras(given, self._encode(given))
         return loras if strength == 1 else [lora.scale(strength) for lora in loras]
 
     def constant_lora(self) -> LoRA:
         """The LoRA of a constant condition that describes nothing: a baseline."""
-        return self._loras(Features(self.hypernetwork.constant()[:, None]))[0]
+        return self._loras([ToldTask("")], Features(self.hypernetwork.constant()[:, None]))[0]
 
     @torch.inference_mode()
     def embeddings(self, descriptions: Sequence[str]) -> torch.Tensor:
@@ -150,8 +151,7 @@ class TaskCaster:
                 check_free(self.library, name, unless_from=task.sha256)
         started = time.perf_counter()
         features = self._encode(given)
-        batches = (self.caster.cast(Features(some)).rows for some in features.states.split(_AT_ONCE))
-        rows = [one for batch in batches for one in _each(batch, strength)]
+        rows = [_scaled(one, strength) for one in self._rows(given, features)]
         distances = self._distances(given, features)
         if refine is not None:
             rows = [refine(one, self.hypernetwork.loras, task.examples) for one, task in zip(rows, given, strict=True)]
@@ -187,9 +187,18 @@ class TaskCaster:
             )
         return self.caster.encode(tasks)
 
-    def _loras(self, features: Features) -> list[LoRA]:
-        batches = [self.caster.loras_of(Features(some)) for some in features.states.split(_AT_ONCE)]
-        return [batch.row(i) for batch in batches for i in range(batch.n)]
+    def _rows(self, tasks: Sequence[ToldTask], features: Features) -> list[Rows]:
+        """The rows of each task, what is fitted to its examples among them."""
+        batches = (self.caster.cast(Features(some)).rows for some in features.states.split(_AT_ONCE))
+        rows = [one for batch in batches for one in _each(batch)]
+        with self.caster.lock, torch.inference_mode():
+            return [
+                self.hypernetwork.fitted_to_examples(self.caster.encoder, task, one)
+                for task, one in zip(tasks, rows, strict=True)
+            ]
+
+    def _loras(self, tasks: Sequence[ToldTask], features: Features) -> list[LoRA]:
+        return [self.hypernetwork.loras(rows).row(0) for rows in self._rows(tasks, features)]
 
     @torch.inference_mode()
     def _distances(self, tasks: Sequence[ToldTask], features: Features) -> list[float | None]:
@@ -213,8 +222,11 @@ def _stripped(tasks: Sequence[str | ToldTask]) -> list[ToldTask]:
     return [dataclasses.replace(task, description=task.description.strip()) for task in map(told, tasks)]
 
 
-def _each(rows: Rows, strength: float) -> list[Rows]:
-    """Rows of n tasks -> the rows of each one, scaled by `strength`."""
+def _each(rows: Rows) -> list[Rows]:
+    """Rows of n tasks -> the rows of each one."""
     n = next(iter(rows.values()))[0].shape[0]
-    scaled = rows if strength == 1 else {kind: (a, b * strength) for kind, (a, b) in rows.items()}
-    return [{kind: (a[i : i + 1], b[i : i + 1]) for kind, (a, b) in scaled.items()} for i in range(n)]
+    return [{kind: (a[i : i + 1], b[i : i + 1]) for kind, (a, b) in rows.items()} for i in range(n)]
+
+
+def _scaled(rows: Rows, strength: float) -> Rows:
+    return rows if strength == 1 else {kind: (a, b * strength) for kind, (a, b) in rows.items()}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loracast.batching import pad_right
-from loracast.data.tasks import with_description
+from loracast.data.tasks import Example, with_description
 from loracast.encoders.hidden_states import cut
 from loracast.errors import EncoderError
 from loracast.lora.algebra import LoRABatch
@@ -39,7 +39,21 @@ _TEXTS_AT_ONCE = 25
 _SHORT_TOKENS, _LONGER = 48, 1.6
 """Texts are read together whose rows are this many times as long as the shortest one's at most, so that little is
 padding; rows of fewer tokens count as short, since a pass of its own costs more than their padding."""
+_ANSWER_TOKENS = 16
+"""Tokens of an example's answer that are read at most."""
 _RECORD = "loracast_attention_delta"
+
+
+@dataclass(frozen=True)
+class TokenDeltas:
+    """The attention deltas of a text at the tokens of an example."""
+
+    ids: Sequence[int]
+    """Token ids of the example without the text, its answer included."""
+    deltas: Tensor
+    """At the last p of these tokens [layers, p, d_state]."""
+    n_input: int
+    """How many of the p tokens stand before the one that begins the answer."""
 
 
 @dataclass
@@ -122,13 +136,47 @@ class AttentionDeltaEncoder:
         """Whether the text is short enough to be read."""
         return self._row(text.strip())[1] - self._n_before <= MAX_TOKENS
 
-    def _row(self, description: str) -> tuple[list[int], int, int]:
-        """Token ids of prompt and dummy answer, the end of the description in them, and the length of the prompt."""
-        prompt = self._base.chat.prompt(with_description(description, self._dummy_input), "")
-        # The end that both prompts share; the dummy input's first token may change after a description.
-        n_told = len(self._plain) - self._n_before
-        end = len(prompt) - min(_common(prompt[::-1], self._plain[::-1]), n_told)
-        return [*prompt, *self._answer], end, len(prompt)
+    def at_example(self, text: str, example: Example) -> TokenDeltas:
+        """The attention deltas of a text at each token of an example that stands behind it, with its answer."""
+        chat = self._base.chat
+        plain, answer = chat.prompt(example.input, ""), chat.reply(example.outputs[0])[:-1][:_ANSWER_TOKENS]
+        row, end, n_prompt = self._row(text.strip(), plain, example.input, answer)
+        at = torch.eye(len(row))[None, end:]
+        told = torch.zeros(1, len(row), dtype=torch.bool)
+        told[0, self._n_before : end] = True
+        with inject(self._base.model, self._once("lora", lambda: self._lora().to(self._base.model.dtype))):
+            deltas = self._projected(self._run(torch.tensor([row]), _Record(told, at)).deltas)
+        return TokenDeltas([*plain, *answer], deltas[0].transpose(0, 1), n_prompt - 1 - end)
+
+    def outputs_of_attention(self, ids: Sequence[int], lora: LoRABatch) -> Tensor:
+        """Inputs of the attention's output projections [layers, t, d_in] where the base carries a LoRA, fp32."""
+        found: list[Tensor] = []
+        handles = [
+            getattr(block.self_attn, self._kind).register_forward_pre_hook(lambda module, given: found.append(given[0]))
+            for layer, block in enumerate(self._decoder.layers)
+            if layer in self._layers
+        ]
+        try:
+            with inject(self._base.model, lora.to(self._base.model.dtype)):
+                self._decoder(input_ids=torch.tensor([[*ids]], device=self._base.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.cat(found).float()
+
+    def _row(
+        self, text: str, plain: Sequence[int] = (), input: str = "", answer: Sequence[int] = ()
+    ) -> tuple[list[int], int, int]:
+        """Token ids of prompt and answer, the end of the text in them, and the length of the prompt.
+
+        Args:
+            plain: the prompt without the text; that of the dummy input, with the dummy answer, if left out.
+        """
+        plain, input, answer = (plain, input, answer) if plain else (self._plain, self._dummy_input, self._answer)
+        prompt = self._base.chat.prompt(with_description(text, input), "")
+        # The end that both prompts share; the input's first token may change after a description.
+        end = len(prompt) - min(_common(prompt[::-1], plain[::-1]), len(plain) - self._n_before)
+        return [*prompt, *answer], end, len(prompt)
 
     def _read(self, rows: Sequence[tuple[list[int], int, int]]) -> Tensor:
         """Rows of `_row` -> attention deltas [n, d_text]."""

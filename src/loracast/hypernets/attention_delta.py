@@ -24,14 +24,22 @@ from torch import Tensor, nn
 
 from loracast.base.load import Base
 from loracast.base.packages import Say
+from loracast.data.task_examples import ToldTask
 from loracast.encoders.attention_delta import ATTENTION_DELTA, POSITIONS, AttentionDeltaEncoder
 from loracast.encoders.sentence import TextEncoder
 from loracast.errors import ConfigError, EncoderError
-from loracast.hypernets.descriptions import EXAMPLES_AT_ONCE, DescriptionHypernetwork, make_gate, shared_factors
+from loracast.hypernets.descriptions import (
+    EXAMPLES_AT_ONCE,
+    DescriptionHypernetwork,
+    TaskReader,
+    make_gate,
+    shared_factors,
+)
 from loracast.hypernets.doc_config import ArchitectureConfig, ModuleRow
+from loracast.hypernets.example_fit import FEWEST_EXAMPLES, RANK, fit_examples
 from loracast.hypernets.heads import StaticLoRA, lora_of, per_layer, static_loras
 from loracast.hypernets.task_bank import TaskBank
-from loracast.lora.algebra import Factors, LoRA, LoRABatch
+from loracast.lora.algebra import Factors, LoRA, LoRABatch, Rows
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,19 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         c = self.config
         lora, is_training = self.encoder_lora_batch, lambda: self.training
         return AttentionDeltaEncoder(base, c.layers, c.kind, c.dummy_input, c.dummy_answer, lora, is_training)
+
+    def fitted_to_examples(self, reader: TaskReader, task: ToldTask, rows: Rows) -> Rows:
+        if len(task.examples) < FEWEST_EXAMPLES:
+            return rows
+        c, encoder = self.config, cast(AttentionDeltaEncoder, reader.encoder)
+        fitted = fit_examples(encoder, reader.groups(task), self.probed_modules, self.loras(rows))
+        a, b = rows[c.kind]
+        more_a, more_b = a.new_zeros(*a.shape[:2], RANK, a.shape[3]), b.new_zeros(*b.shape[:2], RANK, b.shape[3])
+        for i, module in enumerate(c.target.of_kind(c.kind)):  # zeros beyond the depth that is read
+            if module.name in fitted.factors:
+                one = fitted.factors[module.name]
+                more_a[0, i, : one.rank], more_b[0, i, : one.rank] = one.a.to(a), one.b.T.to(b)
+        return {**rows, c.kind: (torch.cat([a, more_a], dim=2), torch.cat([b, more_b], dim=2))}
 
     def start_shared_from(self, lora: LoRA) -> None:
         """As well as the shared factors, the encoder LoRA starts from it."""

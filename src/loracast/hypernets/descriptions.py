@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -118,38 +118,18 @@ class DescriptionHypernetwork(Hypernetwork):
         """Most examples that are read in one text; more are read in groups, whose conditions are averaged."""
         return EXAMPLES_AT_ONCE
 
-    def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> Callable[[Any], Features]:
+    def encoder_for(self, base: Base | None, encoder: str | None, say: Say) -> TaskReader:
         read = self.text_encoder(base, encoder, say)
         if read.d_text != self.config.d_text:
             raise HypernetworkError(
                 f"the hypernetwork reads embeddings of {self.config.d_text} numbers, the text encoder {read.name!r} "
                 f"gives {read.d_text}: give the encoder that it was trained with ({self.config.encoder!r})"
             )
-        return lambda tasks: Features(self._read(read, [told(task) for task in tasks])[:, None])
+        return TaskReader(read, self.examples_at_once)
 
-    def _read(self, read: TextEncoder, tasks: Sequence[ToldTask]) -> Tensor:
-        """What is told of n tasks -> conditions [n, d_text]: of several texts of a task their mean."""
-        texts = [self._texts(read, task) for task in tasks]
-        conditions = read([text for some in texts for text in some])
-        return torch.stack([part.mean(0) for part in conditions.split([len(some) for some in texts])])
-
-    def _texts(self, read: TextEncoder, task: ToldTask) -> list[str]:
-        """The texts in which a task is read: one, or one for each group of examples, groups of about one size.
-
-        Raises EncoderError for an example that does not fit even alone.
-        """
-        n = len(task.examples)
-        if not n:
-            return [task.text()]
-        for n_groups in range(-(-n // self.examples_at_once), n + 1):
-            ends = [i * n // n_groups for i in range(n_groups + 1)]
-            texts = [replace(task, examples=task.examples[i:j]).text() for i, j in pairwise(ends)]
-            if all(map(read.fits, texts)):
-                return texts
-        number = next(i for i, text in enumerate(texts, 1) if not read.fits(text))
-        raise EncoderError(
-            f"example {number} is too long to be read behind the description: shorten it, or leave it out"
-        )
+    def fitted_to_examples(self, reader: TaskReader, task: ToldTask, rows: Rows) -> Rows:
+        """The rows that were cast for a task [1, modules, r, d], and what is fitted to its examples, if anything."""
+        return rows
 
     def cast(self, features: Features) -> Cast:
         """Features of n descriptions [n, 1, d_text] -> their rows; lower ranks of a kind are padded with zeros."""
@@ -179,6 +159,42 @@ class DescriptionHypernetwork(Hypernetwork):
             return None
         cosines = _cosines(self.seen, self.seen).fill_diagonal_(-1)
         return 1 - cosines.amax(1).quantile(0.05).item()
+
+
+class TaskReader:
+    """Reads what is told of tasks, with the text encoder of a hypernetwork."""
+
+    def __init__(self, encoder: TextEncoder, examples_at_once: int):
+        """
+        Args:
+            examples_at_once: most examples in one text.
+        """
+        self.encoder, self._at_once = encoder, examples_at_once
+
+    def __call__(self, tasks: Sequence[str | ToldTask]) -> Features:
+        """n tasks -> their conditions [n, 1, d_text]: of several groups of a task's examples their mean."""
+        groups = [self.groups(told(task)) for task in tasks]
+        conditions = self.encoder([group.text() for some in groups for group in some])
+        means = [part.mean(0) for part in conditions.split([len(some) for some in groups])]
+        return Features(torch.stack(means)[:, None])
+
+    def groups(self, task: ToldTask) -> list[ToldTask]:
+        """The task as it is read: in one text, or in one for each group of examples, groups of about one size.
+
+        Raises EncoderError for an example that does not fit even alone.
+        """
+        n = len(task.examples)
+        if not n:
+            return [task]
+        for n_groups in range(-(-n // self._at_once), n + 1):
+            ends = [i * n // n_groups for i in range(n_groups + 1)]
+            groups = [replace(task, examples=task.examples[i:j]) for i, j in pairwise(ends)]
+            if all(self.encoder.fits(group.text()) for group in groups):
+                return groups
+        number = next(i for i, group in enumerate(groups, 1) if not self.encoder.fits(group.text()))
+        raise EncoderError(
+            f"example {number} is too long to be read behind the description: shorten it, or leave it out"
+        )
 
 
 def shared_factors(lora: LoRA, modules: Sequence[TargetModule], rank: int) -> tuple[Tensor, Tensor]:

@@ -249,11 +249,11 @@ class Caster:
     ):
         """
         Args:
-            lock: held while the encoder runs: the base's, so that it reads without another thread's LoRA; one of its
-                own if None.
+            lock: held while the encoder runs, and by whoever else runs the base: the base's, so that it reads without
+                another thread's LoRA; one of its own if None.
         """
         self.hypernetwork = hypernetwork.eval()
-        self._lock = RLock() if lock is None else lock
+        self.lock = RLock() if lock is None else lock
         self.encoder: Any = encoder
         self.id = hypernetwork.id
         self._dtype = torch.bfloat16 if in_bf16 else None
@@ -268,7 +268,7 @@ class Caster:
     @torch.inference_mode()
     def encode(self, inputs: Any) -> Features:
         """Rows of token ids, descriptions or images in RGB, n of them -> their features."""
-        with self._lock:
+        with self.lock:
             return self.encoder(inputs)
 
     @torch.inference_mode()

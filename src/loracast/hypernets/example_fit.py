@@ -1,0 +1,91 @@
+"""Fits a LoRA to the examples of a task: what the others add to attention at each of them, by ridge regression.
+
+Each example is read behind the description and the other examples, with its answer. At every token t, attention's
+output projection misses the attention delta y_t once nothing of this is in the prompt, and gets the input x_t then,
+under the LoRA cast so far. In each layer, the fitted LoRA is a share of the best linear map from one to the other,
+
+    min over W of  sum over t of w_t |y_t - W x_t|^2 + ridge |W|^2
+
+cut to a small rank. The columns that a hypernetwork casts are means over tokens; this one differs from token to token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from loracast.data.task_examples import ToldTask
+from loracast.data.tasks import Example
+from loracast.encoders.attention_delta import AttentionDeltaEncoder
+from loracast.lora.algebra import Factors, LoRA, LoRABatch, compress
+
+FEWEST_EXAMPLES = 2
+RANK = 16
+"""Rank of the fitted LoRA."""
+# Chosen on the tasks of benchmarks/unseen_tasks.py (docs/notebook/2026-11-28.md).
+_RIDGE = 0.1
+"""Of the mean of |x_t|^2."""
+_SHARE = 0.5
+"""Of the fitted map that is written: the hypernetwork's own columns write their part beside it."""
+_BEFORE_ANSWER = 0.1
+"""Weight of a token before the answer; the others have 1."""
+_MOST_READ = 8
+"""Examples of a group that are read behind the others; each takes two forward passes."""
+
+
+def fit_examples(
+    encoder: AttentionDeltaEncoder, groups: Sequence[ToldTask], names: Sequence[str], lora: LoRABatch
+) -> LoRA:
+    """Fit a LoRA to examples of a task.
+
+    Args:
+        groups: the task in groups of examples that are read together.
+        names: the attention's output projections, one for each layer that the encoder reads.
+        lora: what the hypernetwork has cast for the task, 1 row; the fitted LoRA joins it.
+    """
+    xs, ys, weights = [], [], []
+    for told, example in behind_the_others(groups):
+        read = encoder.at_example(told.text(), example)
+        n = read.deltas.shape[1]
+        xs.append(encoder.outputs_of_attention(read.ids, lora)[:, -n:])
+        ys.append(read.deltas)
+        weights.append(torch.where(torch.arange(n) < read.n_input, _BEFORE_ANSWER, 1.0))
+    x, y = torch.cat(xs, dim=1), torch.cat(ys, dim=1)
+    a, b = ridge(x, y, torch.cat(weights).to(x), _RIDGE)
+    fitted = LoRA({name: Factors(a[i], _SHARE * b[i].T) for i, name in enumerate(names)})
+    return compress(fitted, RANK)[0]
+
+
+def behind_the_others(groups: Sequence[ToldTask]) -> list[tuple[ToldTask, Example]]:
+    """Examples, spread evenly over each group, each with what is told before it: the others, those after it first."""
+    pairs = []
+    for group in groups:
+        n = len(group.examples)
+        for i in range(min(n, _MOST_READ)):
+            at = i * n // min(n, _MOST_READ)
+            others = (*group.examples[at + 1 :], *group.examples[:at])
+            pairs.append((replace(group, examples=others), group.examples[at]))
+    return [(told, example) for told, example in pairs if told.text()]
+
+
+def ridge(x: Tensor, y: Tensor, weights: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """Ridge regression of y on x in factors, W = B^T A, layer by layer.
+
+    Args:
+        x: [layers, t, d_in].
+        y: [layers, t, d_out].
+        weights: of the t rows [t].
+        strength: of the ridge, as a share of the mean of the weighted |x_t|^2.
+
+    Returns:
+        A [layers, t, d_in] and B rows [layers, t, d_out].
+    """
+    root = weights.sqrt()[None, :, None]
+    x, y = x * root, y * root
+    gram = x.transpose(1, 2) @ x
+    ridge = strength * gram.diagonal(dim1=1, dim2=2).sum(1) / x.shape[1]
+    gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None].clamp_min(torch.finfo(x.dtype).tiny))
+    return torch.linalg.solve(gram, x.transpose(1, 2)).transpose(1, 2), y

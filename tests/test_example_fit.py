@@ -1,0 +1,136 @@
+"""LoRAs fitted to the examples of a task: the regression, what is read at examples, and the adapter."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from loracast.base.load import Base
+from loracast.cast.task import TaskCaster
+from loracast.data.task_examples import ToldTask, as_examples
+from loracast.data.tasks import Example
+from loracast.encoders.attention_delta import POSITIONS
+from loracast.hypernets.descriptions import TaskReader
+from loracast.hypernets.example_fit import RANK, behind_the_others, ridge
+from tiny import DESCRIPTIONS, FAMILIES, make_attention_delta, make_model, make_tokenizer
+
+EXAMPLES = as_examples([("big", "small"), ("hot", "cold"), ("old", "new"), ("far", "near"), ("wet", "dry")])
+TOLD = ToldTask(DESCRIPTIONS[0], EXAMPLES)
+
+
+def least_squares(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor, strength: float) -> np.ndarray:
+    """Ridge regression as least squares with extra rows, W [out, in] of y [t, out] on x [t, in]."""
+    root = weights.double().sqrt().numpy()[:, None]
+    inputs, outputs = x.double().numpy() * root, y.double().numpy() * root
+    ridge = (strength * np.square(inputs).sum() / len(inputs)) ** 0.5 * np.eye(inputs.shape[1])
+    nothing = np.zeros((len(ridge), outputs.shape[1]))
+    return np.linalg.lstsq(np.concatenate([inputs, ridge]), np.concatenate([outputs, nothing]), rcond=None)[0].T
+
+
+def test_the_regression_is_that_of_least_squares_with_extra_rows():
+    made = torch.Generator().manual_seed(2)
+    x, y = torch.randn(2, 30, 8, generator=made), torch.randn(2, 30, 5, generator=made)
+    weights = torch.rand(30, generator=made) + 0.1
+    a, b = ridge(x, y, weights, 0.3)
+    for layer in range(2):
+        expected = least_squares(x[layer], y[layer], weights, 0.3)
+        np.testing.assert_allclose((b[layer].T @ a[layer]).numpy(), expected, atol=1e-5)
+
+
+def test_a_regression_on_nothing_is_zero():
+    a, b = ridge(torch.zeros(1, 4, 3), torch.zeros(1, 4, 2), torch.ones(4), 0.1)
+    assert not (b[0].T @ a[0]).any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_at_the_dummy_input_it_reads_what_the_hypernetwork_does(family):
+    base = Base(family, make_model(family), make_tokenizer())
+    hypernet = make_attention_delta(base)
+    encoder, c = hypernet.text_encoder(base), hypernet.config
+    at = encoder.at_example(DESCRIPTIONS[0], Example(c.dummy_input, (c.dummy_answer,)))
+    expected = encoder([DESCRIPTIONS[0]]).view(len(POSITIONS), -1, 48)
+    torch.testing.assert_close(at.deltas[:, at.n_input], expected[POSITIONS.index("start")], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(at.deltas[:, -1], expected[POSITIONS.index("answer")], atol=1e-5, rtol=1e-3)
+    assert at.ids == [*base.chat.prompt(c.dummy_input, ""), *base.chat.reply(c.dummy_answer)[:-1]]
+
+
+def test_the_inputs_of_projections_are_those_under_merged_weights(base):
+    hypernet = make_attention_delta(base)
+    encoder = hypernet.text_encoder(base)
+    lora = hypernet(encoder(DESCRIPTIONS[:1])).rows(0, 1)
+    ids = base.chat.prompt("big", "")
+    merged = copy.deepcopy(base.model)
+    with torch.no_grad():
+        for name, (a, b) in lora.factors.items():
+            merged.get_submodule(name).weight += b[0] @ a[0]
+    found = []
+    for block in merged.get_decoder().layers:
+        block.self_attn.o_proj.register_forward_pre_hook(lambda module, given: found.append(given[0][0]))
+    with torch.no_grad():
+        merged(input_ids=torch.tensor([ids]))
+        read = encoder.outputs_of_attention(ids, lora)
+    torch.testing.assert_close(read, torch.stack(found), atol=1e-4, rtol=1e-3)
+    assert not any(module._forward_pre_hooks for module in base.model.modules())
+
+
+def test_no_example_stands_before_itself():
+    pairs = behind_the_others([TOLD, ToldTask("", EXAMPLES * 4), ToldTask("", EXAMPLES[:1])])
+    assert [example for _, example in pairs[:5]] == list(EXAMPLES)
+    assert all(example not in told.examples for told, example in pairs[:5])
+    assert pairs[1][0] == ToldTask(TOLD.description, (*EXAMPLES[2:], *EXAMPLES[:1]))
+    assert len(pairs) == 5 + 8  # eight of a group at most, and none where nothing is told
+
+
+def test_it_joins_what_is_cast(base, tmp_path):
+    hypernet = make_attention_delta(base, examples_at_once=5)
+    caster = TaskCaster(hypernet.bind(base), tmp_path)
+    batch = hypernet.loras(_rows(caster, TOLD))
+    cast, (fitted,) = batch.row(0), caster.loras([TOLD])
+    encoder, names = hypernet.text_encoder(base), hypernet.probed_modules
+    xs, ys, weights = [], [], []
+    for told, example in behind_the_others([TOLD]):
+        at = encoder.at_example(told.text(), example)
+        n = at.deltas.shape[1]
+        xs.append(encoder.outputs_of_attention(at.ids, batch)[:, -n:])
+        ys.append(at.deltas)
+        weights += [0.1] * at.n_input + [1.0] * (n - at.n_input)
+    x, y = torch.cat(xs, dim=1).detach(), torch.cat(ys, dim=1).detach()
+    for i, name in enumerate(names):
+        u, s, v = np.linalg.svd(least_squares(x[i], y[i], torch.tensor(weights), 0.1))
+        half = 0.5 * (u[:, :RANK] * s[:RANK]) @ v[:RANK]
+        np.testing.assert_allclose((fitted.delta(name) - cast.delta(name)).numpy(), half, atol=2e-3 * s[0], rtol=1e-2)
+    assert {n for n in cast.names if not torch.equal(cast.delta(n), fitted.delta(n))} == set(names)
+    assert all(fitted.factors[n].rank == cast.factors[n].rank + RANK for n in names)
+
+
+def _rows(caster, told):
+    return caster.caster.cast(caster.caster.encode([told])).rows
+
+
+@pytest.mark.parametrize("told", [ToldTask(DESCRIPTIONS[0]), ToldTask("", EXAMPLES[:1])])
+def test_a_description_or_one_example_is_cast_without(base, tmp_path, told):
+    hypernet = make_attention_delta(base)
+    caster = TaskCaster(hypernet.bind(base), tmp_path)
+    (lora,) = caster.loras([told])
+    expected = hypernet.loras(_rows(caster, told)).row(0)
+    assert all(torch.equal(lora.factors[name].b, expected.factors[name].b) for name in expected.names)
+
+
+def test_kept_and_opened_again(base, tmp_path):
+    caster = TaskCaster(make_attention_delta(base, depth=2).bind(base), tmp_path)
+    adapter = caster.task(TOLD.description, "opposites", examples=TOLD.examples, storage="bf16")
+    (expected,) = caster.loras([TOLD])
+    opened = adapter.lora()
+    assert adapter.manifest.ranks["o_proj"] == caster.hypernetwork.config.ranks["o_proj"] + RANK
+    for name in expected.names:
+        torch.testing.assert_close(opened.delta(name).float(), expected.delta(name), atol=2e-2, rtol=2e-2)
+
+
+def test_examples_that_are_read_in_groups(base):
+    hypernet = make_attention_delta(base, examples_at_once=2)
+    reader = hypernet.encoder_for(base, None, print)
+    assert isinstance(reader, TaskReader)
+    assert [group.examples for group in reader.groups(TOLD)] == [EXAMPLES[:1], EXAMPLES[1:3], EXAMPLES[3:]]
