@@ -1,11 +1,14 @@
-"""The scripts that write sets of tasks: the development set, and the fresh held-out tasks."""
+"""The scripts that write sets of tasks: the development sets, and the fresh held-out tasks."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
 import subprocess
 import sys
 import tomllib
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,10 @@ from loracast.data.tasks import read_tasks
 from suites import DATA
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SHIPPED = Path(__file__).parents[1] / "src" / "loracast" / "pretrained" / "text-smollm2-135m"
 sys.path.insert(0, str(BENCHMARKS))
 import fresh_tasks  # noqa: E402  (a script)
+import unseen_tasks  # noqa: E402  (a script)
 
 TABLE = {
     "document": "| 2019 | 2018\n| (in millions) |\nSales | $ 1,452.4 | $ 1,146.2\nLosses | (57) | (13)\nNotes | see 1 | 2"
@@ -130,3 +135,64 @@ def test_the_development_set_holds_whole_groups_of_training_tasks_and_no_held_ou
     chosen = [task for task in after if task.is_heldout]
     assert 0 < len(chosen) <= 24
     assert not {t.group for t in chosen} & {t.group for t in after if not t.is_heldout}
+
+
+def drawn(name: str) -> list[tuple[str, str]]:
+    draw, rng = getattr(unseen_tasks, name), random.Random(3)
+    return [draw(rng) for _ in range(40)]
+
+
+def test_rules_of_unseen_tasks():
+    for date, iso in drawn("iso_date"):
+        assert datetime.strptime(date, "%B %d, %Y").strftime("%Y-%m-%d") == iso
+    for time, said in drawn("twelve_hour"):
+        assert datetime.strptime(said.upper(), "%I:%M %p").strftime("%H:%M") == time
+    for year, century in drawn("century"):
+        assert int(century[:2]) == -(-int(year) // 100)
+    for number, ten in drawn("round_to_ten"):
+        assert int(ten) % 10 == 0 and abs(int(ten) - int(number)) < 5
+    for words, tag in drawn("hashtag"):
+        assert tag.lower() == "#" + words.replace(" ", "")
+    for words, said in drawn("same_beginning"):
+        assert (len({word[0] for word in words.split(", ")}) == 1) is (said == "yes")
+    assert [*unseen_tasks.listed("a b = c; d = e\nf = g")] == [("a b", "c"), ("d", "e"), ("f", "g")]
+
+
+def test_rules_that_find_unseen_tasks():
+    def found(name: str, source: dict) -> list[tuple[str, str]]:
+        return list(getattr(unseen_tasks, name)(source, random.Random(1)))
+
+    table = {"source": "wikitablequestions", "document": "Title\nYear | Club | Goals\n2001 | Ajax | 7"}
+    ((text, cell),) = found("cell_of_table", table)
+    head, row, asked = (line.split(" | ") for line in text.split("\n"))
+    assert row[head.index(asked[0].rstrip("?"))] == cell
+    talk = {"source": "dream", "document": "W: Hello.\nM: Hello to you.\nW: Bye."}
+    assert found("who_speaks_first", talk) == [("W: Hello.\nM: Hello to you.", "woman")]
+    assert found("person_of_problem", {"question": "Mindy has 3 apples and eats one."})[0][1] == "Mindy"
+    assert not found("person_of_problem", {"question": "There is an apple on the table."})
+    assert found("numbers_in_problem", {"question": "He puts away 10% of his $150,000 a year."})[0][1] == "2"
+    alternatives = {"question": "It rained. What was the cause?", "choices": ["Clouds.", "Sun."], "answer": 0}
+    assert found("cause_or_effect", alternatives)[0][1] == "A"
+
+
+def test_no_unseen_task_is_one_that_what_ships_was_trained_on_or_a_fresh_one():
+    about, fresh = (
+        tomllib.loads((BENCHMARKS / f"{name}.toml").read_text(encoding="utf-8"))
+        for name in ("unseen_tasks", "fresh_tasks")
+    )
+    runs = json.loads((SHIPPED / "config.json").read_text(encoding="utf-8"))["provenance"]["history"]
+    trained = {name for run in runs for name in run["tasks"]}
+    assert len(about) == 28 and len(trained) == 135 and not about.keys() & {*trained, *fresh}
+    rules = [rule.__name__ for rule in (*unseen_tasks.DRAWN, *itertools.chain(*unseen_tasks.FOUND.values()))]
+    assert sorted(rules) == sorted(name for name, task in about.items() if "pairs" not in task)
+    assert len({text for task in about.values() for text in task["descriptions"]}) == 3 * 28
+
+
+def test_a_list_is_split_into_examples_and_rows_to_test(tmp_path):
+    about = tomllib.loads((BENCHMARKS / "unseen_tasks.toml").read_text(encoding="utf-8"))
+    for task in about.values():
+        if "pairs" in task:
+            rows = unseen_tasks.split([*unseen_tasks.listed(task["pairs"])], random.Random(1))
+            train, test = ({row["input"] for row in rows if row["split"] == split} for split in ("train", "test"))
+            assert len(train) >= 32 and len(test) >= 10 and not train & test
+            assert all(row["input"] and row["output"] for row in rows)
