@@ -119,6 +119,17 @@ def test_a_description_or_one_example_is_cast_without(base, tmp_path, told):
     assert all(torch.equal(lora.factors[name].b, expected.factors[name].b) for name in expected.names)
 
 
+def test_examples_so_long_that_each_is_read_alone_are_cast_without(base, tmp_path):
+    long = as_examples([(" ".join(["word"] * 150), "a"), (" ".join(["other"] * 150), "b")])
+    hypernet = make_attention_delta(base)
+    caster = TaskCaster(hypernet.bind(base), tmp_path)
+    assert [len(group.examples) for group in caster.caster.encoder.groups(ToldTask("", long))] == [1, 1]
+    (lora,) = caster.loras([ToldTask("", long)])
+    assert {name: pair.rank for name, pair in lora.factors.items()} == {
+        name: pair.a.shape[1] for name, pair in hypernet.loras(_rows(caster, ToldTask("", long))).factors.items()
+    }
+
+
 def test_kept_and_opened_again(base, tmp_path):
     caster = TaskCaster(make_attention_delta(base, depth=2).bind(base), tmp_path)
     adapter = caster.task(TOLD.description, "opposites", examples=TOLD.examples, storage="bf16")

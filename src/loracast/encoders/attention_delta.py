@@ -157,12 +157,12 @@ class AttentionDeltaEncoder:
             if layer in self._layers
         ]
         try:
-            with inject(self._base.model, lora.to(self._base.model.dtype)):
+            with inject(self._base.model, lora.to(self._base.device).to(self._base.model.dtype)):
                 self._decoder(input_ids=torch.tensor([[*ids]], device=self._base.device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.cat(found).float()
+        return torch.cat([one.to(self._base.device) for one in found]).float()
 
     def _row(
         self, text: str, plain: Sequence[int] = (), input: str = "", answer: Sequence[int] = ()

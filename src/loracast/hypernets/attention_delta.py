@@ -180,6 +180,8 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
             return rows
         c, encoder = self.config, cast(AttentionDeltaEncoder, reader.encoder)
         fitted = fit_examples(encoder, reader.groups(task), self.probed_modules, self.loras(rows))
+        if not fitted.names:
+            return rows
         a, b = rows[c.kind]
         more_a, more_b = a.new_zeros(*a.shape[:2], RANK, a.shape[3]), b.new_zeros(*b.shape[:2], RANK, b.shape[3])
         for i, module in enumerate(c.target.of_kind(c.kind)):  # zeros beyond the depth that is read

@@ -45,9 +45,15 @@ def fit_examples(
         groups: the task in groups of examples that are read together.
         names: the attention's output projections, one for each layer that the encoder reads.
         lora: what the hypernetwork has cast for the task, 1 row; the fitted LoRA joins it.
+
+    Returns:
+        the fitted LoRA; an empty one where nothing stands before any example.
     """
+    pairs = behind_the_others(groups)
+    if not pairs:
+        return LoRA()
     xs, ys, weights = [], [], []
-    for told, example in behind_the_others(groups):
+    for told, example in pairs:
         read = encoder.at_example(told.text(), example)
         n = read.deltas.shape[1]
         xs.append(encoder.outputs_of_attention(read.ids, lora)[:, -n:])
@@ -86,6 +92,6 @@ def ridge(x: Tensor, y: Tensor, weights: Tensor, strength: float) -> tuple[Tenso
     root = weights.sqrt()[None, :, None]
     x, y = x * root, y * root
     gram = x.transpose(1, 2) @ x
-    ridge = strength * gram.diagonal(dim1=1, dim2=2).sum(1) / x.shape[1]
-    gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None].clamp_min(torch.finfo(x.dtype).tiny))
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += (strength * diagonal.sum(1) / x.shape[1]).clamp_min(torch.finfo(x.dtype).tiny)[:, None]
     return torch.linalg.solve(gram, x.transpose(1, 2)).transpose(1, 2), y
