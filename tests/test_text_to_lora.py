@@ -150,9 +150,11 @@ def test_the_file_gives_the_same_loras(variant, tmp_path):
     read = from_pretrained(tmp_path, TextToLoRA)
     made_for = read.made_for
     assert made_for == MADE_FOR and read.config == hypernet.config
+    weights = read.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in hypernet.state_dict().items())
     embeddings = torch.randn(2, 10, generator=FREE)
     for one, other in zip(hypernet(embeddings).factors.values(), read(embeddings).factors.values(), strict=True):
-        assert torch.equal(one.a, other.a) and torch.equal(one.b, other.b)
+        torch.testing.assert_close((one.a, one.b), (other.a, other.b))  # where tensors lie in memory changes last bits
     with pytest.raises(HypernetworkError, match="holds a TextToLoRA; this takes a DocToLoRA"):
         from_pretrained(tmp_path, DocToLoRA)
 

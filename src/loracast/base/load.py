@@ -19,7 +19,7 @@ from loracast.base.embedded import DEFAULT_BASE, embedded, pull, quiet_transform
 from loracast.base.memory import check_memory, devices_of
 from loracast.base.packages import Say
 from loracast.base.precision import dtype_of, fastest_dtype
-from loracast.base.quantized import check_quantize, quantization_config
+from loracast.base.quantized import check_quantize, keep_unpacked, quantization_config
 from loracast.errors import BaseModelError, ConfigError
 from loracast.hub import check_revision, folder_of, needs_access
 
@@ -157,6 +157,7 @@ def load_base(
     base = _frozen(name, model, tokenizer or _read_tokenizer(name, where, revision), chat_template)
     if quantization is None:
         return base
+    keep_unpacked(model)
     return replace(base, checkpoint=folder_of(where, ("*.safetensors",), "base", BaseModelError, revision))
 
 

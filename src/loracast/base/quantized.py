@@ -49,6 +49,18 @@ def quantization_config(quantize: Quantization, dtype: torch.dtype) -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig(version=2))
 
 
+def keep_unpacked(model: torch.nn.Module) -> None:
+    """Keep 4-bit weights as they are on processors with AVX512-BF16.
+
+    bitsandbytes would pack them in the first forward pass: it only takes rows of whole blocks of 64 weights, and rounds
+    scales to bf16, so that answers depend on the processor.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def is_plain(weight: Any) -> bool:
     """Whether a weight is a tensor of numbers that can be read and added to, and not one that is quantized."""
     import torch
