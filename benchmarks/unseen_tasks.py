@@ -184,7 +184,7 @@ def cell_of_table(document: dict[str, Any], rng: random.Random) -> Rows:
 
 def person_of_problem(question: dict[str, Any], rng: random.Random) -> Rows:
     """A word problem that begins with a name -> the name."""
-    first = sentences_of(question["question"])[0] if sentences_of(question["question"]) else ""
+    first = next(iter(sentences_of(question["question"])), "")
     found = re.match(r"[A-Z][a-z]{2,}(?= (?:has|had|bought|is|was|needs|wants|made|sold|goes|went|read|ate))", first)
     if found and found[0] not in ("There", "She", "They", "Each", "One", "Two", "Three", "The", "This", "That"):
         yield first, found[0]

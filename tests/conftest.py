@@ -61,7 +61,7 @@ def pytest_collection():
 
 @pytest.fixture(scope="session", autouse=True)
 def in_float32() -> Iterator[None]:
-    """Processors with instructions for bf16 compute as the others do: rounded, the tiny base's tokens are nearly level."""
+    """Load bases in float32 on every processor: in bf16, likely tokens of the tiny base are tied."""
     import torch
 
     with pytest.MonkeyPatch.context() as patch:

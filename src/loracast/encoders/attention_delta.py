@@ -56,6 +56,17 @@ class TokenDeltas:
     """How many of the p tokens stand before the one that begins the answer."""
 
 
+@dataclass(frozen=True)
+class _Probe:
+    """An input and the beginning of an answer, at which a text that stands before them is read."""
+
+    input: str
+    prompt: Sequence[int]
+    """Token ids of the prompt of the input alone."""
+    answer: Sequence[int]
+    """Token ids of the answer."""
+
+
 @dataclass
 class _Record:
     """Says, in one forward pass, where attention deltas are read, and collects what they are made from."""
@@ -101,12 +112,9 @@ class AttentionDeltaEncoder:
         self._lora, self._is_training = lora, is_training
         self._d_state = int(base.model.config.get_text_config().hidden_size)
         self.d_text = len(POSITIONS) * len(self._layers) * self._d_state
-        self._dummy_input = dummy_input
-        self._plain = base.chat.prompt(dummy_input, "")
-        """The prompt of the dummy input without a description."""
-        self._answer = base.chat.reply(dummy_answer)[:-1]
+        self._dummy = _Probe(dummy_input, base.chat.prompt(dummy_input, ""), base.chat.reply(dummy_answer)[:-1])
         self._n_before, self._n_after = tokens_around_input(base.chat)
-        self._shared = self._plain[: self._n_before]
+        self._shared = self._dummy.prompt[: self._n_before]
         """The tokens that begin every prompt."""
         self._decoder = cut(base.model.get_decoder(), max(self._layers) + 1)
         self._kept: dict[str, Any] = {}
@@ -116,7 +124,7 @@ class AttentionDeltaEncoder:
 
         They are differentiable in the encoder LoRA. Raises EncoderError for a text that is too long.
         """
-        rows = [self._row(text.strip()) for text in texts]
+        rows = [self._row(text.strip(), self._dummy) for text in texts]
         for _, end, _ in rows:
             if end - self._n_before > MAX_TOKENS:
                 raise EncoderError(
@@ -134,19 +142,20 @@ class AttentionDeltaEncoder:
 
     def fits(self, text: str) -> bool:
         """Whether the text is short enough to be read."""
-        return self._row(text.strip())[1] - self._n_before <= MAX_TOKENS
+        return self._row(text.strip(), self._dummy)[1] - self._n_before <= MAX_TOKENS
 
     def at_example(self, text: str, example: Example) -> TokenDeltas:
         """The attention deltas of a text at each token of an example that stands behind it, with its answer."""
         chat = self._base.chat
-        plain, answer = chat.prompt(example.input, ""), chat.reply(example.outputs[0])[:-1][:_ANSWER_TOKENS]
-        row, end, n_prompt = self._row(text.strip(), plain, example.input, answer)
+        answer = chat.reply(example.outputs[0])[:-1][:_ANSWER_TOKENS]
+        probe = _Probe(example.input, chat.prompt(example.input, ""), answer)
+        row, end, n_prompt = self._row(text.strip(), probe)
         at = torch.eye(len(row))[None, end:]
         told = torch.zeros(1, len(row), dtype=torch.bool)
         told[0, self._n_before : end] = True
         with inject(self._base.model, self._once("lora", lambda: self._lora().to(self._base.model.dtype))):
             deltas = self._projected(self._run(torch.tensor([row]), _Record(told, at)).deltas)
-        return TokenDeltas([*plain, *answer], deltas[0].transpose(0, 1), n_prompt - 1 - end)
+        return TokenDeltas([*probe.prompt, *answer], deltas[0].transpose(0, 1), n_prompt - 1 - end)
 
     def outputs_of_attention(self, ids: Sequence[int], lora: LoRABatch) -> Tensor:
         """Inputs of the attention's output projections [layers, t, d_in] where the base carries a LoRA, fp32."""
@@ -164,19 +173,12 @@ class AttentionDeltaEncoder:
                 handle.remove()
         return torch.cat([one.to(self._base.device) for one in found]).float()
 
-    def _row(
-        self, text: str, plain: Sequence[int] = (), input: str = "", answer: Sequence[int] = ()
-    ) -> tuple[list[int], int, int]:
-        """Token ids of prompt and answer, the end of the text in them, and the length of the prompt.
-
-        Args:
-            plain: the prompt without the text; that of the dummy input, with the dummy answer, if left out.
-        """
-        plain, input, answer = (plain, input, answer) if plain else (self._plain, self._dummy_input, self._answer)
-        prompt = self._base.chat.prompt(with_description(text, input), "")
-        # The end that both prompts share; the input's first token may change after a description.
-        end = len(prompt) - min(_common(prompt[::-1], plain[::-1]), len(plain) - self._n_before)
-        return [*prompt, *answer], end, len(prompt)
+    def _row(self, text: str, probe: _Probe) -> tuple[list[int], int, int]:
+        """Token ids of prompt and answer, the end of the text in them, and the length of the prompt."""
+        prompt = self._base.chat.prompt(with_description(text, probe.input), "")
+        # The end that both prompts share; the input's first token may change after a text.
+        end = len(prompt) - min(_common(prompt[::-1], probe.prompt[::-1]), len(probe.prompt) - self._n_before)
+        return [*prompt, *probe.answer], end, len(prompt)
 
     def _read(self, rows: Sequence[tuple[list[int], int, int]]) -> Tensor:
         """Rows of `_row` -> attention deltas [n, d_text]."""

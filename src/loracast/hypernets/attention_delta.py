@@ -34,6 +34,7 @@ from loracast.hypernets.descriptions import (
     TaskReader,
     make_gate,
     shared_factors,
+    stacked,
 )
 from loracast.hypernets.doc_config import ArchitectureConfig, ModuleRow
 from loracast.hypernets.example_fit import FEWEST_EXAMPLES, RANK, fit_examples
@@ -183,12 +184,13 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         if not fitted.names:
             return rows
         a, b = rows[c.kind]
-        more_a, more_b = a.new_zeros(*a.shape[:2], RANK, a.shape[3]), b.new_zeros(*b.shape[:2], RANK, b.shape[3])
-        for i, module in enumerate(c.target.of_kind(c.kind)):  # zeros beyond the depth that is read
-            if module.name in fitted.factors:
-                one = fitted.factors[module.name]
-                more_a[0, i, : one.rank], more_b[0, i, : one.rank] = one.a.to(a), one.b.T.to(b)
-        return {**rows, c.kind: (torch.cat([a, more_a], dim=2), torch.cat([b, more_b], dim=2))}
+        nothing = Factors(a.new_zeros(0, a.shape[3]), b.new_zeros(b.shape[3], 0))  # beyond the depth that is read
+        pairs = [fitted.factors.get(module.name, nothing) for module in c.target.of_kind(c.kind)]
+        more_a, more_b = (
+            stacked([pair.a[None] for pair in pairs], RANK),
+            stacked([pair.b.T[None] for pair in pairs], RANK),
+        )
+        return {**rows, c.kind: (torch.cat([a, more_a.to(a)], dim=2), torch.cat([b, more_b.to(b)], dim=2))}
 
     def start_shared_from(self, lora: LoRA) -> None:
         """As well as the shared factors, the encoder LoRA starts from it."""

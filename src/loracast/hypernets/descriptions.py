@@ -139,8 +139,8 @@ class DescriptionHypernetwork(Hypernetwork):
         for kind in target.kinds:
             pairs = [loras.factors[module.name] for module in target.of_kind(kind)]
             rank = max(pair.a.shape[1] for pair in pairs)
-            a = _stacked([pair.a for pair in pairs], rank)
-            b = _stacked([pair.b.transpose(1, 2) for pair in pairs], rank)
+            a = stacked([pair.a for pair in pairs], rank)
+            b = stacked([pair.b.transpose(1, 2) for pair in pairs], rank)
             rows[kind] = (a, b)
         return Cast(rows)
 
@@ -214,11 +214,11 @@ def shared_factors(lora: LoRA, modules: Sequence[TargetModule], rank: int) -> tu
     return torch.stack([pair.a.float() for pair in pairs]), torch.stack([pair.b.float().T for pair in pairs])
 
 
-def _stacked(sides: Sequence[Tensor], rank: int) -> Tensor:
+def stacked(sides: Sequence[Tensor], rank: int) -> Tensor:
     """Rows [n, r, d] of some modules -> [n, modules, rank, d], padded with zeros; a view if all n share them."""
     n = sides[0].shape[0]
     if n > 1 and all(side.stride(0) == 0 for side in sides):
-        return _stacked([side[:1] for side in sides], rank).expand(n, -1, -1, -1)
+        return stacked([side[:1] for side in sides], rank).expand(n, -1, -1, -1)
     return torch.stack([functional.pad(side, (0, 0, 0, rank - side.shape[1])) for side in sides], dim=1)
 
 
