@@ -46,9 +46,10 @@ class Start:
 
 
 def _cast(setup: TaskSetup, drawn: Drawn) -> LoRA:
-    """The LoRA cast from the description and all examples."""
-    assert setup.caster is not None
-    return setup.caster.loras([ToldTask(drawn.description, drawn.shots)])[0]
+    """The LoRA cast from the description and all examples; the next start of the same ones has it at once."""
+    caster, task = setup.caster, ToldTask(drawn.description, drawn.shots)
+    assert caster is not None
+    return setup.made_once(("cast", task), lambda: caster.loras([task])[0]).make()
 
 
 def _nothing(setup: TaskSetup, drawn: Drawn) -> LoRA:
@@ -154,21 +155,21 @@ def evaluate_refining(setup: TaskSetup, config: RefiningConfig, out: Path, progr
     for i, task in enumerate(tasks):
         if i and deadline.is_over:
             break
-        for name, start in starts.items():
-            by_seed: dict[str, list[list[bool]]] = {mark.name: [] for mark in marks}
-            for seed in config.seeds:
-                drawn = draw(tasks, i, seed)
+        by_seed: dict[tuple[str, str], list[list[bool]]] = {key: [] for key in tallies}
+        for seed in config.seeds:
+            drawn = draw(tasks, i, seed)
+            for name, start in starts.items():
                 stages = descend(setup, drawn, start, marks)
                 answered = _answer(setup, drawn, stages, test_rows(task, config.rows))
                 for at, some in answered.items():
                     right = [is_right(a.text, a.case.row.outputs, task.metric) for a in some]
-                    by_seed[at].append(right)
+                    by_seed[name, at].append(right)
                     tallies[name, at].n_steps.append(stages[at].n_steps)
                     writer.add_answers(_line(name, at, seed, a, hit) for a, hit in zip(some, right, strict=True))
                 n_done += 1
                 progress(n_done, n_all)
-            for at, hits in by_seed.items():
-                tallies[name, at].exact.append([mean(row) for row in zip(*hits, strict=True)])
+        for key, hits in by_seed.items():
+            tallies[key].exact.append([mean(row) for row in zip(*hits, strict=True)])
         report = writer.write(_rows(tasks[: i + 1], starts, marks, tallies), is_complete=i + 1 == len(tasks))
         exact_by_seconds(out / "refining.png", report.rows)
     return report
