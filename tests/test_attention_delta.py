@@ -11,11 +11,13 @@ from torch import Tensor
 from loracast.base.load import Base
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
-from loracast.data.tasks import read_tasks, with_description
+from loracast.data.task_examples import ToldTask, as_examples
+from loracast.data.tasks import Example, read_tasks, with_description
 from loracast.encoders.attention_delta import POSITIONS
 from loracast.errors import ConfigError, EncoderError
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
 from loracast.hypernets.store import from_pretrained, save_pretrained
+from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
 from loracast.lora.peft_format import read_peft
 from loracast.training.loop import TrainConfig
@@ -29,14 +31,8 @@ from suites import write_suite
 from tiny import ATTENTION_DELTA, DESCRIPTIONS, FAMILIES, for_base, make_attention_delta, make_model, make_tokenizer
 
 
-def contributions(base: Base, hypernet: AttentionDeltaToLoRA, description: str) -> Tensor:
-    """Attention deltas [positions, blocks, d_state] from the base's own attention weights, renormalised in the test."""
-    c, chat = hypernet.config, base.chat
-    plain, prompt = chat.prompt(c.dummy_input, ""), chat.prompt(with_description(description, c.dummy_input), "")
-    first = next(i for i, (a, b) in enumerate(zip(plain, prompt, strict=False)) if a != b)
-    n_described = len(prompt) - len(plain)
-    answer = chat.reply(c.dummy_answer)[:-1]
-    ids = torch.tensor([[*prompt, *answer]])
+def written_less(base: Base, lora: LoRABatch, ids: list[int], told: slice) -> Tensor:
+    """What attention writes less without some tokens [blocks, t, d_state], from the base's own attention weights."""
     values: dict[int, Tensor] = {}
     blocks = base.model.get_decoder().layers
     handles = [
@@ -46,16 +42,16 @@ def contributions(base: Base, hypernet: AttentionDeltaToLoRA, description: str) 
     usual = base.model.config._attn_implementation
     base.model.set_attn_implementation("eager")
     try:
-        with torch.no_grad(), inject(base.model, hypernet.encoder_lora_batch()):
-            attentions = base.model(input_ids=ids, output_attentions=True).attentions
-            described = torch.zeros(ids.shape[1], dtype=torch.bool)
-            described[first : first + n_described] = True
+        with torch.no_grad(), inject(base.model, lora):
+            attentions = base.model(input_ids=torch.tensor([ids]), output_attentions=True).attentions
+            is_told = torch.zeros(len(ids), dtype=torch.bool)
+            is_told[told] = True
             written = []
             for n, weights in enumerate(attentions):
-                block, t, heads = blocks[n].self_attn, ids.shape[1], weights.shape[1]
-                others = weights.masked_fill(described, 0.0)
+                block, heads = blocks[n].self_attn, weights.shape[1]
+                others = weights.masked_fill(is_told, 0.0)
                 others = others / others.sum(-1, keepdim=True)
-                value = values[n].view(1, t, -1, block.head_dim).transpose(1, 2)
+                value = values[n].view(1, len(ids), -1, block.head_dim).transpose(1, 2)
                 value = value.repeat_interleave(heads // value.shape[1], dim=1)
                 less = ((weights - others) @ value).transpose(1, 2).flatten(2)
                 written.append(block.o_proj(less)[0])
@@ -63,14 +59,29 @@ def contributions(base: Base, hypernet: AttentionDeltaToLoRA, description: str) 
         base.model.set_attn_implementation(usual)
         for handle in handles:
             handle.remove()
-    n_after = len(chat.prompt("", "")) - first  # nothing is said
+    return torch.stack(written)
+
+
+def told_in(prompt: list[int], plain: list[int]) -> slice:
+    """The tokens that a prompt has more than a plain one, all in one place."""
+    first = next(i for i, (a, b) in enumerate(zip(plain, prompt, strict=False)) if a != b)
+    return slice(first, first + len(prompt) - len(plain))
+
+
+def contributions(base: Base, hypernet: AttentionDeltaToLoRA, description: str) -> Tensor:
+    """Attention deltas of a description [positions, blocks, d_state]."""
+    c, chat = hypernet.config, base.chat
+    plain, prompt = chat.prompt(c.dummy_input, ""), chat.prompt(with_description(description, c.dummy_input), "")
+    told, ids = told_in(prompt, plain), [*prompt, *chat.reply(c.dummy_answer)[:-1]]
+    written = written_less(base, hypernet.encoder_lora_batch(), ids, told)
+    n_after = len(chat.prompt("", "")) - told.start  # nothing is said
     at = {
         "start": [len(prompt) - 1],
-        "answer": [ids.shape[1] - 1],
-        "input": range(first + n_described, len(prompt) - n_after),
+        "answer": [len(ids) - 1],
+        "input": range(told.stop, len(prompt) - n_after),
         "turn": range(len(prompt) - n_after, len(prompt) - 1),
     }
-    return torch.stack([torch.stack([x[list(at[place])].mean(0) for x in written]) for place in POSITIONS])
+    return torch.stack([written[:, list(at[place])].mean(1) for place in POSITIONS])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,6 +94,27 @@ def test_what_is_read_is_what_attention_writes_less_without_the_description(fami
         expected = contributions(base, hypernet, text)
         assert expected.shape == (len(POSITIONS), n_blocks, 48) and expected.abs().amin(dim=(0, 1)).max() > 0
         torch.testing.assert_close(read[i].view(len(POSITIONS), n_blocks, 48), expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_turns_are_read_in_the_base_as_it_is(family):
+    base = Base(family, make_model(family), make_tokenizer())
+    encoder = make_attention_delta(base).text_encoder(base)
+    examples, asked = as_examples([("big", "small"), ("hot", "cold")]), Example("old", ("new",))
+    plain, answer = base.chat.prompt("old", ""), base.chat.reply("new")[:-1]
+    for description in ("", DESCRIPTIONS[0]):
+        first = f"{description}\n\nbig" if description else "big"
+        turns = zip(
+            ("system", "user", "assistant", "user", "assistant", "user"),
+            ("", first, "small", "hot", "cold", "old"),
+            strict=True,
+        )
+        prompt = base.chat.conversation([{"role": role, "content": content} for role, content in turns])
+        read = encoder.after_turns(ToldTask(description, examples), asked)
+        told = told_in(prompt, plain)
+        expected = written_less(base, LoRABatch(1, {}, {}), [*prompt, *answer], told)[:, told.stop :]
+        torch.testing.assert_close(read.deltas, expected, atol=1e-5, rtol=1e-3)
+        assert (read.ids, read.n_input) == ([*plain, *answer], len(prompt) - 1 - told.stop)
 
 
 def test_blocks_that_are_no_target_hand_theirs_on(base):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loracast.batching import pad_right
+from loracast.data.task_examples import ToldTask
 from loracast.data.tasks import Example, with_description
 from loracast.encoders.hidden_states import cut
 from loracast.errors import EncoderError
@@ -24,7 +25,7 @@ from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
 
 if TYPE_CHECKING:
-    from loracast.base.chat import ChatFormat
+    from loracast.base.chat import ChatFormat, Message
     from loracast.base.load import Base
 
 T = TypeVar("T")
@@ -124,7 +125,7 @@ class AttentionDeltaEncoder:
 
         They are differentiable in the encoder LoRA. Raises EncoderError for a text that is too long.
         """
-        rows = [self._row(text.strip(), self._dummy) for text in texts]
+        rows = [self._described(text) for text in texts]
         for _, end, _ in rows:
             if end - self._n_before > MAX_TOKENS:
                 raise EncoderError(
@@ -142,20 +143,37 @@ class AttentionDeltaEncoder:
 
     def fits(self, text: str) -> bool:
         """Whether the text is short enough to be read."""
-        return self._row(text.strip(), self._dummy)[1] - self._n_before <= MAX_TOKENS
+        return self._described(text)[1] - self._n_before <= MAX_TOKENS
 
     def at_example(self, text: str, example: Example) -> TokenDeltas:
         """The attention deltas of a text at each token of an example that stands behind it, with its answer."""
+        probe = self._probe_of(example)
+        with inject(self._base.model, self._once("lora", lambda: self._lora().to(self._base.model.dtype))):
+            return self._at_each_token(self._base.chat.prompt(with_description(text.strip(), example.input), ""), probe)
+
+    def after_turns(self, told: ToldTask, example: Example) -> TokenDeltas:
+        """As `at_example`, of a conversation whose earlier turns are told examples, in the base without a LoRA."""
+        messages: list[Message] = [{"role": "system", "content": ""}]
+        for turn in told.examples:
+            messages.append({"role": "user", "content": turn.input})
+            messages.append({"role": "assistant", "content": turn.outputs[0]})
+        messages.append({"role": "user", "content": example.input})
+        if told.description:
+            messages[1]["content"] = with_description(told.description, messages[1]["content"])
+        return self._at_each_token(self._base.chat.conversation(messages), self._probe_of(example))
+
+    def _probe_of(self, example: Example) -> _Probe:
         chat = self._base.chat
         answer = chat.reply(example.outputs[0])[:-1][:_ANSWER_TOKENS]
-        probe = _Probe(example.input, chat.prompt(example.input, ""), answer)
-        row, end, n_prompt = self._row(text.strip(), probe)
-        at = torch.eye(len(row))[None, end:]
+        return _Probe(example.input, chat.prompt(example.input, ""), answer)
+
+    def _at_each_token(self, prompt: list[int], probe: _Probe) -> TokenDeltas:
+        """The attention deltas, at each token of a probe, of what a prompt has before it."""
+        row, end, n_prompt = self._row(prompt, probe)
         told = torch.zeros(1, len(row), dtype=torch.bool)
         told[0, self._n_before : end] = True
-        with inject(self._base.model, self._once("lora", lambda: self._lora().to(self._base.model.dtype))):
-            deltas = self._projected(self._run(torch.tensor([row]), _Record(told, at)).deltas)
-        return TokenDeltas([*probe.prompt, *answer], deltas[0].transpose(0, 1), n_prompt - 1 - end)
+        deltas = self._projected(self._run(torch.tensor([row]), _Record(told, torch.eye(len(row))[None, end:])).deltas)
+        return TokenDeltas([*probe.prompt, *probe.answer], deltas[0].transpose(0, 1), n_prompt - 1 - end)
 
     def outputs_of_attention(self, ids: Sequence[int], lora: LoRABatch) -> Tensor:
         """Inputs of the attention's output projections [layers, t, d_in] where the base carries a LoRA, fp32."""
@@ -173,15 +191,19 @@ class AttentionDeltaEncoder:
                 handle.remove()
         return torch.cat([one.to(self._base.device) for one in found]).float()
 
-    def _row(self, text: str, probe: _Probe) -> tuple[list[int], int, int]:
-        """Token ids of prompt and answer, the end of the text in them, and the length of the prompt."""
-        prompt = self._base.chat.prompt(with_description(text, probe.input), "")
+    def _described(self, text: str) -> tuple[list[int], int, int]:
+        """The row of a text before the dummy input."""
+        prompt = self._base.chat.prompt(with_description(text.strip(), self._dummy.input), "")
+        return self._row(prompt, self._dummy)
+
+    def _row(self, prompt: list[int], probe: _Probe) -> tuple[list[int], int, int]:
+        """Token ids of prompt and answer, the end of what stands before the input, and the length of the prompt."""
         # The end that both prompts share; the input's first token may change after a text.
         end = len(prompt) - min(_common(prompt[::-1], probe.prompt[::-1]), len(probe.prompt) - self._n_before)
         return [*prompt, *probe.answer], end, len(prompt)
 
     def _read(self, rows: Sequence[tuple[list[int], int, int]]) -> Tensor:
-        """Rows of `_row` -> attention deltas [n, d_text]."""
+        """Rows of `_described` -> attention deltas [n, d_text]."""
         n_shared = self._n_before if all(row[: self._n_before] == self._shared for row, _, _ in rows) else 0
         ids, _ = pad_right([row[n_shared:] for row, _, _ in rows], self._base.pad_id)
         n, t = ids.shape

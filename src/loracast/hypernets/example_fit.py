@@ -1,8 +1,9 @@
 """Fits a LoRA to the examples of a task: what the others add to attention at each of them, by ridge regression.
 
-Each example is read behind the description and the other examples, with its answer. At every token t, attention's
-output projection misses the attention delta y_t once nothing of this is in the prompt, and gets the input x_t then,
-under the LoRA cast so far. In each layer, the fitted LoRA is a share of the best linear map from one to the other,
+Each example is read behind the description and the other examples, with its answer: once as the text that the
+hypernetwork reads, once as turns of a conversation. At every token t, attention's output projection misses the
+attention delta y_t, the mean of the two, once nothing of this is in the prompt, and gets the input x_t then, under the
+LoRA cast so far. In each layer, the fitted LoRA is a share of the best linear map from one to the other,
 
     min over W of  sum over t of w_t |y_t - W x_t|^2 + ridge |W|^2
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from loracast.data.task_examples import ToldTask
 from loracast.data.tasks import Example
-from loracast.encoders.attention_delta import AttentionDeltaEncoder
+from loracast.encoders.attention_delta import AttentionDeltaEncoder, TokenDeltas
 from loracast.lora.algebra import Factors, LoRA, LoRABatch, compress
 
 FEWEST_EXAMPLES = 2
@@ -28,12 +29,12 @@ RANK = 16
 # Chosen on the tasks of benchmarks/unseen_tasks.py (docs/notebook/2026-11-28.md).
 _RIDGE = 0.1
 """Of the mean of |x_t|^2."""
-_SHARE = 0.5
+_SHARE = 0.7
 """Of the fitted map that is written: the hypernetwork's own columns write their part beside it."""
 _BEFORE_ANSWER = 0.1
 """Weight of a token before the answer; the others have 1."""
 _MOST_READ = 8
-"""Examples of a group that are read behind the others; each takes two forward passes."""
+"""Examples that are read behind the others, of all groups together; each takes three forward passes."""
 
 
 def fit_examples(
@@ -54,7 +55,7 @@ def fit_examples(
         return LoRA()
     xs, ys, weights = [], [], []
     for told, example in pairs:
-        read = encoder.at_example(told.text(), example)
+        read = two_views(encoder, told, example)
         n = read.deltas.shape[1]
         xs.append(encoder.outputs_of_attention(read.ids, lora)[:, -n:])
         ys.append(read.deltas)
@@ -65,16 +66,30 @@ def fit_examples(
     return compress(fitted, RANK)[0]
 
 
-def behind_the_others(groups: Sequence[ToldTask]) -> list[tuple[ToldTask, Example]]:
-    """Examples, spread evenly over each group, each with what is told before it: the others, those after it first."""
+def two_views(encoder: AttentionDeltaEncoder, told: ToldTask, example: Example) -> TokenDeltas:
+    """The attention deltas of a task at an example: the mean of those of a text and of turns of a conversation."""
+    text, turns = encoder.at_example(told.text(), example), encoder.after_turns(told, example)
+    n = min(text.deltas.shape[1], turns.deltas.shape[1])  # the input's first token may change after a text
+    return replace(
+        text,
+        deltas=(text.deltas[:, -n:] + turns.deltas[:, -n:]) / 2,
+        n_input=text.n_input - text.deltas.shape[1] + n,
+    )
+
+
+def behind_the_others(groups: Sequence[ToldTask], most: int = _MOST_READ) -> list[tuple[ToldTask, Example]]:
+    """At most so many examples, spread evenly over all, each with what is told before it.
+
+    That is the rest of its group, those after it first.
+    """
     pairs = []
     for group in groups:
-        n = len(group.examples)
-        for i in range(min(n, _MOST_READ)):
-            at = i * n // min(n, _MOST_READ)
-            others = (*group.examples[at + 1 :], *group.examples[:at])
-            pairs.append((replace(group, examples=others), group.examples[at]))
-    return [(told, example) for told, example in pairs if told.text()]
+        for i, example in enumerate(group.examples):
+            others = (*group.examples[i + 1 :], *group.examples[:i])
+            pairs.append((replace(group, examples=others), example))
+    pairs = [(told, example) for told, example in pairs if told.text()]
+    n = min(len(pairs), most)
+    return [pairs[i * len(pairs) // n] for i in range(n)]
 
 
 def ridge(x: Tensor, y: Tensor, weights: Tensor, strength: float) -> tuple[Tensor, Tensor]:
