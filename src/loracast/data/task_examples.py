@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loracast.data.tasks import Example, example_from
+from loracast.data.tasks import Example, example_from, with_description
 from loracast.errors import ConfigError
 
 T = TypeVar("T")
@@ -51,6 +51,17 @@ class ToldTask:
         """The text that is read: the description, then the examples."""
         shown = "\n".join(STYLES[style].format(input=e.input, output=e.outputs[0]) for e in self.examples)
         return "\n\n".join(part for part in (self.description, shown) if part)
+
+    def conversation(self, asked: str, system: str = "") -> list[dict[str, str]]:
+        """Messages that end with an input: examples as turns before it, the description before the first input."""
+        messages = [{"role": "system", "content": system}]
+        for example in self.examples:
+            messages.append({"role": "user", "content": example.input})
+            messages.append({"role": "assistant", "content": example.outputs[0]})
+        messages.append({"role": "user", "content": asked})
+        if self.description:
+            messages[1]["content"] = with_description(self.description, messages[1]["content"])
+        return messages
 
     @property
     def title(self) -> str:

@@ -25,7 +25,7 @@ from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
 
 if TYPE_CHECKING:
-    from loracast.base.chat import ChatFormat, Message
+    from loracast.base.chat import ChatFormat
     from loracast.base.load import Base
 
 T = TypeVar("T")
@@ -153,14 +153,9 @@ class AttentionDeltaEncoder:
 
     def after_turns(self, told: ToldTask, example: Example) -> TokenDeltas:
         """As `at_example`, of a conversation whose earlier turns are told examples, in the base without a LoRA."""
-        messages: list[Message] = [{"role": "system", "content": ""}]
-        for turn in told.examples:
-            messages.append({"role": "user", "content": turn.input})
-            messages.append({"role": "assistant", "content": turn.outputs[0]})
-        messages.append({"role": "user", "content": example.input})
-        if told.description:
-            messages[1]["content"] = with_description(told.description, messages[1]["content"])
-        return self._at_each_token(self._base.chat.conversation(messages), self._probe_of(example))
+        return self._at_each_token(
+            self._base.chat.conversation(told.conversation(example.input)), self._probe_of(example)
+        )
 
     def _probe_of(self, example: Example) -> _Probe:
         chat = self._base.chat

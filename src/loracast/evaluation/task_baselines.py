@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loracast.base.chat import Message
 from loracast.base.embedded import DEFAULT_ENCODER
 from loracast.base.load import Base
 from loracast.cast.task import TaskCaster
@@ -132,14 +131,8 @@ def prompt_of(
     base: Base, drawn: Drawn, asked: str, shots: Sequence[Example] = (), is_described: bool = False
 ) -> tuple[int, ...]:
     """The conversation: the description, if it is told, before the first input; examples as turns; then the input."""
-    turns = [(example.input, example.outputs[0]) for example in shots]
-    messages: list[Message] = [{"role": "system", "content": ASK_SYSTEM_TURN}]
-    for user, assistant in [*turns, (asked, "")]:
-        first = is_described and len(messages) == 1
-        messages.append({"role": "user", "content": with_description(drawn.description, user) if first else user})
-        if len(messages) < 2 * len(turns) + 2:
-            messages.append({"role": "assistant", "content": assistant})
-    return tuple(base.chat.conversation(messages))
+    told = ToldTask(drawn.description if is_described else "", tuple(shots))
+    return tuple(base.chat.conversation(told.conversation(asked, ASK_SYSTEM_TURN)))
 
 
 def _baseline(
