@@ -16,7 +16,7 @@ from loracast.base.generate import Sampling, answer
 from loracast.base.load import Base
 from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.errors import AdapterError, BaseModelError, ConfigError
-from loracast.lora.algebra import Factors, LoRA, concat
+from loracast.lora.algebra import Factors, LoRA, concat, stack
 from loracast.serving.answer_text import AnswerText
 from loracast.serving.engine import LocalEngine
 from loracast.serving.engine_config import EngineConfig
@@ -368,6 +368,35 @@ def test_requests_go_on_between_the_blocks_of_a_text_that_is_read(base, engine):
         assert engine.stats().n_steps > n_steps and ticket.total_s is None
     assert torch.equal(read.states, before.states) and torch.equal(read.keys, before.keys)
     assert ticket.text() == answer(base, prompt(base, 9), make_lora(base, 1), sampling).text
+
+
+@pytest.mark.parametrize("has_lora", [True, False])
+def test_threads_that_read_at_once_read_what_each_reads_alone(has_lora):
+    """They give way to each other before every block, and their hooks and encoder LoRAs stay apart."""
+    base = Base("own", make_model(), make_tokenizer())
+    lora = stack([make_lora(base, 1)]) if has_lora else None
+    encoder = HiddenStatesEncoder(
+        base.model, (2,), True, key_modules=["model.layers.3.self_attn.o_proj"], tokenizer=base.tokenizer,
+        lora=lambda: lora,
+    )  # fmt: skip
+    ids = [torch.tensor([prompt(base, 20 + i)]) for i in range(3)]
+    expected = [encoder(one) for one in ids]
+    start, same = threading.Barrier(3), []
+
+    def read(i: int) -> None:
+        start.wait(30)
+        for _ in range(10):
+            with base.lock:
+                features = encoder(ids[i])
+            same.append(torch.equal(features.states, expected[i].states))
+            same.append(torch.equal(features.keys, expected[i].keys))
+
+    threads = [threading.Thread(target=read, args=(i,), daemon=True) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert same == [True] * 60
 
 
 def test_who_gives_way_has_the_lock_back_as_often_as_before(base):

@@ -18,7 +18,7 @@ from loracast.lora.inject import inject
 from loracast.lora.target import target_from_config
 from loracast.scoring.episodes import Episode, Question, common_prefix, pack
 from loracast.training.doc import answer_questions
-from tiny import make_model
+from tiny import make_model, make_tokenizer
 
 MODEL = make_model()
 PAD = 0
@@ -259,6 +259,18 @@ def test_keys_are_what_enters_the_modules_of_a_memory_and_reading_goes_as_deep(b
     for i, name in enumerate(names):  # by layer, whatever order they were named in
         torch.testing.assert_close(features.keys[:, i], seen[name][:, 1:])
         base.model.get_submodule(name)._forward_pre_hooks.clear()
+
+
+def test_bytes_of_a_character_begin_an_answer_without_the_space(base):
+    tokenizer = make_tokenizer("a Øre, Ùb, Úc, Ûd, Ýe" * 9)  # whose first bytes are the same
+    encoder = HiddenStatesEncoder(
+        base.model, (1,), True, key_modules=["model.layers.0.self_attn.o_proj"], tokenizer=tokenizer
+    )
+    with_space, without = tokenizer.convert_tokens_to_ids(["ĠÃ", "Ã"])
+    assert with_space and tokenizer.decode([with_space]) == " \ufffd"
+    ids = torch.tensor([[with_space, without]])
+    starts = encoder(ids).starts
+    torch.testing.assert_close(starts, encoder.values(torch.tensor([[without, without]])))
 
 
 def test_starts_are_the_values_of_how_an_answer_begins(base):

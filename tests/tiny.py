@@ -27,7 +27,7 @@ PROSE = (
 DESCRIPTIONS = ["Answer with the opposite word.", "Say it louder", "Turn each word around, and end with a full stop."]
 
 
-def make_tokenizer():
+def make_tokenizer(prose: str = PROSE):
     """A small byte-level BPE tokenizer with two control tokens and a chat template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -42,7 +42,7 @@ def make_tokenizer():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([PROSE] * 4, trainer)
+    tokenizer.train_from_iterator([prose] * 4, trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>")
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped

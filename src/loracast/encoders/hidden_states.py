@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,13 @@ def cut(decoder: Any, depth: int) -> Any:
     shorter.config.num_hidden_layers = depth
     shorter.norm = nn.Identity()
     return shorter
+
+
+class _Modules(threading.local):
+    """The modules with which a thread reads, its own: another one may begin to read while it gives way."""
+
+    def __init__(self, make: Callable[[], tuple[Any, Any]]):
+        self.model, self.decoder = make()  # in each thread that reads
 
 
 class HiddenStatesEncoder:
@@ -83,46 +91,51 @@ class HiddenStatesEncoder:
         """
         self.fingerprint, self.device = fingerprint, model.device
         self._lock, self._lora = model_lock(model), lora
-        self._model = twin(model)
-        self._is_apart = self._model is not model
         weight = model.get_output_embeddings().weight
         self.d_features: int = weight.shape[1] * (2 if with_values else 1)
         self.layers, self.prefix = tuple(layers), tuple(prefix)
         self._tokenizer = tokenizer
         self._starts: dict[int, int] = {}
         self._embeddings = model.get_output_embeddings() if with_values else None
-        decoder = self._model.get_decoder()
+        decoder = model.get_decoder()
         if with_values:
             self._mean = weight.float().mean(0)
             ones = torch.ones(1, 1, weight.shape[1], device=weight.device)
             self._gain = decoder.norm(ones).float()[0, 0].to(weight.device)
         depth = max(self.layers)
         self.key_modules: list[str] = []
-        modules = dict(self._model.named_modules())
+        modules = dict(model.named_modules())
         for layer, block in enumerate(decoder.layers):
             inside = {id(module) for module in block.modules()}
             found = [name for name in key_modules if id(modules.get(name)) in inside]
             self.key_modules += found
             depth = max(depth, layer + 1) if found else depth
-        self._decoder = cut(decoder, depth)
         self._final_norm = decoder.norm if with_final_norm else nn.Identity()
-        if self._is_apart:
-            for block in self._decoder.layers:
-                block.register_forward_pre_hook(self._give_way)
+
+        def modules_of_a_thread() -> tuple[Any, Any]:
+            apart = twin(model)
+            shorter = cut(apart.get_decoder(), depth)
+            if apart is not model:
+                for block in shorter.layers:
+                    block.register_forward_pre_hook(self._give_way)
+            return apart, shorter
+
+        self._own = _Modules(modules_of_a_thread)
         if missing := [name for name in key_modules if name not in modules]:
             raise EncoderError(
                 f"the base has no module {missing[0]}, whose inputs are read: give the base that the hypernetwork was "
                 "made for"
             )
 
-    def __call__(self, input_ids: Tensor, mask: Tensor | None = None) -> Features:
+    def __call__(self, input_ids: Tensor, mask: Tensor | None = None, lora: LoRABatch | None = None) -> Features:
         """input_ids [n, t], padded on the right -> their features: states of the base's width, twice that with values.
 
-        Attention is causal, so padding on the right changes nothing before it: the mask [n, t] is only handed on.
+        Attention is causal, so padding on the right changes nothing before it: the mask [n, t] is only handed on. A
+        LoRA that is given takes the place of the encoder LoRA.
         """
-        lora = self._lora()
+        lora = self._lora() if lora is None else lora
         with torch.set_grad_enabled(torch.is_grad_enabled() and lora is not None):
-            with inject(self._model, lora) if lora is not None else nullcontext():
+            with inject(self._own.model, lora) if lora is not None else nullcontext():
                 states, keys = self._read(input_ids)
             features = torch.stack([states[n] for n in self.layers], dim=1)  # [n, layers, t, d]
             if self._embeddings is not None:
@@ -140,15 +153,16 @@ class HiddenStatesEncoder:
 
     def _read(self, input_ids: Tensor) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         """States [n, t, d] by block, and inputs [n, t, in] of the key modules by name."""
-        n_prefix, n_blocks = len(self.prefix), len(self._decoder.layers)
+        model, decoder = self._own.model, self._own.decoder
+        n_prefix, n_blocks = len(self.prefix), len(decoder.layers)
         prefix = torch.tensor(self.prefix, dtype=input_ids.dtype, device=input_ids.device)
         read = torch.cat([prefix.expand(input_ids.shape[0], -1), input_ids], dim=1)
-        embedded = self._decoder.get_input_embeddings()(read)
+        embedded = decoder.get_input_embeddings()(read)
         # The state after a block is what enters the next one; after the last, the norm.
         after = {n: "norm" if n == n_blocks else f"layers.{n}" for n in self.layers}
         blocks = list(after.values())
-        with capture_inputs(self._decoder, blocks) as inputs, capture_inputs(self._model, self.key_modules) as keys:
-            self._decoder(inputs_embeds=embedded, use_cache=False)
+        with capture_inputs(decoder, blocks) as inputs, capture_inputs(model, self.key_modules) as keys:
+            decoder(inputs_embeds=embedded, use_cache=False)
         # A device map spreads the blocks over devices: what they give is gathered on the first one.
         states = {n: inputs[name].to(self.device) for n, name in after.items()}
         states[max(states)] = self._final_norm(states[max(states)])
@@ -168,9 +182,18 @@ class HiddenStatesEncoder:
         known = self._starts
         for i in set(input_ids.flatten().tolist()) - known.keys():
             text = self._tokenizer.decode([i]).strip()
-            known[i] = (encode_inside(self._tokenizer, text) or [i])[0] if text else i
+            if "\ufffd" in text:  # some bytes of a character
+                known[i] = self._without_space(i)
+            else:
+                known[i] = (encode_inside(self._tokenizer, text) or [i])[0] if text else i
         starts = [[known[i] for i in row] for row in input_ids.tolist()]
         return torch.tensor(starts, dtype=input_ids.dtype, device=input_ids.device)
+
+    def _without_space(self, i: int) -> int:
+        """The token of the same bytes without a space before them; the token itself where there is none."""
+        piece = self._tokenizer.convert_ids_to_tokens(i).lstrip("Ġ▁")
+        other = self._tokenizer.convert_tokens_to_ids(piece)
+        return other if other is not None and self._tokenizer.convert_ids_to_tokens(other) == piece else i
 
 
 def read_in_groups(encoder: HiddenStatesEncoder, input_ids: Tensor, mask: Tensor, n: int) -> Features:

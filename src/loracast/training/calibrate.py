@@ -15,7 +15,6 @@ from loracast.errors import TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.memory import N_PLACES
 from loracast.lora.algebra import LoRABatch
-from loracast.lora.inject import inject
 from loracast.scoring.episodes import Episode
 
 _QUESTIONS_FOR_UNITS = 200
@@ -56,7 +55,7 @@ def set_memory_units(
     seen = [keys[:, 1:] for keys in _keys(encoder, base, [row[0].tolist() for row in rows])]
     totals, counts = torch.zeros(1, device=base.device), torch.zeros(N_PLACES)
     at_answers: list[Tensor] = []  # by question, at the first places of its answer: [modules, places, in]
-    for i, keys in enumerate(_keys(encoder, base, answered, hypernet.static_lora())):
+    for i, keys in enumerate(_keys(encoder, base, answered, hypernet.static_lora() or LoRABatch(1, {}, {}))):
         if i < _QUESTIONS_FOR_UNITS:
             seen.append(keys[:, 1:])
         keys = keys[:, len(questions[i].prompt) - 1 : -1]  # where the answer's tokens are predicted
@@ -93,12 +92,14 @@ def set_memory_units(
 def _keys(
     encoder: HiddenStatesEncoder, base: Base, sequences: Sequence[Sequence[int]], lora: LoRABatch | None = None
 ) -> Iterator[Tensor]:
-    """Inputs of the memory's modules at each of t tokens [modules, t, in], sequence by sequence."""
+    """Inputs of the memory's modules at each of t tokens [modules, t, in], sequence by sequence.
+
+    They are those of a base with the LoRA that is given, or else with the encoder LoRA.
+    """
     for start in range(0, len(sequences), _BATCH):
         some = sequences[start : start + _BATCH]
         ids, _ = pad_right(some, base.pad_id)
-        with inject(base.model, lora):
-            keys = encoder(ids.to(base.device)).keys
+        keys = encoder(ids.to(base.device), lora=lora).keys
         assert keys is not None, "the encoder of a memory reads keys"
         for sequence, its_keys in zip(some, keys, strict=True):
             yield its_keys[:, : len(sequence)].float()
