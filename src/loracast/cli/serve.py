@@ -43,7 +43,7 @@ def serve(
     image_hypernetwork: Annotated[str | None, "Folder or hub id of the hypernetwork for images."] = None,
     library: options.Library,
     background: Annotated[bool, "Come back when the server is ready; `loracast stop` ends it."] = False,
-    status: Annotated[bool, "Say which servers of the library are running, and end; with 1 if there are none."] = False,
+    status: Annotated[bool, "Say which servers of the library are running; exits with 1 if there are none."] = False,
     as_json: options.Json = False,
 ) -> None:
     """Serve the base with the library: OpenAI's API at /v1, and a page to try it on at /.

@@ -164,7 +164,7 @@ def oracle(
     only: Annotated[list[str] | None, "Train for this task only. Repeatable."] = None,
     heldout: Annotated[bool | None, "Only held-out tasks, or only the others; both by default."] = None,
 ) -> None:
-    """Train a LoRA for each task on its own examples, with PEFT: the upper reference for descriptions.
+    """Train a LoRA for each task on its own examples, with PEFT: an upper bound for LoRAs cast from descriptions.
 
     One task after the other, each in a folder of its name in --out. It saves, stops and goes on as `train doc` does.
     """
@@ -184,7 +184,7 @@ def oracle(
 def multitask(
     run: Run, *, tasks: Tasks, described: Annotated[bool, "With a description of the task in every prompt."] = False
 ) -> None:
-    """Train one LoRA on all tasks that are not held out: what is left of Text-to-LoRA without descriptions."""
+    """Train one LoRA on all tasks that are not held out: a baseline that is told no description."""
     from loracast.data.tasks import read_tasks
     from loracast.training.oracle import MULTITASK, read_oracle_recipe, train_multitask
 
