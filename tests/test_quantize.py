@@ -132,9 +132,18 @@ def test_nothing_becomes_larger_or_what_it_cannot_be(tmp_path):
     with pytest.raises(AdapterError, match="only a document's factors"):
         compact(tmp_path, "task", "text")
     compact(tmp_path, "task", "int8")
-    for storage in ("bf16", "int8"):
-        with pytest.raises(AdapterError, match="kept as int8 and cannot become"):
+    for storage, fault in (("bf16", "kept as int8 and cannot become bf16"), ("int8", "kept as int8 already$")):
+        with pytest.raises(AdapterError, match=fault):
             compact(tmp_path, "task", storage)
+
+
+def test_an_older_version_is_not_made_the_newest_by_being_made_smaller(tmp_path):
+    write(tmp_path, name="task", kind="task")
+    newest = compact(tmp_path, "task", "int8")
+    older = versions(tmp_path, "task")[1].version
+    with pytest.raises(AdapterError, match="not the newest version of 'task'"):
+        compact(tmp_path, f"task@{older[:12]}", "int4")
+    assert find(tmp_path, "task").version == newest.manifest.version
 
 
 def test_storage_on_the_command_line(model, document, tiny_folder, tiny_hypernet_folder):
@@ -149,7 +158,9 @@ def test_storage_on_the_command_line(model, document, tiny_folder, tiny_hypernet
     assert json.loads(run("show", "note", "--json"))["norms"] == {} and "kept as text" in run("show", "note")
     ask = ("ask", QUESTION, "--max-tokens", "8", "--json", *models)
     assert json.loads(run(*ask, "-a", "note"))["answer"] == json.loads(run(*ask, "-a", "whole"))["answer"]
-    assert "as int8" in run("compact", "whole")
+    assert "as int8" in run("compact", "whole", "-s", "int8") and "as int4" in run("compact", "whole")
+    again = CliRunner().invoke(app, ["compact", "whole", "--library", str(model.library)])
+    assert again.exit_code == 1 and "kept as int4 already; --storage text" in again.output
     assert [e.n_bytes for e in versions(model.library, "whole")] == sorted(
         e.n_bytes for e in versions(model.library, "whole")
     )

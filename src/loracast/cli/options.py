@@ -152,7 +152,7 @@ class Learning(Models):
         Storage | None,
         typer.Option(
             "-s", "--storage", show_default=DEFAULT_STORAGE,
-            help="How factors are kept: int8, int4 (half), bf16 (twice), or text (none; they are cast again).",
+            help="How factors are kept: int4, int8 (a fifth more), bf16 (over twice), or text (not at all).",
         ),
     ] = None  # fmt: skip
     library: Library

@@ -21,7 +21,7 @@ from loracast.library.library import (
     rename_adapter,
 )
 from loracast.library.manifest import name_from
-from loracast.lora.quantize import Storage
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
 
 def edit(
@@ -157,9 +157,9 @@ def compact(
         Storage,
         typer.Option(
             "-s", "--storage",
-            help="int8 takes half the space, int4 a quarter; text keeps no factors: they are cast again.",
+            help="int8 takes half of bf16's space and int4 less; text keeps no factors: they are cast again.",
         ),
-    ] = "int8",
+    ] = DEFAULT_STORAGE,
     library: options.Library,
 ) -> None:  # fmt: skip
     """Keep adapters in less space, as new versions; `loracast gc --keep 1` deletes the larger ones."""

@@ -146,11 +146,16 @@ def compact(library: Path, reference: str, storage: Storage) -> Adapter:
     """Keep an adapter in a smaller storage, as a new version; the one that it was made from stays until it is removed.
 
     Raises:
-        AdapterError: there is none, or it takes no more space now; only a document can be kept as text.
+        AdapterError: there is none, it takes no more space now, or it is not the newest version of its name, which the
+        new version would then follow; only a document can be kept as text.
     """
     adapter = open_adapter(library, reference)
     m = adapter.manifest
-    if STORAGE.index(storage) <= STORAGE.index(m.storage):
+    _check_newest(library, adapter)
+    if storage == m.storage:
+        smallest = "; --storage text keeps only its text, and factors are cast again" if m.kind == "document" else ""
+        raise AdapterError(f"{adapter.name!r} is kept as {storage} already" + smallest)
+    if STORAGE.index(storage) < STORAGE.index(m.storage):
         raise AdapterError(
             f"{adapter.name!r} is kept as {m.storage} and cannot become {storage}: learn the document again"
         )
@@ -167,7 +172,17 @@ def compact(library: Path, reference: str, storage: Storage) -> Adapter:
                     writer.open_factors({name: value for name, value in rows.items() if STATIC in name})
                 factors = {kind: (rows[f"{kind}.a"], rows[f"{kind}.b"]) for kind in m.target.kinds}
                 writer.add(factors, {kind: rows[f"{kind}{SENTENCE}"] for kind in m.memory_kinds})
+        _check_newest(library, adapter)  # another process may have learned the document anew meanwhile
         return writer.finish(replace=True)
+
+
+def _check_newest(library: Path, adapter: Adapter) -> None:
+    newest = find(library, adapter.name).version
+    if newest != adapter.manifest.version:
+        raise AdapterError(
+            f"{adapter.version} is not the newest version of {adapter.name!r}, and a smaller one would become it: "
+            f"compact {adapter.name!r}"
+        )
 
 
 def verify(library: Path, names: Sequence[str] = ()) -> list[str]:
