@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -48,6 +49,12 @@ def config(tmp_path) -> AblationConfig:
         steps=1,
         seeds=(0,),
     )
+
+
+def test_a_budget_without_a_step_is_too_short(base, config, tmp_path):
+    short = dataclasses.replace(config, overrides=(*config.overrides, "training.budget_s=1e-9"))
+    with pytest.raises(ConfigError, match="the budget ended before the first step"):
+        run_ablations(base, short, tmp_path / "out")
 
 
 def test_each_variant_is_trained_and_measured_and_never_twice(base, config, tmp_path):

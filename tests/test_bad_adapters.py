@@ -140,6 +140,8 @@ def test_factors_that_are_none(kind, peft, tiny_folder, tmp_path):
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
         ({"use_dora": True}, "use_dora"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4', which changes the base's weights"),
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"lora_alpha": float("nan")}, "alpha of 'lora_alpha' is nan"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -23,6 +25,7 @@ from loracast.export.vllm import RANKS
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
 from loracast.lora.peft_format import read_peft
+from loracast.lora.target import _SUPPORTED
 from loracast.lora.uniform import uniform
 from loracast.model import load
 from tiny import PROSE, make_model
@@ -144,6 +147,25 @@ def test_vllm_gets_a_rank_that_it_allows_and_a_name_that_never_means_other_weigh
     assert made.rank in RANKS and config["r"] == config["lora_alpha"] == made.rank and not config["use_rslora"]
     note = (tmp_path / "out" / "README.md").read_text()
     assert adapter("short").version in note and f"--max-lora-rank {made.rank}" in note
+
+
+def test_every_base_that_can_be_targeted_has_a_name_in_gguf(base, tmp_path):
+    import gguf
+
+    from loracast.export.gguf import _ARCHITECTURES, write_gguf
+
+    assert set(_ARCHITECTURES) == set(_SUPPORTED) and set(_ARCHITECTURES.values()) <= set(
+        gguf.MODEL_ARCH_NAMES.values()
+    )
+    wanted = request(random_lora(base.model, ("down_proj",)), base, tmp_path)
+    for model_type, fits in (("olmo2", True), ("phi3", True), ("mamba", False)):
+        config = copy.deepcopy(wanted.config)
+        config.model_type = model_type
+        if fits:
+            assert write_gguf(dataclasses.replace(wanted, config=config)).is_file()
+        else:
+            with pytest.raises(AdapterError, match="a base of type 'mamba'"):
+                write_gguf(dataclasses.replace(wanted, config=config))
 
 
 def test_gguf_has_the_rows_of_q_and_k_as_llama_cpp_keeps_them(base, tmp_path):

@@ -99,7 +99,12 @@ def test_a_folder_and_its_zip_are_the_same_set(tmp_path):
     assert as_folder.fingerprint == as_zip.fingerprint and as_folder.titles == as_zip.titles
     for i in range(len(as_zip)):
         assert as_zip.load(i).getpixel((0, 0)) == as_folder.load(i).getpixel((0, 0)) == (80 * (i // 3), 10 * (i % 3), 0)
-    (root / "02_old_hat" / "2.png").unlink()
+    image, same_size = root / "02_old_hat" / "2.png", tmp_path / "changed.png"
+    same_size.write_bytes(image.read_bytes()[:-1] + b"!")
+    before = read_images(root).fingerprint
+    image.write_bytes(same_size.read_bytes())
+    assert read_images(root).fingerprint != before  # other content, same name and size
+    image.unlink()
     assert read_images(root).fingerprint != as_folder.fingerprint
 
 

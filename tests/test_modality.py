@@ -212,6 +212,14 @@ def test_a_fresh_hypernetwork_does_nothing_and_training_makes_it_see(base, train
     assert not fresh(WaveEncoder()(torch.randn(2, 1, 64, generator=FREE))).loras.squared_norms().any()
 
 
+def test_a_probe_without_enough_images_is_refused_before_anything_is_scored(base, trained, tmp_path):
+    caster, test = Caster(from_pretrained(trained[0]), WaveEncoder()), make_waves(4, 6, seed=9)
+    with pytest.raises(ConfigError, match="two images of each class"):
+        evaluate_modality(base, caster, make_waves(4, 1), test, ModalityEvalConfig(), tmp_path)
+    report, _ = evaluate_modality(base, caster, make_waves(4, 3), test, ModalityEvalConfig(), tmp_path)
+    assert any(row["baseline"] == "probe" for row in report.rows)
+
+
 def test_what_is_measured_is_what_merged_weights_say(base, trained, tmp_path):
     """The likeliest name from the loss of the base with the LoRA added to its weights, one example at a time."""
     caster = Caster(from_pretrained(trained[0]), WaveEncoder())

@@ -218,6 +218,15 @@ def test_two_documents_at_once_are_what_asking_with_two_adapters_gives(model, do
         torch.testing.assert_close(found.delta(name).float(), wanted.delta(name).float(), rtol=0.02, atol=0.02)
 
 
+def test_nothing_is_distilled_of_a_document_without_a_sentence_to_ask_about(model, documents):
+    from loracast.evaluation import distilled
+
+    setup, (document, *_) = DocumentSetup(model), read_questioned([documents])
+    short = dataclasses.replace(document, text="Yes.")
+    case = cases_of(short, *[InMemoryAdapter(model, short.text, short.title, 64)] * 2)[0]
+    assert not distilled._questions(setup, case) and not distilled.distil(setup, case).names
+
+
 def test_distillation_comes_closer_to_the_teacher(model, documents, monkeypatch):
     """The base itself sees the document; what it then finds likely is likelier with the LoRA than without."""
     from loracast.evaluation import distilled

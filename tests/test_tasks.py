@@ -12,12 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 from loracast.cli import app
+from loracast.data.task_examples import DEFAULT_STYLE, ToldTask
 from loracast.data.tasks import Example, Task, read_tasks
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.store import from_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA
 from loracast.training.loop import TrainConfig
-from loracast.training.task_source import TaskDataConfig, TaskSource
+from loracast.training.task_source import DrawnTask, TaskDataConfig, TaskSource
 from loracast.training.text import TextRecipe, gibberish, read_text_recipe, train_text
 from suites import DATA, OPPOSITES, WordCounts, answer_loss, write_rows, write_suite
 from tiny import make_sentence_encoder
@@ -138,6 +139,15 @@ def test_a_step_holds_no_held_out_task_description_or_example(base, tmp_path):
         TaskSource(TaskDataConfig(), [task for task in tasks if task.is_heldout], base.chat)
     with pytest.raises(TrainingError, match=r"raise data\.max_tokens"):
         TaskSource(TaskDataConfig(max_tokens=2), tasks, base.chat).short_enough(tasks[0])
+
+
+def test_only_so_many_examples_are_read_as_fit():
+    told = ToldTask("Name it", tuple(Example(word, (word,)) for word in ("one", "two", "three")))
+    drawn = DrawnTask(Task("it", {}, (), ()), told, DEFAULT_STYLE, (), None)
+    for n in (0, 1, 3):
+        whole = dataclasses.replace(told, examples=told.examples[:n]).text(DEFAULT_STYLE)
+        fitting = drawn.within(lambda text, most=len(whole): len(text) <= most)
+        assert fitting.text == whole and fitting.rows == drawn.rows
 
 
 def test_tasks_with_long_examples_have_fewer_of_them(base):

@@ -27,7 +27,7 @@ from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained
 from loracast.training import checkpoint
-from loracast.training.doc import DocRecipe, train_doc
+from loracast.training.doc import DocRecipe, doc_config, read_doc_recipe, train_doc
 from loracast.training.loop import TrainConfig, make_optimizer, train
 from loracast.training.sources import DataConfig
 from tiny import DOC_TO_LORA
@@ -112,6 +112,21 @@ def test_resumed_training_equals_uninterrupted_training(options, tmp_path):
     assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
 
 
+def test_a_run_that_is_stopped_between_two_lines_of_metrics_notes_its_last_steps(tmp_path):
+    last = run(Toy(), tmp_path, config(log_every=5, budget_s=1e-9, steps=1)) or {}
+    assert last == {} and metrics_of(tmp_path) == []
+    model = Toy()
+    steps = iter(range(9))
+
+    def stop_at_three(number: int) -> tuple[torch.Tensor, dict[str, float]]:
+        if next(steps) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return model(number), {}
+
+    train(model, stop_at_three, config(log_every=5), tmp_path / "run", save_model=lambda folder: None)
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [3]
+
+
 @pytest.mark.parametrize("memory_layers", [(), (1, 3)])
 def test_resumed_doc_to_lora_equals_uninterrupted(memory_layers, base, tmp_path):
     """The whole chain on the tiny base: data, encoder, hypernetwork, injection, optimizer."""
@@ -139,6 +154,30 @@ def test_resumed_doc_to_lora_equals_uninterrupted(memory_layers, base, tmp_path)
     if memory_layers:
         assert one["memory.scale"].abs().max() > 0
         assert metrics_of(tmp_path / "whole")[0]["owner_accuracy"] >= 0  # there were token labels
+    with pytest.raises(TrainingError, match=r"other settings \(objective.kl_to_base_weight\)"):
+        train_doc(base, dataclasses.replace(recipe, kl_to_base_weight=0.5), tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("training.schedule=linear", "schedule is 'linear'"),
+        ("training.steps=ten", "steps is 'ten'"),
+        ("training.bf16=False", "bf16 is 'False'"),
+        ("data.max_facts=2.5", "max_facts is 2.5"),
+        ("objective.l1_weight=true", "l1_weight is True"),
+        ("hypernetwork.kinds=down_proj", "kinds is 'down_proj'"),
+    ],
+)
+def test_a_recipe_refuses_values_of_another_type(override, fault):
+    with pytest.raises(ConfigError, match=f"bad recipe: .*{fault}"):
+        read_doc_recipe(None, [override])
+
+
+def test_options_of_a_hypernetwork_refuse_values_of_another_type(base):
+    for given in ({"rank": "x"}, {"reader_layers": (1,), "n_heads": 2.0}):
+        with pytest.raises(ConfigError, match=r"bad recipe: (rank is 'x'|n_heads is 2\.0)"):
+            doc_config(base.model.config, base.tokenizer, DocRecipe(hypernetwork=given))
 
 
 def test_a_trained_encoder_lora_comes_back_with_the_hypernetwork(base, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -14,8 +15,13 @@ _LARGEST = 2**63
 
 def type_faults(value: Any) -> list[str]:
     """The fields of a dataclass's instance whose values are not of their types; numbers have to be finite."""
-    names = [name for name, hint in _hints(type(value)).items() if not _fits(getattr(value, name), hint)]  # type: ignore[arg-type]
-    return [f"{name} is {repr(getattr(value, name))[:80]}" for name in names]
+    return value_faults(type(value), {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+
+
+def value_faults(kind: type, values: Mapping[str, Any]) -> list[str]:
+    """Those of a dataclass's values, by field and before it is made of them, that are not of their fields' types."""
+    hints = _hints(kind)  # type: ignore[arg-type]
+    return [f"{name} is {repr(value)[:80]}" for name, value in values.items() if not _fits(value, hints[name])]
 
 
 @cache
@@ -33,6 +39,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, one) for one in inner)
     if kind is Literal:
         return any(type(value) is type(one) and value == one for one in inner)
+    if kind is Sequence:
+        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
     if kind is tuple:
         if not isinstance(value, tuple):
             return False

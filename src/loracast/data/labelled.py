@@ -49,18 +49,19 @@ def read_images(path: str | Path) -> Labelled:
     root = Path(path)
     if not root.exists():
         raise ConfigError(f"no images at {root}: give a folder or a zip file with a folder for each class")
-    sizes, read = _zip(root) if root.is_file() else _folder(root)
-    members = sorted(name for name in sizes if Path(name).suffix.lower() in _SUFFIXES and "/" in name)
+    there, read = _zip(root) if root.is_file() else _folder(root)
+    members = sorted(name for name in there if Path(name).suffix.lower() in _SUFFIXES and "/" in name)
     folders = sorted({name.rpartition("/")[0] for name in members})
     if not folders:
         raise ConfigError(f"{root} holds no folder with images: each class needs one")
-    listed = read("classes.json") if "classes.json" in sizes else None
+    listed = read("classes.json") if "classes.json" in there else None
     try:
         names, is_held_out = _classes(folders, json.loads(listed) if listed else None, root)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{root / 'classes.json'} is not JSON: {error}") from error
     labels = tuple(folders.index(name.rpartition("/")[0]) for name in members)
-    digest = hashlib.sha256(json.dumps([[name, sizes[name]] for name in members]).encode()).hexdigest()[:16]
+    files = [[name, hashlib.sha256(read(name)).hexdigest()] for name in members]
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
     def load(i: int) -> Any:
         data = read(members[i])
@@ -69,13 +70,13 @@ def read_images(path: str | Path) -> Labelled:
     return Labelled("image", names, is_held_out, labels, tuple(members), load, digest)
 
 
-Store = tuple[dict[str, int], Callable[[str], bytes]]
-"""Sizes of the files by name, and what reads a file."""
+Store = tuple[set[str], Callable[[str], bytes]]
+"""The names of the files, and what reads a file."""
 
 
 def _folder(root: Path) -> Store:
     files = (path for path in root.rglob("*") if path.is_file())
-    return {p.relative_to(root).as_posix(): p.stat().st_size for p in files}, lambda name: (root / name).read_bytes()
+    return {path.relative_to(root).as_posix() for path in files}, lambda name: (root / name).read_bytes()
 
 
 def _zip(path: Path) -> Store:
@@ -83,7 +84,7 @@ def _zip(path: Path) -> Store:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise ConfigError(f"{path} is no zip file: {error}") from error
-    return {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}, archive.read
+    return {info.filename for info in archive.infolist() if not info.is_dir()}, archive.read
 
 
 def _classes(folders: Sequence[str], listed: Any, root: Path) -> tuple[tuple[str, ...], tuple[bool, ...]]:

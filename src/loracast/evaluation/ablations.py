@@ -119,6 +119,8 @@ def run_ablations(base: Base, config: AblationConfig, out: Path, progress: Progr
 def _run(base: Base, config: AblationConfig, recipe: DocRecipe, folder: Path) -> None:
     run = folder / "run"
     trained = train_doc(base, recipe, run)
+    if not trained:
+        raise ConfigError(f"{folder.name}: the budget ended before the first step; give a longer one")
     model = Model(base, folder / "library", run)
     documents = config.held_out or recipe.data.documents
     data = replace(recipe.data, documents=documents, document_sources=config.held_out_sources, unrelated=(), seed=0)

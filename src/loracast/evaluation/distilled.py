@@ -38,6 +38,8 @@ def distil(setup: DocumentSetup, case: DocumentCase) -> LoRA:
     """Train a LoRA that answers about the document as the base does that sees it."""
     base = setup.model.base
     questions = _questions(setup, case)
+    if not questions:  # so short that it has no sentence to ask about
+        return LoRA()
     teacher = Teacher(base.model, base.pad_id, setup.reader)
     rows = [Episode((), tuple(questions[i::_ROWS])) for i in range(_ROWS) if questions[i::_ROWS]]
     distillation = Distillation(dataclasses.replace(teacher, lora=None), teacher)

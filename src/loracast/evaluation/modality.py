@@ -10,6 +10,7 @@ mean of training examples' LoRAs (as in Holtzman et al., arXiv 2104.08315).
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -108,7 +109,8 @@ def evaluate_modality(
     states = encoded(test, examples.places, caster.encoder)
     known = encoded(trained_on, trained_on.of(held_out=False), caster.encoder)
     reference = known[:: max(1, len(known) // _N_REFERENCE)]
-    every = range(len(examples.places))
+    every, trained = range(len(examples.places)), examples.of(TRAINED)
+    classified = _classifiers(known, trained_on, states[trained], config)
     scorer = _Scorer(base, caster, progress, len(every) * (3 + len(asked.attributes)) + _N_REFERENCE)
     offered = _offered(test)
     right: dict[tuple[str, str], list[bool]] = {}
@@ -129,8 +131,7 @@ def evaluate_modality(
     free = scorer.free_answers(asked.test, states)
     for part in parts[:2]:
         right[part, "free"] = [is_exact(free[i], examples.names[i]) for i in examples.of(part)]
-    trained = examples.of(TRAINED)
-    for baseline, answers in _classifiers(known, trained_on, states[trained], config).items():
+    for baseline, answers in classified.items():
         right[TRAINED, baseline] = [said == examples.names[i] for i, said in zip(trained, answers, strict=True)]
     rows = [_row(part, baseline, hits, 1 / len(offered[part])) for (part, baseline), hits in right.items()]
     rows.sort(key=lambda row: parts.index(row["part"]))
@@ -251,8 +252,12 @@ def _classifiers(
     labels = np.array([trained_on.names[trained_on.labels[i]] for i in trained_on.of(held_out=False)])
     scaler = StandardScaler().fit(known)
     known, asked = scaler.transform(known), scaler.transform(_means(states))
+    counts = Counter(labels.tolist())
+    n_held = max(len(counts), math.ceil(len(labels) / 5))
+    if min(counts.values()) < 2 or len(labels) - n_held < len(counts):
+        raise ConfigError("the linear probe takes at least two images of each class that was trained on (--trained-on)")
     fit, held, fit_labels, held_labels = train_test_split(
-        known, labels, test_size=0.2, random_state=config.seed, stratify=labels
+        known, labels, test_size=n_held, random_state=config.seed, stratify=labels
     )
 
     def probe(strength: float) -> Any:

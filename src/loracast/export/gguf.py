@@ -20,6 +20,8 @@ _ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "smollm3": "smollm3",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
 }
 """Type of a base -> llama.cpp's name of its architecture."""
 _PERMUTED = {"llama", "smollm3"}  # whose rotary pairs llama.cpp wants as neighbours
@@ -37,7 +39,9 @@ def write_file(request: Request, out: Path) -> None:
     import gguf
 
     made, text = request.made, request.config.get_text_config()
-    architecture = _ARCHITECTURES[text.model_type]
+    architecture = _ARCHITECTURES.get(text.model_type)
+    if architecture is None:
+        raise AdapterError(f"loracast does not know what llama.cpp calls a base of type {text.model_type!r}")
     number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(number, text.num_hidden_layers)
     tensors: dict[str, np.ndarray] = {}

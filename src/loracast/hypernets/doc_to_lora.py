@@ -245,7 +245,8 @@ class DocToLoRA(Hypernetwork):
         mask = mask | ~is_real[:, None]  # a chunk of padding attends to its padding: attention to nothing is NaN
         rows, writes = self.rows_and_writes(features, mask, folds)
         if not is_real.all():
-            rows = {kind: (a, b * is_real[:, None, None, None]) for kind, (a, b) in rows.items()}
+            real = is_real[:, None, None, None]
+            rows = {kind: (a * real, b * real) for kind, (a, b) in rows.items()}
         return rows, writes
 
     def rows_and_writes(

@@ -33,6 +33,12 @@ _TYPES = ("F32", "BF16", "F16")
 _MAX_ALPHA = 1e6
 _MAX_CONFIG_BYTES = 10_000_000
 _MAX_PATTERNS = 10_000
+_BEYOND_A_LORA = (
+    "use_dora", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens", "layer_replication",
+)  # fmt: skip
+"""Keys of adapter_config.json that, set, make an adapter more than factors that are added at every token."""
+_STARTS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
+"""Names of initialisations that leave the base's weights alone, as true and false do; PEFT's others change them."""
 _ENDLESS = re.compile(r"\)[*+?{]|([*+?{].*){3}")
 """Regular expressions that repeat a group, or repeat thrice: some of them take for ever to match a name."""
 
@@ -169,7 +175,10 @@ def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     except (OSError, ValueError, RecursionError) as error:
         return {}, [f"{path.name} cannot be read: {error}"]
     faults = [f"peft_type {config.get('peft_type')!r}"] if config.get("peft_type") != "LORA" else []
-    faults += [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
+    faults += [key for key in _BEYOND_A_LORA if config.get(key)]
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start not in _STARTS_BESIDE_THE_BASE:
+        faults.append(f"init_lora_weights {start!r}, which changes the base's weights, too: convert it with PEFT"[:200])
     faults += ["bias"] if config.get("bias", "none") != "none" or config.get("lora_bias") else []
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or len(patterns) > _MAX_PATTERNS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from loracast.base.chat import encode_text
@@ -26,7 +28,7 @@ from loracast.scoring.likelihood import AnswerScores, Passes, score_answers
 from loracast.training.calibrate import calibrate, set_memory_units
 from loracast.training.loop import OnMetrics, TrainConfig
 from loracast.training.memory_losses import MemoryLosses, retrieval_loss, write_loss
-from loracast.training.recipe import keys_of, read_recipe_as, recorded
+from loracast.training.recipe import check_values, keys_of, read_recipe_as, recorded
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
 from loracast.training.sentence_gates import sentence_gates
@@ -75,6 +77,7 @@ _GROWABLE = {
 }  # fmt: skip
 """Keys allowed with --init-from: they add a missing part, or make a part smaller."""
 _FIELDS = ("kinds", "layers", "memory_layers", "static_kinds", "encoder_kinds", "calibration_questions")
+_OBJECTIVE = ("memory_loss_weight", "distillation_weight", "kl_to_base_weight", "l1_weight")
 _ANY_BASE: Mapping[str, Any] = {"reader_layers": (0.27,), "d_values": "auto"}
 """Options of a recipe that does not name them; they fit any base."""
 _DERIVED = {"modules", "memory_modules", "static_modules", "encoder_modules", "d_features"}
@@ -85,7 +88,7 @@ def read_doc_recipe(path: Path | None, overrides: Sequence[str] = ()) -> DocReci
     """Read a recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables`."""
     return read_recipe_as(
         DocRecipe, path, overrides, hypernetwork=keys_of(DocToLoRAConfig) - _DERIVED,
-        fields=_FIELDS, objective={"memory_loss_weight", "distillation_weight", "kl_to_base_weight", "l1_weight"},
+        fields=_FIELDS, objective=_OBJECTIVE,
     )  # fmt: skip
 
 
@@ -106,6 +109,7 @@ def doc_config(base_config: Any, tokenizer: Any, recipe: DocRecipe) -> DocToLoRA
     read = options["reader_layers"]
     options["reader_layers"] = tuple(n if isinstance(n, int) else round(n * text.num_hidden_layers) for n in read)
     d_features = text.hidden_size + options["d_values"]
+    check_values(DocToLoRAConfig, options)
     if recipe.memory_layers:
         options["memory_modules"] = target_from_config(base_config, ("o_proj",), recipe.memory_layers).rows
     if recipe.static_kinds:
@@ -276,8 +280,22 @@ def train_doc(
             "context_tokens": batch.chunk_ids.numel(),
         }
 
+    about: dict[str, Any] = {
+        "data": recorded(recipe.data),
+        "objective": {name: getattr(recipe, name) for name in _OBJECTIVE},
+    }
+    if teacher is not None:
+        about["teacher_sha256"] = _sha256(teacher)
     return train_hypernet(
         hypernet, objective, recipe.training, out_dir,
-        base=base, init_from=init_from, about={"data": recorded(recipe.data)},
-        command=command, workers=workers, on_metrics=on_metrics,
+        base=base, init_from=init_from, about=about, command=command,
+        workers=workers, on_metrics=on_metrics,
     )  # fmt: skip
+
+
+def _sha256(lora: LoRA) -> str:
+    """Hash of a LoRA's factors."""
+    sides = {
+        f"{name}.{side}": value for name, pair in lora.factors.items() for side, value in zip("ab", pair, strict=True)
+    }
+    return hashlib.sha256(save({name: value.cpu().contiguous() for name, value in sides.items()})).hexdigest()

@@ -157,6 +157,7 @@ def train(
         raise TrainingError(f"the processes find states of step {steps} in {out_dir}; it must be one folder for all")
     workers.copy_first(model)
     started_s = last_save_s = time.monotonic()
+    noted = step
     figures = _Means()
     last = _resume_metrics(out_dir / "metrics.jsonl", step) if workers.is_first else {}
 
@@ -168,6 +169,15 @@ def train(
             save_model(out_dir)
             save_state(out_dir, model, optimizer, step, elapsed_s(), settings=fixed)
 
+    def note_metrics() -> None:
+        nonlocal last, noted
+        noted = step
+        last = {"step": step, "elapsed_s": round(elapsed_s(), 1), **figures.take(workers)}
+        if workers.is_first:
+            log.write(json.dumps(last) + "\n")
+            log.flush()
+            on_metrics(last)
+
     with Stop() as stop, open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as log:
         while step < config.steps:
             is_over = config.budget_s is not None and time.monotonic() - started_s > config.budget_s
@@ -176,14 +186,12 @@ def train(
             _optimizer_step(model, objective, optimizer, config, step, workers, figures)
             step += 1
             if step % config.log_every == 0 or step == config.steps:
-                last = {"step": step, "elapsed_s": round(elapsed_s(), 1), **figures.take(workers)}
-                if workers.is_first:
-                    log.write(json.dumps(last) + "\n")
-                    log.flush()
-                    on_metrics(last)
+                note_metrics()
             if time.monotonic() - last_save_s > config.save_every_s:
                 save()
                 last_save_s = time.monotonic()
+        if step > noted:  # stopped between two lines
+            note_metrics()
         save()
     return last
 

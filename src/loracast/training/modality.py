@@ -19,16 +19,15 @@ from loracast.scoring.episodes import pack
 from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import OnMetrics, TrainConfig
 from loracast.training.modality_source import ModalityDataConfig, ModalitySource
-from loracast.training.recipe import read_recipe_as, recorded
+from loracast.training.recipe import check_values, read_recipe_as, recorded
 from loracast.training.run import start_from, train_hypernet
 from loracast.training.runtime import Workers
 from loracast.training.teacher import Distillation, Teacher
 
 _EXAMPLES_FOR_UNITS = 256
 _OPTIONS = {
-    "width", "rank", "n_heads", "n_kv_heads", "head_dim", "n_decoder_blocks", "n_encoder_blocks", "n_latents",
-    "n_latent_mlps", "gated_projection", "factorised_queries", "head_shared_rank", "static_rank", "static_modules_rank",
-    "scale",
+    "width", "rank", "n_heads", "n_kv_heads", "head_dim", "n_decoder_blocks", "head_shared_rank", "static_rank",
+    "static_modules_rank", "scale",
 }  # fmt: skip
 
 
@@ -61,6 +60,7 @@ def read_modality_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Mo
 def build_modality_hypernet(base: Base, recipe: ModalityRecipe, encoder: Encoder, source: ModalitySource) -> DocToLoRA:
     """A fresh hypernetwork for a base and an encoder, its input units measured on the data."""
     torch.manual_seed(recipe.training.seed)
+    check_values(DocToLoRAConfig, recipe.hypernetwork)
     target = target_from_config(base.model.config, recipe.kinds, recipe.layers)
     config = DocToLoRAConfig.for_target(
         target, encoder.d_features,
@@ -119,6 +119,7 @@ def train_modality(
 
     about = {
         "data": recorded(recipe.data),
+        "objective": {"kl_to_base_weight": recipe.kl_to_base_weight},
         "examples": labelled.fingerprint,
         "encoder": encoder.fingerprint,
     }

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from loracast.errors import ConfigError
+from loracast.field_types import value_faults
 from loracast.training.loop import TrainConfig
 
 R = TypeVar("R")
@@ -46,7 +47,7 @@ def read_tables(path: Path | None, overrides: Sequence[str], known: Mapping[str,
 
 
 def read_recipe_as(
-    recipe: Callable[..., R],
+    recipe: type[R],
     path: Path | None,
     overrides: Sequence[str],
     *,
@@ -70,9 +71,12 @@ def read_recipe_as(
     }
     tables = read_tables(path, overrides, known)
     options = tables["hypernetwork"]
+    own = {name: value for name, value in options.items() if name in fields} | tables["objective"]
+    check_values(recipe, own)
+    check_values(data, tables["data"])
+    check_values(TrainConfig, tables["training"])
     return recipe(
-        **{name: value for name, value in options.items() if name in fields},
-        **tables["objective"],
+        **own,
         hypernetwork={name: value for name, value in options.items() if name not in fields},
         data=data(**tables["data"]),
         training=TrainConfig(**tables["training"]),
@@ -84,8 +88,16 @@ def read_lora_recipe(default: R, path: Path | None, overrides: Sequence[str]) ->
     """Read a LoRA's recipe, the tables `[lora]`, `[data]` and `[training]`; `default` has values for missing keys."""
     known = {name: keys_of(type(getattr(default, name))) for name in ("lora", "data", "training")}
     tables = read_tables(path, overrides, known)
+    for name, given in tables.items():
+        check_values(type(getattr(default, name)), given)
     changed = {name: dataclasses.replace(getattr(default, name), **given) for name, given in tables.items()}
     return dataclasses.replace(default, **changed)  # type: ignore[type-var]
+
+
+def check_values(config: type, values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a recipe's values that are not of the types of a config's fields; all in one message."""
+    if faults := value_faults(config, values):
+        raise ConfigError(f"bad recipe: {'; '.join(faults)}; each of another type than its option")
 
 
 def file_overrides(**files: Sequence[str] | None) -> list[str]:

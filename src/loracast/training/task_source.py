@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -83,6 +83,13 @@ class DrawnTask:
     def text(self) -> str:
         """What is read of the task."""
         return self.told.text(self.style)
+
+    def within(self, fits: Callable[[str], bool]) -> DrawnTask:
+        """The same with only so many of the examples that what is read of the task fits."""
+        told = self.told
+        while told.examples and not fits(told.text(self.style)):
+            told = dataclasses.replace(told, examples=told.examples[:-1])
+        return dataclasses.replace(self, told=told)
 
 
 class TaskSource:

@@ -35,7 +35,7 @@ from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import OnMetrics, TrainConfig
 from loracast.training.oracle import read_oracle
 from loracast.training.position_probes import fit_position_probes
-from loracast.training.recipe import keys_of, read_recipe_as
+from loracast.training.recipe import check_values, keys_of, read_recipe_as
 from loracast.training.reconstruction import (
     Match,
     library_sha256,
@@ -135,6 +135,7 @@ def build_text_hypernet(base: Base, recipe: TextRecipe) -> DescriptionHypernetwo
 def _check_options(options: Mapping[str, Any], config: type) -> None:
     if unknown := sorted(options.keys() - keys_of(config)):
         raise ConfigError(f"this variant has no {', '.join(f'hypernetwork.{name}' for name in unknown)}")
+    check_values(config, options)
 
 
 def train_text(
@@ -260,8 +261,9 @@ def _by_examples(
         episodes = source.episodes(drawn)
         batch = pack(episodes, base.pad_id).to(device)
         n = len(episodes)
+        read = [one.within(encoder.fits).text for one in drawn]
         rng = random.Random(f"{recipe.data.seed}/calm/{number}")
-        conditions = encoder([one.text for one in drawn]).to(device)
+        conditions = encoder(read).to(device)
         if recipe.null_condition_weight > 0:
             with torch.no_grad():
                 meaningless = encoder(rng.sample(nonsense, (n + 1) // 2)).to(device)
