@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -18,17 +18,17 @@ def type_faults(value: Any) -> list[str]:
     return value_faults(type(value), {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
 
 
-def value_faults(kind: type, values: Mapping[str, Any]) -> list[str]:
+def value_faults(kind: Callable[..., Any], values: Mapping[str, Any]) -> list[str]:
     """Those of a dataclass's values, by field and before it is made of them, that are not of their fields' types."""
-    hints = _hints(kind)  # type: ignore[arg-type]
+    hints = _hints(kind)
     return [f"{name} is {repr(value)[:80]}" for name, value in values.items() if not _fits(value, hints[name])]
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Callable[..., Any]) -> dict[str, Any]:
     """The types of a dataclass's fields, which take a while to find out."""
     hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -47,7 +47,7 @@ def read_tables(path: Path | None, overrides: Sequence[str], known: Mapping[str,
 
 
 def read_recipe_as(
-    recipe: type[R],
+    recipe: Callable[..., R],
     path: Path | None,
     overrides: Sequence[str],
     *,
@@ -94,7 +94,7 @@ def read_lora_recipe(default: R, path: Path | None, overrides: Sequence[str]) ->
     return dataclasses.replace(default, **changed)  # type: ignore[type-var]
 
 
-def check_values(config: type, values: Mapping[str, Any]) -> None:
+def check_values(config: Callable[..., Any], values: Mapping[str, Any]) -> None:
     """Raise ConfigError for a recipe's values that are not of the types of a config's fields; all in one message."""
     if faults := value_faults(config, values):
         raise ConfigError(f"bad recipe: {'; '.join(faults)}; each of another type than its option")
