@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from bulk import NOT_LEARNED
 from loracast.cli import app
+from loracast.documents import read_document
 from loracast.errors import AdapterError, DocumentError
+from loracast.library import sync
 from loracast.library.library import adapter_names, open_adapter
-from loracast.library.sync import learn_folder, names_for
+from loracast.library.sync import BulkReport, learn_folder, names_for
 from other_processes import Forked, loracast_command
 
 
@@ -53,6 +55,31 @@ def run(folder: Path, tiny_folder, tiny_hypernet_folder, *options: str, command:
     done = CliRunner().invoke(app, [str(a) for a in arguments])
     assert done.exit_code in (0, 1), done.output
     return done, json.loads(done.stdout)
+
+
+@pytest.fixture
+def notes(tmp_path, home) -> Path:
+    """A folder of two notes."""
+    root = tmp_path / "notes"
+    (root / "old").mkdir(parents=True)
+    (root / "kettle.txt").write_text("The kettle holds 1.7 litres.")
+    (root / "old" / "lamp.txt").write_text("The lamp was made in the north.")
+    return root
+
+
+def synced(model, folder: Path, *, made_by: str = "it", before=lambda path: None, **options) -> BulkReport:
+    """A folder and its adapters made equal; `before` is called with each file that is about to be learned."""
+
+    def learn(path: Path, name: str) -> None:
+        before(path)
+        model.learn(read_document(path), name, replace=True)
+
+    options = {"remove_gone": True, **options}
+    return learn_folder(folder, model.library, learn, journals=folder.parent / "journals", made_by=made_by, **options)
+
+
+def outcomes(report: BulkReport) -> dict[str, str]:
+    return {file.path: file.outcome for file in report.files}
 
 
 def test_a_folder_is_learned_once(folder, tiny_folder, tiny_hypernet_folder, home, monkeypatch):
@@ -184,6 +211,31 @@ def test_an_interrupted_run_says_so_and_goes_on(tmp_path, folder):
     assert len(json.loads(journal.read_text())["entries"]) == len(report.files) + 1
     with pytest.raises(AdapterError, match="is not a folder"):
         learn_folder(folder / "lamp.txt", tmp_path, learn, journals=tmp_path, made_by="it")
+
+
+def test_a_file_that_goes_while_another_is_learned_is_forgotten_by_the_next_run(model, notes):
+    synced(model, notes)
+    (notes / "kettle.txt").write_text("The kettle holds two litres.")
+    report = synced(model, notes, before=lambda path: (notes / "old" / "lamp.txt").unlink())
+    assert outcomes(report) == {"kettle.txt": "learned", "old/lamp.txt": "failed"}
+    assert outcomes(synced(model, notes)) == {"kettle.txt": "unchanged", "old/lamp.txt": "removed"}
+    assert adapter_names(model.library) == ["kettle"]
+
+
+def test_an_adapter_that_cannot_be_deleted_is_told_and_deleted_by_the_next_run(model, notes, monkeypatch):
+    def locked(library: Path, reference: str) -> None:
+        raise AdapterError("another process is writing to the library")
+
+    synced(model, notes)
+    (notes / "kettle.txt").unlink()
+    told = []
+    with monkeypatch.context() as patch:
+        patch.setattr(sync, "remove_adapter", locked)
+        report = synced(model, notes, on_file=lambda done, total, file: told.append(file))
+    assert outcomes(report) == {"old/lamp.txt": "unchanged", "kettle.txt": "failed"}
+    assert "another process" in report.files[1].error and told == report.files
+    assert outcomes(synced(model, notes)) == {"old/lamp.txt": "unchanged", "kettle.txt": "removed"}
+    assert adapter_names(model.library) == ["old-lamp"]
 
 
 def test_every_file_has_a_name_of_its_own():

@@ -106,10 +106,9 @@ def learn_folder(
             journal.write_now_and_then()
             on_file(number, len(wanted), report.files[-1])
         for relative in sorted(journal.entries.keys() - names.keys()) if remove_gone else ():
-            entry = journal.entries.pop(relative)
-            if _kept(library).get(entry["name"]) == entry["sha256"]:
-                remove_adapter(library, entry["name"])
-                report.files.append(FileReport(relative, entry["name"], "removed"))
+            if removed := _remove(library, relative, journal):
+                report.files.append(removed)
+                on_file(len(wanted), len(wanted), removed)
     except KeyboardInterrupt:
         report.is_complete = False
     finally:
@@ -154,9 +153,9 @@ def _learn_file(
     path: Path, relative: str, name: str, kept: Mapping[str, str], learn: Learn, journal: _Journal, again: bool
 ) -> FileReport:
     started = time.perf_counter()
+    known = journal.entries.get(relative)
     try:
         stat = path.stat()
-        known = journal.entries.get(relative)
         stamp = [stat.st_size, stat.st_mtime_ns]
         sha256 = known["sha256"] if known and known["stamp"] == stamp else file_sha256(path)
         if known and known["sha256"] == sha256 and not again:
@@ -172,14 +171,25 @@ def _learn_file(
             if isinstance(error, DocumentError):  # the file's own fault: it fails again until it has changed
                 journal.entries[relative]["error"] = str(error)
             else:  # a locked library, a base that cannot be fetched: the next run tries again
-                journal.entries.pop(relative)
-                if known:
-                    journal.entries[relative] = known
+                journal.put_back(relative, known)
             return FileReport(relative, name, "failed", time.perf_counter() - started, str(error))
         return FileReport(relative, name, "learned", round(time.perf_counter() - started, 3))
-    except OSError as error:  # gone meanwhile, or not to be read
-        journal.entries.pop(relative, None)
+    except OSError as error:  # gone meanwhile, or not to be read: what was learned from it is still the folder's
+        journal.put_back(relative, known)
         return FileReport(relative, name, "failed", error=f"{relative} cannot be read: {error}")
+
+
+def _remove(library: Path, relative: str, journal: _Journal) -> FileReport | None:
+    """Delete the adapter of a file that is gone, and only then forget the file: what fails is tried again."""
+    entry, removed = journal.entries[relative], None
+    if _kept(library).get(entry["name"]) == entry["sha256"]:
+        try:
+            remove_adapter(library, entry["name"])
+        except (LoracastError, OSError) as error:
+            return FileReport(relative, entry["name"], "failed", error=f"its adapter cannot be deleted: {error}")
+        removed = FileReport(relative, entry["name"], "removed")
+    del journal.entries[relative]
+    return removed
 
 
 def _kept(library: Path) -> dict[str, str]:
@@ -202,6 +212,12 @@ class _Journal:
                 self.entries = stored["entries"]
         except (OSError, ValueError, KeyError, TypeError):
             pass  # none yet, or damaged: everything is learned anew
+
+    def put_back(self, path: str, entry: dict[str, Any] | None) -> None:
+        """Let a file's entry be what it was, None for none."""
+        self.entries.pop(path, None)
+        if entry:
+            self.entries[path] = entry
 
     def write_now_and_then(self) -> None:
         """Write the journal if the last time is some seconds ago: a kill then costs seconds of work."""
