@@ -7,7 +7,6 @@ folder opens no file. The journal may be deleted at any time; the folder is then
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections import Counter
@@ -19,14 +18,14 @@ from typing import Any, Literal, get_args
 
 from loracast.documents.kind import EXTENSIONS
 from loracast.errors import AdapterError, DocumentError, LoracastError
-from loracast.files import file_sha256, write_atomically
+from loracast.files import file_sha256
+from loracast.library.journal import Journal
 from loracast.library.library import entries, remove_adapter
 from loracast.library.manifest import name_from
 
 Outcome = Literal["learned", "unchanged", "failed", "removed"]
 _TEXT = {".txt", ".text", ".rst", ".log", ""}  # read as plain text, beside EXTENSIONS
 _LONGEST_NAME = 64
-_JOURNAL_EVERY_S = 5.0
 
 Learn = Callable[[Path, str], object]
 """Learns a file under a name and replaces what had the name. Raises DocumentError for a fault of the file itself."""
@@ -94,7 +93,7 @@ def learn_folder(
         raise AdapterError(f"{folder} is not a folder")
     paths = list(files_in(folder))
     wanted = [path for path in paths if is_readable(path.name)]
-    journal = _Journal(journals, folder, library, made_by)
+    journal = Journal(journals, folder, library, made_by)
     known = {path: entry["name"] for path, entry in journal.entries.items()}
     names = names_for([path.relative_to(folder).as_posix() for path in wanted], known)
     kept = _kept(library)
@@ -150,7 +149,7 @@ def names_for(paths: Sequence[str], known: Mapping[str, str] = MappingProxyType(
 
 
 def _learn_file(
-    path: Path, relative: str, name: str, kept: Mapping[str, str], learn: Learn, journal: _Journal, again: bool
+    path: Path, relative: str, name: str, kept: Mapping[str, str], learn: Learn, journal: Journal, again: bool
 ) -> FileReport:
     started = time.perf_counter()
     known = journal.entries.get(relative)
@@ -179,7 +178,7 @@ def _learn_file(
         return FileReport(relative, name, "failed", error=f"{relative} cannot be read: {error}")
 
 
-def _remove(library: Path, relative: str, journal: _Journal) -> FileReport | None:
+def _remove(library: Path, relative: str, journal: Journal) -> FileReport | None:
     """Delete the adapter of a file that is gone, and only then forget the file: what fails is tried again."""
     entry, removed = journal.entries[relative], None
     if _kept(library).get(entry["name"]) == entry["sha256"]:
@@ -195,37 +194,3 @@ def _remove(library: Path, relative: str, journal: _Journal) -> FileReport | Non
 def _kept(library: Path) -> dict[str, str]:
     """By the adapters' names, the hash of the file that each was made from."""
     return {entry.name: entry.source_sha256 for entry in entries(library)[0]}
-
-
-class _Journal:
-    """What is known of the files of one folder, cast in one way into one library."""
-
-    def __init__(self, journals: Path, folder: Path, library: Path, made_by: str):
-        self._about = {"folder": str(folder.resolve()), "library": str(library.resolve()), "made_by": made_by}
-        key = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()[:24]
-        self._path = journals / f"{key}.json"
-        self.entries: dict[str, dict[str, Any]] = {}
-        self._written_s = time.monotonic()
-        try:
-            stored = json.loads(self._path.read_text(encoding="utf-8"))
-            if stored["about"] == self._about:
-                self.entries = stored["entries"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # none yet, or damaged: everything is learned anew
-
-    def put_back(self, path: str, entry: dict[str, Any] | None) -> None:
-        """Let a file's entry be what it was, None for none."""
-        self.entries.pop(path, None)
-        if entry:
-            self.entries[path] = entry
-
-    def write_now_and_then(self) -> None:
-        """Write the journal if the last time is some seconds ago: a kill then costs seconds of work."""
-        if time.monotonic() - self._written_s > _JOURNAL_EVERY_S:
-            self.write()
-
-    def write(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"about": self._about, "entries": self.entries}
-        write_atomically(self._path, json.dumps(content, ensure_ascii=False).encode())
-        self._written_s = time.monotonic()
