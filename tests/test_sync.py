@@ -238,6 +238,54 @@ def test_an_adapter_that_cannot_be_deleted_is_told_and_deleted_by_the_next_run(m
     assert adapter_names(model.library) == ["old-lamp"]
 
 
+def test_a_folder_that_cannot_be_listed_is_told_and_nothing_below_it_is_forgotten(model, notes, monkeypatch):
+    (notes / "old" / "older").mkdir()
+    (notes / "old" / "older" / "bridge.txt").write_text("Nobody knew who had built the old bridge.")
+    synced(model, notes)
+    (notes / "kettle.txt").unlink()
+    locked = str(notes / "old")
+
+    def refusing(real, is_refused):
+        def call(path=".", **how):
+            if is_refused(str(path)):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, **how)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refusing(os.scandir, lambda path: path == locked))
+        report = synced(model, notes)
+    assert outcomes(report) == {"kettle.txt": "removed", "old": "failed"}
+    assert f"{locked} cannot be read" in report.files[-1].error and "Permission denied" in report.files[-1].error
+    with monkeypatch.context() as patch:  # it may be listed but not entered
+        for name in ("scandir", "stat"):
+            patch.setattr(os, name, refusing(getattr(os, name), lambda path: path.startswith(locked + os.sep)))
+        report = synced(model, notes)
+    assert outcomes(report) == {"old/lamp.txt": "failed", "old/older": "failed"}
+    assert adapter_names(model.library) == ["old-lamp", "old-older-bridge"]
+    assert outcomes(synced(model, notes)) == {"old/lamp.txt": "unchanged", "old/older/bridge.txt": "unchanged"}
+
+
+def test_a_drive_that_is_not_mounted_takes_no_adapters_along(model, notes, monkeypatch):
+    synced(model, notes)
+    drive = notes.rename(notes.parent / "drive")
+    notes.mkdir()
+    (journal,) = (notes.parent / "journals").iterdir()
+    known = json.loads(journal.read_text())
+    journal.write_text(json.dumps({**known, "device": -1}))  # as if what is there now were another file system
+    for _ in range(2):
+        (report,) = synced(model, notes).files
+        assert (report.path, report.outcome) == (".", "failed") and "mount the drive" in report.error
+    assert adapter_names(model.library) == ["kettle", "old-lamp"]
+    notes.rmdir()
+    drive.rename(notes)
+    assert set(outcomes(synced(model, notes)).values()) == {"unchanged"}
+    shutil.rmtree(notes)
+    notes.mkdir()  # on the same file system: all files were deleted
+    assert set(outcomes(synced(model, notes)).values()) == {"removed"} and adapter_names(model.library) == []
+
+
 def test_every_file_has_a_name_of_its_own():
     long = "a/" * 40 + "manual.pdf"
     paths = ["lamp.txt", "lamp.md", "a/b.txt", "a-b.txt", "v1.2/notes", long, long.replace(".pdf", ".txt"), "Über.txt"]

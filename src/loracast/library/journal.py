@@ -21,11 +21,13 @@ class Journal:
         key = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()[:24]
         self._path = journals / f"{key}.json"
         self.entries: dict[str, dict[str, Any]] = {}
+        self.device: int | None = None
+        """The file system on which the folder's files were seen last."""
         self._written_s = time.monotonic()
         try:
             stored = json.loads(self._path.read_text(encoding="utf-8"))
             if stored["about"] == self._about:
-                self.entries = stored["entries"]
+                self.entries, self.device = stored["entries"], stored.get("device")
         except (OSError, ValueError, KeyError, TypeError):
             pass  # none yet, or damaged: everything is learned anew
 
@@ -42,6 +44,6 @@ class Journal:
 
     def write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"about": self._about, "entries": self.entries}
+        content = {"about": self._about, "device": self.device, "entries": self.entries}
         write_atomically(self._path, json.dumps(content, ensure_ascii=False).encode())
         self._written_s = time.monotonic()

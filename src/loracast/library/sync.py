@@ -10,9 +10,10 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -26,6 +27,10 @@ from loracast.library.manifest import name_from
 Outcome = Literal["learned", "unchanged", "failed", "removed"]
 _TEXT = {".txt", ".text", ".rst", ".log", ""}  # read as plain text, beside EXTENSIONS
 _LONGEST_NAME = 64
+_NOT_MOUNTED = (
+    "no file is left, and its file system is not the one of before: mount the drive, or delete the adapters with "
+    "`loracast rm`"
+)
 
 Learn = Callable[[Path, str], object]
 """Learns a file under a name and replaces what had the name. Raises DocumentError for a fault of the file itself."""
@@ -38,7 +43,7 @@ class FileReport:
     path: str
     """Relative to the folder, with slashes."""
     name: str
-    """Name of its adapter."""
+    """Name of its adapter; "" of a folder."""
     outcome: Outcome
     seconds: float = 0.0
     error: str | None = None
@@ -46,7 +51,7 @@ class FileReport:
 
 @dataclass
 class BulkReport:
-    """The outcomes of a folder's files."""
+    """The outcomes of a folder's files, and of the folders below it that cannot be listed."""
 
     files: list[FileReport] = field(default_factory=list)
     ignored: int = 0
@@ -83,7 +88,9 @@ def learn_folder(
         journals: where journals are kept.
         made_by: how files are cast (hypernetwork, chunk length, ...): where it differs, everything is learned anew.
         again: learn unchanged files too.
-        remove_gone: delete the adapters of files that are gone, unless a name has got another adapter since.
+        remove_gone: delete the adapters of files that are gone, unless a name has got another adapter since. Nothing
+            is gone below a folder that cannot be listed, or where no file is left and the folder is on another file
+            system than before, as that of a drive that is not mounted.
         on_file: called after each file.
 
     Raises:
@@ -91,9 +98,12 @@ def learn_folder(
     """
     if not folder.is_dir():
         raise AdapterError(f"{folder} is not a folder")
-    paths = list(files_in(folder))
+    device, unread = folder.stat().st_dev, dict[str, str]()
+    paths = list(files_in(folder, unread))
     wanted = [path for path in paths if is_readable(path.name)]
     journal = Journal(journals, folder, library, made_by)
+    if paths:
+        journal.device = device
     known = {path: entry["name"] for path, entry in journal.entries.items()}
     names = names_for([path.relative_to(folder).as_posix() for path in wanted], known)
     kept = _kept(library)
@@ -104,10 +114,17 @@ def learn_folder(
             report.files.append(_learn_file(path, relative, names[relative], kept, learn, journal, again))
             journal.write_now_and_then()
             on_file(number, len(wanted), report.files[-1])
-        for relative in sorted(journal.entries.keys() - names.keys()) if remove_gone else ():
+        gone = journal.entries.keys() - names.keys() if remove_gone else set()
+        if gone and not paths and journal.device != device:
+            unread.setdefault(".", _NOT_MOUNTED)
+        for relative in sorted(path for path in gone if not _is_below(path, unread)):
             if removed := _remove(library, relative, journal):
                 report.files.append(removed)
                 on_file(len(wanted), len(wanted), removed)
+        for relative, why in sorted(unread.items()):
+            error = f"{folder / relative} cannot be read, and what was learned from it stays: {why}"
+            report.files.append(FileReport(relative, "", "failed", error=error))
+            on_file(len(wanted), len(wanted), report.files[-1])
     except KeyboardInterrupt:
         report.is_complete = False
     finally:
@@ -115,14 +132,32 @@ def learn_folder(
     return report
 
 
-def files_in(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of those below it, in a fixed order, without hidden ones and links."""
-    for where, folders, names in os.walk(folder):
+def files_in(folder: Path, unread: dict[str, str]) -> Iterator[Path]:
+    """The files of a folder and of those below it, in a fixed order, without hidden ones and links.
+
+    Args:
+        unread: receives the folders that cannot be listed, and the files of which nothing is told, each with the
+            reason; relative to the folder, which is "." itself.
+    """
+
+    def note(error: OSError) -> None:
+        unread[Path(error.filename).relative_to(folder).as_posix()] = error.strerror or type(error).__name__
+
+    for where, folders, names in os.walk(folder, onerror=note):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(where) / name
-            if not name.startswith(".") and path.is_file() and not path.is_symlink():
-                yield path
+        for path in (Path(where) / name for name in sorted(names) if not name.startswith(".")):
+            try:
+                is_file = S_ISREG(path.lstat().st_mode)
+            except OSError as error:
+                note(error)
+            else:
+                if is_file:
+                    yield path
+
+
+def _is_below(path: str, folders: Collection[str]) -> bool:
+    """Whether a path is one of these folders, or below one."""
+    return "." in folders or any(path == folder or path.startswith(folder + "/") for folder in folders)
 
 
 def is_readable(path: str) -> bool:
