@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from bulk import NOT_LEARNED
 from loracast.cli import app
-from loracast.documents import read_document
+from loracast.documents import Document, read_document
 from loracast.errors import AdapterError, DocumentError
 from loracast.library import sync
-from loracast.library.library import adapter_names, open_adapter
+from loracast.library.library import adapter_names, open_adapter, versions
 from loracast.library.sync import BulkReport, learn_folder, names_for
 from other_processes import Forked, loracast_command
 
@@ -286,6 +286,125 @@ def test_a_drive_that_is_not_mounted_takes_no_adapters_along(model, notes, monke
     assert set(outcomes(synced(model, notes)).values()) == {"removed"} and adapter_names(model.library) == []
 
 
+def names_of(report: BulkReport) -> dict[str, str]:
+    return {file.path: file.name for file in report.files}
+
+
+def sources(model, name: str) -> list[str]:
+    """The hashes of what a name's versions were made from, newest first."""
+    return [one.source_sha256 for one in versions(model.library, name)]
+
+
+def test_an_adapter_of_somebodys_own_keeps_its_name_and_versions(model, notes):
+    own = model.learn(Document.from_text("What I wrote of kettles."), "kettle").manifest
+    first = synced(model, notes)
+    name = names_of(first)["kettle.txt"]
+    assert name.startswith("kettle-") and sources(model, "kettle") == [own.source_sha256]
+    assert names_of(synced(model, notes)) == names_of(first)
+    (notes / "kettle.txt").write_text("The kettle holds two litres.")
+    assert outcomes(synced(model, notes)) == {"kettle.txt": "learned", "old/lamp.txt": "unchanged"}
+    assert len(versions(model.library, name)) == 2
+    (notes / "kettle.txt").unlink()
+    synced(model, notes)
+    assert adapter_names(model.library) == ["kettle", "old-lamp"]
+    assert sources(model, "kettle") == [own.source_sha256]
+
+
+def test_a_name_that_somebody_replaced_is_left_to_him(model, notes):
+    synced(model, notes)
+    own = model.learn(Document.from_text("What I wrote of kettles."), "kettle", replace=True).manifest
+    first = names_of(synced(model, notes))
+    assert first["kettle.txt"].startswith("kettle-") and names_of(synced(model, notes)) == first
+    (notes / "kettle.txt").unlink()
+    synced(model, notes)
+    assert sources(model, "kettle")[0] == own.source_sha256 and len(adapter_names(model.library)) == 2
+
+
+def test_a_name_that_is_taken_during_a_run_is_left_alone(model, notes):
+    own = Document.from_text("What I wrote of lamps.")
+    report = synced(model, notes, before=lambda path: path.stem == "kettle" and model.learn(own, "old-lamp"))
+    assert outcomes(report) == {"kettle.txt": "learned", "old/lamp.txt": "failed"}
+    assert "called 'old-lamp' meanwhile" in report.files[1].error
+    assert names_of(synced(model, notes))["old/lamp.txt"].startswith("old-lamp-")
+    assert len(versions(model.library, "old-lamp")) == 1
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_folders_with_files_of_one_name_leave_each_other_alone(model, tmp_path, home, is_same):
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "README.md").write_text("Read me." if is_same else f"Read the {folder.name} first.")
+    names = [names_of(synced(model, folder))["README.md"] for folder in folders]
+    assert names[0] == "readme" and len(set(names)) == 3
+    for folder, name in zip(folders, names, strict=True):
+        (file,) = synced(model, folder).files
+        assert (file.name, file.outcome) == (name, "unchanged")
+    (folders[0] / "README.md").unlink()
+    synced(model, folders[0])
+    assert adapter_names(model.library) == sorted(names[1:])
+    assert [synced(model, folder).files[0].outcome for folder in folders[1:]] == ["unchanged"] * 2
+
+
+def test_a_lost_journal_doubles_and_deletes_nothing(model, notes):
+    synced(model, notes)
+    before = sources(model, "kettle")
+    shutil.rmtree(notes.parent / "journals")
+    assert names_of(synced(model, notes)) == {"kettle.txt": "kettle", "old/lamp.txt": "old-lamp"}
+    (notes / "kettle.txt").write_text("The kettle holds two litres.")
+    synced(model, notes)
+    assert adapter_names(model.library) == ["kettle", "old-lamp"] and sources(model, "kettle")[1:] == before
+    (notes / "kettle.txt").unlink()
+    (notes / "old" / "lamp.txt").unlink()
+    synced(model, notes)  # nobody knows any more whose these are
+    assert adapter_names(model.library) == ["kettle", "old-lamp"] and sources(model, "kettle") == before
+
+
+def test_a_folder_that_is_cast_otherwise_keeps_its_names_and_forgets_all_versions(model, notes):
+    first = synced(model, notes)
+    (notes / "kettle.txt").write_text("The kettle holds two litres.")
+    otherwise = synced(model, notes, made_by="other")
+    assert names_of(otherwise) == names_of(first) and otherwise.count("learned") == 2
+    assert len(versions(model.library, "kettle")) == 2
+    (notes / "kettle.txt").unlink()
+    assert outcomes(synced(model, notes, made_by="other"))["kettle.txt"] == "removed"
+    assert adapter_names(model.library) == ["old-lamp"]
+    own = model.learn(Document.from_text("The kettle holds 1.7 litres."), "kettle")
+    assert own.manifest.version and outcomes(synced(model, notes)) == {"old/lamp.txt": "unchanged"}
+    assert adapter_names(model.library) == ["kettle", "old-lamp"]  # no journal says that it is the folder's
+
+
+def test_what_a_killed_run_learned_is_still_the_folders(model, notes):
+    kept: list[tuple[Path, bytes]] = []
+    synced(model, notes, before=lambda _: kept.extend((j, j.read_bytes()) for j in notes.parent.glob("journals/*")))
+    journal, content = kept[0]
+    journal.write_bytes(content)  # the journal as it was before the first file
+    assert set(outcomes(synced(model, notes)).values()) == {"learned"}
+    (notes / "kettle.txt").unlink()
+    synced(model, notes)
+    assert adapter_names(model.library) == ["old-lamp"]
+
+
+def test_a_file_that_broke_before_it_went_is_forgotten(model, notes):
+    synced(model, notes)
+    (notes / "kettle.txt").write_text("")
+    assert outcomes(synced(model, notes))["kettle.txt"] == "failed"
+    (notes / "kettle.txt").unlink()
+    assert outcomes(synced(model, notes))["kettle.txt"] == "removed"
+    assert adapter_names(model.library) == ["old-lamp"]
+
+
+def test_a_journal_of_an_earlier_release_is_gone_on_with(model, notes):
+    synced(model, notes)
+    (journal,) = (notes.parent / "journals").iterdir()
+    known = json.loads(journal.read_text())
+    entries = {path: {k: v for k, v in e.items() if k != "sources"} for path, e in known["entries"].items()}
+    journal.write_text(json.dumps({"about": known["about"], "entries": entries}))
+    assert set(outcomes(synced(model, notes)).values()) == {"unchanged"}
+    (notes / "kettle.txt").unlink()
+    assert outcomes(synced(model, notes))["kettle.txt"] == "removed"
+
+
 def test_every_file_has_a_name_of_its_own():
     long = "a/" * 40 + "manual.pdf"
     paths = ["lamp.txt", "lamp.md", "a/b.txt", "a-b.txt", "v1.2/notes", long, long.replace(".pdf", ".txt"), "Über.txt"]
@@ -294,6 +413,9 @@ def test_every_file_has_a_name_of_its_own():
     assert names["v1.2/notes"] == "v1-2-notes" and names["lamp.txt"].startswith("lamp-")
     assert names_for(["lamp.txt"]) == {"lamp.txt": "lamp"}
     assert names_for(["lamp.md", "lamp.txt"], {"lamp.txt": "lamp"})["lamp.txt"] == "lamp"  # a file keeps its name
+    first = names_for(["lamp.txt"], may_have=lambda path, name: name != "lamp")["lamp.txt"]
+    second = names_for(["lamp.txt"], may_have=lambda path, name: name not in ("lamp", first))["lamp.txt"]
+    assert len({"lamp", first, second}) == 3 and first.startswith("lamp-") and second.startswith("lamp-")
 
 
 def test_the_name_of_a_single_adapter_is_refused_for_a_folder(folder):

@@ -120,7 +120,7 @@ def sync(
 ) -> None:
     """Learn what is new or has changed in a folder, and delete the adapters of files that are gone.
 
-    Only adapters that were learned from this folder in this way, and are still the same, are deleted.
+    Only versions that were learned from this folder are deleted, and none of a name that means something else by now.
     """
     learn_files(FolderLearner(folder, learning, again=again, remove_gone=True, local=local), as_json=as_json)
 

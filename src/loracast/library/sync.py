@@ -1,28 +1,34 @@
 """Learns a folder of files: unchanged files are left alone, and a broken one is reported and holds up no other.
 
 A journal beside the caches remembers each file's size, time, hash and fault, so that a second run over an unchanged
-folder opens no file. The journal may be deleted at any time; the folder is then learned anew.
+folder opens no file, and which versions of which names the folder made: others are neither replaced nor deleted. The
+journal may be deleted at any time. The folder is then learned anew: what was made from the same content goes on under
+its name, but stays when its file goes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from loracast.documents.kind import EXTENSIONS
-from loracast.errors import AdapterError, DocumentError, LoracastError
+from loracast.errors import AdapterError, DocumentError, LoracastError, NameTakenError
 from loracast.files import file_sha256
+from loracast.library.entry import Entry
 from loracast.library.journal import Journal
 from loracast.library.library import entries, remove_adapter
 from loracast.library.manifest import name_from
+from loracast.library.shared import reading
 
 Outcome = Literal["learned", "unchanged", "failed", "removed"]
 _TEXT = {".txt", ".text", ".rst", ".log", ""}  # read as plain text, beside EXTENSIONS
@@ -33,7 +39,7 @@ _NOT_MOUNTED = (
 )
 
 Learn = Callable[[Path, str], object]
-"""Learns a file under a name and replaces what had the name. Raises DocumentError for a fault of the file itself."""
+"""Learns a file under a name, as its newest version. Raises DocumentError for a fault of the file itself."""
 
 
 @dataclass(frozen=True)
@@ -104,21 +110,24 @@ def learn_folder(
     journal = Journal(journals, folder, library, made_by)
     if paths:
         journal.device = device
-    known = {path: entry["name"] for path, entry in journal.entries.items()}
-    names = names_for([path.relative_to(folder).as_posix() for path in wanted], known)
-    kept = _kept(library)
+    kept = {entry.name: entry for entry in entries(library)[0]}
+    names = _own_names(folder, [path.relative_to(folder).as_posix() for path in wanted], kept, journal)
+    journal.take({name: _not_ours(library, name, kept, journal) for name in names.values()})
     report = BulkReport(ignored=len(paths) - len(wanted))
     try:
         for number, path in enumerate(wanted, 1):
             relative = path.relative_to(folder).as_posix()
-            report.files.append(_learn_file(path, relative, names[relative], kept, learn, journal, again))
+            name = names[relative]
+            report.files.append(_learn_file(path, relative, name, kept.get(name), library, learn, journal, again))
             journal.write_now_and_then()
             on_file(number, len(wanted), report.files[-1])
-        gone = journal.entries.keys() - names.keys() if remove_gone else set()
-        if gone and not paths and journal.device != device:
+        gone = journal.sources.keys() - names.keys() if remove_gone else set()
+        has_adapters = any(name in kept for path in gone for name in journal.sources[path])
+        if has_adapters and not paths and journal.device != device:
             unread.setdefault(".", _NOT_MOUNTED)
+        others = journal.elsewhere.union(names.values())
         for relative in sorted(path for path in gone if not _is_below(path, unread)):
-            if removed := _remove(library, relative, journal):
+            for removed in _remove(relative, kept.keys() - others, library, journal):
                 report.files.append(removed)
                 on_file(len(wanted), len(wanted), removed)
         for relative, why in sorted(unread.items()):
@@ -165,26 +174,82 @@ def is_readable(path: str) -> bool:
     return PurePosixPath(path).suffix.lower() in EXTENSIONS.keys() | _TEXT
 
 
-def names_for(paths: Sequence[str], known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+def names_for(
+    paths: Sequence[str],
+    known: Mapping[str, str] = MappingProxyType({}),
+    may_have: Callable[[str, str], bool] = lambda path, name: True,
+) -> dict[str, str]:
     """A name for each file's adapter: its path without the ending, with a hash where that is taken or too long.
 
     Args:
         known: the names that files have already, which they keep.
+        may_have: whether a file may have a name, as far as the other files do not matter.
     """
     made = {path: name_from(path.rpartition(".")[0] if "." in path.rpartition("/")[2] else path) for path in paths}
     taken = Counter(name for path, name in made.items() if path not in known)
     taken.update(known.values())
     names = {}
     for path, name in made.items():
-        if taken[name] > 1 or len(name) >= _LONGEST_NAME:
-            mark = hashlib.sha256(path.encode()).hexdigest()[:8]
-            name = f"{name[: _LONGEST_NAME - 9]}-{mark}"
-        names[path] = known.get(path, name)
+        is_free = taken[name] == 1 and len(name) < _LONGEST_NAME
+        candidates = itertools.chain([name] if is_free else [], _marked(path, name))
+        names[path] = known.get(path) or next(one for one in candidates if may_have(path, one))
     return names
 
 
+def _marked(path: str, name: str) -> Iterator[str]:
+    """Names with a hash of the path; from the second on also of a number."""
+    for number in itertools.count(1):
+        marked = path if number == 1 else f"{path} {number}"
+        yield f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(marked.encode()).hexdigest()[:8]}"
+
+
+def _own_names(folder: Path, paths: Sequence[str], kept: Mapping[str, Entry], journal: Journal) -> dict[str, str]:
+    """A name for each file that means nothing else in the library.
+
+    It is the one that the file has, unless somebody has given that to another adapter; or else a free one, or one whose
+    adapter was made from the very same content.
+    """
+    others = journal.elsewhere.union(*journal.sources.values())
+
+    @cache
+    def content(path: str) -> str:
+        try:
+            return file_sha256(folder / path)
+        except OSError:  # learning it says so
+            return ""
+
+    def may_have(path: str, name: str) -> bool:
+        own = journal.sources.get(path, {})
+        if name not in kept or kept[name].source_sha256 in own.get(name, ()):
+            return True
+        return (name in own or name not in others) and kept[name].source_sha256 == content(path)
+
+    known: dict[str, str] = {}
+    taken: set[str] = set()
+    for path in paths:
+        own = (name for name in journal.sources.get(path, {}) if name not in taken and may_have(path, name))
+        if name := next(own, None):
+            known[path] = name
+            taken.add(name)
+    return names_for(paths, known, may_have)
+
+
+def _not_ours(library: Path, name: str, kept: Mapping[str, Entry], journal: Journal) -> list[str]:
+    """The versions of a name that the folder did not make."""
+    if name not in kept:
+        return []
+    return journal.before[name] if name in journal.before else [one.version for one in _versions(library, name)]
+
+
 def _learn_file(
-    path: Path, relative: str, name: str, kept: Mapping[str, str], learn: Learn, journal: Journal, again: bool
+    path: Path,
+    relative: str,
+    name: str,
+    newest: Entry | None,
+    library: Path,
+    learn: Learn,
+    journal: Journal,
+    again: bool,
 ) -> FileReport:
     started = time.perf_counter()
     known = journal.entries.get(relative)
@@ -192,18 +257,21 @@ def _learn_file(
         stat = path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
         sha256 = known["sha256"] if known and known["stamp"] == stamp else file_sha256(path)
+        sources = sorted({*journal.sources.get(relative, {}).get(name, ()), sha256})
+        entry = {"name": name, "sha256": sha256, "stamp": stamp, "error": None, "sources": sources}
+        journal.entries[relative] = entry
         if known and known["sha256"] == sha256 and not again:
-            journal.entries[relative] = {**known, "stamp": stamp}
             if known["error"]:
+                entry["error"] = known["error"]
                 return FileReport(relative, name, "failed", error=known["error"])
-            if kept.get(name) == sha256:
+            if newest and newest.source_sha256 == sha256:
                 return FileReport(relative, name, "unchanged")
-        journal.entries[relative] = {"name": name, "sha256": sha256, "stamp": stamp, "error": None}
         try:
+            _check_is_as_before(library, name, newest, sha256)
             learn(path, name)
         except LoracastError as error:
             if isinstance(error, DocumentError):  # the file's own fault: it fails again until it has changed
-                journal.entries[relative]["error"] = str(error)
+                entry["error"] = str(error)
             else:  # a locked library, a base that cannot be fetched: the next run tries again
                 journal.put_back(relative, known)
             return FileReport(relative, name, "failed", time.perf_counter() - started, str(error))
@@ -213,19 +281,35 @@ def _learn_file(
         return FileReport(relative, name, "failed", error=f"{relative} cannot be read: {error}")
 
 
-def _remove(library: Path, relative: str, journal: Journal) -> FileReport | None:
-    """Delete the adapter of a file that is gone, and only then forget the file: what fails is tried again."""
-    entry, removed = journal.entries[relative], None
-    if _kept(library).get(entry["name"]) == entry["sha256"]:
+def _check_is_as_before(library: Path, name: str, newest: Entry | None, sha256: str) -> None:
+    """Raise NameTakenError where somebody has named another adapter so since names were chosen, maybe hours ago."""
+    now = next(iter(_versions(library, name)), None)
+    if now and now.source_sha256 != sha256 and now.version != (newest and newest.version):
+        raise NameTakenError(f"another adapter has been called {name!r} meanwhile; the next run finds a free name")
+
+
+def _remove(relative: str, may_go: Collection[str], library: Path, journal: Journal) -> Iterator[FileReport]:
+    """Delete what was learned from a file that is gone, and only then forget the file: what fails is tried again.
+
+    A name whose newest version is not the folder's means something else by now, and keeps all that it has.
+    """
+    for name, sources in journal.sources[relative].items():
+        versions = _versions(library, name) if name in may_go else []
+        not_ours = journal.before.get(name, ())
+        made = [one for one in versions if one.version not in not_ours and one.source_sha256 in sources]
+        if not made or made[0] != versions[0]:
+            continue
         try:
-            remove_adapter(library, entry["name"])
+            for one in reversed(made):  # the newest goes last: until then the next run knows the name for the folder's
+                remove_adapter(library, f"{name}@{one.version}")
         except (LoracastError, OSError) as error:
-            return FileReport(relative, entry["name"], "failed", error=f"its adapter cannot be deleted: {error}")
-        removed = FileReport(relative, entry["name"], "removed")
-    del journal.entries[relative]
-    return removed
+            yield FileReport(relative, name, "failed", error=f"its adapter cannot be deleted: {error}")
+            return
+        yield FileReport(relative, name, "removed")
+    journal.forget(relative)
 
 
-def _kept(library: Path) -> dict[str, str]:
-    """By the adapters' names, the hash of the file that each was made from."""
-    return {entry.name: entry.source_sha256 for entry in entries(library)[0]}
+def _versions(library: Path, name: str) -> list[Entry]:
+    """The versions of a name, newest first; none where there is no such name."""
+    with reading(library) as register:
+        return register.versions_of(name)
