@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import watchfiles
 
 from loracast.library.library import adapter_names
+from loracast.serving import watching
 from loracast.serving.watching import Watcher
 from servers import eventually
 
@@ -46,6 +48,27 @@ def test_faults_are_told_and_end_nothing(model, folder):
         assert str(folder.parent) not in repr(notes)
     finally:
         watcher.close()
+
+
+def test_where_watching_fails_it_is_told_and_folders_are_looked_at(model, folder, monkeypatch):
+    def watch(*folders, ignore_permission_denied, **options):
+        assert ignore_permission_denied  # a folder below, say, that only root may list
+        raise OSError(f"OS file watch limit reached about {folders}")
+        yield
+
+    monkeypatch.setattr(watchfiles, "watch", watch)
+    monkeypatch.setattr(watching, "_LOOK_EVERY_MS", 50)
+    watcher = Watcher(model, [folder])
+    watcher.start()
+    try:
+        eventually(lambda: watcher.states[0].error)
+        assert "watch limit reached" in watcher.states[0].error and str(folder.parent) not in watcher.states[0].error
+        (folder / "lamp.txt").write_text("The lamp was made in the north.")
+        eventually(lambda: adapter_names(model.library) == ["kettle", "lamp"])
+        eventually(lambda: watcher.states[0].n_documents == 2 and "watch limit reached" in watcher.states[0].error)
+    finally:
+        watcher.close()
+    assert not watcher._thread.is_alive()
 
 
 def test_nothing_is_watched_without_folders(model):

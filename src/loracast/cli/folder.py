@@ -132,7 +132,9 @@ def watch(folder: Folder, *, learning: Learning, local: Local = False) -> None:
     learner = FolderLearner(folder, learning, remove_gone=True, local=local)
     say(f"watching {folder}; Ctrl-C ends it")
     # It also looks now and then: for what changed before the watch began, and for file systems that report no changes.
-    looks = watchfiles.watch(folder, raise_interrupt=False, yield_on_timeout=True, rust_timeout=_LOOK_EVERY_MS)
+    looks = watchfiles.watch(
+        folder, raise_interrupt=False, yield_on_timeout=True, rust_timeout=_LOOK_EVERY_MS, ignore_permission_denied=True
+    )
     with suppress(KeyboardInterrupt):  # the way to end it, wherever it comes
         for _ in itertools.chain([()], looks):
             result = learner.run()

@@ -35,15 +35,16 @@ class WatchedFolder:
     failed: tuple[tuple[str, str], ...] = ()
     """Files that could not be learned, relative to the folder, each with what is wrong."""
     error: str | None = None
-    """Why the folder as a whole could not be read at the last look."""
+    """Why the folder as a whole could not be read at the last look, or is not told of changes."""
 
 
 class Watcher:
     """Watches folders in a thread of its own, in the way of `loracast watch`."""
 
     def __init__(self, model: Model, folders: Sequence[Path]):
-        self._model, self._folders = model, tuple(folders)
-        self._states = {folder: WatchedFolder(folder.resolve().name) for folder in self._folders}
+        self._model, self._folders = model, tuple(folder.resolve() for folder in folders)
+        self._states = {folder: WatchedFolder(folder.name) for folder in self._folders}
+        self._fault: str | None = None
         self._stopping = Event()
         self._thread = Thread(target=self._run, name="watcher", daemon=True)
 
@@ -67,11 +68,23 @@ class Watcher:
 
         self._look()
         there = [folder for folder in self._folders if folder.is_dir()]
-        looks = watchfiles.watch(
-            *there, stop_event=self._stopping, yield_on_timeout=True, rust_timeout=_LOOK_EVERY_MS, raise_interrupt=False
-        )
-        for _ in looks:
-            self._look()
+        try:
+            for _ in watchfiles.watch(
+                *there, stop_event=self._stopping, yield_on_timeout=True, rust_timeout=_LOOK_EVERY_MS,
+                raise_interrupt=False, ignore_permission_denied=True,
+            ):  # fmt: skip
+                self._look()
+        except Exception as error:  # the system's limit of watches, for one; its message may name any of the folders
+            log_failure(error)
+            self._fault = (
+                f"watching failed, and changes are looked for every {_LOOK_EVERY_MS // 1000} s until the server starts "
+                f"again: {error}"
+            )
+            for folder in self._folders:
+                self._fault = _shortened(self._fault, folder)
+            while not self._stopping.is_set():
+                self._look()
+                self._stopping.wait(_LOOK_EVERY_MS / 1000)
 
     def _look(self) -> None:
         """Learn what is new in each folder. What goes wrong becomes the folder's state and ends no thread."""
@@ -82,7 +95,7 @@ class Watcher:
                 faults = {file.path: file.error or "" for file in report.files if file.outcome == "failed"}
                 failed = tuple((path, _shortened(error, folder)) for path, error in faults.items())
                 n_documents = report.count("learned") + report.count("unchanged")
-                state = replace(self._states[folder], n_documents=n_documents, failed=failed, error=None)
+                state = replace(self._states[folder], n_documents=n_documents, failed=failed, error=self._fault)
             except LoracastError as error:
                 state = replace(self._states[folder], error=_shortened(str(error), folder))
             except Exception as error:
@@ -104,4 +117,4 @@ class Watcher:
 
 def _shortened(message: str, folder: Path) -> str:
     """A message in which the folder is called by its name alone."""
-    return message.replace(str(folder), folder.resolve().name)
+    return message.replace(str(folder), folder.name)
