@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sqlite3
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -195,6 +196,13 @@ MEASURED_ON = {
 def test_questions_about_a_document_as_a_whole_are_told_apart(questions, wanted):
     asked = [line.strip() for line in questions[wanted].splitlines() if line.strip()]
     assert len(asked) >= 3 and {question: wanted_of(question) for question in asked} == dict.fromkeys(asked, wanted)
+
+
+def test_a_long_question_takes_no_long_time():
+    began = time.process_time()
+    assert wanted_of("x" + " please" * 40_000 + " y") is None
+    assert wanted_of("Please " * 10 + "summarize this document" + " please" * 10) == "about"
+    assert time.process_time() - began < 0.5
 
 
 def plainly(sentences: list[str], n: int) -> list[int]:

@@ -70,6 +70,8 @@ _LEAD = re.compile(
 _TRAIL = re.compile(
     r"(?:,? (?:please|for me|briefly|in short|in (?:a|one|two|three|a few|\d+) (?:words?|sentences?|lines?)))+$"
 )
+_MAX_CHARACTERS = 300
+"""A longer question is about more than the document as a whole; `_TRAIL` takes time quadratic in its length."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class Overview:
 def wanted_of(question: str) -> Wanted | None:
     """What a question wants to know of a document as a whole; None for any other question."""
     text = " ".join(question.lower().replace("’", "'").split()).rstrip(" ?!.")
+    if len(text) > _MAX_CHARACTERS:
+        return None
     text = _TRAIL.sub("", _LEAD.sub("", text))
     return next((wanted for wanted, rule in _RULES.items() if rule.fullmatch(text)), None)
 
