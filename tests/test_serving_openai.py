@@ -7,6 +7,9 @@ import pytest
 
 import loracast
 from loracast.base.generate import Sampling
+from loracast.documents import Document
+from loracast.library.adapter import MANIFEST
+from loracast.library.library import remove_adapter
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
 from loracast.serving.settings import ServerSettings
@@ -65,6 +68,21 @@ def test_models_lists_the_base_and_its_adapters_as_vllm_does(model, client):
     for name in ("manual", f"{base}:manual", model.adapter("manual").version):
         found = client.models.retrieve(name)
         assert (found.id, found.root, found.parent) == (name, model.adapter("manual").version, base)
+
+
+def test_an_adapter_that_cannot_be_read_is_left_out_of_the_models(model, client, caplog):
+    made = model.learn(Document.from_text("The lamp burns oil."), "lamp")
+    manifest = made.folder / MANIFEST
+    whole = manifest.read_bytes()
+    try:
+        manifest.write_bytes(whole[:100])
+        assert {one.id for one in client.models.list()} >= {"manual", "shout"}
+        assert "lamp is left out of the models" in caplog.text
+        assert "lamp" not in {one.id for one in client.models.list()}
+        manifest.write_bytes(whole)
+        assert "lamp" in {one.id for one in client.models.list()}
+    finally:
+        remove_adapter(model.library, "lamp")
 
 
 def test_an_answer_is_that_of_ask(model, client):

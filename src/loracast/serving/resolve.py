@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from loracast.base.load import Base
-from loracast.errors import NoSuchAdapterError
+from loracast.errors import AdapterError, NoSuchAdapterError
 from loracast.library.adapter import MANIFEST, Adapter
 from loracast.library.files import home_of
 from loracast.library.library import entries, find
@@ -26,7 +26,7 @@ from loracast.library.register import Entry, change_counter
 from loracast.library.shared import refresh
 from loracast.library.wide_route import check_patterns, patterns_in
 from loracast.model import Model
-from loracast.serving.errors import ApiError
+from loracast.serving.errors import ApiError, log
 
 _REFERENCE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(@[0-9a-f]{4,64})?")
 _PATTERN = re.compile(r"[a-z0-9._*?\[\]!-]{1,64}")
@@ -61,8 +61,15 @@ class Names:
         self._found: tuple[tuple[int, bytes] | None, dict[str, Entry]] = (None, {})
 
     def adapters(self) -> list[Entry]:
-        """The newest version of each name, of adapters that were made for this base."""
-        return [entry for entry in entries(self._model.library)[0] if self._fits(entry.version, entry.base)]
+        """The newest version of each name, of adapters that were made for this base. Unreadable ones are left out."""
+        return [entry for entry in entries(self._model.library)[0] if self._is_readable_and_fits(entry)]
+
+    def _is_readable_and_fits(self, entry: Entry) -> bool:
+        try:
+            return self._fits(entry.version, entry.base)
+        except AdapterError as error:
+            log.warning("%s is left out of the models: %s", entry.name, error)
+            return False
 
     def _is_for_base(self, version: str, base: str) -> bool:
         path = home_of(self._model.library, version) / MANIFEST
