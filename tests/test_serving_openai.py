@@ -446,6 +446,8 @@ def test_file_search_answers_from_a_vector_store_and_cites_its_files(model, clie
     }
     (name,) = {one["adapter"] for one in given.loracast["sources"]}
     assert given.output_text == model.ask(question, name, sampling=Sampling(8))
+    turns = [{"role": "user", "content": question}, *given.output, {"role": "user", "content": "How big is its tank?"}]
+    assert client.responses.create(**{**options, "input": turns}).output[0].queries == ["How big is its tank?"]
     kinds = [event.type for event in client.responses.create(**options, stream=True)]
     assert "response.file_search_call.completed" in kinds and kinds[-1] == "response.incomplete"
     with pytest.raises(openai.NotFoundError):

@@ -106,6 +106,27 @@ def test_a_body_that_is_no_request_is_refused_with_openais_error(model, content)
         assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+IMAGE = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "a.png"}}]
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "param", "told"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": IMAGE}]}, "messages.0.content.1.type", "Input should be 'text'"),
+        (CHAT, {"messages": [{"role": "user", "content": []}]}, "messages.0.content", "List should have at least 1 item"),
+        (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content", "Field required"),
+        (CHAT, {"messages": [{"role": "user", "content": "A", "x": 1}]}, "messages.0.x", "unrecognized request argument"),
+        ("/v1/completions", {"prompt": [[1, "a"]]}, "prompt.0.1", "Input should be a valid integer"),
+        ("/v1/completions", {"prompt": ["a"] * 129}, "prompt", "List should have at most 128 items"),
+        ("/v1/responses", {"input": [{"role": "user", "content": IMAGE}]}, "input.0.content.1.type", "Input should be"),
+        ("/v1/responses", {"input": [{"type": "function_call"}]}, "input.0.role", "Field required"),
+    ],
+)  # fmt: skip
+def test_the_fault_that_is_told_is_that_of_the_type_that_was_meant(model, path, given, param, told):
+    error = in_process(model, ByHand()).post(path, json={"model": "manual", **given}).json()["error"]
+    assert error["param"] == param and told in error["message"]
+
+
 @pytest.mark.parametrize("name", ["../x", "..%2f..%2fetc%2fpasswd", "%2e%2e", "/etc/passwd", "%F0%9F%99%82", pytest.param("a" * 10_000, id="long"),
                                   "%00", "%ff", "nothing"])  # fmt: skip
 @pytest.mark.parametrize(

@@ -108,21 +108,46 @@ def add_handlers(app: FastAPI) -> None:
 
     async def refuse_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return error_response(_invalid(error.errors()))
+        return error_response(_invalid(error.errors(), error.body))
 
     app.add_exception_handler(LoracastError, refuse)
     app.add_exception_handler(HTTPException, refuse_http)
     app.add_exception_handler(RequestValidationError, refuse_invalid)
 
 
-def _invalid(faults: Sequence[Mapping[str, Any]]) -> ApiError:
-    """What a client is told of a body that does not fit the schema: the first fault, without the text it sent."""
-    fault = faults[0]
-    place = fault["loc"][1:] if fault["loc"][:1] in (("body",), ("query",), ("path",)) else fault["loc"]
-    param = ".".join(str(part)[:64] for part in place)
+def _invalid(faults: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
+    """What a client is told of a body that does not fit the schema: one fault, without the text it sent.
+
+    A field of several types has a fault for each; the type that the client meant is the one that was refused deepest.
+    """
+    fault = max(faults, key=_depth)
+    param = ".".join(str(part)[:64] for part in _place(fault, body))
     if fault["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON")
     if fault["type"] == "extra_forbidden":
         return ApiError(400, f"unrecognized request argument supplied: {param}", param=param)
     message = str(fault["msg"]).removeprefix("Value error, ")
     return ApiError(400, f"{param}: {message}" if param else message, param=param or None)
+
+
+def _depth(fault: Mapping[str, Any]) -> tuple[int, bool]:
+    """How deep in a body a fault lies, and whether the value is of the right type at least."""
+    is_length = fault["type"] in ("too_short", "too_long")  # the items of such a list were not looked at
+    return len(fault["loc"]) + is_length, not fault["type"].endswith(("_type", "_parsing"))
+
+
+def _place(fault: Mapping[str, Any], body: Any) -> list[str | int]:
+    """The path of a fault in a body, without the names of types that Pydantic puts where a field has several."""
+    whence, *path = fault["loc"]
+    if whence not in ("body", "query", "path"):
+        return [*fault["loc"]]
+    if whence != "body" or not isinstance(body, dict | list):
+        return path
+    place, here = [], body
+    for i, part in enumerate(path):
+        if (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int)):
+            here = here[part]
+            place.append(part)
+        elif fault["type"] == "missing" and i == len(path) - 1:
+            place.append(part)
+    return place

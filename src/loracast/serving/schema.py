@@ -241,10 +241,20 @@ class FileSearch(Body):
     ranking_options: Annotated[Any, Only({"ranker": "auto"})] = None
 
 
+class SearchCall(Body):
+    """What an earlier response told of its search; it is taken back, and says nothing of the next answer."""
+
+    type: Literal["file_search_call"]
+    id: Ignored = None
+    status: Ignored = None
+    queries: Ignored = None
+    results: Ignored = None
+
+
 class ResponsesRequest(Chatting):
     """Body of /v1/responses."""
 
-    input: str | Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_ITEMS)]
+    input: str | Annotated[list[ChatMessage | SearchCall], Field(min_length=1, max_length=_MAX_ITEMS)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -272,7 +282,8 @@ class ResponsesRequest(Chatting):
     def turns(self) -> list[Message]:
         """The messages, the instructions first."""
         given = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else []
-        messages = [] if isinstance(self.input, str) else [message.turn() for message in self.input]
+        items = [] if isinstance(self.input, str) else self.input
+        messages = [item.turn() for item in items if isinstance(item, ChatMessage)]
         system = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
         return [*system, *given, *messages]
 
