@@ -423,6 +423,15 @@ def test_an_export_is_what_peft_reads(api, model, tmp_path):
     assert [name for name in gguf.namelist() if name.endswith(".gguf")]
 
 
+@pytest.mark.parametrize("asked", ["bytes=0-9", "bytes=999999999-", "bytes=x-y", "nonsense", "bytes="])
+def test_nothing_stays_of_an_export_whatever_range_is_asked_for(api, monkeypatch, tmp_path, asked):
+    learn(api, manual(25), "blender")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    answer = api.get("/adapters/blender/export", params={"to": "peft"}, headers={"Range": asked})
+    assert [*tmp_path.iterdir()] == []
+    assert answer.status_code == 200 and zipfile.ZipFile(io.BytesIO(answer.content)).testzip() is None
+
+
 # ---- jobs
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import tempfile
 import threading
 import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import IO, Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-from starlette.background import BackgroundTask
 from starlette.datastructures import UploadFile
 
 from loracast.data.task_examples import ToldTask, as_examples
@@ -47,6 +47,8 @@ Formats = Literal["peft", "vllm", "gguf", "mlx", "ollama"]
 Checked = TypeVar("Checked", bound=BaseModel)
 _exports = threading.BoundedSemaphore(2)
 """Exports compute for seconds and take disk space meanwhile."""
+_BLOCK = 1 << 20
+"""Bytes of an export that are sent at once."""
 
 
 class _Body(BaseModel):
@@ -219,30 +221,39 @@ def export(
     to: Formats,
     rank: Annotated[int | None, Query(ge=1, le=512)] = None,
     each_chunk: bool = False,
-) -> FileResponse:
+) -> StreamingResponse:
     """The adapter for another runtime, as a zip file."""
     adapter = service.model.adapter(name)
     if not _exports.acquire(blocking=False):
         raise ApiError(429, "other exports are running; try again in a moment", headers={"Retry-After": "5"})
-    folder = Path(tempfile.mkdtemp(prefix="loracast-export-"))
+    # It has no name: nothing stays of it, however the request ends.
+    archive = tempfile.TemporaryFile()  # noqa: SIM115
     try:
-        out, archive = folder / "out", folder / "adapter.zip"
-        out.mkdir()
-        export_adapter(adapter, to, out, max_rank=rank, each_chunk=each_chunk, base=service.model.base.name)
-        with zipfile.ZipFile(archive, "w") as file:  # stored as it is: numbers hardly compress
-            for path in sorted(path for path in out.rglob("*") if path.is_file()):
-                file.write(path, path.relative_to(out))
+        with tempfile.TemporaryDirectory(prefix="loracast-export-") as folder:
+            out = Path(folder)
+            export_adapter(adapter, to, out, max_rank=rank, each_chunk=each_chunk, base=service.model.base.name)
+            with zipfile.ZipFile(archive, "w") as file:  # stored as it is: numbers hardly compress
+                for path in sorted(path for path in out.rglob("*") if path.is_file()):
+                    file.write(path, path.relative_to(out))
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        archive.close()
         raise
     finally:
         _exports.release()
-    return FileResponse(
-        archive,
-        media_type="application/zip",
-        filename=f"{adapter.name}-{to}.zip",
-        background=BackgroundTask(shutil.rmtree, folder, ignore_errors=True),
-    )
+    n_bytes = archive.seek(0, os.SEEK_END)
+    headers = {
+        "Content-Length": str(n_bytes),
+        "Content-Disposition": f'attachment; filename="{adapter.name}-{to}.zip"',
+    }
+    return StreamingResponse(_blocks(archive), media_type="application/zip", headers=headers)
+
+
+def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+    """The bytes of a file, which is closed with the last of them."""
+    with file:
+        file.seek(0)
+        while block := file.read(_BLOCK):
+            yield block
 
 
 def _checked(model: type[Checked], given: bytes | dict[str, Any]) -> Checked:
