@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +151,31 @@ def test_loras_that_were_used_least_recently_are_unloaded_and_those_in_use_are_n
     assert held[2].name in vllm.ids and held[3].name not in vllm.ids
     loras.close()
     assert not vllm.ids and not [*tmp_path.iterdir()] and not loras.n_bytes
+
+
+def test_a_lora_that_is_asked_for_while_it_is_unloaded_is_loaded_again(filled, vllm, tmp_path, monkeypatch):
+    client = VllmClient(vllm.url)
+    loras = LoadedLoRAs(filled.base, client, tmp_path, max_loaded=0)
+    begins, may_end = threading.Event(), threading.Event()
+
+    def slowly(name, unload=client.unload):
+        begins.set()
+        assert may_end.wait(20)
+        unload(name)
+
+    first = loras.take("key", lambda: random_lora(filled.base, 2))
+    monkeypatch.setattr(client, "unload", slowly)
+    with ThreadPoolExecutor(2) as threads:
+        given = threads.submit(loras.give_back, first)
+        assert begins.wait(20)
+        asked = threads.submit(loras.take, "key", lambda: random_lora(filled.base, 2))
+        eventually(lambda: first.n_users or asked.done())
+        may_end.set()
+        again = asked.result()
+        given.result()
+    assert {*vllm.ids} == {again.name} == {path.name for path in tmp_path.iterdir()} and len(loras) == 1
+    loras.give_back(again)
+    assert not vllm.ids and not [*tmp_path.iterdir()] and not len(loras)
 
 
 def test_a_rank_that_the_server_does_not_take_is_compressed_where_little_is_lost(filled, vllm, engine):

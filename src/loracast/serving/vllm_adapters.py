@@ -42,7 +42,7 @@ class LoadedLoRA:
         self.n_users = 0
         self.is_loaded = False
         self.lock = Lock()
-        """Held while it is loaded, so that requests for the same LoRA load it once."""
+        """Held while it is loaded or unloaded, so that requests for the same LoRA load it once."""
 
 
 class LoadedLoRAs:
@@ -100,10 +100,9 @@ class LoadedLoRAs:
         """Load a LoRA that the server has forgotten, since it was started anew."""
         with one.lock:
             try:
-                self._client.load(one.name, one.folder)
+                self._load_there(one)
             except Refused as error:
-                if "already been loaded" not in str(error):  # another request was faster
-                    raise told(error) from error
+                raise told(error) from error
 
     def give_back(self, one: LoadedLoRA) -> None:
         """Let go of a LoRA. The least recently used ones are unloaded where too many are loaded."""
@@ -112,10 +111,8 @@ class LoadedLoRAs:
             free = [held for held in self._held.values() if not held.n_users]
             n_over = len(self._held) - self._max_loaded
             gone = [held for i, held in enumerate(free) if i < n_over or not held.is_loaded]
-            for held in gone:
-                del self._held[held.name]
         for held in gone:
-            self._unload(held)
+            self._drop(held)
 
     def close(self) -> None:
         """Unload all."""
@@ -124,6 +121,22 @@ class LoadedLoRAs:
             self._held.clear()
         for one in held:
             self._unload(one)
+
+    def _drop(self, one: LoadedLoRA) -> None:
+        """Unload a LoRA that nobody uses. Whoever asks for it meanwhile waits, and loads it again."""
+        if not one.lock.acquire(blocking=False):  # another thread loads it again, or drops it
+            return
+        try:
+            with self._lock:
+                if one.n_users or self._held.get(one.name) is not one:
+                    return
+            self._unload(one)
+            one.n_bytes, one.is_loaded = 0, False
+            with self._lock:
+                if not one.n_users:
+                    self._held.pop(one.name, None)
+        finally:
+            one.lock.release()
 
     def _unload(self, one: LoadedLoRA) -> None:
         if one.is_loaded:
@@ -136,17 +149,24 @@ class LoadedLoRAs:
         made = self._write(one, lora)
         try:
             try:
-                self._client.load(one.name, one.folder)
+                self._load_there(one)
             except Refused as error:
                 rank_there = _RANK_THERE.search(str(error))
                 if rank_there is None:
                     raise
                 self._max_rank = int(rank_there[1])  # the server tells it only so
                 made = self._write(one, lora)
-                self._client.load(one.name, one.folder)
+                self._load_there(one)
         except Refused as error:
             raise told(error) from error
         one.n_bytes, one.is_loaded = made.lora.n_bytes, True
+
+    def _load_there(self, one: LoadedLoRA) -> None:
+        try:
+            self._client.load(one.name, one.folder)
+        except Refused as error:
+            if "already been loaded" not in str(error):  # another request was faster, or it could not be unloaded
+                raise
 
     def _write(self, one: LoadedLoRA, lora: LoRA) -> Uniform:
         made = uniform(lora, self._max_rank, RANKS)
