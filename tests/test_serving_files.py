@@ -6,6 +6,7 @@ import io
 import json
 import time
 import zipfile
+from functools import partial
 
 import httpx
 import openai
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 import loracast
-from loracast.library.library import adapter_names, open_adapter
+from loracast.library.library import adapter_names, open_adapter, remove_adapter, rename_adapter
+from loracast.library.upkeep import collect_garbage, compact
 from loracast.serving import state, uploads, vector_stores
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
@@ -311,6 +313,48 @@ def test_an_adapter_that_is_deleted_is_missing_in_its_store(client, api, model):
     assert (missing.status, missing.last_error.code) == ("failed", "server_error")
     assert list(client.vector_stores.search(store.id, query="warranty")) == []
     assert client.vector_stores.files.create_and_poll(file.id, vector_store_id=store.id).status == "completed"
+
+
+def removed(library, name):
+    remove_adapter(library, name)
+
+
+def renamed(library, name):
+    rename_adapter(library, name, f"{name}-renamed")
+
+
+def compacted(library, name):
+    compact(library, name, "text")
+    collect_garbage(library, keep=1)
+
+
+@pytest.mark.parametrize("change", [removed, renamed, compacted])
+def test_a_file_that_lost_its_adapter_on_the_command_line_is_failed_until_it_is_attached_again(client, model, change):
+    file = upload(client, manual(10), f"{change.__name__}.md")
+    store = client.vector_stores.create()
+    attach = partial(client.vector_stores.files.create_and_poll, file.id, vector_store_id=store.id)
+    assert attach().status == "completed"
+
+    def searched() -> list[str]:
+        return [one.filename for one in client.vector_stores.search(store.id, query="warranty of the K10-0")]
+
+    def answered() -> set[str]:
+        tool = {"type": "file_search", "vector_store_ids": [store.id]}
+        base = next(one.id for one in client.models.list() if one.parent is None)
+        asked = {"model": base, "input": "How long is the warranty of the K10-0?", "max_output_tokens": 4}
+        message = client.responses.create(**asked, tools=[tool]).output[-1]
+        return {one.filename for one in message.content[0].annotations}
+
+    change(model.library, next(one for one in adapter_names(model.library) if one.endswith(file.id[-12:])))
+    assert answered() == set() and searched() == []
+    assert client.vector_stores.retrieve(store.id).file_counts.failed == 1
+    missing = client.vector_stores.files.retrieve(file.id, vector_store_id=store.id)
+    assert missing.status == "failed" and "attach the file again" in missing.last_error.message
+    with pytest.raises(openai.ConflictError):
+        client.vector_stores.files.content(file.id, vector_store_id=store.id)
+    assert attach().status == "completed"
+    assert answered() == {file.filename} == {*searched()}
+    assert list(client.vector_stores.files.content(file.id, vector_store_id=store.id))
 
 
 @pytest.mark.parametrize("size, used", [(100, 100), (4096, 192)])

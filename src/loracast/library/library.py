@@ -10,7 +10,7 @@ register, and a row goes before its files: whenever a process is killed, the reg
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -97,6 +97,12 @@ def versions(library: Path, name: str) -> list[Entry]:
     else:
         told = f"there are: {', '.join(known) or 'none yet: `loracast learn FILE` makes one'}"
     raise NoSuchAdapterError(f"no adapter is called {name!r}; {told}")
+
+
+def lacking(library: Path, named: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Those of some names, each with the hash of a version, that the library does not have."""
+    with reading(library) as register:
+        return set(named) - register.named([name for name, _ in named])
 
 
 # ---- adding and taking away

@@ -86,6 +86,11 @@ class Register:
             found.setdefault(entry.version, entry)
         return list(found.values())
 
+    def named(self, names: Sequence[str]) -> set[tuple[str, str]]:
+        """Those of some names that there are, each with the hashes of its versions."""
+        query = "SELECT name, version FROM aliases WHERE name IN (SELECT value FROM json_each(?))"
+        return set(self._db.execute(query, (json.dumps(names),)))
+
     def has_version(self, version: str) -> bool:
         return self._one("SELECT count(*) FROM versions WHERE id = ?", version) > 0
 

@@ -111,7 +111,8 @@ class Learning:
         self.uploads.unlink([id])
 
     def tidy(self) -> None:
-        """Delete what has expired and what nobody needs any more."""
+        """Delete what has expired and what nobody needs any more, and note which files have lost their adapters."""
+        self.stores.adapters.note_lost()
         with self._state.writing() as db:
             gone = self.uploads.drop_expired(db)
             self.stores.tidy(db)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from loracast.library.manifest import name_from
 from loracast.serving.errors import ApiError
 from loracast.serving.jobs import Jobs, cancel_in
 from loracast.serving.state import Paging, Row, State, encode, new_id, not_found, now, one_row, page_of
+from loracast.serving.store_adapters import StoreAdapters
 from loracast.serving.uploads import Uploads
 
 FileStatus = Literal["in_progress", "completed", "failed", "cancelled"]
@@ -108,6 +109,14 @@ class VectorStores:
 
     def __init__(self, state: State, uploads: Uploads, jobs: Jobs, library: Path):
         self._state, self._uploads, self._jobs, self._library = state, uploads, jobs, library
+        self.adapters = StoreAdapters(state, library)
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """The records, once it is noted which files have lost their adapters."""
+        self.adapters.look()
+        with self._state.reading() as db:
+            yield db
 
     # ---- stores
 
@@ -116,6 +125,7 @@ class VectorStores:
     ) -> VectorStore:
         """Make a store and attach files. Errors as in `attach`; there is no store then."""
         id = new_id("vs_")
+        self.adapters.look()
         with self._state.writing() as db:
             db.execute(
                 "INSERT INTO stores (id, name, metadata, created_at, last_active_at, expires_days) "
@@ -128,12 +138,12 @@ class VectorStores:
 
     def find(self, id: str) -> VectorStore:
         """The store with an id. Raises ApiError (404)."""
-        with self._state.reading() as db:
+        with self._reading() as db:
             return _store(db, _store_row(db, id))
 
     def page(self, paging: Paging) -> tuple[list[VectorStore], bool]:
         """A page of the stores, and whether more follow."""
-        with self._state.reading() as db:
+        with self._reading() as db:
             rows, has_more = page_of(db, "SELECT * FROM stores", (), paging, "vector store")
             return [_store(db, row) for row in rows], has_more
 
@@ -162,6 +172,7 @@ class VectorStores:
         Raises:
             ApiError: there is no such store or file (404), the store has expired (400), the queue is full (429).
         """
+        self.adapters.look()  # a file that has lost its adapter is cast anew
         with self._state.writing() as db:
             batch = self._attach(db, store, files)
         self._jobs.wake()
@@ -196,7 +207,7 @@ class VectorStores:
 
     def file(self, store: str, file: str) -> StoreFile:
         """A file of a store. Raises ApiError (404)."""
-        with self._state.reading() as db:
+        with self._reading() as db:
             _store_row(db, store)
             row = one_row(db, f"{_FILES} WHERE store = ? AND store_files.id = ?", store, file)
         if row is None:
@@ -215,7 +226,7 @@ class VectorStores:
         if batch is not None:
             query += " AND store_files.id IN (SELECT file FROM batch_files WHERE batch = ?)"
             values.append(batch)
-        with self._state.reading() as db:
+        with self._reading() as db:
             _store_row(db, store)
             rows, has_more = page_of(db, query, values, paging, "file in this vector store")
         return [_store_file(row) for row in rows], has_more
@@ -240,7 +251,7 @@ class VectorStores:
 
     def batch(self, store: str, id: str) -> FileBatch:
         """A batch of a store. Raises ApiError (404)."""
-        with self._state.reading() as db:
+        with self._reading() as db:
             _store_row(db, store)
             row = one_row(db, "SELECT * FROM batches WHERE id = ? AND store = ?", id, store)
             if row is None:
@@ -264,7 +275,7 @@ class VectorStores:
         Raises:
             ApiError: there is no such store (404), or it has expired (400).
         """
-        with self._state.reading() as db:
+        with self._reading() as db:
             used = [_usable(db, store) for store in dict.fromkeys(stores)]
             rows = [
                 row
@@ -306,25 +317,6 @@ class VectorStores:
                 with suppress(NoSuchAdapterError):  # somebody deleted it, or gave it another name
                     remove_adapter(self._library, f"{row['adapter']}@{row['version']}")
         db.execute(f"UPDATE jobs SET version = NULL WHERE id IN (SELECT id {gone})")
-
-    def adapter_renamed(self, name: str, new: str) -> None:
-        """Follow an adapter to its new name."""
-        with self._state.writing() as db:
-            db.execute("UPDATE jobs SET adapter = ? WHERE adapter = ? AND status = 'completed'", (new, name))
-
-    def adapter_deleted(self, name: str, version: str | None) -> None:
-        """Note that a file of a store has lost its adapter, so that the store does not answer as if it had it.
-
-        Args:
-            version: that was deleted; None for all of them.
-        """
-        error = encode({"code": "server_error", "message": "the adapter of this file was deleted; attach it again"})
-        with self._state.writing() as db:
-            db.execute(
-                "UPDATE jobs SET status = 'failed', error = ?, version = NULL, revision = revision + 1 "
-                "WHERE adapter = ? AND status = 'completed' AND for_stores AND coalesce(version = ?, TRUE)",
-                (error, name, version),
-            )
 
 
 def _store_row(db: sqlite3.Connection, id: str) -> Row:

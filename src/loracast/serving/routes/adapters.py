@@ -28,7 +28,6 @@ from loracast.library.library import (
     find,
     open_adapter,
     remove_adapter,
-    rename_adapter,
     versions,
 )
 from loracast.library.manifest import check_name
@@ -183,8 +182,7 @@ def change_adapter(service: Shared, name: str, body: _Changes) -> dict[str, Any]
         check_name(tag)  # before anything changes
     renamed = entry.name if body.name is None else body.name
     if renamed != entry.name:
-        rename_adapter(library, entry.name, renamed)
-        service.learning.stores.adapter_renamed(entry.name, renamed)
+        service.learning.stores.adapters.rename(entry.name, renamed)
     if body.tags is not None or body.note is not None:
         gone = [] if body.tags is None else [tag for tag in entry.tags if tag not in body.tags]
         describe_adapter(library, renamed, note=body.note, tags=body.tags or (), untag=gone)
@@ -194,10 +192,7 @@ def change_adapter(service: Shared, name: str, body: _Changes) -> dict[str, Any]
 @router.delete("/{name}", dependencies=[needs("admin")])
 def delete_adapter(service: Shared, name: str) -> dict[str, Any]:
     """Delete a name with all its versions, or one version (`name@hash`)."""
-    library = service.model.library
-    entry = find(library, name)
-    remove_adapter(library, name)
-    service.learning.stores.adapter_deleted(entry.name, entry.version if "@" in name else None)
+    remove_adapter(service.model.library, name)
     return {"id": name, "object": "adapter.deleted", "deleted": True}
 
 
