@@ -6,6 +6,7 @@ import io
 import json
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import httpx
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import loracast
+from loracast.errors import LoracastError
 from loracast.library.library import adapter_names, open_adapter, remove_adapter, rename_adapter
 from loracast.library.upkeep import collect_garbage, compact
 from loracast.serving import state, uploads, vector_stores
@@ -313,6 +315,42 @@ def test_an_adapter_that_is_deleted_is_missing_in_its_store(client, api, model):
     assert (missing.status, missing.last_error.code) == ("failed", "server_error")
     assert list(client.vector_stores.search(store.id, query="warranty")) == []
     assert client.vector_stores.files.create_and_poll(file.id, vector_store_id=store.id).status == "completed"
+
+
+def test_others_write_while_the_adapters_of_a_store_go(client, model, monkeypatch):
+    files = [upload(client, manual(11, i + 1), f"gone-{i}.md") for i in range(4)]
+    store = client.vector_stores.create(file_ids=[file.id for file in files])
+    for file in files:
+        assert client.vector_stores.files.poll(file.id, vector_store_id=store.id).status == "completed"
+    begun: list[str] = []
+
+    def slowly(library, reference):
+        begun.append(reference)
+        time.sleep(0.3)
+        remove_adapter(library, reference)
+
+    monkeypatch.setattr("loracast.serving.store_adapters.remove_adapter", slowly)
+    with ThreadPoolExecutor(1) as threads:
+        deleted = threads.submit(client.vector_stores.delete, store.id)
+        eventually(lambda: begun)
+        client.vector_stores.create()
+        assert len(begun) < len(files) and not deleted.done()
+        assert deleted.result().deleted
+    assert not any(name.startswith("gone-") for name in adapter_names(model.library))
+
+
+def test_an_adapter_that_could_not_be_removed_goes_later(app, client, model, monkeypatch):
+    def fails(library, reference):
+        raise LoracastError("the store cannot be reached")
+
+    store = client.vector_stores.create()
+    client.vector_stores.files.upload_and_poll(vector_store_id=store.id, file=("stuck.md", manual(12)))
+    with monkeypatch.context() as patch:
+        patch.setattr("loracast.serving.store_adapters.remove_adapter", fails)
+        assert client.vector_stores.delete(store.id).deleted
+        assert any(name.startswith("stuck-") for name in adapter_names(model.library))
+    app.state.service.learning.tidy()
+    assert not any(name.startswith("stuck-") for name in adapter_names(model.library))
 
 
 def removed(library, name):

@@ -109,6 +109,7 @@ class Learning:
             self.uploads.delete_in(db, id)
             self.stores.tidy(db)
         self.uploads.unlink([id])
+        self.stores.adapters.remove_undone()
 
     def tidy(self) -> None:
         """Delete what has expired and what nobody needs any more, and note which files have lost their adapters."""
@@ -119,6 +120,7 @@ class Learning:
             self.jobs.drop_old(db)
         self.uploads.unlink(gone)
         self.uploads.tidy()
+        self.stores.adapters.remove_undone()
 
     # ---- how it is done, in the worker's thread
 

@@ -10,14 +10,12 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.errors import NoSuchAdapterError
-from loracast.library.library import remove_adapter
 from loracast.library.manifest import name_from
 from loracast.serving.errors import ApiError
 from loracast.serving.jobs import Jobs, cancel_in
@@ -108,7 +106,7 @@ class VectorStores:
     """The vector stores of a server."""
 
     def __init__(self, state: State, uploads: Uploads, jobs: Jobs, library: Path):
-        self._state, self._uploads, self._jobs, self._library = state, uploads, jobs, library
+        self._state, self._uploads, self._jobs = state, uploads, jobs
         self.adapters = StoreAdapters(state, library)
 
     @contextmanager
@@ -163,6 +161,7 @@ class VectorStores:
             _store_row(db, id)
             db.execute("DELETE FROM stores WHERE id = ?", (id,))
             self.tidy(db)
+        self.adapters.remove_undone()
 
     # ---- their files
 
@@ -246,6 +245,7 @@ class VectorStores:
         with self._state.writing() as db:
             db.execute("DELETE FROM store_files WHERE store = ? AND id = ?", (store, file))
             self.tidy(db)
+        self.adapters.remove_undone()
 
     # ---- batches
 
@@ -296,7 +296,7 @@ class VectorStores:
     def tidy(self, db: sqlite3.Connection) -> None:
         """Note which stores have expired, and undo the jobs whose files no store holds any more, within a transaction.
 
-        Adapters are removed within it too, so that no job that makes the same one begins meanwhile.
+        After it `adapters.remove_undone` removes what they made.
         """
         db.execute(
             f"UPDATE stores SET is_expired = 1 WHERE NOT is_expired AND last_active_at + {_DAY_S} * expires_days <= ?",
@@ -310,13 +310,6 @@ class VectorStores:
         db.execute(
             f"UPDATE jobs SET status = 'cancelled', revision = revision + 1 WHERE status = 'completed' AND {unneeded}"
         )
-        gone = "FROM jobs WHERE for_stores AND status = 'cancelled' AND version IS NOT NULL"
-        for row in db.execute(f"SELECT adapter, version {gone}").fetchall():
-            other = "SELECT 1 FROM jobs WHERE adapter = ? AND status IN ('running', 'completed')"
-            if one_row(db, other, row["adapter"]) is None:
-                with suppress(NoSuchAdapterError):  # somebody deleted it, or gave it another name
-                    remove_adapter(self._library, f"{row['adapter']}@{row['version']}")
-        db.execute(f"UPDATE jobs SET version = NULL WHERE id IN (SELECT id {gone})")
 
 
 def _store_row(db: sqlite3.Connection, id: str) -> Row:
