@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from bulk import NOT_LEARNED, config_files, make_documents, weights_of
 from loracast.cast.bulk import Casting, FolderCaster
-from loracast.cast.bulk_run import cast_all
+from loracast.cast.bulk_run import cast_all, read_report
 from loracast.cli import app
 from loracast.errors import LoracastError
 from loracast.export.vllm import RANKS
@@ -175,6 +175,29 @@ def test_what_is_stopped_goes_on(model, tmp_path):
     read = []
     run = cast_all(str(source), casting, lambda todo: map(caster, read.extend(todo) or todo))
     assert run.is_complete and (run.count("learned"), run.count("unchanged"), len(read)) == (4, 2, 4)
+
+
+def test_a_second_run_that_is_stopped_leaves_what_is_known_of_the_others(model, tmp_path):
+    source, out = make_documents(tmp_path / "in", 4, 0), tmp_path / "out"
+    casting = Casting(str(out), "tiny", "the-base")
+    caster = FolderCaster(casting, model.documents, model.base)
+
+    def stopped(todo):
+        yield caster(todo[0])
+        raise KeyboardInterrupt
+
+    cast_all(str(source), casting, lambda todo: map(caster, todo))
+    before = read_report(str(out))
+    assert not cast_all(str(source), casting, stopped, again=True).is_complete
+    assert read_report(str(out)).keys() == before.keys() and len(before) == 4
+
+
+def test_a_name_that_is_no_text_ends_nothing(bulk, tmp_path):
+    source = make_documents(tmp_path / "in", 2, 0)
+    (source / os.fsdecode(b"r\xe9sum\xe9.txt")).write_text("The lamp of the resume is green.")
+    run = bulk(source, tmp_path / "out")
+    assert run.count("learned") == 3 and len(read_report(str(tmp_path / "out"))) == 3
+    assert bulk(source, tmp_path / "out").count("unchanged") == 3
 
 
 def test_a_fault_of_one_document_ends_nothing(bulk, tmp_path, monkeypatch):

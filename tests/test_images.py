@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from loracast.data.labelled import read_images
-from loracast.documents import read_document
+from loracast.documents import Document, read_document
 from loracast.documents.document import Limits
-from loracast.documents.images import MAX_PIXELS, image_format, is_image_file, read_image_file
+from loracast.documents.images import MAX_PIXELS, ImageFile, image_format, is_image_file, read_image_file
 from loracast.errors import ConfigError, DocumentError
+from loracast.options import read_source
 from tiny import gradient
 
 
@@ -71,6 +72,36 @@ def test_bombs_and_damage_are_refused(tmp_path):
     assert not is_image_file(tmp_path / "nothing.png") and not is_image_file(tmp_path)
 
 
+def test_grey_of_16_bits_keeps_its_shades():
+    shades = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
+    for kind in ("PNG", "TIFF"):
+        read = read_image_file(io.BytesIO(encoded(Image.fromarray(shades), kind))).image
+        np.testing.assert_allclose(np.array(read)[..., 0], shades / 257, atol=1)
+
+
+def test_a_stream_is_read_as_what_it_holds(tmp_path, monkeypatch):
+    (tmp_path / "photo.png").write_bytes(encoded(gradient(8, 8), "PNG"))
+    (tmp_path / "note.txt").write_text("The lamp is green.")
+
+    class Pipe(io.RawIOBase):
+        """A stream that cannot go back."""
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer) -> int:
+            return 0
+
+    for name, kind in (("photo.png", ImageFile), ("note.txt", Document)):
+        data = (tmp_path / name).read_bytes()
+        with (tmp_path / name).open("rb") as file:
+            assert isinstance(read_source(file), kind) and isinstance(read_source(io.BytesIO(data)), kind)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))  # type: ignore[arg-type]
+        assert isinstance(read_source("-"), kind)
+    with pytest.raises(DocumentError, match="the stream is empty"):
+        read_source(Pipe())
+
+
 def test_a_document_is_no_picture(tmp_path):
     path = tmp_path / "photo.jpg"
     path.write_text("This is a text with the wrong name.")
@@ -106,6 +137,19 @@ def test_a_folder_and_its_zip_are_the_same_set(tmp_path):
     assert read_images(root).fingerprint != before  # other content, same name and size
     image.unlink()
     assert read_images(root).fingerprint != as_folder.fingerprint
+
+
+def test_a_set_within_a_folder_of_its_zip_has_its_classes_and_no_files_of_a_mac(tmp_path):
+    root = write_set(tmp_path / "set", ("0_mp3_player", "1_boeing_737-800"))
+    told = [{"label": 0, "name": "player", "primary": True}, {"label": 1, "name": "plane", "primary": False}]
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in sorted(root.rglob("*.png")):
+            archive.write(path, Path("set") / path.relative_to(root))
+            archive.writestr(f"__MACOSX/set/{path.parent.name}/._{path.name}", b"\0\5\x16\7")
+        archive.writestr("set/classes.json", json.dumps(told))
+    found = read_images(tmp_path / "set.zip")
+    assert found.names == ("player", "plane") and found.is_held_out == (False, True) and len(found) == 6
+    assert read_images(root).names == ("mp3 player", "boeing 737-800")
 
 
 def test_folders_name_their_classes(tmp_path):

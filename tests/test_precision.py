@@ -7,7 +7,7 @@ import torch
 
 from loracast import Hypernetwork, load
 from loracast.base.load import load_base
-from loracast.base.precision import has_fast_bf16
+from loracast.base.precision import fastest_dtype, has_fast_bf16
 from loracast.cast.load import load_caster
 from loracast.training.loop import TrainConfig
 
@@ -42,9 +42,18 @@ def test_training_computes_in_bf16_only_where_that_is_fast(processor):
 
 def test_other_devices_and_processors_compute_in_bf16(processor):
     processor(False)
-    assert has_fast_bf16("cuda")
+    assert has_fast_bf16("mps")
     processor(False, machine="arm64")
     assert has_fast_bf16("cpu")
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_gpu_that_emulates_bf16_computes_in_float32(is_native, monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: is_native or including_emulation
+    )
+    assert has_fast_bf16("cuda") is is_native
+    assert fastest_dtype("cuda:0") is (torch.bfloat16 if is_native else torch.float32)
 
 
 def test_a_fingerprint_does_not_depend_on_the_precision(tiny_folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from loracast.base.chat import Message
 from loracast.base.generate import Answer, Sampling
 from loracast.cast.document import Progress
 from loracast.documents import Document, read_document
-from loracast.documents.images import ImageFile, is_image_file, read_image_file
+from loracast.documents.images import MAGIC_BYTES, ImageFile, image_format, is_image_file, read_image_file
 from loracast.errors import DocumentError
 from loracast.library.adapter import Adapter
 from loracast.library.routing import Route
@@ -89,9 +90,22 @@ def read_source(source: Readable) -> Document | ImageFile:
         return source
     if isinstance(source, str) and "\n" in source:
         raise DocumentError("this is a text and not a path: give Document.from_text(text)")
-    if isinstance(source, (str, Path)) and is_image_file(source):
-        return read_image_file(source)
-    return read_document(source)
+    return read_image_file(source) if _is_image(source) else read_document(source)
+
+
+def _is_image(source: str | Path | BinaryIO) -> bool:
+    """Whether a source begins as an image does; of a stream nothing is taken."""
+    if source != "-" and isinstance(source, (str, Path)):
+        return is_image_file(source)
+    stream: Any = sys.stdin.buffer if source == "-" else source
+    if hasattr(stream, "peek"):
+        return image_format(stream.peek(MAGIC_BYTES)) is not None
+    if not stream.seekable():
+        return False
+    place = stream.tell()
+    begins = stream.read(MAGIC_BYTES)
+    stream.seek(place)
+    return image_format(begins) is not None
 
 
 def is_batch(question: str | Sequence[Any]) -> bool:

@@ -16,10 +16,13 @@ _CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 def has_fast_bf16(device_type: str) -> bool:
     """Whether a device multiplies matrices in bf16 at least as fast as in float32.
 
-    An x86 processor without AVX512-BF16 or AMX, as in most laptops, emulates bf16 at a fraction of the speed.
+    Processors and GPUs without instructions for it emulate bf16 at a fraction of the speed: x86 without AVX512-BF16 or
+    AMX, as in most laptops, and GPUs of NVIDIA before Ampere.
     """
     import torch
 
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     return any(getattr(torch.cpu, check, lambda: False)() for check in _CHECKS)

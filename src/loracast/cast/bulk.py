@@ -190,4 +190,5 @@ def _write(out: str, folder: str, made: Uniform, base: str, about: Mapping[str, 
 
 
 def _short_hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:VERSION_DIGITS]
+    text = json.dumps(value, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:VERSION_DIGITS]

@@ -85,7 +85,8 @@ def cast_all(
     kept = {url: line for url, line in known.items() if url != below and not url.startswith(below + "/")}
     if not todo and len(kept) + len(found) == len(known):
         return run
-    report = _Report(casting.out, kept)
+    # A run that is stopped leaves what is known of those that it has not come to.
+    report = _Report(casting.out, kept | {one.url: known[one.url] for one in todo if one.url in known})
     try:
         for number, line in enumerate(cast(todo) if todo else (), 1):
             run.lines[line.url] = line
@@ -176,7 +177,7 @@ class _Report:
     def __init__(self, out: str, kept: Mapping[str, Line]):
         """
         Args:
-            kept: lines of documents from elsewhere.
+            kept: lines of documents from elsewhere, and of those that are not cast yet.
         """
         self._out, self._kept = out, kept
         self._written_s, self._took_s = time.monotonic(), 0.0
@@ -188,7 +189,8 @@ class _Report:
     def write(self, lines: Mapping[str, Line]) -> None:
         started = time.monotonic()
         content = "".join(
-            json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in {**self._kept, **lines}.values()
+            json.dumps(asdict(one)) + "\n"  # in ASCII: names of files may be no text
+            for one in {**self._kept, **lines}.values()
         )
         with file_system(self._out) as (fs, root):
             write(fs, f"{root}/{REPORT}", content.encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from loracast.documents.images import decode_image, image_format
 from loracast.errors import ConfigError
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-_LABEL = re.compile(r"\d+[_-]")
+_LABEL = re.compile(r"^\d+[_-]")
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,17 @@ def read_images(path: str | Path) -> Labelled:
     if not root.exists():
         raise ConfigError(f"no images at {root}: give a folder or a zip file with a folder for each class")
     there, read = _zip(root) if root.is_file() else _folder(root)
-    members = sorted(name for name in there if Path(name).suffix.lower() in _SUFFIXES and "/" in name)
+    members = sorted(name for name in there if Path(name).suffix.lower() in _SUFFIXES and "/" in name and _is_own(name))
     folders = sorted({name.rpartition("/")[0] for name in members})
     if not folders:
         raise ConfigError(f"{root} holds no folder with images: each class needs one")
-    listed = read("classes.json") if "classes.json" in there else None
+    above = os.path.commonpath([folder.rpartition("/")[0] for folder in folders])
+    listing = f"{above}/classes.json" if above else "classes.json"
+    listed = read(listing) if listing in there else None
     try:
         names, is_held_out = _classes(folders, json.loads(listed) if listed else None, root)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{root / 'classes.json'} is not JSON: {error}") from error
+        raise ConfigError(f"{root / listing} is not JSON: {error}") from error
     labels = tuple(folders.index(name.rpartition("/")[0]) for name in members)
     files = [[name, hashlib.sha256(read(name)).hexdigest()] for name in members]
     digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
@@ -85,6 +88,11 @@ def _zip(path: Path) -> Store:
     except zipfile.BadZipFile as error:
         raise ConfigError(f"{path} is no zip file: {error}") from error
     return {info.filename for info in archive.infolist() if not info.is_dir()}, archive.read
+
+
+def _is_own(name: str) -> bool:
+    """Whether a file is a set's own: not one that is hidden, or that a Mac put beside it in a zip file."""
+    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def _classes(folders: Sequence[str], listed: Any, root: Path) -> tuple[tuple[str, ...], tuple[bool, ...]]:

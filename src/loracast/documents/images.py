@@ -24,6 +24,8 @@ _MAGIC: dict[bytes | tuple[bytes, ...], str] = {
     b"BM": "BMP",
     (b"II*\x00", b"MM\x00*"): "TIFF",
 }
+MAGIC_BYTES = 16
+"""Bytes by which `image_format` knows an image."""
 MAX_PIXELS = 50_000_000  # more is a bomb, or nothing that an encoder of 224 x 224 would see
 
 
@@ -55,7 +57,7 @@ def is_image_file(path: str | Path) -> bool:
         if not Path(path).is_file():  # opening a pipe would wait until somebody writes to it
             return False
         with Path(path).open("rb") as file:
-            return image_format(file.read(16)) is not None
+            return image_format(file.read(MAGIC_BYTES)) is not None
     except (OSError, ValueError):
         return False
 
@@ -97,6 +99,8 @@ def decode_image(data: bytes, kind: str, label: str) -> Image:
                 raise Image.DecompressionBombError
             image.draft("RGB", (512, 512))  # JPEG: decode no more than any encoder here sees
             image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # grey in 16 bits, which converting would cut at 255
+                image = image.point(lambda value: value * (1 / 257)).convert("L")
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 clear = image.convert("RGBA")
                 image = Image.new("RGBA", clear.size, "white")

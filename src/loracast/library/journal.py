@@ -110,4 +110,4 @@ def _drop(journal: Path, paths: set[str]) -> None:
 
 
 def _store(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, ensure_ascii=False).encode())
+    write_atomically(path, json.dumps(content).encode())  # in ASCII: names of files may be no text

@@ -200,7 +200,7 @@ def _marked(path: str, name: str) -> Iterator[str]:
     """Names with a hash of the path; from the second on also of a number."""
     for number in itertools.count(1):
         marked = path if number == 1 else f"{path} {number}"
-        yield f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(marked.encode()).hexdigest()[:8]}"
+        yield f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(marked.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 def _own_names(folder: Path, paths: Sequence[str], kept: Mapping[str, Entry], journal: Journal) -> dict[str, str]:
