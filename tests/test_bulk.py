@@ -277,10 +277,10 @@ def test_the_command(run, tmp_path, tiny_folder, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["in", "--rank", "8"], "it takes --out"),
-        (["in", "--ray", "local"], "it takes --out"),
-        (["in", "--out", "out", "--actors", "2"], "it takes --ray"),
-        (["in", "--out", "out", "--name", "lamp"], "it takes no --name"),
+        (["in", "--rank", "8"], "it needs --out"),
+        (["in", "--ray", "local"], "it needs --out"),
+        (["in", "--out", "out", "--actors", "2"], "it needs --ray"),
+        (["in", "--out", "out", "--name", "lamp"], "it cannot be combined with --name"),
     ],
 )
 def test_options_without_an_effect_are_refused(run, words, told, tmp_path):

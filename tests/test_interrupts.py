@@ -94,7 +94,7 @@ def test_training(tiny_folder, tmp_path, home):
     ]
     status, seconds, said = interrupted(words, out.exists, tmp_path / "said")
     assert status == 130 and seconds < 1.5 and "Traceback" not in said, said
-    assert "the same command goes on from what was saved last" in said
+    assert "the same command resumes from the last save" in said
     assert not (out / "config.json").exists() and not [*out.rglob(".*.*")]
 
 

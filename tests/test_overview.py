@@ -281,7 +281,7 @@ def test_answers_about_the_whole_come_from_the_outline(model):
     assert "Close the door of the kiln before each firing." in told.text and told.text.endswith("no model was asked.)")
     assert model.ask("List its sections.", "kiln") == (
         "Halden kiln\nSections: Firing; Cleaning.\n"
-        "(The headings of kiln, as they were kept when it was learned; no model was asked.)"
+        "(The headings of kiln, stored when it was learned; no model was asked.)"
     )
     assert model.ask("What is the title of this document?", "kiln").startswith("Halden kiln\n(The title of kiln")
     assert "".join(model.stream("What is this document about?", ["kiln"])) == told.text

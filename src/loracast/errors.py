@@ -16,7 +16,7 @@ class BaseModelError(LoracastError):
 
 
 class PromptTooLong(BaseModelError):
-    """A prompt that the base's window has no room for beside the answer."""
+    """A prompt that leaves no room for the answer in the base's context window."""
 
 
 class PackageError(LoracastError):
@@ -44,7 +44,7 @@ class HypernetworkError(LoracastError):
 
 
 class ConfigError(LoracastError):
-    """Settings that contradict each other or a key nobody knows."""
+    """Settings that contradict each other, or an unknown key."""
 
 
 class TrainingError(LoracastError):

@@ -63,5 +63,5 @@ def check_revision(source: str | Path, revision: str | None) -> None:
     """Raise ConfigError for a revision of a local folder, which has none."""
     if revision is not None and Path(source).is_dir():
         raise ConfigError(
-            f"{source} is a folder, which has no revision {revision!r}: give a hub repository, or leave it"
+            f"{source} is a folder, which has no revision {revision!r}: give a hub repository, or no revision"
         )

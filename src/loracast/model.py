@@ -1,4 +1,4 @@
-"""The public Python API: a base with its hypernetworks, which learns documents, tasks and images and answers with them.
+"""The public Python API: a base that learns documents, tasks and images as LoRAs, and answers with them.
 
     model = loracast.load()
     manual = model.learn("manual.pdf")
@@ -54,8 +54,8 @@ class Model(QuestionAnswering):
     Each hypernetwork is read when it is first needed: to learn, or to answer with adapters of storage `text`.
 
     Threads may share a model. The base runs for one of them at a time, under a lock that all users of the base share
-    (`Base.lock`), since a LoRA is seen by every forward pass while it is applied; a document that is read gives
-    way before each block of the base.
+    (`Base.lock`), since a LoRA is seen by every forward pass while it is applied; a thread that encodes a
+    document lets waiting threads go first before each block of the base.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class Model(QuestionAnswering):
         return CachedRecast(self.documents, self.base)
 
     def memory(self, name: str) -> Memory:
-        """What a user said in chats, kept under a name of the library: `remember`, `messages`, `forget`.
+        """The chat memory of a name in the library, of what a user said: `remember`, `messages`, `forget`.
 
-        The name answers questions as any document does. Raises AdapterError if it is that of another adapter.
+        The name answers questions like a document's. Raises AdapterError if another adapter has the name.
         """
         return Memory(self.documents, self.base, self.library, name, self._recast)
 
@@ -120,7 +120,7 @@ class Model(QuestionAnswering):
             lora = model.cast("manual.pdf")
             lora = model.cast(Document.from_text("The warranty is 24 months."))
 
-        All chunks of a document are merged into its LoRA. `learn` instead where a document is longer than a few
+        All chunks of a document are merged into its LoRA. Use `learn` instead if a document is longer than a few
         chunks: its questions are then routed to the chunks that they are about.
 
         Args and errors as in `learn`.
@@ -151,7 +151,7 @@ class Model(QuestionAnswering):
         Raises:
             DocumentError: the file cannot be read.
             AdapterError: the name is taken or not allowed.
-            ConfigError: no chunk can be so short.
+            ConfigError: `max_chunk_tokens` is too small.
         """
         if not isinstance(source, (list, tuple)):
             return self._learn(read_source(source), name, **options)
@@ -212,7 +212,7 @@ class Model(QuestionAnswering):
         Arguments and errors as in `TaskCaster.task`.
 
         Args:
-            refine_s: seconds of gradient descent on the examples, from what was cast (`loracast.training.refine`).
+            refine_s: seconds of gradient descent on the examples, from the cast LoRA (`loracast.training.refine`).
 
         Raises:
             ConfigError: there are too few examples to refine on.

@@ -21,8 +21,8 @@ from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import Storage
 
 Readable = str | Path | BinaryIO | Document | ImageFile
-"""A path, "-" for standard input, an open binary stream, or what has been read already. A text is no path: it is given
-as `Document.from_text(text)`."""
+"""A path, "-" for standard input, an open binary stream, or a Document or ImageFile. A string is always a path: pass
+text as `Document.from_text(text)`."""
 Question = str | Sequence[Message]
 """A question, or the messages of a chat, the last one the user's."""
 Chosen = Adapter | LoRA | str | Sequence[Adapter | str]
@@ -89,7 +89,7 @@ def read_source(source: Readable) -> Document | ImageFile:
     if isinstance(source, (Document, ImageFile)):
         return source
     if isinstance(source, str) and "\n" in source:
-        raise DocumentError("this is a text and not a path: give Document.from_text(text)")
+        raise DocumentError("this is text, not a path: pass Document.from_text(text)")
     return read_image_file(source) if _is_image(source) else read_document(source)
 
 

@@ -122,11 +122,11 @@ class QuestionAnswering(ABC):
         scales: Mapping[str, float] = {},
         check: Callable[[Sequence[int]], object] = lambda prompt: None,
     ) -> Prepared:
-        """The prompt of a question, and what of the adapters it gets; no LoRA is read yet (`lora_of` does).
+        """Build a question's prompt and route it to chunks of the adapters; their LoRA is read later (`lora_of`).
 
         Args:
             scales: factors on adapters' LoRAs, by their versions' hashes; 1 for those that are not named.
-            check: gets the token ids of the prompt before adapters are routed, and raises what they are refused with.
+            check: called with the prompt's token ids before routing; raises an error to refuse the prompt.
         """
         turns: list[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else [*question]
         if not turns or turns[-1]["role"] != "user":
@@ -152,7 +152,7 @@ class QuestionAnswering(ABC):
     def lora_for(
         self, question: str, adapter: Chosen, k: int | None = DEFAULT_ROUTE, tag: str = "", always: bool = False
     ) -> tuple[LoRA | None, list[tuple[Adapter, Route]]]:
-        """The LoRA that a question is answered with, and the adapters it came from with what was taken of each.
+        """The LoRA that a question is answered with, and the adapters it came from with the chunks taken from each.
 
         Arguments as in `ask`; None where no adapter is chosen or the question is about no document.
         """
@@ -170,7 +170,7 @@ class QuestionAnswering(ABC):
         return route_adapters(self.library, question, chosen, k, tag, self.adapter, always)
 
     def lora_of(self, routed: Sequence[tuple[Adapter, Route]]) -> LoRA | None:
-        """The LoRA of what was picked of adapters, on the base's device; None where nothing was."""
+        """The LoRA of the chunks that were picked from adapters, on the base's device; None if none were."""
         loras = loras_together(routed) if routed else []
         if not loras:
             return None

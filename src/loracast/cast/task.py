@@ -46,7 +46,7 @@ class TaskOptions(TypedDict, total=False):
 
 
 class TaskCaster:
-    """Casts tasks into LoRAs and keeps them in a library; a task is told by a description, examples, or both."""
+    """Casts tasks into LoRAs and keeps them in a library; a task is given as a description, examples, or both."""
 
     def __init__(self, caster: Caster, library: Path | None = None):
         """
@@ -103,12 +103,12 @@ class TaskCaster:
         """Cast one task into an adapter and keep it; options and errors as in `tasks`.
 
         Args:
-            description: what the model shall do; "" where the examples tell it.
+            description: what the model should do; "" if the examples alone show it.
             examples: pairs of an input and its output. More than the hypernetwork reads at once are read in groups.
             refine: as in `tasks`.
 
         Raises:
-            ConfigError: an example is none.
+            ConfigError: an example is malformed.
             EncoderError: an example is too long.
         """
         task = ToldTask(description, as_examples(examples))
@@ -132,15 +132,15 @@ class TaskCaster:
             names: of the adapters; made from the descriptions if None.
             strength: factor on every delta.
             refine: changes the rows of each task after casting (training/refine.py).
-            storage: how the factors are kept (lora/quantize.py); not "text", since what a task was told is not kept.
+            storage: how the factors are kept (lora/quantize.py); not "text", since a task cannot be cast again.
             replace: whether an adapter of the same name is replaced.
 
         Raises:
-            AdapterError: nothing is told of a task, a name is taken or not allowed, or tasks have no such storage;
+            AdapterError: a task is empty, a name is taken or not allowed, or tasks have no such storage;
                 nothing is kept then.
         """
         if check_storage(storage) == "text":
-            raise AdapterError("what a task was told is not kept, to be cast again: use int4, int8 or bf16")
+            raise AdapterError("a task cannot be cast again from what is stored: use int4, int8 or bf16")
         given = _stripped(tasks)
         names = [name_from(task.title) for task in given] if names is None else list(names)
         if len(names) != len(given) or len(set(names)) != len(names):
@@ -183,7 +183,7 @@ class TaskCaster:
     def _encode(self, tasks: Sequence[ToldTask]) -> Features:
         if not all(task.description or task.examples for task in tasks):
             raise AdapterError(
-                "the description of a task is empty: say in a sentence what the model shall do, or give examples"
+                "the description of a task is empty: say in a sentence what the model should do, or give examples"
             )
         return self.caster.encode(tasks)
 

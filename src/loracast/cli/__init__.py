@@ -64,7 +64,7 @@ def _is_no_advice_to_torchao(record: logging.LogRecord) -> bool:
 
 app = typer.Typer(
     cls=Program,
-    help="Cast documents into LoRAs for a frozen language model, and ask them.",
+    help="Cast documents into LoRAs for a frozen language model, and ask questions about them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # a traceback with local variables would show the documents
 )
@@ -95,7 +95,7 @@ def root(
 
 
 _train = typer.Typer(
-    cls=CommandGroup, help="Train hypernetworks, and the LoRAs that they are measured by.", no_args_is_help=True
+    cls=CommandGroup, help="Train hypernetworks, and the LoRAs that they are compared with.", no_args_is_help=True
 )
 add(_train, ".train:doc", ".train:text", ".train:image", panel="Hypernetworks")
 add(_train, ".train:oracle", ".train:multitask", ".train:reader", panel="LoRAs to compare with")

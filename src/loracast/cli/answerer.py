@@ -227,7 +227,7 @@ class Served:
                 raise PromptTooLong(str(refused)) from refused
             return self._local.reply(turns, chosen, on_text)
         if "loracast" not in end:
-            raise LoracastError("the server broke the answer off; ask again, or give --local")
+            raise LoracastError("the server stopped in the middle of the answer; ask again, or give --local")
         return _served("".join(pieces), end)
 
     def _body(self, turns: Sequence[Message], chosen: Sequence[str]) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def say_unused(reply: Reply) -> None:
     """Say which documents the question is not about, so that their adapters did not answer."""
     for used in reply.used:
         if not used.chunks:
-            say(f"({used.name} does not speak of this: the answer is not from it; --always asks it all the same)")
+            say(f"({used.name} is not about this, so the answer is not from it; --always uses it anyway)")
 
 
 def say_sources(reply: Reply, chosen: Sequence[str]) -> None:

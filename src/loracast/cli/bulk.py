@@ -34,14 +34,14 @@ class Folders:
     ] = None
     rank: options.Rank = None
     served_base: Annotated[
-        str | None, "With --out: what the server of the adapters calls its base; as in --base by default."
+        str | None, "With --out: name of the base on the server that will load the adapters; that of --base by default."
     ] = None
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS|local", help="With --out: cast with Ray, on a cluster or here.")
     ] = None
     actors: Annotated[
         int | None,
-        typer.Option(min=1, help="With --ray: how many processes cast; one a GPU, or a CPU where there is none."),
+        typer.Option(min=1, help="With --ray: how many processes cast; one per GPU, or per CPU if there is none."),
     ] = None  # fmt: skip
 
     def check(self) -> None:
@@ -49,9 +49,9 @@ class Folders:
         if self.out is None:
             for name in ("rank", "served_base", "ray"):
                 if getattr(self, name) is not None:
-                    raise typer.BadParameter("it takes --out", param_hint=f"--{name.replace('_', '-')}")
+                    raise typer.BadParameter("it needs --out", param_hint=f"--{name.replace('_', '-')}")
         if self.ray is None and self.actors is not None:
-            raise typer.BadParameter("it takes --ray", param_hint="--actors")
+            raise typer.BadParameter("it needs --ray", param_hint="--actors")
 
 
 def cast_into_folders(

@@ -41,12 +41,12 @@ def qa(
     *,
     reader: Annotated[
         Path | None,
-        typer.Option("--reader", help="LoRA of `loracast train reader`: the ceiling, with the document in the window."),
+        typer.Option("--reader", help="LoRA of `loracast train reader`: the upper bound, document in the prompt."),
     ] = None,
     models: Models,
     results: Results,
 ) -> None:
-    """Questions that people asked about real documents: an adapter beside (parts of) the document in the window."""
+    """Questions that people asked about real documents: an adapter against (parts of) the document in the prompt."""
     from loracast.evaluation.plots import require_matplotlib
     from loracast.evaluation.qa import draw, evaluate_qa
     from loracast.training.reader import read_reader
@@ -59,7 +59,7 @@ def qa(
 
 @config_from("loracast.evaluation.needle")
 def needle(config: NeedleConfig, models: Models, results: Results) -> None:
-    """A sentence with a value, hidden at any depth of a document, asked for in wordings that no training has seen."""
+    """Needle in a haystack: a value hidden at any depth of a document, asked for in wordings unseen in training."""
     from loracast.evaluation.needle import evaluate_needle
 
     results.of("documents", evaluate_needle, open_model(models), config)
@@ -91,7 +91,7 @@ def gate(config: GateConfig, results: Results) -> None:
 
 @config_from("loracast.evaluation.verbatim")
 def verbatim(config: VerbatimConfig, models: Models, results: Results) -> None:
-    """Word for word: how much of a document's own continuation is the likeliest, from its first eight tokens on."""
+    """Verbatim recall: after a passage's first eight tokens, how many of the next are the model's top prediction?"""
     from loracast.evaluation.verbatim import evaluate_verbatim
 
     results.of("documents", evaluate_verbatim, open_model(models), config)
@@ -107,7 +107,7 @@ def interference(config: InterferenceConfig, models: Models, results: Results) -
 
 @config_from("loracast.evaluation.whole_library")
 def library(config: LibraryConfig, models: Models, results: Results) -> None:
-    """Questions to a library of many documents, none of them named: is the right one found, and the answer as good?"""
+    """Questions to a library of many documents, none named: is the right one found, the answer as good as by name?"""
     from loracast.evaluation.whole_library import evaluate_library
 
     results.of("documents", evaluate_library, open_model(models), config)
@@ -126,7 +126,7 @@ def teacher_forced(
     models: Models,
     results: Results,
 ) -> None:
-    """Teacher-forced: which tokens of the answers would be right, on episodes like those of the training."""
+    """Teacher-forced accuracy of the answers' tokens, on episodes like those of training."""
     from loracast.evaluation.teacher_forced import evaluate_teacher_forced
     from loracast.training.doc import read_doc_recipe
     from loracast.training.recipe import file_overrides
@@ -158,7 +158,7 @@ def ablations(
     choice: BaseChoice,
     results: Results,
 ) -> None:
-    """Variants of a recipe, each trained from nothing for the same time and measured on documents unseen by all."""
+    """Train variants of a recipe from scratch for the same time each, and measure them on documents unseen by all."""
     from loracast.evaluation.ablations import read_variants, run_ablations
     from loracast.training.recipe import file_overrides
 

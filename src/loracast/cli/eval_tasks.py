@@ -67,12 +67,12 @@ def refining(
     config: RefiningConfig,
     *,
     multitask: Annotated[
-        Path | None, typer.Option("--multitask", help="LoRA of `loracast train multitask`, a further start.")
+        Path | None, typer.Option("--multitask", help="LoRA of `loracast train multitask`, a further starting point.")
     ] = None,
     models: Models,
     results: Results,
 ) -> None:
-    """Gradient descent on the examples of a task, second by second: from the adapter and from nothing."""
+    """Gradient descent on a task's examples, measured second by second: from the cast adapter and from scratch."""
     from loracast.evaluation.refining import evaluate_refining
     from loracast.evaluation.task_baselines import TaskSetup
     from loracast.training.oracle import read_multitask
@@ -128,7 +128,7 @@ def harness(config: HarnessConfig, choice: BaseChoice, *, library: Library, resu
 
 @config_from("loracast.evaluation.overlap")
 def overlap(config: OverlapConfig, results: Results) -> None:
-    """What held-out tasks or documents share with those of the training: rows, near inputs, descriptions, passages."""
+    """What held-out tasks or documents share with training ones: rows, near-duplicates, descriptions, passages."""
     from loracast.evaluation.overlap import evaluate_overlap
 
     results.of("tasks" if config.tasks else "documents", evaluate_overlap, config)

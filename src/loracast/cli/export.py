@@ -27,7 +27,7 @@ def export(
     questions: Annotated[
         Path | None,
         typer.Option(
-            "--questions", exists=True, dir_okay=False, help="Questions, one a line: write the LoRA for them."
+            "--questions", exists=True, dir_okay=False, help="File with one question per line: export a LoRA for them."
         ),
     ] = None,
     base: options.Base = None,
@@ -46,7 +46,7 @@ def export(
         else [line for line in questions.read_text(encoding="utf-8").splitlines() if line.strip()]
     )
     if questions is not None and not asked:
-        raise ConfigError(f"{questions} holds no question; give one a line")
+        raise ConfigError(f"{questions} holds no question; give one per line")
     folder = out or Path(f"{name}-{to}")
     made = export_adapter(
         open_adapter(library, name), to, folder,

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def learn(
     file: Annotated[
         str,
-        "PDF, DOCX, HTML, Markdown, CSV or text; - for standard input; or a folder of them; or an image; with --out "
-        "also a URL.",
+        "Document (PDF, DOCX, HTML, Markdown, CSV or text; - for standard input), folder of documents, or image; with "
+        "--out also a URL.",
     ],
     *,
     naming: options.Naming,
@@ -42,14 +42,14 @@ def learn(
 ) -> None:
     """Learn a document, all documents of a folder, or an image.
 
-    It is cast into an adapter in one pass, without training. Of a folder, files that have not changed are left alone,
-    and one that cannot be read does not stop the others; adapters are named after the files' paths. With --out,
-    documents at any URL become PEFT folders at another, one a document, which vLLM and Ray Serve load.
+    It is cast into an adapter in one pass, without training. In a folder, unchanged files are skipped, and a file that
+    cannot be read does not stop the others; adapters are named after the files' paths. With --out, documents at any URL
+    become PEFT folders at another URL, one per document, which vLLM and Ray Serve load.
     """
     folders.check()
     if folders.out is not None:
         if naming.name is not None or naming.replace or learning.storage is not None:
-            raise typer.BadParameter("it takes no --name, --replace and --storage", param_hint="--out")
+            raise typer.BadParameter("it cannot be combined with --name, --replace or --storage", param_hint="--out")
         cast_into_folders(file, folders.out, folders, learning, again=again, as_json=as_json)
         return
     if Path(file).is_dir():
@@ -109,7 +109,7 @@ def _learn_image(file: str, naming: options.Naming, learning: options.Learning) 
 
 def task(
     description: Annotated[
-        str, typer.Argument(metavar="DESCRIPTION", help="What the model shall do, in a sentence.")
+        str, typer.Argument(metavar="DESCRIPTION", help="What the model should do, in a sentence.")
     ] = "",
     *,
     examples: Annotated[
@@ -118,15 +118,15 @@ def task(
     refine: Annotated[
         float | None,
         typer.Option(
-            parser=seconds, metavar="TIME", help="Gradient descent on the examples from what was cast: 30s, 2m."
+            parser=seconds, metavar="TIME", help="Time for refining it by gradient descent on the examples: 30s, 2m."
         ),
     ] = None,
     naming: options.Naming,
-    strength: Annotated[float, "Factor on the LoRA: 1 as it was trained, 0 for none."] = 1.0,
+    strength: Annotated[float, "Scale of the LoRA: 1 as in training, 0 turns it off."] = 1.0,
     storage: Annotated[
         Storage | None,
         typer.Option(
-            "-s", "--storage", show_default=DEFAULT_STORAGE, help="How factors are kept: int4, int8 (twice) or bf16."
+            "-s", "--storage", show_default=DEFAULT_STORAGE, help="Storage of factors: int4, int8 (twice as big), bf16."
         ),
     ] = None,
     hypernetwork: options.Hypernetwork = None,
@@ -148,7 +148,7 @@ def task(
     told = ToldTask(description.strip(), () if examples is None else read_examples(examples))
     if not told.title:
         raise typer.BadParameter(
-            "say what the model shall do, or give examples", param_hint="DESCRIPTION or --examples"
+            "say what the model should do, or give examples", param_hint="DESCRIPTION or --examples"
         )
     started = time.perf_counter()
     # A server's API takes none of these, and tells no distance.

@@ -51,7 +51,7 @@ def list_(
 def search(
     words: Annotated[list[str], "All of them must stand in one chunk."],
     *,
-    limit: Annotated[int, typer.Option(min=1, help="Most places shown.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of places shown.")] = 20,
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:

@@ -35,10 +35,10 @@ def models(*, as_json: options.Json = False) -> None:
     more = ("from", "casts", "for the base", ">parameters", ">disk", ">memory", "in the cache")
     print_table(("hypernetwork", *more), of_hypernetworks, wrapped=("hypernetwork", "for the base"))
     print(
-        f"\nMemory of a base: its weights, and reading and answering with a window of {WINDOW:,} tokens; of a "
-        "hypernetwork: its weights, in float32.\nDisk: weights in bf16, of a published hypernetwork its converted form;"
-        " the size of its own file is known when it is fetched.\nText-to-LoRA: from variant S to L, whichever a "
-        "checkpoint is."
+        f"\nMemory: of a base, its weights and what generation takes in a context of {WINDOW:,} tokens; of a "
+        "hypernetwork, its weights in float32.\nDisk: weights in bf16; of a published hypernetwork, its converted form:"
+        " the size of the published file is known once it is fetched.\nText-to-LoRA: a range, since a checkpoint may "
+        "be of variant S, M or L."
     )
 
 

@@ -67,13 +67,13 @@ Route = Annotated[
     int | None,
     typer.Option(
         "--route", parser=parse_route, metavar="N|all",
-        help="How many chunks a question is given: of each document that is named, and of all others together.",
+        help="How many chunks answer a question: from each named document, and from all others together.",
     ),
 ]  # fmt: skip
 All = Annotated[bool, typer.Option("--all", help="Answer from whichever documents of the library match the question.")]
 Tag = Annotated[str, typer.Option("--tag", help="Answer from whichever documents with this tag match the question.")]
-Local = Annotated[bool, "Load the models in this process, also where a server that has them is running."]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+Local = Annotated[bool, "Load the models in this process, even if a server that has them is running."]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")]
 
 TASKS = "Tasks: a folder of JSON files, or a JSONL(.gz) file of examples."
 Tasks = Annotated[Path, TASKS]
@@ -145,14 +145,14 @@ class Learning(Models):
         int | None,
         typer.Option(
             min=16, show_default=f"the hypernetwork's own, {DEFAULT_CHUNK_TOKENS} for the shipped one",
-            help="Most tokens of a chunk.",
+            help="Maximum tokens of a chunk.",
         ),
     ] = None  # fmt: skip
     storage: Annotated[
         Storage | None,
         typer.Option(
             "-s", "--storage", show_default=DEFAULT_STORAGE,
-            help="How factors are kept: int4, int8 (a fifth more), bf16 (over twice), or text (not at all).",
+            help="How factors are stored: int4, int8 (a fifth larger), bf16 (over twice as large), text (not stored).",
         ),
     ] = None  # fmt: skip
     library: Library
@@ -175,10 +175,10 @@ class Answering(BaseChoice):
     max_tokens: MaxTokens = 128
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens that have this probability.")
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this total probability.")
     ] = 1.0
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the draw.")] = None
-    style: Annotated[str, "How to answer, in words: cast into a task adapter that goes along (docs/memory.md)."] = ""
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Random seed for sampling.")] = None
+    style: Annotated[str, "How to answer, in words; cast into a task adapter that is added (docs/memory.md)."] = ""
     system: Annotated[str | None, "Text of the system turn; an empty one by default."] = None
     hypernetwork: Annotated[str | None, "For adapters that keep only their text: the hypernetwork that cast them."] = (
         None

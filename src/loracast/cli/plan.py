@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def plan(
     *,
     choice: options.BaseName,
-    recipe: Annotated[Path | None, "TOML file with the settings of the training; those of `train doc` without."] = None,
+    recipe: Annotated[Path | None, "Training recipe, a TOML file; the defaults of `train doc` without one."] = None,
     change: Change = None,
     gpu: Annotated[str | None, "A GPU by its name, such as 'RTX 4090', or by its memory, such as 24GB."] = None,
     as_json: options.Json = False,
@@ -50,7 +50,7 @@ def plan(
     fits = None if available is None else made.memory.total <= available
     if cards:
         speeds = {card.name: card.tflops * 1e12 * UTILISATION for card in cards}
-        how = f"the card's stated bf16 throughput, {UTILISATION:.0%} of which is taken to be reached"
+        how = f"{UTILISATION:.0%} (assumed) of the card's stated bf16 throughput"
     else:
         speeds = {f"this machine ({device})": planner.measured_flops_per_s(device)}
         how = f"measured for {MEASURE_S:g} s on one block of the base"

@@ -30,14 +30,14 @@ def make_questions(
     model: Annotated[str | None, "Name of the endpoint's model."] = None,
     api_key_env: Annotated[str, "Environment variable with the endpoint's key, if it needs one."] = "OPENAI_API_KEY",
     config: MakeConfig,
-    passage_tokens: Annotated[int, typer.Option(min=64, help="Most tokens of a passage.")] = 384,
+    passage_tokens: Annotated[int, typer.Option(min=64, help="Maximum tokens of a passage.")] = 384,
     choice: options.BaseChoice,
     as_json: options.Json = False,
 ) -> None:
-    """Write questions with answers about files: by a base, by the model of an endpoint, or by rule.
+    """Generate questions and answers about files: with a base, with an endpoint's model, or by rule.
 
-    Questions that the passage does not answer, or that can be answered without it, are left out. Stopped and started
-    again, it goes on.
+    Questions that the passage does not answer, or that can be answered without it, are left out. A run that
+    was stopped is resumed by the same command.
     """
     from loracast.base.chat import encode_with_offsets
     from loracast.base.load import load_base, load_tokenizer

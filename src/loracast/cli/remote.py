@@ -22,14 +22,14 @@ Where = Annotated[str, "A URL (s3://, gs://, file:// ...), a path, or OWNER/NAME
 def store(
     url: Annotated[str | None, "Keep the adapters there from now on (s3://, gs://, file:// ...)."] = None,
     *,
-    shared: Annotated[bool, "Share it, names included, with all machines that give the same URL."] = False,
-    take_over: Annotated[bool, "Use a store that was another library's, with all that lies there."] = False,
+    shared: Annotated[bool, "Share the library, names included, with all machines that give the same URL."] = False,
+    take_over: Annotated[bool, "Take over a store that belongs to another library, with all its adapters."] = False,
     evict: Annotated[bool, "Delete this machine's copies; they are fetched again when needed."] = False,
     leave: Annotated[bool, "Bring everything back and keep it on this machine alone."] = False,
     library: options.Library,
     as_json: options.Json = False,
 ) -> None:
-    """Keep the library's adapters at a URL, with this machine's folder as a cache; without a URL, say where they lie.
+    """Keep the library's adapters at a URL, with this machine's folder as a cache; without a URL, say where they are.
 
     The register of names stays on this machine, unless the library is shared. What is learned is copied to the URL
     before it gets its name, and what is deleted is deleted there too.
@@ -37,7 +37,7 @@ def store(
     if sum((url is not None, evict, leave)) > 1:
         raise typer.BadParameter("give a URL, --evict or --leave, one at a time")
     if shared and (url is None or take_over):
-        raise typer.BadParameter("--shared takes a URL, and no --take-over")
+        raise typer.BadParameter("--shared needs a URL and cannot be combined with --take-over")
     if shared and url is not None:
         text = f"{share(library, url):,} adapters lie at {url}, shared"
     elif url is not None:
@@ -56,13 +56,13 @@ def push_adapter(
     name: options.Adapter,
     where: Where,
     *,
-    public: Annotated[bool, "Let everybody see a repository that is made on the hub."] = False,
+    public: Annotated[bool, "Make a newly created hub repository public."] = False,
     sign: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Sign it with this secret key of minisign.")
     ] = None,
     library: options.Library,
 ) -> None:
-    """Put an adapter, with the text it was made from and a model card, to where others can pull it."""
+    """Upload an adapter, with the text it was made from and a model card, so that others can pull it."""
     from loracast.library.remote import push_adapter as push
 
     adapter = open_adapter(library, name)

@@ -36,13 +36,13 @@ def serve(
     config: partial[ServerSettings],
     *,
     keys: Annotated[
-        Path | None, "File with the keys that requests must bear, SCOPE:KEY a line; LORACAST_API_KEYS is another way."
+        Path | None, "File of the API keys that requests may use, one SCOPE:KEY per line; or set LORACAST_API_KEYS."
     ] = None,
     models: options.Models,
     task_hypernetwork: Annotated[str | None, "Folder or hub id of the hypernetwork for tasks."] = None,
     image_hypernetwork: Annotated[str | None, "Folder or hub id of the hypernetwork for images."] = None,
     library: options.Library,
-    background: Annotated[bool, "Come back when the server is ready; `loracast stop` ends it."] = False,
+    background: Annotated[bool, "Run in the background; return when ready. `loracast stop` ends it."] = False,
     status: Annotated[bool, "Say which servers of the library are running; exits with 1 if there are none."] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -55,7 +55,7 @@ def serve(
         _say_status(library, as_json)
         return
     if as_json:
-        raise typer.BadParameter("it goes with --status", param_hint="--json")
+        raise typer.BadParameter("it needs --status", param_hint="--json")
     given = {"document": models.hypernetwork, "task": task_hypernetwork, "image": image_hypernetwork}
     loaded = what_loads(models, library, given)
     if background:
@@ -158,7 +158,7 @@ def _say_status(library: Path, as_json: bool) -> None:
 
 
 def stop(*, library: options.Library) -> None:
-    """End the running servers of a library, those in the background too, when they have given the answers they owe."""
+    """Stop the running servers of a library, those in the background too, once they have finished pending answers."""
     from loracast.serving.found import running
 
     servers = running(library)
@@ -170,5 +170,5 @@ def stop(*, library: options.Library) -> None:
         with stderr().status(f"{server.url} finishes its answers"):
             is_gone = server.wait(server.drain_timeout_s + _STOP_S)
         if not is_gone:
-            raise LoracastError(f"the server at {server.url} (process {server.pid}) does not end")
+            raise LoracastError(f"the server at {server.url} (process {server.pid}) has not stopped")
         print(f"stopped {server.url}")

@@ -20,7 +20,7 @@ from loracast.cli.output import print_result, print_table, say
 
 Change = Annotated[list[str] | None, "Change a key of the recipe: training.lr=2e-4. Repeatable."]
 _DOCUMENTS = "Documents with questions: JSONL(.gz) rows. Repeatable."
-_STOPPED = "stopped at once; the same command goes on from what was saved last (SIGTERM, unlike Ctrl-C, saves first)"
+_STOPPED = "stopped at once; the same command resumes from the last save (SIGTERM, unlike Ctrl-C, saves first)"
 Unrelated = Annotated[
     list[str] | None, "Unrelated questions, whose answers stay the plain base's: JSONL(.gz). Repeatable."
 ]
@@ -33,7 +33,7 @@ class Run(BaseChoice):
     recipe: Annotated[
         Path | None, typer.Argument(metavar="RECIPE", help="TOML file with the settings of the training.")
     ] = None
-    out: Annotated[Path, "Folder for what is trained; a run found there goes on."]
+    out: Annotated[Path, "Output folder; a run found there is resumed."]
     change: Change = None
     budget: Annotated[
         float | None, typer.Option(parser=seconds, metavar="TIME", help="Stop after this time: 90s, 45m, 2h.")
@@ -84,7 +84,7 @@ def doc(
 ) -> None:
     """Train Doc-to-LoRA on needles, fact sheets and questions about real documents.
 
-    It saves every few minutes, at the end of --budget and on SIGTERM, and the same command goes on from there. Ctrl-C
+    It saves every few minutes, at the end of --budget and on SIGTERM, and the same command resumes from there. Ctrl-C
     stops it at once, without saving. The same command runs under `torchrun` and `accelerate launch`.
     """
     from loracast.training.doc import read_doc_recipe, train_doc
@@ -107,13 +107,13 @@ def text(
     tasks: Tasks,
     oracles: Annotated[
         Path | None,
-        "Library of `loracast train oracle`: learn to give its LoRAs, in place of doing the tasks' examples.",
+        "Library of `loracast train oracle`: train to reconstruct its LoRAs, not to solve the tasks' examples.",
     ] = None,
-    shared_from: Annotated[Path | None, "LoRA of `loracast train multitask`: the static LoRA starts from it."] = None,
+    shared_from: Annotated[Path | None, "LoRA of `loracast train multitask`: initialises the shared factors."] = None,
 ) -> None:
     """Train Text-to-LoRA on the tasks that are not held out.
 
-    It saves every few minutes, at the end of --budget and on SIGTERM, and the same command goes on from there. Ctrl-C
+    It saves every few minutes, at the end of --budget and on SIGTERM, and the same command resumes from there. Ctrl-C
     stops it at once, without saving.
     """
     from loracast.data.tasks import read_tasks
@@ -135,7 +135,7 @@ def image(
 ) -> None:
     """Train Doc-to-LoRA to see: one image becomes one LoRA, and the text-only base says what it shows.
 
-    The features of all images are computed once and kept in the cache. It saves, stops and goes on as `train doc` does.
+    The features of all images are computed once and kept in the cache. It saves, stops and resumes as `train doc` does.
     """
     from loracast.base.embedded import DEFAULT_IMAGE_ENCODER
     from loracast.data.labelled import read_images
@@ -166,7 +166,7 @@ def oracle(
 ) -> None:
     """Train a LoRA for each task on its own examples, with PEFT: an upper bound for LoRAs cast from descriptions.
 
-    One task after the other, each in a folder of its name in --out. It saves, stops and goes on as `train doc` does.
+    One task after the other, each in a folder of its name in --out. It saves, stops and resumes as `train doc` does.
     """
     from loracast.data.benchmarks import tasks_or_benchmarks
     from loracast.errors import ConfigError
@@ -184,7 +184,7 @@ def oracle(
 def multitask(
     run: Run, *, tasks: Tasks, described: Annotated[bool, "With a description of the task in every prompt."] = False
 ) -> None:
-    """Train one LoRA on all tasks that are not held out: a baseline that is told no description."""
+    """Train one LoRA on all tasks that are not held out: a baseline without descriptions, unless --described."""
     from loracast.data.tasks import read_tasks
     from loracast.training.oracle import MULTITASK, read_oracle_recipe, train_multitask
 
@@ -194,7 +194,7 @@ def multitask(
 
 
 def reader(run: Run, *, documents: Annotated[list[str], _DOCUMENTS]) -> None:
-    """Train one LoRA to answer questions with the document in the window: the ceiling for adapters of documents."""
+    """Train one LoRA to answer questions with the document in the prompt: the upper bound for document adapters."""
     from loracast.training.reader import read_reader_recipe, train_reader
     from loracast.training.recipe import file_overrides
 
@@ -213,7 +213,7 @@ def relevance(
     dev_unrelated: Annotated[list[str] | None, "Measure with these unrelated questions. Repeatable."] = None,
     as_json: Json = False,
 ) -> None:
-    """Fit how `ask` tells whether a question is about a document at all: minutes on one core, without a base."""
+    """Fit the classifier by which `ask` decides if a question is about a document: minutes on one core, no base."""
     from loracast.data.qa import read_questioned
     from loracast.training.relevance import measure, read_unrelated_files, train_relevance
 

@@ -34,7 +34,7 @@ def edit(
     owner: Annotated[str | None, 'Whose it is; "" for nobody.'] = None,
     library: options.Library,
 ) -> None:
-    """Change an adapter's name, or what is noted about it. What it holds never changes."""
+    """Change an adapter's name, tags, note or owner. Its content never changes."""
     if rename is None and not tag and not untag and note is None and owner is None:
         raise typer.BadParameter("say what to change: --rename, --tag, --untag, --note or --owner")
     describe_adapter(library, name, owner=owner, note=note, tags=tag or (), untag=untag or ())
@@ -122,7 +122,7 @@ def rm(
         find(library, name)  # an unknown name is refused before anything is deleted
     if not yes:
         if not is_terminal():
-            raise typer.BadParameter("standard input is no terminal, so nobody can be asked", param_hint="--yes")
+            raise typer.BadParameter("needed: standard input is not a terminal to confirm on", param_hint="--yes")
         if not typer.confirm(f"Delete {', '.join(names)}?", err=True):
             raise typer.Exit(1)
     for name in names:

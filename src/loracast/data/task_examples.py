@@ -1,4 +1,4 @@
-"""What is told of a task: a description, examples, or both; and files of examples that people give.
+"""How a task is specified: by a description, examples, or both; and files of examples that people give.
 
 The text that a hypernetwork or a model with the task in its prompt reads has the description first, then the examples.
 """

@@ -2,7 +2,7 @@
 
 The text is encoded once, in blocks, for an estimate; a shortest path over the possible seams then trades the number of
 chunks, their evenness and the seams' costs against each other; each chunk is encoded once more for its exact count.
-Linear in the text, also for one line of megabytes. Knows no tokenizer: `encode` is handed in.
+Takes time linear in the text, even for one line of megabytes. Knows no tokenizer: `encode` is handed in.
 """
 
 from __future__ import annotations

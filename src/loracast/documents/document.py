@@ -23,7 +23,7 @@ class Document:
 
     @classmethod
     def from_text(cls, text: str, title: str = "") -> Document:
-        """A document of a text in memory: markdown, whose first heading is the title if none is given.
+        """Make a document from a string of markdown, whose first heading is the title if none is given.
 
         Raises DocumentError if the text is empty.
         """

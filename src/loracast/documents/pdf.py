@@ -78,7 +78,7 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
     n_unknown = text.count("\ufffd") + sum("\ue000" <= c <= "\uf8ff" for c in text)
     if n_unknown > len(text) // 5:
         raise DocumentError(
-            f"{label} draws its letters without saying which they are: use `ocrmypdf --force-ocr in.pdf out.pdf`"
+            f"{label} has fonts that do not map to characters: use `ocrmypdf --force-ocr in.pdf out.pdf`"
         )
     warnings = complaints.sentences()
     if scans:

@@ -208,7 +208,7 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         return lora
 
     def set_units(self, conditions: Tensor) -> None:
-        """Set the units of conditions to mean and deviation of those of real descriptions [m, d_text]."""
+        """Set the mean and standard deviation that standardise conditions, from real descriptions [m, d_text]."""
         self.mean.copy_(conditions.mean(0))
         self.std.copy_(conditions.std(0).clamp_min(1e-6))
 

@@ -63,7 +63,7 @@ class MergedCast(NamedTuple):
 
 
 class DocToLoRA(Hypernetwork):
-    """The hypernetwork for documents and images. Its start is an exact no-op, because every B scaler starts at zero."""
+    """The hypernetwork for documents and images. Initialised as an exact no-op: every B scaler starts at zero."""
 
     config_class: ClassVar[Any] = DocToLoRAConfig
     feature_mean: Tensor
@@ -194,7 +194,7 @@ class DocToLoRA(Hypernetwork):
         return self.config.merging
 
     def latents(self, features: Tensor, mask: Tensor | None = None) -> RankCodes:
-        """The rank codes of chunks: features [n, t, d], mask [n, t] true where a token is real (None: all are)."""
+        """The rank latents of chunks: features [n, t, d], mask [n, t] true where a token is real (None: all are)."""
         c = self.config
         standard = self._standard(features)
         mask = None if mask is None else mask.bool()
@@ -218,7 +218,7 @@ class DocToLoRA(Hypernetwork):
         return pooled
 
     def expand(self, codes: RankCodes) -> Rows:
-        """Rank codes -> rows of `modules`, in bf16 under autocast to bf16 without gradients, else in fp32."""
+        """Rank latents -> rows of `modules`, in bf16 under autocast to bf16 without gradients, else in fp32."""
         c = self.config
         in_bf16 = not torch.is_grad_enabled() and torch.is_autocast_enabled(codes.latents.device.type)
         dtype = torch.bfloat16 if in_bf16 else torch.float32
@@ -275,7 +275,7 @@ class DocToLoRA(Hypernetwork):
         """Chunks -> one merged LoRA for each document, with what the memory wrote and the chunks' own rows.
 
         Args:
-            features: the chunks of a document are neighbours.
+            features: a document's chunks are consecutive.
             chunks_per_document: K; the rows of K neighbours are joined along the rank.
         """
         rows, writes = self.cast_and_write(features)

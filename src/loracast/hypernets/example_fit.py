@@ -1,4 +1,4 @@
-"""Fits a LoRA to the examples of a task: what the others add to attention at each of them, by ridge regression.
+"""Fits a LoRA to a task's examples, by ridge regression on what the other examples add to attention at each one.
 
 Each example is read behind the description and the other examples, with its answer: once as the text that the
 hypernetwork reads, once as turns of a conversation. At every token t, attention's output projection misses the

@@ -2,17 +2,17 @@
 
 A linear map that adds value_t <key_t, x> over the tokens t is a LoRA with A rows key_t and B columns value_t (fast
 weights: Schlag et al., arXiv 2102.11174). A value is the direction in which a module's output makes the base generate
-the token. A key is a weighted sum of four parts, each of which matches the module's input at another kind of moment:
+the token. A key is a weighted sum of four parts, each of which matches the module's input in a different situation:
 
 - the input at the token before, so that an answer continues as the chunk did;
 - the input at tokens that pointer heads attend to, such as the subject of the sentence: some heads of the base carry
   the subject of a question to the position of the answer, where it looks much as it did in the chunk;
 - the input at the end of the sentence, where the base has read all of it, through a linear map that predicts the input
   at the end of a question about such a sentence;
-- the mean input at the first, second, third ... token of any answer: the token's place in its value.
+- the mean input at the first, second, third ... token of any answer: the token's position in its value.
 
 A learned metric, at first the whitening of the inputs, makes keys of different subjects nearly orthogonal; least
-squares then removes what the keys of a chunk still have in common. So many facts, and many chunks, fit side by side.
+squares then removes what the keys of a chunk still have in common. That lets many facts, and many chunks, coexist.
 """
 
 from __future__ import annotations

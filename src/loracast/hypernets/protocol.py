@@ -174,7 +174,7 @@ class Hypernetwork(nn.Module):
         """Rows of chunks -> one LoRA for each document, of rank K * r plus the static LoRA's; differentiable.
 
         Args:
-            rows: the chunks of a document are neighbours.
+            rows: a document's chunks are consecutive.
             chunks_per_document: K.
         """
         target: Target = self.config.target

@@ -102,8 +102,8 @@ class Adapter:
                 of weight 0 are left out.
             static: with the static LoRA, whose weight is always 1; False where another adapter of the same hypernetwork
                 brings it along (`loras_together`).
-            dense: a module whose factors outweigh their product holds the product, rounded to bf16; False keeps the
-                factors, for what is computed in fp32.
+            dense: keep the product B A, in bf16, of a module whose factors would be larger than it; False keeps all
+                factors, for computations in fp32.
 
         Raises:
             AdapterError: no such chunk, damaged factors, or an adapter of text alone without `recast`.
@@ -157,8 +157,8 @@ class Adapter:
         if self.manifest.storage == "text":
             if self.recast is None:
                 raise AdapterError(
-                    f"{self.name!r} keeps only its text, and a model makes its factors when it is asked; for anything "
-                    "else learn the document with --storage bf16"
+                    f"{self.name!r} keeps only its text; its factors are cast only to answer a question: for anything "
+                    "else, learn the document with --storage bf16"
                 )
             rows = self.recast([chunk.prompt for chunk in read_chunks(self.index, wanted)])
             return self._checked({name: value for name, value in rows.items() if static or STATIC not in name})

@@ -132,4 +132,4 @@ def _told(adapter: Adapter, outline: Outline | None, wanted: Wanted) -> str:
     if wanted == "about" and outline.summary:
         lines.append(f"In its own words: {' '.join(text for _, text in outline.summary)}")
     what = {"about": "title, headings and most central sentences", "sections": "headings", "title": "title"}[wanted]
-    return "\n".join([*lines, f"(The {what} of {name}, as they were kept when it was learned; no model was asked.)"])
+    return "\n".join([*lines, f"(The {what} of {name}, stored when it was learned; no model was asked.)"])

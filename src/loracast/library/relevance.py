@@ -40,7 +40,7 @@ N_FUNCTION = 50
 _WINDOW = 25  # words that count as standing together: about a sentence
 _N_WINDOWED = 8  # chunks, the best ones, in which the best window is looked for
 _DIGIT = math.log(10)  # weight of a digit: a short number is met by chance
-_ABSENT_ASKING = 0.3  # what it says that a word of asking or referring is absent, beside 1 for the commonest other word
+_ABSENT_ASKING = 0.3  # evidence in the absence of a word that only asks or refers; 1 for the commonest other word
 _WORD = re.compile(r"[^\W_]+")
 _SENTENCE_START = re.compile(r"[.?!:\n\"“]")  # a capital letter behind it makes no name
 
@@ -101,7 +101,7 @@ def about(index: Index, question: str) -> float:
 def features(index: Index, question: str, table: WordTable) -> tuple[float, ...]:
     """What the regression sees, each about 0 to 2, as in FEATURES:
 
-    - share: of the weight of the question's words, what the best chunk with its heading has;
+    - share: the fraction of the question words' weight that the best chunk, with its heading, covers;
     - window: the weight that stands within a sentence's length of the best chunks, 1 for ten units;
     - absent: how much the words that occur nowhere speak against the document;
     - missing_name: the weight of the rarest name or number that occurs nowhere;

@@ -1,9 +1,9 @@
 """Routing: BM25 picks the chunks and sentences of a document that a question is about, over its index (index.py).
 
 The sum of hundreds of LoRAs drowns each one; a question needs the few chunks that speak of it. The scores are
-SQLite's own `bm25` (Porter stemming, k1 = 1.2, b = 0.75), since the index is SQLite's anyway. Only a word's rarity is
-weighed here: SQLite gives no weight to a word in half of the chunks, as most words of a short manual are.
-A row of a memory belongs to a token, so to a sentence, and weighs as much as that matches the question.
+SQLite's own `bm25` (Porter stemming, k1 = 1.2, b = 0.75), since the index is SQLite's anyway. Only a word's IDF is
+computed here: SQLite ignores a word that is in half of the chunks, as most words of a short manual are.
+A row of an associative memory belongs to a token, so to a sentence, and is weighted by that sentence's score.
 Neighbouring words of the question count once more where a chunk has them side by side (Metzler and Croft, A Markov
 random field model for term dependencies, 2005).
 """
@@ -34,7 +34,7 @@ _LEAST_SENTENCE_WEIGHT = 0.2
 _SENTENCE_SHARPNESS = 0.5
 _NEGLIGIBLE = 0.02  # rows of a smaller weight are left out
 SHARPNESS = 8
-"""Power of a score beside the best one, which is the weight of a chunk picked from many."""
+"""A chunk picked from many weighs (score / best score) to this power."""
 _LEAST_WEIGHT = 0.3  # of a chunk of a document that is given whole
 
 # Words of nearly every question that do not tell where its answer is. FTS5 has no stop list of its own, and in a
@@ -143,7 +143,7 @@ def match_scores(
 
 
 def _odds(n_holders: int, n: int) -> float:
-    """The odds against a word that n_holders of n texts hold, as BM25 smooths them."""
+    """The smoothed odds that a text lacks a word that n_holders of n texts contain, as in BM25's IDF."""
     return (n - n_holders + 0.5) / (n_holders + 0.5)
 
 

@@ -206,7 +206,7 @@ def concat(loras: Sequence[LoRA], dense_past_break_even: bool = True) -> LoRA:
 def compress(lora: LoRA, rank: int) -> tuple[LoRA, float]:
     """The best LoRA of at most `rank` (Eckart-Young, module by module) and its relative error.
 
-    The two halves of the kept singular values are shared between A and B.
+    A and B each get the square roots of the kept singular values.
 
     Returns:
         the compressed LoRA, and |delta - compressed|_F / |delta|_F over all modules together (0 for a zero LoRA).
@@ -257,7 +257,7 @@ class LoRABatch:
     """The LoRAs of a batch's rows, stacked for a forward pass.
 
     `n` is the number of rows, or 1 when all rows share the same LoRA. A module that all rows share may have one row
-    where others have n. Ranks are zero-padded to the longest.
+    where others have n. Factors are zero-padded to the largest rank.
     """
 
     n: int

@@ -202,7 +202,7 @@ class Batch:
         for i, row in enumerate(rows):
             try:
                 if not is_finite[i]:
-                    raise AdapterError("the base's numbers overflow with this LoRA: use it at a lower strength")
+                    raise AdapterError("the base's logits are not finite with this LoRA: lower its strength")
                 chosen = likeliest[i] if row.sampler.takes_likeliest else row.sampler.choose(logits[i], row.ids)
                 before = row.ticket.n_tokens
                 if row.take(chosen, logits[i]):

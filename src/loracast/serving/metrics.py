@@ -42,8 +42,8 @@ class _EngineCollector(Collector):
             "generated_tokens": ("Tokens generated", stats.n_generated_tokens),
             "prompt_tokens": ("Tokens of prompts", stats.n_prompt_tokens),
             "prompt_tokens_saved": ("Tokens of prompts that the prefix cache had", stats.n_cached_tokens),
-            "prefix_cache_hits": ("Prompts that the prefix cache had a beginning of", stats.n_prefix_hits),
-            "prefix_cache_misses": ("Prompts that it had nothing of", stats.n_prefix_misses),
+            "prefix_cache_hits": ("Prompts whose beginning was in the prefix cache", stats.n_prefix_hits),
+            "prefix_cache_misses": ("Prompts whose beginning was not in the prefix cache", stats.n_prefix_misses),
         }
         for name, (what, value) in gauges.items():
             yield GaugeMetricFamily(f"loracast_{name}", what, value)

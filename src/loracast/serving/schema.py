@@ -179,7 +179,7 @@ class Chatting(Generating):
     style: str = Field("", max_length=128)
     """Name of a task adapter that says how to answer."""
     memory: str = Field("", max_length=64)
-    """Name of the memory that answers too, and that what the user says goes into."""
+    """Name of the chat memory that is also asked, and that keeps what the user says."""
 
 
 class ChatRequest(Chatting, Sampled):

@@ -22,8 +22,8 @@ class ServerSettings:
     port: int = 8000
     """0 takes a free one."""
     engine: str = "local"
-    """What generates: local; or vLLM, by the URL of a server (of several, with commas between them), or by the Python
-    of an environment with vLLM, which starts one (`vllm`: the Python that runs this)."""
+    """What generates: `local`; or vLLM: the URL of a running server (several, separated by commas), or the Python
+    executable of an environment with vLLM, to start one there (`vllm`: the Python that runs this command)."""
     keys: tuple[ApiKey, ...] = ()
     """Keys that requests may bear (keys.py); none: whoever reaches the loopback address may do everything."""
     allowed_hosts: tuple[str, ...] = ()

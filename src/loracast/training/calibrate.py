@@ -1,4 +1,4 @@
-"""Set a fresh document hypernetwork's units before training: statistics of the base's activations on real text."""
+"""Set a new document hypernetwork's normalisation statistics before training, from the base's activations."""
 
 from __future__ import annotations
 

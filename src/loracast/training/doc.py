@@ -56,11 +56,11 @@ class DocRecipe:
     encoder_kinds: tuple[str, ...] = ()
     """Module kinds that carry a trained LoRA while the base reads a document, up to the deepest block that is read."""
     calibration_questions: int = 3000
-    """Questions on which a new memory's units are measured before training."""
+    """Questions on which a new memory's normalisation statistics are measured before training."""
     memory_loss_weight: float = 0.3
     """Weight of the memory losses: what to write, and retrieving it."""
     distillation_weight: float = 0.0
-    """Share of the answers' loss that is the divergence from a teacher with the document in its window."""
+    """Share of the answers' loss that is context distillation: the divergence from a teacher that sees the document."""
     kl_to_base_weight: float = 1.0
     """Weight of the divergence from the plain base on unrelated questions."""
     l1_weight: float = 0.0

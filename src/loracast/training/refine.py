@@ -1,6 +1,6 @@
-"""Refine a LoRA by gradient descent on the examples that a user has: seconds on the machine that casts it.
+"""Refine a cast LoRA by gradient descent on a user's examples, for some seconds on the same machine.
 
-It starts from the LoRA's own factors. Some of the examples are held back; the factors with the smallest loss on them
+It starts from the LoRA's own factors. Some examples are kept for validation; the factors with the smallest loss on them
 are kept, those of the start included, and descent stops early once that loss rises.
 """
 
@@ -41,7 +41,7 @@ class RefineConfig:
     examples_per_step: int = 8
     """Most examples in one step."""
     look_every: int = 2
-    """Steps between two looks at the held-back examples."""
+    """Steps between two evaluations on the validation examples."""
     seed: int = 0
     """Seed of what is held back and of the order."""
 

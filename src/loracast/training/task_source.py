@@ -1,4 +1,4 @@
-"""Draw the tasks of each training step: what is told of each, and rows that a model so told has to answer.
+"""Draw the tasks of each training step: each one's description, examples or both, and the rows to answer.
 
 Text-to-LoRA, the oracles and the multi-task LoRA share this source, so with one seed they see the same rows in the same
 steps. With `examples_read`, examples of a task stand behind its description, as in MetaICL (arXiv 2110.15943), and

@@ -1,4 +1,4 @@
-"""Train Text-to-LoRA (arXiv 2506.06105, section 3.2): with a description's LoRA, the base does the task's examples.
+"""Train Text-to-LoRA (arXiv 2506.06105, section 3.2): a description's LoRA makes the base solve the task's examples.
 
 Or by reconstruction (section 3.1, `reconstruction.py`). Two terms join the answers' cross-entropy: generated numbers
 stay small, and null conditions (gibberish, random vectors) yield hardly any LoRA, which makes descriptions matter:
@@ -64,7 +64,7 @@ class TextRecipe:
     hypernetwork: Mapping[str, Any] = field(default_factory=dict)
     """Options of TextToLoRAConfig, or of AttentionDeltaToLoRAConfig with the variant `attention_delta`."""
     l1_weight: float = 1e-3
-    """Weight of the mean square of the generated numbers (published: 1e-3)."""
+    """Weight of the L2 penalty on the generated factors: their mean square (published: 1e-3)."""
     null_condition_weight: float = 0.1
     """Weight of the size of the deltas of null conditions, relative to that of descriptions."""
     encoder_lora_is_trained: bool = False

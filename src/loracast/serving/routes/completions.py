@@ -24,7 +24,7 @@ DEFAULT_TOKENS = 16
 
 @router.post("/v1/completions", response_model=None)
 async def create_completion(body: CompletionRequest, request: Request, service: Shared) -> Response:
-    """Continue prompts; what is asked, which decides about chunks of documents, is the prompt's text. Errors as for
+    """Continue prompts; the chunks of documents are chosen by the prompt's text. Errors as for
     chats.
     """
     sampling = body.sampling(body.max_tokens or DEFAULT_TOKENS, body.seed)
