@@ -103,6 +103,49 @@ def test_html_that_is_nested_deeply_or_lays_out_by_tables() -> None:
     assert read_bytes("<table><tr><td><p>One</p></td><td>Two</td></tr></table>", "x.html").text == "One\n\nTwo"
 
 
+def table(*rows: str) -> str:
+    """The text of an HTML table of these rows."""
+    return read_bytes(f"<table>{''.join(f'<tr>{row}' for row in rows)}</table>", "x.html").text
+
+
+def test_html_tables_with_cells_that_span_rows_and_columns() -> None:
+    head = "<th>Country<th>City<th>Height"
+    rows = "<td rowspan=2>Germany<td>Berlin<td>34", "<td>Hamburg<td>6", "<td>France<td colspan=2>none", "<td>Spain"
+    expected = (
+        "Country: Germany; City: Berlin; Height: 34\nCountry: Germany; City: Hamburg; Height: 6\n"
+        "Country: France; City: none\nCountry: Spain"
+    )
+    assert table(head, *rows) == expected
+    assert table(f"<thead><tr>{head}</thead><tbody>", *rows) == expected
+    assert table("<th rowspan=2>Pump<th colspan=2>Power", "<th>low<th>high", "<td>K-1<td>3<td>4") == (
+        "Pump: K-1; Power low: 3; Power high: 4"
+    )
+    # The last column is held from above beyond a row that ends before it; a group ends what spans its rows.
+    assert table("<td>a<td>b<td>c<td rowspan=0>d", "<td>e<tbody><tr><td>f<td>g<td>h<td>i") == (
+        "a: e; d: d\na: f; b: g; c: h; d: i"
+    )
+
+
+def test_a_first_row_of_one_cell_is_a_title_and_no_header() -> None:
+    assert (
+        table("<th colspan=2>Titanic", "<th>Length<td>269 m", "<th>Mass<td>46 t")
+        == "Titanic\nLength: 269 m\nMass: 46 t"
+    )
+    assert table("<td colspan=3>Pumps", "<th>Name<th>Price<th>Mass", "<td>K-1<td>9<td>3") == (
+        "Pumps\nName: K-1; Price: 9; Mass: 3"
+    )
+    assert table("<td colspan=3>Pumps", "<td>Name<td>Price<td>Mass", "<td>K-1<td>9<td>3") == (
+        "Pumps\nName: K-1; Price: 9; Mass: 3"
+    )
+    assert table("<th><th>2020", "<td>Income<td>5") == "column 1: Income; 2020: 5"
+
+
+@pytest.mark.parametrize("span", ["", "x", "-3", "1e9", "9" * 5000, "100%", "0"])
+def test_a_span_that_is_none_or_enormous(span: str) -> None:
+    text = table("<td>a<td>b<td>c", f"<td colspan='{span}' rowspan='{span}'>d")
+    assert text == "a: d"
+
+
 def test_html_in_the_encoding_that_it_declares() -> None:
     page = "<html><meta charset='windows-1252'><p>Grønvik – 3 €".encode("cp1252")
     assert read_bytes(page, "x.html").text == "Grønvik – 3 €"

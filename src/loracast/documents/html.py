@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import zip_longest
 from typing import Any
 
 from lxml import etree
@@ -24,6 +25,7 @@ _INLINE = re.compile(
     "a|abbr|acronym|b|bdi|bdo|big|cite|code|data|del|dfn|em|font|i|img|input|ins|kbd|label|mark|math|mi|mn|mo|mrow|ms|"
     "mtext|nobr|q|rp|rt|ruby|s|samp|small|span|strike|strong|sub|sup|time|tt|u|var|wbr|"  # no tag: a comment
 )
+_MAX_COLSPAN, _MAX_ROWSPAN = 1000, 65534  # where browsers stop as well
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 
 
@@ -115,15 +117,18 @@ class _Writer:
         if any(element is not table for element in table.iter("table", "h1", "h2", "h3", "p", "ul", "ol", "pre")):
             return False
         self.flush()
-        rows, heads = [], []
-        for row in table.iter("tr"):
-            cells = [cell for cell in row if cell.tag in ("td", "th")]
-            rows.append([_cell_text(cell) for cell in cells])
-            heads.append(bool(cells) and all(cell.tag == "th" for cell in cells))
+        rows, heads = _grid(table)
+        first = next((i for i, row in enumerate(rows) if any(row[1:])), 0)  # below titles of one cell
+        while heads[first : first + 2] == [True, True] and len(set(rows[first])) < len(rows[first]):
+            # Names over several columns, and the names of these columns below them.
+            pairs = zip_longest(rows[first], rows.pop(first + 1), fillvalue="")
+            rows[first] = [" ".join(dict.fromkeys(filter(None, pair))) for pair in pairs]
+            del heads[first]
+        has_header = any(heads[first : first + 1]) and any(rows[first][1:])
         caption = table.find(".//caption")
         if caption is not None:
             self.blocks.append(_cell_text(caption))
-        lines = rows_to_lines(rows, True if heads and heads[0] else None)
+        lines = rows_to_lines(rows, has_header or None)
         if lines:
             self.blocks.append("\n".join(lines))
         return True
@@ -132,6 +137,51 @@ class _Writer:
 def _is_unseen(element: Any, tag: str) -> bool:
     is_hidden = element.get("hidden") is not None or _INVISIBLE_STYLE.search(element.get("style") or "")
     return bool(is_hidden or _UNSEEN.fullmatch(tag))
+
+
+def _grid(table: Any) -> tuple[list[list[str]], list[bool]]:
+    """The texts of the rows, all in their columns, and whether each row is one of names (<th>).
+
+    A cell that spans rows holds for each of them. One that spans columns stands in the first of them; a name beside
+    other names stands in each.
+    """
+    rows: list[list[str]] = []
+    heads: list[bool] = []
+    above: dict[int, tuple[str, int]] = {}  # column -> what spans it from above, and how many rows more
+    group = None
+    for row in table.iter("tr"):
+        if row.getparent() is not group:  # <thead>, <tbody>: no cell reaches beyond its own
+            group, above = row.getparent(), {}
+        own = [cell for cell in row if cell.tag in ("td", "th")]
+        heads.append(bool(own) and all(cell.tag == "th" for cell in own))
+        is_alone = len(own) == 1
+        below: dict[int, tuple[str, int]] = {}
+        texts: list[str] = []
+        width = max(above, default=-1) + 1
+        while own or len(texts) < width:
+            if len(texts) in above:
+                text, n_rows = above[len(texts)]
+                spanned = [text]
+            elif own:
+                cell = own.pop(0)
+                text, n_rows = _cell_text(cell), _span(cell, "rowspan", _MAX_ROWSPAN)
+                n_more = _span(cell, "colspan", _MAX_COLSPAN) - 1
+                spanned = [text] + [text if cell.tag == "th" and not is_alone else ""] * n_more
+            else:
+                spanned, n_rows = [""], 1
+            if n_rows > 1:
+                below |= {len(texts) + i: (text, n_rows - 1) for i, text in enumerate(spanned)}
+            texts += spanned
+        rows.append(texts)
+        above = below
+    return rows, heads
+
+
+def _span(cell: Any, name: str, most: int) -> int:
+    found = re.match(r"\s*([0-9]{1,9})", cell.get(name) or "")
+    if not found:
+        return 1
+    return min(int(found[1]), most) or (most if name == "rowspan" else 1)  # rowspan=0: to the end of the group
 
 
 def _cell_text(cell: Any) -> str:

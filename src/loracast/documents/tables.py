@@ -10,18 +10,21 @@ def rows_to_lines(rows: Sequence[Sequence[str]], has_header: bool | None = None)
     """Turn each row into a line "header: value; header: value", without empty cells.
 
     `has_header` None lets the cells decide. Two columns without a known header are names and values: "name: value".
+    First rows with nothing beside their first cell are titles, each a line.
     """
     cells = [row for row in ([" ".join(cell.split()) for cell in row] for row in rows) if any(row)]
     if not cells:
         return []
     width = max(map(len, cells))
+    n_titles = next((i for i, row in enumerate(cells) if any(row[1:])), 0)
+    titles, cells = [row[0] for row in cells[:n_titles]], cells[n_titles:]
     if has_header is None:
         has_header = width > 2 and len(cells) > 1 and looks_like_header(cells[0])
     if has_header and len(cells) > 1:
-        return [named_row(cells[0], row) for row in cells[1:]]
+        return titles + [named_row(cells[0], row) for row in cells[1:]]
     if width == 2:
-        return [": ".join(filter(None, row)) for row in cells]
-    return [" | ".join(filter(None, row)) for row in cells]
+        return titles + [": ".join(filter(None, row)) for row in cells]
+    return titles + [" | ".join(filter(None, row)) for row in cells]
 
 
 def looks_like_header(row: Sequence[str]) -> bool:
