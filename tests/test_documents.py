@@ -365,6 +365,57 @@ def test_running_headers_page_numbers_and_suspended_hyphens() -> None:
     assert join_lines([Line("1999", 10.0, 700.0, 1)]) == "1999"
 
 
+def paged(*edges: str, foot: bool = False) -> str:
+    """Pages of text with these lines at their top, or at their foot."""
+    lines = []
+    for page, edge in enumerate(edges, 1):
+        own = [Line(edge, 10.0, 30.0 if foot else 800.0, page)] if edge else []
+        body = [Line(f"Ink of page {'abcdefgh'[page]} weighs a gram.", 10.0, 700.0, page)]
+        lines += body + own if foot else own + body
+    return join_lines(lines)
+
+
+@pytest.mark.parametrize("foot", [False, True])
+@pytest.mark.parametrize(
+    "edges",
+    [
+        ("Question 1", "Question 4", "Question 7", "Question 9"),
+        ("12 34 56", "13 35 57", "14 36 58", "15 37 59"),
+        ("1 17", "2 18", "3 19", "4 20"),
+        ("Total 120", "Total 340", "Total 560"),
+        ("1999", "2004", "1987"),
+        ("Day 1 of the trip", "Day 3 of the trip", "Day 5 of the trip"),
+        ("3 pumps in 7", "4 pumps in 2", "9 pumps in 5"),
+    ],
+)
+def test_a_line_whose_number_is_not_that_of_the_page_is_text(edges: tuple[str, ...], foot: bool) -> None:
+    text = paged(*edges, foot=foot)
+    assert all(text.count(edge) == 1 for edge in edges)
+
+
+def test_headings_that_count_from_one_on_each_page_are_text() -> None:
+    assert all(f"Day {day}" in paged("Day 1", "Day 2", "Day 3", "Day 4") for day in range(1, 5))
+
+
+@pytest.mark.parametrize("foot", [False, True])
+@pytest.mark.parametrize(
+    "edges",
+    [
+        ("Kiln Manual 1", "Kiln Manual 2", "Kiln Manual 3"),
+        ("", "2 Kiln Manual", "", "4 Kiln Manual", "", "6 Kiln Manual", ""),
+        ("", "Kilns 17", "Kilns 18", "Kilns 19", "Doors 20", "Doors 21", "Doors 22"),
+        ("12 CHAPTER 1. KILNS", "13 CHAPTER 1. KILNS", "14 CHAPTER 1. KILNS"),
+        ("7", "8", "9", "3.5 m"),
+        ("Page 3 of 9", "Page 4 of 9"),
+        ("1/3", "2/3", "3/3"),
+    ],
+)
+def test_page_numbers_and_titles_beside_them_go(edges: tuple[str, ...], foot: bool) -> None:
+    text = paged(*edges, foot=foot)
+    assert not any(edge in text for edge in edges if edge and edge != "3.5 m")
+    assert text.count("Ink of page") == len(edges)
+
+
 def test_a_heading_that_comes_on_every_page_is_no_running_header() -> None:
     lines = []
     for page, colour in enumerate(("Red", "Blue", "Green"), 1):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 
@@ -22,9 +22,12 @@ class Line(NamedTuple):
 
 
 _PAGE_NUMBER = re.compile(
-    r"[-–—| ]*(page|seite|p\.|pg\.?)?\s*(\d{1,4}|[ivxlc]{1,6})(\s*(of|von|de|/)\s*\d{1,4})?[-–—| ]*", re.I
+    r"[-–—| ]*(page|seite|blatt|sheet|p[áa]gina|sida|side|strona|p\.|pg\.?)?\s*(\d{1,4}|[ivxlc]{1,6})"
+    r"(\s*(of|von|de|/)\s*\d{1,4})?[-–—| ]*",
+    re.I,
 )
 _ENDS_IN_NUMBER = re.compile(r"^\d{1,4}\s|\s\d{1,4}$")  # as a header of every other page or of a chapter does
+_NUMBER = re.compile(r"(?<!\d)\d{1,4}(?!\d)")
 _LEADER = re.compile(r"(\s?\.){4,}")  # the dots of a table of contents
 _BULLETS = r"[\x7f\uf0b7\uf0a7\uf0d8\uf0fc\uf076•‣▪●○◦■□]"  # \x7f and \uf0..: those of symbol fonts
 _BULLET = re.compile(rf"({_BULLETS}|[–*·-](?=\s))\s*(?=\S)")  # "-5" is a number
@@ -96,21 +99,22 @@ def drop_running_lines(lines: Sequence[Line]) -> list[Line]:
     for go_down in (True, False):
         orders = [_by_height(own, go_down) for own in pages.values()]
         for depth in range(2):
-            outer = [order[depth] for order in orders if len(order) > depth]
-            seen = Counter(_key(line.text) for line in outer)
+            orders = [order for order in orders if len(order) > depth]
+            numbers = _page_numbers([order[depth] for order in orders], is_top=go_down)
+            # What the same line has in common on all pages: its text, or what is around its page number.
+            names = [numbers.get(id(order[depth]), order[depth].text.lower()) for order in orders]
+            seen = Counter(names)
             done: set[str] = set()
             orders_left = []
-            for order in orders:
-                if len(order) <= depth:
-                    continue
+            for order, name in zip(orders, names, strict=True):
                 line = order[depth]
                 is_large = line.size >= _HEADING_SCALE * body > 0
-                kind = "" if is_large else _runs(line, seen[_key(line.text)], len(pages))
+                kind = "" if is_large else _runs(line, id(line) in numbers, seen[name], len(pages))
                 if kind:
                     orders_left.append(order)
-                if kind == "number" or (kind == "text" and _key(line.text) in done):
+                if kind == "number" or (kind == "text" and name in done):
                     dropped.add(id(line))
-                done.add(_key(line.text))
+                done.add(name)
             orders = orders_left
     return [line for line in lines if id(line) not in dropped]
 
@@ -121,12 +125,37 @@ def _by_height(lines: Sequence[Line], go_down: bool) -> list[Line]:
     return sorted(lines, key=lambda line: line.height or 0.0, reverse=go_down)
 
 
-def _runs(line: Line, n_seen: int, n_pages: int) -> str:
+def _page_numbers(outer: Sequence[Line], *, is_top: bool) -> dict[int, str]:
+    """Line ids -> the text around their numbers, for those of the outermost lines that hold the number of their page.
+
+    Lines that are alike but for a number do, where that grows by one from page to page in most of them. A row of
+    numbers does not, nor does a heading such as "Day 1", "Day 2" at the top of each page.
+    """
+    alike: dict[str, list[Line]] = {}
+    for line in outer:
+        alike.setdefault(re.sub(r"\d+", "#", line.text.lower()), []).append(line)
+    found: dict[int, str] = {}
+    for key, lines in alike.items():
+        is_bare = bool(_PAGE_NUMBER.fullmatch(lines[0].text))
+        if not is_bare and not any(c.isalpha() for c in key):
+            continue
+        # For each line, which of its numbers it is and how much it is ahead of the page.
+        leads = [{(i, int(n) - line.page) for i, n in enumerate(_NUMBER.findall(line.text))} for line in lines]
+        usual, n_usual = Counter(chain.from_iterable(leads)).most_common(1)[0] if any(leads) else ((0, 0), 0)
+        numbered = [line for line, own in zip(lines, leads, strict=True) if usual in own]
+        is_counted = is_top and not is_bare and len(key.split()) == 2 and numbered and numbered[0].page + usual[1] == 1
+        if n_usual >= max(min(3, len(lines)), len(lines) / 2) and not is_counted:
+            found |= {id(line): key for line in numbered}
+    return found
+
+
+def _runs(line: Line, has_page_number: bool, n_seen: int, n_pages: int) -> str:
     """ "number" for a page number or a header with one, "text" for another running line, "" for the document's text."""
     is_on_most = 2 * n_seen > n_pages
-    if _PAGE_NUMBER.fullmatch(line.text) and is_on_most and (n_pages > 1 or "page" in line.text.lower()):
+    is_bare = has_page_number and _PAGE_NUMBER.fullmatch(line.text)
+    if is_bare and is_on_most and (n_pages > 1 or "page" in line.text.lower()):
         return "number"
-    if n_seen >= 3 and _ENDS_IN_NUMBER.search(line.text):  # on every other page, or on those of one chapter
+    if has_page_number and n_seen >= 3 and _ENDS_IN_NUMBER.search(line.text):  # on every other page, or of a chapter
         return "number"
     return "text" if n_seen >= 3 and is_on_most else ""
 
@@ -141,10 +170,6 @@ def _with_their_bullets(lines: Sequence[Line]) -> list[Line]:
         else:
             out.append(line)
     return out
-
-
-def _key(text: str) -> str:
-    return re.sub(r"\d+", "#", text.lower())
 
 
 def _heading_levels(lines: Sequence[Line], body: float, *, may_be_bold: bool) -> list[int]:
