@@ -232,6 +232,88 @@ def test_docx_tables_with_merged_cells_and_a_repeated_header() -> None:
     assert read_bytes(stream.getvalue()).text.endswith("Year: K-1; 2021: 3 mm\nYear: K-1; 2021: 4 mm")
 
 
+def word(body: str) -> Document:
+    """A Word file with this XML in its body."""
+    file = docx.Document()
+    parsed = docx.oxml.parse_xml(f"<w:body {docx.oxml.ns.nsdecls('w', 'm')}>{body}</w:body>")
+    for element in reversed(list(parsed)):
+        file.element.body.insert(0, element)
+    stream = io.BytesIO()
+    file.save(stream)
+    return read_bytes(stream.getvalue())
+
+
+def m_run(text: str) -> str:
+    return f"<m:r><m:t>{text}</m:t></m:r>"
+
+
+FRACTION = f"<m:f><m:num>{m_run('1')}</m:num><m:den>{m_run('2')}</m:den></m:f>"
+POWER = f"<m:sSup><m:e>{m_run('10')}</m:e><m:sup>{m_run('6')}</m:sup></m:sSup>"
+
+
+@pytest.mark.parametrize(
+    ("equation", "text"),
+    [
+        (m_run("x = 5"), "x = 5"),
+        (m_run("3") + FRACTION + m_run("m"), "3 1/2 m"),
+        (f"<m:f><m:num>{m_run('a+b')}</m:num><m:den>{FRACTION}</m:den></m:f>", "(a+b)/(1/2)"),
+        (m_run("4×") + POWER, "4×10^6"),
+        (f"<m:sSup><m:e>{m_run('s')}</m:e><m:sup>{m_run('-2')}</m:sup></m:sSup>", "s^-2"),
+        (f"<m:sSubSup><m:e>{m_run('x')}</m:e><m:sub>{m_run('1')}</m:sub><m:sup>{m_run('n+1')}</m:sup></m:sSubSup>", "x_1^(n+1)"),
+        (f"<m:rad><m:deg/><m:e>{m_run('2')}</m:e></m:rad>", "√(2)"),
+        (f"<m:rad><m:deg>{m_run('3')}</m:deg><m:e>{m_run('8')}</m:e></m:rad>", "8^(1/3)"),
+        (m_run("2") + f"<m:d><m:e>{m_run('3+4')}</m:e></m:d>", "2(3+4)"),
+        (f"<m:d><m:dPr><m:begChr m:val='['/><m:endChr m:val=''/></m:dPr><m:e>{m_run('3')}</m:e></m:d>", "[3"),
+        (f"<m:nary><m:naryPr><m:chr m:val='∑'/></m:naryPr><m:sub>{m_run('i=1')}</m:sub><m:e>{m_run('i')}</m:e></m:nary>", "∑_(i=1) i"),
+        (f"<m:m><m:mr><m:e>{m_run('1')}</m:e><m:e>{m_run('2')}</m:e></m:mr><m:mr><m:e>{m_run('3')}</m:e></m:mr></m:m>", "1, 2; 3"),
+    ],
+)  # fmt: skip
+def test_docx_equations(equation: str, text: str) -> None:
+    math = f"<m:oMath>{equation}</m:oMath>"
+    document = word(f"<w:p><w:r><w:t>It is</w:t><w:tab/></w:r>{math}</w:p><w:p><m:oMathPara>{math}</m:oMathPara></w:p>")
+    assert document.text == f"It is {text}\n\n{text}"
+
+
+def test_docx_equations_nested_deeply_take_linear_time() -> None:
+    equation = m_run("1")
+    for _ in range(40):
+        equation = f"<m:d><m:e>{equation}</m:e></m:d>"
+    assert word(f"<w:p><m:oMath>{equation}</m:oMath></w:p>").text == "(" * 40 + "1" + ")" * 40
+
+
+def test_docx_symbols() -> None:
+    def sym(font: str, code: str) -> str:
+        return f"<w:r><w:sym w:font='{font}' w:char='{code}'/></w:r>"
+
+    five = "<w:r><w:t xml:space='preserve'>5 </w:t></w:r>"
+    known = (
+        sym("Symbol", "F0B1")
+        + sym("Symbol", "B3")
+        + sym("Symbol", "F06D")
+        + sym("Wingdings", "F0FE")
+        + sym("Arial", "00B5")
+    )
+    document = word(f"<w:p>{five}{known}</w:p>")
+    assert (document.text, document.warnings) == ("5 ±≥μ☑µ", ())
+    document = word(f"<w:p>{five}{sym('Webdings', 'F061')}{sym('Symbol', 'x')}</w:p>")
+    assert document.text == "5 \ufffd\ufffd"
+    assert document.warnings == ("symbols of a font that is not known here (Symbol, Webdings) read \ufffd: 2 in all",)
+
+
+def test_docx_rows_in_content_controls_and_custom_xml() -> None:
+    def row(*cells: str) -> str:
+        return f"<w:tr>{''.join(f'<w:tc><w:p><w:r><w:t>{cell}</w:t></w:r></w:p></w:tc>' for cell in cells)}</w:tr>"
+
+    inner = f"<w:tbl>{row('deep', 'er')}</w:tbl>"
+    rows = (
+        row("Part", "Mass")
+        + f"<w:sdt><w:sdtContent>{row('Door', '7 kg')}</w:sdtContent></w:sdt>"
+        + f"<w:customXml><w:sdt><w:sdtContent>{row('Shelf', '2 kg')}</w:sdtContent></w:sdt></w:customXml>"
+        + f"<w:tr><w:tc><w:p/>{inner}</w:tc></w:tr>"
+    )
+    assert word(f"<w:tbl>{rows}</w:tbl>").text == "Part: Mass\nDoor: 7 kg\nShelf: 2 kg\ndeep: er"
+
+
 def test_docx_whose_inside_is_broken_or_has_macros() -> None:
     assert "damaged Word file" in refusal(rewritten("word/document.xml", b"</w:body>", b""))
     assert "damaged Word file" in refusal(rewritten("_rels/.rels", b"officeDocument", b"nothing"))

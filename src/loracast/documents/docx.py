@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from docx.oxml.ns import qn
 
 from loracast.documents.clean import brief, join_blocks, normalise, sensible_title
 from loracast.documents.document import Limits, Parsed
+from loracast.documents.equations import UNKNOWN, linear, symbol
 from loracast.documents.kind import READABLE
 from loracast.documents.tables import rows_to_lines
 from loracast.errors import DocumentError
@@ -28,6 +30,7 @@ _SMALL_PART = 1_000_000  # bytes; below it a ratio says nothing, since a page of
 _FALLBACK = "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback"
 # Deleted or moved away; the duplicate of a text box for old readers; not of this paragraph but of the box inside it.
 _SKIPPED = {qn("w:del"), qn("w:moveFrom"), _FALLBACK, qn("w:txbxContent"), qn("w:pPr"), qn("w:rPr")}
+_EQUATIONS = {qn("m:oMath"), qn("m:oMathPara")}
 _BREAKS = {qn("w:br"): "\n", qn("w:cr"): "\n", qn("w:tab"): " ", qn("w:noBreakHyphen"): "-"}
 
 
@@ -52,7 +55,12 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
     if not text.strip():
         raise DocumentError(f"{label} holds no text: if its pages are pictures, save it as PDF and run `ocrmypdf`")
     first_heading = next((block.lstrip("# ") for block in blocks if block.startswith("#")), "")
-    return Parsed(text, title or first_heading)
+    fonts = ", ".join(sorted(walker.unknown))
+    n_unknown = walker.unknown.total()
+    warnings = (
+        [f"symbols of a font that is not known here ({fonts}) read {UNKNOWN}: {n_unknown} in all"] if n_unknown else []
+    )
+    return Parsed(text, title or first_heading, warnings=tuple(warnings))
 
 
 def check_package(data: bytes, label: str, limits: Limits) -> None:
@@ -140,6 +148,7 @@ class _Walker:
 
     def __init__(self, levels: dict[str, int], items: set[str]) -> None:
         self.levels, self.items = levels, items
+        self.unknown: Counter[str] = Counter()  # fonts of symbols that have no character here
 
     def blocks(self, element: Any) -> Iterator[str]:
         if element.tag == qn("w:p"):
@@ -150,6 +159,8 @@ class _Walker:
                     yield from self._children(box)
         elif element.tag == qn("w:tbl"):
             yield "\n".join(rows_to_lines(*self._table(element)))
+        elif element.tag in _EQUATIONS:
+            yield " ".join(linear(element).split())
         elif element.tag not in _SKIPPED:  # content controls, custom XML, tracked insertions of whole paragraphs
             yield from self._children(element)
 
@@ -158,7 +169,7 @@ class _Walker:
             yield from self.blocks(child)
 
     def _paragraph(self, paragraph: Any) -> str:
-        text = "\n".join(filter(None, (" ".join(line.split()) for line in "".join(_runs(paragraph)).split("\n"))))
+        text = "\n".join(filter(None, (" ".join(line.split()) for line in "".join(self._runs(paragraph)).split("\n"))))
         properties = paragraph.find(qn("w:pPr"))
         if not text or properties is None:
             return text
@@ -173,13 +184,15 @@ class _Walker:
     def _table(self, table: Any) -> tuple[list[list[str]], bool | None]:
         rows: list[list[str]] = []
         has_header = None
-        for row in table.iterchildren(qn("w:tr")):
+        for row in table.iter(qn("w:tr")):  # content controls and custom XML may hold rows and cells
+            if next(row.iterancestors(qn("w:tbl"))) is not table:
+                continue  # of a table inside this one's cell, whose text is taken with the cell
             if not rows and row.find(f"{qn('w:trPr')}/{qn('w:tblHeader')}") is not None:
                 has_header = True
             cells: list[str] = []
             for cell in row.iter(qn("w:tc")):
                 if next(cell.iterancestors(qn("w:tbl"))) is not table:
-                    continue  # of a table inside this one's cell, whose text is taken with the cell
+                    continue
                 merge = cell.find(f"{qn('w:tcPr')}/{qn('w:vMerge')}")
                 if merge is not None and _value(merge) != "restart" and rows and len(cells) < len(rows[-1]):
                     cells.append(rows[-1][len(cells)])  # merged with the cell above: it holds for this row as well
@@ -190,18 +203,24 @@ class _Walker:
             rows.append(cells)
         return rows, has_header
 
-
-def _runs(element: Any) -> Iterator[str]:
-    for child in element:
-        if child.tag in _SKIPPED:
-            continue
-        if child.tag == qn("w:r"):
-            vanish = child.find(f"{qn('w:rPr')}/{qn('w:vanish')}")
-            if vanish is not None and _value(vanish) not in ("0", "false", "off"):
-                continue  # hidden text
-        if child.tag == qn("w:t"):
-            yield child.text or ""
-        elif child.tag in _BREAKS:
-            yield _BREAKS[child.tag]
-        else:
-            yield from _runs(child)
+    def _runs(self, element: Any) -> Iterator[str]:
+        for child in element:
+            if child.tag in _SKIPPED:
+                continue
+            if child.tag == qn("w:r"):
+                vanish = child.find(f"{qn('w:rPr')}/{qn('w:vanish')}")
+                if vanish is not None and _value(vanish) not in ("0", "false", "off"):
+                    continue  # hidden text
+            if child.tag == qn("w:t"):
+                yield child.text or ""
+            elif child.tag in _EQUATIONS:
+                yield linear(child)
+            elif child.tag == qn("w:sym"):
+                character = symbol(child)
+                if character == UNKNOWN:
+                    self.unknown[child.get(qn("w:font")) or "of none"] += 1
+                yield character
+            elif child.tag in _BREAKS:
+                yield _BREAKS[child.tag]
+            else:
+                yield from self._runs(child)
