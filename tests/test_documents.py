@@ -146,6 +146,25 @@ def test_a_span_that_is_none_or_enormous(span: str) -> None:
     assert text == "a: d"
 
 
+@pytest.mark.parametrize(
+    ("html", "text"),
+    [
+        ("5×10<sup>6</sup> m<sup>2</sup>.", "5×10^6 m^2."),
+        ("x<sup>n+1</sup> 10<sup>-3</sup> e<sup>x<sup>2</sup></sup>", "x^(n+1) 10^-3 e^(x^2)"),
+        ("24<sup>1</sup> months, 3.<sup>2</sup> ", "24^1 months, 3.^2"),
+        ("24<sup><a href='#1'>1</a></sup> months, 7<a href='#2'><sup>[2]</sup></a>", "24[1] months, 7[2]"),
+        ("the <a href='#'>10<sup>6</sup> pumps</a>", "the 10^6 pumps"),
+        ("the 1<sup>st</sup> and 22<sup>nd</sup>", "the 1st and 22nd"),
+        ("a<sup> </sup>b<sup></sup>c <sup>1</sup>d<sup>2 </sup>e", "a bc 1d^2 e"),
+        ("<del>24</del><ins>36</ins> <s>9</s> <strike>8</strike>7", "36 7"),
+        ("a<sup hidden>1</sup>", "a"),
+    ],
+)
+def test_html_superscripts_and_struck_out_text(html: str, text: str) -> None:
+    assert read_bytes(f"<p>{html}", "x.html").text == text
+    assert table("<td>a<td>b", f"<td>c<td>{html}") == f"a: b\nc: {text}"
+
+
 def test_html_in_the_encoding_that_it_declares() -> None:
     page = "<html><meta charset='windows-1252'><p>Grønvik – 3 €".encode("cp1252")
     assert read_bytes(page, "x.html").text == "Grønvik – 3 €"
@@ -279,6 +298,21 @@ def test_docx_equations_nested_deeply_take_linear_time() -> None:
     for _ in range(40):
         equation = f"<m:d><m:e>{equation}</m:e></m:d>"
     assert word(f"<w:p><m:oMath>{equation}</m:oMath></w:p>").text == "(" * 40 + "1" + ")" * 40
+
+
+def test_docx_superscripts() -> None:
+    def run(text: str, raised: str = "") -> str:
+        align = f"<w:rPr><w:vertAlign w:val='{raised}'/></w:rPr>" if raised else ""
+        return f"<w:r>{align}<w:t xml:space='preserve'>{text}</w:t></w:r>"
+
+    power = run("5×10") + run("-", "superscript") + run("6", "superscript")
+    link = f"<w:hyperlink>{run('n+1', 'superscript')}</w:hyperlink>"
+    ends = run("H") + run("2", "subscript") + run("O, the 1") + run("st ", "superscript") + run("of May")
+    math = f"{run('3', 'superscript')}<m:oMath>{m_run('x')}</m:oMath>"
+    body = f"<w:p>{power}{run(' x')}{link} {run(', ')}{ends}{math}</w:p>"
+    assert word(body).text == "5×10^-6 x^(n+1), H2O, the 1st of May^3x"
+    gap = "<w:r><w:rPr><w:vertAlign w:val='superscript'/></w:rPr><w:tab/></w:r>"
+    assert word(f"<w:p>{run('a')}{gap}{run('b')}</w:p>").text == "a b"
 
 
 def test_docx_symbols() -> None:

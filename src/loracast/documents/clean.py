@@ -82,6 +82,19 @@ def normalise(text: str) -> str:
     return _BLANK_LINES.sub("\n\n", text).strip("\n")
 
 
+_ORDINAL = re.compile("st|nd|rd|th|er|re|ème", re.I)
+
+
+def superscript(before: str, raised: str) -> str:
+    """What is written for raised text behind `before`: "^6" after "10" and "^(n+1)" after "x", but "st" after "1"."""
+    is_apart = not before or before[-1].isspace() or not raised or raised[0].isspace()
+    bare = raised.rstrip()
+    if is_apart or (before[-1].isdigit() and _ORDINAL.fullmatch(bare)):
+        return raised
+    is_one = re.fullmatch(r"[-−+]?[\w.,]+|\W", bare)
+    return (f"^{bare}" if is_one else f"^({bare})") + raised[len(bare) :]
+
+
 def join_blocks(blocks: Iterable[str]) -> str:
     """Blocks of text as paragraphs after blank lines; items of one list stay together."""
     parts: list[str] = []

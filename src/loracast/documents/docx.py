@@ -11,6 +11,8 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import docx
@@ -18,7 +20,7 @@ from docx.opc.constants import RELATIONSHIP_TYPE
 from docx.oxml import parse_xml
 from docx.oxml.ns import qn
 
-from loracast.documents.clean import brief, join_blocks, normalise, sensible_title
+from loracast.documents.clean import brief, join_blocks, normalise, sensible_title, superscript
 from loracast.documents.document import Limits, Parsed
 from loracast.documents.equations import UNKNOWN, linear, symbol
 from loracast.documents.kind import READABLE
@@ -169,7 +171,7 @@ class _Walker:
             yield from self.blocks(child)
 
     def _paragraph(self, paragraph: Any) -> str:
-        text = "\n".join(filter(None, (" ".join(line.split()) for line in "".join(self._runs(paragraph)).split("\n"))))
+        text = "\n".join(filter(None, (" ".join(line.split()) for line in self._text(paragraph).split("\n"))))
         properties = paragraph.find(qn("w:pPr"))
         if not text or properties is None:
             return text
@@ -180,6 +182,13 @@ class _Walker:
             return "#" * min(level, 6) + " " + " ".join(text.split())
         is_item = properties.find(qn("w:numPr")) is not None or style in self.items
         return f"- {text}" if is_item else text
+
+    def _text(self, paragraph: Any) -> str:
+        text = ""
+        for is_raised, runs in groupby(self._runs(paragraph), key=itemgetter(0)):
+            joined = "".join(run for _, run in runs)
+            text += superscript(text, joined) if is_raised else joined
+        return text
 
     def _table(self, table: Any) -> tuple[list[list[str]], bool | None]:
         rows: list[list[str]] = []
@@ -203,24 +212,27 @@ class _Walker:
             rows.append(cells)
         return rows, has_header
 
-    def _runs(self, element: Any) -> Iterator[str]:
+    def _runs(self, element: Any, is_raised: bool = False) -> Iterator[tuple[bool, str]]:
+        """For each piece of text whether it is a superscript, and the piece."""
         for child in element:
             if child.tag in _SKIPPED:
                 continue
+            own = is_raised
             if child.tag == qn("w:r"):
                 vanish = child.find(f"{qn('w:rPr')}/{qn('w:vanish')}")
                 if vanish is not None and _value(vanish) not in ("0", "false", "off"):
                     continue  # hidden text
+                own = _value(child.find(f"{qn('w:rPr')}/{qn('w:vertAlign')}")) == "superscript"
             if child.tag == qn("w:t"):
-                yield child.text or ""
+                yield own, child.text or ""
             elif child.tag in _EQUATIONS:
-                yield linear(child)
+                yield own, linear(child)
             elif child.tag == qn("w:sym"):
                 character = symbol(child)
                 if character == UNKNOWN:
                     self.unknown[child.get(qn("w:font")) or "of none"] += 1
-                yield character
+                yield own, character
             elif child.tag in _BREAKS:
-                yield _BREAKS[child.tag]
+                yield own, _BREAKS[child.tag]
             else:
-                yield from self._runs(child)
+                yield from self._runs(child, own)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lxml import etree
 
-from loracast.documents.clean import decode, join_blocks, normalise
+from loracast.documents.clean import decode, join_blocks, normalise, superscript
 from loracast.documents.document import Limits, Parsed
 from loracast.documents.tables import rows_to_lines
 from loracast.errors import DocumentError
@@ -19,7 +19,7 @@ _KNOWN_CHARSETS = re.compile(
     r"(windows-12\d\d|iso-8859-\d+|latin-?\d|us-ascii|koi8-[ru]|shift_jis|euc-(jp|kr)|gb(k|2312|18030)|big5|macintosh)$",
     re.I,
 )
-_UNSEEN = re.compile("script|style|template|noscript|svg|annotation|iframe|object|canvas|select|textarea")
+_UNSEEN = re.compile("script|style|template|noscript|svg|annotation|iframe|object|canvas|select|textarea|del|s|strike")
 _INVISIBLE_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
 _INLINE = re.compile(
     "a|abbr|acronym|b|bdi|bdo|big|cite|code|data|del|dfn|em|font|i|img|input|ins|kbd|label|mark|math|mi|mn|mo|mrow|ms|"
@@ -81,6 +81,10 @@ class _Writer:
         for event, element in events:
             tag = element.tag if isinstance(element.tag, str) else ""
             if event == "start":
+                if tag == "sup" and not _is_unseen(element, tag):
+                    self.add(_raised(element, self.line))
+                    events.skip_subtree()
+                    continue
                 if tag == "head" or _is_unseen(element, tag) or (tag == "table" and self._write_table(element)):
                     events.skip_subtree()
                     continue
@@ -193,7 +197,22 @@ def _cell_text(cell: Any) -> str:
             if _is_unseen(element, tag):
                 events.skip_subtree()
                 continue
+            if tag == "sup" and element is not cell:
+                parts.append(_raised(element, parts))
+                events.skip_subtree()
+                continue
             parts += ["" if _INLINE.fullmatch(tag) else " ", element.text or ""]
         elif element is not cell:
             parts.append(element.tail or "")
     return " ".join("".join(parts).split())
+
+
+def _raised(element: Any, before: list[str]) -> str:
+    """The text of a <sup>: behind "^", or in brackets where it is a link, as the mark of a note is."""
+    text = _cell_text(element)
+    end = " " if "".join(element.itertext())[-1:].isspace() else ""
+    parent = element.getparent()
+    is_link = parent.tag == "a" and len(parent) == 1 and not (parent.text or element.tail or "").strip()
+    if text and (is_link or element.find(".//a") is not None):
+        return f"[{text.strip('[]()')}]{end}"
+    return superscript(next(filter(None, reversed(before)), ""), text + end)
