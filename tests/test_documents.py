@@ -86,7 +86,7 @@ def test_html() -> None:
     document = read_document(FILES / "page.html")
     assert document.text == (
         "# Kilns\n\nThe kiln stands in Halden. It has three legs.\n\n## Parts\n\n- a door\n- a shelf\n\n"
-        "Part: Handle; Weight: 13 g\nPart: Shelf\n\nFirst line\nsecond line\n\na  b\nc"
+        "Part: Handle; Weight: 13 g\nPart: Shelf\n\nFirst line\nsecond line\n\n```\na  b\nc\n```"
     )
     assert (document.title, document.media_type) == ("Halden & Sons", "text/html")
     unnamed = read_bytes("<!DOCTYPE html><p>By its content")
@@ -163,6 +163,13 @@ def test_a_span_that_is_none_or_enormous(span: str) -> None:
 def test_html_superscripts_and_struck_out_text(html: str, text: str) -> None:
     assert read_bytes(f"<p>{html}", "x.html").text == text
     assert table("<td>a<td>b", f"<td>c<td>{html}") == f"a: b\nc: {text}"
+
+
+def test_html_code_is_fenced() -> None:
+    page = "<h1>Run</h1><ul><li><pre>\n# not this\n  pip  x\n</pre>more<li>next</ul><pre><div># a</div><div>``` b</div></pre>end"
+    document = read_bytes(page, "x.html")
+    assert document.text == "# Run\n\n```\n# not this\n  pip  x\n```\n\nmore\n\n- next\n\n````\n# a\n``` b\n````\n\nend"
+    assert [heading.title for heading in find_headings(document.text)] == ["Run"]
 
 
 def test_html_in_the_encoding_that_it_declares() -> None:
@@ -445,7 +452,7 @@ def test_readable_stem() -> None:
 
 
 def test_headings() -> None:
-    text = "Title\n=====\n\n## Sub ##\n\ntext\n---\n\n```\n# code\n```\n#no\n- item\n---\nlong\ntext\n---\n#### *Deep*"
+    text = "Title\n=====\n\n## Sub ##\n\ntext\n---\n\n```\n# code\n```\n#no\n- item\n---\nlong\ntext\n---\n```x```\n#### *Deep*"
     found = find_headings(text)
     assert [(h.level, h.title) for h in found] == [(1, "Title"), (2, "Sub"), (2, "text"), (4, "Deep")]
     assert [text[h.start : h.end] for h in found] == ["Title\n=====", "## Sub ##", "text\n---", "#### *Deep*"]

@@ -25,6 +25,7 @@ _INLINE = re.compile(
     "a|abbr|acronym|b|bdi|bdo|big|cite|code|data|del|dfn|em|font|i|img|input|ins|kbd|label|mark|math|mi|mn|mo|mrow|ms|"
     "mtext|nobr|q|rp|rt|ruby|s|samp|small|span|strike|strong|sub|sup|time|tt|u|var|wbr|"  # no tag: a comment
 )
+_LINES = {"div", "p", "li", "ol", "ul", "section", "figure"}
 _MAX_COLSPAN, _MAX_ROWSPAN = 1000, 65534  # where browsers stop as well
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 
@@ -67,8 +68,12 @@ class _Writer:
         if not self.n_pre:
             lines = (" ".join(line.split()) for line in joined.split("\n"))
             joined = "\n".join(filter(None, lines))
-        if joined.strip():
-            self.blocks.append(self.prefix + (joined if self.n_pre else joined.strip()))
+        if self.n_pre and joined.strip() and not self.prefix.startswith("#"):
+            # As code in markdown, where a line that starts with # is no heading.
+            ticks = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", joined))])
+            self.blocks.append(f"{ticks}\n{joined.strip(chr(10))}\n{ticks}")
+        elif joined.strip():
+            self.blocks.append(self.prefix + joined.strip())
             self.prefix = ""
         self.line = []
 
@@ -98,6 +103,8 @@ class _Writer:
     def _open(self, element: Any, tag: str) -> None:
         if tag == "br":
             self.line.append("\n")
+        elif self.n_pre and tag in _LINES:  # of code, each in a block of its own
+            self._end_line()
         elif not _INLINE.fullmatch(tag):
             self.flush()
             self.n_pre += tag == "pre"
@@ -110,11 +117,18 @@ class _Writer:
         # The end of a skipped element comes by here as well, with nothing collected.
         if _INLINE.fullmatch(tag) or tag in ("br", "head") or _is_unseen(element, tag):
             return
+        if self.n_pre and tag in _LINES:
+            self._end_line()
+            return
         if tag in _HEADINGS:
             self.line = [" ".join("".join(self.line).split())]
         self.flush()
         self.prefix = ""
         self.n_pre -= tag == "pre"
+
+    def _end_line(self) -> None:
+        if self.line and not self.line[-1].endswith("\n"):
+            self.line.append("\n")
 
     def _write_table(self, table: Any) -> bool:
         """Writes a table of data; False for one that lays a page out, whose cells are blocks of their own."""
