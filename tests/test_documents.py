@@ -377,6 +377,13 @@ def test_csv_rows_keep_their_meaning_alone() -> None:
     assert read_bytes('a,b\n"two\nlines",x\n', "x.csv").text == "a: two lines; b: x"
 
 
+@pytest.mark.parametrize("break_", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c"])
+def test_csv_cells_with_breaks_that_end_no_record(break_: str) -> None:
+    assert read_bytes(f"name,note\nAda,a{break_}b\nBo,c\n", "x.csv").text == "name: Ada; note: a b\nname: Bo; note: c"
+    assert read_bytes("name,note\nAda,a\u037e\nBo,c\u00ad\n", "x.csv").text == "name: Ada; note: a;\nname: Bo; note: c"
+    assert "only white space" in refusal(io.BytesIO(b" \n\n"), file_name="x.csv")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_encodings(encoding: str) -> None:
     assert read_bytes("Grønvik, 3 €, 日本\r\n".encode(encoding), "x.txt").text == "Grønvik, 3 €, 日本"

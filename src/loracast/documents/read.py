@@ -34,14 +34,14 @@ def read_document(
     if kind in ("pdf", "docx", "html"):
         parsed = parse_in_child(kind, data, label, limits)
     else:
-        text = normalise(decode(data, label))
+        text = decode(data, label)
+        if kind == "csv" and text.strip():  # before it is normalised, which makes new lines and delimiters
+            is_tsv = (file_name or "").lower().endswith(".tsv")
+            text = parse_csv(text, label, "\t" if is_tsv else None).text
+        text = normalise(text)
         if not text.strip():
             raise DocumentError(f"{label} holds only white space: there is nothing to learn from it")
-        if kind == "csv":
-            is_tsv = (file_name or "").lower().endswith(".tsv")
-            parsed = parse_csv(text, label, "\t" if is_tsv else None)
-        else:
-            parsed = Parsed(text, markdown_title(text))
+        parsed = Parsed(text, "" if kind == "csv" else markdown_title(text))
     if len(parsed.text) > limits.max_text_bytes or len(parsed.text.encode()) > limits.max_text_bytes:
         raise DocumentError(f"{label} holds more than {_mega(limits.max_text_bytes)} of text: split it into parts")
     return Document(
