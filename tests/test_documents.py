@@ -384,6 +384,24 @@ def test_csv_cells_with_breaks_that_end_no_record(break_: str) -> None:
     assert "only white space" in refusal(io.BytesIO(b" \n\n"), file_name="x.csv")
 
 
+def test_csv_whose_first_line_names_the_delimiter() -> None:
+    for line in ("sep=;", "SEP=;"):
+        assert read_bytes(f"{line}\r\nname;age, in years\r\nAda;36\r\n", "x.csv").text == "name: Ada; age, in years: 36"
+    assert read_bytes("sep=\t\nname\tage\nAda\t36\n", "x.csv").text == "name: Ada; age: 36"
+    assert "line 3" in refusal(io.BytesIO(b'sep=;\na;b\n"1;2\n'), file_name="x.csv")
+    assert read_bytes("sep=;\nname|age;x\nAda|36;y\n", "x.tsv").text == "name|age: Ada|36; x: y"
+
+
+def test_years_name_columns_and_other_numbers_do_not() -> None:
+    assert (
+        read_bytes("Country,Code,2019,2020\nPeru,PE,3,4\n", "x.csv").text == "Country: Peru; Code: PE; 2019: 3; 2020: 4"
+    )
+    assert table("<td>Country<td>2019<td>2020", "<td>Peru<td>3<td>4") == "Country: Peru; 2019: 3; 2020: 4"
+    for first in ("Ada,2019,2019", "Ada,1815,1852", "2019,2020,2021", "Ada,2019,12", "Ada,1990,London"):
+        lines = read_bytes(f"{first}\nx,3,4\n", "x.csv").text.split("\n")
+        assert len(lines) == 2 and lines[0].startswith("column 1: ")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_encodings(encoding: str) -> None:
     assert read_bytes("Grønvik, 3 €, 日本\r\n".encode(encoding), "x.txt").text == "Grønvik, 3 €, 日本"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from itertools import islice
 
 from loracast.documents.document import Parsed
@@ -11,16 +12,21 @@ from loracast.documents.tables import looks_like_header, named_row
 from loracast.errors import DocumentError
 
 DELIMITERS = ",;\t|"
+_NAMED_DELIMITER = re.compile(r"sep=([^\w\s\"]|\t)\r?\n", re.I)
 
 
 def parse_csv(text: str, label: str, delimiter: str | None = None) -> Parsed:
-    """The first row names the columns unless it holds a number. Raises DocumentError where there is no row of data."""
+    """The first row names the columns unless it holds a number that is no year. A line "sep=;" before it, which Excel
+    reads, names the delimiter. Raises DocumentError where there is no row of data.
+    """
+    named = _NAMED_DELIMITER.match(text)
+    delimiter = named[1] if named else delimiter or find_delimiter(text)
     lines: list[str] = []
     header: list[str] | None = None
     # Strict, since a quotation mark that is never closed would swallow all further rows into one cell.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter or find_delimiter(text), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        for raw in reader:
+        for raw in islice(reader, 1 if named else 0, None):
             row = [" ".join(cell.split()) for cell in raw]
             if not any(row):
                 continue

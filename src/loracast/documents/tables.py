@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+_YEAR = re.compile(r"(19|20)\d\d")
+
 
 def rows_to_lines(rows: Sequence[Sequence[str]], has_header: bool | None = None) -> list[str]:
     """Turn each row into a line "header: value; header: value", without empty cells.
@@ -28,10 +30,11 @@ def rows_to_lines(rows: Sequence[Sequence[str]], has_header: bool | None = None)
 
 
 def looks_like_header(row: Sequence[str]) -> bool:
-    """Distinct names, none of which is a number or a date."""
+    """Distinct names, none of which is a number or a date; but several years may follow a name."""
     names = [cell for cell in row if cell]
-    has_number = any(re.match(r"[-+€$£]?[\d.,]", name) for name in names)
-    return bool(names) and len(set(names)) == len(names) and not has_number
+    numbers = [name for name in names if re.match(r"[-+€$£]?[\d.,]", name)]
+    are_years = len(numbers) > 1 and row[0] not in numbers and all(map(_YEAR.fullmatch, numbers))
+    return bool(names) and len(set(names)) == len(names) and (not numbers or are_years)
 
 
 def named_row(header: Sequence[str], row: Sequence[str]) -> str:
