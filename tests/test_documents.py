@@ -178,6 +178,24 @@ def test_html_in_the_encoding_that_it_declares() -> None:
     assert "not UTF-8" in refusal(io.BytesIO(page.replace(b"windows-1252", b"utf-7")), file_name="x.html")
 
 
+@pytest.mark.parametrize(
+    ("label", "written", "text"),
+    [
+        ("iso-8859-1", "cp1252", "„3 €“ – Grønvik’s"),
+        ("latin1", "cp1252", "3 €"),
+        ("US-ASCII", "cp1252", "3 € – ø"),
+        ("iso-8859-9", "cp1254", "3 € ş"),
+        ("iso-8859-15", "iso-8859-15", "3 €"),
+        ("gb2312", "gb18030", "朱镕基 㐀"),
+        ("gbk", "gb18030", "3 € 㐀"),
+        ("Shift_JIS", "cp932", "①髙橋"),
+        ("euc-kr", "cp949", "똠방각하"),
+    ],
+)
+def test_html_labels_of_encodings_mean_what_browsers_take_them_for(label: str, written: str, text: str) -> None:
+    assert read_bytes(f"<html><meta charset={label}><p>{text}".encode(written), "x.html").text == text
+
+
 def test_pdf() -> None:
     document = read_document(FILES / "report.pdf")
     assert document.text == (

@@ -22,6 +22,11 @@ _BOMS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# What pages mean by the encodings that they declare (WHATWG, Encoding Standard, 4.2): as Python names them.
+_MEANT = {
+    "ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "iso8859-11": "cp874",
+    "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949",
+}  # fmt: skip
 _CONTROLS = re.compile(r"[\x01-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 
 
@@ -33,7 +38,7 @@ def decode(data: bytes, label: str, declared: str | None = None) -> str:
     except UnicodeDecodeError as error:
         if encoding == "utf-8" and declared:
             try:
-                return data.decode(declared)
+                return data.decode(_MEANT.get(codecs.lookup(declared).name, declared))
             except (UnicodeDecodeError, LookupError):
                 raise DocumentError(f"{label} declares the encoding {declared} but is not written in it") from None
         if encoding != "utf-8":
