@@ -93,6 +93,15 @@ def test_a_store_is_one_library_s(place, tmp_path):
     assert adapter_names(other) == ["lamp", "press"] and open_adapter(other, "press").version == adapter.version
 
 
+def test_the_version_made_last_is_the_newest_after_a_take_over(tmp_path):
+    one, there = tmp_path / "one", str(tmp_path / "there")
+    for seed in range(1, 6):
+        last = write(one, name="press", seed=seed, created=f"2026-01-0{seed}T00:00:00+00:00", replace=True)
+    use_store(one, there)
+    assert use_store(tmp_path / "other", there, take_over=True) == 5
+    assert open_adapter(tmp_path / "other", "press").version == last.version
+
+
 def test_damage_at_a_store_is_found(place, tmp_path):
     library = tmp_path / "library"
     adapter = write(library, name="press")

@@ -103,10 +103,11 @@ def use_store(library: Path, url: str, *, take_over: bool = False) -> int:
     with Register.writing(library) as register:
         register.set(files.STORE, url)
     others = {version for version in store.versions() if store.has(version)} - set(known) if take_over else set()
-    for version in sorted(others):
-        home = files.ensure_local(library, version)
+    homes = [files.ensure_local(library, version) for version in others]
+    found = [(Manifest.read(home / "adapter.json"), home) for home in homes]
+    for manifest, home in sorted(found, key=lambda f: (f[0].created, f[0].version)):  # the newest of a name comes last
         with Register.writing(library) as register:
-            files.enter(register, Manifest.read(home / "adapter.json"), home)
+            files.enter(register, manifest, home)
     return len(known) + len(others)
 
 
