@@ -128,6 +128,15 @@ def test_an_adapter_that_is_named_too_comes_in_once(asked):
     assert len({adapter.version for adapter, _ in routed}) == len(routed)
 
 
+def test_named_documents_take_no_place_of_the_others(asked, tiny_folder):
+    question = "How many watts has the bulb of the lamp, and how long is its warranty?"
+    assert [len(found(asked, question, names)) for names in ("*", ["manual-lamp", "*"])] == [1, 2]
+    first, second = found(asked, question, ["manual-lamp", "*"], k=1)
+    assert (first, second) == ("manual-lamp", "manual-kettle")
+    shown = run(asked, tiny_folder, "ask", "How bright is the bulb?", "-a", "manual-lamp", "--all")
+    assert "no document" not in shown.stderr
+
+
 def test_names_and_titles_count(changing):
     """Two documents of one text: a question finds the one that it names."""
     text = "The hinge is oiled every spring.\n\n" + "Nothing else is said here. " * 12

@@ -305,5 +305,5 @@ def say_sources(reply: Reply, chosen: Sequence[str]) -> None:
     for source in reply.sources:
         if source.adapter in found:
             say(f"(from {source})")
-    if wide and not found:
+    if wide and not found and not reply.sources:  # documents that were named have sources, too
         say("(no document of the library matches the question: the answer is not from it)")

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -121,7 +121,9 @@ class Register:
         )
         return [Hit(*row) for row in rows]
 
-    def best_chunks(self, question: str, limit: int, patterns: Sequence[str] = ("*",), tag: str = "") -> list[Match]:
+    def best_chunks(
+        self, question: str, limit: int, patterns: Sequence[str] = ("*",), tag: str = "", without: Collection[str] = ()
+    ) -> list[Match]:
         """The chunks of documents' newest versions that match a question best, best first.
 
         A chunk's text and heading, which begins with the document's title, count, and the name of its adapter. The
@@ -130,6 +132,7 @@ class Register:
         Args:
             patterns: only documents whose name fits one of these, as in a shell.
             tag: only documents with this tag.
+            without: versions that are left out.
         """
         n_chunks = self._one("SELECT coalesce(sum(last - first + 1), 0) FROM texts_of")
         firsts = [first for (first,) in self._db.execute("SELECT first FROM texts_of ORDER BY first")]
@@ -151,8 +154,9 @@ class Register:
         for row in sorted(scores, key=lambda row: (-scores[row], row)):
             if len(found) == limit:
                 break
-            if (owner := self._db.execute(query, (row, row, *values)).fetchone()) is not None:
-                found.append(Match(*(*owner, scores[row])))
+            owner = self._db.execute(query, (row, row, *values)).fetchone()
+            if owner is not None and (match := Match(*owner, scores[row])).version not in without:
+                found.append(match)
         return found
 
     def has_documents(self, patterns: Sequence[str], tag: str = "") -> bool:

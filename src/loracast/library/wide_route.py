@@ -94,10 +94,9 @@ def route_adapters(
         if k is None:
             raise AdapterError("of many documents a question gets some chunks: give a number (--route 2), not all")
         check_patterns(library, patterns, tag)
-        with reading(library) as register:
-            matches = register.best_chunks(question, k, patterns, tag)
         versions = {adapter.manifest.version for adapter in named}
-        others = [match for match in matches if match.version not in versions]
+        with reading(library) as register:
+            others = register.best_chunks(question, k, patterns, tag, versions)
         routed += share_out(others, question, k, lambda match: open_named(f"{match.name}@{match.version}"), threshold)
     return routed
 
