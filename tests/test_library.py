@@ -194,12 +194,13 @@ def test_what_is_noted_about_a_name_goes_along_with_it(anywhere):
 
 
 def test_words_are_found_in_all_that_was_learned(anywhere):
-    texts = {"pump": ["The valve is red.", "Turn the valves off first."], "lamp": ["Nobody is here.", "A red lamp."]}
+    texts = {"pump": ["The valve is red.", "Turn the valves off first."], "lamp": ["Größe XL is here.", "A red lamp."]}
     for i, (name, some) in enumerate(texts.items()):
         write(anywhere, 2, name=name, seed=i, chunks=[Chunk(t, 0, len(t), f"{name} / part", 5) for t in some])
     assert [(h.name, h.chunk) for h in search(anywhere, "valve first")] == [("pump", 1)]
     assert {(h.name, h.chunk) for h in search(anywhere, "RED")} == {("pump", 0), ("lamp", 1)}
     assert [h.snippet for h in search(anywhere, "red lamp")] == ["A [red] [lamp]."]
+    assert [(h.name, h.chunk) for h in search(anywhere, "Gro\u0308ße")] == [("lamp", 0)]
     assert len(search(anywhere, "part", limit=3)) == 3
     assert search(anywhere, "absent") == [] == search(anywhere / "nothing", "red")
     for text in ('"', "AND OR", "red* (", "' OR 1=1 --"):

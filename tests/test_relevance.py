@@ -11,6 +11,7 @@ import tomllib
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -111,6 +112,11 @@ def test_words_of_a_question():
     assert words[3].weight == pytest.approx(math.log(200 / 50))  # unlisted: as if twice as rare as the rarest
     assert words[4].weight == words[3].weight < 2 * math.log(10)
     assert read_question("7", shipped_words())[0].weight == pytest.approx(math.log(10))  # ten numbers of one digit
+
+
+def test_accents_that_stand_by_themselves_cut_no_word():
+    asked = "How large is the Größe of a café in Köln?"
+    assert read_question(normalize("NFD", asked), shipped_words()) == read_question(asked, shipped_words())
 
 
 words = st.sampled_from(["zork", "blib", "quax", "frob", "wug", "the"])

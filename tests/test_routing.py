@@ -47,6 +47,7 @@ def index(tmp_path) -> Path:
         ("descaling", 1),
         ("What is 4711?", 2),
         ("info@example.org", 4),
+        ("Wo in Ko\u0308ln?", 4),
     ],
 )
 def test_the_right_chunk_comes_first(index, question, chunk):

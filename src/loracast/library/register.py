@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Self
+from unicodedata import normalize
 
 from loracast.errors import AdapterError
 from loracast.library import schema
@@ -106,7 +107,7 @@ class Register:
 
     def search(self, words: str, limit: int) -> list[Hit]:
         """The chunks of newest versions that hold all these words, best first."""
-        wanted = " ".join(f'"{word}"' for word in re.findall(r"\w+", words))
+        wanted = " ".join(f'"{word}"' for word in re.findall(r"\w+", normalize("NFC", words)))
         if not wanted:
             raise AdapterError("there is no word to search for")
         rows = self._db.execute(

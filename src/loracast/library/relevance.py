@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
+from unicodedata import normalize
 
 from loracast.data.rows import read_content
 from loracast.library.index import Index, open_index
@@ -187,6 +188,7 @@ def _neighbours(words: Sequence[Word], places: Mapping[int, list[tuple[int, str]
 @lru_cache(32)  # one question is asked of many documents; not more, since each may have tens of thousands of words
 def read_question(question: str, table: WordTable) -> tuple[Word, ...]:
     """The words of a question in order, with their stems and weights."""
+    question = normalize("NFC", question)  # as documents are
     matches = list(_WORD.finditer(question))
     words: list[Word] = []
     end = 0

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from sqlite3 import Connection
+from unicodedata import normalize
 
 from loracast.errors import AdapterError
 from loracast.library.index import Index, has_sentences, open_index, read_sentences
@@ -149,7 +150,7 @@ def _odds(n_holders: int, n: int) -> float:
 
 def phrases(question: str) -> list[tuple[str, float]]:
     """The question's telling words and the pairs of them that are neighbours, each with its weight."""
-    words = [word.lower() for word in _WORD.findall(question)]
+    words = [word.lower() for word in _WORD.findall(normalize("NFC", question))]  # as documents are
     telling = [word for word in dict.fromkeys(words) if word not in _STOP]
     pairs = [(one, other) for one, other in dict.fromkeys(pairwise(words)) if _STOP.isdisjoint((one, other))]
     return [(word, 1.0) for word in telling] + [(f"{one} {other}", _PAIR_WEIGHT) for one, other in pairs]
