@@ -67,6 +67,7 @@ def test_a_library_lies_at_a_store(place, tmp_path):
     n_bytes = first.n_bytes + second.n_bytes
     assert evict(library) == n_bytes
     assert not first.folder.exists() and verify(library) == [] and len(search(library, "word1")) == 2
+    assert verify(library, ["press", "lamp"]) == []
     opened = open_adapter(library, "press")
     assert opened.faults() == [] and opened.folder == first.folder and not second.folder.exists()
     write(library, name="lamp", seed=3, replace=True)
@@ -117,7 +118,7 @@ def test_damage_at_a_store_is_found(place, tmp_path):
     fs.invalidate_cache()
     with pytest.raises(AdapterError, match="neither on this machine nor at"):
         open_adapter(library, "press")
-    assert len(verify(library)) == 1
+    assert len(verify(library)) == 1 and verify(library, ["press"]) == verify(library)
 
 
 def test_a_store_that_cannot_be_reached_loses_nothing(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -193,7 +193,11 @@ def verify(library: Path, names: Sequence[str] = ()) -> list[str]:
         names: only these adapters (`name` or `name@hash`); all of them, and the register, if empty.
     """
     if names:
-        return [problem for name in names for problem in _verify_one(library, find(library, name).version)]
+        found = [find(library, name).version for name in names]
+        with Register.reading(library) as register:
+            store = files.store_in(library, register)
+        there = set() if store is None else {version for version in found if store.has(version)}
+        return [problem for version in found for problem in _verify_one(library, version, store, there)]
     if not files.is_ready(library):
         return []
     shared = shared_store(library)
@@ -206,10 +210,7 @@ def verify(library: Path, names: Sequence[str] = ()) -> list[str]:
         store = files.store_in(library, register)
     stored = set() if store is None else {version for version in store.versions() if store.has(version)}
     for version in sorted(known):
-        if store is None or files.home_of(library, version).exists():
-            problems += _verify_one(library, version)
-        if store is not None and version not in stored:
-            problems.append(f"the version {version[:VERSION_DIGITS]} is not at {store.url}")
+        problems += _verify_one(library, version, store, stored)
     ours = stored if shared is None else set()  # without a name, in a shared store, another machine may be adding it
     for version in sorted((files.folders(library).keys() | ours) - known - unrecovered):
         problems.append(f"the version {version[:VERSION_DIGITS]} belongs to no name: `loracast gc` deletes it")
@@ -229,13 +230,19 @@ def _verify_names(register: Register, store: SharedStore) -> list[str]:
     return [f"{name} is not here what it is at {store.url}" for name in sorted(wrong)]
 
 
-def _verify_one(library: Path, version: str) -> list[str]:
+def _verify_one(library: Path, version: str, store: Store | None, stored: Collection[str]) -> list[str]:
+    """The faults of a version: of its files, if they are here, and that its library's store lacks it."""
+    problems = []
+    if store is not None and version not in stored:
+        problems.append(f"the version {version[:VERSION_DIGITS]} is not at {store.url}")
     home = files.home_of(library, version)
+    if store is not None and not home.exists():
+        return problems
     try:
         adapter = Adapter(home)
     except AdapterError as error:
-        return [str(error)]
+        return [str(error), *problems]
     found = adapter.problems()
     if adapter.manifest.version != version:
         found.append("adapter.json is not the one it was stored with")
-    return [f"{home}: {problem}" for problem in found]
+    return [f"{home}: {problem}" for problem in found] + problems
