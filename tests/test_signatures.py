@@ -6,16 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from adapters import write
+from adapters import some_chunks, write
 from loracast.cli import app
 from loracast.errors import AdapterError, PackageError
-from loracast.library.library import adapter_names
+from loracast.library.library import adapter_names, remove_adapter
 from loracast.library.remote import SIGNATURE, pull_adapter, push_adapter
+from loracast.library.upkeep import evict, use_store
 
 minisign = pytest.importorskip("minisign", reason="run `pip install py-minisign` first")
 
@@ -110,6 +112,25 @@ def test_another_key_is_refused(signed, tmp_path):
     for key in (other.text[:-4], str(other.secret), str(tmp_path / "none.pub")):
         with pytest.raises(AdapterError, match="no public key of minisign"):
             pull_adapter(tmp_path / "two", str(signed), signed_by=key)
+
+
+@pytest.mark.parametrize("has_store", [False, True])
+def test_a_copy_with_another_text_is_not_vouched_for(signed, keys, has_store, tmp_path):
+    two = tmp_path / "two"
+    copy = write(two, name="mine", chunks=[replace(one, text="Forged.") for one in some_chunks(3)])
+    if has_store:
+        use_store(two, str(tmp_path / "store"))
+        evict(two)
+    with pytest.raises(AdapterError, match=f"another text.*loracast rm {copy.version}"):
+        pull_adapter(two, str(signed), signed_by=keys.text)
+    assert adapter_names(two) == ["mine"]
+    remove_adapter(two, copy.version)
+    for _ in range(2):
+        pulled = pull_adapter(two, str(signed), signed_by=keys.text)
+        assert pulled.version == f"press@{copy.manifest.version[:12]}" and not pulled.faults()
+    flip_a_byte(pulled.folder)
+    with pytest.raises(AdapterError, match="another text"):
+        pull_adapter(two, str(signed), signed_by=keys.text)
 
 
 def test_a_password_opens_a_key(tmp_path):

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from loracast.errors import AdapterError
 from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter, layout
+from loracast.library.files import ensure_local, fetch_whole, store_in
 from loracast.library.library import add_adapter
-from loracast.library.manifest import Manifest, check_name
+from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
+from loracast.library.shared import reading
 from loracast.library.signatures import SUFFIX, check_covers, sign, verify
 from loracast.library.store import file_system, told
 from loracast.library.workfolders import work_folder
@@ -86,8 +88,8 @@ def pull_adapter(
 
     Raises:
         LoracastError: nothing can be read there.
-        AdapterError: there is no adapter, it is damaged (the message lists every fault), the key has not signed it, or
-            the name is taken.
+        AdapterError: there is no adapter, it is damaged (the message lists every fault), the key has not signed it, the
+            library has this version with another text, or the name is taken.
     """
     library.mkdir(parents=True, exist_ok=True)
     with work_folder(library, "new") as work:
@@ -109,7 +111,33 @@ def pull_adapter(
         manifest = Manifest.read(folder / MANIFEST)
         if faults := Adapter(folder).faults():
             raise AdapterError(f"the adapter at {where} is not taken: {'; '.join(faults)}")
+        if signed_by is not None:
+            _check_copy(library, manifest, work / "copy")
         return add_adapter(library, check_name(name or manifest.name), folder, manifest, replace=replace)
+
+
+def _check_copy(library: Path, signed: Manifest, work: Path) -> None:
+    """Raise AdapterError where a library has a signed version with other files, which `add_adapter` would keep.
+
+    The version says nothing of the text's file.
+    """
+    with reading(library) as register:
+        is_here, store = register.has_version(signed.version), store_in(library, register)
+        named = (entry for name in register.names() for entry in register.versions_of(name))
+        names = [f"{one.name}@{one.version[:VERSION_DIGITS]}" for one in named if one.version == signed.version]
+    if is_here:
+        copy = Adapter(ensure_local(library, signed.version))
+    elif store is not None and store.has(signed.version):
+        copy = fetch_whole(store, signed.version, work)
+    else:
+        return
+    kept = copy.manifest
+    if (kept.version, kept.chunks_sha256) != (signed.version, signed.chunks_sha256) or copy.problems():
+        remedy = f"`loracast rm {' '.join(names)}`" if names else "`loracast gc`"
+        raise AdapterError(
+            f"the library has {signed.version[:VERSION_DIGITS]} already, with another text than the signed one: "
+            f"{remedy}, then pull it again"
+        )
 
 
 def is_hub_id(where: str) -> bool:
