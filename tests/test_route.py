@@ -42,9 +42,18 @@ def test_the_chunks_of_an_adapter_are_those_that_ask_takes(library):
     assert [chunk["chunk"] for chunk in prose["chunks"]] == list(expected.chunks)
     assert [chunk["weight"] for chunk in prose["chunks"]] == pytest.approx(list(expected.weights), abs=1e-3)
     assert "bridge" in prose["chunks"][0]["text"] and prose["reason"] == expected.reason
-    assert shout["chunks"] == [] and shout["reason"] == "task: always whole"
+    assert shout["chunks"] == [] and shout["reason"] == "task: always whole" and not shout["is_empty"]
     shown = run(library, question, "-a", "prose", "-a", "shout").stdout
     assert "bridge" in shown and "always whole" in shown
+
+
+@pytest.mark.parametrize("name", ["lamp", "prose"])
+def test_a_question_about_something_else_gets_none(name, library):
+    question = "Who wrote the play about the prince of Denmark?"
+    (found,) = json.loads(run(library, question, "-a", name, "--json").stdout)["adapters"]
+    assert found["chunks"] == [] and found["is_empty"] and "not about the document" in found["reason"]
+    shown = run(library, question, "-a", name).stdout
+    assert "none" in shown and "1.00" not in shown and "all" not in shown
 
 
 def test_without_an_adapter_the_whole_library_is_looked_through(library):

@@ -60,7 +60,7 @@ def route(
     rows: list[tuple[object, ...]] = []
     for one in found:
         if not one["chunks"]:
-            rows.append((one["adapter"], "all", "", "", one["reason"]))
+            rows.append((one["adapter"], "none" if one["is_empty"] else "all", "", "", one["reason"]))
         for chunk in one["chunks"]:
             text = " ".join(f"{chunk['heading']} {chunk['text']}".split())
             shown = text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
@@ -89,17 +89,17 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     n = len(wanted)
     described = _described(index, wanted, picked.scores or [0.0] * n, picked.weights or [1.0] * n)
     placed = [{**chunk, "path": paths[chunk["chunk"]]} for chunk in described]
-    return {"adapter": name, "reason": picked.reason, "chunks": placed}
+    return {"adapter": name, "reason": picked.reason, "is_empty": False, "chunks": placed}
 
 
 def _picked(adapter: Adapter, picked: Route) -> dict[str, Any]:
-    """The chunks of one adapter that a question would be answered with; none where it is taken as a whole."""
+    """The chunks of an adapter that a question is answered with; none where it is taken as a whole, or not at all."""
     is_one_chunk = adapter.manifest.kind == "document" and adapter.manifest.n_chunks == 1
-    chunks = picked.chunks or (0,) * is_one_chunk
+    chunks = (0,) * is_one_chunk if picked.chunks is None else picked.chunks
     described = _described(
         adapter.index, chunks, picked.scores or [None] * len(chunks), picked.weights or [1.0] * len(chunks)
     )
-    return {"adapter": adapter.name, "reason": picked.reason, "chunks": described}
+    return {"adapter": adapter.name, "reason": picked.reason, "is_empty": picked.is_empty, "chunks": described}
 
 
 def _described(
