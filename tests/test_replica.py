@@ -93,6 +93,14 @@ def test_a_name_means_its_newest_version_on_every_replica_and_under_another_numb
     assert all(replica.take(name) is None for replica in replicas for name in ("press", first.version))
 
 
+def test_a_version_that_came_back_is_one_version(source, make):
+    library, place = source
+    first, second, _ = (write(library, name="press", seed=seed, replace=True) for seed in (1, 2, 1))
+    replica = make(place)
+    assert place.versions("press") == [first.manifest.version, second.manifest.version]
+    assert replica.take("press") is replica.take(f"press@{first.manifest.version}")
+
+
 def test_what_nobody_is_called(source, make):
     library, place = source
     write(library, name="press")

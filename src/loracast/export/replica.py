@@ -84,7 +84,8 @@ class FromStore:
             return known
         try:
             number = self._store.newest([name]).get(name)
-            found = [] if number is None else [v for v, _ in reversed(self._store.read(name, number).versions)]
+            named = () if number is None else self._store.read(name, number).versions
+            found = list(dict.fromkeys(version for version, _ in reversed(named)))  # one may have come back
         except LoracastError:
             if known is None:
                 raise
