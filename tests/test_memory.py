@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from adapters import write
 from loracast.base.generate import Sampling
 from loracast.cast import memory as module
 from loracast.cast.document import recast
@@ -272,23 +274,48 @@ def test_chat_says_what_it_could_not_remember(chat, monkeypatch):
 
 # ---- a style
 
+HELD = "How much does the kettle hold?"
 
-def test_a_style_is_cast_once_and_goes_along(tiny_folder, hypernetwork, model, monkeypatch):
+
+@pytest.fixture
+def ask(tiny_folder, hypernetwork, model, monkeypatch):
+    """What `loracast ask --json` says of a document with some options."""
     monkeypatch.setattr("loracast.model.shipped_hypernetwork", lambda base, modality: hypernetwork)
-    manual = model.learn(Document.from_text("# Kettle\n\nIt holds 1.7 litres."), "kettle")
-    question = "How much does the kettle hold?"
+    model.learn(Document.from_text("# Kettle\n\nIt holds 1.7 litres."), "kettle")
 
-    def ask(*options: str) -> dict:
+    def run(*options: str) -> dict:
         where = ("--library", model.library, "--base", tiny_folder, "--device", "cpu", "--local", "--json")
-        given = [str(one) for one in ("ask", question, "-a", "kettle", *options, *where, "--max-tokens", "8")]
+        given = [str(one) for one in ("ask", HELD, "-a", "kettle", *options, *where, "--max-tokens", "8")]
         result = CliRunner().invoke(app, given)
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)
 
+    return run
+
+
+def test_a_style_is_cast_once_and_goes_along(ask, model):
     first = ask("--style", "Shout it.")
     assert set(first["adapters"]) == {"kettle", "shout-it"} and model.adapter("shout-it").manifest.title == "Shout it."
     assert model.adapter("shout-it").manifest.strength == 0.5
     created = model.adapter("shout-it").manifest.created, versions(model.library, "shout-it")
     assert ask("--style", "Shout it.")["answer"] == first["answer"]
     assert (model.adapter("shout-it").manifest.created, versions(model.library, "shout-it")) == created
-    assert first["answer"] == model.ask(question, [manual, "shout-it"], sampling=Sampling(8))
+    assert first["answer"] == model.ask(HELD, ["kettle", "shout-it"], sampling=Sampling(8))
+
+
+def test_styles_that_would_have_one_name_are_two(ask):
+    for words, plain in (("Shout it.", "shout-it"), ("shout it", ""), ("Кратко", "document"), ("Длинно", "")):
+        (name,) = ask("--style", words)["adapters"].keys() - {"kettle"}
+        assert name == plain or (not plain and re.fullmatch(r"(shout-it|document)-[0-9a-f]{8}", name))
+        assert ask("--style", words)["adapters"].keys() == {"kettle", name}
+
+
+def test_a_style_for_another_base_is_left_alone(ask, model, tiny_folder):
+    other = write(model.library, 1, name="shout-it", kind="task", title="Shout it.")
+    for _ in range(2):
+        (name,) = ask("--style", "Shout it.")["adapters"].keys() - {"kettle"}
+        assert name.startswith("shout-it-") and model.adapter(name).manifest.title == "Shout it."
+    assert [one.version for one in versions(model.library, "shout-it")] == [other.manifest.version]
+    where = ("--library", model.library, "--base", tiny_folder, "--device", "cpu", "--max-tokens", "2", "--local")
+    given = [str(one) for one in ("ask", HELD, "--style", "Shout it.", "--json", *where)]
+    assert json.loads(CliRunner().invoke(app, given).stdout)["adapters"].keys() == {name}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
+from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli.options import Answering
 from loracast.cli.output import say
 from loracast.cli.session import base_of, loading, server_for
 from loracast.errors import LoracastError, PromptTooLong
-from loracast.library.library import entries, open_adapter
+from loracast.library.library import adapter_names, entries, open_adapter
+from loracast.library.manifest import name_from
 from loracast.library.wide_route import Source, check_patterns, patterns_in
 
 if TYPE_CHECKING:
@@ -97,8 +101,6 @@ def open_answerer(answering: Answering) -> tuple[Answerer, list[str]]:
 
     A wrong name, and a pattern or a tag without documents, is reported before a model is loaded.
     """
-    if answering.style:
-        answering = replace(answering, adapters=[*(answering.adapters or ()), _task_named(answering)])
     patterns = patterns_in(answering.chosen)
     names = [name for name in answering.chosen if name not in patterns]
     found = [open_adapter(answering.library, name) for name in names]
@@ -106,6 +108,10 @@ def open_answerer(answering: Answering) -> tuple[Answerer, list[str]]:
     answering = replace(answering, base=answering.base or base_of(found), chat_template=template)
     if patterns:
         check_patterns(answering.library, patterns, answering.tag)
+    if answering.style:
+        style = _style(answering, found)
+        names.append(style.name)
+        answering = replace(answering, chat_template=template or style.manifest.made_for.chat_template)
     given = answering.hypernetwork  # of adapters that keep only their text
     server = server_for(answering, answering.library, "document", given, local=answering.local)
     answerer: Answerer = Local(answering) if server is None else Served(server, answering)
@@ -115,17 +121,41 @@ def open_answerer(answering: Answering) -> tuple[Answerer, list[str]]:
     return answerer, [*by_version.values(), *patterns]
 
 
-def _task_named(answering: Answering) -> str:
-    """The name of the task adapter of a style, which is cast and kept where the library has none of these words."""
-    style = answering.style.strip()
-    for entry in entries(answering.library, kind="task")[0]:
-        if entry.title == style:
-            return entry.name
+def _style(answering: Answering, others: Sequence[Adapter]) -> Adapter:
+    """The task adapter of a style, cast and kept where the library has none of these words for the base of the others.
+
+    Styles of different words may have one name, such as all in a script without Latin letters: the later ones get a
+    hash behind it.
+    """
+    library, words = answering.library, answering.style.strip()
+    there = [open_adapter(library, entry.name) for entry in entries(library, kind="task")[0] if entry.title == words]
+    for style in there:
+        if (_key(style) == _key(others[0])) if others else (base_of([style]) == _name_of(answering.base)):
+            return style
     with loading(answering.device) as tell:
         from loracast.model import load
 
-        model = load(answering.base, library=answering.library, **answering.how, say=tell, eager=False)
-    return model.task(style, strength=_STYLE_STRENGTH).name
+        model = load(answering.base, library=library, **answering.how, say=tell, eager=False)
+    key, name = (model.base.fingerprint.config, model.base.fingerprint.norms), name_from(words)
+    for style in there:  # the base may have been loaded by another name
+        if _key(style) == key:
+            return style
+    if name in adapter_names(library):
+        digest = hashlib.sha256("\n".join((words, *key)).encode()).hexdigest()
+        name = f"{name[:55]}-{digest[:8]}"
+    return model.task(words, name, strength=_STYLE_STRENGTH)
+
+
+def _key(adapter: Adapter) -> tuple[str, str]:
+    """What tells its base from others."""
+    return adapter.manifest.made_for.config, adapter.manifest.made_for.norms
+
+
+def _name_of(base: str | None) -> str | None:
+    """The name by which adapters call a base that was given; None for the default one."""
+    if base is None or base == DEFAULT_BASE:
+        return None
+    return str(Path(base).absolute()) if Path(base).is_dir() else base
 
 
 class Local:
