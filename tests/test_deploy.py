@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from json_handler import JsonHandler
 from loracast.cli import app
-from loracast.errors import LoracastError
+from loracast.errors import AdapterError, LoracastError
 from loracast.export.deploy import deploy
 from loracast.library.library import open_adapter
 from loracast.model import load
@@ -30,9 +30,9 @@ def library(tiny_folder, tiny_hypernet_folder, tmp_path_factory):
 class FakeServer(ThreadingHTTPServer):
     """Keeps LoRAs by name; an adapter changes the log-probabilities unless the server is deaf to it."""
 
-    def __init__(self, is_deaf: bool = False, allows_updates: bool = True):
+    def __init__(self, is_deaf: bool = False, allows_updates: bool = True, key: str = ""):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.is_deaf, self.allows_updates = is_deaf, allows_updates
+        self.is_deaf, self.allows_updates, self.key = is_deaf, allows_updates, key
         self.loaded: dict[str, str] = {}
         self.calls: list[str] = []
 
@@ -44,12 +44,22 @@ class FakeServer(ThreadingHTTPServer):
 class _Handler(JsonHandler):
     server: FakeServer
 
+    def _is_refused(self) -> bool:
+        is_refused = bool(self.server.key) and self.headers["Authorization"] != f"Bearer {self.server.key}"
+        if is_refused:
+            self.answer(401, {"error": "Unauthorized"})
+        return is_refused
+
     def do_GET(self) -> None:
+        if self._is_refused():
+            return
         models = [{"id": "base", "parent": None}, *({"id": name, "parent": "base"} for name in self.server.loaded)]
         self.answer(200, {"data": models})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self._is_refused():
+            return
         self.server.calls.append(self.path)
         if "lora_adapter" in self.path and not self.server.allows_updates:
             self.answer(404, {"error": {"message": "Not Found"}})
@@ -109,8 +119,18 @@ def test_what_the_server_refuses_is_said(library, serve, tmp_path):
         deploy(adapter, serve().url, tmp_path, path_there="/elsewhere")
     with pytest.raises(LoracastError, match="no server answers"):
         deploy(adapter, "http://127.0.0.1:9", tmp_path)
-    with pytest.raises(LoracastError, match="no server's address"):
-        deploy(adapter, "file:///etc", tmp_path)
+    for url in ("file:///etc", "myhost", "localhost:8000", "http://"):
+        with pytest.raises(AdapterError, match="no server's address"):
+            deploy(adapter, url, tmp_path)
+
+
+def test_a_server_with_a_key(library, serve, tmp_path, monkeypatch):
+    adapter, server = open_adapter(library, "lamp"), serve(key="SECRET")
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with pytest.raises(LoracastError, match=r"401.*set VLLM_API_KEY"):
+        deploy(adapter, server.url, tmp_path)
+    monkeypatch.setenv("VLLM_API_KEY", "SECRET")
+    assert deploy(adapter, server.url, tmp_path) in server.loaded
 
 
 def test_the_command(library, serve, home):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import tempfile
 import urllib.error
 import urllib.request
@@ -11,6 +13,7 @@ from typing import Any
 
 from loracast.errors import AdapterError, LoracastError
 from loracast.export.adapter import export_adapter
+from loracast.export.vllm import KEY_VARIABLE
 from loracast.files import move_unless_there
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
@@ -36,7 +39,8 @@ def deploy(adapter: Adapter, url: str, exports: Path, *, path_there: str | None 
     """Load an adapter into a running vLLM server, and check that it changes what the server says.
 
     Args:
-        url: of the server, without `/v1`. It must run with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.
+        url: of the server, without `/v1`. It must run with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True; its
+            key, if it has one, is that of the environment (`KEY_VARIABLE`).
         exports: where exports are kept.
         path_there: where the server sees `exports`, if under another path.
 
@@ -44,9 +48,12 @@ def deploy(adapter: Adapter, url: str, exports: Path, *, path_there: str | None 
         the name by which requests ask for the adapter.
 
     Raises:
+        AdapterError: the URL is none.
         LoracastError: the server cannot be reached, refuses it, or answers with it as without it (it is unloaded
             again then).
     """
+    if not re.match(r"https?://[^/]", url):
+        raise AdapterError(f"{url!r} is no server's address; give one such as http://localhost:8000")
     name, folder = adapter.version, exported_for_vllm(adapter, exports)
     where = folder.resolve() if path_there is None else Path(path_there) / folder.name
     models = _call(url, "/v1/models")["data"]
@@ -76,14 +83,15 @@ def _call(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
     """Send a GET request, or a POST request with a JSON body; returns the answer, parsed where it is JSON."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url.rstrip("/") + path, data, {"Content-Type": "application/json"})
-    if request.type not in ("http", "https"):
-        raise AdapterError(f"{url!r} is no server's address; give one such as http://localhost:8000")
+    if key := os.environ.get(KEY_VARIABLE):
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
             text = answer.read().decode()
     except urllib.error.HTTPError as error:
         said = " ".join(error.read().decode(errors="replace").split())[:300]
         hint = "; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" if error.code == 404 and "lora" in path else ""
+        hint = f"; set {KEY_VARIABLE} to its key" if error.code == 401 else hint
         raise LoracastError(f"the server at {url} refused {path}: {error.code} {said}{hint}") from error
     except (urllib.error.URLError, TimeoutError) as error:
         raise LoracastError(f"no server answers at {url}: {getattr(error, 'reason', error)}") from error

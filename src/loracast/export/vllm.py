@@ -10,6 +10,8 @@ from loracast.files import write_atomically
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""
+KEY_VARIABLE = "VLLM_API_KEY"
+"""Environment variable with the key of a server at a URL; vLLM itself reads the same one."""
 MOST_LOST = 0.1
 """A LoRA is compressed to a server's rank where that loses at most this share of its delta (Frobenius norm)."""
 

@@ -21,6 +21,7 @@ from loracast.base.chat import encode_text
 from loracast.base.embedded import embedded, embedded_folder
 from loracast.base.load import Base
 from loracast.errors import ConfigError, LoracastError
+from loracast.export.vllm import KEY_VARIABLE
 from loracast.library.workfolders import tidy, work_folder
 from loracast.paths import exports_dir
 from loracast.serving.engine_config import EngineConfig
@@ -29,8 +30,6 @@ from loracast.serving.vllm import VllmEngine
 from loracast.serving.vllm_adapters import MAX_LOADED, PREFIX, LoadedLoRAs
 from loracast.serving.vllm_client import VllmClient
 
-KEY_VARIABLE = "VLLM_API_KEY"
-"""Environment variable with the key of a server at a URL; vLLM itself reads the same one."""
 _MAX_RANK = 128
 """Rank of a server that is started: two chunks of the shipped hypernetwork, as questions get them, have up to 128."""
 _MAX_LORAS = 8
