@@ -21,6 +21,7 @@ from loracast.errors import AdapterError, BaseModelError
 from loracast.export.adapter import export_adapter
 from loracast.export.format import FORMATS, MERGED, Request
 from loracast.export.merged import write_merged
+from loracast.export.ollama import write_ollama
 from loracast.export.vllm import RANKS
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
@@ -278,6 +279,20 @@ def test_the_command_writes_every_format(to, run, tiny_folder, tmp_path):
     assert (tmp_path / to / marks.get(to, "")).exists() and any((tmp_path / to).iterdir())
     if to == "ollama":
         assert f"FROM {tiny_folder}" in (tmp_path / to / "Modelfile").read_text()
+
+
+def test_ollama_gets_a_base_only_from_a_folder_of_its_own(base, tiny_folder, tmp_path):
+    (cache := tmp_path / "snapshot").mkdir()
+    for path in Path(tiny_folder).iterdir():
+        (cache / path.name).symlink_to(path)
+    (tmp_path / "link").symlink_to(tiny_folder)
+    asked = request(random_lora(base.model), base, tmp_path / "out")
+    for name, source in (("org/name", "org/name"), (str(cache), "OWNER/NAME")):
+        with pytest.raises(AdapterError, match=f"hf download {source} --local-dir FOLDER"):
+            write_ollama(dataclasses.replace(asked, base=name))
+    assert not (tmp_path / "out").exists()
+    write_ollama(dataclasses.replace(asked, base=str(tmp_path / "link")))
+    assert f"FROM {Path(tiny_folder).resolve()}\n" in (tmp_path / "out" / "Modelfile").read_text()
 
 
 def test_the_command_compresses_and_refuses(run, tiny_folder, tmp_path):
