@@ -39,6 +39,17 @@ def test_services_name_each_other_and_share_what_they_must(compose):
     assert all(port.startswith("127.0.0.1:") for service in services.values() for port in service.get("ports", ()))
 
 
+def test_the_gateway_owns_the_exports_before_anybody_mounts_them(compose):
+    services = compose["services"]
+    first = services["base"]
+    user = re.search(r"^USER (\S+)$", (PACKAGING.parent / "Containerfile").read_text(), re.M)[1]
+    place = next(there for name, there in (volume.split(":")[:2] for volume in first["volumes"]) if name == "exports")
+    assert first["user"] == "root" and first["entrypoint"][2].startswith(f"chown {user} {place} && ")
+    assert services["gateway"].get("user", user) == user and services["gateway"]["image"] == first["image"]
+    for name in services.keys() - {"base"}:
+        assert services[name]["depends_on"]["base"] == {"condition": "service_completed_successfully"}
+
+
 def test_what_they_say_to_loracast_exists():
     said = files()
     for path in {*re.findall(r"--middleware[= ](\S+)", said)}:
