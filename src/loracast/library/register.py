@@ -156,7 +156,7 @@ class Register:
             if len(found) == limit:
                 break
             owner = self._db.execute(query, (row, row, *values)).fetchone()
-            if owner is not None and (match := Match(*owner, scores[row])).version not in without:
+            if owner is not None and (match := Match(*(*owner, scores[row]))).version not in without:
                 found.append(match)
         return found
 
