@@ -563,7 +563,8 @@ def test_sigkill_in_a_loop_never_leaves_half_an_adapter(tmp_path, monkeypatch):
     monkeypatch.setattr(workfolders, "_GRACE_S", 0.0)
     kept = write(tmp_path, 2, name="kept", seed=9)
     for i in range(int(os.environ.get("LORACAST_KILLS", "8"))):
-        in_child(at_work_for_ever, tmp_path, i, kill_after_s=0.05 + 0.4 * random.Random(i).random())
+        ended = in_child(at_work_for_ever, tmp_path, i, kill_after_s=0.05 + 0.4 * random.Random(i).random())
+        assert ended == -signal.SIGKILL
         assert [problem for problem in verify(tmp_path) if "belongs to no name" not in problem] == []
         for adapter in [open_adapter(tmp_path, name) for name in adapter_names(tmp_path)]:
             assert adapter.lora().rank == 4 and len(read_chunks(adapter.index)) == 2

@@ -16,6 +16,7 @@ import torch
 
 import loracast
 from loracast.errors import LoracastError
+from loracast.library.adapter import factors_in_memory
 from loracast.library.library import adapter_names, open_adapter, remove_adapter, rename_adapter
 from loracast.library.upkeep import collect_garbage, compact
 from loracast.serving import state, uploads, vector_stores
@@ -627,14 +628,17 @@ def test_an_answer_goes_on_while_its_adapter_is_replaced_and_deleted(api, model)
     ask = GenerationRequest(prepared.prompt, lora, sampling=Sampling(max_new_tokens=60))
     engine = LocalEngine(model.base)
     undisturbed = engine.submit(ask).text()
+    opened = prepared.routed[0][0]
+    before = opened.lora([0]).delta(lora.names[0]).clone()
     ticket = engine.submit(ask)
     first = next(iter(ticket))
-    assert api.post("/adapters", files={"file": ("used.md", manual(41))}, data={"replace": "true"}).status_code == 202
-    assert api.delete("/adapters/used").status_code in (200, 404)
-    eventually(lambda: not api.get("/adapters", params={"q": "used"}).json()["total"] or api.delete("/adapters/used"))
+    learn(api, manual(41), "used", replace="true")
+    assert open_adapter(model.library, "used").version != opened.version
+    assert api.delete("/adapters/used").status_code == 200
+    assert api.get("/adapters/used").status_code == 404 and not opened.folder.exists()
     assert ticket.text() == undisturbed
     assert undisturbed.startswith(first.text)
     # Its files, which are mapped, stay readable for who opened them before.
-    opened = prepared.routed[0][0]
-    assert torch.equal(opened.lora([0]).delta(lora.names[0]), opened.lora([0]).delta(lora.names[0]))
+    opened.kept = factors_in_memory()
+    assert torch.equal(opened.lora([0]).delta(lora.names[0]), before)
     engine.close()

@@ -152,7 +152,7 @@ def test_an_unknown_model_is_404_and_never_the_base(client, name):
         lambda: chat(client, name),
         lambda: client.completions.create(model=name, prompt="The lamp"),
         lambda: chat(client, "manual", **extra(adapters=[{"id": name}])),
-        # RESP        lambda: client.responses.create(model=name, input="Where?"),
+        lambda: client.responses.create(model=name, input="Where?"),
     ):
         with pytest.raises(openai.NotFoundError) as error:
             create()

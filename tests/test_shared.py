@@ -372,11 +372,13 @@ def test_a_place_that_cannot_create_on_condition_is_refused(tmp_path, monkeypatc
     assert store_url(tmp_path / "one") is None
 
 
-def test_machines_that_are_killed_lose_no_name(url, tmp_path):
+def test_machines_that_are_killed_lose_no_name(url, tmp_path, monkeypatch):
     """benchmarks/faults.py --shared makes a thousand writes on each machine."""
+    monkeypatch.setattr(shared_writers, "_LONGEST_WAIT_S", 0.03)  # they have few writes to be killed in
     n_writes = 8 if url.startswith("s3") else 30
     found = shared_writers.run(url, tmp_path, n_writes, seed=1)
     assert found["broken"] == [] and found["writes"] == 2 * n_writes and found["kinds"]["add"] >= 4
+    assert found["kills"] > 0 or url.startswith("s3")  # a life may be longer than the few writes there
 
 
 def test_the_command(tmp_path):

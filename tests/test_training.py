@@ -441,26 +441,32 @@ def test_a_kill_at_any_touch_of_the_disk_leaves_a_usable_state(tmp_path, monkeyp
     assert kill_at > 5 and outcomes[0] == 4 and outcomes[-1] == 5
 
 
-def save_for_ever(out: Path) -> None:
+def save_for_ever(out: Path, began) -> None:
     torch.set_num_threads(1)
     for step in range(1, 10**6):
         model, optimizer = trained(0)
         nn.init.constant_(model.inner.bias, step)
         checkpoint.save_state(out, model, optimizer, step, 0.0, {})
+        began.set()
 
 
 def test_sigkill_in_a_loop_leaves_a_usable_state(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context, steps = multiprocessing.get_context("fork"), []
     checkpoint.save_state(tmp_path, *trained(1), 1, 0.0, {})
     for i in range(6):
-        process = context.Process(target=save_for_ever, args=(tmp_path,))
+        began = context.Event()
+        process = context.Process(target=save_for_ever, args=(tmp_path, began))
         process.start()
+        assert began.wait(30)
         time.sleep(0.03 + 0.013 * i)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
+        assert process.exitcode == -signal.SIGKILL
         model = Toy()
         step, _ = checkpoint.load_state(tmp_path, model, make_optimizer(model, config()), {})
         assert step >= 1 and model.inner.bias.tolist() == [step] * 6
+        steps.append(step)
+    assert max(steps) > 1  # they were killed while they saved
 
 
 @pytest.mark.parametrize("damage", ["json", "tensors", "folder"])
