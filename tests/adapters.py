@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
+import io
+import os
+import sqlite3
 from pathlib import Path
 
+import pytest
 import torch
 
 from loracast.base.fingerprint import Fingerprint
@@ -79,3 +84,39 @@ def write(
             if n > part.start:
                 writer.add({kind: (a[part], b[part]) for kind, (a, b) in factors.items()})
         return writer.finish(replace=replace)
+
+
+def refuse_writes(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
+    """Make a library one that this process cannot write, also where it is root's, which may write anything."""
+
+    def is_there(path) -> bool:
+        return isinstance(path, (str, os.PathLike)) and Path(path).absolute().is_relative_to(library)
+
+    def guard(owner, name: str, writes) -> None:
+        real = getattr(owner, name)
+
+        def guarded(path, *given, **options):
+            if is_there(path) and writes(*given, **options):
+                raise PermissionError(f"{path} cannot be written")
+            return real(path, *given, **options)
+
+        monkeypatch.setattr(owner, name, guarded)
+
+    def connect(address: str | Path, **options) -> sqlite3.Connection:
+        path, _, how = str(address).removeprefix("file://").partition("?")
+        if is_there(path) and not how.startswith("mode=ro"):
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+        return real_connect(address, **options)
+
+    real_access, real_connect = os.access, sqlite3.connect
+    monkeypatch.setattr(
+        os,
+        "access",
+        lambda path, mode, **how: not (mode & os.W_OK and is_there(path)) and real_access(path, mode, **how),
+    )
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    for owner in (builtins, io):
+        guard(owner, "open", lambda mode="r", *_, **__: any(letter in mode for letter in "wax+"))
+    guard(os, "open", lambda flags, *_, **__: flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "utime", "symlink", "link"):
+        guard(os, name, lambda *_, **__: True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import permutations
+from types import SimpleNamespace
+
 import openai
 import pytest
 
@@ -12,6 +16,7 @@ from loracast.serving.app import create_app
 from loracast.serving.request import EngineFailed, GenerationRequest
 from loracast.serving.run import make_engine
 from loracast.serving.settings import ServerSettings
+from loracast.serving.vllm_replicas import VllmReplicas
 from servers import served
 from test_vllm_engine import QUESTIONS, chat, random_lora, request
 
@@ -47,10 +52,20 @@ def n_asked(server: FakeVllm) -> int:
     return sum(what == "completions" and name != "base" for what, name in server.calls)
 
 
-def test_a_lora_is_loaded_by_one_server_and_all_get_some(filled, engine, vllms):
+def test_loras_are_spread_evenly_and_their_next_servers_too():
+    urls = [f"http://127.0.0.1:{8000 + i}" for i in range(3)]
+    replicas = VllmReplicas([SimpleNamespace(url=url) for url in urls])
+    keyed = [GenerationRequest([5, 6, 7], None, f"key {i}") for i in range(600)]
+    unkeyed = [GenerationRequest([5, 6, i], None, None) for i in range(600)]
+    for asked in (keyed, unkeyed):
+        orders = Counter(tuple(one.url for one in replicas._in_order(request)) for request in asked)
+        assert orders.keys() == {*permutations(urls)} and all(70 < n < 130 for n in orders.values())
+
+
+def test_a_lora_is_loaded_by_one_server(filled, engine, vllms):
     keys = [f"key {i}" for i in range(12)]
     ask(engine, filled.base, keys * 2)
-    assert sum(len(server.ids) for server in vllms) == 12 and all(server.ids for server in vllms)
+    assert sum(len(server.ids) for server in vllms) == 12
     assert engine.stats().n_adapters_in_memory == 12
     assert engine.stats().n_generated_tokens == 48
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from adapters import TARGET, Killed, random_factors, some_chunks, some_manifest, write
+from adapters import TARGET, Killed, random_factors, refuse_writes, some_chunks, some_manifest, write
 from loracast.cli import app
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
@@ -354,7 +354,10 @@ def test_an_adapter_is_found_under_an_earlier_id_of_its_hypernetwork(tmp_path):
 
 def test_a_library_that_cannot_be_written_can_be_read(tmp_path, monkeypatch):
     write(tmp_path, seed=1)
-    monkeypatch.setattr(register.os, "access", lambda path, mode: False)  # root may write anything
+    refuse_writes(monkeypatch, tmp_path)
+    with pytest.raises(AdapterError, match="readonly"):
+        write(tmp_path, seed=2, name="other")
+    assert adapter_names(tmp_path) == ["doc"]
     assert has_factors_of(open_adapter(tmp_path, "doc"), 1)
 
 

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import httpx
 import openai
@@ -16,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import loracast
+from adapters import refuse_writes
 from loracast.base.generate import Sampling
 from loracast.documents import Document
 from loracast.library import shared
@@ -311,21 +313,17 @@ def test_no_request_waits_for_the_names_of_a_slow_store(tiny_folder, tiny_hypern
         eventually(lambda: {"manual", "museum"} <= listed())
 
 
-def test_a_library_that_cannot_be_written_still_answers(tiny_folder, tiny_hypernet_folder, tmp_path):
+def test_a_library_that_cannot_be_written_still_answers(tiny_folder, tiny_hypernet_folder, tmp_path, monkeypatch):
     model = loracast.load(tiny_folder, tiny_hypernet_folder, library=tmp_path / "library", device="cpu")
     fill(model)
     wanted = model.ask("How long is the warranty?", "manual", sampling=Sampling(8))
-    folders = [model.library, *(path for path in model.library.rglob("*") if path.is_dir())]
     app = create_app(model, LocalEngine(model.base), ServerSettings())
-    for folder in folders:
-        folder.chmod(0o555)
-    try:
-        with served(app) as url:
-            answer = httpx.post(f"{url}{CHAT}", json=body(max_tokens=8), timeout=30)
-    finally:
-        for folder in folders:
-            folder.chmod(0o755)
-    assert answer.json()["choices"][0]["message"]["content"] == wanted
+    refuse_writes(monkeypatch, model.library)
+    with pytest.raises(PermissionError):
+        (model.library / "file").touch()
+    with served(app) as url:
+        answer = httpx.post(f"{url}{CHAT}", json=body(max_tokens=8), timeout=30)
+    assert answer.json()["choices"][0]["message"]["content"] == wanted, answer.text
 
 
 def serve_slowly(base: str, hypernetwork: str, library: str) -> None:
@@ -420,10 +418,23 @@ def test_a_lora_is_loaded_and_unloaded_as_vllm_does(tiny_folder, tiny_hypernet_f
     assert api.post(CHAT, json=body(max_tokens=2)).status_code == 200
 
 
-def test_one_name_that_is_loaded_twice_at_once_is_there_once(tiny_folder, tiny_hypernet_folder, tmp_path, loras):
+def test_of_loras_that_are_loaded_under_one_name_at_once_one_wins(
+    tiny_folder, tiny_hypernet_folder, tmp_path, loras, model
+):
     own = loracast.load(tiny_folder, tiny_hypernet_folder, library=tmp_path / "library", device="cpu")
+    lora, several = model.adapter("museum").lora(), [1, 2, 3, 4]
+    for scale in several:
+        lora.scale(scale).save_pretrained(loras / f"mine-{scale}")
+
+    def load(url, scale):
+        body = {"lora_name": "sql", "lora_path": f"mine-{scale}"}
+        return httpx.post(f"{url}/v1/load_lora_adapter", json=body, timeout=30).status_code
+
     with served(create_app(own, ByHand(), ServerSettings(lora_folder=loras))) as url, ThreadPoolExecutor(4) as pool:
-        wanted = {"lora_name": "sql", "lora_path": "mine"}
-        given = list(pool.map(lambda _: httpx.post(f"{url}/v1/load_lora_adapter", json=wanted), range(4)))
-    assert {one.status_code for one in given} <= {200, 400, 409}
-    assert own.adapter("sql").manifest.kind == "imported"
+        codes = list(pool.map(partial(load, url), several))
+    won, *others = sorted(codes)
+    assert won == 200 and set(others) <= {400, 409}
+    found = own.adapter("sql")
+    assert found.manifest.kind == "imported"
+    wanted = {name: norm * several[codes.index(200)] for name, norm in lora.norms().items()}
+    assert found.lora().norms() == pytest.approx(wanted, rel=0.01)
