@@ -21,6 +21,7 @@ from loracast.serving.answer_text import AnswerText
 from loracast.serving.engine import LocalEngine
 from loracast.serving.engine_config import EngineConfig
 from loracast.serving.request import EngineBusy, EngineStopped, GenerationRequest
+from servers import eventually
 from tiny import FAMILIES, PROSE, make_model, make_tokenizer
 
 SMALL = EngineConfig(n_slots=4, slot_tokens=48, prefill_tokens=5, prefill_tokens_alone=9)
@@ -424,7 +425,7 @@ def test_the_lock_goes_to_who_asked_first(base):
         for i in range(4):
             threads.append(threading.Thread(target=take, args=(i,)))
             threads[-1].start()
-            time.sleep(0.02)
+            eventually(lambda i=i: len(base.lock._waiting) == i + 1)
         assert not got
         assert base.lock.is_owned()
     for thread in threads:
