@@ -121,6 +121,10 @@ def test_the_reader_is_told_as_in_training_and_the_nearest_examples_stand_last(b
     assert [e.input for e in setup.nearest("red lamp", words, 2)] == ["red bridge", "red lamp"]
 
 
+def asked_word(base, prompt) -> str:
+    return base.tokenizer.decode(prompt).split("user\n")[-1].split("<")[0].split("\n")[-1]
+
+
 def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, monkeypatch):
     """Answers by a stand-in: with a LoRA the right ones for two tasks, without one the right ones for "shout" alone."""
     right = {("shout", word): word.upper() for word in SEVEN_OPPOSITES} | {
@@ -131,7 +135,7 @@ def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, 
     def answer_batch(base, prompts, loras, sampling):
         name = current[0]
         asked.append((name, loras[0] is not None))
-        words = [base.tokenizer.decode(prompt).split("user\n")[-1].split("<")[0].split("\n")[-1] for prompt in prompts]
+        words = [asked_word(base, prompt) for prompt in prompts]
         knows = name == "shout" or (name == "opposite" and loras[0] is not None)
         return [f"{right[name, word]}." if knows else "?" for word in words]
 
@@ -212,13 +216,20 @@ def test_the_paired_interval_against_one_by_hand():
 
 def test_more_seeds_do_not_make_an_interval_narrower(base, suite, tmp_path, monkeypatch):
     """A baseline that gives the same answers with every seed was asked no more rows by more seeds."""
-    monkeypatch.setattr(runner, "answer_batch", lambda base, prompts, *rest: ["cold", "H", "?"][: len(prompts)])
+
+    def answer_batch(base, prompts, loras, sampling):  # with a LoRA right for some rows of the task "shout"
+        words = [asked_word(base, prompt) for prompt in prompts]
+        return [word.upper() if lora and word > "h" else "?" for word, lora in zip(words, loras, strict=True)]
+
+    monkeypatch.setattr(runner, "answer_batch", answer_batch)
     intervals = []
     for seeds in ((0,), (0, 1, 2, 3)):
         config = TasksConfig(str(suite), seeds=seeds, baselines=("none", "adapter"))
         rows = evaluate_tasks(TaskSetup(base, Nothing()), config, tmp_path).rows
         intervals.append([rows[0][key] for key in ("n", "difference", "difference_low", "difference_high")])
     assert intervals[0] == intervals[1]
+    _, difference, low, high = intervals[0]
+    assert low < difference < high
 
 
 class Nothing(Caster):
