@@ -117,6 +117,6 @@ def test_where_all_are_gone_the_answer_is_503(filled, engine, vllms):
 
 
 def test_all_must_be_there_at_the_start(filled, vllms, home):
-    with pytest.raises((EngineFailed, ConfigError)):
+    with pytest.raises((EngineFailed, ConfigError), match=r"http://127\.0\.0\.1:9"):
         make_engine(filled.base, ServerSettings(engine=f"{vllms[0].url},http://127.0.0.1:9"))
     assert not [path for path in home.glob("exports/*/*") if path.is_dir()]
