@@ -247,6 +247,7 @@ def test_a_document_chunk_by_chunk(adapter, tmp_path):
     from loracast.library.routing import pick
 
     picked = pick(tmp_path / "out" / "chunks.sqlite", len(made), "Who built the old bridge?", 1).picked
+    assert len(picked) == 1
     for i in picked:
         chunk = listing["chunks"][i]
         assert "bridge" in chunk["text"] and chunk["end"] > chunk["start"]

@@ -184,7 +184,9 @@ def test_usage_counts_the_tokens_of_prompt_and_answer(model, client):
     assert answer.usage.prompt_tokens == wanted.n_prompt_tokens
     assert answer.usage.completion_tokens == wanted.n_tokens
     assert answer.usage.total_tokens == wanted.n_prompt_tokens + wanted.n_tokens
-    assert answer.usage.prompt_tokens_details.cached_tokens >= 0
+    assert 0 <= answer.usage.prompt_tokens_details.cached_tokens < wanted.n_prompt_tokens
+    again = chat(client, "manual")
+    assert again.usage.prompt_tokens_details.cached_tokens == wanted.n_prompt_tokens - 1
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
@@ -279,32 +281,49 @@ def test_an_answer_can_be_sent_back_as_a_turn(client):
         {"modalities": ["text", "audio"]}, {"store": True}, {"reasoning_effort": "low"}, {"n": 9}, {"n": 16384}, {"n": 0},
         {"max_tokens": 257}, {"max_tokens": -1}, {"max_tokens": 2**80}, {"temperature": 3}, {"temperature": -0.1},
         {"top_p": 1.5}, {"seed": 2**63}, {"stop": ["a"] * 5}, {"stop": ""}, {"top_logprobs": 21},
-        {"extra_body": {"route": 0}}, {"extra_body": {"adapters": [{"id": "manual"}]}}, {"extra_body": {"nonsense": 1}},
-        {"extra_body": {"adapters": [{"id": "shout", "scale": 1e30}]}}, {"extra_body": {"temperature": "0.5"}},
-        {"extra_body": {"adapters": [{"id": f"a{i}"} for i in range(9)]}}, {"extra_body": {"tag": "village"}},
     ],
 )  # fmt: skip
 def test_what_is_not_supported_or_out_of_bounds_is_refused_clearly(client, options):
-    with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as error:
+    with pytest.raises(openai.BadRequestError) as error:
         chat(client, "manual", **options)
     assert error.value.type == "invalid_request_error"
+    assert [error.value.param] == list(options) and error.value.message
+
+
+@pytest.mark.parametrize(
+    ("param", "fields"),
+    [
+        ("route", {"route": 0}), ("model", {"adapters": [{"id": "manual"}]}), ("nonsense", {"nonsense": 1}),
+        ("adapters.0.scale", {"adapters": [{"id": "shout", "scale": 1e30}]}), ("temperature", {"temperature": "0.5"}),
+        ("model", {"adapters": [{"id": f"a{i}"} for i in range(9)]}), ("model", {"tag": "village"}),
+    ],
+)  # fmt: skip
+def test_fields_of_this_server_are_refused_as_clearly(client, param, fields):
+    with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as error:
+        chat(client, "manual", **extra(**fields))
+    assert (error.value.type, error.value.param) == ("invalid_request_error", param)
     assert error.value.message
 
 
 @pytest.mark.parametrize(
-    "messages",
+    ("param", "messages"),
     [
-        [],
-        [{"role": "assistant", "content": "Hello"}],
-        [{"role": "tool", "content": "4", "tool_call_id": "1"}],
-        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}],
-        [{"role": "user", "content": None}],
-        [{"role": "user", "content": "word " * 600}],
+        ("messages", []),
+        (None, [{"role": "assistant", "content": "Hello"}]),
+        ("messages.0.role", [{"role": "tool", "content": "4", "tool_call_id": "1"}]),
+        (
+            "messages.0.content.0.type",
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}],
+        ),
+        ("messages.0.content", [{"role": "user", "content": None}]),
+        ("messages", [{"role": "user", "content": "word " * 600}]),
     ],
 )
-def test_messages_that_cannot_be_answered_are_refused(client, messages):
-    with pytest.raises(openai.BadRequestError):
+def test_messages_that_cannot_be_answered_are_refused(client, param, messages):
+    with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model="manual", messages=messages)
+    is_too_long = "word " * 600 in str(messages)
+    assert (error.value.param, error.value.code) == (param, "context_length_exceeded" if is_too_long else None)
 
 
 def test_parameters_that_change_nothing_are_taken(model, client):
@@ -347,11 +366,15 @@ def test_completions_tell_logprobs_in_their_own_form(client):
         assert top[token] == logprob
 
 
-@pytest.mark.parametrize("options", [{"prompt": ""}, {"prompt": []}, {"prompt": [10**9]}, {"prompt": [-1]}, {"echo": True},
-                                     {"suffix": "x"}, {"best_of": 2}, {"prompt": ["x"] * 9}])  # fmt: skip
-def test_completions_refuse_what_they_cannot_do(client, options):
-    with pytest.raises(openai.BadRequestError):
+@pytest.mark.parametrize(
+    ("param", "options"),
+    [(None, {"prompt": ""}), ("prompt", {"prompt": []}), ("prompt", {"prompt": [10**9]}), ("prompt", {"prompt": [-1]}),
+     ("echo", {"echo": True}), ("suffix", {"suffix": "x"}), ("best_of", {"best_of": 2}), ("n", {"prompt": ["x"] * 9})],
+)  # fmt: skip
+def test_completions_refuse_what_they_cannot_do(client, param, options):
+    with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(**{"model": "manual", "prompt": "The lamp", "max_tokens": 2, **options})
+    assert error.value.param == param
 
 
 # ---- responses
@@ -417,8 +440,9 @@ def test_a_response_can_tell_logprobs(client):
      {"tools": [{"type": "file_search", "vector_store_ids": []}]}, {"include": ["reasoning.encrypted_content"]}],
 )  # fmt: skip
 def test_a_response_refuses_what_is_not_supported(client, options):
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.BadRequestError) as error:
         client.responses.create(model="manual", input="Where?", **options)
+    assert [error.value.param.partition(".")[0]] == list(options)
 
 
 def test_file_search_answers_from_a_vector_store_and_cites_its_files(model, client):

@@ -40,7 +40,9 @@ TWEET = {"document": "Good luck, @chris, and thanks.— John Colapinto (@JohnCol
 
 
 def rows(name: str, source: dict) -> list[tuple[str, str]]:
-    return list(getattr(fresh_tasks, name)(source, random.Random(1)))
+    found = list(getattr(fresh_tasks, name)(source, random.Random(1)))
+    assert found
+    return found
 
 
 @pytest.mark.parametrize(
