@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -283,7 +284,9 @@ def test_a_budget_stops_early_and_says_so(model, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(needle, "_TOKENS_PER_GROUP", 400)
     config = needle.NeedleConfig(texts, lengths=(200,), samples=50, baselines=("none",), budget_s=0.0)
     report = needle.evaluate_needle(model, config, tmp_path)
-    assert report.rows[0]["n"] == 2
+    assert report.rows[0]["n"] == 2 and not report.is_complete
+    whole = needle.evaluate_needle(model, dataclasses.replace(config, samples=2, budget_s=None), tmp_path / "whole")
+    assert whole.rows[0]["n"] == 2 and whole.is_complete
 
 
 def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):

@@ -144,21 +144,23 @@ def evaluate_sizes(
     """
     setup = DocumentSetup(model, config.route)
     deadline, rows = Deadline(config.budget_s), list[dict[str, Any]]()
-    total, n_before = sum(one.n for one in series), 0
+    total, n_before, is_complete = sum(one.n for one in series), 0, True
     warm_up(setup.base)
     for place, one in enumerate(series):
         answered: list[Answered[DocumentCase]] = []
+        n_done = 0
         for n_done, some in _ask(setup, config.baselines, one, deadline.share(len(series) - place)):
             answered += some
             progress(n_before + n_done, total)
         n_before += one.n
+        is_complete &= n_done == one.n
         progress(n_before, total)
         for mine in grouped(answered, lambda a: a.baseline).values():
             rows.append({size_key: one.size, **answer_row(setup, mine), **rows_of(mine)})
         lines = ({size_key: one.size, **answer_line(a), **(line_of(a) if line_of else {})} for a in answered)
         writer.add_answers(lines)
         writer.write(rows, is_complete=False)
-    return writer.write(rows)
+    return writer.write(rows, is_complete=is_complete)
 
 
 def _ask(
