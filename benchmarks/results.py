@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,8 @@ import picture
 ROOT = Path(__file__).parents[1]
 PLAN = ROOT / "benchmarks" / "results.toml"
 FIGURES = ROOT / "docs" / "results"
+ANSWERS = ROOT / "build" / "answers"
+"""Every answer of what was measured last, for comparisons that no table has."""
 PAGE = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
 TASKS_PICTURE = ROOT / "docs" / "images" / "tasks.png"
@@ -186,6 +189,9 @@ def measure(
         run([*arguments, "--out", scratch])
         minutes = (time.monotonic() - started) / 60
         report = json.loads((Path(scratch) / "results.json").read_text(encoding="utf-8"))
+        if (answers := Path(scratch) / "answers.jsonl").is_file():
+            ANSWERS.mkdir(parents=True, exist_ok=True)
+            shutil.copy(answers, ANSWERS / f"{one.id}.jsonl")
     if not report["is_complete"]:
         raise SystemExit(f"{one.id} did not come to its end; give it more time")
     if one.depends in SHIPPED and report["hypernetwork"] != weights_id(one.depends):
