@@ -331,7 +331,7 @@ def test_a_lora_that_overflows_fails_alone(base):
     bad = make_lora(base, 2).scale(1e38)
     for _ in range(2):
         beside = engine.submit(GenerationRequest(ids, good, "good", Sampling(40)))
-        with pytest.raises(AdapterError, match="overflow"):
+        with pytest.raises(AdapterError, match="not finite"):
             engine.submit(GenerationRequest(ids, bad, "bad", Sampling(4))).text()
         assert beside.text() == expected
     assert [engine.submit(GenerationRequest(ids, good, str(i), Sampling(40))).text() for i in range(2)] == [

@@ -44,8 +44,8 @@ def engine(filled, vllms, home):
 
 def ask(engine, base, keys, n_tokens=2) -> dict[str, str]:
     lora = random_lora(base, 2)
-    tickets = {key: engine.submit(GenerationRequest([5, 6, 7], lora, key, Sampling(n_tokens))) for key in keys}
-    return {key: ticket.text() for key, ticket in tickets.items()}
+    tickets = [engine.submit(GenerationRequest([5, 6, 7], lora, key, Sampling(n_tokens))) for key in keys]
+    return {key: ticket.text() for key, ticket in zip(keys, tickets, strict=True)}
 
 
 def n_asked(server: FakeVllm) -> int:
