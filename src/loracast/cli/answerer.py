@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +15,7 @@ from loracast.cli.output import say
 from loracast.cli.session import base_of, loading, server_for
 from loracast.errors import LoracastError, PromptTooLong
 from loracast.library.library import adapter_names, entries, open_adapter
-from loracast.library.manifest import name_from
+from loracast.library.manifest import marked_name, name_from
 from loracast.library.wide_route import Source, check_patterns, patterns_in
 
 if TYPE_CHECKING:
@@ -141,8 +140,7 @@ def _style(answering: Answering, others: Sequence[Adapter]) -> Adapter:
         if _key(style) == key:
             return style
     if name in adapter_names(library):
-        digest = hashlib.sha256("\n".join((words, *key)).encode()).hexdigest()
-        name = f"{name[:55]}-{digest[:8]}"
+        name = marked_name(name, "\n".join((words, *key)))
     return model.task(words, name, strength=_STYLE_STRENGTH)
 
 

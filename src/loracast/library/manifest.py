@@ -37,6 +37,8 @@ _STORED_AS = {"max_unscaled_chunks": "most_summed", "key_decorrelation": "merge_
 """Fields whose key in adapter.json is older than their name; versions are hashes over these keys, so they stay."""
 _LARGEST_SIZE = 10**7
 """Chunks, ranks and widths beyond it are in no adapter; lists as long as they say would fill the memory."""
+LONGEST_NAME = 64
+"""Characters."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -213,8 +215,17 @@ def check_name(name: str) -> str:
 
 def name_from(text: str) -> str:
     """A name made from a title or file name."""
-    slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:64].strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST_NAME].strip("-")
     return slug or "document"
+
+
+def marked_name(name: str, mark: str) -> str:
+    """A name with a short hash of a text behind it, for what cannot have the name itself.
+
+    The text may be the name of a file, which need not be valid Unicode.
+    """
+    digest = hashlib.sha256(mark.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{name[: LONGEST_NAME - 9]}-{digest}"
 
 
 def name_for(document: Document | ImageFile) -> str:

@@ -8,7 +8,6 @@ its name, but stays when its file goes.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import time
@@ -27,12 +26,11 @@ from loracast.files import file_sha256
 from loracast.library.entry import Entry
 from loracast.library.journal import Journal
 from loracast.library.library import entries, remove_adapter
-from loracast.library.manifest import name_from
+from loracast.library.manifest import LONGEST_NAME, marked_name, name_from
 from loracast.library.shared import reading
 
 Outcome = Literal["learned", "unchanged", "failed", "removed"]
 _TEXT = {".txt", ".text", ".rst", ".log", ""}  # read as plain text, beside EXTENSIONS
-_LONGEST_NAME = 64
 _NOT_MOUNTED = (
     "no file is left, and its file system is not the one of before: mount the drive, or delete the adapters with "
     "`loracast rm`"
@@ -190,7 +188,7 @@ def names_for(
     taken.update(known.values())
     names = {}
     for path, name in made.items():
-        is_free = taken[name] == 1 and len(name) < _LONGEST_NAME
+        is_free = taken[name] == 1 and len(name) < LONGEST_NAME
         candidates = itertools.chain([name] if is_free else [], _marked(path, name))
         names[path] = known.get(path) or next(one for one in candidates if may_have(path, one))
     return names
@@ -199,8 +197,7 @@ def names_for(
 def _marked(path: str, name: str) -> Iterator[str]:
     """Names with a hash of the path; from the second on also of a number."""
     for number in itertools.count(1):
-        marked = path if number == 1 else f"{path} {number}"
-        yield f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(marked.encode(errors='surrogatepass')).hexdigest()[:8]}"
+        yield marked_name(name, path if number == 1 else f"{path} {number}")
 
 
 def _own_names(folder: Path, paths: Sequence[str], kept: Mapping[str, Entry], journal: Journal) -> dict[str, str]:
