@@ -17,7 +17,7 @@ from loracast.cli import app
 from loracast.data.task_examples import ToldTask, as_examples
 from loracast.data.tasks import read_tasks
 from loracast.errors import ConfigError
-from loracast.evaluation.refining import STARTS, Mark, RefiningConfig, Start, descend, evaluate_refining
+from loracast.evaluation.refining import STARTS, Mark, RefiningConfig, descend, evaluate_refining
 from loracast.evaluation.task_baselines import TaskSetup
 from loracast.evaluation.tasks import draw
 from loracast.hypernets.store import save_pretrained
@@ -60,6 +60,10 @@ def test_descent_learns_the_examples_and_leaves_the_start_and_the_base_alone(bas
     assert refined.names == lora.names
     for name, (a, b) in lora.factors.items():
         assert torch.equal(a, before[name][0]) and torch.equal(b, before[name][1])
+        assert torch.equal(refined.factors[name].a[: len(a)], a) and torch.equal(
+            refined.factors[name].b[:, : len(a)], b
+        )
+        assert refined.factors[name].rank == len(a) + QUICK.rank
     assert all(map(torch.equal, weights, base.model.parameters()))
     unseen = ("tea", "lantern")
     assert all(answer_loss(base, refined, word) < 0.5 * answer_loss(base, lora, word) for word in unseen)
@@ -78,8 +82,8 @@ def test_what_did_best_on_the_held_back_examples_is_kept(base, caster):
     assert none.steps == 0 and none.loss_after == none.loss_before
 
 
-def test_it_starts_from_the_loras_own_factors(base):
-    """From B = 0 the first loss is that of the plain base."""
+def test_it_starts_from_what_the_lora_does(base):
+    """A LoRA of zeros has the loss of the plain base."""
     name = "model.layers.1.self_attn.q_proj"
     nothing = LoRA({name: Factors(torch.randn(2, 48), torch.zeros(64, 2))})
     done = refine(base, rows_of(nothing), loras_of, EXAMPLES[:4], RefineConfig(seconds=60, steps=1))
@@ -90,7 +94,7 @@ def test_it_starts_from_the_loras_own_factors(base):
 def test_too_few_examples_and_bad_settings_are_refused(base, caster):
     with pytest.raises(ConfigError, match="at least 4 examples, and there are 3"):
         caster.task(SENTENCE, "kettle", examples=EXAMPLES[:3], refine=refiner(base, QUICK))
-    for bad in ({"seconds": 0}, {"steps": 0}):
+    for bad in ({"seconds": 0}, {"steps": 0}, {"rank": 0}):
         with pytest.raises(ConfigError, match="seconds must be above 0"):
             RefineConfig(**bad)
 
@@ -98,9 +102,8 @@ def test_too_few_examples_and_bad_settings_are_refused(base, caster):
 def test_a_stage_of_the_evaluation_is_what_refining_for_its_steps_gives(base, caster, suite):
     tasks = [task for task in read_tasks(suite) if task.is_heldout]
     drawn = dataclasses.replace(draw(tasks, 1, 0), shots=EXAMPLES)
-    start = Start("", STARTS["adapter"].make, QUICK.lr)
     marks = [Mark("0 s", seconds=0), *(Mark(f"{n}", steps=n) for n in (2, 7, 24))]
-    stages = descend(TaskSetup(base, caster), drawn, start, marks)
+    stages = descend(TaskSetup(base, caster), drawn, STARTS["adapter"], marks, QUICK)
     cast = caster.loras([ToldTask(drawn.description, EXAMPLES)])[0]
     for mark in marks:
         ended = {"seconds": 1e-9} if math.isinf(mark.steps) else {"steps": int(mark.steps)}
@@ -150,7 +153,9 @@ def test_an_adapter_is_refined_in_python_and_by_the_command(base, caster, tiny_f
     adapter = model.task(SENTENCE, "kettle", examples=EXAMPLES, refine_s=2)
     assert adapter.manifest.is_refined and adapter.manifest.n_examples == len(EXAMPLES)
     cast = model.task(SENTENCE, "cast", examples=EXAMPLES)
-    assert not cast.manifest.is_refined and cast.manifest.ranks == adapter.manifest.ranks
+    assert not cast.manifest.is_refined
+    more = {kind: rank + RefineConfig().rank for kind, rank in cast.manifest.ranks.items()}
+    assert adapter.manifest.ranks == more
     assert answer_loss(base, adapter.lora(), "tea") < answer_loss(base, cast.lora(), "tea")
     file = tmp_path / "examples.jsonl"
     file.write_text("".join(json.dumps({"input": e.input, "output": e.outputs[0]}) + "\n" for e in EXAMPLES))

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loracast.base.generate import Sampling
 from loracast.data.answer_metrics import is_right
 from loracast.data.task_examples import ToldTask
@@ -41,8 +39,6 @@ class Start:
 
     label: str
     make: Callable[[TaskSetup, Drawn], LoRA]
-    lr: float
-    """Peak learning rate, the best on development tasks; the multi-task LoRA has the adapter's."""
 
 
 def _cast(setup: TaskSetup, drawn: Drawn) -> LoRA:
@@ -53,14 +49,9 @@ def _cast(setup: TaskSetup, drawn: Drawn) -> LoRA:
 
 
 def _nothing(setup: TaskSetup, drawn: Drawn) -> LoRA:
-    """A LoRA of the caster's modules and ranks that does nothing yet: A drawn, B zero, as PEFT begins."""
-    free = torch.Generator().manual_seed(0)
-    return LoRA(
-        {
-            name: Factors(torch.randn(a.shape, generator=free) / a.shape[1] ** 0.5, torch.zeros(b.shape))
-            for name, (a, b) in _cast(setup, drawn).factors.items()
-        }
-    )
+    """A LoRA of rank 0 with the caster's modules."""
+    factors = _cast(setup, drawn).factors
+    return LoRA({name: Factors(a.new_zeros(0, a.shape[1]), b.new_zeros(len(b), 0)) for name, (a, b) in factors.items()})
 
 
 def _multitask(setup: TaskSetup, drawn: Drawn) -> LoRA:
@@ -69,9 +60,9 @@ def _multitask(setup: TaskSetup, drawn: Drawn) -> LoRA:
 
 
 STARTS = {
-    ADAPTER: Start(f"adapter from description and {MOST_SHOTS} examples", _cast, RefineConfig().lr),
-    "nothing": Start("a LoRA that does nothing yet", _nothing, 1e-3),
-    "multitask": Start("multi-task LoRA", _multitask, RefineConfig().lr),
+    ADAPTER: Start(f"adapter from description and {MOST_SHOTS} examples", _cast),
+    "nothing": Start("nothing", _nothing),
+    "multitask": Start("multi-task LoRA", _multitask),
 }
 """By name, what gradient descent starts from."""
 
@@ -175,12 +166,13 @@ def evaluate_refining(setup: TaskSetup, config: RefiningConfig, out: Path, progr
     return report
 
 
-def descend(setup: TaskSetup, drawn: Drawn, start: Start, marks: Sequence[Mark]) -> dict[str, Stage]:
+def descend(
+    setup: TaskSetup, drawn: Drawn, start: Start, marks: Sequence[Mark], config: RefineConfig = RefineConfig()
+) -> dict[str, Stage]:
     """Descend once, past the last mark or until it ends early; what it had come to at each mark."""
     began = start.make(setup, drawn)
     stages: dict[str, Stage] = {}
     stage = Stage(began)
-    config = RefineConfig(lr=start.lr)
     for n_steps, refined in enumerate(descent(setup.base, rows_of(began), loras_of, drawn.shots, config)):
         if refined.steps != stage.n_steps:
             stage = Stage(loras_of(refined.rows).row(0), refined.steps)

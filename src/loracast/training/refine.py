@@ -1,7 +1,8 @@
 """Refine a cast LoRA by gradient descent on a user's examples, for some seconds on the same machine.
 
-It starts from the LoRA's own factors. Some examples are kept for validation; the factors with the smallest loss on them
-are kept, those of the start included, and descent stops early once that loss rises.
+A new LoRA is trained beside the cast one, which stays as it is: a learning rate that teaches a LoRA within seconds
+would spoil the cast factors. Some examples are kept for validation; the new LoRA with the smallest loss on them joins
+the cast one, unless it makes that loss larger, and descent stops early once the loss rises.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ class RefineConfig:
     """Most seconds of descent."""
     steps: int = 200
     """Most steps."""
-    lr: float = 1e-4
-    """Peak learning rate of AdamW; the best of 3e-5 to 1e-3 on development tasks."""
+    rank: int = 16
+    """Rank of the new LoRA."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
     examples_per_step: int = 8
     """Most examples in one step."""
     look_every: int = 2
@@ -46,8 +49,8 @@ class RefineConfig:
     """Seed of what is held back and of the order."""
 
     def __post_init__(self) -> None:
-        if self.seconds <= 0 or min(self.steps, self.examples_per_step, self.look_every) < 1:
-            raise ConfigError("seconds must be above 0, steps, examples_per_step and look_every at least 1")
+        if self.seconds <= 0 or min(self.steps, self.rank, self.examples_per_step, self.look_every) < 1:
+            raise ConfigError("seconds must be above 0, steps, rank, examples_per_step and look_every at least 1")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Refined:
     """The rows that did best so far on the held-back examples, and what it took."""
 
     rows: Rows
+    """Those of the start, with the new LoRA's behind them from the first step that made them better."""
     steps: int
     """Steps after which they were kept; 0 if none made them better."""
     seconds: float
@@ -109,22 +113,20 @@ def descent(
     order = rng.sample(list(examples), len(examples))
     n_held = max(1, len(order) // _HELD_BACK)
     held, learned = _batch(base, order[:n_held]), order[n_held:]
-    sides = nn.ParameterList(side.detach().clone().float().to(base.device) for pair in rows.values() for side in pair)
+    start = {kind: (_copy(a, base.device), _copy(b, base.device)) for kind, (a, b) in rows.items()}
+    sides = nn.ParameterList(side for pair in _new(start, config).values() for side in pair)
 
     def loss_of(batch: Batch) -> Tensor:
         with training.autocast(base.device):
-            return score_answers(base.model, loras_of(_paired(rows, list(sides))), batch).loss
+            return score_answers(base.model, loras_of(_joined(start, list(sides))), batch).loss
 
     @torch.no_grad()
     def look() -> float:
         return loss_of(held).item()
 
-    def copied() -> Rows:
-        return _paired(rows, [side.detach().clone() for side in sides])
-
     optimizer = make_optimizer(sides, training)
     before = best = look()
-    kept, kept_step, n_worse, step = copied(), 0, 0, 0
+    kept, kept_step, n_worse, step = start, 0, 0, 0
     queue: list[Example] = []
     while True:
         yield Refined(kept, kept_step, time.monotonic() - started, before, best)
@@ -143,7 +145,8 @@ def descent(
         if step % config.look_every == 0:
             n_worse += 1
             if (loss := look()) < best:
-                best, kept, kept_step, n_worse = loss, copied(), step, 0
+                kept = _joined(start, [side.detach() for side in sides])
+                best, kept_step, n_worse = loss, step, 0
 
 
 def refiner(base: Base, config: RefineConfig) -> Refine:
@@ -165,9 +168,28 @@ def loras_of(rows: Rows) -> LoRABatch:
     return LoRABatch(1, {name: Factors(a[:, 0], b[:, 0].transpose(1, 2)) for name, (a, b) in rows.items()}, {})
 
 
-def _paired(rows: Rows, sides: Sequence[Tensor]) -> Rows:
-    """The sides, A and B of each kind in turn, as rows of the same kinds."""
-    return dict(zip(rows, zip(sides[::2], sides[1::2], strict=True), strict=True))
+def _copy(side: Tensor, device: torch.device) -> Tensor:
+    """One of two factors in fp32; gradients may be taken through it, if the original was made in inference mode too."""
+    return side.detach().clone().float().to(device)
+
+
+def _new(rows: Rows, config: RefineConfig) -> Rows:
+    """Rows of a LoRA for the same modules, a no-op at first: A is drawn, B zero (arXiv 2106.09685, section 4.1)."""
+    generator = torch.Generator().manual_seed(config.seed)
+    new = {}
+    for kind, (a, b) in rows.items():
+        n_modules, d_in = a.shape[1], a.shape[3]
+        drawn = torch.randn(1, n_modules, config.rank, d_in, generator=generator) / d_in**0.5
+        new[kind] = (drawn.to(a), b.new_zeros(1, n_modules, config.rank, b.shape[3]))
+    return new
+
+
+def _joined(rows: Rows, sides: Sequence[Tensor]) -> Rows:
+    """Rows with further ones behind them, which come as sides: A and B of each kind in turn."""
+    return {
+        kind: (torch.cat([a, more_a], dim=2), torch.cat([b.expand(-1, a.shape[1], -1, -1), more_b], dim=2))
+        for (kind, (a, b)), more_a, more_b in zip(rows.items(), sides[::2], sides[1::2], strict=True)
+    }
 
 
 def _batch(base: Base, examples: Sequence[Example]) -> Batch:
