@@ -150,6 +150,8 @@ def test_lists_of_documents(model, tmp_path):
 def test_a_text_is_not_taken_for_a_path(model):
     with pytest.raises(DocumentError, match=r"Document\.from_text"):
         model.cast(NOTE)
+    with pytest.raises(DocumentError, match=r"Document\.from_text"):
+        model.cast("One long line. " * 20)
     with pytest.raises(DocumentError, match="only white space"):
         loracast.Document.from_text(" \n")
 

@@ -28,6 +28,8 @@ Question = str | Sequence[Message]
 Chosen = Adapter | LoRA | str | Sequence[Adapter | str]
 """What a question is answered with: an adapter or its name, several, none (the plain base), or one LoRA. "*" is the
 whole library and a pattern such as "manuals-*" all documents with such names, of which those that match are opened."""
+_LONGEST_NAME = 255
+"""Characters of a file's name at most, on all common systems."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def read_source(source: Readable) -> Document | ImageFile:
     """A document or an image, read unless it has been read already."""
     if isinstance(source, (Document, ImageFile)):
         return source
-    if isinstance(source, str) and "\n" in source:
+    if isinstance(source, str) and ("\n" in source or max(map(len, source.split("/"))) > _LONGEST_NAME):
         raise DocumentError("this is text, not a path: pass Document.from_text(text)")
     return read_image_file(source) if _is_image(source) else read_document(source)
 
