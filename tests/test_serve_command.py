@@ -416,12 +416,15 @@ def test_a_server_that_cannot_start_says_why(program, words, run):
     assert open_to_all.exit_code == 1 and "set a key" in open_to_all.stderr
 
 
-def test_a_server_with_keys_lets_its_users_commands_in(start, run, tmp_path, loads):
+def test_a_server_with_keys_lets_its_users_commands_in(start, run, tmp_path, loads, monkeypatch):
     (tmp_path / "keys").write_text("read:0123456789abcdef\n")
     (tmp_path / "keys").chmod(0o600)
+    monkeypatch.setenv("LORACAST_API_KEYS", "write:fedcba9876543210")
     _, server = start("--keys", str(tmp_path / "keys"))
     with pytest.raises(Refused):
         Client(server.url).get("/v1/models")
+    for key in ("0123456789abcdef", "fedcba9876543210"):  # of the file, and of the variable
+        assert Client(server.url, key).get("/v1/models")["data"]
     assert run("ask", "Hello", "--max-tokens", "2").exit_code == 0 and not loads
 
 

@@ -518,6 +518,16 @@ def test_an_export_is_what_peft_reads(api, model, tmp_path):
     for name in kept.names:
         assert torch.allclose(read.delta(name), kept.delta(name), atol=0.02 * kept.delta(name).abs().max())
     assert api.get("/adapters/kettle/export", params={"to": "pickle"}).status_code == 400
+    small = api.get("/adapters/kettle/export", params={"to": "peft", "rank": 2})
+    with zipfile.ZipFile(io.BytesIO(small.content)) as archive:
+        archive.extractall(tmp_path / "small")
+    ranks = {pair.rank for pair in read_peft(tmp_path / "small", linear_shapes(model.base.model)).factors.values()}
+    assert ranks == {2}
+    each = api.get("/adapters/kettle/export", params={"to": "peft", "each_chunk": True})
+    with zipfile.ZipFile(io.BytesIO(each.content)) as archive:
+        names = archive.namelist()
+    n_chunks = open_adapter(model.library, "kettle").manifest.n_chunks
+    assert n_chunks > 1 and sum(name.endswith("adapter_model.safetensors") for name in names) == n_chunks
     gguf = zipfile.ZipFile(io.BytesIO(api.get("/adapters/kettle/export", params={"to": "gguf"}).content))
     assert [name for name in gguf.namelist() if name.endswith(".gguf")]
 

@@ -13,7 +13,8 @@ from loracast.library.library import remove_adapter
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
 from loracast.serving.settings import ServerSettings
-from servers import served
+from loracast.serving.window import in_window
+from servers import in_process, served
 
 WARRANTY = "How long is the warranty of the kettle?"
 ELSEWHERE = "Who painted the ceiling of the chapel in Rome, Ingrid?"
@@ -369,12 +370,38 @@ def test_completions_tell_logprobs_in_their_own_form(client):
 @pytest.mark.parametrize(
     ("param", "options"),
     [(None, {"prompt": ""}), ("prompt", {"prompt": []}), ("prompt", {"prompt": [10**9]}), ("prompt", {"prompt": [-1]}),
-     ("echo", {"echo": True}), ("suffix", {"suffix": "x"}), ("best_of", {"best_of": 2}), ("n", {"prompt": ["x"] * 9})],
+     ("echo", {"echo": True}), ("suffix", {"suffix": "x"}), ("best_of", {"best_of": 2}), ("n", {"prompt": ["x"] * 9}), ("n", {"prompt": ["x"] * 3, "n": 3})],
 )  # fmt: skip
 def test_completions_refuse_what_they_cannot_do(client, param, options):
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(**{"model": "manual", "prompt": "The lamp", "max_tokens": 2, **options})
     assert error.value.param == param
+
+
+def test_texts_stand_in_the_prompt_where_window_names_their_adapters(model, client):
+    base = client.models.list().data[0].id
+    answer = chat(client, base, **extra(window=["manual"]))
+    turns = [{"role": "system", "content": ""}, {"role": "user", "content": WARRANTY}]
+    whole = in_window(model.base, [model.adapter("manual")], turns, 12)
+    assert answer.usage.prompt_tokens == len(model.base.chat.conversation(whole.messages))
+    assert text(answer) == asked(model, question=whole.messages)
+    assert answer.loracast["window"] == {"n_tokens": whole.n_tokens, "n_shown": whole.n_tokens}
+    with pytest.raises(openai.BadRequestError, match="name the base as model"):
+        chat(client, "museum", **extra(window=["manual"]))
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [
+        ("/v1/chat/completions", lambda said: {"messages": [{"role": "user", "content": said}]}),
+        ("/v1/completions", lambda said: {"prompt": said}),
+    ],
+)
+def test_a_prompt_beyond_the_servers_limit_is_refused(model, path, prompt):
+    api = in_process(model, max_prompt_tokens=30)
+    answers = [api.post(path, json={"model": "manual", "max_tokens": 2, **prompt("lamp " * n)}) for n in (1, 40)]
+    assert [answer.status_code for answer in answers] == [200, 400]
+    assert answers[1].json()["error"]["code"] == "context_length_exceeded"
 
 
 # ---- responses

@@ -32,6 +32,14 @@ def test_a_long_document_loses_its_middle_and_fits_with_the_answer(model):
     assert model.base.window - 64 < n_prompt + 32 <= model.base.window
 
 
+def test_a_prompt_is_as_long_as_is_allowed(model):
+    adapter = model.learn(Document.from_text("\n".join(f"The lamp {i} was made in the north." for i in range(99))), "l")
+    made = in_window(model.base, [adapter], ASKED, 32, most=150)
+    assert 110 < len(model.base.chat.conversation(made.messages)) <= 150
+    with pytest.raises(BaseModelError, match=r"no room left for a text.*a prompt 20 at most"):
+        in_window(model.base, [adapter], ASKED, 32, most=20)
+
+
 def test_several_texts_stand_one_after_the_other(model):
     adapters = [model.learn(Document.from_text(f"The {name} is {i} metres long."), name) for i, name in enumerate("ab")]
     content = in_window(model.base, adapters, ASKED, 16).messages[1]["content"]

@@ -170,7 +170,8 @@ class Call:
             turns = [{"role": "system", "content": ASK_SYSTEM_TURN}, *turns]
         shown = [self.service.names.adapter(reference) for reference in self.asked.window]
         n_answer = self.asked.sampling.max_new_tokens or DEFAULT_MAX_TOKENS
-        self._windowed = in_window(self.service.model.base, shown, turns, n_answer)
+        most = self.service.settings.max_prompt_tokens
+        self._windowed = in_window(self.service.model.base, shown, turns, n_answer, most)
         return self._windowed.messages
 
     def _raw(self, prompt: str | Sequence[int]) -> tuple[list[int], str]:

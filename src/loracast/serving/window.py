@@ -27,10 +27,15 @@ class Windowed:
     """Fewer where the window is full: the middle of the texts gives way then."""
 
 
-def in_window(base: Base, adapters: Sequence[Adapter], messages: Sequence[Message], max_new_tokens: int) -> Windowed:
+def in_window(
+    base: Base, adapters: Sequence[Adapter], messages: Sequence[Message], max_new_tokens: int, most: int | None = None
+) -> Windowed:
     """Put the documents' texts, and the tasks' descriptions, before the last question of a chat.
 
     The wording is the one with which bases answered best from a document on the dev split (docs/notebook).
+
+    Args:
+        most: longest prompt in tokens, where it is shorter than the base's window with the answer.
 
     Raises:
         AdapterError: an adapter was made from no text (an image, a combination).
@@ -39,9 +44,13 @@ def in_window(base: Base, adapters: Sequence[Adapter], messages: Sequence[Messag
     text = "\n\n".join(map(_text, adapters))
     has_document = any(adapter.manifest.kind == "document" for adapter in adapters)
     n_around = len(base.chat.conversation(_asked(messages, "", has_document)))
-    room = base.window - max_new_tokens - n_around - _JOINTS
+    longest = base.window - max_new_tokens if most is None else min(base.window - max_new_tokens, most)
+    room = longest - n_around - _JOINTS
     if room < 1:
-        raise BaseModelError(f"beside {n_around} tokens of prompt, the base's window of {base.window} has no room left")
+        raise BaseModelError(
+            f"beside {n_around} tokens of prompt and {max_new_tokens} of the answer, there is no room left for a text: "
+            f"the base's window holds {base.window}" + (f", and a prompt {most} at most" if most is not None else "")
+        )
     shown = without_middle(base.tokenizer, text, room)
     counts = [len(encode_text(base.tokenizer, one)) for one in (text, shown)]
     return Windowed(_asked(messages, shown, has_document), *counts)
