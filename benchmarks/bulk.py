@@ -54,10 +54,10 @@ def learn(documents: Path, out: Path, options: list[str], threads: int) -> dict:
     started = time.perf_counter()
     done = subprocess.run([*command, *options], env=environment, stdout=subprocess.PIPE, text=True)
     assert done.returncode in (0, 1), "the command failed"
-    told = json.loads(done.stdout)
-    told["total_s"] = time.perf_counter() - started
-    told["adapters"] = len(list(out.glob("*/adapter_config.json")))
-    return told
+    report = json.loads(done.stdout)
+    report["total_s"] = time.perf_counter() - started
+    report["adapters"] = len(list(out.glob("*/adapter_config.json")))
+    return report
 
 
 def main() -> None:
@@ -82,11 +82,11 @@ def main() -> None:
         for way, (options, threads) in ways.items():
             out = folder / way.partition(",")[0].replace(" ", "-")
             for run in ("first", "second"):
-                told = learn(documents, out, [*models, *options], threads)
-                rate = told["learned"] / told["total_s"]
+                report = learn(documents, out, [*models, *options], threads)
+                rate = report["learned"] / report["total_s"]
                 print(
-                    f"{way}, {run} run: {told['adapters']:,} adapters, {told['learned']:,} cast, "
-                    f"{told['unchanged']:,} unchanged, {told['failed']:,} failed, {told['total_s']:.1f} s, "
+                    f"{way}, {run} run: {report['adapters']:,} adapters, {report['learned']:,} cast, "
+                    f"{report['unchanged']:,} unchanged, {report['failed']:,} failed, {report['total_s']:.1f} s, "
                     f"{rate:.2f} documents a second",
                     flush=True,
                 )

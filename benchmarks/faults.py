@@ -124,11 +124,11 @@ class Rounds:
         document.write_text(self.text(self.rng.randrange(1000)))
         library = ["--library", str(self.library)]
         out = self.folder / f"out-{self.rng.randrange(10**9)}"
-        models, told = self.models, f"Say it in {self.rng.randrange(1000)} words."
+        models, description = self.models, f"Say it in {self.rng.randrange(1000)} words."
         tasks = ["--hypernetwork", str(self.folder / "tasks")]
         return [([*words, *library], changed) for words, changed in (
             (["learn", str(document), "--name", name, "--replace", "--local", *models], {name}),
-            (["task", told, "--name", name, "--replace", "--local", *tasks], {name}),
+            (["task", description, "--name", name, "--replace", "--local", *tasks], {name}),
             (["combine", name, f"{other}:0.5", "--name", "sum", "--replace"], {"sum"}),
             (["compact", name, "--storage", self.rng.choice(("int8", "int4", "text"))], {name}),
             (["edit", name, "--tag", "a", "--note", f"note {self.rng.random()}"], set()),

@@ -66,7 +66,7 @@ def bytes_between(requests: Numbers, n_bytes: Numbers) -> Shares:
 def _sums_of_earlier(order: Numbers, sizes: Shares) -> Shares:
     """For each place, the sizes [n, k] of the smaller places that stand before it in a permutation `order`: [n, k].
 
-    The places are sorted bit by bit from the highest down, as in a wavelet tree. Two places are first told apart by one
+    The places are sorted bit by bit from the highest down, as in a wavelet tree. Two places first differ by one
     bit; then the place that has it gets the sizes of those that stand before it in their block and have it not.
     """
     n, k = sizes.shape

@@ -98,7 +98,7 @@ def main() -> None:
     print(f"| added by HTTP | {added[0]:.1f} | {added[1]:.1f} |")
 
 
-def ask_when_told(url: str, max_tokens: int) -> None:
+def ask_on_signal(url: str, max_tokens: int) -> None:
     """The client, a process of its own as clients are: a request for each line that it reads, and its two times."""
     body = {"model": "kettle", "messages": [{"role": "user", "content": QUESTION}], "stream": True}
     body["max_tokens"] = max_tokens
@@ -114,6 +114,6 @@ def ask_when_told(url: str, max_tokens: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--client"]:
-        ask_when_told(sys.argv[2], int(sys.argv[3]))
+        ask_on_signal(sys.argv[2], int(sys.argv[3]))
     else:
         main()

@@ -90,21 +90,21 @@ class Load(Client):
         if kind != "ask":
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         began = len(self.run.records)
-        told = await self.chat(kind, body, leave_after)
+        content = await self.chat(kind, body, leave_after)
         record = self.run.records[began]
         if record.status == 404:
             record.is_expected = not was_there or was_deleting or one.n_deleted > n_deleted
-        elif told is not None and record.error is None:
+        elif content is not None and record.error is None:
             is_gone = was_gone and one.n_learned == n_learned
-            self.run.answers.append(Answer(one.name, one, max(least, 0), is_gone, told))
+            self.run.answers.append(Answer(one.name, one, max(least, 0), is_gone, content))
 
     async def base_chat(self, kind: str) -> None:
         content = " ".join(self.rng.choices(PROSE, k=self.rng.choice([1, 4, 40]))) + " What is this about?"
         body = {"model": self.base, "messages": [{"role": "user", "content": content}]}
-        told = await self.chat(
+        content = await self.chat(
             kind, {**body, "max_tokens": self.rng.choice([8, 32, 96]), "stream": self.rng.random() < 0.5}
         )
-        if told is not None and told["adapters"]:
+        if content is not None and content["adapters"]:
             self.run.broken.append("an adapter answered a question to the base")
 
     async def bad_request(self, kind: str) -> None:
@@ -209,8 +209,8 @@ class Load(Client):
         answers = await asyncio.gather(*sent)
         taken = [one for one in answers if one is not None and one.status_code == 202]
         jobs = [await self.ended(one.json()) for one in taken]
-        is_told = None not in answers  # otherwise a kill leaves open who was first
-        if taken and is_told and [job["status"] for job in jobs].count("completed") != 1:
+        is_known = None not in answers  # otherwise a kill leaves open who was first
+        if taken and is_known and [job["status"] for job in jobs].count("completed") != 1:
             self.run.broken.append(f"{name}: its jobs are {[job['status'] for job in jobs]}")
         if taken:
             await self.delete(name)

@@ -78,7 +78,7 @@ class Answer:
     """The oldest version that may answer: the last one whose learning was completed before the question was sent."""
     is_gone: bool
     """The adapter had been deleted before the question was sent, and was not learned again meanwhile."""
-    told: Mapping[str, Any]
+    content: Mapping[str, Any]
     """The text, and the server's account of what answered."""
 
 
@@ -134,7 +134,7 @@ def grade(run: Run) -> Counter[str]:
     grades: Counter[str] = Counter(dict.fromkeys(("right", "of another adapter", "other", "adapter not used"), 0))
     held = {*run.numbers.values()}
     for answer in run.answers:
-        used = answer.told["adapters"]
+        used = answer.content["adapters"]
         names = [one["id"].partition("@")[0] for one in used]
         if names != [answer.name]:
             run.broken.append(f"{names} answered for {answer.name}")
@@ -146,13 +146,13 @@ def grade(run: Run) -> Counter[str]:
             run.broken.append(f"{answer.name} answered after its deletion")
         if version not in answer.known.versions[answer.least :]:
             run.broken.append(f"{answer.name}: a version that had been replaced answered")
-        found = {*re.findall(r"\d+", answer.told["text"])}
+        found = {*re.findall(r"\d+", answer.content["text"])}
         right = run.numbers.get(version)
         if right in found:
             grades["right"] += 1
         elif found & held:
             grades["of another adapter"] += 1
-            run.broken.append(f"{answer.name} has {right}, and told {sorted(found & held)}")
+            run.broken.append(f"{answer.name} has {right}, and said {sorted(found & held)}")
         else:
             grades["other" if used[0]["is_used"] else "adapter not used"] += 1
     return grades
@@ -240,8 +240,8 @@ def table(figures: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for kind, of in figures["kinds"].items():
-        told = ", ".join(f"{n} x {status}" for status, n in of["statuses"].items())
-        lines.append(f"| {kind} | {of['n']} | {told} | {shown(of['first_token_ms'])} | {shown(of['total_ms'])} |")
+        statuses = ", ".join(f"{n} x {status}" for status, n in of["statuses"].items())
+        lines.append(f"| {kind} | {of['n']} | {statuses} | {shown(of['first_token_ms'])} | {shown(of['total_ms'])} |")
     engine = figures["engine"]
     first, last = figures["resident"][0], figures["resident"][-1]
     lines += [

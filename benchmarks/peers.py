@@ -141,9 +141,9 @@ def in_llama_cpp(package: Path, files: dict[str, Path], rows: Sequence[Row], giv
         {"file": str(file), "prompts": [row.prompt for row in rows if row.adapter == name]}
         for name, file in files.items()
     ]
-    told = json.dumps({"adapters": asked, "tokens": given.tokens, "threads": torch.get_num_threads()})
+    order = json.dumps({"adapters": asked, "tokens": given.tokens, "threads": torch.get_num_threads()})
     command = ["node", script, package.resolve(), base_gguf(DEFAULT_BASE)]
-    done = subprocess.run([str(part) for part in command], input=told, capture_output=True, text=True, check=True)
+    done = subprocess.run([str(part) for part in command], input=order, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["tokens_per_s"]
 
 

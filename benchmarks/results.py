@@ -120,13 +120,13 @@ class Plan:
 
 def read_plan(path: Path = PLAN) -> Plan:
     """Read what is to be measured."""
-    told = tomllib.loads(path.read_text(encoding="utf-8"))
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
     sections = tuple(
         Section(**{**one, "measurements": tuple(Measurement(**each) for each in one["measurements"])})
-        for one in told.pop("sections")
+        for one in content.pop("sections")
     )
-    columns = {name: Column(**{"key": name, **one}) for name, one in told.pop("columns").items()}
-    plan = Plan(sections=sections, columns=columns, **told)
+    columns = {name: Column(**{"key": name, **one}) for name, one in content.pop("columns").items()}
+    plan = Plan(sections=sections, columns=columns, **content)
     ids = [one.id for one in plan.measurements]
     assert len(ids) == len(set(ids)), "two measurements have the same id"
     return plan

@@ -192,7 +192,7 @@ def started_as_vllm(
 
 
 def main() -> None:
-    """Read what vLLM is told, and serve."""
+    """Read the arguments of vLLM, and serve."""
     parser = argparse.ArgumentParser()
     for name in ("model", "served-model-name", "host", "port", "dtype", "max-lora-rank", "max-loras", "max-cpu-loras"):
         parser.add_argument(f"--{name}", required=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from loracast.data.task_examples import DEFAULT_STYLE, ToldTask
+from loracast.data.task_examples import DEFAULT_STYLE, TaskSpec
 from loracast.data.tasks import Task, read_tasks
 from loracast.scoring.episodes import Episode, pack
 from loracast.scoring.likelihood import score_answers
@@ -90,7 +90,7 @@ def episode_of(source: TaskSource, task: Task, seed: int) -> Episode:
     rng, n = random.Random(seed), source.config.examples_per_task
     pool, system = source.short_enough(task), rng.choice(SYSTEM_TURNS)
     rows = tuple(rng.sample(pool, min(n, len(pool))))
-    return source.episodes([DrawnTask(task, ToldTask(""), DEFAULT_STYLE, rows, system)])[0]
+    return source.episodes([DrawnTask(task, TaskSpec(""), DEFAULT_STYLE, rows, system)])[0]
 
 
 def answer_loss(base, hypernet, descriptions: list[str], tasks: list[str], suite: Path) -> float:

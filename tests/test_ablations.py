@@ -93,7 +93,7 @@ def test_what_is_wrong_is_told_before_anything_is_trained(base, config, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("variants = 3", "table"),
         ('[variants]\na = "hypernetwork.rank=16"', "must be a list"),
@@ -101,9 +101,9 @@ def test_what_is_wrong_is_told_before_anything_is_trained(base, config, tmp_path
         ("[variants", "cannot read"),
     ],
 )
-def test_a_bad_file_of_variants_is_told(tmp_path, text, told):
+def test_a_bad_file_of_variants_is_reported(tmp_path, text, message):
     (tmp_path / "v.toml").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         read_variants(tmp_path / "v.toml")
 
 

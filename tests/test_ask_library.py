@@ -115,8 +115,8 @@ def test_a_pattern_and_a_tag_leave_other_documents_out(asked):
     assert found(asked, question, ["*-lamp", "*-kettle"]).keys() == {"manual-kettle", "manual-lamp"}
     assert found(asked, question, (), tag="town").keys() == {"museum"}
     assert found(asked, "How many months of warranty?", "*", tag="town") == {}
-    for chosen, tag, told in (("nothing-*", "", "nothing-*"), ((), "village", "'village'")):
-        with pytest.raises(AdapterError, match=told.replace("*", r"\*")):
+    for chosen, tag, message in (("nothing-*", "", "nothing-*"), ((), "village", "'village'")):
+        with pytest.raises(AdapterError, match=message.replace("*", r"\*")):
             asked.lora_for(question, chosen, tag=tag)
     with pytest.raises(AdapterError, match="--route 2"):
         asked.lora_for(question, "*", None)
@@ -250,13 +250,13 @@ def test_ask_says_where_the_answer_comes_from(asked, tiny_folder):
     for chosen in (["--all"], ["-a", "manual-*"], ["-a", "*"]):
         shown = run(asked, tiny_folder, "ask", question, *chosen)
         assert "(from manual-lamp, chunk 1: The lamp / Warranty)" in shown.stderr
-        told = json.loads(run(asked, tiny_folder, "ask", question, *chosen, "--json").stdout)
-        source = told["sources"][0]
+        message = json.loads(run(asked, tiny_folder, "ask", question, *chosen, "--json").stdout)
+        source = message["sources"][0]
         assert (source["adapter"], source["heading"], source["chunk"]) == ("manual-lamp", "The lamp / Warranty", 1)
         assert "36 months" in TEXTS["manual-lamp"][source["start"] : source["end"]]
-        assert told["adapters"].keys() == {source["adapter"] for source in told["sources"]}
-    told = json.loads(run(asked, tiny_folder, "ask", question, "--tag", "town", "--json").stdout)
-    assert told["sources"] == [] and told["adapters"] == {}
+        assert message["adapters"].keys() == {source["adapter"] for source in message["sources"]}
+    message = json.loads(run(asked, tiny_folder, "ask", question, "--tag", "town", "--json").stdout)
+    assert message["sources"] == [] and message["adapters"] == {}
     shown = run(asked, tiny_folder, "ask", "Zebra crossings?", "--all")
     assert "no document of the library matches" in shown.stderr
     assert "no document" not in run(asked, tiny_folder, "ask", question, "-a", "manual-lamp").stderr
@@ -273,9 +273,11 @@ def test_chat_asks_the_library_too(asked, tiny_folder):
     said = (
         "How long is the warranty of the lamp?\n/drop *\n/use museum*\nWhen does the museum open tomorrow or today?\n"
     )
-    told = run(asked, tiny_folder, "chat", "--all", input=said).stderr
+    message = run(asked, tiny_folder, "chat", "--all", input=said).stderr
     assert (
-        told.index("(from manual-lamp, chunk 1") < told.index("(using museum*)") < told.index("(from museum, chunk 0")
+        message.index("(from manual-lamp, chunk 1")
+        < message.index("(using museum*)")
+        < message.index("(from museum, chunk 0")
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from loracast.base.load import Base
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
-from loracast.data.task_examples import ToldTask, as_examples
+from loracast.data.task_examples import TaskSpec, as_examples
 from loracast.data.tasks import Example, read_tasks, with_description
 from loracast.encoders.attention_delta import POSITIONS
 from loracast.errors import ConfigError, EncoderError
@@ -31,7 +31,7 @@ from suites import write_suite
 from tiny import ATTENTION_DELTA, DESCRIPTIONS, FAMILIES, for_base, make_attention_delta, make_model, make_tokenizer
 
 
-def written_less(base: Base, lora: LoRABatch, ids: list[int], told: slice) -> Tensor:
+def written_less(base: Base, lora: LoRABatch, ids: list[int], place: slice) -> Tensor:
     """What attention writes less without some tokens [blocks, t, d_state], from the base's own attention weights."""
     values: dict[int, Tensor] = {}
     blocks = base.model.get_decoder().layers
@@ -44,12 +44,12 @@ def written_less(base: Base, lora: LoRABatch, ids: list[int], told: slice) -> Te
     try:
         with torch.no_grad(), inject(base.model, lora):
             attentions = base.model(input_ids=torch.tensor([ids]), output_attentions=True).attentions
-            is_told = torch.zeros(len(ids), dtype=torch.bool)
-            is_told[told] = True
+            is_left_out = torch.zeros(len(ids), dtype=torch.bool)
+            is_left_out[place] = True
             written = []
             for n, weights in enumerate(attentions):
                 block, heads = blocks[n].self_attn, weights.shape[1]
-                others = weights.masked_fill(is_told, 0.0)
+                others = weights.masked_fill(is_left_out, 0.0)
                 others = others / others.sum(-1, keepdim=True)
                 value = values[n].view(1, len(ids), -1, block.head_dim).transpose(1, 2)
                 value = value.repeat_interleave(heads // value.shape[1], dim=1)
@@ -62,7 +62,7 @@ def written_less(base: Base, lora: LoRABatch, ids: list[int], told: slice) -> Te
     return torch.stack(written)
 
 
-def told_in(prompt: list[int], plain: list[int]) -> slice:
+def text_in(prompt: list[int], plain: list[int]) -> slice:
     """The tokens that a prompt has more than a plain one, all in one place."""
     first = next(i for i, (a, b) in enumerate(zip(plain, prompt, strict=False)) if a != b)
     return slice(first, first + len(prompt) - len(plain))
@@ -72,13 +72,13 @@ def contributions(base: Base, hypernet: AttentionDeltaToLoRA, description: str) 
     """Attention deltas of a description [positions, blocks, d_state]."""
     c, chat = hypernet.config, base.chat
     plain, prompt = chat.prompt(c.dummy_input, ""), chat.prompt(with_description(description, c.dummy_input), "")
-    told, ids = told_in(prompt, plain), [*prompt, *chat.reply(c.dummy_answer)[:-1]]
-    written = written_less(base, hypernet.encoder_lora_batch(), ids, told)
-    n_after = len(chat.prompt("", "")) - told.start  # nothing is said
+    place, ids = text_in(prompt, plain), [*prompt, *chat.reply(c.dummy_answer)[:-1]]
+    written = written_less(base, hypernet.encoder_lora_batch(), ids, place)
+    n_after = len(chat.prompt("", "")) - place.start  # nothing is said
     at = {
         "start": [len(prompt) - 1],
         "answer": [len(ids) - 1],
-        "input": range(told.stop, len(prompt) - n_after),
+        "input": range(place.stop, len(prompt) - n_after),
         "turn": range(len(prompt) - n_after, len(prompt) - 1),
     }
     return torch.stack([written[:, list(at[place])].mean(1) for place in POSITIONS])
@@ -110,11 +110,11 @@ def test_turns_are_read_in_the_base_as_it_is(family):
             strict=True,
         )
         prompt = base.chat.conversation([{"role": role, "content": content} for role, content in turns])
-        read = encoder.after_turns(ToldTask(description, examples), asked)
-        told = told_in(prompt, plain)
-        expected = written_less(base, LoRABatch(1, {}, {}), [*prompt, *answer], told)[:, told.stop :]
+        read = encoder.after_turns(TaskSpec(description, examples), asked)
+        place = text_in(prompt, plain)
+        expected = written_less(base, LoRABatch(1, {}, {}), [*prompt, *answer], place)[:, place.stop :]
         torch.testing.assert_close(read.deltas, expected, atol=1e-5, rtol=1e-3)
-        assert (read.ids, read.n_input) == ([*plain, *answer], len(prompt) - 1 - told.stop)
+        assert (read.ids, read.n_input) == ([*plain, *answer], len(prompt) - 1 - place.stop)
 
 
 def test_blocks_that_are_no_target_hand_theirs_on(base):

@@ -235,9 +235,9 @@ def test_all_faults_of_ours_are_told_at_once(tmp_path):
 
     change_tensors(adapter.folder / "factors.safetensors", damage)
     change_config(adapter.folder / "adapter.json", n_chunks=2)
-    told = "; ".join(Adapter(adapter.folder).faults())
+    faults = "; ".join(Adapter(adapter.folder).faults())
     for fault in ("hash differs", "says 2", "q_proj.b is missing", "type F32", "x is unknown", "not [2, 2, 2, 48]"):
-        assert fault in told
+        assert fault in faults
 
 
 def test_a_header_is_read_without_its_tensors(tmp_path):

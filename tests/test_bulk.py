@@ -217,8 +217,10 @@ def test_a_fault_of_one_document_ends_nothing(bulk, tmp_path, monkeypatch):
         patch.setattr(module, "MOST_CHUNKS", 5)
         run = bulk(source, tmp_path / "out")
     assert run.count("learned") == 3
-    told = {line.url.rpartition("/")[2]: line.error for line in run.failed()}
-    assert told["note-2.txt"] == "MemoryError: too large" and "chunks, and at most 5 are merged" in told["long.txt"]
+    message = {line.url.rpartition("/")[2]: line.error for line in run.failed()}
+    assert (
+        message["note-2.txt"] == "MemoryError: too large" and "chunks, and at most 5 are merged" in message["long.txt"]
+    )
     read: list[str] = []
     run = bulk(source, tmp_path / "out", read=read)
     assert read == ["note-2.txt"], "the document's own fault is not tried again"
@@ -275,7 +277,7 @@ def test_the_command(run, tmp_path, tiny_folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["in", "--rank", "8"], "it needs --out"),
         (["in", "--ray", "local"], "it needs --out"),
@@ -283,9 +285,9 @@ def test_the_command(run, tmp_path, tiny_folder, monkeypatch):
         (["in", "--out", "out", "--name", "lamp"], "it cannot be combined with --name"),
     ],
 )
-def test_options_without_an_effect_are_refused(run, words, told, tmp_path):
+def test_options_without_an_effect_are_refused(run, words, message, tmp_path):
     done = run(*words)
-    assert done.exit_code == 2 and told in " ".join(done.stderr.replace("│", " ").split())
+    assert done.exit_code == 2 and message in " ".join(done.stderr.replace("│", " ").split())
 
 
 def test_ray_that_is_not_installed_is_named(run, tmp_path, monkeypatch):

@@ -88,8 +88,8 @@ def test_a_killed_worker_costs_nothing(start, documents, tmp_path):
     workers = [pid for pid, name in children(casting.pid) if re.match(r"ray::MapWorker\S*\.submit", name)]
     os.kill(workers[0], signal.SIGKILL)
     assert len(config_files(out)) < N, "it was killed too late"
-    told, _ = casting.communicate(timeout=_SECONDS)
-    report = json.loads(told)
+    result, _ = casting.communicate(timeout=_SECONDS)
+    report = json.loads(result)
     assert casting.returncode == 1 and (report["learned"], report["failed"]) == (N, BROKEN)
     assert len(config_files(out)) == N
 

@@ -31,8 +31,8 @@ def test_a_chat_template_goes_along_with_what_was_made_with_it(tmp_path, home):
     here = ["--base", str(tmp_path / "base"), "--device", "cpu"]
     learned = ["learn", str(tmp_path / "note.txt"), *here, "--hypernetwork", str(tmp_path / "hypernet")]
     assert CliRunner().invoke(app, learned).exit_code == 0
-    told = CliRunner().invoke(app, ["ask", "When?", "-a", "note", "--always", "--max-tokens", "3"])
-    assert told.exit_code == 0, told.output
+    result = CliRunner().invoke(app, ["ask", "When?", "-a", "note", "--always", "--max-tokens", "3"])
+    assert result.exit_code == 0, result.output
     assert open_adapter(library_dir(), "note").manifest.made_for.chat_template
     (tmp_path / "own.jinja").write_text("{% for m in messages %}<{{ m['content'] }}>{{ eos_token }}{% endfor %}")
     own = load_base(tmp_path / "base", device="cpu", chat_template=tmp_path / "own.jinja")

@@ -495,7 +495,7 @@ def test_ctrl_c_while_answering_is_130(run, tiny, monkeypatch):
     assert result.exit_code == 130 and result.stdout == "It is\n"
 
 
-def test_what_is_fetched_is_told_on_standard_error(run, tiny_folder, library, monkeypatch):
+def test_what_is_fetched_is_reported_on_standard_error(run, tiny_folder, library, monkeypatch):
     def pull(name, *, say):
         say(f"fetching {name}")
         return tiny_folder

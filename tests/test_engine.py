@@ -310,7 +310,7 @@ def test_closing_fails_what_is_not_done(base):
             list(ticket)
 
 
-def test_a_step_that_fails_is_told_and_the_engine_goes_on(base, engine, monkeypatch):
+def test_a_step_that_fails_is_reported_and_the_engine_goes_on(base, engine, monkeypatch):
     lora = make_lora(base, 1)
 
     def explode(*given, **options):

@@ -17,7 +17,7 @@ from loracast.cast.task import TaskCaster
 from loracast.cli import app
 from loracast.data.answer_metrics import is_right, last_number
 from loracast.data.benchmarks import read_benchmark
-from loracast.data.task_examples import ToldTask
+from loracast.data.task_examples import TaskSpec
 from loracast.data.tasks import Example, read_tasks
 from loracast.errors import ConfigError
 from loracast.evaluation import runner
@@ -99,23 +99,23 @@ def test_which_lora_each_baseline_answers_with(base, suite):
     assert [loras[name] for name in ("average", "multitask", "multitask_described", "constant")] == [
         "average", "multitask", "described", "constant",
     ]  # fmt: skip
-    without = ["none", "described", *(f"{told}shots{n}" for told in ("", "described_") for n in SHOTS)]
+    without = ["none", "described", *(f"{prompt_text}shots{n}" for prompt_text in ("", "described_") for n in SHOTS)]
     assert all(loras[name] is None for name in without)
     for n in SHOTS:
-        assert loras[f"adapter_shots{n}"] == ToldTask(drawn.description, drawn.shots[:n])
+        assert loras[f"adapter_shots{n}"] == TaskSpec(drawn.description, drawn.shots[:n])
     (other,) = (task for task in tasks if drawn.other_description in task.descriptions["heldout"])
-    assert loras["other_shots5"] == ToldTask(drawn.other_description, drawn.other_shots)
+    assert loras["other_shots5"] == TaskSpec(drawn.other_description, drawn.other_shots)
     assert len(drawn.other_shots) == 5 and set(drawn.other_shots) <= set(other.train)
 
 
-def test_the_reader_is_told_as_in_training_and_the_nearest_examples_stand_last(base, suite):
+def test_the_reader_is_reported_as_in_training_and_the_nearest_examples_stand_last(base, suite):
     tasks = [task for task in read_tasks(suite) if task.is_heldout]
     drawn = evaluation.draw(tasks, 1, 0)
     asked = Example("up", ("down",))
     setup = TaskSetup(base, Caster(), multitask_described="reader")
     reader = BASELINES["multitask_described_shots3"].request(setup, TaskCase(drawn, asked))
-    told = ToldTask(drawn.description, drawn.shots[:3]).text()
-    assert list(reader.prompt) == base.chat.prompt(f"{told}\n\nup", "") and reader.lora.make() == "reader"
+    prompt_text = TaskSpec(drawn.description, drawn.shots[:3]).text()
+    assert list(reader.prompt) == base.chat.prompt(f"{prompt_text}\n\nup", "") and reader.lora.make() == "reader"
     setup.nearest.__dict__["_encoder"] = WordCounts()
     words = [Example(text, (text.upper(),)) for text in ("red lamp", "old bridge", "red bridge", "tea")]
     assert [e.input for e in setup.nearest("red lamp", words, 2)] == ["red bridge", "red lamp"]

@@ -10,7 +10,7 @@ import torch
 
 from loracast.base.load import Base
 from loracast.cast.task import TaskCaster
-from loracast.data.task_examples import ToldTask, as_examples
+from loracast.data.task_examples import TaskSpec, as_examples
 from loracast.data.tasks import Example
 from loracast.encoders.attention_delta import POSITIONS
 from loracast.hypernets.descriptions import TaskReader
@@ -18,7 +18,7 @@ from loracast.hypernets.example_fit import RANK, behind_the_others, ridge, two_v
 from tiny import DESCRIPTIONS, FAMILIES, make_attention_delta, make_model, make_tokenizer
 
 EXAMPLES = as_examples([("big", "small"), ("hot", "cold"), ("old", "new"), ("far", "near"), ("wet", "dry")])
-TOLD = ToldTask(DESCRIPTIONS[0], EXAMPLES)
+TOLD = TaskSpec(DESCRIPTIONS[0], EXAMPLES)
 
 
 def least_squares(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor, strength: float) -> np.ndarray:
@@ -77,26 +77,26 @@ def test_the_inputs_of_projections_are_those_under_merged_weights(base):
 
 
 def test_no_example_stands_before_itself():
-    pairs = behind_the_others([TOLD, ToldTask("", EXAMPLES[:1])])  # before the second one's nothing is told
+    pairs = behind_the_others([TOLD, TaskSpec("", EXAMPLES[:1])])  # before the second one's nothing is spec
     assert [example for _, example in pairs] == list(EXAMPLES)
-    assert all(example not in told.examples for told, example in pairs)
-    assert pairs[1][0] == ToldTask(TOLD.description, (*EXAMPLES[2:], *EXAMPLES[:1]))
+    assert all(example not in spec.examples for spec, example in pairs)
+    assert pairs[1][0] == TaskSpec(TOLD.description, (*EXAMPLES[2:], *EXAMPLES[:1]))
 
 
 def test_of_many_examples_some_are_read_spread_over_all_groups():
     many = as_examples([(str(i), str(i + 1)) for i in range(32)])
-    pairs = behind_the_others([ToldTask("", many[:16]), ToldTask("", many[16:])])
+    pairs = behind_the_others([TaskSpec("", many[:16]), TaskSpec("", many[16:])])
     assert [int(example.input) for _, example in pairs] == [0, 4, 8, 12, 16, 20, 24, 28]
-    assert len(behind_the_others([ToldTask("", many)], most=5)) == 5
+    assert len(behind_the_others([TaskSpec("", many)], most=5)) == 5
 
 
 def test_a_text_and_turns_count_half_each_where_both_are_known(base):
     encoder = make_attention_delta(base).text_encoder(base)
-    told, example = ToldTask(DESCRIPTIONS[0], EXAMPLES[:2]), EXAMPLES[2]
+    spec, example = TaskSpec(DESCRIPTIONS[0], EXAMPLES[:2]), EXAMPLES[2]
     text, turns, both = (
-        encoder.at_example(told.text(), example),
-        encoder.after_turns(told, example),
-        two_views(encoder, told, example),
+        encoder.at_example(spec.text(), example),
+        encoder.after_turns(spec, example),
+        two_views(encoder, spec, example),
     )
     n = both.deltas.shape[1]
     assert n == min(text.deltas.shape[1], turns.deltas.shape[1])
@@ -111,8 +111,8 @@ def test_it_joins_what_is_cast(base, tmp_path):
     cast, (fitted,) = batch.row(0), caster.loras([TOLD])
     encoder, names = hypernet.text_encoder(base), hypernet.probed_modules
     xs, ys, weights = [], [], []
-    for told, example in behind_the_others([TOLD]):
-        at = two_views(encoder, told, example)
+    for spec, example in behind_the_others([TOLD]):
+        at = two_views(encoder, spec, example)
         n = at.deltas.shape[1]
         xs.append(encoder.outputs_of_attention(at.ids, batch)[:, -n:])
         ys.append(at.deltas)
@@ -126,16 +126,16 @@ def test_it_joins_what_is_cast(base, tmp_path):
     assert all(fitted.factors[n].rank == cast.factors[n].rank + RANK for n in names)
 
 
-def _rows(caster, told):
-    return caster.caster.cast(caster.caster.encode([told])).rows
+def _rows(caster, spec):
+    return caster.caster.cast(caster.caster.encode([spec])).rows
 
 
-@pytest.mark.parametrize("told", [ToldTask(DESCRIPTIONS[0]), ToldTask("", EXAMPLES[:1])])
-def test_a_description_or_one_example_is_cast_without(base, tmp_path, told):
+@pytest.mark.parametrize("spec", [TaskSpec(DESCRIPTIONS[0]), TaskSpec("", EXAMPLES[:1])])
+def test_a_description_or_one_example_is_cast_without(base, tmp_path, spec):
     hypernet = make_attention_delta(base)
     caster = TaskCaster(hypernet.bind(base), tmp_path)
-    (lora,) = caster.loras([told])
-    expected = hypernet.loras(_rows(caster, told)).row(0)
+    (lora,) = caster.loras([spec])
+    expected = hypernet.loras(_rows(caster, spec)).row(0)
     assert all(torch.equal(lora.factors[name].b, expected.factors[name].b) for name in expected.names)
 
 
@@ -143,10 +143,10 @@ def test_examples_so_long_that_each_is_read_alone_are_cast_without(base, tmp_pat
     long = as_examples([(" ".join(["word"] * 150), "a"), (" ".join(["other"] * 150), "b")])
     hypernet = make_attention_delta(base)
     caster = TaskCaster(hypernet.bind(base), tmp_path)
-    assert [len(group.examples) for group in caster.caster.encoder.groups(ToldTask("", long))] == [1, 1]
-    (lora,) = caster.loras([ToldTask("", long)])
+    assert [len(group.examples) for group in caster.caster.encoder.groups(TaskSpec("", long))] == [1, 1]
+    (lora,) = caster.loras([TaskSpec("", long)])
     assert {name: pair.rank for name, pair in lora.factors.items()} == {
-        name: pair.a.shape[1] for name, pair in hypernet.loras(_rows(caster, ToldTask("", long))).factors.items()
+        name: pair.a.shape[1] for name, pair in hypernet.loras(_rows(caster, TaskSpec("", long))).factors.items()
     }
 
 

@@ -12,11 +12,11 @@ from loracast.errors import BaseModelError
 @pytest.mark.parametrize("model_type", tiny.FAMILIES)
 def test_weights_and_cache_of_a_built_model(model_type):
     model = tiny.make_model(model_type)
-    told = footprint(model.config, "float32")
-    assert told.weights == sum(p.numel() * p.element_size() for p in model.parameters())
+    result = footprint(model.config, "float32")
+    assert result.weights == sum(p.numel() * p.element_size() for p in model.parameters())
     cache = model(torch.ones(1, 7, dtype=torch.long), use_cache=True).past_key_values
     kept = sum(side.numel() * side.element_size() for layer in cache.layers for side in (layer.keys, layer.values))
-    assert 7 * told.kv_per_token == kept
+    assert 7 * result.kv_per_token == kept
 
 
 def test_quantization_is_of_the_linear_modules_in_the_blocks(tmp_path):

@@ -161,10 +161,10 @@ def test_a_gated_repository_is_one_sentence(server, tiny_folder, tiny_hypernet_f
         (lambda: loracast.load(tiny_folder, "meta/gated", device="cpu"), HypernetworkError),
         (lambda: read_base_config("meta/gated"), BaseModelError),
     ):
-        with pytest.raises(error) as told:
+        with pytest.raises(error) as caught:
             refused()
-        assert page in str(told.value) and "\n" not in str(told.value)
-        assert str(told.value).startswith("the hub does not give 'meta/gated' to this user")
+        assert page in str(caught.value) and "\n" not in str(caught.value)
+        assert str(caught.value).startswith("the hub does not give 'meta/gated' to this user")
 
 
 def publish(server, repository, *folders):

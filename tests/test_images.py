@@ -119,8 +119,8 @@ def write_set(root: Path, classes=("00_red_ball", "01_blue_box", "02_old_hat"), 
 
 def test_a_folder_and_its_zip_are_the_same_set(tmp_path):
     root = write_set(tmp_path / "set")
-    told = [{"label": i, "name": name, "primary": i < 2} for i, name in enumerate(("ball", "box", "hat"))]
-    (root / "classes.json").write_text(json.dumps(told))
+    labels = [{"label": i, "name": name, "primary": i < 2} for i, name in enumerate(("ball", "box", "hat"))]
+    (root / "classes.json").write_text(json.dumps(labels))
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for path in sorted(root.rglob("*")):
             archive.write(path, path.relative_to(root))
@@ -141,12 +141,12 @@ def test_a_folder_and_its_zip_are_the_same_set(tmp_path):
 
 def test_a_set_within_a_folder_of_its_zip_has_its_classes_and_no_files_of_a_mac(tmp_path):
     root = write_set(tmp_path / "set", ("0_mp3_player", "1_boeing_737-800"))
-    told = [{"label": 0, "name": "player", "primary": True}, {"label": 1, "name": "plane", "primary": False}]
+    labels = [{"label": 0, "name": "player", "primary": True}, {"label": 1, "name": "plane", "primary": False}]
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for path in sorted(root.rglob("*.png")):
             archive.write(path, Path("set") / path.relative_to(root))
             archive.writestr(f"__MACOSX/set/{path.parent.name}/._{path.name}", b"\0\5\x16\7")
-        archive.writestr("set/classes.json", json.dumps(told))
+        archive.writestr("set/classes.json", json.dumps(labels))
     found = read_images(tmp_path / "set.zip")
     assert found.names == ("player", "plane") and found.is_held_out == (False, True) and len(found) == 6
     assert read_images(root).names == ("mp3 player", "boeing 737-800")

@@ -95,10 +95,10 @@ def test_inspect_shows_norms_probes_and_the_whole_text(model, tiny_folder):
     for said in ("effective rank", "What is 12 times 12?", "nats between the first tokens", "Lamp", "It is 4711."):
         assert said in done.stdout
     assert "\x1b" not in done.stdout
-    told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
-    assert len(told["probes"]) == 12 and "1.7 litres" in " ".join(part["text"] for part in told["text"])
+    result = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert len(result["probes"]) == 12 and "1.7 litres" in " ".join(part["text"] for part in result["text"])
     adapter = model.adapter("lamp")
-    assert sum(m["norm"] ** 2 for m in told["modules"]) == pytest.approx(
+    assert sum(m["norm"] ** 2 for m in result["modules"]) == pytest.approx(
         sum(n**2 for n in adapter.lora().norms().values()), rel=1e-3
     )
     (adapter.folder / "chunks.sqlite").write_bytes(b"another text")

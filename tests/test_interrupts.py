@@ -26,17 +26,17 @@ from tiny import PROSE
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
 
-def interrupted(words: list[object], began, told: Path) -> tuple[int, float, str]:
+def interrupted(words: list[object], began, log: Path) -> tuple[int, float, str]:
     """Run a command, and interrupt it once `began()` is true: its status, the seconds until its end, what it said."""
 
     def run() -> None:
         sys.argv = ["loracast", *(str(word) for word in words)]
         main()
 
-    return interrupted_call(run, began, told)
+    return interrupted_call(run, began, log)
 
 
-def interrupted_call(function: Callable[[], None], began, told: Path) -> tuple[int, float, str]:
+def interrupted_call(function: Callable[[], None], began, log: Path) -> tuple[int, float, str]:
     """As `interrupted`, for a function."""
     child = os.fork()
     if child == 0:
@@ -44,7 +44,7 @@ def interrupted_call(function: Callable[[], None], began, told: Path) -> tuple[i
         try:
             torch.set_num_threads(1)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT), 2)
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
             sys.stdout, sys.stderr = io.StringIO(), os.fdopen(2, "w", buffering=1)
             try:
                 function()
@@ -57,7 +57,7 @@ def interrupted_call(function: Callable[[], None], began, told: Path) -> tuple[i
     os.kill(child, signal.SIGINT)
     since = time.monotonic()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return status, time.monotonic() - since, told.read_text()
+    return status, time.monotonic() - since, log.read_text()
 
 
 def test_learning(tiny_folder, tiny_hypernet_folder, tmp_path, home, monkeypatch):

@@ -1,4 +1,4 @@
-"""The load test: it runs against a server with the tiny base, and its grades tell whose number was told."""
+"""The load test: it runs against a server with the tiny base, and its grades tell whose number was result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
     [
         ("doc-0@bb", "It is 2222.", False, "right", []),
         ("doc-0@bb", "It is 2223.", False, "other", []),
-        ("doc-0@bb", "It is 3333.", False, "of another adapter", ["doc-0 has 2222, and told ['3333']"]),
+        ("doc-0@bb", "It is 3333.", False, "of another adapter", ["doc-0 has 2222, and said ['3333']"]),
         ("doc-1@cc", "It is 3333.", False, "of another adapter", ["['doc-1'] answered for doc-0"]),
         ("doc-0@aa", "It is 1111.", False, "right", ["doc-0: a version that had been replaced answered"]),
         ("doc-0@bb", "It is 2222.", True, "right", ["doc-0 answered after its deletion"]),
@@ -35,9 +35,9 @@ ROOT = Path(__file__).parents[1]
 )
 def test_an_answer_is_graded_by_the_version_that_gave_it(shown, text, is_gone, grade, broken):
     known = SimpleNamespace(versions=["aaaa", "bbbb"])
-    told = {"text": text, "adapters": [{"id": shown, "is_used": True}]}
+    result = {"text": text, "adapters": [{"id": shown, "is_used": True}]}
     run = load_report.Run(1.0, numbers={"aaaa": "1111", "bbbb": "2222", "cccc": "3333"})
-    run.answers.append(load_report.Answer("doc-0", known, 1, is_gone, told))
+    run.answers.append(load_report.Answer("doc-0", known, 1, is_gone, result))
     grades = load_report.grade(run)
     assert +grades == {grade: 1}
     assert run.broken == broken
@@ -72,12 +72,12 @@ def test_a_server_bears_mixed_load(tiny_folder, tiny_hypernet_folder, home, tmp_
     ]  # fmt: skip
     with pytest.raises(SystemExit):
         load.main([str(option) for option in options])
-    told = json.loads(figures.read_text())
+    result = json.loads(figures.read_text())
     # A hundred requests are too few for a size in memory that stays.
-    assert [what for what, _ in told["broken"] if "resident size" not in what] == []
-    assert told["answers"]["of another adapter"] == 0 and told["n_requests"] > 20
-    assert told["n_kills"] >= 1 and len(told["lives"]) == told["n_kills"] + 1
-    assert {"ask", "ask, streamed", "bad request"} <= set(told["kinds"])
+    assert [what for what, _ in result["broken"] if "resident size" not in what] == []
+    assert result["answers"]["of another adapter"] == 0 and result["n_requests"] > 20
+    assert result["n_kills"] >= 1 and len(result["lives"]) == result["n_kills"] + 1
+    assert {"ask", "ask, streamed", "bad request"} <= set(result["kinds"])
 
 
 HEAPS = """

@@ -19,7 +19,7 @@ CHATS = tomllib.loads((Path(__file__).parent / "files" / "chats.toml").read_text
 SHORT = Sampling(max_new_tokens=12)
 
 
-def told(chats, library: Path):
+def remembered(chats, library: Path):
     model = loracast.load(library=library)
     memory = model.memory("me")
     for chat in chats:
@@ -30,7 +30,7 @@ def told(chats, library: Path):
 
 @pytest.mark.usefixtures("one_embedded_base")
 def test_facts_come_back_in_a_new_chat_and_not_once_they_are_forgotten(tmp_path):
-    model, memory = told(CHATS["test"], tmp_path)
+    model, memory = remembered(CHATS["test"], tmp_path)
     facts = [tuple(fact) for chat in CHATS["test"] for fact in chat["facts"]]
     with_memory = dict(zip(facts, model.ask([question for question, _ in facts], "me", sampling=SHORT), strict=True))
     without = dict(zip(facts, model.ask([question for question, _ in facts], sampling=SHORT), strict=True))

@@ -133,10 +133,10 @@ def test_features_are_computed_once(home):
             calls.append(len(inputs))
             return super().__call__(inputs)
 
-    told: list[tuple[int, int]] = []
-    first = encoded(waves, [0, 3, 4], Counting(), lambda done, total: told.append((done, total)))
+    received: list[tuple[int, int]] = []
+    first = encoded(waves, [0, 3, 4], Counting(), lambda done, total: received.append((done, total)))
     again = encoded(waves, [0, 3, 4], Counting())
-    assert calls == [3] and told == [(3, 3)] and torch.equal(first, again)
+    assert calls == [3] and received == [(3, 3)] and torch.equal(first, again)
     torch.testing.assert_close(
         first.float(), WaveEncoder()(torch.stack([waves.load(i) for i in (0, 3, 4)])).states, atol=0.02, rtol=0.01
     )
@@ -361,8 +361,8 @@ def test_the_command_learns_a_photo_without_the_base(seeing, photo, tmp_path):
     done = CliRunner().invoke(app, [*arguments, "--base", "no/such/base"])
     assert done.exit_code == 0, done.output
     assert "learned photo" in done.output and "What does the picture show?" in done.output
-    told = json.loads(CliRunner().invoke(app, [*arguments, "--replace", "--json"]).stdout)
-    assert told["name"] == "photo" and told["n_bytes"] > 0
+    received = json.loads(CliRunner().invoke(app, [*arguments, "--replace", "--json"]).stdout)
+    assert received["name"] == "photo" and received["n_bytes"] > 0
     refused = CliRunner().invoke(app, [*arguments, "--name", "b", "--storage", "int8"])
     assert refused.exit_code == 2
 

@@ -130,8 +130,8 @@ def test_the_multi_task_lora_sees_the_rows_of_text_to_lora_and_no_held_out_task(
     assert about["settings"]["described"] and about["settings"]["tasks"] == [t.name for t in tasks if not t.is_heldout]
     for (descriptions, rows), (again, others) in zip(plain, described, strict=True):
         assert descriptions == again
-        for text, bare, told in zip(descriptions, rows, others, strict=True):
-            for question, with_text in zip(bare.questions, told.questions, strict=True):
+        for text, bare, described in zip(descriptions, rows, others, strict=True):
+            for question, with_text in zip(bare.questions, described.questions, strict=True):
                 assert question.answer == with_text.answer
                 expected = base.tokenizer.decode(question.prompt).replace("user\n", f"user\n{text}\n\n")
                 assert base.tokenizer.decode(with_text.prompt) == expected

@@ -272,28 +272,30 @@ def test_long_outlines_show_the_higher_levels():
 
 def test_answers_about_the_whole_come_from_the_outline(model):
     model.learn(Document.from_text(GUIDE), "kiln")
-    told = model.answer("What is this document about?", "kiln")
-    assert told.n_tokens == told.n_prompt_tokens == 0  # no model was asked
-    (source,) = told.sources
+    outlined = model.answer("What is this document about?", "kiln")
+    assert outlined.n_tokens == outlined.n_prompt_tokens == 0  # no model was asked
+    (source,) = outlined.sources
     assert (source.adapter, source.title, source.chunk) == ("kiln", "Halden kiln", None)
     assert str(source) == "kiln: Halden kiln" and (source.start, source.end) == (0, len(GUIDE.strip()))
-    assert told.text.startswith("Halden kiln\nSections: Firing; Cleaning.\nIn its own words: ")
-    assert "Close the door of the kiln before each firing." in told.text and told.text.endswith("no model was asked.)")
+    assert outlined.text.startswith("Halden kiln\nSections: Firing; Cleaning.\nIn its own words: ")
+    assert "Close the door of the kiln before each firing." in outlined.text and outlined.text.endswith(
+        "no model was asked.)"
+    )
     assert model.ask("List its sections.", "kiln") == (
         "Halden kiln\nSections: Firing; Cleaning.\n"
         "(The headings of kiln, stored when it was learned; no model was asked.)"
     )
     assert model.ask("What is the title of this document?", "kiln").startswith("Halden kiln\n(The title of kiln")
-    assert "".join(model.stream("What is this document about?", ["kiln"])) == told.text
+    assert "".join(model.stream("What is this document about?", ["kiln"])) == outlined.text
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello."}]
-    assert model.ask([*turns, {"role": "user", "content": "tl;dr"}], "kiln") == told.text
+    assert model.ask([*turns, {"role": "user", "content": "tl;dr"}], "kiln") == outlined.text
 
 
 def test_other_questions_of_a_batch_are_for_the_model(model):
     model.learn(Document.from_text(GUIDE), "kiln")
     questions = ["How long does a firing of clay take?", "List its sections.", "At how many degrees is clay fired?"]
-    first, told, last = model.answer(questions, "kiln")
-    assert told.n_tokens == 0 and "Firing; Cleaning" in told.text
+    first, outlined, last = model.answer(questions, "kiln")
+    assert outlined.n_tokens == 0 and "Firing; Cleaning" in outlined.text
     assert first.n_tokens > 0 and last.n_tokens > 0
     assert [first.text, last.text] == model.ask([questions[0], questions[2]], "kiln")
 
@@ -313,8 +315,8 @@ def test_an_adapter_of_an_older_version_says_that_it_has_no_outline(tmp_path):
     shutil.copytree(FORMAT_1, folder)
     old = Adapter(folder)
     assert read_outline(old.index) is None
-    told = overview("What is this document about?", [old], lambda name: old)
-    assert told.text.startswith(f"{old.name} keeps no outline, since an older version") and told.sources == ()
+    outlined = overview("What is this document about?", [old], lambda name: old)
+    assert outlined.text.startswith(f"{old.name} keeps no outline, since an older version") and outlined.sources == ()
 
 
 def test_the_command_line_answers_from_the_outline(model, tiny_folder, tmp_path):

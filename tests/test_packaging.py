@@ -63,8 +63,8 @@ def test_what_they_say_to_loracast_exists():
         "export-base": re.findall(r"loracast export-base (--[a-z-]+)", said),
     }
     for command, options in used.items():
-        told = CliRunner(env={"COLUMNS": "200"}).invoke(app, [command, "--help"]).output
-        assert options and all(option in told for option in options), (command, options)
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [command, "--help"]).output
+        assert options and all(option in result for option in options), (command, options)
 
 
 def test_compose_is_valid(compose):

@@ -48,9 +48,9 @@ def only_config(tmp_path):
 
 
 def run(*arguments: object) -> str:
-    told = CliRunner().invoke(app, [str(part) for part in arguments], catch_exceptions=False)
-    assert told.exit_code == 0, told.output
-    return told.stdout
+    result = CliRunner().invoke(app, [str(part) for part in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 @pytest.mark.parametrize("passes", [Passes(), Passes(True, 2)])
@@ -63,14 +63,14 @@ def test_a_steps_peak_and_computation_are_those_of_a_real_one(passes):
     config = doc_config(model.config, tokenizer, recipe)
     source = EpisodeSource(recipe.data, tokenizer, ChatFormat(tokenizer))
     batch = pack(source.step(0), 0)
-    told = step_cost(model.config, config, shape_of(batch), CPU, passes)
+    result = step_cost(model.config, config, shape_of(batch), CPU, passes)
     hypernet = DocToLoRA(config)
     encoder = hypernet.hidden_states_encoder(Base("tiny", model, tokenizer))
     with Counter(model, hypernet) as real:
         scores, memory, _ = answer_questions(model, encoder, hypernet, batch, passes)
         (scores.loss + memory.loss).backward()
-    assert told.peak == pytest.approx(real.peak, rel=0.15)
-    assert told.flops == pytest.approx(real.flops, rel=0.1)
+    assert result.peak == pytest.approx(real.peak, rel=0.15)
+    assert result.flops == pytest.approx(real.flops, rel=0.1)
 
 
 def test_weights_are_not_counted_with_the_step():
@@ -95,15 +95,15 @@ def test_the_recipes_for_one_gpu_fit_into_24_gb(recipe, only_config, monkeypatch
 
     monkeypatch.setattr("loracast.training.plan._DRAWN", 1)
     config = base_config(GEMMA) if "gemma" in recipe else AutoConfig.for_model(**QWEN)
-    told = json.loads(
+    result = json.loads(
         run("plan", "--base", only_config(config), "--recipe", RECIPES / recipe, "--gpu", "24GB", "--json")
     )
-    assert told["fits"] is True and told["remedies"] == []
-    assert told["memory"]["base"] == footprint(config, "bfloat16").weights
-    assert told["total_bytes"] < 24e9 == told["available_bytes"]
-    assert told["hours"].keys() == {"RTX 3090", "A10", "L4", "RTX 4090"}
-    assert told["hours"]["L4"] == pytest.approx(told["steps"] * told["flops"] / (0.3 * 121e12) / 3600)
-    assert "--texts FILE --documents FILE" in told["command"]
+    assert result["fits"] is True and result["remedies"] == []
+    assert result["memory"]["base"] == footprint(config, "bfloat16").weights
+    assert result["total_bytes"] < 24e9 == result["available_bytes"]
+    assert result["hours"].keys() == {"RTX 3090", "A10", "L4", "RTX 4090"}
+    assert result["hours"]["L4"] == pytest.approx(result["steps"] * result["flops"] / (0.3 * 121e12) / 3600)
+    assert "--texts FILE --documents FILE" in result["command"]
 
 
 def test_what_does_not_fit_is_said_with_what_would(only_config):
@@ -117,10 +117,10 @@ def test_what_does_not_fit_is_said_with_what_would(only_config):
 def test_this_machine_is_measured(only_config, monkeypatch):
     monkeypatch.setattr("loracast.training.plan.MEASURE_S", 0.5)
     monkeypatch.setattr("loracast.training.plan._DRAWN", 1)
-    told = json.loads(run("plan", "--base", only_config(make_model("gemma2").config), "--device", "cpu", "--json"))
-    (hours,) = told["hours"].values()
-    assert told["fits"] is True and 0 < hours < 100
-    assert told["memory"]["overhead"] == 250_000_000
+    result = json.loads(run("plan", "--base", only_config(make_model("gemma2").config), "--device", "cpu", "--json"))
+    (hours,) = result["hours"].values()
+    assert result["fits"] is True and 0 < hours < 100
+    assert result["memory"]["overhead"] == 250_000_000
 
 
 def test_groups_have_the_tokens_of_their_padded_rows():
@@ -197,8 +197,8 @@ def test_models_are_listed_with_what_is_in_the_caches(tmp_path, monkeypatch):
     converted = tmp_path / "home" / "converted" / "0123"
     converted.mkdir(parents=True)
     (converted / "config.json").write_text(json.dumps({"provenance": {"converted_from": {"sha256": digest}}}))
-    told = json.loads(run("models", "--json"))
-    found = {one["name"]: one for one in told["hypernetworks"]}
+    result = json.loads(run("models", "--json"))
+    found = {one["name"]: one for one in result["hypernetworks"]}
     assert (found[place]["cached"], found[place]["converted"]) == (1000, True)
     assert found["doc-smollm2-135m"]["cached"] > 10**7 and not found["SakanaAI/doc-to-lora/qwen_4b_d2l"]["cached"]
     shown = run("models")

@@ -440,10 +440,10 @@ def test_a_checkpoint_on_the_hub_learns_and_answers(name, hub, published_base, t
     (tmp_path / "note.txt").write_text("The museum opens at nine on Tuesday mornings. " * 3)
     options = ["--base", "tiny/random-llama", "--device", "cpu"]
     arguments = ["learn", str(tmp_path / "note.txt"), *options, "--hypernetwork", "me/d2l/demo", "--name", "note"]
-    told = CliRunner().invoke(app, arguments)
-    assert told.exit_code == 0, told.output
-    told = CliRunner().invoke(app, ["ask", "When does it open?", "-a", "note", "--max-tokens", "4"])
-    assert told.exit_code == 0, told.output
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, ["ask", "When does it open?", "-a", "note", "--max-tokens", "4"])
+    assert result.exit_code == 0, result.output
     # What was kept is what the fixture's own hypernetwork casts for the chunk inside the chat's turns, in PEFT too.
     model = loracast.load("tiny/random-llama", "me/d2l/demo", device="cpu", dtype="float32")
     adapter, base, hypernet = model.adapter("note"), model.base, model.documents.hypernetwork
@@ -465,8 +465,8 @@ def test_a_checkpoint_on_the_hub_learns_and_answers(name, hub, published_base, t
 
 def test_convert_writes_a_folder_that_is_opened(hub, published_base, tmp_path, home):
     arguments = ["convert", "doc-to-lora", str(DOC_TO_LORA / "one-layer-reader"), "--out", str(tmp_path / "own")]
-    told = CliRunner().invoke(app, arguments)
-    assert told.exit_code == 0 and "0.8M parameters for tiny/random-llama" in told.output, told.output
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and "0.8M parameters for tiny/random-llama" in result.output, result.output
     converted = open_hypernetwork(tmp_path / "own")
     base = load_base("tiny/random-llama", device="cpu", dtype="float32")
     assert converted.made_for == base.fingerprint
@@ -479,8 +479,8 @@ def test_convert_writes_a_folder_that_is_opened(hub, published_base, tmp_path, h
 
 def test_a_task_with_a_converted_text_to_lora(hub, published_base, tmp_path, home):
     arguments = ["convert", "text-to-lora", str(TEXT_TO_LORA / "variant-m"), "--out", str(tmp_path / "own")]
-    told = CliRunner().invoke(app, [*arguments, "--encoder", "my/encoder", "--storage", "bfloat16"])
-    assert told.exit_code == 0, told.output
+    result = CliRunner().invoke(app, [*arguments, "--encoder", "my/encoder", "--storage", "bfloat16"])
+    assert result.exit_code == 0, result.output
     read = TextToLoRA.from_pretrained(tmp_path / "own")
     assert read.config.encoder == "my/encoder" and read.made_for.base == "tiny/random-llama"
     exact = text_to_lora(

@@ -195,5 +195,5 @@ def test_the_embedded_base_answers_as_with_dequantised_weights(quantize):
     prompts = [plain.chat.prompt(question, "") for question in QUESTIONS]
     for prompt in prompts[::5]:
         assert difference(*(logits(base, torch.tensor([prompt])) for base in (quantized, plain))) < BOUND
-    told = [answers(base, prompts, [None] * len(prompts), Sampling(24)) for base in (quantized, plain)]
-    assert sum(one.text == other.text for one, other in zip(*told, strict=True)) >= 18
+    received = [answers(base, prompts, [None] * len(prompts), Sampling(24)) for base in (quantized, plain)]
+    assert sum(one.text == other.text for one, other in zip(*received, strict=True)) >= 18

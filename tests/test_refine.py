@@ -14,7 +14,7 @@ from loracast.base.generate import Sampling, answer
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
 from loracast.cli import app
-from loracast.data.task_examples import ToldTask, as_examples
+from loracast.data.task_examples import TaskSpec, as_examples
 from loracast.data.tasks import read_tasks
 from loracast.errors import ConfigError
 from loracast.evaluation.refining import STARTS, Mark, RefiningConfig, descend, evaluate_refining
@@ -104,7 +104,7 @@ def test_a_stage_of_the_evaluation_is_what_refining_for_its_steps_gives(base, ca
     drawn = dataclasses.replace(draw(tasks, 1, 0), shots=EXAMPLES)
     marks = [Mark("0 s", seconds=0), *(Mark(f"{n}", steps=n) for n in (2, 7, 24))]
     stages = descend(TaskSetup(base, caster), drawn, STARTS["adapter"], marks, QUICK)
-    cast = caster.loras([ToldTask(drawn.description, EXAMPLES)])[0]
+    cast = caster.loras([TaskSpec(drawn.description, EXAMPLES)])[0]
     for mark in marks:
         ended = {"seconds": 1e-9} if math.isinf(mark.steps) else {"steps": int(mark.steps)}
         config = dataclasses.replace(QUICK, **ended)
@@ -168,6 +168,6 @@ def test_an_adapter_is_refined_in_python_and_by_the_command(base, caster, tiny_f
     facts = json.loads(done.stdout)
     assert facts["n_examples"] == len(EXAMPLES) and facts["description"] == SENTENCE and facts["distance"] is None
     assert model.adapter("again").manifest.is_refined
-    told = CliRunner().invoke(app, [str(a) for a in (*arguments[:1], *arguments[2:4], *arguments[6:-1], "--replace")])
-    assert told.exit_code == 0 and "cast again (lamp => kettle, 12 examples)" in told.stdout
+    result = CliRunner().invoke(app, [str(a) for a in (*arguments[:1], *arguments[2:4], *arguments[6:-1], "--replace")])
+    assert result.exit_code == 0 and "cast again (lamp => kettle, 12 examples)" in result.stdout
     assert CliRunner().invoke(app, ["task", "--library", str(tmp_path / "library")]).exit_code == 2

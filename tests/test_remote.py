@@ -219,13 +219,13 @@ def test_what_is_damaged_is_not_taken(tmp_path):
         ("nobody:x", "No such file or directory"),
     ],
 )
-def test_places_that_are_none_are_told_in_a_line(place, why, tmp_path):
-    adapter, told = write(tmp_path / "one"), f"^{re.escape(place)} cannot be used: .*{why}"
-    with pytest.raises(LoracastError, match=told) as caught:
+def test_places_that_are_none_are_reported_in_a_line(place, why, tmp_path):
+    adapter, expected = write(tmp_path / "one"), f"^{re.escape(place)} cannot be used: .*{why}"
+    with pytest.raises(LoracastError, match=expected) as caught:
         pull_adapter(tmp_path / "two", place)
     assert "\n" not in str(caught.value)
     if "nowhere" not in place and ":x" not in place:
-        with pytest.raises(LoracastError, match=told):
+        with pytest.raises(LoracastError, match=expected):
             push_adapter(adapter, place)
 
 

@@ -393,7 +393,7 @@ def test_a_stream_keeps_its_files_and_what_was_dropped_is_loaded_again(library, 
         assert [request.lora_name for request in client.engine.added].count(adapter.version) == 2
 
 
-def test_errors_are_told(library, monkeypatch):
+def test_errors_are_reported(library, monkeypatch):
     write(library, 8, name="wide")
     write(library, name="press")
     with server(max_rank=8) as client:

@@ -186,8 +186,8 @@ def test_rows_belong_to_the_sentence_of_their_token(model):
         in_sentence = token_sentences(sentence_spans(prompt), offsets)
         for row, owner in zip(b.float(), owners.tolist(), strict=True):
             if owner >= 0 and row.norm() > 1e-3:
-                told = [values[i] for i, s in zip(ids, in_sentence, strict=True) if s == owner]
-                assert torch.cosine_similarity(row, torch.stack(told)).max() > 0.99
+                directions = [values[i] for i, s in zip(ids, in_sentence, strict=True) if s == owner]
+                assert torch.cosine_similarity(row, torch.stack(directions)).max() > 0.99
                 seen += 1
     assert seen >= RANK
 

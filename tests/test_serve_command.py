@@ -29,7 +29,7 @@ from loracast.serving import run as serving_run
 from loracast.serving.app import create_app
 from loracast.serving.client import Client, NoServer, Refused
 from loracast.serving.engine import LocalEngine
-from loracast.serving.found import Loaded, Running, told
+from loracast.serving.found import Loaded, Running, source_key
 from loracast.serving.resolve import served_name
 from loracast.serving.settings import ServerSettings
 from other_processes import Forked, loracast_command
@@ -65,8 +65,8 @@ def address(library, tiny_folder, tiny_hypernet_folder, hypernetwork):
     )
     settings = ServerSettings(max_adapters=3)
     with served(create_app(model, LocalEngine(model.base), settings)) as url:
-        hypernetworks = {"document": told(tiny_hypernet_folder), "task": told(hypernetwork)}
-        loaded = Loaded(str(library.resolve()), told(tiny_folder), hypernetworks, "", {"device": "cpu"})
+        hypernetworks = {"document": source_key(tiny_hypernet_folder), "task": source_key(hypernetwork)}
+        loaded = Loaded(str(library.resolve()), source_key(tiny_folder), hypernetworks, "", {"device": "cpu"})
         fingerprint = model.base.fingerprint.to_dict()
         yield Running(settings.instance, url, loaded, served_name(model.base), fingerprint)
 
@@ -244,10 +244,10 @@ def test_a_server_is_used_only_where_it_has_loaded_the_same(running, tiny_folder
 def test_a_hypernetwork_that_was_trained_further_is_another(tmp_path):
     (tmp_path / "h").mkdir()
     (tmp_path / "h" / "model.safetensors").write_bytes(b"1")
-    before = told(tmp_path / "h")
+    before = source_key(tmp_path / "h")
     os.utime(tmp_path / "h" / "model.safetensors", ns=(1, 10**9))
-    assert told(tmp_path / "h") != before
-    assert told(None) == told("smollm2-135m-instruct") == "" and told("me/other") == "me/other"
+    assert source_key(tmp_path / "h") != before
+    assert source_key(None) == source_key("smollm2-135m-instruct") == "" and source_key("me/other") == "me/other"
 
 
 def test_files_of_servers_that_are_gone_are_removed(address, home):

@@ -32,9 +32,9 @@ def test_a_server_tells_of_its_base_and_of_watched_folders(model, tmp_path, home
     app = create_app(model, LocalEngine(model.base), ServerSettings(watched=(folder,)))
     with TestClient(app, base_url="http://127.0.0.1:8000") as api:
         eventually(lambda: api.get("/v1/server").json()["watched"][0]["n_documents"] == 1)
-        told = api.get("/v1/server").json()
-        assert told["base"] == api.get("/v1/models").json()["data"][0]["id"] and told["window"] == model.base.window
-        assert told["watched"][0]["folder"] == "notes" and told["watched"][0]["failed"] == []
+        result = api.get("/v1/server").json()
+        assert result["base"] == api.get("/v1/models").json()["data"][0]["id"] and result["window"] == model.base.window
+        assert result["watched"][0]["folder"] == "notes" and result["watched"][0]["failed"] == []
     assert not app.state.service.watcher._thread.is_alive()
 
 

@@ -49,11 +49,11 @@ def test_langchain_asks_and_streams(server):
         AIMessage(wanted),
         HumanMessage("Who built the bridge?"),
     ]
-    told = [
+    turns = [
         {"role": role, "content": turn.content}
         for role, turn in zip(("system", "user", "assistant", "user"), turns, strict=True)
     ]
-    assert chat.invoke(turns).content == model.ask(told, "manual", sampling=Sampling(12))
+    assert chat.invoke(turns).content == model.ask(turns, "manual", sampling=Sampling(12))
     both = chat.bind(extra_body={"adapters": [{"id": "shout"}]}).invoke(WARRANTY)
     assert both.content == model.ask(WARRANTY, ["manual", "shout"], sampling=Sampling(12))
 

@@ -476,11 +476,11 @@ def test_a_task_comes_with_examples(api, model):
 def test_a_route_says_what_the_model_takes(api, model):
     learn(api, manual(21, 4), "toaster")
     question = "How long is the warranty of the K21-2?"
-    told = api.post("/adapters/route", json={"question": question, "adapters": ["toaster"]}).json()["adapters"][0]
+    shown = api.post("/adapters/route", json={"question": question, "adapters": ["toaster"]}).json()["adapters"][0]
     (_, route), = model.prepare(question, "toaster").routed  # fmt: skip
-    assert [one["chunk"] for one in told["chunks"]] == list(route.chunks)
-    assert [one["weight"] for one in told["chunks"]] == list(route.weights)
-    best = told["chunks"][0]
+    assert [one["chunk"] for one in shown["chunks"]] == list(route.chunks)
+    assert [one["weight"] for one in shown["chunks"]] == list(route.weights)
+    best = shown["chunks"][0]
     assert "K21-2 is 41 months" in best["text"]
     heaviest = max(best["sentences"], key=lambda one: one["weight"])
     assert "K21-2 is 41 months" in best["text"][heaviest["start"] : heaviest["end"]]
@@ -560,8 +560,8 @@ def events(api, id: str, **headers) -> list[tuple[int, dict]]:
 def test_events_tell_the_progress_and_go_on_where_a_client_left(api, monkeypatch):
     monkeypatch.setattr("loracast.cast.document.TOKENS_PER_BATCH", 600)
     job = api.post("/adapters", files={"file": ("long.md", manual(30, 20))}).json()
-    told = events(api, job["id"])
-    ids, jobs = [id for id, _ in told], [one for _, one in told]
+    shown = events(api, job["id"])
+    ids, jobs = [id for id, _ in shown], [one for _, one in shown]
     assert ids == sorted(set(ids))
     assert [one["done"] for one in jobs] == sorted(one["done"] for one in jobs)
     assert len({one["done"] for one in jobs}) > 2

@@ -66,7 +66,7 @@ def test_cross_origin_reading_is_closed_unless_an_origin_is_named(model):
 @pytest.mark.parametrize(
     "header", [None, "Bearer wrong-key-0123456789", f"Basic {READ}", READ, "Bearer ", "Bearer \xff"]
 )
-def test_without_a_known_key_nothing_is_told(model, header):
+def test_without_a_known_key_nothing_is_reported(model, header):
     headers = {} if header is None else {"Authorization": header.encode("latin-1")}
     for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/nothing"):
         answer = client(model, keys=KEYS).get(path, headers=headers)

@@ -161,9 +161,9 @@ def test_what_fails_in_a_job_is_its_error_and_the_next_one_goes_on(jobs, makers,
     jobs.start()
     assert ended(jobs, good).status == "completed"
     assert jobs.find(file).error == {"code": "invalid_file", "message": "x.md is empty: fill it"}
-    told = jobs.find(bug)
-    assert (told.status, told.error["code"]) == ("failed", "server_error")
-    assert "secret" not in told.error["message"] + caplog.text
+    job_found = jobs.find(bug)
+    assert (job_found.status, job_found.error["code"]) == ("failed", "server_error")
+    assert "secret" not in job_found.error["message"] + caplog.text
     assert "RuntimeError" in caplog.text
 
 
@@ -284,11 +284,11 @@ def test_files_that_cannot_be_read_fail_with_a_reason_and_the_worker_lives(model
     good = learn(learning, manual(3), "good")
     assert ended(learning.jobs, good.id).status == "completed"
     for job in jobs:
-        told = learning.jobs.find(job.id)
-        assert told.status == "failed"
-        assert told.error["code"] in ("invalid_file", "unsupported_file")
-        assert len(told.error["message"]) > 20
-        assert str(model.library) not in told.error["message"]
+        job_found = learning.jobs.find(job.id)
+        assert job_found.status == "failed"
+        assert job_found.error["code"] in ("invalid_file", "unsupported_file")
+        assert len(job_found.error["message"]) > 20
+        assert str(model.library) not in job_found.error["message"]
     assert adapter_names(model.library) == ["good"]
     learning.close()
 
@@ -375,7 +375,7 @@ def test_learning_gives_way_to_who_else_needs_the_base(model, monkeypatch):
 def test_a_document_that_is_larger_than_allowed_fails(model):
     learning = start(model)
     learning._settings = replace(learning._settings, max_upload_bytes=100)
-    told = ended(learning.jobs, learn(learning, manual(1, 2), "large").id)
-    assert told.status == "failed"
-    assert "larger than" in told.error["message"]
+    job_found = ended(learning.jobs, learn(learning, manual(1, 2), "large").id)
+    assert job_found.status == "failed"
+    assert "larger than" in job_found.error["message"]
     learning.close()

@@ -30,18 +30,18 @@ def chat(client, model, said, **options):
 
 def test_a_question_about_the_whole_document_is_answered_from_its_outline(server):
     model, client = server
-    told = model.ask("What is this document about?", "manual")
-    assert "no model was asked" in told
+    outlined = model.ask("What is this document about?", "manual")
+    assert "no model was asked" in outlined
     answer = chat(client, "manual", "What is this document about?", n=2)
-    assert [choice.message.content for choice in answer.choices] == [told, told]
+    assert [choice.message.content for choice in answer.choices] == [outlined, outlined]
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.prompt_tokens == answer.usage.completion_tokens == 0
     (source,) = answer.loracast["sources"]
     assert (source["adapter"], source["title"], source["chunk"], source["start"]) == ("manual", "Manual", None, 0)
     (cited,) = answer.choices[0].message.annotations
-    assert (cited.file_id, cited.chunk, cited.index) == (model.adapter("manual").version, None, len(told))
+    assert (cited.file_id, cited.chunk, cited.index) == (model.adapter("manual").version, None, len(outlined))
     pieces = chat(client, "manual", "What is this document about?", stream=True)
-    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == told
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == outlined
 
 
 # ---- a memory
@@ -95,8 +95,8 @@ def test_a_message_is_taken_out_over_http(server):
     model.memory("you").remember("My bird is blue.")
     listed = client.get("/memories/you", cast_to=object)
     assert listed == {"object": "list", "data": ["My cat is grey.", "My bird is blue."]}
-    told = client.delete("/memories/you/1", cast_to=object)
-    assert told == {
+    outlined = client.delete("/memories/you/1", cast_to=object)
+    assert outlined == {
         "name": "you", "deleted": True, "message": "My cat is grey.", "versions_removed": 2, "still_in": [],
     }  # fmt: skip
     assert model.memory("you").messages() == ["My bird is blue."]

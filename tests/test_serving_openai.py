@@ -239,11 +239,11 @@ def test_n_answers_differ_when_they_are_drawn_and_agree_when_they_are_not(client
 def test_logprobs_are_those_of_the_base(model, client, is_streamed):
     given = chat(client, "manual", max_tokens=5, logprobs=True, top_logprobs=3, stream=is_streamed)
     if is_streamed:
-        told = [one for chunk in given for one in (chunk.choices[0].logprobs or _NONE).content or ()]
+        shown = [one for chunk in given for one in (chunk.choices[0].logprobs or _NONE).content or ()]
     else:
-        told = given.choices[0].logprobs.content
-    assert len(told) == 5
-    for one in told:
+        shown = given.choices[0].logprobs.content
+    assert len(shown) == 5
+    for one in shown:
         assert one.logprob == one.top_logprobs[0].logprob <= 0  # the likeliest was taken
         assert len(one.top_logprobs) == 3
         assert bytes(one.bytes).decode() == one.token
@@ -253,7 +253,7 @@ def test_logprobs_are_those_of_the_base(model, client, is_streamed):
 
         prompt = model.prepare(WARRANTY, "manual").prompt
         logits = model.base.model(input_ids=torch.tensor([prompt])).logits[0, -1]
-    assert told[0].logprob == pytest.approx(logits.log_softmax(-1).max().item(), abs=1e-4)
+    assert shown[0].logprob == pytest.approx(logits.log_softmax(-1).max().item(), abs=1e-4)
 
 
 class _NONE:
@@ -360,10 +360,10 @@ def test_several_prompts_have_their_answers_in_order(client):
 
 
 def test_completions_tell_logprobs_in_their_own_form(client):
-    told = client.completions.create(model="manual", prompt="The lamp", max_tokens=4, logprobs=2).choices[0].logprobs
-    assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset) == 4
-    assert told.text_offset[0] == 0
-    for token, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+    shown = client.completions.create(model="manual", prompt="The lamp", max_tokens=4, logprobs=2).choices[0].logprobs
+    assert len(shown.tokens) == len(shown.token_logprobs) == len(shown.top_logprobs) == len(shown.text_offset) == 4
+    assert shown.text_offset[0] == 0
+    for token, logprob, top in zip(shown.tokens, shown.token_logprobs, shown.top_logprobs, strict=True):
         assert top[token] == logprob
 
 
@@ -455,9 +455,9 @@ def test_a_response_can_tell_logprobs(client):
     given = client.responses.create(
         model="manual", input=WARRANTY, max_output_tokens=3, top_logprobs=2, include=["message.output_text.logprobs"]
     )
-    told = given.output[0].content[0].logprobs
-    assert [len(one.top_logprobs) for one in told] == [2, 2, 2]
-    assert all(one.logprob == one.top_logprobs[0].logprob for one in told)
+    shown = given.output[0].content[0].logprobs
+    assert [len(one.top_logprobs) for one in shown] == [2, 2, 2]
+    assert all(one.logprob == one.top_logprobs[0].logprob for one in shown)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ IMAGE = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image
 
 
 @pytest.mark.parametrize(
-    ("path", "given", "param", "told"),
+    ("path", "given", "param", "shown"),
     [
         (CHAT, {"messages": [{"role": "user", "content": IMAGE}]}, "messages.0.content.1.type", "Input should be 'text'"),
         (CHAT, {"messages": [{"role": "user", "content": []}]}, "messages.0.content", "List should have at least 1 item"),
@@ -125,9 +125,9 @@ IMAGE = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image
         ("/v1/responses", {"input": [{"type": "function_call"}]}, "input.0.role", "Field required"),
     ],
 )  # fmt: skip
-def test_the_fault_that_is_told_is_that_of_the_type_that_was_meant(model, path, given, param, told):
+def test_the_fault_that_is_told_is_that_of_the_type_that_was_meant(model, path, given, param, shown):
     error = in_process(model, ByHand()).post(path, json={"model": "manual", **given}).json()["error"]
-    assert error["param"] == param and told in error["message"]
+    assert error["param"] == param and shown in error["message"]
 
 
 @pytest.mark.parametrize("name", ["../x", "..%2f..%2fetc%2fpasswd", "%2e%2e", "/etc/passwd", "%F0%9F%99%82", pytest.param("a" * 10_000, id="long"),
@@ -224,9 +224,9 @@ def test_an_engine_that_fails_is_an_error_without_a_word_of_it(url, engine, is_s
         eventually(lambda: engine.tickets)
         engine.tickets[0].put(Token(5, "The"))
         engine.tickets[0].end(None, RuntimeError(SECRET))
-        told = answer.result()
-    assert told.status_code == (200 if is_streamed else 500)
-    assert "server_error" in told.text and SECRET not in told.text + caplog.text
+        shown = answer.result()
+    assert shown.status_code == (200 if is_streamed else 500)
+    assert "server_error" in shown.text and SECRET not in shown.text + caplog.text
     assert "RuntimeError" in caplog.text
 
 

@@ -88,7 +88,7 @@ def test_a_signed_adapter_is_taken(signed, keys, by_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage, told",
+    "damage, message",
     [
         (change_factors, "not signed with this key, or was changed since"),
         (flip_a_byte, "chunks.sqlite is damaged"),
@@ -98,9 +98,9 @@ def test_a_signed_adapter_is_taken(signed, keys, by_file, tmp_path):
         (lambda there: (there / SIGNATURE).write_bytes(b"x" * 20_000), "no more than 10,000"),
     ],
 )
-def test_what_was_changed_is_refused(signed, keys, damage, told, tmp_path):
+def test_what_was_changed_is_refused(signed, keys, damage, message, tmp_path):
     damage(signed)
-    with pytest.raises(AdapterError, match=told):
+    with pytest.raises(AdapterError, match=message):
         pull_adapter(tmp_path / "two", str(signed), signed_by=keys.text)
     assert adapter_names(tmp_path / "two") == []
 
@@ -170,7 +170,7 @@ def test_the_commands(keys, tmp_path):
     assert done.exit_code == 1 and "not signed with this key" in done.output
 
 
-def test_without_the_package_the_remedy_is_told(signed, keys, monkeypatch, tmp_path):
+def test_without_the_package_the_remedy_is_reported(signed, keys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "minisign", None)
     with pytest.raises(PackageError, match=r"pip install 'loracast\[sign\]'"):
         pull_adapter(tmp_path / "two", str(signed), signed_by=keys.text)

@@ -222,23 +222,23 @@ def test_a_file_that_goes_while_another_is_learned_is_forgotten_by_the_next_run(
     assert adapter_names(model.library) == ["kettle"]
 
 
-def test_an_adapter_that_cannot_be_deleted_is_told_and_deleted_by_the_next_run(model, notes, monkeypatch):
+def test_an_adapter_that_cannot_be_deleted_is_reported_and_deleted_by_the_next_run(model, notes, monkeypatch):
     def locked(library: Path, reference: str) -> None:
         raise AdapterError("another process is writing to the library")
 
     synced(model, notes)
     (notes / "kettle.txt").unlink()
-    told = []
+    received = []
     with monkeypatch.context() as patch:
         patch.setattr(sync, "remove_adapter", locked)
-        report = synced(model, notes, on_file=lambda done, total, file: told.append(file))
+        report = synced(model, notes, on_file=lambda done, total, file: received.append(file))
     assert outcomes(report) == {"old/lamp.txt": "unchanged", "kettle.txt": "failed"}
-    assert "another process" in report.files[1].error and told == report.files
+    assert "another process" in report.files[1].error and received == report.files
     assert outcomes(synced(model, notes)) == {"old/lamp.txt": "unchanged", "kettle.txt": "removed"}
     assert adapter_names(model.library) == ["old-lamp"]
 
 
-def test_a_folder_that_cannot_be_listed_is_told_and_nothing_below_it_is_forgotten(model, notes, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_reported_and_nothing_below_it_is_forgotten(model, notes, monkeypatch):
     (notes / "old" / "older").mkdir()
     (notes / "old" / "older" / "bridge.txt").write_text("Nobody knew who had built the old bridge.")
     synced(model, notes)

@@ -206,12 +206,12 @@ def test_a_share_of_the_draws_is_varied_and_all_else_is_drawn_the_same(base):
     plain, varied = (
         TaskSource(TaskDataConfig(**config, augmented_share=share), tasks, base.chat) for share in (0, 0.5)
     )
-    untold = TaskSource(TaskDataConfig(**config, augmented_share=0.5), tasks, base.chat, is_told=False)
+    unspecified = TaskSource(TaskDataConfig(**config, augmented_share=0.5), tasks, base.chat, is_specified=False)
     n_varied = 0
     for number in range(60):
-        one, two, three = (source.draw(number) for source in (plain, varied, untold))
+        one, two, three = (source.draw(number) for source in (plain, varied, unspecified))
         assert [a.task for a in one] == [b.task for b in two] and one == three
-        episodes = [source.episodes(drawn) for source, drawn in ((plain, one), (varied, two), (untold, three))]
+        episodes = [source.episodes(drawn) for source, drawn in ((plain, one), (varied, two), (unspecified, three))]
         assert episodes[0] == episodes[2]
         for i, (whole, changed) in enumerate(zip(one, two, strict=True)):
             n_varied += changed.augmentation is not None

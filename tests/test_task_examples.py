@@ -11,7 +11,7 @@ import torch
 
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
-from loracast.data.task_examples import STYLES, ToldTask, as_examples, read_examples
+from loracast.data.task_examples import STYLES, TaskSpec, as_examples, read_examples
 from loracast.data.tasks import Example, Task, read_tasks
 from loracast.errors import AdapterError, ConfigError, EncoderError
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
@@ -88,11 +88,11 @@ def test_python_takes_pairs_rows_and_examples():
 
 
 def test_the_text_has_the_description_first_and_the_examples_behind_it():
-    assert ToldTask(SENTENCE, EXAMPLES[:2]).text() == (
+    assert TaskSpec(SENTENCE, EXAMPLES[:2]).text() == (
         f"{SENTENCE}\n\nInput: hot\nOutput: cold\nInput: big\nOutput: small"
     )
-    assert ToldTask("", EXAMPLES[:1]).text() == "Input: hot\nOutput: cold" and ToldTask(SENTENCE).text() == SENTENCE
-    texts = {ToldTask(SENTENCE, EXAMPLES[:2]).text(style) for style in STYLES}
+    assert TaskSpec("", EXAMPLES[:1]).text() == "Input: hot\nOutput: cold" and TaskSpec(SENTENCE).text() == SENTENCE
+    texts = {TaskSpec(SENTENCE, EXAMPLES[:2]).text(style) for style in STYLES}
     assert len(texts) == len(STYLES) and all("hot" in text and "small" in text for text in texts)
 
 
@@ -116,43 +116,43 @@ SIDE = Task(
 
 @pytest.mark.parametrize("augmented_share", [0.0, 1.0])
 def test_a_row_to_answer_is_never_among_the_examples_that_are_read(base, augmented_share):
-    source = source_of(base, [SHOUT, SIDE], augmented_share=augmented_share, untold_share=0.5)
-    n_read, n_alone, n_untold, styles = [], 0, 0, set()
+    source = source_of(base, [SHOUT, SIDE], augmented_share=augmented_share, undescribed_share=0.5)
+    n_read, n_alone, n_undescribed, styles = [], 0, 0, set()
     for number in range(150):
         drawn = source.draw(number)
         assert drawn == source.draw(number) or augmented_share  # augmentations hold functions, which are never equal
         for one in drawn:
             assert one.rows and len(one.rows) <= 4
-            assert not {e.input for e in one.told.examples} & {e.input for e in one.rows}
-            assert len({e.input for e in one.told.examples}) == len(one.told.examples)
-            n_read.append(len(one.told.examples))
-            n_alone += not one.told.examples
-            n_untold += not one.told.description
-            styles |= {one.style} if one.told.examples else set()
-            for example in one.told.examples:
+            assert not {e.input for e in one.spec.examples} & {e.input for e in one.rows}
+            assert len({e.input for e in one.spec.examples}) == len(one.spec.examples)
+            n_read.append(len(one.spec.examples))
+            n_alone += not one.spec.examples
+            n_undescribed += not one.spec.description
+            styles |= {one.style} if one.spec.examples else set()
+            for example in one.spec.examples:
                 assert STYLES[one.style].format(input=example.input, output=example.outputs[0]) in one.text
             if one.augmentation is None:
                 known = {e.input: e.outputs for e in one.task.train}
-                assert all(known[e.input] == e.outputs for e in (*one.told.examples, *one.rows))
-                assert one.told.description in (*one.task.seen_descriptions(), "")
-            if len(one.told.examples) < 3:
-                assert one.told.description
+                assert all(known[e.input] == e.outputs for e in (*one.spec.examples, *one.rows))
+                assert one.spec.description in (*one.task.seen_descriptions(), "")
+            if len(one.spec.examples) < 3:
+                assert one.spec.description
         again = [episode.questions for episode in source.episodes(source.draw(number))]
         assert again == [episode.questions for episode in source.episodes(drawn)]
     assert set(n_read) == set(range(7)) and styles == set(STYLES)
-    assert 0.15 < n_alone / len(n_read) < 0.5 and n_untold > 20
+    assert 0.15 < n_alone / len(n_read) < 0.5 and n_undescribed > 20
 
 
-def test_untold_renamed_labels_stand_in_the_examples_only(base):
-    source = source_of(base, [SIDE, SHOUT], augmented_share=1.0, untold_share=1.0, description_only_share=0.0)
+def test_renamed_labels_without_a_description_stand_in_the_examples_only(base):
+    source = source_of(base, [SIDE, SHOUT], augmented_share=1.0, undescribed_share=1.0, description_only_share=0.0)
     n_renamed = 0
     for number in range(200):
         for one in source.draw(number):
-            outputs = {e.outputs[0] for e in (*one.told.examples, *one.rows)}
+            outputs = {e.outputs[0] for e in (*one.spec.examples, *one.rows)}
             is_renamed = one.task is SIDE and len(outputs) == 2 and not outputs & {"left", "right"}
-            if is_renamed and len(one.told.examples) >= 3 and one.told.description == "Is it left or right?":
+            if is_renamed and len(one.spec.examples) >= 3 and one.spec.description == "Is it left or right?":
                 n_renamed += 1
-                assert not outputs & set(one.told.description.lower().rstrip("?").split())
+                assert not outputs & set(one.spec.description.lower().rstrip("?").split())
     assert n_renamed > 3
 
 
@@ -161,30 +161,30 @@ def test_the_examples_that_are_read_have_a_bound_of_tokens(base):
     lengths = []
     for number in range(40):
         (one,) = source.draw(number)
-        lengths.append(sum(len(base.chat.reply(ToldTask("", (e,)).text(one.style))) for e in one.told.examples))
+        lengths.append(sum(len(base.chat.reply(TaskSpec("", (e,)).text(one.style))) for e in one.spec.examples))
     assert 0 < max(lengths) <= 30
 
 
 def test_without_examples_to_read_everything_is_drawn_as_before(base):
     some, none = (source_of(base, [SHOUT, SIDE], examples_read=n) for n in (6, 0))
-    untold = TaskSource(some.config, [SHOUT, SIDE], base.chat, is_told=False)
+    unspecified = TaskSource(some.config, [SHOUT, SIDE], base.chat, is_specified=False)
     n_same = 0
     for number in range(30):
-        assert none.draw(number) == untold.draw(number)
+        assert none.draw(number) == unspecified.draw(number)
         for one, other in zip(some.draw(number), none.draw(number), strict=True):
-            assert one.task is other.task and one.system == other.system and not other.told.examples
+            assert one.task is other.task and one.system == other.system and not other.spec.examples
             n_same += one == other
     assert 5 < n_same < 40
 
 
-def test_the_prompts_of_the_reader_hold_what_is_told_once_and_the_same_rows(base):
-    told, plain = (
+def test_the_prompts_of_the_reader_hold_the_specification_once_and_the_same_rows(base):
+    described, plain = (
         TaskSource(source_of(base, [SHOUT]).config, [SHOUT, SIDE], base.chat, described=described)
         for described in (True, False)
     )
     for number in range(10):
-        drawn = told.draw(number)
-        for one, with_text, without in zip(drawn, told.episodes(drawn), plain.episodes(drawn), strict=True):
+        drawn = described.draw(number)
+        for one, with_text, without in zip(drawn, described.episodes(drawn), plain.episodes(drawn), strict=True):
             for question, bare in zip(with_text.questions, without.questions, strict=True):
                 text = base.tokenizer.decode(question.prompt)
                 assert text.count(one.text) == 1 and question.answer == bare.answer
@@ -192,8 +192,8 @@ def test_the_prompts_of_the_reader_hold_what_is_told_once_and_the_same_rows(base
 
 
 def test_shares_are_checked():
-    with pytest.raises(ConfigError, match="untold_share is a share"):
-        TaskDataConfig(untold_share=1.5)
+    with pytest.raises(ConfigError, match="undescribed_share is a share"):
+        TaskDataConfig(undescribed_share=1.5)
     with pytest.raises(ConfigError, match="examples_read must not be negative"):
         TaskDataConfig(examples_read=-1)
 
@@ -205,8 +205,8 @@ def test_gradients_reach_the_encoder_lora_through_examples(base):
     reader = hypernet.text_encoder(base)
     for part in hypernet.encoder_lora.values():
         part.b.data.normal_(std=0.1)
-    source = source_of(base, [SHOUT, SIDE], description_only_share=0.0, untold_share=1.0)
-    drawn = next(d for d in map(source.draw, range(50)) if all(not one.told.description for one in d))
+    source = source_of(base, [SHOUT, SIDE], description_only_share=0.0, undescribed_share=1.0)
+    drawn = next(d for d in map(source.draw, range(50)) if all(not one.spec.description for one in d))
     loras = hypernet(reader([one.text for one in drawn]))
     score_answers(base.model, loras, pack(source.episodes(drawn), base.pad_id)).loss.backward()
     for part in hypernet.encoder_lora.values():
@@ -265,26 +265,26 @@ def test_up_to_so_many_examples_are_read_in_one_text_and_more_in_even_groups(cas
     for n, groups in ((1, [1]), (3, [3]), (4, [2, 2]), (6, [3, 3])):
         texts, start = [], 0
         for size in groups:
-            texts.append(ToldTask(SENTENCE, EXAMPLES[start : start + size]).text())
+            texts.append(TaskSpec(SENTENCE, EXAMPLES[start : start + size]).text())
             start += size
-        (found,) = read([ToldTask(SENTENCE, EXAMPLES[:n])]).states[:, 0]
+        (found,) = read([TaskSpec(SENTENCE, EXAMPLES[:n])]).states[:, 0]
         torch.testing.assert_close(found, deltas_of(caster, base, texts).mean(0), atol=1e-5, rtol=1e-4)
 
 
 def test_groups_shrink_until_they_fit_and_an_example_that_never_fits_is_named(caster):
     long = tuple(Example("the lamp on the desk " * 12 + str(i), ("x",)) for i in range(3))
     reader = caster.caster
-    assert reader.encode([ToldTask(SENTENCE, long)]).states.isfinite().all()
+    assert reader.encode([TaskSpec(SENTENCE, long)]).states.isfinite().all()
     endless = (*EXAMPLES[:1], Example("the lamp on the desk " * 200, ("x",)))
     with pytest.raises(EncoderError, match="example 2 is too long to be read"):
-        reader.encode([ToldTask(SENTENCE, endless)])
+        reader.encode([TaskSpec(SENTENCE, endless)])
 
 
 def test_an_adapter_of_examples_says_how_many_there_were_and_is_known_by_them(caster, base):
     adapter = caster.task(SENTENCE, "opposite", examples=list(OPPOSITES.items()), storage="bf16")
     manifest = adapter.manifest
     assert (manifest.kind, manifest.title, manifest.n_examples, manifest.warnings) == ("task", SENTENCE, 6, ())
-    assert manifest.source_sha256 == ToldTask(SENTENCE, EXAMPLES).sha256
+    assert manifest.source_sha256 == TaskSpec(SENTENCE, EXAMPLES).sha256
     assert Manifest.read(adapter.folder / "adapter.json") == manifest
     alone = caster.task(SENTENCE, "alone")
     assert alone.manifest.n_examples == 0 and "n_examples" not in (alone.folder / "adapter.json").read_text()
@@ -295,7 +295,7 @@ def test_an_adapter_of_examples_says_how_many_there_were_and_is_known_by_them(ca
     ids = torch.tensor([base.chat.prompt("hot", "")])
     with torch.no_grad():
         logits = []
-        for lora in (adapter.lora(), alone.lora(), caster.loras([ToldTask(SENTENCE, EXAMPLES)])[0]):
+        for lora in (adapter.lora(), alone.lora(), caster.loras([TaskSpec(SENTENCE, EXAMPLES)])[0]):
             with inject(base.model, lora):
                 logits.append(base.model(input_ids=ids).logits)
     assert (logits[0] - logits[2]).norm() < 0.02 * (logits[0] - logits[1]).norm()  # but for bf16
@@ -304,6 +304,6 @@ def test_an_adapter_of_examples_says_how_many_there_were_and_is_known_by_them(ca
 def test_examples_alone_make_an_adapter_and_nothing_at_all_is_refused(caster):
     adapter = caster.task(examples=[("hot", "cold")])
     assert adapter.name == "hot-cold" and adapter.manifest.title == "hot => cold"
-    assert caster.distances([ToldTask("", EXAMPLES), SENTENCE])[0] is None
+    assert caster.distances([TaskSpec("", EXAMPLES), SENTENCE])[0] is None
     with pytest.raises(AdapterError, match="or give examples"):
         caster.task(" ")

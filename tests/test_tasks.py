@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from loracast.cli import app
-from loracast.data.task_examples import DEFAULT_STYLE, ToldTask
+from loracast.data.task_examples import DEFAULT_STYLE, TaskSpec
 from loracast.data.tasks import Example, Task, read_tasks
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.store import from_pretrained
@@ -142,10 +142,10 @@ def test_a_step_holds_no_held_out_task_description_or_example(base, tmp_path):
 
 
 def test_only_so_many_examples_are_read_as_fit():
-    told = ToldTask("Name it", tuple(Example(word, (word,)) for word in ("one", "two", "three")))
-    drawn = DrawnTask(Task("it", {}, (), ()), told, DEFAULT_STYLE, (), None)
+    spec = TaskSpec("Name it", tuple(Example(word, (word,)) for word in ("one", "two", "three")))
+    drawn = DrawnTask(Task("it", {}, (), ()), spec, DEFAULT_STYLE, (), None)
     for n in (0, 1, 3):
-        whole = dataclasses.replace(told, examples=told.examples[:n]).text(DEFAULT_STYLE)
+        whole = dataclasses.replace(spec, examples=spec.examples[:n]).text(DEFAULT_STYLE)
         fitting = drawn.within(lambda text, most=len(whole): len(text) <= most)
         assert fitting.text == whole and fitting.rows == drawn.rows
 
@@ -157,11 +157,11 @@ def test_tasks_with_long_examples_have_fewer_of_them(base):
     sizes = {}
     for budget in (1, 200, 10_000):
         source = TaskSource(TaskDataConfig(examples_per_task=9, tokens_per_task=budget), [task], base.chat)
-        told = TaskSource(
+        spec = TaskSource(
             TaskDataConfig(examples_per_task=9, tokens_per_task=budget), [task], base.chat, described=True
         )
         for number in range(5):
-            (episode,), (other,) = (s.episodes(s.draw(number)) for s in (source, told))
+            (episode,), (other,) = (s.episodes(s.draw(number)) for s in (source, spec))
             assert len(episode.questions) == len(other.questions)
             n_tokens = sum(len(q.prompt) + len(q.answer) for q in episode.questions)
             assert n_tokens <= budget or len(episode.questions) == 1

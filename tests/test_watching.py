@@ -1,4 +1,4 @@
-"""Folders that a server watches: new files are learned, those that are gone are forgotten, faults are told."""
+"""Folders that a server watches: new files are learned, those that are gone are forgotten, faults are reported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_files_come_and_go_while_it_watches(model, folder):
         watcher.close()
 
 
-def test_faults_are_told_and_end_nothing(model, folder):
+def test_faults_are_reported_and_end_nothing(model, folder):
     (folder / "empty.txt").write_text("")
     gone = folder.parent / "gone"
     watcher = Watcher(model, [gone, folder])
@@ -50,7 +50,7 @@ def test_faults_are_told_and_end_nothing(model, folder):
         watcher.close()
 
 
-def test_where_watching_fails_it_is_told_and_folders_are_looked_at(model, folder, monkeypatch):
+def test_where_watching_fails_it_is_reported_and_folders_are_looked_at(model, folder, monkeypatch):
     def watch(*folders, ignore_permission_denied, **options):
         assert ignore_permission_denied  # a folder below, say, that only root may list
         raise OSError(f"OS file watch limit reached about {folders}")

@@ -133,8 +133,10 @@ class QuestionAnswering(ABC):
             raise ConfigError("there is nothing to answer: the last message of a chat must be the user's")
         if system is not None and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": system}, *turns]
-        if (told := self.overview(turns[-1]["content"], adapter)) is not None:
-            return Prepared([], [], told.sources, SourcedAnswer(told.text, 0, 0, 0.0, 0.0, True, told.sources))
+        if (outlined := self.overview(turns[-1]["content"], adapter)) is not None:
+            return Prepared(
+                [], [], outlined.sources, SourcedAnswer(outlined.text, 0, 0, 0.0, 0.0, True, outlined.sources)
+            )
         prompt = self.base.chat.conversation(turns)
         check(prompt)
         routed = self._route(search_query(turns[-1]["content"], turns[:-1]), adapter, route, tag, always)

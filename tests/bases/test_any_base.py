@@ -45,9 +45,9 @@ def test_a_base_of_each_type(model_type, tmp_path, monkeypatch):
     make_tokenizer().save_pretrained(folder)
 
     def run(*arguments: str) -> str:
-        told = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
-        assert told.exit_code == 0, told.output
-        return told.output
+        result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
 
     smaller = [f"training.steps={STEPS}", "training.warmup_steps=3", "training.lr=3e-3", "data.questions_per_step=8"]
     changes = [part for change in smaller for part in ("--set", change)]

@@ -146,12 +146,12 @@ class Http:
         body = (folder / "body").read_bytes()
         for name, value in self.ids.items():
             body = body.replace(f'"{name}"'.encode(), f'"{value}"'.encode())
-        status, _, told = self._send(request["method"], path, request["headers"], body)
-        assert status < 500, f"status {status}: {told[:300]!r}"
-        assert b"Traceback" not in told and b"root:x:" not in told, "the answer tells too much"
+        status, _, received = self._send(request["method"], path, request["headers"], body)
+        assert status < 500, f"status {status}: {received[:300]!r}"
+        assert b"Traceback" not in received and b"root:x:" not in received, "the answer tells too much"
         if status >= 400:
             if "range" not in request["headers"]:  # whose errors Starlette tells by itself
-                assert "error" in json.loads(told), f"no body of an error: {told[:200]!r}"
+                assert "error" in json.loads(received), f"no body of an error: {received[:200]!r}"
             raise LoracastError(f"status {status}")
         if self.n_cases % 50 == 1:
             self._see_ids()
@@ -183,25 +183,25 @@ class Http:
         self.running = (app, engine)
         self.ids = {"STORE": "vs_0", "FILE": "file-0", "BATCH": "vsfb_0", "JOB": "0"}
         host = {"host": "127.0.0.1:8000"}
-        _, _, told = self._send(
+        _, _, received = self._send(
             "POST", "/v1/files", host | {"content-type": "multipart/form-data; boundary=x"}, _form_of_file()
         )
-        self.ids["FILE"] = json.loads(told)["id"]
-        _, _, told = self._send(
+        self.ids["FILE"] = json.loads(received)["id"]
+        _, _, received = self._send(
             "POST",
             "/v1/vector_stores",
             host | {"content-type": _JSON},
             json.dumps({"file_ids": [self.ids["FILE"]]}).encode(),
         )
-        self.ids["STORE"] = json.loads(told)["id"]
+        self.ids["STORE"] = json.loads(received)["id"]
         self._see_ids()
 
     def _see_ids(self) -> None:
         """Put ids that exist by now in place of those that are gone."""
         host = {"host": "127.0.0.1:8000"}
         for name, path in (("FILE", "/v1/files"), ("STORE", "/v1/vector_stores"), ("JOB", "/v1/jobs")):
-            _, _, told = self._send("GET", f"{path}?limit=1", host, b"")
-            for one in json.loads(told).get("data", [])[:1]:
+            _, _, received = self._send("GET", f"{path}?limit=1", host, b"")
+            for one in json.loads(received).get("data", [])[:1]:
                 self.ids[name] = one["id"]
 
     def close(self) -> None:

@@ -137,7 +137,7 @@ def main() -> None:
         run.corpus()
         run.seeded(given.seed, start)  # warms up; what is imported late is in memory from now on
         run.guard.bound_memory()
-        began = told = time.monotonic()
+        began = reported = time.monotonic()
         index = start
         state.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(running, os.O_WRONLY | os.O_CREAT)
@@ -146,8 +146,8 @@ def main() -> None:
                 os.pwrite(file, f"{index:012}".encode(), 0)
                 run.seeded(given.seed, index)
                 index += 1
-                if time.monotonic() - told > _TELL_EVERY_S:
-                    told = time.monotonic()
+                if time.monotonic() - reported > _TELL_EVERY_S:
+                    reported = time.monotonic()
                     _keep(state, done, index, run.outcome, given.start is None)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -290,8 +290,8 @@ class Documents:
             assert cut and all(one.text.strip() and one.n_tokens <= 64 for one in cut), "an empty or too long chunk"
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        told = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-        return told["input_ids"], told["offset_mapping"]
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
 
 
 def parse_here(kind: str, data: bytes, label: str, limits: Limits) -> Parsed:

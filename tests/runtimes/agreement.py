@@ -35,8 +35,8 @@ def assert_agrees(
                 agreeing += sum(one == other for one, other in zip(found["forced"], row.tokens, strict=True))
                 n_tokens += len(row.tokens)
     ours = sum(row.is_right(row.text) for row in asked)
-    told = f", {agreeing} of {n_tokens} tokens ({agreeing / n_tokens:.1%}) agree when told" if n_tokens else ""
-    print(f"\n{runtime}: {same} of {len(asked)} texts the same{told}; {right} right, {ours} of loracast's")
+    forced = f", {agreeing} of {n_tokens} tokens ({agreeing / n_tokens:.1%}) agree when forced" if n_tokens else ""
+    print(f"\n{runtime}: {same} of {len(asked)} texts the same{forced}; {right} right, {ours} of loracast's")
     assert len(asked) == 50 and moved > 45  # the adapter is no silent no-op
     assert ours >= 40 and right >= ours - 3  # the answers say what the documents say
     assert agreeing >= 0.95 * n_tokens if n_tokens else same >= 45

@@ -55,14 +55,14 @@ def check_memory(
     if needed < _SMALL:
         return
     how = quantization or str(dtype).removeprefix("torch.")
-    told = (
+    message = (
         f"the base {name!r} takes {_gb(takes.weights)} in {how}, and {_gb(needed)} while it answers in a window of "
         f"{_WINDOW:,} tokens"
     )
     of_each = [free_memory(device) for device in devices]
     free = [n_bytes for n_bytes in of_each if n_bytes is not None]
     if not free or len(free) < len(of_each):
-        say(told)
+        say(message)
         return
     where = ", ".join(devices)
     if needed > sum(free):
@@ -70,8 +70,8 @@ def check_memory(
             "a smaller dtype (bfloat16), or quantize (8bit, 4bit)" if dtype.itemsize > 2 else "quantize (8bit, 4bit)"
         )
         remedy = "take a smaller base or a larger machine" if quantization == "4bit" else f"give {smaller}"
-        raise BaseModelError(f"{told}, and {where} has {_gb(sum(free))} free: {remedy}")
-    say(f"{told}; {where} has {_gb(sum(free))} free")
+        raise BaseModelError(f"{message}, and {where} has {_gb(sum(free))} free: {remedy}")
+    say(f"{message}; {where} has {_gb(sum(free))} free")
 
 
 def _gb(n_bytes: int) -> str:

@@ -52,8 +52,8 @@ def cast_with_ray(
                 yield from _lines(ray, todo, load, actors)
             except ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None)
-                told = cause if isinstance(cause, LoracastError) else str(error).strip().rsplit("\n", 1)[-1]
-                raise LoracastError(f"Ray gave up: {told}") from error
+                reason = cause if isinstance(cause, LoracastError) else str(error).strip().rsplit("\n", 1)[-1]
+                raise LoracastError(f"Ray gave up: {reason}") from error
             finally:
                 ray.shutdown()
 

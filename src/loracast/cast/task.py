@@ -1,4 +1,4 @@
-"""Casts tasks, told by descriptions and examples, into LoRAs and adapters."""
+"""Casts tasks, specified by descriptions and examples, into LoRAs and adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypedDict, Unpack, cast
 
 import torch
 
-from loracast.data.task_examples import ExampleLike, ToldTask, as_examples, told
+from loracast.data.task_examples import ExampleLike, TaskSpec, as_examples, as_spec
 from loracast.data.tasks import Example
 from loracast.encoders.features import Features
 from loracast.errors import AdapterError
@@ -64,7 +64,7 @@ class TaskCaster:
         """Distance to the seen descriptions beyond which one gets a warning; None if the hypernetwork holds none."""
         return self.hypernetwork.ood_threshold()
 
-    def loras(self, tasks: Sequence[str | ToldTask], strength: float = 1.0) -> list[LoRA]:
+    def loras(self, tasks: Sequence[str | TaskSpec], strength: float = 1.0) -> list[LoRA]:
         """The LoRAs of n tasks; a string is a description alone.
 
         Args:
@@ -76,14 +76,14 @@ class TaskCaster:
 
     def constant_lora(self) -> LoRA:
         """The LoRA of a constant condition that describes nothing: a baseline."""
-        return self._loras([ToldTask("")], Features(self.hypernetwork.constant()[:, None]))[0]
+        return self._loras([TaskSpec("")], Features(self.hypernetwork.constant()[:, None]))[0]
 
     @torch.inference_mode()
     def embeddings(self, descriptions: Sequence[str]) -> torch.Tensor:
         """The vectors by which the hypernetwork compares descriptions, one each [n, d]."""
         return self.hypernetwork.pooled(self._encode(_stripped(descriptions)).states[:, 0])
 
-    def distances(self, tasks: Sequence[str | ToldTask]) -> list[float | None]:
+    def distances(self, tasks: Sequence[str | TaskSpec]) -> list[float | None]:
         """Distance (1 - cosine) of each description to the nearest seen one.
 
         None for a task with examples, which those descriptions were without, and if the hypernetwork holds none.
@@ -111,12 +111,12 @@ class TaskCaster:
             ConfigError: an example is malformed.
             EncoderError: an example is too long.
         """
-        task = ToldTask(description, as_examples(examples))
+        task = TaskSpec(description, as_examples(examples))
         return self.tasks([task], None if name is None else [name], refine=refine, **options)[0]
 
     def tasks(
         self,
-        tasks: Sequence[str | ToldTask],
+        tasks: Sequence[str | TaskSpec],
         names: Sequence[str] | None = None,
         *,
         strength: float = 1.0,
@@ -180,14 +180,14 @@ class TaskCaster:
             for name, task, one, distance in zip(names, given, rows, distances, strict=True)
         ]
 
-    def _encode(self, tasks: Sequence[ToldTask]) -> Features:
+    def _encode(self, tasks: Sequence[TaskSpec]) -> Features:
         if not all(task.description or task.examples for task in tasks):
             raise AdapterError(
                 "the description of a task is empty: say in a sentence what the model should do, or give examples"
             )
         return self.caster.encode(tasks)
 
-    def _rows(self, tasks: Sequence[ToldTask], features: Features) -> list[Rows]:
+    def _rows(self, tasks: Sequence[TaskSpec], features: Features) -> list[Rows]:
         """The rows of each task, what is fitted to its examples among them."""
         batches = (self.caster.cast(Features(some)).rows for some in features.states.split(_AT_ONCE))
         rows = [one for batch in batches for one in _each(batch)]
@@ -197,11 +197,11 @@ class TaskCaster:
                 for task, one in zip(tasks, rows, strict=True)
             ]
 
-    def _loras(self, tasks: Sequence[ToldTask], features: Features) -> list[LoRA]:
+    def _loras(self, tasks: Sequence[TaskSpec], features: Features) -> list[LoRA]:
         return [self.hypernetwork.loras(rows).row(0) for rows in self._rows(tasks, features)]
 
     @torch.inference_mode()
-    def _distances(self, tasks: Sequence[ToldTask], features: Features) -> list[float | None]:
+    def _distances(self, tasks: Sequence[TaskSpec], features: Features) -> list[float | None]:
         conditions = features.states[:, 0]
         if not self.hypernetwork.config.n_seen:
             return [None] * len(conditions)
@@ -217,9 +217,9 @@ class TaskCaster:
         )
 
 
-def _stripped(tasks: Sequence[str | ToldTask]) -> list[ToldTask]:
-    """What is told of each task, without white space around its description."""
-    return [dataclasses.replace(task, description=task.description.strip()) for task in map(told, tasks)]
+def _stripped(tasks: Sequence[str | TaskSpec]) -> list[TaskSpec]:
+    """The specification of each task, without white space around its description."""
+    return [dataclasses.replace(task, description=task.description.strip()) for task in map(as_spec, tasks)]
 
 
 def _each(rows: Rows) -> list[Rows]:

@@ -291,8 +291,8 @@ class _ServedMemory:
     def forget(self, number: int) -> Forgotten:
         from loracast.cast.memory import Forgotten
 
-        told = self._client.delete(f"{self._path}/{number}")
-        return Forgotten(told["message"], told["versions_removed"], tuple(told["still_in"]))
+        answer = self._client.delete(f"{self._path}/{number}")
+        return Forgotten(answer["message"], answer["versions_removed"], tuple(answer["still_in"]))
 
 
 def _served(text: str, end: Mapping[str, Any]) -> Reply:

@@ -26,9 +26,11 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
     answerer, chosen = open_answerer(answering)
     load_s = time.perf_counter() - started
 
-    if (told := overview(question, chosen, answerer.open)) is not None:
-        sources = [asdict(source) for source in told.sources]
-        print_result(as_json, {"question": question, "answer": told.text, "sources": sources, "base": None}, told.text)
+    if (outlined := overview(question, chosen, answerer.open)) is not None:
+        sources = [asdict(source) for source in outlined.sources]
+        print_result(
+            as_json, {"question": question, "answer": outlined.text, "sources": sources, "base": None}, outlined.text
+        )
         return
     stream = Stream()
     try:

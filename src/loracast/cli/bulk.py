@@ -120,8 +120,8 @@ def _print(run: BulkCast, source: str, report: str, seconds: float, as_json: boo
         "documents_per_s": round(run.count("learned") / seconds, 2),
     }
     if as_json:
-        told = [{"url": line.url, "error": line.error} for line in failed]
-        print_json({"source": source, "is_complete": run.is_complete, **counts, "report": report, "errors": told})
+        errors = [{"url": line.url, "error": line.error} for line in failed]
+        print_json({"source": source, "is_complete": run.is_complete, **counts, "report": report, "errors": errors})
         return
     print_table([f">{name}" for name in counts], [[f"{value:,}" for value in counts.values()]])
     if failed:

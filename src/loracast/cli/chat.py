@@ -165,9 +165,9 @@ class Talk:
     def _answer(self, question: str) -> None:
         used = [*self.used, *self._with_memory()]
         turns: list[Message] = [*self.turns, {"role": "user", "content": question}]
-        if (told := overview(question, used, self.answerer.open)) is not None:
-            print(printable(told.text), flush=True)
-            self.turns = [*turns, {"role": "assistant", "content": told.text}]
+        if (outlined := overview(question, used, self.answerer.open)) is not None:
+            print(printable(outlined.text), flush=True)
+            self.turns = [*turns, {"role": "assistant", "content": outlined.text}]
             return
         stream, reply = Stream(), None
         try:

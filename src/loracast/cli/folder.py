@@ -43,7 +43,7 @@ class FolderLearner:
         self._is_local = local
         self._server: Running | None = None
         self._model: Model | None = None
-        self._told: set[tuple[str, str | None]] = set()
+        self._reported: set[tuple[str, str | None]] = set()
 
     def _learn_file(self, path: Path, adapter_name: str) -> None:
         from loracast.documents import read_document
@@ -71,9 +71,9 @@ class FolderLearner:
 
             def on_file(done: int, total: int, file: FileReport) -> None:
                 progress(done, total)
-                if file.outcome == "failed" and (file.path, file.error) not in self._told:
+                if file.outcome == "failed" and (file.path, file.error) not in self._reported:
                     say(f"failed: {file.path}: {file.error}")
-                    self._told.add((file.path, file.error))
+                    self._reported.add((file.path, file.error))
 
             return learn_folder(
                 self.folder, self.learning.library, self._learn_file,

@@ -20,7 +20,7 @@ from loracast.library.manifest import name_for, name_from
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
 if TYPE_CHECKING:
-    from loracast.data.task_examples import ToldTask
+    from loracast.data.task_examples import TaskSpec
     from loracast.documents import Document
     from loracast.library.adapter import Adapter
     from loracast.serving.found import Running
@@ -143,10 +143,10 @@ def task(
     from loracast.base.load import Base, load_base
     from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork
     from loracast.cast.task import Refine, TaskCaster
-    from loracast.data.task_examples import ToldTask, read_examples
+    from loracast.data.task_examples import TaskSpec, read_examples
 
-    told = ToldTask(description.strip(), () if examples is None else read_examples(examples))
-    if not told.title:
+    spec = TaskSpec(description.strip(), () if examples is None else read_examples(examples))
+    if not spec.title:
         raise typer.BadParameter(
             "say what the model should do, or give examples", param_hint="DESCRIPTION or --examples"
         )
@@ -154,10 +154,10 @@ def task(
     # A server's API takes none of these, and tells no distance.
     if not (as_json or encoder or refine or storage or strength != 1.0):
         server = server_for(choice, library, "task", hypernetwork, local=local)
-        if server is not None and (cast := _cast_served(server, library, told, naming)) is not None:
-            print_result(False, {}, _told_task(cast))
+        if server is not None and (cast := _cast_served(server, library, spec, naming)) is not None:
+            print_result(False, {}, _task_summary(cast))
             return
-    name = naming.checked(library, name_from(told.title), told.sha256)
+    name = naming.checked(library, name_from(spec.title), spec.sha256)
     where = hypernetwork or shipped_hypernetwork(choice.base or DEFAULT_BASE, "task")
 
     @cache
@@ -173,37 +173,37 @@ def task(
 
         descent = refiner(load(), RefineConfig(seconds=refine))
     (adapter,) = caster.tasks(
-        [told], [name], strength=strength, refine=descent, storage=storage or DEFAULT_STORAGE, replace=naming.replace
+        [spec], [name], strength=strength, refine=descent, storage=storage or DEFAULT_STORAGE, replace=naming.replace
     )
     manifest = adapter.manifest
     for warning in manifest.warnings:
         warn(warning)
     facts = {
         **_made(adapter),
-        "description": told.description,
+        "description": spec.description,
         "n_examples": manifest.n_examples,
-        "distance": caster.distances([told])[0],
+        "distance": caster.distances([spec])[0],
         "ood_threshold": caster.ood_threshold,
         "strength": strength,
         "ranks": manifest.ranks,
         "cast_s": manifest.learn_s,
         "total_s": round(time.perf_counter() - started, 3),
     }
-    print_result(as_json, facts, _told_task(adapter))
+    print_result(as_json, facts, _task_summary(adapter))
 
 
-def _cast_served(server: Running, library: Path, told: ToldTask, naming: options.Naming) -> Adapter | None:
+def _cast_served(server: Running, library: Path, spec: TaskSpec, naming: options.Naming) -> Adapter | None:
     """Have a running server cast a task; None where it does not."""
     from loracast.cli.served import cast_task
 
-    adapter = cast_task(server, library, told, naming.name, replace=naming.replace)
+    adapter = cast_task(server, library, spec, naming.name, replace=naming.replace)
     for warning in adapter.manifest.warnings if adapter else ():
         warn(warning)
     return adapter
 
 
-def _told_task(adapter: Adapter) -> str:
-    """What people are told about a task that was cast."""
+def _task_summary(adapter: Adapter) -> str:
+    """What is printed about a task that was cast."""
     manifest = adapter.manifest
     read = f", {plural(manifest.n_examples, 'example')}" if manifest.n_examples else ""
     return (
@@ -226,7 +226,7 @@ def _made(adapter: Adapter) -> dict[str, Any]:
 
 
 def learned(adapter: Adapter) -> str:
-    """What people are told about an adapter that was learned."""
+    """What is printed about an adapter that was learned."""
     manifest = adapter.manifest
     title = f" ({manifest.title})" if manifest.title else ""
     if manifest.kind == "image":

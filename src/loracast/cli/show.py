@@ -76,7 +76,7 @@ def show(
         in_chunks = f"{plural(manifest.n_chunks, 'chunk')} of at most {manifest.max_chunk_tokens}"
         facts["document"] = f"{manifest.n_tokens:,} tokens in {in_chunks}"
         facts["routing"] = _routing(adapter)
-        facts |= _told(outline)
+        facts |= _outline_facts(outline)
     each = " for each chunk" * (manifest.kind == "document")
     facts |= {
         "factors": f"rank {manifest.rank_text}{each}, layers {targeted[0]} to {targeted[-1]}; "
@@ -160,7 +160,7 @@ def inspect(
         print(printable(text))
 
 
-def _told(outline: Outline | None) -> dict[str, str]:
+def _outline_facts(outline: Outline | None) -> dict[str, str]:
     """What a document is about."""
     if outline is None:
         return {"outline": "none: an older version made the adapter; remove it and learn the document again for one"}

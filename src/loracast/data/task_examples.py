@@ -1,4 +1,4 @@
-"""How a task is specified: by a description, examples, or both; and files of examples that people give.
+"""The specification of a task, a description, examples, or both; and files of examples that people give.
 
 The text that a hypernetwork or a model with the task in its prompt reads has the description first, then the examples.
 """
@@ -40,11 +40,11 @@ ExampleLike = Example | tuple[str, str] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class ToldTask:
-    """What is told of a task."""
+class TaskSpec:
+    """How a task is specified: by a description, examples, or both."""
 
     description: str
-    """"" where the examples alone tell it."""
+    """"" where the examples alone specify the task."""
     examples: tuple[Example, ...] = ()
 
     def text(self, style: str = DEFAULT_STYLE) -> str:
@@ -73,13 +73,13 @@ class ToldTask:
 
     @property
     def sha256(self) -> str:
-        """Hash of all that is told; of the description alone where there are no examples."""
+        """Hash of description and examples; of the description alone where there are no examples."""
         return hashlib.sha256(self.text().encode()).hexdigest()
 
 
-def told(task: str | ToldTask) -> ToldTask:
-    """A description alone, or what is told already."""
-    return ToldTask(task) if isinstance(task, str) else task
+def as_spec(task: str | TaskSpec) -> TaskSpec:
+    """A specification; a string is a description alone."""
+    return TaskSpec(task) if isinstance(task, str) else task
 
 
 def as_examples(given: Sequence[ExampleLike]) -> tuple[Example, ...]:

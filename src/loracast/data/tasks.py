@@ -59,7 +59,7 @@ class Task:
 
 
 def with_description(description: str, text: str) -> str:
-    """The user turn for a base that is told the task in its prompt: the description, then the input."""
+    """The user turn for a base with the task in its prompt: the description, then the input."""
     return f"{description}\n\n{text}"
 
 

@@ -107,9 +107,9 @@ def decode_image(data: bytes, kind: str, label: str) -> Image:
                 image.alpha_composite(clear)
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError) as error:
-        told = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-        told = "nothing in it is an image" if isinstance(error, UnidentifiedImageError) else told
-        raise DocumentError(f"{label} is a damaged {kind} image ({told}): get or export it again") from error
+        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        reason = "nothing in it is an image" if isinstance(error, UnidentifiedImageError) else reason
+        raise DocumentError(f"{label} is a damaged {kind} image ({reason}): get or export it again") from error
     except Image.DecompressionBombError as error:  # Pillow's own, or ours above
         raise DocumentError(
             f"{label} has more than {MAX_PIXELS / 1e6:.0f} million pixels, the most that are read: scale it down"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loracast.batching import pad_right
-from loracast.data.task_examples import ToldTask
+from loracast.data.task_examples import TaskSpec
 from loracast.data.tasks import Example, with_description
 from loracast.encoders.hidden_states import cut
 from loracast.errors import EncoderError
@@ -151,10 +151,10 @@ class AttentionDeltaEncoder:
         with inject(self._base.model, self._once("lora", lambda: self._lora().to(self._base.model.dtype))):
             return self._at_each_token(self._base.chat.prompt(with_description(text.strip(), example.input), ""), probe)
 
-    def after_turns(self, told: ToldTask, example: Example) -> TokenDeltas:
-        """As `at_example`, of a conversation whose earlier turns are told examples, in the base without a LoRA."""
+    def after_turns(self, spec: TaskSpec, example: Example) -> TokenDeltas:
+        """As `at_example`, of a conversation whose earlier turns are examples, in the base without a LoRA."""
         return self._at_each_token(
-            self._base.chat.conversation(told.conversation(example.input)), self._probe_of(example)
+            self._base.chat.conversation(spec.conversation(example.input)), self._probe_of(example)
         )
 
     def _probe_of(self, example: Example) -> _Probe:
@@ -165,9 +165,11 @@ class AttentionDeltaEncoder:
     def _at_each_token(self, prompt: list[int], probe: _Probe) -> TokenDeltas:
         """The attention deltas, at each token of a probe, of what a prompt has before it."""
         row, end, n_prompt = self._row(prompt, probe)
-        told = torch.zeros(1, len(row), dtype=torch.bool)
-        told[0, self._n_before : end] = True
-        deltas = self._projected(self._run(torch.tensor([row]), _Record(told, torch.eye(len(row))[None, end:])).deltas)
+        is_read = torch.zeros(1, len(row), dtype=torch.bool)
+        is_read[0, self._n_before : end] = True
+        deltas = self._projected(
+            self._run(torch.tensor([row]), _Record(is_read, torch.eye(len(row))[None, end:])).deltas
+        )
         return TokenDeltas([*probe.prompt, *probe.answer], deltas[0].transpose(0, 1), n_prompt - 1 - end)
 
     def outputs_of_attention(self, ids: Sequence[int], lora: LoRABatch) -> Tensor:

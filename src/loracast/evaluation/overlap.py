@@ -78,9 +78,9 @@ def evaluate_overlap(config: OverlapConfig, out: Path, progress: Progress = no_p
         same = [normalise(row.input) in input_texts for row in task.test]
         near = [is_same or row.max(initial=0.0) >= config.near for is_same, row in zip(same, similar, strict=True)]
         homes = [rows_of_training[j][0] for row in similar for j in np.flatnonzero(row >= config.near)]
-        told = [text for texts in task.descriptions.values() for text in texts]
-        closeness = [descriptions.similarities(text) for text in told]
-        best = max(range(len(told)), key=lambda k: closeness[k].max(initial=0.0)) if told else None
+        texts = [text for some in task.descriptions.values() for text in some]
+        closeness = [descriptions.similarities(text) for text in texts]
+        best = max(range(len(texts)), key=lambda k: closeness[k].max(initial=0.0)) if texts else None
         rows.append(
             {
                 "task": task.name,

@@ -14,7 +14,7 @@ from typing import Any
 
 from loracast.base.generate import Sampling
 from loracast.data.answer_metrics import is_right
-from loracast.data.task_examples import ToldTask
+from loracast.data.task_examples import TaskSpec
 from loracast.data.tasks import Example, Task
 from loracast.errors import ConfigError
 from loracast.evaluation.baseline import Baseline, Request, check_positive, fixed
@@ -43,7 +43,7 @@ class Start:
 
 def _cast(setup: TaskSetup, drawn: Drawn) -> LoRA:
     """The LoRA cast from the description and all examples; the next start of the same ones has it at once."""
-    caster, task = setup.caster, ToldTask(drawn.description, drawn.shots)
+    caster, task = setup.caster, TaskSpec(drawn.description, drawn.shots)
     assert caster is not None
     return setup.made_once(("cast", task), lambda: caster.loras([task])[0]).make()
 

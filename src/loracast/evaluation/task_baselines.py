@@ -13,7 +13,7 @@ from torch import Tensor
 from loracast.base.embedded import DEFAULT_ENCODER
 from loracast.base.load import Base
 from loracast.cast.task import TaskCaster
-from loracast.data.task_examples import ToldTask
+from loracast.data.task_examples import TaskSpec
 from loracast.data.tasks import Example, Task, with_description
 from loracast.encoders.sentence import TextEncoder, load_text_encoder
 from loracast.evaluation.baseline import Baseline, LoRASource, Request, fixed
@@ -130,9 +130,9 @@ _GIVEN_BY = {
 def prompt_of(
     base: Base, drawn: Drawn, asked: str, shots: Sequence[Example] = (), is_described: bool = False
 ) -> tuple[int, ...]:
-    """The conversation: the description, if it is told, before the first input; examples as turns; then the input."""
-    told = ToldTask(drawn.description if is_described else "", tuple(shots))
-    return tuple(base.chat.conversation(told.conversation(asked, ASK_SYSTEM_TURN)))
+    """The conversation: the description, if wanted, before the first input; examples as turns; then the input."""
+    spec = TaskSpec(drawn.description if is_described else "", tuple(shots))
+    return tuple(base.chat.conversation(spec.conversation(asked, ASK_SYSTEM_TURN)))
 
 
 def _baseline(
@@ -177,11 +177,11 @@ def _nearest_shots() -> TaskBaseline:
 
 
 def _reader_shots(n_shots: int) -> TaskBaseline:
-    """The LoRA that was trained to be told a task in its prompt, told as in training: the ceiling of what is cast."""
+    """The LoRA that was trained with the task in its prompt, in the same format: the upper bound of what is cast."""
 
     def request(setup: TaskSetup, case: TaskCase) -> Request:
-        told = ToldTask(case.drawn.description, case.drawn.shots[:n_shots]).text()
-        prompt = setup.base.chat.prompt(with_description(told, case.row.input), ASK_SYSTEM_TURN)
+        text = TaskSpec(case.drawn.description, case.drawn.shots[:n_shots]).text()
+        prompt = setup.base.chat.prompt(with_description(text, case.row.input), ASK_SYSTEM_TURN)
         assert setup.multitask_described is not None
         return Request(tuple(prompt), fixed(setup.multitask_described))
 
@@ -202,14 +202,14 @@ def _given(label: str, name: str, is_described: bool = False) -> TaskBaseline:
 
 def _cast(
     label: str,
-    told: Callable[[Drawn], str | ToldTask],
+    spec: Callable[[Drawn], str | TaskSpec],
     needs: tuple[str, ...] = ("caster",),
     is_optional: bool = False,
 ) -> TaskBaseline:
-    """A baseline with the LoRA of what is told of a task."""
+    """A baseline with the LoRA that is cast for a specification of the task."""
 
     def source(setup: TaskSetup, drawn: Drawn) -> LoRASource:
-        task = told(drawn)
+        task = spec(drawn)
         return setup.made_once(("cast", task), lambda: _caster(setup).loras([task])[0])
 
     return _baseline(label, source, needs=needs, is_optional=is_optional)
@@ -218,10 +218,10 @@ def _cast(
 def _cast_from(n_shots: int) -> TaskBaseline:
     label = f"adapter from description and {n_shots} example{'s' * (n_shots > 1)}"
 
-    def told(drawn: Drawn) -> ToldTask:
-        return ToldTask(drawn.description, drawn.shots[:n_shots])
+    def spec(drawn: Drawn) -> TaskSpec:
+        return TaskSpec(drawn.description, drawn.shots[:n_shots])
 
-    return _cast(label, told, ("caster", f"{n_shots} examples"), is_optional=True)
+    return _cast(label, spec, ("caster", f"{n_shots} examples"), is_optional=True)
 
 
 def _caster(setup: TaskSetup) -> TaskCaster:
@@ -253,7 +253,7 @@ BASELINES: dict[str, TaskBaseline] = {
     ),
     "other_shots5": _cast(
         "adapter from another task's description and 5 examples",
-        lambda drawn: ToldTask(drawn.other_description or "", drawn.other_shots),
+        lambda drawn: TaskSpec(drawn.other_description or "", drawn.other_shots),
         ("tasks", "caster", "5 examples"),
         is_optional=True,
     ),

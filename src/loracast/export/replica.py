@@ -220,9 +220,9 @@ class Replica:
         with work_folder(self._work, "new") as work, self._source.opened(name, version, work) as adapter:
             (made,) = export_adapter(adapter, "vllm", work / one.name, max_rank=self._max_rank)
             if made.error > MOST_LOST:
-                told = too_much_lost(adapter.lora(dense=False).rank, self._max_rank, made.error)
+                problem = too_much_lost(adapter.lora(dense=False).rank, self._max_rank, made.error)
                 raise AdapterError(
-                    f"{told}, or ask through `loracast serve --engine`, which gives a question its chunks"
+                    f"{problem}, or ask through `loracast serve --engine`, which gives a question its chunks"
                 )
             n_bytes = size_of(made.path)
             move_unless_there(made.path, one.folder)

@@ -70,7 +70,7 @@ class LibraryMiddleware:
             if failed is None:
                 await send(message)
             elif message["type"] == "http.response.start":
-                for part in _told(failed):
+                for part in _error_messages(failed):
                     await send(part)
 
         try:
@@ -156,7 +156,7 @@ class LibraryMiddleware:
         )
 
 
-def _told(error: Exception) -> list[dict[str, Any]]:
+def _error_messages(error: Exception) -> list[dict[str, Any]]:
     """An answer with an error in OpenAI's form."""
     status = 400 if isinstance(error, AdapterError) else 503
     kind = "BadRequestError" if status == 400 else "ServiceUnavailableError"

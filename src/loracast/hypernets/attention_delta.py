@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from loracast.base.load import Base
 from loracast.base.packages import Say
-from loracast.data.task_examples import ToldTask
+from loracast.data.task_examples import TaskSpec
 from loracast.encoders.attention_delta import ATTENTION_DELTA, POSITIONS, AttentionDeltaEncoder
 from loracast.encoders.sentence import TextEncoder
 from loracast.errors import ConfigError, EncoderError
@@ -176,7 +176,7 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         lora, is_training = self.encoder_lora_batch, lambda: self.training
         return AttentionDeltaEncoder(base, c.layers, c.kind, c.dummy_input, c.dummy_answer, lora, is_training)
 
-    def fitted_to_examples(self, reader: TaskReader, task: ToldTask, rows: Rows) -> Rows:
+    def fitted_to_examples(self, reader: TaskReader, task: TaskSpec, rows: Rows) -> Rows:
         if len(task.examples) < FEWEST_EXAMPLES:
             return rows
         c, encoder = self.config, cast(AttentionDeltaEncoder, reader.encoder)

@@ -1,6 +1,6 @@
 """A published Doc-to-LoRA checkpoint as a `PublishedDocToLoRA`: its config read from the pickled one, tensors renamed.
 
-What a checkpoint is like is told by its config and by the shapes of its tensors. A setting that is known and not
+What a checkpoint is like follows from its config and the shapes of its tensors. A setting that is known and not
 supported is refused by its name.
 """
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from loracast.base.load import Base
 from loracast.base.packages import Say
-from loracast.data.task_examples import ToldTask, told
+from loracast.data.task_examples import TaskSpec, as_spec
 from loracast.encoders.features import Features
 from loracast.encoders.sentence import TextEncoder
 from loracast.errors import ConfigError, EncoderError, HypernetworkError
@@ -127,7 +127,7 @@ class DescriptionHypernetwork(Hypernetwork):
             )
         return TaskReader(read, self.examples_at_once)
 
-    def fitted_to_examples(self, reader: TaskReader, task: ToldTask, rows: Rows) -> Rows:
+    def fitted_to_examples(self, reader: TaskReader, task: TaskSpec, rows: Rows) -> Rows:
         """The rows that were cast for a task [1, modules, r, d], and what is fitted to its examples, if anything."""
         return rows
 
@@ -162,7 +162,7 @@ class DescriptionHypernetwork(Hypernetwork):
 
 
 class TaskReader:
-    """Reads what is told of tasks, with the text encoder of a hypernetwork."""
+    """Reads the specifications of tasks with the text encoder of a hypernetwork."""
 
     def __init__(self, encoder: TextEncoder, examples_at_once: int):
         """
@@ -171,14 +171,14 @@ class TaskReader:
         """
         self.encoder, self._at_once = encoder, examples_at_once
 
-    def __call__(self, tasks: Sequence[str | ToldTask]) -> Features:
+    def __call__(self, tasks: Sequence[str | TaskSpec]) -> Features:
         """n tasks -> their conditions [n, 1, d_text]: of several groups of a task's examples their mean."""
-        groups = [self.groups(told(task)) for task in tasks]
+        groups = [self.groups(as_spec(task)) for task in tasks]
         conditions = self.encoder([group.text() for some in groups for group in some])
         means = [part.mean(0) for part in conditions.split([len(some) for some in groups])]
         return Features(torch.stack(means)[:, None])
 
-    def groups(self, task: ToldTask) -> list[ToldTask]:
+    def groups(self, task: TaskSpec) -> list[TaskSpec]:
         """The task as it is read: in one text, or in one for each group of examples, groups of about one size.
 
         Raises EncoderError for an example that does not fit even alone.

@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loracast.data.task_examples import ToldTask
+from loracast.data.task_examples import TaskSpec
 from loracast.data.tasks import Example
 from loracast.encoders.attention_delta import AttentionDeltaEncoder, TokenDeltas
 from loracast.lora.algebra import Factors, LoRA, LoRABatch, compress
@@ -38,7 +38,7 @@ _MOST_READ = 8
 
 
 def fit_examples(
-    encoder: AttentionDeltaEncoder, groups: Sequence[ToldTask], names: Sequence[str], lora: LoRABatch
+    encoder: AttentionDeltaEncoder, groups: Sequence[TaskSpec], names: Sequence[str], lora: LoRABatch
 ) -> LoRA:
     """Fit a LoRA to examples of a task.
 
@@ -54,8 +54,8 @@ def fit_examples(
     if not pairs:
         return LoRA()
     xs, ys, weights = [], [], []
-    for told, example in pairs:
-        read = two_views(encoder, told, example)
+    for spec, example in pairs:
+        read = two_views(encoder, spec, example)
         n = read.deltas.shape[1]
         xs.append(encoder.outputs_of_attention(read.ids, lora)[:, -n:])
         ys.append(read.deltas)
@@ -66,9 +66,9 @@ def fit_examples(
     return compress(fitted, RANK)[0]
 
 
-def two_views(encoder: AttentionDeltaEncoder, told: ToldTask, example: Example) -> TokenDeltas:
+def two_views(encoder: AttentionDeltaEncoder, spec: TaskSpec, example: Example) -> TokenDeltas:
     """The attention deltas of a task at an example: the mean of those of a text and of turns of a conversation."""
-    text, turns = encoder.at_example(told.text(), example), encoder.after_turns(told, example)
+    text, turns = encoder.at_example(spec.text(), example), encoder.after_turns(spec, example)
     n = min(text.deltas.shape[1], turns.deltas.shape[1])  # the input's first token may change after a text
     return replace(
         text,
@@ -77,8 +77,8 @@ def two_views(encoder: AttentionDeltaEncoder, told: ToldTask, example: Example) 
     )
 
 
-def behind_the_others(groups: Sequence[ToldTask], most: int = _MOST_READ) -> list[tuple[ToldTask, Example]]:
-    """At most so many examples, spread evenly over all, each with what is told before it.
+def behind_the_others(groups: Sequence[TaskSpec], most: int = _MOST_READ) -> list[tuple[TaskSpec, Example]]:
+    """At most so many examples, spread evenly over all, each with what stands before it.
 
     That is the rest of its group, those after it first.
     """
@@ -87,7 +87,7 @@ def behind_the_others(groups: Sequence[ToldTask], most: int = _MOST_READ) -> lis
         for i, example in enumerate(group.examples):
             others = (*group.examples[i + 1 :], *group.examples[:i])
             pairs.append((replace(group, examples=others), example))
-    pairs = [(told, example) for told, example in pairs if told.text()]
+    pairs = [(spec, example) for spec, example in pairs if spec.text()]
     n = min(len(pairs), most)
     return [pairs[i * len(pairs) // n] for i in range(n)]
 

@@ -35,7 +35,7 @@ _GATES = ("inside", "begin", "after")  # in the order of data/spans.py
 OWNER, END = range(2)
 """Pointer heads that span supervision can train: to the last token of the owner's name, and of the sentence."""
 N_PLACES = 8
-"""Places in an answer that are told apart; the last one stands for all that follow."""
+"""Places in an answer that are distinguished; the last one stands for all that follow."""
 _HEAD_DIM = 32
 _START_GATE = -2.0
 _START_RIDGE = 2.0

@@ -53,8 +53,8 @@ def read_pickled(path: Path) -> dict[str, Any]:
     except HypernetworkError:
         raise
     except Exception as error:  # damage makes the unpickler raise nearly anything
-        told = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-        raise HypernetworkError(f"{path} is damaged, or no checkpoint of a hypernetwork ({told})") from error
+        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        raise HypernetworkError(f"{path} is damaged, or no checkpoint of a hypernetwork ({reason})") from error
     if not isinstance(content, dict):
         raise HypernetworkError(f"{path} holds a {type(content).__name__}, not the dictionary of a checkpoint")
     for name, value in content.items():

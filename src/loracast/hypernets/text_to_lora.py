@@ -147,7 +147,7 @@ class TextToLoRA(DescriptionHypernetwork):
         return self.last(x + self.blocks[1](x))
 
     def module_conditions(self, embeddings: Tensor) -> Tensor:
-        """What each module is told of each description [n, layers, kinds, width], after the first block."""
+        """What each module sees of each description [n, layers, kinds, width], after the first block."""
         task = self.task(embeddings)[:, None, None]  # [n, 1, 1, w / 2]
         layer = self.layer(torch.arange(len(self.config.target.layers), device=task.device))[None, :, None]
         kind = self.kind(torch.arange(len(self.config.target.kinds), device=task.device))[None, None]

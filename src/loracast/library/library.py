@@ -76,8 +76,8 @@ def find(library: Path, reference: str) -> Entry:
     matching = [entry for entry in there if entry.version.startswith(digits)]
     if at and len(matching) != 1:
         problem = "is none of its versions" if not matching else "begins several of its versions"
-        told = ", ".join(entry.version[:VERSION_DIGITS] for entry in there)
-        raise NoSuchAdapterError(f"{name!r} is there, but {digits!r} {problem}: {told}")
+        known = ", ".join(entry.version[:VERSION_DIGITS] for entry in there)
+        raise NoSuchAdapterError(f"{name!r} is there, but {digits!r} {problem}: {known}")
     return matching[0]
 
 
@@ -93,10 +93,10 @@ def versions(library: Path, name: str) -> list[Entry]:
             refresh(library, [name])
     if len(known) > _MOST_NAMES_TOLD:
         near = get_close_matches(name, known, n=_MOST_NAMES_TOLD, cutoff=0.5)
-        told = f"near it are: {', '.join(near)}" if near else f"`loracast list` shows the {len(known):,} there are"
+        hint = f"near it are: {', '.join(near)}" if near else f"`loracast list` shows the {len(known):,} there are"
     else:
-        told = f"there are: {', '.join(known) or 'none yet: `loracast learn FILE` makes one'}"
-    raise NoSuchAdapterError(f"no adapter is called {name!r}; {told}")
+        hint = f"there are: {', '.join(known) or 'none yet: `loracast learn FILE` makes one'}"
+    raise NoSuchAdapterError(f"no adapter is called {name!r}; {hint}")
 
 
 def lacking(library: Path, named: Collection[tuple[str, str]]) -> set[tuple[str, str]]:

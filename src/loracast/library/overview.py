@@ -107,7 +107,7 @@ def overview(question: str, chosen: Sequence[Adapter | str], open_named: Callabl
     if not documents:
         return None
     outlines = [(one, read_outline(one.index)) for one in documents]
-    text = "\n\n".join(_told(one, outline, wanted) for one, outline in outlines)
+    text = "\n\n".join(_text_of(one, outline, wanted) for one, outline in outlines)
     return Overview(text, tuple(_whole(one) for one, outline in outlines if outline is not None))
 
 
@@ -116,7 +116,7 @@ def _whole(adapter: Adapter) -> Source:
     return Source(adapter.name, adapter.manifest.title, heading="", chunk=None, start=0, end=end, weight=1.0)
 
 
-def _told(adapter: Adapter, outline: Outline | None, wanted: Wanted) -> str:
+def _text_of(adapter: Adapter, outline: Outline | None, wanted: Wanted) -> str:
     name, title = adapter.name, adapter.manifest.title
     if outline is None:
         return (

@@ -20,7 +20,7 @@ from loracast.library.library import add_adapter
 from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
 from loracast.library.shared import reading
 from loracast.library.signatures import SUFFIX, check_covers, sign, verify
-from loracast.library.store import file_system, told
+from loracast.library.store import file_system, store_errors
 from loracast.library.workfolders import work_folder
 from loracast.lora.tensor_file import BYTES
 
@@ -63,7 +63,7 @@ def push_adapter(
     if is_hub_id(where):
         from huggingface_hub import CommitOperationAdd, HfApi
 
-        with told(where):
+        with store_errors(where):
             HfApi().create_repo(where, private=private, exist_ok=True)
             added = [CommitOperationAdd(name, content) for name, content in (texts | files).items()]
             HfApi().create_commit(where, added, commit_message=f"{adapter.version}, by loracast")
@@ -98,7 +98,7 @@ def pull_adapter(
         if is_hub_id(where):
             from huggingface_hub import HfApi, hf_hub_download
 
-            with told(where):
+            with store_errors(where):
                 there = HfApi().model_info(where, files_metadata=True).siblings or []
                 sizes = {file.rfilename: file.size or 0 for file in there}
                 _fetch_files(

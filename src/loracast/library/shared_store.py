@@ -1,7 +1,7 @@
 """A store that many machines share: besides the adapters' files it holds their names, each as a log of its states.
 
     names/manual/00000012.json   all that is known of a name after its 12th change; without versions it is deleted
-    uses/3f9a...                 written anew whenever a version is put or named, so that its age can be told
+    uses/3f9a...                 written anew whenever a version is put or named, so that its age is known
     dying/3f9a...                there while a machine deletes a version
 
 A change of a name creates the file of the next number, which no file system here lets two machines do. Files of

@@ -28,13 +28,13 @@ def sign(manifest: Path, key: Path, ask_password: Callable[[], str]) -> bytes:
         PackageError: py-minisign is not installed.
     """
     minisign = _minisign()
-    told = Manifest.read(manifest)
-    check_covers(told)
+    parsed = Manifest.read(manifest)
+    check_covers(parsed)
     try:
         with minisign.SecretKey.from_file(key) as secret:
             if secret.is_encrypted():
                 secret.decrypt(ask_password())
-            signature = secret.sign(manifest.read_bytes(), trusted_comment=f"{told.name}@{told.version}")
+            signature = secret.sign(manifest.read_bytes(), trusted_comment=f"{parsed.name}@{parsed.version}")
     except (OSError, ValueError, EOFError) as error:
         raise AdapterError(f"nothing can be signed with {key}: {error}") from error
     return bytes(signature) + b"\n"

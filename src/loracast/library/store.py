@@ -25,13 +25,13 @@ def file_system(where: str) -> Iterator[tuple[Any, str]]:
     """The file system of a URL, and the path in it."""
     import fsspec
 
-    with told(where):
+    with store_errors(where):
         fs, root = fsspec.core.url_to_fs(where)
         yield fs, root.rstrip("/")
 
 
 @contextmanager
-def told(where: str) -> Iterator[None]:
+def store_errors(where: str) -> Iterator[None]:
     """Turn whatever a remote service raises into a LoracastError of one line."""
     try:
         yield

@@ -143,7 +143,7 @@ def files_in(folder: Path, unread: dict[str, str]) -> Iterator[Path]:
     """The files of a folder and of those below it, in a fixed order, without hidden ones and links.
 
     Args:
-        unread: receives the folders that cannot be listed, and the files of which nothing is told, each with the
+        unread: receives the folders that cannot be listed, and the files that are not in the report, each with the
             reason; relative to the folder, which is "." itself.
     """
 

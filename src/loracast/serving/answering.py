@@ -28,7 +28,7 @@ from loracast.serving.resolve import Resolved
 from loracast.serving.schema import Extensions, FileSearch
 from loracast.serving.service import Service
 from loracast.serving.store_search import among
-from loracast.serving.ticket import Ticket, told
+from loracast.serving.ticket import Ticket, finished_ticket
 from loracast.serving.vector_stores import StoreFile
 from loracast.serving.window import Windowed, in_window
 
@@ -140,7 +140,7 @@ class Call:
                 turns = self._put_in_window(turns)
             self.prepared.append(model.prepare(turns, chosen, **routing, check=self._room))
         requests = [
-            told(prepared.answer.text) if prepared.answer else self._request(prepared, i)
+            finished_ticket(prepared.answer.text) if prepared.answer else self._request(prepared, i)
             for prepared in self.prepared
             for i in range(asked.n)
         ]

@@ -52,10 +52,10 @@ class Client:
         try:
             with _Exchange(self.url, "GET", "/health", {}, None, _CONNECT_S) as response:
                 body = response.read()
-            told = json.loads(body)
+            parsed = json.loads(body)
         except (Refused, ValueError):
             return None
-        return told.get("instance") if isinstance(told, dict) else None
+        return parsed.get("instance") if isinstance(parsed, dict) else None
 
     def get(self, path: str) -> Any:
         with self._exchange("GET", path) as response:
@@ -138,7 +138,7 @@ class _Exchange:
 def _error_in(body: bytes) -> dict[str, Any]:
     """The error that a response tells, in OpenAI's form; {} where it tells none."""
     try:
-        told = json.loads(body)["error"]
+        parsed = json.loads(body)["error"]
     except (ValueError, TypeError, KeyError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return parsed if isinstance(parsed, dict) else {}

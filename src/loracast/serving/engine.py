@@ -172,7 +172,7 @@ class LocalEngine:
     def _run(self) -> None:
         try:
             self._serve()
-        finally:  # whoever waits is told, also where the engine itself fails
+        finally:  # whoever waits gets the error, also where the engine itself fails
             with self._changed:
                 self._is_draining = self._is_closed = True
                 queued = [*self._queue]
@@ -205,7 +205,7 @@ class LocalEngine:
             if not batch.n_rows:
                 return False
             batch.step()
-        except Exception as error:  # whoever runs is told, and the engine goes on with the next requests
+        except Exception as error:  # whoever runs gets the error, and the engine goes on with the next requests
             batch.fail(error)
         return True
 

@@ -64,7 +64,7 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an error; one that nobody foresaw is logged, and told without its message."""
+    """An error as clients see it; one that nobody foresaw is logged, and its message is not shown."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineBusy):
@@ -88,9 +88,9 @@ def log_failure(error: BaseException) -> None:
 
 def error_response(error: Exception) -> JSONResponse:
     """The response that tells an error."""
-    told = as_api_error(error)
-    body = error_body(told.status, str(told), told.param, told.code)
-    return JSONResponse(body, told.status, headers=dict(told.headers))
+    shown = as_api_error(error)
+    body = error_body(shown.status, str(shown), shown.param, shown.code)
+    return JSONResponse(body, shown.status, headers=dict(shown.headers))
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -116,7 +116,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _invalid(faults: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """What a client is told of a body that does not fit the schema: one fault, without the text it sent.
+    """What a client reads about a body that does not fit the schema: one fault, without the text it sent.
 
     A field of several types has a fault for each; the type that the client meant is the one that was refused deepest.
     """

@@ -29,9 +29,9 @@ class Loaded:
     library: str
     """The folder's real path."""
     base: str = ""
-    """The base as `told` tells it."""
+    """The base as `source_key` writes it."""
     hypernetworks: Mapping[str, str] = field(default_factory=dict)
-    """By modality as `told` tells them; of a command, the one that it needs."""
+    """By modality as `source_key` writes them; of a command, the one that it needs."""
     chat_template: str = ""
     """The text of a template in place of the base's own."""
     how: Mapping[str, str] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Running:
     """A running server, as its file tells of it."""
 
     instance: str
-    """Drawn when the server starts, and told by /health: nobody else on that port is taken for the server."""
+    """Drawn when the server starts, and given by /health: nobody else on that port is taken for the server."""
     url: str
     loaded: Loaded
     model: str
@@ -104,7 +104,7 @@ class Running:
         return True
 
 
-def told(source: str | os.PathLike[str] | None) -> str:
+def source_key(source: str | os.PathLike[str] | None) -> str:
     """A base or hypernetwork that a user gave, as two processes can compare it; "" for the default.
 
     A folder is its real path with the time of its newest file: one that has been trained further is another.

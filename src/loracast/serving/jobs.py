@@ -226,8 +226,8 @@ class Jobs:
             return None
         if row["n_starts"] <= _MAX_STARTS:
             return _job(row)
-        told = f"the server died {_MAX_STARTS} times while it was learning this: it is given up"
-        self._end(row["id"], "failed", {"code": "server_error", "message": told})
+        message = f"the server died {_MAX_STARTS} times while it was learning this: it is given up"
+        self._end(row["id"], "failed", {"code": "server_error", "message": message})
         return self._claim()
 
     def _make(self, job: Job) -> None:
@@ -246,8 +246,8 @@ class Jobs:
             self._end(job.id, "failed", {"code": _code(error), "message": str(error)})
         except Exception as error:
             log_failure(error)
-            told = f"the server failed to learn this ({type(error).__name__}); its log says where"
-            self._end(job.id, "failed", {"code": "server_error", "message": told})
+            message = f"the server failed to learn this ({type(error).__name__}); its log says where"
+            self._end(job.id, "failed", {"code": "server_error", "message": message})
         else:
             with self._state.writing() as db:
                 n_chunks = made.manifest.n_chunks
@@ -302,10 +302,10 @@ def cancel_in(db: sqlite3.Connection, where: str, *values: Any) -> None:
 
 
 def _end_in(db: sqlite3.Connection, id: str, status: JobStatus, error: Mapping[str, str] | None = None) -> None:
-    told = None if error is None else encode(error)
+    encoded = None if error is None else encode(error)
     db.execute(
         "UPDATE jobs SET status = ?, error = ?, ended_at = ?, revision = revision + 1 WHERE id = ?",
-        (status, told, now(), id),
+        (status, encoded, now(), id),
     )
 
 

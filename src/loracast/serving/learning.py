@@ -22,7 +22,7 @@ from loracast.serving.uploads import INTERNAL, Uploads
 from loracast.serving.vector_stores import VectorStores
 
 if TYPE_CHECKING:
-    from loracast.data.task_examples import ToldTask
+    from loracast.data.task_examples import TaskSpec
     from loracast.model import Model
 
 
@@ -81,7 +81,7 @@ class Learning:
             self.uploads.discard(upload.id)
             raise
 
-    def cast_task(self, task: ToldTask, name: str | None, *, tags: Sequence[str], replace: bool) -> Job:
+    def cast_task(self, task: TaskSpec, name: str | None, *, tags: Sequence[str], replace: bool) -> Job:
         """Take in a task; name and errors as in `learn`."""
         name = name or name_from(task.title)
         self._check(name, tags, task.sha256, replace)

@@ -33,8 +33,8 @@ def event(data: Any, name: str | None = None) -> str:
 
 def error_event(error: Exception) -> str:
     """What a stream that has begun tells of an error."""
-    told = as_api_error(error)
-    return event(error_body(told.status, str(told), told.param, told.code))
+    shown = as_api_error(error)
+    return event(error_body(shown.status, str(shown), shown.param, shown.code))
 
 
 def usage(call: Call) -> dict[str, Any]:

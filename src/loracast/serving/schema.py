@@ -242,7 +242,7 @@ class FileSearch(Body):
 
 
 class SearchCall(Body):
-    """What an earlier response told of its search; it is taken back, and says nothing of the next answer."""
+    """What an earlier response says about its search; it is taken back, and says nothing of the next answer."""
 
     type: Literal["file_search_call"]
     id: Ignored = None

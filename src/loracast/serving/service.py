@@ -29,7 +29,7 @@ class Service:
     learning: Learning
     watcher: Watcher
     is_draining: bool = False
-    """Set when the server is told to stop: it finishes what runs and takes nothing new."""
+    """Set when the server is asked to stop: it finishes what runs and takes nothing new."""
 
     @cached_property
     def names(self) -> Names:

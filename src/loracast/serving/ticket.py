@@ -120,7 +120,7 @@ class Ticket:
             wake()
 
 
-def told(text: str) -> Ticket:
+def finished_ticket(text: str) -> Ticket:
     """The ticket of an answer that takes no model: it has ended, and its text is one token without an id."""
     ticket = Ticket(GenerationRequest([]))
     ticket.put(Token(None, text))

@@ -19,7 +19,7 @@ def _one(tokenizer: Any, id: int | None, logprob: float | None) -> dict[str, Any
 
 
 def text_of(tokenizer: Any, id: int | None) -> str:
-    """The text of one token; bytes that are no whole character are told as U+FFFD."""
+    """The text of one token; bytes that are no whole character are shown as U+FFFD."""
     return tokenizer.decode([id])
 
 

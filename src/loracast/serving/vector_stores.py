@@ -219,7 +219,7 @@ class VectorStores:
         """A page of a store's files, perhaps only those with a status or of a batch, and whether more follow."""
         query, values = f"{_FILES} WHERE store = ?", [store]
         if status is not None:
-            wanted = [one for one, told in _STATUS.items() if told == status]
+            wanted = [one for one, shown in _STATUS.items() if shown == status]
             query += f" AND status IN ({', '.join('?' * len(wanted))})"
             values += wanted
         if batch is not None:

@@ -24,7 +24,7 @@ from loracast.serving.engine_config import EngineConfig, EngineStats
 from loracast.serving.request import EngineBusy, EngineFailed, EngineStopped, Finish, GenerationRequest, Token
 from loracast.serving.ticket import Ticket
 from loracast.serving.vllm_adapters import LoadedLoRA, LoadedLoRAs
-from loracast.serving.vllm_client import VllmClient, told
+from loracast.serving.vllm_client import VllmClient, as_loracast_error
 
 _NOT_FOUND = 404
 
@@ -159,7 +159,7 @@ class VllmEngine:
             try:
                 if ticket.total_s is None:
                     self._generate(ticket, lora)
-            except Exception as error:  # whoever waits is told, and the thread goes on with the next request
+            except Exception as error:  # whoever waits gets the error, and the thread goes on with the next request
                 can_go_on = isinstance(error, EngineFailed) and not ticket.n_tokens and ticket.total_s is None
                 if not (can_go_on and self.hand_over(ticket)):
                     ticket.end(None, error)
@@ -216,12 +216,12 @@ class VllmEngine:
             yield from self._client.completion(body)
         except Refused as error:
             if lora is None or error.status != _NOT_FOUND:
-                raise told(error) from error
+                raise as_loracast_error(error) from error
             self._loras.load_again(lora)
             try:
                 yield from self._client.completion(body)
             except Refused as again:
-                raise told(again) from again
+                raise as_loracast_error(again) from again
 
     def _body(self, request: GenerationRequest) -> dict[str, Any]:
         sampling, defaults = request.sampling, self.base.model.generation_config

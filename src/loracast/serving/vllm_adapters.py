@@ -24,7 +24,7 @@ from loracast.lora.inject import check_fits
 from loracast.lora.peft_format import write_peft_folder
 from loracast.lora.uniform import Uniform, uniform
 from loracast.serving.client import Refused
-from loracast.serving.vllm_client import VllmClient, told
+from loracast.serving.vllm_client import VllmClient, as_loracast_error
 
 MAX_LOADED = 32
 """LoRAs that stay loaded, and on the disk, while nobody uses them: give vLLM --max-cpu-loras of at least that many."""
@@ -102,7 +102,7 @@ class LoadedLoRAs:
             try:
                 self._load_there(one)
             except Refused as error:
-                raise told(error) from error
+                raise as_loracast_error(error) from error
 
     def give_back(self, one: LoadedLoRA) -> None:
         """Let go of a LoRA. The least recently used ones are unloaded where too many are loaded."""
@@ -158,7 +158,7 @@ class LoadedLoRAs:
                 made = self._write(one, lora)
                 self._load_there(one)
         except Refused as error:
-            raise told(error) from error
+            raise as_loracast_error(error) from error
         one.n_bytes, one.is_loaded = made.lora.n_bytes, True
 
     def _load_there(self, one: LoadedLoRA) -> None:
@@ -171,7 +171,7 @@ class LoadedLoRAs:
     def _write(self, one: LoadedLoRA, lora: LoRA) -> Uniform:
         made = uniform(lora, self._max_rank, RANKS)
         if made.error > MOST_LOST:
-            told = too_much_lost(lora.rank, self._max_rank, made.error)
-            raise AdapterError(f"{told}, or ask with fewer chunks (route) or adapters")
+            problem = too_much_lost(lora.rank, self._max_rank, made.error)
+            raise AdapterError(f"{problem}, or ask with fewer chunks (route) or adapters")
         write_peft_folder(made, one.folder, self._base.name)
         return made

@@ -81,7 +81,7 @@ class VllmClient(Client):
             ) from error
 
 
-def told(error: Refused) -> LoracastError:
+def as_loracast_error(error: Refused) -> LoracastError:
     """The error that a request gets for what the server refused."""
     if error.status == _BAD_REQUEST:
         return BaseModelError(f"the vLLM server refuses this: {error}")

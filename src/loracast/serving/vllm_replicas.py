@@ -54,7 +54,7 @@ class VllmReplicas:
         self._note(ticket, failed)
         try:
             self._enter(ticket)
-        except Exception as error:  # its own server's error is told
+        except Exception as error:  # its own server's error is reported
             _log.warning("%s", error)
             return False
         return True

@@ -35,7 +35,7 @@ class WatchedFolder:
     failed: tuple[tuple[str, str], ...] = ()
     """Files that could not be learned, relative to the folder, each with what is wrong."""
     error: str | None = None
-    """Why the folder as a whole could not be read at the last look, or is not told of changes."""
+    """Why the folder as a whole could not be read at the last look, or gets no notice of changes."""
 
 
 class Watcher:

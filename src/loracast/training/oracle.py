@@ -116,7 +116,7 @@ def train_multitask(
     `MULTITASK` is the recipe with the defaults of Text-to-LoRA; the class's own defaults are an oracle's. `described`
     puts the description that a step draws for a task into the prompts of its examples.
     """
-    source = TaskSource(recipe.data, tasks, base.chat, described=described, is_told=described)
+    source = TaskSource(recipe.data, tasks, base.chat, described=described, is_specified=described)
     source.check_lengths()
     return _train(base, recipe, source, out_dir, command, budget_s, partial(on_metrics, out_dir.name), True)
 

@@ -19,7 +19,7 @@ from functools import cached_property
 
 from loracast.base.chat import ChatFormat
 from loracast.data.task_augmentation import EXAMPLES_TO_AUGMENT, Augmentation, augment, words_of
-from loracast.data.task_examples import DEFAULT_STYLE, STYLES, ToldTask
+from loracast.data.task_examples import DEFAULT_STYLE, STYLES, TaskSpec
 from loracast.data.tasks import Example, Task, with_description
 from loracast.errors import ConfigError, TrainingError
 from loracast.scoring.episodes import Episode, Question
@@ -51,25 +51,25 @@ class TaskDataConfig:
     """Most tokens of the examples that are read of a task; further ones are left out."""
     description_only_share: float = 0.4
     """Share of the drawn tasks of which the description alone is read."""
-    untold_share: float = 0.3
-    """Share of the tasks with examples whose description is left out, or does not tell of the augmentation."""
+    undescribed_share: float = 0.3
+    """Share of the tasks with examples whose description is left out, or does not mention the augmentation."""
 
     def __post_init__(self) -> None:
         if min(self.tasks_per_step, self.examples_per_task, self.tokens_per_task, self.max_tokens) < 1:
             raise ConfigError("tasks_per_step, examples_per_task, tokens_per_task and max_tokens must be at least 1")
         if self.examples_read < 0 or self.tokens_read < 1:
             raise ConfigError("examples_read must not be negative, and tokens_read at least 1")
-        for name in ("augmented_share", "description_only_share", "untold_share"):
+        for name in ("augmented_share", "description_only_share", "undescribed_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a share: from 0 to 1")
 
 
 @dataclass(frozen=True)
 class DrawnTask:
-    """A task of one step: what is told of it, and the rows to answer."""
+    """A task of one step: its specification, and the rows to answer."""
 
     task: Task
-    told: ToldTask
+    spec: TaskSpec
     """The description, "" if the task has none, and the examples that are read."""
     style: str
     """How the examples are written."""
@@ -81,23 +81,24 @@ class DrawnTask:
 
     @property
     def text(self) -> str:
-        """What is read of the task."""
-        return self.told.text(self.style)
+        """The specification as the text that is read."""
+        return self.spec.text(self.style)
 
     def within(self, fits: Callable[[str], bool]) -> DrawnTask:
         """The same with only so many of the examples that what is read of the task fits."""
-        told = self.told
-        while told.examples and not fits(told.text(self.style)):
-            told = dataclasses.replace(told, examples=told.examples[:-1])
-        return dataclasses.replace(self, told=told)
+        spec = self.spec
+        while spec.examples and not fits(spec.text(self.style)):
+            spec = dataclasses.replace(spec, examples=spec.examples[:-1])
+        return dataclasses.replace(self, spec=spec)
 
 
 class TaskSource:
     """Endless steps of training tasks; a step depends on the seed and its number alone.
 
-    Held-out tasks take part only if `heldout_too`, to train their oracles. `described` puts what is told of a task into
-    each prompt, for a baseline without an adapter. `is_told` says whether a task is told at all, so that the config's
-    `augmented_share` and `examples_read` count: untold, augmented tasks would contradict each other.
+    Held-out tasks take part only if `heldout_too`, to train their oracles. `described` puts the specification of a task
+    into each prompt, for a baseline without an adapter. `is_specified` says whether the model gets the
+    specification at all, so that the config's `augmented_share` and `examples_read` count: without one, augmented tasks
+    would contradict each other.
     """
 
     def __init__(
@@ -108,12 +109,12 @@ class TaskSource:
         *,
         heldout_too: bool = False,
         described: bool = False,
-        is_told: bool = True,
+        is_specified: bool = True,
     ):
         self.config, self.chat, self.described = config, chat, described
-        is_told = is_told and not heldout_too
-        self.augmented_share = config.augmented_share if is_told else 0.0
-        self.examples_read = config.examples_read if is_told else 0
+        is_specified = is_specified and not heldout_too
+        self.augmented_share = config.augmented_share if is_specified else 0.0
+        self.examples_read = config.examples_read if is_specified else 0
         self._short: dict[str, list[Example]] = {}
         self.tasks = [t for t in tasks if t.train and (heldout_too or (t.seen_descriptions() and not t.is_heldout))]
         if not self.tasks:
@@ -188,8 +189,8 @@ class TaskSource:
                 shown = {example.input for example in read}
                 rest = [example for example in pool if example.input not in shown]
                 rows = of_examples.sample(rest, min(c.examples_per_task, len(rest)))
-            told = ToldTask(self._described(description, augmentation, len(read), of_examples), read)
-            drawn.append(DrawnTask(task, told, style, tuple(rows), system, augmentation))
+            spec = TaskSpec(self._described(description, augmentation, len(read), of_examples), read)
+            drawn.append(DrawnTask(task, spec, style, tuple(rows), system, augmentation))
         return drawn
 
     def _n_read(self, rng: random.Random) -> int:
@@ -207,7 +208,7 @@ class TaskSource:
         read: list[Example] = []
         n_tokens = 0
         for example in rng.sample(different, min(n, len(different) // 2)):
-            n_tokens += len(self.chat.reply(ToldTask("", (example,)).text(style)))
+            n_tokens += len(self.chat.reply(TaskSpec("", (example,)).text(style)))
             if n_tokens > self.config.tokens_read:
                 break
             read.append(example)
@@ -216,7 +217,7 @@ class TaskSource:
     def _described(self, description: str, augmentation: Augmentation | None, n_read: int, rng: random.Random) -> str:
         """The description that stands before `n_read` examples: the right one, or one that leaves something to them."""
         right = description if augmentation is None else augmentation.description
-        if n_read < _TELLING or rng.random() >= self.config.untold_share:
+        if n_read < _TELLING or rng.random() >= self.config.undescribed_share:
             return right
         # A rule that replaces the task would contradict the task's own description; other augmentations add to it.
         keeps = augmentation is not None and description in augmentation.description
@@ -235,8 +236,8 @@ class TaskSource:
             questions = [self._question(row, drawn.system, drawn.text) for row in drawn.rows]
         return Episode((), tuple(questions[:n_kept]), "tasks")
 
-    def _question(self, example: Example, system: str | None, told: str | None = None) -> Question:
-        text = example.input if told is None else with_description(told, example.input)
+    def _question(self, example: Example, system: str | None, specified: str | None = None) -> Question:
+        text = example.input if specified is None else with_description(specified, example.input)
         return Question(tuple(self.chat.prompt(text, system)), tuple(self.chat.reply(example.outputs[0])))
 
     def short_enough(self, task: Task) -> list[Example]:

@@ -164,7 +164,7 @@ def train_text(
     workers = workers or Workers.join(base.device.type)
     by_examples = oracles is None
     used = tasks if oracles is None else tasks_with_oracles(tasks, oracles)
-    source = TaskSource(recipe.data, used, base.chat, is_told=by_examples)
+    source = TaskSource(recipe.data, used, base.chat, is_specified=by_examples)
     source.check_lengths()
     hypernet = _start_from(init_from, recipe, base) if init_from is not None else build_text_hypernet(base, recipe)
     hypernet.check_trainable(encoder_lora=recipe.encoder_lora_is_trained, task_bank_only=recipe.task_bank_only)
@@ -253,7 +253,7 @@ def _by_examples(
     source: TaskSource,
     encoder: TextEncoder,
 ) -> OfStep:
-    """The objective in which the base does the tasks' examples, each with the LoRA of what is told of its task."""
+    """The objective in which the base does the tasks' examples, each with the LoRA of its task."""
     nonsense = gibberish(random.Random(recipe.data.seed), N_GIBBERISH)
     device = base.device
 

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from starlette.datastructures import UploadFile
 
-from loracast.data.task_examples import ToldTask, as_examples
+from loracast.data.task_examples import TaskSpec, as_examples
 from loracast.export.adapter import export_adapter
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks, read_sentences
@@ -122,10 +122,10 @@ async def make_adapter(service: Shared, request: Request) -> JSONResponse:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         task = _checked(_NewTask, await request.body())
-        told = ToldTask(task.description.strip(), as_examples([example.model_dump() for example in task.examples]))
-        if not told.title:
+        spec = TaskSpec(task.description.strip(), as_examples([example.model_dump() for example in task.examples]))
+        if not spec.title:
             raise ApiError(400, "send a `description`, `examples`, or both", param="description")
-        job = await run_in_threadpool(service.learning.cast_task, told, task.name, tags=task.tags, replace=task.replace)
+        job = await run_in_threadpool(service.learning.cast_task, spec, task.name, tags=task.tags, replace=task.replace)
         return _accepted(job)
     async with request.form(max_files=1, max_fields=40) as form:
         file = form.get("file")

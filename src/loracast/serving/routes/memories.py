@@ -40,5 +40,5 @@ async def forget_message(name: Name, number: int, service: Shared) -> dict[str, 
     if not 1 <= number <= len(memory.messages()):
         raise ApiError(404, f"the memory has no message {number}")
     forgotten = await run_in_threadpool(memory.forget, number)
-    told = {"message": forgotten.message, "still_in": forgotten.still_in}
-    return {"name": name, "deleted": True, **told, "versions_removed": forgotten.n_removed}
+    removed = {"message": forgotten.message, "still_in": forgotten.still_in}
+    return {"name": name, "deleted": True, **removed, "versions_removed": forgotten.n_removed}

@@ -34,8 +34,8 @@ async def create_response(body: ResponsesRequest, request: Request, service: Sha
         n_logprobs=body.n_logprobs,
     )
     call = Call(service, asked)
-    told = _Response(call, body)
-    return await respond(request, call, bool(body.stream), told.events, told.whole)
+    response = _Response(call, body)
+    return await respond(request, call, bool(body.stream), response.events, response.whole)
 
 
 class _Response:
@@ -119,43 +119,43 @@ class _Response:
         """The events of a streamed response, in OpenAI's order."""
         number = -1
 
-        def told(kind: str, fields: Mapping[str, Any]) -> str:
+        def numbered(kind: str, fields: Mapping[str, Any]) -> str:
             nonlocal number
             number += 1
             return event({"type": f"response.{kind}", "sequence_number": number, **fields}, f"response.{kind}")
 
         beginning = self._object("in_progress", [])
         try:
-            yield told("created", {"response": beginning})
-            yield told("in_progress", {"response": beginning})
+            yield numbered("created", {"response": beginning})
+            yield numbered("in_progress", {"response": beginning})
             searches = self._searches()
             for item in searches:
                 place = {"output_index": 0, "item_id": self.search_id}
-                yield told("output_item.added", {"output_index": 0, "item": {**item, "status": "in_progress"}})
+                yield numbered("output_item.added", {"output_index": 0, "item": {**item, "status": "in_progress"}})
                 for kind in ("in_progress", "searching", "completed"):
-                    yield told(f"file_search_call.{kind}", place)
-                yield told("output_item.done", {"output_index": 0, "item": item})
+                    yield numbered(f"file_search_call.{kind}", place)
+                yield numbered("output_item.done", {"output_index": 0, "item": item})
             at = {"output_index": len(searches)}
             inside = {"item_id": self.message_id, **at, "content_index": 0}
-            yield told("output_item.added", {**at, "item": self._message(None, "in_progress")})
-            yield told("content_part.added", {**inside, "part": _text_part("", [], [])})
+            yield numbered("output_item.added", {**at, "item": self._message(None, "in_progress")})
+            yield numbered("content_part.added", {**inside, "part": _text_part("", [], [])})
             wants_logprobs = self.call.asked.n_logprobs is not None
             async for _, token in self.call.pieces():
                 if token.text or wants_logprobs:
                     logprobs = [self._logprob(token)] if wants_logprobs and token.id is not None else []
-                    yield told("output_text.delta", {**inside, "delta": token.text, "logprobs": logprobs})
+                    yield numbered("output_text.delta", {**inside, "delta": token.text, "logprobs": logprobs})
             part, response = self._part(), self.whole()
-            yield told("output_text.done", {**inside, "text": part["text"], "logprobs": part["logprobs"]})
+            yield numbered("output_text.done", {**inside, "text": part["text"], "logprobs": part["logprobs"]})
             for i, citation in enumerate(part["annotations"]):
                 fields = {**inside, "annotation_index": i, "annotation": citation}
-                yield told("output_text.annotation.added", fields)
-            yield told("content_part.done", {**inside, "part": part})
-            yield told("output_item.done", {**at, "item": response["output"][-1]})
-            yield told(response["status"], {"response": response})
+                yield numbered("output_text.annotation.added", fields)
+            yield numbered("content_part.done", {**inside, "part": part})
+            yield numbered("output_item.done", {**at, "item": response["output"][-1]})
+            yield numbered(response["status"], {"response": response})
         except Exception as error:
             refused = as_api_error(error)
             fault = {"code": refused.code or "server_error", "message": str(refused)}
-            yield told("failed", {"response": self._object("failed", [], error=fault)})
+            yield numbered("failed", {"response": self._object("failed", [], error=fault)})
 
 
 def _text_part(text: str, annotations: list[Json], logprobs: list[Json]) -> Json:

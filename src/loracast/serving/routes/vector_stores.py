@@ -267,8 +267,8 @@ def list_batch_files(
 
 
 def _counts(counts: Mapping[FileStatus, int]) -> dict[str, int]:
-    told = {status: counts.get(status, 0) for status in ("in_progress", "completed", "failed", "cancelled")}
-    return {**told, "total": sum(told.values())}
+    by_status = {status: counts.get(status, 0) for status in ("in_progress", "completed", "failed", "cancelled")}
+    return {**by_status, "total": sum(by_status.values())}
 
 
 def _store(store: VectorStore) -> dict[str, Any]:
