@@ -44,7 +44,7 @@ def hits_table(fleet: Fleet, found: Mapping[tuple[float, str], Simulated]) -> It
 
 def ways_table(fleet: Fleet, tokens: Numbers, found: Simulated) -> Iterator[str]:
     """What 1,000 questions take, and after how many questions of a document its adapter has paid for itself."""
-    yield "| what answers | hits % | tokens read | GFLOP | s to the first tokens | kJ | fetched, GB |"
+    yield "| method | hits % | tokens read | GFLOP | s to the first tokens | kJ | fetched, GB |"
     yield "|---|---|---|---|---|---|---|"
     all_ways = ways(fleet, tokens, found)
     for one in all_ways:

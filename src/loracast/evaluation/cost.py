@@ -35,7 +35,7 @@ _FIRST_TOKEN = Sampling(max_new_tokens=1)
 _N_WARM_UP = 2
 
 LATENCY_COLUMNS = columns(
-    label="what answers", prompt_tokens=("prompt tokens", 0), first_token_s=("first token s, median", 4),
+    label="method", prompt_tokens=("prompt tokens", 0), first_token_s=("first token s, median", 4),
     fastest_s=("fastest", 4), slowest_s=("slowest", 4), ratio=("x base", 2),
 )  # fmt: skip
 MEMORY_COLUMNS = columns(

@@ -38,7 +38,7 @@ from loracast.lora.algebra import LoRA
 from loracast.training.modality_source import Attribute, encode, encoded, wordings
 
 COLUMNS = columns(
-    part="part", label="what answers", n=("n", 0), accuracy=("right %", "%"), low=("95 %", "interval"),
+    part="part", label="method", n=("n", 0), accuracy=("right %", "%"), low=("95 %", "interval"),
     chance=("chance %", "%"), of_probe=("of the probe's %", "%"),
 )  # fmt: skip
 TRAINED, HELD_OUT, ALL = "classes trained on", "held-out classes", "held-out classes, all names"

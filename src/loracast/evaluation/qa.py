@@ -32,7 +32,7 @@ _DOCUMENTS_PER_GROUP = 16
 _N_TIMED = 3
 
 COLUMNS = columns(
-    part="documents", label="what answers", documents=("n", 0), n=("questions", 0), exact=("exact %", "%"),
+    part="documents", label="method", documents=("n", 0), n=("questions", 0), exact=("exact %", "%"),
     contained=("in answer %", "%"), f1=("F1 %", "%"), f1_low=("95 %", "interval"), rouge_l=("ROUGE-L %", "%"),
     of_window=("% of window", "%"), of_ceiling=("% of ceiling", "%"), difference=("adapter minus it (95 %)", "change"),
     prompt_tokens=("prompt tokens", 0), update_s=("update s", 2), answer_s=("answer s", 2),

@@ -36,7 +36,7 @@ _MOST_NEW_TOKENS = 128
 _ALL = "(mean)"
 
 COLUMNS = columns(
-    task="task", label="what answers", prompt_tokens=("prompt tokens", 1), new_tokens=("new tokens", 1),
+    task="task", label="method", prompt_tokens=("prompt tokens", 1), new_tokens=("new tokens", 1),
     gflops=("GFLOP", 2), flops_ratio=("x adapter", 2), gflops_kept=("GFLOP, beginning kept", 2),
     kept_ratio=("x adapter", 2), first_token_s=("first token s", 4), total_s=("total s", 4),
     cache_kib=("KV cache KiB", 0), joules=("joules", 2), break_even=("adapter pays after, queries", 0),

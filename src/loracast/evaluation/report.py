@@ -104,7 +104,7 @@ class Report:
 
         table = Table(title=self.title, title_justify="left")
         for column in self.columns:
-            table.add_column(column.header, justify="left" if column.header == "what answers" else "right")
+            table.add_column(column.header, justify="left" if column.header == "method" else "right")
         for cells in self.cells():
             table.add_row(*cells)
         console.print(table)

@@ -44,7 +44,7 @@ _WINDOW_EXAMPLE = (
 # Of some fifteen prompts tried on SmolLM2-135M none had more exact matches (docs/evaluation.md).
 
 ANSWER_COLUMNS = columns(
-    label="what answers", n=("n", 0), exact=("exact %", "%"), exact_low=("95 %", "interval"),
+    label="method", n=("n", 0), exact=("exact %", "%"), exact_low=("95 %", "interval"),
     has_value=("in answer %", "%"), recall=("picked %", "%"), prompt_tokens=("prompt tokens", 0),
     first_token_s=("first token s", 3), answer_s=("answer s", 3),
 )  # fmt: skip

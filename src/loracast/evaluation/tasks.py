@@ -42,7 +42,7 @@ LONGEST: dict[Metric, int] = {"exact": 32, "number": 256}
 """Longest answer to a task, in tokens, by its metric."""
 
 COLUMNS = columns(
-    label="what answers", n_tasks=("tasks", 0), n=("rows", 0), exact=("exact %", "%"), near=("near %", "%"),
+    label="method", n_tasks=("tasks", 0), n=("rows", 0), exact=("exact %", "%"), near=("near %", "%"),
     far=("far %", "%"), choice=("chosen %", "%"), choice_by_byte=("by byte %", "%"),
     difference=("adapter minus it, points (95 %)", "change"), difference_near=("near", "change"),
     difference_far=("far", "change"), prompt_tokens=("prompt tokens", 0), gflops=("GFLOP a query", 1),

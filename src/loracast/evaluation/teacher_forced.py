@@ -31,7 +31,7 @@ LABELS = {
     "none": "no LoRA",
 }
 COLUMNS = columns(
-    kind="kind", label="what answers", documents=("documents", 0), questions=("questions", 0),
+    kind="kind", label="method", documents=("documents", 0), questions=("questions", 0),
     exact=("all tokens right %", "%"), exact_low=("95 %", "interval"), accuracy=("tokens right %", "%"),
     low=("95 %", "interval"),
 )  # fmt: skip

@@ -32,7 +32,7 @@ from loracast.training.episode_maker import CONTINUE, PASSAGE_TOKENS, split_pass
 _DOCUMENTS_PER_GROUP = 8
 
 COLUMNS = columns(
-    label="what answers", documents=("documents", 0), passages=("passages", 0), tokens=("tokens", 0),
+    label="method", documents=("documents", 0), passages=("passages", 0), tokens=("tokens", 0),
     accuracy=("token accuracy %", "%"), low=("95 %", "interval"), of_way=("of the way to the window %", "%"),
 )  # fmt: skip
 BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {

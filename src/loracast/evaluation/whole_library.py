@@ -53,7 +53,7 @@ _N_WARM_UP = 1
 ALL, NAMING = "all", "name something"
 
 COLUMNS = columns(
-    questions="questions", label="what answers", n=("n", 0), first=("document first %", "%"),
+    questions="questions", label="method", n=("n", 0), first=("document first %", "%"),
     three=("among three %", "%"), three_low=("95 %", "interval"), contained=("in answer %", "%"), f1=("F1 %", "%"),
     f1_low=("95 %", "interval"), of_named=("% of named (F1)", "%"), contained_of_named=("(in answer)", "%"),
     difference=("F1 minus named (95 %)", "change"), prepare_s=("routing and LoRA s", 3),
