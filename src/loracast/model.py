@@ -212,7 +212,7 @@ class Model(QuestionAnswering):
         Arguments and errors as in `TaskCaster.task`.
 
         Args:
-            refine_s: seconds of gradient descent on the examples, from the cast LoRA (`loracast.training.refine`).
+            refine_s: seconds of training a new LoRA on the examples beside the cast one (`loracast.training.refine`).
 
         Raises:
             ConfigError: there are too few examples to refine on.

@@ -90,7 +90,7 @@ def read_source(source: Readable) -> Document | ImageFile:
     """A document or an image, read unless it has been read already."""
     if isinstance(source, (Document, ImageFile)):
         return source
-    if isinstance(source, str) and ("\n" in source or max(map(len, source.split("/"))) > _LONGEST_NAME):
+    if isinstance(source, str) and ("\n" in source or max(map(len, Path(source).parts), default=0) > _LONGEST_NAME):
         raise DocumentError("this is text, not a path: pass Document.from_text(text)")
     return read_image_file(source) if _is_image(source) else read_document(source)
 

@@ -40,7 +40,7 @@ class RefineConfig:
     rank: int = 16
     """Rank of the new LoRA."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW, ten times what the cast factors bear (docs/notebook/2026-11-28.md)."""
     examples_per_step: int = 8
     """Most examples in one step."""
     look_every: int = 2
