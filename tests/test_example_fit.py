@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -30,18 +31,27 @@ def least_squares(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor, stren
     return np.linalg.lstsq(np.concatenate([inputs, ridge]), np.concatenate([outputs, nothing]), rcond=None)[0].T
 
 
+def scaled(xs: Sequence[torch.Tensor], weights: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
+    """Inputs [t, d] side by side, each divided by the root of its weighted mean square; and these roots."""
+    roots = [((x.square().sum(1) * weights).sum() / weights.sum()).sqrt().item() for x in xs]
+    return torch.cat([x / root for x, root in zip(xs, roots, strict=True)], dim=1), roots
+
+
 def test_the_regression_is_that_of_least_squares_with_extra_rows():
     made = torch.Generator().manual_seed(2)
-    x, y = torch.randn(2, 30, 8, generator=made), torch.randn(2, 30, 5, generator=made)
+    xs = [torch.randn(2, 30, 8, generator=made), 20 * torch.randn(2, 30, 3, generator=made)]
+    y = torch.randn(2, 30, 5, generator=made)
     weights = torch.rand(30, generator=made) + 0.1
-    a, b = ridge(x, y, weights, 0.3)
+    sides, b = ridge(xs, y, weights, 0.3)
     for layer in range(2):
-        expected = least_squares(x[layer], y[layer], weights, 0.3)
-        np.testing.assert_allclose((b[layer].T @ a[layer]).numpy(), expected, atol=1e-5)
+        together, roots = scaled([x[layer] for x in xs], weights)
+        expected = np.split(least_squares(together, y[layer], weights, 0.3), [8], axis=1)
+        for a, part, root in zip(sides, expected, roots, strict=True):
+            np.testing.assert_allclose((b[layer].T @ a[layer]).numpy(), part / root, atol=1e-5)
 
 
 def test_a_regression_on_nothing_is_zero():
-    a, b = ridge(torch.zeros(1, 4, 3), torch.zeros(1, 4, 2), torch.ones(4), 0.1)
+    (a,), b = ridge([torch.zeros(1, 4, 3)], torch.zeros(1, 4, 2), torch.ones(4), 0.1)
     assert not (b[0].T @ a[0]).any()
 
 
@@ -66,13 +76,17 @@ def test_the_inputs_of_projections_are_those_under_merged_weights(base):
     with torch.no_grad():
         for name, (a, b) in lora.factors.items():
             merged.get_submodule(name).weight += b[0] @ a[0]
-    found = []
-    for block in merged.get_decoder().layers:
-        block.self_attn.o_proj.register_forward_pre_hook(lambda module, given: found.append(given[0][0]))
+    names = [f"model.layers.{i}.{module}" for i in range(2) for module in ("self_attn.o_proj", "mlp.down_proj")]
+    found = {}
+    for name in names:
+        merged.get_submodule(name).register_forward_pre_hook(
+            lambda module, given, name=name: found.update({name: given[0][0]})
+        )
     with torch.no_grad():
         merged(input_ids=torch.tensor([ids]))
-        read = encoder.outputs_of_attention(ids, lora)
-    torch.testing.assert_close(read, torch.stack(found), atol=1e-4, rtol=1e-3)
+        read = encoder.module_inputs(names, ids, lora)
+    for name in names:
+        torch.testing.assert_close(read[name], found[name], atol=1e-4, rtol=1e-3)
     assert not any(module._forward_pre_hooks for module in base.model.modules())
 
 
@@ -104,24 +118,35 @@ def test_a_text_and_turns_count_half_each_where_both_are_known(base):
     assert n - both.n_input == text.deltas.shape[1] - text.n_input == turns.deltas.shape[1] - turns.n_input
 
 
-def test_it_joins_what_is_cast(base, tmp_path):
-    hypernet = make_attention_delta(base, examples_at_once=5)
+@pytest.mark.parametrize("kinds", [("o_proj",), ("q_proj", "o_proj", "down_proj")])
+def test_it_joins_what_is_cast(base, tmp_path, kinds):
+    hypernet = make_attention_delta(base, kinds, examples_at_once=5)
     caster = TaskCaster(hypernet.bind(base), tmp_path)
     batch = hypernet.loras(_rows(caster, TOLD))
     cast, (fitted,) = batch.row(0), caster.loras([TOLD])
-    encoder, names = hypernet.text_encoder(base), hypernet.probed_modules
-    xs, ys, weights = [], [], []
+    encoder, weights, ys = hypernet.text_encoder(base), [], []
+    names = [name for name in cast.names if name.endswith(("o_proj", "down_proj"))]
+    xs = {name: [] for name in names}
     for spec, example in behind_the_others([TOLD]):
         at = two_views(encoder, spec, example)
         n = at.deltas.shape[1]
-        xs.append(encoder.outputs_of_attention(at.ids, batch)[:, -n:])
+        for name, x in encoder.module_inputs(names, at.ids, batch).items():
+            xs[name].append(x[-n:].detach())
         ys.append(at.deltas)
         weights += [0.1] * at.n_input + [1.0] * (n - at.n_input)
-    x, y = torch.cat(xs, dim=1).detach(), torch.cat(ys, dim=1).detach()
-    for i, name in enumerate(names):
-        u, s, v = np.linalg.svd(least_squares(x[i], y[i], torch.tensor(weights), 0.1))
-        share = 0.7 * (u[:, :RANK] * s[:RANK]) @ v[:RANK]
-        np.testing.assert_allclose((fitted.delta(name) - cast.delta(name)).numpy(), share, atol=2e-3 * s[0], rtol=1e-2)
+    y, weights = torch.cat(ys, dim=1).detach(), torch.tensor(weights)
+    layers = [[name for name in names if f"layers.{layer}." in name] for layer in range(len(y))]
+    for of_layer, expected_output in zip(layers, y, strict=True):
+        inputs = [torch.cat(xs[name]) for name in of_layer]
+        together, roots = scaled(inputs, weights)
+        w = least_squares(together, expected_output, weights, 0.1)
+        parts = np.split(w, np.cumsum([x.shape[1] for x in inputs])[:-1], axis=1)
+        for name, part, root in zip(of_layer, parts, roots, strict=True):
+            u, s, v = np.linalg.svd(part / root, full_matrices=False)
+            share = 0.7 * (u[:, :RANK] * s[:RANK]) @ v[:RANK]
+            np.testing.assert_allclose(
+                (fitted.delta(name) - cast.delta(name)).numpy(), share, atol=2e-3 * s[0], rtol=1e-2
+            )
     assert {n for n in cast.names if not torch.equal(cast.delta(n), fitted.delta(n))} == set(names)
     assert all(fitted.factors[n].rank == cast.factors[n].rank + RANK for n in names)
 

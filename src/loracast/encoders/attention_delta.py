@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from loracast.base.capture import capture_inputs
 from loracast.batching import pad_right
 from loracast.data.task_examples import TaskSpec
 from loracast.data.tasks import Example, with_description
@@ -172,21 +173,12 @@ class AttentionDeltaEncoder:
         )
         return TokenDeltas([*probe.prompt, *probe.answer], deltas[0].transpose(0, 1), n_prompt - 1 - end)
 
-    def outputs_of_attention(self, ids: Sequence[int], lora: LoRABatch) -> Tensor:
-        """Inputs of the attention's output projections [layers, t, d_in] where the base carries a LoRA, fp32."""
-        found: list[Tensor] = []
-        handles = [
-            getattr(block.self_attn, self._kind).register_forward_pre_hook(lambda module, given: found.append(given[0]))
-            for layer, block in enumerate(self._decoder.layers)
-            if layer in self._layers
-        ]
-        try:
-            with inject(self._base.model, lora.to(self._base.device).to(self._base.model.dtype)):
-                self._decoder(input_ids=torch.tensor([[*ids]], device=self._base.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return torch.cat([one.to(self._base.device) for one in found]).float()
+    def module_inputs(self, names: Sequence[str], ids: Sequence[int], lora: LoRABatch) -> dict[str, Tensor]:
+        """Inputs of modules, by name [t, d_in], where the base carries a LoRA and reads t tokens, fp32."""
+        base = self._base
+        with inject(base.model, lora.to(base.device).to(base.model.dtype)), capture_inputs(base.model, names) as found:
+            self._decoder(input_ids=torch.tensor([[*ids]], device=base.device), use_cache=False)
+        return {name: found[name][0].to(base.device).float() for name in names}
 
     def _described(self, text: str) -> tuple[list[int], int, int]:
         """The row of a text before the dummy input."""

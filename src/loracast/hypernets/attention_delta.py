@@ -37,7 +37,7 @@ from loracast.hypernets.descriptions import (
     stacked,
 )
 from loracast.hypernets.doc_config import ArchitectureConfig, ModuleRow
-from loracast.hypernets.example_fit import FEWEST_EXAMPLES, RANK, fit_examples
+from loracast.hypernets.example_fit import FEWEST_EXAMPLES, MLP_KIND, fit_examples
 from loracast.hypernets.heads import StaticLoRA, lora_of, per_layer, static_loras
 from loracast.hypernets.task_bank import TaskBank
 from loracast.lora.algebra import Factors, LoRA, LoRABatch, Rows
@@ -180,17 +180,19 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         if len(task.examples) < FEWEST_EXAMPLES:
             return rows
         c, encoder = self.config, cast(AttentionDeltaEncoder, reader.encoder)
-        fitted = fit_examples(encoder, reader.groups(task), self.probed_modules, self.loras(rows))
+        projections = [self._in_layers(kind) for kind in (c.kind, MLP_KIND) if kind in c.target.kinds]
+        fitted = fit_examples(encoder, reader.groups(task), projections, self.loras(rows))
         if not fitted.names:
             return rows
-        a, b = rows[c.kind]
-        nothing = Factors(a.new_zeros(0, a.shape[3]), b.new_zeros(b.shape[3], 0))  # beyond the depth that is read
-        pairs = [fitted.factors.get(module.name, nothing) for module in c.target.of_kind(c.kind)]
-        more_a, more_b = (
-            stacked([pair.a[None] for pair in pairs], RANK),
-            stacked([pair.b.T[None] for pair in pairs], RANK),
-        )
-        return {**rows, c.kind: (torch.cat([a, more_a.to(a)], dim=2), torch.cat([b, more_b.to(b)], dim=2))}
+        joined = dict(rows)
+        for kind, (a, b) in rows.items():
+            nothing = Factors(a.new_zeros(0, a.shape[3]), b.new_zeros(b.shape[3], 0))  # beyond the depth that is read
+            pairs = [fitted.factors.get(module.name, nothing) for module in c.target.of_kind(kind)]
+            rank = max(pair.rank for pair in pairs)
+            more_a = stacked([pair.a[None] for pair in pairs], rank)
+            more_b = stacked([pair.b.T[None] for pair in pairs], rank)
+            joined[kind] = (torch.cat([a, more_a.to(a)], dim=2), torch.cat([b, more_b.to(b)], dim=2))
+        return joined
 
     def start_shared_from(self, lora: LoRA) -> None:
         """As well as the shared factors, the encoder LoRA starts from it."""
@@ -240,8 +242,12 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
 
     @property
     def probed_modules(self) -> tuple[str, ...]:
+        return self._in_layers(self.config.kind)
+
+    def _in_layers(self, kind: str) -> tuple[str, ...]:
+        """Target modules of a kind in the layers that are read."""
         c = self.config
-        return tuple(name for name, layer, kind, *_ in c.modules if kind == c.kind and layer in c.layers)
+        return tuple(name for name, layer, other, *_ in c.modules if other == kind and layer in c.layers)
 
     def set_position_probes(self, probes: Tensor) -> None:
         self.where.data[:, : len(POSITIONS)] = probes

@@ -1,13 +1,15 @@
 """Fits a LoRA to a task's examples, by ridge regression on what the other examples add to attention at each one.
 
 Each example is read behind the description and the other examples, with its answer: once as the text that the
-hypernetwork reads, once as turns of a conversation. At every token t, attention's output projection misses the
-attention delta y_t, the mean of the two, once nothing of this is in the prompt, and gets the input x_t then, under the
-LoRA cast so far. In each layer, the fitted LoRA is a share of the best linear map from one to the other,
+hypernetwork reads, once as turns of a conversation. At every token t, a layer misses the attention delta y_t, the mean
+of the two, once nothing of this is in the prompt. What it has then, under the LoRA cast so far, are the inputs of
+attention's output projection and of the MLP's, which x_t joins, each scaled to a mean square of 1. In each layer, the
+fitted LoRA is a share of the best linear map from one to the other,
 
     min over W of  sum over t of w_t |y_t - W x_t|^2 + ridge |W|^2
 
-cut to a small rank. The columns that a hypernetwork casts are means over tokens; this one differs from token to token.
+whose columns for each projection are cut to a small rank. The columns that a hypernetwork casts are means over tokens;
+these differ from token to token. The MLP's inputs are features that no linear map of attention's outputs can make.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ from loracast.encoders.attention_delta import AttentionDeltaEncoder, TokenDeltas
 from loracast.lora.algebra import Factors, LoRA, LoRABatch, compress
 
 FEWEST_EXAMPLES = 2
+MLP_KIND = "down_proj"
+"""Kind of the output projections of MLPs."""
 RANK = 16
-"""Rank of the fitted LoRA."""
+"""Rank of the fitted LoRA in each module."""
 # Chosen on the tasks of benchmarks/unseen_tasks.py (docs/notebook/2026-11-28.md).
 _RIDGE = 0.1
 """Of the mean of |x_t|^2."""
@@ -38,13 +42,14 @@ _MOST_READ = 8
 
 
 def fit_examples(
-    encoder: AttentionDeltaEncoder, groups: Sequence[TaskSpec], names: Sequence[str], lora: LoRABatch
+    encoder: AttentionDeltaEncoder, groups: Sequence[TaskSpec], projections: Sequence[Sequence[str]], lora: LoRABatch
 ) -> LoRA:
     """Fit a LoRA to examples of a task.
 
     Args:
         groups: the task in groups of examples that are read together.
-        names: the attention's output projections, one for each layer that the encoder reads.
+        projections: modules that the LoRA is for, kind by kind one for each layer that the encoder reads: attention's
+            output projections, the MLP's, or both.
         lora: what the hypernetwork has cast for the task, 1 row; the fitted LoRA joins it.
 
     Returns:
@@ -53,17 +58,25 @@ def fit_examples(
     pairs = behind_the_others(groups)
     if not pairs:
         return LoRA()
-    xs, ys, weights = [], [], []
+    names = [name for kind in projections for name in kind]
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    ys, weights = [], []
     for spec, example in pairs:
         read = two_views(encoder, spec, example)
         n = read.deltas.shape[1]
-        xs.append(encoder.outputs_of_attention(read.ids, lora)[:, -n:])
+        for name, x in encoder.module_inputs(names, read.ids, lora).items():
+            inputs[name].append(x[-n:])
         ys.append(read.deltas)
         weights.append(torch.where(torch.arange(n) < read.n_input, _BEFORE_ANSWER, 1.0))
-    x, y = torch.cat(xs, dim=1), torch.cat(ys, dim=1)
-    a, b = ridge(x, y, torch.cat(weights).to(x), _RIDGE)
-    fitted = LoRA({name: Factors(a[i], _SHARE * b[i].T) for i, name in enumerate(names)})
-    return compress(fitted, RANK)[0]
+    xs = [torch.stack([torch.cat(inputs[name]) for name in kind]) for kind in projections]
+    y = torch.cat(ys, dim=1)
+    sides, b = ridge(xs, y, torch.cat(weights).to(y), _RIDGE)
+    fitted = {
+        name: Factors(a[i], _SHARE * b[i].T)
+        for kind, a in zip(projections, sides, strict=True)
+        for i, name in enumerate(kind)
+    }
+    return compress(LoRA(fitted), RANK)[0]
 
 
 def two_views(encoder: AttentionDeltaEncoder, spec: TaskSpec, example: Example) -> TokenDeltas:
@@ -92,21 +105,27 @@ def behind_the_others(groups: Sequence[TaskSpec], most: int = _MOST_READ) -> lis
     return [pairs[i * len(pairs) // n] for i in range(n)]
 
 
-def ridge(x: Tensor, y: Tensor, weights: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """Ridge regression of y on x in factors, W = B^T A, layer by layer.
+def ridge(xs: Sequence[Tensor], y: Tensor, weights: Tensor, strength: float) -> tuple[list[Tensor], Tensor]:
+    """Ridge regression of y on several inputs together, layer by layer: y_t is about the sum of the B^T A x_t.
+
+    Each input is scaled so that the weighted mean of |x_t|^2 is 1, so that one strength suits them all.
 
     Args:
-        x: [layers, t, d_in].
+        xs: inputs, each [layers, t, d_in] with a d_in of its own.
         y: [layers, t, d_out].
         weights: of the t rows [t].
-        strength: of the ridge, as a share of the mean of the weighted |x_t|^2.
+        strength: of the ridge, as a share of the mean of the weighted square of all inputs together.
 
     Returns:
-        A [layers, t, d_in] and B rows [layers, t, d_out].
+        for each input A [layers, t, d_in], and B rows [layers, t, d_out], which all of them share.
     """
-    root = weights.sqrt()[None, :, None]
-    x, y = x * root, y * root
-    gram = x.transpose(1, 2) @ x
+    tiny, root = torch.finfo(y.dtype).tiny, weights.sqrt()[None, :, None]
+    xs, y = [x * root for x in xs], y * root
+    scales = [(x.square().sum((1, 2), keepdim=True) / weights.sum()).clamp_min(tiny).rsqrt() for x in xs]
+    scaled = torch.cat([x * scale for x, scale in zip(xs, scales, strict=True)], dim=2)
+    # W = Y^T (X X^T + ridge)^-1 X: there are fewer rows than numbers in a row.
+    gram = scaled @ scaled.transpose(1, 2)  # [layers, t, t]
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal += (strength * diagonal.sum(1) / x.shape[1]).clamp_min(torch.finfo(x.dtype).tiny)[:, None]
-    return torch.linalg.solve(gram, x.transpose(1, 2)).transpose(1, 2), y
+    diagonal += (strength * diagonal.mean(1, keepdim=True)).clamp_min(tiny)
+    solved = torch.linalg.solve(gram, scaled).split([x.shape[2] for x in xs], dim=2)
+    return [a * scale for a, scale in zip(solved, scales, strict=True)], y
