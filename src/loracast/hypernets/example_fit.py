@@ -68,15 +68,13 @@ def fit_examples(
             inputs[name].append(x[-n:])
         ys.append(read.deltas)
         weights.append(torch.where(torch.arange(n) < read.n_input, _BEFORE_ANSWER, 1.0))
-    xs = [torch.stack([torch.cat(inputs[name]) for name in kind]) for kind in projections]
-    y = torch.cat(ys, dim=1)
-    sides, b = ridge(xs, y, torch.cat(weights).to(y), _RIDGE)
-    fitted = {
-        name: Factors(a[i], _SHARE * b[i].T)
-        for kind, a in zip(projections, sides, strict=True)
-        for i, name in enumerate(kind)
-    }
-    return compress(LoRA(fitted), RANK)[0]
+    y, w = torch.cat(ys, dim=1), torch.cat(weights).to(ys[0])
+    fitted: dict[str, Factors] = {}
+    for i, of_layer in enumerate(zip(*projections, strict=True)):
+        sides, rows = ridge([torch.cat(inputs[name]) for name in of_layer], y[i], w, _RIDGE)
+        whole = {name: Factors(a, _SHARE * rows.T) for name, a in zip(of_layer, sides, strict=True)}
+        fitted |= compress(LoRA(whole), RANK)[0].factors
+    return LoRA(fitted)
 
 
 def two_views(encoder: AttentionDeltaEncoder, spec: TaskSpec, example: Example) -> TokenDeltas:
@@ -106,26 +104,26 @@ def behind_the_others(groups: Sequence[TaskSpec], most: int = _MOST_READ) -> lis
 
 
 def ridge(xs: Sequence[Tensor], y: Tensor, weights: Tensor, strength: float) -> tuple[list[Tensor], Tensor]:
-    """Ridge regression of y on several inputs together, layer by layer: y_t is about the sum of the B^T A x_t.
+    """Ridge regression of y on several inputs together: y_t is about the sum of the B^T A x_t.
 
     Each input is scaled so that the weighted mean of |x_t|^2 is 1, so that one strength suits them all.
 
     Args:
-        xs: inputs, each [layers, t, d_in] with a d_in of its own.
-        y: [layers, t, d_out].
+        xs: inputs, each [t, d_in] with a d_in of its own.
+        y: [t, d_out].
         weights: of the t rows [t].
         strength: of the ridge, as a share of the mean of the weighted square of all inputs together.
 
     Returns:
-        for each input A [layers, t, d_in], and B rows [layers, t, d_out], which all of them share.
+        for each input A [t, d_in], and B rows [t, d_out], which all of them share.
     """
-    tiny, root = torch.finfo(y.dtype).tiny, weights.sqrt()[None, :, None]
+    tiny, root = torch.finfo(y.dtype).tiny, weights.sqrt()[:, None]
     xs, y = [x * root for x in xs], y * root
-    scales = [(x.square().sum((1, 2), keepdim=True) / weights.sum()).clamp_min(tiny).rsqrt() for x in xs]
-    scaled = torch.cat([x * scale for x, scale in zip(xs, scales, strict=True)], dim=2)
+    scales = [(x.square().sum() / weights.sum()).clamp_min(tiny).rsqrt() for x in xs]
+    scaled = torch.cat([x * scale for x, scale in zip(xs, scales, strict=True)], dim=1)
     # W = Y^T (X X^T + ridge)^-1 X: there are fewer rows than numbers in a row.
-    gram = scaled @ scaled.transpose(1, 2)  # [layers, t, t]
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal += (strength * diagonal.mean(1, keepdim=True)).clamp_min(tiny)
-    solved = torch.linalg.solve(gram, scaled).split([x.shape[2] for x in xs], dim=2)
+    gram = scaled @ scaled.T  # [t, t]
+    diagonal = gram.diagonal()
+    diagonal += (strength * diagonal.mean()).clamp_min(tiny)
+    solved = torch.linalg.solve(gram, scaled).split([x.shape[1] for x in xs], dim=1)
     return [a * scale for a, scale in zip(solved, scales, strict=True)], y
