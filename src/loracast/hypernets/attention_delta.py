@@ -33,14 +33,14 @@ from loracast.hypernets.descriptions import (
     DescriptionHypernetwork,
     TaskReader,
     make_gate,
+    padded_rows,
     shared_factors,
-    stacked,
 )
 from loracast.hypernets.doc_config import ArchitectureConfig, ModuleRow
 from loracast.hypernets.example_fit import FEWEST_EXAMPLES, MLP_KIND, fit_examples
 from loracast.hypernets.heads import StaticLoRA, lora_of, per_layer, static_loras
 from loracast.hypernets.task_bank import TaskBank
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, Rows
+from loracast.lora.algebra import Factors, LoRA, LoRABatch, Rows, joined_ranks, stack
 
 
 @dataclass(frozen=True)
@@ -184,15 +184,7 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         fitted = fit_examples(encoder, reader.groups(task), projections, self.loras(rows))
         if not fitted.names:
             return rows
-        joined = dict(rows)
-        for kind, (a, b) in rows.items():
-            nothing = Factors(a.new_zeros(0, a.shape[3]), b.new_zeros(b.shape[3], 0))  # beyond the depth that is read
-            pairs = [fitted.factors.get(module.name, nothing) for module in c.target.of_kind(kind)]
-            rank = max(pair.rank for pair in pairs)
-            more_a = stacked([pair.a[None] for pair in pairs], rank)
-            more_b = stacked([pair.b.T[None] for pair in pairs], rank)
-            joined[kind] = (torch.cat([a, more_a.to(a)], dim=2), torch.cat([b, more_b.to(b)], dim=2))
-        return joined
+        return joined_ranks(rows, padded_rows(c.target, stack([fitted])))
 
     def start_shared_from(self, lora: LoRA) -> None:
         """As well as the shared factors, the encoder LoRA starts from it."""

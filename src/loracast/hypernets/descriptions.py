@@ -18,7 +18,7 @@ from loracast.encoders.features import Features
 from loracast.encoders.sentence import TextEncoder
 from loracast.errors import ConfigError, EncoderError, HypernetworkError
 from loracast.hypernets.protocol import Cast, Hypernetwork, Modality
-from loracast.lora.algebra import LoRA, LoRABatch, Rows
+from loracast.lora.algebra import Factors, LoRA, LoRABatch, Rows
 from loracast.lora.target import Target, TargetModule
 
 EXAMPLES_AT_ONCE = 3
@@ -133,16 +133,7 @@ class DescriptionHypernetwork(Hypernetwork):
 
     def cast(self, features: Features) -> Cast:
         """Features of n descriptions [n, 1, d_text] -> their rows; lower ranks of a kind are padded with zeros."""
-        loras = self(features.states[:, 0])
-        rows: Rows = {}
-        target: Target = self.config.target
-        for kind in target.kinds:
-            pairs = [loras.factors[module.name] for module in target.of_kind(kind)]
-            rank = max(pair.a.shape[1] for pair in pairs)
-            a = stacked([pair.a for pair in pairs], rank)
-            b = stacked([pair.b.transpose(1, 2) for pair in pairs], rank)
-            rows[kind] = (a, b)
-        return Cast(rows)
+        return Cast(padded_rows(self.config.target, self(features.states[:, 0])))
 
     def distances(self, conditions: Tensor) -> Tensor:
         """Distance of each description to the nearest seen one: 1 - cosine, [n]."""
@@ -212,6 +203,25 @@ def shared_factors(lora: LoRA, modules: Sequence[TargetModule], rank: int) -> tu
             )
     pairs = [lora.factors[module.name] for module in modules]
     return torch.stack([pair.a.float() for pair in pairs]), torch.stack([pair.b.float().T for pair in pairs])
+
+
+def padded_rows(target: Target, loras: LoRABatch) -> Rows:
+    """The rows of n LoRAs of a target's modules; lower ranks of a kind, and missing modules, are padded with zeros."""
+    rows: Rows = {}
+    for kind in target.kinds:
+        modules = target.of_kind(kind)
+        found = [loras.factors[module.name] for module in modules if module.name in loras.factors]
+        if not found:
+            continue
+        rank = max(pair.a.shape[1] for pair in found)
+        like_a, like_b = found[0]
+        nothing = Factors(like_a.new_zeros(loras.n, 0, like_a.shape[2]), like_b.new_zeros(loras.n, like_b.shape[1], 0))
+        pairs = [loras.factors.get(module.name, nothing) for module in modules]
+        rows[kind] = (
+            stacked([pair.a for pair in pairs], rank),
+            stacked([pair.b.transpose(1, 2) for pair in pairs], rank),
+        )
+    return rows
 
 
 def stacked(sides: Sequence[Tensor], rank: int) -> Tensor:

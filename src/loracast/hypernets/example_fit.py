@@ -121,7 +121,7 @@ def ridge(xs: Sequence[Tensor], y: Tensor, weights: Tensor, strength: float) -> 
     xs, y = [x * root for x in xs], y * root
     scales = [(x.square().sum() / weights.sum()).clamp_min(tiny).rsqrt() for x in xs]
     scaled = torch.cat([x * scale for x, scale in zip(xs, scales, strict=True)], dim=1)
-    # W = Y^T (X X^T + ridge)^-1 X: there are fewer rows than numbers in a row.
+    # W = Y^T (X X^T + ridge)^-1 X, since few examples have fewer rows than a row has numbers.
     gram = scaled @ scaled.T  # [t, t]
     diagonal = gram.diagonal()
     diagonal += (strength * diagonal.mean()).clamp_min(tiny)

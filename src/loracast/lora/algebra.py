@@ -37,6 +37,16 @@ class Factors(NamedTuple):
         return self.b @ self.a  # [out, in]
 
 
+def joined_ranks(rows: Rows, more: Rows) -> Rows:
+    """Rows with further ones of their kinds behind them, along the rank; a B that all modules share is repeated."""
+    joined = dict(rows)
+    for kind, (more_a, more_b) in more.items():
+        a, b = rows[kind]
+        b = b.expand(-1, a.shape[1], -1, -1)
+        joined[kind] = (torch.cat([a, more_a.to(a)], dim=2), torch.cat([b, more_b.to(b)], dim=2))
+    return joined
+
+
 @dataclass(frozen=True)
 class LoRA:
     """One LoRA: for each module its factors or, where that is smaller, its dense delta [out, in]."""

@@ -19,7 +19,7 @@ from loracast.base.load import Base
 from loracast.cast.task import Refine
 from loracast.data.tasks import Example
 from loracast.errors import ConfigError
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, Rows
+from loracast.lora.algebra import Factors, LoRA, LoRABatch, Rows, joined_ranks
 from loracast.scoring.episodes import Batch, Episode, Question, pack
 from loracast.scoring.likelihood import score_answers
 from loracast.training.loop import TrainConfig, make_optimizer
@@ -186,10 +186,7 @@ def _new(rows: Rows, config: RefineConfig) -> Rows:
 
 def _joined(rows: Rows, sides: Sequence[Tensor]) -> Rows:
     """Rows with further ones behind them, which come as sides: A and B of each kind in turn."""
-    return {
-        kind: (torch.cat([a, more_a], dim=2), torch.cat([b.expand(-1, a.shape[1], -1, -1), more_b], dim=2))
-        for (kind, (a, b)), more_a, more_b in zip(rows.items(), sides[::2], sides[1::2], strict=True)
-    }
+    return joined_ranks(rows, dict(zip(rows, zip(sides[::2], sides[1::2], strict=True), strict=True)))
 
 
 def _batch(base: Base, examples: Sequence[Example]) -> Batch:
