@@ -30,8 +30,8 @@ from loracast.errors import ConfigError
 from loracast.evaluation.everyday import is_right
 from loracast.training.sources import DataConfig, EpisodeSource
 
-GENRES = load_genres()
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
+GENRES = load_genres("train")  # those of dev and test are among them
 
 
 def normalise(text: str) -> str:
@@ -74,12 +74,13 @@ def asked(genre: Genre) -> Iterator[Wordings]:
 
 
 def test_there_is_enough_content() -> None:
-    assert len(GENRES) >= 10
-    for genre in GENRES.values():
-        names = list(itertools.chain(*(saying.questions for saying in genre.sayings)))
-        assert len(names) >= 6 and len(set(names)) == len(names), genre.name
-        for split, fewest in zip(SPLITS, (2, 1, 2), strict=True):
-            assert len(genre.layouts[split]) >= fewest or split == "dev", genre.name
+    for split, fewest in zip(SPLITS, (2, 1, 2), strict=True):
+        assert len(load_genres(split)) >= (60 if split == "train" else 20)
+        for name, genre in load_genres(split).items():
+            assert genre == GENRES[name]
+            names = list(itertools.chain(*(saying.questions for saying in genre.sayings)))
+            assert len(names) >= 6 and len(set(names)) == len(names), genre.name
+            assert len(genre.layouts[split]) >= fewest, genre.name
             assert all(len(spelled_out(one, split)) >= fewest for one in said(genre)), genre.name
 
 
@@ -87,7 +88,7 @@ def test_there_is_enough_content() -> None:
 def test_wordings_have_exactly_their_slots(genre: Genre) -> None:
     names = {"s", *genre.names}
     kinds = load_content().kinds
-    for split in SPLITS:
+    for split in (split for split in SPLITS if genre.name in load_genres(split)):
         for saying in genre.sayings:
             for text in spelled_out(saying.state, split) if saying.state else ():
                 assert all(text.count(f"{{{name}}}") == 1 for name in saying.values), text
@@ -117,7 +118,7 @@ def test_wordings_have_exactly_their_slots(genre: Genre) -> None:
 def test_layouts_and_wordings_of_splits_are_disjoint(one: Split, other: Split) -> None:
     def everything(split: Split, part: str) -> set[str]:
         texts: list[str] = []
-        for genre in GENRES.values():
+        for genre in load_genres(split).values():
             if part == "questions":
                 texts += [text for wordings in asked(genre) for text in spelled_out(wordings, split)]
             elif part == "statements":
@@ -136,7 +137,8 @@ def test_no_question_belongs_to_two_attributes_of_a_genre() -> None:
     for genre in GENRES.values():
         owners: dict[str, int] = {}
         for number, wordings in enumerate(asked(genre)):
-            for text in itertools.chain(*(spelled_out(wordings, split) for split in SPLITS)):
+            splits = [split for split in SPLITS if genre.name in load_genres(split)]
+            for text in itertools.chain(*(spelled_out(wordings, split) for split in splits)):
                 assert owners.setdefault(normalise(text), number) == number, text
 
 
@@ -211,20 +213,21 @@ def test_what_is_not_said_does_not_stand_in_the_document(split: Split) -> None:
 def test_counts_and_comparisons_hold() -> None:
     """Counted and compared anew, from the rows of lists that have one item a line."""
     n_counted = n_compared = 0
-    for document in documents("train"):
+    for number in range(400):
+        document = make_document(random.Random(number), split="train", genre="menu")
+        if "Dish | Price\n" not in document.text:
+            continue
+        table = document.text.split("Dish | Price\n")[1].split("\n\n")[0]
+        prices = {dish: float(price[1:]) for dish, price in (line.split(" | ") for line in table.split("\n"))}
         for fact in document.facts:
-            if fact.kind == "count" and document.genre == "menu" and "Dish | Price\n" in document.text:
-                table = document.text.split("Dish | Price\n")[1].split("\n\n")[0]
-                rows = [line for line in table.split("\n") if " | " in line]
-                assert int(fact.answer) == len(rows)
+            if fact.kind == "count":
+                assert int(fact.answer) == len(prices)
                 n_counted += 1
-            if fact.kind == "comparison" and document.genre == "menu":
-                found = {o: re.search(re.escape(o) + r"[^£]*£([\d.]*\d)", document.text) for o in fact.options}
-                prices = {option: float(match[1]) for option, match in found.items() if match}
+            if fact.kind == "comparison":
                 pick = min if fact.attribute.startswith("low") else max
-                assert fact.answer == pick(prices, key=lambda option: prices[option])
+                assert fact.answer == pick(fact.options, key=lambda option: prices[option])
                 n_compared += 1
-    assert n_counted > 4 and n_compared > 16
+    assert n_counted > 10 and n_compared > 10
 
 
 def test_yes_and_no_are_balanced_and_every_kind_is_asked() -> None:

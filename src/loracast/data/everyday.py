@@ -1,8 +1,9 @@
 """Draw everyday documents, such as e-mails, contracts, recipes and price lists, with questions that a reader has.
 
-`content/everyday.toml` has the genres: layouts, sentences with slots for values, lists, and questions for every value.
-Slots and alternatives are written as in `data/facts.py`. A layout also has marks: `<say>` takes the next sentence,
-`<list>` the list, `<filler>` a line that holds no fact which is asked for, and `<#>` counts up from one.
+`content/everyday.toml` has the genres: layouts, sentences with slots for values, lists, and questions for every value;
+`content/everyday_train.toml` has further genres, which only training draws. Slots and alternatives are written as in
+`data/facts.py`. A layout also has marks: `<say>` takes the next sentence, `<list>` the list, `<filler>` a line that
+holds no fact which is asked for, and `<#>` counts up from one.
 
 A document leaves out some of its genre's sentences, and questions for those have the answer `NOT_SAID`. Train, dev and
 test share values, never layouts, wordings or entities. The same rng state gives the same document in every process.
@@ -127,10 +128,13 @@ class Genre:
 
 
 @cache
-def load_genres() -> dict[str, Genre]:
-    """Read everyday.toml, once."""
+def load_genres(split: Split) -> dict[str, Genre]:
+    """Read the genres that documents of a split are drawn from, once."""
     genres = {}
-    for table in read_content("everyday")["genre"]:
+    tables = list(read_content("everyday")["genre"])
+    if split == "train":
+        tables += read_content("everyday_train")["genre"]
+    for table in tables:
         listing = None
         if listed := table.get("list"):
             compare = tuple(Comparison(**one) for one in listed.get("compare", ()))
@@ -143,7 +147,7 @@ def load_genres() -> dict[str, Genre]:
 
 def make_document(rng: random.Random, *, split: Split, genre: str | None = None) -> EverydayDocument:
     """Draw a document of a genre, or of any, with its questions; two facts never share subject and attribute."""
-    genres = load_genres()
+    genres = load_genres(split)
     chosen = genres[genre or rng.choice(list(genres))]
     while True:
         draft = _Draft(rng, chosen, split)

@@ -68,7 +68,7 @@ def evaluate_everyday(model: Model, config: EverydayConfig, out: Path, progress:
 
 def _series(model: Model, config: EverydayConfig) -> Series[EverydayDocument]:
     """The documents of all genres in turn, each with some of its questions."""
-    genres = list(load_genres())
+    genres = list(load_genres(config.split))
 
     def make(i: int) -> tuple[EverydayDocument, InMemoryAdapter]:
         rng = random.Random(f"{config.seed}/everyday/{i}")
