@@ -25,6 +25,7 @@ from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
 from loracast.model import Model
 from loracast.question_answering import ASK_SYSTEM_TURN
+from loracast.training import refine as refine_module
 from loracast.training.refine import RefineConfig, loras_of, refine, refiner, rows_of
 from tiny import for_base, make_attention_delta
 
@@ -91,12 +92,42 @@ def test_it_starts_from_what_the_lora_does(base):
     assert any(done.loss_before == pytest.approx(loss, abs=0.05) for loss in held)
 
 
-def test_too_few_examples_and_bad_settings_are_refused(base, caster):
+def test_too_few_examples_and_bad_settings_are_refused(base, caster, tmp_path):
     with pytest.raises(ConfigError, match="at least 4 examples, and there are 3"):
         caster.task(SENTENCE, "kettle", examples=EXAMPLES[:3], refine=refiner(base, QUICK))
+    model = Model(base, tmp_path / "library", task_hypernetwork=tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="at least 4 examples"):  # before a hypernetwork is looked for
+        model.task(SENTENCE, examples=EXAMPLES[:3], refine_s=1)
     for bad in ({"seconds": 0}, {"steps": 0}, {"rank": 0}):
         with pytest.raises(ConfigError, match="seconds must be above 0"):
             RefineConfig(**bad)
+
+
+def test_an_adapter_that_descent_made_no_better_is_as_it_was_cast(base, caster, tiny_folder, tmp_path, home):
+    cast = caster.task(SENTENCE, "cast", examples=EXAMPLES)
+    still = dataclasses.replace(QUICK, seconds=1e-9)
+    adapter = caster.task(SENTENCE, "still", examples=EXAMPLES, refine=refiner(base, still))
+    assert not adapter.manifest.is_refined and adapter.manifest.ranks == cast.manifest.ranks
+    file = tmp_path / "examples.txt"
+    file.write_text("".join(f"{e.input} => {e.outputs[0]}\n" for e in EXAMPLES))
+    arguments = [
+        "task", SENTENCE, "--examples", file, "--refine", "0.001s", "--name", "by-command", "--base", tiny_folder,
+        "--hypernetwork", tmp_path / "hypernetwork", "--library", tmp_path / "library",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert done.exit_code == 0 and "refining made the LoRA no better" in done.stderr, done.output
+    assert "refined" not in done.stdout
+    shown = CliRunner().invoke(app, ["show", "by-command", "--library", str(tmp_path / "library")])
+    assert f"examples {len(EXAMPLES)}" in " ".join(shown.stdout.replace("│", " ").split())
+
+
+def test_of_many_examples_few_are_held_back(base, caster, monkeypatch):
+    sizes = []
+    made = refine_module._batch
+    monkeypatch.setattr(refine_module, "_batch", lambda base, some: sizes.append(len(some)) or made(base, some))
+    many = as_examples([(f"lamp {i}", "kettle") for i in range(200)])
+    refine(base, rows_of(caster.loras([SENTENCE])[0]), loras_of, many, dataclasses.replace(QUICK, steps=1))
+    assert sizes == [32, QUICK.examples_per_step]
 
 
 def test_a_stage_of_the_evaluation_is_what_refining_for_its_steps_gives(base, caster, suite):

@@ -11,7 +11,8 @@ import torch
 
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
-from loracast.data.task_examples import STYLES, TaskSpec, as_examples, read_examples
+from loracast.data.example_files import read_examples
+from loracast.data.task_examples import STYLES, TaskSpec, as_examples
 from loracast.data.tasks import Example, Task, read_tasks
 from loracast.errors import AdapterError, ConfigError, EncoderError
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
@@ -44,15 +45,34 @@ SENTENCE = "Answer with the opposite word."
         ("e.tsv", "Input\tOutput\nhot\tcold\na, b\tc\n"),
         ("e.txt", "hot => cold\n  a, b=>c\n"),
         ("e", "input,output\nhot,cold\n\"a, b\",c\n"),
+        ("e.csv", "input;output\nhot;cold\na, b;c\n"),
+        ("e.csv", "Hot;Cold\r\na, b;c\r\n".lower()),
+        ("e.csv", "input,output,,\nhot,cold,,\n\"a, b\",c\n"),
+        ("e.json", '[\n  {"input": "hot", "output": "cold"},\n  {"input": "a, b", "output": "c"}\n]\n'),
+        ("e", '\ufeff[["hot", "cold"], ["a, b", "c"]]'),
+        ("e", '["hot", "cold"]\n["a, b", "c"]\n'),
+        ("e", '\ufeff{"input": "hot", "output": "cold"}\r\n{"input": "a, b", "output": "c"}'),
     ],
 )  # fmt: skip
 def test_examples_are_read_from_files_and_standard_input(name, text, tmp_path, monkeypatch):
     (tmp_path / name).write_text(text, encoding="utf-8")
     read = read_examples(tmp_path / name)
     assert [(e.input, e.outputs[0]) for e in read] == [("hot", "cold"), ("a, b", "c")]
-    if "\ufeff" not in text and not name.endswith(".tsv"):
-        monkeypatch.setattr("sys.stdin", io.StringIO(text))
-        assert read_examples("-") == read
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert read_examples("-") == read
+
+
+def test_what_stands_within_an_example_separates_no_lines(tmp_path):
+    """U+2028 and U+0085 stand in scraped text; an input may have an arrow's brackets, an output further arrows."""
+    rows = [{"input": "a\u2028b", "output": "c\x85d"}, {"input": "e", "output": "f"}]
+    (tmp_path / "e.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    assert [(e.input, e.outputs[0]) for e in read_examples(tmp_path / "e.jsonl")] == [
+        ("a\u2028b", "c\x85d"),
+        ("e", "f"),
+    ]
+    (tmp_path / "e.txt").write_text("{name}\x85 => greeting => hello\n[date] => day\n", "utf-8")
+    read = [(e.input, e.outputs[0]) for e in read_examples(tmp_path / "e.txt")]
+    assert read == [("{name}", "greeting => hello"), ("[date]", "day")]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +80,14 @@ def test_examples_are_read_from_files_and_standard_input(name, text, tmp_path, m
     [
         ("e.jsonl", '{"input": "hot", "output": "cold"}\n{"input": "big"}\n', "line 2: there is no 'output'; a line is"),
         ("e.jsonl", '{"input": "hot", "output": "cold"}\n{"input"\n', "line 2: .*; a line is"),
-        ("e.jsonl", '{"input": "hot", "output": 3}\n', "line 1: 3 is not text|line 1: .*not iterable"),
+        ("e.jsonl", '{"input": "hot", "output": 3}\n', "line 1: 3 is not text"),
+        ("e.jsonl", '{"input": "hot", "output": {"label": "cold"}}\n', "line 1: {'label': 'cold'} is not text"),
+        ("e.jsonl", '{"input": "\\ud83d", "output": "cold"}\n', "line 1: it is not valid Unicode"),
+        ("e.jsonl", "hot,cold\n", "line 1: .*; a line is"),
+        ("e.json", '[{"input": "hot", "output": "cold"}, {"input": "big"}]', "item 2: there is no 'output'"),
+        ("e.txt", "a film -> good\nI like it, a lot -> bad\n", "write => in place of ->"),
+        ("e.csv", "input,output\nhot,cold\nbig, really big,small\n", "line 3: it has 3 columns, the first row has 2: put"),
+        ("e.csv", "text,label\nhot,cold\n", "the columns are called text and label: call them input and output"),
         ("e.jsonl", '{"input": "hot", "output": " "}\n', "line 1: its input or output is empty"),
         ("e.txt", "hot => cold\nbig -> small\n", "line 2: there is no =>"),
         ("e.csv", "hot,cold\nbig\n", "line 2: it has 1 columns"),
@@ -82,9 +109,15 @@ def test_a_bad_file_names_its_line_and_what_a_line_shall_be(name, text, message,
 def test_python_takes_pairs_rows_and_examples():
     given = ("hot", "cold"), {"input": "hot", "output": "cold"}, Example("hot", ("cold",))
     assert as_examples(given) == (Example("hot", ("cold",)),) * 3
-    for bad in (("hot",), "hot", {"input": "hot"}, ("hot", "")):
+    for bad in (("hot",), "hi", {"input": "hot"}, ("hot", ""), ("hot", 3), ("hot", "\ud83d"), 3):
         with pytest.raises(ConfigError, match="example 2 is"):
             as_examples([given[0], bad])
+    with pytest.raises(ConfigError, match="example 1 is 'hi': it is one text"):
+        as_examples(("hi", "no"))
+    with pytest.raises(ConfigError, match="the examples are a dict: give a list"):
+        as_examples({"hi": "no"})
+    with pytest.raises(ConfigError, match="not valid Unicode"):
+        TaskSpec("caf\udce9")
 
 
 def test_the_text_has_the_description_first_and_the_examples_behind_it():
@@ -271,13 +304,19 @@ def test_up_to_so_many_examples_are_read_in_one_text_and_more_in_even_groups(cas
         torch.testing.assert_close(found, deltas_of(caster, base, texts).mean(0), atol=1e-5, rtol=1e-4)
 
 
-def test_groups_shrink_until_they_fit_and_an_example_that_never_fits_is_named(caster):
+def test_a_group_that_does_not_fit_is_halved_and_an_example_that_never_fits_is_named(caster):
     long = tuple(Example("the lamp on the desk " * 12 + str(i), ("x",)) for i in range(3))
     reader = caster.caster
     assert reader.encode([TaskSpec(SENTENCE, long)]).states.isfinite().all()
+    mixed = TaskSpec(SENTENCE, (*EXAMPLES[:5], long[0], long[1]))
+    sizes = [len(group.examples) for group in reader.encoder.groups(mixed)]
+    assert sizes[:2] == [2, 2] and sum(sizes) == 7  # the short ones stay together
+    assert tuple(e for group in reader.encoder.groups(mixed) for e in group.examples) == mixed.examples
     endless = (*EXAMPLES[:1], Example("the lamp on the desk " * 200, ("x",)))
     with pytest.raises(EncoderError, match="example 2 is too long to be read"):
         reader.encode([TaskSpec(SENTENCE, endless)])
+    with pytest.raises(EncoderError, match="the description is too long to be read with examples"):
+        reader.encode([TaskSpec("the lamp on the desk " * 200, EXAMPLES[:2])])
 
 
 def test_an_adapter_of_examples_says_how_many_there_were_and_is_known_by_them(caster, base):
@@ -304,6 +343,8 @@ def test_an_adapter_of_examples_says_how_many_there_were_and_is_known_by_them(ca
 def test_examples_alone_make_an_adapter_and_nothing_at_all_is_refused(caster):
     adapter = caster.task(examples=[("hot", "cold")])
     assert adapter.name == "hot-cold" and adapter.manifest.title == "hot => cold"
+    named = [caster.task(title).name for title in ("翻译成英文", "Переведи на английский", "日本語に訳す 2")]
+    assert len(set(named)) == 3 and all(name.startswith("task-") for name in named)
     assert caster.distances([TaskSpec("", EXAMPLES), SENTENCE])[0] is None
     with pytest.raises(AdapterError, match="or give examples"):
         caster.task(" ")

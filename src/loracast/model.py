@@ -219,8 +219,9 @@ class Model(QuestionAnswering):
         """
         if refine_s is None:
             return self.described.task(description, name, examples=examples, **options)
-        from loracast.training.refine import RefineConfig, refiner
+        from loracast.training.refine import RefineConfig, check_enough, refiner
 
+        check_enough(examples)
         refine = refiner(self.base, RefineConfig(seconds=refine_s))
         return self.described.task(description, name, examples=examples, refine=refine, **options)
 

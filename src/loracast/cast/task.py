@@ -19,7 +19,7 @@ from loracast.hypernets.descriptions import DescriptionHypernetwork
 from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import Adapter
 from loracast.library.library import check_free
-from loracast.library.manifest import check_name, name_from
+from loracast.library.manifest import check_name, name_for_task
 from loracast.library.save import save_single
 from loracast.library.writer import check_finite
 from loracast.lora.algebra import LoRA, LoRABatch, Rows
@@ -89,7 +89,9 @@ class TaskCaster:
         None for a task with examples, which those descriptions were without, and if the hypernetwork holds none.
         """
         given = _stripped(tasks)
-        return self._distances(given, self._encode(given))
+        alone = [task for task in given if not task.examples]
+        found = iter(self._distances(alone, self._encode(alone)) if alone else ())
+        return [None if task.examples else next(found) for task in given]
 
     def task(
         self,
@@ -131,7 +133,7 @@ class TaskCaster:
         Args:
             names: of the adapters; made from the descriptions if None.
             strength: factor on every delta.
-            refine: changes the rows of each task after casting (training/refine.py).
+            refine: changes the rows of each task after casting, or gives back the same (training/refine.py).
             storage: how the factors are kept (lora/quantize.py); not "text", since a task cannot be cast again.
             replace: whether an adapter of the same name is replaced.
 
@@ -142,7 +144,7 @@ class TaskCaster:
         if check_storage(storage) == "text":
             raise AdapterError("a task cannot be cast again from what is stored: use int4, int8 or bf16")
         given = _stripped(tasks)
-        names = [name_from(task.title) for task in given] if names is None else list(names)
+        names = [name_for_task(task.title) for task in given] if names is None else list(names)
         if len(names) != len(given) or len(set(names)) != len(names):
             raise AdapterError("give each description a name of its own")
         for name, task in zip(names, given, strict=True):
@@ -153,8 +155,9 @@ class TaskCaster:
         features = self._encode(given)
         rows = [_scaled(one, strength) for one in self._rows(given, features)]
         distances = self._distances(given, features)
+        cast = rows
         if refine is not None:
-            rows = [refine(one, self.hypernetwork.loras, task.examples) for one, task in zip(rows, given, strict=True)]
+            rows = [refine(one, self.hypernetwork.loras, task.examples) for one, task in zip(cast, given, strict=True)]
         seconds = (time.perf_counter() - started) / max(1, len(rows))
         for one in rows:
             check_finite(one, "these descriptions")
@@ -168,7 +171,7 @@ class TaskCaster:
                 title=task.title,
                 source_sha256=task.sha256,
                 n_examples=len(task.examples),
-                is_refined=refine is not None,
+                is_refined=one is not before,
                 made_for=self.caster.made_for,
                 hypernetwork=self.caster.id,
                 seconds=seconds,
@@ -177,7 +180,7 @@ class TaskCaster:
                 storage=storage,
                 replace=replace,
             )
-            for name, task, one, distance in zip(names, given, rows, distances, strict=True)
+            for name, task, before, one, distance in zip(names, given, cast, rows, distances, strict=True)
         ]
 
     def _encode(self, tasks: Sequence[TaskSpec]) -> Features:

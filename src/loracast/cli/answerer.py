@@ -114,9 +114,9 @@ def open_answerer(answering: Answering) -> tuple[Answerer, list[str]]:
     given = answering.hypernetwork  # of adapters that keep only their text
     server = server_for(answering, answering.library, "document", given, local=answering.local)
     answerer: Answerer = Local(answering) if server is None else Served(server, answering)
-    by_version: dict[str, str] = {}  # NAME and NAME@HASH may be one version
+    by_version: dict[str, str] = {}  # NAME, NAME@HASH and another name may be one version
     for name in names:
-        by_version.setdefault(answerer.open(name).version, name)
+        by_version.setdefault(answerer.open(name).manifest.version, name)
     return answerer, [*by_version.values(), *patterns]
 
 
@@ -178,8 +178,9 @@ class Local:
         self._opened: dict[str, Adapter] = {}
 
     def open(self, name: str) -> Adapter:
+        version = find(self._answering.library, name).version  # learned anew or added to since, in this process or not
         found = self._opened.get(name)
-        if found is None or found.manifest.is_memory:  # a memory has a new version whenever something was said
+        if found is None or found.manifest.version != version:
             found = self._opened[name] = self._model.adapter(name)
         return found
 

@@ -16,7 +16,7 @@ from loracast.cli.commands import seconds
 from loracast.cli.folder import FolderLearner, learn_files
 from loracast.cli.output import plural, print_result, progress_bar, say, size, warn
 from loracast.cli.session import learn_visibly, open_model, server_for
-from loracast.library.manifest import name_for, name_from
+from loracast.library.manifest import name_for, name_for_task
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
 if TYPE_CHECKING:
@@ -143,13 +143,18 @@ def task(
     from loracast.base.load import Base, load_base
     from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork
     from loracast.cast.task import Refine, TaskCaster
-    from loracast.data.task_examples import TaskSpec, read_examples
+    from loracast.data.example_files import read_examples
+    from loracast.data.task_examples import TaskSpec
 
     spec = TaskSpec(description.strip(), () if examples is None else read_examples(examples))
     if not spec.title:
         raise typer.BadParameter(
             "say what the model should do, or give examples", param_hint="DESCRIPTION or --examples"
         )
+    if refine is not None:
+        from loracast.training.refine import check_enough
+
+        check_enough(spec.examples)
     started = time.perf_counter()
     # A server's API takes none of these, and tells no distance.
     if not (as_json or encoder or refine or storage or strength != 1.0):
@@ -157,7 +162,7 @@ def task(
         if server is not None and (cast := _cast_served(server, library, spec, naming)) is not None:
             print_result(False, {}, _task_summary(cast))
             return
-    name = naming.checked(library, name_from(spec.title), spec.sha256)
+    name = naming.checked(library, name_for_task(spec.title), spec.sha256)
     where = hypernetwork or shipped_hypernetwork(choice.base or DEFAULT_BASE, "task")
 
     @cache
@@ -178,11 +183,14 @@ def task(
     manifest = adapter.manifest
     for warning in manifest.warnings:
         warn(warning)
+    if refine is not None and not manifest.is_refined:
+        warn("refining made the LoRA no better on the examples kept for validation: it stays as it was cast")
     facts = {
         **_made(adapter),
         "description": spec.description,
         "n_examples": manifest.n_examples,
-        "distance": caster.distances([spec])[0],
+        "is_refined": manifest.is_refined,
+        "distance": caster.distances([spec])[0] if as_json else None,
         "ood_threshold": caster.ood_threshold,
         "strength": strength,
         "ranks": manifest.ranks,
@@ -206,6 +214,7 @@ def _task_summary(adapter: Adapter) -> str:
     """What is printed about a task that was cast."""
     manifest = adapter.manifest
     read = f", {plural(manifest.n_examples, 'example')}" if manifest.n_examples else ""
+    read += ", refined" * manifest.is_refined
     return (
         f"cast {adapter.name} ({manifest.title}{read})\n"
         f"rank {manifest.rank_text}, {size(adapter.n_bytes)}, {1000 * manifest.learn_s:.0f} ms\n"

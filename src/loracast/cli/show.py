@@ -68,6 +68,8 @@ def show(
     facts |= {key: text for key, text in noted.items() if text}
     if manifest.kind == "task":
         facts["cast"] = f"{manifest.created}, in {1000 * manifest.learn_s:.0f} ms, strength {manifest.strength:g}"
+        if manifest.n_examples:
+            facts["examples"] = f"{manifest.n_examples}{', refined on them' if manifest.is_refined else ''}"
     elif manifest.kind != "document":
         facts[manifest.kind] = f"{manifest.created}{f', from {manifest.source}' if manifest.source else ''}"
     else:
@@ -125,7 +127,8 @@ def inspect(
     """Show what an adapter does before you trust it.
 
     The norm of every module; how it changes the answers to a fixed set of prompts that have nothing to do with it; and
-    all of the text that it was made from. All chunks of a document are merged, as if every question was about it.
+    all of the text that it was made from, but for a task's examples, which are not kept. All chunks of a document are
+    merged, as if every question was about it.
     """
     from loracast.base.fingerprint import check
     from loracast.cli.session import base_of, open_base

@@ -1,25 +1,17 @@
-"""The specification of a task, a description, examples, or both; and files of examples that people give.
+"""The specification of a task: a description, examples, or both.
 
 The text that a hypernetwork or a model with the task in its prompt reads has the description first, then the examples.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from loracast.data.tasks import Example, example_from, with_description
 from loracast.errors import ConfigError
-
-T = TypeVar("T")
 
 DEFAULT_STYLE = "labelled"
 STYLES: dict[str, str] = {
@@ -31,9 +23,9 @@ STYLES: dict[str, str] = {
     "quoted": '"{input}" becomes "{output}".',
 }
 """By name, how an example is written; people write them in many ways, so training reads all of them."""
-_ARROW = "=>"
+ARROW = "=>"
+"""What stands between the input and the output of an example on one line."""
 _TITLE_CHARACTERS = 60
-_HELP = f'a line is {{"input": ..., "output": ...}}, a row of CSV with these two columns, or input {_ARROW} output'
 
 ExampleLike = Example | tuple[str, str] | Mapping[str, Any]
 """An example as the Python API takes it: an `Example`, (input, output), or a mapping with `input` and `output`."""
@@ -46,6 +38,10 @@ class TaskSpec:
     description: str
     """"" where the examples alone specify the task."""
     examples: tuple[Example, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not is_unicode(self.description):
+            raise ConfigError("the description of the task is not valid Unicode: give it in UTF-8")
 
     def text(self, style: str = DEFAULT_STYLE) -> str:
         """The text that is read: the description, then the examples."""
@@ -69,7 +65,7 @@ class TaskSpec:
         if self.description or not self.examples:
             return self.description
         first = self.examples[0]
-        return " ".join(f"{first.input} {_ARROW} {first.outputs[0]}".split())[:_TITLE_CHARACTERS]
+        return " ".join(f"{first.input} {ARROW} {first.outputs[0]}".split())[:_TITLE_CHARACTERS]
 
     @property
     def sha256(self) -> str:
@@ -84,111 +80,45 @@ def as_spec(task: str | TaskSpec) -> TaskSpec:
 
 def as_examples(given: Sequence[ExampleLike]) -> tuple[Example, ...]:
     """Examples as the Python API takes them. Raises ConfigError for one that is none, which it names by its number."""
+    if isinstance(given, (str, Mapping)):
+        raise ConfigError(f"the examples are a {type(given).__name__}: give a list of (input, output)")
     examples = []
     for number, one in enumerate(given, 1):
         try:
-            if isinstance(one, Example):
-                examples.append(one)
-            elif isinstance(one, Mapping):
-                examples.append(_from_row(one))
-            else:
-                input, output = one
-                examples.append(_from_row({"input": input, "output": output}))
+            examples.append(one if isinstance(one, Example) else as_example(one))
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(
-                f"example {number} is {str(one)[:80]!r}: {_reason(error)}; give (input, output), both of them text"
+                f"example {number} is {str(one)[:80]!r}: {reason(error)}; give (input, output), both of them text"
             ) from None
     return tuple(examples)
 
 
-def read_examples(path: str | Path) -> tuple[Example, ...]:
-    """Read examples from a file, or from standard input if the path is "-".
-
-    A file holds JSONL rows with `input` and `output`, CSV with these two columns (or two columns without names), or
-    lines `input => output`.
-
-    Raises:
-        ConfigError: the file cannot be read or holds none, or a line is no example: it is named, with what it shall be.
-    """
-    label = "standard input" if str(path) == "-" else str(path)
-    try:
-        text = sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the examples in {label}: {error}; give a text file in UTF-8") from error
-    first = next((line for line in text.splitlines() if line.strip()), None)
-    if first is None:
-        raise ConfigError(f"there is no example in {label}: {_HELP}")
-    is_table = Path(path).suffix.lower() in (".csv", ".tsv")
-    if is_table or (_ARROW not in first and not first.lstrip().startswith("{")):
-        return _from_table(text, label)
-    read = _from_json if first.lstrip().startswith("{") else _from_arrow
-    lines = enumerate(text.splitlines(), 1)
-    return tuple(_checked(label, number, read, line) for number, line in lines if line.strip())
-
-
-def _checked(label: str, number: int, read: Callable[[T], Example], given: T) -> Example:
-    try:
-        return read(given)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{label}, line {number}: {_reason(error)}; {_HELP}") from None
-
-
-def _reason(error: Exception) -> str:
-    return f"there is no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
-
-
-def _from_json(line: str) -> Example:
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError("it is no JSON object")
-    return _from_row(row)
-
-
-def _from_arrow(line: str) -> Example:
-    input, arrow, output = line.partition(_ARROW)
-    if not arrow:
-        raise ValueError(f"there is no {_ARROW}")
-    return _from_row({"input": input, "output": output})
-
-
-def _from_table(text: str, label: str) -> tuple[Example, ...]:
-    """Rows of CSV or TSV under a header that names the columns, or two columns without a header."""
-    first = text.lstrip("\r\n").splitlines()[0]
-    rows = csv.reader(io.StringIO(text), delimiter="\t" if "\t" in first else ",", strict=True)
-    columns: tuple[int, int] | None = None
-    examples: list[Example] = []
-    try:
-        for row in rows:
-            if not any(cell.strip() for cell in row):
-                continue
-            if columns is None:
-                names = [cell.strip().lower() for cell in row]
-                is_header = "input" in names and "output" in names
-                columns = (names.index("input"), names.index("output")) if is_header else (0, 1)
-                if is_header:
-                    continue
-                if len(row) != 2:
-                    raise ConfigError(
-                        f"{label}, line {rows.line_num}: there are {len(row)} columns and none are called input and "
-                        f"output: name them in the first row; {_HELP}"
-                    )
-            examples.append(_checked(label, rows.line_num, partial(_from_cells, columns), row))
-    except csv.Error as error:
-        raise ConfigError(f"{label}, line {rows.line_num}: {error}: is a quotation mark never closed?") from None
-    if not examples:
-        raise ConfigError(f"{label} has a header and no row below it: {_HELP}")
-    return tuple(examples)
-
-
-def _from_cells(columns: tuple[int, int], row: Sequence[str]) -> Example:
-    if len(row) <= max(columns):
-        raise ValueError(f"it has {len(row)} columns")
-    return _from_row({"input": row[columns[0]], "output": row[columns[1]]})
-
-
-def _from_row(row: Mapping[str, Any]) -> Example:
-    example = example_from({"input": row["input"], "output": row["output"]})
+def as_example(given: object) -> Example:
+    """An example from (input, output) or a row with these two. Raises ValueError, TypeError or KeyError."""
+    if isinstance(given, str):
+        raise ValueError("it is one text")
+    if not isinstance(given, Mapping):
+        if not isinstance(given, Sequence) or len(given) != 2:
+            raise ValueError("it is no pair")
+        given = dict(zip(("input", "output"), given, strict=True))
+    example = example_from({"input": given["input"], "output": given["output"]})
     stripped = Example(example.input.strip(), tuple(output.strip() for output in example.outputs))
     if not stripped.input or not all(stripped.outputs):
         raise ValueError("its input or output is empty")
+    if not all(map(is_unicode, (stripped.input, *stripped.outputs))):
+        raise ValueError("it is not valid Unicode")
     return stripped
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with an example, for a message."""
+    return f"there is no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text holds no surrogate, which is left of bytes in another encoding, or of half an emoji in JSON."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -204,10 +204,10 @@ def example_from(row: Mapping[str, Any]) -> Example:
 
 
 def _texts(texts: str | Sequence[str]) -> tuple[str, ...]:
-    texts = (texts,) if isinstance(texts, str) else tuple(texts)
-    if not all(isinstance(text, str) for text in texts):
+    several = (texts,) if isinstance(texts, str) else texts
+    if not isinstance(several, (list, tuple)) or not all(isinstance(text, str) for text in several):
         raise ValueError(f"{texts!r} is not text")
-    return texts
+    return tuple(several)
 
 
 def _one_of(value: Any, choices: Any) -> Any:

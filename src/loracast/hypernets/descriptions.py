@@ -170,22 +170,32 @@ class TaskReader:
         return Features(torch.stack(means)[:, None])
 
     def groups(self, task: TaskSpec) -> list[TaskSpec]:
-        """The task as it is read: in one text, or in one for each group of examples, groups of about one size.
+        """The task as it is read: in one text, or in one for each group of examples.
 
-        Raises EncoderError for an example that does not fit even alone.
+        Groups are of about one size; one that does not fit is halved until its parts do.
+
+        Raises EncoderError for a description that does not fit, or an example that does not fit behind it even alone.
         """
         n = len(task.examples)
         if not n:
             return [task]
-        for n_groups in range(-(-n // self._at_once), n + 1):
-            ends = [i * n // n_groups for i in range(n_groups + 1)]
-            groups = [replace(task, examples=task.examples[i:j]) for i, j in pairwise(ends)]
-            if all(self.encoder.fits(group.text()) for group in groups):
-                return groups
-        number = next(i for i, group in enumerate(groups, 1) if not self.encoder.fits(group.text()))
-        raise EncoderError(
-            f"example {number} is too long to be read behind the description: shorten it, or leave it out"
-        )
+        if not self.encoder.fits(task.description):
+            raise EncoderError("the description is too long to be read with examples: shorten it")
+        n_groups = -(-n // self._at_once)
+        ends = [i * n // n_groups for i in range(n_groups + 1)]
+        return [group for i, j in pairwise(ends) for group in self._fitting(task, i, j)]
+
+    def _fitting(self, task: TaskSpec, start: int, end: int) -> list[TaskSpec]:
+        """Those of a task's examples in one group, or in halves of it that fit."""
+        group = replace(task, examples=task.examples[start:end])
+        if self.encoder.fits(group.text()):
+            return [group]
+        if end - start == 1:
+            raise EncoderError(
+                f"example {end} is too long to be read behind the description: shorten it, or leave it out"
+            )
+        middle = (start + end) // 2
+        return self._fitting(task, start, middle) + self._fitting(task, middle, end)
 
 
 def shared_factors(lora: LoRA, modules: Sequence[TargetModule], rank: int) -> tuple[Tensor, Tensor]:

@@ -215,8 +215,18 @@ def check_name(name: str) -> str:
 
 def name_from(text: str) -> str:
     """A name made from a title or file name."""
-    slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST_NAME].strip("-")
-    return slug or "document"
+    return _slug(text) or "document"
+
+
+def name_for_task(title: str) -> str:
+    """The default name of a task's adapter; one with a hash where few of the title's letters can stand in a name."""
+    kept = _slug(title)
+    n_letters = sum(map(str.isalnum, title[:LONGEST_NAME]))
+    return kept if 2 * sum(map(str.isalnum, kept)) >= n_letters > 0 else marked_name("task", title)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST_NAME].strip("-")
 
 
 def marked_name(name: str, mark: str) -> str:

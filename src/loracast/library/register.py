@@ -34,6 +34,7 @@ _ENTRY = f"""
         (SELECT json_group_array(tag) FROM (SELECT tag FROM tags WHERE name = names.name ORDER BY tag))
     FROM {_JOINED}
 """
+_OF_NEWEST = "SELECT {} FROM aliases WHERE number IN (SELECT max(number) FROM aliases GROUP BY name)"
 _NEWEST = "number = (SELECT max(number) FROM aliases AS n WHERE n.name = names.name)"
 
 
@@ -128,18 +129,20 @@ class Register:
         """The chunks of documents' newest versions that match a question best, best first.
 
         A chunk's text and heading, which begins with the document's title, count, and the name of its adapter. The
-        rarity of a word is counted over the documents of the whole library.
+        rarity of a word is counted over the documents of the whole library, each in its newest version.
 
         Args:
             patterns: only documents whose name fits one of these, as in a shell.
             tag: only documents with this tag.
             without: versions that are left out.
         """
-        n_chunks = self._one("SELECT coalesce(sum(last - first + 1), 0) FROM texts_of")
-        firsts = [first for (first,) in self._db.execute("SELECT first FROM texts_of ORDER BY first")]
-        scores = match_scores(self._db, "texts", "bm25(texts, 0.5, 1.0)", n_chunks, question, firsts)
+        n_rows = self._one("SELECT coalesce(sum(last - first + 1), 0) FROM texts_of")
+        spans = self._db.execute(f"SELECT first, last + 1 FROM texts_of WHERE version IN ({_OF_NEWEST.format('version')})")
+        documents = [range(*span) for span in sorted(spans)]
+        scores = match_scores(self._db, "texts", "bm25(texts, 0.5, 1.0)", n_rows, question, documents)
         n_names = self._one("SELECT count(*) FROM aliases")
-        for number, score in match_scores(self._db, "name_words", "bm25(name_words)", n_names, question).items():
+        newest = [range(number, number + 1) for (number,) in sorted(self._db.execute(_OF_NEWEST.format("number")))]
+        for number, score in match_scores(self._db, "name_words", "bm25(name_words)", n_names, question, newest).items():
             span = "SELECT first, last FROM texts_of JOIN aliases USING (version) WHERE number = ?"
             for first, last in self._db.execute(span, (number,)):
                 scores |= {row: scores[row] + score for row in range(first, last + 1) if row in scores}

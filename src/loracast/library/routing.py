@@ -121,23 +121,28 @@ def sentence_weights(index: Index, question: str) -> list[float] | None:
 
 
 def match_scores(
-    database: Connection, table: str, rank: str, n_rows: int, question: str, firsts: Sequence[int] = ()
+    database: Connection, table: str, rank: str, n_rows: int, question: str, documents: Sequence[range] = ()
 ) -> dict[int, float]:
     """BM25 of the rows of a full-text table that match a question, by their numbers.
 
     Args:
         rank: the call of SQLite's `bm25` with the weights of the columns.
         n_rows: of the table.
-        firsts: the first row of each document, ascending, where a word's rarity is counted over documents: a product's
-            name in all chunks of its manual is rare if no other manual has it. Over rows if empty.
+        documents: rows of each document, ascending, where a word's rarity is counted over documents: a product's name in
+            all chunks of its manual is rare if no other manual has it. Other rows get no score. If empty, all rows
+            count, and rarity is counted over them.
     """
     scores: dict[int, float] = {}
+    firsts = [rows.start for rows in documents]
     for phrase, weight in phrases(question):
         rows = database.execute(f"SELECT rowid, -{rank} FROM {table} WHERE {table} MATCH ?", (f'"{phrase}"',))
         found = rows.fetchall()
-        owners = {bisect_right(firsts, row) for row, _ in found}
         theirs = max(math.log(_odds(len(found), n_rows)), _LEAST_IDF)
-        ours = math.log(1 + (_odds(len(owners), len(firsts)) if firsts else _odds(len(found), n_rows)))
+        ours = math.log(1 + _odds(len(found), n_rows))
+        if documents:
+            owners = {row: bisect_right(firsts, row) - 1 for row, _ in found}
+            found = [(row, score) for row, score in found if owners[row] >= 0 and row in documents[owners[row]]]
+            ours = math.log(1 + _odds(len({owners[row] for row, _ in found}), len(documents)))
         for row, score in found:
             scores[row] = scores.get(row, 0.0) + weight * ours / theirs * score
     return scores

@@ -13,7 +13,7 @@ from loracast.documents.images import ImageFile, is_image_file, read_image_file
 from loracast.library.adapter import Adapter
 from loracast.library.combine import Part, combined
 from loracast.library.library import check_free, describe_adapter, find
-from loracast.library.manifest import check_name, name_from
+from loracast.library.manifest import check_name, name_for_task, name_from
 from loracast.library.save import save_lora
 from loracast.serving.jobs import Job, Jobs
 from loracast.serving.settings import ServerSettings
@@ -83,7 +83,7 @@ class Learning:
 
     def cast_task(self, task: TaskSpec, name: str | None, *, tags: Sequence[str], replace: bool) -> Job:
         """Take in a task; name and errors as in `learn`."""
-        name = name or name_from(task.title)
+        name = name or name_for_task(task.title)
         self._check(name, tags, task.sha256, replace)
         examples = [(example.input, example.outputs[0]) for example in task.examples]
         work = {"description": task.description, "examples": examples, "tags": [*tags], "replace": replace}

@@ -26,6 +26,7 @@ from loracast.training.loop import TrainConfig, make_optimizer
 
 FEWEST_EXAMPLES = 4  # three to learn from, and one held back
 _HELD_BACK = 4  # one example in so many is held back
+_MOST_HELD = 32  # more would take longer to look at than to learn from
 _PATIENCE = 4  # descent stops after so many looks at the held-back examples without a smaller loss
 
 
@@ -102,16 +103,12 @@ def descent(
     Raises:
         ConfigError: there are fewer than `FEWEST_EXAMPLES` examples.
     """
-    if len(examples) < FEWEST_EXAMPLES:
-        raise ConfigError(
-            f"refining takes at least {FEWEST_EXAMPLES} examples, and there are {len(examples)}: give more, or leave "
-            "refining out"
-        )
+    check_enough(examples)
     started = time.monotonic()
     training = TrainConfig(steps=config.steps, lr=config.lr, warmup_steps=4, schedule="constant")
     rng = random.Random(config.seed)
     order = rng.sample(list(examples), len(examples))
-    n_held = max(1, len(order) // _HELD_BACK)
+    n_held = min(max(1, len(order) // _HELD_BACK), _MOST_HELD)
     held, learned = _batch(base, order[:n_held]), order[n_held:]
     start = {kind: (_copy(a, base.device), _copy(b, base.device)) for kind, (a, b) in rows.items()}
     sides = nn.ParameterList(side for pair in _new(start, config).values() for side in pair)
@@ -149,11 +146,21 @@ def descent(
                 best, kept_step, n_worse = loss, step, 0
 
 
+def check_enough(examples: Sequence[object]) -> None:
+    """Raise ConfigError where there are too few examples to refine on."""
+    if len(examples) < FEWEST_EXAMPLES:
+        raise ConfigError(
+            f"refining takes at least {FEWEST_EXAMPLES} examples, and there are {len(examples)}: give more, or leave "
+            "refining out"
+        )
+
+
 def refiner(base: Base, config: RefineConfig) -> Refine:
-    """Refinement of one base's LoRAs, as casting takes it."""
+    """Refinement of one base's LoRAs, as casting takes it: the rows themselves where nothing made them better."""
 
     def refined(rows: Rows, loras_of: Callable[[Rows], LoRABatch], examples: Sequence[Example]) -> Rows:
-        return refine(base, rows, loras_of, examples, config).rows
+        found = refine(base, rows, loras_of, examples, config)
+        return found.rows if found.steps else rows
 
     return refined
 

@@ -86,9 +86,11 @@ export function startAdding() {
     const description = byId("task").value.trim();
     const examples = examplesOf(byId("examples").value);
     if (!description && !examples.length) return;
+    const given = [byId("task").value, byId("examples").value];
     byId("task-form").reset();
     const title = description || `${examples[0].input} ${ARROW} ${examples[0].output}`;
     const made = await runJob(byId("jobs"), title, "v1/adapters", (replace) => ({ json: { description, examples, replace } }));
     if (made) state.chooseOnly(made);
+    else if (!byId("task").value && !byId("examples").value) [byId("task").value, byId("examples").value] = given;
   }));
 }
