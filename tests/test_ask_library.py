@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,9 @@ from typer.testing import CliRunner
 
 import loracast
 from loracast.cli import app
+from loracast.cli.answerer import Local
+from loracast.cli.options import Answering
+from loracast.documents import Document
 from loracast.errors import AdapterError, ConfigError
 from loracast.library.adapter import routing_key
 from loracast.library.index import read_chunks
@@ -177,6 +181,55 @@ def test_a_document_that_was_learned_anew_is_found_by_its_new_text_alone(changin
     assert "60 watts" in texts[0] and not any("40 watts" in text for text in texts)
 
 
+def test_old_versions_make_a_document_no_harder_to_find(changing):
+    """A name in the manual's own old versions is as rare as it was."""
+    question = "How many months is the warranty of the kettle?"
+
+    def scores() -> dict[str, float]:
+        with reading(changing.library) as register:
+            return {match.name: match.score for match in register.best_chunks(question, 6)}
+
+    before = scores()
+    for number in range(3):
+        write(changing, "manual-kettle", f"{TEXTS['manual-kettle']} Edition {number}.", replace=True)
+    write(changing, "manual-kettle", TEXTS["manual-kettle"], replace=True)
+    assert scores() == pytest.approx(before, rel=0.1)
+    assert max(before, key=before.get) == max(scores(), key=scores().get) == "manual-kettle"
+
+
+def test_learning_a_damaged_document_again_says_how_it_is_mended(changing):
+    path, folder = changing.library.parent / "museum.md", changing.adapter("museum").folder
+    for break_it in (lambda: (folder / "factors.safetensors").write_bytes(b"\0" * 99), lambda: shutil.rmtree(folder)):
+        break_it()
+        with pytest.raises(AdapterError, match=r"files are damaged: .*delete it \(`loracast rm`\), and learn"):
+            changing.learn(path, "museum", max_chunk_tokens=40, replace=True)
+    remove_adapter(changing.library, "museum")
+    again = changing.learn(path, "museum", max_chunk_tokens=40)
+    assert not again.problems() and changing.ask("When does the museum open?", "museum")
+
+
+def test_two_names_of_one_document_count_once(changing):
+    changing.learn(changing.library.parent / "manual-kettle.md", "manual-kettle-2", max_chunk_tokens=40)
+    question = "How long is the warranty of the kettle?"
+    both, routed = changing.lora_for(question, ["manual-kettle", "manual-kettle-2"])
+    assert [adapter.name for adapter, _ in routed] == ["manual-kettle"]
+    assert_same(both, changing.lora_for(question, "manual-kettle")[0])
+
+
+def test_a_source_is_the_section_of_the_sentence_that_matches(changing):
+    text = (
+        "# The press\n\nIt bakes waffles.\n\n## Cleaning\n\nWipe the plates with oil.\n\n## Warranty\n\n"
+        "The guarantee lasts seven years.\n\n## Spare parts\n\nKnives have the number 4417."
+    )
+    adapter = changing.learn(Document.from_text(text), "press", max_chunk_tokens=200)
+    assert adapter.manifest.n_chunks == 1
+    for question, heading in (
+        ("How long is the guarantee?", "The press / Warranty"), ("Which number have knives?", "The press / Spare parts"),
+        ("What are the plates wiped with?", "The press / Cleaning"), ("What does it bake?", "The press"),
+    ):  # fmt: skip
+        assert sources([(adapter, adapter.route(question, 2, 0.0))])[0].heading == heading
+
+
 def test_a_document_that_was_removed_is_not_found_any_more(changing):
     assert found(changing, "When does the museum open?").keys() == {"museum"}
     remove_adapter(changing.library, "museum")
@@ -281,6 +334,19 @@ def test_chat_asks_the_library_too(asked, tiny_folder):
     )
 
 
+def test_a_running_chat_answers_from_what_was_learned_anew(changing, tiny_folder):
+    local = Local(Answering(base=str(tiny_folder), device="cpu", library=changing.library))
+    before = local.open("manual-kettle")
+    assert local.open("manual-kettle") is before
+    after = write(changing, "manual-kettle", "# The kettle\n\nIts warranty is 60 months.", replace=True)
+    assert local.open("manual-kettle").version == after.version != before.version
+
+
+def test_all_documents_may_be_asked_beside_a_pattern(asked, tiny_folder):
+    question = "When does the museum open tomorrow or today?"
+    assert "(from museum" in run(asked, tiny_folder, "ask", question, "-a", "manual-*", "--all").stderr
+
+
 # ---- questions that are about no document
 
 
@@ -317,6 +383,8 @@ def test_a_strict_answer_comes_from_the_documents_or_says_that_they_do_not_say(a
         assert "".join(asked.stream(question, chosen, strict=True)) == given.text
         assert asked.ask(about, chosen, strict=True) == asked.ask(about, chosen)
     assert asked.ask([question, about], "manual-lamp", strict=True) == [given.text, asked.ask(about, "manual-lamp")]
+    with pytest.raises(ConfigError, match="give one of them"):
+        asked.ask(about, "manual-lamp", strict=True, always=True)
     for chosen in ((), "shout", asked.lora_for(about, "manual-lamp")[0]):
         with pytest.raises(ConfigError, match="strict answer comes from documents"):
             asked.ask(about, chosen, strict=True)

@@ -586,24 +586,6 @@ def test_a_question_longer_than_the_window_is_refused_and_forgotten(run, tiny):
     assert result.stderr.count("error: the prompt has") == 1
 
 
-def test_a_short_question_is_looked_up_with_those_before_it():
-    from loracast.base.chat import search_query
-
-    turns = [
-        {"role": role, "content": text}
-        for role, text in [
-            ("user", "One"),
-            ("assistant", "no"),
-            ("user", "Two"),
-            ("assistant", "no"),
-            ("user", "Three"),
-        ]
-    ]
-    assert search_query("And in winter?", turns) == "Two Three And in winter?"
-    long = "How long is the warranty of the kettle?"
-    assert search_query(long, turns) == long
-
-
 # --- list, show, rm
 
 

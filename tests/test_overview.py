@@ -77,6 +77,8 @@ WRITTEN_FOR = {
         Give me the outline of this document.
         What are its chapters?
         What parts does the manual have?
+        List the contents of this document.
+        How many parts are there in the handbook?
     """,
     "title": """
         What is the title of this document?
@@ -100,6 +102,13 @@ WRITTEN_FOR = {
         What is this?
         How is the company structured?
         What are the parts of the machine?
+        What are the parts?
+        List all parts.
+        How many parts are there?
+        What are its contents?
+        How many parts does it have?
+        What is the paper for?
+        What is the contract for?
         List its members.
         What is it about?
         What is the document that the king signed?
@@ -333,6 +342,8 @@ def test_the_command_line_answers_from_the_outline(model, tiny_folder, tmp_path)
     assert run("ask", "List its sections.", *to_ask) == f"{sections}\n"
     facts = json.loads(run("ask", "List its sections.", "--json", *to_ask))
     assert facts["answer"] == sections and [one["adapter"] for one in facts["sources"]] == ["kiln"]
+    asked = json.loads(run("ask", "How hot is the kiln?", "--json", "--max-tokens", "2", *to_ask))
+    assert facts.keys() == asked.keys() and facts["finished"] and facts["n_tokens"] == 0
     assert run("chat", *to_ask, input="List its sections.\n") == f"{sections}\n"
     shown = run("show", "kiln", *at)
     assert re.search(r"title +Halden kiln *\n", shown) and re.search(r"sections +Firing; Cleaning *\n", shown)

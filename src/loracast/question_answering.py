@@ -7,12 +7,13 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, overload
 
-from loracast.base.chat import Message, search_query
+from loracast.base.chat import Message
 from loracast.base.generate import Sampling, answer, answers, stream
 from loracast.base.load import Base
 from loracast.data.everyday import NOT_SAID
 from loracast.errors import AdapterError, ConfigError
 from loracast.library.adapter import Adapter, loras_together
+from loracast.library.follow_up import queries
 from loracast.library.overview import Overview, overview
 from loracast.library.routing import DEFAULT_ROUTE, Route
 from loracast.library.wide_route import are_silent, patterns_in, route_adapters, scaled, sources
@@ -139,7 +140,14 @@ class QuestionAnswering(ABC):
             )
         prompt = self.base.chat.conversation(turns)
         check(prompt)
-        routed = self._route(search_query(turns[-1]["content"], turns[:-1]), adapter, route, tag, always)
+        if strict and always:
+            raise ConfigError("strict answers only what a document is about, always asks the documents all the same: "
+                              "give one of them")  # fmt: skip
+        asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+        for query in queries(asked[-1], asked[:-1]):
+            routed = self._route(query, adapter, route, tag, always)
+            if any(one.manifest.kind == "document" and not its.is_empty for one, its in routed):
+                break
         if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
             return Prepared([], routed, (), SourcedAnswer(NOT_SAID, 0, 0, 0.0, 0.0, True))
         return Prepared(prompt, scaled(routed, scales), sources(routed))

@@ -63,18 +63,6 @@ def control_ids(tokenizer: Any) -> frozenset[int]:
     return control.difference(unknown)
 
 
-_STANDS_ALONE = 7
-"""A question of fewer words is looked up together with the turns before it ("And in winter?")."""
-
-
-def search_query(question: str, turns: Sequence[Message]) -> str:
-    """What routing looks for: the question, after the last two questions where it is too short to stand alone."""
-    if len(question.split()) >= _STANDS_ALONE:
-        return question
-    before = [turn["content"] for turn in turns if turn["role"] == "user"][-2:]
-    return " ".join([*before, question])
-
-
 class ChatFormat:
     """Messages -> token ids, as in the base's training.
 

@@ -18,7 +18,7 @@ from loracast.documents.sentences import sentence_spans, token_sentences
 from loracast.errors import ConfigError, DocumentError, HypernetworkError
 from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import SENTENCE, STATIC, Adapter, join_chunks
-from loracast.library.library import check_free, find_cached, give_name
+from loracast.library.library import check_free, check_whole, find_cached, give_name
 from loracast.library.manifest import Manifest, utc_now
 from loracast.library.save import save_rows, static_tensors
 from loracast.library.writer import ChunkRows
@@ -228,6 +228,7 @@ def learn_chunks(
     )
     version = find_cached(library, manifest.cache_keys(hypernetwork.former_ids))
     if version is not None:
+        check_whole(library, version)
         return give_name(library, name, version, replace=replace)
     if not replace:
         check_free(library, name)  # now, not after the work

@@ -13,8 +13,8 @@ from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli.options import Answering
 from loracast.cli.output import say
 from loracast.cli.session import base_of, loading, server_for
-from loracast.errors import LoracastError, PromptTooLong
-from loracast.library.library import adapter_names, entries, open_adapter
+from loracast.errors import ConfigError, LoracastError, PromptTooLong
+from loracast.library.library import adapter_names, entries, find, open_adapter
 from loracast.library.manifest import marked_name, name_from
 from loracast.library.wide_route import Source, check_patterns, patterns_in
 
@@ -100,6 +100,9 @@ def open_answerer(answering: Answering) -> tuple[Answerer, list[str]]:
 
     A wrong name, and a pattern or a tag without documents, is reported before a model is loaded.
     """
+    if answering.strict and answering.always:
+        raise ConfigError("--strict answers only what a document is about, --always asks the documents all the same: "
+                          "give one of them")  # fmt: skip
     patterns = patterns_in(answering.chosen)
     names = [name for name in answering.chosen if name not in patterns]
     found = [open_adapter(answering.library, name) for name in names]
@@ -175,14 +178,13 @@ class Local:
         self.base = self._model.base.name
         self._answering = answering
         self._sampling = Sampling(answering.max_tokens, 0, answering.temperature, answering.top_p, answering.seed)
-        self._opened: dict[str, Adapter] = {}
+        self._opened: dict[str, tuple[str, Adapter]] = {}  # by name, with the hash of the version
 
     def open(self, name: str) -> Adapter:
         version = find(self._answering.library, name).version  # learned anew or added to since, in this process or not
-        found = self._opened.get(name)
-        if found is None or found.manifest.version != version:
-            found = self._opened[name] = self._model.adapter(name)
-        return found
+        if name not in self._opened or self._opened[name][0] != version:
+            self._opened[name] = version, self._model.adapter(name)
+        return self._opened[name][1]
 
     def memory(self, name: str) -> Remembering:
         return self._model.memory(name)
@@ -320,11 +322,12 @@ def tag_for(answering: Answering, chosen: Iterable[str]) -> str:
     return answering.tag if patterns_in(chosen) else ""
 
 
-def say_unused(reply: Reply) -> None:
+def say_unused(reply: Reply, strict: bool) -> None:
     """Say which documents the question is not about, so that their adapters did not answer."""
     for used in reply.used:
         if not used.chunks:
-            say(f"({used.name} is not about this, so the answer is not from it; --always uses it anyway)")
+            how = "" if strict else "; --always uses it anyway"
+            say(f"({used.name} is not about this, so the answer is not from it{how})")
 
 
 def say_sources(reply: Reply, chosen: Sequence[str]) -> None:

@@ -10,8 +10,7 @@ import typer
 
 from loracast.cli.answerer import open_answerer, say_sources, say_unused
 from loracast.cli.options import Answering, Json, Question
-from loracast.cli.output import Stream, print_json, print_result, say
-from loracast.library.overview import overview
+from loracast.cli.output import Stream, print_json, say
 
 
 def ask(question: Question, answering: Answering, *, as_json: Json = False) -> None:
@@ -26,12 +25,6 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
     answerer, chosen = open_answerer(answering)
     load_s = time.perf_counter() - started
 
-    if (outlined := overview(question, chosen, answerer.open)) is not None:
-        sources = [asdict(source) for source in outlined.sources]
-        print_result(
-            as_json, {"question": question, "answer": outlined.text, "sources": sources, "base": None}, outlined.text
-        )
-        return
     stream = Stream()
     try:
         reply = answerer.reply(
@@ -43,7 +36,7 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
     if not as_json:
         if not reply.is_finished:
             say(f"(cut after {reply.n_tokens} tokens; --max-tokens allows more)")
-        say_unused(reply)
+        say_unused(reply, answering.strict)
         say_sources(reply, chosen)
         return
     names = Counter(used.name for used in reply.used)

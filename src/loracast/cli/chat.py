@@ -48,7 +48,7 @@ class Chatting(Answering):
 def chat(answering: Chatting) -> None:
     """Talk with learned documents, or with the plain base."""
     answerer, chosen = open_answerer(answering)
-    talk = Talk(answerer, answering.library, answering.tag)
+    talk = Talk(answerer, answering.library, answering.tag, answering.strict)
     talk.used = chosen
     if answering.remember:
         talk.remember(answering.remember)
@@ -89,8 +89,8 @@ def _lines() -> Iterator[str]:
 class Talk:
     """A conversation and the adapters that it uses."""
 
-    def __init__(self, answerer: Answerer, library: Path, tag: str = ""):
-        self.answerer, self.library, self.tag = answerer, library, tag
+    def __init__(self, answerer: Answerer, library: Path, tag: str = "", strict: bool = False):
+        self.answerer, self.library, self.tag, self.strict = answerer, library, tag, strict
         self.turns: list[Message] = []
         self.used: list[str] = []
         """Names of adapters, and patterns of names."""
@@ -188,7 +188,7 @@ class Talk:
         if cut:
             say(cut)
         if reply is not None:
-            say_unused(replace(reply, used=tuple(one for one in reply.used if one.name != self._name)))
+            say_unused(replace(reply, used=tuple(one for one in reply.used if one.name != self._name)), self.strict)
             say_sources(reply, used)
         self.turns = [*turns, {"role": "assistant", "content": said}]
 

@@ -189,5 +189,5 @@ class Answering(BaseChoice):
     @property
     def chosen(self) -> list[str]:
         """The adapters that are named, and the patterns of documents among which the question chooses."""
-        wide = patterns_in(self.adapters or (), self.tag) or ["*"] * self.all_documents
+        wide = [*patterns_in(self.adapters or (), self.tag), *["*"] * self.all_documents]
         return list(dict.fromkeys([*(self.adapters or ()), *wide]))

@@ -55,7 +55,7 @@ def route(
         print_json({"question": question, "adapters": found})
         return
     if not found:
-        say(f"no document in {library} has a word of the question")
+        say(f"no document in {library} is about the question")
         return
     rows: list[tuple[object, ...]] = []
     for one in found:

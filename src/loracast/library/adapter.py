@@ -185,7 +185,8 @@ class Adapter:
         """The file of the factors, opened after a look at its header; it stays open while the adapter is used."""
         if faults := self.header_faults():
             raise AdapterError(
-                f"the factors of {self.name!r} cannot be used: {'; '.join(faults)}; learn the document again"
+                f"the factors of {self.name!r} cannot be used: {'; '.join(faults)}; "
+                "delete it (`loracast rm`), and learn the document again"
             )
         return OpenTensors(self.folder / FACTORS)
 
@@ -194,7 +195,10 @@ class Adapter:
     def verify(self) -> None:
         """Compare the files with the hashes in the manifest. Raises AdapterError with all that differ."""
         if found := self.problems():
-            raise AdapterError(f"the adapter {self.name!r} is damaged: {'; '.join(found)}; learn the document again")
+            raise AdapterError(
+                f"the adapter {self.name!r} is damaged: {'; '.join(found)}; "
+                "delete it (`loracast rm`), and learn the document again"
+            )
 
     def problems(self) -> list[str]:
         """Which files differ from the hashes in the manifest, or cannot be read."""

@@ -143,7 +143,9 @@ def _opened(index: Index, connect: Callable[[Path], sqlite3.Connection]) -> Iter
         except UnicodeEncodeError:  # of what is asked, not of what is stored
             raise
         except (sqlite3.DatabaseError, ValueError, TypeError, LookupError, ArithmeticError) as error:
-            raise AdapterError(f"the index {index} cannot be used ({error}); learn the document again") from error
+            raise AdapterError(
+                f"the index {index} cannot be used ({error}); delete it (`loracast rm`), and learn the document again"
+            ) from error
 
 
 def _check_schema(database: sqlite3.Connection) -> None:
@@ -159,7 +161,8 @@ def _check_schema(database: sqlite3.Connection) -> None:
 def _connect(path: Path) -> sqlite3.Connection:
     if not path.is_file():
         raise AdapterError(
-            f"the index {path.name} of the adapter in {path.parent} is missing; learn the document again"
+            f"the index {path.name} of the adapter in {path.parent} is missing; "
+            "delete it (`loracast rm`), and learn the document again"
         )
     database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
     database.execute("PRAGMA trusted_schema = OFF")  # the file may come from a stranger

@@ -56,6 +56,19 @@ def find_cached(library: Path, cache_keys: Sequence[str]) -> str | None:
         return next((version for key in cache_keys if (version := register.cached(key)) is not None), None)
 
 
+def check_whole(library: Path, version: str) -> None:
+    """Raise AdapterError where the files of a version are damaged or missing, so that its text has to be cast anew."""
+    try:
+        faults = Adapter(ensure_local(library, version)).problems()
+    except AdapterError as error:  # not even adapter.json is there
+        faults = [str(error)]
+    if faults:
+        raise AdapterError(
+            f"the library has this document already, and its files are damaged: {'; '.join(faults)}; delete it "
+            "(`loracast rm`), and learn the document again"
+        )
+
+
 def open_adapter(library: Path, reference: str) -> Adapter:
     """Open the newest version of a name, or `name@hash` with the first digits of a version's hash.
 

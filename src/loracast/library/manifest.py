@@ -158,7 +158,9 @@ class Manifest:
             manifest._check()
             return manifest
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise AdapterError(f"{path} is damaged: {error}; learn the document again") from error
+            raise AdapterError(
+                f"{path} is damaged: {error}; delete it (`loracast rm`), and learn the document again"
+            ) from error
 
     def _check(self) -> None:
         """Raise ValueError (or TypeError) for values that no adapter has."""

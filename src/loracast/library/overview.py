@@ -27,7 +27,8 @@ _DOCUMENT = (
 )
 _IT = rf"(?:it|this|{_DOCUMENT})"
 _IS = "(?:is|are|'s|s)"
-_SECTIONS = "(?:sections?|chapters?|headings?|section headings|parts|table of contents|contents|outline|structure)"
+_SECTIONS = "(?:sections?|chapters?|headings?|section headings|table of contents|outline)"
+_PARTS = "(?:parts|contents|structure)"  # a product has them too
 _TOPIC = "(?:main |central |general )?(?:topics?|subjects?|themes?|ideas?|points?|gist|purpose|content)"
 _SHORT = "(?:short |brief |quick |concise )?"
 _LIST = "(?:list|show|give|name|what (?:is|are)|what's|which are)(?: me)?(?: all)?(?: of)?"
@@ -37,11 +38,12 @@ _WORDINGS: dict[Wanted, tuple[str, ...]] = {
     "about": (
         rf"what ?{_IS} (?:{_DOCUMENT}|this) {_ABOUT}",
         rf"what (?:{_DOCUMENT}|this) is {_ABOUT}",
-        rf"what {_DOCUMENT} (?:covers|contains|deals with|is for)",
+        rf"what {_DOCUMENT} (?:covers|contains|deals with)",
+        rf"what this (?:{_THINGS}|{_ONLY_THIS}) is for",
         rf"(?:what|which topics|what topics|which subjects|what subjects) (?:does|do|would|can) (?:{_DOCUMENT}|i) "
         rf"(?:cover|contain|deal with|treat|discuss|talk about|speak (?:of|about)|find in {_DOCUMENT})",
         rf"(?:what|which) topics are (?:covered|discussed|treated) (?:in|by) {_DOCUMENT}",
-        rf"what ?{_IS} {_DOCUMENT} for",
+        rf"what ?{_IS} this (?:{_THINGS}|{_ONLY_THIS}) for",
         rf"what(?: kind of {_THINGS})? ?{_IS} this (?:{_THINGS}|{_ONLY_THIS})",
         rf"what(?: ?{_IS}) (?:in|inside) {_DOCUMENT}",
         rf"(?:what ?{_IS} )?the {_TOPIC} of {_DOCUMENT}",
@@ -55,6 +57,9 @@ _WORDINGS: dict[Wanted, tuple[str, ...]] = {
         rf"(?:what|which|how many) {_SECTIONS} (?:does|do) {_IT} have",
         rf"(?:what|which|how many) {_SECTIONS} are there(?: in {_IT})?",
         rf"(?:what|which) {_SECTIONS} are in {_IT}",
+        rf"{_LIST} (?:the )?{_PARTS} of {_DOCUMENT}",
+        rf"(?:what|which|how many) {_PARTS} (?:(?:does|do) {_DOCUMENT} have|are there in {_DOCUMENT})",
+        rf"(?:what|which) {_PARTS} are in {_DOCUMENT}",
         rf"how ?{_IS} {_DOCUMENT} (?:structured|organi[sz]ed|divided)",
     ),
     "title": (

@@ -137,12 +137,16 @@ class Register:
             without: versions that are left out.
         """
         n_rows = self._one("SELECT coalesce(sum(last - first + 1), 0) FROM texts_of")
-        spans = self._db.execute(f"SELECT first, last + 1 FROM texts_of WHERE version IN ({_OF_NEWEST.format('version')})")
+        spans = self._db.execute(
+            f"SELECT first, last + 1 FROM texts_of WHERE version IN ({_OF_NEWEST.format('version')})"
+        )
         documents = [range(*span) for span in sorted(spans)]
         scores = match_scores(self._db, "texts", "bm25(texts, 0.5, 1.0)", n_rows, question, documents)
         n_names = self._one("SELECT count(*) FROM aliases")
         newest = [range(number, number + 1) for (number,) in sorted(self._db.execute(_OF_NEWEST.format("number")))]
-        for number, score in match_scores(self._db, "name_words", "bm25(name_words)", n_names, question, newest).items():
+        for number, score in match_scores(
+            self._db, "name_words", "bm25(name_words)", n_names, question, newest
+        ).items():
             span = "SELECT first, last FROM texts_of JOIN aliases USING (version) WHERE number = ?"
             for first, last in self._db.execute(span, (number,)):
                 scores |= {row: scores[row] + score for row in range(first, last + 1) if row in scores}

@@ -128,8 +128,8 @@ def match_scores(
     Args:
         rank: the call of SQLite's `bm25` with the weights of the columns.
         n_rows: of the table.
-        documents: rows of each document, ascending, where a word's rarity is counted over documents: a product's name in
-            all chunks of its manual is rare if no other manual has it. Other rows get no score. If empty, all rows
+        documents: rows of each document, ascending, where a word's rarity is counted over documents: a product's name
+            in all chunks of its manual is rare if no other manual has it. Other rows get no score. If empty, all rows
             count, and rarity is counted over them.
     """
     scores: dict[int, float] = {}

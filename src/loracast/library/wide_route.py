@@ -14,14 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from loracast.documents.headings import find_headings
 from loracast.errors import AdapterError, ConfigError, NoSuchAdapterError
-from loracast.library.index import read_chunks
+from loracast.library.index import read_chunks, read_sentences
 from loracast.library.register import Match
 from loracast.library.relevance import THRESHOLD_OF_MANY, threshold_for
 from loracast.library.routing import SHARPNESS, Route, phrases
 from loracast.library.shared import reading
 
 if TYPE_CHECKING:
+    from loracast.documents import Chunk
     from loracast.library.adapter import Adapter
 
 
@@ -86,7 +88,8 @@ def route_adapters(
     """
     chosen = list(chosen)
     patterns = patterns_in(chosen, tag)
-    named = [open_named(one) if isinstance(one, str) else one for one in chosen if one not in patterns]
+    opened = [open_named(one) if isinstance(one, str) else one for one in chosen if one not in patterns]
+    named = list({adapter.manifest.version: adapter for adapter in reversed(opened)}.values())[::-1]
     n_documents = sum(adapter.manifest.kind == "document" for adapter in named)
     threshold = 0.0 if always else THRESHOLD_OF_MANY if patterns else threshold_for(n_documents)
     routed = [(adapter, adapter.route(question, k, threshold)) for adapter in named]
@@ -192,7 +195,31 @@ def sources(picked: Iterable[tuple[Adapter, Route]]) -> tuple[Source, ...]:
         ):
             chunks = route.chunks or (0,)
             weights = route.weights or (1.0,)
+            best = _best_sentences(adapter, route, chunks)
             for i, weight, chunk in zip(chunks, weights, read_chunks(adapter.index, chunks), strict=True):
-                place = (adapter.manifest.title, chunk.heading, i, chunk.start, chunk.end)
+                place = (adapter.manifest.title, _heading(chunk, best.get(i)), i, chunk.start, chunk.end)
                 found.append(Source(adapter.name, *place, weight))
     return tuple(sorted(found, key=lambda source: -source.weight))
+
+
+def _best_sentences(adapter: Adapter, route: Route, chunks: Sequence[int]) -> dict[int, int]:
+    """By chunk, where the sentence that matches a question best begins in the chunk's prompt."""
+    if route.sentences is None:
+        return {}
+    starts: dict[int, list[int]] = {}
+    for place in read_sentences(adapter.index):
+        starts.setdefault(place.chunk, []).append(place.start)
+    weights = dict(zip(chunks, route.sentences, strict=True))
+    return {i: max(zip(weights[i], starts[i], strict=True), key=lambda pair: pair[0])[1] for i in chunks if i in starts}
+
+
+def _heading(chunk: Chunk, at: int | None) -> str:
+    """The heading above a place in a chunk's prompt: the last one in the chunk's text, or else the chunk's own."""
+    if at is None:
+        return chunk.heading
+    above = [one for one in find_headings(chunk.text) if one.start <= at - (len(chunk.prompt) - len(chunk.text))]
+    if not above:
+        return chunk.heading
+    title = chunk.heading.partition(" / ")[0]
+    section = " ".join(above[-1].title.split())
+    return section if section == title or not title else f"{title} / {section}"

@@ -94,7 +94,10 @@ class OpenTensors:
             self._file.seek(info.start + first * BYTES[info.dtype])
             read = bytearray(self._file.read((end - first) * BYTES[info.dtype]))
         if len(read) < (end - first) * BYTES[info.dtype]:
-            raise AdapterError(f"{self._file.name} was cut short after it was opened; learn the document again")
+            raise AdapterError(
+                f"{self._file.name} was cut short after it was opened; "
+                "delete it (`loracast rm`), and learn the document again"
+            )
         return torch.frombuffer(read, dtype=dtype)
 
 
