@@ -150,6 +150,7 @@ def test_names_and_titles_count(changing):
     assert next(iter(found(changing, "When is the hinge of the Trask oiled?"))) == "door-trask"
     rename_adapter(changing.library, "door-trask", "gate-osla")
     assert next(iter(found(changing, "When is the hinge of the Osla oiled?"))) == "gate-osla"
+    assert found(changing, "What did the Osla's president say about Brazil?") == {}  # a name alone is not enough
     ((name, route),) = found(changing, "Osla?", always=True).items()
     assert name == "gate-osla" and route.chunks == (0, 1) and "beginning" in route.reason
 
@@ -261,7 +262,7 @@ class Always:
     def __init__(self, route):
         self.given, self.places = route, []
 
-    def route(self, question, k, threshold):
+    def route(self, question, k, threshold, name):
         self.places.append(k)
         return self.given
 

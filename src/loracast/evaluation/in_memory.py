@@ -64,9 +64,9 @@ class InMemoryAdapter:
         """The number of the chunk in which a character of the text lies."""
         return max(0, bisect_right(self.chunks, offset, key=lambda chunk: chunk.start) - 1)
 
-    def route(self, question: str, k: int | None, threshold: float = THRESHOLD) -> Route:
+    def route(self, question: str, k: int | None, threshold: float = THRESHOLD, name: str = "") -> Route:
         """What a question gets of the document, as `Adapter.route` says it."""
-        return route_question(self._index, len(self.chunks), question, k, threshold)
+        return route_question(self._index, len(self.chunks), question, k, threshold, name)
 
     def needs(self, chunk: int) -> bool:
         """Whether a chunk's factors have yet to be cast."""

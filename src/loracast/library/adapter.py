@@ -78,13 +78,15 @@ class Adapter:
         """Size of the adapter's files."""
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
-    def route(self, question: str, k: int | None = DEFAULT_ROUTE, threshold: float = THRESHOLD) -> Route:
+    def route(
+        self, question: str, k: int | None = DEFAULT_ROUTE, threshold: float = THRESHOLD, name: str = ""
+    ) -> Route:
         """The chunks and sentences of a document that a question gets (`routing.route_question`)."""
         if self.manifest.kind != "document":
             return Route(reason=f"{self.manifest.kind}: always whole")
         if self.manifest.is_memory:
             return route_memory(self.index, self.manifest.n_chunks, question, k, threshold)
-        return route_question(self.index, self.manifest.n_chunks, question, k, threshold)
+        return route_question(self.index, self.manifest.n_chunks, question, k, threshold, name)
 
     def lora(
         self,

@@ -88,18 +88,21 @@ class Word:
     """Whether it is written as a name (a capital letter inside a sentence, an underscore) or has a digit."""
 
 
-def about(index: Index, question: str) -> float:
+def about(index: Index, question: str, name: str = "") -> float:
     """The probability, 0 to 1, that the document of this index answers a question or speaks of what it asks.
+
+    Args:
+        name: of the document; its words count as if they stood in every heading.
 
     Raises AdapterError for a damaged index.
     """
     fitted = read_content("relevance")
-    found = zip(FEATURES, features(index, question, shipped_words()), strict=True)
+    found = zip(FEATURES, features(index, question, shipped_words(), name), strict=True)
     logit = fitted["bias"] + sum(fitted["coefficients"][name] * value for name, value in found)
     return (1 + math.tanh(logit / 2)) / 2  # the logistic function, which does not overflow
 
 
-def features(index: Index, question: str, table: WordTable) -> tuple[float, ...]:
+def features(index: Index, question: str, table: WordTable, name: str = "") -> tuple[float, ...]:
     """What the regression sees, each about 0 to 2, as in FEATURES:
 
     - share: the fraction of the question words' weight that the best chunk, with its heading, covers;
@@ -114,6 +117,9 @@ def features(index: Index, question: str, table: WordTable) -> tuple[float, ...]
     words = read_question(question, table)
     weights = {word.stem: word.weight for word in words if word.weight > 0}
     places, headings, n_tokens = _places(index, list(weights))
+    if named := weights.keys() & set(stem_words(_WORD.findall(name))):
+        for chunk in places.keys() | headings.keys() or {0}:
+            headings[chunk] |= named
     by_chunk = {
         chunk: headings[chunk] | {stem for _, stem in places[chunk]} for chunk in places.keys() | headings.keys()
     }

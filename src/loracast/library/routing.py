@@ -161,16 +161,19 @@ def phrases(question: str) -> list[tuple[str, float]]:
     return [(word, 1.0) for word in telling] + [(f"{one} {other}", _PAIR_WEIGHT) for one, other in pairs]
 
 
-def route_question(index: Index, n_chunks: int, question: str, k: int | None, threshold: float) -> Route:
+def route_question(
+    index: Index, n_chunks: int, question: str, k: int | None, threshold: float, name: str = ""
+) -> Route:
     """What a question gets of a document: what `pick` gives, or nothing where it is not about the document at all.
 
     Args:
         threshold: the least probability that it is; 0 for questions that get something whatever they ask.
+        name: of the document, where a question may find it by that.
     """
     if threshold <= 0:
         return pick(index, n_chunks, question, k)
     with open_index(index) as database:  # once for all look-ups
-        probability = about(database, question)
+        probability = about(database, question, name)
         if probability >= threshold:
             return replace(pick(database, n_chunks, question, k), about=probability)
     reason = f"the question is not about the document (probability {probability:.2f})"

@@ -18,7 +18,7 @@ from loracast.documents.headings import find_headings
 from loracast.errors import AdapterError, ConfigError, NoSuchAdapterError
 from loracast.library.index import read_chunks, read_sentences
 from loracast.library.register import Match
-from loracast.library.relevance import THRESHOLD_OF_MANY, threshold_for
+from loracast.library.relevance import THRESHOLD, THRESHOLD_OF_MANY, threshold_for
 from loracast.library.routing import SHARPNESS, Route, phrases
 from loracast.library.shared import reading
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Routed(Protocol):
     """A document that picks its own chunks, on disk or in memory."""
 
-    def route(self, question: str, k: int | None, threshold: float) -> Route: ...
+    def route(self, question: str, k: int | None, threshold: float, name: str) -> Route: ...
 
 
 Document = TypeVar("Document", bound=Routed)
@@ -134,7 +134,8 @@ def share_out(
         matches: those chunks, best first.
         k: the places of the route; the best document gets those of chunks that match too little, and those left over.
         open_document: gives the document of a match.
-        threshold: least probability that the question is about a document; others are left out.
+        threshold: least probability that the question is about a document; others are left out. That of one named
+            document is enough where the question has a word of its name.
     """
     weights = {match: (match.score / matches[0].score) ** SHARPNESS for match in matches}
     close = [match for match in matches if weights[match] >= _LEAST_WEIGHT]
@@ -143,7 +144,8 @@ def share_out(
     for version in dict.fromkeys(match.version for match in close):
         own = [match for match in close if match.version == version]
         document, n_places = open_document(own[0]), len(own) + (0 if found else k - len(close))
-        route = document.route(question, n_places, 0.0 if _names(question, own[0].name) else threshold)
+        name = own[0].name if _names(question, own[0].name) else ""
+        route = document.route(question, n_places, min(threshold, THRESHOLD) if name else threshold, name)
         if route.is_empty:
             continue
         if route.chunks is None and own[0].n_chunks > n_places:
