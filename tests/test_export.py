@@ -258,8 +258,43 @@ def test_a_document_chunk_by_chunk(adapter, tmp_path):
             )
     with pytest.raises(AdapterError, match="'short' has one chunk: leave out --each-chunk"):
         export_adapter(adapter("short"), "peft", tmp_path / "one", each_chunk=True)
-    with pytest.raises(AdapterError, match="merged cannot be written chunk by chunk: leave out --each-chunk"):
-        export_adapter(long, MERGED, tmp_path / "one", each_chunk=True)
+    for form in (MERGED, "ollama"):
+        with pytest.raises(AdapterError, match=f"{form} cannot be written chunk by chunk: leave out --each-chunk"):
+            export_adapter(long, form, tmp_path / "one", each_chunk=True)
+    with pytest.raises(AdapterError, match="leave out --rank"):
+        export_adapter(long, MERGED, tmp_path / "one", max_rank=4)
+    with pytest.raises(AdapterError, match="no word of 1 of the questions stands in 'long', such as 'zzz'"):
+        export_adapter(long, "peft", tmp_path / "one", questions=["Who built the old bridge?", "zzz"])
+
+
+def test_of_chunks_loaded_together_the_static_lora_comes_in_once(adapter, tmp_path):
+    long, out = adapter("long"), tmp_path / "out"
+    assert long.static_lora.names
+    export_adapter(long, "peft", out, each_chunk=True)
+    arguments = ["route", "Who built the old bridge over the river?", "--exported", str(out), "--route", "3", "--json"]
+    (found,) = json.loads(CliRunner().invoke(app, arguments).stdout)["adapters"]
+    assert len(found["chunks"]) > 1
+    loaded = [*found["chunks"], found["static"]]
+    name = max(long.static_lora.names)
+    total = sum(one["weight"] * read_peft(out / one["path"]).delta(name).float() for one in loaded)
+    own = (
+        sum(one["weight"] * long.lora([one["chunk"]], static=False).delta(name).float() for one in found["chunks"])
+        if name in long.lora([0], static=False).names
+        else 0
+    )
+    torch.testing.assert_close(total - own, long.static_lora.delta(name).float(), atol=1e-3, rtol=2e-2)
+
+
+def test_what_peft_wrote_of_many_chunks_is_read_again(tmp_path):
+    """All modules have one rank, which is more than the smaller ones have rows."""
+    factors = {
+        "model.layers.0.self_attn.o_proj": Factors(torch.randn(600, 700), torch.randn(700, 600)),
+        "model.layers.0.self_attn.k_proj": Factors(torch.randn(4, 700), torch.randn(64, 4)),
+    }
+    LoRA(factors).save_pretrained(tmp_path / "out", base="x")
+    again = read_peft(tmp_path / "out")
+    for name in factors:
+        torch.testing.assert_close(again.delta(name), LoRA(factors).delta(name), rtol=1e-4, atol=1e-3)
 
 
 @pytest.fixture

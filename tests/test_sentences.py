@@ -3,6 +3,7 @@
 import sqlite3
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from loracast.model import Model
 from loracast.scoring.episodes import Episode, Question, pack
 from loracast.scoring.likelihood import score_answers
 from loracast.training.doc import answer_questions
-from loracast.training.sentence_gates import weights_of
+from loracast.training.sentence_gates import sentence_gates, weights_of
 from tiny import make_hypernet
 
 RANK = 12
@@ -249,3 +250,18 @@ def test_one_lora_serves_a_fixed_set_of_questions(model, tmp_path):
         torch.testing.assert_close(written.delta(name).float(), expected.delta(name), rtol=1e-2, atol=1e-2)
     with pytest.raises(AdapterError, match="leave out --questions"):
         export_adapter(adapter, "peft", tmp_path / "no", questions=asked, each_chunk=True)
+
+
+def test_a_question_that_matches_nothing_may_have_more_sentences_than_any_that_is_weighed():
+    """Two documents of two rows: the first's question weighs two sentences, the second's none of its five."""
+    batch = SimpleNamespace(
+        chunks_per_document=1,
+        token_sentences=torch.tensor([[0, 1, 1], [0, 4, 3]]),
+        is_routed=torch.tensor([True, False]),
+        answer_question=torch.tensor([0, 1]),
+        answer_rows=torch.tensor([0, 1]),
+        sentence_weights=torch.tensor([[0.25, 1.0], [0.0, 0.0]]),
+        token_question=torch.tensor([[-1, 0], [-1, 1]]),
+    )
+    gates = sentence_gates(torch.tensor([[0, 2], [1, 2]]), batch, 2)
+    torch.testing.assert_close(gates, torch.tensor([[[0.25, 1.0]] * 2, [[1.0, 1.0]] * 2]))

@@ -75,7 +75,7 @@ def test_the_loss_parts_what_is_about_the_document_from_what_is_not(base):
         seen.kl_to_base is not None and abs(seen.kl_to_base) < 1e-2 and alone.kl_to_base is None
     )  # no LoRA: as the base alone
     assert (seen.exact, seen.token_accuracy) == (alone.exact, alone.token_accuracy)
-    soft = distillation._known[other]
+    soft = distillation._known[other.prompt, other.answer]
     changed = [dataclasses.replace(q, soft=soft if q.is_unrelated else None) for q in episode.questions]
     biased = dataclasses.replace(changed[2], soft=soft._replace(ids=soft.ids.flip(1)))
     worse = score_answers(base.model, LoRABatch(1, {}, {}), pack([Episode((), (*changed[:2], biased))], base.pad_id))

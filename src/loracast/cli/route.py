@@ -67,6 +67,8 @@ def route(
             score = "" if chunk["score"] is None else f"{chunk['score']:.2f}"
             weight = f"{chunk['weight']:.2f}"
             rows.append((chunk.get("path", one["adapter"]), chunk["chunk"], score, weight, shown))
+        if static := one.get("static"):
+            rows.append((static["path"], "", "", f"{static['weight']:.2f}", "the part that all chunks share, once"))
     print_table(("adapter", ">chunk", ">score", ">weight", "text"), rows)
 
 
@@ -77,7 +79,7 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
 
     try:
         listing = json.loads((folder / "chunks.json").read_text(encoding="utf-8"))
-        name, chunks = listing["adapter"], listing["chunks"]
+        name, chunks, static = listing["adapter"], listing["chunks"], listing.get("static")
         paths = [str(folder / chunk["path"]) for chunk in chunks]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(
@@ -89,7 +91,10 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     n = len(wanted)
     described = _described(index, wanted, picked.scores or [0.0] * n, picked.weights or [1.0] * n)
     placed = [{**chunk, "path": paths[chunk["chunk"]]} for chunk in described]
-    return {"adapter": name, "reason": picked.reason, "is_empty": False, "chunks": placed}
+    found = {"adapter": name, "reason": picked.reason, "is_empty": False, "chunks": placed}
+    if static is not None and (surplus := sum(chunk["weight"] for chunk in placed) - 1):
+        found["static"] = {"path": str(folder / static), "weight": round(-surplus, 3)}
+    return found
 
 
 def _picked(adapter: Adapter, picked: Route) -> dict[str, Any]:

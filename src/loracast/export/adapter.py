@@ -18,7 +18,7 @@ from loracast.files import write_atomically
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS
-from loracast.library.routing import Route, route_set
+from loracast.library.routing import Route, route_set, search
 from loracast.lora.algebra import LoRA
 from loracast.lora.uniform import uniform
 
@@ -65,14 +65,21 @@ def export_adapter(
     form = None if to == MERGED else load_format(to)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"{out} is there already and not an empty folder; give another --out")
-    if each_chunk and form is None:
-        raise AdapterError(f"{MERGED} cannot be written chunk by chunk: leave out --each-chunk")
+    if each_chunk and (form is None or form.holds_base):
+        raise AdapterError(f"{to} cannot be written chunk by chunk: leave out --each-chunk")
+    if form is None and max_rank is not None:
+        raise AdapterError(f"{MERGED} adds the whole LoRA to the base's weights: leave out --rank")
     m = adapter.manifest
     if each_chunk and m.n_chunks == 1:
         raise AdapterError(f"{adapter.name!r} has one chunk: leave out --each-chunk")
     if questions and (each_chunk or m.kind != "document"):
         raise AdapterError("questions choose among the sentences of a document as a whole: leave out --questions")
     adapter.verify()
+    if unmatched := [one for one in questions if not search(adapter.index, one, 1)]:
+        raise AdapterError(
+            f"no word of {len(unmatched)} of the questions stands in {adapter.name!r}, such as {unmatched[0][:80]!r}: "
+            "each would take all of it; leave them out"
+        )
     route = route_set(adapter.index, m.n_chunks, questions) if questions else Route()
     base = base or m.made_for.base
     if form is None:
@@ -98,7 +105,10 @@ def export_adapter(
     for i, chunk in enumerate(read_chunks(adapter.index)):
         made.append(write(adapter.lora([i], dense=False), out / f"chunk-{i:05d}", f"{adapter.name}-{i}"))
         chunks.append({"chunk": i, "path": str(made[-1].path.relative_to(out)), **asdict(chunk)})
-    listing = {"adapter": adapter.version, "factors_sha256": m.factors_sha256, "chunks": chunks}
+    listing: dict[str, object] = {"adapter": adapter.version, "factors_sha256": m.factors_sha256, "chunks": chunks}
+    if adapter.static_lora.names:  # each chunk holds it, so that one works alone: of several it comes in once
+        static = write(adapter.static_lora, out / "static", f"{adapter.name}-static")
+        listing["static"] = str(static.path.relative_to(out))
     write_atomically(out / "chunks.json", json.dumps(listing, indent=1, ensure_ascii=False).encode())
     shutil.copyfile(adapter.index, out / adapter.index.name)
     return made

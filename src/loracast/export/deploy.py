@@ -13,7 +13,7 @@ from typing import Any
 
 from loracast.errors import AdapterError, LoracastError
 from loracast.export.adapter import export_adapter
-from loracast.export.vllm import KEY_VARIABLE
+from loracast.export.vllm import KEY_VARIABLE, MOST_LOST
 from loracast.files import move_unless_there
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
@@ -30,7 +30,12 @@ def exported_for_vllm(adapter: Adapter, exports: Path) -> Path:
     exports.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=exports, prefix=".new-") as temporary:
         built = Path(temporary) / folder.name
-        export_adapter(adapter, "vllm", built)
+        (made,) = export_adapter(adapter, "vllm", built)
+        if made.error > MOST_LOST:
+            raise AdapterError(
+                f"at the largest rank that vLLM takes, {made.error:.0%} of {adapter.name!r} is lost: serve it with "
+                "`loracast serve --engine`, which gives each question its chunks"
+            )
         move_unless_there(built, folder)
     return folder
 

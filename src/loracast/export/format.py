@@ -57,6 +57,8 @@ class Format:
     """The ranks that the runtime takes; None for any."""
     needs_config: bool = False
     """Whether `Request.config` must be there."""
+    holds_base: bool = False
+    """Whether the base is written beside each LoRA."""
 
 
 def load_format(name: str) -> Format:

@@ -22,7 +22,10 @@ def write_mlx(request: Request) -> Path:
     from safetensors.torch import save
 
     made, out = request.made, request.out
-    shapes, n_layers = module_shapes(request.config), request.config.get_text_config().num_hidden_layers
+    text = request.config.get_text_config()
+    shapes, n_layers = module_shapes(request.config), text.num_hidden_layers
+    # mlx-lm keeps the decoder of a base that reads images too in a model of its own.
+    layers = "model.layers" if text is request.config else "language_model.model.layers"
     place = {name: _place(name) for name in made.lora.factors}
     kinds = sorted({path for _, path in place.values()})
     first = min(layer for layer, _ in place.values())
@@ -36,8 +39,8 @@ def write_mlx(request: Request) -> Path:
                 torch.zeros(made.rank, d_in, dtype=dtype),
                 torch.zeros(d_out, made.rank, dtype=dtype),
             )
-            tensors[f"model.layers.{layer}.{path}.lora_a"] = a.T.contiguous()  # [in, r]
-            tensors[f"model.layers.{layer}.{path}.lora_b"] = b.T.contiguous()  # [r, out]
+            tensors[f"{layers}.{layer}.{path}.lora_a"] = a.T.contiguous()  # [in, r]
+            tensors[f"{layers}.{layer}.{path}.lora_b"] = b.T.contiguous()  # [r, out]
     adapter = {
         "fine_tune_type": "lora",
         "num_layers": n_layers - first,

@@ -48,4 +48,4 @@ def _folder(base: str) -> Path:
     return folder
 
 
-FORMAT = Format(write_ollama, needs_config=True)
+FORMAT = Format(write_ollama, needs_config=True, holds_base=True)

@@ -18,11 +18,12 @@ MOST_LOST = 0.1
 
 def too_much_lost(rank: int, max_rank: int, error: float) -> str:
     """What to say of a LoRA that a server's rank is too small for, up to what to do about it."""
-    enough = next((size for size in RANKS if size >= rank), max(RANKS))
-    return (
-        f"this LoRA has the rank {rank}, and the vLLM server takes {max_rank}, at which {error:.0%} of it is lost: "
-        f"start vLLM with --max-lora-rank {enough}"
-    )
+    enough = next((size for size in RANKS if size >= rank), None)
+    advice = f"start vLLM with --max-lora-rank {enough}"
+    if enough is None:
+        advice = f"vLLM takes {max(RANKS)} at most, so ask fewer chunks at once"
+    lost = f"this LoRA has the rank {rank}, and the vLLM server takes {max_rank}, at which {error:.0%} of it is lost"
+    return f"{lost}: {advice}"
 
 
 def write_vllm(request: Request) -> Path:

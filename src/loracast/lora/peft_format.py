@@ -65,6 +65,7 @@ def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
             tensors = load_file(folder / "adapter_model.safetensors")
         except (OSError, SafetensorError) as error:
             faults.append(f"adapter_model.safetensors cannot be read: {error}")
+    most = _largest_rank(header)
     modules = sorted({name.removesuffix(end) for name in header for end in (_A, _B) if name.endswith(end)})
     others = [name for name in header if not (name.startswith(_PREFIX) and name.endswith((_A, _B)))]
     faults += [f"{name[:200]}: not a factor of a linear module" for name in others]
@@ -72,7 +73,7 @@ def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
         faults += [f"{module}{end[:-7]} is missing" for end in (_A, _B) if module + end not in header]
         if module.startswith(_PREFIX) and {module + _A, module + _B} <= header.keys():
             name = module.removeprefix(_PREFIX)
-            faults += _faults_of(name, header[module + _A], header[module + _B], shapes)
+            faults += _faults_of(name, header[module + _A], header[module + _B], shapes, most)
     faults += number_faults((name, value) for name, value in tensors.items() if value.is_floating_point())
     if not faults and not modules:
         faults = ["it is empty"]
@@ -207,13 +208,25 @@ def _is_pattern(text: str) -> bool:
     return True
 
 
-def _faults_of(name: str, a: TensorInfo, b: TensorInfo, shapes: Mapping[str, tuple[int, int]] | None) -> list[str]:
-    """What is wrong with the factors of one module."""
+def _largest_rank(header: Mapping[str, TensorInfo]) -> int:
+    """The highest rank that any module of a file may need; where all have one, smaller modules are padded to it."""
+    sizes: list[int] = []
+    for name, info in header.items():
+        if name.endswith(_A) and len(info.shape) == 2:
+            other = header.get(name.removesuffix(_A) + _B)
+            if other is not None and len(other.shape) == 2:
+                sizes.append(min(info.shape[1], other.shape[0]))
+    return max([MAX_RANK, *sizes])
+
+
+def _faults_of(
+    name: str, a: TensorInfo, b: TensorInfo, shapes: Mapping[str, tuple[int, int]] | None, most: int
+) -> list[str]:
+    """What is wrong with the factors of one module, whose rank may be `most`."""
     faults = [f"{name}: factors of type {info.dtype}" for info in (a, b) if info.dtype not in _TYPES]
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         return [*faults, f"{name}: A {list(a.shape)} and B {list(b.shape)} are no factors of one matrix"]
     found = (b.shape[0], a.shape[1])
-    most = max(MAX_RANK, min(found))
     if not 1 <= a.shape[0] <= most:
         faults.append(f"{name}: rank {a.shape[0]} is not from 1 to {most}")
     if shapes is not None and name not in shapes:

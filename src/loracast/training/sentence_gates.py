@@ -40,7 +40,9 @@ def sentence_gates(tokens: Tensor, batch: Batch, rank: int) -> Tensor:
     home = torch.zeros(n_questions, dtype=torch.long, device=tokens.device)
     home[batch.answer_question] = batch.answer_rows  # [questions] the document of each
     of_rows = sentences[home]  # [questions, rank]
-    weights = batch.sentence_weights.gather(1, of_rows.clamp_min(0)) * (of_rows >= 0)
+    n_weighed = batch.sentence_weights.shape[1]  # another document may have more sentences, if it weighs none
+    at_weight = torch.where((of_rows >= 0) & (of_rows < n_weighed), of_rows, n_weighed)
+    weights = functional.pad(batch.sentence_weights, (0, 1)).gather(1, at_weight)
     weights = torch.where(batch.is_routed[:, None], weights, 1.0)
     of_document = functional.one_hot(home, n_documents).float().T  # [d, questions]
     mean = of_document @ weights / of_document.sum(1, keepdim=True)

@@ -50,13 +50,13 @@ class Distillation:
 
     def __init__(self, plain: Teacher, seeing: Teacher | None):
         self.plain, self.seeing = plain, seeing
-        self._known: dict[Question, SoftTargets] = {}
+        self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], SoftTargets] = {}  # by prompt and answer
 
     def with_soft_targets(self, episodes: Sequence[Episode]) -> list[Episode]:
         """The same episodes with soft targets."""
-        unrelated = dict.fromkeys(q for episode in episodes for q in episode.questions if q.is_unrelated)
-        if new := [question for question in unrelated if question not in self._known]:
-            self._known |= zip(new, self.plain.soft_targets(*([question] for question in new)), strict=True)
+        unrelated = {(q.prompt, q.answer): q for episode in episodes for q in episode.questions if q.is_unrelated}
+        if new := [key for key in unrelated if key not in self._known]:
+            self._known |= zip(new, self.plain.soft_targets(*([unrelated[key]] for key in new)), strict=True)
         return [replace(episode, questions=tuple(self._questions(episode))) for episode in episodes]
 
     def _questions(self, episode: Episode) -> list[Question]:
@@ -64,4 +64,7 @@ class Distillation:
         if self.seeing is not None and (shown := [q for q in episode.questions if q.window_prompt]):
             in_window = [replace(q, prompt=q.window_prompt) for q in shown]
             seen = dict(zip(shown, self.seeing.soft_targets(in_window), strict=True))
-        return [replace(q, soft=self._known.get(q, seen.get(q))) for q in episode.questions]
+        return [
+            replace(q, soft=self._known[q.prompt, q.answer] if q.is_unrelated else seen.get(q))
+            for q in episode.questions
+        ]
