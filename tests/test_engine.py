@@ -291,6 +291,23 @@ def test_cancelled_requests_leave_the_queue_and_the_slots(base):
     engine.close()
 
 
+def test_what_nobody_waits_for_makes_no_queue_full(base):
+    """Neither behind a request that waits for room."""
+    engine = LocalEngine(base, EngineConfig(n_slots=1, max_queued=3))
+    long = Sampling(400, min_new_tokens=400)
+    running = engine.submit(GenerationRequest(prompt(base, 3), sampling=long))
+    next(iter(running))
+    head, *gone = (engine.submit(GenerationRequest(prompt(base, 3), sampling=long)) for _ in range(3))
+    for ticket in gone:
+        ticket.cancel()
+        assert ticket.text() == ""
+    again = [engine.submit(GenerationRequest(prompt(base, 3), sampling=long)) for _ in gone]
+    for ticket in (running, head, *again):
+        ticket.cancel()
+    assert engine.drain(10)
+    engine.close()
+
+
 def test_a_drained_engine_takes_nothing_more(base, engine):
     ticket = engine.submit(GenerationRequest(prompt(base, 6), sampling=Sampling(10)))
     assert engine.drain(30)

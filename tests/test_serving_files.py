@@ -202,6 +202,32 @@ def test_a_program_for_file_search_works_unchanged(client, model):
         )
 
 
+def test_a_response_may_leave_its_stores_alone_and_is_strict_where_no_file_fits(client, model):
+    store = client.vector_stores.create()
+    tool = {"type": "file_search", "vector_store_ids": [store.id]}
+    base = next(one.id for one in client.models.list() if one.parent is None)
+
+    def answered(**options):
+        question = "How long is the warranty of the K86-1?"
+        return client.responses.create(model=base, input=question, tools=[tool], max_output_tokens=12, **options)
+
+    assert answered(extra_body={"strict": True}).output_text == "The document does not say."
+    client.vector_stores.files.upload_and_poll(vector_store_id=store.id, file=("k86.md", manual(86, 3)))
+    searched, plain = answered(), answered(tool_choice="none")
+    assert [one.type for one in searched.output] == ["file_search_call", "message"]
+    assert [one.type for one in plain.output] == ["message"] and plain.tool_choice == "none"
+    assert plain.output_text != searched.output_text and not plain.output[0].content[0].annotations
+
+
+def test_a_page_goes_on_after_a_file_whose_status_changed(client):
+    store = client.vector_stores.create()
+    for number in (87, 88):
+        client.vector_stores.files.upload_and_poll(vector_store_id=store.id, file=(f"k{number}.md", manual(number, 3)))
+    newest, oldest = client.vector_stores.files.list(store.id)
+    assert [one.id for one in client.vector_stores.files.list(store.id, filter="failed", after=newest.id)] == []
+    assert [one.id for one in client.vector_stores.files.list(store.id, after=newest.id)] == [oldest.id]
+
+
 def test_the_outline_of_a_file_answers_and_cites_it(client):
     store = client.vector_stores.create()
     client.vector_stores.files.upload_and_poll(vector_store_id=store.id, file=("k84.md", manual(84, 3)))

@@ -61,6 +61,13 @@ def test_cross_origin_reading_is_closed_unless_an_origin_is_named(model):
     assert "access-control-allow-origin" not in client(model).options("/health", headers=preflight).headers
     opened = client(model, cors_origins=("https://chat.example",), keys=KEYS).options("/health", headers=preflight)
     assert opened.headers["access-control-allow-origin"] == "https://chat.example"
+    # OpenAI's client for JavaScript sends such headers, and a page may read why it was refused.
+    api = client(model, cors_origins=("https://chat.example",), keys=KEYS)
+    preflight["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-lang"
+    assert api.options("/v1/models", headers=preflight).status_code == 200
+    refused = api.get("/v1/models", headers={"Origin": "https://chat.example"})
+    assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://chat.example"
+    assert "access-control-allow-origin" not in api.get("/v1/models", headers={"Origin": "http://evil.example"}).headers
 
 
 @pytest.mark.parametrize(

@@ -412,6 +412,10 @@ def test_a_response_is_the_answer_of_ask_with_its_sources(model, client):
     assert given.output_text == asked(model, "manual")
     assert (given.status, given.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert given.metadata == {"a": "b"}
+    with pytest.raises(openai.BadRequestError, match="not valid Unicode"):
+        client.responses.create(model="manual", input=WARRANTY, metadata={"a": "\ud83d"})
+    continued = client.completions.create(model="manual", prompt="What is this document about?", max_tokens=4)
+    assert continued.usage.completion_tokens == 4 and "no model was asked" not in continued.choices[0].text
     wanted = model.answer(WARRANTY, "manual", sampling=Sampling(12))
     assert (given.usage.input_tokens, given.usage.output_tokens) == (wanted.n_prompt_tokens, wanted.n_tokens)
     (message,) = given.output

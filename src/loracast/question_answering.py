@@ -122,19 +122,21 @@ class QuestionAnswering(ABC):
         strict: bool = False,
         scales: Mapping[str, float] = {},
         check: Callable[[Sequence[int]], object] = lambda prompt: None,
+        outlines: bool = True,
     ) -> Prepared:
         """Build a question's prompt and route it to chunks of the adapters; their LoRA is read later (`lora_of`).
 
         Args:
             scales: factors on adapters' LoRAs, by their versions' hashes; 1 for those that are not named.
             check: called with the prompt's token ids before routing; raises an error to refuse the prompt.
+            outlines: answer questions about documents as a whole from their outlines.
         """
         turns: list[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else [*question]
         if not turns or turns[-1]["role"] != "user":
             raise ConfigError("there is nothing to answer: the last message of a chat must be the user's")
         if system is not None and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": system}, *turns]
-        if (outlined := self.overview(turns[-1]["content"], adapter)) is not None:
+        if outlines and (outlined := self.overview(turns[-1]["content"], adapter)) is not None:
             return Prepared(
                 [], [], outlined.sources, SourcedAnswer(outlined.text, 0, 0, 0.0, 0.0, True, outlined.sources)
             )

@@ -17,10 +17,11 @@ from starlette.concurrency import run_in_threadpool
 from loracast.base.chat import Message, encode_text
 from loracast.base.generate import Sampling
 from loracast.cast.memory import Memory
+from loracast.data.everyday import NOT_SAID
 from loracast.library.adapter import Adapter, routing_key
 from loracast.library.index import read_chunks
 from loracast.library.wide_route import Source
-from loracast.options import Prepared
+from loracast.options import Prepared, SourcedAnswer
 from loracast.question_answering import ASK_SYSTEM_TURN
 from loracast.serving.errors import ApiError
 from loracast.serving.request import Finish, GenerationRequest, Token
@@ -129,11 +130,14 @@ class Call:
             "strict": given.strict,
             "scales": self._resolved.scales,
         }
-        if asked.prompts:
+        if given.strict and asked.searches and not chosen:
+            self.prepared.append(Prepared([], [], (), SourcedAnswer(NOT_SAID, 0, 0, 0.0, 0.0, True)))
+        elif asked.prompts:
             for prompt in asked.prompts:
                 ids, text = self._raw(prompt)
                 self._room(ids)
-                self.prepared.append(replace(model.prepare(text, chosen, **routing), prompt=ids))
+                prepared = model.prepare(text, chosen, **routing, outlines=False)
+                self.prepared.append(replace(prepared, prompt=ids))
         else:
             turns = list(asked.turns)
             if asked.window:

@@ -79,14 +79,15 @@ def create_app(model: Model, engine: Engine, settings: ServerSettings = ServerSe
     add_handlers(app)
     for router in ROUTERS:
         app.include_router(router)
-    if settings.cors_origins:
+    app.add_middleware(
+        Guard, settings=settings, count=service.metrics.count_request
+    )  # added after the routes' own, so that it sees a request before them
+    if settings.cors_origins:  # around the guard: a page may read why it was refused
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["*"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],  # OpenAI's client sends X-Stainless-*
+            expose_headers=["Retry-After", "Location"],
         )
-    app.add_middleware(
-        Guard, settings=settings, count=service.metrics.count_request
-    )  # added last, so that it sees a request first
     return app

@@ -201,13 +201,27 @@ class LocalEngine:
         batch = self._batch
         try:
             batch.drop_cancelled()
+            self._drop_cancelled()
             self._admit()
             if not batch.n_rows:
                 return False
+            running = [row.ticket for row in batch.rows]
             batch.step()
+            for ticket in running:
+                if ticket.total_s is not None:
+                    self._mean_s += 0.1 * (ticket.total_s - self._mean_s)
         except Exception as error:  # whoever runs gets the error, and the engine goes on with the next requests
             batch.fail(error)
         return True
+
+    def _drop_cancelled(self) -> None:
+        """Take waiting requests that nobody waits for out of the queue."""
+        with self._changed:
+            gone = [queued for queued in self._queue if queued.ticket.is_cancelled]
+            if gone:
+                self._queue = deque(queued for queued in self._queue if not queued.ticket.is_cancelled)
+        for queued in gone:
+            queued.ticket.end(None)
 
     def _admit(self) -> None:
         """Start waiting requests, first come, first served."""

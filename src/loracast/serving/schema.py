@@ -53,7 +53,8 @@ class Body(BaseModel):
     def _check_text(cls, given: Any) -> Any:
         """Refuse half of a surrogate pair, which JSON can hold and no tokenizer or database takes."""
         for value in given.values() if isinstance(given, dict) else ():
-            for text in value if isinstance(value, list) else [value]:
+            several = [*value, *value.values()] if isinstance(value, dict) else value
+            for text in several if isinstance(several, list) else [several]:
                 if isinstance(text, str) and not text.isascii() and any("\ud800" <= sign <= "\udfff" for sign in text):
                     raise ValueError("a text is not valid Unicode: it has half of a surrogate pair")
         return given
@@ -262,6 +263,8 @@ class ResponsesRequest(Chatting):
     stream_options: StreamOptions | None = None
     tools: list[FileSearch] | None = Field(None, max_length=8)
     tool_choice: Annotated[Any, Only("none", "auto")] = None
+    metadata: dict[str, str] | None = Field(None, max_length=16)
+    """The response has it again."""
     parallel_tool_calls: Ignored = None
     max_tool_calls: Ignored = None
     store: Ignored = None
@@ -273,6 +276,11 @@ class ResponsesRequest(Chatting):
     reasoning: Annotated[Any, Only({})] = None
     text: Annotated[Any, Only({}, {"format": {"type": "text"}})] = None
     truncation: Annotated[Any, Only("disabled")] = None
+
+    @property
+    def searches(self) -> list[FileSearch]:
+        """The searches in vector stores; none where `tool_choice` forbids them."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
     @property
     def n_logprobs(self) -> int | None:

@@ -148,9 +148,17 @@ def one_row(db: sqlite3.Connection, query: str, *values: Any) -> Row | None:
 
 
 def page_of(
-    db: sqlite3.Connection, query: str, values: Sequence[Any], paging: Paging, what: str = "item"
+    db: sqlite3.Connection,
+    query: str,
+    values: Sequence[Any],
+    paging: Paging,
+    what: str = "item",
+    whole: tuple[str, Sequence[Any]] | None = None,
 ) -> tuple[list[Row], bool]:
     """A page of the rows of a query that selects `number` and `id`, and whether more follow.
+
+    Args:
+        whole: the query without its filter, and its values: a cursor may have left the filtered rows meanwhile.
 
     Raises ApiError for a cursor that is not in the list.
     """
@@ -158,7 +166,8 @@ def page_of(
     descending = paging.order == "desc"
     for cursor, is_after in ((paging.after, True), (paging.before, False)):
         if cursor is not None:
-            row = one_row(db, f"SELECT number FROM ({query}) WHERE id = ?", *values, cursor)
+            rows_of, given = whole or (query, values)
+            row = one_row(db, f"SELECT number FROM ({rows_of}) WHERE id = ?", *given, cursor)
             if row is None:
                 raise not_found(what, cursor)
             where.append(f"number {'<' if descending == is_after else '>'} ?")

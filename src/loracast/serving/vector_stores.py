@@ -218,6 +218,7 @@ class VectorStores:
     ) -> tuple[list[StoreFile], bool]:
         """A page of a store's files, perhaps only those with a status or of a batch, and whether more follow."""
         query, values = f"{_FILES} WHERE store = ?", [store]
+        whole = query, [store]
         if status is not None:
             wanted = [one for one, shown in _STATUS.items() if shown == status]
             query += f" AND status IN ({', '.join('?' * len(wanted))})"
@@ -227,7 +228,7 @@ class VectorStores:
             values.append(batch)
         with self._reading() as db:
             _store_row(db, store)
-            rows, has_more = page_of(db, query, values, paging, "file in this vector store")
+            rows, has_more = page_of(db, query, values, paging, "file in this vector store", whole)
         return [_store_file(row) for row in rows], has_more
 
     def set_attributes(self, store: str, file: str, attributes: Attributes) -> StoreFile:

@@ -28,7 +28,7 @@ async def create_response(body: ResponsesRequest, request: Request, service: Sha
         body,
         body.sampling(body.max_output_tokens),
         body.turns(),
-        searches=body.tools or (),
+        searches=body.searches,
         memory=body.memory,
         style=body.style,
         n_logprobs=body.n_logprobs,
@@ -64,7 +64,7 @@ class _Response:
             "store": False,
             "temperature": body.temperature or 0.0,
             "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
+            "tool_choice": body.tool_choice or "auto",
             "tools": [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
@@ -94,7 +94,7 @@ class _Response:
 
     def _searches(self) -> list[Json]:
         """The item that tells of the search in vector stores, if there was one."""
-        if not self.body.tools:
+        if not self.body.searches:
             return []
         shown = self.call.results() if "file_search_call.results" in (self.body.include or ()) else None
         query = self.body.turns()[-1]["content"]
