@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from adapters import deltas, random_factors, write
+from loracast.cast.document import learn_document
 from loracast.cli import app
+from loracast.documents import Document
 from loracast.errors import AdapterError, BaseModelError
 from loracast.export.adapter import export_adapter
 from loracast.export.format import FORMATS, MERGED, Request
@@ -29,7 +31,7 @@ from loracast.lora.peft_format import read_peft
 from loracast.lora.target import _SUPPORTED
 from loracast.lora.uniform import uniform
 from loracast.model import load
-from tiny import PROSE, make_model
+from tiny import PROSE, make_hypernet, make_model
 
 IDS = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(3))
 
@@ -267,22 +269,23 @@ def test_a_document_chunk_by_chunk(adapter, tmp_path):
         export_adapter(long, "peft", tmp_path / "one", questions=["Who built the old bridge?", "zzz"])
 
 
-def test_of_chunks_loaded_together_the_static_lora_comes_in_once(adapter, tmp_path):
-    long, out = adapter("long"), tmp_path / "out"
-    assert long.static_lora.names
-    export_adapter(long, "peft", out, each_chunk=True)
-    arguments = ["route", "Who built the old bridge over the river?", "--exported", str(out), "--route", "3", "--json"]
+def test_of_chunks_loaded_together_the_static_lora_comes_in_once(base, tmp_path):
+    hypernet = make_hypernet(base, kinds=("v_proj", "down_proj"), static_rank=2)
+    for kind in hypernet.config.target.kinds:
+        torch.nn.init.normal_(hypernet.static_of(kind).b)
+    text = Document.from_text(PROSE * 3)
+    long = learn_document(hypernet.bind(base), base, text, tmp_path / "library", "long", max_chunk_tokens=40)
+    export_adapter(long, "peft", tmp_path / "out", each_chunk=True, base="tiny")
+    question = "Who built the old bridge over the river?"
+    arguments = ["route", question, "--exported", str(tmp_path / "out"), "--route", "3", "--json"]
     (found,) = json.loads(CliRunner().invoke(app, arguments).stdout)["adapters"]
     assert len(found["chunks"]) > 1
+    name = "model.layers.0.mlp.down_proj"
     loaded = [*found["chunks"], found["static"]]
-    name = max(long.static_lora.names)
-    total = sum(one["weight"] * read_peft(out / one["path"]).delta(name).float() for one in loaded)
-    own = (
-        sum(one["weight"] * long.lora([one["chunk"]], static=False).delta(name).float() for one in found["chunks"])
-        if name in long.lora([0], static=False).names
-        else 0
-    )
-    torch.testing.assert_close(total - own, long.static_lora.delta(name).float(), atol=1e-3, rtol=2e-2)
+    total = sum(one["weight"] * read_peft(Path(one["path"])).delta(name).float() for one in loaded)
+    alone = sum(one["weight"] * long.lora([one["chunk"]], static=False).delta(name).float() for one in found["chunks"])
+    expected = long.static_lora.delta(name).float()
+    torch.testing.assert_close(total - alone, expected, atol=0.02 * expected.abs().max().item(), rtol=0.02)
 
 
 def test_what_peft_wrote_of_many_chunks_is_read_again(tmp_path):

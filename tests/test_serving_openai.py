@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import httpx
 import openai
 import pytest
 
@@ -412,8 +413,10 @@ def test_a_response_is_the_answer_of_ask_with_its_sources(model, client):
     assert given.output_text == asked(model, "manual")
     assert (given.status, given.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert given.metadata == {"a": "b"}
-    with pytest.raises(openai.BadRequestError, match="not valid Unicode"):
-        client.responses.create(model="manual", input=WARRANTY, metadata={"a": "\ud83d"})
+    body = '{"model": "manual", "input": "?", "metadata": {"a": "\\ud83d"}}'
+    headers = {"Content-Type": "application/json"}
+    refused = httpx.post(f"{client.base_url}responses", content=body, headers=headers)
+    assert refused.status_code == 400 and "not valid Unicode" in refused.text
     continued = client.completions.create(model="manual", prompt="What is this document about?", max_tokens=4)
     assert continued.usage.completion_tokens == 4 and "no model was asked" not in continued.choices[0].text
     wanted = model.answer(WARRANTY, "manual", sampling=Sampling(12))
