@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from loracast.base.chat import encode_text
 from loracast.data.qa import read_questioned
-from loracast.data.spans import INSIDE
+from loracast.data.spans import AFTER, INSIDE
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained
@@ -96,9 +96,10 @@ def source_of(base, tmp_path, maker=None, **options) -> DocumentSource:
 
 
 def test_peoples_questions_are_asked_of_their_documents_and_marked(base, tmp_path):
-    source = source_of(base, tmp_path)
+    source = source_of(base, tmp_path, max_questions=2)
     rng = random.Random(0)
     answers = {row["doc_id"]: [q["answers"][0] for q in row["questions"] if q["span"]] for row in ROWS}
+    n_unasked = 0
     for _ in range(5):
         episodes = source.asked_by_people(rng, 9, 4000)
         assert sum(len(e.questions) for e in episodes) >= 9 and len({len(e.chunks) for e in episodes}) == 1
@@ -113,6 +114,11 @@ def test_peoples_questions_are_asked_of_their_documents_and_marked(base, tmp_pat
                 ]
                 spelled = "".join(base.tokenizer.decode(episode.chunks[m.chunk][m.token]) for m in labels)
                 assert not labels or said in spelled.strip()
+            # Answers that are not asked for are labelled too, each token once.
+            places = [(m.chunk, m.token) for m in episode.token_labels if m.gate != AFTER]
+            assert len(set(places)) == len(places)
+            n_unasked += sum(m.statement == -1 for m in episode.token_labels)
+    assert n_unasked > 20
     with pytest.raises(TrainingError, match="max_chunks"):
         source_of(base, tmp_path, max_chunk_tokens=16, max_chunks=1)
 

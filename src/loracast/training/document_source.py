@@ -11,9 +11,12 @@ from math import ceil
 from loracast.data.qa import QuestionedDocument
 from loracast.data.questions.answers import find_answer
 from loracast.data.questions.cloze import make_clozes
+from loracast.data.spans import FactSpan
 from loracast.errors import TrainingError
 from loracast.scoring.episodes import Episode
 from loracast.training.episode_maker import Answered, EpisodeMaker
+
+_MOST_UNASKED = 32  # answers of one document that are labelled without being asked for: each is looked up
 
 
 def answered_questions(rng: random.Random, document: QuestionedDocument, n: int) -> Answered:
@@ -21,6 +24,14 @@ def answered_questions(rng: random.Random, document: QuestionedDocument, n: int)
     rng.shuffle(spans := document.spans)
     found = ((span.question, find_answer(document.text, span.question, span.answers)) for span in spans[:n])
     return [(question, fact.value, fact) for question, fact in found if fact is not None]
+
+
+def unasked_values(document: QuestionedDocument, answered: Answered) -> list[FactSpan]:
+    """The answers to a document's other questions, where they stand in it."""
+    asked = {question for question, *_ in answered}
+    others = [span for span in document.spans if span.question not in asked][:_MOST_UNASKED]
+    found = (find_answer(document.text, span.question, span.answers) for span in others)
+    return [fact for fact in found if fact is not None]
 
 
 @dataclass(frozen=True)
@@ -122,8 +133,9 @@ class DocumentSource:
             if answered:
                 title = document.title if rng.random() < 0.5 else ""
                 texts = self.maker.chunk_texts(document.text, self.max_chunk_tokens, title)
+                unasked = unasked_values(document, answered) if task == "questions" else []
                 episode = self.maker.episode(
-                    rng, texts, answered, task, asks_unrelated=asks_unrelated, document=document.text
+                    rng, texts, answered, task, asks_unrelated=asks_unrelated, document=document.text, unasked=unasked
                 )
                 episodes.append(episode)
                 n_asked += len(answered)

@@ -76,10 +76,12 @@ class EpisodeMaker:
         *,
         asks_unrelated: bool,
         document: str | None = None,
+        unasked: Sequence[FactSpan] = (),
     ) -> Episode:
         """An episode from chunk texts, with its questions under one system turn and token labels for its statements.
 
-        `document` is the text that a teacher may see; an unrelated question comes last if `asks_unrelated`.
+        `document` is the text that a teacher may see; an unrelated question comes last if `asks_unrelated`. A memory
+        has to write values before it knows the questions, so values not asked for are labelled too (`unasked`).
         """
         system = rng.choice(SYSTEM_TURNS)
         asked = [text for text, *_ in answered]
@@ -97,6 +99,12 @@ class EpisodeMaker:
         labels: list[TokenLabel] = []
         for i, (text, (_, offsets)) in enumerate(zip(texts, encoded, strict=True)):
             labels += label_tokens(i, text, offsets, [fact for *_, fact in answered])
+            taken = {label.token for label in labels if label.chunk == i}
+            for fact in unasked:  # a value that shares a token with another one is left out
+                found = label_tokens(i, text, offsets, [fact])
+                if taken.isdisjoint(tokens := {label.token for label in found}):
+                    labels += [label._replace(statement=-1) for label in found]
+                    taken |= tokens
         episode = Episode(tuple(tuple(ids) for ids, _ in encoded), tuple(questions), task, tuple(labels))
         return _weighed(episode, texts, [offsets for _, offsets in encoded], asked)
 

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from loracast.base.chat import ChatFormat, encode_with_offsets
+from loracast.base.chat import ChatFormat
 from loracast.data.everyday import EverydayFact, make_document
 from loracast.data.facts import Split, make_sheet
 from loracast.data.needles import hide, make_needles, sentences
 from loracast.data.qa import read_questioned
 from loracast.data.rows import read_texts, read_unrelated
-from loracast.data.spans import FactSpan, label_tokens
+from loracast.data.spans import FactSpan
 from loracast.errors import ConfigError, TrainingError
 from loracast.scoring.episodes import Episode
 from loracast.training.document_source import DocumentSource
@@ -232,18 +232,10 @@ class EpisodeSource:
             new = [fact for fact in document.facts if fact.question not in asked]
             facts = rng.sample(new, min(n_questions, len(new)))
         asked.update(fact.question for fact in facts)
-        # A memory has to write values before it knows the questions, so those that are not asked for are labelled too.
-        unasked = [fact for fact in (*document.facts, *document.unasked) if fact not in facts]
+        unasked = [_fact_span(fact) for fact in (*document.facts, *document.unasked) if fact not in facts]
         texts = self.maker.chunk_texts(document.text, self.config.max_chunk_tokens, document.title)
         answered = [(f.question, f.answer, _fact_span(f)) for f in facts]
-        episode = self.maker.episode(rng, texts, answered, "everyday", asks_unrelated=asks_unrelated)
-        labels = list(episode.token_labels)
-        for i, text in enumerate(texts):
-            _, offsets = encode_with_offsets(self.maker.tokenizer, text)
-            labels += [
-                label._replace(statement=-1) for label in label_tokens(i, text, offsets, map(_fact_span, unasked))
-            ]
-        return replace(episode, token_labels=tuple(labels))
+        return self.maker.episode(rng, texts, answered, "everyday", asks_unrelated=asks_unrelated, unasked=unasked)
 
     def sample_text(self, rng: random.Random, n_tokens: int) -> str:
         """Text like that of the documents, for measuring a base's activations."""
