@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+LEARN_AGAIN = "delete it (`loracast rm`), and learn the document again"
+"""What to do about an adapter whose files are damaged."""
+
 
 class LoracastError(Exception):
     """Anything loracast refuses to do; `str(error)` names the cause and the remedy."""

@@ -16,12 +16,17 @@ from loracast.library.adapter import Adapter, loras_together
 from loracast.library.follow_up import queries
 from loracast.library.overview import Overview, overview
 from loracast.library.routing import DEFAULT_ROUTE, Route
-from loracast.library.wide_route import are_silent, patterns_in, route_adapters, scaled, sources
+from loracast.library.wide_route import are_silent, patterns_in, route_adapters, routes_of_documents, scaled, sources
 from loracast.lora.algebra import LoRA, concat
 from loracast.options import Asking, Chosen, Prepared, Question, SourcedAnswer, is_batch, listed
 
 ASK_SYSTEM_TURN = ""
 """System turn of a question, empty as in training; the template's own would cost 25 tokens of prefill for nothing."""
+
+
+def not_said(routed: list[tuple[Adapter, Route]]) -> Prepared:
+    """The answer, without a model, that no document says it."""
+    return Prepared([], routed, (), SourcedAnswer(NOT_SAID, 0, 0, 0.0, 0.0, True))
 
 
 class QuestionAnswering(ABC):
@@ -148,10 +153,10 @@ class QuestionAnswering(ABC):
         asked = [turn["content"] for turn in turns if turn["role"] == "user"]
         for query in queries(asked[-1], asked[:-1]):
             routed = self._route(query, adapter, route, tag, always)
-            if any(one.manifest.kind == "document" and not its.is_empty for one, its in routed):
+            if not all(route.is_empty for route in routes_of_documents(routed)):
                 break
         if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
-            return Prepared([], routed, (), SourcedAnswer(NOT_SAID, 0, 0, 0.0, 0.0, True))
+            return not_said(routed)
         return Prepared(prompt, scaled(routed, scales), sources(routed))
 
     def overview(self, question: str, adapter: Chosen) -> Overview | None:

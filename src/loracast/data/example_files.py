@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ _HELP = f'a line is {{"input": ..., "output": ...}}, a row of CSV with these two
 _DELIMITERS = "\t,;"
 _INPUTS = frozenset({"text", "sentence", "question", "prompt", "source", "instruction", "review", "message"})
 _OUTPUTS = frozenset({"label", "answer", "target", "completion", "response", "class", "category", "sentiment"})
+
+Lines = Sequence[tuple[int, str]]
+"""The lines of a file that are not blank, each with its number."""
 
 
 def read_examples(path: str | Path) -> tuple[Example, ...]:
@@ -36,24 +39,25 @@ def read_examples(path: str | Path) -> tuple[Example, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the examples in {label}: {error}; give a text file in UTF-8") from error
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # other separators of lines may stand within an example
-    lines = [line for line in text.split("\n") if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ConfigError(f"there is no example in {label}: {_HELP}")
-    suffix = Path(path).suffix.lower()
-    if suffix in (".json", ".jsonl") or (suffix not in (".csv", ".tsv") and _is_json(text, lines[0])):
-        return tuple(_from_json(text, label))
-    if suffix not in (".csv", ".tsv") and ARROW in lines[0]:
-        return tuple(_from_arrows(text, label))
-    if suffix not in (".csv", ".tsv") and all("->" in line for line in lines):
-        raise ConfigError(f"{label}, line 1: write {ARROW} in place of ->; {_HELP}")
-    return tuple(_from_table(text, label))
+    suffix, first = Path(path).suffix.lower(), lines[0][1]
+    if suffix not in (".csv", ".tsv"):
+        if suffix in (".json", ".jsonl") or _is_json(text, first):
+            return tuple(_from_json(text, lines, label))
+        if ARROW in first:
+            return tuple(_from_arrows(lines, label))
+        if all("->" in line for _, line in lines):
+            raise ConfigError(f"{label}, line 1: write {ARROW} in place of ->; {_HELP}")
+    return tuple(_from_table(text, first, label))
 
 
-def _example(label: str, line: int, given: object) -> Example:
+def _example(where: str, given: object) -> Example:
     try:
         return as_example(given)
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{label}, line {line}: {reason(error)}; {_HELP}") from None
+        raise ConfigError(f"{where}: {reason(error)}; {_HELP}") from None
 
 
 def _is_json(text: str, first: str) -> bool:
@@ -71,38 +75,33 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _from_json(text: str, label: str) -> Iterator[Example]:
+def _from_json(text: str, lines: Lines, label: str) -> Iterator[Example]:
     """A JSON array of rows or pairs, or such a row or pair a line."""
     whole = _parsed(text)
     if isinstance(whole, list) and not all(isinstance(one, str) for one in whole):
         for number, one in enumerate(whole, 1):
-            try:
-                yield as_example(one)
-            except (ValueError, TypeError, KeyError) as error:
-                raise ConfigError(f"{label}, item {number}: {reason(error)}; {_HELP}") from None
+            yield _example(f"{label}, item {number}", one)
         return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{label}, line {number}: {error}; {_HELP}") from None
-            yield _example(label, number, row)
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{label}, line {number}: {error}; {_HELP}") from None
+        yield _example(f"{label}, line {number}", row)
 
 
-def _from_arrows(text: str, label: str) -> Iterator[Example]:
+def _from_arrows(lines: Lines, label: str) -> Iterator[Example]:
     """The first arrow of a line stands between input and output."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            input, arrow, output = line.partition(ARROW)
-            if not arrow:
-                raise ConfigError(f"{label}, line {number}: there is no {ARROW}; {_HELP}")
-            yield _example(label, number, (input, output))
+    for number, line in lines:
+        input, arrow, output = line.partition(ARROW)
+        if not arrow:
+            raise ConfigError(f"{label}, line {number}: there is no {ARROW}; {_HELP}")
+        yield _example(f"{label}, line {number}", (input, output))
 
 
-def _from_table(text: str, label: str) -> Iterator[Example]:
+def _from_table(text: str, first_line: str, label: str) -> Iterator[Example]:
     """Rows of CSV under a header that names the columns, or two columns without a header."""
-    numbered = _rows(text, label)
+    numbered = _rows(text, first_line, label)
     first, header = numbered[0]
     names = [cell.strip().lower() for cell in header]
     where = f"{label}, line {first}: "
@@ -121,22 +120,20 @@ def _from_table(text: str, label: str) -> Iterator[Example]:
     else:
         columns = (0, 1)
     for number, row in numbered:
-        filled = row[: max(columns) + 1] if not any(cell.strip() for cell in row[len(names) :]) else row
-        if len(filled) <= max(columns) or len(filled) > len(names):
+        if len(row) <= max(columns) or any(cell.strip() for cell in row[len(names) :]):
             raise ConfigError(
                 f"{label}, line {number}: it has {len(row)} columns, the first row has {len(names)}: put a cell with "
                 f"the sign between columns in quotation marks; {_HELP}"
             )
-        yield _example(label, number, (row[columns[0]], row[columns[1]]))
+        yield _example(f"{label}, line {number}", (row[columns[0]], row[columns[1]]))
 
 
-def _rows(text: str, label: str) -> list[tuple[int, list[str]]]:
+def _rows(text: str, first: str, label: str) -> list[tuple[int, list[str]]]:
     """The rows of a table that are not empty, each with its line.
 
     The delimiter is the first one under which all rows have as many cells as the first one, and at least two; if there
     is none, the first one that the first row has.
     """
-    first = next(line for line in text.split("\n") if line.strip())
     unequal: list[list[tuple[int, list[str]]] | ConfigError] = []
     for delimiter in [sign for sign in _DELIMITERS if sign in first] or [","]:
         rows = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)

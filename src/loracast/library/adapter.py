@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loracast.byte_cache import ByteCache
-from loracast.errors import AdapterError
+from loracast.errors import LEARN_AGAIN, AdapterError
 from loracast.files import file_sha256
 from loracast.library.index import index_faults, read_chunks
 from loracast.library.manifest import VERSION_DIGITS, Manifest
@@ -186,10 +186,7 @@ class Adapter:
     def _file(self) -> OpenTensors:
         """The file of the factors, opened after a look at its header; it stays open while the adapter is used."""
         if faults := self.header_faults():
-            raise AdapterError(
-                f"the factors of {self.name!r} cannot be used: {'; '.join(faults)}; "
-                "delete it (`loracast rm`), and learn the document again"
-            )
+            raise AdapterError(f"the factors of {self.name!r} cannot be used: {'; '.join(faults)}; {LEARN_AGAIN}")
         return OpenTensors(self.folder / FACTORS)
 
     # ---- checking
@@ -197,10 +194,7 @@ class Adapter:
     def verify(self) -> None:
         """Compare the files with the hashes in the manifest. Raises AdapterError with all that differ."""
         if found := self.problems():
-            raise AdapterError(
-                f"the adapter {self.name!r} is damaged: {'; '.join(found)}; "
-                "delete it (`loracast rm`), and learn the document again"
-            )
+            raise AdapterError(f"the adapter {self.name!r} is damaged: {'; '.join(found)}; {LEARN_AGAIN}")
 
     def problems(self) -> list[str]:
         """Which files differ from the hashes in the manifest, or cannot be read."""

@@ -10,10 +10,10 @@ from loracast.library.routing import phrases
 _LONG = 7
 """A question of so many words stands alone."""
 _LEADS = frozenset({"and", "but", "or", "so", "then", "also"})
-_REFERRING = frozenset(
-    re.findall(r"\w+", "it its he him his she her they them their this that these those there one ones same other")
-)
 _WORD = re.compile(r"\w+")
+_REFERRING = frozenset(
+    _WORD.findall("it its he him his she her they them their this that these those there one ones same other")
+)
 _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")  # kana and Chinese characters, two of which count as a word
 _BEFORE = 2  # questions that go along
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from loracast.documents.sentences import sentence_spans
-from loracast.errors import AdapterError
+from loracast.errors import LEARN_AGAIN, AdapterError
 from loracast.field_types import type_faults
 
 if TYPE_CHECKING:
@@ -66,12 +66,17 @@ def sentences_of(prompts: Sequence[str]) -> list[SentencePlace]:
     return [SentencePlace(i, *span) for i, prompt in enumerate(prompts) for span in sentence_spans(prompt)]
 
 
-def read_sentences(index: Index) -> list[SentencePlace]:
-    """The sentences of a document in order; empty in an index from before sentences were kept."""
+def read_sentences(index: Index, chunks: Sequence[int] | None = None) -> list[SentencePlace]:
+    """The sentences of these chunks, or of all, in order; empty in an index from before sentences were kept."""
     with open_index(index) as database:
         if not has_sentences(database):
             return []
-        rows = database.execute("SELECT chunk, start, stop FROM sentence_places ORDER BY sentence").fetchall()
+        places = "SELECT chunk, start, stop FROM sentence_places"
+        if chunks is None:
+            rows = database.execute(f"{places} ORDER BY sentence").fetchall()
+        else:
+            of_chunk = f"{places} WHERE chunk = ? ORDER BY sentence"
+            rows = [row for chunk in chunks for row in database.execute(of_chunk, (chunk,))]
     return [SentencePlace(*row) for row in rows]
 
 
@@ -143,9 +148,7 @@ def _opened(index: Index, connect: Callable[[Path], sqlite3.Connection]) -> Iter
         except UnicodeEncodeError:  # of what is asked, not of what is stored
             raise
         except (sqlite3.DatabaseError, ValueError, TypeError, LookupError, ArithmeticError) as error:
-            raise AdapterError(
-                f"the index {index} cannot be used ({error}); delete it (`loracast rm`), and learn the document again"
-            ) from error
+            raise AdapterError(f"the index {index} cannot be used ({error}); {LEARN_AGAIN}") from error
 
 
 def _check_schema(database: sqlite3.Connection) -> None:
@@ -160,10 +163,7 @@ def _check_schema(database: sqlite3.Connection) -> None:
 
 def _connect(path: Path) -> sqlite3.Connection:
     if not path.is_file():
-        raise AdapterError(
-            f"the index {path.name} of the adapter in {path.parent} is missing; "
-            "delete it (`loracast rm`), and learn the document again"
-        )
+        raise AdapterError(f"the index {path.name} of the adapter in {path.parent} is missing; {LEARN_AGAIN}")
     database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
     database.execute("PRAGMA trusted_schema = OFF")  # the file may come from a stranger
     return database

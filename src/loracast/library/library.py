@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from loracast.errors import AdapterError, NameTakenError, NoSuchAdapterError
+from loracast.errors import LEARN_AGAIN, AdapterError, NameTakenError, NoSuchAdapterError
 from loracast.library.adapter import Adapter
 from loracast.library.entry import Entry, Hit
 from loracast.library.files import coming_in, ensure_local, home_of, move_in, recover, size_of, store_in, texts_in
@@ -64,8 +64,7 @@ def check_whole(library: Path, version: str) -> None:
         faults = [str(error)]
     if faults:
         raise AdapterError(
-            f"the library has this document already, and its files are damaged: {'; '.join(faults)}; delete it "
-            "(`loracast rm`), and learn the document again"
+            f"the library has this document already, and its files are damaged: {'; '.join(faults)}; {LEARN_AGAIN}"
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from loracast.base.fingerprint import Fingerprint
-from loracast.errors import AdapterError
+from loracast.errors import LEARN_AGAIN, AdapterError
 from loracast.field_types import type_faults
 from loracast.files import write_atomically
 from loracast.lora.merge import Merging
@@ -158,9 +158,7 @@ class Manifest:
             manifest._check()
             return manifest
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise AdapterError(
-                f"{path} is damaged: {error}; delete it (`loracast rm`), and learn the document again"
-            ) from error
+            raise AdapterError(f"{path} is damaged: {error}; {LEARN_AGAIN}") from error
 
     def _check(self) -> None:
         """Raise ValueError (or TypeError) for values that no adapter has."""

@@ -89,7 +89,10 @@ def route_adapters(
     chosen = list(chosen)
     patterns = patterns_in(chosen, tag)
     opened = [open_named(one) if isinstance(one, str) else one for one in chosen if one not in patterns]
-    named = list({adapter.manifest.version: adapter for adapter in reversed(opened)}.values())[::-1]
+    by_version: dict[str, Adapter] = {}  # two names of one document count once
+    for adapter in opened:
+        by_version.setdefault(adapter.manifest.version, adapter)
+    named = [*by_version.values()]
     n_documents = sum(adapter.manifest.kind == "document" for adapter in named)
     threshold = 0.0 if always else THRESHOLD_OF_MANY if patterns else threshold_for(n_documents)
     routed = [(adapter, adapter.route(question, k, threshold)) for adapter in named]
@@ -104,9 +107,14 @@ def route_adapters(
     return routed
 
 
+def routes_of_documents(routed: Iterable[tuple[Adapter, Route]]) -> list[Route]:
+    """What a question gets of those adapters that are documents."""
+    return [route for adapter, route in routed if adapter.manifest.kind == "document"]
+
+
 def are_silent(routed: Iterable[tuple[Adapter, Route]], patterns: Sequence[str] = ()) -> bool:
     """Whether a question gets nothing of any document. Raises ConfigError without documents and patterns."""
-    documents = [route for adapter, route in routed if adapter.manifest.kind == "document"]
+    documents = routes_of_documents(routed)
     if not documents and not patterns:
         raise ConfigError("a strict answer comes from documents: choose one with -a NAME, or all with --all")
     return all(route.is_empty for route in documents)
@@ -209,7 +217,7 @@ def _best_sentences(adapter: Adapter, route: Route, chunks: Sequence[int]) -> di
     if route.sentences is None:
         return {}
     starts: dict[int, list[int]] = {}
-    for place in read_sentences(adapter.index):
+    for place in read_sentences(adapter.index, chunks):
         starts.setdefault(place.chunk, []).append(place.start)
     weights = dict(zip(chunks, route.sentences, strict=True))
     return {i: max(zip(weights[i], starts[i], strict=True), key=lambda pair: pair[0])[1] for i in chunks if i in starts}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loracast.errors import AdapterError
+from loracast.errors import LEARN_AGAIN, AdapterError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,10 +94,7 @@ class OpenTensors:
             self._file.seek(info.start + first * BYTES[info.dtype])
             read = bytearray(self._file.read((end - first) * BYTES[info.dtype]))
         if len(read) < (end - first) * BYTES[info.dtype]:
-            raise AdapterError(
-                f"{self._file.name} was cut short after it was opened; "
-                "delete it (`loracast rm`), and learn the document again"
-            )
+            raise AdapterError(f"{self._file.name} was cut short after it was opened; {LEARN_AGAIN}")
         return torch.frombuffer(read, dtype=dtype)
 
 

@@ -17,12 +17,11 @@ from starlette.concurrency import run_in_threadpool
 from loracast.base.chat import Message, encode_text
 from loracast.base.generate import Sampling
 from loracast.cast.memory import Memory
-from loracast.data.everyday import NOT_SAID
 from loracast.library.adapter import Adapter, routing_key
 from loracast.library.index import read_chunks
 from loracast.library.wide_route import Source
-from loracast.options import Prepared, SourcedAnswer
-from loracast.question_answering import ASK_SYSTEM_TURN
+from loracast.options import Prepared
+from loracast.question_answering import ASK_SYSTEM_TURN, not_said
 from loracast.serving.errors import ApiError
 from loracast.serving.request import Finish, GenerationRequest, Token
 from loracast.serving.resolve import Resolved
@@ -131,7 +130,7 @@ class Call:
             "scales": self._resolved.scales,
         }
         if given.strict and asked.searches and not chosen:
-            self.prepared.append(Prepared([], [], (), SourcedAnswer(NOT_SAID, 0, 0, 0.0, 0.0, True)))
+            self.prepared.append(not_said([]))
         elif asked.prompts:
             for prompt in asked.prompts:
                 ids, text = self._raw(prompt)

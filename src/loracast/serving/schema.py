@@ -13,6 +13,7 @@ from pydantic_core import core_schema
 
 from loracast.base.chat import Message
 from loracast.base.generate import Sampling
+from loracast.data.task_examples import is_unicode
 from loracast.library.routing import DEFAULT_ROUTE
 from loracast.serving.store_search import Filter
 
@@ -55,7 +56,7 @@ class Body(BaseModel):
         for value in given.values() if isinstance(given, dict) else ():
             several = [*value, *value.values()] if isinstance(value, dict) else value
             for text in several if isinstance(several, list) else [several]:
-                if isinstance(text, str) and not text.isascii() and any("\ud800" <= sign <= "\udfff" for sign in text):
+                if isinstance(text, str) and not is_unicode(text):
                     raise ValueError("a text is not valid Unicode: it has half of a surrogate pair")
         return given
 
