@@ -48,6 +48,7 @@ MEMORY = tuple(
 VARIANTS["memory"] = {
     "d_values": 48, "memory_modules": MEMORY, "memory_rank": 4, "memory_blocks": 1, "static_rank": 1,
 }  # fmt: skip
+VARIANTS["near tokens"] = {**VARIANTS["memory"], "memory_near_tokens": 2}
 SHARED = target_from_config(MODEL.config, ("q_proj", "gate_proj"), (1, 3)).rows
 VARIANTS["shared modules"] = {**VARIANTS["memory"], "static_modules": SHARED, "static_modules_rank": 3}
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -527,6 +528,22 @@ def test_a_memory_maps_the_end_of_a_sentence_to_its_question():
     mapped = (ends[:, 400:] - ends[:, :400].mean(1, keepdim=True)) @ memory.from_end @ memory.to_question
     scores = torch.nn.functional.normalize(mapped, dim=-1) @ answers[:, 400:].mT  # [modules, 100, 100]
     assert (scores.argmax(1) == torch.arange(100)).float().mean() > 0.9  # of unseen things, each question finds its own
+
+
+def test_a_memory_maps_the_tokens_from_a_written_one_on_to_its_question():
+    """A token's key is the mapped mean of three tokens, fewer at the chunk's end, of length 1."""
+    hypernet = make("memory", fresh=True, memory_rank=6, memory_near_tokens=3)
+    memory = hypernet.memory
+    strengths = torch.full((2, 6), -0.05)
+    strengths[:, 4] = 0.05  # 0.5 + 10 * it: only near tokens
+    memory.strength_bias.data.copy_(strengths)
+    memory.log_ridge.data.fill_(1.6)
+    memory.near_mean.data.normal_(generator=FREE)
+    features = make_features(hypernet, n=1)
+    a = hypernet.cast_and_write(features)[0]["o_proj"][0]  # [1, modules, 6, in]
+    means = torch.stack([features.keys[:, :, t : t + 3].mean(2) for t in range(6)], dim=2) - memory.near_mean[:, None]
+    expected = torch.nn.functional.normalize(means @ memory.from_near @ memory.near_to_question, dim=-1) / 64**0.5
+    torch.testing.assert_close(a, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_memory_keeps_the_tokens_whose_gates_are_most_open():

@@ -161,5 +161,12 @@ def test_the_loss_on_finding_against_a_formula(base):
     none = torch.zeros_like(entering)
     undecided = retrieval_loss({"one": (keys, none), "two": (keys, none)}, blank, batch)
     assert undecided[0].item() == pytest.approx(sum(sum(some) / len(some) / 2 for some in losses.values()), rel=1e-5)
+    closed = torch.zeros(
+        len(episodes), batch.input_ids.shape[1], k * t
+    )  # the keys' responses weigh nothing where their sentences do not
+    gated = retrieval_loss({"one": (keys, 5 * entering), "two": (keys, 5 * entering)}, blank, batch, closed)
+    assert gated[0].item() == pytest.approx(undecided[0].item(), rel=1e-5)
+    opened = retrieval_loss({"one": (keys, 5 * entering), "two": (keys, 5 * entering)}, blank, batch, closed + 1)
+    assert opened[0].item() == pytest.approx(right[0].item(), abs=1e-6)
     silent = pack([dataclasses.replace(episode, token_labels=()) for episode in episodes], 0)
     assert retrieval_loss({"one": (keys, none), "two": (keys, none)}, blank, silent) is None

@@ -250,6 +250,38 @@ def test_a_memory_can_grow_by_further_layers(base, tmp_path):
     assert after["o_proj"][0][:, 0].any() and (grown.memory.key_std[0] != 1).all()
 
 
+def test_a_memory_can_grow_by_near_tokens(base, tmp_path):
+    """Their map starts as that of the ends of sentences, at half of its strength; nothing else changes."""
+    data = DataConfig(questions_per_step=4, max_facts=4, max_chunk_tokens=128)
+    settings = TrainConfig(steps=3, warmup_steps=1, lr=1e-2, bf16=False)
+    first = DocRecipe(
+        hypernetwork={**DOC_TO_LORA, "d_values": 48},
+        memory_layers=(1, 3),
+        calibration_questions=40,
+        data=data,
+        training=settings,
+    )
+    train_doc(base, first, tmp_path / "first")
+    second = DocRecipe(
+        hypernetwork={"memory_near_tokens": 3},
+        data=data,
+        training=dataclasses.replace(settings, steps=1, lr=1e-12),
+    )
+    train_doc(base, second, tmp_path / "grown", init_from=tmp_path / "first")
+    old, grown = (from_pretrained(tmp_path / name, DocToLoRA).memory for name in ("first", "grown"))
+    assert old.n_near == 0 and grown.n_near == 3 and grown.n_keys == old.n_keys + 1
+    torch.testing.assert_close(grown.near_to_question, old.to_question)
+    torch.testing.assert_close(grown.near_mean, old.end_mean)
+    x = torch.randn(5, old.strength.in_features, generator=torch.Generator().manual_seed(3))
+    before, after = (
+        0.5 + 10 * memory.strength_bias + memory.strength(x).view(5, 2, -1) for memory in (old, grown)
+    )  # [tokens, modules, keys]
+    torch.testing.assert_close(after[..., [*range(old.n_keys - 1), -1]], before)
+    torch.testing.assert_close(after[..., -2], before[..., -2] / 2)
+    with pytest.raises(ConfigError, match="memory_near_tokens is for a checkpoint"):
+        train_doc(base, second, tmp_path / "again", init_from=tmp_path / "grown")
+
+
 def test_the_loss_falls_on_something_that_can_be_memorised(tmp_path):
     run(Toy(), tmp_path, config(steps=80))
     losses = [row["loss"] for row in metrics_of(tmp_path)]

@@ -86,6 +86,8 @@ class DocToLoRAConfig(ArchitectureConfig):
     """Pointer heads that find a token's keys: one for the owner's name, one for the sentence's end, the others free."""
     memory_question_rank: int = 96
     """Rank of the map from the end of a sentence to the end of a question about it."""
+    memory_near_tokens: int = 0
+    """Tokens, from the written one on, whose mean input is mapped to a question about it; 0 for no such key."""
     memory_blocks: int = 2
     """Blocks of self-attention among a chunk's tokens in the memory."""
     max_unscaled_chunks: int | None = None
@@ -141,6 +143,8 @@ class DocToLoRAConfig(ArchitectureConfig):
             problems.append("the memory's modules are not in the order of their layers")
         if min(self.memory_rank, self.memory_question_rank, self.memory_heads - 1) < 1:
             problems.append("memory_rank and memory_question_rank must be at least 1, memory_heads at least 2")
+        if self.memory_near_tokens < 0:
+            problems.append("memory_near_tokens must be 0 or more")
         return problems
 
     @classmethod

@@ -2,13 +2,15 @@
 
 A linear map that adds value_t <key_t, x> over the tokens t is a LoRA with A rows key_t and B columns value_t (fast
 weights: Schlag et al., arXiv 2102.11174). A value is the direction in which a module's output makes the base generate
-the token. A key is a weighted sum of four parts, each of which matches the module's input in a different situation:
+the token. A key is a weighted sum of parts, each of which matches the module's input in a different situation:
 
 - the input at the token before, so that an answer continues as the chunk did;
 - the input at tokens that pointer heads attend to, such as the subject of the sentence: some heads of the base carry
   the subject of a question to the position of the answer, where it looks much as it did in the chunk;
 - the input at the end of the sentence, where the base has read all of it, through a linear map that predicts the input
   at the end of a question about such a sentence;
+- where `memory_near_tokens` is set, the mean input at the token and those that follow it, through another such map: it
+  tells the values of one sentence apart;
 - the mean input at the first, second, third ... token of any answer: the token's position in its value.
 
 A learned metric, at first the whitening of the inputs, makes keys of different subjects nearly orthogonal; least
@@ -38,6 +40,9 @@ N_PLACES = 8
 """Places in an answer that are distinguished; the last one stands for all that follow."""
 _HEAD_DIM = 32
 _START_GATE = -2.0
+_START_STRENGTH = 0.5
+_NEAR_SHARE = 0.5  # of the strength of the ends' keys, for those of near tokens at first
+_FROM_END = {"near_mean": "end_mean", "from_near": "from_end", "near_to_question": "to_question"}
 _START_RIDGE = 2.0
 _MAP_STD = 0.1
 _RIDGE = 0.3  # of the whitening, in units of the variance of one standardised input number
@@ -84,7 +89,9 @@ class AssociativeMemory(nn.Module):
         self.gate = nn.Linear(width, len(_GATES))
         self.place = nn.Linear(width, N_PLACES)
         self.place_keys = nn.Parameter(torch.randn(n_modules, N_PLACES, d_in) / d_in**0.5)
-        self.n_keys = 2 + self.n_heads  # the token before, those pointed to (the end last), the place
+        self.n_near = c.memory_near_tokens
+        # The token before, those pointed to (the end last), those near (if any), the place.
+        self.n_keys = 2 + self.n_heads + (self.n_near > 0)
         self.strength = nn.Linear(width, n_modules * self.n_keys, bias=False)
         self.strength_bias = nn.Parameter(torch.zeros(n_modules, self.n_keys))
         self.log_ridge = nn.Parameter(torch.full((n_modules,), math.log(_START_RIDGE) / _STRENGTH_RATE))
@@ -96,6 +103,10 @@ class AssociativeMemory(nn.Module):
         self.end_mean = nn.Parameter(torch.zeros(n_modules, d_in))
         self.from_end = nn.Parameter(torch.randn(n_modules, d_in, c.memory_question_rank) / d_in**0.5)
         self.to_question = nn.Parameter(torch.randn(n_modules, c.memory_question_rank, d_in) / d_in**0.5)
+        if self.n_near:  # the same from the mean input at a token and those that follow it
+            self.near_mean = nn.Parameter(torch.zeros(n_modules, d_in))
+            self.from_near = nn.Parameter(torch.randn(n_modules, d_in, c.memory_question_rank) / d_in**0.5)
+            self.near_to_question = nn.Parameter(torch.randn(n_modules, c.memory_question_rank, d_in) / d_in**0.5)
         self.register_buffer("key_std", torch.ones(n_modules, d_in))
         nn.init.zeros_(self.strength.weight)
         nn.init.constant_(self.gate.bias, _START_GATE)
@@ -149,6 +160,22 @@ class AssociativeMemory(nn.Module):
             else:  # a tensor with one part for each module
                 mine.view(len(self.scale), -1)[list(at)] = theirs[name].view(len(at), -1)
 
+    @torch.no_grad()
+    def take_without_near(self, other: AssociativeMemory) -> None:
+        """Copy a memory without near tokens; their map and strength start as those of the ends of sentences."""
+        theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        kept = [*range(self.n_keys - 2), self.n_keys - 1]  # all keys but that of near tokens
+        for name, mine in (*self.named_parameters(), *self.named_buffers()):
+            if name in _FROM_END:
+                mine.copy_(theirs[_FROM_END[name]])
+            elif mine.shape == theirs[name].shape:
+                mine.copy_(theirs[name])
+            else:  # of the strengths, [modules, keys, width or nothing]
+                by_key = mine.view(len(self.scale), self.n_keys, -1)
+                by_key[:, kept] = theirs[name].view(len(self.scale), other.n_keys, -1)
+                by_key[:, -2] = _NEAR_SHARE * by_key[:, -3]
+        self.strength_bias[:, -2] -= (1 - _NEAR_SHARE) * _START_STRENGTH / _STRENGTH_RATE
+
     def _pointed_keys(self, pointers: Tensor, inputs: Tensor) -> list[Tensor]:
         """Key parts from the inputs at the tokens that are pointed to, not yet of length 1.
 
@@ -167,11 +194,18 @@ class AssociativeMemory(nn.Module):
         common = functional.normalize(self.key_mean / self.key_std, dim=-1)[:, :, None]
         metric = self.key_metric - (self.key_metric @ common) @ common.mT  # what all inputs share tells nothing apart
         metric = (metric / self.key_std[:, :, None]).to(dtype)
-        tokens = pooled[:, :, :-1] - (total[:, :, :-1] * self.key_mean[:, None, None]).to(dtype)
+        n_ways = self.n_heads  # mapped by the metric: the token before, and those of all heads but END
+        tokens = pooled[:, :, :n_ways] - (total[:, :, :n_ways] * self.key_mean[:, None, None]).to(dtype)
         tokens = per_layer(tokens.flatten(2, 3), metric).unflatten(2, tokens.shape[2:4])
-        ends = pooled[:, :, -1] - (total[:, :, -1] * self.end_mean[:, None]).to(dtype)
-        ends = per_layer(ends, (self.from_end / self.key_std[:, :, None]).to(dtype))
-        return [*tokens.unbind(2), per_layer(ends, self.to_question.to(dtype))]
+        maps = [(self.end_mean, self.from_end, self.to_question)]
+        if self.n_near:
+            maps.append((self.near_mean, self.from_near, self.near_to_question))
+        parts = list(tokens.unbind(2))
+        for way, (mean, from_input, to_question) in enumerate(maps, len(parts)):
+            part = pooled[:, :, way] - (total[:, :, way] * mean[:, None]).to(dtype)
+            part = per_layer(part, (from_input / self.key_std[:, :, None]).to(dtype))
+            parts.append(per_layer(part, to_question.to(dtype)))
+        return parts
 
     def _decorrelate(self, a: Tensor, gates: Tensor) -> Tensor:
         """Keys [n, modules, r, in], decorrelated within each chunk, the more the tokens' gates [n, r] are open.
@@ -229,13 +263,19 @@ class AssociativeMemory(nn.Module):
         before = (torch.arange(t, device=x.device) == (chosen[..., None] - 1)).float()  # [n, r, t]: zero for token 0
         heads = writes.pointer_scores.softmax(-1)  # [n, heads, t, t]
         heads = heads.gather(2, chosen[:, None, :, None].expand(-1, self.n_heads, -1, t))
-        pointers = torch.cat([before[:, None], heads[:, :END], heads[:, END + 1 :], heads[:, END, None]], dim=1)
+        pointers = [before[:, None], heads[:, :END], heads[:, END + 1 :], heads[:, END, None]]
+        if self.n_near:
+            ahead = torch.arange(t, device=x.device) - chosen[..., None]  # [n, r, t]
+            near = ((ahead >= 0) & (ahead < self.n_near) & mask[:, None]).float()
+            pointers.append((near / near.sum(-1, keepdim=True).clamp_min(1))[:, None])
         strength = self.strength(pick(x)).view(n, rank, -1, self.n_keys).float()
-        strength = 0.5 + _STRENGTH_RATE * self.strength_bias + strength  # [n, r, modules, keys]
+        strength = _START_STRENGTH + _STRENGTH_RATE * self.strength_bias + strength  # [n, r, modules, keys]
         strength = strength.permute(3, 0, 2, 1)[..., None]  # [keys, n, modules, r, 1]
         places = pick(writes.place_logits).softmax(-1)  # [n, r, places]
         a = strength[-1] * (places[:, None] @ functional.normalize(self.place_keys, dim=-1))  # [n, modules, r, in]
-        for part, weight in zip(self._pointed_keys(pointers, features.keys), strength[:-1], strict=True):
+        for part, weight in zip(
+            self._pointed_keys(torch.cat(pointers, dim=1), features.keys), strength[:-1], strict=True
+        ):
             length = torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
             a = torch.addcmul(a, part, weight / length)
         a = self._decorrelate(a, gates.amax(-1).gather(1, chosen))

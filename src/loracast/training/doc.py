@@ -73,7 +73,7 @@ class DocRecipe:
 
 _GROWABLE = {
     "encoder_kinds", "encoder_rank", "memory_layers", "calibration_questions", "static_kinds", "static_modules_rank",
-    "head_shared_rank",
+    "head_shared_rank", "memory_near_tokens",
 }  # fmt: skip
 """Keys allowed with --init-from: they add a missing part, or make a part smaller."""
 _FIELDS = ("kinds", "layers", "memory_layers", "static_kinds", "encoder_kinds", "calibration_questions")
@@ -162,12 +162,19 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
                 "the checkpoint's heads are of low rank already; leave head_shared_rank out of the recipe"
             )
         changes["head_shared_rank"] = head_rank
+    near = recipe.hypernetwork.get("memory_near_tokens")
+    if near is not None:
+        if hypernet.memory is None or c.memory_near_tokens or near < 1 or recipe.memory_layers:
+            raise ConfigError(
+                "memory_near_tokens, 1 or more, is for a checkpoint whose memory has none, and without memory_layers"
+            )
+        changes["memory_near_tokens"] = near
     if not changes:
         return hypernet
     torch.manual_seed(recipe.training.seed)
     grown = DocToLoRA(dataclasses.replace(c, **changes))
     weights = hypernet.state_dict()
-    if recipe.memory_layers:
+    if recipe.memory_layers or near is not None:
         weights = {name: value for name, value in weights.items() if not name.startswith("memory.")}
     grown.load_state_dict(weights, strict=False)
     if recipe.memory_layers:
@@ -175,6 +182,8 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
         if hypernet.memory is not None and grown.memory is not None:
             at = [grown.config.memory_modules.index(module) for module in c.memory_modules]
             grown.memory.take_modules(hypernet.memory, at)
+    if near is not None and hypernet.memory is not None and grown.memory is not None:
+        grown.memory.take_without_near(hypernet.memory)
     if head_rank is not None:
         for kind in c.kinds:
             grown.head(kind).take_low_rank(hypernet.head(kind))
@@ -210,11 +219,12 @@ def answer_questions(
         rank = cast.loras.factors[encoder.key_modules[0]].rank
         gates = dict.fromkeys(encoder.key_modules, sentence_gates(cast.writes.tokens, batch, rank))
     scores = score_answers(model, cast.loras, batch, encoder.key_modules, gates, passes)
+    gate = next(iter(gates.values()), None)
     if cast.writes is None:
         return scores, MemoryLosses(), cast
     # By module A [d, k * r, in], x [n, in].
     keys = {name: (cast.loras.factors[name].a, x) for name, x in scores.module_inputs.items()}
-    written, retrieved = write_loss(cast.writes, batch), retrieval_loss(keys, cast.writes, batch)
+    written, retrieved = write_loss(cast.writes, batch), retrieval_loss(keys, cast.writes, batch, gate)
     if written.loss is None or retrieved is None:
         return scores, written, cast
     loss, accuracy = retrieved

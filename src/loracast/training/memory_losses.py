@@ -51,14 +51,15 @@ def write_loss(writes: MemoryWrites, batch: Batch) -> MemoryLosses:
 
 
 def retrieval_loss(
-    keys: Mapping[str, tuple[Tensor, Tensor]], writes: MemoryWrites, batch: Batch
+    keys: Mapping[str, tuple[Tensor, Tensor]], writes: MemoryWrites, batch: Batch, gate: Tensor | None = None
 ) -> tuple[Tensor, float] | None:
     """Cross-entropy of retrieving, among all written tokens, the one that each answer token repeats.
 
     The answers' own loss asks for the same through all later layers of the base; this loss asks the keys alone. First
     tokens, which decide whose answer it is, have half of the weight. `keys` has by module the written keys A
-    [d, k * r, in], and its inputs where answer tokens are predicted [n, in]. Returns the loss and the share of tokens
-    that are retrieved; None where no label says what an answer repeats.
+    [d, k * r, in], and its inputs where answer tokens are predicted [n, in]. `gate` has the weights of the rows'
+    sentences at every token of the input rows [d, t, k * r], where the answers are weighed by them. Returns the loss
+    and the share of tokens that are retrieved; None where no label says what an answer repeats.
     """
     assert writes.tokens is not None and writes.weights is not None
     k, rank = batch.chunks_per_document, next(iter(keys.values()))[0].shape[1] // batch.chunks_per_document
@@ -84,6 +85,8 @@ def retrieval_loss(
     for weight, (a, x) in zip(writes.weights, keys.values(), strict=True):
         of_all = (x[answers] @ a.to(x.dtype).flatten(0, 1).T).unflatten(1, (-1, k * rank))  # [m, d, k * r]
         scores = scores + weight * of_all[torch.arange(len(answers), device=tokens.device), documents].float()
+    if gate is not None:
+        scores = scores * gate[documents, batch.answer_positions[answers]]
     # Retrieving another token with the same id is no mistake.
     row = documents[:, None] * k + chunk
     ids = batch.chunk_ids[row, tokens[documents].clamp_min(0)]  # [m, k * r] of the written tokens
