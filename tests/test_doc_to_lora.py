@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import pickle
@@ -611,6 +612,19 @@ def test_what_fixes_no_weight_can_be_changed_in_a_config():
     for changes in ({"width": 32}, {"key_decorrelation": -1.0}):
         with pytest.raises(ConfigError, match=next(iter(changes))):
             with_config(net, changes)
+
+
+def test_a_newer_key_of_the_config_is_in_no_id_at_its_default():
+    """Hypernetworks of before the key, and adapters that name them, keep the id that they had."""
+    hypernet = make("memory")
+    config = {key: value for key, value in dataclasses.asdict(hypernet.config).items() if key != "memory_near_tokens"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, value in sorted(hypernet.state_dict().items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    assert hypernet.id == digest.hexdigest()[:16]
+    near = [make("near tokens", memory_near_tokens=n) for n in (2, 3)]
+    near[1].load_state_dict(near[0].state_dict())
+    assert near[0].id != near[1].id
 
 
 def test_former_ids_name_the_weights_and_config_that_they_were_given_to_alone(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loracast.encoders.features import OF_THE_BASE
 from loracast.errors import ConfigError
@@ -13,6 +13,8 @@ MOST_BLOCKS = 1000
 """Most blocks, MLPs or heads of a kind: a config that claims millions would be built for minutes, and then refused."""
 ModuleRow = tuple[str, int, str, int, int]
 """(name, layer, kind, d_in, d_out) of one module."""
+NEWER = "newer"
+"""In the metadata of a field that configs got after hypernetworks had ids: at its default, the id leaves it out."""
 
 
 class ArchitectureConfig:
@@ -86,7 +88,7 @@ class DocToLoRAConfig(ArchitectureConfig):
     """Pointer heads that find a token's keys: one for the owner's name, one for the sentence's end, the others free."""
     memory_question_rank: int = 96
     """Rank of the map from the end of a sentence to the end of a question about it."""
-    memory_near_tokens: int = 0
+    memory_near_tokens: int = field(default=0, metadata={NEWER: True})
     """Tokens, from the written one on, whose mean input is mapped to a question about it; 0 for no such key."""
     memory_blocks: int = 2
     """Blocks of self-attention among a chunk's tokens in the memory."""

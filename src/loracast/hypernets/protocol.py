@@ -26,6 +26,7 @@ from loracast.base.packages import Say
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.encoders.features import Features
 from loracast.errors import HypernetworkError
+from loracast.hypernets.doc_config import NEWER
 from loracast.lora.algebra import Factors, LoRABatch, Rows
 from loracast.lora.merge import Merging
 from loracast.lora.target import Target
@@ -115,7 +116,11 @@ class Hypernetwork(nn.Module):
     @property
     def id(self) -> str:
         """Short sha256 of config and weights together, by which an adapter names the hypernetwork that made it."""
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config), sort_keys=True).encode())
+        config = dataclasses.asdict(self.config)
+        for key in dataclasses.fields(self.config):
+            if NEWER in key.metadata and config[key.name] == key.default:
+                del config[key.name]
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().data)
