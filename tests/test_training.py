@@ -278,7 +278,7 @@ def test_a_memory_can_grow_by_near_tokens(base, tmp_path):
     )  # [tokens, modules, keys]
     torch.testing.assert_close(after[..., [*range(old.n_keys - 1), -1]], before)
     torch.testing.assert_close(after[..., -2], before[..., -2] / 2)
-    with pytest.raises(ConfigError, match="memory_near_tokens is for a checkpoint"):
+    with pytest.raises(ConfigError, match="memory_near_tokens, 1 or more, is for a checkpoint"):
         train_doc(base, second, tmp_path / "again", init_from=tmp_path / "grown")
 
 
