@@ -161,9 +161,7 @@ def test_the_loss_on_finding_against_a_formula(base):
     none = torch.zeros_like(entering)
     undecided = retrieval_loss({"one": (keys, none), "two": (keys, none)}, blank, batch)
     assert undecided[0].item() == pytest.approx(sum(sum(some) / len(some) / 2 for some in losses.values()), rel=1e-5)
-    closed = torch.zeros(
-        len(episodes), batch.input_ids.shape[1], k * t
-    )  # the keys' responses weigh nothing where their sentences do not
+    closed = torch.zeros(len(episodes), batch.input_ids.shape[1], k * t)  # no sentence weighs anything
     gated = retrieval_loss({"one": (keys, 5 * entering), "two": (keys, 5 * entering)}, blank, batch, closed)
     assert gated[0].item() == pytest.approx(undecided[0].item(), rel=1e-5)
     opened = retrieval_loss({"one": (keys, 5 * entering), "two": (keys, 5 * entering)}, blank, batch, closed + 1)

@@ -180,7 +180,7 @@ class AssociativeMemory(nn.Module):
         """Key parts from the inputs at the tokens that are pointed to, not yet of length 1.
 
         Args:
-            pointers: weights [n, ways, r, t]: the token before, the heads but END, END.
+            pointers: weights [n, ways, r, t]: the token before, the heads but END, END, near tokens if there are any.
             inputs: of the memory's modules [n, modules, t, in].
 
         Returns:
@@ -273,9 +273,8 @@ class AssociativeMemory(nn.Module):
         strength = strength.permute(3, 0, 2, 1)[..., None]  # [keys, n, modules, r, 1]
         places = pick(writes.place_logits).softmax(-1)  # [n, r, places]
         a = strength[-1] * (places[:, None] @ functional.normalize(self.place_keys, dim=-1))  # [n, modules, r, in]
-        for part, weight in zip(
-            self._pointed_keys(torch.cat(pointers, dim=1), features.keys), strength[:-1], strict=True
-        ):
+        parts = self._pointed_keys(torch.cat(pointers, dim=1), features.keys)
+        for part, weight in zip(parts, strength[:-1], strict=True):
             length = torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
             a = torch.addcmul(a, part, weight / length)
         a = self._decorrelate(a, gates.amax(-1).gather(1, chosen))

@@ -213,13 +213,13 @@ def answer_questions(
     """Documents -> features -> LoRAs -> scores of their questions' answers, losses of the memory, and what was cast."""
     features = read_in_groups(encoder, batch.chunk_ids, batch.chunk_mask, passes.length_groups)
     cast = hypernet(features, batch.chunks_per_document)
-    gates: dict[str, Tensor] = {}
+    gate = None  # [d, t, k * r] the weights of the rows' sentences, the same in all modules
     if cast.writes is not None and batch.is_routed.any():
         assert cast.writes.tokens is not None
         rank = cast.loras.factors[encoder.key_modules[0]].rank
-        gates = dict.fromkeys(encoder.key_modules, sentence_gates(cast.writes.tokens, batch, rank))
+        gate = sentence_gates(cast.writes.tokens, batch, rank)
+    gates = {} if gate is None else dict.fromkeys(encoder.key_modules, gate)
     scores = score_answers(model, cast.loras, batch, encoder.key_modules, gates, passes)
-    gate = next(iter(gates.values()), None)
     if cast.writes is None:
         return scores, MemoryLosses(), cast
     # By module A [d, k * r, in], x [n, in].
