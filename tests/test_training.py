@@ -282,6 +282,39 @@ def test_a_memory_can_grow_by_near_tokens(base, tmp_path):
         train_doc(base, second, tmp_path / "again", init_from=tmp_path / "grown")
 
 
+def test_a_memory_can_keep_some_of_its_layers_and_write_more_tokens(base, tmp_path):
+    """A layer that stays writes what it wrote, and then further tokens."""
+    data = DataConfig(questions_per_step=4, max_facts=4, max_chunk_tokens=128)
+    settings = TrainConfig(steps=3, warmup_steps=1, lr=1e-2, bf16=False)
+    first = DocRecipe(
+        hypernetwork={**DOC_TO_LORA, "d_values": 48, "memory_rank": 4},
+        memory_layers=(1, 3),
+        calibration_questions=40,
+        data=data,
+        training=settings,
+    )
+    train_doc(base, first, tmp_path / "first")
+    second = DocRecipe(
+        hypernetwork={"memory_rank": 6},
+        memory_layers=(3,),
+        data=data,
+        training=dataclasses.replace(settings, steps=1, lr=1e-12),
+    )
+    train_doc(base, second, tmp_path / "kept", init_from=tmp_path / "first")
+    old, kept = (from_pretrained(tmp_path / name, DocToLoRA) for name in ("first", "kept"))
+    assert [layer for _, layer, *_ in kept.config.memory_modules] == [3]
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+    with torch.no_grad():
+        (before, few), (after, more) = (h.cast_and_write(h.hidden_states_encoder(base)(ids)) for h in (old, kept))
+    rows = [i for i, token in enumerate(more.tokens[0]) if token in few.tokens[0]]
+    assert after["o_proj"][0].shape[2] == 6 and len(rows) == 4
+    # B [1, modules, rank, width]; A is of all rows' keys, which are decorrelated.
+    torch.testing.assert_close(before["o_proj"][1][:, 1], after["o_proj"][1][:, 0, rows])
+    torch.testing.assert_close(old.memory.key_std[1], kept.memory.key_std[0])
+    with pytest.raises(ConfigError, match="or give these and more, or some of these"):
+        train_doc(base, dataclasses.replace(second, memory_layers=(2,)), tmp_path / "x", init_from=tmp_path / "first")
+
+
 def test_the_loss_falls_on_something_that_can_be_memorised(tmp_path):
     run(Toy(), tmp_path, config(steps=80))
     losses = [row["loss"] for row in metrics_of(tmp_path)]

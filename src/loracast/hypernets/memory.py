@@ -20,7 +20,7 @@ squares then removes what the keys of a chunk still have in common. That lets ma
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -151,14 +151,15 @@ class AssociativeMemory(nn.Module):
             self.to_question[module] = to_y * (_MAP_STD / to_y.std())
 
     @torch.no_grad()
-    def take_modules(self, other: AssociativeMemory, at: Sequence[int]) -> None:
-        """Copy a smaller memory's weights; its i-th module becomes the at[i]-th here. Others keep a `scale` of zero."""
+    def take_modules(self, other: AssociativeMemory, theirs_of: Mapping[int, int]) -> None:
+        """Copy a memory's weights; its module theirs_of[i] becomes the i-th here. Others keep a `scale` of zero."""
         theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
         for name, mine in (*self.named_parameters(), *self.named_buffers()):
             if mine.shape == theirs[name].shape:
                 mine.copy_(theirs[name])
             else:  # a tensor with one part for each module
-                mine.view(len(self.scale), -1)[list(at)] = theirs[name].view(len(at), -1)
+                parts = theirs[name].view(len(other.scale), -1)
+                mine.view(len(self.scale), -1)[list(theirs_of)] = parts[list(theirs_of.values())]
 
     @torch.no_grad()
     def take_without_near(self, other: AssociativeMemory) -> None:

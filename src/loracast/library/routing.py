@@ -31,8 +31,7 @@ _WORD = re.compile(r"\w+")
 _LEAST_IDF = 1e-6  # SQLite's own floor, a factor of its scores
 _PAIR_WEIGHT = 0.5
 _NEIGHBOUR_SHARE = 0.5  # of a sentence's score, for the sentences before and after it
-_LEAST_SENTENCE_WEIGHT = 0.2
-_SENTENCE_SHARPNESS = 0.5
+_LEAST_SENTENCE_WEIGHT = 0.05
 _NEGLIGIBLE = 0.02  # rows of a smaller weight are left out
 SHARPNESS = 8
 """A chunk picked from many weighs (score / best score) to this power."""
@@ -257,5 +256,5 @@ def _weight(score: float, best: float, of_chunk: float = 1.0) -> float:
     A sentence that shares no word with the question keeps a little, since it may say in other words what is asked.
     """
     least = _LEAST_SENTENCE_WEIGHT * of_chunk
-    weight = least + (1 - least) * (score / best) ** _SENTENCE_SHARPNESS
+    weight = least + (1 - least) * score / best
     return weight if weight >= _NEGLIGIBLE else 0.0

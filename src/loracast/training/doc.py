@@ -73,9 +73,9 @@ class DocRecipe:
 
 _GROWABLE = {
     "encoder_kinds", "encoder_rank", "memory_layers", "calibration_questions", "static_kinds", "static_modules_rank",
-    "head_shared_rank", "memory_near_tokens",
+    "head_shared_rank", "memory_near_tokens", "memory_rank",
 }  # fmt: skip
-"""Keys allowed with --init-from: they add a missing part, or make a part smaller."""
+"""Keys allowed with --init-from: they add a missing part, make a part smaller, or set how many tokens are written."""
 _FIELDS = ("kinds", "layers", "memory_layers", "static_kinds", "encoder_kinds", "calibration_questions")
 _OBJECTIVE = ("memory_loss_weight", "distillation_weight", "kl_to_base_weight", "l1_weight")
 _ANY_BASE: Mapping[str, Any] = {"reader_layers": (0.27,), "d_values": "auto"}
@@ -135,15 +135,20 @@ def encoder_modules(
 
 
 def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSource) -> DocToLoRA:
-    """Add the recipe's parts to a hypernetwork: memory layers, static modules, an encoder LoRA, low-rank heads."""
+    """Add the recipe's parts to a hypernetwork: memory layers, static modules, an encoder LoRA, low-rank heads.
+
+    A recipe may also keep some of its memory layers only, and change how many tokens of a chunk are written.
+    """
     c, base_config = hypernet.config, base.model.config
     changes: dict[str, Any] = {}
+    new_layers = False
     if recipe.memory_layers:
         changes["memory_modules"] = modules = target_from_config(base_config, ("o_proj",), recipe.memory_layers).rows
-        if not set(c.memory_modules) < set(modules):
+        new_layers = set(c.memory_modules) < set(modules)
+        if not new_layers and not set(modules) < set(c.memory_modules):
             raise ConfigError(
                 f"the checkpoint has a memory in the layers {[layer for _, layer, *_ in c.memory_modules]}; "
-                "leave memory_layers out of the recipe, or give these and more"
+                "leave memory_layers out of the recipe, or give these and more, or some of these"
             )
     if recipe.static_kinds:
         if c.static_modules:
@@ -169,6 +174,8 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
                 "memory_near_tokens, 1 or more, is for a checkpoint whose memory has none, and without memory_layers"
             )
         changes["memory_near_tokens"] = near
+    if "memory_rank" in recipe.hypernetwork:
+        changes["memory_rank"] = recipe.hypernetwork["memory_rank"]
     if not changes:
         return hypernet
     torch.manual_seed(recipe.training.seed)
@@ -177,11 +184,12 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
     if recipe.memory_layers or near is not None:
         weights = {name: value for name, value in weights.items() if not name.startswith("memory.")}
     grown.load_state_dict(weights, strict=False)
-    if recipe.memory_layers:
+    if new_layers:
         set_memory_units(grown, base, grown.hidden_states_encoder(base), *calibration_data(base, recipe, source))
-        if hypernet.memory is not None and grown.memory is not None:
-            at = [grown.config.memory_modules.index(module) for module in c.memory_modules]
-            grown.memory.take_modules(hypernet.memory, at)
+    if recipe.memory_layers and hypernet.memory is not None and grown.memory is not None:
+        theirs = {module: i for i, module in enumerate(c.memory_modules)}
+        both = {i: theirs[module] for i, module in enumerate(grown.config.memory_modules) if module in theirs}
+        grown.memory.take_modules(hypernet.memory, both)
     if near is not None and hypernet.memory is not None and grown.memory is not None:
         grown.memory.take_without_near(hypernet.memory)
     if head_rank is not None:
