@@ -150,11 +150,14 @@ class AssociativeMemory(nn.Module):
             self.from_end[module] = from_x * (_MAP_STD / from_x.std())
             self.to_question[module] = to_y * (_MAP_STD / to_y.std())
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
     @torch.no_grad()
     def take_modules(self, other: AssociativeMemory, theirs_of: Mapping[int, int]) -> None:
         """Copy a memory's weights; its module theirs_of[i] becomes the i-th here. Others keep a `scale` of zero."""
-        theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
-        for name, mine in (*self.named_parameters(), *self.named_buffers()):
+        theirs = other._tensors()
+        for name, mine in self._tensors().items():
             if mine.shape == theirs[name].shape:
                 mine.copy_(theirs[name])
             else:  # a tensor with one part for each module
@@ -164,9 +167,9 @@ class AssociativeMemory(nn.Module):
     @torch.no_grad()
     def take_without_near(self, other: AssociativeMemory) -> None:
         """Copy a memory without near tokens; their map and strength start as those of the ends of sentences."""
-        theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        theirs = other._tensors()
         kept = [*range(self.n_keys - 2), self.n_keys - 1]  # all keys but that of near tokens
-        for name, mine in (*self.named_parameters(), *self.named_buffers()):
+        for name, mine in self._tensors().items():
             if name in _FROM_END:
                 mine.copy_(theirs[_FROM_END[name]])
             elif mine.shape == theirs[name].shape:
