@@ -31,7 +31,7 @@ from loracast.serving.vllm_adapters import MAX_LOADED, PREFIX, LoadedLoRAs
 from loracast.serving.vllm_client import VllmClient
 
 _MAX_RANK = 128
-"""Rank of a server that is started: two chunks of the shipped hypernetwork, as questions get them, have up to 128."""
+"""Rank of a server that is started: what most questions take of two chunks of the shipped hypernetwork."""
 _MAX_LORAS = 8
 """Different LoRAs in a batch of a server that is started: each takes memory at the full rank."""
 _START_S = 900.0
