@@ -124,7 +124,7 @@ def test_a_question_gets_the_weights_of_the_sentences_in_its_chunks(model):
             if not (before or match or after):
                 assert weight == (0 if 0.05 * of_whole < 0.02 else pytest.approx(0.05 * of_whole))
             elif match:
-                assert weight > 0.1
+                assert weight > 0.05 + 0.95 * 0.3**2
             else:
                 assert 0.05 * of_whole < weight < 0.05 + 0.95 * 0.5 + 1e-6
     assert document.route("How heavy is the kettle?", None).sentences is None

@@ -223,23 +223,28 @@ def test_a_memory_is_added_to_a_checkpoint_that_has_none(base, tmp_path):
         train_doc(base, second, tmp_path / "again", init_from=tmp_path / "grown")
 
 
-def test_a_memory_can_grow_by_further_layers(base, tmp_path):
-    """What it wrote before it writes still; the new layers know their units and say nothing yet."""
+def train_and_grow(base, folder, layers, options, **second):
+    """Train a memory in these layers and go on with another recipe: both hypernetworks, and that recipe."""
     data = DataConfig(questions_per_step=4, max_facts=4, max_chunk_tokens=128)
     settings = TrainConfig(steps=3, warmup_steps=1, lr=1e-2, bf16=False)
     first = DocRecipe(
-        hypernetwork={**DOC_TO_LORA, "d_values": 48},
-        memory_layers=(3,),
+        hypernetwork={**DOC_TO_LORA, "d_values": 48, **options},
+        memory_layers=layers,
         calibration_questions=40,
         data=data,
         training=settings,
     )
-    train_doc(base, first, tmp_path / "first")
-    second = dataclasses.replace(
-        first, hypernetwork={}, memory_layers=(1, 3), training=dataclasses.replace(settings, steps=1, lr=1e-12)
-    )
-    train_doc(base, second, tmp_path / "grown", init_from=tmp_path / "first")
-    old, grown = (from_pretrained(tmp_path / name, DocToLoRA) for name in ("first", "grown"))
+    train_doc(base, first, folder / "first")
+    settings = dataclasses.replace(settings, steps=1, lr=1e-12)
+    recipe = DocRecipe(calibration_questions=40, data=data, training=settings, **second)
+    train_doc(base, recipe, folder / "grown", init_from=folder / "first")
+    old, grown = (from_pretrained(folder / name, DocToLoRA) for name in ("first", "grown"))
+    return old, grown, recipe
+
+
+def test_a_memory_can_grow_by_further_layers(base, tmp_path):
+    """What it wrote before it writes still; the new layers know their units and say nothing yet."""
+    old, grown, _ = train_and_grow(base, tmp_path, (3,), {}, memory_layers=(1, 3))
     assert [layer for _, layer, *_ in grown.config.memory_modules] == [1, 3]
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
@@ -252,23 +257,9 @@ def test_a_memory_can_grow_by_further_layers(base, tmp_path):
 
 def test_a_memory_can_grow_by_near_tokens(base, tmp_path):
     """Their map starts as that of the ends of sentences, at half of its strength; nothing else changes."""
-    data = DataConfig(questions_per_step=4, max_facts=4, max_chunk_tokens=128)
-    settings = TrainConfig(steps=3, warmup_steps=1, lr=1e-2, bf16=False)
-    first = DocRecipe(
-        hypernetwork={**DOC_TO_LORA, "d_values": 48},
-        memory_layers=(1, 3),
-        calibration_questions=40,
-        data=data,
-        training=settings,
-    )
-    train_doc(base, first, tmp_path / "first")
-    second = DocRecipe(
-        hypernetwork={"memory_near_tokens": 3},
-        data=data,
-        training=dataclasses.replace(settings, steps=1, lr=1e-12),
-    )
-    train_doc(base, second, tmp_path / "grown", init_from=tmp_path / "first")
-    old, grown = (from_pretrained(tmp_path / name, DocToLoRA).memory for name in ("first", "grown"))
+    near = {"memory_near_tokens": 3}
+    *both, recipe = train_and_grow(base, tmp_path, (1, 3), {}, hypernetwork=near)
+    old, grown = (hypernet.memory for hypernet in both)
     assert old.n_near == 0 and grown.n_near == 3 and grown.n_keys == old.n_keys + 1
     torch.testing.assert_close(grown.near_to_question, old.to_question)
     torch.testing.assert_close(grown.near_mean, old.end_mean)
@@ -279,29 +270,13 @@ def test_a_memory_can_grow_by_near_tokens(base, tmp_path):
     torch.testing.assert_close(after[..., [*range(old.n_keys - 1), -1]], before)
     torch.testing.assert_close(after[..., -2], before[..., -2] / 2)
     with pytest.raises(ConfigError, match="memory_near_tokens, 1 or more, is for a checkpoint"):
-        train_doc(base, second, tmp_path / "again", init_from=tmp_path / "grown")
+        train_doc(base, recipe, tmp_path / "again", init_from=tmp_path / "grown")
 
 
 def test_a_memory_can_keep_some_of_its_layers_and_write_more_tokens(base, tmp_path):
     """A layer that stays writes what it wrote, and then further tokens."""
-    data = DataConfig(questions_per_step=4, max_facts=4, max_chunk_tokens=128)
-    settings = TrainConfig(steps=3, warmup_steps=1, lr=1e-2, bf16=False)
-    first = DocRecipe(
-        hypernetwork={**DOC_TO_LORA, "d_values": 48, "memory_rank": 4},
-        memory_layers=(1, 3),
-        calibration_questions=40,
-        data=data,
-        training=settings,
-    )
-    train_doc(base, first, tmp_path / "first")
-    second = DocRecipe(
-        hypernetwork={"memory_rank": 6},
-        memory_layers=(3,),
-        data=data,
-        training=dataclasses.replace(settings, steps=1, lr=1e-12),
-    )
-    train_doc(base, second, tmp_path / "kept", init_from=tmp_path / "first")
-    old, kept = (from_pretrained(tmp_path / name, DocToLoRA) for name in ("first", "kept"))
+    options = {"hypernetwork": {"memory_rank": 6}, "memory_layers": (3,)}
+    old, kept, recipe = train_and_grow(base, tmp_path, (1, 3), {"memory_rank": 4}, **options)
     assert [layer for _, layer, *_ in kept.config.memory_modules] == [3]
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
     with torch.no_grad():
@@ -312,7 +287,7 @@ def test_a_memory_can_keep_some_of_its_layers_and_write_more_tokens(base, tmp_pa
     torch.testing.assert_close(before["o_proj"][1][:, 1], after["o_proj"][1][:, 0, rows])
     torch.testing.assert_close(old.memory.key_std[1], kept.memory.key_std[0])
     with pytest.raises(ConfigError, match="or give these and more, or some of these"):
-        train_doc(base, dataclasses.replace(second, memory_layers=(2,)), tmp_path / "x", init_from=tmp_path / "first")
+        train_doc(base, dataclasses.replace(recipe, memory_layers=(2,)), tmp_path / "x", init_from=tmp_path / "first")
 
 
 def test_the_loss_falls_on_something_that_can_be_memorised(tmp_path):

@@ -141,11 +141,9 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
     """
     c, base_config = hypernet.config, base.model.config
     changes: dict[str, Any] = {}
-    new_layers = False
     if recipe.memory_layers:
         changes["memory_modules"] = modules = target_from_config(base_config, ("o_proj",), recipe.memory_layers).rows
-        new_layers = set(c.memory_modules) < set(modules)
-        if not new_layers and not set(modules) < set(c.memory_modules):
+        if not (set(c.memory_modules) < set(modules) or set(modules) < set(c.memory_modules)):
             raise ConfigError(
                 f"the checkpoint has a memory in the layers {[layer for _, layer, *_ in c.memory_modules]}; "
                 "leave memory_layers out of the recipe, or give these and more, or some of these"
@@ -184,7 +182,7 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
     if recipe.memory_layers or near is not None:
         weights = {name: value for name, value in weights.items() if not name.startswith("memory.")}
     grown.load_state_dict(weights, strict=False)
-    if new_layers:
+    if set(grown.config.memory_modules) - set(c.memory_modules):
         set_memory_units(grown, base, grown.hidden_states_encoder(base), *calibration_data(base, recipe, source))
     if recipe.memory_layers and hypernet.memory is not None and grown.memory is not None:
         theirs = {module: i for i, module in enumerate(c.memory_modules)}

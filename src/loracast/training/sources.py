@@ -232,14 +232,13 @@ class EpisodeSource:
         facts: list[EverydayFact] = []
         while not facts:
             document = make_document(rng, split=self.split)
-            answered = (fact for fact in document.facts if fact.kind != "not said")
-            new = [fact for fact in answered if fact.question not in asked]
+            new = [fact for fact in document.facts if fact.kind != "not said" and fact.question not in asked]
             facts = rng.sample(new, min(n_questions, len(new)))
         asked.update(fact.question for fact in facts)
         unasked = [_fact_span(fact) for fact in (*document.facts, *document.unasked) if fact not in facts]
         texts = self.maker.chunk_texts(document.text, self.config.max_chunk_tokens, document.title)
-        asks = [(f.question, f.answer, _fact_span(f)) for f in facts]
-        return self.maker.episode(rng, texts, asks, "everyday", asks_unrelated=asks_unrelated, unasked=unasked)
+        answered = [(f.question, f.answer, _fact_span(f)) for f in facts]
+        return self.maker.episode(rng, texts, answered, "everyday", asks_unrelated=asks_unrelated, unasked=unasked)
 
     def sample_text(self, rng: random.Random, n_tokens: int) -> str:
         """Text like that of the documents, for measuring a base's activations."""
