@@ -17,6 +17,7 @@ import loracast
 from loracast.cli import app
 from loracast.cli.answerer import Local
 from loracast.cli.options import Answering
+from loracast.data.everyday import NOT_SAID
 from loracast.documents import Document
 from loracast.errors import AdapterError, ConfigError
 from loracast.library.adapter import routing_key
@@ -376,7 +377,8 @@ def test_ask_says_that_a_document_does_not_speak_of_it(asked, tiny_folder):
     assert "manual-lamp is not about this" in done.stderr
 
 
-def test_a_strict_answer_comes_from_the_documents_or_says_that_they_do_not_say(asked):
+def test_a_strict_answer_comes_from_the_documents_or_says_that_they_do_not_say(asked, monkeypatch):
+    monkeypatch.setattr("loracast.options.LEAST_CONFIDENCE", 0)  # a random base is sure of nothing
     question, about = "Who wrote the play about the prince of Denmark?", "How long is the warranty of the lamp?"
     for chosen in ("manual-lamp", ["museum", "manual-lamp"], ["shout", "manual-lamp"], "*"):
         given = asked.answer(question, chosen, strict=True)
@@ -389,6 +391,21 @@ def test_a_strict_answer_comes_from_the_documents_or_says_that_they_do_not_say(a
     for chosen in ((), "shout", asked.lora_for(about, "manual-lamp")[0]):
         with pytest.raises(ConfigError, match="strict answer comes from documents"):
             asked.ask(about, chosen, strict=True)
+
+
+def test_a_strict_answer_that_is_unsure_is_not_given(asked, tiny_folder):
+    about = "How long is the warranty of the lamp?"
+    shown = asked.answer(about, "manual-lamp")
+    assert shown.text != NOT_SAID and shown.sources
+    pieces = list(asked.stream(about, "manual-lamp", strict=True))
+    for given in (
+        asked.answer(about, "manual-lamp", strict=True),
+        asked.answer([about], "manual-lamp", strict=True)[0],
+    ):
+        assert pieces == [given.text] == [NOT_SAID] and given.finished and not given.sources
+        assert given.n_tokens == shown.n_tokens and given.confidence == pytest.approx(shown.confidence)
+    done = run(asked, tiny_folder, "ask", about, "-a", "manual-lamp", "--strict")
+    assert done.stdout.strip() == NOT_SAID and "without --strict it is shown" in done.stderr
 
 
 def test_scales_multiply_what_adapters_add_and_zero_takes_one_out(asked):

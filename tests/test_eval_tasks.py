@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from loracast.base.chat import encode_text
+from loracast.base.generate import Answer
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
 from loracast.cli import app
@@ -125,6 +126,15 @@ def asked_word(base, prompt) -> str:
     return base.tokenizer.decode(prompt).split("user\n")[-1].split("<")[0].split("\n")[-1]
 
 
+def answer_with(monkeypatch, answer_batch):
+    """Let evaluations ask a stand-in, which gives the texts of the answers."""
+
+    def answers(*given):
+        return [Answer(text, 0, 0, 0.0, 0.0, True) for text in answer_batch(*given)]
+
+    monkeypatch.setattr(runner, "answers", answers)
+
+
 def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, monkeypatch):
     """Answers by a stand-in: with a LoRA the right ones for two tasks, without one the right ones for "shout" alone."""
     right = {("shout", word): word.upper() for word in SEVEN_OPPOSITES} | {
@@ -146,7 +156,7 @@ def test_the_figures_come_from_the_answers(base, suite, hypernetwork, tmp_path, 
         current[0] = some[0].drawn.task.name
         return runner.ask(setup, baselines, cases, sampling)
 
-    monkeypatch.setattr(runner, "answer_batch", answer_batch)
+    answer_with(monkeypatch, answer_batch)
     monkeypatch.setattr(evaluation, "ask", ask)
     caster = TaskCaster(load_caster(hypernetwork, "task", base))
     config = TasksConfig(str(suite), seeds=(0, 1), baselines=("none", "shots3", "adapter"))
@@ -221,7 +231,7 @@ def test_more_seeds_do_not_make_an_interval_narrower(base, suite, tmp_path, monk
         words = [asked_word(base, prompt) for prompt in prompts]
         return [word.upper() if lora and word > "h" else "?" for word, lora in zip(words, loras, strict=True)]
 
-    monkeypatch.setattr(runner, "answer_batch", answer_batch)
+    answer_with(monkeypatch, answer_batch)
     intervals = []
     for seeds in ((0,), (0, 1, 2, 3)):
         config = TasksConfig(str(suite), seeds=seeds, baselines=("none", "adapter"))
@@ -350,7 +360,7 @@ def test_benchmarks_are_tasks(base, tmp_path, monkeypatch):
     gsm = read_benchmark(tmp_path / "bench_gsm8k_sample.jsonl")
     assert (gsm.name, gsm.metric, len(gsm.train), len(gsm.test)) == ("gsm8k", "number", 100, 10)
     assert gsm.test[0].outputs == ("one more\n101",)
-    monkeypatch.setattr(runner, "answer_batch", lambda base, prompts, *rest: ["so it is 1,01 or 105."] * len(prompts))
+    answer_with(monkeypatch, lambda base, prompts, *rest: ["so it is 1,01 or 105."] * len(prompts))
     config = TasksConfig(benchmarks=(str(tmp_path / "bench_gsm8k_sample.jsonl"),), seeds=(0,))
     rows = {row["baseline"]: row for row in evaluate_tasks(TaskSetup(base), config, tmp_path / "out").rows}
     assert rows["none"]["exact"] == 0.1 and rows["none"]["choice"] is None and "other" not in rows

@@ -304,7 +304,7 @@ def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):
 
 
 def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monkeypatch):
-    from loracast.data.everyday import KINDS
+    from loracast.data.everyday import KINDS, NOT_SAID
     from loracast.evaluation import everyday
     from loracast.evaluation.synthetic import BASELINES
 
@@ -320,6 +320,8 @@ def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monk
         assert row["right"] == pytest.approx(sum(answer["right"] for answer in mine) / 16)
         for kind in KINDS:
             assert row[f"n {kind}"] == sum(answer["kind"] == kind for answer in mine)
+    strict = {answer["answer"] for answer in answers if answer["baseline"] == "strict"}
+    assert strict == {NOT_SAID}  # a random base is sure of nothing
     assert "95 % by document" in (tmp_path / "table.md").read_text()
 
 

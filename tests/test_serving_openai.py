@@ -8,6 +8,7 @@ import pytest
 
 import loracast
 from loracast.base.generate import Sampling
+from loracast.data.everyday import NOT_SAID
 from loracast.documents import Document
 from loracast.library.adapter import MANIFEST
 from loracast.library.library import remove_adapter
@@ -510,3 +511,19 @@ def test_file_search_answers_from_a_vector_store_and_cites_its_files(model, clie
     assert "response.file_search_call.completed" in kinds and kinds[-1] == "response.incomplete"
     with pytest.raises(openai.NotFoundError):
         client.responses.create(**{**options, "tools": [{**tool, "vector_store_ids": ["vs_none"]}]})
+
+
+def test_a_strict_answer_comes_at_its_end_and_only_where_it_is_sure(client, monkeypatch):
+    shown = chat(client, "manual").choices[0].message
+    for n in (1, 2):  # a random base is sure of nothing
+        given = chat(client, "manual", n=n, extra_body={"strict": True})
+        assert {one.message.content for one in given.choices} == {NOT_SAID}
+        assert {one.finish_reason for one in given.choices} == {"stop"}
+        assert not given.choices[0].message.annotations and not given.loracast["sources"]
+    strict = {"stream": True, "extra_body": {"strict": True}}
+    assert "".join(one.choices[0].delta.content or "" for one in chat(client, "manual", **strict)) == NOT_SAID
+    monkeypatch.setattr("loracast.options.LEAST_CONFIDENCE", 0)
+    pieces = [one.choices[0].delta.content or "" for one in chat(client, "manual", **strict)]
+    given = chat(client, "manual", extra_body={"strict": True}).choices[0]
+    assert "".join(pieces) == given.message.content == shown.content and given.logprobs is None
+    assert given.message.annotations == shown.annotations != []

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, TypedDict
 from loracast.base.chat import Message
 from loracast.base.generate import Answer, Sampling
 from loracast.cast.document import Progress
+from loracast.data.everyday import NOT_SAID
 from loracast.documents import Document, read_document
 from loracast.documents.images import MAGIC_BYTES, ImageFile, image_format, is_image_file, read_image_file
 from loracast.errors import DocumentError
@@ -28,6 +29,8 @@ Question = str | Sequence[Message]
 Chosen = Adapter | LoRA | str | Sequence[Adapter | str]
 """What a question is answered with: an adapter or its name, several, none (the plain base), or one LoRA. "*" is the
 whole library and a pattern such as "manuals-*" all documents with such names, of which those that match are opened."""
+LEAST_CONFIDENCE = 0.55
+"""Of a strict answer (`Answer.confidence`): below, it is `NOT_SAID`. Chosen on dev (docs/notebook/2026-11-29.md)."""
 _LONGEST_NAME = 255
 """Characters of a file's name at most, on all common systems."""
 
@@ -48,10 +51,19 @@ class Prepared:
     sources: tuple[Source, ...]
     answer: SourcedAnswer | None = None
     """The answer where no model is needed: from the outlines of the documents (`Model.overview`), or `NOT_SAID`."""
+    is_strict: bool = False
+    """Whether an answer that the base is too unsure of becomes `NOT_SAID`; its text must not be shown before."""
 
     def sourced(self, given: Answer) -> SourcedAnswer:
-        """What the base answered, with its sources."""
+        """What the base answered, with its sources; or, where it is strict and too unsure, `NOT_SAID`."""
+        if self.is_strict and is_unsure(given.confidence):
+            return SourcedAnswer(**{**vars(given), "text": NOT_SAID, "finished": True})
         return SourcedAnswer(**vars(given), sources=self.sources)
+
+
+def is_unsure(confidence: float) -> bool:
+    """Whether an answer of this confidence is left out of strict answers."""
+    return confidence < LEAST_CONFIDENCE
 
 
 class Asking(TypedDict, total=False):
@@ -63,7 +75,8 @@ class Asking(TypedDict, total=False):
     """Answer with the documents' adapters even where the question is not about them at all; otherwise the plain base
     answers then (library/relevance.py)."""
     strict: bool
-    """Answer from the documents alone: where the question is about none of them, the answer is `NOT_SAID`."""
+    """Answer from the documents alone: where the question is about none of them, or the answer's tokens were less
+    probable than `LEAST_CONFIDENCE`, the answer is `NOT_SAID`. It comes as a whole, also from `stream`."""
     route: int | None
     """Number of chunks that are merged for the question, of each document that is named and of all that a pattern or a
     tag stands for; None merges all of those that are named. 2 by default."""

@@ -104,6 +104,10 @@ class QuestionAnswering(ABC):
         if prepared.answer is not None:
             yield prepared.answer.text
             return prepared.answer
+        if prepared.is_strict:
+            sourced = prepared.sourced(answer(self.base, prepared.prompt, lora, sampling))
+            yield sourced.text
+            return sourced
         given = yield from stream(self.base, prepared.prompt, lora, sampling)
         return prepared.sourced(given)
 
@@ -143,7 +147,7 @@ class QuestionAnswering(ABC):
             turns = [{"role": "system", "content": system}, *turns]
         if outlines and (outlined := self.overview(turns[-1]["content"], adapter)) is not None:
             return Prepared(
-                [], [], outlined.sources, SourcedAnswer(outlined.text, 0, 0, 0.0, 0.0, True, outlined.sources)
+                [], [], outlined.sources, SourcedAnswer(outlined.text, 0, 0, 0.0, 0.0, True, sources=outlined.sources)
             )
         prompt = self.base.chat.conversation(turns)
         check(prompt)
@@ -157,7 +161,7 @@ class QuestionAnswering(ABC):
                 break
         if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
             return not_said(routed)
-        return Prepared(prompt, scaled(routed, scales), sources(routed))
+        return Prepared(prompt, scaled(routed, scales), sources(routed), is_strict=strict)
 
     def overview(self, question: str, adapter: Chosen) -> Overview | None:
         """The answer to a question about documents as a whole ("What is this document about?"), from their outlines.

@@ -62,7 +62,7 @@ def ask_here(model, notes: list[Note]) -> None:
         some = notes[first : first + 10]
         loras = [note.adapter.lora() for note in some]
         for note, ids in zip(
-            some, _generate(model.base, [n.prompt for n in some], loras, Sampling(N_TOKENS)), strict=True
+            some, _generate(model.base, [n.prompt for n in some], loras, Sampling(N_TOKENS))[0], strict=True
         ):
             note.ours = model.base.tokenizer.decode(list(takewhile(lambda i: i not in model.base.end_ids, ids))).strip()
 

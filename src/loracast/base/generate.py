@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
 from queue import SimpleQueue
+from statistics import fmean
 from threading import Event
+from typing import Any
 
 import torch
 
@@ -44,6 +47,17 @@ class Answer:
     total_s: float
     finished: bool
     """False where the answer was cut at max_new_tokens."""
+    confidence: float = 1.0
+    """How probable its tokens were for the model (`confidence`); 1 where no model answered."""
+
+
+def confidence(logprobs: Sequence[float]) -> float:
+    """The geometric mean of the probabilities of an answer's tokens, the one that ended it among them: 0 to 1.
+
+    Args:
+        logprobs: natural logarithms of the probabilities, before temperature, top_p, top_k and penalties.
+    """
+    return math.exp(fmean(logprobs)) if logprobs else 1.0
 
 
 class _Streamer:
@@ -137,14 +151,17 @@ def _answers(
 ) -> list[Answer]:
     token_times: list[float] = []
     started = time.perf_counter()
-    rows = _generate(base, prompts, loras, sampling, streamer, lambda: token_times.append(time.perf_counter()))
+    rows, logprobs = _generate(
+        base, prompts, loras, sampling, streamer, lambda: token_times.append(time.perf_counter())
+    )
     total_s = time.perf_counter() - started
     given = []
-    for prompt, ids in zip(prompts, rows, strict=True):
+    for prompt, ids, of_row in zip(prompts, rows, logprobs, strict=True):
         said = _until(ids, base.end_ids)
         text = base.tokenizer.decode(said, skip_special_tokens=True).strip()
         figures = (len(prompt), len(said), token_times[0] - started, total_s)
-        given.append(Answer(text, *figures, finished=any(i in base.end_ids for i in ids)))
+        is_finished = any(i in base.end_ids for i in ids)
+        given.append(Answer(text, *figures, is_finished, confidence(of_row[: len(said) + 1])))
     return given
 
 
@@ -161,8 +178,8 @@ def _generate(
     sampling: Sampling,
     streamer: _Streamer | None = None,
     on_token: Callable[[], None] = lambda: None,
-) -> list[list[int]]:
-    """New token ids for each prompt. Prompts are padded on the left, where the mask hides the padding.
+) -> tuple[list[list[int]], list[list[float]]]:
+    """New token ids for each prompt, with their logprobs. The mask hides the padding on the prompts' left.
 
     `on_token` is called when each prompt has one more token.
     """
@@ -184,13 +201,21 @@ def _generate(
     rules = {"repetition_penalty": sampling.repetition_penalty, "no_repeat_ngram_size": sampling.no_repeat_ngram_size}
     options |= {name: value for name, value in rules.items() if value is not None}
 
+    last_logits: list[torch.Tensor] = []
+    logprobs: list[torch.Tensor] = []  # of each step [n]
+
+    def keep(model: object, args: object, output: Any) -> None:
+        last_logits[:] = [output.logits[:, -1].float()]  # [n, vocabulary], before any rule of the sampling
+
     def count(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         on_token()
+        chosen = last_logits[0].gather(1, ids[:, -1:])[:, 0]
+        logprobs.append(chosen - last_logits[0].logsumexp(1))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     from transformers import StoppingCriteriaList
 
-    with inject(base.model, list(loras)):
+    with inject(base.model, list(loras)), base.model.register_forward_hook(keep):
         if sampling.temperature > 0 and sampling.seed is not None:
             torch.manual_seed(sampling.seed)  # while no other thread generates
         out = base.model.generate(
@@ -204,4 +229,4 @@ def _generate(
             stopping_criteria=StoppingCriteriaList([count]),
             **options,
         )
-    return out[:, longest:].tolist()
+    return out[:, longest:].tolist(), torch.stack(logprobs, 1).tolist()

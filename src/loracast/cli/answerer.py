@@ -13,6 +13,7 @@ from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli.options import Answering
 from loracast.cli.output import say
 from loracast.cli.session import base_of, loading, server_for
+from loracast.data.everyday import NOT_SAID
 from loracast.errors import ConfigError, LoracastError, PromptTooLong
 from loracast.library.library import adapter_names, entries, find, open_adapter
 from loracast.library.manifest import marked_name, name_from
@@ -190,7 +191,7 @@ class Local:
         return self._model.memory(name)
 
     def reply(self, turns: Sequence[Message], chosen: Sequence[str], on_text: OnText) -> Reply:
-        from loracast.base.generate import Answer, answer
+        from loracast.base.generate import answer
         from loracast.question_answering import ASK_SYSTEM_TURN
 
         given, patterns = self._answering, patterns_in(chosen)
@@ -199,15 +200,19 @@ class Local:
             system=given.system or ASK_SYSTEM_TURN, route=given.route, tag=tag_for(given, chosen), always=given.always,
             strict=given.strict,
         )  # fmt: skip
-        said: Answer
-        if prepared.answer is not None:
-            on_text((said := prepared.answer).text)
-        else:
-            lora = self._model.lora_of(prepared.routed)
-            said = answer(self._model.base, prepared.prompt, lora, self._sampling, on_text)
+        said = prepared.answer
+        if said is None:
+            lora, show = self._model.lora_of(prepared.routed), _hide if prepared.is_strict else on_text
+            said = prepared.sourced(answer(self._model.base, prepared.prompt, lora, self._sampling, show))
+        if prepared.answer is not None or prepared.is_strict:
+            on_text(said.text)
         figures = (said.n_prompt_tokens, said.n_tokens, said.first_token_s, said.total_s)
         used = tuple(_used(adapter, route) for adapter, route in prepared.routed)
-        return Reply(said.text, said.finished, *figures, used, prepared.sources)
+        return Reply(said.text, said.finished, *figures, used, said.sources)
+
+
+def _hide(text: str) -> None:
+    """Show nothing of an answer that may yet be replaced."""
 
 
 def _used(adapter: Adapter, route: Route) -> Used:
@@ -323,11 +328,13 @@ def tag_for(answering: Answering, chosen: Iterable[str]) -> str:
 
 
 def say_unused(reply: Reply, strict: bool) -> None:
-    """Say which documents the question is not about, so that their adapters did not answer."""
+    """Say which documents the question is not about, and where an answer was too unsure to be given."""
     for used in reply.used:
         if not used.chunks:
             how = "" if strict else "; --always uses it anyway"
             say(f"({used.name} is not about this, so the answer is not from it{how})")
+    if strict and reply.text == NOT_SAID and not reply.sources and any(used.chunks for used in reply.used):
+        say("(the answer was too unsure; without --strict it is shown)")
 
 
 def say_sources(reply: Reply, chosen: Sequence[str]) -> None:

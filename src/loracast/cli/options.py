@@ -170,7 +170,7 @@ class Answering(BaseChoice):
     all_documents: All = False
     tag: Tag = ""
     always: Annotated[bool, "Answer with the documents even where the question is not about them."] = False
-    strict: Annotated[bool, "Where a question is about none of the documents, say so and let no model answer."] = False
+    strict: Annotated[bool, "Where they are not about the question, or the answer is unsure, say so."] = False
     route: Route = DEFAULT_ROUTE
     max_tokens: MaxTokens = 128
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0

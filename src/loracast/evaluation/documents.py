@@ -173,7 +173,7 @@ def adapter(*whose: Whose, is_routed: bool = True) -> Callable[[DocumentSetup, D
 def strictly(setup: DocumentSetup, case: DocumentCase) -> Request:
     """As `loracast ask --strict` answers: by the document's adapter, or that the document does not say."""
     request = adapter("document")(setup, case)
-    return replace(request, answer=NOT_SAID) if request.lora is None else request
+    return replace(request, answer=NOT_SAID) if request.lora is None else replace(request, is_strict=True)
 
 
 def static(setup: DocumentSetup, case: DocumentCase) -> Request:

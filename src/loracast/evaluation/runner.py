@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Generic, Protocol, TypeVar
 
-from loracast.base.generate import Sampling, answer, answer_batch
+from loracast.base.generate import Answer, Sampling, answer, answers
 from loracast.base.load import Base
 from loracast.evaluation.baseline import Baseline, Case, LoRASource, Request
 from loracast.evaluation.in_memory import InMemoryAdapter
@@ -65,7 +65,7 @@ def ask(
     cases: Mapping[str, Sequence[Case]],
     sampling: Sampling,
     n_timed: int = 0,
-    known: dict[Request, str] | None = None,
+    known: dict[Request, Answer] | None = None,
 ) -> list[Answered[Case]]:
     """Each baseline's answers to its cases.
 
@@ -81,37 +81,49 @@ def ask(
     for name, asked in cases.items():
         for case, request in zip(asked[:n_timed], requests[name], strict=False):
             with peak_memory() as peak:
-                timed = ask_one(setup, name, baselines[name], case, sampling)
-            known[request] = timed.text
+                timed, known[request] = _ask_one(setup, name, baselines[name], case, sampling)
             answered.append(replace(timed, answer_mib=peak.above_mib))
         rest = list(zip(asked, requests[name], strict=True))[n_timed:]
         _answer_new(setup.base, [request for _, request in rest], sampling, known)
-        answered += [Answered(name, case, known[r], len(r.prompt), r.found) for case, r in rest]
+        answered += [Answered(name, case, r.text(known[r]), len(r.prompt), r.found) for case, r in rest]
     return answered
 
 
 def ask_one(setup: Setup, name: str, baseline: Baseline[Setup, Case], case: Case, sampling: Sampling) -> Answered[Case]:
     """Ask one question as a user would, and time it."""
+    return _ask_one(setup, name, baseline, case, sampling)[0]
+
+
+def _ask_one(
+    setup: Setup, name: str, baseline: Baseline[Setup, Case], case: Case, sampling: Sampling
+) -> tuple[Answered[Case], Answer]:
     started = time.perf_counter()
     request = baseline.request(setup, case)
     (lora,) = made(setup.base, [request])
     prepared_s = time.perf_counter() - started
     if request.answer is not None:
-        return Answered(name, case, request.answer, 0, request.found, prepared_s, prepared_s)
+        return Answered(name, case, request.answer, 0, request.found, prepared_s, prepared_s), _said(request.answer)
     said = answer(setup.base, request.prompt, lora, sampling)
-    seconds = prepared_s + said.first_token_s, prepared_s + said.total_s
-    return Answered(name, case, said.text, len(request.prompt), request.found, *seconds)
+    first_s, total_s = prepared_s + said.first_token_s, prepared_s + said.total_s
+    if request.is_strict:  # which is shown at its end
+        first_s = total_s
+    return Answered(name, case, request.text(said), len(request.prompt), request.found, first_s, total_s), said
 
 
-def _answer_new(base: Base, requests: Sequence[Request], sampling: Sampling, known: dict[Request, str]) -> None:
+def _said(text: str) -> Answer:
+    """An answer that took no model."""
+    return Answer(text, 0, 0, 0.0, 0.0, True)
+
+
+def _answer_new(base: Base, requests: Sequence[Request], sampling: Sampling, known: dict[Request, Answer]) -> None:
     """Answer, in batches, the requests that have no answer yet."""
-    known |= {request: request.answer for request in requests if request.answer is not None}
+    known |= {request: _said(request.answer) for request in requests if request.answer is not None}
     todo = [request for request in dict.fromkeys(requests) if request not in known]
     held: dict[LoRASource | None, LoRA | None] = {}
     for batch in batches(todo):
         loras = made(base, batch, held)
         held = dict(zip([r.lora for r in batch], loras, strict=True))  # the next batch may need them again
-        known.update(zip(batch, answer_batch(base, [r.prompt for r in batch], loras, sampling), strict=True))
+        known.update(zip(batch, answers(base, [r.prompt for r in batch], loras, sampling), strict=True))
 
 
 def made(

@@ -17,10 +17,11 @@ from starlette.concurrency import run_in_threadpool
 from loracast.base.chat import Message, encode_text
 from loracast.base.generate import Sampling
 from loracast.cast.memory import Memory
+from loracast.data.everyday import NOT_SAID
 from loracast.library.adapter import Adapter, routing_key
 from loracast.library.index import read_chunks
 from loracast.library.wide_route import Source
-from loracast.options import Prepared
+from loracast.options import Prepared, is_unsure
 from loracast.question_answering import ASK_SYSTEM_TURN, not_said
 from loracast.serving.errors import ApiError
 from loracast.serving.request import Finish, GenerationRequest, Token
@@ -68,6 +69,8 @@ class Answered:
     ticket: Ticket
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
+    is_refused: bool = False
+    """Whether it was too unsure for a strict request, so that `NOT_SAID` stands in its place."""
 
     def add(self, token: Token) -> None:
         self.text += token.text
@@ -76,7 +79,7 @@ class Answered:
 
     @property
     def finish(self) -> Finish:
-        return self.ticket.finish or "length"
+        return "stop" if self.is_refused else self.ticket.finish or "length"
 
 
 class Call:
@@ -214,16 +217,16 @@ class Call:
             key,
             sampling,
             asked.stop,
-            asked.n_logprobs,
+            0 if prepared.is_strict and asked.n_logprobs is None else asked.n_logprobs,
             strips=not asked.prompts,
         )
 
     # ---- the tokens
 
     async def pieces(self) -> AsyncIterator[tuple[int, Token]]:
-        """The tokens of all answers as they come, each with the number of its answer."""
+        """The tokens of all answers as they come, each with the number of its answer; a strict answer's at its end."""
         if len(self.answers) == 1:
-            async for token in self.answers[0].ticket:
+            async for token in self._tokens(0):
                 self.answers[0].add(token)
                 yield 0, token
         else:
@@ -248,11 +251,24 @@ class Call:
 
     async def _feed(self, i: int, merged: asyncio.Queue[tuple[int, Token] | BaseException | None]) -> None:
         try:
-            async for token in self.answers[i].ticket:
+            async for token in self._tokens(i):
                 merged.put_nowait((i, token))
             merged.put_nowait(None)
         except Exception as error:
             merged.put_nowait(error)
+
+    async def _tokens(self, i: int) -> AsyncIterator[Token]:
+        answer = self.answers[i]
+        if not self.asked.extensions.strict:
+            async for token in answer.ticket:
+                yield token
+            return
+        tokens = [token async for token in answer.ticket]
+        if is_unsure(answer.ticket.confidence):
+            answer.is_refused = True
+            tokens = [Token(None, NOT_SAID)]
+        for token in tokens:
+            yield token
 
     async def finish(self) -> None:
         """Wait for all answers."""
@@ -281,7 +297,17 @@ class Call:
     @property
     def sources(self) -> list[Source]:
         """The chunks that the answers came from, or the documents whose outlines gave them."""
-        return [source for prepared in self.prepared for source in prepared.sources]
+        return [source for prepared in self._said for source in prepared.sources]
+
+    @property
+    def _said(self) -> list[Prepared]:
+        """The prompts with an answer that was not refused."""
+        n = self.asked.n
+        return [
+            prepared
+            for i, prepared in enumerate(self.prepared)
+            if not all(answer.is_refused for answer in self.answers[i * n : (i + 1) * n])
+        ]
 
     @property
     def n_prompt_tokens(self) -> int:
@@ -364,7 +390,7 @@ class Call:
                 "score": source.weight,
                 "text": self._text(prepared, source),
             }
-            for prepared in self.prepared
+            for prepared in self._said
             for source in prepared.sources
             if (file := self.files.get(source.adapter))
         ]

@@ -45,21 +45,21 @@ class _Row:
     def take(self, chosen: int, logits: Tensor) -> bool:
         """Hand over the next token; whether the answer is complete."""
         request, ticket = self.ticket.request, self.ticket
+        logprobs = () if request.n_logprobs is None else top_logprobs(logits, chosen, request.n_logprobs)
         if chosen in self.ends:
-            return self._end("stop")
+            return self._end("stop", *logprobs[:1])
         self.ids.append(chosen)
         piece, is_stopped = self.text.add(chosen)
-        logprobs = () if request.n_logprobs is None else top_logprobs(logits, chosen, request.n_logprobs)
         ticket.put(Token(chosen, piece, *logprobs))
         if is_stopped:
             ticket.end("stop")
             return True
         return ticket.n_tokens >= request.sampling.max_new_tokens and self._end("length")
 
-    def _end(self, finish: Finish) -> bool:
+    def _end(self, finish: Finish, logprob: float | None = None) -> bool:
         if rest := self.text.rest():
             self.ticket.put(Token(None, rest))
-        self.ticket.end(finish)
+        self.ticket.end(finish, logprob=logprob)
         return True
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from threading import Condition
 
+from loracast.base.generate import confidence
 from loracast.serving.request import Finish, GenerationRequest, Token
 
 
@@ -33,6 +34,7 @@ class Ticket:
         self.total_s: float | None = None
         """Seconds from `submit` to the end; None until then."""
         self.is_cancelled = False
+        self._logprobs: list[float] = []
         self._started = time.perf_counter()
         self._tokens: list[Token] = []
         self._has_ended = False
@@ -82,6 +84,11 @@ class Ticket:
         """The whole answer; waits until it is complete."""
         return "".join(token.text for token in self)
 
+    @property
+    def confidence(self) -> float:
+        """How probable the tokens so far were (`base.generate.confidence`), for a request with `n_logprobs`."""
+        return confidence(self._logprobs)
+
     def cancel(self) -> None:
         """Stop the generation: the request leaves the queue, or its slot before the next step."""
         self.is_cancelled = True
@@ -100,15 +107,19 @@ class Ticket:
         """Hand over the next token."""
         if token.id is not None:
             self.n_tokens += 1
+        if token.logprob is not None:
+            self._logprobs.append(token.logprob)
         if self.first_token_s is None:
             self.first_token_s = time.perf_counter() - self._started
         with self._changed:
             self._tokens.append(token)
             self._notify()
 
-    def end(self, finish: Finish | None, error: BaseException | None = None) -> None:
-        """End the answer, with an error where it failed."""
+    def end(self, finish: Finish | None, error: BaseException | None = None, logprob: float | None = None) -> None:
+        """End the answer: with an error where it failed, with the logprob of the token that ended it where known."""
         self.finish, self._error = finish, error
+        if logprob is not None:
+            self._logprobs.append(logprob)
         self.total_s = time.perf_counter() - self._started
         with self._changed:
             self._has_ended = True

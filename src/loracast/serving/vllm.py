@@ -39,9 +39,9 @@ class VllmTicket(Ticket):
         super().cancel()
         self.end(None)
 
-    def end(self, finish: Finish | None, error: BaseException | None = None) -> None:
+    def end(self, finish: Finish | None, error: BaseException | None = None, logprob: float | None = None) -> None:
         if self.total_s is None:
-            super().end(finish, error)
+            super().end(finish, error, logprob)
 
 
 class _Queued(NamedTuple):
@@ -179,6 +179,7 @@ class VllmEngine:
         request = ticket.request
         text = AnswerText(self.base.tokenizer, request.stop, request.strips)
         finish: Finish | None = None
+        end_logprob: float | None = None
         events = self._events(request, lora)
         for event in events:
             if ticket.is_cancelled or ticket.total_s is not None:  # closing the connection ends it there too
@@ -188,7 +189,7 @@ class VllmEngine:
             for choice in event["choices"]:
                 for token, logprob, top in _tokens(choice, request.n_logprobs):
                     if token in self.base.end_ids:
-                        finish = "stop"
+                        finish, end_logprob = "stop", logprob
                         break
                     piece, is_stopped = text.add(token)
                     ticket.put(Token(token, piece, logprob, top))
@@ -207,7 +208,7 @@ class VllmEngine:
             raise EngineFailed(f"the vLLM server at {self._client.url} ended an answer before it was complete")
         if rest := text.rest():
             ticket.put(Token(None, rest))
-        ticket.end(finish)
+        ticket.end(finish, logprob=end_logprob)
 
     def _events(self, request: GenerationRequest, lora: LoadedLoRA | None) -> Generator[dict[str, Any], None, None]:
         """The events of an answer. A server that has been started anew gets the LoRA once more."""
