@@ -50,6 +50,7 @@ VARIANTS["memory"] = {
     "d_values": 48, "memory_modules": MEMORY, "memory_rank": 4, "memory_blocks": 1, "static_rank": 1,
 }  # fmt: skip
 VARIANTS["near tokens"] = {**VARIANTS["memory"], "memory_near_tokens": 2}
+VARIANTS["verdicts"] = {**VARIANTS["near tokens"], "memory_verdicts": True}
 SHARED = target_from_config(MODEL.config, ("q_proj", "gate_proj"), (1, 3)).rows
 VARIANTS["shared modules"] = {**VARIANTS["memory"], "static_modules": SHARED, "static_modules_rank": 3}
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -262,7 +263,8 @@ def test_a_head_is_taken_over_at_low_rank():
     torch.testing.assert_close(lost, singular[:, 4:].square().sum(1), rtol=1e-4, atol=1e-6)  # Eckart and Young
 
 
-def test_gradients_reach_every_parameter_once_the_scalers_have_moved():
+def test_gradients_reach_every_parameter_once_the_scalers_have_moved(monkeypatch):
+    monkeypatch.setattr("loracast.hypernets.memory._FEWEST_POINTING", 0.5)  # sentences are short here
     for variant in VARIANTS:
         hypernet = make(variant).requires_grad_(True)
         batch = loras(hypernet, make_features(hypernet))
@@ -547,6 +549,39 @@ def test_a_memory_maps_the_tokens_from_a_written_one_on_to_its_question():
     torch.testing.assert_close(a, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_memory_writes_what_a_sentence_says_of_a_rule(monkeypatch):
+    """At the end of five tokens, with the key of an answer's first token at the end of a sentence; nothing elsewhere."""
+    hypernet = make("verdicts", fresh=True, memory_rank=6)
+    memory, features = hypernet.memory, make_features(hypernet, n=1)
+    memory.scale.data.fill_(1 / 400)
+    memory.gate.bias.data.fill_(-30)
+    memory.log_ridge.data.fill_(1.6)
+    memory.verdict.weight.data.zero_()
+    memory.verdict_value.data.copy_(torch.randn(48, generator=FREE))
+    read = memory.read
+
+    def point(*given):
+        x, writes = read(*given)
+        writes.pointer_scores[:, 1, :5, 4] = 50  # to the end, as the first five tokens do
+        return x, writes
+
+    monkeypatch.setattr(memory, "read", point)
+    rows = {}
+    for key, at in {"end": 3, "place": -1}.items():  # of the parts of a key one alone counts
+        strengths = torch.full((2, 6), -0.05)
+        strengths[:, at] = 0.05
+        memory.strength_bias.data.copy_(strengths)
+        for yes in (30.0, -30.0):
+            memory.verdict.bias.data.copy_(torch.tensor([yes, -yes]))
+            a, b = hypernet.cast_and_write(features)[0]["o_proj"]  # [1, modules, 6, in], [1, modules, 6, out]
+            torch.testing.assert_close(b[0, :, 4], memory.verdict_value.expand(2, -1) * (1 if yes > 0 else -1))
+            assert b[0, :, [0, 1, 2, 3, 5]].abs().max() < 1e-6
+        rows[key] = a[0, :, 4]  # [modules, in]
+    mapped = (features.keys[0, :, 4] - memory.end_mean)[:, None] @ memory.from_end @ memory.to_question
+    for key, expected in (("end", mapped.squeeze(1)), ("place", memory.place_keys[:, 0])):
+        torch.testing.assert_close(rows[key], torch.nn.functional.normalize(expected, dim=-1) / 64**0.5)
+
+
 def test_a_memory_keeps_the_tokens_whose_gates_are_most_open():
     hypernet = make("memory")
     features = make_features(hypernet)
@@ -617,7 +652,8 @@ def test_what_fixes_no_weight_can_be_changed_in_a_config():
 def test_a_newer_key_of_the_config_is_in_no_id_at_its_default():
     """Hypernetworks of before the key, and adapters that name them, keep the id that they had."""
     hypernet = make("memory")
-    config = {key: value for key, value in dataclasses.asdict(hypernet.config).items() if key != "memory_near_tokens"}
+    newer = {"memory_near_tokens", "memory_verdicts"}
+    config = {key: value for key, value in dataclasses.asdict(hypernet.config).items() if key not in newer}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(hypernet.state_dict().items()):
         digest.update(name.encode() + value.numpy().tobytes())

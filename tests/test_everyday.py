@@ -170,6 +170,9 @@ def test_every_statement_is_in_the_text_and_holds_its_answer(split: Split) -> No
                 assert fact.answer.lower() not in fact.question.lower()
             else:
                 assert fact.statement == "" and fact.value_at is None
+                assert fact.rule in document.text and bool(fact.rule) == (
+                    fact.kind == "yes/no" and "?" not in fact.attribute
+                )
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -26,7 +26,7 @@ from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained
-from loracast.training import checkpoint
+from loracast.training import checkpoint, verdicts
 from loracast.training.doc import DocRecipe, doc_config, read_doc_recipe, train_doc
 from loracast.training.loop import TrainConfig, make_optimizer, train
 from loracast.training.sources import DataConfig
@@ -271,6 +271,47 @@ def test_a_memory_can_grow_by_near_tokens(base, tmp_path):
     torch.testing.assert_close(after[..., -2], before[..., -2] / 2)
     with pytest.raises(ConfigError, match="memory_near_tokens, 1 or more, is for a checkpoint"):
         train_doc(base, recipe, tmp_path / "again", init_from=tmp_path / "grown")
+
+
+def test_a_memory_can_grow_by_verdicts(base, tmp_path, monkeypatch):
+    """They tell the sentences of the rules that they were fitted to from others; nothing else changes."""
+    monkeypatch.setattr(verdicts, "N_DOCUMENTS", 12)
+    monkeypatch.setattr(verdicts, "_RIDGE", 0.1)
+    monkeypatch.setattr("loracast.hypernets.memory._FEWEST_POINTING", 0.5)  # nothing points anywhere yet
+    old, grown, recipe = train_and_grow(base, tmp_path, (1, 3), {}, hypernetwork={"memory_verdicts": True})
+    assert grown.memory.has_verdicts and not old.memory.has_verdicts
+    for name, value in old.state_dict().items():
+        torch.testing.assert_close(grown.state_dict()[name], value)
+    first = torch.tensor([base.chat.answer(text)[0] for text in ("Yes", "No")])
+    encoder = grown.hidden_states_encoder(base)
+    yes, no = encoder.values(first)
+    assert grown.memory.verdict_value @ yes > 0 > grown.memory.verdict_value @ no
+    seen = list(verdicts._sentences(grown, base, encoder, recipe.data.max_chunk_tokens, recipe.data.seed))
+    states, labels = (torch.cat(side) for side in zip(*seen, strict=True))
+    assert 10 < labels.sum() < len(labels) / 2 and labels.any(0).all()
+    said = grown.memory.verdict(states).sigmoid()
+    assert ((said > 0.5) == labels.bool()).all(1).float().mean() > 0.9
+    with pytest.raises(ConfigError, match="memory_verdicts is for a checkpoint whose memory has none"):
+        train_doc(base, recipe, tmp_path / "again", init_from=tmp_path / "grown")
+    with pytest.raises(ConfigError, match="memory_verdicts needs a trained memory"):
+        train_doc(base, recipe, tmp_path / "fresh")
+
+
+def test_verdicts_are_fitted_by_logistic_regression():
+    """As scikit-learn's, with as much weight on sentences without a rule as on the others."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    generator = torch.Generator().manual_seed(5)
+    states = torch.randn(600, 7, generator=generator)
+    kinds = (states[:, :3] + torch.randn(600, 3, generator=generator)).argmax(1)  # yes, no
+    labels = torch.nn.functional.one_hot(kinds, 3)[:, :2].float()
+    weight, bias = verdicts.fit(states, labels)
+    is_rule = labels.any(1)
+    shares = torch.where(is_rule, 1.0, is_rule.sum() / (~is_rule).sum())
+    for i in range(2):
+        theirs = linear_model.LogisticRegression(C=1 / 1000, tol=1e-8, max_iter=1000)
+        theirs.fit(states.numpy(), labels[:, i].numpy(), sample_weight=shares.numpy())
+        torch.testing.assert_close(weight[i], torch.tensor(theirs.coef_[0]).float(), atol=1e-4, rtol=1e-3)
+        assert bias[i].item() == pytest.approx(theirs.intercept_[0], abs=1e-3)
 
 
 def test_a_memory_can_keep_some_of_its_layers_and_write_more_tokens(base, tmp_path):

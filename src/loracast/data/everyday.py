@@ -51,6 +51,7 @@ class EverydayFact:
     statement: str = ""  # the sentence that holds the answer, verbatim; "" for all kinds but span
     value_at: int | None = None  # offset of the answer in the statement
     options: tuple[str, ...] = ()  # the answers to choose between, one of which is right
+    rule: str = ""  # of a question whether a rule holds: the sentences that state it, verbatim
 
 
 @dataclass(frozen=True)
@@ -246,8 +247,10 @@ class _Draft:
         subject = self.names["s"]
         if saying.rule:
             holds = self.rng.random() < 0.5
-            self.add_yes_no(subject, saying.rule, self.word(saying.asks), holds)
-            return self.word(saying.yes if holds else saying.no)
+            question = self.word(saying.asks)
+            stated = self.word(saying.yes if holds else saying.no)
+            self.add_yes_no(subject, saying.rule, question, holds, stated)
+            return stated
         values: dict[str, str] = {}
         for name, pattern in saying.values.items():
             values[name] = self.fresh(pattern, self.used)
@@ -270,9 +273,9 @@ class _Draft:
         head = self.fill(wording[: wording.index(slot) + len(slot)], **slots)
         return len(head) - len(slots[name])
 
-    def add_yes_no(self, subject: str, attribute: str, question: str, holds: bool) -> None:
-        answer = "Yes" if holds else "No"
-        self.facts.append(EverydayFact("yes/no", subject, attribute, question, answer, options=("Yes", "No")))
+    def add_yes_no(self, subject: str, attribute: str, question: str, holds: bool, rule: str = "") -> None:
+        answer, options = "Yes" if holds else "No", ("Yes", "No")
+        self.facts.append(EverydayFact("yes/no", subject, attribute, question, answer, options=options, rule=rule))
 
     def list_items(self, listing: Listing) -> str:
         """The list, whose questions join the facts."""

@@ -158,7 +158,8 @@ class DocToLoRA(Hypernetwork):
         self.feature_mean.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0).clamp_min(1e-3))
 
-    def _standard(self, states: Tensor) -> Tensor:
+    def standard(self, states: Tensor) -> Tensor:
+        """States [..., d_features] in the hypernetwork's units."""
         return (states - self.feature_mean) / self.feature_std
 
     def head(self, kind: str) -> FactorHead:
@@ -196,7 +197,7 @@ class DocToLoRA(Hypernetwork):
     def latents(self, features: Tensor, mask: Tensor | None = None) -> RankCodes:
         """The rank latents of chunks: features [n, t, d], mask [n, t] true where a token is real (None: all are)."""
         c = self.config
-        standard = self._standard(features)
+        standard = self.standard(features)
         mask = None if mask is None else mask.bool()
         latents = self.decoder(self.rank_latents(), self.project(standard), mask)
         pointed = self._pointed(latents, standard, features, mask)
@@ -257,7 +258,7 @@ class DocToLoRA(Hypernetwork):
         states = features.states.float()
         rows, writes = self.expand(self.latents(states, mask)), None
         if self.memory is not None:
-            a, b, writes = self.memory(self._standard(states), features, mask)
+            a, b, writes = self.memory(self.standard(states), features, mask)
             scales = self.memory.scales
             rows[self.config.memory_modules[0][2]] = (a * scales, b[:, None]) if folds else (a, b[:, None] * scales)
         for kind, (n_modules, d_in, d_out) in shapes_by_kind(self.config.static_modules).items():

@@ -13,6 +13,9 @@ the token. A key is a weighted sum of parts, each of which matches the module's 
   tells the values of one sentence apart;
 - the mean input at the first, second, third ... token of any answer: the token's position in its value.
 
+Where `memory_verdicts` is set, the end of a sentence that states a rule ("Pets are welcome.") is written, too: its
+value turns an answer from No to Yes, or the other way round, and its key is that of an answer's first token.
+
 A learned metric, at first the whitening of the inputs, makes keys of different subjects nearly orthogonal; least
 squares then removes what the keys of a chunk still have in common. That lets many facts, and many chunks, coexist.
 """
@@ -41,6 +44,7 @@ N_PLACES = 8
 _HEAD_DIM = 32
 _START_GATE = -2.0
 _START_STRENGTH = 0.5
+_FEWEST_POINTING = 3.0  # tokens of a sentence whose end may be written as a verdict
 _NEAR_SHARE = 0.5  # of the strength of the ends' keys, for those of near tokens at first
 _FROM_END = {"near_mean": "end_mean", "from_near": "from_end", "near_to_question": "to_question"}
 _START_RIDGE = 2.0
@@ -65,6 +69,18 @@ class MemoryWrites:
     """[n, r]: the tokens that are written, in the order of the rows; None before that is decided."""
     weights: Tensor | None = None
     """[modules]: share of each module in what all of them write."""
+
+
+@dataclass(frozen=True)
+class _Verdicts:
+    """What the sentences that end at each token of n chunks say of the rules that they state."""
+
+    said: Tensor
+    """[n, t]: from 1, the rule holds, to -1, it does not; 0 where no sentence ends or it states no rule."""
+    share: Tensor
+    """[n, t]: how sure it is that a rule is stated, 0 to 1."""
+    sentences: Tensor
+    """[n, t, t]: the share of each other token in the sentence that ends at a token."""
 
 
 class AssociativeMemory(nn.Module):
@@ -107,6 +123,10 @@ class AssociativeMemory(nn.Module):
             self.near_mean = nn.Parameter(torch.zeros(n_modules, d_in))
             self.from_near = nn.Parameter(torch.randn(n_modules, d_in, c.memory_question_rank) / d_in**0.5)
             self.near_to_question = nn.Parameter(torch.randn(n_modules, c.memory_question_rank, d_in) / d_in**0.5)
+        self.has_verdicts = c.memory_verdicts
+        if self.has_verdicts:  # whether the sentence that ends at a token says yes, and whether it says no
+            self.verdict = nn.Linear(c.d_features, 2)
+            self.verdict_value = nn.Parameter(torch.zeros(c.d_values))  # from No to Yes
         self.register_buffer("key_std", torch.ones(n_modules, d_in))
         nn.init.zeros_(self.strength.weight)
         nn.init.constant_(self.gate.bias, _START_GATE)
@@ -241,6 +261,28 @@ class AssociativeMemory(nn.Module):
             places = self.place(x)
         return x, MemoryWrites(scores, gates, places)
 
+    def sentence_means(self, standard: Tensor, mask: Tensor, writes: MemoryWrites) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the sentence that ends at each token: its mean state [n, t, d], all tokens' shares in it, its length.
+
+        A sentence is the tokens that point to its end; the shares are [n, t, t], the lengths [n, t].
+        """
+        pointing = writes.pointer_scores[:, END].softmax(-1) * mask[..., None]  # [n, from, end]
+        lengths = pointing.sum(1)
+        shares = (pointing / lengths.clamp_min(1e-6)[:, None]).mT
+        return shares @ standard.float(), shares, lengths
+
+    def is_end(self, mask: Tensor, lengths: Tensor) -> Tensor:
+        """Whether a sentence that is long enough to state a rule ends at each token [n, t]."""
+        return mask & (lengths > _FEWEST_POINTING)
+
+    def _verdicts(self, standard: Tensor, mask: Tensor, writes: MemoryWrites, gates: Tensor) -> _Verdicts:
+        """What each sentence says, but where a value is written: `gates` [n, t] are open there."""
+        with torch.autocast(standard.device.type, enabled=False):
+            means, shares, lengths = self.sentence_means(standard, mask, writes)
+            free = self.is_end(mask, lengths) * (1 - gates)  # [n, t]
+            yes, no = self.verdict(means).sigmoid().unbind(-1)
+            return _Verdicts((yes - no) * free, (yes + no).clamp_max(1) * free, shares)
+
     def forward(self, standard: Tensor, features: Features, mask: Tensor) -> tuple[Tensor, Tensor, MemoryWrites]:
         """Choose and write the tokens of n chunks: A, B rows without `scales`, and the decisions behind them.
 
@@ -255,7 +297,11 @@ class AssociativeMemory(nn.Module):
         n, t, _ = x.shape
         rank = min(self.rank, t)
         gates = writes.gate_logits.sigmoid()
-        chosen = gates.sum(-1).topk(rank, dim=1).indices.sort(dim=1).values  # [n, r], as they stand in the chunk
+        n_open, most_open = gates.sum(-1), gates.amax(-1)  # [n, t]
+        verdicts = self._verdicts(standard, mask, writes, most_open) if self.has_verdicts else None
+        if verdicts is not None:
+            n_open, most_open = n_open + verdicts.share, torch.maximum(most_open, verdicts.share)
+        chosen = n_open.topk(rank, dim=1).indices.sort(dim=1).values  # [n, r], as they stand in the chunk
 
         def pick(rows: Tensor) -> Tensor:  # [n, t, d] -> [n, r, d]
             return rows.gather(1, chosen[..., None].expand(-1, -1, rows.shape[-1]))
@@ -264,24 +310,33 @@ class AssociativeMemory(nn.Module):
         values = features.states[..., -self.d_values :]
         stop_value = functional.normalize(self.stop_value, dim=0)
         b = inside[..., None] * pick(values) + begin[..., None] * pick(features.starts) + after[..., None] * stop_value
-        before = (torch.arange(t, device=x.device) == (chosen[..., None] - 1)).float()  # [n, r, t]: zero for token 0
+        ahead = torch.arange(t, device=x.device) - chosen[..., None]  # [n, r, t]
+        before = (ahead == -1).float()  # zero for token 0
         heads = writes.pointer_scores.softmax(-1)  # [n, heads, t, t]
         heads = heads.gather(2, chosen[:, None, :, None].expand(-1, self.n_heads, -1, t))
-        pointers = [before[:, None], heads[:, :END], heads[:, END + 1 :], heads[:, END, None]]
+        end = heads[:, END]
+        near = ((ahead >= 0) & (ahead < self.n_near) & mask[:, None]).float()
+        near = near / near.sum(-1, keepdim=True).clamp_min(1)
+        places = pick(writes.place_logits).softmax(-1)  # [n, r, places]
+        if verdicts is not None:  # a verdict has the key of an answer's first token, at its sentence's end
+            b = b + pick(verdicts.said[..., None]) * self.verdict_value
+            share = pick(verdicts.share[..., None])  # [n, r, 1]
+            before = before * (1 - share)
+            end = torch.lerp(end, (ahead == 0).float(), share)
+            near = torch.lerp(near, pick(verdicts.sentences), share)
+            places = torch.lerp(places, functional.one_hot(torch.zeros_like(chosen), N_PLACES).to(places), share)
+        pointers = [before[:, None], heads[:, :END], heads[:, END + 1 :], end[:, None]]
         if self.n_near:
-            ahead = torch.arange(t, device=x.device) - chosen[..., None]  # [n, r, t]
-            near = ((ahead >= 0) & (ahead < self.n_near) & mask[:, None]).float()
-            pointers.append((near / near.sum(-1, keepdim=True).clamp_min(1))[:, None])
+            pointers.append(near[:, None])
         strength = self.strength(pick(x)).view(n, rank, -1, self.n_keys).float()
         strength = _START_STRENGTH + _STRENGTH_RATE * self.strength_bias + strength  # [n, r, modules, keys]
         strength = strength.permute(3, 0, 2, 1)[..., None]  # [keys, n, modules, r, 1]
-        places = pick(writes.place_logits).softmax(-1)  # [n, r, places]
         a = strength[-1] * (places[:, None] @ functional.normalize(self.place_keys, dim=-1))  # [n, modules, r, in]
         parts = self._pointed_keys(torch.cat(pointers, dim=1), features.keys)
         for part, weight in zip(parts, strength[:-1], strict=True):
             length = torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
             a = torch.addcmul(a, part, weight / length)
-        a = self._decorrelate(a, gates.amax(-1).gather(1, chosen))
+        a = self._decorrelate(a, most_open.gather(1, chosen))
         a = a / (self.key_std[:, None] * a.shape[-1] ** 0.5)
         if rank < self.rank:
             a, b = (functional.pad(side, (0, 0, 0, self.rank - rank)) for side in (a, b))

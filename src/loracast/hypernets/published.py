@@ -104,7 +104,7 @@ class PublishedDocToLoRA(DocToLoRA):
         if c.reads_each_layer:
             features = features.flatten(0, 1)  # [n * layers, t, d]
             mask = None if mask is None else mask.repeat_interleave(n_layers, dim=0)
-        context = self.project(self._standard(features))
+        context = self.project(self.standard(features))
         mask = None if mask is None else mask.bool()
         if c.n_encoder_blocks:
             context, mask = self.encoder(self.encoder_latents(), context, mask), None

@@ -34,6 +34,7 @@ from loracast.training.runtime import Workers
 from loracast.training.sentence_gates import sentence_gates
 from loracast.training.sources import DataConfig, EpisodeSource
 from loracast.training.teacher import Distillation, Teacher
+from loracast.training.verdicts import fit_verdicts
 
 CALIBRATION_ROWS = 12
 
@@ -73,7 +74,7 @@ class DocRecipe:
 
 _GROWABLE = {
     "encoder_kinds", "encoder_rank", "memory_layers", "calibration_questions", "static_kinds", "static_modules_rank",
-    "head_shared_rank", "memory_near_tokens", "memory_rank",
+    "head_shared_rank", "memory_near_tokens", "memory_rank", "memory_verdicts",
 }  # fmt: skip
 """Keys allowed with --init-from: they add a missing part, make a part smaller, or set how many tokens are written."""
 _FIELDS = ("kinds", "layers", "memory_layers", "static_kinds", "encoder_kinds", "calibration_questions")
@@ -93,7 +94,9 @@ def read_doc_recipe(path: Path | None, overrides: Sequence[str] = ()) -> DocReci
 
 
 def build_doc_hypernet(base: Base, recipe: DocRecipe, source: EpisodeSource) -> DocToLoRA:
-    """A fresh hypernetwork for a base, its units measured on the data."""
+    """A fresh hypernetwork for a base, its units measured on the data; it has no verdicts, which a ConfigError says."""
+    if recipe.hypernetwork.get("memory_verdicts"):
+        raise ConfigError("memory_verdicts needs a trained memory: give its checkpoint with --init-from")
     torch.manual_seed(recipe.training.seed)
     hypernet = DocToLoRA(doc_config(base.model.config, base.tokenizer, recipe))
     calibrate(hypernet, base, hypernet.hidden_states_encoder(base), *calibration_data(base, recipe, source))
@@ -174,6 +177,12 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
         changes["memory_near_tokens"] = near
     if "memory_rank" in recipe.hypernetwork:
         changes["memory_rank"] = recipe.hypernetwork["memory_rank"]
+    if recipe.hypernetwork.get("memory_verdicts"):
+        if hypernet.memory is None or c.memory_verdicts or recipe.memory_layers or near is not None:
+            raise ConfigError(
+                "memory_verdicts is for a checkpoint whose memory has none, without memory_layers or memory_near_tokens"
+            )
+        changes["memory_verdicts"] = True
     if not changes:
         return hypernet
     torch.manual_seed(recipe.training.seed)
@@ -190,6 +199,8 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
         grown.memory.take_modules(hypernet.memory, both)
     if near is not None and hypernet.memory is not None and grown.memory is not None:
         grown.memory.take_without_near(hypernet.memory)
+    if "memory_verdicts" in changes:
+        fit_verdicts(grown, base, recipe.data.max_chunk_tokens, recipe.data.seed)
     if head_rank is not None:
         for kind in c.kinds:
             grown.head(kind).take_low_rank(hypernet.head(kind))
