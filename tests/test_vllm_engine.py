@@ -104,7 +104,13 @@ def test_through_http_answers_are_those_of_ask(filled, client, vllm):
 def test_tokens_probabilities_and_ends_are_those_of_the_local_engine(filled, engine):
     local = LocalEngine(filled.base)
     word = local.submit(request(filled)).text().split()[1]
-    for options in ({"n_logprobs": 3}, {"n_logprobs": 0, "n_tokens": 60}, {"stop": (word,)}, {"strips": False}, {"n_tokens": 60}):
+    for options in (
+        {"n_logprobs": 3},
+        {"n_logprobs": 0, "n_tokens": 60},
+        {"stop": (word,)},
+        {"strips": False},
+        {"n_tokens": 60},
+    ):
         for adapter in ("manual", ()):
             here, there = (e.submit(request(filled, adapter, **options)) for e in (local, engine))
             assert (there.text(), there.finish, there.n_tokens) == (here.text(), here.finish, here.n_tokens)
