@@ -91,7 +91,7 @@ class DocToLoRAConfig(ArchitectureConfig):
     memory_near_tokens: int = field(default=0, metadata={NEWER: True})
     """Tokens, from the written one on, whose mean input is mapped to a question about it; 0 for no such key."""
     memory_verdicts: bool = field(default=False, metadata={NEWER: True})
-    """Whether the memory writes what a sentence says of a rule, Yes or No, for questions whether the rule holds."""
+    """Whether the memory writes what a sentence says of a rule, for questions that are answered with Yes or No."""
     memory_blocks: int = 2
     """Blocks of self-attention among a chunk's tokens in the memory."""
     max_unscaled_chunks: int | None = None

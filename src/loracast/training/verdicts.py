@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from loracast.errors import ConfigError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 
 N_DOCUMENTS = 1000
+"""Generated documents whose sentences are read, of which about 1,100 state a rule."""
 _STRENGTH = 6.0  # of a verdict beside a value that is written (chosen on dev: docs/notebook/2026-11-29.md)
 _RIDGE = 500.0  # on the squared weights, beside the sum of the sentences' losses
 _MOST_STEPS = 200
@@ -80,11 +82,10 @@ def _sentences(
     hypernet: DocToLoRA, base: Base, encoder: HiddenStatesEncoder, max_chunk_tokens: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each chunk the mean states of its m sentences [m, d], and whether each says yes, and no, to a rule [m, 2]."""
-    memory = hypernet.memory
+    memory, encode = hypernet.memory, partial(encode_with_offsets, base.tokenizer)
     assert memory is not None
     for i in range(N_DOCUMENTS):
         document = make_document(random.Random(f"{seed}/verdicts/{i}"), split="train")
-        encode = lambda text: encode_with_offsets(base.tokenizer, text)  # noqa: E731
         for chunk in split_text(document.text, encode, max_tokens=max_chunk_tokens, title=document.title):
             ids, offsets = encode(chunk.prompt)
             labels = torch.zeros(len(ids), 2, device=base.device)
