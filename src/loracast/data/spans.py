@@ -50,10 +50,10 @@ def label_tokens(
         value_at = _find_value(statement, value, owner_at) if known_at is None else known_at
         if value_at < 0:
             continue
-        owner_tokens = [] if owner_at is None else _tokens(offsets, start + owner_at[0], start + owner_at[1])
+        owner_tokens = [] if owner_at is None else tokens_between(offsets, start + owner_at[0], start + owner_at[1])
         owner_token = owner_tokens[-1] if owner_tokens else -1
-        value_tokens = _tokens(offsets, start + value_at, start + value_at + len(value))
-        end = _tokens(offsets, start, start + len(statement))[-1]
+        value_tokens = tokens_between(offsets, start + value_at, start + value_at + len(value))
+        end = tokens_between(offsets, start, start + len(statement))[-1]
         for place, token in enumerate(value_tokens):
             labels.append(TokenLabel(chunk, token, INSIDE if place else BEGIN, owner_token, place, end, number))
         if value_tokens and value_tokens[-1] + 1 < len(offsets):
@@ -78,6 +78,6 @@ def _find_value(statement: str, value: str, owner_at: tuple[int, int] | None) ->
     return statement.find(value) if is_inside else last
 
 
-def _tokens(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
+def tokens_between(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
     """The tokens that have a character in start..end."""
     return [i for i, (low, high) in enumerate(offsets) if low < end and high > start and high > low]

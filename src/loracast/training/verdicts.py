@@ -17,6 +17,7 @@ from torch.nn import functional
 from loracast.base.chat import encode_with_offsets
 from loracast.base.load import Base
 from loracast.data.everyday import make_document
+from loracast.data.spans import tokens_between
 from loracast.documents import split_text
 from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.errors import ConfigError
@@ -91,9 +92,8 @@ def _sentences(
             labels = torch.zeros(len(ids), 2, device=base.device)
             for fact in document.facts:
                 if fact.rule and (at := chunk.prompt.find(fact.rule)) >= 0:
-                    end = at + len(fact.rule)
-                    last = max(i for i, (low, high) in enumerate(offsets) if low < end and high > low)
-                    labels[last, int(fact.answer == "No")] = 1
+                    end = tokens_between(offsets, at, at + len(fact.rule))[-1]
+                    labels[end, int(fact.answer == "No")] = 1
             features = encoder(torch.tensor([ids], device=base.device))
             mask = torch.ones(1, len(ids), dtype=torch.bool, device=base.device)
             standard = hypernet.standard(features.states.float())
