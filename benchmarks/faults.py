@@ -49,6 +49,7 @@ import loracast.serving.app  # servers are forked from here
 import shared_writers
 from loracast.base.load import load_base
 from loracast.cli import app
+from loracast.cli.interrupts import prompt_interrupts
 from loracast.encoders.sentence import load_text_encoder
 from loracast.hypernets.store import save_pretrained
 from loracast.library import register, workfolders
@@ -259,7 +260,8 @@ class Rounds:
         status = 99
         with contextlib.redirect_stderr(errors):
             try:
-                app(words)
+                with prompt_interrupts():
+                    app(words)
             except SystemExit as end:
                 status = end.code if isinstance(end.code, int) else 0
             except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -110,6 +111,21 @@ def test_in_the_middle_of_one_long_call(tmp_path):
 
     status, seconds, said = interrupted_call(compute, (tmp_path / "began").exists, tmp_path / "said")
     assert status == 130 and seconds < 1.5 and said == "it goes on\n"
+
+
+@pytest.mark.parametrize("is_interrupt", [True, False])
+def test_code_in_c_that_loses_the_interrupt(tmp_path, is_interrupt):
+    """As Python 3.11 does while it parses a program: "AST constructor recursion depth mismatch"."""
+
+    def lose() -> None:
+        with prompt_interrupts():
+            (tmp_path / "began").touch()
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(20 if is_interrupt else 0.0)
+            raise SystemError("returned a result with an exception set")
+
+    status, _, _ = interrupted_call(lose, (tmp_path / "began").exists, tmp_path / "said")
+    assert status == (130 if is_interrupt else 99)
 
 
 def test_evaluation(suite, tiny_folder, hypernetwork, tmp_path, home):

@@ -34,8 +34,11 @@ def prompt_interrupts() -> Iterator[None]:
         yield
         return
     noticed = threading.Event()
+    is_interrupted = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal is_interrupted
+        is_interrupted = True
         noticed.set()
         raise KeyboardInterrupt
 
@@ -55,8 +58,9 @@ def prompt_interrupts() -> Iterator[None]:
     threading.Thread(target=watch, name="interrupts", daemon=True).start()
     try:
         yield
-    except SystemExit as end:
-        if end.code == EXIT_CODE:
+    except (SystemExit, SystemError) as end:
+        # Code in C that does not pass the KeyboardInterrupt on raises SystemError.
+        if is_interrupted if isinstance(end, SystemError) else end.code == EXIT_CODE:
             for stream in (sys.stdout, sys.stderr):
                 with suppress(OSError):  # nobody reads it
                     stream.flush()
