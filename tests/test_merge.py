@@ -20,7 +20,7 @@ def draw(*shape: int) -> torch.Tensor:
 
 def joined_keys(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The keys [..., m, in] of chunks [..., chunks, r, in] that are merged with a ridge of 3."""
-    return decorrelate_keys(a.flatten(-3, -2), b.flatten(-3, -2), [a.shape[-2]] * a.shape[-3], 3.0)
+    return decorrelate_keys(a.flatten(-3, -2), b.flatten(-3, -2), a.shape[-3], 3.0)
 
 
 @pytest.mark.parametrize("n_zeros", [0, 3])
@@ -51,17 +51,16 @@ def test_a_chunk_alone_and_chunks_without_a_common_key_stay_as_they_are():
     torch.testing.assert_close(joined_keys(padded, torch.cat([b, torch.zeros_like(b)], dim=1)), padded.flatten(1, 2))
 
 
-@pytest.mark.parametrize("d_in", [16, 5], ids=["few rows", "more rows than inputs"])
-def test_rows_that_are_left_out_leave_the_others_as_rows_of_zeros_would(d_in):
-    a, b = draw(2, 3, 4, d_in), draw(2, 3, 4, 5)
-    kept = torch.tensor([0, 2, 3, 9, 10])  # one chunk is left out altogether
-    of_zeros = torch.zeros(12)
-    of_zeros[kept] = 1
-    merging = Merging(ridges={"o_proj": 3.0})
-    all_keys, all_values = merging.join("o_proj", a, b * of_zeros.view(3, 4, 1))
-    keys, values = merging.join("o_proj", a, b, kept)
-    torch.testing.assert_close(keys, all_keys[:, kept])
-    torch.testing.assert_close(values, all_values[:, kept])
+def test_rows_that_a_question_weighs_keep_their_keys_and_those_of_weight_zero_are_left_out():
+    a, b = draw(2, 3, 4, 16), draw(2, 3, 4, 5)
+    weights = torch.tensor([[1.0, 0.0, 0.5, 0.2], [0.0] * 4, [0.0, 1.0, 0.7, 0.0]])
+    joined = [Merging(ridges=ridges).join("o_proj", a, b, weights) for ridges in ({}, {"o_proj": 3.0})]
+    for keys, values in joined:
+        torch.testing.assert_close(keys, a.flatten(1, 2)[:, [0, 2, 3, 9, 10]])
+        expected = torch.einsum("mcro,cr,mcri->moi", b, weights, a)
+        torch.testing.assert_close(values.mT @ keys, expected)
+    every = torch.full((3, 4), 0.5)
+    torch.testing.assert_close(Merging().join("o_proj", a, b, every)[1], 0.5 * b.flatten(1, 2))
 
 
 def test_a_question_for_one_chunk_hears_less_of_the_others():

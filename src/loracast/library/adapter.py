@@ -361,17 +361,14 @@ def join_chunks(
     for kind in target.kinds:
         static = [rows[name] for side in "ab" if (name := f"{kind}{STATIC}{side}") in rows]  # each [layers, r, d]
         a, b = (rows[f"{kind}.{side}"].transpose(0, 1) for side in "ab")  # [layers or 1, chunks, r, d]
-        kept = None
+        of_rows = None
         if sentences is not None and (owners := rows.get(f"{kind}{SENTENCE}")) is not None:
             of_rows = row_weights(owners, sentences)  # [chunks, r]
-            # Chunks without a row that counts change nothing for the others, and a single one needs no decorrelation.
-            if not (counts := of_rows.any(1)).all():
+            if not (counts := of_rows.any(1)).all():  # chunks without a row that counts change nothing for the others
                 a, b, of_rows = a[:, counts.to(a.device)], b[:, counts.to(b.device)], of_rows[counts]
-            b = b * of_rows.to(b)[..., None]
-            kept = None if of_rows.all() else of_rows.flatten().nonzero()[:, 0]
         elif weights is not None:
             b = b * torch.tensor(weights).to(b)[:, None, None]
-        sides: Sequence[Tensor] = merging.join(kind, a, b, kept)  # each [layers or 1, m, d]
+        sides: Sequence[Tensor] = merging.join(kind, a, b, of_rows)  # each [layers or 1, m, d]
         if static and not sides[0].shape[1]:
             sides = static
         elif static:

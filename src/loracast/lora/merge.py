@@ -5,7 +5,7 @@ Training merges in the same way as adapters do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,25 +22,30 @@ class Merging:
     ridges: Mapping[str, float] = field(default_factory=dict)
     """The ridge of the kinds whose keys are decorrelated between chunks (`decorrelate_keys`)."""
 
-    def join(self, kind: str, a: Tensor, b: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def join(self, kind: str, a: Tensor, b: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Join A [..., chunks, r, in] and B rows [..., chunks, r, out] to [..., m, in and out].
 
         Args:
-            kept: numbers of the m = chunks * r rows that are wanted, ascending; all if None.
+            row_weights: what each row [chunks, r] is multiplied with. Rows of weight 0 are left out, and the keys of
+                different chunks are not decorrelated then: where a question chooses the rows, few are left, and
+                decorrelation gains nothing and takes time.
         """
-        n_chunks, r = a.shape[-3:-1]
+        n_chunks = a.shape[-3]
+        if row_weights is not None:
+            b = b * row_weights.to(b)[..., None]
         if (most := self.max_unscaled_chunks.get(kind, n_chunks)) < n_chunks:
             b = b * (most / n_chunks)
         a, b = a.flatten(-3, -2), b.flatten(-3, -2)
-        if kept is not None:
-            a, b = (side.index_select(-2, kept.to(side.device)) for side in (a, b))
-        if kind in self.ridges and n_chunks > 1:
-            sizes = [r] * n_chunks if kept is None else (kept // r).bincount(minlength=n_chunks).tolist()
-            a = decorrelate_keys(a, b, sizes, self.ridges[kind])
+        if row_weights is None:
+            if kind in self.ridges and n_chunks > 1:
+                a = decorrelate_keys(a, b, n_chunks, self.ridges[kind])
+        elif not row_weights.all():
+            kept = row_weights.flatten().nonzero()[:, 0].to(a.device)
+            a, b = (side.index_select(-2, kept) for side in (a, b))
         return a, b
 
 
-def decorrelate_keys(a: Tensor, b: Tensor, sizes: Sequence[int], ridge: float) -> Tensor:
+def decorrelate_keys(a: Tensor, b: Tensor, n_chunks: int, ridge: float) -> Tensor:
     """Change each chunk's keys so that they respond less to other chunks' keys: A [..., m, in] -> same shape.
 
     An associative memory solves for the keys k of one chunk by least squares (hypernets/memory.py): (G + ridge)^-1 k,
@@ -50,7 +55,7 @@ def decorrelate_keys(a: Tensor, b: Tensor, sizes: Sequence[int], ridge: float) -
 
     Args:
         b: rows of B [..., m, out].
-        sizes: the number of rows of each chunk; they are neighbours, and m in all.
+        n_chunks: each has as many rows, which are neighbours.
     """
     import torch
 
@@ -64,15 +69,15 @@ def decorrelate_keys(a: Tensor, b: Tensor, sizes: Sequence[int], ridge: float) -
         ridges = ridge * torch.eye(min(m, d_in), device=a.device)
         if m <= d_in:
             gram = torch.addcmul(ridges, scale * (keys @ keys.mT), scale.mT)  # with the ridge
-            of_chunk = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(a.device)
+            of_chunk = torch.arange(n_chunks, device=a.device).repeat_interleave(m // n_chunks)
             own = gram * (of_chunk[:, None] == of_chunk)
             # The m x m map first, which is smaller than the keys; LU of many small matrices is quicker than Cholesky.
             change = torch.linalg.solve(gram, own)
             found = (length * change / length.mT) @ keys
         else:  # the same (Woodbury), whose cost grows with the number of chunks and not with its cube
             units, flat = keys / length, keys * scale
-            pairs = zip(flat.split(sizes, -2), units.split(sizes, -2), strict=True)
-            alone = torch.cat([(own @ own.mT) @ unit for own, unit in pairs], -2) + ridge * units
+            own, of_own = (side.unflatten(-2, (n_chunks, -1)) for side in (flat, units))
+            alone = ((own @ own.mT) @ of_own).flatten(-3, -2) + ridge * units
             inner = torch.linalg.solve(flat.mT @ flat + ridges, flat.mT @ alone)
             found = length * (alone - flat @ inner) / ridge
     return found.to(a.dtype)
