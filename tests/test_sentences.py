@@ -107,6 +107,24 @@ def test_the_index_finds_sentences_by_their_stems_and_pairs_of_words():
     assert sentence_scores(index, "Who wrote Hamlet?") is None
 
 
+def test_the_answer_to_a_question_in_the_text_is_found_by_the_question_s_words():
+    index = sqlite3.connect(":memory:")
+    write_sentences(index, ["How much is a ticket?\nIt costs 12 euros.\nDogs travel free.", "Who is free?", "Ada."])
+    question, answer, *others = sentence_scores(index, "What is the price of a ticket?")
+    assert question >= answer > 0.7 * question and max(others) <= 0.5 * answer
+    assert sentence_scores(index, "Who is free?")[-1] == 0.5 * sentence_scores(index, "Who is free?")[-2]  # other chunk
+
+
+def test_a_semicolon_in_parentheses_ends_no_sentence():
+    text = (
+        "* Chess (Mondays, 9:30 am; £105)\n* Tennis (Fridays; £90); bring a racket\n\n(an open one; it\n\ngoes on; here"
+    )
+    assert [text[start:end] for start, end in sentence_spans(text)] == [
+        "* Chess (Mondays, 9:30 am; £105)", "* Tennis (Fridays; £90);", "bring a racket",
+        "(an open one; it", "goes on;", "here",
+    ]  # fmt: skip
+
+
 def test_a_question_gets_the_weights_of_the_sentences_in_its_chunks(model):
     document = InMemoryAdapter(model, MANUAL * 3, max_chunk_tokens=64)
     n = len(document.chunks)

@@ -10,13 +10,15 @@ from itertools import pairwise
 from loracast.documents.seams import CLAUSE, SENTENCE_END, SeamFinder, ends_sentence
 
 _BREAK = re.compile(rf"(?P<semicolon>;)(?=\s)|(?P<lines>\s*\n\s*)|{SENTENCE_END.pattern}")
+_LONGEST_PARENTHESIS = 300  # characters; so that a long line takes no time for each of its semicolons
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
     """The sentences of a text as (start, end) characters, in order, without the blanks between them.
 
-    A semicolon ends one, and so does a line that is more than wrapped prose: a heading, an item, a row.
+    A semicolon outside parentheses ends one, and so does a line that is more than wrapped prose: a heading, an item, a
+    row.
     """
     cuts = [0, *_cuts(text), len(text)]
     spans = []
@@ -34,11 +36,19 @@ def token_sentences(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[in
     return [max(0, bisect_right(starts, max(start, end - 1)) - 1) for start, end in offsets]
 
 
+def _is_in_parentheses(text: str, at: int) -> bool:
+    """Whether a parenthesis of the same line is open there."""
+    before = text[max(0, at - _LONGEST_PARENTHESIS) : at]
+    line = before[before.rfind("\n") + 1 :]
+    return line.rfind("(") > line.rfind(")")
+
+
 def _cuts(text: str) -> Iterator[int]:
     finder = SeamFinder(text)
     for match in _BREAK.finditer(text):
         if match["semicolon"]:
-            yield match.end()
+            if not _is_in_parentheses(text, match.start()):
+                yield match.end()
         elif lines := match["lines"]:
             newline = match.start() + lines.index("\n")
             if _BLANK_LINE.search(lines) or finder.line_cost(newline) != CLAUSE:

@@ -47,8 +47,10 @@ def write_index(index: Index, chunks: Sequence[Chunk]) -> None:
 def write_sentences(index: Index, prompts: Sequence[str]) -> None:
     """Store the places of the sentences in the chunks' prompts, numbered through, with a full-text index over them.
 
+    A sentence that follows a question is found by the words of both, since it may be the answer ("Price? 20 euros.").
     The index keeps no second copy of the text.
     """
+    before: tuple[int, str] = -1, ""  # chunk and text
     with changing_index(index) as database:
         database.execute(f"CREATE VIRTUAL TABLE sentences USING fts5(text, content = '', {_STEMMED})")
         database.execute(
@@ -57,7 +59,9 @@ def write_sentences(index: Index, prompts: Sequence[str]) -> None:
         database.execute("CREATE INDEX sentences_by_chunk ON sentence_places (chunk)")
         for number, (chunk, start, end) in enumerate(sentences_of(prompts)):
             text = prompts[chunk][start:end]
-            database.execute("INSERT INTO sentences (rowid, text) VALUES (?, ?)", (number, text))
+            found_by = f"{before[1]} {text}" if before[0] == chunk and before[1].endswith("?") else text
+            before = chunk, text
+            database.execute("INSERT INTO sentences (rowid, text) VALUES (?, ?)", (number, found_by))
             database.execute("INSERT INTO sentence_places VALUES (?, ?, ?, ?)", (number, chunk, start, end))
 
 
