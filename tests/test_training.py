@@ -197,39 +197,6 @@ def test_a_trained_encoder_lora_comes_back_with_the_hypernetwork(base, tmp_path)
     assert not torch.equal(read, HiddenStatesEncoder(base.model, hypernet.config.reader_layers)(ids).states)
 
 
-def test_a_checkpoint_gets_wider_static_and_encoder_loras(base, tmp_path):
-    """Of more kinds and a higher rank, which change nothing before they are trained."""
-    first = DocRecipe(
-        hypernetwork={**DOC_TO_LORA, "static_modules_rank": 2, "encoder_rank": 3},
-        static_kinds=("q_proj",), encoder_kinds=("q_proj",),
-        data=DataConfig(questions_per_step=4, max_facts=2, max_chunk_tokens=128),
-        training=TrainConfig(steps=3, log_every=1, warmup_steps=1, lr=1e-2, bf16=False),
-    )  # fmt: skip
-    train_doc(base, first, tmp_path / "first")
-    wider = dataclasses.replace(
-        first, hypernetwork={"static_modules_rank": 4, "encoder_rank": 5}, static_kinds=("q_proj", "gate_proj"),
-        encoder_kinds=("q_proj", "up_proj"), training=dataclasses.replace(first.training, steps=1, lr=1e-12),
-    )  # fmt: skip
-    train_doc(base, wider, tmp_path / "wider", init_from=tmp_path / "first")
-    old, new = (from_pretrained(tmp_path / name, DocToLoRA) for name in ("first", "wider"))
-    assert set(new.static) == {"q_proj", "gate_proj"} and set(new.encoder_lora) == {"q_proj", "up_proj"}
-    assert new.static["q_proj"].a.shape[1] == 4 and new.encoder_lora["up_proj"].a.shape[1] == 5
-    document = torch.tensor([[5, 6, 7, 8, 9]])
-    with torch.no_grad():
-        read = [net.hidden_states_encoder(base)(document) for net in (old, new)]
-        torch.testing.assert_close(*(features.states for features in read))
-        loras = [net(features).loras.row(0) for net, features in zip((old, new), read, strict=True)]
-    for name in loras[0].names:
-        torch.testing.assert_close(loras[1].delta(name), loras[0].delta(name), rtol=1e-4, atol=1e-5)
-    for less in (
-        {"static_kinds": ("gate_proj",)},
-        {"encoder_kinds": ("up_proj",)},
-        {"hypernetwork": {"encoder_rank": 2}},
-    ):
-        with pytest.raises(ConfigError, match="must name these kinds, and may name more, with at least this rank"):
-            train_doc(base, dataclasses.replace(wider, **less), tmp_path / "less", init_from=tmp_path / "first")
-
-
 def test_a_memory_is_added_to_a_checkpoint_that_has_none(base, tmp_path):
     """And changes nothing before it is trained."""
     data = DataConfig(questions_per_step=4, max_facts=4, max_chunk_tokens=128)

@@ -152,20 +152,15 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
                 "leave memory_layers out of the recipe, or give these and more, or some of these"
             )
     if recipe.static_kinds:
+        if c.static_modules:
+            raise ConfigError("the checkpoint has static modules already; leave static_kinds out of the recipe")
         changes["static_modules"] = target_from_config(base_config, recipe.static_kinds, c.layers).rows
         changes["static_modules_rank"] = recipe.hypernetwork.get("static_modules_rank", c.static_modules_rank)
     if recipe.encoder_kinds:
+        if c.encoder_modules:
+            raise ConfigError("the checkpoint has an encoder LoRA already; leave encoder_kinds out of the recipe")
         changes["encoder_modules"] = encoder_modules(base_config, recipe, c.reader_layers, c.memory_modules)
         changes["encoder_rank"] = recipe.hypernetwork.get("encoder_rank", c.encoder_rank)
-    for part in ("static_modules", "encoder_modules"):
-        rank = "encoder_rank" if part == "encoder_modules" else "static_modules_rank"
-        before, least = getattr(c, part), getattr(c, rank) if getattr(c, part) else 1
-        if part in changes and not (set(before) <= set(changes[part]) and least <= changes[rank]):
-            kinds = ", ".join(dict.fromkeys(kind for _, _, kind, *_ in before))
-            raise ConfigError(
-                f"the checkpoint's {part} are of the kinds {kinds} and of rank {least}: the recipe must name these "
-                "kinds, and may name more, with at least this rank"
-            )
     head_rank = recipe.hypernetwork.get("head_shared_rank")
     if head_rank is not None:
         if c.head_shared_rank is not None:
@@ -195,11 +190,6 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
     weights = hypernet.state_dict()
     if recipe.memory_layers or near is not None:
         weights = {name: value for name, value in weights.items() if not name.startswith("memory.")}
-    for name, parameter in grown.named_parameters():
-        if name in weights and name.startswith(("static.", "encoder_lora.")):  # [layers, rank, d]: new ranks are no-ops
-            theirs = weights.pop(name)
-            with torch.no_grad():
-                parameter[:, : theirs.shape[1]] = theirs
     grown.load_state_dict(weights, strict=False)
     if set(grown.config.memory_modules) - set(c.memory_modules):
         set_memory_units(grown, base, grown.hidden_states_encoder(base), *calibration_data(base, recipe, source))
