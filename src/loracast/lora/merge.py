@@ -26,9 +26,9 @@ class Merging:
         """Join A [..., chunks, r, in] and B rows [..., chunks, r, out] to [..., m, in and out].
 
         Args:
-            row_weights: what each row [chunks, r] is multiplied with. Rows of weight 0 are left out, and the keys of
-                different chunks are not decorrelated then: where a question chooses the rows, few are left, and
-                decorrelation gains nothing and takes time.
+            row_weights: what a question multiplies each row [chunks, r] with; rows of weight 0 are left out. The keys
+                of different chunks are not decorrelated then, which would take time and gain nothing (measured:
+                docs/notebook, 2026-11-29).
         """
         n_chunks = a.shape[-3]
         if row_weights is not None:
