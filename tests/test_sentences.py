@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from loracast.base.chat import encode_with_offsets
+from loracast.cast.document import recast
 from loracast.documents.sentences import sentence_spans, token_sentences
 from loracast.errors import AdapterError
 from loracast.evaluation.in_memory import InMemoryAdapter
@@ -182,6 +183,22 @@ def test_a_lora_holds_the_rows_that_count_and_no_others(model, storage):
     in_memory = document.lora(None, weights)
     for name in found.names:
         torch.testing.assert_close(in_memory.delta(name), found.delta(name), rtol=2e-2, atol=2e-2)
+
+
+def test_rows_that_are_cast_anew_belong_to_the_sentences_of_the_index(model, monkeypatch):
+    """Which an earlier version may have split otherwise."""
+
+    def halves(text):
+        return [(0, len(text) // 2), (len(text) // 2, len(text))]
+
+    monkeypatch.setattr("loracast.library.index.sentence_spans", halves)
+    document = InMemoryAdapter(model, MANUAL, max_chunk_tokens=64).document
+    adapter = model.adapter(model.learn(document, "manual", max_chunk_tokens=64, storage="text").name)
+    prompts = [chunk.prompt for chunk in read_chunks(adapter.index)]
+    owners = adapter.rows(list(range(len(prompts))))[f"o_proj{SENTENCE}"]
+    assert len(prompts) > 1 and set(owners[owners >= 0].tolist()) == {0, 1}
+    expected = recast(model.documents, model.base, prompts, [halves(prompt) for prompt in prompts])
+    assert torch.equal(owners, expected[f"o_proj{SENTENCE}"])
 
 
 def test_rows_belong_to_the_sentence_of_their_token(model):

@@ -32,6 +32,9 @@ devices take four times as many.
 
 Progress = Callable[[int, int], None]
 """(chunks done, chunks in all)"""
+Spans = Sequence[tuple[int, int]]
+"""The (start, end) characters of a chunk's sentences in its prompt."""
+_Place = tuple[str, tuple[tuple[int, int], ...]]
 
 
 def split_document(base: Base, document: Document, max_chunk_tokens: int) -> list[Chunk]:
@@ -66,19 +69,25 @@ def token_batches(base: Base, prompts: Sequence[str]) -> Iterator[list[list[int]
             batch = []
 
 
-def cast_chunks(caster: Caster, base: Base, prompts: Sequence[str]) -> Iterator[ChunkRows]:
-    """The rows of chunks, in order, a batch at a time, and the sentences of those that belong to tokens."""
-    places = iter(prompts)
+def cast_chunks(
+    caster: Caster, base: Base, prompts: Sequence[str], sentences: Sequence[Spans] | None = None
+) -> Iterator[ChunkRows]:
+    """The rows of chunks, in order, a batch at a time, and the sentences of those that belong to tokens.
+
+    Args:
+        sentences: of each chunk; None to find them in the prompts.
+    """
+    places = zip(prompts, map(sentence_spans, prompts) if sentences is None else sentences, strict=True)
     for batch in token_batches(base, prompts):
         cast = caster.cast(caster.encode(batch))
-        owners = [_token_sentences(base, prompt) for prompt in islice(places, len(batch))]
+        owners = [_token_sentences(base, *place) for place in islice(places, len(batch))]
         yield cast.rows, {kind: _row_sentences(tokens.cpu(), owners, cast.rows[kind][0].shape[2])
                           for kind, tokens in (cast.tokens or {}).items()}  # fmt: skip
 
 
-def _token_sentences(base: Base, prompt: str) -> list[int]:
+def _token_sentences(base: Base, prompt: str, sentences: Spans) -> list[int]:
     """For each token of a chunk the number of its sentence in the chunk."""
-    return token_sentences(sentence_spans(prompt), encode_with_offsets(base.tokenizer, prompt)[1])
+    return token_sentences(sentences, encode_with_offsets(base.tokenizer, prompt)[1])
 
 
 def _row_sentences(tokens: Tensor, owners: Sequence[Sequence[int]], rank: int) -> Tensor:
@@ -91,9 +100,15 @@ def _row_sentences(tokens: Tensor, owners: Sequence[Sequence[int]], rank: int) -
     return sentences
 
 
-def recast(caster: Caster, base: Base, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors that an adapter of these chunks would hold in bf16, the static LoRA's included."""
-    batches = list(cast_chunks(caster, base, prompts))
+def recast(
+    caster: Caster, base: Base, prompts: Sequence[str], sentences: Sequence[Spans] | None = None
+) -> dict[str, Tensor]:
+    """The tensors that an adapter of these chunks would hold in bf16, the static LoRA's included.
+
+    Args:
+        sentences: as in `cast_chunks`; those of an adapter's index, which another version may have split otherwise.
+    """
+    batches = list(cast_chunks(caster, base, prompts, sentences))
     static = static_tensors(caster.hypernetwork.static_rows())
     rows = {name: value.bfloat16().cpu() for name, value in static.items()}
     for kind in batches[0][0]:
@@ -109,7 +124,7 @@ class CachedRecast:
 
     def __init__(self, caster: Caster, base: Base, most: int = 32):
         self.caster, self.base, self.most = caster, base, most
-        self._rows: dict[str, dict[str, Tensor]] = {}  # by prompt, the one used last at the end
+        self._rows: dict[_Place, dict[str, Tensor]] = {}  # by prompt and sentences, the one used last at the end
         self._changing = Lock()
 
     def attach(self, adapter: Adapter) -> None:
@@ -125,21 +140,23 @@ class CachedRecast:
             )
         adapter.recast = self
 
-    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, prompts: Sequence[str], sentences: Sequence[Spans] | None = None) -> dict[str, Tensor]:
         """As `recast`; prompts that are not in memory are cast in one go."""
+        spans = map(sentence_spans, prompts) if sentences is None else sentences
+        places: list[_Place] = [(prompt, tuple(some)) for prompt, some in zip(prompts, spans, strict=True)]
         with self._changing:
-            found = {prompt: self._rows[prompt] for prompt in prompts if prompt in self._rows}
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]:
-            cast = recast(self.caster, self.base, new)
-            for i, prompt in enumerate(new):
-                found[prompt] = {name: v if STATIC in name else v[i : i + 1].clone() for name, v in cast.items()}
+            found = {place: self._rows[place] for place in places if place in self._rows}
+        if new := [place for place in dict.fromkeys(places) if place not in found]:
+            cast = recast(self.caster, self.base, [prompt for prompt, _ in new], [some for _, some in new])
+            for i, place in enumerate(new):
+                found[place] = {name: v if STATIC in name else v[i : i + 1].clone() for name, v in cast.items()}
         with self._changing:
-            for prompt, rows in found.items():
-                self._rows.pop(prompt, None)
-                self._rows[prompt] = rows
-            for prompt in list(self._rows)[: -self.most]:
-                del self._rows[prompt]
-        each = [found[prompt] for prompt in prompts]
+            for place, rows in found.items():
+                self._rows.pop(place, None)
+                self._rows[place] = rows
+            for place in list(self._rows)[: -self.most]:
+                del self._rows[place]
+        each = [found[place] for place in places]
         return {name: v if STATIC in name else torch.cat([rows[name] for rows in each]) for name, v in each[0].items()}
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from loracast.byte_cache import ByteCache
 from loracast.errors import LEARN_AGAIN, AdapterError
 from loracast.files import file_sha256
-from loracast.library.index import index_faults, read_chunks
+from loracast.library.index import index_faults, read_chunks, read_sentences
 from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.library.memory import route_memory
 from loracast.library.relevance import THRESHOLD
@@ -43,8 +43,9 @@ STATIC = ".shared."
 """Part of the names of the tensors that hold the static LoRA, which all documents of a hypernetwork have in common."""
 _MOST_BYTES = 64 * 2**20
 """Factors that an adapter keeps in memory: a conversation tends to stay with the same chunks."""
-Recast = Callable[[Sequence[str]], "dict[str, Tensor]"]
-"""The prompts of chunks -> their factors and the static ones, named and shaped as in factors.safetensors."""
+Recast = Callable[[Sequence[str], "Sequence[Sequence[tuple[int, int]]] | None"], "dict[str, Tensor]"]
+"""The prompts of chunks and the places of their sentences, None to find them -> their factors and the static ones,
+named and shaped as in factors.safetensors."""
 
 
 class Adapter:
@@ -162,7 +163,10 @@ class Adapter:
                     f"{self.name!r} keeps only its text; its factors are cast only to answer a question: for anything "
                     "else, learn the document with --storage bf16"
                 )
-            rows = self.recast([chunk.prompt for chunk in read_chunks(self.index, wanted)])
+            prompts = [chunk.prompt for chunk in read_chunks(self.index, wanted)]
+            places = read_sentences(self.index, wanted)
+            spans = [[(start, end) for chunk, start, end in places if chunk == i] for i in wanted]
+            rows = self.recast(prompts, spans if places else None)
             return self._checked({name: value for name, value in rows.items() if static or STATIC not in name})
 
         rows = {}
