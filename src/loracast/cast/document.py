@@ -115,7 +115,7 @@ def recast(
         for i, side in enumerate("ab"):
             rows[f"{kind}.{side}"] = torch.cat([batch[kind][i] for batch, _ in batches]).bfloat16().cpu()
     for kind in batches[0][1]:
-        rows[f"{kind}{SENTENCE}"] = torch.cat([sentences[kind] for _, sentences in batches])
+        rows[f"{kind}{SENTENCE}"] = torch.cat([owners[kind] for _, owners in batches])
     return rows
 
 
