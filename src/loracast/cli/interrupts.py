@@ -26,9 +26,10 @@ _advice = ""
 def prompt_interrupts() -> Iterator[None]:
     """Have SIGINT raise KeyboardInterrupt, or end the process where it cannot be raised within 0.3 s.
 
-    Where the block exits with 130, the process ends without taking its models apart, which takes seconds. Both are as
-    safe as a kill: whatever loracast writes is whole or not there. Where SIGINT is ignored (a job in the background of
-    a script), and on systems other than POSIX, nothing changes.
+    Where the block exits with 130, or code in C made a SystemError of the KeyboardInterrupt, the process ends without
+    taking its models apart, which takes seconds. All are as safe as a kill: whatever loracast writes is whole or not
+    there. Where SIGINT is ignored (a job in the background of a script), and on systems other than POSIX, nothing
+    changes.
     """
     if os.name != "posix" or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -59,8 +60,8 @@ def prompt_interrupts() -> Iterator[None]:
     try:
         yield
     except (SystemExit, SystemError) as end:
-        # Code in C that does not pass the KeyboardInterrupt on raises SystemError.
-        if is_interrupted if isinstance(end, SystemError) else end.code == EXIT_CODE:
+        ends_here = end.code == EXIT_CODE if isinstance(end, SystemExit) else is_interrupted
+        if ends_here:
             for stream in (sys.stdout, sys.stderr):
                 with suppress(OSError):  # nobody reads it
                     stream.flush()

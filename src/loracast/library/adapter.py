@@ -163,10 +163,11 @@ class Adapter:
                     f"{self.name!r} keeps only its text; its factors are cast only to answer a question: for anything "
                     "else, learn the document with --storage bf16"
                 )
+            spans: dict[int, list[tuple[int, int]]] = {i: [] for i in wanted}
+            for place in (places := read_sentences(self.index, wanted)):
+                spans[place.chunk].append((place.start, place.end))
             prompts = [chunk.prompt for chunk in read_chunks(self.index, wanted)]
-            places = read_sentences(self.index, wanted)
-            spans = [[(start, end) for chunk, start, end in places if chunk == i] for i in wanted]
-            rows = self.recast(prompts, spans if places else None)
+            rows = self.recast(prompts, [spans[i] for i in wanted] if places else None)
             return self._checked({name: value for name, value in rows.items() if static or STATIC not in name})
 
         rows = {}

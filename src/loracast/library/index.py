@@ -50,19 +50,19 @@ def write_sentences(index: Index, prompts: Sequence[str]) -> None:
     A sentence that follows a question is found by the words of both, since it may be the answer ("Price? 20 euros.").
     The index keeps no second copy of the text.
     """
-    before: tuple[int, str] = -1, ""  # chunk and text
+    places = sentences_of(prompts)
+    texts = [prompts[chunk][start:end] for chunk, start, end in places]
     with changing_index(index) as database:
         database.execute(f"CREATE VIRTUAL TABLE sentences USING fts5(text, content = '', {_STEMMED})")
         database.execute(
             "CREATE TABLE sentence_places (sentence INTEGER PRIMARY KEY, chunk INTEGER, start INTEGER, stop INTEGER)"
         )
         database.execute("CREATE INDEX sentences_by_chunk ON sentence_places (chunk)")
-        for number, (chunk, start, end) in enumerate(sentences_of(prompts)):
-            text = prompts[chunk][start:end]
-            found_by = f"{before[1]} {text}" if before[0] == chunk and before[1].endswith("?") else text
-            before = chunk, text
-            database.execute("INSERT INTO sentences (rowid, text) VALUES (?, ?)", (number, found_by))
-            database.execute("INSERT INTO sentence_places VALUES (?, ?, ?, ?)", (number, chunk, start, end))
+        for i, (chunk, start, end) in enumerate(places):
+            is_answer = i > 0 and places[i - 1].chunk == chunk and texts[i - 1].endswith("?")
+            found_by = f"{texts[i - 1]} {texts[i]}" if is_answer else texts[i]
+            database.execute("INSERT INTO sentences (rowid, text) VALUES (?, ?)", (i, found_by))
+            database.execute("INSERT INTO sentence_places VALUES (?, ?, ?, ?)", (i, chunk, start, end))
 
 
 def sentences_of(prompts: Sequence[str]) -> list[SentencePlace]:

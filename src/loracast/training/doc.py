@@ -94,7 +94,10 @@ def read_doc_recipe(path: Path | None, overrides: Sequence[str] = ()) -> DocReci
 
 
 def build_doc_hypernet(base: Base, recipe: DocRecipe, source: EpisodeSource) -> DocToLoRA:
-    """A fresh hypernetwork for a base, its units measured on the data; it has no verdicts, which a ConfigError says."""
+    """A fresh hypernetwork for a base, its units measured on the data.
+
+    Raises ConfigError for `memory_verdicts`, which are fitted to a trained memory.
+    """
     if recipe.hypernetwork.get("memory_verdicts"):
         raise ConfigError("memory_verdicts needs a trained memory: give its checkpoint with --init-from")
     torch.manual_seed(recipe.training.seed)
