@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
 from loracast.library.index import read_chunks, write_index
-from loracast.library.routing import pick, search
+from loracast.library.routing import pick, route_set, search
 
 TEXTS = [
     "The warranty of the kettle is 24 months and starts on the day of purchase.",
@@ -55,6 +55,24 @@ def test_the_right_chunk_comes_first(index, question, chunk):
     assert route.chunks[0] == chunk and len(route.chunks) <= 2
     assert len(route.scores) == len(route.chunks) and list(route.scores) == sorted(route.scores, reverse=True)
     assert "BM25" in route.reason
+
+
+def test_a_claim_is_looked_up_in_the_sentence_that_matches_best(tmp_path):
+    texts = ["The pool opens at 9:30. The sauna opens at 11:00.", "The pool costs 5 pounds, the sauna 7."]
+    write_index(tmp_path / "i.sqlite", chunks_of(texts, ["Opening times in Oxford", "Prices"]))
+    questions = {
+        "Does the sauna open at 11:00?": True,
+        "Does the sauna open at 9:30?": False,
+        "Does the pool in Oxford open at 9:30?": True,  # the heading says Oxford
+        "Does the sauna open in Oxford?": None,
+        "When does the sauna open?": None,
+        "Is it 4?": None,  # no word that tells where to look
+    }
+    for question, said in questions.items():
+        assert pick(tmp_path / "i.sqlite", 2, question, 2).says_yes is said, question
+    both = list(questions)[:2]
+    assert route_set(tmp_path / "i.sqlite", 2, both).says_yes is None
+    assert route_set(tmp_path / "i.sqlite", 2, both[:1]).says_yes is True
 
 
 words = st.sampled_from(["zork", "blib", "quax", "frob", "wug"])

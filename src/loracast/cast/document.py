@@ -16,7 +16,7 @@ from loracast.base.load import Base
 from loracast.documents import Chunk, Document, split_text
 from loracast.documents.sentences import sentence_spans, token_sentences
 from loracast.errors import ConfigError, DocumentError, HypernetworkError
-from loracast.hypernets.protocol import Caster
+from loracast.hypernets.protocol import Caster, Hypernetwork
 from loracast.library.adapter import SENTENCE, STATIC, Adapter, join_chunks
 from loracast.library.library import check_free, check_whole, find_cached, give_name
 from loracast.library.manifest import Manifest, utc_now
@@ -100,6 +100,11 @@ def _row_sentences(tokens: Tensor, owners: Sequence[Sequence[int]], rank: int) -
     return sentences
 
 
+def static_of(hypernetwork: Hypernetwork) -> dict[str, Tensor]:
+    """The tensors that all adapters of a hypernetwork hold alike, as static_tensors names them."""
+    return static_tensors(hypernetwork.static_rows(), hypernetwork.yes_rows())
+
+
 def recast(
     caster: Caster, base: Base, prompts: Sequence[str], sentences: Sequence[Spans] | None = None
 ) -> dict[str, Tensor]:
@@ -109,7 +114,7 @@ def recast(
         sentences: as in `cast_chunks`; those of an adapter's index, which another version may have split otherwise.
     """
     batches = list(cast_chunks(caster, base, prompts, sentences))
-    static = static_tensors(caster.hypernetwork.static_rows())
+    static = static_of(caster.hypernetwork)
     rows = {name: value.bfloat16().cpu() for name, value in static.items()}
     for kind in batches[0][0]:
         for i, side in enumerate("ab"):
@@ -255,7 +260,7 @@ def learn_chunks(
         manifest,
         chunks,
         batches,
-        hypernetwork.static_rows(),
+        static_of(hypernetwork),
         lambda: time.perf_counter() - started,
         replace=replace,
         progress=progress,

@@ -67,6 +67,9 @@ def route(
             score = "" if chunk["score"] is None else f"{chunk['score']:.2f}"
             weight = f"{chunk['weight']:.2f}"
             rows.append((chunk.get("path", one["adapter"]), chunk["chunk"], score, weight, shown))
+        if one["says_yes"] is not None:
+            said = "stands there: Yes" if one["says_yes"] else "does not stand there: No"
+            rows.append((one["adapter"], "", "", "", f"what the question claims {said}"))
         if static := one.get("static"):
             rows.append((static["path"], "", "", f"{static['weight']:.2f}", "the part that all chunks share, once"))
     print_table(("adapter", ">chunk", ">score", ">weight", "text"), rows)
@@ -91,7 +94,7 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     n = len(wanted)
     described = _described(index, wanted, picked.scores or [0.0] * n, picked.weights or [1.0] * n)
     placed = [{**chunk, "path": paths[chunk["chunk"]]} for chunk in described]
-    found = {"adapter": name, "reason": picked.reason, "is_empty": False, "chunks": placed}
+    found = {"adapter": name, "reason": picked.reason, "is_empty": False, "says_yes": None, "chunks": placed}
     if static is not None and (surplus := sum(chunk["weight"] for chunk in placed) - 1):
         found["static"] = {"path": str(folder / static), "weight": round(-surplus, 3)}
     return found
@@ -104,7 +107,8 @@ def _picked(adapter: Adapter, picked: Route) -> dict[str, Any]:
     described = _described(
         adapter.index, chunks, picked.scores or [None] * len(chunks), picked.weights or [1.0] * len(chunks)
     )
-    return {"adapter": adapter.name, "reason": picked.reason, "is_empty": picked.is_empty, "chunks": described}
+    found = {"adapter": adapter.name, "reason": picked.reason, "is_empty": picked.is_empty}
+    return {**found, "says_yes": picked.says_yes, "chunks": described}
 
 
 def _described(

@@ -18,7 +18,7 @@ from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.baseline import LoRASource, Request, fixed
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
-from loracast.library.routing import DEFAULT_ROUTE, Route
+from loracast.library.routing import DEFAULT_ROUTE, Route, said_together
 from loracast.lora.algebra import Factors, LoRA, concat
 from loracast.model import Model
 from loracast.question_answering import ASK_SYSTEM_TURN
@@ -136,12 +136,15 @@ def adapters(setup: DocumentSetup, picked: Sequence[tuple[InMemoryAdapter, Route
     if not picked:
         return None
     chunks = tuple((d, tuple(range(len(d.chunks)) if r.chunks is None else sorted(r.chunks))) for d, r in picked)
-    key = tuple((d, r.chunks, r.weights, r.sentences) for d, r in picked)
+    key = tuple((d, r.chunks, r.weights, r.sentences, r.says_yes) for d, r in picked)
     n_bytes = setup.chunk_bytes * sum(len(some) for _, some in chunks)
 
     # What the hypernetwork gives every document alike counts once.
     def make() -> LoRA:
-        return concat([d.lora(r.picked, r.sentence_weights, static=i == 0) for i, (d, r) in enumerate(picked)])
+        said = said_together([route for _, route in picked])
+        return concat(
+            [d.lora(r.picked, r.sentence_weights, static=i == 0, says_yes=said[i]) for i, (d, r) in enumerate(picked)]
+        )
 
     return LoRASource(key, make, n_bytes, chunks)
 

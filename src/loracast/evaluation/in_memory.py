@@ -14,14 +14,13 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from loracast.cast.document import cast_chunks, split_document
+from loracast.cast.document import cast_chunks, split_document, static_of
 from loracast.documents import Document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.library.adapter import SENTENCE, join_chunks
+from loracast.library.adapter import SENTENCE, YES, join_chunks
 from loracast.library.index import write_index
 from loracast.library.relevance import THRESHOLD
 from loracast.library.routing import Route, SentenceWeights, route_question
-from loracast.library.save import static_tensors
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored, storage_of
 from loracast.model import Model
@@ -45,7 +44,7 @@ class InMemoryAdapter:
         write_index(self._index, self.chunks)
         hypernetwork = model.documents.hypernetwork
         self._target, self._merging = hypernetwork.config.target, hypernetwork.merging
-        self._shared = {name: value.bfloat16() for name, value in static_tensors(hypernetwork.static_rows()).items()}
+        self._shared = {name: value.bfloat16() for name, value in static_of(hypernetwork).items()}
         self._factors: dict[str, Tensor] = {}  # "down_proj.a" [chunks, layers, r, in], rows filled by `put`
         self._storage = storage
         self._is_cast = [False] * len(self.chunks)
@@ -94,18 +93,19 @@ class InMemoryAdapter:
         chunks: Sequence[int] | Mapping[int, float] | None = None,
         sentences: SentenceWeights | None = None,
         *,
+        says_yes: bool | None = None,
         static: bool = True,
     ) -> LoRA:
         """The LoRA of some chunks, or of all (None), as `Adapter.lora` has it."""
-        common = self._shared if static else {}
+        common = {name: rows for name, rows in self._shared.items() if static or YES in name}
         wanted = sorted(set(range(len(self.chunks)) if chunks is None else chunks))
         weights = [chunks[i] for i in wanted] if isinstance(chunks, Mapping) else None
         of_chunks = None if sentences is None else [sentences[i] for i in wanted]
         if len(wanted) == len(self.chunks):
-            return join_chunks(self._target, self._factors | common, self._merging, weights, of_chunks)
+            return join_chunks(self._target, self._factors | common, self._merging, weights, of_chunks, says_yes)
         picked = torch.tensor(wanted)
         rows = {name: value.index_select(0, picked.to(value.device)) for name, value in self._factors.items()}
-        return join_chunks(self._target, rows | common, self._merging, weights, of_chunks)
+        return join_chunks(self._target, rows | common, self._merging, weights, of_chunks, says_yes)
 
     def close(self) -> None:
         """Free the index and the factors; chunks and text stay."""

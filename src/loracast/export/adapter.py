@@ -81,12 +81,16 @@ def export_adapter(
             "each would take all of it; leave them out"
         )
     route = route_set(adapter.index, m.n_chunks, questions) if questions else Route()
+
+    def lora() -> LoRA:
+        return adapter.lora(route.picked, route.sentence_weights, says_yes=route.says_yes, dense=False)
+
     base = base or m.made_for.base
     if form is None:
         assert load is not None, "merging needs the base"
         loaded = load(base)
         check(m.made_for, loaded.fingerprint, f"the adapter {adapter.name!r}")
-        write_merged(adapter.lora(route.picked, route.sentence_weights, dense=False), out, loaded)
+        write_merged(lora(), out, loaded)
         return [Exported(out, None, 0.0)]
     config = base_config(base, adapter, say) if form.needs_config else None
     kept = ("version", "title", "factors_sha256", "source_sha256", "hypernetwork")
@@ -100,7 +104,7 @@ def export_adapter(
         return Exported(path, made.rank, made.error)
 
     if not each_chunk:
-        return [write(adapter.lora(route.picked, route.sentence_weights, dense=False), out, adapter.name)]
+        return [write(lora(), out, adapter.name)]
     made, chunks = [], []
     for i, chunk in enumerate(read_chunks(adapter.index)):
         made.append(write(adapter.lora([i], dense=False), out / f"chunk-{i:05d}", f"{adapter.name}-{i}"))

@@ -25,7 +25,7 @@ from loracast.library.index import index_faults, read_chunks, read_sentences
 from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.library.memory import route_memory
 from loracast.library.relevance import THRESHOLD
-from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, route_question
+from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, route_question, said_together
 from loracast.lora.quantize import SCALE, packed, storage_of, unpack
 from loracast.lora.target import Target
 from loracast.lora.tensor_file import OpenTensors, TensorInfo, number_faults, read_header
@@ -41,6 +41,8 @@ SENTENCE = ".sentence"
 """Suffix of the tensor that holds the sentence of each row of a memory."""
 STATIC = ".shared."
 """Part of the names of the tensors that hold the static LoRA, which all documents of a hypernetwork have in common."""
+YES = f"{STATIC}yes."
+"""The same of a row that makes an answer Yes, and negated No: it joins the LoRA of a question that claims something."""
 _MOST_BYTES = 64 * 2**20
 """Factors that an adapter keeps in memory: a conversation tends to stay with the same chunks."""
 Recast = Callable[[Sequence[str], "Sequence[Sequence[tuple[int, int]]] | None"], "dict[str, Tensor]"]
@@ -94,6 +96,7 @@ class Adapter:
         chunks: Sequence[int] | Mapping[int, float] | None = None,
         sentences: SentenceWeights | None = None,
         *,
+        says_yes: bool | None = None,
         static: bool = True,
         dense: bool = True,
     ) -> LoRA:
@@ -103,6 +106,7 @@ class Adapter:
             chunks: their numbers; or the weight of each chunk's LoRA, by its number.
             sentences: by chunk, the weights of its sentences, which a memory's rows get in place of the chunk's; rows
                 of weight 0 are left out.
+            says_yes: have it answer Yes or No, as far as the hypernetwork has a row for that.
             static: with the static LoRA, whose weight is always 1; False where another adapter of the same hypernetwork
                 brings it along (`loras_together`).
             dense: keep the product B A, in bf16, of a module whose factors would be larger than it; False keeps all
@@ -120,10 +124,13 @@ class Adapter:
         which = (self.manifest.version, wanted, static)
 
         def join(rows: Mapping[str, Tensor]) -> LoRA:
-            return join_chunks(self.manifest.target, rows, self.manifest.merging, weights, of_chunks, dense)
+            yes = {} if says_yes is None or static else self._static_rows
+            rows = {**rows, **{name: value for name, value in yes.items() if YES in name}}
+            target, merging = self.manifest.target, self.manifest.merging
+            return join_chunks(target, rows, merging, weights, of_chunks, says_yes, dense)
 
         # Weights differ with every question: what they multiply is kept, and the LoRA itself only where there are none.
-        if weights is None and sentences is None and dense:
+        if weights is None and sentences is None and says_yes is None and dense:
             return self.kept.get(("LoRA", *which), lambda: join(self.rows(wanted, static=static)))
         return join(self.kept.get(which, lambda: self.rows(wanted, static=static)))
 
@@ -257,16 +264,17 @@ def loras_together(picked: Sequence[tuple[Adapter, Route]]) -> list[LoRA]:
     """The LoRAs of adapters to be added up, each of what was picked, if anything; a static LoRA comes in once."""
     picked = [(adapter, route) for adapter, route in picked if not route.is_empty]
     brings_static = [True] if len(picked) == 1 else first_with_static([adapter for adapter, _ in picked])
+    says_yes = said_together([route for _, route in picked])
     return [
-        adapter.lora(route.picked, route.sentence_weights, static=is_first)
-        for (adapter, route), is_first in zip(picked, brings_static, strict=True)
+        adapter.lora(route.picked, route.sentence_weights, static=is_first, says_yes=said)
+        for (adapter, route), is_first, said in zip(picked, brings_static, says_yes, strict=True)
     ]
 
 
 def routing_key(picked: Sequence[tuple[Adapter, Route]]) -> str | None:
     """Names the LoRA of `loras_together`: versions, chunks and all weights. None where nothing was picked."""
     parts = [
-        (adapter.manifest.version, route.chunks, route.weights, route.sentences)
+        (adapter.manifest.version, route.chunks, route.weights, route.sentences, route.says_yes)
         for adapter, route in picked
         if not route.is_empty
     ]
@@ -334,9 +342,12 @@ def _static_shapes(target: Target, stored: Mapping[str, TensorInfo]) -> dict[str
     shapes: dict[str, tuple[int, ...]] = {}
     for kind in target.kinds:
         modules = target.of_kind(kind)
-        names = {f"{kind}{STATIC}a": modules[0].d_in, f"{kind}{STATIC}b": modules[0].d_out}
-        if there := [stored[name].shape for name in names if name in stored]:
-            shapes |= {name: (len(modules), *there[0][1:2], d) for name, d in names.items()}
+        sides = {"a": modules[0].d_in, "b": modules[0].d_out}
+        if any(f"{kind}{STATIC}{side}" in stored for side in sides):
+            there = next(stored[name].shape for side in sides if (name := f"{kind}{STATIC}{side}") in stored)
+            shapes |= {f"{kind}{STATIC}{side}": (len(modules), *there[1:2], d) for side, d in sides.items()}
+        if any(f"{kind}{YES}{side}" in stored for side in sides):
+            shapes |= {f"{kind}{YES}{side}": (len(modules), 1, d) for side, d in sides.items()}
     return shapes
 
 
@@ -346,6 +357,7 @@ def join_chunks(
     merging: Merging,
     weights: Sequence[float] | None = None,
     sentences: Sequence[Sequence[float]] | None = None,
+    says_yes: bool | None = None,
     dense: bool = True,
 ) -> LoRA:
     """The LoRA of chunks: their factors merged, and the static ones once, if `rows` has any.
@@ -354,8 +366,7 @@ def join_chunks(
         rows: named as in the file: "down_proj.a" [chunks, layers, r, in], "down_proj.shared.a" [layers, r, in],
             "o_proj.sentence" [chunks, r].
         weights: what the LoRA of each chunk is multiplied with; 1 if None.
-        sentences: of each chunk, the weights of its sentences, as in `Adapter.lora`.
-        dense: as in `Adapter.lora`.
+        sentences, says_yes, dense: as in `Adapter.lora`; the sentences chunk by chunk.
     """
     import torch
 
@@ -374,6 +385,9 @@ def join_chunks(
         elif weights is not None:
             b = b * torch.tensor(weights).to(b)[:, None, None]
         sides: Sequence[Tensor] = merging.join(kind, a, b, of_rows)  # each [layers or 1, m, d]
+        if says_yes is not None and f"{kind}{YES}a" in rows:
+            more = (rows[f"{kind}{YES}a"], rows[f"{kind}{YES}b"] * (1 if says_yes else -1))  # each [layers, 1, d]
+            static = [torch.cat(pair, dim=1) for pair in zip(static, more, strict=True)] if static else [*more]
         if static and not sides[0].shape[1]:
             sides = static
         elif static:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loracast.documents import Document
     from loracast.documents.images import ImageFile
 
-FORMAT = 2
+FORMAT = 3
 """Of what is written. Format 1 has no sentences: its documents are routed by chunk."""
 VERSION_DIGITS = 12
 """Digits of a version's hash by which people and servers call it."""
@@ -125,7 +125,8 @@ class Manifest:
         source = (self.kind, self.title, self.source, self.source_sha256)
         options = (self.max_chunk_tokens, self.storage, self.strength)
         # An earlier id is a hash of the weights, which does not say how chunks are merged.
-        given = (self.key_decorrelation, self.memory_kinds)  # adapters of format 1 have no sentences
+        # Adapters of format 1 have no sentences, those of format 2 no row that answers Yes.
+        given = (self.key_decorrelation, self.memory_kinds, self.format if self.format > 2 else None)
         ids = (self.hypernetwork, *former_ids)
         return [_hash([*source, one, self.made_for.to_dict(), *options, *filter(None, given)]) for one in ids]
 
@@ -141,9 +142,9 @@ class Manifest:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise AdapterError(f"{path.parent} is not an adapter: its adapter.json cannot be read ({error})") from error
-        if not isinstance(stored, dict) or stored.get("format") not in (1, FORMAT):
+        if not isinstance(stored, dict) or stored.get("format") not in range(1, FORMAT + 1):
             raise AdapterError(
-                f"{path} is not of format 1 or {FORMAT}; this version of loracast cannot read it: update loracast"
+                f"{path} is not of format 1 to {FORMAT}; this version of loracast cannot read it: update loracast"
             )
         try:
             names = {_STORED_AS.get(f.name, f.name): f.name for f in fields(cls)}

@@ -21,7 +21,8 @@ from sqlite3 import Connection
 from unicodedata import normalize
 
 from loracast.errors import AdapterError
-from loracast.library.index import Index, has_sentences, open_index, read_sentences
+from loracast.library.claims import claims_in, holds, terms_of
+from loracast.library.index import Index, has_sentences, open_index, read_chunks, read_sentences
 from loracast.library.relevance import about
 
 DEFAULT_ROUTE = 2
@@ -66,6 +67,8 @@ class Route:
     reason: str = "all chunks"
     about: float | None = None
     """The probability that the document speaks of what is asked; None where nobody looked."""
+    says_yes: bool | None = None
+    """Whether the document says what the question claims (claims.py); None where it claims nothing."""
 
     @property
     def is_empty(self) -> bool:
@@ -85,6 +88,16 @@ class Route:
         return dict(
             zip(range(len(self.sentences)) if self.chunks is None else self.chunks, self.sentences, strict=True)
         )
+
+
+def said_together(routes: Sequence[Route]) -> list[bool | None]:
+    """What one LoRA of several routes says of the question's claim, for the first that says anything: Yes if any does.
+
+    Each document would otherwise add an answer of its own, and most say nothing of another one's subject.
+    """
+    said = [route.says_yes for route in routes]
+    first = next((i for i, one in enumerate(said) if one is not None), None)
+    return [any(said) if i == first else None for i in range(len(routes))]
 
 
 def search(index: Index, question: str, k: int) -> list[tuple[int, float]]:
@@ -197,7 +210,9 @@ def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | No
             new = of_sentences[chunk] if of_sentences else [weight] * counts[chunk]
             sentences[chunk] = list(map(max, new, sentences.get(chunk, new)))
     of_chunks = tuple(tuple(sentences[chunk]) for chunk in chunks) if counts else None
-    return Route(tuple(chunks), (), tuple(chunks.values()), of_chunks, f"what {len(questions)} questions get")
+    says_yes = routes[0].says_yes if len(routes) == 1 else None
+    reason = f"what {len(questions)} questions get"
+    return Route(tuple(chunks), (), tuple(chunks.values()), of_chunks, reason, says_yes=says_yes)
 
 
 def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROUTE) -> Route:
@@ -210,6 +225,22 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
     """
     if k is not None and k < 1:
         raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
+    return replace(_picked(index, n_chunks, question, k), says_yes=_says_yes(index, question))
+
+
+def _says_yes(index: Index, question: str) -> bool | None:
+    """Whether a sentence that matches a question best says what it claims, beside what the heading says already."""
+    if not (claims := claims_in(question)) or (scores := sentence_scores(index, question)) is None:
+        return None
+    places = [place for place, score in zip(read_sentences(index), scores, strict=True) if score == max(scores)]
+    said: set[bool | None] = set()
+    for place, chunk in zip(places, read_chunks(index, [place.chunk for place in places]), strict=True):
+        claimed = claims - terms_of(chunk.heading)
+        said.add(holds(claimed, chunk.prompt[place.start : place.end]) if claimed else None)
+    return True if True in said else None if None in said else False
+
+
+def _picked(index: Index, n_chunks: int, question: str, k: int | None) -> Route:
     if k is None:
         return Route()
     if n_chunks == 1:

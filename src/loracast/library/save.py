@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from loracast.base.fingerprint import Fingerprint
 from loracast.base.load import Base
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.library.adapter import STATIC, Adapter
+from loracast.library.adapter import STATIC, YES, Adapter
 from loracast.library.manifest import AdapterKind, Manifest, utc_now
 from loracast.library.writer import AdapterWriter, ChunkRows
 from loracast.lora.algebra import LoRA, Rows, compress
@@ -31,7 +31,7 @@ def save_rows(
     manifest: Manifest,
     chunks: Sequence[Chunk],
     batches: Iterable[ChunkRows],
-    static: Rows,
+    static: Mapping[str, Tensor],
     seconds: Callable[[], float],
     *,
     replace: bool = False,
@@ -41,7 +41,7 @@ def save_rows(
 
     Args:
         batches: the rows of all chunks, in order; with the storage `text` none are taken.
-        static: rows of the static LoRA, A [modules, r, in] and B rows [modules, r, out].
+        static: what the adapter shares with others of its hypernetwork, as `static_tensors` names it.
         seconds: called at the end: how long casting has taken.
         progress: called with the chunks done and the chunks in all.
 
@@ -52,7 +52,7 @@ def save_rows(
         done = len(chunks) if manifest.storage == "text" else 0
         progress(done, len(chunks))
         if manifest.storage != "text":
-            writer.open_factors(static_tensors(static))
+            writer.open_factors(static)
             for rows, sentences in batches:
                 writer.add(rows, sentences)
                 done += next(iter(rows.values()))[0].shape[0]
@@ -60,10 +60,13 @@ def save_rows(
         return writer.finish(replace=replace, learn_s=seconds())
 
 
-def static_tensors(static: Rows) -> dict[str, Tensor]:
-    """Rows of a static LoRA as tensors named as in an adapter's file."""
+def static_tensors(static: Rows, yes: Rows | None = None) -> dict[str, Tensor]:
+    """Rows of a static LoRA, and those that answer Yes, as tensors named as in an adapter's file."""
     return {
-        f"{kind}{STATIC}{side}": rows for kind, pair in static.items() for side, rows in zip("ab", pair, strict=True)
+        f"{kind}{part}{side}": rows
+        for part, of_kinds in ((STATIC, static), (YES, yes or {}))
+        for kind, pair in of_kinds.items()
+        for side, rows in zip("ab", pair, strict=True)
     }
 
 
@@ -122,7 +125,9 @@ def save_single(
         storage=storage,
     )
     only = Chunk(text=title, start=0, end=len(title), heading="", n_tokens=0)
-    return save_rows(library, manifest, [only], [(rows, {})], static or {}, lambda: seconds, replace=replace)
+    return save_rows(
+        library, manifest, [only], [(rows, {})], static_tensors(static or {}), lambda: seconds, replace=replace
+    )
 
 
 def save_lora(
