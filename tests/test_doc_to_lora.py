@@ -50,7 +50,7 @@ VARIANTS["memory"] = {
     "d_values": 48, "memory_modules": MEMORY, "memory_rank": 4, "memory_blocks": 1, "static_rank": 1,
 }  # fmt: skip
 VARIANTS["near tokens"] = {**VARIANTS["memory"], "memory_near_tokens": 2}
-VARIANTS["verdicts"] = {**VARIANTS["near tokens"], "memory_verdicts": True}
+VARIANTS["verdicts"] = {**VARIANTS["near tokens"], "memory_verdicts": True, "memory_gate_power": 0.5}
 SHARED = target_from_config(MODEL.config, ("q_proj", "gate_proj"), (1, 3)).rows
 VARIANTS["shared modules"] = {**VARIANTS["memory"], "static_modules": SHARED, "static_modules_rank": 3}
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -575,11 +575,26 @@ def test_a_memory_writes_what_a_sentence_says_of_a_rule(monkeypatch):
             memory.verdict.bias.data.copy_(torch.tensor([yes, -yes]))
             a, b = hypernet.cast_and_write(features)[0]["o_proj"]  # [1, modules, 6, in], [1, modules, 6, out]
             torch.testing.assert_close(b[0, :, 4], memory.verdict_value.expand(2, -1) * (1 if yes > 0 else -1))
-            assert b[0, :, [0, 1, 2, 3, 5]].abs().max() < 1e-6
+            assert b[0, :, [0, 1, 2, 3, 5]].abs().max() < 1e-5
         rows[key] = a[0, :, 4]  # [modules, in]
     mapped = (features.keys[0, :, 4] - memory.end_mean)[:, None] @ memory.from_end @ memory.to_question
     for key, expected in (("end", mapped.squeeze(1)), ("place", memory.place_keys[:, 0])):
         torch.testing.assert_close(rows[key], torch.nn.functional.normalize(expected, dim=-1) / 64**0.5)
+
+
+def test_a_half_open_gate_writes_as_its_power_says():
+    linear, root = (make("memory", fresh=True, memory_gate_power=power) for power in (1.0, 0.5))
+    root.load_state_dict(linear.state_dict())
+    features = make_features(linear, n=1)
+    for logit in (-2.0, 3.0):
+        for hypernet in (linear, root):
+            hypernet.memory.scale.data.fill_(0.01)
+            hypernet.memory.gate.weight.data.zero_()
+            hypernet.memory.gate.bias.data.fill_(logit)
+        of_linear, of_root = (hypernet.cast_and_write(features)[0]["o_proj"][1] for hypernet in (linear, root))
+        torch.testing.assert_close(of_root, of_linear / torch.tensor(logit).sigmoid().sqrt())
+    with pytest.raises(ConfigError, match="memory_gate_power"):
+        make("memory", memory_gate_power=0.0)
 
 
 def test_a_memory_keeps_the_tokens_whose_gates_are_most_open():
@@ -652,7 +667,7 @@ def test_what_fixes_no_weight_can_be_changed_in_a_config():
 def test_a_newer_key_of_the_config_is_in_no_id_at_its_default():
     """Hypernetworks of before the key, and adapters that name them, keep the id that they had."""
     hypernet = make("memory")
-    newer = {"memory_near_tokens", "memory_verdicts"}
+    newer = {"memory_near_tokens", "memory_verdicts", "memory_gate_power"}
     config = {key: value for key, value in dataclasses.asdict(hypernet.config).items() if key not in newer}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(hypernet.state_dict().items()):

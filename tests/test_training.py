@@ -331,6 +331,12 @@ def test_a_memory_can_keep_some_of_its_layers_and_write_more_tokens(base, tmp_pa
         train_doc(base, dataclasses.replace(recipe, memory_layers=(2,)), tmp_path / "x", init_from=tmp_path / "first")
 
 
+def test_a_memory_can_get_another_gate_power(base, tmp_path):
+    old, grown, _ = train_and_grow(base, tmp_path, (1, 3), {}, hypernetwork={"memory_gate_power": 0.5})
+    assert (old.config.memory_gate_power, grown.config.memory_gate_power) == (1.0, 0.5) and old.id != grown.id
+    torch.testing.assert_close(old.state_dict(), grown.state_dict())
+
+
 def test_the_loss_falls_on_something_that_can_be_memorised(tmp_path):
     run(Toy(), tmp_path, config(steps=80))
     losses = [row["loss"] for row in metrics_of(tmp_path)]

@@ -92,6 +92,8 @@ class DocToLoRAConfig(ArchitectureConfig):
     """Tokens, from the written one on, whose mean input is mapped to a question about it; 0 for no such key."""
     memory_verdicts: bool = field(default=False, metadata={NEWER: True})
     """Whether the memory writes what a sentence says of a rule, for questions that are answered with Yes or No."""
+    memory_gate_power: float = field(default=1.0, metadata={NEWER: True})
+    """A token's value is as long as its write gate (0 to 1) to this power: below 1, half-open gates write more."""
     memory_blocks: int = 2
     """Blocks of self-attention among a chunk's tokens in the memory."""
     max_unscaled_chunks: int | None = None
@@ -149,6 +151,8 @@ class DocToLoRAConfig(ArchitectureConfig):
             problems.append("memory_rank and memory_question_rank must be at least 1, memory_heads at least 2")
         if self.memory_near_tokens < 0:
             problems.append("memory_near_tokens must be 0 or more")
+        if not 0 < self.memory_gate_power <= 1:
+            problems.append("memory_gate_power must be above 0, and at most 1")
         return problems
 
     @classmethod

@@ -105,7 +105,7 @@ class AssociativeMemory(nn.Module):
         self.gate = nn.Linear(width, len(_GATES))
         self.place = nn.Linear(width, N_PLACES)
         self.place_keys = nn.Parameter(torch.randn(n_modules, N_PLACES, d_in) / d_in**0.5)
-        self.n_near = c.memory_near_tokens
+        self.n_near, self.gate_power = c.memory_near_tokens, c.memory_gate_power
         # The token before, those pointed to (the end last), those near (if any), the place.
         self.n_keys = 2 + self.n_heads + (self.n_near > 0)
         self.strength = nn.Linear(width, n_modules * self.n_keys, bias=False)
@@ -306,7 +306,9 @@ class AssociativeMemory(nn.Module):
         def pick(rows: Tensor) -> Tensor:  # [n, t, d] -> [n, r, d]
             return rows.gather(1, chosen[..., None].expand(-1, -1, rows.shape[-1]))
 
-        inside, begin, after = pick(gates).unbind(-1)  # [n, r]
+        # A closed gate has an infinite gradient below a power of 1.
+        lengths = gates if self.gate_power == 1 else gates.clamp_min(1e-12) ** self.gate_power
+        inside, begin, after = pick(lengths).unbind(-1)  # [n, r]
         values = features.states[..., -self.d_values :]
         stop_value = functional.normalize(self.stop_value, dim=0)
         b = inside[..., None] * pick(values) + begin[..., None] * pick(features.starts) + after[..., None] * stop_value

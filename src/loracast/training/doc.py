@@ -74,9 +74,11 @@ class DocRecipe:
 
 _GROWABLE = {
     "encoder_kinds", "encoder_rank", "memory_layers", "calibration_questions", "static_kinds", "static_modules_rank",
-    "head_shared_rank", "memory_near_tokens", "memory_rank", "memory_verdicts",
+    "head_shared_rank", "memory_near_tokens", "memory_rank", "memory_verdicts", "memory_gate_power",
 }  # fmt: skip
-"""Keys allowed with --init-from: they add a missing part, make a part smaller, or set how many tokens are written."""
+"""Keys allowed with --init-from: they add a part, make one smaller, or set how much is written."""
+_FREE = ("memory_rank", "memory_gate_power")
+"""Those that fit any weights."""
 _FIELDS = ("kinds", "layers", "memory_layers", "static_kinds", "encoder_kinds", "calibration_questions")
 _OBJECTIVE = ("memory_loss_weight", "distillation_weight", "kl_to_base_weight", "l1_weight")
 _ANY_BASE: Mapping[str, Any] = {"reader_layers": (0.27,), "d_values": "auto"}
@@ -178,8 +180,7 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
                 "memory_near_tokens, 1 or more, is for a checkpoint whose memory has none, and without memory_layers"
             )
         changes["memory_near_tokens"] = near
-    if "memory_rank" in recipe.hypernetwork:
-        changes["memory_rank"] = recipe.hypernetwork["memory_rank"]
+    changes |= {key: recipe.hypernetwork[key] for key in _FREE if key in recipe.hypernetwork}
     if recipe.hypernetwork.get("memory_verdicts"):
         if hypernet.memory is None or c.memory_verdicts or recipe.memory_layers or near is not None:
             raise ConfigError(
