@@ -70,3 +70,20 @@ def test_an_adapter_finds_its_base_from_any_folder(run, note, tiny_folder, tiny_
 
 def test_how_says_nothing_by_default():
     assert set(BaseChoice().how.values()) == {None}
+
+
+def test_the_output_matrix_gets_rows_that_lie_side_by_side(base):
+    """Torch would copy the matrix for each row of the last tokens, which a slice leaves apart."""
+    import torch
+
+    seen = []
+    handle = base.model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0]))
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    try:
+        with torch.no_grad():
+            last = base.model(ids, logits_to_keep=1).logits
+            all_of_them = base.model(ids).logits
+    finally:
+        handle.remove()
+    assert [x.stride() for x in seen] == [(48, 48, 1), (4 * 48, 48, 1)]
+    torch.testing.assert_close(last, all_of_them[:, -1:])

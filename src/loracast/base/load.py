@@ -172,7 +172,23 @@ def _frozen(name: str, model: Any, tokenizer: Any, chat_template: str | Path | N
     template = template_text(chat_template)
     if template:
         tokenizer.chat_template = template
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_side_by_side)
     return Base(name, model.eval().requires_grad_(False), tokenizer, template)
+
+
+def _side_by_side(head: object, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Lay the rows for the output matrix side by side in memory.
+
+    Those of the last tokens of prompts lie apart, and torch copies the whole matrix in bf16 to multiply it with such
+    rows: longer than a short prompt takes (measured: docs/notebook, 2026-11-30).
+    """
+    import torch
+
+    x, *others = inputs  # [rows, tokens, width]
+    if x.dim() < 3 or x.stride(0) == x.shape[1] * x.stride(1):
+        return inputs
+    return (x.clone(memory_format=torch.contiguous_format), *others)
 
 
 def template_text(given: str | Path | None) -> str:
