@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loracast.errors import AdapterError
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, stack
+from loracast.lora.algebra import Factors, LoRA, LoRABatch, concat, stack
 from loracast.lora.inject import inject
 from loracast.lora.target import KINDS, target_from_config
 from tiny import make_model
@@ -191,6 +191,48 @@ def test_contexts_nest_and_add_up():
 
 def hooks(model) -> int:
     return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def with_static(chunk: LoRA, static: LoRA) -> LoRA:
+    return LoRA({**static.factors, **chunk.factors}, {}, frozenset(static.names))
+
+
+def test_a_static_lora_is_added_to_the_weights():
+    """Without a hook on its modules, and the weights are the model's own again afterwards."""
+    static, second = (make_lora(MODEL, seed, kinds=("q_proj", "v_proj")) for seed in (5, 6))
+    chunks = [make_lora(MODEL, seed, kinds=("down_proj",)) for seed in (1, 2, 3, 4)]
+    weights = {name: value.clone() for name, value in MODEL.state_dict().items()}
+    q_proj = MODEL.get_submodule(static.names[0])
+    for part in (static, second, static):  # the copies are made anew for another one
+        rows = [with_static(chunk, part) for chunk in chunks]
+        with torch.no_grad(), inject(MODEL, rows):
+            assert not q_proj._forward_hooks and not torch.equal(q_proj.weight, weights[f"{static.names[0]}.weight"])
+            found = MODEL(IDS).logits
+        for i, row in enumerate(rows):
+            expected = merged(MODEL, row)(IDS[[i]]).logits[0]
+            torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ZeroDivisionError), torch.no_grad(), inject(MODEL, rows):
+        raise ZeroDivisionError
+    assert all(torch.equal(value, weights[name]) for name, value in MODEL.state_dict().items())
+
+
+def test_what_cannot_be_added_to_the_weights_is_a_hook():
+    """Other static LoRAs in a batch, a row without one, one context in another, gradients."""
+    static, second = (make_lora(MODEL, seed, kinds=("q_proj",)) for seed in (5, 6))
+    chunk = make_lora(MODEL, 1, kinds=("down_proj",))
+    one, other = with_static(chunk, static), with_static(chunk, second)
+    for rows in ([one, other], [one, None], [None, one]):
+        with torch.no_grad(), inject(MODEL, rows):
+            found = MODEL(IDS[:2]).logits
+        for i, row in enumerate(rows):
+            torch.testing.assert_close(found[i], merged(MODEL, row)(IDS[[i]]).logits[0], rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), inject(MODEL, one), inject(MODEL, one):
+        twice = MODEL(IDS).logits
+    torch.testing.assert_close(twice, merged(MODEL, concat([one, one]))(IDS).logits, rtol=1e-4, atol=1e-4)
+    leaf = LoRA({name: Factors(a.requires_grad_(), b) for name, (a, b) in static.factors.items()}, {}, one.static)
+    with inject(MODEL, leaf):
+        MODEL(IDS).logits.sum().backward()
+    assert all(a.grad is not None for a, _ in leaf.factors.values())
 
 
 def test_everything_that_does_not_fit_is_named_at_once():

@@ -374,6 +374,7 @@ def join_chunks(
 
     joined: dict[str, Factors] = {}
     products: dict[str, Tensor] = {}
+    alone: set[str] = set()
     for kind in target.kinds:
         static = [rows[name] for side in "ab" if (name := f"{kind}{STATIC}{side}") in rows]  # each [layers, r, d]
         a, b = (rows[f"{kind}.{side}"].transpose(0, 1) for side in "ab")  # [layers or 1, chunks, r, d]
@@ -390,6 +391,7 @@ def join_chunks(
             static = [torch.cat(pair, dim=1) for pair in zip(static, more, strict=True)] if static else [*more]
         if static and not sides[0].shape[1]:
             sides = static
+            alone |= {module.name for module in target.of_kind(kind)}
         elif static:
             of_all = zip(sides, static, strict=True)
             sides = [torch.cat([side.expand(len(more), -1, -1), more], dim=1) for side, more in of_all]
@@ -400,4 +402,4 @@ def join_chunks(
         else:
             a, b = (side.expand(len(modules), -1, -1) for side in sides)
             joined |= {m.name: Factors(x, y.T) for m, x, y in zip(modules, a, b, strict=True)}
-    return LoRA(joined, products)
+    return LoRA(joined, products, frozenset(alone & joined.keys()))

@@ -53,6 +53,8 @@ class LoRA:
 
     factors: Mapping[str, Factors] = field(default_factory=dict)
     dense: Mapping[str, Tensor] = field(default_factory=dict)
+    static: frozenset[str] = field(default=frozenset(), compare=False)
+    """Modules whose factors are those of a hypernetwork's static LoRA alone, so that many LoRAs have the same ones."""
 
     def __post_init__(self) -> None:
         problems = [f"{name}: both factors and a dense delta" for name in self.factors.keys() & self.dense.keys()]
@@ -91,7 +93,14 @@ class LoRA:
         return self.dense[name] if name in self.dense else self.factors[name].delta()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LoRA:
-        return LoRA(*_each_tensor(self, lambda tensor: tensor.to(device=device, dtype=dtype)))
+        return LoRA(*_each_tensor(self, lambda tensor: tensor.to(device=device, dtype=dtype)), self.static)
+
+    def without(self, names: Collection[str]) -> LoRA:
+        """The LoRA of the other modules."""
+        if not names:
+            return self
+        factors = {name: pair for name, pair in self.factors.items() if name not in names}
+        return LoRA(factors, {name: delta for name, delta in self.dense.items() if name not in names})
 
     def scale(self, strength: float) -> LoRA:
         """The same LoRA with its delta multiplied by `strength` (0 switches it off, a negative one subtracts it)."""
@@ -210,7 +219,9 @@ def concat(loras: Sequence[LoRA], dense_past_break_even: bool = True) -> LoRA:
             dense[name] = b @ a
         else:
             joined[name] = Factors(a, b)
-    return LoRA(joined, dense)
+    # Of several LoRAs one has the static part, as a rule; a module that others add to is static no more.
+    static = frozenset(name for lora in loras for name in lora.static if len(parts.get(name, ())) == 1)
+    return LoRA(joined, dense, static & joined.keys())
 
 
 def compress(lora: LoRA, rank: int) -> tuple[LoRA, float]:

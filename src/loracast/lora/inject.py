@@ -1,6 +1,7 @@
 """Applies LoRAs to a base during its forward passes, another LoRA for every row of the batch, or none.
 
-A forward hook on each target module adds `(x A') B'` to the module's output: two small matmuls for each LoRA and row,
+What all rows have of a static LoRA is added to copies of the weights (merged_weights.py). A forward hook on each other
+target module adds `(x A') B'` to the module's output: two small matmuls for each LoRA and row,
 no copy of a factor per token, the base's weights untouched. Works under autograd and under generation with a KV
 cache.
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from loracast.errors import AdapterError
 from loracast.lora.algebra import LoRA, LoRABatch, stack
 from loracast.lora.lock import FairLock
+from loracast.lora.merged_weights import is_merged, merged, same_static
 
 _LOCKS: WeakKeyDictionary[nn.Module, FairLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
@@ -50,27 +52,46 @@ def inject(
         AdapterError: a LoRA names a module that the base lacks, or has other shapes; all of them in one message.
         In the forward: a batch with another number of rows than there are LoRAs.
     """
-    batch = loras if isinstance(loras, LoRABatch) else stack(loras if isinstance(loras, Sequence) else [loras])
-    # A list holds one for each row, also where all of them are the same and were stacked once.
-    n_rows = len(loras) if isinstance(loras, Sequence) else batch.n if batch.n > 1 else None
-    shapes = [(name, (b.shape[1], a.shape[2])) for name, (a, b) in batch.factors.items()]
-    shapes += [(name, (delta.shape[1], delta.shape[2])) for name, delta in batch.dense.items()]
-    modules = check_fits(model, shapes)
     with model_lock(model):
-        handles = []
-        try:
-            for name, module in modules.items():
-                chains: list[Sequence[Tensor]] = [batch.factors[name]] if name in batch.factors else []
-                chains += [[batch.dense[name]]] if name in batch.dense else []
-                # On the weight's device and in the type that the base computes in: once here, not for every token.
-                w = module.weight
-                dtype = w.dtype if w.is_floating_point() else getattr(model, "dtype", None)
-                chains = [[matrix.to(w.device, dtype).mT for matrix in chain] for chain in chains]
-                handles.append(module.register_forward_hook(_hook(n_rows, chains, gates.get(name))))
-            yield model
-        finally:
-            for handle in handles:
-                handle.remove()
+        first, static = LoRA(), {}
+        if isinstance(loras, LoRABatch):
+            batch = loras
+        else:
+            rows = loras if isinstance(loras, Sequence) else [loras]
+            if not gates and rows and rows[0] is not None and not is_merged(model):
+                first, static = rows[0], _static_in_all(model, rows)
+            others = {id(lora): None if lora is None else lora.without(static) for lora in rows}
+            batch = stack([others[id(lora)] for lora in rows])
+        # A list holds one for each row, also where all of them are the same and were stacked once.
+        n_rows = len(loras) if isinstance(loras, Sequence) else batch.n if batch.n > 1 else None
+        shapes = [(name, (b.shape[1], a.shape[2])) for name, (a, b) in batch.factors.items()]
+        shapes += [(name, (delta.shape[1], delta.shape[2])) for name, delta in batch.dense.items()]
+        modules = check_fits(model, shapes)
+        with merged(model, first, static):
+            handles = []
+            try:
+                for name, module in modules.items():
+                    chains: list[Sequence[Tensor]] = [batch.factors[name]] if name in batch.factors else []
+                    chains += [[batch.dense[name]]] if name in batch.dense else []
+                    # On the weight's device and in the type that the base computes in: once, not for every token.
+                    w = module.weight
+                    dtype = w.dtype if w.is_floating_point() else getattr(model, "dtype", None)
+                    chains = [[matrix.to(w.device, dtype).mT for matrix in chain] for chain in chains]
+                    handles.append(module.register_forward_hook(_hook(n_rows, chains, gates.get(name))))
+                yield model
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+
+def _static_in_all(model: nn.Module, rows: Sequence[LoRA | None]) -> dict[str, nn.Linear]:
+    """The modules in which all rows have the same static LoRA, to be added to the weights beforehand."""
+    first = rows[0]
+    if first is None or not first.static:
+        return {}
+    shapes = {name: shape for name, shape in first.shapes.items() if name in first.static}
+    modules = check_fits(model, shapes.items())
+    return {name: modules[name] for name in same_static(rows, modules)}
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
