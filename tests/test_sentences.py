@@ -1,6 +1,5 @@
 """Routing by sentence: how texts are split, which sentence a memory's rows belong to, and what a question gets of them."""
 
-import random
 import sqlite3
 import time
 from itertools import pairwise
@@ -11,7 +10,6 @@ import torch
 
 from loracast.base.chat import encode_with_offsets
 from loracast.cast.document import recast
-from loracast.data.spans import FactSpan
 from loracast.documents.sentences import sentence_spans, token_sentences
 from loracast.errors import AdapterError
 from loracast.evaluation.in_memory import InMemoryAdapter
@@ -27,7 +25,6 @@ from loracast.model import Model
 from loracast.scoring.episodes import Episode, Question, pack
 from loracast.scoring.likelihood import score_answers
 from loracast.training.doc import answer_questions
-from loracast.training.episode_maker import EpisodeMaker
 from loracast.training.sentence_gates import sentence_gates, weights_of
 from tiny import make_hypernet
 
@@ -299,19 +296,3 @@ def test_a_question_that_matches_nothing_may_have_more_sentences_than_any_that_i
     )
     gates = sentence_gates(torch.tensor([[0, 2], [1, 2]]), batch, 2)
     torch.testing.assert_close(gates, torch.tensor([[[0.25, 1.0]] * 2, [[1.0, 1.0]] * 2]))
-
-
-def test_in_training_the_sentence_with_the_answer_gets_a_drawn_least_weight(base):
-    """BM25 puts the first sentence first; the answer stands in the last one."""
-    text = "The flood was feared by all in the valley. Nobody came. It rained. The water rose to 4 metres."
-    fact = FactSpan("The water rose to 4 metres.", "", "4 metres")
-    question = "How high was the flood in the valley?"
-    drawn = []
-    for seed in range(4):
-        episode = EpisodeMaker(base.tokenizer, base.chat).episode(
-            random.Random(seed), [text], [(question, "4 metres", fact)], "everyday", asks_unrelated=False
-        )
-        weights = episode.questions[0].sentence_weights
-        assert weights[:3] == pytest.approx((1, 0.525, 0.05))
-        drawn.append(weights[3])
-    assert len(set(drawn)) == 4 and all(0.05 <= weight <= 1 for weight in drawn)

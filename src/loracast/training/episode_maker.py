@@ -106,7 +106,7 @@ class EpisodeMaker:
                     labels += [label._replace(statement=-1) for label in found]
                     taken |= tokens
         episode = Episode(tuple(tuple(ids) for ids, _ in encoded), tuple(questions), task, tuple(labels))
-        return _weighed(rng, episode, texts, [offsets for _, offsets in encoded], asked)
+        return _weighed(episode, texts, [offsets for _, offsets in encoded], asked)
 
     def passages(self, rng: random.Random, texts: Sequence[str], n: int) -> Episode:
         """A document with at most `n` passages, none overlapping, to continue word for word from their first tokens."""
@@ -125,19 +125,13 @@ class EpisodeMaker:
             token = first + START_TOKENS
             labels += [TokenLabel(chunk, token + i, INSIDE, -1, i, -1, number) for i in range(len(answer))]
         episode = Episode(tuple(tuple(ids) for ids, _ in encoded), tuple(questions), "reading", tuple(labels))
-        return _weighed(rng, episode, texts, [offsets for _, offsets in encoded], asked)
+        return _weighed(episode, texts, [offsets for _, offsets in encoded], asked)
 
 
 def _weighed(
-    rng: random.Random,
-    episode: Episode,
-    texts: Sequence[str],
-    offsets: Sequence[Sequence[tuple[int, int]]],
-    asked: Sequence[str],
+    episode: Episode, texts: Sequence[str], offsets: Sequence[Sequence[tuple[int, int]]], asked: Sequence[str]
 ) -> Episode:
     """The episode with the weights that its questions give the document's sentences.
-
-    Where BM25 misses the sentence with the answer, a drawn least weight lets the question learn to find the token.
 
     Args:
         offsets: the (start, end) characters of each chunk's tokens.
@@ -148,12 +142,6 @@ def _weighed(
         spans = sentence_spans(text)
         sentences.append(tuple(n + i for i in token_sentences(spans, of_text)))
         n += len(spans)
-    weights = [list(of_question) for of_question in weights_of(texts, asked)]
-    least = [rng.random() for _ in weights]
-    for label in episode.token_labels:
-        if label.statement >= 0 and (of_question := weights[label.statement]):
-            sentence = sentences[label.chunk][label.token]
-            of_question[sentence] = max(of_question[sentence], least[label.statement])
-    pairs = zip(episode.questions, weights, strict=True)
-    questions = tuple(replace(question, sentence_weights=tuple(of_question)) for question, of_question in pairs)
+    pairs = zip(episode.questions, weights_of(texts, asked), strict=True)
+    questions = tuple(replace(question, sentence_weights=weights) for question, weights in pairs)
     return replace(episode, questions=questions, token_sentences=tuple(sentences))
