@@ -11,9 +11,13 @@ import re
 from unicodedata import normalize
 
 _ASKING = re.compile(
-    r"(?:am|are|can|could|did|do|does|had|has|have|is|may|might|must|shall|should|was|were|will|would)\b", re.I
+    r"(?:are|can|could|did|do|does|had|has|have|is|may|might|must|shall|should|was|were|will|would)\b", re.I
 )
 """How a question begins that asks for yes or no."""
+_ENGLISH = frozenset(
+    ("a", "at", "by", "for", "from", "he", "it", "of", "on", "she", "that", "the", "they", "to", "with")
+)
+"""Words that a German question ("Was kostet ...?") has not."""
 _DENYING = frozenset(("cannot", "neither", "never", "nobody", "not"))
 _TERM = re.compile(r"\w+(?:[.:,/'’-]\w+)*")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -23,23 +27,29 @@ _CELLS = re.compile(r"[\t|]")
 
 def claims_in(question: str) -> frozenset[str]:
     """The numbers and names that a question claims; empty where it does not ask for yes or no."""
-    terms = _terms(question)
-    if not terms or not _ASKING.fullmatch(terms[0]) or "or" in terms:
+    first, *others = _terms(question) or [""]
+    if not _ASKING.fullmatch(first) or "or" in others or (first.lower() == "was" and _ENGLISH.isdisjoint(others)):
         return frozenset()
-    return frozenset(
-        _plain(term)
-        for i, term in enumerate(terms)
-        if any(c.isdigit() for c in term) or (i > 0 and term[0].isupper() and term != "I")
-    )
+    return frozenset(_plain(term) for i, term in enumerate(others, 1) if _is_value(term, i))
+
+
+def without_numbers(question: str) -> str:
+    """The question by which to find the sentence that it is about: a number that it claims may stand in another one."""
+    return " ".join(word for word in question.split() if not _has_digit(word))
 
 
 def holds(claims: frozenset[str], sentence: str) -> bool | None:
-    """Whether all claims stand in a sentence, or in one row of a table; None where it also denies something."""
+    """Whether all claims stand in a sentence, or in one row of a table.
+
+    None where it also denies something, or has nothing of a missing claim's kind, number or name, in its place.
+    """
     for row in sentence.splitlines() if _CELLS.search(sentence) else [sentence]:
         if claims <= terms_of(row):
             words = {term.lower().replace("’", "'") for term in _terms(row)}
             return None if words & _DENYING or any(word.endswith("n't") for word in words) else True
-    return False
+    there = {_plain(term): _has_digit(term) for i, term in enumerate(_terms(sentence)) if _is_value(term, i)}
+    missing = {_has_digit(claim) for claim in claims - terms_of(sentence)}
+    return False if missing <= {is_number for term, is_number in there.items() if term not in claims} else None
 
 
 def terms_of(text: str) -> frozenset[str]:
@@ -49,6 +59,15 @@ def terms_of(text: str) -> frozenset[str]:
 
 def _terms(text: str) -> list[str]:
     return _TERM.findall(_UNIT.sub(" ", _THOUSANDS.sub("", normalize("NFC", text))))
+
+
+def _is_value(term: str, place: int) -> bool:
+    """Whether the term at a place of a sentence is a number or a name."""
+    return _has_digit(term) or (place > 0 and term[0].isupper() and term != "I")
+
+
+def _has_digit(term: str) -> bool:
+    return any(c.isdigit() for c in term)
 
 
 def _plain(term: str) -> str:

@@ -21,7 +21,7 @@ from sqlite3 import Connection
 from unicodedata import normalize
 
 from loracast.errors import AdapterError
-from loracast.library.claims import claims_in, holds, terms_of
+from loracast.library.claims import claims_in, holds, terms_of, without_numbers
 from loracast.library.index import Index, has_sentences, open_index, read_chunks, read_sentences
 from loracast.library.relevance import about
 
@@ -229,15 +229,23 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
 
 
 def _says_yes(index: Index, question: str) -> bool | None:
-    """Whether a sentence that matches a question best says what it claims, beside what the heading says already."""
-    if not (claims := claims_in(question)) or (scores := sentence_scores(index, question)) is None:
+    """Whether a sentence that matches a question best says what it claims, beside what its heading says already."""
+    if not (claims := claims_in(question)) or (scores := sentence_scores(index, without_numbers(question))) is None:
         return None
-    places = [place for place, score in zip(read_sentences(index), scores, strict=True) if score == max(scores)]
+    chunks = read_chunks(index)
+    stated = [  # no heading states anything
+        (score, place)
+        for score, place in zip(scores, read_sentences(index), strict=True)
+        if place.start >= len(chunks[place.chunk].prompt) - len(chunks[place.chunk].text)
+    ]
+    best = max((score for score, _ in stated), default=0.0)
     said: set[bool | None] = set()
-    for place, chunk in zip(places, read_chunks(index, [place.chunk for place in places]), strict=True):
-        claimed = claims - terms_of(chunk.heading)
-        said.add(holds(claimed, chunk.prompt[place.start : place.end]) if claimed else None)
-    return True if True in said else None if None in said else False
+    for score, place in stated:
+        if score == best > 0:
+            claimed = claims - terms_of(chunks[place.chunk].heading)
+            sentence = chunks[place.chunk].prompt[place.start : place.end]
+            said.add(holds(claimed, sentence) if claimed else None)
+    return True if True in said else False if said == {False} else None
 
 
 def _picked(index: Index, n_chunks: int, question: str, k: int | None) -> Route:
