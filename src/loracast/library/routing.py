@@ -184,8 +184,10 @@ def route_question(
     """
     if threshold <= 0:
         return pick(index, n_chunks, question, k)
+    # A number that a question wrongly claims stands nowhere in a document that says otherwise.
+    asked = without_numbers(question) if claims_in(question) else question
     with open_index(index) as database:  # once for all look-ups
-        probability = about(database, question, name)
+        probability = about(database, asked, name)
         if probability >= threshold:
             return replace(pick(database, n_chunks, question, k), about=probability)
     reason = f"the question is not about the document (probability {probability:.2f})"
