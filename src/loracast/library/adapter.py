@@ -26,6 +26,7 @@ from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.library.memory import route_memory
 from loracast.library.relevance import THRESHOLD
 from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, route_question, said_together
+from loracast.lora.merge import row_weights
 from loracast.lora.quantize import SCALE, packed, storage_of, unpack
 from loracast.lora.target import Target
 from loracast.lora.tensor_file import OpenTensors, TensorInfo, number_faults, read_header
@@ -124,8 +125,8 @@ class Adapter:
         which = (self.manifest.version, wanted, static)
 
         def join(rows: Mapping[str, Tensor]) -> LoRA:
-            yes = {} if says_yes is None or static else self._static_rows
-            rows = {**rows, **{name: value for name, value in yes.items() if YES in name}}
+            if says_yes is not None and not static:
+                rows = {**rows, **{name: value for name, value in self._static_rows.items() if YES in name}}
             target, merging = self.manifest.target, self.manifest.merging
             return join_chunks(target, rows, merging, weights, of_chunks, says_yes, dense)
 
@@ -327,27 +328,15 @@ def layout(m: Manifest, static: Mapping[str, tuple[int, ...]]) -> dict[str, Tens
     return found | {name: TensorInfo("BF16", shape) for name, shape in static.items()}
 
 
-def row_weights(owners: Tensor, sentences: Sequence[Sequence[float]]) -> Tensor:
-    """The weight of each row of a memory [chunks, r], from its sentence [chunks, r] and the sentences' weights."""
-    import torch
-
-    found = torch.zeros(owners.shape)
-    for i, (row, weights) in enumerate(zip(owners.tolist(), sentences, strict=True)):
-        found[i] = torch.tensor([weights[s] if 0 <= s < len(weights) else 0.0 for s in row])
-    return found
-
-
 def _static_shapes(target: Target, stored: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
     """The shapes that the tensors of a static LoRA must have: of each kind it is there or not, of any rank."""
     shapes: dict[str, tuple[int, ...]] = {}
     for kind in target.kinds:
         modules = target.of_kind(kind)
-        sides = {"a": modules[0].d_in, "b": modules[0].d_out}
-        if any(f"{kind}{STATIC}{side}" in stored for side in sides):
-            there = next(stored[name].shape for side in sides if (name := f"{kind}{STATIC}{side}") in stored)
-            shapes |= {f"{kind}{STATIC}{side}": (len(modules), *there[1:2], d) for side, d in sides.items()}
-        if any(f"{kind}{YES}{side}" in stored for side in sides):
-            shapes |= {f"{kind}{YES}{side}": (len(modules), 1, d) for side, d in sides.items()}
+        for part in (STATIC, YES):
+            names = {f"{kind}{part}a": modules[0].d_in, f"{kind}{part}b": modules[0].d_out}
+            if there := [stored[name].shape for name in names if name in stored]:
+                shapes |= {name: (len(modules), *there[0][1:2], d) for name, d in names.items()}
     return shapes
 
 
@@ -386,12 +375,12 @@ def join_chunks(
         elif weights is not None:
             b = b * torch.tensor(weights).to(b)[:, None, None]
         sides: Sequence[Tensor] = merging.join(kind, a, b, of_rows)  # each [layers or 1, m, d]
-        if says_yes is not None and f"{kind}{YES}a" in rows:
-            more = (rows[f"{kind}{YES}a"], rows[f"{kind}{YES}b"] * (1 if says_yes else -1))  # each [layers, 1, d]
+        if yes := [rows[name] for side in "ab" if says_yes is not None and (name := f"{kind}{YES}{side}") in rows]:
+            more = (yes[0], yes[1] if says_yes else -yes[1])  # each [layers, 1, d]
             static = [torch.cat(pair, dim=1) for pair in zip(static, more, strict=True)] if static else [*more]
         if static and not sides[0].shape[1]:
             sides = static
-            alone |= {module.name for module in target.of_kind(kind)}
+            alone |= {module.name for module in target.of_kind(kind) if not yes}
         elif static:
             of_all = zip(sides, static, strict=True)
             sides = [torch.cat([side.expand(len(more), -1, -1), more], dim=1) for side, more in of_all]

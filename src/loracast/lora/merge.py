@@ -5,7 +5,7 @@ Training merges in the same way as adapters do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -81,3 +81,13 @@ def decorrelate_keys(a: Tensor, b: Tensor, n_chunks: int, ridge: float) -> Tenso
             inner = torch.linalg.solve(flat.mT @ flat + ridges, flat.mT @ alone)
             found = length * (alone - flat @ inner) / ridge
     return found.to(a.dtype)
+
+
+def row_weights(owners: Tensor, sentences: Sequence[Sequence[float]]) -> Tensor:
+    """The weight of each row of a memory [chunks, r], from its sentence [chunks, r] and the sentences' weights."""
+    import torch
+
+    found = torch.zeros(owners.shape)
+    for i, (row, weights) in enumerate(zip(owners.tolist(), sentences, strict=True)):
+        found[i] = torch.tensor([weights[s] if 0 <= s < len(weights) else 0.0 for s in row])
+    return found
