@@ -216,6 +216,18 @@ def test_a_static_lora_is_added_to_the_weights():
     assert all(torch.equal(value, weights[name]) for name, value in MODEL.state_dict().items())
 
 
+def test_the_copies_follow_a_model_that_changes():
+    model = copy.deepcopy(MODEL)
+    lora = make_lora(model, 5, kinds=("q_proj",))
+    lora = LoRA(lora.factors, {}, frozenset(lora.names))
+    for change in (lambda: None, lambda: model.get_submodule(lora.names[0]).weight.mul_(2), model.double):
+        with torch.no_grad():
+            change()
+            with inject(model, lora):
+                found = model(IDS).logits
+        torch.testing.assert_close(found, merged(model, lora)(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_what_cannot_be_added_to_the_weights_is_a_hook():
     """Other static LoRAs in a batch, a row without one, one context in another, gradients."""
     static, second = (make_lora(MODEL, seed, kinds=("q_proj",)) for seed in (5, 6))

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from loracast.lora.algebra import Factors, LoRA
 
-_KEPT: WeakKeyDictionary[nn.Module, tuple[dict[str, Factors], dict[str, nn.Parameter]]] = WeakKeyDictionary()
-"""By model, the last static LoRA and the weights with it."""
+_States = dict[str, tuple[object, ...]]
+_KEPT: WeakKeyDictionary[nn.Module, tuple[_States, dict[str, Factors], dict[str, nn.Parameter]]] = WeakKeyDictionary()
+"""By model, the states of its weights, the last static LoRA, and the weights with it."""
 _MERGED_NOW: WeakSet[nn.Module] = WeakSet()
 
 
@@ -63,13 +64,19 @@ def merged(model: nn.Module, lora: LoRA, modules: Mapping[str, nn.Linear]) -> It
 
 
 def _weights(model: nn.Module, lora: LoRA, modules: Mapping[str, nn.Linear]) -> dict[str, nn.Parameter]:
-    """The weights with the static part, from the last call if that had the same."""
-    kept, weights = _KEPT.get(model, ({}, {}))
-    if kept.keys() != modules.keys() or not all(_equal(kept[name], lora.factors[name]) for name in modules):
+    """The weights with the static part, from the last call if that had the same and the model was not changed since."""
+    states: _States = {name: _state(module.weight) for name, module in modules.items()}
+    before, kept, weights = _KEPT.get(model, ({}, {}, {}))
+    if before != states or not all(_equal(kept[name], lora.factors[name]) for name in modules):
         kept = {name: lora.factors[name] for name in modules}
         weights = {name: _sum(module.weight, kept[name]) for name, module in modules.items()}
-        _KEPT[model] = kept, weights
+        _KEPT[model] = states, kept, weights
     return weights
+
+
+def _state(weight: Tensor) -> tuple[object, ...]:
+    """What changes when a weight is moved, converted or written to."""
+    return weight.data_ptr(), weight._version, weight.dtype, weight.device
 
 
 def _sum(weight: Tensor, factors: Factors) -> nn.Parameter:
