@@ -160,7 +160,7 @@ def test_an_index_without_sentences_is_routed_by_chunk(model):
 
 
 @pytest.mark.parametrize("storage", ["bf16", "int8", "text"])
-def test_a_lora_holds_the_rows_that_count_and_no_others(model, storage):
+def test_a_lora_holds_the_rows_that_count(model, storage):
     """By the formula: the sum over the rows of a memory, each times the weight of the sentence its token stands in."""
     document = InMemoryAdapter(model, MANUAL, max_chunk_tokens=64, storage=storage)
     adapter = model.adapter(model.learn(document.document, "manual", max_chunk_tokens=64, storage=storage).name)
@@ -178,7 +178,8 @@ def test_a_lora_holds_the_rows_that_count_and_no_others(model, storage):
         keys = a[:, module]
         expected = torch.einsum("cro,cri->oi", weighed.float(), keys.float())
         torch.testing.assert_close(found.delta(name).float(), expected, atol=2e-2 * expected.abs().max().item(), rtol=0)
-        assert found.factors[name].rank == (row_weights > 0).sum()
+        n_counting = (row_weights > 0).sum().item()  # and others with a B of 0 up to a multiple of 32
+        assert found.factors[name].rank == min(-(-n_counting // 32) * 32, row_weights.numel())
     cast_in_memory(model, [(document, chunks)])
     in_memory = document.lora(None, weights)
     for name in found.names:

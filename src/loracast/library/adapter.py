@@ -6,14 +6,14 @@ An adapter is a folder of three files that never change:
     chunks.sqlite         the chunks' text and offsets with a full-text index, which routing asks (index.py)
     adapter.json          name, hashes, base, hypernetwork, target, options; written last (manifest.py)
 
-Factors are mapped, not loaded, so that asking never holds a whole document in memory.
+Factors are read chunk by chunk, so that asking never holds a whole document in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +44,8 @@ STATIC = ".shared."
 """Part of the names of the tensors that hold the static LoRA, which all documents of a hypernetwork have in common."""
 YES = f"{STATIC}yes."
 """The same of a row that makes an answer Yes, and negated No: it joins the LoRA of a question that claims something."""
-_MOST_BYTES = 64 * 2**20
-"""Factors that an adapter keeps in memory: a conversation tends to stay with the same chunks."""
+_MOST_BYTES = 64 * 2**20  # of factors in memory: a conversation tends to stay with the same chunks
+_FEW = 8  # chunks, up to which the factors of each are kept apart
 Recast = Callable[[Sequence[str], "Sequence[Sequence[tuple[int, int]]] | None"], "dict[str, Tensor]"]
 """The prompts of chunks and the places of their sentences, None to find them -> their factors and the static ones,
 named and shaped as in factors.safetensors."""
@@ -133,7 +133,16 @@ class Adapter:
         # Weights differ with every question: what they multiply is kept, and the LoRA itself only where there are none.
         if weights is None and sentences is None and says_yes is None and dense:
             return self.kept.get(("LoRA", *which), lambda: join(self.rows(wanted, static=static)))
-        return join(self.kept.get(which, lambda: self.rows(wanted, static=static)))
+        if len(wanted) > _FEW or self.manifest.storage == "text":
+            return join(self.kept.get(which, lambda: self.rows(wanted, static=static)))
+        return join(self._rows_of_few(wanted) | (self._static_rows if static else {}))
+
+    def _rows_of_few(self, wanted: Sequence[int]) -> dict[str, Tensor]:
+        """The factors of some chunks, of which each chunk's own are kept: the next question picks another pair."""
+        import torch
+
+        of_each = [self.kept.get((self.manifest.version, i), partial(self.rows, [i], static=False)) for i in wanted]
+        return {name: torch.cat([rows[name] for rows in of_each]) for name in of_each[0]}
 
     @property
     def static_lora(self) -> LoRA:
@@ -183,8 +192,7 @@ class Adapter:
             if STATIC in name or name.endswith(SCALE):
                 continue
             is_packed = self.manifest.storage != "bf16" and not name.endswith(SENTENCE)
-            suffixes = ("", SCALE) if is_packed else ("",)
-            parts = {suffix: self._file.items(name + suffix, wanted) for suffix in suffixes}
+            parts = {suffix: self._file.items(name + suffix, wanted) for suffix in ("", SCALE)[: 1 + is_packed]}
             storage = storage_of(self.manifest.storage, name.rpartition(".")[0] in self.manifest.memory_kinds)
             rows[name] = unpack(parts, storage) if is_packed else parts[""]
         return self._checked(rows) | (self._static_rows if static else {})
@@ -317,10 +325,8 @@ def layout(m: Manifest, static: Mapping[str, tuple[int, ...]]) -> dict[str, Tens
     for kind in m.target.kinds:
         modules = m.target.of_kind(kind)
         in_memory = kind in m.memory_kinds
-        for side, n, d in (
-            ("a", len(modules), modules[0].d_in),
-            ("b", 1 if in_memory else len(modules), modules[0].d_out),
-        ):
+        sides = ("a", len(modules), modules[0].d_in), ("b", 1 if in_memory else len(modules), modules[0].d_out)
+        for side, n, d in sides:
             for suffix, (dtype, size) in packed(d, storage_of(m.storage, in_memory)).items():
                 found[f"{kind}.{side}{suffix}"] = TensorInfo(dtype, (m.n_chunks, n, m.ranks[kind], size))
         if in_memory:

@@ -117,7 +117,7 @@ def features(index: Index, question: str, table: WordTable, name: str = "") -> t
     words = read_question(question, table)
     weights = {word.stem: word.weight for word in words if word.weight > 0}
     places, headings, n_tokens = _places(index, list(weights))
-    if named := weights.keys() & set(stem_words(_WORD.findall(name))):
+    if named := weights.keys() & _stems_of_name(name):
         for chunk in places.keys() | headings.keys() or {0}:
             headings[chunk] |= named
     by_chunk = {
@@ -207,6 +207,11 @@ def read_question(question: str, table: WordTable) -> tuple[Word, ...]:
         words.append(Word(stem, min(weight, _DIGIT * len(word)) if word.isdigit() else weight, is_name))
         end = match.end()
     return tuple(words)
+
+
+@lru_cache(32)
+def _stems_of_name(name: str) -> frozenset[str]:
+    return frozenset(stem_words(_WORD.findall(name)))
 
 
 def stem_words(words: Sequence[str]) -> list[str]:

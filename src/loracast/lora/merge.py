@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+_BLOCK = 32  # rows
+
 
 @dataclass(frozen=True)
 class Merging:
@@ -26,9 +28,9 @@ class Merging:
         """Join A [..., chunks, r, in] and B rows [..., chunks, r, out] to [..., m, in and out].
 
         Args:
-            row_weights: what a question multiplies each row [chunks, r] with; rows of weight 0 are left out. The keys
-                of different chunks are not decorrelated then, which would take time and gain nothing (measured:
-                docs/notebook, 2026-11-29).
+            row_weights: what a question multiplies each row [chunks, r] with; rows of weight 0 are left out, but for
+                the few that fill a block. The keys of different chunks are not decorrelated then, which would take time
+                and gain nothing (measured: docs/notebook, 2026-11-29).
         """
         n_chunks = a.shape[-3]
         if row_weights is not None:
@@ -40,8 +42,11 @@ class Merging:
             if kind in self.ridges and n_chunks > 1:
                 a = decorrelate_keys(a, b, n_chunks, self.ridges[kind])
         elif not row_weights.all():
-            kept = row_weights.flatten().nonzero()[:, 0].to(a.device)
-            a, b = (side.index_select(-2, kept) for side in (a, b))
+            counts = row_weights.flatten() != 0
+            # Some others fill the last block, with rows of B that are 0: few ranks are few shapes, for each of which a
+            # product in bf16 is compiled on a CPU, in half a millisecond.
+            kept = counts | ((~counts).cumsum(0) <= -counts.sum() % _BLOCK)
+            a, b = (side.index_select(-2, kept.nonzero()[:, 0].to(a.device)) for side in (a, b))
         return a, b
 
 
