@@ -9,7 +9,8 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 
-from loracast.serving.answering import Asked, Call
+from loracast.serving.answering import Call
+from loracast.serving.asked import Asked
 from loracast.serving.auth import needs
 from loracast.serving.request import Token
 from loracast.serving.responding import DONE, error_event, event, respond, usage, with_account

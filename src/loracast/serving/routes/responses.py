@@ -8,7 +8,8 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 
-from loracast.serving.answering import Asked, Call
+from loracast.serving.answering import Call
+from loracast.serving.asked import Asked
 from loracast.serving.auth import needs
 from loracast.serving.errors import as_api_error
 from loracast.serving.responding import event, respond
