@@ -8,7 +8,8 @@ other words than the document is no contradiction. English, as the verdicts of a
 from __future__ import annotations
 
 import re
-from unicodedata import normalize
+
+from loracast.library.terms import has_digit, is_value, plain, terms, terms_of
 
 _ASKING = re.compile(
     r"(?:are|can|could|did|do|does|had|has|have|is|may|might|must|shall|should|was|were|will|would)\b", re.I
@@ -19,23 +20,20 @@ _ENGLISH = frozenset(
 )
 """Words that a German question ("Was kostet ...?") has not."""
 _DENYING = frozenset(("cannot", "neither", "never", "nobody", "not"))
-_TERM = re.compile(r"\w+(?:[.:,/'’-]\w+)*")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_UNIT = re.compile(r"(?<=\d)(?=[^\W\d_])")
 _CELLS = re.compile(r"[\t|]")
 
 
 def claims_in(question: str) -> frozenset[str]:
     """The numbers and names that a question claims; empty where it does not ask for yes or no."""
-    first, *others = _terms(question) or [""]
+    first, *others = terms(question) or [""]
     if not _ASKING.fullmatch(first) or "or" in others or (first.lower() == "was" and _ENGLISH.isdisjoint(others)):
         return frozenset()
-    return frozenset(_plain(term) for i, term in enumerate(others, 1) if _is_value(term, i))
+    return frozenset(plain(term) for i, term in enumerate(others, 1) if is_value(term, i))
 
 
 def without_numbers(question: str) -> str:
     """The question by which to find the sentence that it is about: a number that it claims may stand in another one."""
-    return " ".join(word for word in question.split() if not _has_digit(word))
+    return " ".join(word for word in question.split() if not has_digit(word))
 
 
 def holds(claims: frozenset[str], sentence: str) -> bool | None:
@@ -45,31 +43,8 @@ def holds(claims: frozenset[str], sentence: str) -> bool | None:
     """
     for row in sentence.splitlines() if _CELLS.search(sentence) else [sentence]:
         if claims <= terms_of(row):
-            words = {term.lower().replace("’", "'") for term in _terms(row)}
+            words = {term.lower().replace("’", "'") for term in terms(row)}
             return None if words & _DENYING or any(word.endswith("n't") for word in words) else True
-    there = {_plain(term): _has_digit(term) for i, term in enumerate(_terms(sentence)) if _is_value(term, i)}
-    missing = {_has_digit(claim) for claim in claims - terms_of(sentence)}
+    there = {plain(term): has_digit(term) for i, term in enumerate(terms(sentence)) if is_value(term, i)}
+    missing = {has_digit(claim) for claim in claims - terms_of(sentence)}
     return False if missing <= {is_number for term, is_number in there.items() if term not in claims} else None
-
-
-def terms_of(text: str) -> frozenset[str]:
-    """The words and numbers of a text as claims are compared with them."""
-    return frozenset(map(_plain, _terms(text)))
-
-
-def _terms(text: str) -> list[str]:
-    return _TERM.findall(_UNIT.sub(" ", _THOUSANDS.sub("", normalize("NFC", text))))
-
-
-def _is_value(term: str, place: int) -> bool:
-    """Whether the term at a place of a sentence is a number or a name."""
-    return _has_digit(term) or (place > 0 and term[0].isupper() and term != "I")
-
-
-def _has_digit(term: str) -> bool:
-    return any(c.isdigit() for c in term)
-
-
-def _plain(term: str) -> str:
-    """Without a plural or a genitive: "Mondays", "Anna's"."""
-    return term.lower().replace("’", "'").removesuffix("'s").removesuffix("s")

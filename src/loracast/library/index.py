@@ -93,12 +93,13 @@ def read_chunks(index: Index, chunks: Sequence[int] | None = None) -> list[Chunk
     """The chunks of these numbers, in the order given; all of them if None. Raises AdapterError for a damaged index."""
     from loracast.documents import Chunk
 
+    of_each = "SELECT text, start, stop, heading, n_tokens FROM chunks JOIN places ON chunks.rowid = places.chunk"
     with open_index(index) as database:
-        rows = database.execute(
-            "SELECT text, start, stop, heading, n_tokens FROM chunks JOIN places ON chunks.rowid = places.chunk"
-            " ORDER BY places.chunk"
-        ).fetchall()
-    return [Chunk(*row) for row in (rows if chunks is None else [rows[i] for i in chunks])]
+        if chunks is None:
+            rows = database.execute(f"{of_each} ORDER BY places.chunk").fetchall()
+        else:
+            rows = [database.execute(f"{of_each} WHERE places.chunk = ?", (i,)).fetchone() for i in chunks]
+    return [Chunk(*row) for row in rows]
 
 
 def index_faults(index: Path, n_chunks: int) -> list[str]:

@@ -16,14 +16,16 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from sqlite3 import Connection
 from unicodedata import normalize
 
 from loracast.errors import AdapterError
-from loracast.library.claims import claims_in, holds, terms_of, without_numbers
+from loracast.library.claims import claims_in, holds, without_numbers
 from loracast.library.index import Index, has_sentences, open_index, read_chunks, read_sentences
 from loracast.library.relevance import about
+from loracast.library.subjects import names_in, of_others
+from loracast.library.terms import terms_of
 
 DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/notebook)."""
@@ -32,6 +34,7 @@ _WORD = re.compile(r"\w+")
 _LEAST_IDF = 1e-6  # SQLite's own floor, a factor of its scores
 _PAIR_WEIGHT = 0.5
 _NEIGHBOUR_SHARE = 0.5  # of a sentence's score, for the sentences before and after it
+_OTHER_SHARE = 0.3  # of the score of a sentence about another subject than the one that the question names
 _LEAST_SENTENCE_WEIGHT = 0.05
 _NEGLIGIBLE = 0.02  # rows of a smaller weight are left out
 SHARPNESS = 8
@@ -128,8 +131,9 @@ def sentence_scores(index: Index, question: str) -> list[float] | None:
 
 def sentence_weights(index: Index, question: str) -> list[float] | None:
     """The weight of each sentence of a document for a question: 1 for the best; None as in `sentence_scores`."""
-    scores = sentence_scores(index, question)
-    return None if scores is None else [_weight(score, max(scores)) for score in scores]
+    chunks = range(len(read_chunks(index)))
+    found = _weighed(index, question, chunks, [1.0] * len(chunks))
+    return None if found is None else list(chain(*found))
 
 
 def match_scores(
@@ -284,11 +288,27 @@ def _weighed(
             ))
             for chunk in chunks
         ]  # fmt: skip
+        if names_in(question):
+            found = _less_of_others(database, question, chunks, found)
     best = max((score for of_chunk in found for score in of_chunk), default=0.0)
     if best <= 0:
         return None
     pairs = zip(found, weights, strict=True)
     return tuple(tuple(_weight(score, best, weight) for score in of_chunk) for of_chunk, weight in pairs)
+
+
+def _less_of_others(
+    database: Connection, question: str, chunks: Sequence[int], scores: Sequence[Sequence[float]]
+) -> list[tuple[float, ...]]:
+    """The scores of the sentences of some chunks, lower ones for those about another subject."""
+    texts = [
+        (chunk.heading, [chunk.prompt[place.start : place.end] for place in read_sentences(database, [i])])
+        for i, chunk in zip(chunks, read_chunks(database, chunks), strict=True)
+    ]
+    return [
+        tuple(score * (_OTHER_SHARE if is_other else 1.0) for score, is_other in zip(*pair, strict=True))
+        for pair in zip(scores, of_others(question, texts), strict=True)
+    ]
 
 
 def _weight(score: float, best: float, of_chunk: float = 1.0) -> float:

@@ -1,0 +1,50 @@
+"""Tells which sentences speak of another subject than the one that a question names.
+
+"Under opening time, what is noted for Cafe Burmbi?" has more words in common with "Opening time of Cafe Nidetsu: 11:15"
+than with "Do not ring the bell of Cafe Burmbi before 19:10". BM25 counts words; a name is not one word among others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from loracast.library.terms import is_name, is_value, plain, terms, terms_of
+
+_LONGEST_HEADING = 8  # words
+_ENDS = tuple('.!?:;,"”’)')
+
+
+def names_in(question: str) -> list[frozenset[str]]:
+    """The names in a question, each with its words: "Node FH55". A number alone is none."""
+    words = list(enumerate(terms(question)))
+    runs = [[(i, term) for i, term in run] for is_one, run in groupby(words, lambda x: is_value(x[1], x[0])) if is_one]
+    return [frozenset(plain(term) for _, term in run) for run in runs if any(is_name(term, i) for i, term in run)]
+
+
+def of_others(question: str, chunks: Sequence[tuple[str, Sequence[str]]]) -> list[list[bool]]:
+    """Whether each sentence is about something else than what the question names.
+
+    So is one that has a name, but none of the question's names, in itself or in the heading above it. Where no
+    sentence has one, none is.
+
+    Args:
+        chunks: of each, the heading and the sentences.
+    """
+    if not (asked := names_in(question)):
+        return [[False] * len(sentences) for _, sentences in chunks]
+    known = terms_of(question)
+    found: list[list[bool]] = []
+    is_named = False
+    for heading, sentences in chunks:
+        above = of_chunk = terms_of(heading)
+        found.append([])
+        for sentence in sentences:
+            here = terms_of(sentence)
+            if is_heading := not sentence.rstrip().endswith(_ENDS) and len(terms(sentence)) <= _LONGEST_HEADING:
+                above = of_chunk | here
+            has_one = any(name <= here | above for name in asked)
+            others = {plain(term) for i, term in enumerate(terms(sentence)) if is_name(term, i)} - known
+            is_named |= has_one
+            found[-1].append(not has_one and not is_heading and bool(others))
+    return found if is_named else [[False] * len(sentences) for _, sentences in chunks]
