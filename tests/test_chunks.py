@@ -230,6 +230,8 @@ def test_limits_that_cannot_hold() -> None:
         ("e.g. | Bolts", False),
         ("i.e. | The", False),
         ("J. | Smith", False),
+        ("It is 8 °C. | Bring", True),
+        ("Yongle (r. | 1402", False),
         ("the U.S. | Army", False),
         ("No. | 5", False),
         ("He said no. | The", True),

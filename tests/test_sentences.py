@@ -10,13 +10,14 @@ import torch
 
 from loracast.base.chat import encode_with_offsets
 from loracast.cast.document import recast
+from loracast.documents import Chunk
 from loracast.documents.sentences import sentence_spans, token_sentences
 from loracast.errors import AdapterError
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.in_memory import cast as cast_in_memory
 from loracast.export.adapter import export_adapter
 from loracast.library.adapter import SENTENCE
-from loracast.library.index import read_chunks, read_sentences, sentences_of, write_sentences
+from loracast.library.index import read_chunks, read_sentences, sentences_of, write_index
 from loracast.library.routing import pick, route_set, sentence_scores, sentence_weights
 from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
@@ -93,7 +94,7 @@ def test_every_token_has_the_sentence_that_holds_it(base):
 def test_the_index_finds_sentences_by_their_stems_and_pairs_of_words():
     index = sqlite3.connect(":memory:")
     prompts = [MANUAL, "The Trask drill weighs 7 kg. It is yellow."]
-    write_sentences(index, prompts)
+    write_index(index, [Chunk(prompt, 0, len(prompt), heading="", n_tokens=0) for prompt in prompts])
     places = sentences_of(prompts)
     texts = [prompts[chunk][start:end] for chunk, start, end in places]
 
@@ -110,7 +111,8 @@ def test_the_index_finds_sentences_by_their_stems_and_pairs_of_words():
 
 def test_the_answer_to_a_question_in_the_text_is_found_by_the_question_s_words():
     index = sqlite3.connect(":memory:")
-    write_sentences(index, ["How much is a ticket?\nIt costs 12 euros.\nDogs travel free.", "Who is free?", "Ada."])
+    prompts = ["How much is a ticket?\nIt costs 12 euros.\nDogs travel free.", "Who is free?", "Ada."]
+    write_index(index, [Chunk(prompt, 0, len(prompt), heading="", n_tokens=0) for prompt in prompts])
     question, answer, *others = sentence_scores(index, "What is the price of a ticket?")
     assert question >= answer > 0.7 * question and max(others) <= 0.5 * answer
     assert sentence_scores(index, "Who is free?")[-1] == 0.5 * sentence_scores(index, "Who is free?")[-2]  # other chunk

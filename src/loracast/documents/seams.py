@@ -38,7 +38,7 @@ _ABBREVIATION = re.compile(
     r"z\.b|d\.h|u\.a|s\.o|bzw|ggf|evtl|inkl|zzgl|hr|fr|vgl|p\.ex)",
     re.I,
 )
-_BEFORE_NUMBER = re.compile(r"(nos?|nr|figs?|abb|pp?|s|vol|bd|ch|chap|kap|sect?|art|eqs?|tab|ref|max|min)", re.I)
+_BEFORE_NUMBER = re.compile(r"([a-z]|nos?|nr|figs?|abb|pp|vol|bd|ch|chap|kap|sect?|art|eqs?|tab|ref|max|min)", re.I)
 
 
 class Seam(NamedTuple):
@@ -131,11 +131,12 @@ def ends_sentence(text: str, dot: int, end: int) -> bool:
         return True
     before = _WORD_BEFORE.search(text[max(0, dot - 20) : dot])
     word = before[0] if before else ""
-    if _ABBREVIATION.fullmatch(word) or (len(word) == 1 and word.isupper()):
+    is_degree = text[max(0, dot - 2) : dot - 1] == "°"  # "8 °C."
+    if _ABBREVIATION.fullmatch(word) or (len(word) == 1 and word.isupper() and not is_degree):
         return False  # "Dr.", "e.g.", the initial in "J. Smith"
     if re.fullmatch(r"[A-Za-z](\.[A-Za-z])+", word):
         return False  # "U.S."
     if _BEFORE_NUMBER.fullmatch(word) and after and after[0].isdigit():
-        return False  # "No. 5"
+        return False  # "No. 5", "(r. 1402-1424)"
     is_first = text[max(0, dot - len(word) - 1) : dot - len(word)] in ("", "\n")
     return not (word.isdigit() and is_first)  # "1." opens an item

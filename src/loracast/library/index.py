@@ -41,10 +41,10 @@ def write_index(index: Index, chunks: Sequence[Chunk]) -> None:
             row = (i, chunk.heading, chunk.text)
             database.execute("INSERT INTO chunks (rowid, heading, text) VALUES (?, ?, ?)", row)
             database.execute("INSERT INTO places VALUES (?, ?, ?, ?)", (i, chunk.start, chunk.end, chunk.n_tokens))
-    write_sentences(index, [chunk.prompt for chunk in chunks])
+    _write_sentences(index, [chunk.prompt for chunk in chunks])
 
 
-def write_sentences(index: Index, prompts: Sequence[str]) -> None:
+def _write_sentences(index: Index, prompts: Sequence[str]) -> None:
     """Store the places of the sentences in the chunks' prompts, numbered through, with a full-text index over them.
 
     A sentence that follows a question is found by the words of both, since it may be the answer ("Price? 20 euros.").

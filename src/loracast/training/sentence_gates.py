@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loracast.library.index import write_sentences
+from loracast.documents import Chunk
+from loracast.library.index import write_index
 from loracast.library.routing import sentence_weights
 from loracast.scoring.episodes import Batch
 
@@ -18,7 +19,7 @@ def weights_of(prompts: Sequence[str], questions: Sequence[str]) -> list[tuple[f
     """For each question the weights of a document's sentences; empty where no word of the question matches."""
     index = sqlite3.connect(":memory:")
     try:
-        write_sentences(index, prompts)
+        write_index(index, [Chunk(prompt, 0, len(prompt), heading="", n_tokens=0) for prompt in prompts])
         return [tuple(sentence_weights(index, question) or ()) for question in questions]
     finally:
         index.close()
