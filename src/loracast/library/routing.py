@@ -24,7 +24,7 @@ from loracast.errors import AdapterError
 from loracast.library.claims import claims_in, holds, without_numbers
 from loracast.library.index import Index, has_sentences, open_index, read_chunks, read_sentences
 from loracast.library.relevance import about
-from loracast.library.subjects import names_in, of_others
+from loracast.library.subjects import of_others
 from loracast.library.terms import terms_of
 
 DEFAULT_ROUTE = 2
@@ -35,6 +35,7 @@ _LEAST_IDF = 1e-6  # SQLite's own floor, a factor of its scores
 _PAIR_WEIGHT = 0.5
 _NEIGHBOUR_SHARE = 0.5  # of a sentence's score, for the sentences before and after it
 _OTHER_SHARE = 0.3  # of the score of a sentence about another subject than the one that the question names
+_HEADING_SHARE = 0.3  # of the score of a heading, whose words say what the sentences below it are about
 _LEAST_SENTENCE_WEIGHT = 0.05
 _NEGLIGIBLE = 0.02  # rows of a smaller weight are left out
 SHARPNESS = 8
@@ -288,8 +289,7 @@ def _weighed(
             ))
             for chunk in chunks
         ]  # fmt: skip
-        if names_in(question):
-            found = _less_of_others(database, question, chunks, found)
+        found = _adjusted(database, question, chunks, found)
     best = max((score for of_chunk in found for score in of_chunk), default=0.0)
     if best <= 0:
         return None
@@ -297,17 +297,21 @@ def _weighed(
     return tuple(tuple(_weight(score, best, weight) for score in of_chunk) for of_chunk, weight in pairs)
 
 
-def _less_of_others(
+def _adjusted(
     database: Connection, question: str, chunks: Sequence[int], scores: Sequence[Sequence[float]]
 ) -> list[tuple[float, ...]]:
-    """The scores of the sentences of some chunks, lower ones for those about another subject."""
-    texts = [
-        (chunk.heading, [chunk.prompt[place.start : place.end] for place in read_sentences(database, [i])])
-        for i, chunk in zip(chunks, read_chunks(database, chunks), strict=True)
-    ]
+    """The scores of the sentences of some chunks, lower ones for headings and for those about another subject."""
+    texts = read_chunks(database, chunks)
+    places = [read_sentences(database, [i]) for i in chunks]
+    pairs = zip(texts, places, strict=True)
+    sentences = [(chunk.heading, [chunk.prompt[p.start : p.end] for p in of_chunk]) for chunk, of_chunk in pairs]
+    others = of_others(question, sentences)
     return [
-        tuple(score * (_OTHER_SHARE if is_other else 1.0) for score, is_other in zip(*pair, strict=True))
-        for pair in zip(scores, of_others(question, texts), strict=True)
+        tuple(
+            score * (_HEADING_SHARE if place.end <= len(chunk.heading) else _OTHER_SHARE if is_other else 1.0)
+            for score, place, is_other in zip(*rows, strict=True)
+        )
+        for chunk, *rows in zip(texts, scores, places, others, strict=True)
     ]
 
 
