@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sqlite3
 from dataclasses import replace
@@ -29,6 +30,7 @@ from loracast.library.save import save_lora
 from loracast.library.shared import reading
 from loracast.library.wide_route import share_out, sources
 from loracast.lora.algebra import concat
+from loracast.options import LEAST_CONFIDENCE, least_confidence
 
 TEXTS = {
     "manual-kettle": (
@@ -378,7 +380,9 @@ def test_ask_says_that_a_document_does_not_speak_of_it(asked, tiny_folder):
 
 
 def test_a_strict_answer_comes_from_the_documents_or_says_that_they_do_not_say(asked, monkeypatch):
-    monkeypatch.setattr("loracast.options.LEAST_CONFIDENCE", 0)  # a random base is sure of nothing
+    monkeypatch.setattr(
+        "loracast.question_answering.least_confidence", lambda routes: 0.0
+    )  # a random base is sure of nothing
     question, about = "Who wrote the play about the prince of Denmark?", "How long is the warranty of the lamp?"
     for chosen in ("manual-lamp", ["museum", "manual-lamp"], ["shout", "manual-lamp"], "*"):
         given = asked.answer(question, chosen, strict=True)
@@ -406,6 +410,15 @@ def test_a_strict_answer_that_is_unsure_is_not_given(asked, tiny_folder):
         assert given.n_tokens == shown.n_tokens and given.confidence == pytest.approx(shown.confidence)
     done = run(asked, tiny_folder, "ask", about, "-a", "manual-lamp", "--strict")
     assert done.stdout.strip() == NOT_SAID and "without --strict it is shown" in done.stderr
+
+
+def test_a_strict_answer_must_be_the_surer_the_less_its_question_is_about_the_documents():
+    surely, hardly, claimed = Route(about=0.99), Route(about=0.3), Route(about=0.3, says_yes=False)
+    assert LEAST_CONFIDENCE == least_confidence([Route()]) == least_confidence([surely])
+    assert least_confidence([surely, hardly]) == least_confidence([surely]) < least_confidence([hardly]) < 0.9
+    assert least_confidence([claimed]) == 0  # which the words of the document answer
+    odds = [p / (1 - p) for p in (least_confidence([Route(about=0.5)]), least_confidence([Route(about=0.75)]))]
+    assert math.log(odds[0] / odds[1]) == pytest.approx(0.7 * math.log(3))
 
 
 def test_scales_multiply_what_adapters_add_and_zero_takes_one_out(asked):

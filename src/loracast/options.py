@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,8 +30,10 @@ Question = str | Sequence[Message]
 Chosen = Adapter | LoRA | str | Sequence[Adapter | str]
 """What a question is answered with: an adapter or its name, several, none (the plain base), or one LoRA. "*" is the
 whole library and a pattern such as "manuals-*" all documents with such names, of which those that match are opened."""
-LEAST_CONFIDENCE = 0.55
-"""Of a strict answer (`Answer.confidence`): below, it is `NOT_SAID`. Chosen on dev (docs/notebook/2026-11-29.md)."""
+LEAST_CONFIDENCE = 0.5
+"""Of a strict answer (`Answer.confidence`) to a question that is surely about the document. Chosen on dev, as are the
+next two (docs/notebook/2026-11-30.md)."""
+_LOGIT, _SLOPE = 1.0, 0.7  # the least confidence's logit is this less the slope times that of `Route.about`
 _LONGEST_NAME = 255
 """Characters of a file's name at most, on all common systems."""
 
@@ -51,19 +54,31 @@ class Prepared:
     sources: tuple[Source, ...]
     answer: SourcedAnswer | None = None
     """The answer where no model is needed: from the outlines of the documents (`Model.overview`), or `NOT_SAID`."""
-    is_strict: bool = False
-    """Whether an answer that the base is too unsure of becomes `NOT_SAID`; its text must not be shown before."""
+    least_confidence: float = 0.0
+    """An answer of a lower confidence becomes `NOT_SAID`; where it is above 0, no text must be shown before the end."""
 
     def sourced(self, given: Answer) -> SourcedAnswer:
-        """What the base answered, with its sources; or, where it is strict and too unsure, `NOT_SAID`."""
-        if self.is_strict and is_unsure(given.confidence):
+        """What the base answered, with its sources; or, where it is too unsure, `NOT_SAID`."""
+        if given.confidence < self.least_confidence:
             return SourcedAnswer(**{**vars(given), "text": NOT_SAID, "finished": True})
         return SourcedAnswer(**vars(given), sources=self.sources)
 
 
-def is_unsure(confidence: float) -> bool:
-    """Whether an answer of this confidence is left out of strict answers."""
-    return confidence < LEAST_CONFIDENCE
+def least_confidence(routes: Sequence[Route]) -> float:
+    """How sure the model must be of a strict answer, 0 to 1: the surer, the less its question is about the documents.
+
+    0 where routing itself found the answer in their words (`Route.says_yes`).
+
+    Args:
+        routes: what the question gets of each document.
+    """
+    if any(route.says_yes is not None for route in routes):
+        return 0.0
+    about = max((route.about for route in routes if route.about is not None), default=None)
+    if about is None:
+        return LEAST_CONFIDENCE
+    odds = about / max(1 - about, 1e-6)
+    return max(LEAST_CONFIDENCE, 1 / (1 + math.exp(-_LOGIT) * odds**_SLOPE))
 
 
 class Asking(TypedDict, total=False):
@@ -75,8 +90,8 @@ class Asking(TypedDict, total=False):
     """Answer with the documents' adapters even where the question is not about them at all; otherwise the plain base
     answers then (library/relevance.py)."""
     strict: bool
-    """Answer from the documents alone: where the question is about none of them, or the answer's tokens were less
-    probable than `LEAST_CONFIDENCE`, the answer is `NOT_SAID`. It comes as a whole, also from `stream`."""
+    """Answer from the documents alone: where the question is about none of them, or the model is less sure of its
+    answer than `least_confidence`, the answer is `NOT_SAID`. It comes as a whole, also from `stream`."""
     route: int | None
     """Number of chunks that are merged for the question, of each document that is named and of all that a pattern or a
     tag stands for; None merges all of those that are named. 2 by default."""

@@ -18,7 +18,7 @@ from loracast.library.overview import Overview, overview
 from loracast.library.routing import DEFAULT_ROUTE, Route
 from loracast.library.wide_route import are_silent, patterns_in, route_adapters, routes_of_documents, scaled, sources
 from loracast.lora.algebra import LoRA, concat
-from loracast.options import Asking, Chosen, Prepared, Question, SourcedAnswer, is_batch, listed
+from loracast.options import Asking, Chosen, Prepared, Question, SourcedAnswer, is_batch, least_confidence, listed
 
 ASK_SYSTEM_TURN = ""
 """System turn of a question, empty as in training; the template's own would cost 25 tokens of prefill for nothing."""
@@ -104,7 +104,7 @@ class QuestionAnswering(ABC):
         if prepared.answer is not None:
             yield prepared.answer.text
             return prepared.answer
-        if prepared.is_strict:
+        if prepared.least_confidence:
             sourced = prepared.sourced(answer(self.base, prepared.prompt, lora, sampling))
             yield sourced.text
             return sourced
@@ -161,7 +161,8 @@ class QuestionAnswering(ABC):
                 break
         if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
             return not_said(routed)
-        return Prepared(prompt, scaled(routed, scales), sources(routed), is_strict=strict)
+        least = least_confidence([route for _, route in routed]) if strict else 0.0
+        return Prepared(prompt, scaled(routed, scales), sources(routed), least_confidence=least)
 
     def overview(self, question: str, adapter: Chosen) -> Overview | None:
         """The answer to a question about documents as a whole ("What is this document about?"), from their outlines.

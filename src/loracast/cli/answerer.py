@@ -202,9 +202,9 @@ class Local:
         )  # fmt: skip
         said = prepared.answer
         if said is None:
-            lora, show = self._model.lora_of(prepared.routed), _hide if prepared.is_strict else on_text
+            lora, show = self._model.lora_of(prepared.routed), _hide if prepared.least_confidence else on_text
             said = prepared.sourced(answer(self._model.base, prepared.prompt, lora, self._sampling, show))
-        if prepared.answer is not None or prepared.is_strict:
+        if prepared.answer is not None or prepared.least_confidence:
             on_text(said.text)
         figures = (said.n_prompt_tokens, said.n_tokens, said.first_token_s, said.total_s)
         used = tuple(_used(adapter, route) for adapter, route in prepared.routed)

@@ -14,7 +14,6 @@ from loracast.data.everyday import NOT_SAID
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.lora.algebra import LoRA
-from loracast.options import is_unsure
 
 Setup = TypeVar("Setup")
 """What all baselines of a run share: the base, and where their LoRAs come from."""
@@ -49,12 +48,12 @@ class Request:
     """Whether the chunk with the answer was among those picked; None where nothing is picked."""
     answer: str | None = None
     """The answer, where no model is asked."""
-    is_strict: bool = field(default=False, compare=False)
-    """Whether an answer that the base is too unsure of becomes `NOT_SAID`, as with `loracast ask --strict`."""
+    least_confidence: float = field(default=0.0, compare=False)
+    """An answer of a lower confidence becomes `NOT_SAID`, as with `loracast ask --strict`."""
 
     def text(self, said: Answer) -> str:
         """What a user gets to read of the base's answer."""
-        return NOT_SAID if self.is_strict and is_unsure(said.confidence) else said.text
+        return NOT_SAID if said.confidence < self.least_confidence else said.text
 
 
 @dataclass(frozen=True)

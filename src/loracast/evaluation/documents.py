@@ -21,6 +21,7 @@ from loracast.evaluation.in_memory import InMemoryAdapter, cast
 from loracast.library.routing import DEFAULT_ROUTE, Route, said_together
 from loracast.lora.algebra import Factors, LoRA, concat
 from loracast.model import Model
+from loracast.options import least_confidence
 from loracast.question_answering import ASK_SYSTEM_TURN
 
 Prompt = Callable[[ChatFormat, str, str], list[int]]
@@ -176,7 +177,9 @@ def adapter(*whose: Whose, is_routed: bool = True) -> Callable[[DocumentSetup, D
 def strictly(setup: DocumentSetup, case: DocumentCase) -> Request:
     """As `loracast ask --strict` answers: by the document's adapter, or that the document does not say."""
     request = adapter("document")(setup, case)
-    return replace(request, answer=NOT_SAID) if request.lora is None else replace(request, is_strict=True)
+    if request.lora is None:
+        return replace(request, answer=NOT_SAID)
+    return replace(request, least_confidence=least_confidence([pick(setup, case.document, case.question)]))
 
 
 def static(setup: DocumentSetup, case: DocumentCase) -> Request:

@@ -105,7 +105,7 @@ def _ask_one(
         return Answered(name, case, request.answer, 0, request.found, prepared_s, prepared_s), _said(request.answer)
     said = answer(setup.base, request.prompt, lora, sampling)
     first_s, total_s = prepared_s + said.first_token_s, prepared_s + said.total_s
-    if request.is_strict:  # which is shown at its end
+    if request.least_confidence:  # which is shown at its end
         first_s = total_s
     return Answered(name, case, request.text(said), len(request.prompt), request.found, first_s, total_s), said
 

@@ -20,7 +20,7 @@ from loracast.data.everyday import NOT_SAID
 from loracast.library.adapter import Adapter, routing_key
 from loracast.library.index import read_chunks
 from loracast.library.wide_route import Source
-from loracast.options import Prepared, is_unsure
+from loracast.options import Prepared
 from loracast.question_answering import ASK_SYSTEM_TURN, not_said
 from loracast.serving.asked import Asked
 from loracast.serving.errors import ApiError
@@ -191,7 +191,7 @@ class Call:
             key,
             sampling,
             asked.stop,
-            0 if prepared.is_strict and asked.n_logprobs is None else asked.n_logprobs,
+            0 if prepared.least_confidence and asked.n_logprobs is None else asked.n_logprobs,
             strips=not asked.prompts,
         )
 
@@ -232,13 +232,13 @@ class Call:
             merged.put_nowait(error)
 
     async def _tokens(self, i: int) -> AsyncIterator[Token]:
-        answer = self.answers[i]
-        if not self.asked.extensions.strict:
+        answer, least = self.answers[i], self.prepared[i // self.asked.n].least_confidence
+        if not least:
             async for token in answer.ticket:
                 yield token
             return
         tokens = [token async for token in answer.ticket]
-        if is_unsure(answer.ticket.confidence):
+        if answer.ticket.confidence < least:
             answer.is_refused = True
             tokens = [Token(None, NOT_SAID)]
         for token in tokens:
