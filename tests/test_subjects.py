@@ -47,6 +47,12 @@ def test_names_stand_with_capitals_inside_a_question(question, names):
             ["Cafe Burmbi", "The cook is Leon Ricci.", "Cafe Nidetsu", "The cook is Mei Rixin."],
             [False, False, False, True],
         ),
+        (
+            "What does Anna like?",
+            "",
+            ["Ben lives in Rome.", "He likes Wine Bars.", "Anna lives in Bonn.", "She likes Jazz.", "Most like Blues."],
+            [True, True, False, False, True],
+        ),
         ("Where does Anna meet Ben?", "", ["On Monday, Anna is in Room 5.", "Room 6 is Carla's."], [False, True]),
     ],
 )

@@ -13,6 +13,8 @@ from loracast.library.terms import is_name, is_value, plain, terms, terms_of
 
 _LONGEST_HEADING = 8  # words
 _ENDS = tuple('.!?:;,"”’)')
+# First words of a sentence that goes on about what the one before has named.
+_CONTINUING = frozenset(("he", "she", "it", "they", "this", "these", "his", "her", "its", "their", "there"))
 
 
 def names_in(question: str) -> list[frozenset[str]]:
@@ -25,8 +27,8 @@ def names_in(question: str) -> list[frozenset[str]]:
 def of_others(question: str, chunks: Sequence[tuple[str, Sequence[str]]]) -> list[list[bool]]:
     """Whether each sentence is about something else than what the question names.
 
-    So is one that has a name, but none of the question's names, in itself or in the heading above it. Where no
-    sentence has one, none is.
+    So is one that has a name, but none of the question's names, in itself or in the heading above it, and what goes on
+    from such a one ("It costs 9 euros."). Where no sentence has a name of the question, none is.
 
     Args:
         chunks: of each, the heading and the sentences.
@@ -40,11 +42,14 @@ def of_others(question: str, chunks: Sequence[tuple[str, Sequence[str]]]) -> lis
         above = of_chunk = terms_of(heading)
         found.append([])
         for sentence in sentences:
-            here = terms_of(sentence)
-            if is_heading := not sentence.rstrip().endswith(_ENDS) and len(terms(sentence)) <= _LONGEST_HEADING:
+            words = terms(sentence)
+            here = frozenset(map(plain, words))
+            if is_heading := not sentence.endswith(_ENDS) and len(words) <= _LONGEST_HEADING:
                 above = of_chunk | here
             has_one = any(name <= here | above for name in asked)
-            others = {plain(term) for i, term in enumerate(terms(sentence)) if is_name(term, i)} - known
+            goes_on = bool(words) and words[0].lower() in _CONTINUING
+            has_another = any(is_name(term, i) and plain(term) not in known for i, term in enumerate(words))
             is_named |= has_one
-            found[-1].append(not has_one and not is_heading and bool(others))
+            is_other = has_another and not has_one and not is_heading
+            found[-1].append(found[-1][-1] if goes_on and found[-1] and not has_one else is_other)
     return found if is_named else [[False] * len(sentences) for _, sentences in chunks]
