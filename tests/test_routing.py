@@ -205,6 +205,11 @@ def test_a_missing_or_damaged_index_is_an_error_that_says_so(tmp_path, content):
             use()
 
 
+def test_a_chunk_that_an_index_lacks_is_an_error(index):
+    with pytest.raises(AdapterError, match="learn the document again"):
+        read_chunks(index, [0, len(TEXTS)])
+
+
 def test_reading_an_index_leaves_no_file_behind(index):
     search(index, "kettle", 1)
     assert [path.name for path in index.parent.iterdir()] == ["chunks.sqlite"]

@@ -99,7 +99,7 @@ def read_chunks(index: Index, chunks: Sequence[int] | None = None) -> list[Chunk
             rows = database.execute(f"{of_each} ORDER BY places.chunk").fetchall()
         else:
             rows = [database.execute(f"{of_each} WHERE places.chunk = ?", (i,)).fetchone() for i in chunks]
-    return [Chunk(*row) for row in rows]
+        return [Chunk(*row) for row in rows]
 
 
 def index_faults(index: Path, n_chunks: int) -> list[str]:
