@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -104,3 +106,12 @@ def test_a_ridge_that_is_no_positive_number_is_refused(tmp_path):
         (tmp_path / "adapter.json").write_text(json.dumps(stored | {"merge_ridges": {"down_proj": ridge}}))
         with pytest.raises(AdapterError, match="damaged"):
             Manifest.read(tmp_path / "adapter.json")
+
+
+def test_keys_are_solved_for_in_a_program_that_sets_the_number_of_threads():
+    """MKL's LU of several matrices fails there."""
+    program = (
+        "import torch; torch.set_num_threads(2); from loracast.lora.merge import decorrelate_keys;"
+        "assert decorrelate_keys(torch.randn(8, 192, 576), torch.randn(8, 192, 576), 2, 3.0).isfinite().all()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -244,7 +244,9 @@ class AssociativeMemory(nn.Module):
             units = a / length
             gram = (units @ units.mT) * (gates[:, :, None] * gates[:, None, :])[:, None]  # [n, modules, r, r]
             one = torch.eye(a.shape[2], device=a.device)
-            return length * (torch.linalg.inv(gram * (1 - one) + (1 + ridge) * one) @ ((1 + ridge) * units))
+            # Not by LU: MKL's, of several matrices, fails after a call of torch.set_num_threads.
+            root = torch.linalg.cholesky(gram * (1 - one) + (1 + ridge) * one)
+            return length * torch.cholesky_solve((1 + ridge) * units, root)
 
     def read(self, standard: Tensor, mask: Tensor) -> tuple[Tensor, MemoryWrites]:
         """Standardised features [n, t, d], mask [n, t] -> contextual token states [n, t, w], and what to write."""

@@ -76,14 +76,14 @@ def decorrelate_keys(a: Tensor, b: Tensor, n_chunks: int, ridge: float) -> Tenso
             gram = torch.addcmul(ridges, scale * (keys @ keys.mT), scale.mT)  # with the ridge
             of_chunk = torch.arange(n_chunks, device=a.device).repeat_interleave(m // n_chunks)
             own = gram * (of_chunk[:, None] == of_chunk)
-            # The m x m map first, which is smaller than the keys; LU of many small matrices is quicker than Cholesky.
-            change = torch.linalg.solve(gram, own)
+            # The m x m map first, which is smaller than the keys; not by LU (hypernets/memory.py).
+            change = torch.cholesky_solve(own, torch.linalg.cholesky(gram))
             found = (length * change / length.mT) @ keys
         else:  # the same (Woodbury), whose cost grows with the number of chunks and not with its cube
             units, flat = keys / length, keys * scale
             own, of_own = (side.unflatten(-2, (n_chunks, -1)) for side in (flat, units))
             alone = ((own @ own.mT) @ of_own).flatten(-3, -2) + ridge * units
-            inner = torch.linalg.solve(flat.mT @ flat + ridges, flat.mT @ alone)
+            inner = torch.cholesky_solve(flat.mT @ alone, torch.linalg.cholesky(flat.mT @ flat + ridges))
             found = length * (alone - flat @ inner) / ridge
     return found.to(a.dtype)
 
