@@ -132,8 +132,9 @@ def sentence_scores(index: Index, question: str) -> list[float] | None:
 
 def sentence_weights(index: Index, question: str) -> list[float] | None:
     """The weight of each sentence of a document for a question: 1 for the best; None as in `sentence_scores`."""
-    chunks = range(len(read_chunks(index)))
-    found = _weighed(index, question, chunks, [1.0] * len(chunks))
+    with open_index(index) as database:
+        (n_chunks,) = database.execute("SELECT count(*) FROM places").fetchone()
+        found = _weighed(database, question, range(n_chunks), [1.0] * n_chunks)
     return None if found is None else list(chain(*found))
 
 
