@@ -247,7 +247,7 @@ def test_a_flipped_bit_is_found_by_its_hash(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format=4), "update loracast"),
+        (lambda m: m.update(format=5), "update loracast"),
         (lambda m: m.update(memory_kinds=["o_proj"]), "damaged.*memory"),
         (lambda m: m.pop("format"), "update loracast"),
         (lambda m: m.pop("ranks"), "damaged"),

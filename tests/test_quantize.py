@@ -10,14 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from adapters import random_factors, write
+from adapters import TARGET, deltas, random_factors, write
 from loracast.cli import app
 from loracast.errors import AdapterError, HypernetworkError
 from loracast.export.adapter import export_adapter
 from loracast.hypernets.store import save_pretrained
-from loracast.library.adapter import Adapter
+from loracast.library.adapter import Adapter, first_with_static, loras_together
 from loracast.library.library import find, open_adapter, versions
+from loracast.library.routing import Route
 from loracast.library.upkeep import collect_garbage, compact, verify
+from loracast.lora.algebra import concat
 from loracast.lora.quantize import DEFAULT_STORAGE, check_storage, dequantise, pack, packed, quantise, unpack
 from loracast.model import load
 from tiny import PROSE, for_base, make_hypernet
@@ -77,9 +79,12 @@ def test_an_adapter_of_bytes_is_half_the_size_and_nearly_the_same(tmp_path):
             delta = one.delta(name)
             assert (other.delta(name) - delta).norm() < 0.02 * delta.norm()
     stored = load_file(small.folder / "factors.safetensors")
-    assert torch.equal(stored["q_proj.shared.a"], shared["q_proj.shared.a"].bfloat16())
-    expected = random_factors(40)["q_proj"][0].bfloat16().float()
-    assert torch.equal(stored["q_proj.a"].float(), (expected / stored["q_proj.a.scale"].float()).round())
+    for name, expected in (
+        ("q_proj.shared.a", shared["q_proj.shared.a"]),
+        ("q_proj.a", random_factors(40)["q_proj"][0]),
+    ):
+        scale = stored[f"{name}.scale"].float()
+        assert torch.equal(stored[name].float(), (expected.bfloat16().float() / scale).round())
 
     stored["q_proj.a"] = stored["q_proj.a"].bfloat16()
     stored["q_proj.b.scale"] = stored["q_proj.b.scale"].float()
@@ -89,6 +94,24 @@ def test_an_adapter_of_bytes_is_half_the_size_and_nearly_the_same(tmp_path):
         Adapter(small.folder).lora()
     for fault in ("q_proj.a is of type BF16, not I8", "q_proj.b.scale is of type F32", "down_proj.a.scale is missing"):
         assert fault in str(caught.value)
+
+
+def test_a_static_lora_of_16_bits_and_the_same_in_bytes_come_in_once(tmp_path):
+    """An adapter of format 3 holds its static LoRA in bf16; beside a younger one of the same hypernetwork it is one."""
+    shared = {f"q_proj.shared.{side}": torch.randn(2, 3, d) for side, d in (("a", 48), ("b", 64))}
+    old = write(tmp_path, 2, name="old", seed=1, shared=shared, storage="int8", format=3)
+    young = write(tmp_path, 2, name="young", seed=2, shared=shared, storage="int8")
+    stored = [load_file(a.folder / "factors.safetensors") for a in (old, young)]
+    assert [one["q_proj.shared.a"].dtype for one in stored] == [torch.bfloat16, torch.int8]
+    assert old.faults() == young.faults() == []
+    added = concat(loras_together([(old, Route()), (young, Route())])).to(dtype=torch.float32)
+    for i, module in enumerate(TARGET.of_kind("q_proj")):
+        static = shared["q_proj.shared.b"][i].T @ shared["q_proj.shared.a"][i]
+        own = [deltas(random_factors(2, seed), [0, 1])[module.name] for seed in (1, 2)]
+        expected = static + own[0] + own[1]
+        assert (added.delta(module.name) - expected).norm() < 0.02 * expected.norm()
+    other = write(tmp_path, 2, name="other", seed=2, shared={k: 1.1 * v for k, v in shared.items()}, storage="int8")
+    assert first_with_static([old, young, other]) == [True, False, True]
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.library.index import read_chunks, write_index
+from loracast.library.index import OpenIndex, read_chunks, write_index
 from loracast.library.routing import pick, route_set, search
 
 TEXTS = [
@@ -136,6 +137,21 @@ def test_neighbours_in_the_question_are_looked_for_side_by_side(tmp_path):
 def test_a_question_without_a_word_to_go_by_gets_everything(index, question):
     route = pick(index, 5, question, 2)
     assert route.chunks is None and "all chunks" in route.reason
+
+
+def test_an_index_that_stays_open_answers_threads_as_a_file_does(index):
+    questions = [f"What of the {word}?" for word in ("lantern", "kettle", "museum", "harbour")] * 8
+    kept = OpenIndex(index)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda q: pick(kept, 5, q, 2), questions)) == [pick(index, 5, q, 2) for q in questions]
+    index.unlink()  # what is open can still be read
+    assert pick(kept, 5, questions[0], 2).chunks
+    with pytest.raises(AdapterError, match="is missing"):
+        pick(OpenIndex(index), 5, questions[0], 2)
+    index.write_bytes(b"SQLite format 3\0" + bytes(4000))
+    for _ in range(2):
+        with pytest.raises(AdapterError, match="cannot be used"):
+            pick(OpenIndex(index), 5, questions[0], 2)
 
 
 def test_a_chunk_counts_less_the_lower_its_score_is_beside_the_best(index):

@@ -17,7 +17,8 @@ from loracast.documents import Chunk, Document, split_text
 from loracast.documents.sentences import sentence_spans, token_sentences
 from loracast.errors import ConfigError, DocumentError, HypernetworkError
 from loracast.hypernets.protocol import Caster, Hypernetwork
-from loracast.library.adapter import SENTENCE, STATIC, Adapter, join_chunks
+from loracast.library.adapter import Adapter, join_chunks
+from loracast.library.layout import SENTENCE, STATIC
 from loracast.library.library import check_free, check_whole, find_cached, give_name
 from loracast.library.manifest import Manifest, utc_now
 from loracast.library.save import save_rows, static_tensors

@@ -17,12 +17,13 @@ from torch import Tensor
 from loracast.cast.document import cast_chunks, split_document, static_of
 from loracast.documents import Document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.library.adapter import SENTENCE, YES, join_chunks
+from loracast.library.adapter import join_chunks
 from loracast.library.index import write_index
+from loracast.library.layout import SENTENCE, YES
 from loracast.library.relevance import THRESHOLD
 from loracast.library.routing import Route, SentenceWeights, route_question
 from loracast.lora.algebra import LoRA
-from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored, storage_of
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage, as_stored, static_storage, storage_of
 from loracast.model import Model
 
 
@@ -44,7 +45,8 @@ class InMemoryAdapter:
         write_index(self._index, self.chunks)
         hypernetwork = model.documents.hypernetwork
         self._target, self._merging = hypernetwork.config.target, hypernetwork.merging
-        self._shared = {name: value.bfloat16() for name, value in static_of(hypernetwork).items()}
+        of_static = static_storage(storage)
+        self._shared = {name: as_stored(value, of_static) for name, value in static_of(hypernetwork).items()}
         self._factors: dict[str, Tensor] = {}  # "down_proj.a" [chunks, layers, r, in], rows filled by `put`
         self._storage = storage
         self._is_cast = [False] * len(self.chunks)

@@ -16,20 +16,22 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from loracast.byte_cache import ByteCache
 from loracast.errors import LEARN_AGAIN, AdapterError
 from loracast.files import file_sha256
-from loracast.library.index import index_faults, read_chunks, read_sentences
+from loracast.library.index import OpenIndex, index_faults, read_chunks, read_sentences
+from loracast.library.layout import SENTENCE, STATIC, YES, layout, static_shapes, static_storage_of
 from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.library.memory import route_memory
 from loracast.library.relevance import THRESHOLD
 from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, route_question, said_together
 from loracast.lora.merge import row_weights
-from loracast.lora.quantize import SCALE, packed, storage_of, unpack
+from loracast.lora.quantize import SCALE, storage_of, unpack
 from loracast.lora.target import Target
-from loracast.lora.tensor_file import OpenTensors, TensorInfo, number_faults, read_header
+from loracast.lora.tensor_file import OpenTensors, number_faults, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,13 +40,8 @@ if TYPE_CHECKING:
     from loracast.lora.merge import Merging
 
 FACTORS, INDEX, MANIFEST = "factors.safetensors", "chunks.sqlite", "adapter.json"
-SENTENCE = ".sentence"
-"""Suffix of the tensor that holds the sentence of each row of a memory."""
-STATIC = ".shared."
-"""Part of the names of the tensors that hold the static LoRA, which all documents of a hypernetwork have in common."""
-YES = f"{STATIC}yes."
-"""The same of a row that makes an answer Yes, and negated No: it joins the LoRA of a question that claims something."""
 _MOST_BYTES = 64 * 2**20  # of factors in memory: a conversation tends to stay with the same chunks
+_ROUNDED = 0.02  # of a static LoRA's length: twice what storing it in int8 changes
 _FEW = 8  # chunks, up to which the factors of each are kept apart
 Recast = Callable[[Sequence[str], "Sequence[Sequence[tuple[int, int]]] | None"], "dict[str, Tensor]"]
 """The prompts of chunks and the places of their sentences, None to find them -> their factors and the static ones,
@@ -72,6 +69,11 @@ class Adapter:
         """The file with the chunks' text."""
         return self.folder / INDEX
 
+    @cached_property
+    def _open_index(self) -> OpenIndex:
+        """The same, open while the adapter is used."""
+        return OpenIndex(self.index)
+
     @property
     def version(self) -> str:
         """`name@hash`, with the first digits of the content hash: it never means another adapter."""
@@ -89,8 +91,8 @@ class Adapter:
         if self.manifest.kind != "document":
             return Route(reason=f"{self.manifest.kind}: always whole")
         if self.manifest.is_memory:
-            return route_memory(self.index, self.manifest.n_chunks, question, k, threshold)
-        return route_question(self.index, self.manifest.n_chunks, question, k, threshold, name)
+            return route_memory(self._open_index, self.manifest.n_chunks, question, k, threshold)
+        return route_question(self._open_index, self.manifest.n_chunks, question, k, threshold, name)
 
     def lora(
         self,
@@ -128,7 +130,8 @@ class Adapter:
             if says_yes is not None and not static:
                 rows = {**rows, **{name: value for name, value in self._static_rows.items() if YES in name}}
             target, merging = self.manifest.target, self.manifest.merging
-            return join_chunks(target, rows, merging, weights, of_chunks, says_yes, dense)
+            ready = self.static_lora.factors if static and self.manifest.storage != "text" else {}
+            return join_chunks(target, rows, merging, weights, of_chunks, says_yes, dense, ready)
 
         # Weights differ with every question: what they multiply is kept, and the LoRA itself only where there are none.
         if weights is None and sentences is None and says_yes is None and dense:
@@ -142,21 +145,28 @@ class Adapter:
         import torch
 
         of_each = [self.kept.get((self.manifest.version, i), partial(self.rows, [i], static=False)) for i in wanted]
-        return {name: torch.cat([rows[name] for rows in of_each]) for name in of_each[0]}
+        # Module by module, as they are joined then, so that nothing is copied twice.
+        return {
+            name: torch.cat([rows[name].transpose(0, 1) for rows in of_each], dim=1).transpose(0, 1)
+            for name in of_each[0]
+        }
 
     @property
     def static_lora(self) -> LoRA:
         """The static LoRA in the modules where it adds anything; empty where the adapter has none."""
         from loracast.lora.algebra import Factors, LoRA
 
-        static, target = self._static_rows, self.manifest.target
-        factors = {
-            module.name: Factors(static[f"{kind}{STATIC}a"][i], static[f"{kind}{STATIC}b"][i].T)
-            for kind in target.kinds
-            if f"{kind}{STATIC}a" in static
-            for i, module in enumerate(target.of_kind(kind))
-        }
-        return LoRA({name: pair for name, pair in factors.items() if pair.b.any()})
+        def make() -> LoRA:
+            static, target = self._static_rows, self.manifest.target
+            factors = {
+                module.name: Factors(static[f"{kind}{STATIC}a"][i], static[f"{kind}{STATIC}b"][i].T)
+                for kind in target.kinds
+                if f"{kind}{STATIC}a" in static
+                for i, module in enumerate(target.of_kind(kind))
+            }
+            return LoRA({name: pair for name, pair in factors.items() if pair.b.any()})
+
+        return self.kept.get((self.manifest.version, "static LoRA"), make)
 
     @property
     def _static_rows(self) -> dict[str, Tensor]:
@@ -165,7 +175,11 @@ class Adapter:
         def read() -> dict[str, Tensor]:
             if self.manifest.storage == "text":
                 return {name: value for name, value in self.rows([0]).items() if STATIC in name}
-            return self._checked({name: self._file.tensor(name) for name in self._file.header if STATIC in name})
+            names = [name for name in self._file.header if STATIC in name and not name.endswith(SCALE)]
+            storage = static_storage_of(self.manifest)
+            suffixes = ("",) if storage == "bf16" else ("", SCALE)
+            parts = {name: {suffix: self._file.tensor(name + suffix) for suffix in suffixes} for name in names}
+            return self._checked({name: unpack(of_one, storage) for name, of_one in parts.items()})
 
         return self.kept.get((self.manifest.version, STATIC), read)
 
@@ -235,7 +249,7 @@ class Adapter:
         stored, faults = read_header(self.folder / FACTORS)
         if not stored:
             return faults or [f"{FACTORS} is empty"]
-        wanted = layout(self.manifest, _static_shapes(self.manifest.target, stored))
+        wanted = layout(self.manifest, static_shapes(self.manifest.target, stored))
         faults += [f"{name} is missing" for name in wanted if name not in stored]
         faults += [f"{name[:200]} is unknown" for name in stored if name not in wanted]
         for name in sorted(stored.keys() & wanted.keys()):
@@ -294,13 +308,18 @@ def first_with_static(adapters: Sequence[Adapter]) -> list[bool]:
     """For each adapter, whether it is the first in the list that holds its static LoRA, so that it is added only once.
 
     Static LoRAs are compared by their numbers: a combination (combine.py) holds that of its parts, and the id of a
-    hypernetwork may have changed since an adapter was made.
+    hypernetwork may have changed since an adapter was made. Up to what rounding to int8 makes of them they are equal.
     """
     import torch
 
+    def is_equal(side: Tensor, other: Tensor) -> bool:
+        if side.shape != other.shape:
+            return False
+        return torch.equal(side, other) or bool((side - other).norm() < _ROUNDED * other.norm())
+
     def are_equal(one: Mapping[str, Factors], other: Mapping[str, Factors]) -> bool:
         return one.keys() == other.keys() and all(
-            torch.equal(one[name].a, other[name].a) and torch.equal(one[name].b, other[name].b) for name in one
+            is_equal(one[name].a, other[name].a) and is_equal(one[name].b, other[name].b) for name in one
         )
 
     statics = [adapter.static_lora.factors for adapter in adapters]
@@ -319,33 +338,6 @@ def factors_in_memory() -> ByteCache[Any]:
     return ByteCache(_MOST_BYTES, n_bytes)
 
 
-def layout(m: Manifest, static: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
-    """Type and shape of each tensor in factors.safetensors, in order; `static` has the shapes of the static LoRA's."""
-    found = {}
-    for kind in m.target.kinds:
-        modules = m.target.of_kind(kind)
-        in_memory = kind in m.memory_kinds
-        sides = ("a", len(modules), modules[0].d_in), ("b", 1 if in_memory else len(modules), modules[0].d_out)
-        for side, n, d in sides:
-            for suffix, (dtype, size) in packed(d, storage_of(m.storage, in_memory)).items():
-                found[f"{kind}.{side}{suffix}"] = TensorInfo(dtype, (m.n_chunks, n, m.ranks[kind], size))
-        if in_memory:
-            found[f"{kind}{SENTENCE}"] = TensorInfo("I16", (m.n_chunks, m.ranks[kind]))
-    return found | {name: TensorInfo("BF16", shape) for name, shape in static.items()}
-
-
-def _static_shapes(target: Target, stored: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
-    """The shapes that the tensors of a static LoRA must have: of each kind it is there or not, of any rank."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for kind in target.kinds:
-        modules = target.of_kind(kind)
-        for part in (STATIC, YES):
-            names = {f"{kind}{part}a": modules[0].d_in, f"{kind}{part}b": modules[0].d_out}
-            if there := [stored[name].shape for name in names if name in stored]:
-                shapes |= {name: (len(modules), *there[0][1:2], d) for name, d in names.items()}
-    return shapes
-
-
 def join_chunks(
     target: Target,
     rows: Mapping[str, Tensor],
@@ -354,6 +346,7 @@ def join_chunks(
     sentences: Sequence[Sequence[float]] | None = None,
     says_yes: bool | None = None,
     dense: bool = True,
+    ready: Mapping[str, Factors] = MappingProxyType({}),
 ) -> LoRA:
     """The LoRA of chunks: their factors merged, and the static ones once, if `rows` has any.
 
@@ -362,6 +355,7 @@ def join_chunks(
             "o_proj.sentence" [chunks, r].
         weights: what the LoRA of each chunk is multiplied with; 1 if None.
         sentences, says_yes, dense: as in `Adapter.lora`; the sentences chunk by chunk.
+        ready: the static factors by module, as they were made before, for the modules that chunks have none in.
     """
     import torch
 
@@ -373,6 +367,10 @@ def join_chunks(
     for kind in target.kinds:
         static = [rows[name] for side in "ab" if (name := f"{kind}{STATIC}{side}") in rows]  # each [layers, r, d]
         a, b = (rows[f"{kind}.{side}"].transpose(0, 1) for side in "ab")  # [layers or 1, chunks, r, d]
+        if ready and not a.shape[2] and f"{kind}{YES}a" not in rows:
+            found = {m.name: ready[m.name] for m in target.of_kind(kind) if m.name in ready}
+            joined, alone = joined | found, alone | found.keys()
+            continue
         of_rows = None
         if sentences is not None and (owners := rows.get(f"{kind}{SENTENCE}")) is not None:
             of_rows = row_weights(owners, sentences)  # [chunks, r]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +17,31 @@ from loracast.field_types import type_faults
 if TYPE_CHECKING:
     from loracast.documents import Chunk
 
-Index = Path | sqlite3.Connection
+
+class OpenIndex:
+    """An index in a file, which stays open from its first use on: opening takes as long as routing a question does.
+
+    Threads take turns.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = threading.RLock()
+        self._database: sqlite3.Connection | None = None
+
+    @contextmanager
+    def use(self) -> Iterator[sqlite3.Connection]:
+        """The open database. Raises as opening one does."""
+        with self._lock:
+            if self._database is None:
+                database = _connect(self.path)
+                weakref.finalize(self, database.close)
+                _check_schema(database)
+                self._database = database
+            yield self._database
+
+
+Index = Path | sqlite3.Connection | OpenIndex
 """An index: a file (an adapter's), or an open database (in memory, for evaluations that keep nothing)."""
 
 
@@ -129,31 +155,35 @@ def _is_place(place: SentencePlace, chunks: Sequence[Chunk]) -> bool:
 @contextmanager
 def changing_index(index: Index) -> Iterator[sqlite3.Connection]:
     """An index's database, made if it is not there, to write to in one transaction."""
-    with _opened(index, sqlite3.connect) as database, database:
+    with _opened(index, lambda path: closing(sqlite3.connect(path))) as database, database:
         yield database
 
 
 @contextmanager
 def open_index(index: Index) -> Iterator[sqlite3.Connection]:
     """An index's database, to read. Raises AdapterError where the file is missing or damaged."""
-    with _opened(index, _connect) as database:
+    with _opened(index, lambda path: closing(_connect(path))) as database:
         yield database
 
 
 @contextmanager
-def _opened(index: Index, connect: Callable[[Path], sqlite3.Connection]) -> Iterator[sqlite3.Connection]:
+def _opened(
+    index: Index, connect: Callable[[Path], AbstractContextManager[sqlite3.Connection]]
+) -> Iterator[sqlite3.Connection]:
     """The database of an index; what is opened here is closed here."""
     if isinstance(index, sqlite3.Connection):
         yield index
         return
-    with closing(connect(index)) as database:
-        try:
-            _check_schema(database)
+    path = index.path if isinstance(index, OpenIndex) else index
+    try:
+        with index.use() if isinstance(index, OpenIndex) else connect(path) as database:
+            if isinstance(index, Path):
+                _check_schema(database)
             yield database
-        except UnicodeEncodeError:  # of what is asked, not of what is stored
-            raise
-        except (sqlite3.DatabaseError, ValueError, TypeError, LookupError, ArithmeticError) as error:
-            raise AdapterError(f"the index {index} cannot be used ({error}); {LEARN_AGAIN}") from error
+    except UnicodeEncodeError:  # of what is asked, not of what is stored
+        raise
+    except (sqlite3.DatabaseError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise AdapterError(f"the index {path} cannot be used ({error}); {LEARN_AGAIN}") from error
 
 
 def _check_schema(database: sqlite3.Connection) -> None:
@@ -169,6 +199,7 @@ def _check_schema(database: sqlite3.Connection) -> None:
 def _connect(path: Path) -> sqlite3.Connection:
     if not path.is_file():
         raise AdapterError(f"the index {path.name} of the adapter in {path.parent} is missing; {LEARN_AGAIN}")
-    database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
+    uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
+    database = sqlite3.connect(uri, uri=True, check_same_thread=False)
     database.execute("PRAGMA trusted_schema = OFF")  # the file may come from a stranger
     return database

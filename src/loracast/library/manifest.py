@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loracast.documents import Document
     from loracast.documents.images import ImageFile
 
-FORMAT = 3
+FORMAT = 4
 """Of what is written. Format 1 has no sentences: its documents are routed by chunk."""
 VERSION_DIGITS = 12
 """Digits of a version's hash by which people and servers call it."""
@@ -94,7 +94,7 @@ class Manifest:
         """Whether this is a document of what a user said in chats."""
         return self.kind == "document" and self.source == MEMORY_SOURCE
 
-    @property
+    @cached_property
     def target(self) -> Target:
         return Target(tuple(TargetModule(*module) for module in self.modules))
 
@@ -125,8 +125,8 @@ class Manifest:
         source = (self.kind, self.title, self.source, self.source_sha256)
         options = (self.max_chunk_tokens, self.storage, self.strength)
         # An earlier id is a hash of the weights, which does not say how chunks are merged.
-        # Adapters of format 1 have no sentences, those of format 2 no row that answers Yes.
-        given = (self.key_decorrelation, self.memory_kinds, self.format if self.format > 2 else None)
+        # Adapters of format 1 have no sentences, those of format 2 no row that answers Yes; 3 and 4 answer alike.
+        given = (self.key_decorrelation, self.memory_kinds, 3 if self.format > 2 else None)
         ids = (self.hypernetwork, *former_ids)
         return [_hash([*source, one, self.made_for.to_dict(), *options, *filter(None, given)]) for one in ids]
 

@@ -14,7 +14,8 @@ from loracast.base.fingerprint import Fingerprint
 from loracast.base.load import Base
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.library.adapter import STATIC, YES, Adapter
+from loracast.library.adapter import Adapter
+from loracast.library.layout import STATIC, YES
 from loracast.library.manifest import AdapterKind, Manifest, utc_now
 from loracast.library.writer import AdapterWriter, ChunkRows
 from loracast.lora.algebra import LoRA, Rows, compress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from unicodedata import normalize
 
 _TERM = re.compile(r"\w+(?:[.:,/'’-]\w+)*")
@@ -20,6 +21,7 @@ def terms_of(text: str) -> frozenset[str]:
     return frozenset(map(plain, terms(text)))
 
 
+@lru_cache(10_000)
 def plain(term: str) -> str:
     """A term without capitals, a plural or a genitive: "Mondays", "Anna's"."""
     return term.lower().replace("’", "'").removesuffix("'s").removesuffix("s")

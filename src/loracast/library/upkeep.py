@@ -10,8 +10,9 @@ from pathlib import Path
 
 from loracast.errors import AdapterError
 from loracast.library import files
-from loracast.library.adapter import SENTENCE, STATIC, Adapter
+from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
+from loracast.library.layout import SENTENCE, STATIC
 from loracast.library.library import find, open_adapter
 from loracast.library.manifest import FORMAT, VERSION_DIGITS, Manifest
 from loracast.library.register import Register

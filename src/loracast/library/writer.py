@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from loracast.errors import AdapterError
 from loracast.files import file_sha256, sync_folder
-from loracast.library.adapter import FACTORS, INDEX, MANIFEST, SENTENCE, Adapter, layout
+from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter
 from loracast.library.files import recover
 from loracast.library.index import write_index
+from loracast.library.layout import SENTENCE, layout, static_storage_of
 from loracast.library.library import add_adapter
 from loracast.library.manifest import FORMAT, Manifest, check_name
 from loracast.library.summary import write_outline
@@ -88,7 +89,8 @@ class AdapterWriter:
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
         self._file.truncate(self._start + offset)
         for name, value in static.items():
-            self._write(name, 0, value.detach().bfloat16())
+            for suffix, part in pack(value.detach().bfloat16(), static_storage_of(self.manifest)).items():
+                self._write(name + suffix, 0, part)
 
     def add(self, expanded: Rows, sentences: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """Append the factors of the next n chunks: by kind, A [n, modules, r, in] and B [n, modules, r, out].

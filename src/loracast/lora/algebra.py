@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +94,10 @@ class LoRA:
         return self.dense[name] if name in self.dense else self.factors[name].delta()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LoRA:
+        wanted = None if device is None else torch.device(device)
+        sides = (*chain(*self.factors.values()), *self.dense.values())
+        if all(wanted in (None, one.device) and dtype in (None, one.dtype) for one in sides):
+            return self  # the same tensors, and what was made of them before can be recognised
         return LoRA(*_each_tensor(self, lambda tensor: tensor.to(device=device, dtype=dtype)), self.static)
 
     def without(self, names: Collection[str]) -> LoRA:

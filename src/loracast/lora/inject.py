@@ -112,7 +112,8 @@ def check_fits(model: nn.Module, shapes: Iterable[tuple[str, tuple[int, int]]]) 
         """As `model.get_submodule`, but parents that several modules have in common are looked up once."""
         if name not in found:
             parent, _, last = name.rpartition(".")
-            found[name] = getattr(submodule(parent), last, None)
+            module = submodule(parent)
+            found[name] = None if module is None else module._modules.get(last)  # getattr takes five times as long
         return found[name]
 
     for name, (d_out, d_in) in shapes:

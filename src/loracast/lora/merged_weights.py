@@ -85,7 +85,7 @@ def _sum(weight: Tensor, factors: Factors) -> nn.Parameter:
 
 
 def _equal(one: Factors, other: Factors) -> bool:
-    return all(
+    return one is other or all(
         (x.data_ptr() == y.data_ptr() and x.stride() == y.stride() and x.shape == y.shape and x.dtype == y.dtype)
         or torch.equal(x, y)
         for x, y in zip(one, other, strict=True)

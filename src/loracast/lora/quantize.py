@@ -2,7 +2,8 @@
 
 bf16    16 bits a number, as the hypernetwork gives them
 int8    a byte a number and a scale for each row: half the size, and answers as good (docs/library.md has the figures)
-int4    half a byte a number and a scale for each 16 of them, but int8 in a memory, whose rows tell facts apart
+int4    half a byte a number and a scale for each 16 of them, but int8 in a memory, whose rows tell facts apart, and in
+        the static LoRA
 text    only the chunks' text; the hypernetwork casts the factors anew whenever they are needed
 """
 
@@ -57,6 +58,11 @@ def dequantise(values: Tensor, scale: Tensor) -> Tensor:
 def storage_of(storage: Storage, in_memory: bool) -> Storage:
     """How an adapter of a storage keeps the rows of a module kind, which may be that of an associative memory."""
     return "int8" if storage == "int4" and in_memory else storage
+
+
+def static_storage(storage: Storage) -> Storage:
+    """How an adapter of a storage keeps its static LoRA, which a hypernetwork's file holds in a byte a number too."""
+    return "int8" if storage in ("int8", "int4") else "bf16"
 
 
 def pack(rows: Tensor, storage: Storage) -> dict[str, Tensor]:
