@@ -208,7 +208,8 @@ def test_with_a_ridge_only_the_memorys_keys_of_several_chunks_change():
     one, other = (row(loras(net, features, None, 3), 1) for net in (free, apart))
     a, b = free.cast_and_write(features)[0]["o_proj"]
     sides = (side[3:].transpose(0, 1).flatten(1, 2) for side in (a, b))
-    keys = decorrelate_keys(*sides, 3, 3.0).unflatten(1, (3, -1))  # [modules, chunks, r, in]
+    owners = torch.arange(3).repeat_interleave(a.shape[2])
+    keys = decorrelate_keys(*sides, owners, 3.0).unflatten(1, (3, -1))  # [modules, chunks, r, in]
     for name in one.names:
         if "o_proj" in name:
             module = [m[0] for m in MEMORY].index(name)

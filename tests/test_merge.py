@@ -22,7 +22,8 @@ def draw(*shape: int) -> torch.Tensor:
 
 def joined_keys(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The keys [..., m, in] of chunks [..., chunks, r, in] that are merged with a ridge of 3."""
-    return decorrelate_keys(a.flatten(-3, -2), b.flatten(-3, -2), a.shape[-3], 3.0)
+    owners = torch.arange(a.shape[-3]).repeat_interleave(a.shape[-2])
+    return decorrelate_keys(a.flatten(-3, -2), b.flatten(-3, -2), owners, 3.0)
 
 
 @pytest.mark.parametrize("n_zeros", [0, 3])
@@ -68,8 +69,8 @@ def test_rows_that_a_question_weighs_keep_their_keys_and_those_of_weight_zero_ar
 
 
 def test_a_question_for_one_chunk_hears_less_of_the_others():
-    common = draw(16)
-    keys = torch.nn.functional.normalize(draw(4, 8, 16) + 0.7 * common, dim=-1)  # four chunks
+    common = draw(64)
+    keys = torch.nn.functional.normalize(draw(4, 8, 64) + 1.4 * common, dim=-1)  # four chunks
     values = torch.eye(32).view(4, 8, 32)
     heard = {}
     for ridges in ({}, {"o_proj": 3.0}):
@@ -79,6 +80,18 @@ def test_a_question_for_one_chunk_hears_less_of_the_others():
         elsewhere = answer * (torch.arange(32)[:, None] // 8 != torch.arange(32) // 8)
         heard[bool(ridges)] = float(elsewhere.abs().sum(1).mean() / own.mean())
     assert heard[True] < 0.7 * heard[False]
+
+
+def test_of_more_keys_than_a_module_can_tell_apart_those_with_the_longest_values_are_merged():
+    a, b = draw(2, 3, 10, 16), draw(1, 3, 10, 5)  # layers, chunks, rank; 8 rows are half of 16 inputs
+    keys, values = Merging(ridges={"o_proj": 3.0}).join("o_proj", a, b)
+    order = sorted(range(30), key=lambda i: -b.flatten(1, 2)[0, i].norm())
+    kept = sorted(order[:8])
+    assert kept != sorted(order[-8:]) and keys.shape == (2, 8, 16)
+    torch.testing.assert_close(values, b.flatten(1, 2)[:, kept])
+    expected = decorrelate_keys(a.flatten(1, 2)[:, kept], values, torch.tensor(kept) // 10, 3.0)
+    torch.testing.assert_close(keys, expected)
+    assert Merging().join("o_proj", a, b)[0].shape == (2, 30, 16)  # without a ridge all of them are
 
 
 def test_adapters_are_merged_as_their_manifest_says(tmp_path):
@@ -112,6 +125,7 @@ def test_keys_are_solved_for_in_a_program_that_sets_the_number_of_threads():
     """MKL's LU of several matrices fails there."""
     program = (
         "import torch; torch.set_num_threads(2); from loracast.lora.merge import decorrelate_keys;"
-        "assert decorrelate_keys(torch.randn(8, 192, 576), torch.randn(8, 192, 576), 2, 3.0).isfinite().all()"
+        "keys = torch.randn(8, 192, 576); owners = torch.arange(192) // 96;"
+        "assert decorrelate_keys(keys, torch.randn(8, 192, 576), owners, 3.0).isfinite().all()"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -101,7 +101,8 @@ class Manifest:
     @property
     def merging(self) -> Merging:
         """How the rows of several chunks become one LoRA."""
-        return Merging(self.max_unscaled_chunks, self.key_decorrelation)
+        limit = {} if self.format > 3 else {"most_keys": math.inf}
+        return Merging(self.max_unscaled_chunks, self.key_decorrelation, **limit)
 
     @cached_property
     def version(self) -> str:
@@ -125,8 +126,8 @@ class Manifest:
         source = (self.kind, self.title, self.source, self.source_sha256)
         options = (self.max_chunk_tokens, self.storage, self.strength)
         # An earlier id is a hash of the weights, which does not say how chunks are merged.
-        # Adapters of format 1 have no sentences, those of format 2 no row that answers Yes; 3 and 4 answer alike.
-        given = (self.key_decorrelation, self.memory_kinds, 3 if self.format > 2 else None)
+        # Adapters of format 1 have no sentences, those of format 2 no row that answers Yes; 3 merged all keys.
+        given = (self.key_decorrelation, self.memory_kinds, self.format if self.format > 2 else None)
         ids = (self.hypernetwork, *former_ids)
         return [_hash([*source, one, self.made_for.to_dict(), *options, *filter(None, given)]) for one in ids]
 

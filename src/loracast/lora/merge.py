@@ -23,6 +23,8 @@ class Merging:
     """How many chunks are merged unscaled at most; of K more, each is scaled by this / K."""
     ridges: Mapping[str, float] = field(default_factory=dict)
     """The ridge of the kinds whose keys are decorrelated between chunks (`decorrelate_keys`)."""
+    most_keys: float = 0.5
+    """How many rows of these kinds are merged at most, beside the inputs of a module (`strongest`)."""
 
     def join(self, kind: str, a: Tensor, b: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Join A [..., chunks, r, in] and B rows [..., chunks, r, out] to [..., m, in and out].
@@ -40,7 +42,8 @@ class Merging:
         a, b = a.flatten(-3, -2), b.flatten(-3, -2)
         if row_weights is None:
             if kind in self.ridges and n_chunks > 1:
-                a = decorrelate_keys(a, b, n_chunks, self.ridges[kind])
+                a, b, owners = strongest(a, b, n_chunks, self.most_keys * a.shape[-1])
+                a = decorrelate_keys(a, b, owners, self.ridges[kind])
         elif not row_weights.all():
             counts = row_weights.flatten() != 0
             # Some others fill the last block, with rows of B that are 0: few ranks are few shapes, for each of which a
@@ -50,7 +53,28 @@ class Merging:
         return a, b
 
 
-def decorrelate_keys(a: Tensor, b: Tensor, n_chunks: int, ridge: float) -> Tensor:
+def strongest(a: Tensor, b: Tensor, n_chunks: int, most: float) -> tuple[Tensor, Tensor, Tensor]:
+    """At most so many rows of a memory A [..., m, in] and B [..., m, out], and the chunk of each row [..., rows].
+
+    More keys than about half of a module's inputs cannot be told apart; the rows with the longest values remain, since
+    a memory writes short values for tokens that hardly answer a question (measured: docs/notebook, 2026-11-30).
+    """
+    import torch
+
+    owners = torch.arange(n_chunks, device=a.device).repeat_interleave(a.shape[-2] // n_chunks)
+    if most >= a.shape[-2]:
+        return a, b, owners
+    length = torch.linalg.vector_norm(b.detach().float(), dim=-1)  # [..., m]
+    kept = length.topk(int(most), dim=-1).indices.sort(dim=-1).values  # [..., most]
+
+    def rows(side: Tensor) -> Tensor:
+        leading, d = side.shape[:-2], side.shape[-1]
+        return side.gather(-2, kept.expand(*leading, -1)[..., None].expand(*leading, -1, d))
+
+    return rows(a), rows(b), owners[kept]
+
+
+def decorrelate_keys(a: Tensor, b: Tensor, owners: Tensor, ridge: float) -> Tensor:
     """Change each chunk's keys so that they respond less to other chunks' keys: A [..., m, in] -> same shape.
 
     An associative memory solves for the keys k of one chunk by least squares (hypernets/memory.py): (G + ridge)^-1 k,
@@ -60,7 +84,7 @@ def decorrelate_keys(a: Tensor, b: Tensor, n_chunks: int, ridge: float) -> Tenso
 
     Args:
         b: rows of B [..., m, out].
-        n_chunks: each has as many rows, which are neighbours.
+        owners: the chunk of each row [..., m]; of more rows than inputs, as many of each chunk.
     """
     import torch
 
@@ -70,18 +94,16 @@ def decorrelate_keys(a: Tensor, b: Tensor, n_chunks: int, ridge: float) -> Tenso
         keys = a.float()
         length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_min(1e-12)
         scale = weight / length
-        m, d_in = keys.shape[-2:]
-        ridges = ridge * torch.eye(min(m, d_in), device=a.device)
-        if m <= d_in:
+        ridges = ridge * torch.eye(min(keys.shape[-2:]), device=a.device)
+        if keys.shape[-2] <= keys.shape[-1]:
             gram = torch.addcmul(ridges, scale * (keys @ keys.mT), scale.mT)  # with the ridge
-            of_chunk = torch.arange(n_chunks, device=a.device).repeat_interleave(m // n_chunks)
-            own = gram * (of_chunk[:, None] == of_chunk)
+            own = gram * (owners[..., :, None] == owners[..., None, :])
             # The m x m map first, which is smaller than the keys; not by LU (hypernets/memory.py).
             change = torch.cholesky_solve(own, torch.linalg.cholesky(gram))
             found = (length * change / length.mT) @ keys
         else:  # the same (Woodbury), whose cost grows with the number of chunks and not with its cube
             units, flat = keys / length, keys * scale
-            own, of_own = (side.unflatten(-2, (n_chunks, -1)) for side in (flat, units))
+            own, of_own = (side.unflatten(-2, (int(owners.max()) + 1, -1)) for side in (flat, units))
             alone = ((own @ own.mT) @ of_own).flatten(-3, -2) + ridge * units
             inner = torch.cholesky_solve(flat.mT @ alone, torch.linalg.cholesky(flat.mT @ flat + ridges))
             found = length * (alone - flat @ inner) / ridge
