@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -210,7 +211,9 @@ class Hypernetwork(nn.Module):
         def by_document(rows: Tensor) -> Tensor:  # [n, modules, r, d] -> [modules, documents, K, r, d]
             return rows.unflatten(0, (-1, k)).permute(2, 0, 1, 3, 4)
 
-        joined_a, joined_b = self.merging.join(kind, by_document(a), by_document(b))
+        # All rows, in their places, by which training weighs and scores them; an adapter merges the strongest keys.
+        every = dataclasses.replace(self.merging, most_keys=math.inf)
+        joined_a, joined_b = every.join(kind, by_document(a), by_document(b))
         if static:
             joined_a, joined_b = (
                 torch.cat([joined, of_all[:, None].expand(-1, joined.shape[1], -1, -1).to(joined.dtype)], dim=2)

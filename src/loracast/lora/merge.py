@@ -1,6 +1,6 @@
 """Merges the chunks of a document into one LoRA: their factors are joined along the rank, so that the deltas add up.
 
-Training merges in the same way as adapters do.
+Training merges in the same way as adapters do, but for rows that these leave out.
 """
 
 from __future__ import annotations
