@@ -85,8 +85,8 @@ def test_every_format_has_its_files():
     recorded = json.loads(EXPECTED.read_text())
     assert recorded.keys() == {*ADAPTERS, *HYPERNETWORKS}
     kinds = [name.split("/") for name in recorded]
-    assert {version for version, _ in kinds} == {"0.1", "0.2"}
-    assert {kind for version, kind in kinds if version == "0.2"} == {
+    assert {version for version, _ in kinds} == {"0.1", "0.2", "0.3"}
+    assert {kind for version, kind in kinds if version == "0.3"} == {
         "document", "task", "image", "document-hypernetwork", "task-hypernetwork"
     }  # fmt: skip
 

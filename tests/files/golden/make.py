@@ -43,13 +43,14 @@ def make_base(folder: Path) -> None:
 
 
 def document_hypernetwork(base: Base) -> DocToLoRA:
-    """With an associative memory, values that are copied, and static and encoder LoRAs."""
+    """With an associative memory, verdicts, values that are copied, and static and encoder LoRAs."""
     config = base.model.config
     hypernet = make_hypernet(
         base, reader_layers=(1,), static_rank=1, d_values=32, memory_rank=12, memory_blocks=1, memory_question_rank=8,
         memory_modules=target_from_config(config, ("o_proj",)).rows, key_decorrelation=3.0, max_unscaled_chunks=2,
         encoder_modules=target_from_config(config, ("q_proj",), (0,)).rows, encoder_rank=2,
         static_modules=target_from_config(config, ("q_proj",)).rows, static_modules_rank=2,
+        memory_near_tokens=2, memory_verdicts=True, memory_gate_power=0.5,
     )  # fmt: skip
     hypernet.memory.scale.data.fill_(0.05)
     for part in (*hypernet.static.values(), *hypernet.encoder_lora.values()):
