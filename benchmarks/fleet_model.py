@@ -55,13 +55,13 @@ class Fleet:
     flops: QueryFlops = SMOLLM2_135M
     """Shapes of the base: the config of SmolLM2-135M-Instruct."""
     chunk_bytes: tuple[tuple[str, float], ...] = (
-        ("text", 2.6e3), ("int4", 0.737e6), ("int8", 0.89e6), ("bf16", 1.77e6),
+        ("text", 2.7e3), ("int4", 0.755e6), ("int8", 0.909e6), ("bf16", 1.81e6),
     )  # fmt: skip
     """Bytes of one chunk in each storage: the table of docs/library.md."""
-    static_bytes: float = 2.9e6
-    """Bytes of the static LoRA in every adapter but those of text: docs/library.md."""
-    tokens_per_chunk: float = 168.5
-    """Tokens of a chunk: 24,601 tokens in 146 chunks, docs/library.md."""
+    static_bytes: tuple[tuple[str, float], ...] = (("text", 0), ("int4", 1.45e6), ("int8", 1.45e6), ("bf16", 2.9e6))
+    """Bytes of the static LoRA in an adapter of each storage: docs/library.md."""
+    tokens_per_chunk: float = 169.4
+    """Tokens of a chunk: 25,572 tokens in 151 chunks, docs/library.md."""
     route: int = 2
     """Chunks that a question gets: what was timed."""
     lengths: tuple[float, ...] = (
@@ -110,7 +110,7 @@ class Fleet:
         """Bytes of documents in each storage, and of their keys and values in bf16."""
         chunks = np.ceil(tokens / self.tokens_per_chunk)
         adapters = {
-            storage: (chunks * size + self.static_bytes * (storage != "text")).astype(np.int64)
+            storage: (chunks * size + dict(self.static_bytes)[storage]).astype(np.int64)
             for storage, size in self.chunk_bytes
         }
         return {**adapters, CACHED[1]: self.flops.cache_bytes(tokens)}

@@ -71,8 +71,11 @@ def learned(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["note", "manual", "sentiment", "goldfish"])
 def test_factors_are_those_of_the_file(learned, name):
-    """Processors add up products of bfloat16 in different orders; in float32 all is off by 0.01 and 0.05 at most."""
-    golden, found = json.loads(GOLDEN.read_text())[name], summary(learned[1][name].lora())
+    """Processors add up products of bfloat16 in different orders; in float32 all is off by 0.01 and 0.05 at most.
+
+    Of the first chunk: which keys of several are merged may hang by a rounding.
+    """
+    golden, found = json.loads(GOLDEN.read_text())[name], summary(learned[1][name].lora([0]))
     assert found.keys() == golden.keys()
     for module, (norm, *entries) in golden.items():
         error = np.linalg.norm(np.subtract(found[module][1:], entries)) / (N_DIRECTIONS * norm)
@@ -113,5 +116,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         _, made = learn_all(Path(folder))
-        golden = {name: summary(made[name].lora()) for name in ("note", "manual", "sentiment", "goldfish")}
+        golden = {name: summary(made[name].lora([0])) for name in ("note", "manual", "sentiment", "goldfish")}
         GOLDEN.write_text(json.dumps(golden) + "\n")
