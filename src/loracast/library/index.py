@@ -37,6 +37,7 @@ class OpenIndex:
                 database = _connect(self.path)
                 weakref.finalize(self, database.close)
                 _check_schema(database)
+                database.execute("PRAGMA cache_size = -512")  # kB: a server keeps hundreds open
                 self._database = database
             yield self._database
 
