@@ -8,6 +8,7 @@ import random
 import sqlite3
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,16 @@ from loracast.documents.chunks import split_text
 from loracast.errors import AdapterError, TrainingError
 from loracast.evaluation.gate import GateConfig, evaluate_gate
 from loracast.library.index import write_index
-from loracast.library.relevance import FEATURES, THRESHOLD, WordTable, about, features, read_question, shipped_words
+from loracast.library.relevance import (
+    FEATURES,
+    THRESHOLD,
+    WordTable,
+    about,
+    features,
+    read_question,
+    shipped_words,
+    stem_words,
+)
 from loracast.training import relevance_pairs
 from loracast.training.relevance import (
     _words_as_tokens,
@@ -112,6 +122,21 @@ def test_words_of_a_question():
     assert words[3].weight == pytest.approx(math.log(200 / 50))  # unlisted: as if twice as rare as the rarest
     assert words[4].weight == words[3].weight < 2 * math.log(10)
     assert read_question("7", shipped_words())[0].weight == pytest.approx(math.log(10))  # ten numbers of one digit
+
+
+def test_stems_are_those_of_the_index_whatever_was_stemmed_before_and_by_whichever_thread():
+    words = ["Running", "houses", "!!", "", "a b", "Ärzte", "Kettles"]
+    with closing(sqlite3.connect(":memory:")) as database:
+        write([(f"{i}", word) for i, word in enumerate(words) if word.isalpha()], database)
+        database.execute("CREATE VIRTUAL TABLE terms USING fts5vocab(chunks, 'col')")
+        expected = {term for term, column in database.execute("SELECT term, col FROM terms") if column == "text"}
+    stems = stem_words(words)
+    assert {stem for word, stem in zip(words, stems, strict=True) if word.isalpha()} == expected
+    assert stems[2:4] == ["", ""] and len(stems) == len(words)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(stem_words, [words[:n] for n in range(len(words) + 1)])) == [
+            stems[:n] for n in range(len(words) + 1)
+        ]
 
 
 def test_accents_that_stand_by_themselves_cut_no_word():
