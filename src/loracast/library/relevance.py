@@ -229,10 +229,10 @@ _STEMMER = _Stemmer()
 def stem_words(words: Sequence[str]) -> list[str]:
     """The stems of words as the index has them; "" for what it does not take for a word."""
     database = _STEMMER.database
-    database.execute("BEGIN")
     try:
+        database.execute("BEGIN")
         database.executemany("INSERT INTO words (rowid, word) VALUES (?, ?)", enumerate(words))
         found = dict(database.execute("SELECT doc, term FROM stems").fetchall())
     finally:
-        database.execute("ROLLBACK")  # no word stays for the next call
+        database.rollback()  # no word stays for the next call, also after Ctrl-C
     return [found.get(i, "") for i in range(len(words))]
