@@ -55,16 +55,16 @@ def test_a_chunk_alone_and_chunks_without_a_common_key_stay_as_they_are():
 
 
 def test_rows_that_a_question_weighs_keep_their_keys_and_those_of_weight_zero_are_left_out_but_to_fill_a_block():
-    a, b = draw(2, 3, 20, 16), draw(2, 3, 20, 5)
-    weights = torch.zeros(3, 20)
-    weights[0, 1:18], weights[2, 3:6] = torch.linspace(0.1, 1, 17), 0.7  # 20 rows count, and 12 fill the block
-    order = [*range(20), *range(20, 29), 43, 44, 45]
+    a, b = draw(2, 3, 30, 16), draw(2, 3, 30, 5)
+    weights = torch.zeros(3, 30)
+    weights[0, 1:18], weights[2, 3:6] = torch.linspace(0.1, 1, 17), 0.7  # 20 rows count, and 44 fill the block
+    order = [*range(61), 63, 64, 65]
     joined = [Merging(ridges=ridges).join("o_proj", a, b, weights) for ridges in ({}, {"o_proj": 3.0})]
     for keys, values in joined:
         torch.testing.assert_close(keys, a.flatten(1, 2)[:, order])
         expected = torch.einsum("mcro,cr,mcri->moi", b, weights, a)
         torch.testing.assert_close(values.mT @ keys, expected)
-    every = torch.full((3, 20), 0.5)
+    every = torch.full((3, 30), 0.5)
     torch.testing.assert_close(Merging().join("o_proj", a, b, every)[1], 0.5 * b.flatten(1, 2))
 
 

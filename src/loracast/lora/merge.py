@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BLOCK = 32  # rows
+_BLOCK = 64  # rows
 
 
 @dataclass(frozen=True)
