@@ -506,13 +506,24 @@ def die_while_removing(library: Path) -> None:
     remove_adapter(library, "doc")
 
 
-def test_the_next_run_clears_up_after_a_killed_one(tmp_path, monkeypatch):
+def test_a_work_folder_is_left_until_its_process_can_have_locked_it(tmp_path, monkeypatch):
+    def die_before_the_lock(library: Path) -> None:
+        workfolders.try_lock = lambda *_: os._exit(9)
+        write(library)
+
+    assert in_child(die_before_the_lock, tmp_path) == 9
+    (left,) = tmp_path.glob(".loracast-*")
+    tidy(tmp_path)
+    assert left.exists()
+    monkeypatch.setattr(workfolders, "_GRACE_S", 0.0)
+    tidy(tmp_path)
+    assert not left.exists()
+
+
+def test_the_next_run_clears_up_after_a_killed_one(tmp_path):
     assert in_child(die_while_writing, tmp_path) == 9
     (left,) = tmp_path.glob(".loracast-*")
     assert adapter_names(tmp_path) == []
-    tidy(tmp_path)
-    assert left.exists()  # so new that its writer may not have locked it yet
-    monkeypatch.setattr(workfolders, "_GRACE_S", 0.0)
     with AdapterWriter(tmp_path, some_manifest(1, name="other"), some_chunks(1)):
         assert not left.exists()
         (living,) = tmp_path.glob(".loracast-*")

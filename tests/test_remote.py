@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from adapters import write
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError
-from loracast.library import workfolders
 from loracast.library.files import recover
 from loracast.library.library import adapter_names, open_adapter, remove_adapter, search
 from loracast.library.remote import factor_bytes, model_card, pull_adapter, push_adapter
@@ -143,7 +142,6 @@ def test_a_store_that_cannot_be_reached_loses_nothing(tmp_path, monkeypatch):
 def test_what_is_on_its_way_to_a_store_is_left_to_its_process(tmp_path, monkeypatch):
     library, there = tmp_path / "library", tmp_path / "there"
     use_store(library, str(there))
-    monkeypatch.setattr(workfolders, "_GRACE_S", 0.0)
     put = Store.put
 
     def put_slowly(self, version, folder):
@@ -159,7 +157,7 @@ def test_what_is_on_its_way_to_a_store_is_left_to_its_process(tmp_path, monkeypa
     assert open_adapter(library, "press").faults() == []
 
 
-def test_what_a_killed_process_was_sending_is_deleted(tmp_path, monkeypatch):
+def test_what_a_killed_process_was_sending_is_deleted(tmp_path):
     library, there = tmp_path / "library", tmp_path / "there"
     use_store(library, str(there))
     child = os.fork()
@@ -169,7 +167,6 @@ def test_what_a_killed_process_was_sending_is_deleted(tmp_path, monkeypatch):
         write(library, name="press")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert len(Store(str(there)).versions()) == 1
-    monkeypatch.setattr(workfolders, "_GRACE_S", 0.0)
     kept = write(library, name="lamp", seed=2).manifest.version
     assert Store(str(there)).versions() == {kept} and verify(library) == []
 

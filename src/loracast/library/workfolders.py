@@ -13,14 +13,16 @@ from pathlib import Path
 from loracast.files import try_lock
 
 _PREFIX = ".loracast-"
+_MADE = "made"  # the purpose in the name of a folder that is made, but perhaps not yet locked
 _GRACE_S = 10.0
 
 
 @contextmanager
 def work_folder(library: Path, purpose: str) -> Iterator[Path]:
     """A folder of this process alone, deleted afterwards; if the process is killed, `tidy` deletes it."""
-    folder = Path(tempfile.mkdtemp(dir=library, prefix=f"{_PREFIX}{purpose}-"))
-    lock = try_lock(folder)
+    made = Path(tempfile.mkdtemp(dir=library, prefix=f"{_PREFIX}{_MADE}-"))
+    lock = try_lock(made)
+    folder = made.rename(made.with_name(made.name.replace(_MADE, purpose, 1)))
     try:
         yield folder
     finally:
@@ -50,7 +52,8 @@ def tidy(library: Path) -> None:
     """Delete the work folders of killed processes."""
     for folder in library.glob(f"{_PREFIX}*-*"):
         with suppress(OSError):  # another process may be tidying too
-            is_new = time.time() - folder.stat().st_mtime < _GRACE_S  # perhaps made, but not yet locked
+            is_made = folder.name.startswith(f"{_PREFIX}{_MADE}-")
+            is_new = is_made and time.time() - folder.stat().st_mtime < _GRACE_S
             lock = None if is_new else try_lock(folder)
             if lock is not None:
                 try:
