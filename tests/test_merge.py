@@ -13,11 +13,18 @@ import torch
 from adapters import TARGET, random_factors, write
 from loracast.errors import AdapterError
 from loracast.library.manifest import Manifest
-from loracast.lora.merge import Merging, decorrelate_keys
+from loracast.lora.merge import MOST_ROUTED, Merging, decorrelate_keys, row_lengths, row_weights
 
 
 def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+
+
+def join(
+    merging: Merging, a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join A and B [layers, chunks, r, d] of chunks whose rows have weights [chunks, r]."""
+    return merging.join("o_proj", a.unbind(-3), b.unbind(-3), None if weights is None else weights.unbind(0))
 
 
 def joined_keys(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -54,18 +61,47 @@ def test_a_chunk_alone_and_chunks_without_a_common_key_stay_as_they_are():
     torch.testing.assert_close(joined_keys(padded, torch.cat([b, torch.zeros_like(b)], dim=1)), padded.flatten(1, 2))
 
 
-def test_rows_that_a_question_weighs_keep_their_keys_and_those_of_weight_zero_are_left_out_but_to_fill_a_block():
+def test_rows_that_a_question_weighs_keep_their_keys_and_those_of_weight_zero_are_left_out():
     a, b = draw(2, 3, 30, 16), draw(2, 3, 30, 5)
     weights = torch.zeros(3, 30)
-    weights[0, 1:18], weights[2, 3:6] = torch.linspace(0.1, 1, 17), 0.7  # 20 rows count, and 44 fill the block
-    order = [*range(61), 63, 64, 65]
-    joined = [Merging(ridges=ridges).join("o_proj", a, b, weights) for ridges in ({}, {"o_proj": 3.0})]
-    for keys, values in joined:
-        torch.testing.assert_close(keys, a.flatten(1, 2)[:, order])
+    weights[0, 1:18], weights[2, 3:6] = torch.linspace(0.1, 1, 17), 0.7  # 20 rows count, and zeros fill up to 64
+    order = [*range(1, 18), 63, 64, 65]
+    for ridges in ({}, {"o_proj": 3.0}):
+        keys, values = join(Merging(ridges=ridges), a, b, weights)
+        torch.testing.assert_close(keys[:, :20], a.flatten(1, 2)[:, order])
+        assert keys.shape == (2, 64, 16) and not keys[:, 20:].any() and not values[:, 20:].any()
         expected = torch.einsum("mcro,cr,mcri->moi", b, weights, a)
         torch.testing.assert_close(values.mT @ keys, expected)
-    every = torch.full((3, 30), 0.5)
-    torch.testing.assert_close(Merging().join("o_proj", a, b, every)[1], 0.5 * b.flatten(1, 2))
+    few = torch.full((3, 20), 0.5)
+    torch.testing.assert_close(join(Merging(), a[:, :, :20], b[:, :, :20], few)[1], 0.5 * b[:, :, :20].flatten(1, 2))
+    assert join(Merging(), a, b, torch.zeros(3, 30))[0].shape == (2, 0, 16)
+
+
+def test_a_question_gets_the_64_rows_with_the_longest_values():
+    b, sentences = draw(2, 3, 30, 5), [[0.5, 1.0, 0.0], [0.2], []]
+    owners = [torch.arange(30) % 4 - 1, torch.zeros(30, dtype=torch.int16), torch.full((30,), -1)]
+    alone = np.array(
+        [[of[s] if 0 <= s < len(of) else 0.0 for s in rows] for rows, of in zip(owners, sentences, strict=True)]
+    )
+    assert 0 < (alone > 0).sum() < MOST_ROUTED == 64  # all of them
+    found = row_weights(owners, [row_lengths(one) for one in b.unbind(1)], sentences)
+    np.testing.assert_allclose(torch.stack(found), alone)
+
+    sentences = [[0.5, 1.0, 0.3], [0.2], [0.1]]
+    owners = [torch.arange(30) % 3, torch.zeros(30, dtype=torch.int16), torch.zeros(30, dtype=torch.int16)]
+    alone = np.array([[of[s] for s in rows] for rows, of in zip(owners, sentences, strict=True)])
+    lengths = np.linalg.norm(b.numpy() * alone[..., None], axis=(0, 3))
+    longest = lengths >= np.sort(lengths.flatten())[-MOST_ROUTED]
+    found = row_weights(owners, [row_lengths(one) for one in b.unbind(1)], sentences)
+    np.testing.assert_allclose(torch.stack(found), np.where(longest, alone, 0.0))
+
+
+def test_only_chunks_that_have_something_to_say_are_counted_where_chunks_are_scaled():
+    a, b = draw(2, 3, 30, 16), draw(2, 3, 30, 5)
+    weights = torch.zeros(3, 30)
+    weights[0, 0] = weights[2, 0] = 1.0
+    values = join(Merging({"o_proj": 1}), a, b, weights)[1]
+    torch.testing.assert_close(values[:, :2], b[:, [0, 2], 0] / 2)
 
 
 def test_a_question_for_one_chunk_hears_less_of_the_others():
@@ -74,7 +110,8 @@ def test_a_question_for_one_chunk_hears_less_of_the_others():
     values = torch.eye(32).view(4, 8, 32)
     heard = {}
     for ridges in ({}, {"o_proj": 3.0}):
-        a, b = Merging(ridges=ridges).join("o_proj", keys, values)
+        a, b = join(Merging(ridges=ridges), keys[None], values[None])
+        a, b = a[0], b[0]
         answer = keys.flatten(0, 1) @ a.T @ b  # [asked, said]
         own = answer.diagonal()
         elsewhere = answer * (torch.arange(32)[:, None] // 8 != torch.arange(32) // 8)
@@ -84,14 +121,14 @@ def test_a_question_for_one_chunk_hears_less_of_the_others():
 
 def test_of_more_keys_than_a_module_can_tell_apart_those_with_the_longest_values_are_merged():
     a, b = draw(2, 3, 10, 16), draw(1, 3, 10, 5)  # layers, chunks, rank; 8 rows are half of 16 inputs
-    keys, values = Merging(ridges={"o_proj": 3.0}).join("o_proj", a, b)
+    keys, values = join(Merging(ridges={"o_proj": 3.0}), a, b)
     order = sorted(range(30), key=lambda i: -b.flatten(1, 2)[0, i].norm())
     kept = sorted(order[:8])
     assert kept != sorted(order[-8:]) and keys.shape == (2, 8, 16)
     torch.testing.assert_close(values, b.flatten(1, 2)[:, kept])
     expected = decorrelate_keys(a.flatten(1, 2)[:, kept], values, torch.tensor(kept) // 10, 3.0)
     torch.testing.assert_close(keys, expected)
-    assert Merging().join("o_proj", a, b)[0].shape == (2, 30, 16)  # without a ridge all of them are
+    assert join(Merging(), a, b)[0].shape == (2, 30, 16)  # without a ridge all of them are
 
 
 def test_adapters_are_merged_as_their_manifest_says(tmp_path):

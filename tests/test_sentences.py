@@ -181,8 +181,7 @@ def test_a_lora_holds_the_rows_that_count(model, storage):
         keys = a[:, module]
         expected = torch.einsum("cro,cri->oi", weighed.float(), keys.float())
         torch.testing.assert_close(found.delta(name).float(), expected, atol=2e-2 * expected.abs().max().item(), rtol=0)
-        n_counting = (row_weights > 0).sum().item()  # and others with a B of 0 up to a multiple of 64
-        assert found.factors[name].rank == min(-(-n_counting // 64) * 64, row_weights.numel())
+        assert found.factors[name].rank == min(64, row_weights.numel())
     cast_in_memory(model, [(document, chunks)])
     in_memory = document.lora(None, weights)
     for name in found.names:

@@ -17,7 +17,8 @@ from loracast.documents import Chunk, Document, split_text
 from loracast.documents.sentences import sentence_spans, token_sentences
 from loracast.errors import ConfigError, DocumentError, HypernetworkError
 from loracast.hypernets.protocol import Caster, Hypernetwork
-from loracast.library.adapter import Adapter, join_chunks
+from loracast.library.adapter import Adapter
+from loracast.library.join import join_chunks
 from loracast.library.layout import SENTENCE, STATIC
 from loracast.library.library import check_free, check_whole, find_cached, give_name
 from loracast.library.manifest import Manifest, utc_now
@@ -176,7 +177,7 @@ def merge_chunks(caster: Caster, base: Base, chunks: Sequence[Chunk], *, dense: 
     """The LoRA of a document's chunks, all of them merged; `dense` as in `Adapter.lora`."""
     hypernetwork = caster.hypernetwork
     rows = recast(caster, base, [chunk.prompt for chunk in chunks])
-    return join_chunks(hypernetwork.config.target, rows, hypernetwork.merging, dense=dense)
+    return join_chunks(hypernetwork.config.target, rows, rows, hypernetwork.merging, dense=dense)
 
 
 def learn_document(

@@ -17,8 +17,8 @@ from torch import Tensor
 from loracast.cast.document import cast_chunks, split_document, static_of
 from loracast.documents import Document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.library.adapter import join_chunks
 from loracast.library.index import write_index
+from loracast.library.join import join_chunks
 from loracast.library.layout import SENTENCE, YES
 from loracast.library.relevance import THRESHOLD
 from loracast.library.routing import Route, SentenceWeights, route_question
@@ -104,10 +104,10 @@ class InMemoryAdapter:
         weights = [chunks[i] for i in wanted] if isinstance(chunks, Mapping) else None
         of_chunks = None if sentences is None else [sentences[i] for i in wanted]
         if len(wanted) == len(self.chunks):
-            return join_chunks(self._target, self._factors | common, self._merging, weights, of_chunks, says_yes)
+            return join_chunks(self._target, self._factors, common, self._merging, weights, of_chunks, says_yes)
         picked = torch.tensor(wanted)
         rows = {name: value.index_select(0, picked.to(value.device)) for name, value in self._factors.items()}
-        return join_chunks(self._target, rows | common, self._merging, weights, of_chunks, says_yes)
+        return join_chunks(self._target, rows, common, self._merging, weights, of_chunks, says_yes)
 
     def close(self) -> None:
         """Free the index and the factors; chunks and text stay."""

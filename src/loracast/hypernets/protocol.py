@@ -208,8 +208,8 @@ class Hypernetwork(nn.Module):
             return static[0][:, None].unbind(0), static[1][:, None].unbind(0)
         b = b.expand(-1, a.shape[1], -1, -1)  # B rows that all modules share
 
-        def by_document(rows: Tensor) -> Tensor:  # [n, modules, r, d] -> [modules, documents, K, r, d]
-            return rows.unflatten(0, (-1, k)).permute(2, 0, 1, 3, 4)
+        def by_document(rows: Tensor) -> Sequence[Tensor]:  # [n, modules, r, d] -> K of [modules, documents, r, d]
+            return rows.unflatten(0, (-1, k)).permute(1, 2, 0, 3, 4).unbind(0)
 
         # All rows, in their places, by which training weighs and scores them; an adapter merges the strongest keys.
         every = dataclasses.replace(self.merging, most_keys=math.inf)

@@ -16,28 +16,26 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from loracast.byte_cache import ByteCache
 from loracast.errors import LEARN_AGAIN, AdapterError
 from loracast.files import file_sha256
 from loracast.library.index import OpenIndex, index_faults, read_chunks, read_sentences
+from loracast.library.join import LENGTH, ChunkRows, join_chunks
 from loracast.library.layout import SENTENCE, STATIC, YES, layout, static_shapes, static_storage_of
 from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.library.memory import route_memory
 from loracast.library.relevance import THRESHOLD
 from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, route_question, said_together
-from loracast.lora.merge import row_weights
+from loracast.lora.merge import row_lengths
 from loracast.lora.quantize import SCALE, storage_of, unpack
-from loracast.lora.target import Target
 from loracast.lora.tensor_file import OpenTensors, number_faults, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from loracast.lora.algebra import Factors, LoRA
-    from loracast.lora.merge import Merging
 
 FACTORS, INDEX, MANIFEST = "factors.safetensors", "chunks.sqlite", "adapter.json"
 _MOST_BYTES = 64 * 2**20  # of factors in memory: a conversation tends to stay with the same chunks
@@ -126,29 +124,28 @@ class Adapter:
         of_chunks = None if sentences is None else [sentences[i] for i in wanted]
         which = (self.manifest.version, wanted, static)
 
-        def join(rows: Mapping[str, Tensor]) -> LoRA:
+        def join(rows: ChunkRows, common: Mapping[str, Tensor]) -> LoRA:
             if says_yes is not None and not static:
-                rows = {**rows, **{name: value for name, value in self._static_rows.items() if YES in name}}
+                common = {name: value for name, value in self._static_rows.items() if YES in name}
             target, merging = self.manifest.target, self.manifest.merging
             ready = self.static_lora.factors if static and self.manifest.storage != "text" else {}
-            return join_chunks(target, rows, merging, weights, of_chunks, says_yes, dense, ready)
+            return join_chunks(target, rows, common, merging, weights, of_chunks, says_yes, dense, ready)
 
         # Weights differ with every question: what they multiply is kept, and the LoRA itself only where there are none.
         if weights is None and sentences is None and says_yes is None and dense:
-            return self.kept.get(("LoRA", *which), lambda: join(self.rows(wanted, static=static)))
+            return self.kept.get(("LoRA", *which), lambda: join(*[self.rows(wanted, static=static)] * 2))
         if len(wanted) > _FEW or self.manifest.storage == "text":
-            return join(self.kept.get(which, lambda: self.rows(wanted, static=static)))
-        return join(self._rows_of_few(wanted) | (self._static_rows if static else {}))
+            return join(*[self.kept.get(which, lambda: self.rows(wanted, static=static))] * 2)
+        # Each chunk's own are kept: the next question picks another pair.
+        of_each = [self.kept.get((self.manifest.version, i), partial(self._rows_of_one, i)) for i in wanted]
+        rows = {name: [of_one[name][0] for of_one in of_each] for name in of_each[0]}
+        return join(rows, self._static_rows if static else {})
 
-    def _rows_of_few(self, wanted: Sequence[int]) -> dict[str, Tensor]:
-        """The factors of some chunks, of which each chunk's own are kept: the next question picks another pair."""
-        import torch
-
-        of_each = [self.kept.get((self.manifest.version, i), partial(self.rows, [i], static=False)) for i in wanted]
-        # Module by module, as they are joined then, so that nothing is copied twice.
-        return {
-            name: torch.cat([rows[name].transpose(0, 1) for rows in of_each], dim=1).transpose(0, 1)
-            for name in of_each[0]
+    def _rows_of_one(self, chunk: int) -> dict[str, Tensor]:
+        """The factors of one chunk, and how long a memory's rows are."""
+        rows = self.rows([chunk], static=False)
+        return rows | {
+            f"{kind}{LENGTH}": row_lengths(rows[f"{kind}.b"][0])[None] for kind in self.manifest.memory_kinds
         }
 
     @property
@@ -336,63 +333,3 @@ def factors_in_memory() -> ByteCache[Any]:
         return sum({(s := side.untyped_storage()).data_ptr(): s.nbytes() for side in sides}.values())
 
     return ByteCache(_MOST_BYTES, n_bytes)
-
-
-def join_chunks(
-    target: Target,
-    rows: Mapping[str, Tensor],
-    merging: Merging,
-    weights: Sequence[float] | None = None,
-    sentences: Sequence[Sequence[float]] | None = None,
-    says_yes: bool | None = None,
-    dense: bool = True,
-    ready: Mapping[str, Factors] = MappingProxyType({}),
-) -> LoRA:
-    """The LoRA of chunks: their factors merged, and the static ones once, if `rows` has any.
-
-    Args:
-        rows: named as in the file: "down_proj.a" [chunks, layers, r, in], "down_proj.shared.a" [layers, r, in],
-            "o_proj.sentence" [chunks, r].
-        weights: what the LoRA of each chunk is multiplied with; 1 if None.
-        sentences, says_yes, dense: as in `Adapter.lora`; the sentences chunk by chunk.
-        ready: the static factors by module, as they were made before, for the modules that chunks have none in.
-    """
-    import torch
-
-    from loracast.lora.algebra import Factors, LoRA, is_past_break_even
-
-    joined: dict[str, Factors] = {}
-    products: dict[str, Tensor] = {}
-    alone: set[str] = set()
-    for kind in target.kinds:
-        static = [rows[name] for side in "ab" if (name := f"{kind}{STATIC}{side}") in rows]  # each [layers, r, d]
-        a, b = (rows[f"{kind}.{side}"].transpose(0, 1) for side in "ab")  # [layers or 1, chunks, r, d]
-        if ready and not a.shape[2] and f"{kind}{YES}a" not in rows:
-            found = {m.name: ready[m.name] for m in target.of_kind(kind) if m.name in ready}
-            joined, alone = joined | found, alone | found.keys()
-            continue
-        of_rows = None
-        if sentences is not None and (owners := rows.get(f"{kind}{SENTENCE}")) is not None:
-            of_rows = row_weights(owners, sentences)  # [chunks, r]
-            if not (counts := of_rows.any(1)).all():  # chunks without a row that counts change nothing for the others
-                a, b, of_rows = a[:, counts.to(a.device)], b[:, counts.to(b.device)], of_rows[counts]
-        elif weights is not None:
-            b = b * torch.tensor(weights).to(b)[:, None, None]
-        sides: Sequence[Tensor] = merging.join(kind, a, b, of_rows)  # each [layers or 1, m, d]
-        if yes := [rows[name] for side in "ab" if says_yes is not None and (name := f"{kind}{YES}{side}") in rows]:
-            more = (yes[0], yes[1] if says_yes else -yes[1])  # each [layers, 1, d]
-            static = [torch.cat(pair, dim=1) for pair in zip(static, more, strict=True)] if static else [*more]
-        if static and not sides[0].shape[1]:
-            sides = static
-            alone |= {module.name for module in target.of_kind(kind) if not yes}
-        elif static:
-            of_all = zip(sides, static, strict=True)
-            sides = [torch.cat([side.expand(len(more), -1, -1), more], dim=1) for side, more in of_all]
-        modules, (_, rank, d_in), d_out = target.of_kind(kind), sides[0].shape, sides[1].shape[-1]
-        if dense and is_past_break_even(rank, d_in, d_out):
-            deltas = sides[1].mT @ sides[0]  # [layers, out, in]
-            products |= {module.name: delta for module, delta in zip(modules, deltas, strict=True)}
-        else:
-            a, b = (side.expand(len(modules), -1, -1) for side in sides)
-            joined |= {m.name: Factors(x, y.T) for m, x, y in zip(modules, a, b, strict=True)}
-    return LoRA(joined, products, frozenset(alone & joined.keys()))

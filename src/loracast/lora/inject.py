@@ -162,4 +162,5 @@ def _product(x: Tensor, matrix: Tensor, plus: Tensor | None = None) -> Tensor:
     matrix = matrix.to(x.dtype)
     if len(matrix) != len(x):
         return x @ matrix[0] if plus is None else plus + x @ matrix[0]
-    return torch.bmm(x, matrix) if plus is None else torch.baddbmm(plus, x, matrix)
+    product = torch.bmm(x, matrix)
+    return product if plus is None else plus + product

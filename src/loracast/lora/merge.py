@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BLOCK = 64  # rows
+MOST_ROUTED = 64
+"""Rows of a memory that a question gets at most. The 64th is about .03 times as long as the first one."""
 
 
 @dataclass(frozen=True)
@@ -26,31 +27,67 @@ class Merging:
     most_keys: float = 0.5
     """How many rows of these kinds are merged at most, beside the inputs of a module (`strongest`)."""
 
-    def join(self, kind: str, a: Tensor, b: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Join A [..., chunks, r, in] and B rows [..., chunks, r, out] to [..., m, in and out].
+    def join(
+        self, kind: str, a: Sequence[Tensor], b: Sequence[Tensor], row_weights: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Join the chunks' A [..., r, in] and B rows [..., r, out] to [..., m, in and out].
 
         Args:
-            row_weights: what a question multiplies each row [chunks, r] with; rows of weight 0 are left out, but for
-                the few that fill a block. The keys of different chunks are not decorrelated then, which would take time
-                and gain nothing (measured: docs/notebook, 2026-11-29).
+            row_weights: what a question multiplies the rows [r] of each chunk with (`row_weights`); rows of weight
+                0 are left out. The keys of different chunks are not decorrelated then, which would take time and gain
+                nothing (measured: docs/notebook, 2026-11-29).
         """
-        n_chunks = a.shape[-3]
+        import torch
+
+        n_chunks, n_rows = len(a), sum(one.shape[-2] for one in a)
         if row_weights is not None:
-            b = b * row_weights.to(b)[..., None]
+            kept = [weights.nonzero()[:, 0] for weights in row_weights]
+            n_chunks = sum(len(one) > 0 for one in kept)  # the others change nothing
+            of_chunks = [*zip(kept, a, b, row_weights, strict=True)]
+            a = [keys.index_select(-2, i.to(keys.device)) for i, keys, _, _ in of_chunks]
+            b = [rows.index_select(-2, i.to(rows.device)) * w[i].to(rows)[:, None] for i, _, rows, w in of_chunks]
         if (most := self.max_unscaled_chunks.get(kind, n_chunks)) < n_chunks:
-            b = b * (most / n_chunks)
-        a, b = a.flatten(-3, -2), b.flatten(-3, -2)
-        if row_weights is None:
-            if kind in self.ridges and n_chunks > 1:
-                a, b, owners = strongest(a, b, n_chunks, self.most_keys * a.shape[-1])
-                a = decorrelate_keys(a, b, owners, self.ridges[kind])
-        elif not row_weights.all():
-            counts = row_weights.flatten() != 0
-            # Some others fill the last block, with rows of B that are 0: few ranks are few shapes, for each of which a
-            # product in bf16 is compiled on a CPU, in half a millisecond.
-            kept = counts | ((~counts).cumsum(0) <= -counts.sum() % _BLOCK)
-            a, b = (side.index_select(-2, kept.nonzero()[:, 0].to(a.device)) for side in (a, b))
-        return a, b
+            b = [rows * (most / n_chunks) for rows in b]
+        joined_a, joined_b = (side[0] if len(side) == 1 else torch.cat([*side], dim=-2) for side in (a, b))
+        if row_weights is not None:
+            # Zeros fill up to one number of rows for all questions: for each new shape a product in bf16 is compiled on
+            # a CPU, in half a millisecond.
+            n_zeros = max(0, min(MOST_ROUTED, n_rows) - joined_a.shape[-2]) if n_chunks else 0
+            joined_a, joined_b = (torch.nn.functional.pad(side, (0, 0, 0, n_zeros)) for side in (joined_a, joined_b))
+        elif kind in self.ridges and n_chunks > 1:
+            joined_a, joined_b, owners = strongest(joined_a, joined_b, n_chunks, self.most_keys * joined_a.shape[-1])
+            joined_a = decorrelate_keys(joined_a, joined_b, owners, self.ridges[kind])
+        return joined_a, joined_b
+
+
+def row_lengths(b: Tensor) -> Tensor:
+    """The length of each row of one chunk's B [..., r, out] in all modules together: [r], on the CPU."""
+    import torch
+
+    return torch.linalg.vector_norm(b.float(), dim=[*range(b.ndim - 2), -1]).cpu()
+
+
+def row_weights(
+    owners: Sequence[Tensor], lengths: Sequence[Tensor], sentences: Sequence[Sequence[float]]
+) -> list[Tensor]:
+    """What a question multiplies the rows [r] of each chunk's B with: the weights of the sentences that they belong to.
+
+    Of all rows those `MOST_ROUTED` keep their weight that are the longest ones then; the others get 0.
+
+    Args:
+        owners: the number of each row's sentence [r], or -1.
+        lengths: of the rows (`row_lengths`) [r].
+        sentences: the weights of each chunk's sentences.
+    """
+    import torch
+
+    weights = [
+        torch.tensor([*of_chunk, 0.0])[rows.long().clamp(-1, len(of_chunk))]  # -1, too, names the 0
+        for rows, of_chunk in zip(owners, sentences, strict=True)
+    ]
+    joined = torch.cat(weights)
+    longest = (joined * torch.cat([*lengths])).topk(min(MOST_ROUTED, len(joined))).indices
+    return [*torch.zeros_like(joined).index_copy(0, longest, joined[longest]).split([len(one) for one in weights])]
 
 
 def strongest(a: Tensor, b: Tensor, n_chunks: int, most: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,13 +145,3 @@ def decorrelate_keys(a: Tensor, b: Tensor, owners: Tensor, ridge: float) -> Tens
             inner = torch.cholesky_solve(flat.mT @ alone, torch.linalg.cholesky(flat.mT @ flat + ridges))
             found = length * (alone - flat @ inner) / ridge
     return found.to(a.dtype)
-
-
-def row_weights(owners: Tensor, sentences: Sequence[Sequence[float]]) -> Tensor:
-    """The weight of each row of a memory [chunks, r], from its sentence [chunks, r] and the sentences' weights."""
-    import torch
-
-    found = torch.zeros(owners.shape)
-    for i, (row, weights) in enumerate(zip(owners.tolist(), sentences, strict=True)):
-        found[i] = torch.tensor([weights[s] if 0 <= s < len(weights) else 0.0 for s in row])
-    return found
