@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
 from loracast.library.index import OpenIndex, read_chunks, write_index
-from loracast.library.routing import pick, route_set, search
+from loracast.library.routing import pick, route_question, route_set, search
 
 TEXTS = [
     "The warranty of the kettle is 24 months and starts on the day of purchase.",
@@ -65,7 +65,9 @@ def test_a_claim_is_looked_up_in_the_sentence_that_matches_best(tmp_path):
         "Does the sauna open at 11:00?": True,
         "Does the sauna open at 9:30?": False,
         "Does the pool in Oxford open at 9:30?": True,  # the heading says Oxford
-        "Does the sauna open in Oxford?": None,
+        "Does the sauna open in Oxford?": True,
+        "Is the sauna open?": True,
+        "Is it forbidden to use the sauna?": False,
         "When does the sauna open?": None,
         "Is it 4?": None,  # no word that tells where to look
     }
@@ -74,6 +76,15 @@ def test_a_claim_is_looked_up_in_the_sentence_that_matches_best(tmp_path):
     both = list(questions)[:2]
     assert route_set(tmp_path / "i.sqlite", 2, both).says_yes is None
     assert route_set(tmp_path / "i.sqlite", 2, both[:1]).says_yes is True
+
+
+@pytest.mark.parametrize(("about", "said"), [(0.3, None), (0.6, True)])
+def test_a_sentence_says_yes_only_where_the_document_probably_speaks_of_it(tmp_path, monkeypatch, about, said):
+    write_index(tmp_path / "i.sqlite", chunks_of(["The pool opens at 9:30. Is the sauna open? Ask at the desk."]))
+    monkeypatch.setattr("loracast.library.routing.about", lambda *_: about)
+    assert route_question(tmp_path / "i.sqlite", 1, "Is the pool open?", 2, 0.2).says_yes is said
+    assert route_question(tmp_path / "i.sqlite", 1, "Is the pool open at 9:30?", 2, 0.2).says_yes is True
+    assert route_question(tmp_path / "i.sqlite", 1, "Is the sauna open?", 2, 0.2).says_yes is said  # not by a question
 
 
 words = st.sampled_from(["zork", "blib", "quax", "frob", "wug"])

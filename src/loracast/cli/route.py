@@ -68,8 +68,8 @@ def route(
             weight = f"{chunk['weight']:.2f}"
             rows.append((chunk.get("path", one["adapter"]), chunk["chunk"], score, weight, shown))
         if one["says_yes"] is not None:
-            said = "stands there: Yes" if one["says_yes"] else "does not stand there: No"
-            rows.append((one["adapter"], "", "", "", f"what the question claims {said}"))
+            said = "Yes" if one["says_yes"] else "No"
+            rows.append((one["adapter"], "", "", "", f"the sentence that matches best says {said}"))
         if static := one.get("static"):
             rows.append((static["path"], "", "", f"{static['weight']:.2f}", "the part that all chunks share, once"))
     print_table(("adapter", ">chunk", ">score", ">weight", "text"), rows)

@@ -21,11 +21,11 @@ from sqlite3 import Connection
 from unicodedata import normalize
 
 from loracast.errors import AdapterError
-from loracast.library.claims import claims_in, holds, without_numbers
 from loracast.library.index import Index, has_sentences, open_index, read_chunks, read_sentences
 from loracast.library.relevance import about
 from loracast.library.subjects import of_others
 from loracast.library.terms import terms_of
+from loracast.library.yes_or_no import answer_of, asks_yes_or_no, claims_in, without_numbers
 
 DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/notebook)."""
@@ -37,6 +37,7 @@ _NEIGHBOUR_SHARE = 0.35  # of a sentence's score, for the sentences before and a
 _OTHER_SHARE = 0.3  # of the score of a sentence about another subject than the one that the question names
 _HEADING_SHARE = 0.3  # of the score of a heading, whose words say what the sentences below it are about
 _LEAST_SENTENCE_WEIGHT = 0.05
+_SURE = 0.5  # how probable it must be that the document speaks of it, for Yes or No by a sentence's words alone
 _NEGLIGIBLE = 0.02  # rows of a smaller weight are left out
 SHARPNESS = 8
 """A chunk picked from many weighs (score / best score) to this power."""
@@ -72,7 +73,7 @@ class Route:
     about: float | None = None
     """The probability that the document speaks of what is asked; None where nobody looked."""
     says_yes: bool | None = None
-    """Whether the document says what the question claims (claims.py); None where it claims nothing."""
+    """Whether the document says yes to the question (yes_or_no.py); None where no sentence of it says yes or no."""
 
     @property
     def is_empty(self) -> bool:
@@ -95,7 +96,7 @@ class Route:
 
 
 def said_together(routes: Sequence[Route]) -> list[bool | None]:
-    """What one LoRA of several routes says of the question's claim, for the first that says anything: Yes if any does.
+    """What one LoRA of several routes says, yes or no, for the first that says either: yes if any does.
 
     Each document would otherwise add an answer of its own, and most say nothing of another one's subject.
     """
@@ -191,11 +192,13 @@ def route_question(
     if threshold <= 0:
         return pick(index, n_chunks, question, k)
     # A number that a question wrongly claims stands nowhere in a document that says otherwise.
-    asked = without_numbers(question) if claims_in(question) else question
+    asked = without_numbers(question) if asks_yes_or_no(question) else question
     with open_index(index) as database:  # once for all look-ups
         probability = about(database, asked, name)
         if probability >= threshold:
-            return replace(pick(database, n_chunks, question, k), about=probability)
+            route = replace(pick(database, n_chunks, question, k), about=probability)
+            is_sure = probability >= _SURE or bool(claims_in(question))
+            return route if is_sure else replace(route, says_yes=None)
     reason = f"the question is not about the document (probability {probability:.2f})"
     return Route((), reason=reason, about=probability)
 
@@ -237,22 +240,18 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
 
 
 def _says_yes(index: Index, question: str) -> bool | None:
-    """Whether a sentence that matches a question best says what it claims, beside what its heading says already."""
-    if not (claims := claims_in(question)) or (scores := sentence_scores(index, without_numbers(question))) is None:
+    """Whether a sentence that matches a question best says yes or no to it, beside what its heading says already."""
+    if not asks_yes_or_no(question) or (scores := sentence_scores(index, without_numbers(question))) is None:
         return None
     chunks = read_chunks(index)
-    stated = [  # no heading states anything
-        (score, place)
+    stated = [  # no heading and no question states anything
+        (score, chunks[place.chunk], sentence)
         for score, place in zip(scores, read_sentences(index), strict=True)
         if place.start >= len(chunks[place.chunk].prompt) - len(chunks[place.chunk].text)
+        and not (sentence := chunks[place.chunk].prompt[place.start : place.end].rstrip()).endswith("?")
     ]
-    best = max((score for score, _ in stated), default=0.0)
-    said: set[bool | None] = set()
-    for score, place in stated:
-        if score == best > 0:
-            claimed = claims - terms_of(chunks[place.chunk].heading)
-            sentence = chunks[place.chunk].prompt[place.start : place.end]
-            said.add(holds(claimed, sentence) if claimed else None)
+    best = max((score for score, _, _ in stated), default=0.0)
+    said = {answer_of(text, question, terms_of(chunk.heading)) for score, chunk, text in stated if score == best > 0}
     return True if True in said else False if said == {False} else None
 
 

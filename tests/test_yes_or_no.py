@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loracast.library.claims import claims_in, holds
 from loracast.library.routing import Route, said_together
+from loracast.library.yes_or_no import answer_of, asks_yes_or_no, claims_in
 
 TABLE = "Spin\tAnna\tMonday 7:15\nYoga\tBoris\tFriday 9:30"
 
@@ -18,16 +18,16 @@ TABLE = "Spin\tAnna\tMonday 7:15\nYoga\tBoris\tFriday 9:30"
         ("Are the bins of Mill Road emptied on Mondays?", {"mill", "road", "monday"}),
         ("Is the bag lighter than 15kg?", {"15"}),
         ("May I bring my dog?", set()),
-        ("When is the pool open on Mondays?", set()),
-        ("Is it on Monday or Friday?", set()),
+        ("When is the pool open on Mondays?", None),
+        ("Is it on Monday or Friday?", None),
         ("Was the tower built in 1911?", {"1911"}),
-        ("Was kostet das Zimmer am Montag?", set()),
-        ("", set()),
-        ("?", set()),
+        ("Was kostet das Zimmer am Montag?", None),
+        ("", None),
+        ("?", None),
     ],
 )
 def test_numbers_and_names_are_claimed_by_questions_for_yes_or_no(question, claims):
-    assert claims_in(question) == claims
+    assert (claims_in(question) if asks_yes_or_no(question) else None) == claims
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,15 @@ def test_numbers_and_names_are_claimed_by_questions_for_yes_or_no(question, clai
         ("Is it 15 kg?", "The bag weighs 15kg.", True),
         ("Is it on Mondays?", "Anna's class is on Monday.", True),
         ("Does Anna’s class begin at 8?", "Anna's class begins at 8.", True),
-        ("Does it run on Windows?", "It does not run on Windows.", None),
-        ("Does it run on Windows?", "It doesn’t run on Windows.", None),
+        ("Does it run on Windows?", "It does not run on Windows.", False),
+        ("Does it run on Windows?", "It doesn’t run on Windows.", False),
+        ("May I bring my dog?", "Dogs are welcome.", True),
+        ("May I bring my dog?", "Dogs must stay outside, without exception.", False),
+        ("May I bring my dog?", "No dogs, please.", False),
+        ("May I bring my dog?", "A dog is no problem.", True),
+        ("Is it forbidden to bring a dog?", "Dogs are not allowed.", True),
+        ("Is it forbidden to bring a dog?", "Dogs are welcome.", False),
+        ("Is parkeren gratis?", "Parkeren is niet gratis.", None),
         ("Can Anna bring her dog?", "Dogs are welcome, if they are quiet.", None),
         ("Can Anna bring her dog?", "Ask Boris about dogs.", False),
         ("Is Yoga at 9:30?", TABLE, True),
@@ -48,7 +55,7 @@ def test_numbers_and_names_are_claimed_by_questions_for_yes_or_no(question, clai
     ],
 )
 def test_claims_are_compared_with_a_sentence(question, sentence, answer):
-    assert holds(claims_in(question), sentence) is answer
+    assert answer_of(sentence, question) is answer
 
 
 def test_several_documents_give_one_answer():
