@@ -67,13 +67,13 @@ class Prepared:
 def least_confidence(routes: Sequence[Route]) -> float:
     """How sure the model must be of a strict answer, 0 to 1: the surer, the less its question is about the documents.
 
-    0 where routing itself found the answer in their words (`Route.says_yes`).
+    `LEAST_CONFIDENCE` where routing itself found the answer in their words (`Route.says_yes`).
 
     Args:
         routes: what the question gets of each document.
     """
     if any(route.says_yes is not None for route in routes):
-        return 0.0
+        return LEAST_CONFIDENCE
     about = max((route.about for route in routes if route.about is not None), default=None)
     if about is None:
         return LEAST_CONFIDENCE
