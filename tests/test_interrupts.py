@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -111,6 +112,20 @@ def test_in_the_middle_of_one_long_call(tmp_path):
             torch.linalg.eigvals(matrix)  # for more than ten seconds
 
     status, seconds, said = interrupted_call(compute, (tmp_path / "began").exists, tmp_path / "said")
+    assert status == 130 and seconds < 1.5 and said == "it goes on\n"
+
+
+def test_a_module_that_catches_everything_while_it_is_imported(tmp_path, monkeypatch):
+    began = tmp_path / "began"
+    waiting = f"    open({str(began)!r}, 'w').close()\n    time.sleep(20)\n"
+    (tmp_path / "catches_all.py").write_text(f"import time\ntry:\n{waiting}except:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def load() -> None:
+        with prompt_interrupts(), advice("it goes on"):
+            importlib.import_module("catches_all")
+
+    status, seconds, said = interrupted_call(load, began.exists, tmp_path / "said")
     assert status == 130 and seconds < 1.5 and said == "it goes on\n"
 
 

@@ -40,8 +40,9 @@ def prompt_interrupts() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal is_interrupted
         is_interrupted = True
-        noticed.set()
-        raise KeyboardInterrupt
+        if not _is_importing(frame):  # what a library runs then may catch everything: the thread ends the process
+            noticed.set()
+            raise KeyboardInterrupt
 
     def watch() -> None:
         while received := os.read(awakened, 1):
@@ -71,6 +72,13 @@ def prompt_interrupts() -> Iterator[None]:
         signal.set_wakeup_fd(before)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.close(wakes)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a frame runs, at any depth, within an import."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager
