@@ -40,7 +40,7 @@ def asks_yes_or_no(question: str) -> bool:
 
 
 def claims_in(question: str) -> frozenset[str]:
-    """The numbers and names that a question claims which asks for yes or no."""
+    """The numbers and names that a question for yes or no claims: 9:30 in "Is the pool open at 9:30?"."""
     return frozenset(plain(term) for i, term in enumerate(terms(question)) if i and is_value(term, i))
 
 
