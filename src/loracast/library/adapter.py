@@ -133,9 +133,10 @@ class Adapter:
 
         # Weights differ with every question: what they multiply is kept, and the LoRA itself only where there are none.
         if weights is None and sentences is None and says_yes is None and dense:
-            return self.kept.get(("LoRA", *which), lambda: join(*[self.rows(wanted, static=static)] * 2))
+            return self.kept.get(("LoRA", *which), lambda: join(together := self.rows(wanted, static=static), together))
         if len(wanted) > _FEW or self.manifest.storage == "text":
-            return join(*[self.kept.get(which, lambda: self.rows(wanted, static=static))] * 2)
+            together = self.kept.get(which, lambda: self.rows(wanted, static=static))
+            return join(together, together)
         # Each chunk's own are kept: the next question picks another pair.
         of_each = [self.kept.get((self.manifest.version, i), partial(self._rows_of_one, i)) for i in wanted]
         rows = {name: [of_one[name][0] for of_one in of_each] for name in of_each[0]}
