@@ -51,8 +51,9 @@ def join_chunks(
         static = [common[name] for side in "ab" if (name := f"{kind}{STATIC}{side}") in common]  # each [layers, r, d]
         a, b = ([*rows[f"{kind}.{side}"]] for side in "ab")  # of each chunk [layers or 1, r, d]
         if ready and not a[0].shape[1] and f"{kind}{YES}a" not in common:
-            found = {m.name: ready[m.name] for m in target.of_kind(kind) if m.name in ready}
-            joined, alone = joined | found, alone | found.keys()
+            found = [module.name for module in target.of_kind(kind) if module.name in ready]
+            joined |= {name: ready[name] for name in found}
+            alone.update(found)
             continue
         of_rows = None
         if sentences is not None and (owners := rows.get(f"{kind}{SENTENCE}")) is not None:

@@ -283,13 +283,7 @@ def _weighed(
     if scores is None:
         return None
     with open_index(index) as database:
-        found = [
-            tuple(scores[i] for (i,) in database.execute(
-                "SELECT sentence FROM sentence_places WHERE chunk = ? ORDER BY sentence", (chunk,)
-            ))
-            for chunk in chunks
-        ]  # fmt: skip
-        found = _adjusted(database, question, chunks, found)
+        found = _adjusted(database, question, chunks, scores)
     best = max((score for of_chunk in found for score in of_chunk), default=0.0)
     if best <= 0:
         return None
@@ -298,20 +292,24 @@ def _weighed(
 
 
 def _adjusted(
-    database: Connection, question: str, chunks: Sequence[int], scores: Sequence[Sequence[float]]
+    database: Connection, question: str, chunks: Sequence[int], scores: Sequence[float]
 ) -> list[tuple[float, ...]]:
-    """The scores of the sentences of some chunks, lower ones for headings and for those about another subject."""
-    texts = read_chunks(database, chunks)
-    places = [read_sentences(database, [i]) for i in chunks]
+    """The scores of some chunks' sentences, chunk by chunk, lower for headings and where another subject is meant.
+
+    Args:
+        scores: of all sentences of the document.
+    """
+    of_chunk = "SELECT sentence, start, stop FROM sentence_places WHERE chunk = ? ORDER BY sentence"
+    places = [database.execute(of_chunk, (chunk,)).fetchall() for chunk in chunks]
+    texts = [(chunk.heading, chunk.prompt) for chunk in read_chunks(database, chunks)]
     pairs = zip(texts, places, strict=True)
-    sentences = [(chunk.heading, [chunk.prompt[p.start : p.end] for p in of_chunk]) for chunk, of_chunk in pairs]
-    others = of_others(question, sentences)
+    others = of_others(question, [(head, [text[start:end] for _, start, end in rows]) for (head, text), rows in pairs])
     return [
         tuple(
-            score * (_HEADING_SHARE if place.end <= len(chunk.heading) else _OTHER_SHARE if is_other else 1.0)
-            for score, place, is_other in zip(*rows, strict=True)
+            scores[i] * (_HEADING_SHARE if end <= len(heading) else _OTHER_SHARE if is_other else 1.0)
+            for (i, _, end), is_other in zip(*rows, strict=True)
         )
-        for chunk, *rows in zip(texts, scores, places, others, strict=True)
+        for (heading, _), *rows in zip(texts, places, others, strict=True)
     ]
 
 

@@ -11,9 +11,10 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _UNIT = re.compile(r"(?<=\d)(?=[^\W\d_])")
 
 
-def terms(text: str) -> list[str]:
+@lru_cache(2_000)
+def terms(text: str) -> tuple[str, ...]:
     """The words and numbers of a text in order, as they are written; a number stands apart from its unit."""
-    return _TERM.findall(_UNIT.sub(" ", _THOUSANDS.sub("", normalize("NFC", text))))
+    return tuple(_TERM.findall(_UNIT.sub(" ", _THOUSANDS.sub("", normalize("NFC", text)))))
 
 
 def terms_of(text: str) -> frozenset[str]:

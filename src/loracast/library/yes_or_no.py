@@ -35,7 +35,7 @@ _CELLS = re.compile(r"[\t|]")
 
 def asks_yes_or_no(question: str) -> bool:
     """Whether a question asks for yes or no."""
-    first, *others = (term.lower() for term in terms(question) or [""])
+    first, *others = (term.lower() for term in terms(question) or ("",))
     return bool(_ASKING.fullmatch(first)) and "or" not in others and (first != "was" or _is_english(question))
 
 

@@ -89,8 +89,8 @@ def _static_in_all(model: nn.Module, rows: Sequence[LoRA | None]) -> dict[str, n
     first = rows[0]
     if first is None or not first.static:
         return {}
-    shapes = {name: shape for name, shape in first.shapes.items() if name in first.static}
-    modules = check_fits(model, shapes.items())
+    static = ((name, first.factors[name]) for name in first.factors if name in first.static)
+    modules = check_fits(model, ((name, (b.shape[0], a.shape[1])) for name, (a, b) in static))
     return {name: modules[name] for name in same_static(rows, modules)}
 
 

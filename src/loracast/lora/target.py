@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from loracast.errors import BaseModelError, ConfigError
@@ -63,8 +64,7 @@ class Target:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        present = {module.kind for module in self.modules}
-        return tuple(kind for kind in KINDS if kind in present)
+        return tuple(kind for kind in KINDS if kind in self._by_kind)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,7 +76,12 @@ class Target:
         return tuple((m.name, m.layer, m.kind, m.d_in, m.d_out) for m in self.modules)
 
     def of_kind(self, kind: str) -> tuple[TargetModule, ...]:
-        return tuple(module for module in self.modules if module.kind == kind)
+        return self._by_kind.get(kind, ())
+
+    @cached_property
+    def _by_kind(self) -> dict[str, tuple[TargetModule, ...]]:
+        present = {module.kind for module in self.modules}
+        return {kind: tuple(module for module in self.modules if module.kind == kind) for kind in present}
 
 
 def problems_of(rows: Sequence[tuple[str, int, str, int, int]]) -> list[str]:
