@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise
 from sqlite3 import Connection
 from unicodedata import normalize
 
@@ -241,18 +241,26 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
 
 def _says_yes(index: Index, question: str) -> bool | None:
     """Whether a sentence that matches a question best says yes or no to it, beside what its heading says already."""
-    if not asks_yes_or_no(question) or (scores := sentence_scores(index, without_numbers(question))) is None:
+    if not asks_yes_or_no(question):
         return None
-    chunks = read_chunks(index)
-    stated = [  # no heading and no question states anything
-        (score, chunks[place.chunk], sentence)
-        for score, place in zip(scores, read_sentences(index), strict=True)
-        if place.start >= len(chunks[place.chunk].prompt) - len(chunks[place.chunk].text)
-        and not (sentence := chunks[place.chunk].prompt[place.start : place.end].rstrip()).endswith("?")
-    ]
-    best = max((score for score, _, _ in stated), default=0.0)
-    said = {answer_of(text, question, terms_of(chunk.heading)) for score, chunk, text in stated if score == best > 0}
-    return True if True in said else False if said == {False} else None
+    with open_index(index) as database:
+        scores = sentence_scores(database, without_numbers(question)) or []
+        best_first = sorted((i for i, score in enumerate(scores) if score > 0), key=lambda i: -scores[i])
+        for _, alike in groupby(best_first, scores.__getitem__):
+            if stated := [found for i in alike if (found := _statement(database, i))]:
+                said = {answer_of(text, question, terms_of(heading)) for text, heading in stated}
+                return True if True in said else False if said == {False} else None
+    return None
+
+
+def _statement(database: Connection, sentence: int) -> tuple[str, str] | None:
+    """The text of a sentence and the heading above it; None for a heading or a question, which state nothing."""
+    place = "SELECT chunk, start, stop FROM sentence_places WHERE sentence = ?"
+    number, start, end = database.execute(place, (sentence,)).fetchone()
+    (chunk,) = read_chunks(database, [number])
+    text = chunk.prompt[start:end].rstrip()
+    is_heading = start < len(chunk.prompt) - len(chunk.text)
+    return None if is_heading or text.endswith("?") else (text, chunk.heading)
 
 
 def _picked(index: Index, n_chunks: int, question: str, k: int | None) -> Route:
