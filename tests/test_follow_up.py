@@ -25,7 +25,7 @@ BEFORE = ["One", "Two", "Three"]
     ],
 )
 def test_a_question_that_refers_to_the_ones_before_goes_with_two_of_them_and_then_alone(question):
-    assert queries(question, BEFORE) == [f"Two Three {question}", question] and queries(question, []) == [question]
+    assert queries(question, BEFORE) == [f"Two\nThree\n{question}", question] and queries(question, []) == [question]
 
 
 @pytest.mark.parametrize(

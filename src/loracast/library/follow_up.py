@@ -23,11 +23,11 @@ def queries(question: str, before: Sequence[str]) -> list[str]:
 
     A question that stands alone is looked up alone, so that the questions before it make it neither more nor less
     about a document. Any other one ("And in winter?", "How heavy is it?") goes with those before it, and alone if that
-    finds nothing.
+    finds nothing. Each of those before it is a line of its own.
     """
     if not before or stands_alone(question):
         return [question]
-    return [" ".join([*before[-_BEFORE:], question]), question]
+    return ["\n".join([*(" ".join(one.split()) for one in before[-_BEFORE:]), question]), question]
 
 
 def stands_alone(question: str) -> bool:

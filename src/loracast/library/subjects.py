@@ -7,9 +7,10 @@ than with "Do not ring the bell of Cafe Burmbi before 19:10". BM25 counts words;
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 
-from loracast.library.terms import is_name, is_value, plain, terms, terms_of
+from loracast.library.terms import is_name, is_value, plain, terms, terms_asked, terms_of
 
 _LONGEST_HEADING = 8  # words
 _ENDS = tuple('.!?:;,"”’)')
@@ -19,7 +20,7 @@ _CONTINUING = frozenset(("he", "she", "it", "they", "this", "these", "his", "her
 
 def names_in(question: str) -> list[frozenset[str]]:
     """The names in a question, each with its words: "Node FH55". A number alone is none."""
-    words = list(enumerate(terms(question)))
+    words = terms_asked(question)
     runs = [[(i, term) for i, term in run] for is_one, run in groupby(words, lambda x: is_value(x[1], x[0])) if is_one]
     return [frozenset(plain(term) for _, term in run) for run in runs if any(is_name(term, i) for i, term in run)]
 
@@ -42,7 +43,7 @@ def of_others(question: str, chunks: Sequence[tuple[str, Sequence[str]]]) -> lis
         above = of_chunk = terms_of(heading)
         found.append([])
         for sentence in sentences:
-            words = terms(sentence)
+            words = _terms_of_sentence(sentence)
             here = frozenset(map(plain, words))
             if is_heading := not sentence.endswith(_ENDS) and len(words) <= _LONGEST_HEADING:
                 above = of_chunk | here
@@ -53,3 +54,9 @@ def of_others(question: str, chunks: Sequence[tuple[str, Sequence[str]]]) -> lis
             is_other = has_another and not has_one and not is_heading
             found[-1].append(found[-1][-1] if goes_on and found[-1] and not has_one else is_other)
     return found if is_named else [[False] * len(sentences) for _, sentences in chunks]
+
+
+@lru_cache(2_000)
+def _terms_of_sentence(sentence: str) -> tuple[str, ...]:
+    """Kept for the next question about the same document."""
+    return tuple(terms(sentence))

@@ -9,12 +9,26 @@ from unicodedata import normalize
 _TERM = re.compile(r"\w+(?:[.:,/'’-]\w+)*")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _UNIT = re.compile(r"(?<=\d)(?=[^\W\d_])")
+_QUESTION_END = re.compile(r"(?<=[?!])\s+|\n")
+_NUMBER = re.compile(r"\d+(?:[.,:]\d+)+")
+_ABBREVIATION = re.compile(r"[^\W\d_](?:\.[^\W\d_])+")
+_ONESELF = re.compile(r"I(?:['’]\w+)?")
+_SHORT_DATES = {
+    "Mon": "monday", "Tue": "tuesday", "Tues": "tuesday", "Wed": "wednesday", "Thu": "thursday", "Thur": "thursday",
+    "Thurs": "thursday", "Fri": "friday", "Sat": "saturday", "Sun": "sunday", "Jan": "january", "Feb": "february",
+    "Mar": "march", "Apr": "april", "Jun": "june", "Jul": "july", "Aug": "august", "Sep": "september",
+    "Sept": "september", "Oct": "october", "Nov": "november", "Dec": "december",
+}  # fmt: skip
 
 
-@lru_cache(2_000)
-def terms(text: str) -> tuple[str, ...]:
+def terms(text: str) -> list[str]:
     """The words and numbers of a text in order, as they are written; a number stands apart from its unit."""
-    return tuple(_TERM.findall(_UNIT.sub(" ", _THOUSANDS.sub("", normalize("NFC", text)))))
+    return _TERM.findall(_UNIT.sub(" ", _THOUSANDS.sub("", normalize("NFC", text))))
+
+
+def terms_asked(question: str) -> list[tuple[int, str]]:
+    """The terms of a question, each with its place: counted anew behind a question mark and in each line."""
+    return [pair for part in _QUESTION_END.split(question) for pair in enumerate(terms(part))]
 
 
 def terms_of(text: str) -> frozenset[str]:
@@ -24,7 +38,16 @@ def terms_of(text: str) -> frozenset[str]:
 
 @lru_cache(10_000)
 def plain(term: str) -> str:
-    """A term without capitals, a plural or a genitive: "Mondays", "Anna's"."""
+    """A term as it is compared: without capitals, plural and genitive ("Mondays", "Anna's"), a number in one way.
+
+    "11:00" and "11.00" are 11, "9.30" is 9:30, "p.m." is PM, and "Sept" is September.
+    """
+    if _NUMBER.fullmatch(term):
+        return re.sub("[.,]", ":", term).removesuffix(":00")
+    if term in _SHORT_DATES:
+        return _SHORT_DATES[term]
+    if _ABBREVIATION.fullmatch(term):
+        term = term.replace(".", "")
     return term.lower().replace("’", "'").removesuffix("'s").removesuffix("s")
 
 
@@ -35,7 +58,7 @@ def is_value(term: str, place: int) -> bool:
 
 def is_name(term: str, place: int) -> bool:
     """Whether the term at a place of a sentence is written as an English name, with a capital letter inside of it."""
-    return place > 0 and term[0].isupper() and term != "I"
+    return place > 0 and term[0].isupper() and not _ONESELF.fullmatch(term)
 
 
 def has_digit(term: str) -> bool:

@@ -11,12 +11,21 @@ from __future__ import annotations
 
 import re
 
-from loracast.library.terms import has_digit, is_value, plain, terms, terms_of
+from loracast.library.terms import has_digit, is_value, plain, terms, terms_asked, terms_of
 
 _ASKING = re.compile(
     r"(?:are|can|could|did|do|does|had|has|have|is|may|might|must|shall|should|was|were|will|would)\b", re.I
 )
 """How a question begins that asks for yes or no."""
+_INDIRECT = re.compile(
+    r"\b(?:(?:anybody|anyone|somebody|someone|you)(?: \w+)? (?:give|remind|show|tell) (?:me|us)\b"
+    r"(?!.* (?:if|whether)\b)"
+    r"|(?:ask|check|clear|describe|explain|find out|idea|know|known|list|look up|name|recall|remember|say|stated"
+    r"|sure|tell|work out|written)(?: (?:about|exactly|me|please|us))*"
+    r" (?:how|what|when|where|which|who|whom|whose|why)\b)",
+    re.IGNORECASE,
+)
+"""How a question begins like one for yes or no and asks for something else: "Can you tell me who has the key?"."""
 _ENGLISH = re.compile(
     r"\b(?:a|allowed|any|at|be|by|child(?:ren)?|for|from|he|i|included|it|its|my|of|on|permitted|possible|she|that|the"
     r"|their|there|they|this|to|with|you|your)\b",
@@ -26,27 +35,42 @@ _ENGLISH = re.compile(
 _DENYING = re.compile(
     r"\b(?:not|never|cannot|neither|nor|nobody|nothing|none|nowhere|without|forbidden|prohibited|banned|barred|refus\w+"
     r"|exclud\w+|unable|unavailable|void|avoid|refrain|declin\w+|out of the question|(?:stay|keep) (?:away|off|out)"
-    r"|no(?! (?:difference|doubt|matter|objection|problem|trouble)))\b|n['’]t\b",
+    r"|no(?!\.? ?\d| (?:difference|doubt|matter|objection|problem|trouble)))\b(?! only\b)|n['’]t\b(?! only\b)",
     re.IGNORECASE,
 )
 """How a sentence, or a question, denies something."""
+_HALF_DENYING = re.compile(
+    r"\bno \w+ than\b|(?:\bnot|n['’]t)\b(?: \w+)? (?:before|until)\b"
+    r"|\bwithout (?:(?:additional|any|extra|further) )?(?:charge|cost|fee|payment)s?\b|\bcannot miss\b",
+    re.IGNORECASE,
+)
+"""What denies one thing and says yes to another: "no later than 5 May", "included without extra charge"."""
 _CELLS = re.compile(r"[\t|]")
 
 
 def asks_yes_or_no(question: str) -> bool:
-    """Whether a question asks for yes or no."""
-    first, *others = (term.lower() for term in terms(question) or ("",))
-    return bool(_ASKING.fullmatch(first)) and "or" not in others and (first != "was" or _is_english(question))
+    """Whether a question asks for yes or no. Of several lines the last one counts, as in all of this module."""
+    asked = _last_line(question)
+    first, *others = (term.lower() for term in terms(asked) or [""])
+    if not _ASKING.fullmatch(first) or "or" in others or _INDIRECT.search(asked):
+        return False
+    return first != "was" or _is_english(asked)
 
 
 def claims_in(question: str) -> frozenset[str]:
     """The numbers and names that a question for yes or no claims: 9:30 in "Is the pool open at 9:30?"."""
-    return frozenset(plain(term) for i, term in enumerate(terms(question)) if i and is_value(term, i))
+    return frozenset(plain(term) for i, term in terms_asked(_last_line(question)) if i and is_value(term, i))
 
 
 def without_numbers(question: str) -> str:
     """The question by which to find the sentence that it is about: a number that it claims may stand in another one."""
-    return " ".join(word for word in question.split() if not has_digit(word))
+    *before, asked = question.rstrip().splitlines() or [""]
+    return "\n".join([*before, " ".join(word for word in asked.split() if not has_digit(word))])
+
+
+def _last_line(question: str) -> str:
+    """What is asked: the questions of a chat before it stand in lines of their own (follow_up.py)."""
+    return (question.rstrip().splitlines() or [""])[-1]
 
 
 def answer_of(sentence: str, question: str, known: frozenset[str] = frozenset()) -> bool | None:
@@ -55,14 +79,18 @@ def answer_of(sentence: str, question: str, known: frozenset[str] = frozenset())
     Args:
         known: terms that are claimed already where the sentence stands, such as its heading's.
     """
-    claims = claims_in(question) - known
+    claims, asked = claims_in(question) - known, _last_line(question)
     for row in sentence.splitlines() if _CELLS.search(sentence) else [sentence]:
         if claims <= terms_of(row):
-            return denies(row) == denies(question) if claims or _is_english(question) else None
+            is_clear = (claims or _is_english(asked)) and not _HALF_DENYING.search(row)
+            return denies(row) == denies(asked) if is_clear else None
     there = {plain(term): has_digit(term) for i, term in enumerate(terms(sentence)) if is_value(term, i)}
-    missing = {has_digit(claim) for claim in claims - terms_of(sentence)}
+    missing = claims - terms_of(sentence)
+    others = there.keys() - claims
+    if any(one.startswith(other) or other.startswith(one) for one in missing for other in others if not has_digit(one)):
+        return None  # one may be short for the other
     # Another number or name stands in the place of each that is missing.
-    return False if missing <= {is_number for term, is_number in there.items() if term not in claims} else None
+    return False if {has_digit(one) for one in missing} <= {there[other] for other in others} else None
 
 
 def denies(text: str) -> bool:
