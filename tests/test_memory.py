@@ -236,11 +236,16 @@ def chat(model, tiny_folder, tiny_hypernet_folder):
     def run(*lines: str, options: tuple[str, ...] = ("--remember", "me")) -> tuple[str, str]:
         where = ("--library", model.library, "--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder)
         given = [str(one) for one in ("chat", *options, *where, "--device", "cpu", "--max-tokens", "4", "--local")]
-        result = CliRunner().invoke(app, given, input="\n".join(lines) + "\n")
+        result = CliRunner().invoke(app, given, input="\n".join([*lines, ""]).encode("utf-8", "surrogateescape"))
         assert result.exit_code == 0, result.output
         return result.stdout, result.stderr
 
     return run
+
+
+def test_a_line_in_another_encoding_ends_no_chat(chat):
+    shown, said = chat("caf\udce9", SAID[0], "/memory")
+    assert "error: this line is not valid UTF-8" in said and shown.splitlines()[-1] == f"  1 {SAID[0]}"
 
 
 def test_chat_remembers_shows_and_forgets(chat, model):

@@ -94,6 +94,9 @@ def test_a_question_gets_the_64_rows_with_the_longest_values():
     longest = lengths >= np.sort(lengths.flatten())[-MOST_ROUTED]
     found = row_weights(owners, [row_lengths(one) for one in b.unbind(1)], sentences)
     np.testing.assert_allclose(torch.stack(found), np.where(longest, alone, 0.0))
+    subtracted = [[-one for one in of_chunk] for of_chunk in sentences]  # a negative scale takes the same rows
+    found = row_weights(owners, [row_lengths(one) for one in b.unbind(1)], subtracted)
+    np.testing.assert_allclose(torch.stack(found), np.where(longest, -alone, 0.0))
 
 
 def test_only_chunks_that_have_something_to_say_are_counted_where_chunks_are_scaled():

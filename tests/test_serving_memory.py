@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import openai
 import pytest
 
@@ -63,6 +65,8 @@ def test_what_is_said_goes_into_the_memory_that_a_request_names(server):
     assert used["id"] == model.adapter("me").version and used["is_used"] and used["chunks"] is None
     assert with_memory.choices[0].message.content == model.ask(question, "me", sampling=Sampling(12))
     assert chat(client, base, question).loracast["adapters"] == []
+    named_too = chat(client, "me", question, extra_body={"memory": "me"})
+    assert named_too.choices[0].message.content == with_memory.choices[0].message.content
     pieces = chat(client, "manual", "My lamp is red.", stream=True, extra_body={"memory": "me"})
     assert len(list(pieces)) > 1
     assert remembered(model, 2) == ["My kettle is called Bella.", "My lamp is red."]
@@ -85,6 +89,9 @@ def test_a_response_has_a_memory_and_a_style(server):
     )
     assert [event.type for event in events][-1] in ("response.completed", "response.incomplete")
     assert remembered(model, 2, "sailor") == ["My boat is called Tern.", "My lamp is red."]
+    assert respond(question, user="ann").to_dict()["user"] == "ann"
+    with pytest.raises(openai.BadRequestError, match="user"):
+        respond(question, user=["ann"])
     styled = respond(question, style="shout")
     assert styled.output_text == model.ask(question, "shout", sampling=Sampling(16))
 
@@ -149,3 +156,17 @@ def test_a_style_is_a_task_that_goes_along(server):
         chat(client, "manual", question, extra_body={"style": "museum"})
     with pytest.raises(openai.NotFoundError):
         chat(client, "manual", question, extra_body={"style": "whisper"})
+
+
+def test_a_citation_names_the_version_that_it_comes_from(server):
+    model, client = server
+    versions = []
+    for day in ("Monday", "Tuesday"):
+        duty = io.BytesIO(f"The library is open on {day}. Anna has the keys of the library.".encode())
+        versions.append(model.learn(duty, "duty", replace=bool(versions)).version)
+    given = client.responses.create(
+        model="+".join(versions), input="On which day is the library open?", max_output_tokens=4
+    )
+    cited = given.output[-1].content[0].annotations
+    assert {one.file_id for one in cited} == set(versions)
+    assert {f"duty@{source['version'][:12]}" for source in given.loracast["sources"]} == set(versions)

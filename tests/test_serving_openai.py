@@ -103,6 +103,8 @@ def test_adapters_of_the_body_are_added_and_scaled(model, client):
     parts = [{"id": "manual", "scale": 1}, {"id": "shout"}]
     assert text(chat(client, base, **extra(adapters=parts))) == asked(model, ["manual", "shout"])
     assert text(chat(client, "manual", **extra(adapters=[{"id": "shout", "scale": 0}]))) == asked(model, "manual")
+    silent = chat(client, base, **extra(adapters=[{"id": "manual", "scale": 0}], strict=True))
+    assert (text(silent), silent.loracast["sources"]) == (NOT_SAID, [])
     half = chat(client, "shout", **extra(adapters=[{"id": "manual", "scale": -0.5}]))
     prepared = model.prepare(WARRANTY, ["shout", "manual"], scales={model.adapter("manual").manifest.version: -0.5})
     wanted = loracast.base.generate.answer(model.base, prepared.prompt, model.lora_of(prepared.routed), Sampling(12))
@@ -222,6 +224,7 @@ def test_a_seed_repeats_a_draw_and_other_seeds_differ(client):
 
     assert drawn(7) == drawn(7)
     assert len({drawn(seed) for seed in range(4)}) > 1
+    assert text(chat(client, "manual", temperature=1e-40)) == text(chat(client, "manual"))
 
 
 def test_n_answers_differ_when_they_are_drawn_and_agree_when_they_are_not(client):

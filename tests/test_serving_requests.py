@@ -196,6 +196,16 @@ def test_an_answer_that_takes_too_long_is_ended(model, is_streamed):
         assert "longer than 0.05 s" in str(error.value)
 
 
+def test_an_answer_that_is_late_before_it_is_queued_is_not_generated(model, monkeypatch):
+    local, tickets, prepare = LocalEngine(model.base), [], model.prepare
+    submit = local.submit
+    monkeypatch.setattr(local, "submit", lambda request: tickets.append(submit(request)) or tickets[-1])
+    monkeypatch.setattr(model, "prepare", lambda *args, **options: (time.sleep(0.3), prepare(*args, **options))[1])
+    with served(create_app(model, local, ServerSettings(answer_timeout_s=0.05))) as url:
+        assert httpx.post(f"{url}{CHAT}", json=body(max_tokens=400), timeout=60).status_code == 408
+    assert sum(ticket.n_tokens for ticket in tickets) < 50
+
+
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_a_client_that_leaves_frees_its_slot(url, engine, path, is_streamed):

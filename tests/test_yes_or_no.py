@@ -86,4 +86,6 @@ def test_several_documents_give_one_answer():
     nothing, yes, no = (Route(says_yes=says) for says in (None, True, False))
     assert said_together([nothing, no, no]) == [None, False, None]
     assert said_together([no, nothing, yes]) == [True, None, None]
+    assert said_together([no, no, yes], [False, True, True]) == [None, True, None]  # an old adapter has no Yes
+    assert said_together([yes, nothing], [False, True]) == [None, None]
     assert said_together([nothing]) == [None] and said_together([]) == []

@@ -159,10 +159,11 @@ class QuestionAnswering(ABC):
             routed = self._route(query, adapter, route, tag, always)
             if not all(route.is_empty for route in routes_of_documents(routed)):
                 break
+        routed = scaled(routed, scales)
         if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
             return not_said(routed)
         least = least_confidence([route for _, route in routed]) if strict else 0.0
-        return Prepared(prompt, scaled(routed, scales), sources(routed), least_confidence=least)
+        return Prepared(prompt, routed, sources(routed), least_confidence=least)
 
     def overview(self, question: str, adapter: Chosen) -> Overview | None:
         """The answer to a question about documents as a whole ("What is this document about?"), from their outlines.

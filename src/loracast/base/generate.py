@@ -20,6 +20,8 @@ from loracast.errors import LoracastError, PromptTooLong
 from loracast.lora.algebra import LoRA
 from loracast.lora.inject import inject
 
+_LEAST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -33,6 +35,11 @@ class Sampling:
     top_k: int = 0  # sample from so many likeliest tokens; 0 for all
     repetition_penalty: float | None = None  # above 1, tokens that occurred become less likely; None: the base's own
     no_repeat_ngram_size: int | None = None  # no sequence of so many tokens occurs twice; None: the base's own rule
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken: also at a temperature by which logits cannot be divided any more."""
+        return self.temperature < _LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -195,7 +202,7 @@ def _generate(
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=base.device)
         mask[row, longest - len(prompt) :] = 1
     options: dict[str, object] = {"do_sample": False}
-    if sampling.temperature > 0:
+    if not sampling.is_greedy:
         chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         options = {"do_sample": True, **chosen}
     rules = {"repetition_penalty": sampling.repetition_penalty, "no_repeat_ngram_size": sampling.no_repeat_ngram_size}
@@ -216,7 +223,7 @@ def _generate(
     from transformers import StoppingCriteriaList
 
     with inject(base.model, list(loras)), base.model.register_forward_hook(keep):
-        if sampling.temperature > 0 and sampling.seed is not None:
+        if not sampling.is_greedy and sampling.seed is not None:
             torch.manual_seed(sampling.seed)  # while no other thread generates
         out = base.model.generate(
             input_ids=ids,

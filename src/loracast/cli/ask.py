@@ -6,10 +6,8 @@ import time
 from collections import Counter
 from dataclasses import asdict
 
-import typer
-
 from loracast.cli.answerer import open_answerer, say_sources, say_unused
-from loracast.cli.options import Answering, Json, Question
+from loracast.cli.options import Answering, Json, Question, check_question
 from loracast.cli.output import Stream, print_json, say
 
 
@@ -19,8 +17,7 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
     With --all, --tag or a pattern of names, the documents that match the question answer, and are named after the
     answer. Without any of them and without an adapter the plain base answers.
     """
-    if not question.strip():
-        raise typer.BadParameter("the question is empty", param_hint="QUESTION")
+    check_question(question)
     started = time.perf_counter()
     answerer, chosen = open_answerer(answering)
     load_s = time.perf_counter() - started

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,8 @@ import typer
 from loracast.cli.answerer import Answerer, Remembering, open_answerer, say_sources, say_unused
 from loracast.cli.options import Answering, MaxTokens, distinct
 from loracast.cli.output import Stream, printable, say
-from loracast.errors import LoracastError, PromptTooLong
+from loracast.data.task_examples import is_unicode
+from loracast.errors import ConfigError, LoracastError, PromptTooLong
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.library.overview import overview
 from loracast.library.wide_route import check_patterns, patterns_in
@@ -58,6 +60,8 @@ def chat(answering: Chatting) -> None:
         if line in ("/quit", "/exit"):
             break
         try:
+            if not is_unicode(line):
+                raise ConfigError("this line is not valid UTF-8")
             if line.startswith("/"):
                 talk.obey(line)
             else:
@@ -68,6 +72,8 @@ def chat(answering: Chatting) -> None:
 
 def _lines() -> Iterator[str]:
     """What the user says, line by line, until the end of input."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line in another encoding must not end the conversation
     if not sys.stdin.isatty():
         yield from filter(None, map(str.strip, sys.stdin))
         return

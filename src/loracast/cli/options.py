@@ -39,6 +39,16 @@ def distinct(names: list[str] | None) -> list[str]:
     return list(dict.fromkeys(names or []))
 
 
+def check_question(question: str) -> None:
+    """Raise BadParameter for a question that is empty, or was typed in another encoding than the terminal's."""
+    from loracast.data.task_examples import is_unicode
+
+    if not question.strip():
+        raise typer.BadParameter("the question is empty", param_hint="QUESTION")
+    if not is_unicode(question):
+        raise typer.BadParameter("the question is not valid UTF-8", param_hint="QUESTION")
+
+
 Adapter = Annotated[str, "Name of the adapter; NAME@HASH for an older version."]
 Question = Annotated[str, "The question."]
 Replace = Annotated[bool, "Replace an adapter that has this name already."]

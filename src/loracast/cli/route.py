@@ -43,6 +43,7 @@ def route(
 
     Without -a, these are the chunks that `ask --all` would take.
     """
+    options.check_question(question)
     if exported is not None:
         if adapters:
             raise typer.BadParameter("give adapters of the library or an exported folder", param_hint="--exported")

@@ -21,7 +21,7 @@ CLAUSE, WORD, IDEOGRAPH, INSIDE = 8.0, 10.0, 12.0, 100.0
 DANGLING = 11.0  # between a heading and what it heads
 
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
-SENTENCE_END = re.compile(r"""(?P<stop>[.!?…]+)["'”’»)\]]*(?=\s)|[。！？]+[」』”’]*(?=\S)""")
+SENTENCE_END = re.compile(r"""(?P<stop>(?<![.!?…])[.!?…]++)["'”’»)\]]*(?=\s)|[。！？]+[」』”’]*(?=\S)""")
 _CLAUSE = re.compile(r"[;:,–—](?=\s)")
 _SPACE = re.compile(r"\s")
 _WORD_BEFORE = re.compile(r"[\w.]*$")

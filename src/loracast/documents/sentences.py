@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from loracast.documents.seams import CLAUSE, SENTENCE_END, SeamFinder, ends_sentence
 
-_BREAK = re.compile(rf"(?P<semicolon>;)(?=\s)|(?P<lines>\s*\n\s*)|{SENTENCE_END.pattern}")
+_BREAK = re.compile(rf"(?P<semicolon>;)(?=\s)|(?P<lines>(?<!\s)\s*\n\s*)|{SENTENCE_END.pattern}")
 _LONGEST_PARENTHESIS = 300  # characters; so that a long line takes no time for each of its semicolons
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 

@@ -167,6 +167,11 @@ class Adapter:
         return self.kept.get((self.manifest.version, "static LoRA"), make)
 
     @property
+    def can_say_yes(self) -> bool:
+        """Whether a question for yes or no can be answered by a sentence's words: adapters of before cannot."""
+        return any(YES in name for name in self._static_rows)
+
+    @property
     def _static_rows(self) -> dict[str, Tensor]:
         """The factors of the static LoRA, named and shaped as in the file."""
 
@@ -285,7 +290,7 @@ def loras_together(picked: Sequence[tuple[Adapter, Route]]) -> list[LoRA]:
     """The LoRAs of adapters to be added up, each of what was picked, if anything; a static LoRA comes in once."""
     picked = [(adapter, route) for adapter, route in picked if not route.is_empty]
     brings_static = [True] if len(picked) == 1 else first_with_static([adapter for adapter, _ in picked])
-    says_yes = said_together([route for _, route in picked])
+    says_yes = said_together([route for _, route in picked], [adapter.can_say_yes for adapter, _ in picked])
     return [
         adapter.lora(route.picked, route.sentence_weights, static=is_first, says_yes=said)
         for (adapter, route), is_first, said in zip(picked, brings_static, says_yes, strict=True)

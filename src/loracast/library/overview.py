@@ -118,7 +118,8 @@ def overview(question: str, chosen: Sequence[Adapter | str], open_named: Callabl
 
 def _whole(adapter: Adapter) -> Source:
     end = read_chunks(adapter.index)[-1].end
-    return Source(adapter.name, adapter.manifest.title, heading="", chunk=None, start=0, end=end, weight=1.0)
+    manifest = adapter.manifest
+    return Source(adapter.name, manifest.title, "", chunk=None, start=0, end=end, weight=1.0, version=manifest.version)
 
 
 def _text_of(adapter: Adapter, outline: Outline | None, wanted: Wanted) -> str:

@@ -95,13 +95,17 @@ class Route:
         )
 
 
-def said_together(routes: Sequence[Route]) -> list[bool | None]:
+def said_together(routes: Sequence[Route], can_say: Sequence[bool] | None = None) -> list[bool | None]:
     """What one LoRA of several routes says, yes or no, for the first that says either: yes if any does.
 
     Each document would otherwise add an answer of its own, and most say nothing of another one's subject.
+
+    Args:
+        can_say: whether the adapter of each route has what makes an answer Yes or No; all have if None.
     """
     said = [route.says_yes for route in routes]
-    first = next((i for i, one in enumerate(said) if one is not None), None)
+    able = [True] * len(routes) if can_say is None else can_say
+    first = next((i for i, one in enumerate(said) if one is not None and able[i]), None)
     return [any(said) if i == first else None for i in range(len(routes))]
 
 

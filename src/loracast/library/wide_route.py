@@ -52,6 +52,8 @@ class Source:
     end: int
     weight: float
     """What its LoRA was multiplied with; 1 for an outline."""
+    version: str = ""
+    """Of the adapter, since a question may be asked of several versions of a name."""
 
     def __str__(self) -> str:
         where = self.heading or self.title
@@ -208,7 +210,7 @@ def sources(picked: Iterable[tuple[Adapter, Route]]) -> tuple[Source, ...]:
             best = _best_sentences(adapter, route, chunks)
             for i, weight, chunk in zip(chunks, weights, read_chunks(adapter.index, chunks), strict=True):
                 place = (adapter.manifest.title, _heading(chunk, best.get(i)), i, chunk.start, chunk.end)
-                found.append(Source(adapter.name, *place, weight))
+                found.append(Source(adapter.name, *place, weight, adapter.manifest.version))
     return tuple(sorted(found, key=lambda source: -source.weight))
 
 

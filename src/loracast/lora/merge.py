@@ -86,7 +86,7 @@ def row_weights(
         for rows, of_chunk in zip(owners, sentences, strict=True)
     ]
     joined = torch.cat(weights)
-    longest = (joined * torch.cat([*lengths])).topk(min(MOST_ROUTED, len(joined))).indices
+    longest = (joined.abs() * torch.cat([*lengths])).topk(min(MOST_ROUTED, len(joined))).indices
     return [*torch.zeros_like(joined).index_copy(0, longest, joined[longest]).split([len(one) for one in weights])]
 
 

@@ -95,7 +95,9 @@ class Call:
             parts.append((asked.style, 1.0))
         if asked.memory:
             self._memory = model.memory(asked.memory)
-            parts += [(asked.memory, 1.0)] * bool(self._memory.messages())
+            named = {*asked.model.rpartition(":")[2].split("+"), *(name for name, _ in parts)}
+            if asked.memory not in named and self._memory.messages():
+                parts.append((asked.memory, 1.0))
         self._resolved = names.resolve(asked.model, parts, given.tag)
         chosen = [*self._resolved.chosen, *self._searched()]
         self._named = [one for one in chosen if isinstance(one, Adapter)]
@@ -127,6 +129,8 @@ class Call:
         for request in requests:
             ticket = request if isinstance(request, Ticket) else self.service.engine.submit(request)
             self.answers.append(Answered(ticket))
+            if self._is_late:  # until it is appended, `_expire` cannot cancel it
+                raise self._too_late()
 
     def _searched(self) -> list[Adapter | str]:
         """The document in the vector stores, or patterns of their names, among which the question chooses."""
@@ -221,7 +225,7 @@ class Call:
                 for feed in feeds:
                     feed.cancel()
         if self._is_late:
-            raise ApiError(408, f"the answer took longer than {self.service.settings.answer_timeout_s:g} s")
+            raise self._too_late()
 
     async def _feed(self, i: int, merged: asyncio.Queue[tuple[int, Token] | BaseException | None]) -> None:
         try:
@@ -252,6 +256,9 @@ class Call:
     def _expire(self) -> None:
         self._is_late = True
         self._cancel()
+
+    def _too_late(self) -> ApiError:
+        return ApiError(408, f"the answer took longer than {self.service.settings.answer_timeout_s:g} s")
 
     def _cancel(self) -> None:
         for answer in self.answers:
@@ -377,4 +384,5 @@ class Call:
 
     def _adapter(self, source: Source) -> Adapter:
         routed = [adapter for prepared in self.prepared for adapter, _ in prepared.routed]
-        return next(adapter for adapter in [*routed, *self._named] if adapter.name == source.adapter)
+        asked = (adapter for adapter in [*routed, *self._named] if adapter.name == source.adapter)
+        return next(adapter for adapter in asked if adapter.manifest.version == source.version)

@@ -37,7 +37,7 @@ class Sampler:
             ends = list(base.end_ids)
             rules.append(MinNewTokensLengthLogitsProcessor(len(prompt), sampling.min_new_tokens, ends, device))
         self._generator: torch.Generator | None = None
-        if sampling.temperature > 0:
+        if not sampling.is_greedy:
             if sampling.temperature != 1:
                 rules.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_k:

@@ -266,6 +266,8 @@ class ResponsesRequest(Chatting):
     tool_choice: Annotated[Any, Only("none", "auto")] = None
     metadata: dict[str, str] | None = Field(None, max_length=16)
     """The response has it again."""
+    user: str | None = None
+    """The response has it again."""
     parallel_tool_calls: Ignored = None
     max_tool_calls: Ignored = None
     store: Ignored = None
