@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import time
 
 import openai
 import pytest
 
 from loracast.base.generate import Sampling
-from loracast.cast.memory import Forgotten
+from loracast.cast.memory import Forgotten, Memory
 from loracast.cli.answerer import _ServedMemory
 from loracast.serving.app import create_app
 from loracast.serving.client import Client
@@ -130,6 +131,24 @@ def test_a_memory_takes_a_key_that_may_write(model):
         assert client.post("/v1/responses", json=body, headers=key_of("a")).status_code == 403
         assert client.get("/v1/memories/me", headers=key_of("a")).status_code == 403
         assert remembered(model, 1) == ["My cat is grey."]
+        for key, status in (("a", 403), ("b", 200)):
+            assert ask(key, adapters=[{"id": "me"}]) == status
+            assert client.get("/v1/adapters/me/chunks", headers=key_of(key)).status_code == status
+            assert client.get("/v1/adapters/me/export?to=peft", headers=key_of(key)).status_code in (status, 400)
+            question = {"question": "What colour is my cat?", "adapters": ["me"]}
+            assert client.post("/v1/adapters/route", json=question, headers=key_of(key)).status_code == status
+            asked = {**question, "adapters": ["*"]}
+            assert "grey" not in client.post("/v1/adapters/route", json=asked, headers=key_of(key)).text
+
+
+def test_a_question_waits_for_what_was_just_said(server, monkeypatch):
+    _, client = server
+    remember = Memory.remember
+    monkeypatch.setattr(Memory, "remember", lambda self, message: (time.sleep(0.5), remember(self, message))[1])
+    base = client.models.list().data[0].id
+    chat(client, base, "My horse is called Bella.", extra_body={"memory": "rider"})
+    answer = chat(client, base, "What is my horse called?", extra_body={"memory": "rider"})
+    assert [one["is_used"] for one in answer.loracast["adapters"]] == [True]
 
 
 def key_of(letter: str) -> dict[str, str]:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from loracast.base.load import Base
 from loracast.cast.document import CachedRecast, learn_chunks, split_document
@@ -37,6 +38,8 @@ KEPT_VERSIONS = 8
 """Versions of a memory that stay, the newest."""
 _BACKGROUND = ThreadPoolExecutor(1, "loracast-memory")
 """Learns what `Memory.remember_later` is given, in order; a process that ends waits for it."""
+_PENDING: WeakValueDictionary[tuple[Path, str], Future[Adapter | None]] = WeakValueDictionary()
+"""By library and name, the last message given to `remember_later`, until it is kept."""
 _TITLE = "What the user said"
 
 
@@ -104,8 +107,14 @@ class Memory:
     def remember_later(self, message: str) -> Future[Adapter | None]:
         """`remember` in the background. What fails there is logged, without the message."""
         future = _BACKGROUND.submit(self.remember, message)
+        _PENDING[self.library, self.name] = future
         future.add_done_callback(_log_failure)
         return future
+
+    def wait_for_pending(self) -> None:
+        """Wait until everything that `remember_later` was given for this memory is kept, or has failed."""
+        if pending := _PENDING.get((self.library, self.name)):
+            wait([pending])
 
     def forget(self, number: int) -> Forgotten:
         """Take a message out of the memory, and delete the older versions that hold it.

@@ -19,7 +19,7 @@ from unicodedata import normalize
 from loracast.errors import AdapterError
 from loracast.library import schema
 from loracast.library.entry import Entry, Hit, Match, NameState
-from loracast.library.manifest import Manifest, utc_now
+from loracast.library.manifest import MEMORY_SOURCE, Manifest, utc_now
 from loracast.library.routing import match_scores
 
 FILE = "register.sqlite"
@@ -377,7 +377,11 @@ def _entry(row: tuple[Any, ...]) -> Entry:
 
 
 def _meant(patterns: Sequence[str], tag: str) -> tuple[str, tuple[str, str, str]]:
-    """The condition for newest versions of documents with a name that fits a pattern and with a tag, and its values."""
+    """The condition for newest versions of documents with a name that fits a pattern and with a tag, and its values.
+
+    A chat's memory is left out: what someone said is asked only by its name.
+    """
     fits = "EXISTS (SELECT 1 FROM json_each(?) AS pattern WHERE names.name GLOB pattern.value)"
     tagged = "(? = '' OR EXISTS (SELECT 1 FROM tags WHERE tags.name = names.name AND tag = ?))"
-    return f"kind = 'document' AND {fits} AND {tagged} AND {_NEWEST}", (json.dumps(patterns), tag, tag)
+    is_learned = f"kind = 'document' AND source IS NOT '{MEMORY_SOURCE}'"
+    return f"{is_learned} AND {fits} AND {tagged} AND {_NEWEST}", (json.dumps(patterns), tag, tag)

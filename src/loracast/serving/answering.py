@@ -69,6 +69,7 @@ class Call:
         self.created = int(time.time())
         self._resolved = Resolved((), {})
         self._named: list[Adapter] = []
+        self._shown: list[Adapter] = []
         self._windowed: Windowed | None = None
         self._started = time.perf_counter()
         self._memory: Memory | None = None
@@ -95,6 +96,7 @@ class Call:
             parts.append((asked.style, 1.0))
         if asked.memory:
             self._memory = model.memory(asked.memory)
+            self._memory.wait_for_pending()
             named = {*asked.model.rpartition(":")[2].split("+"), *(name for name, _ in parts)}
             if asked.memory not in named and self._memory.messages():
                 parts.append((asked.memory, 1.0))
@@ -152,10 +154,10 @@ class Call:
             raise ApiError(400, "`window` puts texts before the question in place of adapters: name the base as model")
         if turns[0]["role"] != "system":
             turns = [{"role": "system", "content": ASK_SYSTEM_TURN}, *turns]
-        shown = [self.service.names.adapter(reference) for reference in self.asked.window]
+        self._shown = [self.service.names.adapter(reference) for reference in self.asked.window]
         n_answer = self.asked.sampling.max_new_tokens or DEFAULT_MAX_TOKENS
         most = self.service.settings.max_prompt_tokens
-        self._windowed = in_window(self.service.model.base, shown, turns, n_answer, most)
+        self._windowed = in_window(self.service.model.base, self._shown, turns, n_answer, most)
         return self._windowed.messages
 
     def _raw(self, prompt: str | Sequence[int]) -> tuple[list[int], str]:
@@ -274,6 +276,11 @@ class Call:
             self._memory.remember_later(self.asked.turns[-1]["content"])
 
     # ---- what came of it
+
+    @property
+    def asked_of(self) -> list[Adapter]:
+        """The adapters that the request names, also those whose text it puts before the question."""
+        return [*self._named, *self._shown]
 
     @property
     def sources(self) -> list[Source]:

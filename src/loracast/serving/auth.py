@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, Request
 
 from loracast.serving.errors import ApiError
 from loracast.serving.keys import SCOPES, Scope
+
+if TYPE_CHECKING:
+    from loracast.library.adapter import Adapter
 
 
 def needs(scope: Scope) -> Any:
@@ -18,6 +22,12 @@ def needs(scope: Scope) -> Any:
 
     check.scope = scope  # type: ignore[attr-defined]  # a test looks whether every route has one
     return Depends(check)
+
+
+def check_memories(request: Request, adapters: Iterable[Adapter]) -> None:
+    """Raise ApiError (403) where one of these is a chat's memory, which only keys that may write may read."""
+    if any(adapter.manifest.is_memory for adapter in adapters):
+        check_scope(request, "write")
 
 
 def check_scope(request: Request, scope: Scope) -> None:

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import StreamingResponse
 
 from loracast.serving.answering import Call
-from loracast.serving.auth import check_scope
+from loracast.serving.auth import check_memories, check_scope
 from loracast.serving.errors import as_api_error, error_body
 
 if TYPE_CHECKING:
@@ -72,13 +72,14 @@ async def respond(
         whole: the body of a whole answer, once all tokens are there.
 
     Raises:
-        ApiError: what the call is refused with; 403 where the key may not write to its memory.
+        ApiError: what the call is refused with; 403 where the key may not write to its memory, or read one.
     """
     if call.asked.memory:
         check_scope(request, "write")
     with ExitStack() as stack:
         stack.callback(call.close)
         await call.begin()
+        check_memories(request, call.asked_of)
         if is_streamed:
             stack.pop_all()  # the stream closes it
             return _EventStream(call, events())

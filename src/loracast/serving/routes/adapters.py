@@ -35,7 +35,7 @@ from loracast.library.register import Entry
 from loracast.library.routing import DEFAULT_ROUTE, Route
 from loracast.library.wide_route import route_adapters
 from loracast.lora.quantize import Storage
-from loracast.serving.auth import needs
+from loracast.serving.auth import check_memories, needs
 from loracast.serving.errors import ApiError
 from loracast.serving.jobs import Job
 from loracast.serving.service import Shared
@@ -152,13 +152,14 @@ def combine_adapters(service: Shared, body: _Combination) -> JSONResponse:
 
 
 @router.post("/route", dependencies=[needs("read")])
-def route_question(service: Shared, body: _Question) -> dict[str, Any]:
+def route_question(service: Shared, request: Request, body: _Question) -> dict[str, Any]:
     """The chunks and sentences that a question would be answered with, and their weights.
 
     A sentence's start and end are characters of its chunk's text.
     """
     model = service.model
     routed = route_adapters(model.library, body.question, body.adapters, body.route, body.tag, model.adapter)
+    check_memories(request, (adapter for adapter, _ in routed))
     return {"question": body.question, "adapters": [_routed(adapter, route) for adapter, route in routed]}
 
 
@@ -199,12 +200,15 @@ def delete_adapter(service: Shared, name: str) -> dict[str, Any]:
 @router.get("/{name}/chunks", dependencies=[needs("read")])
 def list_chunks(
     service: Shared,
+    request: Request,
     name: str,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     offset: Annotated[int, Query(ge=0)] = 0,
 ) -> dict[str, Any]:
     """The chunks of a document, in order, with their places in its text."""
-    chunks = read_chunks(open_adapter(service.model.library, name).index)
+    adapter = open_adapter(service.model.library, name)
+    check_memories(request, [adapter])
+    chunks = read_chunks(adapter.index)
     shown = [{"chunk": i, **asdict(chunk)} for i, chunk in enumerate(chunks)][offset : offset + limit]
     return {"object": "list", "data": shown, "total": len(chunks), "has_more": offset + len(shown) < len(chunks)}
 
@@ -212,6 +216,7 @@ def list_chunks(
 @router.get("/{name}/export", dependencies=[needs("read")])
 def export(
     service: Shared,
+    request: Request,
     name: str,
     to: Formats,
     rank: Annotated[int | None, Query(ge=1, le=512)] = None,
@@ -219,6 +224,7 @@ def export(
 ) -> StreamingResponse:
     """The adapter for another runtime, as a zip file."""
     adapter = service.model.adapter(name)
+    check_memories(request, [adapter])
     if not _exports.acquire(blocking=False):
         raise ApiError(429, "other exports are running; try again in a moment", headers={"Retry-After": "5"})
     # It has no name: nothing stays of it, however the request ends.
