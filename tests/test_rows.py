@@ -53,3 +53,18 @@ def test_a_copy_is_kept_until_the_file_changes(home, monkeypatch):
 def test_a_url_that_cannot_be_read_is_named(url, home):
     with pytest.raises(ConfigError, match=f"{url} cannot be read"):
         read_texts([url])
+
+
+def test_a_file_without_a_row_of_the_wanted_sources_is_refused(tmp_path):
+    file = tmp_path / "prose.jsonl"
+    file.write_bytes(lines([{"text": "It rained.", "source": "diary"}, {"text": "It was cold."}]))
+    assert read_texts([str(file)], ["diary", "letters"]) == ["It rained."]
+    with pytest.raises(ConfigError, match=r"prose\.jsonl is of the sources .* \(letters\).*data\.text_sources=\[\]"):
+        read_texts([str(file)], ["letters"])
+
+
+def test_a_key_that_a_row_lacks_is_named(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_bytes(lines([{"question": "Two and two?", "choices": ["four"]}]))
+    with pytest.raises(ConfigError, match=r"questions\.jsonl, line 1: the row needs 'answer' \(a file of questions\)"):
+        read_unrelated([str(file)])

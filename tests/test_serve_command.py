@@ -206,7 +206,8 @@ def test_a_task_is_cast_through_the_server_and_prints_the_same(
     assert alone.exit_code == 0, alone.output
     monkeypatch.setattr("loracast.cast.load.load_caster", None)  # the command itself cannot cast from here on
     through = task("Turn words around.", "--name", "turn")
-    assert without_times(through) == without_times(alone)
+    code, said, faults = without_times(alone)
+    assert without_times(through) == (code, said.replace(str(tmp_path / "library"), str(library)), faults)
     version = open_adapter(tmp_path / "library", "turn").manifest.version
     assert open_adapter(library, "turn").manifest.version == version
     assert task("Answer in capitals.").stdout.startswith("cast answer-in-capitals (Answer in capitals.)\n")
@@ -434,10 +435,12 @@ def test_watched_folders_are_learned_and_forgotten(start, library, tmp_path):
         folder.mkdir()
         (folder / f"{folder.name}.txt").write_text(f"The {folder.name} are in the drawer.")
     before = adapter_names(library)
-    _, server = start(*(word for folder in folders for word in ("--watch", str(folder))))
+    missing = tmp_path / "missing"
+    process, server = start(*(word for folder in (*folders, missing) for word in ("--watch", str(folder))))
+    assert f"there is no folder {missing} yet" in " ".join(process.err.split())
     eventually(lambda: adapter_names(library) == sorted([*before, "invoices", "letters"]))
     watched = server.client().get("/v1/server")["watched"]
-    assert [one["folder"] for one in watched] == ["invoices", "letters"]
+    assert [one["folder"] for one in watched] == ["invoices", "letters", "missing"]
     for folder in folders:
         (folder / f"{folder.name}.txt").unlink()
     eventually(lambda: adapter_names(library) == before)

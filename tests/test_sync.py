@@ -87,6 +87,7 @@ def test_a_folder_is_learned_once(folder, tiny_folder, tiny_hypernet_folder, hom
 
     done, first = run(folder, tiny_folder, tiny_hypernet_folder)
     assert (first["learned"], first["unchanged"], first["failed"], first["ignored"]) == (4, 0, 2, 1)
+    assert len(first["ignored_files"]) == 1 and (folder / first["ignored_files"][0]).is_file()
     assert done.exit_code == 1 and "failed: broken.pdf: " in done.stderr and "empty (0 bytes)" in done.stderr
     assert adapter_names(library_dir()) == ["lamp", "old-lamp", "old-prices", "readme"]
     assert open_adapter(library_dir(), "old-lamp").manifest.title == "Lamp"

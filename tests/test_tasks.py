@@ -57,13 +57,17 @@ def test_a_file_for_each_task(tmp_path):
     ("content", "message"),
     [
         ("{", "bad.json is not a task file"),
-        ('{"examples": []}', "KeyError: 'descriptions'"),
+        ('{"examples": []}', "it needs 'descriptions'"),
         ('{"descriptions": [], "examples": [{"input": "a", "output": "b"}]}', "bad: no description"),
         ('{"descriptions": ["x"], "examples": []}', "bad: no example"),
         ('{"descriptions": ["x"], "examples": [{"input": "a", "output": "b"}], "metric": "bleu"}', "'bleu' is none of exact, number"),
             ('{"descriptions": ["x"], "examples": [{"input": "a", "output": "b"}], "scorer": "bleu"}', "unknown keys scorer"),
         ('{"descriptions": ["x"], "examples": [{"input": "a", "output": []}]}', "needs an input and an output"),
         ('{"descriptions": ["x"], "examples": [{"input": "a", "output": "b", "split": "dev"}]}', "'dev' is none of train, test"),
+        (
+            '{"descriptions": ["x"], "examples": [{"input": "a", "output": "b", "split": "test"}, {"input": "c", "output": "d"}]}',
+            'example 2 has no "split"',
+        ),
         ('{"descriptions": {"unseen": ["x"]}, "examples": [{"input": "a", "output": "b"}]}', "'unseen' is none of train"),
     ],
 )  # fmt: skip
@@ -81,7 +85,7 @@ def test_missing_files_and_rows_are_named(tmp_path):
         read_tasks(tmp_path)
     described = {"task": "a", "description": "x"}
     for rows, message in (
-        ([described, {"description": "x"}], r"task_descriptions\.jsonl, line 2: KeyError: 'task'"),
+        ([described, {"description": "x"}], r"task_descriptions\.jsonl, line 2: the row needs 'task'"),
         (
             [described, {**described, "kind": "held-out"}],
             r"task_descriptions\.jsonl, line 2: .*none of train, paraphrase, heldout",
@@ -93,7 +97,7 @@ def test_missing_files_and_rows_are_named(tmp_path):
             read_tasks(tmp_path)
     write_rows(tmp_path / "task_descriptions.jsonl", [described])
     for row, message in (
-        ({"task": "a", "output": "y"}, r"tasks\.jsonl, line 1: KeyError: 'input'"),
+        ({"task": "a", "output": "y"}, r"tasks\.jsonl, line 1: the row needs 'input'"),
         ({"task": "a", "input": "x", "output": "y", "task_split": "held-out"}, "'held-out' is none of train, heldout"),
     ):
         write_rows(tmp_path / "tasks.jsonl", [row])

@@ -38,8 +38,8 @@ def folder_of(
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as failure:
         raise error(
             needs_access(failure, repository)
-            or f"no {what} at {str(source)!r}: give a folder with {' and '.join(files)}, or a hub repository that this "
-            f"machine can reach ({str(failure).splitlines()[0]})"
+            or f"no {what} at {str(source)!r}: give a folder with {' and '.join(files[:2])}, or a hub repository "
+            f"that this machine can reach ({str(failure).splitlines()[0]})"
         ) from failure
 
 

@@ -42,7 +42,7 @@ def demo(
     model = open_model(models, library)
     adapter = learn_visibly(model, document, name, replace=True)
     if not as_json:
-        print(printable(learned(adapter)))
+        print(printable(learned(adapter, library)))
 
     sampling = Sampling(max_new_tokens=32)
     rows: list[dict[str, Any]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from loracast.serving.found import Running
 
 _LOOK_EVERY_MS = 10_000
+_MOST_NAMED = 5  # files of other kinds
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of documents.", exists=True, file_okay=False)]
 
 
@@ -100,12 +102,19 @@ def learn_files(learner: FolderLearner, *, as_json: bool) -> None:
     print_result(
         as_json,
         {"folder": str(learner.folder), **result.to_dict()},
-        f"{learner.folder}: {summary(result, learner.remove_gone)}; {result.ignored:,} files of other kinds",
+        f"{learner.folder}: {summary(result, learner.remove_gone)}; {len(result.ignored):,} files of other kinds"
+        + _some(result.ignored),
     )
     if not result.is_complete:
         raise typer.Exit(130)
     if result.count("failed"):
         raise typer.Exit(1)
+
+
+def _some(paths: Sequence[str]) -> str:
+    """The first paths of a list in parentheses."""
+    named = ", ".join([*paths[:_MOST_NAMED], *["..."] * (len(paths) > _MOST_NAMED)])
+    return f" ({named})" if paths else ""
 
 
 def summary(result: BulkReport, with_removed: bool) -> str:

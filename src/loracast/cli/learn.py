@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,7 +18,8 @@ from loracast.cli.folder import FolderLearner, learn_files
 from loracast.cli.output import plural, print_result, progress_bar, say, size, warn
 from loracast.cli.session import learn_visibly, open_model, server_for
 from loracast.library.manifest import name_for, name_for_task
-from loracast.lora.quantize import DEFAULT_STORAGE, Storage
+from loracast.lora.quantize import DEFAULT_STORAGE
+from loracast.paths import library_dir
 
 if TYPE_CHECKING:
     from loracast.data.task_examples import TaskSpec
@@ -68,7 +70,7 @@ def learn(
             read_document(file), naming, learning
         )
     total_s = round(time.perf_counter() - started, 3)
-    print_result(as_json, {**report(adapter), "total_s": total_s}, learned(adapter))
+    print_result(as_json, {**report(adapter), "total_s": total_s}, learned(adapter, learning.library))
 
 
 def _learn(document: Document, naming: options.Naming, learning: options.Learning) -> Adapter:
@@ -124,7 +126,7 @@ def task(
     naming: options.Naming,
     strength: Annotated[float, "Scale of the LoRA: 1 as in training, 0 turns it off."] = 1.0,
     storage: Annotated[
-        Storage | None,
+        Literal["int4", "int8", "bf16"] | None,
         typer.Option(
             "-s", "--storage", show_default=DEFAULT_STORAGE, help="Storage of factors: int4, int8 (twice as big), bf16."
         ),
@@ -160,7 +162,7 @@ def task(
     if not (as_json or encoder or refine or storage or strength != 1.0):
         server = server_for(choice, library, "task", hypernetwork, local=local)
         if server is not None and (cast := _cast_served(server, library, spec, naming)) is not None:
-            print_result(False, {}, _task_summary(cast))
+            print_result(False, {}, _task_summary(cast, library))
             return
     name = naming.checked(library, name_for_task(spec.title), spec.sha256)
     where = hypernetwork or shipped_hypernetwork(choice.base or DEFAULT_BASE, "task")
@@ -197,7 +199,7 @@ def task(
         "cast_s": manifest.learn_s,
         "total_s": round(time.perf_counter() - started, 3),
     }
-    print_result(as_json, facts, _task_summary(adapter))
+    print_result(as_json, facts, _task_summary(adapter, library))
 
 
 def _cast_served(server: Running, library: Path, spec: TaskSpec, naming: options.Naming) -> Adapter | None:
@@ -210,7 +212,7 @@ def _cast_served(server: Running, library: Path, spec: TaskSpec, naming: options
     return adapter
 
 
-def _task_summary(adapter: Adapter) -> str:
+def _task_summary(adapter: Adapter, library: Path) -> str:
     """What is printed about a task that was cast."""
     manifest = adapter.manifest
     read = f", {plural(manifest.n_examples, 'example')}" if manifest.n_examples else ""
@@ -218,7 +220,7 @@ def _task_summary(adapter: Adapter) -> str:
     return (
         f"cast {adapter.name} ({manifest.title}{read})\n"
         f"rank {manifest.rank_text}, {size(adapter.n_bytes)}, {1000 * manifest.learn_s:.0f} ms\n"
-        f'use it: loracast ask "..." -a {adapter.name}'
+        f'use it: loracast ask "..." -a {named(adapter, library)}'
     )
 
 
@@ -234,7 +236,13 @@ def _made(adapter: Adapter) -> dict[str, Any]:
     return {"name": adapter.name, "n_bytes": adapter.n_bytes, "warnings": warnings, "folder": str(adapter.folder)}
 
 
-def learned(adapter: Adapter) -> str:
+def named(adapter: Adapter, library: Path) -> str:
+    """An adapter for the next command, with its library where that is not the user's own."""
+    is_own = library.resolve() == library_dir().resolve()
+    return adapter.name if is_own else f"{adapter.name} --library {shlex.quote(str(library))}"
+
+
+def learned(adapter: Adapter, library: Path) -> str:
     """What is printed about an adapter that was learned."""
     manifest = adapter.manifest
     title = f" ({manifest.title})" if manifest.title else ""
@@ -246,5 +254,5 @@ def learned(adapter: Adapter) -> str:
     return (
         f"learned {adapter.name}{title}\n"
         f"{what}, rank {manifest.rank_text}, {size(adapter.n_bytes)}, {took}\n"
-        f'ask it: loracast ask "{question}" -a {adapter.name}'
+        f'ask it: loracast ask "{question}" -a {named(adapter, library)}'
     )

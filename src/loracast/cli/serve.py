@@ -48,8 +48,8 @@ def serve(
 ) -> None:
     """Serve the base with the library: OpenAI's API at /v1, and a page to try it on at /.
 
-    While it runs, `ask`, `chat`, `learn` and `task` use it and answer at once. Ctrl-C ends it; SIGTERM lets running
-    answers finish first.
+    While it runs, `ask`, `chat`, `learn`, `task`, `sync` and `watch` use it and answer at once. Ctrl-C ends it;
+    SIGTERM lets running answers finish first.
     """
     if status:
         _say_status(library, as_json)
@@ -71,6 +71,9 @@ def serve(
     allowed = (*keys_in(os.environ.get(VARIABLE, "")), *(keys_in_file(keys) if keys else ()))
     own_key = secrets.token_urlsafe(32) if allowed else ""
     settings = config(keys=(*allowed, ApiKey.read(f"admin:{own_key}")) if own_key else ())
+    for folder in filter(None, (*settings.watched, settings.lora_folder)):
+        if not Path(folder).is_dir():
+            warn(f"there is no folder {folder} yet: nothing is read from it until it is there")
     with bound(settings) as socket:  # a port that is taken is reported before a model is loaded
         with loading(models.device) as tell:
             from loracast.model import load

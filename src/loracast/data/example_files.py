@@ -36,6 +36,8 @@ def read_examples(path: str | Path) -> tuple[Example, ...]:
     try:
         content = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
         text = content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"cannot read the examples in {label}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the examples in {label}: {error}; give a text file in UTF-8") from error
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # other separators of lines may stand within an example

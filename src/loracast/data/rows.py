@@ -63,6 +63,8 @@ def each_row(path: Path, take: Callable[[dict[str, Any]], None], what: str = "ro
             for line in lines:
                 number += 1
                 take(json.loads(line))
+    except KeyError as error:
+        raise ConfigError(f"{path}, line {number}: the row needs {error.args[0]!r} (a file of {what})") from error
     except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
 
@@ -70,7 +72,7 @@ def each_row(path: Path, take: Callable[[dict[str, Any]], None], what: str = "ro
 def read_texts(paths: Sequence[str], sources: Sequence[str] = ()) -> list[str]:
     """Read natural texts: `text` or `document` of JSONL rows (from `sources`, if any are given), or whole plain files.
 
-    Raises ConfigError if no file is given, one does not exist, or a row is malformed.
+    Raises ConfigError if no file is given, one does not exist, a row is malformed, or none is from the sources.
     """
     if not paths:
         raise ConfigError("prose is needed for needles to hide in: give at least one file (--texts FILE)")
@@ -85,6 +87,11 @@ def read_texts(paths: Sequence[str], sources: Sequence[str] = ()) -> list[str]:
             texts.append(path.read_text(encoding="utf-8"))
         else:
             each_row(path, take, "texts (JSONL or plain text)")
+    if sources and not texts:
+        raise ConfigError(
+            f"no row of {', '.join(paths)} is of the sources that are asked for ({', '.join(sources)}); an empty list "
+            "takes all rows: --set 'data.text_sources=[]'"
+        )
     return texts
 
 

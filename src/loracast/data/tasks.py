@@ -116,7 +116,8 @@ def _from_file(path: Path) -> Task:
             metric=_one_of(stored.get("metric", "exact"), Metric),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is not a task file: {type(error).__name__}: {error}") from error
+        said = f"it needs {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(f"{path} is not a task file: {said}") from error
 
 
 def _from_hub(name: str) -> Path:
@@ -187,6 +188,8 @@ def _split(rows: Sequence[tuple[str | None, Example]]) -> tuple[tuple[Example, .
     """The training and test examples; if none names its split, every fifth is a test example."""
     if all(split is None for split, _ in rows):
         rows = [("test" if i % 5 == 4 else "train", example) for i, (_, example) in enumerate(rows)]
+    if unsaid := [i for i, (split, _) in enumerate(rows, 1) if split is None]:
+        raise ValueError(f'example {unsaid[0]} has no "split": give train or test to every example, or to none')
     kinds = [_one_of(split, Literal["train", "test"]) for split, _ in rows]
     train = tuple(example for kind, (_, example) in zip(kinds, rows, strict=True) if kind == "train")
     return train, tuple(example for kind, (_, example) in zip(kinds, rows, strict=True) if kind == "test")

@@ -87,7 +87,8 @@ def _read_path(path: Path, label: str, limits: Limits) -> bytes:
         with path.open("rb") as stream:
             return _read_stream(stream, label, limits)
     except FileNotFoundError:
-        raise DocumentError(f"{label} does not exist: check the path (relative ones start at {Path.cwd()})") from None
+        what = "a URL is read with --out alone: download the file" if "://" in label else "check the path"
+        raise DocumentError(f"{label} does not exist: {what} (relative paths start at {Path.cwd()})") from None
     except PermissionError:
         raise DocumentError(f"{label} may not be read by this user: change its permissions") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

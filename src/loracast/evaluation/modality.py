@@ -64,7 +64,7 @@ class ModalityEvalConfig:
     """What `loracast eval image` measures."""
 
     per_class: int | None = None
-    """Most examples of each class; all if None."""
+    """Most examples of each class; by default all."""
     seed: int = 0
     """Seed of the pairing with other examples' LoRAs, and of the examples where not all are taken."""
 

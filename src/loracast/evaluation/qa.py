@@ -47,7 +47,7 @@ class QaConfig(QuestionedConfig, RoutedConfig):
     max_documents: int = 200
     """Most documents of each source, drawn at random."""
     max_questions: int | None = None
-    """Most questions about one document; all if None."""
+    """Most questions about one document; by default all."""
     spans_only: bool = False
     """Ask only questions whose answer stands in the document."""
     baselines: tuple[str, ...] = ()

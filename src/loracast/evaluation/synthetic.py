@@ -122,7 +122,7 @@ class Series(Generic[T]):
     cases: Callable[[T, InMemoryAdapter, InMemoryAdapter], list[DocumentCase]]
     """The questions about a document, which is given with another one."""
     n_window: int | None = None
-    """How many documents are also put into the window, which is slow where they are long; all if None."""
+    """How many documents are also put into the window, which is slow where they are long; by default all."""
 
 
 def evaluate_sizes(

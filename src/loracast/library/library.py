@@ -142,7 +142,9 @@ def _check_may_mean(register: Register, name: str, version: str, replace: bool) 
 
 
 def _taken(name: str) -> NameTakenError:
-    return NameTakenError(f"there is an adapter called {name!r} already; choose another --name or give --replace")
+    return NameTakenError(
+        f"there is an adapter called {name!r} already; choose another name, or replace it (--replace)"
+    )
 
 
 def add_adapter(library: Path, name: str, folder: Path, manifest: Manifest, *, replace: bool) -> Adapter:

@@ -58,8 +58,8 @@ class BulkReport:
     """The outcomes of a folder's files, and of the folders below it that cannot be listed."""
 
     files: list[FileReport] = field(default_factory=list)
-    ignored: int = 0
-    """How many files are of other kinds."""
+    ignored: list[str] = field(default_factory=list)
+    """Files of other kinds, which are not read: their paths in the folder."""
     is_complete: bool = True
 
     def count(self, outcome: Outcome) -> int:
@@ -68,7 +68,8 @@ class BulkReport:
     def to_dict(self) -> dict[str, Any]:
         return {
             **{outcome: self.count(outcome) for outcome in get_args(Outcome)},
-            "ignored": self.ignored,
+            "ignored": len(self.ignored),
+            "ignored_files": self.ignored,
             "is_complete": self.is_complete,
             "files": [asdict(file) for file in self.files],
         }
@@ -111,7 +112,7 @@ def learn_folder(
     kept = {entry.name: entry for entry in entries(library)[0]}
     names = _own_names(folder, [path.relative_to(folder).as_posix() for path in wanted], kept, journal)
     journal.take({name: _not_ours(library, name, kept, journal) for name in names.values()})
-    report = BulkReport(ignored=len(paths) - len(wanted))
+    report = BulkReport(ignored=[path.relative_to(folder).as_posix() for path in paths if not is_readable(path.name)])
     try:
         for number, path in enumerate(wanted, 1):
             relative = path.relative_to(folder).as_posix()

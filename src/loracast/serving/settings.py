@@ -31,9 +31,9 @@ class ServerSettings:
     cors_origins: tuple[str, ...] = ()
     """Origins, such as "https://chat.example.org", whose pages may call the API from a browser; none by default."""
     lora_folder: Path | None = None
-    """Folder whose subfolders are the PEFT adapters that /v1/load_lora_adapter may read; None: it reads none."""
+    """Folder whose subfolders are the PEFT adapters that /v1/load_lora_adapter may read; without it, none."""
     watched: tuple[Path, ...] = ()
-    """Folders whose documents are learned while the server runs, and forgotten when they are gone (watching.py)."""
+    """Folders whose documents are learned while the server runs, and forgotten when they are gone."""
     max_body_bytes: int = 4 * MIB
     """Longest body of a JSON request."""
     max_upload_bytes: int = 64 * MIB

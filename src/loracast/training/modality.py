@@ -38,7 +38,7 @@ class ModalityRecipe:
     kinds: tuple[str, ...] = ("down_proj",)
     """Module kinds that receive a LoRA."""
     layers: Layers = None
-    """Layers that receive a LoRA; all if None."""
+    """Layers that receive a LoRA; by default all."""
     hypernetwork: Mapping[str, Any] = field(default_factory=dict)
     """Options of DocToLoRAConfig."""
     kl_to_base_weight: float = 1.0

@@ -38,7 +38,7 @@ class PeftConfig:
     kinds: tuple[str, ...] = ("q_proj", "v_proj")
     """Module kinds that receive a LoRA."""
     layers: Layers = None
-    """Layers that receive a LoRA; all if None."""
+    """Layers that receive a LoRA; by default all."""
     rank: int = 8
     """Rank of the LoRA."""
     scale: float = 5.66

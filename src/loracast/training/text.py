@@ -58,7 +58,7 @@ class TextRecipe:
     kinds: tuple[str, ...] = ("q_proj", "v_proj")
     """Module kinds that receive a LoRA."""
     layers: Layers = None
-    """Layers that receive a LoRA; all if None."""
+    """Layers that receive a LoRA; by default all."""
     encoder: str = DEFAULT_ENCODER
     """The text encoder."""
     hypernetwork: Mapping[str, Any] = field(default_factory=dict)
