@@ -71,6 +71,7 @@ def test_numbers_and_names_are_claimed_by_questions_for_yes_or_no(question, clai
         ("Is it open on Monday?", "It is not only open on Monday.", True),
         ("Must I apply by 5 May?", "Apply no later than 5 May.", None),
         ("Is breakfast included?", "It is included without extra charge.", None),
+        ("May I park without charge?", "You may park here without charge.", True),
         ("Is it open at 10?", "It does not open until 10.", None),
         ("Is it still allowed?", "It is no longer allowed.", False),
         ("What does it cost?\nIs it forbidden?", "It is not allowed.", True),

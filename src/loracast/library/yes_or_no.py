@@ -82,7 +82,8 @@ def answer_of(sentence: str, question: str, known: frozenset[str] = frozenset())
     claims, asked = claims_in(question) - known, _last_line(question)
     for row in sentence.splitlines() if _CELLS.search(sentence) else [sentence]:
         if claims <= terms_of(row):
-            is_clear = (claims or _is_english(asked)) and not _HALF_DENYING.search(row)
+            is_half = _HALF_DENYING.search(row) and not _HALF_DENYING.search(asked)
+            is_clear = not is_half and (claims or _is_english(asked))
             return denies(row) == denies(asked) if is_clear else None
     there = {plain(term): has_digit(term) for i, term in enumerate(terms(sentence)) if is_value(term, i)}
     missing = claims - terms_of(sentence)
