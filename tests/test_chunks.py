@@ -277,3 +277,9 @@ def test_monotonous_megabytes_take_linear_time(line: str) -> None:
     chunks = split_text(line, fixed)
     assert time.process_time() - start < 3  # about 0.15 s; a quadratic pass takes minutes
     check(chunks, line, fixed, 256)
+
+
+def test_a_run_of_accents_takes_linear_time() -> None:
+    started = time.perf_counter()
+    assert split_text("a" + 40_000 * "\u0301" + " b", stub("."), max_tokens=64)
+    assert time.perf_counter() - started < 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -44,6 +45,9 @@ def run(*arguments):
 
 def test_the_sum_is_the_weighted_sum_of_the_deltas(library):
     one, two = (open_adapter(library, name) for name in ("one", "two"))
+    for weight in (math.nan, math.inf):
+        with pytest.raises(AdapterError, match="finite"):
+            combined([Part(one), Part(two, weight)])
     both = combined([Part(one), Part(two, -0.5)])
     assert both.error == 0 and not both.static.names
     for name, found in delta(both.lora).items():

@@ -111,6 +111,12 @@ def test_an_adapter_without_an_effect_is_an_error_and_does_not_stay(library, ser
     assert not server.loaded
 
 
+def test_a_server_that_is_none_of_openais_is_said_to_be_none(library, tmp_path, monkeypatch):
+    monkeypatch.setattr("loracast.export.deploy._call", lambda url, path, body=None: "<html>It works!</html>")
+    with pytest.raises(LoracastError, match="no server with OpenAI's API"):
+        deploy(open_adapter(library, "lamp"), "http://localhost:8000", tmp_path)
+
+
 def test_what_the_server_refuses_is_said(library, serve, tmp_path):
     adapter = open_adapter(library, "lamp")
     with pytest.raises(LoracastError, match="start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):

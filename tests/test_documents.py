@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 import zlib
+from email.message import EmailMessage
 from pathlib import Path
 from typing import BinaryIO
 
@@ -101,6 +102,15 @@ def test_html_that_is_nested_deeply_or_lays_out_by_tables() -> None:
     )
     assert read_bytes(layout, "x.html").text == "# Head\n\nOne\n\na: b"
     assert read_bytes("<table><tr><td><p>One</p></td><td>Two</td></tr></table>", "x.html").text == "One\n\nTwo"
+
+
+def test_html_tables_of_word_have_a_paragraph_in_each_cell() -> None:
+    rows = (("Room", "Code"), ("Attic", "4711"), ("Cellar", ""), ("Hall", "1234"))
+    cells = ("".join(f"<td><p class=MsoNormal>{cell}</p></td>" for cell in row) for row in rows)
+    assert table(*cells) == "Room: Code\nAttic: 4711\nCellar\nHall: 1234"
+    prose = f"<td><p>{'It rained. ' * 30}</p><td><p>b</p>"
+    assert table(prose, prose).count("\n\n") == 3  # a page that is laid out
+    assert table("<td><p>a</p><p>b</p><td>c", "<td><p>d</p><td>e") == "a\n\nb\n\nc\n\nd\n\ne"
 
 
 def table(*rows: str) -> str:
@@ -218,6 +228,33 @@ def test_pdf_with_a_scanned_page_says_which() -> None:
     assert document.warnings == ("only pictures on 1 of 3 pages (3): `ocrmypdf --skip-text` reads scans",)
 
 
+def test_pdf_forms_that_are_filled_in() -> None:
+    writer = pypdf.PdfWriter(clone_from=FILES / "report.pdf")
+    name, text = pypdf.generic.NameObject, pypdf.generic.TextStringObject
+
+    def annotation(kind: str, **values: object) -> pypdf.generic.DictionaryObject:
+        return pypdf.generic.DictionaryObject(
+            {name("/Subtype"): name(kind), **{name(f"/{k}"): v for k, v in values.items()}}
+        )
+
+    group = writer._add_object(annotation("/None", T=text("Policy"), V=text("KX-\n4711"), FT=name("/Tx")))
+    fields = [
+        annotation("/Widget", T=text("n1"), TU=text("Name"), V=text("Ann Oyelaran"), FT=name("/Tx")),
+        annotation("/Widget", Parent=group),
+        annotation("/Widget", T=text("Smoker"), V=name("/Off"), FT=name("/Btn")),
+        annotation("/Widget", T=text("Driver"), V=name("/On"), FT=name("/Btn")),
+        annotation("/Widget", T=text("Empty"), V=text(" "), FT=name("/Tx")),
+        annotation("/FreeText", Contents=text("Paid on 3 May.")),
+        annotation("/Link", Contents=text("a link")),
+    ]
+    writer.pages[0][name("/Annots")] = pypdf.generic.ArrayObject(map(writer._add_object, fields))
+    stream = io.BytesIO()
+    writer.write(stream)
+    found = read_bytes(stream.getvalue()).text
+    filled = "- Name: Ann Oyelaran\n- Policy: KX- 4711\n- Driver: yes\n- Paid on 3 May."
+    assert filled in found and "Smoker" not in found and "Empty" not in found and "a link" not in found
+
+
 def test_an_empty_page_is_no_scan() -> None:
     writer = pypdf.PdfWriter(clone_from=FILES / "report.pdf")
     writer.add_blank_page()
@@ -274,6 +311,27 @@ def test_docx_tables_with_merged_cells_and_a_repeated_header() -> None:
     stream = io.BytesIO()
     document.save(stream)
     assert read_bytes(stream.getvalue()).text.endswith("Year: K-1; 2021: 3 mm\nYear: K-1; 2021: 4 mm")
+
+
+def test_docx_headers_and_footers_once_each() -> None:
+    document = docx.Document()
+    document.add_paragraph("The kiln is hot.")
+    for section in (document.sections[0], document.add_section()):
+        section.header.is_linked_to_previous = section.footer.is_linked_to_previous = False
+        section.header.paragraphs[0].text = "Invoice 4711"
+        section.footer.paragraphs[0].text = "Page 1 of 3"
+    stream = io.BytesIO()
+    document.save(stream)
+    assert read_bytes(stream.getvalue()).text == "The kiln is hot.\n\nInvoice 4711"
+
+
+def test_docx_rows_that_begin_in_a_later_column() -> None:
+    def row(*cells: str, before: str = "") -> str:
+        texts = "".join(f"<w:tc><w:p><w:r><w:t>{cell}</w:t></w:r></w:p></w:tc>" for cell in cells)
+        return f"<w:tr><w:trPr>{before}</w:trPr>{texts}</w:tr>"
+
+    rows = row("Item", "Price", "Stock") + row("Lamp", "12", "3") + row("20", "7", before='<w:gridBefore w:val="1"/>')
+    assert word(f"<w:tbl>{rows}</w:tbl>").text == "Item: Lamp; Price: 12; Stock: 3\nPrice: 20; Stock: 7"
 
 
 def word(body: str) -> Document:
@@ -385,6 +443,33 @@ def test_docx_whose_inside_is_broken_or_has_macros() -> None:
     assert "macros or a template" in refusal(macros)
 
 
+def test_an_e_mail_is_its_headers_and_its_text() -> None:
+    message = EmailMessage()
+    message["Subject"], message["From"], message["To"] = "Kiln: Köln", "Ann <ann@example.org>", "bob@example.org"
+    message["Date"] = "Mon, 30 Nov 2026 10:00:00 +0000"
+    message.set_content("The kiln opens at 9.\n\n-- \nAnn Smith, Kiln Ltd\n", cte="base64")
+    message.add_alternative("<html><p>The <b>kiln</b> is red.</html>", subtype="html")
+    read = read_bytes(message.as_bytes(), "mail.eml")
+    headers = (
+        "Subject: Kiln: Köln\nFrom: Ann <ann@example.org>\nTo: bob@example.org\nDate: Mon, 30 Nov 2026 10:00:00 +0000"
+    )
+    assert (read.text, read.title, read.media_type) == (
+        f"{headers}\n\nThe kiln opens at 9.",
+        "Kiln: Köln",
+        "message/rfc822",
+    )
+
+    page = EmailMessage()
+    page.set_content("<html><p>The kiln costs 9&nbsp;€.", subtype="html", charset="iso-8859-15")
+    page.add_attachment(b"%PDF-", maintype="application", subtype="pdf", filename="bill.pdf")
+    read = read_bytes(page.as_bytes(), "bill.eml")
+    assert read.text == "The kiln costs 9 €." and read.title == "bill"
+    assert read.warnings == ("attachments are not read: bill.pdf",)
+    empty = EmailMessage()
+    empty.add_attachment(b"%PDF-", maintype="application", subtype="pdf", filename="bill.pdf")
+    assert "save its attachments (bill.pdf)" in refusal(io.BytesIO(empty.as_bytes()), file_name="bill.eml")
+
+
 def test_csv_rows_keep_their_meaning_alone() -> None:
     document = read_document(FILES / "parts.csv")
     assert document.text == "Part: Handle; Weight: 13 g; Price, net: 4.50\nPart: Shelf, upper; Price, net: 19.00"
@@ -393,6 +478,7 @@ def test_csv_rows_keep_their_meaning_alone() -> None:
     assert read_bytes("a\tb, c\n1\t2, 3\n", "x.tsv").text == "a: 1; b, c: 2, 3"
     assert read_bytes("1,2\n3,4,5\n", "x.csv").text == "column 1: 1; column 2: 2\ncolumn 1: 3; column 2: 4; column 3: 5"
     assert read_bytes('a,b\n"two\nlines",x\n', "x.csv").text == "a: two lines; b: x"
+    assert read_bytes('a, b, c\nx, "1 High St, Leeds", z\n', "x.csv").text == "a: x; b: 1 High St, Leeds; c: z"
 
 
 @pytest.mark.parametrize("break_", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c"])
@@ -434,6 +520,8 @@ def test_content_goes_before_the_name() -> None:
     assert read_bytes(pdf, "report.txt").media_type == "application/pdf"
     assert read_bytes(pdf, "report.docx").media_type == "application/pdf"
     assert read_bytes(docx, "letter.pdf").title == "Kiln Letter"
+    assert read_bytes(b"junk\xff" + pdf, "report").media_type == "application/pdf"
+    assert read_bytes("A PDF begins with %PDF-1.7.", "notes.md").media_type == "text/markdown"
     assert "error page of a failed download" in refusal(io.BytesIO(b"<html><p>404"), file_name="manual.pdf")
     assert "named .docx but" in refusal(io.BytesIO(b"just text"), file_name="letter.docx")
 

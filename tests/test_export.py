@@ -91,6 +91,8 @@ def test_one_rank_in_all_modules():
     assert small.error == pytest.approx(lost.sqrt().item(), rel=1e-3) and small.error > 0.1
     dense = LoRA(dense={name: lora.delta(name) for name in lora.names})
     assert uniform(dense, max_rank=3).error < 1e-3
+    bounded = uniform(lora, max_rank=3, allowed=(1, 2, 4))  # a bound is kept, not rounded up
+    assert bounded.rank == 2 and bounded.error == pytest.approx(small.error)
     with pytest.raises(AdapterError, match="nothing to export"):
         uniform(LoRA())
 

@@ -114,6 +114,16 @@ def test_a_static_lora_of_16_bits_and_the_same_in_bytes_come_in_once(tmp_path):
     assert first_with_static([old, young, other]) == [True, False, True]
 
 
+def test_an_older_adapter_made_smaller_merges_the_rows_that_it_merged_before(tmp_path):
+    shared = {f"q_proj.shared.{side}": torch.randn(2, 3, d) for side, d in (("a", 48), ("b", 64))}
+    for older in (2, 3):
+        whole = write(tmp_path, 40, name=f"doc{older}", shared=shared, format=older, seed=older)
+        small = compact(tmp_path, f"doc{older}", "int8")
+        assert small.manifest.format == older and small.manifest.merging == whole.manifest.merging
+        one, other = (a.lora().to(dtype=torch.float32) for a in (whole, small))
+        assert all((other.delta(n) - one.delta(n)).norm() < 0.02 * one.delta(n).norm() for n in one.names)
+
+
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 def test_a_document_learned_small_is_that_of_16_bits_made_smaller(model, document, storage):
     model.learn(document, "whole", max_chunk_tokens=64, storage="bf16")

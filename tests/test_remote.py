@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from adapters import write
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError
-from loracast.library.files import recover
+from loracast.library.files import home_of, recover
 from loracast.library.library import adapter_names, open_adapter, remove_adapter, search
 from loracast.library.remote import factor_bytes, model_card, pull_adapter, push_adapter
 from loracast.library.store import Store
@@ -153,6 +153,9 @@ def test_what_is_on_its_way_to_a_store_is_left_to_its_process(tmp_path, monkeypa
         patch.setattr(Store, "put", put_slowly)
         version = write(library, name="press").manifest.version
     assert verify(library) == [] and Store(str(there)).versions() == {version}
+    odd = Store(str(there.with_name("team [a]*")))
+    odd.put(version, home_of(library, version))
+    assert odd.versions() == {version}
     evict(library)
     assert open_adapter(library, "press").faults() == []
 

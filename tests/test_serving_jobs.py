@@ -65,6 +65,20 @@ def test_uploads_are_bounded_together_and_a_refused_one_leaves_nothing(tmp_path)
     uploads.add(io.BytesIO(b"12"), "c.md", "assistants")
 
 
+def test_uploads_at_the_same_time_are_bounded_together(tmp_path):
+    uploads = Uploads(State(tmp_path), 10)
+
+    class Slow(io.BytesIO):
+        def read(self, *size):
+            if not self.tell():
+                uploads.add(io.BytesIO(b"12345678"), "a.md", "assistants")
+            return super().read(*size)
+
+    with pytest.raises(ApiError, match="2 are left"):
+        uploads.add(Slow(b"1234"), "b.md", "assistants")
+    assert len(list((tmp_path / "serving" / "files").iterdir())) == 1
+
+
 def test_pages_of_a_list_cover_it_once_in_either_order(tmp_path):
     uploads = Uploads(State(tmp_path), 1000)
     ids = [uploads.add(io.BytesIO(b"."), f"{i}.md", "assistants").id for i in range(5)]

@@ -16,6 +16,7 @@ from loracast.cli import app
 from loracast.documents import Document, read_document
 from loracast.errors import AdapterError, DocumentError
 from loracast.library import sync
+from loracast.library.index import read_chunks
 from loracast.library.library import adapter_names, open_adapter, versions
 from loracast.library.sync import BulkReport, learn_folder, names_for
 from other_processes import Forked, loracast_command
@@ -221,6 +222,36 @@ def test_a_file_that_goes_while_another_is_learned_is_forgotten_by_the_next_run(
     assert outcomes(report) == {"kettle.txt": "learned", "old/lamp.txt": "failed"}
     assert outcomes(synced(model, notes)) == {"kettle.txt": "unchanged", "old/lamp.txt": "removed"}
     assert adapter_names(model.library) == ["kettle"]
+
+
+def test_a_file_that_grows_before_it_is_read_keeps_its_adapter(model, notes):
+    kettle = notes / "kettle.txt"
+
+    def grow(path: Path) -> None:
+        if path == kettle:
+            kettle.write_text(kettle.read_text() + " It is red.")
+
+    assert outcomes(synced(model, notes, before=grow))["kettle.txt"] == "learned"
+    for expected in ("unchanged", "unchanged"):
+        assert outcomes(synced(model, notes))["kettle.txt"] == expected
+    kettle.write_text("The kettle is gone.")
+    assert outcomes(synced(model, notes))["kettle.txt"] == "learned"
+    assert adapter_names(model.library) == ["kettle", "old-lamp"]
+    assert "gone" in read_chunks(model.adapter("kettle").index)[0].text
+
+
+def test_files_that_change_places_are_learned_anew(model, notes):
+    one, other = notes / "one.txt", notes / "two.txt"
+    one.write_text("The lamp is red.")
+    other.write_text("The lamp is new.")
+    os.utime(one, (1, 1))
+    os.utime(other, (1, 1))
+    synced(model, notes)
+    one.rename(notes / "between")
+    other.rename(one)
+    (notes / "between").rename(other)
+    found = outcomes(synced(model, notes))
+    assert [found[path] for path in ("one.txt", "two.txt")] == ["learned", "learned"]
 
 
 def test_an_adapter_that_cannot_be_deleted_is_reported_and_deleted_by_the_next_run(model, notes, monkeypatch):

@@ -24,7 +24,7 @@ def parse_csv(text: str, label: str, delimiter: str | None = None) -> Parsed:
     lines: list[str] = []
     header: list[str] | None = None
     # Strict, since a quotation mark that is never closed would swallow all further rows into one cell.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
         for raw in islice(reader, 1 if named else 0, None):
             row = [" ".join(cell.split()) for cell in raw]
@@ -47,9 +47,10 @@ def parse_csv(text: str, label: str, delimiter: str | None = None) -> Parsed:
 
 def find_delimiter(text: str) -> str:
     """The delimiter under which most of the first rows are as wide as the first one; a comma where none splits."""
+    start = text[:65_536]
 
     def score(delimiter: str) -> tuple[float, int]:
-        sample = islice(csv.reader(io.StringIO(text[:65_536], newline=""), delimiter=delimiter), 50)
+        sample = islice(csv.reader(io.StringIO(start, newline=""), delimiter=delimiter, skipinitialspace=True), 50)
         try:
             widths = [len(row) for row in sample if row]
         except csv.Error:

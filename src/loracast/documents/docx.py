@@ -24,6 +24,7 @@ from loracast.documents.clean import brief, join_blocks, normalise, sensible_tit
 from loracast.documents.document import Limits, Parsed
 from loracast.documents.equations import UNKNOWN, linear, symbol
 from loracast.documents.kind import READABLE
+from loracast.documents.paragraphs import PAGE_NUMBER
 from loracast.documents.tables import rows_to_lines
 from loracast.errors import DocumentError
 
@@ -45,6 +46,7 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
         blocks = [block for child in document.element.body for block in walker.blocks(child)]
         for kind in (RELATIONSHIP_TYPE.FOOTNOTES, RELATIONSHIP_TYPE.ENDNOTES):
             blocks += [block for note in _notes(document, kind) for block in walker.blocks(note)]
+        blocks += _running_lines(document, walker)
         title = sensible_title(document.core_properties.title)
     except (MemoryError, RecursionError, DocumentError):
         raise
@@ -145,6 +147,14 @@ def _notes(document: Any, kind: str) -> Iterator[Any]:
             yield from (note for note in parse_xml(relation.target_part.blob) if note.get(qn("w:type")) is None)
 
 
+def _running_lines(document: Any, walker: _Walker) -> list[str]:
+    """The headers and footers, each once; not those that only count pages."""
+    kinds = (RELATIONSHIP_TYPE.HEADER, RELATIONSHIP_TYPE.FOOTER)
+    parts = [one.target_part for one in document.part.rels.values() if one.reltype in kinds and not one.is_external]
+    blocks = (block for part in parts for child in parse_xml(part.blob) for block in walker.blocks(child))
+    return [block for block in dict.fromkeys(blocks) if not PAGE_NUMBER.fullmatch(block)]
+
+
 class _Walker:
     """Elements of a body to blocks of text."""
 
@@ -198,7 +208,8 @@ class _Walker:
                 continue  # of a table inside this one's cell, whose text is taken with the cell
             if not rows and row.find(f"{qn('w:trPr')}/{qn('w:tblHeader')}") is not None:
                 has_header = True
-            cells: list[str] = []
+            skipped = _value(row.find(f"{qn('w:trPr')}/{qn('w:gridBefore')}")) or "0"
+            cells = [""] * (min(int(skipped), 100) if skipped.isdigit() else 0)
             for cell in row.iter(qn("w:tc")):
                 if next(cell.iterancestors(qn("w:tbl"))) is not table:
                     continue

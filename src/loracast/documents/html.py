@@ -27,6 +27,7 @@ _INLINE = re.compile(
 )
 _LINES = {"div", "p", "li", "ol", "ul", "section", "figure"}
 _MAX_COLSPAN, _MAX_ROWSPAN = 1000, 65534  # where browsers stop as well
+_LONGEST_CELL = 200  # characters, of a table of data with paragraphs in its cells
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 
 
@@ -132,7 +133,9 @@ class _Writer:
 
     def _write_table(self, table: Any) -> bool:
         """Writes a table of data; False for one that lays a page out, whose cells are blocks of their own."""
-        if any(element is not table for element in table.iter("table", "h1", "h2", "h3", "p", "ul", "ol", "pre")):
+        if any(element is not table for element in table.iter("table", "h1", "h2", "h3", "ul", "ol", "pre")):
+            return False
+        if table.find(".//p") is not None and not _holds_short_cells(table):
             return False
         self.flush()
         rows, heads = _grid(table)
@@ -150,6 +153,14 @@ class _Writer:
         if lines:
             self.blocks.append("\n".join(lines))
         return True
+
+
+def _holds_short_cells(table: Any) -> bool:
+    """Whether a table whose cells hold paragraphs is one of data all the same, as Word and Outlook write it."""
+    rows = [[cell for cell in row if cell.tag in ("td", "th")] for row in table.iter("tr")]
+    cells = [cell for row in rows for cell in row]
+    is_grid = len(rows) > 1 and all(len(row) > 1 for row in rows)
+    return is_grid and all(len(cell.findall(".//p")) < 2 and len(_cell_text(cell)) <= _LONGEST_CELL for cell in cells)
 
 
 def _is_unseen(element: Any, tag: str) -> bool:

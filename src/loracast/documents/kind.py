@@ -17,12 +17,13 @@ MEDIA_TYPES = {
     "csv": "text/csv",
     "pdf": "application/pdf",
     "docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
+    "message": "message/rfc822",
 }
-READABLE = "loracast reads txt, md, html, pdf, docx and csv"
+READABLE = "loracast reads txt, md, html, pdf, docx, csv and eml"
 
 EXTENSIONS = {
     ".md": "markdown", ".markdown": "markdown", ".html": "html", ".htm": "html", ".xhtml": "html",
-    ".csv": "csv", ".tsv": "csv", ".pdf": "pdf", ".docx": "docx",
+    ".csv": "csv", ".tsv": "csv", ".pdf": "pdf", ".docx": "docx", ".eml": "message",
 }  # fmt: skip
 # The start of common files that are no text. The remedy is the best known way to one that loracast reads.
 MAGIC = (
@@ -52,7 +53,8 @@ def sniff(data: bytes, file_name: str | None, label: str) -> str:
         what = "an empty PDF (0 bytes)" if named == "pdf" else "empty (0 bytes)"
         raise DocumentError(f"{label} is {what}: download or export it again")
     head = data[:4096]
-    if b"%PDF-" in head[:1024]:  # the specification allows junk before the header
+    # The specification allows junk before the header, and a text may speak of it.
+    if head.startswith(b"%PDF-") or (b"%PDF-" in head[:1024] and (named == "pdf" or not _is_text(head))):
         return "pdf"
     if head.startswith(b"PK\x03\x04"):
         return "docx"
@@ -68,7 +70,15 @@ def sniff(data: bytes, file_name: str | None, label: str) -> str:
         raise DocumentError(
             f"{label} is named {suffix} but its content is {what}: get the file again, or rename it to what it is"
         )
-    return found or named
+    return named if named == "message" else found or named
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        head[:-3].decode()  # the last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return b"\x00" not in head
 
 
 def _say_ole(data: bytes, label: str) -> str:

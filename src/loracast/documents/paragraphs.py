@@ -21,11 +21,12 @@ class Line(NamedTuple):
     is_bold: bool = False
 
 
-_PAGE_NUMBER = re.compile(
+PAGE_NUMBER = re.compile(
     r"[-–—| ]*(page|seite|blatt|sheet|p[áa]gina|sida|side|strona|p\.|pg\.?)?\s*(\d{1,4}|[ivxlc]{1,6})"
     r"(\s*(of|von|de|/)\s*\d{1,4})?[-–—| ]*",
     re.I,
 )
+"""A line that only counts pages."""
 _ENDS_IN_NUMBER = re.compile(r"^\d{1,4}\s|\s\d{1,4}$")  # as a header of every other page or of a chapter does
 _NUMBER = re.compile(r"(?<!\d)\d{1,4}(?!\d)")
 _LEADER = re.compile(r"(\s?\.){4,}")  # the dots of a table of contents
@@ -136,7 +137,7 @@ def _page_numbers(outer: Sequence[Line], *, is_top: bool) -> dict[int, str]:
         alike.setdefault(re.sub(r"\d+", "#", line.text.lower()), []).append(line)
     found: dict[int, str] = {}
     for key, lines in alike.items():
-        is_bare = bool(_PAGE_NUMBER.fullmatch(lines[0].text))
+        is_bare = bool(PAGE_NUMBER.fullmatch(lines[0].text))
         if not is_bare and not any(c.isalpha() for c in key):
             continue
         # For each line, which of its numbers it is and how much it is ahead of the page.
@@ -152,7 +153,7 @@ def _page_numbers(outer: Sequence[Line], *, is_top: bool) -> dict[int, str]:
 def _runs(line: Line, has_page_number: bool, n_seen: int, n_pages: int) -> str:
     """ "number" for a page number or a header with one, "text" for another running line, "" for the document's text."""
     is_on_most = 2 * n_seen > n_pages
-    is_bare = has_page_number and _PAGE_NUMBER.fullmatch(line.text)
+    is_bare = has_page_number and PAGE_NUMBER.fullmatch(line.text)
     if is_bare and is_on_most and (n_pages > 1 or "page" in line.text.lower()):
         return "number"
     if has_page_number and n_seen >= 3 and _ENDS_IN_NUMBER.search(line.text):  # on every other page, or of a chapter

@@ -47,7 +47,7 @@ def parse(data: bytes, label: str, limits: Limits) -> Parsed:
         scans: list[int] = []
         for page_number in range(1, n_pages + 1):
             page = reader.pages[page_number - 1]
-            pages.append(_page_lines(page, page_number))
+            pages.append(_page_lines(page, page_number) + _filled_in(page, page_number))
             if not pages[-1] and _has_image(page):
                 scans.append(page_number)
     except DependencyError:  # AES needs a library that loracast does not ask for
@@ -127,6 +127,27 @@ def _page_lines(page: Any, number: int) -> list[Line]:
 
     page.extract_text(visitor_text=visit)
     end_line()
+    return lines
+
+
+def _filled_in(page: Any, number: int) -> list[Line]:
+    """What was filled into the fields of a form, and written on the page as notes: a line each."""
+    lines: list[Line] = []
+    for one in page.get("/Annots") or ():
+        annotation = one.get_object()
+        kind = annotation.get("/Subtype")
+        if kind == "/Widget":
+            field = (
+                {**annotation.get("/Parent", {}).get_object(), **annotation} if "/Parent" in annotation else annotation
+            )
+            name, value = field.get("/TU") or field.get("/T"), field.get("/V")
+            if field.get("/FT") == "/Btn":
+                value = None if value in (None, "/Off") else "yes"
+            said = f"{name}: {value}" if name and isinstance(value, str) and value.strip() else ""
+        else:
+            said = str(annotation.get("/Contents") or "") if kind == "/FreeText" else ""
+        if said := " ".join(said.split()):
+            lines.append(Line(f"- {said}", 0.0, None, number))
     return lines
 
 

@@ -31,7 +31,7 @@ def read_document(
     limits = limits or Limits()
     data, file_name, label = read_bytes(source, file_name, limits)
     kind = sniff(data, file_name, label)
-    if kind in ("pdf", "docx", "html"):
+    if kind in ("pdf", "docx", "html", "message"):
         parsed = parse_in_child(kind, data, label, limits)
     else:
         text = decode(data, label)

@@ -26,7 +26,11 @@ _SIGXCPU = getattr(signal, "SIGXCPU", None)
 
 
 def parse_in_child(kind: str, data: bytes, label: str, limits: Limits) -> Parsed:
-    """The parsed text of `data`, which is of `kind` "pdf", "docx" or "html". Raises DocumentError for any failure."""
+    """The parsed text of `data`. Raises DocumentError for any failure.
+
+    Args:
+        kind: "pdf", "docx", "html" or "message", the module that parses it.
+    """
     # -P: without it the current folder comes first on the path, and a stray pypdf.py there would be run.
     command = [sys.executable, "-P", "-m", "loracast.documents.worker", kind, json.dumps(asdict(limits)), label]
     environment = {name: os.environ[name] for name in _KEPT if name in os.environ}

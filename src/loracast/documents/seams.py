@@ -28,6 +28,7 @@ _WORD_BEFORE = re.compile(r"[\w.]*$")
 _NEXT_LETTER = re.compile(r"\w")
 _ITEM = re.compile(r"[ \t]*([-*+•|>#]|\(?(\d{1,3}|[a-zA-Z])[.)][ \t])")
 _LABEL = re.compile(r"[^:;.\n]{1,60}: ")
+_LONGEST_CLUSTER = 32  # a letter with its accents, an emoji with its joiners
 _SHORT_LINE = 45  # characters; running text is wrapped at more than that
 # Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Chinese and Japanese.
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uff00-\uffef]{2}")
@@ -115,7 +116,8 @@ class SeamFinder:
 
     def _inside(self, offset: int) -> tuple[int, float]:
         text = self.text
-        while 0 < offset < len(text) and (
+        end = min(len(text), offset + _LONGEST_CLUSTER)
+        while 0 < offset < end and (
             unicodedata.combining(text[offset]) or text[offset] in "\u200d\ufe0f" or text[offset - 1] == "\u200d"
         ):
             offset += 1  # a letter keeps its accents

@@ -1,4 +1,4 @@
-"""The child process that parses one PDF, DOCX or HTML file: bytes on standard input, one JSON object on its output.
+"""The child process that parses one PDF, DOCX, HTML or e-mail file: bytes on its input, one JSON object on its output.
 
     python -P -m loracast.documents.worker KIND LIMITS_JSON LABEL
 

@@ -61,7 +61,9 @@ def deploy(adapter: Adapter, url: str, exports: Path, *, path_there: str | None 
         raise AdapterError(f"{url!r} is no server's address; give one such as http://localhost:8000")
     name, folder = adapter.version, exported_for_vllm(adapter, exports)
     where = folder.resolve() if path_there is None else Path(path_there) / folder.name
-    models = _call(url, "/v1/models")["data"]
+    listed = _call(url, "/v1/models")
+    if not isinstance(listed, dict) or not isinstance(models := listed.get("data"), list):
+        raise LoracastError(f"what answers at {url} is no server with OpenAI's API: give the address of vLLM")
     base = next((model["id"] for model in models if not model.get("parent")), None)
     if base is None:
         raise LoracastError(f"the server at {url} serves no base model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,8 @@ def combined(parts: Sequence[Part], rank: int | None = None) -> Combination:
     """
     if not parts:
         raise AdapterError("give at least one adapter to combine")
+    if not all(math.isfinite(part.weight) for part in parts):
+        raise AdapterError("the weight of an adapter must be a finite number")
     adapters = [part.adapter for part in parts]
     for adapter in adapters:
         check(adapter.manifest.made_for, adapters[0].manifest.made_for, f"the adapter {adapter.name!r}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 from unicodedata import normalize
 
+from loracast.data.task_examples import is_unicode
 from loracast.errors import AdapterError
 from loracast.library import schema
 from loracast.library.entry import Entry, Hit, Match, NameState
@@ -268,6 +269,8 @@ class Register:
         """Change a name's owner and note (None keeps them), and add and remove tags."""
         for column, value in (("owner", owner), ("note", note)):
             if value is not None:
+                if not is_unicode(value):
+                    raise AdapterError(f"the {column} is not valid Unicode; write it in UTF-8")
                 self._db.execute(f"UPDATE names SET {column} = ? WHERE name = ?", (value, name))
         self._db.executemany("INSERT OR IGNORE INTO tags VALUES (?, ?)", [(name, tag) for tag in tags])
         self._db.executemany("DELETE FROM tags WHERE name = ? AND tag = ?", [(name, tag) for tag in untag])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class Store:
         """All versions in the store, those that are not whole included."""
         with self._at() as (fs, root):
             fs.invalidate_cache()
-            found = fs.glob(f"{root}/??/*")
+            found = fs.glob(f"{escape(root)}/??/*")
         return {path.rstrip("/").rpartition("/")[2] for path in found}
 
     def claim(self, owner: str, *, take_over: bool = False, own: str | None = None) -> None:

@@ -253,7 +253,7 @@ def _learn_file(
     known = journal.entries.get(relative)
     try:
         stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # the last tells files that changed places
         sha256 = known["sha256"] if known and known["stamp"] == stamp else file_sha256(path)
         sources = sorted({*journal.sources.get(relative, {}).get(name, ()), sha256})
         entry = {"name": name, "sha256": sha256, "stamp": stamp, "error": None, "sources": sources}
@@ -273,6 +273,9 @@ def _learn_file(
             else:  # a locked library, a base that cannot be fetched: the next run tries again
                 journal.put_back(relative, known)
             return FileReport(relative, name, "failed", time.perf_counter() - started, str(error))
+        made = next((one.source_sha256 for one in _versions(library, name)), sha256)
+        if made != sha256:  # the file changed before it was read, and may have changed again since
+            entry |= {"sha256": made, "stamp": [], "sources": sorted({*sources, made})}
         return FileReport(relative, name, "learned", round(time.perf_counter() - started, 3))
     except OSError as error:  # gone meanwhile, or not to be read: what was learned from it is still the folder's
         journal.put_back(relative, known)

@@ -165,7 +165,8 @@ def compact(library: Path, reference: str, storage: Storage) -> Adapter:
         raise AdapterError(
             f"{adapter.name!r} was not made from a document: only a document's factors can be made again from its text"
         )
-    smaller = replace(m, name=adapter.name, storage=storage, format=FORMAT)
+    # Which rows are merged goes by the format in which they were made; from text they are made anew.
+    smaller = replace(m, name=adapter.name, storage=storage, format=FORMAT if storage == "text" else m.format)
     with AdapterWriter(library, smaller, read_chunks(adapter.index)) as writer:
         if storage != "text":
             for i in range(m.n_chunks):

@@ -41,6 +41,8 @@ def uniform(lora: LoRA, max_rank: int | None = None, allowed: Sequence[int] | No
         raise AdapterError("this LoRA touches no module; there is nothing to export")
     limit = max(min(shape) for shape in lora.shapes.values())  # many chunks together have more rows than they need
     limit = min([limit, *([] if max_rank is None else [max_rank]), *([] if allowed is None else [max(allowed)])])
+    if max_rank is not None and allowed is not None:
+        limit = max((size for size in allowed if size <= limit), default=limit)
     error = 0.0
     if lora.dense or lora.rank > limit:
         lora, error = compress(lora.to(dtype=torch.float32), limit)

@@ -63,8 +63,7 @@ class Uploads:
             ApiError: the uploads would take more than `max_stored_bytes` (413).
         """
         with self._state.reading() as db:
-            row = one_row(db, "SELECT coalesce(sum(n_bytes), 0) AS n FROM files")
-        room = self._max_stored_bytes - (row["n"] if row else 0)
+            room = self._room(db)
         digest, n_bytes, id = hashlib.sha256(), 0, new_id("file-")
 
         def copy(temporary: Path) -> None:
@@ -73,11 +72,7 @@ class Uploads:
                 while piece := source.read(_PIECE):
                     n_bytes += len(piece)
                     if n_bytes > room:
-                        raise ApiError(
-                            413,
-                            f"the uploads of this server may take {self._max_stored_bytes:,} bytes together, and "
-                            f"{max(0, room):,} are left: delete some",
-                        )
+                        raise self._is_full(room)
                     digest.update(piece)
                     out.write(piece)
 
@@ -94,6 +89,8 @@ class Uploads:
         )
         try:
             with self._state.writing() as db:
+                if n_bytes > (room := self._room(db)):  # others may have come meanwhile
+                    raise self._is_full(room)
                 db.execute(
                     "INSERT INTO files (id, filename, purpose, n_bytes, sha256, created_at, expires_at) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -103,6 +100,18 @@ class Uploads:
             self.path(id).unlink(missing_ok=True)
             raise
         return upload
+
+    def _room(self, db: sqlite3.Connection) -> int:
+        """Bytes that uploads may still take."""
+        row = one_row(db, "SELECT coalesce(sum(n_bytes), 0) AS n FROM files")
+        return self._max_stored_bytes - (row["n"] if row else 0)
+
+    def _is_full(self, room: int) -> ApiError:
+        return ApiError(
+            413,
+            f"the uploads of this server may take {self._max_stored_bytes:,} bytes together, and "
+            f"{max(0, room):,} are left: delete some",
+        )
 
     def path(self, id: str) -> Path:
         """Where the bytes of an upload lie. Call it only with ids of this class."""
