@@ -246,8 +246,10 @@ def test_pdf_forms_that_are_filled_in() -> None:
         annotation("/Widget", T=text("Empty"), V=text(" "), FT=name("/Tx")),
         annotation("/FreeText", Contents=text("Paid on 3 May.")),
         annotation("/Link", Contents=text("a link")),
+        pypdf.generic.NullObject(),
     ]
-    writer.pages[0][name("/Annots")] = pypdf.generic.ArrayObject(map(writer._add_object, fields))
+    listed = pypdf.generic.ArrayObject(map(writer._add_object, fields))
+    writer.pages[0][name("/Annots")] = writer._add_object(listed)
     stream = io.BytesIO()
     writer.write(stream)
     found = read_bytes(stream.getvalue()).text

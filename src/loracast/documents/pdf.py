@@ -10,6 +10,7 @@ from typing import Any
 
 import pypdf
 from pypdf.errors import DependencyError, LimitReachedError
+from pypdf.generic import ArrayObject, DictionaryObject
 
 from loracast.documents.clean import brief, normalise, sensible_title
 from loracast.documents.document import Limits, Parsed
@@ -133,22 +134,25 @@ def _page_lines(page: Any, number: int) -> list[Line]:
 def _filled_in(page: Any, number: int) -> list[Line]:
     """What was filled into the fields of a form, and written on the page as notes: a line each."""
     lines: list[Line] = []
-    for one in page.get("/Annots") or ():
-        annotation = one.get_object()
-        kind = annotation.get("/Subtype")
-        if kind == "/Widget":
-            field = (
-                {**annotation.get("/Parent", {}).get_object(), **annotation} if "/Parent" in annotation else annotation
-            )
-            name, value = field.get("/TU") or field.get("/T"), field.get("/V")
-            if field.get("/FT") == "/Btn":
-                value = None if value in (None, "/Off") else "yes"
-            said = f"{name}: {value}" if name and isinstance(value, str) and value.strip() else ""
-        else:
-            said = str(annotation.get("/Contents") or "") if kind == "/FreeText" else ""
-        if said := " ".join(said.split()):
-            lines.append(Line(f"- {said}", 0.0, None, number))
+    annotations = _entry(page, "/Annots")
+    for annotation in annotations if isinstance(annotations, ArrayObject) else ():
+        field = annotation.get_object()
+        group = _entry(field, "/Parent")
+        kind, name, value, what = (_entry(field, key) or _entry(group, key) for key in ("/FT", "/TU", "/V", "/Subtype"))
+        name = name or _entry(field, "/T") or _entry(group, "/T")
+        said: Any = _entry(field, "/Contents") if what == "/FreeText" else None
+        if what == "/Widget" and name and kind == "/Btn":
+            said = None if value in (None, "/Off") else f"{name}: yes"
+        elif what == "/Widget" and name and isinstance(value, str) and value.strip():
+            said = f"{name}: {value}"
+        if isinstance(said, str) and said.strip():
+            lines.append(Line(f"- {' '.join(said.split())}", 0.0, None, number))
     return lines
+
+
+def _entry(holder: Any, key: str) -> Any:
+    """The entry of a dictionary, None where there is none; [] follows references, which `get` does not."""
+    return holder[key] if isinstance(holder, DictionaryObject) and key in holder else None
 
 
 def _has_image(page: Any) -> bool:
