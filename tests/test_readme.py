@@ -37,11 +37,12 @@ def sessions(page: Path) -> list[tuple[str, list[str]]]:
 
 
 def run(command: str, library: Path) -> list[str]:
-    """The lines that a command prints, run in the working directory with a library of its own."""
+    """The lines that a command prints, run in the working directory with a library of its own, which it may name."""
     words = shlex.split(command.replace("loracast ", "", 1))
     done = CliRunner().invoke(app, [*words, "--library", str(library)])
     assert done.exit_code == 0, done.output
-    return [line for line in done.output.splitlines() if line.strip()]
+    lines = (line.removesuffix(f" --library {library}") for line in done.output.splitlines())
+    return [line for line in lines if line.strip()]
 
 
 def masked(line: str) -> str:
