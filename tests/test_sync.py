@@ -17,7 +17,7 @@ from loracast.documents import Document, read_document
 from loracast.errors import AdapterError, DocumentError
 from loracast.library import sync
 from loracast.library.index import read_chunks
-from loracast.library.library import adapter_names, open_adapter, versions
+from loracast.library.library import adapter_names, describe_adapter, open_adapter, versions
 from loracast.library.sync import BulkReport, learn_folder, names_for
 from other_processes import Forked, loracast_command
 
@@ -238,6 +238,27 @@ def test_a_file_that_grows_before_it_is_read_keeps_its_adapter(model, notes):
     assert outcomes(synced(model, notes))["kettle.txt"] == "learned"
     assert adapter_names(model.library) == ["kettle", "old-lamp"]
     assert "gone" in read_chunks(model.adapter("kettle").index)[0].text
+
+
+def test_a_file_of_another_ending_or_case_takes_the_name_of_the_one_before(model, notes):
+    synced(model, notes)
+    describe_adapter(model.library, "kettle", note="in the hall", tags=("kitchen",))
+    (notes / "kettle.txt").rename(notes / "Kettle.md")
+    (notes / "old").rename(notes / "older")
+    found = outcomes(synced(model, notes))
+    assert found == {"Kettle.md": "learned", "older/lamp.txt": "learned", "old/lamp.txt": "removed"}
+    for _ in range(2):
+        assert set(outcomes(synced(model, notes)).values()) == {"unchanged"}
+    assert adapter_names(model.library) == ["kettle", "older-lamp"]
+    (newest, *_) = versions(model.library, "kettle")
+    assert (newest.note, newest.tags) == ("in the hall", ("kitchen",))
+
+    (notes / "Kettle.md").rename(notes / "kettle.csv")
+    (notes / "kettle.txt").write_text("Another kettle.")
+    found = synced(model, notes)  # two that want the name: neither has it
+    assert outcomes(found)["Kettle.md"] == "removed" and "kettle" not in {
+        one.name for one in found.files if one.outcome == "learned"
+    }
 
 
 def test_files_that_change_places_are_learned_anew(model, notes):

@@ -78,6 +78,12 @@ class Journal:
         self.entries.pop(path, None)
         self._forgotten.add(path)
 
+    def rename(self, path: str, new: str) -> None:
+        """Let a file that is to be learned anew have the names of one that is gone."""
+        self.entries[new] = {**self.entries[path], "stamp": [], "sha256": ""}
+        self.sources[new] = self.sources.pop(path)
+        self.forget(path)
+
     def put_back(self, path: str, entry: dict[str, Any] | None) -> None:
         """Let a file's entry be what it was, None for none."""
         self.entries.pop(path, None)

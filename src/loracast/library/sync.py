@@ -110,7 +110,10 @@ def learn_folder(
     if paths:
         journal.device = device
     kept = {entry.name: entry for entry in entries(library)[0]}
-    names = _own_names(folder, [path.relative_to(folder).as_posix() for path in wanted], kept, journal)
+    relative_paths = [path.relative_to(folder).as_posix() for path in wanted]
+    if remove_gone and not unread:
+        _follow_renames(relative_paths, journal)
+    names = _own_names(folder, relative_paths, kept, journal)
     journal.take({name: _not_ours(library, name, kept, journal) for name in names.values()})
     report = BulkReport(ignored=[path.relative_to(folder).as_posix() for path in paths if not is_readable(path.name)])
     try:
@@ -184,7 +187,7 @@ def names_for(
         known: the names that files have already, which they keep.
         may_have: whether a file may have a name, as far as the other files do not matter.
     """
-    made = {path: name_from(path.rpartition(".")[0] if "." in path.rpartition("/")[2] else path) for path in paths}
+    made = {path: _name_of(path) for path in paths}
     taken = Counter(name for path, name in made.items() if path not in known)
     taken.update(known.values())
     names = {}
@@ -193,6 +196,25 @@ def names_for(
         candidates = itertools.chain([name] if is_free else [], _marked(path, name))
         names[path] = known.get(path) or next(one for one in candidates if may_have(path, one))
     return names
+
+
+def _name_of(path: str) -> str:
+    """The name that a file's adapter has where nothing else has it."""
+    return name_from(path.rpartition(".")[0] if "." in path.rpartition("/")[2] else path)
+
+
+def _follow_renames(paths: Sequence[str], journal: Journal) -> None:
+    """Let a new file take the place of one that is gone and had its name, as where Manual.txt becomes manual.md.
+
+    It is learned as a new version of that name, which keeps its tags and its note.
+    """
+    there = set(paths)
+    gone = {entry["name"]: path for path, entry in journal.entries.items() if path not in there}
+    wanted = Counter(map(_name_of, paths))
+    for path in paths:
+        name = _name_of(path)
+        if path not in journal.sources and name in gone and wanted[name] == 1:
+            journal.rename(gone.pop(name), path)
 
 
 def _marked(path: str, name: str) -> Iterator[str]:
