@@ -469,3 +469,10 @@ def test_adapters_that_stay_open_keep_few_factors_and_no_file(model, tmp_path):
     assert 0 < opened[0].kept.n_bytes <= 2 * one
     if (maps := Path("/proc/self/maps")).exists():
         assert str(model.library) not in maps.read_text()
+
+
+def test_an_adapter_that_is_deleted_while_it_is_opened_is_said_to_be_gone(tmp_path, monkeypatch):
+    adapter = write(tmp_path)
+    monkeypatch.setattr(Adapter, "header_faults", lambda self: (self.folder / "factors.safetensors").unlink())
+    with pytest.raises(AdapterError, match="'doc' was deleted a moment ago"):
+        adapter.lora()

@@ -225,7 +225,10 @@ class Adapter:
         """The file of the factors, opened after a look at its header; it stays open while the adapter is used."""
         if faults := self.header_faults():
             raise AdapterError(f"the factors of {self.name!r} cannot be used: {'; '.join(faults)}; {LEARN_AGAIN}")
-        return OpenTensors(self.folder / FACTORS)
+        try:
+            return OpenTensors(self.folder / FACTORS)
+        except FileNotFoundError:
+            raise AdapterError(f"the adapter {self.name!r} was deleted a moment ago") from None
 
     # ---- checking
 
@@ -290,7 +293,9 @@ def loras_together(picked: Sequence[tuple[Adapter, Route]]) -> list[LoRA]:
     """The LoRAs of adapters to be added up, each of what was picked, if anything; a static LoRA comes in once."""
     picked = [(adapter, route) for adapter, route in picked if not route.is_empty]
     brings_static = [True] if len(picked) == 1 else first_with_static([adapter for adapter, _ in picked])
-    says_yes = said_together([route for _, route in picked], [adapter.can_say_yes for adapter, _ in picked])
+    # Only an adapter whose route says either is looked at: of one kept as text the look casts a chunk.
+    can_say = [route.says_yes is not None and adapter.can_say_yes for adapter, route in picked]
+    says_yes = said_together([route for _, route in picked], can_say)
     return [
         adapter.lora(route.picked, route.sentence_weights, static=is_first, says_yes=said)
         for (adapter, route), is_first, said in zip(picked, brings_static, says_yes, strict=True)
