@@ -104,21 +104,19 @@ def learn_folder(
     if not folder.is_dir():
         raise AdapterError(f"{folder} is not a folder")
     device, unread = folder.stat().st_dev, dict[str, str]()
-    paths = list(files_in(folder, unread))
-    wanted = [path for path in paths if is_readable(path.name)]
+    paths = {path.relative_to(folder).as_posix(): path for path in files_in(folder, unread)}
+    wanted = {relative: path for relative, path in paths.items() if is_readable(relative)}
     journal = Journal(journals, folder, library, made_by)
     if paths:
         journal.device = device
     kept = {entry.name: entry for entry in entries(library)[0]}
-    relative_paths = [path.relative_to(folder).as_posix() for path in wanted]
     if remove_gone and not unread:
-        _follow_renames(relative_paths, journal)
-    names = _own_names(folder, relative_paths, kept, journal)
+        _follow_renames([*wanted], journal)
+    names = _own_names(folder, [*wanted], kept, journal)
     journal.take({name: _not_ours(library, name, kept, journal) for name in names.values()})
-    report = BulkReport(ignored=[path.relative_to(folder).as_posix() for path in paths if not is_readable(path.name)])
+    report = BulkReport(ignored=[relative for relative in paths if relative not in wanted])
     try:
-        for number, path in enumerate(wanted, 1):
-            relative = path.relative_to(folder).as_posix()
+        for number, (relative, path) in enumerate(wanted.items(), 1):
             name = names[relative]
             report.files.append(_learn_file(path, relative, name, kept.get(name), library, learn, journal, again))
             journal.write_now_and_then()
