@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, groupby, pairwise
+from itertools import chain, pairwise
 from sqlite3 import Connection
 from unicodedata import normalize
 
@@ -24,8 +24,8 @@ from loracast.errors import AdapterError
 from loracast.library.index import Index, has_sentences, open_index, read_chunks, read_sentences
 from loracast.library.relevance import about
 from loracast.library.subjects import of_others
-from loracast.library.terms import terms_of
-from loracast.library.yes_or_no import answer_of, asks_yes_or_no, claims_in, without_numbers
+from loracast.library.verdict import verdict
+from loracast.library.yes_or_no import asks_yes_or_no, claims_in, without_numbers
 
 DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/notebook)."""
@@ -73,7 +73,7 @@ class Route:
     about: float | None = None
     """The probability that the document speaks of what is asked; None where nobody looked."""
     says_yes: bool | None = None
-    """Whether the document says yes to the question (yes_or_no.py); None where no sentence of it says yes or no."""
+    """Whether the document says yes to the question (verdict.py); None where no sentence of it says yes or no."""
 
     @property
     def is_empty(self) -> bool:
@@ -244,27 +244,11 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
 
 
 def _says_yes(index: Index, question: str) -> bool | None:
-    """Whether a sentence that matches a question best says yes or no to it, beside what its heading says already."""
+    """Whether the document says yes to the question; None where it does not ask for that, or nothing tells."""
     if not asks_yes_or_no(question):
         return None
     with open_index(index) as database:
-        scores = sentence_scores(database, without_numbers(question)) or []
-        best_first = sorted((i for i, score in enumerate(scores) if score > 0), key=lambda i: -scores[i])
-        for _, alike in groupby(best_first, scores.__getitem__):
-            if stated := [found for i in alike if (found := _statement(database, i))]:
-                said = {answer_of(text, question, terms_of(heading)) for text, heading in stated}
-                return True if True in said else False if said == {False} else None
-    return None
-
-
-def _statement(database: Connection, sentence: int) -> tuple[str, str] | None:
-    """The text of a sentence and the heading above it; None for a heading or a question, which state nothing."""
-    place = "SELECT chunk, start, stop FROM sentence_places WHERE sentence = ?"
-    number, start, end = database.execute(place, (sentence,)).fetchone()
-    (chunk,) = read_chunks(database, [number])
-    text = chunk.prompt[start:end].rstrip()
-    is_heading = start < len(chunk.prompt) - len(chunk.text)
-    return None if is_heading or text.endswith("?") else (text, chunk.heading)
+        return verdict(database, question, sentence_scores(database, without_numbers(question)) or [])
 
 
 def _picked(index: Index, n_chunks: int, question: str, k: int | None) -> Route:

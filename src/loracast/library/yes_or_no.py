@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import re
 
+from loracast.library.denial import denied
 from loracast.library.terms import has_digit, is_value, plain, terms, terms_asked, terms_of
 
 _ASKING = re.compile(
-    r"(?:are|can|could|did|do|does|had|has|have|is|may|might|must|shall|should|was|were|will|would)\b", re.I
+    r"(?:am|are|can|could|did|do|does|had|has|have|is|may|might|must|shall|should|was|were|will|would)\b", re.I
 )
 """How a question begins that asks for yes or no."""
 _INDIRECT = re.compile(
@@ -32,19 +33,8 @@ _ENGLISH = re.compile(
     re.IGNORECASE,
 )
 """Words that German and Dutch lack, whose questions may begin like English ones ("Was kostet ...?", "Is het ...?")."""
-_DENYING = re.compile(
-    r"\b(?:not|never|cannot|neither|nor|nobody|nothing|none|nowhere|without|forbidden|prohibited|banned|barred|refus\w+"
-    r"|exclud\w+|unable|unavailable|void|avoid|refrain|declin\w+|out of the question|(?:stay|keep) (?:away|off|out)"
-    r"|no(?!\.? ?\d| (?:difference|doubt|matter|objection|problem|trouble)))\b(?! only\b)|n['’]t\b(?! only\b)",
-    re.IGNORECASE,
-)
-"""How a sentence, or a question, denies something."""
-_HALF_DENYING = re.compile(
-    r"\bno \w+ than\b|(?:\bnot|n['’]t)\b(?: \w+)? (?:before|until)\b"
-    r"|\bwithout (?:(?:additional|any|extra|further) )?(?:charge|cost|fee|payment)s?\b|\bcannot miss\b",
-    re.IGNORECASE,
-)
-"""What denies one thing and says yes to another: "no later than 5 May", "included without extra charge"."""
+_ENGLISH_FIRST = re.compile(r"\W*(?:can|could|did|does|might|must|shall|should|were|will|would)\b", re.I)
+"""How no question of those languages begins."""
 _CELLS = re.compile(r"[\t|]")
 
 
@@ -82,9 +72,8 @@ def answer_of(sentence: str, question: str, known: frozenset[str] = frozenset())
     claims, asked = claims_in(question) - known, _last_line(question)
     for row in sentence.splitlines() if _CELLS.search(sentence) else [sentence]:
         if claims <= terms_of(row):
-            is_half = _HALF_DENYING.search(row) and not _HALF_DENYING.search(asked)
-            is_clear = not is_half and (claims or _is_english(asked))
-            return denies(row) == denies(asked) if is_clear else None
+            is_denied = denied(row, asked) if claims or _is_english(asked) else None
+            return None if is_denied is None else not is_denied
     there = {plain(term): has_digit(term) for i, term in enumerate(terms(sentence)) if is_value(term, i)}
     missing = claims - terms_of(sentence)
     others = there.keys() - claims
@@ -94,10 +83,5 @@ def answer_of(sentence: str, question: str, known: frozenset[str] = frozenset())
     return False if {has_digit(one) for one in missing} <= {there[other] for other in others} else None
 
 
-def denies(text: str) -> bool:
-    """Whether a sentence or a question denies something."""
-    return _DENYING.search(text) is not None
-
-
 def _is_english(question: str) -> bool:
-    return _ENGLISH.search(question) is not None
+    return _ENGLISH.search(question) is not None or _ENGLISH_FIRST.match(question) is not None
