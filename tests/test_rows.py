@@ -1,70 +1,108 @@
-"""Data files at URLs that fsspec knows: read as those of this machine are, and kept until they change."""
+"""Lists and tables of a text, how many rows they have, and which of two rows has more."""
 
 from __future__ import annotations
 
-import gzip
-import json
+import sqlite3
 
-import fsspec
 import pytest
 
-from loracast.data.qa import read_questioned
-from loracast.data.rows import local_file, read_texts, read_unrelated
-from loracast.errors import ConfigError
-from loracast.paths import fetched_dir
+from loracast.documents import Chunk
+from loracast.library.comparing import compared
+from loracast.library.counting import counted
+from loracast.library.index import write_index
+from loracast.library.routing import answer_in_rows, pick, route_question, route_set
+from loracast.library.rows import lists_in
 
-ROWS = [
-    {"document": "The lamp is red.", "questions": [{"question": "Which colour?", "answers": ["red"]}]},
-    {"document": "The lamp is new.", "questions": [{"question": "How old?", "answers": ["new"]}]},
-]
+TEXT = """Welcome to our school. It has 14 teachers.
 
+Our courses
+* Drawing for couples (Mondays, 9:30 am; £40)
+* Sailing for nurses (Fridays, 1:15 pm; £105)
+* Pottery for engineers (Sundays, 11:00 am; £60)
 
-def put(url: str, data: bytes) -> str:
-    with fsspec.open(url, "wb") as file:
-        file.write(data)
-    return url
+Please be on time.
+Bring a towel.
 
-
-def lines(rows: list[dict]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def test_a_url_is_read_as_a_file_is(home):
-    packed = put("memory://rows/documents.jsonl.gz", gzip.compress(lines(ROWS)))
-    plain = put("memory://rows/prose.txt", b"It rained. It was cold. It got late.")
-    unrelated = put("memory://rows/questions.jsonl", lines([{"question": "Two and two?", "answer": "four"}]))
-    assert read_texts([packed, plain]) == [row["document"] for row in ROWS] + ["It rained. It was cold. It got late."]
-    assert [one.text for one in read_questioned([packed])] == [row["document"] for row in ROWS]
-    assert read_unrelated([unrelated]) == [("Two and two?", "four")]
-    assert {path.name for path in fetched_dir().rglob("*.*")} == {"documents.jsonl.gz", "prose.txt", "questions.jsonl"}
+Room | Seats | Windows
+Blue room | 20 | 3
+Green room | 35 | 12
+"""
 
 
-def test_a_copy_is_kept_until_the_file_changes(home, monkeypatch):
-    url = put("memory://rows/changing.txt", b"before")
-    copy = local_file(url)
-    with monkeypatch.context() as patch:
-        patch.setattr("fsspec.implementations.memory.MemoryFileSystem.get_file", None)  # nothing is fetched
-        assert local_file(url) == copy
-    put(url, b"behind")
-    assert local_file(url).read_bytes() == b"behind"
+def test_lists_are_lines_of_one_form_with_what_stands_above():
+    courses, rooms = lists_in(TEXT)
+    assert len(courses.rows) == 3 and courses.above == "Our courses" and not courses.header and courses.has_columns
+    assert rooms.rows == ("Blue room | 20 | 3", "Green room | 35 | 12")
+    assert rooms.header == "Room | Seats | Windows" and rooms.above == "Bring a towel."
+    assert not lists_in("One line: 3\n\nAnother sentence.\nAnd one more.")
+    assert not lists_in("* eggs\n* milk")[0].has_columns and lists_in("") == []
 
 
-@pytest.mark.parametrize("url", ["memory://rows/no-such-file.jsonl", "no-such-protocol://rows/a.jsonl"])
-def test_a_url_that_cannot_be_read_is_named(url, home):
-    with pytest.raises(ConfigError, match=f"{url} cannot be read"):
-        read_texts([url])
+@pytest.mark.parametrize(
+    ("question", "number"),
+    [
+        ("How many courses are on offer?", 3),
+        ("Between how many courses can I choose?", 3),
+        ("How many rooms are there?", 2),
+        ("How many teachers are there?", None),  # stated in the text
+        ("How many seats are in the green room?", None),  # of one row
+        ("How many weeks does a course take?", None),  # a unit
+        ("How many holidays are there each year?", None),
+        ("How many cats are there?", None),  # two lists, neither of cats
+        ("Which courses are there?", None),
+    ],
+)
+def test_rows_are_counted_where_the_question_asks_for_their_number(question, number):
+    assert counted(question, TEXT, lists_in(TEXT)) == number
 
 
-def test_a_file_without_a_row_of_the_wanted_sources_is_refused(tmp_path):
-    file = tmp_path / "prose.jsonl"
-    file.write_bytes(lines([{"text": "It rained.", "source": "diary"}, {"text": "It was cold."}]))
-    assert read_texts([str(file)], ["diary", "letters"]) == ["It rained."]
-    with pytest.raises(ConfigError, match=r"prose\.jsonl is of the sources .* \(letters\).*data\.text_sources=\[\]"):
-        read_texts([str(file)], ["letters"])
+def test_the_only_list_is_counted_without_a_word_that_names_it():
+    stops = "Timetable\n* Mill Road at 9:05\n* Town Hall at 9:12\n* Harbour at 9:30"
+    assert counted("How many stops are there?", stops, lists_in(stops)) == 3
+    assert counted("How many stops does it have in winter?", stops, lists_in(stops)) is None
+    assert counted("How many stops are there?", f"{stops}\nTwo stops are new.", lists_in(stops)) is None
 
 
-def test_a_key_that_a_row_lacks_is_named(tmp_path):
-    file = tmp_path / "questions.jsonl"
-    file.write_bytes(lines([{"question": "Two and two?", "choices": ["four"]}]))
-    with pytest.raises(ConfigError, match=r"questions\.jsonl, line 1: the row needs 'answer' \(a file of questions\)"):
-        read_unrelated([str(file)])
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("Which is cheaper, Drawing for couples or Pottery for engineers?", "Drawing for couples"),
+        ("Which costs more: Drawing for couples or Pottery for engineers?", "Pottery for engineers"),
+        ("Which is earlier, Sailing for nurses or Pottery for engineers?", "Pottery for engineers"),
+        ("Are there more seats in the blue room or in the green room?", "the green room"),
+        ("Which has fewer windows, the blue room or the green room?", "the blue room"),
+        ("Which is larger, the blue room or the green room?", None),  # two numbers
+        ("Which is cheaper, Drawing for couples or Dancing for couples?", None),
+        ("Which is better, the blue room or the green room?", None),
+        ("Is the blue room cheaper?", None),
+    ],
+)
+def test_two_rows_are_compared_by_the_number_that_is_asked_for(question, answer):
+    assert compared(question, lists_in(TEXT)) == answer
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("Which has the higher maximum, the heater or the sensor?", None),  # volts and millivolts
+        ("Which has the higher minimum, the heater or the sensor?", "the sensor"),
+        ("Which has the lower minimum, the heater or the sensor?", "the heater"),
+        ("Which opens later, the shop or the bar?", "the bar"),
+    ],
+)
+def test_numbers_are_compared_in_one_column_and_one_unit(question, answer):
+    text = "Part | Minimum | Maximum\nHeater | 470 mV | 5.85 V\nSensor | 600 mV | 900 mV\n\nShop: 9:30\nBar: 11:00"
+    assert compared(question, lists_in(text)) == answer
+
+
+def test_a_route_has_the_answer_of_the_rows_of_all_chunks():
+    head, tail = TEXT[:150], TEXT[150:]
+    index = sqlite3.connect(":memory:")
+    write_index(index, [Chunk(part, 0, len(part), "", len(part.split())) for part in (head, tail)])
+    route = pick(index, 2, "How many rooms are there?")
+    assert route.answer == "2" and answer_in_rows([route]) == "2" and answer_in_rows([route, route]) is None
+    assert pick(index, 2, "Where is the green room?").answer is None
+    away = route_question(index, 2, "How many penguins live in Antarctica?", 2, 0.2)
+    assert away.is_empty and away.answer is None
+    assert route_set(index, 2, ["How many rooms are there?"] * 2).answer is None
+    index.close()

@@ -15,7 +15,7 @@ from loracast.errors import AdapterError, ConfigError
 from loracast.library.adapter import Adapter, loras_together
 from loracast.library.follow_up import queries
 from loracast.library.overview import Overview, overview
-from loracast.library.routing import DEFAULT_ROUTE, Route
+from loracast.library.routing import DEFAULT_ROUTE, Route, answer_in_rows
 from loracast.library.wide_route import are_silent, patterns_in, route_adapters, routes_of_documents, scaled, sources
 from loracast.lora.algebra import LoRA, concat
 from loracast.options import Asking, Chosen, Prepared, Question, SourcedAnswer, is_batch, least_confidence, listed
@@ -138,7 +138,8 @@ class QuestionAnswering(ABC):
         Args:
             scales: factors on adapters' LoRAs, by their versions' hashes; 1 for those that are not named.
             check: called with the prompt's token ids before routing; raises an error to refuse the prompt.
-            outlines: answer questions about documents as a whole from their outlines.
+            outlines: answer questions about documents as a whole from their outlines, and those about the rows of a
+                list or table from these (`Route.answer`), without the model.
         """
         turns: list[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else [*question]
         if not turns or turns[-1]["role"] != "user":
@@ -162,6 +163,9 @@ class QuestionAnswering(ABC):
         routed = scaled(routed, scales)
         if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
             return not_said(routed)
+        if outlines and (text := answer_in_rows(routes_of_documents(routed))) is not None:
+            where = sources(routed)
+            return Prepared([], routed, where, SourcedAnswer(text, 0, 0, 0.0, 0.0, True, sources=where))
         least = least_confidence([route for _, route in routed]) if strict else 0.0
         return Prepared(prompt, routed, sources(routed), least_confidence=least)
 

@@ -71,6 +71,8 @@ def route(
         if one["says_yes"] is not None:
             said = "Yes" if one["says_yes"] else "No"
             rows.append((one["adapter"], "", "", "", f"the sentence that matches best says {said}"))
+        if one["answer"] is not None:
+            rows.append((one["adapter"], "", "", "", f"the rows of a list or table answer {one['answer']!r}"))
         if static := one.get("static"):
             rows.append((static["path"], "", "", f"{static['weight']:.2f}", "the part that all chunks share, once"))
     print_table(("adapter", ">chunk", ">score", ">weight", "text"), rows)
@@ -95,7 +97,8 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     n = len(wanted)
     described = _described(index, wanted, picked.scores or [0.0] * n, picked.weights or [1.0] * n)
     placed = [{**chunk, "path": paths[chunk["chunk"]]} for chunk in described]
-    found = {"adapter": name, "reason": picked.reason, "is_empty": False, "says_yes": None, "chunks": placed}
+    found = {"adapter": name, "reason": picked.reason, "is_empty": False, "says_yes": None, "answer": picked.answer}
+    found["chunks"] = placed
     if static is not None and (surplus := sum(chunk["weight"] for chunk in placed) - 1):
         found["static"] = {"path": str(folder / static), "weight": round(-surplus, 3)}
     return found
@@ -109,7 +112,7 @@ def _picked(adapter: Adapter, picked: Route) -> dict[str, Any]:
         adapter.index, chunks, picked.scores or [None] * len(chunks), picked.weights or [1.0] * len(chunks)
     )
     found = {"adapter": adapter.name, "reason": picked.reason, "is_empty": picked.is_empty}
-    return {**found, "says_yes": picked.says_yes, "chunks": described}
+    return {**found, "says_yes": picked.says_yes, "answer": picked.answer, "chunks": described}
 
 
 def _described(

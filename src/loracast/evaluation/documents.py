@@ -18,7 +18,7 @@ from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.baseline import LoRASource, Request, fixed
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
-from loracast.library.routing import DEFAULT_ROUTE, Route, said_together
+from loracast.library.routing import DEFAULT_ROUTE, Route, answer_in_rows, said_together
 from loracast.lora.algebra import Factors, LoRA, concat
 from loracast.model import Model
 from loracast.options import least_confidence
@@ -169,7 +169,8 @@ def adapter(*whose: Whose, is_routed: bool = True) -> Callable[[DocumentSetup, D
         if is_routed and whose == ("document",) and case.chunk is not None:
             chunks = picked[0][1].chunks
             found = chunks is None or case.chunk in chunks
-        return Request(plain(setup, case.question), adapters(setup, picked), found)
+        answer = answer_in_rows([route for _, route in picked])
+        return Request(plain(setup, case.question), adapters(setup, picked), found, answer=answer)
 
     return request
 
@@ -177,6 +178,8 @@ def adapter(*whose: Whose, is_routed: bool = True) -> Callable[[DocumentSetup, D
 def strictly(setup: DocumentSetup, case: DocumentCase) -> Request:
     """As `loracast ask --strict` answers: by the document's adapter, or that the document does not say."""
     request = adapter("document")(setup, case)
+    if request.answer is not None:
+        return request
     if request.lora is None:
         return replace(request, answer=NOT_SAID)
     return replace(request, least_confidence=least_confidence([pick(setup, case.document, case.question)]))

@@ -23,6 +23,7 @@ from unicodedata import normalize
 from loracast.errors import AdapterError
 from loracast.library.index import Index, has_sentences, open_index, read_chunks, read_sentences
 from loracast.library.relevance import about
+from loracast.library.row_answers import row_answer
 from loracast.library.subjects import of_others
 from loracast.library.verdict import verdict
 from loracast.library.yes_or_no import asks_yes_or_no, claims_in, without_numbers
@@ -74,6 +75,8 @@ class Route:
     """The probability that the document speaks of what is asked; None where nobody looked."""
     says_yes: bool | None = None
     """Whether the document says yes to the question (verdict.py); None where no sentence of it says yes or no."""
+    answer: str | None = None
+    """The answer where a list or table of the document gives it (row_answers.py), without the model."""
 
     @property
     def is_empty(self) -> bool:
@@ -107,6 +110,12 @@ def said_together(routes: Sequence[Route], can_say: Sequence[bool] | None = None
     able = [True] * len(routes) if can_say is None else can_say
     first = next((i for i, one in enumerate(said) if one is not None and able[i]), None)
     return [any(said) if i == first else None for i in range(len(routes))]
+
+
+def answer_in_rows(routes: Sequence[Route]) -> str | None:
+    """The answer that a list or table gives, where a question gets something of one document only."""
+    answers = [route.answer for route in routes if not route.is_empty]
+    return answers[0] if len(answers) == 1 else None
 
 
 def search(index: Index, question: str, k: int) -> list[tuple[int, float]]:
@@ -240,7 +249,9 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
     """
     if k is not None and k < 1:
         raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
-    return replace(_picked(index, n_chunks, question, k), says_yes=_says_yes(index, question))
+    with open_index(index) as database:
+        answer = row_answer(database, question, n_chunks)
+    return replace(_picked(index, n_chunks, question, k), says_yes=_says_yes(index, question), answer=answer)
 
 
 def _says_yes(index: Index, question: str) -> bool | None:

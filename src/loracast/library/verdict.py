@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from sqlite3 import Connection
 from loracast.library.denial import denied
 from loracast.library.index import read_chunks
 from loracast.library.relevance import telling_stems
-from loracast.library.terms import has_digit, terms_of
+from loracast.library.rows import lists_in
+from loracast.library.terms import terms_of
 from loracast.library.yes_or_no import answer_of, claims_in
 
 _MOST = 0.7
-_SEPARATOR = re.compile(r"\t|\||\.{3,}|[(),:] |[()]| [–—-] ")
 
 
 @dataclass(frozen=True)
@@ -54,41 +53,33 @@ def _verdict_of_rows(statement: Statement, question: str) -> bool | None:
 
     "Is there soup on Tuesday?" has no answer in the row "Monday | soup" alone. None where the statement is no row.
     """
-    rows = [line for line in statement.chunk.splitlines() if _is_row(line)]
-    mine = next((row for row in rows if row.strip() in statement.text), None)
     claims = claims_in(question)
-    if mine is None:
+    lists = (one for one in lists_in(statement.chunk) if one.has_columns)
+    found = next((one for one in lists if any(_is_in(row, statement) for row in (*one.rows, one.header))), None)
+    if found is None or not claims <= terms_of("\n".join([*found.rows, statement.heading])):
         return None
-    rows = [row for row in rows if _shape(row) == _shape(mine)]
-    if not claims <= terms_of("\n".join([*rows, statement.heading])):
-        return None
-    has_header = not has_digit(rows[0]) and all(map(has_digit, rows[1:]))
-    known = telling_stems(statement.heading) | (telling_stems(rows[0]) if has_header else frozenset())
+    rows, known = found.rows, telling_stems(f"{statement.heading} {found.header}")
     asked, claimed = telling_stems(question) - known, telling_stems(" ".join(claims))
-    found = [telling_stems(row) & asked for row in rows]
-    counts = Counter(stem for stems in found for stem in stems)
+    stems_of = [telling_stems(row) & asked for row in rows]
+    counts = Counter(stem for stems in stems_of for stem in stems)
     told = frozenset(stem for stem, n in counts.items() if n <= max(1, len(rows) // 2))  # what tells the rows apart
     if len(told) < 2:
         return None
-    for row, stems in zip(rows, found, strict=True):
+    for row, stems in zip(rows, stems_of, strict=True):
         if told <= stems:
             is_denied = denied(row, question)
             return None if is_denied is None else not is_denied
-    if denied("", question) or any(_has_most(stems, told, claimed) for stems in found):
+    if denied("", question) or any(_has_most(stems, told, claimed) for stems in stems_of):
         return None  # the rest may be said in other words
-    return False if any(_has_most(one | other, told, claimed) for one, other in combinations(found, 2)) else None
+    return False if any(_has_most(one | other, told, claimed) for one, other in combinations(stems_of, 2)) else None
+
+
+def _is_in(row: str, statement: Statement) -> bool:
+    return bool(row) and row.strip() in statement.text
 
 
 def _has_most(stems: frozenset[str], told: frozenset[str], claimed: frozenset[str]) -> bool:
     return claimed & told <= stems and len(stems & told) > _MOST * len(told)
-
-
-def _is_row(line: str) -> bool:
-    return not line.rstrip().endswith((".", "!", "?", ";")) and _SEPARATOR.search(line.strip(" |")) is not None
-
-
-def _shape(row: str) -> tuple[str, ...]:
-    return tuple(found.strip()[:1] for found in _SEPARATOR.findall(row))
 
 
 def _statement(database: Connection, sentence: int) -> Statement | None:
