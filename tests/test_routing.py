@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
+from loracast.library.bm25 import search
 from loracast.library.index import OpenIndex, read_chunks, write_index
-from loracast.library.routing import pick, route_question, route_set, search
+from loracast.library.routing import pick, route_question, route_set
 
 TEXTS = [
     "The warranty of the kettle is 24 months and starts on the day of purchase.",

@@ -17,8 +17,9 @@ from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.in_memory import cast as cast_in_memory
 from loracast.export.adapter import export_adapter
 from loracast.library.adapter import SENTENCE
+from loracast.library.bm25 import sentence_scores
 from loracast.library.index import read_chunks, read_sentences, sentences_of, write_index
-from loracast.library.routing import pick, route_set, sentence_scores, sentence_weights
+from loracast.library.routing import pick, route_set, sentence_weights
 from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
 from loracast.lora.target import target_from_config
@@ -234,7 +235,7 @@ def test_training_weighs_rows_as_asking_does(model):
     base, hypernet = model.base, model.documents.hypernetwork
     prompts = [MANUAL[:120], "The Trask drill weighs 7 kg. It is yellow and it is old. Mr. Brown has it."]
     encoded = [encode_with_offsets(base.tokenizer, prompt) for prompt in prompts]
-    asked = ["How heavy is the drill?", "How heavy is the kettle?", "Who is Brown?", "Who wrote Hamlet?"]
+    asked = ["How heavy is the drill?", "How heavy is the kettle?", "Who is Brown?", "What is it about?"]
     weights = weights_of(prompts, asked)
     assert [bool(some) for some in weights] == [True, True, True, False]
     questions = [
@@ -278,7 +279,7 @@ def test_one_lora_serves_a_fixed_set_of_questions(model, tmp_path):
         given = [route.sentence_weights[chunk] for route in routes if chunk in route.picked]
         assert list(weights) == [max(column) for column in zip(*given, strict=True)]
     assert together.picked.keys() == routes[0].picked.keys() | routes[1].picked.keys()
-    assert route_set(index, n, ["Who wrote Hamlet?", *asked]).chunks is None
+    assert route_set(index, n, ["What is it about?", *asked]).chunks is None
     (made,) = export_adapter(adapter, "peft", tmp_path / "out", questions=asked)
     written = read_peft(made.path, linear_shapes(model.base.model))
     expected = adapter.lora(together.picked, together.sentence_weights, dense=False).to(dtype=torch.float32)

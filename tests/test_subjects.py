@@ -7,8 +7,9 @@ import sqlite3
 import pytest
 
 from loracast.documents.chunks import Chunk
+from loracast.library.bm25 import sentence_scores
 from loracast.library.index import write_index
-from loracast.library.routing import pick, sentence_scores, sentence_weights
+from loracast.library.routing import pick, sentence_weights
 from loracast.library.subjects import names_in, of_others
 
 CAFES = [

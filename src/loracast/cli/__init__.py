@@ -99,7 +99,7 @@ _train = typer.Typer(
 )
 add(_train, ".train:doc", ".train:text", ".train:image", panel="Hypernetworks")
 add(_train, ".train:oracle", ".train:multitask", ".train:reader", panel="LoRAs to compare with")
-add(_train, ".train:export", ".train:relevance", panel="To ship")
+add(_train, ".train:export", ".train:relevance", ".train:words", panel="To ship")
 
 add(app, ".learn:learn", ".learn:task", ".ask:ask", ".chat:chat", ".list:list_", panel="Learn and ask")
 add(app, ".serve:serve", ".serve:stop", panel="Serve")

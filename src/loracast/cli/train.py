@@ -236,6 +236,26 @@ def relevance(
     print_table((">refused", ">threshold", ">unrelated pass", ">another product's pass"), shares)
 
 
+def words(
+    *,
+    out: Annotated[Path, "File to write: the word_vectors.safetensors that the package reads."],
+    documents: Annotated[list[str], _DOCUMENTS],
+    source: Annotated[list[str] | None, "Take only documents of this source. Repeatable."] = None,
+    as_json: Json = False,
+) -> None:
+    """Train the word vectors by which routing finds sentences in other words: minutes on one core, no base."""
+    from loracast.data.qa import read_questioned
+    from loracast.training.word_vectors import train_word_vectors
+
+    found = train_word_vectors(read_questioned(documents, source or ()), out, say=say)
+    if as_json:
+        print(json.dumps({"out": str(out), "right": found}))
+        return
+    say(f"{out.stat().st_size / 1e3:.0f} kB in {out}")
+    rows = [(name, n, f"{both:.1%}", f"{bm25:.1%}") for name, (n, both, bm25) in found.items()]
+    print_table(("documents", ">questions", ">right sentence first", ">by BM25 alone"), rows)
+
+
 def export(
     run: Annotated[Path, "Folder of a training run, or any hypernetwork."],
     *,

@@ -35,11 +35,12 @@ from loracast.evaluation.intervals import mean_with_interval
 from loracast.evaluation.qa import MAX_NEW_TOKENS
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 from loracast.evaluation.runner import Answered, ask, grouped, in_turn, warm_up
+from loracast.library.bm25 import phrases
 from loracast.library.library import remove_adapter
 from loracast.library.manifest import Manifest, utc_now
 from loracast.library.register import Register
 from loracast.library.relevance import THRESHOLD_OF_MANY
-from loracast.library.routing import Route, phrases
+from loracast.library.routing import Route
 from loracast.library.shared import reading
 from loracast.library.wide_route import share_out
 from loracast.model import Model

@@ -16,9 +16,10 @@ from loracast.export.format import MERGED, Request, load_format
 from loracast.export.merged import write_merged
 from loracast.files import write_atomically
 from loracast.library.adapter import Adapter
+from loracast.library.bm25 import search
 from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS
-from loracast.library.routing import Route, route_set, search
+from loracast.library.routing import Route, route_set
 from loracast.lora.algebra import LoRA
 from loracast.lora.uniform import uniform
 

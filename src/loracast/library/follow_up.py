@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from loracast.library.routing import phrases
+from loracast.library.bm25 import phrases
 
 _LONG = 7
 """A question of so many words stands alone."""

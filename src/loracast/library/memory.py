@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from loracast.documents.chunks import Chunk
 from loracast.documents.clean import normalise
 from loracast.documents.sentences import sentence_spans
+from loracast.library.bm25 import search
 from loracast.library.index import Index
-from loracast.library.routing import Route, route_question, search
+from loracast.library.routing import Route, route_question
 
 MESSAGE_GAP = "\n\n"
 _IMPERSONAL_THRESHOLD = 0.8

@@ -19,9 +19,9 @@ from unicodedata import normalize
 from loracast.data.task_examples import is_unicode
 from loracast.errors import AdapterError
 from loracast.library import schema
+from loracast.library.bm25 import match_scores
 from loracast.library.entry import Entry, Hit, Match, NameState
 from loracast.library.manifest import MEMORY_SOURCE, Manifest, utc_now
-from loracast.library.routing import match_scores
 
 FILE = "register.sqlite"
 _WAIT_S = 30.0  # for another process to finish its write

@@ -10,50 +10,28 @@ random field model for term dependencies, 2005).
 
 from __future__ import annotations
 
-import math
-import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
-from sqlite3 import Connection
-from unicodedata import normalize
 
 from loracast.errors import AdapterError
-from loracast.library.index import Index, has_sentences, open_index, read_chunks, read_sentences
+from loracast.library.bm25 import sentence_scores
+from loracast.library.index import Index, open_index, read_sentences
+from loracast.library.matching import Matches, matches
 from loracast.library.relevance import about
 from loracast.library.row_answers import row_answer
-from loracast.library.subjects import of_others
 from loracast.library.verdict import verdict
 from loracast.library.yes_or_no import asks_yes_or_no, claims_in, without_numbers
 
 DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/notebook)."""
 
-_WORD = re.compile(r"\w+")
-_LEAST_IDF = 1e-6  # SQLite's own floor, a factor of its scores
-_PAIR_WEIGHT = 0.5
-_NEIGHBOUR_SHARE = 0.35  # of a sentence's score, for the sentences before and after it
-_OTHER_SHARE = 0.3  # of the score of a sentence about another subject than the one that the question names
-_HEADING_SHARE = 0.3  # of the score of a heading, whose words say what the sentences below it are about
 _LEAST_SENTENCE_WEIGHT = 0.05
 _SURE = 0.5  # how probable it must be that the document speaks of it, for Yes or No by a sentence's words alone
 _NEGLIGIBLE = 0.02  # rows of a smaller weight are left out
 SHARPNESS = 8
 """A chunk picked from many weighs (score / best score) to this power."""
 _LEAST_WEIGHT = 0.3  # of a chunk of a document that is given whole
-
-# Words of nearly every question that do not tell where its answer is. FTS5 has no stop list of its own, and in a
-# document of a few chunks even "what" and "the" are rare enough to decide.
-_STOP = frozenset(
-    _WORD.findall("""
-    a about an and any are as at be been by can could did do does for from give had has have he her his how i in is
-    it its me my of on or please she so some tell that the their them then there these they this those to was we
-    were what when where which who whom whose why will with would you your
-    """)
-)
-
 
 SentenceWeights = Mapping[int, Sequence[float]]
 """By chunk, the weight of each of its sentences."""
@@ -118,79 +96,15 @@ def answer_in_rows(routes: Sequence[Route]) -> str | None:
     return answers[0] if len(answers) == 1 else None
 
 
-def search(index: Index, question: str, k: int) -> list[tuple[int, float]]:
-    """The k chunks that match a question best, as (chunk, score), higher scores first; fewer where fewer match."""
-    with open_index(index) as database:
-        (n_chunks,) = database.execute("SELECT count(*) FROM places").fetchone()
-        scores = match_scores(database, "chunks", "bm25(chunks, 0.5, 1.0)", n_chunks, question)
-    return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[:k]
-
-
-def sentence_scores(index: Index, question: str) -> list[float] | None:
-    """How well each sentence of a document matches a question, 0 where no word does; None if none matches at all.
-
-    A sentence gets a share of its neighbours' scores, since it may continue what they speak of ("It weighs 3 kg.").
-    None also for an index without sentences.
-    """
-    with open_index(index) as database:
-        if not has_sentences(database):
-            return None
-        (n_sentences,) = database.execute("SELECT count(*) FROM sentence_places").fetchone()
-        scores = match_scores(database, "sentences", "bm25(sentences)", n_sentences, question)
-    if not scores:
-        return None
-    own = [scores.get(i, 0.0) for i in range(n_sentences)]
-    around = zip([0.0, *own], own, [*own[1:], 0.0], strict=False)
-    return [max(score, _NEIGHBOUR_SHARE * before, _NEIGHBOUR_SHARE * after) for before, score, after in around]
-
-
 def sentence_weights(index: Index, question: str) -> list[float] | None:
-    """The weight of each sentence of a document for a question: 1 for the best; None as in `sentence_scores`."""
+    """The weight of each sentence of a document for a question, 1 for the best; None where none matches."""
     with open_index(index) as database:
         (n_chunks,) = database.execute("SELECT count(*) FROM places").fetchone()
-        found = _weighed(database, question, range(n_chunks), [1.0] * n_chunks)
-    return None if found is None else list(chain(*found))
-
-
-def match_scores(
-    database: Connection, table: str, rank: str, n_rows: int, question: str, documents: Sequence[range] = ()
-) -> dict[int, float]:
-    """BM25 of the rows of a full-text table that match a question, by their numbers.
-
-    Args:
-        rank: the call of SQLite's `bm25` with the weights of the columns.
-        n_rows: of the table.
-        documents: rows of each document, ascending, where a word's rarity is counted over documents: a product's name
-            in all chunks of its manual is rare if no other manual has it. Other rows get no score. If empty, all rows
-            count, and rarity is counted over them.
-    """
-    scores: dict[int, float] = {}
-    firsts = [rows.start for rows in documents]
-    for phrase, weight in phrases(question):
-        rows = database.execute(f"SELECT rowid, -{rank} FROM {table} WHERE {table} MATCH ?", (f'"{phrase}"',))
-        found = rows.fetchall()
-        theirs = max(math.log(_odds(len(found), n_rows)), _LEAST_IDF)
-        ours = math.log(1 + _odds(len(found), n_rows))
-        if documents:
-            owners = {row: bisect_right(firsts, row) - 1 for row, _ in found}
-            found = [(row, score) for row, score in found if owners[row] >= 0 and row in documents[owners[row]]]
-            ours = math.log(1 + _odds(len({owners[row] for row, _ in found}), len(documents)))
-        for row, score in found:
-            scores[row] = scores.get(row, 0.0) + weight * ours / theirs * score
-    return scores
-
-
-def _odds(n_holders: int, n: int) -> float:
-    """The smoothed odds that a text lacks a word that n_holders of n texts contain, as in BM25's IDF."""
-    return (n - n_holders + 0.5) / (n_holders + 0.5)
-
-
-def phrases(question: str) -> list[tuple[str, float]]:
-    """The question's telling words and the pairs of them that are neighbours, each with its weight."""
-    words = [word.lower() for word in _WORD.findall(normalize("NFC", question))]  # as documents are
-    telling = [word for word in dict.fromkeys(words) if word not in _STOP]
-    pairs = [(one, other) for one, other in dict.fromkeys(pairwise(words)) if _STOP.isdisjoint((one, other))]
-    return [(word, 1.0) for word in telling] + [(f"{one} {other}", _PAIR_WEIGHT) for one, other in pairs]
+    found = matches(index, question, n_chunks).sentences
+    if found is None:
+        return None
+    counts = Counter(place.chunk for place in read_sentences(index))
+    return [_weight(score) for chunk in range(n_chunks) for score in found.get(chunk, (0.0,) * counts[chunk])]
 
 
 def route_question(
@@ -206,12 +120,11 @@ def route_question(
         return pick(index, n_chunks, question, k)
     # A number that a question wrongly claims stands nowhere in a document that says otherwise.
     asked = without_numbers(question) if asks_yes_or_no(question) else question
-    with open_index(index) as database:  # once for all look-ups
-        probability = about(database, asked, name)
-        if probability >= threshold:
-            route = replace(pick(database, n_chunks, question, k), about=probability)
-            is_sure = probability >= _SURE or bool(claims_in(question))
-            return route if is_sure else replace(route, says_yes=None)
+    probability = about(index, asked, name)
+    if probability >= threshold:
+        route = replace(pick(index, n_chunks, question, k), about=probability)
+        is_sure = probability >= _SURE or bool(claims_in(question))
+        return route if is_sure else replace(route, says_yes=None)
     reason = f"the question is not about the document (probability {probability:.2f})"
     return Route((), reason=reason, about=probability)
 
@@ -251,10 +164,10 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
         raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
     with open_index(index) as database:
         answer = row_answer(database, question, n_chunks)
-    return replace(_picked(index, n_chunks, question, k), says_yes=_says_yes(index, question), answer=answer)
+    return replace(_picked(index, n_chunks, question, k), says_yes=_says_yes(index, n_chunks, question), answer=answer)
 
 
-def _says_yes(index: Index, question: str) -> bool | None:
+def _says_yes(index: Index, n_chunks: int, question: str) -> bool | None:
     """Whether the document says yes to the question; None where it does not ask for that, or nothing tells."""
     if not asks_yes_or_no(question):
         return None
@@ -265,66 +178,42 @@ def _says_yes(index: Index, question: str) -> bool | None:
 def _picked(index: Index, n_chunks: int, question: str, k: int | None) -> Route:
     if k is None:
         return Route()
+    found = matches(index, question, n_chunks)
     if n_chunks == 1:
-        return Route(sentences=_weighed(index, question, [0], [1.0]), reason="the document has only one chunk")
-    found = search(index, question, k)
-    if not found:
+        return Route(sentences=_weighed(found, [0], [1.0]), reason="the document has only one chunk")
+    if not found.chunks:
         return Route(reason="no word of the question occurs in the document: all chunks")
     if n_chunks > k:
-        weights: Sequence[float] = [(score / found[0][1]) ** SHARPNESS for _, score in found]
-        reason = f"best {len(found)} by BM25"
+        chunks, scores = zip(*[*found.chunks.items()][:k], strict=True)
+        weights: Sequence[float] = [score**SHARPNESS for score in scores]
+        reason = f"best {len(chunks)} by BM25 and word vectors"
     else:
-        matching = dict(found)
-        found += [(chunk, 0.0) for chunk in range(n_chunks) if chunk not in matching]
-        weights = [max(_LEAST_WEIGHT, score / found[0][1]) for _, score in found]
-        reason = f"all {n_chunks} chunks, weighed by BM25"
-    chunks, scores = zip(*found, strict=True)
-    return Route(chunks, scores, tuple(weights), _weighed(index, question, chunks, weights), reason)
+        scored = {**found.chunks, **{chunk: 0.0 for chunk in range(n_chunks) if chunk not in found.chunks}}
+        chunks, scores = zip(*scored.items(), strict=True)
+        weights = [max(_LEAST_WEIGHT, score) for score in scores]
+        reason = f"all {n_chunks} chunks, weighed by BM25 and word vectors"
+    return Route(chunks, scores, tuple(weights), _weighed(found, chunks, weights), reason)
 
 
-def _weighed(
-    index: Index, question: str, chunks: Sequence[int], weights: Sequence[float]
-) -> tuple[tuple[float, ...], ...] | None:
+def _weighed(found: Matches, chunks: Sequence[int], weights: Sequence[float]) -> tuple[tuple[float, ...], ...] | None:
     """The weights of the sentences of some weighed chunks, 1 for the best of them; None where no sentence matches."""
-    scores = sentence_scores(index, question)
-    if scores is None:
+    if found.sentences is None:
         return None
-    with open_index(index) as database:
-        found = _adjusted(database, question, chunks, scores)
-    best = max((score for of_chunk in found for score in of_chunk), default=0.0)
+    scores = [found.sentences[chunk] for chunk in chunks]
+    best = max((score for of_chunk in scores for score in of_chunk), default=0.0)
     if best <= 0:
         return None
-    pairs = zip(found, weights, strict=True)
-    return tuple(tuple(_weight(score, best, weight) for score in of_chunk) for of_chunk, weight in pairs)
+    return tuple(
+        tuple(_weight(score / best, weight) for score in of_chunk)
+        for of_chunk, weight in zip(scores, weights, strict=True)
+    )
 
 
-def _adjusted(
-    database: Connection, question: str, chunks: Sequence[int], scores: Sequence[float]
-) -> list[tuple[float, ...]]:
-    """The scores of some chunks' sentences, chunk by chunk, lower for headings and where another subject is meant.
+def _weight(score: float, of_chunk: float = 1.0) -> float:
+    """The weight of a sentence by its score, 1 for the best, in a chunk of a weight of its own.
 
-    Args:
-        scores: of all sentences of the document.
-    """
-    of_chunk = "SELECT sentence, start, stop FROM sentence_places WHERE chunk = ? ORDER BY sentence"
-    places = [database.execute(of_chunk, (chunk,)).fetchall() for chunk in chunks]
-    texts = [(chunk.heading, chunk.prompt) for chunk in read_chunks(database, chunks)]
-    pairs = zip(texts, places, strict=True)
-    others = of_others(question, [(head, [text[start:end] for _, start, end in rows]) for (head, text), rows in pairs])
-    return [
-        tuple(
-            scores[i] * (_HEADING_SHARE if end <= len(heading) else _OTHER_SHARE if is_other else 1.0)
-            for (i, _, end), is_other in zip(*rows, strict=True)
-        )
-        for (heading, _), *rows in zip(texts, places, others, strict=True)
-    ]
-
-
-def _weight(score: float, best: float, of_chunk: float = 1.0) -> float:
-    """The weight of a sentence beside the best one's score, in a chunk of a weight of its own.
-
-    A sentence that shares no word with the question keeps a little, since it may say in other words what is asked.
+    A sentence that does not match keeps a little, since it may say in other words what is asked.
     """
     least = _LEAST_SENTENCE_WEIGHT * of_chunk
-    weight = least + (1 - least) * score / best
+    weight = least + (1 - least) * score
     return weight if weight >= _NEGLIGIBLE else 0.0

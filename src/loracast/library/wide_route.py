@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from loracast.documents.headings import find_headings
 from loracast.errors import AdapterError, ConfigError, NoSuchAdapterError
+from loracast.library.bm25 import phrases
 from loracast.library.index import read_chunks, read_sentences
 from loracast.library.register import Match
 from loracast.library.relevance import THRESHOLD, THRESHOLD_OF_MANY, threshold_for
-from loracast.library.routing import SHARPNESS, Route, phrases
+from loracast.library.routing import SHARPNESS, Route
 from loracast.library.shared import reading
 
 if TYPE_CHECKING:
