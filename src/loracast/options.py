@@ -33,7 +33,7 @@ whole library and a pattern such as "manuals-*" all documents with such names, o
 LEAST_CONFIDENCE = 0.5
 """Of a strict answer (`Answer.confidence`) to a question that is surely about the document. Chosen on dev, as are the
 next two (docs/notebook/2026-11-30.md)."""
-_LOGIT, _SLOPE = 1.8, 0.5  # the least confidence's logit is this less the slope times that of `Route.about`
+_LOGIT, _SLOPE = 2.2, 0.5  # the least confidence's logit is this less the slope times that of `Route.about`
 _LONGEST_NAME = 255
 """Characters of a file's name at most, on all common systems."""
 

@@ -157,7 +157,7 @@ class QuestionAnswering(ABC):
                               "give one of them")  # fmt: skip
         asked = [turn["content"] for turn in turns if turn["role"] == "user"]
         for query in queries(asked[-1], asked[:-1]):
-            routed = self._route(query, adapter, route, tag, always)
+            routed = self._route(query, adapter, route, tag, always, strict)
             if not all(route.is_empty for route in routes_of_documents(routed)):
                 break
         routed = scaled(routed, scales)
@@ -189,12 +189,12 @@ class QuestionAnswering(ABC):
         return self.lora_of(routed), routed
 
     def _route(
-        self, question: str, adapter: Chosen, k: int | None, tag: str, always: bool
+        self, question: str, adapter: Chosen, k: int | None, tag: str, always: bool, strict: bool = False
     ) -> list[tuple[Adapter, Route]]:
         chosen = listed(adapter)
         if isinstance(adapter, LoRA) or any(isinstance(one, LoRA) for one in chosen):  # a static LoRA would come twice
             raise AdapterError("a LoRA answers alone: keep it with `learn` to answer with several adapters")
-        return route_adapters(self.library, question, chosen, k, tag, self.adapter, always)
+        return route_adapters(self.library, question, chosen, k, tag, self.adapter, always, strict)
 
     def lora_of(self, routed: Sequence[tuple[Adapter, Route]]) -> LoRA | None:
         """The LoRA of the chunks that were picked from adapters, on the base's device; None if none were."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -18,6 +18,7 @@ from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.baseline import LoRASource, Request, fixed
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
+from loracast.library.relevance import THRESHOLD_STRICT
 from loracast.library.routing import DEFAULT_ROUTE, Route, answer_in_rows, said_together
 from loracast.lora.algebra import Factors, LoRA, concat
 from loracast.model import Model
@@ -177,12 +178,12 @@ def adapter(*whose: Whose, is_routed: bool = True) -> Callable[[DocumentSetup, D
 
 def strictly(setup: DocumentSetup, case: DocumentCase) -> Request:
     """As `loracast ask --strict` answers: by the document's adapter, or that the document does not say."""
-    request = adapter("document")(setup, case)
-    if request.answer is not None:
-        return request
-    if request.lora is None:
-        return replace(request, answer=NOT_SAID)
-    return replace(request, least_confidence=least_confidence([pick(setup, case.document, case.question)]))
+    route = case.document.route(case.question, setup.route, THRESHOLD_STRICT)
+    if route.answer is not None:
+        return Request(plain(setup, case.question), answer=route.answer)
+    if (lora := adapters(setup, [(case.document, route)])) is None:
+        return Request(plain(setup, case.question), answer=NOT_SAID)
+    return Request(plain(setup, case.question), lora, least_confidence=least_confidence([route]))
 
 
 def static(setup: DocumentSetup, case: DocumentCase) -> Request:

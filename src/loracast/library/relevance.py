@@ -29,9 +29,13 @@ THRESHOLD_OF_MANY = 0.5
 """The same where several documents are asked at once, each of which may pass by chance."""
 
 
-def threshold_for(n_documents: int) -> float:
+THRESHOLD_STRICT = 0.1
+"""The same for a strict answer from one document, which the model has to be sure of besides."""
+
+
+def threshold_for(n_documents: int, strict: bool = False) -> float:
     """The threshold where a question is asked of so many documents at once."""
-    return THRESHOLD if n_documents == 1 else THRESHOLD_OF_MANY
+    return THRESHOLD_OF_MANY if n_documents != 1 else THRESHOLD_STRICT if strict else THRESHOLD
 
 
 FEATURES = ("share", "window", "absent", "missing_name", "neighbours", "refers", "empty", "length")

@@ -76,6 +76,7 @@ def route_adapters(
     tag: str,
     open_named: Callable[[str], Adapter],
     always: bool = False,
+    strict: bool = False,
 ) -> list[tuple[Adapter, Route]]:
     """What a question gets of each adapter that is named, and of the documents that patterns and a tag stand for.
 
@@ -85,6 +86,7 @@ def route_adapters(
         tag: only documents with this tag are chosen among; "" for any. Without a pattern, all of them.
         open_named: opens a name or a version `name@hash`.
         always: do not look whether the question is about a document.
+        strict: the answer is given only where the model is sure of it.
 
     Raises:
         AdapterError: there is no such adapter, no document fits, or a library is to be given as a whole (k is None).
@@ -97,7 +99,7 @@ def route_adapters(
         by_version.setdefault(adapter.manifest.version, adapter)
     named = [*by_version.values()]
     n_documents = sum(adapter.manifest.kind == "document" for adapter in named)
-    threshold = 0.0 if always else THRESHOLD_OF_MANY if patterns else threshold_for(n_documents)
+    threshold = 0.0 if always else THRESHOLD_OF_MANY if patterns else threshold_for(n_documents, strict)
     routed = [(adapter, adapter.route(question, k, threshold)) for adapter in named]
     if patterns:
         if k is None:

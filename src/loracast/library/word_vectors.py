@@ -163,7 +163,8 @@ def read_index(index: Index) -> ReadIndex | None:
     for i, place in enumerate(places):
         chunks[place.chunk] = (chunks.get(place.chunk, (i, i))[0], i + 1)
     words = shipped_vectors().read([prompts[place.chunk][place.start : place.end] for place in places])
+    read = ReadIndex(words, chunks)
     if isinstance(index, OpenIndex):
         with _READING:
-            _READ[index] = ReadIndex(words, chunks)
-    return ReadIndex(words, chunks)
+            _READ[index] = read
+    return read
