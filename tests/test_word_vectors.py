@@ -138,3 +138,12 @@ def test_the_shipped_vectors_are_small():
     vectors = shipped_vectors()
     assert vectors.asked.shape == vectors.said.shape and 10_000 < len(vectors.numbers) < 13_000
     assert vectors.asked.dtype == np.float32 and (vectors.weights > 0).all() and vectors.bm25 > 0
+
+
+def test_a_route_of_more_chunks_than_are_compared_has_the_sentences_of_all(tmp_path):
+    texts = [f"Lamp number {i} is amber. It is old." for i in range(30)]
+    write_index(tmp_path / "i.sqlite", [Chunk(text, 0, len(text), "", 9) for text in texts])
+    route = pick(tmp_path / "i.sqlite", 30, "Which lamp is amber?", 25)
+    assert len(route.chunks) == 25 and [len(some) for some in route.sentences] == [2] * 25
+    whole = pick(tmp_path / "i.sqlite", 30, "Which lamp is amber?", 30)
+    assert sorted(whole.chunks) == list(range(30)) and len(whole.sentences) == 30

@@ -17,7 +17,7 @@ from torch import Tensor
 from loracast.cast.document import cast_chunks, split_document, static_of
 from loracast.documents import Document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.library.index import write_index
+from loracast.library.index import IndexInMemory, write_index
 from loracast.library.join import join_chunks
 from loracast.library.layout import SENTENCE, YES
 from loracast.library.relevance import THRESHOLD
@@ -41,7 +41,7 @@ class InMemoryAdapter:
         encoded = text.encode()
         self.document = Document(title, text, None, "text/plain", sha256(encoded).hexdigest(), len(encoded))
         self.chunks = split_document(model.base, self.document, max_chunk_tokens)
-        self._index = sqlite3.connect(":memory:")
+        self._index = sqlite3.connect(":memory:", factory=IndexInMemory)
         write_index(self._index, self.chunks)
         hypernetwork = model.documents.hypernetwork
         self._target, self._merging = hypernetwork.config.target, hypernetwork.merging

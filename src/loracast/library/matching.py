@@ -32,11 +32,15 @@ class Matches:
     chunks: Mapping[int, float]
     """Those that match, the best first."""
     sentences: Mapping[int, tuple[float, ...]] | None
-    """By chunk, its sentences, 0 where nothing matches; other chunks' sentences match less. None where none does."""
+    """By chunk, its sentences, 0 where nothing matches. None where none does."""
 
 
-def matches(index: Index, question: str, n_chunks: int) -> Matches:
-    """Match a question with a document; an index without sentences is matched by the words of its chunks alone."""
+def matches(index: Index, question: str, n_chunks: int, n_wanted: int = 0) -> Matches:
+    """Match a question with a document; an index without sentences is matched by the words of its chunks alone.
+
+    Args:
+        n_wanted: chunks that must be among those whose sentences are matched, as far as they match.
+    """
     found = search(index, question, n_chunks)
     by_words = {chunk: score / found[0][1] for chunk, score in found}
     read = read_index(index)
@@ -50,7 +54,8 @@ def matches(index: Index, question: str, n_chunks: int) -> Matches:
     top = max(scores or [1.0])
     both = alike + [vectors.bm25 * score / top for score in scores] if scores else alike
     best_of = {chunk: float(both[first:last].max()) for chunk, (first, last) in read.chunks.items()}
-    chosen = sorted(sorted(best_of, key=lambda chunk: -best_of[chunk])[:_MOST_CHUNKS])
+    n_most = max(_MOST_CHUNKS, n_wanted)
+    chosen = sorted({*sorted(best_of, key=lambda chunk: -best_of[chunk])[:n_most], *list(by_words)[:n_most]})
     with open_index(index) as database:
         adjusted = _adjusted(database, question, chosen, read.chunks, scores or [0.0] * len(alike))
     top = max((score for of_chunk in adjusted for score in of_chunk), default=0.0) or 1.0
@@ -67,7 +72,6 @@ def _better(
     highest = max(float(some.max()) for some in logits.values())
     meaning = {chunk: np.exp(some - highest) for chunk, some in logits.items()}
     chunks = {chunk: max(by_words.get(chunk, 0.0), float(some.max())) for chunk, some in meaning.items()}
-    chunks |= {chunk: score for chunk, score in by_words.items() if chunk not in chunks}
     ordered = dict(sorted(chunks.items(), key=lambda pair: (-pair[1], pair[0])))
     return Matches(ordered, {c: tuple(np.maximum(words[c], some).tolist()) for c, some in meaning.items()})
 

@@ -100,11 +100,8 @@ def sentence_weights(index: Index, question: str) -> list[float] | None:
     """The weight of each sentence of a document for a question, 1 for the best; None where none matches."""
     with open_index(index) as database:
         (n_chunks,) = database.execute("SELECT count(*) FROM places").fetchone()
-    found = matches(index, question, n_chunks).sentences
-    if found is None:
-        return None
-    counts = Counter(place.chunk for place in read_sentences(index))
-    return [_weight(score) for chunk in range(n_chunks) for score in found.get(chunk, (0.0,) * counts[chunk])]
+    found = matches(index, question, n_chunks, n_chunks).sentences
+    return None if found is None else [_weight(score) for chunk in range(n_chunks) for score in found[chunk]]
 
 
 def route_question(
@@ -178,7 +175,7 @@ def _says_yes(index: Index, n_chunks: int, question: str) -> bool | None:
 def _picked(index: Index, n_chunks: int, question: str, k: int | None) -> Route:
     if k is None:
         return Route()
-    found = matches(index, question, n_chunks)
+    found = matches(index, question, n_chunks, k)
     if n_chunks == 1:
         return Route(sentences=_weighed(found, [0], [1.0]), reason="the document has only one chunk")
     if not found.chunks:

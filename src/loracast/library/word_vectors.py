@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 from weakref import WeakKeyDictionary
 
-from loracast.library.index import Index, OpenIndex, open_index, read_chunks, read_sentences
+from loracast.library.index import Index, IndexInMemory, OpenIndex, open_index, read_chunks, read_sentences
 from loracast.library.relevance import stem_words
 
 if TYPE_CHECKING:
@@ -146,13 +146,13 @@ class ReadIndex:
     """By chunk, its first sentence and the one behind its last."""
 
 
-_READ: WeakKeyDictionary[OpenIndex, ReadIndex] = WeakKeyDictionary()
+_READ: WeakKeyDictionary[OpenIndex | IndexInMemory, ReadIndex] = WeakKeyDictionary()
 _READING = threading.Lock()
 
 
 def read_index(index: Index) -> ReadIndex | None:
     """Look up the words of all sentences of an index, kept as long as it is open; None where it has no sentences."""
-    if isinstance(index, OpenIndex) and (kept := _READ.get(index)) is not None:
+    if isinstance(index, OpenIndex | IndexInMemory) and (kept := _READ.get(index)) is not None:
         return kept
     with open_index(index) as database:
         places = read_sentences(database)
@@ -164,7 +164,7 @@ def read_index(index: Index) -> ReadIndex | None:
         chunks[place.chunk] = (chunks.get(place.chunk, (i, i))[0], i + 1)
     words = shipped_vectors().read([prompts[place.chunk][place.start : place.end] for place in places])
     read = ReadIndex(words, chunks)
-    if isinstance(index, OpenIndex):
+    if isinstance(index, OpenIndex | IndexInMemory):
         with _READING:
             _READ[index] = read
     return read
