@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -18,7 +18,7 @@ from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.baseline import LoRASource, Request, fixed
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
-from loracast.library.relevance import THRESHOLD_STRICT
+from loracast.library.relevance import THRESHOLD, THRESHOLD_STRICT
 from loracast.library.routing import DEFAULT_ROUTE, Route, answer_in_rows, said_together
 from loracast.lora.algebra import Factors, LoRA, concat
 from loracast.model import Model
@@ -123,9 +123,9 @@ def plain(setup: DocumentSetup, question: str) -> tuple[int, ...]:
     return tuple(setup.base.chat.prompt(question, ASK_SYSTEM_TURN))
 
 
-def pick(setup: DocumentSetup, document: InMemoryAdapter, question: str) -> Route:
-    """What of a document a question gets, as in `loracast ask`."""
-    return document.route(question, setup.route)
+def pick(setup: DocumentSetup, document: InMemoryAdapter, question: str, threshold: float = THRESHOLD) -> Route:
+    """What of a document a question gets, as in `loracast ask`; with THRESHOLD_STRICT as in `ask --strict`."""
+    return document.route(question, setup.route, threshold)
 
 
 def adapters(setup: DocumentSetup, picked: Sequence[tuple[InMemoryAdapter, Route]]) -> LoRASource | None:
@@ -156,16 +156,19 @@ def no_document(setup: DocumentSetup, case: DocumentCase) -> Request:
     return Request(plain(setup, case.question))
 
 
-def adapter(*whose: Whose, is_routed: bool = True) -> Callable[[DocumentSetup, DocumentCase], Request]:
+def adapter(
+    *whose: Whose, is_routed: bool = True, threshold: float = THRESHOLD
+) -> Callable[[DocumentSetup, DocumentCase], Request]:
     """The question alone, with the LoRAs of these documents of a case, added up where there are two.
 
     Args:
-        is_routed: take the chunks that BM25 picks for the question, as `loracast ask` does, instead of all.
+        is_routed: take the chunks that routing picks for the question, as `loracast ask` does, instead of all.
+        threshold: of the question gate.
     """
 
     def request(setup: DocumentSetup, case: DocumentCase) -> Request:
         documents: list[InMemoryAdapter] = [getattr(case, name) for name in whose]
-        picked = [(d, pick(setup, d, case.question) if is_routed else Route()) for d in documents]
+        picked = [(d, pick(setup, d, case.question, threshold) if is_routed else Route()) for d in documents]
         found = None
         if is_routed and whose == ("document",) and case.chunk is not None:
             chunks = picked[0][1].chunks
@@ -178,12 +181,13 @@ def adapter(*whose: Whose, is_routed: bool = True) -> Callable[[DocumentSetup, D
 
 def strictly(setup: DocumentSetup, case: DocumentCase) -> Request:
     """As `loracast ask --strict` answers: by the document's adapter, or that the document does not say."""
-    route = case.document.route(case.question, setup.route, THRESHOLD_STRICT)
-    if route.answer is not None:
-        return Request(plain(setup, case.question), answer=route.answer)
-    if (lora := adapters(setup, [(case.document, route)])) is None:
-        return Request(plain(setup, case.question), answer=NOT_SAID)
-    return Request(plain(setup, case.question), lora, least_confidence=least_confidence([route]))
+    request = adapter("document", threshold=THRESHOLD_STRICT)(setup, case)
+    if request.answer is not None:
+        return request
+    if request.lora is None:
+        return replace(request, answer=NOT_SAID)
+    route = pick(setup, case.document, case.question, THRESHOLD_STRICT)
+    return replace(request, least_confidence=least_confidence([route]))
 
 
 def static(setup: DocumentSetup, case: DocumentCase) -> Request:
