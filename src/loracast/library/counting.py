@@ -27,10 +27,11 @@ _UNITS = frozenset(
 )
 """What a number stands before: how many of them there are is written somewhere, and is no number of rows."""
 _LISTING = """
-    according altogether available bought buy choose come contain contains different directory display displayed divide
-    divided document exist explain explained give given gives go include includes item items kind kinds leaflet list
-    listed mention mentioned menu name named need offer offered ordered overview page plan programme report serve show
-    shown table their there timetable total up way
+    according altogether available bill bought brochure buy card choose come contain contains different directory
+    display displayed divide divided document exist explain explained give given gives go guide include includes item
+    items kind kinds leaflet letter line list listed measure mention mentioned menu name named need notice offer
+    offered ordered overview page plan programme report serve sheet show shown table their there timetable total up
+    way
 """
 _NUMBERS = frozenset(
     re.findall(
@@ -61,15 +62,16 @@ def counted(question: str, text: str, lists: Sequence[Rows]) -> int | None:
     words = [word.lower() for word in terms(asking[1])]
     noun = telling_stems(asking[1]) or frozenset(stem_words(words))
     asked = telling_stems(question)
-    if not _UNITS.isdisjoint(words):
+    if len(words) == 1 and words[0] in _UNITS:
         return None
     others = set(_SENTENCE.split(text)).difference(*((*one.rows, one.header, one.above) for one in lists))
     if any(_has_number(other) and not noun.isdisjoint(stem_words(terms(other))) for other in others):
         return None
-    fits = [(_fit(asked, noun, words, one), len(one.rows)) for one in lists]
+    some = [one for one in lists if one.has_columns] or lists  # lists of bare sentences are no data, beside a table
+    fits = [(_fit(asked, noun, words, one), len(one.rows)) for one in some]
     best = max((fit for fit, _ in fits), default=0)
     numbers = [number for fit, number in fits if fit == best]
-    is_told = best == 2 or (best == 1 and len(lists) == 1 and numbers[0] > 2)
+    is_told = best == 2 or (best == 1 and len(some) == 1 and numbers[0] > 2)
     return numbers[0] if is_told and len(numbers) == 1 else None
 
 
@@ -83,10 +85,12 @@ def _fit(asked: frozenset[str], noun: frozenset[str], words: Sequence[str], one:
         return 0
     in_all = frozenset(stem for stem, n in counts.items() if n == len(rows))
     n_named = sum(not noun.isdisjoint(row) for row in rows)
+    if sum(noun <= row for row in rows) == 1:
+        return 0
     above = telling_stems(f"{one.above} {one.header}")
-    if n_named == len(rows) or (noun & above and not n_named):
+    if n_named == len(rows) or noun <= above or (noun & above and not n_named):
         return 2
-    return 0 if n_named or asked - noun - above - in_all - telling_stems(_LISTING) else 1
+    return 0 if asked - noun - above - in_all - telling_stems(_LISTING) else 1
 
 
 def _has_number(text: str) -> bool:
