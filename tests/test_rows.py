@@ -38,6 +38,14 @@ def test_lists_are_lines_of_one_form_with_what_stands_above():
     assert not lists_in("* eggs\n* milk")[0].has_columns and lists_in("") == []
 
 
+def test_sentences_of_one_form_are_a_list():
+    acts = "At 5:40 pm: the Ants, in tent 15. At 8:40 pm: the Busy Bees, in tent 13. At 9:05 pm: the Cats, in tent 1."
+    (found,) = lists_in(acts)
+    assert len(found.rows) == 3 and counted("How many acts are there?", acts, [found]) == 3
+    assert not lists_in("The lamp is red. The desk is old. It was made in the north by a man of sixty years.")
+    assert not lists_in("We charge £4 for a cup and £5 for a mug. " * 3)  # two in each
+
+
 @pytest.mark.parametrize(
     ("question", "number"),
     [
