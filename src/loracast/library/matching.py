@@ -41,27 +41,29 @@ def matches(index: Index, question: str, n_chunks: int, n_wanted: int = 0) -> Ma
     Args:
         n_wanted: chunks that must be among those whose sentences are matched, as far as they match.
     """
-    found = search(index, question, n_chunks)
-    by_words = {chunk: score / found[0][1] for chunk, score in found}
-    read = read_index(index)
-    if read is None:
-        return Matches(by_words, None)
-    scores = sentence_scores(index, question)
-    vectors = shipped_vectors()
-    alike = vectors.match(question, read.words)
-    if scores is None and not (phrases(question) and alike.any()):  # nothing to go by
-        return Matches(by_words, None)
-    top = max(scores or [1.0])
-    both = alike + [vectors.bm25 * score / top for score in scores] if scores else alike
-    best_of = {chunk: float(both[first:last].max()) for chunk, (first, last) in read.chunks.items()}
-    n_most = max(_MOST_CHUNKS, n_wanted)
-    chosen = sorted({*sorted(best_of, key=lambda chunk: -best_of[chunk])[:n_most], *list(by_words)[:n_most]})
     with open_index(index) as database:
+        found = search(database, question, n_chunks)
+        by_words = {chunk: score / found[0][1] for chunk, score in found}
+        read = read_index(index)
+        if read is None:
+            return Matches(by_words, None)
+        scores = sentence_scores(database, question)
+        vectors = shipped_vectors()
+        alike = vectors.match(question, read.words)
+        if scores is None and not (phrases(question) and alike.any()):  # nothing to go by
+            return Matches(by_words, None)
+        top = max(scores or [1.0])
+        both = alike + [vectors.bm25 * score / top for score in scores] if scores else alike
+        best_of = {chunk: float(both[first:last].max()) for chunk, (first, last) in read.chunks.items()}
+        n_most = max(_MOST_CHUNKS, n_wanted)
+        chosen = sorted({*sorted(best_of, key=lambda chunk: -best_of[chunk])[:n_most], *list(by_words)[:n_most]})
         adjusted = _adjusted(database, question, chosen, read.chunks, scores or [0.0] * len(alike))
-    top = max((score for of_chunk in adjusted for score in of_chunk), default=0.0) or 1.0
-    words = {chunk: [score / top for score in of_chunk] for chunk, of_chunk in zip(chosen, adjusted, strict=True)}
-    logits = {chunk: alike[slice(*read.chunks[chunk])] + [vectors.bm25 * x for x in words[chunk]] for chunk in chosen}
-    return _better(by_words, words, logits)
+        top = max((score for of_chunk in adjusted for score in of_chunk), default=0.0) or 1.0
+        words = {chunk: [score / top for score in of_chunk] for chunk, of_chunk in zip(chosen, adjusted, strict=True)}
+        meant = {
+            chunk: alike[slice(*read.chunks[chunk])] + [vectors.bm25 * x for x in words[chunk]] for chunk in chosen
+        }
+        return _better(by_words, words, meant)
 
 
 def _better(

@@ -161,10 +161,10 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
         raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
     with open_index(index) as database:
         answer = row_answer(database, question, n_chunks)
-    return replace(_picked(index, n_chunks, question, k), says_yes=_says_yes(index, n_chunks, question), answer=answer)
+        return replace(_picked(index, n_chunks, question, k), says_yes=_says_yes(index, question), answer=answer)
 
 
-def _says_yes(index: Index, n_chunks: int, question: str) -> bool | None:
+def _says_yes(index: Index, question: str) -> bool | None:
     """Whether the document says yes to the question; None where it does not ask for that, or nothing tells."""
     if not asks_yes_or_no(question):
         return None

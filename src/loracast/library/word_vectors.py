@@ -159,10 +159,10 @@ def read_index(index: Index) -> ReadIndex | None:
         if not places:
             return None
         prompts = [chunk.prompt for chunk in read_chunks(database)]
-    chunks: dict[int, tuple[int, int]] = {}
-    for i, place in enumerate(places):
-        chunks[place.chunk] = (chunks.get(place.chunk, (i, i))[0], i + 1)
-    words = shipped_vectors().read([prompts[place.chunk][place.start : place.end] for place in places])
+        chunks: dict[int, tuple[int, int]] = {}
+        for i, place in enumerate(places):
+            chunks[place.chunk] = (chunks.get(place.chunk, (i, i))[0], i + 1)
+        words = shipped_vectors().read([prompts[place.chunk][place.start : place.end] for place in places])
     read = ReadIndex(words, chunks)
     if isinstance(index, OpenIndex | IndexInMemory):
         with _READING:
