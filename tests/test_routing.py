@@ -79,6 +79,13 @@ def test_a_claim_is_looked_up_in_the_sentence_that_matches_best(tmp_path):
     assert route_set(tmp_path / "i.sqlite", 2, both[:1]).says_yes is True
 
 
+def test_may_at_the_beginning_of_a_question_is_no_word_to_look_for(tmp_path):
+    text = "Dogs must stay at home. You may bring your lunch, and coffee is served at no charge. It is on 3 May."
+    write_index(tmp_path / "i.sqlite", chunks_of([text]))
+    assert pick(tmp_path / "i.sqlite", 1, "May I bring my dog?").says_yes is False
+    assert pick(tmp_path / "i.sqlite", 1, "Is it on 3 May?").says_yes is True
+
+
 @pytest.mark.parametrize(("about", "said"), [(0.3, None), (0.6, True)])
 def test_a_sentence_says_yes_only_where_the_document_probably_speaks_of_it(tmp_path, monkeypatch, about, said):
     write_index(tmp_path / "i.sqlite", chunks_of(["The pool opens at 9:30. Is the sauna open? Ask at the desk."]))

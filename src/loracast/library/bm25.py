@@ -21,6 +21,7 @@ from loracast.library.index import Index, has_sentences, open_index
 _WORD = re.compile(r"\w+")
 _LEAST_IDF = 1e-6  # SQLite's own floor, a factor of its scores
 _PAIR_WEIGHT = 0.5
+_ASKING = frozenset({"may", "might", "must", "shall"})  # at the beginning of a question; elsewhere May is a month
 _NEIGHBOUR_SHARE = 0.35  # of a sentence's score, for the sentences before and after it
 
 # Words of nearly every question that do not tell where its answer is. FTS5 has no stop list of its own, and in a
@@ -96,6 +97,7 @@ def _odds(n_holders: int, n: int) -> float:
 def phrases(question: str) -> list[tuple[str, float]]:
     """The question's telling words and the pairs of them that are neighbours, each with its weight."""
     words = [word.lower() for word in _WORD.findall(normalize("NFC", question))]  # as documents are
+    words = words[1:] if words and words[0] in _ASKING else words
     telling = [word for word in dict.fromkeys(words) if word not in _STOP]
     pairs = [(one, other) for one, other in dict.fromkeys(pairwise(words)) if _STOP.isdisjoint((one, other))]
     return [(word, 1.0) for word in telling] + [(f"{one} {other}", _PAIR_WEIGHT) for one, other in pairs]
