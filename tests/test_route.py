@@ -101,3 +101,8 @@ def test_the_answer_of_a_list_is_shown(model, tmp_path):
             assert given.text == answer and given.n_tokens == 0 and given.sources[0].adapter == "courses"
         assert list(model.stream(question, "courses")) == [answer]
     assert model.answer("Where is Drawing?", "courses").n_tokens > 0
+    question, version = "How many courses are on offer?", model.adapter("courses").manifest.version
+    assert model.prepare(question, "courses", scales={version: 0.5}).answer.text == "2"
+    assert model.prepare(question, "courses", scales={version: -1}).answer is None
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "2"}]
+    assert model.answer([*chat, {"role": "user", "content": "Where is Drawing?"}], "courses").n_tokens > 0

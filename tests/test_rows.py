@@ -110,6 +110,8 @@ def test_a_route_has_the_answer_of_the_rows_of_all_chunks():
     route = pick(index, 2, "How many rooms are there?")
     assert route.answer == "2" and answer_in_rows([route]) == "2" and answer_in_rows([route, route]) is None
     assert pick(index, 2, "Where is the green room?").answer is None
+    assert pick(index, 2, "How many rooms are there?\nWhere are they?").answer is None
+    assert pick(index, 2, "Where is it?\nAnd how many rooms are there?").answer == "2"
     away = route_question(index, 2, "How many penguins live in Antarctica?", 2, 0.2)
     assert away.is_empty and away.answer is None
     assert route_set(index, 2, ["How many rooms are there?"] * 2).answer is None

@@ -21,12 +21,13 @@ def row_answer(database: Connection, question: str, n_chunks: int) -> str | None
 
     None for any other question, and where the rows do not tell for sure.
     """
-    if n_chunks > _MOST_CHUNKS or not (asks_for_a_number(question) or asks_to_compare(question)):
+    asked = (question.rstrip().splitlines() or [""])[-1]  # the questions of a chat before it have lines of their own
+    if n_chunks > _MOST_CHUNKS or not (asks_for_a_number(asked) or asks_to_compare(asked)):
         return None
     text = _text(database)
     lists = lists_in(text)
-    number = counted(question, text, lists)
-    return compared(question, lists) if number is None else str(number)
+    number = counted(asked, text, lists)
+    return compared(asked, lists) if number is None else str(number)
 
 
 def _text(database: Connection) -> str:

@@ -195,6 +195,8 @@ def scaled(picked: Iterable[tuple[Adapter, Route]], scales: Mapping[str, float])
             route = Route((), reason="its scale is 0", about=route.about)
         elif scale != 1 and not route.is_empty:
             route = _weighed(route, adapter.manifest.n_chunks, scale)
+            if scale < 0:
+                route = replace(route, answer=None)
         found.append((adapter, route))
     return found
 
