@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.library.bm25 import search
+from loracast.library.bm25 import best_passages, search
 from loracast.library.index import OpenIndex, read_chunks, write_index
 from loracast.library.routing import pick, route_question, route_set
 
@@ -77,6 +77,12 @@ def test_a_claim_is_looked_up_in_the_sentence_that_matches_best(tmp_path):
     both = list(questions)[:2]
     assert route_set(tmp_path / "i.sqlite", 2, both).says_yes is None
     assert route_set(tmp_path / "i.sqlite", 2, both[:1]).says_yes is True
+
+
+def test_the_best_passages_are_those_of_bm25_alone(index):
+    assert best_passages(index, "How expensive is a ticket?", 5, 2) == list(range(5))  # no word of it occurs
+    assert best_passages(index, "When does the museum open with a code?", 5, 2) == [2, 3]
+    assert best_passages(index, "When does the museum open?", 5, 5) == list(range(5))
 
 
 def test_may_at_the_beginning_of_a_question_is_no_word_to_look_for(tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor
 from loracast.cast.document import cast_chunks, split_document, static_of
 from loracast.documents import Document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
+from loracast.library.bm25 import best_passages
 from loracast.library.index import IndexInMemory, write_index
 from loracast.library.join import join_chunks
 from loracast.library.layout import SENTENCE, YES
@@ -68,6 +69,10 @@ class InMemoryAdapter:
     def route(self, question: str, k: int | None, threshold: float = THRESHOLD, name: str = "") -> Route:
         """What a question gets of the document, as `Adapter.route` says it."""
         return route_question(self._index, len(self.chunks), question, k, threshold, name)
+
+    def best_passages(self, question: str, k: int) -> list[int]:
+        """The k chunks that BM25 finds best, in order; all where none matches."""
+        return best_passages(self._index, question, len(self.chunks), k)
 
     def needs(self, chunk: int) -> bool:
         """Whether a chunk's factors have yet to be cast."""

@@ -20,8 +20,8 @@ from loracast.evaluation.documents import (
     with_text,
 )
 from loracast.evaluation.qa_prompts import BEST, PROMPTS
+from loracast.library.bm25 import best_passages
 from loracast.library.index import write_index
-from loracast.library.routing import pick
 from loracast.training.episode_maker import reading_prompt
 
 TRUNCATED_TOKENS = 128
@@ -40,10 +40,10 @@ def passages(setup: DocumentSetup, case: DocumentCase, k: int) -> list[str]:
     index = sqlite3.connect(":memory:")
     try:
         write_index(index, chunks)
-        picked = pick(index, len(chunks), case.question, k).picked
+        picked = best_passages(index, case.question, len(chunks), k)
     finally:
         index.close()
-    return [chunks[i].text for i in (range(len(chunks)) if picked is None else sorted(picked))]
+    return [chunks[i].text for i in picked]
 
 
 def _retrieved(k: int) -> Callable[[DocumentSetup, DocumentCase], Request]:

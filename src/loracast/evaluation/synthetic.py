@@ -67,8 +67,7 @@ def passages(k: int | None) -> Callable[[DocumentSetup, DocumentCase], Request]:
     """The texts of the k best chunks in the prompt, in the document's order; as many as a question is given if None."""
 
     def request(setup: DocumentSetup, case: DocumentCase) -> Request:
-        picked = case.document.route(case.question, k or setup.route, threshold=0).picked
-        chunks = sorted(range(len(case.document.chunks)) if picked is None else picked)
+        chunks = case.document.best_passages(case.question, k or setup.route)
         shown = "\n\n".join(case.document.chunks[i].prompt for i in chunks)
         return Request(with_text(setup, window_prompt, shown, case.question), found=case.chunk in chunks)
 

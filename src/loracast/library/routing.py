@@ -1,11 +1,7 @@
-"""Routing: BM25 picks the chunks and sentences of a document that a question is about, over its index (index.py).
+"""Routing: which chunks and sentences of a document a question gets, by how well they match it (matching.py).
 
-The sum of hundreds of LoRAs drowns each one; a question needs the few chunks that speak of it. The scores are
-SQLite's own `bm25` (Porter stemming, k1 = 1.2, b = 0.75), since the index is SQLite's anyway. Only a word's IDF is
-computed here: SQLite ignores a word that is in half of the chunks, as most words of a short manual are.
-A row of an associative memory belongs to a token, so to a sentence, and is weighted by that sentence's score.
-Neighbouring words of the question count once more where a chunk has them side by side (Metzler and Croft, A Markov
-random field model for term dependencies, 2005).
+The sum of hundreds of LoRAs drowns each one; a question needs the few chunks that speak of it. A row of an associative
+memory belongs to a token, so to a sentence, and is weighted by how well that sentence matches.
 """
 
 from __future__ import annotations
