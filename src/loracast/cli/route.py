@@ -97,8 +97,10 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     n = len(wanted)
     described = _described(index, wanted, picked.scores or [0.0] * n, picked.weights or [1.0] * n)
     placed = [{**chunk, "path": paths[chunk["chunk"]]} for chunk in described]
-    found = {"adapter": name, "reason": picked.reason, "is_empty": False, "says_yes": None, "answer": picked.answer}
-    found["chunks"] = placed
+    found = {
+        "adapter": name, "reason": picked.reason, "is_empty": False, "says_yes": None, "answer": picked.answer,
+        "chunks": placed,
+    }  # fmt: skip
     if static is not None and (surplus := sum(chunk["weight"] for chunk in placed) - 1):
         found["static"] = {"path": str(folder / static), "weight": round(-surplus, 3)}
     return found

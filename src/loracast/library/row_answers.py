@@ -11,6 +11,7 @@ from loracast.library.comparing import asks_to_compare, compared
 from loracast.library.counting import asks_for_a_number, counted
 from loracast.library.index import read_chunks
 from loracast.library.rows import lists_in
+from loracast.library.terms import last_line
 
 _MOST_CHUNKS = 64
 """Of a longer document no list is looked for: it would take longer than the model."""
@@ -21,7 +22,7 @@ def row_answer(database: Connection, question: str, n_chunks: int) -> str | None
 
     None for any other question, and where the rows do not tell for sure.
     """
-    asked = (question.rstrip().splitlines() or [""])[-1]  # the questions of a chat before it have lines of their own
+    asked = last_line(question)
     if n_chunks > _MOST_CHUNKS or not (asks_for_a_number(asked) or asks_to_compare(asked)):
         return None
     text = _text(database)

@@ -37,7 +37,8 @@ _DAY = re.compile(r"(?:mon|tues|wednes|thurs|fri|satur|sun)day", re.IGNORECASE)
 _MONTH = re.compile(
     r"january|february|march|april|may|june|july|august|september|october|november|december", re.IGNORECASE
 )
-_WORST = -5.0  # what a word of the question gets in a sentence without words
+WORST = -5.0
+"""What a word of the question gets in a sentence without words that have vectors."""
 
 
 def words_of_sentence(text: str) -> list[str]:
@@ -114,9 +115,9 @@ class WordVectors:
         if not asked:
             return np.zeros(len(sentences.starts), dtype=np.float32)
         alike = self.asked[asked] @ self.said[sentences.known].T  # [words asked, u]
-        alike[:, sentences.known == 0] = _WORST
+        alike[:, sentences.known == 0] = WORST
         best = np.maximum.reduceat(alike[:, sentences.words], sentences.starts, axis=1)  # [words asked, n]
-        return np.asarray(self.weights[asked] @ np.maximum(best, _WORST))
+        return np.asarray(self.weights[asked] @ np.maximum(best, WORST))
 
 
 @cache

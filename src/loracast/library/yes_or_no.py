@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 
 from loracast.library.denial import denied
-from loracast.library.terms import has_digit, is_value, plain, terms, terms_asked, terms_of
+from loracast.library.terms import has_digit, is_value, last_line, plain, terms, terms_asked, terms_of
 
 _ASKING = re.compile(
     r"(?:am|are|can|could|did|do|does|had|has|have|is|may|might|must|shall|should|was|were|will|would)\b", re.I
@@ -40,7 +40,7 @@ _CELLS = re.compile(r"[\t|]")
 
 def asks_yes_or_no(question: str) -> bool:
     """Whether a question asks for yes or no. Of several lines the last one counts, as in all of this module."""
-    asked = _last_line(question)
+    asked = last_line(question)
     first, *others = (term.lower() for term in terms(asked) or [""])
     if not _ASKING.fullmatch(first) or "or" in others or _INDIRECT.search(asked):
         return False
@@ -49,7 +49,7 @@ def asks_yes_or_no(question: str) -> bool:
 
 def claims_in(question: str) -> frozenset[str]:
     """The numbers and names that a question for yes or no claims: 9:30 in "Is the pool open at 9:30?"."""
-    return frozenset(plain(term) for i, term in terms_asked(_last_line(question)) if i and is_value(term, i))
+    return frozenset(plain(term) for i, term in terms_asked(last_line(question)) if i and is_value(term, i))
 
 
 def without_numbers(question: str) -> str:
@@ -58,18 +58,13 @@ def without_numbers(question: str) -> str:
     return "\n".join([*before, " ".join(word for word in asked.split() if not has_digit(word))])
 
 
-def _last_line(question: str) -> str:
-    """What is asked: the questions of a chat before it stand in lines of their own (follow_up.py)."""
-    return (question.rstrip().splitlines() or [""])[-1]
-
-
 def answer_of(sentence: str, question: str, known: frozenset[str] = frozenset()) -> bool | None:
     """Whether a sentence says yes or no to a question, None where it says neither.
 
     Args:
         known: terms that are claimed already where the sentence stands, such as its heading's.
     """
-    claims, asked = claims_in(question) - known, _last_line(question)
+    claims, asked = claims_in(question) - known, last_line(question)
     for row in sentence.splitlines() if _CELLS.search(sentence) else [sentence]:
         if claims <= terms_of(row):
             is_denied = denied(row, asked) if claims or _is_english(asked) else None

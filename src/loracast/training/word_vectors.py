@@ -34,7 +34,7 @@ from loracast.files import write_with
 from loracast.library.bm25 import sentence_scores
 from loracast.library.index import read_sentences, write_index
 from loracast.library.relevance import stem_words
-from loracast.library.word_vectors import words_of_question, words_of_sentence
+from loracast.library.word_vectors import WORST, words_of_question, words_of_sentence
 
 _N_EVERYDAY, _N_SHEETS, _N_TEXTS = 4000, 600, 9000
 _MOST_QUESTIONS = 8  # about one document
@@ -43,7 +43,6 @@ _LEAST_COUNT, _MOST_WORDS = 5, 12_000
 _WIDTH = 64
 _LR, _LR_MAPS = 2e-3, 1e-3
 _EPOCHS, _DOCUMENTS_PER_STEP = 2.5, 16
-_WORST = -5.0
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -171,8 +170,8 @@ class Matcher(nn.Module):
         """The logit of each sentence for each question [q, s]."""
         n_sentences = one.bm25.shape[1]
         alike = tables["asked"][one.asked] @ tables["said"][one.words].T  # [w, t]
-        alike = alike.masked_fill(one.words == 0, _WORST)
-        best = torch.full((len(one.asked), n_sentences), _WORST)
+        alike = alike.masked_fill(one.words == 0, WORST)
+        best = torch.full((len(one.asked), n_sentences), WORST)
         best = best.scatter_reduce(1, one.sentences.expand(len(one.asked), -1), alike, "amax")
         weighed = best * self.weights()[one.asked, None]
         return self.bm25 * one.bm25 + torch.zeros_like(one.bm25).index_add(0, one.questions, weighed)
