@@ -421,6 +421,26 @@ def test_a_strict_answer_must_be_the_surer_the_less_its_question_is_about_the_do
     assert math.log(odds[0] / odds[1]) == pytest.approx(0.5 * math.log(3))
 
 
+def test_yes_or_no_is_answered_by_the_words_of_the_documents_without_the_model(asked, tiny_folder):
+    right, wrong = (f"Is the warranty of the lamp {n} months?" for n in (36, 48))
+    for strict in (False, True):
+        given = asked.answer([right, wrong], "manual-lamp", strict=strict)
+        assert (
+            [one.text for one in given] == ["Yes", "No"] == [asked.ask(q, "*", strict=strict) for q in (right, wrong)]
+        )
+        assert all(one.n_tokens == one.n_prompt_tokens == 0 and one.finished for one in given)
+        assert {source.adapter for one in given for source in one.sources} == {"manual-lamp"}
+    assert list(asked.stream(wrong, ["manual-lamp", "manual-kettle"])) == ["No"]
+    done = run(asked, tiny_folder, "ask", right, "-a", "manual-lamp")
+    assert done.stdout.strip() == "Yes" and "no model was asked" in done.stderr
+
+    # A task's adapter says how to answer, which only the model can; and what is subtracted answers nothing.
+    assert asked.answer(right, ["manual-lamp", "shout"]).n_tokens > 0
+    scales = {asked.adapter("manual-lamp").manifest.version: -1.0}
+    assert asked.prepare(right, "manual-lamp", scales=scales).answer is None
+    assert asked.answer("How long is the warranty of the lamp?", "manual-lamp").n_tokens > 0
+
+
 def test_scales_multiply_what_adapters_add_and_zero_takes_one_out(asked):
     question = "How long is the warranty of the lamp?"
     prepare = partial(asked.prepare, question, ["manual-lamp", "shout"])

@@ -374,7 +374,7 @@ def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monk
         for kind in KINDS:
             assert row[f"n {kind}"] == sum(answer["kind"] == kind for answer in mine)
     strict = {answer["answer"] for answer in answers if answer["baseline"] == "strict"}
-    assert strict == {NOT_SAID}  # a random base is sure of nothing
+    assert NOT_SAID in strict <= {NOT_SAID, "Yes", "No"}  # a random base is sure of nothing; words tell without it
     assert "95 % by document" in (tmp_path / "table.md").read_text()
 
 

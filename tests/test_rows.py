@@ -10,7 +10,7 @@ from loracast.documents import Chunk
 from loracast.library.comparing import compared
 from loracast.library.counting import counted
 from loracast.library.index import write_index
-from loracast.library.routing import answer_in_rows, pick, route_question, route_set
+from loracast.library.routing import Route, answer_in_words, pick, route_question, route_set
 from loracast.library.rows import lists_in
 
 TEXT = """Welcome to our school. It has 14 teachers.
@@ -108,7 +108,7 @@ def test_a_route_has_the_answer_of_the_rows_of_all_chunks():
     index = sqlite3.connect(":memory:")
     write_index(index, [Chunk(part, 0, len(part), "", len(part.split())) for part in (head, tail)])
     route = pick(index, 2, "How many rooms are there?")
-    assert route.answer == "2" and answer_in_rows([route]) == "2" and answer_in_rows([route, route]) is None
+    assert route.answer == "2" and answer_in_words([route]) == "2" and answer_in_words([route, route]) is None
     assert pick(index, 2, "Where is the green room?").answer is None
     assert pick(index, 2, "How many rooms are there?\nWhere are they?").answer is None
     assert pick(index, 2, "Where is it?\nAnd how many rooms are there?").answer == "2"
@@ -116,3 +116,13 @@ def test_a_route_has_the_answer_of_the_rows_of_all_chunks():
     assert away.is_empty and away.answer is None
     assert route_set(index, 2, ["How many rooms are there?"] * 2).answer is None
     index.close()
+
+
+def test_any_document_that_says_yes_answers_and_rows_answer_alone():
+    none, yes, no, rows = Route(), Route(says_yes=True), Route(says_yes=False), Route(answer="3", says_yes=True)
+    away = Route((), says_yes=True, answer="3")
+    for routes, answer in (
+        ([], None), ([none], None), ([away], None), ([yes], "Yes"), ([none, no], "No"), ([no, yes], "Yes"),
+        ([rows], "3"), ([away, rows], "3"), ([rows, no], "Yes"), ([away, no], "No"),
+    ):  # fmt: skip
+        assert answer_in_words(routes) == answer

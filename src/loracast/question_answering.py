@@ -15,7 +15,7 @@ from loracast.errors import AdapterError, ConfigError
 from loracast.library.adapter import Adapter, loras_together
 from loracast.library.follow_up import queries
 from loracast.library.overview import Overview, overview
-from loracast.library.routing import DEFAULT_ROUTE, Route, answer_in_rows
+from loracast.library.routing import DEFAULT_ROUTE, Route, answer_in_words
 from loracast.library.wide_route import are_silent, patterns_in, route_adapters, routes_of_documents, scaled, sources
 from loracast.lora.algebra import LoRA, concat
 from loracast.options import Asking, Chosen, Prepared, Question, SourcedAnswer, is_batch, least_confidence, listed
@@ -138,8 +138,8 @@ class QuestionAnswering(ABC):
         Args:
             scales: factors on adapters' LoRAs, by their versions' hashes; 1 for those that are not named.
             check: called with the prompt's token ids before routing; raises an error to refuse the prompt.
-            outlines: answer questions about documents as a whole from their outlines, and those about the rows of a
-                list or table from these (`Route.answer`), without the model.
+            outlines: answer questions about documents as a whole from their outlines, and those that the words of
+                documents answer by themselves from these (`answer_in_words`), without the model.
         """
         turns: list[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else [*question]
         if not turns or turns[-1]["role"] != "user":
@@ -163,7 +163,8 @@ class QuestionAnswering(ABC):
         routed = scaled(routed, scales)
         if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
             return not_said(routed)
-        if outlines and (text := answer_in_rows(routes_of_documents(routed))) is not None:
+        documents = routes_of_documents(routed)  # a task's adapter beside them wants a model that answers its way
+        if outlines and len(documents) == len(routed) and (text := answer_in_words(documents)) is not None:
             where = sources(routed)
             return Prepared([], routed, where, SourcedAnswer(text, 0, 0, 0.0, 0.0, True, sources=where))
         least = least_confidence([route for _, route in routed]) if strict else 0.0

@@ -340,7 +340,7 @@ def say_unused(reply: Reply, strict: bool) -> None:
 def say_sources(reply: Reply, chosen: Sequence[str]) -> None:
     """Say which chunks an answer came from, of the documents that patterns stand for, and where no model was asked."""
     if reply.n_tokens == 0 and any(source.chunk is not None for source in reply.sources):
-        say("(from the rows of a list or table; no model was asked)")
+        say("(read in the text of the document; no model was asked)")
     wide = patterns_in(chosen)
     found = {used.name for used in reply.used[len(chosen) - len(wide) :]}
     for source in reply.sources:

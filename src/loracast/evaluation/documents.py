@@ -19,7 +19,7 @@ from loracast.errors import ConfigError
 from loracast.evaluation.baseline import LoRASource, Request, fixed
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
 from loracast.library.relevance import THRESHOLD, THRESHOLD_STRICT
-from loracast.library.routing import DEFAULT_ROUTE, Route, answer_in_rows, said_together
+from loracast.library.routing import DEFAULT_ROUTE, Route, answer_in_words, said_together
 from loracast.lora.algebra import Factors, LoRA, concat
 from loracast.model import Model
 from loracast.options import least_confidence
@@ -156,38 +156,41 @@ def no_document(setup: DocumentSetup, case: DocumentCase) -> Request:
     return Request(plain(setup, case.question))
 
 
-def adapter(
-    *whose: Whose, is_routed: bool = True, threshold: float = THRESHOLD
-) -> Callable[[DocumentSetup, DocumentCase], Request]:
+def adapter(*whose: Whose, is_routed: bool = True) -> Callable[[DocumentSetup, DocumentCase], Request]:
     """The question alone, with the LoRAs of these documents of a case, added up where there are two.
 
     Args:
         is_routed: take the chunks that routing picks for the question, as `loracast ask` does, instead of all.
-        threshold: of the question gate.
     """
 
     def request(setup: DocumentSetup, case: DocumentCase) -> Request:
         documents: list[InMemoryAdapter] = [getattr(case, name) for name in whose]
-        picked = [(d, pick(setup, d, case.question, threshold) if is_routed else Route()) for d in documents]
-        found = None
-        if is_routed and whose == ("document",) and case.chunk is not None:
-            chunks = picked[0][1].chunks
-            found = chunks is None or case.chunk in chunks
-        answer = answer_in_rows([route for _, route in picked])
-        return Request(plain(setup, case.question), adapters(setup, picked), found, answer=answer)
+        picked = [(d, pick(setup, d, case.question) if is_routed else Route()) for d in documents]
+        asked = _asked(setup, case, picked)
+        return replace(asked, found=_is_found(case, picked[0][1])) if is_routed and whose == ("document",) else asked
 
     return request
 
 
 def strictly(setup: DocumentSetup, case: DocumentCase) -> Request:
     """As `loracast ask --strict` answers: by the document's adapter, or that the document does not say."""
-    request = adapter("document", threshold=THRESHOLD_STRICT)(setup, case)
+    route = pick(setup, case.document, case.question, THRESHOLD_STRICT)
+    request = replace(_asked(setup, case, [(case.document, route)]), found=_is_found(case, route))
     if request.answer is not None:
         return request
     if request.lora is None:
         return replace(request, answer=NOT_SAID)
-    route = pick(setup, case.document, case.question, THRESHOLD_STRICT)
     return replace(request, least_confidence=least_confidence([route]))
+
+
+def _asked(setup: DocumentSetup, case: DocumentCase, picked: Sequence[tuple[InMemoryAdapter, Route]]) -> Request:
+    answer = answer_in_words([route for _, route in picked])
+    return Request(plain(setup, case.question), adapters(setup, picked), answer=answer)
+
+
+def _is_found(case: DocumentCase, route: Route) -> bool | None:
+    """Whether the chunk that holds the answer was picked; None where it is not known."""
+    return None if case.chunk is None else route.chunks is None or case.chunk in route.chunks
 
 
 def static(setup: DocumentSetup, case: DocumentCase) -> Request:

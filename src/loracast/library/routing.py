@@ -86,10 +86,17 @@ def said_together(routes: Sequence[Route], can_say: Sequence[bool] | None = None
     return [any(said) if i == first else None for i in range(len(routes))]
 
 
-def answer_in_rows(routes: Sequence[Route]) -> str | None:
-    """The answer that a list or table gives, where a question gets something of one document only."""
-    answers = [route.answer for route in routes if not route.is_empty]
-    return answers[0] if len(answers) == 1 else None
+def answer_in_words(routes: Sequence[Route]) -> str | None:
+    """The answer that the words of documents give by themselves, without the model; None where they give none.
+
+    Rows of a list or table answer where a question gets something of one document only; "Yes" where any document says
+    so, else "No" where any does.
+    """
+    routes = [route for route in routes if not route.is_empty]
+    if len(routes) == 1 and routes[0].answer is not None:
+        return routes[0].answer
+    said = {route.says_yes for route in routes}
+    return "Yes" if True in said else "No" if False in said else None
 
 
 def sentence_weights(index: Index, question: str) -> list[float] | None:
@@ -127,7 +134,7 @@ def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | No
 
     So one LoRA, merged or exported, serves them all; the fewer they are, the less it holds of what none of them asks.
     """
-    routes = [pick(index, n_chunks, question, k) for question in questions]
+    routes = [_picked(index, n_chunks, question, k) for question in questions]
     if any(route.chunks is None and route.sentences is None for route in routes):
         return Route(reason="a question gets all chunks")
     counts = Counter(place.chunk for place in read_sentences(index))
@@ -140,7 +147,7 @@ def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | No
             new = of_sentences[chunk] if of_sentences else [weight] * counts[chunk]
             sentences[chunk] = list(map(max, new, sentences.get(chunk, new)))
     of_chunks = tuple(tuple(sentences[chunk]) for chunk in chunks) if counts else None
-    says_yes = routes[0].says_yes if len(routes) == 1 else None
+    says_yes = _says_yes(index, questions[0]) if len(questions) == 1 else None
     reason = f"what {len(questions)} questions get"
     return Route(tuple(chunks), (), tuple(chunks.values()), of_chunks, reason, says_yes=says_yes)
 
@@ -153,11 +160,10 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
     a least weight. Where no word of the question occurs in the document, all chunks are merged. Raises AdapterError
     for k < 1.
     """
-    if k is not None and k < 1:
-        raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
+    picked = _picked(index, n_chunks, question, k)
     with open_index(index) as database:
         answer = row_answer(database, question, n_chunks)
-        return replace(_picked(index, n_chunks, question, k), says_yes=_says_yes(index, question), answer=answer)
+    return replace(picked, says_yes=_says_yes(index, question), answer=answer)
 
 
 def _says_yes(index: Index, question: str) -> bool | None:
@@ -171,6 +177,8 @@ def _says_yes(index: Index, question: str) -> bool | None:
 def _picked(index: Index, n_chunks: int, question: str, k: int | None) -> Route:
     if k is None:
         return Route()
+    if k < 1:
+        raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
     found = matches(index, question, n_chunks, k)
     if n_chunks == 1:
         return Route(sentences=_weighed(found, [0], [1.0]), reason="the document has only one chunk")

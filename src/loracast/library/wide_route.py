@@ -196,7 +196,7 @@ def scaled(picked: Iterable[tuple[Adapter, Route]], scales: Mapping[str, float])
         elif scale != 1 and not route.is_empty:
             route = _weighed(route, adapter.manifest.n_chunks, scale)
             if scale < 0:
-                route = replace(route, answer=None)
+                route = replace(route, answer=None, says_yes=None)
         found.append((adapter, route))
     return found
 
