@@ -185,7 +185,8 @@ def strictly(setup: DocumentSetup, case: DocumentCase) -> Request:
 
 def _asked(setup: DocumentSetup, case: DocumentCase, picked: Sequence[tuple[InMemoryAdapter, Route]]) -> Request:
     answer = answer_in_words([route for _, route in picked])
-    return Request(plain(setup, case.question), adapters(setup, picked), answer=answer)
+    lora = adapters(setup, picked) if answer is None else None
+    return Request(plain(setup, case.question), lora, answer=answer)
 
 
 def _is_found(case: DocumentCase, route: Route) -> bool | None:
