@@ -123,6 +123,12 @@ def tiny_hypernet_folder(base, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def no_copying(monkeypatch) -> None:
+    """Answers go by the LoRA alone: the long answers of a tiny base are cut short where it copies its document."""
+    monkeypatch.setattr("loracast.question_answering.QuestionAnswering.copying", lambda self, prepared: None)
+
+
+@pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     """A loracast home of this test's own."""
     monkeypatch.setenv("LORACAST_HOME", str(tmp_path / "home"))

@@ -290,6 +290,7 @@ def _hooks(model) -> list[list[int]]:
     return [list(module._forward_hooks) for module in model.modules()]
 
 
+@pytest.mark.usefixtures("no_copying")
 def test_messages_of_a_chat(learned):
     """The prompt is the template's, and a short question is routed with the ones before it."""
     chat = [

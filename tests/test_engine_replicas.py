@@ -20,6 +20,8 @@ from loracast.serving.vllm_replicas import VllmReplicas
 from servers import served
 from test_vllm_engine import QUESTIONS, chat, random_lora, request
 
+pytestmark = pytest.mark.usefixtures("no_copying")
+
 
 def end(server: FakeVllm) -> None:
     server.goes_on.set()

@@ -129,8 +129,9 @@ def asked_word(base, prompt) -> str:
 def answer_with(monkeypatch, answer_batch):
     """Let evaluations ask a stand-in, which gives the texts of the answers."""
 
-    def answers(*given):
-        return [Answer(text, 0, 0, 0.0, 0.0, True) for text in answer_batch(*given)]
+    def answers(base, prompts, loras, sampling, copying):
+        assert not any(copying)  # a task has no text to copy
+        return [Answer(text, 0, 0, 0.0, 0.0, True) for text in answer_batch(base, prompts, loras, sampling)]
 
     monkeypatch.setattr(runner, "answers", answers)
 

@@ -286,7 +286,6 @@ def short(monkeypatch) -> None:
 
 def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
     from loracast.evaluation import needle
-    from loracast.evaluation.synthetic import BASELINES
 
     short(monkeypatch)
     config = needle.NeedleConfig(texts, lengths=(256, 900), samples=3, chunk_tokens=128, route=2)
@@ -297,7 +296,7 @@ def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
     assert results["versions"].keys() == {"python", "loracast", "torch", "transformers"}
     assert results["machine"]["cpu"] and results["command"] and results["date"] and results["hypernetwork"]
     assert [(row["length"], row["baseline"]) for row in results["rows"]] == [
-        (n, s) for n in (256, 900) for s in BASELINES
+        (n, s) for n in (256, 900) for s in config.baselines
     ]
     for row in results["rows"]:
         assert (
@@ -311,7 +310,7 @@ def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
     assert seen[-1] == (6, 6)
     table = (tmp_path / "table.md").read_text()
     assert "adapter, routed 2" in table and "another document's adapter" in table
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2 * 3 * len(BASELINES)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2 * 3 * len(config.baselines)
     for name in ("heatmap.png", "exact-match.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -344,12 +343,14 @@ def test_a_budget_stops_early_and_says_so(model, texts, tmp_path, monkeypatch):
 
 def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):
     from loracast.evaluation import facts
-    from loracast.evaluation.synthetic import BASELINES
 
     short(monkeypatch)
-    facts.evaluate_facts(model, facts.FactsConfig(facts=(2, 4), sheets=2, chunk_tokens=128), tmp_path)
+    config = facts.FactsConfig(facts=(2, 4), sheets=2, chunk_tokens=128)
+    facts.evaluate_facts(model, config, tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [(row["facts"], row["baseline"]) for row in results["rows"]] == [(n, s) for n in (2, 4) for s in BASELINES]
+    assert [(row["facts"], row["baseline"]) for row in results["rows"]] == [
+        (n, s) for n in (2, 4) for s in config.baselines
+    ]
     for row in results["rows"]:
         assert row.keys() >= ROW_KEYS | {"cluster_low", "cluster_high", "chunks", "document_tokens"}
         assert row["n"] == 2 * row["facts"] and row["sheets"] == 2
@@ -359,13 +360,13 @@ def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):
 def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monkeypatch):
     from loracast.data.everyday import KINDS, NOT_SAID
     from loracast.evaluation import everyday
-    from loracast.evaluation.synthetic import BASELINES
 
     short(monkeypatch)
+    monkeypatch.setattr("loracast.evaluation.runner.copying", lambda base, request: None)
     config = everyday.EverydayConfig(documents=4, questions=4, chunk_tokens=128, split="dev")
     everyday.evaluate_everyday(model, config, tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["baseline"] for row in rows] == list(BASELINES)
+    assert [row["baseline"] for row in rows] == [*config.baselines]
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     for row in rows:
         mine = [answer for answer in answers if answer["baseline"] == row["baseline"]]

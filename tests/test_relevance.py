@@ -25,6 +25,7 @@ from loracast.documents import Chunk
 from loracast.documents.chunks import split_text
 from loracast.errors import AdapterError, TrainingError
 from loracast.evaluation.gate import GateConfig, evaluate_gate
+from loracast.library import relevance
 from loracast.library.index import write_index
 from loracast.library.relevance import (
     FEATURES,
@@ -312,3 +313,14 @@ def test_the_splits_of_small_talk_share_nothing():
     for group in ("", "any_document_"):
         parts = [{text.lower().strip(".!?") for text in talk[f"{group}{split}"]} for split in ("train", "dev", "test")]
         assert sum(map(len, parts)) == len(set.union(*parts))
+
+
+def test_each_word_is_stemmed_once(monkeypatch):
+    asked = []
+    stemmed = relevance._stemmed
+    monkeypatch.setattr(relevance, "_stemmed", lambda words: asked.append([*words]) or stemmed(words))
+    monkeypatch.setattr(relevance, "_STEMS", {})
+    assert stem_words(["walking", "dogs", "walking", "..."]) == ["walk", "dog", "walk", ""]
+    assert stem_words(["dogs", "cats"]) == ["dog", "cat"] and asked == [["walking", "dogs", "..."], ["cats"]]
+    monkeypatch.setattr(relevance, "_MOST_STEMS", 1)
+    assert stem_words(["birds", "dogs"]) == ["bird", "dog"] and relevance._STEMS == {"birds": "bird"}

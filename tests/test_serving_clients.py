@@ -20,6 +20,8 @@ from loracast.serving.keys import keys_in
 from loracast.serving.settings import ServerSettings
 from servers import fill, served
 
+pytestmark = pytest.mark.usefixtures("no_copying")
+
 WARRANTY = "How long is the warranty of the kettle?"
 KEY = "sk-read-0123456789"
 

@@ -18,6 +18,8 @@ from loracast.serving.settings import ServerSettings
 from loracast.serving.window import in_window
 from servers import in_process, served
 
+pytestmark = pytest.mark.usefixtures("no_copying")
+
 WARRANTY = "How long is the warranty of the kettle?"
 ELSEWHERE = "Who painted the ceiling of the chapel in Rome, Ingrid?"
 

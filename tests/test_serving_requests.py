@@ -32,6 +32,8 @@ from loracast.serving.ticket import Ticket
 from other_processes import Forked
 from servers import TEXTS, eventually, fill, in_process, served
 
+pytestmark = pytest.mark.usefixtures("no_copying")
+
 CHAT = "/v1/chat/completions"
 SECRET = "The vault's number is 814277"
 
@@ -342,6 +344,7 @@ def serve_slowly(base: str, hypernetwork: str, library: str) -> None:
     from loracast.serving.run import bound, run
 
     model = loracast.load(base, hypernetwork, library=library, device="cpu")
+    model.copying = lambda prepared: None  # which would end its answers early
     model.base.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
     settings = ServerSettings(port=0)
     with bound(settings) as sock:

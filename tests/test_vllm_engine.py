@@ -32,6 +32,8 @@ from other_processes import ForkedProgram, run_module
 from servers import eventually, served
 from tiny import make_model, make_tokenizer
 
+pytestmark = pytest.mark.usefixtures("no_copying")
+
 QUESTIONS = ["How long is the warranty of the kettle?", "How much water does the kettle hold?", "When does it begin?"]
 
 

@@ -17,6 +17,7 @@ from loracast.documents import Document, read_document
 from loracast.documents.images import MAGIC_BYTES, ImageFile, image_format, is_image_file, read_image_file
 from loracast.errors import DocumentError
 from loracast.library.adapter import Adapter
+from loracast.library.likely import Likely
 from loracast.library.routing import Route
 from loracast.library.wide_route import Source
 from loracast.lora.algebra import LoRA
@@ -31,9 +32,11 @@ Chosen = Adapter | LoRA | str | Sequence[Adapter | str]
 """What a question is answered with: an adapter or its name, several, none (the plain base), or one LoRA. "*" is the
 whole library and a pattern such as "manuals-*" all documents with such names, of which those that match are opened."""
 LEAST_CONFIDENCE = 0.5
-"""Of a strict answer (`Answer.confidence`) to a question that is surely about the document. Chosen on dev, as are the
-next two (docs/notebook/2026-11-30.md)."""
-_LOGIT, _SLOPE = 2.2, 0.5  # the least confidence's logit is this less the slope times that of `Route.about`
+"""Of a strict answer (`Answer.confidence`), however likely the documents hold it. Chosen on dev, as are the next ones
+(docs/notebook/2026-12-01.md)."""
+_LOGIT, _SLOPE = 4.8, 0.75  # the least confidence's logit is this, less the slope times that of `Route.about`,
+_SLOPE_NOWHERE = 0.75  # and more by this slope times that of `Route.nowhere`
+_LEAST_NOWHERE, _ANY_NOWHERE = 0.001, 0.03  # the second one where nobody looked
 _LONGEST_NAME = 255
 """Characters of a file's name at most, on all common systems."""
 
@@ -54,6 +57,8 @@ class Prepared:
     sources: tuple[Source, ...]
     answer: SourcedAnswer | None = None
     """The answer where no model is needed: from the outlines of the documents (`Model.overview`), or `NOT_SAID`."""
+    likely: tuple[Likely, ...] = ()
+    """What the answer may begin with, by the words of the documents."""
     least_confidence: float = 0.0
     """An answer of a lower confidence becomes `NOT_SAID`; where it is above 0, no text must be shown before the end."""
 
@@ -65,20 +70,23 @@ class Prepared:
 
 
 def least_confidence(routes: Sequence[Route]) -> float:
-    """How sure the model must be of a strict answer, 0 to 1: the surer, the less its question is about the documents.
+    """How sure the model must be of a strict answer, 0 to 1: the surer, the less likely the documents give it.
 
     `LEAST_CONFIDENCE` where routing itself found the answer in their words (`Route.says_yes`).
 
     Args:
         routes: what the question gets of each document.
     """
-    if any(route.says_yes is not None for route in routes):
-        return LEAST_CONFIDENCE
     about = max((route.about for route in routes if route.about is not None), default=None)
-    if about is None:
+    nowhere = min((route.nowhere for route in routes if route.nowhere is not None), default=_ANY_NOWHERE)
+    if about is None or any(route.says_yes is not None for route in routes):
         return LEAST_CONFIDENCE
-    odds = about / max(1 - about, 1e-6)
-    return max(LEAST_CONFIDENCE, 1 / (1 + math.exp(-_LOGIT) * odds**_SLOPE))
+    logit = _LOGIT - _SLOPE * _logit(about) + _SLOPE_NOWHERE * _logit(max(nowhere, _LEAST_NOWHERE))
+    return max(LEAST_CONFIDENCE, 1 / (1 + math.exp(-logit)))
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability / max(1 - probability, 1e-6))
 
 
 class Asking(TypedDict, total=False):

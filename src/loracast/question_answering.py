@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Unpack, overload
 
 from loracast.base.chat import Message
+from loracast.base.copying import Copying
 from loracast.base.generate import Sampling, answer, answers, stream
 from loracast.base.load import Base
 from loracast.data.everyday import NOT_SAID
 from loracast.errors import AdapterError, ConfigError
 from loracast.library.adapter import Adapter, loras_together
 from loracast.library.follow_up import queries
+from loracast.library.likely import likely_together
 from loracast.library.overview import Overview, overview
 from loracast.library.routing import DEFAULT_ROUTE, Route, answer_in_words
 from loracast.library.wide_route import are_silent, patterns_in, route_adapters, routes_of_documents, scaled, sources
@@ -77,16 +79,20 @@ class QuestionAnswering(ABC):
         """Like `ask`, with what the answer cost and the chunks that it comes from (`SourcedAnswer`)."""
         if not is_batch(question):
             prepared, lora, sampling = self._request(question, adapter, **options)
-            return prepared.answer or prepared.sourced(answer(self.base, prepared.prompt, lora, sampling))
+            if prepared.answer is not None:
+                return prepared.answer
+            copying = self.copying(prepared)
+            return prepared.sourced(answer(self.base, prepared.prompt, lora, sampling, copying=copying))
         chosen = adapter if isinstance(adapter, (list, tuple)) and adapter else [adapter] * len(question)
         if len(chosen) != len(question):
             raise AdapterError(
                 f"{len(chosen)} adapters for {len(question)} questions: give one for each, () for none, or one for all"
             )
         requests = [self._request(*pair, **options) for pair in zip(question, chosen, strict=True)]
-        asked = [(prepared.prompt, lora) for prepared, lora, _ in requests if prepared.answer is None]
-        prompts, loras = [prompt for prompt, _ in asked], [lora for _, lora in asked]
-        given = iter(answers(self.base, prompts, loras, options.get("sampling", Sampling())))
+        asked = [(prepared, lora) for prepared, lora, _ in requests if prepared.answer is None]
+        prompts, loras = [prepared.prompt for prepared, _ in asked], [lora for _, lora in asked]
+        hints = [self.copying(prepared) for prepared, _ in asked]
+        given = iter(answers(self.base, prompts, loras, options.get("sampling", Sampling()), hints))
         return [prepared.answer or prepared.sourced(next(given)) for prepared, _, _ in requests]
 
     def stream(
@@ -105,11 +111,16 @@ class QuestionAnswering(ABC):
             yield prepared.answer.text
             return prepared.answer
         if prepared.least_confidence:
-            sourced = prepared.sourced(answer(self.base, prepared.prompt, lora, sampling))
+            copied = answer(self.base, prepared.prompt, lora, sampling, copying=self.copying(prepared))
+            sourced = prepared.sourced(copied)
             yield sourced.text
             return sourced
-        given = yield from stream(self.base, prepared.prompt, lora, sampling)
+        given = yield from stream(self.base, prepared.prompt, lora, sampling, self.copying(prepared))
         return prepared.sourced(given)
+
+    def copying(self, prepared: Prepared) -> Copying | None:
+        """The bonus for what an answer may copy from the documents; None where nothing is likely."""
+        return Copying(self.base.tokenizer, prepared.likely, self.base.end_ids) if prepared.likely else None
 
     def _request(
         self, question: Question, adapter: Chosen, *, sampling: Sampling = Sampling(), **options: Any
@@ -139,7 +150,8 @@ class QuestionAnswering(ABC):
             scales: factors on adapters' LoRAs, by their versions' hashes; 1 for those that are not named.
             check: called with the prompt's token ids before routing; raises an error to refuse the prompt.
             outlines: answer questions about documents as a whole from their outlines, and those that the words of
-                documents answer by themselves from these (`answer_in_words`), without the model.
+                documents answer by themselves from these (`answer_in_words`), without the model; and say with what
+                other answers may begin (`Prepared.likely`).
         """
         turns: list[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else [*question]
         if not turns or turns[-1]["role"] != "user":
@@ -164,11 +176,13 @@ class QuestionAnswering(ABC):
         if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
             return not_said(routed)
         documents = routes_of_documents(routed)  # a task's adapter beside them wants a model that answers its way
-        if outlines and len(documents) == len(routed) and (text := answer_in_words(documents)) is not None:
+        is_own_way = outlines and len(documents) == len(routed)
+        if is_own_way and (text := answer_in_words(documents)) is not None:
             where = sources(routed)
             return Prepared([], routed, where, SourcedAnswer(text, 0, 0, 0.0, 0.0, True, sources=where))
+        likely = likely_together([route.likely for route in documents]) if is_own_way else ()
         least = least_confidence([route for _, route in routed]) if strict else 0.0
-        return Prepared(prompt, routed, sources(routed), least_confidence=least)
+        return Prepared(prompt, routed, sources(routed), likely=likely, least_confidence=least)
 
     def overview(self, question: str, adapter: Chosen) -> Overview | None:
         """The answer to a question about documents as a whole ("What is this document about?"), from their outlines.

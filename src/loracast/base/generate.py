@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from loracast.base.copying import Copying
 from loracast.base.load import Base
 from loracast.errors import LoracastError, PromptTooLong
 from loracast.lora.algebra import LoRA
@@ -102,16 +103,21 @@ def answer(
     lora: LoRA | None = None,
     sampling: Sampling = Sampling(),
     on_text: Callable[[str], None] = lambda text: None,
+    copying: Copying | None = None,
 ) -> Answer:
     """Answer one prompt of token ids; `on_text` receives each piece of text as it is generated."""
-    return _answers(base, [prompt], [lora], sampling, _Streamer(base, on_text))[0]
+    return _answers(base, [prompt], [lora], sampling, [copying], _Streamer(base, on_text))[0]
 
 
 def answers(
-    base: Base, prompts: Sequence[Sequence[int]], loras: Sequence[LoRA | None], sampling: Sampling = Sampling()
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    loras: Sequence[LoRA | None],
+    sampling: Sampling = Sampling(),
+    copying: Sequence[Copying | None] | None = None,
 ) -> list[Answer]:
-    """Answer several prompts in one batch, each with a LoRA of its own or none."""
-    return _answers(base, prompts, loras, sampling, None) if prompts else []
+    """Answer several prompts in one batch, each with a LoRA of its own or none, and what it may copy or nothing."""
+    return _answers(base, prompts, loras, sampling, copying or [None] * len(prompts), None) if prompts else []
 
 
 def answer_batch(
@@ -122,7 +128,11 @@ def answer_batch(
 
 
 def stream(
-    base: Base, prompt: Sequence[int], lora: LoRA | None = None, sampling: Sampling = Sampling()
+    base: Base,
+    prompt: Sequence[int],
+    lora: LoRA | None = None,
+    sampling: Sampling = Sampling(),
+    copying: Copying | None = None,
 ) -> Generator[str, None, Answer]:
     """Yield the pieces of an answer as they are generated, by another thread; the generator's value is the answer.
 
@@ -140,7 +150,7 @@ def stream(
             pieces.put(piece)
 
     with ThreadPoolExecutor(1) as pool:
-        given = pool.submit(answer, base, prompt, lora, sampling, keep)
+        given = pool.submit(answer, base, prompt, lora, sampling, keep, copying)
         given.add_done_callback(lambda done: pieces.put(None))
         try:
             yield from iter(pieces.get, None)
@@ -154,12 +164,13 @@ def _answers(
     prompts: Sequence[Sequence[int]],
     loras: Sequence[LoRA | None],
     sampling: Sampling,
+    copying: Sequence[Copying | None],
     streamer: _Streamer | None,
 ) -> list[Answer]:
     token_times: list[float] = []
     started = time.perf_counter()
     rows, logprobs = _generate(
-        base, prompts, loras, sampling, streamer, lambda: token_times.append(time.perf_counter())
+        base, prompts, loras, sampling, copying, streamer, lambda: token_times.append(time.perf_counter())
     )
     total_s = time.perf_counter() - started
     given = []
@@ -183,6 +194,7 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     loras: Sequence[LoRA | None],
     sampling: Sampling,
+    copying: Sequence[Copying | None],
     streamer: _Streamer | None = None,
     on_token: Callable[[], None] = lambda: None,
 ) -> tuple[list[list[int]], list[list[float]]]:
@@ -214,13 +226,21 @@ def _generate(
     def keep(model: object, args: object, output: Any) -> None:
         last_logits[:] = [output.logits[:, -1].float()]  # [n, vocabulary], before any rule of the sampling
 
+    def copy(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        for row, hint in enumerate(copying):
+            if hint and (bonus := hint.bonus(ids[row, longest:].tolist(), scores.shape[1])) is not None:
+                scores[row] += bonus.to(scores)
+                last_logits[0][row] += bonus.to(last_logits[0])  # an answer's probabilities are those with the bonus
+        return scores
+
     def count(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         on_token()
         chosen = last_logits[0].gather(1, ids[:, -1:])[:, 0]
         logprobs.append(chosen - last_logits[0].logsumexp(1))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    from transformers import StoppingCriteriaList
+    from transformers import LogitsProcessorList, StoppingCriteriaList
 
     with inject(base.model, list(loras)), base.model.register_forward_hook(keep):
         if not sampling.is_greedy and sampling.seed is not None:
@@ -233,6 +253,7 @@ def _generate(
             eos_token_id=list(base.end_ids),
             pad_token_id=base.pad_id,
             streamer=streamer,
+            logits_processor=LogitsProcessorList([copy] if any(copying) else []),
             stopping_criteria=StoppingCriteriaList([count]),
             **options,
         )

@@ -203,7 +203,8 @@ class Local:
         said = prepared.answer
         if said is None:
             lora, show = self._model.lora_of(prepared.routed), _hide if prepared.least_confidence else on_text
-            said = prepared.sourced(answer(self._model.base, prepared.prompt, lora, self._sampling, show))
+            copying = self._model.copying(prepared)
+            said = prepared.sourced(answer(self._model.base, prepared.prompt, lora, self._sampling, show, copying))
         if prepared.answer is not None or prepared.least_confidence:
             on_text(said.text)
         figures = (said.n_prompt_tokens, said.n_tokens, said.first_token_s, said.total_s)

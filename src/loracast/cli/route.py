@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loracast.library.adapter import Adapter
     from loracast.library.routing import Route
 
+_MOST_LIKELY = 3
 _SHOWN = 90  # characters of a chunk's text
 
 
@@ -73,6 +74,11 @@ def route(
             rows.append((one["adapter"], "", "", "", f"the sentence that matches best says {said}"))
         if one["answer"] is not None:
             rows.append((one["adapter"], "", "", "", f"the rows of a list or table answer {one['answer']!r}"))
+        if one["likely"]:
+            begins = ", ".join(
+                f"{place['text']!r} ({place['probability']:.2f})" for place in one["likely"][:_MOST_LIKELY]
+            )
+            rows.append((one["adapter"], "", "", "", f"the answer probably begins {begins}"))
         if static := one.get("static"):
             rows.append((static["path"], "", "", f"{static['weight']:.2f}", "the part that all chunks share, once"))
     print_table(("adapter", ">chunk", ">score", ">weight", "text"), rows)
@@ -99,7 +105,7 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     placed = [{**chunk, "path": paths[chunk["chunk"]]} for chunk in described]
     found = {
         "adapter": name, "reason": picked.reason, "is_empty": False, "says_yes": None, "answer": picked.answer,
-        "chunks": placed,
+        "likely": [], "chunks": placed,
     }  # fmt: skip
     if static is not None and (surplus := sum(chunk["weight"] for chunk in placed) - 1):
         found["static"] = {"path": str(folder / static), "weight": round(-surplus, 3)}
@@ -114,7 +120,8 @@ def _picked(adapter: Adapter, picked: Route) -> dict[str, Any]:
         adapter.index, chunks, picked.scores or [None] * len(chunks), picked.weights or [1.0] * len(chunks)
     )
     found = {"adapter": adapter.name, "reason": picked.reason, "is_empty": picked.is_empty}
-    return {**found, "says_yes": picked.says_yes, "answer": picked.answer, "chunks": described}
+    likely = [one._asdict() for one in picked.likely]
+    return {**found, "says_yes": picked.says_yes, "answer": picked.answer, "likely": likely, "chunks": described}
 
 
 def _described(

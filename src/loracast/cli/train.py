@@ -243,17 +243,19 @@ def words(
     source: Annotated[list[str] | None, "Take only documents of this source. Repeatable."] = None,
     as_json: Json = False,
 ) -> None:
-    """Train the word vectors by which routing finds sentences in other words: minutes on one core, no base."""
+    """Train the word vectors by which routing finds where an answer stands: minutes on one core, no base."""
+    from dataclasses import asdict
+
     from loracast.data.qa import read_questioned
     from loracast.training.word_vectors import train_word_vectors
 
     found = train_word_vectors(read_questioned(documents, source or ()), out, say=say)
     if as_json:
-        print(json.dumps({"out": str(out), "right": found}))
+        print(json.dumps({"out": str(out), "right": {name: asdict(one) for name, one in found.items()}}))
         return
     say(f"{out.stat().st_size / 1e3:.0f} kB in {out}")
-    rows = [(name, n, f"{both:.1%}", f"{bm25:.1%}") for name, (n, both, bm25) in found.items()]
-    print_table(("documents", ">questions", ">right sentence first", ">by BM25 alone"), rows)
+    rows = [(name, x.n, f"{x.sentence:.1%}", f"{x.bm25:.1%}", f"{x.place:.1%}") for name, x in found.items()]
+    print_table(("documents", ">questions", ">right sentence first", ">by BM25 alone", ">right word first"), rows)
 
 
 def export(

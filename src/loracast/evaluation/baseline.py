@@ -13,6 +13,7 @@ from loracast.base.generate import Answer
 from loracast.data.everyday import NOT_SAID
 from loracast.errors import ConfigError
 from loracast.evaluation.in_memory import InMemoryAdapter
+from loracast.library.likely import Likely
 from loracast.lora.algebra import LoRA
 
 Setup = TypeVar("Setup")
@@ -48,6 +49,8 @@ class Request:
     """Whether the chunk with the answer was among those picked; None where nothing is picked."""
     answer: str | None = None
     """The answer, where no model is asked."""
+    likely: tuple[Likely, ...] = ()
+    """What the answer may begin with, by the words of the documents."""
     least_confidence: float = field(default=0.0, compare=False)
     """An answer of a lower confidence becomes `NOT_SAID`, as with `loracast ask --strict`."""
 

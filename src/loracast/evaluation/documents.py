@@ -18,6 +18,7 @@ from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
 from loracast.evaluation.baseline import LoRASource, Request, fixed
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
+from loracast.library.likely import likely_together
 from loracast.library.relevance import THRESHOLD, THRESHOLD_STRICT
 from loracast.library.routing import DEFAULT_ROUTE, Route, answer_in_words, said_together
 from loracast.lora.algebra import Factors, LoRA, concat
@@ -156,17 +157,22 @@ def no_document(setup: DocumentSetup, case: DocumentCase) -> Request:
     return Request(plain(setup, case.question))
 
 
-def adapter(*whose: Whose, is_routed: bool = True) -> Callable[[DocumentSetup, DocumentCase], Request]:
+def adapter(
+    *whose: Whose, is_routed: bool = True, copies: bool = True
+) -> Callable[[DocumentSetup, DocumentCase], Request]:
     """The question alone, with the LoRAs of these documents of a case, added up where there are two.
 
     Args:
         is_routed: take the chunks that routing picks for the question, as `loracast ask` does, instead of all.
+        copies: raise the logits of answers that stand in the documents (base/copying.py), as `loracast ask` does.
     """
 
     def request(setup: DocumentSetup, case: DocumentCase) -> Request:
         documents: list[InMemoryAdapter] = [getattr(case, name) for name in whose]
         picked = [(d, pick(setup, d, case.question) if is_routed else Route()) for d in documents]
         asked = _asked(setup, case, picked)
+        if not copies:
+            asked = replace(asked, likely=())
         return replace(asked, found=_is_found(case, picked[0][1])) if is_routed and whose == ("document",) else asked
 
     return request
@@ -186,7 +192,8 @@ def strictly(setup: DocumentSetup, case: DocumentCase) -> Request:
 def _asked(setup: DocumentSetup, case: DocumentCase, picked: Sequence[tuple[InMemoryAdapter, Route]]) -> Request:
     answer = answer_in_words([route for _, route in picked])
     lora = adapters(setup, picked) if answer is None else None
-    return Request(plain(setup, case.question), lora, answer=answer)
+    likely = likely_together([route.likely for _, route in picked])
+    return Request(plain(setup, case.question), lora, answer=answer, likely=likely)
 
 
 def _is_found(case: DocumentCase, route: Route) -> bool | None:

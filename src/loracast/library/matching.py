@@ -7,14 +7,14 @@ lasts two years", but not "Until when is it repaired for nothing?"; word vectors
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from sqlite3 import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loracast.library.bm25 import phrases, search, sentence_scores
 from loracast.library.index import Index, open_index, read_chunks
 from loracast.library.subjects import of_others
-from loracast.library.word_vectors import read_index, shipped_vectors
+from loracast.library.word_vectors import Likelihoods, ReadIndex, read_index, shipped_vectors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,6 +23,8 @@ _OTHER_SHARE = 0.3  # of the score of a sentence about another subject than the 
 _HEADING_SHARE = 0.3  # of the score of a heading, whose words say what the sentences below it are about
 _MOST_CHUNKS = 16
 """Chunks, the best ones, whose sentences are told apart by subject, which takes most of the time."""
+_MOST_PLACES = 64
+_LEAST_PROBABILITY = 0.001  # of a place; those below change no answer (base/copying.py)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,21 @@ class Matches:
     """Those that match, the best first."""
     sentences: Mapping[int, tuple[float, ...]] | None
     """By chunk, its sentences, 0 where nothing matches. None where none does."""
+    places: tuple[Place, ...] = ()
+    """Where the answer may begin, the likeliest first."""
+    nowhere: float | None = None
+    """The probability that it stands nowhere."""
+
+
+class Place(NamedTuple):
+    """A word of a document at which the answer to a question may begin."""
+
+    chunk: int
+    sentence: int
+    """Of the document."""
+    start: int
+    """The first character in the sentence in normal form (NFC)."""
+    probability: float
 
 
 def matches(index: Index, question: str, n_chunks: int, n_wanted: int = 0) -> Matches:
@@ -41,6 +58,8 @@ def matches(index: Index, question: str, n_chunks: int, n_wanted: int = 0) -> Ma
     Args:
         n_wanted: chunks that must be among those whose sentences are matched, as far as they match.
     """
+    import numpy as np
+
     with open_index(index) as database:
         found = search(database, question, n_chunks)
         by_words = {chunk: score / found[0][1] for chunk, score in found}
@@ -49,21 +68,48 @@ def matches(index: Index, question: str, n_chunks: int, n_wanted: int = 0) -> Ma
             return Matches(by_words, None)
         scores = sentence_scores(database, question)
         vectors = shipped_vectors()
-        alike = vectors.match(question, read.words)
-        if scores is None and not (phrases(question) and alike.any()):  # nothing to go by
+        likely = vectors.places(question, read.text)
+        if scores is None and (likely is None or not phrases(question)):  # nothing to go by
             return Matches(by_words, None)
+        alike: NDArray[Any] = np.zeros(len(read.text.starts)) if likely is None else likely.sentences
         top = max(scores or [1.0])
-        both = alike + [vectors.bm25 * score / top for score in scores] if scores else alike
+        both: NDArray[Any] = alike + [vectors.bm25 * score / top for score in scores] if scores else alike
         best_of = {chunk: float(both[first:last].max()) for chunk, (first, last) in read.chunks.items()}
         n_most = max(_MOST_CHUNKS, n_wanted)
         chosen = sorted({*sorted(best_of, key=lambda chunk: -best_of[chunk])[:n_most], *list(by_words)[:n_most]})
         adjusted = _adjusted(database, question, chosen, read.chunks, scores or [0.0] * len(alike))
         top = max((score for of_chunk in adjusted for score in of_chunk), default=0.0) or 1.0
         words = {chunk: [score / top for score in of_chunk] for chunk, of_chunk in zip(chosen, adjusted, strict=True)}
-        meant = {
-            chunk: alike[slice(*read.chunks[chunk])] + [vectors.bm25 * x for x in words[chunk]] for chunk in chosen
-        }
-        return _better(by_words, words, meant)
+        by_bm25 = {chunk: [vectors.bm25 * x for x in of_chunk] for chunk, of_chunk in words.items()}
+        meant = {chunk: alike[slice(*read.chunks[chunk])] + of_chunk for chunk, of_chunk in by_bm25.items()}
+        better = _better(by_words, words, meant)
+        return better if likely is None else _with_places(better, likely, read, by_bm25)
+
+
+def _with_places(found: Matches, likely: Likelihoods, read: ReadIndex, added: Mapping[int, Sequence[float]]) -> Matches:
+    """The matches with the likeliest places of the answer among those of some chunks.
+
+    Args:
+        likely: at which words of the document the answer begins.
+        added: by chunk, what is added to the logits of the words of each of its sentences.
+    """
+    import numpy as np
+
+    text, n_sentences = read.text, len(likely.sentences)
+    plus, chunks = np.zeros(n_sentences), np.full(n_sentences, -1)
+    for chunk, of_chunk in added.items():
+        chunks[slice(*read.chunks[chunk])], plus[slice(*read.chunks[chunk])] = chunk, of_chunk
+    words = np.flatnonzero(chunks[text.sentences] >= 0)
+    sentences = text.sentences[words]
+    logits = np.append(likely.words[words] + plus[sentences], likely.nowhere)
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    places = [
+        Place(int(chunks[sentences[i]]), int(sentences[i]), int(text.characters[words[i]]), float(shares[i]))
+        for i in np.argsort(-shares[:-1], kind="stable")[:_MOST_PLACES]
+        if shares[i] >= _LEAST_PROBABILITY
+    ]
+    return replace(found, places=tuple(places), nowhere=float(shares[-1]))
 
 
 def _better(

@@ -229,10 +229,24 @@ class _Stemmer(threading.local):
 
 
 _STEMMER = _Stemmer()
+_STEMS: dict[str, str] = {}
+"""Stems of the words of before, since questions and documents have most words in common."""
+_MOST_STEMS = 50_000
 
 
 def stem_words(words: Sequence[str]) -> list[str]:
     """The stems of words as the index has them; "" for what it does not take for a word."""
+    found = {word: stem for word in set(words) if (stem := _STEMS.get(word)) is not None}
+    new = [word for word in dict.fromkeys(words) if word not in found]
+    if new:
+        found |= zip(new, _stemmed(new), strict=True)
+        if len(_STEMS) > _MOST_STEMS:
+            _STEMS.clear()
+        _STEMS.update((word, found[word]) for word in new)
+    return [found[word] for word in words]
+
+
+def _stemmed(words: Sequence[str]) -> list[str]:
     database = _STEMMER.database
     try:
         database.execute("BEGIN")

@@ -12,10 +12,13 @@ from dataclasses import dataclass, replace
 
 from loracast.errors import AdapterError
 from loracast.library.bm25 import sentence_scores
+from loracast.library.counting import asks_for_a_number
 from loracast.library.index import Index, open_index, read_sentences
+from loracast.library.likely import Likely, likely_answers
 from loracast.library.matching import Matches, matches
 from loracast.library.relevance import about
 from loracast.library.row_answers import row_answer
+from loracast.library.terms import last_line
 from loracast.library.verdict import verdict
 from loracast.library.yes_or_no import asks_yes_or_no, claims_in, without_numbers
 
@@ -51,6 +54,10 @@ class Route:
     """Whether the document says yes to the question (verdict.py); None where no sentence of it says yes or no."""
     answer: str | None = None
     """The answer where a list or table of the document gives it (row_answers.py), without the model."""
+    likely: tuple[Likely, ...] = ()
+    """What the answer may begin with; nothing where it is no text of the document: yes or no, or how many."""
+    nowhere: float | None = None
+    """The probability that the answer stands nowhere in the document, by its words; None where nobody looked."""
 
     @property
     def is_empty(self) -> bool:
@@ -134,7 +141,7 @@ def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | No
 
     So one LoRA, merged or exported, serves them all; the fewer they are, the less it holds of what none of them asks.
     """
-    routes = [_picked(index, n_chunks, question, k) for question in questions]
+    routes = [_picked(index, n_chunks, question, k)[0] for question in questions]
     if any(route.chunks is None and route.sentences is None for route in routes):
         return Route(reason="a question gets all chunks")
     counts = Counter(place.chunk for place in read_sentences(index))
@@ -160,10 +167,14 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
     a least weight. Where no word of the question occurs in the document, all chunks are merged. Raises AdapterError
     for k < 1.
     """
-    picked = _picked(index, n_chunks, question, k)
+    picked, found = _picked(index, n_chunks, question, k)
+    is_copied = found is not None and not (asks_yes_or_no(question) or asks_for_a_number(last_line(question)))
     with open_index(index) as database:
         answer = row_answer(database, question, n_chunks)
-    return replace(picked, says_yes=_says_yes(index, question), answer=answer)
+        chunks = range(n_chunks) if picked.chunks is None else picked.chunks
+        likely = likely_answers(database, found.places, chunks) if found and is_copied else ()
+    nowhere = None if found is None else found.nowhere
+    return replace(picked, says_yes=_says_yes(index, question), answer=answer, likely=likely, nowhere=nowhere)
 
 
 def _says_yes(index: Index, question: str) -> bool | None:
@@ -174,16 +185,18 @@ def _says_yes(index: Index, question: str) -> bool | None:
         return verdict(database, question, sentence_scores(database, without_numbers(question)) or [])
 
 
-def _picked(index: Index, n_chunks: int, question: str, k: int | None) -> Route:
+def _picked(index: Index, n_chunks: int, question: str, k: int | None) -> tuple[Route, Matches | None]:
+    """The chunks and sentences that a question gets, and the matches by which they were picked."""
     if k is None:
-        return Route()
+        return Route(), None
     if k < 1:
         raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
     found = matches(index, question, n_chunks, k)
     if n_chunks == 1:
-        return Route(sentences=_weighed(found, [0], [1.0]), reason="the document has only one chunk")
+        route = Route(sentences=_weighed(found, [0], [1.0]), reason="the document has only one chunk")
+        return route, found
     if not found.chunks:
-        return Route(reason="no word of the question occurs in the document: all chunks")
+        return Route(reason="no word of the question occurs in the document: all chunks"), found
     if n_chunks > k:
         chunks, scores = zip(*[*found.chunks.items()][:k], strict=True)
         weights: Sequence[float] = [score**SHARPNESS for score in scores]
@@ -193,7 +206,7 @@ def _picked(index: Index, n_chunks: int, question: str, k: int | None) -> Route:
         chunks, scores = zip(*scored.items(), strict=True)
         weights = [max(_LEAST_WEIGHT, score) for score in scores]
         reason = f"all {n_chunks} chunks, weighed by BM25 and word vectors"
-    return Route(chunks, scores, tuple(weights), _weighed(found, chunks, weights), reason)
+    return Route(chunks, scores, tuple(weights), _weighed(found, chunks, weights), reason), found
 
 
 def _weighed(found: Matches, chunks: Sequence[int], weights: Sequence[float]) -> tuple[tuple[float, ...], ...] | None:

@@ -1,123 +1,143 @@
-"""How well the sentences of a document match a question by the meaning of their words, beside BM25.
+"""Where in a document the answer to a question stands, by the meaning of words, beside BM25.
 
-Each common word stem has two vectors, one as a word of questions and one as a word of sentences, so that "How long ...
-water pass my lips?" finds "You must not eat in the 10 hours before". Of each word of a question the best match in a
-sentence counts, and the matches add up (late interaction: Khattab and Zaharia, ColBERT, arXiv 2004.12832, without
-context). Numbers, times, prices and names count as what they are, too. `loracast train words` makes the vectors
-(training/word_vectors.py), data/content/word_vectors.safetensors; reading and matching take numpy alone.
+Each common word stem has two vectors, one as a word of questions and one as a word of texts, so that "How long ...
+water pass my lips?" finds "You must not eat in the 10 hours before". For each place of a text, the best match of each
+word of the question counts, the less the further away it is (late interaction: Khattab and Zaharia, ColBERT, arXiv
+2004.12832, without context), and whether the word there and those beside it are of the kind that is asked for: 10 is,
+of "how long". A sentence matches as its places do together.
+
+`loracast train words` makes the vectors (training/word_vectors.py), data/content/word_vectors.safetensors; reading and
+matching take numpy alone.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import as_file, files
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
-from unicodedata import normalize
 from weakref import WeakKeyDictionary
 
 from loracast.library.index import Index, IndexInMemory, OpenIndex, open_index, read_chunks, read_sentences
-from loracast.library.relevance import stem_words
+from loracast.library.words import MOST_NAMES, PlacedWord, words_of_question, words_of_sentence
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_WORD = re.compile(r"[£$€]?\d(?:[\d,.:]*\d)?|[^\W\d_]+(?:['’][^\W\d_]+)?|%")
-_TIME = re.compile(r"\d{1,2}[:.]\d\d")
-_YEAR = re.compile(r"(?:1[5-9]|20)\d\d")
-_CURRENCIES = "£$€"
-_ASKING = frozenset(["at", "by", "for", "from", "how", "in", "of", "on", "to", "until", "what", "which"])
-"""Words that make one word with the next one: "how long", "what time"."""
-_DAY = re.compile(r"(?:mon|tues|wednes|thurs|fri|satur|sun)day", re.IGNORECASE)
-_MONTH = re.compile(
-    r"january|february|march|april|may|june|july|august|september|october|november|december", re.IGNORECASE
-)
 WORST = -5.0
 """What a word of the question gets in a sentence without words that have vectors."""
-
-
-def words_of_sentence(text: str) -> list[str]:
-    """The stems of a sentence, and what its numbers and names are."""
-    words = _words(text)
-    return [*words, "<?>"] if text.rstrip().endswith("?") else words
-
-
-def words_of_question(text: str) -> list[str]:
-    """The stems of a question, what its numbers and names are, and pairs such as "how long"."""
-    low = [word.lower() for word in _WORD.findall(normalize("NFC", text))]
-    pairs = pairwise(low)
-    return _words(text) + [f"{one}_{other}" for one, other in pairs if one in _ASKING]
-
-
-def _words(text: str) -> list[str]:
-    found = _WORD.findall(normalize("NFC", text))
-    words = list[str]()
-    for i, (word, stem) in enumerate(zip(found, stem_words([word.lower() for word in found]), strict=True)):
-        if word[0] in _CURRENCIES:
-            words.append("<money>")
-        elif word[0].isdigit():
-            words += ["<time>"] * bool(_TIME.fullmatch(word)) + ["<year>"] * bool(_YEAR.fullmatch(word)) + ["<number>"]
-        else:
-            kinds = {
-                "<day>": _DAY.fullmatch(word),
-                "<month>": _MONTH.fullmatch(word),
-                "<name>": i and word[0].isupper(),
-            }
-            words += [*[kind for kind, fits in kinds.items() if fits][:1], *[stem] * bool(stem)]
-    return words
+APART = 40.0
+"""What a match would lose from one sentence to the next, so that none reaches it."""
+GAP = 3
+"""Positions between two sentences, whose words do not stand beside each other."""
+_NO_WORD = PlacedWord(0, (), 0, 0)
 
 
 @dataclass(frozen=True, eq=False)
-class ReadSentences:
-    """The words of a document's sentences, as numbers of a table of vectors."""
+class ReadText:
+    """The words of some sentences, as numbers of a table of vectors."""
 
     known: NDArray[Any]
     """The words that occur, each once [u]."""
-    words: NDArray[Any]
-    """The place in `known` of each word of the text [t]."""
+    names: NDArray[Any]
+    """The places in `known` of what each word of the text is called [t, 2]."""
+    positions: NDArray[Any]
+    """Of each word in the text [t]."""
+    sentences: NDArray[Any]
+    """The sentence of each word [t]."""
     starts: NDArray[Any]
     """The first word of each sentence [n]; each has one at least."""
+    characters: NDArray[Any]
+    """The first character of each word in its sentence in normal form (NFC) [t]."""
+    kinds: NDArray[Any]
+    """What kind of answer begins at each word [t, 2 k]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihoods:
+    """How likely the answer to a question stands where: logits, but for a constant."""
+
+    words: NDArray[Any]
+    """It begins at each word [t]."""
+    sentences: NDArray[Any]
+    """It begins in each sentence [n]."""
+    nowhere: float
+    """The text does not answer the question."""
 
 
 @dataclass(frozen=True, eq=False)
 class WordVectors:
-    """Vectors of word stems; number 0 stands for all others, which match nothing."""
+    """Vectors of word stems; number 0 stands for all others, which match nothing and are of no kind."""
 
     numbers: Mapping[str, int]
     asked: NDArray[Any]
     """As words of questions [v, d]."""
     said: NDArray[Any]
-    """As words of sentences [v, d]."""
+    """As words of texts [v, d]."""
     weights: NDArray[Any]
     """How much each counts in a question [v]."""
+    least: NDArray[Any]
+    """How well each must match at least, where the answer stands [v]."""
+    wanted: NDArray[Any]
+    """What kind of answer each word of a question asks for [v, 2 k], by the answer's first word and by those beside."""
+    kinds: Mapping[str, NDArray[Any]]
+    """What kind of answer begins at each word ("own"), behind it ("before") and before it ("behind") [v, k]."""
+    fade: float
+    """What a match loses with each position."""
     bm25: float
-    """What the best sentence by BM25 gets beside their sum."""
+    """What the best sentence by BM25 gets beside."""
 
-    def read(self, sentences: Sequence[str]) -> ReadSentences:
+    def read(self, sentences: Sequence[str]) -> ReadText:
         """Look up the words of some sentences."""
         import numpy as np
 
-        of_each = [[self.numbers.get(word, 0) for word in words_of_sentence(text)] or [0] for text in sentences]
-        known, words = np.unique(np.array([n for some in of_each for n in some], dtype=np.int32), return_inverse=True)
+        of_each = [words_of_sentence(text) or [_NO_WORD] for text in sentences]
+        words = [word for some in of_each for word in some]
+        numbers = np.zeros((len(words), MOST_NAMES), dtype=np.int32)
+        for i, word in enumerate(words):
+            for j, name in enumerate(word.names):
+                numbers[i, j] = self.numbers.get(name, 0)
         starts = np.cumsum([0, *map(len, of_each[:-1])])
-        return ReadSentences(known, words.astype(np.int32), starts)
+        owners = np.repeat(np.arange(len(of_each)), [*map(len, of_each)])
+        firsts = np.cumsum([0, *(some[-1].position + GAP for some in of_each[:-1])])
+        positions = firsts[owners] + [word.position for word in words]
+        known, names = np.unique(numbers, return_inverse=True)
+        characters = np.array([word.start for word in words])
+        names = names.reshape(numbers.shape).astype(np.int32)
+        return ReadText(known, names, positions, owners, starts, characters, self._kinds(numbers, positions))
 
-    def match(self, question: str, sentences: ReadSentences) -> NDArray[Any]:
-        """How well each sentence matches a question [n]: a logit, but for a constant."""
+    def _kinds(self, numbers: NDArray[Any], positions: NDArray[Any]) -> NDArray[Any]:
+        """What kind of answer begins at each word [t, 2 k], by itself and by the two positions on either side."""
+        import numpy as np
+
+        n = int(positions[-1]) + 1
+        at = {side: table[numbers].sum(1) for side, table in self.kinds.items()}  # [t, k]
+        beside = np.zeros((n + 4, at["own"].shape[1]), dtype=np.float32)  # two positions more at either end
+        for distance, share in ((1, 1.0), (2, 0.5)):
+            beside[positions + 2 - distance] += share * at["behind"]
+            beside[positions + 2 + distance] += share * at["before"]
+        return np.concatenate([at["own"], beside[positions + 2]], axis=1)
+
+    def places(self, question: str, text: ReadText) -> Likelihoods | None:
+        """How likely the answer begins at each word of a text, and in no place; None where no word asked is known."""
         import numpy as np
 
         asked = [self.numbers[word] for word in words_of_question(question) if word in self.numbers]
         if not asked:
-            return np.zeros(len(sentences.starts), dtype=np.float32)
-        alike = self.asked[asked] @ self.said[sentences.known].T  # [words asked, u]
-        alike[:, sentences.known == 0] = WORST
-        best = np.maximum.reduceat(alike[:, sentences.words], sentences.starts, axis=1)  # [words asked, n]
-        return np.asarray(self.weights[asked] @ np.maximum(best, WORST))
+            return None
+        alike = self.asked[asked] @ self.said[text.known].T  # [words asked, u]
+        alike[:, text.known == 0] = WORST
+        best = np.maximum(alike[:, text.names].max(2), WORST)  # [words asked, t]
+        lost = self.fade * text.positions + APART * text.sentences
+        before = np.maximum.accumulate(best + lost, axis=1) - lost
+        behind = np.maximum.accumulate((best - lost)[:, ::-1], axis=1)[:, ::-1] + lost
+        matched = self.weights[asked] @ np.maximum(before, behind)
+        of_words = matched + text.kinds @ self.wanted[asked].sum(0)
+        of_sentences = np.logaddexp.reduceat(of_words, text.starts)
+        return Likelihoods(of_words, of_sentences, float(self.weights[asked] @ self.least[asked]))
 
 
 @cache
@@ -133,16 +153,21 @@ def load_vectors(path: Any) -> WordVectors:
 
     with safe_open(path, "np") as stored:
         words = json.loads(stored.metadata()["words"])
-        asked, said = (stored.get_tensor(name) * stored.get_tensor(f"{name}.scale") for name in ("asked", "said"))
-        weights, bm25 = stored.get_tensor("weights"), float(stored.get_tensor("bm25")[0])
-    return WordVectors({word: i for i, word in enumerate(words) if i}, asked, said, weights, bm25)
+        tables = {
+            name: stored.get_tensor(name) * stored.get_tensor(f"{name}.scale")
+            for name in ("asked", "said", "wanted", "own", "before", "behind")
+        }
+        of_words = {name: stored.get_tensor(name) for name in ("weights", "least")}
+        scalars = dict(zip(("fade", "bm25"), stored.get_tensor("scalars").tolist(), strict=True))
+    kinds = {side: tables.pop(side) for side in ("own", "before", "behind")}
+    return WordVectors({word: i for i, word in enumerate(words) if i}, kinds=kinds, **tables, **of_words, **scalars)
 
 
 @dataclass(frozen=True, eq=False)
 class ReadIndex:
     """The words of a document's sentences, and the sentences of each chunk."""
 
-    words: ReadSentences
+    text: ReadText
     chunks: Mapping[int, tuple[int, int]]
     """By chunk, its first sentence and the one behind its last."""
 
@@ -163,8 +188,8 @@ def read_index(index: Index) -> ReadIndex | None:
         chunks: dict[int, tuple[int, int]] = {}
         for i, place in enumerate(places):
             chunks[place.chunk] = (chunks.get(place.chunk, (i, i))[0], i + 1)
-        words = shipped_vectors().read([prompts[place.chunk][place.start : place.end] for place in places])
-    read = ReadIndex(words, chunks)
+        text = shipped_vectors().read([prompts[place.chunk][place.start : place.end] for place in places])
+    read = ReadIndex(text, chunks)
     if isinstance(index, OpenIndex | IndexInMemory):
         with _READING:
             _READ[index] = read

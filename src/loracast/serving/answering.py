@@ -196,6 +196,7 @@ class Call:
             None if key is None else lambda: model.lora_of(prepared.routed),
             key,
             sampling,
+            model.copying(prepared),
             asked.stop,
             0 if prepared.least_confidence and asked.n_logprobs is None else asked.n_logprobs,
             strips=not asked.prompts,

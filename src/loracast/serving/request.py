@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from loracast.base.copying import Copying
 from loracast.base.generate import Sampling
 from loracast.errors import LoracastError
 from loracast.lora.algebra import LoRA
@@ -27,6 +28,8 @@ class GenerationRequest:
     """Names the LoRA: requests with equal keys have equal LoRAs, so they share it and the caches of prompts. For a
     routed adapter it says the version, the chunks and all weights. None shares nothing; ignored without a LoRA."""
     sampling: Sampling = field(default_factory=Sampling)
+    copying: Copying | None = None
+    """The bonus for what the answer may copy from documents; a vLLM server does not take it."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these strings."""
     n_logprobs: int | None = None

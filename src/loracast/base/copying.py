@@ -1,0 +1,72 @@
+"""Makes a base copy: a bonus on the logits of tokens with which an answer stands in a text, where that is likely.
+
+A hint of several texts and their probabilities raises the logits of the tokens with which they begin. Once an answer
+has begun like one of them, it goes on like one of them, or ends; one that begins otherwise is left alone (as the copy
+distribution of pointer-generator networks: See et al., arXiv 1704.04368, but added to logits).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LEAST = 0.001
+"""The probability at which a token gains log 2; chosen on dev (docs/notebook/2026-12-01.md)."""
+_BEFORE = re.compile(r"(?:the|a|an|on|at|in|by|for|from|to)\s+", re.IGNORECASE)
+"""What an answer may leave out of the text's beginning."""
+
+
+class Copying:
+    """The bonus for one question's answer."""
+
+    def __init__(self, tokenizer: Any, likely: Iterable[tuple[str, float]], ends: Sequence[int]):
+        """
+        Args:
+            likely: texts with which the answer may begin, with their probabilities.
+            ends: the ids of tokens that end an answer.
+        """
+        texts, shares = list[str](), list[float]()
+        for text, probability in likely:
+            ways = _ways(text)
+            texts += ways
+            shares += [probability] * len(ways)
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        self._paths = list(zip(ids, shares, strict=True))
+        self._tokenizer, self._ends = tokenizer, list(ends)
+
+    def bonus(self, said: Sequence[int], n_vocabulary: int) -> Tensor | None:
+        """What is added to the logits of the next token [vocabulary], after these tokens; None where nothing is."""
+        n, said = len(said), list(said)
+        shares: dict[int, float] = {}
+        for ids, share in self._paths:
+            if len(ids) > n and ids[:n] == said:
+                shares[ids[n]] = shares.get(ids[n], 0.0) + share
+        if not shares:
+            return None
+        of_tokens = {token: math.log((share + _LEAST) / _LEAST) for token, share in shares.items()}
+        bonus = torch.zeros(n_vocabulary)
+        if said:  # it goes on like one of the texts, or ends where a word does
+            bonus -= math.log((sum(shares.values()) + _LEAST) / _LEAST)
+            of_tokens = {token: gain + float(bonus[0]) for token, gain in of_tokens.items()}
+            if not self._is_within_word(said, shares):
+                bonus[self._ends] = 0.0
+        bonus[[*of_tokens]] = torch.tensor([*of_tokens.values()])
+        return bonus
+
+    def _is_within_word(self, said: Sequence[int], following: Iterable[int]) -> bool:
+        decode = self._tokenizer.decode
+        return decode(said)[-1:].isalnum() and all(decode([token])[:1].isalnum() for token in following)
+
+
+def _ways(text: str) -> list[str]:
+    """The ways to begin an answer with a text: as it is, without an article, without the first capital letter."""
+    begun = _BEFORE.match(text)
+    ways = [text, text[begun.end() :]] if begun else [text]
+    if text[:1].isupper() and text[1:2].islower():
+        ways.append(text[0].lower() + text[1:])
+    return [f"{blank}{way}" for way in ways if way for blank in ("", " ")]

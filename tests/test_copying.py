@@ -1,0 +1,156 @@
+"""Copying: the bonus for answers that stand in a document, by its formula, and that all ways to answer obey it."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from loracast.base.copying import Copying
+from loracast.base.generate import Sampling, answer, answers
+from loracast.documents import Chunk, Document
+from loracast.library.index import write_index
+from loracast.library.likely import Likely, likely_together
+from loracast.library.routing import pick
+from loracast.serving.engine import LocalEngine
+from loracast.serving.request import GenerationRequest
+
+END = 0
+
+
+class Letters:
+    """Encodes each letter as a token of its own: a is 1, b is 2; a blank is 27."""
+
+    def __call__(self, texts, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [[27 if c == " " else ord(c.lower()) - 96 for c in text] for text in texts]}
+
+    def decode(self, ids):
+        return "".join(" " if i == 27 else chr(96 + i) for i in ids)
+
+
+def of(text: str) -> list[int]:
+    return Letters()([text], add_special_tokens=False)["input_ids"][0]
+
+
+def bonus(likely, said: str = "") -> dict[int, float] | None:
+    """The bonus of each token that is not that of most tokens, which has the key None."""
+    given = Copying(Letters(), likely, [END]).bonus(of(said), 40)
+    if given is None:
+        return None
+    common = given[35].item()
+    return {None: common} | {i: x for i, x in enumerate(given.tolist()) if x != common}
+
+
+def test_the_first_token_gains_by_the_probability_that_an_answer_begins_with_it():
+    gains = bonus([("ab", 0.5), ("ac", 0.25), ("the dog", 0.1)])
+    assert gains.pop(None) == 0
+    shares = {"a": 0.75, " ": 0.85, "t": 0.1, "d": 0.1}  # each text as it is, behind a blank, and without its article
+    shares[" "] += 0.1
+    assert gains == pytest.approx({of(c)[0]: math.log((p + 0.001) / 0.001) for c, p in shares.items()})
+    assert bonus([]) is None and bonus([("", 0.9)]) is None and bonus([("to ", 0.9)], "b") is None
+
+
+def test_a_word_may_lose_the_capital_with_which_a_sentence_begins():
+    seen = []
+    Copying(lambda texts, **_: seen.extend(texts) or {"input_ids": []}, [], [])
+    Copying(lambda texts, **_: seen.extend(texts) or {"input_ids": [[]] * len(texts)}, [("The hose", 1), ("NO", 1)], [])
+    assert seen == ["The hose", " The hose", "hose", " hose", "the hose", " the hose", "NO", " NO"]
+
+
+def test_an_answer_that_began_like_a_text_goes_on_like_it_or_ends_where_a_word_does():
+    likely = [("ab c", 0.5), ("ad", 0.25), ("b", 0.2)]
+    lost = -math.log(0.751 / 0.001)
+    gains = bonus(likely, "a")  # within a word: the end is no better than another letter
+    assert gains == pytest.approx(
+        {None: lost, of("b")[0]: math.log(0.501 / 0.751), of("d")[0]: math.log(0.251 / 0.751)}
+    )
+    gains = bonus(likely, "ab")
+    assert gains == pytest.approx({None: -math.log(501), END: 0.0, of(" ")[0]: 0.0}, abs=1e-6)
+    assert bonus(likely, "x") is None and bonus(likely, "ab c") is None  # began otherwise; copied to its end
+
+
+def test_documents_together_are_as_likely_as_each_other():
+    one, other = (Likely("a", 0.8), Likely("b", 0.2)), (Likely("c", 1.0),)
+    assert likely_together([one, (), other]) == (Likely("a", 0.4), Likely("b", 0.1), Likely("c", 0.5))
+    assert likely_together([(), one]) == one and likely_together([]) == ()
+
+
+def write(path, texts) -> int:
+    write_index(path, [Chunk(text, 0, len(text), "", 9) for text in texts])
+    return len(texts)
+
+
+def test_a_question_gets_the_places_where_its_answer_may_begin(tmp_path):
+    n = write(
+        tmp_path / "i", ["Adults pay £20 at the door. We open at 9:30 am.", "Dogs are welcome.", "Call Anna Boyd."]
+    )
+    price = pick(tmp_path / "i", n, "How much does a ticket cost?", 2)
+    assert price.likely[0].text == "£20 at the door." and price.likely[0].probability > 0.5
+    assert sum(one.probability for one in price.likely) + price.nowhere <= 1.0
+    when = pick(tmp_path / "i", n, "When do you open?", 2)
+    assert when.likely[0].text == "9:30 am." and not any("Call" in one.text for one in when.likely)  # of another chunk
+    for question in ("Do you open at 9:30?", "How many dogs are there?"):
+        assert pick(tmp_path / "i", n, question, 2).likely == ()
+    assert pick(tmp_path / "i", n, "Zork?", 2).likely == () and pick(tmp_path / "i", n, "What?", None).nowhere is None
+
+
+def test_a_long_text_is_cut_between_words(tmp_path):
+    n = write(tmp_path / "i", ["The ticket costs £20 " + "and nothing else whatsoever " * 9])
+    text = pick(tmp_path / "i", n, "How much does a ticket cost?", 2).likely[0].text
+    assert text == "£20 and nothing else whatsoever and nothing"
+
+
+def test_what_a_document_does_not_say_stands_nowhere(tmp_path):
+    n = write(tmp_path / "i", ["Adults pay £20. We open at 9:30 am.", "Dogs are welcome."])
+    said, unsaid = (pick(tmp_path / "i", n, q, 2).nowhere for q in ("When do you open?", "Who painted the ceiling?"))
+    assert said < 0.2 < unsaid
+
+
+def test_all_ways_to_answer_copy_alike(base):
+    """A text that is certain beats the logits of a tiny base, alone, in a batch, and in the engine."""
+    ids = [base.chat.prompt("What is it?"), base.chat.prompt("And what is that, if I may ask?")]
+    hint = Copying(base.tokenizer, [("the little house", 1.0)], base.end_ids)
+    sampling = Sampling(max_new_tokens=6)
+    alone = answer(base, ids[0], None, sampling, copying=hint)
+    assert (alone.text and "little house".startswith(alone.text)) or "the little house".startswith(alone.text)
+    both = answers(base, ids, [None, None], sampling, [hint, None])
+    assert [one.text for one in both] == [alone.text, answer(base, ids[1], None, sampling).text]
+    engine = LocalEngine(base)
+    tickets = [
+        engine.submit(GenerationRequest(ids[0], sampling=sampling, copying=hint, n_logprobs=0)),
+        engine.submit(GenerationRequest(ids[1], sampling=sampling)),
+    ]
+    assert [ticket.text() for ticket in tickets] == [one.text for one in both]
+    assert tickets[0].confidence == pytest.approx(alone.confidence, rel=1e-3)
+    engine.close()
+
+
+def test_the_probabilities_of_an_answer_are_those_with_the_bonus(base):
+    ids = base.chat.prompt("What is it?")
+    hint = Copying(base.tokenizer, [("house", 1.0)], base.end_ids)
+    given = answer(base, ids, None, Sampling(max_new_tokens=1), copying=hint)
+    with torch.no_grad():
+        logits = base.model(torch.tensor([ids])).logits[0, -1]
+    logits = logits + hint.bonus([], len(logits))
+    assert given.confidence == pytest.approx(logits.softmax(0).max().item(), rel=1e-4)
+
+
+def test_a_document_hints_and_a_task_beside_it_does_not(model, monkeypatch):
+    model.learn(Document.from_text("Adults pay £20. We open at 9:30 am."), "door")
+    prepared = model.prepare("How much do adults pay?", "door")
+    assert prepared.likely[0].text == "£20."
+    hint = model.copying(prepared)
+    assert hint.bonus([], len(model.base.tokenizer)) is not None
+    assert model.copying(model.prepare("How much do adults pay?")) is None
+    assert model.prepare("How much do adults pay?", "door", outlines=False).likely == ()
+    seen = []
+    monkeypatch.setattr(
+        "loracast.question_answering.answer",
+        lambda *given, copying: seen.append(copying) or SimpleNamespace(confidence=1.0),
+    )
+    monkeypatch.setattr(type(prepared), "sourced", lambda self, given: given)
+    model.answer("How much do adults pay?", "door")
+    assert seen[0] is not None
