@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby
+from typing import NamedTuple
 
 from loracast.library.terms import is_name, is_value, plain, terms, terms_asked, terms_of
 
@@ -42,21 +43,31 @@ def of_others(question: str, chunks: Sequence[tuple[str, Sequence[str]]]) -> lis
     for heading, sentences in chunks:
         above = of_chunk = terms_of(heading)
         found.append([])
-        for sentence in sentences:
-            words = _terms_of_sentence(sentence)
-            here = frozenset(map(plain, words))
-            if is_heading := not sentence.endswith(_ENDS) and len(words) <= _LONGEST_HEADING:
-                above = of_chunk | here
-            has_one = any(name <= here | above for name in asked)
-            goes_on = bool(words) and words[0].lower() in _CONTINUING
-            has_another = any(is_name(term, i) and plain(term) not in known for i, term in enumerate(words))
+        for sentence in map(_read, sentences):
+            if sentence.is_heading:
+                above = of_chunk | sentence.words
+            has_one = any(name <= sentence.words | above for name in asked)
             is_named |= has_one
-            is_other = has_another and not has_one and not is_heading
-            found[-1].append(found[-1][-1] if goes_on and found[-1] and not has_one else is_other)
+            is_other = not (sentence.names <= known or has_one or sentence.is_heading)
+            found[-1].append(found[-1][-1] if sentence.goes_on and found[-1] and not has_one else is_other)
     return found if is_named else [[False] * len(sentences) for _, sentences in chunks]
 
 
+class _Sentence(NamedTuple):
+    """What tells whom a sentence is about."""
+
+    words: frozenset[str]
+    names: frozenset[str]
+    goes_on: bool
+    """Whether it goes on about what the one before has named."""
+    is_heading: bool
+
+
 @lru_cache(2_000)
-def _terms_of_sentence(sentence: str) -> tuple[str, ...]:
+def _read(sentence: str) -> _Sentence:
     """Kept for the next question about the same document."""
-    return tuple(terms(sentence))
+    words = terms(sentence)
+    names = frozenset(plain(term) for i, term in enumerate(words) if is_name(term, i))
+    goes_on = bool(words) and words[0].lower() in _CONTINUING
+    is_heading = not sentence.endswith(_ENDS) and len(words) <= _LONGEST_HEADING
+    return _Sentence(frozenset(map(plain, words)), names, goes_on, is_heading)
