@@ -109,11 +109,12 @@ def test_what_a_document_does_not_say_stands_nowhere(tmp_path):
     assert said < 0.2 < unsaid
 
 
-def test_all_ways_to_answer_copy_alike(base):
+@pytest.mark.parametrize("penalty", [None, 1.5])
+def test_all_ways_to_answer_copy_alike(base, penalty):
     """A text that is certain beats the logits of a tiny base, alone, in a batch, and in the engine."""
     ids = [base.chat.prompt("What is it?"), base.chat.prompt("And what is that, if I may ask?")]
     hint = Copying(base.tokenizer, [("the little house", 1.0)], base.end_ids)
-    sampling = Sampling(max_new_tokens=6)
+    sampling = Sampling(max_new_tokens=6, repetition_penalty=penalty)
     alone = answer(base, ids[0], None, sampling, copying=hint)
     assert (alone.text and "little house".startswith(alone.text)) or "the little house".startswith(alone.text)
     both = answers(base, ids, [None, None], sampling, [hint, None])
@@ -154,3 +155,13 @@ def test_a_document_hints_and_a_task_beside_it_does_not(model, monkeypatch):
     monkeypatch.setattr(type(prepared), "sourced", lambda self, given: given)
     model.answer("How much do adults pay?", "door")
     assert seen[0] is not None
+
+
+@pytest.mark.parametrize(("scale", "share"), [(0.5, 0.5), (2.0, 1.0), (-1.0, None)])
+def test_an_adapter_with_a_factor_copies_less_and_one_that_is_subtracted_nothing(model, scale, share):
+    adapter = model.learn(Document.from_text("Adults pay £20. We open at 9:30 am."), "door")
+    question = "How much do adults pay?"
+    whole = model.prepare(question, "door").likely
+    likely = model.prepare(question, "door", scales={adapter.manifest.version: scale}).likely
+    expected = () if share is None else tuple(Likely(text, p * share) for text, p in whole)
+    assert whole and likely == expected

@@ -18,6 +18,7 @@ from loracast.documents.headings import find_headings
 from loracast.errors import AdapterError, ConfigError, NoSuchAdapterError
 from loracast.library.bm25 import phrases
 from loracast.library.index import read_chunks, read_sentences
+from loracast.library.likely import Likely
 from loracast.library.register import Match
 from loracast.library.relevance import THRESHOLD, THRESHOLD_OF_MANY, threshold_for
 from loracast.library.routing import SHARPNESS, Route
@@ -195,6 +196,8 @@ def scaled(picked: Iterable[tuple[Adapter, Route]], scales: Mapping[str, float])
             route = Route((), reason="its scale is 0", about=route.about)
         elif scale != 1 and not route.is_empty:
             route = _weighed(route, adapter.manifest.n_chunks, scale)
+            likely = tuple(Likely(text, p * min(scale, 1.0)) for text, p in route.likely) if scale > 0 else ()
+            route = replace(route, likely=likely)
             if scale < 0:
                 route = replace(route, answer=None, says_yes=None)
         found.append((adapter, route))

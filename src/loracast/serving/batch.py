@@ -211,7 +211,7 @@ class Batch:
                 bonus = row.bonus(logits.shape[-1])
                 of_row = logits[i] if bonus is None else logits[i] + bonus.to(logits)
                 is_known = bonus is None and row.sampler.takes_likeliest
-                chosen = likeliest[i] if is_known else row.sampler.choose(of_row, row.ids)
+                chosen = likeliest[i] if is_known else row.sampler.choose(logits[i], row.ids, bonus)
                 before = row.ticket.n_tokens
                 if row.take(chosen, of_row):
                     done.append(row)

@@ -36,28 +36,37 @@ class Sampler:
         if sampling.min_new_tokens:
             ends = list(base.end_ids)
             rules.append(MinNewTokensLengthLogitsProcessor(len(prompt), sampling.min_new_tokens, ends, device))
+        drawing = LogitsProcessorList()
         self._generator: torch.Generator | None = None
         if not sampling.is_greedy:
             if sampling.temperature != 1:
-                rules.append(TemperatureLogitsWarper(sampling.temperature))
+                drawing.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_k:
-                rules.append(TopKLogitsWarper(sampling.top_k))
+                drawing.append(TopKLogitsWarper(sampling.top_k))
             if sampling.top_p < 1:
-                rules.append(TopPLogitsWarper(sampling.top_p))
+                drawing.append(TopPLogitsWarper(sampling.top_p))
             self._generator = torch.Generator(device)
             if sampling.seed is None:
                 self._generator.seed()
             else:
                 self._generator.manual_seed(sampling.seed)
-        self._rules = rules
+        self._rules, self._drawing = rules, drawing
         self.takes_likeliest = not rules and self._generator is None
         """Whether the token is that of the highest logit: no rule changes the logits, and nothing is drawn."""
 
-    def choose(self, logits: Tensor, ids: Sequence[int]) -> int:
-        """The next token from logits [vocabulary], after the token ids of the prompt and of the answer so far."""
+    def choose(self, logits: Tensor, ids: Sequence[int], bonus: Tensor | None = None) -> int:
+        """The next token from logits [vocabulary], after the token ids of the prompt and of the answer so far.
+
+        Args:
+            bonus: what is added to the logits of the likeliest answers [vocabulary] (base/copying.py).
+        """
+        so_far = torch.tensor([ids], device=logits.device)
         if self._rules:
-            so_far = torch.tensor([ids], device=logits.device)
             logits = self._rules(so_far, logits[None].float().clone())[0]  # type: ignore[arg-type]
+        if bonus is not None:
+            logits = logits + bonus.to(logits)
+        if self._drawing:
+            logits = self._drawing(so_far, logits[None].float().clone())[0]  # type: ignore[arg-type]
         if self._generator is None:
             return int(logits.argmax())
         return int(torch.multinomial(logits.float().softmax(-1), 1, generator=self._generator))
