@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Unpack, overload
 
 from loracast.base.chat import Message
-from loracast.base.copying import Copying
+from loracast.base.copying import Copying, copying
 from loracast.base.generate import Sampling, answer, answers, stream
 from loracast.base.load import Base
 from loracast.data.everyday import NOT_SAID
@@ -81,8 +81,8 @@ class QuestionAnswering(ABC):
             prepared, lora, sampling = self._request(question, adapter, **options)
             if prepared.answer is not None:
                 return prepared.answer
-            copying = self.copying(prepared)
-            return prepared.sourced(answer(self.base, prepared.prompt, lora, sampling, copying=copying))
+            hint = self.copying(prepared)
+            return prepared.sourced(answer(self.base, prepared.prompt, lora, sampling, copying=hint))
         chosen = adapter if isinstance(adapter, (list, tuple)) and adapter else [adapter] * len(question)
         if len(chosen) != len(question):
             raise AdapterError(
@@ -120,7 +120,7 @@ class QuestionAnswering(ABC):
 
     def copying(self, prepared: Prepared) -> Copying | None:
         """The bonus for what an answer may copy from the documents; None where nothing is likely."""
-        return Copying(self.base.tokenizer, prepared.likely, self.base.end_ids) if prepared.likely else None
+        return copying(self.base, prepared.likely)
 
     def _request(
         self, question: Question, adapter: Chosen, *, sampling: Sampling = Sampling(), **options: Any

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loracast.base.load import Base
+
 _LEAST = 0.001
 """The probability at which a token gains log 2; chosen on dev (docs/notebook/2026-12-01.md)."""
 _BEFORE = re.compile(r"(?:the|a|an|on|at|in|by|for|from|to)\s+", re.IGNORECASE)
@@ -61,6 +63,11 @@ class Copying:
     def _is_within_word(self, said: Sequence[int], following: Iterable[int]) -> bool:
         decode = self._tokenizer.decode
         return decode(said)[-1:].isalnum() and all(decode([token])[:1].isalnum() for token in following)
+
+
+def copying(base: Base, likely: Sequence[tuple[str, float]]) -> Copying | None:
+    """The bonus for what an answer of a base may copy; None where no text is likely."""
+    return Copying(base.tokenizer, likely, base.end_ids) if likely else None
 
 
 def _ways(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Generic, Protocol, TypeVar
 
-from loracast.base.copying import Copying
+from loracast.base.copying import copying
 from loracast.base.generate import Answer, Sampling, answer, answers
 from loracast.base.load import Base
 from loracast.evaluation.baseline import Baseline, Case, LoRASource, Request
@@ -104,16 +104,11 @@ def _ask_one(
     prepared_s = time.perf_counter() - started
     if request.answer is not None:
         return Answered(name, case, request.answer, 0, request.found, prepared_s, prepared_s), _said(request.answer)
-    said = answer(setup.base, request.prompt, lora, sampling, copying=copying(setup.base, request))
+    said = answer(setup.base, request.prompt, lora, sampling, copying=copying(setup.base, request.likely))
     first_s, total_s = prepared_s + said.first_token_s, prepared_s + said.total_s
     if request.least_confidence:  # which is shown at its end
         first_s = total_s
     return Answered(name, case, request.text(said), len(request.prompt), request.found, first_s, total_s), said
-
-
-def copying(base: Base, request: Request) -> Copying | None:
-    """The bonus for what the answer to a request may copy; None where nothing is likely."""
-    return Copying(base.tokenizer, request.likely, base.end_ids) if request.likely else None
 
 
 def _said(text: str) -> Answer:
@@ -129,7 +124,7 @@ def _answer_new(base: Base, requests: Sequence[Request], sampling: Sampling, kno
     for batch in batches(todo):
         loras = made(base, batch, held)
         held = dict(zip([r.lora for r in batch], loras, strict=True))  # the next batch may need them again
-        hints = [copying(base, request) for request in batch]
+        hints = [copying(base, request.likely) for request in batch]
         known.update(zip(batch, answers(base, [r.prompt for r in batch], loras, sampling, hints), strict=True))
 
 

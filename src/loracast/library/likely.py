@@ -7,7 +7,7 @@ from sqlite3 import Connection
 from typing import NamedTuple
 from unicodedata import normalize
 
-from loracast.library.index import read_chunks, read_sentences
+from loracast.library.index import SentencePlace, read_chunks, read_sentences
 from loracast.library.matching import Place
 
 _MOST_CHARACTERS = 48
@@ -32,10 +32,12 @@ def likely_answers(database: Connection, places: Sequence[Place], chunks: Contai
         return ()
     wanted = sorted({place.chunk for place in places})
     prompts = {chunk: one.prompt for chunk, one in zip(wanted, read_chunks(database, wanted), strict=True)}
-    spans = read_sentences(database)
+    spans: dict[int, list[SentencePlace]] = {chunk: [] for chunk in wanted}
+    for span in read_sentences(database, wanted):
+        spans[span.chunk].append(span)
     found = list[Likely]()
     for place in places:
-        _, start, end = spans[place.sentence]
+        _, start, end = spans[place.chunk][place.sentence]
         text = normalize("NFC", prompts[place.chunk][start:end])[place.start :].rstrip()
         if len(text) > _MOST_CHARACTERS:
             text = text[:_MOST_CHARACTERS].rpartition(" ")[0] or text[:_MOST_CHARACTERS]

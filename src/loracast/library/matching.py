@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
     chunk: int
     sentence: int
-    """Of the document."""
+    """Of the chunk."""
     start: int
     """The first character in the sentence in normal form (NFC)."""
     probability: float
@@ -104,11 +104,12 @@ def _with_places(found: Matches, likely: Likelihoods, read: ReadIndex, added: Ma
     logits = np.append(likely.words[words] + plus[sentences], likely.nowhere)
     shares = np.exp(logits - logits.max())
     shares /= shares.sum()
-    places = [
-        Place(int(chunks[sentences[i]]), int(sentences[i]), int(text.characters[words[i]]), float(shares[i]))
-        for i in np.argsort(-shares[:-1], kind="stable")[:_MOST_PLACES]
-        if shares[i] >= _LEAST_PROBABILITY
-    ]
+    places = list[Place]()
+    for i in np.argsort(-shares[:-1], kind="stable")[:_MOST_PLACES]:
+        if shares[i] >= _LEAST_PROBABILITY:
+            chunk = int(chunks[sentences[i]])
+            sentence = int(sentences[i]) - read.chunks[chunk][0]
+            places.append(Place(chunk, sentence, int(text.characters[words[i]]), float(shares[i])))
     return replace(found, places=tuple(places), nowhere=float(shares[-1]))
 
 

@@ -60,7 +60,7 @@ class Sampler:
         Args:
             bonus: what is added to the logits of the likeliest answers [vocabulary] (base/copying.py).
         """
-        so_far = torch.tensor([ids], device=logits.device)
+        so_far = torch.tensor([ids], device=logits.device) if self._rules or self._drawing else None
         if self._rules:
             logits = self._rules(so_far, logits[None].float().clone())[0]  # type: ignore[arg-type]
         if bonus is not None:
