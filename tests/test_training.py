@@ -223,13 +223,14 @@ def test_a_memory_is_added_to_a_checkpoint_that_has_none(base, tmp_path):
         train_doc(base, second, tmp_path / "again", init_from=tmp_path / "grown")
 
 
-def train_and_grow(base, folder, layers, options, **second):
+def train_and_grow(base, folder, layers, options, static_kinds=(), **second):
     """Train a memory in these layers and go on with another recipe: both hypernetworks, and that recipe."""
     data = DataConfig(questions_per_step=4, max_facts=4, max_chunk_tokens=128)
     settings = TrainConfig(steps=3, warmup_steps=1, lr=1e-2, bf16=False)
     first = DocRecipe(
         hypernetwork={**DOC_TO_LORA, "d_values": 48, **options},
         memory_layers=layers,
+        static_kinds=static_kinds,
         calibration_questions=40,
         data=data,
         training=settings,
@@ -253,6 +254,38 @@ def test_a_memory_can_grow_by_further_layers(base, tmp_path):
         torch.testing.assert_close(side[:, 0], other[:, 1])
     assert before["o_proj"][1].any() and after["o_proj"][1][:, 0].abs().max() < 1e-6
     assert after["o_proj"][0][:, 0].any() and (grown.memory.key_std[0] != 1).all()
+
+
+def test_a_memory_can_remain_alone(base, tmp_path):
+    """Without the Perceiver, memory and static LoRA stay as they are; nothing else is written."""
+    options = {"static_rank": 2, "static_modules_rank": 3}
+    only = {"kinds": (), "given": frozenset({"kinds"})}
+    old, alone, recipe = train_and_grow(base, tmp_path, (1, 3), options, ("q_proj",), **only)
+    assert not hasattr(alone, "decoder") and alone.config.ranks == {**old.config.ranks, "down_proj": 0}
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        before, after = (h.cast_and_write(h.hidden_states_encoder(base)(ids))[0] for h in (old, alone))
+        for side, other in zip(before["o_proj"], after["o_proj"], strict=True):
+            torch.testing.assert_close(side, other)
+        assert before["down_proj"][0].shape[2] and not after["down_proj"][0].shape[2]
+        static, same = (h.static_lora().row(0) for h in (old, alone))
+        assert static.names and {*static.names} == {*same.names}
+        for name in static.names:
+            torch.testing.assert_close(static.delta(name), same.delta(name))
+    with pytest.raises(ConfigError, match="`kinds` can only be"):
+        train_doc(base, dataclasses.replace(recipe, kinds=("q_proj",)), tmp_path / "q", init_from=tmp_path / "first")
+
+
+def test_a_fresh_memory_can_be_alone(base, tmp_path):
+    settings = TrainConfig(steps=2, warmup_steps=1, lr=1e-2, bf16=False)
+    recipe = DocRecipe(
+        kinds=(), static_kinds=("q_proj",), memory_layers=(1, 3), hypernetwork={**DOC_TO_LORA, "d_values": 48},
+        calibration_questions=40, data=DataConfig(questions_per_step=4, max_chunk_tokens=128), training=settings,
+    )  # fmt: skip
+    train_doc(base, recipe, tmp_path)
+    assert from_pretrained(tmp_path, DocToLoRA).config.target.kinds == ("q_proj", "o_proj")
+    with pytest.raises(ConfigError, match="no target modules"):
+        train_doc(base, dataclasses.replace(recipe, memory_layers=(), static_kinds=()), tmp_path / "nothing")
 
 
 def test_a_memory_can_grow_by_near_tokens(base, tmp_path):

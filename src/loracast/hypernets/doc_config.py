@@ -41,7 +41,7 @@ class DocToLoRAConfig(ArchitectureConfig):
     d_features: int
     """Width of the encoder's features, copied values included."""
     modules: tuple[ModuleRow, ...]
-    """The target modules of the Perceiver's factors, in the target's order."""
+    """The target modules of the Perceiver's factors, in the target's order. Empty for a memory alone."""
     encoder: str = OF_THE_BASE
     """Name of the encoder that the features come from; `base` for the base's own hidden states."""
     encoder_fingerprint: str = ""
@@ -106,7 +106,7 @@ class DocToLoRAConfig(ArchitectureConfig):
     """Epsilon of every RMSNorm."""
 
     def _problems(self) -> list[str]:
-        problems = super()._problems()
+        problems = super()._problems() if self.modules or not self.memory_modules else []
         if len(self.reader_layers) != 1:
             problems.append("reader_layers must name one layer")
         if min(self.n_decoder_blocks, self.rank, self.n_kv_heads) < 1 or self.n_heads % self.n_kv_heads:
@@ -115,7 +115,7 @@ class DocToLoRAConfig(ArchitectureConfig):
             )
         if max(self.n_decoder_blocks, self.memory_blocks, self.memory_heads) > MOST_BLOCKS:
             problems.append(f"more than {MOST_BLOCKS} blocks or heads")
-        if self.d_values and self.d_values not in {d_out for _, _, _, _, d_out in self.modules}:
+        if self.modules and self.d_values and self.d_values not in {d_out for _, _, _, _, d_out in self.modules}:
             problems.append(
                 f"no target module writes outputs of {self.d_values} numbers for the values to be copied to"
             )

@@ -5,6 +5,8 @@
     rank latents -> pointers into the chunk -> values that B rows copy (optional)
     features -> an associative memory in modules of another kind -> A, B of these modules (optional; memory.py)
 
+A hypernetwork may have the memory alone, and nothing of the first three lines.
+
 The chunks of a document are merged by joining their factors along the rank. An image is cast as one chunk of patches.
 This module knows shapes, never a base's weights.
 """
@@ -73,7 +75,8 @@ class DocToLoRA(Hypernetwork):
         super().__init__()
         self.config = c = config
         n_layers = len(c.layers)
-        self._build_reader(config)
+        if c.modules:
+            self._build_reader(config)
         shapes = {kind: (d_in, d_out) for _, _, kind, d_in, d_out in c.modules}
         self.heads = nn.ModuleDict(
             {kind: FactorHead(n_layers, c.width, c.rank, *shapes[kind], c.head_shared_rank) for kind in c.kinds}
@@ -260,7 +263,8 @@ class DocToLoRA(Hypernetwork):
         """The same for chunks [n, t] that all have real tokens, where the mask is true."""
         n = features.n_chunks
         states = features.states.float()
-        rows, writes = self.expand(self.latents(states, mask)), None
+        rows = self.expand(self.latents(states, mask)) if self.config.modules else {}
+        writes = None
         if self.memory is not None:
             a, b, writes = self.memory(self.standard(states), features, mask)
             scales = self.memory.scales

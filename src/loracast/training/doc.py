@@ -22,7 +22,7 @@ from loracast.errors import ConfigError
 from loracast.hypernets.doc_config import ModuleRow
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig, MergedCast
 from loracast.lora.algebra import LoRA
-from loracast.lora.target import Layers, target_from_config
+from loracast.lora.target import KINDS, Layers, target_from_config
 from loracast.scoring.episodes import Batch, Episode, pack
 from loracast.scoring.likelihood import AnswerScores, Passes, score_answers
 from loracast.training.calibrate import calibrate, set_memory_units
@@ -44,7 +44,7 @@ class DocRecipe:
     """One training run, as the tables `[hypernetwork]`, `[objective]`, `[data]` and `[training]` of a TOML file."""
 
     kinds: tuple[str, ...] = ("down_proj",)
-    """Module kinds that receive a LoRA."""
+    """Module kinds that receive a LoRA of each chunk; none for a memory alone."""
     layers: Layers = 0.2
     """Layers that receive a LoRA, by number or as shares of the base's depth (`lora.target.Layers`)."""
     hypernetwork: Mapping[str, Any] = field(default_factory=dict)
@@ -73,8 +73,9 @@ class DocRecipe:
 
 
 _GROWABLE = {
-    "encoder_kinds", "encoder_rank", "memory_layers", "calibration_questions", "static_kinds", "static_modules_rank",
-    "head_shared_rank", "memory_near_tokens", "memory_rank", "memory_verdicts", "memory_gate_power",
+    "kinds", "encoder_kinds", "encoder_rank", "memory_layers", "calibration_questions", "static_kinds",
+    "static_modules_rank", "head_shared_rank", "memory_near_tokens", "memory_rank", "memory_verdicts",
+    "memory_gate_power",
 }  # fmt: skip
 """Keys allowed with --init-from: they add a part, make one smaller, or set how much is written."""
 _FREE = ("memory_rank", "memory_gate_power")
@@ -125,8 +126,9 @@ def doc_config(base_config: Any, tokenizer: Any, recipe: DocRecipe) -> DocToLoRA
     if recipe.encoder_kinds:
         memory = options.get("memory_modules", ())
         options["encoder_modules"] = encoder_modules(base_config, recipe, options["reader_layers"], memory)
-    target = target_from_config(base_config, recipe.kinds, recipe.layers)
-    return DocToLoRAConfig.for_target(target, d_features, **options)
+    # Without kinds there is a memory alone, and nothing to target.
+    modules = target_from_config(base_config, recipe.kinds, recipe.layers).rows if recipe.kinds else ()
+    return DocToLoRAConfig(d_features=d_features, modules=modules, **options)
 
 
 def encoder_modules(
@@ -145,8 +147,11 @@ def encoder_modules(
 def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSource) -> DocToLoRA:
     """Add the recipe's parts to a hypernetwork: memory layers, static modules, an encoder LoRA, low-rank heads.
 
-    A recipe may also keep some of its memory layers only, and change how many tokens of a chunk are written.
+    A recipe may also keep some of its memory layers only, or the memory alone (`kinds = []`), and change how many
+    tokens of a chunk are written.
     """
+    if "kinds" in recipe.given:
+        hypernet = _memory_alone(hypernet, recipe.kinds)
     c, base_config = hypernet.config, base.model.config
     changes: dict[str, Any] = {}
     if recipe.memory_layers:
@@ -209,6 +214,26 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
         for kind in c.kinds:
             grown.head(kind).take_low_rank(hypernet.head(kind))
     return grown
+
+
+def _memory_alone(hypernet: DocToLoRA, kinds: Sequence[str]) -> DocToLoRA:
+    """The hypernetwork without the Perceiver, whose modules keep their static LoRA."""
+    c = hypernet.config
+    if kinds or not c.memory_modules:
+        raise ConfigError("with --init-from, `kinds` can only be [], for a checkpoint whose memory then remains alone")
+    static = sorted(
+        (*(c.modules if c.static_rank else ()), *c.static_modules), key=lambda row: (row[1], KINDS.index(row[2]))
+    )
+    rank = max(c.static_rank, c.static_modules_rank)
+    alone = DocToLoRA(
+        dataclasses.replace(c, modules=(), static_rank=0, static_modules=tuple(static), static_modules_rank=rank)
+    )
+    weights = hypernet.state_dict()
+    for name, value in alone.state_dict().items():
+        taken = weights[name]
+        # A static LoRA [layers, r, d] of a smaller rank keeps fresh rows behind its own: their B is 0.
+        (value if value.shape == taken.shape else value[:, : taken.shape[1]]).copy_(taken)
+    return alone
 
 
 def calibration_data(base: Base, recipe: DocRecipe, source: EpisodeSource) -> tuple[list[Tensor], list[Episode]]:
