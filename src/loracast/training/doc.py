@@ -22,11 +22,12 @@ from loracast.errors import ConfigError
 from loracast.hypernets.doc_config import ModuleRow
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig, MergedCast
 from loracast.lora.algebra import LoRA
-from loracast.lora.target import KINDS, Layers, target_from_config
+from loracast.lora.target import Layers, target_from_config
 from loracast.scoring.episodes import Batch, Episode, pack
 from loracast.scoring.likelihood import AnswerScores, Passes, score_answers
 from loracast.training.calibrate import calibrate, set_memory_units
 from loracast.training.loop import OnMetrics, TrainConfig
+from loracast.training.memory_alone import memory_alone
 from loracast.training.memory_losses import MemoryLosses, retrieval_loss, write_loss
 from loracast.training.recipe import check_values, keys_of, read_recipe_as, recorded
 from loracast.training.run import start_from, train_hypernet
@@ -151,7 +152,9 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
     tokens of a chunk are written.
     """
     if "kinds" in recipe.given:
-        hypernet = _memory_alone(hypernet, recipe.kinds)
+        if recipe.kinds:
+            raise ConfigError("with --init-from, `kinds` can only be [], for the memory alone")
+        hypernet = memory_alone(hypernet, base, sample_chunks(base, recipe, source))
     c, base_config = hypernet.config, base.model.config
     changes: dict[str, Any] = {}
     if recipe.memory_layers:
@@ -216,26 +219,6 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
     return grown
 
 
-def _memory_alone(hypernet: DocToLoRA, kinds: Sequence[str]) -> DocToLoRA:
-    """The hypernetwork without the Perceiver, whose modules keep their static LoRA."""
-    c = hypernet.config
-    if kinds or not c.memory_modules:
-        raise ConfigError("with --init-from, `kinds` can only be [], for a checkpoint whose memory then remains alone")
-    static = sorted(
-        (*(c.modules if c.static_rank else ()), *c.static_modules), key=lambda row: (row[1], KINDS.index(row[2]))
-    )
-    rank = max(c.static_rank, c.static_modules_rank)
-    alone = DocToLoRA(
-        dataclasses.replace(c, modules=(), static_rank=0, static_modules=tuple(static), static_modules_rank=rank)
-    )
-    weights = hypernet.state_dict()
-    for name, value in alone.state_dict().items():
-        taken = weights[name]
-        # A static LoRA [layers, r, d] of a smaller rank keeps fresh rows behind its own: their B is 0.
-        (value if value.shape == taken.shape else value[:, : taken.shape[1]]).copy_(taken)
-    return alone
-
-
 def calibration_data(base: Base, recipe: DocRecipe, source: EpisodeSource) -> tuple[list[Tensor], list[Episode]]:
     """Token ids [1, t] of text like that of the documents, and documents with questions."""
     rng = random.Random(recipe.data.seed)
@@ -247,6 +230,13 @@ def calibration_data(base: Base, recipe: DocRecipe, source: EpisodeSource) -> tu
             break
         episodes += source.step(step)
     return [torch.tensor([text]) for text in texts], episodes
+
+
+def sample_chunks(base: Base, recipe: DocRecipe, source: EpisodeSource, n: int = 320) -> list[list[int]]:
+    """Token ids of texts as long as the recipe's chunks."""
+    rng = random.Random(recipe.data.seed)
+    lengths = [rng.randint(recipe.data.min_chunk_tokens, recipe.data.max_chunk_tokens) for _ in range(n)]
+    return [encode_text(base.tokenizer, source.sample_text(rng, length)) for length in lengths]
 
 
 def answer_questions(
