@@ -110,7 +110,7 @@ class AttentionDeltaEncoder:
             is_training: whether the encoder LoRA may have changed since the last call.
         """
         self.name = ATTENTION_DELTA
-        self._base, self._layers, self._kind = base, tuple(layers), kind
+        self.base, self._layers, self._kind = base, tuple(layers), kind
         self._lora, self._is_training = lora, is_training
         self._d_state = int(base.model.config.get_text_config().hidden_size)
         self.d_text = len(POSITIONS) * len(self._layers) * self._d_state
@@ -134,7 +134,7 @@ class AttentionDeltaEncoder:
                     "it as a document"
                 )
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-        conditions = torch.zeros(len(rows), self.d_text, device=self._base.device)
+        conditions = torch.zeros(len(rows), self.d_text, device=self.base.device)
         while order:
             longest = _LONGER * max(_SHORT_TOKENS, len(rows[order[0]][0]))
             n = sum(len(rows[i][0]) <= longest for i in order[:_TEXTS_AT_ONCE])
@@ -149,17 +149,17 @@ class AttentionDeltaEncoder:
     def at_example(self, text: str, example: Example) -> TokenDeltas:
         """The attention deltas of a text at each token of an example that stands behind it, with its answer."""
         probe = self._probe_of(example)
-        with inject(self._base.model, self._once("lora", lambda: self._lora().to(self._base.model.dtype))):
-            return self._at_each_token(self._base.chat.prompt(with_description(text.strip(), example.input), ""), probe)
+        with inject(self.base.model, self._once("lora", lambda: self._lora().to(self.base.model.dtype))):
+            return self._at_each_token(self.base.chat.prompt(with_description(text.strip(), example.input), ""), probe)
 
     def after_turns(self, spec: TaskSpec, example: Example) -> TokenDeltas:
         """As `at_example`, of a conversation whose earlier turns are examples, in the base without a LoRA."""
         return self._at_each_token(
-            self._base.chat.conversation(spec.conversation(example.input)), self._probe_of(example)
+            self.base.chat.conversation(spec.conversation(example.input)), self._probe_of(example)
         )
 
     def _probe_of(self, example: Example) -> _Probe:
-        chat = self._base.chat
+        chat = self.base.chat
         answer = chat.reply(example.outputs[0])[:-1][:_ANSWER_TOKENS]
         return _Probe(example.input, chat.prompt(example.input, ""), answer)
 
@@ -175,14 +175,14 @@ class AttentionDeltaEncoder:
 
     def module_inputs(self, names: Sequence[str], ids: Sequence[int], lora: LoRABatch) -> dict[str, Tensor]:
         """Inputs of modules, by name [t, d_in], where the base carries a LoRA and reads t tokens, fp32."""
-        base = self._base
+        base = self.base
         with inject(base.model, lora.to(base.device).to(base.model.dtype)), capture_inputs(base.model, names) as found:
             self._decoder(input_ids=torch.tensor([[*ids]], device=base.device), use_cache=False)
         return {name: found[name][0].to(base.device).float() for name in names}
 
     def _described(self, text: str) -> tuple[list[int], int, int]:
         """The row of a text before the dummy input."""
-        prompt = self._base.chat.prompt(with_description(text.strip(), self._dummy.input), "")
+        prompt = self.base.chat.prompt(with_description(text.strip(), self._dummy.input), "")
         return self._row(prompt, self._dummy)
 
     def _row(self, prompt: list[int], probe: _Probe) -> tuple[list[int], int, int]:
@@ -194,7 +194,7 @@ class AttentionDeltaEncoder:
     def _read(self, rows: Sequence[tuple[list[int], int, int]]) -> Tensor:
         """Rows of `_described` -> attention deltas [n, d_text]."""
         n_shared = self._n_before if all(row[: self._n_before] == self._shared for row, _, _ in rows) else 0
-        ids, _ = pad_right([row[n_shared:] for row, _, _ in rows], self._base.pad_id)
+        ids, _ = pad_right([row[n_shared:] for row, _, _ in rows], self.base.pad_id)
         n, t = ids.shape
         described = torch.zeros(n, n_shared + t, dtype=torch.bool)
         positions = torch.zeros(n, len(POSITIONS), n_shared + t)
@@ -204,7 +204,7 @@ class AttentionDeltaEncoder:
             spans = ((n_prompt - 1, n_prompt), (len(row) - 1, len(row)), (end, turn), (turn, n_prompt - 1))
             for k, (first, last) in enumerate(spans):  # in the order of POSITIONS
                 positions[i, k, first:last] = 1 / max(1, last - first)
-        with inject(self._base.model, self._once("lora", lambda: self._lora().to(self._base.model.dtype))):
+        with inject(self.base.model, self._once("lora", lambda: self._lora().to(self.base.model.dtype))):
             before = self._once("before", self._read_before) if n_shared else ()
             record = _Record(described, positions[:, :, n_shared:], before)
             return self._projected(self._run(ids, record).deltas).flatten(1)
@@ -226,7 +226,7 @@ class AttentionDeltaEncoder:
 
     def _run(self, ids: Tensor, record: _Record) -> _Record:
         """Let the base read ids [n, t] after the tokens that the record has from before, and fill the record."""
-        base, n_before = self._base, record.described.shape[1] - ids.shape[1]
+        base, n_before = self.base, record.described.shape[1] - ids.shape[1]
         record.described, record.positions = record.described.to(base.device), record.positions.to(base.device)
         at = torch.arange(n_before, record.described.shape[1], device=base.device)[None]
         with _recording(base.model.get_decoder()):
@@ -243,7 +243,7 @@ class AttentionDeltaEncoder:
         waiting: Tensor | float = 0.0
         for layer, (attention, x) in enumerate(deltas):
             projection = getattr(attention, self._kind)
-            projected: Tensor = projection(x.to(self._base.model.dtype))  # its weight may be quantized
+            projected: Tensor = projection(x.to(self.base.model.dtype))  # its weight may be quantized
             if getattr(projection, "bias", None) is not None:
                 projected = projected - projection.bias
             waiting = projected.float() + waiting

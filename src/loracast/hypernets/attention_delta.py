@@ -39,6 +39,7 @@ from loracast.hypernets.descriptions import (
 from loracast.hypernets.doc_config import ArchitectureConfig, ModuleRow
 from loracast.hypernets.example_fit import FEWEST_EXAMPLES, MLP_KIND, fit_examples
 from loracast.hypernets.heads import StaticLoRA, lora_of, per_layer, static_loras
+from loracast.hypernets.label_bias import label_bias
 from loracast.hypernets.task_bank import TaskBank
 from loracast.lora.algebra import Factors, LoRA, LoRABatch, Rows, joined_ranks, stack
 
@@ -181,10 +182,15 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
             return rows
         c, encoder = self.config, cast(AttentionDeltaEncoder, reader.encoder)
         projections = [self._in_layers(kind) for kind in (c.kind, MLP_KIND) if kind in c.target.kinds]
-        fitted = fit_examples(encoder, reader.groups(task), projections, self.loras(rows))
-        if not fitted.names:
-            return rows
-        return joined_ranks(rows, padded_rows(c.target, stack([fitted])))
+        rows = self._with(rows, fit_examples(encoder, reader.groups(task), projections, self.loras(rows)))
+        last = c.target.modules[-1]
+        if last.kind != MLP_KIND or last.layer + 1 != encoder.base.model.config.get_text_config().num_hidden_layers:
+            return rows  # nothing of the target is next to the logits
+        return self._with(rows, label_bias(encoder.base, task.examples, last.name, self.loras(rows)))
+
+    def _with(self, rows: Rows, more: LoRA) -> Rows:
+        """The rows of a LoRA with those of another one behind them."""
+        return joined_ranks(rows, padded_rows(self.config.target, stack([more]))) if more.names else rows
 
     def start_shared_from(self, lora: LoRA) -> None:
         """As well as the shared factors, the encoder LoRA starts from it."""
