@@ -78,9 +78,8 @@ def label_bias(base: Base, examples: Sequence[Example], module: str, lora: LoRAB
         slopes = torch.stack([torch.autograd.grad(one, change, retain_graph=True)[0] for one in z.mean(0)])  # [k, out]
     labels = torch.tensor([tokens.index(reply[n_common]) for reply in replies], device=base.device)
     b = torch.linalg.pinv(slopes - slopes.mean(0)) @ fitted_bias(z.detach(), labels)  # [out]
-    (a,), rows = ridge(
-        [torch.cat(inputs)], torch.cat(is_chosen)[:, None].float(), torch.ones(sum(map(len, inputs))), _RIDGE_OF_A
-    )
+    x = torch.cat(inputs)  # [t, in]
+    (a,), rows = ridge([x], torch.cat(is_chosen)[:, None].float(), torch.ones(len(x), device=x.device), _RIDGE_OF_A)
     return LoRA({module: Factors(rows.T @ a, b[:, None])})
 
 
