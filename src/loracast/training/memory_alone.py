@@ -15,7 +15,6 @@ from torch import Tensor
 from loracast.base.load import Base
 from loracast.errors import ConfigError
 from loracast.hypernets.doc_to_lora import DocToLoRA
-from loracast.lora.target import KINDS
 
 _CHUNKS_OF_A_QUESTION = 1.8
 """How many times the mean is added: a question gets several chunks. Of 1, 1.4, 1.8 and 2.4 the best on dev."""
@@ -33,10 +32,10 @@ def memory_alone(hypernet: DocToLoRA, base: Base, chunks: Sequence[Sequence[int]
     c = hypernet.config
     if not c.memory_modules:
         raise ConfigError("`kinds = []` is for a checkpoint with a memory, which then remains alone")
-    static = sorted((*c.modules, *c.static_modules), key=lambda row: (row[1], KINDS.index(row[2])))
+    static = tuple(row for row in c.target.rows if row[2] not in hypernet.memory_kinds)
     rank = max(c.static_modules_rank if c.static_modules else 0, c.static_rank + c.rank)
     alone = DocToLoRA(
-        dataclasses.replace(c, modules=(), static_rank=0, static_modules=tuple(static), static_modules_rank=rank)
+        dataclasses.replace(c, modules=(), static_rank=0, static_modules=static, static_modules_rank=rank)
     )
     weights = hypernet.state_dict()
     for name, value in alone.state_dict().items():
