@@ -68,7 +68,7 @@ def test_differences_by_hand():
 def test_probes_tell_what_changes(base, tmp_path):
     """The divergence by hand from PEFT's logits; nothing changes where the LoRA is zero."""
     from loracast.library.probes import PROBES, probe
-    from loracast.lora.inject import linear_shapes
+    from loracast.lora.fits import linear_shapes
 
     shapes = linear_shapes(base.model)
     lora = LoRA({

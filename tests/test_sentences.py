@@ -20,7 +20,7 @@ from loracast.library.adapter import SENTENCE
 from loracast.library.bm25 import sentence_scores
 from loracast.library.index import read_chunks, read_sentences, sentences_of, write_index
 from loracast.library.routing import pick, route_set, sentence_weights
-from loracast.lora.inject import linear_shapes
+from loracast.lora.fits import linear_shapes
 from loracast.lora.peft_format import read_peft
 from loracast.lora.target import target_from_config
 from loracast.model import Model

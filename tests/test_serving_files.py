@@ -530,7 +530,7 @@ def test_adapters_are_added_up(api, model):
 
 
 def test_an_export_is_what_peft_reads(api, model, tmp_path):
-    from loracast.lora.inject import linear_shapes
+    from loracast.lora.fits import linear_shapes
     from loracast.lora.peft_format import read_peft
 
     learn(api, manual(24, 2), "kettle")

@@ -246,7 +246,7 @@ def train_and_grow(base, folder, layers, options, static_kinds=(), **second):
 
 def test_a_memory_can_grow_by_further_layers(base, tmp_path):
     """What it wrote before it writes still; the new layers know their units and say nothing yet."""
-    old, grown, _ = train_and_grow(base, tmp_path, (3,), {}, memory_layers=(1, 3))
+    old, grown, _ = train_and_grow(base, tmp_path, (3,), {"memory_near_tokens": 2}, memory_layers=(1, 3))
     assert [layer for _, layer, *_ in grown.config.memory_modules] == [1, 3]
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
@@ -255,6 +255,9 @@ def test_a_memory_can_grow_by_further_layers(base, tmp_path):
         torch.testing.assert_close(side[:, 0], other[:, 1])
     assert before["o_proj"][1].any() and after["o_proj"][1][:, 0].abs().max() < 1e-6
     assert after["o_proj"][0][:, 0].any() and (grown.memory.key_std[0] != 1).all()
+    # The tokens near a value are read as a sentence's end is, half as strongly.
+    torch.testing.assert_close(grown.memory.near_to_question[0], grown.memory.to_question[0])
+    assert grown.memory.strength_bias[0].tolist() == pytest.approx([0, 0, 0, 0, -0.025, 0], abs=1e-6)
 
 
 def expected_alone(name, static, loras):

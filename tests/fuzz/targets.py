@@ -31,7 +31,7 @@ from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.library.adapter import Adapter
 from loracast.library.index import read_chunks
 from loracast.library.summary import read_outline
-from loracast.lora.inject import linear_shapes
+from loracast.lora.fits import linear_shapes
 from loracast.lora.peft_format import read_peft, write_peft_folder
 from loracast.lora.uniform import uniform
 from tiny import (

@@ -154,6 +154,8 @@ class AssociativeMemory(nn.Module):
     def set_question_map(self, at_ends: Tensor, at_answers: Tensor, at_places: Tensor) -> None:
         """Fit the map from the end of a sentence to its question by canonical correlation; call it after `set_units`.
 
+        That of near tokens, if there are any, starts as the same.
+
         Args:
             at_ends: inputs at the ends of m sentences [modules, m, in].
             at_answers: inputs at a token of the answer to a question about each [modules, m, in].
@@ -169,6 +171,10 @@ class AssociativeMemory(nn.Module):
             # Keys are normalised later, so the sizes are free: large enough beside Adam's steps.
             self.from_end[module] = from_x * (_MAP_STD / from_x.std())
             self.to_question[module] = to_y * (_MAP_STD / to_y.std())
+        if self.n_near:  # no question tells near tokens from ends yet
+            for near, end in _FROM_END.items():
+                getattr(self, near).copy_(getattr(self, end))
+            self.strength_bias[:, -2] = (_NEAR_SHARE - 1) * _START_STRENGTH / _STRENGTH_RATE
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}

@@ -19,7 +19,7 @@ from loracast.library.layout import STATIC, YES
 from loracast.library.manifest import AdapterKind, Manifest, utc_now
 from loracast.library.writer import AdapterWriter, ChunkRows
 from loracast.lora.algebra import LoRA, Rows, compress
-from loracast.lora.inject import linear_shapes
+from loracast.lora.fits import linear_shapes
 from loracast.lora.peft_format import read_peft
 from loracast.lora.quantize import Storage
 from loracast.lora.target import KINDS, Target, TargetModule

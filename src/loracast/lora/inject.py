@@ -12,8 +12,8 @@ and whoever reads the model without one takes it too.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from loracast.errors import AdapterError
 from loracast.lora.algebra import LoRA, LoRABatch, stack
+from loracast.lora.fits import check_fits
 from loracast.lora.lock import FairLock
-from loracast.lora.merged_weights import is_merged, merged, same_static
+from loracast.lora.merged_weights import copies_for, merged
 
 _LOCKS: WeakKeyDictionary[nn.Module, FairLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
@@ -53,21 +54,21 @@ def inject(
         In the forward: a batch with another number of rows than there are LoRAs.
     """
     with model_lock(model):
-        first, static = LoRA(), {}
+        copies = None
         if isinstance(loras, LoRABatch):
             batch = loras
         else:
             rows = loras if isinstance(loras, Sequence) else [loras]
-            if not gates and rows and rows[0] is not None and not is_merged(model):
-                first, static = rows[0], _static_in_all(model, rows)
-            others = {id(lora): None if lora is None else lora.without(static) for lora in rows}
+            copies = None if gates else copies_for(model, rows)
+            merged_in = () if copies is None else copies.modules.keys()
+            others = {id(lora): None if lora is None else lora.without(merged_in) for lora in rows}
             batch = stack([others[id(lora)] for lora in rows])
         # A list holds one for each row, also where all of them are the same and were stacked once.
         n_rows = len(loras) if isinstance(loras, Sequence) else batch.n if batch.n > 1 else None
         shapes = [(name, (b.shape[1], a.shape[2])) for name, (a, b) in batch.factors.items()]
         shapes += [(name, (delta.shape[1], delta.shape[2])) for name, delta in batch.dense.items()]
         modules = check_fits(model, shapes)
-        with merged(model, first, static):
+        with nullcontext() if copies is None else merged(model, copies):
             handles = []
             try:
                 for name, module in modules.items():
@@ -82,53 +83,6 @@ def inject(
             finally:
                 for handle in handles:
                     handle.remove()
-
-
-def _static_in_all(model: nn.Module, rows: Sequence[LoRA | None]) -> dict[str, nn.Linear]:
-    """The modules in which all rows have the same static LoRA, to be added to the weights beforehand."""
-    first = rows[0]
-    if first is None or not first.static:
-        return {}
-    static = ((name, first.factors[name]) for name in first.factors if name in first.static)
-    modules = check_fits(model, ((name, (b.shape[0], a.shape[1])) for name, (a, b) in static))
-    return {name: modules[name] for name in same_static(rows, modules)}
-
-
-def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of each linear module of a base."""
-    return {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-
-
-def check_fits(model: nn.Module, shapes: Iterable[tuple[str, tuple[int, int]]]) -> dict[str, nn.Linear]:
-    """The base's modules that a LoRA of these shapes, (module, (out, in)), touches.
-
-    Raises AdapterError, with all faults, where they do not exist or have other shapes.
-    """
-    modules: dict[str, nn.Linear] = {}
-    problems = []
-    found: dict[str, nn.Module | None] = {"": model}
-
-    def submodule(name: str) -> nn.Module | None:
-        """As `model.get_submodule`, but parents that several modules have in common are looked up once."""
-        if name not in found:
-            parent, _, last = name.rpartition(".")
-            module = submodule(parent)
-            found[name] = None if module is None else module._modules.get(last)  # getattr takes five times as long
-        return found[name]
-
-    for name, (d_out, d_in) in shapes:
-        module = submodule(name)
-        if not isinstance(module, nn.Linear):
-            problems.append(f"{name}: the base has no such linear module")
-        elif (module.out_features, module.in_features) != (d_out, d_in):
-            problems.append(
-                f"{name}: the LoRA is for [{d_out}, {d_in}], the base has [{module.out_features}, {module.in_features}]"
-            )
-        else:
-            modules[name] = module
-    if problems:
-        raise AdapterError("this LoRA does not fit this base: " + "; ".join(problems))
-    return modules
 
 
 def _hook(

@@ -28,33 +28,32 @@ class Merging:
     """How many rows of these kinds are merged at most, beside the inputs of a module (`strongest`)."""
 
     def join(
-        self, kind: str, a: Sequence[Tensor], b: Sequence[Tensor], row_weights: Sequence[Tensor] | None = None
+        self,
+        kind: str,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        picked: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Join the chunks' A [..., r, in] and B rows [..., r, out] to [..., m, in and out].
 
         Args:
-            row_weights: what a question multiplies the rows [r] of each chunk with (`row_weights`); rows of weight
-                0 are left out. The keys of different chunks are not decorrelated then, which would take time and gain
-                nothing (measured: docs/notebook, 2026-11-29).
+            picked: the rows of each chunk that a question gets, and what it multiplies their B with (`row_weights`);
+                all of them as they are if None. The keys of different chunks are not decorrelated then, which would
+                take time and gain nothing (measured: docs/notebook, 2026-11-29).
         """
         import torch
 
-        n_chunks, n_rows = len(a), sum(one.shape[-2] for one in a)
-        if row_weights is not None:
-            kept = [weights.nonzero()[:, 0] for weights in row_weights]
-            n_chunks = sum(len(one) > 0 for one in kept)  # the others change nothing
-            of_chunks = [*zip(kept, a, b, row_weights, strict=True)]
-            a = [keys.index_select(-2, i.to(keys.device)) for i, keys, _, _ in of_chunks]
-            b = [rows.index_select(-2, i.to(rows.device)) * w[i].to(rows)[:, None] for i, _, rows, w in of_chunks]
+        n_chunks = len(a)
+        if picked is not None:
+            a = [side.index_select(-2, rows.to(side.device)) for side, (rows, _) in zip(a, picked, strict=True)]
+            b = [
+                side.index_select(-2, rows.to(side.device)) * weights.to(side)[:, None]
+                for side, (rows, weights) in zip(b, picked, strict=True)
+            ]
         if (most := self.max_unscaled_chunks.get(kind, n_chunks)) < n_chunks:
-            b = [rows * (most / n_chunks) for rows in b]
+            b = [side * (most / n_chunks) for side in b]
         joined_a, joined_b = (side[0] if len(side) == 1 else torch.cat([*side], dim=-2) for side in (a, b))
-        if row_weights is not None:
-            # Zeros fill up to one number of rows for all questions: for each new shape a product in bf16 is compiled on
-            # a CPU, in half a millisecond.
-            n_zeros = max(0, min(MOST_ROUTED, n_rows) - joined_a.shape[-2]) if n_chunks else 0
-            joined_a, joined_b = (torch.nn.functional.pad(side, (0, 0, 0, n_zeros)) for side in (joined_a, joined_b))
-        elif kind in self.ridges and n_chunks > 1:
+        if picked is None and kind in self.ridges and n_chunks > 1:
             joined_a, joined_b, owners = strongest(joined_a, joined_b, n_chunks, self.most_keys * joined_a.shape[-1])
             joined_a = decorrelate_keys(joined_a, joined_b, owners, self.ridges[kind])
         return joined_a, joined_b
@@ -69,25 +68,33 @@ def row_lengths(b: Tensor) -> Tensor:
 
 def row_weights(
     owners: Sequence[Tensor], lengths: Sequence[Tensor], sentences: Sequence[Sequence[float]]
-) -> list[Tensor]:
-    """What a question multiplies the rows [r] of each chunk's B with: the weights of the sentences that they belong to.
+) -> list[tuple[Tensor, Tensor]]:
+    """The rows of each chunk that a question gets, and what it multiplies their B with: the weights of their sentences.
 
-    Of all rows those `MOST_ROUTED` keep their weight that are the longest ones then; the others get 0.
+    Those `MOST_ROUTED` of all rows that are the longest ones then. So many also where fewer have a weight at all: for
+    each new number of rows a product in bf16 is compiled on a CPU, in half a millisecond.
 
     Args:
         owners: the number of each row's sentence [r], or -1.
         lengths: of the rows (`row_lengths`) [r].
         sentences: the weights of each chunk's sentences.
+
+    Returns:
+        for each chunk, the numbers of its rows [k], ascending, and their weights [k].
     """
     import torch
 
-    weights = [
-        torch.tensor([*of_chunk, 0.0])[rows.long().clamp(-1, len(of_chunk))]  # -1, too, names the 0
-        for rows, of_chunk in zip(owners, sentences, strict=True)
-    ]
-    joined = torch.cat(weights)
-    longest = (joined.abs() * torch.cat([*lengths])).topk(min(MOST_ROUTED, len(joined))).indices
-    return [*torch.zeros_like(joined).index_copy(0, longest, joined[longest]).split([len(one) for one in weights])]
+    weights = torch.cat(
+        [
+            torch.tensor([*of_chunk, 0.0])[rows.long().clamp(-1, len(of_chunk))]  # -1, too, names the 0
+            for rows, of_chunk in zip(owners, sentences, strict=True)
+        ]
+    )
+    longest = (weights.abs() * torch.cat([*lengths])).topk(min(MOST_ROUTED, len(weights))).indices
+    sizes = [len(rows) for rows in owners]
+    is_kept = torch.zeros_like(weights, dtype=torch.bool).index_fill(0, longest, True).split(sizes)
+    kept = [of_chunk.nonzero()[:, 0] for of_chunk in is_kept]
+    return [(rows, of_chunk[rows]) for rows, of_chunk in zip(kept, weights.split(sizes), strict=True)]
 
 
 def strongest(a: Tensor, b: Tensor, n_chunks: int, most: float) -> tuple[Tensor, Tensor, Tensor]:

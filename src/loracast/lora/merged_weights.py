@@ -9,69 +9,96 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from loracast.lora.algebra import Factors, LoRA
+from loracast.lora.fits import check_fits
 
-_States = dict[str, tuple[object, ...]]
-_KEPT: WeakKeyDictionary[nn.Module, tuple[_States, dict[str, Factors], dict[str, nn.Parameter]]] = WeakKeyDictionary()
-"""By model, the states of its weights, the last static LoRA, and the weights with it."""
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """Copies of some weights of a model, with a static LoRA added."""
+
+    static: frozenset[str]
+    """The modules of the static LoRA."""
+    factors: Mapping[str, Factors]
+    """Its factors, in the modules that have copies: not in those with quantized weights."""
+    modules: Mapping[str, nn.Linear]
+    own: Mapping[str, nn.Parameter]
+    """The model's own weights."""
+    states: Mapping[str, tuple[object, ...]]
+    """Of these, when the copies were made (`_state`)."""
+    weights: Mapping[str, nn.Parameter]
+
+    def are_of(self, lora: LoRA) -> bool:
+        """Whether they are of this LoRA's static part, and of the weights that the model has now."""
+        return self.static == lora.static and all(
+            module._parameters["weight"] is self.own[name]
+            and _state(self.own[name]) == self.states[name]
+            and _equal(self.factors[name], lora.factors[name])
+            for name, module in self.modules.items()
+        )
+
+
+_KEPT: WeakKeyDictionary[nn.Module, Copies] = WeakKeyDictionary()
+"""By model, those of the last static LoRA."""
 _MERGED_NOW: WeakSet[nn.Module] = WeakSet()
 
 
-def same_static(loras: Sequence[LoRA | None], modules: Mapping[str, nn.Linear]) -> frozenset[str]:
-    """The modules in which all of these LoRAs are the same static one; none where gradients are wanted."""
+def copies_for(model: nn.Module, loras: Sequence[LoRA | None]) -> Copies | None:
+    """The copies of a model's weights with the static LoRA that all rows of a batch have.
+
+    None where they have none in common, where gradients are wanted, and where the model computes with copies right now:
+    a second static LoRA cannot take their places.
+
+    Raises AdapterError where the static LoRA does not fit the model. Whoever calls this holds the model's lock.
+    """
     first = loras[0] if loras else None
-    if first is None or torch.is_grad_enabled():
-        return frozenset()
-    static = {name for name in first.static if modules[name].weight.is_floating_point()}
+    if first is None or not first.static or torch.is_grad_enabled() or model in _MERGED_NOW:
+        return None
     for other in loras[1:]:
-        if other is None or not static <= other.static:
-            return frozenset()
-        if other is not first and not all(_equal(first.factors[name], other.factors[name]) for name in static):
-            return frozenset()
-    return frozenset(static)
+        if other is not first and not (other is not None and _has_static_of(other, first)):
+            return None
+    kept = _KEPT.get(model)
+    if kept is None or not kept.are_of(first):
+        kept = _KEPT[model] = _copies(model, first)
+    return kept
 
 
-def is_merged(model: nn.Module) -> bool:
-    """Whether a model computes with such copies right now; a second static LoRA cannot take their places."""
-    return model in _MERGED_NOW
+def _has_static_of(other: LoRA, first: LoRA) -> bool:
+    return first.static <= other.static and all(_equal(first.factors[n], other.factors[n]) for n in first.static)
+
+
+def _copies(model: nn.Module, lora: LoRA) -> Copies:
+    factors = {name: pair for name, pair in lora.factors.items() if name in lora.static}
+    modules = check_fits(model, ((name, (b.shape[0], a.shape[1])) for name, (a, b) in factors.items()))
+    modules = {name: module for name, module in modules.items() if module.weight.is_floating_point()}
+    own = {name: cast(nn.Parameter, module.weight) for name, module in modules.items()}
+    factors = {name: factors[name] for name in modules}
+    weights = {name: _sum(weight, factors[name]) for name, weight in own.items()}
+    return Copies(lora.static, factors, modules, own, {name: _state(weight) for name, weight in own.items()}, weights)
 
 
 @contextmanager
-def merged(model: nn.Module, lora: LoRA, modules: Mapping[str, nn.Linear]) -> Iterator[None]:
-    """Have modules compute with the static part of a LoRA added to their weights while the context lasts.
+def merged(model: nn.Module, copies: Copies) -> Iterator[None]:
+    """Have a model compute with copies of its weights while the context lasts.
 
     Whoever calls this holds the model's lock.
     """
-    if not modules:
-        yield
-        return
-    weights = _weights(model, lora, modules)
-    own = {name: module._parameters["weight"] for name, module in modules.items()}
     _MERGED_NOW.add(model)
     try:
-        for name, module in modules.items():
-            module._parameters["weight"] = weights[name]
+        for name, module in copies.modules.items():
+            module._parameters["weight"] = copies.weights[name]
         yield
     finally:
-        for name, module in modules.items():
-            module._parameters["weight"] = own[name]
+        for name, module in copies.modules.items():
+            module._parameters["weight"] = copies.own[name]
         _MERGED_NOW.discard(model)
-
-
-def _weights(model: nn.Module, lora: LoRA, modules: Mapping[str, nn.Linear]) -> dict[str, nn.Parameter]:
-    """The weights with the static part, from the last call if that had the same and the model was not changed since."""
-    states: _States = {name: _state(module.weight) for name, module in modules.items()}
-    before, kept, weights = _KEPT.get(model, ({}, {}, {}))
-    if before != states or not all(_equal(kept[name], lora.factors[name]) for name in modules):
-        kept = {name: lora.factors[name] for name in modules}
-        weights = {name: _sum(module.weight, kept[name]) for name, module in modules.items()}
-        _KEPT[model] = states, kept, weights
-    return weights
 
 
 def _state(weight: Tensor) -> tuple[object, ...]:

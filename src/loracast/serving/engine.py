@@ -29,7 +29,7 @@ from loracast.base.load import Base
 from loracast.byte_cache import ByteCache
 from loracast.errors import BaseModelError, ConfigError
 from loracast.lora.algebra import LoRA
-from loracast.lora.inject import check_fits
+from loracast.lora.fits import check_fits
 from loracast.serving.batch import Batch, token_bytes, tokens_needed
 from loracast.serving.engine_config import EngineConfig, EngineStats
 from loracast.serving.packed_lora import PackedLoRA, SharedParts

@@ -20,7 +20,7 @@ from loracast.base.load import Base
 from loracast.errors import AdapterError, LoracastError
 from loracast.export.vllm import MOST_LOST, RANKS, too_much_lost
 from loracast.lora.algebra import LoRA
-from loracast.lora.inject import check_fits
+from loracast.lora.fits import check_fits
 from loracast.lora.peft_format import write_peft_folder
 from loracast.lora.uniform import Uniform, uniform
 from loracast.serving.client import Refused
