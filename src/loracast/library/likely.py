@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from sqlite3 import Connection
 from typing import NamedTuple
-from unicodedata import normalize
 
-from loracast.library.index import SentencePlace, read_chunks, read_sentences
 from loracast.library.matching import Place
 
 _MOST_CHARACTERS = 48
@@ -21,28 +18,17 @@ class Likely(NamedTuple):
     probability: float
 
 
-def likely_answers(database: Connection, places: Sequence[Place], chunks: Container[int]) -> tuple[Likely, ...]:
-    """The texts from some places on, each to the end of its sentence at most.
+def likely_answers(places: Sequence[Place], chunks: Container[int]) -> tuple[Likely, ...]:
+    """The texts from some places on, each to the end of its sentence at most; places of other chunks are left out."""
+    return tuple(
+        Likely(_shortened(place.text.rstrip()), place.probability) for place in places if place.chunk in chunks
+    )
 
-    Args:
-        chunks: places of other chunks are left out.
-    """
-    places = [place for place in places if place.chunk in chunks]
-    if not places:
-        return ()
-    wanted = sorted({place.chunk for place in places})
-    prompts = {chunk: one.prompt for chunk, one in zip(wanted, read_chunks(database, wanted), strict=True)}
-    spans: dict[int, list[SentencePlace]] = {chunk: [] for chunk in wanted}
-    for span in read_sentences(database, wanted):
-        spans[span.chunk].append(span)
-    found = list[Likely]()
-    for place in places:
-        _, start, end = spans[place.chunk][place.sentence]
-        text = normalize("NFC", prompts[place.chunk][start:end])[place.start :].rstrip()
-        if len(text) > _MOST_CHARACTERS:
-            text = text[:_MOST_CHARACTERS].rpartition(" ")[0] or text[:_MOST_CHARACTERS]
-        found.append(Likely(text, place.probability))
-    return tuple(found)
+
+def _shortened(text: str) -> str:
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    return text[:_MOST_CHARACTERS].rpartition(" ")[0] or text[:_MOST_CHARACTERS]
 
 
 def likely_together(of_each: Sequence[Sequence[Likely]]) -> tuple[Likely, ...]:

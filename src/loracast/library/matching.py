@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from sqlite3 import Connection
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unicodedata import normalize
 
 from loracast.library.bm25 import phrases, search, sentence_scores
-from loracast.library.index import Index, open_index, read_chunks
+from loracast.library.index import Index, open_index
 from loracast.library.subjects import of_others
 from loracast.library.word_vectors import Likelihoods, ReadIndex, read_index, shipped_vectors
 
@@ -45,10 +45,8 @@ class Place(NamedTuple):
     """A word of a document at which the answer to a question may begin."""
 
     chunk: int
-    sentence: int
-    """Of the chunk."""
-    start: int
-    """The first character in the sentence in normal form (NFC)."""
+    text: str
+    """From the word to the end of its sentence, in normal form (NFC)."""
     probability: float
 
 
@@ -77,7 +75,7 @@ def matches(index: Index, question: str, n_chunks: int, n_wanted: int = 0) -> Ma
         best_of = {chunk: float(both[first:last].max()) for chunk, (first, last) in read.chunks.items()}
         n_most = max(_MOST_CHUNKS, n_wanted)
         chosen = sorted({*sorted(best_of, key=lambda chunk: -best_of[chunk])[:n_most], *list(by_words)[:n_most]})
-        adjusted = _adjusted(database, question, chosen, read.chunks, scores or [0.0] * len(alike))
+        adjusted = _adjusted(question, read, chosen, scores or [0.0] * len(alike))
         top = max((score for of_chunk in adjusted for score in of_chunk), default=0.0) or 1.0
         words = {chunk: [score / top for score in of_chunk] for chunk, of_chunk in zip(chosen, adjusted, strict=True)}
         by_bm25 = {chunk: [vectors.bm25 * x for x in of_chunk] for chunk, of_chunk in words.items()}
@@ -95,11 +93,10 @@ def _with_places(found: Matches, likely: Likelihoods, read: ReadIndex, added: Ma
     """
     import numpy as np
 
-    text, n_sentences = read.text, len(likely.sentences)
-    plus, chunks = np.zeros(n_sentences), np.full(n_sentences, -1)
+    text, plus = read.text, np.full(len(likely.sentences), -np.inf)
     for chunk, of_chunk in added.items():
-        chunks[slice(*read.chunks[chunk])], plus[slice(*read.chunks[chunk])] = chunk, of_chunk
-    words = np.flatnonzero(chunks[text.sentences] >= 0)
+        plus[slice(*read.chunks[chunk])] = of_chunk
+    words = np.flatnonzero(plus[text.sentences] > -np.inf)
     sentences = text.sentences[words]
     logits = np.append(likely.words[words] + plus[sentences], likely.nowhere)
     shares = np.exp(logits - logits.max())
@@ -107,9 +104,9 @@ def _with_places(found: Matches, likely: Likelihoods, read: ReadIndex, added: Ma
     places = list[Place]()
     for i in np.argsort(-shares[:-1], kind="stable")[:_MOST_PLACES]:
         if shares[i] >= _LEAST_PROBABILITY:
-            chunk = int(chunks[sentences[i]])
-            sentence = int(sentences[i]) - read.chunks[chunk][0]
-            places.append(Place(chunk, sentence, int(text.characters[words[i]]), float(shares[i])))
+            chunk, start, end = read.places[sentences[i]]
+            sentence = normalize("NFC", read.prompts[chunk][start:end])
+            places.append(Place(chunk, sentence[text.characters[words[i]] :], float(shares[i])))
     return replace(found, places=tuple(places), nowhere=float(shares[-1]))
 
 
@@ -126,27 +123,23 @@ def _better(
 
 
 def _adjusted(
-    database: Connection,
-    question: str,
-    chunks: Sequence[int],
-    ranges: Mapping[int, tuple[int, int]],
-    scores: Sequence[float],
+    question: str, read: ReadIndex, chunks: Sequence[int], scores: Sequence[float]
 ) -> list[tuple[float, ...]]:
     """The scores of some chunks' sentences, chunk by chunk, lower for headings and where another subject is meant.
 
     Args:
-        ranges: the first sentence of each chunk, and that behind its last.
         scores: of all sentences of the document.
     """
-    of_chunk = "SELECT start, stop FROM sentence_places WHERE chunk = ? ORDER BY sentence"
-    places = [database.execute(of_chunk, (chunk,)).fetchall() for chunk in chunks]
-    texts = [(chunk.heading, chunk.prompt) for chunk in read_chunks(database, chunks)]
-    pairs = zip(texts, places, strict=True)
-    others = of_others(question, [(head, [text[start:end] for start, end in rows]) for (head, text), rows in pairs])
-    return [
-        tuple(
-            score * (_HEADING_SHARE if end <= len(heading) else _OTHER_SHARE if is_other else 1.0)
-            for (_, end), is_other, score in zip(rows, of_subject, scores[slice(*ranges[chunk])], strict=True)
+    others = of_others(question, [(read.headings[chunk], read.sentences(chunk)) for chunk in chunks])
+    found = list[tuple[float, ...]]()
+    for chunk, of_subject in zip(chunks, others, strict=True):
+        sentences, heading = slice(*read.chunks[chunk]), len(read.headings[chunk])
+        found.append(
+            tuple(
+                score * (_HEADING_SHARE if end <= heading else _OTHER_SHARE if is_other else 1.0)
+                for (_, _, end), is_other, score in zip(
+                    read.places[sentences], of_subject, scores[sentences], strict=True
+                )
+            )
         )
-        for chunk, (heading, _), rows, of_subject in zip(chunks, texts, places, others, strict=True)
-    ]
+    return found

@@ -171,8 +171,8 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
     is_copied = found is not None and not (asks_yes_or_no(question) or asks_for_a_number(last_line(question)))
     with open_index(index) as database:
         answer = row_answer(database, question, n_chunks)
-        chunks = range(n_chunks) if picked.chunks is None else picked.chunks
-        likely = likely_answers(database, found.places, chunks) if found and is_copied else ()
+    chunks = range(n_chunks) if picked.chunks is None else picked.chunks
+    likely = likely_answers(found.places, chunks) if found and is_copied else ()
     nowhere = None if found is None else found.nowhere
     return replace(picked, says_yes=_says_yes(index, question), answer=answer, likely=likely, nowhere=nowhere)
 

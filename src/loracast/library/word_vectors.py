@@ -21,7 +21,15 @@ from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from loracast.library.index import Index, IndexInMemory, OpenIndex, open_index, read_chunks, read_sentences
+from loracast.library.index import (
+    Index,
+    IndexInMemory,
+    OpenIndex,
+    SentencePlace,
+    open_index,
+    read_chunks,
+    read_sentences,
+)
 from loracast.library.words import MOST_NAMES, PlacedWord, words_of_question, words_of_sentence
 
 if TYPE_CHECKING:
@@ -165,11 +173,20 @@ def load_vectors(path: Any) -> WordVectors:
 
 @dataclass(frozen=True, eq=False)
 class ReadIndex:
-    """The words of a document's sentences, and the sentences of each chunk."""
+    """The text of a document, the words of its sentences, and the sentences of each chunk."""
 
     text: ReadText
+    prompts: Sequence[str]
+    """Of the chunks."""
+    headings: Sequence[str]
+    places: Sequence[SentencePlace]
+    """Where the sentences stand."""
     chunks: Mapping[int, tuple[int, int]]
     """By chunk, its first sentence and the one behind its last."""
+
+    def sentences(self, chunk: int) -> list[str]:
+        """The sentences of a chunk."""
+        return [self.prompts[chunk][start:end] for _, start, end in self.places[slice(*self.chunks[chunk])]]
 
 
 _READ: WeakKeyDictionary[OpenIndex | IndexInMemory, ReadIndex] = WeakKeyDictionary()
@@ -177,19 +194,20 @@ _READING = threading.Lock()
 
 
 def read_index(index: Index) -> ReadIndex | None:
-    """Look up the words of all sentences of an index, kept as long as it is open; None where it has no sentences."""
+    """Read an index and look up its words, kept as long as it is open; None where it has no sentences."""
     if isinstance(index, OpenIndex | IndexInMemory) and (kept := _READ.get(index)) is not None:
         return kept
     with open_index(index) as database:
         places = read_sentences(database)
         if not places:
             return None
-        prompts = [chunk.prompt for chunk in read_chunks(database)]
+        of_chunks = read_chunks(database)
+        prompts = [chunk.prompt for chunk in of_chunks]
         chunks: dict[int, tuple[int, int]] = {}
         for i, place in enumerate(places):
             chunks[place.chunk] = (chunks.get(place.chunk, (i, i))[0], i + 1)
-        text = shipped_vectors().read([prompts[place.chunk][place.start : place.end] for place in places])
-    read = ReadIndex(text, chunks)
+        text = shipped_vectors().read([prompts[chunk][start:end] for chunk, start, end in places])
+    read = ReadIndex(text, prompts, [chunk.heading for chunk in of_chunks], places, chunks)
     if isinstance(index, OpenIndex | IndexInMemory):
         with _READING:
             _READ[index] = read
