@@ -86,7 +86,7 @@ def least_confidence(routes: Sequence[Route]) -> float:
 
 
 def _logit(probability: float) -> float:
-    return math.log(probability / max(1 - probability, 1e-6))
+    return math.log(max(probability, 1e-6) / max(1 - probability, 1e-6))
 
 
 class Asking(TypedDict, total=False):
