@@ -2,7 +2,7 @@
 
 Every question about a document has the static LoRA of its hypernetwork in the same modules. Added once, it costs
 nothing afterwards: of the products that a LoRA adds to a pass, those are most. The copies of the last static LoRA are
-kept with the model, 26 MB for the shipped hypernetwork in bf16. They are rounded to the type of the weights.
+kept with the model, 69 MB for the shipped hypernetwork in bf16. They are rounded to the type of the weights.
 """
 
 from __future__ import annotations
