@@ -55,13 +55,13 @@ class Fleet:
     flops: QueryFlops = SMOLLM2_135M
     """Shapes of the base: the config of SmolLM2-135M-Instruct."""
     chunk_bytes: tuple[tuple[str, float], ...] = (
-        ("text", 2.7e3), ("int4", 0.755e6), ("int8", 0.909e6), ("bf16", 1.81e6),
+        ("text", 2.7e3), ("int4", 0.669e6), ("int8", 0.669e6), ("bf16", 1.33e6),
     )  # fmt: skip
     """Bytes of one chunk in each storage: the table of docs/library.md."""
-    static_bytes: tuple[tuple[str, float], ...] = (("text", 0), ("int4", 1.45e6), ("int8", 1.45e6), ("bf16", 2.9e6))
+    static_bytes: tuple[tuple[str, float], ...] = (("text", 0), ("int4", 1.93e6), ("int8", 1.93e6), ("bf16", 3.78e6))
     """Bytes of the static LoRA in an adapter of each storage: docs/library.md."""
     tokens_per_chunk: float = 168.5
-    """Tokens of a chunk: 24,601 tokens in 146 chunks (25,572 of another text in 151: docs/library.md)."""
+    """Tokens of a chunk: 24,601 tokens in 146 chunks (25,590 of another text in 152: docs/library.md)."""
     route: int = 2
     """Chunks that a question gets: what was timed."""
     lengths: tuple[float, ...] = (

@@ -83,8 +83,8 @@ def test_more_documents_are_asked_for_as_zipfs_law_says():
 def test_bytes_by_hand():
     sizes = small().bytes_of(np.array([168, 338]))  # one chunk, and three
     assert sizes["text"].tolist() == [2700, 8100]
-    assert sizes["int4"].tolist() == [1_450_000 + 755_000, 1_450_000 + 3 * 755_000]
-    assert sizes["bf16"].tolist() == [2_900_000 + 1_810_000, 2_900_000 + 3 * 1_810_000]
+    assert sizes["int4"].tolist() == [1_930_000 + 669_000, 1_930_000 + 3 * 669_000]
+    assert sizes["bf16"].tolist() == [3_780_000 + 1_330_000, 3_780_000 + 3 * 1_330_000]
     assert sizes["keys and values"].tolist() == [168 * 23_040, 338 * 23_040]  # 30 layers, 3 + 3 heads of 64, 2 bytes
 
 
@@ -131,7 +131,7 @@ def test_questions_by_hand():
     assert prefix.gflop == pytest.approx(5e-7 * (query(500 + around, 8) + query(500 + around, 8, n_kept=500)))
     loras = 2 * one.lora_numbers * (round(one.prompt_tokens["routed"]) + 7)
     assert adapter.gflop == pytest.approx(1e-6 * (query(round(one.prompt_tokens["routed"]), 8) + loras))
-    n_bytes = 1_450_000 + 3 * 755_000
+    n_bytes = 1_930_000 + 3 * 669_000
     assert adapter.fetched_gb == pytest.approx(500 * n_bytes / 1e9)
     assert adapter.seconds == pytest.approx(1000 * one.first_token_s["adapter"] + 500 * n_bytes / 125e6)
     assert text.seconds == pytest.approx(1000 * one.first_token_s["adapter"] + 8100 / 125e3 + 1000 * 3.37)
