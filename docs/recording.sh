@@ -18,7 +18,7 @@ run() { # type the arguments as one line, then run loracast with them
         sleep 0.03
     done
     echo
-    eval "$1 --library $library"
+    eval "$1 --library $library" 2>&1 | sed -u "s| --library $library||" # as without the library that this makes
     echo
     sleep 1
 }
