@@ -114,6 +114,17 @@ def test_a_static_lora_of_16_bits_and_the_same_in_bytes_come_in_once(tmp_path):
     assert first_with_static([old, young, other]) == [True, False, True]
 
 
+def test_adapters_of_one_hypernetwork_have_the_very_same_static_lora(tmp_path):
+    """So none of its numbers is compared when questions about several documents follow each other."""
+    shared = {f"q_proj.shared.{side}": torch.randn(2, 3, d) for side, d in (("a", 48), ("b", 64))}
+    one, two = (write(tmp_path, 2, name=name, seed=seed, shared=shared) for seed, name in enumerate(("one", "two")))
+    other = write(tmp_path, 2, name="other", seed=2, shared={k: 1.1 * v for k, v in shared.items()})
+    assert one.static_lora is two.static_lora and one.static_lora is not other.static_lora
+    for i, module in enumerate(TARGET.of_kind("q_proj")):
+        expected = shared["q_proj.shared.b"][i].T @ shared["q_proj.shared.a"][i]
+        torch.testing.assert_close(one.static_lora.delta(module.name).float(), expected, rtol=0.02, atol=0.05)
+
+
 def test_an_older_adapter_made_smaller_merges_the_rows_that_it_merged_before(tmp_path):
     shared = {f"q_proj.shared.{side}": torch.randn(2, 3, d) for side, d in (("a", 48), ("b", 64))}
     for older in (2, 3):

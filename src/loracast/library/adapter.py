@@ -17,6 +17,7 @@ from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from loracast.byte_cache import ByteCache
 from loracast.errors import LEARN_AGAIN, AdapterError
@@ -41,6 +42,8 @@ FACTORS, INDEX, MANIFEST = "factors.safetensors", "chunks.sqlite", "adapter.json
 _MOST_BYTES = 64 * 2**20  # of factors in memory: a conversation tends to stay with the same chunks
 _ROUNDED = 0.02  # of a static LoRA's length: twice what storing it in int8 changes
 _FEW = 8  # chunks, up to which the factors of each are kept apart
+_STATIC: WeakValueDictionary[bytes, LoRA] = WeakValueDictionary()
+"""The static LoRAs in memory, by a hash of their numbers."""
 Recast = Callable[[Sequence[str], "Sequence[Sequence[tuple[int, int]]] | None"], "dict[str, Tensor]"]
 """The prompts of chunks and the places of their sentences, None to find them -> their factors and the static ones,
 named and shaped as in factors.safetensors."""
@@ -162,7 +165,7 @@ class Adapter:
                 if f"{kind}{STATIC}a" in static
                 for i, module in enumerate(target.of_kind(kind))
             }
-            return LoRA({name: pair for name, pair in factors.items() if pair.b.any()})
+            return _shared(LoRA({name: pair for name, pair in factors.items() if pair.b.any()}))
 
         return self.kept.get((self.manifest.version, "static LoRA"), make)
 
@@ -300,6 +303,21 @@ def loras_together(picked: Sequence[tuple[Adapter, Route]]) -> list[LoRA]:
         adapter.lora(route.picked, route.sentence_weights, static=is_first, says_yes=said)
         for (adapter, route), is_first, said in zip(picked, brings_static, says_yes, strict=True)
     ]
+
+
+def _shared(static: LoRA) -> LoRA:
+    """The static LoRA that is in memory already, if there is one of the same numbers.
+
+    So the adapters of a hypernetwork have the very same one, which needs no comparison of numbers (merged_weights.py).
+    """
+    import torch
+
+    numbers = hashlib.sha256()
+    for name, pair in static.factors.items():
+        for side in pair:
+            numbers.update(f"{name} {side.dtype} {tuple(side.shape)}".encode())
+            numbers.update(side.cpu().contiguous().view(torch.uint8).numpy().data)
+    return _STATIC.setdefault(numbers.digest(), static)
 
 
 def routing_key(picked: Sequence[tuple[Adapter, Route]]) -> str | None:
