@@ -114,9 +114,10 @@ def test_a_static_lora_of_16_bits_and_the_same_in_bytes_come_in_once(tmp_path):
     assert first_with_static([old, young, other]) == [True, False, True]
 
 
-def test_adapters_of_one_hypernetwork_have_the_very_same_static_lora(tmp_path):
+@pytest.mark.parametrize("rank", [1, 3])
+def test_adapters_of_one_hypernetwork_have_the_very_same_static_lora(rank, tmp_path):
     """So none of its numbers is compared when questions about several documents follow each other."""
-    shared = {f"q_proj.shared.{side}": torch.randn(2, 3, d) for side, d in (("a", 48), ("b", 64))}
+    shared = {f"q_proj.shared.{side}": torch.randn(2, rank, d) for side, d in (("a", 48), ("b", 64))}
     one, two = (write(tmp_path, 2, name=name, seed=seed, shared=shared) for seed, name in enumerate(("one", "two")))
     other = write(tmp_path, 2, name="other", seed=2, shared={k: 1.1 * v for k, v in shared.items()})
     assert one.static_lora is two.static_lora and one.static_lora is not other.static_lora

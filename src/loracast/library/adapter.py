@@ -316,7 +316,7 @@ def _shared(static: LoRA) -> LoRA:
     for name, pair in static.factors.items():
         for side in pair:
             numbers.update(f"{name} {side.dtype} {tuple(side.shape)}".encode())
-            numbers.update(side.cpu().contiguous().view(torch.uint8).numpy().data)
+            numbers.update(side.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return _STATIC.setdefault(numbers.digest(), static)
 
 
