@@ -220,7 +220,15 @@ def test_the_copies_follow_a_model_that_changes():
     model = copy.deepcopy(MODEL)
     lora = make_lora(model, 5, kinds=("q_proj",))
     lora = LoRA(lora.factors, {}, frozenset(lora.names))
-    for change in (lambda: None, lambda: model.get_submodule(lora.names[0]).weight.mul_(2), model.double):
+    parent, _, last = lora.names[0].rpartition(".")
+
+    def replace_module():
+        other = copy.deepcopy(model.get_submodule(lora.names[0]))
+        other.weight.mul_(3)
+        setattr(model.get_submodule(parent), last, other)
+
+    doubled = lambda: model.get_submodule(lora.names[0]).weight.mul_(2)  # noqa: E731
+    for change in (lambda: None, doubled, replace_module, model.double):
         with torch.no_grad():
             change()
             with inject(model, lora):

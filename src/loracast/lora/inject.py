@@ -60,7 +60,7 @@ def inject(
         else:
             rows = loras if isinstance(loras, Sequence) else [loras]
             copies = None if gates else copies_for(model, rows)
-            merged_in = () if copies is None else copies.modules.keys()
+            merged_in = () if copies is None else copies.own.keys()
             others = {id(lora): None if lora is None else lora.without(merged_in) for lora in rows}
             batch = stack([others[id(lora)] for lora in rows])
         # A list holds one for each row, also where all of them are the same and were stacked once.

@@ -24,24 +24,23 @@ from loracast.lora.fits import check_fits
 class Copies:
     """Copies of some weights of a model, with a static LoRA added."""
 
-    static: frozenset[str]
-    """The modules of the static LoRA."""
     factors: Mapping[str, Factors]
-    """Its factors, in the modules that have copies: not in those with quantized weights."""
+    """Of the static LoRA, in the modules that have copies: not in those with quantized weights."""
     modules: Mapping[str, nn.Linear]
+    """All of the static LoRA."""
     own: Mapping[str, nn.Parameter]
-    """The model's own weights."""
+    """The model's own weights that there are copies of."""
     states: Mapping[str, tuple[object, ...]]
     """Of these, when the copies were made (`_state`)."""
     weights: Mapping[str, nn.Parameter]
 
-    def are_of(self, lora: LoRA) -> bool:
-        """Whether they are of this LoRA's static part, and of the weights that the model has now."""
-        return self.static == lora.static and all(
-            module._parameters["weight"] is self.own[name]
-            and _state(self.own[name]) == self.states[name]
+    def are_of(self, lora: LoRA, modules: Mapping[str, nn.Linear]) -> bool:
+        """Whether they are of this LoRA's static part, and of the modules and weights that the model has now."""
+        return self.modules == modules and all(
+            modules[name]._parameters["weight"] is weight
+            and _state(weight) == self.states[name]
             and _equal(self.factors[name], lora.factors[name])
-            for name, module in self.modules.items()
+            for name, weight in self.own.items()
         )
 
 
@@ -64,9 +63,11 @@ def copies_for(model: nn.Module, loras: Sequence[LoRA | None]) -> Copies | None:
     for other in loras[1:]:
         if other is not first and not (other is not None and _has_static_of(other, first)):
             return None
+    static = ((name, first.factors[name]) for name in first.static)
+    modules = check_fits(model, ((name, (b.shape[0], a.shape[1])) for name, (a, b) in static))
     kept = _KEPT.get(model)
-    if kept is None or not kept.are_of(first):
-        kept = _KEPT[model] = _copies(model, first)
+    if kept is None or not kept.are_of(first, modules):
+        kept = _KEPT[model] = _copies(first, modules)
     return kept
 
 
@@ -74,14 +75,12 @@ def _has_static_of(other: LoRA, first: LoRA) -> bool:
     return first.static <= other.static and all(_equal(first.factors[n], other.factors[n]) for n in first.static)
 
 
-def _copies(model: nn.Module, lora: LoRA) -> Copies:
-    factors = {name: pair for name, pair in lora.factors.items() if name in lora.static}
-    modules = check_fits(model, ((name, (b.shape[0], a.shape[1])) for name, (a, b) in factors.items()))
-    modules = {name: module for name, module in modules.items() if module.weight.is_floating_point()}
-    own = {name: cast(nn.Parameter, module.weight) for name, module in modules.items()}
-    factors = {name: factors[name] for name in modules}
-    weights = {name: _sum(weight, factors[name]) for name, weight in own.items()}
-    return Copies(lora.static, factors, modules, own, {name: _state(weight) for name, weight in own.items()}, weights)
+def _copies(lora: LoRA, modules: Mapping[str, nn.Linear]) -> Copies:
+    weights = {name: cast(nn.Parameter, module.weight) for name, module in modules.items()}
+    own = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
+    factors = {name: lora.factors[name] for name in own}
+    copies = {name: _sum(weight, factors[name]) for name, weight in own.items()}
+    return Copies(factors, modules, own, {name: _state(weight) for name, weight in own.items()}, copies)
 
 
 @contextmanager
@@ -92,12 +91,12 @@ def merged(model: nn.Module, copies: Copies) -> Iterator[None]:
     """
     _MERGED_NOW.add(model)
     try:
-        for name, module in copies.modules.items():
-            module._parameters["weight"] = copies.weights[name]
+        for name, weight in copies.weights.items():
+            copies.modules[name]._parameters["weight"] = weight
         yield
     finally:
-        for name, module in copies.modules.items():
-            module._parameters["weight"] = copies.own[name]
+        for name, weight in copies.own.items():
+            copies.modules[name]._parameters["weight"] = weight
         _MERGED_NOW.discard(model)
 
 
