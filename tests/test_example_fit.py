@@ -14,12 +14,20 @@ from loracast.cast.task import TaskCaster
 from loracast.data.task_examples import TaskSpec, as_examples
 from loracast.data.tasks import Example
 from loracast.encoders.attention_delta import POSITIONS
+from loracast.hypernets import attention_delta
 from loracast.hypernets.descriptions import TaskReader
 from loracast.hypernets.example_fit import RANK, behind_the_others, ridge, two_views
+from loracast.lora.algebra import LoRA
 from tiny import DESCRIPTIONS, FAMILIES, make_attention_delta, make_model, make_tokenizer
 
 EXAMPLES = as_examples([("big", "small"), ("hot", "cold"), ("old", "new"), ("far", "near"), ("wet", "dry")])
 TOLD = TaskSpec(DESCRIPTIONS[0], EXAMPLES)
+
+
+@pytest.fixture(autouse=True)
+def without_the_step(monkeypatch):
+    """What is fitted alone, without the step behind it (test_gradient_step.py)."""
+    monkeypatch.setattr(attention_delta, "gradient_step", lambda *given: LoRA())
 
 
 def least_squares(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor, strength: float) -> np.ndarray:

@@ -38,6 +38,7 @@ from loracast.hypernets.descriptions import (
 )
 from loracast.hypernets.doc_config import ArchitectureConfig, ModuleRow
 from loracast.hypernets.example_fit import FEWEST_EXAMPLES, MLP_KIND, fit_examples
+from loracast.hypernets.gradient_step import gradient_step
 from loracast.hypernets.heads import StaticLoRA, lora_of, per_layer, static_loras
 from loracast.hypernets.label_bias import label_bias
 from loracast.hypernets.task_bank import TaskBank
@@ -178,15 +179,19 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         return AttentionDeltaEncoder(base, c.layers, c.kind, c.dummy_input, c.dummy_answer, lora, is_training)
 
     def fitted_to_examples(self, reader: TaskReader, task: TaskSpec, rows: Rows) -> Rows:
-        if len(task.examples) < FEWEST_EXAMPLES:
+        if not task.examples:
             return rows
-        c, encoder = self.config, cast(AttentionDeltaEncoder, reader.encoder)
+        c, base = self.config, cast(AttentionDeltaEncoder, reader.encoder).base
         projections = [self._in_layers(kind) for kind in (c.kind, MLP_KIND) if kind in c.target.kinds]
-        rows = self._with(rows, fit_examples(encoder, reader.groups(task), projections, self.loras(rows)))
+        if len(task.examples) >= FEWEST_EXAMPLES:
+            encoder = cast(AttentionDeltaEncoder, reader.encoder)
+            rows = self._with(rows, fit_examples(encoder, reader.groups(task), projections, self.loras(rows)))
+        names = [name for kind in projections for name in kind]
+        rows = self._with(rows, gradient_step(base, task.examples, names, self.loras(rows)))
         last = c.target.modules[-1]
-        if last.kind != MLP_KIND or last.layer + 1 != encoder.base.model.config.get_text_config().num_hidden_layers:
+        if last.kind != MLP_KIND or last.layer + 1 != base.model.config.get_text_config().num_hidden_layers:
             return rows  # nothing of the target is next to the logits
-        return self._with(rows, label_bias(encoder.base, task.examples, last.name, self.loras(rows)))
+        return self._with(rows, label_bias(base, task.examples, last.name, self.loras(rows)))
 
     def _with(self, rows: Rows, more: LoRA) -> Rows:
         """The rows of a LoRA with those of another one behind them."""

@@ -1,0 +1,101 @@
+"""Moves what was cast for a task one step towards the answers of its examples, by one backward pass for each.
+
+Each example is read alone, with its answer, under what was cast so far. At every token t, the negative gradient g_t of
+the answer's loss with respect to a module's output says how that output should change. Ridge regression gives the
+linear map from the module's inputs x_t that comes nearest to these changes,
+
+    min over W of  sum over t of |g_t - W x_t|^2 + ridge |W|^2
+
+and is cut to a small rank. It is the gradient of the loss with respect to the module's weights, times the inverse of
+the inputs' second moments (one side of K-FAC: Martens and Grosse, arXiv 1503.05671, section 3). The maps of all modules
+together are scaled to a fixed share of what was cast. There is one step: nothing is trained in a loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from loracast.data.tasks import Example
+from loracast.hypernets.example_fit import ridge
+from loracast.lora.algebra import Factors, LoRA, LoRABatch, compress, stack
+from loracast.lora.inject import inject
+
+if TYPE_CHECKING:
+    from loracast.base.load import Base
+
+RANK = 8
+"""Rank of the step in each module."""
+# Chosen on the tasks of benchmarks/unseen_tasks.py (docs/notebook/2026-12-01.md).
+_RIDGE = 0.003
+"""Of the sum of |x_t|^2."""
+_SIZE = 0.008
+"""Frobenius norm of the step, of all modules together, as a share of that of what was cast for them."""
+_MOST_READ = 64
+_MOST_TOKENS = 512
+"""Tokens of all examples that a map is fitted to: those at which outputs should change the most."""
+
+
+class _Read(NamedTuple):
+    """What one example says of each module, by name."""
+
+    inputs: dict[str, Tensor]
+    """[t, in]"""
+    changes: dict[str, Tensor]
+    """How the output should change [t, out]."""
+
+
+def gradient_step(base: Base, examples: Sequence[Example], modules: Sequence[str], lora: LoRABatch) -> LoRA:
+    """The step that lowers the loss of examples' answers, as a LoRA.
+
+    Args:
+        modules: names of the modules that change.
+        lora: what was cast so far for the task, 1 row; the step joins it.
+    """
+    examples = examples[:_MOST_READ]
+    lora = lora.to(base.device).to(base.model.dtype)
+    reads = [_read(base, example, modules, lora) for example in examples]
+    size = torch.cat([sum((c.square().sum(1) for c in read.changes.values()), torch.zeros(())) for read in reads])
+    kept = size.topk(min(len(size), _MOST_TOKENS)).indices.sort().values
+    step: dict[str, Factors] = {}
+    for name in modules:
+        x = torch.cat([read.inputs[name] for read in reads])[kept]  # [t, in]
+        y = torch.cat([read.changes[name] for read in reads])[kept]  # [t, out]
+        (a,), rows = ridge([x], y / len(reads), torch.ones(len(x), device=x.device), _RIDGE * len(x))
+        step |= compress(LoRA({name: Factors(a, rows.T)}), RANK)[0].factors
+    found = LoRA(step)
+    norm, norm_cast = (batch.squared_norms().sqrt() for batch in (stack([found]), lora.only(modules)))
+    return found.scale((_SIZE * norm_cast / norm).item()) if norm > 0 else LoRA()
+
+
+def _read(base: Base, example: Example, modules: Sequence[str], lora: LoRABatch) -> _Read:
+    """Read one example under a LoRA, forwards and backwards."""
+    prompt, reply = base.chat.prompt(example.input, ""), base.chat.reply(example.outputs[0])
+    inputs: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+
+    def add_zero(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(module: Any, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            inputs[name] = given[0][0].detach().float()
+            added[name] = torch.zeros_like(output, requires_grad=True)
+            return output + added[name]
+
+        return hook
+
+    with torch.inference_mode(False), torch.enable_grad():
+        ids = torch.tensor([[*prompt, *reply[:-1]]], device=base.device)
+        own = LoRABatch(lora.n, {name: Factors(a.clone(), b.clone()) for name, (a, b) in lora.factors.items()}, {})
+        with inject(base.model, own):
+            handles = [base.model.get_submodule(name).register_forward_hook(add_zero(name)) for name in modules]
+            try:
+                logits = base.model(input_ids=ids, use_cache=False, logits_to_keep=len(reply)).logits[0]
+            finally:
+                for handle in handles:
+                    handle.remove()
+            loss = functional.cross_entropy(logits.float(), torch.tensor(reply, device=base.device))
+            found = torch.autograd.grad(loss, [added[name] for name in modules])
+    return _Read(inputs, {name: -g[0].float() for name, g in zip(modules, found, strict=True)})
