@@ -41,12 +41,17 @@ _MOST_TOKENS = 512
 
 
 class _Read(NamedTuple):
-    """What one example says of each module, by name."""
+    """What t tokens of examples say of each module, by name."""
 
     inputs: dict[str, Tensor]
     """[t, in]"""
     changes: dict[str, Tensor]
     """How the output should change [t, out]."""
+
+    @property
+    def sizes(self) -> Tensor:
+        """How much all outputs should change at each token [t]."""
+        return torch.stack([y.square().sum(1) for y in self.changes.values()]).sum(0)
 
 
 def gradient_step(base: Base, examples: Sequence[Example], modules: Sequence[str], lora: LoRABatch) -> LoRA:
@@ -58,14 +63,13 @@ def gradient_step(base: Base, examples: Sequence[Example], modules: Sequence[str
     """
     examples = examples[:_MOST_READ]
     lora = lora.to(base.device).to(base.model.dtype)
-    reads = [_read(base, example, modules, lora) for example in examples]
-    size = torch.cat([sum((c.square().sum(1) for c in read.changes.values()), torch.zeros(())) for read in reads])
-    kept = size.topk(min(len(size), _MOST_TOKENS)).indices.sort().values
+    read = _Read({}, {})
+    for example in examples:
+        read = _largest(read, _read(base, example, modules, lora))
     step: dict[str, Factors] = {}
     for name in modules:
-        x = torch.cat([read.inputs[name] for read in reads])[kept]  # [t, in]
-        y = torch.cat([read.changes[name] for read in reads])[kept]  # [t, out]
-        (a,), rows = ridge([x], y / len(reads), torch.ones(len(x), device=x.device), _RIDGE * len(x))
+        x, y = read.inputs[name], read.changes[name]
+        (a,), rows = ridge([x], y, torch.ones(len(x), device=x.device), _RIDGE * len(x))
         step |= compress(LoRA({name: Factors(a, rows.T)}), RANK)[0].factors
     found = LoRA(step)
     norm, norm_cast = (batch.squared_norms().sqrt() for batch in (stack([found]), lora.only(modules)))
@@ -80,7 +84,7 @@ def _read(base: Base, example: Example, modules: Sequence[str], lora: LoRABatch)
 
     def add_zero(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(module: Any, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            inputs[name] = given[0][0].detach().float()
+            inputs[name] = given[0][0].detach().to(base.device).float()
             added[name] = torch.zeros_like(output, requires_grad=True)
             return output + added[name]
 
@@ -98,4 +102,16 @@ def _read(base: Base, example: Example, modules: Sequence[str], lora: LoRABatch)
                     handle.remove()
             loss = functional.cross_entropy(logits.float(), torch.tensor(reply, device=base.device))
             found = torch.autograd.grad(loss, [added[name] for name in modules])
-    return _Read(inputs, {name: -g[0].float() for name, g in zip(modules, found, strict=True)})
+    return _Read(inputs, {name: -g[0].to(base.device).float() for name, g in zip(modules, found, strict=True)})
+
+
+def _largest(before: _Read, read: _Read) -> _Read:
+    """Of the tokens of two readings, those at which outputs should change the most."""
+    if before.inputs:
+        read = _Read(
+            *({name: torch.cat([old[name], new[name]]) for name in new} for old, new in zip(before, read, strict=True))
+        )
+    if len(sizes := read.sizes) <= _MOST_TOKENS:
+        return read
+    kept = sizes.topk(_MOST_TOKENS).indices
+    return _Read(*({name: some[kept] for name, some in side.items()} for side in read))
