@@ -181,10 +181,10 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
     def fitted_to_examples(self, reader: TaskReader, task: TaskSpec, rows: Rows) -> Rows:
         if not task.examples:
             return rows
-        c, base = self.config, cast(AttentionDeltaEncoder, reader.encoder).base
+        c, encoder = self.config, cast(AttentionDeltaEncoder, reader.encoder)
+        base = encoder.base
         projections = [self._in_layers(kind) for kind in (c.kind, MLP_KIND) if kind in c.target.kinds]
         if len(task.examples) >= FEWEST_EXAMPLES:
-            encoder = cast(AttentionDeltaEncoder, reader.encoder)
             rows = self._with(rows, fit_examples(encoder, reader.groups(task), projections, self.loras(rows)))
         names = [name for kind in projections for name in kind]
         rows = self._with(rows, gradient_step(base, task.examples, names, self.loras(rows)))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from loracast.base.capture import capture_inputs
 from loracast.data.tasks import Example
 from loracast.hypernets.example_fit import ridge
 from loracast.lora.algebra import Factors, LoRA, LoRABatch, compress, stack
@@ -64,8 +65,11 @@ def gradient_step(base: Base, examples: Sequence[Example], modules: Sequence[str
     examples = examples[:_MOST_READ]
     lora = lora.to(base.device).to(base.model.dtype)
     read = _Read({}, {})
-    for example in examples:
-        read = _largest(read, _read(base, example, modules, lora))
+    with torch.inference_mode(False), torch.enable_grad():
+        own = LoRABatch(lora.n, {name: Factors(a.clone(), b.clone()) for name, (a, b) in lora.factors.items()}, {})
+        with inject(base.model, own):
+            for example in examples:
+                read = _largest(read, _read(base, example, modules))
     step: dict[str, Factors] = {}
     for name in modules:
         x, y = read.inputs[name], read.changes[name]
@@ -76,33 +80,32 @@ def gradient_step(base: Base, examples: Sequence[Example], modules: Sequence[str
     return found.scale((_SIZE * norm_cast / norm).item()) if norm > 0 else LoRA()
 
 
-def _read(base: Base, example: Example, modules: Sequence[str], lora: LoRABatch) -> _Read:
-    """Read one example under a LoRA, forwards and backwards."""
+def _read(base: Base, example: Example, modules: Sequence[str]) -> _Read:
+    """Read one example forwards and backwards, under the LoRA that the base carries."""
     prompt, reply = base.chat.prompt(example.input, ""), base.chat.reply(example.outputs[0])
-    inputs: dict[str, Tensor] = {}
     added: dict[str, Tensor] = {}
 
-    def add_zero(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(module: Any, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            inputs[name] = given[0][0].detach().to(base.device).float()
+    def add_zero(name: str) -> Callable[[Any, Any, Tensor], Tensor]:
+        def hook(module: Any, given: Any, output: Tensor) -> Tensor:
             added[name] = torch.zeros_like(output, requires_grad=True)
             return output + added[name]
 
         return hook
 
-    with torch.inference_mode(False), torch.enable_grad():
-        ids = torch.tensor([[*prompt, *reply[:-1]]], device=base.device)
-        own = LoRABatch(lora.n, {name: Factors(a.clone(), b.clone()) for name, (a, b) in lora.factors.items()}, {})
-        with inject(base.model, own):
-            handles = [base.model.get_submodule(name).register_forward_hook(add_zero(name)) for name in modules]
-            try:
-                logits = base.model(input_ids=ids, use_cache=False, logits_to_keep=len(reply)).logits[0]
-            finally:
-                for handle in handles:
-                    handle.remove()
-            loss = functional.cross_entropy(logits.float(), torch.tensor(reply, device=base.device))
-            found = torch.autograd.grad(loss, [added[name] for name in modules])
-    return _Read(inputs, {name: -g[0].to(base.device).float() for name, g in zip(modules, found, strict=True)})
+    ids = torch.tensor([[*prompt, *reply[:-1]]], device=base.device)
+    handles = [base.model.get_submodule(name).register_forward_hook(add_zero(name)) for name in modules]
+    try:
+        with capture_inputs(base.model, modules) as inputs:
+            logits = base.model(input_ids=ids, use_cache=False, logits_to_keep=len(reply)).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    loss = functional.cross_entropy(logits.float(), torch.tensor(reply, device=base.device))
+    found = torch.autograd.grad(loss, [added[name] for name in modules])
+    return _Read(
+        {name: inputs[name][0].detach().to(base.device).float() for name in modules},
+        {name: -g[0].to(base.device).float() for name, g in zip(modules, found, strict=True)},
+    )
 
 
 def _largest(before: _Read, read: _Read) -> _Read:
