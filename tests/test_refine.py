@@ -103,11 +103,30 @@ def test_too_few_examples_and_bad_settings_are_refused(base, caster, tmp_path):
             RefineConfig(**bad)
 
 
+@pytest.mark.parametrize("description", [SENTENCE, ""])
+def test_descent_starts_from_the_description_or_from_examples_without_one(caster, description):
+    starts = []
+
+    def refine(rows, loras_of, examples):
+        assert tuple(examples) == EXAMPLES
+        starts.append(loras_of(rows).row(0))
+        return rows
+
+    caster.task(description, "kettle", examples=EXAMPLES, refine=refine)
+    expected = caster.loras([description or TaskSpec("", EXAMPLES)])[0]
+    (start,) = starts
+    assert start.names == expected.names
+    for name, (a, b) in expected.factors.items():
+        torch.testing.assert_close(start.factors[name].b @ start.factors[name].a, b @ a)
+
+
 def test_an_adapter_that_descent_made_no_better_is_as_it_was_cast(base, caster, tiny_folder, tmp_path, home):
     cast = caster.task(SENTENCE, "cast", examples=EXAMPLES)
     still = dataclasses.replace(QUICK, seconds=1e-9)
     adapter = caster.task(SENTENCE, "still", examples=EXAMPLES, refine=refiner(base, still))
     assert not adapter.manifest.is_refined and adapter.manifest.ranks == cast.manifest.ranks
+    for name, (a, b) in cast.lora().factors.items():
+        assert torch.equal(adapter.lora().factors[name].a, a) and torch.equal(adapter.lora().factors[name].b, b)
     file = tmp_path / "examples.txt"
     file.write_text("".join(f"{e.input} => {e.outputs[0]}\n" for e in EXAMPLES))
     arguments = [
@@ -135,7 +154,7 @@ def test_a_stage_of_the_evaluation_is_what_refining_for_its_steps_gives(base, ca
     drawn = dataclasses.replace(draw(tasks, 1, 0), shots=EXAMPLES)
     marks = [Mark("0 s", seconds=0), *(Mark(f"{n}", steps=n) for n in (2, 7, 24))]
     stages = descend(TaskSetup(base, caster), drawn, STARTS["adapter"], marks, QUICK)
-    cast = caster.loras([TaskSpec(drawn.description, EXAMPLES)])[0]
+    cast = caster.loras([drawn.description])[0]
     for mark in marks:
         ended = {"seconds": 1e-9} if math.isinf(mark.steps) else {"steps": int(mark.steps)}
         config = dataclasses.replace(QUICK, **ended)
@@ -183,7 +202,7 @@ def test_an_adapter_is_refined_in_python_and_by_the_command(base, caster, tiny_f
     model = Model(base, tmp_path / "library", task_hypernetwork=tmp_path / "hypernetwork")
     adapter = model.task(SENTENCE, "kettle", examples=EXAMPLES, refine_s=2)
     assert adapter.manifest.is_refined and adapter.manifest.n_examples == len(EXAMPLES)
-    cast = model.task(SENTENCE, "cast", examples=EXAMPLES)
+    cast = model.task(SENTENCE, "cast")
     assert not cast.manifest.is_refined
     more = {kind: rank + RefineConfig().rank for kind, rank in cast.manifest.ranks.items()}
     assert adapter.manifest.ranks == more

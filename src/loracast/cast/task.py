@@ -133,7 +133,8 @@ class TaskCaster:
         Args:
             names: of the adapters; made from the descriptions if None.
             strength: factor on every delta.
-            refine: changes the rows of each task after casting, or gives back the same (training/refine.py).
+            refine: makes better rows from those of the description (of the examples without one), or gives back the
+                same (training/refine.py); the examples are read into the adapter as without it then.
             storage: how the factors are kept (lora/quantize.py); not "text", since a task cannot be cast again.
             replace: whether an adapter of the same name is replaced.
 
@@ -152,12 +153,16 @@ class TaskCaster:
             if not replace:
                 check_free(self.library, name, unless_from=task.sha256)
         started = time.perf_counter()
-        features = self._encode(given)
-        rows = [_scaled(one, strength) for one in self._rows(given, features)]
+        starts = given if refine is None else list(map(start_of_descent, given))
+        features = self._encode(starts)
+        rows = cast = [_scaled(one, strength) for one in self._rows(starts, features)]
         distances = self._distances(given, features)
-        cast = rows
         if refine is not None:
             rows = [refine(one, self.hypernetwork.loras, task.examples) for one, task in zip(cast, given, strict=True)]
+        are_refined = [after is not before for before, after in zip(cast, rows, strict=True)]
+        for i, task in enumerate(given):
+            if task is not starts[i] and not are_refined[i]:
+                rows[i] = _scaled(self._rows([task], self._encode([task]))[0], strength)
         seconds = (time.perf_counter() - started) / max(1, len(rows))
         for one in rows:
             check_finite(one, "these descriptions")
@@ -171,7 +176,7 @@ class TaskCaster:
                 title=task.title,
                 source_sha256=task.sha256,
                 n_examples=len(task.examples),
-                is_refined=one is not before,
+                is_refined=is_refined,
                 made_for=self.caster.made_for,
                 hypernetwork=self.caster.id,
                 seconds=seconds,
@@ -180,7 +185,7 @@ class TaskCaster:
                 storage=storage,
                 replace=replace,
             )
-            for name, task, before, one, distance in zip(names, given, cast, rows, distances, strict=True)
+            for name, task, one, is_refined, distance in zip(names, given, rows, are_refined, distances, strict=True)
         ]
 
     def _encode(self, tasks: Sequence[TaskSpec]) -> Features:
@@ -223,6 +228,14 @@ class TaskCaster:
 def _stripped(tasks: Sequence[str | TaskSpec]) -> list[TaskSpec]:
     """The specification of each task, without white space around its description."""
     return [dataclasses.replace(task, description=task.description.strip()) for task in map(as_spec, tasks)]
+
+
+def start_of_descent(task: TaskSpec) -> TaskSpec:
+    """What is cast before descent on a task's examples: the description alone, if there is one.
+
+    Examples that the cast has seen would teach descent little, and those held back would no longer tell when to stop.
+    """
+    return dataclasses.replace(task, examples=()) if task.description and task.examples else task
 
 
 def _each(rows: Rows) -> list[Rows]:

@@ -186,7 +186,7 @@ def task(
     for warning in manifest.warnings:
         warn(warning)
     if refine is not None and not manifest.is_refined:
-        warn("refining made the LoRA no better on the examples kept for validation: it stays as it was cast")
+        warn("refining made the LoRA no better on the examples kept for validation: it is cast as without --refine")
     facts = {
         **_made(adapter),
         "description": spec.description,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loracast.base.generate import Sampling
+from loracast.cast.task import start_of_descent
 from loracast.data.answer_metrics import is_right
 from loracast.data.task_examples import TaskSpec
 from loracast.data.tasks import Example, Task
@@ -22,7 +23,7 @@ from loracast.evaluation.intervals import mean, paired_bootstrap
 from loracast.evaluation.plots import exact_by_seconds, require_matplotlib
 from loracast.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
 from loracast.evaluation.runner import Answered, Deadline, ask, grouped
-from loracast.evaluation.task_baselines import ADAPTER, MOST_SHOTS, Drawn, TaskCase, TaskSetup, prompt_of
+from loracast.evaluation.task_baselines import ADAPTER, Drawn, TaskCase, TaskSetup, prompt_of
 from loracast.evaluation.tasks import LONGEST, TasksFrom, draw, test_rows
 from loracast.lora.algebra import Factors, LoRA
 from loracast.training.refine import FEWEST_EXAMPLES, RefineConfig, descent, loras_of, rows_of
@@ -39,11 +40,13 @@ class Start:
 
     label: str
     make: Callable[[TaskSetup, Drawn], LoRA]
+    config: RefineConfig = field(default_factory=RefineConfig)
+    """How it descends: as did best from this start on tasks for development (docs/notebook/2026-12-01.md)."""
 
 
 def _cast(setup: TaskSetup, drawn: Drawn) -> LoRA:
-    """The LoRA cast from the description and all examples; the next start of the same ones has it at once."""
-    caster, task = setup.caster, TaskSpec(drawn.description, drawn.shots)
+    """The LoRA that refining a task starts from; the next start of the same one has it at once."""
+    caster, task = setup.caster, start_of_descent(TaskSpec(drawn.description, drawn.shots))
     assert caster is not None
     return setup.made_once(("cast", task), lambda: caster.loras([task])[0]).make()
 
@@ -60,8 +63,8 @@ def _multitask(setup: TaskSetup, drawn: Drawn) -> LoRA:
 
 
 STARTS = {
-    ADAPTER: Start(f"adapter from description and {MOST_SHOTS} examples", _cast),
-    "nothing": Start("nothing", _nothing),
+    ADAPTER: Start("adapter from the description", _cast),
+    "nothing": Start("nothing", _nothing, RefineConfig(decay_passes=0)),
     "multitask": Start("multi-task LoRA", _multitask),
 }
 """By name, what gradient descent starts from."""
@@ -150,7 +153,7 @@ def evaluate_refining(setup: TaskSetup, config: RefiningConfig, out: Path, progr
         for seed in config.seeds:
             drawn = draw(tasks, i, seed)
             for name, start in starts.items():
-                stages = descend(setup, drawn, start, marks)
+                stages = descend(setup, drawn, start, marks, start.config)
                 answered = _answer(setup, drawn, stages, test_rows(task, config.rows))
                 for at, some in answered.items():
                     right = [is_right(a.text, a.case.row.outputs, task.metric) for a in some]
@@ -167,7 +170,7 @@ def evaluate_refining(setup: TaskSetup, config: RefiningConfig, out: Path, progr
 
 
 def descend(
-    setup: TaskSetup, drawn: Drawn, start: Start, marks: Sequence[Mark], config: RefineConfig = RefineConfig()
+    setup: TaskSetup, drawn: Drawn, start: Start, marks: Sequence[Mark], config: RefineConfig
 ) -> dict[str, Stage]:
     """Descend once, past the last mark or until it ends early; what it had come to at each mark."""
     began = start.make(setup, drawn)

@@ -7,10 +7,12 @@ the cast one, unless it makes that loss larger, and descent stops early once the
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from loracast.training.loop import TrainConfig, make_optimizer
 FEWEST_EXAMPLES = 4  # three to learn from, and one held back
 _HELD_BACK = 4  # one example in so many is held back
 _MOST_HELD = 32  # more would take longer to look at than to learn from
+_FEWEST_DECAYING = 20  # steps within which the learning rate falls
 _PATIENCE = 4  # descent stops after so many looks at the held-back examples without a smaller loss
 
 
@@ -42,6 +45,8 @@ class RefineConfig:
     """Rank of the new LoRA."""
     lr: float = 1e-3
     """Peak learning rate of AdamW, ten times what the cast factors bear (docs/notebook/2026-11-28.md)."""
+    decay_passes: int = 7
+    """Passes over the examples, 20 steps at least, within which the rate falls to a tenth; 0: it stays as it is."""
     examples_per_step: int = 8
     """Most examples in one step."""
     look_every: int = 2
@@ -52,6 +57,8 @@ class RefineConfig:
     def __post_init__(self) -> None:
         if self.seconds <= 0 or min(self.steps, self.rank, self.examples_per_step, self.look_every) < 1:
             raise ConfigError("seconds must be above 0, steps, rank, examples_per_step and look_every at least 1")
+        if self.decay_passes < 0:
+            raise ConfigError("decay_passes must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -105,11 +112,11 @@ def descent(
     """
     check_enough(examples)
     started = time.monotonic()
-    training = TrainConfig(steps=config.steps, lr=config.lr, warmup_steps=4, schedule="constant")
     rng = random.Random(config.seed)
     order = rng.sample(list(examples), len(examples))
     n_held = min(max(1, len(order) // _HELD_BACK), _MOST_HELD)
     held, learned = _batch(base, order[:n_held]), order[n_held:]
+    training = _schedule(config, len(learned))
     start = {kind: (_copy(a, base.device), _copy(b, base.device)) for kind, (a, b) in rows.items()}
     sides = nn.ParameterList(side for pair in _new(start, config).values() for side in pair)
 
@@ -144,6 +151,13 @@ def descent(
             if (loss := look()) < best:
                 kept = _joined(start, [side.detach() for side in sides])
                 best, kept_step, n_worse = loss, step, 0
+
+
+def _schedule(config: RefineConfig, n_learned: int) -> TrainConfig:
+    """How the learning rate goes: without its decay, descent on a few dozen examples soon learns them by heart."""
+    steps = max(_FEWEST_DECAYING, config.decay_passes * math.ceil(n_learned / config.examples_per_step))
+    schedule: Literal["cosine", "constant"] = "cosine" if config.decay_passes else "constant"
+    return TrainConfig(steps=steps, lr=config.lr, warmup_steps=4, schedule=schedule)
 
 
 def check_enough(examples: Sequence[object]) -> None:
