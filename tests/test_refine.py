@@ -140,6 +140,20 @@ def test_an_adapter_that_descent_made_no_better_is_as_it_was_cast(base, caster, 
     assert f"examples {len(EXAMPLES)}" in " ".join(shown.stdout.replace("│", " ").split())
 
 
+def test_the_learning_rate_falls_within_passes_over_the_examples_and_stays_without():
+    def rates(n_learned, **options):
+        schedule = refine_module._schedule(RefineConfig(lr=1.0, **options), n_learned)
+        return [schedule.lr_factor(step) for step in range(100)]
+
+    for n_learned, options, n_steps in ((24, {}, 21), (3, {}, 20), (96, {"decay_passes": 2}, 24)):
+        found = rates(n_learned, **options)
+        assert max(found) == found[3] == 1 and found[n_steps - 1] > found[n_steps] == pytest.approx(0.1)
+        assert found[n_steps:] == [found[n_steps]] * (100 - n_steps)
+    assert rates(24, decay_passes=0)[3:] == [1] * 97
+    with pytest.raises(ConfigError, match="decay_passes must be at least 0"):
+        RefineConfig(decay_passes=-1)
+
+
 def test_of_many_examples_few_are_held_back(base, caster, monkeypatch):
     sizes = []
     made = refine_module._batch
