@@ -161,7 +161,7 @@ class TaskCaster:
             rows = [refine(one, self.hypernetwork.loras, task.examples) for one, task in zip(cast, given, strict=True)]
         are_refined = [after is not before for before, after in zip(cast, rows, strict=True)]
         for i, task in enumerate(given):
-            if task is not starts[i] and not are_refined[i]:
+            if task is not starts[i] and not are_refined[i]:  # the examples have not been read at all
                 rows[i] = _scaled(self._rows([task], self._encode([task]))[0], strength)
         seconds = (time.perf_counter() - started) / max(1, len(rows))
         for one in rows:
@@ -233,7 +233,7 @@ def _stripped(tasks: Sequence[str | TaskSpec]) -> list[TaskSpec]:
 def start_of_descent(task: TaskSpec) -> TaskSpec:
     """What is cast before descent on a task's examples: the description alone, if there is one.
 
-    Examples that the cast has seen would teach descent little, and those held back would no longer tell when to stop.
+    Descent soon knows by heart the examples that the cast has seen, and those held back say so late if it saw them too.
     """
     return dataclasses.replace(task, examples=()) if task.description and task.examples else task
 
