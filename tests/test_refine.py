@@ -16,7 +16,7 @@ from loracast.cast.task import TaskCaster
 from loracast.cli import app
 from loracast.data.task_examples import TaskSpec, as_examples
 from loracast.data.tasks import read_tasks
-from loracast.errors import ConfigError
+from loracast.errors import ConfigError, EncoderError
 from loracast.evaluation.refining import STARTS, Mark, RefiningConfig, descend, evaluate_refining
 from loracast.evaluation.task_baselines import TaskSetup
 from loracast.evaluation.tasks import draw
@@ -118,6 +118,12 @@ def test_descent_starts_from_the_description_or_from_examples_without_one(caster
     assert start.names == expected.names
     for name, (a, b) in expected.factors.items():
         torch.testing.assert_close(start.factors[name].b @ start.factors[name].a, b @ a)
+
+
+def test_too_long_an_example_is_refused_before_descent(base, caster):
+    examples = [("lamp " * 9000, "kettle"), *((e.input, e.outputs[0]) for e in EXAMPLES)]
+    with pytest.raises(EncoderError, match="example 1 is too long"):
+        caster.task(SENTENCE, "kettle", examples=examples, refine=lambda *given: pytest.fail("it descended"))
 
 
 def test_an_adapter_that_descent_made_no_better_is_as_it_was_cast(base, caster, tiny_folder, tmp_path, home):

@@ -212,7 +212,7 @@ class Model(QuestionAnswering):
         Arguments and errors as in `TaskCaster.task`.
 
         Args:
-            refine_s: seconds of training a new LoRA on the examples beside what the description gives (docs/tasks.md).
+            refine_s: seconds of training a new LoRA on the examples beside the description's (docs/tasks.md).
 
         Raises:
             ConfigError: there are too few examples to refine on.

@@ -153,7 +153,11 @@ class TaskCaster:
             if not replace:
                 check_free(self.library, name, unless_from=task.sha256)
         started = time.perf_counter()
-        starts = given if refine is None else list(map(start_of_descent, given))
+        starts = given
+        if refine is not None:
+            for task in given:
+                self.caster.encoder.groups(task)  # too long an example is refused before descent
+            starts = list(map(start_of_descent, given))
         features = self._encode(starts)
         rows = cast = [_scaled(one, strength) for one in self._rows(starts, features)]
         distances = self._distances(given, features)

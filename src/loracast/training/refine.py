@@ -12,7 +12,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -156,8 +155,9 @@ def descent(
 def _schedule(config: RefineConfig, n_learned: int) -> TrainConfig:
     """How the learning rate goes: without its decay, descent on a few dozen examples soon learns them by heart."""
     steps = max(_FEWEST_DECAYING, config.decay_passes * math.ceil(n_learned / config.examples_per_step))
-    schedule: Literal["cosine", "constant"] = "cosine" if config.decay_passes else "constant"
-    return TrainConfig(steps=steps, lr=config.lr, warmup_steps=4, schedule=schedule)
+    return TrainConfig(
+        steps=steps, lr=config.lr, warmup_steps=4, schedule="cosine" if config.decay_passes else "constant"
+    )
 
 
 def check_enough(examples: Sequence[object]) -> None:
