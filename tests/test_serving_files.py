@@ -7,6 +7,7 @@ import json
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from loracast.library.upkeep import collect_garbage, compact
 from loracast.serving import state, uploads, vector_stores
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
+from loracast.serving.jobs import Jobs
 from loracast.serving.keys import keys_in
 from loracast.serving.settings import ServerSettings
 from servers import eventually, manual, served
@@ -570,24 +572,33 @@ def test_nothing_stays_of_an_export_whatever_range_is_asked_for(api, monkeypatch
 # ---- jobs
 
 
-def events(api, id: str, **headers) -> list[tuple[int, dict]]:
-    """The events of a job, up to the end of the stream."""
-    found = []
+def events(api, id: str, **headers) -> Iterator[tuple[int, dict]]:
+    """The events of a job as they come, up to the end of the stream: the id of each, and the job that it holds."""
     with api.stream("GET", f"/jobs/{id}/events", headers=headers) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
         for line in stream.iter_lines():
             if line.startswith("id: "):
-                found.append(int(line[4:]))
+                event = int(line[4:])
             if line.startswith("data: "):
-                found[-1] = found[-1], json.loads(line[6:])
-    return found
+                yield event, json.loads(line[6:])
 
 
 def test_events_tell_the_progress_and_go_on_where_a_client_left(api, monkeypatch):
+    heard, note = threading.Semaphore(0), Jobs._progress
+
+    def note_and_wait(jobs, *progress):
+        """The job goes on when the client has heard of it: a fast machine would end it between two events."""
+        note(jobs, *progress)
+        assert heard.acquire(timeout=60)
+
+    monkeypatch.setattr(Jobs, "_progress", note_and_wait)
     monkeypatch.setattr("loracast.cast.document.TOKENS_PER_BATCH", 600)
     job = api.post("/adapters", files={"file": ("long.md", manual(30, 20))}).json()
-    shown = events(api, job["id"])
-    ids, jobs = [id for id, _ in shown], [one for _, one in shown]
+    ids, jobs = [], []
+    for id, one in events(api, job["id"]):
+        ids.append(id)
+        jobs.append(one)
+        heard.release()
     assert ids == sorted(set(ids))
     assert [one["done"] for one in jobs] == sorted(one["done"] for one in jobs)
     assert len({one["done"] for one in jobs}) > 2
@@ -603,7 +614,7 @@ def test_events_tell_the_progress_and_go_on_where_a_client_left(api, monkeypatch
 def test_a_job_is_cancelled_over_http(api, model):
     long = api.post("/adapters", files={"file": ("very-long.md", manual(31, 60))}).json()
     api.post(f"/jobs/{long['id']}/cancel")
-    assert events(api, long["id"])[-1][1]["status"] == "cancelled"
+    assert [*events(api, long["id"])][-1][1]["status"] == "cancelled"
     assert "very-long" not in adapter_names(model.library)
 
 
