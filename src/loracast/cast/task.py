@@ -71,12 +71,21 @@ class TaskCaster:
             strength: factor on every delta; 0 gives no adapter, 1 is as in training.
         """
         given = _stripped(tasks)
-        loras = self._loras(given, self._encode(given))
-        return loras if strength == 1 else [lora.scale(strength) for lora in loras]
+        return self._loras(given, self._encode(given), strength)
 
     def constant_lora(self) -> LoRA:
         """The LoRA of a constant condition that describes nothing: a baseline."""
-        return self._loras([TaskSpec("")], Features(self.hypernetwork.constant()[:, None]))[0]
+        return self._loras([TaskSpec("")], Features(self.hypernetwork.constant()[:, None]), 1.0)[0]
+
+    def start_of_descent(self, task: TaskSpec, strength: float = 1.0) -> Rows:
+        """The rows that descent on a task's examples starts from: as cast from the description alone, if there is one.
+
+        Descent soon knows by heart the examples that the cast has seen, and those held back say so late if it saw them
+        too. The factors are not compressed, since its learning rate was chosen for those of the hypernetwork.
+        """
+        if not task.description:
+            return self._rows([task], self._encode([task]), strength)[0]
+        return _scaled(self._cast(self._encode([TaskSpec(task.description)]))[0], strength)
 
     @torch.inference_mode()
     def embeddings(self, descriptions: Sequence[str]) -> torch.Tensor:
@@ -153,20 +162,16 @@ class TaskCaster:
             if not replace:
                 check_free(self.library, name, unless_from=task.sha256)
         started = time.perf_counter()
-        starts = given
-        if refine is not None:
+        if refine is None:
+            features = self._encode(given)
+            rows, distances = self._rows(given, features, strength), self._distances(given, features)
+            are_refined = [False] * len(given)
+        else:
             for task in given:
                 self.caster.encoder.groups(task)  # too long an example is refused before descent
-            starts = list(map(start_of_descent, given))
-        features = self._encode(starts)
-        rows = cast = [_scaled(one, strength) for one in self._rows(starts, features)]
-        distances = self._distances(given, features)
-        if refine is not None:
-            rows = [refine(one, self.hypernetwork.loras, task.examples) for one, task in zip(cast, given, strict=True)]
-        are_refined = [after is not before for before, after in zip(cast, rows, strict=True)]
-        for i, task in enumerate(given):
-            if task is not starts[i] and not are_refined[i]:  # the examples have not been read at all
-                rows[i] = _scaled(self._rows([task], self._encode([task]))[0], strength)
+            made = [self._refined(task, refine, strength) for task in given]
+            rows, are_refined = [one for one, _ in made], [is_refined for _, is_refined in made]
+            distances = self.distances(given)
         seconds = (time.perf_counter() - started) / max(1, len(rows))
         for one in rows:
             check_finite(one, "these descriptions")
@@ -199,18 +204,31 @@ class TaskCaster:
             )
         return self.caster.encode(tasks)
 
-    def _rows(self, tasks: Sequence[TaskSpec], features: Features) -> list[Rows]:
-        """The rows of each task, what is fitted to its examples among them."""
+    def _refined(self, task: TaskSpec, refine: Refine, strength: float) -> tuple[Rows, bool]:
+        """The rows of a task after descent, and True; where descent made nothing better, as without it, and False."""
+        start = self.start_of_descent(task, strength)
+        rows = refine(start, self.hypernetwork.loras, task.examples)
+        if rows is not start:
+            return rows, True
+        return self._rows([task], self._encode([task]), strength)[0], False
+
+    def _cast(self, features: Features) -> list[Rows]:
+        """The rows of each task as the hypernetwork casts them."""
         batches = (self.caster.cast(Features(some)).rows for some in features.states.split(_AT_ONCE))
-        rows = [one for batch in batches for one in _each(batch)]
+        return [one for batch in batches for one in _each(batch)]
+
+    def _rows(self, tasks: Sequence[TaskSpec], features: Features, strength: float) -> list[Rows]:
+        """The rows of each task as its adapter keeps them; `strength` multiplies their deltas."""
+        rows = self._cast(features)
         with self.caster.lock, torch.inference_mode():
-            return [
-                self.hypernetwork.fitted_to_examples(self.caster.encoder, task, one)
+            kept = [
+                self.hypernetwork.kept_rows(self.caster.encoder, task, one)
                 for task, one in zip(tasks, rows, strict=True)
             ]
+        return [_scaled(one, strength) for one in kept]
 
-    def _loras(self, tasks: Sequence[TaskSpec], features: Features) -> list[LoRA]:
-        return [self.hypernetwork.loras(rows).row(0) for rows in self._rows(tasks, features)]
+    def _loras(self, tasks: Sequence[TaskSpec], features: Features, strength: float) -> list[LoRA]:
+        return [self.hypernetwork.loras(rows).row(0) for rows in self._rows(tasks, features, strength)]
 
     @torch.inference_mode()
     def _distances(self, tasks: Sequence[TaskSpec], features: Features) -> list[float | None]:
@@ -232,14 +250,6 @@ class TaskCaster:
 def _stripped(tasks: Sequence[str | TaskSpec]) -> list[TaskSpec]:
     """The specification of each task, without white space around its description."""
     return [dataclasses.replace(task, description=task.description.strip()) for task in map(as_spec, tasks)]
-
-
-def start_of_descent(task: TaskSpec) -> TaskSpec:
-    """What is cast before descent on a task's examples: the description alone, if there is one.
-
-    Descent soon knows by heart the examples that the cast has seen, and those held back say so late if it saw them too.
-    """
-    return dataclasses.replace(task, examples=()) if task.description and task.examples else task
 
 
 def _each(rows: Rows) -> list[Rows]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from loracast.base.generate import Sampling
-from loracast.cast.task import start_of_descent
 from loracast.data.answer_metrics import is_right
 from loracast.data.task_examples import TaskSpec
 from loracast.data.tasks import Example, Task
@@ -46,9 +45,11 @@ class Start:
 
 def _cast(setup: TaskSetup, drawn: Drawn) -> LoRA:
     """The LoRA that refining a task starts from; the next start of the same one has it at once."""
-    caster, task = setup.caster, start_of_descent(TaskSpec(drawn.description, drawn.shots))
+    caster, task = setup.caster, TaskSpec(drawn.description, drawn.shots)
     assert caster is not None
-    return setup.made_once(("cast", task), lambda: caster.loras([task])[0]).make()
+    return setup.made_once(
+        ("start", task), lambda: caster.hypernetwork.loras(caster.start_of_descent(task)).row(0)
+    ).make()
 
 
 def _nothing(setup: TaskSetup, drawn: Drawn) -> LoRA:

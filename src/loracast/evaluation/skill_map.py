@@ -21,7 +21,6 @@ from loracast.data.tasks import DescriptionKind, read_tasks
 from loracast.errors import ConfigError, LoracastError
 from loracast.evaluation.plots import require_matplotlib, skills
 from loracast.evaluation.report import Report, ReportWriter, columns
-from loracast.lora.algebra import stack
 
 COLUMNS = columns(
     label="what is compared", n=("descriptions", 0), n_tasks=("tasks", 0), n_groups=("families", 0),
@@ -65,7 +64,8 @@ def evaluate_map(caster: TaskCaster, config: MapConfig, out: Path) -> Report:
     names = [task.name for task, _ in points]
     groups = [task.group if task.group in families else "" for task, _ in points]
     embeddings = torch.nn.functional.normalize(caster.embeddings(texts).double(), dim=-1)
-    distances = {"embeddings": 1 - embeddings @ embeddings.T, "weights": 1 - stack(caster.loras(texts)).cosines()}
+    weights = caster.caster.loras_of(caster.caster.encode(texts))
+    distances = {"embeddings": 1 - embeddings @ embeddings.T, "weights": 1 - weights.cosines()}
     rows: list[dict[str, Any]] = []
     for name, between in distances.items():
         table = between.clamp_min(0).fill_diagonal_(0).numpy()

@@ -42,7 +42,13 @@ from loracast.hypernets.gradient_step import gradient_step
 from loracast.hypernets.heads import StaticLoRA, lora_of, per_layer, static_loras
 from loracast.hypernets.label_bias import label_bias
 from loracast.hypernets.task_bank import TaskBank
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, Rows, joined_ranks, stack
+from loracast.lora.algebra import Factors, LoRA, LoRABatch, Rows, compress, joined_ranks, stack
+
+KEPT_RANK = 12
+"""Rank to which an adapter compresses what was cast, before anything is fitted to examples.
+
+On the tasks of benchmarks/unseen_tasks.py and on training tasks nothing is lost (docs/notebook/2026-12-01.md).
+"""
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,8 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         lora, is_training = self.encoder_lora_batch, lambda: self.training
         return AttentionDeltaEncoder(base, c.layers, c.kind, c.dummy_input, c.dummy_answer, lora, is_training)
 
-    def fitted_to_examples(self, reader: TaskReader, task: TaskSpec, rows: Rows) -> Rows:
+    def kept_rows(self, reader: TaskReader, task: TaskSpec, rows: Rows) -> Rows:
+        rows = self._compressed(rows)
         if not task.examples:
             return rows
         c, encoder = self.config, cast(AttentionDeltaEncoder, reader.encoder)
@@ -192,6 +199,13 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
         if last.kind != MLP_KIND or last.layer + 1 != base.model.config.get_text_config().num_hidden_layers:
             return rows  # nothing of the target is next to the logits
         return self._with(rows, label_bias(base, task.examples, last.name, self.loras(rows)))
+
+    def _compressed(self, rows: Rows) -> Rows:
+        """The rows of a LoRA at `KEPT_RANK`; unchanged where no module has more."""
+        lora = self.loras(rows).row(0)
+        return (
+            rows if lora.rank <= KEPT_RANK else padded_rows(self.config.target, stack([compress(lora, KEPT_RANK)[0]]))
+        )
 
     def _with(self, rows: Rows, more: LoRA) -> Rows:
         """The rows of a LoRA with those of another one behind them."""

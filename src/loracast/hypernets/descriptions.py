@@ -127,8 +127,11 @@ class DescriptionHypernetwork(Hypernetwork):
             )
         return TaskReader(read, self.examples_at_once)
 
-    def fitted_to_examples(self, reader: TaskReader, task: TaskSpec, rows: Rows) -> Rows:
-        """The rows that were cast for a task [1, modules, r, d], and what is fitted to its examples, if anything."""
+    def kept_rows(self, reader: TaskReader, task: TaskSpec, rows: Rows) -> Rows:
+        """The rows that were cast for a task [1, modules, r, d], as its adapter keeps them.
+
+        A hypernetwork may compress them, and add what is fitted to the task's examples.
+        """
         return rows
 
     def cast(self, features: Features) -> Cast:
