@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from loracast.data.task_examples import TaskSpec, as_examples
 from loracast.data.tasks import Example, read_tasks, with_description
 from loracast.encoders.attention_delta import POSITIONS
 from loracast.errors import ConfigError, EncoderError
-from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
+from loracast.hypernets.attention_delta import KEPT_RANK, AttentionDeltaToLoRA
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
@@ -134,6 +135,25 @@ def test_no_deeper_than_asked_for(base):
     assert [ranks[m.name] for m in shallow.config.target.of_kind("o_proj")] == [8, 8, 3, 3]
     with pytest.raises(ConfigError, match="within a depth of 1"):
         make_attention_delta(base, layers=(1, 3), depth=1)
+
+
+def test_an_adapter_is_the_best_of_rank_12_and_descent_starts_from_all_of_it(base, tmp_path):
+    hypernet = make_attention_delta(base, rank=6, shared_rank=16)
+    save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="float32")
+    caster = TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), tmp_path / "library")
+    sentence = DESCRIPTIONS[0]
+    whole = caster.hypernetwork(caster.caster.encode([sentence]).states[:, 0]).row(0)
+    kept = caster.loras([sentence])[0]
+    start = caster.hypernetwork.loras(caster.start_of_descent(TaskSpec(sentence, as_examples([("a", "b")])))).row(0)
+    assert {name: pair.rank for name, pair in kept.factors.items()} == dict.fromkeys(whole.names, KEPT_RANK)
+    assert {pair.rank for pair in whole.factors.values()} == {16, 22}
+    for name in whole.names:
+        u, s, vt = np.linalg.svd(whole.delta(name).detach().numpy(), full_matrices=False)
+        assert s[KEPT_RANK] > 0.01 * s[0]
+        best = torch.from_numpy(u[:, :KEPT_RANK] * s[:KEPT_RANK] @ vt[:KEPT_RANK])
+        torch.testing.assert_close(kept.delta(name), best, atol=1e-4 * s[0], rtol=0)
+        torch.testing.assert_close(start.delta(name), whole.delta(name), atol=1e-5 * s[0], rtol=0)
+    assert caster.task(sentence, "kept").manifest.ranks == dict.fromkeys(("q_proj", "o_proj", "down_proj"), KEPT_RANK)
 
 
 def test_reading_leaves_the_base_as_it_was(base):
