@@ -15,9 +15,10 @@ from loracast.cast.task import TaskCaster
 from loracast.data.task_examples import TaskSpec, as_examples
 from loracast.data.tasks import Example, read_tasks, with_description
 from loracast.encoders.attention_delta import POSITIONS
-from loracast.errors import ConfigError, EncoderError
+from loracast.errors import AdapterError, ConfigError, EncoderError
 from loracast.hypernets.attention_delta import KEPT_RANK, AttentionDeltaToLoRA
 from loracast.hypernets.store import from_pretrained, save_pretrained
+from loracast.library.library import adapter_names
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
 from loracast.lora.peft_format import read_peft
@@ -154,6 +155,17 @@ def test_an_adapter_is_the_best_of_rank_12_and_descent_starts_from_all_of_it(bas
         torch.testing.assert_close(kept.delta(name), best, atol=1e-4 * s[0], rtol=0)
         torch.testing.assert_close(start.delta(name), whole.delta(name), atol=1e-5 * s[0], rtol=0)
     assert caster.task(sentence, "kept").manifest.ranks == dict.fromkeys(("q_proj", "o_proj", "down_proj"), KEPT_RANK)
+
+
+def test_what_is_cast_without_being_finite_is_refused_and_nothing_is_kept(base, tmp_path):
+    hypernet = make_attention_delta(base, rank=6, shared_rank=16)
+    save_pretrained(for_base(hypernet, base.fingerprint), tmp_path / "hypernetwork", storage="float32")
+    caster = TaskCaster(load_caster(tmp_path / "hypernetwork", "task", lambda: base), tmp_path / "library")
+    caster.hypernetwork.up.data[0] = float("inf")  # as an overflow gives; a file with it is refused
+    for examples in ((), [("hot", "cold"), ("big", "small")]):
+        with pytest.raises(AdapterError, match="these descriptions"):
+            caster.task(DESCRIPTIONS[0], "opposite", examples=examples)
+    assert adapter_names(tmp_path / "library") == []
 
 
 def test_reading_leaves_the_base_as_it_was(base):

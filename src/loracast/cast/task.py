@@ -213,8 +213,10 @@ class TaskCaster:
         return self._rows([task], self._encode([task]), strength)[0], False
 
     def _cast(self, features: Features) -> list[Rows]:
-        """The rows of each task as the hypernetwork casts them."""
-        batches = (self.caster.cast(Features(some)).rows for some in features.states.split(_AT_ONCE))
+        """The rows of each task as the hypernetwork casts them. Raises AdapterError where they are not finite."""
+        batches = [self.caster.cast(Features(some)).rows for some in features.states.split(_AT_ONCE)]
+        for batch in batches:
+            check_finite(batch, "these descriptions")
         return [one for batch in batches for one in _each(batch)]
 
     def _rows(self, tasks: Sequence[TaskSpec], features: Features, strength: float) -> list[Rows]:

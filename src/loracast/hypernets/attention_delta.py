@@ -203,9 +203,9 @@ class AttentionDeltaToLoRA(DescriptionHypernetwork):
     def _compressed(self, rows: Rows) -> Rows:
         """The rows of a LoRA at `KEPT_RANK`; unchanged where no module has more."""
         lora = self.loras(rows).row(0)
-        return (
-            rows if lora.rank <= KEPT_RANK else padded_rows(self.config.target, stack([compress(lora, KEPT_RANK)[0]]))
-        )
+        if lora.rank <= KEPT_RANK:
+            return rows
+        return padded_rows(self.config.target, stack([compress(lora, KEPT_RANK)[0]]))
 
     def _with(self, rows: Rows, more: LoRA) -> Rows:
         """The rows of a LoRA with those of another one behind them."""
