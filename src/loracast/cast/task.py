@@ -81,7 +81,7 @@ class TaskCaster:
         """The rows that descent on a task's examples starts from: as cast from the description alone, if there is one.
 
         Descent soon knows by heart the examples that the cast has seen, and those held back say so late if it saw them
-        too. The factors are not compressed, since its learning rate was chosen for those of the hypernetwork.
+        too. They are not compressed: from compressed ones descent did no better (docs/notebook/2026-12-01.md).
         """
         if not task.description:
             return self._rows([task], self._encode([task]), strength)[0]
