@@ -208,8 +208,9 @@ class TaskCaster:
         """The rows of a task after descent, and True; where descent made nothing better, as without it, and False."""
         start = self.start_of_descent(task, strength)
         rows = refine(start, self.hypernetwork.loras, task.examples)
-        if rows is not start:
-            return rows, True
+        is_refined = rows is not start
+        if is_refined or not task.description:  # without a description, the examples are in the start already
+            return rows, is_refined
         return self._rows([task], self._encode([task]), strength)[0], False
 
     def _cast(self, features: Features) -> list[Rows]:
