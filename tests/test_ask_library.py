@@ -29,7 +29,7 @@ from loracast.library.routing import Route
 from loracast.library.save import save_lora
 from loracast.library.shared import reading
 from loracast.library.wide_route import share_out, sources
-from loracast.lora.algebra import concat
+from loracast.lora.algebra import LoRA, concat
 from loracast.options import LEAST_CONFIDENCE, least_confidence
 
 TEXTS = {
@@ -414,10 +414,9 @@ def test_a_strict_answer_that_is_unsure_is_not_given(asked, tiny_folder):
 
 
 def test_a_strict_answer_must_be_the_surer_the_less_likely_the_documents_give_it():
-    surely, hardly, claimed = Route(about=0.99), Route(about=0.3), Route(about=0.3, says_yes=False)
+    surely, hardly = Route(about=0.99), Route(about=0.3)
     assert LEAST_CONFIDENCE == least_confidence([Route()]) == least_confidence([surely])
     assert least_confidence([surely, hardly]) == least_confidence([surely]) < least_confidence([hardly]) < 0.95
-    assert least_confidence([claimed]) == LEAST_CONFIDENCE < least_confidence([hardly])  # the words answer it
     odds = [p / (1 - p) for p in (least_confidence([Route(about=0.5)]), least_confidence([Route(about=0.75)]))]
     assert math.log(odds[0] / odds[1]) == pytest.approx(0.75 * math.log(3))
     here, absent = Route(about=0.9, nowhere=0.1), Route(about=0.9, nowhere=0.5)
@@ -426,24 +425,39 @@ def test_a_strict_answer_must_be_the_surer_the_less_likely_the_documents_give_it
     assert math.log(odds[1] / odds[0]) == pytest.approx(0.75 * math.log(3))
 
 
-def test_yes_or_no_is_answered_by_the_words_of_the_documents_without_the_model(asked, tiny_folder):
-    right, wrong = (f"Is the warranty of the lamp {n} months?" for n in (36, 48))
-    for strict in (False, True):
-        given = asked.answer([right, wrong], "manual-lamp", strict=strict)
-        assert (
-            [one.text for one in given] == ["Yes", "No"] == [asked.ask(q, "*", strict=strict) for q in (right, wrong)]
-        )
-        assert all(one.n_tokens == one.n_prompt_tokens == 0 and one.finished for one in given)
-        assert {source.adapter for one in given for source in one.sources} == {"manual-lamp"}
-    assert list(asked.stream(wrong, ["manual-lamp", "manual-kettle"])) == ["No"]
-    done = run(asked, tiny_folder, "ask", right, "-a", "manual-lamp")
-    assert done.stdout.strip() == "Yes" and "no model was asked" in done.stderr
+def test_an_answer_says_what_gave_it(asked, tiny_folder):
+    about, unrelated = "How long is the warranty of the lamp?", "Who wrote Hamlet?"
+    for question, chosen, options, by in (
+        (about, "manual-lamp", {}, "adapter"),
+        (about, "*", {}, "adapter"),
+        (about, "shout", {}, "adapter"),
+        (about, (), {}, "base"),
+        (unrelated, "manual-lamp", {}, "base"),
+        (unrelated, ["manual-lamp", "shout"], {}, "adapter"),
+        (unrelated, "manual-lamp", {"always": True}, "adapter"),
+        (unrelated, "manual-lamp", {"strict": True}, "refusal"),
+        ("What is this document about?", "manual-lamp", {}, "outline"),
+        (about, asked.lora_for(about, "manual-lamp")[0], {}, "adapter"),
+    ):
+        given = asked.answer(question, chosen, **options)
+        assert given.answered_by == by, (question, chosen, options)
+        (of_batch,) = asked.answer([question], chosen if isinstance(chosen, LoRA) else [chosen], **options)
+        assert of_batch.answered_by == by
+        stream = asked.stream(question, chosen, **options)
+        with pytest.raises(StopIteration) as end:
+            while True:
+                next(stream)
+        assert end.value.value.answered_by == by
+    shown = asked.answer(about, "manual-lamp")
+    assert shown.n_tokens > 0 and all(source.adapter == "manual-lamp" for source in shown.sources)
+    done = run(asked, tiny_folder, "ask", unrelated, "-a", "manual-lamp", "--strict", "--json")
+    assert json.loads(done.stdout)["answered_by"] == "refusal"
 
-    # A task's adapter says how to answer, which only the model can; and what is subtracted answers nothing.
-    assert asked.answer(right, ["manual-lamp", "shout"]).n_tokens > 0
-    scales = {asked.adapter("manual-lamp").manifest.version: -1.0}
-    assert asked.prepare(right, "manual-lamp", scales=scales).answer is None
-    assert asked.answer("How long is the warranty of the lamp?", "manual-lamp").n_tokens > 0
+
+@pytest.mark.parametrize("question", ["Do you recall the warranty of the lamp?", "How many lamps are there?"])
+def test_no_rule_over_words_answers_in_the_place_of_the_model(asked, question):
+    given = asked.answer(question, "manual-lamp", always=True)
+    assert given.answered_by == "adapter" and given.n_prompt_tokens > 0
 
 
 def test_scales_multiply_what_adapters_add_and_zero_takes_one_out(asked):

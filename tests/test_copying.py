@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loracast.base.copying import Copying
+from loracast.base import copying
+from loracast.base.copying import Copying, signs
 from loracast.base.generate import Sampling, answer, answers
 from loracast.documents import Chunk, Document
 from loracast.library.index import write_index
@@ -35,16 +36,22 @@ def of(text: str) -> list[int]:
     return Letters()([text], add_special_tokens=False)["input_ids"][0]
 
 
+@pytest.fixture
+def always(monkeypatch):
+    """Copying applies to every answer."""
+    monkeypatch.setattr(copying, "APPLIES", {"bias": 1.0})
+
+
 def bonus(likely, said: str = "") -> dict[int, float] | None:
     """The bonus of each token that is not that of most tokens, which has the key None."""
-    given = Copying(Letters(), likely, [END]).bonus(of(said), 40)
+    given = Copying(Letters(), likely, [END]).bonus(of(said), torch.zeros(40))
     if given is None:
         return None
     common = given[35].item()
     return {None: common} | {i: x for i, x in enumerate(given.tolist()) if x != common}
 
 
-def test_the_first_token_gains_by_the_probability_that_an_answer_begins_with_it():
+def test_the_first_token_gains_by_the_probability_that_an_answer_begins_with_it(always):
     gains = bonus([("ab", 0.5), ("ac", 0.25), ("the dog", 0.1)])
     assert gains.pop(None) == 0
     shares = {"a": 0.75, " ": 0.85, "t": 0.1, "d": 0.1}  # each text as it is, behind a blank, and without its article
@@ -92,8 +99,6 @@ def test_a_question_gets_the_places_where_its_answer_may_begin(tmp_path):
     assert sum(one.probability for one in price.likely) + price.nowhere <= 1.0
     when = pick(tmp_path / "i", n, "When do you open?", 2)
     assert when.likely[0].text == "9:30 am." and not any("Call" in one.text for one in when.likely)  # of another chunk
-    for question in ("Do you open at 9:30?", "How many dogs are there?"):
-        assert pick(tmp_path / "i", n, question, 2).likely == ()
     assert pick(tmp_path / "i", n, "Zork?", 2).likely == () and pick(tmp_path / "i", n, "What?", None).nowhere is None
 
 
@@ -110,7 +115,7 @@ def test_what_a_document_does_not_say_stands_nowhere(tmp_path):
 
 
 @pytest.mark.parametrize("penalty", [None, 1.5])
-def test_all_ways_to_answer_copy_alike(base, penalty):
+def test_all_ways_to_answer_copy_alike(always, base, penalty):
     """A text that is certain beats the logits of a tiny base, alone, in a batch, and in the engine."""
     ids = [base.chat.prompt("What is it?"), base.chat.prompt("And what is that, if I may ask?")]
     hint = Copying(base.tokenizer, [("the little house", 1.0)], base.end_ids)
@@ -129,22 +134,38 @@ def test_all_ways_to_answer_copy_alike(base, penalty):
     engine.close()
 
 
-def test_the_probabilities_of_an_answer_are_those_with_the_bonus(base):
+def test_whether_an_answer_is_a_copy_is_told_by_what_model_and_hint_think_of_each_others_words():
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(1))
+    logprobs = logits.log_softmax(0)
+    found = signs({3: 0.5, 7: 0.25}, logits)
+    others = [i for i in range(40) if i not in (3, 7)]
+    theirs, best = (logprobs[some].max().item() for some in ([3, 7], others))
+    expected = {"theirs": theirs, "others": best, "somewhere": math.log(0.75)}
+    assert found == pytest.approx({**expected, "likeliest": math.log(0.5), "bias": 1.0})
+    hint = Copying(Letters(), [("ab", 0.9)], [END])
+    sure, unsure = torch.zeros(40), torch.zeros(40)
+    sure[of("a")[0]], unsure[30] = 9.0, 9.0  # the model begins with the text's letter, or with a word of its own
+    assert hint.bonus([], sure) is not None and hint.bonus(of("a"), sure) is not None
+    assert hint.bonus([], unsure) is None
+    assert hint.bonus(of("a"), unsure) is None  # an answer that is no copy is left alone to its end
+
+
+def test_the_probabilities_of_an_answer_are_those_with_the_bonus(always, base):
     ids = base.chat.prompt("What is it?")
     hint = Copying(base.tokenizer, [("house", 1.0)], base.end_ids)
     given = answer(base, ids, None, Sampling(max_new_tokens=1), copying=hint)
     with torch.no_grad():
         logits = base.model(torch.tensor([ids])).logits[0, -1]
-    logits = logits + hint.bonus([], len(logits))
+    logits = logits + hint.bonus([], logits)
     assert given.confidence == pytest.approx(logits.softmax(0).max().item(), rel=1e-4)
 
 
-def test_a_document_hints_and_a_task_beside_it_does_not(model, monkeypatch):
+def test_a_document_hints_and_a_task_beside_it_does_not(always, model, monkeypatch):
     model.learn(Document.from_text("Adults pay £20. We open at 9:30 am."), "door")
     prepared = model.prepare("How much do adults pay?", "door")
     assert prepared.likely[0].text == "£20."
     hint = model.copying(prepared)
-    assert hint.bonus([], len(model.base.tokenizer)) is not None
+    assert hint.bonus([], torch.zeros(len(model.base.tokenizer))) is not None
     assert model.copying(model.prepare("How much do adults pay?")) is None
     assert model.prepare("How much do adults pay?", "door", outlines=False).likely == ()
     seen = []

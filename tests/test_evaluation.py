@@ -190,59 +190,6 @@ def test_a_document_in_memory_gives_the_same_lora_as_its_adapter(base, tmp_path,
     assert document.route("Which chapel was old?", 2) == adapter.route("Which chapel was old?", 2)
 
 
-def test_a_question_that_claims_something_gets_a_row_that_answers(base, tmp_path):
-    import torch
-
-    from loracast.evaluation.in_memory import InMemoryAdapter, cast
-    from loracast.library.adapter import loras_together, routing_key
-    from loracast.lora.target import target_from_config
-    from loracast.model import Model
-    from tiny import make_hypernet
-
-    modules = target_from_config(base.model.config, ("o_proj",), (1, 3)).rows
-    options = {
-        "d_values": base.model.config.hidden_size,
-        "memory_modules": modules,
-        "memory_rank": 4,
-        "memory_blocks": 1,
-    }
-    hypernet = make_hypernet(base, memory_verdicts=True, **options)
-    memory = hypernet.memory
-    memory.scale.data.fill_(0.01)
-    memory.verdict_value.data.normal_()
-    model = Model(base, tmp_path, hypernet)
-    document = InMemoryAdapter(model, "The pool opens at 9:30. The tower was built by Anna in 1911.", "Leaflet")
-    cast(model, [(document, (0,))])
-    adapter = model.learn(document.document, storage="int4")
-    model.learn(document.document, "text", storage="text")
-    text = model.adapter("text")
-    key = torch.nn.functional.normalize(memory.place_keys[:, 0], dim=-1)
-    key = key / memory.key_std / key.shape[1] ** 0.5
-    yes = memory.scales * memory.verdict_value[None, :, None] * key[:, None]  # [modules, out, in]
-    for question, says_yes, factor in (
-        ("Does the pool open at 9:30?", True, 1),
-        ("Was the tower built by Anna in 1923?", False, -1),
-        ("When does the pool open?", None, 0),
-    ):
-        for one in (document, adapter, text):
-            route = one.route(question, 2)
-            assert route.says_yes is says_yes and route == document.route(question, 2)
-            for static in (True, False):
-                with_it, without = (
-                    one.lora(route.picked, route.sentence_weights, says_yes=said, static=static)
-                    for said in (route.says_yes, None)
-                )
-                for i, (name, *_) in enumerate(modules):
-                    pairs = (lora.factors[name] for lora in (with_it, without))
-                    more, less = (pair.b.float() @ pair.a.float() for pair in pairs)
-                    close = {"rtol": 5e-2, "atol": 2e-2 * yes[i].abs().max().item()}
-                    torch.testing.assert_close(more - less, factor * yes[i].detach(), **close)
-    route = adapter.route("Does the pool open at 9:30?", 2)
-    (together,) = loras_together([(adapter, route)])
-    assert together.rank == adapter.lora(route.picked, route.sentence_weights).rank + 1
-    assert routing_key([(adapter, route)]) != routing_key([(adapter, dataclasses.replace(route, says_yes=None))])
-
-
 def test_only_what_is_wanted_is_cast(model):
     from loracast.evaluation.in_memory import InMemoryAdapter, cast
 

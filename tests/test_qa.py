@@ -1,4 +1,4 @@
-"""Evaluations on real documents: metrics, baselines, the reader, continuations, interference, whole runs."""
+"""Evaluations on real documents: metrics, baselines, the window LoRA, continuations, interference, whole runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from loracast.base.chat import encode_with_offsets
 from loracast.base.cut import without_middle
+from loracast.base.generate import Answer
 from loracast.base.load import Base
 from loracast.cli import app
 from loracast.data.answer_metrics import best, exact_match, rouge_l, squad_normalise, token_f1
@@ -26,7 +27,7 @@ from loracast.evaluation.verbatim import VerbatimConfig, evaluate_verbatim, of_w
 from loracast.lora.peft_format import read_peft
 from loracast.training.loop import TrainConfig
 from loracast.training.peft_training import PeftConfig
-from loracast.training.reader import ReaderDataConfig, ReaderRecipe, ReaderSource, read_reader, train_reader
+from loracast.training.window import WindowDataConfig, WindowRecipe, WindowSource, read_window_lora, train_window
 from questions import ROWS, write_documents
 
 # ---- metrics ----
@@ -77,20 +78,20 @@ def documents(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def reader_folder(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reader")
-    data = ReaderDataConfig(documents=(write_documents(folder / "qa.jsonl"),), questions_per_step=6)
-    recipe = ReaderRecipe(
+def window_folder(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("window")
+    data = WindowDataConfig(documents=(write_documents(folder / "qa.jsonl"),), questions_per_step=6)
+    recipe = WindowRecipe(
         data, PeftConfig(("v_proj", "down_proj"), rank=4), TrainConfig(steps=40, lr=1e-2, warmup_steps=2, bf16=False)
     )
     losses = []
-    assert train_reader(base, recipe, folder / "lora", on_metrics=lambda m: losses.append(m["loss"]))
+    assert train_window(base, recipe, folder / "lora", on_metrics=lambda m: losses.append(m["loss"]))
     assert losses[-1] < losses[0] / 2
     return folder / "lora"
 
 
-def test_a_reader_sees_each_document_once_with_all_its_questions(base, documents):
-    source = ReaderSource(ReaderDataConfig(documents=(documents,), questions_per_step=6), base)
+def test_a_window_lora_sees_each_document_once_with_all_its_questions(base, documents):
+    source = WindowSource(WindowDataConfig(documents=(documents,), questions_per_step=6), base)
     rows = source.episodes(3)
     assert sum(len(row.questions) for row in rows) >= 6 and rows == source.episodes(3)
     for row in rows:
@@ -101,29 +102,56 @@ def test_a_reader_sees_each_document_once_with_all_its_questions(base, documents
             asked = next(q for q in own["questions"] if q["question"] in prompt)
             assert base.tokenizer.decode(question.answer[:-1]).strip() == asked["answers"][0]
     with pytest.raises(ConfigError, match="--documents"):
-        ReaderSource(ReaderDataConfig(), base)
+        WindowSource(WindowDataConfig(), base)
 
 
-def test_a_reader_is_told_from_other_loras(base, reader_folder, tmp_path):
-    lora = read_reader(reader_folder, base.fingerprint)
-    assert lora.rank == 4 and lora.names == read_peft(reader_folder).names
-    about = json.loads((reader_folder / "loracast.json").read_text())
+def test_a_window_lora_reads_everyday_documents_and_sheets_too(base, documents):
+    config = WindowDataConfig(documents=(documents,), everyday_share=0.5, facts_share=0.25, questions_per_step=24)
+    rows = WindowSource(config, base).episodes(1)
+    shown = [base.tokenizer.decode(row.questions[0].prompt) for row in rows]
+    of_people = [any(r["document"] in prompt for r in ROWS) for prompt in shown]
+    assert any(of_people) and not all(of_people) and rows == WindowSource(config, base).episodes(1)
+    n_people = sum(len(row.questions) for row, is_one in zip(rows, of_people, strict=True) if is_one)
+    assert n_people >= 6 and sum(len(row.questions) for row in rows) - n_people >= 18
+    with pytest.raises(ConfigError, match="more than 1"):
+        WindowDataConfig(everyday_share=0.6, facts_share=0.5)
+
+
+def test_what_is_left_without_parts_of_the_adapter(model, documents):
+    setup, (first, second) = DocumentSetup(model), read_questioned([documents])[:2]
+    asked = cases_of(first, *(InMemoryAdapter(model, d.text, d.title, 64) for d in (first, second)))[0]
+    whole = BASELINES["adapter"].request(setup, asked)
+    parts = {name: BASELINES[name].request(setup, asked) for name in ("place", "copying", "static", "lora", "merged")}
+    assert (
+        parts["place"].answer == whole.likely[0].text
+        and parts["place"].answered_by(Answer("", 0, 0, 0, 0, True)) == "text"
+    )
+    assert parts["copying"] == dataclasses.replace(whole, lora=None, found=None)
+    assert parts["static"].likely == whole.likely and parts["static"].lora == setup.static
+    assert parts["lora"].lora == whole.lora and parts["lora"].likely == ()
+    assert parts["merged"].lora.key[0][1] is None and parts["merged"].likely == ()
+
+
+def test_a_window_lora_is_told_from_other_loras(base, window_folder, tmp_path):
+    lora = read_window_lora(window_folder, base.fingerprint)
+    assert lora.rank == 4 and lora.names == read_peft(window_folder).names
+    about = json.loads((window_folder / "loracast.json").read_text())
     assert "/" not in about["settings"]["data"]["documents"][0]
-    about["settings"]["is_reader"] = False
+    about["settings"]["is_window"] = False
     other = tmp_path / "other"
     other.mkdir()
     (other / "loracast.json").write_text(json.dumps(about))
-    with pytest.raises(AdapterError, match="train reader"):
-        read_reader(other, base.fingerprint)
+    with pytest.raises(AdapterError, match="train window"):
+        read_window_lora(other, base.fingerprint)
 
 
-def test_every_baseline_answers_every_question(model, documents, reader_folder, tmp_path, monkeypatch):
+def test_every_baseline_answers_every_question(model, documents, window_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("loracast.evaluation.distilled._STEPS", 4)  # that more of them help has a test of its own
     config = QaConfig(
-        documents=(documents,), baselines=tuple(BASELINES), max_documents=1, spans_only=True, chunk_tokens=64
-    )
-    reader = read_reader(reader_folder, model.base.fingerprint)
-    report = evaluate_qa(model, config, tmp_path / "out", reader=reader)
+        documents=(documents,), baselines=tuple(BASELINES), max_documents=1, spans_only=True, chunk_tokens=64,
+        window_lora=str(window_folder),
+    )  # fmt: skip
+    report = evaluate_qa(model, config, tmp_path / "out")
     draw(report, tmp_path / "out")
     assert report.is_complete
     by_source = [row for row in report.rows if row["kind"] == "source"]
@@ -149,7 +177,7 @@ def test_every_baseline_answers_every_question(model, documents, reader_folder, 
     )
     assert at["adapter"]["update_s"] > at["none"]["update_s"] and at["adapter"]["answer_s"] > 0
     assert all(row["answer_mib"] >= 0 and row["update_mib"] >= 0 for row in at.values())
-    assert at["ceiling"]["f1"] > at["none"]["f1"]  # trained on these very questions
+    assert at["window_lora"]["f1"] > at["none"]["f1"]  # trained on these very questions
     assert (tmp_path / "out" / "by_cost.png").stat().st_size > 1000
     assert "| all | adapter |" in (tmp_path / "out" / "table.md").read_text()
 
@@ -173,8 +201,8 @@ def test_the_same_documents_are_drawn_whatever_the_baselines(documents):
 
 
 def test_baselines_that_lack_something_are_refused_or_left_out(model, documents, tmp_path):
-    with pytest.raises(ConfigError, match="--reader"):
-        evaluate_qa(model, QaConfig(documents=(documents,), baselines=("ceiling",)), tmp_path)
+    with pytest.raises(ConfigError, match="--window-lora"):
+        evaluate_qa(model, QaConfig(documents=(documents,), baselines=("window_lora",)), tmp_path)
     with pytest.raises(ConfigError, match="unknown baselines: magic"):
         evaluate_qa(model, QaConfig(documents=(documents,), baselines=("magic",)), tmp_path)
     config = QaConfig(documents=(documents,), max_documents=1, max_questions=1)
@@ -189,7 +217,7 @@ def test_what_baselines_show_the_base(model, documents):
     shown = {
         name: model.base.tokenizer.decode(baseline.request(setup, asked).prompt)
         for name, baseline in BASELINES.items()
-        if name not in ("adapter", "other", "beside", "ceiling", "distilled")
+        if name not in ("adapter", "other", "beside", "place", "window_lora", "bm25_lora", "distilled")
     }
     for name, prompt in shown.items():
         assert asked.question in prompt
@@ -371,9 +399,9 @@ def test_the_commands(documents, tiny_folder, tiny_hypernet_folder, tmp_path, ho
     recipe = ["--set", "training.steps=2", "--set", "training.warmup_steps=1", "--set", "training.bf16=false"]
     train = [
         "train",
-        "reader",
+        "window",
         "--out",
-        str(tmp_path / "reader"),
+        str(tmp_path / "window"),
         "--documents",
         documents,
         "--base",

@@ -86,25 +86,3 @@ def test_the_adapters_of_an_exported_document(library, tmp_path):
     assert len(every["chunks"]) == adapter.manifest.n_chunks and {chunk["weight"] for chunk in every["chunks"]} == {1.0}
     refused = CliRunner().invoke(app, ["route", "x", "--exported", str(tmp_path), "--library", str(library)])
     assert refused.exit_code == 1 and "chunks.json cannot be read" in refused.stderr
-
-
-def test_the_answer_of_a_list_is_shown(model, tmp_path):
-    (tmp_path / "courses.txt").write_text("Our courses\n* Drawing (Mondays, £40)\n* Sailing (Fridays, £105)\n")
-    model.learn(tmp_path / "courses.txt", "courses")
-    for question, answer in (
-        ("How many courses are on offer?", "2"),
-        ("Which of the courses is cheaper, Drawing or Sailing?", "Drawing"),
-    ):
-        (found,) = json.loads(run(model.library, question, "-a", "courses", "--json").stdout)["adapters"]
-        assert found["answer"] == answer
-        assert f"a list or table answer {answer!r}" in run(model.library, question, "-a", "courses").stdout
-        for options in ({}, {"strict": True}):
-            given = model.answer(question, "courses", **options)
-            assert given.text == answer and given.n_tokens == 0 and given.sources[0].adapter == "courses"
-        assert list(model.stream(question, "courses")) == [answer]
-    assert model.answer("Where is Drawing?", "courses").n_tokens > 0
-    question, version = "How many courses are on offer?", model.adapter("courses").manifest.version
-    assert model.prepare(question, "courses", scales={version: 0.5}).answer.text == "2"
-    assert model.prepare(question, "courses", scales={version: -1}).answer is None
-    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "2"}]
-    assert model.answer([*chat, {"role": "user", "content": "Where is Drawing?"}], "courses").n_tokens > 0

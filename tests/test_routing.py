@@ -16,7 +16,7 @@ from loracast.documents import Chunk
 from loracast.errors import AdapterError
 from loracast.library.bm25 import best_passages, search
 from loracast.library.index import OpenIndex, read_chunks, write_index
-from loracast.library.routing import pick, route_question, route_set
+from loracast.library.routing import pick
 
 TEXTS = [
     "The warranty of the kettle is 24 months and starts on the day of purchase.",
@@ -59,46 +59,10 @@ def test_the_right_chunk_comes_first(index, question, chunk):
     assert "BM25" in route.reason
 
 
-def test_a_claim_is_looked_up_in_the_sentence_that_matches_best(tmp_path):
-    texts = ["The pool opens at 9:30. The sauna opens at 11:00.", "The pool costs 5 pounds, the sauna 7."]
-    write_index(tmp_path / "i.sqlite", chunks_of(texts, ["Opening times in Oxford", "Prices"]))
-    questions = {
-        "Does the sauna open at 11:00?": True,
-        "Does the sauna open at 9:30?": False,
-        "Does the pool in Oxford open at 9:30?": True,  # the heading says Oxford
-        "Does the sauna open in Oxford?": True,
-        "Is the sauna open?": True,
-        "Is it forbidden to use the sauna?": False,
-        "When does the sauna open?": None,
-        "Is it 4?": None,  # no word that tells where to look
-    }
-    for question, said in questions.items():
-        assert pick(tmp_path / "i.sqlite", 2, question, 2).says_yes is said, question
-    both = list(questions)[:2]
-    assert route_set(tmp_path / "i.sqlite", 2, both).says_yes is None
-    assert route_set(tmp_path / "i.sqlite", 2, both[:1]).says_yes is True
-
-
 def test_the_best_passages_are_those_of_bm25_alone(index):
     assert best_passages(index, "How expensive is a ticket?", 5, 2) == list(range(5))  # no word of it occurs
     assert best_passages(index, "When does the museum open with a code?", 5, 2) == [2, 3]
     assert best_passages(index, "When does the museum open?", 5, 5) == list(range(5))
-
-
-def test_may_at_the_beginning_of_a_question_is_no_word_to_look_for(tmp_path):
-    text = "Dogs must stay at home. You may bring your lunch, and coffee is served at no charge. It is on 3 May."
-    write_index(tmp_path / "i.sqlite", chunks_of([text]))
-    assert pick(tmp_path / "i.sqlite", 1, "May I bring my dog?").says_yes is False
-    assert pick(tmp_path / "i.sqlite", 1, "Is it on 3 May?").says_yes is True
-
-
-@pytest.mark.parametrize(("about", "said"), [(0.3, None), (0.6, True)])
-def test_a_sentence_says_yes_only_where_the_document_probably_speaks_of_it(tmp_path, monkeypatch, about, said):
-    write_index(tmp_path / "i.sqlite", chunks_of(["The pool opens at 9:30. Is the sauna open? Ask at the desk."]))
-    monkeypatch.setattr("loracast.library.routing.about", lambda *_: about)
-    assert route_question(tmp_path / "i.sqlite", 1, "Is the pool open?", 2, 0.2).says_yes is said
-    assert route_question(tmp_path / "i.sqlite", 1, "Is the pool open at 9:30?", 2, 0.2).says_yes is True
-    assert route_question(tmp_path / "i.sqlite", 1, "Is the sauna open?", 2, 0.2).says_yes is said  # not by a question
 
 
 words = st.sampled_from(["zork", "blib", "quax", "frob", "wug"])

@@ -1,5 +1,6 @@
 """Routing by sentence: how texts are split, which sentence a memory's rows belong to, and what a question gets of them."""
 
+import re
 import sqlite3
 import time
 from itertools import pairwise
@@ -9,16 +10,18 @@ import pytest
 import torch
 
 from loracast.base.chat import encode_with_offsets
-from loracast.cast.document import recast
-from loracast.documents import Chunk
+from loracast.cast.document import recast, split_document
+from loracast.documents import Chunk, Document, read_document, split_text
+from loracast.documents.paragraphs import Line, join_lines
 from loracast.documents.sentences import sentence_spans, token_sentences
+from loracast.documents.tables import ROW, take_marks
 from loracast.errors import AdapterError
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.in_memory import cast as cast_in_memory
 from loracast.export.adapter import export_adapter
 from loracast.library.adapter import SENTENCE
 from loracast.library.bm25 import sentence_scores
-from loracast.library.index import read_chunks, read_sentences, sentences_of, write_index
+from loracast.library.index import read_chunks, read_sentences, write_index
 from loracast.library.routing import pick, route_set, sentence_weights
 from loracast.lora.fits import linear_shapes
 from loracast.lora.peft_format import read_peft
@@ -98,7 +101,7 @@ def test_the_index_finds_sentences_by_their_stems_and_pairs_of_words():
     index = sqlite3.connect(":memory:")
     prompts = [MANUAL, "The Trask drill weighs 7 kg. It is yellow."]
     write_index(index, [Chunk(prompt, 0, len(prompt), heading="", n_tokens=0) for prompt in prompts])
-    places = sentences_of(prompts)
+    places = read_sentences(index)
     texts = [prompts[chunk][start:end] for chunk, start, end in places]
 
     def best(question):
@@ -120,6 +123,89 @@ def test_the_answer_to_a_question_in_the_text_is_found_by_the_question_s_words()
     assert question >= answer > 0.7 * question and max(others) <= 0.5 * answer
     *_, before, other_chunk = sentence_scores(index, "Who is free?")
     assert other_chunk == 0.35 * before
+
+
+TABLES = {
+    "t.csv": 'Name,Notes,Phone\nDr. A. Bo,"early; not on Mondays. Call first",4711\nCy,-,4712\n',
+    "t.md": "Staff\n\n| Name | Notes | Phone |\n|:--|---|--:|\n"
+            "| Dr. A. Bo | early; not on Mondays. Call first | 4711 |\n| Cy | - | 4712 |\n",
+    "t.html": "<p>Staff<table><tr><th>Name<th>Notes<th>Phone<tr><td>Dr. A. Bo<td>early; not on Mondays. Call first"
+              "<td>4711<tr><td>Cy<td>-<td>4712</table>",
+}  # fmt: skip
+
+
+def written(tmp_path, name):
+    """A file with the table of staff, by the extension of its name."""
+    path = tmp_path / name
+    if name.endswith("docx"):
+        import docx
+
+        file = docx.Document()
+        table = file.add_table(rows=3, cols=3)
+        rows = (
+            ("Name", "Notes", "Phone"),
+            ("Dr. A. Bo", "early; not on Mondays. Call first", "4711"),
+            ("Cy", "-", "4712"),
+        )
+        for row, texts in zip(table.rows, rows, strict=True):
+            for cell, text in zip(row.cells, texts, strict=True):
+                cell.text = text
+        file.save(str(path))
+    else:
+        path.write_text(TABLES[name])
+    return read_document(path)
+
+
+@pytest.mark.parametrize("name", [*TABLES, "t.docx"])
+def test_a_row_of_a_table_is_one_unit_whatever_stands_in_it(name, tmp_path, model):
+    document = written(tmp_path, name)
+    rows = [
+        "Name Dr. A. Bo, Notes: early; not on Mondays. Call first. Name Dr. A. Bo, Phone: 4711.",
+        "Name Cy, Notes: -. Name Cy, Phone: 4712.",
+    ]
+    assert [document.text[at:].split("\n")[0] for at in document.rows] == rows
+    chunks = split_document(model.base, document, 256)
+    units = [chunk.prompt[start:end] for chunk in chunks for start, end in chunk.units]
+    assert [unit for unit in units if "Name" in unit] == rows
+    adapter = model.learn(document, "staff")
+    places = read_sentences(adapter.index)
+    assert [chunks[place.chunk].prompt[place.start : place.end] for place in places] == units
+    assert adapter.lora(dense=False).factors  # memory rows belong to the same units: see the tests below
+
+
+def test_rows_of_a_pdf_table_are_units():
+    lines = [Line(text, 10.0, 700 - 12.0 * i, 1) for i, text in enumerate(("Ann Lee; B2. 471", "Bo Ek; C3. 472"))]
+    prose = [Line("The staff of the museum works; it is open. " * 3, 10.0, 760.0 - 12 * i, 1) for i in range(3)]
+    text, rows = take_marks(join_lines([*prose, *lines]))
+    assert [text[at:].split("\n")[0] for at in rows] == ["Ann Lee; B2. 471", "Bo Ek; C3. 472"]
+
+
+def test_a_row_that_is_longer_than_a_chunk_stays_a_row_in_each():
+    row = "Name Bo, Notes: " + "; ".join(f"stop {i}" for i in range(60)) + "."
+    text = f"Staff; all.\n{row}\nAnn; Bo."
+    chunks = split_text(text, lambda part: ([0] * len(part.split()), [m.span() for m in re.finditer(r"\S+", part)]),
+                        max_tokens=40, rows=(12,))  # fmt: skip
+    assert len(chunks) > 2
+    for chunk in chunks:
+        inside = [chunk.prompt[start:end] for start, end in chunk.units if "stop" in chunk.prompt[start:end]]
+        assert len(inside) <= 1
+    assert [unit for chunk in chunks for a, b in chunk.units if "Ann" in (unit := chunk.prompt[a:b])] == ["Ann;"]
+
+
+def test_a_table_of_markdown_is_told_from_code_and_from_prose():
+    text = (
+        "a | b\nc | d\n\n```\n| x | y |\n|---|---|\n| 1 | 2 |\n```\n| n | w \\| v |\n| --- | --- |\n| Ada | 3 \\| 4 |"
+    )
+    document = Document.from_text(text)
+    assert document.text == text.rpartition("```\n")[0] + "```\nn Ada, w | v: 3 | 4."
+    assert document.text[document.rows[0] :] == "n Ada, w | v: 3 | 4." and len(document.rows) == 1
+    header_alone = "| n | w |\n|---|---|"
+    assert Document.from_text(header_alone).text == header_alone
+
+
+def test_a_mark_that_stands_in_a_stranger_s_text_is_taken_out():
+    document = Document.from_text(f"One; two.\n{ROW}Three; four.\nFi{ROW}ve.")
+    assert document.text == "One; two.\nThree; four.\nFive." and document.rows == (10,)
 
 
 def test_a_semicolon_in_parentheses_ends_no_sentence():
@@ -194,10 +280,10 @@ def test_a_lora_holds_the_rows_that_count(model, storage):
 def test_rows_that_are_cast_anew_belong_to_the_sentences_of_the_index(model, monkeypatch):
     """Which an earlier version may have split otherwise."""
 
-    def halves(text):
+    def halves(text, rows=()):
         return [(0, len(text) // 2), (len(text) // 2, len(text))]
 
-    monkeypatch.setattr("loracast.library.index.sentence_spans", halves)
+    monkeypatch.setattr("loracast.documents.chunks.sentence_spans", halves)
     document = InMemoryAdapter(model, MANUAL, max_chunk_tokens=64).document
     adapter = model.adapter(model.learn(document, "manual", max_chunk_tokens=64, storage="text").name)
     prompts = [chunk.prompt for chunk in read_chunks(adapter.index)]

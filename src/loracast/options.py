@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict
+from typing import Any, BinaryIO, Literal, TypedDict
 
 from loracast.base.chat import Message
 from loracast.base.generate import Answer, Sampling
@@ -41,10 +41,16 @@ _LONGEST_NAME = 255
 """Characters of a file's name at most, on all common systems."""
 
 
+AnsweredBy = Literal["adapter", "base", "outline", "refusal"]
+"""What gave an answer: the model with an adapter, the plain base (no document was used), the outline that a document
+keeps, or the refusal `NOT_SAID`. The last two ask no model, or leave aside what it said."""
+
+
 @dataclass(frozen=True)
 class SourcedAnswer(Answer):
-    """An answer, what it cost, and where in which documents it comes from."""
+    """An answer, what it cost, what gave it, and where in which documents it comes from."""
 
+    answered_by: AnsweredBy = "base"
     sources: tuple[Source, ...] = ()
 
 
@@ -61,25 +67,32 @@ class Prepared:
     """What the answer may begin with, by the words of the documents."""
     least_confidence: float = 0.0
     """An answer of a lower confidence becomes `NOT_SAID`; where it is above 0, no text must be shown before the end."""
+    has_lora: bool = False
+    """Whether a LoRA answers that is no adapter of a library, so that `routed` does not name it."""
+
+    @property
+    def answered_by(self) -> AnsweredBy:
+        """What answers, unless it turns out too unsure."""
+        if self.answer is not None:
+            return self.answer.answered_by
+        return "adapter" if self.has_lora or any(not route.is_empty for _, route in self.routed) else "base"
 
     def sourced(self, given: Answer) -> SourcedAnswer:
         """What the base answered, with its sources; or, where it is too unsure, `NOT_SAID`."""
         if given.confidence < self.least_confidence:
-            return SourcedAnswer(**{**vars(given), "text": NOT_SAID, "finished": True})
-        return SourcedAnswer(**vars(given), sources=self.sources)
+            return SourcedAnswer(**{**vars(given), "text": NOT_SAID, "finished": True}, answered_by="refusal")
+        return SourcedAnswer(**vars(given), answered_by=self.answered_by, sources=self.sources)
 
 
 def least_confidence(routes: Sequence[Route]) -> float:
     """How sure the model must be of a strict answer, 0 to 1: the surer, the less likely the documents give it.
-
-    `LEAST_CONFIDENCE` where routing itself found the answer in their words (`Route.says_yes`).
 
     Args:
         routes: what the question gets of each document.
     """
     about = max((route.about for route in routes if route.about is not None), default=None)
     nowhere = min((route.nowhere for route in routes if route.nowhere is not None), default=_ANY_NOWHERE)
-    if about is None or any(route.says_yes is not None for route in routes):
+    if about is None:
         return LEAST_CONFIDENCE
     logit = _LOGIT - _SLOPE * _logit(about) + _SLOPE_NOWHERE * _logit(max(nowhere, _LEAST_NOWHERE))
     return max(LEAST_CONFIDENCE, 1 / (1 + math.exp(-logit)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack, overload
 
@@ -17,18 +18,41 @@ from loracast.library.adapter import Adapter, loras_together
 from loracast.library.follow_up import queries
 from loracast.library.likely import likely_together
 from loracast.library.overview import Overview, overview
-from loracast.library.routing import DEFAULT_ROUTE, Route, answer_in_words
-from loracast.library.wide_route import are_silent, patterns_in, route_adapters, routes_of_documents, scaled, sources
+from loracast.library.routing import DEFAULT_ROUTE, Route
+from loracast.library.wide_route import (
+    Source,
+    are_silent,
+    patterns_in,
+    route_adapters,
+    routes_of_documents,
+    scaled,
+    sources,
+)
 from loracast.lora.algebra import LoRA, concat
-from loracast.options import Asking, Chosen, Prepared, Question, SourcedAnswer, is_batch, least_confidence, listed
+from loracast.options import (
+    AnsweredBy,
+    Asking,
+    Chosen,
+    Prepared,
+    Question,
+    SourcedAnswer,
+    is_batch,
+    least_confidence,
+    listed,
+)
 
 ASK_SYSTEM_TURN = ""
 """System turn of a question, empty as in training; the template's own would cost 25 tokens of prefill for nothing."""
 
 
+def without_model(text: str, by: AnsweredBy, sources: tuple[Source, ...] = ()) -> SourcedAnswer:
+    """An answer that took no model."""
+    return SourcedAnswer(text, 0, 0, 0.0, 0.0, True, answered_by=by, sources=sources)
+
+
 def not_said(routed: list[tuple[Adapter, Route]]) -> Prepared:
     """The answer, without a model, that no document says it."""
-    return Prepared([], routed, (), SourcedAnswer(NOT_SAID, 0, 0, 0.0, 0.0, True))
+    return Prepared([], routed, (), without_model(NOT_SAID, "refusal"))
 
 
 class QuestionAnswering(ABC):
@@ -126,7 +150,7 @@ class QuestionAnswering(ABC):
         self, question: Question, adapter: Chosen, *, sampling: Sampling = Sampling(), **options: Any
     ) -> tuple[Prepared, LoRA | None, Sampling]:
         if isinstance(adapter, LoRA):
-            return self.prepare(question, **options), adapter.to(self.base.device), sampling
+            return replace(self.prepare(question, **options), has_lora=True), adapter.to(self.base.device), sampling
         prepared = self.prepare(question, adapter, **options)
         return prepared, self.lora_of(prepared.routed), sampling
 
@@ -149,9 +173,8 @@ class QuestionAnswering(ABC):
         Args:
             scales: factors on adapters' LoRAs, by their versions' hashes; 1 for those that are not named.
             check: called with the prompt's token ids before routing; raises an error to refuse the prompt.
-            outlines: answer questions about documents as a whole from their outlines, and those that the words of
-                documents answer by themselves from these (`answer_in_words`), without the model; and say with what
-                other answers may begin (`Prepared.likely`).
+            outlines: answer questions about documents as a whole from their outlines, without the model, and say with
+                what other answers may begin (`Prepared.likely`).
         """
         turns: list[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else [*question]
         if not turns or turns[-1]["role"] != "user":
@@ -159,9 +182,8 @@ class QuestionAnswering(ABC):
         if system is not None and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": system}, *turns]
         if outlines and (outlined := self.overview(turns[-1]["content"], adapter)) is not None:
-            return Prepared(
-                [], [], outlined.sources, SourcedAnswer(outlined.text, 0, 0, 0.0, 0.0, True, sources=outlined.sources)
-            )
+            given = without_model(outlined.text, "outline", outlined.sources)
+            return Prepared([], [], outlined.sources, given)
         prompt = self.base.chat.conversation(turns)
         check(prompt)
         if strict and always:
@@ -176,11 +198,8 @@ class QuestionAnswering(ABC):
         if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
             return not_said(routed)
         documents = routes_of_documents(routed)  # a task's adapter beside them wants a model that answers its way
-        is_own_way = outlines and len(documents) == len(routed)
-        if is_own_way and (text := answer_in_words(documents)) is not None:
-            where = sources(routed)
-            return Prepared([], routed, where, SourcedAnswer(text, 0, 0, 0.0, 0.0, True, sources=where))
-        likely = likely_together([route.likely for route in documents]) if is_own_way else ()
+        is_copied = outlines and len(documents) == len(routed)
+        likely = likely_together([route.likely for route in documents]) if is_copied else ()
         least = least_confidence([route for _, route in routed]) if strict else 0.0
         return Prepared(prompt, routed, sources(routed), likely=likely, least_confidence=least)
 

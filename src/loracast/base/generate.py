@@ -229,7 +229,7 @@ def _generate(
     def copy(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
         for row, hint in enumerate(copying):
-            if hint and (bonus := hint.bonus(ids[row, longest:].tolist(), scores.shape[1])) is not None:
+            if hint and (bonus := hint.bonus(ids[row, longest:].tolist(), last_logits[0][row])) is not None:
                 scores[row] += bonus.to(scores)
                 last_logits[0][row] += bonus.to(last_logits[0])  # an answer's probabilities are those with the bonus
         return scores

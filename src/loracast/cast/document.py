@@ -51,6 +51,7 @@ def split_document(base: Base, document: Document, max_chunk_tokens: int) -> lis
             lambda text: encode_with_offsets(base.tokenizer, text),
             max_tokens=max_chunk_tokens,
             title=document.title,
+            rows=document.rows,
         )
     except ValueError as error:
         raise ConfigError(f"max_chunk_tokens={max_chunk_tokens}: {error}; give a larger one") from error
@@ -104,7 +105,7 @@ def _row_sentences(tokens: Tensor, owners: Sequence[Sequence[int]], rank: int) -
 
 def static_of(hypernetwork: Hypernetwork) -> dict[str, Tensor]:
     """The tensors that all adapters of a hypernetwork hold alike, as static_tensors names them."""
-    return static_tensors(hypernetwork.static_rows(), hypernetwork.yes_rows())
+    return static_tensors(hypernetwork.static_rows())
 
 
 def recast(
@@ -256,7 +257,7 @@ def learn_chunks(
         return give_name(library, name, version, replace=replace)
     if not replace:
         check_free(library, name)  # now, not after the work
-    batches = cast_chunks(caster, base, [chunk.prompt for chunk in chunks])
+    batches = cast_chunks(caster, base, [chunk.prompt for chunk in chunks], [chunk.units for chunk in chunks])
     return save_rows(
         library,
         manifest,

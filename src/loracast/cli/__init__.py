@@ -98,7 +98,7 @@ _train = typer.Typer(
     cls=CommandGroup, help="Train hypernetworks, and the LoRAs that they are compared with.", no_args_is_help=True
 )
 add(_train, ".train:doc", ".train:text", ".train:image", panel="Hypernetworks")
-add(_train, ".train:oracle", ".train:multitask", ".train:reader", panel="LoRAs to compare with")
+add(_train, ".train:oracle", ".train:multitask", ".train:window", panel="LoRAs to compare with")
 add(_train, ".train:export", ".train:relevance", ".train:words", panel="To ship")
 
 add(app, ".learn:learn", ".learn:task", ".ask:ask", ".chat:chat", ".list:list_", panel="Learn and ask")

@@ -13,7 +13,6 @@ from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli.options import Answering
 from loracast.cli.output import say
 from loracast.cli.session import base_of, loading, server_for
-from loracast.data.everyday import NOT_SAID
 from loracast.errors import ConfigError, LoracastError, PromptTooLong
 from loracast.library.library import adapter_names, entries, find, open_adapter
 from loracast.library.manifest import marked_name, name_from
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from loracast.cast.memory import Forgotten
     from loracast.library.adapter import Adapter
     from loracast.library.routing import Route
+    from loracast.options import AnsweredBy
     from loracast.serving.client import Client
     from loracast.serving.found import Running
 
@@ -66,6 +66,7 @@ class Reply:
     used: tuple[Used, ...]
     """The adapters that the user named, in their order, and then those that the question chose."""
     sources: tuple[Source, ...]
+    answered_by: AnsweredBy
 
 
 class Remembering(Protocol):
@@ -209,7 +210,7 @@ class Local:
             on_text(said.text)
         figures = (said.n_prompt_tokens, said.n_tokens, said.first_token_s, said.total_s)
         used = tuple(_used(adapter, route) for adapter, route in prepared.routed)
-        return Reply(said.text, said.finished, *figures, used, said.sources)
+        return Reply(said.text, said.finished, *figures, used, said.sources, said.answered_by)
 
 
 def _hide(text: str) -> None:
@@ -320,6 +321,7 @@ def _served(text: str, end: Mapping[str, Any]) -> Reply:
         account["total_ms"] / 1000,
         tuple(used),
         tuple(Source(**one) for one in account["sources"]),
+        account["answered_by"][0],
     )
 
 
@@ -334,14 +336,12 @@ def say_unused(reply: Reply, strict: bool) -> None:
         if not used.chunks:
             how = "" if strict else "; --always uses it anyway"
             say(f"({used.name} is not about this, so the answer is not from it{how})")
-    if strict and reply.text == NOT_SAID and not reply.sources and any(used.chunks for used in reply.used):
+    if strict and reply.answered_by == "refusal" and any(used.chunks for used in reply.used):
         say("(the answer was too unsure; without --strict it is shown)")
 
 
 def say_sources(reply: Reply, chosen: Sequence[str]) -> None:
-    """Say which chunks an answer came from, of the documents that patterns stand for, and where no model was asked."""
-    if reply.n_tokens == 0 and any(source.chunk is not None for source in reply.sources):
-        say("(read in the text of the document; no model was asked)")
+    """Say which chunks an answer came from, of the documents that patterns stand for."""
     wide = patterns_in(chosen)
     found = {used.name for used in reply.used[len(chosen) - len(wide) :]}
     for source in reply.sources:

@@ -40,6 +40,7 @@ def ask(question: Question, answering: Answering, *, as_json: Json = False) -> N
     facts = {
         "question": question,
         "answer": reply.text,
+        "answered_by": reply.answered_by,
         "finished": reply.is_finished,
         "adapters": {used.name if names[used.name] == 1 else used.version: used.facts() for used in reply.used},
         "sources": [asdict(source) for source in reply.sources],

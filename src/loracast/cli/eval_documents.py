@@ -38,23 +38,15 @@ Documents = Annotated[
 @config_from("loracast.evaluation.qa")
 def qa(
     config: QaConfig,
-    *,
-    reader: Annotated[
-        Path | None,
-        typer.Option("--reader", help="LoRA of `loracast train reader`: the upper bound, document in the prompt."),
-    ] = None,
     models: Models,
     results: Results,
 ) -> None:
     """Questions that people asked about real documents: an adapter against (parts of) the document in the prompt."""
     from loracast.evaluation.plots import require_matplotlib
     from loracast.evaluation.qa import draw, evaluate_qa
-    from loracast.training.reader import read_reader
 
     require_matplotlib()
-    model = open_model(models)
-    ceiling = read_reader(reader, model.base.fingerprint).to(model.base.device) if reader else None
-    draw(results.of("documents", partial(evaluate_qa, reader=ceiling), model, config), results.out)
+    draw(results.of("documents", evaluate_qa, open_model(models), config), results.out)
 
 
 @config_from("loracast.evaluation.needle")

@@ -69,11 +69,6 @@ def route(
             score = "" if chunk["score"] is None else f"{chunk['score']:.2f}"
             weight = f"{chunk['weight']:.2f}"
             rows.append((chunk.get("path", one["adapter"]), chunk["chunk"], score, weight, shown))
-        if one["says_yes"] is not None:
-            said = "Yes" if one["says_yes"] else "No"
-            rows.append((one["adapter"], "", "", "", f"the sentence that matches best says {said}"))
-        if one["answer"] is not None:
-            rows.append((one["adapter"], "", "", "", f"the rows of a list or table answer {one['answer']!r}"))
         if one["likely"]:
             begins = ", ".join(
                 f"{place['text']!r} ({place['probability']:.2f})" for place in one["likely"][:_MOST_LIKELY]
@@ -103,10 +98,7 @@ def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
     n = len(wanted)
     described = _described(index, wanted, picked.scores or [0.0] * n, picked.weights or [1.0] * n)
     placed = [{**chunk, "path": paths[chunk["chunk"]]} for chunk in described]
-    found = {
-        "adapter": name, "reason": picked.reason, "is_empty": False, "says_yes": None, "answer": picked.answer,
-        "likely": [], "chunks": placed,
-    }  # fmt: skip
+    found = {"adapter": name, "reason": picked.reason, "is_empty": False, "likely": [], "chunks": placed}
     if static is not None and (surplus := sum(chunk["weight"] for chunk in placed) - 1):
         found["static"] = {"path": str(folder / static), "weight": round(-surplus, 3)}
     return found
@@ -121,7 +113,7 @@ def _picked(adapter: Adapter, picked: Route) -> dict[str, Any]:
     )
     found = {"adapter": adapter.name, "reason": picked.reason, "is_empty": picked.is_empty}
     likely = [one._asdict() for one in picked.likely]
-    return {**found, "says_yes": picked.says_yes, "answer": picked.answer, "likely": likely, "chunks": described}
+    return {**found, "likely": likely, "chunks": described}
 
 
 def _described(

@@ -79,7 +79,7 @@ def doc(
     documents: Annotated[list[str] | None, _DOCUMENTS] = None,
     unrelated: Unrelated = None,
     teacher: Annotated[
-        Path | None, "LoRA of `loracast train reader`: the teacher of distillation (objective.distillation_weight)."
+        Path | None, "LoRA of `loracast train window`: the teacher of distillation (objective.distillation_weight)."
     ] = None,
 ) -> None:
     """Train Doc-to-LoRA on needles, fact sheets and questions about real documents.
@@ -88,14 +88,14 @@ def doc(
     stops it at once, without saving. The same command runs under `torchrun` and `accelerate launch`.
     """
     from loracast.training.doc import read_doc_recipe, train_doc
-    from loracast.training.reader import read_reader
     from loracast.training.recipe import file_overrides
+    from loracast.training.window import read_window_lora
 
     files = file_overrides(texts=texts, documents=documents, unrelated=unrelated)
     settings = read_doc_recipe(run.recipe, [*run.overrides, *files])
 
     def train(base: Base, *arguments: Any, **options: Any) -> dict[str, float]:
-        taught_by = read_reader(teacher, base.fingerprint) if teacher else None
+        taught_by = read_window_lora(teacher, base.fingerprint) if teacher else None
         return train_doc(base, *arguments, teacher=taught_by, **options)
 
     _train_hypernetwork(run, "doc", train, settings)
@@ -193,14 +193,14 @@ def multitask(
     _say_lora(run, _train_lora(run, what, train_multitask, settings, read_tasks(tasks), described=described))
 
 
-def reader(run: Run, *, documents: Annotated[list[str], _DOCUMENTS]) -> None:
-    """Train one LoRA to answer questions with the document in the prompt: the upper bound for document adapters."""
-    from loracast.training.reader import read_reader_recipe, train_reader
+def window(run: Run, *, documents: Annotated[list[str], _DOCUMENTS]) -> None:
+    """Train the window LoRA, which answers with the document in the prompt: the rival of document adapters."""
     from loracast.training.recipe import file_overrides
+    from loracast.training.window import read_window_recipe, train_window
 
-    settings = read_reader_recipe(run.recipe, [*run.overrides, *file_overrides(documents=documents)])
+    settings = read_window_recipe(run.recipe, [*run.overrides, *file_overrides(documents=documents)])
     show = partial(_show_lora, run.out.name)
-    _say_lora(run, _train_lora(run, ["reader"], train_reader, settings, on_metrics=show))
+    _say_lora(run, _train_lora(run, ["window"], train_window, settings, on_metrics=show))
 
 
 def relevance(

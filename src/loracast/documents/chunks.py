@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from loracast.documents.seams import INSIDE, WORD, Seam, SeamFinder
+from loracast.documents.sentences import sentence_spans
 
 Encode = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
 
@@ -37,30 +38,40 @@ class Chunk:
     end: int
     heading: str  # the document's title and the nearest heading at or above `start`, as in "Manual X / Warranty", or ""
     n_tokens: int  # of `prompt`, without special tokens
+    rows: tuple[int, ...] = ()  # the characters of `text` at which lines begin that are rows of tables
 
     @property
     def prompt(self) -> str:
         """What the encoder reads."""
         return f"{self.heading}\n{self.text}" if self.heading else self.text
 
+    @property
+    def units(self) -> list[tuple[int, int]]:
+        """The (start, end) characters of the prompt's sentences and rows of tables."""
+        prompt = self.prompt
+        return sentence_spans(prompt, [len(prompt) - len(self.text) + row for row in self.rows])
 
-def split_text(text: str, encode: Encode, *, max_tokens: int = DEFAULT_CHUNK_TOKENS, title: str = "") -> list[Chunk]:
+
+def split_text(
+    text: str, encode: Encode, *, max_tokens: int = DEFAULT_CHUNK_TOKENS, title: str = "", rows: Sequence[int] = ()
+) -> list[Chunk]:
     """Split a text into chunks that cover it in order without overlap, with at most white space between two of them.
 
     `encode` gives the token ids of a string, without special tokens, and the (start, end) characters of each. No
-    chunk's prompt has more than `max_tokens`. Raises ValueError for fewer than 16, or where one character needs more.
+    chunk's prompt has more than `max_tokens`. Rows of tables begin at the characters `rows` (as in `Document`). Raises
+    ValueError for fewer than 16 tokens, or where one character needs more.
     """
     if max_tokens < MIN_TOKENS:
         raise ValueError(f"a chunk needs at least {MIN_TOKENS} tokens, not {max_tokens}")
     if not text.strip():
         return []
-    splitter = _Splitter(text, encode, max_tokens, title)
+    splitter = _Splitter(text, encode, max_tokens, title, rows)
     return [chunk for start, end in pairwise(splitter.cuts()) for chunk in splitter.fit(start, end)]
 
 
 class _Splitter:
-    def __init__(self, text: str, encode: Encode, max_tokens: int, title: str) -> None:
-        self.text, self.encode, self.max_tokens = text, encode, max_tokens
+    def __init__(self, text: str, encode: Encode, max_tokens: int, title: str, rows: Sequence[int]) -> None:
+        self.text, self.encode, self.max_tokens, self.rows = text, encode, max_tokens, rows
         self.title = " ".join(title.split())
         self.finder = SeamFinder(text)
         self.cache: dict[str, tuple[str, int]] = {}  # section title -> heading, its number of tokens with the newline
@@ -110,7 +121,7 @@ class _Splitter:
             heading = self._heading(start)[0]
             n_tokens = len(self.encode(f"{heading}\n{bare}" if heading else bare)[0])
             if n_tokens <= self.max_tokens:
-                pieces.append(Chunk(bare, start, end, heading, n_tokens))
+                pieces.append(Chunk(bare, start, end, heading, n_tokens, self._rows_in(start, end)))
                 continue
             if end - start < 2:
                 raise ValueError(f"the character {bare!r} alone has {n_tokens} tokens, more than a chunk may have")
@@ -120,6 +131,13 @@ class _Splitter:
             cut = seam.offset if seam and start < seam.offset < end else middle
             todo += [(cut, end), (start, cut)]  # a stack: the first part comes out first
         return pieces
+
+    def _rows_in(self, start: int, end: int) -> tuple[int, ...]:
+        """The rows of a chunk; one that began in the chunk before goes on at its start."""
+        first = bisect_left(self.rows, start)
+        if first and "\n" not in self.text[self.rows[first - 1] : start]:
+            first -= 1
+        return tuple(max(0, row - start) for row in self.rows[first : bisect_left(self.rows, end)])
 
     def _token_starts(self) -> array[int]:
         """The offset of each token. Blocks end before white space where there is any."""

@@ -20,6 +20,7 @@ class Document:
     n_bytes: int
     n_pages: int | None = None  # PDF only
     warnings: tuple[str, ...] = ()  # what may be missing from the text (an unread page, say), one sentence each
+    rows: tuple[int, ...] = ()  # the characters of the text at which lines begin that are rows of tables
 
     @classmethod
     def from_text(cls, text: str, title: str = "") -> Document:
@@ -29,12 +30,14 @@ class Document:
         """
         from loracast.documents.clean import normalise
         from loracast.documents.headings import markdown_title
+        from loracast.documents.tables import name_markdown_rows, take_marks
 
-        data, text = text.encode(), normalise(text)
+        data = text.encode()
+        text, rows = take_marks(name_markdown_rows(normalise(text)))
         if not text.strip():
             raise DocumentError("the text holds only white space: there is nothing to learn from it")
         sha256 = hashlib.sha256(data).hexdigest()
-        return cls(title or markdown_title(text), text, None, "text/markdown", sha256, len(data))
+        return cls(title or markdown_title(text), text, None, "text/markdown", sha256, len(data), rows=rows)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Limits:
 class Parsed:
     """What a parser of one format hands back; `title` is empty when the format holds none of its own."""
 
-    text: str
+    text: str  # with marks before the rows of tables (tables.py)
     title: str = ""
     n_pages: int | None = None
     warnings: tuple[str, ...] = ()

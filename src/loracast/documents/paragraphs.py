@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from itertools import chain, pairwise
 from typing import NamedTuple
 
+from loracast.documents.tables import ROW
+
 
 class Line(NamedTuple):
     text: str
@@ -75,7 +77,14 @@ def join_lines(lines: Sequence[Line]) -> str:
         else:
             _extend(out, text, words)
         previous, previous_level = line, level
-    return "".join(out)
+    return "\n\n".join(_with_marks(block, width) for block in "".join(out).split("\n\n"))
+
+
+def _with_marks(block: str, width: int) -> str:
+    """A block with marks before its lines where these are rows of a table: several short ones, none of them an item."""
+    lines = block.split("\n")
+    are_rows = len(lines) > 1 and not any(len(line) > width or _ITEM.match(line) or line[:2] == "- " for line in lines)
+    return "\n".join(ROW + line for line in lines) if are_rows else block
 
 
 def _body_size(lines: Sequence[Line]) -> float:

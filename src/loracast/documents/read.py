@@ -17,6 +17,7 @@ from loracast.documents.document import Document, Limits, Parsed
 from loracast.documents.headings import markdown_title
 from loracast.documents.kind import MEDIA_TYPES, sniff
 from loracast.documents.sandbox import parse_in_child
+from loracast.documents.tables import name_markdown_rows, take_marks
 from loracast.errors import DocumentError
 
 
@@ -39,20 +40,23 @@ def read_document(
             is_tsv = (file_name or "").lower().endswith(".tsv")
             text = parse_csv(text, label, "\t" if is_tsv else None).text
         text = normalise(text)
+        text = text if kind == "csv" else name_markdown_rows(text)
         if not text.strip():
             raise DocumentError(f"{label} holds only white space: there is nothing to learn from it")
         parsed = Parsed(text, "" if kind == "csv" else markdown_title(text))
     if len(parsed.text) > limits.max_text_bytes or len(parsed.text.encode()) > limits.max_text_bytes:
         raise DocumentError(f"{label} holds more than {_mega(limits.max_text_bytes)} of text: split it into parts")
+    text, rows = take_marks(parsed.text)
     return Document(
         title=sensible_title(parsed.title) or readable_stem(file_name),
-        text=parsed.text,
+        text=text,
         file_name=file_name,
         media_type=MEDIA_TYPES[kind],
         sha256=hashlib.sha256(data).hexdigest(),
         n_bytes=len(data),
         n_pages=parsed.n_pages,
         warnings=parsed.warnings,
+        rows=rows,
     )
 
 

@@ -1,9 +1,9 @@
-"""Splits a text into sentences, table rows, list items and headings: what routing weighs one against another."""
+"""Splits a text into units, which routing weighs one against another: sentences, rows of tables, items, headings."""
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -14,13 +14,18 @@ _LONGEST_PARENTHESIS = 300  # characters; so that a long line takes no time for 
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 
 
-def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """The sentences of a text as (start, end) characters, in order, without the blanks between them.
+def sentence_spans(text: str, rows: Sequence[int] = ()) -> list[tuple[int, int]]:
+    """The units of a text as (start, end) characters, in order, without the blanks between them.
 
-    A semicolon outside parentheses ends one, and so does a line that is more than wrapped prose: a heading, an item, a
-    row.
+    A semicolon outside parentheses ends a sentence, and so does a line that is more than wrapped prose: a heading, an
+    item. The row of a table is one unit, whatever stands in it.
+
+    Args:
+        rows: where lines begin that are rows of tables, in order.
     """
-    cuts = [0, *_cuts(text), len(text)]
+    ends = [len(text) if (end := text.find("\n", start)) < 0 else end for start in rows]
+    kept = (cut for cut in _cuts(text) if (i := bisect_left(rows, cut) - 1) < 0 or cut >= ends[i])
+    cuts = sorted({0, *rows, *ends, *kept, len(text)})
     spans = []
     for start, end in pairwise(cuts):
         piece = text[start:end]

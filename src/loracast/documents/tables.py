@@ -1,18 +1,28 @@
-"""Turns table rows into lines that name their columns, since a chunk may hold a row without the header."""
+"""Turns rows of tables into lines that name their columns, since a chunk may hold a row without the header.
+
+Parsers put a mark before each such line. The mark never reaches a document's text: `take_marks` turns the marks into
+the places of rows, and a row is one unit wherever sentences are told apart (sentences.py).
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
+ROW = "\ufdd0"
+"""The mark at the beginning of a line that is a row: a noncharacter, which Unicode keeps for use inside programs."""
+_MARK = re.compile(f"(^)?{ROW}", re.MULTILINE)
+_FENCE = re.compile(r"^ {0,3}(?:```|~~~)")
+_CELL_END = re.compile(r"(?<!\\)\|")
+_DELIMITERS = re.compile(r"\s*\|?(?:\s*:?-+:?\s*\|)+(?:\s*:?-+:?)?\s*")
 _YEAR = re.compile(r"(19|20)\d\d")
 
 
 def rows_to_lines(rows: Sequence[Sequence[str]], has_header: bool | None = None) -> list[str]:
-    """Turn each row into a line "header: value; header: value", without empty cells.
+    """Turn each row into a line of `named_row`; the first row names the columns where it is a header.
 
-    `has_header` None lets the cells decide. Two columns without a known header are names and values: "name: value".
-    First rows with nothing beside their first cell are titles, each a line.
+    `has_header` None lets the cells decide; two columns without a known header are names and values. First rows with
+    nothing beside their first cell are titles, each a line without a mark.
     """
     cells = [row for row in ([" ".join(cell.split()) for cell in row] for row in rows) if any(row)]
     if not cells:
@@ -22,11 +32,8 @@ def rows_to_lines(rows: Sequence[Sequence[str]], has_header: bool | None = None)
     titles, cells = [row[0] for row in cells[:n_titles]], cells[n_titles:]
     if has_header is None:
         has_header = width > 2 and len(cells) > 1 and looks_like_header(cells[0])
-    if has_header and len(cells) > 1:
-        return titles + [named_row(cells[0], row) for row in cells[1:]]
-    if width == 2:
-        return titles + [": ".join(filter(None, row)) for row in cells]
-    return titles + [" | ".join(filter(None, row)) for row in cells]
+    header = cells.pop(0) if has_header and len(cells) > 1 else []
+    return titles + [named_row(header, row) for row in cells]
 
 
 def looks_like_header(row: Sequence[str]) -> bool:
@@ -38,7 +45,56 @@ def looks_like_header(row: Sequence[str]) -> bool:
 
 
 def named_row(header: Sequence[str], row: Sequence[str]) -> str:
-    """The row's cells with their column's name; a column without one is called "column 3"."""
-    names = [name or f"column {i + 1}" for i, name in enumerate(header)]
-    names += [f"column {i + 1}" for i in range(len(names), len(row))]
-    return "; ".join(f"{name}: {cell}" for name, cell in zip(names, row, strict=False) if cell)
+    """A row as a line behind the mark `ROW`: a statement for each cell, which begins with the row's first cell.
+
+    "Name Ada, Room: B2. Name Ada, Phone: 4711." answers more questions about its cells than "Name: Ada; Room: B2;
+    Phone: 4711" (docs/notebook/2026-12-02.md). Without a header "Ada: B2. Ada: 4711."; empty cells are left out.
+    """
+    names = [*header, *[""] * (len(row) - len(header))]
+    (key, subject), *others = zip(names, row, strict=False)
+    told = [(name, cell) for name, cell in others if cell]
+    above = " ".join(filter(None, (key, subject))) if subject else ""
+    if not above or not told:
+        told, above = ([(key, subject)] if subject else []) + told, ""
+    parts = [(f"{above}, {name}: {cell}" if name else f"{above}: {cell}") if above else
+             (f"{name}: {cell}" if name else cell) for name, cell in told]  # fmt: skip
+    return ROW + " ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts)
+
+
+def take_marks(text: str) -> tuple[str, tuple[int, ...]]:
+    """The text without marks, and the characters in it at which its rows begin; each ends with its line."""
+    parts, rows, n, at = list[str](), list[int](), 0, 0
+    for mark in _MARK.finditer(text):
+        parts.append(text[at : mark.start()])
+        n += mark.start() - at
+        at = mark.end()
+        rows += [n] if mark[1] is not None else []
+    return "".join([*parts, text[at:]]), tuple(rows)
+
+
+def name_markdown_rows(text: str) -> str:
+    """A text with each table of Markdown (GitHub's form: a row of dashes below the header) as lines of `rows_to_lines`.
+
+    Code between fences stays as it is.
+    """
+    if not any(_DELIMITERS.fullmatch(line) for line in text.split("\n") if line.count("-") and "|" in line):
+        return text
+    lines, found, is_code, i = text.split("\n"), list[str](), False, 0
+    while i < len(lines):
+        is_code ^= _FENCE.match(lines[i]) is not None
+        below = lines[i + 1] if i + 1 < len(lines) else ""
+        if is_code or "|" not in lines[i] or "|" not in below or not _DELIMITERS.fullmatch(below):
+            found.append(lines[i])
+            i += 1
+            continue
+        end = next((j for j in range(i + 2, len(lines)) if "|" not in lines[j]), len(lines))
+        rows = [_cells(lines[j]) for j in (i, *range(i + 2, end))]
+        found += rows_to_lines(rows, has_header=True) if len(rows) > 1 else lines[i:end]
+        i = end
+    return "\n".join(found)
+
+
+def _cells(line: str) -> list[str]:
+    return [
+        cell.strip().replace("\\|", "|") for cell in _CELL_END.split(line.strip().removeprefix("|").removesuffix("|"))
+    ]

@@ -58,6 +58,14 @@ class Request:
         """What a user gets to read of the base's answer."""
         return NOT_SAID if said.confidence < self.least_confidence else said.text
 
+    def answered_by(self, said: Answer) -> str:
+        """What gave that text, as in `SourcedAnswer`; "text" where it is the document's, without a model."""
+        if self.answer is not None and self.answer != NOT_SAID:
+            return "text"
+        if self.answer is not None or said.confidence < self.least_confidence:
+            return "refusal"
+        return "base" if self.lora is None else "adapter"
+
 
 @dataclass(frozen=True)
 class Baseline(Generic[Setup, Case]):

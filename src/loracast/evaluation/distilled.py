@@ -1,7 +1,7 @@
 """Context distillation of each document by gradient descent: the slow way to an adapter, to measure a fast one by.
 
 A LoRA is trained on rule-made questions about the document, towards the distributions of the base that sees the
-document (or of the reader, where there is one). Doc-to-LoRA is compared with it (arXiv 2602.15902, section 4).
+document (or of the window LoRA, where there is one). Doc-to-LoRA is compared with it (arXiv 2602.15902, section 4).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def distil(setup: DocumentSetup, case: DocumentCase) -> LoRA:
     questions = _questions(setup, case)
     if not questions:  # so short that it has no sentence to ask about
         return LoRA()
-    teacher = Teacher(base.model, base.pad_id, setup.reader)
+    teacher = Teacher(base.model, base.pad_id, setup.window_lora)
     rows = [Episode((), tuple(questions[i::_ROWS])) for i in range(_ROWS) if questions[i::_ROWS]]
     distillation = Distillation(dataclasses.replace(teacher, lora=None), teacher)
     batch = pack(distillation.with_soft_targets(rows), base.pad_id).to(base.device)
@@ -67,12 +67,12 @@ def _questions(setup: DocumentSetup, case: DocumentCase) -> list[Question]:
     """Rule-made questions, each with the answer that the base gives when it sees the document."""
     base = setup.base
     text = without_middle(base.tokenizer, case.document.full_text, base.window // 2)
-    prompt = PROMPTS[BEST] if setup.reader is None else reading_prompt
+    prompt = PROMPTS[BEST] if setup.window_lora is None else reading_prompt
     clozes = make_clozes(random.Random(case.doc_id), case.document.document.text, N_QUESTIONS)
     asked = [cloze.question for cloze in clozes]
     shown = [tuple(prompt(base.chat, text, question)) for question in asked]
     sampling = Sampling(max_new_tokens=setup.max_new_tokens)
-    said = answer_batch(base, shown, [setup.reader] * len(shown), sampling) if shown else []
+    said = answer_batch(base, shown, [setup.window_lora] * len(shown), sampling) if shown else []
     return [
         Question(plain(setup, question), tuple(base.chat.answer(answer)), window_prompt=shown_prompt)
         for question, shown_prompt, answer in zip(asked, shown, said, strict=True)

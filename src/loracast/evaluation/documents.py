@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,20 +17,23 @@ from loracast.data.everyday import NOT_SAID
 from loracast.data.qa import QuestionedDocument, read_questioned
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import ConfigError
-from loracast.evaluation.baseline import LoRASource, Request, fixed
+from loracast.evaluation.baseline import Baseline, LoRASource, Request, fixed
 from loracast.evaluation.in_memory import InMemoryAdapter, cast
 from loracast.library.likely import likely_together
 from loracast.library.relevance import THRESHOLD, THRESHOLD_STRICT
-from loracast.library.routing import DEFAULT_ROUTE, Route, answer_in_words, said_together
+from loracast.library.routing import DEFAULT_ROUTE, Route
 from loracast.lora.algebra import Factors, LoRA, concat
 from loracast.model import Model
 from loracast.options import least_confidence
 from loracast.question_answering import ASK_SYSTEM_TURN
+from loracast.training.episode_maker import reading_prompt
 
 Prompt = Callable[[ChatFormat, str, str], list[int]]
 """(chat, text, question) -> token ids of a prompt that shows the text."""
 Whose = Literal["document", "other"]
 """Which of a case's documents."""
+MAX_NEW_TOKENS = 24
+"""Longest answer: a made-up value has at most about ten tokens, and a sentence around it fits too."""
 _JOINTS = 8  # tokens to spare: where text and prompt meet they may be encoded otherwise than each alone
 
 
@@ -49,6 +53,28 @@ class RoutedConfig(DocumentConfig):
 
     route: int = DEFAULT_ROUTE
     """Chunks of a document that a question is given when routed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowedConfig(RoutedConfig):
+    """Settings of an experiment that compares adapters with texts in the prompt."""
+
+    window_lora: str = ""
+    """Folder of a LoRA of `loracast train window`, which answers with the text in its prompt."""
+
+    def setup(self, model: Model, max_new_tokens: int) -> DocumentSetup:
+        """What all baselines share. Raises AdapterError for a window LoRA that is none, or of another base."""
+        from loracast.training.window import read_window_lora
+
+        lora = None
+        if self.window_lora:
+            lora = read_window_lora(Path(self.window_lora), model.base.fingerprint).to(model.base.device)
+        return DocumentSetup(model, self.route, max_new_tokens, lora)
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """What baselines may need and a run was not given, as `choose_baselines` takes it."""
+        return {} if self.window_lora else {"window LoRA": "a LoRA of `loracast train window` (--window-lora FOLDER)"}
 
 
 @dataclass(frozen=True)
@@ -78,14 +104,19 @@ class DocumentSetup:
     model: Model
     route: int = DEFAULT_ROUTE
     """Chunks that a question is given."""
-    max_new_tokens: int = 24
-    """Longest answer; a made-up value has at most about ten tokens, and a sentence around it fits too."""
-    reader: LoRA | None = None
-    """A LoRA trained to answer with the document in the window (`loracast train reader`), if there is one."""
+    max_new_tokens: int = MAX_NEW_TOKENS
+    """Longest answer."""
+    window_lora: LoRA | None = None
+    """A LoRA trained to answer with the text in its prompt (`loracast train window`), if there is one."""
 
     @property
     def base(self) -> Base:
         return self.model.base
+
+    @cached_property
+    def static(self) -> LoRASource:
+        """The LoRA that the hypernetwork gives every document alike."""
+        return fixed(static_lora(self.model))
 
     @cached_property
     def chunk_bytes(self) -> int:
@@ -139,15 +170,12 @@ def adapters(setup: DocumentSetup, picked: Sequence[tuple[InMemoryAdapter, Route
     if not picked:
         return None
     chunks = tuple((d, tuple(range(len(d.chunks)) if r.chunks is None else sorted(r.chunks))) for d, r in picked)
-    key = tuple((d, r.chunks, r.weights, r.sentences, r.says_yes) for d, r in picked)
+    key = tuple((d, r.chunks, r.weights, r.sentences) for d, r in picked)
     n_bytes = setup.chunk_bytes * sum(len(some) for _, some in chunks)
 
     # What the hypernetwork gives every document alike counts once.
     def make() -> LoRA:
-        said = said_together([route for _, route in picked])
-        return concat(
-            [d.lora(r.picked, r.sentence_weights, static=i == 0, says_yes=said[i]) for i, (d, r) in enumerate(picked)]
-        )
+        return concat([d.lora(r.picked, r.sentence_weights, static=i == 0) for i, (d, r) in enumerate(picked)])
 
     return LoRASource(key, make, n_bytes, chunks)
 
@@ -182,18 +210,14 @@ def strictly(setup: DocumentSetup, case: DocumentCase) -> Request:
     """As `loracast ask --strict` answers: by the document's adapter, or that the document does not say."""
     route = pick(setup, case.document, case.question, THRESHOLD_STRICT)
     request = replace(_asked(setup, case, [(case.document, route)]), found=_is_found(case, route))
-    if request.answer is not None:
-        return request
     if request.lora is None:
         return replace(request, answer=NOT_SAID)
     return replace(request, least_confidence=least_confidence([route]))
 
 
 def _asked(setup: DocumentSetup, case: DocumentCase, picked: Sequence[tuple[InMemoryAdapter, Route]]) -> Request:
-    answer = answer_in_words([route for _, route in picked])
-    lora = adapters(setup, picked) if answer is None else None
     likely = likely_together([route.likely for _, route in picked])
-    return Request(plain(setup, case.question), lora, answer=answer, likely=likely)
+    return Request(plain(setup, case.question), adapters(setup, picked), likely=likely)
 
 
 def _is_found(case: DocumentCase, route: Route) -> bool | None:
@@ -201,9 +225,26 @@ def _is_found(case: DocumentCase, route: Route) -> bool | None:
     return None if case.chunk is None else route.chunks is None or case.chunk in route.chunks
 
 
-def static(setup: DocumentSetup, case: DocumentCase) -> Request:
-    """The LoRA that the hypernetwork gives every document alike."""
-    return Request(plain(setup, case.question), fixed(static_lora(setup.model)))
+def likeliest_place(setup: DocumentSetup, case: DocumentCase) -> Request:
+    """No model: the text from the place on at which the answer most likely begins, as far as copying may follow it."""
+    likely = pick(setup, case.document, case.question).likely
+    return Request((), answer=likely[0].text if likely else NOT_SAID)
+
+
+def copying_alone(with_static: bool) -> Callable[[DocumentSetup, DocumentCase], Request]:
+    """The question alone with the bonus for copying, and in place of the document's LoRA the static one, or none."""
+
+    def request(setup: DocumentSetup, case: DocumentCase) -> Request:
+        likely = pick(setup, case.document, case.question).likely
+        return Request(plain(setup, case.question), setup.static if with_static else None, likely=likely)
+
+    return request
+
+
+def in_window_lora(setup: DocumentSetup, text: str, question: str) -> Request:
+    """A text in the prompt, and the LoRA that was trained to answer so."""
+    assert setup.window_lora is not None
+    return Request(with_text(setup, reading_prompt, text, question), fixed(setup.window_lora))
 
 
 def static_lora(model: Model) -> LoRA:
@@ -240,3 +281,17 @@ def with_text(
 def whole(prompt: Prompt, max_tokens: int | None = None) -> Callable[[DocumentSetup, DocumentCase], Request]:
     """The whole document in the prompt, or its beginning and end where it has more than `max_tokens` tokens."""
     return lambda setup, case: Request(with_text(setup, prompt, case.document.full_text, case.question, max_tokens))
+
+
+WITHOUT_PARTS: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
+    "place": Baseline("likeliest place of the text, no model", likeliest_place, is_optional=True),
+    "copying": Baseline("no LoRA, copying", copying_alone(with_static=False), is_optional=True),
+    "static": Baseline("static LoRA, copying", copying_alone(with_static=True), is_optional=True),
+    "lora": Baseline(
+        "LoRA, routed, without copying", adapter("document", copies=False), learn("document"), is_optional=True
+    ),
+    "merged": Baseline(
+        "LoRA of all chunks, merged", adapter("document", is_routed=False), learn("document"), is_optional=True
+    ),
+}
+"""The adapter with parts of it taken away."""

@@ -87,6 +87,11 @@ def _series(model: Model, config: EverydayConfig) -> Series[EverydayDocument]:
     return Series(config.documents, config.documents, _DOCUMENTS_PER_GROUP, make, cases)
 
 
+def says_not_said(answer: str) -> bool:
+    """Whether an answer says, in any of several ways, that the document does not say it."""
+    return any(phrase in answer.lower().replace("n't", " not") for phrase in _NOT_SAID)
+
+
 def is_right(answer: str, fact: EverydayFact) -> bool:
     """Whether an answer contains the right one.
 
@@ -94,7 +99,7 @@ def is_right(answer: str, fact: EverydayFact) -> bool:
     asks how many, the number is enough; and that the document does not say can be said in several ways.
     """
     if fact.kind == "not said":
-        return any(phrase in answer.lower().replace("n't", " not") for phrase in _NOT_SAID)
+        return says_not_said(answer)
     if fact.kind == "count":
         return has_value(answer, fact.answer) or has_value(answer, _COUNTS[int(fact.answer)])
     if fact.options:

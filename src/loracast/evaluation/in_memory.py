@@ -8,7 +8,6 @@ from __future__ import annotations
 import sqlite3
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from hashlib import sha256
 from itertools import islice
 
 import torch
@@ -20,7 +19,7 @@ from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.library.bm25 import best_passages
 from loracast.library.index import IndexInMemory, write_index
 from loracast.library.join import join_chunks
-from loracast.library.layout import SENTENCE, YES
+from loracast.library.layout import SENTENCE
 from loracast.library.relevance import THRESHOLD
 from loracast.library.routing import Route, SentenceWeights, route_question
 from loracast.lora.algebra import LoRA
@@ -34,13 +33,12 @@ class InMemoryAdapter:
     def __init__(
         self,
         model: Model,
-        text: str,
+        document: Document | str,
         title: str = "",
         max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         storage: Storage = DEFAULT_STORAGE,
     ):
-        encoded = text.encode()
-        self.document = Document(title, text, None, "text/plain", sha256(encoded).hexdigest(), len(encoded))
+        self.document = Document.from_text(document, title) if isinstance(document, str) else document
         self.chunks = split_document(model.base, self.document, max_chunk_tokens)
         self._index = sqlite3.connect(":memory:", factory=IndexInMemory)
         write_index(self._index, self.chunks)
@@ -100,19 +98,18 @@ class InMemoryAdapter:
         chunks: Sequence[int] | Mapping[int, float] | None = None,
         sentences: SentenceWeights | None = None,
         *,
-        says_yes: bool | None = None,
         static: bool = True,
     ) -> LoRA:
         """The LoRA of some chunks, or of all (None), as `Adapter.lora` has it."""
-        common = {name: rows for name, rows in self._shared.items() if static or YES in name}
+        common = self._shared if static else {}
         wanted = sorted(set(range(len(self.chunks)) if chunks is None else chunks))
         weights = [chunks[i] for i in wanted] if isinstance(chunks, Mapping) else None
         of_chunks = None if sentences is None else [sentences[i] for i in wanted]
         if len(wanted) == len(self.chunks):
-            return join_chunks(self._target, self._factors, common, self._merging, weights, of_chunks, says_yes)
+            return join_chunks(self._target, self._factors, common, self._merging, weights, of_chunks)
         picked = torch.tensor(wanted)
         rows = {name: value.index_select(0, picked.to(value.device)) for name, value in self._factors.items()}
-        return join_chunks(self._target, rows, common, self._merging, weights, of_chunks, says_yes)
+        return join_chunks(self._target, rows, common, self._merging, weights, of_chunks)
 
     def close(self) -> None:
         """Free the index and the factors; chunks and text stay."""
@@ -126,8 +123,9 @@ def cast(model: Model, wanted: Iterable[tuple[InMemoryAdapter, Sequence[int]]]) 
     todo = [(document, i) for document, chunks in wanted for i in chunks if document.needs(i)]
     todo = list(dict.fromkeys(todo))
     places = iter(todo)
-    prompts = [document.chunks[i].prompt for document, i in todo]
-    for expanded, sentences in cast_chunks(model.documents, model.base, prompts):
+    chunks = [document.chunks[i] for document, i in todo]
+    units = [chunk.units for chunk in chunks]
+    for expanded, sentences in cast_chunks(model.documents, model.base, [chunk.prompt for chunk in chunks], units):
         n = next(iter(expanded.values()))[0].shape[0]
         for row, (document, i) in enumerate(islice(places, n)):
             factors = {kind: (a[row], b[row]) for kind, (a, b) in expanded.items()}

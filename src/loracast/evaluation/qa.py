@@ -14,7 +14,7 @@ from loracast.data.answer_metrics import best, exact_match, has_value, rouge_l, 
 from loracast.data.qa import QuestionedDocument
 from loracast.errors import ConfigError
 from loracast.evaluation.baseline import Baseline, check_positive, choose_baselines
-from loracast.evaluation.documents import DocumentCase, DocumentSetup, QuestionedConfig, RoutedConfig
+from loracast.evaluation.documents import DocumentCase, DocumentSetup, QuestionedConfig, WindowedConfig
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.intervals import cluster_bootstrap, mean
 from loracast.evaluation.peak import peak_memory
@@ -34,14 +34,14 @@ _N_TIMED = 3
 COLUMNS = columns(
     part="documents", label="method", documents=("n", 0), n=("questions", 0), exact=("exact %", "%"),
     contained=("in answer %", "%"), f1=("F1 %", "%"), f1_low=("95 %", "interval"), rouge_l=("ROUGE-L %", "%"),
-    of_window=("% of window", "%"), of_ceiling=("% of ceiling", "%"), difference=("adapter minus it (95 %)", "change"),
-    prompt_tokens=("prompt tokens", 0), update_s=("update s", 2), answer_s=("answer s", 2),
-    update_mib=("update MiB", 0), answer_mib=("answer MiB", 0),
+    of_window=("% of window", "%"), of_window_lora=("% of window LoRA", "%"),
+    difference=("adapter minus it (95 %)", "change"), prompt_tokens=("prompt tokens", 0), update_s=("update s", 2),
+    answer_s=("answer s", 2), update_mib=("update MiB", 0), answer_mib=("answer MiB", 0),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class QaConfig(QuestionedConfig, RoutedConfig):
+class QaConfig(QuestionedConfig, WindowedConfig):
     """What `loracast eval qa` measures."""
 
     max_documents: int = 200
@@ -80,17 +80,10 @@ class Scored:
         return self.answered.case
 
 
-def evaluate_qa(
-    model: Model, config: QaConfig, out: Path, progress: Progress = no_progress, reader: LoRA | None = None
-) -> Report:
-    """Run the evaluation; tables and answers are in `out`, the tables after every few documents.
-
-    Args:
-        reader: a LoRA trained to answer with the document in the window: the ceiling.
-    """
-    setup = DocumentSetup(model, config.route, MAX_NEW_TOKENS, reader)
-    missing = {} if reader else {"reader": "a LoRA of `loracast train reader` (--reader FOLDER)"}
-    baselines = choose_baselines(BASELINES, config.baselines, missing)
+def evaluate_qa(model: Model, config: QaConfig, out: Path, progress: Progress = no_progress) -> Report:
+    """Run the evaluation; tables and answers are in `out`, the tables after every few documents."""
+    setup = config.setup(model, MAX_NEW_TOKENS)
+    baselines = choose_baselines(BASELINES, config.baselines, config.missing)
     chosen = choose(config)
     writer = ReportWriter(out, "qa", COLUMNS, config, model.base, model.documents.id)
     scored: list[Scored] = []
@@ -232,7 +225,7 @@ def _rows(part: str, scored: Sequence[Scored], updates: Updates, kind: str) -> l
             "f1_high": high,
             "rouge_l": mean([s.rouge_l for s in some]),
             "of_window": f1[name] / f1["window"] if f1.get("window") else None,
-            "of_ceiling": f1[name] / f1["ceiling"] if f1.get("ceiling") else None,
+            "of_window_lora": f1[name] / f1["window_lora"] if f1.get("window_lora") else None,
             "document_tokens": mean([s.case.document.n_tokens for s in some]),
             "update_s": mean([seconds for seconds, _ in updates[name]]),
             "update_mib": max(mib for _, mib in updates[name]),
@@ -255,6 +248,6 @@ def _line(s: Scored) -> dict[str, Any]:
     """One line of answers.jsonl."""
     return {
         "baseline": s.answered.baseline, "source": s.case.source, "doc_id": s.case.doc_id, "question": s.case.question,
-        "answers": s.case.answers, "answer": s.answered.text, "exact": s.exact, "contained": s.contained,
+        "answers": s.case.answers, **s.answered.said, "exact": s.exact, "contained": s.contained,
         "f1": round(s.f1, 4), "rouge_l": round(s.rouge_l, 4), "document_tokens": s.case.document.n_tokens,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Baselines of `loracast eval qa`: adapters, the document or its passages in the prompt, and a trained reader."""
+"""Baselines of `loracast eval qa`: adapters, the document or its passages in the prompt, and the window LoRA."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Callable
 
 from loracast.base.chat import encode_with_offsets
 from loracast.documents import split_text
-from loracast.evaluation.baseline import Baseline, Request, fixed
+from loracast.evaluation.baseline import Baseline, Request
 from loracast.evaluation.distilled import N_QUESTIONS, learn_distilled, request_distilled
 from loracast.evaluation.documents import (
+    WITHOUT_PARTS,
     DocumentCase,
     DocumentSetup,
     adapter,
+    in_window_lora,
     learn,
     no_document,
-    static,
     whole,
     with_text,
 )
 from loracast.evaluation.qa_prompts import BEST, PROMPTS
 from loracast.library.bm25 import best_passages
 from loracast.library.index import write_index
-from loracast.training.episode_maker import reading_prompt
 
 TRUNCATED_TOKENS = 128
 """Tokens that are left of a document whose middle is left out."""
@@ -55,12 +55,6 @@ def _retrieved(k: int) -> Callable[[DocumentSetup, DocumentCase], Request]:
     return request
 
 
-def _ceiling(setup: DocumentSetup, case: DocumentCase) -> Request:
-    """The document in the prompt, and the LoRA that was trained to read it there."""
-    assert setup.reader is not None
-    return Request(with_text(setup, reading_prompt, case.document.full_text, case.question), fixed(setup.reader))
-
-
 BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
     "adapter": Baseline("adapter", adapter("document"), learn("document")),
     "none": Baseline("no document", no_document),
@@ -68,7 +62,7 @@ BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
     "beside": Baseline(
         "adapter beside another's", adapter("document", "other"), learn("document", "other"), is_optional=True
     ),
-    "shared": Baseline("shared part alone", static),
+    **WITHOUT_PARTS,
     "window": Baseline("in the window", whole(PROMPTS[BEST])),
     **{
         f"window_{name}": Baseline(f"window, prompt {name!r}", whole(prompt), is_optional=True)
@@ -76,7 +70,16 @@ BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
         if name != BEST
     },
     "truncated": Baseline(f"window, cut to {TRUNCATED_TOKENS} tokens", whole(PROMPTS[BEST], TRUNCATED_TOKENS)),
-    "ceiling": Baseline("window, trained reader (ceiling)", _ceiling, needs=("reader",)),
+    "window_lora": Baseline(
+        "window LoRA, the text in its window",
+        lambda setup, case: in_window_lora(setup, case.document.full_text, case.question),
+        needs=("window LoRA",),
+    ),
+    "bm25_lora": Baseline(
+        "window LoRA, BM25 passage",
+        lambda setup, case: in_window_lora(setup, "\n\n".join(passages(setup, case, 1)), case.question),
+        needs=("window LoRA",),
+    ),
     "bm25": Baseline("BM25, 1 passage", _retrieved(1)),
     "bm25_3": Baseline("BM25, 3 passages", _retrieved(3)),
     "distilled": Baseline(

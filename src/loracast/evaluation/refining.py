@@ -237,5 +237,5 @@ def _line(start: str, at: str, seed: int, a: Answered[TaskCase], is_exact: bool)
     drawn, row = a.case.drawn, a.case.row
     return {
         "start": start, "at": at, "seed": seed, "task": drawn.task.name, "description": drawn.description,
-        "input": row.input, "outputs": row.outputs, "answer": a.text, "exact": is_exact,
+        "input": row.input, "outputs": row.outputs, **a.said, "exact": is_exact,
     }  # fmt: skip

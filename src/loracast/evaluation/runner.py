@@ -6,6 +6,7 @@ Knows nothing of what a question is about: baselines turn cases into requests (b
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -50,6 +51,7 @@ class Answered(Generic[Case]):
     case: Case
     text: str
     n_prompt_tokens: int
+    answered_by: str
     found: bool | None = None
     """Whether the chunk with the answer was picked; None where nothing is picked."""
     first_token_s: float | None = None
@@ -58,6 +60,11 @@ class Answered(Generic[Case]):
     """From the question to the end of the answer; timed questions only."""
     answer_mib: float | None = None
     """The most memory above what was held before; timed questions only."""
+
+    @property
+    def said(self) -> dict[str, str]:
+        """What a line of answers.jsonl says of it."""
+        return {"answer": self.text, "answered_by": self.answered_by}
 
 
 def ask(
@@ -86,7 +93,9 @@ def ask(
             answered.append(replace(timed, answer_mib=peak.above_mib))
         rest = list(zip(asked, requests[name], strict=True))[n_timed:]
         _answer_new(setup.base, [request for _, request in rest], sampling, known)
-        answered += [Answered(name, case, r.text(known[r]), len(r.prompt), r.found) for case, r in rest]
+        answered += [
+            Answered(name, case, r.text(known[r]), len(r.prompt), r.answered_by(known[r]), r.found) for case, r in rest
+        ]
     return answered
 
 
@@ -103,12 +112,15 @@ def _ask_one(
     (lora,) = made(setup.base, [request])
     prepared_s = time.perf_counter() - started
     if request.answer is not None:
-        return Answered(name, case, request.answer, 0, request.found, prepared_s, prepared_s), _said(request.answer)
+        said = _said(request.answer)
+        by = request.answered_by(said)
+        return Answered(name, case, request.answer, 0, by, request.found, prepared_s, prepared_s), said
     said = answer(setup.base, request.prompt, lora, sampling, copying=copying(setup.base, request.likely))
     first_s, total_s = prepared_s + said.first_token_s, prepared_s + said.total_s
     if request.least_confidence:  # which is shown at its end
         first_s = total_s
-    return Answered(name, case, request.text(said), len(request.prompt), request.found, first_s, total_s), said
+    told = (request.text(said), len(request.prompt), request.answered_by(said), request.found)
+    return Answered(name, case, *told, first_s, total_s), said
 
 
 def _said(text: str) -> Answer:
@@ -162,10 +174,11 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 
 def figures(answered: Sequence[Answered[Case]]) -> dict[str, Any]:
-    """What the answers of one baseline took: means over them, of seconds over those that were timed."""
+    """What gave the answers of one baseline, as shares, and what they took: means, of seconds over those timed."""
     peaks = [a.answer_mib for a in answered if a.answer_mib is not None]
     return {
         "n": len(answered),
+        "answered_by": {by: n / len(answered) for by, n in Counter(a.answered_by for a in answered).items()},
         "prompt_tokens": mean([a.n_prompt_tokens for a in answered]),
         "n_timed": len(peaks),
         "first_token_s": mean_if_any([a.first_token_s for a in answered if a.first_token_s is not None]),

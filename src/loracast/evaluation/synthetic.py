@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from loracast.base.chat import ChatFormat
 from loracast.base.generate import Sampling
 from loracast.data.answer_metrics import has_value, is_exact
-from loracast.evaluation.baseline import Baseline, Request, check_names, check_positive
+from loracast.evaluation.baseline import Baseline, Request, check_names, check_positive, choose_baselines
 from loracast.evaluation.documents import (
+    MAX_NEW_TOKENS,
+    WITHOUT_PARTS,
     DocumentCase,
     DocumentSetup,
-    RoutedConfig,
+    WindowedConfig,
     adapter,
+    in_window_lora,
     no_document,
     strictly,
     whole,
@@ -63,13 +66,28 @@ def window_prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
     )
 
 
+def _shown(setup: DocumentSetup, case: DocumentCase, k: int | None) -> tuple[str, bool]:
+    """The texts of the k best chunks, in the document's order, and whether the one with the answer is among them."""
+    chunks = case.document.best_passages(case.question, k or setup.route)
+    return "\n\n".join(case.document.chunks[i].prompt for i in chunks), case.chunk in chunks
+
+
+def _window_lora(k: int | None) -> Callable[[DocumentSetup, DocumentCase], Request]:
+    """The k best chunks, or the whole document if None, in the window of the LoRA that was trained to answer so."""
+
+    def request(setup: DocumentSetup, case: DocumentCase) -> Request:
+        text, found = (case.document.full_text, None) if k is None else _shown(setup, case, k)
+        return replace(in_window_lora(setup, text, case.question), found=found)
+
+    return request
+
+
 def passages(k: int | None) -> Callable[[DocumentSetup, DocumentCase], Request]:
     """The texts of the k best chunks in the prompt, in the document's order; as many as a question is given if None."""
 
     def request(setup: DocumentSetup, case: DocumentCase) -> Request:
-        chunks = case.document.best_passages(case.question, k or setup.route)
-        shown = "\n\n".join(case.document.chunks[i].prompt for i in chunks)
-        return Request(with_text(setup, window_prompt, shown, case.question), found=case.chunk in chunks)
+        shown, found = _shown(setup, case, k)
+        return Request(with_text(setup, window_prompt, shown, case.question), found=found)
 
     return request
 
@@ -77,18 +95,22 @@ def passages(k: int | None) -> Callable[[DocumentSetup, DocumentCase], Request]:
 BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
     "merged": Baseline("adapter, one LoRA of all chunks (merged)", adapter("document", is_routed=False)),
     "routed": Baseline("adapter, routed {route}", adapter("document")),
-    "lora": Baseline("adapter, routed {route}, without copying", adapter("document", copies=False), is_optional=True),
     "strict": Baseline("adapter, routed {route}, strict", strictly),
     "none": Baseline("no document", no_document),
     "other": Baseline("another document's adapter", adapter("other")),
     "window": Baseline("in the window", whole(window_prompt)),
     "bm25": Baseline("BM25 passage in the window", passages(1)),
+    **{name: one for name, one in WITHOUT_PARTS.items() if name != "merged"},
+    "window_lora": Baseline(
+        "window LoRA, the text in its window", _window_lora(None), needs=("window LoRA",), is_optional=True
+    ),
+    "bm25_lora": Baseline("window LoRA, the BM25 passage", _window_lora(1), needs=("window LoRA",), is_optional=True),
     "bm25k": Baseline("BM25 {route} passages in the window", passages(None)),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class SyntheticConfig(RoutedConfig):
+class SyntheticConfig(WindowedConfig):
     """Settings that the needle and the facts experiment share."""
 
     storage: Storage = DEFAULT_STORAGE
@@ -101,7 +123,7 @@ class SyntheticConfig(RoutedConfig):
     """Stop drawing documents after this many seconds, shared among the sizes; `n` shows how far it came."""
 
     def __post_init__(self) -> None:
-        check_names(self.baselines, BASELINES)
+        choose_baselines(BASELINES, self.baselines, self.missing)
         check_positive(self, "route")
 
     def adapter(self, model: Model, text: str, title: str = "") -> InMemoryAdapter:
@@ -142,7 +164,7 @@ def evaluate_sizes(
         rows_of: the figures of one baseline at one size, besides those of `answer_row`.
         line_of: what a line of answers.jsonl says, besides what `answer_line` does.
     """
-    setup = DocumentSetup(model, config.route)
+    setup = config.setup(model, MAX_NEW_TOKENS)
     deadline, rows = Deadline(config.budget_s), list[dict[str, Any]]()
     total, n_before, is_complete = sum(one.n for one in series), 0, True
     warm_up(setup.base)
@@ -202,7 +224,7 @@ def answer_line(a: Answered[DocumentCase]) -> dict[str, Any]:
     """One line of answers.jsonl."""
     return {
         "baseline": a.baseline, "depth": a.case.depth, "question": a.case.question, "value": a.case.answers[0],
-        "answer": a.text, "exact": answers_exactly(a), "picked": a.found,
+        **a.said, "exact": answers_exactly(a), "picked": a.found,
     }  # fmt: skip
 
 

@@ -299,6 +299,6 @@ def _line(scored: Scored, seed: int) -> dict[str, Any]:
     a, drawn = scored.answered, scored.answered.case.drawn
     return {
         "baseline": a.baseline, "seed": seed, "task": drawn.task.name, "description": drawn.description,
-        "input": a.case.row.input, "outputs": a.case.row.outputs, "answer": a.text, "exact": scored.is_exact,
+        "input": a.case.row.input, "outputs": a.case.row.outputs, **a.said, "exact": scored.is_exact,
         "chosen": scored.choice,
     }  # fmt: skip

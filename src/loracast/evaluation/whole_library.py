@@ -315,7 +315,7 @@ def _line(library: TemporaryLibrary, one: Answered[LibraryCase]) -> dict[str, An
     own = one.case.named[0][0].document.sha256
     return {
         "baseline": one.baseline, "doc_id": library.drawn[about.place].doc_id, "question": about.asked.question,
-        "answers": about.asked.answers, "answer": one.text, "contained": contained, "f1": round(f1, 4),
+        "answers": about.asked.answers, **one.said, "contained": contained, "f1": round(f1, 4),
         "names_something": about.names_something, "rank": about.rank, "is_picked": own in titles,
         "weights": [list(route.weights) for _, route in one.case.picked],
     }  # fmt: skip

@@ -189,10 +189,6 @@ class DocToLoRA(Hypernetwork):
         parts = {kind: self.static_of(kind) for kind in self.config.target.kinds}
         return {kind: (part.a, part.b) for kind, part in parts.items() if part is not None}
 
-    def yes_rows(self) -> Rows:
-        memory = self.memory
-        return {} if memory is None or not memory.has_verdicts else {self.memory_kinds[0]: memory.yes_rows()}
-
     @property
     def memory_kinds(self) -> tuple[str, ...]:
         return tuple({kind for _, _, kind, *_ in self.config.memory_modules})

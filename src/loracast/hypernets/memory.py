@@ -354,15 +354,6 @@ class AssociativeMemory(nn.Module):
         writes = replace(writes, tokens=chosen, weights=weights / weights.sum())
         return a, b, writes
 
-    def yes_rows(self) -> tuple[Tensor, Tensor]:
-        """A [modules, 1, in] and B [modules, 1, out] of a row that answers Yes, or negated No, to any question.
-
-        It is a verdict whose key is that of an answer's first token alone.
-        """
-        key = functional.normalize(self.place_keys[:, :1], dim=-1)
-        key = key / (self.key_std[:, None] * key.shape[-1] ** 0.5)
-        return self.scales * key, self.verdict_value.expand(len(key), 1, -1)
-
     @property
     def scales(self) -> Tensor:
         """The factor of each module's delta [modules, 1, 1]."""

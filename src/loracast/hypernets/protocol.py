@@ -162,10 +162,6 @@ class Hypernetwork(nn.Module):
         """Rows of the static LoRA by module kind: A [modules, r, in], B rows [modules, r, out]; empty without one."""
         return {}
 
-    def yes_rows(self) -> Rows:
-        """A row by module kind that turns an answer from No to Yes: A [modules, 1, in], B [modules, 1, out]."""
-        return {}
-
     @property
     def memory_kinds(self) -> tuple[str, ...]:
         """The kinds whose rows belong to tokens, as `Cast.tokens` says; empty without a memory."""

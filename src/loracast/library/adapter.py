@@ -28,7 +28,7 @@ from loracast.library.layout import SENTENCE, STATIC, YES, layout, static_shapes
 from loracast.library.manifest import VERSION_DIGITS, Manifest
 from loracast.library.memory import route_memory
 from loracast.library.relevance import THRESHOLD
-from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, route_question, said_together
+from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, route_question
 from loracast.lora.merge import row_lengths
 from loracast.lora.quantize import SCALE, storage_of, unpack
 from loracast.lora.tensor_file import OpenTensors, number_faults, read_header
@@ -100,7 +100,6 @@ class Adapter:
         chunks: Sequence[int] | Mapping[int, float] | None = None,
         sentences: SentenceWeights | None = None,
         *,
-        says_yes: bool | None = None,
         static: bool = True,
         dense: bool = True,
     ) -> LoRA:
@@ -110,7 +109,6 @@ class Adapter:
             chunks: their numbers; or the weight of each chunk's LoRA, by its number.
             sentences: by chunk, the weights of its sentences, which a memory's rows get in place of the chunk's; rows
                 of weight 0 are left out.
-            says_yes: have it answer Yes or No, as far as the hypernetwork has a row for that.
             static: with the static LoRA, whose weight is always 1; False where another adapter of the same hypernetwork
                 brings it along (`loras_together`).
             dense: keep the product B A, in bf16, of a module whose factors would be larger than it; False keeps all
@@ -128,14 +126,12 @@ class Adapter:
         which = (self.manifest.version, wanted, static)
 
         def join(rows: ChunkRows, common: Mapping[str, Tensor]) -> LoRA:
-            if says_yes is not None and not static:
-                common = {name: value for name, value in self._static_rows.items() if YES in name}
             target, merging = self.manifest.target, self.manifest.merging
             ready = self.static_lora.factors if static and self.manifest.storage != "text" else {}
-            return join_chunks(target, rows, common, merging, weights, of_chunks, says_yes, dense, ready)
+            return join_chunks(target, rows, common, merging, weights, of_chunks, dense, ready)
 
         # Weights differ with every question: what they multiply is kept, and the LoRA itself only where there are none.
-        if weights is None and sentences is None and says_yes is None and dense:
+        if weights is None and sentences is None and dense:
             return self.kept.get(("LoRA", *which), lambda: join(together := self.rows(wanted, static=static), together))
         if len(wanted) > _FEW or self.manifest.storage == "text":
             together = self.kept.get(which, lambda: self.rows(wanted, static=static))
@@ -170,18 +166,13 @@ class Adapter:
         return self.kept.get((self.manifest.version, "static LoRA"), make)
 
     @property
-    def can_say_yes(self) -> bool:
-        """Whether a question for yes or no can be answered by a sentence's words: adapters of before cannot."""
-        return any(YES in name for name in self._static_rows)
-
-    @property
     def _static_rows(self) -> dict[str, Tensor]:
         """The factors of the static LoRA, named and shaped as in the file."""
 
         def read() -> dict[str, Tensor]:
             if self.manifest.storage == "text":
                 return {name: value for name, value in self.rows([0]).items() if STATIC in name}
-            names = [name for name in self._file.header if STATIC in name and not name.endswith(SCALE)]
+            names = [n for n in self._file.header if STATIC in n and YES not in n and not n.endswith(SCALE)]
             storage = static_storage_of(self.manifest)
             suffixes = ("",) if storage == "bf16" else ("", SCALE)
             parts = {name: {suffix: self._file.tensor(name + suffix) for suffix in suffixes} for name in names}
@@ -296,12 +287,9 @@ def loras_together(picked: Sequence[tuple[Adapter, Route]]) -> list[LoRA]:
     """The LoRAs of adapters to be added up, each of what was picked, if anything; a static LoRA comes in once."""
     picked = [(adapter, route) for adapter, route in picked if not route.is_empty]
     brings_static = [True] if len(picked) == 1 else first_with_static([adapter for adapter, _ in picked])
-    # Only an adapter whose route says either is looked at: of one kept as text the look casts a chunk.
-    can_say = [route.says_yes is not None and adapter.can_say_yes for adapter, route in picked]
-    says_yes = said_together([route for _, route in picked], can_say)
     return [
-        adapter.lora(route.picked, route.sentence_weights, static=is_first, says_yes=said)
-        for (adapter, route), is_first, said in zip(picked, brings_static, says_yes, strict=True)
+        adapter.lora(route.picked, route.sentence_weights, static=is_first)
+        for (adapter, route), is_first in zip(picked, brings_static, strict=True)
     ]
 
 
@@ -323,7 +311,7 @@ def _shared(static: LoRA) -> LoRA:
 def routing_key(picked: Sequence[tuple[Adapter, Route]]) -> str | None:
     """Names the LoRA of `loras_together`: versions, chunks and all weights. None where nothing was picked."""
     parts = [
-        (adapter.manifest.version, route.chunks, route.weights, route.sentences, route.says_yes)
+        (adapter.manifest.version, route.chunks, route.weights, route.sentences)
         for adapter, route in picked
         if not route.is_empty
     ]

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from loracast.documents.sentences import sentence_spans
 from loracast.errors import LEARN_AGAIN, AdapterError
 from loracast.field_types import type_faults
 
@@ -75,17 +74,17 @@ def write_index(index: Index, chunks: Sequence[Chunk]) -> None:
             row = (i, chunk.heading, chunk.text)
             database.execute("INSERT INTO chunks (rowid, heading, text) VALUES (?, ?, ?)", row)
             database.execute("INSERT INTO places VALUES (?, ?, ?, ?)", (i, chunk.start, chunk.end, chunk.n_tokens))
-    _write_sentences(index, [chunk.prompt for chunk in chunks])
+    _write_sentences(index, chunks)
 
 
-def _write_sentences(index: Index, prompts: Sequence[str]) -> None:
-    """Store the places of the sentences in the chunks' prompts, numbered through, with a full-text index over them.
+def _write_sentences(index: Index, chunks: Sequence[Chunk]) -> None:
+    """Store the places of the units in the chunks' prompts, numbered through, with a full-text index over them.
 
     A sentence that follows a question is found by the words of both, since it may be the answer ("Price? 20 euros.").
     The index keeps no second copy of the text.
     """
-    places = sentences_of(prompts)
-    texts = [prompts[chunk][start:end] for chunk, start, end in places]
+    places = [SentencePlace(i, *span) for i, chunk in enumerate(chunks) for span in chunk.units]
+    texts = [chunks[i].prompt[start:end] for i, start, end in places]
     with changing_index(index) as database:
         database.execute(f"CREATE VIRTUAL TABLE sentences USING fts5(text, content = '', {_STEMMED})")
         database.execute(
@@ -97,11 +96,6 @@ def _write_sentences(index: Index, prompts: Sequence[str]) -> None:
             found_by = f"{texts[i - 1]} {texts[i]}" if is_answer else texts[i]
             database.execute("INSERT INTO sentences (rowid, text) VALUES (?, ?)", (i, found_by))
             database.execute("INSERT INTO sentence_places VALUES (?, ?, ?, ?)", (i, chunk, start, end))
-
-
-def sentences_of(prompts: Sequence[str]) -> list[SentencePlace]:
-    """The sentences of chunks in order; the number of a sentence is its place in this list."""
-    return [SentencePlace(i, *span) for i, prompt in enumerate(prompts) for span in sentence_spans(prompt)]
 
 
 def read_sentences(index: Index, chunks: Sequence[int] | None = None) -> list[SentencePlace]:

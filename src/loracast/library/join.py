@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from loracast.library.layout import SENTENCE, STATIC, YES
+from loracast.library.layout import SENTENCE, STATIC
 from loracast.lora.merge import Merging, row_lengths, row_weights
 from loracast.lora.target import Target
 
@@ -28,7 +28,6 @@ def join_chunks(
     merging: Merging,
     weights: Sequence[float] | None = None,
     sentences: Sequence[Sequence[float]] | None = None,
-    says_yes: bool | None = None,
     dense: bool = True,
     ready: Mapping[str, Factors] = MappingProxyType({}),
 ) -> LoRA:
@@ -37,7 +36,7 @@ def join_chunks(
     Args:
         common: what chunks have in common, named as in the file: "down_proj.shared.a" [layers, r, in].
         weights: what the LoRA of each chunk is multiplied with; 1 if None.
-        sentences, says_yes, dense: as in `Adapter.lora`; the sentences chunk by chunk.
+        sentences, dense: as in `Adapter.lora`; the sentences chunk by chunk.
         ready: the static factors by module, as they were made before, for the modules that chunks have none in.
     """
     import torch
@@ -50,7 +49,7 @@ def join_chunks(
     for kind in target.kinds:
         static = [common[name] for side in "ab" if (name := f"{kind}{STATIC}{side}") in common]  # each [layers, r, d]
         a, b = ([*rows[f"{kind}.{side}"]] for side in "ab")  # of each chunk [layers or 1, r, d]
-        if ready and not a[0].shape[1] and f"{kind}{YES}a" not in common:
+        if ready and not a[0].shape[1]:
             found = [module.name for module in target.of_kind(kind) if module.name in ready]
             joined |= {name: ready[name] for name in found}
             alone.update(found)
@@ -62,12 +61,9 @@ def join_chunks(
         elif weights is not None:
             b = [side * weight for side, weight in zip(b, weights, strict=True)]
         sides: Sequence[Tensor] = merging.join(kind, a, b, of_rows)  # each [layers or 1, m, d]
-        if yes := [common[name] for side in "ab" if says_yes is not None and (name := f"{kind}{YES}{side}") in common]:
-            more = (yes[0], yes[1] if says_yes else -yes[1])  # each [layers, 1, d]
-            static = [torch.cat(pair, dim=1) for pair in zip(static, more, strict=True)] if static else [*more]
         if static and not sides[0].shape[1]:
             sides = static
-            alone |= {module.name for module in target.of_kind(kind) if not yes}
+            alone |= {module.name for module in target.of_kind(kind)}
         elif static:
             of_all = zip(sides, static, strict=True)
             sides = [torch.cat([side.expand(len(more), -1, -1), more], dim=1) for side, more in of_all]

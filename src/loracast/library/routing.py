@@ -11,22 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loracast.errors import AdapterError
-from loracast.library.bm25 import sentence_scores
-from loracast.library.counting import asks_for_a_number
 from loracast.library.index import Index, open_index, read_sentences
 from loracast.library.likely import Likely, likely_answers
 from loracast.library.matching import Matches, matches
 from loracast.library.relevance import about
-from loracast.library.row_answers import row_answer
-from loracast.library.terms import last_line
-from loracast.library.verdict import verdict
-from loracast.library.yes_or_no import asks_yes_or_no, claims_in, without_numbers
 
 DEFAULT_ROUTE = 2
 """Chunks that a question is given by default (measured: docs/notebook)."""
 
 _LEAST_SENTENCE_WEIGHT = 0.05
-_SURE = 0.5  # how probable it must be that the document speaks of it, for Yes or No by a sentence's words alone
 _NEGLIGIBLE = 0.02  # rows of a smaller weight are left out
 SHARPNESS = 8
 """A chunk picked from many weighs (score / best score) to this power."""
@@ -50,12 +43,8 @@ class Route:
     reason: str = "all chunks"
     about: float | None = None
     """The probability that the document speaks of what is asked; None where nobody looked."""
-    says_yes: bool | None = None
-    """Whether the document says yes to the question (verdict.py); None where no sentence of it says yes or no."""
-    answer: str | None = None
-    """The answer where a list or table of the document gives it (row_answers.py), without the model."""
     likely: tuple[Likely, ...] = ()
-    """What the answer may begin with; nothing where it is no text of the document: yes or no, or how many."""
+    """What the answer may begin with, if it is a text of the document."""
     nowhere: float | None = None
     """The probability that the answer stands nowhere in the document, by its words; None where nobody looked."""
 
@@ -79,33 +68,6 @@ class Route:
         )
 
 
-def said_together(routes: Sequence[Route], can_say: Sequence[bool] | None = None) -> list[bool | None]:
-    """What one LoRA of several routes says, yes or no, for the first that says either: yes if any does.
-
-    Each document would otherwise add an answer of its own, and most say nothing of another one's subject.
-
-    Args:
-        can_say: whether the adapter of each route has what makes an answer Yes or No; all have if None.
-    """
-    said = [route.says_yes for route in routes]
-    able = [True] * len(routes) if can_say is None else can_say
-    first = next((i for i, one in enumerate(said) if one is not None and able[i]), None)
-    return [any(said) if i == first else None for i in range(len(routes))]
-
-
-def answer_in_words(routes: Sequence[Route]) -> str | None:
-    """The answer that the words of documents give by themselves, without the model; None where they give none.
-
-    Rows of a list or table answer where a question gets something of one document only; "Yes" where any document says
-    so, else "No" where any does.
-    """
-    routes = [route for route in routes if not route.is_empty]
-    if len(routes) == 1 and routes[0].answer is not None:
-        return routes[0].answer
-    said = {route.says_yes for route in routes}
-    return "Yes" if True in said else "No" if False in said else None
-
-
 def sentence_weights(index: Index, question: str) -> list[float] | None:
     """The weight of each sentence of a document for a question, 1 for the best; None where none matches."""
     with open_index(index) as database:
@@ -125,13 +87,9 @@ def route_question(
     """
     if threshold <= 0:
         return pick(index, n_chunks, question, k)
-    # A number that a question wrongly claims stands nowhere in a document that says otherwise.
-    asked = without_numbers(question) if asks_yes_or_no(question) else question
-    probability = about(index, asked, name)
+    probability = about(index, question, name)
     if probability >= threshold:
-        route = replace(pick(index, n_chunks, question, k), about=probability)
-        is_sure = probability >= _SURE or bool(claims_in(question))
-        return route if is_sure else replace(route, says_yes=None)
+        return replace(pick(index, n_chunks, question, k), about=probability)
     reason = f"the question is not about the document (probability {probability:.2f})"
     return Route((), reason=reason, about=probability)
 
@@ -154,9 +112,7 @@ def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | No
             new = of_sentences[chunk] if of_sentences else [weight] * counts[chunk]
             sentences[chunk] = list(map(max, new, sentences.get(chunk, new)))
     of_chunks = tuple(tuple(sentences[chunk]) for chunk in chunks) if counts else None
-    says_yes = _says_yes(index, questions[0]) if len(questions) == 1 else None
-    reason = f"what {len(questions)} questions get"
-    return Route(tuple(chunks), (), tuple(chunks.values()), of_chunks, reason, says_yes=says_yes)
+    return Route(tuple(chunks), (), tuple(chunks.values()), of_chunks, f"what {len(questions)} questions get")
 
 
 def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROUTE) -> Route:
@@ -168,21 +124,10 @@ def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROU
     for k < 1.
     """
     picked, found = _picked(index, n_chunks, question, k)
-    is_copied = found is not None and not (asks_yes_or_no(question) or asks_for_a_number(last_line(question)))
-    with open_index(index) as database:
-        answer = row_answer(database, question, n_chunks)
+    if found is None:
+        return picked
     chunks = range(n_chunks) if picked.chunks is None else picked.chunks
-    likely = likely_answers(found.places, chunks) if found and is_copied else ()
-    nowhere = None if found is None else found.nowhere
-    return replace(picked, says_yes=_says_yes(index, question), answer=answer, likely=likely, nowhere=nowhere)
-
-
-def _says_yes(index: Index, question: str) -> bool | None:
-    """Whether the document says yes to the question; None where it does not ask for that, or nothing tells."""
-    if not asks_yes_or_no(question):
-        return None
-    with open_index(index) as database:
-        return verdict(database, question, sentence_scores(database, without_numbers(question)) or [])
+    return replace(picked, likely=likely_answers(found.places, chunks), nowhere=found.nowhere)
 
 
 def _picked(index: Index, n_chunks: int, question: str, k: int | None) -> tuple[Route, Matches | None]:

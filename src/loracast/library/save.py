@@ -15,7 +15,7 @@ from loracast.base.load import Base
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
 from loracast.library.adapter import Adapter
-from loracast.library.layout import STATIC, YES
+from loracast.library.layout import STATIC
 from loracast.library.manifest import AdapterKind, Manifest, utc_now
 from loracast.library.writer import AdapterWriter, ChunkRows
 from loracast.lora.algebra import LoRA, Rows, compress
@@ -61,13 +61,10 @@ def save_rows(
         return writer.finish(replace=replace, learn_s=seconds())
 
 
-def static_tensors(static: Rows, yes: Rows | None = None) -> dict[str, Tensor]:
-    """Rows of a static LoRA, and those that answer Yes, as tensors named as in an adapter's file."""
+def static_tensors(static: Rows) -> dict[str, Tensor]:
+    """Rows of a static LoRA as tensors named as in an adapter's file."""
     return {
-        f"{kind}{part}{side}": rows
-        for part, of_kinds in ((STATIC, static), (YES, yes or {}))
-        for kind, pair in of_kinds.items()
-        for side, rows in zip("ab", pair, strict=True)
+        f"{kind}{STATIC}{side}": rows for kind, pair in static.items() for side, rows in zip("ab", pair, strict=True)
     }
 
 

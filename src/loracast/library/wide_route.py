@@ -198,8 +198,6 @@ def scaled(picked: Iterable[tuple[Adapter, Route]], scales: Mapping[str, float])
             route = _weighed(route, adapter.manifest.n_chunks, scale)
             likely = tuple(Likely(text, p * min(scale, 1.0)) for text, p in route.likely) if scale > 0 else ()
             route = replace(route, likely=likely)
-            if scale < 0:
-                route = replace(route, answer=None, says_yes=None)
         found.append((adapter, route))
     return found
 

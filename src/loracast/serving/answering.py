@@ -20,7 +20,7 @@ from loracast.data.everyday import NOT_SAID
 from loracast.library.adapter import Adapter, routing_key
 from loracast.library.index import read_chunks
 from loracast.library.wide_route import Source
-from loracast.options import Prepared
+from loracast.options import AnsweredBy, Prepared
 from loracast.question_answering import ASK_SYSTEM_TURN, not_said
 from loracast.serving.asked import Asked
 from loracast.serving.errors import ApiError
@@ -289,6 +289,15 @@ class Call:
         return [source for prepared in self._said for source in prepared.sources]
 
     @property
+    def answered_by(self) -> list[AnsweredBy]:
+        """What gave each answer."""
+        n = self.asked.n
+        return [
+            "refusal" if answer.is_refused else self.prepared[i // n].answered_by
+            for i, answer in enumerate(self.answers)
+        ]
+
+    @property
     def _said(self) -> list[Prepared]:
         """The prompts with an answer that was not refused."""
         n = self.asked.n
@@ -314,8 +323,8 @@ class Call:
     def account(self) -> dict[str, Any]:
         """What an answer says of its adapters, sources and times: the field `loracast`.
 
-        An adapter with `is_used` false gave nothing, since the question is not about its document; where none is used,
-        the plain base answered.
+        `answered_by` has an entry for each answer. An adapter with `is_used` false gave nothing, since the question is
+        not about its document; where none is used, the plain base answered.
         """
         used = [
             {
@@ -334,6 +343,7 @@ class Call:
         ]
         firsts = [answer.ticket.first_token_s for answer in self.answers if answer.ticket.first_token_s is not None]
         account: dict[str, Any] = {
+            "answered_by": self.answered_by,
             "adapters": used,
             "sources": [asdict(source) for source in self.sources],
             "lora_bytes": max((answer.ticket.n_lora_bytes for answer in self.answers), default=0),

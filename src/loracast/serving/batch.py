@@ -42,10 +42,10 @@ class _Row:
         self.text = AnswerText(base.tokenizer, request.stop, request.strips)
         self.ends = base.end_ids
 
-    def bonus(self, n_vocabulary: int) -> Tensor | None:
-        """What is added to the logits of the next token for what the answer may copy."""
+    def bonus(self, logits: Tensor) -> Tensor | None:
+        """What is added to the logits of the next token [vocabulary] for what the answer may copy."""
         copying, n_prompt = self.ticket.request.copying, self.ticket.n_prompt_tokens
-        return None if copying is None else copying.bonus(self.ids[n_prompt:], n_vocabulary)
+        return None if copying is None else copying.bonus(self.ids[n_prompt:], logits)
 
     def take(self, chosen: int, logits: Tensor) -> bool:
         """Hand over the next token; whether the answer is complete."""
@@ -208,7 +208,7 @@ class Batch:
             try:
                 if not is_finite[i]:
                     raise AdapterError("the base's logits are not finite with this LoRA: lower its strength")
-                bonus = row.bonus(logits.shape[-1])
+                bonus = row.bonus(logits[i])
                 of_row = logits[i] if bonus is None else logits[i] + bonus.to(logits)
                 is_known = bonus is None and row.sampler.takes_likeliest
                 chosen = likeliest[i] if is_known else row.sampler.choose(logits[i], row.ids, bonus)

@@ -9,9 +9,10 @@ import { guarded, hideProblem } from "./problem.js";
 import { state } from "./state.js";
 
 const MOST_TOKENS = 128;
+const ADAPTER = "The text is in the weights, and kept beside them: both answer.";
 
 const columns = {
-  adapter: new Column("adapter", "Adapter", "The text is in the weights."),
+  adapter: new Column("adapter", "Adapter", ADAPTER),
   base: new Column("base", "Plain base", "It never saw the text."),
   window: new Column("window", "Document in the window", "The text stands before the question."),
 };
@@ -22,7 +23,7 @@ function nameColumns() {
   const names = [...state.chosen];
   const isTask = names.length > 0 && !state.chosenDocuments.length;
   columns.adapter.title.textContent = state.isAll ? "All documents" : names.join(" + ") || "Adapter";
-  columns.adapter.explanation.textContent = names.length ? "The text is in the weights." : "Choose or learn something.";
+  columns.adapter.explanation.textContent = names.length ? ADAPTER : "Choose or learn something.";
   columns.window.title.textContent = isTask ? "Description in the prompt" : "Document in the window";
   columns.window.explanation.textContent = state.isAll
     ? "Choose documents by name to compare."

@@ -1,0 +1,165 @@
+"""Ask the frozen test: documents and questions that no developer may read, one look a release.
+
+    python benchmarks/frozen.py manuals_dev --out OUT                    # for choosing: as often as you like
+    python benchmarks/frozen.py everyday real --out OUT                  # a look: a line in frozen/looks.md
+
+benchmarks/frozen/README.md says what is asked and how it was written. A file whose hash is not the one there, and a
+second look in one release, are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import loracast
+from loracast.base.generate import Sampling
+from loracast.data.answer_metrics import best, has_value, token_f1
+from loracast.documents import read_document
+from loracast.evaluation.baseline import Baseline, choose_baselines
+from loracast.evaluation.documents import DocumentCase, WindowedConfig, strictly
+from loracast.evaluation.everyday import says_not_said
+from loracast.evaluation.in_memory import InMemoryAdapter
+from loracast.evaluation.intervals import mean, mean_with_interval
+from loracast.evaluation.qa_baselines import BASELINES as QA_BASELINES
+from loracast.evaluation.report import ReportWriter, columns
+from loracast.evaluation.runner import Answered, ask, figures, grouped, warm_up
+
+FOLDER = Path(__file__).resolve().parent / "frozen"
+LOOKS, README = FOLDER / "looks.md", FOLDER / "README.md"
+SETS = ("everyday", "real", "manuals_dev", "manuals_test", "tables", "near_misses")
+FOR_CHOOSING = {"manuals_dev"}
+_MAX_NEW_TOKENS, _PER_GROUP = 32, 10
+
+BASELINES = {
+    **QA_BASELINES,
+    "strict": Baseline("adapter, strict", strictly, QA_BASELINES["adapter"].learn, is_optional=True),
+}
+DEFAULT = ("adapter", "strict", "lora", "place", "merged", "none", "window", "bm25")
+
+COLUMNS = columns(
+    set="set", label="method", documents=("documents", 0), n=("questions", 0), right=("right %", "%"),
+    right_low=("95 %", "interval"), f1=("F1 %", "%"), refused=("answerable refused %", "%"),
+    not_said=("unanswerable refused %", "%"), prompt_tokens=("prompt tokens", 0),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenConfig(WindowedConfig):
+    """What is asked."""
+
+    sets: tuple[str, ...]
+    baselines: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FrozenCase(DocumentCase):
+    """A question of the frozen test; without answers where the document does not say it."""
+
+    kind: str
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """The documents of a set. Raises SystemExit where the file is not the one of README.md."""
+    data = (FOLDER / f"{name}.jsonl").read_bytes()
+    if hashlib.sha256(data).hexdigest() not in README.read_text(encoding="utf-8"):
+        raise SystemExit(f"{name}.jsonl is not the frozen one: its hash is not in {README}")
+    return [json.loads(line) for line in data.decode().splitlines()]
+
+
+def note_look(names: list[str], baselines: tuple[str, ...]) -> None:
+    """Write a line for each set that is looked at. Raises SystemExit where this release has looked at one already."""
+    seen = LOOKS.read_text(encoding="utf-8")
+    asked = [name for name in names if name not in FOR_CHOOSING]
+    if again := [name for name in asked if f"| {loracast.__version__} | {name} |" in seen]:
+        raise SystemExit(
+            f"release {loracast.__version__} has looked at {', '.join(again)} already: the next look is the next "
+            "release's; choose on manuals_dev, or on what is generated"
+        )
+    day = datetime.now(UTC).date().isoformat()
+    lines = [f"| {day} | {loracast.__version__} | {name} | {', '.join(baselines)} |\n" for name in asked]
+    LOOKS.write_text(seen + "".join(lines), encoding="utf-8")
+
+
+def cases_of(model: loracast.Model, rows: list[dict[str, Any]]) -> Iterator[list[FrozenCase]]:
+    """The questions of each document, which is read from a file's bytes as a user's is."""
+    files = [(io.BytesIO(row["document"].encode()), f"{row['doc_id']}.{row['format']}") for row in rows]
+    adapters = [InMemoryAdapter(model, read_document(data, file_name=name)) for data, name in files]
+    for i, row in enumerate(rows):
+        other = adapters[(i + 1) % len(adapters)]
+        yield [
+            FrozenCase(adapters[i], other, q["question"], tuple(q["answers"]), doc_id=row["doc_id"], kind=q["kind"])
+            for q in row["questions"]
+        ]
+
+
+def row(name: str, answered: list[Answered[FrozenCase]]) -> dict[str, Any]:
+    """The figures of one baseline on one set: right are answers that contain a right one, and fitting refusals."""
+    said = [a for a in answered if a.case.answers]
+    unsaid = [a for a in answered if not a.case.answers]
+    of_documents = grouped(answered, lambda a: a.case.doc_id).values()
+    right, low, high = mean_with_interval([[_right(a) for a in some] for some in of_documents])
+    return {
+        "set": name, "baseline": answered[0].baseline, "label": BASELINES[answered[0].baseline].label,
+        "documents": len(of_documents), **figures(answered), "right": right, "right_low": low, "right_high": high,
+        "right_said": mean([_right(a) for a in said]),
+        "f1": mean([best(token_f1, a.text, a.case.answers) for a in said]),
+        "refused": mean([float(says_not_said(a.text)) for a in said]),
+        "not_said": mean([float(says_not_said(a.text)) for a in unsaid]), "n_unsaid": len(unsaid),
+    }  # fmt: skip
+
+
+def _right(a: Answered[FrozenCase]) -> float:
+    if not a.case.answers:
+        return float(says_not_said(a.text))
+    return best(has_value, re.sub(r"\s+", " ", a.text), a.case.answers)
+
+
+def main() -> None:
+    """Ask the sets and write tables and answers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="+", choices=SETS)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the tables and answers")
+    parser.add_argument("--baselines", default="", help="comma-separated; those of README.md by default")
+    parser.add_argument("--window-lora", default="", help="LoRA of `loracast train window`")
+    given = parser.parse_args()
+    names = given.baselines.split(",") if given.baselines else DEFAULT
+    if given.window_lora and not given.baselines:
+        names = (*names, "window_lora", "bm25_lora")
+    config = FrozenConfig(sets=tuple(given.sets), baselines=tuple(names), window_lora=given.window_lora)
+    baselines = choose_baselines(BASELINES, config.baselines, config.missing)
+    documents = {name: rows_of(name) for name in config.sets}
+    model = loracast.load()
+    setup = config.setup(model, _MAX_NEW_TOKENS)
+    note_look(list(config.sets), config.baselines)
+    writer = ReportWriter(given.out, "frozen", COLUMNS, config, model.base, model.documents.id)
+    warm_up(model.base)
+    table: list[dict[str, Any]] = []
+    for name, rows in documents.items():
+        answered: list[Answered[FrozenCase]] = []
+        of_documents = list(cases_of(model, rows))
+        for first in range(0, len(of_documents), _PER_GROUP):
+            some = [case for cases in of_documents[first : first + _PER_GROUP] for case in cases]
+            answered += ask(setup, baselines, dict.fromkeys(baselines, some), Sampling(max_new_tokens=_MAX_NEW_TOKENS))
+            print(f"{name}: {min(len(rows), first + _PER_GROUP)} of {len(rows)} documents", flush=True)
+        for mine in grouped(answered, lambda a: a.baseline).values():
+            table.append(row(name, mine))
+        writer.add_answers(
+            {"set": name, "baseline": a.baseline, "doc_id": a.case.doc_id, "kind": a.case.kind,
+             "question": a.case.question, "answers": a.case.answers, **a.said, "right": _right(a)}
+            for a in answered
+        )  # fmt: skip
+        writer.write(table, is_complete=name == config.sets[-1])
+    print(writer.write(table).markdown())
+
+
+if __name__ == "__main__":
+    main()
