@@ -1,19 +1,19 @@
 """Measure what ships, and write docs/results.md and the table of README.md from the figures.
 
     python benchmarks/results.py list                             what is measured, what is missing, how long it takes
-    python benchmarks/results.py run --data DATA [--runs RUNS]    measure what is missing or was made with other weights
+    python benchmarks/results.py run --data DATA [--runs RUNS]    measure what is missing or stale
     python benchmarks/results.py page                             write the page and the table anew
 
-benchmarks/results.toml says what is measured: each measurement is a `loracast eval` command, run as it stands there.
-Its figures are kept in docs/results/ID.json with date, machine, version and the id of the hypernetwork. Figures of
-other weights, or of another command, are not shown but measured again. DATA is the folder of the data sets, RUNS that
-of LoRAs that baselines need (docs/results.md says where both come from).
+benchmarks/results.toml says what is measured: each measurement is a `loracast eval` command, or a script of here,
+run as it stands there. Its figures are kept in docs/results/ID.json with date, machine, version and the fingerprint of
+what the code did then (fingerprint.py). Figures of another fingerprint, or of another command, are not shown but
+measured again. DATA is the folder of the data sets, RUNS that of LoRAs that baselines need (docs/results.md says where
+both come from).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import shlex
@@ -25,11 +25,11 @@ import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import fingerprint
 import picture
 
 ROOT = Path(__file__).parents[1]
@@ -42,9 +42,7 @@ README = ROOT / "README.md"
 TASKS_PICTURE = ROOT / "docs" / "images" / "tasks.png"
 BEGIN, END = "<!-- results: written by benchmarks/results.py -->", "<!-- end of results -->"
 MISSING = "not measured yet"
-UNMEASURED = "not measured with these weights yet"
-SHIPPED = {"document": "doc-smollm2-135m", "task": "text-smollm2-135m", "image": "image-smollm2-135m"}
-"""By what a measurement depends on, the shipped hypernetwork; `gate` is relevance.toml, `none` is the base alone."""
+UNMEASURED = "not measured with this code and these weights yet"
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Measurement:
     command: str
     """As a user types it, with DATA and RUNS for folders, without --out."""
     depends: str
-    """The hypernetwork whose weights decide the figures: a key of SHIPPED, `gate` or `none`."""
+    """What decides the figures: the hypernetwork of a `document`, `task` or `image`, the `gate`, or none."""
     minutes: float
     """About how long it takes on one core."""
     label: str = "{label}"
@@ -100,7 +98,9 @@ class Section:
     """Header of the first column."""
     columns: Sequence[str]
     """Names of the further columns."""
-    measurements: tuple[Measurement, ...]
+    measurements: tuple[Measurement, ...] = ()
+    cells: Sequence[Mapping[str, Any]] = ()
+    """In place of measurements, rows of a table that says again what others say: what each says, and its cells."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def read_plan(path: Path = PLAN) -> Plan:
     """Read what is to be measured."""
     content = tomllib.loads(path.read_text(encoding="utf-8"))
     sections = tuple(
-        Section(**{**one, "measurements": tuple(Measurement(**each) for each in one["measurements"])})
+        Section(**{**one, "measurements": tuple(Measurement(**each) for each in one.get("measurements", ()))})
         for one in content.pop("sections")
     )
     columns = {name: Column(**{"key": name, **one}) for name, one in content.pop("columns").items()}
@@ -132,32 +132,13 @@ def read_plan(path: Path = PLAN) -> Plan:
     return plan
 
 
-@cache
-def weights_ids(depends: str) -> tuple[str | None, ...]:
-    """The id of the weights that ship now and those that earlier releases gave them; None for the base alone."""
-    if depends == "none":
-        return (None,)
-    package = ROOT / "src" / "loracast"
-    if depends == "gate":
-        return (hashlib.sha256((package / "data" / "content" / "relevance.toml").read_bytes()).hexdigest()[:16],)
-    from loracast.hypernets.store import from_pretrained
-
-    shipped = from_pretrained(package / "pretrained" / SHIPPED[depends])
-    return (shipped.id, *shipped.former_ids)
-
-
-def weights_id(depends: str) -> str | None:
-    """The id of the weights that ship now, or None for a measurement of the base alone."""
-    return weights_ids(depends)[0]
-
-
 def figures_of(one: Measurement, folder: Path = FIGURES) -> dict[str, Any] | None:
-    """The kept figures of a measurement, None where there are none of these weights and this command."""
+    """The kept figures of a measurement, None where there are none of today's behaviour and this command."""
     path = folder / f"{one.id}.json"
     if not path.exists():
         return None
     kept = json.loads(path.read_text(encoding="utf-8"))
-    is_current = kept["hypernetwork"] in weights_ids(one.depends) and kept["command"] == one.command
+    is_current = kept["fingerprint"] == fingerprint.kept()[one.depends] and kept["command"] == one.command
     return kept if is_current else None
 
 
@@ -167,8 +148,9 @@ Runner = Callable[[Sequence[str]], None]
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    """Run `loracast` with these arguments in a process of its own. Raises CalledProcessError."""
-    subprocess.run([sys.executable, "-W", "ignore", "-m", "loracast", *arguments], check=True)
+    """Run `loracast`, or a script, with these arguments in a process of its own. Raises CalledProcessError."""
+    what = [] if arguments[0].endswith(".py") else ["-m", "loracast"]
+    subprocess.run([sys.executable, "-W", "ignore", *what, *arguments], check=True, cwd=ROOT)
 
 
 def measure(
@@ -194,13 +176,16 @@ def measure(
             shutil.copy(answers, ANSWERS / f"{one.id}.jsonl")
     if not report["is_complete"]:
         raise SystemExit(f"{one.id} did not come to its end; give it more time")
-    if one.depends in SHIPPED and report["hypernetwork"] != weights_id(one.depends):
-        raise SystemExit(f"{one.id} was measured with {report['hypernetwork']}, and {weights_id(one.depends)} ships")
+    now = fingerprint.kept()[one.depends]
+    if one.depends in fingerprint.SHIPPED and report["hypernetwork"] != now["weights"]:
+        raise SystemExit(f"{one.id} was measured with {report['hypernetwork']}, and {now['weights']} ships")
+    if (dtype := report["dtype"]) and dtype != now.get("dtype", dtype):
+        raise SystemExit(f"{one.id} was measured in {dtype}, and the page's figures are in {now['dtype']}")
     needed = {*keys, *one.rows, *re.findall(r"{(\w+)", one.label)}
     machine = report["machine"]
     kept = {
         "command": one.command,
-        "hypernetwork": weights_id(one.depends),
+        "fingerprint": now,
         "date": report["date"][:10],
         "machine": {key: machine[key] for key in ("cpu", "cores", "threads", "device")},
         "loracast": report["versions"]["loracast"],
@@ -218,7 +203,8 @@ def _short(value: Any) -> Any:
 
 def keys_of(plan: Plan, section: Section) -> list[str]:
     """What the table of a section needs of a row, with the ends of intervals, and what README's table needs."""
-    cells = [cell for row in plan.readme["rows"] for cell in row["cells"] if not isinstance(cell, str)]
+    tables = [plan.readme["rows"], *(one.cells for one in plan.sections)]
+    cells = [cell for rows in tables for row in rows for cell in row["cells"] if not isinstance(cell, str)]
     names = ("n", *section.columns, *(column for _, _, column in cells))
     return [*(key for name in names for key in plan.columns[name].keys), *(key for _, row, _ in cells for key in row)]
 
@@ -248,6 +234,10 @@ def page(plan: Plan, folder: Path = FIGURES) -> str:
     """The whole page."""
     parts = ["# Results", plan.intro.strip()]
     for section in plan.sections:
+        if section.cells:
+            table = cells_table(plan, [section.first, *section.columns], section.cells, folder)
+            parts += [f"## {section.title}", section.text.strip(), table]
+            continue
         headers = [section.first, *(plan.columns[name].header for name in section.columns)]
         lines = [headers, ["---"] * len(headers)]
         about = []
@@ -276,8 +266,8 @@ def _about(one: Measurement, kept: Mapping[str, Any] | None) -> str:
 def _made(one: Measurement, kept: Mapping[str, Any] | None) -> str:
     if kept is None:
         return f"{_unmeasured(one)}; it takes about {one.minutes:g} minutes"
-    weights = {"none": "the base alone", "gate": "the gate"}.get(one.depends, SHIPPED.get(one.depends, ""))
-    weights += f" `{kept['hypernetwork']}`" if kept["hypernetwork"] else ""
+    weights = {"none": "the base alone", "gate": "the gate"}.get(one.depends) or fingerprint.SHIPPED[one.depends]
+    weights += f" `{kept['fingerprint']['weights']}`" if one.depends in fingerprint.SHIPPED else ""
     machine = kept["machine"]
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     where = f"{machine['cpu']}, {machine['cores']} cores, {threads}"
@@ -290,10 +280,10 @@ def _unmeasured(one: Measurement) -> str:
     return MISSING if one.depends == "none" else UNMEASURED
 
 
-def readme_table(plan: Plan, folder: Path = FIGURES) -> str:
-    """The table of README.md: cells of the page, found by measurement, values of a row, and column.
+def cells_table(plan: Plan, headers: Sequence[str], rows: Sequence[Mapping[str, Any]], folder: Path = FIGURES) -> str:
+    """A table of figures that stand elsewhere, each found by measurement, values of a row, and column.
 
-    A row whose first figure, the adapter's, has not been measured is left out.
+    A row of which nothing has been measured is left out.
     """
     by_id = {one.id: one for one in plan.measurements}
 
@@ -304,13 +294,18 @@ def readme_table(plan: Plan, folder: Path = FIGURES) -> str:
         kept = figures_of(by_id[name], folder)
         if kept is None:
             return MISSING
-        (row,) = [row for row in shown(by_id[name], kept) if all(row.get(k) == value for k, value in values.items())]
-        return cell(row, plan.columns[column], has_interval=False)
+        (row,) = [row for row in kept["rows"] if all(row.get(k) == value for k, value in values.items())]
+        return cell(row, plan.columns[column])
 
-    lines = [plan.readme["columns"], ["---"] * len(plan.readme["columns"])]
-    rows = [[row["says"], *map(said, row["cells"])] for row in plan.readme["rows"]]
-    lines += [row for row in rows if row[1] != MISSING]
+    lines = [[*headers], ["---"] * len(headers)]
+    told = [[row["says"], *map(said, row["cells"])] for row in rows]
+    lines += [row for row in told if not {*row[1:]} <= {MISSING, "-"}]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def readme_table(plan: Plan, folder: Path = FIGURES) -> str:
+    """The table of README.md."""
+    return cells_table(plan, plan.readme["columns"], plan.readme["rows"], folder)
 
 
 def with_table(readme: str, table: str) -> str:
@@ -359,13 +354,15 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("page", help="write the page and README's table from the figures that are kept")
     commands.add_parser("list", help="say what is measured and what is missing")
-    run = commands.add_parser("run", help="measure what is missing or was made with other weights")
+    run = commands.add_parser("run", help="measure what is missing or stale")
     run.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     run.add_argument("--runs", type=Path, help="folder of trained LoRAs for baselines")
     run.add_argument(
         "--only", action="append", default=[], metavar="ID", help="only this one, even if kept; repeatable"
     )
-    run.add_argument("--depends", action="append", default=[], choices=[*SHIPPED, "gate", "none"], help="only of these")
+    run.add_argument(
+        "--depends", action="append", default=[], choices=[*fingerprint.SHIPPED, "gate", "none"], help="only of these"
+    )
     given = parser.parse_args()
     plan = read_plan()
     if given.command == "page":

@@ -61,6 +61,6 @@ def test_readme_shows_the_picture_once_its_figures_are_measured(figures):
     assert measured.keys() >= picture.FILES and results.picture_line(plan, figures / "none") == ""
     for name in picture.FILES:
         kept = json.loads((figures / f"{name}.json").read_text())
-        of = {"command": measured[name].command, "hypernetwork": results.weights_id(measured[name].depends)}
+        of = {"command": measured[name].command, "fingerprint": results.fingerprint.kept()[measured[name].depends]}
         (figures / f"{name}.json").write_text(json.dumps({**kept, **of}))
     assert results.picture_line(plan, figures).endswith("(docs/images/results.svg)\n\n")

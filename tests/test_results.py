@@ -67,6 +67,9 @@ def test_commands_are_those_that_exist(plan):
     known = {words: set().union(*options_of(command)) for words, command in every_command()}
     for one in plan.measurements:
         words = shlex.split(one.command)
+        if words[0] == "python":
+            assert (ROOT / words[1]).is_file() and "--out" not in words
+            continue
         assert words[:2] == ["loracast", "eval"] and "--out" not in words, one.id
         unknown = {word for word in words if word.startswith("--")} - known[tuple(words[1:3])]
         assert not unknown, (one.id, unknown)
@@ -84,9 +87,9 @@ def test_a_measurement_is_run_kept_and_shown_until_the_weights_change(
     plan, tmp_path, monkeypatch, tiny_folder, tiny_hypernet_folder
 ):
     """A section of sheets with a tiny base: the real command, its figures on the page, and the page after new weights."""
-    section = next(one for one in plan.sections if one.title == "Sheets of facts")
+    section = next(one for one in plan.sections if one.title == "Sheets of facts (generated)")
     one = dataclasses.replace(
-        section.measurements[0], command="loracast eval facts --facts 5 --sheets 2 --baselines routed,none"
+        section.measurements[0], rows={}, command="loracast eval facts --facts 5 --sheets 2 --baselines routed,none"
     )
     small = dataclasses.replace(plan, sections=(dataclasses.replace(section, measurements=(one,)),))
     answered: list[dict] = []
@@ -100,7 +103,8 @@ def test_a_measurement_is_run_kept_and_shown_until_the_weights_change(
     from loracast.hypernets.store import from_pretrained
 
     shipped = from_pretrained(tiny_hypernet_folder).id
-    monkeypatch.setattr(results, "weights_ids", lambda depends: (shipped,))
+    now = {"document": {"weights": shipped, "routes": "a", "dtype": "float32"}}
+    monkeypatch.setattr(results.fingerprint, "kept", lambda: now)
     before = results.page(small, tmp_path)
     assert results.UNMEASURED in before
     results.measure(one, results.keys_of(small, section), {}, tmp_path, run)
@@ -115,10 +119,33 @@ def test_a_measurement_is_run_kept_and_shown_until_the_weights_change(
 
     another = dataclasses.replace(one, command=one.command.replace("2", "3"))
     assert results.figures_of(one, tmp_path) is not None and results.figures_of(another, tmp_path) is None
-    monkeypatch.setattr(results, "weights_ids", lambda depends: ("other weights",))
+    for changed, told in (
+        ({"weights": "other weights"}, "other weights ships"),
+        ({"dtype": "bfloat16"}, "measured in float32, and the page's figures are in bfloat16"),
+    ):
+        now = {"document": {"weights": shipped, "routes": "a", "dtype": "float32", **changed}}
+        assert results.page(small, tmp_path) == before
+        with pytest.raises(SystemExit, match=told):
+            results.measure(one, results.keys_of(small, section), {}, tmp_path, run)
+    now = {"document": {"weights": shipped, "routes": "b", "dtype": "float32"}}  # the code does something else
     assert results.page(small, tmp_path) == before
-    with pytest.raises(SystemExit, match="other weights ships"):
-        results.measure(one, results.keys_of(small, section), {}, tmp_path, run)
+
+
+def test_a_table_of_cells_says_what_others_say(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(results.fingerprint, "kept", lambda: {"document": {}, "none": {}, "task": {}})
+    section = next(one for one in plan.sections if one.cells)
+    assert results.cells_table(plan, section.columns, section.cells, tmp_path).count("\n") == 1  # nothing is measured
+    facts = next(one for one in plan.measurements if one.id == "facts")
+    row = {"baseline": "merged", "exact": 0.5, "cluster_low": 0.4, "cluster_high": 0.6}
+    kept = {
+        "command": facts.command,
+        "fingerprint": {},
+        "rows": [{**row, "facts": 5}, {**row, "facts": 20, "exact": 0.55}],
+    }
+    (tmp_path / "facts.json").write_text(json.dumps(kept))
+    rows = [{"says": "merged", "cells": [["facts", {"facts": 20}, "exact_by_sheet"], ["xquad", {}, "f1"], "-"]}]
+    table = results.cells_table(plan, ["", "a", "b", "c"], rows, tmp_path)
+    assert table.splitlines()[-1] == f"| merged | 55.0 (40.0 to 60.0) | {results.MISSING} | - |"
 
 
 def test_what_is_not_complete_is_not_kept(plan, tmp_path):
@@ -145,7 +172,7 @@ def test_folders_stand_for_their_names(plan, tmp_path):
     assert not any("DATA" in argument for argument in asked) and any("/some/where/" in argument for argument in asked)
 
 
-@pytest.mark.parametrize("name", results.SHIPPED.values())
+@pytest.mark.parametrize("name", results.fingerprint.SHIPPED.values())
 def test_provenance_leads_back_to_a_run_that_starts_from_nothing(name):
     config = json.loads((ROOT / "src" / "loracast" / "pretrained" / name / "config.json").read_text())
     stages = config["provenance"].get("ancestors") or config["provenance"]["history"]

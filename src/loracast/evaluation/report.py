@@ -156,6 +156,7 @@ def environment(base: Base | None, hypernetwork: str | None = None) -> dict[str,
         "command": shlex.join(["loracast", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": asdict(base.fingerprint) if base else None,
+        "dtype": str(base.model.dtype).removeprefix("torch.") if base else None,
         "hypernetwork": hypernetwork,
         "versions": {
             "python": platform.python_version(),

@@ -1,0 +1,185 @@
+"""What the code does, as hashes: figures whose fingerprint differs from today's are stale (results.py).
+
+    python benchmarks/fingerprint.py            # compare docs/fingerprint.json with what the code does now
+    python benchmarks/fingerprint.py --write    # write it anew: figures of another behaviour are no longer shown
+
+For each kind of measurement: the weights, the word data, the type of the numbers, and behaviour. That of documents is
+what 200 questions about everyday documents and sheets of the dev split are routed to and answered with; of tasks the
+answers of four tasks; of the gate its probabilities for the 200 questions; of the base alone its answers. Moving code
+changes none of it. Answers are computed in float32, so that machines agree on them, and cut after a few tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import loracast
+from loracast.base.generate import Sampling, answers
+from loracast.base.precision import fastest_dtype
+from loracast.data.everyday import load_genres, make_document
+from loracast.data.facts import make_sheet
+from loracast.evaluation.documents import DocumentCase, DocumentSetup
+from loracast.evaluation.in_memory import InMemoryAdapter
+from loracast.evaluation.qa_baselines import BASELINES
+from loracast.evaluation.runner import ask
+from loracast.library.relevance import about
+from loracast.library.routing import Route
+from loracast.model import Model
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "docs" / "fingerprint.json"
+CONTENT = ROOT / "src" / "loracast" / "data" / "content"
+SHIPPED = {"document": "doc-smollm2-135m", "task": "text-smollm2-135m", "image": "image-smollm2-135m"}
+"""By what a measurement depends on, the shipped hypernetwork."""
+EVERYDAY, SHEETS, QUESTIONS = 30, 10, 5
+"""Documents of each kind, and questions about each: 200 in all."""
+_SAMPLING = Sampling(max_new_tokens=8)
+_TASKS = (
+    ("Answer with the opposite word.", ()),
+    ("Write the word in capital letters.", (("lamp", "LAMP"), ("river", "RIVER"))),
+    ("", (("cat", "cats"), ("box", "boxes"), ("knife", "knives"))),
+    ("Is the review positive or negative?", (("A joy to read.", "positive"), ("Dull and long.", "negative"))),
+)
+_INPUTS = (
+    "hot",
+    "tall",
+    "a bright room",
+    "It broke at once.",
+    "city",
+    "early",
+    "I loved it.",
+    "to open",
+    "leaf",
+    "full",
+)
+
+
+def questions(model: Model) -> Iterator[tuple[InMemoryAdapter, list[str]]]:
+    """Documents with questions about each."""
+    genres = list(load_genres("dev"))
+    for i in range(EVERYDAY):
+        rng = random.Random(f"fingerprint/{i}")
+        drawn: Any = make_document(rng, split="dev", genre=genres[i % len(genres)])
+        yield InMemoryAdapter(model, drawn.text, drawn.title), [f.question for f in rng.sample(drawn.facts, QUESTIONS)]
+    for i in range(SHEETS):
+        rng = random.Random(f"fingerprint/sheet/{i}")
+        drawn = make_sheet(rng, 20, split="dev")
+        yield InMemoryAdapter(model, drawn.text, drawn.title), [f.question for f in rng.sample(drawn.facts, QUESTIONS)]
+
+
+def digest(value: Any) -> str:
+    """A hash of anything that JSON can write."""
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def of_route(route: Route) -> list[Any]:
+    """What a question gets, rounded so that machines agree on it."""
+
+    def rounded(numbers: Sequence[float]) -> list[float]:
+        return [round(x, 3) for x in numbers]
+
+    sentences = None if route.sentences is None else [rounded(some) for some in route.sentences]
+    likely = [(one.text, round(one.probability, 2)) for one in route.likely[:3]]
+    sure = [None if p is None else round(p, 3) for p in (route.about, route.nowhere)]
+    return [route.chunks, rounded(route.weights), sentences, likely, *sure]
+
+
+def behaviour(model: Model) -> dict[str, dict[str, str]]:
+    """By kind of measurement, hashes of what the code does."""
+    asked = [(document, one) for document, some in questions(model) for one in some]
+    setup = DocumentSetup(model, max_new_tokens=_SAMPLING.max_new_tokens)
+    cases = [DocumentCase(document, document, question) for document, question in asked]
+    routes = [of_route(document.route(question, setup.route)) for document, question in asked]
+    given = ask(setup, BASELINES, {"adapter": cases, "none": cases[::10]}, _SAMPLING)
+    said = {name: [a.text for a in given if a.baseline == name] for name in ("adapter", "none")}
+    # Each question is asked of its own document and of another one.
+    both = [(document, question) for k in (0, QUESTIONS) for (_, question), (document, _) in _pairs(asked, k)]
+    gate = [round(about(document._index, question), 3) for document, question in both]
+    return {
+        "document": {"routes": digest(routes), "answers": digest(said["adapter"])},
+        "none": {"answers": digest(said["none"])},
+        "gate": {"probabilities": digest(gate)},
+        "task": {"answers": digest(of_tasks(model))},
+        "image": {},
+    }
+
+
+def _pairs(items: list[Any], k: int) -> Iterator[tuple[Any, Any]]:
+    """Each item with the one k places further, the first ones behind the last."""
+    return zip(items, [*items[k:], *items[:k]], strict=True)
+
+
+def of_tasks(model: Model) -> list[str]:
+    """Answers with the adapters of four tasks, from descriptions, examples and both."""
+    said = []
+    for i, (description, examples) in enumerate(_TASKS):
+        lora = model.task(description, f"task-{i}", examples=examples).lora()
+        prompts = [model.base.chat.prompt(one, "") for one in _INPUTS]
+        said += [given.text for given in answers(model.base, prompts, [lora] * len(prompts), _SAMPLING)]
+    return said
+
+
+def of_files(model: Model) -> dict[str, dict[str, str]]:
+    """By kind of measurement, the ids of weights, hashes of word data, and the type in which figures are computed."""
+    from loracast.hypernets.store import from_pretrained
+
+    def data(*names: str) -> str:
+        return digest([hashlib.sha256((CONTENT / name).read_bytes()).hexdigest() for name in names])
+
+    shipped = ROOT / "src" / "loracast" / "pretrained"
+    weights = {kind: from_pretrained(shipped / name).id for kind, name in SHIPPED.items()}
+    dtype = str(fastest_dtype("cpu")).removeprefix("torch.")
+    words = data("word_vectors.safetensors", "relevance.toml")
+    return {
+        "document": {"weights": weights["document"], "words": words, "dtype": dtype},
+        "task": {"weights": weights["task"], "dtype": dtype},
+        "image": {"weights": weights["image"], "dtype": dtype},
+        "gate": {"words": data("relevance.toml")},
+        "none": {"weights": model.base.fingerprint.norms, "dtype": dtype},
+    }
+
+
+def now() -> dict[str, dict[str, str]]:
+    """The fingerprint of what the code does now, by kind of measurement."""
+    with tempfile.TemporaryDirectory(prefix="loracast-fingerprint-") as library:
+        model = loracast.load(library=library, dtype="float32")
+        did = behaviour(model)
+        return {kind: {**parts, **did[kind]} for kind, parts in of_files(model).items()}
+
+
+def kept(path: Path = KEPT) -> dict[str, dict[str, str]]:
+    """The fingerprint that the figures of the page have."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def changed(before: Mapping[str, Mapping[str, str]], after: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The parts that differ, such as "document: routes"; not the type of the numbers, which is the machine's."""
+    return [
+        f"{kind}: {part}"
+        for kind in after
+        for part in after[kind]
+        if part != "dtype" and before.get(kind, {}).get(part) != after[kind][part]
+    ]
+
+
+def main() -> None:
+    """Compare or write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write docs/fingerprint.json")
+    given, found = parser.parse_args(), now()
+    differing = changed(kept() if KEPT.exists() else {}, found)
+    if given.write:
+        KEPT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(differing) or "as it was")
+    raise SystemExit(bool(differing and not given.write))
+
+
+if __name__ == "__main__":
+    main()
