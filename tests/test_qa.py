@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from loracast.base.chat import encode_with_offsets
 from loracast.base.cut import without_middle
 from loracast.base.generate import Answer
 from loracast.base.load import Base
@@ -23,7 +21,6 @@ from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.interference import InterferenceConfig, evaluate_interference
 from loracast.evaluation.qa import QaConfig, cases_of, choose, draw, evaluate_qa
 from loracast.evaluation.qa_baselines import BASELINES, passages
-from loracast.evaluation.verbatim import VerbatimConfig, evaluate_verbatim, of_way
 from loracast.lora.peft_format import read_peft
 from loracast.training.loop import TrainConfig
 from loracast.training.peft_training import PeftConfig
@@ -300,42 +297,7 @@ def test_the_shared_part_is_what_all_documents_have(base, tiny_folder, tmp_path)
     )
 
 
-# ---- words continued, and harm ----
-
-
-def shuffled_first(documents) -> str:
-    known = read_questioned([documents], ["tales"])
-    random.Random(0).shuffle(known)
-    return known[0].doc_id
-
-
-def test_words_continued(model, documents, tmp_path):
-    config = VerbatimConfig(documents=(documents,), max_documents=3, passages=2, chunk_tokens=64)
-    report = evaluate_verbatim(model, config, tmp_path / "out")
-    rows = {row["baseline"]: row for row in report.rows}
-    assert {row["tokens"] for row in rows.values()} == {3 * 2 * 24}
-    # The base alone, by hand: all passages of one document, token after token.
-    alone = dataclasses.replace(config, max_documents=1, passages=99, baselines=("none",), sources=("tales",))
-    (row,) = evaluate_verbatim(model, alone, tmp_path).rows
-    base, hits = model.base, []
-    own = next(d for d in read_questioned([documents], ["tales"]) if d.doc_id == shuffled_first(documents))
-    ids, offsets = encode_with_offsets(base.tokenizer, own.text)
-    for first in range(0, len(ids) - 31, 32):
-        start = own.text[offsets[first][0] : offsets[first + 7][1]].strip()
-        prompt = base.chat.prompt(f"Continue: {start}", "")
-        answer = ids[first + 8 : first + 32]
-        logits = base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
-        hits += (logits[len(prompt) - 1 : -1].argmax(-1) == torch.tensor(answer)).tolist()
-    assert row["tokens"] == len(hits) and row["accuracy"] == pytest.approx(sum(hits) / len(hits))
-    with pytest.raises(ConfigError, match="unknown baselines"):
-        VerbatimConfig(documents=(documents,), baselines=("magic",))
-
-
-def test_how_far_an_adapter_goes_towards_the_window():
-    assert of_way(0.5, none=0.2, window=0.8) == pytest.approx(0.5)
-    assert of_way(0.2, none=0.2, window=0.8) == 0 and of_way(0.8, none=0.2, window=0.8) == 1
-    assert of_way(0.1, none=0.2, window=0.6) == pytest.approx(-0.25)  # worse than no document
-    assert of_way(0.5, none=0.3, window=0.3) is of_way(0.5, none=0.4, window=0.3) is None
+# ---- harm ----
 
 
 def write_benchmark(folder) -> str:
@@ -389,7 +351,6 @@ def test_the_commands(documents, tiny_folder, tiny_hypernet_folder, tmp_path, ho
     ]
     small = {
         "qa": ["--max-documents", "1", "--baselines", "none,adapter", "--sources", "tales"],
-        "verbatim": ["--max-documents", "1", "--baselines", "adapter"],
         "interference": ["--benchmark", write_benchmark(tmp_path), "--questions", "2", "--counts", "1"],
     }
     for command, options in small.items():

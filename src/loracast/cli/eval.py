@@ -18,8 +18,8 @@ def main() -> None:
     """Measure adapters beside baselines."""
 
 
-_DOCUMENTS = "qa needle facts everyday library gate verbatim interference teacher_forced ablations"
+_DOCUMENTS = "qa needle facts everyday library gate interference teacher_forced ablations"
 add(app, *(f".eval_documents:{name}" for name in _DOCUMENTS.split()), panel="Documents")
-add(app, *(f".eval_tasks:{name}" for name in ("tasks", "refining", "overlap", "map_", "harness")), panel="Tasks")
+add(app, *(f".eval_tasks:{name}" for name in ("tasks", "refining", "overlap", "harness")), panel="Tasks")
 add(app, ".eval_modality:image", panel="Images")
 add(app, ".eval_documents:latency", ".eval_documents:memory", ".eval_tasks:cost", panel="Cost")

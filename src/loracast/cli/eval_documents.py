@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from loracast.evaluation.needle import NeedleConfig
     from loracast.evaluation.qa import QaConfig
     from loracast.evaluation.teacher_forced import TeacherForcedConfig
-    from loracast.evaluation.verbatim import VerbatimConfig
     from loracast.evaluation.whole_library import LibraryConfig
 
 Change = Annotated[list[str] | None, typer.Option("--set", help="Change a key of the recipe. Repeatable.")]
@@ -79,14 +78,6 @@ def gate(config: GateConfig, results: Results) -> None:
     from loracast.evaluation.gate import evaluate_gate
 
     results.of("runs", evaluate_gate, config)
-
-
-@config_from("loracast.evaluation.verbatim")
-def verbatim(config: VerbatimConfig, models: Models, results: Results) -> None:
-    """Verbatim recall: after a passage's first eight tokens, how many of the next are the model's top prediction?"""
-    from loracast.evaluation.verbatim import evaluate_verbatim
-
-    results.of("documents", evaluate_verbatim, open_model(models), config)
 
 
 @config_from("loracast.evaluation.interference")

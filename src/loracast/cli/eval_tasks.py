@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from loracast.evaluation.overlap import OverlapConfig
     from loracast.evaluation.query_cost import CostConfig
     from loracast.evaluation.refining import RefiningConfig
-    from loracast.evaluation.skill_map import MapConfig
     from loracast.evaluation.tasks import TasksConfig
 
 
@@ -94,14 +93,6 @@ def cost(config: CostConfig, models: Models, results: Results) -> None:
 
     base = open_base(models)
     results.of("tasks", evaluate_cost, TaskSetup(base, caster=_caster(models, base)), config)
-
-
-@config_from("loracast.evaluation.skill_map")
-def map_(config: MapConfig, models: Models, results: Results) -> None:
-    """The map of skills: the LoRAs of all tasks in two dimensions, and how well families of tasks are separated."""
-    from loracast.evaluation.skill_map import evaluate_map
-
-    results.show(evaluate_map(_caster(models), config, results.out))
 
 
 def _caster(models: Models, base: Base | None = None) -> TaskCaster:

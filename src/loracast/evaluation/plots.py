@@ -122,26 +122,6 @@ def costs(path: Path, rows: Sequence[Row], reference: str) -> None:
     save(figure, path)
 
 
-def skills(path: Path, rows: Sequence[Row]) -> None:
-    """Points of every row in a panel of their own, coloured by family; those without one are grey."""
-    plt = pyplot()
-    groups = sorted({point["group"] for row in rows for point in row["points"]} - {""})
-    colours = {group: plt.get_cmap("gist_rainbow")(i / max(1, len(groups) - 1)) for i, group in enumerate(groups)}
-    markers = dict(zip(groups, "os^Dv*PX" * len(groups), strict=False))
-    figure, axes = plt.subplots(1, len(rows), figsize=(6.2 * len(rows) + 2.6, 6), squeeze=False, layout="constrained")
-    for axis, row in zip(axes[0], rows, strict=True):
-        for group in ("", *groups):
-            mine = [point for point in row["points"] if point["group"] == group]
-            colour, marker = colours.get(group, "lightgrey"), markers.get(group, ".")
-            x, y = [point["x"] for point in mine], [point["y"] for point in mine]
-            axis.scatter(x, y, s=22, linewidths=0, color=colour, marker=marker, label=group or "(alone)")
-        axis.set_title(f"{row['label']}: silhouette by family {row['by_group']:.2f}", fontsize=11)
-        axis.set_xticks([])
-        axis.set_yticks([])
-    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, ncols=1 + len(groups) // 30)
-    save(figure, path)
-
-
 def _with_intervals(axis: Any, rows: Sequence[Row], key: str, place: Callable[[Row, float], float]) -> None:
     """Each baseline's shares in per cent with their 95 % intervals; `place` puts them side by side."""
     baselines = list(dict.fromkeys(row["baseline"] for row in rows))

@@ -21,7 +21,6 @@ from unicodedata import normalize
 
 from loracast.data.rows import read_content
 from loracast.library.index import Index, open_index
-from loracast.library.terms import has_digit, plain, terms
 
 THRESHOLD = 0.2
 """Probability from which on a question is taken to be about a document (chosen on dev: docs/training.md)."""
@@ -255,14 +254,3 @@ def _stemmed(words: Sequence[str]) -> list[str]:
     finally:
         database.rollback()  # no word stays for the next call, also after Ctrl-C
     return [found.get(i, "") for i in range(len(words))]
-
-
-@lru_cache(2_000)
-def telling_stems(text: str) -> frozenset[str]:
-    """The stems of a text's words, but for function words, and its numbers in one form."""
-    words, table = terms(text), shipped_words()
-    return frozenset(
-        plain(word) if has_digit(word) else stem
-        for word, stem in zip(words, stem_words(words), strict=True)
-        if has_digit(word) or (table.weight(stem) > 0 and stem not in table.asking)
-    )

@@ -31,11 +31,6 @@ def terms_asked(question: str) -> list[tuple[int, str]]:
     return [pair for part in _QUESTION_END.split(question) for pair in enumerate(terms(part))]
 
 
-def last_line(question: str) -> str:
-    """What is asked: the questions of a chat before it stand in lines of their own (follow_up.py)."""
-    return (question.rstrip().splitlines() or [""])[-1]
-
-
 def terms_of(text: str) -> frozenset[str]:
     """The words and numbers of a text, in their plain form."""
     return frozenset(map(plain, terms(text)))

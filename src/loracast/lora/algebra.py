@@ -339,24 +339,6 @@ class LoRABatch:
         ]
         return torch.stack(products).sum(0) if products else torch.zeros(self.n)
 
-    def cosines(self) -> Tensor:
-        """The cosine of each row's delta with each other's, over all modules [n, n], in fp64 and never dense."""
-        inner = torch.zeros(self.n, self.n, dtype=torch.float64)
-        for a, b in self.factors.values():
-            # One A for all: of it only R' R = A A' counts, and there are no matrices of n * r by n * r numbers.
-            if torch.equal(a, a[:1].expand_as(a)):
-                r = torch.linalg.qr(a[0].double().mT, mode="r").R  # [min(in, rank), rank]
-                inner += ((flat := (b.double() @ r.mT).flatten(1)) @ flat.T).cpu()
-                continue
-            rank = a.shape[1]
-            of_a = (flat := a.double().flatten(0, 1)) @ flat.T  # [n * r, n * r]
-            of_b = (flat := b.double().mT.flatten(0, 1)) @ flat.T
-            inner += (of_a * of_b).view(self.n, rank, self.n, rank).sum((1, 3)).cpu()
-        for delta in self.dense.values():
-            inner += ((flat := delta.double().flatten(1)) @ flat.T).cpu()
-        length = inner.diagonal().sqrt().clamp_min(1e-12)
-        return inner / (length[:, None] * length)
-
     def row(self, i: int) -> LoRA:
         """One row as a LoRA, views and not copies."""
         return LoRA(*_each_tensor(self, lambda tensor: tensor[i]))
