@@ -125,7 +125,7 @@ def test_what_is_left_without_parts_of_the_adapter(model, documents):
     )
     assert parts["copying"] == dataclasses.replace(whole, lora=None, found=None)
     assert parts["static"].likely == whole.likely and parts["static"].lora == setup.static
-    assert parts["lora"].lora == whole.lora and parts["lora"].likely == ()
+    assert parts["lora"].lora == whole.lora and parts["lora"].likely == () and parts["lora"].answer is None
     assert parts["merged"].lora.key[0][1] is None and parts["merged"].likely == ()
 
 

@@ -107,6 +107,7 @@ def test_adapters_of_the_body_are_added_and_scaled(model, client):
     assert text(chat(client, "manual", **extra(adapters=[{"id": "shout", "scale": 0}]))) == asked(model, "manual")
     silent = chat(client, base, **extra(adapters=[{"id": "manual", "scale": 0}], strict=True))
     assert (text(silent), silent.loracast["sources"]) == (NOT_SAID, [])
+    assert silent.loracast["answered_by"] == ["refusal"] and chat(client, base).loracast["answered_by"] == ["base"]
     half = chat(client, "shout", **extra(adapters=[{"id": "manual", "scale": -0.5}]))
     prepared = model.prepare(WARRANTY, ["shout", "manual"], scales={model.adapter("manual").manifest.version: -0.5})
     wanted = loracast.base.generate.answer(model.base, prepared.prompt, model.lora_of(prepared.routed), Sampling(12))
@@ -519,12 +520,15 @@ def test_file_search_answers_from_a_vector_store_and_cites_its_files(model, clie
 
 
 def test_a_strict_answer_comes_at_its_end_and_only_where_it_is_sure(client, monkeypatch):
-    shown = chat(client, "manual").choices[0].message
+    first = chat(client, "manual")
+    shown = first.choices[0].message
+    assert first.loracast["answered_by"] == ["adapter"]
     for n in (1, 2):  # a random base is sure of nothing
         given = chat(client, "manual", n=n, extra_body={"strict": True})
         assert {one.message.content for one in given.choices} == {NOT_SAID}
         assert {one.finish_reason for one in given.choices} == {"stop"}
         assert not given.choices[0].message.annotations and not given.loracast["sources"]
+        assert given.loracast["answered_by"] == ["refusal"] * n
     strict = {"stream": True, "extra_body": {"strict": True}}
     assert "".join(one.choices[0].delta.content or "" for one in chat(client, "manual", **strict)) == NOT_SAID
     monkeypatch.setattr("loracast.question_answering.least_confidence", lambda routes: 0.0)
