@@ -51,13 +51,12 @@ def named_row(header: Sequence[str], row: Sequence[str]) -> str:
     Phone: 4711" (docs/notebook/2026-12-02.md). Without a header "Ada: B2. Ada: 4711."; empty cells are left out.
     """
     names = [*header, *[""] * (len(row) - len(header))]
-    (key, subject), *others = zip(names, row, strict=False)
-    told = [(name, cell) for name, cell in others if cell]
-    above = " ".join(filter(None, (key, subject))) if subject else ""
-    if not above or not told:
-        told, above = ([(key, subject)] if subject else []) + told, ""
-    parts = [(f"{above}, {name}: {cell}" if name else f"{above}: {cell}") if above else
-             (f"{name}: {cell}" if name else cell) for name, cell in told]  # fmt: skip
+    told = [(name, cell) for name, cell in zip(names, row, strict=False) if cell]
+    if row[0] and len(told) > 1:
+        about = " ".join(filter(None, told[0]))
+        parts = [f"{about}, {name}: {cell}" if name else f"{about}: {cell}" for name, cell in told[1:]]
+    else:
+        parts = [f"{name}: {cell}" if name else cell for name, cell in told]
     return ROW + " ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts)
 
 
