@@ -29,9 +29,10 @@ from loracast.evaluation.documents import DocumentCase, DocumentSetup
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.qa_baselines import BASELINES
 from loracast.evaluation.runner import ask
-from loracast.library.relevance import about
+from loracast.library.relevance import THRESHOLD_STRICT, about
 from loracast.library.routing import Route
 from loracast.model import Model
+from loracast.options import least_confidence
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "fingerprint.json"
@@ -97,14 +98,17 @@ def behaviour(model: Model) -> dict[str, dict[str, str]]:
     setup = DocumentSetup(model, max_new_tokens=_SAMPLING.max_new_tokens)
     cases = [DocumentCase(document, document, question) for document, question in asked]
     routes = [of_route(document.route(question, setup.route)) for document, question in asked]
-    given = ask(setup, BASELINES, {"adapter": cases, "none": cases[::10]}, _SAMPLING)
-    said = {name: [a.text for a in given if a.baseline == name] for name in ("adapter", "none")}
+    strict = [document.route(question, setup.route, THRESHOLD_STRICT) for document, question in asked]
+    sure = [round(least_confidence([route]), 3) for route in strict]
+    others = {name: cases[:: max(1, len(cases) // 20)] for name in ("none", "window", "bm25")}
+    given = ask(setup, BASELINES, {"adapter": cases, **others}, _SAMPLING)
+    said = {name: [a.text for a in given if a.baseline == name] for name in ("adapter", *others)}
     # Each question is asked of its own document and of another one.
     both = [(document, question) for k in (0, QUESTIONS) for (_, question), (document, _) in _pairs(asked, k)]
     gate = [round(about(document._index, question), 3) for document, question in both]
     return {
-        "document": {"routes": digest(routes), "answers": digest(said["adapter"])},
-        "none": {"answers": digest(said["none"])},
+        "document": {"routes": digest(routes), "answers": digest(said.pop("adapter")), "strict": digest(sure)},
+        "none": {"answers": digest(said)},
         "gate": {"probabilities": digest(gate)},
         "task": {"answers": digest(of_tasks(model))},
         "image": {},

@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,8 +75,8 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data.decode().splitlines()]
 
 
-def note_look(names: list[str], baselines: tuple[str, ...]) -> None:
-    """Write a line for each set that is looked at. Raises SystemExit where this release has looked at one already."""
+def check_looks(names: Sequence[str]) -> None:
+    """Raise SystemExit where this release has looked at one of these sets already."""
     seen = LOOKS.read_text(encoding="utf-8")
     asked = [name for name in names if name not in FOR_CHOOSING]
     if again := [name for name in asked if f"| {loracast.__version__} | {name} |" in seen]:
@@ -84,9 +84,14 @@ def note_look(names: list[str], baselines: tuple[str, ...]) -> None:
             f"release {loracast.__version__} has looked at {', '.join(again)} already: the next look is the next "
             "release's; choose on manuals_dev, or on what is generated"
         )
-    day = datetime.now(UTC).date().isoformat()
-    lines = [f"| {day} | {loracast.__version__} | {name} | {', '.join(baselines)} |\n" for name in asked]
-    LOOKS.write_text(seen + "".join(lines), encoding="utf-8")
+
+
+def note_look(name: str, baselines: Sequence[str]) -> None:
+    """Write a line for a set that is looked at."""
+    if name not in FOR_CHOOSING:
+        day = datetime.now(UTC).date().isoformat()
+        with open(LOOKS, "a", encoding="utf-8") as file:
+            file.write(f"| {day} | {loracast.__version__} | {name} | {', '.join(baselines)} |\n")
 
 
 def cases_of(model: loracast.Model, rows: list[dict[str, Any]]) -> Iterator[list[FrozenCase]]:
@@ -139,7 +144,7 @@ def main() -> None:
     documents = {name: rows_of(name) for name in config.sets}
     model = loracast.load()
     setup = config.setup(model, _MAX_NEW_TOKENS)
-    note_look(list(config.sets), config.baselines)
+    check_looks(config.sets)
     writer = ReportWriter(given.out, "frozen", COLUMNS, config, model.base, model.documents.id)
     warm_up(model.base)
     table: list[dict[str, Any]] = []
@@ -150,6 +155,7 @@ def main() -> None:
             some = [case for cases in of_documents[first : first + _PER_GROUP] for case in cases]
             answered += ask(setup, baselines, dict.fromkeys(baselines, some), Sampling(max_new_tokens=_MAX_NEW_TOKENS))
             print(f"{name}: {min(len(rows), first + _PER_GROUP)} of {len(rows)} documents", flush=True)
+        note_look(name, config.baselines)  # before anything of it is written
         for mine in grouped(answered, lambda a: a.baseline).values():
             table.append(row(name, mine))
         writer.add_answers(

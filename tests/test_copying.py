@@ -150,6 +150,30 @@ def test_whether_an_answer_is_a_copy_is_told_by_what_model_and_hint_think_of_eac
     assert hint.bonus(of("a"), unsure) is None  # an answer that is no copy is left alone to its end
 
 
+def test_the_learned_decision_is_the_same_alone_in_a_batch_and_in_the_engine(base, monkeypatch):
+    ids, sampling = base.chat.prompt("What is it?"), Sampling(max_new_tokens=6)
+    plain = answer(base, ids, None, sampling)
+    hint = [("the little house", 1.0)]
+    with torch.no_grad():
+        logits = base.model(torch.tensor([ids])).logits[0, -1]
+    found = signs(Copying(base.tokenizer, hint, base.end_ids).shares(()), logits)
+    told = {}
+    for is_copy in (True, False):  # the same weights, on either side of the boundary
+        at = found["theirs"] - found["others"]
+        monkeypatch.setattr(
+            copying, "APPLIES", {"theirs": 1.0, "others": -1.0, "bias": -at + (0.1 if is_copy else -0.1)}
+        )
+        of = [Copying(base.tokenizer, hint, base.end_ids) for _ in range(3)]
+        alone = answer(base, ids, None, sampling, copying=of[0]).text
+        (batch, _) = answers(base, [ids, base.chat.prompt("And that?")], [None, None], sampling, [of[1], None])
+        engine = LocalEngine(base)
+        ticket = engine.submit(GenerationRequest(ids, sampling=sampling, copying=of[2]))
+        assert alone == batch.text == ticket.text()
+        engine.close()
+        told[is_copy] = alone
+    assert told[False] == plain.text != told[True]
+
+
 def test_the_probabilities_of_an_answer_are_those_with_the_bonus(always, base):
     ids = base.chat.prompt("What is it?")
     hint = Copying(base.tokenizer, [("house", 1.0)], base.end_ids)

@@ -134,7 +134,9 @@ def test_haystack_has_the_length_and_the_needle_where_asked(base, model, haystac
     prose_only = len(sample.text) - len(needle.statement)
     assert place / prose_only == pytest.approx(depth, abs=45 / prose_only)  # to the nearest sentence's end
     document = InMemoryAdapter(model, sample.text, max_chunk_tokens=128)
-    chunk = document.chunks[document.chunk_at(sample.answer_places[0])]
+    needle = sample.needles[0]
+    chunk = document.chunks[document.chunk_of(needle.statement, needle.statement.index(needle.answer))]
+    assert document.chunk_of("This stands nowhere.", 0) is None
     assert needle.answer in chunk.text
     assert all(needle.answer not in other.text for other in document.chunks if other is not chunk)
     document.close()

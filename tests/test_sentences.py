@@ -12,9 +12,10 @@ import torch
 from loracast.base.chat import encode_with_offsets
 from loracast.cast.document import recast, split_document
 from loracast.documents import Chunk, Document, read_document, split_text
+from loracast.documents.headings import find_headings
 from loracast.documents.paragraphs import Line, join_lines
 from loracast.documents.sentences import sentence_spans, token_sentences
-from loracast.documents.tables import ROW, take_marks
+from loracast.documents.tables import ROW, rows_to_lines, take_marks
 from loracast.errors import AdapterError
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.in_memory import cast as cast_in_memory
@@ -23,6 +24,7 @@ from loracast.library.adapter import SENTENCE
 from loracast.library.bm25 import sentence_scores
 from loracast.library.index import read_chunks, read_sentences, write_index
 from loracast.library.routing import pick, route_set, sentence_weights
+from loracast.library.upkeep import compact
 from loracast.lora.fits import linear_shapes
 from loracast.lora.peft_format import read_peft
 from loracast.lora.target import target_from_config
@@ -170,7 +172,15 @@ def test_a_row_of_a_table_is_one_unit_whatever_stands_in_it(name, tmp_path, mode
     adapter = model.learn(document, "staff")
     places = read_sentences(adapter.index)
     assert [chunks[place.chunk].prompt[place.start : place.end] for place in places] == units
-    assert adapter.lora(dense=False).factors  # memory rows belong to the same units: see the tests below
+    rows, in_memory = adapter.rows([0]), InMemoryAdapter(model, document, max_chunk_tokens=256)
+    cast_in_memory(model, [(in_memory, (0,))])
+    (owners,) = rows[f"o_proj{SENTENCE}"]
+    torch.testing.assert_close(in_memory._factors[f"o_proj{SENTENCE}"][0], owners)
+    (expected,) = recast(model.documents, model.base, [chunks[0].prompt], [chunks[0].units])[f"o_proj{SENTENCE}"]
+    torch.testing.assert_close(owners, expected)
+    assert len(set(owners.tolist())) > 1
+    smaller = compact(model.library, "staff", "text")
+    assert read_sentences(smaller.index) == places
 
 
 def test_rows_of_a_pdf_table_are_units():
@@ -201,6 +211,33 @@ def test_a_table_of_markdown_is_told_from_code_and_from_prose():
     assert document.text[document.rows[0] :] == "n Ada, w | v: 3 | 4." and len(document.rows) == 1
     header_alone = "| n | w |\n|---|---|"
     assert Document.from_text(header_alone).text == header_alone
+
+
+@pytest.mark.parametrize(
+    ("table", "text"),
+    [
+        ("| | |\n|---|---|\n| Coffee | 2 |\n| Tea | 3 |", "Coffee: 2.\nTea: 3."),
+        ("| Prices | |\n|---|---|\n| Coffee | 2 |\n| | |", "Prices Coffee: 2."),
+        ("| # | Name |\n|---|---|\n| 1 | Ada |", "1, Name: Ada."),
+        ("a | b\n--|--\nx | y\nno row", "a x, b: y.\nno row"),
+        ("```code```\n| a | b |\n|---|---|\n| x | y |", "```code```\na x, b: y."),
+    ],
+)
+def test_tables_of_markdown_with_odd_headers(table, text):
+    document = Document.from_text(table)
+    assert document.text == text and not find_headings(document.text)
+
+
+def test_a_long_first_cell_is_repeated_in_part():
+    rows = rows_to_lines([["Note", "A", "B"], ["long " * 100, "1", "2"]], has_header=True)
+    assert rows[0].count("long") < 40 and rows[0].endswith("B: 2.")
+
+
+@pytest.mark.parametrize("line", [" " * 20_000 + "-|x", "-" * 20_000 + "|x", "|" + " -|" * 7_000 + "x"])
+def test_looking_for_tables_takes_time_in_proportion_to_the_text(line):
+    started = time.perf_counter()
+    Document.from_text(f"a|b\n{line}\nc|d")
+    assert time.perf_counter() - started < 1.0
 
 
 def test_a_mark_that_stands_in_a_stranger_s_text_is_taken_out():

@@ -42,7 +42,7 @@ _LONGEST_NAME = 255
 
 
 AnsweredBy = Literal["adapter", "base", "outline", "refusal"]
-"""What gave an answer: the model with an adapter, the plain base (no document was used), the outline that a document
+"""What gave an answer: the model with an adapter, the plain base (no adapter was used), the outline that a document
 keeps, or the refusal `NOT_SAID`. The last two ask no model, or leave aside what it said."""
 
 

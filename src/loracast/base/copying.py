@@ -93,7 +93,7 @@ def signs(shares: Mapping[int, float], logits: Tensor) -> dict[str, float]:
     theirs = logprobs[tokens].max()
     others = logprobs.index_fill(0, tokens, -math.inf).max()
     # A text may be in several forms, each with its whole probability.
-    somewhere, likeliest = math.log(min(1.0, sum(shares.values()))), math.log(min(1.0, max(shares.values())))
+    somewhere, likeliest = (math.log(min(1.0, max(1e-9, p))) for p in (sum(shares.values()), max(shares.values())))
     return {
         "theirs": theirs.item(),
         "others": others.item(),

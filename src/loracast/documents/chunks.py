@@ -135,7 +135,7 @@ class _Splitter:
     def _rows_in(self, start: int, end: int) -> tuple[int, ...]:
         """The rows of a chunk; one that began in the chunk before goes on at its start."""
         first = bisect_left(self.rows, start)
-        if first and "\n" not in self.text[self.rows[first - 1] : start]:
+        if first and self.text.find("\n", self.rows[first - 1], start) < 0:
             first -= 1
         return tuple(max(0, row - start) for row in self.rows[first : bisect_left(self.rows, end)])
 

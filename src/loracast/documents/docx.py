@@ -25,7 +25,7 @@ from loracast.documents.document import Limits, Parsed
 from loracast.documents.equations import UNKNOWN, linear, symbol
 from loracast.documents.kind import READABLE
 from loracast.documents.paragraphs import PAGE_NUMBER
-from loracast.documents.tables import rows_to_lines
+from loracast.documents.tables import ROW, rows_to_lines
 from loracast.errors import DocumentError
 
 _MAX_PARTS = 10_000
@@ -152,7 +152,7 @@ def _running_lines(document: Any, walker: _Walker) -> list[str]:
     kinds = (RELATIONSHIP_TYPE.HEADER, RELATIONSHIP_TYPE.FOOTER)
     parts = [one.target_part for one in document.part.rels.values() if one.reltype in kinds and not one.is_external]
     blocks = (block for part in parts for child in parse_xml(part.blob) for block in walker.blocks(child))
-    return [block for block in dict.fromkeys(blocks) if not PAGE_NUMBER.fullmatch(block)]
+    return [block for block in dict.fromkeys(blocks) if not PAGE_NUMBER.fullmatch(block.lstrip(ROW).rstrip("."))]
 
 
 class _Walker:

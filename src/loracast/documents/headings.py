@@ -28,13 +28,9 @@ def find_headings(text: str) -> list[Heading]:
         if len(line) > 1000:  # no heading; spares the patterns a line of megabytes
             previous, offset = " ", offset + len(line) + 1
             continue
-        mark = _FENCE.match(line)
-        if fence:
-            if mark and mark[1].startswith(fence) and line.strip() == mark[1]:
-                fence = ""
+        was_code, fence = bool(fence), fence_after(line, fence)
+        if was_code or fence:
             previous = ""
-        elif mark:
-            fence, previous = mark[1], ""
         elif atx := _ATX.fullmatch(line):
             title = re.sub(r"(^|[ \t])#+$", "", atx[2].rstrip()).strip(" \t*_")
             if title:
@@ -49,6 +45,14 @@ def find_headings(text: str) -> list[Heading]:
             previous, previous_start = line, offset
         offset += len(line) + 1
     return headings
+
+
+def fence_after(line: str, fence: str) -> str:
+    """The marks that began the block of code that goes on below a line, "" outside of code; `fence` those above it."""
+    mark = _FENCE.match(line)
+    if not fence:
+        return mark[1] if mark else ""
+    return "" if mark and mark[1].startswith(fence) and line.strip() == mark[1] else fence
 
 
 _FRONT_MATTER_TITLE = re.compile(r"^title:[ \t]*(.+)$", re.M)

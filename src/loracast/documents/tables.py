@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from loracast.documents.headings import fence_after
+
 ROW = "\ufdd0"
 """The mark at the beginning of a line that is a row: a noncharacter, which Unicode keeps for use inside programs."""
 _MARK = re.compile(f"(^)?{ROW}", re.MULTILINE)
-_FENCE = re.compile(r"^ {0,3}(?:```|~~~)")
 _CELL_END = re.compile(r"(?<!\\)\|")
-_DELIMITERS = re.compile(r"\s*\|?(?:\s*:?-+:?\s*\|)+(?:\s*:?-+:?)?\s*")
+_DELIMITERS = re.compile(r"\|?(?: *:?-+:? *\|)+(?: *:?-+:?)?")
+_LONGEST_DELIMITERS = 1000  # characters
+_LONGEST_SUBJECT = 80  # characters of a row's first cell, which is repeated
 _YEAR = re.compile(r"(19|20)\d\d")
 
 
@@ -53,7 +56,7 @@ def named_row(header: Sequence[str], row: Sequence[str]) -> str:
     names = [*header, *[""] * (len(row) - len(header))]
     told = [(name, cell) for name, cell in zip(names, row, strict=False) if cell]
     if row[0] and len(told) > 1:
-        about = " ".join(filter(None, told[0]))
+        about = " ".join(filter(None, told[0])).lstrip("# ")[:_LONGEST_SUBJECT]  # "#" would make a heading of it
         parts = [f"{about}, {name}: {cell}" if name else f"{about}: {cell}" for name, cell in told[1:]]
     else:
         parts = [f"{name}: {cell}" if name else cell for name, cell in told]
@@ -76,21 +79,25 @@ def name_markdown_rows(text: str) -> str:
 
     Code between fences stays as it is.
     """
-    if not any(_DELIMITERS.fullmatch(line) for line in text.split("\n") if line.count("-") and "|" in line):
+    lines, found, fence, i = text.split("\n"), list[str](), "", 0
+    if not any(map(_is_delimiters, lines)):
         return text
-    lines, found, is_code, i = text.split("\n"), list[str](), False, 0
     while i < len(lines):
-        is_code ^= _FENCE.match(lines[i]) is not None
-        below = lines[i + 1] if i + 1 < len(lines) else ""
-        if is_code or "|" not in lines[i] or "|" not in below or not _DELIMITERS.fullmatch(below):
+        fence = fence_after(lines[i], fence)
+        if fence or "|" not in lines[i] or i + 1 == len(lines) or not _is_delimiters(lines[i + 1]):
             found.append(lines[i])
             i += 1
             continue
         end = next((j for j in range(i + 2, len(lines)) if "|" not in lines[j]), len(lines))
-        rows = [_cells(lines[j]) for j in (i, *range(i + 2, end))]
-        found += rows_to_lines(rows, has_header=True) if len(rows) > 1 else lines[i:end]
+        header, *rows = (_cells(lines[j]) for j in (i, *range(i + 2, end)))
+        found += [named_row(header, row) for row in rows if any(row)] or lines[i:end]
         i = end
     return "\n".join(found)
+
+
+def _is_delimiters(line: str) -> bool:
+    """Whether a line is the one of dashes below the header of a table in Markdown."""
+    return "|" in line and len(line) < _LONGEST_DELIMITERS and _DELIMITERS.fullmatch(line.strip()) is not None
 
 
 def _cells(line: str) -> list[str]:

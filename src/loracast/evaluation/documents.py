@@ -235,8 +235,9 @@ def copying_alone(with_static: bool) -> Callable[[DocumentSetup, DocumentCase], 
     """The question alone with the bonus for copying, and in place of the document's LoRA the static one, or none."""
 
     def request(setup: DocumentSetup, case: DocumentCase) -> Request:
-        likely = pick(setup, case.document, case.question).likely
-        return Request(plain(setup, case.question), setup.static if with_static else None, likely=likely)
+        route = pick(setup, case.document, case.question)
+        lora = setup.static if with_static and not route.is_empty else None
+        return Request(plain(setup, case.question), lora, likely=route.likely)
 
     return request
 

@@ -79,8 +79,7 @@ def _series(model: Model, config: EverydayConfig) -> Series[EverydayDocument]:
     def cases(drawn: EverydayDocument, document: InMemoryAdapter, other: InMemoryAdapter) -> list[DocumentCase]:
         made: list[DocumentCase] = []
         for fact in drawn.facts:
-            at = fact.value_at
-            chunk = None if at is None else document.chunk_at(drawn.text.index(fact.statement) + at)
+            chunk = None if fact.value_at is None else document.chunk_of(fact.statement, fact.value_at)
             made.append(EverydayCase(document, other, fact.question, (fact.answer,), chunk, fact=fact))
         return made
 

@@ -60,10 +60,11 @@ def _series(model: Model, config: FactsConfig, n_facts: int) -> Series[FactSheet
         return sheet, config.adapter(model, sheet.text, sheet.title)
 
     def cases(sheet: FactSheet, document: InMemoryAdapter, other: InMemoryAdapter) -> list[DocumentCase]:
-        places = [sheet.text.index(fact.answer, sheet.text.index(fact.statement)) for fact in sheet.facts]
         return [
-            DocumentCase(document, other, fact.question, (fact.answer,), document.chunk_at(place))
-            for fact, place in zip(sheet.facts, places, strict=True)
+            DocumentCase(
+                document, other, f.question, (f.answer,), document.chunk_of(f.statement, f.statement.index(f.answer))
+            )
+            for f in sheet.facts
         ]
 
     return Series(n_facts, config.sheets, _SHEETS_PER_GROUP, make, cases)

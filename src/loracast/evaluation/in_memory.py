@@ -60,9 +60,10 @@ class InMemoryAdapter:
     def n_tokens(self) -> int:
         return sum(chunk.n_tokens for chunk in self.chunks)
 
-    def chunk_at(self, offset: int) -> int:
-        """The number of the chunk in which a character of the text lies."""
-        return max(0, bisect_right(self.chunks, offset, key=lambda chunk: chunk.start) - 1)
+    def chunk_of(self, statement: str, value_at: int) -> int | None:
+        """The number of the chunk that holds a character of a statement; None where it is not there word for word."""
+        at = self.document.text.find(statement)
+        return None if at < 0 else max(0, bisect_right(self.chunks, at + value_at, key=lambda chunk: chunk.start) - 1)
 
     def route(self, question: str, k: int | None, threshold: float = THRESHOLD, name: str = "") -> Route:
         """What a question gets of the document, as `Adapter.route` says it."""

@@ -100,7 +100,8 @@ def _series(model: Model, config: NeedleConfig, haystack: Haystack, length: int)
         return sample, config.adapter(model, sample.text)
 
     def cases(sample: Sample, document: InMemoryAdapter, other: InMemoryAdapter) -> list[DocumentCase]:
-        needle, chunk = sample.needles[0], document.chunk_at(sample.answer_places[0])
+        needle = sample.needles[0]
+        chunk = document.chunk_of(needle.statement, needle.statement.index(needle.answer))
         return [DocumentCase(document, other, needle.question, (needle.answer,), chunk, sample.depths[0])]
 
     n_window = config.samples_window if length >= SLOW_WINDOW else None

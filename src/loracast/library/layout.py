@@ -18,7 +18,7 @@ SENTENCE = ".sentence"
 STATIC = ".shared."
 """Part of the names of the tensors that hold the static LoRA, which all documents of a hypernetwork have in common."""
 YES = f"{STATIC}yes."
-"""The same of a row that older versions stored to answer Yes or No by a rule; it is read past."""
+"""The same of a row that older versions stored to answer Yes or No by a rule; it is ignored."""
 
 
 def static_storage_of(manifest: Manifest) -> Storage:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FORMAT = 4
 """Of what is written. Format 1 has no sentences: its documents are routed by chunk."""
+READING = 2
+"""Of how files are read and split into units: adapters of another one are no copies of what is learned now."""
 VERSION_DIGITS = 12
 """Digits of a version's hash by which people and servers call it."""
 AdapterKind = Literal["document", "task", "image", "combined", "imported"]
@@ -126,8 +128,8 @@ class Manifest:
         source = (self.kind, self.title, self.source, self.source_sha256)
         options = (self.max_chunk_tokens, self.storage, self.strength)
         # An earlier id is a hash of the weights, which does not say how chunks are merged.
-        # Adapters of format 1 have no sentences, those of format 2 no row that answers Yes; 3 merged all keys.
-        given = (self.key_decorrelation, self.memory_kinds, self.format if self.format > 2 else None)
+        # Adapters of format 1 have no sentences, and those of format 3 merged all keys.
+        given = (self.key_decorrelation, self.memory_kinds, self.format if self.format > 2 else None, READING)
         ids = (self.hypernetwork, *former_ids)
         return [_hash([*source, one, self.made_for.to_dict(), *options, *filter(None, given)]) for one in ids]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from loracast.errors import AdapterError
 from loracast.library import files
 from loracast.library.adapter import Adapter
-from loracast.library.index import read_chunks
+from loracast.library.index import read_chunks, read_sentences
 from loracast.library.layout import SENTENCE, STATIC
 from loracast.library.library import find, open_adapter
 from loracast.library.manifest import FORMAT, VERSION_DIGITS, Manifest
@@ -167,7 +167,9 @@ def compact(library: Path, reference: str, storage: Storage) -> Adapter:
         )
     # Which rows are merged goes by the format in which they were made; from text they are made anew.
     smaller = replace(m, name=adapter.name, storage=storage, format=FORMAT if storage == "text" else m.format)
-    with AdapterWriter(library, smaller, read_chunks(adapter.index)) as writer:
+    # Rows belong to sentences as the index has them; one from before sentences were kept is made anew.
+    index = adapter.index if read_sentences(adapter.index, [0]) else None
+    with AdapterWriter(library, smaller, read_chunks(adapter.index), index) as writer:
         if storage != "text":
             for i in range(m.n_chunks):
                 rows = adapter.rows([i])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace as with_changes
@@ -45,13 +46,14 @@ class AdapterWriter:
     only `finish`.
     """
 
-    def __init__(self, library: Path, manifest: Manifest, chunks: Sequence[Chunk]):
+    def __init__(self, library: Path, manifest: Manifest, chunks: Sequence[Chunk], index: Path | None = None):
         """
         Args:
             manifest: all but the hashes of the files, which are filled in.
+            index: the index of an adapter of the same chunks, which is copied; None to make one of the chunks.
         """
         check_name(manifest.name)
-        self.library, self.manifest, self.chunks = library, manifest, chunks
+        self.library, self.manifest, self.chunks, self._index = library, manifest, chunks, index
         self._n_added = 0
         self._file: BufferedRandom | None = None
 
@@ -61,9 +63,12 @@ class AdapterWriter:
         recover(self.library)
         with ExitStack() as stack:
             self._folder = stack.enter_context(work_folder(self.library, "new"))
-            write_index(self._folder / INDEX, self.chunks)
-            if self.manifest.kind == "document":
-                write_outline(self._folder / INDEX, self.manifest.title)
+            if self._index is not None:
+                shutil.copyfile(self._index, self._folder / INDEX)
+            else:
+                write_index(self._folder / INDEX, self.chunks)
+                if self.manifest.kind == "document":
+                    write_outline(self._folder / INDEX, self.manifest.title)
             self._cleanup = stack.pop_all()
         return self
 
