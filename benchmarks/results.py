@@ -305,7 +305,7 @@ def cells_table(plan: Plan, headers: Sequence[str], rows: Sequence[Mapping[str, 
 
 def readme_table(plan: Plan, folder: Path = FIGURES) -> str:
     """The table of README.md."""
-    return cells_table(plan, plan.readme["columns"], plan.readme["rows"], folder)
+    return cells_table(plan, plan.readme["columns"], plan.readme["rows"], folder).replace(" to ", "–")
 
 
 def with_table(readme: str, table: str) -> str:
