@@ -377,7 +377,7 @@ def main() -> None:
             if given.command == "list":
                 print(f"{one.id:24} {one.depends:9} {one.minutes:5g} min  {'measured' if is_kept else 'missing'}")
                 continue
-            by_name = given.only or ([] if one.id == "frozen" else [one.id])  # a release has one look at that
+            by_name = given.only or ([] if one.id.startswith("frozen") else [one.id])  # a release has one look at that
             wanted = one.id in by_name and one.depends in (given.depends or [one.depends])
             if (is_kept and one.id not in given.only) or not wanted:
                 continue
