@@ -6,7 +6,8 @@
 For each kind of measurement: the weights, the word data, the type of the numbers, and behaviour. That of documents is
 what 200 questions about everyday documents and sheets of the dev split are routed to and answered with; of tasks the
 answers of four tasks; of the gate its probabilities for the 200 questions; of the base alone its answers. Moving code
-changes none of it. Answers are computed in float32, so that machines agree on them, and cut after a few tokens.
+changes none of it. Answers are computed in float32, so that machines mostly agree on them, and cut after a few tokens;
+another processor may still decide a tie otherwise.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from loracast.data.facts import make_sheet
 from loracast.evaluation.documents import DocumentCase, DocumentSetup
 from loracast.evaluation.in_memory import InMemoryAdapter
 from loracast.evaluation.qa_baselines import BASELINES
+from loracast.evaluation.report import cpu_model
 from loracast.evaluation.runner import ask
 from loracast.library.relevance import THRESHOLD_STRICT, about
 from loracast.library.routing import Route
@@ -155,7 +157,8 @@ def now() -> dict[str, dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="loracast-fingerprint-") as library:
         model = loracast.load(library=library, dtype="float32")
         did = behaviour(model)
-        return {kind: {**parts, **did[kind]} for kind, parts in of_files(model).items()}
+        found = {kind: {**parts, **did[kind]} for kind, parts in of_files(model).items()}
+        return {**found, "machine": {"processor": cpu_model()}}
 
 
 def kept(path: Path = KEPT) -> dict[str, dict[str, str]]:
@@ -164,10 +167,10 @@ def kept(path: Path = KEPT) -> dict[str, dict[str, str]]:
 
 
 def changed(before: Mapping[str, Mapping[str, str]], after: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """The parts that differ, such as "document: routes"; not the type of the numbers, which is the machine's."""
+    """The parts that differ, such as "document: routes"; not the machine and the type of numbers that it prefers."""
     return [
         f"{kind}: {part}"
-        for kind in after
+        for kind in after.keys() - {"machine"}
         for part in after[kind]
         if part != "dtype" and before.get(kind, {}).get(part) != after[kind][part]
     ]
