@@ -25,7 +25,7 @@ COLOURS = ("#3949ab", "#9aa0b4", "#9aa0b4", "#9aa0b4")
 
 
 FILES = {*(name for name, _, _ in WAYS.values()), "first-token"}
-SAYS = "Bars for an adapter and for text in the prompt: right answers, tokens in the prompt, time to the first token"
+SAYS = "Bars: right answers, prompt tokens, first token"
 
 
 def row(folder: Path, name: str, label: str) -> Mapping[str, Any]:
