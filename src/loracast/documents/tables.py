@@ -75,7 +75,7 @@ def take_marks(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def name_markdown_rows(text: str) -> str:
-    """A text with each table of Markdown (GitHub's form: a row of dashes below the header) as lines of `rows_to_lines`.
+    """A text with each table of Markdown (GitHub's form: a row of dashes below the header) as lines of `named_row`.
 
     Code between fences stays as it is.
     """
