@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from loracast.data.rows import each_row
+from loracast.lab.data.rows import each_row
 
 SOURCE = "squad_v1_train_part"
 DEV_ARTICLES = frozenset(

@@ -17,7 +17,7 @@ from typing import Any
 
 from data_files import write
 
-from loracast.data.rows import each_row
+from loracast.lab.data.rows import each_row
 
 N_TASKS = 24
 SEED = "dev tasks 1"

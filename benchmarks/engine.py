@@ -22,8 +22,7 @@ import loracast
 from loracast.base.generate import Sampling, answer
 from loracast.library.adapter import Adapter, routing_key
 from loracast.serving.engine import LocalEngine
-from loracast.serving.engine_config import EngineConfig
-from loracast.serving.request import GenerationRequest
+from loracast.serving.generation import EngineConfig, GenerationRequest
 
 _PLACES = ("harbour", "museum", "library", "station", "market", "garden", "theatre", "bakery")
 _THINGS = ("lantern", "kettle", "bridge", "printer", "bicycle", "piano", "telescope", "boiler")

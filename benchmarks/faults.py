@@ -44,19 +44,19 @@ import httpx
 import torch
 from typer.testing import CliRunner
 
-import loracast.model
+import loracast.answering.model
 import loracast.serving.app  # servers are forked from here
 import shared_writers
 from loracast.base.load import load_base
 from loracast.cli import app
-from loracast.cli.interrupts import prompt_interrupts
-from loracast.encoders.sentence import load_text_encoder
+from loracast.cli.terminal import prompt_interrupts
+from loracast.hypernets.encoders import load_text_encoder
 from loracast.hypernets.store import save_pretrained
-from loracast.library import register, workfolders
+from loracast.library import folders as workfolders
+from loracast.library import register
 from loracast.library.library import adapter_names, open_adapter, versions
 from loracast.library.upkeep import verify
-from loracast.lora.peft_format import write_peft_folder
-from loracast.lora.uniform import uniform
+from loracast.lora.peft_format import uniform, write_peft_folder
 from s3 import BUCKET, s3_server
 from servers import eventually
 from tiny import (
@@ -93,7 +93,9 @@ class Rounds:
         tasks = for_base(make_task_hypernet(base, encoder, 4, 30.0), base.fingerprint)
         tasks.remember_seen(load_text_encoder(str(encoder))(["Answer in French.", "Say it in one word."]))
         save_pretrained(tasks, folder / "tasks", storage="float32")
-        self.model = loracast.model.load(folder / "base", folder / "hypernetwork", library=self.library, device="cpu")
+        self.model = loracast.answering.model.load(
+            folder / "base", folder / "hypernetwork", library=self.library, device="cpu"
+        )
         for number, name in enumerate(NAMES):
             self.model.learn(loracast.Document.from_text(self.text(number)), name)
         write_peft_folder(uniform(self.model.adapter("lamp").lora()), folder / "peft")
@@ -145,7 +147,7 @@ class Rounds:
         longest_s = 0.0
         for words, _ in self.commands():
             began = time.monotonic()
-            with unittest.mock.patch("loracast.model.load", lambda *_, **__: self.model):
+            with unittest.mock.patch("loracast.answering.model.load", lambda *_, **__: self.model):
                 done = CliRunner().invoke(app, words)
             assert done.exit_code in (0, 1), done.output
             longest_s = max(longest_s, time.monotonic() - began)
@@ -242,7 +244,7 @@ class Rounds:
             subprocess.run(["umount", "-l", str(self.disk)], check=True)
 
     def _in_child(self, words: list[str], fault: str, n_bytes: int, ahead: int) -> None:
-        loracast.model.load = lambda *_, **__: self.model
+        loracast.answering.model.load = lambda *_, **__: self.model
         signal.signal(signal.SIGINT, signal.default_int_handler)
         errors = io.StringIO()
         devnull = os.open(os.devnull, os.O_WRONLY)

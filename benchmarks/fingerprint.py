@@ -22,23 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import loracast
+from loracast.answering.model import Model
+from loracast.answering.options import least_confidence
+from loracast.base.footprint import fastest_dtype
 from loracast.base.generate import Sampling, answers
-from loracast.base.precision import fastest_dtype
-from loracast.data.everyday import load_genres, make_document
-from loracast.data.facts import make_sheet
-from loracast.evaluation.documents import DocumentCase, DocumentSetup
-from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.qa_baselines import BASELINES
-from loracast.evaluation.report import cpu_model
-from loracast.evaluation.runner import ask
-from loracast.library.relevance import THRESHOLD_STRICT, about
-from loracast.library.routing import Route
-from loracast.model import Model
-from loracast.options import least_confidence
+from loracast.lab.data.everyday import load_genres, make_document
+from loracast.lab.data.facts import make_sheet
+from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup
+from loracast.lab.evaluation.qa import BASELINES
+from loracast.lab.evaluation.report import cpu_model
+from loracast.lab.evaluation.runner import InMemoryAdapter, ask
+from loracast.reading.relevance import THRESHOLD_STRICT, about
+from loracast.reading.routing import Route
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "fingerprint.json"
-CONTENT = ROOT / "src" / "loracast" / "data" / "content"
+CONTENT = ROOT / "src" / "loracast" / "reading"
 SHIPPED = {"document": "doc-smollm2-135m", "task": "text-smollm2-135m", "image": "image-smollm2-135m"}
 """By what a measurement depends on, the shipped hypernetwork."""
 EVERYDAY, SHEETS, QUESTIONS = 30, 10, 5

@@ -17,14 +17,13 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import loracast
+from loracast.answering.model import Model
 from loracast.base.copying import Copying, signs
-from loracast.data.everyday import load_genres, make_document
-from loracast.data.qa import read_questioned
-from loracast.evaluation.documents import DocumentCase, DocumentSetup, adapter
-from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.runner import made
+from loracast.lab.data.everyday import load_genres, make_document
+from loracast.lab.data.rows import read_questioned
+from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup, adapter
+from loracast.lab.evaluation.runner import InMemoryAdapter, made
 from loracast.lora.inject import inject
-from loracast.model import Model
 
 SEED = 5  # of the documents; evaluations draw others
 EVERYDAY, PEOPLE, QUESTIONS = 168, 84, 6  # documents of each kind, and most questions about one

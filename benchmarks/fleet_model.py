@@ -22,7 +22,7 @@ from fleet_cache import (
 )
 from numpy.typing import NDArray
 
-from loracast.evaluation.flops import QueryFlops
+from loracast.lab.evaluation.cost import QueryFlops
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs" / "results"

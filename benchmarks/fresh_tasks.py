@@ -21,7 +21,7 @@ from typing import Any
 from data_files import write
 from dev_tasks import rows_of
 
-from loracast.documents.sentences import sentence_spans
+from loracast.documents.units import sentence_spans
 
 SEED = "fresh tasks 1"
 N_TRAIN, N_TEST = 200, 100

@@ -22,16 +22,22 @@ from typing import Any
 
 import loracast
 from loracast.base.generate import Sampling
-from loracast.data.answer_metrics import best, has_value, token_f1
 from loracast.documents import read_document
-from loracast.evaluation.baseline import Baseline, choose_baselines
-from loracast.evaluation.documents import DocumentCase, WindowedConfig, strictly
-from loracast.evaluation.everyday import says_not_said
-from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.intervals import mean, mean_with_interval
-from loracast.evaluation.qa_baselines import BASELINES as QA_BASELINES
-from loracast.evaluation.report import ReportWriter, columns
-from loracast.evaluation.runner import Answered, ask, figures, grouped, warm_up
+from loracast.lab.data.answer_metrics import best, has_value, token_f1
+from loracast.lab.evaluation.documents import DocumentCase, WindowedConfig, strictly
+from loracast.lab.evaluation.everyday import says_not_said
+from loracast.lab.evaluation.qa import BASELINES as QA_BASELINES
+from loracast.lab.evaluation.report import ReportWriter, columns, mean, mean_with_interval
+from loracast.lab.evaluation.runner import (
+    Answered,
+    Baseline,
+    InMemoryAdapter,
+    ask,
+    choose_baselines,
+    figures,
+    grouped,
+    warm_up,
+)
 
 FOLDER = Path(__file__).resolve().parent / "frozen"
 LOOKS, README = FOLDER / "looks.md", FOLDER / "README.md"

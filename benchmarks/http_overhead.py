@@ -28,7 +28,7 @@ from loracast.documents import Document
 from loracast.library.adapter import routing_key
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
-from loracast.serving.request import GenerationRequest
+from loracast.serving.generation import GenerationRequest
 from loracast.serving.settings import ServerSettings
 
 TEXT = "The kettle holds 1.7 litres of water and weighs 900 grams. The warranty of the kettle is 24 months."

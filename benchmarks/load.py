@@ -31,9 +31,9 @@ from load_client import Client, resident
 from load_faults import Server, cause_faults
 from load_report import Answer, Run, plot, summary, table
 
-from loracast.data.needles import make_needles
+from loracast.files import bases_dir, encoders_dir
+from loracast.lab.data.needles import make_needles
 from loracast.library.upkeep import verify
-from loracast.paths import bases_dir, encoders_dir
 
 MIB = 2**20
 N_QUESTIONS = 4

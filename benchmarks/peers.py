@@ -34,8 +34,7 @@ from loracast.base.chat import encode_text
 from loracast.base.embedded import DEFAULT_BASE, embedded_folder
 from loracast.export.adapter import export_adapter
 from loracast.export.base import base_gguf
-from loracast.serving.request import GenerationRequest
-from loracast.serving.ticket import Ticket
+from loracast.serving.generation import GenerationRequest, Ticket
 
 PROMPTS = (
     "Here is what a visitor should know about the {}.",
@@ -67,8 +66,7 @@ def at_once(complete: Callable[[Row], int], rows: Sequence[Row], repeats: int) -
 
 def serve(library: Path, engine: str, port: int) -> None:
     """What `loracast serve --engine ENGINE` runs, but that no answer ends before it has its `max_tokens`."""
-    from loracast.serving.app import create_app
-    from loracast.serving.run import bound, make_engine, run
+    from loracast.serving.app import bound, create_app, make_engine, run
     from loracast.serving.settings import ServerSettings
 
     settings = ServerSettings(port=port, engine=engine)

@@ -338,7 +338,7 @@ def write_pages(plan: Plan) -> None:
 
 def _draw_tasks(plan: Plan) -> None:
     """Draw what answers tasks over the operations of a query, from the figures of the page."""
-    from loracast.evaluation.plots import exact_by_operations
+    from loracast.lab.evaluation.plots import exact_by_operations
 
     (one,) = [one for one in plan.measurements if one.id == "tasks"]
     if (kept := figures_of(one)) is not None:

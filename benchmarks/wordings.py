@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from loracast.data.rows import read_content
-from loracast.library.relevance import shipped_words, stem_words
+from loracast.lab.data.rows import read_content
+from loracast.reading.relevance import shipped_words, stem_words
 
 QUESTIONS = {"ask", "check", "asks", "backwards", "count"}
 """Keys of the content below which questions stand, by split."""

@@ -107,7 +107,7 @@ def load_embedded_base():
 @pytest.fixture
 def one_embedded_base(load_embedded_base, monkeypatch) -> None:
     """The embedded base is loaded once for all tests that ask for this; they must not change its modules."""
-    for module in ("loracast.model", "loracast.base.load"):
+    for module in ("loracast.answering.model", "loracast.base.load"):
         monkeypatch.setattr(f"{module}.load_base", load_embedded_base)
 
 
@@ -125,7 +125,7 @@ def tiny_hypernet_folder(base, tmp_path_factory) -> Path:
 @pytest.fixture
 def no_copying(monkeypatch) -> None:
     """Answers go by the LoRA alone: the long answers of a tiny base are cut short where it copies its document."""
-    monkeypatch.setattr("loracast.question_answering.QuestionAnswering.copying", lambda self, prepared: None)
+    monkeypatch.setattr("loracast.answering.question_answering.QuestionAnswering.copying", lambda self, prepared: None)
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def word_encoder(monkeypatch) -> None:
     """Every text encoder is `WordCounts`."""
     from suites import WordCounts
 
-    for module in ("loracast.training.text", "loracast.hypernets.text_to_lora"):
+    for module in ("loracast.lab.training.text", "loracast.hypernets.text_to_lora"):
         monkeypatch.setattr(f"{module}.load_text_encoder", lambda *known: WordCounts())
 
 

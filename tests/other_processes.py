@@ -22,7 +22,9 @@ import pytest
 
 _SET_OF_MODULES = "list({'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'})"
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["transformers.models.llama.modeling_llama", "loracast.model", "loracast.serving.app"])
+_FORKS.set_forkserver_preload(
+    ["transformers.models.llama.modeling_llama", "loracast.answering.model", "loracast.serving.app"]
+)
 
 
 def interruptible() -> None:

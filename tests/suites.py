@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 
-from loracast.data.task_examples import DEFAULT_STYLE, TaskSpec
-from loracast.data.tasks import Task, read_tasks
-from loracast.scoring.episodes import Episode, pack
-from loracast.scoring.likelihood import score_answers
-from loracast.training.episode_maker import SYSTEM_TURNS
-from loracast.training.task_source import DrawnTask, TaskDataConfig, TaskSource
+from loracast.base.scoring import Episode, pack, score_answers
+from loracast.documents.task_spec import DEFAULT_STYLE, TaskSpec
+from loracast.lab.data.tasks import Task, read_tasks
+from loracast.lab.training.document_source import SYSTEM_TURNS
+from loracast.lab.training.task_source import DrawnTask, TaskDataConfig, TaskSource
 
 DATA = Path(__file__).parent / "files" / "data"
 """Excerpts of real task sets."""

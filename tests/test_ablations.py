@@ -8,7 +8,7 @@ import json
 import pytest
 
 from loracast.errors import ConfigError
-from loracast.evaluation.ablations import AblationConfig, read_variants, run_ablations
+from loracast.lab.evaluation.ablations import AblationConfig, read_variants, run_ablations
 from questions import write_documents
 
 RECIPE = """

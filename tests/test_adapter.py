@@ -23,12 +23,12 @@ from loracast.cast.document import cast_chunks, split_document
 from loracast.documents import Document
 from loracast.errors import AdapterError, BaseModelError, ConfigError
 from loracast.library.adapter import Adapter
-from loracast.library.index import read_chunks
 from loracast.library.library import adapter_names, open_adapter, remove_adapter
 from loracast.library.manifest import check_name, name_from
 from loracast.library.writer import AdapterWriter
 from loracast.lora.algebra import LoRA, concat
 from loracast.lora.target import target_from_config
+from loracast.reading.index import read_chunks
 from tiny import PROSE, make_hypernet, make_model
 
 
@@ -76,7 +76,7 @@ def test_learned_factors_are_those_of_a_plain_forward(static_kinds, storage, bas
     """Batches, padding and files out of the way: chunk by chunk, in fp32."""
     from loracast.cast.document import learn_document
     from loracast.documents import read_document
-    from loracast.encoders.features import Features
+    from loracast.hypernets.encoders import Features
 
     modules = target_from_config(base.model.config, static_kinds, (1, 2)).rows if static_kinds else ()
     hypernet = make_hypernet(

@@ -15,22 +15,21 @@ import torch
 from typer.testing import CliRunner
 
 import loracast
+from loracast.answering.options import LEAST_CONFIDENCE, NOT_SAID, least_confidence
 from loracast.cli import app
-from loracast.cli.answerer import Local
+from loracast.cli.client import Local
 from loracast.cli.options import Answering
-from loracast.data.everyday import NOT_SAID
 from loracast.documents import Document
 from loracast.errors import AdapterError, ConfigError
 from loracast.library.adapter import routing_key
-from loracast.library.index import read_chunks
 from loracast.library.library import adapter_names, describe_adapter, remove_adapter, rename_adapter
 from loracast.library.register import Match
-from loracast.library.routing import Route
 from loracast.library.save import save_lora
 from loracast.library.shared import reading
-from loracast.library.wide_route import share_out, sources
 from loracast.lora.algebra import LoRA, concat
-from loracast.options import LEAST_CONFIDENCE, least_confidence
+from loracast.reading.index import read_chunks
+from loracast.reading.routing import Route
+from loracast.reading.wide_route import share_out, sources
 
 TEXTS = {
     "manual-kettle": (
@@ -320,7 +319,7 @@ def test_ask_says_where_the_answer_comes_from(asked, tiny_folder):
 
 
 def test_ask_refuses_a_pattern_without_documents_before_a_model_is_loaded(asked, monkeypatch):
-    monkeypatch.setattr("loracast.model.load", None)
+    monkeypatch.setattr("loracast.answering.model.load", None)
     for chosen in (["-a", "x-*"], ["--tag", "x"], ["-a", "shou*"]):
         done = CliRunner().invoke(app, ["ask", "Why?", *chosen, "--library", str(asked.library)])
         assert done.exit_code == 1 and "no document" in done.stderr
@@ -381,7 +380,7 @@ def test_ask_says_that_a_document_does_not_speak_of_it(asked, tiny_folder):
 
 def test_a_strict_answer_comes_from_the_documents_or_says_that_they_do_not_say(asked, monkeypatch):
     monkeypatch.setattr(
-        "loracast.question_answering.least_confidence", lambda routes: 0.0
+        "loracast.answering.question_answering.least_confidence", lambda routes: 0.0
     )  # a random base is sure of nothing
     question, about = "Who wrote the play about the prince of Denmark?", "How long is the warranty of the lamp?"
     for chosen in ("manual-lamp", ["museum", "manual-lamp"], ["shout", "manual-lamp"], "*"):

@@ -12,22 +12,21 @@ from torch import Tensor
 from loracast.base.load import Base
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
-from loracast.data.task_examples import TaskSpec, as_examples
-from loracast.data.tasks import Example, read_tasks, with_description
-from loracast.encoders.attention_delta import POSITIONS
+from loracast.documents.task_spec import Example, TaskSpec, as_examples, with_description
 from loracast.errors import AdapterError, ConfigError, EncoderError
 from loracast.hypernets.attention_delta import KEPT_RANK, AttentionDeltaToLoRA
+from loracast.hypernets.attention_deltas import POSITIONS
 from loracast.hypernets.store import from_pretrained, save_pretrained
+from loracast.lab.data.tasks import read_tasks
+from loracast.lab.training.document_start import fit_position_probes
+from loracast.lab.training.loop import TrainConfig
+from loracast.lab.training.oracle import OracleRecipe, PeftConfig, train_multitask
+from loracast.lab.training.task_source import TaskDataConfig, TaskSource
+from loracast.lab.training.text import TextRecipe, read_text_recipe, train_text
 from loracast.library.library import adapter_names
 from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
 from loracast.lora.peft_format import read_peft
-from loracast.training.loop import TrainConfig
-from loracast.training.oracle import OracleRecipe, train_multitask
-from loracast.training.peft_training import PeftConfig
-from loracast.training.position_probes import fit_position_probes
-from loracast.training.task_source import TaskDataConfig, TaskSource
-from loracast.training.text import TextRecipe, read_text_recipe, train_text
 from other_processes import digests_in_another_process, digests_of_loras
 from suites import write_suite
 from tiny import ATTENTION_DELTA, DESCRIPTIONS, FAMILIES, for_base, make_attention_delta, make_model, make_tokenizer

@@ -19,7 +19,7 @@ from adapters import write
 from loracast.cli import app
 from loracast.errors import AdapterError
 from loracast.library.adapter import Adapter
-from loracast.lora.fits import linear_shapes
+from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
 from loracast.lora.tensor_file import read_header
 from tiny import make_model

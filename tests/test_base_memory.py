@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loracast.base import memory
+from loracast.base import footprint as memory
 from loracast.base.load import load_base
 from loracast.errors import BaseModelError
 from tiny import make_tokenizer
@@ -38,7 +38,7 @@ def test_a_base_that_cannot_fit_is_refused_before_its_weights_are_looked_for(lar
     with pytest.raises(BaseModelError, match=r"in bfloat16.*: give quantize \(8bit, 4bit\)"):
         load_base(large, device="cpu", dtype="bfloat16")
     monkeypatch.setattr(memory, "free_memory", lambda device: GB)
-    monkeypatch.setattr("loracast.base.quantized.find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setattr("loracast.base.footprint.find_spec", lambda name: SimpleNamespace())
     with pytest.raises(BaseModelError, match=r"in 4bit.*: take a smaller base or a larger machine"):
         load_base(large, device="cpu", dtype="bfloat16", quantize="4bit")
 

@@ -36,14 +36,14 @@ def test_commands_that_load_a_base_take_all_of_these_options():
 
 def test_the_options_reach_the_base(run, note, tiny_folder, tiny_hypernet_folder, monkeypatch):
     seen = []
-    original = __import__("loracast.model", fromlist=["load_base"]).load_base
+    original = __import__("loracast.answering.model", fromlist=["load_base"]).load_base
 
     def load_base(source, **options):
         base = original(source, **options)
         seen.append((options, str(base.model.dtype)))
         return base
 
-    monkeypatch.setattr("loracast.model.load_base", load_base)
+    monkeypatch.setattr("loracast.answering.model.load_base", load_base)
     how = ("--dtype", "float16", "--device-map", "cpu")
     done = run("learn", note, "--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, *how)
     assert done.exit_code == 0, done.output

@@ -12,8 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from bulk import NOT_LEARNED, config_files, make_documents, weights_of
-from loracast.cast.bulk import Casting, FolderCaster
-from loracast.cast.bulk_run import cast_all, read_report
+from loracast.cast.bulk import Casting, FolderCaster, cast_all, read_report
 from loracast.cli import app
 from loracast.errors import LoracastError
 from loracast.export.vllm import RANKS
@@ -267,7 +266,7 @@ def test_the_command(run, tmp_path, tiny_folder, monkeypatch):
     done = run(source, "--out", out)
     assert done.exit_code == 1 and "broken-0.pdf" in done.stdout and "failed: " in done.stderr
     with monkeypatch.context() as nothing_loads:
-        nothing_loads.setattr("loracast.cli.bulk.open_model", lambda *a: pytest.fail("nothing has changed"))
+        nothing_loads.setattr("loracast.cli.learn.open_model", lambda *a: pytest.fail("nothing has changed"))
         again = json.loads(run(source, "--out", out, "--json").stdout)
     assert (again["learned"], again["unchanged"], again["failed"], again["max_rank"]) == (0, 3, 2, 8)
     assert [error["url"].rpartition("/")[2] for error in again["errors"]] == ["broken-0.pdf", "broken-1.txt"]

@@ -19,9 +19,7 @@ import pytest
 import torch
 
 from bulk import config_files, make_documents, weights_of
-from loracast.cast.bulk import Casting, FolderCaster, Found, Line
-from loracast.cast.bulk_ray import cast_with_ray
-from loracast.cast.bulk_run import cast_all
+from loracast.cast.bulk import Casting, FolderCaster, Found, Line, cast_all, cast_with_ray
 from loracast.errors import HypernetworkError, LoracastError
 from loracast.lora.peft_format import read_peft
 

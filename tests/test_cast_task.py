@@ -9,20 +9,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from loracast.answering.model import Model, load
 from loracast.base.generate import Sampling
 from loracast.base.load import load_base
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
 from loracast.cli import app
-from loracast.encoders.sentence import BaseTextEncoder
 from loracast.errors import AdapterError, HypernetworkError
+from loracast.hypernets.encoders import BaseTextEncoder
 from loracast.hypernets.store import save_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.library.adapter import FACTORS
 from loracast.library.library import adapter_names
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import target_from_config
-from loracast.model import Model, load
 from tiny import for_base, make_sentence_encoder, make_task_hypernet
 
 KNOWN = ["Answer with the opposite word.", "Give the antonym of the word.", "Translate the word to French."]
@@ -35,7 +35,7 @@ def task_hypernetwork(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     encoder = make_sentence_encoder(folder / "encoder")
     hypernet = make_task_hypernet(base, encoder, 4, 30.0)
-    from loracast.encoders.sentence import load_text_encoder
+    from loracast.hypernets.encoders import load_text_encoder
 
     hypernet.remember_seen(load_text_encoder(str(encoder))(KNOWN))
     save_pretrained(for_base(hypernet, base.fingerprint), folder / "hypernetwork", storage="float32")

@@ -9,8 +9,8 @@ from loracast.base.chat import ChatFormat
 from loracast.base.load import load_base
 from loracast.cli import app
 from loracast.errors import BaseModelError, ConfigError
+from loracast.files import library_dir
 from loracast.library.library import open_adapter
-from loracast.paths import library_dir
 from tiny import CHAT_TEMPLATE, make_hypernet, make_model, make_tokenizer
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loracast.documents import Chunk, split_text
-from loracast.documents.seams import ends_sentence
+from loracast.documents.units import ends_sentence
 
 Encode = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
 

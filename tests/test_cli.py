@@ -239,7 +239,7 @@ def test_options_become_the_fields_of_a_config(tmp_path):
     seen = SEEN
     alone = typer.Typer(cls=typer.main.get_command(app).__class__.__base__)
     alone.callback()(lambda: None)
-    add(alone, f"{__name__}:measure")
+    add(alone, "", f"{__name__}:measure")
     assert CliRunner().invoke(alone, ["measure"]).exit_code == 0 and seen.pop() == Settings()
     given = "--sizes 3,4 --names a,b --texts x --texts y --no-is-chat --budget 2m --benchmark z"
     assert CliRunner().invoke(alone, ["measure", *given.split()]).exit_code == 0
@@ -367,7 +367,7 @@ def test_a_name_that_is_taken_is_refused_before_a_model_is_loaded(run, learning,
     with manual.open("a") as file:
         file.write("One more lantern.\n")
     with monkeypatch.context() as patch:
-        patch.setattr("loracast.model.load", lambda *ignored, **also: pytest.fail("loaded for nothing"))
+        patch.setattr("loracast.answering.model.load", lambda *ignored, **also: pytest.fail("loaded for nothing"))
         result = run("learn", manual, *learning)
     assert result.exit_code == 1 and "--replace" in result.stderr
     assert open_adapter(lanterns, "lanterns").version == before
@@ -427,7 +427,7 @@ def test_ask_streams_what_json_reports(run, tiny, lanterns):
     streamed = run(*question, *tiny)
     report = only_json(run(*question, "--json", *tiny))
     assert streamed.exit_code == 0 and "Error" not in streamed.stderr
-    from loracast.cli.output import printable
+    from loracast.cli.terminal import printable
 
     assert streamed.stdout.strip("\ufffd\n ") == printable(report["answer"]).strip("\ufffd\n ")
     assert report["n_tokens"] <= 12 and report["total_s"] >= report["first_token_s"] > 0
@@ -537,8 +537,8 @@ def test_chat_ends_with_its_input(run, tiny):
 
 @pytest.fixture
 def talk(model, tiny_folder):
-    from loracast.cli.answerer import Local
-    from loracast.cli.chat import Chatting, Talk
+    from loracast.cli.ask import Chatting, Talk
+    from loracast.cli.client import Local
 
     answering = Chatting(base=str(tiny_folder), device="cpu", route=4, max_tokens=8, library=model.library)
     return Talk(Local(answering), model.library)
@@ -675,14 +675,14 @@ def test_pull_reports(run, tmp_path, monkeypatch):
 
 
 def test_the_demo_asks_what_the_manual_says():
-    from loracast.cli.demo import QUESTIONS
+    from loracast.cli.models import QUESTIONS
 
     text = (ROOT / "examples" / "manual.md").read_text()
     assert len(QUESTIONS) == 5 and all(text.count(expected) == 1 for _, expected in QUESTIONS)
 
 
 def test_demo_learns_the_manual_and_asks(run, learning, library):
-    from loracast.cli.demo import QUESTIONS
+    from loracast.cli.models import QUESTIONS
 
     report = only_json(run("demo", ROOT / "examples" / "manual.md", "--json", *learning))
     assert report["name"] == "manual" and len(report["answers"]) == 5
@@ -695,8 +695,8 @@ def test_demo_learns_the_manual_and_asks(run, learning, library):
 @pytest.fixture
 def three_right(monkeypatch):
     """The model answers the first three questions of the demo right, at once."""
-    from loracast.cli.demo import QUESTIONS
-    from loracast.model import Model
+    from loracast.answering.model import Model
+    from loracast.cli.models import QUESTIONS
 
     right = {question: expected.upper() for question, expected in QUESTIONS[:3]}
 
@@ -767,10 +767,12 @@ def die_at_every_event(library: str, base: str, hypernetwork: str, *words: str) 
     import rich.progress
     import rich.status  # noqa: F401
 
-    import loracast.model
+    import loracast.answering.model
 
-    model = loracast.model.load(base, hypernetwork, library=library, device="cpu")  # once, for all the children
-    loracast.model.load = lambda *ignored, **also: model
+    model = loracast.answering.model.load(
+        base, hypernetwork, library=library, device="cpu"
+    )  # once, for all the children
+    loracast.answering.model.load = lambda *ignored, **also: model
 
     def die_at(event_no: int) -> None:
         n_events = 0
@@ -827,7 +829,7 @@ def test_a_killed_learn_leaves_nothing_that_is_listed(
 
 
 def test_the_base_of_adapters_is_known_by_their_fingerprint(model, tmp_path):
-    from loracast.cli.session import _default_fingerprint, base_of
+    from loracast.cli.options import _default_fingerprint, base_of
 
     (tmp_path / "a.txt").write_text("The museum opens at nine.")
     adapter = model.learn(tmp_path / "a.txt", "a")

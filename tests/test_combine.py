@@ -10,16 +10,16 @@ import torch
 from typer.testing import CliRunner
 
 from adapters import TARGET, deltas, random_factors, write
+from loracast.answering.model import load
 from loracast.cli import app
 from loracast.errors import AdapterError, BaseModelError
 from loracast.library.adapter import Adapter, loras_together
 from loracast.library.combine import Part, combined
 from loracast.library.library import open_adapter
-from loracast.library.routing import Route
 from loracast.library.save import save_lora, target_of
 from loracast.lora.algebra import Factors, LoRA, concat
 from loracast.lora.inject import inject
-from loracast.model import load
+from loracast.reading.routing import Route
 from tiny import PROSE, make_model
 
 IDS = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(3))

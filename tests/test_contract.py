@@ -11,18 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loracast.answering.model import Model, load
 from loracast.base.fingerprint import Fingerprint
+from loracast.base.forward import pad_right
 from loracast.base.load import Base
-from loracast.batching import pad_right
 from loracast.cast.load import SHIPPED, load_caster, shipped_hypernetwork
-from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.errors import BaseModelError, ConfigError, EncoderError, HypernetworkError
-from loracast.hypernets.doc_config import ModuleRow
+from loracast.hypernets.config import ModuleRow
+from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.hypernets.protocol import Cast, Hypernetwork
 from loracast.hypernets.store import from_pretrained, read_made_for, save_pretrained, with_config
 from loracast.library.library import versions
 from loracast.lora.target import Target, TargetModule, target_from_config
-from loracast.model import Model, load
 from tiny import DESCRIPTIONS, make_attention_delta, make_hypernet, make_model, make_tokenizer
 
 architectures = pytest.mark.parametrize("architecture", ["document", "memory", "published", "task", "attention_delta"])
@@ -211,14 +211,14 @@ def test_without_a_base_a_hypernetwork_of_another_one_is_refused_before_the_defa
 ):
     hypernet = make("document")
     save_pretrained(hypernet, tmp_path / "other")
-    monkeypatch.setattr("loracast.model.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
+    monkeypatch.setattr("loracast.answering.model.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
     for loader in (load, partial(load, eager=False)):
         with pytest.raises(BaseModelError, match=f"was made for the base {hypernet.made_for.base!r}, .*--base"):
             loader(hypernetwork=tmp_path / "other")
     with pytest.raises(BaseModelError, match="was made for the base"):
         load(task_hypernetwork=tmp_path / "other")
     loaded = []
-    monkeypatch.setattr("loracast.model.load_base", lambda base, **_: loaded.append(base))
+    monkeypatch.setattr("loracast.answering.model.load_base", lambda base, **_: loaded.append(base))
     load(hypernetwork=shipped_hypernetwork("smollm2-135m-instruct"), eager=False)  # made for the default
     load("another", hypernetwork=tmp_path / "other", eager=False)  # the base itself is checked later
     assert loaded == [None, "another"]

@@ -12,11 +12,11 @@ from loracast.base import copying
 from loracast.base.copying import Copying, signs
 from loracast.base.generate import Sampling, answer, answers
 from loracast.documents import Chunk, Document
-from loracast.library.index import write_index
-from loracast.library.likely import Likely, likely_together
-from loracast.library.routing import pick
+from loracast.reading.index import write_index
+from loracast.reading.matching import Likely, likely_together
+from loracast.reading.routing import pick
 from loracast.serving.engine import LocalEngine
-from loracast.serving.request import GenerationRequest
+from loracast.serving.generation import GenerationRequest
 
 END = 0
 
@@ -194,7 +194,7 @@ def test_a_document_hints_and_a_task_beside_it_does_not(always, model, monkeypat
     assert model.prepare("How much do adults pay?", "door", outlines=False).likely == ()
     seen = []
     monkeypatch.setattr(
-        "loracast.question_answering.answer",
+        "loracast.answering.question_answering.answer",
         lambda *given, copying: seen.append(copying) or SimpleNamespace(confidence=1.0),
     )
     monkeypatch.setattr(type(prepared), "sourced", lambda self, given: given)

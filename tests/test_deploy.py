@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from json_handler import JsonHandler
+from loracast.answering.model import load
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError
 from loracast.export.deploy import deploy
 from loracast.library.library import open_adapter
-from loracast.model import load
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loracast.base.fingerprint import Fingerprint
-from loracast.encoders.features import Features
 from loracast.errors import ConfigError, HypernetworkError
 from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.encoders import Features
 from loracast.hypernets.published import PublishedDocToLoRA
 from loracast.hypernets.store import average, from_pretrained, save_pretrained, with_config
 from loracast.lora.algebra import LoRA, LoRABatch, concat
@@ -265,7 +265,7 @@ def test_a_head_is_taken_over_at_low_rank():
 
 
 def test_gradients_reach_every_parameter_once_the_scalers_have_moved(monkeypatch):
-    monkeypatch.setattr("loracast.hypernets.memory._FEWEST_POINTING", 0.5)  # sentences are short here
+    monkeypatch.setattr("loracast.hypernets.associative_memory._FEWEST_POINTING", 0.5)  # sentences are short here
     for variant in VARIANTS:
         hypernet = make(variant).requires_grad_(True)
         batch = loras(hypernet, make_features(hypernet))

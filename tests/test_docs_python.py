@@ -114,9 +114,9 @@ def test_every_page_with_python_is_run_or_compiled():
 
 
 def test_there_are_examples_in_docstrings():
-    assert {"model.py:", "model.py:load", "question_answering.py:ask", "lora/algebra.py:applied"} <= {
-        where for where, _ in EXAMPLES
-    }
+    assert {where for where, _ in EXAMPLES} >= {
+        "answering/model.py:", "answering/model.py:load", "answering/question_answering.py:ask", "lora/algebra.py:applied",
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")

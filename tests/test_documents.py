@@ -21,9 +21,9 @@ import pytest
 
 from loracast.documents import Document, Limits, read_document
 from loracast.documents.clean import normalise, readable_stem, sensible_title
-from loracast.documents.headings import find_headings
-from loracast.documents.paragraphs import Line, join_lines
-from loracast.documents.sandbox import parse_in_child
+from loracast.documents.pdf import Line, join_lines
+from loracast.documents.read import parse_in_child
+from loracast.documents.units import find_headings
 from loracast.errors import DocumentError
 
 FILES = Path(__file__).parent / "files"

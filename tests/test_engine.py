@@ -14,13 +14,11 @@ from hypothesis import strategies as st
 
 from loracast.base.generate import Sampling, answer, answers
 from loracast.base.load import Base
-from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.errors import AdapterError, BaseModelError, ConfigError
+from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.lora.algebra import Factors, LoRA, concat, stack
-from loracast.serving.answer_text import AnswerText
 from loracast.serving.engine import LocalEngine
-from loracast.serving.engine_config import EngineConfig
-from loracast.serving.request import EngineBusy, EngineStopped, GenerationRequest
+from loracast.serving.generation import AnswerText, EngineBusy, EngineConfig, EngineStopped, GenerationRequest
 from servers import eventually
 from tiny import FAMILIES, PROSE, make_model, make_tokenizer
 
@@ -351,7 +349,7 @@ def test_a_step_that_fails_is_reported_and_the_engine_goes_on(base, engine, monk
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("loracast.serving.lora_batch._Step.apply", explode)
+        patched.setattr("loracast.serving.packed_lora._Step.apply", explode)
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.submit(GenerationRequest(prompt(base, 5), lora, "one", Sampling(5))).text()
     again = engine.submit(GenerationRequest(prompt(base, 5), lora, "one", Sampling(5)))

@@ -11,13 +11,10 @@ import torch
 
 from loracast.base.generate import Sampling
 from loracast.lora.algebra import Factors, LoRA
+from loracast.serving.attention import OwnCache, SlotCache
 from loracast.serving.engine import LocalEngine
-from loracast.serving.engine_config import EngineConfig
-from loracast.serving.kv_cache import OwnCache, SlotCache
-from loracast.serving.lora_batch import LoRABatcher
-from loracast.serving.packed_lora import SharedParts
-from loracast.serving.request import GenerationRequest
-from loracast.serving.ticket import Ticket
+from loracast.serving.generation import EngineConfig, GenerationRequest, Ticket
+from loracast.serving.packed_lora import LoRABatcher, SharedParts
 from tiny import PROSE
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are counted and given back on Linux alone")

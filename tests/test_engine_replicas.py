@@ -12,11 +12,10 @@ import pytest
 from fake_vllm import FakeVllm
 from loracast.base.generate import Sampling
 from loracast.errors import ConfigError
-from loracast.serving.app import create_app
-from loracast.serving.request import EngineFailed, GenerationRequest
-from loracast.serving.run import make_engine
+from loracast.serving.app import create_app, make_engine
+from loracast.serving.generation import EngineFailed, GenerationRequest
 from loracast.serving.settings import ServerSettings
-from loracast.serving.vllm_replicas import VllmReplicas
+from loracast.serving.vllm_server import VllmReplicas
 from servers import served
 from test_vllm_engine import QUESTIONS, chat, random_lora, request
 

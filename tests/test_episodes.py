@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from loracast.base.chat import encode_inside, encode_text
-from loracast.encoders.hidden_states import HiddenStatesEncoder
+from loracast.base.scoring import Episode, Question, common_prefix, pack
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+from loracast.hypernets.encoders import HiddenStatesEncoder
+from loracast.lab.training.doc import answer_questions
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
 from loracast.lora.target import target_from_config
-from loracast.scoring.episodes import Episode, Question, common_prefix, pack
-from loracast.training.doc import answer_questions
 from tiny import make_model, make_tokenizer
 
 MODEL = make_model()

@@ -10,11 +10,18 @@ import torch
 from typer.testing import CliRunner
 
 from loracast.cli import app
-from loracast.data.qa import read_questioned
 from loracast.errors import ConfigError
-from loracast.evaluation.documents import DocumentSetup
-from loracast.evaluation.runner import made
-from loracast.evaluation.whole_library import ALL, BASELINES, NAMING, LibraryConfig, TemporaryLibrary, evaluate_library
+from loracast.lab.data.rows import read_questioned
+from loracast.lab.evaluation.documents import DocumentSetup
+from loracast.lab.evaluation.runner import made
+from loracast.lab.evaluation.whole_library import (
+    ALL,
+    BASELINES,
+    NAMING,
+    LibraryConfig,
+    TemporaryLibrary,
+    evaluate_library,
+)
 from questions import ROWS
 
 

@@ -16,21 +16,19 @@ from loracast.base.generate import Answer
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
 from loracast.cli import app
-from loracast.data.answer_metrics import is_right, last_number
-from loracast.data.benchmarks import read_benchmark
-from loracast.data.task_examples import TaskSpec
-from loracast.data.tasks import Example, read_tasks
+from loracast.documents.task_spec import Example, TaskSpec
 from loracast.errors import ConfigError
-from loracast.evaluation import runner
-from loracast.evaluation import tasks as evaluation
-from loracast.evaluation.choice import Choice, likeliest
-from loracast.evaluation.intervals import paired_bootstrap
-from loracast.evaluation.task_baselines import BASELINES, SHOTS, TaskCase, TaskSetup
-from loracast.evaluation.tasks import TasksConfig, evaluate_tasks
+from loracast.lab.data.answer_metrics import is_right, last_number
+from loracast.lab.data.tasks import read_benchmark, read_tasks
+from loracast.lab.evaluation import runner
+from loracast.lab.evaluation import tasks as evaluation
+from loracast.lab.evaluation.likelihood import Choice, likeliest
+from loracast.lab.evaluation.report import paired_bootstrap
+from loracast.lab.evaluation.tasks import BASELINES, SHOTS, TaskCase, TasksConfig, TaskSetup, evaluate_tasks
+from loracast.lab.training.loop import TrainConfig
+from loracast.lab.training.oracle import OracleRecipe, average_of_oracles, train_multitask, train_oracles
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
-from loracast.training.loop import TrainConfig
-from loracast.training.oracle import OracleRecipe, average_of_oracles, train_multitask, train_oracles
 from suites import DATA, SEVEN_OPPOSITES, WordCounts, write_rows
 
 

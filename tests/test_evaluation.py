@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from loracast.data.answer_metrics import has_value, is_exact, normalise
 from loracast.errors import ConfigError
-from loracast.evaluation.intervals import cluster_bootstrap, wilson
+from loracast.lab.data.answer_metrics import has_value, is_exact, normalise
+from loracast.lab.evaluation.report import cluster_bootstrap, wilson
 from other_processes import Forked, run_module
 
 NOUNS = [
@@ -55,8 +55,8 @@ def texts(tmp_path_factory):
 @pytest.fixture
 def haystack(base, texts):
     from loracast.base.chat import encode_with_offsets
-    from loracast.data.haystack import Haystack
-    from loracast.data.rows import read_texts
+    from loracast.lab.data.needles import Haystack
+    from loracast.lab.data.rows import read_texts
 
     return Haystack(read_texts(texts), lambda text: encode_with_offsets(base.tokenizer, text))
 
@@ -120,8 +120,8 @@ def test_bootstrap_counts_clusters_not_questions():
 @pytest.mark.parametrize("depth", [0.0, 0.37, 1.0])
 def test_haystack_has_the_length_and_the_needle_where_asked(base, model, haystack, n_tokens, depth):
     from loracast.base.chat import encode_text
-    from loracast.data.needles import make_needles
-    from loracast.evaluation.in_memory import InMemoryAdapter
+    from loracast.lab.data.needles import make_needles
+    from loracast.lab.evaluation.runner import InMemoryAdapter
 
     rng = random.Random(n_tokens)
     needle = make_needles(rng, 1, split="test", kind="number4")[0]
@@ -143,8 +143,8 @@ def test_haystack_has_the_length_and_the_needle_where_asked(base, model, haystac
 
 
 def test_a_haystack_of_a_chunks_length_is_one_chunk(model, haystack):
-    from loracast.data.needles import make_needles
-    from loracast.evaluation.in_memory import InMemoryAdapter
+    from loracast.lab.data.needles import make_needles
+    from loracast.lab.evaluation.runner import InMemoryAdapter
 
     for seed in range(20):
         rng = random.Random(seed)
@@ -153,8 +153,8 @@ def test_a_haystack_of_a_chunks_length_is_one_chunk(model, haystack):
 
 
 def test_haystack_refuses_what_cannot_be(haystack):
-    from loracast.data.needles import make_needles
-    from loracast.data.rows import read_texts
+    from loracast.lab.data.needles import make_needles
+    from loracast.lab.data.rows import read_texts
 
     with pytest.raises(ConfigError, match="--texts"):
         read_texts(())
@@ -171,8 +171,8 @@ def test_haystack_refuses_what_cannot_be(haystack):
 def test_a_document_in_memory_gives_the_same_lora_as_its_adapter(base, tmp_path, options):
     import torch
 
-    from loracast.evaluation.in_memory import InMemoryAdapter, cast
-    from loracast.model import Model
+    from loracast.answering.model import Model
+    from loracast.lab.evaluation.runner import InMemoryAdapter, cast
     from tiny import make_hypernet
 
     model = Model(base, tmp_path, make_hypernet(base, **options))
@@ -193,7 +193,7 @@ def test_a_document_in_memory_gives_the_same_lora_as_its_adapter(base, tmp_path,
 
 
 def test_only_what_is_wanted_is_cast(model):
-    from loracast.evaluation.in_memory import InMemoryAdapter, cast
+    from loracast.lab.evaluation.runner import InMemoryAdapter, cast
 
     document = InMemoryAdapter(model, prose(40, seed=9), max_chunk_tokens=128)
     cast(model, [(document, (2, 0))])
@@ -201,9 +201,9 @@ def test_only_what_is_wanted_is_cast(model):
 
 
 def test_the_window_gets_the_document_and_loses_its_middle(model):
-    from loracast.evaluation.documents import DocumentCase, DocumentSetup
-    from loracast.evaluation.in_memory import InMemoryAdapter
-    from loracast.evaluation.synthetic import BASELINES
+    from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup
+    from loracast.lab.evaluation.runner import InMemoryAdapter
+    from loracast.lab.evaluation.synthetic import BASELINES
 
     setup = DocumentSetup(model)
     in_window, passage = BASELINES["window"].request, BASELINES["bm25"].request
@@ -227,14 +227,14 @@ ROW_KEYS = {"baseline", "label", "n", "exact", "exact_low", "exact_high", "has_v
 
 def short(monkeypatch) -> None:
     """Few and short answers in the evaluations of generated documents."""
-    from loracast.evaluation import synthetic
+    from loracast.lab.evaluation import synthetic
 
     monkeypatch.setattr(synthetic, "N_TIMED", 1)
     monkeypatch.setattr(synthetic, "DocumentSetup", partial(synthetic.DocumentSetup, max_new_tokens=6))
 
 
 def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
-    from loracast.evaluation import needle
+    from loracast.lab.evaluation import synthetic as needle
 
     short(monkeypatch)
     config = needle.NeedleConfig(texts, lengths=(256, 900), samples=3, chunk_tokens=128, route=2)
@@ -265,7 +265,7 @@ def test_needle_writes_what_it_promises(model, texts, tmp_path, monkeypatch):
 
 
 def test_a_short_run_is_the_beginning_of_a_long_one(model, texts, tmp_path, monkeypatch):
-    from loracast.evaluation import needle
+    from loracast.lab.evaluation import synthetic as needle
 
     short(monkeypatch)
     monkeypatch.setattr(needle, "_TOKENS_PER_GROUP", 400)  # two documents at a time
@@ -280,7 +280,7 @@ def test_a_short_run_is_the_beginning_of_a_long_one(model, texts, tmp_path, monk
 
 
 def test_a_budget_stops_early_and_says_so(model, texts, tmp_path, monkeypatch):
-    from loracast.evaluation import needle
+    from loracast.lab.evaluation import synthetic as needle
 
     monkeypatch.setattr(needle, "_TOKENS_PER_GROUP", 400)
     config = needle.NeedleConfig(texts, lengths=(200,), samples=50, baselines=("none",), budget_s=0.0)
@@ -291,7 +291,7 @@ def test_a_budget_stops_early_and_says_so(model, texts, tmp_path, monkeypatch):
 
 
 def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):
-    from loracast.evaluation import facts
+    from loracast.lab.evaluation import synthetic as facts
 
     short(monkeypatch)
     config = facts.FactsConfig(facts=(2, 4), sheets=2, chunk_tokens=128)
@@ -307,11 +307,12 @@ def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):
 
 
 def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monkeypatch):
-    from loracast.data.everyday import KINDS, NOT_SAID
-    from loracast.evaluation import everyday
+    from loracast.answering.options import NOT_SAID
+    from loracast.lab.data.everyday import KINDS
+    from loracast.lab.evaluation import everyday
 
     short(monkeypatch)
-    monkeypatch.setattr("loracast.evaluation.runner.copying", lambda base, request: None)
+    monkeypatch.setattr("loracast.lab.evaluation.runner.copying", lambda base, request: None)
     config = everyday.EverydayConfig(documents=4, questions=4, chunk_tokens=128, split="dev")
     everyday.evaluate_everyday(model, config, tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
@@ -329,7 +330,7 @@ def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monk
 
 
 def test_latency_compares_the_three(model, texts, tmp_path):
-    from loracast.evaluation.cost import LatencyConfig, evaluate_latency
+    from loracast.lab.evaluation.cost import LatencyConfig, evaluate_latency
 
     evaluate_latency(model, LatencyConfig(texts, tokens=1600, repetitions=3, route=2), tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
@@ -341,7 +342,7 @@ def test_latency_compares_the_three(model, texts, tmp_path):
 def test_memory_is_measured_in_a_process_of_its_own(
     model, tiny_folder, tiny_hypernet_folder, texts, tmp_path, monkeypatch
 ):
-    from loracast.evaluation import cost
+    from loracast.lab.evaluation import cost
 
     pids = set()  # forked, since a new Python would take five seconds to import torch
 
@@ -363,7 +364,7 @@ def test_memory_is_measured_in_a_process_of_its_own(
 
 
 def test_settings_that_make_no_sense_are_refused_together(texts):
-    from loracast.evaluation.needle import NeedleConfig
+    from loracast.lab.evaluation.synthetic import NeedleConfig
 
     with pytest.raises(ConfigError, match="depth of 2") as caught:
         NeedleConfig(texts, lengths=(20,), depths=(2.0,), kind="colour")
@@ -375,22 +376,22 @@ def test_settings_that_make_no_sense_are_refused_together(texts):
 def test_the_command_line_reaches_the_evaluation(tiny_folder, tiny_hypernet_folder, tmp_path, home):
     from typer.testing import CliRunner
 
-    from loracast.cli.eval import app
+    from loracast.cli import app
 
     options = ["--facts", "2", "--sheets", "2", "--baselines", "routed,none", "--json"]
     where = ["--out", str(tmp_path), "--base", str(tiny_folder), "--hypernetwork", str(tiny_hypernet_folder)]
-    done = CliRunner().invoke(app, ["facts", *where, *options])
+    done = CliRunner().invoke(app, ["eval", "facts", *where, *options])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["rows"][0]["label"].startswith("adapter, routed")
-    assert CliRunner().invoke(app, ["needle", "--out", str(tmp_path), "--lengths", "a,b"]).exit_code == 2
-    assert CliRunner().invoke(app, ["facts", "--out", str(tmp_path), "--split", "train"]).exit_code == 2
+    assert CliRunner().invoke(app, ["eval", "needle", "--out", str(tmp_path), "--lengths", "a,b"]).exit_code == 2
+    assert CliRunner().invoke(app, ["eval", "facts", "--out", str(tmp_path), "--split", "train"]).exit_code == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot reset the high-water mark")
 def test_the_peak_is_what_was_touched_and_not_what_was_there():
     import mmap
 
-    from loracast.evaluation.peak import peak_memory
+    from loracast.lab.evaluation.runner import peak_memory
 
     def touch(mib: int) -> None:
         with mmap.mmap(-1, mib * 2**20) as memory:

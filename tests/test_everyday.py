@@ -12,11 +12,12 @@ from functools import cache
 
 import pytest
 
-from loracast.data.everyday import (
+from loracast.answering.options import NOT_SAID
+from loracast.errors import ConfigError
+from loracast.lab.data.everyday import (
     FEWEST_WORDS,
     KINDS,
     MOST_WORDS,
-    NOT_SAID,
     EverydayDocument,
     EverydayFact,
     Genre,
@@ -24,11 +25,9 @@ from loracast.data.everyday import (
     load_genres,
     make_document,
 )
-from loracast.data.facts import Split, entity_split, expand, load_content, variants
-from loracast.data.spans import AFTER, BEGIN, INSIDE
-from loracast.errors import ConfigError
-from loracast.evaluation.everyday import is_right
-from loracast.training.sources import DataConfig, EpisodeSource
+from loracast.lab.data.facts import AFTER, BEGIN, INSIDE, Split, entity_split, expand, load_content, variants
+from loracast.lab.evaluation.everyday import is_right
+from loracast.lab.training.document_source import DataConfig, EpisodeSource
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 GENRES = load_genres("train")  # those of dev and test are among them
@@ -252,7 +251,7 @@ def test_some_values_share_a_sentence_and_some_stand_behind_a_pronoun() -> None:
 
 DIGEST = """
 import hashlib, random
-from loracast.data.everyday import make_document
+from loracast.lab.data.everyday import make_document
 made = [make_document(random.Random(i), split=split) for i in range(40) for split in ("train", "dev", "test")]
 print(hashlib.sha256(repr(made).encode()).hexdigest())
 """

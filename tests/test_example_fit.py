@@ -11,10 +11,9 @@ import torch
 
 from loracast.base.load import Base
 from loracast.cast.task import TaskCaster
-from loracast.data.task_examples import TaskSpec, as_examples
-from loracast.data.tasks import Example
-from loracast.encoders.attention_delta import POSITIONS
+from loracast.documents.task_spec import Example, TaskSpec, as_examples
 from loracast.hypernets import attention_delta
+from loracast.hypernets.attention_deltas import POSITIONS
 from loracast.hypernets.descriptions import TaskReader
 from loracast.hypernets.example_fit import RANK, behind_the_others, ridge, two_views
 from loracast.lora.algebra import LoRA

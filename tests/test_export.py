@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from adapters import deltas, random_factors, write
+from loracast.answering.model import load
 from loracast.cast.document import learn_document
 from loracast.cli import app
 from loracast.documents import Document
@@ -27,10 +28,8 @@ from loracast.export.ollama import write_ollama
 from loracast.export.vllm import RANKS
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
-from loracast.lora.peft_format import read_peft
+from loracast.lora.peft_format import read_peft, uniform
 from loracast.lora.target import _SUPPORTED
-from loracast.lora.uniform import uniform
-from loracast.model import load
 from tiny import PROSE, make_hypernet, make_model
 
 IDS = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -248,7 +247,7 @@ def test_a_document_chunk_by_chunk(adapter, tmp_path):
     made = export_adapter(long, "peft", tmp_path / "out", each_chunk=True)
     listing = json.loads((tmp_path / "out" / "chunks.json").read_text())
     assert len(made) == long.manifest.n_chunks == len(listing["chunks"])
-    from loracast.library.routing import pick
+    from loracast.reading.routing import pick
 
     picked = pick(tmp_path / "out" / "chunks.sqlite", len(made), "Who built the old bridge?", 1).picked
     assert len(picked) == 1

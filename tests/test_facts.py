@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 
-from loracast.data.facts import (
+from loracast.lab.data.facts import (
     Attribute,
     FactSheet,
     Split,
@@ -307,7 +307,7 @@ def test_a_becomes_an_before_a_vowel() -> None:
 
 DIGEST = """
 import hashlib, random
-from loracast.data.facts import make_sheet
+from loracast.lab.data.facts import make_sheet
 rng = random.Random(5)
 sheets = [make_sheet(rng, n, split=split) for n in (1, 7, 30) for split in ("train", "test") for _ in range(10)]
 print(hashlib.sha256(repr(sheets).encode()).hexdigest())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loracast.model import Model
+from loracast.answering.model import Model
 from tiny import make_hypernet
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ sys.path.insert(0, {benchmarks!r})
 import fingerprint
 from loracast.base.load import load_base
 from loracast.hypernets.store import from_pretrained
-from loracast.model import Model
+from loracast.answering.model import Model
 fingerprint.EVERYDAY, fingerprint.SHEETS = 2, 1
 model = Model(load_base({base!r}), {library!r}, from_pretrained({hypernet!r}))
 asked = [(document, one) for document, some in fingerprint.questions(model) for one in some]
@@ -49,7 +49,7 @@ def test_a_constant_of_routing_and_other_weights_change_it(base, tmp_path, monke
     assert before == fingerprint.behaviour(model)
     after = fingerprint.behaviour(Model(base, tmp_path, make_hypernet(base, seed=2)))
     assert fingerprint.changed(before, after) == ["document: answers"]
-    monkeypatch.setattr("loracast.library.routing._LEAST_SENTENCE_WEIGHT", 0.5)
+    monkeypatch.setattr("loracast.reading.routing._LEAST_SENTENCE_WEIGHT", 0.5)
     assert "document: routes" in fingerprint.changed(before, fingerprint.behaviour(model))
 
 
@@ -70,11 +70,11 @@ def test_code_that_moves_does_not_change_it(tmp_path, tiny_folder, tiny_hypernet
         return done.stdout.split()[-1]
 
     before = routes()
-    (source / "loracast" / "library" / "likely.py").rename(source / "loracast" / "library" / "candidates.py")
+    (source / "loracast" / "reading" / "matching.py").rename(source / "loracast" / "reading" / "candidates.py")
     for path in source.rglob("*.py"):
-        path.write_text(path.read_text().replace("loracast.library.likely", "loracast.library.candidates"))
+        path.write_text(path.read_text().replace("loracast.reading.matching", "loracast.reading.candidates"))
     assert routes() == before
-    routing = source / "loracast" / "library" / "routing.py"
+    routing = source / "loracast" / "reading" / "routing.py"
     assert "SHARPNESS = 8" in routing.read_text()
     routing.write_text(routing.read_text().replace("_LEAST_SENTENCE_WEIGHT = 0.05", "_LEAST_SENTENCE_WEIGHT = 0.5"))
     assert routes() != before

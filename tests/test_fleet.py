@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig
 
-from loracast.evaluation.flops import QueryFlops
+from loracast.lab.evaluation.cost import QueryFlops
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fleet

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from loracast.answering.model import Model
+from loracast.answering.question_answering import NOT_SAID
 from loracast.documents import Document
-from loracast.library.follow_up import queries, stands_alone
-from loracast.model import Model
-from loracast.question_answering import NOT_SAID
+from loracast.reading.spoken import queries, stands_alone
 
 BEFORE = ["One", "Two", "Three"]
 

@@ -49,7 +49,7 @@ def test_a_release_looks_once_at_each_test_and_as_often_as_it_likes_at_what_is_f
 
 
 def test_a_tiny_model_is_asked_and_scored(monkeypatch, tmp_path, base):
-    from loracast.model import Model
+    from loracast.answering.model import Model
     from tiny import make_hypernet
 
     rows = [{"doc_id": f"d{i}", "format": "csv", "document": "Name,Room\nAda,B2\nBo,C3\n", "questions": [

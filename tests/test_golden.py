@@ -18,9 +18,9 @@ import loracast
 from loracast.base.load import Base, load_base
 from loracast.hypernets.store import from_pretrained
 from loracast.library.adapter import Adapter
-from loracast.library.index import read_chunks
 from loracast.library.library import open_adapter
 from loracast.lora.algebra import LoRA
+from loracast.reading.index import read_chunks
 from test_shipped import N_DIRECTIONS, summary
 
 GOLDEN = Path(__file__).parent / "files" / "golden"

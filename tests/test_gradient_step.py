@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from loracast.base.capture import capture_inputs
+from loracast.base.forward import capture_inputs
 from loracast.base.load import Base
 from loracast.cast.task import TaskCaster
-from loracast.data.task_examples import TaskSpec, as_examples
-from loracast.data.tasks import Example
-from loracast.hypernets import attention_delta, gradient_step
+from loracast.documents.task_spec import Example, TaskSpec, as_examples
+from loracast.hypernets import attention_delta
+from loracast.hypernets import example_fit as gradient_step
 from loracast.lora.algebra import Factors, LoRA, LoRABatch, concat, stack
 from loracast.lora.inject import inject
 from tiny import DESCRIPTIONS, FAMILIES, make_attention_delta, make_model, make_tokenizer
@@ -48,8 +48,8 @@ def test_the_step_is_the_gradient_of_the_weights_over_the_moments_of_the_inputs(
     base = Base(family, make_model(family), make_tokenizer())
     names = modules_of(base)
     lora = some_lora(base, names)
-    monkeypatch.setattr(gradient_step, "RANK", 64)
-    monkeypatch.setattr(gradient_step, "_RIDGE", ridge)
+    monkeypatch.setattr(gradient_step, "STEP_RANK", 64)
+    monkeypatch.setattr(gradient_step, "_STEP_RIDGE", ridge)
     step = gradient_step.gradient_step(base, EXAMPLES, names, lora)
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     weights = [base.model.get_submodule(name).weight.requires_grad_() for name in names]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from loracast.answering.model import Model
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
 from loracast.cli import app
-from loracast.evaluation.harness import HarnessConfig, evaluate_harness
+from loracast.lab.evaluation.harness import HarnessConfig, evaluate_harness
 from loracast.lora.inject import inject
-from loracast.model import Model
 from suites import write_rows
 
 WORDS = ("lamp", "bridge", "museum", "machine", "kettle", "code", "river", "line", "north", "desk", "litres", "water")

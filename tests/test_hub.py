@@ -13,7 +13,7 @@ from huggingface_hub.utils import close_session
 import loracast
 from fake_hub import running
 from loracast.errors import AdapterError, BaseModelError, HypernetworkError
-from loracast.hypernets.card import GENERATED
+from loracast.hypernets.store import GENERATED
 from tiny import make_hypernet, make_model, make_tokenizer
 
 DATA = {"texts": ["prose.jsonl.gz"], "text_sources": ["squad"], "needle_kinds": ["code"], "seed": 3}

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loracast.data.labelled import read_images
+from loracast.answering.options import read_source
 from loracast.documents import Document, read_document
 from loracast.documents.document import Limits
 from loracast.documents.images import MAX_PIXELS, ImageFile, image_format, is_image_file, read_image_file
 from loracast.errors import ConfigError, DocumentError
-from loracast.options import read_source
+from loracast.lab.data.labelled import read_images
 from tiny import gradient
 
 

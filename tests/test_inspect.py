@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from loracast.cli import app
 from loracast.documents import Document
-from loracast.library.inspect import differences, sizes
+from loracast.library.combine import differences, sizes
 from loracast.library.save import save_lora
 from loracast.lora.algebra import Factors, LoRA, effective_rank, svd
 from tiny import PROSE, make_model
@@ -67,8 +67,8 @@ def test_differences_by_hand():
 
 def test_probes_tell_what_changes(base, tmp_path):
     """The divergence by hand from PEFT's logits; nothing changes where the LoRA is zero."""
-    from loracast.library.probes import PROBES, probe
-    from loracast.lora.fits import linear_shapes
+    from loracast.lora.inject import linear_shapes
+    from loracast.reading.probes import PROBES, probe
 
     shapes = linear_shapes(base.model)
     lora = LoRA({

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from loracast.cli import main
-from loracast.cli.interrupts import advice, prompt_interrupts
+from loracast.cli.terminal import advice, prompt_interrupts
 from loracast.library.library import adapter_names
 from loracast.library.upkeep import verify
 from loracast.library.writer import AdapterWriter

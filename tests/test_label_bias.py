@@ -7,12 +7,12 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from loracast.base.capture import capture_inputs
+from loracast.base.forward import capture_inputs
 from loracast.base.load import Base
 from loracast.cast.task import TaskCaster
-from loracast.data.task_examples import TaskSpec, as_examples
+from loracast.documents.task_spec import TaskSpec, as_examples
 from loracast.hypernets import attention_delta
-from loracast.hypernets.label_bias import fitted_bias, label_bias
+from loracast.hypernets.example_fit import fitted_bias, label_bias
 from loracast.lora.algebra import Factors, LoRA, LoRABatch, stack
 from loracast.lora.inject import inject
 from tiny import DESCRIPTIONS, FAMILIES, make_attention_delta, make_model, make_tokenizer

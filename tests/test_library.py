@@ -22,12 +22,13 @@ from adapters import TARGET, Killed, random_factors, refuse_writes, some_chunks,
 from loracast.cli import app
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.library import files as library_files
+from loracast.library import folders as library_files
+from loracast.library import folders as workfolders
 from loracast.library import library as library_module
-from loracast.library import register, schema, workfolders
-from loracast.library import writer as writer_module
-from loracast.library.files import recover
-from loracast.library.index import read_chunks
+from loracast.library import register
+from loracast.library import register as schema
+from loracast.library import save as writer_module
+from loracast.library.folders import recover, tidy
 from loracast.library.library import (
     adapter_names,
     check_free,
@@ -43,8 +44,8 @@ from loracast.library.library import (
 )
 from loracast.library.shared import share
 from loracast.library.upkeep import collect_garbage, verify
-from loracast.library.workfolders import tidy
 from loracast.library.writer import AdapterWriter
+from loracast.reading.index import read_chunks
 from tiny import PROSE
 
 
@@ -444,7 +445,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("loracast.library.writer.write_index", full)
+        patch.setattr("loracast.library.save.write_index", full)
         with pytest.raises(OSError, match="disk full"):
             write(tmp_path)
     assert files_in(tmp_path) == {"register.sqlite"}

@@ -20,8 +20,8 @@ from loracast.cli import app
 from loracast.documents import Document
 from loracast.errors import AdapterError
 from loracast.library.library import adapter_names, rename_adapter, versions
-from loracast.library.memory import statements_in
-from loracast.library.routing import pick
+from loracast.reading.routing import pick
+from loracast.reading.spoken import statements_in
 
 SAID = [
     "My dog is called Bella and she hates the stairs.",
@@ -285,7 +285,7 @@ HELD = "How much does the kettle hold?"
 @pytest.fixture
 def ask(tiny_folder, hypernetwork, model, monkeypatch):
     """What `loracast ask --json` says of a document with some options."""
-    monkeypatch.setattr("loracast.model.shipped_hypernetwork", lambda base, modality: hypernetwork)
+    monkeypatch.setattr("loracast.answering.model.shipped_hypernetwork", lambda base, modality: hypernetwork)
     model.learn(Document.from_text("# Kettle\n\nIt holds 1.7 litres."), "kettle")
 
     def run(*options: str) -> dict:

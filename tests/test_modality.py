@@ -14,22 +14,27 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from loracast.answering.model import load
 from loracast.base import embedded
 from loracast.cast.load import load_caster
 from loracast.cli import app
-from loracast.data.labelled import Labelled
 from loracast.documents.images import read_image_file
-from loracast.encoders.features import Encoder, Features
-from loracast.encoders.image import ImageEncoder, load_image_encoder
 from loracast.errors import BaseModelError, ConfigError, EncoderError, HypernetworkError
-from loracast.evaluation.modality import ALL, HELD_OUT, TRAINED, ModalityEvalConfig, evaluate_modality
-from loracast.evaluation.modality_plots import confusion, sheet
 from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.encoders import Encoder, Features, ImageEncoder, load_image_encoder
 from loracast.hypernets.protocol import Caster
 from loracast.hypernets.store import from_pretrained, save_pretrained
-from loracast.model import load
-from loracast.training.modality import read_modality_recipe, train_modality
-from loracast.training.modality_source import ModalityDataConfig, ModalitySource, encoded, wordings
+from loracast.lab.data.labelled import Labelled
+from loracast.lab.evaluation.modality import ALL, HELD_OUT, TRAINED, ModalityEvalConfig, evaluate_modality
+from loracast.lab.evaluation.plots import confusion, sheet
+from loracast.lab.training.modality import (
+    ModalityDataConfig,
+    ModalitySource,
+    encoded,
+    read_modality_recipe,
+    train_modality,
+    wordings,
+)
 from tiny import for_base, gradient, make_hypernet
 from waves import WaveEncoder, make_waves
 

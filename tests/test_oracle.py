@@ -12,18 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
+from loracast.base.scoring import pack, score_answers
 from loracast.cli import app
-from loracast.data.tasks import read_tasks
 from loracast.errors import AdapterError, BaseModelError, ConfigError, TrainingError
-from loracast.lora.algebra import LoRABatch
-from loracast.lora.inject import inject
-from loracast.lora.peft_format import read_peft
-from loracast.scoring.episodes import pack
-from loracast.scoring.likelihood import score_answers
-from loracast.training.loop import TrainConfig
-from loracast.training.oracle import (
+from loracast.lab.data.tasks import read_tasks
+from loracast.lab.training.loop import TrainConfig
+from loracast.lab.training.oracle import (
     MULTITASK,
     OracleRecipe,
+    PeftConfig,
     oracles_in,
     read_multitask,
     read_oracle,
@@ -31,9 +28,11 @@ from loracast.training.oracle import (
     train_multitask,
     train_oracles,
 )
-from loracast.training.peft_training import PeftConfig
-from loracast.training.task_source import TaskDataConfig, TaskSource
-from loracast.training.text import TextRecipe
+from loracast.lab.training.task_source import TaskDataConfig, TaskSource
+from loracast.lab.training.text import TextRecipe
+from loracast.lora.algebra import LoRABatch
+from loracast.lora.inject import inject
+from loracast.lora.peft_format import read_peft
 from suites import write_suite
 from tiny import make_model
 

@@ -10,10 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from loracast.cli import app
-from loracast.data.rows import each_row
-from loracast.data.tasks import Example, read_tasks
+from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError
-from loracast.evaluation.overlap import OverlapConfig, WordIndex, evaluate_overlap
+from loracast.lab.data.rows import each_row
+from loracast.lab.data.tasks import read_tasks
+from loracast.lab.evaluation.overlap import OverlapConfig, WordIndex, evaluate_overlap
 from suites import DATA, write_rows, write_suite
 
 

@@ -13,8 +13,7 @@ from loracast.documents import Document
 from loracast.library.library import adapter_names, describe_adapter, find
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
-from loracast.serving.keys import keys_in
-from loracast.serving.settings import ServerSettings
+from loracast.serving.settings import ServerSettings, keys_in
 from servers import served
 
 pytestmark = pytest.mark.browser

@@ -9,13 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loracast.base.checkpointing import names_within
-from loracast.batching import length_groups
-from loracast.encoders.hidden_states import HiddenStatesEncoder, read_in_groups
+from loracast.base.forward import length_groups, names_within
+from loracast.base.scoring import Episode, Passes, Question, pack
+from loracast.hypernets.encoders import HiddenStatesEncoder, read_in_groups
+from loracast.lab.training.doc import answer_questions
 from loracast.lora.target import target_from_config
-from loracast.scoring.episodes import Episode, Question, pack
-from loracast.scoring.likelihood import Passes
-from loracast.training.doc import answer_questions
 from tiny import DOC_TO_LORA, make_model, make_tokenizer
 
 DOCUMENTS = [(3, 2), (30, 1), (9, 3), (25, 2), (4, 1), (11, 1)]  # tokens, questions

@@ -12,16 +12,14 @@ from typer.testing import CliRunner
 from loracast.base.chat import ChatFormat
 from loracast.base.footprint import footprint
 from loracast.base.load import Base
-from loracast.cast.known import Caches, base_config, known_bases, known_hypernetworks
+from loracast.base.scoring import Passes, pack
+from loracast.cast.catalogue import Caches, base_config, known_bases, known_hypernetworks
 from loracast.cli import app
 from loracast.errors import ConfigError
 from loracast.hypernets.doc_to_lora import DocToLoRA
-from loracast.scoring.episodes import pack
-from loracast.scoring.likelihood import Passes
-from loracast.training.doc import answer_questions, doc_config, read_doc_recipe
-from loracast.training.plan import gpus, shape_of
-from loracast.training.plan_step import Counter, Machine, StepShape, step_cost
-from loracast.training.sources import EpisodeSource
+from loracast.lab.training.doc import answer_questions, doc_config, read_doc_recipe
+from loracast.lab.training.document_source import EpisodeSource
+from loracast.lab.training.plan import Counter, Machine, StepShape, gpus, shape_of, step_cost
 from tiny import make_model, make_tokenizer
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "gpu"
@@ -93,7 +91,7 @@ def test_checkpointing_trades_computation_for_memory():
 def test_the_recipes_for_one_gpu_fit_into_24_gb(recipe, only_config, monkeypatch):
     from transformers import AutoConfig
 
-    monkeypatch.setattr("loracast.training.plan._DRAWN", 1)
+    monkeypatch.setattr("loracast.lab.training.plan._DRAWN", 1)
     config = base_config(GEMMA) if "gemma" in recipe else AutoConfig.for_model(**QWEN)
     result = json.loads(
         run("plan", "--base", only_config(config), "--recipe", RECIPES / recipe, "--gpu", "24GB", "--json")
@@ -115,8 +113,8 @@ def test_what_does_not_fit_is_said_with_what_would(only_config):
 
 
 def test_this_machine_is_measured(only_config, monkeypatch):
-    monkeypatch.setattr("loracast.training.plan.MEASURE_S", 0.5)
-    monkeypatch.setattr("loracast.training.plan._DRAWN", 1)
+    monkeypatch.setattr("loracast.lab.training.plan.MEASURE_S", 0.5)
+    monkeypatch.setattr("loracast.lab.training.plan._DRAWN", 1)
     result = json.loads(run("plan", "--base", only_config(make_model("gemma2").config), "--device", "cpu", "--json"))
     (hours,) = result["hours"].values()
     assert result["fits"] is True and 0 < hours < 100

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from loracast import Hypernetwork, load
+from loracast.base.footprint import fastest_dtype, has_fast_bf16
 from loracast.base.load import load_base
-from loracast.base.precision import fastest_dtype, has_fast_bf16
 from loracast.cast.load import load_caster
-from loracast.training.loop import TrainConfig
+from loracast.lab.training.loop import TrainConfig
 
 
 @pytest.fixture

@@ -21,20 +21,19 @@ from typer.testing import CliRunner
 import loracast
 from loracast.base.fingerprint import fingerprint, fingerprint_of_files
 from loracast.base.load import load_base
-from loracast.cast.load import open_hypernetwork
-from loracast.cast.published import published_file
+from loracast.cast.load import open_hypernetwork, published_file
 from loracast.cli import app
-from loracast.encoders.features import Features
-from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.errors import BaseModelError, HypernetworkError
-from loracast.hypernets.convert_doc import HEAD_DIM, doc_to_lora
-from loracast.hypernets.convert_text import text_to_lora
-from loracast.hypernets.pickled import read_pickled
+from loracast.hypernets.encoders import Features, HiddenStatesEncoder
 from loracast.hypernets.published import (
+    HEAD_DIM,
     PublishedDocToLoRA,
     PublishedDocToLoRAConfig,
     PublishedTextToLoRA,
     PublishedTextToLoRAConfig,
+    doc_to_lora,
+    read_pickled,
+    text_to_lora,
 )
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.inject import inject
@@ -449,7 +448,7 @@ def test_a_checkpoint_on_the_hub_learns_and_answers(name, hub, published_base, t
     adapter, base, hypernet = model.adapter("note"), model.base, model.documents.hypernetwork
     assert hypernet.config.chat_prefix and adapter.manifest.max_chunk_tokens == 512
     before, after = base.chat.frame()
-    (chunk,) = loracast.library.index.read_chunks(adapter.index)
+    (chunk,) = loracast.reading.index.read_chunks(adapter.index)
     ids = torch.tensor([[*before, *base.tokenizer(chunk.prompt)["input_ids"], *after]])
     states = HiddenStatesEncoder(base.model, hypernet.config.reader_layers, with_final_norm=True)(ids)
     cast = convert_document(name)(states).loras.row(0)

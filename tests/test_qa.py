@@ -9,22 +9,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from loracast.base.cut import without_middle
+from loracast.base.chat import without_middle
 from loracast.base.generate import Answer
 from loracast.base.load import Base
 from loracast.cli import app
-from loracast.data.answer_metrics import best, exact_match, rouge_l, squad_normalise, token_f1
-from loracast.data.qa import read_questioned
 from loracast.errors import AdapterError, ConfigError
-from loracast.evaluation.documents import DocumentSetup, static_lora
-from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.interference import InterferenceConfig, evaluate_interference
-from loracast.evaluation.qa import QaConfig, cases_of, choose, draw, evaluate_qa
-from loracast.evaluation.qa_baselines import BASELINES, passages
+from loracast.lab.data.answer_metrics import best, exact_match, rouge_l, squad_normalise, token_f1
+from loracast.lab.data.rows import read_questioned
+from loracast.lab.evaluation.documents import DocumentSetup, static_lora
+from loracast.lab.evaluation.gate import InterferenceConfig, evaluate_interference
+from loracast.lab.evaluation.qa import BASELINES, QaConfig, cases_of, choose, draw, evaluate_qa, passages
+from loracast.lab.evaluation.runner import InMemoryAdapter
+from loracast.lab.training.loop import TrainConfig
+from loracast.lab.training.oracle import PeftConfig
+from loracast.lab.training.window import WindowDataConfig, WindowRecipe, WindowSource, read_window_lora, train_window
 from loracast.lora.peft_format import read_peft
-from loracast.training.loop import TrainConfig
-from loracast.training.peft_training import PeftConfig
-from loracast.training.window import WindowDataConfig, WindowRecipe, WindowSource, read_window_lora, train_window
 from questions import ROWS, write_documents
 
 # ---- metrics ----
@@ -66,7 +65,7 @@ def wide_window(monkeypatch):
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
     """Random answers seldom end by themselves."""
-    monkeypatch.setattr("loracast.evaluation.qa.MAX_NEW_TOKENS", 12)
+    monkeypatch.setattr("loracast.lab.evaluation.qa.MAX_NEW_TOKENS", 12)
 
 
 @pytest.fixture
@@ -143,7 +142,7 @@ def test_a_window_lora_is_told_from_other_loras(base, window_folder, tmp_path):
 
 
 def test_every_baseline_answers_every_question(model, documents, window_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("loracast.evaluation.distilled._STEPS", 4)  # that more of them help has a test of its own
+    monkeypatch.setattr("loracast.lab.evaluation.qa._STEPS", 4)  # that more of them help has a test of its own
     config = QaConfig(
         documents=(documents,), baselines=tuple(BASELINES), max_documents=1, spans_only=True, chunk_tokens=64,
         window_lora=str(window_folder),
@@ -180,7 +179,7 @@ def test_every_baseline_answers_every_question(model, documents, window_folder, 
 
 
 def test_a_run_cut_by_the_clock_says_so(model, documents, tmp_path, monkeypatch):
-    from loracast.evaluation import qa
+    from loracast.lab.evaluation import qa
 
     monkeypatch.setattr(qa, "_DOCUMENTS_PER_GROUP", 2)
     config = QaConfig(documents=(documents,), baselines=("none",), budget_s=0.0)
@@ -244,7 +243,7 @@ def test_two_documents_at_once_are_what_asking_with_two_adapters_gives(model, do
 
 
 def test_nothing_is_distilled_of_a_document_without_a_sentence_to_ask_about(model, documents):
-    from loracast.evaluation import distilled
+    from loracast.lab.evaluation import qa as distilled
 
     setup, (document, *_) = DocumentSetup(model), read_questioned([documents])
     short = dataclasses.replace(document, text="Yes.")
@@ -254,7 +253,7 @@ def test_nothing_is_distilled_of_a_document_without_a_sentence_to_ask_about(mode
 
 def test_distillation_comes_closer_to_the_teacher(model, documents, monkeypatch):
     """The base itself sees the document; what it then finds likely is likelier with the LoRA than without."""
-    from loracast.evaluation import distilled
+    from loracast.lab.evaluation import qa as distilled
     from loracast.lora.inject import inject
 
     monkeypatch.setattr(distilled, "_STEPS", 15)
@@ -280,8 +279,8 @@ def test_distillation_comes_closer_to_the_teacher(model, documents, monkeypatch)
 
 
 def test_the_shared_part_is_what_all_documents_have(base, tiny_folder, tmp_path):
+    from loracast.answering.model import Model
     from loracast.lora.target import target_from_config
-    from loracast.model import Model
     from tiny import make_hypernet
 
     modules = target_from_config(base.model.config, ("q_proj",), (0, 2)).rows
@@ -326,7 +325,7 @@ def test_harm_is_measured_against_the_plain_base(model, documents, tmp_path):
 
 
 def test_a_hypernetwork_that_does_nothing_does_no_harm(base, documents, tmp_path):
-    from loracast.model import Model
+    from loracast.answering.model import Model
     from tiny import make_hypernet
 
     hypernet = make_hypernet(base)

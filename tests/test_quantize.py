@@ -11,17 +11,17 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from adapters import TARGET, deltas, random_factors, write
+from loracast.answering.model import load
 from loracast.cli import app
 from loracast.errors import AdapterError, HypernetworkError
 from loracast.export.adapter import export_adapter
 from loracast.hypernets.store import save_pretrained
 from loracast.library.adapter import Adapter, first_with_static, loras_together
 from loracast.library.library import find, open_adapter, versions
-from loracast.library.routing import Route
 from loracast.library.upkeep import collect_garbage, compact, verify
 from loracast.lora.algebra import concat
 from loracast.lora.quantize import DEFAULT_STORAGE, check_storage, dequantise, pack, packed, quantise, unpack
-from loracast.model import load
+from loracast.reading.routing import Route
 from tiny import PROSE, for_base, make_hypernet
 
 QUESTION = "What is the code of the amber lantern?"

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import loracast
+from loracast.base.footprint import LIBRARIES, check_quantize
 from loracast.base.generate import Sampling, answers
 from loracast.base.load import Base, load_base
-from loracast.base.quantized import LIBRARIES, check_quantize
 from loracast.errors import AdapterError, BaseModelError, ConfigError
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
 from loracast.serving.engine import LocalEngine
-from loracast.serving.request import GenerationRequest
+from loracast.serving.generation import GenerationRequest
 from tiny import make_model, make_tokenizer
 
 BOUND = 1e-5  # of the largest logit: the order of summation, in float32
@@ -179,7 +179,7 @@ def test_a_hypernetwork_trains_on_quantized_weights(folder, quantize):
 def test_wrong_options_and_missing_libraries(tiny_folder, monkeypatch):
     with pytest.raises(ConfigError, match="8bit or 4bit, and not to '3bit'"):
         load_base(tiny_folder, quantize="3bit")
-    monkeypatch.setattr("loracast.base.quantized.find_spec", lambda name: None)
+    monkeypatch.setattr("loracast.base.footprint.find_spec", lambda name: None)
     for quantize, library in LIBRARIES.items():
         with pytest.raises(BaseModelError, match=rf"{library}: pip install 'loracast\[quantize\]'"):
             check_quantize(quantize)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from loracast.base.generate import Sampling, answer
 from loracast.cli import app
-from loracast.evaluation.flops import QueryFlops, counted, lora_flops
+from loracast.lab.evaluation.cost import QueryFlops, counted, lora_flops
 from loracast.lora.algebra import Factors, LoRA
 from suites import write_rows
 from tiny import PROSE, make_model

@@ -11,14 +11,19 @@ import pytest
 from typer.testing import CliRunner
 
 from loracast.cli import app
-from loracast.data.qa import read_questioned
-from loracast.data.questions import writers
-from loracast.data.questions.answers import find_answer, sentence_spans
-from loracast.data.questions.cloze import make_clozes
-from loracast.data.questions.make import MakeConfig, Passage, make_questions, parse
-from loracast.data.questions.writers import EndpointWriter
-from loracast.data.rows import read_texts
 from loracast.errors import ConfigError, LoracastError
+from loracast.lab.data import questions as writers
+from loracast.lab.data.questions import (
+    EndpointWriter,
+    MakeConfig,
+    Passage,
+    find_answer,
+    make_clozes,
+    make_questions,
+    parse,
+    sentence_spans,
+)
+from loracast.lab.data.rows import read_questioned, read_texts
 from questions import ROWS, write_documents
 
 TEXT = (

@@ -66,7 +66,7 @@ def learned(tmp_path_factory, load_embedded_base) -> Path:
     """A library with the manual."""
     library = tmp_path_factory.mktemp("learned") / "library"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loracast.model.load_base", load_embedded_base)
+        patch.setattr("loracast.answering.model.load_base", load_embedded_base)
         loracast.load(library=library, device="cpu").learn(ROOT / "examples" / "manual.pdf")
     return library
 

@@ -7,18 +7,23 @@ import dataclasses
 import pytest
 import torch
 
-from loracast.data.tasks import read_tasks
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.store import from_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA
+from loracast.lab.data.tasks import read_tasks
+from loracast.lab.training.loop import TrainConfig
+from loracast.lab.training.oracle import (
+    OracleRecipe,
+    PeftConfig,
+    matching,
+    read_oracle,
+    relative_square_error,
+    train_oracles,
+)
+from loracast.lab.training.progress import plot_metrics
+from loracast.lab.training.task_source import TaskDataConfig
+from loracast.lab.training.text import TextRecipe, train_text
 from loracast.lora.algebra import Factors, LoRA, LoRABatch, stack
-from loracast.training.loop import TrainConfig
-from loracast.training.oracle import OracleRecipe, read_oracle, train_oracles
-from loracast.training.peft_training import PeftConfig
-from loracast.training.plots import plot_metrics
-from loracast.training.reconstruction import matching, relative_square_error
-from loracast.training.task_source import TaskDataConfig
-from loracast.training.text import TextRecipe, train_text
 from suites import WordCounts, answer_loss, write_suite
 from tiny import dense, random_lora
 

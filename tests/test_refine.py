@@ -10,23 +10,22 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from loracast.answering.model import Model
+from loracast.answering.question_answering import ASK_SYSTEM_TURN
 from loracast.base.generate import Sampling, answer
+from loracast.cast import refine as refine_module
 from loracast.cast.load import load_caster
+from loracast.cast.refine import RefineConfig, loras_of, refine, refiner, rows_of
 from loracast.cast.task import TaskCaster
 from loracast.cli import app
-from loracast.data.task_examples import TaskSpec, as_examples
-from loracast.data.tasks import read_tasks
+from loracast.documents.task_spec import TaskSpec, as_examples
 from loracast.errors import ConfigError, EncoderError
-from loracast.evaluation.refining import STARTS, Mark, RefiningConfig, descend, evaluate_refining
-from loracast.evaluation.task_baselines import TaskSetup
-from loracast.evaluation.tasks import draw
 from loracast.hypernets.store import save_pretrained
+from loracast.lab.data.tasks import read_tasks
+from loracast.lab.evaluation.refining import STARTS, Mark, RefiningConfig, descend, evaluate_refining
+from loracast.lab.evaluation.tasks import TaskSetup, draw
 from loracast.lora.algebra import Factors, LoRA
 from loracast.lora.inject import inject
-from loracast.model import Model
-from loracast.question_answering import ASK_SYSTEM_TURN
-from loracast.training import refine as refine_module
-from loracast.training.refine import RefineConfig, loras_of, refine, refiner, rows_of
 from tiny import for_base, make_attention_delta
 
 WORDS = ("lamp", "river", "stone", "kettle", "bridge", "museum", "north", "desk", "water", "code", "line", "morning")

@@ -19,34 +19,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loracast.data.qa import DocumentQuestion, QuestionedDocument
-from loracast.data.rows import read_content
+from loracast import text as stemming
 from loracast.documents import Chunk
 from loracast.documents.chunks import split_text
 from loracast.errors import AdapterError, TrainingError
-from loracast.evaluation.gate import GateConfig, evaluate_gate
-from loracast.library import relevance
-from loracast.library.index import write_index
-from loracast.library.relevance import (
-    FEATURES,
-    THRESHOLD,
-    WordTable,
-    about,
-    features,
-    read_question,
-    shipped_words,
-    stem_words,
-)
-from loracast.training import relevance_pairs
-from loracast.training.relevance import (
+from loracast.lab.data.rows import DocumentQuestion, QuestionedDocument, read_content
+from loracast.lab.evaluation.gate import GateConfig, evaluate_gate
+from loracast.lab.training import relevance as relevance_pairs
+from loracast.lab.training.relevance import (
     _words_as_tokens,
+    draw_asked,
     fit_logistic,
     make_table,
     observe,
     shipped_fit,
     train_relevance,
 )
-from loracast.training.relevance_pairs import draw_asked
+from loracast.reading import relevance
+from loracast.reading.index import write_index
+from loracast.reading.relevance import FEATURES, THRESHOLD, WordTable, about, features, read_question, shipped_words
+from loracast.text import stem_words
 from suites import write_rows
 
 KETTLE = [
@@ -270,7 +262,7 @@ def test_the_fit_is_reproduced(tmp_path, monkeypatch):
 
 
 def test_the_table_has_words_of_three_sources_and_those_of_asking(monkeypatch):
-    monkeypatch.setattr("loracast.training.relevance.N_FUNCTION", 3)
+    monkeypatch.setattr("loracast.lab.training.relevance.N_FUNCTION", 3)
     documents = [document(i, source) for source in ("one", "two", "three") for i in range(10)]
     table = make_table([*documents, document(0, "four")], {"quiz": ["Do penguins bark?"]})
     assert "lamp" in table.ranks and "penguin" not in table.ranks and "3" not in table.ranks
@@ -278,7 +270,7 @@ def test_the_table_has_words_of_three_sources_and_those_of_asking(monkeypatch):
 
 
 def test_the_shipped_table_is_small():
-    path = Path(relevance_pairs.__file__).parents[1] / "data" / "content" / "relevance.toml"
+    path = Path(relevance.__file__).with_name("relevance.toml")
     assert path.stat().st_size < 60_000
     assert {"why", "kind"} <= shipped_words().asking and "kettl" in shipped_words().ranks
 
@@ -317,10 +309,10 @@ def test_the_splits_of_small_talk_share_nothing():
 
 def test_each_word_is_stemmed_once(monkeypatch):
     asked = []
-    stemmed = relevance._stemmed
-    monkeypatch.setattr(relevance, "_stemmed", lambda words: asked.append([*words]) or stemmed(words))
-    monkeypatch.setattr(relevance, "_STEMS", {})
+    stemmed = stemming._stemmed
+    monkeypatch.setattr(stemming, "_stemmed", lambda words: asked.append([*words]) or stemmed(words))
+    monkeypatch.setattr(stemming, "_STEMS", {})
     assert stem_words(["walking", "dogs", "walking", "..."]) == ["walk", "dog", "walk", ""]
     assert stem_words(["dogs", "cats"]) == ["dog", "cat"] and asked == [["walking", "dogs", "..."], ["cats"]]
-    monkeypatch.setattr(relevance, "_MOST_STEMS", 1)
-    assert stem_words(["birds", "dogs"]) == ["bird", "dog"] and relevance._STEMS == {"birds": "bird"}
+    monkeypatch.setattr(stemming, "_MOST_STEMS", 1)
+    assert stem_words(["birds", "dogs"]) == ["bird", "dog"] and stemming._STEMS == {"birds": "bird"}

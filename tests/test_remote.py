@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from adapters import write
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError
-from loracast.library.files import home_of, recover
+from loracast.library.folders import home_of, recover
 from loracast.library.library import adapter_names, open_adapter, remove_adapter, search
 from loracast.library.remote import factor_bytes, model_card, pull_adapter, push_adapter
 from loracast.library.store import Store

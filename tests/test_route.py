@@ -7,12 +7,12 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from loracast.answering.model import load
 from loracast.cli import app
 from loracast.export.adapter import export_adapter
 from loracast.library.library import open_adapter
 from loracast.library.save import save_lora
 from loracast.lora.peft_format import read_peft
-from loracast.model import load
 from tiny import PROSE
 
 

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.library.bm25 import best_passages, search
-from loracast.library.index import OpenIndex, read_chunks, write_index
-from loracast.library.routing import pick
+from loracast.reading.index import OpenIndex, best_passages, read_chunks, search, write_index
+from loracast.reading.routing import pick
 
 TEXTS = [
     "The warranty of the kettle is 24 months and starts on the day of purchase.",

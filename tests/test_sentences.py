@@ -9,30 +9,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from loracast.answering.model import Model
 from loracast.base.chat import encode_with_offsets
+from loracast.base.scoring import Episode, Question, pack, score_answers
 from loracast.cast.document import recast, split_document
 from loracast.documents import Chunk, Document, read_document, split_text
-from loracast.documents.headings import find_headings
-from loracast.documents.paragraphs import Line, join_lines
-from loracast.documents.sentences import sentence_spans, token_sentences
+from loracast.documents.pdf import Line, join_lines
 from loracast.documents.tables import ROW, rows_to_lines, take_marks
+from loracast.documents.units import find_headings, sentence_spans, token_sentences
 from loracast.errors import AdapterError
-from loracast.evaluation.in_memory import InMemoryAdapter
-from loracast.evaluation.in_memory import cast as cast_in_memory
 from loracast.export.adapter import export_adapter
+from loracast.lab.evaluation.runner import InMemoryAdapter
+from loracast.lab.evaluation.runner import cast as cast_in_memory
+from loracast.lab.training.doc import answer_questions
+from loracast.lab.training.losses import sentence_gates, weights_of
 from loracast.library.adapter import SENTENCE
-from loracast.library.bm25 import sentence_scores
-from loracast.library.index import read_chunks, read_sentences, write_index
-from loracast.library.routing import pick, route_set, sentence_weights
 from loracast.library.upkeep import compact
-from loracast.lora.fits import linear_shapes
+from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
 from loracast.lora.target import target_from_config
-from loracast.model import Model
-from loracast.scoring.episodes import Episode, Question, pack
-from loracast.scoring.likelihood import score_answers
-from loracast.training.doc import answer_questions
-from loracast.training.sentence_gates import sentence_gates, weights_of
+from loracast.reading.index import read_chunks, read_sentences, sentence_scores, write_index
+from loracast.reading.routing import pick, route_set, sentence_weights
 from tiny import make_hypernet
 
 RANK = 12

@@ -24,12 +24,11 @@ from loracast.cli import app
 from loracast.documents import Document
 from loracast.library.library import adapter_names, open_adapter
 from loracast.library.save import save_lora
-from loracast.serving import found
-from loracast.serving import run as serving_run
+from loracast.serving import app as serving_run
+from loracast.serving import client as found
 from loracast.serving.app import create_app
-from loracast.serving.client import Client, NoServer, Refused
+from loracast.serving.client import Client, Loaded, NoServer, Refused, Running, source_key
 from loracast.serving.engine import LocalEngine
-from loracast.serving.found import Loaded, Running, source_key
 from loracast.serving.resolve import served_name
 from loracast.serving.settings import ServerSettings
 from other_processes import Forked, loracast_command
@@ -101,8 +100,10 @@ def without_times(result) -> tuple[int, object, str]:
 @pytest.fixture
 def loads(monkeypatch) -> list[str]:
     """Bases that were loaded by a command."""
-    loaded, load = [], loracast.model.load
-    monkeypatch.setattr("loracast.model.load", lambda *given, **options: loaded.append("") or load(*given, **options))
+    loaded, load = [], loracast.answering.model.load
+    monkeypatch.setattr(
+        "loracast.answering.model.load", lambda *given, **options: loaded.append("") or load(*given, **options)
+    )
     return loaded
 
 

@@ -26,8 +26,7 @@ from loracast.serving import state, uploads, vector_stores
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
 from loracast.serving.jobs import Jobs
-from loracast.serving.keys import keys_in
-from loracast.serving.settings import ServerSettings
+from loracast.serving.settings import ServerSettings, keys_in
 from servers import eventually, manual, served
 
 READ, WRITE, ADMIN = (f"sk-{scope}-0123456789" for scope in ("read", "write", "admin"))
@@ -371,8 +370,8 @@ def test_others_write_while_the_adapters_of_a_store_go(client, model, monkeypatc
         assert goes_on.wait(30)
 
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=pause)
-    monkeypatch.setattr("loracast.serving.store_adapters.time", clock)
-    monkeypatch.setattr("loracast.serving.store_adapters.remove_adapter", timed)
+    monkeypatch.setattr("loracast.serving.vector_stores.time", clock)
+    monkeypatch.setattr("loracast.serving.vector_stores.remove_adapter", timed)
     with ThreadPoolExecutor(1) as threads:
         deleted = threads.submit(client.vector_stores.delete, store.id)
         assert is_paused.wait(30)
@@ -391,7 +390,7 @@ def test_an_adapter_that_could_not_be_removed_goes_later(app, client, model, mon
     store = client.vector_stores.create()
     client.vector_stores.files.upload_and_poll(vector_store_id=store.id, file=("stuck.md", manual(12)))
     with monkeypatch.context() as patch:
-        patch.setattr("loracast.serving.store_adapters.remove_adapter", fails)
+        patch.setattr("loracast.serving.vector_stores.remove_adapter", fails)
         assert client.vector_stores.delete(store.id).deleted
         assert any(name.startswith("stuck-") for name in adapter_names(model.library))
     app.state.service.learning.tidy()
@@ -532,7 +531,7 @@ def test_adapters_are_added_up(api, model):
 
 
 def test_an_export_is_what_peft_reads(api, model, tmp_path):
-    from loracast.lora.fits import linear_shapes
+    from loracast.lora.inject import linear_shapes
     from loracast.lora.peft_format import read_peft
 
     learn(api, manual(24, 2), "kettle")
@@ -683,7 +682,7 @@ def test_bad_requests_are_refused_with_openais_body(api, method, path, request_,
 
 def test_an_answer_goes_on_while_its_adapter_is_replaced_and_deleted(api, model):
     from loracast.base.generate import Sampling
-    from loracast.serving.request import GenerationRequest
+    from loracast.serving.generation import GenerationRequest
 
     learn(api, manual(40, 2), "used")
     prepared = model.prepare("How long is the warranty of the K40-1?", "used", always=True)

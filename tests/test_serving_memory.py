@@ -10,12 +10,11 @@ import pytest
 
 from loracast.base.generate import Sampling
 from loracast.cast.memory import Forgotten, Memory
-from loracast.cli.answerer import _ServedMemory
+from loracast.cli.client import _ServedMemory
 from loracast.serving.app import create_app
 from loracast.serving.client import Client
 from loracast.serving.engine import LocalEngine
-from loracast.serving.keys import keys_in
-from loracast.serving.settings import ServerSettings
+from loracast.serving.settings import ServerSettings, keys_in
 from servers import eventually, in_process, served
 
 

@@ -7,15 +7,15 @@ import openai
 import pytest
 
 import loracast
+from loracast.answering.options import NOT_SAID
 from loracast.base.generate import Sampling
-from loracast.data.everyday import NOT_SAID
 from loracast.documents import Document
 from loracast.library.adapter import MANIFEST
 from loracast.library.library import remove_adapter
 from loracast.serving.app import create_app
 from loracast.serving.engine import LocalEngine
+from loracast.serving.resolve import in_window
 from loracast.serving.settings import ServerSettings
-from loracast.serving.window import in_window
 from servers import in_process, served
 
 pytestmark = pytest.mark.usefixtures("no_copying")
@@ -531,7 +531,7 @@ def test_a_strict_answer_comes_at_its_end_and_only_where_it_is_sure(client, monk
         assert given.loracast["answered_by"] == ["refusal"] * n
     strict = {"stream": True, "extra_body": {"strict": True}}
     assert "".join(one.choices[0].delta.content or "" for one in chat(client, "manual", **strict)) == NOT_SAID
-    monkeypatch.setattr("loracast.question_answering.least_confidence", lambda routes: 0.0)
+    monkeypatch.setattr("loracast.answering.question_answering.least_confidence", lambda routes: 0.0)
     pieces = [one.choices[0].delta.content or "" for one in chat(client, "manual", **strict)]
     given = chat(client, "manual", extra_body={"strict": True}).choices[0]
     assert "".join(pieces) == given.message.content == shown.content and given.logprobs is None

@@ -23,12 +23,11 @@ from loracast.base.generate import Sampling
 from loracast.documents import Document
 from loracast.library import shared
 from loracast.library.shared import share
-from loracast.library.shared_store import SharedStore
+from loracast.library.store import SharedStore
 from loracast.serving.app import create_app
 from loracast.serving.engine import EngineStats, LocalEngine
-from loracast.serving.request import EngineBusy, EngineStopped, Token
+from loracast.serving.generation import EngineBusy, EngineStopped, Ticket, Token
 from loracast.serving.settings import ServerSettings
-from loracast.serving.ticket import Ticket
 from other_processes import Forked
 from servers import TEXTS, eventually, fill, in_process, served
 
@@ -285,7 +284,7 @@ def test_two_servers_answer_from_one_library(model):
 
 def test_a_prompt_that_is_too_long_is_refused_before_it_is_routed(model, monkeypatch):
     api, routed = in_process(model, ByHand()), []
-    monkeypatch.setattr("loracast.question_answering.route_adapters", lambda *what: routed.append(what) or [])
+    monkeypatch.setattr("loracast.answering.question_answering.route_adapters", lambda *what: routed.append(what) or [])
     long = "How long is the warranty? " * 10_000
     for path, asked in (
         (CHAT, body(messages=[{"role": "user", "content": long}])),
@@ -341,7 +340,7 @@ def test_a_library_that_cannot_be_written_still_answers(tiny_folder, tiny_hypern
 
 def serve_slowly(base: str, hypernetwork: str, library: str) -> None:
     """Serve a base whose forward passes take 20 ms, and print the port."""
-    from loracast.serving.run import bound, run
+    from loracast.serving.app import bound, run
 
     model = loracast.load(base, hypernetwork, library=library, device="cpu")
     model.copying = lambda prepared: None  # which would end its answers early

@@ -18,7 +18,8 @@ from adapters import Killed, write
 from loracast.cli import app
 from loracast.errors import AdapterError, LoracastError, NameTakenError, NoSuchAdapterError
 from loracast.files import create_once
-from loracast.library import shared, shared_store
+from loracast.library import shared
+from loracast.library import store as shared_store
 from loracast.library.library import (
     adapter_names,
     describe_adapter,
@@ -31,7 +32,7 @@ from loracast.library.library import (
 )
 from loracast.library.register import Register
 from loracast.library.shared import share
-from loracast.library.shared_store import SharedStore
+from loracast.library.store import SharedStore
 from loracast.library.upkeep import collect_garbage, evict, leave_store, store_url, use_store, verify
 
 

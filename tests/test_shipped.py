@@ -16,8 +16,8 @@ import torch
 
 import loracast
 from loracast.base.generate import Sampling
-from loracast.data.answer_metrics import is_exact
-from loracast.data.facts import make_sheet
+from loracast.lab.data.answer_metrics import is_exact
+from loracast.lab.data.facts import make_sheet
 from loracast.lora.algebra import LoRA
 from pictures import PICTURES
 

@@ -7,10 +7,9 @@ import sqlite3
 import pytest
 
 from loracast.documents.chunks import Chunk
-from loracast.library.bm25 import sentence_scores
-from loracast.library.index import write_index
-from loracast.library.routing import pick, sentence_weights
-from loracast.library.subjects import names_in, of_others
+from loracast.reading.index import sentence_scores, write_index
+from loracast.reading.matching import names_in, of_others
+from loracast.reading.routing import pick, sentence_weights
 
 CAFES = [
     "Opening time of Cafe Nidetsu: 11:15.",

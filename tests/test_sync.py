@@ -16,9 +16,9 @@ from loracast.cli import app
 from loracast.documents import Document, read_document
 from loracast.errors import AdapterError, DocumentError
 from loracast.library import sync
-from loracast.library.index import read_chunks
 from loracast.library.library import adapter_names, describe_adapter, open_adapter, versions
 from loracast.library.sync import BulkReport, learn_folder, names_for
+from loracast.reading.index import read_chunks
 from other_processes import Forked, loracast_command
 
 
@@ -84,7 +84,7 @@ def outcomes(report: BulkReport) -> dict[str, str]:
 
 
 def test_a_folder_is_learned_once(folder, tiny_folder, tiny_hypernet_folder, home, monkeypatch):
-    from loracast.paths import library_dir
+    from loracast.files import library_dir
 
     done, first = run(folder, tiny_folder, tiny_hypernet_folder)
     assert (first["learned"], first["unchanged"], first["failed"], first["ignored"]) == (4, 0, 2, 1)
@@ -127,7 +127,7 @@ def test_a_folder_is_learned_anew_with_the_same_weights_in_another_config(
 
 
 def test_a_folder_is_kept_equal(folder, tiny_folder, tiny_hypernet_folder, home):
-    from loracast.paths import library_dir
+    from loracast.files import library_dir
 
     run(folder, tiny_folder, tiny_hypernet_folder)
     (folder / "lamp.txt").unlink()

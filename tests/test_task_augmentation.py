@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 import re
 
-from loracast.data.rows import read_content
-from loracast.data.string_tasks import CONDITIONS, RULES
-from loracast.data.task_augmentation import FORMS, STYLES, augment, names_for, words_of
-from loracast.data.tasks import Example, Task, read_tasks
-from loracast.training.task_source import TaskDataConfig, TaskSource
+from loracast.documents.task_spec import Example
+from loracast.lab.data.rows import read_content
+from loracast.lab.data.task_augmentation import CONDITIONS, FORMS, RULES, STYLES, augment, names_for, words_of
+from loracast.lab.data.tasks import Task, read_tasks
+from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from suites import DATA
 
 WORDS = ("apple", "lamp", "river", "stone", "cloud")

@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from loracast.data.tasks import read_tasks
 from loracast.errors import ConfigError
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
+from loracast.hypernets.descriptions import TaskBank
 from loracast.hypernets.store import from_pretrained, save_pretrained, with_config
-from loracast.hypernets.task_bank import TaskBank
+from loracast.lab.data.tasks import read_tasks
+from loracast.lab.training.loop import TrainConfig
+from loracast.lab.training.task_source import TaskDataConfig, TaskSource
+from loracast.lab.training.text import CachedEncoder, TextRecipe, train_text
 from loracast.lora.target import Target, TargetModule
-from loracast.training.loop import TrainConfig
-from loracast.training.task_source import TaskDataConfig, TaskSource
-from loracast.training.text import CachedEncoder, TextRecipe, train_text
 from suites import write_suite
 from tiny import ATTENTION_DELTA, DESCRIPTIONS, for_base, make_attention_delta
 

@@ -9,23 +9,20 @@ import json
 import pytest
 import torch
 
+from loracast.base.scoring import pack, score_answers
 from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
-from loracast.data.example_files import read_examples
-from loracast.data.task_examples import STYLES, TaskSpec, as_examples
-from loracast.data.tasks import Example, Task, read_tasks
+from loracast.documents.task_spec import STYLES, Example, TaskSpec, as_examples, read_examples
 from loracast.errors import AdapterError, ConfigError, EncoderError
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
 from loracast.hypernets.store import from_pretrained, save_pretrained
+from loracast.lab.data.tasks import Task, read_tasks
+from loracast.lab.training.loop import TrainConfig
+from loracast.lab.training.oracle import OracleRecipe, PeftConfig, train_multitask
+from loracast.lab.training.task_source import TaskDataConfig, TaskSource
+from loracast.lab.training.text import TextRecipe, train_text
 from loracast.library.manifest import Manifest
 from loracast.lora.inject import inject
-from loracast.scoring.episodes import pack
-from loracast.scoring.likelihood import score_answers
-from loracast.training.loop import TrainConfig
-from loracast.training.oracle import OracleRecipe, train_multitask
-from loracast.training.peft_training import PeftConfig
-from loracast.training.task_source import TaskDataConfig, TaskSource
-from loracast.training.text import TextRecipe, train_text
 from suites import OPPOSITES, write_suite
 from tiny import ATTENTION_DELTA, for_base, make_attention_delta
 

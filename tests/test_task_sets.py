@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from loracast.data.tasks import read_tasks
+from loracast.lab.data.tasks import read_tasks
 from suites import DATA
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

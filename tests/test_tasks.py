@@ -12,14 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 from loracast.cli import app
-from loracast.data.task_examples import DEFAULT_STYLE, TaskSpec
-from loracast.data.tasks import Example, Task, read_tasks
+from loracast.documents.task_spec import DEFAULT_STYLE, Example, TaskSpec
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.store import from_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA
-from loracast.training.loop import TrainConfig
-from loracast.training.task_source import DrawnTask, TaskDataConfig, TaskSource
-from loracast.training.text import TextRecipe, gibberish, read_text_recipe, train_text
+from loracast.lab.data.tasks import Task, read_tasks
+from loracast.lab.training.loop import TrainConfig
+from loracast.lab.training.task_source import DrawnTask, TaskDataConfig, TaskSource
+from loracast.lab.training.text import TextRecipe, gibberish, read_text_recipe, train_text
 from suites import DATA, OPPOSITES, WordCounts, answer_loss, write_rows, write_suite
 from tiny import make_sentence_encoder
 

@@ -11,21 +11,25 @@ import torch
 from torch.nn import functional
 
 from loracast.base.chat import encode_text
-from loracast.data.qa import read_questioned
-from loracast.data.spans import AFTER, INSIDE
+from loracast.base.scoring import Episode, Question, divergence, pack, score_answers, soften
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained
+from loracast.lab.data.facts import AFTER, INSIDE
+from loracast.lab.data.rows import read_questioned
+from loracast.lab.training.doc import DocRecipe, train_doc
+from loracast.lab.training.document_source import (
+    CONTINUED_TOKENS,
+    START_TOKENS,
+    DataConfig,
+    DocumentSource,
+    EpisodeMaker,
+    EpisodeSource,
+    reading_prompt,
+)
+from loracast.lab.training.loop import TrainConfig
+from loracast.lab.training.losses import Distillation, Teacher
 from loracast.lora.algebra import LoRABatch
-from loracast.scoring.episodes import Episode, Question, pack
-from loracast.scoring.likelihood import score_answers
-from loracast.scoring.soft_targets import divergence, soften
-from loracast.training.doc import DocRecipe, train_doc
-from loracast.training.document_source import DocumentSource
-from loracast.training.episode_maker import CONTINUED_TOKENS, START_TOKENS, EpisodeMaker, reading_prompt
-from loracast.training.loop import TrainConfig
-from loracast.training.sources import DataConfig, EpisodeSource
-from loracast.training.teacher import Distillation, Teacher
 from questions import ROWS, write_documents, write_unrelated
 from tiny import DOC_TO_LORA
 

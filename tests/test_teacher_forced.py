@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loracast.answering.model import Model
 from loracast.errors import ConfigError
-from loracast.evaluation.teacher_forced import TeacherForcedConfig, evaluate_teacher_forced
+from loracast.lab.evaluation.likelihood import TeacherForcedConfig, evaluate_teacher_forced
+from loracast.lab.training.document_source import DataConfig, EpisodeSource
 from loracast.lora.algebra import LoRA
 from loracast.lora.inject import inject
-from loracast.model import Model
-from loracast.training.sources import DataConfig, EpisodeSource
 from questions import write_documents
 from tiny import make_hypernet
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from loracast.base import embedded
+from loracast.base.embedded import PackagedModel
 from loracast.base.fingerprint import Fingerprint
 from loracast.base.load import Base
-from loracast.base.packages import PackagedModel
-from loracast.encoders.sentence import BaseTextEncoder, SentenceEncoder, load_text_encoder
 from loracast.errors import ConfigError, EncoderError, HypernetworkError, PackageError
 from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.encoders import BaseTextEncoder, SentenceEncoder, load_text_encoder
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.inject import inject

@@ -23,14 +23,15 @@ from torch import nn
 from typer.testing import CliRunner
 
 from loracast.cli import app
-from loracast.encoders.hidden_states import HiddenStatesEncoder
 from loracast.errors import ConfigError, TrainingError
 from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.hypernets.store import from_pretrained
-from loracast.training import checkpoint, verdicts
-from loracast.training.doc import DocRecipe, doc_config, read_doc_recipe, sample_chunks, train_doc
-from loracast.training.loop import TrainConfig, make_optimizer, train
-from loracast.training.sources import DataConfig, EpisodeSource
+from loracast.lab.training import document_start as verdicts
+from loracast.lab.training import loop as checkpoint
+from loracast.lab.training.doc import DocRecipe, doc_config, read_doc_recipe, sample_chunks, train_doc
+from loracast.lab.training.document_source import DataConfig, EpisodeSource
+from loracast.lab.training.loop import TrainConfig, make_optimizer, train
 from tiny import DOC_TO_LORA
 
 
@@ -330,7 +331,7 @@ def test_a_memory_can_grow_by_verdicts(base, tmp_path, monkeypatch):
     """They tell the sentences of the rules that they were fitted to from others; nothing else changes."""
     monkeypatch.setattr(verdicts, "N_DOCUMENTS", 12)
     monkeypatch.setattr(verdicts, "_RIDGE", 0.1)
-    monkeypatch.setattr("loracast.hypernets.memory._FEWEST_POINTING", 0.5)  # nothing points anywhere yet
+    monkeypatch.setattr("loracast.hypernets.associative_memory._FEWEST_POINTING", 0.5)  # nothing points anywhere yet
     old, grown, recipe = train_and_grow(base, tmp_path, (1, 3), {}, hypernetwork={"memory_verdicts": True})
     assert grown.memory.has_verdicts and not old.memory.has_verdicts
     for name, value in old.state_dict().items():
@@ -441,7 +442,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
 
 def test_a_budget_ends_a_run_and_the_next_goes_on(tmp_path, monkeypatch):
     clock = SimpleNamespace(now_s=50.0, monotonic=lambda: clock.now_s)
-    monkeypatch.setattr("loracast.training.loop.time", clock)
+    monkeypatch.setattr("loracast.lab.training.loop.time", clock)
     model = Toy()
 
     def slow(step: int):
@@ -624,7 +625,7 @@ def test_a_damaged_state_is_refused_and_not_taken_for_a_fresh_start(damage, tmp_
 
 
 def test_a_curve_that_cannot_be_drawn_is_said_before_the_training(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("loracast.training.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("loracast.lab.training.progress.find_spec", lambda name: None)
     refused = CliRunner().invoke(app, ["train", "doc", "--base", str(tiny_folder), "--out", str(tmp_path / "run")])
     assert refused.exit_code == 1 and not (tmp_path / "run").exists()
     assert "loracast[train]" in refused.output

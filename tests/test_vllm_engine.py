@@ -19,14 +19,11 @@ from loracast.base.generate import Sampling
 from loracast.errors import AdapterError, BaseModelError, ConfigError, LoracastError
 from loracast.lora.algebra import Factors, LoRA
 from loracast.serving import vllm_server
-from loracast.serving.app import create_app
+from loracast.serving.app import create_app, make_engine
 from loracast.serving.engine import LocalEngine
-from loracast.serving.engine_config import EngineConfig
-from loracast.serving.request import EngineBusy, EngineFailed, EngineStopped, GenerationRequest
-from loracast.serving.run import make_engine
+from loracast.serving.generation import EngineBusy, EngineConfig, EngineFailed, EngineStopped, GenerationRequest
 from loracast.serving.settings import ServerSettings
-from loracast.serving.vllm_adapters import LoadedLoRAs
-from loracast.serving.vllm_client import VllmClient
+from loracast.serving.vllm import LoadedLoRAs, VllmClient
 from loracast.serving.vllm_server import vllm_engine
 from other_processes import ForkedProgram, run_module
 from servers import eventually, served

@@ -6,8 +6,8 @@ import pytest
 import watchfiles
 
 from loracast.library.library import adapter_names
-from loracast.serving import watching
-from loracast.serving.watching import Watcher
+from loracast.serving import learning as watching
+from loracast.serving.learning import Watcher
 from servers import eventually
 
 

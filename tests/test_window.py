@@ -6,7 +6,7 @@ import pytest
 
 from loracast.documents import Document
 from loracast.errors import AdapterError, BaseModelError
-from loracast.serving.window import in_window
+from loracast.serving.resolve import in_window
 
 NOTE = "The kettle holds 1.7 litres. Its warranty is 24 months."
 ASKED = [{"role": "system", "content": ""}, {"role": "user", "content": "How long is the warranty?"}]

@@ -8,16 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from loracast.data.qa import DocumentQuestion, QuestionedDocument
 from loracast.documents import Chunk
-from loracast.library.bm25 import search
-from loracast.library.index import OpenIndex, write_index
-from loracast.library.matching import matches
-from loracast.library.routing import pick
-from loracast.library.word_vectors import WordVectors, load_vectors, read_index, shipped_vectors
-from loracast.library.words import words_of_question, words_of_sentence
-from loracast.training import word_vectors
-from loracast.training.word_vectors import Asked, Matcher, draw_asked, example, train_word_vectors, vocabulary
+from loracast.lab.data.rows import DocumentQuestion, QuestionedDocument
+from loracast.lab.training import word_vectors
+from loracast.lab.training.word_vectors import Asked, Matcher, draw_asked, example, train_word_vectors, vocabulary
+from loracast.reading.index import OpenIndex, search, write_index
+from loracast.reading.matching import matches
+from loracast.reading.routing import pick
+from loracast.reading.word_vectors import (
+    WordVectors,
+    load_vectors,
+    read_index,
+    shipped_vectors,
+    words_of_question,
+    words_of_sentence,
+)
 
 
 def test_numbers_and_names_are_kinds_of_words():

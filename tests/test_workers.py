@@ -16,8 +16,7 @@ from torch import nn
 from loracast.errors import ConfigError
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.store import from_pretrained
-from loracast.training.loop import TrainConfig, train
-from loracast.training.runtime import Workers
+from loracast.lab.training.loop import TrainConfig, Workers, train
 from other_processes import Forked
 from tiny import DOC_TO_LORA
 
@@ -53,8 +52,8 @@ def start(folder: Path, monkeypatch, n: int, function, *arguments: object) -> li
 def train_tiny(base_folder: str, out: str, steps: str) -> None:
     """Doc-to-LoRA with a memory on the tiny base: two batches a step, a checkpoint after each."""
     from loracast.base.load import load_base
-    from loracast.training.doc import DocRecipe, train_doc
-    from loracast.training.sources import DataConfig
+    from loracast.lab.training.doc import DocRecipe, train_doc
+    from loracast.lab.training.document_source import DataConfig
 
     recipe = DocRecipe(
         hypernetwork={**DOC_TO_LORA, "d_values": 48},

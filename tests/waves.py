@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracast.data.labelled import Labelled
-from loracast.encoders.features import Features
 from loracast.errors import EncoderError
+from loracast.hypernets.encoders import Features
+from loracast.lab.data.labelled import Labelled
 
 NAMES = ("sine wave", "square wave", "noise", "step")
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from loracast.errors import LoracastError
 
 if TYPE_CHECKING:
+    from loracast.answering.model import Model, load
     from loracast.base.generate import Sampling
     from loracast.base.load import load_base
     from loracast.documents import Document, read_document
     from loracast.hypernets.protocol import Hypernetwork
     from loracast.library.adapter import Adapter
     from loracast.lora.algebra import LoRA
-    from loracast.model import Model, load
 
 __version__ = "0.2.0"
 __all__ = [
@@ -37,9 +37,9 @@ _HOMES = {
     "Document": "loracast.documents",
     "Hypernetwork": "loracast.hypernets.protocol",
     "LoRA": "loracast.lora.algebra",
-    "Model": "loracast.model",
+    "Model": "loracast.answering.model",
     "Sampling": "loracast.base.generate",
-    "load": "loracast.model",
+    "load": "loracast.answering.model",
     "load_base": "loracast.base.load",
     "read_document": "loracast.documents",
 }

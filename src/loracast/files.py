@@ -1,12 +1,79 @@
-"""Writing files so that a reader, or the next run, never meets half of one."""
+"""Files: where loracast keeps them, written whole or not at all, fetched from a hub, and checked against types.
+
+`LORACAST_HOME` moves what loracast fetches and learns.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import platformdirs
+
+from loracast.errors import ConfigError, LoracastError
+
+
+def bases_dir() -> Path:
+    """Converted bases; may be deleted at any time and is fetched again."""
+    return _cache_dir() / "bases"
+
+
+def encoders_dir() -> Path:
+    """Text encoders; may be deleted at any time and is fetched again."""
+    return _cache_dir() / "encoders"
+
+
+def features_dir() -> Path:
+    """Features of images and signals for training and evaluation; may be deleted at any time and are computed again."""
+    return _cache_dir() / "features"
+
+
+def fetched_dir() -> Path:
+    """Copies of data files that URLs name; may be deleted at any time and are fetched again."""
+    return _cache_dir() / "fetched"
+
+
+def journals_dir() -> Path:
+    """Journals of learned folders; may be deleted at any time, and the folders are learned anew."""
+    return _cache_dir() / "journals"
+
+
+def converted_dir() -> Path:
+    """Published hypernetworks in loracast's form; may be deleted at any time and are converted again."""
+    return _cache_dir() / "converted"
+
+
+def exports_dir() -> Path:
+    """Adapters exported for servers; may be deleted while no server uses them, and are written again."""
+    return _cache_dir() / "exports"
+
+
+def _cache_dir() -> Path:
+    home = os.environ.get("LORACAST_HOME")
+    return Path(home) if home else Path(platformdirs.user_cache_dir("loracast", appauthor=False))
+
+
+def library_dir() -> Path:
+    """The adapters on this machine: what the user made, not a cache."""
+    home = os.environ.get("LORACAST_HOME")
+    return (Path(home) if home else Path(platformdirs.user_data_dir("loracast", appauthor=False))) / "adapters"
+
+
+def servers_dir() -> Path:
+    """What running servers say of themselves, and the log of those in the background; a server that ends takes it away.
+
+    Only its user may look into it: the files hold keys.
+    """
+    home = os.environ.get("LORACAST_HOME")
+    return (Path(home) if home else Path(platformdirs.user_state_dir("loracast", appauthor=False))) / "servers"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -91,3 +158,110 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def folder_of(
+    source: str | Path, files: Sequence[str], what: str, error: type[LoracastError], revision: str | None = None
+) -> Path:
+    """The folder itself, or one with the files of a hub repository, fetched unless they are in the hub's cache.
+
+    Args:
+        source: a folder, OWNER/NAME of a repository, or OWNER/NAME/FOLDER for a folder in one.
+        files: which files of the repository, or of the folder in it and the folders below, are fetched.
+        what: what is looked for, for the message.
+        error: raised where there is neither a folder nor such a repository.
+        revision: branch, tag or commit of the repository; its main branch if None.
+
+    Raises:
+        ConfigError: a revision of a folder is wanted.
+    """
+    check_revision(source, revision)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    owner, _, rest = str(source).partition("/")
+    name, _, inside = rest.partition("/")
+    repository = f"{owner}/{name}" if inside else str(source)
+    patterns = [f"{inside}/*{file}" for file in files] if inside else list(files)
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns)) / inside
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as failure:
+        raise error(
+            needs_access(failure, repository)
+            or f"no {what} at {str(source)!r}: give a folder with {' and '.join(files[:2])}, or a hub repository "
+            f"that this machine can reach ({str(failure).splitlines()[0]})"
+        ) from failure
+
+
+def needs_access(failure: BaseException | None, repository: str) -> str | None:
+    """What to do where the hub refused a repository to this user, by any cause of a failure; None for other causes."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while failure is not None:
+        response = getattr(failure, "response", None)
+        if isinstance(failure, HfHubHTTPError) and response is not None and response.status_code in (401, 403):
+            return (
+                f"the hub does not give {repository!r} to this user: accept its terms at {constants.ENDPOINT}/"
+                f"{repository}, and set HF_TOKEN to a token of yours (or run `hf auth login`)"
+            )
+        failure = failure.__cause__ or failure.__context__
+    return None
+
+
+def check_revision(source: str | Path, revision: str | None) -> None:
+    """Raise ConfigError for a revision of a local folder, which has none."""
+    if revision is not None and Path(source).is_dir():
+        raise ConfigError(
+            f"{source} is a folder, which has no revision {revision!r}: give a hub repository, or no revision"
+        )
+
+
+_LARGEST = 2**63
+"""A whole number beyond it is in no file that we write, and arithmetic with it would take memory or overflow."""
+
+
+def type_faults(value: Any) -> list[str]:
+    """The fields of a dataclass's instance whose values are not of their types; numbers have to be finite."""
+    return value_faults(type(value), {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+
+
+def value_faults(kind: Callable[..., Any], values: Mapping[str, Any]) -> list[str]:
+    """Those of a dataclass's values, by field and before it is made of them, that are not of their fields' types."""
+    hints = _hints(kind)
+    return [f"{name} is {repr(value)[:80]}" for name, value in values.items() if not _fits(value, hints[name])]
+
+
+@cache
+def _hints(kind: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a dataclass's fields, which take a while to find out."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if kind is Literal:
+        return any(type(value) is type(one) and value == one for one in inner)
+    if kind is Sequence:
+        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
+    if kind is tuple:
+        if not isinstance(value, tuple):
+            return False
+        wanted = (inner[0],) * len(value) if inner[-1] is Ellipsis else inner
+        return len(wanted) == len(value) and all(map(_fits, value, wanted))
+    if kind is dict:
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if hint is float:
+        return type(value) in (int, float) and -_LARGEST < value < _LARGEST and math.isfinite(value)
+    if hint is int:
+        return type(value) is int and -_LARGEST < value < _LARGEST
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, hint) and not type_faults(value)  # type: ignore[arg-type]
+    return type(value) is (type(None) if hint is None else hint)

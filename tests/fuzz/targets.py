@@ -22,18 +22,17 @@ from fuzz import mutate
 from fuzz.guard import OutOfTime, at_most
 from loracast.base.fingerprint import Fingerprint
 from loracast.base.load import Base
-from loracast.cast.published import BaseFacts, convert
+from loracast.cast.load import BaseFacts, convert
 from loracast.documents import images, read, read_document
 from loracast.documents.chunks import split_text
 from loracast.documents.document import Limits, Parsed
 from loracast.errors import DocumentError, LoracastError
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.library.adapter import Adapter
-from loracast.library.index import read_chunks
-from loracast.library.summary import read_outline
-from loracast.lora.fits import linear_shapes
-from loracast.lora.peft_format import read_peft, write_peft_folder
-from loracast.lora.uniform import uniform
+from loracast.lora.inject import linear_shapes
+from loracast.lora.peft_format import read_peft, uniform, write_peft_folder
+from loracast.reading.index import read_chunks
+from loracast.reading.outline import read_outline
 from tiny import (
     gradient,
     make_attention_delta,

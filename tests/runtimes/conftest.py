@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from loracast.answering.model import Model, load
+from loracast.answering.question_answering import ASK_SYSTEM_TURN
 from loracast.base.embedded import DEFAULT_BASE, embedded_folder
 from loracast.base.generate import Sampling, _generate
 from loracast.base.load import Base
-from loracast.data.facts import make_sheet
+from loracast.lab.data.facts import make_sheet
 from loracast.library.adapter import Adapter
 from loracast.lora.algebra import LoRA
-from loracast.model import Model, load
-from loracast.question_answering import ASK_SYSTEM_TURN
 
 N_DOCUMENTS = 10
 FACTS = 5

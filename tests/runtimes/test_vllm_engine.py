@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from loracast.base.generate import Sampling, answer
-from loracast.data.facts import make_sheet
 from loracast.documents import Document
 from loracast.errors import AdapterError
+from loracast.lab.data.facts import make_sheet
 from loracast.library.adapter import routing_key
 from loracast.lora.algebra import Factors, LoRA
-from loracast.serving.engine_config import EngineConfig
-from loracast.serving.request import GenerationRequest
+from loracast.serving.generation import EngineConfig, GenerationRequest
 from loracast.serving.vllm_server import vllm_engine
 
 PYTHON = os.environ.get("LORACAST_VLLM_PYTHON", "")

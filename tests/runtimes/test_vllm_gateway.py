@@ -9,8 +9,8 @@ import pytest
 from loracast.base.generate import Sampling, answer
 from loracast.documents import Document
 from loracast.library.adapter import routing_key
-from loracast.serving.request import EngineFailed, GenerationRequest
-from loracast.serving.run import make_engine
+from loracast.serving.app import make_engine
+from loracast.serving.generation import EngineFailed, GenerationRequest
 from loracast.serving.settings import ServerSettings
 
 PYTHON = os.environ.get("LORACAST_VLLM_PYTHON", "")

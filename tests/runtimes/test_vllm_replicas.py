@@ -21,14 +21,14 @@ from pathlib import Path
 import pytest
 from test_vllm import PYTHON, post, wait_until_it_answers
 
+from loracast.answering.model import load
+from loracast.answering.question_answering import ASK_SYSTEM_TURN
 from loracast.base.embedded import DEFAULT_BASE, embedded_folder
 from loracast.base.generate import Sampling, _generate
 from loracast.documents import Document
 from loracast.export.adapter import export_adapter
-from loracast.library.files import size_of
+from loracast.library.folders import size_of
 from loracast.library.shared import REFRESH_S, share
-from loracast.model import load
-from loracast.question_answering import ASK_SYSTEM_TURN
 
 N = int(os.environ.get("LORACAST_REPLICA_ADAPTERS", "20"))
 N_TOKENS, N_BOTH = 12, 4

@@ -175,3 +175,12 @@ def _encode(tokenizer: Any, text: str, **options: bool) -> Any:
     """What a tokenizer makes of a text, for one thread at a time: its options become its state while it encodes."""
     with _ENCODING:
         return tokenizer(text, add_special_tokens=False, verbose=False, **options)
+
+
+def without_middle(tokenizer: Any, text: str, max_tokens: int) -> str:
+    """The text; only its beginning and end where it has more than `max_tokens` tokens."""
+    if len(encode_text(tokenizer, text)) <= max_tokens:
+        return text
+    offsets = encode_with_offsets(tokenizer, text)[1]
+    head, tail = offsets[max_tokens // 2][0], offsets[-(max_tokens - max_tokens // 2)][0]
+    return f"{text[:head].rstrip()}\n{text[tail:].lstrip()}"

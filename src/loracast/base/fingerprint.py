@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loracast.base.quantized import is_plain
+from loracast.base.footprint import is_plain
 from loracast.errors import BaseModelError
 from loracast.lora.target import module_shapes, text_config
 

@@ -15,13 +15,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loracast.base.embedded import DEFAULT_BASE, embedded, pull, quiet_transformers
-from loracast.base.memory import check_memory, devices_of
-from loracast.base.packages import Say
-from loracast.base.precision import dtype_of, fastest_dtype
-from loracast.base.quantized import check_quantize, keep_unpacked, quantization_config
+from loracast.base.embedded import DEFAULT_BASE, Say, embedded, pull, quiet_transformers
+from loracast.base.footprint import (
+    check_memory,
+    check_quantize,
+    devices_of,
+    dtype_of,
+    fastest_dtype,
+    keep_unpacked,
+    quantization_config,
+)
 from loracast.errors import BaseModelError, ConfigError
-from loracast.hub import check_revision, folder_of, needs_access
+from loracast.files import check_revision, folder_of, needs_access
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
 
     from loracast.base.chat import ChatFormat
     from loracast.base.fingerprint import Fingerprint
-    from loracast.lora.lock import FairLock
+    from loracast.lora.inject import FairLock
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,8 @@ def load_base(
         device: "cpu", "cuda" or "mps"; the fastest available if None.
         device_map: how transformers spreads the layers over devices, such as "auto", in place of `device`.
         dtype: of the weights, such as "bfloat16" or torch.bfloat16; the fastest on the device if None
-            (base/precision.py).
-        quantize: "8bit" or "4bit" to keep the weights of linear modules so (base/quantized.py), which needs
+            (base/footprint.py).
+        quantize: "8bit" or "4bit" to keep the weights of linear modules so (base/footprint.py), which needs
             `pip install 'loracast[quantize]'`; None for weights of type `dtype`.
         revision: branch, tag or commit of a hub repository.
         chat_template: in place of the tokenizer's own: a file, a template in Jinja, or "plain" for a simple one.

@@ -1,9 +1,6 @@
-"""Casts documents into PEFT folders at a URL, one a document, as vLLM's resolver and Ray Serve LLM load them.
+"""Casts many documents into PEFT folders at a URL, one a document, as vLLM's resolver and Ray Serve LLM load them.
 
-    NAME@HASH/adapter_model.safetensors
-    NAME@HASH/adapter_config.json        comes last: a folder without it is not whole
-
-HASH is that of the file and of how it was cast, so that a name never means other weights and nothing is cast twice.
+What is new there is found, handed to this process or to Ray Data's actors, and reported.
 """
 
 from __future__ import annotations
@@ -11,26 +8,31 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
+import os
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loracast.base.load import Base
 from loracast.cast.document import merge_chunks, split_document
 from loracast.documents import Document, Limits, read_document
-from loracast.errors import AdapterError, DocumentError, LoracastError
+from loracast.errors import AdapterError, ConfigError, DocumentError, LoracastError, PackageError
 from loracast.export.vllm import RANKS
 from loracast.files import move_unless_there
 from loracast.hypernets.protocol import Caster
+from loracast.library.folders import tidy, work_folder
 from loracast.library.manifest import VERSION_DIGITS
-from loracast.library.store import file_system, is_local
-from loracast.library.workfolders import work_folder
-from loracast.lora.peft_format import PEFT_FILES, write_peft_folder
-from loracast.lora.uniform import Uniform, uniform
+from loracast.library.store import file_system, is_local, write
+from loracast.library.sync import is_readable, names_for
+from loracast.lora.peft_format import PEFT_FILES, Uniform, uniform, write_peft_folder
 
 CONFIG = PEFT_FILES[0]
 MOST_CHUNKS = 256
@@ -192,3 +194,327 @@ def _write(out: str, folder: str, made: Uniform, base: str, about: Mapping[str, 
 def _short_hash(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:VERSION_DIGITS]
+
+
+REPORT = "report.jsonl"
+_REPORT_EVERY_S = 30.0
+_REPORT_SHARE = 0.05  # of the time, at most, goes into reports on the way
+
+Outcome = Literal["learned", "unchanged", "failed"]
+
+
+@dataclass
+class BulkCast:
+    """What became of the documents at a URL."""
+
+    lines: dict[str, Line] = field(default_factory=dict)
+    """By the documents' URLs."""
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    """In this run, by the documents' URLs."""
+    ignored: int = 0
+    """How many files are of other kinds."""
+    is_complete: bool = True
+    has_written: bool = False
+    """Whether the report is a new one: where nothing has changed, nothing is written."""
+
+    def count(self, outcome: Outcome) -> int:
+        return sum(one == outcome for one in self.outcomes.values())
+
+    def failed(self) -> list[Line]:
+        """The lines of the documents that failed, in order."""
+        return [line for url, line in self.lines.items() if self.outcomes.get(url) == "failed"]
+
+
+def cast_all(
+    source: str,
+    casting: Casting,
+    cast: Callable[[Sequence[Found]], Iterable[Line]],
+    *,
+    again: bool = False,
+    on_line: Callable[[int, int, Line], None] = lambda done, total, line: None,
+) -> BulkCast:
+    """Cast the new and changed documents at a URL or path, a file or all files below it.
+
+    Args:
+        cast: casts documents, and gives their lines in any order; it is not called if there are none.
+        again: read files too that have not changed, and try again those that failed. What has its folder already is
+            not cast again.
+        on_line: called with each line that `cast` gives.
+
+    Raises:
+        DocumentError: there is nothing at the URL. LoracastError: the URLs cannot be used.
+    """
+    known = read_report(casting.out)
+    _make_room(casting.out)
+    there = whole_folders(casting.out)
+    found, ignored = find_documents(source, casting.out, known)
+    run = BulkCast(ignored=ignored)
+    todo = []
+    for one in found:
+        line = known.get(one.url)
+        if again or line is None or not _is_current(line, one, casting, there):
+            todo.append(one)
+        else:
+            run.lines[one.url] = line
+            run.outcomes[one.url] = "failed" if line.error else "unchanged"
+    below = _place(source).rstrip("/")
+    kept = {url: line for url, line in known.items() if url != below and not url.startswith(below + "/")}
+    if not todo and len(kept) + len(found) == len(known):
+        return run
+    # A run that is stopped leaves what is known of those that it has not come to.
+    report = _Report(casting.out, kept | {one.url: known[one.url] for one in todo if one.url in known})
+    try:
+        for number, line in enumerate(cast(todo) if todo else (), 1):
+            run.lines[line.url] = line
+            run.outcomes[line.url] = "failed" if line.error else "unchanged" if line.folder in there else "learned"
+            on_line(number, len(todo), line)
+            report.write_now_and_then(run.lines)
+    except KeyboardInterrupt:
+        run.is_complete = False
+    finally:
+        run.lines = {one.url: run.lines[one.url] for one in found if one.url in run.lines}
+        report.write(run.lines)
+        run.has_written = True
+    return run
+
+
+def find_documents(source: str, out: str, known: Mapping[str, Line]) -> tuple[list[Found], int]:
+    """The documents at a URL or path, without hidden files and links, and how many files of other kinds there are.
+
+    Args:
+        out: where the adapters lie, which may be below the documents.
+        known: lines of an earlier run: documents keep their names.
+    """
+    with file_system(source) as (fs, root):
+        fs.invalidate_cache()
+        files = {path: info for path, info in fs.find(root, detail=True).items() if info["type"] == "file"}
+        urls = {path: fs.unstrip_protocol(path) for path in files}
+    ours = _place(out) + "/"
+    relative = {
+        path: path[len(root) + 1 :] or path.rpartition("/")[2]
+        for path in sorted(files)
+        if not urls[path].startswith(ours)
+    }
+    shown = {path: short for path, short in relative.items() if not any(p.startswith(".") for p in short.split("/"))}
+    wanted = {path: short for path, short in shown.items() if is_readable(short)}
+    if not shown:
+        raise DocumentError(f"there is no document at {source}")
+    names = names_for(list(wanted.values()), {s: known[urls[p]].name for p, s in wanted.items() if urls[p] in known})
+    found = [Found(urls[path], names[short], _stamp(files[path])) for path, short in wanted.items()]
+    return found, len(shown) - len(wanted)
+
+
+def _is_current(line: Line, found: Found, casting: Casting, there: set[str]) -> bool:
+    """Whether a line of an earlier run still says all about a document."""
+    is_same = bool(found.stamp) and line.stamp == found.stamp and line.cast_by == casting.id
+    return is_same and (line.is_final if line.error else line.folder in there)
+
+
+def _stamp(info: Mapping[str, Any]) -> str:
+    """What changes with a file, as its file system tells it."""
+    marks = (info.get(key) for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created"))
+    mark = next((one for one in marks if one), None)
+    return "" if mark is None else f"{info['size']} {mark}"
+
+
+def _place(where: str) -> str:
+    """A URL in full, also of a path."""
+    with file_system(where) as (fs, root):
+        return str(fs.unstrip_protocol(root))
+
+
+def _make_room(out: str) -> None:
+    with file_system(out) as (fs, root):
+        fs.makedirs(root, exist_ok=True)
+        if is_local(fs):
+            tidy(Path(root))
+
+
+# ---- the report
+
+
+def read_report(out: str) -> dict[str, Line]:
+    """The lines of the report, by the documents' URLs; none where there is no report, or a damaged one."""
+    with file_system(out) as (fs, root):
+        try:
+            content = fs.cat_file(f"{root}/{REPORT}")
+        except FileNotFoundError:
+            return {}
+    try:
+        lines = (Line(**json.loads(line)) for line in content.splitlines())
+        return {line.url: line for line in lines}
+    except (ValueError, TypeError):
+        return {}  # folders are found by their hash
+
+
+class _Report:
+    """The report while documents are cast."""
+
+    def __init__(self, out: str, kept: Mapping[str, Line]):
+        """
+        Args:
+            kept: lines of documents from elsewhere, and of those that are not cast yet.
+        """
+        self._out, self._kept = out, kept
+        self._written_s, self._took_s = time.monotonic(), 0.0
+
+    def write_now_and_then(self, lines: Mapping[str, Line]) -> None:
+        if time.monotonic() - self._written_s > max(_REPORT_EVERY_S, self._took_s / _REPORT_SHARE):
+            self.write(lines)
+
+    def write(self, lines: Mapping[str, Line]) -> None:
+        started = time.monotonic()
+        content = "".join(
+            json.dumps(asdict(one)) + "\n"  # in ASCII: names of files may be no text
+            for one in {**self._kept, **lines}.values()
+        )
+        with file_system(self._out) as (fs, root):
+            write(fs, f"{root}/{REPORT}", content.encode())
+        self._written_s = time.monotonic()
+        self._took_s = self._written_s - started
+
+
+LOCAL = "local"
+"""In place of a cluster's address: Ray is started on this machine and ends with the command."""
+PARQUET = "report.parquet"
+_BLOCK = 32  # documents: a killed actor repeats as many at most, and the last actors to finish wait for as few
+_DEATHS = 3
+_STORE_BYTES = 100_000_000  # of Ray on this machine: nothing but URLs and lines goes through it
+
+
+def cast_with_ray(
+    address: str, load: Callable[[], FolderCaster], *, actors: int | None = None
+) -> Callable[[Sequence[Found]], Iterator[Line]]:
+    """What casts documents with Ray, as `cast_all` takes it.
+
+    Args:
+        address: of a cluster, as `ray.init` takes it; or `LOCAL`.
+        load: loads the models in each actor; it has to be picklable.
+        actors: how many; one for each GPU if the cluster has some, else for each CPU, if None.
+
+    Raises:
+        PackageError: Ray is not installed. ConfigError: no cluster answers at the address.
+    """
+    ray = _import_ray()
+
+    def cast(todo: Sequence[Found]) -> Iterator[Line]:
+        with redirect_stdout(sys.stderr):  # Ray says there what has died
+            try:
+                _start(ray, address, actors)
+                yield from _lines(ray, todo, load, actors)
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None)
+                reason = cause if isinstance(cause, LoracastError) else str(error).strip().rsplit("\n", 1)[-1]
+                raise LoracastError(f"Ray gave up: {reason}") from error
+            finally:
+                ray.shutdown()
+
+    return cast
+
+
+def write_parquet(out: str) -> None:
+    """Write the report once more, as a table in Parquet."""
+    from io import BytesIO
+
+    import pyarrow
+    import pyarrow.parquet
+
+    kinds = {"rank": pyarrow.int32(), "n_chunks": pyarrow.int64(), "n_tokens": pyarrow.int64()}
+    kinds |= dict.fromkeys(("lost", "seconds"), pyarrow.float64()) | {"is_final": pyarrow.bool_()}
+    schema = pyarrow.schema([(field.name, kinds.get(field.name, pyarrow.string())) for field in fields(Line)])
+    table = pyarrow.Table.from_pylist([asdict(line) for line in read_report(out).values()], schema)
+    content = BytesIO()
+    pyarrow.parquet.write_table(table, content)
+    with file_system(out) as (fs, root):
+        write(fs, f"{root}/{PARQUET}", content.getvalue())
+
+
+def _import_ray() -> Any:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would send statistics to its makers
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes as an exception
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise PackageError("--ray needs Ray Data: pip install 'loracast[ray]'") from error
+    for handler in logging.getLogger("ray.data").handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.CRITICAL)
+    return ray
+
+
+def _start(ray: Any, address: str, actors: int | None) -> None:
+    quietly = {"logging_level": "error", "log_to_driver": False}
+    if address == LOCAL:
+        own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ray.init("local", num_cpus=actors or own, include_dashboard=False, object_store_memory=_STORE_BYTES, **quietly)
+        return
+    try:
+        ray.init(address, **quietly)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"no Ray cluster answers at {address!r} ({error}): give its address, or {LOCAL}") from error
+
+
+class _Attempts:
+    """Counts how often something was begun and not ended; it outlives the actors that begin it."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def begin(self, what: str) -> int:
+        self._counts[what] += 1
+        return self._counts[what]
+
+    def end(self, what: str) -> None:
+        del self._counts[what]
+
+
+class _Actor:
+    """Holds the models, and casts blocks of documents."""
+
+    def __init__(self, load: Callable[[], FolderCaster], attempts: Any):
+        """
+        Args:
+            attempts: handle of `_Attempts`.
+        """
+        self._cast, self._attempts = load(), attempts
+
+    def __call__(self, block: dict[str, Any]) -> dict[str, list[str]]:
+        found = [Found(**json.loads(text)) for text in block["document"]]
+        cast = self._cast if self._begin(f"block {found[0].url}") == 1 else self._announced
+        return {"line": [json.dumps(asdict(cast(one))) for one in found]}
+
+    def _announced(self, found: Found) -> Line:
+        """Cast a document of a block in which an actor has died: the document that kills is begun and never ends."""
+        if self._begin(found.url) >= _DEATHS:  # it died once more, unannounced
+            error = f"the process that cast it died {_DEATHS} times, of too little memory or of the document"
+            return Line(found.url, found.name, found.stamp, self._cast.casting.id, error=error)
+        line = self._cast(found)
+        self._attempts.end.remote(found.url)
+        return line
+
+    def _begin(self, what: str) -> int:
+        import ray
+
+        return ray.get(self._attempts.begin.remote(what))
+
+
+def _lines(ray: Any, todo: Sequence[Found], load: Callable[[], FolderCaster], actors: int | None) -> Iterator[Line]:
+    """The lines of documents, in any order."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    has = ray.cluster_resources()
+    each = {"num_cpus": 1, "num_gpus": 1} if has.get("GPU") else {"num_cpus": 1}
+    size = actors or max(1, int(has.get("GPU") or has.get("CPU", 1)))
+    attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Attempts).remote()
+    documents = [{"document": json.dumps(asdict(one))} for one in todo]
+    lines = ray.data.from_items(documents, override_num_blocks=-(-len(todo) // _BLOCK)).map_batches(
+        _Actor,
+        fn_constructor_args=[load, attempts],
+        batch_size=None,  # a whole block
+        compute=ray.data.ActorPoolStrategy(size=size),
+        **each,
+    )
+    for batch in lines.iter_batches(batch_size=None):
+        for text in batch["line"]:
+            yield Line(**json.loads(text))

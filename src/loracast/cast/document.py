@@ -1,4 +1,7 @@
-"""Casts a document into an adapter: text, chunks, features, rows, disk. Memory stays flat in the document's length."""
+"""Casts a document, or an image, into an adapter: text, chunks, features, rows, disk.
+
+Memory stays flat in the document's length. An image needs no base.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,15 @@ from torch import Tensor
 from loracast.base.chat import encode_text, encode_with_offsets
 from loracast.base.load import Base
 from loracast.documents import Chunk, Document, split_text
-from loracast.documents.sentences import sentence_spans, token_sentences
+from loracast.documents.images import ImageFile
+from loracast.documents.units import sentence_spans, token_sentences
 from loracast.errors import ConfigError, DocumentError, HypernetworkError
 from loracast.hypernets.protocol import Caster, Hypernetwork
-from loracast.library.adapter import Adapter
-from loracast.library.join import join_chunks
-from loracast.library.layout import SENTENCE, STATIC
+from loracast.library.adapter import SENTENCE, STATIC, Adapter, join_chunks
 from loracast.library.library import check_free, check_whole, find_cached, give_name
 from loracast.library.manifest import Manifest, utc_now
-from loracast.library.save import save_rows, static_tensors
-from loracast.library.writer import ChunkRows
+from loracast.library.save import save_rows, save_single, static_tensors
+from loracast.library.writer import ChunkRows, check_finite
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage
 
@@ -267,4 +269,36 @@ def learn_chunks(
         lambda: time.perf_counter() - started,
         replace=replace,
         progress=progress,
+    )
+
+
+def cast_image(caster: Caster, image: ImageFile) -> LoRA:
+    """Cast an image into a LoRA and keep nothing."""
+    return caster.loras_of(caster.encode([image.image])).row(0).to(dtype=torch.bfloat16)
+
+
+def learn_image(caster: Caster, image: ImageFile, library: Path, name: str, *, replace: bool = False) -> Adapter:
+    """Cast an image into an adapter and keep it under `name`.
+
+    Raises:
+        AdapterError: the name is taken or not allowed, or the factors are not finite; nothing is kept then.
+    """
+    started = time.perf_counter()
+    hypernetwork = caster.hypernetwork
+    rows = caster.cast(caster.encode([image.image])).rows
+    check_finite(rows, "this image")
+    return save_single(
+        rows,
+        hypernetwork.config.target,
+        library,
+        name,
+        static=hypernetwork.static_rows(),
+        kind="image",
+        title=image.title,
+        source=image.file_name,
+        source_sha256=image.sha256,
+        made_for=caster.made_for,
+        hypernetwork=caster.id,
+        seconds=time.perf_counter() - started,
+        replace=replace,
     )

@@ -11,11 +11,11 @@ from typing import TypedDict, Unpack, cast
 
 import torch
 
-from loracast.data.task_examples import ExampleLike, TaskSpec, as_examples, as_spec
-from loracast.data.tasks import Example
-from loracast.encoders.features import Features
+from loracast.documents.task_spec import Example, ExampleLike, TaskSpec, as_examples, as_spec
 from loracast.errors import AdapterError
+from loracast.files import library_dir
 from loracast.hypernets.descriptions import DescriptionHypernetwork
+from loracast.hypernets.encoders import Features
 from loracast.hypernets.protocol import Caster
 from loracast.library.adapter import Adapter
 from loracast.library.library import check_free
@@ -24,7 +24,6 @@ from loracast.library.save import save_single
 from loracast.library.writer import check_finite
 from loracast.lora.algebra import LoRA, LoRABatch, Rows
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
-from loracast.paths import library_dir
 
 _AT_ONCE = 50
 """Tasks in one forward pass of the hypernetwork; with twice as many, each takes longer (docs/notebook)."""
@@ -143,7 +142,7 @@ class TaskCaster:
             names: of the adapters; made from the descriptions if None.
             strength: factor on every delta.
             refine: makes better rows from those of the description (of the examples without one), or gives back the
-                same (training/refine.py); the examples are read into the adapter as without it then.
+                same (cast/refine.py); the examples are read into the adapter as without it then.
             storage: how the factors are kept (lora/quantize.py); not "text", since a task cannot be cast again.
             replace: whether an adapter of the same name is replaced.
 

@@ -12,17 +12,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 import typer
 
 from loracast import LoracastError, __version__
-from loracast.cli import eval
 from loracast.cli.commands import CommandGroup, add
-from loracast.cli.interrupts import EXIT_CODE, prompt_interrupts
-from loracast.cli.output import printable
-
-RESEARCH = "Research"
+from loracast.cli.terminal import EXIT_CODE, printable, prompt_interrupts
 
 
 class Program(CommandGroup):
@@ -94,26 +91,21 @@ def root(
             os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers and of the hub
 
 
-_train = typer.Typer(
-    cls=CommandGroup, help="Train hypernetworks, and the LoRAs that they are compared with.", no_args_is_help=True
-)
-add(_train, ".train:doc", ".train:text", ".train:image", panel="Hypernetworks")
-add(_train, ".train:oracle", ".train:multitask", ".train:window", panel="LoRAs to compare with")
-add(_train, ".train:export", ".train:relevance", ".train:words", panel="To ship")
-
-add(app, ".learn:learn", ".learn:task", ".ask:ask", ".chat:chat", ".list:list_", panel="Learn and ask")
-add(app, ".serve:serve", ".serve:stop", panel="Serve")
+_PACKAGE = "loracast.cli"
+add(app, _PACKAGE, "learn:learn", "learn:task", "ask:ask", "ask:chat", "show:list_", panel="Learn and ask")
+add(app, _PACKAGE, "serve:serve", "serve:stop", panel="Serve")
 add(
     app,
-    *(".folder:sync", ".folder:watch", ".list:search", ".route:route", ".show:show", ".show:inspect", ".show:diff"),
-    *(".upkeep:edit", ".upkeep:combine", ".upkeep:rm", ".upkeep:gc", ".upkeep:compact", ".upkeep:verify"),
-    *(".remote:store", ".remote:push_adapter", ".remote:pull_adapter", ".remote:pull"),
+    _PACKAGE,
+    *("folder:sync", "folder:watch", "show:search", "show:route", "show:show", "show:inspect", "show:diff"),
+    *("upkeep:edit", "upkeep:combine", "upkeep:rm", "upkeep:gc", "upkeep:compact", "upkeep:verify"),
+    *("remote:store", "remote:push_adapter", "remote:pull_adapter", "remote:pull"),
     panel="Library",
 )
-add(app, ".export:export", ".export:export_base", ".upkeep:import_", ".remote:deploy", panel="Other runtimes")
-add(app, ".models:models", ".plan:plan", ".demo:demo", ".questions:make_questions", ".convert:convert", panel=RESEARCH)
-app.add_typer(_train, name="train", rich_help_panel=RESEARCH)
-app.add_typer(eval.app, name="eval", rich_help_panel=RESEARCH)
+add(app, _PACKAGE, "remote:export", "remote:export_base", "upkeep:import_", "remote:deploy", panel="Other runtimes")
+add(app, _PACKAGE, "models:models", "models:demo", "models:convert", panel="Models")
+for _commands in entry_points(group="loracast.commands"):  # other packages' commands, such as those of the lab
+    _commands.load()(app)
 
 
 def main() -> None:

@@ -79,16 +79,16 @@ def _function_of(command: Any) -> Callable[..., None] | None:
     if where is None:
         return None
     module, name = where.split(":")
-    return getattr(import_module(module, "loracast.cli"), name)
+    return getattr(import_module(module), name)
 
 
-def add(app: typer.Typer, *places: str, panel: str | None = None) -> None:
-    """List functions as commands of `app`, under their names with dashes; a place is ".module:function"."""
+def add(app: typer.Typer, package: str, *places: str, panel: str | None = None) -> None:
+    """List functions as commands of `app`, under their names with dashes; a place is "module:function" in `package`."""
     for place in places:
 
         def listed() -> None: ...
 
-        vars(listed)["where"] = place
+        vars(listed)["where"] = f"{package}.{place}".lstrip(".")
         name = place.partition(":")[2].strip("_").replace("_", "-")
         app.command(name, rich_help_panel=panel)(listed)
 

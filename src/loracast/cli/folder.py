@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loracast.base.embedded import DEFAULT_BASE
-from loracast.cli.options import Again, Json, Learning, Local
-from loracast.cli.output import print_result, printable, progress_bar, say
-from loracast.cli.session import open_model, server_for
+from loracast.cli.options import Again, Json, Learning, Local, open_model, server_for
+from loracast.cli.terminal import print_result, printable, progress_bar, say
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.files import file_sha256
-from loracast.paths import journals_dir
+from loracast.files import file_sha256, journals_dir
 
 if TYPE_CHECKING:
+    from loracast.answering.model import Model
     from loracast.library.sync import BulkReport, FileReport, Outcome
-    from loracast.model import Model
-    from loracast.serving.found import Running
+    from loracast.serving.client import Running
 
 _LOOK_EVERY_MS = 10_000
 _MOST_NAMED = 5  # files of other kinds
@@ -52,7 +50,7 @@ class FolderLearner:
 
         how = self.learning
         if self._server is not None:
-            from loracast.cli.served import learn_file
+            from loracast.cli.learn import learn_file
 
             if learn_file(self._server, path, adapter_name, how, replace=True, progress=lambda done, total: None):
                 return
@@ -86,8 +84,7 @@ class FolderLearner:
 
 def made_by(learning: Learning) -> str:
     """How documents are cast: base, hypernetwork (by its files where it is a folder) and chunk length."""
-    from loracast.cast.load import shipped_hypernetwork
-    from loracast.cast.published import DOC_FILE, OWN_FILES
+    from loracast.cast.load import DOC_FILE, OWN_FILES, shipped_hypernetwork
 
     base = learning.base or DEFAULT_BASE
     where = Path(learning.hypernetwork) if learning.hypernetwork else shipped_hypernetwork(base)

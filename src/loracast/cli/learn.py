@@ -1,10 +1,17 @@
-"""`loracast learn` and `task`: a document, an image or the description of a task becomes an adapter in the library."""
+"""`loracast learn` and `task`: a document, an image or the description of a task becomes an adapter.
+
+It is kept in the library, or with --out in PEFT folders that vLLM and Ray Serve load. A running server with the same
+base and library learns in place of this process.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import time
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,20 +19,186 @@ import typer
 
 from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli import options
-from loracast.cli.bulk import Folders, cast_into_folders
 from loracast.cli.commands import seconds
-from loracast.cli.folder import FolderLearner, learn_files
-from loracast.cli.output import plural, print_result, progress_bar, say, size, warn
-from loracast.cli.session import learn_visibly, open_model, server_for
+from loracast.cli.folder import FolderLearner, learn_files, made_by
+from loracast.cli.options import Learning, learn_visibly, open_model, server_for
+from loracast.cli.terminal import plural, print_json, print_result, print_table, progress_bar, say, size, warn
+from loracast.documents import Limits
+from loracast.documents.read import read_bytes
+from loracast.errors import LoracastError
+from loracast.files import library_dir
+from loracast.library.adapter import Adapter
+from loracast.library.library import open_adapter
 from loracast.library.manifest import name_for, name_for_task
 from loracast.lora.quantize import DEFAULT_STORAGE
-from loracast.paths import library_dir
 
 if TYPE_CHECKING:
-    from loracast.data.task_examples import TaskSpec
+    from loracast.cast.bulk import BulkCast, Casting, FolderCaster, Found, Line
     from loracast.documents import Document
+    from loracast.documents.task_spec import TaskSpec
     from loracast.library.adapter import Adapter
-    from loracast.serving.found import Running
+    from loracast.serving.client import Client, Running
+
+
+Progress = Callable[[int, int], object]
+
+
+def learn_file(
+    server: Running, path: str | Path, name: str | None, learning: Learning, *, replace: bool, progress: Progress
+) -> Adapter | None:
+    """Have a server learn a document; None where it refuses or fails, so that the caller tries and says why."""
+    content, file_name, _ = read_bytes(path, None, Limits())
+    fields = {"replace": str(replace).lower(), "storage": learning.document_storage}
+    fields |= {"name": name} if name else {}
+    fields |= {"chunk_tokens": str(learning.chunk_tokens)} if learning.chunk_tokens else {}
+    return _made_there(
+        server, learning.library, lambda client: client.upload("/v1/adapters", fields, file_name or "file", content),
+        progress,
+    )  # fmt: skip
+
+
+def cast_task(server: Running, library: Path, task: TaskSpec, name: str | None, *, replace: bool) -> Adapter | None:
+    """Have a server cast a task; None as in `learn_file`."""
+    examples = [{"input": example.input, "output": example.outputs[0]} for example in task.examples]
+    body = {"description": task.description, "examples": examples, "name": name, "replace": replace}
+    return _made_there(server, library, lambda client: client.post("/v1/adapters", body), lambda done, total: None)
+
+
+def _made_there(
+    server: Running, library: Path, begin: Callable[[Client], Mapping[str, Any]], progress: Progress
+) -> Adapter | None:
+    """The adapter of a job. After Ctrl-C the job is cancelled."""
+    from loracast.serving.client import Refused
+
+    client = server.client()
+    try:
+        begun = job = begin(client)
+    except Refused as refused:
+        if refused.status == 429 or refused.status >= 500:
+            raise
+        return None
+    try:
+        for job in client.stream(f"/v1/jobs/{begun['id']}/events"):
+            progress(job["done"], job["total"])
+    except KeyboardInterrupt:
+        client.post(f"/v1/jobs/{begun['id']}/cancel", {})
+        raise
+    if job["status"] == "failed":
+        return None
+    if job["status"] != "completed":
+        raise LoracastError(
+            f"the server did not finish {job['adapter']!r} (it is {job['status']}); it goes on when the server runs "
+            "again, and `loracast list` shows it then"
+        )
+    return open_adapter(library, f"{job['adapter']}@{job['version']}")
+
+
+_MOST_TOLD = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """Where adapters go in place of the library, and what casts them."""
+
+    out: Annotated[
+        str | None, "Cast into PEFT folders here, a folder or a URL (s3://, gs://, ...), in place of the library."
+    ] = None
+    rank: options.Rank = None
+    served_base: Annotated[
+        str | None, "With --out: name of the base on the server that will load the adapters; that of --base by default."
+    ] = None
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS|local", help="With --out: cast with Ray, on a cluster or here.")
+    ] = None
+    actors: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --ray: how many processes cast; one per GPU, or per CPU if there is none."),
+    ] = None  # fmt: skip
+
+    def check(self) -> None:
+        """Refuse options that would have no effect."""
+        if self.out is None:
+            for name in ("rank", "served_base", "ray"):
+                if getattr(self, name) is not None:
+                    raise typer.BadParameter("it needs --out", param_hint=f"--{name.replace('_', '-')}")
+        if self.ray is None and self.actors is not None:
+            raise typer.BadParameter("it needs --ray", param_hint="--actors")
+
+
+def cast_into_folders(
+    source: str, out: str, folders: Folders, learning: options.Learning, *, again: bool, as_json: bool
+) -> None:
+    """Cast what is new at a URL, and report. Exits with 1 if a document failed."""
+    from loracast.cast.bulk import REPORT, Casting, cast_all
+
+    started = time.perf_counter()
+    learning = dataclasses.replace(
+        learning, base=_absolute(learning.base), hypernetwork=_absolute(learning.hypernetwork)
+    )
+    served = folders.served_base or learning.base or DEFAULT_BASE
+    casting = Casting(out, made_by(learning), served, learning.chunk_tokens, folders.rank)
+    load = partial(load_models, casting, learning)
+    cast: Callable[[Sequence[Found]], Iterable[Line]]
+    if folders.ray is None:
+
+        def cast(todo: Sequence[Found]) -> Iterable[Line]:
+            return map(load(), todo)
+
+    else:
+        from loracast.cast.bulk import cast_with_ray, write_parquet
+
+        cast = cast_with_ray(folders.ray, load, actors=folders.actors)
+
+    with progress_bar("documents", source) as progress:
+
+        def on_line(done: int, total: int, line: Line) -> None:
+            progress(done, total)
+            if line.error:
+                say(f"failed: {line.url}: {line.error}")
+
+        run = cast_all(source, casting, cast, again=again, on_line=on_line)
+    if folders.ray is not None and run.has_written:
+        write_parquet(out)
+    _print(run, source, f"{out.rstrip('/')}/{REPORT}", time.perf_counter() - started, as_json)
+    if not run.is_complete:
+        raise typer.Exit(130)
+    if run.count("failed"):
+        raise typer.Exit(1)
+
+
+def load_models(casting: Casting, learning: options.Learning) -> FolderCaster:
+    """Load base and hypernetwork, in this process or in one of Ray's."""
+    from loracast.cast.bulk import FolderCaster
+
+    model = open_model(learning)
+    return FolderCaster(casting, model.documents, model.base)
+
+
+def _absolute(where: str | None) -> str | None:
+    """A path in full: Ray's processes have another working folder."""
+    return str(Path(where).resolve()) if where and Path(where).exists() else where
+
+
+def _print(run: BulkCast, source: str, report: str, seconds: float, as_json: bool) -> None:
+    lines = run.lines.values()
+    failed = run.failed()
+    counts: dict[str, Any] = {
+        **{outcome: run.count(outcome) for outcome in ("learned", "unchanged", "failed")},
+        "ignored": run.ignored,
+        "max_rank": max((line.rank or 0 for line in lines), default=0),
+        "seconds": round(seconds, 2),
+        "documents_per_s": round(run.count("learned") / seconds, 2),
+    }
+    if as_json:
+        errors = [{"url": line.url, "error": line.error} for line in failed]
+        print_json({"source": source, "is_complete": run.is_complete, **counts, "report": report, "errors": errors})
+        return
+    print_table([f">{name}" for name in counts], [[f"{value:,}" for value in counts.values()]])
+    if failed:
+        print_table(["failed", "text"], [(line.url, line.error) for line in failed[:_MOST_TOLD]])
+    if len(failed) > _MOST_TOLD:
+        say(f"and {plural(len(failed) - _MOST_TOLD, 'document')} more")
+    say(f"report: {report}")
 
 
 def learn(
@@ -86,7 +259,6 @@ def _learn_served(file: str, naming: options.Naming, learning: options.Learning)
     server = server_for(learning, learning.library, "document", learning.hypernetwork, local=False)
     if server is None:
         return None
-    from loracast.cli.served import learn_file
 
     with progress_bar("chunks", f"learning {file}") as progress:
         adapter = learn_file(server, file, naming.name, learning, replace=naming.replace, progress=progress)
@@ -97,7 +269,7 @@ def _learn_served(file: str, naming: options.Naming, learning: options.Learning)
 
 def _learn_image(file: str, naming: options.Naming, learning: options.Learning) -> Adapter:
     """Learn an image: this takes an image encoder and a hypernetwork; the base is not loaded."""
-    from loracast.cast.image import learn_image
+    from loracast.cast.document import learn_image
     from loracast.cast.load import load_caster, shipped_hypernetwork
     from loracast.documents.images import read_image_file
 
@@ -145,8 +317,7 @@ def task(
     from loracast.base.load import Base, load_base
     from loracast.cast.load import check_default_base, load_caster, shipped_hypernetwork
     from loracast.cast.task import Refine, TaskCaster
-    from loracast.data.example_files import read_examples
-    from loracast.data.task_examples import TaskSpec
+    from loracast.documents.task_spec import TaskSpec, read_examples
 
     spec = TaskSpec(description.strip(), () if examples is None else read_examples(examples))
     if not spec.title:
@@ -154,7 +325,7 @@ def task(
             "say what the model should do, or give examples", param_hint="DESCRIPTION or --examples"
         )
     if refine is not None:
-        from loracast.training.refine import check_enough
+        from loracast.cast.refine import check_enough
 
         check_enough(spec.examples)
     started = time.perf_counter()
@@ -176,7 +347,7 @@ def task(
     caster = TaskCaster(load_caster(where, "task", load, encoder=encoder, say=say), library)
     descent: Refine | None = None
     if refine is not None:
-        from loracast.training.refine import RefineConfig, refiner
+        from loracast.cast.refine import RefineConfig, refiner
 
         descent = refiner(load(), RefineConfig(seconds=refine))
     (adapter,) = caster.tasks(
@@ -204,7 +375,6 @@ def task(
 
 def _cast_served(server: Running, library: Path, spec: TaskSpec, naming: options.Naming) -> Adapter | None:
     """Have a running server cast a task; None where it does not."""
-    from loracast.cli.served import cast_task
 
     adapter = cast_task(server, library, spec, naming.name, replace=naming.replace)
     for warning in adapter.manifest.warnings if adapter else ():

@@ -1,11 +1,17 @@
-"""`loracast models`: the bases and hypernetworks that are known by name, what they take, and which are in the cache."""
+"""`loracast models`, `convert` and `demo`: the known models, published checkpoints, and a first look."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from loracast.cli import options
-from loracast.cli.output import print_json, print_table
+from loracast.cli.learn import learned, report
+from loracast.cli.options import learn_visibly, open_model
+from loracast.cli.terminal import print_json, print_result, print_table, printable, size, stderr, stdout
+from loracast.library.manifest import name_for
 
 
 def models(*, as_json: options.Json = False) -> None:
@@ -13,7 +19,7 @@ def models(*, as_json: options.Json = False) -> None:
 
     Sizes of models that are not on this machine are computed from their published configs; nothing is fetched.
     """
-    from loracast.cast.known import WINDOW, known_bases, known_hypernetworks
+    from loracast.cast.catalogue import WINDOW, known_bases, known_hypernetworks
 
     bases, hypernetworks = known_bases(), known_hypernetworks()
     if as_json:
@@ -53,3 +59,107 @@ def _gb(*n_bytes: int) -> str:
 def _span(numbers: list[str]) -> str:
     """One number, or "fewest to most"."""
     return " to ".join(dict.fromkeys(numbers))
+
+
+Published = Annotated[Literal["doc-to-lora", "text-to-lora"], "Which of the two systems wrote the checkpoint."]
+
+
+def convert(
+    system: Published,
+    source: Annotated[str, "Folder with the checkpoint, or OWNER/NAME/FOLDER on the hub."],
+    *,
+    out: Annotated[Path, "Folder for the hypernetwork."],
+    base: Annotated[str | None, "Folder or hub id of the base; by default the one that the checkpoint names."] = None,
+    encoder: Annotated[str | None, "Text encoder of a text-to-lora; by default the one it names."] = None,
+    storage: Annotated[
+        Literal["float32", "bfloat16", "int8"], "How the weights are kept; float32 as they are."
+    ] = "float32",
+    as_json: options.Json = False,
+) -> None:
+    """Convert a published checkpoint of Doc-to-LoRA or Text-to-LoRA into a hypernetwork in safetensors.
+
+    Nothing of the published packages is needed, and no code in the checkpoint runs. `learn` and `task` take the
+    published place itself with --hypernetwork and convert it on their own.
+    """
+    from loracast.cast.load import DOC_FILE, BaseFacts, base_named_in, published_file
+    from loracast.cast.load import convert as read
+    from loracast.errors import ConfigError, HypernetworkError
+
+    file = published_file(source)
+    if file is None:
+        raise HypernetworkError(f"{source} holds no published checkpoint (pytorch_model.bin or hypermod.pt)")
+    if (file.name == DOC_FILE) != (system == "doc-to-lora"):
+        raise ConfigError(f"{source} holds {file.name}, which is not a checkpoint of {system}: name the other system")
+    hypernet = read(file, BaseFacts.read(base or base_named_in(file)), encoder)
+    hypernet.save_pretrained(out, storage=storage)
+    n = sum(parameter.numel() for parameter in hypernet.parameters())
+    n_bytes = sum(path.stat().st_size for path in out.iterdir())
+    name = hypernet.made_for.base if hypernet.made_for else ""
+    print_result(
+        as_json,
+        {"out": str(out), "architecture": type(hypernet).__name__, "parameters": n, "base": name, "bytes": n_bytes},
+        f"{n / 1e6:,.1f}M parameters for {name}, {size(n_bytes)} in {out}",
+    )
+
+
+QUESTIONS = (
+    ("How long is the drain hose?", "1.4 metres"),
+    ("What is the document number of the manual?", "QM-2718"),
+    ("How loud is the Quillmere D-27 in night mode?", "34 decibels"),
+    ("How much does the Quillmere D-27 weigh?", "13.6 kilograms"),
+    ("What bonus does Quillmere pay for an old dehumidifier?", "15 euros"),
+)
+"""Questions about examples/manual.pdf, with what the manual says."""
+
+
+def demo(
+    file: Annotated[str, "The repository's examples/manual.pdf; any other is only learned."],
+    *,
+    naming: options.Naming,
+    models: options.Models,
+    library: options.Library,
+    as_json: options.Json = False,
+) -> None:
+    """Learn the example manual and ask it five questions, beside the plain base.
+
+    The adapter stays in the library, named after the file.
+    """
+    from loracast.base.generate import Sampling
+    from loracast.documents import read_document
+
+    document = read_document(file)
+    questions = QUESTIONS if all(expected in document.text for _, expected in QUESTIONS) else ()
+    name = naming.checked(library, name_for(document), document.sha256)
+    model = open_model(models, library)
+    adapter = learn_visibly(model, document, name, replace=True)
+    if not as_json:
+        print(printable(learned(adapter, library)))
+
+    sampling = Sampling(max_new_tokens=32)
+    rows: list[dict[str, Any]] = []
+    with stderr().status("asking") as status:
+        for i, (question, expected) in enumerate(questions, 1):
+            status.update(f"asking {i} of {len(questions)}")
+            plain = model.answer(question, sampling=sampling)
+            started = time.perf_counter()
+            given = model.answer(question, adapter, sampling=sampling)
+            row = {"question": question, "plain": plain.text, "adapter": given.text, "expected": expected}
+            seconds = {"plain_s": round(plain.total_s, 3), "adapter_s": round(time.perf_counter() - started, 3)}
+            rows.append({**row, "is_right": expected.casefold() in given.text.casefold(), **seconds})
+    if as_json:
+        print_json({**report(adapter), "answers": rows})
+    if as_json or not rows:
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(header_style="bold", show_lines=True)
+    for column in ("question", "plain base", "with the adapter", "expected"):
+        table.add_column(column, overflow="fold")
+    table.add_column("seconds", justify="right")
+    for row in rows:
+        texts = [Text(printable(row[key])) for key in ("question", "plain", "adapter", "expected")]
+        texts[2].stylize("green" if row["is_right"] else "red")
+        table.add_row(*texts, f"{row['adapter_s']:.2f}")
+    stdout().print(table)
+    print(f"{sum(row['is_right'] for row in rows)} of {len(rows)} right with the adapter")

@@ -18,13 +18,13 @@ import typer
 
 from loracast.cli import options
 from loracast.cli.commands import config_from
-from loracast.cli.output import print_json, say, stderr, warn
-from loracast.cli.session import loading, what_loads
+from loracast.cli.options import loading, what_loads
+from loracast.cli.terminal import print_json, say, stderr, warn
 from loracast.errors import ConfigError, HypernetworkError, LoracastError
-from loracast.paths import servers_dir
+from loracast.files import servers_dir
 
 if TYPE_CHECKING:
-    from loracast.model import Model
+    from loracast.answering.model import Model
     from loracast.serving.settings import ServerSettings
 
 _STOP_S = 5.0
@@ -62,10 +62,9 @@ def serve(
         _serve_in_background()
         return
 
-    from loracast.serving.found import Running
-    from loracast.serving.heaps import share_heaps
-    from loracast.serving.keys import VARIABLE, ApiKey, keys_in, keys_in_file
-    from loracast.serving.run import bound, make_engine, run
+    from loracast.serving.app import bound, make_engine, run, share_heaps
+    from loracast.serving.client import Running
+    from loracast.serving.settings import VARIABLE, ApiKey, keys_in, keys_in_file
 
     share_heaps()
     allowed = (*keys_in(os.environ.get(VARIABLE, "")), *(keys_in_file(keys) if keys else ()))
@@ -76,7 +75,7 @@ def serve(
             warn(f"there is no folder {folder} yet: nothing is read from it until it is there")
     with bound(settings) as socket:  # a port that is taken is reported before a model is loaded
         with loading(models.device) as tell:
-            from loracast.model import load
+            from loracast.answering.model import load
             from loracast.serving.app import create_app
             from loracast.serving.resolve import served_name
 
@@ -120,7 +119,7 @@ def local_url(host: str, port: int) -> str:
 
 def _serve_in_background() -> None:
     """Start the same command in a process of its own, without a terminal, and wait until it answers."""
-    from loracast.serving.found import of_process
+    from loracast.serving.client import of_process
 
     folder = servers_dir()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -145,7 +144,7 @@ def _serve_in_background() -> None:
 
 
 def _say_status(library: Path, as_json: bool) -> None:
-    from loracast.serving.found import running
+    from loracast.serving.client import running
 
     servers = running(library)
     if as_json:
@@ -162,7 +161,7 @@ def _say_status(library: Path, as_json: bool) -> None:
 
 def stop(*, library: options.Library) -> None:
     """Stop the running servers of a library, those in the background too, once they have finished pending answers."""
-    from loracast.serving.found import running
+    from loracast.serving.client import running
 
     servers = running(library)
     if not servers:

@@ -1,23 +1,90 @@
-"""`loracast show`, `inspect` and `diff`: what is known of an adapter, what it does, and how two differ."""
+"""`loracast list`, `search`, `show`, `inspect`, `diff`, `route`: what the library holds, and what a question gets."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from loracast.cli import options
-from loracast.cli.output import plural, print_json, print_table, printable, size, stdout
+from loracast.cli.terminal import plural, print_json, print_table, printable, say, size, stdout
 from loracast.errors import AdapterError
-from loracast.library.index import read_chunks
-from loracast.library.library import find, open_adapter, versions
-from loracast.library.summary import read_outline
+from loracast.library.library import entries, find, open_adapter, versions
+from loracast.library.library import search as search_library
+from loracast.reading.index import read_chunks
+from loracast.reading.outline import read_outline
+from loracast.reading.routing import DEFAULT_ROUTE
+from loracast.reading.wide_route import route_adapters
 
 if TYPE_CHECKING:
     from loracast.library.adapter import Adapter
-    from loracast.library.inspect import ModuleDifference, ModuleSize
-    from loracast.library.summary import Outline
+    from loracast.library.combine import ModuleDifference, ModuleSize
+    from loracast.reading.outline import Outline
+    from loracast.reading.routing import Route
+
+
+def list_(
+    text: Annotated[str, "Only adapters with this in their name, title or note."] = "",
+    *,
+    tag: Annotated[str, "Only adapters with this tag."] = "",
+    owner: Annotated[str, "Only adapters of this owner."] = "",
+    kind: Annotated[str, "Only adapters of a kind: document, task, image, combined or imported."] = "",
+    page: Annotated[int, typer.Option(min=1, help="Which page.")] = 1,
+    per_page: Annotated[int, typer.Option(min=1, help="Adapters on a page.")] = 100,
+    library: options.Library,
+    as_json: options.Json = False,
+) -> None:
+    """List the adapters of the library, by name and with their newest versions."""
+    wanted = {"like": text, "tag": tag, "owner": owner, "kind": kind}
+    found, n_found = entries(library, **wanted, limit=per_page, offset=(page - 1) * per_page)
+    if as_json:
+        listed = [{**asdict(entry), "tags": list(entry.tags)} for entry in found]
+        print_json({"library": str(library), "n_adapters": n_found, "page": page, "adapters": listed})
+        return
+    if not n_found:
+        none = f"no adapters in {library}; `loracast learn FILE` makes one"
+        say(f"no such adapter in {library}" if any(wanted.values()) else none)
+        return
+    rows = []
+    for one in found:
+        version = one.version[:8] + (f" of {one.n_versions}" if one.n_versions > 1 else "")
+        counts = (f"{one.n_tokens:,}", f"{one.n_chunks:,}") if one.kind == "document" else ("", "")
+        learned = one.created[:16].replace("T", " ")
+        rows.append((one.name, version, one.kind, one.title, *counts, size(one.n_bytes), learned, ", ".join(one.tags)))
+    columns = ("name", "version", "from", "title", ">tokens", ">chunks", ">size", "learned", "tags")
+    print_table(columns, rows, wrapped=("name", "title", "tags"))
+    n_pages = -(-n_found // per_page)
+    if n_pages > 1:
+        say(f"page {page} of {n_pages}, {n_found:,} adapters; --page shows another")
+
+
+def search(
+    words: Annotated[list[str], "All of them must stand in one chunk."],
+    *,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of places shown.")] = 20,
+    library: options.Library,
+    as_json: options.Json = False,
+) -> None:
+    """Find the places where words stand, in the text of all documents and in the descriptions of tasks.
+
+    Names and titles are found by `loracast list TEXT`.
+    """
+    wanted = " ".join(words)
+    found = search_library(library, wanted, limit)
+    if as_json:
+        print_json({"words": wanted, "hits": [asdict(hit) for hit in found]})
+    elif not found:
+        say(f"nothing in {library} has all these words in one chunk")
+    else:
+        places = (f"{hit.heading}: {hit.snippet}" if hit.heading else hit.snippet for hit in found)
+        rows = [(hit.name, hit.chunk, " ".join(place.split())) for hit, place in zip(found, places, strict=True)]
+        print_table(("adapter", ">chunk", "text"), rows)
+
 
 _MOST_CHUNKS = 64
 """Chunks whose norms are looked at: enough for a summary of a book."""
@@ -44,7 +111,7 @@ def show(
     norms = {} if manifest.storage == "text" else chunk_norms(adapter)
     modules: list[ModuleSize] = []
     if layers or plot:
-        from loracast.library.inspect import sizes
+        from loracast.library.combine import sizes
 
         modules = sizes(adapter.lora())
     if plot is not None:
@@ -131,9 +198,9 @@ def inspect(
     merged, as if every question was about it.
     """
     from loracast.base.fingerprint import check
-    from loracast.cli.session import base_of, open_base
-    from loracast.library.inspect import sizes
-    from loracast.library.probes import probe
+    from loracast.cli.options import base_of, open_base
+    from loracast.library.combine import sizes
+    from loracast.reading.probes import probe
 
     adapter = open_adapter(library, name)
     if faults := adapter.faults():
@@ -200,7 +267,7 @@ def diff(
 ) -> None:
     """Show how two adapters differ, layer by layer, all chunks of a document merged."""
     from loracast.base.fingerprint import check
-    from loracast.library.inspect import differences, total
+    from loracast.library.combine import differences, total
 
     first, second = open_adapter(library, name), open_adapter(library, other)
     check(first.manifest.made_for, second.manifest.made_for, f"the adapter {name!r}")
@@ -230,10 +297,116 @@ def _draw(
     labels: tuple[str, str],
 ) -> None:
     """Draw two figures of every module into a PNG file, over the layers and with a line for each module kind."""
-    from loracast.library.inspect import plot
+    from loracast.library.combine import plot
 
     lines: dict[str, dict[int, tuple[float, float]]] = {}
     for module in modules:
         first, second = (getattr(module, field) for field in fields)
         lines.setdefault(module.kind, {})[module.layer] = first, second
     plot(lines, file, title, labels)
+
+
+_MOST_LIKELY = 3
+_SHOWN = 90  # characters of a chunk's text
+
+
+def route(
+    question: options.Question,
+    *,
+    adapters: options.Adapters = None,
+    k: options.Route = DEFAULT_ROUTE,
+    exported: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False,
+            help="A folder that `export --each-chunk` wrote: show which of its adapters to load.",
+        ),
+    ] = None,
+    library: options.Library,
+    as_json: options.Json = False,
+) -> None:  # fmt: skip
+    """Show which chunks a question would be answered with, and the weight of each.
+
+    Without -a, these are the chunks that `ask --all` would take.
+    """
+    options.check_question(question)
+    if exported is not None:
+        if adapters:
+            raise typer.BadParameter("give adapters of the library or an exported folder", param_hint="--exported")
+        found = [_exported(exported, question, k)]
+    else:
+        chosen = adapters or ["*"]
+        routed = route_adapters(library, question, chosen, k, "", partial(open_adapter, library))
+        found = [_picked(*one) for one in routed]
+    if as_json:
+        print_json({"question": question, "adapters": found})
+        return
+    if not found:
+        say(f"no document in {library} is about the question")
+        return
+    rows: list[tuple[object, ...]] = []
+    for one in found:
+        if not one["chunks"]:
+            rows.append((one["adapter"], "none" if one["is_empty"] else "all", "", "", one["reason"]))
+        for chunk in one["chunks"]:
+            text = " ".join(f"{chunk['heading']} {chunk['text']}".split())
+            shown = text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+            score = "" if chunk["score"] is None else f"{chunk['score']:.2f}"
+            weight = f"{chunk['weight']:.2f}"
+            rows.append((chunk.get("path", one["adapter"]), chunk["chunk"], score, weight, shown))
+        if one["likely"]:
+            begins = ", ".join(
+                f"{place['text']!r} ({place['probability']:.2f})" for place in one["likely"][:_MOST_LIKELY]
+            )
+            rows.append((one["adapter"], "", "", "", f"the answer probably begins {begins}"))
+        if static := one.get("static"):
+            rows.append((static["path"], "", "", f"{static['weight']:.2f}", "the part that all chunks share, once"))
+    print_table(("adapter", ">chunk", ">score", ">weight", "text"), rows)
+
+
+def _exported(folder: Path, question: str, k: int | None) -> dict[str, Any]:
+    """The adapters of an exported document that a question would be answered with, and their weights."""
+    from loracast.errors import AdapterError
+    from loracast.reading.routing import pick
+
+    try:
+        listing = json.loads((folder / "chunks.json").read_text(encoding="utf-8"))
+        name, chunks, static = listing["adapter"], listing["chunks"], listing.get("static")
+        paths = [str(folder / chunk["path"]) for chunk in chunks]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(
+            f"{folder} is no document exported chunk by chunk: its chunks.json cannot be read ({error})"
+        ) from error
+    index = folder / "chunks.sqlite"
+    picked = pick(index, len(chunks), question, k)
+    wanted = range(len(chunks)) if picked.chunks is None else picked.chunks
+    n = len(wanted)
+    described = _described(index, wanted, picked.scores or [0.0] * n, picked.weights or [1.0] * n)
+    placed = [{**chunk, "path": paths[chunk["chunk"]]} for chunk in described]
+    found = {"adapter": name, "reason": picked.reason, "is_empty": False, "likely": [], "chunks": placed}
+    if static is not None and (surplus := sum(chunk["weight"] for chunk in placed) - 1):
+        found["static"] = {"path": str(folder / static), "weight": round(-surplus, 3)}
+    return found
+
+
+def _picked(adapter: Adapter, picked: Route) -> dict[str, Any]:
+    """The chunks of an adapter that a question is answered with; none where it is taken as a whole, or not at all."""
+    is_one_chunk = adapter.manifest.kind == "document" and adapter.manifest.n_chunks == 1
+    chunks = (0,) * is_one_chunk if picked.chunks is None else picked.chunks
+    described = _described(
+        adapter.index, chunks, picked.scores or [None] * len(chunks), picked.weights or [1.0] * len(chunks)
+    )
+    found = {"adapter": adapter.name, "reason": picked.reason, "is_empty": picked.is_empty}
+    likely = [one._asdict() for one in picked.likely]
+    return {**found, "likely": likely, "chunks": described}
+
+
+def _described(
+    index: Path, chunks: Sequence[int], scores: Sequence[float | None], weights: Sequence[float]
+) -> list[dict[str, Any]]:
+    """The number, score, weight, place and text of each chunk."""
+    return [
+        {"chunk": i, "score": None if score is None else round(score, 3), "weight": round(weight, 3)}
+        | {field: getattr(chunk, field) for field in ("heading", "start", "end", "text")}
+        for i, score, weight, chunk in zip(chunks, scores, weights, read_chunks(index, chunks), strict=True)
+    ]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from loracast.cli import options
-from loracast.cli.output import loss, plural, print_result, say, size
+from loracast.cli.terminal import loss, plural, print_result, say, size
 from loracast.library import upkeep
 from loracast.library.library import (
     adapter_names,

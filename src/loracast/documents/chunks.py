@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from loracast.documents.seams import INSIDE, WORD, Seam, SeamFinder
-from loracast.documents.sentences import sentence_spans
+from loracast.documents.units import INSIDE, WORD, Seam, SeamFinder, sentence_spans
 
 Encode = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
 

@@ -1,8 +1,4 @@
-"""Parses DOCX into markdown-like text: headings, paragraphs, lists, tables, text boxes, and the footnotes at the end.
-
-python-docx opens the package and knows the styles; the body is walked here, since its own paragraph lists leave out
-content controls, text boxes and tracked insertions, and a fact left out without a word is the worst failure.
-"""
+"""Parses DOCX into markdown-like text: headings, paragraphs, lists, tables, text boxes, equations, and footnotes."""
 
 from __future__ import annotations
 
@@ -21,12 +17,96 @@ from docx.oxml import parse_xml
 from docx.oxml.ns import qn
 
 from loracast.documents.clean import brief, join_blocks, normalise, sensible_title, superscript
-from loracast.documents.document import Limits, Parsed
-from loracast.documents.equations import UNKNOWN, linear, symbol
-from loracast.documents.kind import READABLE
-from loracast.documents.paragraphs import PAGE_NUMBER
+from loracast.documents.document import READABLE, Limits, Parsed
+from loracast.documents.pdf import PAGE_NUMBER
 from loracast.documents.tables import ROW, rows_to_lines
 from loracast.errors import DocumentError
+
+# The characters of Adobe's Symbol font, which Word draws instead of letters, from 0x20 and from 0xA0 on.
+_SYMBOL_LOW = " !∀#∃%&∋()∗+,−./0123456789:;<=>?≅ΑΒΧΔΕΦΓΗΙϑΚΛΜΝΟΠΘΡΣΤΥςΩΞΨΖ[∴]⊥_\ufffdαβχδεφγηιϕκλμνοπθρστυϖωξψζ{|}∼"
+_SYMBOL_HIGH = (
+    "€ϒ′≤⁄∞ƒ♣♦♥♠↔←↑→↓°±″≥×∝∂•÷≠≡≈…\ufffd\ufffd↵ℵℑℜ℘⊗⊕∅∩∪⊃⊇⊄⊂⊆∈∉∠∇®©™∏√⋅¬∧∨⇔⇐⇑⇒⇓◊〈®©™∑" + "\ufffd" * 11 + "〉∫"
+)
+_SYMBOLS = {
+    "symbol": dict(enumerate(_SYMBOL_LOW, 0x20)) | dict(enumerate(_SYMBOL_HIGH, 0xA0)),
+    "wingdings": {
+        0x6C: "●", 0x6E: "■", 0x6F: "☐", 0x76: "❖", 0xA7: "▪", 0xA8: "☐", 0xD8: "➢", 0xDF: "←", 0xE0: "→", 0xE1: "↑",
+        0xE2: "↓", 0xFB: "✗", 0xFC: "✓", 0xFD: "☒", 0xFE: "☑",
+    },
+}  # fmt: skip
+UNKNOWN = "\ufffd"
+
+
+def symbol(element: Any) -> str:
+    """The character of a <w:sym>; UNKNOWN for one of a symbol font that is not in the tables above."""
+    font, code = (element.get(qn(f"w:{name}")) or "" for name in ("font", "char"))
+    if not re.fullmatch("[0-9a-fA-F]{1,4}", code):
+        return UNKNOWN
+    number = int(code, 16)
+    table = _SYMBOLS.get(font.lower())
+    if table is None and 0x20 <= number < 0xD800:  # a character of Unicode in a font of letters
+        return chr(number)
+    return (table or {}).get(number & 0xFF, UNKNOWN)
+
+
+def linear(element: Any) -> str:
+    """The text of an <m:oMath> or of a part of it, in one line."""
+    name = _name(element)
+    if name == "t":
+        return element.text or ""
+    if name in ("del", "moveFrom"):
+        return ""
+    children = [(_name(child), linear(child)) for child in element]
+    parts = dict(children)
+    base = parts.get("e", "")
+    bases = [text for name, text in children if name in ("e", "mr")]
+    match name:
+        case "f":
+            bar = _setting(element, "fPr", "type", "bar")
+            # The spaces part it from the whole number before it.
+            return f" {_group(parts.get('num', ''))}{'¦' if bar == 'noBar' else '/'}{_group(parts.get('den', ''))} "
+        case "rad":
+            degree = parts.get("deg", "")
+            return f"{_group(base)}^(1/{_group(degree)})" if degree else f"√({base.strip()})"
+        case "d":
+            between = _setting(element, "dPr", "sepChr", "|").join(bases)
+            return _setting(element, "dPr", "begChr", "(") + between.strip() + _setting(element, "dPr", "endChr", ")")
+        case "m" | "eqArr":
+            return "; ".join(bases)
+        case "mr":
+            return ", ".join(bases)
+        case "nary":
+            return f"{_setting(element, 'naryPr', 'chr', '∫')}{_scripts(parts)} {base}"
+        case "sSub" | "sSup" | "sSubSup":
+            return _group(base) + _scripts(parts)
+        case "sPre":
+            return _scripts(parts) + base
+        case "limLow" | "limUpp":
+            return base + _scripts({"sub" if name == "limLow" else "sup": parts.get("lim", "")})
+        case "func":
+            return f"{parts.get('fName', '')} {base}"
+    return "".join(text for _, text in children)
+
+
+def _name(element: Any) -> str:
+    return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
+
+
+def _setting(element: Any, properties: str, name: str, default: str) -> str:
+    found = element.find(f"{qn(f'm:{properties}')}/{qn(f'm:{name}')}")
+    value: str = default if found is None else found.get(qn("m:val"), "")
+    return value
+
+
+def _scripts(parts: dict[str, str]) -> str:
+    marks = {"_": parts.get("sub", "").strip(), "^": parts.get("sup", "").strip()}
+    return "".join(mark + _group(text) for mark, text in marks.items() if text)
+
+
+def _group(text: str) -> str:
+    text = text.strip()
+    return text if re.fullmatch(r"[-−+]?[\w.,°′*]*|\S", text) else f"({text})"
+
 
 _MAX_PARTS = 10_000
 _SMALL_PART = 1_000_000  # bytes; below it a ratio says nothing, since a page of blanks packs a hundredfold

@@ -16,12 +16,11 @@ from loracast.export.format import MERGED, Request, load_format
 from loracast.export.merged import write_merged
 from loracast.files import write_atomically
 from loracast.library.adapter import Adapter
-from loracast.library.bm25 import search
-from loracast.library.index import read_chunks
 from loracast.library.manifest import VERSION_DIGITS
-from loracast.library.routing import Route, route_set
 from loracast.lora.algebra import LoRA
-from loracast.lora.uniform import uniform
+from loracast.lora.peft_format import uniform
+from loracast.reading.index import read_chunks, search
+from loracast.reading.routing import Route, route_set
 
 
 @dataclass(frozen=True)

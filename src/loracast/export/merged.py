@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from loracast.base.embedded import quiet_transformers
+from loracast.base.footprint import is_plain
 from loracast.base.load import Base
-from loracast.base.quantized import is_plain
 from loracast.errors import AdapterError
 from loracast.lora.algebra import LoRA
 

@@ -23,12 +23,11 @@ from loracast.export.adapter import export_adapter
 from loracast.export.vllm import MOST_LOST, too_much_lost
 from loracast.files import move_unless_there, try_lock
 from loracast.library.adapter import Adapter
-from loracast.library.files import fetch_whole, size_of
+from loracast.library.folders import fetch_whole, size_of, tidy, work_folder
 from loracast.library.library import open_adapter, versions
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.library.shared import REFRESH_S
-from loracast.library.shared_store import SharedStore
-from loracast.library.workfolders import tidy, work_folder
+from loracast.library.store import SharedStore
 
 PREFIX = "loracast:"
 """What a request may write before an adapter's name."""

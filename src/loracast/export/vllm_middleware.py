@@ -21,7 +21,7 @@ from typing import Any
 
 from loracast.errors import AdapterError, ConfigError, LoracastError
 from loracast.export.replica import FromLibrary, FromStore, Kept, Replica
-from loracast.paths import exports_dir, library_dir
+from loracast.files import exports_dir, library_dir
 
 STORE_VARIABLE, BYTES_VARIABLE = "LORACAST_STORE", "LORACAST_REPLICA_BYTES"
 _DEFAULT_BYTES = 10 * 2**30

@@ -1,8 +1,8 @@
 """Text-to-LoRA from attention deltas: what a description adds to the base's own attention becomes a LoRA.
 
 The base reads the description, a dummy input and the beginning of a dummy answer, with an encoder LoRA that was trained
-with descriptions in its prompts. The attention deltas (`encoders/attention_delta.py`) are what a base that does not see
-the description lacks. They become the B of a LoRA in the attention's output projections:
+with descriptions in its prompts. The attention deltas (attention_deltas.py) are what a base that does not see the
+description lacks. They become the B of a LoRA in the attention's output projections:
 
     attention deltas [n, positions, layers, d] -> mixed over positions, plus a learned correction of low rank
     -> B [n, layers, r, d]
@@ -22,26 +22,24 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from loracast.base.embedded import Say
 from loracast.base.load import Base
-from loracast.base.packages import Say
-from loracast.data.task_examples import TaskSpec
-from loracast.encoders.attention_delta import ATTENTION_DELTA, POSITIONS, AttentionDeltaEncoder
-from loracast.encoders.sentence import TextEncoder
+from loracast.documents.task_spec import TaskSpec
 from loracast.errors import ConfigError, EncoderError
+from loracast.hypernets.attention_deltas import ATTENTION_DELTA, POSITIONS, AttentionDeltaEncoder
+from loracast.hypernets.config import ArchitectureConfig, ModuleRow
 from loracast.hypernets.descriptions import (
     EXAMPLES_AT_ONCE,
     DescriptionHypernetwork,
+    TaskBank,
     TaskReader,
     make_gate,
     padded_rows,
     shared_factors,
 )
-from loracast.hypernets.doc_config import ArchitectureConfig, ModuleRow
-from loracast.hypernets.example_fit import FEWEST_EXAMPLES, MLP_KIND, fit_examples
-from loracast.hypernets.gradient_step import gradient_step
-from loracast.hypernets.heads import StaticLoRA, lora_of, per_layer, static_loras
-from loracast.hypernets.label_bias import label_bias
-from loracast.hypernets.task_bank import TaskBank
+from loracast.hypernets.encoders import TextEncoder
+from loracast.hypernets.example_fit import FEWEST_EXAMPLES, MLP_KIND, fit_examples, gradient_step, label_bias
+from loracast.hypernets.perceiver import StaticLoRA, lora_of, per_layer, static_loras
 from loracast.lora.algebra import Factors, LoRA, LoRABatch, Rows, compress, joined_ranks, stack
 
 KEPT_RANK = 12

@@ -20,17 +20,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loracast.base.embedded import Say
+from loracast.base.forward import pad_right
 from loracast.base.load import Base
-from loracast.base.packages import Say
-from loracast.batching import pad_right
-from loracast.encoders.features import OF_THE_BASE, Features, check_encoder
-from loracast.encoders.hidden_states import HiddenStatesEncoder
-from loracast.encoders.image import load_image_encoder
 from loracast.errors import EncoderError, HypernetworkError
-from loracast.hypernets.doc_config import DocToLoRAConfig
-from loracast.hypernets.heads import FactorHead, StaticLoRA, ValuePointer, lora_of, shapes_by_kind, static_loras
-from loracast.hypernets.memory import AssociativeMemory, MemoryWrites
-from loracast.hypernets.perceiver import Perceiver, Queries
+from loracast.hypernets.associative_memory import AssociativeMemory, MemoryWrites
+from loracast.hypernets.config import DocToLoRAConfig
+from loracast.hypernets.encoders import OF_THE_BASE, Features, HiddenStatesEncoder, check_encoder, load_image_encoder
+from loracast.hypernets.perceiver import (
+    FactorHead,
+    Perceiver,
+    Queries,
+    StaticLoRA,
+    ValuePointer,
+    lora_of,
+    shapes_by_kind,
+    static_loras,
+)
 from loracast.hypernets.protocol import Cast, Hypernetwork, Modality
 from loracast.lora.algebra import LoRABatch, Rows
 from loracast.lora.merge import Merging

@@ -1,29 +1,25 @@
-"""Fits a LoRA to a task's examples, by ridge regression on what the other examples add to attention at each one.
-
-Each example is read behind the description and the other examples, with its answer: once as the text that the
-hypernetwork reads, once as turns of a conversation. At every token t, a layer misses the attention delta y_t, the mean
-of the two, once nothing of this is in the prompt. What it has then, under the LoRA cast so far, are the inputs of
-attention's output projection and of the MLP's, which x_t joins, each scaled to a mean square of 1. In each layer, the
-fitted LoRA is a share of the best linear map from one to the other,
-
-    min over W of  sum over t of w_t |y_t - W x_t|^2 + ridge |W|^2
-
-whose columns for each projection are cut to a small rank. The columns that a hypernetwork casts are means over tokens;
-these differ from token to token. The MLP's inputs are features that no linear map of attention's outputs can make.
-"""
+"""What a task's examples add to its cast LoRA: a ridge fit, one gradient step, and a correction of favoured answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from loracast.data.task_examples import TaskSpec
-from loracast.data.tasks import Example
-from loracast.encoders.attention_delta import AttentionDeltaEncoder, TokenDeltas
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, compress
+from loracast.base.forward import capture_inputs
+from loracast.documents.task_spec import Example, TaskSpec
+from loracast.hypernets.attention_deltas import AttentionDeltaEncoder, TokenDeltas
+from loracast.lora.algebra import Factors, LoRA, LoRABatch, compress, stack
+from loracast.lora.inject import inject
+
+if TYPE_CHECKING:
+    from loracast.base.load import Base
+
 
 FEWEST_EXAMPLES = 2
 MLP_KIND = "down_proj"
@@ -127,3 +123,158 @@ def ridge(xs: Sequence[Tensor], y: Tensor, weights: Tensor, strength: float) -> 
     diagonal += (strength * diagonal.mean()).clamp_min(tiny)
     solved = torch.linalg.solve(gram, scaled).split([x.shape[1] for x in xs], dim=1)
     return [a * scale for a, scale in zip(solved, scales, strict=True)], y
+
+
+STEP_RANK = 8
+"""Rank of the step in each module."""
+# Chosen on the tasks of benchmarks/unseen_tasks.py (docs/notebook/2026-12-01.md).
+_STEP_RIDGE = 0.003
+"""Of the sum of |x_t|^2."""
+_SIZE = 0.008
+"""Frobenius norm of the step, of all modules together, as a share of that of what was cast for them."""
+_MOST_STEPPED = 64
+_MOST_TOKENS = 512
+"""Tokens of all examples that a map is fitted to: those at which outputs should change the most."""
+
+
+class _Read(NamedTuple):
+    """What t tokens of examples say of each module, by name."""
+
+    inputs: dict[str, Tensor]
+    """[t, in]"""
+    changes: dict[str, Tensor]
+    """How the output should change [t, out]."""
+
+    @property
+    def sizes(self) -> Tensor:
+        """How much all outputs should change at each token [t]."""
+        return torch.stack([y.square().sum(1) for y in self.changes.values()]).sum(0)
+
+
+def gradient_step(base: Base, examples: Sequence[Example], modules: Sequence[str], lora: LoRABatch) -> LoRA:
+    """The step that lowers the loss of examples' answers, as a LoRA.
+
+    Args:
+        modules: names of the modules that change.
+        lora: what was cast so far for the task, 1 row; the step joins it.
+    """
+    examples = examples[:_MOST_STEPPED]
+    lora = lora.to(base.device).to(base.model.dtype)
+    read = _Read({}, {})
+    with torch.inference_mode(False), torch.enable_grad():
+        own = LoRABatch(lora.n, {name: Factors(a.clone(), b.clone()) for name, (a, b) in lora.factors.items()}, {})
+        with inject(base.model, own):
+            for example in examples:
+                read = _largest(read, _read(base, example, modules))
+    step: dict[str, Factors] = {}
+    for name in modules:
+        x, y = read.inputs[name], read.changes[name]
+        (a,), rows = ridge([x], y, torch.ones(len(x), device=x.device), _STEP_RIDGE * len(x))
+        step |= compress(LoRA({name: Factors(a, rows.T)}), STEP_RANK)[0].factors
+    found = LoRA(step)
+    norm, norm_cast = (batch.squared_norms().sqrt() for batch in (stack([found]), lora.only(modules)))
+    return found.scale((_SIZE * norm_cast / norm).item()) if norm > 0 else LoRA()
+
+
+def _read(base: Base, example: Example, modules: Sequence[str]) -> _Read:
+    """Read one example forwards and backwards, under the LoRA that the base carries."""
+    prompt, reply = base.chat.prompt(example.input, ""), base.chat.reply(example.outputs[0])
+    added: dict[str, Tensor] = {}
+
+    def add_zero(name: str) -> Callable[[Any, Any, Tensor], Tensor]:
+        def hook(module: Any, given: Any, output: Tensor) -> Tensor:
+            added[name] = torch.zeros_like(output, requires_grad=True)
+            return output + added[name]
+
+        return hook
+
+    ids = torch.tensor([[*prompt, *reply[:-1]]], device=base.device)
+    handles = [base.model.get_submodule(name).register_forward_hook(add_zero(name)) for name in modules]
+    try:
+        with capture_inputs(base.model, modules) as inputs:
+            logits = base.model(input_ids=ids, use_cache=False, logits_to_keep=len(reply)).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    loss = functional.cross_entropy(logits.float(), torch.tensor(reply, device=base.device))
+    found = torch.autograd.grad(loss, [added[name] for name in modules])
+    return _Read(
+        {name: inputs[name][0].detach().to(base.device).float() for name in modules},
+        {name: -g[0].to(base.device).float() for name, g in zip(modules, found, strict=True)},
+    )
+
+
+def _largest(before: _Read, read: _Read) -> _Read:
+    """Of the tokens of two readings, those at which outputs should change the most."""
+    if before.inputs:
+        read = _Read(
+            *({name: torch.cat([old[name], new[name]]) for name in new} for old, new in zip(before, read, strict=True))
+        )
+    if len(sizes := read.sizes) <= _MOST_TOKENS:
+        return read
+    kept = sizes.topk(_MOST_TOKENS).indices
+    return _Read(*({name: some[kept] for name, some in side.items()} for side in read))
+
+
+_BIAS_RIDGE = 0.3  # of the bias, chosen on training tasks and the tasks of benchmarks/unseen_tasks.py
+_RIDGE_OF_A = 0.1
+_MOST_BIASED = 64
+_STEPS = 300
+
+
+def label_bias(base: Base, examples: Sequence[Example], module: str, lora: LoRABatch) -> LoRA:
+    """Fit the bias of a task's labels under what was cast for it.
+
+    Args:
+        module: the output projection of the base's last MLP, which the bias is written to.
+        lora: what was cast so far, 1 row.
+
+    Returns:
+        a LoRA of rank 1; an empty one where the answers are no labels: there must be two or more, and each must be
+        given twice on average.
+    """
+    examples = examples[:_MOST_BIASED]
+    replies = [tuple(base.chat.reply(example.outputs[0])) for example in examples]
+    if not 2 <= len(set(replies)) <= len(replies) / 2:
+        return LoRA()
+    n_common = sum(1 for _ in takewhile(lambda at: len(set(at)) == 1, zip(*replies, strict=False)))
+    tokens = sorted({reply[n_common] for reply in replies})
+    inputs, is_chosen, logits = [], [], []
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        inject(base.model, lora.to(base.device).to(base.model.dtype)),
+    ):
+        change = torch.zeros(lora.factors[module].b.shape[1], device=base.device, requires_grad=True)  # of the output
+        adds = base.model.get_submodule(module).register_forward_hook(
+            lambda _, given, output: output + change.to(output.dtype)
+        )
+        try:
+            for example, reply in zip(examples, replies, strict=True):
+                prompt = base.chat.prompt(example.input, "")
+                ids = torch.tensor([[*prompt, *reply[:-1]]], device=base.device)
+                n_kept = len(reply) - n_common  # of the tokens, from the one behind which the labels differ
+                with capture_inputs(base.model, [module]) as found:
+                    given = base.model(input_ids=ids, use_cache=False, logits_to_keep=n_kept).logits
+                logits.append(given[0, 0, tokens].float())
+                inputs.append(found[module][0, len(prompt) - 1 :].float())
+                is_chosen.append(torch.arange(len(reply), device=base.device) == n_common)
+        finally:
+            adds.remove()
+        z = torch.stack(logits)  # [n, k]
+        slopes = torch.stack([torch.autograd.grad(one, change, retain_graph=True)[0] for one in z.mean(0)])  # [k, out]
+    labels = torch.tensor([tokens.index(reply[n_common]) for reply in replies], device=base.device)
+    b = torch.linalg.pinv(slopes - slopes.mean(0)) @ fitted_bias(z.detach(), labels)  # [out]
+    x = torch.cat(inputs)  # [t, in]
+    (a,), rows = ridge([x], torch.cat(is_chosen)[:, None].float(), torch.ones(len(x), device=x.device), _RIDGE_OF_A)
+    return LoRA({module: Factors(rows.T @ a, b[:, None])})
+
+
+def fitted_bias(logits: Tensor, labels: Tensor) -> Tensor:
+    """The bias [k] of logits [n, k] with which labels [n] are likeliest; its sum is 0."""
+    n, k = logits.shape
+    b = torch.zeros(k, device=logits.device)
+    right = torch.nn.functional.one_hot(labels, k).sum(0)
+    for _ in range(_STEPS):  # gradient descent on a convex function, whose slope changes by n / 2 + 2 ridge at most
+        b = b - ((logits + b).softmax(1).sum(0) - right + 2 * _BIAS_RIDGE * b) / (n / 2 + 2 * _BIAS_RIDGE)
+    return b

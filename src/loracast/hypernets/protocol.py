@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from loracast.base.embedded import Say
 from loracast.base.fingerprint import Fingerprint, check
-from loracast.base.packages import Say
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.encoders.features import Features
 from loracast.errors import HypernetworkError
-from loracast.hypernets.doc_config import NEWER
+from loracast.hypernets.config import NEWER
+from loracast.hypernets.encoders import Features
 from loracast.lora.algebra import Factors, LoRABatch, Rows
 from loracast.lora.merge import Merging
 from loracast.lora.target import Target

@@ -1,28 +1,30 @@
-"""What only published checkpoints need: of Doc-to-LoRA latents that read first, a gated projection, MLPs in each layer
-and chat markers around each chunk; of Text-to-LoRA the variant S.
+"""Published checkpoints of Doc-to-LoRA and Text-to-LoRA: the architectures that only they need, read and converted.
 
-Sources: Charakorn et al., arXiv 2602.15902, appendix on the architecture; arXiv 2506.06105.
+Pickled files are read without running any of their code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from loracast.base.embedded import Say
 from loracast.base.load import Base
-from loracast.base.packages import Say
-from loracast.encoders.features import Features
-from loracast.encoders.hidden_states import HiddenStatesEncoder
-from loracast.hypernets.doc_config import MOST_BLOCKS, DocToLoRAConfig
+from loracast.errors import HypernetworkError
+from loracast.hypernets.config import MOST_BLOCKS, DocToLoRAConfig
 from loracast.hypernets.doc_to_lora import DocToLoRA, RankCodes
-from loracast.hypernets.heads import per_layer
-from loracast.hypernets.perceiver import GatedMLP, Perceiver, Queries
+from loracast.hypernets.encoders import Features, HiddenStatesEncoder
+from loracast.hypernets.perceiver import GatedMLP, Perceiver, Queries, per_layer
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
+from loracast.lora.target import target_from_config, text_config
 
 
 @dataclass(frozen=True)
@@ -156,3 +158,358 @@ class PublishedTextToLoRA(TextToLoRA):
         x = self.module_conditions(embeddings)[..., None, None, :] + self.asked_norm(self.asked)
         row = self.position(torch.arange(self.config.rank, device=x.device))  # [rows, w]
         return self.last(x + second(x) + row + second(row))
+
+
+_MODULES = frozenset(
+    {
+        "ctx_to_lora.configs", "ctx_to_lora.modeling.aggregator", "ctx_to_lora.modeling.ctx_encoder",
+        "ctx_to_lora.modeling.hypernet", "peft.tuners.lora.config", "peft.utils.peft_types",
+    }
+)  # fmt: skip
+"""Modules whose classes become records: the configs in a published checkpoint."""
+
+
+class Record:
+    """Stands in for a pickled config object or enum: its attributes, or the values it was made from."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+
+def read_pickled(path: Path) -> dict[str, Any]:
+    """The dictionary in a pickled checkpoint: mapped tensors, numbers, strings, and records for config objects.
+
+    Raises:
+        HypernetworkError: it is no such checkpoint, is damaged, or names anything but tensors and known configs.
+    """
+    if not zipfile.is_zipfile(path):
+        raise HypernetworkError(f"{path} is not a checkpoint that torch.save of PyTorch 1.6 or newer has written")
+    try:
+        named = get_unsafe_globals_in_checkpoint(path)
+        if refused := sorted(name for name in named if name.rpartition(".")[0] not in _MODULES):
+            raise HypernetworkError(
+                f"{path} is refused: it names {', '.join(refused)}, which a checkpoint of a hypernetwork does not need "
+                "and which could run code"
+            )
+        records: list[Any] = [(type(name.rpartition(".")[2], (Record,), {}), name) for name in named]
+        with safe_globals(records):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except HypernetworkError:
+        raise
+    except Exception as error:  # damage makes the unpickler raise nearly anything
+        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        raise HypernetworkError(f"{path} is damaged, or no checkpoint of a hypernetwork ({reason})") from error
+    if not isinstance(content, dict):
+        raise HypernetworkError(f"{path} holds a {type(content).__name__}, not the dictionary of a checkpoint")
+    for name, value in content.items():
+        if isinstance(value, torch.Tensor) and value.nbytes > value.untyped_storage().nbytes():
+            raise HypernetworkError(f"{path} is refused: {name} claims more numbers than the file holds for it")
+    return content
+
+
+H = TypeVar("H", bound=nn.Module)
+HEAD_DIM = 128
+"""Width of an attention head of the published Perceiver, which no config names."""
+_PERCEIVER = "aggregator.perceiver"
+_BLOCK = {
+    "input_latents_layernorm": "norm_latents", "input_context_layernorm": "norm_context",
+    "post_attention_layernorm": "norm_attended", "pre_ff_layernorm": "norm_before_mlp",
+    "post_ff_layernorm": "norm_after_mlp",
+    "self_attn.q_proj": "attention.q", "self_attn.k_proj": "attention.k", "self_attn.v_proj": "attention.v",
+    "self_attn.o_proj": "attention.o",
+    "mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down",
+}  # fmt: skip
+"""The checkpoint's names in a block of cross-attention, and ours."""
+_NEEDED: dict[str, dict[str, Any]] = {
+    "hypernet_config": {
+        "use_light_weight_lora": False, "per_rank_gen": True, "use_per_rank_bias": False, "use_token_mixing": False,
+        "extra_modules": None,
+    },
+    "aggregator_config": {"aggregator_type": "perceiver", "num_self_attn_per_block": 0, "shared_weights": False},
+}  # fmt: skip
+"""The only supported value of each setting; a checkpoint from before a setting existed lacks it."""
+
+
+def doc_to_lora(
+    checkpoint: Mapping[str, Any], base_config: Any, chat_prefix: tuple[int, ...], chat_suffix: tuple[int, ...]
+) -> PublishedDocToLoRA:
+    """The hypernetwork in a checkpoint.
+
+    The published scale multiplies the static LoRA too; here it is folded into that LoRA's B.
+
+    Args:
+        checkpoint: as `read_pickled` gives it.
+        base_config: of the base, in transformers' form.
+        chat_prefix, chat_suffix: token ids that the published code puts around each chunk.
+
+    Raises:
+        HypernetworkError: it lacks parts, has a setting that is not supported, or belongs to another base.
+    """
+    try:
+        published, encoder = checkpoint["hypernet_config"], checkpoint["ctx_encoder_args"]
+        _check_supported(published, encoder, checkpoint.get("base_model_name_or_path"))
+        weights = {name.removeprefix("_orig_mod."): value for name, value in checkpoint.items()}
+        config = _config(published, encoder, weights, base_config, chat_prefix, chat_suffix)
+        with torch.device("meta"):
+            hypernet = PublishedDocToLoRA(config)
+        state = _state(config, weights, getattr(published, "per_layer_processing", True))
+    except (KeyError, AttributeError, IndexError) as error:
+        raise HypernetworkError(f"this is no checkpoint of Doc-to-LoRA: it lacks {error}") from error
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise HypernetworkError(
+            f"this checkpoint of Doc-to-LoRA is damaged ({type(error).__name__}: {error})"
+        ) from error
+    return with_weights(hypernet, state)
+
+
+def with_weights(hypernet: H, state: Mapping[str, Tensor]) -> H:
+    """A hypernetwork that was built on the meta device, with a converted checkpoint's tensors as its weights.
+
+    Raises:
+        HypernetworkError: a tensor is missing, unknown or of another shape; the message names all.
+    """
+    if problems := _differences(hypernet.state_dict(), state):
+        raise HypernetworkError(f"the checkpoint does not fit its own config or this base: {'; '.join(problems)}")
+    hypernet.load_state_dict(state, assign=True)
+    return hypernet.eval().requires_grad_(False)
+
+
+def _check_supported(published: Any, encoder: Any, base_name: str | None) -> None:
+    """Raise HypernetworkError that names every setting of a checkpoint that is not supported."""
+    parts = {"hypernet_config": published, "aggregator_config": published.aggregator_config}
+    problems = [
+        f"{part}.{name} is {getattr(parts[part], name)!r}, not {value!r}"
+        for part, settings in _NEEDED.items()
+        for name, value in settings.items()
+        if (getattr(parts[part], name, value) or None) != (value or None)
+    ]
+    other = encoder.ctx_encoder_model_name_or_path
+    if other is not None and other != base_name:
+        problems.append(f"it reads documents with {other!r}, not with its base")
+    if problems:
+        raise HypernetworkError(f"this checkpoint of Doc-to-LoRA is not supported: {'; '.join(problems)}")
+
+
+def _config(
+    published: Any, encoder: Any, weights: Mapping[str, Any], base_config: Any, prefix: Any, suffix: Any
+) -> PublishedDocToLoRAConfig:
+    lora, aggregator = published.lora_config, published.aggregator_config
+    layers = published.layer_indices.tolist()
+    kinds = sorted(lora.target_modules)
+    target = target_from_config(base_config, kinds, layers)
+    shapes = {module.kind: (module.d_in, module.d_out) for module in target.modules}
+    stated = {kind: tuple(side[kind] for side in published.feature_sizes) for kind in kinds}
+    if shapes != stated:
+        raise HypernetworkError(
+            f"the checkpoint was made for a base whose modules are of the shapes {stated} (in, out), and this one's "
+            f"are {shapes}: give the base that it was made for with --base"
+        )
+    reader_layers, with_final_norm = _reader(encoder, text_config(base_config).num_hidden_layers)
+    n_heads_width, width = weights[f"{_PERCEIVER}.decoder.layers.0.self_attn.q_proj.weight"].shape
+    kv_width = weights[f"{_PERCEIVER}.decoder.layers.0.self_attn.k_proj.weight"].shape[0]
+    return PublishedDocToLoRAConfig.for_target(
+        target,
+        aggregator.feature_size,
+        reader_layers=reader_layers,
+        rank=lora.r,
+        width=width,
+        n_heads=n_heads_width // HEAD_DIM,
+        n_kv_heads=kv_width // HEAD_DIM,
+        head_dim=HEAD_DIM,
+        n_encoder_blocks=_count(weights, f"{_PERCEIVER}.encoder.layers."),
+        n_latents=aggregator.n_latent_queries,
+        n_decoder_blocks=_count(weights, f"{_PERCEIVER}.decoder.layers."),
+        n_latent_mlps=_count(weights, "layers."),
+        static_rank=lora.r if getattr(published, "use_bias", True) else 0,
+        scale=float(lora.lora_alpha),
+        chat_prefix=tuple(prefix),
+        chat_suffix=tuple(suffix),
+        with_final_norm=with_final_norm,
+    )
+
+
+def _reader(encoder: Any, n_layers: int) -> tuple[tuple[int, ...], bool]:
+    """The blocks after which the base is read, and whether the last of these states passes its final norm."""
+    kind = encoder.ctx_encoder_type
+    kind = kind.values[0] if isinstance(kind, Record) else kind  # an enum, in some checkpoints
+    if kind == "embed_only":
+        return (0,), False
+    if kind == "early_exit":  # the published code shortens the base, which ends with its norm all the same
+        return (n_layers if encoder.layer_idx is None else encoder.layer_idx,), True
+    if kind == "per_layer_activations":
+        return tuple(range(encoder.ctx_encoder_last_layer or n_layers)), True
+    raise HypernetworkError(f"this checkpoint reads its base in an unknown way, {kind!r}")
+
+
+def _count(weights: Mapping[str, Any], prefix: str) -> int:
+    """Number of blocks whose tensors are called PREFIX0..., PREFIX1..."""
+    return len({name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix)})
+
+
+def _state(c: PublishedDocToLoRAConfig, theirs: Mapping[str, Any], has_layer_mlps: bool) -> dict[str, Tensor]:
+    """The checkpoint's tensors under our names and in our shapes."""
+    # The features stay as they are: published hypernetworks standardise nothing.
+    state = {"feature_mean": torch.zeros(c.d_features), "feature_std": torch.ones(c.d_features)}
+    for side in ("gate", "up", "down"):
+        state[f"project.{side}.weight"] = theirs[f"{_PERCEIVER}.modality_projection.{side}_proj.weight"]
+    order = sorted(c.kinds)  # theirs; ours is that of KINDS
+    by_kind = [order.index(kind) for kind in c.kinds]
+    queries = theirs[f"{_PERCEIVER}.decoder.latents_q"]
+    state["rank_latents.free"] = queries.unflatten(0, (-1, len(order), c.rank))[:, by_kind].flatten(0, 2)
+    if c.n_encoder_blocks:
+        state["encoder_latents.free"] = theirs[f"{_PERCEIVER}.encoder.latents_q"]
+    for part, n_blocks in (("encoder", c.n_encoder_blocks), ("decoder", c.n_decoder_blocks)):
+        if n_blocks:
+            state[f"{part}.norm.weight"] = theirs[f"{_PERCEIVER}.{part}.layernorm.weight"]
+        for i in range(n_blocks):
+            for name, ours in _BLOCK.items():
+                state[f"{part}.blocks.{i}.{ours}.weight"] = theirs[f"{_PERCEIVER}.{part}.layers.{i}.{name}.weight"]
+    for i in range(c.n_latent_mlps):
+        state |= _latent_mlp(f"latent_mlps.{i}", f"layers.{i}", theirs, len(c.layers), has_layer_mlps)
+    for i, kind in zip(by_kind, c.kinds, strict=True):
+        (d_in, d_out), head = next(row[3:] for row in c.modules if row[2] == kind), theirs["head.weight"]
+        # The heads of several kinds are one tensor [layers, kinds, w, d], as wide as the widest kind needs.
+        state[f"heads.{kind}.weight"] = head if head.ndim == 3 else head[:, i, :, : d_in + d_out]
+        state[f"heads.{kind}.scaler_a"] = theirs[f"scaler_A.{kind}"][0]
+        state[f"heads.{kind}.scaler_b"] = theirs[f"scaler_B.{kind}"][0]
+        if c.static_rank:
+            state[f"static.{kind}.a"] = theirs[f"bias_A.{kind}"]
+            state[f"static.{kind}.b"] = theirs[f"bias_B.{kind}"] * c.scale
+    return state
+
+
+def _latent_mlp(
+    ours: str, part: str, theirs: Mapping[str, Any], n_layers: int, has_layer_mlps: bool
+) -> dict[str, Tensor]:
+    """The tensors of one `LatentMLP`; an MLP that all layers share is repeated for each."""
+    if has_layer_mlps:
+        names, places = f"{part}.layers", (0, 1, 3, 4)
+    else:
+        names, places = f"{part}.mlp", (0, 2, 5, 6)
+    first, w1, w2, last = (f"{names}.{place}" for place in places)
+    state = {f"{ours}.norm_in.{end}": theirs[f"{first}.{end}"] for end in ("weight", "bias")}
+    state |= {f"{ours}.norm_out.{end}": theirs[f"{last}.{end}"] for end in ("weight", "bias")}
+    for n, place in ((1, w1), (2, w2)):
+        weight, bias = theirs[f"{place}.weight"], theirs[f"{place}.bias"]
+        if has_layer_mlps:  # biases lie as [1, layers, 1, 1, w]
+            state[f"{ours}.w{n}"], state[f"{ours}.b{n}"] = weight, bias.reshape(n_layers, 1, -1)
+        else:
+            state[f"{ours}.w{n}"] = weight.T.expand(n_layers, -1, -1)
+            state[f"{ours}.b{n}"] = bias.expand(n_layers, 1, -1)
+    return state
+
+
+def _differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """What is missing, unknown or of another shape."""
+    problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
+    problems += [f"{name} is unknown" for name in sorted(found.keys() - wanted.keys())]
+    return problems + [
+        f"{name} is {tuple(found[name].shape)}, not {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in found and found[name].shape != value.shape
+    ]
+
+
+_PARTS = {
+    "task.0": "task_encoder.mlp.0", "task.1": "task_encoder.mlp.1", "layer.1": "layer_depth_encoder.1",
+    "kind.1": "layer_type_encoder.1", "mixer.0": "mixer.1", "mixer.3": "mixer.4",
+    "blocks.0.0": "mlp1.mlp.0", "blocks.0.1.0": "mlp1.mlp.1", "blocks.0.1.3": "mlp1.mlp.4",
+    "blocks.1.0": "mlp2.mlp.0", "blocks.1.1.0": "mlp2.mlp.1", "blocks.1.1.3": "mlp2.mlp.4",
+    "last.0": "mlp3.0", "last.1.0": "mlp3.1", "last.1.3": "mlp3.4",
+}  # fmt: skip
+"""Our modules with weight and bias, and the checkpoint's names for them."""
+_TEXT_NEEDED = {"use_one_hot_task_emb": False, "pred_z_score": False}
+"""The only supported value of each setting in args.yaml. Another `training_task` than "sft" only matters with them."""
+
+
+def text_to_lora(
+    checkpoint: Mapping[str, Tensor], args: Mapping[str, Any], adapter: Mapping[str, Any], base_config: Any
+) -> TextToLoRA:
+    """The hypernetwork in a checkpoint.
+
+    The order of the module kinds came from a Python set when it was trained: the checkpoint's heads lie in it.
+
+    Args:
+        checkpoint: the tensors of hypermod.pt.
+        args: the settings in args.yaml.
+        adapter: adapter_config.json, PEFT's config of the LoRAs that it makes.
+        base_config: of the base, in transformers' form.
+
+    Raises:
+        HypernetworkError: it lacks parts, has a setting that is not supported, or belongs to another base.
+    """
+    bad = [
+        f"{key} is {args[key]!r}, not {value!r}" for key, value in _TEXT_NEEDED.items() if args.get(key, value) != value
+    ]
+    if args.get("training_task") == "recon" and not args.get("factorized"):
+        bad.append("it makes dense deltas and no factors")
+    if bad:
+        raise HypernetworkError(f"this checkpoint of Text-to-LoRA is not supported: {'; '.join(bad)}")
+    try:
+        return _read(checkpoint, args, adapter, base_config)
+    except KeyError as error:
+        raise HypernetworkError(f"this is no checkpoint of Text-to-LoRA: it lacks {error}") from error
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
+        raise HypernetworkError(
+            f"this checkpoint of Text-to-LoRA, or a file beside it, is damaged ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read(
+    theirs: Mapping[str, Tensor], args: Mapping[str, Any], adapter: Mapping[str, Any], base_config: Any
+) -> TextToLoRA:
+    order = [name.split(".")[1] for name in theirs if name.startswith("heads.") and name.endswith(".weight")]
+    rank = adapter["r"]
+    n_layers = theirs["layer_depth_encoder.0.weight"].shape[0]
+    target = target_from_config(base_config, order, range(n_layers))
+    settings: dict[str, Any] = {
+        "d_text": theirs["task_encoder.mlp.0.weight"].shape[1],
+        "modules": target.rows,
+        "encoder": args["emb_model"],
+        "variant": _variant(args),
+        "rank": rank,
+        "width": theirs["mixer.1.weight"].shape[1],
+        "head_width": theirs["mlp3.4.weight"].shape[0],
+        "scale": adapter["lora_alpha"] / (rank**0.5 if adapter.get("use_rslora") else rank),
+    }
+    with torch.device("meta"):
+        if settings["variant"] == "S":
+            hypernet: TextToLoRA = PublishedTextToLoRA(PublishedTextToLoRAConfig(**settings))
+        else:
+            hypernet = TextToLoRA(TextToLoRAConfig(**settings))
+    return with_weights(hypernet, _text_state(hypernet, theirs, order))
+
+
+def _variant(args: Mapping[str, Any]) -> str:
+    """The variant by the published settings: whether A and B share a head, and whether its rows come one at a time."""
+    is_shared, by_row = args.get("shared_AB_head", False), args.get("autoreg_gen", False)
+    if is_shared and by_row and args.get("learnable_pos_emb", False):
+        return "S"
+    if by_row:
+        raise HypernetworkError("this checkpoint makes rows one at a time in a way that is not supported")
+    return "M" if is_shared else "L"
+
+
+def _text_state(hypernet: TextToLoRA, theirs: Mapping[str, Tensor], order: list[str]) -> dict[str, Tensor]:
+    """The checkpoint's tensors under our names, in the order of our module kinds."""
+    c, kinds = hypernet.config, hypernet.config.target.kinds
+    n_layers = len(c.target.layers)
+    parts = _PARTS | {f"heads.{kind}.linear": f"heads.{kind}" for kind in kinds}
+    if c.variant != "L":
+        parts |= {"asked_norm": "out_emb_norm"}
+    if c.variant == "S":
+        parts |= {"position.1": "pos_emb.1"}
+    state = {f"{ours}.{end}": theirs[f"{name}.{end}"] for ours, name in parts.items() for end in ("weight", "bias")}
+    state["layer.0.weight"] = theirs["layer_depth_encoder.0.weight"]
+    state["kind.0.weight"] = theirs["layer_type_encoder.0.weight"][[order.index(kind) for kind in kinds]]
+    for kind in kinds:
+        state[f"heads.{kind}.shared_a"] = theirs[f"AB_offset.A.{kind}"]
+        state[f"heads.{kind}.shared_b"] = theirs[f"AB_offset.B.{kind}"].transpose(1, 2)
+        state[f"heads.{kind}.scaler_b"] = torch.ones(n_layers, c.rank, 1)
+    if c.variant != "L":
+        asked = [torch.stack([theirs[f"out_emb.{kind}.{side}"] for side in "AB"]) for kind in kinds]
+        state["asked"] = torch.stack(asked)[:, :, None]  # [kinds, 2, 1, width]
+    if c.variant == "S":
+        state["position.0.weight"] = theirs["pos_emb.0.weight"]
+    state["seen"] = torch.zeros(0, c.d_text)
+    return state

@@ -1,34 +1,211 @@
-"""Hypernetworks on disk, the Hugging Face way: a folder (or hub repository) with config.json and model.safetensors.
+"""Reads hypernetworks of format 1: maps old names of config keys and tensors, and refuses options that are gone.
 
-Reading is strict: unknown keys, missing tensors and other shapes are refused, all in one message. config.json names the
-base that the hypernetwork was trained for by its fingerprints.
+Shipped hypernetworks keep the old names of their tensors, so tensors are renamed at every reading.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from loracast.base.embedded import DEFAULT_BASE
 from loracast.base.fingerprint import Fingerprint
 from loracast.errors import ConfigError, HypernetworkError
-from loracast.field_types import type_faults
-from loracast.files import write_atomically, write_with
-from loracast.hub import folder_of
-from loracast.hypernets import format_1
+from loracast.files import folder_of, type_faults, write_atomically, write_with
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
-from loracast.hypernets.card import CARD, GENERATED, model_card
 from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.protocol import Hypernetwork
 from loracast.hypernets.published import PublishedDocToLoRA, PublishedTextToLoRA
 from loracast.hypernets.text_to_lora import TextToLoRA
 from loracast.lora.quantize import quantise
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loracast.hypernets.protocol import Hypernetwork
+
+
+V = TypeVar("V")
+
+_FORMER_ARCHITECTURES = {"AttendingToLoRA": "AttentionDeltaToLoRA"}
+_CONFIG_KEYS = {
+    "lead_in": "prefix",
+    "document_independent_rank": "static_rank",
+    "shared_modules": "static_modules",
+    "most_summed_chunks": "max_unscaled_chunks",
+    "memory_merge_ridge": "key_decorrelation",
+    "probe": "dummy_input",
+    "probe_answer": "dummy_answer",
+    "recall_rank": "task_bank_rank",
+    "recall_width": "task_bank_width",
+    "recalled": "bank_sizes",
+    "n_known": "n_seen",
+}
+_GONE: dict[str, Any] = {
+    "among_latents": False,
+    "whitened": False,
+    "weighting_width": 0,
+    "weighting_dropout": None,
+    "reading_strength": 1.0,
+    "n_encoder_blocks": 0,
+    "n_latents": 0,
+    "gated_projection": False,
+    "factorised_queries": True,
+    "n_latent_mlps": 0,
+}
+"""Options that are gone, with the value at which each had no effect; None if no value of its own had one."""
+_TENSORS = {
+    "document_independent.": "static.",
+    "reading.": "encoder_lora.",
+    "recall.entries": "task_bank.keys",
+    "recall.": "task_bank.",
+    "known": "seen",
+}
+_UNITS = (".in_scale", ".out_scale")
+"""Endings of names of buffers that were all ones unless `whitened` was set."""
+
+
+def config_of_format_1(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Architecture and config of a config.json of format 1, under their current names.
+
+    Raises:
+        ConfigError: it uses an option that is gone.
+    """
+    architecture = str(stored.get("architecture"))
+    architecture, values = _FORMER_ARCHITECTURES.get(architecture, architecture), stored["config"]
+    used = [key for key, idle in _GONE.items() if idle is not None and values.get(key, idle) != idle]
+    if used:
+        raise ConfigError(
+            f"this hypernetwork was trained with {', '.join(used)}, which this version of loracast no longer has: use "
+            "loracast 0.1.0"
+        )
+    keys = _CONFIG_KEYS | ({"shared_rank": "static_modules_rank"} if architecture == "DocToLoRA" else {})
+    config = {keys.get(key, key): value for key, value in values.items() if key not in _GONE}
+    return {"architecture": architecture, "config": config}
+
+
+def tensors_of_format_1(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under their current names, without buffers that are gone; current names stay as they are."""
+    return {_renamed(name, _TENSORS): value for name, value in stored.items() if not _is_idle(name, value)}
+
+
+def former_id(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str:
+    """The id that loracast 0.1 gave a hypernetwork: a hash of its weights alone, under their old names.
+
+    Args:
+        weights: in fp32, under their current names.
+        stored: the tensors of the file.
+    """
+    back = {new: old for old, new in _TENSORS.items()}
+    old = {_renamed(name, back): value for name, value in weights.items()}
+    old |= {name: value.float() for name, value in stored.items() if _is_idle(name, value)}
+    digest = hashlib.sha256()
+    for name, value in sorted(old.items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    for old, new in names.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _is_idle(name: str, value: Tensor) -> bool:
+    return name.endswith(_UNITS) and bool((value == 1).all())
+
+
+CARD = "README.md"
+GENERATED = "<!-- Written by loracast, and written anew with the weights until this line is deleted. -->"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_IDS = {DEFAULT_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_USES = {
+    "document": ("hypernetwork", 'manual = model.learn("manual.pdf")\nmodel.ask("How long is the warranty?", manual)'),
+    "task": (
+        "task_hypernetwork",
+        'shout = model.task("Answer in capital letters.", "shout")\nmodel.ask("river", shout)',
+    ),
+    "image": (
+        "image_hypernetwork",
+        'photo = model.learn("photo.jpg")\nmodel.ask("What does the picture show?", photo)',
+    ),
+}
+_UNKNOWN = "Not recorded: to be filled in by whoever publishes this."
+
+
+def model_card(hypernet: Hypernetwork, provenance: Mapping[str, Any]) -> str:
+    """The card in markdown, with the front matter that the Hugging Face hub reads.
+
+    Args:
+        provenance: how the hypernetwork was made, as in config.json: `history` (or `average_of`) as training records
+            it; `licence`, a short name such as "apache-2.0", and `figures`, a name and number each, from its author.
+    """
+    assert hypernet.made_for is not None
+    base = hypernet.made_for.base
+    base = Path(base).name if Path(base).is_absolute() else base  # not where it lies on this machine
+    hub_id = _HUB_IDS.get(base, base)
+    licence, figures = provenance.get("licence"), provenance.get("figures", {})
+    option, use = _USES[hypernet.modality]
+    steps = list(_steps(provenance))
+    data = dict.fromkeys(name for step in steps for name in _data_of(step))
+    front = [
+        "---",
+        "library_name: loracast",
+        f"license: {licence or 'other'}",
+        *([f"base_model: {hub_id}"] if _HUB_ID.fullmatch(hub_id) else []),
+        f"tags: [lora, hypernetwork, {hypernet.modality}-to-lora]",
+        "---",
+    ]
+    ranks = ", ".join(f"{rank} in {kind}" for kind, rank in hypernet.config.ranks.items() if rank)
+    n_parameters = sum(parameter.numel() for parameter in hypernet.parameters())
+    sections = [
+        "\n".join([*front, GENERATED]),
+        f"# {type(hypernet).__name__} for {hub_id}",
+        f"A hypernetwork that casts {hypernet.modality}s into LoRAs for a frozen language model in one forward pass.",
+        f"```python\nimport loracast\n\n# FOLDER: this repository, or a folder with it\n"
+        f'model = loracast.load("{base}", {option}="FOLDER")\n{use}\n```',
+        "## Base\n\n"
+        f"`{hub_id}`; other bases are refused (fingerprints: shapes {hypernet.made_for.config}, weights "
+        f"{hypernet.made_for.norms}).",
+        f"## Shape\n\n{n_parameters / 1e6:.1f} million parameters; LoRAs of rank {ranks}.",
+        "## Data\n\n" + ("\n".join(f"- {name}" for name in data) or _UNKNOWN),
+        "## Training\n\n" + ("\n".join(f"    {step['command']}" for step in steps if step.get("command")) or _UNKNOWN),
+        "## Figures\n\n" + ("\n".join(f"- {name}: {value}" for name, value in figures.items()) or _UNKNOWN),
+        "## Licence\n\n" + (licence or _UNKNOWN),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _steps(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The trainings behind a checkpoint, those of averaged runs one after the other, each once."""
+    seen = []
+    for run in provenance.get("average_of", [provenance]):
+        for step in _steps(run) if "average_of" in run else run.get("history", []):
+            if step not in seen:
+                seen.append(step)
+                yield step
+
+
+def _data_of(step: Mapping[str, Any]) -> Iterator[str]:
+    """What a training names as its data: files, sources in them, tasks."""
+    named = {key: value for key, value in step.get("data", {}).items() if not key.endswith(("_kinds", "_share"))}
+    if "tasks" in step:
+        yield f"{len(step['tasks'])} tasks: {', '.join(step['tasks'])}"
+    for value in named.values():
+        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+            yield from value
+
 
 H = TypeVar("H", bound=Hypernetwork)
 C = TypeVar("C")
@@ -157,12 +334,12 @@ def from_pretrained(
         raise HypernetworkError(_not_whole(folder, error)) from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise HypernetworkError(f"the config.json of {folder} is damaged ({type(error).__name__}: {error})") from error
-    weights = _checked(hypernet, format_1.tensors(tensors), folder)
+    weights = _checked(hypernet, tensors_of_format_1(tensors), folder)
     hypernet.load_state_dict(weights, assign=True)
     hypernet.made_for, hypernet.provenance = made_for, stored.get("provenance", {})
     hypernet.former_ids = tuple(stored.get("former_ids", ()))
     if stored["format"] == 1:
-        hypernet.former_ids = (format_1.former_id(weights, tensors),)
+        hypernet.former_ids = (former_id(weights, tensors),)
     return hypernet.eval().requires_grad_(False)
 
 
@@ -273,7 +450,7 @@ def _stored(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise HypernetworkError(_not_whole(folder, error)) from error
     if stored.get("format") == 1 and isinstance(stored.get("config"), dict):
-        stored |= format_1.current(stored)
+        stored |= config_of_format_1(stored)
     return stored
 
 

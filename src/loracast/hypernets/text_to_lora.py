@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loracast.base.embedded import Say
 from loracast.base.load import Base
-from loracast.base.packages import Say
-from loracast.encoders.features import OF_THE_BASE
-from loracast.encoders.sentence import TextEncoder, load_text_encoder
+from loracast.hypernets.config import ArchitectureConfig, ModuleRow
 from loracast.hypernets.descriptions import DescriptionHypernetwork, shared_factors
-from loracast.hypernets.doc_config import ArchitectureConfig, ModuleRow
-from loracast.hypernets.heads import shapes_by_kind
+from loracast.hypernets.encoders import OF_THE_BASE, TextEncoder, load_text_encoder
+from loracast.hypernets.perceiver import shapes_by_kind
 from loracast.lora.algebra import Factors, LoRA, LoRABatch
 
 Variant = Literal["L", "M", "S"]

@@ -1,13 +1,4 @@
-"""The adapter on disk, opened for reading: the LoRAs of its chunks, checked and merged (docs/adapter-format.md).
-
-An adapter is a folder of three files that never change:
-
-    factors.safetensors   A [chunks, modules, r, in] and B [chunks, modules, r, out] by module kind, chunk after chunk
-    chunks.sqlite         the chunks' text and offsets with a full-text index, which routing asks (index.py)
-    adapter.json          name, hashes, base, hypernetwork, target, options; written last (manifest.py)
-
-Factors are read chunk by chunk, so that asking never holds a whole document in memory.
-"""
+"""Which tensors factors.safetensors holds, of which type and shape (docs/adapter-format.md)."""
 
 from __future__ import annotations
 
@@ -16,27 +7,136 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from loracast.byte_cache import ByteCache
 from loracast.errors import LEARN_AGAIN, AdapterError
 from loracast.files import file_sha256
-from loracast.library.index import OpenIndex, index_faults, read_chunks, read_sentences
-from loracast.library.join import LENGTH, ChunkRows, join_chunks
-from loracast.library.layout import SENTENCE, STATIC, YES, layout, static_shapes, static_storage_of
 from loracast.library.manifest import VERSION_DIGITS, Manifest
-from loracast.library.memory import route_memory
-from loracast.library.relevance import THRESHOLD
-from loracast.library.routing import DEFAULT_ROUTE, Route, SentenceWeights, route_question
-from loracast.lora.merge import row_lengths
-from loracast.lora.quantize import SCALE, storage_of, unpack
-from loracast.lora.tensor_file import OpenTensors, number_faults, read_header
+from loracast.lora.merge import Merging, row_lengths, row_weights
+from loracast.lora.quantize import SCALE, packed, static_storage, storage_of, unpack
+from loracast.lora.target import Target
+from loracast.lora.tensor_file import OpenTensors, TensorInfo, number_faults, read_header
+from loracast.reading.index import OpenIndex, index_faults, read_chunks, read_sentences
+from loracast.reading.relevance import THRESHOLD
+from loracast.reading.routing import DEFAULT_ROUTE, Route, SentenceWeights, route_question
+from loracast.reading.spoken import route_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loracast.library.manifest import Manifest
     from loracast.lora.algebra import Factors, LoRA
+    from loracast.lora.quantize import Storage
+    from loracast.lora.target import Target
+
+
+SENTENCE = ".sentence"
+"""Suffix of the tensor that holds the sentence of each row of a memory."""
+STATIC = ".shared."
+"""Part of the names of the tensors that hold the static LoRA, which all documents of a hypernetwork have in common."""
+YES = f"{STATIC}yes."
+"""The same of a row that older versions stored to answer Yes or No by a rule; it is ignored."""
+
+
+def static_storage_of(manifest: Manifest) -> Storage:
+    """How an adapter keeps its static LoRA: as it came up to format 3, and from then on in a byte a number."""
+    return static_storage(manifest.storage) if manifest.format > 3 else "bf16"
+
+
+def layout(m: Manifest, static: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+    """Type and shape of each tensor in factors.safetensors, in order; `static` has the shapes of the static LoRA's."""
+    found = {}
+    for kind in m.target.kinds:
+        modules = m.target.of_kind(kind)
+        in_memory = kind in m.memory_kinds
+        sides = ("a", len(modules), modules[0].d_in), ("b", 1 if in_memory else len(modules), modules[0].d_out)
+        for side, n, d in sides:
+            for suffix, (dtype, size) in packed(d, storage_of(m.storage, in_memory)).items():
+                found[f"{kind}.{side}{suffix}"] = TensorInfo(dtype, (m.n_chunks, n, m.ranks[kind], size))
+        if in_memory:
+            found[f"{kind}{SENTENCE}"] = TensorInfo("I16", (m.n_chunks, m.ranks[kind]))
+    for name, (*rows, d) in static.items():
+        for suffix, (dtype, size) in packed(d, static_storage_of(m)).items():
+            found[f"{name}{suffix}"] = TensorInfo(dtype, (*rows, size))
+    return found
+
+
+def static_shapes(target: Target, stored: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    """The shapes that the numbers of a static LoRA must have: of each kind it is there or not, of any rank."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for kind in target.kinds:
+        modules = target.of_kind(kind)
+        for part in (STATIC, YES):
+            names = {f"{kind}{part}a": modules[0].d_in, f"{kind}{part}b": modules[0].d_out}
+            if there := [stored[name].shape for name in names if name in stored]:
+                shapes |= {name: (len(modules), *there[0][1:2], d) for name, d in names.items()}
+    return shapes
+
+
+LENGTH = ".length"
+"""Ends the name of what may be kept of a memory's rows beside them: how long each one is."""
+ChunkRows = Mapping[str, "Tensor | Sequence[Tensor]"]
+"""Factors of chunks, named as in the file: "down_proj.a" for each chunk [layers, r, in], "o_proj.sentence" [r]."""
+
+
+def join_chunks(
+    target: Target,
+    rows: ChunkRows,
+    common: Mapping[str, Tensor],
+    merging: Merging,
+    weights: Sequence[float] | None = None,
+    sentences: Sequence[Sequence[float]] | None = None,
+    dense: bool = True,
+    ready: Mapping[str, Factors] = MappingProxyType({}),
+) -> LoRA:
+    """The LoRA of chunks: their factors merged, and the static ones once, if there are any.
+
+    Args:
+        common: what chunks have in common, named as in the file: "down_proj.shared.a" [layers, r, in].
+        weights: what the LoRA of each chunk is multiplied with; 1 if None.
+        sentences, dense: as in `Adapter.lora`; the sentences chunk by chunk.
+        ready: the static factors by module, as they were made before, for the modules that chunks have none in.
+    """
+    import torch
+
+    from loracast.lora.algebra import Factors, LoRA, is_past_break_even
+
+    joined: dict[str, Factors] = {}
+    products: dict[str, Tensor] = {}
+    alone: set[str] = set()
+    for kind in target.kinds:
+        static = [common[name] for side in "ab" if (name := f"{kind}{STATIC}{side}") in common]  # each [layers, r, d]
+        a, b = ([*rows[f"{kind}.{side}"]] for side in "ab")  # of each chunk [layers or 1, r, d]
+        if ready and not a[0].shape[1]:
+            found = [module.name for module in target.of_kind(kind) if module.name in ready]
+            joined |= {name: ready[name] for name in found}
+            alone.update(found)
+            continue
+        of_rows = None
+        if sentences is not None and (owners := rows.get(f"{kind}{SENTENCE}")) is not None:
+            lengths = rows.get(f"{kind}{LENGTH}") or [row_lengths(side) for side in b]
+            of_rows = row_weights([*owners], [*lengths], sentences)
+        elif weights is not None:
+            b = [side * weight for side, weight in zip(b, weights, strict=True)]
+        sides: Sequence[Tensor] = merging.join(kind, a, b, of_rows)  # each [layers or 1, m, d]
+        if static and not sides[0].shape[1]:
+            sides = static
+            alone |= {module.name for module in target.of_kind(kind)}
+        elif static:
+            of_all = zip(sides, static, strict=True)
+            sides = [torch.cat([side.expand(len(more), -1, -1), more], dim=1) for side, more in of_all]
+        modules, (_, rank, d_in), d_out = target.of_kind(kind), sides[0].shape, sides[1].shape[-1]
+        if dense and is_past_break_even(rank, d_in, d_out):
+            deltas = sides[1].mT @ sides[0]  # [layers, out, in]
+            products |= {module.name: delta for module, delta in zip(modules, deltas, strict=True)}
+        else:
+            of_modules = (side.expand(len(modules), -1, -1) for side in sides)
+            joined |= {m.name: Factors(x, y.T) for m, x, y in zip(modules, *of_modules, strict=True)}
+    return LoRA(joined, products, frozenset(alone & joined.keys()))
+
 
 FACTORS, INDEX, MANIFEST = "factors.safetensors", "chunks.sqlite", "adapter.json"
 _MOST_BYTES = 64 * 2**20  # of factors in memory: a conversation tends to stay with the same chunks

@@ -16,12 +16,20 @@ from pathlib import Path
 
 from loracast.errors import LEARN_AGAIN, AdapterError, NameTakenError, NoSuchAdapterError
 from loracast.library.adapter import Adapter
-from loracast.library.entry import Entry, Hit
-from loracast.library.files import coming_in, ensure_local, home_of, move_in, recover, size_of, store_in, texts_in
+from loracast.library.folders import (
+    coming_in,
+    ensure_local,
+    home_of,
+    move_in,
+    recover,
+    size_of,
+    store_in,
+    texts_in,
+    work_folder,
+)
 from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
-from loracast.library.register import Register
+from loracast.library.register import Entry, Hit, Register
 from loracast.library.shared import changing, reading, refresh
-from loracast.library.workfolders import work_folder
 
 _HASH = re.compile(r"[0-9a-f]{4,64}")
 _MOST_NAMES_TOLD = 12

@@ -1,8 +1,4 @@
-"""The register of a library, one SQLite file: names, their versions, tags, notes, owners, and text to search in.
-
-What belongs to an adapter stands in its own folder as well, from which a lost register can be made again (files.py).
-Its tables: schema.py.
-"""
+"""What the register of a library says: of a name, of a place in the text, of a name's state that machines share."""
 
 from __future__ import annotations
 
@@ -12,16 +8,160 @@ import re
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 from unicodedata import normalize
 
-from loracast.data.task_examples import is_unicode
 from loracast.errors import AdapterError
-from loracast.library import schema
-from loracast.library.bm25 import match_scores
-from loracast.library.entry import Entry, Hit, Match, NameState
 from loracast.library.manifest import MEMORY_SOURCE, Manifest, utc_now
+from loracast.reading.index import match_scores
+from loracast.text import is_unicode
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name with one of its versions."""
+
+    name: str
+    version: str  # content hash
+    kind: str
+    title: str
+    source: str | None
+    source_sha256: str
+    base: str
+    hypernetwork: str
+    ranks: dict[str, int]
+    n_chunks: int
+    n_tokens: int
+    n_bytes: int
+    created: str  # when the adapter was made; UTC, ISO 8601
+    added: str  # when the name was given to it
+    n_versions: int  # that the name has
+    owner: str
+    note: str
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A chunk that holds the words of a search."""
+
+    name: str
+    version: str
+    chunk: int
+    heading: str
+    snippet: str  # the surroundings of the words, each word between [ and ]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A chunk of a document that shares words with a question."""
+
+    name: str
+    version: str
+    n_chunks: int  # of the document
+    chunk: int
+    score: float  # BM25, on one scale for the whole library
+
+
+@dataclass(frozen=True)
+class NameState:
+    """All that is known of a name, as machines that share a library tell each other."""
+
+    versions: tuple[tuple[str, str], ...] = ()
+    """Content hash, and when it was added, of each version; the newest last. A name without versions is deleted."""
+    owner: str = ""
+    note: str = ""
+    tags: tuple[str, ...] = ()
+
+
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE versions (
+        id TEXT PRIMARY KEY, made_from TEXT NOT NULL, kind TEXT NOT NULL, title TEXT NOT NULL, source TEXT,
+        source_sha256 TEXT NOT NULL, base TEXT NOT NULL, hypernetwork TEXT NOT NULL, ranks TEXT NOT NULL,
+        n_chunks INTEGER NOT NULL, n_tokens INTEGER NOT NULL, n_bytes INTEGER NOT NULL, created TEXT NOT NULL
+    );
+    CREATE INDEX versions_by_making ON versions (made_from);
+    CREATE TABLE names (name TEXT PRIMARY KEY, owner TEXT NOT NULL DEFAULT '', note TEXT NOT NULL DEFAULT '');
+    CREATE TABLE namings (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        name TEXT NOT NULL REFERENCES names (name) ON UPDATE CASCADE ON DELETE CASCADE,
+        version TEXT NOT NULL REFERENCES versions (id),
+        added TEXT NOT NULL
+    );
+    CREATE INDEX namings_by_name ON namings (name, number);
+    CREATE INDEX namings_by_version ON namings (version);
+    CREATE TABLE tags (
+        name TEXT NOT NULL REFERENCES names (name) ON UPDATE CASCADE ON DELETE CASCADE, tag TEXT NOT NULL,
+        PRIMARY KEY (name, tag)
+    );
+    CREATE INDEX tags_by_tag ON tags (tag);
+    CREATE VIRTUAL TABLE texts USING fts5 (heading, text, tokenize = 'porter unicode61');
+    CREATE TABLE texts_of (
+        version TEXT PRIMARY KEY REFERENCES versions (id) ON DELETE CASCADE, first INTEGER NOT NULL, last INTEGER NOT
+        NULL
+    );
+    CREATE INDEX texts_of_by_first ON texts_of (first);
+    CREATE TABLE unsettled (id TEXT PRIMARY KEY);
+    """,
+    """
+    CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+    """,
+    """
+    ALTER TABLE namings RENAME TO aliases;
+    DROP INDEX namings_by_name;
+    DROP INDEX namings_by_version;
+    CREATE INDEX aliases_by_name ON aliases (name, number);
+    CREATE INDEX aliases_by_version ON aliases (version);
+    ALTER TABLE unsettled RENAME TO unrecovered;
+    ALTER TABLE versions RENAME COLUMN made_from TO cache_key;
+    DROP INDEX versions_by_making;
+    CREATE INDEX versions_by_cache_key ON versions (cache_key);
+    """,
+    """
+    CREATE VIRTUAL TABLE name_words USING fts5 (name, tokenize = 'porter unicode61');
+    INSERT INTO name_words (rowid, name) SELECT number, name FROM aliases;
+    CREATE TRIGGER name_words_in AFTER INSERT ON aliases BEGIN
+        INSERT INTO name_words (rowid, name) VALUES (new.number, new.name);
+    END;
+    CREATE TRIGGER name_words_out AFTER DELETE ON aliases BEGIN
+        DELETE FROM name_words WHERE rowid = old.number;
+    END;
+    CREATE TRIGGER name_words_renamed AFTER UPDATE OF name ON aliases BEGIN
+        UPDATE name_words SET name = new.name WHERE rowid = new.number;
+    END;
+    """,
+    """
+    CREATE TABLE name_numbers (name TEXT PRIMARY KEY, number INTEGER NOT NULL);
+    """,
+)
+"""Script k brings the schema from version k to k + 1. Append; never change one that was released."""
+
+
+def schema_version(database: sqlite3.Connection) -> int:
+    """How many of the scripts a register has seen."""
+    (found,) = database.execute("PRAGMA user_version").fetchone()
+    return found
+
+
+def migrate(database: sqlite3.Connection, scripts: Sequence[str] | None = None) -> None:
+    """Bring the schema up to date: run the scripts that the file has not seen, inside the open transaction.
+
+    Args:
+        scripts: those of another file than a register; `MIGRATIONS` if None.
+    """
+    scripts = MIGRATIONS if scripts is None else scripts
+    for number in range(schema_version(database), len(scripts)):
+        statement = ""
+        for piece in scripts[number].split(";"):
+            statement += piece + ";"
+            if sqlite3.complete_statement(statement):  # a trigger has semicolons inside
+                database.execute(statement)
+                statement = ""
+        database.execute(f"PRAGMA user_version = {number + 1}")
+
 
 FILE = "register.sqlite"
 _WAIT_S = 30.0  # for another process to finish its write
@@ -196,7 +336,7 @@ class Register:
 
     def is_current(self) -> bool:
         """Whether the schema is this version's."""
-        return schema.version(self._db) == len(schema.MIGRATIONS)
+        return schema_version(self._db) == len(MIGRATIONS)
 
     # ---- changing
 
@@ -306,7 +446,7 @@ class Register:
     def empty(cls) -> Iterator[Self]:
         """A register in memory, of a library that is not there."""
         with closing(sqlite3.connect(":memory:")) as database:
-            schema.migrate(database)
+            migrate(database)
             yield cls(database)
 
     @classmethod
@@ -325,7 +465,7 @@ class Register:
         with _connected(library, "rwc") as database:
             database.execute("BEGIN IMMEDIATE")
             try:
-                schema.migrate(database)
+                migrate(database)
                 yield cls(database)
                 database.execute("COMMIT")
             except BaseException:
@@ -355,7 +495,7 @@ def _connected(library: Path, mode: str) -> Iterator[sqlite3.Connection]:
         )
         try:
             database.execute("PRAGMA foreign_keys = ON")
-            if (found := schema.version(database)) > len(schema.MIGRATIONS):
+            if (found := schema_version(database)) > len(MIGRATIONS):
                 raise AdapterError(f"{path} was written by a newer loracast (its schema is {found}); update loracast")
             yield database
         finally:

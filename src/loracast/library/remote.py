@@ -15,13 +15,11 @@ from pathlib import Path
 
 from loracast.errors import AdapterError
 from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter, layout
-from loracast.library.files import ensure_local, fetch_whole, store_in
+from loracast.library.folders import ensure_local, fetch_whole, store_in, work_folder
 from loracast.library.library import add_adapter
-from loracast.library.manifest import VERSION_DIGITS, Manifest, check_name
+from loracast.library.manifest import SUFFIX, VERSION_DIGITS, Manifest, check_covers, check_name, sign, verify
 from loracast.library.shared import reading
-from loracast.library.signatures import SUFFIX, check_covers, sign, verify
 from loracast.library.store import file_system, store_errors
-from loracast.library.workfolders import work_folder
 from loracast.lora.tensor_file import BYTES
 
 CARD = "README.md"

@@ -14,12 +14,11 @@ from loracast.base.fingerprint import Fingerprint
 from loracast.base.load import Base
 from loracast.documents import Chunk
 from loracast.errors import AdapterError
-from loracast.library.adapter import Adapter
-from loracast.library.layout import STATIC
+from loracast.library.adapter import STATIC, Adapter
 from loracast.library.manifest import AdapterKind, Manifest, utc_now
 from loracast.library.writer import AdapterWriter, ChunkRows
 from loracast.lora.algebra import LoRA, Rows, compress
-from loracast.lora.fits import linear_shapes
+from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
 from loracast.lora.quantize import Storage
 from loracast.lora.target import KINDS, Target, TargetModule

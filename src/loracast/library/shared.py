@@ -24,14 +24,12 @@ from typing import TypeVar
 
 from loracast.errors import AdapterError, LoracastError
 from loracast.files import write_atomically
-from loracast.library import files
+from loracast.library import folders as files
 from loracast.library.adapter import MANIFEST
-from loracast.library.entry import NameState
+from loracast.library.folders import work_folder
 from loracast.library.manifest import Manifest
-from loracast.library.register import Register
-from loracast.library.shared_store import OvertakenError, SharedStore
-from loracast.library.store import SHARED
-from loracast.library.workfolders import work_folder
+from loracast.library.register import NameState, Register
+from loracast.library.store import SHARED, OvertakenError, SharedStore
 
 REFRESH_S = 3.0
 """Readers look for new names at most this often."""

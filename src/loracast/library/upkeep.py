@@ -9,19 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loracast.errors import AdapterError
-from loracast.library import files
-from loracast.library.adapter import Adapter
-from loracast.library.index import read_chunks, read_sentences
-from loracast.library.layout import SENTENCE, STATIC
+from loracast.library import folders as files
+from loracast.library.adapter import SENTENCE, STATIC, Adapter
+from loracast.library.folders import tidy, work_folder
 from loracast.library.library import find, open_adapter
 from loracast.library.manifest import FORMAT, VERSION_DIGITS, Manifest
 from loracast.library.register import Register
 from loracast.library.shared import changing, reading, shared_store, take_in, unshare
-from loracast.library.shared_store import SharedStore
-from loracast.library.store import Store
-from loracast.library.workfolders import tidy, work_folder
+from loracast.library.store import SharedStore, Store
 from loracast.library.writer import AdapterWriter
 from loracast.lora.quantize import STORAGE, Storage
+from loracast.reading.index import read_chunks, read_sentences
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from loracast.errors import AdapterError
 from loracast.files import file_sha256, sync_folder
-from loracast.library.adapter import FACTORS, INDEX, MANIFEST, Adapter
-from loracast.library.files import recover
-from loracast.library.index import write_index
-from loracast.library.layout import SENTENCE, layout, static_storage_of
+from loracast.library.adapter import FACTORS, INDEX, MANIFEST, SENTENCE, Adapter, layout, static_storage_of
+from loracast.library.folders import recover, tidy, work_folder
 from loracast.library.library import add_adapter
 from loracast.library.manifest import FORMAT, Manifest, check_name
-from loracast.library.summary import write_outline
-from loracast.library.workfolders import tidy, work_folder
 from loracast.lora.quantize import pack, storage_of
 from loracast.lora.tensor_file import BYTES
+from loracast.reading.index import write_index
+from loracast.reading.outline import write_outline
 
 if TYPE_CHECKING:
     from io import BufferedRandom

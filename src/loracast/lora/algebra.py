@@ -151,8 +151,7 @@ class LoRA:
         Nothing is lost: modules get one rank, smaller ones padded with zeros, and dense deltas become factors of full
         rank. `base` names the base for whoever finds the folder.
         """
-        from loracast.lora.peft_format import write_peft_folder
-        from loracast.lora.uniform import uniform
+        from loracast.lora.peft_format import uniform, write_peft_folder
 
         return write_peft_folder(uniform(self), Path(folder), base)
 
@@ -162,7 +161,7 @@ class LoRA:
 
         Raises AdapterError where there is none, or more than a LoRA on linear modules; with every fault that there is.
         """
-        from loracast.hub import folder_of
+        from loracast.files import folder_of
         from loracast.lora.peft_format import PEFT_FILES, read_peft
 
         return read_peft(folder_of(source, PEFT_FILES, "adapter in PEFT's format", AdapterError, revision))

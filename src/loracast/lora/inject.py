@@ -1,30 +1,253 @@
 """Applies LoRAs to a base during its forward passes, another LoRA for every row of the batch, or none.
 
-What all rows have of a static LoRA is added to copies of the weights (merged_weights.py). A forward hook on each other
-target module adds `(x A') B'` to the module's output: two small matmuls for each LoRA and row,
-no copy of a factor per token, the base's weights untouched. Works under autograd and under generation with a KV
-cache.
-
-The hooks are seen by every thread that runs the model, so each model has a lock: it is held while LoRAs are applied,
-and whoever reads the model without one takes it too.
+A static LoRA that all rows share is added to copies of the weights, which take the weights' places meanwhile.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import MappingProxyType
-from weakref import WeakKeyDictionary
+from typing import cast
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from loracast.errors import AdapterError
-from loracast.lora.algebra import LoRA, LoRABatch, stack
-from loracast.lora.fits import check_fits
-from loracast.lora.lock import FairLock
-from loracast.lora.merged_weights import copies_for, merged
+from loracast.lora.algebra import Factors, LoRA, LoRABatch, stack
+
+
+class FairLock:
+    """As `threading.RLock`, but first come, first served.
+
+    A thread that runs a model step after step takes its lock again at once, and with an RLock others could wait for
+    ever.
+    """
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._waiting: deque[tuple[int, threading.Lock]] = deque()
+        self._owner: int | None = None
+        self._depth = 0
+
+    def acquire(self) -> bool:
+        """Wait for the lock and take it."""
+        me = threading.get_ident()
+        with self._mutex:
+            if self._owner in (None, me):
+                self._owner = me
+                self._depth += 1
+                return True
+            turn = self._queue(me)
+        self._wait(turn)
+        return True
+
+    def give_way(self) -> None:
+        """Let the threads that wait now have the lock first, and take it again; quick where there are none.
+
+        Raises RuntimeError for any but the owner.
+        """
+        with self._mutex:
+            self._check_owned()
+            if not self._waiting:
+                return
+            depth, turn = self._depth, self._queue(threading.get_ident())
+            self._hand_over()
+        try:
+            self._wait(turn)
+        except BaseException:
+            self.acquire()  # the caller gives it back
+            raise
+        finally:
+            self._depth = depth
+
+    def release(self) -> None:
+        """Give the lock back, to the thread that has waited longest. Raises RuntimeError for any but the owner."""
+        with self._mutex:
+            self._check_owned()
+            self._depth -= 1
+            if not self._depth:
+                self._hand_over()
+
+    def is_owned(self) -> bool:
+        """Whether the calling thread holds the lock."""
+        return self._owner == threading.get_ident()
+
+    def _check_owned(self) -> None:
+        if not self.is_owned():
+            raise RuntimeError("this thread does not hold the lock")
+
+    def _hand_over(self) -> None:
+        """Give the lock to the thread that has waited longest, if any."""
+        self._owner = None
+        if self._waiting:
+            self._owner, turn = self._waiting.popleft()
+            self._depth = 1
+            turn.release()
+
+    def _queue(self, me: int) -> tuple[int, threading.Lock]:
+        turn = (me, threading.Lock())
+        turn[1].acquire()
+        self._waiting.append(turn)
+        return turn
+
+    def _wait(self, turn: tuple[int, threading.Lock]) -> None:
+        try:
+            turn[1].acquire()  # until `_hand_over`
+        except BaseException:  # the wait was interrupted
+            with self._mutex:
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
+                    raise
+            self.release()
+            raise
+
+    def __enter__(self) -> FairLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.release()
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of each linear module of a base."""
+    return {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def check_fits(model: nn.Module, shapes: Iterable[tuple[str, tuple[int, int]]]) -> dict[str, nn.Linear]:
+    """The base's modules that a LoRA of these shapes, (module, (out, in)), touches.
+
+    Raises AdapterError, with all faults, where they do not exist or have other shapes.
+    """
+    modules: dict[str, nn.Linear] = {}
+    problems = []
+    found: dict[str, nn.Module | None] = {"": model}
+
+    def submodule(name: str) -> nn.Module | None:
+        """As `model.get_submodule`, but parents that several modules have in common are looked up once."""
+        if name not in found:
+            parent, _, last = name.rpartition(".")
+            module = submodule(parent)
+            found[name] = None if module is None else module._modules.get(last)  # getattr takes five times as long
+        return found[name]
+
+    for name, (d_out, d_in) in shapes:
+        module = submodule(name)
+        if not isinstance(module, nn.Linear):
+            problems.append(f"{name}: the base has no such linear module")
+        elif (module.out_features, module.in_features) != (d_out, d_in):
+            problems.append(
+                f"{name}: the LoRA is for [{d_out}, {d_in}], the base has [{module.out_features}, {module.in_features}]"
+            )
+        else:
+            modules[name] = module
+    if problems:
+        raise AdapterError("this LoRA does not fit this base: " + "; ".join(problems))
+    return modules
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """Copies of some weights of a model, with a static LoRA added."""
+
+    factors: Mapping[str, Factors]
+    """Of the static LoRA, in the modules that have copies: not in those with quantized weights."""
+    modules: Mapping[str, nn.Linear]
+    """All of the static LoRA."""
+    own: Mapping[str, nn.Parameter]
+    """The model's own weights that there are copies of."""
+    states: Mapping[str, tuple[object, ...]]
+    """Of these, when the copies were made (`_state`)."""
+    weights: Mapping[str, nn.Parameter]
+
+    def are_of(self, lora: LoRA, modules: Mapping[str, nn.Linear]) -> bool:
+        """Whether they are of this LoRA's static part, and of the modules and weights that the model has now."""
+        return self.modules == modules and all(
+            modules[name]._parameters["weight"] is weight
+            and _state(weight) == self.states[name]
+            and _equal(self.factors[name], lora.factors[name])
+            for name, weight in self.own.items()
+        )
+
+
+_KEPT: WeakKeyDictionary[nn.Module, Copies] = WeakKeyDictionary()
+"""By model, those of the last static LoRA."""
+_MERGED_NOW: WeakSet[nn.Module] = WeakSet()
+
+
+def copies_for(model: nn.Module, loras: Sequence[LoRA | None]) -> Copies | None:
+    """The copies of a model's weights with the static LoRA that all rows of a batch have.
+
+    None where they have none in common, where gradients are wanted, and where the model computes with copies right now:
+    a second static LoRA cannot take their places.
+
+    Raises AdapterError where the static LoRA does not fit the model. Whoever calls this holds the model's lock.
+    """
+    first = loras[0] if loras else None
+    if first is None or not first.static or torch.is_grad_enabled() or model in _MERGED_NOW:
+        return None
+    for other in loras[1:]:
+        if other is not first and not (other is not None and _has_static_of(other, first)):
+            return None
+    static = ((name, first.factors[name]) for name in first.static)
+    modules = check_fits(model, ((name, (b.shape[0], a.shape[1])) for name, (a, b) in static))
+    kept = _KEPT.get(model)
+    if kept is None or not kept.are_of(first, modules):
+        kept = _KEPT[model] = _copies(first, modules)
+    return kept
+
+
+def _has_static_of(other: LoRA, first: LoRA) -> bool:
+    return first.static <= other.static and all(_equal(first.factors[n], other.factors[n]) for n in first.static)
+
+
+def _copies(lora: LoRA, modules: Mapping[str, nn.Linear]) -> Copies:
+    weights = {name: cast(nn.Parameter, module.weight) for name, module in modules.items()}
+    own = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
+    factors = {name: lora.factors[name] for name in own}
+    copies = {name: _sum(weight, factors[name]) for name, weight in own.items()}
+    return Copies(factors, modules, own, {name: _state(weight) for name, weight in own.items()}, copies)
+
+
+@contextmanager
+def merged(model: nn.Module, copies: Copies) -> Iterator[None]:
+    """Have a model compute with copies of its weights while the context lasts.
+
+    Whoever calls this holds the model's lock.
+    """
+    _MERGED_NOW.add(model)
+    try:
+        for name, weight in copies.weights.items():
+            copies.modules[name]._parameters["weight"] = weight
+        yield
+    finally:
+        for name, weight in copies.own.items():
+            copies.modules[name]._parameters["weight"] = weight
+        _MERGED_NOW.discard(model)
+
+
+def _state(weight: Tensor) -> tuple[object, ...]:
+    """What changes when a weight is moved, converted or written to."""
+    return weight.data_ptr(), weight._version, weight.dtype, weight.device
+
+
+def _sum(weight: Tensor, factors: Factors) -> nn.Parameter:
+    a, b = (side.to(weight.device, torch.float32) for side in factors)
+    return nn.Parameter((weight.float() + b @ a).to(weight.dtype), requires_grad=False)
+
+
+def _equal(one: Factors, other: Factors) -> bool:
+    return one is other or all(
+        (x.data_ptr() == y.data_ptr() and x.stride() == y.stride() and x.shape == y.shape and x.dtype == y.dtype)
+        or torch.equal(x, y)
+        for x, y in zip(one, other, strict=True)
+    )
+
 
 _LOCKS: WeakKeyDictionary[nn.Module, FairLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()

@@ -121,7 +121,7 @@ def strongest(a: Tensor, b: Tensor, n_chunks: int, most: float) -> tuple[Tensor,
 def decorrelate_keys(a: Tensor, b: Tensor, owners: Tensor, ridge: float) -> Tensor:
     """Change each chunk's keys so that they respond less to other chunks' keys: A [..., m, in] -> same shape.
 
-    An associative memory solves for the keys k of one chunk by least squares (hypernets/memory.py): (G + ridge)^-1 k,
+    An associative memory solves for the keys k of one chunk by least squares (associative_memory.py): (G + ridge)^-1 k,
     where G holds their cosines, each key weighted by the norm of its row of B. Here G over all chunks takes the place
     of each chunk's own: the keys are multiplied by (G_all + ridge)^-1 (G_own + ridge), which leaves a single chunk, and
     a key whose row of B is 0, as they are.
@@ -142,7 +142,7 @@ def decorrelate_keys(a: Tensor, b: Tensor, owners: Tensor, ridge: float) -> Tens
         if keys.shape[-2] <= keys.shape[-1]:
             gram = torch.addcmul(ridges, scale * (keys @ keys.mT), scale.mT)  # with the ridge
             own = gram * (owners[..., :, None] == owners[..., None, :])
-            # The m x m map first, which is smaller than the keys; not by LU (hypernets/memory.py).
+            # The m x m map first, which is smaller than the keys; not by LU (associative_memory.py).
             change = torch.cholesky_solve(own, torch.linalg.cholesky(gram))
             found = (length * change / length.mT) @ keys
         else:  # the same (Woodbury), whose cost grows with the number of chunks and not with its cube

@@ -1,8 +1,4 @@
-"""One request from its words to its last token: names, routing, prompts, the engine, and what came of it.
-
-Routing and reading LoRAs happen in a worker thread, tokens arrive in the event loop. Whatever ends a request early (the
-client leaves, its time is over, another prompt of it fails) takes all of its answers out of the engine.
-"""
+"""What a request asks for, in one form for all routes of the API."""
 
 from __future__ import annotations
 
@@ -14,23 +10,47 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
+from loracast.answering.options import NOT_SAID, AnsweredBy, Prepared
+from loracast.answering.question_answering import ASK_SYSTEM_TURN, not_said
 from loracast.base.chat import Message, encode_text
+from loracast.base.generate import Sampling
 from loracast.cast.memory import Memory
-from loracast.data.everyday import NOT_SAID
 from loracast.library.adapter import Adapter, routing_key
-from loracast.library.index import read_chunks
-from loracast.library.wide_route import Source
-from loracast.options import AnsweredBy, Prepared
-from loracast.question_answering import ASK_SYSTEM_TURN, not_said
-from loracast.serving.asked import Asked
+from loracast.reading.index import read_chunks
+from loracast.reading.wide_route import Source
 from loracast.serving.errors import ApiError
-from loracast.serving.request import Finish, GenerationRequest, Token
-from loracast.serving.resolve import Resolved
+from loracast.serving.generation import Finish, GenerationRequest, Ticket, Token, finished_ticket
+from loracast.serving.resolve import Resolved, Windowed, in_window
+from loracast.serving.schema import Extensions, FileSearch
 from loracast.serving.service import Service
 from loracast.serving.store_search import among
-from loracast.serving.ticket import Ticket, finished_ticket
 from loracast.serving.vector_stores import StoreFile
-from loracast.serving.window import Windowed, in_window
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, whichever route it came by."""
+
+    model: str
+    extensions: Extensions
+    sampling: Sampling
+    """`max_new_tokens` of 0 leaves it to the server."""
+    turns: Sequence[Message] = ()
+    """The messages of a chat; or else `prompts`."""
+    prompts: Sequence[str | Sequence[int]] = ()
+    """Texts or token ids that are continued as they stand."""
+    searches: Sequence[FileSearch] = ()
+    """Vector stores from which the question chooses documents."""
+    window: Sequence[str] = ()
+    """Adapters whose text goes into the prompt."""
+    memory: str = ""
+    """Name of the memory that the last message goes into, and that answers too."""
+    style: str = ""
+    """Name of the task adapter that goes along."""
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    n_logprobs: int | None = None
+
 
 DEFAULT_MAX_TOKENS = 512
 """Tokens of an answer where the request does not say, as far as the window has room."""

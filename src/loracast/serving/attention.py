@@ -1,23 +1,184 @@
-"""Attention of one engine step: every token of a flat batch sees the tokens before it in its own row.
-
-transformers calls `attend_rows` in place of its own attention while `row_attention` lasts, for every model that takes
-its attention from transformers' registry. The batch is one sequence [1, tokens] of the tokens of all rows: first one
-token of each row in a slot, then runs of tokens of rows with tensors of their own (a piece of a prompt, or one token
-of a long row). Grouped-query heads are folded into the query's tokens, so that no key is copied.
-"""
+"""Keys and values of the rows of a batch, those that were read before, and the attention of one engine step to them."""
 
 from __future__ import annotations
 
+import mmap
+import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loracast.serving.kv_cache import Layer, OwnCache, SlotCache
+Layer = tuple[Tensor, Tensor]
+"""Keys and values of one layer."""
+
+
+class OwnCache:
+    """Keys and values of one row; allocated when the first token is written."""
+
+    def __init__(self, n_layers: int, capacity: int):
+        self.n_layers, self.capacity = n_layers, capacity
+        self.sides: Sequence[Tensor] = ()
+        """Keys and values, [layers, kv heads, capacity, head size] each."""
+
+    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> Layer:
+        """Put tokens [kv heads, n, head size] behind the first `start`; the layer's keys and values up to the last."""
+        if not self.sides:
+            shapes = [(self.n_layers, side.shape[0], self.capacity, side.shape[2]) for side in (keys, values)]
+            self.sides = _split(keys.new_empty(sum(map(prod, shapes))), shapes)
+        end = start + keys.shape[1]
+        for side, new in zip(self.sides, (keys, values), strict=True):
+            side[layer, :, start:end] = new
+        all_keys, all_values = self.sides
+        return all_keys[layer, :, :end], all_values[layer, :, :end]
+
+    def copy(self, n_tokens: int, capacity: int) -> OwnCache:
+        """The first tokens in a block of another capacity."""
+        return _copied(self.sides, n_tokens, capacity)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(side.numel() * side.element_size() for side in self.sides)
+
+
+class SlotCache:
+    """Keys and values of many rows; allocated when the first row comes."""
+
+    def __init__(self, n_slots: int, capacity: int):
+        self.n_slots, self.capacity = n_slots, capacity
+        self._sides: Sequence[Tensor] = ()
+        """Keys and values, [slots, layers, kv heads, capacity, head size] each."""
+        self._memory: mmap.mmap | None = None
+        self._slot_bytes = 0
+
+    def layer(self, layer: int) -> Layer:
+        """Keys and values of a layer, [slots, kv heads, capacity, head size] each."""
+        keys, values = self._sides
+        return keys[:, layer], values[:, layer]
+
+    def adopt(self, slot: int, row: OwnCache, n_tokens: int) -> None:
+        """Copy a row's tokens into a slot."""
+        if not self._sides:
+            self._allocate(row.sides)
+        for slots, side in zip(self._sides, row.sides, strict=True):
+            slots[slot, :, :, :n_tokens] = side[:, :, :n_tokens]
+
+    def move(self, source: int, target: int, n_tokens: int) -> None:
+        """Copy the tokens of one slot into a free one, and free the first."""
+        for slots in self._sides:
+            slots[target, :, :, :n_tokens] = slots[source, :, :, :n_tokens]
+        self.free(source, n_tokens)
+
+    def free(self, slot: int, n_tokens: int) -> None:
+        """Forget a slot's tokens, and give their memory back on Linux.
+
+        The numbers are zero afterwards: attention multiplies masked ones by zero, which must give zero, and what
+        overflowed would not.
+        """
+        if sys.platform == "linux" and self._memory is not None:
+            self._memory.madvise(mmap.MADV_DONTNEED, slot * self._slot_bytes, self._slot_bytes)
+            return
+        for slots in self._sides:
+            slots[slot, :, :, :n_tokens] = 0
+
+    def copy(self, slot: int, n_tokens: int) -> OwnCache:
+        """The tokens of a slot in a block of their own."""
+        return _copied([slots[slot] for slots in self._sides], n_tokens, n_tokens)
+
+    def _allocate(self, sides: Sequence[Tensor]) -> None:
+        """Zeros for all slots, each in pages of its own."""
+        like = sides[0]
+        shapes = [(len(side), side.shape[1], self.capacity, side.shape[3]) for side in sides]
+        n = sum(map(prod, shapes))
+        if like.device.type != "cpu":
+            self._sides = _split(like.new_zeros(self.n_slots, n), shapes)
+            return
+        self._slot_bytes = -(-n * like.element_size() // mmap.PAGESIZE) * mmap.PAGESIZE
+        n_bytes = self.n_slots * self._slot_bytes
+        # Memory that is shared with child processes, mmap's default, would not be given back.
+        if sys.platform == "win32":
+            self._memory = mmap.mmap(-1, n_bytes)
+        else:
+            self._memory = mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block = torch.frombuffer(self._memory, dtype=like.dtype).view(self.n_slots, -1)
+        self._sides = _split(block[:, :n], shapes)
+
+
+def _split(block: Tensor, shapes: Sequence[tuple[int, ...]]) -> Sequence[Tensor]:
+    """Views [..., *shape] of a block [..., n], one after the other."""
+    parts = block.split([prod(shape) for shape in shapes], -1)
+    return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _copied(sides: Sequence[Tensor], n_tokens: int, capacity: int) -> OwnCache:
+    """The first tokens of keys and values [layers, kv heads, tokens, head size] in a block of their own."""
+    made = OwnCache(len(sides[0]), capacity)
+    for layer, (keys, values) in enumerate(zip(*sides, strict=True)):
+        made.write(layer, 0, keys[:, :n_tokens], values[:, :n_tokens])
+    return made
+
+
+_Ids = tuple[int, ...]
+
+
+class PrefixCache:
+    """Keys and values under a budget of bytes, the least recently used leaving first; for one thread.
+
+    Those of a LoRA serve only prompts with the same LoRA, which the key names.
+    """
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self.n_bytes = self.n_hits = self.n_misses = 0
+        self._held: OrderedDict[tuple[str, _Ids], OwnCache] = OrderedDict()
+        self._by_key: dict[str, set[_Ids]] = {}
+
+    def find(self, key: str, ids: Sequence[int], most: int) -> tuple[int, OwnCache | None]:
+        """The number of tokens of `ids` that some entry begins with, `most` at most, and the entry; or 0 and None."""
+        wanted = tuple(ids)
+        n, best = 0, None
+        for held in self._by_key.get(key, ()):
+            common = min(most, _n_common(held, wanted))
+            if common > n:
+                n, best = common, held
+        if best is None:
+            self.n_misses += 1
+            return 0, None
+        self.n_hits += 1
+        self._held.move_to_end((key, best))
+        return n, self._held[key, best]
+
+    def put(self, key: str, ids: Sequence[int], cache: OwnCache) -> None:
+        """Keep the keys and values of tokens, in place of those of their beginnings."""
+        if cache.n_bytes > self.max_bytes:
+            return
+        new = tuple(ids)
+        for held in [held for held in self._by_key.get(key, ()) if held == new[: len(held)]]:
+            self._drop(key, held)
+        self._held[key, new] = cache
+        self._by_key.setdefault(key, set()).add(new)
+        self.n_bytes += cache.n_bytes
+        while self.n_bytes > self.max_bytes:
+            self._drop(*next(iter(self._held)))
+
+    def _drop(self, key: str, ids: _Ids) -> None:
+        self.n_bytes -= self._held.pop((key, ids)).n_bytes
+        self._by_key[key].remove(ids)
+        if not self._by_key[key]:
+            del self._by_key[key]
+
+
+def _n_common(one: _Ids, other: _Ids) -> int:
+    """The number of tokens that both begin with."""
+    n = min(len(one), len(other))
+    return next((i for i in range(n) if one[i] != other[i]), n)
+
 
 _NAME = "loracast_rows"
 _CALL_COST = 80
@@ -51,7 +212,7 @@ class RowBatch:
     _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.n_batched, self.alone = _split(self.lengths)
+        self.n_batched, self.alone = _split_rows(self.lengths)
         """The longest number of tokens that the batched call sees, and the slots whose rows are longer."""
         self._positions = torch.tensor(self.lengths)
         self._slots = torch.arange(len(self.lengths))
@@ -131,7 +292,7 @@ def _additive(is_seen: Tensor, like: Tensor) -> Tensor:
     return mask.to(like.device)
 
 
-def _split(lengths: Sequence[int]) -> tuple[int, list[int]]:
+def _split_rows(lengths: Sequence[int]) -> tuple[int, list[int]]:
     """How rows of several lengths are attended to fastest: the tokens of one batched call, and the rows left out of it.
 
     The batched call takes the time of its longest row for each row; a long row beside many short ones is cheaper alone.

@@ -29,12 +29,10 @@ from loracast.base.load import Base
 from loracast.byte_cache import ByteCache
 from loracast.errors import BaseModelError, ConfigError
 from loracast.lora.algebra import LoRA
-from loracast.lora.fits import check_fits
+from loracast.lora.inject import check_fits
 from loracast.serving.batch import Batch, token_bytes, tokens_needed
-from loracast.serving.engine_config import EngineConfig, EngineStats
+from loracast.serving.generation import EngineBusy, EngineConfig, EngineStats, EngineStopped, GenerationRequest, Ticket
 from loracast.serving.packed_lora import PackedLoRA, SharedParts
-from loracast.serving.request import EngineBusy, EngineStopped, GenerationRequest
-from loracast.serving.ticket import Ticket
 
 _MAX_HOLD_S = 2.0
 """Longest time in which the engine keeps the base's lock."""

@@ -24,7 +24,7 @@ from loracast.errors import (
     NameTakenError,
     NoSuchAdapterError,
 )
-from loracast.serving.request import EngineBusy, EngineFailed, EngineStopped
+from loracast.serving.generation import EngineBusy, EngineFailed, EngineStopped
 
 log = logging.getLogger("loracast.serving")
 _STATUS: tuple[tuple[type[LoracastError], int], ...] = (

@@ -1,20 +1,45 @@
-"""Looks at every request before a route does: its host, origin, key, type and size."""
+"""Looks at every request before a route does: its host, origin, key and scope, type and size."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
+from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from loracast.serving.errors import ApiError, error_response
-from loracast.serving.keys import granted
-from loracast.serving.settings import ServerSettings
+from loracast.serving.settings import SCOPES, KeyScope, ServerSettings, granted
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from loracast.library.adapter import Adapter
+
+
+def needs(scope: KeyScope) -> Any:
+    """A dependency of a route: refuses requests whose key has a smaller scope."""
+
+    async def check(request: Request) -> None:  # one that is not async would be called in another thread
+        check_scope(request, scope)
+
+    check.scope = scope  # type: ignore[attr-defined]  # a test looks whether every route has one
+    return Depends(check)
+
+
+def check_memories(request: Request, adapters: Iterable[Adapter]) -> None:
+    """Raise ApiError (403) where one of these is a chat's memory, which only keys that may write may read."""
+    if any(adapter.manifest.is_memory for adapter in adapters):
+        check_scope(request, "write")
+
+
+def check_scope(request: Request, scope: KeyScope) -> None:
+    """Raise ApiError (403) for a request whose key has a smaller scope."""
+    if SCOPES.index(request.state.scope) < SCOPES.index(scope):
+        raise ApiError(403, f"this needs a key of scope {scope!r}; yours has {request.state.scope!r}")
+
 
 OPEN = ("/", "/health", "/ready")
 """Paths that need no key: a browser has to load the page before it can ask for one."""

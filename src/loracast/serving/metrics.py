@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from loracast.serving.engine import Engine
-    from loracast.serving.ticket import Ticket
+    from loracast.serving.generation import Ticket
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _RATES = (1, 2, 5, 10, 20, 30, 50, 75, 100, 200, 500, 1000)

@@ -13,9 +13,9 @@ from pydantic_core import core_schema
 
 from loracast.base.chat import Message
 from loracast.base.generate import Sampling
-from loracast.data.task_examples import is_unicode
-from loracast.library.routing import DEFAULT_ROUTE
+from loracast.reading.routing import DEFAULT_ROUTE
 from loracast.serving.store_search import Filter
+from loracast.text import is_unicode
 
 _MAX_ITEMS = 4096
 _SEEDS = 2**63

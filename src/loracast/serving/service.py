@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
+from loracast.serving.learning import Watcher
 from loracast.serving.metrics import Metrics
 from loracast.serving.resolve import Names
 from loracast.serving.settings import ServerSettings
-from loracast.serving.watching import Watcher
 
 if TYPE_CHECKING:
-    from loracast.model import Model
+    from loracast.answering.model import Model
     from loracast.serving.engine import Engine
     from loracast.serving.learning import Learning
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loracast.errors import LoracastError
-from loracast.library import schema
+from loracast.library.register import migrate, schema_version
 from loracast.serving.errors import ApiError
 
 FOLDER = "serving"
@@ -62,7 +62,7 @@ _MIGRATIONS: tuple[str, ...] = (
     );
     """,
 )
-"""As in library/schema.py: append, and never change a script that was released."""
+"""As in library/register.py: append, and never change a script that was released."""
 Row = sqlite3.Row
 
 
@@ -99,10 +99,10 @@ class State:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._connected() as db:
             db.execute("PRAGMA journal_mode = WAL")  # kept in the file: readers do not wait for a writer
-            if schema.version(db) > len(_MIGRATIONS):
+            if schema_version(db) > len(_MIGRATIONS):
                 raise LoracastError(f"{self._path} was written by a newer loracast; update loracast")
         with self.writing() as db:
-            schema.migrate(db, _MIGRATIONS)
+            migrate(db, _MIGRATIONS)
 
     @property
     def _path(self) -> Path:

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loracast.library.index import read_chunks
 from loracast.library.library import open_adapter
 from loracast.library.register import Match
-from loracast.library.relevance import about
 from loracast.library.shared import reading
+from loracast.reading.index import read_chunks
+from loracast.reading.relevance import about
 from loracast.serving.vector_stores import Attributes, StoreFile
 
 Value = bool | int | float | Annotated[str, Field(max_length=512)]

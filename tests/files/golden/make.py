@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import loracast
 from loracast.base.load import Base, load_base
-from loracast.encoders.image import ImageEncoder
 from loracast.hypernets.doc_to_lora import DocToLoRA
+from loracast.hypernets.encoders import ImageEncoder
 from loracast.hypernets.store import save_pretrained
 from loracast.lora.target import target_from_config
 from test_modality import make_vision

@@ -18,10 +18,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from starlette.datastructures import UploadFile
 
-from loracast.data.task_examples import TaskSpec, as_examples
+from loracast.documents.task_spec import TaskSpec, as_examples
 from loracast.export.adapter import export_adapter
 from loracast.library.adapter import Adapter
-from loracast.library.index import read_chunks, read_sentences
 from loracast.library.library import (
     describe_adapter,
     entries,
@@ -32,11 +31,12 @@ from loracast.library.library import (
 )
 from loracast.library.manifest import check_name
 from loracast.library.register import Entry
-from loracast.library.routing import DEFAULT_ROUTE, Route
-from loracast.library.wide_route import route_adapters
 from loracast.lora.quantize import Storage
-from loracast.serving.auth import check_memories, needs
+from loracast.reading.index import read_chunks, read_sentences
+from loracast.reading.routing import DEFAULT_ROUTE, Route
+from loracast.reading.wide_route import route_adapters
 from loracast.serving.errors import ApiError
+from loracast.serving.guard import check_memories, needs
 from loracast.serving.jobs import Job
 from loracast.serving.service import Shared
 

@@ -8,14 +8,12 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 
-from loracast.serving.answering import Answered, Call
-from loracast.serving.asked import Asked
-from loracast.serving.auth import needs
-from loracast.serving.request import Token
-from loracast.serving.responding import DONE, error_event, event, respond, usage, with_account
+from loracast.serving.answering import Answered, Asked, Call
+from loracast.serving.generation import Token
+from loracast.serving.guard import needs
+from loracast.serving.responding import DONE, error_event, event, respond, token_dict, usage, with_account
 from loracast.serving.schema import ChatRequest
 from loracast.serving.service import Shared
-from loracast.serving.token_text import token_dict
 
 router = APIRouter(dependencies=[needs("read")])
 

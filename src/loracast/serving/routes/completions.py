@@ -9,14 +9,12 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 
-from loracast.serving.answering import Call
-from loracast.serving.asked import Asked
-from loracast.serving.auth import needs
-from loracast.serving.request import Token
-from loracast.serving.responding import DONE, error_event, event, respond, usage, with_account
+from loracast.serving.answering import Asked, Call
+from loracast.serving.generation import Token
+from loracast.serving.guard import needs
+from loracast.serving.responding import DONE, bounded, error_event, event, respond, text_of, usage, with_account
 from loracast.serving.schema import CompletionRequest
 from loracast.serving.service import Shared
-from loracast.serving.token_text import bounded, text_of
 
 router = APIRouter(dependencies=[needs("read")])
 DEFAULT_TOKENS = 16

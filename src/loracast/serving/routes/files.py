@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Form, Query, UploadFile
 from fastapi.responses import FileResponse
 
-from loracast.serving.auth import needs
 from loracast.serving.errors import ApiError
+from loracast.serving.guard import needs
 from loracast.serving.routes.lists import Cursor, listing
 from loracast.serving.service import Shared
 from loracast.serving.state import Paging

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from loracast.serving.auth import needs
 from loracast.serving.errors import ApiError
+from loracast.serving.guard import needs
 from loracast.serving.service import Shared
 
 router = APIRouter()

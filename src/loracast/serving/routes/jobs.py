@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
 
-from loracast.serving.auth import needs
+from loracast.serving.guard import needs
 from loracast.serving.routes.lists import Page, listing
 from loracast.serving.service import Service, Shared
 

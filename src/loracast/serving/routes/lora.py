@@ -16,8 +16,8 @@ from loracast.errors import NoSuchAdapterError
 from loracast.library.library import find, remove_adapter
 from loracast.library.manifest import check_name
 from loracast.library.save import import_lora
-from loracast.serving.auth import needs
 from loracast.serving.errors import ApiError
+from loracast.serving.guard import needs
 from loracast.serving.schema import LoadAdapterRequest, UnloadAdapterRequest
 from loracast.serving.service import Shared
 

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Path
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
-from loracast.serving.auth import needs
 from loracast.serving.errors import ApiError
+from loracast.serving.guard import needs
 from loracast.serving.schema import Body
 from loracast.serving.service import Shared
 

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from loracast.library.manifest import VERSION_DIGITS
-from loracast.serving.auth import needs
+from loracast.serving.guard import needs
 from loracast.serving.service import Service, Shared
 
 router = APIRouter(prefix="/v1/models", dependencies=[needs("read")])

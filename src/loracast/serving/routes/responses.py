@@ -8,14 +8,12 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 
-from loracast.serving.answering import Call
-from loracast.serving.asked import Asked
-from loracast.serving.auth import needs
+from loracast.serving.answering import Asked, Call
 from loracast.serving.errors import as_api_error
-from loracast.serving.responding import event, respond
+from loracast.serving.guard import needs
+from loracast.serving.responding import event, respond, token_dict
 from loracast.serving.schema import ResponsesRequest
 from loracast.serving.service import Shared
-from loracast.serving.token_text import token_dict
 
 router = APIRouter(dependencies=[needs("read")])
 Json = dict[str, Any]

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from loracast import __version__
 from loracast.export.format import FORMATS, MERGED
 from loracast.lora.target import target_from_config
-from loracast.serving.auth import needs
+from loracast.serving.guard import needs
 from loracast.serving.schema import ChatRequest
 from loracast.serving.service import Shared
 

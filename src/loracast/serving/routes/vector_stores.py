@@ -9,10 +9,10 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.library.index import read_chunks
 from loracast.library.library import open_adapter
-from loracast.serving.auth import needs
+from loracast.reading.index import read_chunks
 from loracast.serving.errors import ApiError
+from loracast.serving.guard import needs
 from loracast.serving.routes.lists import Page, listing
 from loracast.serving.service import Shared
 from loracast.serving.store_search import Filter, search

@@ -1,0 +1,280 @@
+"""The public Python API: a base that learns documents, tasks and images as LoRAs, and answers with them.
+
+    model = loracast.load()
+    manual = model.learn("manual.pdf")
+    print(model.ask("How long is the warranty?", manual))
+
+`load` loads a base and gives a `Model`, whose methods learn, cast and ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack, overload
+
+from loracast.answering.options import Keeping, Readable, read_source
+from loracast.answering.question_answering import QuestionAnswering
+from loracast.base.embedded import Say
+from loracast.base.fingerprint import check
+from loracast.base.load import Base, load_base
+from loracast.cast.document import CachedRecast, Progress, cast_document, cast_image, learn_document, learn_image
+from loracast.cast.load import (
+    Found,
+    check_default_base,
+    find_hypernetwork,
+    load_caster,
+    shipped_hypernetwork,
+    trained_template,
+)
+from loracast.cast.memory import Memory
+from loracast.cast.task import TaskCaster, TaskOptions
+from loracast.documents import Document
+from loracast.documents.images import ImageFile
+from loracast.documents.task_spec import ExampleLike
+from loracast.errors import AdapterError
+from loracast.files import library_dir
+from loracast.hypernets.protocol import Caster, Hypernetwork, Modality
+from loracast.library.adapter import Adapter, factors_in_memory
+from loracast.library.library import open_adapter
+from loracast.library.manifest import name_for
+from loracast.lora.algebra import LoRA
+from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Model(QuestionAnswering):
+    """A base that learns documents, tasks and images, and answers with the adapters of a library.
+
+    Each hypernetwork is read when it is first needed: to learn, or to answer with adapters of storage `text`.
+
+    Threads may share a model. The base runs for one of them at a time, under a lock that all users of the base share
+    (`Base.lock`), since a LoRA is seen by every forward pass while it is applied; a thread that encodes a
+    document lets waiting threads go first before each block of the base.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        library: Path,
+        hypernetwork: str | Path | Found | Hypernetwork | None = None,
+        task_hypernetwork: str | Path | Found | Hypernetwork | None = None,
+        image_hypernetwork: str | Path | Found | Hypernetwork | None = None,
+    ):
+        """
+        Args:
+            hypernetwork, task_hypernetwork, image_hypernetwork: hypernetworks, or their folders or hub repositories;
+                the shipped ones if None.
+        """
+        self.base, self.library = base, library
+        self._kept = factors_in_memory()  # of all adapters, under one budget
+        self._hypernetworks: dict[Modality, str | Path | Found | Hypernetwork | None] = {
+            "document": hypernetwork,
+            "task": task_hypernetwork,
+            "image": image_hypernetwork,
+        }
+
+    def _load(self, modality: Modality) -> Caster:
+        where = self._hypernetworks[modality] or shipped_hypernetwork(self.base, modality)
+        return load_caster(where, modality, self.base)
+
+    @cached_property
+    def documents(self) -> Caster:
+        """The caster of documents. Raises HypernetworkError if none was given and none ships for the base."""
+        return self._load("document")
+
+    @cached_property
+    def _recast(self) -> CachedRecast:
+        return CachedRecast(self.documents, self.base)
+
+    def memory(self, name: str) -> Memory:
+        """The chat memory of a name in the library, of what a user said: `remember`, `messages`, `forget`.
+
+        The name answers questions like a document's. Raises AdapterError if another adapter has the name.
+        """
+        return Memory(self.documents, self.base, self.library, name, self._recast)
+
+    def adapter(self, name: str) -> Adapter:
+        """An adapter of the library, checked against the base. Raises HypernetworkError if it needs another one."""
+        found = open_adapter(self.library, name)
+        check(found.manifest.made_for, self.base.fingerprint, f"the adapter {name!r}")
+        found.kept = self._kept
+        if found.manifest.storage == "text":
+            self._recast.attach(found)
+        return found
+
+    @overload
+    def cast(  # type: ignore[overload-overlap]  # a string is a path, and no sequence of documents
+        self, source: Readable, *, max_chunk_tokens: int | None = ...
+    ) -> LoRA: ...
+    @overload
+    def cast(self, source: Sequence[Readable], *, max_chunk_tokens: int | None = ...) -> list[LoRA]: ...
+    def cast(self, source: Any, *, max_chunk_tokens: int | None = None) -> LoRA | list[LoRA]:
+        """Cast a document or an image into a LoRA and keep nothing; a list of them into one LoRA each.
+
+            lora = model.cast("manual.pdf")
+            lora = model.cast(Document.from_text("The warranty is 24 months."))
+
+        All chunks of a document are merged into its LoRA. Use `learn` instead if a document is longer than a few
+        chunks: its questions are then routed to the chunks that they are about.
+
+        Args and errors as in `learn`.
+        """
+        if isinstance(source, (list, tuple)):
+            return [self.cast(one, max_chunk_tokens=max_chunk_tokens) for one in source]
+        read = read_source(source)
+        if isinstance(read, ImageFile):
+            return cast_image(self.images, read)
+        return cast_document(self.documents, self.base, read, max_chunk_tokens)
+
+    @overload
+    def learn(  # type: ignore[overload-overlap]
+        self, source: Readable, name: str | None = None, **options: Unpack[Keeping]
+    ) -> Adapter: ...
+    @overload
+    def learn(
+        self, source: Sequence[Readable], name: Sequence[str] | None = None, **options: Unpack[Keeping]
+    ) -> list[Adapter]: ...
+    def learn(self, source: Any, name: Any = None, **options: Unpack[Keeping]) -> Adapter | list[Adapter]:
+        """Cast a document or an image into an adapter and keep it; a list of them into one adapter each.
+
+        Args:
+            source: a path, "-" for standard input, a binary stream, a Document or an ImageFile; or a list of those.
+            name: of the adapter; made from the file's name or the document's title if None. A list for a list.
+            options: as in `Keeping`.
+
+        Raises:
+            DocumentError: the file cannot be read.
+            AdapterError: the name is taken or not allowed.
+            ConfigError: `max_chunk_tokens` is too small.
+        """
+        if not isinstance(source, (list, tuple)):
+            return self._learn(read_source(source), name, **options)
+        documents = [read_source(one) for one in source]  # one that cannot be read is refused before anything is kept
+        names = [None] * len(documents) if name is None else name
+        if len(names) != len(documents):
+            raise AdapterError(f"{len(names)} names for {len(documents)} documents: give one for each, or none")
+        return [self._learn(*pair, **options) for pair in zip(documents, names, strict=True)]
+
+    def _learn(
+        self,
+        read: Document | ImageFile,
+        name: str | None,
+        *,
+        max_chunk_tokens: int | None = None,
+        storage: Storage = DEFAULT_STORAGE,
+        replace: bool = False,
+        progress: Progress = lambda done, total: None,
+    ) -> Adapter:
+        name = name or name_for(read)
+        if isinstance(read, ImageFile):
+            return learn_image(self.images, read, self.library, name, replace=replace)
+        return learn_document(
+            self.documents,
+            self.base,
+            read,
+            self.library,
+            name,
+            max_chunk_tokens=max_chunk_tokens,
+            storage=check_storage(storage),
+            replace=replace,
+            progress=progress,
+        )
+
+    @cached_property
+    def images(self) -> Caster:
+        """The caster of images. Raises HypernetworkError if none was given and none ships for the base."""
+        return self._load("image")
+
+    @cached_property
+    def described(self) -> TaskCaster:
+        """The caster of task descriptions. Raises HypernetworkError if none was given and none ships for the base."""
+        return TaskCaster(self._load("task"), self.library)
+
+    def task(
+        self,
+        description: str = "",
+        name: str | None = None,
+        *,
+        examples: Sequence[ExampleLike] = (),
+        refine_s: float | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> Adapter:
+        """Cast a task into an adapter and keep it: its description, examples of it, or both.
+
+            model.task("Answer with the opposite word.", examples=[("hot", "cold"), ("big", "small")])
+
+        Arguments and errors as in `TaskCaster.task`.
+
+        Args:
+            refine_s: seconds of training a new LoRA on the examples beside the description's (docs/tasks.md).
+
+        Raises:
+            ConfigError: there are too few examples to refine on.
+        """
+        if refine_s is None:
+            return self.described.task(description, name, examples=examples, **options)
+        from loracast.cast.refine import RefineConfig, check_enough, refiner
+
+        check_enough(examples)
+        refine = refiner(self.base, RefineConfig(seconds=refine_s))
+        return self.described.task(description, name, examples=examples, refine=refine, **options)
+
+    def tasks(
+        self, descriptions: Sequence[str], names: Sequence[str] | None = None, **options: Unpack[TaskOptions]
+    ) -> list[Adapter]:
+        """Cast several descriptions in one go and keep their adapters; names and errors as in `TaskCaster.tasks`."""
+        return self.described.tasks(descriptions, names, **options)
+
+
+def load(
+    model: str | Path | PreTrainedModel | None = None,
+    hypernetwork: str | Path | Hypernetwork | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    task_hypernetwork: str | Path | Hypernetwork | None = None,
+    image_hypernetwork: str | Path | Hypernetwork | None = None,
+    library: str | Path | None = None,
+    device: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+    revision: str | None = None,
+    chat_template: str | Path | None = None,
+    eager: bool = True,
+    say: Say = lambda text: None,
+) -> Model:
+    """Load a base and its hypernetwork.
+
+        model = loracast.load()
+        model = loracast.load(model=hf_model, tokenizer=tokenizer, hypernetwork="me/my-hypernetwork")
+
+    Args:
+        model, tokenizer, device, device_map, dtype, quantize, revision, chat_template: the base and how it is
+            loaded (`load_base`); the chat template is the one that the hypernetwork was trained with if None.
+        hypernetwork: a hypernetwork, its folder or hub repository; the shipped one if None.
+        task_hypernetwork, image_hypernetwork: the same for `Model.task` and for images in `Model.learn`.
+        library: where adapters are kept; the user's own library if None.
+        eager: read the hypernetwork for documents at once, so that a wrong one is refused now; False for a model that
+            answers and does not learn.
+        say: receives progress messages where an embedded base has to be fetched first.
+
+    Raises:
+        BaseModelError, HypernetworkError: the base or the hypernetwork for documents cannot be read, or does not fit.
+        ConfigError: options contradict each other.
+    """
+    given = [find_hypernetwork(one) for one in (hypernetwork, task_hypernetwork, image_hypernetwork)]
+    if model is None:
+        check_default_base(given)
+    base = load_base(
+        model, tokenizer=tokenizer, device=device, device_map=device_map, dtype=dtype, quantize=quantize,
+        revision=revision, chat_template=chat_template or trained_template(given), say=say,
+    )  # fmt: skip
+    loaded = Model(base, Path(library or library_dir()), *given)
+    if eager:
+        _ = loaded.documents
+    return loaded

@@ -1,0 +1,238 @@
+"""Answers questions with a base and the adapters of a library: routes to chunks, merges their LoRAs, generates."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Unpack, overload
+
+from loracast.answering.options import (
+    NOT_SAID,
+    AnsweredBy,
+    Asking,
+    Chosen,
+    Prepared,
+    Question,
+    SourcedAnswer,
+    is_batch,
+    least_confidence,
+    listed,
+)
+from loracast.base.chat import Message
+from loracast.base.copying import Copying, copying
+from loracast.base.generate import Sampling, answer, answers, stream
+from loracast.base.load import Base
+from loracast.errors import AdapterError, ConfigError
+from loracast.library.adapter import Adapter, loras_together
+from loracast.lora.algebra import LoRA, concat
+from loracast.reading.matching import likely_together
+from loracast.reading.overview import Overview, overview
+from loracast.reading.routing import DEFAULT_ROUTE, Route
+from loracast.reading.spoken import queries
+from loracast.reading.wide_route import (
+    Source,
+    are_silent,
+    patterns_in,
+    route_adapters,
+    routes_of_documents,
+    scaled,
+    sources,
+)
+
+ASK_SYSTEM_TURN = ""
+"""System turn of a question, empty as in training; the template's own would cost 25 tokens of prefill for nothing."""
+
+
+def without_model(text: str, by: AnsweredBy, sources: tuple[Source, ...] = ()) -> SourcedAnswer:
+    """An answer that took no model."""
+    return SourcedAnswer(text, 0, 0, 0.0, 0.0, True, answered_by=by, sources=sources)
+
+
+def not_said(routed: list[tuple[Adapter, Route]]) -> Prepared:
+    """The answer, without a model, that no document says it."""
+    return Prepared([], routed, (), without_model(NOT_SAID, "refusal"))
+
+
+class QuestionAnswering(ABC):
+    """The methods of `Model` that answer questions; they need its base and its adapters, and no hypernetwork."""
+
+    base: Base
+    library: Path
+
+    @abstractmethod
+    def adapter(self, name: str) -> Adapter:
+        """An adapter of the library."""
+
+    @overload
+    def ask(self, question: str | list[Message], adapter: Chosen = (), **options: Unpack[Asking]) -> str: ...
+    @overload
+    def ask(
+        self, question: list[str] | list[list[Message]], adapter: Chosen | Sequence[Chosen] = (),
+        **options: Unpack[Asking],
+    ) -> list[str]: ...  # fmt: skip
+    def ask(self, question: Any, adapter: Any = (), **options: Unpack[Asking]) -> str | list[str]:
+        """Answer a question, or a list of questions in one batch.
+
+            model.ask("How long is the warranty?", "manual")
+            model.ask(["How long is the warranty?", "Who is the landlord?"], ["manual", "contract"])
+            model.ask([{"role": "user", "content": "How long is the warranty?"}], "manual")
+
+        Args:
+            question: a question or the messages of a chat; or a list of either.
+            adapter: what it is answered with (`Chosen`). For a list of questions a list with one entry for each, or
+                one adapter for all of them.
+            options: as in `Asking`.
+        """
+        given = self.answer(question, adapter, **options)
+        return [one.text for one in given] if isinstance(given, list) else given.text
+
+    @overload
+    def answer(
+        self, question: str | list[Message], adapter: Chosen = (), **options: Unpack[Asking]
+    ) -> SourcedAnswer: ...
+    @overload
+    def answer(
+        self, question: list[str] | list[list[Message]], adapter: Chosen | Sequence[Chosen] = (),
+        **options: Unpack[Asking],
+    ) -> list[SourcedAnswer]: ...  # fmt: skip
+    def answer(
+        self, question: Any, adapter: Any = (), **options: Unpack[Asking]
+    ) -> SourcedAnswer | list[SourcedAnswer]:
+        """Like `ask`, with what the answer cost and the chunks that it comes from (`SourcedAnswer`)."""
+        if not is_batch(question):
+            prepared, lora, sampling = self._request(question, adapter, **options)
+            if prepared.answer is not None:
+                return prepared.answer
+            hint = self.copying(prepared)
+            return prepared.sourced(answer(self.base, prepared.prompt, lora, sampling, copying=hint))
+        chosen = adapter if isinstance(adapter, (list, tuple)) and adapter else [adapter] * len(question)
+        if len(chosen) != len(question):
+            raise AdapterError(
+                f"{len(chosen)} adapters for {len(question)} questions: give one for each, () for none, or one for all"
+            )
+        requests = [self._request(*pair, **options) for pair in zip(question, chosen, strict=True)]
+        asked = [(prepared, lora) for prepared, lora, _ in requests if prepared.answer is None]
+        prompts, loras = [prepared.prompt for prepared, _ in asked], [lora for _, lora in asked]
+        hints = [self.copying(prepared) for prepared, _ in asked]
+        given = iter(answers(self.base, prompts, loras, options.get("sampling", Sampling()), hints))
+        return [prepared.answer or prepared.sourced(next(given)) for prepared, _, _ in requests]
+
+    def stream(
+        self, question: str | list[Message], adapter: Chosen = (), **options: Unpack[Asking]
+    ) -> Generator[str, None, SourcedAnswer]:
+        """Yield the answer to a question piece by piece; the value of the generator is the whole answer with its cost.
+
+            for piece in model.stream("How long is the warranty?", "manual"):
+                print(piece, end="")
+
+        Leaving the loop stops the generation. Another thread generates, so `stream` is refused inside a block of
+        `lora.applied`. Arguments as in `ask`.
+        """
+        prepared, lora, sampling = self._request(question, adapter, **options)
+        if prepared.answer is not None:
+            yield prepared.answer.text
+            return prepared.answer
+        if prepared.least_confidence:
+            copied = answer(self.base, prepared.prompt, lora, sampling, copying=self.copying(prepared))
+            sourced = prepared.sourced(copied)
+            yield sourced.text
+            return sourced
+        given = yield from stream(self.base, prepared.prompt, lora, sampling, self.copying(prepared))
+        return prepared.sourced(given)
+
+    def copying(self, prepared: Prepared) -> Copying | None:
+        """The bonus for what an answer may copy from the documents; None where nothing is likely."""
+        return copying(self.base, prepared.likely)
+
+    def _request(
+        self, question: Question, adapter: Chosen, *, sampling: Sampling = Sampling(), **options: Any
+    ) -> tuple[Prepared, LoRA | None, Sampling]:
+        if isinstance(adapter, LoRA):
+            return replace(self.prepare(question, **options), has_lora=True), adapter.to(self.base.device), sampling
+        prepared = self.prepare(question, adapter, **options)
+        return prepared, self.lora_of(prepared.routed), sampling
+
+    def prepare(
+        self,
+        question: Question,
+        adapter: Chosen = (),
+        *,
+        system: str | None = ASK_SYSTEM_TURN,
+        route: int | None = DEFAULT_ROUTE,
+        tag: str = "",
+        always: bool = False,
+        strict: bool = False,
+        scales: Mapping[str, float] = {},
+        check: Callable[[Sequence[int]], object] = lambda prompt: None,
+        outlines: bool = True,
+    ) -> Prepared:
+        """Build a question's prompt and route it to chunks of the adapters; their LoRA is read later (`lora_of`).
+
+        Args:
+            scales: factors on adapters' LoRAs, by their versions' hashes; 1 for those that are not named.
+            check: called with the prompt's token ids before routing; raises an error to refuse the prompt.
+            outlines: answer questions about documents as a whole from their outlines, without the model, and say with
+                what other answers may begin (`Prepared.likely`).
+        """
+        turns: list[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else [*question]
+        if not turns or turns[-1]["role"] != "user":
+            raise ConfigError("there is nothing to answer: the last message of a chat must be the user's")
+        if system is not None and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": system}, *turns]
+        if outlines and (outlined := self.overview(turns[-1]["content"], adapter)) is not None:
+            given = without_model(outlined.text, "outline", outlined.sources)
+            return Prepared([], [], outlined.sources, given)
+        prompt = self.base.chat.conversation(turns)
+        check(prompt)
+        if strict and always:
+            raise ConfigError("strict answers only what a document is about, always asks the documents all the same: "
+                              "give one of them")  # fmt: skip
+        asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+        for query in queries(asked[-1], asked[:-1]):
+            routed = self._route(query, adapter, route, tag, always, strict)
+            if not all(route.is_empty for route in routes_of_documents(routed)):
+                break
+        routed = scaled(routed, scales)
+        if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
+            return not_said(routed)
+        documents = routes_of_documents(routed)  # a task's adapter beside them wants a model that answers its way
+        is_copied = outlines and len(documents) == len(routed)
+        likely = likely_together([route.likely for route in documents]) if is_copied else ()
+        least = least_confidence([route for _, route in routed]) if strict else 0.0
+        return Prepared(prompt, routed, sources(routed), likely=likely, least_confidence=least)
+
+    def overview(self, question: str, adapter: Chosen) -> Overview | None:
+        """The answer to a question about documents as a whole ("What is this document about?"), from their outlines.
+
+        None for any other question, and where no document is named: a pattern names none.
+        """
+        return overview(question, listed(adapter), self.adapter)
+
+    def lora_for(
+        self, question: str, adapter: Chosen, k: int | None = DEFAULT_ROUTE, tag: str = "", always: bool = False
+    ) -> tuple[LoRA | None, list[tuple[Adapter, Route]]]:
+        """The LoRA that a question is answered with, and the adapters it came from with the chunks taken from each.
+
+        Arguments as in `ask`; None where no adapter is chosen or the question is about no document.
+        """
+        if isinstance(adapter, LoRA):
+            return adapter.to(self.base.device), []
+        routed = self._route(question, adapter, k, tag, always)
+        return self.lora_of(routed), routed
+
+    def _route(
+        self, question: str, adapter: Chosen, k: int | None, tag: str, always: bool, strict: bool = False
+    ) -> list[tuple[Adapter, Route]]:
+        chosen = listed(adapter)
+        if isinstance(adapter, LoRA) or any(isinstance(one, LoRA) for one in chosen):  # a static LoRA would come twice
+            raise AdapterError("a LoRA answers alone: keep it with `learn` to answer with several adapters")
+        return route_adapters(self.library, question, chosen, k, tag, self.adapter, always, strict)
+
+    def lora_of(self, routed: Sequence[tuple[Adapter, Route]]) -> LoRA | None:
+        """The LoRA of the chunks that were picked from adapters, on the base's device; None if none were."""
+        loras = loras_together(routed) if routed else []
+        if not loras:
+            return None
+        return (loras[0] if len(loras) == 1 else concat(loras)).to(self.base.device)

@@ -1,0 +1,124 @@
+"""Forward passes of a base: padded batches, captured inputs, checkpointed blocks, a second tree of modules."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids [n, longest] and a bool mask [n, longest] that is true where they are real."""
+    longest = max(len(sequence) for sequence in sequences)
+    ids = torch.full((len(sequences), longest), pad_id)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    for i, sequence in enumerate(sequences):
+        ids[i, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        mask[i, : len(sequence)] = True
+    return ids, mask
+
+
+def length_groups(lengths: Sequence[int], n: int) -> list[list[int]]:
+    """Split sequences into at most `n` groups with the least padding, each padded to its longest: indices by group."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    longest = np.array([lengths[i] for i in order])
+    ends = np.arange(1, len(order) + 1)
+    cost = ends * longest[0]  # of the first 1, 2, ... sequences as one group
+    cuts = []
+    for _ in range(n - 1):  # dynamic programming: the last group begins at the best place for each end
+        before = np.concatenate([[0], cost[:-1]])
+        of_start = before + np.where(
+            ends[:, None] > np.arange(len(order)), (ends[:, None] - ends + 1) * longest, np.inf
+        )
+        cuts.append(of_start.argmin(1))
+        cost = of_start.min(1)
+    groups, end = [], len(order)
+    for cut in reversed(cuts):
+        start = int(cut[end - 1])
+        groups.append(order[start:end])
+        end = start
+        if end == 0:
+            return groups
+    return [*groups, order[:end]]
+
+
+@contextmanager
+def capture_inputs(model: Any, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Yield a dict that each forward pass inside the block fills: module name -> first input of that module."""
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+        return lambda module, given: inputs.update({name: given[0]})
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def checkpointed_blocks(decoder: Any, prepared: Callable[[nn.Module], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Keep only what enters each block during forward passes inside; the backward pass computes the rest again.
+
+    Args:
+        decoder: of a causal language model, frozen and in evaluation mode.
+        prepared: block -> the state that its forward pass runs in, such as injected LoRAs; entered when the block is
+            computed again, since by then the forward pass has left it.
+    """
+
+    def contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), prepared(block)
+
+    own = [vars(block).get("forward") for block in decoder.layers]  # accelerate gives blocks one of their own
+    for block in decoder.layers:
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,
+            context_fn=partial(contexts, block),
+        )  # fmt: skip
+    try:
+        yield
+    finally:
+        for block, forward in zip(decoder.layers, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+def names_within(model: nn.Module, block: nn.Module) -> set[str]:
+    """The names that the modules of a block, itself included, have in the whole model."""
+    own = set(block.modules())
+    return {name for name, module in model.named_modules() if module in own}
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def twin(module: Module) -> Module:
+    """The same module with the same parameters and buffers, and without any hook.
+
+    A module that accelerate spreads over devices is given back itself: its `forward` belongs to its own tree.
+    """
+    return module if any(hasattr(part, "_hf_hook") for part in module.modules()) else _twin(module)
+
+
+def _twin(module: Module) -> Module:
+    made = copy.copy(module)
+    for name, value in vars(made).items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, OrderedDict):
+            setattr(made, name, OrderedDict())
+    made._modules = {name: None if part is None else _twin(part) for name, part in module._modules.items()}
+    return made

@@ -1,1 +1,0 @@
-"""Make questions about any text: by rule, with a base, or with a model behind an OpenAI-compatible endpoint."""

@@ -1,0 +1,293 @@
+"""The specification of a task: a description, examples, or both; and the files that examples are read from.
+
+The text that a hypernetwork or a model with the task in its prompt reads has the description first, then the examples.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loracast.errors import ConfigError
+from loracast.text import is_unicode
+
+DEFAULT_STYLE = "labelled"
+STYLES: dict[str, str] = {
+    DEFAULT_STYLE: "Input: {input}\nOutput: {output}",
+    "arrow": "{input} -> {output}",
+    "double_arrow": "{input} => {output}",
+    "question": "Q: {input}\nA: {output}",
+    "example": "Example: {input}\nAnswer: {output}",
+    "quoted": '"{input}" becomes "{output}".',
+}
+"""By name, how an example is written; people write them in many ways, so training reads all of them."""
+ARROW = "=>"
+"""What stands between the input and the output of an example on one line."""
+_TITLE_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class Example:
+    """An input and its right outputs, the preferred one first."""
+
+    input: str
+    outputs: tuple[str, ...]
+    choices: tuple[str, ...] = ()  # of this example, the preferred output among them, if examples have their own
+
+
+ExampleLike = Example | tuple[str, str] | Mapping[str, Any]
+"""An example as the Python API takes it: an `Example`, (input, output), or a mapping with `input` and `output`."""
+
+
+def with_description(description: str, text: str) -> str:
+    """The user turn for a base with the task in its prompt: the description, then the input."""
+    return f"{description}\n\n{text}"
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """How a task is specified: by a description, examples, or both."""
+
+    description: str
+    """"" where the examples alone specify the task."""
+    examples: tuple[Example, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not is_unicode(self.description):
+            raise ConfigError("the description of the task is not valid Unicode: give it in UTF-8")
+
+    def text(self, style: str = DEFAULT_STYLE) -> str:
+        """The text that is read: the description, then the examples."""
+        shown = "\n".join(STYLES[style].format(input=e.input, output=e.outputs[0]) for e in self.examples)
+        return "\n\n".join(part for part in (self.description, shown) if part)
+
+    def conversation(self, asked: str, system: str = "") -> list[dict[str, str]]:
+        """Messages that end with an input: examples as turns before it, the description before the first input."""
+        messages = [{"role": "system", "content": system}]
+        for example in self.examples:
+            messages.append({"role": "user", "content": example.input})
+            messages.append({"role": "assistant", "content": example.outputs[0]})
+        messages.append({"role": "user", "content": asked})
+        if self.description:
+            messages[1]["content"] = with_description(self.description, messages[1]["content"])
+        return messages
+
+    @property
+    def title(self) -> str:
+        """A line for people: the description, or the first example."""
+        if self.description or not self.examples:
+            return self.description
+        first = self.examples[0]
+        return " ".join(f"{first.input} {ARROW} {first.outputs[0]}".split())[:_TITLE_CHARACTERS]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of description and examples; of the description alone where there are no examples."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+
+def as_spec(task: str | TaskSpec) -> TaskSpec:
+    """A specification; a string is a description alone."""
+    return TaskSpec(task) if isinstance(task, str) else task
+
+
+def as_examples(given: Sequence[ExampleLike]) -> tuple[Example, ...]:
+    """Examples as the Python API takes them. Raises ConfigError for one that is none, which it names by its number."""
+    if isinstance(given, (str, Mapping)):
+        raise ConfigError(f"the examples are a {type(given).__name__}: give a list of (input, output)")
+    examples = []
+    for number, one in enumerate(given, 1):
+        try:
+            examples.append(one if isinstance(one, Example) else as_example(one))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"example {number} is {str(one)[:80]!r}: {reason(error)}; give (input, output), both of them text"
+            ) from None
+    return tuple(examples)
+
+
+def as_example(given: object) -> Example:
+    """An example from (input, output) or a row with these two. Raises ValueError, TypeError or KeyError."""
+    if isinstance(given, str):
+        raise ValueError("it is one text")
+    if not isinstance(given, Mapping):
+        if not isinstance(given, Sequence) or len(given) != 2:
+            raise ValueError("it is no pair")
+        given = dict(zip(("input", "output"), given, strict=True))
+    example = example_from({"input": given["input"], "output": given["output"]})
+    stripped = Example(example.input.strip(), tuple(output.strip() for output in example.outputs))
+    if not stripped.input or not all(stripped.outputs):
+        raise ValueError("its input or output is empty")
+    if not all(map(is_unicode, (stripped.input, *stripped.outputs))):
+        raise ValueError("it is not valid Unicode")
+    return stripped
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with an example, for a message."""
+    return f"there is no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
+
+
+def example_from(row: Mapping[str, Any]) -> Example:
+    """An example from a row: `input`, `output`, perhaps `alts` and `choices`. Raises ValueError or KeyError."""
+    outputs = (*texts_in(row["output"]), *texts_in(row.get("alts", ())))
+    if not outputs or not isinstance(row["input"], str):
+        raise ValueError("an example needs an input and an output, both of them text")
+    choices = texts_in(row.get("choices", ()))
+    if choices and outputs[0] not in choices:
+        raise ValueError(f"the output {outputs[0]!r} is not among the choices")
+    return Example(row["input"], outputs, choices)
+
+
+def texts_in(texts: str | Sequence[str]) -> tuple[str, ...]:
+    """One text or several as a tuple. Raises ValueError for anything else."""
+    several = (texts,) if isinstance(texts, str) else texts
+    if not isinstance(several, (list, tuple)) or not all(isinstance(text, str) for text in several):
+        raise ValueError(f"{texts!r} is not text")
+    return tuple(several)
+
+
+_HELP = f'a line is {{"input": ..., "output": ...}}, a row of CSV with these two columns, or input {ARROW} output'
+_DELIMITERS = "\t,;"
+_INPUTS = frozenset({"text", "sentence", "question", "prompt", "source", "instruction", "review", "message"})
+_OUTPUTS = frozenset({"label", "answer", "target", "completion", "response", "class", "category", "sentiment"})
+
+Lines = Sequence[tuple[int, str]]
+"""The lines of a file that are not blank, each with its number."""
+
+
+def read_examples(path: str | Path) -> tuple[Example, ...]:
+    """Read examples from a file, or from standard input if the path is "-".
+
+    A file holds JSONL rows with `input` and `output` or a JSON array of them (or of pairs), CSV with these two columns
+    (or two columns without names), or lines `input => output`. It is in UTF-8.
+
+    Raises:
+        ConfigError: the file cannot be read or holds none, or a line is no example: it is named, with what it shall be.
+    """
+    label = "standard input" if str(path) == "-" else str(path)
+    try:
+        content = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        text = content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"cannot read the examples in {label}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the examples in {label}: {error}; give a text file in UTF-8") from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # other separators of lines may stand within an example
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ConfigError(f"there is no example in {label}: {_HELP}")
+    suffix, first = Path(path).suffix.lower(), lines[0][1]
+    if suffix not in (".csv", ".tsv"):
+        if suffix in (".json", ".jsonl") or _is_json(text, first):
+            return tuple(_from_json(text, lines, label))
+        if ARROW in first:
+            return tuple(_from_arrows(lines, label))
+        if all("->" in line for _, line in lines):
+            raise ConfigError(f"{label}, line 1: write {ARROW} in place of ->; {_HELP}")
+    return tuple(_from_table(text, first, label))
+
+
+def _example(where: str, given: object) -> Example:
+    try:
+        return as_example(given)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{where}: {reason(error)}; {_HELP}") from None
+
+
+def _is_json(text: str, first: str) -> bool:
+    """Whether a text that begins as JSON does is meant as JSON; the input of an arrow line may begin so too."""
+    if not first.lstrip().startswith(("{", "[")):
+        return False
+    return ARROW not in first or _parsed(first) is not None or _parsed(text) is not None
+
+
+def _parsed(text: str) -> Any:
+    """A text as JSON; None where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _from_json(text: str, lines: Lines, label: str) -> Iterator[Example]:
+    """A JSON array of rows or pairs, or such a row or pair a line."""
+    whole = _parsed(text)
+    if isinstance(whole, list) and not all(isinstance(one, str) for one in whole):
+        for number, one in enumerate(whole, 1):
+            yield _example(f"{label}, item {number}", one)
+        return
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{label}, line {number}: {error}; {_HELP}") from None
+        yield _example(f"{label}, line {number}", row)
+
+
+def _from_arrows(lines: Lines, label: str) -> Iterator[Example]:
+    """The first arrow of a line stands between input and output."""
+    for number, line in lines:
+        input, arrow, output = line.partition(ARROW)
+        if not arrow:
+            raise ConfigError(f"{label}, line {number}: there is no {ARROW}; {_HELP}")
+        yield _example(f"{label}, line {number}", (input, output))
+
+
+def _from_table(text: str, first_line: str, label: str) -> Iterator[Example]:
+    """Rows of CSV under a header that names the columns, or two columns without a header."""
+    numbered = _rows(text, first_line, label)
+    first, header = numbered[0]
+    names = [cell.strip().lower() for cell in header]
+    where = f"{label}, line {first}: "
+    if "input" in names and "output" in names:
+        columns = (names.index("input"), names.index("output"))
+        numbered = numbered[1:]
+        if not numbered:
+            raise ConfigError(f"{label} has a header and no row below it: {_HELP}")
+    elif len(names) == 2 and names[0] in _INPUTS and names[1] in _OUTPUTS:
+        raise ConfigError(f"{where}the columns are called {names[0]} and {names[1]}: call them input and output")
+    elif len(names) != 2:
+        raise ConfigError(
+            f"{where}there are {len(names)} columns and none are called input and output: name them in the first row; "
+            f"{_HELP}"
+        )
+    else:
+        columns = (0, 1)
+    for number, row in numbered:
+        if len(row) <= max(columns) or any(cell.strip() for cell in row[len(names) :]):
+            raise ConfigError(
+                f"{label}, line {number}: it has {len(row)} columns, the first row has {len(names)}: put a cell with "
+                f"the sign between columns in quotation marks; {_HELP}"
+            )
+        yield _example(f"{label}, line {number}", (row[columns[0]], row[columns[1]]))
+
+
+def _rows(text: str, first: str, label: str) -> list[tuple[int, list[str]]]:
+    """The rows of a table that are not empty, each with its line.
+
+    The delimiter is the first one under which all rows have as many cells as the first one, and at least two; if there
+    is none, the first one that the first row has.
+    """
+    unequal: list[list[tuple[int, list[str]]] | ConfigError] = []
+    for delimiter in [sign for sign in _DELIMITERS if sign in first] or [","]:
+        rows = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+        try:
+            found = [(rows.line_num, row) for row in rows if any(cell.strip() for cell in row)]
+        except csv.Error as error:
+            unequal.append(ConfigError(f"{label}, line {rows.line_num}: {error}: is a quotation mark never closed?"))
+            continue
+        widths = {len(row) for _, row in found}
+        if len(widths) == 1 and widths != {1}:
+            return found
+        unequal.append(found)
+    if isinstance(unequal[0], ConfigError):
+        raise unequal[0]
+    return unequal[0]

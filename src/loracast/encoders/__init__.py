@@ -1,1 +1,0 @@
-"""Encoders turn a condition (text, description, image) into features for a hypernetwork."""

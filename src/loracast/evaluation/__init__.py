@@ -1,1 +1,0 @@
-"""Measurements, one file an experiment, each with its baselines in the same run (docs/evaluation.md)."""

@@ -1,0 +1,531 @@
+"""Encoders turn a condition (a text, a description, an image) into the features that a hypernetwork reads.
+
+Deeper blocks of the base than the deepest one asked for are not computed. Models load on first use.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loracast.base.chat import encode_inside
+from loracast.base.embedded import DEFAULT_IMAGE_ENCODER, Say, embedded, pull, quiet_transformers
+from loracast.base.forward import capture_inputs, length_groups, twin
+from loracast.errors import EncoderError, HypernetworkError
+from loracast.files import file_sha256
+from loracast.lora.inject import inject, model_lock
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from loracast.base.load import Base
+    from loracast.lora.algebra import LoRABatch
+
+
+OF_THE_BASE = "base"
+"""The encoder name that means the base itself."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of n chunks, images or descriptions of t tokens each, padding included."""
+
+    states: (
+        Tensor  # [n, t, d], or [n, layers, t, d] where each layer reads its own; the last columns may be values to copy
+    )
+    starts: Tensor | None = None  # [n, t, d_values], values that begin an answer with the token; for a memory
+    keys: Tensor | None = None  # [n, modules, t, d_in], inputs of the modules that hold a memory
+    mask: Tensor | None = (
+        None  # [n, t] bool, true where a token is real, None: all are; `cast` gives padding rows of zero
+    )
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Features:
+        """The same on a device, their numbers in another type if one is given."""
+        moved: dict[str, Any] = {}
+        for key, value in vars(self).items():
+            to = dtype if value is not None and value.is_floating_point() else None
+            moved[key] = None if value is None else value.to(device, to)
+        return Features(**moved)
+
+    @property
+    def n_chunks(self) -> int:
+        return self.states.shape[0]
+
+    @property
+    def n_real(self) -> int:
+        """Chunks that hold a real token."""
+        return self.n_chunks if self.mask is None else int(self.mask.any(-1).sum())
+
+
+class Encoder(Protocol):
+    """An encoder of any modality. A hypernetwork's config names the one it was trained with."""
+
+    name: str
+    """The name that a user gives."""
+    fingerprint: str
+    """Hash of all that decides its features: weights and preparation; a hypernetwork refuses any other."""
+    d_features: int
+    """Width of its states."""
+    device: torch.device
+
+    def __call__(self, inputs: Any, /) -> Features:
+        """n inputs (token ids, images) -> their features, without a gradient."""
+        ...
+
+
+def check_encoder(name: str, fingerprint: str, d_features: int, encoder: Encoder) -> None:
+    """Raise HypernetworkError if a hypernetwork was trained with another encoder than this one."""
+    if (fingerprint, d_features) != (encoder.fingerprint, encoder.d_features):
+        raise HypernetworkError(
+            f"the hypernetwork was trained with the encoder {name!r} (fingerprint {fingerprint}), and {encoder.name!r} "
+            f"has the fingerprint {encoder.fingerprint}: give the encoder that it was trained with"
+        )
+
+
+def cut(decoder: Any, depth: int) -> Any:
+    """A decoder of the first `depth` blocks of another one, sharing their weights, without the final norm.
+
+    Raises:
+        EncoderError: it has fewer blocks.
+    """
+    if depth > len(decoder.layers):
+        raise EncoderError(
+            f"the base has {len(decoder.layers)} blocks, and it is read after block {depth}: give the base that the "
+            "hypernetwork was made for"
+        )
+    shorter = copy.copy(decoder)
+    shorter._modules = dict(decoder._modules)
+    shorter.layers = decoder.layers[:depth]
+    shorter.config = copy.copy(decoder.config)
+    shorter.config.num_hidden_layers = depth
+    shorter.norm = nn.Identity()
+    return shorter
+
+
+class _Modules(threading.local):
+    """The modules with which a thread reads, its own: another one may begin to read while it gives way."""
+
+    def __init__(self, make: Callable[[], tuple[Any, Any]]):
+        self.model, self.decoder = make()  # in each thread that reads
+
+
+class HiddenStatesEncoder:
+    """Reads the base's hidden states: the `Encoder` of documents. It shares the base's weights.
+
+    A thread that reads under the base's lock gives way before each block to those who wait for the lock, so that nobody
+    waits for a whole batch. What they do to the base's modules meanwhile is not seen here, nor the other way round.
+    """
+
+    name = OF_THE_BASE
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[int],
+        with_values: bool = False,
+        prefix: Sequence[int] = (),
+        key_modules: Sequence[str] = (),
+        tokenizer: Any = None,
+        fingerprint: str = "",
+        lora: Callable[[], LoRABatch | None] = lambda: None,
+        with_final_norm: bool = False,
+    ):
+        """
+        Args:
+            model: the base (a causal LM).
+            layers: blocks after which states are read; 0 means what enters the first block.
+            with_values: append each token's value to its features: the unit vector that, added to the last hidden
+                state, makes the base generate that token (its output embedding, centred and weighted like the final
+                norm does).
+            prefix: token ids read before each row and then dropped. The first token of a text is an attention sink: its
+                state is huge and nearly the same whatever the token is.
+            key_modules: names of modules whose inputs are read as well; they come in the order of their layers. Needs
+                `with_values` and the tokenizer, from which it finds the token that begins an answer.
+            fingerprint: the base's own, of its weights.
+            lora: gives the encoder LoRA, which the base carries while it reads, or None; with one, features are
+                differentiable.
+            with_final_norm: the states after the last of `layers` pass the base's final norm, as the last one of
+                transformers' `hidden_states` does.
+        """
+        self.fingerprint, self.device = fingerprint, model.device
+        self._lock, self._lora = model_lock(model), lora
+        weight = model.get_output_embeddings().weight
+        self.d_features: int = weight.shape[1] * (2 if with_values else 1)
+        self.layers, self.prefix = tuple(layers), tuple(prefix)
+        self._tokenizer = tokenizer
+        self._starts: dict[int, int] = {}
+        self._embeddings = model.get_output_embeddings() if with_values else None
+        decoder = model.get_decoder()
+        if with_values:
+            self._mean = weight.float().mean(0)
+            ones = torch.ones(1, 1, weight.shape[1], device=weight.device)
+            self._gain = decoder.norm(ones).float()[0, 0].to(weight.device)
+        depth = max(self.layers)
+        self.key_modules: list[str] = []
+        modules = dict(model.named_modules())
+        for layer, block in enumerate(decoder.layers):
+            inside = {id(module) for module in block.modules()}
+            found = [name for name in key_modules if id(modules.get(name)) in inside]
+            self.key_modules += found
+            depth = max(depth, layer + 1) if found else depth
+        self._final_norm = decoder.norm if with_final_norm else nn.Identity()
+
+        def modules_of_a_thread() -> tuple[Any, Any]:
+            apart = twin(model)
+            shorter = cut(apart.get_decoder(), depth)
+            if apart is not model:
+                for block in shorter.layers:
+                    block.register_forward_pre_hook(self._give_way)
+            return apart, shorter
+
+        self._own = _Modules(modules_of_a_thread)
+        if missing := [name for name in key_modules if name not in modules]:
+            raise EncoderError(
+                f"the base has no module {missing[0]}, whose inputs are read: give the base that the hypernetwork was "
+                "made for"
+            )
+
+    def __call__(self, input_ids: Tensor, mask: Tensor | None = None, lora: LoRABatch | None = None) -> Features:
+        """input_ids [n, t], padded on the right -> their features: states of the base's width, twice that with values.
+
+        Attention is causal, so padding on the right changes nothing before it: the mask [n, t] is only handed on. A
+        LoRA that is given takes the place of the encoder LoRA.
+        """
+        lora = self._lora() if lora is None else lora
+        with torch.set_grad_enabled(torch.is_grad_enabled() and lora is not None):
+            with inject(self._own.model, lora) if lora is not None else nullcontext():
+                states, keys = self._read(input_ids)
+            features = torch.stack([states[n] for n in self.layers], dim=1)  # [n, layers, t, d]
+            if self._embeddings is not None:
+                values = self.values(input_ids).to(features.dtype)[:, None].expand_as(features)
+                features = torch.cat([features, values], dim=-1)
+            features = features[:, 0] if len(self.layers) == 1 else features
+            if not self.key_modules:
+                return Features(features, mask=mask)
+            starts = self.values(self._start_ids(input_ids)).to(features.dtype)
+            return Features(features, starts, torch.stack([keys[name] for name in self.key_modules], dim=1), mask)
+
+    def _give_way(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self._lock.is_owned():
+            self._lock.give_way()
+
+    def _read(self, input_ids: Tensor) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+        """States [n, t, d] by block, and inputs [n, t, in] of the key modules by name."""
+        model, decoder = self._own.model, self._own.decoder
+        n_prefix, n_blocks = len(self.prefix), len(decoder.layers)
+        prefix = torch.tensor(self.prefix, dtype=input_ids.dtype, device=input_ids.device)
+        read = torch.cat([prefix.expand(input_ids.shape[0], -1), input_ids], dim=1)
+        embedded = decoder.get_input_embeddings()(read)
+        # The state after a block is what enters the next one; after the last, the norm.
+        after = {n: "norm" if n == n_blocks else f"layers.{n}" for n in self.layers}
+        blocks = list(after.values())
+        with capture_inputs(decoder, blocks) as inputs, capture_inputs(model, self.key_modules) as keys:
+            decoder(inputs_embeds=embedded, use_cache=False)
+        # A device map spreads the blocks over devices: what they give is gathered on the first one.
+        states = {n: inputs[name].to(self.device) for n, name in after.items()}
+        states[max(states)] = self._final_norm(states[max(states)])
+        kept = {name: rows[:, n_prefix:].to(self.device) for name, rows in keys.items()}
+        return {n: rows[:, n_prefix:] for n, rows in states.items()}, kept
+
+    @torch.no_grad()
+    def values(self, input_ids: Tensor) -> Tensor:
+        """input_ids [...] -> for each token the unit vector [..., d] that makes the base generate it."""
+        assert self._embeddings is not None
+        weight = self._embeddings.weight
+        embedded = weight[input_ids.to(weight.device)].float() - self._mean
+        return functional.normalize(embedded * self._gain, dim=-1).to(input_ids.device)
+
+    def _start_ids(self, input_ids: Tensor) -> Tensor:
+        """input_ids [n, t] -> for each token the one that begins an answer with the same text (after a space)."""
+        known = self._starts
+        for i in set(input_ids.flatten().tolist()) - known.keys():
+            text = self._tokenizer.decode([i]).strip()
+            if "\ufffd" in text:  # some bytes of a character
+                known[i] = self._without_space(i)
+            else:
+                known[i] = (encode_inside(self._tokenizer, text) or [i])[0] if text else i
+        starts = [[known[i] for i in row] for row in input_ids.tolist()]
+        return torch.tensor(starts, dtype=input_ids.dtype, device=input_ids.device)
+
+    def _without_space(self, i: int) -> int:
+        """The token of the same bytes without a space before them; the token itself where there is none."""
+        piece = self._tokenizer.convert_ids_to_tokens(i).lstrip("Ġ▁")
+        other = self._tokenizer.convert_tokens_to_ids(piece)
+        return other if other is not None and self._tokenizer.convert_ids_to_tokens(other) == piece else i
+
+
+def read_in_groups(encoder: HiddenStatesEncoder, input_ids: Tensor, mask: Tensor, n: int) -> Features:
+    """The features of rows [c, t], read in at most `n` groups of similar length; those of padding mean nothing.
+
+    Args:
+        mask: [c, t], true where a token is real.
+    """
+    if n == 1:
+        return encoder(input_ids, mask)
+    lengths = mask.sum(1).clamp_min(1).tolist()
+    groups = length_groups(lengths, n)
+    read = [encoder(input_ids[rows, : lengths[rows[0]]]) for rows in groups]
+    order = torch.tensor([row for rows in groups for row in rows], device=input_ids.device).argsort()
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(one, name) for one in read]
+        if parts[0] is None:
+            return None
+        padded = [functional.pad(part, (0, 0, 0, input_ids.shape[1] - part.shape[-2])) for part in parts]
+        return torch.cat(padded)[order]
+
+    states = joined("states")
+    assert states is not None
+    return Features(states, joined("starts"), joined("keys"), mask)
+
+
+_TEXTS_AT_ONCE = 64
+_PARTS = ("Transformer", "Pooling", "Normalize")  # the parts of sentence encoders that this module implements
+
+
+class TextEncoder(Protocol):
+    """An encoder of descriptions, as text-to-LoRA hypernetworks use it."""
+
+    name: str
+    """The name that a user gives, and that the hypernetwork's config keeps."""
+    d_text: int
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> their vectors [n, d_text], fp32, of length sqrt(d_text)."""
+        ...
+
+    def fits(self, text: str) -> bool:
+        """Whether it reads the whole text."""
+        ...
+
+
+def load_text_encoder(name: str, base: Base | None = None, say: Say = lambda text: None) -> TextEncoder:
+    """Load a text encoder by name.
+
+    Args:
+        name: an embedded encoder, `base`, or a folder or hub id of a sentence encoder.
+        base: needed only for the encoder `base`.
+
+    Raises:
+        EncoderError: it cannot be found, fetched or used; the message says what to do.
+    """
+    if name == OF_THE_BASE:
+        if base is None:
+            raise EncoderError("this hypernetwork reads descriptions with its base, which is not loaded")
+        return BaseTextEncoder(base)
+    return SentenceEncoder(name, pull(name, say=say) if name in embedded("text encoder") else name)
+
+
+class SentenceEncoder:
+    """A sentence encoder in the layout of sentence-transformers: a transformer and the pooling of its states."""
+
+    def __init__(self, name: str, where: str | Path):
+        """
+        Args:
+            name: the name that the user gave.
+            where: its folder or hub id.
+        """
+        from transformers import AutoModel, AutoTokenizer
+
+        try:
+            with quiet_transformers():
+                self._tokenizer = AutoTokenizer.from_pretrained(where, padding_side="right")
+                self._model: Any = AutoModel.from_pretrained(where).eval().requires_grad_(False)
+            pooling = _read_json(where, "1_Pooling/config.json")
+            parts = _read_json(where, "modules.json", [])
+            lengths = _read_json(where, "sentence_bert_config.json", {})
+        except (OSError, ValueError, KeyError) as error:
+            raise EncoderError(
+                f"cannot load the text encoder {name!r}: give one of {', '.join(embedded('text encoder'))}, "
+                f"{OF_THE_BASE}, or a folder or hub id of a sentence encoder in the layout of sentence-transformers "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+        modes = [mode for mode in ("cls_token", "mean_tokens", "lasttoken") if pooling.get(f"pooling_mode_{mode}")]
+        extra = [part["type"] for part in parts if part["type"].rpartition(".")[2] not in _PARTS]
+        if len(modes) != 1 or extra:
+            raise EncoderError(f"the text encoder {name!r} pools in a way that is not supported: {extra or pooling}")
+        self.name, self._pooling = name, modes[0]
+        self.d_text = int(self._model.config.hidden_size)
+        limits = [lengths.get("max_seq_length"), getattr(self._model.config, "max_position_embeddings", None)]
+        self._max_tokens = min([int(limit) for limit in limits if limit] or [512])
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """n texts -> vectors [n, d_text], fp32, of length sqrt(d_text). Raises EncoderError for too long a text."""
+        import torch
+
+        lengths = list(map(self._length, texts))
+        if max(lengths) > self._max_tokens:
+            raise EncoderError(
+                f"a description has {max(lengths)} tokens and the text encoder {self.name!r} reads {self._max_tokens}: "
+                "say it shorter"
+            )
+        vectors = []
+        with torch.inference_mode():
+            for start in range(0, len(texts), _TEXTS_AT_ONCE):
+                some = self._tokenizer(list(texts[start : start + _TEXTS_AT_ONCE]), padding=True, return_tensors="pt")
+                states = self._model(**some).last_hidden_state  # [n, t, d]
+                vectors.append(_pool(states, some["attention_mask"].bool(), self._pooling))
+        return _unit(torch.cat(vectors))
+
+    def fits(self, text: str) -> bool:
+        return self._length(text) <= self._max_tokens
+
+    def _length(self, text: str) -> int:
+        return len(self._tokenizer(text, verbose=False)["input_ids"])
+
+
+class BaseTextEncoder:
+    """The base's own state at a description's last token, after its final norm."""
+
+    name = OF_THE_BASE
+
+    def __init__(self, base: Base):
+        self._base = base
+        self.d_text = int(base.model.config.get_text_config().hidden_size)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> their vectors [n, d_text], fp32, of length sqrt(d_text)."""
+        import torch
+
+        from loracast.base.chat import encode_text
+        from loracast.base.forward import pad_right
+
+        vectors = []
+        with torch.inference_mode():
+            for start in range(0, len(texts), _TEXTS_AT_ONCE):
+                some = [encode_text(self._base.tokenizer, text) for text in texts[start : start + _TEXTS_AT_ONCE]]
+                ids, mask = pad_right(some, self._base.pad_id)
+                ids, mask = ids.to(self._base.device), mask.to(self._base.device)
+                states = self._base.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+                vectors.append(_pool(states, mask, "lasttoken").float().cpu())
+        return _unit(torch.cat(vectors))
+
+    def fits(self, text: str) -> bool:
+        return True  # as far as the base's window reaches
+
+
+def _pool(states: Tensor, mask: Tensor, how: str) -> Tensor:
+    """States [n, t, d] of texts padded on the right -> one vector each [n, d]."""
+    if how == "cls_token":
+        return states[:, 0]
+    lengths = mask.sum(1)
+    if how == "lasttoken":
+        return states[range(len(states)), lengths - 1]
+    return (states * mask[..., None]).sum(1) / lengths[:, None]
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Vectors scaled to length sqrt(d), so that their numbers are about 1 whatever the encoder."""
+    from torch.nn.functional import normalize
+
+    return normalize(vectors.float(), dim=-1) * vectors.shape[-1] ** 0.5
+
+
+def _read_json(where: str | Path, name: str, otherwise: Any = None) -> Any:
+    """A file of a model's folder or hub repository; `otherwise` if it has none. Raises OSError if that is None too."""
+    from transformers.utils import cached_file, has_file
+
+    is_there = (Path(where) / name).is_file() if Path(where).is_dir() else has_file(str(where), name)
+    if otherwise is not None and not is_there:
+        return otherwise
+    return json.loads(Path(str(cached_file(str(where), name))).read_text(encoding="utf-8"))
+
+
+def load_image_encoder(
+    name: str = DEFAULT_IMAGE_ENCODER, device: str | None = None, say: Say = lambda text: None
+) -> ImageEncoder:
+    """Load an image encoder by name.
+
+    Args:
+        name: an embedded encoder, or a folder or hub id of a vision model.
+
+    Raises:
+        EncoderError: it cannot be loaded or gives no patches.
+        PackageError: it cannot be fetched.
+    """
+    return ImageEncoder(name, pull(name, say=say) if name in embedded("image encoder") else name, device)
+
+
+class ImageEncoder:
+    """The last grid of patches of a vision model: the `Encoder` of images."""
+
+    def __init__(self, name: str, where: str | Path, device: str | None = None):
+        """
+        Args:
+            name: the name that the user gave.
+            where: its folder or hub id.
+        """
+        from transformers import AutoImageProcessor, AutoModel
+
+        self.name = name
+        try:
+            with quiet_transformers():
+                self._processor: Any = AutoImageProcessor.from_pretrained(where)
+                model: Any = AutoModel.from_pretrained(where)
+        except ImportError as error:  # of timm or Pillow
+            missing = str(error).strip().splitlines()[0]
+            raise EncoderError(
+                f"the image encoder {name!r} needs more than is installed ({missing}): pip install 'loracast[images]'"
+            ) from error
+        except (OSError, ValueError, KeyError) as error:
+            raise EncoderError(
+                f"cannot load the image encoder {name!r}: give one of {', '.join(embedded('image encoder'))}, or a "
+                f"folder or hub id of a vision model that transformers loads ({str(error).splitlines()[0]})"
+            ) from error
+        self.fingerprint = _fingerprint(where, model)
+        model = getattr(model, "vision_model", model)  # of CLIP and SigLIP, the vision tower
+        self._model = model.eval().requires_grad_(False).to(device or "cpu")
+        self._options = {"do_pooling": False} if hasattr(model, "timm_model") else {}
+        self.device: torch.device = next(self._model.parameters()).device
+        from PIL import Image
+
+        self.d_features = self([Image.new("RGB", (64, 64))]).states.shape[-1]
+
+    def __call__(self, images: Sequence[Image], /) -> Features:
+        """n images in RGB, of any size -> their patches [n, t, d], row by row, fp32."""
+        import torch
+
+        pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            found = self._model(pixel_values=pixels.to(self.device), **self._options)
+        states: Tensor = found.last_hidden_state
+        if states.ndim == 4:  # of convolutions: [n, d, rows, columns]
+            states = states.flatten(2).transpose(1, 2)
+        if states.ndim != 3:
+            raise EncoderError(
+                f"the image encoder {self.name!r} gives features of the shape {tuple(states.shape)}, not patches"
+            )
+        return Features(states.float().contiguous())
+
+
+def _fingerprint(where: str | Path, model: Any) -> str:
+    """A hash of the weights, and of how images are prepared for them."""
+    import hashlib
+
+    file = Path(where) / "model.safetensors"
+    if file.is_file():
+        weights = file_sha256(file)
+    else:  # of the hub, or in several files: the tensors themselves
+        digest = hashlib.sha256()
+        for name, value in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        weights = digest.hexdigest()
+    prepared = "".join(
+        (Path(where) / name).read_text(encoding="utf-8")
+        for name in ("config.json", "preprocessor_config.json")
+        if (Path(where) / name).is_file()
+    )
+    return hashlib.sha256(f"{weights}{prepared}".encode()).hexdigest()[:16]

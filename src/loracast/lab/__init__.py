@@ -1,0 +1,1 @@
+"""What makes and measures the product: generated data, training, evaluation. The product never imports it."""

@@ -1,0 +1,343 @@
+"""`loracast eval`: measure beside baselines. Every command writes results.json and table.md into --out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loracast.cli.commands import config_from, seconds
+from loracast.cli.options import BaseChoice, Encoder, Json, Library, Models, loading, open_base, open_model
+from loracast.cli.terminal import print_json, progress_bar, say, stdout
+
+if TYPE_CHECKING:
+    from loracast.base.load import Base
+    from loracast.cast.task import TaskCaster
+    from loracast.lab.evaluation.ablations import AblationConfig
+    from loracast.lab.evaluation.cost import LatencyConfig, MemoryConfig
+    from loracast.lab.evaluation.everyday import EverydayConfig
+    from loracast.lab.evaluation.gate import GateConfig, InterferenceConfig
+    from loracast.lab.evaluation.harness import HarnessConfig
+    from loracast.lab.evaluation.likelihood import TeacherForcedConfig
+    from loracast.lab.evaluation.modality import ModalityEvalConfig
+    from loracast.lab.evaluation.overlap import OverlapConfig
+    from loracast.lab.evaluation.qa import QaConfig
+    from loracast.lab.evaluation.query_cost import CostConfig
+    from loracast.lab.evaluation.refining import RefiningConfig
+    from loracast.lab.evaluation.report import Report
+    from loracast.lab.evaluation.synthetic import FactsConfig, NeedleConfig
+    from loracast.lab.evaluation.tasks import TasksConfig
+    from loracast.lab.evaluation.whole_library import LibraryConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Where the results go, and how they are shown."""
+
+    out: Annotated[Path, typer.Option("--out", help="Folder for results.json, table.md and pictures.")]
+    as_json: Json = False
+
+    def of(self, unit: str, evaluate: Callable[..., Report], *arguments: Any) -> Report:
+        """Run an evaluation with its arguments, the folder and a progress bar in `unit`; show its report."""
+        with progress_bar(unit, is_kept=True) as progress:
+            report = evaluate(*arguments, self.out, progress)
+        self.show(report)
+        return report
+
+    def show(self, report: Report) -> None:
+        if self.as_json:
+            print_json(report.to_dict())
+        else:
+            report.show(stdout())
+            say(f"written to {self.out}")
+
+
+Change = Annotated[list[str] | None, typer.Option("--set", help="Change a key of the recipe. Repeatable.")]
+Texts = Annotated[
+    list[str] | None, typer.Option("--texts", help="Prose that needles hide in: JSONL(.gz) or text. Repeatable.")
+]
+Documents = Annotated[
+    list[str] | None, typer.Option("--documents", help="Documents with questions: JSONL(.gz) rows. Repeatable.")
+]
+
+
+@config_from("loracast.lab.evaluation.qa")
+def qa(
+    config: QaConfig,
+    models: Models,
+    results: Results,
+) -> None:
+    """Questions that people asked about real documents: an adapter against (parts of) the document in the prompt."""
+    from loracast.lab.evaluation.plots import require_matplotlib
+    from loracast.lab.evaluation.qa import draw, evaluate_qa
+
+    require_matplotlib()
+    draw(results.of("documents", evaluate_qa, open_model(models), config), results.out)
+
+
+@config_from("loracast.lab.evaluation.synthetic")
+def needle(config: NeedleConfig, models: Models, results: Results) -> None:
+    """Needle in a haystack: a value hidden at any depth of a document, asked for in wordings unseen in training."""
+    from loracast.lab.evaluation.synthetic import evaluate_needle
+
+    results.of("documents", evaluate_needle, open_model(models), config)
+
+
+@config_from("loracast.lab.evaluation.synthetic")
+def facts(config: FactsConfig, models: Models, results: Results) -> None:
+    """Sheets of facts about invented entities, every fact asked for in wordings that no training has seen."""
+    from loracast.lab.evaluation.synthetic import evaluate_facts
+
+    results.of("sheets", evaluate_facts, open_model(models), config)
+
+
+@config_from("loracast.lab.evaluation.everyday")
+def everyday(config: EverydayConfig, models: Models, results: Results) -> None:
+    """E-mails, contracts, recipes, price lists and others, in layouts and wordings that no training has seen."""
+    from loracast.lab.evaluation.everyday import evaluate_everyday
+
+    results.of("documents", evaluate_everyday, open_model(models), config)
+
+
+@config_from("loracast.lab.evaluation.gate")
+def gate(config: GateConfig, results: Results) -> None:
+    """Questions about a document and about something else: which does `ask` take to be about it? No model is loaded."""
+    from loracast.lab.evaluation.gate import evaluate_gate
+
+    results.of("runs", evaluate_gate, config)
+
+
+@config_from("loracast.lab.evaluation.gate")
+def interference(config: InterferenceConfig, models: Models, results: Results) -> None:
+    """General-knowledge questions while unrelated documents are learned: do adapters harm what the base knows?"""
+    from loracast.lab.evaluation.gate import evaluate_interference
+
+    results.of("questions", evaluate_interference, open_model(models), config)
+
+
+@config_from("loracast.lab.evaluation.whole_library")
+def library(config: LibraryConfig, models: Models, results: Results) -> None:
+    """Questions to a library of many documents, none named: is the right one found, the answer as good as by name?"""
+    from loracast.lab.evaluation.whole_library import evaluate_library
+
+    results.of("documents", evaluate_library, open_model(models), config)
+
+
+@config_from("loracast.lab.evaluation.likelihood", without=("data",))
+def teacher_forced(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Recipe of a training, whose table [data] says what episodes look like.")
+    ] = None,
+    *,
+    change: Change = None,
+    texts: Texts = None,
+    documents: Documents = None,
+    config: partial[TeacherForcedConfig],
+    models: Models,
+    results: Results,
+) -> None:
+    """Teacher-forced accuracy of the answers' tokens, on episodes like those of training."""
+    from loracast.lab.evaluation.likelihood import evaluate_teacher_forced
+    from loracast.lab.training.doc import read_doc_recipe
+    from loracast.lab.training.recipe import file_overrides
+
+    settings = read_doc_recipe(recipe, [*(change or []), *file_overrides(texts=texts, documents=documents)])
+    results.of("steps", evaluate_teacher_forced, open_model(models), config(data=settings.data))
+
+
+@config_from("loracast.lab.evaluation.ablations", without=("recipe", "variants", "overrides"))
+def ablations(
+    recipe: Annotated[Path, typer.Argument(help="Recipe of `loracast train doc`, without a checkpoint to start from.")],
+    variants: Annotated[
+        Path,
+        typer.Argument(help='TOML file whose table `variants` has lines such as "rank 16" = ["hypernetwork.rank=16"].'),
+    ],
+    *,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Only this one of the variants. Repeatable.")] = None,
+    documents: Documents = None,
+    texts: Texts = None,
+    unrelated: Annotated[
+        list[str] | None,
+        typer.Option("--unrelated", help="Questions for the KL to the base: JSONL(.gz) rows. Repeatable."),
+    ] = None,
+    budget: Annotated[
+        float, typer.Option("--budget", parser=seconds, metavar="TIME", help="Time of each training: 90s, 20m.")
+    ] = 1200.0,
+    change: Change = None,
+    config: partial[AblationConfig],
+    choice: BaseChoice,
+    results: Results,
+) -> None:
+    """Train variants of a recipe from scratch for the same time each, and measure them on documents unseen by all."""
+    from loracast.lab.evaluation.ablations import read_variants, run_ablations
+    from loracast.lab.training.recipe import file_overrides
+
+    files = file_overrides(documents=documents, texts=texts, unrelated=unrelated)
+    whole = config(
+        recipe=str(recipe),
+        variants=read_variants(variants, only or ()),
+        overrides=(*(change or ()), f"training.budget_s={budget}", *files),
+    )
+    results.of("trainings", run_ablations, open_base(choice), whole)
+
+
+@config_from("loracast.lab.evaluation.cost")
+def latency(config: LatencyConfig, models: Models, results: Results) -> None:
+    """Time to the first token: the bare base, an adapter, and the same document in the window."""
+    from loracast.lab.evaluation.cost import evaluate_latency
+
+    results.of("questions", evaluate_latency, open_model(models), config)
+
+
+@config_from("loracast.lab.evaluation.cost")
+def memory(config: MemoryConfig, models: Models, results: Results) -> None:
+    """Memory and time of learning a document, beside the encoder's own time; a fresh process for each length."""
+    from loracast.lab.evaluation.cost import evaluate_memory
+
+    results.of("documents", evaluate_memory, open_model(models), models.base, models.hypernetwork, models.how, config)
+
+
+@config_from("loracast.lab.evaluation.tasks")
+def tasks(
+    config: TasksConfig,
+    *,
+    oracles: Annotated[
+        Path | None,
+        typer.Option("--oracles", help="Library of `loracast train oracle`, for the baselines oracle and average."),
+    ] = None,
+    multitask: Annotated[
+        Path | None, typer.Option("--multitask", help="LoRA of `loracast train multitask`, a baseline.")
+    ] = None,
+    multitask_described: Annotated[
+        Path | None,
+        typer.Option("--multitask-described", help="LoRA of `loracast train multitask --described`, a baseline."),
+    ] = None,
+    models: Models,
+    results: Results,
+) -> None:
+    """Descriptions as adapters, on tasks that no training has seen, beside descriptions and examples in the prompt."""
+    from loracast.base.embedded import DEFAULT_BASE
+    from loracast.lab.evaluation.tasks import TaskSetup, evaluate_tasks
+    from loracast.lab.training.oracle import average_of_oracles, read_multitask
+
+    base = open_base(models)
+    made_for = base.fingerprint
+    described = read_multitask(multitask_described, made_for, True) if multitask_described else None
+    setup = TaskSetup(
+        base,
+        caster=_caster(models, base) if models.hypernetwork or base.name == DEFAULT_BASE else None,
+        oracles=oracles,
+        multitask=read_multitask(multitask, made_for, False) if multitask else None,
+        multitask_described=described,
+        average=average_of_oracles(oracles, made_for) if oracles else None,
+    )
+    results.of("rows", evaluate_tasks, setup, config)
+
+
+@config_from("loracast.lab.evaluation.refining")
+def refining(
+    config: RefiningConfig,
+    *,
+    multitask: Annotated[
+        Path | None, typer.Option("--multitask", help="LoRA of `loracast train multitask`, a further starting point.")
+    ] = None,
+    models: Models,
+    results: Results,
+) -> None:
+    """Gradient descent on a task's examples, measured second by second: from the cast adapter and from scratch."""
+    from loracast.lab.evaluation.refining import evaluate_refining
+    from loracast.lab.evaluation.tasks import TaskSetup
+    from loracast.lab.training.oracle import read_multitask
+
+    base = open_base(models)
+    start = read_multitask(multitask, base.fingerprint, False) if multitask else None
+    setup = TaskSetup(base, caster=_caster(models, base), multitask=start)
+    results.of("rows", evaluate_refining, setup, config)
+
+
+@config_from("loracast.lab.evaluation.query_cost")
+def cost(config: CostConfig, models: Models, results: Results) -> None:
+    """What a query costs with an adapter, and with a description, examples or a document in the prompt.
+
+    Cost is counted in tokens, operations and seconds.
+    """
+    from loracast.lab.evaluation.query_cost import evaluate_cost
+    from loracast.lab.evaluation.tasks import TaskSetup
+
+    base = open_base(models)
+    results.of("tasks", evaluate_cost, TaskSetup(base, caster=_caster(models, base)), config)
+
+
+def _caster(models: Models, base: Base | None = None) -> TaskCaster:
+    """Load what casts descriptions; the base is loaded only for a hypernetwork that needs it."""
+    from loracast.base.embedded import DEFAULT_BASE
+    from loracast.cast.load import load_caster, shipped_hypernetwork
+    from loracast.cast.task import TaskCaster
+
+    where = models.hypernetwork or shipped_hypernetwork(base or models.base or DEFAULT_BASE, "task")
+    return TaskCaster(load_caster(where, "task", base or (lambda: open_base(models)), say=say))
+
+
+@config_from("loracast.lab.evaluation.harness")
+def harness(config: HarnessConfig, choice: BaseChoice, *, library: Library, results: Results) -> None:
+    """The lm-evaluation-harness on the base, without and with adapters of the library."""
+    from loracast.lab.evaluation.harness import evaluate_harness
+
+    with loading(choice.device) as tell:
+        from loracast.answering.model import load
+
+        answerer = load(choice.base, library=library, **choice.how, say=tell, eager=False)
+    results.show(evaluate_harness(answerer, config, results.out))
+
+
+@config_from("loracast.lab.evaluation.overlap")
+def overlap(config: OverlapConfig, results: Results) -> None:
+    """What held-out tasks or documents share with training ones: rows, near-duplicates, descriptions, passages."""
+    from loracast.lab.evaluation.overlap import evaluate_overlap
+
+    results.of("tasks" if config.tasks else "documents", evaluate_overlap, config)
+
+
+@config_from("loracast.lab.evaluation.modality")
+def image(
+    images: Annotated[
+        Path, typer.Option("--images", help="Images to measure on: a folder or zip file with a folder for each class.")
+    ],
+    trained_on: Annotated[
+        Path, typer.Option("--trained-on", help="Images of the training, from which the linear probe learns.")
+    ],
+    *,
+    encoder: Encoder = None,
+    config: ModalityEvalConfig,
+    models: Models,
+    results: Results,
+) -> None:
+    """Images that were never trained on: does the text-only base say what they show?
+
+    A linear probe on the same features is the baseline.
+    """
+    from loracast.base.embedded import DEFAULT_BASE
+    from loracast.base.fingerprint import check
+    from loracast.cast.load import load_caster, shipped_hypernetwork
+    from loracast.lab.data.labelled import read_images
+    from loracast.lab.evaluation.modality import evaluate_modality
+    from loracast.lab.evaluation.plots import confusion, require_matplotlib, sheet
+
+    require_matplotlib()
+    known, test = read_images(trained_on), read_images(images)
+    where = models.hypernetwork or shipped_hypernetwork(models.base or DEFAULT_BASE, "image")
+    caster = load_caster(where, "image", encoder=encoder, say=say)
+    base = open_base(models)
+    check(caster.made_for, base.fingerprint, "the hypernetwork")
+    with progress_bar("answers", is_kept=True) as progress:
+        report, answers = evaluate_modality(base, caster, known, test, config, results.out, progress)
+    confusion(results.out / "confusion.png", answers, "images, by the likeliest name")
+    sheet(results.out / "sheet.png", answers, test, config.seed)
+    results.show(report)
+    if not results.as_json:
+        times = [1000 * report.settings[key] for key in ("to_lora_s", "first_token_s", "first_token_of_base_s")]
+        say("one image to a LoRA {:.0f} ms; first token {:.0f} ms, of the base {:.0f} ms".format(*times))

@@ -1,0 +1,254 @@
+"""`loracast eval latency` and `memory`: what answering and learning take, and the operations of a query."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loracast.answering.model import Model
+from loracast.base.chat import encode_with_offsets
+from loracast.base.generate import Sampling
+from loracast.cast.document import learn_document
+from loracast.errors import LoracastError
+from loracast.lab.data.needles import Haystack, Sample, make_needles
+from loracast.lab.data.rows import read_texts
+from loracast.lab.evaluation.documents import DocumentCase, DocumentConfig, DocumentSetup, no_document, plain, whole
+from loracast.lab.evaluation.report import Progress, Report, ReportWriter, columns, no_progress
+from loracast.lab.evaluation.runner import (
+    Answered,
+    Baseline,
+    InMemoryAdapter,
+    LoRASource,
+    Request,
+    ask_one,
+    check_positive,
+    in_turn,
+    warm_up,
+)
+from loracast.lab.evaluation.synthetic import window_prompt
+from loracast.library.library import open_adapter
+from loracast.lora.algebra import LoRA
+from loracast.lora.target import layer_shapes, text_config
+from loracast.reading.routing import DEFAULT_ROUTE
+
+
+@dataclass(frozen=True)
+class QueryFlops:
+    """Operations of the forward passes of one base."""
+
+    n_layers: int
+    layer_weights: int
+    """Numbers in the linear modules of one layer."""
+    attention_width: int
+    """Query heads times their width."""
+    kv_width: int
+    """Key and value heads times their width, of keys and values together."""
+    head_weights: int
+    """Numbers in the output head."""
+
+    @classmethod
+    def of(cls, config: Any) -> QueryFlops:
+        """From a transformers config."""
+        text, shapes = text_config(config), layer_shapes(config)
+        return cls(
+            n_layers=text.num_hidden_layers,
+            layer_weights=sum(d_in * d_out for d_in, d_out in shapes.values()),
+            attention_width=shapes["q_proj"][1],
+            kv_width=shapes["k_proj"][1] + shapes["v_proj"][1],
+            head_weights=text.hidden_size * text.vocab_size,
+        )
+
+    def forward(self, n_tokens: int, n_past: int = 0) -> int:
+        """Operations of a pass over new tokens behind `n_past` that the cache holds; the output head runs once."""
+        per_layer = 2 * n_tokens * self.layer_weights + 4 * n_tokens * (n_past + n_tokens) * self.attention_width
+        return self.n_layers * per_layer + 2 * self.head_weights
+
+    def query(self, n_prompt: int, n_new: int, lora: LoRA | None = None, n_kept: int = 0) -> int:
+        """Operations of a prompt and an answer of `n_new` tokens, the last of which is not read.
+
+        Args:
+            n_kept: tokens of the prompt's beginning that the cache holds from before.
+        """
+        steps = sum(self.forward(1, n_prompt + i) for i in range(n_new - 1))
+        return self.forward(n_prompt - n_kept, n_kept) + steps + (n_prompt - n_kept + n_new - 1) * lora_flops(lora)
+
+    def cache_bytes(self, n_tokens: int, bytes_per_number: int = 2) -> int:
+        """Size of the keys and values of so many tokens."""
+        return self.n_layers * self.kv_width * n_tokens * bytes_per_number
+
+
+def lora_flops(lora: LoRA | None) -> int:
+    """Operations that a LoRA adds for each token."""
+    if lora is None:
+        return 0
+    factors = sum(2 * (a.numel() + b.numel()) for a, b in lora.factors.values())
+    return factors + sum(2 * delta.numel() for delta in lora.dense.values())
+
+
+def counted(work: Callable[[], object]) -> int:
+    """Operations of any work that runs on torch, by torch's counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+_FIRST_TOKEN = Sampling(max_new_tokens=1)
+_N_WARM_UP = 2
+
+LATENCY_COLUMNS = columns(
+    label="method", prompt_tokens=("prompt tokens", 0), first_token_s=("first token s, median", 4),
+    fastest_s=("fastest", 4), slowest_s=("slowest", 4), ratio=("x base", 2),
+)  # fmt: skip
+MEMORY_COLUMNS = columns(
+    n_tokens=("tokens", 0), n_chunks=("chunks", 0), base_mib=("loaded base MiB", 0),
+    above_base_mib=("peak above it MiB", 0), learn_s=("learn s, all", 2), cast_s=("encode + cast s", 2),
+    encode_s=("encoder alone s", 2), ratio=("ratio", 3), adapter_mib=("adapter MiB", 0),
+    kb_per_token=("kB a token", 1),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LatencyConfig:
+    """What `loracast eval latency` measures."""
+
+    texts: tuple[str, ...]
+    """Files with the prose of the document."""
+    tokens: int = 8192
+    """Tokens of the document."""
+    repetitions: int = 20
+    """Questions, each asked of every baseline in turn."""
+    route: int = DEFAULT_ROUTE
+    """Chunks that a question is given."""
+    seed: int = 0
+    """Seed of document and questions."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "repetitions", "route")
+
+
+@dataclass(frozen=True)
+class MemoryConfig(DocumentConfig):
+    """What `loracast eval memory` measures."""
+
+    texts: tuple[str, ...]
+    """Files with the prose of the documents."""
+    lengths: tuple[int, ...] = (8192, 32768, 131072)
+    """Tokens of a document, each learned in a process of its own."""
+
+
+def evaluate_latency(model: Model, config: LatencyConfig, out: Path, progress: Progress = no_progress) -> Report:
+    """Time the first token of the bare base, of an adapter on disk, and of the same document in the window.
+
+    Every question is another one about another place, so that no LoRA is at hand from the question before.
+    """
+    setup = DocumentSetup(model, config.route)
+    writer = ReportWriter(out, "latency", LATENCY_COLUMNS, config, model.base, model.documents.id)
+    sample = _document(model, config.texts, config.tokens, config.seed, config.repetitions + _N_WARM_UP)
+    with tempfile.TemporaryDirectory(prefix="loracast-eval-") as scratch:
+        document = InMemoryAdapter(model, sample.text)
+        learn_document(model.documents, model.base, document.document, Path(scratch), "document")
+        on_disk = open_adapter(Path(scratch), "document")
+
+        def with_adapter(setup: DocumentSetup, case: DocumentCase) -> Request:
+            def make() -> LoRA:
+                lora, _ = model.lora_for(case.question, on_disk, setup.route)
+                assert lora is not None
+                return lora
+
+            return Request(plain(setup, case.question), LoRASource(case, make))
+
+        baselines: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
+            "base": Baseline("no document", no_document),
+            "adapter": Baseline(f"adapter, routed {config.route}", with_adapter),
+            "window": Baseline("in the window", whole(window_prompt)),
+        }
+        answered: dict[str, list[Answered[DocumentCase]]] = {name: [] for name in baselines}
+        warm_up(model.base)
+        for i, needle in enumerate(sample.needles):
+            case = DocumentCase(document, document, needle.question)
+            for name in in_turn(list(baselines), i):
+                answered[name].append(ask_one(setup, name, baselines[name], case, _FIRST_TOKEN))
+            progress(i + 1, len(sample.needles))
+        document.close()
+    times = {
+        name: [a.first_token_s for a in some[_N_WARM_UP:] if a.first_token_s is not None]
+        for name, some in answered.items()
+    }
+    base_s = statistics.median(times["base"])
+    rows = [
+        {
+            "baseline": name,
+            "label": baselines[name].label,
+            "n": len(seconds),
+            "prompt_tokens": answered[name][-1].n_prompt_tokens,
+            "first_token_s": statistics.median(seconds),
+            "fastest_s": min(seconds),
+            "slowest_s": max(seconds),
+            "ratio": statistics.median(seconds) / base_s,
+        }
+        for name, seconds in times.items()
+    ]
+    return writer.write(rows)
+
+
+def evaluate_memory(
+    model: Model,
+    base: str | None,
+    hypernetwork: str | None,
+    how: Mapping[str, Any],
+    config: MemoryConfig,
+    out: Path,
+    progress: Progress = no_progress,
+) -> Report:
+    """Learn documents of several lengths, each in a fresh process that loads the same base and hypernetwork.
+
+    Args:
+        how: options of `load` for the base.
+
+    Raises:
+        LoracastError: such a process failed; the message ends with its last line.
+    """
+    writer = ReportWriter(out, "memory", MEMORY_COLUMNS, config, model.base, model.documents.id)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="loracast-eval-") as scratch:
+        for i, length in enumerate(config.lengths):
+            path = Path(scratch) / f"{length}.txt"
+            path.write_text(_document(model, config.texts, length, config.seed, 1).text, encoding="utf-8")
+            order = {
+                "base": base,
+                "hypernetwork": hypernetwork,
+                "how": dict(how),
+                "text": str(path),
+                "library": str(Path(scratch) / "adapters"),
+                "chunk_tokens": config.chunk_tokens,
+            }
+            rows.append({"length": length, **_in_fresh_process(order)})
+            progress(i + 1, len(config.lengths))
+    return writer.write(rows)
+
+
+def _document(model: Model, texts: tuple[str, ...], n_tokens: int, seed: int, n_needles: int) -> Sample:
+    """Prose with that many needles spread over it."""
+    rng = random.Random(f"{seed}/{n_tokens}")
+    needles = make_needles(rng, n_needles, split="test", kind="number4")
+    haystack = Haystack(read_texts(texts), lambda part: encode_with_offsets(model.base.tokenizer, part))
+    return haystack.sample(rng, n_tokens, needles, [(i + 0.5) / n_needles for i in range(n_needles)])
+
+
+def _in_fresh_process(order: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "loracast.lab.evaluation.learn_once", json.dumps(order)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise LoracastError(f"learning {Path(order['text']).stem} tokens failed in its process: {last[0]}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,194 @@
+"""`loracast eval gate` and `interference`: what happens to questions that no document answers."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from loracast.answering.model import Model
+from loracast.documents.task_spec import Example
+from loracast.errors import ConfigError
+from loracast.lab.data.rows import read_questioned
+from loracast.lab.data.tasks import read_benchmark
+from loracast.lab.evaluation.documents import DocumentSetup, QuestionedConfig, RoutedConfig, adapters, plain
+from loracast.lab.evaluation.likelihood import likeliest
+from loracast.lab.evaluation.report import (
+    Progress,
+    Report,
+    ReportWriter,
+    columns,
+    mean,
+    mean_with_interval,
+    no_progress,
+    wilson,
+)
+from loracast.lab.evaluation.runner import InMemoryAdapter, Request, check_positive, made
+from loracast.lab.training.relevance import measure, read_unrelated_files, shipped_fit
+from loracast.reading.relevance import threshold_for
+
+GATE_COLUMNS = columns(
+    about="about the document", group="questions", source="from", n=("n", 0),
+    passed=("taken to be about it %", "%"), low=("95 %", "interval"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What `loracast eval gate` measures."""
+
+    documents: tuple[str, ...]
+    """Files of documents with questions."""
+    unrelated: tuple[str, ...]
+    """Files of questions that are about no document."""
+    sources: tuple[str, ...] = ()
+    """Sources to take of documents with a `source` field; all if empty."""
+    split: Literal["dev", "test"] = "test"
+    """Split of wordings, entities and small talk: `dev` to choose the threshold, `test` for figures."""
+    seed: int = 1
+    """Seed of all that is drawn."""
+
+    def __post_init__(self) -> None:
+        if not self.documents or not self.unrelated:
+            raise ConfigError("give documents with questions (--documents FILE) and unrelated questions (--unrelated)")
+
+
+def evaluate_gate(config: GateConfig, out: Path, progress: Progress = no_progress) -> Report:
+    """Put every question to its document, with the parameters that ship. Raises ConfigError as `read_questioned`."""
+    documents = read_questioned(config.documents, config.sources, config.split)
+    unrelated = read_unrelated_files(config.unrelated)
+    kinds, _ = measure(shipped_fit(), documents, unrelated, config.seed, config.split)
+    sizes: Counter[tuple[bool, str, str]] = Counter()
+    hits: dict[tuple[bool, str, str], float] = defaultdict(float)
+    for kind in kinds:  # of a source, one row for each number of texts in a document
+        key = not kind["is_about"], kind["group"], kind["source"].partition(",")[0]
+        sizes[key] += kind["n"]
+        hits[key] += kind["n"] * kind["passed"]
+    rows: list[dict[str, Any]] = []
+    for (is_not, group, source), n in sizes.items():
+        n_passed = round(hits[is_not, group, source])
+        low, high = wilson(n_passed, n)
+        about = "no" if is_not else "yes"
+        rows.append(
+            {
+                "about": about, "group": group, "source": source or "-", "n": n, "passed": n_passed / n,
+                "low": low, "high": high,
+            }
+        )  # fmt: skip
+    progress(1, 1)
+    return ReportWriter(out, "gate", GATE_COLUMNS, config, None).write(rows)
+
+
+_QUESTIONS_AT_ONCE = 16  # whose LoRAs are held at once
+
+INTERFERENCE_COLUMNS = columns(
+    benchmark="questions", n_documents=("documents learned", 0), n=("n", 0), accuracy=("accuracy %", "%"),
+    low=("95 %", "interval"), change=("change, points (95 %)", "change"), same=("same choice %", "%"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class InterferenceConfig(QuestionedConfig, RoutedConfig):
+    """What `loracast eval interference` measures."""
+
+    benchmarks: tuple[str, ...] = ()
+    """Files of questions with choices."""
+    counts: tuple[int, ...] = (0, 1, 4, 16)
+    """Numbers of documents that are learned at once."""
+    questions: int = 200
+    """Most questions of each benchmark."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "questions", "route")
+        if not self.benchmarks:
+            raise ConfigError("no questions: give files of questions with choices (--benchmark FILE)")
+        if min(self.counts) < 0:
+            raise ConfigError("counts must not be negative")
+
+
+Chosen = tuple[int, bool]
+"""The place of the likeliest answer among a question's choices, and whether it is right."""
+
+
+def evaluate_interference(
+    model: Model, config: InterferenceConfig, out: Path, progress: Progress = no_progress
+) -> Report:
+    """Run the evaluation; the table is in `out` after every benchmark."""
+    setup = DocumentSetup(model, config.route)
+    tasks = [read_benchmark(Path(file), lists_choices=False) for file in config.benchmarks]
+    if without := [task.name for task in tasks if not any(row.choices for row in task.test)]:
+        raise ConfigError(f"{', '.join(without)}: its questions have no choices")
+    counts = sorted({0, *config.counts})
+    documents = config.read()
+    if len(documents) < counts[-1]:
+        raise ConfigError(f"{counts[-1]} documents are to be learned at once, and there are {len(documents)}")
+    writer = ReportWriter(out, "interference", INTERFERENCE_COLUMNS, config, model.base, model.documents.id)
+    rows: list[dict[str, Any]] = []
+    of_all: dict[int, list[Chosen]] = {count: [] for count in counts}
+    for done, task in enumerate(tasks):
+        rng = random.Random(f"{config.seed}/{task.name}")
+        asked = rng.sample([row for row in task.test if row.choices], min(config.questions, len(task.test)))
+        of_task: dict[int, list[Chosen]] = {count: [] for count in counts}
+        for first in range(0, len(asked), _QUESTIONS_AT_ONCE):
+            some = asked[first : first + _QUESTIONS_AT_ONCE]
+            texts = rng.sample(documents, counts[-1])  # each few questions meet documents of their own
+            learned = [InMemoryAdapter(model, d.text, d.title, config.chunk_tokens) for d in texts]
+            plainly = _choose(setup, some)
+            for count in counts:
+                of_task[count] += _choose(setup, some, learned[:count], plainly) if count else plainly
+            for one in learned:
+                one.close()
+            progress(done * config.questions + first + len(some), len(tasks) * config.questions)
+        for count in counts:
+            of_all[count] += of_task[count]
+        rows += _rows(task.name, of_task)
+        writer.write(rows, is_complete=False)
+    if len(tasks) > 1:
+        rows += _rows("all", of_all)
+    return writer.write(rows)
+
+
+def _choose(
+    setup: DocumentSetup,
+    rows: Sequence[Example],
+    learned: Sequence[InMemoryAdapter] = (),
+    plainly: Sequence[Chosen] = (),
+) -> list[Chosen]:
+    """The likeliest choice of each row with these documents learned, each routed.
+
+    Args:
+        plainly: the choices without a document, which stay where a question gets nothing of the documents.
+    """
+    requests = []
+    for row in rows:
+        threshold = threshold_for(len(learned))
+        picked = [(document, document.route(row.input, setup.route, threshold)) for document in learned]
+        requests.append(Request(plain(setup, row.input), adapters(setup, picked)))
+    chosen = dict(enumerate(plainly))
+    asked = [i for i, request in enumerate(requests) if not plainly or request.lora is not None]
+    setup.prepare([requests[i] for i in asked])
+    loras = made(setup.base, [requests[i] for i in asked])
+    found = likeliest(setup.base, [requests[i].prompt for i in asked], [rows[i].choices for i in asked], loras)
+    for i, choice in zip(asked, found, strict=True):
+        chosen[i] = choice.by_byte, rows[i].choices[choice.by_byte] in rows[i].outputs
+    return [chosen[i] for i in range(len(rows))]
+
+
+def _rows(name: str, chosen: Mapping[int, Sequence[Chosen]]) -> list[dict[str, Any]]:
+    """A row for each number of documents. A question is a cluster of its own."""
+    before = chosen[0]
+    rows = []
+    for count, now in chosen.items():
+        row: dict[str, Any] = {"benchmark": name, "n_documents": count, "n": len(now)}
+        row["accuracy"], row["low"], row["high"] = mean_with_interval([[float(is_right)] for _, is_right in now])
+        if count:
+            pairs = list(zip(now, before, strict=True))
+            changes = [[float(a) - float(b)] for (_, a), (_, b) in pairs]
+            row["change"], row["change_low"], row["change_high"] = mean_with_interval(changes)
+            row["same"] = mean([a == b for (a, _), (b, _) in pairs])
+        rows.append(row)
+    return rows

@@ -1,0 +1,248 @@
+"""`loracast eval overlap`: what held-out tasks or documents share with those of training."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loracast.documents.task_spec import Example
+from loracast.errors import ConfigError
+from loracast.lab.data.answer_metrics import normalise
+from loracast.lab.data.rows import each_row, local_file
+from loracast.lab.data.tasks import read_tasks
+from loracast.lab.evaluation.report import Progress, Report, ReportWriter, columns, mean, no_progress
+
+COLUMNS = columns(
+    task="held-out task", n=("test rows", 0), same=("same row %", "%"), same_input=("same input %", "%"),
+    near_input=("near input %", "%"), near_task="most of them in", description=("nearest description", 2),
+    description_task="which is of",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OverlapConfig:
+    """What `loracast eval overlap` compares."""
+
+    tasks: str | None = None
+    """A folder of task files, or a file of examples."""
+    documents: tuple[str, ...] = ()
+    """Documents of the training, in place of tasks: JSONL(.gz) rows."""
+    held_out: tuple[str, ...] = ()
+    """Documents that are held out: JSONL(.gz) rows."""
+    near: float = 0.8
+    """Jaccard index of their words from which two inputs of tasks count as nearly the same."""
+    shared: float = 0.2
+    """Share of the shingles (runs of 13 words) of a held-out document from which a training document shares it."""
+    keep: str | None = None
+    """Write the training documents that share no held-out one to this JSONL.gz file."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.near <= 1 or not 0 < self.shared <= 1:
+            raise ConfigError("near and shared must lie above 0 and be at most 1")
+        if bool(self.tasks) == bool(self.documents) or bool(self.documents) != bool(self.held_out):
+            raise ConfigError("give either --tasks, or --documents of the training and documents that are --held-out")
+
+
+def evaluate_overlap(config: OverlapConfig, out: Path, progress: Progress = no_progress) -> Report:
+    """Compare every held-out task with all training tasks, or held-out documents with those of the training.
+
+    Raises:
+        ConfigError: there are no held-out tasks, or no others.
+    """
+    if config.tasks is None:
+        keep = None if config.keep is None else Path(config.keep)
+        files = config.documents, config.held_out
+        return evaluate_document_overlap(*files, config.shared, keep, config, out, progress)
+    tasks = read_tasks(config.tasks)
+    heldout = [task for task in tasks if task.is_heldout and task.test]
+    training = [task for task in tasks if not task.is_heldout]
+    if not heldout or not training:
+        raise ConfigError(f"{config.tasks} needs held-out tasks with test rows, and others, to compare them")
+    rows_of_training = [(task.name, row) for task in training for row in task.train + task.test]
+    inputs = WordIndex([row.input for _, row in rows_of_training])
+    input_texts = {normalise(row.input) for _, row in rows_of_training}
+    pairs = {pair for _, row in rows_of_training for pair in _pairs(row)}
+    described = [(task.name, words) for task in training for words in task.seen_descriptions()]
+    descriptions = WordIndex([words for _, words in described])
+    rows = []
+    for i, task in enumerate(heldout):
+        similar = [inputs.similarities(row.input) for row in task.test]  # each [rows of training]
+        same = [normalise(row.input) in input_texts for row in task.test]
+        near = [is_same or row.max(initial=0.0) >= config.near for is_same, row in zip(same, similar, strict=True)]
+        homes = [rows_of_training[j][0] for row in similar for j in np.flatnonzero(row >= config.near)]
+        texts = [text for some in task.descriptions.values() for text in some]
+        closeness = [descriptions.similarities(text) for text in texts]
+        best = max(range(len(texts)), key=lambda k: closeness[k].max(initial=0.0)) if texts else None
+        rows.append(
+            {
+                "task": task.name,
+                "is_near": task.is_near,
+                "n": len(task.test),
+                "same": mean([not pairs.isdisjoint(_pairs(row)) for row in task.test]),
+                "same_input": mean(same),
+                "near_input": mean(near),
+                "near_task": max(sorted(set(homes)), key=homes.count) if homes else "-",
+                "description": float(closeness[best].max(initial=0.0)) if best is not None else None,
+                "description_task": described[int(np.argmax(closeness[best]))][0]
+                if best is not None and described
+                else "-",
+            }
+        )
+        progress(i + 1, len(heldout))
+    return ReportWriter(out, "overlap", COLUMNS, config, None).write(rows)
+
+
+class WordIndex:
+    """Texts as sets of words, which tells how many words each of them has in common with another text."""
+
+    def __init__(self, texts: Sequence[str]):
+        sets = [_words(text) for text in texts]
+        self._sizes = np.array([len(words) for words in sets])
+        found: dict[str, list[int]] = {}
+        for i, words in enumerate(sets):
+            for word in words:
+                found.setdefault(word, []).append(i)
+        self._rows = {word: np.array(rows) for word, rows in found.items()}
+
+    def similarities(self, text: str) -> np.ndarray:
+        """The Jaccard index of its words with those of each text [texts]."""
+        words = _words(text)
+        shared = np.zeros(len(self._sizes))
+        for word in words:
+            if word in self._rows:
+                shared[self._rows[word]] += 1
+        return shared / np.maximum(1, self._sizes + len(words) - shared)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def _pairs(row: Example) -> set[tuple[str, str]]:
+    return {(normalise(row.input), normalise(output)) for output in row.outputs}
+
+
+N_WORDS = 13
+"""Length of a shingle, as usual for such checks (Brown et al., arXiv 2005.14165, appendix C)."""
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word of a shingle is lost modulo 2^64
+
+DOCUMENT_COLUMNS = columns(
+    source="training source", n=("documents", 0), n_sharing=("that share a held-out one", 0),
+    held_out_source="held-out source", n_held_out=("documents", 0), n_shared=("shared", 0),
+)  # fmt: skip
+
+
+class Shingles:
+    """Numbers for the shingles of texts: equal shingles have the same number, others in practice never."""
+
+    def __init__(self) -> None:
+        self._words: dict[str, int] = {}
+
+    def of(self, text: str) -> NDArray[np.uint64]:
+        """The shingles of a text, each once, ascending; one of all its words where it has fewer than N_WORDS."""
+        words = re.findall(r"\w+", text.lower())
+        ids = np.array([self._words.setdefault(word, len(self._words) + 1) for word in words], dtype=np.uint64)
+        n = max(1, len(ids) - N_WORDS + 1)
+        numbers = np.zeros(n, dtype=np.uint64)
+        for i in range(min(N_WORDS, len(ids))):
+            numbers = numbers * _MULTIPLIER + ids[i : i + n]
+        return np.unique(numbers)
+
+
+class HeldOut:
+    """The shingles of held-out texts, to find those that another text holds."""
+
+    def __init__(self, shingles: Shingles, texts: Iterable[str]):
+        of_texts = [shingles.of(text) for text in texts]
+        self._shingles = shingles
+        self._sizes = np.array([len(some) for some in of_texts])
+        numbers = np.concatenate(of_texts)
+        order = np.argsort(numbers, kind="stable")
+        self._numbers, self._owners = numbers[order], np.repeat(np.arange(len(of_texts)), self._sizes)[order]
+
+    def shared_by(self, text: str, least: float) -> list[int]:
+        """The held-out texts of whose shingles a text has at least this share."""
+        own = self._shingles.of(text)
+        first, last = np.searchsorted(self._numbers, own), np.searchsorted(self._numbers, own, side="right")
+        met = [self._owners[a:b] for a, b in zip(first, last, strict=True) if a < b]
+        if not met:
+            return []
+        counts = np.bincount(np.concatenate(met), minlength=len(self._sizes))
+        return [int(i) for i in np.flatnonzero(counts >= least * self._sizes)]
+
+
+def evaluate_document_overlap(
+    documents: Sequence[str],
+    held_out: Sequence[str],
+    least: float,
+    keep: Path | None,
+    config: Any,
+    out: Path,
+    progress: Progress = no_progress,
+) -> Report:
+    """Look for held-out documents in training documents.
+
+    Args:
+        documents, held_out: files of JSONL rows with `document` or `text`, and optionally `source`.
+        least: share of a held-out document's shingles from which on it counts as shared.
+        keep: where the training rows that share nothing are written, unchanged and in order (JSONL, gzipped).
+        config: the settings for the report.
+    """
+    test = _rows(held_out)
+    found = HeldOut(Shingles(), [_text(row) for row in test])
+    n_held_out = Counter(_source(row) for row in test)
+    sizes: Counter[str] = Counter()
+    sharing: dict[tuple[str, str], set[int]] = defaultdict(set)
+    shared: dict[tuple[str, str], set[int]] = defaultdict(set)
+    kept: list[dict[str, Any]] = []
+    rows = _rows(documents)
+    for i, row in enumerate(rows):
+        source = _source(row)
+        sizes[source] += 1
+        theirs = found.shared_by(_text(row), least)
+        for one in theirs:
+            key = source, _source(test[one])
+            sharing[key].add(i)
+            shared[key].add(one)
+        if not theirs:
+            kept.append(row)
+        progress(i + 1, len(rows))
+    if keep is not None:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        keep.write_bytes(gzip.compress(lines.encode(), mtime=0))
+    table = [
+        {
+            "source": source, "n": sizes[source], "n_sharing": len(sharing[source, held_source]),
+            "held_out_source": held_source, "n_held_out": n_held_out[held_source],
+            "n_shared": len(shared[source, held_source]),
+        }
+        for source, held_source in sorted(shared)
+    ]  # fmt: skip
+    n_shared = len(set().union(*shared.values()))
+    whole = {"source": "all", "n": len(rows), "n_sharing": len(rows) - len(kept)}
+    table.append({**whole, "held_out_source": "all", "n_held_out": len(test), "n_shared": n_shared})
+    return ReportWriter(out, "overlap", DOCUMENT_COLUMNS, config, None).write(table)
+
+
+def _rows(files: Sequence[str]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for file in files:
+        each_row(local_file(file), found.append, "documents")
+    return found
+
+
+def _text(row: dict[str, Any]) -> str:
+    return row["text"] if "text" in row else row["document"]
+
+
+def _source(row: dict[str, Any]) -> str:
+    return row.get("source") or "-"

@@ -1,0 +1,487 @@
+"""`loracast eval qa`: questions that people asked about real documents, a table by source and one by length."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loracast.answering.model import Model
+from loracast.answering.question_answering import ASK_SYSTEM_TURN
+from loracast.base.chat import ChatFormat, Message, encode_with_offsets, without_middle
+from loracast.base.generate import Sampling, answer_batch
+from loracast.base.scoring import Episode, Question, pack, score_answers
+from loracast.documents import split_text
+from loracast.errors import ConfigError
+from loracast.lab.data.answer_metrics import best, exact_match, has_value, rouge_l, token_f1
+from loracast.lab.data.questions import make_clozes
+from loracast.lab.data.rows import QuestionedDocument
+from loracast.lab.evaluation.documents import (
+    WITHOUT_PARTS,
+    DocumentCase,
+    DocumentSetup,
+    Prompt,
+    QuestionedConfig,
+    WindowedConfig,
+    adapter,
+    in_window_lora,
+    learn,
+    no_document,
+    plain,
+    whole,
+    with_text,
+)
+from loracast.lab.evaluation.report import Progress, Report, ReportWriter, cluster_bootstrap, columns, mean, no_progress
+from loracast.lab.evaluation.runner import (
+    Answered,
+    Baseline,
+    Deadline,
+    InMemoryAdapter,
+    Request,
+    ask,
+    check_positive,
+    choose_baselines,
+    figures,
+    fixed,
+    grouped,
+    groups,
+    peak_memory,
+    warm_up,
+)
+from loracast.lab.training.document_source import reading_prompt
+from loracast.lab.training.losses import Distillation, Teacher
+from loracast.lora.algebra import Factors, LoRA, LoRABatch
+from loracast.lora.target import target_from_config
+from loracast.reading.index import best_passages, write_index
+
+_EXAMPLE = (
+    "The Hartwell Bridge was opened in 1897 and is 312 metres long. It was designed by Clara Menzies, who had built "
+    "two lighthouses before. Since 1975 only trams and cyclists may cross it."
+)
+_EXAMPLE_ANSWERS = (
+    ("Who designed the Hartwell Bridge?", "Clara Menzies"),
+    ("How long is the bridge?", "312 metres"),
+    ("What may cross the bridge since 1975?", "only trams and cyclists"),
+)
+# A document with questions and answers as they are wanted: without it, the base answers with sentences.
+
+
+def _naive(document: str, question: str) -> list[Message]:
+    return [{"role": "user", "content": f"{document}\n\n{question}"}]
+
+
+def _brief(document: str, question: str) -> list[Message]:
+    return [{"role": "user", "content": f"{document}\n\nQuestion: {question}\nAnswer in a few words."}]
+
+
+def _quoting(document: str, question: str) -> list[Message]:
+    order = "Answer the question with words from the text, as short as possible."
+    return [{"role": "user", "content": f"Text: {document}\n\n{order}\nQuestion: {question}\nAnswer:"}]
+
+
+def _shots(document: str, question: str) -> list[Message]:
+    """Examples as turns: a document with its first question, then further ones; then the real one in the same way."""
+    messages: list[Message] = []
+    for number, (example, answer) in enumerate(_EXAMPLE_ANSWERS):
+        content = _quoted(_EXAMPLE, example) if number == 0 else f"Question: {example}\nShort answer:"
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return [*messages, {"role": "user", "content": _quoted(document, question)}]
+
+
+def _twice(document: str, question: str) -> list[Message]:
+    """Examples as turns; each question stands before its document too, so that the base knows what to read for."""
+    messages: list[Message] = []
+    for example, answer in _EXAMPLE_ANSWERS:
+        content = f"Question: {example}\n\n{_quoted(_EXAMPLE, example)}"
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return [*messages, {"role": "user", "content": f"Question: {question}\n\n{_quoted(document, question)}"}]
+
+
+def _quoted(document: str, question: str) -> str:
+    return f"{document}\n\nQuestion: {question}\nShort answer:"
+
+
+def _prompt(compose: Callable[[str, str], list[Message]]) -> Prompt:
+    """A prompt of an empty system turn and the composed turns."""
+
+    def prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
+        return chat.conversation([{"role": "system", "content": ASK_SYSTEM_TURN}, *compose(document, question)])
+
+    return prompt
+
+
+PROMPTS: dict[str, Prompt] = {
+    "naive": _prompt(_naive),
+    "brief": _prompt(_brief),
+    "quoting": _prompt(_quoting),
+    "shots": _prompt(_shots),
+    "twice": _prompt(_twice),
+}
+BEST = "quoting"
+"""The best of them on the dev split (docs/notebook)."""
+
+
+N_QUESTIONS = 25
+_KINDS = ("q_proj", "v_proj", "o_proj", "down_proj")
+_RANK = 8
+_STEPS = 60
+_LR = 1e-3
+_ROWS = 5  # the questions in this many rows: attention grows with the square of a row
+_NAME = "distilled"
+
+
+def distil(setup: DocumentSetup, case: DocumentCase) -> LoRA:
+    """Train a LoRA that answers about the document as the base does that sees it."""
+    base = setup.model.base
+    questions = _questions(setup, case)
+    if not questions:  # so short that it has no sentence to ask about
+        return LoRA()
+    teacher = Teacher(base.model, base.pad_id, setup.window_lora)
+    rows = [Episode((), tuple(questions[i::_ROWS])) for i in range(_ROWS) if questions[i::_ROWS]]
+    distillation = Distillation(dataclasses.replace(teacher, lora=None), teacher)
+    batch = pack(distillation.with_soft_targets(rows), base.pad_id).to(base.device)
+    generator = torch.Generator().manual_seed(0)
+    target = target_from_config(base.model.config, _KINDS)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for module in target.modules:
+        a = torch.randn(1, _RANK, module.d_in, generator=generator) / module.d_in**0.5
+        b = torch.zeros(1, module.d_out, _RANK)
+        factors[module.name] = (a.to(base.device).requires_grad_(), b.to(base.device).requires_grad_())
+    optimizer = torch.optim.AdamW([side for pair in factors.values() for side in pair], lr=_LR, weight_decay=0.0)
+    loras = LoRABatch(1, {name: Factors(*pair) for name, pair in factors.items()}, {})
+    with torch.enable_grad():
+        for _ in range(_STEPS):
+            scores = score_answers(base.model, loras, batch)
+            optimizer.zero_grad()
+            scores.distillation_loss.backward()
+            optimizer.step()
+    dtype = base.model.dtype
+    return LoRA({name: Factors(a[0].detach().to(dtype), b[0].detach().to(dtype)) for name, (a, b) in factors.items()})
+
+
+def _questions(setup: DocumentSetup, case: DocumentCase) -> list[Question]:
+    """Rule-made questions, each with the answer that the base gives when it sees the document."""
+    base = setup.base
+    text = without_middle(base.tokenizer, case.document.full_text, base.window // 2)
+    prompt = PROMPTS[BEST] if setup.window_lora is None else reading_prompt
+    clozes = make_clozes(random.Random(case.doc_id), case.document.document.text, N_QUESTIONS)
+    asked = [cloze.question for cloze in clozes]
+    shown = [tuple(prompt(base.chat, text, question)) for question in asked]
+    sampling = Sampling(max_new_tokens=setup.max_new_tokens)
+    said = answer_batch(base, shown, [setup.window_lora] * len(shown), sampling) if shown else []
+    return [
+        Question(plain(setup, question), tuple(base.chat.answer(answer)), window_prompt=shown_prompt)
+        for question, shown_prompt, answer in zip(asked, shown, said, strict=True)
+        if answer
+    ]
+
+
+def learn_distilled(setup: DocumentSetup, case: DocumentCase) -> None:
+    """Train the document's LoRA and keep it with the document's questions."""
+    case.learned[_NAME] = distil(setup, case)
+
+
+def request_distilled(setup: DocumentSetup, case: DocumentCase) -> Request:
+    """The question alone, with the LoRA that was trained for the document."""
+    return Request(plain(setup, case.question), fixed(case.learned[_NAME]))
+
+
+TRUNCATED_TOKENS = 128
+"""Tokens that are left of a document whose middle is left out."""
+PASSAGE_TOKENS = 64
+"""Longest passage: two or three sentences."""
+
+
+def passages(setup: DocumentSetup, case: DocumentCase, k: int) -> list[str]:
+    """The k passages that BM25 finds best for the question, in the document's order; all where there are no more."""
+    tokenizer = setup.base.tokenizer
+    text = case.document.document.text
+    chunks = split_text(text, lambda part: encode_with_offsets(tokenizer, part), max_tokens=PASSAGE_TOKENS)
+    if len(chunks) <= k:
+        return [chunk.text for chunk in chunks]
+    index = sqlite3.connect(":memory:")
+    try:
+        write_index(index, chunks)
+        picked = best_passages(index, case.question, len(chunks), k)
+    finally:
+        index.close()
+    return [chunks[i].text for i in picked]
+
+
+def _retrieved(k: int) -> Callable[[DocumentSetup, DocumentCase], Request]:
+    """The k best passages in the prompt."""
+
+    def request(setup: DocumentSetup, case: DocumentCase) -> Request:
+        return Request(with_text(setup, PROMPTS[BEST], "\n\n".join(passages(setup, case, k)), case.question))
+
+    return request
+
+
+BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
+    "adapter": Baseline("adapter", adapter("document"), learn("document")),
+    "none": Baseline("no document", no_document),
+    "other": Baseline("another's adapter", adapter("other"), learn("other")),
+    "beside": Baseline(
+        "adapter beside another's", adapter("document", "other"), learn("document", "other"), is_optional=True
+    ),
+    **WITHOUT_PARTS,
+    "window": Baseline("in the window", whole(PROMPTS[BEST])),
+    **{
+        f"window_{name}": Baseline(f"window, prompt {name!r}", whole(prompt), is_optional=True)
+        for name, prompt in PROMPTS.items()
+        if name != BEST
+    },
+    "truncated": Baseline(f"window, cut to {TRUNCATED_TOKENS} tokens", whole(PROMPTS[BEST], TRUNCATED_TOKENS)),
+    "window_lora": Baseline(
+        "window LoRA, the text in its window",
+        lambda setup, case: in_window_lora(setup, case.document.full_text, case.question),
+        needs=("window LoRA",),
+    ),
+    "bm25_lora": Baseline(
+        "window LoRA, BM25 passage",
+        lambda setup, case: in_window_lora(setup, "\n\n".join(passages(setup, case, 1)), case.question),
+        needs=("window LoRA",),
+    ),
+    "bm25": Baseline("BM25, 1 passage", _retrieved(1)),
+    "bm25_3": Baseline("BM25, 3 passages", _retrieved(3)),
+    "distilled": Baseline(
+        f"context distillation, {N_QUESTIONS} questions", request_distilled, learn_distilled, is_optional=True
+    ),
+}
+
+
+LENGTHS = (128, 256, 512, 1024)
+"""Where the table by length cuts, in tokens."""
+MAX_NEW_TOKENS = 32
+"""Longest answer: no right one has more than 20 words."""
+_DOCUMENTS_PER_GROUP = 16
+_N_TIMED = 3
+
+COLUMNS = columns(
+    part="documents", label="method", documents=("n", 0), n=("questions", 0), exact=("exact %", "%"),
+    contained=("in answer %", "%"), f1=("F1 %", "%"), f1_low=("95 %", "interval"), rouge_l=("ROUGE-L %", "%"),
+    of_window=("% of window", "%"), of_window_lora=("% of window LoRA", "%"),
+    difference=("adapter minus it (95 %)", "change"), prompt_tokens=("prompt tokens", 0), update_s=("update s", 2),
+    answer_s=("answer s", 2), update_mib=("update MiB", 0), answer_mib=("answer MiB", 0),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QaConfig(QuestionedConfig, WindowedConfig):
+    """What `loracast eval qa` measures."""
+
+    max_documents: int = 200
+    """Most documents of each source, drawn at random."""
+    max_questions: int | None = None
+    """Most questions about one document; by default all."""
+    spans_only: bool = False
+    """Ask only questions whose answer stands in the document."""
+    baselines: tuple[str, ...] = ()
+    """Baselines to run; if empty, all but the optional ones."""
+    budget_s: float | None = None
+    """Begin no further documents after this many seconds; the table shows how many there were."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "max_documents", "max_questions", "route")
+
+
+Updates = dict[str, list[tuple[float, float]]]
+"""By baseline, what the update of each document took: seconds, and MiB above what was held before."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer with its scores: each is the best over the right answers."""
+
+    answered: Answered[DocumentCase]
+    exact: float
+    contained: float
+    """1 where a right answer stands in what was said, as whole words."""
+    f1: float
+    rouge_l: float
+
+    @property
+    def case(self) -> DocumentCase:
+        return self.answered.case
+
+
+def evaluate_qa(model: Model, config: QaConfig, out: Path, progress: Progress = no_progress) -> Report:
+    """Run the evaluation; tables and answers are in `out`, the tables after every few documents."""
+    setup = config.setup(model, MAX_NEW_TOKENS)
+    baselines = choose_baselines(BASELINES, config.baselines, config.missing)
+    chosen = choose(config)
+    writer = ReportWriter(out, "qa", COLUMNS, config, model.base, model.documents.id)
+    scored: list[Scored] = []
+    updates: Updates = {name: [] for name in baselines}
+    deadline, n_done = Deadline(config.budget_s), 0
+    warm_up(model.base)
+    for some in grouped(chosen, _source).values():
+        if n_done and deadline.is_over:
+            break
+        for i, group in enumerate(_groups(model, config, some, deadline)):
+            for name, baseline in baselines.items():
+                new = _answer(setup, name, baseline, group, updates[name], n_timed=0 if i else _N_TIMED)
+                writer.add_answers(map(_line, new))
+                scored += new
+            n_done += len(group)
+            progress(n_done, len(chosen))
+            writer.write(_tables(scored, updates), is_complete=False)
+    return writer.write(_tables(scored, updates), is_complete=n_done == len(chosen))
+
+
+def draw(report: Report, out: Path) -> None:
+    """Draw F1 by length, and F1 by what an answer costs."""
+    from loracast.lab.evaluation import plots
+
+    by_length = [row for row in report.rows if row["kind"] == "length"]
+    if by_length:
+        plots.f1_by_length(out / "by_length.png", by_length)
+    last = [row for row in report.rows if row["kind"] == "source"][-1]["part"]  # all, or the only source
+    plots.f1_by_cost(out / "by_cost.png", [row for row in report.rows if row["part"] == last])
+
+
+def choose(config: QaConfig) -> list[QuestionedDocument]:
+    """Draw the documents and their questions, source by source. Raises ConfigError where none is left."""
+    chosen: list[QuestionedDocument] = []
+    for source, of_source in grouped(sorted(config.read(), key=_source), _source).items():
+        rng = random.Random(f"{config.seed}/{source}")
+        some = rng.sample(of_source, min(config.max_documents, len(of_source)))
+        for document in some:
+            asked = [question for question in document.questions if question.is_span or not config.spans_only]
+            if config.max_questions is not None:
+                asked = rng.sample(asked, min(config.max_questions, len(asked)))
+            if asked:
+                chosen.append(replace(document, questions=tuple(asked)))
+    if not chosen:
+        raise ConfigError("no document has a question whose answer it says; ask all questions (without --spans-only)")
+    return chosen
+
+
+def _source(document: QuestionedDocument) -> str:
+    return document.source
+
+
+def _groups(
+    model: Model, config: QaConfig, documents: Sequence[QuestionedDocument], deadline: Deadline
+) -> Iterator[list[list[DocumentCase]]]:
+    """A few documents at a time, each as its questions; the last document's other one is the first."""
+
+    def make(i: int) -> tuple[QuestionedDocument, InMemoryAdapter]:
+        document = documents[i % len(documents)]
+        return document, InMemoryAdapter(model, document.text, document.title, config.chunk_tokens)
+
+    for group in groups(len(documents), _DOCUMENTS_PER_GROUP, make, deadline):
+        cases = [cases_of(*one) for one in group]
+        yield cases
+        for of_document in cases:
+            of_document[0].learned.clear()
+
+
+def cases_of(document: QuestionedDocument, adapter: InMemoryAdapter, other: InMemoryAdapter) -> list[DocumentCase]:
+    """The questions about one document."""
+    learned: dict[str, LoRA] = {}
+    return [
+        DocumentCase(
+            adapter, other, q.question, q.answers, doc_id=document.doc_id, source=document.source, learned=learned
+        )
+        for q in document.questions
+    ]
+
+
+def _answer(
+    setup: DocumentSetup,
+    name: str,
+    baseline: Baseline[DocumentSetup, DocumentCase],
+    group: Sequence[Sequence[DocumentCase]],
+    updates: list[tuple[float, float]],
+    n_timed: int,
+) -> list[Scored]:
+    """One baseline's answers to all questions about some documents, which are learned one by one as a user would."""
+    for first, *_ in group:
+        with peak_memory() as peak:
+            started = time.perf_counter()
+            if baseline.learn is not None:
+                baseline.learn(setup, first)
+            seconds = time.perf_counter() - started
+        updates.append((seconds, peak.above_mib))
+    cases = {name: [case for of_document in group for case in of_document]}
+    answered = ask(setup, {name: baseline}, cases, Sampling(max_new_tokens=setup.max_new_tokens), n_timed)
+    scores = (exact_match, has_value, token_f1, rouge_l)
+    return [Scored(a, *(best(score, a.text, a.case.answers) for score in scores)) for a in answered]
+
+
+def _tables(scored: Sequence[Scored], updates: Updates) -> list[dict[str, Any]]:
+    """The rows of every source by itself, of all of them, and of every length."""
+    parts = grouped(scored, lambda s: s.case.source or "documents")
+    if len(parts) > 1:
+        parts["all"] = list(scored)
+    by_length = grouped(scored, lambda s: sum(s.case.document.n_tokens >= limit for limit in LENGTHS))
+    rows = [row for part, some in parts.items() for row in _rows(part, some, updates, "source")]
+    if len(by_length) > 1:
+        for i, some in sorted(by_length.items()):
+            rows += _rows(_length_name(i), some, updates, "length")
+    return rows
+
+
+def _length_name(i: int) -> str:
+    low, high = (0, *LENGTHS)[i], (*LENGTHS, None)[i]
+    return f"{low} to {high - 1} tokens" if high else f"{low} tokens or more"
+
+
+def _rows(part: str, scored: Sequence[Scored], updates: Updates, kind: str) -> list[dict[str, Any]]:
+    """One row a baseline, over some documents."""
+    by_baseline = grouped(scored, lambda s: s.answered.baseline)
+    f1 = {name: mean([s.f1 for s in some]) for name, some in by_baseline.items()}
+    rows = []
+    for name, some in by_baseline.items():
+        by_document = _by_document(some)
+        low, high = cluster_bootstrap(list(by_document.values()))
+        row: dict[str, Any] = {
+            "kind": kind,
+            "part": part,
+            "baseline": name,
+            "label": BASELINES[name].label,
+            "documents": len(by_document),
+            **figures([s.answered for s in some]),
+            "exact": mean([s.exact for s in some]),
+            "contained": mean([s.contained for s in some]),
+            "f1": f1[name],
+            "f1_low": low,
+            "f1_high": high,
+            "rouge_l": mean([s.rouge_l for s in some]),
+            "of_window": f1[name] / f1["window"] if f1.get("window") else None,
+            "of_window_lora": f1[name] / f1["window_lora"] if f1.get("window_lora") else None,
+            "document_tokens": mean([s.case.document.n_tokens for s in some]),
+            "update_s": mean([seconds for seconds, _ in updates[name]]),
+            "update_mib": max(mib for _, mib in updates[name]),
+        }
+        if "adapter" in by_baseline and name != "adapter":
+            mine = _by_document(by_baseline["adapter"])
+            gains = [[x - y for x, y in zip(mine[key], by_document[key], strict=True)] for key in mine]
+            row["difference"] = f1["adapter"] - f1[name]
+            row["difference_low"], row["difference_high"] = cluster_bootstrap(gains)
+        rows.append(row)
+    return rows
+
+
+def _by_document(scored: Sequence[Scored]) -> dict[str, list[float]]:
+    """The F1 of each document's questions."""
+    return {key: [s.f1 for s in some] for key, some in grouped(scored, lambda s: s.case.doc_id).items()}
+
+
+def _line(s: Scored) -> dict[str, Any]:
+    """One line of answers.jsonl."""
+    return {
+        "baseline": s.answered.baseline, "source": s.case.source, "doc_id": s.case.doc_id, "question": s.case.question,
+        "answers": s.case.answers, **s.answered.said, "exact": s.exact, "contained": s.contained,
+        "f1": round(s.f1, 4), "rouge_l": round(s.rouge_l, 4), "document_tokens": s.case.document.n_tokens,
+    }  # fmt: skip

@@ -1,0 +1,567 @@
+"""`loracast eval tasks`: what a description is worth as an adapter, beside description and examples in the prompt."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loracast.answering.question_answering import ASK_SYSTEM_TURN
+from loracast.base.embedded import DEFAULT_ENCODER
+from loracast.base.generate import Sampling
+from loracast.base.load import Base
+from loracast.cast.task import TaskCaster
+from loracast.documents.task_spec import Example, TaskSpec, with_description
+from loracast.errors import ConfigError
+from loracast.hypernets.encoders import TextEncoder, load_text_encoder
+from loracast.lab.data.answer_metrics import is_right
+from loracast.lab.data.tasks import DescriptionKind, Metric, Task, check_one_source, tasks_or_benchmarks
+from loracast.lab.evaluation.cost import QueryFlops
+from loracast.lab.evaluation.likelihood import Choice, likeliest
+from loracast.lab.evaluation.plots import exact_by_operations, require_matplotlib
+from loracast.lab.evaluation.report import (
+    Progress,
+    Report,
+    ReportWriter,
+    columns,
+    mean,
+    mean_if_any,
+    no_progress,
+    paired_bootstrap,
+)
+from loracast.lab.evaluation.runner import (
+    Answered,
+    Baseline,
+    Deadline,
+    LoRASource,
+    Request,
+    ask,
+    check_names,
+    check_positive,
+    choose_baselines,
+    fixed,
+    made,
+)
+from loracast.lab.training.oracle import ABOUT, read_oracle
+from loracast.lab.training.text import gibberish
+from loracast.lora.algebra import LoRA
+
+SHOTS = (1, 3, 5, 16, 32)
+"""Numbers of examples in prompts, and of those that adapters are cast from."""
+MOST_SHOTS = max(SHOTS)
+_USUAL_SHOTS = (3, 5)
+"""Numbers of examples of the baselines that run unless others are named."""
+_NEAREST = 5
+
+
+class NearestExamples:
+    """Chooses the examples most like an input, by the cosine of their embeddings; the encoder loads on first use."""
+
+    def __init__(self, encoder: str = DEFAULT_ENCODER):
+        self._name = encoder
+        self._vectors: dict[str, Tensor] = {}
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        return load_text_encoder(self._name)
+
+    def __call__(self, text: str, examples: Sequence[Example], n: int) -> tuple[Example, ...]:
+        """The n examples nearest to the text, the nearest last."""
+        inputs = [text, *(example.input for example in examples)]
+        if new := [one for one in dict.fromkeys(inputs) if one not in self._vectors]:
+            self._vectors.update(zip(new, self._encoder(new), strict=True))
+        query, *keys = (self._vectors[one] for one in inputs)
+        order = (torch.stack(keys) @ query).argsort().tolist()
+        return tuple(examples[i] for i in order[-n:])
+
+
+@dataclass(frozen=True)
+class TaskSetup:
+    """Where the LoRAs of a run's baselines come from; None for what the run does without."""
+
+    base: Base
+    caster: TaskCaster | None = None
+    """Casts descriptions into LoRAs."""
+    oracles: Path | None = None
+    """Library of LoRAs trained on single tasks (`loracast train oracle`)."""
+    multitask: LoRA | None = None
+    """One LoRA trained on all training tasks (`loracast train multitask`)."""
+    multitask_described: LoRA | None = None
+    """The same, trained with descriptions in its prompts."""
+    average: LoRA | None = None
+    """The mean of the oracles of training tasks."""
+    nearest: NearestExamples = field(default_factory=NearestExamples)
+    """Chooses examples for an input."""
+    _last: dict[Hashable, LoRA] = field(default_factory=dict)
+
+    def made_once(self, key: Hashable, make: Callable[[], LoRA]) -> LoRASource:
+        """A source whose LoRA is kept until another one is made: a task's rows follow each other, and need it often."""
+
+        def made() -> LoRA:
+            if key not in self._last:
+                self._last.clear()
+                self._last[key] = make()
+            return self._last[key]
+
+        return LoRASource(key, made)
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Nothing is quicker done for many requests at once."""
+
+    def missing(self) -> dict[str, str]:
+        """What this run does without, and how it is given."""
+        return {name: how for name, how in _GIVEN_BY.items() if not getattr(self, name)}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one seed draws for one task: all baselines get the same."""
+
+    task: Task
+    description: str
+    other_description: str | None
+    """Of a task that is not related; None where there is none."""
+    gibberish: str
+    """Random letters, of the kind that training holds down."""
+    shuffled: str
+    """Words of all descriptions in no order, of which training knows nothing."""
+    shots: tuple[Example, ...]
+    """Examples from the task's training rows; fewer than `MOST_SHOTS` where the task has fewer."""
+    other_shots: tuple[Example, ...] = ()
+    """Examples of the task of the other description."""
+
+
+@dataclass(frozen=True)
+class TaskCase:
+    """One test row of a task, with what the seed has drawn for the task."""
+
+    drawn: Drawn
+    row: Example
+
+
+TaskBaseline = Baseline[TaskSetup, TaskCase]
+Source = Callable[[TaskSetup, Drawn], LoRASource | None]
+
+_GIVEN_BY = {
+    "caster": "a text-to-LoRA hypernetwork (--hypernetwork)",
+    "oracles": "a library of trained LoRAs (--oracles)",
+    "average": "a library of trained LoRAs, those of training tasks among them (--oracles)",
+    "multitask": "a LoRA of `loracast train multitask` (--multitask)",
+    "multitask_described": "a LoRA of `loracast train multitask --described` (--multitask-described)",
+}
+"""How a user gives what a TaskSetup holds."""
+
+
+def prompt_of(
+    base: Base, drawn: Drawn, asked: str, shots: Sequence[Example] = (), is_described: bool = False
+) -> tuple[int, ...]:
+    """The conversation: the description, if wanted, before the first input; examples as turns; then the input."""
+    spec = TaskSpec(drawn.description if is_described else "", tuple(shots))
+    return tuple(base.chat.conversation(spec.conversation(asked, ASK_SYSTEM_TURN)))
+
+
+def _baseline(
+    label: str,
+    source: Source = lambda setup, drawn: None,
+    n_shots: int = 0,
+    is_described: bool = False,
+    needs: tuple[str, ...] = (),
+    is_drawn: bool = True,
+    is_optional: bool = False,
+) -> TaskBaseline:
+    """A baseline with some examples and perhaps the description in its prompt, and the LoRA of a source."""
+
+    def request(setup: TaskSetup, case: TaskCase) -> Request:
+        prompt = prompt_of(setup.base, case.drawn, case.row.input, case.drawn.shots[:n_shots], is_described)
+        return Request(prompt, source(setup, case.drawn))
+
+    return Baseline(label, request, needs=needs, is_drawn=is_drawn, is_optional=is_optional)
+
+
+def _shots(n_shots: int, is_described: bool = False) -> TaskBaseline:
+    what = f"{n_shots} example{'s' * (n_shots > 1)}"
+    label = f"description and {what}" if is_described else f"{what} in the prompt"
+    return _baseline(
+        label,
+        n_shots=n_shots,
+        is_described=is_described,
+        needs=(f"{n_shots} examples",),
+        is_optional=n_shots not in _USUAL_SHOTS,
+    )
+
+
+def _nearest_shots() -> TaskBaseline:
+    """The examples nearest to the input, of all those that are drawn."""
+
+    def request(setup: TaskSetup, case: TaskCase) -> Request:
+        shots = setup.nearest(case.row.input, case.drawn.shots, _NEAREST)
+        return Request(prompt_of(setup.base, case.drawn, case.row.input, shots, is_described=False))
+
+    label = f"{_NEAREST} nearest of {MOST_SHOTS} examples"
+    return Baseline(label, request, needs=(f"{MOST_SHOTS} examples",), is_optional=True)
+
+
+def _reader_shots(n_shots: int) -> TaskBaseline:
+    """The LoRA that was trained with the task in its prompt, in the same format: the upper bound of what is cast."""
+
+    def request(setup: TaskSetup, case: TaskCase) -> Request:
+        text = TaskSpec(case.drawn.description, case.drawn.shots[:n_shots]).text()
+        prompt = setup.base.chat.prompt(with_description(text, case.row.input), ASK_SYSTEM_TURN)
+        assert setup.multitask_described is not None
+        return Request(tuple(prompt), fixed(setup.multitask_described))
+
+    needs = ("multitask_described", f"{n_shots} examples")
+    return Baseline(f"multi-task LoRA, description and {n_shots} examples", request, needs=needs, is_optional=True)
+
+
+def _given(label: str, name: str, is_described: bool = False) -> TaskBaseline:
+    """A baseline with a LoRA that the setup holds."""
+    return _baseline(
+        label,
+        lambda setup, drawn: fixed(getattr(setup, name)),
+        is_described=is_described,
+        needs=(name,),
+        is_drawn=is_described,
+    )
+
+
+def _cast(
+    label: str,
+    spec: Callable[[Drawn], str | TaskSpec],
+    needs: tuple[str, ...] = ("caster",),
+    is_optional: bool = False,
+) -> TaskBaseline:
+    """A baseline with the LoRA that is cast for a specification of the task."""
+
+    def source(setup: TaskSetup, drawn: Drawn) -> LoRASource:
+        task = spec(drawn)
+        return setup.made_once(("cast", task), lambda: _caster(setup).loras([task])[0])
+
+    return _baseline(label, source, needs=needs, is_optional=is_optional)
+
+
+def _cast_from(n_shots: int) -> TaskBaseline:
+    label = f"adapter from description and {n_shots} example{'s' * (n_shots > 1)}"
+
+    def spec(drawn: Drawn) -> TaskSpec:
+        return TaskSpec(drawn.description, drawn.shots[:n_shots])
+
+    return _cast(label, spec, ("caster", f"{n_shots} examples"), is_optional=True)
+
+
+def _caster(setup: TaskSetup) -> TaskCaster:
+    assert setup.caster is not None
+    return setup.caster
+
+
+def _oracle(setup: TaskSetup, drawn: Drawn) -> LoRASource:
+    assert setup.oracles is not None
+    folder = setup.oracles / drawn.task.name
+    return LoRASource(("oracle", drawn.task.name), lambda: read_oracle(folder, setup.base.fingerprint))
+
+
+ADAPTER = "adapter"
+BASELINES: dict[str, TaskBaseline] = {
+    "none": _baseline("base", is_drawn=False),
+    "described": _baseline("description in the prompt", is_described=True),
+    **{f"shots{n}": _shots(n) for n in SHOTS},
+    **{f"described_shots{n}": _shots(n, is_described=True) for n in SHOTS},
+    f"nearest{_NEAREST}": _nearest_shots(),
+    "average": _given("average of the oracles", "average"),
+    "multitask": _given("multi-task LoRA", "multitask"),
+    "multitask_described": _given("multi-task LoRA and description", "multitask_described", is_described=True),
+    **{f"multitask_described_shots{n}": _reader_shots(n) for n in SHOTS[:-1]},
+    ADAPTER: _cast("adapter from the description", lambda drawn: drawn.description),
+    **{f"{ADAPTER}_shots{n}": _cast_from(n) for n in SHOTS},
+    "other": _cast(
+        "adapter from another task's description", lambda drawn: drawn.other_description or "", ("tasks", "caster")
+    ),
+    "other_shots5": _cast(
+        "adapter from another task's description and 5 examples",
+        lambda drawn: TaskSpec(drawn.other_description or "", drawn.other_shots),
+        ("tasks", "caster", "5 examples"),
+        is_optional=True,
+    ),
+    "gibberish": _cast("adapter from random letters", lambda drawn: drawn.gibberish),
+    "shuffled": _cast("adapter from shuffled words", lambda drawn: drawn.shuffled),
+    "constant": _baseline(
+        "adapter from a constant embedding",
+        lambda setup, drawn: LoRASource("constant", lambda: _caster(setup).constant_lora()),
+        needs=("caster",),
+        is_drawn=False,
+    ),
+    "oracle": _baseline("oracle", _oracle, needs=("oracles",), is_drawn=False),
+}
+
+
+_FIRST_SHOTS = 5
+LONGEST: dict[Metric, int] = {"exact": 32, "number": 256}
+"""Longest answer to a task, in tokens, by its metric."""
+
+COLUMNS = columns(
+    label="method", n_tasks=("tasks", 0), n=("rows", 0), exact=("exact %", "%"), near=("near %", "%"),
+    far=("far %", "%"), choice=("chosen %", "%"), choice_by_byte=("by byte %", "%"),
+    difference=("adapter minus it, points (95 %)", "change"), difference_near=("near", "change"),
+    difference_far=("far", "change"), prompt_tokens=("prompt tokens", 0), gflops=("GFLOP a query", 1),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TasksFrom:
+    """Which tasks an experiment takes."""
+
+    tasks: str | None = None
+    """A folder of task files, or a file of examples."""
+    benchmarks: tuple[str, ...] = ()
+    """Files of benchmarks, in place of tasks."""
+    heldout: bool = True
+    """Take the tasks that no training has seen; or else those of the training."""
+
+    def __post_init__(self) -> None:
+        check_one_source(self.tasks, self.benchmarks)
+        if self.benchmarks and not self.heldout:
+            raise ConfigError("benchmarks are held out: leave --trained out")
+
+    def read(self, descriptions: DescriptionKind = "heldout") -> list[Task]:
+        """Read the tasks that have test rows, and descriptions of a kind. Raises ConfigError where there is none."""
+        known = tasks_or_benchmarks(self.tasks, self.benchmarks)
+        tasks = [t for t in known if t.is_heldout == self.heldout and t.test and t.descriptions.get(descriptions)]
+        if not tasks:
+            which = "held-out" if self.heldout else "training"
+            raise ConfigError(
+                f"{self.tasks or self.benchmarks} has no {which} task with test rows and descriptions of the kind "
+                f"{descriptions!r}"
+            )
+        return tasks
+
+
+@dataclass(frozen=True)
+class TasksConfig(TasksFrom):
+    """What `loracast eval tasks` measures."""
+
+    descriptions: DescriptionKind = "heldout"
+    """Kind of the descriptions."""
+    rows: int = 50
+    """Most test rows of a task."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Seeds, each of which draws descriptions and examples anew."""
+    baselines: tuple[str, ...] | None = None
+    """Baselines to run; all that have what they need if None."""
+    only_oracles: bool = False
+    """Take only tasks that have an oracle."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens; if None 32, or 256 where a number is worked out."""
+    budget_s: float | None = None
+    """Begin no further task after this many seconds; the table shows how many there were."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names(self.baselines or (), BASELINES)
+        check_positive(self, "rows", "max_new_tokens")
+        if self.benchmarks and self.descriptions != "heldout":
+            raise ConfigError("benchmarks have held-out descriptions only: leave --descriptions out")
+        if self.baselines == () or not self.seeds:
+            raise ConfigError("baselines and seeds must be at least one")
+
+
+def evaluate_tasks(setup: TaskSetup, config: TasksConfig, out: Path, progress: Progress = no_progress) -> Report:
+    """Run the evaluation; the table, the answers and the figures of each task are in `out` after every task.
+
+    Raises:
+        ConfigError: a baseline lacks what it needs, or there are too few tasks.
+    """
+    require_matplotlib()
+    tasks = _with_oracles(config.read(config.descriptions), config, setup)
+    baselines = _choose_baselines(config, setup, tasks)
+    hypernetwork = setup.caster.caster.id if setup.caster else None
+    writer = ReportWriter(out, "tasks", COLUMNS, config, setup.base, hypernetwork)
+    writer.settings["seed"] = config.seeds[0]
+    n_rows = sum(min(config.rows, len(task.test)) for task in tasks) * len(config.seeds) * len(baselines)
+    deadline = Deadline(config.budget_s)
+    tallies = {name: Tally() for name in baselines}
+    n_done = 0
+    for i in range(len(tasks)):
+        if i and deadline.is_over:
+            break
+        for name, baseline in baselines.items():
+            by_seed: list[list[Scored]] = []
+            for seed in config.seeds:
+                drawn = draw(tasks, i, seed, config.descriptions)
+                if not by_seed or baseline.is_drawn:  # others answer as with the seed before
+                    by_seed.append(_answer(setup, name, baseline, drawn, config))
+                    writer.add_answers(_line(one, seed) for one in by_seed[-1])
+                n_done += len(by_seed[-1])
+                progress(n_done, n_rows)
+            tallies[name].add(by_seed)
+        report = writer.write(_rows(tasks[: i + 1], tallies), is_complete=i + 1 == len(tasks))
+    exact_by_operations(out / "tasks.png", report.rows)
+    return report
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A test row's answer, and what it scored."""
+
+    answered: Answered[TaskCase]
+    is_exact: bool
+    choice: tuple[bool, bool] | None
+    """Where there are choices: whether the likeliest is right, by its sum and for each byte."""
+    gflops: float
+    """Operations of the query with an answer as long as the right one, in units of 10^9 (flops.py)."""
+
+
+@dataclass
+class Tally:
+    """For each row of each task, the share of the seeds with which one baseline got it right."""
+
+    exact: list[list[float]] = field(default_factory=list)
+    choice: list[list[float]] = field(default_factory=list)
+    choice_by_byte: list[list[float]] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+    gflops: list[float] = field(default_factory=list)
+
+    def add(self, by_seed: Sequence[Sequence[Scored]]) -> None:
+        """Add the rows of another task, the same for each seed."""
+        rows = list(zip(*by_seed, strict=True))
+        self.exact.append([mean([one.is_exact for one in row]) for row in rows])
+        for i, shares in enumerate((self.choice, self.choice_by_byte)):
+            shares.append([mean([one.choice[i] for one in row if one.choice]) for row in rows if row[0].choice])
+        self.prompt_tokens += [one.answered.n_prompt_tokens for scored in by_seed for one in scored]
+        self.gflops += [one.gflops for scored in by_seed for one in scored]
+
+
+def _choose_baselines(config: TasksConfig, setup: TaskSetup, tasks: Sequence[Task]) -> dict[str, TaskBaseline]:
+    """The baselines that are asked for, or all that have what they need."""
+    drawn = [draw(tasks, i, 0, config.descriptions) for i in range(len(tasks))]
+    missing = setup.missing()
+    if any(d.other_description is None for d in drawn):
+        missing["tasks"] = "for every task another one that is not related (of another `group`)"
+    fewest = min(len(d.shots) for d in drawn)
+    missing |= {f"{n} examples": f"{n} training examples of every task" for n in SHOTS if n > fewest}
+    return choose_baselines(BASELINES, config.baselines or (), missing)
+
+
+def _with_oracles(tasks: list[Task], config: TasksConfig, setup: TaskSetup) -> list[Task]:
+    """The tasks that have an oracle, where oracles answer. Raises ConfigError unless tasks without may be left out."""
+    if setup.oracles is None or not (config.only_oracles or config.baselines is None or "oracle" in config.baselines):
+        return tasks
+    without = [task.name for task in tasks if not (setup.oracles / task.name / ABOUT).is_file()]
+    if without and (not config.only_oracles or len(without) == len(tasks)):
+        raise ConfigError(
+            f"{setup.oracles} has no oracle of {', '.join(without)}: train them (`loracast train oracle`), evaluate "
+            "the tasks that have one (--only-oracles), or leave the oracle out"
+        )
+    return [task for task in tasks if task.name not in without]
+
+
+def draw(tasks: Sequence[Task], i: int, seed: int, descriptions: DescriptionKind = "heldout") -> Drawn:
+    """Draw description, examples and controls for one of the tasks."""
+    task = tasks[i]
+    rng = random.Random(f"{seed}/{task.name}")
+    unrelated = [t for t in tasks if t is not task and (not t.group or t.group != task.group)]
+    other = rng.choice(unrelated) if unrelated else None
+    shots = rng.sample(task.train, min(_FIRST_SHOTS, len(task.train)))
+    description = rng.choice(task.descriptions[descriptions])
+    other_description = rng.choice(other.descriptions[descriptions]) if other else None
+    more = random.Random(f"{seed}/{task.name}/more examples")  # of their own, so that all else is drawn as without
+    left = [example for example in task.train if example not in shots]
+    shots += more.sample(left, min(MOST_SHOTS - len(shots), len(left)))
+    other_shots = more.sample(other.train, min(_FIRST_SHOTS, len(other.train))) if other else []
+    words = [word for t in tasks for text in t.descriptions[descriptions] for word in text.split()]
+    return Drawn(
+        task,
+        description,
+        other_description,
+        gibberish=gibberish(rng, 1)[0],
+        shuffled=" ".join(rng.sample(words, min(len(words), len(description.split())))),
+        shots=tuple(shots),
+        other_shots=tuple(other_shots),
+    )
+
+
+def test_rows(task: Task, n: int) -> list[Example]:
+    """At most n test rows of a task, always the same ones."""
+    return random.Random(task.name).sample(task.test, min(n, len(task.test)))
+
+
+def _answer(setup: TaskSetup, name: str, baseline: TaskBaseline, drawn: Drawn, config: TasksConfig) -> list[Scored]:
+    """The task's test rows, the same for all baselines and seeds, as one baseline answers them."""
+    task = drawn.task
+    cases = [TaskCase(drawn, row) for row in test_rows(task, config.rows)]
+    sampling = Sampling(max_new_tokens=config.max_new_tokens or LONGEST[task.metric])
+    answered = ask(setup, {name: baseline}, {name: cases}, sampling)
+    choices = _choose(setup, baseline, cases)
+    formula = QueryFlops.of(setup.base.model.config)
+    (lora,) = made(setup.base, [baseline.request(setup, cases[0])])
+    scored = []
+    for i, a in enumerate(answered):
+        n_new = len(setup.base.chat.reply(a.case.row.outputs[0]))
+        is_exact = is_right(a.text, a.case.row.outputs, task.metric)
+        gflops = formula.query(a.n_prompt_tokens, n_new, lora) / 1e9
+        scored.append(Scored(a, is_exact, choices.get(i), gflops))
+    return scored
+
+
+def _choose(setup: TaskSetup, baseline: TaskBaseline, cases: Sequence[TaskCase]) -> dict[int, tuple[bool, bool]]:
+    """For the rows that have choices, of their own or the task's labels: whether the likeliest is right."""
+    choices = {i: c.row.choices or c.drawn.task.labels for i, c in enumerate(cases)}
+    asked = [i for i, texts in choices.items() if texts]
+    requests = [baseline.request(setup, cases[i]) for i in asked]
+    loras = made(setup.base, requests)
+    chosen = likeliest(setup.base, [r.prompt for r in requests], [choices[i] for i in asked], loras)
+
+    def is_right_choice(i: int, choice: Choice) -> tuple[bool, bool]:
+        return choices[i][choice.by_sum] in cases[i].row.outputs, choices[i][choice.by_byte] in cases[i].row.outputs
+
+    return {i: is_right_choice(i, choice) for i, choice in zip(asked, chosen, strict=True)}
+
+
+_KINDS: dict[str, Callable[[Task], bool]] = {
+    "exact": lambda task: True,
+    "near": lambda task: task.is_near,
+    "far": lambda task: not task.is_near,
+}
+
+
+def _rows(tasks: Sequence[Task], tallies: Mapping[str, Tally]) -> list[dict[str, Any]]:
+    """A row for each baseline over the tasks that are done."""
+    rows = []
+    for name, tally in tallies.items():
+        shares = [mean(hits) for hits in tally.exact]
+        row: dict[str, Any] = {
+            "baseline": name,
+            "label": BASELINES[name].label,
+            "n_tasks": len(tasks),
+            "n": sum(map(len, tally.exact)),
+            "choice": mean_if_any([mean(hits) for hits in tally.choice if hits]),
+            "choice_by_byte": mean_if_any([mean(hits) for hits in tally.choice_by_byte if hits]),
+            "prompt_tokens": mean_if_any(tally.prompt_tokens),
+            "gflops": mean_if_any(tally.gflops),
+            "by_task": {task.name: share for task, share in zip(tasks, shares, strict=True)},
+        }
+        for key, is_counted in _KINDS.items():
+            some = [i for i, task in enumerate(tasks) if is_counted(task)]
+            row[key] = mean_if_any([shares[i] for i in some])
+            if ADAPTER in tallies and name != ADAPTER:
+                gain = f"difference_{key}".removesuffix("_exact")
+                pair = ([t.exact[i] for i in some] for t in (tallies[ADAPTER], tally))
+                found = paired_bootstrap(*pair) if some else (None, None, None)
+                row[gain], row[f"{gain}_low"], row[f"{gain}_high"] = found
+        rows.append(row)
+    return rows
+
+
+def _line(scored: Scored, seed: int) -> dict[str, Any]:
+    """One line of answers.jsonl."""
+    a, drawn = scored.answered, scored.answered.case.drawn
+    return {
+        "baseline": a.baseline, "seed": seed, "task": drawn.task.name, "description": drawn.description,
+        "input": a.case.row.input, "outputs": a.case.row.outputs, **a.said, "exact": scored.is_exact,
+        "chosen": scored.choice,
+    }  # fmt: skip

@@ -1,0 +1,543 @@
+"""Draw the documents and questions of each training step: needles, fact sheets, everyday and real documents."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
+from typing import Any, Literal, get_args
+
+from loracast.base.chat import ChatFormat, encode_with_offsets
+from loracast.base.scoring import Episode, Question
+from loracast.documents import split_text
+from loracast.documents.units import sentence_spans, token_sentences
+from loracast.errors import ConfigError, TrainingError
+from loracast.lab.data.everyday import EverydayFact, make_document
+from loracast.lab.data.facts import INSIDE, FactSpan, Split, TokenLabel, label_tokens, make_sheet
+from loracast.lab.data.needles import hide, make_needles, sentences
+from loracast.lab.data.questions import find_answer, make_clozes
+from loracast.lab.data.rows import QuestionedDocument, read_questioned, read_texts, read_unrelated
+from loracast.lab.training.losses import weights_of
+
+# System turns of training prompts; most are empty, since the template's own (None) is longer than a question.
+SYSTEM_TURNS = ("", "", "", "Answer briefly.", "You answer questions.", None)
+CONTINUE = ("Continue: {}", "Go on: {}", "How does the text go on? {}", "What comes after this? {}")
+START_TOKENS, CONTINUED_TOKENS = 8, 24  # of a passage: those that the prompt gives, and those that the answer has
+_FEWEST_CONTINUED = 4
+PASSAGE_TOKENS = START_TOKENS + CONTINUED_TOKENS  # distance between passages, so that they do not overlap
+UNRELATED_SHARE = 0.35  # of steps: their documents are also asked an unrelated question, if there are any
+
+Answered = Sequence[tuple[str, str, FactSpan]]
+"""Questions with their answers and the statements that give them."""
+
+
+def reading_prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
+    """The prompt of a reader that sees the document: the text, then the question, under an empty system turn."""
+    content = f"{document}\n\nQuestion: {question}"
+    return chat.conversation([{"role": "system", "content": ""}, {"role": "user", "content": content}])
+
+
+def split_passage(
+    text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], first: int
+) -> tuple[str, tuple[int, ...]]:
+    """Split the passage that begins at token `first` into the text that is given and the tokens to continue with."""
+    begins = first + START_TOKENS
+    start = text[offsets[first][0] : offsets[begins - 1][1]].strip()
+    return start, tuple(ids[begins : begins + CONTINUED_TOKENS])
+
+
+class EpisodeMaker:
+    """Makes episodes for one base: its tokenizer and its chat format."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat: ChatFormat,
+        unrelated: Sequence[tuple[str, str]] = (),
+        shows_documents: bool = False,
+    ):
+        """`unrelated` are (question, answer) pairs unrelated to any document; with `shows_documents`, questions
+        about real documents also get the prompt of a teacher that sees the document.
+        """
+        self.tokenizer, self.chat = tokenizer, chat
+        self.unrelated, self.shows_documents = unrelated, shows_documents
+
+    def chunk_texts(self, text: str, max_tokens: int, title: str = "") -> list[str]:
+        """A document's chunks, as the encoder reads them."""
+        encode = partial(encode_with_offsets, self.tokenizer)
+        return [chunk.prompt for chunk in split_text(text, encode, max_tokens=max_tokens, title=title)]
+
+    def asks_unrelated(self, rng: random.Random) -> bool:
+        """Draw whether all documents of a step get an unrelated question or none: rows are padded to its length."""
+        return bool(self.unrelated) and rng.random() < UNRELATED_SHARE
+
+    def episode(
+        self,
+        rng: random.Random,
+        texts: Sequence[str],
+        answered: Answered,
+        task: str,
+        *,
+        asks_unrelated: bool,
+        document: str | None = None,
+        unasked: Sequence[FactSpan] = (),
+    ) -> Episode:
+        """An episode from chunk texts, with its questions under one system turn and token labels for its statements.
+
+        `document` is the text that a teacher may see; an unrelated question comes last if `asks_unrelated`. A memory
+        has to write values before it knows the questions, so values not asked for are labelled too (`unasked`).
+        """
+        system = rng.choice(SYSTEM_TURNS)
+        asked = [text for text, *_ in answered]
+        questions = []
+        for text, answer, _ in answered:
+            shown = reading_prompt(self.chat, document, text) if document and self.shows_documents else ()
+            prompt = tuple(self.chat.prompt(text, system))
+            questions.append(Question(prompt, tuple(self.chat.answer(answer)), window_prompt=tuple(shown)))
+        if asks_unrelated:
+            text, answer = rng.choice(self.unrelated)
+            asked.append(text)
+            prompt = tuple(self.chat.prompt(text, system))
+            questions.append(Question(prompt, tuple(self.chat.reply(answer)), is_unrelated=True))
+        encoded = [encode_with_offsets(self.tokenizer, text) for text in texts]
+        labels: list[TokenLabel] = []
+        for i, (text, (_, offsets)) in enumerate(zip(texts, encoded, strict=True)):
+            labels += label_tokens(i, text, offsets, [fact for *_, fact in answered])
+            taken = {label.token for label in labels if label.chunk == i}
+            for fact in unasked:  # a value that shares a token with another one is left out
+                found = label_tokens(i, text, offsets, [fact])
+                if taken.isdisjoint(tokens := {label.token for label in found}):
+                    labels += [label._replace(statement=-1) for label in found]
+                    taken |= tokens
+        episode = Episode(tuple(tuple(ids) for ids, _ in encoded), tuple(questions), task, tuple(labels))
+        return _weighed(episode, texts, [offsets for _, offsets in encoded], asked)
+
+    def passages(self, rng: random.Random, texts: Sequence[str], n: int) -> Episode:
+        """A document with at most `n` passages, none overlapping, to continue word for word from their first tokens."""
+        encoded = [encode_with_offsets(self.tokenizer, text) for text in texts]
+        places: list[tuple[int, int]] = []  # chunk, first token
+        for i, (ids, _) in enumerate(encoded):
+            last = len(ids) - START_TOKENS - _FEWEST_CONTINUED
+            places += [(i, first) for first in range(rng.randrange(PASSAGE_TOKENS), last + 1, PASSAGE_TOKENS)]
+        questions, labels, asked = [], [], []
+        for number, (chunk, first) in enumerate(rng.sample(places, min(n, len(places)))):
+            ids, offsets = encoded[chunk]
+            start, answer = split_passage(texts[chunk], ids, offsets, first)
+            asked.append(rng.choice(CONTINUE).format(start))
+            prompt = self.chat.prompt(asked[-1], rng.choice(("", None)))
+            questions.append(Question(tuple(prompt), answer))
+            token = first + START_TOKENS
+            labels += [TokenLabel(chunk, token + i, INSIDE, -1, i, -1, number) for i in range(len(answer))]
+        episode = Episode(tuple(tuple(ids) for ids, _ in encoded), tuple(questions), "reading", tuple(labels))
+        return _weighed(episode, texts, [offsets for _, offsets in encoded], asked)
+
+
+def _weighed(
+    episode: Episode, texts: Sequence[str], offsets: Sequence[Sequence[tuple[int, int]]], asked: Sequence[str]
+) -> Episode:
+    """The episode with the weights that its questions give the document's sentences.
+
+    Args:
+        offsets: the (start, end) characters of each chunk's tokens.
+        asked: the questions' texts.
+    """
+    sentences, n = [], 0
+    for text, of_text in zip(texts, offsets, strict=True):
+        spans = sentence_spans(text)
+        sentences.append(tuple(n + i for i in token_sentences(spans, of_text)))
+        n += len(spans)
+    pairs = zip(episode.questions, weights_of(texts, asked), strict=True)
+    questions = tuple(replace(question, sentence_weights=weights) for question, weights in pairs)
+    return replace(episode, questions=questions, token_sentences=tuple(sentences))
+
+
+_MOST_UNASKED = 32  # answers of one document that are labelled without being asked for: each is looked up
+
+
+def answered_questions(rng: random.Random, document: QuestionedDocument, n: int) -> Answered:
+    """At most `n` of a document's questions whose answers stand in it, with the answers in the document's words."""
+    rng.shuffle(spans := document.spans)
+    found = ((span.question, find_answer(document.text, span.question, span.answers)) for span in spans[:n])
+    return [(question, fact.value, fact) for question, fact in found if fact is not None]
+
+
+def unasked_values(document: QuestionedDocument, answered: Answered) -> list[FactSpan]:
+    """The answers to a document's other questions, where they stand in it."""
+    asked = {question for question, *_ in answered}
+    others = [span for span in document.spans if span.question not in asked][:_MOST_UNASKED]
+    found = (find_answer(document.text, span.question, span.answers) for span in others)
+    return [fact for fact in found if fact is not None]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Documents with the same number of chunks, weighted by their numbers of questions."""
+
+    n_chunks: int
+    documents: list[QuestionedDocument]
+    weights: list[int]
+
+
+class DocumentSource:
+    """Draws documents with questions; those of one step have equally many chunks, so they need little padding."""
+
+    def __init__(
+        self,
+        documents: Sequence[QuestionedDocument],
+        maker: EpisodeMaker,
+        *,
+        max_chunk_tokens: int,
+        max_chunks: int,
+        max_questions: int,
+        reading_chunk_tokens: int,
+    ):
+        """Raises TrainingError if no document fits."""
+        self.maker, self.max_chunk_tokens, self.max_questions = maker, max_chunk_tokens, max_questions
+        self.reading_chunk_tokens = reading_chunk_tokens
+        if not any(self._n_spans(document) for document in documents):
+            raise TrainingError("the documents have no question whose answer stands in them (`span`)")
+        by_chunks: dict[int, list[QuestionedDocument]] = defaultdict(list)
+        tokenised = maker.tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
+        for document, ids in zip(documents, tokenised, strict=True):
+            n_chunks = ceil(len(ids) / max_chunk_tokens)
+            if n_chunks <= max_chunks:
+                by_chunks[n_chunks].append(document)
+        if not by_chunks:
+            raise TrainingError(
+                f"no document has {max_chunks * max_chunk_tokens} tokens or fewer; raise data.max_chunks"
+            )
+        self._groups = [_Group(n, some, [self._n_spans(d) for d in some]) for n, some in sorted(by_chunks.items())]
+
+    def asked_by_people(self, rng: random.Random, n_questions: int, n_tokens: int) -> list[Episode]:
+        """Documents of at most `n_tokens` tokens in all with people's questions, about `n_questions` in all."""
+        # Weighted by questions: a document that is read for a single question teaches little in a step.
+        group = rng.choices(self._groups, [sum(group.weights) for group in self._groups])[0]
+        return self._step(rng, n_questions, n_tokens, group, group.weights, answered_questions, "questions")
+
+    def asked_by_rule(self, rng: random.Random, n_questions: int, n_tokens: int) -> list[Episode]:
+        """The same with rule-made questions."""
+
+        def clozes(rng: random.Random, document: QuestionedDocument, n: int) -> Answered:
+            return [(cloze.question, cloze.answer, cloze.fact) for cloze in make_clozes(rng, document.text, n)]
+
+        group = rng.choices(self._groups, [len(group.documents) for group in self._groups])[0]
+        return self._step(rng, n_questions, n_tokens, group, None, clozes, "cloze")
+
+    def read(self, rng: random.Random, n_passages: int, n_tokens: int) -> list[Episode]:
+        """Documents with passages to continue word for word: about `n_passages` in all, `n_tokens` as above."""
+        group = rng.choices(self._groups, [len(group.documents) for group in self._groups])[0]
+        n_documents = self._n_documents(group, n_tokens)
+        episodes: list[Episode] = []
+        for document in rng.choices(group.documents, k=20 * n_documents):  # some are too short
+            n_asked = sum(len(episode.questions) for episode in episodes)
+            if n_asked >= n_passages or len(episodes) >= n_documents:
+                break
+            texts = self.maker.chunk_texts(document.text, self.reading_chunk_tokens)
+            episode = self.maker.passages(rng, texts, self.max_questions)
+            episodes += [episode] if episode.questions else []
+        if not episodes:
+            raise TrainingError("the documents are too short to continue their passages; leave data.reading_share at 0")
+        return episodes
+
+    def _n_documents(self, group: _Group, n_tokens: int) -> int:
+        return max(1, n_tokens // (group.n_chunks * self.max_chunk_tokens))
+
+    def _n_spans(self, document: QuestionedDocument) -> int:
+        return min(self.max_questions, len(document.spans))
+
+    def _step(
+        self,
+        rng: random.Random,
+        n_questions: int,
+        n_tokens: int,
+        group: _Group,
+        weights: Sequence[int] | None,
+        ask: Callable[[random.Random, QuestionedDocument, int], Answered],
+        task: str,
+    ) -> list[Episode]:
+        n_documents = self._n_documents(group, n_tokens)
+        episodes: list[Episode] = []
+        seen: set[str] = set()
+        n_asked = 0
+        asks_unrelated = self.maker.asks_unrelated(rng)
+        for document in rng.choices(group.documents, weights, k=20 * n_documents):
+            if n_asked >= n_questions or len(episodes) >= n_documents:
+                break
+            answered = [] if document.doc_id in seen else ask(rng, document, self.max_questions)
+            seen.add(document.doc_id)
+            if answered:
+                title = document.title if rng.random() < 0.5 else ""
+                texts = self.maker.chunk_texts(document.text, self.max_chunk_tokens, title)
+                unasked = unasked_values(document, answered) if task == "questions" else []
+                episode = self.maker.episode(
+                    rng, texts, answered, task, asks_unrelated=asks_unrelated, document=document.text, unasked=unasked
+                )
+                episodes.append(episode)
+                n_asked += len(answered)
+        if not episodes:
+            raise TrainingError("the documents have no question whose answer stands in them")
+        return episodes
+
+
+EpisodeKind = Literal["needle", "questions", "cloze", "reading", "everyday", "facts"]
+KINDS: tuple[EpisodeKind, ...] = get_args(EpisodeKind)
+"""Kinds of episodes, in the order in which a step draws one; fact sheets get the share that the others leave."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Documents and questions of a training run."""
+
+    seed: int = 0
+    """Seed of the data."""
+    questions_per_step: int = 96
+    """Distinct questions in one step, over all its documents."""
+    context_tokens_per_step: int = 24_000
+    """Most tokens of documents in one step of needles or real documents: long documents come with fewer questions."""
+    needle_share: float = 0.0
+    """Share of steps that hide needles in prose; steps of no other share learn fact sheets."""
+    max_needles: int = 8
+    """Most needles in one document."""
+    needle_kinds: tuple[str, ...] = ()
+    """Kinds of value that needles have (as in content/needles.toml); all if empty."""
+    min_facts: int = 1
+    """Fewest facts on one sheet."""
+    max_facts: int = 5
+    """Most facts on one sheet."""
+    diluted_share: float = 0.0
+    """Share of fact sheets whose statements are scattered in prose, as in a real manual."""
+    min_chunk_tokens: int = 32
+    """Shortest chunk of a needle document."""
+    max_chunk_tokens: int = 256
+    """Longest chunk."""
+    max_chunks: int = 1
+    """Most chunks of a document."""
+    texts: tuple[str, ...] = ()
+    """Files of prose around needles: JSONL (optionally gzipped) with a `document` or `text` field, or plain text."""
+    text_sources: tuple[str, ...] = ()
+    """Of JSONL rows with a `source` field, take only these sources (for their licence)."""
+    question_share: float = 0.0
+    """Share of steps with people's questions about real documents; only questions whose answers stand there."""
+    cloze_share: float = 0.0
+    """Share of steps with rule-made questions about the same documents."""
+    reading_share: float = 0.0
+    """Share of steps that continue passages of the same documents word for word."""
+    reading_chunk_tokens: int = 256
+    """Longest chunk of those; where it is the memory's rank, every token can be stored."""
+    documents: tuple[str, ...] = ()
+    """Files of documents with questions: JSONL (optionally gzipped) rows of `document` and `questions`."""
+    document_sources: tuple[str, ...] = ()
+    """Of rows with a `source` field, take only these sources."""
+    merged_share: float = 0.25
+    """Share of steps whose questions get the whole memory; in the others they weigh it by sentence, as `ask` does."""
+    max_questions: int = 8
+    """Most questions about one real or everyday document in a step."""
+    everyday_share: float = 0.0
+    """Share of steps with generated everyday documents: e-mails, contracts, recipes, price lists and others."""
+    unrelated: tuple[str, ...] = ()
+    """Files of questions unrelated to any document; the base shall answer them as it does without a LoRA."""
+
+    def __post_init__(self) -> None:
+        if (self.needle_share > 0 or self.diluted_share > 0) and not self.texts:
+            raise ConfigError("needles and diluted sheets need prose around them: give a file of texts (--texts FILE)")
+        if self.document_share > 0 and not self.documents:
+            raise ConfigError("questions and reading need documents: give a file of them (--documents FILE)")
+        if self.needle_share + self.document_share + self.everyday_share > 1 + 1e-9:
+            shares = "needle_share, question_share, cloze_share, reading_share and everyday_share"
+            raise ConfigError(f"{shares} are more than 1 together")
+
+    @property
+    def document_share(self) -> float:
+        """Share of steps with real documents."""
+        return self.question_share + self.cloze_share + self.reading_share
+
+
+def _fact_span(fact: EverydayFact) -> FactSpan:
+    return FactSpan(fact.statement, fact.subject, fact.answer, fact.value_at)
+
+
+class Prose:
+    """Sentences of natural text with their token counts, from which spans of a wanted length are cut."""
+
+    def __init__(self, texts: Sequence[str], tokenizer: Any):
+        self._documents: list[list[tuple[str, int]]] = []
+        for text in texts:
+            pieces = sentences(text)
+            if len(pieces) >= 3:
+                lengths = [len(ids) for ids in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]]
+                self._documents.append(list(zip(pieces, lengths, strict=True)))
+        if not self._documents:
+            raise TrainingError("the given texts hold no prose (no document of three sentences)")
+
+    def span(self, rng: random.Random, n_tokens: int) -> list[str]:
+        """Successive sentences of about `n_tokens` tokens; another document follows an end or an overlong sentence."""
+        chosen: list[str] = []
+        room = n_tokens
+        for _ in range(100):  # more than enough, unless there are only long sentences
+            document = rng.choice(self._documents)
+            for sentence, length in document[rng.randrange(len(document)) :]:
+                if length > room + 15:
+                    break
+                chosen.append(sentence)
+                room -= length
+                if room <= 0:
+                    return chosen
+            if chosen and room < n_tokens / 2:
+                break
+        if not chosen:
+            few = f"no sentence of at most {n_tokens + 15} tokens"
+            raise TrainingError(f"the texts hold {few}; give others, or longer chunks")
+        return chosen
+
+
+class EpisodeSource:
+    """Draws the episodes of a step, all of one kind."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Any,
+        chat: ChatFormat,
+        split: Split = "train",
+        shows_documents: bool = False,
+    ):
+        self.config, self.split = config, split
+        self.maker = EpisodeMaker(tokenizer, chat, read_unrelated(config.unrelated), shows_documents)
+        self.prose = Prose(read_texts(config.texts, config.text_sources), tokenizer) if config.texts else None
+        self.documents: DocumentSource | None = None
+        if config.documents:
+            self.documents = DocumentSource(
+                read_questioned(config.documents, config.document_sources, "train"), self.maker,
+                max_chunk_tokens=config.max_chunk_tokens, max_chunks=config.max_chunks,
+                max_questions=config.max_questions, reading_chunk_tokens=config.reading_chunk_tokens,
+            )  # fmt: skip
+
+    def step(self, number: int) -> list[Episode]:
+        """The episodes of batch `number`."""
+        rng = random.Random(f"{self.config.seed}/0/{number}")  # the 0 keeps what recipes drew before
+        c = self.config
+        shares = (c.needle_share, c.question_share, c.cloze_share, c.reading_share, c.everyday_share)
+        drawn = rng.random()
+        kind: EpisodeKind = "facts"
+        for of_share, share in zip(KINDS, shares, strict=False):
+            if drawn < share:
+                kind = of_share
+                break
+            drawn -= share
+        episodes = self._draw(kind, rng)
+        is_merged = random.Random(f"{self.config.seed}/0/{number}/merged").random() < c.merged_share
+        return [episode.merged() for episode in episodes] if is_merged else episodes
+
+    def of_kind(self, kind: EpisodeKind, number: int) -> list[Episode]:
+        """The episodes of one step of a kind, whatever its share."""
+        return self._draw(kind, random.Random(f"{self.config.seed}/{kind}/{number}"))
+
+    def _draw(self, kind: EpisodeKind, rng: random.Random) -> list[Episode]:
+        c = self.config
+        if kind == "facts":
+            return self._fact_step(rng)
+        if kind == "needle":
+            return self._needle_step(rng)
+        if kind == "everyday":
+            return self._everyday_step(rng)
+        if self.documents is None:
+            raise ConfigError(f"{kind} need documents: give a file of them (--documents FILE)")
+        ask = {"questions": self.documents.asked_by_people, "cloze": self.documents.asked_by_rule}
+        return ask.get(kind, self.documents.read)(rng, c.questions_per_step, c.context_tokens_per_step)
+
+    def _needle_step(self, rng: random.Random) -> list[Episode]:
+        """Needle documents that all have the same number of chunks."""
+        if self.prose is None:
+            raise ConfigError("needles need prose around them: give a file of texts (--texts FILE)")
+        c = self.config
+        n_chunks = rng.choice([1, *range(1, c.max_chunks + 1)])
+        counts = (1, 1, 1, 2, 4, 8) if n_chunks == 1 else (2, 4, 8)
+        n_questions = rng.choice([n for n in counts if n <= c.max_needles] or [1])
+        n_tokens = rng.randint(c.min_chunk_tokens, c.max_chunk_tokens) if n_questions < 8 else c.max_chunk_tokens
+        n_documents = max(1, c.questions_per_step // n_questions)
+        n_documents = max(1, min(n_documents, c.context_tokens_per_step // (n_tokens * n_chunks)))
+        asks_unrelated = self.maker.asks_unrelated(rng)
+        drawn = n_questions, n_tokens, n_chunks, asks_unrelated
+        return [self.needle_episode(rng, self.prose, *drawn) for _ in range(n_documents)]
+
+    def _fact_step(self, rng: random.Random) -> list[Episode]:
+        c = self.config
+        n_facts = rng.randint(c.min_facts, c.max_facts)
+        shortest = max(c.min_chunk_tokens, 48) if c.max_chunks > 1 else c.max_chunk_tokens
+        n_tokens = rng.choice([c.max_chunk_tokens, rng.randint(shortest, c.max_chunk_tokens)])
+        asks_unrelated = self.maker.asks_unrelated(rng)
+        n_documents = max(1, c.questions_per_step // n_facts)
+        return [self.fact_episode(rng, n_facts, n_tokens, asks_unrelated) for _ in range(n_documents)]
+
+    def _everyday_step(self, rng: random.Random) -> list[Episode]:
+        """Everyday documents whose questions are all different, until the step has its questions."""
+        c = self.config
+        asks_unrelated = self.maker.asks_unrelated(rng)
+        episodes: list[Episode] = []
+        asked: set[str] = set()
+        while (n_left := c.questions_per_step - len(asked)) > 0:
+            episodes.append(self.everyday_episode(rng, min(c.max_questions, n_left), asked, asks_unrelated))
+        return episodes
+
+    def everyday_episode(
+        self, rng: random.Random, n_questions: int, asked: set[str], asks_unrelated: bool = False
+    ) -> Episode:
+        """An everyday document with at most so many questions, none of which is in `asked`; they join it.
+
+        Questions that it does not answer are left out: they make the base refuse many that it does answer.
+        """
+        facts: list[EverydayFact] = []
+        while not facts:
+            document = make_document(rng, split=self.split)
+            new = [fact for fact in document.facts if fact.kind != "not said" and fact.question not in asked]
+            facts = rng.sample(new, min(n_questions, len(new)))
+        asked.update(fact.question for fact in facts)
+        unasked = [_fact_span(fact) for fact in (*document.facts, *document.unasked) if fact not in facts]
+        texts = self.maker.chunk_texts(document.text, self.config.max_chunk_tokens, document.title)
+        answered = [(f.question, f.answer, _fact_span(f)) for f in facts]
+        return self.maker.episode(rng, texts, answered, "everyday", asks_unrelated=asks_unrelated, unasked=unasked)
+
+    def sample_text(self, rng: random.Random, n_tokens: int) -> str:
+        """Text like that of the documents, for measuring a base's activations."""
+        if self.prose is not None:
+            return " ".join(self.prose.span(rng, n_tokens))
+        return make_sheet(rng, max(4, n_tokens // 16), split=self.split).text
+
+    def needle_episode(
+        self,
+        rng: random.Random,
+        prose: Prose,
+        n_needles: int,
+        n_tokens: int,
+        n_chunks: int = 1,
+        asks_unrelated: bool = False,
+    ) -> Episode:
+        """Prose in `n_chunks` chunks of about `n_tokens` tokens with hidden needles, each asked for."""
+        kinds = self.config.needle_kinds
+        needles = make_needles(rng, n_needles, split=self.split, kind=rng.choice(kinds) if kinds else None)
+        room = max(8, n_tokens - 16 * n_needles)
+        homes = [rng.randrange(n_chunks) for _ in needles]
+        texts = []
+        for chunk in range(n_chunks):
+            here = [needle.statement for needle, home in zip(needles, homes, strict=True) if home == chunk]
+            texts.append(" ".join(hide(here, prose.span(rng, room), [rng.random() for _ in here])))
+        owners = [needle.key if needle.key in needle.statement else "" for needle in needles]
+        facts = [FactSpan(n.statement, owner, n.answer) for n, owner in zip(needles, owners, strict=True)]
+        answered = [(n.question, n.answer, fact) for n, fact in zip(needles, facts, strict=True)]
+        return self.maker.episode(rng, texts, answered, "needle", asks_unrelated=asks_unrelated)
+
+    def fact_episode(
+        self, rng: random.Random, n_facts: int, max_chunk_tokens: int, asks_unrelated: bool = False
+    ) -> Episode:
+        """A fact sheet, perhaps diluted with prose, with a question for each fact."""
+        sheet = make_sheet(rng, n_facts, split=self.split)
+        text = sheet.text
+        if self.prose is not None and rng.random() < self.config.diluted_share:
+            prose = self.prose.span(rng, rng.randint(1, 2) * max_chunk_tokens // 2)
+            text = " ".join(hide([fact.statement for fact in sheet.facts], prose, [rng.random() for _ in sheet.facts]))
+        texts = self.maker.chunk_texts(text, max_chunk_tokens, sheet.title)
+        answered = [(f.question, f.answer, FactSpan(f.statement, f.subject, f.answer)) for f in sheet.facts]
+        return self.maker.episode(rng, texts, answered, "facts", asks_unrelated=asks_unrelated)

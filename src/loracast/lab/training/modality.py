@@ -1,0 +1,269 @@
+"""Train the document hypernetwork on another modality: an image's features become a LoRA of the text-only base."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loracast.base.chat import ChatFormat
+from loracast.base.load import Base
+from loracast.base.scoring import Episode, Question, pack, score_answers
+from loracast.errors import ConfigError, TrainingError
+from loracast.files import features_dir
+from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
+from loracast.hypernets.encoders import Encoder, Features, check_encoder
+from loracast.lab.data.labelled import Labelled
+from loracast.lab.data.rows import read_content, read_unrelated
+from loracast.lab.training.document_source import UNRELATED_SHARE
+from loracast.lab.training.loop import OnMetrics, TrainConfig, Workers
+from loracast.lab.training.losses import Distillation, Teacher
+from loracast.lab.training.recipe import check_values, read_recipe_as, recorded, start_from, train_hypernet
+from loracast.lora.target import Layers, target_from_config
+
+_BATCH = 16  # examples that are encoded at once
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A property that can be asked for besides the class."""
+
+    name: str
+    train: tuple[str, ...]  # wordings of the question
+    test: str
+    answers: Mapping[str, str]  # by class
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """All different answers."""
+        return tuple(dict.fromkeys(self.answers.values()))
+
+
+@dataclass(frozen=True)
+class Wordings:
+    """The questions about examples of a modality."""
+
+    train: tuple[str, ...]
+    test: str
+    unseen: str  # a wording that training never has
+    attributes: tuple[Attribute, ...]
+
+
+@cache
+def wordings(modality: str) -> Wordings:
+    """Read the questions about a modality from content/modalities.toml."""
+    table = read_content("modalities")[modality]
+    attributes = []
+    for name, given in table.get("attributes", {}).items():
+        answers = {cls: answer for answer, classes in given["answers"].items() for cls in classes}
+        attributes.append(Attribute(name, tuple(given["train"]), given["test"], answers))
+    return Wordings(tuple(table["train"]), table["test"], table["unseen_wording"], tuple(attributes))
+
+
+@dataclass(frozen=True)
+class ModalityDataConfig:
+    """What the steps of a training look like."""
+
+    seed: int = 0
+    """Seed of the data."""
+    examples_per_step: int = 32
+    """Examples in one step, each cast into its own LoRA."""
+    questions_per_example: int = 2
+    """Questions about each example."""
+    attribute_share: float = 0.5
+    """Share of the questions after the first one that ask for an attribute, if there is one, instead of the class."""
+    unrelated: tuple[str, ...] = ()
+    """Files of questions unrelated to any example; the base shall answer them as it does without a LoRA."""
+
+    def __post_init__(self) -> None:
+        if min(self.examples_per_step, self.questions_per_example) < 1 or not 0 <= self.attribute_share <= 1:
+            raise ConfigError(
+                "examples_per_step and questions_per_example must be at least 1, attribute_share between 0 and 1"
+            )
+
+
+def encoded(
+    labelled: Labelled,
+    indices: Sequence[int],
+    encoder: Encoder,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """Features of some examples [n, t, d] in bf16, computed once and memory-mapped from the cache."""
+    from safetensors.torch import load_file, save_file
+
+    which = hashlib.sha256(f"{encoder.fingerprint}/{labelled.fingerprint}/{list(indices)}".encode()).hexdigest()[:16]
+    path = features_dir() / f"{labelled.modality}-{which}.safetensors"
+    if not path.is_file():
+        rows = []
+        for first in range(0, len(indices), _BATCH):
+            examples = [labelled.load(i) for i in indices[first : first + _BATCH]]
+            rows.append(encode(encoder, examples).states.bfloat16().cpu())
+            progress(min(first + _BATCH, len(indices)), len(indices))
+        if len({row.shape[1:] for row in rows}) != 1:
+            raise TrainingError(
+                f"the encoder {encoder.name!r} gives different numbers of features for different examples"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"states": torch.cat(rows)}, scratch)
+        os.replace(scratch, path)
+    return load_file(path)["states"]
+
+
+def encode(encoder: Encoder, examples: Sequence[Any]) -> Features:
+    """Encode a batch of examples; tensors are stacked first."""
+    return encoder(torch.stack(list(examples)) if isinstance(examples[0], Tensor) else examples)
+
+
+class ModalitySource:
+    """Draws the examples of a step and questions about them; a step depends on the seed and its number alone."""
+
+    def __init__(
+        self, config: ModalityDataConfig, labelled: Labelled, encoder: Encoder, chat: ChatFormat, **options: Any
+    ):
+        """`options` are those of `encoded`."""
+        self.config, self.chat = config, chat
+        self.wordings = wordings(labelled.modality)
+        indices = labelled.of(held_out=False)
+        if len({labelled.labels[i] for i in indices}) < 2:
+            raise TrainingError("examples of at least two classes are needed")
+        self.states = encoded(labelled, indices, encoder, **options)
+        self.names = [labelled.names[labelled.labels[i]] for i in indices]
+        self._unrelated = read_unrelated(config.unrelated)
+
+    def step(self, number: int) -> tuple[Features, list[Episode]]:
+        """The features of a batch's examples, and an episode of questions for each."""
+        rng = random.Random(f"{self.config.seed}/0/{number}")  # the 0 keeps what recipes drew before
+        drawn = rng.sample(range(len(self.names)), min(self.config.examples_per_step, len(self.names)))
+        has_unrelated = bool(self._unrelated) and rng.random() < UNRELATED_SHARE
+        episodes = [self._episode(rng, self.names[i], has_unrelated) for i in drawn]
+        return Features(self.states[drawn].float()), episodes
+
+    def _episode(self, rng: random.Random, name: str, has_unrelated: bool) -> Episode:
+        attributes = [attribute for attribute in self.wordings.attributes if name in attribute.answers]
+        questions: dict[str, Question] = {}
+        while len(questions) < min(self.config.questions_per_example, len(self.wordings.train)):
+            if attributes and questions and rng.random() < self.config.attribute_share:
+                attribute = rng.choice(attributes)
+                question, answer = rng.choice(attribute.train), attribute.answers[name]
+            else:
+                question, answer = rng.choice(self.wordings.train), name
+            questions[question] = Question(tuple(self.chat.prompt(question, "")), tuple(self.chat.answer(answer)))
+        if has_unrelated:
+            question, answer = rng.choice(self._unrelated)
+            reply = tuple(self.chat.reply(answer))
+            questions[question] = Question(tuple(self.chat.prompt(question, "")), reply, is_unrelated=True)
+        return Episode((), tuple(questions.values()))
+
+
+_EXAMPLES_FOR_UNITS = 256
+_OPTIONS = {
+    "width", "rank", "n_heads", "n_kv_heads", "head_dim", "n_decoder_blocks", "head_shared_rank", "static_rank",
+    "static_modules_rank", "scale",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModalityRecipe:
+    """One training run, as the tables `[hypernetwork]`, `[objective]`, `[data]` and `[training]` of a TOML file."""
+
+    kinds: tuple[str, ...] = ("down_proj",)
+    """Module kinds that receive a LoRA."""
+    layers: Layers = None
+    """Layers that receive a LoRA; by default all."""
+    hypernetwork: Mapping[str, Any] = field(default_factory=dict)
+    """Options of DocToLoRAConfig."""
+    kl_to_base_weight: float = 1.0
+    """Weight of the divergence from the plain base on unrelated questions."""
+    data: ModalityDataConfig = field(default_factory=ModalityDataConfig)
+    training: TrainConfig = field(default_factory=TrainConfig)
+    given: frozenset[str] = frozenset()
+    """Keys that the table `[hypernetwork]` has; with `--init-from` there must be none."""
+
+
+def read_modality_recipe(path: Path | None, overrides: Sequence[str] = ()) -> ModalityRecipe:
+    """Read a recipe from a TOML file, changed by overrides. Raises ConfigError as `read_tables`."""
+    return read_recipe_as(
+        ModalityRecipe, path, overrides, hypernetwork=_OPTIONS,
+        fields=("kinds", "layers"), objective={"kl_to_base_weight"},
+    )  # fmt: skip
+
+
+def build_modality_hypernet(base: Base, recipe: ModalityRecipe, encoder: Encoder, source: ModalitySource) -> DocToLoRA:
+    """A fresh hypernetwork for a base and an encoder, its input units measured on the data."""
+    torch.manual_seed(recipe.training.seed)
+    check_values(DocToLoRAConfig, recipe.hypernetwork)
+    target = target_from_config(base.model.config, recipe.kinds, recipe.layers)
+    config = DocToLoRAConfig.for_target(
+        target, encoder.d_features,
+        encoder=encoder.name, encoder_fingerprint=encoder.fingerprint, reader_layers=(0,), **recipe.hypernetwork,
+    )  # fmt: skip
+    hypernet = DocToLoRA(config)
+    n = len(source.states)
+    chosen = torch.linspace(0, n - 1, min(_EXAMPLES_FOR_UNITS, n)).long()
+    hypernet.standardise(source.states[chosen].float().flatten(0, 1))
+    return hypernet
+
+
+def train_modality(
+    base: Base,
+    recipe: ModalityRecipe,
+    labelled: Labelled,
+    encoder: Encoder,
+    out_dir: Path,
+    *,
+    init_from: Path | None = None,
+    command: str = "",
+    workers: Workers | None = None,
+    on_encoded: Callable[[int, int], None] = lambda done, total: None,
+    on_metrics: OnMetrics = lambda metrics: None,
+) -> dict[str, float]:
+    """Train a hypernetwork for `base` and `encoder`, or resume the run in `out_dir`. Returns the last metrics.
+
+    Args:
+        init_from: hypernetwork that a fresh run starts from; the recipe's `[hypernetwork]` must be empty.
+        on_encoded: receives (done, total) while examples are encoded for the first time.
+    """
+    workers = workers or Workers.join(base.device.type)
+    made = ModalitySource(recipe.data, labelled, encoder, base.chat, progress=on_encoded) if workers.is_first else None
+    workers.any(False)  # the others wait for the features
+    source = made or ModalitySource(recipe.data, labelled, encoder, base.chat)
+    if init_from is not None:
+        c = (hypernet := start_from(init_from, DocToLoRA, base, recipe.given)).config
+        check_encoder(c.encoder, c.encoder_fingerprint, c.d_features, encoder)
+    else:
+        hypernet = build_modality_hypernet(base, recipe, encoder, source)
+    hypernet.to(workers.device).train()
+    distillation = Distillation(Teacher(base.model, base.pad_id), None)
+
+    def objective(number: int) -> tuple[Tensor, dict[str, float]]:
+        features, episodes = source.step(number)
+        batch = pack(distillation.with_soft_targets(episodes), base.pad_id).to(workers.device)
+        with recipe.training.autocast(workers.device):
+            cast = hypernet(features.to(workers.device))
+            scores = score_answers(base.model, cast.loras, batch, passes=recipe.training.passes)
+        loss, kl = scores.loss, scores.kl_to_base
+        figures = {"answer_loss": loss.item(), "exact": scores.exact, "token_accuracy": scores.token_accuracy}
+        if kl is not None:
+            loss = loss + recipe.kl_to_base_weight * kl
+            figures["kl_to_base"] = kl.item()
+        return loss, {**figures, "questions": batch.n_questions, "tokens": batch.n_tokens}
+
+    about = {
+        "data": recorded(recipe.data),
+        "objective": {"kl_to_base_weight": recipe.kl_to_base_weight},
+        "examples": labelled.fingerprint,
+        "encoder": encoder.fingerprint,
+    }
+    return train_hypernet(
+        hypernet, objective, recipe.training, out_dir,
+        base=base, init_from=init_from, about=about, command=command, workers=workers, on_metrics=on_metrics,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""What of which documents a question gets: full-text index, matching, routing, relevance, outlines."""

@@ -1,0 +1,304 @@
+"""chunks.sqlite: text and offsets of an adapter's chunks, with full-text indices (FTS5) over chunks and sentences."""
+
+from __future__ import annotations
+
+import math
+import re
+import sqlite3
+import threading
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from sqlite3 import Connection
+from typing import TYPE_CHECKING, NamedTuple
+from unicodedata import normalize
+
+from loracast.errors import LEARN_AGAIN, AdapterError
+from loracast.files import type_faults
+
+if TYPE_CHECKING:
+    from loracast.documents import Chunk
+
+
+class OpenIndex:
+    """An index in a file, which stays open from its first use on: opening takes as long as routing a question does.
+
+    Threads take turns.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = threading.RLock()
+        self._database: sqlite3.Connection | None = None
+
+    @contextmanager
+    def use(self) -> Iterator[sqlite3.Connection]:
+        """The open database. Raises as opening one does."""
+        with self._lock:
+            if self._database is None:
+                database = _connect(self.path)
+                weakref.finalize(self, database.close)
+                _check_schema(database)
+                database.execute("PRAGMA cache_size = -512")  # kB: a server keeps hundreds open
+                self._database = database
+            yield self._database
+
+
+class IndexInMemory(sqlite3.Connection):
+    """An index in memory, for evaluations that keep nothing: `sqlite3.connect(":memory:", factory=IndexInMemory)`.
+
+    What routing keeps beside an index needs a connection that can be referred to weakly.
+    """
+
+
+Index = Path | sqlite3.Connection | OpenIndex
+"""An index: a file (an adapter's), or an open database."""
+
+
+class SentencePlace(NamedTuple):
+    """Where a sentence stands: its chunk, and its (start, end) characters in the chunk's prompt."""
+
+    chunk: int
+    start: int
+    end: int
+
+
+_STEMMED = "tokenize = 'porter unicode61'"
+
+
+def write_index(index: Index, chunks: Sequence[Chunk]) -> None:
+    """Store the chunks' text and offsets with full-text indices over heading and text, and over the sentences."""
+    with changing_index(index) as database:
+        database.execute(f"CREATE VIRTUAL TABLE chunks USING fts5(heading, text, {_STEMMED})")
+        database.execute(
+            "CREATE TABLE places (chunk INTEGER PRIMARY KEY, start INTEGER, stop INTEGER, n_tokens INTEGER)"
+        )
+        for i, chunk in enumerate(chunks):
+            row = (i, chunk.heading, chunk.text)
+            database.execute("INSERT INTO chunks (rowid, heading, text) VALUES (?, ?, ?)", row)
+            database.execute("INSERT INTO places VALUES (?, ?, ?, ?)", (i, chunk.start, chunk.end, chunk.n_tokens))
+    _write_sentences(index, chunks)
+
+
+def _write_sentences(index: Index, chunks: Sequence[Chunk]) -> None:
+    """Store the places of the units in the chunks' prompts, numbered through, with a full-text index over them.
+
+    A sentence that follows a question is found by the words of both, since it may be the answer ("Price? 20 euros.").
+    The index keeps no second copy of the text.
+    """
+    places = [SentencePlace(i, *span) for i, chunk in enumerate(chunks) for span in chunk.units]
+    texts = [chunks[i].prompt[start:end] for i, start, end in places]
+    with changing_index(index) as database:
+        database.execute(f"CREATE VIRTUAL TABLE sentences USING fts5(text, content = '', {_STEMMED})")
+        database.execute(
+            "CREATE TABLE sentence_places (sentence INTEGER PRIMARY KEY, chunk INTEGER, start INTEGER, stop INTEGER)"
+        )
+        database.execute("CREATE INDEX sentences_by_chunk ON sentence_places (chunk)")
+        for i, (chunk, start, end) in enumerate(places):
+            is_answer = i > 0 and places[i - 1].chunk == chunk and texts[i - 1].endswith("?")
+            found_by = f"{texts[i - 1]} {texts[i]}" if is_answer else texts[i]
+            database.execute("INSERT INTO sentences (rowid, text) VALUES (?, ?)", (i, found_by))
+            database.execute("INSERT INTO sentence_places VALUES (?, ?, ?, ?)", (i, chunk, start, end))
+
+
+def read_sentences(index: Index, chunks: Sequence[int] | None = None) -> list[SentencePlace]:
+    """The sentences of these chunks, or of all, in order; empty in an index from before sentences were kept."""
+    with open_index(index) as database:
+        if not has_sentences(database):
+            return []
+        places = "SELECT chunk, start, stop FROM sentence_places"
+        if chunks is None:
+            rows = database.execute(f"{places} ORDER BY sentence").fetchall()
+        else:
+            of_chunk = f"{places} WHERE chunk = ? ORDER BY sentence"
+            rows = [row for chunk in chunks for row in database.execute(of_chunk, (chunk,))]
+    return [SentencePlace(*row) for row in rows]
+
+
+def has_sentences(database: sqlite3.Connection) -> bool:
+    """Whether an index holds sentences: those that older versions wrote do not."""
+    return bool(database.execute("SELECT 1 FROM sqlite_master WHERE name = 'sentence_places'").fetchone())
+
+
+def read_chunks(index: Index, chunks: Sequence[int] | None = None) -> list[Chunk]:
+    """The chunks of these numbers, in the order given; all of them if None. Raises AdapterError for a damaged index."""
+    from loracast.documents import Chunk
+
+    of_each = "SELECT text, start, stop, heading, n_tokens FROM chunks JOIN places ON chunks.rowid = places.chunk"
+    with open_index(index) as database:
+        if chunks is None:
+            rows = database.execute(f"{of_each} ORDER BY places.chunk").fetchall()
+        else:
+            rows = [database.execute(f"{of_each} WHERE places.chunk = ?", (i,)).fetchone() for i in chunks]
+        return [Chunk(*row) for row in rows]
+
+
+def index_faults(index: Path, n_chunks: int) -> list[str]:
+    """What is wrong in the index of an adapter from elsewhere: its schema, its chunks, the places of its sentences."""
+    try:
+        chunks, sentences = read_chunks(index), read_sentences(index)
+        with open_index(index) as database:
+            numbers = [n for (n,) in database.execute("SELECT chunk FROM places ORDER BY chunk")]
+    except AdapterError as error:
+        return [str(error)]
+    faults = []
+    if len(chunks) != n_chunks:
+        faults.append(f"{index.name} has {len(chunks)} chunks, and the manifest says {n_chunks}")
+    if numbers != list(range(len(chunks))) or any(type_faults(chunk) for chunk in chunks):
+        faults.append(f"{index.name} holds chunks that are none")
+    elif not all(_is_place(place, chunks) for place in sentences):
+        faults.append(f"{index.name} holds sentences that are none")
+    return faults
+
+
+def _is_place(place: SentencePlace, chunks: Sequence[Chunk]) -> bool:
+    if not all(type(number) is int for number in place) or not 0 <= place.chunk < len(chunks):
+        return False
+    return 0 <= place.start <= place.end <= len(chunks[place.chunk].prompt)
+
+
+@contextmanager
+def changing_index(index: Index) -> Iterator[sqlite3.Connection]:
+    """An index's database, made if it is not there, to write to in one transaction."""
+    with _opened(index, lambda path: closing(sqlite3.connect(path))) as database, database:
+        yield database
+
+
+@contextmanager
+def open_index(index: Index) -> Iterator[sqlite3.Connection]:
+    """An index's database, to read. Raises AdapterError where the file is missing or damaged."""
+    with _opened(index, lambda path: closing(_connect(path))) as database:
+        yield database
+
+
+@contextmanager
+def _opened(
+    index: Index, connect: Callable[[Path], AbstractContextManager[sqlite3.Connection]]
+) -> Iterator[sqlite3.Connection]:
+    """The database of an index; what is opened here is closed here."""
+    if isinstance(index, sqlite3.Connection):
+        yield index
+        return
+    path = index.path if isinstance(index, OpenIndex) else index
+    try:
+        with index.use() if isinstance(index, OpenIndex) else connect(path) as database:
+            if isinstance(index, Path):
+                _check_schema(database)
+            yield database
+    except UnicodeEncodeError:  # of what is asked, not of what is stored
+        raise
+    except (sqlite3.DatabaseError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise AdapterError(f"the index {path} cannot be used ({error}); {LEARN_AGAIN}") from error
+
+
+def _check_schema(database: sqlite3.Connection) -> None:
+    """Raise sqlite3.DatabaseError for a view or trigger: a stranger's query may never end."""
+    query = (
+        "SELECT name FROM sqlite_master WHERE type NOT IN ('table', 'index')"
+        " OR sql LIKE 'CREATE VIRTUAL%' AND sql NOT LIKE '%USING fts5(%'"
+    )
+    if found := database.execute(query).fetchone():
+        raise sqlite3.DatabaseError(f"{str(found[0])[:80]!r} is neither a table nor a full-text index")
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    if not path.is_file():
+        raise AdapterError(f"the index {path.name} of the adapter in {path.parent} is missing; {LEARN_AGAIN}")
+    uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
+    database = sqlite3.connect(uri, uri=True, check_same_thread=False)
+    database.execute("PRAGMA trusted_schema = OFF")  # the file may come from a stranger
+    return database
+
+
+_WORD = re.compile(r"\w+")
+_LEAST_IDF = 1e-6  # SQLite's own floor, a factor of its scores
+_PAIR_WEIGHT = 0.5
+_ASKING = frozenset({"may", "might", "must", "shall"})  # at the beginning of a question; elsewhere May is a month
+_NEIGHBOUR_SHARE = 0.35  # of a sentence's score, for the sentences before and after it
+
+# Words of nearly every question that do not tell where its answer is. FTS5 has no stop list of its own, and in a
+# document of a few chunks even "what" and "the" are rare enough to decide.
+_STOP = frozenset(
+    _WORD.findall("""
+    a about an and any are as at be been by can could did do does for from give had has have he her his how i in is
+    it its me my of on or please she so some tell that the their them then there these they this those to was we
+    were what when where which who whom whose why will with would you your
+    """)
+)
+
+
+def search(index: Index, question: str, k: int) -> list[tuple[int, float]]:
+    """The k chunks that match a question best, as (chunk, score), higher scores first; fewer where fewer match."""
+    with open_index(index) as database:
+        (n_chunks,) = database.execute("SELECT count(*) FROM places").fetchone()
+        scores = match_scores(database, "chunks", "bm25(chunks, 0.5, 1.0)", n_chunks, question)
+    return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[:k]
+
+
+def best_passages(index: Index, question: str, n_chunks: int, k: int) -> list[int]:
+    """The k of a document's chunks that match a question best, in the document's order; all where none matches."""
+    found = search(index, question, k) if n_chunks > k else []
+    return sorted(chunk for chunk, _ in found) or list(range(n_chunks))
+
+
+def sentence_scores(index: Index, question: str) -> list[float] | None:
+    """How well each sentence of a document matches a question, 0 where no word does; None if none matches at all.
+
+    A sentence gets a share of its neighbours' scores, since it may continue what they speak of ("It weighs 3 kg.").
+    None also for an index without sentences.
+    """
+    with open_index(index) as database:
+        if not has_sentences(database):
+            return None
+        (n_sentences,) = database.execute("SELECT count(*) FROM sentence_places").fetchone()
+        scores = match_scores(database, "sentences", "bm25(sentences)", n_sentences, question)
+    if not scores:
+        return None
+    own = [scores.get(i, 0.0) for i in range(n_sentences)]
+    around = zip([0.0, *own], own, [*own[1:], 0.0], strict=False)
+    return [max(score, _NEIGHBOUR_SHARE * before, _NEIGHBOUR_SHARE * after) for before, score, after in around]
+
+
+def match_scores(
+    database: Connection, table: str, rank: str, n_rows: int, question: str, documents: Sequence[range] = ()
+) -> dict[int, float]:
+    """BM25 of the rows of a full-text table that match a question, by their numbers.
+
+    Args:
+        rank: the call of SQLite's `bm25` with the weights of the columns.
+        n_rows: of the table.
+        documents: rows of each document, ascending, where a word's rarity is counted over documents: a product's name
+            in all chunks of its manual is rare if no other manual has it. Other rows get no score. If empty, all rows
+            count, and rarity is counted over them.
+    """
+    scores: dict[int, float] = {}
+    firsts = [rows.start for rows in documents]
+    for phrase, weight in phrases(question):
+        rows = database.execute(f"SELECT rowid, -{rank} FROM {table} WHERE {table} MATCH ?", (f'"{phrase}"',))
+        found = rows.fetchall()
+        theirs = max(math.log(_odds(len(found), n_rows)), _LEAST_IDF)
+        ours = math.log(1 + _odds(len(found), n_rows))
+        if documents:
+            owners = {row: bisect_right(firsts, row) - 1 for row, _ in found}
+            found = [(row, score) for row, score in found if owners[row] >= 0 and row in documents[owners[row]]]
+            ours = math.log(1 + _odds(len({owners[row] for row, _ in found}), len(documents)))
+        for row, score in found:
+            scores[row] = scores.get(row, 0.0) + weight * ours / theirs * score
+    return scores
+
+
+def _odds(n_holders: int, n: int) -> float:
+    """The smoothed odds that a text lacks a word that n_holders of n texts contain, as in BM25's IDF."""
+    return (n - n_holders + 0.5) / (n_holders + 0.5)
+
+
+def phrases(question: str) -> list[tuple[str, float]]:
+    """The question's telling words and the pairs of them that are neighbours, each with its weight."""
+    words = [word.lower() for word in _WORD.findall(normalize("NFC", question))]  # as documents are
+    words = words[1:] if words and words[0] in _ASKING else words
+    telling = [word for word in dict.fromkeys(words) if word not in _STOP]
+    pairs = [(one, other) for one, other in dict.fromkeys(pairwise(words)) if _STOP.isdisjoint((one, other))]
+    return [(word, 1.0) for word in telling] + [(f"{one} {other}", _PAIR_WEIGHT) for one, other in pairs]

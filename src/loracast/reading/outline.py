@@ -1,0 +1,124 @@
+"""Outline of a document: its headings and the sentences that say best what it is about, kept in its index.
+
+A sentence is a TF-IDF vector over word stems. A stem weighs by its rarity in English (relevance.py), since a short
+document cannot tell its own rare words from its common ones. The summary holds the sentences nearest to the centroid
+of all of them (Radev et al., Centroid-based summarization of multiple documents, 2004), each less what it repeats of
+those picked before (maximal marginal relevance: Carbonell and Goldstein, 1998). No model is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from loracast.documents.units import find_headings
+from loracast.reading.index import Index, changing_index, open_index, read_chunks, read_sentences
+from loracast.reading.relevance import WordTable, shipped_words
+from loracast.text import stem_words
+
+SUMMARY_SENTENCES = 3
+MOST_HEADINGS = 40
+_REPETITION = 0.5
+"""What a sentence loses by its cosine with one that is picked, beside what it gains by that with the centroid."""
+_FEWEST_WORDS, _MOST_WORDS = 6, 40
+"""Words of a sentence of the summary: fewer say nothing alone, more are no summary."""
+_PROSE = re.compile(r"[^\W_a-z].*[.!?][\"'”’)]*", re.S)
+"""A sentence from its capital or number to its full stop: no item of a list, no row of a table."""
+_WORD = re.compile(r"[^\W_]+")
+Vector = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a document is about, in its own words."""
+
+    headings: tuple[tuple[int, str], ...]
+    """Level (1 is the highest) and title of each, in order, without those that repeat the document's title."""
+    summary: tuple[tuple[int, str], ...]
+    """Chunk and text of each sentence, in the document's order."""
+
+    def top_headings(self, most: int = MOST_HEADINGS) -> list[str]:
+        """The titles of the headings, of as many levels from the top as hold at most so many; never more than that."""
+        for lowest in sorted({level for level, _ in self.headings}, reverse=True):
+            kept = [title for level, title in self.headings if level <= lowest]
+            if len(kept) <= most:
+                return kept
+        return kept[:most] if self.headings else []
+
+
+def write_outline(index: Index, title: str) -> None:
+    """Add the outline of a document of this title to the index that holds its chunks and sentences."""
+    chunks, sentences = read_chunks(index), read_sentences(index)
+    found = find_headings("\n\n".join(chunk.text for chunk in chunks))
+    headings = [(h.level, h.title) for h in found if h.title.casefold() != title.casefold()]
+    texts = {i: chunks[place.chunk].prompt[place.start : place.end] for i, place in enumerate(sentences)
+             if place.start >= len(chunks[place.chunk].prompt) - len(chunks[place.chunk].text)}  # fmt: skip
+    texts = {i: text for i, text in texts.items() if _stands_alone(text)}
+    numbers = list(texts)
+    with changing_index(index) as database:
+        database.execute("CREATE TABLE headings (number INTEGER PRIMARY KEY, level INTEGER, title TEXT)")
+        database.executemany("INSERT INTO headings (level, title) VALUES (?, ?)", headings)
+        database.execute("CREATE TABLE summary (sentence INTEGER PRIMARY KEY)")
+        picked = central(list(texts.values()), SUMMARY_SENTENCES)
+        database.executemany("INSERT INTO summary VALUES (?)", [(numbers[i],) for i in picked])
+
+
+def read_outline(index: Index) -> Outline | None:
+    """The outline in an index; None in one that an older version wrote."""
+    with open_index(index) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'summary'").fetchone():
+            return None
+        headings = database.execute("SELECT level, title FROM headings ORDER BY number").fetchall()
+        places = database.execute(
+            "SELECT chunk, start, stop FROM summary JOIN sentence_places USING (sentence) ORDER BY sentence"
+        ).fetchall()
+        prompts = [chunk.prompt for chunk in read_chunks(database, [chunk for chunk, _, _ in places])]
+    texts = [prompt[start:end] for prompt, (_, start, end) in zip(prompts, places, strict=True)]
+    summary = ((place[0], " ".join(text.split())) for place, text in zip(places, texts, strict=True))
+    return Outline(tuple(headings), tuple(summary))
+
+
+def _stands_alone(sentence: str) -> bool:
+    return bool(_PROSE.fullmatch(sentence)) and _FEWEST_WORDS <= len(_WORD.findall(sentence)) <= _MOST_WORDS
+
+
+def central(sentences: Sequence[str], n: int) -> list[int]:
+    """The numbers of the n sentences nearest to the centre of all that do not repeat each other, in order.
+
+    A sentence that occurs several times, such as a page's footer, counts once.
+    """
+    distinct = list(dict.fromkeys(sentences))
+    vectors = tf_idf(distinct, shipped_words())
+    total: Counter[str] = Counter()
+    for vector in vectors:
+        total.update(vector)
+    centroid = _unit(total)
+    gains = [_dot(vector, centroid) for vector in vectors]
+    likeness = [0.0] * len(vectors)  # to the picked sentence that is most like it
+    picked: list[int] = []
+    for _ in range(min(n, len(vectors))):
+        rest = [i for i in range(len(vectors)) if i not in picked]
+        picked.append(max(rest, key=lambda i: gains[i] - _REPETITION * likeness[i]))
+        likeness = [max(old, _dot(vector, vectors[picked[-1]])) for old, vector in zip(likeness, vectors, strict=True)]
+    return sorted(sentences.index(distinct[i]) for i in picked)
+
+
+def tf_idf(sentences: Sequence[str], table: WordTable) -> list[Vector]:
+    """A vector of length 1 for each sentence, by word stem; an empty one where it has function words alone."""
+    words = [[word.lower() for word in _WORD.findall(sentence)] for sentence in sentences]
+    distinct = list(dict.fromkeys(word for of_sentence in words for word in of_sentence))
+    stems = dict(zip(distinct, stem_words(distinct), strict=True))
+    counts = (Counter(stems[word] for word in of_sentence) for of_sentence in words)
+    return [_unit({stem: n * table.weight(stem) for stem, n in one.items()}) for one in counts]
+
+
+def _unit(vector: Vector) -> Vector:
+    length = math.sqrt(sum(value * value for value in vector.values()))
+    return {key: value / length for key, value in vector.items() if value}
+
+
+def _dot(one: Vector, other: Vector) -> float:
+    return sum(value * other.get(key, 0.0) for key, value in one.items())

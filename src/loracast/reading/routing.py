@@ -1,0 +1,177 @@
+"""Routing: which chunks and sentences of a document a question gets, by how well they match it (matching.py).
+
+The sum of hundreds of LoRAs drowns each one; a question needs the few chunks that speak of it. A row of an associative
+memory belongs to a token, so to a sentence, and is weighted by how well that sentence matches.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from loracast.errors import AdapterError
+from loracast.reading.index import Index, open_index, read_sentences
+from loracast.reading.matching import Likely, Matches, likely_answers, matches
+from loracast.reading.relevance import about
+
+DEFAULT_ROUTE = 2
+"""Chunks that a question is given by default (measured: docs/notebook)."""
+
+_LEAST_SENTENCE_WEIGHT = 0.05
+_NEGLIGIBLE = 0.02  # rows of a smaller weight are left out
+SHARPNESS = 8
+"""A chunk picked from many weighs (score / best score) to this power."""
+_LEAST_WEIGHT = 0.3  # of a chunk of a document that is given whole
+
+SentenceWeights = Mapping[int, Sequence[float]]
+"""By chunk, the weight of each of its sentences."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """What of a document a question gets: the chunks, best first, the weights of their sentences, and why."""
+
+    chunks: tuple[int, ...] | None = None
+    """None: all of them, merged."""
+    scores: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
+    """What each chunk's LoRA is multiplied with: 1 for the best one."""
+    sentences: tuple[tuple[float, ...], ...] | None = None
+    """Of each picked chunk, the weights of its sentences; None: all rows weigh like their chunk."""
+    reason: str = "all chunks"
+    about: float | None = None
+    """The probability that the document speaks of what is asked; None where nobody looked."""
+    likely: tuple[Likely, ...] = ()
+    """What the answer may begin with, if it is a text of the document."""
+    nowhere: float | None = None
+    """The probability that the answer stands nowhere in the document, by its words; None where nobody looked."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the question gets nothing of the document."""
+        return self.chunks == ()
+
+    @property
+    def picked(self) -> dict[int, float] | None:
+        """The weight of each picked chunk; None: all of them, merged."""
+        return None if self.chunks is None else dict(zip(self.chunks, self.weights, strict=True))
+
+    @property
+    def sentence_weights(self) -> SentenceWeights | None:
+        """The weights of the sentences by chunk; None: all rows weigh like their chunk."""
+        if self.sentences is None:
+            return None
+        return dict(
+            zip(range(len(self.sentences)) if self.chunks is None else self.chunks, self.sentences, strict=True)
+        )
+
+
+def sentence_weights(index: Index, question: str) -> list[float] | None:
+    """The weight of each sentence of a document for a question, 1 for the best; None where none matches."""
+    with open_index(index) as database:
+        (n_chunks,) = database.execute("SELECT count(*) FROM places").fetchone()
+    found = matches(index, question, n_chunks, n_chunks).sentences
+    return None if found is None else [_weight(score) for chunk in range(n_chunks) for score in found[chunk]]
+
+
+def route_question(
+    index: Index, n_chunks: int, question: str, k: int | None, threshold: float, name: str = ""
+) -> Route:
+    """What a question gets of a document: what `pick` gives, or nothing where it is not about the document at all.
+
+    Args:
+        threshold: the least probability that it is; 0 for questions that get something whatever they ask.
+        name: of the document, where a question may find it by that.
+    """
+    if threshold <= 0:
+        return pick(index, n_chunks, question, k)
+    probability = about(index, question, name)
+    if probability >= threshold:
+        return replace(pick(index, n_chunks, question, k), about=probability)
+    reason = f"the question is not about the document (probability {probability:.2f})"
+    return Route((), reason=reason, about=probability)
+
+
+def route_set(index: Index, n_chunks: int, questions: Sequence[str], k: int | None = DEFAULT_ROUTE) -> Route:
+    """What a fixed set of questions gets of a document: each chunk and sentence at the highest weight of any question.
+
+    So one LoRA, merged or exported, serves them all; the fewer they are, the less it holds of what none of them asks.
+    """
+    routes = [_picked(index, n_chunks, question, k)[0] for question in questions]
+    if any(route.chunks is None and route.sentences is None for route in routes):
+        return Route(reason="a question gets all chunks")
+    counts = Counter(place.chunk for place in read_sentences(index))
+    chunks: dict[int, float] = {}
+    sentences: dict[int, list[float]] = {}
+    for route in routes:
+        of_sentences = route.sentence_weights
+        for chunk, weight in (route.picked or dict.fromkeys(range(n_chunks), 1.0)).items():
+            chunks[chunk] = max(weight, chunks.get(chunk, 0.0))
+            new = of_sentences[chunk] if of_sentences else [weight] * counts[chunk]
+            sentences[chunk] = list(map(max, new, sentences.get(chunk, new)))
+    of_chunks = tuple(tuple(sentences[chunk]) for chunk in chunks) if counts else None
+    return Route(tuple(chunks), (), tuple(chunks.values()), of_chunks, f"what {len(questions)} questions get")
+
+
+def pick(index: Index, n_chunks: int, question: str, k: int | None = DEFAULT_ROUTE) -> Route:
+    """Pick what a question gets: at most `k` of the document's `n_chunks`, or all (None), and in them the sentences.
+
+    The lower a chunk's score beside the best one's, the less it weighs, so that a poor match does not drown a good
+    one (measured: docs/notebook). A document of k chunks or fewer is given whole, and each of its chunks keeps
+    a least weight. Where no word of the question occurs in the document, all chunks are merged. Raises AdapterError
+    for k < 1.
+    """
+    picked, found = _picked(index, n_chunks, question, k)
+    if found is None:
+        return picked
+    chunks = range(n_chunks) if picked.chunks is None else picked.chunks
+    return replace(picked, likely=likely_answers(found.places, chunks), nowhere=found.nowhere)
+
+
+def _picked(index: Index, n_chunks: int, question: str, k: int | None) -> tuple[Route, Matches | None]:
+    """The chunks and sentences that a question gets, and the matches by which they were picked."""
+    if k is None:
+        return Route(), None
+    if k < 1:
+        raise AdapterError(f"a route needs at least one chunk, not {k}; give a number from 1 on, or 'all'")
+    found = matches(index, question, n_chunks, k)
+    if n_chunks == 1:
+        route = Route(sentences=_weighed(found, [0], [1.0]), reason="the document has only one chunk")
+        return route, found
+    if not found.chunks:
+        return Route(reason="no word of the question occurs in the document: all chunks"), found
+    if n_chunks > k:
+        chunks, scores = zip(*[*found.chunks.items()][:k], strict=True)
+        weights: Sequence[float] = [score**SHARPNESS for score in scores]
+        reason = f"best {len(chunks)} by BM25 and word vectors"
+    else:
+        scored = {**found.chunks, **{chunk: 0.0 for chunk in range(n_chunks) if chunk not in found.chunks}}
+        chunks, scores = zip(*scored.items(), strict=True)
+        weights = [max(_LEAST_WEIGHT, score) for score in scores]
+        reason = f"all {n_chunks} chunks, weighed by BM25 and word vectors"
+    return Route(chunks, scores, tuple(weights), _weighed(found, chunks, weights), reason), found
+
+
+def _weighed(found: Matches, chunks: Sequence[int], weights: Sequence[float]) -> tuple[tuple[float, ...], ...] | None:
+    """The weights of the sentences of some weighed chunks, 1 for the best of them; None where no sentence matches."""
+    if found.sentences is None:
+        return None
+    scores = [found.sentences[chunk] for chunk in chunks]
+    best = max((score for of_chunk in scores for score in of_chunk), default=0.0)
+    if best <= 0:
+        return None
+    return tuple(
+        tuple(_weight(score / best, weight) for score in of_chunk)
+        for of_chunk, weight in zip(scores, weights, strict=True)
+    )
+
+
+def _weight(score: float, of_chunk: float = 1.0) -> float:
+    """The weight of a sentence by its score, 1 for the best, in a chunk of a weight of its own.
+
+    A sentence that does not match keeps a little, since it may say in other words what is asked.
+    """
+    least = _LEAST_SENTENCE_WEIGHT * of_chunk
+    weight = least + (1 - least) * score
+    return weight if weight >= _NEGLIGIBLE else 0.0

@@ -1,0 +1,242 @@
+"""Routing over a whole library: the documents that a question is about, and what of each it gets.
+
+The register ranks the chunks of all documents at once (`Register.best_chunks`). The documents that own the best of them
+share the places of a route, so that a question gets no more chunks of many documents than of one, and each document
+then picks its own chunks and sentences as if it had been named. A document whose best chunk matches worse than the best
+one's weighs less, by the rule of chunks in one document.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from loracast.documents.units import find_headings
+from loracast.errors import AdapterError, ConfigError, NoSuchAdapterError
+from loracast.library.register import Match
+from loracast.library.shared import reading
+from loracast.reading.index import phrases, read_chunks, read_sentences
+from loracast.reading.matching import Likely
+from loracast.reading.relevance import THRESHOLD, THRESHOLD_OF_MANY, threshold_for
+from loracast.reading.routing import SHARPNESS, Route
+
+if TYPE_CHECKING:
+    from loracast.documents import Chunk
+    from loracast.library.adapter import Adapter
+
+
+class Routed(Protocol):
+    """A document that picks its own chunks, on disk or in memory."""
+
+    def route(self, question: str, k: int | None, threshold: float, name: str) -> Route: ...
+
+
+Document = TypeVar("Document", bound=Routed)
+_LEAST_WEIGHT = 0.1
+"""Weight of another document beside the best one from which on it gets a place (dev: level from 0 to 0.3)."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A chunk that an answer came from, or a document as a whole, and where it stands in the document."""
+
+    adapter: str
+    title: str
+    heading: str
+    chunk: int | None
+    """None where the outline of the whole document gave the answer."""
+    start: int
+    """Its first character in the document's text."""
+    end: int
+    weight: float
+    """What its LoRA was multiplied with; 1 for an outline."""
+    version: str = ""
+    """Of the adapter, since a question may be asked of several versions of a name."""
+
+    def __str__(self) -> str:
+        where = self.heading or self.title
+        chunk = "" if self.chunk is None else f", chunk {self.chunk}"
+        return f"{self.adapter}{chunk}" + (f": {where}" if where else "")
+
+
+def patterns_in(chosen: Iterable[object], tag: str = "") -> list[str]:
+    """Those of the chosen adapters that are patterns of names, as in a shell; all documents for a tag without one."""
+    patterns = [one for one in chosen if isinstance(one, str) and any(sign in one for sign in "*?[")]
+    return patterns or ["*"] * bool(tag)
+
+
+def route_adapters(
+    library: Path,
+    question: str,
+    chosen: Iterable[Adapter | str],
+    k: int | None,
+    tag: str,
+    open_named: Callable[[str], Adapter],
+    always: bool = False,
+    strict: bool = False,
+) -> list[tuple[Adapter, Route]]:
+    """What a question gets of each adapter that is named, and of the documents that patterns and a tag stand for.
+
+    Args:
+        chosen: adapters, their names, or patterns of documents' names, among which the question chooses.
+        k: chunks of each named document, and of all others together.
+        tag: only documents with this tag are chosen among; "" for any. Without a pattern, all of them.
+        open_named: opens a name or a version `name@hash`.
+        always: do not look whether the question is about a document.
+        strict: the answer is given only where the model is sure of it.
+
+    Raises:
+        AdapterError: there is no such adapter, no document fits, or a library is to be given as a whole (k is None).
+    """
+    chosen = list(chosen)
+    patterns = patterns_in(chosen, tag)
+    opened = [open_named(one) if isinstance(one, str) else one for one in chosen if one not in patterns]
+    by_version: dict[str, Adapter] = {}  # two names of one document count once
+    for adapter in opened:
+        by_version.setdefault(adapter.manifest.version, adapter)
+    named = [*by_version.values()]
+    n_documents = sum(adapter.manifest.kind == "document" for adapter in named)
+    threshold = 0.0 if always else THRESHOLD_OF_MANY if patterns else threshold_for(n_documents, strict)
+    routed = [(adapter, adapter.route(question, k, threshold)) for adapter in named]
+    if patterns:
+        if k is None:
+            raise AdapterError("of many documents a question gets some chunks: give a number (--route 2), not all")
+        check_patterns(library, patterns, tag)
+        versions = {adapter.manifest.version for adapter in named}
+        with reading(library) as register:
+            others = register.best_chunks(question, k, patterns, tag, versions)
+        routed += share_out(others, question, k, lambda match: open_named(f"{match.name}@{match.version}"), threshold)
+    return routed
+
+
+def routes_of_documents(routed: Iterable[tuple[Adapter, Route]]) -> list[Route]:
+    """What a question gets of those adapters that are documents."""
+    return [route for adapter, route in routed if adapter.manifest.kind == "document"]
+
+
+def are_silent(routed: Iterable[tuple[Adapter, Route]], patterns: Sequence[str] = ()) -> bool:
+    """Whether a question gets nothing of any document. Raises ConfigError without documents and patterns."""
+    documents = routes_of_documents(routed)
+    if not documents and not patterns:
+        raise ConfigError("a strict answer comes from documents: choose one with -a NAME, or all with --all")
+    return all(route.is_empty for route in documents)
+
+
+def check_patterns(library: Path, patterns: Sequence[str], tag: str = "") -> None:
+    """Raise NoSuchAdapterError where patterns and a tag stand for no document."""
+    with reading(library) as register:
+        if not register.has_documents(patterns, tag):
+            called = "" if "*" in patterns else f" called {' or '.join(patterns)}"
+            tagged = f" with the tag {tag!r}" if tag else ""
+            raise NoSuchAdapterError(
+                f"there is no document{called}{tagged} in {library}; `loracast list` shows what there is"
+            )
+
+
+def share_out(
+    matches: Sequence[Match], question: str, k: int, open_document: Callable[[Match], Document], threshold: float
+) -> list[tuple[Document, Route]]:
+    """What a question gets of each document that owns one of the best chunks of a library, the best one first.
+
+    A document's weight is its best chunk's score beside the best one of all, raised as in one document (routing.py).
+
+    Args:
+        matches: those chunks, best first.
+        k: the places of the route; the best document gets those of chunks that match too little, and those left over.
+        open_document: gives the document of a match.
+        threshold: least probability that the question is about a document; others are left out. That of one named
+            document is enough where the question has a word of its name.
+    """
+    weights = {match: (match.score / matches[0].score) ** SHARPNESS for match in matches}
+    close = [match for match in matches if weights[match] >= _LEAST_WEIGHT]
+    found: list[tuple[Document, Route]] = []
+    best = 1.0
+    for version in dict.fromkeys(match.version for match in close):
+        own = [match for match in close if match.version == version]
+        document, n_places = open_document(own[0]), len(own) + (0 if found else k - len(close))
+        name = own[0].name if _names(question, own[0].name) else ""
+        route = document.route(question, n_places, min(threshold, THRESHOLD) if name else threshold, name)
+        if route.is_empty:
+            continue
+        if route.chunks is None and own[0].n_chunks > n_places:
+            chunks = tuple(range(n_places))
+            route = Route(chunks, weights=(1.0,) * n_places, reason="only the document's name matches: its beginning")
+        best = weights[own[0]] if not found else best
+        weight = weights[own[0]] / best
+        found.append((document, route if weight == 1.0 else _weighed(route, own[0].n_chunks, weight)))
+    return found
+
+
+def _names(question: str, name: str) -> bool:
+    """Whether a question has a word of an adapter's name, which the document itself need not hold."""
+    return not set(re.split(r"[-._]+", name)).isdisjoint(word for word, _ in phrases(question))
+
+
+def _weighed(route: Route, n_chunks: int, weight: float) -> Route:
+    """The route of an adapter of so many chunks, with all weights multiplied."""
+    chunks = tuple(range(n_chunks)) if route.chunks is None else route.chunks
+    weights = tuple(weight * one for one in route.weights or (1.0,) * len(chunks))
+    sentences = route.sentences and tuple(tuple(weight * one for one in of_chunk) for of_chunk in route.sentences)
+    return replace(route, chunks=chunks, weights=weights, sentences=sentences)
+
+
+def scaled(picked: Iterable[tuple[Adapter, Route]], scales: Mapping[str, float]) -> list[tuple[Adapter, Route]]:
+    """What was picked, with the weights of adapters multiplied by factors, which go by their versions' hashes.
+
+    A factor of 0 takes an adapter out. The static LoRA of documents keeps its weight of 1, as in combinations.
+    """
+    found = []
+    for adapter, route in picked:
+        scale = scales.get(adapter.manifest.version, 1.0)
+        if scale == 0:
+            route = Route((), reason="its scale is 0", about=route.about)
+        elif scale != 1 and not route.is_empty:
+            route = _weighed(route, adapter.manifest.n_chunks, scale)
+            likely = tuple(Likely(text, p * min(scale, 1.0)) for text, p in route.likely) if scale > 0 else ()
+            route = replace(route, likely=likely)
+        found.append((adapter, route))
+    return found
+
+
+def sources(picked: Iterable[tuple[Adapter, Route]]) -> tuple[Source, ...]:
+    """The chunks that were picked from documents, those with most weight first; none of documents taken as a whole."""
+    found = []
+    for adapter, route in picked:
+        if (
+            adapter.manifest.kind == "document"
+            and not route.is_empty
+            and (route.chunks or adapter.manifest.n_chunks == 1)
+        ):
+            chunks = route.chunks or (0,)
+            weights = route.weights or (1.0,)
+            best = _best_sentences(adapter, route, chunks)
+            for i, weight, chunk in zip(chunks, weights, read_chunks(adapter.index, chunks), strict=True):
+                place = (adapter.manifest.title, _heading(chunk, best.get(i)), i, chunk.start, chunk.end)
+                found.append(Source(adapter.name, *place, weight, adapter.manifest.version))
+    return tuple(sorted(found, key=lambda source: -source.weight))
+
+
+def _best_sentences(adapter: Adapter, route: Route, chunks: Sequence[int]) -> dict[int, int]:
+    """By chunk, where the sentence that matches a question best begins in the chunk's prompt."""
+    if route.sentences is None:
+        return {}
+    starts: dict[int, list[int]] = {}
+    for place in read_sentences(adapter.index, chunks):
+        starts.setdefault(place.chunk, []).append(place.start)
+    weights = dict(zip(chunks, route.sentences, strict=True))
+    return {i: max(zip(weights[i], starts[i], strict=True), key=lambda pair: pair[0])[1] for i in chunks if i in starts}
+
+
+def _heading(chunk: Chunk, at: int | None) -> str:
+    """The heading above a place in a chunk's prompt: the last one in the chunk's text, or else the chunk's own."""
+    if at is None:
+        return chunk.heading
+    above = [one for one in find_headings(chunk.text) if one.start <= at - (len(chunk.prompt) - len(chunk.text))]
+    if not above:
+        return chunk.heading
+    title = chunk.heading.partition(" / ")[0]
+    section = " ".join(above[-1].title.split())
+    return section if section == title or not title else f"{title} / {section}"

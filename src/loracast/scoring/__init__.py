@@ -1,1 +1,0 @@
-"""Questions with answers packed into batches, and the log-likelihood of the answers under a LoRA."""
