@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import loracast
+from loracast.answering.answers import least_confidence
 from loracast.answering.model import Model
-from loracast.answering.options import least_confidence
 from loracast.base.footprint import fastest_dtype
 from loracast.base.generate import Sampling, answers
 from loracast.lab.data.everyday import load_genres, make_document

@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import loracast
-from loracast.answering.options import LEAST_CONFIDENCE, NOT_SAID, least_confidence
+from loracast.answering.answers import LEAST_CONFIDENCE, NOT_SAID, least_confidence
 from loracast.cli import app
 from loracast.cli.client import Local
 from loracast.cli.options import Answering

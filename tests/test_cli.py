@@ -479,21 +479,21 @@ def test_a_seed_repeats_a_draw(run, tiny):
 
 
 def test_an_answer_cannot_steer_the_terminal(run, tiny, monkeypatch):
-    def answer(base, prompt, lora, sampling, on_text, copying):
+    def answers(base, prompts, loras, sampling, copying, on_text):
         on_text("  \x1b]0;owned\x07red \x1b[31m")
         on_text("\u202eevil\r\n\ttail")
-        return loracast.base.generate.Answer("", 1, 1, 0.1, 0.1, True)
+        return [loracast.base.generate.Answer("", 1, 1, 0.1, 0.1, True)]
 
-    monkeypatch.setattr("loracast.base.generate.answer", answer)
+    monkeypatch.setattr("loracast.answering.question_answering.answers", answers)
     assert run("ask", "hello", *tiny).stdout == "]0;ownedred [31mevil\n\ttail\n"
 
 
 def test_ctrl_c_while_answering_is_130(run, tiny, monkeypatch):
-    def answer(base, prompt, lora, sampling, on_text, copying):
+    def answers(base, prompts, loras, sampling, copying, on_text):
         on_text("It is")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loracast.base.generate.answer", answer)
+    monkeypatch.setattr("loracast.answering.question_answering.answers", answers)
     result = run("ask", "hello", *tiny)
     assert result.exit_code == 130 and result.stdout == "It is\n"
 
@@ -547,12 +547,12 @@ def talk(model, tiny_folder):
 def test_a_conversation_is_remembered(talk, monkeypatch):
     seen = []
 
-    def answer(base, prompt, lora, sampling, on_text, copying):
-        seen.append(base.tokenizer.decode(prompt))
+    def answers(base, prompts, loras, sampling, copying, on_text):
+        seen.append(base.tokenizer.decode(prompts[0]))
         on_text("Bob.")
-        return loracast.base.generate.Answer("Bob.", len(prompt), 2, 0.1, 0.1, True)
+        return [loracast.base.generate.Answer("Bob.", len(prompts[0]), 2, 0.1, 0.1, True)]
 
-    monkeypatch.setattr("loracast.base.generate.answer", answer)
+    monkeypatch.setattr("loracast.answering.question_answering.answers", answers)
     talk.reply("My name is Bob.")
     talk.reply("Who am I?")
     assert seen[1].index("My name is Bob.") < seen[1].index("Bob.<|im_end|>") < seen[1].index("Who am I?")
@@ -562,11 +562,11 @@ def test_a_conversation_is_remembered(talk, monkeypatch):
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(talk, monkeypatch, capsys):
-    def answer(base, prompt, lora, sampling, on_text, copying):
+    def answers(base, prompts, loras, sampling, copying, on_text):
         on_text("It was ")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loracast.base.generate.answer", answer)
+    monkeypatch.setattr("loracast.answering.question_answering.answers", answers)
     talk.reply("What was it?")
     assert talk.turns[-1] == {"role": "assistant", "content": "It was "}
     assert capsys.readouterr() == ("It was \n", "(stopped)\n")

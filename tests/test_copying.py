@@ -194,8 +194,8 @@ def test_a_document_hints_and_a_task_beside_it_does_not(always, model, monkeypat
     assert model.prepare("How much do adults pay?", "door", outlines=False).likely == ()
     seen = []
     monkeypatch.setattr(
-        "loracast.answering.question_answering.answer",
-        lambda *given, copying: seen.append(copying) or SimpleNamespace(confidence=1.0),
+        "loracast.answering.question_answering.answers",
+        lambda base, prompts, loras, sampling, copying, on_text: seen.extend(copying) or [SimpleNamespace(text="")],
     )
     monkeypatch.setattr(type(prepared), "sourced", lambda self, given: given)
     model.answer("How much do adults pay?", "door")

@@ -307,7 +307,7 @@ def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):
 
 
 def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monkeypatch):
-    from loracast.answering.options import NOT_SAID
+    from loracast.answering.answers import NOT_SAID
     from loracast.lab.data.everyday import KINDS
     from loracast.lab.evaluation import everyday
 

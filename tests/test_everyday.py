@@ -12,7 +12,7 @@ from functools import cache
 
 import pytest
 
-from loracast.answering.options import NOT_SAID
+from loracast.answering.answers import NOT_SAID
 from loracast.errors import ConfigError
 from loracast.lab.data.everyday import (
     FEWEST_WORDS,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from loracast.answering.answers import NOT_SAID
 from loracast.answering.model import Model
-from loracast.answering.question_answering import NOT_SAID
 from loracast.documents import Document
 from loracast.reading.spoken import queries, stands_alone
 

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 import loracast
-from loracast.answering.options import NOT_SAID
+from loracast.answering.answers import NOT_SAID
 from loracast.base.generate import Sampling
 from loracast.documents import Document
 from loracast.library.adapter import MANIFEST

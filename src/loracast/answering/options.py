@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypedDict
+from typing import Any, BinaryIO, TypedDict
 
 from loracast.base.chat import Message
-from loracast.base.generate import Answer, Sampling
+from loracast.base.generate import Sampling
 from loracast.cast.document import Progress
 from loracast.documents import Document, read_document
 from loracast.documents.images import MAGIC_BYTES, ImageFile, image_format, is_image_file, read_image_file
@@ -18,9 +16,6 @@ from loracast.errors import DocumentError
 from loracast.library.adapter import Adapter
 from loracast.lora.algebra import LoRA
 from loracast.lora.quantize import Storage
-from loracast.reading.matching import Likely
-from loracast.reading.routing import Route
-from loracast.reading.wide_route import Source
 
 Readable = str | Path | BinaryIO | Document | ImageFile
 """A path, "-" for standard input, an open binary stream, or a Document or ImageFile. A string is always a path: pass
@@ -30,77 +25,8 @@ Question = str | Sequence[Message]
 Chosen = Adapter | LoRA | str | Sequence[Adapter | str]
 """What a question is answered with: an adapter or its name, several, none (the plain base), or one LoRA. "*" is the
 whole library and a pattern such as "manuals-*" all documents with such names, of which those that match are opened."""
-NOT_SAID = "The document does not say."
-"""The answer of a refusal, and in training to a question that the document does not answer."""
-LEAST_CONFIDENCE = 0.5
-"""Of a strict answer (`Answer.confidence`), however likely the documents hold it. Chosen on dev, as are the next ones
-(docs/notebook/2026-12-01.md)."""
-_LOGIT, _SLOPE = 4.8, 0.75  # the least confidence's logit is this, less the slope times that of `Route.about`,
-_SLOPE_NOWHERE = 0.75  # and more by this slope times that of `Route.nowhere`
-_LEAST_NOWHERE, _ANY_NOWHERE = 0.001, 0.03  # the second one where nobody looked
 _LONGEST_NAME = 255
 """Characters of a file's name at most, on all common systems."""
-
-
-AnsweredBy = Literal["adapter", "base", "outline", "refusal"]
-"""What gave an answer: the model with an adapter, the plain base (no adapter was used), the outline that a document
-keeps, or the refusal `NOT_SAID`. The last two ask no model, or leave aside what it said."""
-
-
-@dataclass(frozen=True)
-class SourcedAnswer(Answer):
-    """An answer, what it cost, what gave it, and where in which documents it comes from."""
-
-    answered_by: AnsweredBy = "base"
-    sources: tuple[Source, ...] = ()
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """One question, ready to be generated: its prompt, and what of which adapters it is answered with."""
-
-    prompt: list[int]
-    routed: list[tuple[Adapter, Route]]
-    sources: tuple[Source, ...]
-    answer: SourcedAnswer | None = None
-    """The answer where no model is needed: from the outlines of the documents (`Model.overview`), or `NOT_SAID`."""
-    likely: tuple[Likely, ...] = ()
-    """What the answer may begin with, by the words of the documents."""
-    least_confidence: float = 0.0
-    """An answer of a lower confidence becomes `NOT_SAID`; where it is above 0, no text must be shown before the end."""
-    has_lora: bool = False
-    """Whether a LoRA answers that is no adapter of a library, so that `routed` does not name it."""
-
-    @property
-    def answered_by(self) -> AnsweredBy:
-        """What answers, unless it turns out too unsure."""
-        if self.answer is not None:
-            return self.answer.answered_by
-        return "adapter" if self.has_lora or any(not route.is_empty for _, route in self.routed) else "base"
-
-    def sourced(self, given: Answer) -> SourcedAnswer:
-        """What the base answered, with its sources; or, where it is too unsure, `NOT_SAID`."""
-        if given.confidence < self.least_confidence:
-            return SourcedAnswer(**{**vars(given), "text": NOT_SAID, "finished": True}, answered_by="refusal")
-        return SourcedAnswer(**vars(given), answered_by=self.answered_by, sources=self.sources)
-
-
-def least_confidence(routes: Sequence[Route]) -> float:
-    """How sure the model must be of a strict answer, 0 to 1: the surer, the less likely the documents give it.
-
-    Args:
-        routes: what the question gets of each document.
-    """
-    about = max((route.about for route in routes if route.about is not None), default=None)
-    nowhere = min((route.nowhere for route in routes if route.nowhere is not None), default=_ANY_NOWHERE)
-    if about is None:
-        return LEAST_CONFIDENCE
-    logit = _LOGIT - _SLOPE * _logit(about) + _SLOPE_NOWHERE * _logit(max(nowhere, _LEAST_NOWHERE))
-    return max(LEAST_CONFIDENCE, 1 / (1 + math.exp(-logit)))
-
-
-def _logit(probability: float) -> float:
-    return math.log(max(probability, 1e-6) / max(1 - probability, 1e-6))
 
 
 class Asking(TypedDict, total=False):

@@ -8,21 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack, overload
 
-from loracast.answering.options import (
-    NOT_SAID,
-    AnsweredBy,
-    Asking,
-    Chosen,
-    Prepared,
-    Question,
-    SourcedAnswer,
-    is_batch,
-    least_confidence,
-    listed,
-)
+from loracast.answering.answers import Prepared, SourcedAnswer, least_confidence, refusal, without_model
+from loracast.answering.options import Asking, Chosen, Question, is_batch, listed
 from loracast.base.chat import Message
 from loracast.base.copying import Copying, copying
-from loracast.base.generate import Sampling, answer, answers, stream
+from loracast.base.generate import OnText, Sampling, answers, pieces
 from loracast.base.load import Base
 from loracast.errors import AdapterError, ConfigError
 from loracast.library.adapter import Adapter, loras_together
@@ -32,7 +22,6 @@ from loracast.reading.overview import Overview, overview
 from loracast.reading.routing import DEFAULT_ROUTE, Route
 from loracast.reading.spoken import queries
 from loracast.reading.wide_route import (
-    Source,
     are_silent,
     patterns_in,
     route_adapters,
@@ -43,16 +32,6 @@ from loracast.reading.wide_route import (
 
 ASK_SYSTEM_TURN = ""
 """System turn of a question, empty as in training; the template's own would cost 25 tokens of prefill for nothing."""
-
-
-def without_model(text: str, by: AnsweredBy, sources: tuple[Source, ...] = ()) -> SourcedAnswer:
-    """An answer that took no model."""
-    return SourcedAnswer(text, 0, 0, 0.0, 0.0, True, answered_by=by, sources=sources)
-
-
-def not_said(routed: list[tuple[Adapter, Route]]) -> Prepared:
-    """The answer, without a model, that no document says it."""
-    return Prepared([], routed, (), without_model(NOT_SAID, "refusal"))
 
 
 class QuestionAnswering(ABC):
@@ -90,7 +69,7 @@ class QuestionAnswering(ABC):
 
     @overload
     def answer(
-        self, question: str | list[Message], adapter: Chosen = (), **options: Unpack[Asking]
+        self, question: str | list[Message], adapter: Chosen = (), on_text: OnText = ..., **options: Unpack[Asking]
     ) -> SourcedAnswer: ...
     @overload
     def answer(
@@ -98,26 +77,27 @@ class QuestionAnswering(ABC):
         **options: Unpack[Asking],
     ) -> list[SourcedAnswer]: ...  # fmt: skip
     def answer(
-        self, question: Any, adapter: Any = (), **options: Unpack[Asking]
+        self, question: Any, adapter: Any = (), on_text: OnText = lambda text: None, **options: Unpack[Asking]
     ) -> SourcedAnswer | list[SourcedAnswer]:
-        """Like `ask`, with what the answer cost and the chunks that it comes from (`SourcedAnswer`)."""
+        """Like `ask`, with what the answer cost and the chunks that it comes from (`SourcedAnswer`).
+
+        Args:
+            on_text: receives each piece of one answer as it is generated; of a strict answer, the whole text.
+        """
+        sampling = options.pop("sampling", Sampling())
         if not is_batch(question):
-            prepared, lora, sampling = self._request(question, adapter, **options)
-            if prepared.answer is not None:
-                return prepared.answer
-            hint = self.copying(prepared)
-            return prepared.sourced(answer(self.base, prepared.prompt, lora, sampling, copying=hint))
+            prepared, lora = self._request(question, adapter, **options)
+            (given,) = self._generate([prepared], [lora], sampling, None if prepared.comes_whole else on_text)
+            if prepared.comes_whole:
+                on_text(given.text)
+            return given
         chosen = adapter if isinstance(adapter, (list, tuple)) and adapter else [adapter] * len(question)
         if len(chosen) != len(question):
             raise AdapterError(
                 f"{len(chosen)} adapters for {len(question)} questions: give one for each, () for none, or one for all"
             )
         requests = [self._request(*pair, **options) for pair in zip(question, chosen, strict=True)]
-        asked = [(prepared, lora) for prepared, lora, _ in requests if prepared.answer is None]
-        prompts, loras = [prepared.prompt for prepared, _ in asked], [lora for _, lora in asked]
-        hints = [self.copying(prepared) for prepared, _ in asked]
-        given = iter(answers(self.base, prompts, loras, options.get("sampling", Sampling()), hints))
-        return [prepared.answer or prepared.sourced(next(given)) for prepared, _, _ in requests]
+        return self._generate([prepared for prepared, _ in requests], [lora for _, lora in requests], sampling)
 
     def stream(
         self, question: str | list[Message], adapter: Chosen = (), **options: Unpack[Asking]
@@ -130,29 +110,30 @@ class QuestionAnswering(ABC):
         Leaving the loop stops the generation. Another thread generates, so `stream` is refused inside a block of
         `lora.applied`. Arguments as in `ask`.
         """
-        prepared, lora, sampling = self._request(question, adapter, **options)
-        if prepared.answer is not None:
-            yield prepared.answer.text
-            return prepared.answer
-        if prepared.least_confidence:
-            copied = answer(self.base, prepared.prompt, lora, sampling, copying=self.copying(prepared))
-            sourced = prepared.sourced(copied)
-            yield sourced.text
-            return sourced
-        given = yield from stream(self.base, prepared.prompt, lora, sampling, self.copying(prepared))
-        return prepared.sourced(given)
+        return pieces(self.base, lambda on_text: self.answer(question, adapter, on_text, **options))
+
+    def _generate(
+        self,
+        prepared: Sequence[Prepared],
+        loras: Sequence[LoRA | None],
+        sampling: Sampling,
+        on_text: OnText | None = None,
+    ) -> list[SourcedAnswer]:
+        """Answer questions in one batch, but those that need no model; give each answer or refuse it."""
+        asked = [(one, lora) for one, lora in zip(prepared, loras, strict=True) if one.answer is None]
+        prompts, hints = [one.prompt for one, _ in asked], [self.copying(one) for one, _ in asked]
+        generated = iter(answers(self.base, prompts, [lora for _, lora in asked], sampling, hints, on_text))
+        return [one.answer or one.sourced(next(generated)) for one in prepared]
 
     def copying(self, prepared: Prepared) -> Copying | None:
         """The bonus for what an answer may copy from the documents; None where nothing is likely."""
         return copying(self.base, prepared.likely)
 
-    def _request(
-        self, question: Question, adapter: Chosen, *, sampling: Sampling = Sampling(), **options: Any
-    ) -> tuple[Prepared, LoRA | None, Sampling]:
+    def _request(self, question: Question, adapter: Chosen, **options: Any) -> tuple[Prepared, LoRA | None]:
         if isinstance(adapter, LoRA):
-            return replace(self.prepare(question, **options), has_lora=True), adapter.to(self.base.device), sampling
+            return replace(self.prepare(question, **options), has_lora=True), adapter.to(self.base.device)
         prepared = self.prepare(question, adapter, **options)
-        return prepared, self.lora_of(prepared.routed), sampling
+        return prepared, self.lora_of(prepared.routed)
 
     def prepare(
         self,
@@ -196,7 +177,7 @@ class QuestionAnswering(ABC):
                 break
         routed = scaled(routed, scales)
         if strict and are_silent(routed, patterns_in(listed(adapter), tag)):
-            return not_said(routed)
+            return refusal(routed)
         documents = routes_of_documents(routed)  # a task's adapter beside them wants a model that answers its way
         is_copied = outlines and len(documents) == len(routed)
         likely = likely_together([route.likely for route in documents]) if is_copied else ()

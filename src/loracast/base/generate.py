@@ -11,7 +11,7 @@ from itertools import takewhile
 from queue import SimpleQueue
 from statistics import fmean
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,9 @@ from loracast.lora.algebra import LoRA
 from loracast.lora.inject import inject
 
 _LEAST_TEMPERATURE = 1e-5
+OnText = Callable[[str], None]
+"""Receives each piece of an answer's text as it is generated."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def confidence(logprobs: Sequence[float]) -> float:
 class _Streamer:
     """Receives token ids from transformers' generate: the prompt first, then each new token."""
 
-    def __init__(self, base: Base, on_text: Callable[[str], None]):
+    def __init__(self, base: Base, on_text: OnText):
         self.base, self.on_text = base, on_text
         self.ids: list[int] = []
         self.shown = ""
@@ -102,11 +105,11 @@ def answer(
     prompt: Sequence[int],
     lora: LoRA | None = None,
     sampling: Sampling = Sampling(),
-    on_text: Callable[[str], None] = lambda text: None,
+    on_text: OnText | None = None,
     copying: Copying | None = None,
 ) -> Answer:
     """Answer one prompt of token ids; `on_text` receives each piece of text as it is generated."""
-    return _answers(base, [prompt], [lora], sampling, [copying], _Streamer(base, on_text))[0]
+    return answers(base, [prompt], [lora], sampling, [copying], on_text)[0]
 
 
 def answers(
@@ -115,62 +118,26 @@ def answers(
     loras: Sequence[LoRA | None],
     sampling: Sampling = Sampling(),
     copying: Sequence[Copying | None] | None = None,
+    on_text: OnText | None = None,
 ) -> list[Answer]:
-    """Answer several prompts in one batch, each with a LoRA of its own or none, and what it may copy or nothing."""
-    return _answers(base, prompts, loras, sampling, copying or [None] * len(prompts), None) if prompts else []
+    """Answer several prompts in one batch, each with a LoRA of its own or none, and what it may copy or nothing.
 
-
-def answer_batch(
-    base: Base, prompts: Sequence[Sequence[int]], loras: Sequence[LoRA | None], sampling: Sampling = Sampling()
-) -> list[str]:
-    """The texts of `answers`."""
-    return [given.text for given in answers(base, prompts, loras, sampling)]
-
-
-def stream(
-    base: Base,
-    prompt: Sequence[int],
-    lora: LoRA | None = None,
-    sampling: Sampling = Sampling(),
-    copying: Copying | None = None,
-) -> Generator[str, None, Answer]:
-    """Yield the pieces of an answer as they are generated, by another thread; the generator's value is the answer.
-
-    Closing the generator stops the generation.
+    Args:
+        on_text: receives each piece of text as it is generated; for one prompt alone.
     """
-    if base.lock.is_owned():  # the generating thread would wait for ever
-        raise LoracastError("this thread applies a LoRA to the base: stream outside of that block, or call answer")
-    pieces: SimpleQueue[str | None] = SimpleQueue()
-    is_closed = Event()
-
-    def keep(piece: str) -> None:
-        if is_closed.is_set():
-            raise GeneratorExit
-        if piece:
-            pieces.put(piece)
-
-    with ThreadPoolExecutor(1) as pool:
-        given = pool.submit(answer, base, prompt, lora, sampling, keep, copying)
-        given.add_done_callback(lambda done: pieces.put(None))
-        try:
-            yield from iter(pieces.get, None)
-        finally:
-            is_closed.set()
-    return given.result()
-
-
-def _answers(
-    base: Base,
-    prompts: Sequence[Sequence[int]],
-    loras: Sequence[LoRA | None],
-    sampling: Sampling,
-    copying: Sequence[Copying | None],
-    streamer: _Streamer | None,
-) -> list[Answer]:
+    if not prompts:
+        return []
     token_times: list[float] = []
+    streamer = None if on_text is None else _Streamer(base, on_text)
     started = time.perf_counter()
     rows, logprobs = _generate(
-        base, prompts, loras, sampling, copying, streamer, lambda: token_times.append(time.perf_counter())
+        base,
+        prompts,
+        loras,
+        sampling,
+        copying or [None] * len(prompts),
+        streamer,
+        lambda: token_times.append(time.perf_counter()),
     )
     total_s = time.perf_counter() - started
     given = []
@@ -181,6 +148,42 @@ def _answers(
         is_finished = any(i in base.end_ids for i in ids)
         given.append(Answer(text, *figures, is_finished, confidence(of_row[: len(said) + 1])))
     return given
+
+
+def answer_batch(
+    base: Base, prompts: Sequence[Sequence[int]], loras: Sequence[LoRA | None], sampling: Sampling = Sampling()
+) -> list[str]:
+    """The texts of `answers`."""
+    return [given.text for given in answers(base, prompts, loras, sampling)]
+
+
+def pieces(base: Base, run: Callable[[OnText], T]) -> Generator[str, None, T]:
+    """Yield the pieces of an answer as another thread generates them; the generator's value is what `run` returns.
+
+    Closing the generator stops the generation.
+
+    Args:
+        run: generates with the base and hands on each piece of text.
+    """
+    if base.lock.is_owned():  # the generating thread would wait for ever
+        raise LoracastError("this thread applies a LoRA to the base: stream outside of that block, or call answer")
+    generated: SimpleQueue[str | None] = SimpleQueue()
+    is_closed = Event()
+
+    def keep(piece: str) -> None:
+        if is_closed.is_set():
+            raise GeneratorExit
+        if piece:
+            generated.put(piece)
+
+    with ThreadPoolExecutor(1) as pool:
+        given = pool.submit(run, keep)
+        given.add_done_callback(lambda done: generated.put(None))
+        try:
+            yield from iter(generated.get, None)
+        finally:
+            is_closed.set()
+    return given.result()
 
 
 def _until(ids: list[int], ends: Sequence[int]) -> list[int]:

@@ -18,7 +18,7 @@ from loracast.library.manifest import marked_name, name_from
 from loracast.reading.wide_route import Source, check_patterns, patterns_in
 
 if TYPE_CHECKING:
-    from loracast.answering.options import AnsweredBy
+    from loracast.answering.answers import AnsweredBy
     from loracast.base.chat import Message
     from loracast.cast.memory import Forgotten
     from loracast.library.adapter import Adapter
@@ -190,29 +190,15 @@ class Local:
         return self._model.memory(name)
 
     def reply(self, turns: Sequence[Message], chosen: Sequence[str], on_text: OnText) -> Reply:
-        from loracast.answering.question_answering import ASK_SYSTEM_TURN
-        from loracast.base.generate import answer
-
         given, patterns = self._answering, patterns_in(chosen)
-        prepared = self._model.prepare(
-            turns, [one if one in patterns else self.open(one) for one in chosen],
-            system=given.system or ASK_SYSTEM_TURN, route=given.route, tag=tag_for(given, chosen), always=given.always,
+        said = self._model.answer(
+            [*turns], [one if one in patterns else self.open(one) for one in chosen], on_text, sampling=self._sampling,
+            system=given.system or "", route=given.route, tag=tag_for(given, chosen), always=given.always,
             strict=given.strict,
         )  # fmt: skip
-        said = prepared.answer
-        if said is None:
-            lora, show = self._model.lora_of(prepared.routed), _hide if prepared.least_confidence else on_text
-            copying = self._model.copying(prepared)
-            said = prepared.sourced(answer(self._model.base, prepared.prompt, lora, self._sampling, show, copying))
-        if prepared.answer is not None or prepared.least_confidence:
-            on_text(said.text)
         figures = (said.n_prompt_tokens, said.n_tokens, said.first_token_s, said.total_s)
-        used = tuple(_used(adapter, route) for adapter, route in prepared.routed)
+        used = tuple(_used(adapter, route) for adapter, route in said.routed)
         return Reply(said.text, said.finished, *figures, used, said.sources, said.answered_by)
-
-
-def _hide(text: str) -> None:
-    """Show nothing of an answer that may yet be replaced."""
 
 
 def _used(adapter: Adapter, route: Route) -> Used:

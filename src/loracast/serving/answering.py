@@ -10,8 +10,8 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from loracast.answering.options import NOT_SAID, AnsweredBy, Prepared
-from loracast.answering.question_answering import ASK_SYSTEM_TURN, not_said
+from loracast.answering.answers import NOT_SAID, AnsweredBy, Prepared, refusal
+from loracast.answering.question_answering import ASK_SYSTEM_TURN
 from loracast.base.chat import Message, encode_text
 from loracast.base.generate import Sampling
 from loracast.cast.memory import Memory
@@ -131,7 +131,7 @@ class Call:
             "scales": self._resolved.scales,
         }
         if given.strict and asked.searches and not chosen:
-            self.prepared.append(not_said([]))
+            self.prepared.append(refusal([]))
         elif asked.prompts:
             for prompt in asked.prompts:
                 ids, text = self._raw(prompt)
@@ -259,13 +259,13 @@ class Call:
             merged.put_nowait(error)
 
     async def _tokens(self, i: int) -> AsyncIterator[Token]:
-        answer, least = self.answers[i], self.prepared[i // self.asked.n].least_confidence
-        if not least:
+        answer, prepared = self.answers[i], self.prepared[i // self.asked.n]
+        if not prepared.comes_whole:
             async for token in answer.ticket:
                 yield token
             return
         tokens = [token async for token in answer.ticket]
-        if answer.ticket.confidence < least:
+        if prepared.is_refused(answer.ticket.confidence):
             answer.is_refused = True
             tokens = [Token(None, NOT_SAID)]
         for token in tokens:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal, get_args
 
-from loracast.answering.options import NOT_SAID
+from loracast.answering.answers import NOT_SAID
 from loracast.lab.data.facts import ALTERNATIVES, Split, expand, fill, make_entity
 from loracast.lab.data.rows import read_content
 

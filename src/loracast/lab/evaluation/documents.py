@@ -10,8 +10,8 @@ from typing import Literal
 
 import torch
 
+from loracast.answering.answers import NOT_SAID, least_confidence
 from loracast.answering.model import Model
-from loracast.answering.options import NOT_SAID, least_confidence
 from loracast.answering.question_answering import ASK_SYSTEM_TURN
 from loracast.base.chat import ChatFormat, without_middle
 from loracast.base.load import Base

@@ -19,8 +19,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from loracast.answering.answers import NOT_SAID
 from loracast.answering.model import Model
-from loracast.answering.options import NOT_SAID
 from loracast.base.copying import copying
 from loracast.base.generate import Answer, Sampling, answer, answers
 from loracast.base.load import Base
