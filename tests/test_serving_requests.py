@@ -46,6 +46,8 @@ def model(filled):
 class ByHand:
     """An engine whose tokens the test gives."""
 
+    takes_copying = True
+
     def __init__(self):
         self.tickets: list[Ticket] = []
         self.refusal: Exception | None = None

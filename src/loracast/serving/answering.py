@@ -210,13 +210,13 @@ class Call:
         sampling = replace(
             asked.sampling, max_new_tokens=wanted or min(DEFAULT_MAX_TOKENS, limits.max_tokens, room), seed=seed
         )
-        model, key = self.service.model, routing_key(prepared.routed)
+        model, engine, key = self.service.model, self.service.engine, routing_key(prepared.routed)
         return GenerationRequest(
             prepared.prompt,
             None if key is None else lambda: model.lora_of(prepared.routed),
             key,
             sampling,
-            model.copying(prepared),
+            model.copying(prepared) if engine.takes_copying else None,
             asked.stop,
             0 if prepared.least_confidence and asked.n_logprobs is None else asked.n_logprobs,
             strips=not asked.prompts,

@@ -41,7 +41,10 @@ _BASE_ALONE = "base"
 
 
 class Engine(Protocol):
-    """What the HTTP API needs of an engine."""
+    """The back end that generates the answers of a server."""
+
+    takes_copying: bool
+    """Whether it adds the bonus for what an answer may copy from documents (`GenerationRequest.copying`)."""
 
     def submit(self, request: GenerationRequest) -> Ticket:
         """Queue a request.
@@ -70,6 +73,8 @@ class _Queued(NamedTuple):
 
 class LocalEngine:
     """An engine on a base in this process; methods as in `Engine`."""
+
+    takes_copying = True
 
     def __init__(self, base: Base, config: EngineConfig = EngineConfig()):
         """Raises BaseModelError for a base whose requests cannot be computed side by side."""

@@ -289,6 +289,8 @@ class _Queued(NamedTuple):
 class VllmEngine:
     """An engine whose tokens come from a vLLM server; methods as in `Engine`."""
 
+    takes_copying = False
+
     def __init__(
         self,
         base: Base,

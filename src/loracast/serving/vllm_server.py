@@ -38,6 +38,8 @@ _log = logging.getLogger(__name__)
 class VllmReplicas:
     """Several vLLM servers as one engine."""
 
+    takes_copying = False
+
     def __init__(self, engines: Sequence[VllmEngine]):
         self._engines = list(engines)
         self._down_until = dict.fromkeys((engine.url for engine in engines), 0.0)
