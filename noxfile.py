@@ -1,4 +1,4 @@
-"""The tests on every Python that pyproject.toml claims: `nox`, or `nox -s tests-3.13 -- tests/test_api.py`.
+"""The tests on every Python that pyproject.toml claims: `nox`, or `nox -s tests-3.13 -- tests/answering/test_api.py`.
 
 The interpreters have to be on the PATH; the session of one that is missing is skipped, or fails where CI is set.
 """

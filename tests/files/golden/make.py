@@ -1,6 +1,6 @@
 """Makes the golden files of a version: `python tests/files/golden/make.py 0.2` in the repository's root (README.md).
 
-A folder that is there is never written again. The expected values are then recorded by `python tests/test_golden.py`.
+A folder that is there is never written again. The expected values are then recorded by `python tests/project/test_golden.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "lab"))
+
+from test_modality import make_vision
 
 import loracast
 from loracast.base.load import Base, load_base
@@ -22,7 +25,6 @@ from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.encoders import ImageEncoder
 from loracast.hypernets.store import save_pretrained
 from loracast.lora.target import target_from_config
-from test_modality import make_vision
 from tiny import gradient, make_attention_delta, make_hypernet, make_tokenizer
 
 GOLDEN = Path(__file__).resolve().parent
