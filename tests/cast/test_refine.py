@@ -147,8 +147,8 @@ def test_an_adapter_that_descent_made_no_better_is_as_it_was_cast(base, caster, 
 
 def test_the_learning_rate_falls_within_passes_over_the_examples_and_stays_without():
     def rates(n_learned, **options):
-        schedule = refine_module._schedule(RefineConfig(lr=1.0, **options), n_learned)
-        return [schedule.lr_factor(step) for step in range(100)]
+        rate = refine_module._schedule(RefineConfig(lr=1.0, **options), n_learned)
+        return [rate(step) for step in range(100)]
 
     for n_learned, options, n_steps in ((24, {}, 21), (3, {}, 20), (96, {"decay_passes": 2}, 24)):
         found = rates(n_learned, **options)

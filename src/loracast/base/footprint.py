@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +36,13 @@ def has_fast_bf16(device_type: str) -> bool:
     if device_type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     return any(getattr(torch.cpu, check, lambda: False)() for check in _CHECKS)
+
+
+def bf16_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Run forward passes in bf16 where a device is fast at it, and in the type of the weights elsewhere."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16) if has_fast_bf16(device.type) else nullcontext()
 
 
 def fastest_dtype(device: str) -> torch.dtype:

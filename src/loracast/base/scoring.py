@@ -8,12 +8,13 @@ of the tokens, and the LoRA of a document meets all its questions in one matmul.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from loracast.lora.algebra import LoRABatch
 from loracast.lora.inject import inject
 
 TOP_K = 16
+Schedule = Literal["cosine", "constant"]
 
 
 class SoftTargets(NamedTuple):
@@ -351,3 +353,16 @@ def attention_for_training(config: Any, device: torch.device) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = usual
+
+
+def lr_factor(step: int, n_steps: int, n_warmup: int, schedule: Schedule) -> float:
+    """The learning rate of a training step (counted from 0), as a share of its peak.
+
+    It rises in equal steps over the first `n_warmup`; then it stays, or falls to a tenth along a cosine until `n_steps`.
+    """
+    if step < n_warmup:
+        return (step + 1) / n_warmup
+    if schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - n_warmup) / max(1, n_steps - n_warmup))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))

@@ -16,18 +16,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from loracast.base.footprint import bf16_autocast
 from loracast.base.load import Base
-from loracast.base.scoring import Batch, Episode, Question, pack, score_answers
+from loracast.base.scoring import Batch, Episode, Question, Schedule, lr_factor, pack, score_answers
 from loracast.cast.task import Refine
 from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError
-from loracast.lab.training.loop import TrainConfig, make_optimizer
 from loracast.lora.algebra import Factors, LoRA, LoRABatch, Rows, joined_ranks
 
 FEWEST_EXAMPLES = 4  # three to learn from, and one held back
 _HELD_BACK = 4  # one example in so many is held back
 _MOST_HELD = 32  # more would take longer to look at than to learn from
+_WARMUP_STEPS = 4
 _FEWEST_DECAYING = 20  # steps within which the learning rate falls
+_BETAS = (0.9, 0.99)  # AdamW's decay rates
+_CLIP_NORM = 1.0
 _PATIENCE = 4  # descent stops after so many looks at the held-back examples without a smaller loss
 
 
@@ -114,19 +117,19 @@ def descent(
     order = rng.sample(list(examples), len(examples))
     n_held = min(max(1, len(order) // _HELD_BACK), _MOST_HELD)
     held, learned = _batch(base, order[:n_held]), order[n_held:]
-    training = _schedule(config, len(learned))
+    rate = _schedule(config, len(learned))
     start = {kind: (_copy(a, base.device), _copy(b, base.device)) for kind, (a, b) in rows.items()}
     sides = nn.ParameterList(side for pair in _new(start, config).values() for side in pair)
 
     def loss_of(batch: Batch) -> Tensor:
-        with training.autocast(base.device):
+        with bf16_autocast(base.device):
             return score_answers(base.model, loras_of(_joined(start, list(sides))), batch).loss
 
     @torch.no_grad()
     def look() -> float:
         return loss_of(held).item()
 
-    optimizer = make_optimizer(sides, training)
+    optimizer = torch.optim.AdamW(sides.parameters(), lr=config.lr, betas=_BETAS, weight_decay=0.0)
     before = best = look()
     kept, kept_step, n_worse, step = start, 0, 0, 0
     queue: list[Example] = []
@@ -138,9 +141,9 @@ def descent(
             queue = rng.sample(learned, len(learned))
         some, queue = queue[: config.examples_per_step], queue[config.examples_per_step :]
         loss_of(_batch(base, some)).backward()
-        torch.nn.utils.clip_grad_norm_(sides.parameters(), training.clip_norm)
+        torch.nn.utils.clip_grad_norm_(sides.parameters(), _CLIP_NORM)
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * training.lr_factor(step)
+            group["lr"] = rate(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -151,12 +154,11 @@ def descent(
                 best, kept_step, n_worse = loss, step, 0
 
 
-def _schedule(config: RefineConfig, n_learned: int) -> TrainConfig:
-    """How the learning rate goes: without its decay, descent on a few dozen examples soon learns them by heart."""
+def _schedule(config: RefineConfig, n_learned: int) -> Callable[[int], float]:
+    """The learning rate by step: without its decay, descent on a few dozen examples soon learns them by heart."""
     steps = max(_FEWEST_DECAYING, config.decay_passes * math.ceil(n_learned / config.examples_per_step))
-    return TrainConfig(
-        steps=steps, lr=config.lr, warmup_steps=4, schedule="cosine" if config.decay_passes else "constant"
-    )
+    schedule: Schedule = "cosine" if config.decay_passes else "constant"
+    return lambda step: config.lr * lr_factor(step, steps, _WARMUP_STEPS, schedule)
 
 
 def check_enough(examples: Sequence[object]) -> None:

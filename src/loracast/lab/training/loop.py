@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loracast.base.footprint import has_fast_bf16
-from loracast.base.scoring import Passes
+from loracast.base.footprint import bf16_autocast
+from loracast.base.scoring import Passes, Schedule, lr_factor
 from loracast.errors import ConfigError, TrainingError
 from loracast.files import sync_folder, write_atomically
 
@@ -244,7 +244,7 @@ class TrainConfig:
     """Decoupled weight decay."""
     warmup_steps: int = 50
     """Steps of linear warm-up."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     """After the warm-up the rate falls to a tenth of the peak over `steps`, or stays."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
@@ -277,18 +277,11 @@ class TrainConfig:
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a step (counted from 0), as a share of the peak."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.schedule == "constant":
-            return 1.0
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+        return lr_factor(step, self.steps, self.warmup_steps, self.schedule)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """The precision of a forward pass on a device."""
-        return (
-            torch.autocast(device.type, torch.bfloat16) if self.bf16 and has_fast_bf16(device.type) else nullcontext()
-        )
+        return bf16_autocast(device) if self.bf16 else nullcontext()
 
 
 _DIVERGED = (
