@@ -56,7 +56,8 @@ from loracast.library import folders as workfolders
 from loracast.library import register
 from loracast.library.library import adapter_names, open_adapter, versions
 from loracast.library.upkeep import verify
-from loracast.lora.peft_format import uniform, write_peft_folder
+from loracast.lora.algebra import uniform
+from loracast.lora.peft_format import write_peft_folder
 from s3 import BUCKET, s3_server
 from servers import eventually
 from tiny import (
@@ -98,7 +99,7 @@ class Rounds:
         )
         for number, name in enumerate(NAMES):
             self.model.learn(loracast.Document.from_text(self.text(number)), name)
-        write_peft_folder(uniform(self.model.adapter("lamp").lora()), folder / "peft")
+        write_peft_folder(uniform(self.model.adapter("lamp").lora()).lora.factors, folder / "peft")
         for place in (folder, folder / "peft"):
             place.chmod(0o755)
         self.broken: list[str] = []

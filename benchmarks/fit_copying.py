@@ -23,7 +23,7 @@ from loracast.lab.data.everyday import load_genres, make_document
 from loracast.lab.data.rows import read_questioned
 from loracast.lab.evaluation.documents import DocumentCase, DocumentSetup, adapter
 from loracast.lab.evaluation.runner import InMemoryAdapter, made
-from loracast.lora.inject import inject
+from loracast.lora.algebra import inject
 
 SEED = 5  # of the documents; evaluations draw others
 EVERYDAY, PEOPLE, QUESTIONS = 168, 84, 6  # documents of each kind, and most questions about one

@@ -28,11 +28,12 @@ from typing import Any
 from bad_requests import BAD_DOCUMENTS, BAD_REQUESTS
 from load_adapters import PROSE, Known
 from load_client import Client, resident
-from load_faults import Server, cause_faults
 from load_report import Answer, Run, plot, summary, table
+from load_server import Server, hold
 
 from loracast.files import bases_dir, encoders_dir
 from loracast.lab.data.needles import make_needles
+from loracast.library import register
 from loracast.library.upkeep import verify
 
 MIB = 2**20
@@ -44,8 +45,12 @@ MIX = {
 """Kinds of work and how often each is drawn."""
 LATEST_S = 300.0
 """How long after the run a job may end, in seconds."""
+KILLS_END = 1 / 3
+"""The share of the time in which the server is killed; its last life is long enough to show whether it grows."""
+DATABASES = (register.FILE, "serving/state.sqlite")
+"""Those that another process holds for a while."""
 N_WITHOUT_NUMBERS = 5
-"""How many of them, the first, need no new number."""
+"""How many kinds of work in `MIX`, the first, need no new number."""
 
 
 class Load(Client):
@@ -251,6 +256,21 @@ class Load(Client):
             if self.is_up.is_set():
                 self.run.sizes.append(resident(self.server.pid, self.now_s))
 
+    async def cause_faults(self, library: Path) -> None:
+        """Kill the server and hold its databases in turn, at random moments, until the load is over."""
+        rng = random.Random(self.given.seed + 1)
+        for is_kill in itertools.cycle((True, False)):
+            try:
+                await asyncio.wait_for(self.is_over.wait(), self.given.fault_every * rng.uniform(0.3, 1.0))
+                return
+            except TimeoutError:
+                pass
+            if not is_kill:
+                await asyncio.to_thread(hold, library / rng.choice(DATABASES), rng.uniform(0.5, 3.0))
+                self.run.n_held += 1
+            elif self.now_s < self.run.seconds * KILLS_END:
+                await self.restart()
+
     async def restart(self) -> None:
         """Kill the server and start it anew. What it was asked meanwhile may fail."""
         await self.count_tokens()
@@ -273,7 +293,7 @@ class Load(Client):
             self.run.records.clear()
             watching = asyncio.create_task(self.watch())
             self._before = await self.metrics()
-            faults = [cause_faults(self, library, self.given.fault_every)] if self.given.faults else []
+            faults = [self.cause_faults(library)] if self.given.faults else []
             clients = [self.client() for _ in range(self.given.clients)]
             await asyncio.gather(*faults, self.until_done(clients))
             self.run.seconds_taken = self.now_s

@@ -141,7 +141,8 @@ def make_attention_delta(base, kinds=("q_proj", "o_proj", "down_proj"), layers=N
 
 def random_lora(rank: int, seed: int):
     """Random factors of two modules."""
-    from loracast.lora.algebra import Factors, LoRA
+    from loracast.lora.algebra import LoRA
+    from loracast.lora.factors import Factors
 
     free = torch.Generator().manual_seed(seed)
     shapes = {"q": (10, 6), "v": (4, 6)}

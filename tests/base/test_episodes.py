@@ -16,8 +16,8 @@ from loracast.base.scoring import Episode, Question, common_prefix, pack
 from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig
 from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.lab.training.doc import answer_questions
-from loracast.lora.algebra import Factors, LoRA
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, inject
+from loracast.lora.factors import Factors
 from loracast.lora.target import target_from_config
 from tiny import make_model, make_tokenizer
 

@@ -15,8 +15,8 @@ from loracast.base.footprint import LIBRARIES, check_quantize
 from loracast.base.generate import Sampling, answers
 from loracast.base.load import Base, load_base
 from loracast.errors import AdapterError, BaseModelError, ConfigError
-from loracast.lora.algebra import Factors, LoRA
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, inject
+from loracast.lora.factors import Factors
 from loracast.serving.engine import LocalEngine
 from loracast.serving.generation import GenerationRequest
 from tiny import make_model, make_tokenizer

@@ -16,7 +16,7 @@ from loracast.cast.bulk import Casting, FolderCaster, cast_all, read_report
 from loracast.cli import app
 from loracast.errors import LoracastError
 from loracast.export.vllm import RANKS
-from loracast.lora.inject import inject
+from loracast.lora.algebra import inject
 from tiny import PROSE, make_model
 
 

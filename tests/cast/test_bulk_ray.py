@@ -21,6 +21,7 @@ import torch
 from bulk import config_files, make_documents, weights_of
 from loracast.cast.bulk import Casting, FolderCaster, Found, Line, cast_all, cast_with_ray
 from loracast.errors import HypernetworkError, LoracastError
+from loracast.lora.algebra import LoRA
 from loracast.lora.peft_format import read_peft
 
 pytest.importorskip("ray.data", reason="pip install 'loracast[ray]'")
@@ -143,7 +144,7 @@ def test_ray_serve_finds_the_adapters_in_a_bucket(model, s3, tmp_path):
     assert set(lora_utils.get_lora_model_ids(out, "base")) == {f"base:{folder}" for folder in wanted}
     for folder in wanted:
         lora_utils.sync_files_with_lock(f"{out}/{folder}", str(tmp_path / "fetched" / folder))
-        lora = read_peft(tmp_path / "fetched" / folder)
+        lora = LoRA(read_peft(tmp_path / "fetched" / folder))
         text = tmp_path / "in" / f"{folder.partition('@')[0]}.txt"
         for name, delta in ((name, model.cast(text).delta(name)) for name in lora.names):
             torch.testing.assert_close(lora.delta(name).float(), delta.float(), atol=1e-3, rtol=1e-2)

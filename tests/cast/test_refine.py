@@ -24,8 +24,8 @@ from loracast.hypernets.store import save_pretrained
 from loracast.lab.data.tasks import read_tasks
 from loracast.lab.evaluation.refining import STARTS, Mark, RefiningConfig, descend, evaluate_refining
 from loracast.lab.evaluation.tasks import TaskSetup, draw
-from loracast.lora.algebra import Factors, LoRA
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, inject
+from loracast.lora.factors import Factors
 from tiny import for_base, make_attention_delta
 
 WORDS = ("lamp", "river", "stone", "kettle", "bridge", "museum", "north", "desk", "water", "code", "line", "morning")

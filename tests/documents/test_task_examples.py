@@ -22,7 +22,7 @@ from loracast.lab.training.oracle import OracleRecipe, PeftConfig, train_multita
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.lab.training.text import TextRecipe, train_text
 from loracast.library.manifest import Manifest
-from loracast.lora.inject import inject
+from loracast.lora.algebra import inject
 from suites import OPPOSITES, write_suite
 from tiny import ATTENTION_DELTA, for_base, make_attention_delta
 

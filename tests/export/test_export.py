@@ -26,9 +26,9 @@ from loracast.export.format import FORMATS, MERGED, Request
 from loracast.export.merged import write_merged
 from loracast.export.ollama import write_ollama
 from loracast.export.vllm import RANKS
-from loracast.lora.algebra import Factors, LoRA
-from loracast.lora.inject import inject
-from loracast.lora.peft_format import read_peft, uniform
+from loracast.lora.algebra import LoRA, inject, uniform
+from loracast.lora.factors import Factors
+from loracast.lora.peft_format import read_peft
 from loracast.lora.target import _SUPPORTED
 from tiny import PROSE, make_hypernet, make_model
 
@@ -113,7 +113,7 @@ def test_peft_loads_it_and_answers_the_same(name, adapter, base, tmp_path):
     assert config["r"] == config["lora_alpha"] == made.rank and made.error == 0
     with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
         assert file.metadata()["factors_sha256"] == adapter(name).manifest.factors_sha256
-    again = read_peft(tmp_path / "out")
+    again = LoRA(read_peft(tmp_path / "out"))
     for module in adapter(name).lora().names:
         torch.testing.assert_close(
             again.delta(module).float(), adapter(name).lora().delta(module).float(), atol=1e-2, rtol=2e-2
@@ -254,7 +254,7 @@ def test_a_document_chunk_by_chunk(adapter, tmp_path):
     for i in picked:
         chunk = listing["chunks"][i]
         assert "bridge" in chunk["text"] and chunk["end"] > chunk["start"]
-        found = read_peft(tmp_path / "out" / chunk["path"])
+        found = LoRA(read_peft(tmp_path / "out" / chunk["path"]))
         for name in found.names:
             torch.testing.assert_close(
                 found.delta(name).float(), long.lora([i]).delta(name).float(), atol=1e-2, rtol=2e-2
@@ -283,7 +283,7 @@ def test_of_chunks_loaded_together_the_static_lora_comes_in_once(base, tmp_path)
     assert len(found["chunks"]) > 1
     name = "model.layers.0.mlp.down_proj"
     loaded = [*found["chunks"], found["static"]]
-    total = sum(one["weight"] * read_peft(Path(one["path"])).delta(name).float() for one in loaded)
+    total = sum(one["weight"] * LoRA(read_peft(Path(one["path"]))).delta(name).float() for one in loaded)
     alone = sum(one["weight"] * long.lora([one["chunk"]], static=False).delta(name).float() for one in found["chunks"])
     expected = long.static_lora.delta(name).float()
     torch.testing.assert_close(total - alone, expected, atol=0.02 * expected.abs().max().item(), rtol=0.02)
@@ -296,7 +296,7 @@ def test_what_peft_wrote_of_many_chunks_is_read_again(tmp_path):
         "model.layers.0.self_attn.k_proj": Factors(torch.randn(4, 700), torch.randn(64, 4)),
     }
     LoRA(factors).save_pretrained(tmp_path / "out", base="x")
-    again = read_peft(tmp_path / "out")
+    again = LoRA(read_peft(tmp_path / "out"))
     for name in factors:
         torch.testing.assert_close(again.delta(name), LoRA(factors).delta(name), rtol=1e-4, atol=1e-3)
 

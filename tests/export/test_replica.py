@@ -28,6 +28,7 @@ from loracast.export.vllm_middleware import LibraryMiddleware
 from loracast.library import shared
 from loracast.library.library import open_adapter, remove_adapter
 from loracast.library.shared import share
+from loracast.lora.algebra import LoRA
 from loracast.lora.peft_format import read_peft
 
 GENEROUS = 2**30
@@ -86,7 +87,7 @@ def test_a_name_means_its_newest_version_on_every_replica_and_under_another_numb
         new = replica.take("loracast:press")
         assert new.name == second.version and new.number != old.number and new.folder != old.folder
         assert replica.take(first.version) is old and replica.take(f"press@{first.manifest.version[:6]}") is old
-        lora, whole = read_peft(new.folder), open_adapter(library, "press").lora()
+        lora, whole = LoRA(read_peft(new.folder)), open_adapter(library, "press").lora()
         for module in whole.names:
             torch.testing.assert_close(lora.delta(module).float(), whole.delta(module).float())
     remove_adapter(library, "press")
@@ -232,7 +233,7 @@ def test_a_rank_above_the_servers_is_compressed_where_that_loses_little(tmp_path
     replica = make(FromLibrary(library), max_rank=8)
     kept = replica.take("faint")
     assert json.loads((kept.folder / "adapter_config.json").read_text())["r"] == 8
-    lora, whole = read_peft(kept.folder), faint.lora().to(dtype=torch.float32)
+    lora, whole = LoRA(read_peft(kept.folder)), faint.lora().to(dtype=torch.float32)
     lost = sum((lora.delta(name) - whole.delta(name)).square().sum() for name in whole.names)
     assert 0 < (lost / sum(whole.delta(name).square().sum() for name in whole.names)).sqrt() < 0.05
     with pytest.raises(AdapterError, match=r"has the rank 16.* takes 8.*--max-lora-rank 16.*loracast serve --engine"):

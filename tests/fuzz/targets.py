@@ -29,8 +29,9 @@ from loracast.documents.document import Limits, Parsed
 from loracast.errors import DocumentError, LoracastError
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.library.adapter import Adapter
+from loracast.lora.algebra import LoRA, uniform
 from loracast.lora.inject import linear_shapes
-from loracast.lora.peft_format import read_peft, uniform, write_peft_folder
+from loracast.lora.peft_format import read_peft, write_peft_folder
 from loracast.reading.index import read_chunks
 from loracast.reading.outline import read_outline
 from tiny import (
@@ -92,7 +93,7 @@ class Adapters:
         self.ours = [files_in(adapter.folder) for adapter in [*kinds, write(folder / "library-static", shared=shared)]]
         self.ours += [files_in(FILES / "adapter-format-1" / storage) for storage in ("bf16", "int8", "text")]
         self.shapes = linear_shapes(make_model())
-        self.peft = files_in(write_peft_folder(uniform(ours.lora()), folder / "peft"))
+        self.peft = files_in(write_peft_folder(uniform(ours.lora()).lora.factors, folder / "peft"))
         self.folder = folder
 
     def make(self, rng: random.Random) -> Files:
@@ -114,7 +115,7 @@ class Adapters:
 
     def read(self, folder: Path) -> None:
         if any((folder / name).exists() for name in self.peft):
-            lora = read_peft(folder, self.shapes)
+            lora = LoRA(read_peft(folder, self.shapes))
             for name, (a, b) in lora.factors.items():
                 assert (b.shape[0], a.shape[1]) == self.shapes[name] and a.shape[0] == b.shape[1], "a shape is wrong"
                 assert torch.isfinite(a).all() and torch.isfinite(b.float()).all(), "a number is not finite"

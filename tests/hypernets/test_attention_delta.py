@@ -24,8 +24,7 @@ from loracast.lab.training.oracle import OracleRecipe, PeftConfig, train_multita
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.lab.training.text import TextRecipe, read_text_recipe, train_text
 from loracast.library.library import adapter_names
-from loracast.lora.algebra import LoRABatch
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, LoRABatch, inject
 from loracast.lora.peft_format import read_peft
 from other_processes import digests_in_another_process, digests_of_loras
 from suites import write_suite
@@ -344,7 +343,7 @@ def test_reading_and_what_all_share_start_from_a_multitask_lora(base, tmp_path, 
     )
     train_text(base, settings, tasks, tmp_path / "run", shared_from=tmp_path / "multitask")
     hypernet = from_pretrained(tmp_path / "run", AttentionDeltaToLoRA)
-    trained, read_with = read_peft(tmp_path / "multitask"), hypernet.encoder_lora_batch().row(0)
+    trained, read_with = LoRA(read_peft(tmp_path / "multitask")), hypernet.encoder_lora_batch().row(0)
     unchanged = [
         torch.allclose(read_with.delta(name), trained.delta(name).float(), atol=1e-6, rtol=1e-4)
         for name in trained.names

@@ -20,8 +20,7 @@ from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.encoders import Features
 from loracast.hypernets.published import PublishedDocToLoRA
 from loracast.hypernets.store import average, from_pretrained, save_pretrained, with_config
-from loracast.lora.algebra import LoRA, LoRABatch, concat
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, LoRABatch, concat, inject
 from loracast.lora.merge import decorrelate_keys
 from loracast.lora.target import target_from_config
 from tiny import for_base, make_model
@@ -98,7 +97,7 @@ def loras(hypernet: DocToLoRA, features: Features, mask: torch.Tensor | None = N
 
 def row(batch, i: int) -> LoRA:
     """One row of a LoRABatch as a LoRA."""
-    from loracast.lora.algebra import Factors
+    from loracast.lora.factors import Factors
 
     return LoRA({name: Factors(f.a[0], f.b[0]) for name, f in batch.take([i]).factors.items()})
 

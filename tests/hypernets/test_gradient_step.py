@@ -12,8 +12,8 @@ from loracast.cast.task import TaskCaster
 from loracast.documents.task_spec import Example, TaskSpec, as_examples
 from loracast.hypernets import attention_delta
 from loracast.hypernets import example_fit as gradient_step
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, concat, stack
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, LoRABatch, concat, inject, stack
+from loracast.lora.factors import Factors
 from tiny import DESCRIPTIONS, FAMILIES, make_attention_delta, make_model, make_tokenizer
 
 EXAMPLES = as_examples([("big", "small"), ("hot", "cold"), ("old", "new")])

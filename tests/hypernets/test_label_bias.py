@@ -13,8 +13,8 @@ from loracast.cast.task import TaskCaster
 from loracast.documents.task_spec import TaskSpec, as_examples
 from loracast.hypernets import attention_delta
 from loracast.hypernets.example_fit import fitted_bias, label_bias
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, stack
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, LoRABatch, inject, stack
+from loracast.lora.factors import Factors
 from tiny import DESCRIPTIONS, FAMILIES, make_attention_delta, make_model, make_tokenizer
 
 LABELS = as_examples([("big", "hot"), ("small", "cold"), ("old", "hot"), ("far", "hot"), ("wet", "cold")])

@@ -36,7 +36,7 @@ from loracast.hypernets.published import (
     text_to_lora,
 )
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
-from loracast.lora.inject import inject
+from loracast.lora.algebra import inject
 from loracast.lora.target import target_from_config
 from tiny import make_model, make_tokenizer
 

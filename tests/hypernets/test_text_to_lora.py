@@ -22,7 +22,7 @@ from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.encoders import BaseTextEncoder, SentenceEncoder, load_text_encoder
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
-from loracast.lora.inject import inject
+from loracast.lora.algebra import inject
 from loracast.lora.target import target_from_config
 from tiny import for_base, make_model, make_sentence_encoder, make_tokenizer
 

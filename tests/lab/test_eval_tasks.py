@@ -27,8 +27,8 @@ from loracast.lab.evaluation.report import paired_bootstrap
 from loracast.lab.evaluation.tasks import BASELINES, SHOTS, TaskCase, TasksConfig, TaskSetup, evaluate_tasks
 from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.oracle import OracleRecipe, average_of_oracles, train_multitask, train_oracles
-from loracast.lora.algebra import Factors, LoRA
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, inject
+from loracast.lora.factors import Factors
 from suites import DATA, SEVEN_OPPOSITES, WordCounts, write_rows
 
 

@@ -14,7 +14,7 @@ from loracast.cast.load import load_caster
 from loracast.cast.task import TaskCaster
 from loracast.cli import app
 from loracast.lab.evaluation.harness import HarnessConfig, evaluate_harness
-from loracast.lora.inject import inject
+from loracast.lora.algebra import inject
 from suites import write_rows
 
 WORDS = ("lamp", "bridge", "museum", "machine", "kettle", "code", "river", "line", "north", "desk", "litres", "water")

@@ -30,8 +30,7 @@ from loracast.lab.training.oracle import (
 )
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.lab.training.text import TextRecipe
-from loracast.lora.algebra import LoRABatch
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, LoRABatch, inject
 from loracast.lora.peft_format import read_peft
 from suites import write_suite
 from tiny import make_model
@@ -74,7 +73,7 @@ def test_an_oracle_learns_its_task_and_is_peft_s_own(base, tasks, tmp_path):
         )
     ids = torch.randint(3, 600, (2, 7), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        with inject(base.model, read_peft(tmp_path / "opposite")):
+        with inject(base.model, LoRA(read_peft(tmp_path / "opposite"))):
             ours = base.model(input_ids=ids).logits
         theirs = PeftModel.from_pretrained(make_model(), str(tmp_path / "opposite"))(input_ids=ids).logits
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
@@ -158,7 +157,7 @@ def test_scales_are_read_as_peft_applies_them(changes, tmp_path):
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
     wrapped.save_pretrained(str(tmp_path))
-    lora = read_peft(tmp_path)
+    lora = LoRA(read_peft(tmp_path))
     for name, module in wrapped.base_model.model.named_modules():
         if hasattr(module, "get_delta_weight"):
             torch.testing.assert_close(lora.delta(name), module.get_delta_weight("default"), atol=1e-6, rtol=1e-5)

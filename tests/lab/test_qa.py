@@ -23,6 +23,7 @@ from loracast.lab.evaluation.runner import InMemoryAdapter
 from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.oracle import PeftConfig
 from loracast.lab.training.window import WindowDataConfig, WindowRecipe, WindowSource, read_window_lora, train_window
+from loracast.lora.algebra import LoRA
 from loracast.lora.peft_format import read_peft
 from questions import ROWS, write_documents
 
@@ -130,7 +131,7 @@ def test_what_is_left_without_parts_of_the_adapter(model, documents):
 
 def test_a_window_lora_is_told_from_other_loras(base, window_folder, tmp_path):
     lora = read_window_lora(window_folder, base.fingerprint)
-    assert lora.rank == 4 and lora.names == read_peft(window_folder).names
+    assert lora.rank == 4 and lora.names == LoRA(read_peft(window_folder)).names
     about = json.loads((window_folder / "loracast.json").read_text())
     assert "/" not in about["settings"]["data"]["documents"][0]
     about["settings"]["is_window"] = False
@@ -254,7 +255,7 @@ def test_nothing_is_distilled_of_a_document_without_a_sentence_to_ask_about(mode
 def test_distillation_comes_closer_to_the_teacher(model, documents, monkeypatch):
     """The base itself sees the document; what it then finds likely is likelier with the LoRA than without."""
     from loracast.lab.evaluation import qa as distilled
-    from loracast.lora.inject import inject
+    from loracast.lora.algebra import inject
 
     monkeypatch.setattr(distilled, "_STEPS", 15)
     monkeypatch.setattr(distilled, "_LR", 1e-2)

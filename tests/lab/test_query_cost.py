@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from loracast.base.generate import Sampling, answer
 from loracast.cli import app
 from loracast.lab.evaluation.cost import QueryFlops, counted, lora_flops
-from loracast.lora.algebra import Factors, LoRA
+from loracast.lora.algebra import LoRA
+from loracast.lora.factors import Factors
 from suites import write_rows
 from tiny import PROSE, make_model
 

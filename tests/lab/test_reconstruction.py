@@ -23,7 +23,8 @@ from loracast.lab.training.oracle import (
 from loracast.lab.training.progress import plot_metrics
 from loracast.lab.training.task_source import TaskDataConfig
 from loracast.lab.training.text import TextRecipe, train_text
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, stack
+from loracast.lora.algebra import LoRA, LoRABatch, stack
+from loracast.lora.factors import Factors
 from suites import WordCounts, answer_loss, write_suite
 from tiny import dense, random_lora
 

@@ -9,8 +9,7 @@ from loracast.answering.model import Model
 from loracast.errors import ConfigError
 from loracast.lab.evaluation.likelihood import TeacherForcedConfig, evaluate_teacher_forced
 from loracast.lab.training.document_source import DataConfig, EpisodeSource
-from loracast.lora.algebra import LoRA
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, inject
 from questions import write_documents
 from tiny import make_hypernet
 

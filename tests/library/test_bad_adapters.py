@@ -19,6 +19,7 @@ from adapters import write
 from loracast.cli import app
 from loracast.errors import AdapterError
 from loracast.library.adapter import Adapter
+from loracast.lora.algebra import LoRA
 from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
 from loracast.lora.tensor_file import read_header
@@ -176,7 +177,7 @@ def test_all_faults_are_told_at_once(peft, tiny_folder, tmp_path):
 
 
 def test_the_good_one_is_taken(peft):
-    assert read_peft(peft, linear_shapes(make_model())).rank == 4
+    assert LoRA(read_peft(peft, linear_shapes(make_model()))).rank == 4
 
 
 def sql(path: Path, *commands: str) -> None:

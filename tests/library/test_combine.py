@@ -17,8 +17,8 @@ from loracast.library.adapter import Adapter, loras_together
 from loracast.library.combine import Part, combined
 from loracast.library.library import open_adapter
 from loracast.library.save import save_lora, target_of
-from loracast.lora.algebra import Factors, LoRA, concat
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, concat, inject
+from loracast.lora.factors import Factors
 from loracast.reading.routing import Route
 from tiny import PROSE, make_model
 

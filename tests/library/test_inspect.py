@@ -13,7 +13,8 @@ from loracast.cli import app
 from loracast.documents import Document
 from loracast.library.combine import differences, sizes
 from loracast.library.save import save_lora
-from loracast.lora.algebra import Factors, LoRA, effective_rank, svd
+from loracast.lora.algebra import LoRA, svd
+from loracast.lora.factors import Factors, effective_rank
 from tiny import PROSE, make_model
 
 FREE = torch.Generator().manual_seed(2)

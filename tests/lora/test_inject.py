@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loracast.errors import AdapterError
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, concat, stack
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, LoRABatch, concat, inject, stack
+from loracast.lora.factors import Factors
 from loracast.lora.target import KINDS, target_from_config
 from tiny import make_model
 

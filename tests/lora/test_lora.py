@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loracast.errors import AdapterError
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, compress, concat, stack
+from loracast.lora.algebra import LoRA, LoRABatch, compress, concat, stack
+from loracast.lora.factors import Factors
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 sizes = st.integers(1, 12)

@@ -12,6 +12,7 @@ from loracast.cli import app
 from loracast.export.adapter import export_adapter
 from loracast.library.library import open_adapter
 from loracast.library.save import save_lora
+from loracast.lora.algebra import LoRA
 from loracast.lora.peft_format import read_peft
 from tiny import PROSE
 
@@ -81,7 +82,7 @@ def test_the_adapters_of_an_exported_document(library, tmp_path):
     assert [chunk["path"] for chunk in found["chunks"]] == [
         str(tmp_path / f"out/chunk-{i:05d}") for i in expected.chunks
     ]
-    assert read_peft(tmp_path / "out" / f"chunk-{expected.chunks[0]:05d}").rank == adapter.lora([0]).rank
+    assert LoRA(read_peft(tmp_path / "out" / f"chunk-{expected.chunks[0]:05d}")).rank == adapter.lora([0]).rank
     (every,) = json.loads(run(library, "zzz", "--exported", tmp_path / "out", "--json").stdout)["adapters"]
     assert len(every["chunks"]) == adapter.manifest.n_chunks and {chunk["weight"] for chunk in every["chunks"]} == {1.0}
     refused = CliRunner().invoke(app, ["route", "x", "--exported", str(tmp_path), "--library", str(library)])

@@ -11,6 +11,7 @@ import torch
 
 from adapters import write
 from loracast.export.adapter import export_adapter
+from loracast.lora.algebra import LoRA
 from loracast.lora.peft_format import read_peft
 
 
@@ -30,7 +31,7 @@ def test_a_folder_of_exported_adapters_is_what_it_lists_and_fetches(s3, tmp_path
     loader = LoraModelLoader(str(tmp_path / "cache"))
     for adapter in adapters:
         found = asyncio.run(loader.load_model_from_config(f"base:{adapter.version}", config))
-        lora, whole = read_peft(tmp_path / "cache" / adapter.version), adapter.lora()
+        lora, whole = LoRA(read_peft(tmp_path / "cache" / adapter.version)), adapter.lora()
         assert found.local_path == str(tmp_path / "cache" / adapter.version)
         for module in whole.names:
             torch.testing.assert_close(lora.delta(module).float(), whole.delta(module).float())

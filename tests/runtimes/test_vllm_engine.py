@@ -15,7 +15,8 @@ from loracast.documents import Document
 from loracast.errors import AdapterError
 from loracast.lab.data.facts import make_sheet
 from loracast.library.adapter import routing_key
-from loracast.lora.algebra import Factors, LoRA
+from loracast.lora.algebra import LoRA
+from loracast.lora.factors import Factors
 from loracast.serving.generation import EngineConfig, GenerationRequest
 from loracast.serving.vllm_server import vllm_engine
 

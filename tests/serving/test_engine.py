@@ -16,7 +16,8 @@ from loracast.base.generate import Sampling, answer, answers
 from loracast.base.load import Base
 from loracast.errors import AdapterError, BaseModelError, ConfigError
 from loracast.hypernets.encoders import HiddenStatesEncoder
-from loracast.lora.algebra import Factors, LoRA, concat, stack
+from loracast.lora.algebra import LoRA, concat, stack
+from loracast.lora.factors import Factors
 from loracast.serving.engine import LocalEngine
 from loracast.serving.generation import AnswerText, EngineBusy, EngineConfig, EngineStopped, GenerationRequest
 from servers import eventually

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from loracast.base.generate import Sampling
-from loracast.lora.algebra import Factors, LoRA
+from loracast.lora.algebra import LoRA
+from loracast.lora.factors import Factors
 from loracast.serving.attention import OwnCache, SlotCache
 from loracast.serving.engine import LocalEngine
 from loracast.serving.generation import EngineConfig, GenerationRequest, Ticket

@@ -17,7 +17,8 @@ import torch
 from fake_vllm import FakeVllm, started_as_vllm
 from loracast.base.generate import Sampling
 from loracast.errors import AdapterError, BaseModelError, ConfigError, LoracastError
-from loracast.lora.algebra import Factors, LoRA
+from loracast.lora.algebra import LoRA
+from loracast.lora.factors import Factors
 from loracast.serving import vllm_server
 from loracast.serving.app import create_app, make_engine
 from loracast.serving.engine import LocalEngine

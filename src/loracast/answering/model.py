@@ -35,7 +35,8 @@ from loracast.documents.images import ImageFile
 from loracast.documents.task_spec import ExampleLike
 from loracast.errors import AdapterError
 from loracast.files import library_dir
-from loracast.hypernets.protocol import Caster, Hypernetwork, Modality
+from loracast.hypernets.protocol import Caster, Hypernetwork
+from loracast.hypernets.store import Modality
 from loracast.library.adapter import Adapter, factors_in_memory
 from loracast.library.library import open_adapter
 from loracast.library.manifest import name_for

@@ -18,8 +18,7 @@ import torch
 from loracast.base.copying import Copying
 from loracast.base.load import Base
 from loracast.errors import LoracastError, PromptTooLong
-from loracast.lora.algebra import LoRA
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, inject
 
 _LEAST_TEMPERATURE = 1e-5
 OnText = Callable[[str], None]

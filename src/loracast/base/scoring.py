@@ -22,8 +22,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from loracast.base.forward import capture_inputs, checkpointed_blocks, length_groups, names_within, pad_right
-from loracast.lora.algebra import LoRABatch
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRABatch, inject
 
 TOP_K = 16
 Schedule = Literal["cosine", "constant"]
@@ -358,7 +357,7 @@ def attention_for_training(config: Any, device: torch.device) -> Iterator[None]:
 def lr_factor(step: int, n_steps: int, n_warmup: int, schedule: Schedule) -> float:
     """The learning rate of a training step (counted from 0), as a share of its peak.
 
-    It rises in equal steps over the first `n_warmup`; then it stays, or falls to a tenth along a cosine until `n_steps`.
+    It rises evenly over the first `n_warmup` steps; then it stays, or falls to a tenth along a cosine until `n_steps`.
     """
     if step < n_warmup:
         return (step + 1) / n_warmup

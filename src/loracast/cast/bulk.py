@@ -32,7 +32,8 @@ from loracast.library.folders import tidy, work_folder
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.library.store import file_system, is_local, write
 from loracast.library.sync import is_readable, names_for
-from loracast.lora.peft_format import PEFT_FILES, Uniform, uniform, write_peft_folder
+from loracast.lora.algebra import Uniform, uniform
+from loracast.lora.peft_format import PEFT_FILES, write_peft_folder
 
 CONFIG = PEFT_FILES[0]
 MOST_CHUNKS = 256
@@ -179,14 +180,14 @@ def _write(out: str, folder: str, made: Uniform, base: str, about: Mapping[str, 
     with file_system(out) as (fs, root):
         if is_local(fs):
             with work_folder(Path(root), "new") as work:
-                built, place = write_peft_folder(made, work / "adapter", base, about), Path(root) / folder
+                built, place = write_peft_folder(made.lora.factors, work / "adapter", base, about), Path(root) / folder
                 move_unless_there(built, place)
                 if not (place / CONFIG).is_file():  # half of one, copied there by somebody
                     shutil.rmtree(place)
                     move_unless_there(built, place)
             return
         with tempfile.TemporaryDirectory() as work_name:
-            local = write_peft_folder(made, Path(work_name), base, about)
+            local = write_peft_folder(made.lora.factors, Path(work_name), base, about)
             for name in reversed(PEFT_FILES):
                 fs.put_file(str(local / name), f"{root}/{folder}/{name}")
 

@@ -17,13 +17,13 @@ from loracast.base.embedded import DEFAULT_BASE, embedded, embedded_folder
 from loracast.base.footprint import footprint
 from loracast.cast.load import DOC_FILE, OWN_FILES, SHIPPED, TEXT_FILES
 from loracast.files import converted_dir
-from loracast.hypernets.protocol import Modality
 from loracast.hypernets.published import (
     PublishedDocToLoRA,
     PublishedDocToLoRAConfig,
     PublishedTextToLoRA,
     PublishedTextToLoRAConfig,
 )
+from loracast.hypernets.store import Modality
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lora.target import target_from_config
 

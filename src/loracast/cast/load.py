@@ -22,9 +22,9 @@ from loracast.base.fingerprint import Fingerprint, fingerprint_of_files
 from loracast.base.load import Base, load_tokenizer
 from loracast.errors import BaseModelError, HypernetworkError
 from loracast.files import converted_dir, file_sha256, folder_of, move_unless_there
-from loracast.hypernets.protocol import Caster, Hypernetwork, Modality
+from loracast.hypernets.protocol import Caster, Hypernetwork
 from loracast.hypernets.published import doc_to_lora, read_pickled, text_to_lora
-from loracast.hypernets.store import from_pretrained, read_made_for, save_pretrained
+from loracast.hypernets.store import Modality, from_pretrained, read_made_for, save_pretrained
 
 OWN_FILES = ("config.json", "model.safetensors")
 DOC_FILE = "pytorch_model.bin"

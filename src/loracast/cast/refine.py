@@ -22,7 +22,8 @@ from loracast.base.scoring import Batch, Episode, Question, Schedule, lr_factor,
 from loracast.cast.task import Refine
 from loracast.documents.task_spec import Example
 from loracast.errors import ConfigError
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, Rows, joined_ranks
+from loracast.lora.algebra import LoRA, LoRABatch
+from loracast.lora.factors import Factors, Rows, joined_ranks
 
 FEWEST_EXAMPLES = 4  # three to learn from, and one held back
 _HELD_BACK = 4  # one example in so many is held back

@@ -22,7 +22,8 @@ from loracast.library.library import check_free
 from loracast.library.manifest import check_name, name_for_task
 from loracast.library.save import save_single
 from loracast.library.writer import check_finite
-from loracast.lora.algebra import LoRA, LoRABatch, Rows
+from loracast.lora.algebra import LoRA, LoRABatch
+from loracast.lora.factors import Rows
 from loracast.lora.quantize import DEFAULT_STORAGE, Storage, check_storage
 
 _AT_ONCE = 50

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from loracast.answering.model import Model
     from loracast.base.load import Base as LoadedBase
     from loracast.documents import Document
-    from loracast.hypernets.protocol import Modality
+    from loracast.hypernets.store import Modality
     from loracast.library.adapter import Adapter as OpenAdapter
     from loracast.serving.client import Loaded, Running
 

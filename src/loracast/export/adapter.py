@@ -17,8 +17,7 @@ from loracast.export.merged import write_merged
 from loracast.files import write_atomically
 from loracast.library.adapter import Adapter
 from loracast.library.manifest import VERSION_DIGITS
-from loracast.lora.algebra import LoRA
-from loracast.lora.peft_format import uniform
+from loracast.lora.algebra import LoRA, uniform
 from loracast.reading.index import read_chunks, search
 from loracast.reading.routing import Route, route_set
 

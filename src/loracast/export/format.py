@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loracast.errors import AdapterError
 
 if TYPE_CHECKING:
-    from loracast.lora.peft_format import Uniform
+    from loracast.lora.algebra import Uniform
 
 MERGED = "merged"
 """The one format that needs the base's weights: it writes them, with the LoRA added (merged.py)."""

@@ -10,7 +10,7 @@ from loracast.lora.peft_format import write_peft_folder
 
 def write_peft(request: Request) -> Path:
     """Write a LoRA as PEFT does; returns the folder."""
-    return write_peft_folder(request.made, request.out, request.base, request.about)
+    return write_peft_folder(request.made.lora.factors, request.out, request.base, request.about)
 
 
 FORMAT = Format(write_peft)

@@ -40,7 +40,8 @@ from loracast.hypernets.descriptions import (
 from loracast.hypernets.encoders import TextEncoder
 from loracast.hypernets.example_fit import FEWEST_EXAMPLES, MLP_KIND, fit_examples, gradient_step, label_bias
 from loracast.hypernets.perceiver import StaticLoRA, lora_of, per_layer, static_loras
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, Rows, compress, joined_ranks, stack
+from loracast.lora.algebra import LoRA, LoRABatch, compress, stack
+from loracast.lora.factors import Factors, Rows, joined_ranks
 
 KEPT_RANK = 12
 """Rank to which an adapter compresses what was cast, before anything is fitted to examples.

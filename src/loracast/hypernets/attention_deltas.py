@@ -20,8 +20,7 @@ from loracast.base.forward import capture_inputs, pad_right
 from loracast.documents.task_spec import Example, TaskSpec, with_description
 from loracast.errors import EncoderError
 from loracast.hypernets.encoders import cut
-from loracast.lora.algebra import LoRABatch
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRABatch, inject
 
 if TYPE_CHECKING:
     from loracast.base.chat import ChatFormat

@@ -17,8 +17,10 @@ from loracast.documents.task_spec import TaskSpec, as_spec
 from loracast.errors import ConfigError, EncoderError, HypernetworkError
 from loracast.hypernets.encoders import Features, TextEncoder
 from loracast.hypernets.perceiver import StaticLoRA, static_loras
-from loracast.hypernets.protocol import Cast, Hypernetwork, Modality
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, Rows
+from loracast.hypernets.protocol import Cast, Hypernetwork
+from loracast.hypernets.store import Modality
+from loracast.lora.algebra import LoRA, LoRABatch
+from loracast.lora.factors import Factors, Rows
 from loracast.lora.target import Target, TargetModule
 
 EXAMPLES_AT_ONCE = 3

@@ -37,8 +37,10 @@ from loracast.hypernets.perceiver import (
     shapes_by_kind,
     static_loras,
 )
-from loracast.hypernets.protocol import Cast, Hypernetwork, Modality
-from loracast.lora.algebra import LoRABatch, Rows
+from loracast.hypernets.protocol import Cast, Hypernetwork
+from loracast.hypernets.store import Modality
+from loracast.lora.algebra import LoRABatch
+from loracast.lora.factors import Rows
 from loracast.lora.merge import Merging
 
 

@@ -23,7 +23,8 @@ from loracast.base.embedded import DEFAULT_IMAGE_ENCODER, Say, embedded, pull, q
 from loracast.base.forward import capture_inputs, length_groups, twin
 from loracast.errors import EncoderError, HypernetworkError
 from loracast.files import file_sha256
-from loracast.lora.inject import inject, model_lock
+from loracast.lora.algebra import inject
+from loracast.lora.inject import model_lock
 
 if TYPE_CHECKING:
     import torch

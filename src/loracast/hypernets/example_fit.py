@@ -14,8 +14,8 @@ from torch.nn import functional
 from loracast.base.forward import capture_inputs
 from loracast.documents.task_spec import Example, TaskSpec
 from loracast.hypernets.attention_deltas import AttentionDeltaEncoder, TokenDeltas
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, compress, stack
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, LoRABatch, compress, inject, stack
+from loracast.lora.factors import Factors
 
 if TYPE_CHECKING:
     from loracast.base.load import Base

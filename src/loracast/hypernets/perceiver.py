@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loracast.hypernets.config import ModuleRow
-from loracast.lora.algebra import Factors, LoRABatch
+from loracast.lora.algebra import LoRABatch
+from loracast.lora.factors import Factors
 
 
 class RMSNorm(nn.RMSNorm):

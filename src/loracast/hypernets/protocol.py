@@ -3,40 +3,34 @@
     hypernetwork.bind(base) -> caster;  caster.encode(inputs) -> Features;  caster.cast(features) -> Cast
 
 A hypernetwork owns its encoder, its config and its id; code that uses a caster does not depend on the architecture or
-the encoder. To add an architecture, subclass `Hypernetwork` and list it in `store.py`.
+the encoder. To add an architecture, subclass `Hypernetwork` and import it in `loracast.hypernets`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from threading import RLock
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loracast.base.embedded import Say
 from loracast.base.fingerprint import Fingerprint, check
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import HypernetworkError
-from loracast.hypernets.config import NEWER
 from loracast.hypernets.encoders import Features
-from loracast.lora.algebra import Factors, LoRABatch, Rows
+from loracast.hypernets.store import Pretrained
+from loracast.lora.algebra import LoRABatch
+from loracast.lora.factors import Factors, Rows
 from loracast.lora.merge import Merging
 from loracast.lora.target import Target
 
 if TYPE_CHECKING:
     from loracast.base.load import Base
-
-Modality = Literal["document", "task", "image"]
-"""What a hypernetwork casts."""
 
 
 class Cast(NamedTuple):
@@ -49,88 +43,8 @@ class Cast(NamedTuple):
     B rows of such a kind are the same in all modules: [n, 1, r, out]."""
 
 
-class Hypernetwork(nn.Module):
+class Hypernetwork(Pretrained):
     """A network that casts features into LoRA rows for one base: `DocToLoRA`, `TextToLoRA`, `AttentionDeltaToLoRA`."""
-
-    config_class: ClassVar[Any]
-    config: Any
-    """A frozen dataclass with `target`, and `ranks` by module kind of one chunk, description or image."""
-    made_for: Fingerprint | None = None
-    """The base that it was trained for; None until it is trained or loaded."""
-    former_ids: tuple[str, ...] = ()
-    """Ids under which earlier releases knew the same hypernetwork: adapters that name one of them belong to it."""
-    provenance: Mapping[str, Any] = MappingProxyType({})
-    """How it was made, as its config.json says; empty until it is trained or loaded."""
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Self:
-        """Read a hypernetwork of this class (of any, from `Hypernetwork`) from a folder or a hub repository.
-
-            hypernetwork = loracast.Hypernetwork.from_pretrained("me/my-hypernetwork")
-            model = loracast.load("me/my-base", hypernetwork)
-
-        Args:
-            revision: branch, tag or commit of the repository.
-
-        Raises:
-            HypernetworkError: missing, damaged, or of another class; with every fault.
-        """
-        from loracast.hypernets.store import from_pretrained
-
-        return from_pretrained(source, cls, revision)
-
-    def save_pretrained(
-        self, folder: str | Path, *, storage: str = "bfloat16", provenance: Mapping[str, Any] | None = None
-    ) -> None:
-        """Write config.json, model.safetensors and a model card, README.md; arguments as in `store.save_pretrained`."""
-        from loracast.hypernets.store import save_pretrained
-
-        save_pretrained(self, Path(folder), storage=storage, provenance=provenance)
-
-    def push_to_hub(
-        self,
-        repository: str,
-        *,
-        storage: str = "bfloat16",
-        private: bool | None = None,
-        revision: str | None = None,
-        message: str = "Upload a hypernetwork",
-    ) -> str:
-        """Write it to a repository of the Hugging Face hub, made if need be; returns the commit's address.
-
-        A model card that the repository has already stays.
-
-        Args:
-            repository: `name`, or `owner/name`.
-            storage: as in `save_pretrained`.
-            private: whether a new repository is private; the owner's default if None.
-            revision: branch, made if need be; the main branch if None.
-            message: of the commit.
-
-        Raises:
-            HypernetworkError: the hub cannot be reached or refuses it.
-        """
-        from loracast.hypernets.store import upload
-
-        return upload(self, repository, storage, private, revision, message)
-
-    @property
-    def id(self) -> str:
-        """Short sha256 of config and weights together, by which an adapter names the hypernetwork that made it."""
-        config = dataclasses.asdict(self.config)
-        for key in dataclasses.fields(self.config):
-            if NEWER in key.metadata and config[key.name] == key.default:
-                del config[key.name]
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().data)
-        return digest.hexdigest()[:16]
-
-    @property
-    def modality(self) -> Modality:
-        """Which modality it casts."""
-        raise self._undefined("modality")
 
     @property
     def needs_base(self) -> bool:
@@ -216,13 +130,6 @@ class Hypernetwork(nn.Module):
                 for joined, of_all in zip((joined_a, joined_b), static, strict=True)
             )
         return joined_a.unbind(0), joined_b.unbind(0)
-
-    def weights_for(self, config: Any) -> dict[str, Tensor]:
-        """The weights for another config of the same hypernetwork. Raises ConfigError where they cannot be derived."""
-        return self.state_dict()
-
-    def _undefined(self, name: str) -> NotImplementedError:
-        return NotImplementedError(f"{type(self).__name__} must define {name} (CONTRIBUTING, a new hypernetwork)")
 
     def computes_in_bf16(self, base: Base | None) -> bool:
         """Whether casting for this base runs its matmuls in bf16, as in training."""

@@ -1,6 +1,7 @@
-"""Reads hypernetworks of format 1: maps old names of config keys and tensors, and refuses options that are gone.
+"""Hypernetworks in files: a config, weights and a model card in a folder or a hub repository.
 
-Shipped hypernetworks keep the old names of their tensors, so tensors are renamed at every reading.
+Format 1 had other names of config keys and tensors, and options that are gone. Shipped hypernetworks keep the old names
+of their tensors, so tensors are renamed at every reading.
 """
 
 from __future__ import annotations
@@ -12,29 +13,120 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loracast.base.embedded import DEFAULT_BASE
 from loracast.base.fingerprint import Fingerprint
 from loracast.errors import ConfigError, HypernetworkError
 from loracast.files import folder_of, type_faults, write_atomically, write_with
-from loracast.hypernets.attention_delta import AttentionDeltaToLoRA
-from loracast.hypernets.doc_to_lora import DocToLoRA
-from loracast.hypernets.protocol import Hypernetwork
-from loracast.hypernets.published import PublishedDocToLoRA, PublishedTextToLoRA
-from loracast.hypernets.text_to_lora import TextToLoRA
+from loracast.hypernets.config import NEWER
 from loracast.lora.quantize import quantise
 
-if TYPE_CHECKING:
-    from torch import Tensor
+_ARCHITECTURES: dict[str, type[Pretrained]] = {}
+"""By name; `loracast.hypernets` imports the modules of those that it has."""
+Modality = Literal["document", "task", "image"]
+"""What a hypernetwork casts."""
 
-    from loracast.hypernets.protocol import Hypernetwork
+
+class Pretrained(nn.Module):
+    """A network with a config and the base that it was made for, which is kept in a folder or a hub repository.
+
+    A subclass with a `config_class` of its own is an architecture, whose files `from_pretrained` can read from then on.
+    """
+
+    config_class: ClassVar[Any]
+    config: Any
+    """A frozen dataclass with `target`, and `ranks` by module kind of one chunk, description or image."""
+    made_for: Fingerprint | None = None
+    """The base that it was trained for; None until it is trained or loaded."""
+    former_ids: tuple[str, ...] = ()
+    """Ids under which earlier releases knew the same hypernetwork: adapters that name one of them belong to it."""
+    provenance: Mapping[str, Any] = MappingProxyType({})
+    """How it was made, as its config.json says; empty until it is trained or loaded."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "config_class" in vars(cls):
+            _ARCHITECTURES[cls.__name__] = cls
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Self:
+        """Read a hypernetwork of this class (of any, from `Hypernetwork`) from a folder or a hub repository.
+
+            hypernetwork = loracast.Hypernetwork.from_pretrained("me/my-hypernetwork")
+            model = loracast.load("me/my-base", hypernetwork)
+
+        Args:
+            revision: branch, tag or commit of the repository.
+
+        Raises:
+            HypernetworkError: missing, damaged, or of another class; with every fault.
+        """
+        return from_pretrained(source, cls, revision)
+
+    def save_pretrained(
+        self, folder: str | Path, *, storage: str = "bfloat16", provenance: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write config.json, model.safetensors and a model card, README.md; arguments as in `store.save_pretrained`."""
+        save_pretrained(self, Path(folder), storage=storage, provenance=provenance)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        storage: str = "bfloat16",
+        private: bool | None = None,
+        revision: str | None = None,
+        message: str = "Upload a hypernetwork",
+    ) -> str:
+        """Write it to a repository of the Hugging Face hub, made if need be; returns the commit's address.
+
+        A model card that the repository has already stays.
+
+        Args:
+            repository: `name`, or `owner/name`.
+            storage: as in `save_pretrained`.
+            private: whether a new repository is private; the owner's default if None.
+            revision: branch, made if need be; the main branch if None.
+            message: of the commit.
+
+        Raises:
+            HypernetworkError: the hub cannot be reached or refuses it.
+        """
+        return upload(self, repository, storage, private, revision, message)
+
+    @property
+    def modality(self) -> Modality:
+        """Which modality it casts."""
+        raise self._undefined("modality")
+
+    @property
+    def id(self) -> str:
+        """Short sha256 of config and weights together, by which an adapter names the hypernetwork that made it."""
+        config = dataclasses.asdict(self.config)
+        for key in dataclasses.fields(self.config):
+            if NEWER in key.metadata and config[key.name] == key.default:
+                del config[key.name]
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+    def weights_for(self, config: Any) -> dict[str, Tensor]:
+        """The weights for another config of the same hypernetwork. Raises ConfigError where they cannot be derived."""
+        return self.state_dict()
+
+    def _undefined(self, name: str) -> NotImplementedError:
+        return NotImplementedError(f"{type(self).__name__} must define {name} (CONTRIBUTING, a new hypernetwork)")
 
 
-V = TypeVar("V")
+H = TypeVar("H", bound=Pretrained)
+C = TypeVar("C")
 
 _FORMER_ARCHITECTURES = {"AttendingToLoRA": "AttentionDeltaToLoRA"}
 _CONFIG_KEYS = {
@@ -144,7 +236,7 @@ _USES = {
 _UNKNOWN = "Not recorded: to be filled in by whoever publishes this."
 
 
-def model_card(hypernet: Hypernetwork, provenance: Mapping[str, Any]) -> str:
+def model_card(hypernet: Pretrained, provenance: Mapping[str, Any]) -> str:
     """The card in markdown, with the front matter that the Hugging Face hub reads.
 
     Args:
@@ -207,12 +299,6 @@ def _data_of(step: Mapping[str, Any]) -> Iterator[str]:
             yield from value
 
 
-H = TypeVar("H", bound=Hypernetwork)
-C = TypeVar("C")
-_ARCHITECTURES: dict[str, type[Hypernetwork]] = {
-    architecture.__name__: architecture
-    for architecture in (DocToLoRA, PublishedDocToLoRA, TextToLoRA, PublishedTextToLoRA, AttentionDeltaToLoRA)
-}
 FORMAT = 2
 STORAGE = ("float32", "bfloat16", "int8")
 _SCALE = ".int8_scale"
@@ -220,7 +306,7 @@ _INT8_MIN_NUMEL = 100_000  # smaller tensors gain nothing and are the more delic
 
 
 def save_pretrained(
-    hypernet: Hypernetwork,
+    hypernet: Pretrained,
     folder: Path,
     *,
     storage: str = "bfloat16",
@@ -268,9 +354,9 @@ def save_pretrained(
 
 
 def upload(
-    hypernet: Hypernetwork, repository: str, storage: str, private: bool | None, revision: str | None, message: str
+    hypernet: Pretrained, repository: str, storage: str, private: bool | None, revision: str | None, message: str
 ) -> str:
-    """Write a hypernetwork to a hub repository; arguments, result and errors as in `Hypernetwork.push_to_hub`."""
+    """Write a hypernetwork to a hub repository; arguments, result and errors as in `Pretrained.push_to_hub`."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -295,7 +381,7 @@ def upload(
 
 def from_pretrained(
     source: str | Path,
-    architecture: type[H] = Hypernetwork,  # type: ignore[assignment]
+    architecture: type[H] = Pretrained,  # type: ignore[assignment]
     revision: str | None = None,
 ) -> H:
     """Read a hypernetwork from a folder or a hub repository.
@@ -343,7 +429,7 @@ def from_pretrained(
     return hypernet.eval().requires_grad_(False)
 
 
-def average(hypernet: Hypernetwork, others: Sequence[Hypernetwork]) -> None:
+def average(hypernet: Pretrained, others: Sequence[Pretrained]) -> None:
     """Set a hypernetwork's parameters to the mean of its own and others'; its buffers stay, former ids go.
 
     The mean of a network and those trained further from it often keeps the strengths of each (Wortsman et al., arXiv
@@ -407,7 +493,7 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def _checked(hypernet: Hypernetwork, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _checked(hypernet: Pretrained, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """The stored tensors in fp32, once every key, shape, type and number has been checked."""
     wanted = hypernet.state_dict()
     packed = {name for name in wanted if name in tensors and tensors[name].dtype == torch.int8}

@@ -22,7 +22,8 @@ from loracast.hypernets.config import ArchitectureConfig, ModuleRow
 from loracast.hypernets.descriptions import DescriptionHypernetwork, shared_factors
 from loracast.hypernets.encoders import OF_THE_BASE, TextEncoder, load_text_encoder
 from loracast.hypernets.perceiver import shapes_by_kind
-from loracast.lora.algebra import Factors, LoRA, LoRABatch
+from loracast.lora.algebra import LoRA, LoRABatch
+from loracast.lora.factors import Factors
 
 Variant = Literal["L", "M", "S"]
 

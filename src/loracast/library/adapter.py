@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loracast.library.manifest import Manifest
-    from loracast.lora.algebra import Factors, LoRA
+    from loracast.lora.algebra import LoRA
+    from loracast.lora.factors import Factors
     from loracast.lora.quantize import Storage
     from loracast.lora.target import Target
 
@@ -102,7 +103,8 @@ def join_chunks(
     """
     import torch
 
-    from loracast.lora.algebra import Factors, LoRA, is_past_break_even
+    from loracast.lora.algebra import LoRA
+    from loracast.lora.factors import Factors, is_past_break_even
 
     joined: dict[str, Factors] = {}
     products: dict[str, Tensor] = {}
@@ -251,7 +253,8 @@ class Adapter:
     @property
     def static_lora(self) -> LoRA:
         """The static LoRA in the modules where it adds anything; empty where the adapter has none."""
-        from loracast.lora.algebra import Factors, LoRA
+        from loracast.lora.algebra import LoRA
+        from loracast.lora.factors import Factors
 
         def make() -> LoRA:
             static, target = self._static_rows, self.manifest.target

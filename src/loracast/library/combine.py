@@ -13,7 +13,8 @@ from loracast.base.fingerprint import check
 from loracast.errors import AdapterError, LoracastError
 from loracast.library.adapter import Adapter, first_with_static
 from loracast.library.save import target_of
-from loracast.lora.algebra import LoRA, compress, concat, effective_rank, svd
+from loracast.lora.algebra import LoRA, compress, concat, svd
+from loracast.lora.factors import effective_rank
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class ModuleSize:
     rank: int
     """Directions that the factors have room for."""
     effective_rank: float
-    """Directions that the delta really uses (`algebra.effective_rank`)."""
+    """Directions that the delta really uses (`lora.factors.effective_rank`)."""
 
 
 @dataclass(frozen=True)

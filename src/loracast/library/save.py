@@ -17,7 +17,8 @@ from loracast.errors import AdapterError
 from loracast.library.adapter import STATIC, Adapter
 from loracast.library.manifest import AdapterKind, Manifest, utc_now
 from loracast.library.writer import AdapterWriter, ChunkRows
-from loracast.lora.algebra import LoRA, Rows, compress
+from loracast.lora.algebra import LoRA, compress
+from loracast.lora.factors import Rows
 from loracast.lora.inject import linear_shapes
 from loracast.lora.peft_format import read_peft
 from loracast.lora.quantize import Storage
@@ -169,8 +170,8 @@ def import_lora(base: Base, folder: Path, library: Path, name: str, *, replace: 
     """
     source = folder.resolve().name
     return save_lora(
-        read_peft(folder, linear_shapes(base.model)), library, name, kind="imported", title=f"LoRA from {source}",
-        made_for=base.fingerprint, source=source, replace=replace,
+        LoRA(read_peft(folder, linear_shapes(base.model))), library, name, kind="imported",
+        title=f"LoRA from {source}", made_for=base.fingerprint, source=source, replace=replace,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loracast.documents import Chunk
-    from loracast.lora.algebra import Rows
+    from loracast.lora.factors import Rows
 
 
 ChunkRows = tuple["Rows", "Mapping[str, Tensor]"]

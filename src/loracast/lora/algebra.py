@@ -1,51 +1,28 @@
-"""The in-memory LoRA and its algebra: sum, scale, compress, norms, batches.
+"""The LoRA, applied to a model, saved and read, and its algebra: sum, scale, compression, norms, batches.
 
-A LoRA adds `delta = B @ A` to a module's weight [out, in], with A [r, in] and B [out, r]; the scale is folded into B
-the moment a LoRA is born, so that nothing after this needs to know it. Where many chunks have been merged, the
-factors can outweigh the dense delta they stand for (past rank in*out/(in+out)); such a module keeps the exact dense
-sum instead.
+Where many chunks have been merged, the factors of a module can outweigh the dense delta that they stand for (past rank
+in*out/(in+out)); such a module keeps the exact dense sum instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from loracast.errors import AdapterError
-
-Rows = dict[str, tuple[Tensor, Tensor]]
-"""By module kind, A [n, modules, r, in] and B rows [n, modules, r, out]; B's rows are the columns of the factor B."""
-
-
-class Factors(NamedTuple):
-    """The two factors of one module."""
-
-    a: Tensor  # [r, in]
-    b: Tensor  # [out, r]
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[-2]
-
-    def delta(self) -> Tensor:
-        return self.b @ self.a  # [out, in]
-
-
-def joined_ranks(rows: Rows, more: Rows) -> Rows:
-    """Rows with further ones of their kinds behind them, along the rank; a B that all modules share is repeated."""
-    joined = dict(rows)
-    for kind, (more_a, more_b) in more.items():
-        a, b = rows[kind]
-        b = b.expand(-1, a.shape[1], -1, -1)
-        joined[kind] = (torch.cat([a, more_a.to(a)], dim=2), torch.cat([b, more_b.to(b)], dim=2))
-    return joined
+from loracast.files import folder_of
+from loracast.lora.factors import Factors, is_past_break_even
+from loracast.lora.inject import copies_for, deltas_added, merged, model_lock
+from loracast.lora.peft_format import PEFT_FILES, peft_model, read_peft, write_peft_folder
 
 
 @dataclass(frozen=True)
@@ -131,8 +108,6 @@ class LoRA:
         The weights stay untouched, and other threads that use the model through loracast wait until the block ends.
         Raises AdapterError where the LoRA does not fit the model.
         """
-        from loracast.lora.inject import inject
-
         return inject(model, self)
 
     def to_peft(self, model: Any, name: str = "default") -> Any:
@@ -141,9 +116,7 @@ class LoRA:
         PEFT puts its layers into the model that is given; `unload()` of what is returned takes them out. A PeftModel
         gets the LoRA as one more adapter. Raises AdapterError where the LoRA does not fit, PackageError without PEFT.
         """
-        from loracast.lora.peft_format import peft_model
-
-        return peft_model(self, model, name)
+        return peft_model(uniform(self).lora.factors, self.shapes, model, name)
 
     def save_pretrained(self, folder: str | Path, base: str | None = None) -> Path:
         """Write the LoRA in PEFT's format, which `PeftModel.from_pretrained` loads; returns the folder.
@@ -151,9 +124,7 @@ class LoRA:
         Nothing is lost: modules get one rank, smaller ones padded with zeros, and dense deltas become factors of full
         rank. `base` names the base for whoever finds the folder.
         """
-        from loracast.lora.peft_format import uniform, write_peft_folder
-
-        return write_peft_folder(uniform(self), Path(folder), base)
+        return write_peft_folder(uniform(self).lora.factors, Path(folder), base)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> LoRA:
@@ -161,10 +132,7 @@ class LoRA:
 
         Raises AdapterError where there is none, or more than a LoRA on linear modules; with every fault that there is.
         """
-        from loracast.files import folder_of
-        from loracast.lora.peft_format import PEFT_FILES, read_peft
-
-        return read_peft(folder_of(source, PEFT_FILES, "adapter in PEFT's format", AdapterError, revision))
+        return cls(read_peft(folder_of(source, PEFT_FILES, "adapter in PEFT's format", AdapterError, revision)))
 
 
 def _each_tensor(
@@ -186,11 +154,6 @@ def _check_same_shapes(loras: Sequence[LoRA]) -> None:
     problems = [f"{name} is {' and '.join(map(str, sorted(s)))}" for name, s in sorted(seen.items()) if len(s) > 1]
     if problems:
         raise AdapterError("these LoRAs are for different bases, (out, in) of " + "; ".join(problems))
-
-
-def is_past_break_even(rank: int, d_in: int, d_out: int) -> bool:
-    """Whether the factors of a module outweigh the dense delta that they stand for."""
-    return rank > d_in * d_out // (d_in + d_out)
 
 
 def concat(loras: Sequence[LoRA], dense_past_break_even: bool = True) -> LoRA:
@@ -252,29 +215,48 @@ def compress(lora: LoRA, rank: int) -> tuple[LoRA, float]:
 
 
 def svd(lora: LoRA, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin SVD of one module's delta, U [out, k], the singular values [k], falling, and V^T [k, in], in fp32.
-
-    Of factors by QR of both sides and an SVD of the small r x r core, so that the dense product is never formed.
-    """
+    """The thin SVD of one module's delta, U [out, k], the singular values [k], falling, and V^T [k, in], in fp32."""
     if name in lora.dense:
         return torch.linalg.svd(lora.dense[name].float(), full_matrices=False)
-    a, b = lora.factors[name]
-    q_b, r_b = torch.linalg.qr(b.float())  # [out, m] [m, r]
-    q_a, r_a = torch.linalg.qr(a.float().T)  # [in, n] [n, r]
-    u_core, s, vh_core = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return q_b @ u_core, s, vh_core @ q_a.T
+    return lora.factors[name].svd()
 
 
-def effective_rank(singular_values: Tensor) -> float:
-    """Directions that a delta really uses: exp of the entropy of its normalised singular values; 0 for none.
+@dataclass(frozen=True)
+class Uniform:
+    """A LoRA whose modules all have the same rank, as factors only, the scale folded into B."""
 
-    Roy and Vetterli, The effective rank, EUSIPCO 2007.
+    lora: LoRA
+    """In the adapter's own dtype where nothing was computed, in fp32 where it was compressed."""
+    rank: int
+    error: float
+    """|delta - kept|_F / |delta|_F over all modules: 0 where nothing had to be given up."""
+
+
+def uniform(lora: LoRA, max_rank: int | None = None, allowed: Sequence[int] | None = None) -> Uniform:
+    """Give all modules of a LoRA one rank: smaller ones are padded with zeros, larger ones compressed by SVD.
+
+    Args:
+        max_rank: the largest rank to keep; None keeps all that a module's shape has room for.
+        allowed: the rank becomes the smallest of these that is large enough; the largest is a limit like `max_rank`.
+
+    Raises:
+        AdapterError: the LoRA is empty.
     """
-    total = singular_values.double().sum()
-    if total <= 0:
-        return 0.0
-    shares = singular_values.double() / total
-    return torch.special.entr(shares).sum().exp().item()
+    if not lora.names:
+        raise AdapterError("this LoRA touches no module; there is nothing to export")
+    limit = max(min(shape) for shape in lora.shapes.values())  # many chunks together have more rows than they need
+    limit = min([limit, *([] if max_rank is None else [max_rank]), *([] if allowed is None else [max(allowed)])])
+    if max_rank is not None and allowed is not None:
+        limit = max((size for size in allowed if size <= limit), default=limit)
+    error = 0.0
+    if lora.dense or lora.rank > limit:
+        lora, error = compress(lora.to(dtype=torch.float32), limit)
+    rank = lora.rank if allowed is None else min(size for size in allowed if size >= lora.rank)
+    padded = {}
+    for name, (a, b) in lora.factors.items():
+        missing = rank - a.shape[0]
+        padded[name] = Factors(functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing)))
+    return Uniform(LoRA(padded), rank, error)
 
 
 @dataclass(frozen=True)
@@ -370,3 +352,37 @@ def stack(loras: Sequence[LoRA | None]) -> LoRABatch:
         zeros = torch.zeros_like(next(lora.dense[name] for lora in rows if name in lora.dense))
         dense[name] = torch.stack([lora.dense.get(name, zeros) for lora in rows])
     return LoRABatch(len(rows), factors, dense)
+
+
+@contextmanager
+def inject(
+    model: nn.Module,
+    loras: LoRA | LoRABatch | Sequence[LoRA | None] | None,
+    gates: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Iterator[nn.Module]:
+    """Apply LoRAs to `model` while the context lasts; other threads that use the model wait until then.
+
+    Args:
+        model: the base, a module whose submodules the LoRAs name.
+        loras: one LoRA for all rows, a list with one LoRA or None for each row of the batch, or a ready LoRABatch.
+        gates: by module, weights [rows, tokens, r] of the LoRA's ranks at each token of the input.
+
+    Raises:
+        AdapterError: a LoRA names a module that the base lacks, or has other shapes; all of them in one message.
+        In the forward: a batch with another number of rows than there are LoRAs.
+    """
+    with model_lock(model):
+        copies = None
+        if isinstance(loras, LoRABatch):
+            batch = loras
+        else:
+            rows = loras if isinstance(loras, Sequence) else [loras]
+            copies = None if gates else copies_for(model, rows)
+            merged_in = () if copies is None else copies.own.keys()
+            others = {id(lora): None if lora is None else lora.without(merged_in) for lora in rows}
+            batch = stack([others[id(lora)] for lora in rows])
+        # A list holds one for each row, also where all of them are the same and were stacked once.
+        n_rows = len(loras) if isinstance(loras, Sequence) else batch.n if batch.n > 1 else None
+        own_weights = nullcontext() if copies is None else merged(model, copies)
+        with own_weights, deltas_added(model, batch.factors, batch.dense, n_rows, gates):
+            yield model

@@ -1,6 +1,7 @@
-"""Applies LoRAs to a base during its forward passes, another LoRA for every row of the batch, or none.
+"""Has a base compute with the factors of LoRAs for a while: `algebra.inject` takes the LoRAs themselves.
 
-A static LoRA that all rows share is added to copies of the weights, which take the weights' places meanwhile.
+Hooks add the products of the factors, others for every row of the batch. A static LoRA that all rows share is added to
+copies of the weights, which take the weights' places meanwhile. Each model has a lock, under which both happen.
 """
 
 from __future__ import annotations
@@ -8,17 +9,16 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import cast
+from typing import Protocol, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from loracast.errors import AdapterError
-from loracast.lora.algebra import Factors, LoRA, LoRABatch, stack
+from loracast.lora.factors import Factors
 
 
 class FairLock:
@@ -151,6 +151,15 @@ def check_fits(model: nn.Module, shapes: Iterable[tuple[str, tuple[int, int]]]) 
     return modules
 
 
+class WithStatic(Protocol):
+    """What is needed of a LoRA to add its static part to copies of weights."""
+
+    @property
+    def factors(self) -> Mapping[str, Factors]: ...
+    @property
+    def static(self) -> frozenset[str]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Copies:
     """Copies of some weights of a model, with a static LoRA added."""
@@ -165,7 +174,7 @@ class Copies:
     """Of these, when the copies were made (`_state`)."""
     weights: Mapping[str, nn.Parameter]
 
-    def are_of(self, lora: LoRA, modules: Mapping[str, nn.Linear]) -> bool:
+    def are_of(self, lora: WithStatic, modules: Mapping[str, nn.Linear]) -> bool:
         """Whether they are of this LoRA's static part, and of the modules and weights that the model has now."""
         return self.modules == modules and all(
             modules[name]._parameters["weight"] is weight
@@ -180,7 +189,7 @@ _KEPT: WeakKeyDictionary[nn.Module, Copies] = WeakKeyDictionary()
 _MERGED_NOW: WeakSet[nn.Module] = WeakSet()
 
 
-def copies_for(model: nn.Module, loras: Sequence[LoRA | None]) -> Copies | None:
+def copies_for(model: nn.Module, loras: Sequence[WithStatic | None]) -> Copies | None:
     """The copies of a model's weights with the static LoRA that all rows of a batch have.
 
     None where they have none in common, where gradients are wanted, and where the model computes with copies right now:
@@ -202,11 +211,11 @@ def copies_for(model: nn.Module, loras: Sequence[LoRA | None]) -> Copies | None:
     return kept
 
 
-def _has_static_of(other: LoRA, first: LoRA) -> bool:
+def _has_static_of(other: WithStatic, first: WithStatic) -> bool:
     return first.static <= other.static and all(_equal(first.factors[n], other.factors[n]) for n in first.static)
 
 
-def _copies(lora: LoRA, modules: Mapping[str, nn.Linear]) -> Copies:
+def _copies(lora: WithStatic, modules: Mapping[str, nn.Linear]) -> Copies:
     weights = {name: cast(nn.Parameter, module.weight) for name, module in modules.items()}
     own = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
     factors = {name: lora.factors[name] for name in own}
@@ -260,52 +269,39 @@ def model_lock(model: nn.Module) -> FairLock:
 
 
 @contextmanager
-def inject(
+def deltas_added(
     model: nn.Module,
-    loras: LoRA | LoRABatch | Sequence[LoRA | None] | None,
-    gates: Mapping[str, Tensor] = MappingProxyType({}),
-) -> Iterator[nn.Module]:
-    """Apply LoRAs to `model` while the context lasts; other threads that use the model wait until then.
+    factors: Mapping[str, Factors],
+    dense: Mapping[str, Tensor],
+    n_rows: int | None,
+    gates: Mapping[str, Tensor],
+) -> Iterator[None]:
+    """Have the linear modules of a model add deltas to their outputs while the context lasts.
 
     Args:
-        model: the base, a module whose submodules the LoRAs name.
-        loras: one LoRA for all rows, a list with one LoRA or None for each row of the batch, or a ready LoRABatch.
-        gates: by module, weights [rows, tokens, r] of the LoRA's ranks at each token of the input.
+        factors: by module, A [n or 1, r, in] and B [n or 1, out, r] of the rows of a batch.
+        dense: by module, the deltas [n or 1, out, in] of the rows.
+        n_rows: the number of the batch's rows; None for any.
+        gates: as in `algebra.inject`.
 
-    Raises:
-        AdapterError: a LoRA names a module that the base lacks, or has other shapes; all of them in one message.
-        In the forward: a batch with another number of rows than there are LoRAs.
+    Raises AdapterError where the model lacks a module or a shape differs. Whoever calls this holds the model's lock.
     """
-    with model_lock(model):
-        copies = None
-        if isinstance(loras, LoRABatch):
-            batch = loras
-        else:
-            rows = loras if isinstance(loras, Sequence) else [loras]
-            copies = None if gates else copies_for(model, rows)
-            merged_in = () if copies is None else copies.own.keys()
-            others = {id(lora): None if lora is None else lora.without(merged_in) for lora in rows}
-            batch = stack([others[id(lora)] for lora in rows])
-        # A list holds one for each row, also where all of them are the same and were stacked once.
-        n_rows = len(loras) if isinstance(loras, Sequence) else batch.n if batch.n > 1 else None
-        shapes = [(name, (b.shape[1], a.shape[2])) for name, (a, b) in batch.factors.items()]
-        shapes += [(name, (delta.shape[1], delta.shape[2])) for name, delta in batch.dense.items()]
-        modules = check_fits(model, shapes)
-        with nullcontext() if copies is None else merged(model, copies):
-            handles = []
-            try:
-                for name, module in modules.items():
-                    chains: list[Sequence[Tensor]] = [batch.factors[name]] if name in batch.factors else []
-                    chains += [[batch.dense[name]]] if name in batch.dense else []
-                    # On the weight's device and in the type that the base computes in: once, not for every token.
-                    w = module.weight
-                    dtype = w.dtype if w.is_floating_point() else getattr(model, "dtype", None)
-                    chains = [[matrix.to(w.device, dtype).mT for matrix in chain] for chain in chains]
-                    handles.append(module.register_forward_hook(_hook(n_rows, chains, gates.get(name))))
-                yield model
-            finally:
-                for handle in handles:
-                    handle.remove()
+    shapes = [(name, (b.shape[1], a.shape[2])) for name, (a, b) in factors.items()]
+    shapes += [(name, (delta.shape[1], delta.shape[2])) for name, delta in dense.items()]
+    handles = []
+    try:
+        for name, module in check_fits(model, shapes).items():
+            chains: list[Sequence[Tensor]] = [factors[name]] if name in factors else []
+            chains += [[dense[name]]] if name in dense else []
+            # On the weight's device and in the type that the base computes in: once, not for every token.
+            w = module.weight
+            dtype = w.dtype if w.is_floating_point() else getattr(model, "dtype", None)
+            chains = [[matrix.to(w.device, dtype).mT for matrix in chain] for chain in chains]
+            handles.append(module.register_forward_hook(_hook(n_rows, chains, gates.get(name))))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _hook(

@@ -1,68 +1,27 @@
-"""Brings a LoRA into the form that every runtime agrees on: one rank in all modules, the scale folded in, alpha = rank.
+"""PEFT's format: a LoRA's factors read from a folder, written to one, or given to PEFT itself.
 
-Runtimes compute the scale in different ways (alpha / r, alpha / sqrt(r), one for all modules, none), and several take
-one rank for all modules. With alpha == r, no rank-stabilised scale and no patterns, all of them multiply by one.
+What is written has one rank in all modules, the scale folded in and alpha = rank. Runtimes compute the scale in
+different ways (alpha / r, alpha / sqrt(r), one for all modules, none), and several take one rank for all modules. With
+alpha == r, no rank-stabilised scale and no patterns, all of them multiply by one.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.nn import functional
-
 from loracast.errors import AdapterError, PackageError
 from loracast.files import write_atomically
-from loracast.lora.algebra import Factors, LoRA, compress
-from loracast.lora.inject import inject
+from loracast.lora.factors import Factors
+from loracast.lora.inject import check_fits
 from loracast.lora.tensor_file import TensorInfo, in_one_order, number_faults, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """A LoRA whose modules all have the same rank, as factors only, the scale folded into B."""
-
-    lora: LoRA
-    """In the adapter's own dtype where nothing was computed, in fp32 where it was compressed."""
-    rank: int
-    error: float
-    """|delta - kept|_F / |delta|_F over all modules: 0 where nothing had to be given up."""
-
-
-def uniform(lora: LoRA, max_rank: int | None = None, allowed: Sequence[int] | None = None) -> Uniform:
-    """Give all modules of a LoRA one rank: smaller ones are padded with zeros, larger ones compressed by SVD.
-
-    Args:
-        max_rank: the largest rank to keep; None keeps all that a module's shape has room for.
-        allowed: the rank becomes the smallest of these that is large enough; the largest is a limit like `max_rank`.
-
-    Raises:
-        AdapterError: the LoRA is empty.
-    """
-    if not lora.names:
-        raise AdapterError("this LoRA touches no module; there is nothing to export")
-    limit = max(min(shape) for shape in lora.shapes.values())  # many chunks together have more rows than they need
-    limit = min([limit, *([] if max_rank is None else [max_rank]), *([] if allowed is None else [max(allowed)])])
-    if max_rank is not None and allowed is not None:
-        limit = max((size for size in allowed if size <= limit), default=limit)
-    error = 0.0
-    if lora.dense or lora.rank > limit:
-        lora, error = compress(lora.to(dtype=torch.float32), limit)
-    rank = lora.rank if allowed is None else min(size for size in allowed if size >= lora.rank)
-    padded = {}
-    for name, (a, b) in lora.factors.items():
-        missing = rank - a.shape[0]
-        padded[name] = Factors(functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing)))
-    return Uniform(LoRA(padded), rank, error)
 
 
 _PREFIX = "base_model.model."
@@ -86,8 +45,8 @@ _ENDLESS = re.compile(r"\)[*+?{]|([*+?{].*){3}")
 """Regular expressions that repeat a group, or repeat thrice: some of them take for ever to match a name."""
 
 
-def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None) -> LoRA:
-    """The LoRA in a PEFT folder, with the scale of each module (alpha / r, or alpha / sqrt(r)) folded into B.
+def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None) -> dict[str, Factors]:
+    """The factors of modules in a PEFT folder, with each module's scale (alpha / r, or alpha / sqrt(r)) folded into B.
 
     Args:
         shapes: (out, in) of the base's linear modules, which the LoRA must fit; not looked at if None.
@@ -132,15 +91,19 @@ def read_peft(folder: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
         factors[name] = Factors(a, b * scale)
     if faults := number_faults((f"B of {name}, scaled,", pair.b) for name, pair in factors.items()):
         raise AdapterError(f"the adapter in {folder} is not a LoRA that can be used: {'; '.join(faults)}")
-    return LoRA(factors)
+    return factors
 
 
 def write_peft_folder(
-    made: Uniform, folder: Path, base: str | None = None, about: Mapping[str, str] = MappingProxyType({})
+    factors: Mapping[str, Factors],
+    folder: Path,
+    base: str | None = None,
+    about: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write a LoRA as PEFT does; returns the folder, made if need be.
 
     Args:
+        factors: by module, all of one rank (`algebra.uniform`).
         base: name of the base, for people: PEFT is given the base by its user.
         about: provenance, which goes into the weights' metadata, since PEFT drops keys of its config that it does not
             know.
@@ -148,16 +111,18 @@ def write_peft_folder(
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: factor.contiguous() for name, factor in _peft_tensors(made).items()}
+    tensors = {name: factor.contiguous() for name, factor in _peft_tensors(factors).items()}
     weights = in_one_order(save(tensors, metadata={"format": "pt", **about}))
     write_atomically(folder / "adapter_model.safetensors", weights)
-    write_atomically(folder / "adapter_config.json", json.dumps(_peft_config(made, base), indent=2).encode())
+    write_atomically(folder / "adapter_config.json", json.dumps(_peft_config(factors, base), indent=2).encode())
     return folder
 
 
-def peft_model(lora: LoRA, model: Any, name: str) -> Any:
-    """A PeftModel around a transformers model, or the PeftModel that is given, with the LoRA as the adapter `name`.
+def peft_model(factors: Mapping[str, Factors], shapes: Mapping[str, tuple[int, int]], model: Any, name: str) -> Any:
+    """A PeftModel around a transformers model, or the PeftModel that is given, with a LoRA as the adapter `name`.
 
+    Args:
+        factors: as in `write_peft_folder`.
     Raises:
         AdapterError: the LoRA does not fit the model. PackageError: PEFT is not installed.
     """
@@ -165,43 +130,42 @@ def peft_model(lora: LoRA, model: Any, name: str) -> Any:
         from peft import LoraConfig, PeftModel, set_peft_model_state_dict
     except ImportError as error:
         raise PackageError("to_peft needs PEFT: pip install peft") from error
-    made = uniform(lora)
-    config = LoraConfig(**_peft_config(made, getattr(model, "name_or_path", None)))
+    config = LoraConfig(**_peft_config(factors, getattr(model, "name_or_path", None)))
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
     else:
-        with inject(model, lora):  # raises for a LoRA that does not fit, before PEFT changes the model
-            pass
+        check_fits(model, shapes.items())  # before PEFT changes the model
         model = PeftModel(model, config, adapter_name=name)
-    set_peft_model_state_dict(model, _peft_tensors(made), adapter_name=name)
+    set_peft_model_state_dict(model, _peft_tensors(factors), adapter_name=name)
     return model
 
 
-def _peft_tensors(made: Uniform) -> dict[str, Tensor]:
+def _peft_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """The factors under PEFT's names."""
     return {
         name.format(module): factor
-        for module, pair in made.lora.factors.items()
+        for module, pair in factors.items()
         for name, factor in zip(_FACTOR_NAMES, pair, strict=True)
     }
 
 
-def _peft_config(made: Uniform, base: str | None) -> dict[str, Any]:
+def _peft_config(factors: Mapping[str, Factors], base: str | None) -> dict[str, Any]:
     """The content of adapter_config.json."""
+    (rank,) = {pair.rank for pair in factors.values()}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": None,
         "inference_mode": True,
-        "r": made.rank,
-        "lora_alpha": made.rank,
+        "r": rank,
+        "lora_alpha": rank,
         "lora_dropout": 0.0,
         "fan_in_fan_out": False,
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": sorted(made.lora.factors),  # whole paths: a kind's name alone would mean every layer
+        "target_modules": sorted(factors),  # whole paths: a kind's name alone would mean every layer
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},

@@ -13,8 +13,7 @@ import torch
 
 from loracast.base.generate import Sampling, answer_batch
 from loracast.base.load import Base
-from loracast.lora.algebra import LoRA
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, inject
 
 PROBES = (
     "Hello!",

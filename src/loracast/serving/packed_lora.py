@@ -12,7 +12,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from loracast.lora.algebra import Factors, LoRA
+from loracast.lora.algebra import LoRA
+from loracast.lora.factors import Factors
 
 _MAX_BLOCKS = 4
 """Shared parts of one module that are remembered."""

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from loracast.base.load import Base
 from loracast.errors import AdapterError, BaseModelError, ConfigError, LoracastError
 from loracast.export.vllm import MOST_LOST, RANKS, too_much_lost
-from loracast.lora.algebra import LoRA
+from loracast.lora.algebra import LoRA, Uniform, uniform
 from loracast.lora.inject import check_fits
-from loracast.lora.peft_format import Uniform, uniform, write_peft_folder
+from loracast.lora.peft_format import write_peft_folder
 from loracast.serving.client import Client, NoServer, Refused
 from loracast.serving.generation import (
     AnswerText,
@@ -259,7 +259,7 @@ class LoadedLoRAs:
         if made.error > MOST_LOST:
             problem = too_much_lost(lora.rank, self._max_rank, made.error)
             raise AdapterError(f"{problem}, or ask with fewer chunks (route) or adapters")
-        write_peft_folder(made, one.folder, self._base.name)
+        write_peft_folder(made.lora.factors, one.folder, self._base.name)
         return made
 
 

@@ -20,7 +20,8 @@ from loracast.errors import ConfigError
 from loracast.lab.data.rows import QuestionedDocument, read_questioned
 from loracast.lab.evaluation.runner import Baseline, InMemoryAdapter, LoRASource, Request, cast, fixed
 from loracast.lab.training.document_source import reading_prompt
-from loracast.lora.algebra import Factors, LoRA, concat
+from loracast.lora.algebra import LoRA, concat
+from loracast.lora.factors import Factors
 from loracast.reading.matching import likely_together
 from loracast.reading.relevance import THRESHOLD, THRESHOLD_STRICT
 from loracast.reading.routing import DEFAULT_ROUTE, Route

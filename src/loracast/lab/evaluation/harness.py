@@ -12,8 +12,7 @@ from loracast.answering.model import Model
 from loracast.errors import ConfigError, LoracastError
 from loracast.lab.evaluation.report import Report, ReportWriter, columns
 from loracast.library.adapter import Adapter
-from loracast.lora.algebra import LoRA
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRA, inject
 
 COLUMNS = columns(
     task="task", metric="metric", n=("n", 0), base=("base", 4), base_stderr=("±", 4),

@@ -58,7 +58,8 @@ from loracast.lab.evaluation.runner import (
 )
 from loracast.lab.training.document_source import reading_prompt
 from loracast.lab.training.losses import Distillation, Teacher
-from loracast.lora.algebra import Factors, LoRA, LoRABatch
+from loracast.lora.algebra import LoRA, LoRABatch
+from loracast.lora.factors import Factors
 from loracast.lora.target import target_from_config
 from loracast.reading.index import best_passages, write_index
 

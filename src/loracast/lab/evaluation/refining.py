@@ -32,7 +32,8 @@ from loracast.lab.evaluation.tasks import (
     prompt_of,
     test_rows,
 )
-from loracast.lora.algebra import Factors, LoRA
+from loracast.lora.algebra import LoRA
+from loracast.lora.factors import Factors
 
 COLUMNS = columns(
     label="what descent starts from", at="after", n_tasks=("tasks", 0), n=("rows", 0), exact=("exact %", "%"),

@@ -27,8 +27,7 @@ from loracast.hypernets.encoders import HiddenStatesEncoder
 from loracast.lab.data.everyday import make_document
 from loracast.lab.data.facts import tokens_between
 from loracast.lab.training.task_source import TaskSource
-from loracast.lora.algebra import LoRABatch
-from loracast.lora.inject import inject
+from loracast.lora.algebra import LoRABatch, inject
 
 _QUESTIONS_FOR_UNITS = 200
 _PLACES_TO_MATCH = 3  # answer tokens whose activations are matched; later ones depend less on the question

@@ -239,7 +239,7 @@ def train_multitask(
 def read_oracle(folder: Path, base: Fingerprint) -> LoRA:
     """Read a LoRA that `train_oracles` or `train_multitask` made for a base; AdapterError if none is finished."""
     read_about(folder, base, _MADE_BY)
-    return read_peft(folder)
+    return LoRA(read_peft(folder))
 
 
 def read_multitask(folder: Path, base: Fingerprint, described: bool) -> LoRA:
@@ -250,14 +250,14 @@ def read_multitask(folder: Path, base: Fingerprint, described: bool) -> LoRA:
         what = f"a multi-task LoRA {how} descriptions" if settings["is_multitask"] else "the LoRA of a single task"
         wanted = "`loracast train multitask --described`" if described else "`loracast train multitask`"
         raise AdapterError(f"{folder} holds {what}; give what {wanted} makes")
-    return read_peft(folder)
+    return LoRA(read_peft(folder))
 
 
 def average_of_oracles(library: Path, base: Fingerprint) -> LoRA | None:
     """The mean of the deltas of a library's oracles, without those of held-out tasks; None if there is none."""
     folders = [library / name for name in oracles_in(library)]
     trained = [folder for folder in folders if not read_about(folder, base, _MADE_BY)["settings"]["heldout"]]
-    loras = [read_peft(folder) for folder in trained]
+    loras = [LoRA(read_peft(folder)) for folder in trained]
     return concat([lora.scale(1 / len(loras)) for lora in loras]) if loras else None
 
 

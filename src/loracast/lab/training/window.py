@@ -150,4 +150,4 @@ def read_window_lora(folder: Path, base: Fingerprint) -> LoRA:
     about = read_about(folder, base, "loracast train window")
     if not about["settings"].get("is_window"):
         raise AdapterError(f"{folder} holds another LoRA; give what `loracast train window` makes")
-    return read_peft(folder)
+    return LoRA(read_peft(folder))

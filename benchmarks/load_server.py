@@ -1,11 +1,8 @@
-"""The server of a load test, and what befalls it: it is killed and starts anew, or another process holds its files."""
+"""The server of a load test, which can be killed and started anew, and a lock on one of its databases."""
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import os
-import random
 import signal
 import socket
 import sqlite3
@@ -15,19 +12,10 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 
-from loracast.library import register
-
-if TYPE_CHECKING:
-    from load import Load
-
-KILLS_END = 1 / 3
-"""The share of the time in which the server is killed; its last life is long enough to show whether it grows."""
 _START_S = 120.0
-_DATABASES = (register.FILE, "serving/state.sqlite")
 
 
 class Server:
@@ -80,27 +68,7 @@ def start(words: list[str], home: Path, log_path: Path) -> subprocess.Popen[byte
         return subprocess.Popen([sys.executable, "-m", "loracast", *words], env=environment, stdout=log, stderr=log)
 
 
-async def cause_faults(load: Load, library: Path, every_s: float) -> None:
-    """Kill the server and hold its databases in turn, at random moments, until the load is over.
-
-    Args:
-        every_s: the longest time between two faults.
-    """
-    rng = random.Random(load.given.seed + 1)
-    for is_kill in itertools.cycle((True, False)):
-        try:
-            await asyncio.wait_for(load.is_over.wait(), every_s * rng.uniform(0.3, 1.0))
-            return
-        except TimeoutError:
-            pass
-        if not is_kill:
-            await asyncio.to_thread(_hold, library / rng.choice(_DATABASES), rng.uniform(0.5, 3.0))
-            load.run.n_held += 1
-        elif load.now_s < load.run.seconds * KILLS_END:
-            await load.restart()
-
-
-def _hold(database: Path, seconds: float) -> None:
+def hold(database: Path, seconds: float) -> None:
     """Keep everybody else from writing to a database for a while, and from reading the register."""
     with closing(sqlite3.connect(database, timeout=30, isolation_level=None)) as held:
         held.execute("BEGIN EXCLUSIVE")
