@@ -153,7 +153,7 @@ def test_an_adapter_moves_between_a_base_and_a_quantized_one(tiny_folder, tiny_h
 
 @each_quantization
 def test_a_lora_is_not_merged_into_quantized_weights(folder, quantize, tmp_path):
-    from loracast.export.merged import write_merged
+    from loracast.export.base import write_merged
 
     quantized = load_base(folder, device="cpu", dtype="float32", quantize=quantize)
     with pytest.raises(AdapterError, match="is quantized, and a LoRA cannot be added to such weights"):

@@ -15,7 +15,7 @@ from bulk import NOT_LEARNED, config_files, make_documents, weights_of
 from loracast.cast.bulk import Casting, FolderCaster, cast_all, read_report
 from loracast.cli import app
 from loracast.errors import LoracastError
-from loracast.export.vllm import RANKS
+from loracast.export.formats import VLLM_RANKS
 from loracast.lora.algebra import inject
 from tiny import PROSE, make_model
 
@@ -122,7 +122,7 @@ def test_an_adapter_is_the_documents_lora_for_peft(bulk, model, tmp_path):
         config = json.loads((folder / "adapter_config.json").read_text())
         # What vLLM's resolver and its loader look at.
         assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", "the-base")
-        assert config["r"] == config["lora_alpha"] == line.rank and line.rank in RANKS
+        assert config["r"] == config["lora_alpha"] == line.rank and line.rank in VLLM_RANKS
         assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     short, long = sorted(run.lines.values(), key=lambda line: line.n_chunks)
     assert short.n_chunks == 1 < 3 < long.n_chunks and short.rank < long.rank and long.lost < 1e-3

@@ -21,11 +21,11 @@ from loracast.cast.document import learn_document
 from loracast.cli import app
 from loracast.documents import Document
 from loracast.errors import AdapterError, BaseModelError
+from loracast.export import FORMATS, MERGED
 from loracast.export.adapter import export_adapter
-from loracast.export.format import FORMATS, MERGED, Request
-from loracast.export.merged import write_merged
-from loracast.export.ollama import write_ollama
-from loracast.export.vllm import RANKS
+from loracast.export.base import write_merged
+from loracast.export.formats import VLLM_RANKS, Request
+from loracast.export.gguf import write_ollama
 from loracast.lora.algebra import LoRA, inject, uniform
 from loracast.lora.factors import Factors
 from loracast.lora.peft_format import read_peft
@@ -80,7 +80,7 @@ def test_one_rank_in_all_modules():
     uneven = LoRA(
         {name: Factors(a[: 1 + i % 3], b[:, : 1 + i % 3]) for i, (name, (a, b)) in enumerate(lora.factors.items())}
     )
-    made = uniform(uneven, allowed=RANKS)
+    made = uniform(uneven, allowed=VLLM_RANKS)
     assert (made.rank, made.error) == (8, 0.0) and all(pair.rank == 8 for pair in made.lora.factors.values())
     torch.testing.assert_close(logits(model, made.lora), logits(model, uneven), atol=1e-5, rtol=1e-5)
     small = uniform(lora, max_rank=2)
@@ -148,7 +148,7 @@ def test_what_is_written_of_many_chunks_is_as_near_to_their_sum_as_the_report_sa
 def test_vllm_gets_a_rank_that_it_allows_and_a_name_that_never_means_other_weights(adapter, tmp_path):
     (made,) = export_adapter(adapter("short"), "vllm", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert made.rank in RANKS and config["r"] == config["lora_alpha"] == made.rank and not config["use_rslora"]
+    assert made.rank in VLLM_RANKS and config["r"] == config["lora_alpha"] == made.rank and not config["use_rslora"]
     note = (tmp_path / "out" / "README.md").read_text()
     assert adapter("short").version in note and f"--max-lora-rank {made.rank}" in note
 
@@ -202,7 +202,7 @@ def test_gguf_has_the_rows_of_q_and_k_as_llama_cpp_keeps_them(base, tmp_path):
 
 def test_mlx_finds_its_own_layout(base, tmp_path):
     """mlx-lm adds scale * (x a) b to the same modules of the last so many layers, and refuses any other tensor."""
-    from loracast.export.mlx import write_mlx
+    from loracast.export.formats import write_mlx
 
     wanted = request(random_lora(base.model, layers=(1, 3)), base, tmp_path)
     made = wanted.made

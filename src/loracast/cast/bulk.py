@@ -25,7 +25,7 @@ from loracast.base.load import Base
 from loracast.cast.document import merge_chunks, split_document
 from loracast.documents import Document, Limits, read_document
 from loracast.errors import AdapterError, ConfigError, DocumentError, LoracastError, PackageError
-from loracast.export.vllm import RANKS
+from loracast.export.formats import VLLM_RANKS
 from loracast.files import move_unless_there
 from loracast.hypernets.protocol import Caster
 from loracast.library.folders import tidy, work_folder
@@ -131,7 +131,7 @@ class FolderCaster:
                 f"it has {len(chunks):,} chunks, and at most {MOST_CHUNKS} are merged into one LoRA: split it, or "
                 "learn it into a library, where each question is routed to the chunks that it is about"
             )
-        made = uniform(merge_chunks(self.caster, self.base, chunks, dense=False), casting.max_rank, RANKS)
+        made = uniform(merge_chunks(self.caster, self.base, chunks, dense=False), casting.max_rank, VLLM_RANKS)
         _write(casting.out, folder, made, casting.base_name, self._about(found.name, folder, document))
         n_tokens = sum(chunk.n_tokens for chunk in chunks)
         return replace(line, rank=made.rank, lost=made.error, n_chunks=len(chunks), n_tokens=n_tokens)

@@ -11,7 +11,7 @@ import typer
 from loracast.base.embedded import DEFAULT_BASE
 from loracast.cli import options
 from loracast.cli.terminal import loss, print_result, printable, say, size
-from loracast.export.format import FORMATS
+from loracast.export import FORMATS
 from loracast.files import exports_dir
 from loracast.library import upkeep
 from loracast.library.library import open_adapter

@@ -11,15 +11,25 @@ from pathlib import Path
 from loracast.base.fingerprint import check
 from loracast.base.load import Base
 from loracast.errors import AdapterError
-from loracast.export.base import base_config, base_gguf
-from loracast.export.format import MERGED, Request, load_format
-from loracast.export.merged import write_merged
+from loracast.export import FORMATS, MERGED
+from loracast.export.base import base_config, base_gguf, write_merged
+from loracast.export.formats import VLLM_RANKS, Format, Request, write_mlx, write_peft, write_vllm
+from loracast.export.gguf import write_gguf, write_ollama
 from loracast.files import write_atomically
 from loracast.library.adapter import Adapter
 from loracast.library.manifest import VERSION_DIGITS
 from loracast.lora.algebra import LoRA, uniform
 from loracast.reading.index import read_chunks, search
 from loracast.reading.routing import Route, route_set
+
+WRITTEN = {
+    "peft": Format(write_peft),
+    "vllm": Format(write_vllm, ranks=VLLM_RANKS),
+    "gguf": Format(write_gguf, needs_config=True),
+    "mlx": Format(write_mlx, needs_config=True),
+    "ollama": Format(write_ollama, needs_config=True, holds_base=True),
+}
+"""How each format of `FORMATS` is written, but for `MERGED`."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ def export_adapter(
     """Write an adapter for another runtime.
 
     Args:
-        to: the format's name (format.py).
+        to: the format's name, one of `FORMATS`.
         out: a folder, made if need be; of the format `gguf` the file NAME.gguf in it.
         max_rank: a higher rank is compressed to it; None compresses only as far as the runtime demands.
         each_chunk: write a document's chunks one by one, with chunks.json and the index that `loracast route` reads.
@@ -61,7 +71,9 @@ def export_adapter(
         AdapterError: the format is unknown, the folder is not empty, or the adapter cannot be exported so.
         BaseModelError: the base is another one, or cannot be read.
     """
-    form = None if to == MERGED else load_format(to)
+    if to not in FORMATS:
+        raise AdapterError(f"unknown format {to!r}; one of {', '.join(FORMATS)}")
+    form = WRITTEN.get(to)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"{out} is there already and not an empty folder; give another --out")
     if each_chunk and (form is None or form.holds_base):

@@ -13,7 +13,7 @@ from typing import Any
 
 from loracast.errors import AdapterError, LoracastError
 from loracast.export.adapter import export_adapter
-from loracast.export.vllm import KEY_VARIABLE, MOST_LOST
+from loracast.export.formats import KEY_VARIABLE, MOST_LOST
 from loracast.files import move_unless_there
 from loracast.library.adapter import Adapter
 from loracast.reading.index import read_chunks

@@ -1,15 +1,19 @@
-"""Writes a LoRA for llama.cpp: a GGUF file with llama.cpp's tensor names and its order of the rows of q and k."""
+"""Writes a LoRA for llama.cpp: a GGUF file with llama.cpp's tensor names and its order of the rows of q and k.
+
+Ollama gets a Modelfile beside it and, where it has been fetched, the base in GGUF.
+"""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from loracast.errors import AdapterError
-from loracast.export.format import Format, Request
-from loracast.files import write_with
+from loracast.export.formats import Request
+from loracast.files import write_atomically, write_with
 
 _ARCHITECTURES = {
     "llama": "llama",
@@ -25,16 +29,37 @@ _ARCHITECTURES = {
 }
 """Type of a base -> llama.cpp's name of its architecture."""
 _PERMUTED = {"llama", "smollm3"}  # whose rotary pairs llama.cpp wants as neighbours
+_OLLAMA_ADAPTER, _OLLAMA_BASE = "adapter.gguf", "base.gguf"
 
 
 def write_gguf(request: Request) -> Path:
     """Write a LoRA for llama.cpp; returns the file. Raises AdapterError for a module that llama.cpp does not have."""
     path = request.out / f"{request.name}.gguf"
-    write_file(request, path)
+    _write_file(request, path)
     return path
 
 
-def write_file(request: Request, out: Path) -> None:
+def write_ollama(request: Request) -> Path:
+    """Write a LoRA for Ollama; returns the folder. FROM names a copy of the base's GGUF file or else the base's folder.
+
+    Raises AdapterError for a base that Ollama cannot read from where it lies.
+    """
+    out, gguf = request.out, request.base_gguf
+    base = f"./{_OLLAMA_BASE}" if gguf is not None else _ollama_folder(request.base)
+    _write_file(request, out / _OLLAMA_ADAPTER)
+    if gguf is not None:
+        shutil.copyfile(gguf, out / _OLLAMA_BASE)
+    lines = [
+        f"# ollama create {request.name} -f Modelfile",
+        f"FROM {base}",
+        f"ADAPTER ./{_OLLAMA_ADAPTER}",
+        "PARAMETER temperature 0",
+    ]
+    write_atomically(out / "Modelfile", ("\n".join(lines) + "\n").encode())
+    return out
+
+
+def _write_file(request: Request, out: Path) -> None:
     """Write a LoRA for llama.cpp as a file of any name."""
     import gguf
 
@@ -84,4 +109,16 @@ def _neighbouring_pairs(rows: np.ndarray, n_heads: int) -> np.ndarray:
     return rows.reshape(n_heads, 2, d_out // n_heads // 2, rank).swapaxes(1, 2).reshape(d_out, rank)
 
 
-FORMAT = Format(write_gguf, needs_config=True)
+def _ollama_folder(base: str) -> Path:
+    """The folder of a base. Raises AdapterError for a hub id, and for a folder of links, as the hub's cache has them.
+
+    Ollama takes a hub id for a model of its own registry, and refuses links that leave a folder as insecure paths.
+    """
+    folder = Path(base).resolve()
+    if not folder.is_dir() or not all(path.resolve().is_relative_to(folder) for path in folder.iterdir()):
+        source = "OWNER/NAME" if Path(base).is_dir() else base
+        raise AdapterError(
+            f"Ollama reads no base from {base!r}, only from a folder with the files themselves: run `hf download "
+            f"{source} --local-dir FOLDER`, and export with --base FOLDER"
+        )
+    return folder

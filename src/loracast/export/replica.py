@@ -20,7 +20,7 @@ from typing import Protocol
 
 from loracast.errors import AdapterError, ConfigError, LoracastError, NoSuchAdapterError
 from loracast.export.adapter import export_adapter
-from loracast.export.vllm import MOST_LOST, too_much_lost
+from loracast.export.formats import MOST_LOST, too_much_lost
 from loracast.files import move_unless_there, try_lock
 from loracast.library.adapter import Adapter
 from loracast.library.folders import fetch_whole, size_of, tidy, work_folder

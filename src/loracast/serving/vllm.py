@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from loracast.base.load import Base
 from loracast.errors import AdapterError, BaseModelError, ConfigError, LoracastError
-from loracast.export.vllm import MOST_LOST, RANKS, too_much_lost
+from loracast.export.formats import MOST_LOST, VLLM_RANKS, too_much_lost
 from loracast.lora.algebra import LoRA, Uniform, uniform
 from loracast.lora.inject import check_fits
 from loracast.lora.peft_format import write_peft_folder
@@ -142,7 +142,7 @@ class LoadedLoRAs:
         self._base, self._client, self._folder, self._max_loaded = base, client, folder, max_loaded
         # Another engine on the same server has names of its own, which it may unload.
         self._prefix = f"{PREFIX}{secrets.token_hex(4)}-"
-        self._max_rank = max(RANKS)
+        self._max_rank = max(VLLM_RANKS)
         self._held: OrderedDict[str, LoadedLoRA] = OrderedDict()
         self._lock = Lock()
 
@@ -255,7 +255,7 @@ class LoadedLoRAs:
                 raise
 
     def _write(self, one: LoadedLoRA, lora: LoRA) -> Uniform:
-        made = uniform(lora, self._max_rank, RANKS)
+        made = uniform(lora, self._max_rank, VLLM_RANKS)
         if made.error > MOST_LOST:
             problem = too_much_lost(lora.rank, self._max_rank, made.error)
             raise AdapterError(f"{problem}, or ask with fewer chunks (route) or adapters")

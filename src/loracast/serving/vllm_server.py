@@ -24,7 +24,7 @@ from loracast.base.chat import encode_text
 from loracast.base.embedded import embedded, embedded_folder
 from loracast.base.load import Base
 from loracast.errors import ConfigError, LoracastError
-from loracast.export.vllm import KEY_VARIABLE
+from loracast.export.formats import KEY_VARIABLE
 from loracast.files import exports_dir
 from loracast.library.folders import tidy, work_folder
 from loracast.serving.generation import EngineConfig, EngineFailed, EngineStats, GenerationRequest, Ticket

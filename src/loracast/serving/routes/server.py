@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter
 
 from loracast import __version__
-from loracast.export.format import FORMATS, MERGED
+from loracast.export import FORMATS, MERGED
 from loracast.lora.target import target_from_config
 from loracast.serving.guard import needs
 from loracast.serving.schema import ChatRequest
