@@ -22,7 +22,7 @@ from loracast.base.fingerprint import Fingerprint, check, config_fingerprint, fi
 from loracast.cast.document import cast_chunks, split_document
 from loracast.documents import Document
 from loracast.errors import AdapterError, BaseModelError, ConfigError
-from loracast.library.adapter import Adapter
+from loracast.library.adapter import Adapter, factors_in_memory
 from loracast.library.library import adapter_names, open_adapter, remove_adapter
 from loracast.library.manifest import check_name, name_from
 from loracast.library.writer import AdapterWriter
@@ -460,13 +460,15 @@ def test_adapters_that_stay_open_keep_few_factors_and_no_file(model, tmp_path):
         model.learn(Document.from_text(f"{PROSE} Its number is {i}."), f"doc-{i}")
     opened = [model.adapter(f"doc-{i}") for i in range(5)]
     opened[0].lora()
-    one = opened[0].kept.n_bytes
+    one = opened[0].kept.cache.currsize
     assert all(adapter.kept is opened[0].kept for adapter in opened)
-    opened[0].kept.max_bytes = 2 * one
+    kept = factors_in_memory(2 * one)
+    for adapter in opened:
+        adapter.kept = kept
     left = [weakref.ref(next(iter(adapter.lora().factors.values())).a) for adapter in opened]
     gc.collect()
     assert [tensor() is not None for tensor in left] == [False, False, False, True, True]
-    assert 0 < opened[0].kept.n_bytes <= 2 * one
+    assert 0 < kept.cache.currsize <= 2 * one
     if (maps := Path("/proc/self/maps")).exists():
         assert str(model.library) not in maps.read_text()
 

@@ -124,7 +124,9 @@ def test_the_conda_recipe_has_the_version_and_the_dependencies_of_the_package():
     recipe = yaml.safe_load((ROOT / "packaging" / "recipe.yaml").read_text(encoding="utf-8"))
     assert recipe["context"]["version"] == loracast.__version__
     assert PROJECT["requires-python"] == f">={recipe['context']['python_min']}"
-    theirs = {"torch": "pytorch", "prometheus-client": "prometheus_client"}  # names there
+    theirs = {  # names there
+        "huggingface-hub": "huggingface_hub", "prometheus-client": "prometheus_client", "torch": "pytorch",
+    }  # fmt: skip
     wanted = {theirs.get(one.name, one.name): one.specifier for one in map(Requirement, PROJECT["dependencies"])}
     found = [one.partition(" ")[::2] for one in recipe["requirements"]["run"] if not one.startswith("python >")]
     assert {name: SpecifierSet(bounds) for name, bounds in found} == wanted

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from loracast.byte_cache import ByteCache
+from cachetools import LRUCache, cached
+
 from loracast.errors import LEARN_AGAIN, AdapterError
 from loracast.files import file_sha256
 from loracast.library.manifest import VERSION_DIGITS, Manifest
@@ -146,6 +148,8 @@ _ROUNDED = 0.02  # of a static LoRA's length: twice what storing it in int8 chan
 _FEW = 8  # chunks, up to which the factors of each are kept apart
 _STATIC: WeakValueDictionary[bytes, LoRA] = WeakValueDictionary()
 """The static LoRAs in memory, by a hash of their numbers."""
+Kept = Callable[[Hashable, Callable[[], Any]], Any]
+"""A key, and what reads its factors -> the factors."""
 Recast = Callable[[Sequence[str], "Sequence[Sequence[tuple[int, int]]] | None"], "dict[str, Tensor]"]
 """The prompts of chunks and the places of their sentences, None to find them -> their factors and the static ones,
 named and shaped as in factors.safetensors."""
@@ -165,7 +169,7 @@ class Adapter:
         self.recast: Recast | None = None
         """Casts the factors of chunks anew: set by whoever opens an adapter that keeps only its text."""
         self.kept = factors_in_memory()
-        """Factors that were read lately; whoever opens many adapters gives them the same one."""
+        """The factors of a key, from memory or read; whoever opens many adapters gives all of them the same memory."""
 
     @property
     def index(self) -> Path:
@@ -234,12 +238,12 @@ class Adapter:
 
         # Weights differ with every question: what they multiply is kept, and the LoRA itself only where there are none.
         if weights is None and sentences is None and dense:
-            return self.kept.get(("LoRA", *which), lambda: join(together := self.rows(wanted, static=static), together))
+            return self.kept(("LoRA", *which), lambda: join(together := self.rows(wanted, static=static), together))
         if len(wanted) > _FEW or self.manifest.storage == "text":
-            together = self.kept.get(which, lambda: self.rows(wanted, static=static))
+            together = self.kept(which, lambda: self.rows(wanted, static=static))
             return join(together, together)
         # Each chunk's own are kept: the next question picks another pair.
-        of_each = [self.kept.get((self.manifest.version, i), partial(self._rows_of_one, i)) for i in wanted]
+        of_each = [self.kept((self.manifest.version, i), partial(self._rows_of_one, i)) for i in wanted]
         rows = {name: [of_one[name][0] for of_one in of_each] for name in of_each[0]}
         return join(rows, self._static_rows if static else {})
 
@@ -266,7 +270,7 @@ class Adapter:
             }
             return _shared(LoRA({name: pair for name, pair in factors.items() if pair.b.any()}))
 
-        return self.kept.get((self.manifest.version, "static LoRA"), make)
+        return self.kept((self.manifest.version, "static LoRA"), make)
 
     @property
     def _static_rows(self) -> dict[str, Tensor]:
@@ -281,7 +285,7 @@ class Adapter:
             parts = {name: {suffix: self._file.tensor(name + suffix) for suffix in suffixes} for name in names}
             return self._checked({name: unpack(of_one, storage) for name, of_one in parts.items()})
 
-        return self.kept.get((self.manifest.version, STATIC), read)
+        return self.kept((self.manifest.version, STATIC), read)
 
     def rows(self, wanted: Sequence[int], *, static: bool = True) -> dict[str, Tensor]:
         """The factors of some chunks and, if wanted, of the static LoRA, in bf16, under their names in the file.
@@ -443,8 +447,12 @@ def first_with_static(adapters: Sequence[Adapter]) -> list[bool]:
     return [not any(are_equal(one, other) for other in statics[:i]) for i, one in enumerate(statics)]
 
 
-def factors_in_memory() -> ByteCache[Any]:
-    """An empty cache for `Adapter.kept`: LoRAs, and sets of factors by name."""
+def factors_in_memory(max_bytes: int = _MOST_BYTES) -> Kept:
+    """A new `Adapter.kept`: it keeps LoRAs and sets of factors, and those that were used least recently go first.
+
+    Args:
+        max_bytes: of all together; what is larger alone is not kept.
+    """
 
     def n_bytes(held: LoRA | Mapping[str, Tensor]) -> int:
         from loracast.lora.algebra import LoRA
@@ -452,4 +460,8 @@ def factors_in_memory() -> ByteCache[Any]:
         sides = held.values() if not isinstance(held, LoRA) else (*chain(*held.factors.values()), *held.dense.values())
         return sum({(s := side.untyped_storage()).data_ptr(): s.nbytes() for side in sides}.values())
 
-    return ByteCache(_MOST_BYTES, n_bytes)
+    @cached(LRUCache(max_bytes, n_bytes), key=lambda key, read: key, lock=Lock())
+    def kept(key: Hashable, read: Callable[[], Any]) -> Any:
+        return read()
+
+    return kept

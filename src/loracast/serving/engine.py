@@ -20,13 +20,15 @@ the engine had to wait for it, so that learning and decoding get half of the tim
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
 from typing import NamedTuple, Protocol
 
+from cachetools import LRUCache, cached
+
 from loracast.base.load import Base
-from loracast.byte_cache import ByteCache
 from loracast.errors import BaseModelError, ConfigError
 from loracast.lora.algebra import LoRA
 from loracast.lora.inject import check_fits
@@ -81,9 +83,12 @@ class LocalEngine:
         self.base, self.config = base, config
         self._batch = Batch(base, config)
         self._shared = SharedParts(base.device, base.model.dtype)
-        self._adapters = ByteCache[PackedLoRA | None](
-            config.adapter_bytes, lambda packed: packed.n_bytes if packed else 0
+        # No LoRA at all is larger than any budget, so that it is not kept.
+        self._adapters: LRUCache[str, PackedLoRA | None] = LRUCache(
+            config.adapter_bytes, lambda packed: packed.n_bytes if packed else math.inf
         )
+        kept = cached(self._adapters, key=lambda key, load: key, lock=threading.Lock())
+        self._from_memory = kept(lambda key, load: load())
         self._queue: deque[_Queued] = deque()
         self._changed = threading.Condition()
         self._is_draining = self._is_closed = False
@@ -138,7 +143,7 @@ class LocalEngine:
 
         if request.lora is None or request.lora_key is None:
             return load()
-        return self._adapters.get(request.lora_key, load)
+        return self._from_memory(request.lora_key, load)
 
     def stats(self) -> EngineStats:
         batch, prefixes = self._batch, self._batch.prefixes
@@ -156,7 +161,7 @@ class LocalEngine:
                 n_prefix_misses=prefixes.n_misses,
                 prefix_bytes=prefixes.n_bytes,
                 n_adapters_in_memory=len(self._adapters),
-                adapter_bytes=self._adapters.n_bytes,
+                adapter_bytes=int(self._adapters.currsize),
             )
 
     def drain(self, timeout_s: float) -> bool:
