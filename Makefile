@@ -47,6 +47,7 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The pages as a site, in build/site: every broken link or name is an error (but not with --quiet, which counts none).
 docs: $(VENV)/.installed-docs

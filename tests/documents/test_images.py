@@ -13,7 +13,7 @@ from PIL import Image
 
 from loracast.answering.options import read_source
 from loracast.documents import Document, read_document
-from loracast.documents.document import Limits
+from loracast.documents.file_types import Limits
 from loracast.documents.images import MAX_PIXELS, ImageFile, image_format, is_image_file, read_image_file
 from loracast.errors import ConfigError, DocumentError
 from loracast.lab.data.labelled import read_images

@@ -25,7 +25,7 @@ from loracast.base.load import Base
 from loracast.cast.load import BaseFacts, convert
 from loracast.documents import images, read, read_document
 from loracast.documents.chunks import split_text
-from loracast.documents.document import Limits, Parsed
+from loracast.documents.file_types import Limits, Parsed
 from loracast.errors import DocumentError, LoracastError
 from loracast.hypernets.store import from_pretrained, save_pretrained
 from loracast.library.adapter import Adapter

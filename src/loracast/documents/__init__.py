@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loracast.documents.chunks import Chunk, split_text
-    from loracast.documents.document import Document, Limits
-    from loracast.documents.read import read_document
+    from loracast.documents.file_types import Limits
+    from loracast.documents.read import Document, read_document
 
 __all__ = ["Chunk", "Document", "Limits", "read_document", "split_text"]
 
 _HOMES = {
     "Chunk": "chunks",
-    "Document": "document",
-    "Limits": "document",
+    "Document": "read",
+    "Limits": "file_types",
     "read_document": "read",
     "split_text": "chunks",
 }

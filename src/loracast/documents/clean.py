@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import PurePath
 
-from loracast.documents.document import READABLE
+from loracast.documents.file_types import READABLE
 from loracast.errors import DocumentError
 
 _BOMS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16

@@ -17,7 +17,7 @@ from docx.oxml import parse_xml
 from docx.oxml.ns import qn
 
 from loracast.documents.clean import brief, join_blocks, normalise, sensible_title, superscript
-from loracast.documents.document import READABLE, Limits, Parsed
+from loracast.documents.file_types import READABLE, Limits, Parsed
 from loracast.documents.pdf import PAGE_NUMBER
 from loracast.documents.tables import ROW, rows_to_lines
 from loracast.errors import DocumentError

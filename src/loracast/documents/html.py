@@ -9,7 +9,7 @@ from typing import Any
 from lxml import etree
 
 from loracast.documents.clean import decode, join_blocks, normalise, superscript
-from loracast.documents.document import Limits, Parsed
+from loracast.documents.file_types import Limits, Parsed
 from loracast.documents.tables import rows_to_lines
 from loracast.errors import DocumentError
 

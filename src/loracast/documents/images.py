@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from loracast.documents.clean import bare_name, readable_stem
-from loracast.documents.document import Limits
+from loracast.documents.file_types import Limits
 from loracast.documents.read import read_bytes
 from loracast.errors import DocumentError
 

@@ -7,7 +7,7 @@ from email import message_from_bytes, policy
 from typing import Any
 
 from loracast.documents.clean import brief, normalise
-from loracast.documents.document import Limits, Parsed
+from loracast.documents.file_types import Limits, Parsed
 from loracast.documents.html import parse as parse_html
 from loracast.errors import DocumentError
 

@@ -16,7 +16,7 @@ from pypdf.errors import DependencyError, LimitReachedError
 from pypdf.generic import ArrayObject, DictionaryObject
 
 from loracast.documents.clean import brief, normalise, sensible_title
-from loracast.documents.document import Limits, Parsed
+from loracast.documents.file_types import Limits, Parsed
 from loracast.documents.tables import ROW
 from loracast.errors import DocumentError
 

@@ -13,12 +13,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from loracast.documents.clean import bare_name, decode, normalise, readable_stem, sensible_title
-from loracast.documents.document import MEDIA_TYPES, Document, Limits, Parsed, sniff
+from loracast.documents.file_types import MEDIA_TYPES, Limits, Parsed, sniff
 from loracast.documents.tables import name_markdown_rows, parse_csv, take_marks
 from loracast.documents.units import markdown_title
 from loracast.errors import DocumentError
@@ -27,6 +27,34 @@ _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 # What an interpreter may need to start; everything else (tokens, keys, proxies) stays with the parent.
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP", "LANG")
 _SIGXCPU = getattr(signal, "SIGXCPU", None)
+
+
+@dataclass(frozen=True)
+class Document:
+    """The normalised text of one file, with its title, name, hash and warnings."""
+
+    title: str  # the document's own, else its file name made readable; empty when it has neither
+    text: str  # NFC, unix newlines, headings as markdown lines; never empty
+    file_name: str | None  # without its folders; None for standard input and nameless streams
+    media_type: str  # of the content, whatever the file name says
+    sha256: str  # hash of the file's bytes, in hexadecimal: the document's identity
+    n_bytes: int
+    n_pages: int | None = None  # PDF only
+    warnings: tuple[str, ...] = ()  # what may be missing from the text (an unread page, say), one sentence each
+    rows: tuple[int, ...] = ()  # the characters of the text at which lines begin that are rows of tables
+
+    @classmethod
+    def from_text(cls, text: str, title: str = "") -> Document:
+        """Make a document from a string of markdown, whose first heading is the title if none is given.
+
+        Raises DocumentError if the text is empty.
+        """
+        data = text.encode()
+        text, rows = take_marks(name_markdown_rows(normalise(text)))
+        if not text.strip():
+            raise DocumentError("the text holds only white space: there is nothing to learn from it")
+        sha256 = hashlib.sha256(data).hexdigest()
+        return cls(title or markdown_title(text), text, None, "text/markdown", sha256, len(data), rows=rows)
 
 
 def parse_in_child(kind: str, data: bytes, label: str, limits: Limits) -> Parsed:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 
-from loracast.documents.document import Parsed
+from loracast.documents.file_types import Parsed
 from loracast.documents.units import fence_after
 from loracast.errors import DocumentError
 

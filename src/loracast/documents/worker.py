@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from loracast.documents.document import Limits
+from loracast.documents.file_types import Limits
 from loracast.errors import DocumentError
 
 _FORBIDDEN = (

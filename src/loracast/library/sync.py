@@ -21,7 +21,7 @@ from stat import S_ISREG
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from loracast.documents.document import EXTENSIONS
+from loracast.documents.file_types import EXTENSIONS
 from loracast.errors import AdapterError, DocumentError, LoracastError, NameTakenError
 from loracast.files import file_sha256, write_atomically
 from loracast.library.library import entries, remove_adapter

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from loracast.cast.document import Progress
 from loracast.documents import read_document
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.documents.document import Document, Limits
+from loracast.documents.file_types import Limits
 from loracast.documents.images import ImageFile, is_image_file, read_image_file
+from loracast.documents.read import Document
 from loracast.errors import LoracastError
 from loracast.files import journals_dir
 from loracast.library.adapter import Adapter

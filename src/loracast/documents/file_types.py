@@ -1,45 +1,12 @@
-"""The types that parsers and readers exchange (a document, the limits on a file), and which format a file is in."""
+"""Which format a file is in, the limits on a file, and what a parser hands back."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import PurePath
 
 from loracast.errors import DocumentError
-
-
-@dataclass(frozen=True)
-class Document:
-    """The normalised text of one file, with its title, name, hash and warnings."""
-
-    title: str  # the document's own, else its file name made readable; empty when it has neither
-    text: str  # NFC, unix newlines, headings as markdown lines; never empty
-    file_name: str | None  # without its folders; None for standard input and nameless streams
-    media_type: str  # of the content, whatever the file name says
-    sha256: str  # hash of the file's bytes, in hexadecimal: the document's identity
-    n_bytes: int
-    n_pages: int | None = None  # PDF only
-    warnings: tuple[str, ...] = ()  # what may be missing from the text (an unread page, say), one sentence each
-    rows: tuple[int, ...] = ()  # the characters of the text at which lines begin that are rows of tables
-
-    @classmethod
-    def from_text(cls, text: str, title: str = "") -> Document:
-        """Make a document from a string of markdown, whose first heading is the title if none is given.
-
-        Raises DocumentError if the text is empty.
-        """
-        from loracast.documents.clean import normalise
-        from loracast.documents.tables import name_markdown_rows, take_marks
-        from loracast.documents.units import markdown_title
-
-        data = text.encode()
-        text, rows = take_marks(name_markdown_rows(normalise(text)))
-        if not text.strip():
-            raise DocumentError("the text holds only white space: there is nothing to learn from it")
-        sha256 = hashlib.sha256(data).hexdigest()
-        return cls(title or markdown_title(text), text, None, "text/markdown", sha256, len(data), rows=rows)
 
 
 @dataclass(frozen=True)
