@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 
 import loracast.serving
 from loracast.serving.errors import add_handlers
-from loracast.serving.routes import page
+from loracast.serving.routes import server
 
 FOLDER = Path(loracast.serving.__file__).parent / "page"
 MODULES = sorted(FOLDER.glob("*.js"))
@@ -22,7 +22,7 @@ MODULES = sorted(FOLDER.glob("*.js"))
 def api() -> TestClient:
     app = FastAPI()
     add_handlers(app)
-    app.include_router(page.router)
+    app.include_router(server.router)
     return TestClient(app)
 
 

@@ -10,10 +10,10 @@ from loracast.documents import Document
 from loracast.library.library import describe_adapter, find, remove_adapter
 from loracast.serving import resolve
 from loracast.serving.app import create_app
+from loracast.serving.batch import token_bytes
 from loracast.serving.engine import LocalEngine
 from loracast.serving.errors import ApiError
 from loracast.serving.resolve import Names
-from loracast.serving.routes.server import kv_bytes_per_token
 from loracast.serving.settings import ServerSettings
 from servers import eventually
 
@@ -22,7 +22,7 @@ def test_a_token_costs_what_the_bases_own_cache_takes(base):
     with torch.no_grad():
         cache = base.model(torch.tensor([[5, 6, 7, 8]]), use_cache=True).past_key_values
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
-    assert held == 4 * kv_bytes_per_token(base)
+    assert held == 4 * token_bytes(base)
 
 
 def test_a_server_tells_of_its_base_and_of_watched_folders(model, tmp_path, home):

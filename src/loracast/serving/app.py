@@ -24,28 +24,12 @@ from loracast.library.shared import refreshing
 from loracast.serving.errors import add_handlers
 from loracast.serving.guard import Guard
 from loracast.serving.learning import Learning, Watcher
-from loracast.serving.routes import (
-    adapters,
-    chat,
-    completions,
-    files,
-    health,
-    jobs,
-    lora,
-    memories,
-    models,
-    page,
-    responses,
-    server,
-    vector_stores,
-)
+from loracast.serving.routes import adapters, completions, files, responses, server, vector_stores
 from loracast.serving.service import Service
 from loracast.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
     from types import FrameType
-
-    from fastapi import FastAPI
 
     from loracast.answering.model import Model
     from loracast.base.load import Base
@@ -71,24 +55,7 @@ def share_heaps() -> None:
             mallopt(option, value)
 
 
-ROUTERS = tuple(
-    part.router
-    for part in (
-        health,
-        page,
-        server,
-        models,
-        chat,
-        completions,
-        responses,
-        lora,
-        files,
-        vector_stores,
-        adapters,
-        memories,
-        jobs,
-    )
-)
+ROUTERS = tuple(part.router for part in (server, completions, responses, files, vector_stores, adapters))
 
 
 def create_app(model: Model, engine: Engine, settings: ServerSettings = ServerSettings()) -> FastAPI:

@@ -11,7 +11,7 @@ from torch import Tensor
 from loracast.base.generate import Sampling
 from loracast.base.load import Base
 from loracast.errors import AdapterError, BaseModelError
-from loracast.lora.target import module_shapes
+from loracast.lora.target import layer_shapes
 from loracast.serving.attention import OwnCache, PrefixCache, RowBatch, Run, SlotCache, row_attention
 from loracast.serving.generation import AnswerText, EngineConfig, Finish, GenerationRequest, Ticket, Token
 from loracast.serving.packed_lora import LoRABatcher, PackedLoRA, Place
@@ -137,8 +137,7 @@ def tokens_needed(request: GenerationRequest) -> int:
 
 def token_bytes(base: Base) -> int:
     """Bytes of one token's keys and values in all layers."""
-    config = base.model.config
-    shapes = module_shapes(config)
+    config, shapes = base.model.config, layer_shapes(base.model.config)
     size = shapes["k_proj"][1] + shapes["v_proj"][1]
     return size * config.get_text_config().num_hidden_layers * base.model.dtype.itemsize
 

@@ -56,11 +56,10 @@ class ApiError(LoracastError):
         super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
-
-def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's body of an error."""
-    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    def body(self) -> dict[str, Any]:
+        """OpenAI's body of an error."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -89,8 +88,7 @@ def log_failure(error: BaseException) -> None:
 def error_response(error: Exception) -> JSONResponse:
     """The response that tells an error."""
     shown = as_api_error(error)
-    body = error_body(shown.status, str(shown), shown.param, shown.code)
-    return JSONResponse(body, shown.status, headers=dict(shown.headers))
+    return JSONResponse(shown.body(), shown.status, headers=dict(shown.headers))
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -1,10 +1,10 @@
-"""Tokens with their probabilities as OpenAI tells them."""
+"""How routes answer with what a call generated: at once or as server-sent events, with tokens as OpenAI shows them."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -13,21 +13,22 @@ from fastapi.responses import JSONResponse
 from starlette.responses import StreamingResponse
 
 from loracast.serving.answering import Call
-from loracast.serving.errors import as_api_error, error_body
 from loracast.serving.generation import Token
 from loracast.serving.guard import check_memories, check_scope
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
+Json = dict[str, Any]
 
-def token_dict(tokenizer: Any, token: Token) -> dict[str, Any]:
+
+def token_dict(tokenizer: Any, token: Token) -> Json:
     """A token of a chat's answer: text, bytes, logprob, and the likeliest tokens in its place."""
     top = [_one(tokenizer, id, logprob) for id, logprob in token.top_logprobs]
     return {**_one(tokenizer, token.id, token.logprob), "top_logprobs": top}
 
 
-def _one(tokenizer: Any, id: int | None, logprob: float | None) -> dict[str, Any]:
+def _one(tokenizer: Any, id: int | None, logprob: float | None) -> Json:
     text = text_of(tokenizer, id)
     return {"token": text, "logprob": bounded(logprob), "bytes": list(text.encode())}
 
@@ -42,8 +43,6 @@ def bounded(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, -9999.0)
 
 
-DONE = "data: [DONE]\n\n"
-"""The last event of a completion."""
 _LEFT = 499
 """nginx' status for a client that left, which nobody receives."""
 
@@ -54,39 +53,12 @@ def event(data: Any, name: str | None = None) -> str:
     return f"event: {name}\ndata: {body}\n\n" if name else f"data: {body}\n\n"
 
 
-def error_event(error: Exception) -> str:
-    """What a stream that has begun tells of an error."""
-    shown = as_api_error(error)
-    return event(error_body(shown.status, str(shown), shown.param, shown.code))
-
-
-def usage(call: Call) -> dict[str, Any]:
-    """What a completion cost, in tokens."""
-    return {
-        "prompt_tokens": call.n_prompt_tokens,
-        "completion_tokens": call.n_tokens,
-        "total_tokens": call.n_prompt_tokens + call.n_tokens,
-        "prompt_tokens_details": {"cached_tokens": call.n_cached_tokens},
-    }
-
-
-def with_account(call: Call, ends: list[dict[str, Any]], head: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The last chunks of a streamed completion, of which the very last one says what the answers came from.
-
-    Args:
-        ends: the last chunk of each answer.
-        head: fields of a chunk with the usage, which comes after them; None where the client wants none.
-    """
-    chunks = ends if head is None else [*ends, {**head, "choices": [], "usage": usage(call)}]
-    return [*chunks[:-1], {**chunks[-1], "loracast": call.account()}]
-
-
 async def respond(
     request: Request,
     call: Call,
     is_streamed: bool,
     events: Callable[[], AsyncIterator[str]],
-    whole: Callable[[], dict[str, Any]],
+    whole: Callable[[], Json],
 ) -> Response:
     """Begin a call and give its answers.
 

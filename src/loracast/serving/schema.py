@@ -44,10 +44,16 @@ Ignored = Annotated[Any, WithJsonSchema({})]
 """The type of a parameter that says nothing of the answer."""
 
 
-class Body(BaseModel):
+class KnownFields(BaseModel):
+    """An object whose fields are all known; a value may be written in another type, as the text of a form is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Body(KnownFields):
     """A JSON object of known fields; numbers are finite, and of the type that the schema says."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,8 @@
-"""`/v1/adapters`: the library over HTTP. Documents, images and descriptions come in, and adapters for others go out."""
+"""`/v1/adapters`: the library over HTTP. Documents, images and descriptions come in, and adapters for others go out.
+
+`/v1/memories` tells what users said in chats that name a memory, and takes a message out of it. vLLM's
+`/v1/load_lora_adapter` keeps a LoRA that another tool trained in the library, under the name that is given.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,21 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Query, Request
+from fastapi import Path as PathParameter
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
 from starlette.datastructures import UploadFile
 
 from loracast.documents.task_spec import TaskSpec, as_examples
+from loracast.errors import NoSuchAdapterError
 from loracast.export.adapter import export_adapter
 from loracast.library.adapter import Adapter
 from loracast.library.library import (
@@ -31,6 +38,7 @@ from loracast.library.library import (
 )
 from loracast.library.manifest import check_name
 from loracast.library.register import Entry
+from loracast.library.save import import_lora
 from loracast.lora.quantize import Storage
 from loracast.reading.index import read_chunks, read_sentences
 from loracast.reading.routing import DEFAULT_ROUTE, Route
@@ -38,9 +46,10 @@ from loracast.reading.wide_route import route_adapters
 from loracast.serving.errors import ApiError
 from loracast.serving.guard import check_memories, needs
 from loracast.serving.jobs import Job
+from loracast.serving.schema import Body, KnownFields, LoadAdapterRequest, UnloadAdapterRequest
 from loracast.serving.service import Shared
 
-router = APIRouter(prefix="/v1/adapters")
+router = APIRouter()
 Name = Annotated[str, StringConstraints(max_length=200)]
 Formats = Literal["peft", "vllm", "gguf", "mlx", "ollama"]
 Checked = TypeVar("Checked", bound=BaseModel)
@@ -50,11 +59,7 @@ _BLOCK = 1 << 20
 """Bytes of an export that are sent at once."""
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _Naming(_Body):
+class _Naming(KnownFields):
     name: Name | None = None
     tags: list[Name] = Field(default=[], max_length=32)
     replace: bool = False
@@ -65,7 +70,7 @@ class _NewDocument(_Naming):
     storage: Storage | None = None
 
 
-class _Example(_Body):
+class _Example(KnownFields):
     input: str = Field(min_length=1, max_length=4096)
     output: str = Field(min_length=1, max_length=4096)
 
@@ -75,7 +80,7 @@ class _NewTask(_Naming):
     examples: list[_Example] = Field(default=[], max_length=256)
 
 
-class _Part(_Body):
+class _Part(KnownFields):
     id: Name
     scale: float = Field(default=1.0, ge=-10, le=10)
 
@@ -85,20 +90,20 @@ class _Combination(_Naming):
     parts: list[_Part] = Field(min_length=1, max_length=32)
 
 
-class _Changes(_Body):
+class _Changes(KnownFields):
     name: Name | None = None
     tags: list[Name] | None = Field(default=None, max_length=32)
     note: str | None = Field(default=None, max_length=2000)
 
 
-class _Question(_Body):
+class _Question(KnownFields):
     question: str = Field(min_length=1, max_length=4096)
     adapters: list[Name] = Field(default=["*"], min_length=1, max_length=32)
     route: int = Field(default=DEFAULT_ROUTE, ge=1, le=50)
     tag: Name = ""
 
 
-@router.get("", dependencies=[needs("read")])
+@router.get("/v1/adapters", dependencies=[needs("read")])
 def list_adapters(
     service: Shared,
     q: Annotated[str, Query(max_length=200)] = "",
@@ -112,7 +117,7 @@ def list_adapters(
     return {"object": "list", "data": [_adapter(one) for one in found], "total": total, "has_more": has_more}
 
 
-@router.post("", status_code=202, dependencies=[needs("write")])
+@router.post("/v1/adapters", status_code=202, dependencies=[needs("write")])
 async def make_adapter(service: Shared, request: Request) -> JSONResponse:
     """Make an adapter of a document or an image, or of a task's description, examples of it, or both.
 
@@ -144,14 +149,14 @@ async def make_adapter(service: Shared, request: Request) -> JSONResponse:
     return _accepted(job)
 
 
-@router.post("/combine", status_code=202, dependencies=[needs("write")])
+@router.post("/v1/adapters/combine", status_code=202, dependencies=[needs("write")])
 def combine_adapters(service: Shared, body: _Combination) -> JSONResponse:
     """Add adapters up into a new one, each with its scale. The answer is a job."""
     parts = [(part.id, part.scale) for part in body.parts]
     return _accepted(service.learning.combine(parts, body.name, tags=body.tags, replace=body.replace))
 
 
-@router.post("/route", dependencies=[needs("read")])
+@router.post("/v1/adapters/route", dependencies=[needs("read")])
 def route_question(service: Shared, request: Request, body: _Question) -> dict[str, Any]:
     """The chunks and sentences that a question would be answered with, and their weights.
 
@@ -163,7 +168,7 @@ def route_question(service: Shared, request: Request, body: _Question) -> dict[s
     return {"question": body.question, "adapters": [_routed(adapter, route) for adapter, route in routed]}
 
 
-@router.get("/{name}", dependencies=[needs("read")])
+@router.get("/v1/adapters/{name}", dependencies=[needs("read")])
 def get_adapter(service: Shared, name: str) -> dict[str, Any]:
     """What is known of an adapter, with its manifest and its versions."""
     library = service.model.library
@@ -174,7 +179,7 @@ def get_adapter(service: Shared, name: str) -> dict[str, Any]:
     return {**_adapter(entry), "manifest": manifest, "versions": there}
 
 
-@router.patch("/{name}", dependencies=[needs("write")])
+@router.patch("/v1/adapters/{name}", dependencies=[needs("write")])
 def change_adapter(service: Shared, name: str, body: _Changes) -> dict[str, Any]:
     """Change an adapter's tags or note, or give it another name. What it holds never changes."""
     library = service.model.library
@@ -190,14 +195,14 @@ def change_adapter(service: Shared, name: str, body: _Changes) -> dict[str, Any]
     return _adapter(find(library, renamed))
 
 
-@router.delete("/{name}", dependencies=[needs("admin")])
+@router.delete("/v1/adapters/{name}", dependencies=[needs("admin")])
 def delete_adapter(service: Shared, name: str) -> dict[str, Any]:
     """Delete a name with all its versions, or one version (`name@hash`)."""
     remove_adapter(service.model.library, name)
     return {"id": name, "object": "adapter.deleted", "deleted": True}
 
 
-@router.get("/{name}/chunks", dependencies=[needs("read")])
+@router.get("/v1/adapters/{name}/chunks", dependencies=[needs("read")])
 def list_chunks(
     service: Shared,
     request: Request,
@@ -213,7 +218,7 @@ def list_chunks(
     return {"object": "list", "data": shown, "total": len(chunks), "has_more": offset + len(shown) < len(chunks)}
 
 
-@router.get("/{name}/export", dependencies=[needs("read")])
+@router.get("/v1/adapters/{name}/export", dependencies=[needs("read")])
 def export(
     service: Shared,
     request: Request,
@@ -307,3 +312,75 @@ def _routed(adapter: Adapter, route: Route) -> dict[str, Any]:
         "about": route.about,
         "chunks": chunks,
     }
+
+
+# ---- the memories of chats: what users said in those that name one
+
+MemoryName = Annotated[str, PathParameter(max_length=64)]
+
+
+@router.get("/v1/memories/{name}", dependencies=[needs("write")])
+def list_messages(name: MemoryName, service: Shared) -> dict[str, Any]:
+    """The messages of a memory, the oldest first. Errors: 400 where the name is another adapter's."""
+    return {"object": "list", "data": service.model.memory(name).messages()}
+
+
+class _Said(Body):
+    message: str = Field(min_length=1, max_length=65_536)
+
+
+@router.post("/v1/memories/{name}", dependencies=[needs("write")])
+def remember_message(name: MemoryName, body: _Said, service: Shared) -> dict[str, Any]:
+    """Add what a message states. A chat request with `memory` does so by itself, after its answer."""
+    return {"name": name, "is_new": service.model.memory(name).remember(body.message) is not None}
+
+
+@router.delete("/v1/memories/{name}/{number}", dependencies=[needs("write")])
+async def forget_message(name: MemoryName, number: int, service: Shared) -> dict[str, Any]:
+    """Take a message out, counted from 1. Errors: 400, 404 where there is none."""
+    memory = await run_in_threadpool(service.model.memory, name)
+    if not 1 <= number <= len(memory.messages()):
+        raise ApiError(404, f"the memory has no message {number}")
+    forgotten = await run_in_threadpool(memory.forget, number)
+    removed = {"message": forgotten.message, "still_in": forgotten.still_in}
+    return {"name": name, "deleted": True, **removed, "versions_removed": forgotten.n_removed}
+
+
+# ---- LoRAs that other tools trained, by vLLM's routes: a request only chooses among the folders of --lora-folder
+
+
+@router.post("/v1/load_lora_adapter", dependencies=[needs("admin")], response_class=PlainTextResponse)
+def load_lora_adapter(body: LoadAdapterRequest, service: Shared) -> str:
+    """Keep the LoRA of a folder under a name. Errors: 400 where the name is in use, 404 where there is no folder."""
+    name = check_name(body.lora_name)
+    folder = _folders(service.settings.lora_folder).get(body.lora_path)
+    if folder is None:
+        raise ApiError(404, "there is no such folder among the server's LoRAs (--lora-folder)", param="lora_path")
+    with suppress(NoSuchAdapterError):
+        is_imported = find(service.model.library, name).kind == "imported"
+        if not (is_imported and body.load_inplace):
+            raise ApiError(400, f"The lora adapter '{name}' has already been loaded.", param="lora_name")
+    import_lora(service.model.base, folder, service.model.library, name, replace=body.load_inplace)
+    return f"Success: LoRA adapter '{name}' added successfully."
+
+
+@router.post("/v1/unload_lora_adapter", dependencies=[needs("admin")], response_class=PlainTextResponse)
+def unload_lora_adapter(body: UnloadAdapterRequest, service: Shared) -> str:
+    """Forget a LoRA that was loaded. What was learned here is deleted with DELETE /v1/adapters/{name} instead."""
+    name, library = body.lora_name, service.model.library
+    try:
+        entry = find(library, check_name(name))
+    except NoSuchAdapterError as error:
+        raise ApiError(404, f"The lora adapter '{name}' cannot be found.", param="lora_name") from error
+    if entry.kind != "imported":
+        raise ApiError(400, f"'{name}' was not loaded but made here: DELETE /v1/adapters/{name} deletes it")
+    remove_adapter(library, name)
+    return f"Success: LoRA adapter '{name}' removed successfully."
+
+
+def _folders(root: Path | None) -> dict[str, Path]:
+    """The folders that may be read, by their names and by their whole paths."""
+    if root is None or not root.is_dir():
+        return {}
+    found = [path for path in root.resolve().iterdir() if path.is_dir() and not path.is_symlink()]
+    return {path.name: path for path in found} | {str(path): path for path in found}

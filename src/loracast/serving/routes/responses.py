@@ -11,27 +11,20 @@ from fastapi import APIRouter, Request, Response
 from loracast.serving.answering import Asked, Call
 from loracast.serving.errors import as_api_error
 from loracast.serving.guard import needs
-from loracast.serving.responding import event, respond, token_dict
+from loracast.serving.responding import Json, event, respond, token_dict
 from loracast.serving.schema import ResponsesRequest
 from loracast.serving.service import Shared
 
 router = APIRouter(dependencies=[needs("read")])
-Json = dict[str, Any]
 
 
 @router.post("/v1/responses", response_model=None)
 async def create_response(body: ResponsesRequest, request: Request, service: Shared) -> Response:
     """Answer a chat. Errors as for /v1/chat/completions."""
     asked = Asked(
-        body.model,
-        body,
-        body.sampling(body.max_output_tokens),
-        body.turns(),
-        searches=body.searches,
-        memory=body.memory,
-        style=body.style,
-        n_logprobs=body.n_logprobs,
-    )
+        body.model, body, body.sampling(body.max_output_tokens), body.turns(), searches=body.searches,
+        memory=body.memory, style=body.style, n_logprobs=body.n_logprobs,
+    )  # fmt: skip
     call = Call(service, asked)
     response = _Response(call, body)
     return await respond(request, call, bool(body.stream), response.events, response.whole)

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.library.library import open_adapter
 from loracast.reading.index import read_chunks
 from loracast.serving.errors import ApiError
 from loracast.serving.guard import needs
-from loracast.serving.routes.lists import Page, listing
+from loracast.serving.routes.files import Page, listing
+from loracast.serving.schema import KnownFields
 from loracast.serving.service import Shared
 from loracast.serving.store_search import Filter, search
 from loracast.serving.vector_stores import Attachment, FileBatch, FileStatus, StoreFile, VectorStore
@@ -27,21 +28,17 @@ Attributes = Annotated[dict[Key, bool | int | float | Text], Field(max_length=16
 Metadata = Annotated[dict[Key, Text], Field(max_length=16)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _ExpiresAfter(_Body):
+class _ExpiresAfter(KnownFields):
     anchor: Literal["last_active_at"]
     days: int = Field(ge=1, le=365)
 
 
-class _StaticSizes(_Body):
+class _StaticSizes(KnownFields):
     max_chunk_size_tokens: int = Field(ge=100, le=4096)
     chunk_overlap_tokens: int = Field(ge=0, le=2048)
 
 
-class _Chunking(_Body):
+class _Chunking(KnownFields):
     """How a file is cut. Chunks are cast without an overlap, and none is longer than the hypernetwork is good for."""
 
     type: Literal["auto", "static"]
@@ -54,7 +51,7 @@ class _Chunking(_Body):
         return min(self.static.max_chunk_size_tokens, DEFAULT_CHUNK_TOKENS)
 
 
-class _File(_Body):
+class _File(KnownFields):
     file_id: Id
     attributes: Attributes | None = None
     chunking_strategy: _Chunking | None = None
@@ -65,14 +62,14 @@ class _File(_Body):
         return Attachment(self.file_id, self.attributes or {}, tokens)
 
 
-class _Files(_Body):
+class _Files(KnownFields):
     file_ids: Annotated[list[Id], Field(max_length=_MAX_FILES)] | None = None
     files: Annotated[list[_File], Field(max_length=_MAX_FILES)] | None = None
     attributes: Attributes | None = None
     chunking_strategy: _Chunking | None = None
 
 
-class _NewStore(_Body):
+class _NewStore(KnownFields):
     name: Annotated[str, StringConstraints(max_length=256)] = ""
     description: Annotated[str, StringConstraints(max_length=512)] | None = None
     file_ids: list[Id] = Field(default=[], max_length=_MAX_FILES)
@@ -81,22 +78,22 @@ class _NewStore(_Body):
     chunking_strategy: _Chunking | None = None
 
 
-class _StoreChanges(_Body):
+class _StoreChanges(KnownFields):
     name: Annotated[str, StringConstraints(max_length=256)] | None = None
     metadata: Metadata | None = None
     expires_after: _ExpiresAfter | None = None
 
 
-class _FileChanges(_Body):
+class _FileChanges(KnownFields):
     attributes: Attributes | None
 
 
-class _Ranking(_Body):
+class _Ranking(KnownFields):
     ranker: str | None = None
     score_threshold: float = Field(default=0.0, ge=0, le=1)
 
 
-class _Search(_Body):
+class _Search(KnownFields):
     query: (
         Annotated[str, StringConstraints(min_length=1, max_length=4096)]
         | Annotated[
