@@ -18,18 +18,17 @@ import itertools
 import json
 import math
 import random
+import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Coroutine, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from bad_requests import BAD_DOCUMENTS, BAD_REQUESTS
-from load_adapters import PROSE, Known
-from load_client import Client, resident
+from load_client import Client, Server, resident
 from load_report import Answer, Run, plot, summary, table
-from load_server import Server, hold
 
 from loracast.files import bases_dir, encoders_dir
 from loracast.lab.data.needles import make_needles
@@ -39,18 +38,53 @@ from loracast.library.upkeep import verify
 MIB = 2**20
 N_QUESTIONS = 4
 MIX = {
-    "ask": 36, "ask, streamed": 24, "base": 8, "disconnect": 8, "bad request": 12, "bad document": 2, "replace": 6,
-    "delete and learn": 3, "same name twice": 1,
+    "ask": (36, "ask"), "ask, streamed": (24, "ask"), "base": (8, "base_chat"), "disconnect": (8, "ask"),
+    "bad request": (12, "bad_request"), "bad document": (2, "bad_document"), "replace": (6, "replace"),
+    "delete and learn": (3, "delete_and_learn"), "same name twice": (1, "same_name_twice"),
 }  # fmt: skip
-"""Kinds of work and how often each is drawn."""
+"""Kinds of work: how often each is drawn, and the method of `Load` that does it."""
 LATEST_S = 300.0
 """How long after the run a job may end, in seconds."""
 KILLS_END = 1 / 3
 """The share of the time in which the server is killed; its last life is long enough to show whether it grows."""
-DATABASES = (register.FILE, "serving/state.sqlite")
-"""Those that another process holds for a while."""
+_DATABASES = (register.FILE, "serving/state.sqlite")
 N_WITHOUT_NUMBERS = 5
-"""How many kinds of work in `MIX`, the first, need no new number."""
+"""How many of them, the first, need no new number."""
+
+
+PROSE = (
+    "The gardener watered the roses before the sun was high.",
+    "A narrow road leads from the village to the old mill.",
+    "Nobody had expected so many visitors in the first week.",
+    "The bread is baked in the night and sold in the morning.",
+    "Rain fell on the hills, and the river rose a little.",
+    "The committee meets in the hall behind the library.",
+    "Two boats lay at the pier, one of them without a mast.",
+    "In winter the shop closes an hour earlier than in summer.",
+)
+
+
+class Known:
+    """One adapter's name, and what a request for it may get."""
+
+    def __init__(self, name: str, statement: str, question: str):
+        self.name, self.question = name, question
+        self._statement = statement
+        self.versions: list[str] = []
+        """Hashes of the versions that were completed, oldest first."""
+        self.n_learned = self.n_deleted = 0
+        """Changes that were begun."""
+        self.is_there = False
+        """False from the answer to a deletion until the next version is completed."""
+        self.is_gone = False
+        """True from the answer to a deletion until the next version is sent."""
+        self.deletes = False
+        self.changing = asyncio.Lock()
+
+    def document(self, rng: random.Random, number: str) -> bytes:
+        prose = rng.sample(PROSE, 4)
+        prose.insert(rng.randrange(5), self._statement.format(number))
+        return " ".join(prose).encode()
 
 
 class Load(Client):
@@ -81,8 +115,9 @@ class Load(Client):
 
     # ---- questions
 
-    async def ask(self, kind: str, leave_after: int = 0) -> None:
+    async def ask(self, kind: str) -> None:
         """Ask for an adapter's number, by one of its names, and note what answers."""
+        leave_after = self.rng.randint(1, 3) if kind == "disconnect" else 0
         one = self.rng.choice(self.known)
         names = [one.name, f"{self.base}:{one.name}"]
         least, n_learned, n_deleted = len(one.versions) - 1, one.n_learned, one.n_deleted
@@ -101,7 +136,7 @@ class Load(Client):
             record.is_expected = not was_there or was_deleting or one.n_deleted > n_deleted
         elif content is not None and record.error is None:
             is_gone = was_gone and one.n_learned == n_learned
-            self.run.answers.append(Answer(one.name, one, max(least, 0), is_gone, content))
+            self.run.answers.append(Answer(one.name, one.versions, max(least, 0), is_gone, content))
 
     async def base_chat(self, kind: str) -> None:
         content = " ".join(self.rng.choices(PROSE, k=self.rng.choice([1, 4, 40]))) + " What is this about?"
@@ -222,25 +257,13 @@ class Load(Client):
 
     # ---- the run
 
-    async def do(self, kind: str) -> None:
-        if kind == "disconnect":
-            await self.ask(kind, leave_after=self.rng.randint(1, 3))
-        elif kind.startswith("ask"):
-            await self.ask(kind)
-        else:
-            does = {
-                "base": self.base_chat, "bad request": self.bad_request, "bad document": self.bad_document,
-                "replace": self.replace, "delete and learn": self.delete_and_learn,
-                "same name twice": self.same_name_twice,
-            }  # fmt: skip
-            await does[kind](kind)
-
     async def client(self) -> None:
-        kinds, weights = zip(*MIX.items(), strict=True)
+        kinds, weights = [*MIX], [weight for weight, _ in MIX.values()]
         while self.now_s < self.run.seconds and len(self.run.records) < self.given.requests:
             await self.is_up.wait()
             n_kinds = len(kinds) if self.has_numbers else N_WITHOUT_NUMBERS
-            await self.do(self.rng.choices(kinds[:n_kinds], weights[:n_kinds])[0])
+            (kind,) = self.rng.choices(kinds[:n_kinds], weights[:n_kinds])
+            await getattr(self, MIX[kind][1])(kind)
 
     @property
     def has_numbers(self) -> bool:
@@ -256,21 +279,6 @@ class Load(Client):
             if self.is_up.is_set():
                 self.run.sizes.append(resident(self.server.pid, self.now_s))
 
-    async def cause_faults(self, library: Path) -> None:
-        """Kill the server and hold its databases in turn, at random moments, until the load is over."""
-        rng = random.Random(self.given.seed + 1)
-        for is_kill in itertools.cycle((True, False)):
-            try:
-                await asyncio.wait_for(self.is_over.wait(), self.given.fault_every * rng.uniform(0.3, 1.0))
-                return
-            except TimeoutError:
-                pass
-            if not is_kill:
-                await asyncio.to_thread(hold, library / rng.choice(DATABASES), rng.uniform(0.5, 3.0))
-                self.run.n_held += 1
-            elif self.now_s < self.run.seconds * KILLS_END:
-                await self.restart()
-
     async def restart(self) -> None:
         """Kill the server and start it anew. What it was asked meanwhile may fail."""
         await self.count_tokens()
@@ -283,29 +291,43 @@ class Load(Client):
         self._before = {}
         self.is_up.set()
 
+    async def cause_faults(self, library: Path) -> None:
+        """Kill the server and hold its databases in turn, at random moments, until the load is over."""
+        rng = random.Random(self.given.seed + 1)
+        for is_kill in itertools.cycle((True, False)):
+            try:
+                await asyncio.wait_for(self.is_over.wait(), self.given.fault_every * rng.uniform(0.3, 1.0))
+                return
+            except TimeoutError:
+                pass
+            if not is_kill:
+                await asyncio.to_thread(_hold, library / rng.choice(_DATABASES), rng.uniform(0.5, 3.0))
+                self.run.n_held += 1
+            elif self.now_s < self.run.seconds * KILLS_END:
+                await self.restart()
+
+    async def put_load(self) -> None:
+        """Have all clients do their work."""
+        await asyncio.gather(*(self.client() for _ in range(self.given.clients)))
+        self.is_over.set()
+
     async def go(self, library: Path) -> Run:
+        """Learn the documents, put the load on the server, and look at what is there in the end."""
         async with self.http:
-            models = (await self.http.get("/v1/models")).json()["data"]
-            self.base = models[0]["id"]
+            self.base = (await self.http.get("/v1/models")).json()["data"][0]["id"]
             for one in self.known:
                 await self.learn("learn", one)
             self.started = time.perf_counter()
             self.run.records.clear()
             watching = asyncio.create_task(self.watch())
             self._before = await self.metrics()
-            faults = [self.cause_faults(library)] if self.given.faults else []
-            clients = [self.client() for _ in range(self.given.clients)]
-            await asyncio.gather(*faults, self.until_done(clients))
+            await asyncio.gather(*([self.cause_faults(library)] if self.given.faults else []), self.put_load())
             self.run.seconds_taken = self.now_s
             watching.cancel()
             self.run.sizes.append(resident(self.server.pid, self.now_s))
             await self.count_tokens()
             await self.check_kept()
         return self.run
-
-    async def until_done(self, clients: Sequence[Coroutine[Any, Any, None]]) -> None:
-        await asyncio.gather(*clients)
-        self.is_over.set()
 
     async def check_kept(self) -> None:
         """Every adapter has the newest version that was acknowledged, and what was deleted is gone."""
@@ -356,7 +378,7 @@ def main(words: list[str] | None = None) -> None:
         ]  # fmt: skip
         server = Server(list(map(str, serve)), home, log_path)
         try:
-            run = asyncio.run(run_load(server, given, home / "library"))
+            run = asyncio.run(Load(server, given).go(home / "library"))
             if (code := server.stop()) != 0:
                 run.broken.append(f"the server ended with {code}")
             run.broken += verify(home / "library")
@@ -374,8 +396,12 @@ def main(words: list[str] | None = None) -> None:
     sys.exit(1 if figures["broken"] else 0)
 
 
-async def run_load(server: Server, given: argparse.Namespace, library: Path) -> Run:
-    return await Load(server, given).go(library)
+def _hold(database: Path, seconds: float) -> None:
+    """Keep everybody else from writing to a database for a while, and from reading the register."""
+    with closing(sqlite3.connect(database, timeout=30, isolation_level=None)) as held:
+        held.execute("BEGIN EXCLUSIVE")
+        time.sleep(seconds)
+        held.execute("ROLLBACK")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,24 @@
-"""Requests of a load test, each noted with its times and with what went wrong."""
+"""What a load test talks with: a server that can be killed, and a client that notes the times of each request."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 from load_report import Record, Run, Size
+
+_START_S = 120.0
 
 
 class Client:
@@ -102,3 +109,53 @@ def resident(pid: int, at_s: float) -> Size:
     lines = (line.partition(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     of = {key: int(value.split()[0]) * 1024 for key, _, value in lines if key in ("VmRSS", "RssAnon")}
     return Size(at_s, of["VmRSS"], of["RssAnon"])
+
+
+class Server:
+    """A server in a process of its own, which starts anew at the same address.
+
+    Args:
+        words: of the command `loracast serve`, without the port.
+        home: LORACAST_HOME.
+        log: what all of its lives print goes there.
+    """
+
+    def __init__(self, words: Sequence[str], home: Path, log: Path):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self._words, self._home, self._log = [*words, "--port", str(port)], home, log
+        self.url = f"http://127.0.0.1:{port}"
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it takes requests. Raises SystemExit where it ends, or needs over two minutes."""
+        self._process = start(self._words, self._home, self._log)
+        until = time.monotonic() + _START_S
+        while time.monotonic() < until and self._process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/ready").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise SystemExit("the server does not start")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> int:
+        """Ask it to end; its exit code."""
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(60)
+
+
+def start(words: list[str], home: Path, log_path: Path) -> subprocess.Popen[bytes]:
+    """Start `loracast` with the words of a command in a process of its own, which writes to a log."""
+    environment = {**os.environ, "LORACAST_HOME": str(home)}
+    with open(log_path, "a") as log:
+        return subprocess.Popen([sys.executable, "-m", "loracast", *words], env=environment, stdout=log, stderr=log)

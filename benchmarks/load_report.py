@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from loracast.lab.evaluation.plots import pyplot
 
 MOST_GROWTH = 1.05
 """Resident size at the end of the server's last life, at most, over that after its first minutes."""
@@ -42,12 +44,6 @@ class Life:
         return self.last.n_bytes / self.early.n_bytes
 
 
-class Versions(Protocol):
-    """The versions of a name, oldest first."""
-
-    versions: list[str]
-
-
 @dataclass
 class Record:
     """One request."""
@@ -73,7 +69,8 @@ class Answer:
     """An answer to the question for an adapter's number."""
 
     name: str
-    known: Versions
+    versions: list[str]
+    """Those of this name, oldest first; later ones are added when they are learned."""
     least: int
     """The oldest version that may answer: the last one whose learning was completed before the question was sent."""
     is_gone: bool
@@ -144,7 +141,7 @@ def grade(run: Run) -> Counter[str]:
         version = next((one for one in run.numbers if one.startswith(shown)), "")
         if answer.is_gone:
             run.broken.append(f"{answer.name} answered after its deletion")
-        if version not in answer.known.versions[answer.least :]:
+        if version not in answer.versions[answer.least :]:
             run.broken.append(f"{answer.name}: a version that had been replaced answered")
         found = {*re.findall(r"\d+", answer.content["text"])}
         right = run.numbers.get(version)
@@ -268,11 +265,7 @@ def table(figures: Mapping[str, Any]) -> str:
 
 def plot(run: Run, path: Path) -> None:
     """Draw the latencies of answers and the resident size over time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, (above, below) = plt.subplots(2, sharex=True, figsize=(8, 6), constrained_layout=True)
     for kind in ("ask, streamed", "ask", "base"):
         of = [one for one in run.records if one.kind == kind and one.status == 200 and not one.error]

@@ -55,11 +55,9 @@ def bars(folder: Path = FIGURES) -> dict[str, list[tuple[str, float]]]:
 
 def draw(panels: Mapping[str, list[tuple[str, float]]], path: Path = PICTURE) -> None:
     """Draw the panels beside each other."""
-    import matplotlib
+    from loracast.lab.evaluation.plots import pyplot
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     plt.rcParams.update({"font.size": 9, "svg.hashsalt": "loracast"})
     figure, axes = plt.subplots(1, len(panels), figsize=(9.4, 2.3), sharey=True)
     for axis, (title, shown) in zip(axes, panels.items(), strict=True):

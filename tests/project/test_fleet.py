@@ -16,14 +16,12 @@ from loracast.lab.evaluation.cost import QueryFlops
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import fleet
-import fleet_cache
-import fleet_model
 
 SMALL = {"documents": 3000, "hot": 300, "requests": 40_000, "replicas": 4, "memories": (1, 2, 4), "memory": 2}
 
 
-def small(**options) -> fleet_model.Fleet:
-    return fleet_model.read_fleet(**{**SMALL, **options})
+def small(**options) -> fleet.Fleet:
+    return fleet.read_fleet(**{**SMALL, **options})
 
 
 def hits_of_a_dictionary(requests: list[int], n_bytes: list[int], memory: int) -> list[bool]:
@@ -42,8 +40,8 @@ def hits_of_a_dictionary(requests: list[int], n_bytes: list[int], memory: int) -
 def test_the_distances_in_bytes_tell_what_a_cache_of_any_size_holds(n):
     rng = np.random.default_rng(n)
     n_bytes = rng.integers(1, 50, (40, 2))
-    requests = fleet_cache.draw_requests(rng, fleet_cache.request_rates(40, 10, 0.7, 1.0), n)
-    apart = fleet_cache.bytes_between(requests, n_bytes)
+    requests = fleet.draw_requests(rng, fleet.request_rates(40, 10, 0.7, 1.0), n)
+    apart = fleet.bytes_between(requests, n_bytes)
     for kind in range(2):
         for memory in (50, 133, 400, 900):
             expected = hits_of_a_dictionary(requests.tolist(), n_bytes[:, kind].tolist(), memory)
@@ -51,12 +49,12 @@ def test_the_distances_in_bytes_tell_what_a_cache_of_any_size_holds(n):
 
 
 @pytest.mark.parametrize("exponent", [0.6, 1.2])
-@pytest.mark.parametrize("routing", fleet_model.ROUTINGS)
+@pytest.mark.parametrize("routing", fleet.ROUTINGS)
 def test_simulated_hits_are_those_of_ches_formula(exponent, routing):
     """Within two points: the error of 10,000 requests to one of four replicas, and of a formula for many documents."""
     one = small()
     tokens = one.draw_lengths(np.random.default_rng(0))
-    found = fleet_model.simulate(one, tokens, exponent, routing)
+    found = fleet.simulate(one, tokens, exponent, routing)
     assert found.hits.shape == found.che.shape == (3, 2)
     assert np.abs(found.hits - found.che).max() < 0.02
     assert (np.diff(found.hits, axis=0) > 0).all()  # more memory, more hits
@@ -66,16 +64,16 @@ def test_a_warm_cache_of_equal_documents_has_its_share_of_them():
     """Of 100 documents of one size and one rate, a cache of 25 has a quarter of the requests, from the first on."""
     rng = np.random.default_rng(3)
     rates, n_bytes = np.full(100, 0.01), np.ones((100, 1), dtype=int)
-    before = fleet_cache.requests_before(rng, rates, n_bytes[:, 0], 60.0)
+    before = fleet.requests_before(rng, rates, n_bytes[:, 0], 60.0)
     assert len(before) == 60 == len({*before.tolist()})
-    requests = np.concatenate([before, fleet_cache.draw_requests(rng, rates, 20_000)])
-    apart = fleet_cache.bytes_between(requests, n_bytes)[60:]
-    assert fleet_cache.hit_rates(apart, [25.0])[0, 0] == pytest.approx(0.25, abs=0.01)
-    assert fleet_cache.che_hit_rates(rates, n_bytes[:, 0], [25.0])[0] == pytest.approx(0.25)
+    requests = np.concatenate([before, fleet.draw_requests(rng, rates, 20_000)])
+    apart = fleet.bytes_between(requests, n_bytes)[60:]
+    assert fleet.hit_rates(apart, [25.0])[0, 0] == pytest.approx(0.25, abs=0.01)
+    assert fleet.che_hit_rates(rates, n_bytes[:, 0], [25.0])[0] == pytest.approx(0.25)
 
 
 def test_more_documents_are_asked_for_as_zipfs_law_says():
-    rates = fleet_cache.request_rates(1000, 10, 0.8, 2.0)
+    rates = fleet.request_rates(1000, 10, 0.8, 2.0)
     assert rates.sum() == pytest.approx(1) and rates[:10].sum() == pytest.approx(0.8)
     assert rates[0] / rates[2] == pytest.approx(9) and rates[10] == rates[999] == pytest.approx(0.2 / 990)
 
@@ -90,7 +88,7 @@ def test_bytes_by_hand():
 
 def test_bytes_are_those_of_the_adapters_that_were_measured():
     """The three documents of docs/results/learning.json, in the storage that is the default."""
-    rows = json.loads((fleet_model.FIGURES / "learning.json").read_text())["rows"]
+    rows = json.loads((fleet.FIGURES / "learning.json").read_text())["rows"]
     found = small().bytes_of(np.array([row["n_tokens"] for row in rows]))["int4"]
     assert found == pytest.approx([row["adapter_mib"] * 2**20 for row in rows], rel=0.05)
 
@@ -100,7 +98,7 @@ def test_the_bases_shapes_are_those_of_its_config():
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
         vocab_size=49_152,
     )  # fmt: skip
-    assert QueryFlops.of(config) == fleet_model.SMOLLM2_135M
+    assert QueryFlops.of(config) == fleet.SMOLLM2_135M
 
 
 def test_the_lora_has_the_numbers_of_its_factors():
@@ -109,20 +107,20 @@ def test_the_lora_has_the_numbers_of_its_factors():
         "modules": modules, "rank": 2, "static_rank": 4, "memory_modules": [["c", 1, "o_proj", 3, 3]], "memory_rank": 7,
         "static_modules": [["d", 1, "q_proj", 3, 6]], "static_modules_rank": 10,
     }  # fmt: skip
-    assert fleet_model.numbers_of_lora(config, 3) == 3 * (2 * 16 + 7 * 6) + (4 * 16 + 10 * 9)
+    assert fleet.numbers_of_lora(config, 3) == 3 * (2 * 16 + 7 * 6) + (4 * 16 + 10 * 9)
 
 
 def test_questions_by_hand():
     """Two requests for a document of 500 tokens: the first misses both caches, the second hits them."""
     one = replace(small(), learned=((100, 1.0), (1000, 10.0)))
     tokens = np.full(one.documents, 500)
-    found = fleet_model.Simulated(
+    found = fleet.Simulated(
         hits=np.zeros((3, 2)),
         che=np.zeros((3, 2)),
         requests=np.array([0, 0]),
         is_hit=np.array([[False] * 2, [True] * 2]),
     )
-    adapter, text, window, prefix, passage = fleet_model.ways(one, tokens, found)
+    adapter, text, window, prefix, passage = fleet.ways(one, tokens, found)
     around = round(one.prompt_tokens["window"]) - 1024
     query = one.flops.query
     assert [way.hits for way in (adapter, text, window, prefix, passage)] == [0.5, None, None, 0.5, None]
@@ -136,9 +134,9 @@ def test_questions_by_hand():
     assert adapter.seconds == pytest.approx(1000 * one.first_token_s["adapter"] + 500 * n_bytes / 125e6)
     assert text.seconds == pytest.approx(1000 * one.first_token_s["adapter"] + 8100 / 125e3 + 1000 * 3.37)
     assert adapter.joules == pytest.approx(15 * adapter.seconds)
-    at_1024 = fleet_model.ways(one, np.full(one.documents, 1024), found)
+    at_1024 = fleet.ways(one, np.full(one.documents, 1024), found)
     assert at_1024[2].seconds == pytest.approx(1000 * one.first_token_s["window"])  # what was measured comes out
-    at_8192 = fleet_model.ways(one, np.full(one.documents, 8192), found)
+    at_8192 = fleet.ways(one, np.full(one.documents, 8192), found)
     # One machine took 16.3 to 18.0 s, and 1.2 s for 1,024 tokens: docs/notebook/2026-11-25.md.
     assert at_8192[2].seconds / at_1024[2].seconds == pytest.approx(17.3 / 1.2, rel=0.15)
     assert one.first_token_s["base"] < passage.seconds / 1000 < one.first_token_s["window"]

@@ -8,14 +8,13 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import load
+import load_client
 import load_report
-import load_server
 
 from other_processes import ForkedProgram, loracast_command
 
@@ -34,10 +33,9 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_an_answer_is_graded_by_the_version_that_gave_it(shown, text, is_gone, grade, broken):
-    known = SimpleNamespace(versions=["aaaa", "bbbb"])
     result = {"text": text, "adapters": [{"id": shown, "is_used": True}]}
     run = load_report.Run(1.0, numbers={"aaaa": "1111", "bbbb": "2222", "cccc": "3333"})
-    run.answers.append(load_report.Answer("doc-0", known, 1, is_gone, result))
+    run.answers.append(load_report.Answer("doc-0", ["aaaa", "bbbb"], 1, is_gone, result))
     grades = load_report.grade(run)
     assert +grades == {grade: 1}
     assert run.broken == broken
@@ -64,7 +62,7 @@ def test_a_server_bears_mixed_load(tiny_folder, tiny_hypernet_folder, home, tmp_
         monkeypatch.setenv("LORACAST_HOME", str(home))
         return ForkedProgram(tmp_path, serve, str(log), *words)
 
-    monkeypatch.setattr(load_server, "start", start)
+    monkeypatch.setattr(load_client, "start", start)
     figures = tmp_path / "figures.json"
     options = [
         "--base", tiny_folder, "--hypernetwork", tiny_hypernet_folder, "--minutes", 0.5, "--requests", 100,
