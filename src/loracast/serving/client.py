@@ -12,7 +12,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
@@ -226,12 +226,12 @@ class Client:
 
     def __init__(self, url: str, key: str = ""):
         self.url = url
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._key = {"Authorization": f"Bearer {key}"} if key else {}
 
     def instance(self) -> str | None:
         """The id that a server draws when it starts; None where another program listens. The key is not sent."""
         try:
-            with _Exchange(self.url, "GET", "/health", {}, None, _CONNECT_S) as response:
+            with self._exchange("GET", "/health", has_key=False, timeout_s=_CONNECT_S) as response:
                 body = response.read()
             parsed = json.loads(body)
         except (Refused, ValueError):
@@ -281,39 +281,36 @@ class Client:
         with self._exchange("POST", path, body, f"multipart/form-data; boundary={boundary}") as response:
             return json.loads(response.read())
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> _Exchange:
+    def _post(self, path: str, body: Mapping[str, Any]) -> AbstractContextManager[HTTPResponse]:
         return self._exchange("POST", path, json.dumps(body).encode(), "application/json")
 
-    def _exchange(self, method: str, path: str, body: bytes | None = None, kind: str = "") -> _Exchange:
-        headers = {**self._headers, **({"Content-Type": kind} if kind else {})}
-        return _Exchange(self.url, method, path, headers, body, _TALK_S)
+    @contextmanager
+    def _exchange(
+        self, method: str, path: str, body: bytes | None = None, kind: str = "", *, has_key: bool = True,
+        timeout_s: float = _TALK_S,
+    ) -> Iterator[HTTPResponse]:  # fmt: skip
+        """A request and its response, whose connection is closed at the end. Raises NoServer, or Refused from 400 on.
 
-
-class _Exchange:
-    """A request and its response. Errors of the connection become NoServer, and statuses from 400 on Refused."""
-
-    def __init__(
-        self, url: str, method: str, path: str, headers: Mapping[str, str], body: bytes | None, timeout_s: float
-    ):
-        self._url, self._sent = url, (method, path, body, {**headers, "Connection": "close"})
-        address = urlsplit(url)
-        self._connection = HTTPConnection(address.hostname or "", address.port, timeout=timeout_s)
-
-    def __enter__(self) -> HTTPResponse:
+        Args:
+            kind: type of the body.
+            has_key: whether the key is sent.
+        """
+        address = urlsplit(self.url)
+        headers = {
+            "Connection": "close",
+            **({"Content-Type": kind} if kind else {}),
+            **(self._key if has_key else {}),
+        }
+        connection = HTTPConnection(address.hostname or "", address.port, timeout=timeout_s)
         try:
-            self._connection.request(*self._sent)
-            response = self._connection.getresponse()
-            if response.status >= 400:
-                raise Refused(response.status, _error_in(response.read()))
-            return response
-        except (OSError, HTTPException) as error:
-            self._connection.close()
-            raise NoServer(self._url, error) from error
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._connection.close()
-        if isinstance(error, (OSError, HTTPException, ValueError)):
-            raise NoServer(self._url, error) from error
+            with closing(connection):
+                connection.request(method, path, body, headers)
+                response = connection.getresponse()
+                if response.status >= 400:
+                    raise Refused(response.status, _error_in(response.read()))
+                yield response
+        except (OSError, HTTPException, ValueError) as error:
+            raise NoServer(self.url, error) from error
 
 
 def _error_in(body: bytes) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """The engine: continuous batching on a base in this process, with another LoRA for every row.
 
 One thread runs the base for all requests. Each step is one forward pass that takes every running request one token
-further and reads a piece of the prompts that came in meanwhile (batch.py). A request joins the batch when a slot is
+further and reads a piece of the prompts that came in meanwhile. A request joins the batch when a slot is
 free and leaves it with its last token, so nobody waits for others' answers to end.
 
-    request.py            what is asked for; ticket.py: the tokens as they come
-    packed_lora.py        a LoRA without what it shares with others; some are kept in memory, under a budget of bytes
-    lora_batch.py         the LoRAs of a batch, stacked, and their products
-    attention.py          attention over rows of different lengths; kv_cache.py: their keys and values
-    prefix_cache.py       keys and values of prompts that were read before
-    sampler.py            the next token; answer_text.py: text from tokens
+    generation.py    what is asked for, the tokens as they come, and text from tokens
+    batch.py         the rows that run, a step of them, and the choice of each next token
+    packed_lora.py   LoRAs without what they share with others, stacked for a batch, and their products
+    attention.py     attention over rows of different lengths; keys and values of rows, and of prompts read before
 
 transformers' own continuous batching is not used: it does not tell linear modules which token belongs to which request,
 and it gathers the blocks of keys and values of all rows anew in every layer of every step.
@@ -29,11 +27,17 @@ from typing import NamedTuple, Protocol
 from cachetools import LRUCache, cached
 
 from loracast.base.load import Base
-from loracast.errors import BaseModelError, ConfigError
-from loracast.lora.algebra import LoRA
+from loracast.errors import BaseModelError
 from loracast.lora.inject import check_fits
 from loracast.serving.batch import Batch, token_bytes, tokens_needed
-from loracast.serving.generation import EngineBusy, EngineConfig, EngineStats, EngineStopped, GenerationRequest, Ticket
+from loracast.serving.generation import (
+    EngineConfig,
+    EngineStats,
+    EngineStopped,
+    GenerationRequest,
+    RequestQueue,
+    Ticket,
+)
 from loracast.serving.packed_lora import PackedLoRA, SharedParts
 
 _MAX_HOLD_S = 2.0
@@ -73,14 +77,14 @@ class _Queued(NamedTuple):
     prefix_key: str | None
 
 
-class LocalEngine:
+class LocalEngine(RequestQueue):
     """An engine on a base in this process; methods as in `Engine`."""
 
     takes_copying = True
 
     def __init__(self, base: Base, config: EngineConfig = EngineConfig()):
         """Raises BaseModelError for a base whose requests cannot be computed side by side."""
-        self.base, self.config = base, config
+        super().__init__(base, config, base.window)
         self._batch = Batch(base, config)
         self._shared = SharedParts(base.device, base.model.dtype)
         # No LoRA at all is larger than any budget, so that it is not kept.
@@ -90,9 +94,7 @@ class LocalEngine:
         kept = cached(self._adapters, key=lambda key, load: key, lock=threading.Lock())
         self._from_memory = kept(lambda key, load: load())
         self._queue: deque[_Queued] = deque()
-        self._changed = threading.Condition()
-        self._is_draining = self._is_closed = False
-        self._mean_s = 1.0  # of a request from its start to its end
+        self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="loracast-engine", daemon=True)
         self._thread.start()
 
@@ -111,32 +113,24 @@ class LocalEngine:
         return ticket
 
     def _check(self, request: GenerationRequest) -> None:
-        window, n_prompt, n_new = self.base.window, len(request.prompt), request.sampling.max_new_tokens
-        if not n_prompt or n_new < 1:
-            raise ConfigError("a request needs a prompt of at least one token, and room for one new token")
-        if n_prompt + n_new > window:
-            raise BaseModelError(
-                f"the prompt has {n_prompt} tokens and the base's window holds {window}; learn the long text as a "
-                "document, or ask for a shorter answer"
-            )
+        super()._check(request)
         if tokens_needed(request) * token_bytes(self.base) > self.config.kv_bytes:
             raise BaseModelError(
-                f"{n_prompt} tokens of prompt and {n_new} of answer do not fit into the engine's memory for keys and "
-                "values; ask for a shorter answer, or raise EngineConfig.kv_bytes"
+                f"{len(request.prompt)} tokens of prompt and {request.sampling.max_new_tokens} of answer do not fit "
+                "into the engine's memory for keys and values; ask for a shorter answer, or raise EngineConfig.kv_bytes"
             )
 
-    def _refuse_if_full(self) -> None:
-        if self._is_draining:
-            raise EngineStopped
-        if (n := len(self._queue)) >= self.config.max_queued:
-            raise EngineBusy(n, max(1.0, self._mean_s * n / self.config.n_slots))
+    def _n_waiting(self) -> int:
+        return len(self._queue)
+
+    def _is_idle(self) -> bool:
+        return not self._queue and not self._batch.n_rows
 
     def _packed(self, request: GenerationRequest) -> PackedLoRA | None:
         """The LoRA of a request, from memory or read in this thread."""
 
         def load() -> PackedLoRA | None:
-            lora = request.lora if request.lora is None or isinstance(request.lora, LoRA) else request.lora()
-            if lora is None or not lora.names:
+            if (lora := request.read_lora()) is None:
                 return None
             check_fits(self.base.model, lora.shapes.items())
             return self._shared.pack(lora)
@@ -163,11 +157,6 @@ class LocalEngine:
                 n_adapters_in_memory=len(self._adapters),
                 adapter_bytes=int(self._adapters.currsize),
             )
-
-    def drain(self, timeout_s: float) -> bool:
-        with self._changed:
-            self._is_draining = True
-            return self._changed.wait_for(lambda: not self._queue and not self._batch.n_rows, timeout_s)
 
     def close(self) -> None:
         with self._changed:
@@ -217,7 +206,7 @@ class LocalEngine:
             batch.step()
             for ticket in running:
                 if ticket.total_s is not None:
-                    self._mean_s += 0.1 * (ticket.total_s - self._mean_s)
+                    self._count_time(ticket.total_s)
         except Exception as error:  # whoever runs gets the error, and the engine goes on with the next requests
             batch.fail(error)
         return True

@@ -1,4 +1,4 @@
-"""What an engine is asked for and what it gives back: requests, their tokens and text as they come, and its errors."""
+"""What an engine is asked for and what it gives back: requests, their tokens and text as they come, errors, a queue."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Condition
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from loracast.base.copying import Copying
 from loracast.base.generate import Sampling, confidence
-from loracast.errors import LoracastError
+from loracast.errors import BaseModelError, ConfigError, LoracastError
 from loracast.lora.algebra import LoRA
+
+if TYPE_CHECKING:
+    from loracast.base.load import Base
 
 Finish = Literal["stop", "length"]
 """Why an answer ended: at an end token or a stop string, or at `Sampling.max_new_tokens`."""
@@ -40,6 +43,11 @@ class GenerationRequest:
     """Number of likeliest tokens that come with each token, 0 for the token's own logprob alone; None for neither."""
     strips: bool = True
     """Whether whitespace before and after the answer is left out; False for raw completions."""
+
+    def read_lora(self) -> LoRA | None:
+        """The LoRA, read in this thread if need be; None where there is nothing to apply."""
+        lora = self.lora if self.lora is None or isinstance(self.lora, LoRA) else self.lora()
+        return lora if lora is not None and lora.names else None
 
 
 @dataclass(frozen=True)
@@ -108,19 +116,19 @@ class EngineStats:
     n_slots: int
     n_queued: int
     n_running: int
-    n_steps: int
-    """Forward passes."""
-    n_decoded_rows: int
-    """Tokens chosen in all of them: divided by `n_steps` it is the mean size of the batch."""
     n_generated_tokens: int
     n_prompt_tokens: int
     n_cached_tokens: int
     """Tokens of prompts that came from the prefix cache."""
     n_prefix_hits: int
     n_prefix_misses: int
-    prefix_bytes: int
     n_adapters_in_memory: int
     adapter_bytes: int
+    prefix_bytes: int = 0
+    n_steps: int = 0
+    """Forward passes in this process."""
+    n_decoded_rows: int = 0
+    """Tokens chosen in all of them: divided by `n_steps` it is the mean size of the batch."""
 
 
 _INCOMPLETE = "\ufffd"
@@ -190,9 +198,10 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Ticket:
-    """The tokens of one request, in order. Thread-safe; every iteration begins with the first token.
+    """What a caller holds of one request: its tokens, in order, as the engine makes them.
 
-    A request that was cancelled ends without an error and with `finish` None.
+    Thread-safe; every iteration begins with the first token. A request that was cancelled ends without an error and
+    with `finish` None.
     """
 
     def __init__(self, request: GenerationRequest):
@@ -314,3 +323,54 @@ def finished_ticket(text: str) -> Ticket:
     ticket.put(Token(None, text))
     ticket.end("stop")
     return ticket
+
+
+class RequestQueue:
+    """What the engines have in common: they check requests, refuse them while too many wait, and drain."""
+
+    window_of = "the base's window"
+    """What the message of a prompt that is too long calls the window."""
+
+    def __init__(self, base: Base, config: EngineConfig, window: int):
+        """
+        Args:
+            window: most tokens of a prompt together with its answer.
+        """
+        self.base, self.config, self._window = base, config, window
+        self._changed = Condition()
+        self._is_draining = False
+        self._mean_s = 1.0  # of a request from its start to its end
+
+    def _n_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        raise NotImplementedError
+
+    def _is_idle(self) -> bool:
+        """Whether no request waits or runs."""
+        raise NotImplementedError
+
+    def _check(self, request: GenerationRequest) -> None:
+        n_prompt, n_new = len(request.prompt), request.sampling.max_new_tokens
+        if not n_prompt or n_new < 1:
+            raise ConfigError("a request needs a prompt of at least one token, and room for one new token")
+        if n_prompt + n_new > self._window:
+            raise BaseModelError(
+                f"the prompt has {n_prompt} tokens and {self.window_of} holds {self._window}; learn the long text as a "
+                "document, or ask for a shorter answer"
+            )
+
+    def _refuse_if_full(self) -> None:
+        if self._is_draining:
+            raise EngineStopped
+        if (n := self._n_waiting()) >= self.config.max_queued:
+            raise EngineBusy(n, max(1.0, self._mean_s * n / self.config.n_slots))
+
+    def _count_time(self, seconds: float) -> None:
+        """Let a request's time count in the mean, by which it is guessed when it is worth another try."""
+        self._mean_s += 0.1 * (seconds - self._mean_s)
+
+    def drain(self, timeout_s: float) -> bool:
+        """As `Engine.drain`."""
+        with self._changed:
+            self._is_draining = True
+            return self._changed.wait_for(self._is_idle, timeout_s)

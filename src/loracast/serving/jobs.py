@@ -21,7 +21,7 @@ from loracast.errors import DocumentError, HypernetworkError, LoracastError, Nam
 from loracast.files import try_lock
 from loracast.library.adapter import Adapter
 from loracast.serving.errors import ApiError, log_failure
-from loracast.serving.state import Paging, Row, State, encode, new_id, not_found, now, one_row, page_of
+from loracast.serving.state import Paging, Row, State, count, encode, known_row, new_id, now, one_row, page_of
 
 JobKind = Literal["document", "task", "combination"]
 JobStatus = Literal["queued", "running", "completed", "failed", "cancelled"]
@@ -30,6 +30,7 @@ Maker = Callable[["Job", Progress], Adapter]
 _MAX_STARTS = 10
 """A job that was running each time when the server died is given up then: it may be what kills it."""
 _RETRY_AFTER_S = 5
+_N_ACTIVE = "SELECT count(*) FROM jobs WHERE ended_at IS NULL"
 _WAIT_S = 1.0
 """Seconds until the worker looks for jobs that another server took in."""
 _TIDY_S = 60.0
@@ -123,13 +124,9 @@ class Jobs:
         Args:
             for_stores: its adapter belongs to vector stores, and goes with the last one that holds its file.
         """
-        row = one_row(db, "SELECT count(*) AS n FROM jobs WHERE ended_at IS NULL")
-        if row is not None and row["n"] >= self._max_active:
-            raise ApiError(
-                429,
-                f"{row['n']:,} documents are waiting to be learned; try again later",
-                headers={"Retry-After": str(_RETRY_AFTER_S)},
-            )
+        if (n := count(db, _N_ACTIVE)) >= self._max_active:
+            after = {"Retry-After": str(_RETRY_AFTER_S)}
+            raise ApiError(429, f"{n:,} documents are waiting to be learned; try again later", headers=after)
         id = new_id("job-")
         db.execute(
             "INSERT INTO jobs (id, kind, adapter, file, work, for_stores, created_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -144,10 +141,7 @@ class Jobs:
     def find(self, id: str) -> Job:
         """The job with an id. Raises ApiError (404)."""
         with self._state.reading() as db:
-            row = one_row(db, "SELECT * FROM jobs WHERE id = ?", id)
-        if row is None:
-            raise not_found("job", id)
-        return _job(row)
+            return _job(known_row(db, "job", id, "SELECT * FROM jobs WHERE id = ?", id))
 
     def page(self, paging: Paging) -> tuple[list[Job], bool]:
         """A page of the jobs, and whether more follow."""
@@ -167,8 +161,7 @@ class Jobs:
     def count_active(self) -> int:
         """Jobs that wait or run."""
         with self._state.reading() as db:
-            row = one_row(db, "SELECT count(*) AS n FROM jobs WHERE ended_at IS NULL")
-        return row["n"] if row else 0
+            return count(db, _N_ACTIVE)
 
     # ---- the worker
 
@@ -215,13 +208,12 @@ class Jobs:
             db.execute("UPDATE jobs SET status = 'queued', revision = revision + 1 WHERE status = 'running'")
 
     def _claim(self) -> Job | None:
+        query = (
+            "UPDATE jobs SET status = 'running', n_starts = n_starts + 1, done = 0, total = 0, revision = revision + 1 "
+            "WHERE number = (SELECT number FROM jobs WHERE status = 'queued' ORDER BY number LIMIT 1) RETURNING *"
+        )
         with self._state.writing() as db:
-            row = one_row(
-                db,
-                "UPDATE jobs SET status = 'running', n_starts = n_starts + 1, done = 0, total = 0, "
-                "revision = revision + 1 WHERE number = "
-                "(SELECT number FROM jobs WHERE status = 'queued' ORDER BY number LIMIT 1) RETURNING *",
-            )
+            row = one_row(db, query)
         if row is None:
             return None
         if row["n_starts"] <= _MAX_STARTS:
@@ -237,11 +229,9 @@ class Jobs:
         except _Cancelled:
             self._end(job.id, "cancelled")
         except _Stopped:
+            again = "UPDATE jobs SET status = 'queued', n_starts = n_starts - 1, revision = revision + 1 WHERE id = ?"
             with self._state.writing() as db:
-                db.execute(
-                    "UPDATE jobs SET status = 'queued', n_starts = n_starts - 1, revision = revision + 1 WHERE id = ?",
-                    (job.id,),
-                )
+                db.execute(again, (job.id,))
         except LoracastError as error:
             self._end(job.id, "failed", {"code": _code(error), "message": str(error)})
         except Exception as error:
@@ -257,13 +247,8 @@ class Jobs:
 
     def _progress(self, id: str, done: int, total: int) -> None:
         with self._state.writing() as db:
-            row = one_row(
-                db,
-                "UPDATE jobs SET done = ?, total = ?, revision = revision + 1 WHERE id = ? RETURNING wants_cancel",
-                done,
-                total,
-                id,
-            )
+            query = "UPDATE jobs SET done = ?, total = ?, revision = revision + 1 WHERE id = ? RETURNING wants_cancel"
+            row = one_row(db, query, done, total, id)
         if row is None or row["wants_cancel"]:
             raise _Cancelled
         if self._stopping.is_set():

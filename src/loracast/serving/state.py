@@ -147,6 +147,18 @@ def one_row(db: sqlite3.Connection, query: str, *values: Any) -> Row | None:
     return db.execute(query, values).fetchone()
 
 
+def known_row(db: sqlite3.Connection, what: str, id: str, query: str, *values: Any) -> Row:
+    """The first row of a query for something with an id. Raises ApiError (404) where there is none."""
+    if (row := one_row(db, query, *values)) is None:
+        raise not_found(what, id)
+    return row
+
+
+def count(db: sqlite3.Connection, query: str) -> int:
+    """The number that a query selects."""
+    return db.execute(query).fetchone()[0]
+
+
 def page_of(
     db: sqlite3.Connection,
     query: str,
@@ -167,9 +179,7 @@ def page_of(
     for cursor, is_after in ((paging.after, True), (paging.before, False)):
         if cursor is not None:
             rows_of, given = whole or (query, values)
-            row = one_row(db, f"SELECT number FROM ({rows_of}) WHERE id = ?", *given, cursor)
-            if row is None:
-                raise not_found(what, cursor)
+            row = known_row(db, what, cursor, f"SELECT number FROM ({rows_of}) WHERE id = ?", *given, cursor)
             where.append(f"number {'<' if descending == is_after else '>'} ?")
             bounds.append(row["number"])
     # Before a cursor alone: the rows next to it, then turned round.

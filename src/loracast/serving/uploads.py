@@ -14,7 +14,7 @@ from typing import BinaryIO
 from loracast.documents.clean import bare_name
 from loracast.files import write_with
 from loracast.serving.errors import ApiError
-from loracast.serving.state import Paging, Row, State, new_id, not_found, now, one_row, page_of
+from loracast.serving.state import Paging, Row, State, count, known_row, new_id, now, one_row, page_of
 
 INTERNAL = ""
 """Purpose of an upload that only a job needs: no list shows it, and it goes when the job has ended."""
@@ -78,15 +78,9 @@ class Uploads:
 
         write_with(self.path(id), copy)
         created_at = now()
-        upload = Upload(
-            id,
-            bare_name(filename) or "file",
-            purpose,
-            n_bytes,
-            digest.hexdigest(),
-            created_at,
-            None if expires_s is None else created_at + expires_s,
-        )
+        expires_at = None if expires_s is None else created_at + expires_s
+        name, sha256 = bare_name(filename) or "file", digest.hexdigest()
+        upload = Upload(id, name, purpose, n_bytes, sha256, created_at, expires_at)
         try:
             with self._state.writing() as db:
                 if n_bytes > (room := self._room(db)):  # others may have come meanwhile
@@ -103,8 +97,7 @@ class Uploads:
 
     def _room(self, db: sqlite3.Connection) -> int:
         """Bytes that uploads may still take."""
-        row = one_row(db, "SELECT coalesce(sum(n_bytes), 0) AS n FROM files")
-        return self._max_stored_bytes - (row["n"] if row else 0)
+        return self._max_stored_bytes - count(db, "SELECT coalesce(sum(n_bytes), 0) FROM files")
 
     def _is_full(self, room: int) -> ApiError:
         return ApiError(
@@ -125,18 +118,13 @@ class Uploads:
     @staticmethod
     def find_in(db: sqlite3.Connection, id: str) -> Upload:
         """As `find`, within a transaction."""
-        row = one_row(db, f"{_LISTED} AND id = ?", INTERNAL, now(), id)
-        if row is None:
-            raise not_found("file", id)
-        return _upload(row)
+        return _upload(known_row(db, "file", id, f"{_LISTED} AND id = ?", INTERNAL, now(), id))
 
     def page(self, paging: Paging, purpose: str | None = None) -> tuple[list[Upload], bool]:
         """A page of the uploads, and whether more follow."""
-        query = _LISTED
-        values: list[str | int] = [INTERNAL, now()]
+        query, values = _LISTED, (INTERNAL, now())
         if purpose is not None:
-            query += " AND purpose = ?"
-            values.append(purpose)
+            query, values = f"{query} AND purpose = ?", (*values, purpose)
         with self._state.reading() as db:
             rows, has_more = page_of(db, query, values, paging, "file")
         return [_upload(row) for row in rows], has_more

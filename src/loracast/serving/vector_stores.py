@@ -1,26 +1,39 @@
-"""The adapters of vector stores' files: those that are lost or renamed are noted, those that no store needs removed."""
+"""The vector stores of a server: named sets of uploads, each file of which is cast into an adapter by a job.
+
+The adapters belong to the stores: those that are lost or renamed are noted, and those that no store needs are removed.
+"""
 
 from __future__ import annotations
 
 import json
 import sqlite3
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
 from loracast.errors import LoracastError, NoSuchAdapterError
-from loracast.library.library import lacking, remove_adapter, rename_adapter
+from loracast.library.library import lacking, open_adapter, remove_adapter, rename_adapter
 from loracast.library.manifest import name_from
 from loracast.library.register import change_counter
 from loracast.library.shared import refresh
+from loracast.reading.index import read_chunks
 from loracast.serving.errors import ApiError, log
 from loracast.serving.jobs import Jobs, cancel_in
-from loracast.serving.state import Paging, Row, State, encode, new_id, not_found, now, one_row, page_of
+from loracast.serving.state import (
+    Paging,
+    Row,
+    State,
+    encode,
+    known_row,
+    new_id,
+    now,
+    one_row,
+    page_of,
+)
 from loracast.serving.uploads import Uploads
 
 _MADE = "SELECT DISTINCT adapter, version FROM jobs WHERE for_stores AND status = 'completed'"
@@ -35,13 +48,13 @@ class StoreAdapters:
     """The adapters that the files of a server's vector stores were cast into."""
 
     def __init__(self, state: State, library: Path):
-        self._state, self._library = state, library
+        self._state, self.library = state, library
         self._looked: tuple[int, bytes] | None = None
 
     def look(self) -> None:
         """As `note_lost`, unless the library is as it was at the last look."""
-        refresh(self._library)
-        changes = change_counter(self._library)
+        refresh(self.library)
+        changes = change_counter(self.library)
         if changes is None or changes != self._looked:
             self.note_lost()
             self._looked = changes
@@ -63,12 +76,12 @@ class StoreAdapters:
                 )
 
     def _lost(self, db: sqlite3.Connection) -> set[tuple[str, str]]:
-        return lacking(self._library, {(row["adapter"], row["version"]) for row in db.execute(_MADE)})
+        return lacking(self.library, {(row["adapter"], row["version"]) for row in db.execute(_MADE)})
 
     def rename(self, name: str, new: str) -> None:
         """Give an adapter another name, and follow it; errors as in `rename_adapter`."""
         with self._state.writing() as db:  # meanwhile nobody notes it as lost
-            rename_adapter(self._library, name, new)
+            rename_adapter(self.library, name, new)
             db.execute("UPDATE jobs SET adapter = ? WHERE adapter = ? AND status = 'completed'", (new, name))
 
     def remove_undone(self) -> None:
@@ -97,11 +110,12 @@ class StoreAdapters:
         other = "SELECT 1 FROM jobs WHERE adapter = ? AND status IN ('running', 'completed')"
         if one_row(db, other, row["adapter"]) is None:
             with suppress(NoSuchAdapterError):  # somebody deleted it, or gave it another name
-                remove_adapter(self._library, f"{row['adapter']}@{row['version']}")
+                remove_adapter(self.library, f"{row['adapter']}@{row['version']}")
         db.execute("UPDATE jobs SET version = NULL WHERE id = ?", (id,))
 
 
 FileStatus = Literal["in_progress", "completed", "failed", "cancelled"]
+Json = dict[str, Any]
 Attributes = Mapping[str, str | float | bool]
 _DAY_S = 86_400
 _TOUCH_S = 60
@@ -133,55 +147,18 @@ class Attachment:
 
 @dataclass(frozen=True)
 class StoreFile:
-    """A file of a vector store."""
+    """A file of a vector store that has been cast."""
 
     id: str
-    store: str
     filename: str
-    created_at: int
-    status: FileStatus
-    last_error: Mapping[str, str] | None
     attributes: Attributes
-    max_chunk_tokens: int
-    n_bytes: int
-    """Of its adapter."""
     adapter: str
-    """Its adapter's name, which is there once the status is completed."""
-    version: str | None
-
-
-@dataclass(frozen=True)
-class VectorStore:
-    """A named set of uploads."""
-
-    id: str
-    name: str
-    metadata: Mapping[str, str]
-    created_at: int
-    last_active_at: int
-    expires_days: int | None
-    """Days after its last use after which it is no longer of use; None: never."""
-    is_expired: bool
-    counts: Mapping[FileStatus, int]
-    n_bytes: int
-
-    @property
-    def expires_at(self) -> int | None:
-        return None if self.expires_days is None else self.last_active_at + _DAY_S * self.expires_days
-
-
-@dataclass(frozen=True)
-class FileBatch:
-    """Files that were attached in one request."""
-
-    id: str
-    store: str
-    created_at: int
-    counts: Mapping[FileStatus, int]
+    """Its adapter's name."""
+    version: str
 
 
 class VectorStores:
-    """The vector stores of a server."""
+    """The vector stores of a server. What methods return as `Json` are the objects of OpenAI's API."""
 
     def __init__(self, state: State, uploads: Uploads, jobs: Jobs, library: Path):
         self._state, self._uploads, self._jobs = state, uploads, jobs
@@ -198,7 +175,7 @@ class VectorStores:
 
     def create(
         self, name: str, files: Sequence[Attachment], metadata: Mapping[str, str], expires_days: int | None
-    ) -> VectorStore:
+    ) -> Json:
         """Make a store and attach files. Errors as in `attach`; there is no store then."""
         id = new_id("vs_")
         self.adapters.look()
@@ -212,18 +189,18 @@ class VectorStores:
         self._jobs.wake()
         return self.find(id)
 
-    def find(self, id: str) -> VectorStore:
+    def find(self, id: str) -> Json:
         """The store with an id. Raises ApiError (404)."""
         with self._reading() as db:
             return _store(db, _store_row(db, id))
 
-    def page(self, paging: Paging) -> tuple[list[VectorStore], bool]:
+    def page(self, paging: Paging) -> tuple[list[Json], bool]:
         """A page of the stores, and whether more follow."""
         with self._reading() as db:
             rows, has_more = page_of(db, "SELECT * FROM stores", (), paging, "vector store")
             return [_store(db, row) for row in rows], has_more
 
-    def update(self, id: str, changes: Mapping[str, Any]) -> VectorStore:
+    def update(self, id: str, changes: Mapping[str, Any]) -> Json:
         """Change a store's `name`, `metadata` or `expires_days`. Raises ApiError (404)."""
         with self._state.writing() as db:
             _store_row(db, id)
@@ -243,7 +220,7 @@ class VectorStores:
 
     # ---- their files
 
-    def attach(self, store: str, files: Sequence[Attachment]) -> FileBatch:
+    def attach(self, store: str, files: Sequence[Attachment]) -> Json:
         """Attach files, which are cast from now on; one that is in the store already stays, with the new attributes.
 
         Raises:
@@ -282,18 +259,27 @@ class VectorStores:
         work = {"max_chunk_tokens": wanted.max_chunk_tokens, "replace": True, "tags": []}
         return self._jobs.insert(db, "document", name, work, file=upload.id, for_stores=True)
 
-    def file(self, store: str, file: str) -> StoreFile:
+    def file(self, store: str, file: str) -> Json:
         """A file of a store. Raises ApiError (404)."""
+        return _file(self._file_row(store, file))
+
+    def chunks(self, store: str, file: str) -> list[str]:
+        """The texts of the chunks that a file was cut into. Raises ApiError: 404, or 409 where it is not cast."""
+        row = self._file_row(store, file)
+        if (status := _STATUS[row["status"]]) != "completed":
+            raise ApiError(409, f"the file is {status.replace('_', ' ')}: it has chunks once it is completed")
+        adapter = open_adapter(self.adapters.library, f"{row['adapter']}@{row['version']}")
+        return [chunk.text for chunk in read_chunks(adapter.index)]
+
+    def _file_row(self, store: str, file: str) -> Row:
         with self._reading() as db:
             _store_row(db, store)
-            row = one_row(db, f"{_FILES} WHERE store = ? AND store_files.id = ?", store, file)
-        if row is None:
-            raise not_found("file in this vector store", file)
-        return _store_file(row)
+            query = f"{_FILES} WHERE store = ? AND store_files.id = ?"
+            return known_row(db, "file in this vector store", file, query, store, file)
 
     def files(
         self, store: str, paging: Paging, status: FileStatus | None = None, batch: str | None = None
-    ) -> tuple[list[StoreFile], bool]:
+    ) -> tuple[list[Json], bool]:
         """A page of a store's files, perhaps only those with a status or of a batch, and whether more follow."""
         query, values = f"{_FILES} WHERE store = ?", [store]
         whole = query, [store]
@@ -307,9 +293,9 @@ class VectorStores:
         with self._reading() as db:
             _store_row(db, store)
             rows, has_more = page_of(db, query, values, paging, "file in this vector store", whole)
-        return [_store_file(row) for row in rows], has_more
+        return [_file(row) for row in rows], has_more
 
-    def set_attributes(self, store: str, file: str, attributes: Attributes) -> StoreFile:
+    def set_attributes(self, store: str, file: str, attributes: Attributes) -> Json:
         """Change what a file is filtered by. Raises ApiError (404)."""
         self.file(store, file)
         with self._state.writing() as db:
@@ -328,17 +314,30 @@ class VectorStores:
 
     # ---- batches
 
-    def batch(self, store: str, id: str) -> FileBatch:
+    def batch(self, store: str, id: str) -> Json:
         """A batch of a store. Raises ApiError (404)."""
         with self._reading() as db:
             _store_row(db, store)
-            row = one_row(db, "SELECT * FROM batches WHERE id = ? AND store = ?", id, store)
-            if row is None:
-                raise not_found("file batch in this vector store", id)
+            query = "SELECT * FROM batches WHERE id = ? AND store = ?"
+            row = known_row(db, "file batch in this vector store", id, query, id, store)
             counts = _counts(db, "batch_files WHERE batch = ?", id)
-        return FileBatch(id, store, row["created_at"], counts)
+        status = "completed"
+        if counts["in_progress"]:
+            status = "in_progress"
+        elif counts["cancelled"]:
+            status = "cancelled"
+        elif counts["failed"] == counts["total"]:
+            status = "failed"
+        return {
+            "id": id,
+            "object": "vector_store.files_batch",
+            "created_at": row["created_at"],
+            "vector_store_id": store,
+            "status": status,
+            "file_counts": counts,
+        }
 
-    def cancel_batch(self, store: str, id: str) -> FileBatch:
+    def cancel_batch(self, store: str, id: str) -> Json:
         """Cancel those jobs of a batch that no other store waits for. Raises ApiError (404)."""
         self.batch(store, id)
         with self._state.writing() as db:
@@ -368,7 +367,10 @@ class VectorStores:
             if now() - store["last_active_at"] > _TOUCH_S:
                 with self._state.writing() as db:
                     _touch(db, store["id"])
-        return [_store_file(row) for row in rows]
+        return [
+            StoreFile(row["id"], row["filename"], json.loads(row["attributes"]), row["adapter"], row["version"])
+            for row in rows
+        ]
 
     # ---- tidying
 
@@ -392,10 +394,7 @@ class VectorStores:
 
 
 def _store_row(db: sqlite3.Connection, id: str) -> Row:
-    row = one_row(db, "SELECT * FROM stores WHERE id = ?", id)
-    if row is None:
-        raise not_found("vector store", id)
-    return row
+    return known_row(db, "vector store", id, "SELECT * FROM stores WHERE id = ?", id)
 
 
 def _usable(db: sqlite3.Connection, id: str) -> Row:
@@ -417,43 +416,47 @@ def _is_expired(row: Row) -> bool:
     return bool(row["is_expired"]) or (days is not None and row["last_active_at"] + _DAY_S * days <= now())
 
 
-def _counts(db: sqlite3.Connection, files: str, id: str) -> Counter[FileStatus]:
-    """How many files of a table there are of each status."""
+def _counts(db: sqlite3.Connection, files: str, id: str) -> dict[str, int]:
+    """How many files of a table there are of each status, and in all."""
     query = f"SELECT status, count(*) AS n FROM jobs JOIN (SELECT job FROM {files}) AS f ON f.job = jobs.id"
-    counts: Counter[FileStatus] = Counter()
+    counts = dict.fromkeys(get_args(FileStatus), 0)
     for row in db.execute(f"{query} GROUP BY status", (id,)):
         counts[_STATUS[row["status"]]] += row["n"]
-    return counts
+    return {**counts, "total": sum(counts.values())}
 
 
-def _store(db: sqlite3.Connection, row: Row) -> VectorStore:
-    id = row["id"]
+def _store(db: sqlite3.Connection, row: Row) -> Json:
+    """What the API says of a store."""
+    id, days = row["id"], row["expires_days"]
     size = one_row(db, "SELECT coalesce(sum(n_bytes), 0) AS n FROM jobs WHERE status = 'completed' AND id IN "
                    "(SELECT job FROM store_files WHERE store = ?)", id)  # fmt: skip
-    return VectorStore(
-        id=id,
-        name=row["name"],
-        metadata=json.loads(row["metadata"]),
-        created_at=row["created_at"],
-        last_active_at=row["last_active_at"],
-        expires_days=row["expires_days"],
-        is_expired=_is_expired(row),
-        counts=_counts(db, "store_files WHERE store = ?", id),
-        n_bytes=size["n"] if size else 0,
-    )
+    counts = _counts(db, "store_files WHERE store = ?", id)
+    return {
+        "id": id,
+        "object": "vector_store",
+        "created_at": row["created_at"],
+        "name": row["name"],
+        "usage_bytes": size["n"] if size else 0,
+        "file_counts": counts,
+        "status": "expired" if _is_expired(row) else "in_progress" if counts["in_progress"] else "completed",
+        "expires_after": None if days is None else {"anchor": "last_active_at", "days": days},
+        "expires_at": None if days is None else row["last_active_at"] + _DAY_S * days,
+        "last_active_at": row["last_active_at"],
+        "metadata": json.loads(row["metadata"]),
+    }
 
 
-def _store_file(row: Row) -> StoreFile:
-    return StoreFile(
-        id=row["id"],
-        store=row["store"],
-        filename=row["filename"],
-        created_at=row["created_at"],
-        status=_STATUS[row["status"]],
-        last_error=None if row["error"] is None else json.loads(row["error"]),
-        attributes=json.loads(row["attributes"]),
-        max_chunk_tokens=json.loads(row["work"])["max_chunk_tokens"],
-        n_bytes=row["n_bytes"],
-        adapter=row["adapter"],
-        version=row["version"],
-    )
+def _file(row: Row) -> Json:
+    """What the API says of a file; its chunking strategy is the one that is used, whatever was wished for."""
+    sizes = {"max_chunk_size_tokens": json.loads(row["work"])["max_chunk_tokens"], "chunk_overlap_tokens": 0}
+    return {
+        "id": row["id"],
+        "object": "vector_store.file",
+        "created_at": row["created_at"],
+        "usage_bytes": row["n_bytes"],
+        "vector_store_id": row["store"],
+        "status": _STATUS[row["status"]],
+        "last_error": None if row["error"] is None else json.loads(row["error"]),
+        "attributes": json.loads(row["attributes"]),
+        "chunking_strategy": {"type": "static", "static": sizes},
+    }

@@ -24,18 +24,18 @@ from loracast.lora.peft_format import write_peft_folder
 from loracast.serving.client import Client, NoServer, Refused
 from loracast.serving.generation import (
     AnswerText,
-    EngineBusy,
     EngineConfig,
     EngineFailed,
     EngineStats,
     EngineStopped,
     Finish,
     GenerationRequest,
+    RequestQueue,
     Ticket,
     Token,
 )
 
-_BAD_REQUEST, _HTTP_NOT_FOUND = 400, 404
+_BAD_REQUEST, _NOT_FOUND = 400, 404
 
 
 class VllmClient(Client):
@@ -58,7 +58,7 @@ class VllmClient(Client):
         try:
             self.load("", Path())
         except Refused as error:
-            if error.status == _HTTP_NOT_FOUND:
+            if error.status == _NOT_FOUND:
                 raise ConfigError(
                     f"the server at {self.url} takes no LoRAs while it runs: start vLLM with --enable-lora and "
                     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
@@ -263,9 +263,6 @@ class LoadedLoRAs:
         return made
 
 
-_NOT_FOUND = 404
-
-
 class VllmTicket(Ticket):
     """A ticket that ends as soon as it is cancelled: the server may be silent for long."""
 
@@ -286,10 +283,11 @@ class _Queued(NamedTuple):
     lora: LoadedLoRA | None
 
 
-class VllmEngine:
+class VllmEngine(RequestQueue):
     """An engine whose tokens come from a vLLM server; methods as in `Engine`."""
 
     takes_copying = False
+    window_of = "the window of the vLLM server"
 
     def __init__(
         self,
@@ -303,17 +301,14 @@ class VllmEngine:
         Args:
             on_close: called when the engine is closed: ends what was started for it.
         """
-        self.base, self.config = base, config
+        super().__init__(base, config, min(base.window, client.window))
         self.url = client.url
         self.hand_over: Callable[[VllmTicket], bool] = lambda ticket: False
         """Gives a request that the server failed before its first token to another engine; whether there is one."""
         self._client, self._loras, self._on_close = client, loras, on_close
         self._queue: SimpleQueue[_Queued] = SimpleQueue()
-        self._changed = threading.Condition()
         self._live: set[VllmTicket] = set()
         self._n_running = self._n_prompt = self._n_generated = self._n_cached = self._n_hits = self._n_misses = 0
-        self._is_draining = False
-        self._mean_s = 1.0  # of a request from its start to its end
         for i in range(config.n_slots):  # each waits for the tokens of one request
             threading.Thread(target=self._work, name=f"loracast-vllm-{i}", daemon=True).start()
 
@@ -328,7 +323,7 @@ class VllmEngine:
         self._check(request)
         with self._changed:
             self._refuse_if_full()
-        lora = None if request.lora is None else self._loras.take(request.lora_key, lambda: _read(request))
+        lora = None if request.lora is None else self._loras.take(request.lora_key, request.read_lora)
         ticket.n_lora_bytes = 0 if lora is None else lora.n_bytes
         try:
             with self._changed:
@@ -339,21 +334,11 @@ class VllmEngine:
             raise
         self._queue.put(_Queued(ticket, lora))
 
-    def _check(self, request: GenerationRequest) -> None:
-        n_prompt, n_new = len(request.prompt), request.sampling.max_new_tokens
-        if not n_prompt or n_new < 1:
-            raise ConfigError("a request needs a prompt of at least one token, and room for one new token")
-        if n_prompt + n_new > (window := min(self.base.window, self._client.window)):
-            raise BaseModelError(
-                f"the prompt has {n_prompt} tokens and the window of the vLLM server holds {window}; learn the long "
-                "text as a document, or ask for a shorter answer"
-            )
+    def _n_waiting(self) -> int:
+        return len(self._live) - self.config.n_slots
 
-    def _refuse_if_full(self) -> None:
-        if self._is_draining:
-            raise EngineStopped
-        if (n := len(self._live) - self.config.n_slots) >= self.config.max_queued:
-            raise EngineBusy(n, max(1.0, self._mean_s * n / self.config.n_slots))
+    def _is_idle(self) -> bool:
+        return not self._live
 
     def stats(self) -> EngineStats:
         """What is known here; the server's own /metrics tells of its forward passes and caches."""
@@ -362,22 +347,14 @@ class VllmEngine:
                 n_slots=self.config.n_slots,
                 n_queued=len(self._live) - self._n_running,
                 n_running=self._n_running,
-                n_steps=0,
-                n_decoded_rows=0,
                 n_generated_tokens=self._n_generated,
                 n_prompt_tokens=self._n_prompt,
                 n_cached_tokens=self._n_cached,
                 n_prefix_hits=self._n_hits,
                 n_prefix_misses=self._n_misses,
-                prefix_bytes=0,
                 n_adapters_in_memory=len(self._loras),
                 adapter_bytes=self._loras.n_bytes,
             )
-
-    def drain(self, timeout_s: float) -> bool:
-        with self._changed:
-            self._is_draining = True
-            return self._changed.wait_for(lambda: not self._live, timeout_s)
 
     def close(self) -> None:
         with self._changed:
@@ -407,7 +384,7 @@ class VllmEngine:
                 with self._changed:
                     self._n_running -= 1
                     self._live.discard(ticket)
-                    self._mean_s += 0.1 * ((ticket.total_s or 0.0) - self._mean_s)
+                    self._count_time(ticket.total_s or 0.0)
                     self._changed.notify_all()
 
     def _give_back(self, lora: LoadedLoRA | None) -> None:
@@ -491,11 +468,6 @@ class VllmEngine:
             self._n_cached += ticket.n_cached_tokens
             self._n_hits += bool(ticket.n_cached_tokens)
             self._n_misses += not ticket.n_cached_tokens
-
-
-def _read(request: GenerationRequest) -> LoRA | None:
-    lora = request.lora if request.lora is None or isinstance(request.lora, LoRA) else request.lora()
-    return lora if lora is not None and lora.names else None
 
 
 def _tokens(

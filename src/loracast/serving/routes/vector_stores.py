@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from pydantic import Field, StringConstraints
 
 from loracast.documents.chunks import DEFAULT_CHUNK_TOKENS
-from loracast.library.library import open_adapter
-from loracast.reading.index import read_chunks
 from loracast.serving.errors import ApiError
 from loracast.serving.guard import needs
 from loracast.serving.routes.files import Page, listing
 from loracast.serving.schema import KnownFields
 from loracast.serving.service import Shared
 from loracast.serving.store_search import Filter, search
-from loracast.serving.vector_stores import Attachment, FileBatch, FileStatus, StoreFile, VectorStore
+from loracast.serving.vector_stores import Attachment, FileStatus
 
 router = APIRouter(prefix="/v1/vector_stores")
 _MAX_FILES = 2000
@@ -114,20 +111,20 @@ def create_store(service: Shared, body: _NewStore) -> dict[str, Any]:
     """Make a vector store and attach files to it."""
     days = None if body.expires_after is None else body.expires_after.days
     files = [_File(file_id=id, chunking_strategy=body.chunking_strategy).attachment for id in body.file_ids]
-    return _store(service.learning.stores.create(body.name, files, body.metadata or {}, days))
+    return service.learning.stores.create(body.name, files, body.metadata or {}, days)
 
 
 @router.get("", dependencies=[needs("read")])
 def list_stores(service: Shared, paging: Page) -> dict[str, Any]:
     """The vector stores, newest first."""
     found, has_more = service.learning.stores.page(paging)
-    return listing([_store(one) for one in found], has_more)
+    return listing(found, has_more)
 
 
 @router.get("/{store_id}", dependencies=[needs("read")])
 def get_store(service: Shared, store_id: str) -> dict[str, Any]:
     """What is known of a vector store."""
-    return _store(service.learning.stores.find(store_id))
+    return service.learning.stores.find(store_id)
 
 
 @router.post("/{store_id}", dependencies=[needs("write")])
@@ -140,7 +137,7 @@ def update_store(service: Shared, store_id: str, body: _StoreChanges) -> dict[st
         changes["metadata"] = body.metadata or {}
     if "expires_after" in body.model_fields_set:
         changes["expires_days"] = None if body.expires_after is None else body.expires_after.days
-    return _store(service.learning.stores.update(store_id, changes))
+    return service.learning.stores.update(store_id, changes)
 
 
 @router.delete("/{store_id}", dependencies=[needs("admin")])
@@ -179,7 +176,7 @@ def search_store(service: Shared, store_id: str, body: _Search) -> dict[str, Any
 def attach_file(service: Shared, store_id: str, body: _File) -> dict[str, Any]:
     """Attach a file, which is cast into an adapter from now on."""
     service.learning.stores.attach(store_id, [body.attachment])
-    return _file(service.learning.stores.file(store_id, body.file_id))
+    return service.learning.stores.file(store_id, body.file_id)
 
 
 @router.get("/{store_id}/files", dependencies=[needs("read")])
@@ -188,19 +185,19 @@ def list_store_files(
 ) -> dict[str, Any]:  # fmt: skip
     """The files of a vector store, newest first."""
     found, has_more = service.learning.stores.files(store_id, paging, filter)
-    return listing([_file(one) for one in found], has_more)
+    return listing(found, has_more)
 
 
 @router.get("/{store_id}/files/{file_id}", dependencies=[needs("read")])
 def get_store_file(service: Shared, store_id: str, file_id: str) -> dict[str, Any]:
     """What is known of a file of a vector store."""
-    return _file(service.learning.stores.file(store_id, file_id))
+    return service.learning.stores.file(store_id, file_id)
 
 
 @router.post("/{store_id}/files/{file_id}", dependencies=[needs("write")])
 def update_store_file(service: Shared, store_id: str, file_id: str, body: _FileChanges) -> dict[str, Any]:
     """Change the attributes that a file is filtered by."""
-    return _file(service.learning.stores.set_attributes(store_id, file_id, body.attributes or {}))
+    return service.learning.stores.set_attributes(store_id, file_id, body.attributes or {})
 
 
 @router.delete("/{store_id}/files/{file_id}", dependencies=[needs("admin")])
@@ -213,11 +210,7 @@ def detach_file(service: Shared, store_id: str, file_id: str) -> dict[str, Any]:
 @router.get("/{store_id}/files/{file_id}/content", dependencies=[needs("read")])
 def get_store_file_content(service: Shared, store_id: str, file_id: str) -> dict[str, Any]:
     """The chunks that a file was cut into."""
-    file = service.learning.stores.file(store_id, file_id)
-    if file.status != "completed":
-        raise ApiError(409, f"the file is {file.status.replace('_', ' ')}: it has chunks once it is completed")
-    chunks = read_chunks(open_adapter(service.model.library, f"{file.adapter}@{file.version}").index)
-    data = [{"type": "text", "text": chunk.text} for chunk in chunks]
+    data = [{"type": "text", "text": text} for text in service.learning.stores.chunks(store_id, file_id)]
     return {"object": "vector_store.file_content.page", "data": data, "has_more": False, "next_page": None}
 
 
@@ -235,19 +228,19 @@ def create_batch(service: Shared, store_id: str, body: _Files) -> dict[str, Any]
     ]
     if not files:
         raise ApiError(400, "a batch needs at least one file", param="file_ids")
-    return _batch(service.learning.stores.attach(store_id, [file.attachment for file in files]))
+    return service.learning.stores.attach(store_id, [file.attachment for file in files])
 
 
 @router.get("/{store_id}/file_batches/{batch_id}", dependencies=[needs("read")])
 def get_batch(service: Shared, store_id: str, batch_id: str) -> dict[str, Any]:
     """How far a batch is."""
-    return _batch(service.learning.stores.batch(store_id, batch_id))
+    return service.learning.stores.batch(store_id, batch_id)
 
 
 @router.post("/{store_id}/file_batches/{batch_id}/cancel", dependencies=[needs("write")])
 def cancel_batch(service: Shared, store_id: str, batch_id: str) -> dict[str, Any]:
     """Cancel what of a batch has not been cast yet."""
-    return _batch(service.learning.stores.cancel_batch(store_id, batch_id))
+    return service.learning.stores.cancel_batch(store_id, batch_id)
 
 
 @router.get("/{store_id}/file_batches/{batch_id}/files", dependencies=[needs("read")])
@@ -257,65 +250,4 @@ def list_batch_files(
     """The files of a batch, newest first."""
     service.learning.stores.batch(store_id, batch_id)
     found, has_more = service.learning.stores.files(store_id, paging, filter, batch_id)
-    return listing([_file(one) for one in found], has_more)
-
-
-# ---- objects
-
-
-def _counts(counts: Mapping[FileStatus, int]) -> dict[str, int]:
-    by_status = {status: counts.get(status, 0) for status in ("in_progress", "completed", "failed", "cancelled")}
-    return {**by_status, "total": sum(by_status.values())}
-
-
-def _store(store: VectorStore) -> dict[str, Any]:
-    is_busy = store.counts.get("in_progress", 0) > 0
-    days = store.expires_days
-    return {
-        "id": store.id,
-        "object": "vector_store",
-        "created_at": store.created_at,
-        "name": store.name,
-        "usage_bytes": store.n_bytes,
-        "file_counts": _counts(store.counts),
-        "status": "expired" if store.is_expired else "in_progress" if is_busy else "completed",
-        "expires_after": None if days is None else {"anchor": "last_active_at", "days": days},
-        "expires_at": store.expires_at,
-        "last_active_at": store.last_active_at,
-        "metadata": dict(store.metadata),
-    }
-
-
-def _file(file: StoreFile) -> dict[str, Any]:
-    """A file of a store; its chunking strategy is the one that is used, whatever was wished for."""
-    sizes = {"max_chunk_size_tokens": file.max_chunk_tokens, "chunk_overlap_tokens": 0}
-    return {
-        "id": file.id,
-        "object": "vector_store.file",
-        "created_at": file.created_at,
-        "usage_bytes": file.n_bytes,
-        "vector_store_id": file.store,
-        "status": file.status,
-        "last_error": file.last_error,
-        "attributes": dict(file.attributes),
-        "chunking_strategy": {"type": "static", "static": sizes},
-    }
-
-
-def _batch(batch: FileBatch) -> dict[str, Any]:
-    counts = _counts(batch.counts)
-    status = "completed"
-    if counts["in_progress"]:
-        status = "in_progress"
-    elif counts["cancelled"]:
-        status = "cancelled"
-    elif counts["failed"] == counts["total"]:
-        status = "failed"
-    return {
-        "id": batch.id,
-        "object": "vector_store.files_batch",
-        "created_at": batch.created_at,
-        "vector_store_id": batch.store,
-        "status": status,
-        "file_counts": counts,
-    }
+    return listing(found, has_more)
