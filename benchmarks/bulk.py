@@ -25,34 +25,20 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 def tiny_models(folder: Path) -> list[str]:
     """Write the tests' tiny random base and hypernetwork; the options that name them."""
-    from loracast.base.load import load_base
-    from loracast.hypernets.store import save_pretrained
-    from tiny import make_hypernet, make_model, make_tokenizer
+    from tiny import save_models
 
-    make_model().save_pretrained(folder / "base")
-    make_tokenizer().save_pretrained(folder / "base")
-    base = load_base(folder / "base", device="cpu", dtype="float32")
-    save_pretrained(make_hypernet(base), folder / "hypernetwork", storage="float32")
+    save_models(folder)
     return ["--base", str(folder / "base"), "--hypernetwork", str(folder / "hypernetwork")]
 
 
 def learn(documents: Path, out: Path, options: list[str], threads: int) -> dict:
     """Run the command; what it says, and the seconds that it took."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [
-        sys.executable,
-        "-m",
-        "loracast",
-        "learn",
-        str(documents),
-        "--out",
-        str(out),
-        "--device",
-        "cpu",
-        "--json",
-    ]
+    what = ["learn", str(documents), "--out", str(out), "--device", "cpu", "--json"]
     started = time.perf_counter()
-    done = subprocess.run([*command, *options], env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "loracast", *what, *options], env=environment, stdout=subprocess.PIPE, text=True
+    )
     assert done.returncode in (0, 1), "the command failed"
     report = json.loads(done.stdout)
     report["total_s"] = time.perf_counter() - started

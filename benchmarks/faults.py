@@ -47,7 +47,6 @@ from typer.testing import CliRunner
 import loracast.answering.model
 import loracast.serving.app  # servers are forked from here
 import shared_writers
-from loracast.base.load import load_base
 from loracast.cli import app
 from loracast.cli.terminal import prompt_interrupts
 from loracast.hypernets.encoders import load_text_encoder
@@ -59,15 +58,8 @@ from loracast.library.upkeep import verify
 from loracast.lora.algebra import uniform
 from loracast.lora.peft_format import write_peft_folder
 from s3 import BUCKET, s3_server
-from servers import eventually
-from tiny import (
-    for_base,
-    make_hypernet,
-    make_model,
-    make_sentence_encoder,
-    make_task_hypernet,
-    make_tokenizer,
-)
+from servers import eventually, is_ready
+from tiny import for_base, make_sentence_encoder, make_task_hypernet, save_models
 
 NAMES = ("lamp", "pump", "kettle", "sum")
 FAULTS = ("kill", "kill", "kill", "interrupt", "full disk", "read only", "locked", "clock", "none")
@@ -86,10 +78,7 @@ class Rounds:
         self.library = self.disk / "library"
         mounted = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", str(self.disk)]
         self.is_mounted = os.getuid() == 0 and not subprocess.run(mounted, capture_output=True, check=False).returncode
-        make_model().save_pretrained(folder / "base")
-        make_tokenizer().save_pretrained(folder / "base")
-        base = load_base(folder / "base", device="cpu")
-        save_pretrained(make_hypernet(base), folder / "hypernetwork", storage="float32")
+        base = save_models(folder)
         encoder = make_sentence_encoder(folder / "encoder")
         tasks = for_base(make_task_hypernet(base, encoder, 4, 30.0), base.fingerprint)
         tasks.remember_seen(load_text_encoder(str(encoder))(["Answer in French.", "Say it in one word."]))
@@ -108,12 +97,8 @@ class Rounds:
     @property
     def models(self) -> list[str]:
         """The options that name the models."""
-        folders = {"--base": "base", "--hypernetwork": "hypernetwork"}
-        return [
-            *(part for option, name in folders.items() for part in (option, str(self.folder / name))),
-            "--device",
-            "cpu",
-        ]
+        base, hypernetwork = str(self.folder / "base"), str(self.folder / "hypernetwork")
+        return ["--base", base, "--hypernetwork", hypernetwork, "--device", "cpu"]
 
     def text(self, number: int) -> str:
         """A document that differs with its number."""
@@ -196,10 +181,13 @@ class Rounds:
         rng = random.Random(self.rng.random())
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        words = ["serve", "--port", str(port), "--library", str(self.library), *self.models]
+        words, url = (
+            ["serve", "--port", str(port), "--library", str(self.library), *self.models],
+            f"http://127.0.0.1:{port}",
+        )
         server, taken = self._fork(words), {}
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            eventually(lambda: self._is_ready(client))
+        with httpx.Client(base_url=url, timeout=60) as client:
+            eventually(lambda: is_ready(url))
             killer = threading.Timer(rng.random(), os.kill, (server, signal.SIGKILL))
             killer.start()
             with contextlib.suppress(httpx.TransportError):
@@ -213,8 +201,8 @@ class Rounds:
         os.waitpid(server, 0)
         server = self._fork(words)
         problems = []
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            eventually(lambda: self._is_ready(client))
+        with httpx.Client(base_url=url, timeout=60) as client:
+            eventually(lambda: is_ready(url))
             for id, name in taken.items():
                 job = eventually(lambda id=id: self._ended(client, id))
                 if job["status"] != "completed" or job["version"] not in [
@@ -226,13 +214,6 @@ class Rounds:
             problems.append(f"it ended with {status}")
         self.n_took_effect += 1
         return problems
-
-    @staticmethod
-    def _is_ready(client: httpx.Client) -> bool:
-        try:
-            return client.get("/ready").status_code == 200
-        except httpx.TransportError:
-            return False
 
     @staticmethod
     def _ended(client: httpx.Client, id: str) -> dict | None:

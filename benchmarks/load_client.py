@@ -18,6 +18,10 @@ from typing import Any
 import httpx
 from load_report import Record, Run, Size
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from servers import eventually, is_ready
+
 _START_S = 120.0
 
 
@@ -128,17 +132,11 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        """Start it, and wait until it takes requests. Raises SystemExit where it ends, or needs over two minutes."""
+        """Start it, and wait until it takes requests. Raises SystemExit where it ends."""
         self._process = start(self._words, self._home, self._log)
-        until = time.monotonic() + _START_S
-        while time.monotonic() < until and self._process.poll() is None:
-            try:
-                if httpx.get(f"{self.url}/ready").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-        raise SystemExit("the server does not start")
+        eventually(lambda: is_ready(self.url) or self._process.poll() is not None, _START_S)
+        if self._process.poll() is not None:
+            raise SystemExit("the server does not start")
 
     @property
     def pid(self) -> int:

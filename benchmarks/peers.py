@@ -16,6 +16,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,8 @@ from pathlib import Path
 
 import httpx
 import torch
-from engine import document
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import loracast
 from loracast.base.chat import encode_text
@@ -35,6 +37,7 @@ from loracast.base.embedded import DEFAULT_BASE, embedded_folder
 from loracast.export.adapter import export_adapter
 from loracast.export.base import base_gguf
 from loracast.serving.generation import GenerationRequest, Ticket
+from servers import eventually, is_ready
 
 PROMPTS = (
     "Here is what a visitor should know about the {}.",
@@ -42,6 +45,22 @@ PROMPTS = (
     "The history of the {} has several parts.",
     "These are notes for whoever repairs the {}.",
 )
+
+
+_PLACES = ("harbour", "museum", "library", "station", "market", "garden", "theatre", "bakery")
+_THINGS = ("lantern", "kettle", "bridge", "printer", "bicycle", "piano", "telescope", "boiler")
+
+
+def document(i: int) -> loracast.Document:
+    """A short text of its own facts, one chunk."""
+    place, thing = _PLACES[i % 8], _THINGS[i // 8 % 8]
+    return loracast.Document.from_text(
+        f"The {place} {thing} number {i} was built in {1800 + i}. Its code is {4000 + 7 * i}. It weighs {3 + i} kg and "
+        f"stands on the {i + 1}. floor of the {place}. The warranty of the {thing} is {12 + i} months. Whoever wants "
+        f"to repair the {thing} asks for the service line {200 + i}, which is open from nine to five on weekdays. A "
+        f"new {thing} costs {50 + 3 * i} euros, and spare parts are kept in the cellar of the {place} for ten years.",
+        title=f"{place} {thing} {i}",
+    )
 
 
 @dataclass(frozen=True)
@@ -90,16 +109,11 @@ def served(library: Path, engine: str) -> Iterator[str]:
         port = free.getsockname()[1]
     server = get_context("spawn").Process(target=serve, args=(library, engine, port))
     server.start()
+    url = f"http://127.0.0.1:{port}"
     try:
-        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
-        while True:
-            try:
-                httpx.get(f"{url}/ready").raise_for_status()
-                break
-            except httpx.HTTPError:
-                if time.monotonic() > until or not server.is_alive():
-                    raise SystemExit("the server does not start") from None
-                time.sleep(0.1)
+        eventually(lambda: is_ready(url) or not server.is_alive(), 120)
+        if not server.is_alive():
+            raise SystemExit("the server does not start")
         yield url
     finally:
         server.terminate()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import httpx
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -37,6 +38,14 @@ def served(app: FastAPI) -> Iterator[str]:
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def is_ready(url: str) -> bool:
+    """Whether the server at a URL takes requests."""
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def eventually(look: Callable[[], T], timeout_s: float = 30.0) -> T:

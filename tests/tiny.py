@@ -86,6 +86,18 @@ def make_hypernet(base, seed: int = 0, **options):
     return hypernet.eval()
 
 
+def save_models(folder: Path):
+    """Write a tiny base and a hypernetwork for it as folders `base` and `hypernetwork`; the base, loaded."""
+    from loracast.base.load import load_base
+    from loracast.hypernets.store import save_pretrained
+
+    make_model().save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    base = load_base(folder / "base", device="cpu", dtype="float32")
+    save_pretrained(make_hypernet(base), folder / "hypernetwork", storage="float32")
+    return base
+
+
 def make_sentence_encoder(folder: Path, pooling: str = "mean_tokens", max_tokens: int = 200) -> Path:
     """A tiny random BERT in the layout of sentence-transformers."""
     from transformers import BertConfig, BertModel

@@ -122,9 +122,11 @@ class Uploads:
 
     def page(self, paging: Paging, purpose: str | None = None) -> tuple[list[Upload], bool]:
         """A page of the uploads, and whether more follow."""
-        query, values = _LISTED, (INTERNAL, now())
+        query = _LISTED
+        values: list[str | int] = [INTERNAL, now()]
         if purpose is not None:
-            query, values = f"{query} AND purpose = ?", (*values, purpose)
+            query += " AND purpose = ?"
+            values.append(purpose)
         with self._state.reading() as db:
             rows, has_more = page_of(db, query, values, paging, "file")
         return [_upload(row) for row in rows], has_more
