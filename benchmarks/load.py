@@ -43,15 +43,13 @@ MIX = {
     "delete and learn": (3, "delete_and_learn"), "same name twice": (1, "same_name_twice"),
 }  # fmt: skip
 """Kinds of work: how often each is drawn, and the method of `Load` that does it."""
+N_WITHOUT_NUMBERS = 5
+"""How many of them, the first, need no new number."""
 LATEST_S = 300.0
 """How long after the run a job may end, in seconds."""
 KILLS_END = 1 / 3
 """The share of the time in which the server is killed; its last life is long enough to show whether it grows."""
 _DATABASES = (register.FILE, "serving/state.sqlite")
-N_WITHOUT_NUMBERS = 5
-"""How many of them, the first, need no new number."""
-
-
 PROSE = (
     "The gardener watered the roses before the sun was high.",
     "A narrow road leads from the village to the old mill.",

@@ -81,8 +81,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     write_with(path, lambda temporary: temporary.write_bytes(content))
 
 
-def write_with(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file atomically through a function that takes a path: `write` gets that of the temporary file."""
+def write_with(path: Path, write: Callable[[Path], object], *, is_private: bool = False) -> None:
+    """Write a file atomically through a function that takes a path: `write` gets that of the temporary file.
+
+    Args:
+        is_private: only its user may read it; otherwise whoever the umask allows.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
@@ -90,7 +94,8 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        if not is_private:  # mkstemp makes it so
+            temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

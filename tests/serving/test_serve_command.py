@@ -25,7 +25,7 @@ from loracast.documents import Document
 from loracast.library.library import adapter_names, open_adapter
 from loracast.library.save import save_lora
 from loracast.serving import app as serving_run
-from loracast.serving import client as found
+from loracast.serving import client as discovery
 from loracast.serving.app import create_app
 from loracast.serving.client import Client, Loaded, NoServer, Refused, Running, source_key
 from loracast.serving.engine import LocalEngine
@@ -231,15 +231,15 @@ def test_a_folder_is_learned_through_the_server(run, running, library, tmp_path,
 
 def test_a_server_is_used_only_where_it_has_loaded_the_same(running, tiny_folder, tmp_path):
     same = replace(running.loaded, how={})
-    assert found.find(same) == running
+    assert discovery.find(same) == running
     others = {
         "library": str(tmp_path), "base": "other", "hypernetworks": {"document": "other"},
         "chat_template": "{{ x }}", "how": {"quantize": "4bit"}, "version": "0.0.1",
     }  # fmt: skip
     for key, value in others.items():
-        assert found.find(replace(same, **{key: value})) is None, key
+        assert discovery.find(replace(same, **{key: value})) is None, key
     for_tasks = {"task": same.hypernetworks["task"]}
-    assert found.find(replace(same, hypernetworks=for_tasks)) == running  # the document's does not matter to a task
+    assert discovery.find(replace(same, hypernetworks=for_tasks)) == running  # the document's does not matter to a task
     assert running.path.exists()
 
 
@@ -263,7 +263,7 @@ def test_files_of_servers_that_are_gone_are_removed(address, home):
     broken = gone.path.with_name("broken.json")
     broken.write_text("{")
     broken.chmod(0o600)
-    assert found.running(Path(address.loaded.library)) == [address]
+    assert discovery.running(Path(address.loaded.library)) == [address]
     assert sorted(gone.path.parent.iterdir()) == [address.path]
 
 
@@ -271,7 +271,7 @@ def test_files_of_servers_that_are_gone_are_removed(address, home):
 def test_only_its_user_may_read_a_servers_file_and_others_are_not_believed(running):
     assert running.path.stat().st_mode & 0o777 == 0o600 and running.path.parent.stat().st_mode & 0o777 == 0o700
     running.path.chmod(0o666)
-    assert found.find(running.loaded) is None
+    assert discovery.find(running.loaded) is None
 
 
 def test_the_key_is_shown_to_nobody_else(address, home):
@@ -295,7 +295,7 @@ def test_the_key_is_shown_to_nobody_else(address, home):
         threading.Thread(target=other.handle_request, daemon=True).start()
         stolen = replace(address, url=f"http://127.0.0.1:{other.server_port}", key="admin-secret", instance="theirs")
         stolen.write()
-        assert found.find(stolen.loaded) is None
+        assert discovery.find(stolen.loaded) is None
     assert len(seen) == 1 and "admin-secret" not in str(seen) and not stolen.path.exists()
 
 
@@ -351,7 +351,7 @@ def start(words, tmp_path):
     def start(*arguments: str) -> tuple[Forked, Running]:
         process = Forked(tmp_path, loracast_command, "serve", "--port", "0", *arguments, *words)
         started.append(process)
-        server = eventually(lambda: found.of_process(process.pid) or not process.has_not_ended, 120)
+        server = eventually(lambda: discovery.of_process(process.pid) or not process.has_not_ended, 120)
         assert server is not True, process.err
         return process, server
 

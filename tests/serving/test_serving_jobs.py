@@ -32,6 +32,11 @@ def start(model, **settings) -> Learning:
     return learning
 
 
+def are_done(jobs: Jobs) -> bool:
+    """Whether no job waits or runs."""
+    return all(job.has_ended for job in jobs.page(Paging(limit=1000))[0])
+
+
 def ended(jobs: Jobs, id: str):
     return eventually(lambda: job if (job := jobs.find(id)).has_ended else None)
 
@@ -144,7 +149,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(jobs, makers):
     assert refused.value.status == 429
     assert int(refused.value.headers["Retry-After"]) > 0
     makers.may_go.set()
-    eventually(lambda: jobs.count_active() == 0)
+    eventually(lambda: are_done(jobs))
     assert makers.order == ["doc-0", "doc-1", "doc-2", "doc-3"]
     assert adapter_names(makers.library) == makers.order
 
@@ -337,7 +342,7 @@ def serve(base: str, hypernetwork: str, library: str, first: str) -> None:
         job = learning.learn(data, f"doc-{number}.md", None, tags=("kept",), replace=False)
         kept = learning.uploads.add(io.BytesIO(manual(number)), f"{number}.md", "assistants")
         print(job.id, job.adapter, kept.id, flush=True)
-    eventually(lambda: learning.jobs.count_active() == 0, 60)
+    eventually(lambda: are_done(learning.jobs), 60)
     print("idle", flush=True)
     learning.close()
 
@@ -366,7 +371,7 @@ def test_what_was_answered_survives_a_kill_at_any_moment(model, tiny_folder, tin
         number = int(name.removeprefix("doc-"))
         assert f"K{number}-0" in open_adapter(model.library, name).index.read_bytes().decode("utf-8", "ignore")
         assert learning.uploads.path(learning.uploads.find(upload).id).read_bytes() == manual(number)
-    eventually(lambda: learning.jobs.count_active() == 0)
+    eventually(lambda: are_done(learning.jobs))
     learning.close()
     assert verify(model.library) == []
     assert {name for _, name, _ in answered} <= {entry.name for entry in entries(model.library, tag="kept")[0]}

@@ -6,7 +6,7 @@ import pytest
 import watchfiles
 
 from loracast.library.library import adapter_names
-from loracast.serving import learning as watching
+from loracast.serving import learning
 from loracast.serving.learning import Watcher
 from servers import eventually
 
@@ -57,7 +57,7 @@ def test_where_watching_fails_it_is_reported_and_folders_are_looked_at(model, fo
         yield
 
     monkeypatch.setattr(watchfiles, "watch", watch)
-    monkeypatch.setattr(watching, "_LOOK_EVERY_MS", 50)
+    monkeypatch.setattr(learning, "_LOOK_EVERY_MS", 50)
     watcher = Watcher(model, [folder])
     watcher.start()
     try:

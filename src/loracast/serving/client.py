@@ -1,6 +1,6 @@
-"""Finds the running server of a library, and talks with it: questions, uploads, jobs.
+"""How commands find the running server of a library, and talk with it: questions, uploads, jobs.
 
-Each server keeps a file about itself in the user's state folder.
+Each server keeps a file about itself in the user's state folder; `find` and `running` look there.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 import signal
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
@@ -21,7 +20,7 @@ from urllib.parse import urlsplit
 
 from loracast import __version__
 from loracast.errors import LoracastError
-from loracast.files import servers_dir
+from loracast.files import servers_dir, write_with
 
 
 @dataclass(frozen=True)
@@ -71,18 +70,8 @@ class Running:
 
     def write(self) -> None:
         """Let commands find this server."""
-        folder = servers_dir()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".new-")  # only its user may read it
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(asdict(self), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, self.path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        servers_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_with(self.path, lambda path: path.write_text(json.dumps(asdict(self)), encoding="utf-8"), is_private=True)
 
     def remove(self) -> None:
         """Let no command find this server any more."""

@@ -1,4 +1,7 @@
-"""Looks at every request before a route does: its host, origin, key and scope, type and size."""
+"""The guard: middleware that looks at every request before a route does, at its host, origin, key, type and size.
+
+The scope of the key (read, write or admin) is noted in the request; each route says with `needs` which one it takes.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ _SAFE = ("GET", "HEAD", "OPTIONS")
 
 
 class Guard:
-    """ASGI middleware that refuses what no route should see."""
+    """ASGI middleware that refuses what no route should see, and counts all requests."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, count: Callable[[str, int], None]):
         """
@@ -69,8 +72,7 @@ class Guard:
             await send(message)
 
         try:
-            limited = self._checked(scope, receive)
-            await self.app(scope, limited, watched)
+            await self.app(scope, self._checked(scope, receive), watched)
         except Exception as error:
             response = error_response(error)
             if not status:
@@ -99,7 +101,7 @@ class Guard:
         most = settings.max_upload_bytes if kind == "multipart/form-data" else settings.max_body_bytes
         if length.isdigit() and int(length) > most:
             raise _too_large(most)
-        return _Limited(receive, most, settings.body_timeout_s)
+        return _limited(receive, most, settings.body_timeout_s)
 
     def _is_own(self, origin: str, host: str) -> bool:
         return origin in self.settings.cors_origins or origin.partition("://")[2] == host
@@ -119,26 +121,26 @@ class Guard:
         return scope
 
 
-class _Limited:
-    """Receives a body piece by piece, and refuses one that is too long or too slow."""
+def _limited(receive: Receive, max_bytes: int, timeout_s: float) -> Receive:
+    """What receives a body piece by piece, and refuses one that is too long or too slow."""
+    n_bytes, is_whole = 0, False
 
-    def __init__(self, receive: Receive, max_bytes: int, timeout_s: float):
-        self._receive, self._max_bytes, self._timeout_s = receive, max_bytes, timeout_s
-        self._n_bytes, self._is_whole = 0, False
-
-    async def __call__(self) -> Message:
-        if self._is_whole:  # from here on it tells when the client leaves
-            return await self._receive()
+    async def limited() -> Message:
+        nonlocal n_bytes, is_whole
+        if is_whole:  # from here on it tells when the client leaves
+            return await receive()
         try:
-            message = await asyncio.wait_for(self._receive(), self._timeout_s)
+            message = await asyncio.wait_for(receive(), timeout_s)
         except TimeoutError as error:
             raise HTTPException(408, "the request's body came too slowly") from error
-        self._n_bytes += len(message.get("body", b""))
-        self._is_whole = not message.get("more_body", False)
-        if self._n_bytes > self._max_bytes:
-            refused = _too_large(self._max_bytes)
+        n_bytes += len(message.get("body", b""))
+        is_whole = not message.get("more_body", False)
+        if n_bytes > max_bytes:
+            refused = _too_large(max_bytes)
             raise HTTPException(refused.status, str(refused))  # FastAPI lets only these pass while it reads
         return message
+
+    return limited
 
 
 def _too_large(max_bytes: int) -> ApiError:

@@ -30,7 +30,6 @@ Maker = Callable[["Job", Progress], Adapter]
 _MAX_STARTS = 10
 """A job that was running each time when the server died is given up then: it may be what kills it."""
 _RETRY_AFTER_S = 5
-_N_ACTIVE = "SELECT count(*) FROM jobs WHERE ended_at IS NULL"
 _WAIT_S = 1.0
 """Seconds until the worker looks for jobs that another server took in."""
 _TIDY_S = 60.0
@@ -124,7 +123,7 @@ class Jobs:
         Args:
             for_stores: its adapter belongs to vector stores, and goes with the last one that holds its file.
         """
-        if (n := count(db, _N_ACTIVE)) >= self._max_active:
+        if (n := count(db, "SELECT count(*) FROM jobs WHERE ended_at IS NULL")) >= self._max_active:
             after = {"Retry-After": str(_RETRY_AFTER_S)}
             raise ApiError(429, f"{n:,} documents are waiting to be learned; try again later", headers=after)
         id = new_id("job-")
@@ -157,11 +156,6 @@ class Jobs:
         with self._state.writing() as db:
             cancel_in(db, "id = ?", id)
         return self.find(id)
-
-    def count_active(self) -> int:
-        """Jobs that wait or run."""
-        with self._state.reading() as db:
-            return count(db, _N_ACTIVE)
 
     # ---- the worker
 

@@ -1,4 +1,8 @@
-"""What a server learns: uploads, jobs, vector stores and watched folders around one model, and how each job is done."""
+"""What a server learns while it runs, and how: uploads, jobs, vector stores and folders that it watches.
+
+`Learning` takes requests to learn in as jobs and does them, one at a time, in the worker's thread (jobs.py).
+`Watcher` learns the documents of folders as they change, in a thread of its own.
+"""
 
 from __future__ import annotations
 

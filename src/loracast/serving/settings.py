@@ -96,7 +96,7 @@ class ServerSettings:
     """What generates: `local`; or vLLM: the URL of a running server (several, separated by commas), or the Python
     executable of an environment with vLLM, to start one there (`vllm`: the Python that runs this command)."""
     keys: tuple[ApiKey, ...] = ()
-    """Keys that requests may bear (keys.py); none: whoever reaches the loopback address may do everything."""
+    """Keys that requests may bear (`ApiKey`); none: whoever reaches the loopback address may do everything."""
     allowed_hosts: tuple[str, ...] = ()
     """Names under which the server may be called besides localhost and addresses (against DNS rebinding)."""
     cors_origins: tuple[str, ...] = ()
@@ -132,7 +132,7 @@ class ServerSettings:
     drain_timeout_s: float = 30.0
     """Time that running answers have to finish after SIGTERM."""
     instance: str = field(default_factory=lambda: secrets.token_hex(16))
-    """Told by /health: by it commands know the server that their user started (found.py)."""
+    """Told by /health: by it commands know the server that their user started (client.py)."""
 
     def __post_init__(self) -> None:
         if not self.is_loopback and not self.keys:
