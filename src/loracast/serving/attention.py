@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import sys
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from math import prod
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 from torch.nn import functional
 
@@ -135,43 +135,37 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
-        self.n_bytes = self.n_hits = self.n_misses = 0
-        self._held: OrderedDict[tuple[str, _Ids], OwnCache] = OrderedDict()
-        self._by_key: dict[str, set[_Ids]] = {}
+        self.n_hits = self.n_misses = 0
+        self._held: LRUCache[tuple[str, _Ids], OwnCache] = LRUCache(max_bytes, lambda cache: cache.n_bytes)
+
+    @property
+    def n_bytes(self) -> int:
+        return int(self._held.currsize)
 
     def find(self, key: str, ids: Sequence[int], most: int) -> tuple[int, OwnCache | None]:
         """The number of tokens of `ids` that some entry begins with, `most` at most, and the entry; or 0 and None."""
         wanted = tuple(ids)
-        n, best = 0, None
-        for held in self._by_key.get(key, ()):
-            common = min(most, _n_common(held, wanted))
-            if common > n:
-                n, best = common, held
-        if best is None:
+        commons = {held: min(most, _n_common(held, wanted)) for held in self._of(key)}
+        best = max(commons, key=commons.__getitem__, default=None)
+        if best is None or not commons[best]:
             self.n_misses += 1
             return 0, None
         self.n_hits += 1
-        self._held.move_to_end((key, best))
-        return n, self._held[key, best]
+        return commons[best], self._held[key, best]
 
     def put(self, key: str, ids: Sequence[int], cache: OwnCache) -> None:
         """Keep the keys and values of tokens, in place of those of their beginnings."""
         if cache.n_bytes > self.max_bytes:
             return
         new = tuple(ids)
-        for held in [held for held in self._by_key.get(key, ()) if held == new[: len(held)]]:
-            self._drop(key, held)
+        for held in self._of(key):
+            if held == new[: len(held)]:
+                del self._held[key, held]
         self._held[key, new] = cache
-        self._by_key.setdefault(key, set()).add(new)
-        self.n_bytes += cache.n_bytes
-        while self.n_bytes > self.max_bytes:
-            self._drop(*next(iter(self._held)))
 
-    def _drop(self, key: str, ids: _Ids) -> None:
-        self.n_bytes -= self._held.pop((key, ids)).n_bytes
-        self._by_key[key].remove(ids)
-        if not self._by_key[key]:
-            del self._by_key[key]
+    def _of(self, key: str) -> list[_Ids]:
+        """The tokens of the entries with a key."""
+        return [ids for of, ids in self._held if of == key]
 
 
 def _n_common(one: _Ids, other: _Ids) -> int:
