@@ -25,7 +25,6 @@ from loracast.base.generate import Sampling
 from loracast.documents import read_document
 from loracast.lab.data.answer_metrics import best, has_value, token_f1
 from loracast.lab.evaluation.documents import DocumentCase, WindowedConfig, strictly
-from loracast.lab.evaluation.everyday import says_not_said
 from loracast.lab.evaluation.qa import BASELINES as QA_BASELINES
 from loracast.lab.evaluation.report import ReportWriter, columns, mean, mean_with_interval
 from loracast.lab.evaluation.runner import (
@@ -38,6 +37,7 @@ from loracast.lab.evaluation.runner import (
     grouped,
     warm_up,
 )
+from loracast.lab.evaluation.synthetic import says_not_said
 
 FOLDER = Path(__file__).resolve().parent / "frozen"
 LOOKS, README = FOLDER / "looks.md", FOLDER / "README.md"

@@ -309,7 +309,7 @@ def test_facts_writes_what_it_promises(model, tmp_path, monkeypatch):
 def test_everyday_counts_right_answers_by_kind_of_question(model, tmp_path, monkeypatch):
     from loracast.answering.answers import NOT_SAID
     from loracast.lab.data.everyday import KINDS
-    from loracast.lab.evaluation import everyday
+    from loracast.lab.evaluation import synthetic as everyday
 
     short(monkeypatch)
     monkeypatch.setattr("loracast.lab.evaluation.runner.copying", lambda base, request: None)

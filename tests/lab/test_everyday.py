@@ -26,7 +26,7 @@ from loracast.lab.data.everyday import (
     make_document,
 )
 from loracast.lab.data.facts import AFTER, BEGIN, INSIDE, Split, entity_split, expand, load_content, variants
-from loracast.lab.evaluation.everyday import is_right
+from loracast.lab.evaluation.synthetic import is_right
 from loracast.lab.training.document_source import DataConfig, EpisodeSource
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")

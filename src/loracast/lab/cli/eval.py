@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from loracast.cast.task import TaskCaster
     from loracast.lab.evaluation.ablations import AblationConfig
     from loracast.lab.evaluation.cost import LatencyConfig, MemoryConfig
-    from loracast.lab.evaluation.everyday import EverydayConfig
     from loracast.lab.evaluation.gate import GateConfig, InterferenceConfig
     from loracast.lab.evaluation.harness import HarnessConfig
     from loracast.lab.evaluation.likelihood import TeacherForcedConfig
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from loracast.lab.evaluation.query_cost import CostConfig
     from loracast.lab.evaluation.refining import RefiningConfig
     from loracast.lab.evaluation.report import Report
-    from loracast.lab.evaluation.synthetic import FactsConfig, NeedleConfig
+    from loracast.lab.evaluation.synthetic import EverydayConfig, FactsConfig, NeedleConfig
     from loracast.lab.evaluation.tasks import TasksConfig
     from loracast.lab.evaluation.whole_library import LibraryConfig
 
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 class Results:
     """Where the results go, and how they are shown."""
 
-    out: Annotated[Path, typer.Option("--out", help="Folder for results.json, table.md and pictures.")]
+    out: Annotated[Path, "Folder for results.json, table.md and pictures."]
     as_json: Json = False
 
     def of(self, unit: str, evaluate: Callable[..., Report], *arguments: Any) -> Report:
@@ -56,21 +55,13 @@ class Results:
             say(f"written to {self.out}")
 
 
-Change = Annotated[list[str] | None, typer.Option("--set", help="Change a key of the recipe. Repeatable.")]
-Texts = Annotated[
-    list[str] | None, typer.Option("--texts", help="Prose that needles hide in: JSONL(.gz) or text. Repeatable.")
-]
-Documents = Annotated[
-    list[str] | None, typer.Option("--documents", help="Documents with questions: JSONL(.gz) rows. Repeatable.")
-]
+Change = Annotated[list[str] | None, "Change a key of the recipe. Repeatable."]
+Texts = Annotated[list[str] | None, "Prose that needles hide in: JSONL(.gz) or text. Repeatable."]
+Documents = Annotated[list[str] | None, "Documents with questions: JSONL(.gz) rows. Repeatable."]
 
 
 @config_from("loracast.lab.evaluation.qa")
-def qa(
-    config: QaConfig,
-    models: Models,
-    results: Results,
-) -> None:
+def qa(config: QaConfig, models: Models, results: Results) -> None:
     """Questions that people asked about real documents: an adapter against (parts of) the document in the prompt."""
     from loracast.lab.evaluation.plots import require_matplotlib
     from loracast.lab.evaluation.qa import draw, evaluate_qa
@@ -95,10 +86,10 @@ def facts(config: FactsConfig, models: Models, results: Results) -> None:
     results.of("sheets", evaluate_facts, open_model(models), config)
 
 
-@config_from("loracast.lab.evaluation.everyday")
+@config_from("loracast.lab.evaluation.synthetic")
 def everyday(config: EverydayConfig, models: Models, results: Results) -> None:
     """E-mails, contracts, recipes, price lists and others, in layouts and wordings that no training has seen."""
-    from loracast.lab.evaluation.everyday import evaluate_everyday
+    from loracast.lab.evaluation.synthetic import evaluate_everyday
 
     results.of("documents", evaluate_everyday, open_model(models), config)
 
@@ -157,13 +148,10 @@ def ablations(
         typer.Argument(help='TOML file whose table `variants` has lines such as "rank 16" = ["hypernetwork.rank=16"].'),
     ],
     *,
-    only: Annotated[list[str] | None, typer.Option("--only", help="Only this one of the variants. Repeatable.")] = None,
+    only: Annotated[list[str] | None, "Only this one of the variants. Repeatable."] = None,
     documents: Documents = None,
     texts: Texts = None,
-    unrelated: Annotated[
-        list[str] | None,
-        typer.Option("--unrelated", help="Questions for the KL to the base: JSONL(.gz) rows. Repeatable."),
-    ] = None,
+    unrelated: Annotated[list[str] | None, "Questions for the KL to the base: JSONL(.gz) rows. Repeatable."] = None,
     budget: Annotated[
         float, typer.Option("--budget", parser=seconds, metavar="TIME", help="Time of each training: 90s, 20m.")
     ] = 1200.0,
@@ -205,17 +193,9 @@ def memory(config: MemoryConfig, models: Models, results: Results) -> None:
 def tasks(
     config: TasksConfig,
     *,
-    oracles: Annotated[
-        Path | None,
-        typer.Option("--oracles", help="Library of `loracast train oracle`, for the baselines oracle and average."),
-    ] = None,
-    multitask: Annotated[
-        Path | None, typer.Option("--multitask", help="LoRA of `loracast train multitask`, a baseline.")
-    ] = None,
-    multitask_described: Annotated[
-        Path | None,
-        typer.Option("--multitask-described", help="LoRA of `loracast train multitask --described`, a baseline."),
-    ] = None,
+    oracles: Annotated[Path | None, "Library of `loracast train oracle`, for the baselines oracle and average."] = None,
+    multitask: Annotated[Path | None, "LoRA of `loracast train multitask`, a baseline."] = None,
+    multitask_described: Annotated[Path | None, "LoRA of `loracast train multitask --described`, a baseline."] = None,
     models: Models,
     results: Results,
 ) -> None:
@@ -242,9 +222,7 @@ def tasks(
 def refining(
     config: RefiningConfig,
     *,
-    multitask: Annotated[
-        Path | None, typer.Option("--multitask", help="LoRA of `loracast train multitask`, a further starting point.")
-    ] = None,
+    multitask: Annotated[Path | None, "LoRA of `loracast train multitask`, a further starting point."] = None,
     models: Models,
     results: Results,
 ) -> None:
@@ -304,13 +282,9 @@ def overlap(config: OverlapConfig, results: Results) -> None:
 
 @config_from("loracast.lab.evaluation.modality")
 def image(
-    images: Annotated[
-        Path, typer.Option("--images", help="Images to measure on: a folder or zip file with a folder for each class.")
-    ],
-    trained_on: Annotated[
-        Path, typer.Option("--trained-on", help="Images of the training, from which the linear probe learns.")
-    ],
     *,
+    images: Annotated[Path, "Images to measure on: a folder or zip file with a folder for each class."],
+    trained_on: Annotated[Path, "Images of the training, from which the linear probe learns."],
     encoder: Encoder = None,
     config: ModalityEvalConfig,
     models: Models,

@@ -8,15 +8,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loracast.answering.model import Model
+import torch
+
+from loracast.answering.model import Model, load
 from loracast.base.chat import encode_with_offsets
 from loracast.base.generate import Sampling
-from loracast.cast.document import learn_document
+from loracast.cast.document import learn_document, split_document, token_batches
+from loracast.documents import Document
 from loracast.errors import LoracastError
 from loracast.lab.data.needles import Haystack, Sample, make_needles
 from loracast.lab.data.rows import read_texts
@@ -31,6 +35,7 @@ from loracast.lab.evaluation.runner import (
     ask_one,
     check_positive,
     in_turn,
+    peak_memory,
     warm_up,
 )
 from loracast.lab.evaluation.synthetic import window_prompt
@@ -225,13 +230,9 @@ def evaluate_memory(
             path = Path(scratch) / f"{length}.txt"
             path.write_text(_document(model, config.texts, length, config.seed, 1).text, encoding="utf-8")
             order = {
-                "base": base,
-                "hypernetwork": hypernetwork,
-                "how": dict(how),
-                "text": str(path),
-                "library": str(Path(scratch) / "adapters"),
-                "chunk_tokens": config.chunk_tokens,
-            }
+                "base": base, "hypernetwork": hypernetwork, "how": dict(how), "text": str(path),
+                "library": str(Path(scratch) / "adapters"), "chunk_tokens": config.chunk_tokens,
+            }  # fmt: skip
             rows.append({"length": length, **_in_fresh_process(order)})
             progress(i + 1, len(config.lengths))
     return writer.write(rows)
@@ -246,9 +247,61 @@ def _document(model: Model, texts: tuple[str, ...], n_tokens: int, seed: int, n_
 
 
 def _in_fresh_process(order: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "loracast.lab.evaluation.learn_once", json.dumps(order)]
+    """What `learn_once` measures, in a process where neither an earlier document nor this one's memory counts."""
+    command = [sys.executable, "-m", __name__, json.dumps(order)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise LoracastError(f"learning {Path(order['text']).stem} tokens failed in its process: {last[0]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def learn_once(order: dict[str, Any]) -> dict[str, Any]:
+    """Load, warm up, learn one document, then time casting against the encoder alone, batch by batch."""
+    model = load(order["base"], order["hypernetwork"], library=order["library"], **order["how"])
+    caster = model.documents
+    # The document's hash tells it from the lengths before, which the library has.
+    document = Document.from_text(Path(order["text"]).read_text(encoding="utf-8"))
+    with torch.inference_mode():  # reads all the weights: before their first use they may not be in memory at all
+        warm = next(token_batches(model.base, ["Warm up."]))
+        model.base.model(torch.tensor(warm, device=model.base.device))
+        caster.cast(caster.encode(warm))
+    with peak_memory() as peak:
+        started = time.perf_counter()
+        adapter = model.learn(document, Path(order["text"]).stem, max_chunk_tokens=order["chunk_tokens"])
+        learn_s = time.perf_counter() - started
+    cast_s, encode_s = _cast_times(model, document, order["chunk_tokens"])
+    n_tokens, n_bytes = adapter.manifest.n_tokens, adapter.n_bytes
+    return {
+        "n_tokens": n_tokens, "n_chunks": adapter.manifest.n_chunks, "base_mib": peak.before_mib,
+        "above_base_mib": peak.above_mib, "learn_s": learn_s, "cast_s": cast_s, "encode_s": encode_s,
+        "ratio": cast_s / encode_s, "adapter_mib": n_bytes / 2**20, "kb_per_token": n_bytes / 1000 / n_tokens,
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def _cast_times(model: Model, document: Document, chunk_tokens: int) -> tuple[float, float]:
+    """Seconds to encode and cast all chunks, and to encode them only (to the layer that is read).
+
+    Both run on each batch in turn, so that whatever else the machine does meets both alike.
+    """
+    prompts = [chunk.prompt for chunk in split_document(model.base, document, chunk_tokens)]
+    cast_s = encode_s = 0.0
+    for batch in token_batches(model.base, prompts):
+        started = _now(model)
+        model.documents.encode(batch)
+        between = _now(model)
+        model.documents.cast(model.documents.encode(batch))
+        encode_s += between - started
+        cast_s += _now(model) - between
+    return cast_s, encode_s
+
+
+def _now(model: Model) -> float:
+    if model.base.device.type == "cuda":
+        torch.cuda.synchronize(model.base.device)
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    print(json.dumps(learn_once(json.loads(sys.argv[1]))))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,11 @@ from loracast.lab.evaluation.report import (
     columns,
     mean,
     mean_with_interval,
+    named_interval,
     no_progress,
     wilson,
 )
-from loracast.lab.evaluation.runner import InMemoryAdapter, Request, check_positive, made
+from loracast.lab.evaluation.runner import InMemoryAdapter, Request, check_positive, grouped, made
 from loracast.lab.training.relevance import measure, read_unrelated_files, shipped_fit
 from loracast.reading.relevance import threshold_for
 
@@ -61,23 +61,15 @@ def evaluate_gate(config: GateConfig, out: Path, progress: Progress = no_progres
     documents = read_questioned(config.documents, config.sources, config.split)
     unrelated = read_unrelated_files(config.unrelated)
     kinds, _ = measure(shipped_fit(), documents, unrelated, config.seed, config.split)
-    sizes: Counter[tuple[bool, str, str]] = Counter()
-    hits: dict[tuple[bool, str, str], float] = defaultdict(float)
-    for kind in kinds:  # of a source, one row for each number of texts in a document
-        key = not kind["is_about"], kind["group"], kind["source"].partition(",")[0]
-        sizes[key] += kind["n"]
-        hits[key] += kind["n"] * kind["passed"]
+    # Of a source, `measure` has a row for each number of texts in a document.
+    of_rows = grouped(kinds, lambda kind: (kind["is_about"], kind["group"], kind["source"].partition(",")[0]))
     rows: list[dict[str, Any]] = []
-    for (is_not, group, source), n in sizes.items():
-        n_passed = round(hits[is_not, group, source])
+    for (is_about, group, source), some in of_rows.items():
+        n = sum(kind["n"] for kind in some)
+        n_passed = round(sum(kind["n"] * kind["passed"] for kind in some))
         low, high = wilson(n_passed, n)
-        about = "no" if is_not else "yes"
-        rows.append(
-            {
-                "about": about, "group": group, "source": source or "-", "n": n, "passed": n_passed / n,
-                "low": low, "high": high,
-            }
-        )  # fmt: skip
+        row = {"about": "yes" if is_about else "no", "group": group, "source": source or "-", "n": n}
+        rows.append({**row, "passed": n_passed / n, "low": low, "high": high})
     progress(1, 1)
     return ReportWriter(out, "gate", GATE_COLUMNS, config, None).write(rows)
 
@@ -188,7 +180,7 @@ def _rows(name: str, chosen: Mapping[int, Sequence[Chosen]]) -> list[dict[str, A
         if count:
             pairs = list(zip(now, before, strict=True))
             changes = [[float(a) - float(b)] for (_, a), (_, b) in pairs]
-            row["change"], row["change_low"], row["change_high"] = mean_with_interval(changes)
+            row |= named_interval("change", mean_with_interval(changes))
             row["same"] = mean([a == b for (a, _), (b, _) in pairs])
         rows.append(row)
     return rows

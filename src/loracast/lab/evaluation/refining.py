@@ -19,7 +19,15 @@ from loracast.errors import ConfigError
 from loracast.lab.data.answer_metrics import is_right
 from loracast.lab.data.tasks import Task
 from loracast.lab.evaluation.plots import exact_by_seconds, require_matplotlib
-from loracast.lab.evaluation.report import Progress, Report, ReportWriter, columns, mean, no_progress, paired_bootstrap
+from loracast.lab.evaluation.report import (
+    Progress,
+    Report,
+    columns,
+    mean,
+    named_interval,
+    no_progress,
+    paired_bootstrap,
+)
 from loracast.lab.evaluation.runner import Answered, Baseline, Deadline, Request, ask, check_positive, fixed, grouped
 from loracast.lab.evaluation.tasks import (
     ADAPTER,
@@ -30,6 +38,8 @@ from loracast.lab.evaluation.tasks import (
     TasksFrom,
     draw,
     prompt_of,
+    seed_shares,
+    task_figures,
     test_rows,
 )
 from loracast.lora.algebra import LoRA
@@ -148,9 +158,7 @@ def evaluate_refining(setup: TaskSetup, config: RefiningConfig, out: Path, progr
     if few := [task.name for task in tasks if len(task.train) < FEWEST_EXAMPLES]:
         raise ConfigError(f"refining takes {FEWEST_EXAMPLES} training examples; fewer have {', '.join(few)}")
     starts = {name: start for name, start in STARTS.items() if name != "multitask" or setup.multitask is not None}
-    hypernetwork = setup.caster.caster.id if setup.caster else None
-    writer = ReportWriter(out, "refining", COLUMNS, config, setup.base, hypernetwork)
-    writer.settings["seed"] = config.seeds[0]
+    writer = setup.writer(out, "refining", COLUMNS, config, config.seeds)
     marks = config.marks
     tallies = {(name, mark.name): Tally() for name in starts for mark in marks}
     deadline = Deadline(config.budget_s)
@@ -172,7 +180,7 @@ def evaluate_refining(setup: TaskSetup, config: RefiningConfig, out: Path, progr
                 n_done += 1
                 progress(n_done, n_all)
         for key, hits in by_seed.items():
-            tallies[key].exact.append([mean(row) for row in zip(*hits, strict=True)])
+            tallies[key].exact.append(seed_shares(hits))
         report = writer.write(_rows(tasks[: i + 1], starts, marks, tallies), is_complete=i + 1 == len(tasks))
         exact_by_seconds(out / "refining.png", report.rows)
     return report
@@ -211,31 +219,19 @@ def _answer(
 
 
 def _rows(
-    tasks: Sequence[Task],
-    starts: Mapping[str, Start],
-    marks: Sequence[Mark],
-    tallies: Mapping[tuple[str, str], Tally],
+    tasks: Sequence[Task], starts: Mapping[str, Start], marks: Sequence[Mark], tallies: Mapping[tuple[str, str], Tally]
 ) -> list[dict[str, Any]]:
     """A row for each start at each mark over the tasks that are done."""
     rows = []
     for name, start in starts.items():
         for mark in marks:
             tally = tallies[name, mark.name]
-            shares = [mean(hits) for hits in tally.exact]
-            row: dict[str, Any] = {
-                "start": name,
-                "label": start.label,
-                "at": mark.name,
-                "seconds": None if math.isinf(mark.seconds) else mark.seconds,
-                "n_tasks": len(tasks),
-                "n": sum(map(len, tally.exact)),
-                "exact": mean(shares),
-                "n_steps": mean(tally.n_steps),
-                "by_task": {task.name: share for task, share in zip(tasks, shares, strict=True)},
-            }
+            row: dict[str, Any] = {"start": name, "label": start.label, "at": mark.name}
+            row["seconds"] = None if math.isinf(mark.seconds) else mark.seconds
+            row |= {**task_figures(tasks, tally.exact), "n_steps": mean(tally.n_steps)}
             if name != ADAPTER:
                 found = paired_bootstrap(tallies[ADAPTER, mark.name].exact, tally.exact)
-                row |= dict(zip(("difference", "difference_low", "difference_high"), found, strict=True))
+                row |= named_interval("difference", found)
             rows.append(row)
     return rows
 

@@ -55,6 +55,11 @@ def mean_with_interval(clusters: Sequence[Sequence[float]]) -> tuple[float, floa
     return mean([value for cluster in clusters for value in cluster]), *cluster_bootstrap(clusters)
 
 
+def named_interval(key: str, found: Sequence[float | None]) -> dict[str, float | None]:
+    """A figure and the ends of its interval as they stand in a row: `key`, `key_low` and `key_high`."""
+    return dict(zip((key, f"{key}_low", f"{key}_high"), found, strict=True))
+
+
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 

@@ -1,21 +1,27 @@
-"""`loracast eval needle` and `facts`: a hidden sentence, and sheets of facts, in words that no training has."""
+"""`loracast eval needle`, `facts` and `everyday`: generated documents, in wordings and with entities of no training.
+
+A needle is a sentence hidden in prose. Sheets state facts about invented entities. Everyday documents are e-mails,
+contracts, recipes, price lists and others, with questions that a reader has; there an answer is right where it contains
+the right one. All baselines answer all questions about a document, which is cast once.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from loracast.answering.model import Model
 from loracast.answering.question_answering import ASK_SYSTEM_TURN
 from loracast.base.chat import ChatFormat, encode_with_offsets
 from loracast.base.generate import Sampling
 from loracast.errors import ConfigError
-from loracast.lab.data.answer_metrics import has_value, is_exact
-from loracast.lab.data.facts import FactSheet, make_sheet
-from loracast.lab.data.needles import Haystack, Sample, make_needles
+from loracast.lab.data.answer_metrics import find_value, has_value, is_exact
+from loracast.lab.data.everyday import KINDS, EverydayDocument, EverydayFact, load_genres, make_document
+from loracast.lab.data.facts import Fact, FactSheet, make_sheet
+from loracast.lab.data.needles import Haystack, Needle, Sample, make_needles
 from loracast.lab.data.rows import read_content, read_texts
 from loracast.lab.evaluation import plots
 from loracast.lab.evaluation.documents import (
@@ -39,6 +45,8 @@ from loracast.lab.evaluation.report import (
     columns,
     mean,
     mean_if_any,
+    mean_with_interval,
+    named_interval,
     no_progress,
     wilson,
 )
@@ -232,15 +240,12 @@ def _ask(
 def answer_row(setup: DocumentSetup, answered: Sequence[Answered[DocumentCase]]) -> dict[str, Any]:
     """The figures of one baseline over its answers, and the mean size of their documents."""
     hits = [answers_exactly(a) for a in answered]
-    low, high = wilson(sum(hits), len(hits))
     documents = {a.case.document: None for a in answered}
     return {
         "baseline": answered[0].baseline,
         "label": BASELINES[answered[0].baseline].label.format(route=setup.route),
         **figures(answered),
-        "exact": mean(hits),
-        "exact_low": low,
-        "exact_high": high,
+        **named_interval("exact", (mean(hits), *wilson(sum(hits), len(hits)))),
         "has_value": mean([has_value(a.text, a.case.answers[0]) for a in answered]),
         "recall": mean_if_any([a.found for a in answered if a.found is not None]),
         "document_tokens": mean([document.n_tokens for document in documents]),
@@ -256,15 +261,25 @@ def answer_line(a: Answered[DocumentCase]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def by_document(answered: Sequence[Answered[DocumentCase]]) -> list[list[float]]:
-    """For each document, which of its questions were answered exactly."""
+def by_document(
+    answered: Sequence[Answered[DocumentCase]], is_right: Callable[[Answered[DocumentCase]], bool]
+) -> list[list[float]]:
+    """For each document, which of its questions were answered right: the clusters of an interval over documents."""
     of_documents = grouped(answered, lambda a: a.case.document).values()
-    return [[float(answers_exactly(a)) for a in some] for some in of_documents]
+    return [[float(is_right(a)) for a in some] for some in of_documents]
 
 
 def answers_exactly(a: Answered[DocumentCase]) -> bool:
     """Whether the answer is the value and nothing else."""
     return is_exact(a.text, a.case.answers[0])
+
+
+def _case(
+    document: InMemoryAdapter, other: InMemoryAdapter, fact: Needle | Fact, depth: float | None = None
+) -> DocumentCase:
+    """The question for the value that a statement of the document gives."""
+    chunk = document.chunk_of(fact.statement, fact.statement.index(fact.answer))
+    return DocumentCase(document, other, fact.question, (fact.answer,), chunk, depth)
 
 
 LONG = 8192
@@ -344,9 +359,7 @@ def _needle_series(model: Model, config: NeedleConfig, haystack: Haystack, lengt
         return sample, config.adapter(model, sample.text)
 
     def cases(sample: Sample, document: InMemoryAdapter, other: InMemoryAdapter) -> list[DocumentCase]:
-        needle = sample.needles[0]
-        chunk = document.chunk_of(needle.statement, needle.statement.index(needle.answer))
-        return [DocumentCase(document, other, needle.question, (needle.answer,), chunk, sample.depths[0])]
+        return [_case(document, other, sample.needles[0], depth=sample.depths[0])]
 
     n_window = config.samples_window if length >= SLOW_WINDOW else None
     size = max(1, min(32, _TOKENS_PER_GROUP // length))
@@ -364,7 +377,7 @@ def _by_depth(answered: Sequence[Answered[DocumentCase]]) -> dict[str, Any]:
     return {"depths": depths}
 
 
-_SHEETS_PER_GROUP = 8  # whose questions are answered together
+_DOCUMENTS_PER_GROUP = 8  # whose questions are answered together
 
 FACTS_COLUMNS = (
     *columns(facts=("facts", 0), document_tokens=("tokens", 0), chunks=("chunks", 1)),
@@ -403,18 +416,117 @@ def _facts_series(model: Model, config: FactsConfig, n_facts: int) -> Series[Fac
         return sheet, config.adapter(model, sheet.text, sheet.title)
 
     def cases(sheet: FactSheet, document: InMemoryAdapter, other: InMemoryAdapter) -> list[DocumentCase]:
-        return [
-            DocumentCase(
-                document, other, f.question, (f.answer,), document.chunk_of(f.statement, f.statement.index(f.answer))
-            )
-            for f in sheet.facts
-        ]
+        return [_case(document, other, fact) for fact in sheet.facts]
 
-    return Series(n_facts, config.sheets, _SHEETS_PER_GROUP, make, cases)
+    return Series(n_facts, config.sheets, _DOCUMENTS_PER_GROUP, make, cases)
 
 
 def _by_sheet(answered: Sequence[Answered[DocumentCase]]) -> dict[str, Any]:
     """The interval of exact match over sheets, whose questions stand or fall together."""
-    sheets = by_document(answered)
+    sheets = by_document(answered, answers_exactly)
     low, high = cluster_bootstrap(sheets)
     return {"sheets": len(sheets), "cluster_low": low, "cluster_high": high}
+
+
+_NOT_SAID = ("not say", "not said", "not mention", "not state", "not specif", "no information", "not give")
+_COUNTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+EVERYDAY_COLUMNS = (
+    *columns(document_tokens=("tokens", 0), chunks=("chunks", 1)),
+    *ANSWER_COLUMNS[:2],
+    *columns(right=("right %", "%"), cluster_low=("95 % by document", "interval")),
+    *columns(**{kind: (f"{kind} %", "%") for kind in KINDS}),
+    *columns(exact=("exact %", "%")),
+    *ANSWER_COLUMNS[5:],
+)
+
+
+@dataclass(frozen=True)
+class EverydayConfig(SyntheticConfig):
+    """What `loracast eval everyday` measures."""
+
+    documents: int = 60
+    """Documents, of all genres alike."""
+    questions: int = 8
+    """Most questions about one document, drawn from all that its genre has."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "documents", "questions")
+
+
+@dataclass(frozen=True, eq=False)
+class EverydayCase(DocumentCase):
+    """One question about an everyday document."""
+
+    fact: EverydayFact = field(kw_only=True)
+
+
+def evaluate_everyday(model: Model, config: EverydayConfig, out: Path, progress: Progress = no_progress) -> Report:
+    """Run the evaluation; the tables and answers are in `out` at the end."""
+    writer = ReportWriter(out, "everyday", EVERYDAY_COLUMNS, config, model.base, model.documents.id)
+    series = [_everyday_series(model, config)]
+    return evaluate_sizes(model, config, writer, "documents", series, _by_kind, progress, _everyday_line)
+
+
+def _everyday_series(model: Model, config: EverydayConfig) -> Series[EverydayDocument]:
+    """The documents of all genres in turn, each with some of its questions."""
+    genres = list(load_genres(config.split))
+
+    def make(i: int) -> tuple[EverydayDocument, InMemoryAdapter]:
+        rng = random.Random(f"{config.seed}/everyday/{i}")
+        drawn = make_document(rng, split=config.split, genre=genres[i % len(genres)])
+        facts = rng.sample(drawn.facts, min(config.questions, len(drawn.facts)))
+        return replace(drawn, facts=tuple(facts)), config.adapter(model, drawn.text, drawn.title)
+
+    def cases(drawn: EverydayDocument, document: InMemoryAdapter, other: InMemoryAdapter) -> list[DocumentCase]:
+        chunks = [None if f.value_at is None else document.chunk_of(f.statement, f.value_at) for f in drawn.facts]
+        return [
+            EverydayCase(document, other, fact.question, (fact.answer,), chunk, fact=fact)
+            for fact, chunk in zip(drawn.facts, chunks, strict=True)
+        ]
+
+    return Series(config.documents, config.documents, _DOCUMENTS_PER_GROUP, make, cases)
+
+
+def says_not_said(answer: str) -> bool:
+    """Whether an answer says, in any of several ways, that the document does not say it."""
+    return any(phrase in answer.lower().replace("n't", " not") for phrase in _NOT_SAID)
+
+
+def is_right(answer: str, fact: EverydayFact) -> bool:
+    """Whether an answer contains the right one.
+
+    Of the options of a question the first one that the answer names counts; a count may be a word; where a question
+    asks how many, the number is enough; and that the document does not say can be said in several ways.
+    """
+    if fact.kind == "not said":
+        return says_not_said(answer)
+    if fact.kind == "count":
+        return has_value(answer, fact.answer) or has_value(answer, _COUNTS[int(fact.answer)])
+    if fact.options:
+        places = {option: place for option in fact.options if (place := find_value(answer, option)) is not None}
+        return bool(places) and min(places, key=lambda option: places[option]) == fact.answer
+    if "how many" in fact.question.lower():
+        return has_value(answer, fact.answer.split()[0])
+    return has_value(answer, fact.answer)
+
+
+def _fact(a: Answered[DocumentCase]) -> EverydayFact:
+    return cast(EverydayCase, a.case).fact
+
+
+def _by_kind(answered: Sequence[Answered[DocumentCase]]) -> dict[str, Any]:
+    """The share of right answers with its interval over documents, and by kind of question."""
+    documents = by_document(answered, lambda a: is_right(a.text, _fact(a)))
+    right, low, high = mean_with_interval(documents)
+    figures: dict[str, Any] = {"documents": len(documents), "right": right, "cluster_low": low, "cluster_high": high}
+    for kind in KINDS:
+        some = [is_right(a.text, _fact(a)) for a in answered if _fact(a).kind == kind]
+        figures |= {kind: mean_if_any(some), f"n {kind}": len(some)}
+    return figures
+
+
+def _everyday_line(a: Answered[DocumentCase]) -> dict[str, Any]:
+    """What a line of answers.jsonl says besides question and answer."""
+    return {"kind": _fact(a).kind, "right": is_right(a.text, _fact(a))}

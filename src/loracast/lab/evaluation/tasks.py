@@ -23,15 +23,17 @@ from loracast.hypernets.encoders import TextEncoder, load_text_encoder
 from loracast.lab.data.answer_metrics import is_right
 from loracast.lab.data.tasks import DescriptionKind, Metric, Task, check_one_source, tasks_or_benchmarks
 from loracast.lab.evaluation.cost import QueryFlops
-from loracast.lab.evaluation.likelihood import Choice, likeliest
+from loracast.lab.evaluation.likelihood import likeliest
 from loracast.lab.evaluation.plots import exact_by_operations, require_matplotlib
 from loracast.lab.evaluation.report import (
+    Column,
     Progress,
     Report,
     ReportWriter,
     columns,
     mean,
     mean_if_any,
+    named_interval,
     no_progress,
     paired_bootstrap,
 )
@@ -114,6 +116,15 @@ class TaskSetup:
     def prepare(self, requests: Sequence[Request]) -> None:
         """Nothing is quicker done for many requests at once."""
 
+    def writer(
+        self, out: Path, title: str, columns: Sequence[Column], config: Any, seeds: Sequence[int]
+    ) -> ReportWriter:
+        """What writes the report of an experiment with several seeds."""
+        hypernetwork = self.caster.caster.id if self.caster else None
+        writer = ReportWriter(out, title, columns, config, self.base, hypernetwork)
+        writer.settings["seed"] = seeds[0]
+        return writer
+
     def missing(self) -> dict[str, str]:
         """What this run does without, and how it is given."""
         return {name: how for name, how in _GIVEN_BY.items() if not getattr(self, name)}
@@ -187,13 +198,8 @@ def _baseline(
 def _shots(n_shots: int, is_described: bool = False) -> TaskBaseline:
     what = f"{n_shots} example{'s' * (n_shots > 1)}"
     label = f"description and {what}" if is_described else f"{what} in the prompt"
-    return _baseline(
-        label,
-        n_shots=n_shots,
-        is_described=is_described,
-        needs=(f"{n_shots} examples",),
-        is_optional=n_shots not in _USUAL_SHOTS,
-    )
+    needs, is_optional = (f"{n_shots} examples",), n_shots not in _USUAL_SHOTS
+    return _baseline(label, n_shots=n_shots, is_described=is_described, needs=needs, is_optional=is_optional)
 
 
 def _nearest_shots() -> TaskBaseline:
@@ -223,36 +229,26 @@ def _reader_shots(n_shots: int) -> TaskBaseline:
 def _given(label: str, name: str, is_described: bool = False) -> TaskBaseline:
     """A baseline with a LoRA that the setup holds."""
     return _baseline(
-        label,
-        lambda setup, drawn: fixed(getattr(setup, name)),
-        is_described=is_described,
-        needs=(name,),
-        is_drawn=is_described,
-    )
+        label, lambda setup, drawn: fixed(getattr(setup, name)),
+        is_described=is_described, needs=(name,), is_drawn=is_described,
+    )  # fmt: skip
 
 
-def _cast(
-    label: str,
-    spec: Callable[[Drawn], str | TaskSpec],
-    needs: tuple[str, ...] = ("caster",),
-    is_optional: bool = False,
-) -> TaskBaseline:
+def _cast(label: str, spec: Callable[[Drawn], str | TaskSpec], *needs: str, is_optional: bool = False) -> TaskBaseline:
     """A baseline with the LoRA that is cast for a specification of the task."""
 
     def source(setup: TaskSetup, drawn: Drawn) -> LoRASource:
         task = spec(drawn)
         return setup.made_once(("cast", task), lambda: _caster(setup).loras([task])[0])
 
-    return _baseline(label, source, needs=needs, is_optional=is_optional)
+    return _baseline(label, source, needs=(*needs, "caster"), is_optional=is_optional)
 
 
 def _cast_from(n_shots: int) -> TaskBaseline:
     label = f"adapter from description and {n_shots} example{'s' * (n_shots > 1)}"
-
-    def spec(drawn: Drawn) -> TaskSpec:
-        return TaskSpec(drawn.description, drawn.shots[:n_shots])
-
-    return _cast(label, spec, ("caster", f"{n_shots} examples"), is_optional=True)
+    return _cast(
+        label, lambda drawn: TaskSpec(drawn.description, drawn.shots[:n_shots]), f"{n_shots} examples", is_optional=True
+    )
 
 
 def _caster(setup: TaskSetup) -> TaskCaster:
@@ -279,13 +275,12 @@ BASELINES: dict[str, TaskBaseline] = {
     **{f"multitask_described_shots{n}": _reader_shots(n) for n in SHOTS[:-1]},
     ADAPTER: _cast("adapter from the description", lambda drawn: drawn.description),
     **{f"{ADAPTER}_shots{n}": _cast_from(n) for n in SHOTS},
-    "other": _cast(
-        "adapter from another task's description", lambda drawn: drawn.other_description or "", ("tasks", "caster")
-    ),
+    "other": _cast("adapter from another task's description", lambda drawn: drawn.other_description or "", "tasks"),
     "other_shots5": _cast(
         "adapter from another task's description and 5 examples",
         lambda drawn: TaskSpec(drawn.other_description or "", drawn.other_shots),
-        ("tasks", "caster", "5 examples"),
+        "tasks",
+        "5 examples",
         is_optional=True,
     ),
     "gibberish": _cast("adapter from random letters", lambda drawn: drawn.gibberish),
@@ -379,12 +374,10 @@ def evaluate_tasks(setup: TaskSetup, config: TasksConfig, out: Path, progress: P
     require_matplotlib()
     tasks = _with_oracles(config.read(config.descriptions), config, setup)
     baselines = _choose_baselines(config, setup, tasks)
-    hypernetwork = setup.caster.caster.id if setup.caster else None
-    writer = ReportWriter(out, "tasks", COLUMNS, config, setup.base, hypernetwork)
-    writer.settings["seed"] = config.seeds[0]
+    writer = setup.writer(out, "tasks", COLUMNS, config, config.seeds)
     n_rows = sum(min(config.rows, len(task.test)) for task in tasks) * len(config.seeds) * len(baselines)
     deadline = Deadline(config.budget_s)
-    tallies = {name: Tally() for name in baselines}
+    scored: dict[str, list[BySeed]] = {name: [] for name in baselines}
     n_done = 0
     for i in range(len(tasks)):
         if i and deadline.is_over:
@@ -398,8 +391,8 @@ def evaluate_tasks(setup: TaskSetup, config: TasksConfig, out: Path, progress: P
                     writer.add_answers(_line(one, seed) for one in by_seed[-1])
                 n_done += len(by_seed[-1])
                 progress(n_done, n_rows)
-            tallies[name].add(by_seed)
-        report = writer.write(_rows(tasks[: i + 1], tallies), is_complete=i + 1 == len(tasks))
+            scored[name].append(by_seed)
+        report = writer.write(_rows(tasks[: i + 1], scored), is_complete=i + 1 == len(tasks))
     exact_by_operations(out / "tasks.png", report.rows)
     return report
 
@@ -410,30 +403,28 @@ class Scored:
 
     answered: Answered[TaskCase]
     is_exact: bool
-    choice: tuple[bool, bool] | None
-    """Where there are choices: whether the likeliest is right, by its sum and for each byte."""
+    choice: bool | None
+    """Where there are choices: whether the one whose tokens are likeliest together is right."""
+    choice_by_byte: bool | None
+    """The same for the one that is likeliest for each of its bytes."""
     gflops: float
-    """Operations of the query with an answer as long as the right one, in units of 10^9 (flops.py)."""
+    """Operations of the query with an answer as long as the right one, in units of 10^9 (`QueryFlops`)."""
 
 
-@dataclass
-class Tally:
-    """For each row of each task, the share of the seeds with which one baseline got it right."""
+BySeed = Sequence[Sequence[Scored]]
+"""The rows of one task, scored with each seed."""
 
-    exact: list[list[float]] = field(default_factory=list)
-    choice: list[list[float]] = field(default_factory=list)
-    choice_by_byte: list[list[float]] = field(default_factory=list)
-    prompt_tokens: list[int] = field(default_factory=list)
-    gflops: list[float] = field(default_factory=list)
 
-    def add(self, by_seed: Sequence[Sequence[Scored]]) -> None:
-        """Add the rows of another task, the same for each seed."""
-        rows = list(zip(*by_seed, strict=True))
-        self.exact.append([mean([one.is_exact for one in row]) for row in rows])
-        for i, shares in enumerate((self.choice, self.choice_by_byte)):
-            shares.append([mean([one.choice[i] for one in row if one.choice]) for row in rows if row[0].choice])
-        self.prompt_tokens += [one.answered.n_prompt_tokens for scored in by_seed for one in scored]
-        self.gflops += [one.gflops for scored in by_seed for one in scored]
+def seed_shares(by_seed: Sequence[Sequence[float]]) -> list[float]:
+    """For each row of a task, the share of the seeds with which it was right."""
+    return [mean(row) for row in zip(*by_seed, strict=True)]
+
+
+def task_figures(tasks: Sequence[Task], exact: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """What a row of the table says of all tasks, from the shares of each task's rows; all tasks count the same."""
+    by_task = {task.name: mean(shares) for task, shares in zip(tasks, exact, strict=True)}
+    n_rows = sum(map(len, exact))
+    return {"n_tasks": len(tasks), "n": n_rows, "exact": mean(list(by_task.values())), "by_task": by_task}
 
 
 def _choose_baselines(config: TasksConfig, setup: TaskSetup, tasks: Sequence[Task]) -> dict[str, TaskBaseline]:
@@ -474,15 +465,9 @@ def draw(tasks: Sequence[Task], i: int, seed: int, descriptions: DescriptionKind
     shots += more.sample(left, min(MOST_SHOTS - len(shots), len(left)))
     other_shots = more.sample(other.train, min(_FIRST_SHOTS, len(other.train))) if other else []
     words = [word for t in tasks for text in t.descriptions[descriptions] for word in text.split()]
-    return Drawn(
-        task,
-        description,
-        other_description,
-        gibberish=gibberish(rng, 1)[0],
-        shuffled=" ".join(rng.sample(words, min(len(words), len(description.split())))),
-        shots=tuple(shots),
-        other_shots=tuple(other_shots),
-    )
+    letters = gibberish(rng, 1)[0]
+    shuffled = " ".join(rng.sample(words, min(len(words), len(description.split()))))
+    return Drawn(task, description, other_description, letters, shuffled, tuple(shots), tuple(other_shots))
 
 
 def test_rows(task: Task, n: int) -> list[Example]:
@@ -504,55 +489,50 @@ def _answer(setup: TaskSetup, name: str, baseline: TaskBaseline, drawn: Drawn, c
         n_new = len(setup.base.chat.reply(a.case.row.outputs[0]))
         is_exact = is_right(a.text, a.case.row.outputs, task.metric)
         gflops = formula.query(a.n_prompt_tokens, n_new, lora) / 1e9
-        scored.append(Scored(a, is_exact, choices.get(i), gflops))
+        scored.append(Scored(a, is_exact, *choices.get(i, (None, None)), gflops))
     return scored
 
 
 def _choose(setup: TaskSetup, baseline: TaskBaseline, cases: Sequence[TaskCase]) -> dict[int, tuple[bool, bool]]:
-    """For the rows that have choices, of their own or the task's labels: whether the likeliest is right."""
-    choices = {i: c.row.choices or c.drawn.task.labels for i, c in enumerate(cases)}
-    asked = [i for i, texts in choices.items() if texts]
-    requests = [baseline.request(setup, cases[i]) for i in asked]
+    """For the rows that have choices, of their own or the task's labels: whether the likeliest is right, two ways."""
+    choices = {i: texts for i, c in enumerate(cases) if (texts := c.row.choices or c.drawn.task.labels)}
+    requests = [baseline.request(setup, cases[i]) for i in choices]
     loras = made(setup.base, requests)
-    chosen = likeliest(setup.base, [r.prompt for r in requests], [choices[i] for i in asked], loras)
-
-    def is_right_choice(i: int, choice: Choice) -> tuple[bool, bool]:
-        return choices[i][choice.by_sum] in cases[i].row.outputs, choices[i][choice.by_byte] in cases[i].row.outputs
-
-    return {i: is_right_choice(i, choice) for i, choice in zip(asked, chosen, strict=True)}
-
-
-_KINDS: dict[str, Callable[[Task], bool]] = {
-    "exact": lambda task: True,
-    "near": lambda task: task.is_near,
-    "far": lambda task: not task.is_near,
-}
+    chosen = likeliest(setup.base, [r.prompt for r in requests], list(choices.values()), loras)
+    return {
+        i: (texts[choice.by_sum] in cases[i].row.outputs, texts[choice.by_byte] in cases[i].row.outputs)
+        for (i, texts), choice in zip(choices.items(), chosen, strict=True)
+    }
 
 
-def _rows(tasks: Sequence[Task], tallies: Mapping[str, Tally]) -> list[dict[str, Any]]:
+def _rows(tasks: Sequence[Task], scored: Mapping[str, Sequence[BySeed]]) -> list[dict[str, Any]]:
     """A row for each baseline over the tasks that are done."""
+    exact = {
+        name: [seed_shares([[one.is_exact for one in some] for some in by_seed]) for by_seed in of_tasks]
+        for name, of_tasks in scored.items()
+    }
+    parts = {
+        "exact": range(len(tasks)),
+        "near": [i for i, task in enumerate(tasks) if task.is_near],
+        "far": [i for i, task in enumerate(tasks) if not task.is_near],
+    }
     rows = []
-    for name, tally in tallies.items():
-        shares = [mean(hits) for hits in tally.exact]
-        row: dict[str, Any] = {
-            "baseline": name,
-            "label": BASELINES[name].label,
-            "n_tasks": len(tasks),
-            "n": sum(map(len, tally.exact)),
-            "choice": mean_if_any([mean(hits) for hits in tally.choice if hits]),
-            "choice_by_byte": mean_if_any([mean(hits) for hits in tally.choice_by_byte if hits]),
-            "prompt_tokens": mean_if_any(tally.prompt_tokens),
-            "gflops": mean_if_any(tally.gflops),
-            "by_task": {task.name: share for task, share in zip(tasks, shares, strict=True)},
-        }
-        for key, is_counted in _KINDS.items():
-            some = [i for i, task in enumerate(tasks) if is_counted(task)]
-            row[key] = mean_if_any([shares[i] for i in some])
-            if ADAPTER in tallies and name != ADAPTER:
-                gain = f"difference_{key}".removesuffix("_exact")
-                pair = ([t.exact[i] for i in some] for t in (tallies[ADAPTER], tally))
-                found = paired_bootstrap(*pair) if some else (None, None, None)
-                row[gain], row[f"{gain}_low"], row[f"{gain}_high"] = found
+    for name, of_tasks in scored.items():
+        every = [one for by_seed in of_tasks for some in by_seed for one in some]
+        row = {"baseline": name, "label": BASELINES[name].label, **task_figures(tasks, exact[name])}
+        for key in ("choice", "choice_by_byte"):
+            given = [
+                [[right for one in some if (right := getattr(one, key)) is not None] for some in t] for t in of_tasks
+            ]
+            row[key] = mean_if_any([mean(shares) for by_seed in given if (shares := seed_shares(by_seed))])
+        row["prompt_tokens"] = mean_if_any([one.answered.n_prompt_tokens for one in every])
+        row["gflops"] = mean_if_any([one.gflops for one in every])
+        for key, part in parts.items():
+            row[key] = mean_if_any([mean(exact[name][i]) for i in part])
+            if ADAPTER in scored and name != ADAPTER:
+                pair = ([exact[one][i] for i in part] for one in (ADAPTER, name))
+                found = paired_bootstrap(*pair) if part else (None, None, None)
+                row |= named_interval(f"difference_{key}".removesuffix("_exact"), found)
         rows.append(row)
     return rows
 
@@ -563,5 +543,5 @@ def _line(scored: Scored, seed: int) -> dict[str, Any]:
     return {
         "baseline": a.baseline, "seed": seed, "task": drawn.task.name, "description": drawn.description,
         "input": a.case.row.input, "outputs": a.case.row.outputs, **a.said, "exact": scored.is_exact,
-        "chosen": scored.choice,
+        "chosen": None if scored.choice is None else (scored.choice, scored.choice_by_byte),
     }  # fmt: skip
