@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,63 +51,52 @@ def heat_map(path: Path, rows: Sequence[Row], baselines: Sequence[str]) -> None:
 
 def by_length(path: Path, rows: Sequence[Row]) -> None:
     """Exact match of every baseline over the documents' lengths, with its 95 % interval."""
-    figure, axis = pyplot().subplots(figsize=(8.5, 4.8), layout="constrained")
-    _with_intervals(axis, rows, "exact", lambda row, aside: row["length"] * 2 ** (0.07 * aside))
-    lengths = list(dict.fromkeys(row["length"] for row in rows))
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axis.minorticks_off()
-    axis.set_ylim(-4, 104)
-    axis.set_xlabel("document, tokens")
-    _finish(figure, axis, path, "exact match, %", "Needle in a haystack")
+    with _picture(path, "document, tokens", "exact match, %", "Needle in a haystack") as axis:
+        _with_intervals(axis, rows, "exact", lambda row, aside: row["length"] * 2 ** (0.07 * aside))
+        lengths = list(dict.fromkeys(row["length"] for row in rows))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axis.minorticks_off()
+        axis.set_ylim(-4, 104)
 
 
 def f1_by_length(path: Path, rows: Sequence[Row]) -> None:
     """Token F1 of every baseline over the documents' lengths, with its 95 % interval; `rows` as qa.py makes them."""
-    figure, axis = pyplot().subplots(figsize=(8.5, 4.8), layout="constrained")
-    parts = list(dict.fromkeys(row["part"] for row in rows))
-    _with_intervals(axis, rows, "f1", lambda row, aside: parts.index(row["part"]) + 0.06 * aside)
-    axis.set_xticks(range(len(parts)), parts, rotation=15)
-    axis.set_ylim(bottom=0)
-    _finish(figure, axis, path, "F1, %", "Questions about real documents, by the documents' length")
+    with _picture(path, "", "F1, %", "Questions about real documents, by the documents' length") as axis:
+        parts = list(dict.fromkeys(row["part"] for row in rows))
+        _with_intervals(axis, rows, "f1", lambda row, aside: parts.index(row["part"]) + 0.06 * aside)
+        axis.set_xticks(range(len(parts)), parts, rotation=15)
 
 
 def f1_by_cost(path: Path, rows: Sequence[Row]) -> None:
     """Token F1 of every baseline over the tokens that an answer's prompt takes."""
-    figure, axis = pyplot().subplots(figsize=(8.5, 4.8), layout="constrained")
-    for row in rows:
-        axis.plot(row["prompt_tokens"], 100 * row["f1"], "o", markersize=9, label=row["label"])
-    axis.set_xlim(left=0)
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("tokens of the prompt")
-    _finish(figure, axis, path, "F1, %", "Questions about real documents, by what an answer costs")
+    title = "Questions about real documents, by what an answer costs"
+    with _picture(path, "tokens of the prompt", "F1, %", title) as axis:
+        for row in rows:
+            axis.plot(row["prompt_tokens"], 100 * row["f1"], "o", markersize=9, label=row["label"])
+        axis.set_xlim(left=0)
 
 
 def exact_by_operations(path: Path, rows: Sequence[Row]) -> None:
     """Exact match of every baseline over the operations of a query."""
-    figure, axis = pyplot().subplots(figsize=(8.5, 4.8), layout="constrained")
-    for i, row in enumerate(rows):  # another marker once the ten colours come again
-        axis.plot(row["gflops"], 100 * row["exact"], "os^D"[i // 10 % 4], markersize=9, label=row["label"])
-    axis.set_xscale("log")
-    ends = axis.get_xlim()
-    ticks = [n * 10**power for power in range(-1, 5) for n in (1, 2, 3, 5, 7)]
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.minorticks_off()
-    axis.set_xlim(ends)
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("operations of a query, GFLOP")
-    _finish(figure, axis, path, "exact match, %", "Tasks, by what a query costs")
+    with _picture(path, "operations of a query, GFLOP", "exact match, %", "Tasks, by what a query costs") as axis:
+        for i, row in enumerate(rows):  # another marker once the ten colours come again
+            axis.plot(row["gflops"], 100 * row["exact"], "os^D"[i // 10 % 4], markersize=9, label=row["label"])
+        axis.set_xscale("log")
+        ends = axis.get_xlim()
+        ticks = [n * 10**power for power in range(-1, 5) for n in (1, 2, 3, 5, 7)]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.set_xlim(ends)
 
 
 def exact_by_seconds(path: Path, rows: Sequence[Row]) -> None:
     """Exact match over the seconds of gradient descent, a line for each start."""
-    figure, axis = pyplot().subplots(figsize=(8.5, 4.8), layout="constrained")
-    for label in dict.fromkeys(row["label"] for row in rows):
-        mine = [row for row in rows if row["label"] == label and row["seconds"] is not None]
-        axis.plot([row["seconds"] for row in mine], [100 * row["exact"] for row in mine], "o-", label=label)
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("gradient descent on the examples of a task, seconds")
-    _finish(figure, axis, path, "exact match, %", "Tasks, by what refining a LoRA takes")
+    where = "gradient descent on the examples of a task, seconds"
+    with _picture(path, where, "exact match, %", "Tasks, by what refining a LoRA takes") as axis:
+        for label in dict.fromkeys(row["label"] for row in rows):
+            mine = [row for row in rows if row["label"] == label and row["seconds"] is not None]
+            axis.plot([row["seconds"] for row in mine], [100 * row["exact"] for row in mine], "o-", label=label)
 
 
 def costs(path: Path, rows: Sequence[Row], reference: str) -> None:
@@ -140,10 +130,14 @@ def _with_intervals(axis: Any, rows: Sequence[Row], key: str, place: Callable[[R
         axis.errorbar(places, shares, [low, high], marker="o", capsize=3, label=mine[0]["label"])
 
 
-def _finish(figure: Any, axis: Any, path: Path, y_label: str, title: str) -> None:
-    """Label a picture, put its legend beside it, and write it."""
-    axis.set_ylabel(y_label)
-    axis.set_title(title)
+@contextmanager
+def _picture(path: Path, x_label: str, y_label: str, title: str) -> Iterator[Any]:
+    """A picture's axes to draw on; it is then labelled, gets its legend beside it, and is written."""
+    figure, axis = pyplot().subplots(figsize=(8.5, 4.8), layout="constrained")
+    yield axis
+    if axis.get_autoscaley_on():  # no limits were set
+        axis.set_ylim(bottom=0)
+    axis.set(xlabel=x_label, ylabel=y_label, title=title)
     axis.grid(alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     save(figure, path)
@@ -184,16 +178,12 @@ def confusion(path: Path, answers: Sequence[ModalityAnswer], title: str) -> None
     size = 2.6 + 0.46 * len(names)
     figure, axis = plt.subplots(figsize=(size + 0.6, size), layout="constrained")
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    for i, line in enumerate(shares):
-        for j, share in enumerate(line):
-            if share >= 0.5:
-                axis.text(
-                    j, i, f"{share:.0f}", ha="center", va="center", fontsize=8, color="white" if share > 60 else "black"
-                )
+    for i, j in np.argwhere(shares >= 0.5):
+        colour = "white" if shares[i, j] > 60 else "black"
+        axis.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=9)
     axis.set_yticks(range(len(names)), names, fontsize=9)
-    axis.set_xlabel("the likeliest name")
-    axis.set_ylabel("what it is")
+    axis.set(xlabel="the likeliest name", ylabel="what it is")
     if n_held_out := len({one.name for one in answers if one.is_held_out}):
         edge = len(names) - n_held_out - 0.5
         axis.axhline(edge, color="grey", linewidth=0.8)

@@ -7,6 +7,7 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,16 @@ from loracast.lab.evaluation.documents import (
     whole,
     with_text,
 )
-from loracast.lab.evaluation.report import Progress, Report, ReportWriter, cluster_bootstrap, columns, mean, no_progress
+from loracast.lab.evaluation.report import (
+    Progress,
+    Report,
+    ReportWriter,
+    cluster_bootstrap,
+    columns,
+    mean,
+    named_interval,
+    no_progress,
+)
 from loracast.lab.evaluation.runner import (
     Answered,
     Baseline,
@@ -75,56 +85,37 @@ _EXAMPLE_ANSWERS = (
 # A document with questions and answers as they are wanted: without it, the base answers with sentences.
 
 
-def _naive(document: str, question: str) -> list[Message]:
-    return [{"role": "user", "content": f"{document}\n\n{question}"}]
+_ALONE = "Question: {question}\nShort answer:"
+_SHORT = "{document}\n\n" + _ALONE
+_TWICE = "Question: {question}\n\n" + _SHORT
 
 
-def _brief(document: str, question: str) -> list[Message]:
-    return [{"role": "user", "content": f"{document}\n\nQuestion: {question}\nAnswer in a few words."}]
+def _prompt(template: str, *examples: str) -> Prompt:
+    """A prompt of an empty system turn, the examples' questions as turns with their answers, and the real question.
 
-
-def _quoting(document: str, question: str) -> list[Message]:
-    order = "Answer the question with words from the text, as short as possible."
-    return [{"role": "user", "content": f"Text: {document}\n\n{order}\nQuestion: {question}\nAnswer:"}]
-
-
-def _shots(document: str, question: str) -> list[Message]:
-    """Examples as turns: a document with its first question, then further ones; then the real one in the same way."""
-    messages: list[Message] = []
-    for number, (example, answer) in enumerate(_EXAMPLE_ANSWERS):
-        content = _quoted(_EXAMPLE, example) if number == 0 else f"Question: {example}\nShort answer:"
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-    return [*messages, {"role": "user", "content": _quoted(document, question)}]
-
-
-def _twice(document: str, question: str) -> list[Message]:
-    """Examples as turns; each question stands before its document too, so that the base knows what to read for."""
-    messages: list[Message] = []
-    for example, answer in _EXAMPLE_ANSWERS:
-        content = f"Question: {example}\n\n{_quoted(_EXAMPLE, example)}"
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-    return [*messages, {"role": "user", "content": f"Question: {question}\n\n{_quoted(document, question)}"}]
-
-
-def _quoted(document: str, question: str) -> str:
-    return f"{document}\n\nQuestion: {question}\nShort answer:"
-
-
-def _prompt(compose: Callable[[str, str], list[Message]]) -> Prompt:
-    """A prompt of an empty system turn and the composed turns."""
+    Args:
+        template: of the last turn; `{document}` and `{question}` stand in it.
+        examples: templates of the turns with the example's questions; with none, there are no examples.
+    """
 
     def prompt(chat: ChatFormat, document: str, question: str) -> list[int]:
-        return chat.conversation([{"role": "system", "content": ASK_SYSTEM_TURN}, *compose(document, question)])
+        messages: list[Message] = [{"role": "system", "content": ASK_SYSTEM_TURN}]
+        for turn, (example, answer) in zip(examples, _EXAMPLE_ANSWERS, strict=False):
+            messages.append({"role": "user", "content": turn.format(document=_EXAMPLE, question=example)})
+            messages.append({"role": "assistant", "content": answer})
+        last: Message = {"role": "user", "content": template.format(document=document, question=question)}
+        return chat.conversation([*messages, last])
 
     return prompt
 
 
+_ORDER = "Answer the question with words from the text, as short as possible."
 PROMPTS: dict[str, Prompt] = {
-    "naive": _prompt(_naive),
-    "brief": _prompt(_brief),
-    "quoting": _prompt(_quoting),
-    "shots": _prompt(_shots),
-    "twice": _prompt(_twice),
+    "naive": _prompt("{document}\n\n{question}"),
+    "brief": _prompt("{document}\n\nQuestion: {question}\nAnswer in a few words."),
+    "quoting": _prompt(f"Text: {{document}}\n\n{_ORDER}\nQuestion: {{question}}\nAnswer:"),
+    "shots": _prompt(_SHORT, _SHORT, _ALONE, _ALONE),  # the example's document stands before its first question only
+    "twice": _prompt(_TWICE, _TWICE, _TWICE, _TWICE),  # the question first, so that the base knows what to read for
 }
 BEST = "quoting"
 """The best of them on the dev split (docs/notebook)."""
@@ -201,29 +192,21 @@ PASSAGE_TOKENS = 64
 """Longest passage: two or three sentences."""
 
 
-def passages(setup: DocumentSetup, case: DocumentCase, k: int) -> list[str]:
+def passages(setup: DocumentSetup, case: DocumentCase, k: int) -> str:
     """The k passages that BM25 finds best for the question, in the document's order; all where there are no more."""
     tokenizer = setup.base.tokenizer
     text = case.document.document.text
     chunks = split_text(text, lambda part: encode_with_offsets(tokenizer, part), max_tokens=PASSAGE_TOKENS)
-    if len(chunks) <= k:
-        return [chunk.text for chunk in chunks]
-    index = sqlite3.connect(":memory:")
-    try:
-        write_index(index, chunks)
-        picked = best_passages(index, case.question, len(chunks), k)
-    finally:
-        index.close()
-    return [chunks[i].text for i in picked]
+    if len(chunks) > k:
+        with closing(sqlite3.connect(":memory:")) as index:
+            write_index(index, chunks)
+            chunks = [chunks[i] for i in best_passages(index, case.question, len(chunks), k)]
+    return "\n\n".join(chunk.text for chunk in chunks)
 
 
 def _retrieved(k: int) -> Callable[[DocumentSetup, DocumentCase], Request]:
     """The k best passages in the prompt."""
-
-    def request(setup: DocumentSetup, case: DocumentCase) -> Request:
-        return Request(with_text(setup, PROMPTS[BEST], "\n\n".join(passages(setup, case, k)), case.question))
-
-    return request
+    return lambda setup, case: Request(with_text(setup, PROMPTS[BEST], passages(setup, case, k), case.question))
 
 
 BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
@@ -248,7 +231,7 @@ BASELINES: dict[str, Baseline[DocumentSetup, DocumentCase]] = {
     ),
     "bm25_lora": Baseline(
         "window LoRA, BM25 passage",
-        lambda setup, case: in_window_lora(setup, "\n\n".join(passages(setup, case, 1)), case.question),
+        lambda setup, case: in_window_lora(setup, passages(setup, case, 1), case.question),
         needs=("window LoRA",),
     ),
     "bm25": Baseline("BM25, 1 passage", _retrieved(1)),
@@ -325,7 +308,7 @@ def evaluate_qa(model: Model, config: QaConfig, out: Path, progress: Progress = 
     updates: Updates = {name: [] for name in baselines}
     deadline, n_done = Deadline(config.budget_s), 0
     warm_up(model.base)
-    for some in grouped(chosen, _source).values():
+    for some in grouped(chosen, lambda document: document.source).values():
         if n_done and deadline.is_over:
             break
         for i, group in enumerate(_groups(model, config, some, deadline)):
@@ -353,7 +336,7 @@ def draw(report: Report, out: Path) -> None:
 def choose(config: QaConfig) -> list[QuestionedDocument]:
     """Draw the documents and their questions, source by source. Raises ConfigError where none is left."""
     chosen: list[QuestionedDocument] = []
-    for source, of_source in grouped(sorted(config.read(), key=_source), _source).items():
+    for source, of_source in sorted(grouped(config.read(), lambda document: document.source).items()):
         rng = random.Random(f"{config.seed}/{source}")
         some = rng.sample(of_source, min(config.max_documents, len(of_source)))
         for document in some:
@@ -365,10 +348,6 @@ def choose(config: QaConfig) -> list[QuestionedDocument]:
     if not chosen:
         raise ConfigError("no document has a question whose answer it says; ask all questions (without --spans-only)")
     return chosen
-
-
-def _source(document: QuestionedDocument) -> str:
-    return document.source
 
 
 def _groups(
@@ -389,13 +368,8 @@ def _groups(
 
 def cases_of(document: QuestionedDocument, adapter: InMemoryAdapter, other: InMemoryAdapter) -> list[DocumentCase]:
     """The questions about one document."""
-    learned: dict[str, LoRA] = {}
-    return [
-        DocumentCase(
-            adapter, other, q.question, q.answers, doc_id=document.doc_id, source=document.source, learned=learned
-        )
-        for q in document.questions
-    ]
+    about: dict[str, Any] = {"doc_id": document.doc_id, "source": document.source, "learned": {}}
+    return [DocumentCase(adapter, other, q.question, q.answers, **about) for q in document.questions]
 
 
 def _answer(
@@ -445,31 +419,19 @@ def _rows(part: str, scored: Sequence[Scored], updates: Updates, kind: str) -> l
     rows = []
     for name, some in by_baseline.items():
         by_document = _by_document(some)
-        low, high = cluster_bootstrap(list(by_document.values()))
-        row: dict[str, Any] = {
-            "kind": kind,
-            "part": part,
-            "baseline": name,
-            "label": BASELINES[name].label,
-            "documents": len(by_document),
-            **figures([s.answered for s in some]),
-            "exact": mean([s.exact for s in some]),
-            "contained": mean([s.contained for s in some]),
-            "f1": f1[name],
-            "f1_low": low,
-            "f1_high": high,
-            "rouge_l": mean([s.rouge_l for s in some]),
-            "of_window": f1[name] / f1["window"] if f1.get("window") else None,
-            "of_window_lora": f1[name] / f1["window_lora"] if f1.get("window_lora") else None,
-            "document_tokens": mean([s.case.document.n_tokens for s in some]),
-            "update_s": mean([seconds for seconds, _ in updates[name]]),
-            "update_mib": max(mib for _, mib in updates[name]),
-        }
+        row: dict[str, Any] = {"kind": kind, "part": part, "baseline": name, "label": BASELINES[name].label}
+        row |= {"documents": len(by_document), **figures([s.answered for s in some])}
+        row |= {key: mean([getattr(s, key) for s in some]) for key in ("exact", "contained", "rouge_l")}
+        row |= named_interval("f1", (f1[name], *cluster_bootstrap(list(by_document.values()))))
+        for best_known in ("window", "window_lora"):
+            row[f"of_{best_known}"] = f1[name] / f1[best_known] if f1.get(best_known) else None
+        row["document_tokens"] = mean([s.case.document.n_tokens for s in some])
+        row["update_s"] = mean([seconds for seconds, _ in updates[name]])
+        row["update_mib"] = max(mib for _, mib in updates[name])
         if "adapter" in by_baseline and name != "adapter":
             mine = _by_document(by_baseline["adapter"])
             gains = [[x - y for x, y in zip(mine[key], by_document[key], strict=True)] for key in mine]
-            row["difference"] = f1["adapter"] - f1[name]
-            row["difference_low"], row["difference_high"] = cluster_bootstrap(gains)
+            row |= named_interval("difference", (f1["adapter"] - f1[name], *cluster_bootstrap(gains)))
         rows.append(row)
     return rows
 

@@ -123,25 +123,18 @@ def _measure(
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for i, n_new in enumerate(lengths):
         for name in in_turn(names, i):
-            prompt = prompts[name][i]
-            with_lora = lora if name == ADAPTER else None
+            prompt, with_lora = prompts[name][i], lora if name == ADAPTER else None
+            n, n_bytes = len(prompt), base.model.dtype.itemsize
             done = answer(base, prompt, with_lora, Sampling(max_new_tokens=n_new, min_new_tokens=n_new))
-            seen[name].append(
-                {
-                    "prompt_tokens": len(prompt),
-                    "new_tokens": n_new,
-                    "gflops": formula.query(len(prompt), n_new, with_lora) / 1e9,
-                    "gflops_kept": formula.query(len(prompt), n_new, with_lora, n_kept[name]) / 1e9,
-                    "first_token_s": done.first_token_s,
-                    "total_s": done.total_s,
-                    "cache_kib": formula.cache_bytes(len(prompt) + n_new - 1, base.model.dtype.itemsize) / 1024,
-                    "joules": done.total_s * config.watts,
-                }
-            )
+            figures = {"prompt_tokens": n, "new_tokens": n_new, "gflops": formula.query(n, n_new, with_lora) / 1e9}
+            figures["gflops_kept"] = formula.query(n, n_new, with_lora, n_kept[name]) / 1e9
+            figures |= {"first_token_s": done.first_token_s, "total_s": done.total_s}
+            figures["cache_kib"] = formula.cache_bytes(n + n_new - 1, n_bytes) / 1024
+            seen[name].append({**figures, "joules": done.total_s * config.watts})
     rows: list[dict[str, Any]] = []
-    for name, figures in seen.items():
-        means = {key: statistics.mean(f[key] for f in figures) for key in figures[0]}
-        medians = {key: statistics.median(f[key] for f in figures) for key in ("first_token_s", "total_s", "joules")}
+    for name, some in seen.items():
+        means = {key: statistics.mean(f[key] for f in some) for key in some[0]}
+        medians = {key: statistics.median(f[key] for f in some) for key in ("first_token_s", "total_s", "joules")}
         rows.append({"task": drawn.task.name, "baseline": name, "label": LABELS[name], **means, **medians})
     adapter = next(row for row in rows if row["baseline"] == ADAPTER)
     for row in rows:
@@ -177,9 +170,6 @@ def _queries(making: float, saving: float) -> int | None:
 
 def _mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All tasks count the same."""
-    keys = (
-        "prompt_tokens", "new_tokens", "gflops", "gflops_kept", "first_token_s", "total_s", "cache_kib", "joules",
-        "make_gflops", "make_s", "flops_ratio", "kept_ratio",
-    )  # fmt: skip
-    row = {key: statistics.mean(r[key] for r in rows) for key in keys}
-    return {"task": _ALL, "baseline": rows[0]["baseline"], "label": rows[0]["label"], **row}
+    no_means = ("task", "baseline", "label", "break_even", "break_even_s")
+    means = {key: statistics.mean(row[key] for row in rows) for key in rows[0] if key not in no_means}
+    return {"task": _ALL, "baseline": rows[0]["baseline"], "label": rows[0]["label"], **means}

@@ -489,7 +489,8 @@ def _answer(setup: TaskSetup, name: str, baseline: TaskBaseline, drawn: Drawn, c
         n_new = len(setup.base.chat.reply(a.case.row.outputs[0]))
         is_exact = is_right(a.text, a.case.row.outputs, task.metric)
         gflops = formula.query(a.n_prompt_tokens, n_new, lora) / 1e9
-        scored.append(Scored(a, is_exact, *choices.get(i, (None, None)), gflops))
+        choice, choice_by_byte = choices.get(i, (None, None))
+        scored.append(Scored(a, is_exact, choice, choice_by_byte, gflops))
     return scored
 
 

@@ -31,7 +31,16 @@ from loracast.lab.data.answer_metrics import best, has_value, token_f1
 from loracast.lab.data.rows import DocumentQuestion, QuestionedDocument
 from loracast.lab.evaluation.documents import DocumentSetup, QuestionedConfig, RoutedConfig, adapters, plain
 from loracast.lab.evaluation.qa import MAX_NEW_TOKENS
-from loracast.lab.evaluation.report import Progress, Report, ReportWriter, columns, mean_with_interval, no_progress
+from loracast.lab.evaluation.report import (
+    Progress,
+    Report,
+    ReportWriter,
+    columns,
+    mean,
+    mean_with_interval,
+    named_interval,
+    no_progress,
+)
 from loracast.lab.evaluation.runner import (
     Answered,
     Baseline,
@@ -105,15 +114,15 @@ class LibraryCase:
     named: Sequence[tuple[InMemoryAdapter, Route]]
     picked: Sequence[tuple[InMemoryAdapter, Route]]
 
+    @property
+    def question(self) -> str:
+        return self.about.asked.question
+
 
 BASELINES: dict[str, Baseline[DocumentSetup, LibraryCase]] = {
-    "library": Baseline(
-        "none named", lambda s, case: Request(plain(s, case.about.asked.question), adapters(s, case.picked))
-    ),
-    "named": Baseline(
-        "the document named", lambda s, case: Request(plain(s, case.about.asked.question), adapters(s, case.named))
-    ),
-    "none": Baseline("no document", lambda s, case: Request(plain(s, case.about.asked.question))),
+    "library": Baseline("none named", lambda s, case: Request(plain(s, case.question), adapters(s, case.picked))),
+    "named": Baseline("the document named", lambda s, case: Request(plain(s, case.question), adapters(s, case.named))),
+    "none": Baseline("no document", lambda s, case: Request(plain(s, case.question))),
 }
 
 
@@ -263,13 +272,10 @@ def _ranks(asked: Sequence[Asked]) -> list[dict[str, Any]]:
     for part, some in _parts(asked, lambda one: one).items():
         if some:
             hits = [(one, float(one.rank is not None and one.rank <= _FIRST)) for one in some]
-            three, low, high = mean_with_interval(_by_document(hits))
-            rows.append(
-                {
-                    "questions": part, "label": "search alone", "n": len(some), "first": sum(a.rank == 1 for a in some)
-                    / len(some), "three": three, "three_low": low, "three_high": high,
-                }
-            )  # fmt: skip
+            three = mean_with_interval(_by_document(hits))
+            row = {"questions": part, "label": "search alone", "n": len(some)}
+            row |= {"first": mean([one.rank == 1 for one in some]), **named_interval("three", three)}
+            rows.append(row)
     return rows
 
 
@@ -291,14 +297,13 @@ def _answers(answered: Sequence[Answered[LibraryCase]]) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"questions": part, "baseline": name, "label": BASELINES[name].label, "n": len(given)}
             row["contained"] = statistics.mean(contained for contained, _ in scores)
             f1 = [(about, f1) for about, (_, f1) in zip(places, scores, strict=True)]
-            row["f1"], row["f1_low"], row["f1_high"] = mean_with_interval(_by_document(f1))
+            row |= named_interval("f1", mean_with_interval(_by_document(f1)))
             if name != "named":
-                of = statistics.mean(f1 for _, f1 in named), statistics.mean(contained for contained, _ in named)
-                row["of_named"] = row["f1"] / of[0] if of[0] else None
-                row["contained_of_named"] = row["contained"] / of[1] if of[1] else None
+                of_contained, of_f1 = map(statistics.mean, zip(*named, strict=True))
+                row["of_named"] = row["f1"] / of_f1 if of_f1 else None
+                row["contained_of_named"] = row["contained"] / of_contained if of_contained else None
                 gains = [(about, x - y) for about, (_, x), (_, y) in zip(places, scores, named, strict=True)]
-                keys = ("difference", "difference_low", "difference_high")
-                row |= dict(zip(keys, mean_with_interval(_by_document(gains)), strict=True))
+                row |= named_interval("difference", mean_with_interval(_by_document(gains)))
             rows.append(row)
     return rows
 
@@ -306,13 +311,11 @@ def _answers(answered: Sequence[Answered[LibraryCase]]) -> list[dict[str, Any]]:
 def _times(times: dict[str, list[tuple[float, float]]]) -> list[dict[str, Any]]:
     """Medians of the seconds, beside those with the document named."""
     medians = {name: [statistics.median(column) for column in zip(*some, strict=True)] for name, some in times.items()}
-    return [
-        {
-            "questions": "timed, on disk", "baseline": name, "label": BASELINES[name].label, "n": len(times[name]),
-            "prepare_s": prepare_s, "first_token_s": first_token_s, "ratio": first_token_s / medians["named"][1],
-        }
-        for name, (prepare_s, first_token_s) in medians.items()
-    ]  # fmt: skip
+    rows = []
+    for name, (prepare_s, first_s) in medians.items():
+        row = {"questions": "timed, on disk", "baseline": name, "label": BASELINES[name].label, "n": len(times[name])}
+        rows.append({**row, "prepare_s": prepare_s, "first_token_s": first_s, "ratio": first_s / medians["named"][1]})
+    return rows
 
 
 def _line(library: TemporaryLibrary, one: Answered[LibraryCase]) -> dict[str, Any]:
