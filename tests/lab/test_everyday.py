@@ -15,9 +15,9 @@ import pytest
 from loracast.answering.answers import NOT_SAID
 from loracast.errors import ConfigError
 from loracast.lab.data.everyday import (
-    FEWEST_WORDS,
     KINDS,
-    MOST_WORDS,
+    MAX_WORDS,
+    MIN_WORDS,
     EverydayDocument,
     EverydayFact,
     Genre,
@@ -159,7 +159,7 @@ def test_entities_of_splits_are_disjoint() -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_statement_is_in_the_text_and_holds_its_answer(split: Split) -> None:
     for document in documents(split):
-        assert FEWEST_WORDS <= len(document.text.split()) <= MOST_WORDS
+        assert MIN_WORDS <= len(document.text.split()) <= MAX_WORDS
         assert not re.search(r"[{}\[\]]|<(say|list|filler|#)>", document.text + document.title)
         for fact in document.facts:
             assert fact.question[0].isupper() and not re.search(r"[{}\[\]]", fact.question + fact.answer)

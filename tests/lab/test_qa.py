@@ -143,7 +143,7 @@ def test_a_window_lora_is_told_from_other_loras(base, window_folder, tmp_path):
 
 
 def test_every_baseline_answers_every_question(model, documents, window_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("loracast.lab.evaluation.qa._STEPS", 4)  # that more of them help has a test of its own
+    monkeypatch.setattr("loracast.lab.evaluation.qa._N_STEPS", 4)  # that more of them help has a test of its own
     config = QaConfig(
         documents=(documents,), baselines=tuple(BASELINES), max_documents=1, spans_only=True, chunk_tokens=64,
         window_lora=str(window_folder),
@@ -257,7 +257,7 @@ def test_distillation_comes_closer_to_the_teacher(model, documents, monkeypatch)
     from loracast.lab.evaluation import qa as distilled
     from loracast.lora.algebra import inject
 
-    monkeypatch.setattr(distilled, "_STEPS", 15)
+    monkeypatch.setattr(distilled, "_N_STEPS", 15)
     monkeypatch.setattr(distilled, "_LR", 1e-2)
     setup, (document, *_) = DocumentSetup(model), read_questioned([documents])
     case = cases_of(document, *[InMemoryAdapter(model, document.text, document.title, 64)] * 2)[0]

@@ -96,7 +96,7 @@ def maker_of(base, **options) -> EpisodeMaker:
 def source_of(base, tmp_path, maker=None, **options) -> DocumentSource:
     documents = read_questioned([write_documents(tmp_path / "qa.jsonl")])
     settings = {"max_chunk_tokens": 128, "max_chunks": 4, "max_questions": 8, "reading_chunk_tokens": 128, **options}
-    return DocumentSource(documents, maker or maker_of(base), **settings)
+    return DocumentSource(DataConfig(**settings), documents, maker or maker_of(base))
 
 
 def test_peoples_questions_are_asked_of_their_documents_and_marked(base, tmp_path):

@@ -31,11 +31,11 @@ _MARK = re.compile(r"<(say|list|filler|#)>")
 _LINE_START = re.compile(r"^the\b", re.MULTILINE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])(\s+)")
 
-FEWEST_WORDS, MOST_WORDS = 60, 350  # of a document
+MIN_WORDS, MAX_WORDS = 60, 350  # of a document
 P_CHECK = 0.25  # of a value: asked for with yes or no too
 P_BACKWARDS = 0.3  # of a line in a list: its item is asked for, by a value
-MOST_LISTED = 6  # questions for values in a list
-MOST_NOT_SAID = 2
+MAX_LISTED = 6  # questions for values in a list
+MAX_NOT_SAID = 2
 N_TRIES = 200  # draws for a fresh value before the whole document is drawn anew
 
 
@@ -153,7 +153,7 @@ def make_document(rng: random.Random, *, split: Split, genre: str | None = None)
     while True:
         draft = _Draft(rng, chosen, split)
         document = draft.finish()
-        if draft.is_fresh and FEWEST_WORDS <= len(document.text.split()) <= MOST_WORDS and _is_clear(document):
+        if draft.is_fresh and MIN_WORDS <= len(document.text.split()) <= MAX_WORDS and _is_clear(document):
             return document
 
 
@@ -307,8 +307,8 @@ class _Draft:
                 suffix = str(k + 1) if k else ""
                 spans += self.of_row(listing, row, suffix, slots, rows[-1])
         rng.shuffle(spans)
-        self.facts += spans[:MOST_LISTED]
-        self.unasked += spans[MOST_LISTED:]
+        self.facts += spans[:MAX_LISTED]
+        self.unasked += spans[MAX_LISTED:]
         self.ask_about_list(listing, items, columns)
         return "\n".join([*head, between.join(rows)])
 
@@ -371,7 +371,7 @@ class _Draft:
     def ask_unsaid(self, unsaid: Sequence[Saying]) -> None:
         """Ask for what sentences would have said that the layout had no place for."""
         questions = [pair for saying in unsaid for pair in saying.questions.items()]
-        for name, ask in self.rng.sample(questions, min(MOST_NOT_SAID, len(questions))):
+        for name, ask in self.rng.sample(questions, min(MAX_NOT_SAID, len(questions))):
             self.facts.append(EverydayFact("not said", self.names["s"], name, self.word(ask), NOT_SAID))
 
 

@@ -12,7 +12,6 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, cycle
 
 from loracast.documents.chunks import Encode
@@ -88,11 +87,6 @@ class Sample:
     """The depth asked for each needle: 0 the beginning, 1 the end."""
     places: tuple[int, ...]
     """The character at which each needle's sentence starts."""
-
-    @cached_property
-    def answer_places(self) -> tuple[int, ...]:
-        """The character at which each needle's value starts."""
-        return tuple(self.text.index(n.answer, place) for n, place in zip(self.needles, self.places, strict=True))
 
 
 class Haystack:

@@ -98,8 +98,8 @@ their which who when where had has have not also into than then there
 STOP_WORDS = frozenset(_WORDS.split())  # frequent words that say little about a sentence
 _BLANK = ("Fill the gap: {}", "Complete: {}", "What is missing? {}", "{}", "What belongs in the gap? {}")
 _TURNS = 5
-_FEWEST_WORDS = 5
-_MOST_WORDS = 22
+_MIN_WORDS = 5
+_MAX_WORDS = 22
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Cloze:
 
 def make_clozes(rng: random.Random, text: str, n: int) -> list[Cloze]:
     """Make at most `n` questions about a text, about different sentences if there are enough, in the text's order."""
-    spans = [span for span in sentence_spans(text) if len(text[slice(*span)].split()) >= _FEWEST_WORDS]
+    spans = [span for span in sentence_spans(text) if len(text[slice(*span)].split()) >= _MIN_WORDS]
     rng.shuffle(spans)
     made: list[tuple[int, Cloze]] = []
     asked: set[tuple[int, str]] = set()
@@ -155,7 +155,7 @@ def _may_ask(kind: str, match: re.Match[str]) -> bool:
 def _with_gap(rng: random.Random, before: str, after: str) -> str:
     """The sentence with a gap, cut to a few words on both sides."""
     left, right = before.split(), after.split()
-    room = rng.randint(_FEWEST_WORDS + 1, _MOST_WORDS)
+    room = rng.randint(_MIN_WORDS + 1, _MAX_WORDS)
     n_left = min(len(left), max(room // 2, room - len(right)))
     kept = [*left[len(left) - n_left :], "___", *right[: room - n_left]]
     return rng.choice(_BLANK).format(" ".join(kept))
@@ -168,8 +168,8 @@ def _with_word(rng: random.Random, kind: str, before: str, after: str) -> str | 
     telling = [word for word in words if word.strip(",.;:()\"'").lower() not in STOP_WORDS]
     if len(telling) < 2:
         return None
-    first = rng.randrange(max(1, len(words) - _MOST_WORDS + 1))
-    body = " ".join(words[first : first + _MOST_WORDS]).strip(" ,.;:\"'()")
+    first = rng.randrange(max(1, len(words) - _MAX_WORDS + 1))
+    body = " ".join(words[first : first + _MAX_WORDS]).strip(" ,.;:\"'()")
     if rng.random() < 0.2:
         body = body.lower()
     return f"{rng.choice(_ASKS[kind])} {body}?"
@@ -349,13 +349,9 @@ def make_questions(
         for done, passage in enumerate(todo, start=1):
             made = _by_rule(passage, config, tally) if writer is None else _written(passage, writer, config, tally)
             row = {
-                "doc_id": passage.doc_id,
-                "source": "self-made",
-                "title": passage.title,
-                "document": passage.text,
-                "made_by": "rule" if writer is None else writer.name,
-                "questions": [asdict(one) for one in made],
-            }
+                "doc_id": passage.doc_id, "source": "self-made", "title": passage.title, "document": passage.text,
+                "made_by": "rule" if writer is None else writer.name, "questions": [asdict(one) for one in made],
+            }  # fmt: skip
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             progress(done, len(todo))
@@ -393,9 +389,8 @@ def _written(passage: Passage, writer: Writer, config: MakeConfig, tally: Tally)
     kept: list[Made] = []
     for level in range(1, config.levels + 1):
         order = _ask_for(passage.text, config.per_passage, kept if level == 2 else ())
-        for question, answer in parse(writer.write(order, config.per_passage * _TOKENS_OF_A_PAIR))[
-            : config.per_passage
-        ]:
+        pairs = parse(writer.write(order, config.per_passage * _TOKENS_OF_A_PAIR))
+        for question, answer in pairs[: config.per_passage]:
             if any(_alike(question, other.question) for other in kept):
                 tally.repeated += 1
             elif token_f1(writer.write(_answer_with(passage.text, question), _TOKENS_OF_A_PAIR), answer) < _AGREES:

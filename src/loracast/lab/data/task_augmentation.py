@@ -107,9 +107,9 @@ FORMS: dict[str, Callable[[str, str], str]] = {
 }
 """By name: (input, answer) -> the answer in another form."""
 _FOR_SHORT = {"echo", "twice", "spaced", "reversed"}  # a small base learns little from longer ones
-_MOST_CHARACTERS = 24
-_LONGEST_NAME = 12  # of a label, in characters
-_MOST_CHARACTERS_OFFERED = 40  # of an answer that is offered among others
+_MAX_CHARACTERS = 24
+_MAX_NAME_CHARACTERS = 12  # of a label, in characters
+_MAX_CHARACTERS_OFFERED = 40  # of an answer that is offered among others
 
 STYLES: dict[str, Callable[[str, int], str]] = {
     "upper": lambda word, i: word.upper(),
@@ -190,7 +190,7 @@ def _with_synonyms(task: Task, description: str, words: Sequence[str], rng: rand
 def _formed(task: Task, description: str, words: Sequence[str], rng: random.Random) -> Augmentation:
     """The answer takes another form."""
     longest = max(len(example.outputs[0]) for example in task.train[:50])
-    forms = [name for name in FORMS if longest <= _MOST_CHARACTERS or name not in _FOR_SHORT]
+    forms = [name for name in FORMS if longest <= _MAX_CHARACTERS or name not in _FOR_SHORT]
     name = rng.choice(forms)
 
     def change(examples: Sequence[Example]) -> list[Example]:
@@ -341,17 +341,17 @@ def _short_answers(task: Task) -> list[str]:
     """The task's different answers in a fixed order; none if its inputs or answers are long."""
     some = task.train[:50]
     longest = max(len(e.input) for e in some), max(len(e.outputs[0]) for e in some)
-    is_short = longest[0] <= MAX_CHARACTERS_TOGETHER and longest[1] <= _MOST_CHARACTERS_OFFERED
+    is_short = longest[0] <= MAX_CHARACTERS_TOGETHER and longest[1] <= _MAX_CHARACTERS_OFFERED
     return list(dict.fromkeys(e.outputs[0] for e in task.train)) if is_short else []
 
 
 def words_of(tasks: Sequence[Task]) -> tuple[str, ...]:
     """New names for labels, sorted: labels, and words that are an input or output of at least two tasks."""
-    labels = {label for task in tasks for label in task.labels if len(label) <= _LONGEST_NAME}
+    labels = {label for task in tasks for label in task.labels if len(label) <= _MAX_NAME_CHARACTERS}
     count: Counter[str] = Counter()
     for task in tasks:
         texts = {text for e in task.train for text in (e.input, e.outputs[0])}
-        count.update(text for text in texts if re.fullmatch(rf"[A-Za-z]{{3,{_LONGEST_NAME}}}", text))
+        count.update(text for text in texts if re.fullmatch(rf"[A-Za-z]{{3,{_MAX_NAME_CHARACTERS}}}", text))
     return tuple(sorted(labels.union(text for text, n in count.items() if n > 1)))
 
 

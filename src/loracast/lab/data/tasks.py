@@ -92,16 +92,12 @@ def _from_file(path: Path) -> Task:
         descriptions = stored["descriptions"]
         by_kind = descriptions if isinstance(descriptions, dict) else {"train": descriptions}
         train, test = _split([(row.get("split"), example_from(row)) for row in stored["examples"]])
+        described = {_one_of(kind, DescriptionKind): texts_in(texts) for kind, texts in by_kind.items()}
         return Task(
-            name=stored.get("name", path.stem),
-            descriptions={_one_of(kind, DescriptionKind): texts_in(texts) for kind, texts in by_kind.items()},
-            train=train,
-            test=test,
-            labels=tuple(stored.get("labels", ())),
-            group=stored.get("group", ""),
-            is_heldout=bool(stored.get("heldout", False)),
+            stored.get("name", path.stem), described, train, test, labels=tuple(stored.get("labels", ())),
+            group=stored.get("group", ""), is_heldout=bool(stored.get("heldout", False)),
             metric=_one_of(stored.get("metric", "exact"), Metric),
-        )
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         said = f"it needs {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(f"{path} is not a task file: {said}") from error
@@ -226,23 +222,19 @@ def read_benchmark(path: Path, *, lists_choices: bool = True) -> Task:
             f"nothing is known of a benchmark {name!r}; write it as a task file (docs/tasks.md). "
             f"Known: {', '.join(sorted(known))}"
         )
-    rows = _examples(path, lists_choices)
+    asked = _examples(path, lists_choices)
     beside = path.with_name(path.name.replace("_test.", "_train."))
-    shown = _examples(beside, lists_choices) if beside != path and beside.is_file() else rows[:_N_SHOWN]
-    asked = rows if beside != path and beside.is_file() else rows[_N_SHOWN:]
+    if beside != path and beside.is_file():
+        shown = _examples(beside, lists_choices)
+    else:
+        shown, asked = asked[:_N_SHOWN], asked[_N_SHOWN:]
     if not asked:
         raise ConfigError(
             f"{path} has no more than {_N_SHOWN} rows, which are its examples: put those into {beside.name}"
         )
-    return Task(
-        name=name,
-        descriptions={"heldout": tuple(about["descriptions"])},
-        train=tuple(shown),
-        test=tuple(asked),
-        group=about["group"],
-        is_heldout=True,
-        metric=about.get("metric", "exact"),
-    )
+    described: dict[DescriptionKind, tuple[str, ...]] = {"heldout": tuple(about["descriptions"])}
+    metric = about.get("metric", "exact")
+    return Task(name, described, tuple(shown), tuple(asked), group=about["group"], is_heldout=True, metric=metric)
 
 
 def _examples(path: Path, lists_choices: bool) -> list[Example]:

@@ -33,7 +33,7 @@ Variants = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """What `loracast eval ablations` compares, and how it is measured."""
+    """Settings of `loracast eval ablations`."""
 
     recipe: str
     """File of the recipe."""

@@ -124,7 +124,7 @@ MEMORY_COLUMNS = columns(
 
 @dataclass(frozen=True)
 class LatencyConfig:
-    """What `loracast eval latency` measures."""
+    """Settings of `loracast eval latency`."""
 
     texts: tuple[str, ...]
     """Files with the prose of the document."""
@@ -143,7 +143,7 @@ class LatencyConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig(DocumentConfig):
-    """What `loracast eval memory` measures."""
+    """Settings of `loracast eval memory`."""
 
     texts: tuple[str, ...]
     """Files with the prose of the documents."""
@@ -190,19 +190,12 @@ def evaluate_latency(model: Model, config: LatencyConfig, out: Path, progress: P
         for name, some in answered.items()
     }
     base_s = statistics.median(times["base"])
-    rows = [
-        {
-            "baseline": name,
-            "label": baselines[name].label,
-            "n": len(seconds),
-            "prompt_tokens": answered[name][-1].n_prompt_tokens,
-            "first_token_s": statistics.median(seconds),
-            "fastest_s": min(seconds),
-            "slowest_s": max(seconds),
-            "ratio": statistics.median(seconds) / base_s,
-        }
-        for name, seconds in times.items()
-    ]
+    rows = []
+    for name, seconds in times.items():
+        median_s = statistics.median(seconds)
+        row = {"baseline": name, "label": baselines[name].label, "n": len(seconds)}
+        row |= {"prompt_tokens": answered[name][-1].n_prompt_tokens, "first_token_s": median_s}
+        rows.append({**row, "fastest_s": min(seconds), "slowest_s": max(seconds), "ratio": median_s / base_s})
     return writer.write(rows)
 
 

@@ -38,7 +38,7 @@ GATE_COLUMNS = columns(
 
 @dataclass(frozen=True)
 class GateConfig:
-    """What `loracast eval gate` measures."""
+    """Settings of `loracast eval gate`."""
 
     documents: tuple[str, ...]
     """Files of documents with questions."""
@@ -84,7 +84,7 @@ INTERFERENCE_COLUMNS = columns(
 
 @dataclass(frozen=True)
 class InterferenceConfig(QuestionedConfig, RoutedConfig):
-    """What `loracast eval interference` measures."""
+    """Settings of `loracast eval interference`."""
 
     benchmarks: tuple[str, ...] = ()
     """Files of questions with choices."""

@@ -22,7 +22,7 @@ COLUMNS = columns(
 
 @dataclass(frozen=True)
 class HarnessConfig:
-    """What `loracast eval harness` runs."""
+    """Settings of `loracast eval harness`."""
 
     tasks: tuple[str, ...]
     """Names of the harness's tasks, or of those in `include`."""

@@ -15,7 +15,15 @@ from loracast.answering.model import Model
 from loracast.base.load import Base
 from loracast.base.scoring import Batch, Episode, Question, pack, score_answers
 from loracast.errors import ConfigError
-from loracast.lab.evaluation.report import Progress, Report, ReportWriter, columns, mean_with_interval, no_progress
+from loracast.lab.evaluation.report import (
+    Progress,
+    Report,
+    ReportWriter,
+    columns,
+    mean_with_interval,
+    named_interval,
+    no_progress,
+)
 from loracast.lab.training.document_source import KINDS, DataConfig, EpisodeKind, EpisodeSource
 from loracast.lab.training.losses import sentence_gates
 from loracast.lora.algebra import LoRA, LoRABatch, stack
@@ -103,7 +111,7 @@ COLUMNS = columns(
 
 @dataclass(frozen=True)
 class TeacherForcedConfig:
-    """What is measured."""
+    """Settings of `loracast eval teacher-forced`."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """Data of the episodes, as in a training recipe; the shares of the kinds do not matter."""
@@ -179,6 +187,6 @@ def _right(logits: torch.Tensor, batch: Batch) -> list[tuple[list[float], list[f
 def _row(kind: str, name: str, of_documents: Sequence[tuple[list[float], list[float]]]) -> dict[str, Any]:
     tokens, exact = ([document[i] for document in of_documents] for i in (0, 1))
     row: dict[str, Any] = {"kind": kind, "baseline": name, "label": LABELS[name], "documents": len(of_documents)}
-    for key, low, high, clusters in (("exact", "exact_low", "exact_high", exact), ("accuracy", "low", "high", tokens)):
-        row[key], row[low], row[high] = mean_with_interval(clusters) if any(clusters) else (0.0, 0.0, 1.0)
+    of_exact, of_tokens = (mean_with_interval(some) if any(some) else (0.0, 0.0, 1.0) for some in (exact, tokens))
+    row |= named_interval("exact", of_exact) | dict(zip(("accuracy", "low", "high"), of_tokens, strict=True))
     return {**row, "questions": sum(map(len, exact))}

@@ -60,7 +60,7 @@ _PROBE_STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # scikit-learn's C
 
 @dataclass(frozen=True)
 class ModalityEvalConfig:
-    """What `loracast eval image` measures."""
+    """Settings of `loracast eval image`."""
 
     per_class: int | None = None
     """Most examples of each class; by default all."""

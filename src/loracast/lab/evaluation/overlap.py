@@ -30,7 +30,7 @@ COLUMNS = columns(
 
 @dataclass(frozen=True)
 class OverlapConfig:
-    """What `loracast eval overlap` compares."""
+    """Settings of `loracast eval overlap`."""
 
     tasks: str | None = None
     """A folder of task files, or a file of examples."""
@@ -59,9 +59,7 @@ def evaluate_overlap(config: OverlapConfig, out: Path, progress: Progress = no_p
         ConfigError: there are no held-out tasks, or no others.
     """
     if config.tasks is None:
-        keep = None if config.keep is None else Path(config.keep)
-        files = config.documents, config.held_out
-        return evaluate_document_overlap(*files, config.shared, keep, config, out, progress)
+        return evaluate_document_overlap(config, out, progress)
     tasks = read_tasks(config.tasks)
     heldout = [task for task in tasks if task.is_heldout and task.test]
     training = [task for task in tasks if not task.is_heldout]
@@ -76,27 +74,19 @@ def evaluate_overlap(config: OverlapConfig, out: Path, progress: Progress = no_p
     rows = []
     for i, task in enumerate(heldout):
         similar = [inputs.similarities(row.input) for row in task.test]  # each [rows of training]
-        same = [normalise(row.input) in input_texts for row in task.test]
-        near = [is_same or row.max(initial=0.0) >= config.near for is_same, row in zip(same, similar, strict=True)]
-        homes = [rows_of_training[j][0] for row in similar for j in np.flatnonzero(row >= config.near)]
+        same = [normalise(example.input) in input_texts for example in task.test]
+        near = [is_same or some.max(initial=0.0) >= config.near for is_same, some in zip(same, similar, strict=True)]
+        homes = [rows_of_training[j][0] for some in similar for j in np.flatnonzero(some >= config.near)]
         texts = [text for some in task.descriptions.values() for text in some]
         closeness = [descriptions.similarities(text) for text in texts]
-        best = max(range(len(texts)), key=lambda k: closeness[k].max(initial=0.0)) if texts else None
-        rows.append(
-            {
-                "task": task.name,
-                "is_near": task.is_near,
-                "n": len(task.test),
-                "same": mean([not pairs.isdisjoint(_pairs(row)) for row in task.test]),
-                "same_input": mean(same),
-                "near_input": mean(near),
-                "near_task": max(sorted(set(homes)), key=homes.count) if homes else "-",
-                "description": float(closeness[best].max(initial=0.0)) if best is not None else None,
-                "description_task": described[int(np.argmax(closeness[best]))][0]
-                if best is not None and described
-                else "-",
-            }
-        )
+        best = max(closeness, key=lambda row: row.max(initial=0.0), default=None)
+        row: dict[str, Any] = {"task": task.name, "is_near": task.is_near, "n": len(task.test)}
+        row["same"] = mean([not pairs.isdisjoint(_pairs(example)) for example in task.test])
+        row |= {"same_input": mean(same), "near_input": mean(near)}
+        row["near_task"] = max(sorted(set(homes)), key=homes.count) if homes else "-"
+        row["description"] = None if best is None else float(best.max(initial=0.0))
+        row["description_task"] = described[int(np.argmax(best))][0] if best is not None and described else "-"
+        rows.append(row)
         progress(i + 1, len(heldout))
     return ReportWriter(out, "overlap", COLUMNS, config, None).write(rows)
 
@@ -180,35 +170,23 @@ class HeldOut:
         return [int(i) for i in np.flatnonzero(counts >= least * self._sizes)]
 
 
-def evaluate_document_overlap(
-    documents: Sequence[str],
-    held_out: Sequence[str],
-    least: float,
-    keep: Path | None,
-    config: Any,
-    out: Path,
-    progress: Progress = no_progress,
-) -> Report:
-    """Look for held-out documents in training documents.
+def evaluate_document_overlap(config: OverlapConfig, out: Path, progress: Progress = no_progress) -> Report:
+    """Look for held-out documents in training documents: rows with `document` or `text`, and optionally `source`.
 
-    Args:
-        documents, held_out: files of JSONL rows with `document` or `text`, and optionally `source`.
-        least: share of a held-out document's shingles from which on it counts as shared.
-        keep: where the training rows that share nothing are written, unchanged and in order (JSONL, gzipped).
-        config: the settings for the report.
+    Training rows that share nothing are written to `config.keep`, unchanged and in order (JSONL, gzipped).
     """
-    test = _rows(held_out)
+    test = _rows(config.held_out)
     found = HeldOut(Shingles(), [_text(row) for row in test])
     n_held_out = Counter(_source(row) for row in test)
     sizes: Counter[str] = Counter()
     sharing: dict[tuple[str, str], set[int]] = defaultdict(set)
     shared: dict[tuple[str, str], set[int]] = defaultdict(set)
     kept: list[dict[str, Any]] = []
-    rows = _rows(documents)
+    rows = _rows(config.documents)
     for i, row in enumerate(rows):
         source = _source(row)
         sizes[source] += 1
-        theirs = found.shared_by(_text(row), least)
+        theirs = found.shared_by(_text(row), config.shared)
         for one in theirs:
             key = source, _source(test[one])
             sharing[key].add(i)
@@ -216,9 +194,9 @@ def evaluate_document_overlap(
         if not theirs:
             kept.append(row)
         progress(i + 1, len(rows))
-    if keep is not None:
+    if config.keep is not None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        keep.write_bytes(gzip.compress(lines.encode(), mtime=0))
+        Path(config.keep).write_bytes(gzip.compress(lines.encode(), mtime=0))
     table = [
         {
             "source": source, "n": sizes[source], "n_sharing": len(sharing[source, held_source]),

@@ -124,9 +124,9 @@ BEST = "quoting"
 N_QUESTIONS = 25
 _KINDS = ("q_proj", "v_proj", "o_proj", "down_proj")
 _RANK = 8
-_STEPS = 60
+_N_STEPS = 60
 _LR = 1e-3
-_ROWS = 5  # the questions in this many rows: attention grows with the square of a row
+_N_ROWS = 5  # the questions in this many rows: attention grows with the square of a row
 _NAME = "distilled"
 
 
@@ -137,7 +137,7 @@ def distil(setup: DocumentSetup, case: DocumentCase) -> LoRA:
     if not questions:  # so short that it has no sentence to ask about
         return LoRA()
     teacher = Teacher(base.model, base.pad_id, setup.window_lora)
-    rows = [Episode((), tuple(questions[i::_ROWS])) for i in range(_ROWS) if questions[i::_ROWS]]
+    rows = [Episode((), tuple(questions[i::_N_ROWS])) for i in range(_N_ROWS) if questions[i::_N_ROWS]]
     distillation = Distillation(dataclasses.replace(teacher, lora=None), teacher)
     batch = pack(distillation.with_soft_targets(rows), base.pad_id).to(base.device)
     generator = torch.Generator().manual_seed(0)
@@ -150,7 +150,7 @@ def distil(setup: DocumentSetup, case: DocumentCase) -> LoRA:
     optimizer = torch.optim.AdamW([side for pair in factors.values() for side in pair], lr=_LR, weight_decay=0.0)
     loras = LoRABatch(1, {name: Factors(*pair) for name, pair in factors.items()}, {})
     with torch.enable_grad():
-        for _ in range(_STEPS):
+        for _ in range(_N_STEPS):
             scores = score_answers(base.model, loras, batch)
             optimizer.zero_grad()
             scores.distillation_loss.backward()
@@ -260,7 +260,7 @@ COLUMNS = columns(
 
 @dataclass(frozen=True)
 class QaConfig(QuestionedConfig, WindowedConfig):
-    """What `loracast eval qa` measures."""
+    """Settings of `loracast eval qa`."""
 
     max_documents: int = 200
     """Most documents of each source, drawn at random."""

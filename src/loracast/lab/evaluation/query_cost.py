@@ -31,7 +31,7 @@ LABELS = {
     **{name: BASELINES[name].label for name in ("none", "described", "shots3", "described_shots3", ADAPTER)},
     DOCUMENT: "a document in the window",
 }
-_MOST_NEW_TOKENS = 128
+_MAX_NEW_TOKENS = 128
 _ALL = "(mean)"
 
 COLUMNS = columns(
@@ -45,7 +45,7 @@ COLUMNS = columns(
 
 @dataclass(frozen=True)
 class CostConfig(TasksFrom):
-    """What `loracast eval cost` measures."""
+    """Settings of `loracast eval cost`."""
 
     queries: int = 4
     """Queries of each task, asked of every baseline in turn."""
@@ -115,7 +115,7 @@ def _measure(
     make_s = time.perf_counter() - started
     queries = min(config.queries, len(drawn.task.test))
     asked = random.Random(f"{config.seed}/{drawn.task.name}").sample(drawn.task.test, queries)
-    lengths = [min(_MOST_NEW_TOKENS, len(base.chat.reply(row.outputs[0]))) for row in asked]
+    lengths = [min(_MAX_NEW_TOKENS, len(base.chat.reply(row.outputs[0]))) for row in asked]
     names = [name for name in LABELS if name != DOCUMENT or document is not None]
     prompts = {name: [_prompt(setup, name, drawn, document, row) for row in asked] for name in names}
     # What all queries of a task begin with could be kept in the cache, as servers do.

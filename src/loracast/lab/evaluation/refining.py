@@ -53,7 +53,7 @@ COLUMNS = columns(
 
 @dataclass(frozen=True)
 class Start:
-    """Where gradient descent starts."""
+    """A LoRA that gradient descent starts from."""
 
     label: str
     make: Callable[[TaskSetup, Drawn], LoRA]
@@ -91,7 +91,7 @@ STARTS = {
 
 @dataclass(frozen=True)
 class RefiningConfig(TasksFrom):
-    """What `loracast eval refining` measures."""
+    """Settings of `loracast eval refining`."""
 
     rows: int = 50
     """Most test rows of a task."""
@@ -131,7 +131,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a descent had come to at one mark."""
+    """The LoRA of a descent at one mark."""
 
     lora: LoRA
     n_steps: int = 0
@@ -140,7 +140,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Tally:
-    """What one start scored at one mark."""
+    """The scores of one start at one mark."""
 
     exact: list[list[float]] = field(default_factory=list)
     """For each row of each task, the share of the seeds with which it was right."""

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: tables, `results.json`, `answers.jsonl`, and intervals of its figures."""
+"""Reports of evaluations: tables, `results.json` and `answers.jsonl`, and the intervals of figures."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ def paired_bootstrap(
 
 Row = Mapping[str, Any]
 Progress = Callable[[int, int], None]
-"""How an evaluation tells how far it is: (done, in all)."""
+"""A function that an evaluation calls with the number of cases that are done, and of all."""
 
 
 def no_progress(done: int, total: int) -> None:
-    """Tell nobody."""
+    """Report no progress."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class ReportWriter:
 
 
 def environment(base: Base | None, hypernetwork: str | None = None) -> dict[str, Any]:
-    """What the figures were measured with: command, date, versions, machine, base and hypernetwork."""
+    """The circumstances of a measurement: command, date, versions, machine, base and hypernetwork."""
     import torch
     import transformers
 

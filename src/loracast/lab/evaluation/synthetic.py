@@ -295,7 +295,7 @@ NEEDLE_COLUMNS = (*columns(length=("tokens", 0), chunks=("chunks", 1)), *ANSWER_
 
 @dataclass(frozen=True)
 class NeedleConfig(SyntheticConfig):
-    """What `loracast eval needle` measures."""
+    """Settings of `loracast eval needle`."""
 
     texts: tuple[str, ...]
     """Files with the prose of the haystacks, which no training may have seen."""
@@ -389,7 +389,7 @@ FACTS_COLUMNS = (
 
 @dataclass(frozen=True)
 class FactsConfig(SyntheticConfig):
-    """What `loracast eval facts` measures."""
+    """Settings of `loracast eval facts`."""
 
     facts: tuple[int, ...] = (5, 20)
     """Facts on a sheet, a size each."""
@@ -443,7 +443,7 @@ EVERYDAY_COLUMNS = (
 
 @dataclass(frozen=True)
 class EverydayConfig(SyntheticConfig):
-    """What `loracast eval everyday` measures."""
+    """Settings of `loracast eval everyday`."""
 
     documents: int = 60
     """Documents, of all genres alike."""

@@ -56,7 +56,7 @@ from loracast.lora.algebra import LoRA
 
 SHOTS = (1, 3, 5, 16, 32)
 """Numbers of examples in prompts, and of those that adapters are cast from."""
-MOST_SHOTS = max(SHOTS)
+MAX_SHOTS = max(SHOTS)
 _USUAL_SHOTS = (3, 5)
 """Numbers of examples of the baselines that run unless others are named."""
 _NEAREST = 5
@@ -119,20 +119,20 @@ class TaskSetup:
     def writer(
         self, out: Path, title: str, columns: Sequence[Column], config: Any, seeds: Sequence[int]
     ) -> ReportWriter:
-        """What writes the report of an experiment with several seeds."""
+        """A writer for the report of an experiment with several seeds."""
         hypernetwork = self.caster.caster.id if self.caster else None
         writer = ReportWriter(out, title, columns, config, self.base, hypernetwork)
         writer.settings["seed"] = seeds[0]
         return writer
 
     def missing(self) -> dict[str, str]:
-        """What this run does without, and how it is given."""
+        """The parts that this run does not have, each with how a user gives it."""
         return {name: how for name, how in _GIVEN_BY.items() if not getattr(self, name)}
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one seed draws for one task: all baselines get the same."""
+    """The description, examples and controls that one seed draws for one task; all baselines get the same."""
 
     task: Task
     description: str
@@ -143,7 +143,7 @@ class Drawn:
     shuffled: str
     """Words of all descriptions in no order, of which training knows nothing."""
     shots: tuple[Example, ...]
-    """Examples from the task's training rows; fewer than `MOST_SHOTS` where the task has fewer."""
+    """Examples from the task's training rows; fewer than `MAX_SHOTS` where the task has fewer."""
     other_shots: tuple[Example, ...] = ()
     """Examples of the task of the other description."""
 
@@ -166,7 +166,7 @@ _GIVEN_BY = {
     "multitask": "a LoRA of `loracast train multitask` (--multitask)",
     "multitask_described": "a LoRA of `loracast train multitask --described` (--multitask-described)",
 }
-"""How a user gives what a TaskSetup holds."""
+"""By field of TaskSetup, the words for how a user gives it."""
 
 
 def prompt_of(
@@ -209,8 +209,8 @@ def _nearest_shots() -> TaskBaseline:
         shots = setup.nearest(case.row.input, case.drawn.shots, _NEAREST)
         return Request(prompt_of(setup.base, case.drawn, case.row.input, shots, is_described=False))
 
-    label = f"{_NEAREST} nearest of {MOST_SHOTS} examples"
-    return Baseline(label, request, needs=(f"{MOST_SHOTS} examples",), is_optional=True)
+    label = f"{_NEAREST} nearest of {MAX_SHOTS} examples"
+    return Baseline(label, request, needs=(f"{MAX_SHOTS} examples",), is_optional=True)
 
 
 def _reader_shots(n_shots: int) -> TaskBaseline:
@@ -309,7 +309,7 @@ COLUMNS = columns(
 
 @dataclass(frozen=True)
 class TasksFrom:
-    """Which tasks an experiment takes."""
+    """Settings that choose the tasks of an experiment."""
 
     tasks: str | None = None
     """A folder of task files, or a file of examples."""
@@ -338,7 +338,7 @@ class TasksFrom:
 
 @dataclass(frozen=True)
 class TasksConfig(TasksFrom):
-    """What `loracast eval tasks` measures."""
+    """Settings of `loracast eval tasks`."""
 
     descriptions: DescriptionKind = "heldout"
     """Kind of the descriptions."""
@@ -421,7 +421,7 @@ def seed_shares(by_seed: Sequence[Sequence[float]]) -> list[float]:
 
 
 def task_figures(tasks: Sequence[Task], exact: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """What a row of the table says of all tasks, from the shares of each task's rows; all tasks count the same."""
+    """The figures of a row of the table, from the share of each row of each task; all tasks count the same."""
     by_task = {task.name: mean(shares) for task, shares in zip(tasks, exact, strict=True)}
     n_rows = sum(map(len, exact))
     return {"n_tasks": len(tasks), "n": n_rows, "exact": mean(list(by_task.values())), "by_task": by_task}
@@ -462,7 +462,7 @@ def draw(tasks: Sequence[Task], i: int, seed: int, descriptions: DescriptionKind
     other_description = rng.choice(other.descriptions[descriptions]) if other else None
     more = random.Random(f"{seed}/{task.name}/more examples")  # of their own, so that all else is drawn as without
     left = [example for example in task.train if example not in shots]
-    shots += more.sample(left, min(MOST_SHOTS - len(shots), len(left)))
+    shots += more.sample(left, min(MAX_SHOTS - len(shots), len(left)))
     other_shots = more.sample(other.train, min(_FIRST_SHOTS, len(other.train))) if other else []
     words = [word for t in tasks for text in t.descriptions[descriptions] for word in text.split()]
     letters = gibberish(rng, 1)[0]

@@ -61,9 +61,9 @@ from loracast.reading.relevance import THRESHOLD_OF_MANY
 from loracast.reading.routing import Route
 from loracast.reading.wide_route import share_out
 
-MOST_HOLDERS = 0.01
+MAX_HOLDER_SHARE = 0.01
 """Share of the documents that may hold a word that names something of one of them."""
-_FIRST = 3
+_N_FIRST = 3
 _CHUNKS_LOOKED_AT = 60  # for the first three documents: a long one owns many of the best chunks
 _QUESTIONS_AT_ONCE = 16  # whose documents are held in memory
 _N_WARM_UP = 1
@@ -80,7 +80,7 @@ COLUMNS = columns(
 
 @dataclass(frozen=True)
 class LibraryConfig(QuestionedConfig, RoutedConfig):
-    """What `loracast eval library` measures."""
+    """Settings of `loracast eval library`."""
 
     library_size: int = 1000
     """Documents in the library, drawn at random; all of their questions are looked up."""
@@ -184,7 +184,7 @@ class TemporaryLibrary:
         asked = []
         with reading(self.model.library) as register:
             holders = cache(lambda word: frozenset(hit.name for hit in register.search(word, -1)))
-            most = max(1, int(MOST_HOLDERS * len(self.drawn)))
+            most = max(1, int(MAX_HOLDER_SHARE * len(self.drawn)))
             for i, document in enumerate(self.drawn):
                 for question in document.questions:
                     words = [word for word, _ in phrases(question.question) if " " not in word]
@@ -271,7 +271,7 @@ def _ranks(asked: Sequence[Asked]) -> list[dict[str, Any]]:
     rows = []
     for part, some in _parts(asked, lambda one: one).items():
         if some:
-            hits = [(one, float(one.rank is not None and one.rank <= _FIRST)) for one in some]
+            hits = [(one, float(one.rank is not None and one.rank <= _N_FIRST)) for one in some]
             three = mean_with_interval(_by_document(hits))
             row = {"questions": part, "label": "search alone", "n": len(some)}
             row |= {"first": mean([one.rank == 1 for one in some]), **named_interval("three", three)}

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from safetensors.torch import save
@@ -24,9 +24,17 @@ from loracast.hypernets.doc_to_lora import DocToLoRA, DocToLoRAConfig, MergedCas
 from loracast.hypernets.encoders import HiddenStatesEncoder, read_in_groups
 from loracast.lab.training.document_source import DataConfig, EpisodeSource
 from loracast.lab.training.document_start import calibrate, fit_verdicts, memory_alone, set_memory_units
-from loracast.lab.training.loop import OnMetrics, TrainConfig, Workers
+from loracast.lab.training.loop import TrainConfig, Workers
 from loracast.lab.training.losses import Distillation, MemoryLosses, Teacher, retrieval_loss, sentence_gates, write_loss
-from loracast.lab.training.recipe import check_values, keys_of, read_recipe_as, recorded, start_from, train_hypernet
+from loracast.lab.training.recipe import (
+    Reporting,
+    check_values,
+    keys_of,
+    read_recipe_as,
+    recorded,
+    start_from,
+    train_hypernet,
+)
 from loracast.lora.algebra import LoRA
 from loracast.lora.target import Layers, target_from_config
 
@@ -158,21 +166,16 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
                 "leave memory_layers out of the recipe, or give these and more, or some of these"
             )
     if recipe.static_kinds:
-        if c.static_modules:
-            raise ConfigError("the checkpoint has static modules already; leave static_kinds out of the recipe")
+        _refuse(c.static_modules, "the checkpoint has static modules", "static_kinds")
         changes["static_modules"] = target_from_config(base_config, recipe.static_kinds, c.layers).rows
         changes["static_modules_rank"] = recipe.hypernetwork.get("static_modules_rank", c.static_modules_rank)
     if recipe.encoder_kinds:
-        if c.encoder_modules:
-            raise ConfigError("the checkpoint has an encoder LoRA already; leave encoder_kinds out of the recipe")
+        _refuse(c.encoder_modules, "the checkpoint has an encoder LoRA", "encoder_kinds")
         changes["encoder_modules"] = encoder_modules(base_config, recipe, c.reader_layers, c.memory_modules)
         changes["encoder_rank"] = recipe.hypernetwork.get("encoder_rank", c.encoder_rank)
     head_rank = recipe.hypernetwork.get("head_shared_rank")
     if head_rank is not None:
-        if c.head_shared_rank is not None:
-            raise ConfigError(
-                "the checkpoint's heads are of low rank already; leave head_shared_rank out of the recipe"
-            )
+        _refuse(c.head_shared_rank, "the checkpoint's heads are of low rank", "head_shared_rank")
         changes["head_shared_rank"] = head_rank
     near = recipe.hypernetwork.get("memory_near_tokens")
     if near is not None:
@@ -210,6 +213,12 @@ def grow(hypernet: DocToLoRA, base: Base, recipe: DocRecipe, source: EpisodeSour
         for kind in c.kinds:
             grown.head(kind).take_low_rank(hypernet.head(kind))
     return grown
+
+
+def _refuse(is_there: Any, what: str, key: str) -> None:
+    """Raise ConfigError for a key of the recipe that adds what the checkpoint has."""
+    if is_there:
+        raise ConfigError(f"{what} already; leave {key} out of the recipe")
 
 
 def calibration_data(base: Base, recipe: DocRecipe, source: EpisodeSource) -> tuple[list[Tensor], list[Episode]]:
@@ -267,9 +276,8 @@ def train_doc(
     *,
     init_from: Path | None = None,
     teacher: LoRA | None = None,
-    command: str = "",
     workers: Workers | None = None,
-    on_metrics: OnMetrics = lambda metrics: None,
+    **reporting: Unpack[Reporting],
 ) -> dict[str, float]:
     """Train a hypernetwork for `base`, or resume the run in `out_dir`. Returns the last metrics, as `train_hypernet`.
 
@@ -307,17 +315,11 @@ def train_doc(
         }
         present = {name: (w, loss) for name, (w, loss) in losses.items() if loss is not None and w > 0}
         total = torch.stack([weight * loss for weight, loss in present.values()]).sum()
-        return total, {
-            **{name: loss.item() for name, (_, loss) in present.items()},
-            **memory.figures,
-            "exact": scores.exact,
-            f"exact_{episodes[0].task}": scores.exact,
-            "token_accuracy": scores.token_accuracy,
-            f"token_accuracy_{episodes[0].task}": scores.token_accuracy,
-            "questions": batch.n_questions,
-            "tokens": batch.n_tokens,
-            "context_tokens": batch.chunk_ids.numel(),
-        }
+        found = {name: loss.item() for name, (_, loss) in present.items()} | memory.figures
+        for name, share in (("exact", scores.exact), ("token_accuracy", scores.token_accuracy)):
+            found |= {name: share, f"{name}_{episodes[0].task}": share}
+        sizes = {"questions": batch.n_questions, "tokens": batch.n_tokens, "context_tokens": batch.chunk_ids.numel()}
+        return total, {**found, **sizes}
 
     about: dict[str, Any] = {
         "data": recorded(recipe.data),
@@ -327,8 +329,7 @@ def train_doc(
         about["teacher_sha256"] = _sha256(teacher)
     return train_hypernet(
         hypernet, objective, recipe.training, out_dir,
-        base=base, init_from=init_from, about=about, command=command,
-        workers=workers, on_metrics=on_metrics,
+        base=base, init_from=init_from, about=about, workers=workers, **reporting,
     )  # fmt: skip
 
 

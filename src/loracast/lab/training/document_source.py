@@ -26,7 +26,7 @@ from loracast.lab.training.losses import weights_of
 SYSTEM_TURNS = ("", "", "", "Answer briefly.", "You answer questions.", None)
 CONTINUE = ("Continue: {}", "Go on: {}", "How does the text go on? {}", "What comes after this? {}")
 START_TOKENS, CONTINUED_TOKENS = 8, 24  # of a passage: those that the prompt gives, and those that the answer has
-_FEWEST_CONTINUED = 4
+_MIN_CONTINUED_TOKENS = 4
 PASSAGE_TOKENS = START_TOKENS + CONTINUED_TOKENS  # distance between passages, so that they do not overlap
 UNRELATED_SHARE = 0.35  # of steps: their documents are also asked an unrelated question, if there are any
 
@@ -53,11 +53,7 @@ class EpisodeMaker:
     """Makes episodes for one base: its tokenizer and its chat format."""
 
     def __init__(
-        self,
-        tokenizer: Any,
-        chat: ChatFormat,
-        unrelated: Sequence[tuple[str, str]] = (),
-        shows_documents: bool = False,
+        self, tokenizer: Any, chat: ChatFormat, unrelated: Sequence[tuple[str, str]] = (), shows_documents: bool = False
     ):
         """`unrelated` are (question, answer) pairs unrelated to any document; with `shows_documents`, questions
         about real documents also get the prompt of a teacher that sees the document.
@@ -120,7 +116,7 @@ class EpisodeMaker:
         encoded = [encode_with_offsets(self.tokenizer, text) for text in texts]
         places: list[tuple[int, int]] = []  # chunk, first token
         for i, (ids, _) in enumerate(encoded):
-            last = len(ids) - START_TOKENS - _FEWEST_CONTINUED
+            last = len(ids) - START_TOKENS - _MIN_CONTINUED_TOKENS
             places += [(i, first) for first in range(rng.randrange(PASSAGE_TOKENS), last + 1, PASSAGE_TOKENS)]
         questions, labels, asked = [], [], []
         for number, (chunk, first) in enumerate(rng.sample(places, min(n, len(places)))):
@@ -154,7 +150,7 @@ def _weighed(
     return replace(episode, questions=questions, token_sentences=tuple(sentences))
 
 
-_MOST_UNASKED = 32  # answers of one document that are labelled without being asked for: each is looked up
+_MAX_UNASKED = 32  # answers of one document that are labelled without being asked for: each is looked up
 
 
 def answered_questions(rng: random.Random, document: QuestionedDocument, n: int) -> Answered:
@@ -167,7 +163,7 @@ def answered_questions(rng: random.Random, document: QuestionedDocument, n: int)
 def unasked_values(document: QuestionedDocument, answered: Answered) -> list[FactSpan]:
     """The answers to a document's other questions, where they stand in it."""
     asked = {question for question, *_ in answered}
-    others = [span for span in document.spans if span.question not in asked][:_MOST_UNASKED]
+    others = [span for span in document.spans if span.question not in asked][:_MAX_UNASKED]
     found = (find_answer(document.text, span.question, span.answers) for span in others)
     return [fact for fact in found if fact is not None]
 
@@ -184,31 +180,20 @@ class _Group:
 class DocumentSource:
     """Draws documents with questions; those of one step have equally many chunks, so they need little padding."""
 
-    def __init__(
-        self,
-        documents: Sequence[QuestionedDocument],
-        maker: EpisodeMaker,
-        *,
-        max_chunk_tokens: int,
-        max_chunks: int,
-        max_questions: int,
-        reading_chunk_tokens: int,
-    ):
+    def __init__(self, config: DataConfig, documents: Sequence[QuestionedDocument], maker: EpisodeMaker):
         """Raises TrainingError if no document fits."""
-        self.maker, self.max_chunk_tokens, self.max_questions = maker, max_chunk_tokens, max_questions
-        self.reading_chunk_tokens = reading_chunk_tokens
+        self.config, self.maker = config, maker
         if not any(self._n_spans(document) for document in documents):
             raise TrainingError("the documents have no question whose answer stands in them (`span`)")
         by_chunks: dict[int, list[QuestionedDocument]] = defaultdict(list)
         tokenised = maker.tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
         for document, ids in zip(documents, tokenised, strict=True):
-            n_chunks = ceil(len(ids) / max_chunk_tokens)
-            if n_chunks <= max_chunks:
+            n_chunks = ceil(len(ids) / config.max_chunk_tokens)
+            if n_chunks <= config.max_chunks:
                 by_chunks[n_chunks].append(document)
         if not by_chunks:
-            raise TrainingError(
-                f"no document has {max_chunks * max_chunk_tokens} tokens or fewer; raise data.max_chunks"
-            )
+            most = config.max_chunks * config.max_chunk_tokens
+            raise TrainingError(f"no document has {most} tokens or fewer; raise data.max_chunks")
         self._groups = [_Group(n, some, [self._n_spans(d) for d in some]) for n, some in sorted(by_chunks.items())]
 
     def asked_by_people(self, rng: random.Random, n_questions: int, n_tokens: int) -> list[Episode]:
@@ -235,18 +220,18 @@ class DocumentSource:
             n_asked = sum(len(episode.questions) for episode in episodes)
             if n_asked >= n_passages or len(episodes) >= n_documents:
                 break
-            texts = self.maker.chunk_texts(document.text, self.reading_chunk_tokens)
-            episode = self.maker.passages(rng, texts, self.max_questions)
+            texts = self.maker.chunk_texts(document.text, self.config.reading_chunk_tokens)
+            episode = self.maker.passages(rng, texts, self.config.max_questions)
             episodes += [episode] if episode.questions else []
         if not episodes:
             raise TrainingError("the documents are too short to continue their passages; leave data.reading_share at 0")
         return episodes
 
     def _n_documents(self, group: _Group, n_tokens: int) -> int:
-        return max(1, n_tokens // (group.n_chunks * self.max_chunk_tokens))
+        return max(1, n_tokens // (group.n_chunks * self.config.max_chunk_tokens))
 
     def _n_spans(self, document: QuestionedDocument) -> int:
-        return min(self.max_questions, len(document.spans))
+        return min(self.config.max_questions, len(document.spans))
 
     def _step(
         self,
@@ -266,11 +251,11 @@ class DocumentSource:
         for document in rng.choices(group.documents, weights, k=20 * n_documents):
             if n_asked >= n_questions or len(episodes) >= n_documents:
                 break
-            answered = [] if document.doc_id in seen else ask(rng, document, self.max_questions)
+            answered = [] if document.doc_id in seen else ask(rng, document, self.config.max_questions)
             seen.add(document.doc_id)
             if answered:
                 title = document.title if rng.random() < 0.5 else ""
-                texts = self.maker.chunk_texts(document.text, self.max_chunk_tokens, title)
+                texts = self.maker.chunk_texts(document.text, self.config.max_chunk_tokens, title)
                 unasked = unasked_values(document, answered) if task == "questions" else []
                 episode = self.maker.episode(
                     rng, texts, answered, task, asks_unrelated=asks_unrelated, document=document.text, unasked=unasked
@@ -350,6 +335,12 @@ class DataConfig:
             raise ConfigError(f"{shares} are more than 1 together")
 
     @property
+    def shares(self) -> dict[EpisodeKind, float]:
+        """The share of steps of each kind of episode; that of fact sheets, the last, is what the others leave."""
+        given = (self.needle_share, self.question_share, self.cloze_share, self.reading_share, self.everyday_share)
+        return dict(zip(KINDS, (*given, 1 - sum(given)), strict=True))
+
+    @property
     def document_share(self) -> float:
         """Share of steps with real documents."""
         return self.question_share + self.cloze_share + self.reading_share
@@ -409,26 +400,19 @@ class EpisodeSource:
         self.prose = Prose(read_texts(config.texts, config.text_sources), tokenizer) if config.texts else None
         self.documents: DocumentSource | None = None
         if config.documents:
-            self.documents = DocumentSource(
-                read_questioned(config.documents, config.document_sources, "train"), self.maker,
-                max_chunk_tokens=config.max_chunk_tokens, max_chunks=config.max_chunks,
-                max_questions=config.max_questions, reading_chunk_tokens=config.reading_chunk_tokens,
-            )  # fmt: skip
+            documents = read_questioned(config.documents, config.document_sources, "train")
+            self.documents = DocumentSource(config, documents, self.maker)
 
     def step(self, number: int) -> list[Episode]:
         """The episodes of batch `number`."""
         rng = random.Random(f"{self.config.seed}/0/{number}")  # the 0 keeps what recipes drew before
-        c = self.config
-        shares = (c.needle_share, c.question_share, c.cloze_share, c.reading_share, c.everyday_share)
         drawn = rng.random()
-        kind: EpisodeKind = "facts"
-        for of_share, share in zip(KINDS, shares, strict=False):
+        for kind, share in self.config.shares.items():  # noqa: B007 the last kind takes what is left
             if drawn < share:
-                kind = of_share
                 break
             drawn -= share
         episodes = self._draw(kind, rng)
-        is_merged = random.Random(f"{self.config.seed}/0/{number}/merged").random() < c.merged_share
+        is_merged = random.Random(f"{self.config.seed}/0/{number}/merged").random() < self.config.merged_share
         return [episode.merged() for episode in episodes] if is_merged else episodes
 
     def of_kind(self, kind: EpisodeKind, number: int) -> list[Episode]:
@@ -436,17 +420,14 @@ class EpisodeSource:
         return self._draw(kind, random.Random(f"{self.config.seed}/{kind}/{number}"))
 
     def _draw(self, kind: EpisodeKind, rng: random.Random) -> list[Episode]:
-        c = self.config
-        if kind == "facts":
-            return self._fact_step(rng)
-        if kind == "needle":
-            return self._needle_step(rng)
-        if kind == "everyday":
-            return self._everyday_step(rng)
+        generated = {"facts": self._fact_step, "needle": self._needle_step, "everyday": self._everyday_step}
+        if kind in generated:
+            return generated[kind](rng)
         if self.documents is None:
             raise ConfigError(f"{kind} need documents: give a file of them (--documents FILE)")
         ask = {"questions": self.documents.asked_by_people, "cloze": self.documents.asked_by_rule}
-        return ask.get(kind, self.documents.read)(rng, c.questions_per_step, c.context_tokens_per_step)
+        draw = ask.get(kind, self.documents.read)
+        return draw(rng, self.config.questions_per_step, self.config.context_tokens_per_step)
 
     def _needle_step(self, rng: random.Random) -> list[Episode]:
         """Needle documents that all have the same number of chunks."""
@@ -512,7 +493,7 @@ class EpisodeSource:
         prose: Prose,
         n_needles: int,
         n_tokens: int,
-        n_chunks: int = 1,
+        n_chunks: int,
         asks_unrelated: bool = False,
     ) -> Episode:
         """Prose in `n_chunks` chunks of about `n_tokens` tokens with hidden needles, each asked for."""

@@ -1,4 +1,4 @@
-"""What a hypernetwork for documents gets in closed form before training: normalisation, position probes, verdicts.
+"""Initialise hypernetworks in closed form before training: normalisation, position probes, verdicts.
 
 Another one begins with what a trained one has left without its Perceiver.
 """
@@ -172,7 +172,7 @@ N_DOCUMENTS = 1000
 """Generated documents whose sentences are read, of which about 1,100 state a rule."""
 _STRENGTH = 6.0  # of a verdict beside a value that is written (chosen on dev: docs/notebook/2026-11-29.md)
 _VERDICT_RIDGE = 500.0  # on the squared weights, beside the sum of the sentences' losses
-_MOST_STEPS = 200
+_MAX_STEPS = 200
 
 
 def fit_verdicts(hypernet: DocToLoRA, base: Base, max_chunk_tokens: int, seed: int) -> None:
@@ -210,7 +210,7 @@ def fit(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     shares = torch.where(is_rule, 1.0, is_rule.sum() / (~is_rule).sum().clamp_min(1))[:, None]
     weight = torch.zeros(2, states.shape[1], device=states.device, requires_grad=True)
     bias = torch.zeros(2, device=states.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=_MOST_STEPS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=_MAX_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -136,7 +137,7 @@ class Workers:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Say what it means where the other workers do not answer."""
+    """Turn a failed exchange with the other workers into a TrainingError that tells its cause and remedy."""
     try:
         yield
     except RuntimeError as error:  # of the connection to a process that has ended
@@ -150,13 +151,9 @@ _OPTIMIZER = "optimizer.0."  # before the optimizer's values
 
 
 def save_state(
-    out_dir: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    elapsed_s: float,
+    out_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, elapsed_s: float,
     settings: dict[str, Any],
-) -> None:
+) -> None:  # fmt: skip
     """Write the state of a run after `step` steps, then delete the older states."""
     from safetensors.torch import save_file
 
@@ -232,7 +229,7 @@ def _differences(wanted: dict[str, Any], found: dict[str, Any], prefix: str = ""
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train, whatever the data and the objective are."""
+    """Settings of the optimizer, its schedule, precision and checkpoints, whatever the data and the objective are."""
 
     steps: int = 1000
     """Number of optimizer steps; a cosine schedule ends there."""
@@ -427,19 +424,19 @@ class _Means:
     """Mean of each figure over the batches that had it."""
 
     def __init__(self) -> None:
-        self._values: dict[str, list[float]] = {}
+        self._values: dict[str, list[float]] = defaultdict(list)
 
     def add(self, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
-            self._values.setdefault(name, []).append(value)
+            self._values[name].append(value)
 
     def take(self, workers: Workers) -> dict[str, float]:
         """The means so far, over the batches of all workers; the count starts anew."""
-        together: dict[str, list[float]] = {}
-        for of_worker in workers.gather(self._values):
+        together: dict[str, list[float]] = defaultdict(list)
+        for of_worker in workers.gather(dict(self._values)):
             for name, values in of_worker.items():
-                together.setdefault(name, []).extend(values)
-        self._values = {}
+                together[name] += values
+        self._values.clear()
         return {name: sum(values) / len(values) for name, values in together.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -109,12 +109,9 @@ def retrieval_loss(
 
 def weights_of(prompts: Sequence[str], questions: Sequence[str]) -> list[tuple[float, ...]]:
     """For each question the weights of a document's sentences; empty where no word of the question matches."""
-    index = sqlite3.connect(":memory:")
-    try:
+    with closing(sqlite3.connect(":memory:")) as index:
         write_index(index, [Chunk(prompt, 0, len(prompt), heading="", n_tokens=0) for prompt in prompts])
         return [tuple(sentence_weights(index, question) or ()) for question in questions]
-    finally:
-        index.close()
 
 
 def sentence_gates(tokens: Tensor, batch: Batch, rank: int) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ from loracast.hypernets.encoders import Encoder, Features, check_encoder
 from loracast.lab.data.labelled import Labelled
 from loracast.lab.data.rows import read_content, read_unrelated
 from loracast.lab.training.document_source import UNRELATED_SHARE
-from loracast.lab.training.loop import OnMetrics, TrainConfig, Workers
+from loracast.lab.training.loop import TrainConfig, Workers
 from loracast.lab.training.losses import Distillation, Teacher
-from loracast.lab.training.recipe import check_values, read_recipe_as, recorded, start_from, train_hypernet
+from loracast.lab.training.recipe import Reporting, check_values, read_recipe_as, recorded, start_from, train_hypernet
 from loracast.lora.target import Layers, target_from_config
 
 _BATCH = 16  # examples that are encoded at once
@@ -70,7 +70,7 @@ def wordings(modality: str) -> Wordings:
 
 @dataclass(frozen=True)
 class ModalityDataConfig:
-    """What the steps of a training look like."""
+    """Settings of the examples and questions of a step."""
 
     seed: int = 0
     """Seed of the data."""
@@ -221,10 +221,9 @@ def train_modality(
     out_dir: Path,
     *,
     init_from: Path | None = None,
-    command: str = "",
     workers: Workers | None = None,
     on_encoded: Callable[[int, int], None] = lambda done, total: None,
-    on_metrics: OnMetrics = lambda metrics: None,
+    **reporting: Unpack[Reporting],
 ) -> dict[str, float]:
     """Train a hypernetwork for `base` and `encoder`, or resume the run in `out_dir`. Returns the last metrics.
 
@@ -265,5 +264,5 @@ def train_modality(
     }
     return train_hypernet(
         hypernet, objective, recipe.training, out_dir,
-        base=base, init_from=init_from, about=about, command=command, workers=workers, on_metrics=on_metrics,
+        base=base, init_from=init_from, about=about, workers=workers, **reporting,
     )  # fmt: skip

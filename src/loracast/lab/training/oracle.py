@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from loracast.files import file_sha256, write_atomically
 from loracast.hypernets.attention_delta import AttentionDeltaToLoRAConfig
 from loracast.hypernets.text_to_lora import TextToLoRAConfig
 from loracast.lab.data.tasks import Task
-from loracast.lab.training.loop import OnMetrics, TrainConfig, Workers, resumable_settings, train
-from loracast.lab.training.recipe import read_lora_recipe
+from loracast.lab.training.loop import TrainConfig, Workers, resumable_settings, train
+from loracast.lab.training.recipe import Reporting, read_lora_recipe
 from loracast.lab.training.task_source import TaskDataConfig, TaskSource
 from loracast.library.manifest import check_name
 from loracast.lora.algebra import LoRA, LoRABatch, concat, stack
@@ -58,9 +58,8 @@ def train_lora(
     folder: Path,
     *,
     about: Mapping[str, Any],
-    command: str = "",
     budget_s: float | None = None,
-    on_metrics: OnMetrics = lambda figures: None,
+    **reporting: Unpack[Reporting],
 ) -> bool:
     """Train one LoRA, or resume. Returns whether it is finished.
 
@@ -96,10 +95,12 @@ def train_lora(
 
         last = train(
             factors, objective, config, folder,
-            save_model=lambda out: wrapped.save_pretrained(str(out)), settings=about, on_metrics=on_metrics,
+            save_model=lambda out: wrapped.save_pretrained(str(out)), settings=about,
+            on_metrics=reporting.get("on_metrics", lambda metrics: None),
         )  # fmt: skip
     if last.get("step") != config.steps:
         return False
+    command = reporting.get("command", "")
     done = {"made_for": fingerprint.to_dict(), "command": command, "settings": settings, "last": last}
     write_atomically(folder / ABOUT, json.dumps(done, indent=1).encode())
     for state in folder.glob("state*"):  # a finished run is never resumed
@@ -194,7 +195,8 @@ def train_oracles(
         left_s = None if ends_s is None else ends_s - time.monotonic()
         if left_s is not None and left_s <= 0:
             break
-        if not _train(base, recipe, source, library / name, command, left_s, partial(on_metrics, name)):
+        reporting: Reporting = {"command": command, "on_metrics": partial(on_metrics, name)}
+        if not _train(base, recipe, source, library / name, left_s, **reporting):
             break  # stopped by a signal or the budget
     return [name for name in sources if (library / name / ABOUT).is_file()]
 
@@ -233,7 +235,8 @@ def train_multitask(
     """
     source = TaskSource(recipe.data, tasks, base.chat, described=described, is_specified=described)
     source.check_lengths()
-    return _train(base, recipe, source, out_dir, command, budget_s, partial(on_metrics, out_dir.name), True)
+    reporting: Reporting = {"command": command, "on_metrics": partial(on_metrics, out_dir.name)}
+    return _train(base, recipe, source, out_dir, budget_s, is_multitask=True, **reporting)
 
 
 def read_oracle(folder: Path, base: Fingerprint) -> LoRA:
@@ -271,10 +274,9 @@ def _train(
     recipe: OracleRecipe,
     source: TaskSource,
     folder: Path,
-    command: str,
     budget_s: float | None,
-    on_metrics: OnMetrics,
     is_multitask: bool = False,
+    **reporting: Unpack[Reporting],
 ) -> bool:
     about = {
         "data": dataclasses.asdict(source.config),
@@ -286,7 +288,7 @@ def _train(
     }
     return train_lora(
         base, recipe.lora, recipe.training, lambda number: _rows(source.episodes(source.draw(number))), folder,
-        about=about, command=command, budget_s=budget_s, on_metrics=on_metrics,
+        about=about, budget_s=budget_s, **reporting,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 import tomllib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +37,7 @@ from loracast.hypernets.doc_to_lora import DocToLoRA
 from loracast.hypernets.encoders import Features
 from loracast.lab.data.everyday import make_document
 from loracast.lab.training.doc import DocRecipe, doc_config, read_doc_recipe
-from loracast.lab.training.document_source import KINDS, EpisodeKind, EpisodeSource
+from loracast.lab.training.document_source import EpisodeSource
 from loracast.lora.algebra import LoRABatch
 
 
@@ -69,7 +69,7 @@ def _mean_padded(lengths: Sequence[int], n: int) -> int:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step takes."""
+    """Memory and operations of a step."""
 
     peak: int
     """Bytes alive at its peak, gradients included, without weights and the optimizer's state."""
@@ -79,7 +79,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a step runs, as far as its memory depends on it."""
+    """The kind of device, the type of weights and the precision that a step runs with."""
 
     device: str
     """Type of device, such as "cuda" or "cpu"."""
@@ -300,7 +300,8 @@ class Planner:
         self.config = doc_config(base_config, tokenizer, self.recipe)
         self._shapes = [
             (share, [shape_of(pack(source.of_kind(kind, n), 0)) for n in range(_DRAWN)])
-            for kind, share in _shares(self.recipe).items()
+            for kind, share in self.recipe.data.shares.items()
+            if share > 1e-9
         ]
         self._costs: dict[Passes, StepCost] = {}
         self._largest = max((shape for _, shapes in self._shapes for shape in shapes), key=_size)
@@ -315,19 +316,19 @@ class Planner:
         if passes not in self._costs:
             self._costs[passes] = step_cost(self.base_config, self.config, self._largest, self.machine, passes)
         cost = self._costs[passes]
-        sizes = dict.fromkeys(("all", "context", "rows"), 0.0)
-        for share, shapes in self._shapes:
-            for shape in shapes:
-                weight = training.accumulate * share / len(shapes)
-                sizes["all"] += weight * _size(shape)
-                sizes["context"] += weight * sum(shape.chunks)
-                sizes["rows"] += weight * sum(length for length, _ in shape.rows)
-        flops = cost.flops * sizes["all"] / _size(self._largest)
+
+        def mean(size: Callable[[StepShape], int]) -> float:
+            """The mean size of a step's batches together, over the kinds of episodes by their shares."""
+            weighed = ((training.accumulate * share / _DRAWN, s) for share, shapes in self._shapes for s in shapes)
+            return sum((weight * size(shape) for weight, shape in weighed), 0.0)
+
+        context, rows = mean(lambda s: sum(s.chunks)), mean(lambda s: sum(length for length, _ in s.rows))
+        flops = cost.flops * mean(_size) / _size(self._largest)
         held = base.weights, (4 + _ADAM) * n, max(cost.peak, _ADAM * n)
         is_gpu = self.machine.device == "cuda"
         overhead = round(CUDA_BYTES + FRAGMENTS * sum(held) if is_gpu else CPU_BYTES)
         memory = Memory(*held, overhead)
-        return Plan(base.n_parameters, n, memory, sizes["context"], sizes["rows"], flops, training.steps)
+        return Plan(base.n_parameters, n, memory, context, rows, flops, training.steps)
 
     def remedies(self, most: float) -> list[str]:
         """What would make a step fit into so many bytes, by the planned peak."""
@@ -378,14 +379,6 @@ def _throughput(base_config: Any, t: int, d: int, machine: Machine, device: str)
         run()
         n += 1
     return n * counter.flops / elapsed
-
-
-def _shares(recipe: DocRecipe) -> dict[EpisodeKind, float]:
-    """The share of steps of each kind of episode that the recipe has."""
-    c = recipe.data
-    given = (c.needle_share, c.question_share, c.cloze_share, c.reading_share, c.everyday_share)
-    shares = dict(zip(KINDS, (*given, 1 - sum(given)), strict=True))
-    return {kind: share for kind, share in shares.items() if share > 1e-9}
 
 
 def _files(stand_in: Path) -> list[str]:

@@ -8,7 +8,7 @@ import json
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypedDict, TypeVar, Unpack, get_type_hints
 
 from loracast.base.fingerprint import check
 from loracast.base.load import Base
@@ -147,6 +147,15 @@ def start_from(folder: Path, architecture: type[H], base: Base, given: Collectio
     return hypernet
 
 
+class Reporting(TypedDict, total=False):
+    """Options for the record of a training and its metrics."""
+
+    command: str
+    """The command, for the checkpoint's provenance."""
+    on_metrics: OnMetrics
+    """Receives each line of metrics."""
+
+
 def train_hypernet(
     hypernet: H,
     objective: Objective,
@@ -156,10 +165,9 @@ def train_hypernet(
     base: Base,
     init_from: Path | None,
     about: Mapping[str, Any],
-    command: str,
     workers: Workers,
-    on_metrics: OnMetrics,
     finish: Callable[[], None] | None = None,
+    **reporting: Unpack[Reporting],
 ) -> dict[str, float]:
     """Train a hypernetwork, or resume the run in `out_dir`. Returns the last metrics.
 
@@ -167,12 +175,12 @@ def train_hypernet(
 
     Args:
         about: what is trained on, for the checkpoint's provenance; a run with other values is not resumed.
-        command: recorded in the provenance too.
         finish: last changes to the hypernetwork whenever training stops; it is saved once more after them.
     """
     started_as = read_provenance(init_from) if init_from is not None else {}
     # An average of runs has no history of its own.
     before: list[Any] = started_as.get("history") or ([started_as] if started_as else [])
+    command, on_metrics = reporting.get("command", ""), reporting.get("on_metrics", lambda metrics: None)
     provenance = {"history": [*before, {"command": command, **about, "training": dataclasses.asdict(config)}]}
     save_model = functools.partial(save_pretrained, hypernet, storage="float32", provenance=provenance)
     hypernet.made_for = base.fingerprint

@@ -58,7 +58,7 @@ _N_SHEETS = {"train": 1000, "dev": 250, "test": 250}
 _N_SINGLE = {"train": 300, "dev": 100, "test": 100}  # sheets about one subject, which a question need not name
 _N_EVERYDAY = {"train": 1000, "dev": 250, "test": 250}
 _N_NEEDLES = {"train": 500, "dev": 120, "test": 120}
-_MOST_TEXTS = 2000  # of one source
+_MAX_TEXTS_OF_SOURCE = 2000  # of one source
 _LENGTHS = (1,) * 12 + (4,) * 6 + (16,) * 4 + (64,) * 2 + (256,)  # texts in one document
 _P_LOWER = 0.3  # of training questions in lower case, as many people write
 
@@ -173,7 +173,7 @@ def _texts(rng: random.Random, documents: Sequence[QuestionedDocument]) -> Itera
     for document in documents:
         by_source[document.source].append(document)
     for source, texts in sorted(by_source.items()):
-        for start in rng.sample(range(len(texts)), min(_MOST_TEXTS, len(texts))):
+        for start in rng.sample(range(len(texts)), min(_MAX_TEXTS_OF_SOURCE, len(texts))):
             yield _joined(rng, source, texts, start, rng.choice(_LENGTHS))
 
 
@@ -200,13 +200,13 @@ def _joined(rng: random.Random, source: str, texts: Sequence[QuestionedDocument]
 
 
 _N_STEMS = 7000
-_LEAST_SOURCES = 3  # of texts or questions that use a stem: the names of one source are no common words
+_MIN_SOURCES = 3  # of texts or questions that use a stem: the names of one source are no common words
 _REPEATED = 0.45  # where fewer of the answering texts repeat a stem of their questions, it is a word of asking
 _PRIOR, _N_PRIOR = 0.7, 2  # share of texts that repeat a stem, and how many texts that counts
-_LEAST_ASKED = 5
+_MIN_ASKED = 5
 _CHUNK_WORDS = 150
 _RIDGE = 1e-3
-_STEPS = 30  # of Newton's method; ten are enough
+_N_STEPS = 30  # of Newton's method; ten are enough
 
 _ANSWERABLE = ("sheet", "everyday", "text")
 _WRONG = ("unrelated", "another sheet")
@@ -271,7 +271,7 @@ def make_table(documents: Sequence[QuestionedDocument], unrelated: Mapping[str, 
             n_sources.update(found.keys())
             counts.update(found)
         shares.update({stem: count / counts.total() for stem, count in counts.items()})
-    common = (stem for stem, n in n_sources.items() if n >= _LEAST_SOURCES and not stem.isdigit())
+    common = (stem for stem, n in n_sources.items() if n >= _MIN_SOURCES and not stem.isdigit())
     stems = sorted(common, key=lambda stem: (-shares[stem], stem))[:_N_STEMS]
     return WordTable({stem: rank for rank, stem in enumerate(stems)}, _asking(documents) & set(stems[N_FUNCTION:]))
 
@@ -294,8 +294,8 @@ def _asking(documents: Sequence[QuestionedDocument]) -> frozenset[str]:
     return frozenset(
         stem
         for stem, n in n_asked.items()
-        if n >= _LEAST_ASKED
-        and len(sources[stem]) >= _LEAST_SOURCES
+        if n >= _MIN_ASKED
+        and len(sources[stem]) >= _MIN_SOURCES
         and (n_repeated[stem] + _N_PRIOR * _PRIOR) / (n + _N_PRIOR) < _REPEATED
     )
 
@@ -345,7 +345,7 @@ def fit_logistic(x: Floats, y: NDArray[np.bool_], weights: Floats) -> tuple[floa
     z = np.c_[np.ones(len(x)), (x - mean) / scale]
     ridge = np.diag(np.r_[0, np.full(x.shape[1], _RIDGE)]) * weights.sum()
     theta = np.zeros(z.shape[1])
-    for _ in range(_STEPS):
+    for _ in range(_N_STEPS):
         p = 1 / (1 + np.exp(-z @ theta))
         gradient = z.T @ (weights * (p - y)) + ridge @ theta
         theta -= np.linalg.solve((z * (weights * p * (1 - p))[:, None]).T @ z + ridge, gradient)

@@ -13,7 +13,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from loracast.hypernets.store import with_config
 from loracast.hypernets.text_to_lora import TextToLoRA, TextToLoRAConfig
 from loracast.lab.data.tasks import Task
 from loracast.lab.training.document_start import fit_position_probes
-from loracast.lab.training.loop import OnMetrics, TrainConfig, Workers
+from loracast.lab.training.loop import TrainConfig, Workers
 from loracast.lab.training.oracle import (
     Match,
     library_sha256,
@@ -41,6 +41,7 @@ from loracast.lab.training.oracle import (
     tasks_with_oracles,
 )
 from loracast.lab.training.recipe import (
+    Reporting,
     check_not_given,
     check_values,
     keys_of,
@@ -151,9 +152,8 @@ def train_text(
     oracles: Path | None = None,
     init_from: Path | None = None,
     shared_from: Path | None = None,
-    command: str = "",
     workers: Workers | None = None,
-    on_metrics: OnMetrics = lambda metrics: None,
+    **reporting: Unpack[Reporting],
 ) -> dict[str, float]:
     """Train a hypernetwork for `base` on tasks that are not held out, or resume the run in `out_dir`.
 
@@ -211,7 +211,7 @@ def train_text(
         about["oracles_sha256"] = library_sha256(source.tasks, oracles)
     return train_hypernet(
         hypernet, objective, recipe.training, out_dir,
-        base=base, init_from=init_from, about=about, command=command, workers=workers, on_metrics=on_metrics,
+        base=base, init_from=init_from, about=about, workers=workers, **reporting,
         finish=remember_seen if recipe.encoder_lora_is_trained else None,
     )  # fmt: skip
 
@@ -284,14 +284,10 @@ def _by_examples(
         size = torch.stack(squares_of).mean()
         loss = scores.loss + recipe.l1_weight * size + recipe.null_condition_weight * null_condition
         return loss, {
-            "answer_loss": scores.loss.item(),
-            "exact": scores.exact,
-            "token_accuracy": scores.token_accuracy,
-            "delta_norm": of_descriptions.mean().sqrt().item(),
-            "null_condition": null_condition.item(),
-            "questions": batch.n_questions,
-            "tokens": batch.n_tokens,
-        }
+            "answer_loss": scores.loss.item(), "exact": scores.exact, "token_accuracy": scores.token_accuracy,
+            "delta_norm": of_descriptions.mean().sqrt().item(), "null_condition": null_condition.item(),
+            "questions": batch.n_questions, "tokens": batch.n_tokens,
+        }  # fmt: skip
 
     return of_step
 

@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Unpack
 
 from loracast.base.chat import encode_text
 from loracast.base.fingerprint import Fingerprint
@@ -20,9 +21,9 @@ from loracast.lab.data.everyday import make_document
 from loracast.lab.data.facts import make_sheet
 from loracast.lab.data.rows import read_questioned
 from loracast.lab.training.document_source import answered_questions, reading_prompt
-from loracast.lab.training.loop import OnMetrics, TrainConfig
+from loracast.lab.training.loop import TrainConfig
 from loracast.lab.training.oracle import PeftConfig, read_about, train_lora
-from loracast.lab.training.recipe import read_lora_recipe, recorded
+from loracast.lab.training.recipe import Reporting, read_lora_recipe, recorded
 from loracast.lora.algebra import LoRA
 from loracast.lora.peft_format import read_peft
 
@@ -128,20 +129,14 @@ def _shown(title: str, text: str) -> str:
 
 
 def train_window(
-    base: Base,
-    recipe: WindowRecipe,
-    out_dir: Path,
-    *,
-    command: str = "",
-    budget_s: float | None = None,
-    on_metrics: OnMetrics = lambda figures: None,
+    base: Base, recipe: WindowRecipe, out_dir: Path, budget_s: float | None = None, **reporting: Unpack[Reporting]
 ) -> bool:
     """Train the window LoRA, or resume. Returns whether it is finished."""
     source = WindowSource(recipe.data, base)
     return train_lora(
         base, recipe.lora, recipe.training, source.episodes, out_dir,
         about={"data": recorded(recipe.data), "is_window": True},
-        command=command, budget_s=budget_s, on_metrics=on_metrics,
+        budget_s=budget_s, **reporting,
     )  # fmt: skip
 
 

@@ -36,13 +36,13 @@ from loracast.reading.word_vectors import APART, GAP, MOST_NAMES, WORST, words_o
 from loracast.text import stem_words
 
 _N_EVERYDAY, _N_SHEETS, _N_TEXTS = 4000, 600, 9000
-_MOST_QUESTIONS = 8  # about one document
-_MOST_CHARACTERS = 6000  # of a real text
-_LEAST_COUNT, _MOST_WORDS = 5, 12_000
+_MAX_QUESTIONS = 8  # about one document
+_MAX_CHARACTERS = 6000  # of a real text
+_MIN_COUNT, _MAX_WORDS = 5, 12_000
 _WIDTH, _KINDS = 64, 32
 _LR, _LR_MAPS = 2e-3, 1e-3
 _EPOCHS, _DOCUMENTS_PER_STEP = 2.5, 16
-_MOST_GRADIENT = 5.0
+_MAX_GRADIENT_NORM = 5.0
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -89,17 +89,17 @@ def draw_asked(documents: Sequence[QuestionedDocument], seed: int) -> Iterator[A
             elif fact.statement:
                 start = drawn.text.index(fact.statement) + (fact.value_at or 0)
                 found.append((fact.question, start, start + 1))
-        yield Asked("everyday", drawn.text, tuple(rng.sample(found, min(_MOST_QUESTIONS, len(found)))))
+        yield Asked("everyday", drawn.text, tuple(rng.sample(found, min(_MAX_QUESTIONS, len(found)))))
     for i in range(_N_SHEETS):
         rng = random.Random(f"{seed}/words/sheet/{i}")
         sheet = make_sheet(rng, rng.choice((5, 10, 20)), split="train")
         starts = [sheet.text.index(fact.statement) + fact.statement.index(fact.answer) for fact in sheet.facts]
         found = [(fact.question, start, start + 1) for fact, start in zip(sheet.facts, starts, strict=True)]
-        yield Asked("sheet", sheet.text, tuple(rng.sample(found, min(_MOST_QUESTIONS, len(found)))))
+        yield Asked("sheet", sheet.text, tuple(rng.sample(found, min(_MAX_QUESTIONS, len(found)))))
     rng, strange = random.Random(seed), list[str]()
     for document in rng.sample(documents, min(_N_TEXTS, len(documents))):
-        text = document.text[:_MOST_CHARACTERS]
-        asked = rng.sample(document.spans, min(_MOST_QUESTIONS, len(document.spans)))
+        text = document.text[:_MAX_CHARACTERS]
+        asked = rng.sample(document.spans, min(_MAX_QUESTIONS, len(document.spans)))
         found = []
         for span in asked:
             if answer := find_answer(text, span.question, span.answers):
@@ -118,7 +118,7 @@ def vocabulary(drawn: Sequence[Asked]) -> dict[str, int]:
             counts.update({name for word in words_of_sentence(one.text[start:end]) for name in word.names})
         for question, _, _ in one.questions:
             counts.update(set(words_of_question(question)))
-    common = [word for word, n in counts.most_common(_MOST_WORDS) if n >= _LEAST_COUNT]
+    common = [word for word, n in counts.most_common(_MAX_WORDS) if n >= _MIN_COUNT]
     return {word: i for i, word in enumerate(common, 1)}
 
 
@@ -291,7 +291,7 @@ def train_word_vectors(
         loss = torch.cat(losses).mean()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(matcher.parameters(), _MOST_GRADIENT)
+        nn.utils.clip_grad_norm_(matcher.parameters(), _MAX_GRADIENT_NORM)
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
