@@ -5,24 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loracast.errors import LoracastError
 from loracast.lab.data.answer_metrics import is_exact
 from loracast.lab.data.labelled import Labelled
 from loracast.lab.evaluation.modality import ModalityAnswer
+from loracast.lab.training import progress
 
 Row = Mapping[str, Any]
 
 
-def require_matplotlib() -> None:
-    """Raise LoracastError where pictures cannot be drawn: before the work, not after it."""
-    if find_spec("matplotlib") is None:
-        raise LoracastError("the pictures need matplotlib: pip install 'loracast[eval]'")
+require_matplotlib = partial(progress.require_matplotlib, "the pictures need", "eval")
 
 
 def heat_map(path: Path, rows: Sequence[Row], baselines: Sequence[str]) -> None:
@@ -154,14 +151,9 @@ def _percent(share: float | None) -> float:
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot, set up to draw into files."""
+    """matplotlib's pyplot. Raises LoracastError where it is not installed."""
     require_matplotlib()
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    return progress.pyplot()
 
 
 _RIGHT, _WRONG = "#1a7f37", "#c0392b"

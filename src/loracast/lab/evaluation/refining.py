@@ -7,6 +7,7 @@ noted on the way, and answers the task's test rows.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,6 +130,10 @@ class Mark:
         return steps > self.steps or seconds > self.seconds
 
 
+Key = tuple[str, str]
+"""The names of a start and of a mark."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """The LoRA of a descent at one mark."""
@@ -136,15 +141,6 @@ class Stage:
     lora: LoRA
     n_steps: int = 0
     """Steps after which this LoRA was kept."""
-
-
-@dataclass(frozen=True)
-class Tally:
-    """The scores of one start at one mark."""
-
-    exact: list[list[float]] = field(default_factory=list)
-    """For each row of each task, the share of the seeds with which it was right."""
-    n_steps: list[int] = field(default_factory=list)
 
 
 def evaluate_refining(setup: TaskSetup, config: RefiningConfig, out: Path, progress: Progress = no_progress) -> Report:
@@ -160,13 +156,14 @@ def evaluate_refining(setup: TaskSetup, config: RefiningConfig, out: Path, progr
     starts = {name: start for name, start in STARTS.items() if name != "multitask" or setup.multitask is not None}
     writer = setup.writer(out, "refining", COLUMNS, config, config.seeds)
     marks = config.marks
-    tallies = {(name, mark.name): Tally() for name in starts for mark in marks}
+    exact: dict[Key, list[list[float]]] = defaultdict(list)  # of each task, the shares of its rows
+    n_steps: dict[Key, list[int]] = defaultdict(list)
     deadline = Deadline(config.budget_s)
     n_all, n_done = len(tasks) * len(config.seeds) * len(starts), 0
     for i, task in enumerate(tasks):
         if i and deadline.is_over:
             break
-        by_seed: dict[tuple[str, str], list[list[bool]]] = {key: [] for key in tallies}
+        by_seed: dict[Key, list[list[bool]]] = defaultdict(list)
         for seed in config.seeds:
             drawn = draw(tasks, i, seed)
             for name, start in starts.items():
@@ -175,13 +172,13 @@ def evaluate_refining(setup: TaskSetup, config: RefiningConfig, out: Path, progr
                 for at, some in answered.items():
                     right = [is_right(a.text, a.case.row.outputs, task.metric) for a in some]
                     by_seed[name, at].append(right)
-                    tallies[name, at].n_steps.append(stages[at].n_steps)
+                    n_steps[name, at].append(stages[at].n_steps)
                     writer.add_answers(_line(name, at, seed, a, hit) for a, hit in zip(some, right, strict=True))
                 n_done += 1
                 progress(n_done, n_all)
         for key, hits in by_seed.items():
-            tallies[key].exact.append(seed_shares(hits))
-        report = writer.write(_rows(tasks[: i + 1], starts, marks, tallies), is_complete=i + 1 == len(tasks))
+            exact[key].append(seed_shares(hits))
+        report = writer.write(_rows(tasks[: i + 1], starts, marks, exact, n_steps), is_complete=i + 1 == len(tasks))
         exact_by_seconds(out / "refining.png", report.rows)
     return report
 
@@ -219,19 +216,22 @@ def _answer(
 
 
 def _rows(
-    tasks: Sequence[Task], starts: Mapping[str, Start], marks: Sequence[Mark], tallies: Mapping[tuple[str, str], Tally]
+    tasks: Sequence[Task],
+    starts: Mapping[str, Start],
+    marks: Sequence[Mark],
+    exact: Mapping[Key, Sequence[Sequence[float]]],
+    n_steps: Mapping[Key, Sequence[int]],
 ) -> list[dict[str, Any]]:
     """A row for each start at each mark over the tasks that are done."""
     rows = []
     for name, start in starts.items():
         for mark in marks:
-            tally = tallies[name, mark.name]
+            key = name, mark.name
             row: dict[str, Any] = {"start": name, "label": start.label, "at": mark.name}
             row["seconds"] = None if math.isinf(mark.seconds) else mark.seconds
-            row |= {**task_figures(tasks, tally.exact), "n_steps": mean(tally.n_steps)}
+            row |= {**task_figures(tasks, exact[key]), "n_steps": mean(n_steps[key])}
             if name != ADAPTER:
-                found = paired_bootstrap(tallies[ADAPTER, mark.name].exact, tally.exact)
-                row |= named_interval("difference", found)
+                row |= named_interval("difference", paired_bootstrap(exact[ADAPTER, mark.name], exact[key]))
             rows.append(row)
     return rows
 

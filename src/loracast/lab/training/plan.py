@@ -271,9 +271,7 @@ def gpus(wanted: str) -> list[GPU]:
     table = tomllib.loads((files("loracast") / "lab" / "training" / "gpus.toml").read_text(encoding="utf-8"))["gpus"]
     known = [GPU(**one) for one in table]
     key = wanted.lower().replace(" ", "")
-    if found := [gpu for gpu in known if gpu.name.lower().replace(" ", "") == key]:
-        return found
-    if found := [gpu for gpu in known if f"{gpu.memory_gb:g}gb" == key]:
+    if found := [gpu for gpu in known if key in (gpu.name.lower().replace(" ", ""), f"{gpu.memory_gb:g}gb")]:
         return found
     names = ", ".join(gpu.name for gpu in known)
     raise ConfigError(f"no GPU {wanted!r}: give one of {names}, or a memory that one of them has, such as 24GB")

@@ -50,19 +50,25 @@ class ProgressLine:
 _SHARES = ("token_accuracy", "relative_error")
 
 
-def require_matplotlib() -> None:
-    """Raise LoracastError where the curve cannot be drawn: before the training, not after it."""
+def require_matplotlib(needed_by: str = "the curve of a training needs", extra: str = "train") -> None:
+    """Raise LoracastError where nothing can be drawn: before the work, not after it."""
     if find_spec("matplotlib") is None:
-        raise LoracastError("the curve of a training needs matplotlib: pip install 'loracast[train]'")
+        raise LoracastError(f"{needed_by} matplotlib: pip install 'loracast[{extra}]'")
 
 
-def plot_metrics(metrics: Path, plot: Path) -> bool:
-    """Plot loss, accuracies and relative errors over the steps; False if there are none. Needs the extra `train`."""
+def pyplot() -> Any:
+    """matplotlib's pyplot, set up to draw into files."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def plot_metrics(metrics: Path, plot: Path) -> bool:
+    """Plot loss, accuracies and relative errors over the steps; False if there are none. Needs the extra `train`."""
+    plt = pyplot()
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     if not rows:
         return False
