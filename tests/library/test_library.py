@@ -445,7 +445,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("loracast.library.save.write_index", full)
+        patch.setattr("loracast.library.writer.write_index", full)
         with pytest.raises(OSError, match="disk full"):
             write(tmp_path)
     assert files_in(tmp_path) == {"register.sqlite"}
