@@ -193,7 +193,7 @@ PASSAGE_TOKENS = 64
 
 
 def passages(setup: DocumentSetup, case: DocumentCase, k: int) -> str:
-    """The k passages that BM25 finds best for the question, in the document's order; all where there are no more."""
+    """The k passages that BM25 finds best, as one text in the document's order; all of them where there are no more."""
     tokenizer = setup.base.tokenizer
     text = case.document.document.text
     chunks = split_text(text, lambda part: encode_with_offsets(tokenizer, part), max_tokens=PASSAGE_TOKENS)
