@@ -27,7 +27,7 @@ from loracast.library import folders as workfolders
 from loracast.library import library as library_module
 from loracast.library import register
 from loracast.library import register as schema
-from loracast.library import save as writer_module
+from loracast.library import writer as writer_module
 from loracast.library.folders import recover, tidy
 from loracast.library.library import (
     adapter_names,
